@@ -1,0 +1,52 @@
+"""The forward pass on the host: torch's tensors in CuTe's view, the run-time values, the grid; then the mainloop's kernel."""
+
+from __future__ import annotations
+
+import importlib
+
+import cutlass
+from cutlass import Float32, Int32, cute
+
+from cute_attn.mainloop.common import Values
+from cute_attn.scheduler import Tiles
+
+
+def host_function(problem, config):
+    """The function ``(mQ, mK, mV, mO, mLSE, left, right, scale_log2, scale_by_cap, blocks, stream)`` to compile.
+
+    Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the LSE as ``(batch, heads, seqlen_q)``.
+    """
+    mainloop = importlib.import_module(f"cute_attn.mainloop.{config.mechanism}").Forward(problem, config)
+
+    @cute.jit
+    def forward(
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE,
+        left: Int32,
+        right: Int32,
+        scale_log2: Float32,
+        scale_by_cap: Float32,
+        blocks: Int32,
+        stream,
+    ):
+        q, k, v, o = (_select(m, [1, 3, 2, 0]) for m in (mQ, mK, mV, mO))  # (seqlen, head_dim, heads, batch)
+        lse = None
+        if cutlass.const_expr(mLSE is not None):
+            lse = _select(mLSE, [2, 1, 0])  # (seqlen_q, heads, batch)
+        seqlen_q, _, heads, batch = q.shape
+        seqlen_k, _, heads_kv, _ = k.shape
+        shift = seqlen_k - seqlen_q
+        values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
+        tiles = Tiles(
+            cute.ceil_div(seqlen_q, config.tile_m), heads, batch, heads // heads_kv, problem.bounded_right
+        )
+        mainloop.launch(q, k, v, o, lse, values, tiles, cutlass.min(blocks, tiles.count()), stream)
+
+    return forward
+
+
+def _select(m: cute.Tensor, modes: list[int]) -> cute.Tensor:
+    return cute.make_tensor(m.iterator, cute.select(m.layout, mode=modes))

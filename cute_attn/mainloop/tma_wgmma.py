@@ -1,0 +1,454 @@
+"""Forward attention with TMA copies and warpgroup MMA (Hopper).
+
+One warpgroup copies, two or three compute. Each computing warpgroup owns 64 query rows; all of them read the same K and V
+tiles. Within a warpgroup the products of one tile overlap the softmax of the next (Q·Kᵀ of tile i is issued before P·V of
+tile i − 1, and both run while nothing waits for them); between warpgroups, named barriers make them take turns on the
+tensor cores, so that one multiplies while the other takes exponentials. Both are FlashAttention-3's (arXiv:2407.08608).
+
+Barriers: each K and V stage and each warpgroup's Q has a full and an empty mbarrier (``cutlass.pipeline``); named barriers
+1 … 3 are the turns, 4 … 6 gather a warpgroup for its epilogue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+from cutlass import Float32, Int32, cute, pipeline
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from cute_attn import layouts
+from cute_attn.epilogue import converted, store_lse
+from cute_attn.layouts.fragments import as_operand_a, rows_columns
+from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules
+from cute_attn.scheduler import Tiles
+from cute_attn.softmax import Softmax, scale_rows
+
+WARPGROUP = 128
+COPY_K_V_WARP, COPY_Q_WARP = 0, 1
+TURN_BARRIER, EPILOGUE_BARRIER = 1, 4
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor in global memory as TMA sees it: the copy atom, and the tensor of its coordinates (s, d, h, b)."""
+
+    atom: cute.CopyAtom
+    m: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Pipelines:
+    """The three mbarrier pipelines of a block. Q has one stage for each computing warpgroup."""
+
+    q: pipeline.PipelineTmaAsync
+    k: pipeline.PipelineTmaAsync
+    v: pipeline.PipelineTmaAsync
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The operands in shared memory: Q and O ``(64, d, warpgroup)``, K and V ``(tile_n, d, stage)``."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    o: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A thread of a computing warpgroup: its place, its products, and where its scores and outputs lie in the tile."""
+
+    warpgroup: Int32
+    mma_S: cute.TiledMma
+    mma_O: cute.TiledMma
+    cS: Coordinates
+    cO: Coordinates
+
+
+@dataclass(frozen=True)
+class QueryTile:
+    """The 64 rows a warpgroup computes now, and the key tiles they see."""
+
+    row_first: Int32
+    keys: KeyTiles
+    values: Values
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """What a computing thread holds or points to through the key tiles of one query tile."""
+
+    tSrQ: cute.Tensor  # (MMA, 1, K)
+    tSrK: cute.Tensor  # (MMA, 1, K, stage)
+    tOrV: cute.Tensor  # (MMA, 1, K, stage)
+    tOrP: cute.Tensor  # (MMA, 1, K)
+    acc_O: cute.Tensor  # (MMA, 1, 1)
+    rescale: cute.Tensor  # (rows): the factor that the last step asks of O
+
+
+class Forward:
+    """The kernel of one (problem, config)."""
+
+    def __init__(self, problem, config):
+        self.problem, self.config = problem, config
+        self.lay = layouts.family(config)
+        self.warpgroups = self.lay.warpgroups(config)
+
+    # ---- host ------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
+        """Make the TMA descriptors and launch ``blocks`` persistent blocks."""
+        q, k, v = (self._operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
+        o = self._operand("O", mO, self.lay.copy_out)
+        self.kernel(q, k, v, o, mLSE, values, tiles).launch(
+            grid=[blocks, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
+        )
+
+    def _operand(self, name, m, copy) -> Operand:
+        op, tile = copy(name, self.config)
+        layout = cute.select(self.lay.smem_layout(name, self.config), mode=[0, 1])
+        atom, coordinates = cpasync.make_tiled_tma_atom(op, m, layout, tile)
+        return Operand(atom, coordinates)
+
+    # ---- kernel ----------------------------------------------------------------------------------------------------
+
+    @cute.kernel
+    def kernel(self, q: Operand, k: Operand, v: Operand, o: Operand, mLSE, values: Values, tiles: Tiles):
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            for operand in (q, k, v, o):
+                cpasync.prefetch_descriptor(operand.atom)
+        shared, pipes = self._setup()
+
+        if warp < WARPGROUP // 32:
+            cute.arch.setmaxregister_decrease(self.config.copy_registers)
+            if warp == COPY_K_V_WARP:
+                self._copy_k_v(k, v, shared, pipes, values, tiles)
+            if warp == COPY_Q_WARP:
+                self._copy_q(q, shared, pipes, values, tiles)
+        else:
+            cute.arch.setmaxregister_increase(self.config.mma_registers)
+            self._compute(o, mLSE, shared, pipes, values, tiles)
+
+    def _setup(self):
+        """Allocate shared memory and initialise the barriers."""
+        config, lay = self.config, self.lay
+        smem = cutlass.utils.SmemAllocator()
+
+        def tensor(name):
+            layout = lay.smem_layout(name, config)
+            return smem.allocate_tensor(lay.element(config), layout.outer, lay.SMEM_ALIGN, layout.inner)
+
+        def over(name, other):
+            layout = lay.smem_layout(name, config)
+            return cute.make_tensor(cute.recast_ptr(other.iterator, layout.inner), layout.outer)
+
+        q_name = "Q" if config.separate_o or config.tile_d >= config.tile_dv else "O"
+        first = tensor(q_name)
+        sQ = first if q_name == "Q" else over("Q", first)
+        sK, sV = tensor("K"), tensor("V")
+        sO = tensor("O") if config.separate_o else over("O", first)
+
+        def pipe(stages, consumer_warps, bytes):
+            return pipeline.PipelineTmaAsync.create(
+                num_stages=stages,
+                producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+                consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps),
+                tx_count=bytes,
+                barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
+                defer_sync=True,
+            )
+
+        slot = {name: lay.slot_bytes(name, config) for name in "QKV"}
+        pipes = Pipelines(
+            q=pipe(self.warpgroups, WARPGROUP // 32, slot["Q"]),
+            k=pipe(config.stages, config.mma_warps, slot["K"]),
+            v=pipe(config.stages, config.mma_warps, slot["V"]),
+        )
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return Shared(sQ, sK, sV, sO), pipes
+
+    # ---- copying warps ---------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _copy_q(self, q: Operand, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
+        """One warp: each query tile's rows, 64 for each computing warpgroup."""
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            m_block, head, _, batch = tiles.coordinates(position)
+            if KeyTiles.of(values, self.problem, m_block, self.config).count > 0:
+                tQgQ, tQsQ = self._partition(q, shared.q, head, batch, Int32(0))
+                for w in cutlass.range_constexpr(self.warpgroups):
+                    pipes.q.producer_acquire(state)
+                    self._copy(q, tQgQ[None, m_block * self.warpgroups + w], tQsQ, pipes.q, state)
+                    state.advance()
+            turn += 1
+            position = tiles.position(turn)
+
+    @cute.jit
+    def _copy_k_v(self, k: Operand, v: Operand, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
+        """One warp: the K and V tiles of each query tile, last keys first, K one tile ahead of V."""
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            m_block, _, head_kv, batch = tiles.coordinates(position)
+            keys = KeyTiles.of(values, self.problem, m_block, self.config)
+            tKgK, tKsK = self._partition(k, shared.k, head_kv, batch, keys.begin)
+            tVgV, tVsV = self._partition(v, shared.v, head_kv, batch, keys.begin)
+            for i in cutlass.range(keys.count + 1, unroll=1):
+                if i < keys.count:
+                    pipes.k.producer_acquire(k_state)
+                    self._copy(k, tKgK[None, keys.count - 1 - i], tKsK, pipes.k, k_state)
+                    k_state.advance()
+                if i > 0:
+                    pipes.v.producer_acquire(v_state)
+                    self._copy(v, tVgV[None, keys.count - i], tVsV, pipes.v, v_state)
+                    v_state.advance()
+            turn += 1
+            position = tiles.position(turn)
+
+    def _partition(self, operand: Operand, s: cute.Tensor, head, batch, row):
+        """The tiles of one head from ``row`` on, and the slots they go to: ``(copy, tile)`` and ``(copy, slot)``."""
+        g = cute.domain_offset((row, 0), operand.m[None, None, head, batch])
+        g = cute.local_tile(g, cute.product_each(s.shape)[:2], (None, 0))
+        tXsX, tXgX = cpasync.tma_partition(
+            operand.atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
+        )
+        return tXgX, tXsX
+
+    def _copy(self, operand: Operand, source, slots, pipe, state):
+        cute.copy(operand.atom, source, slots[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
+
+    # ---- computing warpgroups --------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _compute(self, o: Operand, mLSE, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
+        """One computing warpgroup: its 64 rows of every query tile of the block."""
+        config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
+        me = self._worker()
+        self._hand_out_first_turn(me)
+        q_phase = Int32(0)
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, config.stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, config.stages)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            m_block, head, _, batch = tiles.coordinates(position)
+            keys = KeyTiles.of(values, self.problem, m_block, config)
+            tile = QueryTile(m_block * config.tile_m + me.warpgroup * rows, keys, values)
+            frag = self._fragments(me, shared)
+            softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2)
+            q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
+            if keys.count > 0:
+                k_state, v_state = self._attend(me, frag, softmax, pipes, (q_state, k_state, v_state), tile)
+            self._normalize(me, frag, softmax, tile, mLSE, (head, batch))
+            self._store_o(me, frag, o, shared.o, (m_block * self.warpgroups + me.warpgroup, head, batch))
+            if keys.count > 0:
+                if cutlass.const_expr(not config.separate_o):
+                    self._wait_for_store(me)  # O lies over Q
+                    pipes.q.consumer_release(q_state)
+                q_phase ^= 1
+            turn += 1
+            position = tiles.position(turn)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def _worker(self) -> Worker:
+        config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
+        index = cute.arch.thread_idx()[0]
+        mma_S, mma_O = self.lay.tiled_mma("S", config), self.lay.tiled_mma("O", config)
+        cS = Coordinates.of(mma_S, index % WARPGROUP, (rows, config.tile_n))
+        cO = Coordinates.of(mma_O, index % WARPGROUP, (rows, config.tile_dv))
+        return Worker(cute.arch.make_warp_uniform(index // WARPGROUP - 1), mma_S, mma_O, cS, cO)
+
+    def _fragments(self, me: Worker, shared: Shared) -> Fragments:
+        config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
+        S, O = me.mma_S.get_slice(0), me.mma_O.get_slice(0)  # noqa: E741
+        acc_O = cute.make_rmem_tensor(O.partition_shape_C((rows, config.tile_dv)), Float32)
+        acc_O.fill(0.0)
+        sVt = cute.make_tensor(shared.v.iterator, cute.select(shared.v.layout, mode=[1, 0, 2]))  # (tile_dv, tile_n, stage)
+        return Fragments(
+            tSrQ=S.make_fragment_A(S.partition_A(shared.q[None, None, me.warpgroup])),
+            tSrK=S.make_fragment_B(S.partition_B(shared.k)),
+            tOrV=O.make_fragment_B(O.partition_B(sVt)),
+            tOrP=cute.make_rmem_tensor(O.partition_shape_A((rows, config.tile_n)), self.lay.element(config)),
+            acc_O=acc_O,
+            rescale=cute.make_rmem_tensor(cute.size(rows_columns(acc_O), mode=[0]), Float32),
+        )
+
+    @cute.jit
+    def _attend(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, states, tile: QueryTile):
+        """All key tiles of one query tile, from the last to the first. Returns K's and V's pipeline states."""
+        q_state, k_state, v_state = states
+        keys = tile.keys
+        pipes.q.consumer_wait(q_state)
+
+        # The first tile has nothing to overlap with yet.
+        top = keys.count - 1
+        pipes.k.consumer_wait(k_state)
+        acc_S = self._scores(me, frag, k_state)
+        warpgroup.wait_group(0)
+        pipes.k.consumer_release(k_state)
+        k_state.advance()
+        self._softmax(me, frag, softmax, acc_S, tile, top, masked=(top >= keys.whole_end) | (top < keys.whole_begin))
+        self._probabilities(frag, acc_S)
+        frag.rescale.fill(0.0)  # of an O that holds nothing yet
+
+        states = (k_state, v_state)
+        if cutlass.const_expr(self.problem.bounded_right):
+            for i in cutlass.range(top - keys.whole_end, unroll=1):
+                states = self._step(me, frag, softmax, pipes, states, tile, (top - 1 - i, True))
+        whole_end = cutlass.min(top, keys.whole_end)
+        for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
+            states = self._step(me, frag, softmax, pipes, states, tile, (whole_end - 1 - i, False))
+        if cutlass.const_expr(self.problem.bounded_left):
+            left_end = cutlass.min(top, keys.whole_begin)
+            for i in cutlass.range(left_end, unroll=1):
+                states = self._step(me, frag, softmax, pipes, states, tile, (left_end - 1 - i, True))
+        k_state, v_state = states
+
+        if cutlass.const_expr(self.config.separate_o):
+            pipes.q.consumer_release(q_state)
+        if cutlass.const_expr(self.config.rescale_early):
+            scale_rows(rows_columns(frag.acc_O), frag.rescale)
+        pipes.v.consumer_wait(v_state)
+        self._gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
+        warpgroup.wait_group(0)
+        pipes.v.consumer_release(v_state)
+        v_state.advance()
+        return k_state, v_state
+
+    @cute.jit
+    def _step(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, states, tile: QueryTile, n):
+        """Scores and softmax of key tile ``n``, while the tensor cores add the tile before it to O."""
+        k_state, v_state = states
+        n, masked = n
+        pipes.k.consumer_wait(k_state)
+        self._wait_for_turn(me)
+        acc_S = self._scores(me, frag, k_state)
+        if cutlass.const_expr(self.config.rescale_early):
+            scale_rows(rows_columns(frag.acc_O), frag.rescale)
+        pipes.v.consumer_wait(v_state)
+        self._gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
+        self._pass_turn(me)
+        warpgroup.wait_group(1)
+        pipes.k.consumer_release(k_state)
+        k_state.advance()
+        self._softmax(me, frag, softmax, acc_S, tile, n, masked)
+        self._exponentials_first(softmax)
+        warpgroup.wait_group(0)
+        pipes.v.consumer_release(v_state)
+        v_state.advance()
+        self._probabilities(frag, acc_S)
+        if cutlass.const_expr(not self.config.rescale_early):
+            scale_rows(rows_columns(frag.acc_O), frag.rescale)
+        return k_state, v_state
+
+    def _scores(self, me: Worker, frag: Fragments, k_state):
+        """Issue S = Q·Kᵀ; the caller waits."""
+        shape = me.mma_S.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, self.config.tile_n))
+        acc_S = cute.make_rmem_tensor(shape, Float32)
+        self._gemm(me.mma_S, acc_S, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], accumulate=False)
+        return acc_S
+
+    @cute.jit
+    def _gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
+        """Issue ``acc (+)= A·B`` as one group of warpgroup MMAs."""
+        warpgroup.fence()
+        atom = cute.make_mma_atom(mma.op)
+        atom.set(warpgroup.Field.ACCUMULATE, accumulate)
+        for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
+            cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
+            atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def _softmax(self, me: Worker, frag: Fragments, softmax: Softmax, acc_S, tile: QueryTile, n: Int32, masked):
+        origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
+        scores = rows_columns(acc_S)
+        apply_rules(scores, me.cS, origin, tile.values, self.problem, masked)
+        softmax.step(scores, frag.rescale)
+
+    @cute.jit
+    def _exponentials_first(self, softmax: Softmax):
+        """Keep ptxas from sinking the exponentials below the wait for P·V that follows, where they would no longer
+        overlap it. A store may not cross that wait; this one's predicate needs the row sums and so every exponential,
+        and is never true."""
+        total = softmax.row_sum[0]
+        for r in cutlass.range_constexpr(1, cute.size(softmax.row_sum)):
+            total += softmax.row_sum[r]
+        cute.arch.inline_ptx(
+            "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, {$r0}, 0f00000000; @p st.volatile.shared.f32 [a], {$r0}; }",
+            read_only_args=[total],
+        )
+
+    def _probabilities(self, frag: Fragments, acc_S):
+        """Round P to the operands' dtype, one MMA's worth at a time so that conversions pair up."""
+        p = as_operand_a(acc_S)
+        for k in range(cute.size(p, mode=[2])):
+            frag.tOrP[None, None, k].store(p[None, None, k].load().to(frag.tOrP.element_type))
+
+    # ---- turns on the tensor cores ---------------------------------------------------------------------------------
+
+    @cute.jit
+    def _hand_out_first_turn(self, me: Worker):
+        if cutlass.const_expr(self.config.ping_pong):
+            if me.warpgroup == self.warpgroups - 1:
+                self._pass_turn(me)
+
+    @cute.jit
+    def _wait_for_turn(self, me: Worker):
+        if cutlass.const_expr(self.config.ping_pong):
+            cute.arch.barrier(barrier_id=TURN_BARRIER + me.warpgroup, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def _pass_turn(self, me: Worker):
+        if cutlass.const_expr(self.config.ping_pong):
+            after = (me.warpgroup + 1) % self.warpgroups
+            cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + after, number_of_threads=2 * WARPGROUP)
+
+    # ---- epilogue --------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _normalize(self, me: Worker, frag: Fragments, softmax: Softmax, tile: QueryTile, mLSE, where):
+        """O /= row_sum, and the log-sum-exp where it is asked for."""
+        normalize, lse = cute.make_rmem_tensor_like(frag.rescale), cute.make_rmem_tensor_like(frag.rescale)
+        softmax.finish(normalize, lse)
+        scale_rows(rows_columns(frag.acc_O), normalize)
+        if cutlass.const_expr(self.problem.return_lse):
+            store_lse(mLSE[None, where[0], where[1]], lse, me.cO.thread, tile.row_first, tile.values.seqlen_q)
+
+    @cute.jit
+    def _store_o(self, me: Worker, frag: Fragments, o: Operand, sO: cute.Tensor, where):
+        """Registers → shared memory → global memory, a warpgroup's rows by one TMA store."""
+        block, head, batch = where
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        self._wait_for_store(me)
+        rO = converted(frag.acc_O, sO.element_type)
+        copy = self.lay.store_accumulator(self.config).get_slice(thread)
+        cute.copy(copy, copy.retile(rO), copy.partition_D(sO[None, None, me.warpgroup]))
+        cute.arch.fence_view_async_shared()
+        self._gather(me)
+        if thread < 32:
+            g = cute.local_tile(o.m[None, None, head, batch], cute.product_each(sO.shape)[:2], (None, 0))
+            tOsO, tOgO = cpasync.tma_partition(
+                o.atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(g, 0, 2)
+            )
+            cute.copy(o.atom, tOsO[None, me.warpgroup], tOgO[None, block])
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def _wait_for_store(self, me: Worker):
+        """Until the warpgroup's last store has read its shared memory, for all its threads."""
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        self._gather(me)
+
+    def _gather(self, me: Worker):
+        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + me.warpgroup, number_of_threads=WARPGROUP)

@@ -1,0 +1,76 @@
+"""Masks and score rules, each written once: the same functions run on torch tensors in the reference and on the DSL's
+values inside a kernel.
+
+They use operators only. What operators can't say (a maximum, a power of two) comes in as ``ops``: the reference passes
+:class:`HostOps`, the kernels ``cute_attn.mainloop.common.DeviceOps``.
+
+**The band.** There is one mask. Query ``row`` is aligned with key ``row + shift``, ``shift = seqlen_k − seqlen_q``, so
+that the last query is aligned with the last key (bottom-right). It sees the keys ``col`` with
+
+    row + shift − left ≤ col ≤ row + shift + right,          0 ≤ col < seqlen_k.
+
+``causal`` is ``right = 0``; a window bounds one or both sides; an unbounded side is ``None``. With ``lo = shift − left``
+and ``hi = shift + right`` this is ``row + lo ≤ col ≤ row + hi``.
+
+**The softcap** bounds a scaled score: ``cap · tanh(score / cap)`` (Gemma 2, arXiv:2408.00118, §2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+
+
+class HostOps:
+    """The non-operator functions for Python ints and torch tensors."""
+
+    max = staticmethod(max)
+    min = staticmethod(min)
+
+    @staticmethod
+    def exp2(x):
+        return x.exp2()
+
+
+@dataclass(frozen=True)
+class Band:
+    """The visible band ``row + lo ≤ col ≤ row + hi``; ``None`` is an unbounded side. Ints or the DSL's Int32."""
+
+    lo: Any
+    hi: Any
+
+    def key_range(self, row_first, row_last, seqlen_k, ops):
+        """``(begin, end)``: outside these keys the rows ``row_first … row_last`` see nothing.
+
+        For a single row (``row_first = row_last``) these are just the keys it sees: this is the mask.
+        """
+        begin = row_first * 0 if self.lo is None else ops.max(row_first + self.lo, 0)
+        end = seqlen_k if self.hi is None else ops.min(row_last + self.hi + 1, seqlen_k)
+        return begin, end
+
+    def whole_range(self, row_first, row_last, seqlen_k, ops):
+        """``(begin, end)``: every one of the rows ``row_first … row_last`` sees every key in it, so no mask is needed."""
+        begin = row_first * 0 if self.lo is None else ops.max(row_last + self.lo, 0)
+        end = seqlen_k if self.hi is None else ops.min(row_first + self.hi + 1, seqlen_k)
+        return begin, end
+
+
+def softcap_log2(score, scale_by_cap, ops):
+    """``tanh(score · scale / cap)``, which ``cap · log2 e`` then turns into a capped score in base 2.
+
+    ``tanh x = 1 − 2 / (1 + e^{2x})``: exact to a few units in the last place of float32 for every x, where the
+    hardware's approximate tanh is off by 2⁻¹¹, more than a bf16 result forgives.
+    """
+    return 1.0 - 2.0 / (1.0 + ops.exp2(score * (2.0 * LOG2_E) * scale_by_cap))
+
+
+def score_scales(scale: float, softcap: float) -> tuple[float, float]:
+    """``(scale_log2, scale_by_cap)``: a raw score s becomes ``s · scale_log2`` in base 2, or, under a softcap,
+    ``softcap_log2(s, scale_by_cap) · scale_log2``."""
+    if softcap > 0.0:
+        return softcap * LOG2_E, scale / softcap
+    return scale * LOG2_E, 0.0

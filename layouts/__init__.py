@@ -1,0 +1,31 @@
+"""Layouts of every supported GPU: the registry, from a compute capability to its module. ``base`` documents the contract.
+
+Nothing here imports the DSL until a layout is asked for.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import sm90
+from .base import Config, Gpu
+
+MODULES: list[ModuleType] = [sm90]
+
+
+def family(config: Config) -> ModuleType:
+    """The family module that lays out a config's operands."""
+    return for_target(config.target).MECHANISMS[config.mechanism]
+
+
+def for_target(target: str) -> ModuleType:
+    """The GPU module of a compiler target such as ``"sm_90a"``."""
+    for module in MODULES:
+        if target in module.GPU.targets.values():
+            return module
+    raise ValueError(f"target is {target!r}; known ones are {', '.join(known_targets())}")
+
+
+def known_targets() -> list[str]:
+    """Every compiler target some module serves."""
+    return sorted({t for module in MODULES for t in module.GPU.targets.values()})

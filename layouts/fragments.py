@@ -1,0 +1,35 @@
+"""Views of accumulator fragments, common to ``mma.sync`` and warpgroup MMA.
+
+Both hold an accumulator tile as ``((2, 2, N), M, N')``: within a thread, the first 2 runs along a row, the second steps
+down 8 rows, and ``N`` (warpgroup MMA only; one instruction is N × 8 columns wide) and ``N'`` go on along the row.
+The four threads of a quad share a row.
+"""
+
+from __future__ import annotations
+
+from cutlass import cute
+
+THREADS_PER_ROW = 4
+
+
+def rows_columns(acc: cute.Tensor) -> cute.Tensor:
+    """The accumulator as ``(rows of this thread, columns of this thread)``."""
+    (pair, half, *wide), m, n = acc.layout.shape
+    (pair_s, half_s, *wide_s), m_s, n_s = acc.layout.stride
+    layout = cute.make_layout(
+        ((half, m), (pair, *wide, n)),
+        stride=((half_s, m_s), (pair_s, *wide_s, n_s)),
+    )
+    return cute.make_tensor(acc.iterator, layout)
+
+
+def as_operand_a(acc: cute.Tensor) -> cute.Tensor:
+    """The accumulator of S as the A operand ``((2, 2, 2), M, K)`` of P·V: same thread, same rows, 16 columns an MMA."""
+    (pair, half, *wide), m, n = acc.layout.shape
+    (pair_s, half_s, *wide_s), m_s, n_s = acc.layout.stride
+    columns, stride = (wide[0], wide_s[0]) if wide else (n, n_s)
+    layout = cute.make_layout(
+        ((pair, half, 2), m, columns // 2),
+        stride=((pair_s, half_s, stride), m_s, 2 * stride),
+    )
+    return cute.make_tensor(acc.iterator, layout)
