@@ -6,6 +6,7 @@ import importlib
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from cutlass.cute import runtime
 
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tiles
@@ -50,3 +51,23 @@ def host_function(problem, config):
 
 def _select(m: cute.Tensor, modes: list[int]) -> cute.Tensor:
     return cute.make_tensor(m.iterator, cute.select(m.layout, mode=modes))
+
+
+def fake_arguments(problem) -> tuple:
+    """Stand-ins for :func:`host_function`'s arguments, with every size and stride unknown: the kernel fits all of them.
+
+    Strides are 64-bit, so that offsets past 2³¹ elements are exact, and multiples of 16 bytes but for the contiguous one.
+    """
+    dtype = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[problem.dtype]
+
+    def tensor():
+        shape = (*(cute.sym_int() for _ in range(3)), cute.sym_int(divisibility=8))
+        stride = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
+        return runtime.make_fake_tensor(dtype, shape, stride, assumed_align=16)
+
+    lse = None
+    if problem.return_lse:
+        shape = tuple(cute.sym_int() for _ in range(3))
+        lse = runtime.make_fake_tensor(Float32, shape, (cute.sym_int64(), cute.sym_int64(), 1), assumed_align=4)
+    numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
+    return (tensor(), tensor(), tensor(), tensor(), lse, *numbers, runtime.make_fake_stream())

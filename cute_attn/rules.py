@@ -2,7 +2,7 @@
 values inside a kernel.
 
 They use operators only. What operators can't say (a maximum, a power of two) comes in as ``ops``: the reference passes
-:class:`HostOps`, the kernels ``cute_attn.mainloop.common.DeviceOps``.
+:class:`HostOps` and :class:`TensorOps`, the kernels ``cute_attn.mainloop.common.DeviceOps``.
 
 **The band.** There is one mask. Query ``row`` is aligned with key ``row + shift``, ``shift = seqlen_k − seqlen_q``, so
 that the last query is aligned with the last key (bottom-right). It sees the keys ``col`` with
@@ -26,14 +26,28 @@ LN_2 = math.log(2.0)
 
 
 class HostOps:
-    """The non-operator functions for Python ints and torch tensors."""
+    """The non-operator functions for Python numbers."""
 
     max = staticmethod(max)
     min = staticmethod(min)
+    exp2 = staticmethod(math.exp2)
+
+
+class TensorOps:
+    """The non-operator functions for torch tensors; the bound of a maximum or minimum is a number."""
+
+    @staticmethod
+    def max(x, bound):
+        return x.clamp(min=bound)
+
+    @staticmethod
+    def min(x, bound):
+        return x.clamp(max=bound)
 
     @staticmethod
     def exp2(x):
-        return x.exp2()
+        # Past 2⁶⁴ tanh is 1 in every dtype, and an infinite power would make autograd multiply 0 by inf.
+        return x.clamp(max=64.0).exp2()
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Softmax:
         """After the last tile: writes 1 / l (0 for a row that saw no key) and the natural log-sum-exp of each row."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=THREADS_PER_ROW)
-            seen = total > 0.0
+            seen = total != 0.0  # true for NaN: a NaN in q or in a visible key shows
             safe = total if seen else Float32(1.0)
             normalize[r] = cute.arch.rcp_approx(safe) if seen else Float32(0.0)
             natural = (self.row_max[r] * self.scale_log2 + cute.math.log2(safe, fastmath=True)) * LN_2

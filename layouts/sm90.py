@@ -31,18 +31,28 @@ WGMMA_TABLE = {
 }
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -> registers of a computing, copying thread
 
+# The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
+MMA_SYNC_TABLE = {
+    32: (128, 64, 2, 4, 2),
+    64: (128, 64, 2, 4, 2),
+    96: (128, 64, 2, 4, 2),
+    128: (128, 64, 2, 4, 2),
+    192: (128, 64, 2, 8, 1),
+    256: (128, 64, 2, 8, 1),
+}
 
-def configs(problem, mechanism: str) -> tuple[Config, ...]:
+
+def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     """The configurations for ``problem``, best first."""
     if mechanism == "cp_async":
-        return mma_sync.configs(problem, GPU, "sm_90a")
+        return mma_sync.configs(problem, MMA_SYNC_TABLE, target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)
     edge = problem.bounded_left or problem.bounded_right
     tile_m, tile_n, stages, ping_pong, separate_o, rescale_early = WGMMA_TABLE[max(tile_d, tile_dv), edge]
     mma_registers, copy_registers = REGISTERS[tile_m // 64]
     return (
         Config(
-            target="sm_90a",
+            target=target,
             mechanism=mechanism,
             dtype=problem.dtype,
             tile_m=tile_m,

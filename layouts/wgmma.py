@@ -79,14 +79,14 @@ def copy_in(operand: str, config: Config):
     """The TMA load of one slot of Q, K or V."""
     from cutlass.cute.nvgpu import cpasync
 
-    return cpasync.CopyBulkTensorTileG2SOp(), _shape(operand, config)[:2]
+    return cpasync.CopyBulkTensorTileG2SOp()
 
 
 def copy_out(operand: str, config: Config):
     """The TMA store of one warpgroup's rows of O."""
     from cutlass.cute.nvgpu import cpasync
 
-    return cpasync.CopyBulkTensorTileS2GOp(), _shape(operand, config)[:2]
+    return cpasync.CopyBulkTensorTileS2GOp()
 
 
 def store_accumulator(config: Config):
@@ -98,9 +98,15 @@ def store_accumulator(config: Config):
     return cute.make_tiled_copy_C(atom, tiled_mma("O", config))
 
 
+def tile(operand: str, config: Config) -> tuple[int, int]:
+    """(rows, columns) of one slot of an operand: what one TMA copy moves."""
+    rows, columns, _ = _shape(operand, config)
+    return rows, columns
+
+
 def slot_bytes(operand: str, config: Config) -> int:
     """Bytes one TMA load of Q, K or V brings: padding counts, since TMA fills it with zeros."""
-    rows, columns, _ = _shape(operand, config)
+    rows, columns = tile(operand, config)
     return rows * columns * BYTES
 
 

@@ -63,6 +63,32 @@ class KeyTiles:
         return KeyTiles(begin, count, whole_begin, cutlass.max(whole_end, whole_begin))
 
 
+    def last_is_masked(self):
+        """Whether the last tile, which is the first to be computed, needs a mask."""
+        return (self.count > self.whole_end) | (self.count <= self.whole_begin)
+
+
+@cute.jit
+def walk(step: cutlass.Constexpr, state, keys: KeyTiles, problem: cutlass.Constexpr):
+    """``state = step(state, (n, masked))`` over the key tiles before the last, in descending order.
+
+    Three loops, so that each knows at compile time whether it masks: tiles cut by the right edge, whole tiles, tiles cut
+    by the left edge.
+    """
+    top = keys.count - 1
+    if cutlass.const_expr(problem.bounded_right):
+        for i in cutlass.range(top - keys.whole_end, unroll=1):
+            state = step(state, (top - 1 - i, True))
+    whole_end = cutlass.min(top, keys.whole_end)
+    for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
+        state = step(state, (whole_end - 1 - i, False))
+    if cutlass.const_expr(problem.bounded_left):
+        left_end = cutlass.min(top, keys.whole_begin)
+        for i in cutlass.range(left_end, unroll=1):
+            state = step(state, (left_end - 1 - i, True))
+    return state
+
+
 @dataclass(frozen=True)
 class Coordinates:
     """Where a thread's scores lie in a tile: ``thread`` as (row, column) of each, in the accumulator's layout; ``zero``

@@ -12,6 +12,7 @@ Barriers: each K and V stage and each warpgroup's Q has a full and an empty mbar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
@@ -20,7 +21,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cute_attn import layouts
 from cute_attn.epilogue import converted, store_lse
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
-from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules
+from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import Softmax, scale_rows
 
@@ -108,9 +109,9 @@ class Forward:
         )
 
     def _operand(self, name, m, copy) -> Operand:
-        op, tile = copy(name, self.config)
-        layout = cute.select(self.lay.smem_layout(name, self.config), mode=[0, 1])
-        atom, coordinates = cpasync.make_tiled_tma_atom(op, m, layout, tile)
+        slot = cute.select(self.lay.smem_layout(name, self.config), mode=[0, 1])
+        tile = self.lay.tile(name, self.config)
+        atom, coordinates = cpasync.make_tiled_tma_atom(copy(name, self.config), m, slot, tile)
         return Operand(atom, coordinates)
 
     # ---- kernel ----------------------------------------------------------------------------------------------------
@@ -290,29 +291,19 @@ class Forward:
         keys = tile.keys
         pipes.q.consumer_wait(q_state)
 
-        # The first tile has nothing to overlap with yet.
+        # The last tile comes first, and has nothing to overlap with yet.
         top = keys.count - 1
         pipes.k.consumer_wait(k_state)
         acc_S = self._scores(me, frag, k_state)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(k_state)
         k_state.advance()
-        self._softmax(me, frag, softmax, acc_S, tile, top, masked=(top >= keys.whole_end) | (top < keys.whole_begin))
+        self._softmax(me, frag, softmax, acc_S, tile, top, keys.last_is_masked())
         self._probabilities(frag, acc_S)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
-        states = (k_state, v_state)
-        if cutlass.const_expr(self.problem.bounded_right):
-            for i in cutlass.range(top - keys.whole_end, unroll=1):
-                states = self._step(me, frag, softmax, pipes, states, tile, (top - 1 - i, True))
-        whole_end = cutlass.min(top, keys.whole_end)
-        for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
-            states = self._step(me, frag, softmax, pipes, states, tile, (whole_end - 1 - i, False))
-        if cutlass.const_expr(self.problem.bounded_left):
-            left_end = cutlass.min(top, keys.whole_begin)
-            for i in cutlass.range(left_end, unroll=1):
-                states = self._step(me, frag, softmax, pipes, states, tile, (left_end - 1 - i, True))
-        k_state, v_state = states
+        step = partial(self._step, me, frag, softmax, pipes, tile)
+        k_state, v_state = walk(step, (k_state, v_state), keys, self.problem)
 
         if cutlass.const_expr(self.config.separate_o):
             pipes.q.consumer_release(q_state)
@@ -326,10 +317,10 @@ class Forward:
         return k_state, v_state
 
     @cute.jit
-    def _step(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, states, tile: QueryTile, n):
-        """Scores and softmax of key tile ``n``, while the tensor cores add the tile before it to O."""
+    def _step(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, tile: QueryTile, states, where):
+        """Scores and softmax of a key tile, while the tensor cores add the tile before it to O."""
         k_state, v_state = states
-        n, masked = n
+        n, masked = where
         pipes.k.consumer_wait(k_state)
         self._wait_for_turn(me)
         acc_S = self._scores(me, frag, k_state)

@@ -1,0 +1,153 @@
+"""Cases as data: what is computed, never by whom. Imports nothing heavy, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+
+DIRECTIONS = ("forward", "backward", "both")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem with its sizes.
+
+    ``window`` is ``(left, right)`` in keys to either side of a query's aligned position, −1 for an unbounded side; the
+    last query is aligned with the last key. ``direction`` is what is timed: the forward pass, the backward pass alone,
+    or both in one.
+    """
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    causal: bool = False
+    window: tuple[int, int] | None = None
+    softcap: float = 0.0
+    dtype: str = "bfloat16"
+    direction: str = "forward"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "head_dim_v"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed to measure anything")
+        if self.heads % self.heads_kv:
+            raise ValueError(
+                f"{self.heads} query heads don't divide among {self.heads_kv} key heads; a multiple is needed: "
+                f"try --heads or another --gqa"
+            )
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype is {self.dtype!r}; known: {', '.join(DTYPE_BYTES)}")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction is {self.direction!r}; known: {', '.join(DIRECTIONS)}")
+
+    @property
+    def edges(self) -> tuple[int | None, int | None]:
+        """How far a query sees to the left and to the right of its aligned key; ``None`` is unbounded."""
+        left, right = (None if reach < 0 else reach for reach in self.window or (-1, -1))
+        return left, (0 if self.causal else right)
+
+    @property
+    def label(self) -> str:
+        """A short name that tells the cases of one grid apart: ``forward d128 causal 8k``."""
+        dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
+        parts = [self.direction, dims, "causal" if self.causal else "full", self.lengths]
+        if self.heads != self.heads_kv:
+            parts.append(f"gqa{self.heads // self.heads_kv}")
+        if self.window is not None:
+            parts.append("window{}:{}".format(*self.window))
+        if self.softcap:
+            parts.append(f"softcap{self.softcap:g}")
+        if self.dtype != "bfloat16":
+            parts.append(self.dtype)
+        return " ".join(parts)
+
+    @property
+    def lengths(self) -> str:
+        """The sequence length in words, ``8k``; ``1×8k`` where queries and keys differ."""
+        q, k = short(self.seqlen_q), short(self.seqlen_k)
+        return q if q == k else f"{q}×{k}"
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(fields: dict) -> Case:
+        window = fields.get("window")
+        return Case(**{**fields, "window": None if window is None else tuple(window)})
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Axes whose product is a list of cases.
+
+    ``tokens`` is batch × query length and ``width`` heads × head_dim; both are kept constant along the other axes, so
+    that every cell of a grid moves the same number of bytes. ``batch`` and ``heads`` override them.
+    """
+
+    head_dims: tuple[int, ...] = (64, 128, 256)
+    causal: tuple[bool, ...] = (False, True)
+    seqlens: tuple[int, ...] = (512, 1024, 2048, 8192, 16384)
+    directions: tuple[str, ...] = ("forward",)
+    tokens: int = 16384
+    width: int = 2048
+    batch: int | None = None
+    heads: int | None = None
+    gqa: int = 1
+    seqlen_k: int | None = None
+    head_dim_v: int | None = None
+    window: tuple[int, int] | None = None
+    softcap: float = 0.0
+    dtype: str = "bfloat16"
+
+    def cases(self) -> list[Case]:
+        return [
+            self._case(*point)
+            for point in itertools.product(self.directions, self.head_dims, self.causal, self.seqlens)
+        ]
+
+    def _case(self, direction: str, head_dim: int, causal: bool, seqlen: int) -> Case:
+        for name, value in (("head_dim", head_dim), ("seqlen", seqlen), ("gqa", self.gqa)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; at least 1 is needed")
+        heads = self.heads or max(1, self.width // head_dim)
+        if heads % self.gqa:
+            raise ValueError(f"{heads} heads don't divide into groups of {self.gqa}: try --heads {heads * self.gqa}")
+        return Case(
+            batch=self.batch or max(1, self.tokens // seqlen),
+            seqlen_q=seqlen,
+            seqlen_k=self.seqlen_k or seqlen,
+            heads=heads,
+            heads_kv=heads // self.gqa,
+            head_dim=head_dim,
+            head_dim_v=self.head_dim_v or head_dim,
+            causal=causal,
+            window=self.window,
+            softcap=self.softcap,
+            dtype=self.dtype,
+            direction=direction,
+        )
+
+
+GRIDS = {
+    "full": Grid(),
+    "quick": Grid(head_dims=(128,), seqlens=(512, 2048, 8192)),
+    # Without a GPU only the runner itself is tested, so the cases are as small as still means something.
+    "cpu": Grid(head_dims=(64,), seqlens=(128, 256), tokens=256, width=256),
+}
+# Small tensors: the device is done long before the host has queued the next call.
+HOST_CASE = Case(batch=1, seqlen_q=128, seqlen_k=128, heads=4, heads_kv=4, head_dim=64, head_dim_v=64, causal=True)
+
+
+def short(length: int) -> str:
+    """``8192`` → ``8k``; a length that isn't a multiple of 1,024 stays as it is."""
+    return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else str(length)
+
+
+def length(text: str) -> int:
+    """``8k`` → 8192, ``512`` → 512: the inverse of :func:`short`."""
+    return int(text[:-1]) * 1024 if text.lower().endswith("k") else int(text)

@@ -1,0 +1,253 @@
+"""Who is measured: one short function per peer.
+
+A peer's function gets a case and the tensors ``q``, ``k``, ``v``, each ``(batch, seqlen, heads, head_dim)``, and returns
+what is to be timed: a function without arguments that returns the output. Whatever can be done ahead of a call (imports,
+transposed views, block masks, compilation) belongs in front of it. It raises :class:`Unsupported` for a case that its
+library doesn't compute. To add one, here or in a module named by ``--peers-from``::
+
+    @peer("mine", "what it is, and whose", needs="my_package:attention")
+    def mine(case, q, k, v):
+        from my_package import attention
+        return lambda: attention(q, k, v, causal=case.causal)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.cases import Case
+
+Build = Callable[[Case, Any, Any, Any], Callable[[], Any]]
+
+
+class Unsupported(Exception):
+    """The peer's library doesn't compute this case; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer and when it takes part.
+
+    ``needs`` is ``module:attribute``, imported to see whether it is there. ``devices`` are where it takes part unasked.
+    ``heads_first``: its output is ``(batch, heads, seqlen, head_dim)``. ``slow_start``: it compiles for many seconds per
+    case, so ``--quick`` leaves it out. ``host_only``: it takes part only where the host's cost is measured.
+    """
+
+    name: str
+    about: str
+    build: Build
+    needs: str
+    devices: tuple[str, ...] = ("cuda",)
+    heads_first: bool = False
+    slow_start: bool = False
+    host_only: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.name == "ours" or self.name.startswith("ours_")
+
+    def why_not(self) -> str | None:
+        """Why this peer can't take part, or ``None`` when it can."""
+        module, _, attribute = self.needs.partition(":")
+        try:
+            getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # an extension module built for another torch raises all sorts of things
+            return f"{self.needs} can't be imported: {type(error).__name__}: {error}".splitlines()[0]
+        return None
+
+    def to_bshd(self, tensor: Any) -> Any:
+        """The peer's own layout to ``(batch, seqlen, heads, head_dim)``, or back: the same swap."""
+        return tensor.transpose(1, 2) if self.heads_first else tensor
+
+
+REGISTRY: dict[str, Peer] = {}
+
+
+def peer(name: str, about: str, *, needs: str, **when: Any) -> Callable[[Build], Build]:
+    def register(build: Build) -> Build:
+        REGISTRY[name] = Peer(name, about, build, needs, **when)
+        return build
+
+    return register
+
+
+def choose(
+    names: Iterable[str] | None, device: str, kind: str, *, quick: bool = False
+) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that take part in a kind of measurement, and the missing ones, each with its reason.
+
+    ``names`` asks for exactly these, whatever they take part in by themselves; ``None`` for all that can.
+    """
+    wanted = list(REGISTRY) if names is None else list(dict.fromkeys(names))
+    if unknown := [name for name in wanted if name not in REGISTRY]:
+        raise ValueError(f"no peer is called {', '.join(unknown)}; known: {', '.join(REGISTRY)}")
+    chosen, missing = [], {}
+    for candidate in (REGISTRY[name] for name in wanted):
+        if names is None:
+            if device not in candidate.devices or (candidate.host_only and kind not in ("host", "first")):
+                continue
+            if quick and candidate.slow_start:
+                missing[candidate.name] = "compiles for many seconds per case: left out of --quick, ask for it by --peers"
+                continue
+        reason = candidate.why_not()
+        if reason is None:
+            chosen.append(candidate)
+        else:
+            missing[candidate.name] = reason
+    return chosen, missing
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def _ours(case: Case, q, k, v, **how):
+    from cute_attn.api import attention
+
+    rules = {"causal": case.causal, "window": case.window, "softcap": case.softcap, **how}
+    return lambda: attention(q, k, v, **rules)
+
+
+@peer("ours", "cute_attn.attention, as a user calls it", needs="cute_attn:attention", host_only=True)
+def ours(case, q, k, v):
+    from cute_attn import attention
+
+    rules = {"causal": case.causal, "window": case.window, "softcap": case.softcap}
+    return lambda: attention(q, k, v, **rules)
+
+
+@peer("ours_tma_wgmma", "cute_attn, mechanism tma_wgmma", needs="cute_attn.api:attention")
+def ours_tma_wgmma(case, q, k, v):
+    return _ours(case, q, k, v, mechanism="tma_wgmma")
+
+
+@peer("ours_cp_async", "cute_attn, mechanism cp_async", needs="cute_attn.api:attention")
+def ours_cp_async(case, q, k, v):
+    return _ours(case, q, k, v, mechanism="cp_async")
+
+
+@peer("ours_reference", "cute_attn, the reference in plain torch", needs="cute_attn.api:attention", devices=("cpu",))
+def ours_reference(case, q, k, v):
+    return _ours(case, q, k, v, backend="reference")
+
+
+# --- torch -----------------------------------------------------------------------------------------------------------
+
+
+def _sdpa(case: Case, q, k, v, backend: str | None):
+    """torch's scaled_dot_product_attention, held to one backend; it is heads-first and knows no window or softcap."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if case.window is not None or case.softcap:
+        raise Unsupported("scaled_dot_product_attention has no window and no softcap")
+    if case.causal and case.seqlen_q != case.seqlen_k:
+        raise Unsupported("its causal mask is aligned top-left, another problem where the lengths differ")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    rules = {"is_causal": case.causal, "enable_gqa": case.heads != case.heads_kv}
+    if backend is None:
+        return lambda: scaled_dot_product_attention(q, k, v, **rules)
+    # The context manager costs the host a few µs a call, and any caller who wants one backend pays them.
+    chosen = SDPBackend.__members__[backend]
+
+    def call():
+        with sdpa_kernel(chosen):
+            return scaled_dot_product_attention(q, k, v, **rules)
+
+    return call
+
+
+SDPA = "torch.nn.functional:scaled_dot_product_attention"
+
+
+@peer("torch_flash2", "torch SDPA, FlashAttention-2", needs=SDPA, heads_first=True)
+def torch_flash2(case, q, k, v):
+    return _sdpa(case, q, k, v, "FLASH_ATTENTION")
+
+
+@peer("torch_cudnn", "torch SDPA, cuDNN", needs=SDPA, heads_first=True)
+def torch_cudnn(case, q, k, v):
+    return _sdpa(case, q, k, v, "CUDNN_ATTENTION")
+
+
+@peer("torch_efficient", "torch SDPA, memory-efficient", needs=SDPA, heads_first=True)
+def torch_efficient(case, q, k, v):
+    return _sdpa(case, q, k, v, "EFFICIENT_ATTENTION")
+
+
+@peer("torch_math", "torch SDPA, plain matrix products", needs=SDPA, heads_first=True, devices=("cpu",))
+def torch_math(case, q, k, v):
+    return _sdpa(case, q, k, v, "MATH")
+
+
+@peer("torch_cpu", "torch SDPA, what it picks on the CPU", needs=SDPA, heads_first=True, devices=("cpu",))
+def torch_cpu(case, q, k, v):
+    return _sdpa(case, q, k, v, None)
+
+
+FLEX = "torch.nn.attention.flex_attention:flex_attention"
+
+
+@peer("torch_flex", "torch FlexAttention, compiled", needs=FLEX, heads_first=True, slow_start=True)
+def torch_flex(case, q, k, v):
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.reset()  # each case is a new shape, and torch stops compiling after a handful of them
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    rules: dict[str, Any] = {"enable_gqa": case.heads != case.heads_kv}
+    left, right = case.edges
+    shift = case.seqlen_k - case.seqlen_q
+    reach_left = case.seqlen_q + case.seqlen_k if left is None else left  # a reach past both ends is unbounded
+    reach_right = case.seqlen_q + case.seqlen_k if right is None else right
+
+    def band(b, h, row, col):
+        return (col >= row + shift - reach_left) & (col <= row + shift + reach_right)
+
+    def softcap(score, b, h, row, col):
+        return case.softcap * torch.tanh(score / case.softcap)
+
+    if case.edges != (None, None):
+        rules["block_mask"] = create_block_mask(band, None, None, case.seqlen_q, case.seqlen_k, device=str(q.device))
+    if case.softcap:
+        rules["score_mod"] = softcap
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, **rules)
+
+
+# --- FlashAttention --------------------------------------------------------------------------------------------------
+
+
+def _flash(attention, case: Case, q, k, v, unbounded):
+    """The three packages share their names: softmax_scale, causal, window_size (aligned as ours is), softcap."""
+    window = tuple(unbounded if reach < 0 else reach for reach in case.window or (-1, -1))
+    rules = {"causal": case.causal, "window_size": window, "softcap": case.softcap}
+
+    def call():
+        out = attention(q, k, v, **rules)
+        return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp as well
+
+    return call
+
+
+@peer("flash_attn", "flash_attn, FlashAttention-2", needs="flash_attn:flash_attn_func")
+def flash_attn(case, q, k, v):
+    from flash_attn import flash_attn_func
+
+    return _flash(flash_attn_func, case, q, k, v, unbounded=-1)
+
+
+@peer("fa3", "flash_attn_interface, FlashAttention-3", needs="flash_attn_interface:flash_attn_func")
+def fa3(case, q, k, v):
+    from flash_attn_interface import flash_attn_func
+
+    return _flash(flash_attn_func, case, q, k, v, unbounded=-1)
+
+
+@peer("fa4", "flash_attn.cute, FlashAttention-4", needs="flash_attn.cute:flash_attn_func")
+def fa4(case, q, k, v):
+    from flash_attn.cute import flash_attn_func
+
+    return _flash(flash_attn_func, case, q, k, v, unbounded=None)

@@ -1,0 +1,104 @@
+"""What users call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cute_attn import reference
+from cute_attn.compile import compiled
+from cute_attn.launch import device_target, launch
+from cute_attn.plan import plan
+from cute_attn.problem import check_call, check_tensors_for_gpu, problem_of
+
+BACKENDS = ("auto", "cute", "reference")
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+    mechanism: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact softmax attention, fused: ``softmax(scale · q kᵀ) v`` without the score matrix in memory.
+
+    For each batch and head, with ``s_ij = scale · q_i · k_j``, or ``softcap · tanh(s_ij / softcap)`` under a softcap,
+
+        out_i = Σ_j exp(s_ij − lse_i) · v_j,        lse_i = ln Σ_j exp(s_ij),
+
+    where j runs over the keys that query i sees. Query i is aligned with key ``i + seqlen_k − seqlen_q``: the last query
+    with the last key (**bottom-right**), as in flash-attn, also when the lengths differ. It sees the keys from ``left``
+    before to ``right`` after that position. A query that sees no key gives zeros and an lse of −inf.
+
+    Args:
+        q: ``(batch, seqlen_q, heads, head_dim)``. Any strides with the last dimension contiguous; on the GPU, strides and
+            address are multiples of 16 bytes. A transposed ``(batch, heads, seqlen, head_dim)`` tensor is not copied.
+        k: ``(batch, seqlen_k, heads_kv, head_dim)``. ``heads`` is a multiple of ``heads_kv``; query head h reads key head
+            ``h // (heads / heads_kv)`` (grouped-query attention; one key head is multi-query attention).
+        v: ``(batch, seqlen_k, heads_kv, head_dim_v)``.
+        scale: of the scores; ``None`` is 1/√head_dim.
+        causal: no query sees past its aligned key: the same as ``right = 0``.
+        window: ``(left, right)``, how many keys before and after its aligned one a query sees; ``None`` or −1 is unbounded.
+        softcap: bounds scores to ±softcap; 0 is none.
+        return_lse: return ``(out, lse)``.
+        backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device and
+            differentiable), or ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
+        mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.
+
+    dtypes: float16 and bfloat16 on the GPU (products in float32), these, float32 and float64 in the reference. Head dims
+    on the GPU: multiples of 8 up to 256, for q/k and v separately.
+
+    Returns:
+        ``out``, ``(batch, seqlen_q, heads, head_dim_v)`` in q's dtype; with ``return_lse`` also ``lse``,
+        ``(batch, heads, seqlen_q)``, float32 (float64 for float64 inputs), natural logarithm.
+
+    Raises:
+        TypeError: an argument of a wrong kind.
+        ValueError: shapes, dtypes, devices, strides, alignment or values that don't fit.
+        NotImplementedError: a GPU without kernels, a missing DSL, or gradients asked of the kernels, which have no
+            backward yet.
+
+    Algorithm: FlashAttention (Dao et al., arXiv:2205.14135; on Hopper arXiv:2407.08608).
+    """
+    call = check_call(q, k, v, scale=scale, causal=causal, window=window, softcap=softcap)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; one of {', '.join(map(repr, BACKENDS))} is needed")
+    if backend == "reference" or (backend == "auto" and not q.is_cuda):
+        out, lse = reference.attention(q, k, v, call)
+        return (out, lse) if return_lse else out
+    if not q.is_cuda:
+        raise ValueError(
+            f"backend is 'cute' and the tensors lie on {q.device}; the kernels need CUDA tensors: "
+            f"try .cuda(), or backend='auto'"
+        )
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise NotImplementedError(
+            "gradients are asked for and the kernels have no backward yet: "
+            "call under torch.no_grad(), detach the inputs, or use backend='reference'"
+        )
+    out, lse = _forward(q, k, v, call, return_lse, mechanism)
+    return (out, lse) if return_lse else out
+
+
+def _forward(q, k, v, call, return_lse: bool, mechanism: str | None):
+    """Plan, compile or look up, and launch. Allocates the outputs and nothing else."""
+    check_tensors_for_gpu(q, k, v)
+    out = torch.empty((call.batch, call.seqlen_q, call.heads, call.head_dim_v), dtype=q.dtype, device=q.device)
+    lse = torch.empty((call.batch, call.heads, call.seqlen_q), dtype=torch.float32, device=q.device) if return_lse else None
+    if call.empty:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+        return out, lse
+    problem = problem_of(q.dtype, call, return_lse)
+    config = plan(problem, device_target(q.device.index), mechanism)
+    launch(compiled(problem, config), config, call, q, k, v, out, lse)
+    return out, lse

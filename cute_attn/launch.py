@@ -1,0 +1,57 @@
+"""From torch's tensors to a kernel on the caller's device and stream, through cuda-python.
+
+Nothing here synchronises, and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from cute_attn import rules
+from cute_attn.layouts import target_of
+from cute_attn.layouts.base import Config
+from cute_attn.problem import Call
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: int) -> int:
+    """Streaming multiprocessors of a device."""
+    from cuda.bindings import runtime
+
+    error, count = runtime.cudaDeviceGetAttribute(runtime.cudaDeviceAttr.cudaDevAttrMultiProcessorCount, device)
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise RuntimeError(f"CUDA can't tell device {device}'s multiprocessors ({error.name}): is it visible to the process?")
+    return count
+
+
+@lru_cache(maxsize=64)
+def device_target(device: int) -> str:
+    """The compiler's target of a device. Raises ``NotImplementedError`` for a GPU that no layouts module serves."""
+    return target_of(torch.cuda.get_device_capability(device))
+
+
+def launch(function: Callable, config: Config, call: Call, q, k, v, out, lse) -> None:
+    """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
+    device = q.device.index
+    scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
+    arguments = (
+        q,
+        k,
+        v,
+        out,
+        lse,
+        call.left or 0,
+        call.right or 0,
+        scale_log2,
+        scale_by_cap,
+        multiprocessors(device) * config.blocks_per_multiprocessor,
+        torch._C._cuda_getCurrentRawStream(device),
+    )
+    if torch._C._cuda_getDevice() == device:
+        function(*arguments)
+    else:
+        with torch.cuda.device(device):
+            function(*arguments)

@@ -1,0 +1,273 @@
+"""Forward attention with cp.async copies and mma.sync (Ampere, Ada, consumer Blackwell; it runs on Hopper too).
+
+Every warp copies, multiplies and takes its own rows' softmax. K and V tiles go round a ring of stages: while tile i is
+computed, tile i + stages − 1 is on its way, and one barrier a tile both publishes tile i and frees the slot of tile i − 1.
+The blocks are as many as there are query tiles; the hardware hands the next one to whichever multiprocessor is free. This
+is FlashAttention-2's loop (arXiv:2307.08691) on a deeper ring.
+
+Rows past the end of K and V are read as the last row instead: a mask hides what they score, and what they weigh (0) times
+a value the sequence really holds is 0. So no copy needs a predicate on its row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import cutlass
+from cutlass import Float32, Int32, cute
+
+from cute_attn import layouts
+from cute_attn.epilogue import converted, store_lse
+from cute_attn.layouts.fragments import as_operand_a, rows_columns
+from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
+from cute_attn.scheduler import Tiles
+from cute_attn.softmax import Softmax, scale_rows
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One operand on its way from global to shared memory: this thread's part of it."""
+
+    copy: cute.TiledCopy
+    m: cute.Tensor  # (seqlen, head_dim): one head
+    tXsX: cute.Tensor  # (16 bytes, rows, columns[, stage])
+    tXcX: cute.Tensor  # (16 bytes, rows, columns): coordinates within the tile
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand on its way from shared memory to an MMA's registers."""
+
+    copy: cute.TiledCopy
+    source: cute.Tensor  # (copy, rows, K[, stage]): shared memory
+    into: cute.Tensor  # (copy, rows, K): the fragment as ldmatrix writes it
+    fragment: cute.Tensor  # (MMA, rows, K): the same registers as the MMA reads them
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Both products' operands."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    mma_S: cute.TiledMma
+    mma_O: cute.TiledMma
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the key tiles accumulate into."""
+
+    acc_O: cute.Tensor
+    rescale: cute.Tensor  # (rows): the factor that a step asks of O
+    softmax: Softmax
+
+
+@dataclass(frozen=True)
+class QueryTile:
+    """The rows a block computes, and the key tiles they see."""
+
+    row_first: Int32
+    cS: Coordinates
+    keys: KeyTiles
+    values: Values
+
+
+class Forward:
+    """The kernel of one (problem, config)."""
+
+    def __init__(self, problem, config):
+        self.problem, self.config = problem, config
+        self.lay = layouts.family(config)
+
+    @cute.jit
+    def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
+        """Launch a block for each query tile; ``blocks``, what the GPU holds at once, is the hardware's business here."""
+        self.kernel(mQ, mK, mV, mO, mLSE, values, tiles).launch(
+            grid=[tiles.count(), 1, 1],
+            block=[self.config.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=self.config.blocks_per_multiprocessor,
+            preferred_smem_carveout=100,  # per cent; left out, the DSL asks a GPU that need not be there
+        )
+
+    @cute.kernel
+    def kernel(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles):
+        config, lay = self.config, self.lay
+        thread = cute.arch.thread_idx()[0]
+        m_block, head, head_kv, batch = tiles.coordinates(tiles.position(Int32(0)))
+        keys = KeyTiles.of(values, self.problem, m_block, config)
+        row_first = m_block * config.tile_m
+
+        sQ, sK, sV, sO = self._shared()
+        q = self._stream("Q", mQ[None, None, head, batch], sQ, thread)
+        k = self._stream("K", mK[None, None, head_kv, batch], sK, thread)
+        v = self._stream("V", mV[None, None, head_kv, batch], sV, thread)
+        mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
+        acc_O = cute.make_rmem_tensor(mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
+        acc_O.fill(0.0)
+        rows = rows_columns(acc_O)
+        rescale = cute.make_rmem_tensor(cute.size(rows, mode=[0]), Float32)
+        softmax = Softmax.start(cute.size(rescale), values.scale_log2)
+        cS = Coordinates.of(mma_S, thread, (config.tile_m, config.tile_n))
+        cO = Coordinates.of(mma_O, thread, (config.tile_m, config.tile_dv))
+
+        if keys.count > 0:
+            operands = Operands(
+                q=self._operand("Q", mma_S, sQ, thread),
+                k=self._operand("K", mma_S, sK, thread),
+                v=self._operand("V", mma_O, cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2])), thread),
+                mma_S=mma_S,
+                mma_O=mma_O,
+            )
+            self._clear_padding(q, k)
+            self._copy(q, q.tXsX, row_first, values.seqlen_q, self.problem.head_dim)
+            for slot in cutlass.range_constexpr(config.stages - 1):
+                self._copy_pair(k, v, keys, keys.count - 1 - slot, slot, values)
+            output = Output(acc_O, rescale, softmax)
+            step = partial(self._step, operands, (k, v), output, QueryTile(row_first, cS, keys, values))
+            slot = step(Int32(0), (keys.count - 1, keys.last_is_masked()))
+            walk(step, slot, keys, self.problem)
+
+        lse = cute.make_rmem_tensor_like(rescale)
+        softmax.finish(rescale, lse)
+        scale_rows(rows, rescale)
+        if cutlass.const_expr(self.problem.return_lse):
+            store_lse(mLSE[None, head, batch], lse, cO.thread, row_first, values.seqlen_q)
+        self._store_o(acc_O, sO, mO[None, None, head, batch], row_first, values.seqlen_q)
+
+    # ---- setup -----------------------------------------------------------------------------------------------------
+
+    def _shared(self):
+        """Q ``(tile_m, tile_d)``, K and V ``(tile_n, tile_d, stage)``, and O, which lies over Q."""
+        config, lay = self.config, self.lay
+        smem = cutlass.utils.SmemAllocator()
+
+        def tensor(name):
+            layout = lay.smem_layout(name, config)
+            return smem.allocate_tensor(lay.element(config), layout.outer, lay.SMEM_ALIGN, layout.inner)
+
+        def over(name, other):
+            layout = lay.smem_layout(name, config)
+            return cute.make_tensor(cute.recast_ptr(other.iterator, layout.inner), layout.outer)
+
+        if config.tile_d >= config.tile_dv:
+            sQ = tensor("Q")
+            sO = over("O", sQ)
+        else:
+            sO = tensor("O")
+            sQ = over("Q", sO)
+        return sQ, tensor("K"), tensor("V"), sO
+
+    def _stream(self, name: str, m: cute.Tensor, s: cute.Tensor, thread) -> Stream:
+        part = self.lay.copy_in(name, self.config).get_slice(thread)
+        identity = cute.make_identity_tensor(self.lay.tile(name, self.config))
+        return Stream(self.lay.copy_in(name, self.config), m, part.partition_D(s), part.partition_S(identity))
+
+    def _operand(self, name: str, mma: cute.TiledMma, s: cute.Tensor, thread) -> Operand:
+        part = mma.get_slice(thread)
+        if name == "Q":
+            fragment = part.make_fragment_A(part.partition_A(s))
+        else:
+            fragment = part.make_fragment_B(part.partition_B(s[None, None, 0]))
+        copy = self.lay.load_operand(name, self.config)
+        return Operand(copy, copy.get_slice(thread).partition_S(s), copy.get_slice(thread).retile(fragment), fragment)
+
+    # ---- copies ----------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _clear_padding(self, q: Stream, k: Stream):
+        """Zero the columns past head_dim of Q and of every K slot, once: no copy ever writes them. (V's only reach
+        columns of O that are not stored.)"""
+        for x in (q, k):
+            for j in cutlass.range_constexpr(cute.size(x.tXcX, mode=[2])):
+                if cutlass.const_expr((j + 1) * self._columns_at_once(x) > self.problem.head_dim):
+                    if x.tXcX[0, 0, j][1] >= self.problem.head_dim:
+                        x.tXsX[None, None, j, *(None,) * (cute.rank(x.tXsX) - 3)].fill(0.0)
+
+    @cute.jit
+    def _copy_pair(self, k: Stream, v: Stream, keys: KeyTiles, n, slot, values: Values):
+        """Start copying key tile ``n`` of K and V, if there is one, to a slot; one group either way."""
+        if n >= 0:
+            row = keys.begin + n * self.config.tile_n
+            self._copy(k, k.tXsX[None, None, None, slot], row, values.seqlen_k, self.problem.head_dim)
+            self._copy(v, v.tXsX[None, None, None, slot], row, values.seqlen_k, self.problem.head_dim_v)
+        cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def _copy(self, x: Stream, into: cute.Tensor, row_first, rows, head_dim: cutlass.Constexpr[int]):
+        """Start this thread's 16-byte copies of one tile. Rows past the end are read as the last one."""
+        for i in cutlass.range_constexpr(cute.size(into, mode=[1])):
+            row = cutlass.min(row_first + x.tXcX[0, i, 0][0], rows - 1)
+            for j in cutlass.range_constexpr(cute.size(into, mode=[2])):
+                column = x.tXcX[0, i, j][1]
+                source = cute.local_tile(x.m, (1, self.lay.VECTOR), (row, column // self.lay.VECTOR))
+                source = cute.make_tensor(source.iterator, into[None, i, j].layout)
+                if cutlass.const_expr((j + 1) * self._columns_at_once(x) <= head_dim):
+                    cute.copy(x.copy, source, into[None, i, j])
+                elif cutlass.const_expr(j * self._columns_at_once(x) < head_dim):
+                    if column < head_dim:
+                        cute.copy(x.copy, source, into[None, i, j])
+
+    def _columns_at_once(self, x: Stream) -> int:
+        """Columns that the threads of one row copy together."""
+        return cute.size(x.copy.tiler_mn[1]) if hasattr(x.copy, "tiler_mn") else 64
+
+    # ---- one key tile ----------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _step(self, operands: Operands, streams, output: Output, tile: QueryTile, slot: Int32, where):
+        """Scores, softmax and P·V of key tile ``n``, while tile ``n − stages + 1`` is on its way. Returns the next slot."""
+        n, masked = where
+        stages, acc_O = self.config.stages, output.acc_O
+        cute.arch.cp_async_wait_group(stages - 2)
+        cute.arch.sync_threads()  # tile n has arrived for every thread; every thread is done with tile n + 1's slot
+        before = (slot + stages - 1) % stages
+        self._copy_pair(streams[0], streams[1], tile.keys, n - (stages - 1), before, tile.values)
+
+        acc_S = cute.make_rmem_tensor(operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
+        acc_S.fill(0.0)
+        q, k, v = operands.q, operands.k, operands.v
+        for i in cutlass.range_constexpr(cute.size(q.fragment, mode=[2])):
+            cute.copy(q.copy, q.source[None, None, i], q.into[None, None, i])
+            cute.copy(k.copy, k.source[None, None, i, slot], k.into[None, None, i])
+            cute.gemm(operands.mma_S, acc_S, q.fragment[None, None, i], k.fragment[None, None, i], acc_S)
+
+        scores = rows_columns(acc_S)
+        origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
+        apply_rules(scores, tile.cS, origin, tile.values, self.problem, masked)
+        output.softmax.step(scores, output.rescale)
+        scale_rows(rows_columns(acc_O), output.rescale)
+
+        p = as_operand_a(acc_S)
+        for i in cutlass.range_constexpr(cute.size(v.fragment, mode=[2])):
+            cute.copy(v.copy, v.source[None, None, i, slot], v.into[None, None, i])
+            p_i = converted(p[None, None, i], v.fragment.element_type)  # just in time: frees two registers for each it takes
+            cute.gemm(operands.mma_O, acc_O, p_i, v.fragment[None, None, i], acc_O)
+        return (slot + 1) % stages
+
+    # ---- epilogue --------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _store_o(self, acc_O: cute.Tensor, sO: cute.Tensor, mO: cute.Tensor, row_first: Int32, seqlen_q: Int32):
+        """Registers → shared memory → global memory, 16 bytes a thread."""
+        thread = cute.arch.thread_idx()[0]
+        into_smem = self.lay.store_accumulator(self.config).get_slice(thread)
+        cute.arch.sync_threads()  # O lies over Q, which other warps may still read
+        cute.copy(into_smem, into_smem.retile(converted(acc_O, sO.element_type)), into_smem.partition_D(sO))
+        cute.arch.sync_threads()
+        copy = self.lay.copy_out("O", self.config)
+        part = copy.get_slice(thread)
+        tOsO = part.partition_S(sO)
+        tOcO = part.partition_S(cute.make_identity_tensor(self.lay.tile("O", self.config)))
+        for i in cutlass.range_constexpr(cute.size(tOsO, mode=[1])):
+            row = row_first + tOcO[0, i, 0][0]
+            for j in cutlass.range_constexpr(cute.size(tOsO, mode=[2])):
+                column = tOcO[0, i, j][1]
+                if row < seqlen_q and column < self.problem.head_dim_v:
+                    into = cute.local_tile(mO, (1, self.lay.VECTOR), (row, column // self.lay.VECTOR))
+                    piece = cute.make_rmem_tensor_like(tOsO[None, i, j])
+                    cute.copy(copy, tOsO[None, i, j], piece)
+                    cute.copy(copy, piece, cute.make_tensor(into.iterator, piece.layout))

@@ -1,0 +1,110 @@
+"""From a problem and a GPU to a configuration: what is possible, what is chosen, and why, in words."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from cute_attn import layouts
+from cute_attn.layouts.base import KIB, Config, Gpu
+from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
+
+
+@lru_cache(maxsize=4096)
+def plan(problem: Problem, target: str, mechanism: str | None = None) -> Config:
+    """The best configuration of ``problem`` on a GPU, given as the compiler's target (``"sm_90a"``).
+
+    ``mechanism`` asks for one by name; ``None`` takes the GPU's best. Raises ``ValueError`` for a target, mechanism or
+    problem that can't work, with the value, the limit and the remedy.
+    """
+    return configs(problem, target, mechanism)[0]
+
+
+def configs(problem: Problem, target: str, mechanism: str | None = None) -> tuple[Config, ...]:
+    """Every configuration that ``problem`` may get on a GPU and that fits it, best first: a handful."""
+    module = layouts.for_target(target)
+    _check_problem(problem)
+    if mechanism is None:
+        mechanism = next(iter(module.MECHANISMS))
+    if mechanism not in module.MECHANISMS:
+        raise ValueError(
+            f"mechanism is {mechanism!r}; {target} has {', '.join(map(repr, module.MECHANISMS))}: pass one of them, or None"
+        )
+    found = tuple(module.configs(problem, mechanism, target))
+    for config in found:
+        check(config, module.GPU)
+    return found
+
+
+def check(config: Config, gpu: Gpu) -> None:
+    """Refuse a configuration that can't run on ``gpu``, before anything is compiled."""
+    family = layouts.family(config)
+    smem = family.smem_bytes(config) * config.blocks_per_multiprocessor
+    limit = gpu.smem_per_block if config.blocks_per_multiprocessor == 1 else gpu.smem_per_multiprocessor
+    if smem > limit:
+        parts = ", ".join(f"{name} {size / KIB:.1f}" for name, size in family.smem_parts(config).items() if size)
+        raise ValueError(
+            f"{config.mechanism} with tiles {config.tile_m}×{config.tile_n} and {config.stages} stages takes "
+            f"{smem / KIB:.1f} KiB of shared memory ({parts}); {gpu.name} has {limit / KIB:.0f} KiB: "
+            f"try a smaller tile_n or fewer stages in layouts/{gpu.name}'s table"
+        )
+    need, have = family.accumulator_registers(config), registers_per_thread(config, gpu)
+    if need > have:
+        raise ValueError(
+            f"{config.mechanism} with tiles {config.tile_m}×{config.tile_n} keeps {need} registers a thread for S, P and O; "
+            f"{gpu.name} gives it {have}: try a smaller tile_n"
+        )
+    if config.threads > gpu.threads_per_block:
+        raise ValueError(
+            f"{config.mechanism} asks for {config.threads} threads a block; {gpu.name} has {gpu.threads_per_block}: "
+            f"try a smaller tile_m"
+        )
+
+
+def registers_per_thread(config: Config, gpu: Gpu) -> int:
+    """Registers a computing thread may use."""
+    if config.mma_registers:
+        return config.mma_registers
+    share = gpu.registers_per_multiprocessor // (config.threads * config.blocks_per_multiprocessor)
+    return min(share // 8 * 8, gpu.registers_per_thread)
+
+
+def explain(problem: Problem, config: Config) -> str:
+    """What was chosen and why, for a person."""
+    module = layouts.for_target(config.target)
+    gpu, family = module.GPU, layouts.family(config)
+    parts = family.smem_parts(config)
+    lines = [
+        f"problem     {problem.dtype}, head_dim {problem.head_dim} (V: {problem.head_dim_v}), {_rules(problem)}, "
+        f"{'with' if problem.return_lse else 'without'} the log-sum-exp",
+        f"GPU         {gpu.name}: {gpu.smem_per_block / KIB:.0f} KiB of shared memory a block",
+        f"mechanism   {config.mechanism}, the "
+        + ("best" if config.mechanism == next(iter(module.MECHANISMS)) else "requested one")
+        + f" of {', '.join(module.MECHANISMS)}",
+        f"tiles       {config.tile_m} queries × {config.tile_n} keys, from layouts/{module.__name__.rsplit('.', 1)[1]}.py; "
+        f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})",
+        f"pipeline    {config.stages} tiles of K and of V in flight; {config.mma_warps} warps compute"
+        + (", 4 more copy (2 busy)" if config.threads > config.mma_threads else " and copy")
+        + (", taking turns on the tensor cores" if config.ping_pong else ""),
+        f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold S, P and O",
+        "shared      "
+        + ", ".join(f"{name} {size / KIB:.1f}" for name, size in parts.items() if size >= KIB)
+        + f" KiB: {family.smem_bytes(config) / KIB:.1f} with alignment"
+        + (f", {config.blocks_per_multiprocessor} blocks a multiprocessor" if config.blocks_per_multiprocessor > 1 else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _rules(problem: Problem) -> str:
+    sides = [side for side in ("left", "right") if getattr(problem, f"bounded_{side}")]
+    band = f"keys bounded on the {' and '.join(sides)}" if sides else "all keys"
+    return band + (", softcap" if problem.softcap else "")
+
+
+def _check_problem(problem: Problem) -> None:
+    for name, head_dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
+        if not 0 < head_dim <= HEAD_DIM_MAX or head_dim % HEAD_DIM_STEP:
+            raise ValueError(
+                f"{name} is {head_dim}; a multiple of {HEAD_DIM_STEP} from {HEAD_DIM_STEP} to {HEAD_DIM_MAX} is needed: pad it"
+            )
+    if problem.dtype not in ("float16", "bfloat16"):
+        raise ValueError(f"dtype is {problem.dtype!r}; 'float16' or 'bfloat16' is needed: convert, or use the reference")

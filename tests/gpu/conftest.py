@@ -1,0 +1,24 @@
+"""GPU tests skip, with the reason, where there is no GPU that a mechanism runs on."""
+
+import pytest
+import torch
+
+from cute_attn import layouts
+
+
+def pytest_collection_modifyitems(items):
+    """Mark every test under tests/gpu, and skip it without a CUDA GPU."""
+    for item in items:
+        if "tests/gpu" in item.path.as_posix():
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+
+
+@pytest.fixture(params=["tma_wgmma", "cp_async"])
+def mechanism(request):
+    """Each mechanism the GPU has."""
+    target = layouts.target_of(torch.cuda.get_device_capability())
+    if request.param not in layouts.for_target(target).MECHANISMS:
+        pytest.skip(f"{target} has no {request.param}")
+    return request.param

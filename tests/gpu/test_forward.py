@@ -1,0 +1,206 @@
+"""The kernels against the oracle, by the policy of tests/support.py, on both mechanisms."""
+
+import math
+
+import pytest
+import torch
+
+from cute_attn import attention
+from tests.support import SHAPES, assert_close, make_qkv
+
+# One kernel each and mechanism: head dims at and between the padded sizes, V's own, both dtypes, every rule.
+KERNELS = [
+    pytest.param(64, 64, torch.bfloat16, {}, id="d64"),
+    pytest.param(64, 64, torch.float16, {"causal": True}, id="d64-causal-fp16"),
+    pytest.param(128, 128, torch.bfloat16, {}, id="d128"),
+    pytest.param(128, 128, torch.bfloat16, {"causal": True}, id="d128-causal"),
+    pytest.param(128, 128, torch.float16, {"causal": True, "softcap": 20.0}, id="d128-causal-softcap-fp16"),
+    pytest.param(256, 256, torch.bfloat16, {"causal": True}, id="d256-causal"),
+    pytest.param(256, 256, torch.float16, {}, id="d256-fp16"),
+    pytest.param(8, 8, torch.float16, {"causal": True}, id="d8-causal-fp16"),
+    pytest.param(96, 96, torch.bfloat16, {"window": (100, 30)}, id="d96-window"),
+    pytest.param(40, 104, torch.bfloat16, {"window": (70, None)}, id="d40-dv104-left"),
+    pytest.param(192, 128, torch.bfloat16, {"causal": True, "window": (300, -1)}, id="d192-dv128-causal-window"),
+    pytest.param(72, 200, torch.float16, {"softcap": 5.0}, id="d72-dv200-softcap-fp16"),
+]
+
+
+def run(q, k, v, mechanism, **rules):
+    return attention(q, k, v, backend="cute", mechanism=mechanism, return_lse=True, **rules)
+
+
+@pytest.mark.parametrize(("d", "dv", "dtype", "rules"), KERNELS)
+@pytest.mark.parametrize("kind", ["gaussian", "peaky"])
+def test_matches_oracle(d, dv, dtype, rules, kind, mechanism):
+    for sq, sk in SHAPES:
+        heads = (2, 2) if max(sq, sk) > 2000 else (6, 2)
+        q, k, v = make_qkv(2, sq, sk, *heads, d, dv, dtype, "cuda", kind=kind, seed=sq + sk)
+        result = run(q, k, v, mechanism, **rules)
+        try:
+            assert_close(result, q, k, v, **rules)
+        except AssertionError as error:
+            raise AssertionError(f"at (seqlen_q, seqlen_k) = ({sq}, {sk}): {error}") from error
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (5, 1)])
+def test_head_groups(heads, mechanism):
+    q, k, v = make_qkv(3, 300, 500, *heads, 128, 128, torch.bfloat16, "cuda")
+    assert_close(run(q, k, v, mechanism, causal=True), q, k, v, causal=True)
+
+
+def test_without_lse_same_output(mechanism):
+    q, k, v = make_qkv(2, 333, 333, 4, 4, 64, 64, torch.bfloat16, "cuda")
+    out, _ = run(q, k, v, mechanism)
+    assert torch.equal(out, attention(q, k, v, mechanism=mechanism))
+
+
+def test_scale(mechanism):
+    q, k, v = make_qkv(1, 200, 200, 2, 2, 128, 128, torch.bfloat16, "cuda")
+    assert_close(run(q, k, v, mechanism, scale=0.3), q, k, v, scale=0.3)
+
+
+def test_strided_inputs_are_read_in_place(mechanism):
+    """Transposed, sliced out of a fused projection, and expanded tensors give the bits of their contiguous copies."""
+    b, s, h, d = 2, 321, 4, 128
+    fused = make_qkv(b, s, s, 3 * h, 3 * h, d, d, torch.bfloat16, "cuda")[0]
+    q, k, v = fused.chunk(3, dim=2)
+    transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    expected = run(q.contiguous(), k.contiguous(), v.contiguous(), mechanism, causal=True)
+    for inputs in ((q, k, v), transposed):
+        for got, want in zip(run(*inputs, mechanism, causal=True), expected, strict=True):
+            assert torch.equal(got, want)
+    one_head = [x[:, :, :1].expand(b, s, h, d) for x in (k, v)]
+    expected = run(q.contiguous(), *(x.contiguous() for x in one_head), mechanism, causal=True)
+    for got, want in zip(run(q, *one_head, mechanism, causal=True), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_past_two_to_the_31_elements(mechanism):
+    """The last batch element starts past 2³¹ elements; it must equal the same data by itself."""
+    b, s, h, d = 3, 256, 2, 128
+    buffers = [torch.empty((b - 1) * (1 << 30) + (1 << 27), dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    q, k, v = (x.as_strided((b, s, h, d), (1 << 30, h * d, d, 1)) for x in buffers)
+    for big, small in zip((q, k, v), make_qkv(b, s, s, h, h, d, d, torch.bfloat16, "cuda"), strict=True):
+        big.copy_(small)
+    got = run(q, k, v, mechanism, causal=True)
+    want = run(q.contiguous(), k.contiguous(), v.contiguous(), mechanism, causal=True)
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
+    assert_close((got[0][-1:], got[1][-1:]), q[-1:].clone(), k[-1:].clone(), v[-1:].clone(), causal=True)
+
+
+@pytest.mark.parametrize("rules", [{}, {"causal": True}, {"window": (40, 20)}], ids=["full", "causal", "window"])
+def test_nan_beyond_the_sequence_changes_nothing(rules, mechanism):
+    """Rows of the same storage past seqlen_q and seqlen_k hold NaN."""
+    b, sq, sk, h, d = 2, 203, 333, 2, 128
+    q, k, v = make_qkv(b, sq, sk, h, h, d, d, torch.bfloat16, "cuda")
+    want = run(q, k, v, mechanism, **rules)
+    poisoned = []
+    for x in (q, k, v):
+        storage = torch.full((b, x.shape[1] + 300, h, d), math.nan, dtype=x.dtype, device="cuda")
+        storage[:, : x.shape[1]] = x
+        poisoned.append(storage[:, : x.shape[1]])
+    for got, expected in zip(run(*poisoned, mechanism, **rules), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_nan_in_unseen_keys_changes_nothing(mechanism):
+    """Keys before every query's window are never read, in K or in V, wherever they fall in a tile."""
+    b, sq, sk, h, d = 2, 100, 700, 2, 128
+    for left in (0, 37, 200):
+        q, k, v = make_qkv(b, sq, sk, h, h, d, d, torch.bfloat16, "cuda")
+        rules = {"causal": True, "window": (left, None)}
+        want = run(q, k, v, mechanism, **rules)
+        first_seen = sk - sq - left
+        k[:, :first_seen] = math.nan
+        v[:, :first_seen] = math.nan
+        for got, expected in zip(run(q, k, v, mechanism, **rules), want, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_nan_in_a_seen_key_shows(mechanism):
+    q, k, v = make_qkv(1, 64, 64, 1, 1, 64, 64, torch.bfloat16, "cuda")
+    k[0, 10] = math.nan
+    assert run(q, k, v, mechanism)[0].isnan().all()
+
+
+def test_outputs_are_all_written(mechanism, monkeypatch):
+    """Outputs that start as NaN end without one."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        return empty(*args, **kwargs).fill_(math.nan)
+
+    q, k, v = make_qkv(2, 257, 129, 3, 3, 96, 40, torch.float16, "cuda")
+    monkeypatch.setattr(torch, "empty", poisoned)
+    out, lse = run(q, k, v, mechanism)
+    assert not out.isnan().any()
+    assert not lse.isnan().any()
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_same_inputs_same_bits(d, mechanism):
+    q, k, v = make_qkv(2, 1000, 1000, 4, 2, d, d, torch.bfloat16, "cuda")
+    out, lse = run(q, k, v, mechanism, causal=True)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        again, lse_again = run(q, k, v, mechanism, causal=True)
+        differing += (again != out).sum() + (lse_again != lse).sum()
+    assert differing.item() == 0
+
+
+def test_runs_on_the_callers_stream(mechanism):
+    """On a second stream, the kernel waits for what that stream did before it and for nothing else."""
+    q, k, v = make_qkv(1, 512, 512, 2, 2, 128, 128, torch.bfloat16, "cuda")
+    want = attention(q, k, v, mechanism=mechanism)
+    stream = torch.cuda.Stream()
+    late_q = torch.full_like(q, math.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late_q.copy_(q)
+        got = attention(late_q, k, v, mechanism=mechanism)
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_captured_in_a_cuda_graph(mechanism):
+    q, k, v = make_qkv(1, 512, 512, 2, 2, 128, 128, torch.bfloat16, "cuda")
+    attention(q, k, v, causal=True, mechanism=mechanism)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(q, k, v, causal=True, mechanism=mechanism)
+    for seed in (1, 2):
+        for x, fresh in zip((q, k, v), make_qkv(1, 512, 512, 2, 2, 128, 128, torch.bfloat16, "cuda", seed=seed), strict=True):
+            x.copy_(fresh)
+        graph.replay()
+        assert torch.equal(out, attention(q, k, v, causal=True, mechanism=mechanism))
+
+
+def test_allocates_outputs_only(mechanism):
+    q, k, v = make_qkv(1, 4096, 4096, 4, 4, 128, 128, torch.bfloat16, "cuda")
+    attention(q, k, v, mechanism=mechanism)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = attention(q, k, v, mechanism=mechanism)
+    assert torch.cuda.max_memory_allocated() - before == out.numel() * out.element_size()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current_one(mechanism):
+    q, k, v = make_qkv(1, 300, 300, 2, 2, 128, 128, torch.bfloat16, "cuda:1")
+    with torch.cuda.device(0):
+        result = run(q, k, v, mechanism, causal=True)
+        assert torch.cuda.current_device() == 0
+    assert result[0].device == q.device
+    assert_close(result, q, k, v, causal=True)
+
+
+def test_gradients_are_refused(mechanism):
+    q, k, v = make_qkv(1, 64, 64, 1, 1, 64, 64, torch.bfloat16, "cuda")
+    q.requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"no backward yet.*reference"):
+        attention(q, k, v, mechanism=mechanism)
+    with torch.no_grad():
+        attention(q, k, v, mechanism=mechanism)

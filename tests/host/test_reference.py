@@ -1,0 +1,394 @@
+"""The reference against float64 attention, what it promises beyond that, and the tolerance that judges it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cute_attn import reference
+from cute_attn.problem import check_call
+from tests import support
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+RULES = [
+    {},
+    {"causal": True},
+    {"window": (40, 70)},
+    {"window": (None, 3)},
+    {"causal": True, "window": (130, -1), "scale": 0.3},
+    # Of the size of the scores: the softcap's rounding error is in proportion to the cap.
+    {"softcap": 2.0},
+    {"causal": True, "softcap": 3.0, "window": (7, None)},
+]
+HEADS = [(2, 2), (4, 2), (3, 1)]  # multi-head, grouped-query, multi-query
+DIMS = [(64, 64), (40, 72), (8, 128), (128, 16), (256, 8)]
+KINDS = ["gaussian", "peaky"]
+
+
+def attend(q, k, v, *, tile_m=128, tile_n=128, scale=None, causal=False, window=None, softcap=0.0):
+    call = check_call(q, k, v, scale=scale, causal=causal, window=window, softcap=softcap)
+    return reference.attention(q, k, v, call, tile_m=tile_m, tile_n=tile_n)
+
+
+def cases():
+    """Every shape with every dtype and rule but for the biggest; heads, head dims and kinds of input take turns."""
+    number = 0
+    for sq, sk in support.SHAPES:
+        big = sq * sk > 1 << 21
+        for rules in RULES[:2] if big else RULES:
+            for dtype in DTYPES:
+                heads = (1, 1) if big else HEADS[number % 3]
+                kind = KINDS[(number + number // 4) % 2]
+                d, dv = DIMS[number % 5]
+                said = "-".join(f"{key}={value}" for key, value in rules.items()) or "full"
+                name = f"{sq}x{sk}-{said}-{str(dtype)[6:]}-heads{heads[0]}:{heads[1]}-d{d}:{dv}-{kind}"
+                yield pytest.param(sq, sk, rules, dtype, heads, d, dv, kind, id=name)
+                number += 1
+
+
+@pytest.mark.parametrize(("sq", "sk", "rules", "dtype", "heads", "d", "dv", "kind"), cases())
+def test_is_attention(sq, sk, rules, dtype, heads, d, dv, kind):
+    batch = 1 if sq * sk > 1 << 16 else 2
+    q, k, v = support.make_qkv(batch, sq, sk, *heads, d, dv, dtype, kind=kind, seed=sq + d)
+    # Scores are summed in float32 also for 16-bit inputs, so the log-sum-exp is judged by that of float32 scores.
+    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    support.assert_close(attend(q, k, v, **rules), q, k, v, **rules, lse_dtype=lse_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [15.0, 50.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_softcaps_of_real_models(dtype, softcap, kind):
+    q, k, v = support.make_qkv(1, 239, 255, 4, 2, 64, 64, dtype, kind=kind)
+    support.assert_close(attend(q, k, v, softcap=softcap), q, k, v, softcap=softcap)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_finite_scale(scale, dtype):
+    q, k, v = support.make_qkv(1, 40, 70, 2, 1, 16, 16, dtype)
+    rules = {"scale": scale, "causal": True}
+    support.assert_close(attend(q, k, v, **rules, tile_n=32), q, k, v, **rules)
+
+
+def test_strides_are_free():
+    q, k, v = support.make_qkv(2, 33, 65, 4, 2, 24, 40)
+    expected = attend(q, k, v, causal=True)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    got = attend(*strided, v.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), causal=True)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# What a row sees. V is the identity, so that the output of a row is its P: the keys it sees have weight.
+
+
+def visible_keys(sq, sk, **rules):
+    q, k = torch.zeros(1, sq, 1, 8), torch.zeros(1, sk, 1, 8)
+    out, lse = attend(q, k, torch.eye(sk)[None, :, None], tile_m=2, tile_n=2, **rules)
+    seen = [set(row.nonzero().flatten().tolist()) for row in out[0, :, 0]]
+    for row, keys in enumerate(seen):
+        assert lse[0, 0, row].item() == pytest.approx(math.log(len(keys))) if keys else lse[0, 0, row] == -math.inf
+    return seen
+
+
+def test_causal_aligns_the_last_query_with_the_last_key():
+    assert visible_keys(2, 5, causal=True) == [{0, 1, 2, 3}, {0, 1, 2, 3, 4}]
+    assert visible_keys(5, 2, causal=True) == [set(), set(), set(), {0}, {0, 1}]
+    assert visible_keys(3, 3, causal=True) == [{0}, {0, 1}, {0, 1, 2}]
+
+
+def test_window_aligns_the_last_query_with_the_last_key():
+    assert visible_keys(2, 5, window=(1, 0)) == [{2, 3}, {3, 4}]
+    assert visible_keys(3, 3, window=(0, 1)) == [{0, 1}, {1, 2}, {2}]
+    assert visible_keys(5, 2, window=(None, 1)) == [set(), set(), {0}, {0, 1}, {0, 1}]
+    assert visible_keys(2, 5, window=(1, -1)) == [{2, 3, 4}, {3, 4}]
+    assert visible_keys(3, 3, window=(1, 2), causal=True) == [{0}, {0, 1}, {1, 2}]
+
+
+def test_lse_is_a_natural_logarithm_in_float32():
+    # 96 equal scores of 3: ln Σ e³ = 3 + ln 96.
+    q = torch.full((1, 4, 2, 16), 0.75, dtype=torch.bfloat16)
+    k = torch.ones(1, 96, 1, 16, dtype=torch.bfloat16)
+    out, lse = attend(q, k, k, scale=0.25)
+    assert out.dtype == torch.bfloat16
+    assert out.shape == (1, 4, 2, 16)
+    assert lse.dtype == torch.float32
+    assert lse.shape == (1, 2, 4)
+    torch.testing.assert_close(lse, torch.full_like(lse, 3 + math.log(96)))
+    assert attend(q.double(), k.double(), k.double())[1].dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 4, 4, 2), (2, 0, 4, 2), (2, 4, 0, 2), (2, 4, 4, 0), (0, 0, 0, 0)])
+def test_sizes_of_zero(shape, dtype):
+    batch, sq, sk, heads = shape
+    q, k, v = (x.requires_grad_() for x in support.make_qkv(batch, sq, sk, heads, heads, 16, 24, dtype))
+    out, lse = attend(q, k, v, causal=True)
+    assert out.shape == (batch, sq, heads, 24)
+    assert lse.shape == (batch, heads, sq)
+    assert out.dtype == dtype
+    assert not out.count_nonzero()
+    assert bool((lse == -math.inf).all())
+    out.sum().backward()
+    for x in (q, k, v):
+        assert x.grad is not None
+        assert not x.grad.count_nonzero()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile_m", [4, 16, 128])  # a whole tile masked, part of one, and all rows in one
+def test_fully_masked_rows_are_zero_with_zero_gradients(dtype, tile_m):
+    q, k, v = (x.requires_grad_() for x in support.make_qkv(1, 50, 20, 2, 1, 16, 16, dtype))
+    out, lse = attend(q, k, v, causal=True, tile_m=tile_m, tile_n=8)
+    assert not out[:, :30].count_nonzero()
+    assert bool((lse[..., :30] == -math.inf).all())
+    assert bool(lse[..., 30:].isfinite().all())
+    (out.float().square().sum() + lse[..., 30:].sum()).backward()
+    for x in (q, k, v):
+        assert bool(x.grad.isfinite().all())
+    assert not q.grad[:, :30].count_nonzero()
+    assert bool(q.grad[:, 31:].abs().amax(-1).all())  # row 30 sees one key: its P is 1 whatever q is
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_that_no_row_of_a_tile_sees_do_not_leak(poison, dtype):
+    # 64 queries are aligned with keys 136 … 199 and see 10 keys to the left, 3 to the right.
+    q, k, v = support.make_qkv(2, 64, 200, 4, 2, 16, 24, dtype)
+    rules = {"window": (10, 3), "tile_m": 16, "tile_n": 32}
+    clean_out, clean_lse = attend(q, k, v, **rules)
+    for tile in range(4):
+        rows = slice(16 * tile, 16 * tile + 16)
+        first, last = 136 + 16 * tile - 10, 136 + 16 * tile + 15 + 3
+        dirty_k, dirty_v = k.clone(), v.clone()
+        for x in (dirty_k, dirty_v):
+            x[:, :first] = poison
+            x[:, last + 1 :] = poison
+        out, lse = attend(q, dirty_k, dirty_v, **rules)
+        assert torch.equal(out[:, rows], clean_out[:, rows])
+        assert torch.equal(lse[..., rows], clean_lse[..., rows])
+        dirty_v[:, first] = poison  # and the first key that is seen does show
+        assert not attend(q, dirty_k, dirty_v, **rules)[0][:, rows].isfinite().all()
+
+
+def test_nan_that_is_seen_shows():
+    q, k, v = support.make_qkv(1, 8, 8, 1, 1, 8, 8)
+    q[0, 3] = math.nan
+    out, lse = attend(q, k, v)
+    assert bool(out[0, 3].isnan().all())
+    assert bool(lse[0, 0, 3].isnan())
+    assert bool(out[0, 4:].isfinite().all())
+    assert bool(lse[0, 0, 4:].isfinite().all())
+
+
+def test_groups_of_heads_read_their_key_head():
+    q, k, v = support.make_qkv(2, 20, 30, 6, 2, 16, 16)
+    grouped = attend(q, k, v)
+    repeated = attend(q, k.repeat_interleave(3, dim=2), v.repeat_interleave(3, dim=2))
+    for a, b in zip(grouped, repeated, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inputs_are_not_written():
+    q, k, v = support.make_qkv(1, 20, 30, 2, 1, 16, 16)
+    before = [x.clone() for x in (q, k, v)]
+    attend(q, k, v, causal=True, softcap=5.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
+
+
+SIDE = st.none() | st.integers(0, 40)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    sq=st.integers(1, 60),
+    sk=st.integers(1, 60),
+    tile_m=st.integers(1, 70),
+    tile_n=st.integers(1, 70),
+    causal=st.booleans(),
+    window=st.none() | st.tuples(SIDE, SIDE),
+    softcap=st.sampled_from([0.0, 2.0]),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 1000),
+)
+def test_tile_sizes_change_rounding_only(sq, sk, tile_m, tile_n, causal, window, softcap, kind, seed):
+    q, k, v = support.make_qkv(1, sq, sk, 2, 1, 8, 16, torch.float64, kind=kind, seed=seed)
+    rules = {"causal": causal, "window": window, "softcap": softcap}
+    out, lse = attend(q, k, v, tile_m=tile_m, tile_n=tile_n, **rules)
+    true_out, true_lse = support.oracle(q, k, v, **rules)
+    # In float64 the rounding is some 1e-14 and any wrong mask is orders of magnitude more.
+    torch.testing.assert_close(out, true_out, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(lse, true_lse, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rules", [*RULES, {"causal": True, "softcap": 1.0, "scale": -0.4}], ids=str)
+@pytest.mark.parametrize(("sq", "sk"), [(5, 9), (9, 5)])
+def test_gradients(rules, sq, sk):
+    if "window" in rules:  # as narrow as the lengths
+        rules = {**rules, "window": tuple(side and min(side, 2) for side in rules["window"])}
+    q, k, v = (x.requires_grad_() for x in support.make_qkv(1, sq, sk, 2, 1, 3, 2, torch.float64))
+
+    def function(q, k, v):
+        out, lse = attend(q, k, v, tile_m=4, tile_n=3, **rules)
+        return out, lse.where(lse != -math.inf, 0.0)  # a difference of infinities has no derivative
+
+    assert torch.autograd.gradcheck(function, (q, k, v))
+
+
+def test_gradients_of_large_scores_under_a_small_softcap():
+    q, k, v = (x.requires_grad_() for x in support.make_qkv(1, 8, 8, 1, 1, 8, 8))
+    out, _ = attend(q, k, v, scale=1e4, softcap=1.0)
+    out.sum().backward()
+    for x in (q, k, v):
+        assert bool(x.grad.isfinite().all())
+
+
+# The tolerance itself: it accepts PyTorch's own attention and rejects what is a little wrong.
+
+SMALL = {"batch": 1, "sq": 113, "sk": 203, "heads": 4, "heads_kv": 2, "d": 64, "dv": 32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_tolerance_accepts_plain_attention(dtype, kind, rules):
+    q, k, v = support.make_qkv(**SMALL, dtype=dtype, kind=kind)
+    support.assert_close(support.eager(q, k, v, **rules), q, k, v, **rules)
+
+
+def spoil_scale(out, lse):
+    return out * 1.05, lse
+
+
+def spoil_row(out, lse):
+    out = out.clone()
+    out[:, [50, 51]] = out[:, [51, 50]]
+    return out, lse
+
+
+def spoil_element(out, lse):
+    out = out.clone()
+    out[0, 60, 1, 3] += 0.5
+    return out, lse
+
+
+def spoil_heads(out, lse):
+    return out.roll(1, dims=2), lse
+
+
+def spoil_nan(out, lse):
+    out = out.clone()
+    out[0, -1, -1, -1] = math.nan
+    return out, lse
+
+
+def spoil_lse_base(out, lse):
+    return out, lse / math.log(2)
+
+
+def spoil_lse_row(out, lse):
+    lse = lse.clone()
+    lse[0, 0, 70] = -math.inf
+    return out, lse
+
+
+def spoil_lse_nan(out, lse):
+    lse = lse.clone()
+    lse[0, 0, 70] = math.nan
+    return out, lse
+
+
+def spoil_dtype(out, lse):
+    return (out.float() if out.dtype != torch.float32 else out.double()), lse
+
+
+def spoil_shape(out, lse):
+    return out.transpose(1, 2), lse
+
+
+SPOILED = [
+    spoil_scale,
+    spoil_row,
+    spoil_element,
+    spoil_heads,
+    spoil_nan,
+    spoil_lse_base,
+    spoil_lse_row,
+    spoil_lse_nan,
+    spoil_dtype,
+    spoil_shape,
+]
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tolerance_rejects_spoiled_results(spoil, dtype):
+    q, k, v = support.make_qkv(**SMALL, dtype=dtype)
+    result = attend(q, k, v, causal=True)
+    support.assert_close(result, q, k, v, causal=True)
+    with pytest.raises(AssertionError):
+        support.assert_close(spoil(*result), q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("computed", "asked"),
+    [
+        ({}, {"softcap": 2.0}),
+        ({"softcap": 2.0}, {}),
+        ({}, {"causal": True}),
+        ({"window": (30, 10)}, {"window": (30, 9)}),  # one key too many
+        ({"window": (29, 10)}, {"window": (30, 10)}),  # one key missing
+        ({"scale": 0.135}, {"scale": 0.125}),
+    ],
+    ids=str,
+)
+def test_tolerance_rejects_other_rules(computed, asked, dtype, kind):
+    q, k, v = support.make_qkv(**SMALL, dtype=dtype, kind=kind)
+    with pytest.raises(AssertionError):
+        support.assert_close(attend(q, k, v, **computed), q, k, v, **asked)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tolerance_rejects_a_value_in_a_row_that_sees_nothing(dtype):
+    q, k, v = support.make_qkv(1, 30, 20, 1, 1, 8, 8, dtype)
+    out, lse = attend(q, k, v, causal=True)
+    out[0, 3, 0, 0] = torch.finfo(dtype).smallest_normal
+    with pytest.raises(AssertionError):
+        support.assert_close((out, lse), q, k, v, causal=True)
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    q, k, v = support.make_qkv(2, 30, 20, 4, 2, 8, 16)
+    whole = support.oracle(q, k, v, causal=True), support.eager(q, k, v, causal=True)
+    monkeypatch.setattr(support, "MAX_SCORES", 7 * 4 * 20)
+    blocks = support.oracle(q, k, v, causal=True), support.eager(q, k, v, causal=True)
+    torch.testing.assert_close(blocks, whole)
+
+
+def test_oracle_agrees_with_pytorch():
+    q, k, v = support.make_qkv(2, 30, 30, 4, 2, 8, 16, torch.float64)
+    out, lse = support.oracle(q, k, v, causal=True)
+    head_first = (x.transpose(1, 2) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*head_first, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    assert lse[0, 0, 0].item() == pytest.approx(float(q[0, 0, 0] @ k[0, 0, 0]) / math.sqrt(8))
+
+
+def test_peaky_inputs_have_a_few_dominating_keys():
+    q, k, v = support.make_qkv(1, 200, 300, 2, 1, 64, 300, torch.float64, kind="peaky")
+    P, _ = support.oracle(q, k, torch.eye(300, dtype=torch.float64)[None, :, None])
+    weight = P[0].sum((0, 1)).sort(descending=True).values / 400
+    assert weight[: support.PEAK_KEYS].sum() > 0.9
+    assert weight[1] > 0.01  # not one key alone
+    flat, _ = support.oracle(*support.make_qkv(1, 200, 300, 2, 1, 64, 64)[:2], torch.eye(300)[None, :, None])
+    assert flat[0].sum((0, 1)).max() / 400 < 0.05
+    for kind in KINDS:
+        again = (support.make_qkv(1, 9, 9, 2, 1, 8, kind=kind, seed=3) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))

@@ -1,0 +1,225 @@
+"""The one oracle and the one tolerance of all tests, for every backend and device.
+
+A result is right when its error against float64 eager attention is at most twice the error of plain PyTorch attention in
+the same dtype, plus the rounding of the result to that dtype. There are no fixed tolerances. Errors are measured in two
+norms: the largest one finds a wrong element, the root mean square a small error everywhere.
+
+Nothing here uses the package under test. Attention is computed block of rows by block of rows, so that the score matrix
+in float64 takes at most about half a GiB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# (seqlen_q, seqlen_k): one below, at and above the edges of tiles, much longer on one side, many tiles; then sizes 0.
+SHAPES = [
+    (1, 1),
+    (3, 3),
+    (64, 1),
+    (239, 1),
+    (799, 3),
+    (113, 203),
+    (108, 256),
+    (255, 256),
+    (1023, 1024),
+    (1024, 1023),
+    (4224, 4224),
+    (0, 0),
+    (0, 5),
+    (5, 0),
+]
+MAX_SCORES = 1 << 26  # in one block of rows: 512 MiB in float64
+PEAK_LOGIT = 16.0
+PEAK_KEYS = 4
+
+
+def make_qkv(batch, sq, sk, heads, heads_kv, d, dv=None, dtype=torch.float32, device="cpu", kind="gaussian", seed=0):
+    """q, k, v as (batch, seqlen, heads, head_dim); the same numbers on every device.
+
+    ``kind="gaussian"``: independent and standard normal: all keys weigh about the same. ``kind="peaky"``: the queries of
+    a key head share a direction with a few keys of it, whose logits at the default scale are about 16 above the others':
+    these keys take nearly all the weight of the rows that see them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made_in = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=made_in)
+
+    q = normal(batch, sq, heads, d)
+    k = normal(batch, sk, heads_kv, d)
+    v = normal(batch, sk, heads_kv, d if dv is None else dv)
+    if kind == "peaky":
+        direction = torch.nn.functional.normalize(normal(batch, 1, heads_kv, d), dim=-1)
+        direction = direction * math.sqrt(PEAK_LOGIT * math.sqrt(d))  # |direction|² / √d is the logit
+        q = q + direction.repeat_interleave(heads // max(heads_kv, 1), dim=2)
+        place = normal(batch, sk, heads_kv, 1)
+        peaks = place >= place.sort(dim=1, descending=True).values[:, min(PEAK_KEYS, sk) - 1, None] if sk else place > 0
+        k = k + direction * peaks
+    elif kind != "gaussian":
+        raise ValueError(f"kind is {kind!r}; 'gaussian' or 'peaky' is needed")
+    return tuple(x.to(dtype).to(device) for x in (q, k, v))
+
+
+def oracle(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0):
+    """``(out, lse)`` of eager attention in float64: out (batch, sq, heads, dv), lse (batch, heads, sq), natural log.
+
+    A row that sees no key has zeros and −inf.
+    """
+    out, lse = _outputs(q, v, torch.float64, torch.float64)
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+    for block in _row_blocks(q, k, v, causal, window):
+        scores = torch.einsum("mhgd,nhd->hgmn", block.q.double() * scale, block.k.double())
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores.masked_fill_(~block.visible, -math.inf)
+        block_lse = scores.logsumexp(-1)
+        scores -= block_lse.masked_fill(block_lse == -math.inf, 0.0)[..., None]
+        block.write(out, torch.einsum("hgmn,nhd->mhgd", scores.exp_(), block.v.double()))
+        block.write_lse(lse, block_lse)
+    return out, lse
+
+
+def eager(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dtype=None):
+    """``(out, lse)`` of plain PyTorch attention, every step of it in the inputs' dtype; a row that sees no key has zeros.
+
+    ``lse`` is the log-sum-exp of those scores and not rounded to the dtype again: float32 (float64 for float64 inputs).
+    With ``lse_dtype`` its scores are computed in that dtype instead.
+    """
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out, lse = _outputs(q, v, q.dtype, exact)
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+
+    def scores_in(dtype, block):
+        scores = torch.einsum("mhgd,nhd->hgmn", block.q.to(dtype), block.k.to(dtype)) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        return scores.masked_fill(~block.visible, -math.inf)
+
+    for block in _row_blocks(q, k, v, causal, window):
+        scores = scores_in(q.dtype, block)
+        P = torch.where(block.visible.any(-1, keepdim=True), scores.softmax(-1), 0.0)
+        block.write(out, torch.einsum("hgmn,nhd->mhgd", P, block.v))
+        if lse_dtype is not None:
+            scores = scores_in(lse_dtype, block)
+        block.write_lse(lse, scores.to(exact).logsumexp(-1))
+    return out, lse
+
+
+def assert_close(result, q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dtype=None):
+    """Assert that ``result``, an output or ``(out, lse)``, is attention of q, k, v with these rules.
+
+    The error of each element, less the rounding of the element to the result's dtype, may be at most twice the error of
+    :func:`eager`, in the largest and in the root mean square. The log-sum-exp is float32 (float64 for float64 inputs) and
+    rounded as such; ``lse_dtype=torch.float32`` compares it with that of float32 scores, which is much stricter than the
+    one of scores in the inputs' dtype. Rows that see no key must be exactly 0 and −inf.
+    """
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    true_out, true_lse = oracle(q, k, v, **rules)
+    allowed_out, allowed_lse = _allowed(q, k, v, true_out, true_lse, rules, lse_dtype)
+
+    _check("out", out, q.dtype, true_out, allowed_out)
+    sees = true_lse != -math.inf
+    assert not out[~sees.transpose(1, 2)].count_nonzero(), "out is not 0 in a row that sees no key"
+    if lse is not None:
+        assert lse.shape == sees.shape, f"lse has shape {tuple(lse.shape)}, expected {tuple(sees.shape)}"
+        assert torch.equal(lse == -math.inf, ~sees), "lse is not −inf in exactly the rows that see no key"
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        _check("lse", lse.where(sees, 0.0), exact, true_lse.where(sees, 0.0), allowed_lse.where(sees, 0.0))
+
+
+def _allowed(q, k, v, true_out, true_lse, rules, lse_dtype):
+    """Twice the error of plain PyTorch attention, element by element, for the output and the log-sum-exp."""
+    if q.dtype != torch.float64:
+        out, lse = eager(q, k, v, **rules, lse_dtype=lse_dtype)
+        return 2 * (out.double() - true_out).abs(), 2 * (lse.double() - true_lse).abs()
+    # The error of float64 can't be measured against float64. But rounding errors scale with the unit of rounding: it is
+    # that of float32, scaled. Three times, because the oracle has an error of that size as well.
+    q, k, v = (x.float() for x in (q, k, v))
+    factor = 3 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    pairs = zip(eager(q, k, v, **rules), oracle(q, k, v, **rules), strict=True)
+    return tuple(factor * (plain.double() - true).abs() for plain, true in pairs)
+
+
+def _check(name, got, dtype, true, allowed):
+    """The tolerance: what the error |got − true| has beyond the rounding of ``true`` is at most ``allowed``, in two norms."""
+    assert got.shape == true.shape, f"{name} has shape {tuple(got.shape)}, expected {tuple(true.shape)}"
+    assert got.dtype == dtype, f"{name} is {got.dtype}, expected {dtype}"
+    assert got.device == true.device, f"{name} lies on {got.device}, expected {true.device}"
+    if got.numel() == 0:
+        return
+    error = (got.double() - true).abs()
+    assert error.isfinite().all(), f"{name} has {int((~error.isfinite()).sum())} of {error.numel()} elements not finite"
+    finfo = torch.finfo(dtype)
+    # Half a unit in the last place, at least half of the smallest subnormal number.
+    rounding = (true.abs() * (finfo.eps / 2)).clamp_(min=finfo.smallest_normal * finfo.eps / 2)
+    beyond = (error - rounding).clamp_(min=0.0)
+    where = tuple(int(i) for i in torch.unravel_index(beyond.argmax(), got.shape))
+    assert beyond.max() <= allowed.max(), (
+        f"{name}{list(where)} is {got[where].item():.6g}, expected {true[where].item():.6g}: an error of "
+        f"{error[where].item():.3g}; twice plain PyTorch's largest is {allowed.max().item():.3g} and rounding is "
+        f"{rounding[where].item():.3g}; {int((beyond > allowed.max()).sum())} of {got.numel()} elements are off"
+    )
+    rms, rms_allowed = (x.square().mean().sqrt().item() for x in (beyond, allowed))
+    assert rms <= rms_allowed, (
+        f"{name} is off by {rms:.3g} beyond rounding in the root mean square; twice plain PyTorch's is {rms_allowed:.3g}"
+    )
+
+
+@dataclass(frozen=True)
+class _RowBlock:
+    """Some rows of one batch element: q (rows, heads_kv, group, d), all of its k and v, and what the rows see."""
+
+    batch: int
+    rows: slice
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    visible: torch.Tensor  # (rows, sk), bool
+
+    def write(self, out, value):  # (rows, heads_kv, group, dv)
+        out[self.batch, self.rows] = value.flatten(1, 2)
+
+    def write_lse(self, lse, value):  # (heads_kv, group, rows)
+        lse[self.batch, :, self.rows] = value.flatten(0, 1)
+
+
+def _row_blocks(q, k, v, causal, window) -> Iterator[_RowBlock]:
+    """All rows of q in blocks of at most MAX_SCORES scores; none where there are no scores."""
+    batch, sq, heads, _ = q.shape
+    sk, heads_kv = k.shape[1], k.shape[2]
+    if 0 in (batch, sq, heads, sk):
+        return
+    step = max(1, MAX_SCORES // (heads * sk))
+    for b in range(batch):
+        for first in range(0, sq, step):
+            rows = slice(first, min(first + step, sq))
+            visible = _visible(rows, sq, sk, causal, window, q.device)
+            yield _RowBlock(b, rows, q[b, rows].unflatten(1, (heads_kv, -1)), k[b], v[b], visible)
+
+
+def _visible(rows, sq, sk, causal, window, device):
+    """The mask, (rows, sk): query i is aligned with key i + sk − sq and sees ``left`` keys before it, ``right`` after."""
+    left, right = (-1 if side is None else side for side in (window or (None, None)))
+    ahead = torch.arange(sk, device=device) - (torch.arange(rows.start, rows.stop, device=device)[:, None] + sk - sq)
+    visible = torch.ones_like(ahead, dtype=torch.bool)
+    if causal:
+        visible &= ahead <= 0
+    if left >= 0:
+        visible &= ahead >= -left
+    if right >= 0:
+        visible &= ahead <= right
+    return visible
+
+
+def _outputs(q, v, dtype, lse_dtype):
+    """Zeros and −inf: what a row that sees no key has, and every row where there is no key."""
+    batch, sq, heads, _ = q.shape
+    out = torch.zeros(batch, sq, heads, v.shape[3], dtype=dtype, device=q.device)
+    return out, torch.full((batch, heads, sq), -math.inf, dtype=lse_dtype, device=q.device)
