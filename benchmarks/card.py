@@ -196,7 +196,7 @@ def pci_bus_id() -> str:
     error, text = runtime.cudaDeviceGetPCIBusId(32, torch.cuda.current_device())
     if int(error):
         raise RuntimeError(f"the CUDA runtime answered {error.name} when asked for the card's PCI address")
-    return (text.decode() if isinstance(text, bytes) else str(text)).strip("\0")
+    return (text.decode() if isinstance(text, bytes) else str(text)).split("\0")[0]
 
 
 def versions() -> dict[str, str]:

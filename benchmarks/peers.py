@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ class Peer:
     ``needs`` is ``module:attribute``, imported to see whether it is there. ``devices`` are where it takes part unasked.
     ``heads_first``: its output is ``(batch, heads, seqlen, head_dim)``. ``slow_start``: it compiles for many seconds per
     case, so ``--quick`` leaves it out. ``host_only``: it takes part only where the host's cost is measured.
+    ``around`` makes a context that is entered for each of its turns.
     """
 
     name: str
@@ -44,10 +46,7 @@ class Peer:
     heads_first: bool = False
     slow_start: bool = False
     host_only: bool = False
-
-    @property
-    def ours(self) -> bool:
-        return self.name == "ours" or self.name.startswith("ours_")
+    around: Callable[[], AbstractContextManager] = nullcontext
 
     def why_not(self) -> str | None:
         """Why this peer can't take part, or ``None`` when it can."""
@@ -136,9 +135,20 @@ def ours_reference(case, q, k, v):
 # --- torch -----------------------------------------------------------------------------------------------------------
 
 
-def _sdpa(case: Case, q, k, v, backend: str | None):
-    """torch's scaled_dot_product_attention, held to one backend; it is heads-first and knows no window or softcap."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def only(backend: str) -> Callable[[], AbstractContextManager]:
+    """Holds torch's scaled_dot_product_attention to one backend for a whole turn, as switching in every call would show
+    up in the host's cost."""
+
+    def around() -> AbstractContextManager:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel(SDPBackend.__members__[backend])
+
+    return around
+
+
+def _sdpa(case: Case, q, k, v):
+    """torch's scaled_dot_product_attention, which is heads-first and knows no window or softcap."""
     from torch.nn.functional import scaled_dot_product_attention
 
     if case.window is not None or case.softcap:
@@ -147,44 +157,35 @@ def _sdpa(case: Case, q, k, v, backend: str | None):
         raise Unsupported("its causal mask is aligned top-left, another problem where the lengths differ")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     rules = {"is_causal": case.causal, "enable_gqa": case.heads != case.heads_kv}
-    if backend is None:
-        return lambda: scaled_dot_product_attention(q, k, v, **rules)
-    # The context manager costs the host a few µs a call, and any caller who wants one backend pays them.
-    chosen = SDPBackend.__members__[backend]
-
-    def call():
-        with sdpa_kernel(chosen):
-            return scaled_dot_product_attention(q, k, v, **rules)
-
-    return call
+    return lambda: scaled_dot_product_attention(q, k, v, **rules)
 
 
-SDPA = "torch.nn.functional:scaled_dot_product_attention"
+SDPA: dict[str, Any] = {"needs": "torch.nn.functional:scaled_dot_product_attention", "heads_first": True}
 
 
-@peer("torch_flash2", "torch SDPA, FlashAttention-2", needs=SDPA, heads_first=True)
+@peer("torch_flash2", "torch SDPA, FlashAttention-2", **SDPA, around=only("FLASH_ATTENTION"))
 def torch_flash2(case, q, k, v):
-    return _sdpa(case, q, k, v, "FLASH_ATTENTION")
+    return _sdpa(case, q, k, v)
 
 
-@peer("torch_cudnn", "torch SDPA, cuDNN", needs=SDPA, heads_first=True)
+@peer("torch_cudnn", "torch SDPA, cuDNN", **SDPA, around=only("CUDNN_ATTENTION"))
 def torch_cudnn(case, q, k, v):
-    return _sdpa(case, q, k, v, "CUDNN_ATTENTION")
+    return _sdpa(case, q, k, v)
 
 
-@peer("torch_efficient", "torch SDPA, memory-efficient", needs=SDPA, heads_first=True)
+@peer("torch_efficient", "torch SDPA, memory-efficient", **SDPA, around=only("EFFICIENT_ATTENTION"))
 def torch_efficient(case, q, k, v):
-    return _sdpa(case, q, k, v, "EFFICIENT_ATTENTION")
+    return _sdpa(case, q, k, v)
 
 
-@peer("torch_math", "torch SDPA, plain matrix products", needs=SDPA, heads_first=True, devices=("cpu",))
+@peer("torch_math", "torch SDPA, plain matrix products", **SDPA, devices=("cpu",), around=only("MATH"))
 def torch_math(case, q, k, v):
-    return _sdpa(case, q, k, v, "MATH")
+    return _sdpa(case, q, k, v)
 
 
-@peer("torch_cpu", "torch SDPA, what it picks on the CPU", needs=SDPA, heads_first=True, devices=("cpu",))
+@peer("torch_cpu", "torch SDPA, what it picks on the CPU", **SDPA, devices=("cpu",))
 def torch_cpu(case, q, k, v):
-    return _sdpa(case, q, k, v, None)
+    return _sdpa(case, q, k, v)
 
 
 FLEX = "torch.nn.attention.flex_attention:flex_attention"
@@ -200,11 +201,13 @@ def torch_flex(case, q, k, v):
     rules: dict[str, Any] = {"enable_gqa": case.heads != case.heads_kv}
     left, right = case.edges
     shift = case.seqlen_k - case.seqlen_q
-    reach_left = case.seqlen_q + case.seqlen_k if left is None else left  # a reach past both ends is unbounded
-    reach_right = case.seqlen_q + case.seqlen_k if right is None else right
 
     def band(b, h, row, col):
-        return (col >= row + shift - reach_left) & (col <= row + shift + reach_right)
+        if left is None:
+            return col <= row + (shift + right)
+        if right is None:
+            return col >= row + (shift - left)
+        return (col >= row + (shift - left)) & (col <= row + (shift + right))
 
     def softcap(score, b, h, row, col):
         return case.softcap * torch.tanh(score / case.softcap)

@@ -1,6 +1,6 @@
-"""Views of accumulator fragments, common to ``mma.sync`` and warpgroup MMA.
+"""Views of tensors that are common to ``mma.sync`` and warpgroup MMA.
 
-Both hold an accumulator tile as ``((2, 2, N), M, N')``: within a thread, the first 2 runs along a row, the second steps
+Both families hold an accumulator tile as ``((2, 2, N), M, N')``: within a thread, the first 2 runs along a row, the second steps
 down 8 rows, and ``N`` (warpgroup MMA only; one instruction is N × 8 columns wide) and ``N'`` go on along the row.
 The four threads of a quad share a row.
 """
@@ -33,3 +33,12 @@ def as_operand_a(acc: cute.Tensor) -> cute.Tensor:
         stride=((pair_s, half_s, stride), m_s, 2 * stride),
     )
     return cute.make_tensor(acc.iterator, layout)
+
+
+def transposed(s: cute.Tensor) -> cute.Tensor:
+    """``(rows, columns, stage)`` in shared memory seen as ``(columns, rows, stage)``: V as the B operand of P·V."""
+    layout = s.layout
+    if isinstance(layout, cute.ComposedLayout):
+        outer = cute.select(layout.outer, mode=[1, 0, 2])
+        return cute.make_tensor(s.iterator, cute.make_composed_layout(layout.inner, layout.offset, outer))
+    return cute.make_tensor(s.iterator, cute.select(layout, mode=[1, 0, 2]))

@@ -55,11 +55,11 @@ def tiled_mma(role: str, config: Config):
 
     dtype = element(config)
     if role == "S":
-        n, source, b_major = config.tile_n, warpgroup.OperandSource.SMEM, warpgroup.OperandMajorMode.K
+        n, source, b_major = config.tile_n, warpgroup.OperandSource.SMEM, cute.nvgpu.OperandMajorMode.K
     else:
-        n, source, b_major = config.tile_dv, warpgroup.OperandSource.RMEM, warpgroup.OperandMajorMode.MN
+        n, source, b_major = config.tile_dv, warpgroup.OperandSource.RMEM, cute.nvgpu.OperandMajorMode.MN
     op = warpgroup.MmaF16BF16Op(
-        dtype, cutlass.Float32, (ROWS_PER_WARPGROUP, n, 16), source, warpgroup.OperandMajorMode.K, b_major
+        dtype, cutlass.Float32, (ROWS_PER_WARPGROUP, n, 16), source, cute.nvgpu.OperandMajorMode.K, b_major
     )
     return cute.make_tiled_mma(op)
 

@@ -4,6 +4,10 @@ A result is right when its error against float64 eager attention is at most twic
 the same dtype, plus the rounding of the result to that dtype. There are no fixed tolerances. Errors are measured in two
 norms: the largest one finds a wrong element, the root mean square a small error everywhere.
 
+Twice is for the 16-bit dtypes, where storing the scores and P in 16 bits makes nearly all of plain attention's error. In
+float32 and float64 the sums themselves make it, and the order in which two correct matrix products add up changes their
+errors by a factor of several: there it is ten times. (A wrong rule is off by many orders of magnitude more.)
+
 Nothing here uses the package under test. Attention is computed block of rows by block of rows, so that the score matrix
 in float64 takes at most about half a GiB.
 """
@@ -34,6 +38,7 @@ SHAPES = [
     (5, 0),
 ]
 MAX_SCORES = 1 << 26  # in one block of rows: 512 MiB in float64
+TIMES_PLAIN = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 10, torch.float64: 10}
 PEAK_LOGIT = 16.0
 PEAK_KEYS = 4
 
@@ -114,10 +119,10 @@ def eager(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dt
 def assert_close(result, q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dtype=None):
     """Assert that ``result``, an output or ``(out, lse)``, is attention of q, k, v with these rules.
 
-    The error of each element, less the rounding of the element to the result's dtype, may be at most twice the error of
-    :func:`eager`, in the largest and in the root mean square. The log-sum-exp is float32 (float64 for float64 inputs) and
-    rounded as such; ``lse_dtype=torch.float32`` compares it with that of float32 scores, which is much stricter than the
-    one of scores in the inputs' dtype. Rows that see no key must be exactly 0 and −inf.
+    The error of each element, less the rounding of the element to the result's dtype, may be at most ``TIMES_PLAIN`` times
+    the error of :func:`eager`, in the largest and in the root mean square. The log-sum-exp is float32 (float64 for float64
+    inputs) and rounded as such; ``lse_dtype=torch.float32`` compares it with that of float32 scores, which is much
+    stricter than that of scores in the inputs' dtype. Rows that see no key must be exactly 0 and −inf.
     """
     out, lse = result if isinstance(result, tuple) else (result, None)
     rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
@@ -135,16 +140,17 @@ def assert_close(result, q, k, v, *, scale=None, causal=False, window=None, soft
 
 
 def _allowed(q, k, v, true_out, true_lse, rules, lse_dtype):
-    """Twice the error of plain PyTorch attention, element by element, for the output and the log-sum-exp."""
+    """The error of plain PyTorch attention times TIMES_PLAIN, element by element, for the output and the log-sum-exp."""
+    times, times_lse = TIMES_PLAIN[q.dtype], TIMES_PLAIN[lse_dtype or q.dtype]
     if q.dtype != torch.float64:
         out, lse = eager(q, k, v, **rules, lse_dtype=lse_dtype)
-        return 2 * (out.double() - true_out).abs(), 2 * (lse.double() - true_lse).abs()
+        return times * (out.double() - true_out).abs(), times_lse * (lse.double() - true_lse).abs()
     # The error of float64 can't be measured against float64. But rounding errors scale with the unit of rounding: it is
-    # that of float32, scaled. Three times, because the oracle has an error of that size as well.
+    # that of float32, scaled. Once more, because the oracle has an error of that size as well.
     q, k, v = (x.float() for x in (q, k, v))
-    factor = 3 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    times = (times + 1) * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     pairs = zip(eager(q, k, v, **rules), oracle(q, k, v, **rules), strict=True)
-    return tuple(factor * (plain.double() - true).abs() for plain, true in pairs)
+    return tuple(times * (plain.double() - true).abs() for plain, true in pairs)
 
 
 def _check(name, got, dtype, true, allowed):
@@ -163,12 +169,12 @@ def _check(name, got, dtype, true, allowed):
     where = tuple(int(i) for i in torch.unravel_index(beyond.argmax(), got.shape))
     assert beyond.max() <= allowed.max(), (
         f"{name}{list(where)} is {got[where].item():.6g}, expected {true[where].item():.6g}: an error of "
-        f"{error[where].item():.3g}; twice plain PyTorch's largest is {allowed.max().item():.3g} and rounding is "
+        f"{error[where].item():.3g}; allowed by plain PyTorch's is {allowed.max().item():.3g}, by rounding "
         f"{rounding[where].item():.3g}; {int((beyond > allowed.max()).sum())} of {got.numel()} elements are off"
     )
     rms, rms_allowed = (x.square().mean().sqrt().item() for x in (beyond, allowed))
     assert rms <= rms_allowed, (
-        f"{name} is off by {rms:.3g} beyond rounding in the root mean square; twice plain PyTorch's is {rms_allowed:.3g}"
+        f"{name} is off by {rms:.3g} beyond rounding in the root mean square; allowed by plain PyTorch's is {rms_allowed:.3g}"
     )
 
 

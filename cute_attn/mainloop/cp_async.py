@@ -19,7 +19,7 @@ from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import converted, store_lse
-from cute_attn.layouts.fragments import as_operand_a, rows_columns
+from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import Softmax, scale_rows
@@ -118,7 +118,7 @@ class Forward:
             operands = Operands(
                 q=self._operand("Q", mma_S, sQ, thread),
                 k=self._operand("K", mma_S, sK, thread),
-                v=self._operand("V", mma_O, cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0, 2])), thread),
+                v=self._operand("V", mma_O, transposed(sV), thread),
                 mma_S=mma_S,
                 mma_O=mma_O,
             )
@@ -143,15 +143,13 @@ class Forward:
     def _shared(self):
         """Q ``(tile_m, tile_d)``, K and V ``(tile_n, tile_d, stage)``, and O, which lies over Q."""
         config, lay = self.config, self.lay
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
 
         def tensor(name):
-            layout = lay.smem_layout(name, config)
-            return smem.allocate_tensor(lay.element(config), layout.outer, lay.SMEM_ALIGN, layout.inner)
+            return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
 
         def over(name, other):
-            layout = lay.smem_layout(name, config)
-            return cute.make_tensor(cute.recast_ptr(other.iterator, layout.inner), layout.outer)
+            return cute.make_tensor(other.iterator, lay.smem_layout(name, config))
 
         if config.tile_d >= config.tile_dv:
             sQ = tensor("Q")

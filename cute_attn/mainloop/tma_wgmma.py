@@ -20,7 +20,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn import layouts
 from cute_attn.epilogue import converted, store_lse
-from cute_attn.layouts.fragments import as_operand_a, rows_columns
+from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import Softmax, scale_rows
@@ -137,7 +137,7 @@ class Forward:
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
         config, lay = self.config, self.lay
-        smem = cutlass.utils.SmemAllocator()
+        smem = cutlass.memory.SmemAllocator()
 
         def tensor(name):
             layout = lay.smem_layout(name, config)
@@ -274,11 +274,10 @@ class Forward:
         S, O = me.mma_S.get_slice(0), me.mma_O.get_slice(0)  # noqa: E741
         acc_O = cute.make_rmem_tensor(O.partition_shape_C((rows, config.tile_dv)), Float32)
         acc_O.fill(0.0)
-        sVt = cute.make_tensor(shared.v.iterator, cute.select(shared.v.layout, mode=[1, 0, 2]))  # (tile_dv, tile_n, stage)
         return Fragments(
             tSrQ=S.make_fragment_A(S.partition_A(shared.q[None, None, me.warpgroup])),
             tSrK=S.make_fragment_B(S.partition_B(shared.k)),
-            tOrV=O.make_fragment_B(O.partition_B(sVt)),
+            tOrV=O.make_fragment_B(O.partition_B(transposed(shared.v))),
             tOrP=cute.make_rmem_tensor(O.partition_shape_A((rows, config.tile_n)), self.lay.element(config)),
             acc_O=acc_O,
             rescale=cute.make_rmem_tensor(cute.size(rows_columns(acc_O), mode=[0]), Float32),

@@ -39,8 +39,8 @@ def cases():
     number = 0
     for sq, sk in support.SHAPES:
         big = sq * sk > 1 << 21
-        for rules in RULES[:2] if big else RULES:
-            for dtype in DTYPES:
+        for r, rules in enumerate(RULES[:2] if big else RULES):
+            for dtype in DTYPES[r::2] if big else DTYPES:
                 heads = (1, 1) if big else HEADS[number % 3]
                 kind = KINDS[(number + number // 4) % 2]
                 d, dv = DIMS[number % 5]
@@ -50,9 +50,10 @@ def cases():
                 number += 1
 
 
-@pytest.mark.parametrize(("sq", "sk", "rules", "dtype", "heads", "d", "dv", "kind"), cases())
+@pytest.mark.parametrize(("sq", "sk", "rules", "dtype", "heads", "d", "dv", "kind"), list(cases()))
 def test_is_attention(sq, sk, rules, dtype, heads, d, dv, kind):
-    batch = 1 if sq * sk > 1 << 16 else 2
+    # Small shapes in large batches: the tolerance is measured, and a few elements may have no error by luck.
+    batch = 1 if sq * sk > 1 << 16 else 64 if sq < 64 else 8 if sk < 64 else 2
     q, k, v = support.make_qkv(batch, sq, sk, *heads, d, dv, dtype, kind=kind, seed=sq + d)
     # Scores are summed in float32 also for 16-bit inputs, so the log-sum-exp is judged by that of float32 scores.
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32

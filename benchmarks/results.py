@@ -1,0 +1,147 @@
+"""What a run leaves behind: one JSON file, rewritten whole after every cell, so that a killed run keeps what it has."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import Case
+from benchmarks.flops import bytes_moved, flops
+
+SCHEMA = 1
+KINDS = {
+    "burst": "bursts of about 10 ms from a cool clock",
+    "sustained": "continuous load at the power limit",
+    "host": "host time of an eager call on small tensors",
+    "first": "first call of a fresh process, with empty caches",
+}
+RATES = ("burst", "sustained")
+
+
+@dataclass
+class Measurement:
+    """One peer in one cell.
+
+    ``status`` is ``ok``, or why there is no figure: ``wrong`` (the result is), ``failed`` (it raised), ``timeout``,
+    ``unsupported`` (the library doesn't compute this case). ``seconds`` is the median per call, ``spread`` half the
+    interquartile range of ``samples`` as a fraction of it. ``utilization`` is the share of what the tensor cores could
+    do at ``sm_mhz``. ``error`` is ‖result − float64‖ / ‖float64‖, the largest over the outputs. ``peak_bytes`` is the
+    memory a call needs beyond its outputs. ``host_bound``: the device was waiting for the host.
+    """
+
+    status: str = "ok"
+    reason: str = ""
+    seconds: float | None = None
+    spread: float | None = None
+    samples: list[float] = field(default_factory=list)
+    tflops: float | None = None
+    tbytes_per_s: float | None = None
+    sm_mhz: float | None = None
+    watts: float | None = None
+    utilization: float | None = None
+    error: float | None = None
+    peak_bytes: int | None = None
+    host_bound: bool = False
+    extra: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok" and self.seconds is not None
+
+
+@dataclass
+class Cell:
+    """One case under one kind of measurement: a measurement per peer, and the matrix product that took turns with them."""
+
+    kind: str
+    case: Case
+    results: dict[str, Measurement] = field(default_factory=dict)
+    ceiling: Measurement | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, Case]:
+        return self.kind, self.case
+
+    def rates(self) -> dict[str, float]:
+        """TFLOP/s of every peer that has one."""
+        return {name: m.tflops for name, m in self.results.items() if m.ok and m.tflops}
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(fields: dict) -> Cell:
+        ceiling = fields.get("ceiling")
+        return Cell(
+            fields["kind"],
+            Case.from_dict(fields["case"]),
+            {name: Measurement(**m) for name, m in fields["results"].items()},
+            None if ceiling is None else Measurement(**ceiling),
+            fields.get("note", ""),
+        )
+
+
+@dataclass
+class Record:
+    """A whole run. ``about`` says on what it ran: card, versions, peers, settings, the card's state before and after."""
+
+    about: dict[str, Any] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+    complete: bool = False
+
+    def of_kind(self, *kinds: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.kind in kinds]
+
+    def peer_names(self, cells: list[Cell] | None = None) -> list[str]:
+        """The peers of some cells, ours first, otherwise in the order in which they took part."""
+        names = dict.fromkeys(name for cell in (self.cells if cells is None else cells) for name in cell.results)
+        return sorted(names, key=lambda name: not is_ours(name))
+
+    def save(self, path: Path) -> None:
+        """Write the file so that a reader sees the old one or the new one, never half of one."""
+        fields = {
+            "schema": SCHEMA,
+            "complete": self.complete,
+            "about": self.about,
+            "cells": [cell.to_dict() for cell in self.cells],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(json.dumps(fields, indent=1) + "\n")
+        os.replace(beside, path)
+
+    @staticmethod
+    def load(path: Path) -> Record:
+        try:
+            fields = json.loads(path.read_text())
+        except OSError as error:
+            raise ValueError(f"{path} can't be read ({error.strerror}); a result file written by --json is needed") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}); a result file written by --json is needed") from None
+        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+            got = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
+            raise ValueError(f"{path} has schema {got}; {SCHEMA} is needed: measure again, or read it with the code of its day")
+        return Record(fields["about"], [Cell.from_dict(cell) for cell in fields["cells"]], fields["complete"])
+
+    def save_csv(self, path: Path) -> None:
+        """One line per peer and cell, with the counts that turn seconds into rates."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        columns = ["status", "seconds", "spread", "tflops", "tbytes_per_s", "sm_mhz", "watts", "utilization", "error",
+                   "peak_bytes", "host_bound", "reason"]  # fmt: skip
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["kind", *Case.__dataclass_fields__, "flops", "bytes", "peer", *columns])
+            for cell in self.cells:
+                case = [cell.kind, *cell.case.to_dict().values(), flops(cell.case), bytes_moved(cell.case)]
+                ceiling = {} if cell.ceiling is None else {"matmul": cell.ceiling}
+                for name, m in {**cell.results, **ceiling}.items():
+                    writer.writerow([*case, name, *(getattr(m, column) for column in columns)])
+
+
+def is_ours(name: str) -> bool:
+    return name == "ours" or name.startswith("ours_")

@@ -1,0 +1,281 @@
+"""One cell: peers checked against the oracle, then taking turns for several rounds; each loses only its own cell."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.card import Meter
+from benchmarks.cases import Case
+from benchmarks.check import Inputs, Judge, Wrong, make_inputs
+from benchmarks.flops import bytes_moved, flops
+from benchmarks.peers import Peer, Unsupported
+from benchmarks.results import Cell, Measurement
+from benchmarks.timing import Call, Clock, Turn, burst, estimate, host_side, summary, sustained
+
+SETS_MAX = 64  # input sets; small cases need no more to be out of the L2 cache by the time they come round again
+HOST_CALLS = 200  # timed eager calls per round
+MATMUL = {"cuda": 8192, "cpu": 512}  # M = N = K of the matrix product that serves as the ceiling
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. ``limit_s`` is what one peer may use of one cell, with all it compiles."""
+
+    rounds: int = 5
+    burst_s: float = 0.010
+    idle_s: float = 0.050
+    sustained_s: float = 2.0
+    sustained_rounds: int = 2
+    limit_s: float = 120.0
+    seed: int = 0
+
+
+@dataclass
+class Bench:
+    """The device that is measured on: its clock, its meter, and what of it the runner has to know."""
+
+    device: str
+    clock: Clock
+    meter: Meter | None = None
+    l2_bytes: int = 0
+    tensor_flop_per_clock: float | None = None
+
+    def peak_memory(self, call: Call) -> tuple[Any, int | None]:
+        """The call's result, and how many bytes it had allocated at its peak; ``None`` where nothing counts them."""
+        if self.device != "cuda":
+            return call(), None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        self.clock.sync()
+        return result, torch.cuda.max_memory_allocated() - before
+
+
+class DeviceLost(RuntimeError):
+    """A peer's fault left the device unusable for this process; ``peer`` did it."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(reason)
+        self.peer = peer
+
+
+@dataclass
+class Entrant:
+    """A peer in one cell: what it calls, what it has used, what it has given so far."""
+
+    name: str
+    around: Callable[[], AbstractContextManager] = nullcontext
+    call: Call | None = None
+    per_call: float = 0.0
+    spent: float = 0.0
+    turns: list[Turn] = field(default_factory=list)
+    result: Measurement = field(default_factory=Measurement)
+
+    @property
+    def alive(self) -> bool:
+        return self.result.status == "ok"
+
+    def lose(self, status: str, reason: str) -> None:
+        self.call = None  # lets go of its inputs and graphs
+        self.result.status, self.result.reason = status, reason
+
+
+class Runner:
+    """Measures cells on a bench. ``notify`` hears whose turn it is, ``None`` for nobody's: a supervisor's watch."""
+
+    def __init__(self, bench: Bench, settings: Settings, notify: Callable[[str | None], None] = lambda _: None) -> None:
+        self._bench = bench
+        self._settings = settings
+        self._notify = notify
+
+    def rates(self, kind: str, case: Case, peers: Sequence[Peer], lost: Mapping[str, Measurement]) -> Cell:
+        """A ``burst`` or ``sustained`` cell; peers in ``lost`` have lost it already and are left out."""
+        matmul = Entrant("matmul")
+        with self._turn(matmul):
+            matmul.call = self._matmul(case)
+            matmul.per_call = estimate(self._bench.clock, matmul.call)
+        entrants = self._enter(case, [peer for peer in peers if peer.name not in lost])
+        turn, rounds = self._turns(kind)
+        self._take_turns([matmul, *entrants], turn, rounds)
+        ceiling = self._finish(matmul, kind, work=2 * MATMUL[self._bench.device] ** 3, traffic=None)
+        cell = Cell(kind, case, dict(lost), ceiling if ceiling.ok else None)
+        for entrant in entrants:
+            cell.results[entrant.name] = self._finish(entrant, kind, flops(case), bytes_moved(case))
+        return cell
+
+    def host(self, case: Case, peers: Sequence[Peer], lost: Mapping[str, Measurement]) -> Cell:
+        """A ``host`` cell: microseconds that an eager call keeps the caller."""
+        entrants = self._enter(case, [peer for peer in peers if peer.name not in lost])
+        clock = self._bench.clock
+        self._take_turns(entrants, lambda call, _: host_side(clock, call, calls=HOST_CALLS), self._settings.rounds)
+        cell = Cell("host", case, dict(lost))
+        for entrant in entrants:
+            cell.results[entrant.name] = self._finish(entrant, "host", work=None, traffic=None)
+        return cell
+
+    def _turns(self, kind: str) -> tuple[Callable[[Call, float], Turn], int]:
+        s, clock = self._settings, self._bench.clock
+        if kind == "burst":
+            return lambda call, per_call: burst(clock, call, per_call, busy=s.burst_s, idle=s.idle_s), s.rounds
+        # Turns follow each other without a rest, so the card is under load for the whole cell.
+        seconds = s.sustained_s / s.sustained_rounds
+        return lambda call, per_call: sustained(clock, call, per_call, seconds=seconds), s.sustained_rounds
+
+    def _enter(self, case: Case, peers: Sequence[Peer]) -> list[Entrant]:
+        """Build and check every peer; whoever fails has lost the cell already."""
+        sets = [make_inputs(case, self._bench.device, self._settings.seed + i) for i in range(self._input_sets(case))]
+        judge = Judge(case, sets[0], self._settings.seed)
+        entrants = [Entrant(peer.name, peer.around) for peer in peers]
+        for peer, entrant in zip(peers, entrants, strict=True):
+            with self._turn(entrant):
+                steps = [Step(case, peer, inputs) for inputs in sets]
+                self._check(entrant, steps[0], judge)
+                calls = itertools.cycle([step.call for step in steps])
+                call = steps[0].call if len(steps) == 1 else lambda calls=calls: next(calls)()
+                entrant.per_call = estimate(self._bench.clock, call)
+                entrant.call = call
+        return entrants
+
+    def _check(self, entrant: Entrant, step: Step, judge: Judge) -> None:
+        """Run once, compare with the oracle, and read the memory that a second run needs beyond its outputs."""
+        began = self._bench.clock.now()
+        step.poison()
+        entrant.result.error = judge.verdict(step.outputs(step.call()))
+        entrant.result.extra["first_call_s"] = self._bench.clock.now() - began
+        result, peak = self._bench.peak_memory(step.call)
+        if peak is not None:
+            own = sum(x.numel() * x.element_size() for x in step.outputs(result).values())
+            entrant.result.peak_bytes = max(0, peak - own)
+
+    def _input_sets(self, case: Case) -> int:
+        """How many input sets make sure that none is still in the L2 cache when its turn comes again."""
+        moved = bytes_moved(case)
+        if moved >= 2 * self._bench.l2_bytes:
+            return 1
+        return min(SETS_MAX, math.ceil(2 * self._bench.l2_bytes / moved) + 1)
+
+    def _matmul(self, case: Case) -> Call:
+        size = MATMUL[self._bench.device]
+        dtype = getattr(torch, case.dtype)
+        a, b = (torch.randn(size, size, device=self._bench.device, dtype=dtype) for _ in range(2))
+        return lambda: a @ b
+
+    def _take_turns(self, entrants: Sequence[Entrant], turn: Callable[[Call, float], Turn], rounds: int) -> None:
+        for round_ in range(rounds):
+            first = round_ % max(len(entrants), 1)  # so that nobody always runs behind the same neighbour
+            for entrant in (*entrants[first:], *entrants[:first]):
+                if entrant.call is not None and entrant.alive:
+                    with self._turn(entrant):
+                        entrant.turns.append(turn(entrant.call, entrant.per_call))
+
+    @contextmanager
+    def _turn(self, entrant: Entrant) -> Iterator[None]:
+        """What happens inside is the entrant's: its exceptions cost it the cell, its time counts against its limit."""
+        clock, limit = self._bench.clock, self._settings.limit_s
+        began = clock.now()
+        self._notify(entrant.name)
+        try:
+            with entrant.around():
+                yield
+        except Unsupported as why:
+            entrant.lose("unsupported", str(why))
+        except Wrong as why:
+            entrant.lose("wrong", str(why))
+        except Exception as error:
+            entrant.lose("failed", one_line(error))
+            del error  # its traceback holds the peer's tensors
+            self._recover(entrant)
+        finally:
+            self._notify(None)
+        entrant.spent += clock.now() - began
+        if entrant.alive and entrant.spent > limit:
+            entrant.lose("timeout", f"used {entrant.spent:.0f} s of the {limit:.0f} s it may use of a cell: try --limit")
+
+    def _recover(self, entrant: Entrant) -> None:
+        """After a peer's exception: free what it held, and see whether the device still answers."""
+        gc.collect()
+        try:
+            self._bench.clock.sync()
+            if self._bench.device == "cuda":
+                torch.cuda.empty_cache()
+        except Exception as error:
+            raise DeviceLost(entrant.name, f"{entrant.result.reason}; the device is lost: {one_line(error)}") from None
+
+    def _finish(self, entrant: Entrant, kind: str, work: float | None, traffic: float | None) -> Measurement:
+        """Turn the entrant's turns into its measurement; ``work`` in FLOPs, ``traffic`` in bytes per call."""
+        result = entrant.result
+        if not entrant.alive or not entrant.turns:
+            return result
+        result.samples = [sample for turn in entrant.turns for sample in turn.samples]
+        result.seconds, result.spread = summary(result.samples)
+        result.host_bound = sum(turn.host_bound for turn in entrant.turns) * 2 > len(entrant.turns)
+        if work is not None:
+            result.tflops = work / result.seconds / 1e12
+        if traffic is not None:
+            result.tbytes_per_s = traffic / result.seconds / 1e12
+        if kind == "host":  # thousands of single calls: the median and the spread say it
+            result.samples = []
+        if kind == "sustained":
+            self._read_meter(entrant)
+        return result
+
+    def _read_meter(self, entrant: Entrant) -> None:
+        """Clock, power, and utilization = rate / (SMs · FLOPs per SM and clock · clock)."""
+        meter, result = self._bench.meter, entrant.result
+        readings = [r for t in entrant.turns if meter is not None and (r := meter.over(t.began, t.ended)) is not None]
+        if not readings:
+            return
+        result.sm_mhz = sum(mhz for mhz, _ in readings) / len(readings)
+        result.watts = sum(watts for _, watts in readings) / len(readings)
+        per_clock = self._bench.tensor_flop_per_clock
+        if per_clock and result.tflops and result.sm_mhz:
+            result.utilization = result.tflops * 1e12 / (per_clock * result.sm_mhz * 1e6)
+
+
+class Step:
+    """A peer's call on one set of inputs, in the case's direction, and what comes out of it under which name."""
+
+    def __init__(self, case: Case, peer: Peer, inputs: Inputs) -> None:
+        self._case, self._peer = case, peer
+        if case.direction == "forward":
+            self.call = peer.build(case, inputs.q, inputs.k, inputs.v)
+            return
+        leaves = tuple(x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+        attend = peer.build(case, *leaves)
+        dout = peer.to_bshd(inputs.dout)
+        if case.direction == "both":
+            self.call = lambda: (out := attend(), *torch.autograd.grad(out, leaves, dout))
+        else:
+            out = attend()
+            self.call = lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+    def outputs(self, result: Any) -> dict[str, Any]:
+        """The result's tensors by name, each ``(batch, seqlen, heads, head_dim)``."""
+        if self._case.direction == "forward":
+            return {"out": self._peer.to_bshd(result)}
+        names = ("dq", "dk", "dv") if self._case.direction == "backward" else ("out", "dq", "dk", "dv")
+        named = dict(zip(names, result, strict=True))
+        if "out" in named:
+            named["out"] = self._peer.to_bshd(named["out"])
+        return named
+
+    def poison(self) -> None:
+        """Leave NaN in freed memory of the output's size, which the allocator hands out next: what a peer doesn't write
+        then shows up as not finite."""
+        case = self._case
+        shape = (case.batch, case.seqlen_q, case.heads, case.head_dim_v)
+        torch.full(shape, math.nan, dtype=getattr(torch, case.dtype), device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
