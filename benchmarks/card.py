@@ -31,7 +31,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at the card: host time in seconds (perf_counter), SM clock in MHz, board power in W, temperature in °C."""
+    """One look at the card: host time (perf_counter) in s, SM clock in MHz, board power in W, temperature in °C."""
 
     time: float
     sm_mhz: float
@@ -120,7 +120,8 @@ class Smi:
         return float(self._query("enforced.power.limit"))
 
     def readings(self, stop: threading.Event) -> Iterator[Reading]:
-        command = [*self._command, "--query-gpu=clocks.sm,power.draw,temperature.gpu", f"-lms={PERIOD_SECONDS * 1e3:.0f}"]
+        fields = "--query-gpu=clocks.sm,power.draw,temperature.gpu"
+        command = [*self._command, fields, f"--loop-ms={PERIOD_SECONDS * 1e3:.0f}"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             try:
                 for line in process.stdout or ():

@@ -1,9 +1,9 @@
-"""Is a peer's result right? Asked before it is timed, on a sample, so that a case of 16k keys is answered in milliseconds.
+"""Is a peer's result right? Asked before it is timed, on a sample: a case of 16k keys is answered in milliseconds.
 
 The oracle is eager attention in float64. A result passes when its largest error is at most twice that of plain torch
 attention computed in the case's own dtype, plus that dtype's rounding of the result; and when all of it is finite. For
-outputs, some hundred query rows of a few (batch, head) pairs are computed; for gradients, whole (batch, key head) pairs,
-because dK and dV are sums over every query.
+outputs, some hundred query rows of a few (batch, head) pairs are computed; for gradients, whole (batch, key head)
+pairs, because dK and dV are sums over every query.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OUTPUT_PAIRS, GRADIENT_PAIRS = 4, 2
 CHUNK = 2048  # query rows at a time where all of them are needed: 16k keys of float64 scores are 268 MB
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """The result is not attention; the message says which part is off, and by how much."""
 
 
@@ -74,7 +74,7 @@ def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
 
 
 def eager_gradients(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV) of one key head, in the dtype of its inputs: q, dout ``(group, seqlen_q, …)``, k, v ``(seqlen_k, …)``."""
+    """(dQ, dK, dV) of one key head, in its inputs' dtype: q, dout ``(group, seqlen_q, …)``, k, v ``(seqlen_k, …)``."""
     k, v = k.detach().requires_grad_(), v.detach().requires_grad_()
     # Chunks are added up in float32 or better, as one whole product would do.
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -124,7 +124,8 @@ class Judge:
     def _expect_output(self, inputs: Inputs, batch: int, head: int, rows: Tensor) -> None:
         head_kv = head // (self._case.heads // self._case.heads_kv)
         parts = inputs.q[batch, rows, head], inputs.k[batch, :, head_kv], inputs.v[batch, :, head_kv]
-        exact = eager(self._case, *(x.double() for x in parts), rows)
+        q, k, v = (x.double() for x in parts)
+        exact = eager(self._case, q, k, v, rows)
         self._expect("out", (batch, rows, head), exact, eager(self._case, *parts, rows))
 
     def _expect_gradients(self, inputs: Inputs, batch: int, head_kv: int) -> None:
@@ -152,7 +153,7 @@ class Judge:
     def verdict(self, outputs: dict[str, Any]) -> float:
         """The relative error of a peer's outputs, ‖x − exact‖ / ‖exact‖, the largest over the outputs.
 
-        Raises :class:`Wrong` for one that is missing, misshapen, not finite or further off than allowed.
+        Raises :class:`WrongError` for one that is missing, misshapen, not finite or further off than allowed.
         """
         worst: dict[str, tuple[float, float, float]] = {}  # largest error, squared error, squared norm
         for name in self._plain_error:
@@ -165,7 +166,7 @@ class Judge:
         for name, (largest, _, _) in worst.items():
             allowed = 2 * self._plain_error[name] + self._rounding[name]
             if not largest <= allowed:
-                raise Wrong(
+                raise WrongError(
                     f"{name} is off by up to {largest:.3g} from float64; {allowed:.3g} is allowed "
                     f"(twice plain torch's {self._plain_error[name]:.3g} plus rounding)"
                 )
@@ -180,11 +181,11 @@ class Judge:
             "dv": (case.seqlen_k, case.heads_kv, case.head_dim_v),
         }[name]
         if not isinstance(got, Tensor):
-            raise Wrong(f"{name} is a {type(got).__name__}; a tensor is needed")
+            raise WrongError(f"{name} is a {type(got).__name__}; a tensor is needed")
         if tuple(got.shape) != (case.batch, seqlen, heads, dim):
-            raise Wrong(f"{name} has shape {tuple(got.shape)}; {(case.batch, seqlen, heads, dim)} is needed")
+            raise WrongError(f"{name} has shape {tuple(got.shape)}; {(case.batch, seqlen, heads, dim)} is needed")
         if unfit := got.numel() - int(torch.isfinite(got).sum()):
-            raise Wrong(f"{name} has {unfit} values that are not finite, of {got.numel()}")
+            raise WrongError(f"{name} has {unfit} values that are not finite, of {got.numel()}")
 
 
 def _largest(x: Tensor) -> float:

@@ -7,8 +7,8 @@ square problems. Backward runs five products of that kind instead of two: 2.5 ti
 **Pairs.** ``seqlen_q · seqlen_k`` where everything is seen. A causal square counts exactly half of that (the field's
 convention; the diagonal makes it ``s/2`` more). Every other band is counted pair by pair.
 
-**Bytes.** Each tensor once, as if caches were perfect: forward reads Q, K, V and writes O. Backward reads Q, K, V, O, dO
-and the log-sum-exp (float32, one per query and head) and writes dQ, dK, dV.
+**Bytes.** Each tensor once, as if caches were perfect: forward reads Q, K, V and writes O. Backward reads Q, K, V, O,
+dO and the log-sum-exp (float32, one per query and head) and writes dQ, dK, dV.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Who is measured: one short function per peer.
 
-A peer's function gets a case and the tensors ``q``, ``k``, ``v``, each ``(batch, seqlen, heads, head_dim)``, and returns
-what is to be timed: a function without arguments that returns the output. Whatever can be done ahead of a call (imports,
-transposed views, block masks, compilation) belongs in front of it. It raises :class:`Unsupported` for a case that its
+A peer's function gets a case and the tensors ``q``, ``k``, ``v``, each ``(batch, seqlen, heads, head_dim)``. It returns
+what is to be timed: a function without arguments that returns the output. Whatever can be done ahead of a call
+(imports, transposed views, block masks) belongs in front of it. It raises :class:`UnsupportedError` for a case that its
 library doesn't compute. To add one, here or in a module named by ``--peers-from``::
 
     @peer("mine", "what it is, and whose", needs="my_package:attention")
@@ -24,7 +24,7 @@ from benchmarks.cases import Case
 Build = Callable[[Case, Any, Any, Any], Callable[[], Any]]
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """The peer's library doesn't compute this case; the message says what is missing."""
 
 
@@ -33,8 +33,8 @@ class Peer:
     """A peer and when it takes part.
 
     ``needs`` is ``module:attribute``, imported to see whether it is there. ``devices`` are where it takes part unasked.
-    ``heads_first``: its output is ``(batch, heads, seqlen, head_dim)``. ``slow_start``: it compiles for many seconds per
-    case, so ``--quick`` leaves it out. ``host_only``: it takes part only where the host's cost is measured.
+    ``heads_first``: its output is ``(batch, heads, seqlen, head_dim)``. ``slow_start``: it compiles for many seconds
+    per case, so ``--quick`` leaves it out. ``host_only``: it takes part only where the host's cost is measured.
     ``around`` makes a context that is entered for each of its turns.
     """
 
@@ -89,7 +89,9 @@ def choose(
             if device not in candidate.devices or (candidate.host_only and kind not in ("host", "first")):
                 continue
             if quick and candidate.slow_start:
-                missing[candidate.name] = "compiles for many seconds per case: left out of --quick, ask for it by --peers"
+                missing[candidate.name] = (
+                    "compiles for many seconds per case; --quick leaves it out: ask for it by --peers"
+                )
                 continue
         reason = candidate.why_not()
         if reason is None:
@@ -152,11 +154,11 @@ def _sdpa(case: Case, q, k, v):
     from torch.nn.functional import scaled_dot_product_attention
 
     if case.window is not None or case.softcap:
-        raise Unsupported("scaled_dot_product_attention has no window and no softcap")
+        raise UnsupportedError("scaled_dot_product_attention has no window and no softcap")
     if case.causal and case.seqlen_q != case.seqlen_k:
-        raise Unsupported("its causal mask is aligned top-left, another problem where the lengths differ")
+        raise UnsupportedError("its causal mask is aligned top-left, another problem where the lengths differ")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    rules = {"is_causal": case.causal, "enable_gqa": case.heads != case.heads_kv}
+    rules: dict[str, Any] = {"is_causal": case.causal, "enable_gqa": case.heads != case.heads_kv}
     return lambda: scaled_dot_product_attention(q, k, v, **rules)
 
 

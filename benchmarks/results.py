@@ -55,12 +55,16 @@ class Measurement:
 
 @dataclass
 class Cell:
-    """One case under one kind of measurement: a measurement per peer, and the matrix product that took turns with them."""
+    """One case under one kind of measurement: a measurement per peer, and the matrix product that took turns with them.
+
+    ``copy_tbytes_per_s`` is the device's measured copy rate, reads and writes counted.
+    """
 
     kind: str
     case: Case
     results: dict[str, Measurement] = field(default_factory=dict)
     ceiling: Measurement | None = None
+    copy_tbytes_per_s: float | None = None
     note: str = ""
 
     @property
@@ -70,6 +74,13 @@ class Cell:
     def rates(self) -> dict[str, float]:
         """TFLOP/s of every peer that has one."""
         return {name: m.tflops for name, m in self.results.items() if m.ok and m.tflops}
+
+    @property
+    def memory_bound(self) -> bool:
+        """At the measured limits, moving the case's bytes takes longer than its matrix products."""
+        if not self.copy_tbytes_per_s or self.ceiling is None or not self.ceiling.tflops:
+            return False
+        return bytes_moved(self.case) / self.copy_tbytes_per_s > flops(self.case) / self.ceiling.tflops
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -82,13 +93,14 @@ class Cell:
             Case.from_dict(fields["case"]),
             {name: Measurement(**m) for name, m in fields["results"].items()},
             None if ceiling is None else Measurement(**ceiling),
+            fields.get("copy_tbytes_per_s"),
             fields.get("note", ""),
         )
 
 
 @dataclass
 class Record:
-    """A whole run. ``about`` says on what it ran: card, versions, peers, settings, the card's state before and after."""
+    """A whole run. ``about`` says on what: card, its state before and after, versions, peers, settings."""
 
     about: dict[str, Any] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
@@ -117,15 +129,17 @@ class Record:
 
     @staticmethod
     def load(path: Path) -> Record:
+        needed = "a result file written by --json is needed"
         try:
             fields = json.loads(path.read_text())
         except OSError as error:
-            raise ValueError(f"{path} can't be read ({error.strerror}); a result file written by --json is needed") from None
+            raise ValueError(f"{path} can't be read ({error.strerror}); {needed}") from None
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error}); a result file written by --json is needed") from None
-        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-            got = fields.get("schema") if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(f"{path} has schema {got}; {SCHEMA} is needed: measure again, or read it with the code of its day")
+            raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
+        if not isinstance(fields, dict) or "schema" not in fields:
+            raise ValueError(f"{path} holds no results; {needed}")
+        if fields["schema"] != SCHEMA:
+            raise ValueError(f"{path} has schema {fields['schema']}; {SCHEMA} is needed: measure again")
         return Record(fields["about"], [Cell.from_dict(cell) for cell in fields["cells"]], fields["complete"])
 
     def save_csv(self, path: Path) -> None:

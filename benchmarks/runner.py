@@ -8,34 +8,24 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from benchmarks.card import Meter
 from benchmarks.cases import Case
-from benchmarks.check import Inputs, Judge, Wrong, make_inputs
+from benchmarks.check import Inputs, Judge, WrongError, make_inputs
 from benchmarks.flops import bytes_moved, flops
-from benchmarks.peers import Peer, Unsupported
+from benchmarks.peers import Peer, UnsupportedError
 from benchmarks.results import Cell, Measurement
+from benchmarks.settings import Settings
 from benchmarks.timing import Call, Clock, Turn, burst, estimate, host_side, summary, sustained
 
 SETS_MAX = 64  # input sets; small cases need no more to be out of the L2 cache by the time they come round again
 HOST_CALLS = 200  # timed eager calls per round
 MATMUL = {"cuda": 8192, "cpu": 512}  # M = N = K of the matrix product that serves as the ceiling
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure. ``limit_s`` is what one peer may use of one cell, with all it compiles."""
-
-    rounds: int = 5
-    burst_s: float = 0.010
-    idle_s: float = 0.050
-    sustained_s: float = 2.0
-    sustained_rounds: int = 2
-    limit_s: float = 120.0
-    seed: int = 0
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**24}
 
 
 @dataclass
@@ -48,10 +38,8 @@ class Bench:
     l2_bytes: int = 0
     tensor_flop_per_clock: float | None = None
 
-    def peak_memory(self, call: Call) -> tuple[Any, int | None]:
-        """The call's result, and how many bytes it had allocated at its peak; ``None`` where nothing counts them."""
-        if self.device != "cuda":
-            return call(), None
+    def peak_memory(self, call: Call) -> tuple[Any, int]:
+        """The call's result, and how many bytes of the card it had allocated at its peak."""
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = call()
@@ -59,7 +47,7 @@ class Bench:
         return result, torch.cuda.max_memory_allocated() - before
 
 
-class DeviceLost(RuntimeError):
+class DeviceLostError(RuntimeError):
     """A peer's fault left the device unusable for this process; ``peer`` did it."""
 
     def __init__(self, peer: str, reason: str) -> None:
@@ -106,7 +94,7 @@ class Runner:
         turn, rounds = self._turns(kind)
         self._take_turns([matmul, *entrants], turn, rounds)
         ceiling = self._finish(matmul, kind, work=2 * MATMUL[self._bench.device] ** 3, traffic=None)
-        cell = Cell(kind, case, dict(lost), ceiling if ceiling.ok else None)
+        cell = Cell(kind, case, dict(lost), ceiling if ceiling.ok else None, self._copy_rate)
         for entrant in entrants:
             cell.results[entrant.name] = self._finish(entrant, kind, flops(case), bytes_moved(case))
         return cell
@@ -138,8 +126,7 @@ class Runner:
             with self._turn(entrant):
                 steps = [Step(case, peer, inputs) for inputs in sets]
                 self._check(entrant, steps[0], judge)
-                calls = itertools.cycle([step.call for step in steps])
-                call = steps[0].call if len(steps) == 1 else lambda calls=calls: next(calls)()
+                call = in_rotation([step.call for step in steps])
                 entrant.per_call = estimate(self._bench.clock, call)
                 entrant.call = call
         return entrants
@@ -150,8 +137,8 @@ class Runner:
         step.poison()
         entrant.result.error = judge.verdict(step.outputs(step.call()))
         entrant.result.extra["first_call_s"] = self._bench.clock.now() - began
-        result, peak = self._bench.peak_memory(step.call)
-        if peak is not None:
+        if self._bench.device == "cuda":
+            result, peak = self._bench.peak_memory(step.call)
             own = sum(x.numel() * x.element_size() for x in step.outputs(result).values())
             entrant.result.peak_bytes = max(0, peak - own)
 
@@ -167,6 +154,16 @@ class Runner:
         dtype = getattr(torch, case.dtype)
         a, b = (torch.randn(size, size, device=self._bench.device, dtype=dtype) for _ in range(2))
         return lambda: a @ b
+
+    @cached_property
+    def _copy_rate(self) -> float:
+        """TB/s of a copy within the device's memory, reads and writes counted: measured once per process."""
+        size = COPY_BYTES[self._bench.device]
+        source = torch.randint(-128, 128, (size,), device=self._bench.device, dtype=torch.int8)
+        target = torch.empty_like(source)
+        clock = self._bench.clock
+        seconds, _ = summary([estimate(clock, lambda: target.copy_(source)) for _ in range(5)])
+        return 2 * size / seconds / 1e12
 
     def _take_turns(self, entrants: Sequence[Entrant], turn: Callable[[Call, float], Turn], rounds: int) -> None:
         for round_ in range(rounds):
@@ -185,9 +182,9 @@ class Runner:
         try:
             with entrant.around():
                 yield
-        except Unsupported as why:
+        except UnsupportedError as why:
             entrant.lose("unsupported", str(why))
-        except Wrong as why:
+        except WrongError as why:
             entrant.lose("wrong", str(why))
         except Exception as error:
             entrant.lose("failed", one_line(error))
@@ -197,7 +194,9 @@ class Runner:
             self._notify(None)
         entrant.spent += clock.now() - began
         if entrant.alive and entrant.spent > limit:
-            entrant.lose("timeout", f"used {entrant.spent:.0f} s of the {limit:.0f} s it may use of a cell: try --limit")
+            entrant.lose(
+                "timeout", f"used {entrant.spent:.0f} s of the {limit:.0f} s it may use of a cell: try --limit"
+            )
 
     def _recover(self, entrant: Entrant) -> None:
         """After a peer's exception: free what it held, and see whether the device still answers."""
@@ -207,7 +206,9 @@ class Runner:
             if self._bench.device == "cuda":
                 torch.cuda.empty_cache()
         except Exception as error:
-            raise DeviceLost(entrant.name, f"{entrant.result.reason}; the device is lost: {one_line(error)}") from None
+            raise DeviceLostError(
+                entrant.name, f"{entrant.result.reason}; the device is lost: {one_line(error)}"
+            ) from None
 
     def _finish(self, entrant: Entrant, kind: str, work: float | None, traffic: float | None) -> Measurement:
         """Turn the entrant's turns into its measurement; ``work`` in FLOPs, ``traffic`` in bytes per call."""
@@ -244,7 +245,7 @@ class Step:
     """A peer's call on one set of inputs, in the case's direction, and what comes out of it under which name."""
 
     def __init__(self, case: Case, peer: Peer, inputs: Inputs) -> None:
-        self._case, self._peer = case, peer
+        self._case, self._peer, self._device = case, peer, inputs.q.device
         if case.direction == "forward":
             self.call = peer.build(case, inputs.q, inputs.k, inputs.v)
             return
@@ -272,7 +273,15 @@ class Step:
         then shows up as not finite."""
         case = self._case
         shape = (case.batch, case.seqlen_q, case.heads, case.head_dim_v)
-        torch.full(shape, math.nan, dtype=getattr(torch, case.dtype), device="cuda" if torch.cuda.is_available() else "cpu")
+        torch.full(shape, math.nan, dtype=getattr(torch, case.dtype), device=self._device)
+
+
+def in_rotation(calls: Sequence[Call]) -> Call:
+    """A call that is each of ``calls`` in turn."""
+    if len(calls) == 1:
+        return calls[0]
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
 
 
 def one_line(error: BaseException) -> str:

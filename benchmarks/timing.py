@@ -149,7 +149,7 @@ def sustained(clock: Clock, call: Call, per_call: float, *, seconds: float) -> T
     counted_from = began + SETTLE * seconds
     marks: deque[Any] = deque([clock.mark()])
     samples: list[float] = []
-    while clock.now() - began < seconds or not samples:
+    while len(marks) < 2 or clock.now() - began < seconds:
         for _ in range(calls):
             call()
         marks.append(clock.mark())
@@ -180,7 +180,7 @@ def host_side(clock: Clock, call: Call, *, calls: int, queue: int = 50) -> Turn:
 
 
 def summary(samples: Sequence[float]) -> tuple[float, float]:
-    """``(median, spread)``; the spread is half the interquartile range over the median, a fraction; 0 for one sample."""
+    """``(median, spread)``; the spread is half the interquartile range as a fraction of the median."""
     median = statistics.median(samples)
     if len(samples) < 2 or median == 0:
         return median, 0.0

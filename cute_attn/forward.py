@@ -37,13 +37,10 @@ def host_function(problem, config):
         lse = None
         if cutlass.const_expr(mLSE is not None):
             lse = _select(mLSE, [2, 1, 0])  # (seqlen_q, heads, batch)
-        seqlen_q, _, heads, batch = q.shape
-        seqlen_k, _, heads_kv, _ = k.shape
+        seqlen_q, seqlen_k = q.shape[0], k.shape[0]
         shift = seqlen_k - seqlen_q
         values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
-        tiles = Tiles(
-            cute.ceil_div(seqlen_q, config.tile_m), heads, batch, heads // heads_kv, problem.bounded_right
-        )
+        tiles = Tiles.of(q.shape, k.shape[2], config.tile_m, blocks, problem.bounded_right)
         mainloop.launch(q, k, v, o, lse, values, tiles, cutlass.min(blocks, tiles.count()), stream)
 
     return forward

@@ -1,8 +1,8 @@
-"""Tiled online softmax in plain torch: the specification of the kernels, and the backend where there is no GPU for them.
+"""Tiled online softmax in plain torch: the specification of the kernels, and the backend where there is no GPU.
 
 The score matrix never exists as a whole. Each tile of ``tile_m`` queries walks over its tiles of ``tile_n`` keys and
-keeps three things a row: the running maximum m, the running sum l and the unnormalised output O. With scores s in base 2
-(Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135) a tile turns them into
+keeps three things a row: the running maximum m, the running sum l and the unnormalised output O. With scores s in base
+2 (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135) a tile turns them into
 
     m' = max(m, max_j s_j),   a = 2^(m − m'),   p_j = 2^(s_j − m'),   l' = a·l + Σ_j p_j,   O' = a·O + Σ_j p_j·v_j
 
@@ -26,8 +26,8 @@ def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> t
     the inputs' dtype; ``lse`` is (batch, heads, seqlen_q), natural logarithm, float32 (float64 for float64 inputs).
 
     Products are summed in lse's dtype and P is rounded to the inputs' dtype before P·V, as tensor cores take it. A row
-    that sees no key gives zeros and −inf. Keys that no row of a query tile sees are not read: NaN there changes nothing.
-    Nothing is written in place, so that autograd works through it.
+    that sees no key gives zeros and −inf. Keys that no row of a query tile sees are not read: NaN there changes
+    nothing. Nothing is written in place, so that autograd works through it.
     """
     acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if call.empty:

@@ -14,20 +14,14 @@ GPU = Gpu(
 
 MECHANISMS = {"tma_wgmma": wgmma, "cp_async": mma_sync}
 
-# The wider of the two padded head dims, and whether the band has an edge
-#   -> tile_m, tile_n, stages, ping_pong, separate_o, rescale_early
+# The wider of the two padded head dims -> the fields of Config that the table decides.
 # A computing warpgroup owns 64 rows. Two of them may have 240 registers a thread, three 160.
 WGMMA_TABLE = {
-    (64, False): (192, 128, 2, True, True, False),
-    (64, True): (192, 128, 2, True, True, False),
-    (96, False): (128, 128, 2, True, True, False),
-    (96, True): (128, 128, 2, True, True, False),
-    (128, False): (128, 176, 2, True, False, False),
-    (128, True): (128, 128, 2, True, True, False),
-    (192, False): (128, 96, 2, False, False, True),
-    (192, True): (128, 96, 2, False, False, True),
-    (256, False): (128, 80, 2, False, False, True),
-    (256, True): (128, 80, 2, False, False, True),
+    64: {"tile_m": 192, "tile_n": 128, "stages": 3, "ping_pong": True, "separate_o": True},
+    96: {"tile_m": 128, "tile_n": 128, "stages": 2, "separate_o": True},
+    128: {"tile_m": 128, "tile_n": 128, "stages": 2, "separate_o": True},
+    192: {"tile_m": 128, "tile_n": 96, "stages": 2, "rescale_early": True},
+    256: {"tile_m": 128, "tile_n": 80, "stages": 2, "rescale_early": True},
 }
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -> registers of a computing, copying thread
 
@@ -47,24 +41,19 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     if mechanism == "cp_async":
         return mma_sync.configs(problem, MMA_SYNC_TABLE, target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)
-    edge = problem.bounded_left or problem.bounded_right
-    tile_m, tile_n, stages, ping_pong, separate_o, rescale_early = WGMMA_TABLE[max(tile_d, tile_dv), edge]
-    mma_registers, copy_registers = REGISTERS[tile_m // 64]
+    choice = WGMMA_TABLE[max(tile_d, tile_dv)]
+    warpgroups = choice["tile_m"] // wgmma.ROWS_PER_WARPGROUP
+    mma_registers, copy_registers = REGISTERS[warpgroups]
     return (
         Config(
             target=target,
             mechanism=mechanism,
             dtype=problem.dtype,
-            tile_m=tile_m,
-            tile_n=tile_n,
             tile_d=tile_d,
             tile_dv=tile_dv,
-            stages=stages,
-            mma_warps=tile_m // 16,
+            mma_warps=4 * warpgroups,
             mma_registers=mma_registers,
             copy_registers=copy_registers,
-            ping_pong=ping_pong,
-            separate_o=separate_o,
-            rescale_early=rescale_early,
+            **choice,
         ),
     )

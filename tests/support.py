@@ -1,12 +1,12 @@
 """The one oracle and the one tolerance of all tests, for every backend and device.
 
-A result is right when its error against float64 eager attention is at most twice the error of plain PyTorch attention in
-the same dtype, plus the rounding of the result to that dtype. There are no fixed tolerances. Errors are measured in two
-norms: the largest one finds a wrong element, the root mean square a small error everywhere.
+A result is right when its error against float64 eager attention is at most twice the error of plain PyTorch attention
+in the same dtype, plus the rounding of the result to that dtype. There are no fixed tolerances. Errors are measured in
+two norms: the largest one finds a wrong element, the root mean square a small error everywhere.
 
-Twice is for the 16-bit dtypes, where storing the scores and P in 16 bits makes nearly all of plain attention's error. In
-float32 and float64 the sums themselves make it, and the order in which two correct matrix products add up changes their
-errors by a factor of several: there it is ten times. (A wrong rule is off by many orders of magnitude more.)
+Twice is for the 16-bit dtypes, where storing the scores and P in 16 bits makes nearly all of plain attention's error.
+In float32 and float64 the sums themselves make it, and the order in which two correct matrix products add up changes
+their errors by a factor of several: there it is ten times. (A wrong rule is off by orders of magnitude more.)
 
 Nothing here uses the package under test. Attention is computed block of rows by block of rows, so that the score matrix
 in float64 takes at most about half a GiB.
@@ -46,9 +46,9 @@ PEAK_KEYS = 4
 def make_qkv(batch, sq, sk, heads, heads_kv, d, dv=None, dtype=torch.float32, device="cpu", kind="gaussian", seed=0):
     """q, k, v as (batch, seqlen, heads, head_dim); the same numbers on every device.
 
-    ``kind="gaussian"``: independent and standard normal: all keys weigh about the same. ``kind="peaky"``: the queries of
-    a key head share a direction with a few keys of it, whose logits at the default scale are about 16 above the others':
-    these keys take nearly all the weight of the rows that see them.
+    ``kind="gaussian"``: independent and standard normal: all keys weigh about the same. ``kind="peaky"``: the queries
+    of a key head share a direction with a few keys of it, whose logits at the default scale are about 16 above the
+    others': these keys take nearly all the weight of the rows that see them.
     """
     generator = torch.Generator().manual_seed(seed)
     made_in = torch.float64 if dtype == torch.float64 else torch.float32
@@ -91,10 +91,10 @@ def oracle(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0):
 
 
 def eager(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dtype=None):
-    """``(out, lse)`` of plain PyTorch attention, every step of it in the inputs' dtype; a row that sees no key has zeros.
+    """``(out, lse)`` of plain PyTorch attention, every step of it in the inputs' dtype.
 
-    ``lse`` is the log-sum-exp of those scores and not rounded to the dtype again: float32 (float64 for float64 inputs).
-    With ``lse_dtype`` its scores are computed in that dtype instead.
+    ``lse`` is the log-sum-exp of those scores, not rounded to the dtype again: float32 (float64 for float64 inputs).
+    With ``lse_dtype`` its scores are computed in that dtype instead. A row that sees no key has zeros and −inf.
     """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     out, lse = _outputs(q, v, q.dtype, exact)
@@ -119,10 +119,10 @@ def eager(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dt
 def assert_close(result, q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dtype=None):
     """Assert that ``result``, an output or ``(out, lse)``, is attention of q, k, v with these rules.
 
-    The error of each element, less the rounding of the element to the result's dtype, may be at most ``TIMES_PLAIN`` times
-    the error of :func:`eager`, in the largest and in the root mean square. The log-sum-exp is float32 (float64 for float64
-    inputs) and rounded as such; ``lse_dtype=torch.float32`` compares it with that of float32 scores, which is much
-    stricter than that of scores in the inputs' dtype. Rows that see no key must be exactly 0 and −inf.
+    The error of each element, less the rounding of the element to the result's dtype, may be at most ``TIMES_PLAIN``
+    times the error of :func:`eager`, in the largest and in the root mean square. The log-sum-exp is float32 (float64
+    for float64 inputs) and rounded as such; ``lse_dtype=torch.float32`` compares it with that of float32 scores, which
+    is much stricter than that of scores in the inputs' dtype. Rows that see no key must be exactly 0 and −inf.
     """
     out, lse = result if isinstance(result, tuple) else (result, None)
     rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
@@ -140,7 +140,7 @@ def assert_close(result, q, k, v, *, scale=None, causal=False, window=None, soft
 
 
 def _allowed(q, k, v, true_out, true_lse, rules, lse_dtype):
-    """The error of plain PyTorch attention times TIMES_PLAIN, element by element, for the output and the log-sum-exp."""
+    """The error of plain PyTorch attention times TIMES_PLAIN, element by element: ``(out, lse)``."""
     times, times_lse = TIMES_PLAIN[q.dtype], TIMES_PLAIN[lse_dtype or q.dtype]
     if q.dtype != torch.float64:
         out, lse = eager(q, k, v, **rules, lse_dtype=lse_dtype)
@@ -148,13 +148,13 @@ def _allowed(q, k, v, true_out, true_lse, rules, lse_dtype):
     # The error of float64 can't be measured against float64. But rounding errors scale with the unit of rounding: it is
     # that of float32, scaled. Once more, because the oracle has an error of that size as well.
     q, k, v = (x.float() for x in (q, k, v))
-    times = (times + 1) * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     pairs = zip(eager(q, k, v, **rules), oracle(q, k, v, **rules), strict=True)
-    return tuple(times * (plain.double() - true).abs() for plain, true in pairs)
+    return tuple((times + 1) * ratio * (plain.double() - true).abs() for plain, true in pairs)
 
 
 def _check(name, got, dtype, true, allowed):
-    """The tolerance: what the error |got − true| has beyond the rounding of ``true`` is at most ``allowed``, in two norms."""
+    """The tolerance: |got − true|, less the rounding of ``true`` to dtype, is at most ``allowed``, in the two norms."""
     assert got.shape == true.shape, f"{name} has shape {tuple(got.shape)}, expected {tuple(true.shape)}"
     assert got.dtype == dtype, f"{name} is {got.dtype}, expected {dtype}"
     assert got.device == true.device, f"{name} lies on {got.device}, expected {true.device}"
@@ -174,7 +174,8 @@ def _check(name, got, dtype, true, allowed):
     )
     rms, rms_allowed = (x.square().mean().sqrt().item() for x in (beyond, allowed))
     assert rms <= rms_allowed, (
-        f"{name} is off by {rms:.3g} beyond rounding in the root mean square; allowed by plain PyTorch's is {rms_allowed:.3g}"
+        f"{name} is off by {rms:.3g} beyond rounding in the root mean square; "
+        f"allowed by plain PyTorch's is {rms_allowed:.3g}"
     )
 
 
@@ -211,7 +212,7 @@ def _row_blocks(q, k, v, causal, window) -> Iterator[_RowBlock]:
 
 
 def _visible(rows, sq, sk, causal, window, device):
-    """The mask, (rows, sk): query i is aligned with key i + sk − sq and sees ``left`` keys before it, ``right`` after."""
+    """The mask, (rows, sk): query i sees ``left`` keys before its aligned key i + sk − sq, and ``right`` after it."""
     left, right = (-1 if side is None else side for side in (window or (None, None)))
     ahead = torch.arange(sk, device=device) - (torch.arange(rows.start, rows.stop, device=device)[:, None] + sk - sq)
     visible = torch.ones_like(ahead, dtype=torch.bool)

@@ -62,7 +62,7 @@ SIDE = st.none() | st.integers(-1, 20)
 
 @given(sq=SIZE, sk=SIZE, causal=st.booleans(), window=st.none() | st.tuples(SIDE, SIDE))
 def test_the_band_of_a_call(sq, sk, causal, window):
-    """``causal`` and ``window`` as the user gives them, through the edges of a Call, against the definition in words."""
+    """``causal`` and ``window`` as the user gives them, through the edges of a Call, against their definition."""
     q, k = torch.zeros(1, sq, 1, 1), torch.zeros(1, sk, 1, 1)
     call = check_call(q, k, k, scale=None, causal=causal, window=window, softcap=0.0)
     lo = None if call.left is None else call.shift - call.left
@@ -89,7 +89,7 @@ def test_softcap_is_tanh(dtype, units, cap, scale):
     score = torch.cat([torch.linspace(-300, 300, 4001), torch.tensor([0.0, 1e-30, 1e30, -1e30])]).to(dtype)
     expected = torch.tanh(score.double() * (scale / cap))
     got = softcap_log2(score, scale_by_cap, TensorOps)
-    # An error of the argument, which e^{2x} = 2^{2x log2 e} magnifies by its size where tanh is not flat, and of 1 − 2/(1 + e).
+    # The rounding of 1 − 2 / (1 + e), and that of the power, relative to its exponent, where tanh is not flat.
     allowed = units * torch.finfo(dtype).eps * (1 + (score.double() * scale / cap).abs() * (1 - expected**2))
     assert bool(((got.double() - expected).abs() <= allowed).all())
     assert scale_log2 == pytest.approx(cap / math.log(2))
@@ -110,6 +110,7 @@ def test_softcap_of_large_scores_is_one_with_a_gradient_of_zero(score, dtype):
     y = softcap_log2(x, 0.5, TensorOps)
     y.sum().backward()
     assert y.item() == math.copysign(1.0, score)
+    assert x.grad is not None
     assert x.grad.item() == 0.0
 
 
@@ -125,5 +126,5 @@ def test_scales_turn_scores_into_base_2(score, scale, cap):
 
 
 def test_constants():
-    assert pytest.approx(1.0, abs=1e-15) == LOG2_E * LN_2
-    assert 2.0**LOG2_E == pytest.approx(math.e)
+    assert math.isclose(LOG2_E * LN_2, 1.0, rel_tol=1e-15)
+    assert math.isclose(2.0**LOG2_E, math.e, rel_tol=1e-15)

@@ -1,0 +1,305 @@
+"""The command line: ``python -m benchmarks {attention,host,show,peers} --help``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks import anchors as anchors_
+from benchmarks import compare as compare_
+from benchmarks import peers as peers_
+from benchmarks import plot as plot_
+from benchmarks import report
+from benchmarks.cases import DIRECTIONS, DTYPE_BYTES, GRIDS, HOST_CASE, Case, Grid, length
+from benchmarks.results import RATES, Record
+from benchmarks.settings import Crew, Settings
+from benchmarks.supervise import Supervisor, WorkerError
+
+INTERRUPTED = 130
+# A grid's axes and the options that replace them.
+AXES = {"head_dims": "head_dim", "causal": "mask", "seqlens": "seqlen", "directions": "direction"}
+AXES |= {
+    name: name for name in ("tokens", "batch", "heads", "gqa", "seqlen_k", "head_dim_v", "window", "softcap", "dtype")
+}
+EPILOG = """\
+examples:
+  python -m benchmarks attention --quick                        six cells, under a minute
+  python -m benchmarks attention --json r.json                  the whole forward grid, in bursts
+  python -m benchmarks attention --regime sustained --head-dim 128 --causal --seqlen 8k
+  python -m benchmarks attention --host --json r.json           rates, host cost and first calls in one file
+  python -m benchmarks show r.json --plot plots --compare old.json --anchors recorded.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 1 where --compare found something worse, 2 for bad usage, 130 for Ctrl-C."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a log has no width of its own, and wrapped tables can't be read
+    try:
+        return COMMANDS[options.command](options, console)
+    except ValueError as error:
+        parser.error(str(error))
+    except WorkerError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 1
+
+
+def measure(options: argparse.Namespace, console: Console) -> int:
+    """``attention`` and ``host``: measure, keeping the JSON file up to date, then show."""
+    old, recorded = _inputs(options)
+    crew = Crew(_names(options), tuple(options.peers_from), options.quick)
+    settings = _settings(options)
+    record = Record()
+    with Watch(console) as watch:
+        supervisor = Supervisor(crew, settings, watch.turn)
+        interrupted = False
+        try:
+            supervisor.start()
+            device = supervisor.about["card"]["device"]
+            if device != "cuda":
+                console.print("no CUDA GPU was found: measuring the reference and torch's CPU attention at small sizes")
+            record.about = _about(supervisor.about, settings, options)
+            record.complete = _work(_jobs(options, device), supervisor, record, options, watch)
+            record.about["after"] = supervisor.finish()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            supervisor.stop()
+    if options.json:
+        record.save(options.json)
+    status = _show(record, old, recorded, options, console)
+    return INTERRUPTED if interrupted else status
+
+
+def _work(
+    jobs: list[tuple[str, Case]], supervisor: Supervisor, record: Record, options: argparse.Namespace, watch: Watch
+) -> bool:
+    """Measure the jobs in turn; whether all of them fitted into the budget."""
+    began = time.monotonic()
+    for kind, case in jobs:
+        if options.budget is not None and time.monotonic() - began > options.budget:
+            return False
+        watch.begin(f"{kind}: {case.label}", len(jobs))
+        record.cells.append(supervisor.cell(kind, case))
+        if options.json:
+            record.save(options.json)
+        watch.done(report.cell_line(record.cells[-1]))
+    return True
+
+
+class Watch:
+    """The progress bar: which cell, whose turn. A log, which has no bar, gets a line for each cell that is done."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[peer]}"),
+        )
+        self._console = console
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task("starting", total=None, peer="")
+
+    def __enter__(self) -> Watch:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, cell: str, total: int) -> None:
+        self._progress.update(self._task, description=cell, total=total)
+
+    def turn(self, peer: str | None) -> None:
+        self._progress.update(self._task, peer=peer or "")
+
+    def done(self, line: str) -> None:
+        self._progress.advance(self._task)
+        if not self._console.is_terminal:
+            self._console.print(line, markup=False, highlight=False)
+
+
+def show(options: argparse.Namespace, console: Console) -> int:
+    """``show``: tables, plots and comparison of a result file."""
+    old, recorded = _inputs(options)
+    return _show(Record.load(options.file), old, recorded, options, console)
+
+
+def peers(options: argparse.Namespace, console: Console) -> int:
+    """``peers``: who would take part on this machine, and who wouldn't, and why."""
+    for module in options.peers_from:
+        importlib.import_module(module)
+    for name, peer in peers_.REGISTRY.items():
+        console.print(f"{name}: {peer.about}: {peer.why_not() or 'available'}", markup=False)
+    return 0
+
+
+COMMANDS = {"attention": measure, "host": measure, "show": show, "peers": peers}
+
+
+def _show(record: Record, old: Record | None, recorded: Any, options: argparse.Namespace, console: Console) -> int:
+    if recorded is not None:
+        recorded = recorded.rescaled_to(record)
+    report.show(record, console, recorded)
+    if options.csv:
+        record.save_csv(options.csv)
+    if options.plot:
+        for path in plot_.plot(record, options.plot, recorded):
+            console.print(f"wrote {path}", markup=False)
+    if old is None:
+        return 0
+    return report.show_changes(compare_.compare(old, record), compare_.caveats(old, record), console)
+
+
+def _inputs(options: argparse.Namespace) -> tuple[Record | None, anchors_.Anchors | None]:
+    """The files that are read, read before anything is measured: a wrong path shouldn't cost a run."""
+    old = Record.load(options.compare) if options.compare else None
+    return old, anchors_.load(options.anchors) if options.anchors else None
+
+
+def _names(options: argparse.Namespace) -> tuple[str, ...] | None:
+    """The peers asked for, checked here so that a misspelt one is answered at once."""
+    for module in options.peers_from:
+        importlib.import_module(module)
+    if options.peers is None:
+        return None
+    names = tuple(name for name in options.peers.split(",") if name)
+    if unknown := [name for name in names if name not in peers_.REGISTRY]:
+        raise ValueError(f"no peer is called {', '.join(unknown)}; known: {', '.join(peers_.REGISTRY)}")
+    return names
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    given = {
+        "rounds": options.rounds or (3 if options.quick else None),
+        "burst_s": options.burst_ms and options.burst_ms / 1e3,
+        "idle_s": None if options.idle_ms is None else options.idle_ms / 1e3,
+        "sustained_s": options.seconds_per_cell,
+        "limit_s": options.limit,
+        "seed": options.seed,
+    }
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _jobs(options: argparse.Namespace, device: str) -> list[tuple[str, Case]]:
+    """What to measure, in order: rates first, as they are what a run that is cut short should have."""
+    jobs: list[tuple[str, Case]] = []
+    if options.command == "attention":
+        size = "cpu" if device != "cuda" else "quick" if options.quick else "full"
+        jobs += [(kind, case) for kind in options.regime for case in _grid(options, size).cases()]
+    if options.command == "host" or options.host:
+        jobs += [("host", HOST_CASE), ("first", HOST_CASE)]
+    return jobs
+
+
+def _grid(options: argparse.Namespace, name: str) -> Grid:
+    """The named grid with the axes that were given instead of its own."""
+    given: dict[str, Any] = {axis: getattr(options, option) for axis, option in AXES.items()}
+    chosen: dict[str, Any] = {
+        axis: tuple(x) if isinstance(x, list) else x for axis, x in given.items() if x is not None
+    }
+    return dataclasses.replace(GRIDS[name], **chosen)
+
+
+def _about(found: dict[str, Any], settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if v is not None}
+    return {"date": date, "options": given, "settings": dataclasses.asdict(settings), **found}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Attention against its peers, measured in turns and checked against float64.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    attention = commands.add_parser(
+        "attention", help="rates over a grid of cases, against every peer that is installed"
+    )
+    _add_axes(attention.add_argument_group("cases", "each option replaces an axis of the default grid"))
+    regimes = attention.add_argument_group("regimes")
+    regimes.add_argument("--regime", nargs="+", choices=RATES, default=["burst"], help="default: burst")
+    regimes.add_argument("--burst-ms", type=float, help="timed work per burst (10)")
+    regimes.add_argument("--idle-ms", type=float, help="rest before a burst (50)")
+    regimes.add_argument("--seconds-per-cell", type=float, help="sustained load per peer and cell (2)")
+    regimes.add_argument("--host", action="store_true", help="measure host cost and first calls as well")
+    _add_run(attention)
+
+    host = commands.add_parser("host", help="what a call costs the host: eager µs per call, first call cold and warm")
+    host.set_defaults(burst_ms=None, idle_ms=None, seconds_per_cell=None)
+    _add_run(host)
+
+    show = commands.add_parser("show", help="tables, plots and comparison of a result file; needs no GPU")
+    show.add_argument("file", type=Path, help="written by --json")
+    _add_output(show)
+
+    peers = commands.add_parser("peers", help="who can take part on this machine, and who can't, and why")
+    peers.add_argument("--peers-from", nargs="+", default=[], metavar="MODULE", help="modules that register more peers")
+    return parser
+
+
+def _add_axes(group: Any) -> None:
+    grid = Grid()
+    group.add_argument("--head-dim", type=int, nargs="+", help=f"default: {_words(grid.head_dims)}")
+    group.add_argument("--head-dim-v", type=int, help="default: as --head-dim")
+    group.add_argument("--seqlen", type=length, nargs="+", help="of queries, 8192 or 8k; default: 512 1k 2k 8k 16k")
+    group.add_argument("--seqlen-k", type=length, help="of keys; default: as --seqlen")
+    mask = group.add_mutually_exclusive_group()
+    mask.add_argument("--causal", dest="mask", action="store_const", const=(True,), help="only causal cases")
+    mask.add_argument("--full", dest="mask", action="store_const", const=(False,), help="only cases that aren't causal")
+    group.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys seen; -1: unbounded")
+    group.add_argument("--softcap", type=float)
+    group.add_argument("--direction", nargs="+", choices=DIRECTIONS, help=f"default: {_words(grid.directions)}")
+    group.add_argument("--dtype", choices=DTYPE_BYTES, help=f"default: {grid.dtype}")
+    group.add_argument("--tokens", type=length, help=f"batch × query length; default: {grid.tokens}")
+    group.add_argument("--batch", type=int, help="default: tokens / query length")
+    group.add_argument("--heads", type=int, help=f"query heads; default: {grid.width} / head dim")
+    group.add_argument("--gqa", type=int, help="query heads per key head; default: 1")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("run")
+    run.add_argument("--quick", action="store_true", help="head dim 128, three lengths, three rounds, no slow starters")
+    run.add_argument("--peers", metavar="A,B", help=f"only these: {', '.join(peers_.REGISTRY)}")
+    run.add_argument("--peers-from", nargs="+", default=[], metavar="MODULE", help="modules that register more peers")
+    run.add_argument("--rounds", type=int, help="turns that each peer takes in a burst or host cell (5)")
+    run.add_argument("--limit", type=float, metavar="SECONDS", help="what one peer may use of one cell (120)")
+    run.add_argument("--budget", type=float, metavar="SECONDS", help="start no further cell after this long")
+    run.add_argument("--seed", type=int, help="of the random inputs (0)")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the results here, after every cell")
+    _add_output(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    output = parser.add_argument_group("output")
+    output.add_argument("--csv", type=Path, metavar="FILE", help="one line per peer and cell")
+    output.add_argument("--plot", type=Path, metavar="DIR", help="rates over length and ratios as SVG and PNG")
+    output.add_argument("--compare", type=Path, metavar="OLD.json", help="exit status 1 where something got slower")
+    output.add_argument("--anchors", type=Path, metavar="FILE", help="show rates recorded on the same kind of card")
+
+
+def _words(values: Sequence[Any]) -> str:
+    return " ".join(map(str, values))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

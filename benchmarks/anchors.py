@@ -1,0 +1,95 @@
+"""Rates recorded earlier on the same kind of card, for peers that can't be had where the live run takes place.
+
+Two cards of one kind differ by a few per cent, and so do two days. A peer that is in the recording and in the live run
+says by how much: recorded rates are multiplied by the geometric mean of live / recorded over the cells in both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.cases import Case
+from benchmarks.results import Record
+
+NAMES = {"fa4_cute": "fa4"}  # the recording's name of a peer, where it isn't ours
+DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Recorded TFLOP/s by case and peer, and how they were brought to the live card's scale.
+
+    ``scaled_by`` is the peer in both, ``factor`` what every recorded rate was multiplied by, ``common`` the number of
+    cells behind it; ``None``, 1 and 0 where nothing is in both.
+    """
+
+    origin: str
+    rates: dict[Case, dict[str, float]]
+    scaled_by: str | None = None
+    factor: float = 1.0
+    common: int = 0
+
+    def describe(self) -> str:
+        if self.scaled_by is None:
+            return f"{self.origin}; not rescaled, as no recorded peer took part in this run"
+        return (
+            f"{self.origin}; rescaled × {self.factor:.3f}, the geometric mean of live / recorded of {self.scaled_by} "
+            f"over {self.common} cells"
+        )
+
+    def rescaled_to(self, record: Record) -> Anchors:
+        """The same rates on the scale of a live run's bursts, by the peer that they share most cells with."""
+        quotients: dict[str, list[float]] = {}
+        for cell in record.of_kind("burst"):
+            recorded = self.rates.get(cell.case, {})
+            for name, rate in cell.rates().items():
+                if name in recorded:
+                    quotients.setdefault(name, []).append(rate / recorded[name])
+        if not quotients:
+            return self
+        name = max(quotients, key=lambda name: len(quotients[name]))
+        factor = geometric_mean(quotients[name])
+        rates = {case: {peer: rate * factor for peer, rate in row.items()} for case, row in self.rates.items()}
+        return Anchors(self.origin, rates, name, factor, len(quotients[name]))
+
+
+def load(path: Path) -> Anchors:
+    """Read a recording. Raises ``ValueError`` for a file that isn't one."""
+    try:
+        fields = json.loads(path.read_text())
+        dtype = fields["dtype"]
+        rates = {_case(cell, dtype): _named(cell["tflops"]) for cell in fields["cells"]}
+    except OSError as error:
+        raise ValueError(f"{path} can't be read ({error.strerror}); a file of recorded rates is needed") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no file of recorded rates ({type(error).__name__}: {error}); needed are dtype and cells, each "
+            f"with mode, batch, heads, heads_kv, head_dim, seqlen, causal and tflops by peer"
+        ) from None
+    return Anchors(f"recorded on {fields.get('card', 'an unnamed card')}, {fields.get('date', 'undated')}", rates)
+
+
+def _named(rates: dict[str, float]) -> dict[str, float]:
+    return {NAMES.get(name, name): rate for name, rate in rates.items()}
+
+
+def _case(cell: dict, dtype: str) -> Case:
+    return Case(
+        batch=cell["batch"],
+        seqlen_q=cell["seqlen"],
+        seqlen_k=cell["seqlen"],
+        heads=cell["heads"],
+        heads_kv=cell["heads_kv"],
+        head_dim=cell["head_dim"],
+        head_dim_v=cell["head_dim"],
+        causal=cell["causal"],
+        dtype=dtype,
+        direction=DIRECTIONS[cell["mode"]],
+    )
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))

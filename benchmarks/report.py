@@ -1,0 +1,235 @@
+"""Tables of a run for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.anchors import Anchors, geometric_mean
+from benchmarks.compare import WORSE, Change
+from benchmarks.results import KINDS, RATES, Cell, Measurement, Record, is_ours
+
+BEST = "★"
+HOST_BOUND = "ʰ"
+
+
+def show(record: Record, console: Console, anchors: Anchors | None = None) -> None:
+    """Everything a run has: what it ran on, a table per kind and direction, why figures are missing."""
+    console.print(headline(record))
+    for name, why in record.about.get("missing", {}).items():
+        console.print(f"  without {name}: {why}", markup=False)
+    cells = [cell for kind in RATES for cell in record.of_kind(kind)]
+    for (kind, direction), group in groupby(cells, key=lambda cell: (cell.kind, cell.case.direction)):
+        rows = list(group)
+        recorded = anchors if kind == "burst" else None
+        console.print(rates_table(record, rows, f"{direction}, {KINDS[kind]}: TFLOP/s", recorded))
+    if any(m.host_bound for cell in cells for m in cell.results.values()):
+        console.print(f"{HOST_BOUND} the device waited for the host: the figure is the host's")
+    for kind, table in (("host", host_table), ("first", first_table)):
+        if rows := record.of_kind(kind):
+            console.print(table(record, rows))
+    if anchors is not None:
+        console.print(f"recorded rates: {anchors.describe()}", markup=False)
+    for line in faults(record):
+        console.print(line, markup=False)
+    if not record.complete:
+        console.print("[yellow]this run was not completed: what is missing above was not measured[/yellow]")
+
+
+def headline(record: Record) -> str:
+    """The card, its state before and after, and the versions that matter most, in two lines."""
+    card, versions = record.about.get("card", {}), record.about.get("versions", {})
+    states = [
+        f"{when} {state['sm_mhz']:.0f} MHz {state['watts']:.0f} W"
+        for when in ("before", "after")
+        if (state := record.about.get(when))
+    ]
+    driver = f"driver {card['driver']}" if card.get("driver") else ""
+    first = ", ".join(filter(None, [card.get("name") or "unknown device", driver, *states, record.about.get("date")]))
+    return first + "\n" + ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def rates_table(record: Record, cells: list[Cell], title: str, anchors: Anchors | None) -> Table:
+    """A row per case: every peer's rate, the best marked, and what ours is of the best peer and of a matrix product."""
+    peers = record.peer_names(cells)
+    recorded = recorded_peers(cells, anchors)
+    table = Table(title=title, title_justify="left")
+    table.add_column("case")
+    table.add_column("matmul", justify="right")
+    for name in peers:
+        table.add_column(name, justify="right")
+    for name in recorded:
+        table.add_column(f"{name}\nrecorded", justify="right", style="dim")
+    for heading in ("ours / best peer", "% of matmul"):
+        table.add_column(heading, justify="right")
+    for cell in cells:
+        rates = cell.rates()
+        best = max(rates, key=lambda name: rates[name]) if rates else None
+        row = [cell.case.label.split(" ", 1)[1], rate_text(cell.ceiling, False)]
+        row += [rate_text(cell.results.get(name), name == best, cell.memory_bound) for name in peers]
+        row += [_number(anchored(cell, anchors).get(name), "{:.0f}") for name in recorded]
+        row += [_number(ratio(cell, anchors), "{:.2f}"), _number(of_matmul(cell), "{:.0%}")]
+        table.add_row(*row)
+    table.add_section()
+    for summary in _summary_rows(cells, peers, recorded, anchors):
+        table.add_row(*summary)
+    return table
+
+
+def _summary_rows(
+    cells: list[Cell], peers: list[str], recorded: list[str], anchors: Anchors | None
+) -> Iterable[list[str]]:
+    """Geometric means (only over full columns: means over different rows don't compare), memory, error."""
+    ceilings = [cell.ceiling.tflops for cell in cells if cell.ceiling and cell.ceiling.tflops]
+    columns = [[cell.rates().get(name) for cell in cells] for name in peers]
+    columns += [[anchored(cell, anchors).get(name) for cell in cells] for name in recorded]
+    ratios = [r for cell in cells if (r := ratio(cell, anchors)) is not None]
+    shares = [s for cell in cells if (s := of_matmul(cell)) is not None]
+    yield [
+        "geometric mean",
+        _number(geometric_mean(ceilings) if ceilings else None, "{:.0f}"),
+        *(_number(geometric_mean([r for r in column if r]) if all(column) else None, "{:.0f}") for column in columns),
+        _number(geometric_mean(ratios) if ratios else None, "{:.3f}"),
+        _number(geometric_mean(shares) if shares else None, "{:.0%}"),
+    ]
+    blank = [""] * len(recorded) + ["", ""]
+
+    def worst(pick: Callable[[Measurement], float | None], form: str) -> list[str]:
+        found = [[x for cell in cells if name in cell.results and (x := pick(cell.results[name])) is not None]
+                 for name in peers]  # fmt: skip
+        return ["", *(_number(max(column, default=None), form) for column in found), *blank]
+
+    yield ["largest error", *worst(lambda m: m.error, "{:.2%}")]
+    memory = worst(lambda m: None if m.peak_bytes is None else m.peak_bytes / 2**20, "{:.1f}")
+    if any(memory):
+        yield ["largest extra memory, MiB", *memory]
+
+
+def host_table(record: Record, cells: list[Cell]) -> Table:
+    table = _peer_table(record, cells, f"{KINDS['host']}: µs per call")
+    for cell in cells:
+        fastest = min((m.seconds for m in cell.results.values() if m.ok and m.seconds), default=None)
+        figures = []
+        for name in record.peer_names(cells):
+            m = cell.results.get(name)
+            if m is None or not m.ok or m.seconds is None:
+                figures.append(rate_text(m, False))
+                continue
+            mark = BEST if m.seconds == fastest else ""
+            figures.append(f"{m.seconds * 1e6:.1f} ±{m.spread or 0:.0%}{mark}")
+        table.add_row(cell.case.label, *figures)
+    return table
+
+
+def first_table(record: Record, cells: list[Cell]) -> Table:
+    table = _peer_table(record, cells, f"{KINDS['first']}: seconds, cold / warm (of which context and inputs)")
+    for cell in cells:
+        figures = []
+        for name in record.peer_names(cells):
+            m = cell.results.get(name)
+            x = m.extra if m is not None and m.ok else {}
+            figures.append(
+                f"{x['cold_s']:.2f} / {x['warm_s']:.2f} ({x['warm_context_s']:.2f})" if x else rate_text(m, False)
+            )
+        table.add_row(cell.case.label, *figures)
+    return table
+
+
+def _peer_table(record: Record, cells: list[Cell], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("case")
+    for name in record.peer_names(cells):
+        table.add_column(name, justify="right")
+    return table
+
+
+def rate_text(m: Measurement | None, best: bool, memory_bound: bool = False) -> str:
+    """``690 ±0.4%``; with TB/s below where memory is the limit, and under sustained load with the tensor cores'
+    utilization, clock and power."""
+    if m is None:
+        return ""
+    if not m.ok or m.tflops is None:
+        return {"unsupported": "–", "wrong": "[red]wrong[/red]"}.get(m.status, m.status)
+    text = f"{m.tflops:.{0 if m.tflops >= 10 else 2}f} ±{m.spread or 0:.1%}"
+    if m.host_bound:
+        text += HOST_BOUND
+    if best:
+        text = f"[bold green]{text} {BEST}[/bold green]"
+    if memory_bound and m.tbytes_per_s:
+        text += f"\n{m.tbytes_per_s:.2f} TB/s"
+    if m.utilization and m.sm_mhz and m.watts:
+        text += f"\n{m.utilization:.0%} at {m.sm_mhz:.0f} MHz, {m.watts:.0f} W"
+    return text
+
+
+def recorded_peers(cells: list[Cell], anchors: Anchors | None) -> list[str]:
+    """Recorded peers that didn't take part live, in the recording's order."""
+    live = {name for cell in cells for name in cell.rates()}
+    return list(dict.fromkeys(name for cell in cells for name in anchored(cell, anchors) if name not in live))
+
+
+def anchored(cell: Cell, anchors: Anchors | None) -> dict[str, float]:
+    return anchors.rates.get(cell.case, {}) if anchors is not None else {}
+
+
+def ratio(cell: Cell, anchors: Anchors | None = None) -> float | None:
+    """The best of ours over the best peer; recorded peers that aren't in the live cell count as peers."""
+    rates = {**anchored(cell, anchors), **cell.rates()}
+    ours = [rate for name, rate in rates.items() if is_ours(name)]
+    theirs = [rate for name, rate in rates.items() if not is_ours(name)]
+    return max(ours) / max(theirs) if ours and theirs else None
+
+
+def of_matmul(cell: Cell) -> float | None:
+    """The best of ours over the matrix product's rate in the same cell."""
+    ours = [rate for name, rate in cell.rates().items() if is_ours(name)]
+    return max(ours) / cell.ceiling.tflops if ours and cell.ceiling and cell.ceiling.tflops else None
+
+
+def faults(record: Record) -> list[str]:
+    """One line per missing figure that isn't just unsupported, then one per reason of those."""
+    lines: list[str] = []
+    unsupported: dict[tuple[str, str], None] = {}  # the same reason holds for many cells
+    for cell in record.cells:
+        if cell.note:
+            lines.append(f"{cell.kind}: {cell.case.label}: {cell.note}")
+        for name, m in cell.results.items():
+            if m.status == "unsupported":
+                unsupported[name, m.reason] = None
+            elif m.status != "ok":
+                lines.append(f"{cell.kind}: {cell.case.label}: {name} {m.status}: {m.reason}")
+    return lines + [f"– {name}: {reason}" for name, reason in unsupported]
+
+
+def show_changes(changes: list[Change], caveats: list[str], console: Console) -> int:
+    """Print what changed; the exit status: 1 where something got slower or broke."""
+    for line in caveats:
+        console.print(f"compare with care: {line}", markup=False)
+    same = sum(change.verdict == "same" for change in changes)
+    for change in changes:
+        if change.verdict != "same":
+            style = "red" if change.verdict in WORSE else "green" if change.verdict in ("faster", "mended") else ""
+            console.print(change.describe(), style=style, markup=False, highlight=False)
+    worse = sum(change.verdict in WORSE for change in changes)
+    console.print(f"{len(changes)} figures compared: {same} unchanged, {worse} worse")
+    return 1 if worse else 0
+
+
+def cell_line(cell: Cell) -> str:
+    """One finished cell in one line, for logs without a progress bar."""
+    parts = []
+    for name, m in cell.results.items():
+        if m.ok and m.tflops:
+            parts.append(f"{name} {m.tflops:.0f}")
+        elif m.ok and m.seconds:
+            parts.append(f"{name} {m.seconds * 1e6:.0f} µs" if cell.kind == "host" else f"{name} {m.seconds:.2f} s")
+        elif m.status != "unsupported":
+            parts.append(f"{name} {m.status}")
+    return f"{cell.kind}: {cell.case.label}: {', '.join(parts) or cell.note or 'nothing'}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -1,0 +1,31 @@
+"""How to measure and who is asked: what the command line decides and the measuring process is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. Times are in seconds; ``limit_s`` is what one peer may use of one cell, with all it compiles.
+
+    A burst is ``burst_s`` of work after ``idle_s`` of rest, ``rounds`` times. Sustained load is ``sustained_s`` per
+    peer and cell, in ``sustained_rounds`` turns.
+    """
+
+    rounds: int = 5
+    burst_s: float = 0.010
+    idle_s: float = 0.050
+    sustained_s: float = 2.0
+    sustained_rounds: int = 2
+    limit_s: float = 120.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who is asked to take part: peer names (``None`` for all that can), and modules that register more of them."""
+
+    names: tuple[str, ...] | None = None
+    modules: tuple[str, ...] = ()
+    quick: bool = False

@@ -1,0 +1,129 @@
+"""Keeps a measuring process at work: gives it jobs, watches whose turn it is, replaces it when a peer hangs.
+
+A hung kernel or a crashed library can't be cleaned up from inside its process, so the measuring is done in a child, and
+the peer that took it down loses its cell and nothing else.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.cases import Case
+from benchmarks.results import Cell, Measurement
+from benchmarks.settings import Crew, Settings
+from benchmarks.worker import main
+
+START_SECONDS = 300.0  # imports from a cold disk, the CUDA context, and whatever belongs to no peer
+GRACE_SECONDS = 5.0  # past its limit a peer is stopped between two turns, and only after this in the middle of one
+
+
+@dataclass(frozen=True)
+class _Lost:
+    peer: str | None
+    status: str
+    reason: str
+
+
+class WorkerError(RuntimeError):
+    """The measuring process can't be started."""
+
+
+class Supervisor:
+    """A measuring process and its replacements. ``watch`` hears whose turn it is."""
+
+    def __init__(
+        self,
+        crew: Crew,
+        settings: Settings,
+        watch: Callable[[str | None], None] = lambda _: None,
+        target: Callable[..., None] = main,
+    ) -> None:
+        self._arguments = (crew, settings)
+        self._target = target
+        self._limit_s = settings.limit_s
+        self._watch = watch
+        self._process: Any = None
+        self._connection: Any = None
+        self.about: dict[str, Any] = {}
+
+    def start(self) -> None:
+        """Start the measuring process unless one is running, and hear what it found."""
+        if self._process is not None:
+            return
+        context = multiprocessing.get_context("spawn")  # CUDA doesn't survive a fork
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=self._target, args=(theirs, *self._arguments), daemon=False)
+        self._process.start()
+        theirs.close()
+        answer = self._listen()
+        if isinstance(answer, _Lost):
+            self.stop()
+            raise WorkerError(f"the measuring process didn't start: {answer.reason}")
+        self.about = self.about or answer
+
+    def cell(self, kind: str, case: Case) -> Cell:
+        """Measure one cell. A peer that hangs or takes the process down has lost it; the rest start over."""
+        lost: dict[str, Measurement] = {}
+        while True:
+            try:
+                self.start()
+            except WorkerError as error:
+                return Cell(kind, case, lost, note=str(error))
+            self._connection.send((kind, case, lost))
+            answer = self._listen()
+            if isinstance(answer, Cell):
+                return answer
+            self.stop()
+            if answer.peer is None or answer.peer in lost:
+                return Cell(kind, case, lost, note=answer.reason)
+            lost[answer.peer] = Measurement(answer.status, answer.reason)
+
+    def _listen(self) -> Any:
+        """The next answer: the body of an ``about``, ``cell`` or ``state`` message, or a :class:`_Lost`."""
+        busy: str | None = None
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+                    limit = START_SECONDS if busy is None else self._limit_s
+                    return _Lost(busy, "timeout", f"gave no answer within {limit:.0f} s; its process was ended")
+                word, *body = self._connection.recv()
+            except (EOFError, OSError):
+                self._process.join(timeout=GRACE_SECONDS)
+                return _Lost(busy, "failed", f"its process died with exit status {self._process.exitcode}")
+            if word == "turn":
+                (busy,) = body
+                deadline = time.monotonic() + (START_SECONDS if busy is None else self._limit_s + GRACE_SECONDS)
+                self._watch(busy)
+            elif word == "lost":
+                return _Lost(body[0], "failed", body[1])
+            else:
+                return body[0]
+
+    def finish(self) -> dict[str, Any] | None:
+        """Ask for the card's state, then let the process go."""
+        if self._process is None:
+            return None
+        try:
+            self._connection.send(None)
+            answer = self._listen()
+        except OSError:
+            answer = None
+        self.stop()
+        return answer if isinstance(answer, dict) else None
+
+    def stop(self) -> None:
+        """End the measuring process, in good faith first."""
+        if self._process is None:
+            return
+        self._connection.close()
+        self._process.terminate()
+        self._process.join(timeout=GRACE_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process = self._connection = None

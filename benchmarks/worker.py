@@ -1,0 +1,81 @@
+"""The process that measures. It opens the device, says what it found, and answers one job at a time.
+
+Messages to the supervisor are tuples: ``("about", dict)`` once; ``("turn", peer or None)`` before and after whatever
+belongs to a peer; then ``("cell", Cell)``, or ``("lost", peer, reason)`` when a peer has left the device unusable,
+after which this process ends. Jobs are ``(kind, case, lost)``; ``None`` asks for ``("state", dict)`` and the end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import warnings
+from multiprocessing.connection import Connection
+from typing import Any
+
+from benchmarks.peers import choose
+from benchmarks.results import KINDS
+from benchmarks.settings import Crew, Settings
+
+
+def main(connection: Connection, crew: Crew, settings: Settings) -> None:
+    """Serve jobs until told to stop. Ctrl-C is the supervisor's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore")  # torch explains at length why a backend won't run; the error says it too
+    from benchmarks import card
+    from benchmarks.host import first_calls
+    from benchmarks.runner import DeviceLostError, Runner
+
+    for module in crew.modules:
+        importlib.import_module(module)
+    bench, source = open_bench()
+    teams = {kind: choose(crew.names, bench.device, kind, quick=crew.quick) for kind in KINDS}
+    meter = bench.meter
+
+    def state() -> dict[str, Any] | None:
+        return None if meter is None else meter.latest()
+
+    def notify(peer: str | None) -> None:
+        connection.send(("turn", peer))
+
+    about = {
+        "card": card.describe(source),
+        "versions": card.versions(),
+        "before": state(),
+        "peers": {p.name: p.about for chosen, _ in teams.values() for p in chosen},
+        "missing": {name: why for _, missing in teams.values() for name, why in missing.items()},
+    }
+    connection.send(("about", about))
+    runner = Runner(bench, settings, notify)
+    while (job := connection.recv()) is not None:
+        kind, case, lost = job
+        peers = teams[kind][0]
+        try:
+            if kind == "host":
+                cell = runner.host(case, peers, lost)
+            elif kind == "first":
+                cell = first_calls(case, peers, lost, settings.limit_s, crew.modules, notify)
+            else:
+                cell = runner.rates(kind, case, peers, lost)
+        except DeviceLostError as error:
+            connection.send(("lost", error.peer, str(error)))
+            return
+        connection.send(("cell", cell))
+    connection.send(("state", state()))
+
+
+def open_bench():
+    """The GPU if there is one, otherwise the CPU; with the source that the card's description is read from."""
+    import torch
+
+    from benchmarks import card
+    from benchmarks.runner import Bench
+    from benchmarks.timing import CudaClock, HostClock
+
+    if not torch.cuda.is_available():
+        return Bench("cpu", HostClock()), None
+    clock = CudaClock()
+    source = card.open_source(card.pci_bus_id())
+    facts = card.describe(source)
+    meter = None if source is None else card.Meter(source)
+    return Bench("cuda", clock, meter, facts["l2_bytes"], facts["tensor_flop_per_clock"]), source

@@ -1,0 +1,462 @@
+"""Every wrong input, one row each: what is called, the exception, and what its message must say.
+
+A message has three parts: what was got, what is needed, and what to try. A row names words of each.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from cute_attn import attention, compile, launch, layouts, plan, problem
+
+HALF = torch.bfloat16
+
+
+class Row(NamedTuple):
+    """One wrong input. ``try_`` is empty where what is needed says it all."""
+
+    what: str
+    call: Callable[[], object]
+    error: type[Exception]
+    got: str
+    needed: str
+    try_: str = ""
+
+
+def tensors(q=(2, 6, 4, 16), k=(2, 10, 2, 16), v=(2, 10, 2, 16), dtype=HALF):
+    return torch.zeros(q, dtype=dtype), torch.zeros(k, dtype=dtype), torch.zeros(v, dtype=dtype)
+
+
+def check(*qkv, scale=None, causal=False, window=None, softcap=0.0):
+    return lambda: problem.check_call(*qkv, scale=scale, causal=causal, window=window, softcap=softcap)
+
+
+def shapes(**changed):
+    return check(*tensors(**changed))
+
+
+def rules(**changed):
+    return check(*tensors(), **changed)
+
+
+def for_gpu(q=(2, 6, 4, 16), k=(2, 10, 2, 16), v=(2, 10, 2, 16), dtype=HALF):
+    return lambda: problem.check_tensors_for_gpu(*tensors(q, k, v, dtype))
+
+
+def strides(x, name="k"):
+    return lambda: problem.check_strides(name, x)
+
+
+q, k, v = tensors()
+FLAT = torch.zeros(2 * 10 * 2 * 16 + 1, dtype=HALF)
+
+CHECKS = [
+    Row("q is a list", check([1.0], k, v), TypeError, "q is a list", "torch.Tensor is needed", "torch.as_tensor(q)"),
+    Row("k is None", check(q, None, v), TypeError, "k is a NoneType", "torch.Tensor is needed", "torch.as_tensor(k)"),
+    Row("v is a number", check(q, k, 1), TypeError, "v is a int", "torch.Tensor is needed", "torch.as_tensor(v)"),
+    Row(
+        "3 dimensions",
+        shapes(v=(10, 2, 16)),
+        ValueError,
+        "v has shape (10, 2, 16)",
+        "(batch, seqlen, heads, head_dim) are needed",
+        "v.unsqueeze(0)",
+    ),
+    Row("5 dimensions", shapes(q=(1, 2, 6, 4, 16)), ValueError, "q has shape (1, 2, 6, 4, 16)", "4 dimensions"),
+    Row(
+        "two dtypes",
+        check(q, k.half(), v),
+        ValueError,
+        "torch.bfloat16, torch.float16, torch.bfloat16",
+        "one dtype is needed",
+        "k.to(q.dtype)",
+    ),
+    Row(
+        "two devices",
+        check(q, k, v.to("meta")),
+        ValueError,
+        "lie on cpu, cpu, meta",
+        "one device is needed",
+        ".to(q.device)",
+    ),
+    Row("batches of k", shapes(k=(3, 10, 2, 16)), ValueError, "2, 3, 2", "equal ones are needed", "expand"),
+    Row("batches of v", shapes(v=(1, 10, 2, 16)), ValueError, "2, 2, 1", "equal ones are needed", "expand"),
+    Row(
+        "lengths of k and v",
+        shapes(v=(2, 11, 2, 16)),
+        ValueError,
+        "k is (2, 10, 2, 16) and v is (2, 11, 2, 16)",
+        "equal (seqlen, heads) are needed",
+        "only head_dim may differ",
+    ),
+    Row(
+        "heads of k and v",
+        shapes(v=(2, 10, 4, 16)),
+        ValueError,
+        "v is (2, 10, 4, 16)",
+        "equal (seqlen, heads) are needed",
+        "only head_dim may differ",
+    ),
+    Row(
+        "head dims of q and k",
+        shapes(k=(2, 10, 2, 24)),
+        ValueError,
+        "head_dim of q is 16 and of k is 24",
+        "equal ones are needed",
+        "check k's layout",
+    ),
+    Row(
+        "heads not a multiple",
+        shapes(q=(2, 6, 5, 16)),
+        ValueError,
+        "q has 5 heads and k has 2",
+        "must be a multiple",
+        "repeat k's and v's heads",
+    ),
+    Row("fewer heads than k", shapes(q=(2, 6, 1, 16)), ValueError, "q has 1 heads and k has 2", "must be a multiple"),
+    Row(
+        "no key heads",
+        shapes(k=(2, 10, 0, 16), v=(2, 10, 0, 16)),
+        ValueError,
+        "q has 4 heads and k has 0",
+        "must be a multiple",
+    ),
+    Row("head_dim 0", shapes(q=(2, 6, 4, 0), k=(2, 10, 2, 0)), ValueError, "head_dim is 0 and", "at least 1 is needed"),
+    Row("head_dim_v 0", shapes(v=(2, 10, 2, 0)), ValueError, "head_dim_v is 0", "at least 1 is needed"),
+    Row("integers", shapes(dtype=torch.int32), ValueError, "dtype is torch.int32", "bfloat16", ".to(torch.bfloat16)"),
+    Row("complex", shapes(dtype=torch.complex64), ValueError, "torch.complex64", "is needed", ".to(torch.bfloat16)"),
+    Row("8-bit floats", shapes(dtype=torch.float8_e4m3fn), ValueError, "float8_e4m3fn", "is needed", ".to("),
+    Row("scale a tensor", rules(scale=torch.tensor(0.1)), TypeError, "scale is a Tensor", "is needed", "float(scale)"),
+    Row("scale a string", rules(scale="0.1"), TypeError, "scale is a str", "number is needed", "None for 1/√head_dim"),
+    Row("scale nan", rules(scale=math.nan), ValueError, "scale is nan", "finite number is needed", "1/√head_dim"),
+    Row("scale inf", rules(scale=math.inf), ValueError, "scale is inf", "finite number is needed", "1/√head_dim"),
+    Row("softcap a string", rules(softcap="20"), TypeError, "softcap is a str", "number is needed", "float(softcap)"),
+    Row("softcap negative", rules(softcap=-1.0), ValueError, "softcap is -1.0", "≥ 0 is needed", "0 is none"),
+    Row("softcap inf", rules(softcap=math.inf), ValueError, "softcap is inf", "finite number", "0 is none"),
+    Row("softcap nan", rules(softcap=math.nan), ValueError, "softcap is nan", "finite number", "0 is none"),
+    Row("window a number", rules(window=5), TypeError, "window is 5", "pair (left, right) is needed", "None or -1"),
+    Row("window of one", rules(window=(5,)), TypeError, "window is (5,)", "pair (left, right)", "None or -1"),
+    Row("window of three", rules(window=(5, 5, 5)), TypeError, "(5, 5, 5)", "pair (left, right)", "None or -1"),
+    Row("window of floats", rules(window=(5.0, 5)), TypeError, "left side is a float", "int is needed", "None"),
+    Row("window of strings", rules(window=(5, "5")), TypeError, "right side is a str", "int is needed", "None"),
+    Row("window negative", rules(window=(-2, 0)), ValueError, "left side is -2", "≥ 0 is needed", "None or -1"),
+    Row("window negative right", rules(window=(0, -5)), ValueError, "right side is -5", "≥ 0 is needed", "None or -1"),
+    # What only the kernels need.
+    Row("float32 kernels", for_gpu(dtype=torch.float32), ValueError, "float32", "float16 and bfloat16", "'reference'"),
+    Row("float64 kernels", for_gpu(dtype=torch.float64), ValueError, "float64", "float16 and bfloat16", "'reference'"),
+    Row(
+        "head_dim 20",
+        for_gpu(q=(2, 6, 4, 20), k=(2, 10, 2, 20)),
+        ValueError,
+        "head_dim of q is 20",
+        "multiple of 8 up to 256 is needed",
+        "torch.nn.functional.pad",
+    ),
+    Row(
+        "head_dim 264",
+        for_gpu(q=(2, 6, 4, 264), k=(2, 10, 2, 264)),
+        ValueError,
+        "head_dim of q is 264",
+        "multiple of 8 up to 256 is needed",
+        "backend='reference'",
+    ),
+    Row("head_dim_v 12", for_gpu(v=(2, 10, 2, 12)), ValueError, "head_dim of v is 12", "multiple of 8", "pad"),
+    Row(
+        "last dimension strided",
+        strides(torch.zeros(2, 10, 2, 32, dtype=HALF)[..., ::2]),
+        ValueError,
+        "last dimension of k has stride 2",
+        "1 is needed",
+        "k.contiguous()",
+    ),
+    Row(
+        "heads last in memory",
+        strides(torch.zeros(2, 10, 16, 2, dtype=HALF).transpose(2, 3), "v"),
+        ValueError,
+        "last dimension of v has stride 2",
+        "1 is needed",
+        "v.contiguous()",
+    ),
+    Row(
+        "misaligned address",
+        strides(FLAT[1:].view(2, 10, 2, 16)),
+        ValueError,
+        "address that is 2 past a multiple of 16 bytes",
+        "multiple is needed",
+        "k.clone()",
+    ),
+    Row(
+        "misaligned stride",
+        strides(torch.zeros(2, 10, 2, 20, dtype=HALF)[..., :16]),
+        ValueError,
+        "k has strides (400, 40, 20, 1)",
+        "multiples of 8 elements (16 bytes) are needed",
+        "k.contiguous()",
+    ),
+]
+
+# Through attention() itself.
+API = [
+    Row(
+        "unknown backend",
+        lambda: attention(q, k, v, backend="triton"),
+        ValueError,
+        "backend is 'triton'",
+        "'auto', 'cute', 'reference'",
+    ),
+    Row("empty backend", lambda: attention(q, k, v, backend=""), ValueError, "backend is ''", "'auto'"),
+    Row(
+        "kernels on CPU tensors",
+        lambda: attention(q, k, v, backend="cute"),
+        ValueError,
+        "lie on cpu",
+        "need CUDA tensors",
+        "backend='auto'",
+    ),
+    Row("auto checks", lambda: attention(q, k, k[0]), ValueError, "v has shape (10, 2, 16)", "4 dimensions"),
+    Row(
+        "reference checks",
+        lambda: attention(q, k, k[:, 1:], backend="reference"),
+        ValueError,
+        "v is (2, 9, 2, 16)",
+        "equal (seqlen, heads) are needed",
+    ),
+    Row(
+        "kernels check first",
+        lambda: attention(q, k, v, softcap=-2, backend="cute"),
+        ValueError,
+        "softcap is -2",
+        "≥ 0 is needed",
+    ),
+]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it lies on a GPU, for what attention() checks before it launches anything."""
+
+    is_cuda = property(lambda self: True)
+
+
+def on_gpu(*xs):
+    return [x.detach().as_subclass(OnGpu) for x in xs]
+
+
+def with_grad(*xs):
+    return [x.requires_grad_() for x in on_gpu(*xs)]
+
+
+# The same, on tensors that say they lie on a GPU of compute capability 7.5 or 9.0.
+ON_TURING = [
+    Row(
+        "a GPU without kernels",
+        lambda: attention(*on_gpu(q, k, v)),
+        NotImplementedError,
+        "compute capability 7.5",
+        "8.0",
+        "backend='reference'",
+    ),
+    Row(
+        "gradients of the kernels",
+        lambda: attention(*with_grad(q, k, v)),
+        NotImplementedError,
+        "gradients are asked for",
+        "no backward yet",
+        "detach the inputs, or use backend='reference'",
+    ),
+    Row(
+        "gradients of v alone",
+        lambda: attention(*on_gpu(q, k), *with_grad(v), backend="cute"),
+        NotImplementedError,
+        "gradients are asked for",
+        "no backward yet",
+        "torch.no_grad()",
+    ),
+]
+ON_HOPPER = [
+    Row(
+        "float32 on a GPU",
+        lambda: attention(*on_gpu(*tensors(dtype=torch.float32))),
+        ValueError,
+        "dtype is torch.float32",
+        "float16 and bfloat16",
+        "backend='reference'",
+    ),
+    Row(
+        "head_dim 20 on a GPU",
+        lambda: attention(*on_gpu(*tensors((2, 6, 4, 20), (2, 10, 2, 20)))),
+        ValueError,
+        "head_dim of q is 20",
+        "multiple of 8 up to 256",
+        "pad",
+    ),
+    Row(
+        "k misaligned on a GPU",
+        lambda: attention(*on_gpu(q, FLAT[1:].view(2, 10, 2, 16), v)),
+        ValueError,
+        "k starts at an address that is 2 past",
+        "multiple is needed",
+        "k.clone()",
+    ),
+    Row(
+        "unknown mechanism",
+        lambda: attention(*on_gpu(q, k, v), mechanism="mma_v1"),
+        ValueError,
+        "mechanism is 'mma_v1'",
+        "'tma_wgmma'",
+        "pass one of them",
+    ),
+    Row(
+        "no DSL",
+        lambda: attention(*on_gpu(q, k, v)),
+        NotImplementedError,
+        "CuTe DSL can't be imported",
+        "compiled with it",
+        "pip install 'nvidia-cutlass-dsl[cu13]', or backend='reference'",
+    ),
+]
+
+# What `python -m cute_attn compile` and other callers reach without a tensor.
+PLAN = [
+    Row(
+        "unknown target",
+        lambda: plan.plan(problem.Problem("bfloat16", 64, 64), "sm_75"),
+        ValueError,
+        "target is 'sm_75'",
+        "sm_80",
+    ),
+    Row(
+        "a mechanism the GPU lacks",
+        lambda: plan.plan(problem.Problem("bfloat16", 64, 64), "sm_80", "tma_wgmma"),
+        ValueError,
+        "mechanism is 'tma_wgmma'",
+        "sm_80 has 'cp_async'",
+        "pass one of them",
+    ),
+    Row(
+        "plan head_dim 20",
+        lambda: plan.plan(problem.Problem("bfloat16", 20, 64), "sm_80"),
+        ValueError,
+        "head_dim is 20",
+        "multiple of 8 from 8 to 256 is needed",
+        "pad it",
+    ),
+    Row(
+        "plan head_dim_v 512",
+        lambda: plan.plan(problem.Problem("bfloat16", 64, 512), "sm_80"),
+        ValueError,
+        "head_dim_v is 512",
+        "multiple of 8 from 8 to 256 is needed",
+        "pad it",
+    ),
+    Row(
+        "plan float32",
+        lambda: plan.plan(problem.Problem("float32", 64, 64), "sm_80"),
+        ValueError,
+        "dtype is 'float32'",
+        "'float16' or 'bfloat16' is needed",
+        "use the reference",
+    ),
+    Row(
+        "capability 7.5",
+        lambda: layouts.target_of((7, 5)),
+        NotImplementedError,
+        "compute capability 7.5",
+        "8.0",
+        "add a module under layouts/",
+    ),
+]
+
+
+def table(rows):
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.what) for row in rows])
+
+
+def assert_raises(row: Row):
+    with pytest.raises(row.error) as caught:
+        row.call()
+    assert type(caught.value) is row.error
+    message = str(caught.value)
+    for words in (row.got, row.needed, row.try_):
+        assert words in message
+
+
+@table(CHECKS)
+def test_checks(row):
+    assert_raises(row)
+
+
+@table(API)
+def test_attention(row):
+    assert_raises(row)
+
+
+@table(PLAN)
+def test_plan(row):
+    assert_raises(row)
+
+
+@table(ON_TURING)
+def test_attention_on_a_gpu_without_kernels(row, monkeypatch):
+    pretend_capability(monkeypatch, (7, 5))
+    assert_raises(row)
+
+
+@table(ON_HOPPER)
+def test_attention_on_hopper_without_the_dsl(row, monkeypatch, tmp_path):
+    pretend_capability(monkeypatch, (9, 0))
+    monkeypatch.setitem(sys.modules, "cutlass.cute", None)  # importing it now fails as if it were not installed
+    monkeypatch.setattr(compile, "_memory", {})
+    monkeypatch.setenv(compile.CACHE_DIR_VARIABLE, str(tmp_path))
+    assert_raises(row)
+
+
+def pretend_capability(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr("cute_attn.api.device_target", launch.device_target.__wrapped__)  # not the cached one
+
+
+def test_every_error_of_the_checks_has_a_row():
+    """Each ``raise`` in problem.py is reached by a row: whoever adds one adds a row."""
+    tree = ast.parse(Path(problem.__file__).read_text())
+    raises = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Raise)}
+    reached = set()
+    for row in CHECKS:
+        with pytest.raises(row.error) as caught:
+            row.call()
+        reached.add(caught.traceback[-1].lineno + 1)
+    assert raises == reached, f"no row for problem.py, lines {sorted(raises - reached)}"
+
+
+def test_right_inputs_pass():
+    """The rows are wrong by the one thing they name: without it they are accepted."""
+    call = check(q, k, v)()
+    assert (call.batch, call.seqlen_q, call.heads, call.head_dim) == (2, 6, 4, 16)
+    assert (call.seqlen_k, call.heads_kv, call.head_dim_v, call.shift) == (10, 2, 16, 4)
+    assert (call.scale, call.left, call.right, call.softcap) == (0.25, None, None, 0.0)
+    problem.check_tensors_for_gpu(q, k, v)
+    # A transposed (batch, heads, seqlen, head_dim) tensor, a slice that stays aligned, a size of 1 with any stride.
+    problem.check_tensors_for_gpu(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)))
+    problem.check_strides("k", torch.zeros(2, 10, 2, 24, dtype=HALF)[..., 8:])
+    problem.check_strides("k", torch.zeros(10, 3, dtype=HALF)[:, :1].as_strided((1, 1, 1, 8), (3, 5, 7, 1)))
+    assert rules(window=(None, -1))().left is None
+    assert rules(window=[3, 4], causal=True)() == rules(window=(3, 0))()
+    assert rules(window=(3, -1), causal=True)().right == 0
+    assert rules(softcap=None)().softcap == 0.0
+    assert rules(scale=2)().scale == 2.0
+
+
+def test_auto_on_the_cpu_is_the_reference():
+    out, lse = attention(*(torch.ones_like(x) for x in (q, k, v)), return_lse=True)
+    assert torch.equal(out, torch.ones(2, 6, 4, 16, dtype=HALF))
+    torch.testing.assert_close(lse, torch.full((2, 4, 6), 4.0 + math.log(10)))
+    named = attention(q, k, v, backend="reference")
+    assert isinstance(named, torch.Tensor)
+    assert torch.equal(named, torch.zeros(2, 6, 4, 16, dtype=HALF))
