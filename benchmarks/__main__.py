@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks {attention,host,show,peers} --help``."""
+"""The command line: ``python -m benchmarks {attention,show,peers} --help``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks import peers as peers_
 from benchmarks import plot as plot_
 from benchmarks import report
 from benchmarks.cases import DIRECTIONS, DTYPE_BYTES, GRIDS, HOST_CASE, Case, Grid, length
-from benchmarks.results import RATES, Record
+from benchmarks.results import KINDS, RATES, Record
 from benchmarks.settings import Crew, Settings
 from benchmarks.supervise import Supervisor, WorkerError
 
@@ -35,8 +35,8 @@ EPILOG = """\
 examples:
   python -m benchmarks attention --quick                        six cells, under a minute
   python -m benchmarks attention --json r.json                  the whole forward grid, in bursts
-  python -m benchmarks attention --regime sustained --head-dim 128 --causal --seqlen 8k
-  python -m benchmarks attention --host --json r.json           rates, host cost and first calls in one file
+  python -m benchmarks attention --kind sustained --head-dim 128 --causal --seqlen 8k
+  python -m benchmarks attention --kind burst host first --json r.json
   python -m benchmarks show r.json --plot plots --compare old.json --anchors recorded.json
 """
 
@@ -58,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, console: Console) -> int:
-    """``attention`` and ``host``: measure, keeping the JSON file up to date, then show."""
+    """``attention``: measure, keeping the JSON file up to date, then show."""
     old, recorded = _inputs(options)
     crew = Crew(_names(options), tuple(options.peers_from), options.quick)
     settings = _settings(options)
+    _jobs(options, "cuda")  # sizes that can't be are answered before anything starts
     record = Record()
     with Watch(console) as watch:
         supervisor = Supervisor(crew, settings, watch.turn)
@@ -146,11 +147,12 @@ def peers(options: argparse.Namespace, console: Console) -> int:
     for module in options.peers_from:
         importlib.import_module(module)
     for name, peer in peers_.REGISTRY.items():
-        console.print(f"{name}: {peer.about}: {peer.why_not() or 'available'}", markup=False)
+        found = peer.why_not() or f"available on {' and '.join(peer.devices)}"
+        console.print(f"{name}: {peer.about}: {found}", markup=False)
     return 0
 
 
-COMMANDS = {"attention": measure, "host": measure, "show": show, "peers": peers}
+COMMANDS = {"attention": measure, "show": show, "peers": peers}
 
 
 def _show(record: Record, old: Record | None, recorded: Any, options: argparse.Namespace, console: Console) -> int:
@@ -198,14 +200,10 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _jobs(options: argparse.Namespace, device: str) -> list[tuple[str, Case]]:
-    """What to measure, in order: rates first, as they are what a run that is cut short should have."""
-    jobs: list[tuple[str, Case]] = []
-    if options.command == "attention":
-        size = "cpu" if device != "cuda" else "quick" if options.quick else "full"
-        jobs += [(kind, case) for kind in options.regime for case in _grid(options, size).cases()]
-    if options.command == "host" or options.host:
-        jobs += [("host", HOST_CASE), ("first", HOST_CASE)]
-    return jobs
+    """What to measure, in the order of ``KINDS``: the rates of a grid, the rest of one small case."""
+    size = "cpu" if device != "cuda" else "quick" if options.quick else "full"
+    cases = {kind: _grid(options, size).cases() if kind in RATES else [HOST_CASE] for kind in KINDS}
+    return [(kind, case) for kind in KINDS if kind in options.kind for case in cases[kind]]
 
 
 def _grid(options: argparse.Namespace, name: str) -> Grid:
@@ -236,17 +234,13 @@ def _parser() -> argparse.ArgumentParser:
         "attention", help="rates over a grid of cases, against every peer that is installed"
     )
     _add_axes(attention.add_argument_group("cases", "each option replaces an axis of the default grid"))
-    regimes = attention.add_argument_group("regimes")
-    regimes.add_argument("--regime", nargs="+", choices=RATES, default=["burst"], help="default: burst")
-    regimes.add_argument("--burst-ms", type=float, help="timed work per burst (10)")
-    regimes.add_argument("--idle-ms", type=float, help="rest before a burst (50)")
-    regimes.add_argument("--seconds-per-cell", type=float, help="sustained load per peer and cell (2)")
-    regimes.add_argument("--host", action="store_true", help="measure host cost and first calls as well")
+    about = "; ".join(f"{kind}: {what}" for kind, what in KINDS.items())
+    kinds = attention.add_argument_group("kinds of measurement", about)
+    kinds.add_argument("--kind", nargs="+", choices=KINDS, default=["burst"], help="one or more; default: burst")
+    kinds.add_argument("--burst-ms", type=float, help="timed work per burst (10)")
+    kinds.add_argument("--idle-ms", type=float, help="rest before a burst (50)")
+    kinds.add_argument("--seconds-per-cell", type=float, help="sustained load per peer and cell (2)")
     _add_run(attention)
-
-    host = commands.add_parser("host", help="what a call costs the host: eager µs per call, first call cold and warm")
-    host.set_defaults(burst_ms=None, idle_ms=None, seconds_per_cell=None)
-    _add_run(host)
 
     show = commands.add_parser("show", help="tables, plots and comparison of a result file; needs no GPU")
     show.add_argument("file", type=Path, help="written by --json")

@@ -17,6 +17,7 @@ import importlib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from benchmarks.cases import Case
@@ -111,7 +112,10 @@ def _ours(case: Case, q, k, v, **how):
     return lambda: attention(q, k, v, **rules)
 
 
-@peer("ours", "cute_attn.attention, as a user calls it", needs="cute_attn:attention", host_only=True)
+OURS: dict[str, Any] = {"needs": "cute_attn:attention"}
+
+
+@peer("ours", "cute_attn.attention, as a user calls it", **OURS, devices=("cuda", "cpu"), host_only=True)
 def ours(case, q, k, v):
     from cute_attn import attention
 
@@ -119,17 +123,17 @@ def ours(case, q, k, v):
     return lambda: attention(q, k, v, **rules)
 
 
-@peer("ours_tma_wgmma", "cute_attn, mechanism tma_wgmma", needs="cute_attn.api:attention")
+@peer("ours_tma_wgmma", "cute_attn, mechanism tma_wgmma", **OURS)
 def ours_tma_wgmma(case, q, k, v):
     return _ours(case, q, k, v, mechanism="tma_wgmma")
 
 
-@peer("ours_cp_async", "cute_attn, mechanism cp_async", needs="cute_attn.api:attention")
+@peer("ours_cp_async", "cute_attn, mechanism cp_async", **OURS)
 def ours_cp_async(case, q, k, v):
     return _ours(case, q, k, v, mechanism="cp_async")
 
 
-@peer("ours_reference", "cute_attn, the reference in plain torch", needs="cute_attn.api:attention", devices=("cpu",))
+@peer("ours_reference", "cute_attn, the reference in plain torch", **OURS, devices=("cpu",))
 def ours_reference(case, q, k, v):
     return _ours(case, q, k, v, backend="reference")
 
@@ -195,31 +199,39 @@ FLEX = "torch.nn.attention.flex_attention:flex_attention"
 
 @peer("torch_flex", "torch FlexAttention, compiled", needs=FLEX, heads_first=True, slow_start=True)
 def torch_flex(case, q, k, v):
+    attend = _compiled_flex(case, str(q.device))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return lambda: attend(q, k, v)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex(case: Case, device: str) -> Callable[..., Any]:
+    """FlexAttention for one case, whose rules it takes as functions of coordinates."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.reset()  # each case is a new shape, and torch stops compiling after a handful of them
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    rules: dict[str, Any] = {"enable_gqa": case.heads != case.heads_kv}
     left, right = case.edges
     shift = case.seqlen_k - case.seqlen_q
 
     def band(b, h, row, col):
-        if left is None:
-            return col <= row + (shift + right)
-        if right is None:
-            return col >= row + (shift - left)
-        return (col >= row + (shift - left)) & (col <= row + (shift + right))
+        seen = None
+        if left is not None:
+            seen = col >= row + (shift - left)
+        if right is not None:
+            below = col <= row + (shift + right)
+            seen = below if seen is None else seen & below
+        return seen
 
     def softcap(score, b, h, row, col):
         return case.softcap * torch.tanh(score / case.softcap)
 
+    rules: dict[str, Any] = {"enable_gqa": case.heads != case.heads_kv}
     if case.edges != (None, None):
-        rules["block_mask"] = create_block_mask(band, None, None, case.seqlen_q, case.seqlen_k, device=str(q.device))
+        rules["block_mask"] = create_block_mask(band, None, None, case.seqlen_q, case.seqlen_k, device=device)
     if case.softcap:
         rules["score_mod"] = softcap
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, **rules)
+    return partial(torch.compile(flex_attention, dynamic=False), **rules)
 
 
 # --- FlashAttention --------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def rates_table(record: Record, cells: list[Cell], title: str, anchors: Anchors 
         best = max(rates, key=lambda name: rates[name]) if rates else None
         row = [cell.case.label.split(" ", 1)[1], rate_text(cell.ceiling, False)]
         row += [rate_text(cell.results.get(name), name == best, cell.memory_bound) for name in peers]
-        row += [_number(anchored(cell, anchors).get(name), "{:.0f}") for name in recorded]
+        row += [rate(anchored(cell, anchors).get(name)) for name in recorded]
         row += [_number(ratio(cell, anchors), "{:.2f}"), _number(of_matmul(cell), "{:.0%}")]
         table.add_row(*row)
     table.add_section()
@@ -90,8 +90,8 @@ def _summary_rows(
     shares = [s for cell in cells if (s := of_matmul(cell)) is not None]
     yield [
         "geometric mean",
-        _number(geometric_mean(ceilings) if ceilings else None, "{:.0f}"),
-        *(_number(geometric_mean([r for r in column if r]) if all(column) else None, "{:.0f}") for column in columns),
+        rate(geometric_mean(ceilings) if ceilings else None),
+        *(rate(geometric_mean([r for r in column if r]) if all(column) else None) for column in columns),
         _number(geometric_mean(ratios) if ratios else None, "{:.3f}"),
         _number(geometric_mean(shares) if shares else None, "{:.0%}"),
     ]
@@ -153,7 +153,7 @@ def rate_text(m: Measurement | None, best: bool, memory_bound: bool = False) -> 
         return ""
     if not m.ok or m.tflops is None:
         return {"unsupported": "–", "wrong": "[red]wrong[/red]"}.get(m.status, m.status)
-    text = f"{m.tflops:.{0 if m.tflops >= 10 else 2}f} ±{m.spread or 0:.1%}"
+    text = f"{rate(m.tflops)} ±{m.spread or 0:.1%}"
     if m.host_bound:
         text += HOST_BOUND
     if best:
@@ -223,12 +223,17 @@ def cell_line(cell: Cell) -> str:
     parts = []
     for name, m in cell.results.items():
         if m.ok and m.tflops:
-            parts.append(f"{name} {m.tflops:.0f}")
+            parts.append(f"{name} {rate(m.tflops)}")
         elif m.ok and m.seconds:
             parts.append(f"{name} {m.seconds * 1e6:.0f} µs" if cell.kind == "host" else f"{name} {m.seconds:.2f} s")
         elif m.status != "unsupported":
             parts.append(f"{name} {m.status}")
     return f"{cell.kind}: {cell.case.label}: {', '.join(parts) or cell.note or 'nothing'}"
+
+
+def rate(tflops: float | None) -> str:
+    """TFLOP/s to a whole number, or to three digits below 10."""
+    return "" if tflops is None else f"{tflops:.0f}" if tflops >= 10 else f"{tflops:.3g}"
 
 
 def _number(value: float | None, form: str) -> str:

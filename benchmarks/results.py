@@ -19,7 +19,7 @@ KINDS = {
     "host": "host time of an eager call on small tensors",
     "first": "first call of a fresh process, with empty caches",
 }
-RATES = ("burst", "sustained")
+RATES = ("burst", "sustained")  # the kinds that give TFLOP/s over a grid; the others measure one small case
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -43,8 +44,7 @@ class Problem:
         return Problem(*fields)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The run-time values of one call, checked: sizes, the scale, the band's edges, the softcap.
 
     ``left`` and ``right`` are how far a query sees to either side of its aligned position; ``None`` is unbounded.
@@ -79,58 +79,75 @@ def check_call(q, k, v, *, scale, causal, window, softcap) -> Call:
     Raises ``TypeError`` for what is not a tensor or a number and ``ValueError`` for shapes, dtypes and values that
     don't fit together; each message says what was got, what is needed and what to try.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    try:
+        batch, seqlen_q, heads, head_dim = q.shape
+        batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
+        batch_v, seqlen_v, heads_v, head_dim_v = v.shape
+        dtype, device = q.dtype, q.device
+        fits = (
+            dtype is k.dtype
+            and dtype is v.dtype
+            and dtype in ALL_DTYPES
+            and device == k.device
+            and device == v.device
+            and batch == batch_k == batch_v
+            and seqlen_k == seqlen_v
+            and heads_kv == heads_v
+            and (heads == heads_kv or (heads_kv and not heads % heads_kv))
+            and head_dim == head_dim_k
+            and head_dim
+            and head_dim_v
+        )
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
+        _explain_misfit(q, k, v)
+    if window is None:
+        left, right = None, (0 if causal else None)
+    else:
+        left, right = _edges(causal, window)
+    scale = head_dim**-0.5 if scale is None else _scale(scale)
+    softcap = _softcap(softcap) if softcap else 0.0
+    return Call(batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v, scale, left, right, softcap)
+
+
+def _explain_misfit(q, k, v) -> NoReturn:
+    """Say which of check_call's conditions q, k, v break."""
+    tensors = {"q": q, "k": k, "v": v}
+    for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed: try torch.as_tensor({name})")
-    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
-    if len(shape_q) != 4 or len(shape_k) != 4 or len(shape_v) != 4:
-        name, x = next((n, x) for n, x in (("q", q), ("k", k), ("v", v)) if x.dim() != 4)
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; 4 dimensions (batch, seqlen, heads, head_dim) are needed: "
-            f"add the missing ones with {name}.unsqueeze(0)"
-        )
-    batch, seqlen_q, heads, head_dim = shape_q
-    batch_k, seqlen_k, heads_kv, head_dim_k = shape_k
-    batch_v, seqlen_v, heads_v, head_dim_v = shape_v
-    if q.dtype != k.dtype or q.dtype != v.dtype:
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; 4 dimensions (batch, seqlen, heads, head_dim) are needed: "
+                f"add the missing ones with {name}.unsqueeze(0)"
+            )
+    (batch, _, heads, head_dim), (_, _, heads_kv, _) = q.shape, k.shape
+    if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; one dtype is needed: try k.to(q.dtype), v.to(q.dtype)"
         )
-    if q.device != k.device or q.device != v.device:
+    if q.dtype not in ALL_DTYPES:
+        raise ValueError(f"dtype is {q.dtype}; float16, bfloat16, float32 or float64 is needed: try .to(torch.bfloat16)")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; one device is needed: try k.to(q.device)")
+    if not batch == k.shape[0] == v.shape[0]:
         raise ValueError(
-            f"q, k, v lie on {q.device}, {k.device}, {v.device}; one device is needed: try k.to(q.device)"
+            f"batch sizes of q, k, v are {batch}, {k.shape[0]}, {v.shape[0]}; equal ones are needed: expand k and v"
         )
-    if batch != batch_k or batch != batch_v:
-        raise ValueError(f"batch sizes of q, k, v are {batch}, {batch_k}, {batch_v}; equal ones are needed: expand k and v")
-    if seqlen_k != seqlen_v or heads_kv != heads_v:
+    if k.shape[1:3] != v.shape[1:3]:
         raise ValueError(
-            f"k is {tuple(shape_k)} and v is {tuple(shape_v)}; equal (seqlen, heads) are needed: only head_dim may differ"
+            f"k is {tuple(k.shape)} and v is {tuple(v.shape)}; equal (seqlen, heads) are needed: only head_dim may differ"
         )
-    if head_dim != head_dim_k:
-        raise ValueError(f"head_dim of q is {head_dim} and of k is {head_dim_k}; equal ones are needed: check k's layout")
+    if head_dim != k.shape[3]:
+        raise ValueError(f"head_dim of q is {head_dim} and of k is {k.shape[3]}; equal ones are needed: check k's layout")
     if heads != heads_kv and (heads_kv == 0 or heads % heads_kv):
         raise ValueError(
             f"q has {heads} heads and k has {heads_kv}; q's must be a multiple of k's (GQA): "
             f"repeat k's and v's heads or check that dimension 2 is the heads"
         )
-    if head_dim == 0 or head_dim_v == 0:
-        raise ValueError(f"head_dim is {head_dim} and head_dim_v is {head_dim_v}; at least 1 is needed")
-    if q.dtype not in ALL_DTYPES:
-        raise ValueError(f"dtype is {q.dtype}; float16, bfloat16, float32 or float64 is needed: try .to(torch.bfloat16)")
-    left, right = _edges(causal, window)
-    return Call(
-        batch,
-        heads,
-        heads_kv,
-        seqlen_q,
-        seqlen_k,
-        head_dim,
-        head_dim_v,
-        _scale(scale, head_dim),
-        left,
-        right,
-        _softcap(softcap),
-    )
+    raise ValueError(f"head_dim is {head_dim} and head_dim_v is {v.shape[3]}; at least 1 is needed: check the last dimension")
 
 
 def problem_of(dtype: torch.dtype, call: Call, return_lse: bool) -> Problem:
@@ -146,20 +163,23 @@ def problem_of(dtype: torch.dtype, call: Call, return_lse: bool) -> Problem:
     )
 
 
-def check_tensors_for_gpu(q, k, v) -> None:
+def check_tensors_for_gpu(q, k, v, call: Call) -> None:
     """Check what the kernels need beyond :func:`check_call`: dtype, head dims, strides and alignment."""
     if q.dtype not in GPU_DTYPES:
         raise ValueError(
             f"dtype is {q.dtype}; the GPU kernels take float16 and bfloat16: try .to(torch.bfloat16), or backend='reference'"
         )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        head_dim = x.shape[3]
+    for name, head_dim in (("head_dim", call.head_dim), ("head_dim_v", call.head_dim_v)):
         if head_dim % HEAD_DIM_STEP or head_dim > HEAD_DIM_MAX:
             raise ValueError(
-                f"head_dim of {name} is {head_dim}; a multiple of {HEAD_DIM_STEP} up to {HEAD_DIM_MAX} is needed: "
+                f"{name} is {head_dim}; a multiple of {HEAD_DIM_STEP} up to {HEAD_DIM_MAX} is needed: "
                 f"pad with torch.nn.functional.pad, or use backend='reference'"
             )
-        check_strides(name, x)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        s0, s1, s2, s3 = x.stride()
+        # One look for the usual case: every address that a row can have is a multiple of 16 bytes.
+        if s3 != 1 or (x.data_ptr() | (s0 | s1 | s2) * 2) & (ALIGN_BYTES - 1):
+            check_strides(name, x)
 
 
 def check_strides(name: str, x: torch.Tensor) -> None:
@@ -183,9 +203,7 @@ def check_strides(name: str, x: torch.Tensor) -> None:
             )
 
 
-def _scale(scale, head_dim: int) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(head_dim)
+def _scale(scale) -> float:
     if not isinstance(scale, (int, float)):
         raise TypeError(f"scale is a {type(scale).__name__}; a number is needed: try float(scale), or None for 1/√head_dim")
     if not math.isfinite(scale):
@@ -194,8 +212,6 @@ def _scale(scale, head_dim: int) -> float:
 
 
 def _softcap(softcap) -> float:
-    if softcap is None:
-        return 0.0
     if not isinstance(softcap, (int, float)):
         raise TypeError(f"softcap is a {type(softcap).__name__}; a number is needed, or 0 for none: try float(softcap)")
     if not (math.isfinite(softcap) and softcap >= 0.0):

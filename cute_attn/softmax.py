@@ -14,13 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, cute
 
 from cute_attn.layouts.fragments import THREADS_PER_ROW
 from cute_attn.rules import LN_2
-
-ROUNDING = 1.5 * 2.0**23
-EXP2_CUBIC = (0.9999280571937561, 0.6932609677314758, 0.2426111251115799, 0.0551716685295105)
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,8 @@ class Softmax:
         return Softmax(row_max, row_sum, scale_log2)
 
     @cute.jit
-    def step(self, scores: cute.Tensor, rescale: cute.Tensor, fma_every: cutlass.Constexpr[int] = 0):
-        """One tile: turns ``scores`` (rows, columns) into P in place and writes each row's factor a to ``rescale``.
-
-        Every ``fma_every``-th exponential is taken on the FMA units instead of the special-function unit (0: none).
-        """
+    def step(self, scores: cute.Tensor, rescale: cute.Tensor):
+        """One tile: turns ``scores`` (rows, columns) into P in place and writes each row's factor a to ``rescale``."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             row = scores[r, None]
             old = self.row_max[r]
@@ -52,10 +46,7 @@ class Softmax:
             # A row that has seen no key yet has m = −inf; 0 in its place keeps −inf − −inf from making a NaN.
             anchor = Float32(0.0) if new == -Float32.inf else new
             anchor_log2 = anchor * self.scale_log2
-            row.store(row.load() * self.scale_log2 - anchor_log2)
-            for c in cutlass.range_constexpr(cute.size(row)):
-                on_fma = cutlass.const_expr(fma_every > 0 and c % fma_every == fma_every - 1)
-                row[c] = _exp2_on_fma(row[c]) if on_fma else cute.math.exp2(row[c], fastmath=True)
+            row.store(cute.math.exp2(row.load() * self.scale_log2 - anchor_log2, fastmath=True))
             a = cute.math.exp2(old * self.scale_log2 - anchor_log2, fastmath=True)
             self.row_max[r] = new
             self.row_sum[r] = _tree(row, lambda x, y: x + y, self.row_sum[r] * a)
@@ -77,29 +68,6 @@ def scale_rows(acc: cute.Tensor, factor: cute.Tensor):
     """``acc[r, :] *= factor[r]`` on a (rows, columns) view."""
     for r in range(cute.size(factor)):
         acc[r, None].store(acc[r, None].load() * factor[r])
-
-
-def _exp2_on_fma(x: Float32) -> Float32:
-    """2^x for x ≤ 0 without the special-function unit: ``2^x = 2^i · 2^f`` with i the nearest integer (Cody and Waite).
-
-    Adding 1.5·2²³ rounds x to an integer and leaves that integer in the low bits of the sum, from where it moves into the
-    exponent. A cubic, minimax on [−½, ½], gives 2^f to a relative 1e-4, which P's rounding to 16 bits hides. Below 2^−126
-    the result is 2^−126; NaN stays NaN. The idea is FlashAttention-4's.
-    """
-    x = cute.arch.fmax(x, Float32(-126.0), nan=True)
-    shifted = x + ROUNDING
-    f = x - (shifted - ROUNDING)
-    poly = Float32(EXP2_CUBIC[3])
-    for coefficient in EXP2_CUBIC[2::-1]:
-        poly = poly * f + coefficient
-    return poly * _power_of_two(shifted)
-
-
-def _power_of_two(shifted: Float32) -> Float32:
-    """2^i from i + 1.5·2²³: the low bits become the exponent (what is above them falls out of the shift)."""
-    bits = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[shifted])
-    bits = (bits << 23) + (127 << 23)
-    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[bits])
 
 
 def _quad_max(x: Float32) -> Float32:

@@ -65,7 +65,6 @@ class Config:
     copy_registers: int = 0  # and of the copying one
     ping_pong: bool = False  # warpgroups take turns on the tensor cores
     separate_o: bool = False  # O has shared memory of its own, so that the next Q can arrive before O has left
-    fma_every: int = 0  # every n-th exponential of a whole tile goes to the FMA units; 0: none
     rescale_early: bool = False  # O is rescaled while Q·Kᵀ runs, not after the softmax: frees registers at wide heads
 
     @property

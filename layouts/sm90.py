@@ -28,7 +28,7 @@ REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
 MMA_SYNC_TABLE = {
     32: (128, 64, 2, 4, 2),
-    64: (128, 64, 2, 4, 2),
+    64: (128, 128, 2, 4, 2),
     96: (128, 64, 2, 4, 2),
     128: (128, 64, 2, 4, 2),
     192: (128, 64, 2, 8, 1),

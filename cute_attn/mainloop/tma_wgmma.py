@@ -364,8 +364,7 @@ class Forward:
         origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
         scores = rows_columns(acc_S)
         apply_rules(scores, me.cS, origin, tile.values, self.problem, masked)
-        # A masked score is −inf, whose power of two only the special-function unit has: 0.
-        softmax.step(scores, frag.rescale, 0 if cutlass.const_expr(masked is not False) else self.config.fma_every)
+        softmax.step(scores, frag.rescale)
 
     @cute.jit
     def _exponentials_first(self, softmax: Softmax):

@@ -126,6 +126,16 @@ def test_lse_is_a_natural_logarithm_in_float32():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_p_is_rounded_as_tensor_cores_take_it(dtype):
+    # P is 1 and e^(−2⁻¹³): 16 bits round it to 1 in the product with V = (1, −1), and nothing rounds it in the sum.
+    q = torch.ones(1, 1, 1, 1, dtype=dtype)
+    k, v = (torch.tensor(x, dtype=dtype).view(1, 2, 1, 1) for x in ([0.0, -1.0], [1.0, -1.0]))
+    out, lse = attend(q, k, v, scale=2.0**-13)
+    assert out.item() == pytest.approx(0.0 if dtype.itemsize == 2 else math.tanh(2.0**-14), rel=1e-3, abs=0.0)
+    assert lse.item() == pytest.approx(math.log1p(math.exp(-(2.0**-13))), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 4, 4, 2), (2, 0, 4, 2), (2, 4, 0, 2), (2, 4, 4, 0), (0, 0, 0, 0)])
 def test_sizes_of_zero(shape, dtype):
     batch, sq, sk, heads = shape

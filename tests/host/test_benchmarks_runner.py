@@ -1,0 +1,331 @@
+"""How the benchmarks measure: clocks, turns, the oracle, and that a faulty peer loses only its own cell."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import card, timing
+from benchmarks.check import Judge, WrongError, make_inputs
+from benchmarks.flops import bytes_moved
+from benchmarks.peers import REGISTRY, Peer
+from benchmarks.runner import Bench, DeviceLostError, Runner, Step
+from benchmarks.settings import Settings
+from tests.host import benchmarks_fakes as fakes
+
+SETTINGS = Settings(rounds=4, limit_s=60.0)
+
+
+@pytest.fixture
+def clock():
+    return fakes.FakeClock()
+
+
+def rates(clock, *peers, kind="burst", case=fakes.CASE, settings=SETTINGS, lost=None, **bench):
+    runner = Runner(Bench("cpu", clock, **bench), settings)
+    return runner.rates(kind, case, peers, lost or {})
+
+
+# --- timing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_burst_rests_warms_up_and_times_about_the_time_it_was_given(clock):
+    calls = []
+    turn = timing.burst(clock, lambda: (calls.append(clock.now()), clock.work(1e-3)), 1e-3, busy=0.010, idle=0.050)
+    assert clock.slept == [0.050]
+    assert len(calls) == 2 + 10  # 2 ms of warm-up
+    assert turn.samples == pytest.approx([1e-3])
+    assert not turn.host_bound
+
+
+def test_a_burst_times_a_slow_call_once(clock):
+    turn = timing.burst(clock, lambda: clock.work(0.3), 0.3, busy=0.010, idle=0.0)
+    assert turn.samples == pytest.approx([0.3])
+
+
+def test_a_burst_says_when_the_host_was_the_slower_one(clock):
+    turn = timing.burst(clock, lambda: clock.work(1e-5, host=5e-5), 5e-5, busy=0.010, idle=0.0)
+    assert turn.host_bound
+    assert turn.samples == pytest.approx([5e-5], rel=0.1)
+
+
+def test_sustained_load_has_no_gaps_and_counts_only_what_has_settled(clock):
+    speed = [1e-3]
+
+    def call():
+        clock.work(speed[0])
+        if clock.now() > 0.2:
+            speed[0] = 2e-3  # the card lowers its clock
+
+    turn = timing.sustained(clock, call, 1e-3, seconds=1.0)
+    assert not clock.slept
+    assert turn.samples == pytest.approx([2e-3] * len(turn.samples))
+    assert 5 <= len(turn.samples) <= 20
+    assert turn.began == pytest.approx(0.3)
+    assert turn.ended >= 1.0
+
+
+def test_sustained_load_of_a_call_slower_than_its_turn(clock):
+    assert timing.sustained(clock, lambda: clock.work(3.0), 3.0, seconds=1.0).samples
+
+
+def test_host_side_times_calls_without_the_device(clock):
+    turn = timing.host_side(clock, lambda: clock.work(1e-3, host=2e-5), calls=120)
+    assert turn.samples == pytest.approx([2e-5] * 120)
+
+
+def test_summary_by_hand():
+    median, spread = timing.summary([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (median, spread) == (3.0, 1.0 / 3.0)  # quartiles 2 and 4
+    assert timing.summary([7.0]) == (7.0, 0.0)
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["", "[N/A], 3, 4", "Unable to determine the device handle"])
+def test_a_line_that_is_no_reading(line):
+    assert card.parse_smi(line, 0.0) is None
+
+
+def test_a_line_of_nvidia_smi():
+    assert card.parse_smi("1980, 312.05, 41\n", 7.0) == card.Reading(7.0, 1980, 312.05, 41)
+
+
+class FakeSource:
+    """Readings at 0, 1, 2 … seconds, then none."""
+
+    def driver(self):
+        return "1.2"
+
+    def readings(self, stop):
+        for second, (mhz, watts) in enumerate([(1980, 100), (1500, 690), (1470, 700), (1480, 710), (345, 80)]):
+            yield card.Reading(second, mhz, watts, 50)
+
+
+def test_the_meter_reads_the_stretch_it_is_asked_for():
+    meter = card.Meter(FakeSource())
+    assert meter.latest() is not None
+    meter.close()
+    assert meter.over(1, 3) == (1480, 700)
+    assert meter.over(10, 20) is None
+    assert meter.latest() == {"sm_mhz": 345, "watts": 80, "celsius": 50}
+
+
+def test_a_meter_that_fails_costs_only_its_readings():
+    class Broken(FakeSource):
+        def readings(self, stop: threading.Event):
+            raise OSError("no card")
+
+    meter = card.Meter(Broken())
+    assert meter.latest() is None
+    assert meter.over(0, 1e9) is None
+
+
+# --- the oracle ------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "full": fakes.CASE,
+    "causal": replace(fakes.CASE, causal=True),
+    "gqa": replace(fakes.CASE, heads=4, heads_kv=2, seqlen_q=5, seqlen_k=11, causal=True),
+    "blind rows": replace(fakes.CASE, seqlen_q=11, seqlen_k=5, causal=True),
+    "window": replace(fakes.CASE, window=(3, 1), head_dim_v=16),
+    "softcap": replace(fakes.CASE, softcap=2.0, dtype="bfloat16"),
+    "long": replace(fakes.CASE, batch=1, seqlen_q=600, seqlen_k=600, causal=True, dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_oracle_agrees_with_a_right_peer(case, direction):
+    case = replace(case, direction=direction)
+    inputs = make_inputs(case, "cpu", 0)
+    peer = Peer("right", "", lambda *a: lambda: fakes.right(*a), "")
+    step = Step(case, peer, inputs)
+    assert Judge(case, inputs).verdict(step.outputs(step.call())) < 0.02
+
+
+@pytest.mark.parametrize("name", ["ours_reference", "torch_math", "torch_cpu"])
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def test_the_peers_of_the_cpu_are_right(name, direction):
+    peer = REGISTRY[name]
+    if (why := peer.why_not()) is not None:
+        pytest.skip(why)
+    case = replace(fakes.CASE, heads=4, causal=True, dtype="bfloat16", direction=direction)
+    inputs = make_inputs(case, "cpu", 0)
+    step = Step(case, peer, inputs)
+    with peer.around():
+        assert Judge(case, inputs).verdict(step.outputs(step.call())) < 0.02
+
+
+@pytest.mark.parametrize("part", ["out", "dq", "dk", "dv"])
+def test_the_oracle_finds_each_output_that_is_off(part):
+    case = replace(fakes.CASE, direction="both")
+    inputs = make_inputs(case, "cpu", 0)
+    step = Step(case, Peer("right", "", lambda *a: lambda: fakes.right(*a), ""), inputs)
+    outputs = step.outputs(step.call())
+    judge = Judge(case, inputs)
+    judge.verdict(outputs)
+    with pytest.raises(WrongError, match=f"{part} is off by up to"):
+        judge.verdict({**outputs, part: outputs[part] * 1.01})
+    with pytest.raises(WrongError, match=f"{part} has shape"):
+        judge.verdict({**outputs, part: outputs[part][:, :-1]})
+    with pytest.raises(WrongError, match=f"{part} is a NoneType"):
+        judge.verdict({**outputs, part: None})
+
+
+def test_an_unfit_value_is_found_outside_the_sample():
+    case = replace(CASES["long"], batch=8, heads=8, heads_kv=8)
+    inputs = make_inputs(case, "cpu", 0)
+    out = torch.zeros(8, 600, 8, 8)
+    out[3, 300, 5, 2] = float("inf")
+    with pytest.raises(WrongError, match="1 values that are not finite"):
+        Judge(case, inputs).verdict({"out": out})
+
+
+def test_peers_say_what_they_do_not_compute():
+    for change, words in (
+        ({"window": (4, 4)}, "no window"),
+        ({"softcap": 1.0}, "softcap"),
+        ({"seqlen_k": 32}, "top-left"),
+    ):
+        case = replace(fakes.CASE, causal=True, **change)
+        cell = rates(fakes.FakeClock(), REGISTRY["torch_math"], case=case)
+        assert cell.results["torch_math"].status == "unsupported"
+        assert words in cell.results["torch_math"].reason
+
+
+# --- one cell --------------------------------------------------------------------------------------------------------
+
+
+def test_rates_come_from_the_clock_and_the_counts(clock):
+    cell = rates(clock, fakes.timed_peer("quick", clock, 1e-3), fakes.timed_peer("slow", clock, 4e-3))
+    quick, slow = cell.results["quick"], cell.results["slow"]
+    assert quick.status == slow.status == "ok"
+    assert quick.seconds == pytest.approx(1e-3)
+    assert quick.tflops == pytest.approx(4 * 2 * 2 * 16 * 16 * 8 / 1e-3 / 1e12)
+    assert quick.tbytes_per_s == pytest.approx(bytes_moved(fakes.CASE) / 1e-3 / 1e12)
+    assert slow.seconds == pytest.approx(4e-3)
+    assert len(quick.samples) == SETTINGS.rounds
+    assert quick.error < 1e-5
+
+
+def test_faulty_peers_lose_only_their_own_cells(clock):
+    faults = {
+        name: fakes.timed_peer(name, clock, 1e-3, getattr(fakes, name))
+        for name in ("wrong", "not_finite", "failing", "unsupported")
+    }
+    cell = rates(clock, *faults.values(), fakes.timed_peer("good", clock, 1e-3))
+    assert {name: m.status for name, m in cell.results.items()} == {
+        "wrong": "wrong",
+        "not_finite": "wrong",
+        "failing": "failed",
+        "unsupported": "unsupported",
+        "good": "ok",
+    }
+    assert cell.results["failing"].reason == "RuntimeError: the kernel fell over"
+    assert "not finite" in cell.results["not_finite"].reason
+    for name in faults:
+        assert not cell.results[name].samples  # never timed
+
+
+def test_a_peer_that_fails_while_it_is_timed(clock):
+    calls = []
+
+    def sometimes(case, q, k, v):
+        calls.append(None)
+        if len(calls) > 10:
+            raise ValueError("enough")
+        return fakes.right(case, q, k, v)
+
+    cell = rates(clock, fakes.timed_peer("tired", clock, 1e-3, sometimes), fakes.timed_peer("good", clock, 1e-3))
+    assert cell.results["tired"].status == "failed"
+    assert cell.results["tired"].seconds is None
+    assert cell.results["good"].ok
+
+
+def test_a_slow_peer_runs_into_its_limit_and_the_others_do_not(clock):
+    cell = rates(clock, fakes.timed_peer("slow", clock, 25.0), fakes.timed_peer("good", clock, 1e-3))
+    assert cell.results["slow"].status == "timeout"
+    assert "of the 60 s" in cell.results["slow"].reason
+    assert cell.results["good"].ok
+
+
+def test_peers_take_turns_and_another_one_begins_each_round(clock):
+    turns = []
+    runner = Runner(Bench("cpu", clock), SETTINGS, notify=lambda name: turns.append(name) if name else None)
+    runner.rates("burst", fakes.CASE, [fakes.timed_peer(name, clock, 1e-3) for name in "ab"], {})
+    assert turns[:3] == ["matmul", "a", "b"]  # built and checked
+    rounds = [turns[i : i + 3] for i in range(3, len(turns), 3)]
+    assert rounds == [["matmul", "a", "b"], ["a", "b", "matmul"], ["b", "matmul", "a"], ["matmul", "a", "b"]]
+
+
+def test_a_peer_that_is_lost_already_stays_out(clock):
+    lost = {"bad": fakes.Measurement("timeout", "hung")}
+    cell = rates(clock, fakes.timed_peer("bad", clock, 1e-3), fakes.timed_peer("good", clock, 1e-3), lost=lost)
+    assert cell.results["bad"].reason == "hung"
+    assert cell.results["good"].ok
+
+
+def test_small_inputs_are_rotated(clock):
+    seen = set()
+
+    def spy(case, q, k, v):
+        seen.add(q.data_ptr())
+        return fakes.right(case, q, k, v)
+
+    rates(clock, fakes.timed_peer("spy", clock, 1e-3, spy), l2_bytes=2 * bytes_moved(fakes.CASE))
+    assert len(seen) == 5  # twice the cache, and one more
+
+
+def test_a_sustained_cell_reads_the_meter_during_the_counted_part(clock):
+    stretches = []
+
+    class Meter:
+        def over(self, began, ended):
+            stretches.append((began, ended))
+            return 1000.0, 650.0
+
+    settings = replace(SETTINGS, sustained_s=2.0, sustained_rounds=2)
+    cell = rates(
+        clock,
+        fakes.timed_peer("good", clock, 1e-3),
+        kind="sustained",
+        settings=settings,
+        meter=Meter(),
+        tensor_flop_per_clock=1e6,
+    )
+    good = cell.results["good"]
+    assert (good.sm_mhz, good.watts) == (1000.0, 650.0)
+    assert good.utilization == pytest.approx(good.tflops * 1e12 / (1e6 * 1000e6))
+    assert not clock.slept
+    assert all(ended - began == pytest.approx(0.7, abs=0.3) for began, ended in stretches)
+
+
+def test_the_bursts_do_not_read_the_meter(clock):
+    assert rates(clock, fakes.timed_peer("good", clock, 1e-3)).results["good"].sm_mhz is None
+
+
+def test_a_host_cell_keeps_no_samples(clock):
+    cell = Runner(Bench("cpu", clock), SETTINGS).host(
+        fakes.CASE,
+        [fakes.timed_peer("good", clock, 1e-3, host=3e-5), fakes.timed_peer("bad", clock, 0, fakes.wrong)],
+        {},
+    )
+    assert cell.results["good"].seconds == pytest.approx(3e-5)
+    assert cell.results["good"].samples == []
+    assert cell.results["bad"].status == "wrong"
+
+
+def test_a_device_that_no_longer_answers_is_reported_with_its_peer(clock):
+    def deadly(case, q, k, v):
+        clock.sync = lambda: failing()
+        return failing()
+
+    def failing():
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(DeviceLostError, match="the device is lost") as caught:
+        rates(clock, fakes.timed_peer("deadly", clock, 1e-3, deadly))
+    assert caught.value.peer == "deadly"
