@@ -161,7 +161,7 @@ class Judge:
         for name in self._plain_error:
             self._check_whole(name, outputs.get(name))
         for name, index, exact in self._samples:
-            off = outputs[name][index].double() - exact
+            off = outputs[name].detach()[index].double() - exact
             largest, squared, norm = worst.get(name, (0.0, 0.0, 0.0))
             squares = float(off.square().sum()), float(exact.square().sum())
             worst[name] = max(largest, _largest(off)), squared + squares[0], norm + squares[1]

@@ -118,7 +118,7 @@ def draw_ratios(cells: list[Cell], title: str, anchors: Anchors | None) -> Figur
     # Ahead and behind differ in hatching too, not in colour alone.
     for place, (_, r) in zip(places, bars, strict=True):
         axis.barh(place, r, color="#0072B2" if r >= 1 else "#E69F00", hatch=None if r >= 1 else "//", edgecolor="white")
-        axis.text(r, place, f" {r:.2f}", va="center", fontsize=8)
+        axis.text(1.01, place, f"{r:.2f}", va="center", fontsize=8, transform=axis.get_yaxis_transform())
     axis.axvline(1, color=CEILING, linewidth=1.2)
     axis.set_yticks(places, [label for label, _ in bars])
     axis.set_ylim(len(bars) - 0.4, -0.6)

@@ -25,7 +25,10 @@ def show(record: Record, console: Console, anchors: Anchors | None = None) -> No
     for (kind, direction), group in groupby(cells, key=lambda cell: (cell.kind, cell.case.direction)):
         rows = list(group)
         recorded = anchors if kind == "burst" else None
-        console.print(rates_table(record, rows, f"{direction}, {KINDS[kind]}: TFLOP/s", recorded))
+        unit = (
+            "TFLOP/s" if kind == "burst" else "TFLOP/s, and how busy that keeps the tensor cores at the clock they had"
+        )
+        console.print(rates_table(record, rows, f"{direction}, {KINDS[kind]}: {unit}", recorded))
     if any(m.host_bound for cell in cells for m in cell.results.values()):
         console.print(f"{HOST_BOUND} the device waited for the host: the figure is the host's")
     for kind, table in (("host", host_table), ("first", first_table)):
@@ -58,19 +61,19 @@ def rates_table(record: Record, cells: list[Cell], title: str, anchors: Anchors 
     recorded = recorded_peers(cells, anchors)
     table = Table(title=title, title_justify="left")
     table.add_column("case")
-    table.add_column("matmul", justify="right")
+    table.add_column("matmul", justify="right", no_wrap=True)
     for name in peers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name in recorded:
         table.add_column(f"{name}\nrecorded", justify="right", style="dim")
     for heading in ("ours / best peer", "% of matmul"):
         table.add_column(heading, justify="right")
     for cell in cells:
-        rates = cell.rates()
+        rates = {**anchored(cell, anchors), **cell.rates()}
         best = max(rates, key=lambda name: rates[name]) if rates else None
         row = [cell.case.label.split(" ", 1)[1], rate_text(cell.ceiling, False)]
         row += [rate_text(cell.results.get(name), name == best, cell.memory_bound) for name in peers]
-        row += [rate(anchored(cell, anchors).get(name)) for name in recorded]
+        row += [rate(rates.get(name)) + (f" {BEST}" if name == best else "") for name in recorded]
         row += [_number(ratio(cell, anchors), "{:.2f}"), _number(of_matmul(cell), "{:.0%}")]
         table.add_row(*row)
     table.add_section()
@@ -161,7 +164,7 @@ def rate_text(m: Measurement | None, best: bool, memory_bound: bool = False) -> 
     if memory_bound and m.tbytes_per_s:
         text += f"\n{m.tbytes_per_s:.2f} TB/s"
     if m.utilization and m.sm_mhz and m.watts:
-        text += f"\n{m.utilization:.0%} at {m.sm_mhz:.0f} MHz, {m.watts:.0f} W"
+        text += f"\n{m.utilization:.0%} · {m.sm_mhz:.0f} MHz · {m.watts:.0f} W"
     return text
 
 

@@ -25,7 +25,7 @@ from benchmarks.timing import Call, Clock, Turn, burst, estimate, host_side, sum
 SETS_MAX = 64  # input sets; small cases need no more to be out of the L2 cache by the time they come round again
 HOST_CALLS = 200  # timed eager calls per round
 MATMUL = {"cuda": 8192, "cpu": 512}  # M = N = K of the matrix product that serves as the ceiling
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**24}
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**22}
 
 
 @dataclass
@@ -37,6 +37,21 @@ class Bench:
     meter: Meter | None = None
     l2_bytes: int = 0
     tensor_flop_per_clock: float | None = None
+
+    def matmul(self, dtype: str) -> tuple[Call, float]:
+        """A large square matrix product, the ceiling of everything made of products; and its FLOPs."""
+        size = MATMUL[self.device]
+        a, b = (torch.randn(size, size, device=self.device, dtype=getattr(torch, dtype)) for _ in range(2))
+        return lambda: a @ b, 2.0 * size**3
+
+    @cached_property
+    def copy_tbytes_per_s(self) -> float:
+        """The rate of a copy within the device's memory, reads and writes counted: measured once per process."""
+        size = COPY_BYTES[self.device]
+        source = torch.randint(-128, 128, (size,), device=self.device, dtype=torch.int8)
+        target = torch.empty_like(source)
+        seconds, _ = summary([estimate(self.clock, lambda: target.copy_(source)) for _ in range(5)])
+        return 2 * size / seconds / 1e12
 
     def peak_memory(self, call: Call) -> tuple[Any, int]:
         """The call's result, and how many bytes of the card it had allocated at its peak."""
@@ -86,15 +101,15 @@ class Runner:
 
     def rates(self, kind: str, case: Case, peers: Sequence[Peer], lost: Mapping[str, Measurement]) -> Cell:
         """A ``burst`` or ``sustained`` cell; peers in ``lost`` have lost it already and are left out."""
-        matmul = Entrant("matmul")
+        matmul, work = Entrant("matmul"), 0.0
         with self._turn(matmul):
-            matmul.call = self._matmul(case)
+            matmul.call, work = self._bench.matmul(case.dtype)
             matmul.per_call = estimate(self._bench.clock, matmul.call)
         entrants = self._enter(case, [peer for peer in peers if peer.name not in lost])
         turn, rounds = self._turns(kind)
         self._take_turns([matmul, *entrants], turn, rounds)
-        ceiling = self._finish(matmul, kind, work=2 * MATMUL[self._bench.device] ** 3, traffic=None)
-        cell = Cell(kind, case, dict(lost), ceiling if ceiling.ok else None, self._copy_rate)
+        ceiling = self._finish(matmul, kind, work=work, traffic=None)
+        cell = Cell(kind, case, dict(lost), ceiling if ceiling.ok else None, self._bench.copy_tbytes_per_s)
         for entrant in entrants:
             cell.results[entrant.name] = self._finish(entrant, kind, flops(case), bytes_moved(case))
         return cell
@@ -148,22 +163,6 @@ class Runner:
         if moved >= 2 * self._bench.l2_bytes:
             return 1
         return min(SETS_MAX, math.ceil(2 * self._bench.l2_bytes / moved) + 1)
-
-    def _matmul(self, case: Case) -> Call:
-        size = MATMUL[self._bench.device]
-        dtype = getattr(torch, case.dtype)
-        a, b = (torch.randn(size, size, device=self._bench.device, dtype=dtype) for _ in range(2))
-        return lambda: a @ b
-
-    @cached_property
-    def _copy_rate(self) -> float:
-        """TB/s of a copy within the device's memory, reads and writes counted: measured once per process."""
-        size = COPY_BYTES[self._bench.device]
-        source = torch.randint(-128, 128, (size,), device=self._bench.device, dtype=torch.int8)
-        target = torch.empty_like(source)
-        clock = self._bench.clock
-        seconds, _ = summary([estimate(clock, lambda: target.copy_(source)) for _ in range(5)])
-        return 2 * size / seconds / 1e12
 
     def _take_turns(self, entrants: Sequence[Entrant], turn: Callable[[Call, float], Turn], rounds: int) -> None:
         for round_ in range(rounds):

@@ -156,7 +156,7 @@ def sustained(clock: Clock, call: Call, per_call: float, *, seconds: float) -> T
         if len(marks) > QUEUE_AHEAD:
             window = clock.between(marks[0], marks[1])
             marks.popleft()
-            if clock.now() >= counted_from:
+            if clock.now() - window >= counted_from:
                 samples.append(window / calls)
     ended = clock.now()
     samples += [clock.between(a, b) / calls for a, b in itertools.pairwise(marks)]

@@ -7,9 +7,7 @@ import math
 import torch
 
 from cute_attn import reference
-from cute_attn.compile import compiled
-from cute_attn.launch import device_target, launch
-from cute_attn.plan import plan
+from cute_attn.launch import launch, prepared
 from cute_attn.problem import check_call, check_tensors_for_gpu, problem_of
 
 BACKENDS = ("auto", "cute", "reference")
@@ -44,7 +42,7 @@ def attention(
         k: ``(batch, seqlen_k, heads_kv, head_dim)``. ``heads`` is a multiple of ``heads_kv``; query head h reads key head
             ``h // (heads / heads_kv)`` (grouped-query attention; one key head is multi-query attention).
         v: ``(batch, seqlen_k, heads_kv, head_dim_v)``.
-        scale: of the scores; ``None`` is 1/√head_dim.
+        scale: of the scores; ``None`` is 1/√head_dim. The kernels need one above 0.
         causal: no query sees past its aligned key: the same as ``right = 0``.
         window: ``(left, right)``, how many keys before and after its aligned one a query sees; ``None`` or −1 is unbounded.
         softcap: bounds scores to ±softcap; 0 is none.
@@ -91,14 +89,14 @@ def attention(
 def _forward(q, k, v, call, return_lse: bool, mechanism: str | None):
     """Plan, compile or look up, and launch. Allocates the outputs and nothing else."""
     check_tensors_for_gpu(q, k, v, call)
-    out = torch.empty((call.batch, call.seqlen_q, call.heads, call.head_dim_v), dtype=q.dtype, device=q.device)
-    lse = torch.empty((call.batch, call.heads, call.seqlen_q), dtype=torch.float32, device=q.device) if return_lse else None
+    out = q.new_empty((call.batch, call.seqlen_q, call.heads, call.head_dim_v))
+    lse = q.new_empty((call.batch, call.heads, call.seqlen_q), dtype=torch.float32) if return_lse else None
     if call.empty:
         out.zero_()
         if lse is not None:
             lse.fill_(-math.inf)
         return out, lse
-    problem = problem_of(q.dtype, call, return_lse)
-    config = plan(problem, device_target(q.device.index), mechanism)
-    launch(compiled(problem, config), config, call, q, k, v, out, lse)
+    device = q.get_device()
+    function, blocks = prepared(problem_of(q.dtype, call, return_lse), mechanism, device)
+    launch(function, blocks, device, call, q, k, v, out, lse)
     return out, lse

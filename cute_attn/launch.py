@@ -11,9 +11,10 @@ from functools import lru_cache
 import torch
 
 from cute_attn import rules
+from cute_attn.compile import compiled
 from cute_attn.layouts import target_of
-from cute_attn.layouts.base import Config
-from cute_attn.problem import Call
+from cute_attn.plan import plan
+from cute_attn.problem import Call, Problem
 
 
 @lru_cache(maxsize=64)
@@ -33,25 +34,19 @@ def device_target(device: int) -> str:
     return target_of(torch.cuda.get_device_capability(device))
 
 
-def launch(function: Callable, config: Config, call: Call, q, k, v, out, lse) -> None:
+@lru_cache(maxsize=4096)
+def prepared(problem: Problem, mechanism: str | None, device: int) -> tuple[Callable, int]:
+    """The compiled kernel of a problem on a device, and how many of its blocks the device holds at once."""
+    config = plan(problem, device_target(device), mechanism)
+    return compiled(problem, config), multiprocessors(device) * config.blocks_per_multiprocessor
+
+
+def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
-    device = q.device.index
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
-    arguments = (
-        q,
-        k,
-        v,
-        out,
-        lse,
-        call.left or 0,
-        call.right or 0,
-        scale_log2,
-        scale_by_cap,
-        multiprocessors(device) * config.blocks_per_multiprocessor,
-        torch._C._cuda_getCurrentRawStream(device),
-    )
+    stream = torch._C._cuda_getCurrentRawStream(device)
     if torch._C._cuda_getDevice() == device:
-        function(*arguments)
+        function(q, k, v, out, lse, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, stream)
     else:
         with torch.cuda.device(device):
-            function(*arguments)
+            function(q, k, v, out, lse, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, stream)

@@ -8,6 +8,8 @@ from cute_attn import layouts
 from cute_attn.layouts.base import KIB, Config, Gpu
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
+SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
+
 
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, target: str, mechanism: str | None = None) -> Config:
@@ -37,15 +39,18 @@ def configs(problem: Problem, target: str, mechanism: str | None = None) -> tupl
 
 def check(config: Config, gpu: Gpu) -> None:
     """Refuse a configuration that can't run on ``gpu``, before anything is compiled."""
-    family = layouts.family(config)
-    smem = family.smem_bytes(config) * config.blocks_per_multiprocessor
-    limit = gpu.smem_per_block if config.blocks_per_multiprocessor == 1 else gpu.smem_per_multiprocessor
+    module, family = layouts.for_target(config.target), layouts.family(config)
+    table = f"layouts/{module.__name__.rsplit('.', 1)[1]}.py's table"
+    blocks = config.blocks_per_multiprocessor
+    smem = family.smem_bytes(config)
+    limit = min(gpu.smem_per_block, gpu.smem_per_multiprocessor // blocks - SMEM_RESERVED)
     if smem > limit:
         parts = ", ".join(f"{name} {size / KIB:.1f}" for name, size in family.smem_parts(config).items() if size)
         raise ValueError(
             f"{config.mechanism} with tiles {config.tile_m}×{config.tile_n} and {config.stages} stages takes "
-            f"{smem / KIB:.1f} KiB of shared memory ({parts}); {gpu.name} has {limit / KIB:.0f} KiB: "
-            f"try a smaller tile_n or fewer stages in layouts/{gpu.name}'s table"
+            f"{smem / KIB:.1f} KiB of shared memory ({parts}); {gpu.name} has {limit / KIB:.0f} KiB for a block"
+            + (f", {blocks} to a multiprocessor" if blocks > 1 else "")
+            + f": try a smaller tile_n or fewer stages in {table}"
         )
     need, have = family.accumulator_registers(config), registers_per_thread(config, gpu)
     if need > have:
@@ -57,6 +62,14 @@ def check(config: Config, gpu: Gpu) -> None:
         raise ValueError(
             f"{config.mechanism} asks for {config.threads} threads a block; {gpu.name} has {gpu.threads_per_block}: "
             f"try a smaller tile_m"
+        )
+    copy_threads = config.threads - config.mma_threads
+    total = (config.mma_threads * config.mma_registers + copy_threads * config.copy_registers) * blocks
+    if total > gpu.registers_per_multiprocessor:  # setmaxnreg would wait for ever
+        raise ValueError(
+            f"{config.mechanism} gives {config.mma_threads} threads {config.mma_registers} registers and {copy_threads} threads "
+            f"{config.copy_registers}, {total} in all; {gpu.name} has {gpu.registers_per_multiprocessor}: "
+            f"try fewer mma_registers in {table}"
         )
 
 

@@ -16,6 +16,7 @@ import torch
 
 GPU_DTYPES = (torch.float16, torch.bfloat16)
 ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in ALL_DTYPES}
 HEAD_DIM_STEP = 8
 HEAD_DIM_MAX = 256
 ALIGN_BYTES = 16  # TMA and 16-byte cp.async both need it of the base address and of every stride
@@ -153,7 +154,7 @@ def _explain_misfit(q, k, v) -> NoReturn:
 def problem_of(dtype: torch.dtype, call: Call, return_lse: bool) -> Problem:
     """The Problem of a checked call."""
     return Problem.intern(
-        str(dtype)[6:],  # "torch.bfloat16" -> "bfloat16"
+        DTYPE_NAMES[dtype],
         call.head_dim,
         call.head_dim_v,
         call.left is not None,
@@ -175,6 +176,11 @@ def check_tensors_for_gpu(q, k, v, call: Call) -> None:
                 f"{name} is {head_dim}; a multiple of {HEAD_DIM_STEP} up to {HEAD_DIM_MAX} is needed: "
                 f"pad with torch.nn.functional.pad, or use backend='reference'"
             )
+    if call.scale <= 0.0 and not call.softcap:
+        raise ValueError(
+            f"scale is {call.scale}; the GPU kernels need one above 0, since they look for a row's largest score before "
+            f"they scale it: negate q instead, or use backend='reference'"
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         s0, s1, s2, s3 = x.stride()
         # One look for the usual case: every address that a row can have is a multiple of 16 bytes.

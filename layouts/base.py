@@ -1,28 +1,36 @@
-"""The contract of a GPU's layouts, and the two records it speaks in.
+"""The contract of a GPU's layouts, and the records it speaks in.
 
 A **GPU module** (``sm80.py``, ``sm90.py``, …) is data. It defines
 
 - ``GPU``: a :class:`Gpu`, its limits and the compute capabilities it serves;
 - ``MECHANISMS``: the names of the mechanisms it can run, best first, each with the **family module** that lays out its
   operands (``mma_sync``, ``wgmma``);
-- ``configs(problem, mechanism)``: the configurations for a problem, best first, from the module's tables.
+- ``configs(problem, mechanism, target)``: the configurations for a problem, best first, from the module's tables.
 
 A **family module** is the layouts of one family of instructions. It defines, as plain functions of a :class:`Config`,
 
-- ``tile_dims(head_dim)``: the columns a head takes in shared memory;
-- ``smem_bytes(config)`` and ``accumulator_registers(config)``: what a block takes, for the plan, without the DSL;
+- ``tile_dim(head_dim)``: the columns a head takes in shared memory;
+- ``smem_parts(config)``, ``smem_bytes(config)`` and ``accumulator_registers(config)``: what a block takes, for the plan;
+- ``tile(operand, config)``: the (rows, columns) that are copied at a time; operand ``"Q"``, ``"K"``, ``"V"`` or ``"O"``;
+- ``element(config)``: the DSL's type of an element;
 - ``tiled_mma(role, config)``: role ``"S"`` (Q·Kᵀ) or ``"O"`` (P·V);
-- ``smem_layout(operand, config)``: operand ``"Q"``, ``"K"``, ``"V"`` or ``"O"``;
-- ``copy_in(operand, config)``, ``copy_out(operand, config)``: global → shared and shared → global copies.
+- ``smem_layout(operand, config)``: where an operand's elements lie, aligned to ``SMEM_ALIGN`` bytes;
+- ``copy_in(operand, config)``, ``copy_out(operand, config)``: global → shared and shared → global copies;
+- ``store_accumulator(config)``: O from the MMA's registers to shared memory.
 
-Only the last four import the DSL, and only when called.
+Only those from ``element`` on import the DSL, and only when called.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 BYTES = 2  # of one element: the kernels take float16 and bfloat16
+OPERANDS = ("Q", "K", "V", "O")
+ROLES = ("S", "O")
+IntTuple: TypeAlias = "int | tuple[IntTuple, ...]"
+Modes: TypeAlias = tuple[tuple[int, int, int], ...]
 KIB = 1024
 
 
@@ -75,3 +83,104 @@ class Config:
     def threads(self) -> int:
         """Threads of a block: the computing warps, and one more warpgroup where copies have warps of their own."""
         return self.mma_threads + (128 if self.mechanism == "tma_wgmma" else 0)
+
+
+# ---- layouts as data ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``Sw<bits,base,shift> o 0 o shape:stride``: from a coordinate to an offset in elements.
+
+    The offset is the inner product of the coordinate and ``stride``; then the swizzle exclusive-ors ``bits`` of its bits,
+    from bit ``base + shift`` on, into those from bit ``base`` on. A swizzle acts on ``unit_bytes``: 2 for the offset in
+    elements, 1 for the address in bytes, as TMA and warpgroup MMA have it. ``algebra`` computes with it.
+    """
+
+    shape: IntTuple
+    stride: IntTuple
+    swizzle: tuple[int, int, int] | None = None
+    unit_bytes: int = BYTES
+
+    def __str__(self) -> str:
+        plain = f"{_notation(self.shape)}:{_notation(self.stride)}"
+        return plain if self.swizzle is None else "Sw<{},{},{}> o 0 o ".format(*self.swizzle) + plain
+
+
+@dataclass(frozen=True)
+class Mma:
+    """A tiled MMA. ``a`` (m, k), ``b`` (n, k) and ``c`` (m, n) say which thread holds which element of ``tile`` in which
+    value: ``(thread, value)`` to ``row + rows · column``. An operand in ``from_shared`` is read by the tensor core itself;
+    its map is that of all threads together."""
+
+    shape: tuple[int, int, int]  # of one instruction: m, n, k
+    tile: tuple[int, int, int]  # of all warps together, as one ldmatrix feeds them
+    warps: int  # one above the other
+    a: Layout
+    b: Layout
+    c: Layout
+    from_shared: str = ""  # of "AB"
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tiled copy by threads: ``values`` maps ``(thread, value)`` to ``row + rows · column`` of ``tile``.
+
+    For ``ldmatrix`` and ``stmatrix`` the values are those in registers; ``algebra.addresses`` says what each thread points
+    at. ``transposed`` copies see the operand as (columns, rows).
+    """
+
+    instruction: str  # a key of algebra.INSTRUCTIONS
+    operand: str
+    tile: tuple[int, int]
+    values: Layout
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Box:
+    """One TMA copy's box: ``rows`` of ``columns`` elements, swizzled as the tensor map says. Boxes of a slot lie side by
+    side; ``swizzle_bytes`` is the tensor map's swizzle span, 0 without one."""
+
+    operand: str
+    rows: int
+    columns: int
+    swizzle_bytes: int
+    store: bool = False
+
+
+def by_modes(tile: tuple[int, int], threads: Modes, values: Modes) -> Layout:
+    """The (thread, value) map of a tile from its modes, fastest first: each ``(extent, rows, columns)`` that it steps."""
+    strides = tuple(tuple(rows + tile[0] * columns for _, rows, columns in modes) for modes in (threads, values))
+    return Layout(tuple(tuple(extent for extent, _, _ in modes) for modes in (threads, values)), strides)
+
+
+# Which thread of a warp holds which element: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type". A quad
+# of threads shares a row. Warpgroup MMA (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16") has the same, warps
+# one above the other. As modes of (extent, rows, columns):
+FRAGMENT_THREADS: Modes = ((4, 0, 2), (8, 1, 0))
+FRAGMENT_A: Modes = ((2, 0, 1), (2, 8, 0), (2, 0, 8))  # rows m, columns k
+FRAGMENT_B: Modes = ((2, 0, 1), (2, 0, 8))  # rows n, columns k
+FRAGMENT_C: Modes = ((2, 0, 1), (2, 8, 0))  # rows m, columns n; 8 columns an instruction of mma.sync
+
+
+def tiled_rows(shape: tuple[int, ...], width: int, swizzle: tuple[int, int, int], unit_bytes: int) -> Layout:
+    """Rows of ``width`` elements one after another; where a tile has more columns, the next ``width`` of all its rows
+    after that. ``shape`` is ``(rows, columns)``, with the number of slots behind it where there are several."""
+    rows, columns, *slots = shape
+    across: tuple[IntTuple, IntTuple] = (width, 1)
+    if columns > width:
+        across = ((width, columns // width), (1, rows * width))
+    return Layout((rows, across[0], *slots), (width, across[1], *[rows * columns] * len(slots)), swizzle, unit_bytes)
+
+
+def cute_layout(layout: Layout):
+    """The same layout as the DSL's object, inside ``@cute.jit``."""
+    from cutlass import cute
+
+    plain = cute.make_layout(layout.shape, stride=layout.stride)
+    return plain if layout.swizzle is None else cute.make_composed_layout(cute.make_swizzle(*layout.swizzle), 0, plain)
+
+
+def _notation(x: IntTuple) -> str:
+    return f"({','.join(map(_notation, x))})" if isinstance(x, tuple) else str(x)

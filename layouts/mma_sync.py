@@ -6,7 +6,8 @@ Shared memory is cut into rows of 64 elements (32 where a head is 96 wide), swiz
 
 from __future__ import annotations
 
-from .base import BYTES, Config
+from . import base
+from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma
 
 TILE_DIMS = (32, 64, 96, 128, 192, 256)
 VECTOR = 8  # elements of a 16-byte copy
@@ -61,31 +62,84 @@ def rows_per_warp(config: Config) -> int:
 
 
 def accumulator_registers(config: Config) -> int:
-    """Registers a thread needs for S, P and O at once; operands, addresses and the softmax's state come on top."""
-    return rows_per_warp(config) * (config.tile_n + config.tile_n // 2 + config.tile_dv) // 32
+    """Registers a thread needs for S and O at once; operands, addresses and the softmax's state come on top. P takes none:
+    it replaces S 16 columns at a time, just before the MMA that reads them."""
+    return rows_per_warp(config) * (config.tile_n + config.tile_dv) // 32
+
+
+def swizzle_atom(operand: str, config: Config) -> tuple[int, int, int, int]:
+    """What an operand's tile in shared memory is made of: ``(bits, base, shift, width)``.
+
+    8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: bits
+    ``base + shift …`` of it are exclusive-ored into bits ``base …``, ``bits`` of them. Tiles repeat it down, then right.
+    """
+    width = 64 if _shape(operand, config)[1] % 64 == 0 else 32
+    return {64: 3, 32: 2}[width], 3, 3, width
+
+
+def smem(operand: str, config: Config) -> Layout:
+    """An operand in shared memory: ``(tile_m, tile_d)`` for Q and O, ``(tile_n, tile_d, stage)`` for K and V."""
+    *swizzle, width = swizzle_atom(operand, config)
+    return base.tiled_rows(_shape(operand, config), width, tuple(swizzle), BYTES)
+
+
+def mma(role: str, config: Config) -> Mma:
+    """``mma.sync`` m16n8k16 with the warps one above the other; the same for Q·Kᵀ (``"S"``) and P·V (``"O"``).
+
+    16 columns at a time, so that one ``ldmatrix`` of four 8×8 tiles fills two MMAs' worth of B.
+    """
+    warps = config.mma_warps
+    m, n, k = warps * ROWS_PER_MMA, 16, 16
+    stacked, repeated = (*FRAGMENT_THREADS, (warps, ROWS_PER_MMA, 0)), (*FRAGMENT_THREADS, (warps, 0, 0))
+    return Mma(
+        shape=(ROWS_PER_MMA, 8, 16),
+        tile=(m, n, k),
+        warps=warps,
+        a=base.by_modes((m, k), stacked, FRAGMENT_A),
+        b=base.by_modes((n, k), repeated, (*FRAGMENT_B, (2, 8, 0))),
+        c=base.by_modes((m, n), stacked, (*FRAGMENT_C, (2, 0, 8))),
+    )
+
+
+def copies(config: Config) -> dict[tuple[str, str], Copy]:
+    """Every tiled copy by (step, operand): ``in`` from global memory, ``load`` to the MMA's registers, ``store`` back to
+    shared memory and ``out`` to global memory."""
+    s, o = mma("S", config), mma("O", config)
+    found = {("in", name): _by_rows("cp.async", name, config) for name in ("Q", "K", "V")}
+    found["load", "Q"] = Copy("ldmatrix", "Q", (s.tile[0], s.tile[2]), s.a)
+    found["load", "K"] = Copy("ldmatrix", "K", s.tile[1:], s.b)
+    found["load", "V"] = Copy("ldmatrix.trans", "V", o.tile[1:], o.b, transposed=True)
+    found["store", "O"] = Copy("st.shared.b32", "O", o.tile[:2], o.c)
+    found["out", "O"] = _by_rows("ld.shared.b128, st.global.b128", "O", config)
+    return found
+
+
+def barriers(config: Config) -> dict[str, int]:
+    """Named barriers by use, of the 16 a block has."""
+    return {"the block": 1}
+
+
+def _by_rows(instruction: str, operand: str, config: Config) -> Copy:
+    """16 bytes a thread, neighbouring threads along a row of shared memory, then the next row."""
+    across = swizzle_atom(operand, config)[3] // VECTOR
+    tile = (config.threads // across, across * VECTOR)
+    return Copy(instruction, operand, tile, base.by_modes(tile, ((across, 0, VECTOR), (tile[0], 1, 0)), ((VECTOR, 0, 1),)))
 
 
 def tiled_mma(role: str, config: Config):
-    """``mma.sync`` m16n8k16 with the warps one above the other; the same for Q·Kᵀ (``"S"``) and P·V (``"O"``)."""
+    """:func:`mma` as the DSL's object."""
     import cutlass
     from cutlass import cute
     from cutlass.cute.nvgpu import warp
 
-    op = warp.MmaF16BF16Op(element(config), cutlass.Float32, (ROWS_PER_MMA, 8, 16))
-    # 16 columns at a time, so that one ldmatrix of four 8×8 tiles fills two MMAs' worth of B.
-    tile = (config.mma_warps * ROWS_PER_MMA, 16, 16)
-    return cute.make_tiled_mma(op, cute.make_layout((config.mma_warps, 1, 1)), permutation_mnk=tile)
+    what = mma(role, config)
+    op = warp.MmaF16BF16Op(element(config), cutlass.Float32, what.shape)
+    return cute.make_tiled_mma(op, cute.make_layout((what.warps, 1, 1)), permutation_mnk=what.tile)
 
 
 def smem_layout(operand: str, config: Config):
-    """The swizzled layout of an operand: ``(tile_m, tile_d)`` for Q and O, ``(tile_n, tile_d, stage)`` for K and V."""
-    from cutlass import cute
-
-    shape = _shape(operand, config)
-    width = _row_width(shape[1])
-    swizzle = cute.make_swizzle({64: 3, 32: 2}[width], 3, 3)
-    atom = cute.make_composed_layout(swizzle, 0, cute.make_layout((8, width), stride=(width, 1)))
-    return cute.tile_to_shape(atom, shape, order=(0, 1, 2)[: len(shape)])
+    """:func:`smem` as the DSL's object."""
+    return base.cute_layout(smem(operand, config))
 
 
 def copy_in(operand: str, config: Config):
@@ -94,7 +148,7 @@ def copy_in(operand: str, config: Config):
     from cutlass.cute.nvgpu import cpasync
 
     op = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
-    return _by_rows(cute.make_copy_atom(op, element(config), num_bits_per_copy=128), operand, config)
+    return _tiled(cute.make_copy_atom(op, element(config), num_bits_per_copy=128), copies(config)["in", operand])
 
 
 def copy_out(operand: str, config: Config):
@@ -102,7 +156,7 @@ def copy_out(operand: str, config: Config):
     from cutlass import cute
 
     atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element(config), num_bits_per_copy=128)
-    return _by_rows(atom, operand, config)
+    return _tiled(atom, copies(config)["out", operand])
 
 
 def load_operand(operand: str, config: Config):
@@ -110,9 +164,9 @@ def load_operand(operand: str, config: Config):
     from cutlass import cute
     from cutlass.cute.nvgpu import warp
 
-    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=operand == "V", num_matrices=4), element(config))
-    make = cute.make_tiled_copy_A if operand == "Q" else cute.make_tiled_copy_B
-    return make(atom, tiled_mma("S" if operand in "QK" else "O", config))
+    what = copies(config)["load", operand]
+    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=what.transposed, num_matrices=4), element(config))
+    return _tiled(atom, what)
 
 
 def store_accumulator(config: Config):
@@ -120,7 +174,7 @@ def store_accumulator(config: Config):
     from cutlass import cute
 
     atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element(config), num_bits_per_copy=32)
-    return cute.make_tiled_copy_C(atom, tiled_mma("O", config))
+    return _tiled(atom, copies(config)["store", "O"])
 
 
 def element(config: Config):
@@ -130,22 +184,16 @@ def element(config: Config):
     return {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[config.dtype]
 
 
-def _by_rows(atom, operand: str, config: Config):
+def _tiled(atom, what: Copy):
     from cutlass import cute
 
-    threads_per_row = _row_width(_shape(operand, config)[1]) // VECTOR
-    threads = cute.make_layout((config.threads // threads_per_row, threads_per_row), stride=(threads_per_row, 1))
-    return cute.make_tiled_copy_tv(atom, threads, cute.make_layout((1, VECTOR)))
+    return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
 
 
 def tile(operand: str, config: Config) -> tuple[int, int]:
     """(rows, columns) of an operand's tile."""
     rows, columns = _shape(operand, config)[:2]
     return rows, columns
-
-
-def _row_width(columns: int) -> int:
-    return 64 if columns % 64 == 0 else 32
 
 
 def _shape(operand: str, config: Config) -> tuple[int, ...]:

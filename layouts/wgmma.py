@@ -6,10 +6,12 @@ descriptors and TMA's boxes both understand: ``Sw<3,4,3>`` (or ``Sw<2,4,3>``) ov
 
 from __future__ import annotations
 
-from .base import BYTES, Config
+from . import base
+from .base import BYTES, FRAGMENT_A, FRAGMENT_C, FRAGMENT_THREADS, Box, Config, Copy, Layout, Mma
 
 TILE_DIMS = (64, 96, 128, 192, 256)
 ROWS_PER_WARPGROUP = 64
+WARPGROUP = 128  # threads
 BARRIER_BYTES = 8
 SMEM_ALIGN = 1024  # a swizzle atom is 8 rows of 128 bytes
 
@@ -47,32 +49,82 @@ def accumulator_registers(config: Config) -> int:
     return config.tile_n // 2 + config.tile_n // 4 + config.tile_dv // 2
 
 
-def tiled_mma(role: str, config: Config):
+def swizzle_atom(operand: str, config: Config) -> tuple[int, int, int, int]:
+    """What an operand's tile in shared memory is made of: ``(bits, base, shift, width)``.
+
+    8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: bits
+    ``base + shift …`` of it are exclusive-ored into bits ``base …``, ``bits`` of them. Tiles repeat it down, then right.
+    """
+    width = 64 if _shape(operand, config)[1] % 64 == 0 else 32
+    return {64: 3, 32: 2}[width], 3, 3, width
+
+
+def smem(operand: str, config: Config) -> Layout:
+    """An operand in shared memory: ``(64, tile_d, warpgroup)`` for Q and O, ``(tile_n, tile_d, stage)`` for K and V.
+
+    The swizzle goes into a pointer: it acts on the address in bytes.
+    """
+    bits, in_elements, shift, width = swizzle_atom(operand, config)
+    return base.tiled_rows(_shape(operand, config), width, (bits, in_elements + BYTES.bit_length() - 1, shift), 1)
+
+
+def mma(role: str, config: Config) -> Mma:
     """The warpgroup MMA of Q·Kᵀ (``"S"``: both from shared memory) or P·V (``"O"``: P from registers)."""
+    n = config.tile_n if role == "S" else config.tile_dv
+    m, k = ROWS_PER_WARPGROUP, 16
+    threads = (*FRAGMENT_THREADS, (4, 16, 0))
+    if role == "S":
+        a, from_shared = Layout((WARPGROUP, (m, k)), (0, (1, m))), "AB"
+    else:
+        a, from_shared = base.by_modes((m, k), threads, FRAGMENT_A), "B"
+    return Mma(
+        shape=(m, n, k),
+        tile=(m, n, k),
+        warps=4,
+        a=a,
+        b=Layout((WARPGROUP, (n, k)), (0, (1, n))),
+        c=base.by_modes((m, n), threads, (*FRAGMENT_C, (n // 8, 0, 8))),
+        from_shared=from_shared,
+    )
+
+
+def copies(config: Config) -> dict[tuple[str, str], Copy | Box]:
+    """Every copy by (step, operand): ``in`` from global memory and ``out`` to it by TMA, ``store`` from the accumulator to
+    shared memory."""
+    o = mma("O", config)
+    found: dict[tuple[str, str], Copy | Box] = {("in", name): _box(name, config) for name in ("Q", "K", "V")}
+    found["store", "O"] = Copy("stmatrix", "O", o.tile[:2], o.c)
+    found["out", "O"] = _box("O", config, store=True)
+    return found
+
+
+def barriers(config: Config) -> dict[str, int]:
+    """Named barriers by use, of the 16 a block has."""
+    return {"the block": 1, "turns": warpgroups(config), "epilogues": warpgroups(config)}
+
+
+def _box(operand: str, config: Config, store: bool = False) -> Box:
+    width = swizzle_atom(operand, config)[3]
+    return Box(operand, tile(operand, config)[0], width, width * BYTES, store)
+
+
+def tiled_mma(role: str, config: Config):
+    """:func:`mma` as the DSL's object."""
     import cutlass
     from cutlass import cute
-    from cutlass.cute.nvgpu import warpgroup
+    from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 
-    dtype = element(config)
-    if role == "S":
-        n, source, b_major = config.tile_n, warpgroup.OperandSource.SMEM, cute.nvgpu.OperandMajorMode.K
-    else:
-        n, source, b_major = config.tile_dv, warpgroup.OperandSource.RMEM, cute.nvgpu.OperandMajorMode.MN
-    op = warpgroup.MmaF16BF16Op(
-        dtype, cutlass.Float32, (ROWS_PER_WARPGROUP, n, 16), source, cute.nvgpu.OperandMajorMode.K, b_major
+    what = mma(role, config)
+    source = warpgroup.OperandSource.SMEM if "A" in what.from_shared else warpgroup.OperandSource.RMEM
+    b_major = OperandMajorMode.K if role == "S" else OperandMajorMode.MN  # V lies along O's columns
+    return cute.make_tiled_mma(
+        warpgroup.MmaF16BF16Op(element(config), cutlass.Float32, what.shape, source, OperandMajorMode.K, b_major)
     )
-    return cute.make_tiled_mma(op)
 
 
 def smem_layout(operand: str, config: Config):
-    """The swizzled layout of an operand: ``(64, tile_d, warpgroup)`` for Q and O, ``(tile_n, tile_d, stage)`` for K, V."""
-    from cutlass import cute
-    from cutlass.cute.nvgpu import warpgroup
-
-    rows, columns, slots = _shape(operand, config)
-    kind = warpgroup.SmemLayoutAtomKind.K_SW128 if columns % 64 == 0 else warpgroup.SmemLayoutAtomKind.K_SW64
-    atom = warpgroup.make_smem_layout_atom(kind, element(config))
-    return cute.tile_to_shape(atom, (rows, columns, slots), order=(0, 1, 2))
+    """:func:`smem` as the DSL's object."""
+    return base.cute_layout(smem(operand, config))
 
 
 def copy_in(operand: str, config: Config):
@@ -95,7 +147,8 @@ def store_accumulator(config: Config):
     from cutlass.cute.nvgpu import warp
 
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), element(config))
-    return cute.make_tiled_copy_C(atom, tiled_mma("O", config))
+    what = copies(config)["store", "O"]
+    return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
 
 
 def tile(operand: str, config: Config) -> tuple[int, int]:

@@ -332,7 +332,6 @@ class Forward:
         pipes.k.consumer_release(k_state)
         k_state.advance()
         self._softmax(me, frag, softmax, acc_S, tile, n, masked)
-        self._exponentials_first(softmax)
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
         v_state.advance()
@@ -365,19 +364,6 @@ class Forward:
         scores = rows_columns(acc_S)
         apply_rules(scores, me.cS, origin, tile.values, self.problem, masked)
         softmax.step(scores, frag.rescale)
-
-    @cute.jit
-    def _exponentials_first(self, softmax: Softmax):
-        """Keep ptxas from sinking the exponentials below the wait for P·V that follows, where they would no longer
-        overlap it. A store may not cross that wait; this one's predicate needs the row sums and so every exponential,
-        and is never true."""
-        total = softmax.row_sum[0]
-        for r in cutlass.range_constexpr(1, cute.size(softmax.row_sum)):
-            total += softmax.row_sum[r]
-        cute.arch.inline_ptx(
-            "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, {$r0}, 0f00000000; @p st.volatile.shared.f32 [a], {$r0}; }",
-            read_only_args=[total],
-        )
 
     def _probabilities(self, frag: Fragments, acc_S):
         """Round P to the operands' dtype, one MMA's worth at a time so that conversions pair up."""

@@ -285,7 +285,8 @@ def test_anchors_are_rescaled_by_a_peer_in_both(tmp_path):
     assert report.ratio(record.cells[0]) == pytest.approx(690 / 570)
     assert report.ratio(record.cells[0], found) == pytest.approx(690 / 665)
     text = shown(record, found)
-    assert "665" in text
+    assert "665 ±" not in text
+    assert "690 ±1.0% ★" in text
     assert "recorded on A Card, long ago; rescaled × 0.950" in text
     assert "torch_cudnn over 1 cells" in text
 
@@ -329,7 +330,7 @@ def test_the_table_marks_the_best_and_gives_ratios():
 def test_the_sustained_table_gives_utilization_at_the_clock():
     m = fakes.measured(1e-3, 671.0, sm_mhz=1470.0, watts=699.0, utilization=0.76)
     text = shown(fakes.record_of(Cell("sustained", BIG, {"fa3": m})))
-    assert "76% at 1470 MHz, 699 W" in text
+    assert "76% · 1470 MHz · 699 W" in text
 
 
 def test_host_and_first_tables():

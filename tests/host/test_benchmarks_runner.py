@@ -17,13 +17,25 @@ from tests.host import benchmarks_fakes as fakes
 SETTINGS = Settings(rounds=4, limit_s=60.0)
 
 
+class FakeBench(Bench):
+    """A CPU on a fake clock, where products and copies are fakes as well."""
+
+    copy_tbytes_per_s = 1.0
+
+    def __init__(self, clock, **facts):
+        super().__init__("cpu", clock, **facts)
+
+    def matmul(self, dtype):
+        return lambda: self.clock.work(2e-3), 1e12
+
+
 @pytest.fixture
 def clock():
     return fakes.FakeClock()
 
 
 def rates(clock, *peers, kind="burst", case=fakes.CASE, settings=SETTINGS, lost=None, **bench):
-    runner = Runner(Bench("cpu", clock, **bench), settings)
+    runner = Runner(FakeBench(clock, **bench), settings)
     return runner.rates(kind, case, peers, lost or {})
 
 
@@ -55,7 +67,7 @@ def test_sustained_load_has_no_gaps_and_counts_only_what_has_settled(clock):
 
     def call():
         clock.work(speed[0])
-        if clock.now() > 0.2:
+        if clock.now() > 0.1:
             speed[0] = 2e-3  # the card lowers its clock
 
     turn = timing.sustained(clock, call, 1e-3, seconds=1.0)
@@ -209,6 +221,7 @@ def test_rates_come_from_the_clock_and_the_counts(clock):
     assert slow.seconds == pytest.approx(4e-3)
     assert len(quick.samples) == SETTINGS.rounds
     assert quick.error < 1e-5
+    assert cell.ceiling.tflops == pytest.approx(500)
 
 
 def test_faulty_peers_lose_only_their_own_cells(clock):
@@ -254,7 +267,7 @@ def test_a_slow_peer_runs_into_its_limit_and_the_others_do_not(clock):
 
 def test_peers_take_turns_and_another_one_begins_each_round(clock):
     turns = []
-    runner = Runner(Bench("cpu", clock), SETTINGS, notify=lambda name: turns.append(name) if name else None)
+    runner = Runner(FakeBench(clock), SETTINGS, notify=lambda name: turns.append(name) if name else None)
     runner.rates("burst", fakes.CASE, [fakes.timed_peer(name, clock, 1e-3) for name in "ab"], {})
     assert turns[:3] == ["matmul", "a", "b"]  # built and checked
     rounds = [turns[i : i + 3] for i in range(3, len(turns), 3)]
@@ -308,7 +321,7 @@ def test_the_bursts_do_not_read_the_meter(clock):
 
 
 def test_a_host_cell_keeps_no_samples(clock):
-    cell = Runner(Bench("cpu", clock), SETTINGS).host(
+    cell = Runner(FakeBench(clock), SETTINGS).host(
         fakes.CASE,
         [fakes.timed_peer("good", clock, 1e-3, host=3e-5), fakes.timed_peer("bad", clock, 0, fakes.wrong)],
         {},

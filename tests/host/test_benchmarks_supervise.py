@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from benchmarks import supervise
+from benchmarks import host, supervise
 from benchmarks.__main__ import main
+from benchmarks.peers import REGISTRY
 from benchmarks.results import Record
 from benchmarks.settings import Crew, Settings
 from tests.host import benchmarks_fakes as fakes
@@ -60,36 +62,23 @@ def test_a_process_that_cannot_start_is_an_error():
         supervisor.start()
 
 
-def test_a_run_on_the_cpu_with_faulty_peers(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_on_the_cpu_with_faulty_peers(tmp_path, capsys):
     names = "torch_math,fake_right,fake_wrong,fake_failing,fake_crashing"
-    arguments = [
-        "--peers-from",
-        "tests.host.benchmarks_fakes",
-        "--peers",
-        names,
-        "--seqlen",
-        "64",
-        "--causal",
-        "--rounds",
-        "2",
-    ]
-    outputs = ["--json", "r.json", "--csv", "r.csv", "--plot", "plots"]
-    assert main(["attention", "--kind", "burst", "host", *arguments, *outputs]) == 0
+    peers = ["--peers-from", "tests.host.benchmarks_fakes", "--peers", names]
+    case = ["--seqlen", "64", "--causal", "--rounds", "2", "--burst-ms", "1", "--idle-ms", "0"]
+    outputs = [f"--json={tmp_path}/r.json", f"--csv={tmp_path}/r.csv", f"--plot={tmp_path}/plots"]
+    assert main(["attention", *peers, *case, *outputs]) == 0
     record = Record.load(tmp_path / "r.json")
     assert record.complete
-    assert [cell.kind for cell in record.cells] == ["burst", "host"]
-    for cell in record.cells:
-        statuses = {name: m.status for name, m in cell.results.items()}
-        expected = {
-            "torch_math": "ok",
-            "fake_right": "ok",
-            "fake_wrong": "wrong",
-            "fake_failing": "failed",
-            "fake_crashing": "failed",
-        }
-        assert statuses == expected
-    assert record.cells[0].ceiling.ok
+    (cell,) = record.cells
+    assert {name: m.status for name, m in cell.results.items()} == {
+        "torch_math": "ok",
+        "fake_right": "ok",
+        "fake_wrong": "wrong",
+        "fake_failing": "failed",
+        "fake_crashing": "failed",
+    }
+    assert cell.ceiling.ok
     assert record.about["card"]["device"] == "cpu"
     assert record.about["versions"]["torch"]
     output = capsys.readouterr().out
@@ -118,9 +107,73 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert 1 <= len(fields["cells"]) < 400
 
 
-def test_a_budget_ends_a_run_early(tmp_path):
-    arguments = ["--peers-from", "tests.host.benchmarks_fakes", "--peers", "fake_right", "--budget", "-1"]
-    assert main(["attention", *arguments, "--json", str(tmp_path / "r.json")]) == 0
+@pytest.fixture
+def scripted(monkeypatch):
+    """The command line with the scripted measuring process behind it."""
+    monkeypatch.setattr("benchmarks.__main__.Supervisor", partial(supervise.Supervisor, target=fakes.scripted_worker))
+
+
+def test_every_kind_is_measured_in_order_and_each_cell_is_saved(scripted, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Record, "save", lambda record, path: saved.append(len(record.cells)))
+    kinds = ["--kind", "first", "host", "sustained", "burst"]
+    assert main(["attention", *kinds, "--seqlen", "64", "--batch", "1", "--json", str(tmp_path / "r.json")]) == 0
+    assert saved == [1, 2, 3, 4, 5, 6, 6]  # full and causal for each regime, one host case, one first call; the end
+
+
+def test_a_budget_ends_a_run_early(scripted, tmp_path, capsys):
+    assert main(["attention", "--budget", "-1", "--json", str(tmp_path / "r.json")]) == 0
     record = Record.load(tmp_path / "r.json")
     assert not record.complete
     assert not record.cells
+    assert record.about["after"] == {"sm_mhz": 1000.0, "watts": 100.0}
+    assert "not completed" in capsys.readouterr().out
+
+
+# --- first calls -----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_call_of_a_process_prints_its_seconds(capsys):
+    assert host.main("torch_math", json.dumps(fakes.CASE.to_dict())) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert 0 < answer["context_s"] < answer["total_s"]
+    windowed = replace(fakes.CASE, window=(1, 1))
+    assert host.main("torch_math", json.dumps(windowed.to_dict())) == host.UNSUPPORTED_EXIT
+
+
+def test_cold_and_warm_first_calls_share_caches_of_their_own(monkeypatch):
+    runs = []
+
+    def run(command, env, **_):
+        runs.append((command[3], env["CUTE_ATTN_CACHE_DIR"], Path(env["CUTE_ATTN_CACHE_DIR"]).parent.is_dir()))
+        answer = {"total_s": 9.0 / len(runs), "context_s": 0.5}
+        return subprocess.CompletedProcess(command, 0, f"noise\n{json.dumps(answer)}\n", "")
+
+    monkeypatch.setattr(host.subprocess, "run", run)
+    peer = REGISTRY["torch_math"]
+    cell = host.first_calls(fakes.CASE, [peer], {}, 60.0, (), lambda _: None)
+    assert cell.results["torch_math"].extra["cold_s"] == 9.0
+    assert cell.results["torch_math"].extra["warm_s"] == 4.5
+    (name, first_folder, there), (_, second_folder, _) = runs
+    assert (name, there) == ("torch_math", True)
+    assert first_folder == second_folder
+    assert not Path(first_folder).parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [
+        (subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no kernel"), "failed"),
+        (subprocess.CompletedProcess([], host.UNSUPPORTED_EXIT, "", "no window"), "unsupported"),
+        (subprocess.TimeoutExpired([], 30), "timeout"),
+    ],
+)
+def test_a_first_call_that_does_not_come(monkeypatch, outcome, status):
+    def run(*_, **__):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(host.subprocess, "run", run)
+    cell = host.first_calls(fakes.CASE, [REGISTRY["torch_math"]], {}, 60.0, (), lambda _: None)
+    assert cell.results["torch_math"].status == status

@@ -48,7 +48,8 @@ def rules(**changed):
 
 
 def for_gpu(q=(2, 6, 4, 16), k=(2, 10, 2, 16), v=(2, 10, 2, 16), dtype=HALF):
-    return lambda: problem.check_tensors_for_gpu(*tensors(q, k, v, dtype))
+    qkv = tensors(q, k, v, dtype)
+    return lambda: problem.check_tensors_for_gpu(*qkv, check(*qkv)())
 
 
 def strides(x, name="k"):
@@ -156,7 +157,7 @@ CHECKS = [
         "head_dim 20",
         for_gpu(q=(2, 6, 4, 20), k=(2, 10, 2, 20)),
         ValueError,
-        "head_dim of q is 20",
+        "head_dim is 20",
         "multiple of 8 up to 256 is needed",
         "torch.nn.functional.pad",
     ),
@@ -164,11 +165,11 @@ CHECKS = [
         "head_dim 264",
         for_gpu(q=(2, 6, 4, 264), k=(2, 10, 2, 264)),
         ValueError,
-        "head_dim of q is 264",
+        "head_dim is 264",
         "multiple of 8 up to 256 is needed",
         "backend='reference'",
     ),
-    Row("head_dim_v 12", for_gpu(v=(2, 10, 2, 12)), ValueError, "head_dim of v is 12", "multiple of 8", "pad"),
+    Row("head_dim_v 12", for_gpu(v=(2, 10, 2, 12)), ValueError, "head_dim_v is 12", "multiple of 8", "pad"),
     Row(
         "last dimension strided",
         strides(torch.zeros(2, 10, 2, 32, dtype=HALF)[..., ::2]),
@@ -293,7 +294,7 @@ ON_HOPPER = [
         "head_dim 20 on a GPU",
         lambda: attention(*on_gpu(*tensors((2, 6, 4, 20), (2, 10, 2, 20)))),
         ValueError,
-        "head_dim of q is 20",
+        "head_dim is 20",
         "multiple of 8 up to 256",
         "pad",
     ),
@@ -420,7 +421,7 @@ def test_attention_on_hopper_without_the_dsl(row, monkeypatch, tmp_path):
 
 def pretend_capability(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr("cute_attn.api.device_target", launch.device_target.__wrapped__)  # not the cached one
+    monkeypatch.setattr(launch, "device_target", launch.device_target.__wrapped__)  # not the one with a memory
 
 
 def test_every_error_of_the_checks_has_a_row():
@@ -441,9 +442,9 @@ def test_right_inputs_pass():
     assert (call.batch, call.seqlen_q, call.heads, call.head_dim) == (2, 6, 4, 16)
     assert (call.seqlen_k, call.heads_kv, call.head_dim_v, call.shift) == (10, 2, 16, 4)
     assert (call.scale, call.left, call.right, call.softcap) == (0.25, None, None, 0.0)
-    problem.check_tensors_for_gpu(q, k, v)
+    problem.check_tensors_for_gpu(q, k, v, call)
     # A transposed (batch, heads, seqlen, head_dim) tensor, a slice that stays aligned, a size of 1 with any stride.
-    problem.check_tensors_for_gpu(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)))
+    problem.check_tensors_for_gpu(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), call)
     problem.check_strides("k", torch.zeros(2, 10, 2, 24, dtype=HALF)[..., 8:])
     problem.check_strides("k", torch.zeros(10, 3, dtype=HALF)[:, :1].as_strided((1, 1, 1, 8), (3, 5, 7, 1)))
     assert rules(window=(None, -1))().left is None

@@ -30,6 +30,15 @@ DIMS = [(64, 64), (40, 72), (8, 128), (128, 16), (256, 8)]
 KINDS = ["gaussian", "peaky"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tiles are small: more threads cost as much time in all, and far more where others use the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def attend(q, k, v, *, tile_m=128, tile_n=128, scale=None, causal=False, window=None, softcap=0.0):
     call = check_call(q, k, v, scale=scale, causal=causal, window=window, softcap=softcap)
     return reference.attention(q, k, v, call, tile_m=tile_m, tile_n=tile_n)

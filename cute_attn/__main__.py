@@ -1,0 +1,188 @@
+"""The command line: ``python -m cute_attn {info,compile,demo} --help``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cute_attn import fill, layouts, machine
+from cute_attn.compile import cache_dir
+from cute_attn.plan import configs
+from cute_attn.problem import GPU_DTYPES, Problem
+
+LOG_WIDTH = 120  # a log has no width of its own
+EPILOG = """\
+examples:
+  python -m cute_attn info
+  python -m cute_attn compile --arch sm_90a --head-dim 64 128         full and causal, with and without the LSE
+  python -m cute_attn compile --arch sm_80 sm_86 --head-dim 128 --causal --no-lse -j 4
+  python -m cute_attn compile --arch sm_90a --head-dim 128 --window-left --window-right --softcap
+  python -m cute_attn demo
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 1 where something failed, 2 for bad usage, 130 for Ctrl-C."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    try:
+        return COMMANDS[options.command](options, console)
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def info(options: argparse.Namespace, console: Console) -> int:
+    """``info``: what this machine has and which backend it gets."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("machine", machine.system())
+    for name, version in machine.versions().items():
+        table.add_row(name, f"{version or 'not installed'} [dim]({machine.PACKAGES[name]})[/]")
+    devices = machine.devices()
+    for index, device in enumerate(devices):
+        serves = (
+            f"{device.target}, {device.module}, {' or '.join(device.mechanisms)}" if device.target else device.why_not
+        )
+        capability = ".".join(map(str, device.capability))
+        table.add_row(
+            f"GPU {index}", f"{device.name}, {device.memory_bytes / 2**30:.0f} GiB, capability {capability}: {serves}"
+        )
+    if not devices:
+        table.add_row("GPU", f"none; kernels can be compiled here for {', '.join(layouts.known_targets())}")
+    kernels, size = machine.cache_entries()
+    table.add_row("cache", f"{cache_dir()}: {kernels} kernels, {size / 2**20:.1f} MiB")
+    linker = next((tool for tool in ("cc", "gcc", "clang") if shutil.which(tool)), None)
+    table.add_row(
+        "linker", linker or "none of cc, gcc, clang: kernels are kept as objects, and loading one imports the DSL"
+    )
+    name, why = machine.backend()
+    table.add_row("backend", f"[bold green]{name}[/]: {why}")
+    if name == "cute":
+        table.add_row("", "CUDA tensors run the kernels; others, or backend='reference', the reference")
+    console.print(table)
+    return 0
+
+
+def compile_kernels(options: argparse.Namespace, console: Console) -> int:
+    """``compile``: fill the cache."""
+    kernels = [
+        (problem, config)
+        for target in options.arch or _targets_here()
+        for problem in _problems(options)
+        for config in configs(problem, target, options.mechanism)
+    ]
+    began, counts = time.monotonic(), dict.fromkeys(("hit", "compiled", "not kept", "failed"), 0)
+    console.print(f"{len(kernels)} kernels for {cache_dir()}", highlight=False, soft_wrap=True)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("compiling", total=len(kernels))
+        for outcome in fill.fill(kernels, options.jobs):
+            counts[outcome.how] += 1
+            progress.advance(task)
+            line = f"{outcome.name}  {outcome.seconds:6.2f} s  {outcome.how}"
+            progress.console.print(line, style="red" if outcome.error else None, highlight=False, soft_wrap=True)
+            if outcome.error:
+                progress.console.print(f"  {outcome.error}", markup=False, highlight=False)
+    summary = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
+    console.print(f"{summary} in {time.monotonic() - began:.1f} s", highlight=False)
+    return 1 if counts["failed"] else 0
+
+
+def demo(options: argparse.Namespace, console: Console) -> int:
+    """``demo``: attention here, and what the compiler makes of the kernels."""
+    from cute_attn import demo as demo_
+
+    return demo_.run(console)
+
+
+COMMANDS = {"info": info, "compile": compile_kernels, "demo": demo}
+
+
+def _targets_here() -> list[str]:
+    """The targets of this machine's GPUs."""
+    targets = sorted({device.target for device in machine.devices() if device.target})
+    if not targets:
+        raise ValueError(f"--arch is needed where there is no GPU: one or more of {', '.join(layouts.known_targets())}")
+    return targets
+
+
+def _problems(options: argparse.Namespace) -> list[Problem]:
+    """What the options ask for: one combination of rules if any is given, the common or the whole set otherwise."""
+    lse = (False, True) if options.lse is None else (options.lse,)
+    rules = (options.window_left, options.causal or options.window_right, options.softcap)
+    if options.all and any(rules):
+        raise ValueError(
+            "--all is every combination of rules: leave out --causal, --window-left, --window-right, --softcap"
+        )
+    found = []
+    for dtype in options.dtype:
+        for head_dim in options.head_dim:
+            head_dim_v = options.head_dim_v or head_dim
+            if any(rules):
+                found += [Problem(dtype, head_dim, head_dim_v, *rules, asked) for asked in lse]
+            else:
+                found += (fill.every if options.all else fill.common)(dtype, head_dim, head_dim_v, lse)
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cute_attn",
+        description="Exact fused attention: this machine, its compile cache, and a demonstration.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what this machine has, and which backend a call gets and why")
+    commands.add_parser("demo", help="attention here against float64, and what the compiler makes of the kernels")
+
+    ahead = commands.add_parser("compile", help="fill the compile cache ahead of time, for any GPU")
+    targets = layouts.known_targets()
+    mechanisms = sorted({name for module in layouts.MODULES for name in module.MECHANISMS})
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in GPU_DTYPES]
+    ahead.add_argument("--arch", nargs="+", choices=targets, help="default: this machine's GPU")
+    ahead.add_argument("--mechanism", choices=mechanisms, help="default: the GPU's best")
+    ahead.add_argument("--head-dim", type=int, nargs="+", default=[64, 128], help="of q and k; default: 64 128")
+    ahead.add_argument("--head-dim-v", type=int, help="of v; default: as --head-dim")
+    ahead.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"], help="default: bfloat16")
+    rules = ahead.add_argument_group(
+        "rules", "the ones a call uses, together; without any, full and causal attention are compiled"
+    )
+    rules.add_argument("--causal", action="store_true", help="causal=True: the same kernel as --window-right")
+    rules.add_argument("--window-left", action="store_true", help="a window with a bound on the left, of any size")
+    rules.add_argument("--window-right", action="store_true", help="a window with a bound on the right, of any size")
+    rules.add_argument("--softcap", action="store_true", help="a softcap of any size")
+    rules.add_argument("--lse", action=argparse.BooleanOptionalAction, help="return_lse=True, or not; default: both")
+    rules.add_argument("--all", action="store_true", help="every combination of rules")
+    ahead.add_argument(
+        "-j",
+        "--jobs",
+        type=_positive,
+        default=fill.processors(),
+        metavar="N",
+        help="worker processes; default: one a CPU",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Fill the compile cache ahead of time, for this machine's GPU or any other: no GPU is needed.
+
+Entries that are there are loaded and checked here; the rest are compiled in worker processes, each with a DSL of its
+own, because the DSL compiles one kernel at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+from cute_attn.compile import cache_dir, compiled, entry_name
+from cute_attn.layouts.base import Config
+from cute_attn.problem import Problem
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one kernel: ``how`` is ``"hit"``, ``"compiled"``, ``"not kept"`` (compiled, but the folder could
+    not be written) or ``"failed"``, of which ``error`` says why."""
+
+    name: str
+    seconds: float
+    how: str
+    error: str = ""
+
+
+def common(dtype: str, head_dim: int, head_dim_v: int, lse: tuple[bool, ...] = (False, True)) -> list[Problem]:
+    """The problems most models have: full and causal attention, with and without the log-sum-exp."""
+    return [
+        Problem(dtype, head_dim, head_dim_v, bounded_right=causal, return_lse=asked)
+        for causal, asked in itertools.product((False, True), lse)
+    ]
+
+
+def every(dtype: str, head_dim: int, head_dim_v: int, lse: tuple[bool, ...] = (False, True)) -> list[Problem]:
+    """Every combination of rules."""
+    flags = (False, True)
+    return [
+        Problem(dtype, head_dim, head_dim_v, *rules, asked)
+        for rules in itertools.product(flags, flags, flags)
+        for asked in lse
+    ]
+
+
+def fill(kernels: Iterable[tuple[Problem, Config]], workers: int) -> Iterator[Outcome]:
+    """Yield what became of each kernel as soon as it is known; nothing is raised for one that fails."""
+    missing = []
+    for problem, config in kernels:
+        if _written(problem, config):
+            yield one(problem, config)
+        else:
+            missing.append((problem, config))
+    if workers == 1 or len(missing) == 1:
+        yield from (one(*kernel) for kernel in missing)
+    elif missing:
+        with processes(min(workers, len(missing))) as pool:
+            futures = {pool.submit(one, *kernel): kernel for kernel in missing}
+            try:
+                for future in as_completed(futures):
+                    try:
+                        yield future.result()
+                    except BrokenProcessPool as error:
+                        yield Outcome(entry_name(*futures[future]), 0.0, "failed", f"{error}: try -j 1")
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def one(problem: Problem, config: Config) -> Outcome:
+    """Load or compile one kernel and say which it was."""
+    name, before, began = entry_name(problem, config), _written(problem, config), time.monotonic()
+    try:
+        compiled(problem, config)
+    except Exception as error:  # whatever the compiler raises is this kernel's result, not the end of the others
+        return Outcome(name, time.monotonic() - began, "failed", f"{type(error).__name__}: {error}")
+    after = _written(problem, config)
+    how = "not kept" if not after else "hit" if after == before else "compiled"
+    return Outcome(name, time.monotonic() - began, how)
+
+
+def processes(workers: int) -> Executor:
+    """A pool of fresh processes: forking one that runs torch's threads is not safe."""
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def processors() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _written(problem: Problem, config: Config) -> int:
+    """When the entry's record was written, 0 where there is none: a corrupt entry is written anew."""
+    try:
+        return (cache_dir() / f"{entry_name(problem, config)}.json").stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,98 @@
+"""What this machine has, and so which backend a call gets: for ``python -m cute_attn info`` and the demo.
+
+Nothing here imports the DSL.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from cute_attn import layouts
+from cute_attn.compile import cache_dir
+
+PACKAGES = {
+    "torch": "tensors",
+    "nvidia-cutlass-dsl": "compiles the kernels",
+    "apache-tvm-ffi": "launches them",
+    "cuda-python": "asks about devices",
+    "nvidia-cutlass": "pycute: layouts on the host",
+    "nvidia-cuda-cuobjdump": "reads what was compiled",
+    "nvidia-cuda-nvdisasm": "reads what was compiled",
+}
+NEEDED_FOR_KERNELS = ("nvidia-cutlass-dsl", "apache-tvm-ffi", "cuda-python")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A CUDA GPU: ``target``, ``module`` and ``mechanisms`` are empty, and ``why_not`` says why, where no layouts module
+    serves it."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    target: str = ""
+    module: str = ""
+    mechanisms: tuple[str, ...] = ()
+    why_not: str = ""
+
+
+def devices() -> list[Device]:
+    """The GPUs that torch sees."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        known = (properties.name, (properties.major, properties.minor), properties.total_memory)
+        try:
+            target = layouts.target_of(known[1])
+        except NotImplementedError as error:
+            found.append(Device(*known, why_not=str(error)))
+            continue
+        module = layouts.for_target(target)
+        name = f"layouts/{module.__name__.rsplit('.', 1)[1]}.py"
+        found.append(Device(*known, target=target, module=name, mechanisms=tuple(module.MECHANISMS)))
+    return found
+
+
+def versions() -> dict[str, str | None]:
+    """The version of each package in :data:`PACKAGES`; ``None`` where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def backend() -> tuple[str, str]:
+    """What ``attention(…)`` runs at its best here, ``"cute"`` or ``"reference"``, and why."""
+    missing = [name for name in NEEDED_FOR_KERNELS if versions()[name] is None]
+    if not torch.backends.cuda.is_built():
+        return "reference", f"this torch ({torch.__version__}) was built without CUDA"
+    if not torch.cuda.is_available():
+        return "reference", "torch finds no CUDA GPU: is there one, and a driver for it?"
+    if missing:
+        return "reference", f"{', '.join(missing)} not installed: try pip install 'cute-attn[cu13]' (Linux only)"
+    usable = [device for device in devices() if device.target]
+    if not usable:
+        return "reference", devices()[0].why_not
+    best = usable[0]
+    return "cute", f"{best.name} runs {best.mechanisms[0]} ({best.target}, {best.module})"
+
+
+def cache_entries() -> tuple[int, int]:
+    """``(kernels, bytes)`` in the cache folder, those of other versions included."""
+    try:
+        files = [path for path in cache_dir().iterdir() if path.is_file()]
+        return sum(path.suffix == ".json" for path in files), sum(path.stat().st_size for path in files)
+    except OSError:
+        return 0, 0
+
+
+def system() -> str:
+    """The interpreter and the operating system, in a line."""
+    return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"

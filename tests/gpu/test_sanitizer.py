@@ -1,0 +1,24 @@
+"""Small shapes of every kind of kernel, for compute-sanitizer (CONTRIBUTING.md has the commands); right without it too."""
+
+import pytest
+import torch
+
+from cute_attn import attention
+from tests.support import assert_close, make_qkv
+
+
+@pytest.mark.parametrize(
+    ("sq", "sk", "d", "rules"),
+    [
+        (130, 200, 64, {}),
+        (130, 300, 64, {"causal": True}),
+        (200, 130, 128, {"causal": True}),
+        (70, 300, 96, {"window": (50, 20), "softcap": 10.0}),
+        (129, 161, 256, {}),
+    ],
+    ids=["d64", "d64-causal", "d128-causal", "d96-window-softcap", "d256"],
+)
+def test_small(sq, sk, d, rules, mechanism):
+    q, k, v = make_qkv(1, sq, sk, 2, 1, d, d, torch.bfloat16, "cuda")
+    result = attention(q, k, v, backend="cute", mechanism=mechanism, return_lse=True, **rules)
+    assert_close(result, q, k, v, **rules)

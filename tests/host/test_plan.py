@@ -1,0 +1,331 @@
+"""The plan: what it refuses, that everything it offers fits the GPU it is for, and that no size of a call enters it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cute_attn import layouts
+from cute_attn.layouts.base import KIB, Config, Gpu
+from cute_attn.plan import check, configs, explain, plan, registers_per_thread
+from cute_attn.problem import Problem, check_call, problem_of
+
+HEAD_DIMS = range(8, 257, 8)
+
+# Shared memory a block may ask for, and a multiprocessor has, in KiB: the CUDA C++ programming guide's table of compute
+# capabilities. Written here again, so that a slip in a layouts module shows.
+SHARED_MEMORY = {
+    "sm_80": (163, 164),
+    "sm_86": (99, 100),
+    "sm_89": (99, 100),
+    "sm_90a": (227, 228),
+    "sm_120": (99, 100),
+}
+WAYS = [
+    (target, mechanism) for target in layouts.known_targets() for mechanism in layouts.for_target(target).MECHANISMS
+]
+ways = pytest.mark.parametrize(("target", "mechanism"), WAYS)
+
+
+def refusal(config: Config, gpu: Gpu | None = None) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the tests look at the message
+        check(config, gpu or layouts.for_target(config.target).GPU)
+    return str(caught.value)
+
+
+def planned(target: str, mechanism: str | None = None, head_dim: int = 128) -> Config:
+    return plan(Problem("bfloat16", head_dim, head_dim), target, mechanism)
+
+
+# ---- what it refuses -----------------------------------------------------------------------------------------------
+
+
+def test_a_tile_larger_than_shared_memory():
+    """2 stages of 256 keys of K and of V are 256 KiB; Q and O add 64."""
+    message = refusal(replace(planned("sm_90a"), tile_n=256))
+    assert "tma_wgmma with tiles 128×256 and 2 stages takes 321.1 KiB of shared memory" in message
+    assert "Q 32.0, K 128.0, V 128.0, O 32.0" in message
+    assert "sm_90a has 227 KiB" in message
+    assert "try a smaller tile_n or fewer stages in layouts/sm90.py" in message
+
+
+def test_a_tile_larger_than_a_small_shared_memory():
+    """The same tiles fit an A100 and not an RTX card."""
+    big = planned("sm_80", head_dim=256)
+    message = refusal(replace(big, target="sm_89"))
+    assert "takes 128.0 KiB" in message
+    assert "sm_86 has 99 KiB" in message
+    assert "layouts/sm86.py" in message
+
+
+def test_blocks_that_do_not_fit_side_by_side():
+    """CUDA takes 1 KiB more of each block: two blocks of 50 KiB do not share 100 KiB."""
+    two = replace(planned("sm_86", head_dim=64), tile_m=144)  # 144·64·2 + 4·64·64·2 bytes
+    assert layouts.family(two).smem_bytes(two) == 50 * KIB
+    assert two.blocks_per_multiprocessor == 2
+    message = refusal(two)
+    assert "takes 50.0 KiB" in message
+    assert "49 KiB for a block, 2 to a multiprocessor" in message
+    check(replace(two, tile_m=128), layouts.for_target("sm_86").GPU)
+    check(replace(two, blocks_per_multiprocessor=1), layouts.for_target("sm_86").GPU)
+
+
+def test_more_accumulators_than_a_thread_has_registers():
+    message = refusal(replace(planned("sm_90a"), tile_n=256, stages=1))
+    assert "tma_wgmma with tiles 128×256 keeps 256 registers a thread" in message
+    assert "sm_90a gives it 240" in message
+    assert "try a smaller tile_n" in message
+    message = refusal(replace(planned("sm_80"), tile_n=128))
+    assert "cp_async with tiles 128×128 keeps 256 registers a thread" in message
+    assert "sm_80 gives it 255" in message
+
+
+def test_more_blocks_than_registers():
+    """Two blocks of 256 threads leave each thread 128 registers."""
+    config = replace(planned("sm_80", head_dim=64), mma_warps=8, tile_m=256)
+    check(replace(config, blocks_per_multiprocessor=1), layouts.for_target("sm_80").GPU)
+    message = refusal(replace(config, tile_n=80))
+    assert "keeps 144 registers" in message
+    assert "sm_80 gives it 128" in message
+
+
+def test_warpgroups_that_ask_for_more_registers_than_there_are():
+    """setmaxnreg waits until the registers are free: for ever, if they never are."""
+    message = refusal(replace(planned("sm_90a"), mma_registers=248, copy_registers=40))
+    assert "256 threads 248 registers and 128 threads 40, 68608 in all" in message
+    assert "sm_90a has 65536" in message
+    assert "try fewer mma_registers in layouts/sm90.py" in message
+
+
+def test_too_many_threads():
+    message = refusal(replace(planned("sm_80", head_dim=32), mma_warps=36, blocks_per_multiprocessor=1))
+    assert "asks for 1152 threads a block" in message
+    assert "sm_80 has 1024" in message
+    assert "try a smaller tile_m" in message
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_90", "sm_100a", "", "9.0"])
+def test_an_unknown_target(target):
+    with pytest.raises(ValueError, match=r"known ones are sm_120, sm_80, sm_86, sm_89, sm_90a") as caught:
+        plan(Problem("bfloat16", 64, 64), target)
+    assert f"target is {target!r}" in str(caught.value)
+
+
+@ways
+def test_an_unknown_mechanism(target, mechanism):
+    with pytest.raises(ValueError, match="pass one of them, or None") as caught:
+        plan(Problem("bfloat16", 64, 64), target, mechanism + "_v2")
+    assert f"mechanism is '{mechanism}_v2'" in str(caught.value)
+    assert f"'{mechanism}'" in str(caught.value).split(";")[1]
+
+
+def test_a_mechanism_of_another_gpu():
+    with pytest.raises(ValueError, match="mechanism is 'tma_wgmma'; sm_120 has 'cp_async': pass one of them"):
+        plan(Problem("bfloat16", 64, 64), "sm_120", "tma_wgmma")
+
+
+@pytest.mark.parametrize("head_dim", [-8, 0, 4, 20, 255, 264, 512])
+@pytest.mark.parametrize("field", ["head_dim", "head_dim_v"])
+def test_head_dims_out_of_range(field, head_dim):
+    with pytest.raises(ValueError, match=f"{field} is {head_dim}; a multiple of 8 from 8 to 256 is needed: pad it"):
+        plan(replace(Problem("bfloat16", 64, 64), **{field: head_dim}), "sm_90a")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "torch.bfloat16", "float8_e4m3fn"])
+def test_a_wrong_dtype(dtype):
+    with pytest.raises(ValueError, match="'float16' or 'bfloat16' is needed: convert, or use the reference") as caught:
+        plan(Problem(dtype, 64, 64), "sm_90a")
+    assert f"dtype is {dtype!r}" in str(caught.value)
+
+
+# ---- what it offers ------------------------------------------------------------------------------------------------
+
+
+def operand_bytes(config: Config) -> int:
+    """The shared memory of Q, the stages of K and V, and O, from their shapes alone. O may lie over Q."""
+    q, o = config.tile_m * config.tile_d * 2, config.tile_m * config.tile_dv * 2
+    k_v = config.stages * config.tile_n * (config.tile_d + config.tile_dv) * 2
+    return k_v + (q + o if config.separate_o else max(q, o))
+
+
+@ways
+def test_every_config_fits_its_gpu(target, mechanism):
+    """Every pair of head dims, for every limit, from numbers that are not the plan's own."""
+    per_block, per_multiprocessor = (size * KIB for size in SHARED_MEMORY[target])
+    gpu = layouts.for_target(target).GPU
+    for head_dim, head_dim_v in itertools.product(HEAD_DIMS, HEAD_DIMS):
+        problem = Problem("bfloat16", head_dim, head_dim_v)
+        for config in configs(problem, target, mechanism):
+            check(config, gpu)
+            blocks, family = config.blocks_per_multiprocessor, layouts.family(config)
+            smem = family.smem_bytes(config)
+            assert operand_bytes(config) <= smem <= per_block
+            assert blocks * (smem + KIB) <= per_multiprocessor
+            assert config.threads <= 1024
+            assert config.threads * blocks <= (2048 if target in ("sm_80", "sm_90a") else 1536)
+            assert family.accumulator_registers(config) < registers_per_thread(config, gpu) <= 255
+            assert config.tile_d >= head_dim
+            assert config.tile_dv >= head_dim_v
+            assert (config.target, config.mechanism, config.dtype) == (target, mechanism, "bfloat16")
+            # An MMA's worth: 16 rows a warp (64 a warpgroup), 16 keys, 32 columns.
+            rows_at_once = 16 * config.mma_warps
+            assert config.tile_m % rows_at_once == 0
+            assert config.tile_n % 16 == config.tile_d % 32 == config.tile_dv % 32 == 0
+            if mechanism == "tma_wgmma":
+                assert config.tile_m == rows_at_once
+                assert max(config.tile_n, config.tile_dv) <= 256  # columns of one warpgroup MMA
+                assert config.threads == config.mma_threads + 128
+                # setmaxnreg takes multiples of 8 from 24 to 256, and the sum must be there.
+                for registers in (config.mma_registers, config.copy_registers):
+                    assert registers % 8 == 0
+                    assert 24 <= registers <= 256
+                assert config.mma_threads * config.mma_registers + 128 * config.copy_registers <= 65536
+
+
+@ways
+def test_a_head_is_padded_no_further_than_it_must(target, mechanism):
+    """Padding costs shared memory and products: the next power of two, or half-way to it, is as far as it goes."""
+    for head_dim in HEAD_DIMS:
+        for other in (64, 256):
+            config = plan(Problem("bfloat16", head_dim, other), target, mechanism)
+            mirrored = plan(Problem("bfloat16", other, head_dim), target, mechanism)
+            assert config.tile_d == mirrored.tile_dv
+            assert config.tile_d <= max(64, head_dim + 63)
+
+
+@ways
+def test_a_problem_has_a_handful_of_configs(target, mechanism):
+    """And plan() takes the best, which is the first."""
+    for head_dim in HEAD_DIMS:
+        problem = Problem("float16", head_dim, head_dim, True, True, True, True)
+        found = configs(problem, target, mechanism)
+        assert 1 <= len(set(found)) == len(found) <= 4
+        assert plan(problem, target, mechanism) == found[0]
+
+
+@pytest.mark.parametrize("target", layouts.known_targets())
+def test_no_mechanism_is_the_gpus_best(target):
+    best = next(iter(layouts.for_target(target).MECHANISMS))
+    assert planned(target).mechanism == best == ("tma_wgmma" if target == "sm_90a" else "cp_async")
+    assert planned(target) == planned(target, best)
+
+
+# ---- no size of a call enters it -----------------------------------------------------------------------------------
+
+CALLS = [
+    (1, 1, 1, 1, 1),
+    (1, 16384, 16384, 16, 16),
+    (2, 3, 5, 8, 2),
+    (64, 239, 1, 32, 1),
+    (3, 1023, 1024, 7, 7),
+    (1, 1, 1 << 20, 1, 1),
+]  # batch, seqlen_q, seqlen_k, heads, heads_kv
+
+
+@pytest.mark.parametrize("rules", [{}, {"causal": True}, {"window": (37, 5), "softcap": 20.0}], ids=str)
+def test_other_sizes_are_the_same_problem(rules):
+    """The identical object, so that the identical config and kernel are found."""
+    rules = {"scale": None, "causal": False, "window": None, "softcap": 0.0} | rules
+    problems = []
+    for batch, seqlen_q, seqlen_k, heads, heads_kv in CALLS:
+        q = torch.empty(batch, seqlen_q, heads, 64, dtype=torch.float16, device="meta")
+        k = torch.empty(batch, seqlen_k, heads_kv, 64, dtype=torch.float16, device="meta")
+        v = torch.empty(batch, seqlen_k, heads_kv, 96, dtype=torch.float16, device="meta")
+        call = check_call(q, k, v, **rules)
+        assert (call.batch, call.seqlen_q, call.seqlen_k, call.heads, call.heads_kv) == (
+            batch,
+            seqlen_q,
+            seqlen_k,
+            heads,
+            heads_kv,
+        )
+        problems.append(problem_of(q.dtype, call, return_lse=True))
+    assert all(problem is problems[0] for problem in problems)
+    assert len({id(plan(problem, "sm_90a")) for problem in problems}) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"scale": 0.1}, {"scale": 0.2}),
+        ({"window": (1, 2)}, {"window": (300, 400)}),
+        ({"causal": True}, {"window": (None, 0)}),
+        ({"softcap": 1.0}, {"softcap": 50.0}),
+    ],
+    ids=str,
+)
+def test_other_values_are_the_same_problem(one, other):
+    x = torch.empty(1, 2, 3, 8, dtype=torch.float16, device="meta")
+    none = {"scale": None, "causal": False, "window": None, "softcap": 0.0}
+    first, second = (problem_of(x.dtype, check_call(x, x, x, **(none | rules)), False) for rules in (one, other))
+    assert first is second
+
+
+def test_a_problem_says_what_was_asked():
+    x = torch.empty(1, 2, 3, 40, dtype=torch.bfloat16, device="meta")
+    v = torch.empty(1, 2, 3, 104, dtype=torch.bfloat16, device="meta")
+    call = check_call(x, x, v, scale=None, causal=False, window=(7, None), softcap=3.0)
+    assert problem_of(x.dtype, call, True) == Problem("bfloat16", 40, 104, True, False, True, True)
+    call = check_call(x, x, v, scale=None, causal=True, window=None, softcap=0.0)
+    assert problem_of(x.dtype, call, False) == Problem("bfloat16", 40, 104, False, True, False, False)
+
+
+def test_problem_and_config_have_no_field_for_a_size():
+    """A new field makes another kernel for each of its values: whoever adds one says here that it is no run-time size."""
+    assert {f.name for f in dataclasses.fields(Problem)} == {
+        "dtype",
+        "head_dim",
+        "head_dim_v",
+        "bounded_left",
+        "bounded_right",
+        "softcap",
+        "return_lse",
+    }
+    for record in (Problem, Config):
+        for field in dataclasses.fields(record):
+            for size in ("batch", "seqlen", "length", "heads", "stride", "scale"):
+                assert size not in field.name.replace("rescale", ""), f"{record.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize("record", [Problem("bfloat16", 64, 64), planned("sm_90a")], ids=lambda r: type(r).__name__)
+def test_problem_and_config_are_frozen_keys(record):
+    assert len({record, dataclasses.replace(record)}) == 1
+    for field in dataclasses.fields(record):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, field.name, getattr(record, field.name))
+
+
+# ---- in words ------------------------------------------------------------------------------------------------------
+
+
+@ways
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+def test_explain(target, mechanism, head_dim):
+    problem = Problem("bfloat16", head_dim, head_dim, bounded_left=True, bounded_right=True, softcap=True, return_lse=True)
+    config = plan(problem, target, mechanism)
+    family = layouts.family(config)
+    words = explain(problem, config)
+    assert f"bfloat16, head_dim {head_dim}" in words
+    assert "keys bounded on the left and right, softcap, with the log-sum-exp" in words
+    assert f"mechanism   {mechanism}" in words
+    assert f"tiles       {config.tile_m} queries × {config.tile_n} keys" in words
+    assert f"pipeline    {config.stages} tiles of K and of V in flight; {config.mma_warps} warps compute" in words
+    assert f"{family.smem_bytes(config) / KIB:.1f} with alignment" in words
+    assert f"{SHARED_MEMORY[target][0]} KiB of shared memory a block" in words
+    assert f"{family.accumulator_registers(config)} of {registers_per_thread(config, layouts.for_target(target).GPU)}" in words
+    assert ("taking turns" in words) == config.ping_pong
+    assert (f"{config.blocks_per_multiprocessor} blocks a multiprocessor" in words) == (config.blocks_per_multiprocessor > 1)
+    assert f"layouts/{layouts.for_target(target).__name__.rsplit('.', 1)[1]}.py" in words
+
+
+def test_explain_the_plain_problem():
+    problem = Problem("float16", 40, 104)
+    words = explain(problem, plan(problem, "sm_90a", "cp_async"))
+    assert "float16, head_dim 40 (V: 104), all keys, without the log-sum-exp" in words
+    assert "the requested one of tma_wgmma, cp_async" in words
+    assert "heads take 64 columns in shared memory (V: 128)" in words
+    assert "the best of tma_wgmma, cp_async" in explain(problem, plan(problem, "sm_90a"))
