@@ -40,7 +40,13 @@ class Reading:
 
 
 class Source(Protocol):
-    def driver(self) -> str: ...
+    def driver(self) -> str:
+        """The driver's version."""
+        ...
+
+    def power_limit(self) -> float:
+        """The board's power limit in W."""
+        ...
 
     def readings(self, stop: threading.Event) -> Iterator[Reading]:
         """A reading every 50 ms until ``stop`` is set."""
@@ -89,9 +95,10 @@ class Nvml:
     def _watts(self) -> float:
         # The plain power reading is a mean over one second, longer than many a turn; this field is not.
         field = self._Field(field=self.POWER_INSTANT)
-        self._ask("nvmlDeviceGetFieldValues", self._device, 1, ctypes.byref(field))
-        milliwatts = self._number("nvmlDeviceGetPowerUsage") if field.status else field.value & 0xFFFFFFFF
-        return milliwatts / 1000
+        status = self._lib.nvmlDeviceGetFieldValues(self._device, 1, ctypes.byref(field))
+        if status or field.status:
+            return self._number("nvmlDeviceGetPowerUsage") / 1000
+        return (field.value & 0xFFFFFFFF) / 1000
 
     def readings(self, stop: threading.Event) -> Iterator[Reading]:
         while not stop.is_set():
@@ -177,14 +184,14 @@ class Meter:
         self._thread.join(timeout=2)
 
 
-def open_source(pci: str) -> Nvml | Smi | None:
-    """The first source that answers."""
+def open_source() -> Source | None:
+    """The first source that gives a reading of torch's current CUDA device."""
     for kind in (Nvml, Smi):
         try:
-            source = kind(pci)
-            source.driver()
+            source = kind(pci_bus_id())
+            source.driver(), source.power_limit(), next(source.readings(threading.Event()))
             return source
-        except (OSError, AttributeError, subprocess.SubprocessError):
+        except Exception:  # a driver without one of NVML's functions, an nvidia-smi that prints [N/A]: try the next
             continue
     return None
 
@@ -218,7 +225,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe(source: Nvml | Smi | None) -> dict[str, Any]:
+def describe(source: Source | None) -> dict[str, Any]:
     """The machine's part of a result file: name, size and driver of the card, or the processor where there is none."""
     import torch
 

@@ -60,7 +60,7 @@ def rates_table(record: Record, cells: list[Cell], title: str, anchors: Anchors 
     peers = record.peer_names(cells)
     recorded = recorded_peers(cells, anchors)
     table = Table(title=title, title_justify="left")
-    table.add_column("case")
+    table.add_column("case", no_wrap=True)
     table.add_column("matmul", justify="right", no_wrap=True)
     for name in peers:
         table.add_column(name, justify="right", no_wrap=True)

@@ -73,14 +73,25 @@ class Supervisor:
                 self.start()
             except WorkerError as error:
                 return Cell(kind, case, lost, note=str(error))
-            self._connection.send((kind, case, lost))
-            answer = self._listen()
+            answer = self._ask((kind, case, lost))
             if isinstance(answer, Cell):
                 return answer
             self.stop()
             if answer.peer is None or answer.peer in lost:
                 return Cell(kind, case, lost, note=answer.reason)
             lost[answer.peer] = Measurement(answer.status, answer.reason)
+
+    def _ask(self, job: tuple[str, Case, dict[str, Measurement]] | None) -> Any:
+        """Send a job, or ``None`` for the end, and wait for the answer."""
+        try:
+            self._connection.send(job)
+        except OSError:
+            return self._died(None)
+        return self._listen()
+
+    def _died(self, busy: str | None) -> _Lost:
+        self._process.join(timeout=GRACE_SECONDS)
+        return _Lost(busy, "failed", f"its process died with exit status {self._process.exitcode}")
 
     def _listen(self) -> Any:
         """The next answer: the body of an ``about``, ``cell`` or ``state`` message, or a :class:`_Lost`."""
@@ -93,8 +104,7 @@ class Supervisor:
                     return _Lost(busy, "timeout", f"gave no answer within {limit:.0f} s; its process was ended")
                 word, *body = self._connection.recv()
             except (EOFError, OSError):
-                self._process.join(timeout=GRACE_SECONDS)
-                return _Lost(busy, "failed", f"its process died with exit status {self._process.exitcode}")
+                return self._died(busy)
             if word == "turn":
                 (busy,) = body
                 deadline = time.monotonic() + (START_SECONDS if busy is None else self._limit_s + GRACE_SECONDS)
@@ -108,11 +118,7 @@ class Supervisor:
         """Ask for the card's state, then let the process go."""
         if self._process is None:
             return None
-        try:
-            self._connection.send(None)
-            answer = self._listen()
-        except OSError:
-            answer = None
+        answer = self._ask(None)
         self.stop()
         return answer if isinstance(answer, dict) else None
 

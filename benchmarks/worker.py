@@ -62,6 +62,8 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
             return
         connection.send(("cell", cell))
     connection.send(("state", state()))
+    if meter is not None:
+        meter.close()
 
 
 def open_bench():
@@ -75,7 +77,7 @@ def open_bench():
     if not torch.cuda.is_available():
         return Bench("cpu", HostClock()), None
     clock = CudaClock()
-    source = card.open_source(card.pci_bus_id())
+    source = card.open_source()
     facts = card.describe(source)
     meter = None if source is None else card.Meter(source)
     return Bench("cuda", clock, meter, facts["l2_bytes"], facts["tensor_flop_per_clock"]), source

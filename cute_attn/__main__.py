@@ -86,12 +86,12 @@ def compile_kernels(options: argparse.Namespace, console: Console) -> int:
     ]
     began, counts = time.monotonic(), dict.fromkeys(("hit", "compiled", "not kept", "failed"), 0)
     console.print(f"{len(kernels)} kernels for {cache_dir()}", highlight=False, soft_wrap=True)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=len(kernels))
         for outcome in fill.fill(kernels, options.jobs):
             counts[outcome.how] += 1
             progress.advance(task)
-            line = f"{outcome.name}  {outcome.seconds:6.2f} s  {outcome.how}"
+            line = f"{outcome.name}  {outcome.seconds:6.2f} s  {outcome.how}  ({outcome.asked})"
             progress.console.print(line, style="red" if outcome.error else None, highlight=False, soft_wrap=True)
             if outcome.error:
                 progress.console.print(f"  {outcome.error}", markup=False, highlight=False)

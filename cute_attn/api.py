@@ -70,6 +70,10 @@ def attention(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; one of {', '.join(map(repr, BACKENDS))} is needed")
     if backend == "reference" or (backend == "auto" and not q.is_cuda):
+        if mechanism is not None:
+            raise ValueError(
+                f"mechanism is {mechanism!r} and the reference backend runs, which has none: leave it out, or pass CUDA tensors"
+            )
         out, lse = reference.attention(q, k, v, call)
         return (out, lse) if return_lse else out
     if not q.is_cuda:

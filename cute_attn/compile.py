@@ -2,8 +2,9 @@
 
 An entry on disk is a shared library ``NAME.so`` and a record ``NAME.json`` with its checksum and the libraries it needs.
 It is loaded by the launcher alone (tvm-ffi), without importing the DSL. ``NAME`` is a hash of the problem, the config and
-a fingerprint of whatever else the code depends on: the package's sources, layouts included, and the versions of the DSL,
-the launcher, Python and CUDA. Where there is no linker, the entry is an object file ``NAME.o`` that the DSL loads.
+a fingerprint of whatever else the code depends on: the package's sources, layouts included, the versions of the DSL,
+the launcher, Python and CUDA, and where these are installed, since the record names their libraries. Where there is no
+linker, the entry is an object file ``NAME.o`` that the DSL loads.
 
 Whatever is wrong with an entry makes it a miss; whatever is wrong with the folder, a warning.
 """
@@ -36,7 +37,14 @@ from cute_attn.layouts.base import Config
 from cute_attn.problem import Problem
 
 CACHE_DIR_VARIABLE = "CUTE_ATTN_CACHE_DIR"
-VERSIONED = ("nvidia-cutlass-dsl", "apache-tvm-ffi", "cuda-python", "torch")
+VERSIONED = (
+    "nvidia-cutlass-dsl",
+    "nvidia-cutlass-dsl-libs-cu12",  # which of the two is there decides which CUDA's compiler is used
+    "nvidia-cutlass-dsl-libs-cu13",
+    "apache-tvm-ffi",
+    "cuda-python",
+    "torch",
+)
 LOCK_SECONDS = 300.0
 
 _memory: dict[tuple[Problem, Config], Callable] = {}
@@ -77,7 +85,7 @@ def fingerprint() -> str:
         for path in sorted(package.rglob("*.py")):
             digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     for name in VERSIONED:
-        digest.update(f"{name}={_version(name)}\n".encode())
+        digest.update(f"{name}={_installed(name)}\n".encode())
     digest.update(f"{sys.version_info[:2]} {platform.system()} {platform.machine()}".encode())
     return digest.hexdigest()
 
@@ -186,15 +194,25 @@ def _warn(folder: Path, error: Exception) -> None:
 def _import_dsl():
     """``cutlass.cute``, imported only where something has to be compiled: it takes more than a second."""
     try:
+        importlib.import_module("tvm_ffi")
+    except (ImportError, OSError) as error:
+        raise NotImplementedError(
+            f"tvm-ffi can't be imported ({error}); the GPU kernels are launched with it: "
+            f"try pip install apache-tvm-ffi, or backend='reference'"
+        ) from error
+    try:
         return importlib.import_module("cutlass.cute")
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise NotImplementedError(
             f"CUTLASS's CuTe DSL can't be imported ({error}); the GPU kernels are compiled with it: "
             f"try pip install 'nvidia-cutlass-dsl[cu13]', or backend='reference'"
         ) from error
 
 
-def _version(name: str) -> str:
+def _installed(name: str) -> str:
+    """A package's version and folder. The folder keeps environments apart that share a cache: an entry made in one names
+    its libraries, and a process that loads two copies of the launcher's aborts."""
     with suppress(metadata.PackageNotFoundError):
-        return metadata.version(name)
+        found = metadata.distribution(name)
+        return f"{found.version} in {found.locate_file('')}"
     return "absent"

@@ -25,10 +25,17 @@ class Outcome:
     """What became of one kernel: ``how`` is ``"hit"``, ``"compiled"``, ``"not kept"`` (compiled, but the folder could
     not be written) or ``"failed"``, of which ``error`` says why."""
 
+    problem: Problem
     name: str
     seconds: float
     how: str
     error: str = ""
+
+    @property
+    def asked(self) -> str:
+        """The problem's rules and flags in words."""
+        flags = ("bounded_left", "bounded_right", "softcap", "return_lse")
+        return ", ".join(flag.replace("_", " ") for flag in flags if getattr(self.problem, flag)) or "full"
 
 
 def common(dtype: str, head_dim: int, head_dim_v: int, lse: tuple[bool, ...] = (False, True)) -> list[Problem]:
@@ -67,7 +74,8 @@ def fill(kernels: Iterable[tuple[Problem, Config]], workers: int) -> Iterator[Ou
                     try:
                         yield future.result()
                     except BrokenProcessPool as error:
-                        yield Outcome(entry_name(*futures[future]), 0.0, "failed", f"{error}: try -j 1")
+                        problem, config = futures[future]
+                        yield Outcome(problem, entry_name(problem, config), 0.0, "failed", f"{error}: try -j 1")
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -78,10 +86,10 @@ def one(problem: Problem, config: Config) -> Outcome:
     try:
         compiled(problem, config)
     except Exception as error:  # whatever the compiler raises is this kernel's result, not the end of the others
-        return Outcome(name, time.monotonic() - began, "failed", f"{type(error).__name__}: {error}")
+        return Outcome(problem, name, time.monotonic() - began, "failed", f"{type(error).__name__}: {error}")
     after = _written(problem, config)
     how = "not kept" if not after else "hit" if after == before else "compiled"
-    return Outcome(name, time.monotonic() - began, how)
+    return Outcome(problem, name, time.monotonic() - began, how)
 
 
 def processes(workers: int) -> Executor:

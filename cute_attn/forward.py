@@ -12,12 +12,14 @@ from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tiles
 
 
-def host_function(problem, config):
+def host_function(problem, config, mainloop=None):
     """The function ``(mQ, mK, mV, mO, mLSE, left, right, scale_log2, scale_by_cap, blocks, stream)`` to compile.
 
     Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the LSE as ``(batch, heads, seqlen_q)``.
+    ``mainloop`` takes the place of the mechanism's own ``Forward``: the benchmarks leave stages out of it.
     """
-    mainloop = importlib.import_module(f"cute_attn.mainloop.{config.mechanism}").Forward(problem, config)
+    if mainloop is None:
+        mainloop = importlib.import_module(f"cute_attn.mainloop.{config.mechanism}").Forward(problem, config)
 
     @cute.jit
     def forward(

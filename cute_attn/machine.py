@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 
@@ -23,13 +24,12 @@ PACKAGES = {
     "nvidia-cuda-cuobjdump": "reads what was compiled",
     "nvidia-cuda-nvdisasm": "reads what was compiled",
 }
-NEEDED_FOR_KERNELS = ("nvidia-cutlass-dsl", "apache-tvm-ffi", "cuda-python")
+NEEDED_FOR_KERNELS = {"cutlass": "nvidia-cutlass-dsl", "tvm_ffi": "apache-tvm-ffi", "cuda": "cuda-python"}
 
 
 @dataclass(frozen=True)
 class Device:
-    """A CUDA GPU: ``target``, ``module`` and ``mechanisms`` are empty, and ``why_not`` says why, where no layouts module
-    serves it."""
+    """A CUDA GPU. If no layouts module serves it, ``target``, ``module``, ``mechanisms`` are empty; ``why_not`` says why."""
 
     name: str
     capability: tuple[int, int]
@@ -68,15 +68,19 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def missing() -> list[str]:
+    """The packages that the kernels need and that can't be found."""
+    return [package for module, package in NEEDED_FOR_KERNELS.items() if find_spec(module) is None]
+
+
 def backend() -> tuple[str, str]:
     """What ``attention(…)`` runs at its best here, ``"cute"`` or ``"reference"``, and why."""
-    missing = [name for name in NEEDED_FOR_KERNELS if versions()[name] is None]
     if not torch.backends.cuda.is_built():
         return "reference", f"this torch ({torch.__version__}) was built without CUDA"
     if not torch.cuda.is_available():
         return "reference", "torch finds no CUDA GPU: is there one, and a driver for it?"
-    if missing:
-        return "reference", f"{', '.join(missing)} not installed: try pip install 'cute-attn[cu13]' (Linux only)"
+    if missing():
+        return "reference", f"{', '.join(missing())} not installed: try pip install 'cute-attn[cu13]' (Linux only)"
     usable = [device for device in devices() if device.target]
     if not usable:
         return "reference", devices()[0].why_not

@@ -90,15 +90,19 @@ def explain(problem: Problem, config: Config) -> str:
         f"problem     {problem.dtype}, head_dim {problem.head_dim} (V: {problem.head_dim_v}), {_rules(problem)}, "
         f"{'with' if problem.return_lse else 'without'} the log-sum-exp",
         f"GPU         {gpu.name}: {gpu.smem_per_block / KIB:.0f} KiB of shared memory a block",
-        f"mechanism   {config.mechanism}, the "
-        + ("best" if config.mechanism == next(iter(module.MECHANISMS)) else "requested one")
-        + f" of {', '.join(module.MECHANISMS)}",
+        f"mechanism   {config.mechanism}, "
+        + (
+            "the only one for this GPU"
+            if len(module.MECHANISMS) == 1
+            else ("the best" if config.mechanism == next(iter(module.MECHANISMS)) else "the requested one")
+            + f" of {', '.join(module.MECHANISMS)}"
+        ),
         f"tiles       {config.tile_m} queries × {config.tile_n} keys, from layouts/{module.__name__.rsplit('.', 1)[1]}.py; "
         f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})",
         f"pipeline    {config.stages} tiles of K and of V in flight; {config.mma_warps} warps compute"
         + (", 4 more copy (2 busy)" if config.threads > config.mma_threads else " and copy")
         + (", taking turns on the tensor cores" if config.ping_pong else ""),
-        f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold S, P and O",
+        f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold the accumulators",
         "shared      "
         + ", ".join(f"{name} {size / KIB:.1f}" for name, size in parts.items() if size >= KIB)
         + f" KiB: {family.smem_bytes(config) / KIB:.1f} with alignment"

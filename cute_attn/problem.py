@@ -106,7 +106,7 @@ def check_call(q, k, v, *, scale, causal, window, softcap) -> Call:
     if window is None:
         left, right = None, (0 if causal else None)
     else:
-        left, right = _edges(causal, window)
+        left, right = _edges(causal, window, seqlen_q + seqlen_k)
     scale = head_dim**-0.5 if scale is None else _scale(scale)
     softcap = _softcap(softcap) if softcap else 0.0
     return Call(batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v, scale, left, right, softcap)
@@ -225,10 +225,11 @@ def _softcap(softcap) -> float:
     return float(softcap)
 
 
-def _edges(causal, window) -> tuple[int | None, int | None]:
-    """The band's edges from ``causal`` and ``window``: causal is a right edge at 0."""
-    if window is None:
-        return (None, 0) if causal else (None, None)
+def _edges(causal, window, farthest: int) -> tuple[int | None, int | None]:
+    """The band's edges from ``causal`` and ``window``: causal is a right edge at 0.
+
+    No query sees farther than ``farthest``, the sum of the lengths; a greater reach, which 32 bits might not hold, is cut.
+    """
     if not (isinstance(window, (tuple, list)) and len(window) == 2):
         raise TypeError(f"window is {window!r}; a pair (left, right) is needed, with None or -1 for an unbounded side")
     edges: list[int | None] = []
@@ -237,6 +238,6 @@ def _edges(causal, window) -> tuple[int | None, int | None]:
             raise TypeError(f"window's {side} side is a {type(reach).__name__}; an int is needed, or None for unbounded")
         if reach is not None and reach < -1:
             raise ValueError(f"window's {side} side is {reach}; an int ≥ 0 is needed, or None or -1 for unbounded")
-        edges.append(None if reach is None or reach == -1 else reach)
+        edges.append(None if reach is None or reach == -1 else min(reach, farthest))
     left, right = edges
     return left, (0 if right is None else min(right, 0)) if causal else right

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Int32, cute
 
-
 BLOCKS_PER_HEAD = 4  # that read a head's keys at the same time
 
 

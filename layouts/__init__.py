@@ -8,7 +8,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from . import sm80, sm86, sm90, sm120
-from .base import Config, Gpu
+from .base import Config
 
 MODULES: list[ModuleType] = [sm80, sm86, sm90, sm120]
 

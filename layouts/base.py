@@ -10,8 +10,12 @@ A **GPU module** (``sm80.py``, ``sm90.py``, …) is data. It defines
 A **family module** is the layouts of one family of instructions. It defines, as plain functions of a :class:`Config`,
 
 - ``tile_dim(head_dim)``: the columns a head takes in shared memory;
-- ``smem_parts(config)``, ``smem_bytes(config)`` and ``accumulator_registers(config)``: what a block takes, for the plan;
-- ``tile(operand, config)``: the (rows, columns) that are copied at a time; operand ``"Q"``, ``"K"``, ``"V"`` or ``"O"``;
+- ``smem_parts(config)``, ``smem_bytes(config)``, ``accumulator_registers(config)`` and ``barriers(config)``: what a
+  block takes, for the plan and the proofs;
+- ``tile(operand, config)``: the (rows, columns) that are copied at a time; operand ``"Q"``, ``"K"``, ``"V"``, ``"O"``;
+- ``smem(operand, config)`` → :class:`Layout`, ``mma(role, config)`` → :class:`Mma` and ``copies(config)``, the
+  :class:`Copy` or :class:`Box` of each (step, operand): the layouts as data, for the proofs and the pictures, and for
+  the functions below, which make the DSL's objects from them;
 - ``element(config)``: the DSL's type of an element;
 - ``tiled_mma(role, config)``: role ``"S"`` (Q·Kᵀ) or ``"O"`` (P·V);
 - ``smem_layout(operand, config)``: where an operand's elements lie, aligned to ``SMEM_ALIGN`` bytes;
@@ -85,16 +89,24 @@ class Config:
         return self.mma_threads + (128 if self.mechanism == "tma_wgmma" else 0)
 
 
-# ---- layouts as data ---------------------------------------------------------------------------------------------------
+def registers_per_thread(config: Config, gpu: Gpu) -> int:
+    """Registers a computing thread may use."""
+    if config.mma_registers:
+        return config.mma_registers
+    share = gpu.registers_per_multiprocessor // (config.threads * config.blocks_per_multiprocessor)
+    return min(share // 8 * 8, gpu.registers_per_thread)
+
+
+# ---- layouts as data -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layout:
     """``Sw<bits,base,shift> o 0 o shape:stride``: from a coordinate to an offset in elements.
 
-    The offset is the inner product of the coordinate and ``stride``; then the swizzle exclusive-ors ``bits`` of its bits,
-    from bit ``base + shift`` on, into those from bit ``base`` on. A swizzle acts on ``unit_bytes``: 2 for the offset in
-    elements, 1 for the address in bytes, as TMA and warpgroup MMA have it. ``algebra`` computes with it.
+    The offset is the inner product of the coordinate and ``stride``; then the swizzle exclusive-ors ``bits`` of its
+    bits, from bit ``base + shift`` on, into those from bit ``base`` on. A swizzle acts on ``unit_bytes``: 2 for the
+    offset in elements, 1 for the address in bytes, as TMA and warpgroup MMA have it. ``algebra`` computes with it.
     """
 
     shape: IntTuple
@@ -109,9 +121,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Mma:
-    """A tiled MMA. ``a`` (m, k), ``b`` (n, k) and ``c`` (m, n) say which thread holds which element of ``tile`` in which
-    value: ``(thread, value)`` to ``row + rows · column``. An operand in ``from_shared`` is read by the tensor core itself;
-    its map is that of all threads together."""
+    """A tiled MMA. ``a`` (m, k), ``b`` (n, k) and ``c`` (m, n) say which thread holds which element of ``tile`` in
+    which value: ``(thread, value)`` to ``row + rows · column``. An operand in ``from_shared`` is read by the
+    tensor core itself; its map is that of all threads together."""
 
     shape: tuple[int, int, int]  # of one instruction: m, n, k
     tile: tuple[int, int, int]  # of all warps together, as one ldmatrix feeds them
@@ -126,8 +138,8 @@ class Mma:
 class Copy:
     """A tiled copy by threads: ``values`` maps ``(thread, value)`` to ``row + rows · column`` of ``tile``.
 
-    For ``ldmatrix`` and ``stmatrix`` the values are those in registers; ``algebra.addresses`` says what each thread points
-    at. ``transposed`` copies see the operand as (columns, rows).
+    For ``ldmatrix`` and ``stmatrix`` the values are those in registers; ``algebra.addresses`` says what each thread
+    points at. ``transposed`` copies see the operand as (columns, rows).
     """
 
     instruction: str  # a key of algebra.INSTRUCTIONS
@@ -139,8 +151,8 @@ class Copy:
 
 @dataclass(frozen=True)
 class Box:
-    """One TMA copy's box: ``rows`` of ``columns`` elements, swizzled as the tensor map says. Boxes of a slot lie side by
-    side; ``swizzle_bytes`` is the tensor map's swizzle span, 0 without one."""
+    """One TMA copy's box: ``rows`` of ``columns`` elements, swizzled as the tensor map says. Boxes of a slot lie
+    side by side; ``swizzle_bytes`` is the tensor map's swizzle span, 0 without one."""
 
     operand: str
     rows: int
@@ -150,14 +162,15 @@ class Box:
 
 
 def by_modes(tile: tuple[int, int], threads: Modes, values: Modes) -> Layout:
-    """The (thread, value) map of a tile from its modes, fastest first: each ``(extent, rows, columns)`` that it steps."""
+    """The (thread, value) map of a tile from its modes, fastest first: each ``(extent, rows, columns)`` that it
+    steps."""
     strides = tuple(tuple(rows + tile[0] * columns for _, rows, columns in modes) for modes in (threads, values))
     return Layout(tuple(tuple(extent for extent, _, _ in modes) for modes in (threads, values)), strides)
 
 
-# Which thread of a warp holds which element: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type". A quad
-# of threads shares a row. Warpgroup MMA (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16") has the same, warps
-# one above the other. As modes of (extent, rows, columns):
+# Which thread of a warp holds which element: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type". A
+# quad of threads shares a row. Warpgroup MMA (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16") has the
+# same, warps one above the other. As modes of (extent, rows, columns):
 FRAGMENT_THREADS: Modes = ((4, 0, 2), (8, 1, 0))
 FRAGMENT_A: Modes = ((2, 0, 1), (2, 8, 0), (2, 0, 8))  # rows m, columns k
 FRAGMENT_B: Modes = ((2, 0, 1), (2, 0, 8))  # rows n, columns k

@@ -9,6 +9,7 @@ in a plain row-major tile these share a group or two and are served one after th
 from __future__ import annotations
 
 from collections import Counter
+from importlib import import_module
 from types import ModuleType
 
 from rich.text import Text
@@ -35,32 +36,24 @@ PALETTE = (
 )
 
 
-def tile_layout(operand: str, config: Config, swizzled: bool = True):
-    """The layout of one slot of an operand as ``pycute`` has it: ``(row, column)`` to the offset in elements.
-
-    The family module's ``swizzle_atom`` repeated down and then right, as its ``smem_layout`` makes it for the kernel.
-    Without ``swizzled``, the same without the exclusive or.
-    """
-    pycute = _pycute()
-    module = family(config)
-    rows, columns = module.tile(operand, config)
-    bits, base, shift, width = module.swizzle_atom(operand, config)
-    height = ROWS_AT_ONCE
-    layout = pycute.Layout(
-        ((height, rows // height), (width, columns // width)), ((width, height * width), (1, rows * width))
-    )
-    return pycute.ComposedLayout(pycute.Swizzle(bits if swizzled else 0, base, shift), 0, layout)
-
-
 def bank_groups(operand: str, config: Config, rows: int = ROWS_AT_ONCE, swizzled: bool = True) -> list[list[int]]:
-    """The bank group of each chunk of the first ``rows`` rows: ``(rows, chunks of a row)``, numbers 0 … 7."""
-    layout = tile_layout(operand, config, swizzled)
+    """The bank group of each chunk of the first ``rows`` rows: ``(rows, chunks of a row)``, numbers 0 … 7.
+
+    Without ``swizzled``, where the same layout without its swizzle would put them.
+    """
+    algebra = _algebra()
+    layout = family(config).smem(operand, config)
     tile_rows, columns = family(config).tile(operand, config)
     if not 0 < rows <= tile_rows:
         raise ValueError(f"rows is {rows}; 1 … {tile_rows} is needed: the rows of a tile of {operand}")
-    step = CHUNK_BYTES // BYTES
+    if not swizzled:
+        layout = algebra.unswizzled(layout)
+    slot = (0,) * (len(layout.shape) - 2)
     return [
-        [layout(row, column) * BYTES // CHUNK_BYTES % GROUPS for column in range(0, columns, step)]
+        [
+            algebra.offset(layout, row, column, *slot) * BYTES // CHUNK_BYTES % GROUPS
+            for column in range(0, columns, CHUNK_BYTES // BYTES)
+        ]
         for row in range(rows)
     ]
 
@@ -113,11 +106,10 @@ def _times(accesses: int) -> str:
     return "1 access" if accesses == 1 else f"{accesses} accesses"
 
 
-def _pycute() -> ModuleType:
+def _algebra() -> ModuleType:
     try:
-        import pycute
+        return import_module(".algebra", __package__)
     except ImportError as error:
         raise NotImplementedError(
-            f"pycute can't be imported ({error}); layouts on the host need it: try pip install nvidia-cutlass"
+            f"layouts can't be computed on the host ({error}): try pip install nvidia-cutlass, which has pycute"
         ) from error
-    return pycute

@@ -1,7 +1,7 @@
 """Views of tensors that are common to ``mma.sync`` and warpgroup MMA.
 
-Both families hold an accumulator tile as ``((2, 2, N), M, N')``: within a thread, the first 2 runs along a row, the second steps
-down 8 rows, and ``N`` (warpgroup MMA only; one instruction is N × 8 columns wide) and ``N'`` go on along the row.
+Both families hold an accumulator tile as ``((2, 2, N), M, N')``: within a thread, the first 2 runs along a row, the
+second steps down 8 rows, and ``N`` (warpgroup MMA only; one instruction is N × 8 columns wide) and ``N'`` go on along the row.
 The four threads of a quad share a row.
 """
 

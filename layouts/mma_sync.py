@@ -1,7 +1,8 @@
-"""Layouts of the ``cp_async`` mechanism: operands of ``mma.sync`` m16n8k16, read with ``ldmatrix``, copied by ``cp.async``.
+"""Layouts of the ``cp_async`` mechanism: operands of ``mma.sync`` m16n8k16, from ``cp.async`` by way of ``ldmatrix``.
 
-Shared memory is cut into rows of 64 elements (32 where a head is 96 wide), swizzled so that the eight 16-byte pieces an
-``ldmatrix`` phase reads, one from each of 8 rows, lie in 8 different bank groups: ``Sw<3,3,3>`` (``Sw<2,3,3>``) on elements.
+Shared memory is cut into rows of 64 elements (32 where a head is 96 wide), swizzled so that the eight 16-byte pieces
+an ``ldmatrix`` phase reads, one from each of 8 rows, lie in 8 different bank groups: ``Sw<3,3,3>`` (``Sw<2,3,3>``) on
+elements.
 """
 
 from __future__ import annotations
@@ -62,16 +63,16 @@ def rows_per_warp(config: Config) -> int:
 
 
 def accumulator_registers(config: Config) -> int:
-    """Registers a thread needs for S and O at once; operands, addresses and the softmax's state come on top. P takes none:
-    it replaces S 16 columns at a time, just before the MMA that reads them."""
+    """Registers a thread needs for S and O at once; operands, addresses and the softmax's state come on top. P
+    takes none: it replaces S 16 columns at a time, just before the MMA that reads them."""
     return rows_per_warp(config) * (config.tile_n + config.tile_dv) // 32
 
 
 def swizzle_atom(operand: str, config: Config) -> tuple[int, int, int, int]:
     """What an operand's tile in shared memory is made of: ``(bits, base, shift, width)``.
 
-    8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: bits
-    ``base + shift …`` of it are exclusive-ored into bits ``base …``, ``bits`` of them. Tiles repeat it down, then right.
+    8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: ``bits`` bits of it from
+    ``base + shift`` on are exclusive-ored into those from ``base`` on. Tiles repeat it down, then right.
     """
     width = 64 if _shape(operand, config)[1] % 64 == 0 else 32
     return {64: 3, 32: 2}[width], 3, 3, width
@@ -79,8 +80,8 @@ def swizzle_atom(operand: str, config: Config) -> tuple[int, int, int, int]:
 
 def smem(operand: str, config: Config) -> Layout:
     """An operand in shared memory: ``(tile_m, tile_d)`` for Q and O, ``(tile_n, tile_d, stage)`` for K and V."""
-    *swizzle, width = swizzle_atom(operand, config)
-    return base.tiled_rows(_shape(operand, config), width, tuple(swizzle), BYTES)
+    bits, lowest, shift, width = swizzle_atom(operand, config)
+    return base.tiled_rows(_shape(operand, config), width, (bits, lowest, shift), BYTES)
 
 
 def mma(role: str, config: Config) -> Mma:
@@ -102,8 +103,8 @@ def mma(role: str, config: Config) -> Mma:
 
 
 def copies(config: Config) -> dict[tuple[str, str], Copy]:
-    """Every tiled copy by (step, operand): ``in`` from global memory, ``load`` to the MMA's registers, ``store`` back to
-    shared memory and ``out`` to global memory."""
+    """Every tiled copy by (step, operand): ``in`` from global memory, ``load`` to the MMA's registers, ``store``
+    back to shared memory and ``out`` to global memory."""
     s, o = mma("S", config), mma("O", config)
     found = {("in", name): _by_rows("cp.async", name, config) for name in ("Q", "K", "V")}
     found["load", "Q"] = Copy("ldmatrix", "Q", (s.tile[0], s.tile[2]), s.a)
@@ -123,7 +124,8 @@ def _by_rows(instruction: str, operand: str, config: Config) -> Copy:
     """16 bytes a thread, neighbouring threads along a row of shared memory, then the next row."""
     across = swizzle_atom(operand, config)[3] // VECTOR
     tile = (config.threads // across, across * VECTOR)
-    return Copy(instruction, operand, tile, base.by_modes(tile, ((across, 0, VECTOR), (tile[0], 1, 0)), ((VECTOR, 0, 1),)))
+    values = base.by_modes(tile, ((across, 0, VECTOR), (tile[0], 1, 0)), ((VECTOR, 0, 1),))
+    return Copy(instruction, operand, tile, values)
 
 
 def tiled_mma(role: str, config: Config):

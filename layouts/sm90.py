@@ -18,8 +18,8 @@ MECHANISMS = {"tma_wgmma": wgmma, "cp_async": mma_sync}
 # A computing warpgroup owns 64 rows. Two of them may have 240 registers a thread, three 160.
 WGMMA_TABLE = {
     64: {"tile_m": 192, "tile_n": 128, "stages": 3, "ping_pong": True, "separate_o": True},
-    96: {"tile_m": 128, "tile_n": 128, "stages": 2, "separate_o": True},
-    128: {"tile_m": 128, "tile_n": 128, "stages": 2, "separate_o": True},
+    96: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True},
+    128: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True},
     192: {"tile_m": 128, "tile_n": 96, "stages": 2, "rescale_early": True},
     256: {"tile_m": 128, "tile_n": 80, "stages": 2, "rescale_early": True},
 }

@@ -52,8 +52,8 @@ def accumulator_registers(config: Config) -> int:
 def swizzle_atom(operand: str, config: Config) -> tuple[int, int, int, int]:
     """What an operand's tile in shared memory is made of: ``(bits, base, shift, width)``.
 
-    8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: bits
-    ``base + shift …`` of it are exclusive-ored into bits ``base …``, ``bits`` of them. Tiles repeat it down, then right.
+    8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: ``bits`` bits of it from
+    ``base + shift`` on are exclusive-ored into those from ``base`` on. Tiles repeat it down, then right.
     """
     width = 64 if _shape(operand, config)[1] % 64 == 0 else 32
     return {64: 3, 32: 2}[width], 3, 3, width
@@ -64,8 +64,9 @@ def smem(operand: str, config: Config) -> Layout:
 
     The swizzle goes into a pointer: it acts on the address in bytes.
     """
-    bits, in_elements, shift, width = swizzle_atom(operand, config)
-    return base.tiled_rows(_shape(operand, config), width, (bits, in_elements + BYTES.bit_length() - 1, shift), 1)
+    bits, lowest, shift, width = swizzle_atom(operand, config)
+    on_bytes = (bits, lowest + BYTES.bit_length() - 1, shift)
+    return base.tiled_rows(_shape(operand, config), width, on_bytes, 1)
 
 
 def mma(role: str, config: Config) -> Mma:
@@ -89,11 +90,10 @@ def mma(role: str, config: Config) -> Mma:
 
 
 def copies(config: Config) -> dict[tuple[str, str], Copy | Box]:
-    """Every copy by (step, operand): ``in`` from global memory and ``out`` to it by TMA, ``store`` from the accumulator to
-    shared memory."""
-    o = mma("O", config)
+    """Every copy by (step, operand): ``in`` from global memory and ``out`` to it by TMA, ``store`` from the
+    accumulator to shared memory."""
     found: dict[tuple[str, str], Copy | Box] = {("in", name): _box(name, config) for name in ("Q", "K", "V")}
-    found["store", "O"] = Copy("stmatrix", "O", o.tile[:2], o.c)
+    found["store", "O"] = _store(config)
     found["out", "O"] = _box("O", config, store=True)
     return found
 
@@ -101,6 +101,11 @@ def copies(config: Config) -> dict[tuple[str, str], Copy | Box]:
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
     return {"the block": 1, "turns": warpgroups(config), "epilogues": warpgroups(config)}
+
+
+def _store(config: Config) -> Copy:
+    o = mma("O", config)
+    return Copy("stmatrix", "O", o.tile[:2], o.c)
 
 
 def _box(operand: str, config: Config, store: bool = False) -> Box:
@@ -147,7 +152,7 @@ def store_accumulator(config: Config):
     from cutlass.cute.nvgpu import warp
 
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), element(config))
-    what = copies(config)["store", "O"]
+    what = _store(config)
     return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
 
 

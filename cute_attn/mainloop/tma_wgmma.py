@@ -237,8 +237,7 @@ class Forward:
         me = self._worker()
         self._hand_out_first_turn(me)
         q_phase = Int32(0)
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, config.stages)
-        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, config.stages)
+        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, config.stages)
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
@@ -249,7 +248,7 @@ class Forward:
             softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2)
             q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
             if keys.count > 0:
-                k_state, v_state = self._attend(me, frag, softmax, pipes, (q_state, k_state, v_state), tile)
+                kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile)
             self._normalize(me, frag, softmax, tile, mLSE, (head, batch))
             self._store_o(me, frag, o, shared.o, (m_block * self.warpgroups + me.warpgroup, head, batch))
             if keys.count > 0:
@@ -285,41 +284,44 @@ class Forward:
 
     @cute.jit
     def _attend(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, states, tile: QueryTile):
-        """All key tiles of one query tile, from the last to the first. Returns K's and V's pipeline states."""
-        q_state, k_state, v_state = states
+        """All key tiles of one query tile, from the last to the first. Returns the state of K's and V's pipelines.
+
+        One state serves both: it stands at the last K tile taken, whose V tile is the next to be taken.
+        """
+        q_state, kv_state = states
         keys = tile.keys
         pipes.q.consumer_wait(q_state)
 
         # The last tile comes first, and has nothing to overlap with yet.
         top = keys.count - 1
-        pipes.k.consumer_wait(k_state)
-        acc_S = self._scores(me, frag, k_state)
+        pipes.k.consumer_wait(kv_state)
+        acc_S = self._scores(me, frag, kv_state)
         warpgroup.wait_group(0)
-        pipes.k.consumer_release(k_state)
-        k_state.advance()
+        pipes.k.consumer_release(kv_state)
         self._softmax(me, frag, softmax, acc_S, tile, top, keys.last_is_masked())
         self._probabilities(frag, acc_S)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
         step = partial(self._step, me, frag, softmax, pipes, tile)
-        k_state, v_state = walk(step, (k_state, v_state), keys, self.problem)
+        kv_state = walk(step, kv_state, keys, self.problem)
 
         if cutlass.const_expr(self.config.separate_o):
             pipes.q.consumer_release(q_state)
         if cutlass.const_expr(self.config.rescale_early):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
-        pipes.v.consumer_wait(v_state)
-        self._gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
+        pipes.v.consumer_wait(kv_state)
+        self._gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, kv_state.index], accumulate=True)
         warpgroup.wait_group(0)
-        pipes.v.consumer_release(v_state)
-        v_state.advance()
-        return k_state, v_state
+        pipes.v.consumer_release(kv_state)
+        kv_state.advance()
+        return kv_state
 
     @cute.jit
-    def _step(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, tile: QueryTile, states, where):
+    def _step(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, tile: QueryTile, v_state, where):
         """Scores and softmax of a key tile, while the tensor cores add the tile before it to O."""
-        k_state, v_state = states
         n, masked = where
+        k_state = v_state.clone()
+        k_state.advance()
         pipes.k.consumer_wait(k_state)
         self._wait_for_turn(me)
         acc_S = self._scores(me, frag, k_state)
@@ -330,15 +332,14 @@ class Forward:
         self._pass_turn(me)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
-        k_state.advance()
         self._softmax(me, frag, softmax, acc_S, tile, n, masked)
+        self._exponentials_begin(rows_columns(acc_S))
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
-        v_state.advance()
         self._probabilities(frag, acc_S)
         if cutlass.const_expr(not self.config.rescale_early):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
-        return k_state, v_state
+        return k_state
 
     def _scores(self, me: Worker, frag: Fragments, k_state):
         """Issue S = Q·Kᵀ; the caller waits."""
@@ -364,6 +365,21 @@ class Forward:
         scores = rows_columns(acc_S)
         apply_rules(scores, me.cS, origin, tile.values, self.problem, masked)
         softmax.step(scores, frag.rescale)
+
+    @cute.jit
+    def _exponentials_begin(self, p: cute.Tensor):
+        """Keep ptxas from waiting for P·V before the exponentials have begun.
+
+        Left alone it hoists the wait that follows up to the row maxima, and the rest of the softmax no longer overlaps
+        P·V. A store may not cross the wait; this one needs one exponential, and is never done, since none is negative.
+        Asking for every exponential instead leaves nothing to overlap the rescale of O with. On an H200, d128, 16k keys:
+        700 TFLOP/s without it, 718 with all, 737 with one.
+        """
+        cute.arch.inline_ptx(
+            "{ .reg .pred never; .reg .b32 zero; mov.b32 zero, 0; setp.lt.f32 never, {$r0}, 0f00000000;"
+            " @never st.volatile.shared.f32 [zero], {$r0}; }",
+            read_only_args=[p[0, 0]],
+        )
 
     def _probabilities(self, frag: Fragments, acc_S):
         """Round P to the operands' dtype, one MMA's worth at a time so that conversions pair up."""

@@ -108,9 +108,6 @@ def test_a_line_of_nvidia_smi():
 class FakeSource:
     """Readings at 0, 1, 2 … seconds, then none."""
 
-    def driver(self):
-        return "1.2"
-
     def readings(self, stop):
         for second, (mhz, watts) in enumerate([(1980, 100), (1500, 690), (1470, 700), (1480, 710), (345, 80)]):
             yield card.Reading(second, mhz, watts, 50)

@@ -31,7 +31,9 @@ class Row(NamedTuple):
     try_: str = ""
 
 
-def tensors(q=(2, 6, 4, 16), k=(2, 10, 2, 16), v=(2, 10, 2, 16), dtype=HALF):
+def tensors(
+    q=(2, 6, 4, 16), k=(2, 10, 2, 16), v=(2, 10, 2, 16), dtype=HALF
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.zeros(q, dtype=dtype), torch.zeros(k, dtype=dtype), torch.zeros(v, dtype=dtype)
 
 
@@ -47,9 +49,9 @@ def rules(**changed):
     return check(*tensors(), **changed)
 
 
-def for_gpu(q=(2, 6, 4, 16), k=(2, 10, 2, 16), v=(2, 10, 2, 16), dtype=HALF):
+def for_gpu(q=(2, 6, 4, 16), k=(2, 10, 2, 16), v=(2, 10, 2, 16), dtype=HALF, **rules):
     qkv = tensors(q, k, v, dtype)
-    return lambda: problem.check_tensors_for_gpu(*qkv, check(*qkv)())
+    return lambda: problem.check_tensors_for_gpu(*qkv, check(*qkv, **rules)())
 
 
 def strides(x, name="k"):
@@ -169,6 +171,8 @@ CHECKS = [
         "multiple of 8 up to 256 is needed",
         "backend='reference'",
     ),
+    Row("scale 0 of the kernels", for_gpu(scale=0), ValueError, "scale is 0.0", "one above 0", "backend='reference'"),
+    Row("scale below 0 of the kernels", for_gpu(scale=-2.0), ValueError, "scale is -2.0", "one above 0", "negate q"),
     Row("head_dim_v 12", for_gpu(v=(2, 10, 2, 12)), ValueError, "head_dim_v is 12", "multiple of 8", "pad"),
     Row(
         "last dimension strided",
@@ -443,8 +447,10 @@ def test_right_inputs_pass():
     assert (call.seqlen_k, call.heads_kv, call.head_dim_v, call.shift) == (10, 2, 16, 4)
     assert (call.scale, call.left, call.right, call.softcap) == (0.25, None, None, 0.0)
     problem.check_tensors_for_gpu(q, k, v, call)
+    problem.check_tensors_for_gpu(q, k, v, check(q, k, v, scale=-1.0, softcap=5.0)())
     # A transposed (batch, heads, seqlen, head_dim) tensor, a slice that stays aligned, a size of 1 with any stride.
-    problem.check_tensors_for_gpu(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)), call)
+    head_first_q, head_first_k, head_first_v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    problem.check_tensors_for_gpu(head_first_q, head_first_k, head_first_v, call)
     problem.check_strides("k", torch.zeros(2, 10, 2, 24, dtype=HALF)[..., 8:])
     problem.check_strides("k", torch.zeros(10, 3, dtype=HALF)[:, :1].as_strided((1, 1, 1, 8), (3, 5, 7, 1)))
     assert rules(window=(None, -1))().left is None

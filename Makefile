@@ -1,0 +1,39 @@
+# Two commands do everything: `make demo` and `make test`. Each sets up .venv first, once.
+
+# The first of these that is Python 3.11 or newer; or say which: make PYTHON=/path/to/python demo
+PYTHON ?= $(shell for python in python3.12 python3.11 python3 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+
+.PHONY: help demo test lint setup
+
+help:
+	@echo 'make demo   attention on the best backend here, what the compiler makes of the kernels, and why'
+	@echo 'make test   every test this machine can run; with a GPU, the GPU tests too'
+	@echo 'make lint   ruff and mypy'
+	@echo 'make setup  only what the others do first: .venv with the versions in constraints.txt'
+
+demo: $(READY)
+	@$(BIN)/python -m cute_attn demo
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff check .; ruff=$$?; $(BIN)/mypy cute_attn layouts benchmarks && exit $$ruff
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed and was not found: try make PYTHON=/path/to/python'; exit 1; }
+	@echo '[1/3] .venv with $(PYTHON)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo '[2/3] $(TORCH): first and by itself; the first time takes minutes'
+	@$(PIP) install '$(TORCH)'
+	@echo '[3/3] cute-attn and what its kernels, tests, benchmarks and linters need, in the versions of constraints.txt'
+	@$(PIP) install -c constraints.txt -e '.[cu13,test,bench,dev]'
+	@touch $@
+	@echo 'set up'

@@ -1,0 +1,214 @@
+"""Micro-kernels as data, compiled in a pool of processes and kept on disk, and what the compiler made of them.
+
+A part's module (``copies``, ``products``, …) defines
+
+- ``function(kernel)``: the jit function and stand-ins for its arguments;
+- ``expects(kernel)``: instructions that the kernel is there to measure and that must be found inside a loop of it;
+- ``prepare(probe, compiled, device)``: a callable that launches it once, and the work of one launch by kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cute_attn.layouts.base import Config
+    from cute_attn.problem import Problem
+
+SYMBOL = "part"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a part: ``how`` says which of them, in the part's own words. Hashed, it is its name on disk."""
+
+    part: str
+    how: str
+    problem: Problem
+    config: Config
+
+    @property
+    def label(self) -> str:
+        """In words, for progress and messages."""
+        c = self.config
+        where = f"{c.mechanism} {c.tile_m}×{c.tile_n}×{c.tile_d} stages {c.stages}"
+        return f"{self.part} {self.how}, {where}" + (", causal" if self.problem.bounded_right else "")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel's object file, or why there is none; with what was looked up in its code, if that was asked for."""
+
+    path: str
+    seconds: float = 0.0
+    error: str | None = None
+    registers: int | None = None
+    spilled_bytes: int | None = None
+    missing: tuple[str, ...] = ()  # expected instructions that no loop holds
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and not self.missing
+
+
+def build(
+    kernels: Iterable[Kernel],
+    folder: Path,
+    *,
+    jobs: int,
+    inspect: bool = False,
+    watch: Callable[[Kernel, Built], None] = lambda kernel, built: None,
+) -> dict[Kernel, Built]:
+    """Compile what ``folder`` doesn't hold yet, ``jobs`` at a time. A kernel that can't be compiled loses only itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = list(dict.fromkeys(kernels))
+    done: dict[Kernel, Built] = {}
+
+    def note(kernel: Kernel, built: Built) -> None:
+        done[kernel] = built
+        watch(kernel, built)
+
+    if jobs == 1:
+        for kernel in wanted:
+            note(kernel, compile_one(kernel, folder, inspect))
+        return done
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, max(len(wanted), 1)), mp_context=context) as pool:
+        running = {pool.submit(compile_one, kernel, folder, inspect): kernel for kernel in wanted}
+        try:
+            for future in as_completed(running):
+                try:
+                    built = future.result()
+                except Exception as error:  # the process died: of memory, or in the compiler
+                    built = Built("", error=f"{type(error).__name__}: {error}"[:300])
+                note(running[future], built)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return done
+
+
+def compile_one(kernel: Kernel, folder: Path, inspect: bool) -> Built:
+    """Compile one kernel unless it is on disk; never raises."""
+    began = time.monotonic()
+    path = folder / name_of(kernel)
+    if path.exists() and not inspect:
+        return Built(str(path))
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            compiled = compile_kernel(kernel, f"--keep-cubin --dump-dir={scratch}" if inspect else "")
+            part = Path(scratch) / "part.o"
+            compiled.export_to_c(str(part), function_name=SYMBOL)
+            os.replace(part, path)
+            found = look_into(kernel, next(Path(scratch).glob("*.cubin"))) if inspect else {}
+        return Built(str(path), time.monotonic() - began, **found)
+    except Exception as error:
+        return Built("", time.monotonic() - began, error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+
+
+def compile_kernel(kernel: Kernel, options: str = "") -> Any:
+    """The DSL's compiled function. Needs no GPU."""
+    dsl = importlib.import_module("cutlass.cute")
+    function, arguments = part_module(kernel).function(kernel)
+    return dsl.compile(function, *arguments, options=f"--enable-tvm-ffi --gpu-arch={kernel.config.target} {options}")
+
+
+def load(kernel: Kernel, folder: Path) -> Callable:
+    """The callable of a kernel that :func:`build` has compiled."""
+    runtime = importlib.import_module("cutlass.cute.runtime")
+    return runtime.load_module(str(folder / name_of(kernel)), enable_tvm_ffi=True)[SYMBOL]
+
+
+def part_module(kernel: Kernel) -> Any:
+    return importlib.import_module(f"benchmarks.parts.{kernel.part}")
+
+
+def name_of(kernel: Kernel) -> str:
+    """The kernel's file: a readable part, and a hash of all it depends on."""
+    digest = hashlib.sha256(f"{kernel!r}\n{_fingerprint()}".encode()).hexdigest()
+    return f"{kernel.part}-{re.sub(r'[^a-z0-9]+', '-', kernel.how.lower())}-{digest[:20]}.o"
+
+
+@lru_cache(maxsize=1)
+def _fingerprint() -> str:
+    """The project's own fingerprint, and the sources here."""
+    from cute_attn.compile import fingerprint
+
+    digest = hashlib.sha256(fingerprint().encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+# ---- what the compiler made of it ----------------------------------------------------------------------------------
+
+
+def look_into(kernel: Kernel, cubin: Path) -> dict[str, Any]:
+    """Registers, spilled bytes and missing instructions; nothing where there is no cuobjdump to read them with."""
+    tool = cuobjdump()
+    if tool is None:
+        return {}
+    usage = _run(tool, "--dump-resource-usage", cubin)
+    code = _run(tool, "--dump-sass", cubin)
+    looped = instructions_in_loops(code)
+    # ptxas reports a frame for spills under STACK and for arrays it can't keep in registers under LOCAL.
+    return {
+        "registers": max(map(int, re.findall(r"REG:(\d+)", usage)), default=None),
+        "spilled_bytes": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
+        "missing": tuple(name for name in part_module(kernel).expects(kernel) if not any(map(_is(name), looped))),
+    }
+
+
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
+
+
+def instructions_in_loops(sass: str) -> list[str]:
+    """The instructions of a listing that lie between a backward branch and its target, each once per place."""
+    found: list[str] = []
+    for listing in re.split(r"\n\s*Function : ", sass):
+        lines = [(int(m[1], 16), m[2], m[3]) for m in map(_LINE.search, listing.splitlines()) if m]
+        loops = [
+            (int(target[0], 16), address)
+            for address, name, operands in lines
+            if name.startswith("BRA") and (target := re.findall(r"0x([0-9a-f]+)", operands))
+        ]
+        # A branch to itself is the end of the code, not a loop.
+        loops = [(first, last) for first, last in loops if first < last]
+        found += [name for address, name, _ in lines if any(first <= address <= last for first, last in loops)]
+    return found
+
+
+def _is(name: str) -> Callable[[str], bool]:
+    """Whether an instruction is ``name``, with or without modifiers: ``MUFU.EX2`` is found as ``MUFU.EX2.F16`` too."""
+    return lambda instruction: instruction == name or instruction.startswith(name + ".")
+
+
+def cuobjdump() -> str | None:
+    """From the path, or from the package nvidia-cuda-cuobjdump."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("nvidia")
+    for place in spec.submodule_search_locations or () if spec else ():
+        for tool in Path(place).glob("*/bin/cuobjdump"):
+            return str(tool)
+    return None
+
+
+def _run(tool: str, option: str, cubin: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(tool).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return subprocess.run([tool, option, str(cubin)], capture_output=True, text=True, check=True, env=environment).stdout

@@ -1,0 +1,92 @@
+"""What the hardware allows, and how each limit is derived.
+
+A probe counts its work by *kind*; a kind's limit is a rate, so ``work / rate`` is the shortest time it can take, its
+*floor*. Work of several kinds can overlap perfectly at best: the floor of a kernel is the longest of its kinds' floors.
+
+- ``tensor``: dense bf16 FLOPs with float32 sums. ``FLOPs a clock and SM · SMs · clock``: the datasheet's rate at the
+  clock read during the run (Hopper: 4,096 a clock and SM). WGMMA can reach it. ``mma.sync`` on Hopper can't: it issues
+  from one warp at a time and gets to about 62 %; its bars are drawn against the same datasheet rate.
+- ``exp``: base-2 exponentials. ``16 · SMs · clock``: results a clock and SM of the special-function units (CUDA C++
+  programming guide, throughput of native arithmetic instructions, compute capabilities 8.0 to 9.0 and 12.0).
+- ``copy``: bytes read from, or written to, device memory, against the rate of a copy within it, measured on the same
+  card in the same run, reads and writes counted.
+- ``l2``: bytes brought to shared memory from the L2 cache. ``64 · SMs · clock``: an SM takes 64 bytes a clock from it.
+- ``launch``: launches; their limit is the time of a lesser launch that is measured beside them, so it is no rate here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+EXPONENTIALS_PER_CLOCK = 16
+L2_BYTES_PER_CLOCK = 64
+ABOUT = {
+    "tensor": "datasheet rate at this clock",
+    "exp": "16 exponentials a clock and SM",
+    "copy": "measured device copy rate",
+    "l2": "64 bytes a clock and SM from L2",
+    "launch": "the lesser launch",
+}
+UNITS = {"tensor": "TFLOP/s", "exp": "exp/clk/SM", "copy": "TB/s", "l2": "TB/s", "launch": "µs"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the floors are computed from. ``tensor_flop_per_clock`` is all SMs' together; ``None`` where it isn't known."""
+
+    sm_count: int
+    tensor_flop_per_clock: float | None
+    copy_bytes_per_s: float | None
+
+    def rate(self, kind: str, hz: float) -> float | None:
+        """The most work of a kind in a second at an SM clock of ``hz``."""
+        if kind == "tensor":
+            return None if self.tensor_flop_per_clock is None else self.tensor_flop_per_clock * hz
+        if kind == "exp":
+            return EXPONENTIALS_PER_CLOCK * self.sm_count * hz
+        if kind == "l2":
+            return L2_BYTES_PER_CLOCK * self.sm_count * hz
+        return self.copy_bytes_per_s if kind == "copy" else None
+
+    def floor(self, work: Mapping[str, float], hz: float) -> tuple[float, str] | None:
+        """``(seconds, kind)``: the longest floor of the work's kinds, and whose it is; ``None`` if no limit is known."""
+        floors = [(amount / rate, kind) for kind, amount in work.items() if (rate := self.rate(kind, hz))]
+        return max(floors) if floors else None
+
+    def scale(self, kind: str, hz: float) -> float:
+        """Work a second → the unit it is shown in."""
+        return self.sm_count * hz if kind == "exp" else 1e12
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Rate and limit in the unit of the work's first kind; ``ratio`` is the share of the limit that is reached."""
+
+    unit: str
+    rate: float
+    limit: float | None
+    ratio: float | None
+    limit_is: str
+
+
+def assess(
+    work: Mapping[str, float], seconds: float, hz: float | None, limits: Limits, beside: float | None = None
+) -> Assessment:
+    """What ``work`` in ``seconds`` amounts to. ``hz`` is the SM clock (``None``: not read, limits that need it are left
+    out); ``beside`` the seconds a launch of the reference took."""
+    kind, amount = next(iter(work.items()))
+    if kind == "launch":
+        each = seconds / amount
+        limit = None if beside is None else beside * 1e6
+        ratio = None if beside is None else beside / each
+        return Assessment(UNITS[kind], each * 1e6, limit, ratio, ABOUT[kind] if beside is not None else "")
+    known = work if hz else {kind: amount for kind, amount in work.items() if kind == "copy"}
+    floor = limits.floor(known, hz or 0.0)
+    if kind == "exp" and not hz:  # exponentials a clock mean nothing without the clock
+        return Assessment("exp/s", amount / seconds, None, None, "")
+    scale = limits.scale(kind, hz or 0.0)
+    if floor is None:
+        return Assessment(UNITS[kind], amount / seconds / scale, None, None, "")
+    limit = amount / floor[0] / scale
+    return Assessment(UNITS[kind], amount / seconds / scale, limit, floor[0] / seconds, ABOUT[floor[1]])

@@ -1,0 +1,105 @@
+"""``cp_async``'s forward kernel with some of its stages: what ``whole`` and ``epilogue`` measure.
+
+Its ``_step`` does everything in one piece, so it is written out again here, in parts; a test compares the machine code
+of the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32, cute
+
+from benchmarks.parts.common import fill_registers_noise, keep_alive, noise, ramp, use_bits
+from benchmarks.parts.stages import Stages
+from cute_attn.epilogue import converted
+from cute_attn.layouts.fragments import as_operand_a, rows_columns
+from cute_attn.mainloop.common import apply_rules
+from cute_attn.mainloop.cp_async import Forward
+from cute_attn.softmax import scale_rows
+
+
+class Staged(Forward):
+    """The kernel of one (problem, config) with ``stages``. Without loads, the first tiles still come, and stay."""
+
+    def __init__(self, problem, config, stages: Stages):
+        super().__init__(problem, config)
+        self.stages = stages
+        self.kept: Any = None  # scores, where no product makes them
+
+    def _shared(self):
+        if not self.stages.products:
+            shape = self.lay.tiled_mma("S", self.config).partition_shape_C((self.config.tile_m, self.config.tile_n))
+            self.kept = cute.make_rmem_tensor(shape, Float32)
+            if self.stages.softmax:
+                fill_registers_noise(self.kept)
+        return Forward._shared(self)
+
+    def _copy(self, *arguments):
+        if self.stages.loads or self.stages.products:
+            Forward._copy(self, *arguments)
+
+    def _copy_pair(self, k, v, keys, n, slot, values):
+        Forward._copy_pair(self, k, v, keys, n, slot, values)
+        if not self.stages.loads and slot == 0:  # the slot that the loop would fill first
+            Forward._copy_pair(self, k, v, keys, n, self.config.stages - 1, values)
+
+    @cute.jit
+    def _step(self, operands, streams, output, tile, slot: Int32, where):
+        n, masked = where
+        stages, acc_O = self.config.stages, output.acc_O
+        cute.arch.cp_async_wait_group(stages - 2)
+        cute.arch.sync_threads()
+        if cutlass.const_expr(self.stages.loads):
+            before = (slot + stages - 1) % stages
+            self._copy_pair(streams[0], streams[1], tile.keys, n - (stages - 1), before, tile.values)
+        acc_S = self._scores(operands, slot)
+        if cutlass.const_expr(self.stages.softmax):
+            scores = rows_columns(acc_S)
+            origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
+            for _ in cutlass.range_constexpr(self.stages.softmax):
+                apply_rules(scores, tile.cS, origin, tile.values, self.problem, masked)
+                output.softmax.step(scores, output.rescale)
+            scale_rows(rows_columns(acc_O), output.rescale)
+        if cutlass.const_expr(self.stages.products or self.stages.softmax):
+            self._accumulate(operands, acc_S, acc_O, slot)
+        return (slot + 1) % stages
+
+    @cute.jit
+    def _scores(self, operands, slot: Int32):
+        """S = Q·Kᵀ."""
+        acc_S = self.kept
+        if cutlass.const_expr(self.stages.products):
+            shape = operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n))
+            acc_S = cute.make_rmem_tensor(shape, Float32)
+            acc_S.fill(0.0)
+            q, k = operands.q, operands.k
+            for _ in cutlass.range_constexpr(self.stages.products):
+                for i in cutlass.range_constexpr(cute.size(q.fragment, mode=[2])):
+                    cute.copy(q.copy, q.source[None, None, i], q.into[None, None, i])
+                    cute.copy(k.copy, k.source[None, None, i, slot], k.into[None, None, i])
+                    cute.gemm(operands.mma_S, acc_S, q.fragment[None, None, i], k.fragment[None, None, i], acc_S)
+        return acc_S
+
+    @cute.jit
+    def _accumulate(self, operands, acc_S, acc_O, slot: Int32):
+        """O += P·V."""
+        v = operands.v
+        p = as_operand_a(acc_S)
+        for _ in cutlass.range_constexpr(max(self.stages.products, 1)):
+            for i in cutlass.range_constexpr(cute.size(v.fragment, mode=[2])):
+                if cutlass.const_expr(self.stages.products):
+                    cute.copy(v.copy, v.source[None, None, i, slot], v.into[None, None, i])
+                    p_i = converted(p[None, None, i], v.fragment.element_type)
+                    cute.gemm(operands.mma_O, acc_O, p_i, v.fragment[None, None, i], acc_O)
+                else:
+                    use_bits(converted(p[None, None, i], v.fragment.element_type), acc_O)
+
+    def _store_o(self, acc_O, *arguments):
+        if not self.stages.products and not self.stages.softmax:
+            ramp(acc_O, noise(cute.arch.thread_idx()[0]))
+        if self.stages.epilogue:
+            Forward._store_o(self, acc_O, *arguments)
+        else:
+            keep_alive(acc_O)

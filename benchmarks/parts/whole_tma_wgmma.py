@@ -1,0 +1,117 @@
+"""``tma_wgmma``'s forward kernel with some of its stages: what ``whole`` and ``epilogue`` measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+from cutlass import Float32, cute
+from cutlass.cute.nvgpu import warpgroup
+
+from benchmarks.parts.common import fill_noise, fill_registers_noise, keep_alive, noise, ramp, use_bits
+from benchmarks.parts.stages import Stages
+from cute_attn.mainloop.tma_wgmma import Forward, Pipelines
+
+
+@dataclass(frozen=True)
+class NoPipe:
+    """A pipeline on which nothing is ever waited for."""
+
+    def consumer_wait(self, *_: Any) -> None: ...
+
+    def consumer_release(self, *_: Any) -> None: ...
+
+    def __extract_mlir_values__(self) -> list:
+        return []
+
+    def __new_from_mlir_values__(self, values: list) -> NoPipe:
+        return self
+
+
+class Staged(Forward):
+    """The kernel of one (problem, config) with ``stages``."""
+
+    def __init__(self, problem, config, stages: Stages):
+        super().__init__(problem, config)
+        self.stages = stages
+        self.kept: Any = None  # scores, where no product makes them
+
+    def _setup(self):
+        shared, pipes = Forward._setup(self)
+        if self.stages.loads:
+            return shared, pipes
+        if self.stages.products:
+            for s in (shared.q, shared.k, shared.v):
+                fill_noise(s, cute.arch.thread_idx()[0], self.config.threads)
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_threads()
+        return shared, Pipelines(NoPipe(), NoPipe(), NoPipe())
+
+    def _copy_q(self, *arguments):
+        if self.stages.loads:
+            Forward._copy_q(self, *arguments)
+
+    def _copy_k_v(self, *arguments):
+        if self.stages.loads:
+            Forward._copy_k_v(self, *arguments)
+
+    def _worker(self):
+        me = Forward._worker(self)
+        if not self.stages.products:
+            self.kept = cute.make_rmem_tensor(self._scores_shape(me), Float32)
+            if self.stages.softmax:
+                fill_registers_noise(self.kept)
+        return me
+
+    def _fragments(self, me, shared):
+        frag = Forward._fragments(self, me, shared)
+        if not self.stages.products:
+            ramp(frag.acc_O, noise(cute.arch.clock()))  # not of the thread: numbers that never change are stored early
+        return frag
+
+    def _scores(self, me, frag, k_state):
+        self._leave_rescale(frag)
+        return Forward._scores(self, me, frag, k_state) if self.stages.products else self.kept
+
+    def _scores_shape(self, me):
+        return me.mma_S.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, self.config.tile_n))
+
+    @cute.jit
+    def _gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
+        """Each product as often as the stages say, as one group."""
+        if cutlass.const_expr(self.stages.products):
+            warpgroup.fence()
+            atom = cute.make_mma_atom(mma.op)
+            atom.set(warpgroup.Field.ACCUMULATE, accumulate)
+            for _ in cutlass.range_constexpr(self.stages.products):
+                for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
+                    cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
+                    atom.set(warpgroup.Field.ACCUMULATE, True)
+            warpgroup.commit_group()
+        elif cutlass.const_expr(accumulate and self.stages.softmax):
+            use_bits(tA, acc)  # P, which no product reads
+
+    def _softmax(self, me, frag, softmax, acc_S, *where):
+        for _ in range(self.stages.softmax):
+            Forward._softmax(self, me, frag, softmax, acc_S, *where)
+
+    def _probabilities(self, frag, acc_S):
+        if self.stages.products or self.stages.softmax:
+            Forward._probabilities(self, frag, acc_S)
+        self._leave_rescale(frag)
+
+    def _leave_rescale(self, frag):
+        """Without a softmax O is multiplied by 1 where the kernel would rescale it, which the compiler leaves out."""
+        if not self.stages.softmax:
+            frag.rescale.fill(1.0)
+
+    def _normalize(self, *arguments):
+        if self.stages.softmax:
+            Forward._normalize(self, *arguments)
+
+    def _store_o(self, me, frag, *arguments):
+        if self.stages.epilogue:
+            Forward._store_o(self, me, frag, *arguments)
+        else:
+            keep_alive(frag.acc_O)

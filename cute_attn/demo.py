@@ -1,0 +1,266 @@
+"""What ``make demo`` shows: attention on the best backend there is beside float64 and PyTorch's own; what the compiler
+makes of a Hopper and an Ampere kernel, which needs no GPU; the layout of an operand; what the plan chose and why.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from torch.nn.functional import scaled_dot_product_attention
+
+from cute_attn import attention, cubin, fill, machine
+from cute_attn.layouts import draw, family
+from cute_attn.layouts.base import KIB, Config
+from cute_attn.plan import explain, plan
+from cute_attn.problem import Problem, check_call, problem_of
+
+SHOWN = Problem("bfloat16", 128, 128, bounded_right=True, return_lse=True)
+TARGETS = {"Hopper": "sm_90a", "Ampere": "sm_80"}
+DTYPE = torch.bfloat16
+SEED = 0
+TIMES_PLAIN = 2.0  # the tests' policy: at most twice plain PyTorch's error, plus the rounding of the result
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: what is asked, in words, the sizes, and the rules as attention() takes them."""
+
+    name: str
+    seqlen_q: int
+    seqlen_k: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    rules: dict = field(default_factory=dict)
+
+    def tensors(self, device: str, times: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v, ``(2, seqlen, heads, head_dim)``, with ``times`` the lengths."""
+        generator = torch.Generator().manual_seed(SEED)
+        shapes = (
+            (2, times * self.seqlen_q, self.heads, self.head_dim),
+            (2, times * self.seqlen_k, self.heads_kv, self.head_dim),
+            (2, times * self.seqlen_k, self.heads_kv, self.head_dim_v),
+        )
+        q, k, v = (torch.randn(shape, generator=generator).to(DTYPE).to(device) for shape in shapes)
+        return q, k, v
+
+
+CASES = (
+    Case("full", 256, 256, 4, 4, 64, 64),
+    Case("causal", 256, 256, 4, 4, 128, 128, {"causal": True}),
+    Case("causal, 4 query heads a key head, lengths differ", 200, 333, 8, 2, 128, 128, {"causal": True}),
+    Case("window of 64 keys before, 16 after", 256, 256, 4, 4, 64, 64, {"window": (64, 16)}),
+    Case("softcap 20, head dims 96 and 64", 256, 256, 4, 4, 96, 64, {"softcap": 20.0}),
+)
+
+
+@dataclass
+class Summary:
+    """What the last panel says."""
+
+    lines: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    failed: bool = False
+
+
+def run(console: Console) -> int:
+    """Show what this machine can; returns the exit status, 1 where a result was wrong or a kernel did not compile."""
+    summary = Summary()
+    with fill.processes(len(TARGETS)) as pool:
+        kernels = _start_compiling(pool, summary)  # while attention runs here
+        console.rule("attention")
+        _attention(console, summary)
+        console.rule("what the compiler made of two kernels")
+        _compiled(console, summary, kernels)
+    console.rule("one operand in shared memory")
+    _picture(console, summary)
+    console.rule("what was chosen, and why")
+    for name, target in TARGETS.items():
+        console.print(f"[bold]{name}[/]")
+        console.print(explain(SHOWN, plan(SHOWN, target)), markup=False, highlight=False)
+    lines = summary.lines + [f"left out: {why}" for why in summary.left_out]
+    lines.append(
+        "next: [bold]make test[/], [bold]python -m cute_attn info[/], [bold]python -m cute_attn compile --help[/]"
+    )
+    console.print(Panel("\n".join(lines), title="summary", border_style="red" if summary.failed else "green"))
+    return 1 if summary.failed else 0
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def _attention(console: Console, summary: Summary) -> None:
+    """Every case on the best backend, its errors beside those of PyTorch in the same dtype."""
+    backend, why = machine.backend()
+    device, times = ("cuda", 8) if backend == "cute" else ("cpu", 1)
+    console.print(f"backend [bold]{backend}[/]: {why}", highlight=False)
+    cases = [(case, case.tensors(device, times)) for case in CASES]
+    if backend == "cute":
+        _compile_first(console, cases)
+    table = Table(caption="largest error against float64, inputs and outputs in bfloat16; the log-sum-exp is float32")
+    for column in ("case", "q", "k, v", "this", "PyTorch's SDPA", "plain PyTorch", "log-sum-exp", ""):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    right = 0
+    with torch.no_grad():
+        for case, (q, k, v) in cases:
+            cells, good = _compare(case, q, k, v)
+            table.add_row(case.name, _sizes(q), _sizes(v), *cells, "[green]right[/]" if good else "[red]WRONG[/]")
+            right += good
+    console.print(table)
+    summary.lines.append(f"attention on the {backend} backend: {right} of {len(CASES)} cases right ({why})")
+    summary.failed |= right < len(CASES)
+
+
+def _compile_first(console: Console, cases) -> None:
+    """Fill the cache for all cases at once rather than one after the other in their calls."""
+    rules = {"scale": None, "causal": False, "window": None, "softcap": 0.0}
+    problems = {problem_of(DTYPE, check_call(*qkv, **(rules | case.rules)), True): None for case, qkv in cases}
+    target = next(device.target for device in machine.devices() if device.target)
+    with console.status("compiling the kernels of these cases, once"):
+        outcomes = list(fill.fill([(problem, plan(problem, target)) for problem in problems], fill.processors()))
+    hits = sum(outcome.how == "hit" for outcome in outcomes)
+    console.print(f"{len(outcomes)} kernels: {hits} from the cache, {len(outcomes) - hits} compiled", highlight=False)
+
+
+def _compare(case: Case, q, k, v) -> tuple[list[str], bool]:
+    """The errors of one case, in words, and whether ours is allowed."""
+    visible = _visible(q, k, **case.rules)
+    true, true_lse = _eager(q.double(), k.double(), v.double(), visible, **case.rules)
+    out, lse = attention(q, k, v, return_lse=True, **case.rules)
+    plain, _ = _eager(q, k, v, visible, **case.rules)
+    ours, theirs = ((x.double() - true).abs().max().item() for x in (out, plain))
+    limit = TIMES_PLAIN * theirs + torch.finfo(DTYPE).eps / 2 * true.abs().max().item()
+    lse_error = (lse.double() - true_lse).abs().max().item()
+    sdpa = "has no softcap"
+    if not case.rules.get("softcap"):
+        sdpa = f"{(_sdpa(q, k, v, visible, case).double() - true).abs().max().item():.1e}"
+    return [f"{ours:.1e}", sdpa, f"{theirs:.1e}", f"{lse_error:.1e}"], ours <= limit and math.isfinite(lse_error)
+
+
+def _visible(q, k, causal=False, window=(None, None), softcap=0.0) -> torch.Tensor:
+    """Which keys each query sees: bool, ``(seqlen_q, seqlen_k)``; the last query is aligned with the last key."""
+    left, right = window
+    right = 0 if causal else right
+    distance = torch.arange(k.shape[1], device=q.device) - torch.arange(q.shape[1], device=q.device)[:, None]
+    distance = distance - (k.shape[1] - q.shape[1])
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if left is not None:
+        visible &= distance >= -left
+    return visible if right is None else visible & (distance <= right)
+
+
+def _eager(q, k, v, visible, causal=False, window=None, softcap=0.0):
+    """Attention as one writes it down, every step in the inputs' dtype: in float64 it is the oracle."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -math.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+
+def _sdpa(q, k, v, visible, case: Case) -> torch.Tensor:
+    mask = visible if case.rules else None
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def _sizes(x: torch.Tensor) -> str:
+    return "×".join(map(str, x.shape))
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+
+def _start_compiling(pool: Executor, summary: Summary) -> dict[str, Future]:
+    """Start the two cross-compilations, if this machine has what they need."""
+    try:
+        if machine.missing():
+            raise NotImplementedError(f"{', '.join(machine.missing())} not installed; they exist for Linux only")
+        cubin.tools()
+    except NotImplementedError as error:
+        summary.left_out.append(f"what the compiler makes of the kernels: {error}")
+        return {}
+    return {name: pool.submit(_inspect, SHOWN, plan(SHOWN, target)) for name, target in TARGETS.items()}
+
+
+def _inspect(problem: Problem, config: Config) -> tuple[cubin.Compiled, float]:
+    began = time.monotonic()
+    return cubin.inspect(problem, config), time.monotonic() - began
+
+
+def _compiled(console: Console, summary: Summary, kernels: dict[str, Future]) -> None:
+    """A table with a column for each kernel."""
+    columns = {}
+    for name, future in kernels.items():
+        try:
+            with console.status(f"compiling the {name} kernel"):
+                compiled, seconds = future.result()
+        except Exception as error:  # the demo goes on: whatever stopped this kernel stands in the summary
+            summary.failed = True
+            summary.lines.append(f"the {name} kernel did not compile: {type(error).__name__}: {error}")
+            continue
+        config = plan(SHOWN, TARGETS[name])
+        columns[name] = _facts(config, compiled) | {"compiled in": f"{seconds:.1f} s"}
+        spills = compiled.spill_stores + compiled.spill_loads
+        summary.lines.append(
+            f"{name} kernel: {compiled.registers} registers a thread at launch, {spills or 'no'} spill instructions, "
+            f"{compiled.hgmma + compiled.hmma} tensor-core instructions"
+        )
+    if not columns:
+        console.print("left out: see the summary")
+        return
+    table = Table(caption="bfloat16, head dim 128, causal, with the log-sum-exp; compiled without a GPU")
+    table.add_column("")
+    for name in columns:
+        table.add_column(f"{name} ({TARGETS[name]})")
+    for row in next(iter(columns.values())):
+        table.add_row(row, *(facts[row] for facts in columns.values()))
+    console.print(table)
+
+
+def _facts(config: Config, compiled: cubin.Compiled) -> dict[str, str]:
+    """The rows of the table for one kernel."""
+    specialised = config.mma_registers > 0
+    parts = {name: size for name, size in family(config).smem_parts(config).items() if size}
+    tensor_core = {name: n for name, n in compiled.instructions.items() if name.startswith(("HGMMA", "HMMA"))}
+    count: Callable[[str], int] = compiled.count
+    return {
+        "mechanism": config.mechanism,
+        "tile": f"{config.tile_m} queries × {config.tile_n} keys",
+        "threads": f"{config.threads}: {config.mma_warps} warps compute"
+        + (f", {config.threads // 32 - config.mma_warps} copy" if specialised else " and copy"),
+        "pipeline": f"{config.stages} stages of K and of V",
+        "registers a thread": f"{compiled.registers} at launch"
+        + (f"; then {config.mma_registers} to compute, {config.copy_registers} to copy" if specialised else ""),
+        "spills": f"{compiled.spill_stores} stores, {compiled.spill_loads} loads; stack of {compiled.stack_bytes} B",
+        "shared memory": f"{family(config).smem_bytes(config) / KIB:.1f} KiB: "
+        + ", ".join(f"{name} {size / KIB:.1f}" for name, size in parts.items() if size >= KIB),
+        "tensor cores": "\n".join(f"{n} × {name}" for name, n in tensor_core.items()) or "none",
+        "copies in": f"{count('UTMALDG')} TMA loads" if count("UTMALDG") else f"{count('LDGSTS')} cp.async",
+        "copies out": f"{count('UTMASTG')} TMA stores" if count("UTMASTG") else f"{count('STG')} stores",
+        "shared → registers": f"{count('LDSM')} ldmatrix" if count("LDSM") else "none: read by the tensor cores",
+        "exponentials": f"{compiled.instructions.get('MUFU.EX2', 0)} MUFU.EX2",
+        "instructions": f"{compiled.size}",
+    }
+
+
+def _picture(console: Console, summary: Summary) -> None:
+    config = plan(SHOWN, TARGETS["Hopper"])
+    try:
+        console.print(draw.picture("K", config))
+        console.print(draw.legend())
+        console.print("a cell is 16 bytes: 8 elements of a row; the number is the first of its 4 banks", style="dim")
+    except NotImplementedError as error:
+        summary.left_out.append(f"the picture of a layout: {error}")
+        console.print("left out: see the summary")

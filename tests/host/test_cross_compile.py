@@ -1,0 +1,307 @@
+"""Every GPU × mechanism × row of its table, compiled to machine code without that GPU, and what the code must show: no more
+registers than a thread has, nothing spilled that is not accounted for below, the tensor cores' instructions, and products
+that run while the softmax does.
+
+Kernels are compiled by a pool of processes, since the DSL compiles one at a time, and only those that the tests of this run
+ask for.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from cute_attn import cubin, layouts
+from cute_attn.compile import compile_only
+from cute_attn.layouts.base import Config
+from cute_attn.plan import plan
+from cute_attn.problem import Problem
+
+RULES = {
+    "full": Problem("bfloat16", 0, 0),
+    "causal": Problem("bfloat16", 0, 0, bounded_right=True, return_lse=True),
+    # Three copies of the loop over key tiles, two of which mask, and a tanh for each score.
+    "all rules": Problem("bfloat16", 0, 0, bounded_left=True, bounded_right=True, softcap=True, return_lse=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile."""
+
+    target: str
+    mechanism: str
+    head_dim: int
+    head_dim_v: int
+    rules: str
+    dtype: str = "bfloat16"
+
+    @property
+    def problem(self) -> Problem:
+        asked = RULES[self.rules]
+        flags = asked.bounded_left, asked.bounded_right, asked.softcap, asked.return_lse
+        return Problem(self.dtype, self.head_dim, self.head_dim_v, *flags)
+
+    @property
+    def config(self) -> Config:
+        return plan(self.problem, self.target, self.mechanism)
+
+    @property
+    def row(self) -> tuple[str, str, int]:
+        """The row of the GPU's table: rows are keyed by the wider of the two padded head dims."""
+        return self.target, self.mechanism, max(self.config.tile_d, self.config.tile_dv)
+
+    def __str__(self) -> str:
+        dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}-{self.head_dim_v}"
+        return f"{self.target}-{self.mechanism}-{dims}-{self.rules.replace(' ', '_')}"
+
+
+@lru_cache(maxsize=1)
+def rows() -> dict[tuple[str, str, int], int]:
+    """Every row of every table, and the widest head dim it serves."""
+    found = {}
+    for target in layouts.known_targets():
+        for mechanism in layouts.for_target(target).MECHANISMS:
+            for d in range(8, 257, 8):
+                case = Case(target, mechanism, d, d, "full")
+                found[case.row] = d
+    return found
+
+
+CASES = [
+    *(Case(target, mechanism, d, d, "all rules") for (target, mechanism, _), d in rows().items()),
+    *(Case(target, mechanism, d, d, "full") for (target, mechanism, _), d in rows().items() if target == "sm_90a"),
+    # sm_89's table is sm_86's.
+    *(Case(target, mechanism, d, d, "causal") for (target, mechanism, _), d in rows().items() if target == "sm_89"),
+    *(
+        Case(target, mechanism, d, d, "causal")
+        for (target, mechanism, _), d in rows().items()
+        if mechanism == "tma_wgmma"
+    ),
+    # Head dims that are no tiles, and differ: padding in shared memory, predicated copies.
+    Case("sm_90a", "tma_wgmma", 40, 104, "all rules"),
+    Case("sm_90a", "cp_async", 104, 40, "causal", "float16"),
+]
+
+# Kernels that may spill: at most so many bytes a thread, and why they are shipped all the same.
+EXCEPTIONS: dict[str, tuple[int, str]] = {}
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+wgmma_cases = pytest.mark.parametrize("case", [c for c in CASES if c.mechanism == "tma_wgmma"], ids=str)
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
+
+
+class Kernel(NamedTuple):
+    """What became of a case."""
+
+    code: cubin.Compiled
+    sass: str
+    smem_bytes: int  # what the kernel allocates of shared memory, alignment included
+
+
+def compile_case(case: Case) -> Kernel:
+    """Compile and disassemble one kernel, in a process of the pool."""
+    from cutlass.memory import SmemAllocator
+
+    end, allocate = 0, SmemAllocator._smem_alloca
+
+    def counting(self, layout, dtype, byte_alignment, *args, **kwargs):
+        nonlocal end
+        from cutlass import cute
+
+        end = -(-end // byte_alignment) * byte_alignment + cute.cosize(layout) * dtype.width // 8
+        return allocate(self, layout, dtype, byte_alignment, *args, **kwargs)
+
+    SmemAllocator._smem_alloca = counting
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            compile_only(case.problem, case.config, f"--keep-cubin --dump-dir={folder}")
+            (code,) = Path(folder).glob("*.cubin")
+            resources, sass = disassemble("--dump-resource-usage", code), disassemble("-sass", code)
+    finally:
+        SmemAllocator._smem_alloca = allocate
+    return Kernel(cubin.parse(resources, sass), sass, end)
+
+
+def disassemble(option: str, code: Path) -> str:
+    cuobjdump, nvdisasm = cubin.tools()
+    environment = {**os.environ, "PATH": f"{nvdisasm.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return subprocess.run(
+        [str(cuobjdump), option, str(code)], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture(scope="session")
+def kernels(request) -> Iterator[dict[Case, Future]]:
+    """The kernels of all tests of this run, on their way."""
+    pytest.importorskip("cutlass")
+    asked = [item.callspec.params["case"] for item in request.session.items if "kernel" in item.fixturenames]
+    workers = min(8, os.cpu_count() or 1)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield {case: pool.submit(compile_case, case) for case in dict.fromkeys(asked)}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def kernel(case: Case, kernels) -> Kernel:
+    return kernels[case].result()
+
+
+# ---- what is compiled ----------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_every_table_is_compiled():
+    assert {case.row for case in CASES if case.rules == "all rules"} == set(rows())
+    assert {case.row for case in CASES if case.rules == "full"} == {row for row in rows() if row[0] == "sm_90a"}
+    assert len(set(map(str, CASES))) == len(CASES)
+
+
+def test_every_exception_is_a_case_and_has_a_reason():
+    assert set(EXCEPTIONS) <= set(map(str, CASES))
+    assert all(limit > 0 and reason for limit, reason in EXCEPTIONS.values())
+
+
+# ---- registers and shared memory -----------------------------------------------------------------------------------
+
+
+@every_case
+def test_registers(case: Case, kernel: Kernel):
+    """As many blocks as the config promises fit a multiprocessor's 65,536 registers, which come 8 a thread at a time."""
+    a_thread = -(-kernel.code.registers // 8) * 8
+    assert 0 < kernel.code.registers <= 255
+    assert a_thread * case.config.threads * case.config.blocks_per_multiprocessor <= 65536
+
+
+@every_case
+def test_spills(case: Case, kernel: Kernel):
+    """None, or as many as an exception allows; an exception that is no longer needed goes."""
+    limit, _ = EXCEPTIONS.get(str(case), (0, ""))
+    code = kernel.code
+    spilled = f"{case} spills {code.stack_bytes} bytes ({code.spill_stores} stores, {code.spill_loads} loads)"
+    assert code.stack_bytes + code.local_bytes <= limit, f"{spilled}; {limit} are allowed"
+    if limit == 0:
+        assert (code.spill_stores, code.spill_loads) == (0, 0), spilled
+    else:
+        assert code.stack_bytes > 0, f"{spilled}: drop it from EXCEPTIONS"
+
+
+@every_case
+def test_shared_memory(case: Case, kernel: Kernel):
+    """The kernel allocates what the plan counted, but for padding."""
+    family, config = layouts.family(case.config), case.config
+    assert sum(family.smem_parts(config).values()) <= kernel.smem_bytes <= family.smem_bytes(config)
+    assert kernel.code.static_smem_bytes <= 1024  # what CUDA takes for itself, on GPUs where it is counted here
+
+
+# ---- instructions --------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_instructions(case: Case, kernel: Kernel):
+    """The tensor cores' and the copies' are the mechanism's own."""
+    count, config = kernel.code.count, case.config
+    if case.mechanism == "tma_wgmma":
+        assert count("HGMMA") > 0
+        assert count("HMMA") == 0
+        assert count("UTMALDG") >= 3  # Q, K and V
+        assert count("UTMASTG") >= 1
+        assert count("LDGSTS") == 0
+        # setmaxnreg: what the plan gives, and no more than it counts on.
+        given = {int(registers, 16) for registers in re.findall(r"USETMAXREG\S*\s+(0x[0-9a-f]+)", kernel.sass)}
+        assert given == {config.mma_registers, config.copy_registers}
+    else:
+        assert count("HMMA") > 0
+        assert count("HGMMA") == 0
+        assert count("LDSM") > 0
+        assert count("LDGSTS") > 0
+        # Each product of a tile, in every copy of the loop: the first tile's, whole ones, and one for each edge.
+        steps = 2 + case.problem.bounded_left + case.problem.bounded_right
+        products = config.tile_m * config.tile_n * (config.tile_d + config.tile_dv) // (16 * 8 * 16) // config.mma_warps
+        assert count("HMMA") % products == 0
+        assert count("HMMA") <= steps * products
+
+
+# ---- overlap -------------------------------------------------------------------------------------------------------
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
+WAIT = re.compile(r"gsb0, 0x([0-9a-f]+)")
+
+
+class Stretch(NamedTuple):
+    """The instructions up to a wait for warpgroup MMAs, and how many groups of them may then still be running."""
+
+    instructions: list[str]
+    running: int
+
+    def count(self, name: str) -> int:
+        return sum(instruction.startswith(name) for instruction in self.instructions)
+
+
+def stretches(sass: str) -> list[Stretch]:
+    """The code cut at its waits. ptxas keeps each step of the loop in one piece, so the order of the text is enough."""
+    found, since = [], []
+    for instruction, operands in INSTRUCTION.findall(sass):
+        if instruction.startswith("WARPGROUP.DEPBAR"):
+            wait = WAIT.search(operands)
+            assert wait, operands
+            found.append(Stretch(since, int(wait[1], 16)))
+            since = []
+        since.append(instruction)
+    return found
+
+
+def test_stretches():
+    """On five lines of code."""
+    sass = """
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;   /* 0x01 */
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;                        /* 0x02 */
+        /*0030*/              @!P0 FMNMX R1, R2, R3, !PT ;                                /* 0x03 */
+        /*0040*/                   MUFU.EX2 R4, R4 ;                                      /* 0x04 */
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;                        /* 0x05 */
+    """
+    one, two = stretches(sass)
+    assert (one.running, one.count("HGMMA")) == (1, 1)
+    assert (two.running, two.count("FMNMX"), two.count("MUFU.EX2"), two.count("HGMMA")) == (0, 1, 1, 0)
+
+
+@wgmma_cases
+def test_products_are_not_serialised(case: Case, kernel: Kernel):
+    """Where ptxas can't prove that registers are left alone while warpgroup MMAs run, it waits after each of them."""
+    waits = [stretch.running for stretch in stretches(kernel.sass)]
+    steps = waits.count(1)
+    assert steps >= 1 + case.problem.bounded_left + case.problem.bounded_right
+    # One wait for S and one for O in each copy of the loop; one for S before it, one for O after it.
+    assert len(waits) <= 2 * steps + 2
+    assert len(waits) < kernel.code.hgmma / 2
+
+
+@wgmma_cases
+def test_softmax_overlaps_the_products(case: Case, kernel: Kernel):
+    """In every copy of the loop: Q·Kᵀ of this tile and P·V of the last are both issued before the wait for S; then, while
+    P·V may still run, comes work on the scores, and no product. How much of it ptxas puts there is its choice; that it puts
+    at least the row maxima of half the scores there (or, under a softcap, the tanhs of all) tells overlap from none."""
+    config, found = case.config, stretches(kernel.sass)
+    both = config.tile_d // 16 + config.tile_n // 16
+    scores = config.tile_n // 2  # a thread has
+    steps = [(before, after) for before, after in zip(found, found[1:], strict=False) if before.running == 1]
+    assert steps
+    for before, after in steps:
+        assert before.count("HGMMA") == both
+        assert after.running == 0
+        assert after.count("HGMMA") == 0
+        assert after.count("FMNMX") + after.count("MUFU.EX2") >= (scores if case.problem.softcap else scores // 2)
