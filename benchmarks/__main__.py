@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks {attention,show,peers} --help``."""
+"""The command line: ``python -m benchmarks {attention,parts,show,peers,docs} --help``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import anchors as anchors_
 from benchmarks import compare as compare_
+from benchmarks import documents, report
 from benchmarks import peers as peers_
 from benchmarks import plot as plot_
-from benchmarks import report
 from benchmarks.cases import DIRECTIONS, DTYPE_BYTES, GRIDS, HOST_CASE, Case, Grid, length
+from benchmarks.parts import command as parts
 from benchmarks.results import KINDS, RATES, Record
 from benchmarks.settings import Crew, Settings
 from benchmarks.supervise import Supervisor, WorkerError
@@ -152,7 +153,14 @@ def peers(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-COMMANDS = {"attention": measure, "show": show, "peers": peers}
+def docs(options: argparse.Namespace, console: Console) -> int:
+    """``docs``: write the figures in the documents anew from the result files."""
+    for name in documents.write_all() or ["nothing: the documents hold what the files say"]:
+        console.print(f"wrote {name}", markup=False)
+    return 0
+
+
+COMMANDS = {"attention": measure, "show": show, "peers": peers, "parts": parts.run, "docs": docs}
 
 
 def _show(record: Record, old: Record | None, recorded: Any, options: argparse.Namespace, console: Console) -> int:
@@ -248,6 +256,9 @@ def _parser() -> argparse.ArgumentParser:
 
     peers = commands.add_parser("peers", help="who can take part on this machine, and who can't, and why")
     peers.add_argument("--peers-from", nargs="+", default=[], metavar="MODULE", help="modules that register more peers")
+
+    parts.add_parser(commands)
+    commands.add_parser("docs", help="write the figures in README.md and docs/ anew from benchmarks/results; needs no GPU")
     return parser
 
 

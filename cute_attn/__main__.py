@@ -53,9 +53,7 @@ def info(options: argparse.Namespace, console: Console) -> int:
         table.add_row(name, f"{version or 'not installed'} [dim]({machine.PACKAGES[name]})[/]")
     devices = machine.devices()
     for index, device in enumerate(devices):
-        serves = (
-            f"{device.target}, {device.module}, {' or '.join(device.mechanisms)}" if device.target else device.why_not
-        )
+        serves = f"{device.target}, {device.module}, {' or '.join(device.mechanisms)}" if device.target else device.why_not
         capability = ".".join(map(str, device.capability))
         table.add_row(
             f"GPU {index}", f"{device.name}, {device.memory_bytes / 2**30:.0f} GiB, capability {capability}: {serves}"
@@ -65,9 +63,7 @@ def info(options: argparse.Namespace, console: Console) -> int:
     kernels, size = machine.cache_entries()
     table.add_row("cache", f"{cache_dir()}: {kernels} kernels, {size / 2**20:.1f} MiB")
     linker = next((tool for tool in ("cc", "gcc", "clang") if shutil.which(tool)), None)
-    table.add_row(
-        "linker", linker or "none of cc, gcc, clang: kernels are kept as objects, and loading one imports the DSL"
-    )
+    table.add_row("linker", linker or "none of cc, gcc, clang: kernels are kept as objects, and loading one imports the DSL")
     name, why = machine.backend()
     table.add_row("backend", f"[bold green]{name}[/]: {why}")
     if name == "cute":
@@ -123,9 +119,7 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
     lse = (False, True) if options.lse is None else (options.lse,)
     rules = (options.window_left, options.causal or options.window_right, options.softcap)
     if options.all and any(rules):
-        raise ValueError(
-            "--all is every combination of rules: leave out --causal, --window-left, --window-right, --softcap"
-        )
+        raise ValueError("--all is every combination of rules: leave out --causal, --window-left, --window-right, --softcap")
     found = []
     for dtype in options.dtype:
         for head_dim in options.head_dim:

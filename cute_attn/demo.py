@@ -88,9 +88,7 @@ def run(console: Console) -> int:
         console.print(f"[bold]{name}[/]")
         console.print(explain(SHOWN, plan(SHOWN, target)), markup=False, highlight=False)
     lines = summary.lines + [f"left out: {why}" for why in summary.left_out]
-    lines.append(
-        "next: [bold]make test[/], [bold]python -m cute_attn info[/], [bold]python -m cute_attn compile --help[/]"
-    )
+    lines.append("next: [bold]make test[/], [bold]python -m cute_attn info[/], [bold]python -m cute_attn compile --help[/]")
     console.print(Panel("\n".join(lines), title="summary", border_style="red" if summary.failed else "green"))
     return 1 if summary.failed else 0
 
@@ -101,7 +99,7 @@ def run(console: Console) -> int:
 def _attention(console: Console, summary: Summary) -> None:
     """Every case on the best backend, its errors beside those of PyTorch in the same dtype."""
     backend, why = machine.backend()
-    device, times = ("cuda", 8) if backend == "cute" else ("cpu", 1)
+    device, times = (f"cuda:{_gpu()[0]}", 8) if backend == "cute" else ("cpu", 1)
     console.print(f"backend [bold]{backend}[/]: {why}", highlight=False)
     cases = [(case, case.tensors(device, times)) for case in CASES]
     if backend == "cute":
@@ -120,11 +118,16 @@ def _attention(console: Console, summary: Summary) -> None:
     summary.failed |= right < len(CASES)
 
 
+def _gpu() -> tuple[int, str]:
+    """The first GPU that there are kernels for: its index and target."""
+    return next((index, device.target) for index, device in enumerate(machine.devices()) if device.target)
+
+
 def _compile_first(console: Console, cases) -> None:
     """Fill the cache for all cases at once rather than one after the other in their calls."""
     rules = {"scale": None, "causal": False, "window": None, "softcap": 0.0}
     problems = {problem_of(DTYPE, check_call(*qkv, **(rules | case.rules)), True): None for case, qkv in cases}
-    target = next(device.target for device in machine.devices() if device.target)
+    _, target = _gpu()
     with console.status("compiling the kernels of these cases, once"):
         outcomes = list(fill.fill([(problem, plan(problem, target)) for problem in problems], fill.processors()))
     hits = sum(outcome.how == "hit" for outcome in outcomes)

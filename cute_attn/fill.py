@@ -50,9 +50,7 @@ def every(dtype: str, head_dim: int, head_dim_v: int, lse: tuple[bool, ...] = (F
     """Every combination of rules."""
     flags = (False, True)
     return [
-        Problem(dtype, head_dim, head_dim_v, *rules, asked)
-        for rules in itertools.product(flags, flags, flags)
-        for asked in lse
+        Problem(dtype, head_dim, head_dim_v, *rules, asked) for rules in itertools.product(flags, flags, flags) for asked in lse
     ]
 
 

@@ -67,8 +67,8 @@ def check(config: Config, gpu: Gpu) -> None:
     total = (config.mma_threads * config.mma_registers + copy_threads * config.copy_registers) * blocks
     if total > gpu.registers_per_multiprocessor:  # setmaxnreg would wait for ever
         raise ValueError(
-            f"{config.mechanism} gives {config.mma_threads} threads {config.mma_registers} registers and {copy_threads} threads "
-            f"{config.copy_registers}, {total} in all; {gpu.name} has {gpu.registers_per_multiprocessor}: "
+            f"{config.mechanism} gives {config.mma_threads} threads {config.mma_registers} registers and {copy_threads} "
+            f"threads {config.copy_registers}, {total} in all; {gpu.name} has {gpu.registers_per_multiprocessor}: "
             f"try fewer mma_registers in {table}"
         )
 
@@ -102,7 +102,7 @@ def explain(problem: Problem, config: Config) -> str:
         f"pipeline    {config.stages} tiles of K and of V in flight; {config.mma_warps} warps compute"
         + (", 4 more copy (2 busy)" if config.threads > config.mma_threads else " and copy")
         + (", taking turns on the tensor cores" if config.ping_pong else ""),
-        f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold the accumulators",
+        f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold accumulators",
         "shared      "
         + ", ".join(f"{name} {size / KIB:.1f}" for name, size in parts.items() if size >= KIB)
         + f" KiB: {family.smem_bytes(config) / KIB:.1f} with alignment"

@@ -121,11 +121,12 @@ def _operands(name: str | None) -> tuple[str, ...]:
 
 
 def _steps(title: str, rows) -> Table:
-    """Every step of a config."""
+    """Every step of a config. ``bytes`` are those of a thread's access to global memory, or of a row of a TMA box; ``a
+    request`` those of a warp's or of a whole box, in whole sectors."""
     table = Table(title=title, title_justify="left")
     for name in ("operand", "step", "instruction", "layout, map or box"):
         table.add_column(name, overflow="fold")
-    for name in ("bank accesses", "conflicts", "sectors asked", "needed", "holds"):
+    for name in ("bank accesses", "conflicts", "bytes", "a request", "sectors", "needed", "holds"):
         table.add_column(name, justify="right")
     last = None
     for row in rows:
@@ -139,6 +140,8 @@ def _steps(title: str, rows) -> Table:
             row.layout,
             str(banks.accesses) if banks else "",
             str(banks.conflicts) if banks else "",
+            str(sectors.access_bytes) if sectors else "",
+            f"{sectors.request_bytes:.0f}" if sectors else "",
             str(sectors.asked) if sectors else "",
             str(sectors.needed) if sectors else "",
             _verdict(len(row.findings)),
@@ -161,9 +164,7 @@ def _budget(config: Config) -> Table:
         share = f"{line.amount / line.limit:.0%}" if line.limit else ""
         style = "" if line.limit is None else "red" if line.amount > line.limit else "green"
         resource = line.resource if line.resource != last else ""
-        table.add_row(
-            resource, line.part, _amount(line.amount, line.unit), _amount(line.limit, line.unit), share, style=style
-        )
+        table.add_row(resource, line.part, _amount(line.amount, line.unit), _amount(line.limit, line.unit), share, style=style)
         last = line.resource
     return table
 

@@ -42,6 +42,7 @@ DESCRIPTOR_LIMIT = 1 << 18
 NAMED_BARRIERS = 16
 RESERVED_SMEM = KIB  # CUDA C++ programming guide: of each block's shared memory, for the system
 SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
+SOME = 512  # indices of a layout that the DSL's own function is asked for
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Sectors:
     @property
     def ratio(self) -> float:
         return self.asked / self.needed
+
+    @property
+    def request_bytes(self) -> float:
+        """What one instruction of a warp, or one box, brings on average: whole sectors."""
+        return self.asked * SECTOR_BYTES / self.instructions
 
 
 @dataclass(frozen=True)
@@ -254,18 +260,18 @@ def sectors(rows: np.ndarray, columns: np.ndarray, head_dim: int, pitch: int) ->
 
 
 def box_sectors(box: Box, shape: tuple[int, int], head_dim: int, pitch: int) -> Sectors:
-    """The same for TMA's boxes over an operand: each row of a box is read whole, up to ``head_dim``."""
-    wanted = min(shape[1], -(-head_dim // 8) * 8)
-    asked, boxes = 0, 0
-    needed: set[int] = set()
-    for first in range(0, wanted, box.columns):
-        boxes += shape[0] // box.rows
-        for row in range(shape[0]):
-            begin, end = (row * pitch + first) * BYTES, (row * pitch + min(first + box.columns, wanted)) * BYTES
-            touched = range(begin // SECTOR_BYTES, -(-end // SECTOR_BYTES))
-            asked += len(touched)
-            needed.update(touched)
-    return Sectors(boxes, asked, len(needed), box.columns * BYTES)
+    """The same for TMA's boxes over an operand, up to ``head_dim``. TMA moves row by row, so a sector that two rows
+    share is needed twice."""
+
+    def touched(row: int, first: int, end: int) -> int:
+        begin, end = (row * pitch + first) * BYTES, (row * pitch + end) * BYTES
+        return -(-end // SECTOR_BYTES) - begin // SECTOR_BYTES
+
+    wanted = min(shape[1], head_dim)
+    firsts, rows = range(0, wanted, box.columns), range(shape[0])
+    asked = sum(touched(row, first, min(first + box.columns, wanted)) for row in rows for first in firsts)
+    needed = sum(touched(row, 0, wanted) for row in rows)
+    return Sectors(len(firsts) * (shape[0] // box.rows), asked, needed, box.columns * BYTES)
 
 
 def sector_findings(where: str, counted: Sectors) -> list[Finding]:
@@ -461,7 +467,7 @@ def budget(config: Config, gpu: Gpu, family: ModuleType) -> list[Line]:
     lines.append(Line("shared memory", text, reserved, gpu.smem_per_multiprocessor, "bytes"))
 
     have = registers_per_thread(config, gpu)
-    lines.append(Line("registers", "S, P and O, a thread", family.accumulator_registers(config), have))
+    lines.append(Line("registers", "accumulators, a thread", family.accumulator_registers(config), have))
     if config.mma_registers:
         warpgroups, copying = config.mma_threads // 128, (config.threads - config.mma_threads) // 128
         lines.append(Line("registers", f"{warpgroups} computing warpgroups", warpgroups * 128 * config.mma_registers))
@@ -472,9 +478,7 @@ def budget(config: Config, gpu: Gpu, family: ModuleType) -> list[Line]:
         lines.append(Line("registers", "after setmaxnreg, a block", taken, launched))
     else:
         lines.append(Line("registers", f"{blocks * config.threads} threads", blocks * config.threads * have, None))
-        lines.append(
-            Line("registers", "a multiprocessor", blocks * config.threads * have, gpu.registers_per_multiprocessor)
-        )
+        lines.append(Line("registers", "a multiprocessor", blocks * config.threads * have, gpu.registers_per_multiprocessor))
     used = family.barriers(config)
     lines += [Line("barriers", name, number) for name, number in used.items()]
     lines.append(Line("barriers", "a block", sum(used.values()), NAMED_BARRIERS))
@@ -625,7 +629,7 @@ def _tensor_core_row(where: str, operand: str, layout: Layout, copies, config: C
 # ---- the host's layouts against the DSL's ----------------------------------------------------------------------------
 
 
-def against_dsl(configs: Sequence[Config], limit: int = 512) -> list[Finding]:
+def against_dsl(configs: Sequence[Config], limit: int = SOME) -> list[Finding]:
     """Trace every layout, thread-value map and tiled copy of the configs in the DSL, without a GPU, and compare.
 
     Shape, stride and swizzle of each traced object give every index on the host; the DSL itself is asked for
@@ -656,11 +660,14 @@ def against_dsl(configs: Sequence[Config], limit: int = 512) -> list[Finding]:
 def _compare(config: Config, family: ModuleType, limit: int, done: set) -> Iterator[Finding]:
     at = title(config)
     pairs = [(f"{at}, {name}", family.smem(name, config), family.smem_layout(name, config)) for name in OPERANDS]
+    trivial: set[Layout] = set()
     for role in ROLES:
         mma, traced = family.mma(role, config), family.tiled_mma(role, config)
         for name in "ABC":
             tv = getattr(traced, f"tv_layout_{name}_tiled")
             pairs.append((f"{at}, {name} of {role}", getattr(mma, name.lower()), tv))
+            if name in mma.from_shared:  # the same for all threads, and large
+                trivial.add(getattr(mma, name.lower()))
         tile = tuple(traced.get_tile_size(mode) for mode in range(3))
         if tile != mma.tile or tuple(traced.shape_mnk) != mma.shape:
             text = f"an MMA of {mma.shape} on {mma.tile} is {tuple(traced.shape_mnk)} on {tile} in the DSL"
@@ -677,7 +684,7 @@ def _compare(config: Config, family: ModuleType, limit: int, done: set) -> Itera
     for where, layout, traced in pairs:
         if (layout, str(traced)) not in done:
             done.add((layout, str(traced)))
-            yield from _compare_layout(where, layout, traced, limit)
+            yield from _compare_layout(where, layout, traced, min(limit, SOME) if layout in trivial else limit)
 
 
 def _compare_layout(where: str, layout: Layout, traced, limit: int) -> Iterator[Finding]:

@@ -36,20 +36,13 @@ def fill_registers(r: cute.Tensor, source: cute.Tensor, thread: Int32):
 
 
 @cute.jit
-def keep(r: cute.Tensor, sink: cute.Tensor, thread: Int32, threads: cutlass.Constexpr[int]):
-    """Write the sum of a fragment, so that whatever made it has to happen."""
+def keep(fragments: tuple, sink: cute.Tensor, thread: Int32, threads: cutlass.Constexpr[int]):
+    """Write the sum of some fragments, so that whatever made them has to happen."""
     total = Float32(0.0)
-    for i in cutlass.range_constexpr(cute.size(r)):
-        total += r[i].to(Float32)
+    for r in fragments:
+        for i in cutlass.range_constexpr(cute.size(r)):
+            total += r[i].to(Float32)
     sink[cute.arch.block_idx()[0] * threads + thread] = total
-
-
-@cute.jit
-def opaque(r: cute.Tensor):
-    """The same numbers as far as the compiler can tell not: what comes after can't be merged with what came before.
-    The moves are gone in the machine code."""
-    for i in cutlass.range_constexpr(cute.size(r)):
-        r[i] = cute.arch.inline_ptx("mov.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[r[i]])
 
 
 @cute.jit

@@ -1,8 +1,8 @@
 """Global → shared memory: plain loads, cp.async or TMA, K's tiles in the layout that a configuration ships.
 
 As many blocks as the GPU holds at once walk over the tiles of a tensor ``(rows, heads, head_dim)`` as attention has
-it, heads next to each other; every stage is kept in flight. Each tile is waited for and one element of it is read by each
-thread, as little as makes its arrival matter. Two sizes of tensor: one the L2 cache can't hold, one it can.
+it, heads next to each other; every stage is kept in flight. Each tile is waited for and one element of it is read by
+each thread, as little as makes its arrival matter. Two sizes of tensor: one the L2 cache can't hold, one it can.
 """
 
 from __future__ import annotations

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 import time
@@ -58,7 +56,7 @@ class Built:
     seconds: float = 0.0
     error: str | None = None
     registers: int | None = None
-    spilled_bytes: int | None = None
+    spills: int | None = None  # stores to and loads from local memory
     missing: tuple[str, ...] = ()  # expected instructions that no loop holds
 
     @property
@@ -74,7 +72,7 @@ def build(
     inspect: bool = False,
     watch: Callable[[Kernel, Built], None] = lambda kernel, built: None,
 ) -> dict[Kernel, Built]:
-    """Compile what ``folder`` doesn't hold yet, ``jobs`` at a time. A kernel that can't be compiled loses only itself."""
+    """Compile what ``folder`` doesn't hold yet, ``jobs`` at a time. One that can't be compiled loses only itself."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = list(dict.fromkeys(kernels))
     done: dict[Kernel, Built] = {}
@@ -118,7 +116,8 @@ def compile_one(kernel: Kernel, folder: Path, inspect: bool) -> Built:
             found = look_into(kernel, next(Path(scratch).glob("*.cubin"))) if inspect else {}
         return Built(str(path), time.monotonic() - began, **found)
     except Exception as error:
-        return Built("", time.monotonic() - began, error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Built("", time.monotonic() - began, error=reason[:300])
 
 
 def compile_kernel(kernel: Kernel, options: str = "") -> Any:
@@ -158,20 +157,42 @@ def _fingerprint() -> str:
 # ---- what the compiler made of it ----------------------------------------------------------------------------------
 
 
-def look_into(kernel: Kernel, cubin: Path) -> dict[str, Any]:
-    """Registers, spilled bytes and missing instructions; nothing where there is no cuobjdump to read them with."""
-    tool = cuobjdump()
-    if tool is None:
+def look_into(kernel: Kernel, code: Path) -> dict[str, Any]:
+    """Registers, spills and missing instructions of a cubin; nothing where there are no tools to read it with."""
+    from cute_attn import cubin
+
+    if not can_look():
         return {}
-    usage = _run(tool, "--dump-resource-usage", cubin)
-    code = _run(tool, "--dump-sass", cubin)
-    looped = instructions_in_loops(code)
-    # ptxas reports a frame for spills under STACK and for arrays it can't keep in registers under LOCAL.
+    found = cubin.read(code)
+    looped = instructions_in_loops(listing(code))
     return {
-        "registers": max(map(int, re.findall(r"REG:(\d+)", usage)), default=None),
-        "spilled_bytes": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
+        "registers": found.registers,
+        "spills": found.spill_stores + found.spill_loads,
         "missing": tuple(name for name in part_module(kernel).expects(kernel) if not any(map(_is(name), looped))),
     }
+
+
+def can_look() -> bool:
+    """Whether the tools that read machine code are installed."""
+    from cute_attn import cubin
+
+    try:
+        cubin.tools()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def listing(code: Path) -> str:
+    """The machine code of a cubin, as text."""
+    from cute_attn import cubin
+
+    tool, disassembler = cubin.tools()
+    path = os.pathsep.join([str(disassembler.parent), os.environ.get("PATH", "")])  # where cuobjdump looks for it
+    run = subprocess.run(
+        [str(tool), "-sass", str(code)], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+    )
+    return run.stdout
 
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
@@ -196,19 +217,3 @@ def instructions_in_loops(sass: str) -> list[str]:
 def _is(name: str) -> Callable[[str], bool]:
     """Whether an instruction is ``name``, with or without modifiers: ``MUFU.EX2`` is found as ``MUFU.EX2.F16`` too."""
     return lambda instruction: instruction == name or instruction.startswith(name + ".")
-
-
-def cuobjdump() -> str | None:
-    """From the path, or from the package nvidia-cuda-cuobjdump."""
-    if found := shutil.which("cuobjdump"):
-        return found
-    spec = importlib.util.find_spec("nvidia")
-    for place in spec.submodule_search_locations or () if spec else ():
-        for tool in Path(place).glob("*/bin/cuobjdump"):
-            return str(tool)
-    return None
-
-
-def _run(tool: str, option: str, cubin: Path) -> str:
-    environment = {**os.environ, "PATH": f"{Path(tool).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    return subprocess.run([tool, option, str(cubin)], capture_output=True, text=True, check=True, env=environment).stdout

@@ -1,5 +1,9 @@
 """Launches: what one costs the host, and what an empty kernel costs the device.
 
+Host: the calls that queue a memset of one byte through cuda-python (the least there is to queue), an empty kernel, and
+a forward kernel on small tensors. Device: a row of empty kernels in a CUDA graph, of one warp each, and with a
+configuration's blocks, threads and shared memory.
+
 ``how`` ``clock`` is no launch but the clock reader: a thread that counts SM clocks while the global timer runs.
 """
 
@@ -7,13 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import cutlass
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute import runtime
 
 from benchmarks.parts.common import fake_vector
 from cute_attn import layouts
 
+HOST = "host"
 PER_GRAPH = 200  # empty kernels in a row, launched by a CUDA graph so that the host isn't what is timed
 SPIN_NS = 100_000
 
@@ -46,7 +50,9 @@ def function(kernel) -> tuple[Any, tuple]:
 
 
 def prepare(probe, compiled, device) -> tuple[Any, dict[str, float]]:
-    """``size`` ``host``: one call. ``device``: a graph of many."""
+    """``size`` ``host``: one call. ``device``: a graph of many. Without a kernel: the least that can be queued."""
+    if probe.kernel is None:
+        return device.memset(), {"launch": 1}
     config = probe.kernel.config
     blocks = 1 if probe.kernel.how == "one warp" else device.sm_count * config.blocks_per_multiprocessor
     sink = device.sink(32)
@@ -54,7 +60,7 @@ def prepare(probe, compiled, device) -> tuple[Any, dict[str, float]]:
     def call() -> None:
         compiled(sink, blocks, device.stream())
 
-    if probe.size == "host":
+    if probe.size == HOST:
         return call, {"launch": 1}
     return device.graph_of(call, PER_GRAPH), {"launch": PER_GRAPH}
 

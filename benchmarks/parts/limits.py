@@ -33,7 +33,7 @@ UNITS = {"tensor": "TFLOP/s", "exp": "exp/clk/SM", "copy": "TB/s", "l2": "TB/s",
 
 @dataclass(frozen=True)
 class Limits:
-    """What the floors are computed from. ``tensor_flop_per_clock`` is all SMs' together; ``None`` where it isn't known."""
+    """What the floors are computed from; ``None`` where it isn't known. ``tensor_flop_per_clock`` is of all SMs."""
 
     sm_count: int
     tensor_flop_per_clock: float | None
@@ -50,7 +50,7 @@ class Limits:
         return self.copy_bytes_per_s if kind == "copy" else None
 
     def floor(self, work: Mapping[str, float], hz: float) -> tuple[float, str] | None:
-        """``(seconds, kind)``: the longest floor of the work's kinds, and whose it is; ``None`` if no limit is known."""
+        """``(seconds, kind)``: the longest floor of the work's kinds, and whose it is; ``None`` without any limit."""
         floors = [(amount / rate, kind) for kind, amount in work.items() if (rate := self.rate(kind, hz))]
         return max(floors) if floors else None
 
@@ -81,11 +81,11 @@ def assess(
         limit = None if beside is None else beside * 1e6
         ratio = None if beside is None else beside / each
         return Assessment(UNITS[kind], each * 1e6, limit, ratio, ABOUT[kind] if beside is not None else "")
-    known = work if hz else {kind: amount for kind, amount in work.items() if kind == "copy"}
-    floor = limits.floor(known, hz or 0.0)
-    if kind == "exp" and not hz:  # exponentials a clock mean nothing without the clock
-        return Assessment("exp/s", amount / seconds, None, None, "")
-    scale = limits.scale(kind, hz or 0.0)
+    if not hz and kind != "copy":
+        scale = 1e12
+        return Assessment("Texp/s" if kind == "exp" else UNITS[kind], amount / seconds / scale, None, None, "")
+    floor = limits.floor(work, hz or 1.0)
+    scale = limits.scale(kind, hz or 1.0)
     if floor is None:
         return Assessment(UNITS[kind], amount / seconds / scale, None, None, "")
     limit = amount / floor[0] / scale

@@ -107,7 +107,7 @@ class Wgmma:
             warpgroup.commit_group()
             warpgroup.wait_group(1)
         warpgroup.wait_group(0)
-        keep(acc, sink, thread, threads)
+        keep((acc,), sink, thread, threads)
 
     def _tensor(self, smem, name: str) -> cute.Tensor:
         layout = self.lay.smem_layout(name, self.config)
@@ -168,7 +168,7 @@ class MmaSyncShared(_MmaSync):
                     cute.copy(copy_a, from_a[None, None, k], into_a[None, None, k])
                 cute.copy(copy_b, from_b[None, None, k, slot], into_b[None, None, k])
                 cute.gemm(mma, acc, rA[None, None, k], rB[None, None, k], acc)
-        keep(acc, sink, thread, config.mma_threads)
+        keep((acc,), sink, thread, config.mma_threads)
 
 
 class MmaSyncRegisters(_MmaSync):
@@ -186,4 +186,4 @@ class MmaSyncRegisters(_MmaSync):
         for _ in cutlass.range(tiles, unroll=1):
             for _ in cutlass.range_constexpr(cute.size(rB, mode=[2])):
                 cute.gemm(mma, acc, rA[None, None, 0], rB[None, None, 0], acc)
-        keep(acc, sink, thread, self.config.mma_threads)
+        keep((acc,), sink, thread, self.config.mma_threads)

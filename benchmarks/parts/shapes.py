@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.cases import DTYPE_BYTES, Case, Grid
@@ -87,18 +87,15 @@ def loaded_bytes(case: Case, config: Config) -> int:
 
 def work(case: Case, config: Config) -> dict[str, float]:
     """A call's work by kind. FLOPs and exponentials as the field counts them (a causal square is half of a full one);
-    bytes from L2 as the tiles are loaded; bytes of device memory each once."""
+    bytes from L2 as the tiles are loaded; bytes ``in`` from and ``out`` to device memory each once."""
     return {
         "tensor": flops(case),
         "exp": case.batch * case.heads * pairs(case),
         "l2": loaded_bytes(case, config),
-        "copy": bytes_moved(case),
+        "in": bytes_moved(case) - output_bytes(case),
+        "out": output_bytes(case),
     }
 
 
 def output_bytes(case: Case) -> int:
     return case.batch * case.seqlen_q * case.heads * case.head_dim_v * DTYPE_BYTES[case.dtype]
-
-
-def with_batch(case: Case, batch: int) -> Case:
-    return replace(case, batch=batch)

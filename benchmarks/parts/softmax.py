@@ -23,7 +23,7 @@ ROWS_PER_THREAD = {"tma_wgmma": lambda config: 2, "cp_async": lambda config: con
 
 
 def expects(kernel) -> tuple[str, ...]:
-    return {"exp2": ("MUFU.EX2",), "step": ("MUFU.EX2", "FADD"), "step, rescale": ("MUFU.EX2", "FADD", "FMUL")}[kernel.how]
+    return ("MUFU.EX2",) if kernel.how == "exp2" else ("MUFU.EX2", "FADD", "FMNMX")
 
 
 def function(kernel) -> tuple[Any, tuple]:
@@ -79,18 +79,14 @@ class Steps:
             for _ in cutlass.range(steps, unroll=1):
                 softmax.step(scores, rescale)
                 scale_rows(acc_O, rescale)
-            keep(acc_O, sink, thread, config.mma_threads)
+            keep((acc_O, scores, softmax.row_sum), sink, thread, config.mma_threads)
         else:
             for _ in cutlass.range(steps, unroll=1):
                 if cutlass.const_expr(self.how == "step"):
                     softmax.step(scores, rescale)
                 else:
                     scores.store(cute.math.exp2(scores.load() * Float32(-SCALE_LOG2), fastmath=True))
-        for r in cutlass.range_constexpr(cute.size(rescale)):
-            scores[r, 0] = scores[r, 0] + softmax.row_sum[r]
-        if cutlass.const_expr(self.how == "step, rescale"):
-            scores[0] = scores[0] + acc_O[0]
-        keep(scores, sink, thread, config.mma_threads)
+            keep((scores, softmax.row_sum), sink, thread, config.mma_threads)
 
     def _fragment(self, role: str, columns: int) -> cute.Tensor:
         mma = self.lay.tiled_mma(role, self.config)

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 class Stages:
     """How often each stage is done: 0, 1, or 2. The loop over key tiles, its barriers and its turns always stay."""
 
-    loads: int = 1  # Q, K and V to shared memory; 0: the products read what lies there, the barriers aren't waited for
+    loads: int = 1  # Q, K and V to shared memory; 0: the products read what lies there, without waiting for it
     products: int = 1  # Q·Kᵀ and P·V; 0: P of one tile serves as the scores of the next
-    softmax: int = 1  # rules, online-softmax step and the rescale of O; 0: scores are rounded and multiplied as they are
+    softmax: int = 1  # rules, online-softmax step, rescale of O; 0: scores are rounded and multiplied as they are
     epilogue: int = 1  # O to global memory
 
     def work(self, whole: Mapping[str, float]) -> dict[str, float]:
-        """What a variant has to do of a whole call's work, the kind that its rate is given in first."""
+        """A variant's share of a whole call's work (``shapes.work``), the kind that its rate is given in first."""
         counts = {
             "tensor": self.products * whole["tensor"],
             "exp": self.softmax * whole["exp"],
             "l2": self.loads * whole["l2"],
-            "copy": self.loads * self.epilogue * whole["copy"],
+            "copy": self.loads * whole["in"] + self.epilogue * whole["out"],
         }
         return {kind: amount for kind, amount in counts.items() if amount}
 

@@ -7,13 +7,13 @@ wrong on purpose; what is computed is still random numbers in the ranges of atte
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.parts import shapes
+from benchmarks.parts.launch import HOST
 from benchmarks.parts.stages import VARIANTS, Stages
 from cute_attn import forward, rules
-
-SCALE = 0.125
 
 
 def expects(kernel) -> tuple[str, ...]:
@@ -37,22 +37,31 @@ def function(kernel) -> tuple[Any, tuple]:
 
 def staged(kernel, stages: Stages) -> tuple[Any, tuple]:
     """The forward pass's host function around a mainloop of ``stages``, and its usual stand-ins."""
-    module = importlib.import_module(f"benchmarks.parts.whole_{kernel.config.mechanism}")
-    mainloop = module.Staged(kernel.problem, kernel.config, stages)
+    mainloop = None  # the mechanism's own
+    if stages != Stages():
+        module = importlib.import_module(f"benchmarks.parts.whole_{kernel.config.mechanism}")
+        mainloop = module.Staged(kernel.problem, kernel.config, stages)
     return forward.host_function(kernel.problem, kernel.config, mainloop), forward.fake_arguments(kernel.problem)
 
 
 def prepare(probe, compiled, device) -> tuple[Any, dict[str, float]]:
-    """One call of a case of the attention benchmark."""
-    config, case = probe.kernel.config, probe.shape.case(probe.seqlen)
+    """One call of a case of the attention benchmark; as a launch, one on tensors so small that the host counts."""
+    config = probe.kernel.config
+    if probe.size == HOST:
+        return launcher(compiled, config, _small(probe.shape.case()), device), {"launch": 1}
+    case = probe.shape.case(probe.seqlen)
     call = launcher(compiled, config, case, device)
     return call, VARIANTS[probe.kernel.how].work(shapes.work(case, config))
+
+
+def _small(case):
+    return replace(case, batch=1, heads=4, heads_kv=4, seqlen_q=128, seqlen_k=128)
 
 
 def launcher(compiled, config, case, device) -> Any:
     """A callable that launches a forward kernel on random tensors of a case."""
     q, k, v = device.inputs(case)
-    scale_log2, scale_by_cap = rules.score_scales(SCALE, 0.0)
+    scale_log2, scale_by_cap = rules.score_scales(case.head_dim**-0.5, 0.0)
     out = device.like(q)
     blocks = device.sm_count * config.blocks_per_multiprocessor
     numbers = (0, 0, scale_log2, scale_by_cap, blocks)

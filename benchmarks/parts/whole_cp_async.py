@@ -75,7 +75,8 @@ class Staged(Forward):
             acc_S = cute.make_rmem_tensor(shape, Float32)
             acc_S.fill(0.0)
             q, k = operands.q, operands.k
-            for _ in cutlass.range_constexpr(self.stages.products):
+            for again in cutlass.range_constexpr(self.stages.products):
+                self._forget(again)
                 for i in cutlass.range_constexpr(cute.size(q.fragment, mode=[2])):
                     cute.copy(q.copy, q.source[None, None, i], q.into[None, None, i])
                     cute.copy(k.copy, k.source[None, None, i, slot], k.into[None, None, i])
@@ -87,7 +88,8 @@ class Staged(Forward):
         """O += P·V."""
         v = operands.v
         p = as_operand_a(acc_S)
-        for _ in cutlass.range_constexpr(max(self.stages.products, 1)):
+        for again in cutlass.range_constexpr(max(self.stages.products, 1)):
+            self._forget(again)
             for i in cutlass.range_constexpr(cute.size(v.fragment, mode=[2])):
                 if cutlass.const_expr(self.stages.products):
                     cute.copy(v.copy, v.source[None, None, i, slot], v.into[None, None, i])
@@ -95,6 +97,11 @@ class Staged(Forward):
                     cute.gemm(operands.mma_O, acc_O, p_i, v.fragment[None, None, i], acc_O)
                 else:
                     use_bits(converted(p[None, None, i], v.fragment.element_type), acc_O)
+
+    def _forget(self, again: int):
+        """Before a product is done again: a fence for the compiler, which would keep the operands in registers."""
+        if again:
+            cute.arch.sync_warp()
 
     def _store_o(self, acc_O, *arguments):
         if not self.stages.products and not self.stages.softmax:

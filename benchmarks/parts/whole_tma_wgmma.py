@@ -77,20 +77,25 @@ class Staged(Forward):
     def _scores_shape(self, me):
         return me.mma_S.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, self.config.tile_n))
 
-    @cute.jit
-    def _gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
-        """Each product as often as the stages say, as one group."""
-        if cutlass.const_expr(self.stages.products):
-            warpgroup.fence()
-            atom = cute.make_mma_atom(mma.op)
-            atom.set(warpgroup.Field.ACCUMULATE, accumulate)
-            for _ in cutlass.range_constexpr(self.stages.products):
-                for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
-                    cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
-                    atom.set(warpgroup.Field.ACCUMULATE, True)
-            warpgroup.commit_group()
-        elif cutlass.const_expr(accumulate and self.stages.softmax):
+    def _gemm(self, mma, acc, tA, tB, accumulate):
+        if self.stages.products == 1:
+            Forward._gemm(self, mma, acc, tA, tB, accumulate)
+        elif self.stages.products:
+            self._gemms(mma, acc, tA, tB, accumulate)
+        elif accumulate and self.stages.softmax:
             use_bits(tA, acc)  # P, which no product reads
+
+    @cute.jit
+    def _gemms(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
+        """A product several times, as one group: two groups would be waited for differently."""
+        warpgroup.fence()
+        atom = cute.make_mma_atom(mma.op)
+        atom.set(warpgroup.Field.ACCUMULATE, accumulate)
+        for _ in cutlass.range_constexpr(self.stages.products):
+            for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
+                cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
+                atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
 
     def _softmax(self, me, frag, softmax, acc_S, *where):
         for _ in range(self.stages.softmax):

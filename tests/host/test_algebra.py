@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("pycute")
 
-from cute_attn.layouts import algebra  # noqa: E402
-from cute_attn.layouts.base import Copy, Layout, by_modes  # noqa: E402
+from cute_attn.layouts import algebra
+from cute_attn.layouts.base import Copy, Layout, by_modes
 
+QUICKLY = settings(deadline=None, max_examples=60)
 EXTENTS = (1, 2, 4, 8)
 SWIZZLES = st.tuples(st.integers(1, 3), st.integers(0, 4), st.integers(3, 5))
 
@@ -65,6 +66,7 @@ def flat(layout: Layout) -> list[int]:
     return algebra.table(layout).ravel(order="F").tolist()
 
 
+@QUICKLY
 @given(layouts(), SWIZZLES, st.booleans())
 def test_offsets(layout, swizzle, swizzled):
     if swizzled:
@@ -74,6 +76,7 @@ def test_offsets(layout, swizzle, swizzled):
     assert algebra.cosize(layout) == max(all_by_hand(layout)) + 1
 
 
+@QUICKLY
 @given(SWIZZLES, st.integers(0, 1 << 14))
 def test_a_swizzle_is_its_own_inverse_and_keeps_its_period(swizzle, index):
     bits, base, shift = swizzle
@@ -84,6 +87,7 @@ def test_a_swizzle_is_its_own_inverse_and_keeps_its_period(swizzle, index):
     assert algebra.swizzled(swizzle, index + 3 * period) == once + 3 * period
 
 
+@QUICKLY
 @given(permuted(), st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(3, 4)))
 def test_a_swizzle_on_bytes_is_the_same_on_elements(layout, swizzle):
     on_bytes = Layout(layout.shape, layout.stride, swizzle, unit_bytes=1)
@@ -97,6 +101,7 @@ def test_a_swizzle_below_the_element_is_refused():
         algebra.in_units(Layout(64, 1, (3, 0, 3), unit_bytes=1), 2)
 
 
+@QUICKLY
 @given(layouts(), permuted(), SWIZZLES, st.booleans())
 def test_composition(a, b, swizzle, swizzled):
     if swizzled:
@@ -107,6 +112,7 @@ def test_composition(a, b, swizzle, swizzled):
     assert [algebra.offset(composed, i) for i in range(algebra.size(b))] == [by_hand(a, x) for x in all_by_hand(b)]
 
 
+@QUICKLY
 @given(st.integers(0, 3), SWIZZLES)
 def test_composition_carries_a_swizzle_through(scale, swizzle):
     a, b = Layout((1 << 12,), (1 << scale,)), Layout((64, 64), (1, 64), swizzle)
@@ -123,6 +129,7 @@ def test_composition_refuses_what_is_no_layout():
         algebra.compose(Layout((8, 512), (3, 24)), swizzled)
 
 
+@QUICKLY
 @given(parts())
 def test_complement(part):
     layout, whole = part
@@ -132,6 +139,7 @@ def test_complement(part):
     assert all_by_hand(_tuple(rest)) == sorted(all_by_hand(_tuple(rest)))
 
 
+@QUICKLY
 @given(layouts(), parts(), SWIZZLES)
 def test_divide(a, part, swizzle):
     tile, whole = part
@@ -145,6 +153,7 @@ def test_divide(a, part, swizzle):
     assert [algebra.offset(divided, i) for i in range(size)] == expected
 
 
+@QUICKLY
 @given(parts(), permuted(2), SWIZZLES)
 def test_product(part, repetitions, swizzle):
     tile = Layout(part[0].shape, part[0].stride, swizzle)
@@ -159,6 +168,7 @@ def test_product(part, repetitions, swizzle):
     assert repeated.swizzle == swizzle
 
 
+@QUICKLY
 @given(permuted(), st.booleans())
 def test_inverse(layout, swizzled):
     size = algebra.size(layout)
@@ -198,8 +208,8 @@ def test_owners_of_a_hole():
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("warps", [1, 4])
 def test_addresses_of_ldmatrix_from_the_manual(warps, transposed):
-    """PTX ISA, ldmatrix: thread 8·j + r points at row r of matrix j; lane l gets elements 2(l mod 4), + 1 of row l / 4, or,
-    transposed, of column l / 4."""
+    """PTX ISA, ldmatrix: thread 8·j + r points at row r of matrix j; lane l gets elements 2(l mod 4) and one more of
+    row l / 4, or, transposed, of column l / 4."""
     tile = (16 * warps, 16)
     values = by_modes(tile, ((4, 0, 2), (8, 1, 0), (warps, 16, 0)), ((2, 0, 1), (2, 8, 0), (2, 0, 8)))
     copy = Copy("ldmatrix.trans" if transposed else "ldmatrix", "Q", tile, values, transposed)

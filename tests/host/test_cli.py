@@ -100,9 +100,7 @@ def test_compile_fills_a_cache_that_is_then_read_without_the_dsl(capsys, monkeyp
     assert sorted(line.split("(")[1] for line in first[1:3]) == ["bounded right)", "bounded right, return lse)"]
     assert first[-1].startswith("2 compiled in ")
     program = f"import sys; from cute_attn.__main__ import main; main({CHEAP!r}); print('cutlass' in sys.modules)"
-    again = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    again = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
     assert again[-2].startswith("2 hit in ")
     if list(tmp_path.glob("*.so")):  # an object, where there is no linker, is loaded by the DSL
         assert again[-1] == "False"

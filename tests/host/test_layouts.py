@@ -1,12 +1,11 @@
-"""The contract of the layouts modules, and what must hold of every layout: nothing lies on anything else, nothing is left
-out, and the sizes are those the plan counts with.
+"""The contract of the layouts modules, and what must hold of every layout: nothing lies on anything else, nothing is
+left out, and the sizes are those the plan counts with.
 
 The DSL makes the layouts; here their shapes and strides are evaluated again with numpy.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 import subprocess
@@ -18,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from cute_attn.layouts import base
+from cute_attn.layouts.base import Config, Gpu
 
 import cute_attn
 from cute_attn import layouts
-from cute_attn.layouts import base
-from cute_attn.layouts.base import Config, Gpu
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 
@@ -187,7 +186,7 @@ def test_shared_memory_is_the_sum_of_its_parts(config: Config):
 
 @every_family
 def test_tile_dim(family: ModuleType):
-    """Enough columns for the head, no fewer for a wider one, and none to spare for the widths that are tiles themselves."""
+    """Enough columns for the head, no fewer for a wider one, and none to spare where the head is as wide as a tile."""
     dims = [family.tile_dim(d) for d in range(8, 257, 8)]
     assert dims == sorted(dims)
     assert all(tile >= d for tile, d in zip(dims, range(8, 257, 8), strict=True))
@@ -199,7 +198,7 @@ def test_tile_dim(family: ModuleType):
 
 
 class Mapping(NamedTuple):
-    """A layout as nested shape and stride, an optional swizzle (bits, base, shift), and what the DSL itself makes of it."""
+    """A layout as nested shape and stride, a swizzle (bits, base, shift) if it has one, and what the DSL makes of it."""
 
     shape: tuple
     stride: tuple
@@ -226,7 +225,7 @@ class Traced(NamedTuple):
 
 @lru_cache(maxsize=64)
 def traced(config: Config) -> Traced:
-    """The layouts of a config. They exist only while the DSL traces something, so an empty function is traced for them."""
+    """The layouts of a config. They exist only while the DSL traces something: an empty function is traced for them."""
     cutlass = pytest.importorskip("cutlass")
     cute, found = cutlass.cute, []
 
@@ -242,7 +241,8 @@ def traced(config: Config) -> Traced:
         return Mapping(layout.outer.shape, layout.outer.stride, bits, cute.cosize(layout), sampled)
 
     def partition(tv, tiler) -> Partition:
-        return Partition(mapping(tv), tuple(x if isinstance(x, int) else cute.size(x) for x in tiler))
+        rows, columns = (x if isinstance(x, int) else cute.size(x) for x in tiler)
+        return Partition(mapping(tv), (rows, columns))
 
     def collect():
         family = layouts.family(config)
@@ -328,12 +328,12 @@ def test_layouts_take_what_the_plan_counts(config: Config):
         assert max(sizes["Q"], sizes["O"]) == parts["Q"]
     for operand, layout in smem.items():
         rows, columns, slots = linear(layout).shape
-        slots_of_k = 1 if operand in "QO" else config.stages
-        tile = rows if operand in "KV" else rows * slots  # warpgroup MMA: a slot of Q and O is a warpgroup's 64 rows
-        assert tile == (config.tile_n if operand in "KV" else config.tile_m)
-        assert operand in "QO" or slots == slots_of_k
-        assert columns == (config.tile_d if operand in "QK" else config.tile_dv)
         assert (rows, columns) == family.tile(operand, config)
+        if operand in "KV":
+            assert (rows, slots) == (config.tile_n, config.stages)
+        else:  # warpgroup MMA: a slot of Q and O is a warpgroup's 64 rows
+            assert rows * slots == config.tile_m
+        assert columns == (config.tile_d if operand in "QK" else config.tile_dv)
 
 
 @every_config
@@ -345,13 +345,13 @@ def test_nothing_lies_on_anything_else(config: Config):
         slots = addresses.min(axis=(0, 1))
         size = addresses[:, :, 0].size * base.BYTES
         assert slots.tolist() == [slot * size for slot in range(len(slots))]
-        assert size % layouts.family(config).SMEM_ALIGN == 0 or config.mechanism == "cp_async"
+        assert size % (8 * BANKS) == 0  # so that the swizzle, which repeats every 8 rows of 128 bytes, fits every slot
 
 
 @every_config
 def test_pieces_stay_whole_and_meet_no_bank_twice(config: Config):
-    """16 bytes of a row stay together, and the pieces of 8 rows one below the other, which an 8×8 matrix is read by, lie in
-    the 8 different 16-byte groups of banks."""
+    """16 bytes of a row stay together, and the pieces of 8 rows one below the other, which an 8×8 matrix is read by, lie
+    in the 8 different 16-byte groups of banks."""
     per_piece = PIECE // base.BYTES
     for operand, layout in traced(config).smem.items():
         addresses = byte_addresses(config, layout)
@@ -366,7 +366,7 @@ def test_pieces_stay_whole_and_meet_no_bank_twice(config: Config):
 
 @pytest.mark.parametrize("config", [c for c in shipped() if c.mechanism == "cp_async"], ids=name)
 def test_copies_touch_each_element_once(config: Config):
-    """All threads together, over all repetitions of the copy's own tile; and each thread 16 bytes of one row at a time."""
+    """All threads together, over all repetitions of the copy's own tile; each thread 16 bytes of one row at a time."""
     family = layouts.family(config)
     for operand, copy in traced(config).copies.items():
         rows, columns = copy.tiler
@@ -384,27 +384,20 @@ def test_copies_touch_each_element_once(config: Config):
 
 @every_config
 def test_accumulators_cover_the_tile(config: Config):
-    """Each score and each output is in one register of one thread, and so is each output on its way to shared memory."""
+    """Each score and each output is in one register of one thread; so is each output on its way to shared memory."""
     found, family = traced(config), layouts.family(config)
-    rows_of_o = family.tile("O", config)[0]
+    rows = family.tile("O", config)[0]
     for role, columns in (("S", config.tile_n), ("O", config.tile_dv)):
         (tv, tiler), threads = found.mma[role]
         elements = offsets(tv.shape, tv.stride)
         assert sorted(elements.tolist()) == list(range(math.prod(tiler)))
-        assert tiler[0] == rows_of_o
-        assert columns % tiler[1] == 0
+        assert rows % tiler[0] == columns % tiler[1] == 0
         assert threads == (config.mma_threads if config.mechanism == "cp_async" else 128)
-        # Registers a thread, times the threads, are the tile.
-        assert elements.size // threads * (columns // tiler[1]) == rows_of_o * columns // threads
-        # The four threads of a quad share their rows, and no other thread of the warp has them: softmax.py reduces over them.
-        row_sets = (elements % tiler[0]).reshape(-1, threads)
-        quads = row_sets.reshape(-1, threads // 4, 4)
-        assert (quads == quads[:, :, :1]).all()
-        owners: dict[int, int] = {}
-        for quad in range(threads // 4):
-            for row in set(quads[:, quad, 0].tolist()):
-                assert owners.setdefault(row, quad) == quad
-        assert len(owners) == tiler[0]
+        # The four threads of a quad share their rows, and no other thread has them: the softmax reduces over quads.
+        held = (elements % tiler[0]).reshape(-1, threads // 4, 4)  # the row of each (value, quad, thread of the quad)
+        assert (held == held[:, :, :1]).all()
+        of_quads = [set(held[:, quad, 0].tolist()) for quad in range(threads // 4)]
+        assert sum(map(len, of_quads)) == len(set().union(*of_quads)) == tiler[0]
     store = found.store
     assert sorted(offsets(store.tv.shape, store.tv.stride).tolist()) == list(range(math.prod(store.tiler)))
     assert config.tile_dv % store.tiler[1] == 0
@@ -426,9 +419,3 @@ def test_the_table_is_tested_whole():
             for head_dim in range(8, 257, 8):
                 config = plan(Problem("bfloat16", head_dim, 8), target, mechanism)
                 assert (target, mechanism, max(config.tile_d, config.tile_dv)) in tested
-
-
-def test_a_config_is_hashable_data():
-    for config in shipped():
-        assert dataclasses.replace(config) == config
-        assert hash(dataclasses.replace(config)) == hash(config)

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cute_attn.layouts.base import KIB, Config, Gpu
 
 from cute_attn import layouts
-from cute_attn.layouts.base import KIB, Config, Gpu
 from cute_attn.plan import check, configs, explain, plan, registers_per_thread
 from cute_attn.problem import Problem, check_call, problem_of
 
@@ -25,9 +25,7 @@ SHARED_MEMORY = {
     "sm_90a": (227, 228),
     "sm_120": (99, 100),
 }
-WAYS = [
-    (target, mechanism) for target in layouts.known_targets() for mechanism in layouts.for_target(target).MECHANISMS
-]
+WAYS = [(target, mechanism) for target in layouts.known_targets() for mechanism in layouts.for_target(target).MECHANISMS]
 ways = pytest.mark.parametrize(("target", "mechanism"), WAYS)
 
 

@@ -1,0 +1,112 @@
+"""Pictures of the parts: a bar for each figure, its limit drawn in, the share that is reached beside it; SVG, PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.parts.catalogue import PARTS
+from benchmarks.parts.results import Figure, PartsRecord
+from benchmarks.parts.show import TITLES, number
+from benchmarks.plot import CEILING, GRID, _save
+
+# Okabe and Ito's colours, which the common kinds of colour blindness keep apart; names beside the bars say the same.
+COLORS = {"tma_wgmma": "#0072B2", "cp_async": "#E69F00"}
+OTHER = "#999999"
+BAR_INCHES = 0.22
+
+
+def plot(record: PartsRecord, folder: Path) -> list[Path]:
+    """Draw every part of a run into ``folder``; the files written."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError(f"--plot needs matplotlib ({error}): try pip install matplotlib") from None
+    matplotlib.use("Agg")
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "cute-attn", "font.size": 9}
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    card = record.about.get("card", {}).get("name", "")
+    with matplotlib.rc_context(settings | {"axes.axisbelow": True}):
+        for part in PARTS:
+            figures = [figure for figure in record.of_part(part) if figure.ok and figure.rate is not None]
+            if figures:
+                written += _save(draw(part, figures, f"{card}: {TITLES[part]}"), folder / f"parts-{part}")
+    return written
+
+
+def draw(part: str, figures: Sequence[Figure], title: str) -> Any:
+    """A panel for each unit or, of whole kernels, for each configuration, one below the other."""
+    from matplotlib import pyplot
+
+    panels = [list(group) for _, group in groupby(figures, key=lambda figure: panel(part, figure))]
+    heights = [len(group) + 2.5 for group in panels]
+    size = (9, BAR_INCHES * sum(heights) + 0.8)
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=size, squeeze=False, layout="constrained", height_ratios=heights
+    )
+    for axis, group in zip((row[0] for row in axes), panels, strict=True):
+        _bars(axis, group, times=part == "whole")
+        axis.set_title(panel(part, group[0]), fontsize=9)
+    _legend(figure, figures)
+    figure.suptitle(title)
+    return figure
+
+
+def panel(part: str, figure: Figure) -> str:
+    if part == "whole":
+        return f"{figure.config}, {figure.mechanism}, {figure.seqlen} keys"
+    return figure.what.split(":")[0] if part == "launch" else ""
+
+
+def _bars(axis: Any, figures: Sequence[Figure], times: bool) -> None:
+    """Rates, or times in ms where the rates would be in different units."""
+    places = range(len(figures))
+    lengths = [(f.seconds or 0.0) * 1e3 if times else f.rate or 0.0 for f in figures]
+    limits = [_limit(f, times) for f in figures]
+    right = max([*lengths, *(limit for limit in limits if limit is not None)])
+    for place, figure, length, limit in zip(places, figures, lengths, limits, strict=True):
+        # What isn't shipped differs in hatching too, not in colour alone.
+        axis.barh(
+            place,
+            length,
+            height=0.7,
+            color=COLORS.get(figure.mechanism, OTHER),
+            alpha=1.0 if figure.shipped else 0.55,
+            hatch=None if figure.shipped else "//",
+            edgecolor="white",
+        )
+        if limit is not None:
+            axis.plot([limit, limit], [place - 0.45, place + 0.45], color=CEILING, linewidth=1.8)
+        share = "" if figure.ratio is None else f", {figure.ratio:.0%} of the limit"
+        beyond = max(length, limit if limit is not None else 0.0)
+        axis.text(beyond + 0.01 * right, place, f"{number(length)}{share}", va="center", fontsize=7)
+    names = [f.what if times else f"{f.config} {f.what}" for f in figures]
+    axis.set_yticks(places, names, fontsize=7)
+    axis.set_ylim(len(figures) - 0.4, -0.6)
+    axis.set_xlim(0, 1.3 * right)
+    axis.set_xlabel("ms, limit: the shortest time the hardware allows" if times else figures[0].unit)
+    axis.grid(axis="x", color=GRID, linewidth=0.6)
+
+
+def _limit(figure: Figure, times: bool) -> float | None:
+    if not times:
+        return figure.limit
+    return None if figure.ratio is None else (figure.seconds or 0.0) * 1e3 * figure.ratio
+
+
+def _legend(figure: Any, figures: Sequence[Figure]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    drawn: dict[str, Any] = {
+        name: Patch(color=COLORS.get(name, OTHER)) for name in dict.fromkeys(f.mechanism for f in figures)
+    }
+    if any(not f.shipped for f in figures):
+        drawn["not what the plan ships"] = Patch(facecolor=OTHER, hatch="//", edgecolor="white", alpha=0.55)
+    if any(f.limit is not None for f in figures):
+        style: dict[str, Any] = {"color": CEILING, "marker": "|", "linestyle": "", "markersize": 10, "mew": 1.8}
+        drawn["limit"] = Line2D([], [], **style)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=4, frameon=False)

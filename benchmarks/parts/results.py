@@ -1,0 +1,88 @@
+"""What a run of the parts leaves behind: one JSON file, rewritten whole after every job."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.parts.limits import Assessment
+
+SCHEMA = "parts 1"
+
+
+@dataclass
+class Figure:
+    """One probe's outcome. ``seconds`` is the median of one launch, ``spread`` half the interquartile range of
+    ``samples`` as a fraction of it; ``rate`` and ``limit`` are in ``unit``; ``ratio`` is the share of the limit."""
+
+    part: str
+    config: str
+    mechanism: str
+    what: str
+    shipped: bool = False
+    seqlen: int = 0
+    status: str = "ok"
+    reason: str = ""
+    seconds: float | None = None
+    spread: float | None = None
+    samples: list[float] = field(default_factory=list)
+    sm_mhz: float | None = None
+    watts: float | None = None
+    work: dict[str, float] = field(default_factory=dict)
+    unit: str = ""
+    rate: float | None = None
+    limit: float | None = None
+    ratio: float | None = None
+    limit_is: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok" and self.seconds is not None
+
+    @property
+    def label(self) -> str:
+        return f"{self.config} {self.what}"
+
+    def lose(self, status: str, reason: str) -> None:
+        self.status, self.reason = status, reason
+
+    def take(self, found: Assessment) -> None:
+        self.unit, self.rate, self.limit = found.unit, found.rate, found.limit
+        self.ratio, self.limit_is = found.ratio, found.limit_is
+
+
+@dataclass
+class PartsRecord:
+    """A whole run. ``about`` says on what: card, its state before and after, versions, limits, settings."""
+
+    about: dict[str, Any] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
+    complete: bool = False
+
+    def of_part(self, part: str) -> list[Figure]:
+        return [figure for figure in self.figures if figure.part == part]
+
+    def save(self, path: Path) -> None:
+        """Write the file so that a reader sees the old one or the new one, never half of one."""
+        fields = {"schema": SCHEMA, "complete": self.complete, "about": self.about}
+        fields["figures"] = [asdict(figure) for figure in self.figures]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(json.dumps(fields, indent=1) + "\n")
+        os.replace(beside, path)
+
+    @staticmethod
+    def load(path: Path) -> PartsRecord:
+        needed = "a result file written by parts --json is needed"
+        try:
+            fields = json.loads(path.read_text())
+        except OSError as error:
+            raise ValueError(f"{path} can't be read ({error.strerror}); {needed}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
+        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+            raise ValueError(f"{path} holds no figures of parts, or of another version; {needed}")
+        return PartsRecord(fields["about"], [Figure(**figure) for figure in fields["figures"]], fields["complete"])

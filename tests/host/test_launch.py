@@ -1,0 +1,72 @@
+"""The launch on the host: which device and stream a kernel is given, with the GPU played by fakes."""
+
+import math
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cute_attn import launch as launching
+from cute_attn.problem import Call
+from cute_attn.rules import LOG2_E
+
+CALL = Call(1, 2, 2, 10, 12, 64, 64, 0.125, None, 3, 0.0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Two devices of which 0 is current; every device has a raw stream of its own."""
+    state = SimpleNamespace(current=0, log=[])
+
+    @contextmanager
+    def device(index):
+        before, state.current = state.current, index
+        yield
+        state.current = before
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: state.current, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    state.kernel = lambda *arguments: state.log.append((state.current, arguments))
+    return state
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
+    launching.launch(gpu.kernel, 132, device, CALL, "q", "k", "v", "out", "lse")
+    ((ran_on, arguments),) = gpu.log
+    assert ran_on == device
+    assert arguments[-1] == 1000 + device
+    assert gpu.current == 0, "the caller's current device has changed"
+
+
+def test_arguments_are_the_calls_values(gpu):
+    launching.launch(gpu.kernel, 132, 0, CALL, "q", "k", "v", "out", None)
+    ((_, arguments),) = gpu.log
+    *tensors, left, right, scale_log2, scale_by_cap, blocks, _ = arguments
+    assert tensors == ["q", "k", "v", "out", None]
+    assert (left, right, blocks, scale_by_cap) == (0, 3, 132, 0.0)
+    assert math.isclose(scale_log2, 0.125 * LOG2_E)
+
+
+def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("launch failed")
+
+    entered = []
+
+    class Device:
+        def __init__(self, index):
+            entered.append(index)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    with pytest.raises(RuntimeError, match="launch failed"):
+        launching.launch(fails, 132, 1, CALL, "q", "k", "v", "out", None)
+    assert entered == [1, "left"]

@@ -1,0 +1,433 @@
+"""The proofs: what is shipped passes, and for each kind of check something wrong on purpose does not."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from dataclasses import FrozenInstanceError, replace
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pycute")
+
+from cute_attn.layouts import algebra, family, for_target, known_targets, prove
+from cute_attn.layouts.__main__ import configs, main
+from cute_attn.layouts.base import BYTES, KIB, Box, Config, Copy, Layout, by_modes, tiled_rows
+
+SHIPPED = configs() + configs(head_dim=192, head_dim_v=128) + configs(head_dim=72) + configs(head_dim=8)
+
+
+def config_of(mechanism: str, head_dim: int = 128, target: str = "sm_90a") -> Config:
+    return next(c for c, _ in configs(target, head_dim, dtype="bfloat16") if c.mechanism == mechanism)
+
+
+def with_(config: Config, **functions) -> ModuleType:
+    """The config's family module with some of its functions replaced."""
+    found = SimpleNamespace(**vars(family(config)))
+    for name, function in functions.items():
+        setattr(found, name, function)
+    return found  # type: ignore[return-value]
+
+
+def kinds(findings) -> set[str]:
+    return {finding.check for finding in findings}
+
+
+def with_layout(config: Config, operand: str, change) -> ModuleType:
+    honest = family(config).smem
+    return with_(config, smem=lambda name, c: change(honest(name, c)) if name == operand else honest(name, c))
+
+
+def with_copy(config: Config, key: tuple[str, str], **changes) -> ModuleType:
+    honest = family(config).copies
+    return with_(config, copies=lambda c: {k: replace(v, **changes) if k == key else v for k, v in honest(c).items()})
+
+
+# ---- what is shipped -------------------------------------------------------------------------------------------------
+
+
+def test_everything_shipped_holds():
+    assert len(SHIPPED) > 2 * len(known_targets())
+    for config, head_dim in SHIPPED:
+        assert prove.check(config, head_dim) == []
+
+
+def test_every_step_of_every_operand_is_in_the_report():
+    steps = {(row.operand, row.step) for row in prove.report(config_of("cp_async"))}
+    assert steps >= {("Q", "in"), ("K", "in"), ("V", "in"), ("Q", "load"), ("K", "load"), ("V", "load")}
+    assert steps >= {("O", "store"), ("O", "out"), ("P", "S to P")}
+    steps = {(row.operand, row.step) for row in prove.report(config_of("tma_wgmma"))}
+    assert steps >= {("Q", "in"), ("K", "in"), ("V", "in"), ("Q", "read"), ("K", "read"), ("V", "read")}
+    assert steps >= {("O", "store"), ("O", "out"), ("P", "S to P")}
+
+
+def test_findings_are_frozen_and_say_what_where_how_many_and_what_to_change():
+    config = config_of("cp_async")
+    finding = prove.check(config, family=with_layout(config, "K", algebra.unswizzled))[0]
+    with pytest.raises(FrozenInstanceError):
+        finding.count = 0  # type: ignore[misc]
+    assert "sm_90a cp_async d128 bfloat16, K" in finding.where
+    assert str(finding.count) in finding.what
+    assert "swizzle" in finding.change
+    assert str(finding) == f"{finding.where}: {finding.what}: {finding.change}"
+
+
+# ---- exactly once ----------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_overlap():
+    tile, good = (16, 64), ((8, 0, 8), (16, 1, 0))
+    assert prove.once("", by_modes(tile, good, ((8, 0, 1),)), tile) == []
+    found = prove.once("here", by_modes(tile, ((8, 0, 4), (16, 1, 0)), ((8, 0, 1),)), tile)
+    assert kinds(found) == {"overlap", "hole"}
+    overlap = next(f for f in found if f.check == "overlap")
+    assert overlap.count == 7 * 4 * 16  # seven neighbours share four columns, in 16 rows
+    assert "row 0, column 4" in overlap.what
+
+
+def test_a_hole():
+    found = prove.once("here", by_modes((16, 64), ((8, 0, 8), (8, 1, 0)), ((8, 0, 1),)), (16, 64))
+    assert kinds(found) == {"hole"}
+    assert found[0].count == 8 * 64
+    assert "row 8, column 0" in found[0].what
+
+
+def test_threads_outside_of_the_tile():
+    found = prove.once("here", by_modes((16, 64), ((8, 0, 8), (32, 1, 0)), ((8, 0, 1),)), (16, 64))
+    assert "outside" in kinds(found)
+
+
+def test_a_copy_with_overlapping_threads_is_found_in_a_config():
+    config = config_of("cp_async")
+    wrong = by_modes((16, 64), ((8, 0, 4), (16, 1, 0)), ((8, 0, 1),))
+    found = prove.check(config, family=with_copy(config, ("in", "K"), values=wrong))
+    assert kinds(found) == {"overlap", "hole"}
+    assert all("K, in" in finding.where for finding in found)
+
+
+def test_a_tile_that_does_not_divide_the_operand():
+    config = config_of("cp_async")
+    values = by_modes((48, 64), ((8, 0, 8), (48, 1, 0)), ((8, 0, 1),))
+    found = prove.check(config, family=with_copy(config, ("in", "K"), tile=(48, 64), values=values))
+    assert kinds(found) == {"hole"}
+    assert found[0].count == 16 * 128
+
+
+def test_a_layout_that_puts_two_elements_in_one_place():
+    config = config_of("cp_async")
+    found = prove.check(config, family=with_layout(config, "K", lambda x: replace(x, stride=(32, *x.stride[1:]))))
+    assert "overlap" in kinds(found)
+
+
+def test_an_mma_map_that_is_no_bijection():
+    config = config_of("cp_async")
+    honest = family(config).mma
+    wrong = by_modes((64, 16), ((4, 0, 2), (8, 1, 0), (4, 16, 0)), ((2, 0, 1), (2, 8, 0), (2, 0, 4)))
+    found = prove.check(config, family=with_(config, mma=lambda role, c: replace(honest(role, c), c=wrong)))
+    assert {"overlap", "hole"} <= kinds(found)
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_that_forgets_to_transpose_v():
+    config = config_of("cp_async")
+    found = prove.check(config, family=with_copy(config, ("load", "V"), instruction="ldmatrix"))
+    assert {"agreement", "alignment"} <= kinds(found)
+
+
+def test_a_copy_made_from_another_mma():
+    config = config_of("cp_async")
+    swapped = by_modes((16, 16), ((4, 0, 2), (8, 1, 0), (4, 0, 0)), ((2, 0, 1), (2, 8, 0), (2, 0, 8)))  # A's values for B
+    found = prove.check(config, family=with_copy(config, ("load", "K"), values=swapped))
+    assert kinds(found) == {"agreement"}
+    assert "K, load" in found[0].where
+
+
+@pytest.mark.parametrize("mechanism", ["cp_async", "tma_wgmma"])
+def test_a_store_in_another_order_than_the_accumulator(mechanism):
+    config = config_of(mechanism)
+    copy = family(config).copies(config)["store", "O"]
+    (threads, values), (by_thread, by_value) = copy.values.shape, copy.values.stride
+    swapped = Layout((threads, values), (by_thread, (by_value[0], by_value[2], by_value[1])))
+    if values[1] == values[2]:
+        assert kinds(prove.check(config, family=with_copy(config, ("store", "O"), values=swapped))) >= {"agreement"}
+    else:  # not even a bijection
+        assert kinds(prove.check(config, family=with_copy(config, ("store", "O"), values=swapped))) >= {"overlap"}
+
+
+def test_slots_that_overlap():
+    config = config_of("tma_wgmma")
+    closer = with_layout(config, "K", lambda x: replace(x, stride=(*x.stride[:2], x.stride[2] // 2)))
+    assert "overlap" in kinds(prove.check(config, family=closer))
+
+
+def test_a_swizzle_that_tears_16_bytes_apart():
+    config = config_of("cp_async")
+    found = prove.check(config, family=with_layout(config, "Q", lambda x: replace(x, swizzle=(3, 2, 4))))
+    assert {"alignment", "agreement"} <= kinds(found)
+
+
+@pytest.mark.parametrize("operand", ["Q", "K", "V"])
+def test_a_layout_that_tma_does_not_leave_behind(operand):
+    config = config_of("tma_wgmma")
+    found = prove.check(config, family=with_layout(config, operand, lambda x: replace(x, swizzle=(2, 4, 3))))
+    assert "agreement" in kinds(found)
+    assert all(f", {operand}" in finding.where for finding in found)
+
+
+@pytest.mark.parametrize("operand", ["Q", "K", "V"])
+def test_a_descriptor_that_looks_elsewhere(operand):
+    """Rows of 64 bytes and their swizzle, TMA's too, but read with a span of 128 bytes."""
+    config = config_of("tma_wgmma")
+    module = family(config)
+    rows, columns = module.tile(operand, config)
+    narrow = tiled_rows((rows, columns, 2), 32, (2, 4, 3), 1)
+    box = module.copies(config)["in", operand]
+    role = "O" if operand == "V" else "S"
+    wide, slim = replace(box, columns=64, swizzle_bytes=128), replace(box, columns=32, swizzle_bytes=64)
+    assert prove.box_findings("", slim, narrow, 1024) == []
+    mma = module.mma(role, config)
+    assert prove.tensor_cores_get("", mma, role, operand, narrow, slim) == []
+    assert kinds(prove.tensor_cores_get("", mma, role, operand, narrow, wide)) == {"agreement"}
+
+
+def test_products_that_hand_p_over_to_another_thread():
+    config = config_of("cp_async")
+    honest = family(config).mma
+    m = honest("S", config).tile[0]
+    crossed = by_modes((m, 16), ((4, 0, 2), (8, 1, 0), (4, 16, 0)), ((2, 0, 1), (2, 0, 8), (2, 8, 0)))
+    changed = {"S": {"c": crossed}, "O": {}}
+    found = prove.check(config, family=with_(config, mma=lambda role, c: replace(honest(role, c), **changed[role])))
+    assert kinds(found) == {"agreement"}
+
+
+# ---- coalescing ------------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_go_down_a_column_are_not_coalesced():
+    config = config_of("cp_async")
+    shape = family(config).tile("K", config)
+    down = by_modes((32, 32), ((32, 1, 0), (4, 0, 8)), ((8, 0, 1),))
+    found = prove.check(config, family=with_copy(config, ("in", "K"), tile=(32, 32), values=down))
+    assert kinds(found) == {"coalescing"}
+    counted = prove.sectors(*prove.accesses(Copy("cp.async", "K", (32, 32), down), shape), 128, 128)
+    assert counted.asked == 2 * counted.needed  # each 16-byte access takes a sector of its own
+    assert counted.needed == 64 * 128 * BYTES // 32
+
+
+@pytest.mark.parametrize(("head_dim", "pitch"), [(128, 128), (96, 96), (64, 1024), (72, 72), (8, 8)])
+def test_sectors_against_enumeration(head_dim, pitch):
+    config = config_of("cp_async", head_dim)
+    copy = family(config).copies(config)["in", "K"]
+    rows, columns = prove.accesses(copy, family(config).tile("K", config))
+    asked, needed = 0, set()
+    for r, c in zip(rows, columns, strict=True):
+        touched = {
+            (int(row) * pitch + int(column)) * BYTES // 32
+            for row, column in zip(r.ravel(), c.ravel(), strict=True)
+            if column < head_dim
+        }
+        asked += len(touched)
+        needed |= touched
+    counted = prove.sectors(rows, columns, head_dim, pitch)
+    assert (counted.asked, counted.needed) == (asked, len(needed))
+
+
+# ---- bank conflicts --------------------------------------------------------------------------------------------------
+
+
+def test_banks_against_enumeration():
+    generator = np.random.default_rng(0)
+    for elements in (2, 8):
+        offsets = generator.integers(0, 256, (20, 32, 1)) * elements + np.arange(elements)
+        together = min(32, 128 // (elements * BYTES))
+        accesses = 0
+        for instruction in offsets:
+            for first in range(0, 32, together):
+                words = {int(x) * BYTES // 4 for x in instruction[first : first + together].ravel()}
+                accesses += max(sum(word % 32 == bank for word in words) for bank in range(32))
+        counted = prove.banks(offsets)
+        assert (counted.instructions, counted.accesses, counted.least) == (20, accesses, 20 * 32 // together)
+
+
+@pytest.mark.parametrize(
+    ("step", "operand", "conflicts"), [("load", "Q", 7 * 256), ("load", "K", 7 * 512), ("load", "V", 7 * 512)]
+)
+def test_rows_without_a_swizzle_conflict_eightfold(step, operand, conflicts):
+    """8 rows of 128 bytes begin in the same bank: each phase of ldmatrix takes 8 accesses."""
+    config = config_of("cp_async")
+    found = prove.check(config, family=with_layout(config, operand, algebra.unswizzled))
+    mine = [finding for finding in found if f"{operand}, {step}" in finding.where]
+    assert kinds(found) == {"bank conflicts"}
+    assert [finding.count for finding in mine] == [conflicts]
+
+
+@pytest.mark.parametrize("mechanism", ["cp_async", "tma_wgmma"])
+def test_stores_of_an_unswizzled_o_conflict(mechanism):
+    config = config_of(mechanism)
+    found = prove.check(config, family=with_layout(config, "O", algebra.unswizzled))
+    assert "bank conflicts" in {finding.check for finding in found if "O, store" in finding.where}
+
+
+def test_a_swizzle_too_narrow_conflicts_less():
+    config = config_of("cp_async")
+    found = prove.check(config, family=with_layout(config, "Q", lambda x: replace(x, swizzle=(2, 3, 3))))
+    assert [(f.check, f.count) for f in found] == [("bank conflicts", 256)]  # two rows of eight share a group
+
+
+# ---- TMA and WGMMA ---------------------------------------------------------------------------------------------------
+
+
+def test_a_box_too_wide():
+    layout = tiled_rows((64, 128), 128, (3, 4, 3), 1)
+    found = prove.box_findings("here", Box("Q", 64, 128, 128), layout, 1024)
+    assert kinds(found) == {"TMA box"}
+    assert found[0].count == 128  # bytes past the span
+    found = prove.box_findings("here", Box("Q", 320, 64, 128), tiled_rows((320, 64), 64, (3, 4, 3), 1), 1024)
+    assert "at most 256" in found[0].what
+    assert found[0].count == 64
+
+
+def test_a_box_row_of_odd_bytes_a_wrong_span_and_a_wrong_alignment():
+    layout = tiled_rows((64, 64), 64, (3, 4, 3), 1)
+    assert "multiple of 16" in prove.box_findings("", Box("Q", 64, 60, 128), layout, 1024)[0].what
+    assert "0, 32, 64, 128" in prove.box_findings("", Box("Q", 64, 64, 96), layout, 1024)[0].what
+    assert "needs 1024" in prove.box_findings("", Box("Q", 64, 64, 128), layout, 128)[0].what
+    assert prove.box_findings("", Box("Q", 64, 64, 128), layout, 1024) == []
+
+
+def test_boxes_that_do_not_begin_at_the_swizzle_pattern():
+    layout = tiled_rows((60, 128), 64, (3, 4, 3), 1)
+    found = prove.box_findings("", Box("K", 60, 64, 128), layout, 1024)
+    assert "multiple of 1024" in found[0].what
+
+
+def test_wgmma_without_a_swizzle_and_with_keys_that_are_no_multiple_of_16():
+    config = config_of("tma_wgmma")
+    module = family(config)
+    box = module.copies(config)["in", "V"]
+    mma, layout = module.mma("O", config), module.smem("V", config)
+    found = prove.tensor_cores_get("", mma, "O", "V", layout, replace(box, swizzle_bytes=0))
+    assert kinds(found) == {"WGMMA"}
+    odd = tiled_rows((72, 128), 64, (3, 4, 3), 1)
+    assert "no multiple of the 16" in prove.tensor_cores_get("", mma, "O", "V", odd, box)[0].what
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "changes", "resource"),
+    [
+        ("tma_wgmma", {"stages": 4}, "shared memory"),
+        ("cp_async", {"blocks_per_multiprocessor": 3}, "shared memory"),
+        ("tma_wgmma", {"mma_registers": 248}, "registers"),
+        ("cp_async", {"tile_m": 256}, "registers"),
+        ("cp_async", {"mma_warps": 64, "tile_m": 1024, "blocks_per_multiprocessor": 1}, "threads"),
+    ],
+)
+def test_a_budget_overrun(mechanism, changes, resource):
+    config = replace(config_of(mechanism), **changes)
+    found = prove.budget_findings(config, for_target(config.target).GPU, family(config))
+    assert kinds(found) == {"budget"}
+    mine = [finding for finding in found if finding.what.startswith(resource)]
+    assert mine
+    assert all(str(finding.count) in finding.what for finding in mine)
+
+
+def test_too_many_barriers_and_registers_that_setmaxnreg_refuses():
+    config = config_of("tma_wgmma")
+    gpu = for_target(config.target).GPU
+    found = prove.budget_findings(config, gpu, with_(config, barriers=lambda c: {"turns": 20}))
+    assert [(f.check, f.count) for f in found] == [("budget", 4)]
+    found = prove.budget_findings(replace(config, copy_registers=20), gpu, family(config))
+    assert "multiples of 8" in found[0].what
+
+
+def test_smem_parts_that_forget_a_stage():
+    config = config_of("cp_async")
+    honest = family(config).smem_parts
+    found = prove.check(config, family=with_(config, smem_parts=lambda c: honest(c) | {"K": honest(c)["K"] // 2}))
+    assert [(f.check, f.count) for f in found] == [("outside", 16 * KIB)]
+
+
+def test_the_budget_adds_up():
+    for config, _ in SHIPPED:
+        module, gpu = family(config), for_target(config.target).GPU
+        lines = prove.budget(config, gpu, module)
+        shared = [line for line in lines if line.resource == "shared memory"]
+        assert sum(line.amount for line in shared if line.limit is None) == module.smem_bytes(config)
+        assert all(line.amount <= line.limit for line in lines if line.limit is not None)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_check_one_config(capsys):
+    assert main(["check", "sm_80", "--head-dim", "96", "--dtype", "float16"]) == 0
+    said = capsys.readouterr().out
+    assert "Sw<2,3,3> o 0 o" in said
+    assert "what takes what" in said
+    assert "1 config, 13 steps: everything holds" in said
+
+
+def test_check_everything(capsys):
+    assert main(["check"]) == 0
+    said = capsys.readouterr().out
+    for target in known_targets():
+        assert target in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        (["sm_91"], "sm_90a"),
+        (["--head-dim", "100"], "multiples of 8"),
+        (["--head-dim", "512"], "256"),
+        (["--head-dim-v", "-8"], "multiples of 8"),
+        (["--dtype", "float8"], "bfloat16"),
+        (["--operand", "X"], "Q, K, V, O"),
+    ],
+)
+def test_unknown_names_get_the_known_ones(capsys, arguments, known):
+    with pytest.raises(SystemExit) as caught:
+        main(["check", *arguments])
+    assert caught.value.code == 2
+    assert known in capsys.readouterr().err
+
+
+def test_a_finding_makes_the_exit_status_1(capsys, monkeypatch):
+    module = family(config_of("cp_async"))
+    honest = module.smem
+    monkeypatch.setattr(module, "smem", lambda operand, c: algebra.unswizzled(honest(operand, c)))
+    assert main(["check", "sm_80", "--head-dim", "128", "--dtype", "bfloat16", "--operand", "K"]) == 1
+    said = capsys.readouterr().out
+    assert "3584 bank conflicts in 128 instructions" in said
+    assert "1 finding" in said
+
+
+def test_without_the_dsl_it_says_what_it_left_out(capsys, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **keywords):
+        if name.split(".")[0] == "cutlass":
+            raise ImportError("No module named 'cutlass'")
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for name in [name for name in sys.modules if name.split(".")[0] == "cutlass"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["check", "sm_80", "--head-dim", "64", "--dtype", "bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert "left out: the DSL's layouts against these" in said
+    assert "everything holds" in said
+
+
+def test_layouts_are_plain_data():
+    config = config_of("tma_wgmma")
+    layout = family(config).smem("K", config)
+    assert layout == Layout((128, (64, 2), 2), (64, (1, 8192), 16384), (3, 4, 3), 1)
+    assert hash(layout) == hash(family(config).smem("K", config))
