@@ -27,10 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import cutlass
-from cute_attn.layouts import algebra, prove
-from cute_attn.layouts.__main__ import configs
-from cute_attn.layouts.base import Box, Config, Copy, Layout, cute_layout
-from cute_attn.layouts.fragments import transposed
 from cutlass import Int16, Int32, cute, pipeline
 from cutlass.cute import runtime
 from cutlass.cute.nvgpu import cpasync
@@ -38,6 +34,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cute_attn import layouts
+from cute_attn.layouts import algebra, prove
+from cute_attn.layouts.__main__ import configs
+from cute_attn.layouts.base import Box, Config, Copy, Layout, cute_layout
+from cute_attn.layouts.fragments import transposed
 
 WARP = 32
 HEAD_DIMS = (64, 96, 128, 256)

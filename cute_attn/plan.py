@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from cute_attn import layouts
-from cute_attn.layouts.base import KIB, Config, Gpu
+from cute_attn.layouts.base import KIB, Config, Gpu, registers_per_thread
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
@@ -71,14 +71,6 @@ def check(config: Config, gpu: Gpu) -> None:
             f"threads {config.copy_registers}, {total} in all; {gpu.name} has {gpu.registers_per_multiprocessor}: "
             f"try fewer mma_registers in {table}"
         )
-
-
-def registers_per_thread(config: Config, gpu: Gpu) -> int:
-    """Registers a computing thread may use."""
-    if config.mma_registers:
-        return config.mma_registers
-    share = gpu.registers_per_multiprocessor // (config.threads * config.blocks_per_multiprocessor)
-    return min(share // 8 * 8, gpu.registers_per_thread)
 
 
 def explain(problem: Problem, config: Config) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from . import family, for_target, known_targets
 from .base import KIB, OPERANDS, Config
 
-LOG_WIDTH = 160  # a log has no width of its own
+LOG_WIDTH = 180  # a log has no width of its own
 DTYPES = ("float16", "bfloat16")
 DETAILS = 2  # configs at most whose every step is shown unasked
 EPILOG = """\
@@ -172,10 +172,10 @@ def _budget(config: Config) -> Table:
 def _summary(reports) -> Table:
     """One line for each config."""
     table = Table(title="layouts", title_justify="left")
-    for name in ("arch", "mechanism", "dtype", "head", "tiles"):
+    for name in ("arch", "mechanism", "dtype", "head", "tiles", "stages"):
         table.add_column(name)
     table.add_column("K in shared memory", no_wrap=True)
-    for name in ("shared KiB", "registers", "conflicts", "sectors asked / needed", "holds"):
+    for name in ("shared KiB", "registers", "conflicts", "sectors / needed", "holds"):
         table.add_column(name, justify="right")
     from . import prove
 
@@ -196,10 +196,11 @@ def _summary(reports) -> Table:
             config.mechanism,
             "both" if len(group) > 1 else group[0][0],
             str(config.tile_d) if config.tile_d == config.tile_dv else f"{config.tile_d}/{config.tile_dv}",
-            f"{config.tile_m}×{config.tile_n}, {config.stages} stages",
+            f"{config.tile_m}×{config.tile_n}",
+            str(config.stages),
             str(module.smem("K", config)),
-            f"{module.smem_bytes(config) / KIB:.0f} of {gpu.smem_per_block / KIB:.0f}",
-            f"{module.accumulator_registers(config)} of {prove.registers_per_thread(config, gpu)}",
+            f"{module.smem_bytes(config) / KIB:.0f}/{gpu.smem_per_block / KIB:.0f}",
+            f"{module.accumulator_registers(config)}/{prove.registers_per_thread(config, gpu)}",
             str(sum(row.banks.conflicts for row in rows if row.banks) // len(group)),
             f"{sum(x.asked for x in moved) / max(1, sum(x.needed for x in moved)):.2f}",
             _verdict(wrong),

@@ -9,7 +9,7 @@ A **GPU module** (``sm80.py``, ``sm90.py``, …) is data. It defines
 
 A **family module** is the layouts of one family of instructions. It defines, as plain functions of a :class:`Config`,
 
-- ``tile_dim(head_dim)``: the columns a head takes in shared memory;
+- ``TILE_DIMS`` and ``tile_dim(head_dim)``: the columns a head takes in shared memory;
 - ``smem_parts(config)``, ``smem_bytes(config)``, ``accumulator_registers(config)`` and ``barriers(config)``: what a
   block takes, for the plan and the proofs;
 - ``tile(operand, config)``: the (rows, columns) that are copied at a time; operand ``"Q"``, ``"K"``, ``"V"``, ``"O"``;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import mma_sync, wgmma
 from .base import KIB, Config, Gpu
 
@@ -16,7 +18,7 @@ MECHANISMS = {"tma_wgmma": wgmma, "cp_async": mma_sync}
 
 # The wider of the two padded head dims -> the fields of Config that the table decides.
 # A computing warpgroup owns 64 rows. Two of them may have 240 registers a thread, three 160.
-WGMMA_TABLE = {
+WGMMA_TABLE: dict[int, dict[str, Any]] = {
     64: {"tile_m": 192, "tile_n": 128, "stages": 3, "ping_pong": True, "separate_o": True},
     96: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True},
     128: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True},

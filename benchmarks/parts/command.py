@@ -83,11 +83,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def _measure(found: list[Probe], target: str, folder: Path, options: argparse.Namespace, console: Console) -> int:
     clock = clock_kernel(target)
     wanted = [probe.kernel for probe in found if probe.kernel is not None]
-    failed = {
-        kernel: built.error or ""
-        for kernel, built in _build([clock, *wanted], folder, options.jobs, console).items()
-        if not built.ok
-    }
+    done = _build([clock, *wanted], folder, options.jobs, console)
+    failed = {kernel: why_not(built) for kernel, built in done.items() if not built.ok}
     record = PartsRecord()
     settings = Settings(
         rounds=options.rounds, burst_s=BURST_SECONDS, idle_s=IDLE_SECONDS, limit_s=options.limit
@@ -110,8 +107,12 @@ def _measure(found: list[Probe], target: str, folder: Path, options: argparse.Na
                 figures = {p.key: lost_figure(p, "failed", failed[p.kernel]) for p in job if p.kernel in failed}
                 if ready:
                     figures |= {p.key: f for p, f in zip(ready, measurer.figures(ready), strict=True)}
+                for probe in job:
+                    figures[probe.key].spills = done[probe.kernel].spills if probe.kernel else None
                 record.figures += [figures[probe.key] for probe in job]
                 progress.advance(task, len(job))
+                if not console.is_terminal:
+                    console.print(show.job_line(job[0].turns, record.figures[-len(job) :]), markup=False)
                 if options.json:
                     record.save(options.json)
             record.complete = True
@@ -143,24 +144,29 @@ def _compile_only(found: list[Probe], folder: Path, jobs: int, console: Console)
         wanted.append(clock_kernel(wanted[0].config.target))
     if not kernels.can_look():
         console.print("without cuobjdump and nvdisasm (pip install 'cute-attn[test]') the code isn't looked into")
-    done = _build(wanted, folder, jobs, console, inspect=True)
+    done = _build(wanted, folder, jobs, console, anew=True)
     bad = [kernel for kernel, built in done.items() if not built.ok]
     console.print(f"{len(done)} kernels compiled, {len(bad)} of them failed or lack what they are to measure")
     return 1 if bad else 0
 
 
 def _build(
-    wanted: Sequence[kernels.Kernel], folder: Path, jobs: int, console: Console, inspect: bool = False
+    wanted: Sequence[kernels.Kernel], folder: Path, jobs: int, console: Console, anew: bool = False
 ) -> dict[kernels.Kernel, kernels.Built]:
     with _progress(console) as progress:
         task = progress.add_task("compiling", total=len(set(wanted)))
 
         def watch(kernel: kernels.Kernel, built: kernels.Built) -> None:
             progress.advance(task)
-            if inspect or not built.ok:
+            if anew or not built.ok:
                 console.print(show.built_line(kernel.label, built), markup=False, highlight=False)
 
-        return kernels.build(wanted, folder, jobs=jobs, inspect=inspect, watch=watch)
+        return kernels.build(wanted, folder, jobs=jobs, anew=anew, watch=watch)
+
+
+def why_not(built: kernels.Built) -> str:
+    """Why a kernel isn't measured: it could not be compiled, or doesn't do what it would be measured for."""
+    return built.error or f"the compiler left out {', '.join(built.missing)}"
 
 
 def _progress(console: Console) -> Progress:

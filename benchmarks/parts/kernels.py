@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import multiprocessing
 import os
 import re
@@ -50,7 +51,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel's object file, or why there is none; with what was looked up in its code, if that was asked for."""
+    """A kernel's object file, or why there is none; and what its code shows, where there are tools to read it."""
 
     path: str
     seconds: float = 0.0
@@ -69,10 +70,11 @@ def build(
     folder: Path,
     *,
     jobs: int,
-    inspect: bool = False,
+    anew: bool = False,
     watch: Callable[[Kernel, Built], None] = lambda kernel, built: None,
 ) -> dict[Kernel, Built]:
-    """Compile what ``folder`` doesn't hold yet, ``jobs`` at a time. One that can't be compiled loses only itself."""
+    """Compile what ``folder`` doesn't hold yet (or all, ``anew``), ``jobs`` at a time. One that can't be compiled loses
+    only itself."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = list(dict.fromkeys(kernels))
     done: dict[Kernel, Built] = {}
@@ -83,11 +85,11 @@ def build(
 
     if jobs == 1:
         for kernel in wanted:
-            note(kernel, compile_one(kernel, folder, inspect))
+            note(kernel, compile_one(kernel, folder, anew))
         return done
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, max(len(wanted), 1)), mp_context=context) as pool:
-        running = {pool.submit(compile_one, kernel, folder, inspect): kernel for kernel in wanted}
+        running = {pool.submit(compile_one, kernel, folder, anew): kernel for kernel in wanted}
         try:
             for future in as_completed(running):
                 try:
@@ -101,23 +103,34 @@ def build(
     return done
 
 
-def compile_one(kernel: Kernel, folder: Path, inspect: bool) -> Built:
-    """Compile one kernel unless it is on disk; never raises."""
+def compile_one(kernel: Kernel, folder: Path, anew: bool = False) -> Built:
+    """Compile one kernel unless it is on disk; never raises. What its code shows is kept beside it."""
     began = time.monotonic()
     path = folder / name_of(kernel)
-    if path.exists() and not inspect:
-        return Built(str(path))
+    if not anew and (kept := _kept(path)) is not None:
+        return kept
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            compiled = compile_kernel(kernel, f"--keep-cubin --dump-dir={scratch}" if inspect else "")
-            part = Path(scratch) / "part.o"
+            compiled = compile_kernel(kernel, f"--keep-cubin --dump-dir={scratch}")
+            part, note = Path(scratch) / "part.o", Path(scratch) / "part.json"
             compiled.export_to_c(str(part), function_name=SYMBOL)
+            found = look_into(kernel, next(Path(scratch).glob("*.cubin")))
+            note.write_text(json.dumps(found))
             os.replace(part, path)
-            found = look_into(kernel, next(Path(scratch).glob("*.cubin"))) if inspect else {}
+            os.replace(note, path.with_suffix(".json"))  # last: without it the entry is none
         return Built(str(path), time.monotonic() - began, **found)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return Built("", time.monotonic() - began, error=reason[:300])
+
+
+def _kept(path: Path) -> Built | None:
+    """An earlier compilation's result, if all of it is there."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text())
+        return Built(str(path), **{**found, "missing": tuple(found.get("missing", ()))}) if path.exists() else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def compile_kernel(kernel: Kernel, options: str = "") -> Any:

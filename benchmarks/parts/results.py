@@ -24,6 +24,7 @@ class Figure:
     what: str
     shipped: bool = False
     seqlen: int = 0
+    spills: int | None = None  # of the kernel, where its code was read: then it isn't only the part that takes time
     status: str = "ok"
     reason: str = ""
     seconds: float | None = None

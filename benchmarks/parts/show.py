@@ -63,6 +63,8 @@ def table(part: str, figures: Iterable[Figure]) -> Table:
 
 def row(figure: Figure) -> list[str]:
     what = f"{figure.what} {SHIPPED}" if figure.shipped else figure.what
+    if figure.spills:
+        what += f" ({figure.spills} spills)"
     if not figure.ok or figure.rate is None:
         return [figure.config, figure.mechanism, what, figure.status, "", "", "", "", ""]
     return [
@@ -98,6 +100,13 @@ def built_line(label: str, built: Built) -> str:
     if built.missing:
         facts.append(f"no loop holds {', '.join(built.missing)}")
     return f"{label}: {', '.join(facts)}"
+
+
+def job_line(turns: tuple[str, Any, str], figures: list[Figure]) -> str:
+    """One finished job in one line, for logs without a progress bar."""
+    part, shape, mechanism = turns
+    lost = [figure.what for figure in figures if figure.status != "ok"]
+    return f"{part}: {shape.name} {mechanism}: {len(figures) - len(lost)} measured" + (f", lost: {'; '.join(lost)}" if lost else "")
 
 
 def number(value: float) -> str:

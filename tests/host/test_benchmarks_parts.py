@@ -221,11 +221,11 @@ def dsl():
 
 @pytest.mark.parametrize("spec", REPRESENTATIVE.values(), ids=REPRESENTATIVE.keys())
 def test_micro_kernels_hold_what_they_measure_in_a_loop(spec, dsl, tmp_path):
-    built = kernels.compile_one(kernel_of(*spec), tmp_path, inspect=True)
+    built = kernels.compile_one(kernel_of(*spec), tmp_path)
     assert built.error is None
     assert built.missing == ()
     assert built.spills == 0
-    assert [path.suffix for path in tmp_path.iterdir()] == [".o"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".o", ".json"}
 
 
 COUNTED = ("HGMMA", "HMMA", "LDSM", "LDGSTS", "UTMALDG", "UTMASTG", "MUFU", "FMNMX", "F2FP", "BAR", "SYNCS")
@@ -277,9 +277,11 @@ def test_a_kernel_that_cannot_be_compiled_loses_only_itself(monkeypatch, tmp_pat
     def compile_kernel(kernel, options=""):
         if kernel.how == "O registers":
             raise RuntimeError("no such\ninstruction")
-        return FakeCompiled()
+        with open(options.split("--dump-dir=")[1] + "/kernel.cubin", "w"):
+            return FakeCompiled()
 
     monkeypatch.setattr(kernels, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(kernels, "look_into", lambda kernel, code: {"registers": 90, "spills": 0, "missing": ()})
     wanted = [kernel_of("products", how, "d128", "tma_wgmma") for how in ("S shared", "O registers", "S shared")]
     heard = []
     done = kernels.build(wanted, tmp_path, jobs=1, watch=lambda kernel, built: heard.append(kernel))
@@ -287,7 +289,10 @@ def test_a_kernel_that_cannot_be_compiled_loses_only_itself(monkeypatch, tmp_pat
     assert done[wanted[1]].error == "RuntimeError: no such instruction"
     assert heard == wanted[:2]
     monkeypatch.setattr(kernels, "compile_kernel", None)  # what is on disk isn't compiled again
-    assert kernels.build(wanted[:1], tmp_path, jobs=1)[wanted[0]].ok
+    assert kernels.build(wanted[:1], tmp_path, jobs=1)[wanted[0]].registers == 90
+    for path in tmp_path.glob("*.json"):
+        path.write_text("{")  # a damaged entry is none
+    assert "NoneType" in kernels.build(wanted[:1], tmp_path, jobs=1)[wanted[0]].error
 
 
 class FakeCompiled:
@@ -581,8 +586,8 @@ def test_bad_usage_says_what_is_known(no_gpu, capsys, arguments, message):
 
 
 def test_compile_only_compiles_and_says_what_is_missing(no_gpu, monkeypatch, capsys, tmp_path):
-    def compile_one(kernel, folder, inspect):
-        assert inspect
+    def compile_one(kernel, folder, anew):
+        assert anew
         missing = ("HGMMA",) if kernel.how.startswith("O") else ()
         return kernels.Built("x.o", 1.0, registers=90, spills=0, missing=missing)
 

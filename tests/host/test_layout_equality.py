@@ -12,7 +12,6 @@ pytest.importorskip("cutlass.cute")
 from cute_attn.layouts import family, prove
 from cute_attn.layouts.__main__ import configs
 from cute_attn.layouts.base import OPERANDS, Layout
-
 from cute_attn.problem import Problem
 
 CONFIGS = [config for config, _ in configs(dtype="bfloat16")]

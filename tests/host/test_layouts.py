@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from cute_attn.layouts import base
-from cute_attn.layouts.base import Config, Gpu
 
 import cute_attn
 from cute_attn import layouts
+from cute_attn.layouts import base
+from cute_attn.layouts.base import Config, Gpu
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 
@@ -362,6 +362,16 @@ def test_pieces_stay_whole_and_meet_no_bank_twice(config: Config):
         assert (pieces - first == np.arange(per_piece)[None, None, :, None] * base.BYTES).all(), operand
         groups = (first[:, :, 0] % BANKS // PIECE).reshape(rows // 8, 8, columns // per_piece, slots)
         assert (np.sort(groups, axis=1) == np.arange(8)[None, :, None, None]).all(), operand
+
+
+@pytest.mark.parametrize("config", [c for c in shipped() if c.mechanism == "tma_wgmma"], ids=name)
+def test_swizzles_that_tma_knows(config: Config):
+    """TMA and warpgroup MMA know a swizzle by the width of a row: ``Sw<3,4,3>`` on bytes for rows of 128 bytes,
+    ``Sw<2,4,3>`` for rows of 64."""
+    for layout in traced(config).smem.values():
+        row_bytes = flat(layout.shape[1])[0] * base.BYTES
+        assert flat(layout.stride[1])[0] == 1
+        assert layout.swizzle == {128: (3, 4, 3), 64: (2, 4, 3)}[row_bytes]
 
 
 @pytest.mark.parametrize("config", [c for c in shipped() if c.mechanism == "cp_async"], ids=name)

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cute_attn.layouts.base import KIB, Config, Gpu
 
 from cute_attn import layouts
+from cute_attn.layouts.base import KIB, Config, Gpu
 from cute_attn.plan import check, configs, explain, plan, registers_per_thread
 from cute_attn.problem import Problem, check_call, problem_of
 
