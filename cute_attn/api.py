@@ -92,7 +92,7 @@ def attention(
 
 def _forward(q, k, v, call, return_lse: bool, mechanism: str | None):
     """Plan, compile or look up, and launch. Allocates the outputs and nothing else."""
-    check_tensors_for_gpu(q, k, v, call)
+    q, k, v = check_tensors_for_gpu(q, k, v, call)
     out = q.new_empty((call.batch, call.seqlen_q, call.heads, call.head_dim_v))
     lse = q.new_empty((call.batch, call.heads, call.seqlen_q), dtype=torch.float32) if return_lse else None
     if call.empty:

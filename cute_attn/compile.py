@@ -73,7 +73,7 @@ def cache_dir() -> Path:
 
 def entry_name(problem: Problem, config: Config) -> str:
     """The name of an entry on disk: a readable part, and a hash of every field and of the fingerprint."""
-    digest = hashlib.sha256(f"{problem!r}\n{config!r}\n{fingerprint()}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{problem!r}\n{config!r}\n{fingerprint()}{_outside_sources(config)}".encode()).hexdigest()
     return f"{config.mechanism}_{config.target}_{problem.dtype}_d{problem.head_dim}_{digest[:24]}"
 
 
@@ -87,6 +87,18 @@ def fingerprint() -> str:
     for name in VERSIONED:
         digest.update(f"{name}={_installed(name)}\n".encode())
     digest.update(f"{sys.version_info[:2]} {platform.system()} {platform.machine()}".encode())
+    return digest.hexdigest()
+
+
+def _outside_sources(config: Config) -> str:
+    """A hash of the modules behind a config that lie outside the package: :func:`fingerprint` covers what is inside."""
+    inside = Path(layouts.__file__).parent
+    digest = hashlib.sha256()
+    with suppress(ValueError, KeyError):  # no module serves such a config: it has a name, but nothing will compile it
+        for module in (layouts.for_target(config.target), layouts.family(config)):
+            path = Path(module.__file__ or "")
+            if not path.is_relative_to(inside) and path.is_file():
+                digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -116,7 +128,7 @@ def _from_disk_or_compiler(problem: Problem, config: Config) -> Callable:
         compiled_function = compile_only(problem, config)
         try:
             _store(folder, name, compiled_function)
-        except OSError as error:
+        except Exception as error:  # the kernel is there; not keeping it is no reason to fail
             _warn(folder, error)
         return _load(folder, name) or compiled_function
 

@@ -1,5 +1,6 @@
-"""From torch's tensors to a kernel on the caller's device and stream, through cuda-python.
+"""From torch's tensors to a kernel on the caller's device and stream.
 
+tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
 Nothing here synchronises, and nothing is allocated.
 """
 
@@ -20,8 +21,13 @@ from cute_attn.problem import Call, Problem
 @lru_cache(maxsize=64)
 def multiprocessors(device: int) -> int:
     """Streaming multiprocessors of a device."""
-    from cuda.bindings import runtime
-
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise NotImplementedError(
+            f"cuda-python can't be imported ({error}); the kernels are launched with it: "
+            f"try pip install cuda-python, or backend='reference'"
+        ) from error
     error, count = runtime.cudaDeviceGetAttribute(runtime.cudaDeviceAttr.cudaDevAttrMultiProcessorCount, device)
     if error != runtime.cudaError_t.cudaSuccess:
         raise RuntimeError(f"CUDA can't tell device {device}'s multiprocessors ({error.name}): is it visible to the process?")

@@ -80,10 +80,11 @@ def backend() -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "reference", "torch finds no CUDA GPU: is there one, and a driver for it?"
     if missing():
-        return "reference", f"{', '.join(missing())} not installed: try pip install 'cute-attn[cu13]' (Linux only)"
+        why = f"{', '.join(missing())} not installed: try pip install 'cute-attn[cu13]' (Linux only)"
+        return "reference", f"{why}; for CUDA tensors, ask for it with backend='reference'"
     usable = [device for device in devices() if device.target]
     if not usable:
-        return "reference", devices()[0].why_not
+        return "reference", f"{devices()[0].why_not}; for CUDA tensors, ask for it with backend='reference'"
     best = usable[0]
     return "cute", f"{best.name} runs {best.mechanisms[0]} ({best.target}, {best.module})"
 

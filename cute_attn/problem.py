@@ -160,12 +160,15 @@ def problem_of(dtype: torch.dtype, call: Call, return_lse: bool) -> Problem:
         call.left is not None,
         call.right is not None,
         call.softcap > 0.0,
-        return_lse,
+        bool(return_lse),  # a key must not depend on how it was spelt
     )
 
 
-def check_tensors_for_gpu(q, k, v, call: Call) -> None:
-    """Check what the kernels need beyond :func:`check_call`: dtype, head dims, strides and alignment."""
+def check_tensors_for_gpu(q, k, v, call: Call):
+    """Check what the kernels need beyond :func:`check_call`: dtype, head dims, strides and alignment.
+
+    Returns q, k, v as the kernels can read them: the same memory, see :func:`check_strides`.
+    """
     if q.dtype not in GPU_DTYPES:
         raise ValueError(
             f"dtype is {q.dtype}; the GPU kernels take float16 and bfloat16: try .to(torch.bfloat16), or backend='reference'"
@@ -181,15 +184,25 @@ def check_tensors_for_gpu(q, k, v, call: Call) -> None:
             f"scale is {call.scale}; the GPU kernels need one above 0, since they look for a row's largest score before "
             f"they scale it: negate q instead, or use backend='reference'"
         )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        s0, s1, s2, s3 = x.stride()
-        # One look for the usual case: every address that a row can have is a multiple of 16 bytes.
-        if s3 != 1 or (x.data_ptr() | (s0 | s1 | s2) * 2) & (ALIGN_BYTES - 1):
-            check_strides(name, x)
+    return (
+        q if _is_aligned(q) else check_strides("q", q),
+        k if _is_aligned(k) else check_strides("k", k),
+        v if _is_aligned(v) else check_strides("v", v),
+    )
 
 
-def check_strides(name: str, x: torch.Tensor) -> None:
-    """Check that 16-byte copies can read ``x``: last dimension contiguous, address and strides multiples of 16 bytes."""
+def _is_aligned(x: torch.Tensor) -> bool:
+    """One look for the usual case: every address that a row can have is a multiple of 16 bytes."""
+    s0, s1, s2, s3 = x.stride()
+    return s3 == 1 and not (x.data_ptr() | (s0 | s1 | s2) * 2) & (ALIGN_BYTES - 1)
+
+
+def check_strides(name: str, x: torch.Tensor) -> torch.Tensor:
+    """Check that 16-byte copies can read ``x``: last dimension contiguous, address and strides multiples of 16 bytes.
+
+    The stride of a dimension of size 1 is never used, so any is welcome; but the compiled kernels count on multiples, so
+    what is returned is a view of ``x`` that has one there.
+    """
     size = x.element_size()
     *outer, last = x.stride()
     if last != 1 and x.shape[-1] > 1:
@@ -207,6 +220,8 @@ def check_strides(name: str, x: torch.Tensor) -> None:
                 f"{name} has strides {tuple(x.stride())}; multiples of {ALIGN_BYTES // size} elements "
                 f"({ALIGN_BYTES} bytes) are needed: try {name}.contiguous()"
             )
+    unused = -(-x.shape[-1] * size // ALIGN_BYTES) * ALIGN_BYTES // size
+    return x.as_strided(x.shape, [unused if n == 1 else s for s, n in zip(outer, x.shape, strict=False)] + [last])
 
 
 def _scale(scale) -> float:

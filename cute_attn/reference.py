@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from cute_attn.problem import Call
-from cute_attn.rules import LN_2, Band, HostOps, TensorOps, score_scales, softcap_log2
+from cute_attn.rules import LN_2, Band, HostOps, TensorOps, score_scales, softcap_tanh
 
 
 def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +65,7 @@ def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
         tK, tV = k[:, n:n_end].to(tQ.dtype), v[:, n:n_end].to(tQ.dtype)  # (batch, keys, heads_kv, head_dim)
         acc_S = torch.einsum("bmhgd,bnhd->bhgmn", tQ, tK)
         if call.softcap > 0.0:
-            acc_S = softcap_log2(acc_S, scale_by_cap, TensorOps)
+            acc_S = softcap_tanh(acc_S, scale_by_cap, TensorOps)
         acc_S = acc_S * scale_log2
         if n < whole_begin or n_end > whole_end:
             acc_S = acc_S.masked_fill(~_visible(band, m, row_last, n, n_end, call.seqlen_k, acc_S.device), -torch.inf)

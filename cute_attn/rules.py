@@ -72,14 +72,14 @@ class Band:
         return begin, end
 
 
-def softcap_log2(score, scale_by_cap, ops):
+def softcap_tanh(score, scale_by_cap, ops):
     """``tanh(score · scale / cap)``, which ``cap · log2 e`` then turns into a capped score in base 2."""
     return ops.tanh(score * scale_by_cap)
 
 
 def score_scales(scale: float, softcap: float) -> tuple[float, float]:
     """``(scale_log2, scale_by_cap)``: a raw score s becomes ``s · scale_log2`` in base 2, or, under a softcap,
-    ``softcap_log2(s, scale_by_cap) · scale_log2``."""
+    ``softcap_tanh(s, scale_by_cap) · scale_log2``."""
     if softcap > 0.0:
         return softcap * LOG2_E, scale / softcap
     return scale * LOG2_E, 0.0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from . import family, for_target, known_targets
-from .base import KIB, OPERANDS, Config
+from . import ENTRY_POINTS, family, for_target, known_targets, modules, source
+from .base import KIB, OPERANDS, Config, Gpu
 
 LOG_WIDTH = 180  # a log has no width of its own
 DTYPES = ("float16", "bfloat16")
@@ -21,6 +23,10 @@ examples:
   python -m cute_attn.layouts check                              every shipped config, one line each
   python -m cute_attn.layouts check sm_90a --head-dim 128        every step of every operand, and the budgets
   python -m cute_attn.layouts check sm_90a --operand K --details
+  python -m cute_attn.layouts show sm_90a K --head-dim 128       K in shared memory, in colours
+  python -m cute_attn.layouts show sm_80 V --picture load --svg v.svg --png v.png
+  python -m cute_attn.layouts show sm_90a block --svg block.svg  who copies what where, stage by stage
+  python -m cute_attn.layouts new sm_123 --like sm_80 --smem-kib 99      the module of a new GPU
 """
 
 
@@ -78,6 +84,63 @@ def check(options: argparse.Namespace, console: Console) -> int:
     )
     console.print(text, style="bold red" if found else "bold green", highlight=False)
     return 1 if found else 0
+
+
+def show(options: argparse.Namespace, console: Console) -> int:
+    """``show``: one picture, in the terminal and in files."""
+    config = _shown(options)
+    try:
+        from . import pictures
+    except ImportError as error:
+        console.print(f"left out: the picture ({error}): try pip install nvidia-cutlass, which has pycute", markup=False)
+        return 1
+    if options.operand == pictures.BLOCK:
+        canvas = pictures.block(config)
+        for line in canvas.lines():
+            console.print(line, highlight=False, markup=False)
+    else:
+        grids = pictures.figure(options.operand, options.picture, config)
+        console.print(pictures.title(options.operand, options.picture, config), style="bold", highlight=False)
+        for grid in grids:
+            console.print(pictures.terminal(grid))
+        canvas = pictures.drawn(options.operand, options.picture, config)
+    try:
+        if options.svg:
+            Path(options.svg).write_text(canvas.svg(), encoding="utf-8")
+        if options.png:
+            canvas.png(Path(options.png))
+    except OSError as error:
+        raise ValueError(f"the picture can't be written: {error}") from error
+    return 0
+
+
+def gallery(options: argparse.Namespace, console: Console) -> int:
+    """``gallery``: the shipped layouts as SVGs, and the README.md that shows them."""
+    try:
+        from . import pictures
+    except ImportError as error:
+        console.print(f"left out: the gallery ({error}): try pip install nvidia-cutlass, which has pycute", markup=False)
+        return 1
+    folder, files = Path(options.output), pictures.gallery()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"the gallery can't be written: {error}") from error
+    size = sum(len(text.encode()) for text in files.values())
+    console.print(f"{_count(len(files), 'file')}, {size / KIB:.0f} KiB, in {folder}", highlight=False, markup=False)
+    return 0
+
+
+def _shown(options: argparse.Namespace) -> Config:
+    """The one config that a picture is of. Raises ``ValueError`` with what is known."""
+    from cute_attn.plan import plan
+    from cute_attn.problem import Problem
+
+    configs(options.arch, options.head_dim, None, options.dtype)  # refuses what is unknown
+    problem = Problem(options.dtype, options.head_dim, options.head_dim, bounded_right=options.causal)
+    return plan(problem, options.arch, options.mechanism)
 
 
 def configs(
@@ -222,6 +285,152 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + "s" * (number != 1)
 
 
+# ---- a new GPU -------------------------------------------------------------------------------------------------------
+
+MODULE = '''\
+"""{target}{serves}: {kib} KiB of shared memory a block. Written from {like}'s tables."""
+
+from __future__ import annotations
+
+from cute_attn.layouts import mma_sync
+from cute_attn.layouts.base import KIB, Config, Gpu
+
+GPU = Gpu(
+    name="{target}",
+    targets={{{targets}}},{by_name}
+    smem_per_block={kib} * KIB,
+    smem_per_multiprocessor={above} * KIB,  # CUDA keeps 1 KiB of it for each block
+)
+
+MECHANISMS = {{"cp_async": mma_sync}}
+
+# The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
+TABLE = {{
+{rows}
+}}
+
+
+def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
+    """The configurations for ``problem``, best first."""
+    return mma_sync.configs(problem, TABLE, target)
+'''
+
+
+def new(options: argparse.Namespace, console: Console) -> int:
+    """``new``: write the module of a GPU that is like another one, with the largest known tiles that fit it."""
+    text, notes = new_module(options.target, options.like, options.smem_kib, options.capability)
+    path = Path(options.output or f"{options.target.replace('_', '')}.py")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ValueError(f"{path} is there already and stays as it is: pass another --output") from None
+    except OSError as error:
+        raise ValueError(f"{path} can't be written ({error}): pass another --output") from None
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    used = f"serve it with cute_attn.layouts.register({path.stem}), or an entry point of the group {ENTRY_POINTS}"
+    if path.resolve().parent == Path(__file__).resolve().parent and path.match("sm[0-9]*.py"):
+        used = "it is found there"
+    console.print(f"wrote {path}: {used}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def new_module(target: str, like: str, smem_kib: int, capability: str | None = None) -> tuple[str, list[str]]:
+    """The text of a GPU's module, and in words what it could not take over. Raises ``ValueError`` with what would do."""
+    if not (parts := re.fullmatch(r"sm_(\d{1,2})(\d)[a-z]?", target)):
+        raise ValueError(f"target is {target!r}; a name such as sm_120 or sm_90a is needed")
+    if like not in known_targets():
+        raise ValueError(f"like is {like!r}; known ones are {', '.join(known_targets())}")
+    if target in known_targets():
+        raise ValueError(f"target {target} is served by {source(for_target(target))}: edit its tables, or name another")
+    if capability and not re.fullmatch(r"\d+\.\d|none", capability):
+        raise ValueError(f"capability is {capability!r}; one such as 12.0 is needed, or none")
+    served = capability or f"{parts[1]}.{parts[2]}"
+    if served == "none":
+        targets = {}
+    else:
+        targets = {(int(served.split(".")[0]), int(served.split(".")[1])): target}
+        for module in modules():
+            if targets.keys() & module.GPU.targets.keys():
+                raise ValueError(
+                    f"compute capability {served} is served by {source(module)}: pass another --capability, or none to ask "
+                    f"for {target} by its name only"
+                )
+    if smem_kib < 1:
+        raise ValueError(f"smem-kib is {smem_kib}; the KiB of shared memory that a block may have are needed, such as 99")
+    if "cp_async" not in for_target(like).MECHANISMS:
+        raise ValueError(f"like is {like}, which has no cp_async, the mechanism of every GPU: pass another, such as sm_80")
+    gpu = Gpu(target, targets, smem_kib * KIB, (smem_kib + 1) * KIB)
+    rows, notes = [], []
+    # The widest first: where nothing fits, it needs most.
+    for head_dim in reversed(for_target(like).MECHANISMS["cp_async"].TILE_DIMS):
+        config, note = _fitting(head_dim, like, gpu)
+        row = config.tile_m, config.tile_n, config.stages, config.mma_warps, config.blocks_per_multiprocessor
+        rows.append(f"    {head_dim}: {row},")
+        notes += [note] if note else []
+    if left := [name for name in for_target(like).MECHANISMS if name != "cp_async"]:
+        notes.append(f"left out: {like}'s {', '.join(left)}: only cp_async is sure to run on another GPU")
+    text = MODULE.format(
+        target=target,
+        serves=f" (compute capability {served})" if targets else "",
+        kib=smem_kib,
+        above=smem_kib + 1,
+        like=like,
+        targets=", ".join(f'{key}: "{value}"' for key, value in targets.items()),
+        by_name="" if targets else "  # asked for by name",
+        rows="\n".join(reversed(rows)),
+    )
+    return text, notes
+
+
+def _fitting(head_dim: int, like: str, gpu: Gpu) -> tuple[Config, str]:
+    """What ``like`` has for a head dim if it fits ``gpu``; else, with a note, the same tiles with fewer blocks a
+    multiprocessor, or the largest tiles that fit of any table."""
+    from cute_attn import plan
+    from cute_attn.problem import Problem
+
+    def fits(config: Config) -> bool:
+        try:
+            plan.check(config, gpu)
+        except ValueError:
+            return False
+        return True
+
+    def takes(config: Config) -> int:
+        """Shared memory a multiprocessor must have for it, less what it has beyond a block's."""
+        blocks = config.blocks_per_multiprocessor
+        return blocks * (family(config).smem_bytes(config) + plan.SMEM_RESERVED) - plan.SMEM_RESERVED
+
+    def said(config: Config) -> str:
+        blocks = config.blocks_per_multiprocessor
+        return f"tiles {config.tile_m}×{config.tile_n}, {config.stages} stages" + f", {blocks} blocks" * (blocks > 1)
+
+    def size(config: Config) -> tuple[int, int, int]:
+        return config.tile_m * config.tile_n, config.stages, config.blocks_per_multiprocessor
+
+    problem = Problem("bfloat16", head_dim, head_dim)
+    wanted = plan.configs(problem, like, "cp_async")[0]
+    if fits(wanted):
+        return wanted, ""
+    known = [like, *(t for t in known_targets() if t != like and "cp_async" in for_target(t).MECHANISMS)]
+    found = [config for target in known for config in plan.configs(problem, target, "cp_async")]
+    every = [replace(c, blocks_per_multiprocessor=n) for c in found for n in range(c.blocks_per_multiprocessor, 0, -1)]
+    too_much = (
+        f"head dim {head_dim}: {like}'s {said(wanted)} take {takes(wanted) / KIB:.0f} KiB of shared memory, "
+        f"{(takes(wanted) - gpu.smem_per_block) / KIB:.0f} more than {gpu.smem_per_block / KIB:.0f}"
+    )
+    if fitting := [config for config in every if fits(config)]:
+        own = [config for config in fitting if config.target == like]
+        best = own[0] if own else max(fitting, key=size)
+        return best, f"{too_much}: took {said(best)}, as {best.target} has them, {takes(best) / KIB:.0f} KiB"
+    least = min(every, key=takes)
+    raise ValueError(
+        f"{too_much}; the smallest that is known, {said(least)} of {least.target}, takes {takes(least) / KIB:.0f}: pass "
+        f"--smem-kib {-(-takes(least) // KIB)} or more"
+    )
+
+
 # ---- usage -----------------------------------------------------------------------------------------------------------
 
 
@@ -238,10 +447,34 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", metavar="T", help=f"{' or '.join(DTYPES)}; default: both")
     one.add_argument("--operand", metavar="X", help=f"one of {', '.join(OPERANDS)}; default: all, and the budgets")
     one.add_argument("--details", action="store_true", help="every step, however many configs there are")
+    one = commands.add_parser("show", help="print a layout in colours; draw it")
+    one.add_argument("arch", metavar="ARCH", help=f"one of {', '.join(known_targets())}")
+    one.add_argument("operand", metavar="OPERAND", help=f"one of {', '.join(OPERANDS)}, or block: all of them, by stage")
+    one.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
+    one.add_argument("--dtype", default="bfloat16", metavar="T", help=f"{' or '.join(DTYPES)}; default: %(default)s")
+    one.add_argument("--mechanism", metavar="M", help="default: the arch's best")
+    one.add_argument("--causal", action="store_true", help="the config for a causal mask")
+    picture = "memory (the default), a copy of it (in, load, store, out) or the mma that takes it"
+    one.add_argument("--picture", default="memory", metavar="P", help=picture)
+    one.add_argument("--svg", metavar="FILE", help="draw it as SVG")
+    one.add_argument("--png", metavar="FILE", help="draw it as PNG; needs matplotlib")
+    one = commands.add_parser("gallery", help="draw the shipped layouts: docs/layouts/")
+    one.add_argument("--output", default="docs/layouts", metavar="FOLDER", help="default: %(default)s")
+    one = commands.add_parser("new", help="write the module of a new GPU: docs/new-gpu.md")
+    one.add_argument("target", metavar="TARGET", help="what the compiler calls the GPU, such as sm_120")
+    one.add_argument("--like", required=True, metavar="ARCH", help=f"take its tiles: one of {', '.join(known_targets())}")
+    one.add_argument("--smem-kib", required=True, type=int, metavar="N", help="shared memory a block may have")
+    one.add_argument("--capability", metavar="X.Y", help="compute capability; none: by name only; default: TARGET's")
+    one.add_argument("--output", metavar="FILE", help="default: TARGET's name in this folder; never overwritten")
     return parser
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {"check": check}
+COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
+    "check": check,
+    "show": show,
+    "gallery": gallery,
+    "new": new,
+}
 
 
 if __name__ == "__main__":

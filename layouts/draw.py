@@ -1,4 +1,5 @@
-"""The picture of an operand's tile in shared memory: which banks each 16-byte chunk lies in, computed without the DSL.
+"""The picture of an operand's tile in shared memory: which banks each 16-byte chunk lies in, computed without the DSL;
+and the canvas that ``pictures`` draws on.
 
 Shared memory is 32 banks of 4 bytes; byte address a lies in bank ``a / 4 mod 32``. The kernels read and write 16 bytes
 a thread, so 4 neighbouring banks at a time: there are 8 such groups, and 8 threads are served at once if their chunks
@@ -9,8 +10,11 @@ in a plain row-major tile these share a group or two and are served one after th
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
+from xml.sax.saxutils import escape, quoteattr
 
 from rich.text import Text
 
@@ -28,10 +32,10 @@ PALETTE = (
     ("#999999", "black"),
     ("#E69F00", "black"),
     ("#56B4E9", "black"),
-    ("#009E73", "white"),
+    ("#009E73", "black"),
     ("#F0E442", "black"),
     ("#0072B2", "white"),
-    ("#D55E00", "white"),
+    ("#D55E00", "black"),
     ("#CC79A7", "black"),
 )
 
@@ -89,7 +93,7 @@ def picture(operand: str, config: Config, rows: int = ROWS_AT_ONCE) -> Text:
         text.append("\n")
     if rows >= ROWS_AT_ONCE:
         plain = serial_accesses(bank_groups(operand, config, rows, swizzled=False))
-        text.append(f"8 chunks below each other take {_times(serial_accesses(groups))}; unswizzled, {_times(plain)}")
+        text.append(f"8 chunks below each other take {in_words(serial_accesses(groups))}; unswizzled, {in_words(plain)}")
     return text
 
 
@@ -102,7 +106,8 @@ def legend() -> Text:
     return text
 
 
-def _times(accesses: int) -> str:
+def in_words(accesses: int) -> str:
+    """``1 access``, ``8 accesses``."""
     return "1 access" if accesses == 1 else f"{accesses} accesses"
 
 
@@ -113,3 +118,153 @@ def _algebra() -> ModuleType:
         raise NotImplementedError(
             f"layouts can't be computed on the host ({error}): try pip install nvidia-cutlass, which has pycute"
         ) from error
+
+
+# ---- a canvas --------------------------------------------------------------------------------------------------------
+
+MARGIN = 24  # pixels
+SIZE = 11  # of most text
+LINE = "#333333"
+GLYPH_TERMINAL = 7.5  # pixels for a character of a terminal
+GLYPH, GLYPH_MONO = 0.64, 0.61  # width of a character over its size: DejaVu's, which is a wide one
+FONT = "'DejaVu Sans', Verdana, Arial, sans-serif"
+FONT_MONO = "'DejaVu Sans Mono', Menlo, Consolas, monospace"
+PRINT_DPI = 200
+
+
+@dataclass(frozen=True)
+class Rect:
+    """A rectangle in pixels; ``cells`` says which elements it stands for, ``tip`` the same in words."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    fill: str = "#ffffff"
+    tip: str = ""
+    cells: str = ""
+
+    def holds(self, label: Label) -> bool:
+        """Whether a label's anchor lies on it."""
+        return self.x <= label.x < self.x + self.width and self.y <= label.y < self.y + self.height
+
+
+@dataclass(frozen=True)
+class Label:
+    """A line of text. ``x`` and ``y`` are its anchor: ``start``, ``middle`` or ``end`` of it, halfway up."""
+
+    x: float
+    y: float
+    text: str
+    size: float = SIZE
+    anchor: str = "middle"
+    fill: str = "#000000"
+    bold: bool = False
+    mono: bool = False
+    upright: bool = False  # turned by 90°, read from below
+
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom, estimated generously."""
+        length = len(self.text) * self.size * (GLYPH_MONO if self.mono else GLYPH) * (1.08 if self.bold else 1)
+        before = {"start": 0.0, "middle": length / 2, "end": length}[self.anchor]
+        if self.upright:
+            return self.x - self.size / 2, self.y - length + before, self.x + self.size / 2, self.y + before
+        return self.x - before, self.y - self.size / 2, self.x - before + length, self.y + self.size / 2
+
+
+@dataclass
+class Canvas:
+    """What is drawn, in order. It is as large as what is on it, and a margin."""
+
+    title: str
+    shapes: list[Rect | Label] = field(default_factory=list)
+
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        boxes = [x.box() if isinstance(x, Label) else (x.x, x.y, x.x + x.width, x.y + x.height) for x in self.shapes]
+        return round(max(b[2] for b in boxes) + MARGIN), round(max(b[3] for b in boxes) + MARGIN)
+
+    def lines(self) -> list[Text]:
+        """What is written on it, for a terminal: labels at one height in one line, on the colours they stand on."""
+        rows: dict[float, list[Label]] = {}
+        for x in self.shapes:
+            if isinstance(x, Label):
+                rows.setdefault(x.y, []).append(x)
+        lines = []
+        for _, labels in sorted(rows.items()):
+            text = Text(no_wrap=True)
+            for label in sorted(labels, key=lambda label: label.box()[0]):
+                at = round(label.box()[0] / GLYPH_TERMINAL)
+                text.append(" " * max(at - len(text), 1 if len(text) else 0))
+                fill = next((x.fill for x in reversed(self.shapes) if isinstance(x, Rect) and x.holds(label)), "#ffffff")
+                text.append(label.text, "" if fill == "#ffffff" else f"{label.fill} on {fill}")
+            lines.append(text)
+        return lines
+
+    def svg(self) -> str:
+        """The picture as SVG, with nothing in it that another program would have to find."""
+        width, height = self.size()
+        lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+            f'role="img" font-family={quoteattr(FONT)} font-size="{SIZE}" text-anchor="middle">',
+            f"<title>{escape(self.title)}</title>",
+            f"<style>rect{{stroke:{LINE};stroke-width:.8}}.paper{{stroke:none}}.b{{font-weight:bold}}</style>",
+            f'<rect class="paper" width="{width}" height="{height}" fill="#ffffff"/>',
+        ]
+        lines += [_svg_rect(x) if isinstance(x, Rect) else _svg_label(x) for x in self.shapes]
+        return "\n".join([*lines, "</svg>", ""])
+
+    def png(self, path: Path) -> None:
+        """The picture as PNG, by matplotlib. Raises ``ValueError`` where that is missing."""
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+            from matplotlib.patches import Rectangle
+        except ImportError as error:
+            raise ValueError(f"a PNG needs matplotlib ({error}): try pip install 'cute-attn[bench]', or --svg") from error
+        width, height = self.size()
+        figure = Figure(figsize=(width / 100, height / 100), dpi=PRINT_DPI)
+        FigureCanvasAgg(figure)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.axis("off")
+        align = {"start": "left", "middle": "center", "end": "right"}
+        for x in self.shapes:
+            if isinstance(x, Rect):
+                axes.add_patch(Rectangle((x.x, x.y), x.width, x.height, facecolor=x.fill, edgecolor=LINE, linewidth=0.5))
+                continue
+            along, across = align[x.anchor], "center_baseline"
+            if x.upright:
+                along, across = "center", {"left": "bottom", "center": "center", "right": "top"}[along]
+            axes.text(
+                x.x,
+                x.y,
+                x.text.replace("$", r"\$"),
+                fontsize=x.size * 0.72,
+                color=x.fill,
+                horizontalalignment=along,
+                verticalalignment=across,
+                rotation=90 if x.upright else 0,
+                family="DejaVu Sans Mono" if x.mono else "DejaVu Sans",
+                weight="bold" if x.bold else "normal",
+            )
+        figure.savefig(path)
+
+
+def _svg_rect(x: Rect) -> str:
+    text = f'<rect x="{x.x:.4g}" y="{x.y:.4g}" width="{x.width:.4g}" height="{x.height:.4g}" fill="{x.fill}"'
+    text += f' data-cells="{x.cells}"' if x.cells else ""
+    return f"{text}><title>{escape(x.tip)}</title></rect>" if x.tip else f"{text}/>"
+
+
+def _svg_label(x: Label) -> str:
+    # a third of the size below the middle is where letters stand, in every program
+    right, down = (0.35 * x.size, 0.0) if x.upright else (0.0, 0.35 * x.size)
+    text = f'<text x="{x.x + right:.4g}" y="{x.y + down:.4g}"'
+    text += f' font-size="{x.size:g}"' if x.size != SIZE else ""
+    text += f' text-anchor="{x.anchor}"' if x.anchor != "middle" else ""
+    text += f' fill="{x.fill}"' if x.fill not in ("black", "#000000") else ""
+    text += ' class="b"' if x.bold else ""
+    text += f" font-family={quoteattr(FONT_MONO)}" if x.mono else ""
+    text += f' transform="rotate(-90 {x.x + right:.5g} {x.y:.5g})"' if x.upright else ""
+    return f"{text}>{escape(x.text)}</text>"

@@ -1,4 +1,4 @@
-"""Blackwell workstation and consumer GPUs (compute capability 12.0): ``mma.sync``, and 99 KiB of shared memory a block."""
+"""Blackwell workstation and consumer GPUs (compute capabilities 12.0 and 12.1): 99 KiB of shared memory a block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .base import KIB, Config, Gpu
 
 GPU = Gpu(
     name="sm_120",
-    targets={(12, 0): "sm_120"},
+    targets={(12, 0): "sm_120", (12, 1): "sm_121"},
     smem_per_block=99 * KIB,
     smem_per_multiprocessor=100 * KIB,
 )

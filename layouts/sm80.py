@@ -1,4 +1,4 @@
-"""Ampere's data-center GPU (compute capability 8.0: A100, A30)."""
+"""Ampere with 163 KiB of shared memory a block: the data-center GPU (compute capability 8.0: A100, A30), and Orin (8.7)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .base import KIB, Config, Gpu
 
 GPU = Gpu(
     name="sm_80",
-    targets={(8, 0): "sm_80"},
+    targets={(8, 0): "sm_80", (8, 7): "sm_87"},
     smem_per_block=163 * KIB,
     smem_per_multiprocessor=164 * KIB,
 )

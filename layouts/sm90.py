@@ -25,6 +25,12 @@ WGMMA_TABLE: dict[int, dict[str, Any]] = {
     192: {"tile_m": 128, "tile_n": 96, "stages": 2, "rescale_early": True},
     256: {"tile_m": 128, "tile_n": 80, "stages": 2, "rescale_early": True},
 }
+# O may lie over Q only where both are equally wide: else a warpgroup's rows of O would reach into another's rows of Q.
+# Heads of different widths leave the room that a memory of its own takes, at 256 with fewer keys a tile.
+WGMMA_MIXED: dict[int, dict[str, Any]] = {
+    192: {"separate_o": True},
+    256: {"separate_o": True, "tile_n": 64},
+}
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -> registers of a computing, copying thread
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
@@ -43,7 +49,8 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     if mechanism == "cp_async":
         return mma_sync.configs(problem, MMA_SYNC_TABLE, target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)
-    choice = WGMMA_TABLE[max(tile_d, tile_dv)]
+    wider = max(tile_d, tile_dv)
+    choice = WGMMA_TABLE[wider] | (WGMMA_MIXED.get(wider, {}) if tile_d != tile_dv else {})
     warpgroups = choice["tile_m"] // wgmma.ROWS_PER_WARPGROUP
     mma_registers, copy_registers = REGISTERS[warpgroups]
     return (

@@ -94,7 +94,8 @@ def softmax(shape: Shape, mechanism: str, target: str) -> Iterator[Probe]:
     for how in ("step", "step, rescale", *(("exp2",) if shape.head_dim == 128 else ())):
         words = {"step": "step", "step, rescale": "step and rescale of O", "exp2": "bare exponentials"}[how]
         what = f"{words}, {config.tile_n} keys" if how != "exp2" else words
-        yield Probe("softmax", shape, mechanism, what, Kernel("softmax", how, shape.problem, config), shipped=True)
+        kernel = Kernel("softmax", how, shape.problem, config)
+        yield Probe("softmax", shape, mechanism, what, kernel, shipped=how != "exp2")
 
 
 def epilogue(shape: Shape, mechanism: str, target: str) -> Iterator[Probe]:
@@ -118,12 +119,13 @@ def launch(shape: Shape, mechanism: str, target: str) -> Iterator[Probe]:
         return Kernel("launch", how, shape.problem, config)
 
     blocks = f"{config.threads} threads, {config.blocks_per_multiprocessor} a multiprocessor"
-    yield Probe("launch", shape, mechanism, MEMSET, None, HOST)
-    yield Probe("launch", shape, mechanism, EMPTY, kernel("empty"), HOST, MEMSET)
+    yield Probe("launch", shape, mechanism, MEMSET, None, HOST, shipped=True)
+    yield Probe("launch", shape, mechanism, EMPTY, kernel("empty"), HOST, MEMSET, shipped=True)
     forward = Kernel("whole", FULL, shape.problem, config)
-    yield Probe("launch", shape, mechanism, "host: forward kernel", forward, HOST, EMPTY)
-    yield Probe("launch", shape, mechanism, ONE_WARP, kernel("one warp"), DEVICE)
-    yield Probe("launch", shape, mechanism, f"device: blocks of {blocks}", kernel("empty"), DEVICE, ONE_WARP)
+    yield Probe("launch", shape, mechanism, "host: forward kernel", forward, HOST, EMPTY, shipped=True)
+    yield Probe("launch", shape, mechanism, ONE_WARP, kernel("one warp"), DEVICE, shipped=True)
+    empty = kernel("empty")
+    yield Probe("launch", shape, mechanism, f"device: blocks of {blocks}", empty, DEVICE, ONE_WARP, shipped=True)
 
 
 Lister = Callable[[Shape, str, str], Iterator[Probe]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def _measure(found: list[Probe], target: str, folder: Path, options: argparse.Namespace, console: Console) -> int:
     clock = clock_kernel(target)
     wanted = [probe.kernel for probe in found if probe.kernel is not None]
-    done = _build([clock, *wanted], folder, options.jobs, console)
+    try:
+        done = _build([clock, *wanted], folder, options.jobs, console)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     failed = {kernel: why_not(built) for kernel, built in done.items() if not built.ok}
     record = PartsRecord()
     settings = Settings(
@@ -189,9 +193,12 @@ def find_target(arch: str | None) -> tuple[str, bool]:
     from cute_attn import layouts
 
     device = torch.cuda.is_available()
-    if arch is None:
-        arch = layouts.target_of(torch.cuda.get_device_capability()) if device else DEFAULT_TARGET
-    layouts.for_target(arch)
+    try:
+        if arch is None:
+            arch = layouts.target_of(torch.cuda.get_device_capability()) if device else DEFAULT_TARGET
+        layouts.for_target(arch)
+    except NotImplementedError as error:
+        raise ValueError(str(error)) from None
     return arch, device
 
 
@@ -211,6 +218,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {getattr(options, name)}; at least 1 is needed")
     if options.limit <= 0:
         raise ValueError(f"--limit is {options.limit}; seconds above 0 are needed")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:  # not after everything has been measured
+        raise ValueError("--plot needs matplotlib: try pip install matplotlib")
 
 
 def _about(found: dict[str, Any], settings: Settings, options: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from cute_attn import layouts
 
 WARP = 32
 TENSOR_BYTES = {"memory": 512 << 20, "L2": 16 << 20}
-BYTES_PER_LAUNCH = 2 << 30
+BYTES_PER_LAUNCH = 4 << 30
 ROUNDS = 12  # a block's tiles come in multiples of it, so that any number of stages up to 4 divides them
 EXPECTS = {"plain": ("LDG", "STS", "LDS"), "cp_async": ("LDGSTS", "LDS"), "tma": ("UTMALDG", "LDS")}
 

@@ -76,20 +76,27 @@ def build(
     """Compile what ``folder`` doesn't hold yet (or all, ``anew``), ``jobs`` at a time. One that can't be compiled loses
     only itself."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = list(dict.fromkeys(kernels))
     done: dict[Kernel, Built] = {}
 
     def note(kernel: Kernel, built: Built) -> None:
         done[kernel] = built
         watch(kernel, built)
 
+    wanted = list(dict.fromkeys(kernels))
+    if not anew:  # no process is started for what is there already
+        for kernel in wanted:
+            if (kept := _kept(folder / name_of(kernel))) is not None:
+                note(kernel, kept)
+        wanted = [kernel for kernel in wanted if kernel not in done]
+    if not wanted:
+        return done
     if jobs == 1:
         for kernel in wanted:
-            note(kernel, compile_one(kernel, folder, anew))
+            note(kernel, compile_one(kernel, folder))
         return done
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, max(len(wanted), 1)), mp_context=context) as pool:
-        running = {pool.submit(compile_one, kernel, folder, anew): kernel for kernel in wanted}
+    with ProcessPoolExecutor(min(jobs, len(wanted)), mp_context=context) as pool:
+        running = {pool.submit(compile_one, kernel, folder): kernel for kernel in wanted}
         try:
             for future in as_completed(running):
                 try:
@@ -103,12 +110,10 @@ def build(
     return done
 
 
-def compile_one(kernel: Kernel, folder: Path, anew: bool = False) -> Built:
-    """Compile one kernel unless it is on disk; never raises. What its code shows is kept beside it."""
+def compile_one(kernel: Kernel, folder: Path) -> Built:
+    """Compile one kernel; never raises. What its code shows is kept beside it."""
     began = time.monotonic()
     path = folder / name_of(kernel)
-    if not anew and (kept := _kept(path)) is not None:
-        return kept
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             compiled = compile_kernel(kernel, f"--keep-cubin --dump-dir={scratch}")

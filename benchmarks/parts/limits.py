@@ -26,7 +26,7 @@ ABOUT = {
     "exp": "16 exponentials a clock and SM",
     "copy": "measured device copy rate",
     "l2": "64 bytes a clock and SM from L2",
-    "launch": "the lesser launch",
+    "launch": "the lesser launch above",
 }
 UNITS = {"tensor": "TFLOP/s", "exp": "exp/clk/SM", "copy": "TB/s", "l2": "TB/s", "launch": "µs"}
 

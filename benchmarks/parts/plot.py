@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +36,30 @@ def plot(record: PartsRecord, folder: Path) -> list[Path]:
     return written
 
 
-def draw(part: str, figures: Sequence[Figure], title: str) -> Any:
-    """A panel for each unit or, of whole kernels, for each configuration, one below the other."""
+def draw(part: str, figures: Sequence[Figure], heading: str) -> Any:
+    """Panels one below the other: what has a scale of its own has one, and so has every whole kernel."""
     from matplotlib import pyplot
 
-    panels = [list(group) for _, group in groupby(figures, key=lambda figure: panel(part, figure))]
+    titles = list(dict.fromkeys(panel(part, figure) for figure in figures))
+    panels = [[figure for figure in figures if panel(part, figure) == title] for title in titles]
     heights = [len(group) + 2.5 for group in panels]
     size = (9, BAR_INCHES * sum(heights) + 0.8)
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=size, squeeze=False, layout="constrained", height_ratios=heights
     )
-    for axis, group in zip((row[0] for row in axes), panels, strict=True):
+    for axis, group, words in zip((row[0] for row in axes), panels, titles, strict=True):
         _bars(axis, group, times=part == "whole")
-        axis.set_title(panel(part, group[0]), fontsize=9)
-    _legend(figure, figures)
-    figure.suptitle(title)
+        axis.set_title(words, fontsize=9)
+    _legend(figure, figures, "stages left out or done twice" if part == "whole" else "not what the plan ships")
+    figure.suptitle(heading)
     return figure
 
 
 def panel(part: str, figure: Figure) -> str:
     if part == "whole":
         return f"{figure.config}, {figure.mechanism}, {figure.seqlen} keys"
+    if part == "copies":
+        return "from the L2 cache" if figure.what.endswith("L2") else "from device memory"
     return figure.what.split(":")[0] if part == "launch" else ""
 
 
@@ -97,7 +99,7 @@ def _limit(figure: Figure, times: bool) -> float | None:
     return None if figure.ratio is None else (figure.seconds or 0.0) * 1e3 * figure.ratio
 
 
-def _legend(figure: Any, figures: Sequence[Figure]) -> None:
+def _legend(figure: Any, figures: Sequence[Figure], others: str) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -105,7 +107,7 @@ def _legend(figure: Any, figures: Sequence[Figure]) -> None:
         name: Patch(color=COLORS.get(name, OTHER)) for name in dict.fromkeys(f.mechanism for f in figures)
     }
     if any(not f.shipped for f in figures):
-        drawn["not what the plan ships"] = Patch(facecolor=OTHER, hatch="//", edgecolor="white", alpha=0.55)
+        drawn[others] = Patch(facecolor=OTHER, hatch="//", edgecolor="white", alpha=0.55)
     if any(f.limit is not None for f in figures):
         style: dict[str, Any] = {"color": CEILING, "marker": "|", "linestyle": "", "markersize": 10, "mew": 1.8}
         drawn["limit"] = Line2D([], [], **style)

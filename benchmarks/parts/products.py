@@ -16,11 +16,11 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import warpgroup
 
-from benchmarks.parts.common import SCRAP, fake_arguments, fill, fill_registers, keep
+from benchmarks.parts.common import fake_arguments, fill_noise, fill_registers_noise, keep
 from cute_attn import layouts
 from cute_attn.layouts.fragments import transposed
 
-FLOP_PER_LAUNCH_AND_SM = 4 << 30  # about half a millisecond
+FLOP_PER_LAUNCH_AND_SM = 8 << 30  # more than a millisecond
 WARPGROUP = 128
 
 
@@ -31,7 +31,7 @@ def expects(kernel) -> tuple[str, ...]:
 
 
 def function(kernel) -> tuple[Any, tuple]:
-    """``(source, sink, tiles, stream)``, on as many blocks as the sink has room for, and stand-ins."""
+    """``(sink, tiles, stream)``, on as many blocks as the sink has room for, and stand-ins."""
     role, source_is = kernel.how.split()
     config = kernel.config
     if config.mechanism == "tma_wgmma":
@@ -40,8 +40,8 @@ def function(kernel) -> tuple[Any, tuple]:
         kind = (MmaSyncShared if source_is == "shared" else MmaSyncRegisters)(role, config)
 
     @cute.jit
-    def products(source: cute.Tensor, sink: cute.Tensor, tiles: Int32, stream):
-        kind.kernel(source, sink, tiles).launch(
+    def products(sink: cute.Tensor, tiles: Int32, stream):
+        kind.kernel(sink, tiles).launch(
             grid=[cute.size(sink) // config.mma_threads, 1, 1],
             block=[config.mma_threads, 1, 1],
             stream=stream,
@@ -59,8 +59,8 @@ def prepare(probe, compiled, device) -> tuple[Any, dict[str, float]]:
     per_tile = 2 * config.tile_m * config.tile_n * (config.tile_d if role == "S" else config.tile_dv)
     tiles = max(FLOP_PER_LAUNCH_AND_SM // per_tile // config.blocks_per_multiprocessor // 2, 1) * 2
     blocks = device.sm_count * config.blocks_per_multiprocessor
-    source, sink = device.random(SCRAP), device.sink(blocks * config.mma_threads)
-    return lambda: compiled(source, sink, tiles, device.stream()), {"tensor": blocks * tiles * per_tile}
+    sink = device.sink(blocks * config.mma_threads)
+    return lambda: compiled(sink, tiles, device.stream()), {"tensor": blocks * tiles * per_tile}
 
 
 class Wgmma:
@@ -70,7 +70,7 @@ class Wgmma:
         self.role, self.config, self.lay = role, config, layouts.family(config)
 
     @cute.kernel
-    def kernel(self, source: cute.Tensor, sink: cute.Tensor, tiles: Int32):
+    def kernel(self, sink: cute.Tensor, tiles: Int32):
         config, lay, threads = self.config, self.lay, self.config.mma_threads
         thread = cute.arch.thread_idx()[0]
         mma = lay.tiled_mma(self.role, config)
@@ -78,19 +78,19 @@ class Wgmma:
         smem = cutlass.memory.SmemAllocator()
         if cutlass.const_expr(self.role == "S"):
             sQ, sK = self._tensor(smem, "Q"), self._tensor(smem, "K")
-            fill(sQ, source, thread, threads)
-            fill(sK, source, thread, threads)
+            fill_noise(sQ, thread, threads)
+            fill_noise(sK, thread, threads)
             group = cute.arch.make_warp_uniform(thread // WARPGROUP)
             tA = part.make_fragment_A(part.partition_A(sQ[None, None, group]))
             tB = part.make_fragment_B(part.partition_B(sK))
             shape = (lay.ROWS_PER_WARPGROUP, config.tile_n)
         else:
             sV = self._tensor(smem, "V")
-            fill(sV, source, thread, threads)
+            fill_noise(sV, thread, threads)
             tA = cute.make_rmem_tensor(
                 part.partition_shape_A((lay.ROWS_PER_WARPGROUP, config.tile_n)), lay.element(config)
             )
-            fill_registers(tA, source, thread)
+            fill_registers_noise(tA)
             tB = part.make_fragment_B(part.partition_B(transposed(sV)))
             shape = (lay.ROWS_PER_WARPGROUP, config.tile_dv)
         acc = cute.make_rmem_tensor(part.partition_shape_C(shape), Float32)
@@ -121,7 +121,7 @@ class _MmaSync:
         self.role, self.config, self.lay = role, config, layouts.family(config)
         self.mma_shape = (config.tile_m, config.tile_n if role == "S" else config.tile_dv)
 
-    def _operands(self, source: cute.Tensor, thread: Int32):
+    def _operands(self, thread: Int32):
         """``(mma, copy A, copy B)``; a copy is ``(tiled copy, its source, its target, the fragment)``. P has none."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
@@ -129,17 +129,17 @@ class _MmaSync:
         part = mma.get_slice(thread)
         a_name, b_name = ("Q", "K") if self.role == "S" else ("P", "V")
         sB = smem.allocate_tensor(lay.element(config), lay.smem_layout(b_name, config), lay.SMEM_ALIGN)
-        fill(sB, source, thread, config.mma_threads)
+        fill_noise(sB, thread, config.mma_threads)
         if b_name == "V":
             sB = transposed(sB)
         rB = part.make_fragment_B(part.partition_B(sB[None, None, 0]))
         b = self._copy(b_name, sB, rB, thread)
         if a_name == "P":
             rA = cute.make_rmem_tensor(part.partition_shape_A((config.tile_m, config.tile_n)), lay.element(config))
-            fill_registers(rA, source, thread)
+            fill_registers_noise(rA)
             return mma, (None, None, None, rA), b
         sA = smem.allocate_tensor(lay.element(config), lay.smem_layout(a_name, config), lay.SMEM_ALIGN)
-        fill(sA, source, thread, config.mma_threads)
+        fill_noise(sA, thread, config.mma_threads)
         return mma, self._copy(a_name, sA, part.make_fragment_A(part.partition_A(sA)), thread), b
 
     def _copy(self, name: str, s: cute.Tensor, fragment: cute.Tensor, thread: Int32):
@@ -156,9 +156,9 @@ class MmaSyncShared(_MmaSync):
     """ldmatrix before each step, and one barrier a tile, as the kernels have."""
 
     @cute.kernel
-    def kernel(self, source: cute.Tensor, sink: cute.Tensor, tiles: Int32):
+    def kernel(self, sink: cute.Tensor, tiles: Int32):
         config, thread = self.config, cute.arch.thread_idx()[0]
-        mma, (copy_a, from_a, into_a, rA), (copy_b, from_b, into_b, rB) = self._operands(source, thread)
+        mma, (copy_a, from_a, into_a, rA), (copy_b, from_b, into_b, rB) = self._operands(thread)
         acc = self._accumulator(mma)
         for i in cutlass.range(tiles, unroll=1):
             cute.arch.sync_threads()  # also keeps the compiler from loading operands once and for all
@@ -175,9 +175,9 @@ class MmaSyncRegisters(_MmaSync):
     """The first step's operands over and over."""
 
     @cute.kernel
-    def kernel(self, source: cute.Tensor, sink: cute.Tensor, tiles: Int32):
+    def kernel(self, sink: cute.Tensor, tiles: Int32):
         thread = cute.arch.thread_idx()[0]
-        mma, (copy_a, from_a, into_a, rA), (copy_b, from_b, into_b, rB) = self._operands(source, thread)
+        mma, (copy_a, from_a, into_a, rA), (copy_b, from_b, into_b, rB) = self._operands(thread)
         acc = self._accumulator(mma)
         cute.arch.sync_threads()
         if cutlass.const_expr(copy_a is not None):

@@ -23,6 +23,7 @@ TITLES = {
     "launch": "launches",
 }
 SHIPPED = "●"
+MARKED = ("copies", "products", "softmax", "whole")  # where there is something else beside it
 
 
 def show(record: PartsRecord, console: Console) -> None:
@@ -33,7 +34,7 @@ def show(record: PartsRecord, console: Console) -> None:
     for part in PARTS:
         if figures := record.of_part(part):
             console.print(table(part, figures))
-    if any(figure.shipped for figure in record.figures):
+    if any(figure.shipped and figure.part in MARKED for figure in record.figures):
         console.print(f"{SHIPPED} what the plan ships")
     for figure in record.figures:
         if figure.status != "ok":
@@ -62,7 +63,7 @@ def table(part: str, figures: Iterable[Figure]) -> Table:
 
 
 def row(figure: Figure) -> list[str]:
-    what = f"{figure.what} {SHIPPED}" if figure.shipped else figure.what
+    what = f"{figure.what} {SHIPPED}" if figure.shipped and figure.part in MARKED else figure.what
     if figure.spills:
         what += f" ({figure.spills} spills)"
     if not figure.ok or figure.rate is None:
@@ -106,7 +107,8 @@ def job_line(turns: tuple[str, Any, str], figures: list[Figure]) -> str:
     """One finished job in one line, for logs without a progress bar."""
     part, shape, mechanism = turns
     lost = [figure.what for figure in figures if figure.status != "ok"]
-    return f"{part}: {shape.name} {mechanism}: {len(figures) - len(lost)} measured" + (f", lost: {'; '.join(lost)}" if lost else "")
+    line = f"{part}: {shape.name} {mechanism}: {len(figures) - len(lost)} measured"
+    return line + (f", lost: {'; '.join(lost)}" if lost else "")
 
 
 def number(value: float) -> str:

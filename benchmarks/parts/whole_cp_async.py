@@ -40,10 +40,10 @@ class Staged(Forward):
         if self.stages.loads or self.stages.products:
             Forward._copy(self, *arguments)
 
-    def _copy_pair(self, k, v, keys, n, slot, values):
-        Forward._copy_pair(self, k, v, keys, n, slot, values)
+    def _copy_pair(self, k, v, keys, n, slot):
+        Forward._copy_pair(self, k, v, keys, n, slot)
         if not self.stages.loads and slot == 0:  # the slot that the loop would fill first
-            Forward._copy_pair(self, k, v, keys, n, self.config.stages - 1, values)
+            Forward._copy_pair(self, k, v, keys, n, self.config.stages - 1)
 
     @cute.jit
     def _step(self, operands, streams, output, tile, slot: Int32, where):
@@ -53,7 +53,7 @@ class Staged(Forward):
         cute.arch.sync_threads()
         if cutlass.const_expr(self.stages.loads):
             before = (slot + stages - 1) % stages
-            self._copy_pair(streams[0], streams[1], tile.keys, n - (stages - 1), before, tile.values)
+            self._copy_pair(streams[0], streams[1], tile.keys, n - (stages - 1), before)
         acc_S = self._scores(operands, slot)
         if cutlass.const_expr(self.stages.softmax):
             scores = rows_columns(acc_S)

@@ -101,6 +101,10 @@ class Staged(Forward):
         for _ in range(self.stages.softmax):
             Forward._softmax(self, me, frag, softmax, acc_S, *where)
 
+    def _exponentials_begin(self, p):
+        if self.stages.softmax:  # without, p is no exponential, and its sign no promise
+            Forward._exponentials_begin(self, p)
+
     def _probabilities(self, frag, acc_S):
         if self.stages.products or self.stages.softmax:
             Forward._probabilities(self, frag, acc_S)

@@ -8,7 +8,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn.layouts.fragments import rows_columns
-from cute_attn.rules import LOG2_E, Band, softcap_log2
+from cute_attn.rules import LOG2_E, Band, softcap_tanh
 
 
 class DeviceOps:
@@ -42,12 +42,13 @@ class Values:
 @dataclass(frozen=True)
 class KeyTiles:
     """The key tiles of one query tile: they begin at the first key any of its rows sees, not at a multiple of tile_n,
-    so that no key before it is ever read.
+    so that no key before it is ever read. ``end`` is past the last one any sees; a last tile that is not full reads on.
 
     ``count`` tiles, walked from the last to the first; tiles ``whole_begin … whole_end − 1`` need no mask.
     """
 
     begin: Int32
+    end: Int32
     count: Int32
     whole_begin: Int32
     whole_end: Int32
@@ -62,7 +63,7 @@ class KeyTiles:
         count = cutlass.max(cute.ceil_div(end - begin, n), 0)
         whole_begin = cutlass.min(cutlass.max(cute.ceil_div(inner_begin - begin, n), 0), count)
         whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)
-        return KeyTiles(begin, count, whole_begin, cutlass.max(whole_end, whole_begin))
+        return KeyTiles(begin, end, count, whole_begin, cutlass.max(whole_end, whole_begin))
 
 
     def last_is_masked(self):
@@ -114,7 +115,7 @@ def apply_rules(scores: cute.Tensor, where: Coordinates, origin, values: Values,
     """
     if cutlass.const_expr(problem.softcap):
         for i in cutlass.range(cute.size(scores), unroll_full=True):
-            scores[i] = softcap_log2(scores[i], values.scale_by_cap, DeviceOps)
+            scores[i] = softcap_tanh(scores[i], values.scale_by_cap, DeviceOps)
     if cutlass.const_expr(not isinstance(masked, bool)):
         if masked:
             _mask(scores, where, origin, values, problem)

@@ -5,8 +5,8 @@ computed, tile i + stages − 1 is on its way, and one barrier a tile both publi
 The blocks are as many as there are query tiles; the hardware hands the next one to whichever multiprocessor is free. This
 is FlashAttention-2's loop (arXiv:2307.08691) on a deeper ring.
 
-Rows past the end of K and V are read as the last row instead: a mask hides what they score, and what they weigh (0) times
-a value the sequence really holds is 0. So no copy needs a predicate on its row.
+Rows of K and V past the last key that the query tile sees are read as that key instead: a mask hides what they score, and
+they weigh 0. So no copy needs a predicate on its row, and a key that no row of the tile sees is never read.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Forward:
             self._clear_padding(q, k)
             self._copy(q, q.tXsX, row_first, values.seqlen_q, self.problem.head_dim)
             for slot in cutlass.range_constexpr(config.stages - 1):
-                self._copy_pair(k, v, keys, keys.count - 1 - slot, slot, values)
+                self._copy_pair(k, v, keys, keys.count - 1 - slot, slot)
             output = Output(acc_O, rescale, softmax)
             step = partial(self._step, operands, (k, v), output, QueryTile(row_first, cS, keys, values))
             slot = step(Int32(0), (keys.count - 1, keys.last_is_masked()))
@@ -186,19 +186,19 @@ class Forward:
                         x.tXsX[None, None, j, *(None,) * (cute.rank(x.tXsX) - 3)].fill(0.0)
 
     @cute.jit
-    def _copy_pair(self, k: Stream, v: Stream, keys: KeyTiles, n, slot, values: Values):
+    def _copy_pair(self, k: Stream, v: Stream, keys: KeyTiles, n, slot):
         """Start copying key tile ``n`` of K and V, if there is one, to a slot; one group either way."""
         if n >= 0:
             row = keys.begin + n * self.config.tile_n
-            self._copy(k, k.tXsX[None, None, None, slot], row, values.seqlen_k, self.problem.head_dim)
-            self._copy(v, v.tXsX[None, None, None, slot], row, values.seqlen_k, self.problem.head_dim_v)
+            self._copy(k, k.tXsX[None, None, None, slot], row, keys.end, self.problem.head_dim)
+            self._copy(v, v.tXsX[None, None, None, slot], row, keys.end, self.problem.head_dim_v)
         cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def _copy(self, x: Stream, into: cute.Tensor, row_first, rows, head_dim: cutlass.Constexpr[int]):
-        """Start this thread's 16-byte copies of one tile. Rows past the end are read as the last one."""
+    def _copy(self, x: Stream, into: cute.Tensor, row_first, end, head_dim: cutlass.Constexpr[int]):
+        """Start this thread's 16-byte copies of one tile. Rows from ``end`` on are read as the one before it."""
         for i in cutlass.range_constexpr(cute.size(into, mode=[1])):
-            row = cutlass.min(row_first + x.tXcX[0, i, 0][0], rows - 1)
+            row = cutlass.min(row_first + x.tXcX[0, i, 0][0], end - 1)
             for j in cutlass.range_constexpr(cute.size(into, mode=[2])):
                 column = x.tXcX[0, i, j][1]
                 source = cute.local_tile(x.m, (1, self.lay.VECTOR), (row, column // self.lay.VECTOR))
@@ -223,7 +223,7 @@ class Forward:
         cute.arch.cp_async_wait_group(stages - 2)
         cute.arch.sync_threads()  # tile n has arrived for every thread; every thread is done with tile n + 1's slot
         before = (slot + stages - 1) % stages
-        self._copy_pair(streams[0], streams[1], tile.keys, n - (stages - 1), before, tile.values)
+        self._copy_pair(streams[0], streams[1], tile.keys, n - (stages - 1), before)
 
         acc_S = cute.make_rmem_tensor(operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
         acc_S.fill(0.0)

@@ -129,7 +129,7 @@ class Forward:
             if warp == COPY_K_V_WARP:
                 self._copy_k_v(k, v, shared, pipes, values, tiles)
             if warp == COPY_Q_WARP:
-                self._copy_q(q, shared, pipes, values, tiles)
+                self._copy_q(q, shared, pipes, tiles)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             self._compute(o, mLSE, shared, pipes, values, tiles)
@@ -147,11 +147,8 @@ class Forward:
             layout = lay.smem_layout(name, config)
             return cute.make_tensor(cute.recast_ptr(other.iterator, layout.inner), layout.outer)
 
-        q_name = "Q" if config.separate_o or config.tile_d >= config.tile_dv else "O"
-        first = tensor(q_name)
-        sQ = first if q_name == "Q" else over("Q", first)
-        sK, sV = tensor("K"), tensor("V")
-        sO = tensor("O") if config.separate_o else over("O", first)
+        sQ, sK, sV = tensor("Q"), tensor("K"), tensor("V")
+        sO = tensor("O") if config.separate_o else over("O", sQ)
 
         def pipe(stages, consumer_warps, bytes):
             return pipeline.PipelineTmaAsync.create(
@@ -176,19 +173,19 @@ class Forward:
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _copy_q(self, q: Operand, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
-        """One warp: each query tile's rows, 64 for each computing warpgroup."""
+    def _copy_q(self, q: Operand, shared: Shared, pipes: Pipelines, tiles: Tiles):
+        """One warp: each query tile's rows, 64 for each computing warpgroup; also of a tile that sees no key, since O may
+        lie over Q, and only whoever holds Q's slot may write there."""
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
             m_block, head, _, batch = tiles.coordinates(position)
-            if KeyTiles.of(values, self.problem, m_block, self.config).count > 0:
-                tQgQ, tQsQ = self._partition(q, shared.q, head, batch, Int32(0))
-                for w in cutlass.range_constexpr(self.warpgroups):
-                    pipes.q.producer_acquire(state)
-                    self._copy(q, tQgQ[None, m_block * self.warpgroups + w], tQsQ, pipes.q, state)
-                    state.advance()
+            tQgQ, tQsQ = self._partition(q, shared.q, head, batch, Int32(0))
+            for w in cutlass.range_constexpr(self.warpgroups):
+                pipes.q.producer_acquire(state)
+                self._copy(q, tQgQ[None, m_block * self.warpgroups + w], tQsQ, pipes.q, state)
+                state.advance()
             turn += 1
             position = tiles.position(turn)
 
@@ -247,15 +244,18 @@ class Forward:
             frag = self._fragments(me, shared)
             softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2)
             q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
+            pipes.q.consumer_wait(q_state)
             if keys.count > 0:
                 kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile)
+            else:
+                if cutlass.const_expr(config.separate_o):
+                    pipes.q.consumer_release(q_state)
             self._normalize(me, frag, softmax, tile, mLSE, (head, batch))
             self._store_o(me, frag, o, shared.o, (m_block * self.warpgroups + me.warpgroup, head, batch))
-            if keys.count > 0:
-                if cutlass.const_expr(not config.separate_o):
-                    self._wait_for_store(me)  # O lies over Q
-                    pipes.q.consumer_release(q_state)
-                q_phase ^= 1
+            if cutlass.const_expr(not config.separate_o):
+                self._wait_for_store(me)  # O lies over Q
+                pipes.q.consumer_release(q_state)
+            q_phase ^= 1
             turn += 1
             position = tiles.position(turn)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -284,13 +284,13 @@ class Forward:
 
     @cute.jit
     def _attend(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, states, tile: QueryTile):
-        """All key tiles of one query tile, from the last to the first. Returns the state of K's and V's pipelines.
+        """All key tiles of one query tile, from the last to the first; Q has arrived. Returns the state of K's and V's pipelines.
 
+        Q is released as early as can be: after the last scores, or, where O will lie over it, by the caller.
         One state serves both: it stands at the last K tile taken, whose V tile is the next to be taken.
         """
         q_state, kv_state = states
         keys = tile.keys
-        pipes.q.consumer_wait(q_state)
 
         # The last tile comes first, and has nothing to overlap with yet.
         top = keys.count - 1

@@ -81,6 +81,13 @@ def test_strided_inputs_are_read_in_place(mechanism):
         assert torch.equal(got, want)
 
 
+def test_stride_of_a_dimension_of_size_1_is_free(mechanism):
+    q, k, v = make_qkv(1, 100, 100, 1, 1, 64, 64, torch.bfloat16, "cuda")
+    odd = [x.as_strided(x.shape, (3, 64, 5, 1)) for x in (q, k, v)]
+    for got, want in zip(run(*odd, mechanism), run(q, k, v, mechanism), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_past_two_to_the_31_elements(mechanism):
     """The last batch element starts past 2³¹ elements; it must equal the same data by itself."""
     b, s, h, d = 3, 256, 2, 128
@@ -110,6 +117,17 @@ def test_nan_beyond_the_sequence_changes_nothing(rules, mechanism):
         assert torch.equal(got, expected)
 
 
+def test_nan_past_a_tiles_last_key_changes_nothing():
+    """``cp_async`` reads no key that a query tile does not see, though later tiles do. (TMA reads whole tiles.)"""
+    q, k, v = make_qkv(1, 600, 600, 2, 2, 64, 64, torch.bfloat16, "cuda")
+    want, want_lse = run(q, k, v, "cp_async", causal=True)
+    k[:, 130:] = math.nan
+    v[:, 130:] = math.nan
+    got, got_lse = run(q, k, v, "cp_async", causal=True)
+    assert torch.equal(got[:, :128], want[:, :128])
+    assert torch.equal(got_lse[:, :, :128], want_lse[:, :, :128])
+
+
 def test_nan_in_unseen_keys_changes_nothing(mechanism):
     """Keys before every query's window are never read, in K or in V, wherever they fall in a tile."""
     b, sq, sk, h, d = 2, 100, 700, 2, 128
@@ -134,16 +152,40 @@ def test_nan_in_a_seen_key_shows(mechanism):
 
 def test_outputs_are_all_written(mechanism, monkeypatch):
     """Outputs that start as NaN end without one."""
-    empty = torch.empty
+    new_empty, poisoned = torch.Tensor.new_empty, []
 
-    def poisoned(*args, **kwargs):
-        return empty(*args, **kwargs).fill_(math.nan)
+    def poison(*args, **kwargs):
+        poisoned.append(new_empty(*args, **kwargs).fill_(math.nan))
+        return poisoned[-1]
 
     q, k, v = make_qkv(2, 257, 129, 3, 3, 96, 40, torch.float16, "cuda")
-    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
     out, lse = run(q, k, v, mechanism)
+    assert len(poisoned) == 2
     assert not out.isnan().any()
     assert not lse.isnan().any()
+
+
+# More query tiles than three times an H200's 132 multiprocessors, so that a persistent block takes several in turn.
+MANY_TILES = [
+    pytest.param(64, 64, (2048, 2048), (8, 20, 4), {"causal": True}, id="d64-causal-gqa"),
+    pytest.param(128, 128, (1024, 1300), (8, 8, 8), {}, id="d128"),
+    pytest.param(128, 128, (1300, 700), (8, 8, 2), {"causal": True}, id="d128-rows-that-see-nothing"),
+    pytest.param(256, 256, (2048, 256), (4, 16, 16), {"causal": True}, id="d256-tiles-that-see-nothing"),
+    pytest.param(256, 192, (1024, 1024), (4, 16, 16), {"window": (200, 0)}, id="d256-dv192-window"),
+    pytest.param(192, 256, (1024, 512), (4, 16, 4), {"causal": True}, id="d192-dv256-tiles-that-see-nothing"),
+]
+
+
+@pytest.mark.parametrize(("d", "dv", "lengths", "sizes", "rules"), MANY_TILES)
+def test_many_tiles_a_block(d, dv, lengths, sizes, rules, mechanism):
+    batch, heads, heads_kv = sizes
+    q, k, v = make_qkv(batch, *lengths, heads, heads_kv, d, dv, torch.bfloat16, "cuda")
+    result = run(q, k, v, mechanism, **rules)
+    assert_close(result, q, k, v, **rules)
+    for _ in range(20):
+        for again, first in zip(run(q, k, v, mechanism, **rules), result, strict=True):
+            assert torch.equal(again, first)
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])
@@ -161,7 +203,13 @@ def test_runs_on_the_callers_stream(mechanism):
     """On a second stream, the kernel waits for what that stream did before it and for nothing else."""
     q, k, v = make_qkv(1, 512, 512, 2, 2, 128, 128, torch.bfloat16, "cuda")
     want = attention(q, k, v, mechanism=mechanism)
-    stream = torch.cuda.Stream()
+    stream, other = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(400_000_000)  # keeps the default stream busy
+    with torch.cuda.stream(other):
+        attention(q, k, v, mechanism=mechanism)
+    other.synchronize()
+    assert not torch.cuda.default_stream().query(), "the kernel waited for a stream that it has nothing to do with"
     late_q = torch.full_like(q, math.nan)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):

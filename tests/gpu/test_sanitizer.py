@@ -15,10 +15,11 @@ from tests.support import assert_close, make_qkv
         (200, 130, 128, {"causal": True}),
         (70, 300, 96, {"window": (50, 20), "softcap": 10.0}),
         (129, 161, 256, {}),
+        (5000, 100, 256, {"causal": True}),
     ],
-    ids=["d64", "d64-causal", "d128-causal", "d96-window-softcap", "d256"],
+    ids=["d64", "d64-causal", "d128-causal", "d96-window-softcap", "d256", "d256-many-tiles"],
 )
 def test_small(sq, sk, d, rules, mechanism):
-    q, k, v = make_qkv(1, sq, sk, 2, 1, d, d, torch.bfloat16, "cuda")
+    q, k, v = make_qkv(1, sq, sk, 8, 4, d, d, torch.bfloat16, "cuda")
     result = attention(q, k, v, backend="cute", mechanism=mechanism, return_lse=True, **rules)
     assert_close(result, q, k, v, **rules)

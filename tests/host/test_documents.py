@@ -20,5 +20,5 @@ def test_a_changed_figure_is_noticed():
 
 
 def test_an_unknown_block_names_the_known_ones():
-    with pytest.raises(ValueError, match="known ones are .*overview"):
+    with pytest.raises(ValueError, match=r"known ones are .*overview"):
         documents.rendered("<!-- figures: nonsense h200_forward.json -->\n<!-- end of figures -->")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cute_attn.problem import check_call
-from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_log2
+from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_tanh
 
 EDGE = st.none() | st.integers(-30, 30)
 SIZE = st.integers(1, 24)
@@ -88,7 +88,7 @@ def test_softcap_is_tanh(dtype, units, cap, scale):
     scale_log2, scale_by_cap = score_scales(scale, cap)
     score = torch.cat([torch.linspace(-300, 300, 4001), torch.tensor([0.0, 1e-30, 1e30, -1e30])]).to(dtype)
     expected = torch.tanh(score.double() * (scale / cap))
-    got = softcap_log2(score, scale_by_cap, TensorOps)
+    got = softcap_tanh(score, scale_by_cap, TensorOps)
     # The rounding of 1 − 2 / (1 + e), and that of the power, relative to its exponent, where tanh is not flat.
     allowed = units * torch.finfo(dtype).eps * (1 + (score.double() * scale / cap).abs() * (1 - expected**2))
     assert bool(((got.double() - expected).abs() <= allowed).all())
@@ -98,16 +98,16 @@ def test_softcap_is_tanh(dtype, units, cap, scale):
 @given(score=st.floats(-300, 300), cap=st.sampled_from([0.5, 2.0, 50.0]), scale=st.sampled_from([1.0, 0.125, -2.0]))
 def test_softcap_of_a_number_is_that_of_a_tensor(score, cap, scale):
     _, scale_by_cap = score_scales(scale, cap)
-    tensor = softcap_log2(torch.tensor([score], dtype=torch.float64), scale_by_cap, TensorOps).item()
+    tensor = softcap_tanh(torch.tensor([score], dtype=torch.float64), scale_by_cap, TensorOps).item()
     if abs(score * scale / cap) < 300:  # Python's floats overflow beyond
-        assert softcap_log2(score, scale_by_cap, HostOps) == pytest.approx(tensor, abs=1e-15)
+        assert softcap_tanh(score, scale_by_cap, HostOps) == pytest.approx(tensor, abs=1e-15)
 
 
 @pytest.mark.parametrize("score", [1e4, -1e4, 1e30, -1e30, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_softcap_of_large_scores_is_one_with_a_gradient_of_zero(score, dtype):
     x = torch.tensor([score], dtype=dtype, requires_grad=True)
-    y = softcap_log2(x, 0.5, TensorOps)
+    y = softcap_tanh(x, 0.5, TensorOps)
     y.sum().backward()
     assert y.item() == math.copysign(1.0, score)
     assert x.grad is not None
@@ -118,7 +118,7 @@ def test_softcap_of_large_scores_is_one_with_a_gradient_of_zero(score, dtype):
 def test_scales_turn_scores_into_base_2(score, scale, cap):
     scale_log2, scale_by_cap = score_scales(scale, cap)
     if cap:
-        log2 = softcap_log2(torch.tensor(score, dtype=torch.float64), scale_by_cap, TensorOps).item() * scale_log2
+        log2 = softcap_tanh(torch.tensor(score, dtype=torch.float64), scale_by_cap, TensorOps).item() * scale_log2
         natural = cap * math.tanh(score * scale / cap)
     else:
         log2, natural = score * scale_log2, score * scale

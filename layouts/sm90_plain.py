@@ -1,0 +1,21 @@
+"""Hopper's ``sm_90`` without the ``a``: no warpgroup MMA. For code that must be no more than portable; the GPU itself, of
+compute capability 9.0, gets ``sm_90a``."""
+
+from __future__ import annotations
+
+from . import mma_sync, sm90
+from .base import Config, Gpu
+
+GPU = Gpu(
+    name="sm_90",
+    targets={},  # asked for by name
+    smem_per_block=sm90.GPU.smem_per_block,
+    smem_per_multiprocessor=sm90.GPU.smem_per_multiprocessor,
+)
+
+MECHANISMS = {"cp_async": mma_sync}
+
+
+def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
+    """The configurations for ``problem``, best first."""
+    return mma_sync.configs(problem, sm90.MMA_SYNC_TABLE, target)

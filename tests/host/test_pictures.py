@@ -1,0 +1,219 @@
+"""The pictures of layouts: well-formed, every element once, nothing off the canvas, and the facts those of the layouts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from itertools import product
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from cute_attn import layouts
+from cute_attn.layouts.base import Box, Config
+from cute_attn.plan import plan
+from cute_attn.problem import Problem
+
+pytest.importorskip("pycute")
+
+from cute_attn.layouts import __main__ as command
+from cute_attn.layouts import algebra, pictures
+
+SVG = "{http://www.w3.org/2000/svg}"
+KINDS = [("sm_90a", "tma_wgmma"), ("sm_80", "cp_async")]
+
+
+def config(target: str, mechanism: str, head_dim: int) -> Config:
+    return plan(Problem("bfloat16", head_dim, head_dim), target, mechanism)
+
+
+def every_picture():
+    for (target, mechanism), head_dim in product(KINDS, (64, 96, 128, 256)):
+        for operand in "QKVO":
+            chosen = config(target, mechanism, head_dim)
+            for picture in pictures.known(operand, chosen):
+                yield pytest.param(operand, picture, chosen, id=f"{mechanism}-{head_dim}-{operand}-{picture}")
+
+
+every = pytest.mark.parametrize(("operand", "picture", "chosen"), list(every_picture()))
+
+
+def covered(cells) -> list[tuple[int, int]]:
+    return [
+        (row, column)
+        for first_row, first_column, rows, columns in cells
+        for row in range(first_row, first_row + rows)
+        for column in range(first_column, first_column + columns)
+    ]
+
+
+def inside(root: ElementTree.Element) -> bool:
+    """Whether all rectangles and the anchors of all texts are on the canvas."""
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    found = []
+    for x in root.iter(f"{SVG}rect"):
+        left, top = float(x.get("x", 0)), float(x.get("y", 0))
+        found.append(0 <= left <= left + float(x.get("width", 0)) <= width)
+        found.append(0 <= top <= top + float(x.get("height", 0)) <= height)
+    for x in root.iter(f"{SVG}text"):
+        found.append(0 <= float(x.get("x", 0)) <= width and 0 <= float(x.get("y", 0)) <= height)
+    return all(found)
+
+
+@every
+def test_each_element_is_drawn_once(operand, picture, chosen):
+    grids = pictures.figure(operand, picture, chosen)
+    for grid in grids:
+        found = covered((cell.row, cell.column, cell.rows, cell.columns) for cell in grid.cells)
+        assert sorted(found) == list(product(range(grid.size[0]), range(grid.size[1])))
+    canvas = pictures.drawn(operand, picture, chosen)
+    root = ElementTree.fromstring(canvas.svg())
+    drawn = [tuple(map(int, x.get("data-cells", "").split(","))) for x in root.iter(f"{SVG}rect") if x.get("data-cells")]
+    assert len(drawn) == sum(len(grid.cells) for grid in grids)
+    assert sorted(covered(drawn)) == sorted(x for grid in grids for x in product(range(grid.size[0]), range(grid.size[1])))
+    assert len({(x.get("x"), x.get("y")) for x in root.iter(f"{SVG}rect") if x.get("data-cells")}) == len(drawn)
+
+
+@every
+def test_a_picture_holds_its_canvas_and_names_its_layout(operand, picture, chosen):
+    canvas = pictures.drawn(operand, picture, chosen)
+    root = ElementTree.fromstring(canvas.svg())
+    title = root.findtext(f"{SVG}title") or ""
+    written = [x.text for x in root.iter(f"{SVG}text")]
+    assert inside(root)
+    width, height = canvas.size()
+    for label in (x for x in canvas.shapes if isinstance(x, pictures.Label)):
+        left, top, right, bottom = label.box()
+        assert 0 <= left < right <= width, label.text
+        assert 0 <= top < bottom <= height, label.text
+    for grid in pictures.figure(operand, picture, chosen):
+        if picture != pictures.MEMORY or grid.notation.startswith("Sw"):
+            assert grid.notation in title
+        assert grid.notation in " ".join(filter(None, written))
+        assert not grid.legend or grid.legend[0] in written
+    if picture == pictures.MEMORY:
+        assert str(layouts.family(chosen).smem(operand, chosen)) in title
+
+
+@every
+def test_numbers_are_those_of_the_layout(operand, picture, chosen):
+    """T and V of each cell, looked up in the map the kernel's copy is made from."""
+    family = layouts.family(chosen)
+    if picture in (pictures.MEMORY, pictures.MMA):
+        return
+    copy = family.copies(chosen)[picture, operand]
+    *_, grid = pictures.figure(operand, picture, chosen)
+    if isinstance(copy, Box):
+        for cell in grid.cells:
+            assert int(cell.label) * pictures.CHUNK == algebra.offset(family.smem(operand, chosen), cell.row, cell.column, 0)
+        return
+    table = algebra.table(copy.values)
+    for cell in grid.cells:
+        thread, first = int(cell.label[1:]), int(cell.more[1:].replace(",", "–").split("–")[0])
+        for i, j in np.ndindex(cell.rows, cell.columns):
+            at = (cell.column + j, cell.row + i) if copy.transposed else (cell.row + i, cell.column + j)
+            assert table[thread, first + i + j] == at[0] + copy.tile[0] * at[1]
+
+
+def test_a_map_by_hand():
+    """PTX's picture of the accumulator of m16n8k16: row 1 begins with thread 4; row 8 is thread 0 again, values 2, 3."""
+    *_, c = pictures.figure("Q", pictures.MMA, config("sm_80", "cp_async", 128))
+    cells = {(cell.row, cell.column): (cell.label, cell.more) for cell in c.cells}
+    assert cells[0, 0] == ("T0", "V0,1")
+    assert cells[0, 6] == ("T3", "V0,1")
+    assert cells[1, 0] == ("T4", "V0,1")
+    assert cells[8, 0] == ("T0", "V2,3")
+    assert cells[0, 8] == ("T0", "V4,5")
+    assert "Of 64 rows, 16 are shown: each 16 further are the same with thread + 32." in c.notes
+
+
+@pytest.mark.parametrize("target", layouts.known_targets())
+@pytest.mark.parametrize("head_dim", [32, 96, 128, 256])
+def test_a_block(target, head_dim):
+    for mechanism in layouts.for_target(target).MECHANISMS:
+        chosen = config(target, mechanism, head_dim)
+        canvas = pictures.block(chosen)
+        root = ElementTree.fromstring(canvas.svg())
+        assert inside(root)
+        assert str(layouts.family(chosen).smem("K", chosen)) in (root.findtext(f"{SVG}title") or "")
+        for label in (x for x in canvas.shapes if isinstance(x, pictures.Label)):
+            left, _, right, _ = label.box()
+            assert 0 <= left <= right <= canvas.size()[0], label.text
+        written = "\n".join(line.plain for line in canvas.lines())
+        assert f"K, slot {chosen.stages - 1}" in written
+        assert f"K, slot {chosen.stages}" not in written
+
+
+@pytest.mark.parametrize(("target", "mechanism"), KINDS)
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_a_slot_is_filled_before_it_is_read_and_read_before_it_is_refilled(target, mechanism, stages):
+    chosen = replace(config(target, mechanism, 64), stages=stages)
+    for operand, slot in product("KV", range(stages)):
+        held, read = None, set()
+        for step in (None, *range(20)):
+            text, _ = pictures._held(operand, slot, step, chosen)
+            tile = text.split()[-1] if text else None
+            if text.startswith("copy"):
+                assert held is None or held in read
+                held = tile
+            elif tile:
+                assert tile == held
+            if text.startswith("read"):
+                read.add(tile)
+        assert len(read) >= 4
+
+
+def test_the_gallery_is_the_one_generated():
+    files = pictures.gallery()
+    folder = command.Path(__file__).parents[2] / "docs/layouts"
+    assert {path.name for path in folder.iterdir()} == set(files)
+    for name, text in files.items():
+        assert (folder / name).read_text(encoding="utf-8") == text, f"{name}: run python -m cute_attn.layouts gallery"
+    assert sum(len(text.encode()) for text in files.values()) < 2**20
+    assert all(f"({name})" in files["README.md"] for name in files if name.endswith(".svg"))
+
+
+def test_a_gallery_elsewhere(tmp_path):
+    assert command.main(["gallery", "--output", str(tmp_path / "deep")]) == 0
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == set(pictures.gallery())
+
+
+def test_show_writes_files(capsys, tmp_path):
+    svg, png = tmp_path / "k.svg", tmp_path / "k.png"
+    pytest.importorskip("matplotlib")
+    assert command.main(["show", "sm_90a", "K", "--head-dim", "128", "--svg", str(svg), "--png", str(png)]) == 0
+    ElementTree.parse(svg)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "Sw<3,4,3> o 0 o (128,(64,2),2):(64,(1,8192),16384)" in capsys.readouterr().out
+    assert command.main(["show", "sm_80", "block", "--causal", "--dtype", "float16"]) == 0
+    assert "cp.async" in capsys.readouterr().out
+    assert command.main(["show", "sm_80", "V", "--picture", "load", "--mechanism", "cp_async"]) == 0
+    assert "T31 V6,7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        (["sm_81", "K"], "known ones are"),
+        (["sm_80", "X"], "known ones are Q, K, V, O, block"),
+        (["sm_80", "K", "--head-dim", "7"], "known ones are the multiples of 8"),
+        (["sm_80", "K", "--dtype", "int8"], "known ones are float16, bfloat16"),
+        (["sm_80", "K", "--mechanism", "tma_wgmma"], "'cp_async'"),
+        (["sm_80", "K", "--picture", "out"], "of K there are memory, in, load, mma"),
+        (["sm_80", "K", "--svg", "/nowhere/k.svg"], "can't be written"),
+    ],
+)
+def test_what_is_unknown_names_the_known(capsys, arguments, known):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["show", *arguments])
+    assert stopped.value.code == 2
+    assert known in capsys.readouterr().err
+
+
+def test_without_matplotlib(capsys, monkeypatch, tmp_path):
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.patches", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit):
+        command.main(["show", "sm_80", "K", "--png", str(tmp_path / "k.png")])
+    assert "pip install 'cute-attn[bench]'" in capsys.readouterr().err
