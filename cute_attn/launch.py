@@ -23,11 +23,11 @@ def multiprocessors(device: int) -> int:
     """Streaming multiprocessors of a device."""
     try:
         from cuda.bindings import runtime
-    except ImportError as error:
+    except ImportError as missing:
         raise NotImplementedError(
-            f"cuda-python can't be imported ({error}); the kernels are launched with it: "
+            f"cuda-python can't be imported ({missing}); the kernels are launched with it: "
             f"try pip install cuda-python, or backend='reference'"
-        ) from error
+        ) from missing
     error, count = runtime.cudaDeviceGetAttribute(runtime.cudaDeviceAttr.cudaDevAttrMultiProcessorCount, device)
     if error != runtime.cudaError_t.cudaSuccess:
         raise RuntimeError(f"CUDA can't tell device {device}'s multiprocessors ({error.name}): is it visible to the process?")

@@ -284,7 +284,7 @@ class Forward:
 
     @cute.jit
     def _attend(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, states, tile: QueryTile):
-        """All key tiles of one query tile, from the last to the first; Q has arrived. Returns the state of K's and V's pipelines.
+        """All key tiles of one query tile, from the last to the first, once Q is there. Returns K's and V's pipeline state.
 
         Q is released as early as can be: after the last scores, or, where O will lie over it, by the caller.
         One state serves both: it stands at the last K tile taken, whose V tile is the next to be taken.
