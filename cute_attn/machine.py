@@ -52,8 +52,7 @@ def devices() -> list[Device]:
             found.append(Device(*known, why_not=str(error)))
             continue
         module = layouts.for_target(target)
-        name = f"layouts/{module.__name__.rsplit('.', 1)[1]}.py"
-        found.append(Device(*known, target=target, module=name, mechanisms=tuple(module.MECHANISMS)))
+        found.append(Device(*known, target=target, module=layouts.source(module), mechanisms=tuple(module.MECHANISMS)))
     return found
 
 

@@ -40,7 +40,7 @@ def configs(problem: Problem, target: str, mechanism: str | None = None) -> tupl
 def check(config: Config, gpu: Gpu) -> None:
     """Refuse a configuration that can't run on ``gpu``, before anything is compiled."""
     module, family = layouts.for_target(config.target), layouts.family(config)
-    table = f"layouts/{module.__name__.rsplit('.', 1)[1]}.py's table"
+    table = f"{layouts.source(module)}'s table"
     blocks = config.blocks_per_multiprocessor
     smem = family.smem_bytes(config)
     limit = min(gpu.smem_per_block, gpu.smem_per_multiprocessor // blocks - SMEM_RESERVED)
@@ -89,7 +89,7 @@ def explain(problem: Problem, config: Config) -> str:
             else ("the best" if config.mechanism == next(iter(module.MECHANISMS)) else "the requested one")
             + f" of {', '.join(module.MECHANISMS)}"
         ),
-        f"tiles       {config.tile_m} queries × {config.tile_n} keys, from layouts/{module.__name__.rsplit('.', 1)[1]}.py; "
+        f"tiles       {config.tile_m} queries × {config.tile_n} keys, from {layouts.source(module)}; "
         f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})",
         f"pipeline    {config.stages} tiles of K and of V in flight; {config.mma_warps} warps compute"
         + (", 4 more copy (2 busy)" if config.threads > config.mma_threads else " and copy")

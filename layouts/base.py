@@ -42,7 +42,8 @@ KIB = 1024
 class Gpu:
     """A GPU's limits, from the CUDA C++ programming guide's table of compute capabilities.
 
-    ``targets`` maps a compute capability to the name the compiler takes for it.
+    ``targets`` maps a compute capability to the name the compiler takes for it. Where it is empty, ``name`` is the target,
+    and a kernel is compiled for it only where it is asked for by name.
     """
 
     name: str

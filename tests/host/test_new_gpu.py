@@ -78,6 +78,18 @@ def test_a_module_from_outside_is_in_use(tmp_path):
     assert TARGET in [config.target for config, _ in cli.configs(arch=TARGET)]
 
 
+@pytest.mark.parametrize(("package", "said"), [("elsewhere.", "from elsewhere.sm_made;"), ("", "from sm_made;")])
+def test_its_name_is_said(package, said):
+    """A package's module or a single file."""
+    module = made()
+    module.__name__ = f"{package}sm_made"
+    layouts.register(module)
+    config = plan(PROBLEM, "sm_123")
+    assert said in explain(PROBLEM, config)
+    with pytest.raises(ValueError, match=f"{module.__name__}'s table"):
+        check(replace(config, stages=9), module.GPU)
+
+
 def test_it_compiles(tmp_path):
     pytest.importorskip("cutlass")
     layouts.register(imported(written(tmp_path, "--like", "sm_120", "--smem-kib", "99", "--capability", "none")))
