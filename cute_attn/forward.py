@@ -8,6 +8,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute import runtime
 
+from cute_attn.layouts.base import element
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tiles
 
@@ -57,7 +58,7 @@ def fake_arguments(problem) -> tuple:
 
     Strides are 64-bit, so that offsets past 2³¹ elements are exact, and multiples of 16 bytes but for the contiguous one.
     """
-    dtype = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[problem.dtype]
+    dtype = element(problem)
 
     def tensor():
         shape = (*(cute.sym_int() for _ in range(3)), cute.sym_int(divisibility=8))

@@ -188,6 +188,24 @@ def tiled_rows(shape: tuple[int, ...], width: int, swizzle: tuple[int, int, int]
     return Layout((rows, across[0], *slots), (width, across[1], *[rows * columns] * len(slots)), swizzle, unit_bytes)
 
 
+def swizzle_atom(columns: int) -> tuple[int, int, int, int]:
+    """What a tile of ``columns`` 16-bit columns in shared memory is made of: ``(bits, base, shift, width)``.
+
+    8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: ``bits`` bits of it from
+    ``base + shift`` on are exclusive-ored into those from ``base`` on. Tiles repeat it down, then right. Rows of 64
+    elements are 128 bytes, all 32 banks; only a head that is 32 or 96 wide takes 32.
+    """
+    width = 64 if columns % 64 == 0 else 32
+    return {64: 3, 32: 2}[width], 3, 3, width
+
+
+def element(asked):
+    """The DSL's type of an element of a config's or problem's operands."""
+    import cutlass
+
+    return {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[asked.dtype]
+
+
 def cute_layout(layout: Layout):
     """The same layout as the DSL's object, inside ``@cute.jit``."""
     from cutlass import cute

@@ -8,7 +8,7 @@ elements.
 from __future__ import annotations
 
 from . import base
-from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma
+from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element, swizzle_atom
 
 TILE_DIMS = (32, 64, 96, 128, 192, 256)
 VECTOR = 8  # elements of a 16-byte copy
@@ -68,19 +68,9 @@ def accumulator_registers(config: Config) -> int:
     return rows_per_warp(config) * (config.tile_n + config.tile_dv) // 32
 
 
-def swizzle_atom(operand: str, config: Config) -> tuple[int, int, int, int]:
-    """What an operand's tile in shared memory is made of: ``(bits, base, shift, width)``.
-
-    8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: ``bits`` bits of it from
-    ``base + shift`` on are exclusive-ored into those from ``base`` on. Tiles repeat it down, then right.
-    """
-    width = 64 if _shape(operand, config)[1] % 64 == 0 else 32
-    return {64: 3, 32: 2}[width], 3, 3, width
-
-
 def smem(operand: str, config: Config) -> Layout:
     """An operand in shared memory: ``(tile_m, tile_d)`` for Q and O, ``(tile_n, tile_d, stage)`` for K and V."""
-    bits, lowest, shift, width = swizzle_atom(operand, config)
+    bits, lowest, shift, width = swizzle_atom(tile(operand, config)[1])
     return base.tiled_rows(_shape(operand, config), width, (bits, lowest, shift), BYTES)
 
 
@@ -122,10 +112,10 @@ def barriers(config: Config) -> dict[str, int]:
 
 def _by_rows(instruction: str, operand: str, config: Config) -> Copy:
     """16 bytes a thread, neighbouring threads along a row of shared memory, then the next row."""
-    across = swizzle_atom(operand, config)[3] // VECTOR
-    tile = (config.threads // across, across * VECTOR)
-    values = base.by_modes(tile, ((across, 0, VECTOR), (tile[0], 1, 0)), ((VECTOR, 0, 1),))
-    return Copy(instruction, operand, tile, values)
+    across = swizzle_atom(tile(operand, config)[1])[3] // VECTOR
+    piece = (config.threads // across, across * VECTOR)
+    values = base.by_modes(piece, ((across, 0, VECTOR), (piece[0], 1, 0)), ((VECTOR, 0, 1),))
+    return Copy(instruction, operand, piece, values)
 
 
 def tiled_mma(role: str, config: Config):
@@ -177,13 +167,6 @@ def store_accumulator(config: Config):
 
     atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element(config), num_bits_per_copy=32)
     return _tiled(atom, copies(config)["store", "O"])
-
-
-def element(config: Config):
-    """The DSL's type of an operand's element."""
-    import cutlass
-
-    return {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[config.dtype]
 
 
 def _tiled(atom, what: Copy):

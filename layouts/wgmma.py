@@ -7,7 +7,7 @@ descriptors and TMA's boxes both understand: ``Sw<3,4,3>`` (or ``Sw<2,4,3>``) ov
 from __future__ import annotations
 
 from . import base
-from .base import BYTES, FRAGMENT_A, FRAGMENT_C, FRAGMENT_THREADS, Box, Config, Copy, Layout, Mma
+from .base import BYTES, FRAGMENT_A, FRAGMENT_C, FRAGMENT_THREADS, Box, Config, Copy, Layout, Mma, element, swizzle_atom
 
 TILE_DIMS = (64, 96, 128, 192, 256)
 ROWS_PER_WARPGROUP = 64
@@ -49,22 +49,12 @@ def accumulator_registers(config: Config) -> int:
     return config.tile_n // 2 + config.tile_n // 4 + config.tile_dv // 2
 
 
-def swizzle_atom(operand: str, config: Config) -> tuple[int, int, int, int]:
-    """What an operand's tile in shared memory is made of: ``(bits, base, shift, width)``.
-
-    8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: ``bits`` bits of it from
-    ``base + shift`` on are exclusive-ored into those from ``base`` on. Tiles repeat it down, then right.
-    """
-    width = 64 if _shape(operand, config)[1] % 64 == 0 else 32
-    return {64: 3, 32: 2}[width], 3, 3, width
-
-
 def smem(operand: str, config: Config) -> Layout:
     """An operand in shared memory: ``(64, tile_d, warpgroup)`` for Q and O, ``(tile_n, tile_d, stage)`` for K and V.
 
     The swizzle goes into a pointer: it acts on the address in bytes.
     """
-    bits, lowest, shift, width = swizzle_atom(operand, config)
+    bits, lowest, shift, width = swizzle_atom(tile(operand, config)[1])
     on_bytes = (bits, lowest + BYTES.bit_length() - 1, shift)
     return base.tiled_rows(_shape(operand, config), width, on_bytes, 1)
 
@@ -109,7 +99,7 @@ def _store(config: Config) -> Copy:
 
 
 def _box(operand: str, config: Config, store: bool = False) -> Box:
-    width = swizzle_atom(operand, config)[3]
+    width = swizzle_atom(tile(operand, config)[1])[3]
     return Box(operand, tile(operand, config)[0], width, width * BYTES, store)
 
 
@@ -175,9 +165,3 @@ def _shape(operand: str, config: Config) -> tuple[int, int, int]:
         "V": (config.tile_n, config.tile_dv, config.stages),
         "O": (ROWS_PER_WARPGROUP, config.tile_dv, warpgroups(config)),
     }[operand]
-
-
-def element(config: Config):
-    import cutlass
-
-    return {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[config.dtype]
