@@ -199,11 +199,11 @@ def swizzle_atom(columns: int) -> tuple[int, int, int, int]:
     return {64: 3, 32: 2}[width], 3, 3, width
 
 
-def element(asked):
-    """The DSL's type of an element of a config's or problem's operands."""
+def element(config):
+    """The DSL's type of an element of the operands of a config (or a problem: both have a ``dtype``)."""
     import cutlass
 
-    return {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[asked.dtype]
+    return {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[config.dtype]
 
 
 def cute_layout(layout: Layout):

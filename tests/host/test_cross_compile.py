@@ -213,7 +213,7 @@ def kernels(request) -> Iterator[Kernels]:
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     found = Kernels(pool)
     for item in request.session.items:
-        if "kernel" in item.fixturenames:
+        if item.path == Path(__file__) and "kernel" in item.fixturenames:  # another file may have a fixture of that name
             found[item.callspec.params["case"]]  # asking is enough
     try:
         yield found
