@@ -51,8 +51,9 @@ def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, ou
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     stream = torch._C._cuda_getCurrentRawStream(device)
+    arguments = (q, k, v, out, lse, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, stream)
     if torch._C._cuda_getDevice() == device:
-        function(q, k, v, out, lse, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, stream)
+        function(*arguments)
     else:
         with torch.cuda.device(device):
-            function(q, k, v, out, lse, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, stream)
+            function(*arguments)

@@ -27,11 +27,20 @@ def warpgroups(config: Config) -> int:
 
 
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. O lies over Q unless the config gives it memory of its own."""
+    """Bytes of shared memory by part. O lies over Q unless the config gives it memory of its own.
+
+    Raises ``ValueError`` where O would lie over a Q of another width: a warpgroup's rows of O would then reach into
+    another's rows of Q, which that one may still be reading.
+    """
+    if config.tile_d != config.tile_dv and not config.separate_o:
+        raise ValueError(
+            f"O is {config.tile_dv} columns wide and would lie over Q, which is {config.tile_d}; equal widths are needed: "
+            f"try separate_o=True, with a smaller tile_n if shared memory runs out"
+        )
     q = config.tile_m * config.tile_d * BYTES
     o = config.tile_m * config.tile_dv * BYTES
     return {
-        "Q": q if config.separate_o else max(q, o),
+        "Q": q,
         "K": config.stages * config.tile_n * config.tile_d * BYTES,
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
         "O": o if config.separate_o else 0,

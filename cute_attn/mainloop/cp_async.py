@@ -211,7 +211,7 @@ class Forward:
 
     def _columns_at_once(self, x: Stream) -> int:
         """Columns that the threads of one row copy together."""
-        return cute.size(x.copy.tiler_mn[1]) if hasattr(x.copy, "tiler_mn") else 64
+        return cute.size(x.copy.tiler_mn[1])
 
     # ---- one key tile ----------------------------------------------------------------------------------------------
 

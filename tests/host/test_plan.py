@@ -331,3 +331,10 @@ def test_explain_the_plain_problem():
     assert "the requested one of tma_wgmma, cp_async" in words
     assert "heads take 64 columns in shared memory (V: 128)" in words
     assert "the best of tma_wgmma, cp_async" in explain(problem, plan(problem, "sm_90a"))
+
+
+def test_o_over_a_q_of_another_width_is_refused():
+    config = plan(Problem("bfloat16", 192, 128), "sm_90a")
+    assert config.separate_o
+    with pytest.raises(ValueError, match=r"O is 128 columns wide .* Q, which is 192; .* try separate_o=True"):
+        check(replace(config, separate_o=False), layouts.for_target("sm_90a").GPU)
