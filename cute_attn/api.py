@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from cute_attn import reference
-from cute_attn.launch import launch, prepared
+from cute_attn import launch, reference
+from cute_attn.autograd import Attention
 from cute_attn.problem import check_call, check_tensors_for_gpu, problem_of
 
 BACKENDS = ("auto", "cute", "reference")
@@ -23,6 +24,7 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     softcap: float = 0.0,
     return_lse: bool = False,
+    deterministic: bool = False,
     backend: str = "auto",
     mechanism: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -47,8 +49,12 @@ def attention(
         window: ``(left, right)``, how many keys before and after its aligned one a query sees; ``None`` or −1 is unbounded.
         softcap: bounds scores to ±softcap; 0 is none.
         return_lse: return ``(out, lse)``.
-        backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device and
-            differentiable), or ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
+        deterministic: of the gradients. The kernels' backward pass adds the parts of dQ in an order that differs from run
+            to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
+            same inputs, same bits. ``torch.use_deterministic_algorithms(True)`` has the same effect. Everything else,
+            and all of the reference, is deterministic anyway.
+        backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device), or
+            ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
         mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.
 
     dtypes: float16 and bfloat16 on the GPU (products in float32), these, float32 and float64 in the reference. Head dims
@@ -61,33 +67,48 @@ def attention(
     Raises:
         TypeError: an argument of a wrong kind.
         ValueError: shapes, dtypes, devices, strides, alignment or values that don't fit.
-        NotImplementedError: a GPU without kernels, a missing DSL, or gradients asked of the kernels, which have no
-            backward yet.
+        NotImplementedError: a GPU without kernels, a missing DSL, forward-mode differentiation or a transform of
+            ``torch.func``.
 
-    Algorithm: FlashAttention (Dao et al., arXiv:2205.14135; on Hopper arXiv:2407.08608).
+    Algorithm: FlashAttention (Dao et al., arXiv:2205.14135; backward arXiv:2307.08691; on Hopper arXiv:2407.08608).
     """
     call = check_call(q, k, v, scale=scale, causal=causal, window=window, softcap=softcap)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; one of {', '.join(map(repr, BACKENDS))} is needed")
-    if backend == "reference" or (backend == "auto" and not q.is_cuda):
-        if mechanism is not None:
-            raise ValueError(
-                f"mechanism is {mechanism!r} and the reference backend runs, which has none: leave it out, or pass CUDA tensors"
-            )
-        out, lse = reference.attention(q, k, v, call)
-        return (out, lse) if return_lse else out
-    if not q.is_cuda:
+    on_reference = backend == "reference" or (backend == "auto" and not q.is_cuda)
+    if on_reference and mechanism is not None:
+        raise ValueError(
+            f"mechanism is {mechanism!r} and the reference backend runs, which has none: leave it out, or pass CUDA tensors"
+        )
+    if not on_reference and not q.is_cuda:
         raise ValueError(
             f"backend is 'cute' and the tensors lie on {q.device}; the kernels need CUDA tensors: "
             f"try .cuda(), or backend='auto'"
         )
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise NotImplementedError(
-            "gradients are asked for and the kernels have no backward yet: "
-            "call under torch.no_grad(), detach the inputs, or use backend='reference'"
-        )
-    out, lse = _forward(q, k, v, call, return_lse, mechanism)
+        passes = _REFERENCE if on_reference else _passes(mechanism, deterministic)
+        out, lse = Attention.apply(q, k, v, call, *passes)
+    elif on_reference:
+        out, lse = reference.attention(q, k, v, call)
+    else:
+        out, lse = _forward(q, k, v, call, return_lse, mechanism)
     return (out, lse) if return_lse else out
+
+
+_REFERENCE = reference.attention, reference.gradients
+
+
+def _passes(mechanism: str | None, deterministic: bool) -> tuple[Callable, Callable]:
+    """The kernels' forward and backward pass, as :class:`Attention` calls them."""
+    deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
+
+    def forward(q, k, v, call):
+        return _forward(q, k, v, call, True, mechanism)
+
+    def gradients(q, k, v, out, lse, dout, dlse, call, needs):
+        return launch.gradients(call, mechanism, needs, deterministic, q, k, v, out, lse, dout, dlse)
+
+    return forward, gradients
 
 
 def _forward(q, k, v, call, return_lse: bool, mechanism: str | None):
@@ -101,6 +122,6 @@ def _forward(q, k, v, call, return_lse: bool, mechanism: str | None):
             lse.fill_(-math.inf)
         return out, lse
     device = q.get_device()
-    function, blocks = prepared(problem_of(q.dtype, call, return_lse), mechanism, device)
-    launch(function, blocks, device, call, q, k, v, out, lse)
+    function, blocks = launch.prepared(problem_of(q.dtype, call, return_lse), mechanism, device)
+    launch.launch(function, blocks, device, call, q, k, v, out, lse)
     return out, lse

@@ -8,7 +8,7 @@ of ``scale``, ``window`` and ``softcap`` are run-time values; they live in :clas
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import NamedTuple, NoReturn
 
@@ -28,6 +28,9 @@ class Problem:
 
     ``dtype`` is torch's name of it (``"bfloat16"``). ``bounded_left`` and ``bounded_right`` say on which sides the band
     of visible keys has an edge (``causal`` is a right edge at 0); where the edges lie is a run-time value.
+
+    ``gradients`` makes it the backward pass, for the inputs it names (``"qkv"``, ``"kv"``, …); ``""`` is the forward
+    pass. ``deterministic`` is of the backward pass only: dQ's parts are added in a fixed order.
     """
 
     dtype: str
@@ -37,6 +40,8 @@ class Problem:
     bounded_right: bool = False
     softcap: bool = False
     return_lse: bool = False
+    gradients: str = ""
+    deterministic: bool = False
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -162,6 +167,12 @@ def problem_of(dtype: torch.dtype, call: Call, return_lse: bool) -> Problem:
         call.softcap > 0.0,
         bool(return_lse),  # a key must not depend on how it was spelt
     )
+
+
+def gradient_problem_of(dtype: torch.dtype, call: Call, gradients: str, deterministic: bool) -> Problem:
+    """The Problem of a checked call's backward pass; ``gradients`` names the inputs, in the order of ``"qkv"``."""
+    forward = problem_of(dtype, call, False)
+    return Problem.intern(*astuple(forward)[:-2], gradients, bool(deterministic))
 
 
 def check_tensors_for_gpu(q, k, v, call: Call):

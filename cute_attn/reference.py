@@ -8,6 +8,15 @@ keeps three things a row: the running maximum m, the running sum l and the unnor
 
 and after the last tile O / l is the output and ln 2 · (m + log2 l) the log-sum-exp. All (batch, head) pairs take a step
 at once; a kernel gives each of them a block of its own.
+
+The backward pass (FlashAttention-2, arXiv:2307.08691, algorithm 2) recomputes the scores: the log-sum-exp turns them into
+the softmax P itself, without another pass over the keys. With dO and dLSE the gradients of O and of the log-sum-exp,
+
+    dP = dO·Vᵀ,   delta_i = Σ_d dO_id·O_id − dLSE_i,   dS = P ∘ (dP − delta),
+    dV = Pᵀ·dO,   dK = scale · dSᵀ·Q,   dQ = scale · dS·K,
+
+where a softcap multiplies dS by its slope. Each tile of keys walks over the tiles of queries that see any of it: its dK and
+dV are sums that stay with it, dQ is added to in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +24,7 @@ from __future__ import annotations
 import torch
 
 from cute_attn.problem import Call
-from cute_attn.rules import LN_2, Band, HostOps, TensorOps, score_scales, softcap_tanh
+from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
 
 
 def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,51 +36,36 @@ def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> t
 
     Products are summed in lse's dtype and P is rounded to the inputs' dtype before P·V, as tensor cores take it. A row
     that sees no key gives zeros and −inf. Keys that no row of a query tile sees are not read: NaN there changes
-    nothing. Nothing is written in place, so that autograd works through it.
+    nothing.
     """
     acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_zeros(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
+    lse = q.new_full((call.batch, call.heads, call.seqlen_q), -torch.inf, dtype=acc_dtype)
     if call.empty:
-        # An empty sum is 0 and ties the zeros to the graph: backward() works here as for any other size.
-        zero = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
-        out = zero.expand(call.batch, call.seqlen_q, call.heads, call.head_dim_v).contiguous()
-        return out, torch.full((call.batch, call.heads, call.seqlen_q), -torch.inf, dtype=acc_dtype, device=q.device)
-
-    mQ = q.unflatten(2, (call.heads_kv, call.heads // call.heads_kv))  # (batch, seqlen_q, heads_kv, group, head_dim)
-    out_tiles, lse_tiles = [], []
+        return out, lse
+    mQ, mO = _grouped(q, call), _grouped(out, call)  # (batch, seqlen_q, heads_kv, group, head_dim)
+    mLSE = _grouped(lse.transpose(1, 2), call)  # (batch, seqlen_q, heads_kv, group)
     for m in range(0, call.seqlen_q, tile_m):
-        out, lse = _query_tile(mQ[:, m : m + tile_m].to(acc_dtype), k, v, m, tile_n, call)
-        out_tiles.append(out.to(q.dtype))
-        lse_tiles.append(lse)
-    out = torch.cat(out_tiles, dim=3)  # (batch, heads_kv, group, seqlen_q, head_dim_v)
-    lse = torch.cat(lse_tiles, dim=3)  # (batch, heads_kv, group, seqlen_q)
-    return out.flatten(1, 2).transpose(1, 2).contiguous(), lse.flatten(1, 2)
+        rows = slice(m, m + tile_m)
+        mO[:, rows], mLSE[:, rows] = _query_tile(mQ[:, rows].to(acc_dtype), k, v, m, tile_n, call)
+    return out, lse
 
 
 def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
     """The output and the log-sum-exp of the query tile tQ (batch, rows, heads_kv, group, head_dim) from row m on."""
-    scale_log2, scale_by_cap = score_scales(call.scale, call.softcap)
-    band = _band(call)
-    row_last = m + tQ.shape[1] - 1
-    begin, end = band.key_range(m, row_last, call.seqlen_k, HostOps)
-    whole_begin, whole_end = band.whole_range(m, row_last, call.seqlen_k, HostOps)
-
     batch, rows, heads_kv, group, _ = tQ.shape
-    acc_O = tQ.new_zeros(batch, heads_kv, group, rows, call.head_dim_v)
-    row_max = tQ.new_full((batch, heads_kv, group, rows), -torch.inf)
-    row_sum = tQ.new_zeros(batch, heads_kv, group, rows)
+    acc_O = tQ.new_zeros(batch, rows, heads_kv, group, call.head_dim_v)
+    row_max = tQ.new_full((batch, rows, heads_kv, group), -torch.inf)
+    row_sum = tQ.new_zeros(batch, rows, heads_kv, group)
+    begin, end = _band(call).key_range(m, m + rows - 1, call.seqlen_k, HostOps)
     # Tiles begin at the first key that any row sees and go from the last to the first: the masked end comes first.
     for n in reversed(range(begin, end, tile_n)):
         n_end = min(n + tile_n, end)
         tK, tV = k[:, n:n_end].to(tQ.dtype), v[:, n:n_end].to(tQ.dtype)  # (batch, keys, heads_kv, head_dim)
-        acc_S = torch.einsum("bmhgd,bnhd->bhgmn", tQ, tK)
-        if call.softcap > 0.0:
-            acc_S = softcap_tanh(acc_S, scale_by_cap, TensorOps)
-        acc_S = acc_S * scale_log2
-        if n < whole_begin or n_end > whole_end:
-            acc_S = acc_S.masked_fill(~_visible(band, m, row_last, n, n_end, call.seqlen_k, acc_S.device), -torch.inf)
+        acc_S, _ = _scores(tQ, tK, m, n, call)
         P, rescale, row_max, row_sum = _online_step(acc_S, row_max, row_sum)
         P = P.to(v.dtype).to(tQ.dtype)
-        acc_O = acc_O * rescale[..., None] + torch.einsum("bhgmn,bnhd->bhgmd", P, tV)
+        acc_O = acc_O * rescale[..., None] + torch.einsum("bmhgn,bnhd->bmhgd", P, tV)
 
     seen = row_sum != 0.0  # true for NaN: a NaN in q or in a visible key shows
     safe_sum = torch.where(seen, row_sum, 1.0)
@@ -79,10 +73,76 @@ def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
     return acc_O / safe_sum[..., None], lse
 
 
+def gradients(q, k, v, out, lse, dout, dlse, call: Call, needs: str = "qkv", *, tile_m: int = 128, tile_n: int = 128):
+    """``(dq, dk, dv)``: the gradients of q, k, v from those of :func:`attention`'s outputs; None for what the string
+    ``needs`` does not name. ``dlse`` may be None, for zeros.
+
+    Each has the shape and dtype of its input; a key head's are sums over the query heads that read it. Products are summed
+    in lse's dtype, and P and dS are rounded to the inputs' dtype before they are multiplied, as tensor cores take them. A
+    row that sees no key, or a key that no row sees, has zeros.
+    """
+    dtype, acc_dtype = q.dtype, lse.dtype
+    dq, dk, dv = (torch.zeros_like(x, dtype=acc_dtype) for x in (q, k, v))
+    delta = (dout.to(acc_dtype) * out).sum(-1)  # (batch, seqlen_q, heads)
+    if dlse is not None:
+        delta = delta - dlse.transpose(1, 2)
+    lse = lse.transpose(1, 2)
+    unseen = lse == -torch.inf
+    # 2^(s − ∞) = 0 for every score, where s = lse = −∞ would make a NaN; nor does dLSE count in a row that sees nothing.
+    delta, lse_log2 = delta.masked_fill(unseen, 0.0), (lse * LOG2_E).masked_fill(unseen, torch.inf)
+
+    band = _band(call)
+    mQ, mdO, mdQ, delta, lse_log2 = (_grouped(x, call) for x in (q, dout, dq, delta, lse_log2))
+    first, last = band.key_range(0, call.seqlen_q - 1, call.seqlen_k, HostOps)
+    for n_tile in range(first, last, tile_n):
+        n_last = min(n_tile + tile_n, last) - 1
+        m_begin, m_end = band.transposed().key_range(n_tile, n_last, call.seqlen_q, HostOps)
+        for m in range(m_begin, m_end, tile_m):
+            rows = slice(m, min(m + tile_m, m_end))
+            # Of the key tile, what the query tile sees.
+            begin, end = band.key_range(m, rows.stop - 1, call.seqlen_k, HostOps)
+            keys = slice(max(n_tile, begin), min(n_last + 1, end))
+            tQ, tdO = mQ[:, rows].to(acc_dtype), mdO[:, rows].to(acc_dtype)
+            tK, tV = k[:, keys].to(acc_dtype), v[:, keys].to(acc_dtype)
+            acc_S, slope = _scores(tQ, tK, m, keys.start, call)
+            P = (acc_S - lse_log2[:, rows, ..., None]).exp2()
+            if "v" in needs:
+                dv[:, keys] += torch.einsum("bmhgn,bmhgd->bnhd", P.to(dtype).to(acc_dtype), tdO)
+            if needs == "v":
+                continue
+            acc_dP = torch.einsum("bmhgd,bnhd->bmhgn", tdO, tV)
+            dS = P * (acc_dP - delta[:, rows, ..., None]) * slope
+            dS = dS.to(dtype).to(acc_dtype)
+            if "k" in needs:
+                dk[:, keys] += torch.einsum("bmhgn,bmhgd->bnhd", dS, tQ) * call.scale
+            if "q" in needs:
+                mdQ[:, rows] += torch.einsum("bmhgn,bnhd->bmhgd", dS, tK) * call.scale
+    return tuple(dx.to(dtype) if name in needs else None for name, dx in zip("qkv", (dq, dk, dv), strict=True))
+
+
+def _scores(tQ, tK, m: int, n: int, call: Call):
+    """The scores in base 2 (batch, rows, heads_kv, group, keys) of rows from m on and keys from n on, −inf where a row
+    does not see the key; and the slope of the softcap there, or 1."""
+    scale_log2, scale_by_cap = score_scales(call.scale, call.softcap)
+    rows, keys = tQ.shape[1], tK.shape[1]
+    acc_S, slope = torch.einsum("bmhgd,bnhd->bmhgn", tQ, tK), 1.0
+    if call.softcap > 0.0:
+        acc_S = softcap_tanh(acc_S, scale_by_cap, TensorOps)
+        slope = softcap_slope(acc_S)
+    acc_S = acc_S * scale_log2
+    begin, end = _band(call).whole_range(m, m + rows - 1, call.seqlen_k, HostOps)
+    if n < begin or n + keys > end:
+        row = torch.arange(m, m + rows, device=tQ.device)[:, None]
+        col = torch.arange(n, n + keys, device=tQ.device)
+        begin, end = _band(call).key_range(row, row, call.seqlen_k, TensorOps)
+        visible = (begin <= col) & (col < end)  # (rows, keys)
+        acc_S = acc_S.masked_fill(~visible[:, None, None], -torch.inf)
+    return acc_S, slope
+
+
 def _online_step(scores, row_max, row_sum):
-    """One tile of base-2 scores (…, rows, keys): returns (P, rescale, row_max, row_sum)."""
-    # Results don't depend on the maximum (it cancels), so no gradient flows through it.
-    new_max = torch.maximum(row_max, scores.detach().amax(-1))
+    """One tile of base-2 scores (…, keys): returns (P, rescale, row_max, row_sum)."""
+    new_max = torch.maximum(row_max, scores.amax(-1))
     # A row that has seen no key yet has m = −inf; 0 in its place keeps −inf − −inf from making a NaN.
     anchor = torch.where(new_max == -torch.inf, 0.0, new_max)
     P = (scores - anchor[..., None]).exp2()
@@ -90,15 +150,12 @@ def _online_step(scores, row_max, row_sum):
     return P, rescale, new_max, row_sum * rescale + P.sum(-1)
 
 
+def _grouped(x, call: Call):
+    """(batch, seqlen_q, heads, …) as (batch, seqlen_q, heads_kv, group, …): a view, so that it can be written to."""
+    return x.unflatten(2, (call.heads_kv, call.heads // call.heads_kv))
+
+
 def _band(call: Call) -> Band:
     lo = None if call.left is None else call.shift - call.left
     hi = None if call.right is None else call.shift + call.right
     return Band(lo, hi)
-
-
-def _visible(band: Band, row_first: int, row_last: int, key_first: int, key_end: int, seqlen_k: int, device):
-    """What the rows row_first … row_last see of the keys key_first … key_end − 1: bool, (rows, keys)."""
-    row = torch.arange(row_first, row_last + 1, device=device)[:, None]
-    col = torch.arange(key_first, key_end, device=device)
-    begin, end = band.key_range(row, row, seqlen_k, TensorOps)
-    return (begin <= col) & (col < end)

@@ -10,7 +10,8 @@ that the last query is aligned with the last key (bottom-right). It sees the key
     row + shift − left ≤ col ≤ row + shift + right,          0 ≤ col < seqlen_k.
 
 ``causal`` is ``right = 0``; a window bounds one or both sides; an unbounded side is ``None``. With ``lo = shift − left``
-and ``hi = shift + right`` this is ``row + lo ≤ col ≤ row + hi``.
+and ``hi = shift + right`` this is ``row + lo ≤ col ≤ row + hi``. Seen from a key it is a band as well:
+``col − hi ≤ row ≤ col − lo`` (:meth:`Band.transposed`).
 
 **The softcap** bounds a scaled score: ``cap · tanh(score / cap)`` (Gemma 2, arXiv:2408.00118, §2).
 """
@@ -56,25 +57,38 @@ class Band:
     lo: Any
     hi: Any
 
-    def key_range(self, row_first, row_last, seqlen_k, ops):
-        """``(begin, end)``: outside these keys the rows ``row_first … row_last`` see nothing.
+    def transposed(self) -> Band:
+        """The same band with the roles of rows and columns swapped: ``col − hi ≤ row ≤ col − lo``.
 
-        For a single row (``row_first = row_last``) these are just the keys it sees: this is the mask.
+        Its ranges are of the queries (of ``seqlen_q``) that see keys ``first … last``.
         """
-        begin = row_first * 0 if self.lo is None else ops.max(row_first + self.lo, 0)
-        end = seqlen_k if self.hi is None else ops.min(row_last + self.hi + 1, seqlen_k)
+        return Band(None if self.hi is None else -self.hi, None if self.lo is None else -self.lo)
+
+    def key_range(self, first, last, length, ops):
+        """``(begin, end)``: outside these keys, of ``length``, the rows ``first … last`` see nothing.
+
+        For a single row (``first = last``) these are just the keys it sees: this is the mask.
+        """
+        begin = first * 0 if self.lo is None else ops.max(first + self.lo, 0)
+        end = length if self.hi is None else ops.min(last + self.hi + 1, length)
         return begin, end
 
-    def whole_range(self, row_first, row_last, seqlen_k, ops):
-        """``(begin, end)``: every one of the rows ``row_first … row_last`` sees every key in it, so no mask is needed."""
-        begin = row_first * 0 if self.lo is None else ops.max(row_last + self.lo, 0)
-        end = seqlen_k if self.hi is None else ops.min(row_first + self.hi + 1, seqlen_k)
+    def whole_range(self, first, last, length, ops):
+        """``(begin, end)``: every one of the rows ``first … last`` sees every key in it, so no mask is needed."""
+        begin = first * 0 if self.lo is None else ops.max(last + self.lo, 0)
+        end = length if self.hi is None else ops.min(first + self.hi + 1, length)
         return begin, end
 
 
 def softcap_tanh(score, scale_by_cap, ops):
     """``tanh(score · scale / cap)``, which ``cap · log2 e`` then turns into a capped score in base 2."""
     return ops.tanh(score * scale_by_cap)
+
+
+def softcap_slope(t):
+    """The softcap's derivative, ``1 − tanh²``, from ``t = softcap_tanh(…)``: what one unit of a scaled score adds to the
+    capped one."""
+    return 1.0 - t * t
 
 
 def score_scales(scale: float, softcap: float) -> tuple[float, float]:

@@ -1,0 +1,57 @@
+"""Attention for ``torch.autograd``: what is kept from the forward pass, and which gradients are asked for.
+
+The backend comes in as two functions, the reference's or the kernels'. Between the passes only q, k, v, the output and
+the log-sum-exp are kept: the backward pass recomputes the scores from them, tile by tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from cute_attn.problem import Call
+
+
+class Attention(torch.autograd.Function):
+    """``(out, lse)`` of q, k, v, both of them differentiable.
+
+    ``forward(q, k, v, call)`` returns them; ``gradients(q, k, v, out, lse, dout, dlse, call, needs)`` returns
+    ``(dq, dk, dv)``, None for what the string ``needs``, part of ``"qkv"``, does not name. ``dlse`` is None where the
+    log-sum-exp was not used; ``dout`` has the dtype of ``out`` and any strides.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, call: Call, forward: Callable, gradients: Callable):  # type: ignore[override]
+        out, lse = forward(q, k, v, call)
+        ctx.set_materialize_grads(False)  # an output that nobody used has None for its gradient, not a tensor of zeros
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call, ctx.gradients = call, gradients
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):  # type: ignore[override]
+        needs = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad, strict=False) if needed)
+        if not needs or (dout is None and dlse is None):
+            return (None,) * 6
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        return *_Gradients.apply(q, k, v, out, lse, dout, dlse, ctx.call, needs, ctx.gradients), None, None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass as a function of its own, so that differentiating it once more says what to do instead."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, out, lse, dout, dlse, call: Call, needs: str, gradients: Callable):  # type: ignore[override]
+        if call.empty:
+            return tuple(torch.zeros_like(x) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
+        return gradients(q, k, v, out, lse, dout, dlse, call, needs)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "gradients of attention's gradients are asked for (double backward); there are first derivatives only: "
+            "try torch.nn.functional.scaled_dot_product_attention under "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        )
