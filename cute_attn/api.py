@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from cute_attn import launch, reference
 from cute_attn.autograd import Attention
@@ -72,6 +73,8 @@ def attention(
 
     Algorithm: FlashAttention (Dao et al., arXiv:2205.14135; backward arXiv:2307.08691; on Hopper arXiv:2407.08608).
     """
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
     call = check_call(q, k, v, scale=scale, causal=causal, window=window, softcap=softcap)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; one of {', '.join(map(repr, BACKENDS))} is needed")
@@ -85,17 +88,61 @@ def attention(
             f"backend is 'cute' and the tensors lie on {q.device}; the kernels need CUDA tensors: "
             f"try .cuda(), or backend='auto'"
         )
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        _refuse_transforms()
         passes = _REFERENCE if on_reference else _passes(mechanism, deterministic)
         out, lse = Attention.apply(q, k, v, call, *passes)
     elif on_reference:
-        out, lse = reference.attention(q, k, v, call)
+        out, lse = _REFERENCE[0](q, k, v, call)
     else:
         out, lse = _forward(q, k, v, call, return_lse, mechanism)
     return (out, lse) if return_lse else out
 
 
-_REFERENCE = reference.attention, reference.gradients
+def _autocast(x):
+    """``x`` as ``torch.autocast`` hands it to scaled_dot_product_attention: in autocast's dtype, unless it is float64."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x) else x
+
+
+def _autocasts(x: torch.Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _outside_autocast(function: Callable) -> Callable:
+    """``function(q, …)`` with autocast off: it chooses the dtype of each product itself."""
+
+    def plain(q, *arguments):
+        if not _autocasts(q):
+            return function(q, *arguments)
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *arguments)
+
+    return plain
+
+
+_REFERENCE = _outside_autocast(reference.attention), _outside_autocast(reference.gradients)
+
+
+def _refuse_tangents(*tensors: torch.Tensor) -> None:
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "an input carries a tangent of forward-mode differentiation; attention has gradients in reverse mode only: "
+            "try .backward(), or torch.nn.functional.scaled_dot_product_attention under "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        )
+
+
+def _refuse_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "gradients are asked for inside a transform of torch.func; attention has them for torch.autograd only: "
+            "try torch.autograd.grad, or torch.nn.functional.scaled_dot_product_attention"
+        )
 
 
 def _passes(mechanism: str | None, deterministic: bool) -> tuple[Callable, Callable]:
