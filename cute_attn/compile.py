@@ -105,9 +105,9 @@ def _outside_sources(config: Config) -> str:
 def compile_only(problem: Problem, config: Config, options: str = ""):
     """Compile with the DSL and return its function, untouched by any cache. Needs no GPU."""
     dsl = _import_dsl()
-    function = importlib.import_module("cute_attn.forward").host_function(problem, config)
-    arguments = importlib.import_module("cute_attn.forward").fake_arguments(problem)
-    return dsl.compile(function, *arguments, options=f"--enable-tvm-ffi --gpu-arch={config.target} {options}")
+    host = importlib.import_module("cute_attn.backward" if problem.gradients else "cute_attn.forward")
+    arguments = host.fake_arguments(problem, config)
+    return dsl.compile(host.host_function(problem, config), *arguments, options=f"--enable-tvm-ffi --gpu-arch={config.target} {options}")
 
 
 # ---- disk ----------------------------------------------------------------------------------------------------------

@@ -36,10 +36,8 @@ def host_function(problem, config, mainloop=None):
         blocks: Int32,
         stream,
     ):
-        q, k, v, o = (_select(m, [1, 3, 2, 0]) for m in (mQ, mK, mV, mO))  # (seqlen, head_dim, heads, batch)
-        lse = None
-        if cutlass.const_expr(mLSE is not None):
-            lse = _select(mLSE, [2, 1, 0])  # (seqlen_q, heads, batch)
+        q, k, v, o = (select_modes(m, [1, 3, 2, 0]) for m in (mQ, mK, mV, mO))  # (seqlen, head_dim, heads, batch)
+        lse = select_modes(mLSE, [2, 1, 0])  # (seqlen_q, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
         shift = seqlen_k - seqlen_q
         values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
@@ -49,11 +47,12 @@ def host_function(problem, config, mainloop=None):
     return forward
 
 
-def _select(m: cute.Tensor, modes: list[int]) -> cute.Tensor:
-    return cute.make_tensor(m.iterator, cute.select(m.layout, mode=modes))
+def select_modes(m: cute.Tensor | None, modes: list[int]) -> cute.Tensor | None:
+    """The same memory with its modes in another order; ``None`` stays ``None``."""
+    return None if m is None else cute.make_tensor(m.iterator, cute.select(m.layout, mode=modes))
 
 
-def fake_arguments(problem) -> tuple:
+def fake_arguments(problem, config) -> tuple:
     """Stand-ins for :func:`host_function`'s arguments, with every size and stride unknown: the kernel fits all of them.
 
     Strides are 64-bit, so that offsets past 2³¹ elements are exact, and multiples of 16 bytes but for the contiguous one.

@@ -1,21 +1,23 @@
 """From torch's tensors to a kernel on the caller's device and stream.
 
 tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
-Nothing here synchronises, and nothing is allocated.
+Nothing here synchronises, and the forward pass allocates nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
 
 from cute_attn import rules
 from cute_attn.compile import compiled
-from cute_attn.layouts import target_of
+from cute_attn.layouts import family, target_of
+from cute_attn.layouts.base import ROW_PADDING
 from cute_attn.plan import plan
-from cute_attn.problem import Call, Problem
+from cute_attn.problem import Call, Problem, check_strides, check_tensors_for_gpu, gradient_problem_of
 
 
 @lru_cache(maxsize=64)
@@ -49,9 +51,57 @@ def prepared(problem: Problem, mechanism: str | None, device: int) -> tuple[Call
 
 def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
+    _run(function, blocks, device, call, (q, k, v, out, lse))
+
+
+def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse, dout, dlse):
+    """``(dq, dk, dv)`` on the current stream, ``None`` for those that ``needs`` (a part of ``"qkv"``) doesn't name.
+
+    ``dout`` and ``dlse`` may have any strides, and be ``None`` where nothing depends on that output; what the kernels
+    can't read in place is copied. Besides the gradients this allocates two float32 a query row, and for dQ its sums in
+    float32.
+    """
+    gradient = {name: x.new_empty(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)}
+    if call.empty:
+        for x in gradient.values():
+            if x is not None:
+                x.zero_()
+        return tuple(gradient.values())
+    q, k, v = check_tensors_for_gpu(q, k, v, call)
+    dout = torch.zeros_like(out) if dout is None else _readable(dout)
+    dlse = None if dlse is None else dlse.contiguous()
+    device = q.get_device()
+    problem = gradient_problem_of(q.dtype, call, needs, deterministic, dlse is not None)
+    config = plan(problem, device_target(device), mechanism)
+    function, blocks = prepared(problem, mechanism, device)
+
+    rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
+    rows = q.new_empty((2, call.batch, call.heads, rows_padded), dtype=torch.float32)
+    dq_sum = counters = None
+    if "q" in needs:
+        layouts = family(config)
+        slices = (call.batch, call.heads, rows_padded // config.tile_m)
+        piece_rows, piece_columns = layouts.piece_shape(config)
+        dq_sum = q.new_empty((*slices, len(layouts.pieces(config)), piece_rows * piece_columns), dtype=torch.float32)
+        if deterministic:
+            counters = q.new_zeros(slices, dtype=torch.int32)
+    _run(function, blocks, device, call, (q, k, v, out, dout, lse, dlse, rows, dq_sum, counters, *gradient.values()))
+    return tuple(gradient.values())
+
+
+def _readable(dout: torch.Tensor) -> torch.Tensor:
+    """``dout`` where 16-byte copies can read it in place (an expanded one can't always), else a copy."""
+    expanded = any(stride == 0 and extent > 1 for stride, extent in zip(dout.stride(), dout.shape, strict=True))
+    with suppress(ValueError):
+        if not expanded:
+            return check_strides("dout", dout)
+    return dout.clone(memory_format=torch.contiguous_format)
+
+
+def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tuple) -> None:
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    arguments = (q, k, v, out, lse, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, stream)
+    arguments = (*tensors, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, stream)
     if torch._C._cuda_getDevice() == device:
         function(*arguments)
     else:

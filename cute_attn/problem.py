@@ -30,7 +30,8 @@ class Problem:
     of visible keys has an edge (``causal`` is a right edge at 0); where the edges lie is a run-time value.
 
     ``gradients`` makes it the backward pass, for the inputs it names (``"qkv"``, ``"kv"``, …); ``""`` is the forward
-    pass. ``deterministic`` is of the backward pass only: dQ's parts are added in a fixed order.
+    pass, where ``return_lse`` says that the log-sum-exp has a gradient. ``deterministic`` is of the backward pass only:
+    dQ's parts are added in a fixed order.
     """
 
     dtype: str
@@ -169,9 +170,10 @@ def problem_of(dtype: torch.dtype, call: Call, return_lse: bool) -> Problem:
     )
 
 
-def gradient_problem_of(dtype: torch.dtype, call: Call, gradients: str, deterministic: bool) -> Problem:
-    """The Problem of a checked call's backward pass; ``gradients`` names the inputs, in the order of ``"qkv"``."""
-    forward = problem_of(dtype, call, False)
+def gradient_problem_of(dtype: torch.dtype, call: Call, gradients: str, deterministic: bool, of_lse: bool) -> Problem:
+    """The Problem of a checked call's backward pass; ``gradients`` names the inputs, in the order of ``"qkv"``, and
+    ``of_lse`` says whether the log-sum-exp has a gradient."""
+    forward = problem_of(dtype, call, of_lse)
     return Problem.intern(*astuple(forward)[:-2], gradients, bool(deterministic))
 
 

@@ -15,7 +15,7 @@ consumers of a block compute the same sequence by themselves, so nothing is comm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 from cutlass import Int32, cute
@@ -25,12 +25,13 @@ BLOCKS_PER_HEAD = 4  # that read a head's keys at the same time
 
 @dataclass(frozen=True)
 class Tiles:
-    """All query tiles of a call. ``long_first`` is compile-time; the counts are run-time."""
+    """All query tiles of a call, or, for the backward pass, all key tiles. ``long_first`` is compile-time; the counts are
+    run-time."""
 
     m_blocks: Int32
     heads: Int32
     batch: Int32
-    heads_per_kv: Int32
+    heads_per_kv: Int32  # query heads that share a key head
     group: Int32  # (head, batch) pairs that are taken together where long_first
     long_first: cutlass.Constexpr[bool]
 
@@ -40,6 +41,12 @@ class Tiles:
         seqlen_q, _, heads, batch = q_shape
         group = cutlass.max(blocks // BLOCKS_PER_HEAD, 1)
         return Tiles(cute.ceil_div(seqlen_q, tile_m), heads, batch, heads // heads_kv, group, long_first)
+
+    @staticmethod
+    def of_keys(k_shape, heads_per_kv, tile_n: int, blocks: Int32, long_first: bool) -> Tiles:
+        """The tiles of keys ``(seqlen_k, head_dim, heads_kv, batch)``; a tile's ``head`` is a key head, and whoever takes
+        it walks over its ``heads_per_kv`` query heads."""
+        return replace(Tiles.of(k_shape, k_shape[2], tile_n, blocks, long_first), heads_per_kv=heads_per_kv)
 
     def count(self):
         return self.m_blocks * self.heads * self.batch

@@ -64,6 +64,35 @@ class Softmax:
             lse[r] = natural if seen else -Float32.inf
 
 
+def probabilities(scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32):
+    """For the backward pass, transposed: ``scores`` (keys, queries) to P = 2^(s · scale_log2 − lse_log2) in place, with
+    the log-sum-exp of each query, in base 2, in shared memory."""
+    for c, lse in _pairs(lse_log2):
+        for r in range(cute.size(scores, mode=[0])):
+            for i in range(2):
+                scores[r, c + i] = cute.math.exp2(scores[r, c + i] * scale_log2 - lse[i], fastmath=True)
+
+
+def score_gradients(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor, slopes: cute.Tensor | None):
+    """For the backward pass, transposed: P (keys, queries) to dS = P ∘ (dP − delta) in place, with the delta of each
+    query in shared memory; ∘ the slopes of the softcap, if there is one."""
+    for c, of_query in _pairs(delta):
+        for r in range(cute.size(P, mode=[0])):
+            for i in range(2):
+                dS = P[r, c + i] * (dP[r, c + i] - of_query[i])
+                P[r, c + i] = dS if slopes is None else dS * slopes[r, c + i]
+
+
+def _pairs(values: cute.Tensor):
+    """The values of a row in shared memory, two neighbours at a time, read only when they are needed: all of them would
+    take as many registers as a row of scores."""
+    for c in range(0, cute.size(values), 2):
+        pair = cute.make_rmem_tensor(2, values.element_type)
+        first = cute.make_tensor(values.iterator + values.layout(c), pair.layout)
+        cute.autovec_copy(first, pair)
+        yield c, pair
+
+
 def scale_rows(acc: cute.Tensor, factor: cute.Tensor):
     """``acc[r, :] *= factor[r]`` on a (rows, columns) view."""
     for r in range(cute.size(factor)):

@@ -49,7 +49,8 @@ def modules() -> list[ModuleType]:
 
 def family(config: Config) -> ModuleType:
     """The family module that lays out a config's operands."""
-    return for_target(config.target).MECHANISMS[config.mechanism]
+    module = for_target(config.target)
+    return (module.BACKWARD if config.backward else module.MECHANISMS)[config.mechanism]
 
 
 def for_target(target: str) -> ModuleType:

@@ -36,6 +36,7 @@ ROLES = ("S", "O")
 IntTuple: TypeAlias = "int | tuple[IntTuple, ...]"
 Modes: TypeAlias = tuple[tuple[int, int, int], ...]
 KIB = 1024
+ROW_PADDING = 128  # a multiple of every tile_m of the backward pass
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Config:
     stages: int  # K tiles (and as many V tiles) in flight
     mma_warps: int  # warps that compute; each warp (or warpgroup) owns whole rows
     blocks_per_multiprocessor: int = 1
+    backward: bool = False  # of the backward pass, whose operands a family module of its own lays out
     # tma_wgmma only
     mma_registers: int = 0  # registers a thread of a computing warpgroup has after setmaxnreg
     copy_registers: int = 0  # and of the copying one

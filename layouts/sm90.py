@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import mma_sync, wgmma
+from . import mma_sync, wgmma, wgmma_backward
 from .base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -15,6 +15,7 @@ GPU = Gpu(
 )
 
 MECHANISMS = {"tma_wgmma": wgmma, "cp_async": mma_sync}
+BACKWARD = {"tma_wgmma": wgmma_backward}
 
 # The wider of the two padded head dims -> the fields of Config that the table decides.
 # A computing warpgroup owns 64 rows. Two of them may have 240 registers a thread, three 160.
@@ -33,6 +34,12 @@ WGMMA_MIXED: dict[int, dict[str, Any]] = {
 }
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -> registers of a computing, copying thread
 
+# The same for the backward pass, where a computing warpgroup owns 64 keys; both head dims are padded to the wider.
+WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
+    64: {"tile_m": 128, "tile_n": 128, "stages": 2},
+    128: {"tile_m": 64, "tile_n": 128, "stages": 2},
+}
+
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
 MMA_SYNC_TABLE = {
     32: (128, 64, 2, 4, 2),
@@ -48,6 +55,8 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     """The configurations for ``problem``, best first."""
     if mechanism == "cp_async":
         return mma_sync.configs(problem, MMA_SYNC_TABLE, target)
+    if problem.gradients:
+        return _backward_configs(problem, mechanism, target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)
     wider = max(tile_d, tile_dv)
     choice = WGMMA_TABLE[wider] | (WGMMA_MIXED.get(wider, {}) if tile_d != tile_dv else {})
@@ -63,6 +72,27 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
             mma_warps=4 * warpgroups,
             mma_registers=mma_registers,
             copy_registers=copy_registers,
+            **choice,
+        ),
+    )
+
+
+def _backward_configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
+    wider = wgmma_backward.tile_dim(max(problem.head_dim, problem.head_dim_v))
+    choice = WGMMA_BACKWARD_TABLE[wider]
+    warpgroups = choice["tile_n"] // wgmma.ROWS_PER_WARPGROUP
+    mma_registers, copy_registers = REGISTERS[warpgroups]
+    return (
+        Config(
+            target=target,
+            mechanism=mechanism,
+            dtype=problem.dtype,
+            tile_d=wider,
+            tile_dv=wider,
+            mma_warps=4 * warpgroups,
+            mma_registers=mma_registers,
+            copy_registers=copy_registers,
+            backward=True,
             **choice,
         ),
     )

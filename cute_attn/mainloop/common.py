@@ -8,7 +8,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn.layouts.fragments import rows_columns
-from cute_attn.rules import LOG2_E, Band, softcap_tanh
+from cute_attn.rules import LN_2, LOG2_E, Band, softcap_tanh
 
 
 class DeviceOps:
@@ -38,6 +38,11 @@ class Values:
     def band(self, problem) -> Band:
         return Band(self.lo if problem.bounded_left else None, self.hi if problem.bounded_right else None)
 
+    def scale(self, problem):
+        """Of a product Q·K: what :func:`~cute_attn.rules.score_scales` made two numbers of."""
+        natural = self.scale_log2 * LN_2
+        return natural * self.scale_by_cap if problem.softcap else natural
+
 
 @dataclass(frozen=True)
 class KeyTiles:
@@ -65,10 +70,105 @@ class KeyTiles:
         whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)
         return KeyTiles(begin, end, count, whole_begin, cutlass.max(whole_end, whole_begin))
 
-
     def last_is_masked(self):
         """Whether the last tile, which is the first to be computed, needs a mask."""
         return (self.count > self.whole_end) | (self.count <= self.whole_begin)
+
+
+@dataclass(frozen=True)
+class QueryTiles:
+    """The query tiles that see any key of one key tile, for the backward pass. They begin at multiples of tile_m.
+
+    ``count`` tiles from ``begin`` on, of which all but ``whole_begin … whole_end − 1`` need a mask; those come first.
+    """
+
+    n_block: Int32
+    begin: Int32
+    count: Int32
+    masked: Int32
+    whole_begin: Int32
+    whole_end: Int32
+
+    @staticmethod
+    @cute.jit
+    def of(values: Values, problem: cutlass.Constexpr, n_block: Int32, config: cutlass.Constexpr) -> QueryTiles:
+        band, m = values.band(problem).transposed(), config.tile_m
+        key_first = n_block * config.tile_n
+        key_end = key_first + config.tile_n
+        key_last = cutlass.min(key_end, values.seqlen_k) - 1
+        first, last = band.key_range(key_first, key_last, values.seqlen_q, DeviceOps)
+        inner_first, inner_last = band.whole_range(key_first, key_last, values.seqlen_q, DeviceOps)
+        begin = first // m
+        end = cute.ceil_div(last, m) if first < last else begin
+        whole_begin = cutlass.min(cute.ceil_div(inner_first, m), end)
+        # Queries past the last need no mask: their log-sum-exp says that they weigh nothing. Keys past the last do.
+        whole_end = end if inner_last >= values.seqlen_q else cutlass.min(cutlass.max(inner_last, 0) // m, end)
+        whole_end = whole_end if key_end <= values.seqlen_k else whole_begin
+        whole_end = cutlass.max(whole_end, whole_begin)
+        count = end - begin
+        return QueryTiles(n_block, begin, count, count - (whole_end - whole_begin), whole_begin, whole_end)
+
+    @cute.jit
+    def at(self, i):
+        """The i-th tile: first those before the whole ones, then those after, then the whole ones."""
+        before = self.whole_begin - self.begin
+        cut = self.begin + i if i < before else self.whole_end + (i - before)
+        return cut if i < self.masked else self.whole_begin + (i - self.masked)
+
+    def rank(self, values: Values, problem, m_block: Int32, config):
+        """How many key tiles come before this one in the fixed order in which a query tile's dQ is added up: from the
+        first key that it sees to the last, or, where there is a right edge, from the last to the first."""
+        band = values.band(problem)
+        row_first = m_block * config.tile_m
+        row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
+        begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        if problem.bounded_right:
+            return (end - 1) // config.tile_n - self.n_block
+        return self.n_block - begin // config.tile_n
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the backward pass needs of each query row, both float32, ``(rows, heads, batch)``, rows padded to a multiple of
+    every tile: the log-sum-exp in base 2 (+∞ for a row that sees no key or does not exist, so that it weighs nothing) and
+    delta = Σ dO ∘ O − dLSE."""
+
+    lse_log2: cute.Tensor
+    delta: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where the main kernel of the backward pass puts the gradients; what is not asked for is ``None``.
+
+    ``mdQ`` is float32, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block, head,
+    batch)``. ``counters`` (m_block, head, batch) holds how many key tiles have added to each, where their order is fixed.
+    """
+
+    mdQ: cute.Tensor | None
+    mdK: cute.Tensor | None
+    mdV: cute.Tensor | None
+    counters: cute.Tensor | None
+
+    def counter(self, m_block, head, batch):
+        """The address of a query tile's counter."""
+        if self.counters is None:
+            return None
+        return self.counters[None, None, None].iterator + cute.crd2idx((m_block, head, batch), self.counters.layout)
+
+    @staticmethod
+    @cute.jit
+    def wait_for_turn(counter, rank):
+        """One thread: until as many key tiles as come before this one have added theirs."""
+        arrived = Int32(-1)
+        while arrived != rank:
+            arrived = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
+
+    @staticmethod
+    @cute.jit
+    def pass_turn(counter):
+        cute.arch.fence_acq_rel_gpu()
+        cute.arch.red(counter, Int32(1), op="add", dtype="s32", sem="release", scope="gpu")
 
 
 @cute.jit
@@ -113,28 +213,44 @@ def apply_rules(scores: cute.Tensor, where: Coordinates, origin, values: Values,
     ``origin`` is the tile's first row and key. ``masked`` is a Python bool where the loop knows it, a run-time Boolean
     where it doesn't.
     """
-    if cutlass.const_expr(problem.softcap):
-        for i in cutlass.range(cute.size(scores), unroll_full=True):
-            scores[i] = softcap_tanh(scores[i], values.scale_by_cap, DeviceOps)
+    apply_softcap(scores, values, problem)
     if cutlass.const_expr(not isinstance(masked, bool)):
         if masked:
-            _mask(scores, where, origin, values, problem)
+            _mask(scores, where, origin, values.band(problem), values.seqlen_k)
     elif cutlass.const_expr(masked):
-        _mask(scores, where, origin, values, problem)
+        _mask(scores, where, origin, values.band(problem), values.seqlen_k)
 
 
 @cute.jit
-def _mask(scores: cute.Tensor, where: Coordinates, origin, values: Values, problem: cutlass.Constexpr):
-    """Set what a row does not see to −inf. One comparison an edge and score, against a compile-time column."""
-    band = values.band(problem)
+def apply_softcap(scores: cute.Tensor, values: Values, problem: cutlass.Constexpr):
+    """Scores to tanh(score · scale / cap) in place, where there is a softcap."""
+    if cutlass.const_expr(problem.softcap):
+        for i in cutlass.range(cute.size(scores), unroll_full=True):
+            scores[i] = softcap_tanh(scores[i], values.scale_by_cap, DeviceOps)
+
+
+@cute.jit
+def mask_transposed(scores: cute.Tensor, where: Coordinates, origin, values: Values, problem: cutlass.Constexpr):
+    """Mask the scores (keys, queries) of a tile in place. ``origin`` is the tile's first key and query."""
+    _mask(scores, where, origin, values.band(problem).transposed(), values.seqlen_q, values.seqlen_k)
+
+
+@cute.jit
+def _mask(scores: cute.Tensor, where: Coordinates, origin, band: Band, columns, rows=None):
+    """Set what a row does not see to −inf. One comparison an edge and score, against a compile-time column.
+
+    ``columns`` is how many there are in all; ``rows`` likewise, where rows past the last have to be masked.
+    """
     column_first = origin[1] + where.thread[0, 0][1]
     for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         row = origin[0] + where.thread[r, 0][0]
-        begin, end = band.key_range(row, row, values.seqlen_k, DeviceOps)
+        begin, end = band.key_range(row, row, columns, DeviceOps)
+        if cutlass.const_expr(rows is not None):
+            end = end if row < rows else 0
         begin, end = begin - column_first, end - column_first
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             column = where.zero[0, c][1]
             visible = column < end
-            if cutlass.const_expr(problem.bounded_left):
+            if cutlass.const_expr(band.lo is not None):
                 visible = visible & (column >= begin)
             scores[r, c] = scores[r, c] if visible else -Float32.inf

@@ -1,0 +1,237 @@
+"""The backward pass on the host: what is compiled is three kernels that follow one another on a stream.
+
+1. :class:`RowValues`: for each query row, delta = Σ_c dO_c · O_c − dLSE and its log-sum-exp in base 2, once for all key
+   tiles that will read them; it also clears the memory in which dQ is added up.
+2. the mainloop's ``Backward``: dK, dV, and dQ in float32.
+3. :class:`CastQueries`: dQ scaled and rounded to the inputs' dtype.
+
+Mathematics, with P = exp(S − LSE) recomputed tile by tile (FlashAttention, arXiv:2205.14135, §B.2; the gradient of the
+log-sum-exp enters through delta, since ∂LSE_i / ∂S_ij = P_ij):
+
+    dV = Pᵀ·dO,   dP = dO·Vᵀ,   dS = P ∘ (dP − delta),   dQ = scale · dS·K,   dK = scale · dSᵀ·Q
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import cutlass
+from cutlass import Float32, Int32, cute
+from cutlass.cute import runtime
+
+from cute_attn import layouts
+from cute_attn.forward import select_modes
+from cute_attn.layouts.base import ROW_PADDING, element
+from cute_attn.layouts.fragments import rows_columns
+from cute_attn.mainloop.common import Gradients, Rows, Values
+from cute_attn.rules import LOG2_E
+from cute_attn.scheduler import Tiles
+
+VECTOR = 8  # elements of a 16-byte access
+
+
+def host_function(problem, config):
+    """The function ``(mQ, mK, mV, mO, mdO, mLSE, mdLSE, mRows, mdQ_sum, counters, mdQ, mdK, mdV, left, right, scale_log2,
+    scale_by_cap, blocks, stream)`` to compile.
+
+    Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the LSE and its gradient as ``(batch, heads,
+    seqlen_q)``. ``mRows`` is ``(2, batch, heads, rows)``, ``mdQ_sum`` ``(batch, heads, m_blocks, pieces, values)``, both
+    float32, ``counters`` int32 ``(batch, heads, m_blocks)``. What isn't asked for is ``None``.
+    """
+    mainloop = importlib.import_module(f"cute_attn.mainloop.{config.mechanism}_backward").Backward(problem, config)
+    row_values, cast = RowValues(problem, config), CastQueries(problem, config)
+
+    @cute.jit
+    def backward(
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        mdO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mdLSE,
+        mRows: cute.Tensor,
+        mdQ_sum,
+        counters,
+        mdQ,
+        mdK,
+        mdV,
+        left: Int32,
+        right: Int32,
+        scale_log2: Float32,
+        scale_by_cap: Float32,
+        blocks: Int32,
+        stream,
+    ):
+        # (seqlen, head_dim, heads, batch)
+        q, k, v, o, do, dq, dk, dv = (select_modes(m, [1, 3, 2, 0]) for m in (mQ, mK, mV, mO, mdO, mdQ, mdK, mdV))
+        lse, dlse, counters = (select_modes(m, [2, 1, 0]) for m in (mLSE, mdLSE, counters))  # (seqlen_q, heads, batch)
+        dq_sum = select_modes(mdQ_sum, [4, 3, 2, 1, 0])  # (values, piece, m_block, heads, batch)
+        rows = Rows(*(select_modes(mRows, [0, 3, 2, 1])[i, None, None, None] for i in range(2)))  # (rows, heads, batch)
+        seqlen_q, seqlen_k = q.shape[0], k.shape[0]
+        shift = seqlen_k - seqlen_q
+        values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
+        tiles = Tiles.of_keys(k.shape, q.shape[2] // k.shape[2], config.tile_n, blocks, problem.bounded_right)
+        gradients = Gradients(dq_sum, dk, dv, counters)
+
+        row_values.launch(o, do, lse, dlse, rows, dq_sum, stream)
+        mainloop.launch(q, k, v, do, rows, gradients, values, tiles, cutlass.min(blocks, tiles.count()), stream)
+        if cutlass.const_expr(dq_sum is not None):
+            cast.launch(dq_sum, dq, values, stream)
+
+    return backward
+
+
+def fake_arguments(problem, config) -> tuple:
+    """Stand-ins for :func:`host_function`'s arguments, with every size and stride unknown."""
+    dtype = element(problem)
+
+    def tensor(asked=True):
+        shape = (*(cute.sym_int() for _ in range(3)), cute.sym_int(divisibility=8))
+        stride = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
+        return runtime.make_fake_tensor(dtype, shape, stride, assumed_align=16) if asked else None
+
+    def rows(kind, asked=True, align=4, last=1):
+        shape = (*(cute.sym_int() for _ in range(2)), cute.sym_int(divisibility=last))
+        stride = (cute.sym_int64(divisibility=last), cute.sym_int64(divisibility=last), 1)
+        return runtime.make_fake_tensor(kind, shape, stride, assumed_align=align) if asked else None
+
+    gq, gk, gv = (name in problem.gradients for name in "qkv")
+    shape = (2, cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=ROW_PADDING))
+    stride = (*(cute.sym_int64(divisibility=ROW_PADDING) for _ in range(3)), 1)
+    row_values = runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
+    dq_sum = None
+    if gq:
+        family = layouts.family(config)
+        pieces, rows_columns_ = len(family.pieces(config)), family.piece_shape(config)
+        size = rows_columns_[0] * rows_columns_[1]
+        shape = (cute.sym_int(), cute.sym_int(), cute.sym_int(), pieces, size)
+        stride = (*(cute.sym_int64(divisibility=size * pieces) for _ in range(3)), size, 1)
+        dq_sum = runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
+    numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
+    return (
+        *(tensor() for _ in range(5)),
+        rows(Float32),
+        rows(Float32, problem.return_lse),
+        row_values,
+        dq_sum,
+        rows(Int32, gq and problem.deterministic),
+        tensor(gq),
+        tensor(gk),
+        tensor(gv),
+        *numbers,
+        runtime.make_fake_stream(),
+    )
+
+
+class RowValues:
+    """delta and the log-sum-exp in base 2 of each query row; and zeros in dQ's sums."""
+
+    THREADS = 256
+
+    def __init__(self, problem, config):
+        self.problem, self.config = problem, config
+        self.threads_per_row = 4
+        while self.threads_per_row * VECTOR < problem.head_dim_v:
+            self.threads_per_row *= 2
+        self.rows = self.THREADS // self.threads_per_row
+
+    @cute.jit
+    def launch(self, mO, mdO, mLSE, mdLSE, rows: Rows, dq_sum, stream):
+        padded, heads, batch = rows.delta.shape
+        self.kernel(mO, mdO, mLSE, mdLSE, rows, dq_sum).launch(
+            grid=[cute.ceil_div(padded, self.rows), heads, batch], block=[self.THREADS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, mO, mdO, mLSE, mdLSE, rows: Rows, dq_sum):
+        block, head, batch = cute.arch.block_idx()
+        thread = cute.arch.thread_idx()[0]
+        row, place = block * self.rows + thread // self.threads_per_row, thread % self.threads_per_row
+        exists = row < mO.shape[0]
+        total = Float32(0.0)
+        if exists and place * VECTOR < self.problem.head_dim_v:
+            o, do = (self._vector(m[None, None, head, batch], row, place) for m in (mO, mdO))
+            total = (o * do).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+        total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
+        if place == 0:
+            lse = Float32(0.0)
+            if exists:
+                lse = mLSE[row, head, batch]
+                if cutlass.const_expr(mdLSE is not None):
+                    total = total - mdLSE[row, head, batch]
+            sees = exists and lse != -Float32.inf
+            rows.lse_log2[row, head, batch] = lse * LOG2_E if sees else Float32.inf
+            rows.delta[row, head, batch] = total if sees else Float32(0.0)
+        if cutlass.const_expr(dq_sum is not None):
+            self._clear(dq_sum[None, None, None, head, batch], block, thread)
+
+    def _vector(self, m: cute.Tensor, row, place):
+        """16 bytes of a row as float32."""
+        source = cute.local_tile(m, (1, VECTOR), (row, place))
+        held = cute.make_rmem_tensor(VECTOR, source.element_type)
+        cute.autovec_copy(cute.make_tensor(source.iterator, held.layout), held)
+        return held.load().to(Float32)
+
+    @cute.jit
+    def _clear(self, dq_sum: cute.Tensor, block, thread):
+        """Zeros for as many floats as the block's rows have in dQ's sums."""
+        floats = self.rows * self.config.tile_d
+        begin = cute.make_tensor(dq_sum.iterator + cutlass.Int64(block) * floats, cute.make_layout(floats))
+        zeros = cute.make_rmem_tensor(4, Float32)
+        zeros.fill(0.0)
+        for i in cutlass.range_constexpr(floats // (4 * self.THREADS)):
+            into = cute.local_tile(begin, (4,), (i * self.THREADS + thread,))
+            cute.autovec_copy(zeros, into)
+
+
+class CastQueries:
+    """dQ = scale · its sums, in the inputs' dtype. A block takes the piece of one group of computing threads, each thread
+    what it holds of it as an accumulator."""
+
+    def __init__(self, problem, config):
+        self.problem, self.config = problem, config
+        self.lay = layouts.family(config)
+        self.pieces = self.lay.pieces(config)
+        self.threads = config.mma_threads // len(self.pieces)
+
+    @cute.jit
+    def launch(self, dq_sum, mdQ, values: Values, stream):
+        _, pieces, m_blocks, heads, batch = dq_sum.shape
+        self.kernel(dq_sum, mdQ, values).launch(
+            grid=[m_blocks * pieces, heads, batch], block=[self.threads, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, dq_sum, mdQ, values: Values):
+        block, head, batch = cute.arch.block_idx()
+        thread = cute.arch.thread_idx()[0]
+        count = len(self.pieces)
+        m_block, piece = block // count, block % count
+        row_first, column_first = m_block * self.config.tile_m, Int32(0)
+        for p in cutlass.range_constexpr(count):
+            if piece == p:
+                row_first += self.pieces[p][0]
+                column_first += self.pieces[p][1]
+
+        mma = self.lay.tiled_mma("dQ", self.config)
+        acc = cute.make_rmem_tensor(mma.partition_shape_C(self.lay.piece_shape(self.config)), Float32)
+        vectors = cute.size(acc) // 4
+        source = dq_sum[None, piece, m_block, head, batch].iterator + 4 * thread
+        mine = cute.make_tensor(source.align(16), cute.make_layout((4, vectors), stride=(1, 4 * self.threads)))
+        cute.autovec_copy(mine, cute.make_tensor(acc.iterator, cute.make_layout((4, vectors))))
+        acc.store(acc.load() * Float32(values.scale(self.problem)))
+
+        identity = cute.make_identity_tensor(self.lay.piece_shape(self.config))
+        where = rows_columns(mma.get_slice(thread).partition_C(identity))
+        of_piece = rows_columns(acc)
+        for r in cutlass.range_constexpr(cute.size(of_piece, mode=[0])):
+            row = row_first + where[r, 0][0]
+            for c in cutlass.range_constexpr(0, cute.size(of_piece, mode=[1]), 2):
+                column = column_first + where[r, c][1]
+                if row < values.seqlen_q and column < self.problem.head_dim:
+                    pair = cute.make_rmem_tensor(2, mdQ.element_type)
+                    for i in cutlass.range_constexpr(2):
+                        pair[i] = of_piece[r, c + i].to(mdQ.element_type)
+                    into = cute.local_tile(mdQ[None, None, head, batch], (1, 2), (row, column // 2))
+                    cute.autovec_copy(pair, cute.make_tensor(into.iterator.align(4), pair.layout))

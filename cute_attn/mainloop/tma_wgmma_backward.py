@@ -1,0 +1,513 @@
+"""Backward attention with TMA copies and warpgroup MMA (Hopper), for heads up to 128 wide: all gradients in one kernel.
+
+A block owns a tile of keys, 64 for each of its computing warpgroups, and walks over the query tiles that see any of them
+(FlashAttention-2, arXiv:2307.08691, algorithm 2; on Hopper, FlashAttention-3, arXiv:2407.08608). Five products a tile:
+
+    Sᵀ = K·Qᵀ,   dPᵀ = V·dOᵀ,   dV += Pᵀ·dO,   dK += dSᵀ·Q,   dQ = dS·K
+
+The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the operands that dV and dK take, and only dS goes
+through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, dV while
+dS is, dK while dS is shared, and the next tile's Sᵀ while dQ is handed over.
+
+Three warps copy: K, Q and the rows' LSE; V, dO and the rows' delta; and dQ, which is added in float32 to global memory by
+the copy engine (``cp.reduce.async.bulk``), in the order of the accumulator's registers, which costs no bank conflict.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import cutlass
+from cutlass import Float32, Int32, cute, pipeline
+from cutlass.cute.nvgpu import cpasync
+
+from cute_attn import layouts
+from cute_attn.epilogue import converted
+from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
+from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
+from cute_attn.mainloop.warpgroups import WARPGROUP, InFlight, Operand, gemm, tma_operand, tma_tiles
+from cute_attn.rules import softcap_slope
+from cute_attn.scheduler import Tiles
+from cute_attn.softmax import probabilities, scale_rows, score_gradients
+
+COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
+SHARE_BARRIER, FULL_BARRIER, EMPTY_BARRIER, STORE_BARRIER = 1, 2, 5, 8  # the last three: one for each warpgroup
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors that TMA copies; a gradient that is not asked for is ``None``."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    do: Operand
+    dk: Operand | None
+    dv: Operand | None
+
+
+@dataclass(frozen=True)
+class Pipelines:
+    """K and V of a key tile have one stage each, Q (with the rows' LSE) and dO (with their delta) several."""
+
+    k: pipeline.PipelineTmaAsync
+    v: pipeline.PipelineTmaAsync
+    q: pipeline.PipelineTmaAsync
+    do: pipeline.PipelineTmaAsync
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The operands in shared memory: ``(64, columns, warpgroup)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
+    ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(values, warpgroup)``
+    for dQ."""
+
+    k: cute.Tensor
+    v: cute.Tensor
+    q: cute.Tensor
+    do: cute.Tensor
+    ds: cute.Tensor
+    dq: cute.Tensor
+    lse: cute.Tensor
+    delta: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A thread of a computing warpgroup: its place, and where its scores lie in the tile."""
+
+    warpgroup: Int32
+    thread: Int32
+    cS: Coordinates
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """What a computing thread holds or points to through the query tiles of one key tile."""
+
+    tSrK: cute.Tensor  # (MMA, 1, K)
+    tSrQ: cute.Tensor  # (MMA, 1, K, stage)
+    tPrV: cute.Tensor  # (MMA, 1, K)
+    tPrdO: cute.Tensor  # (MMA, 1, K, stage)
+    tVrdO: cute.Tensor  # (MMA, 1, K, stage): as the B operand of dV
+    tKrQ: cute.Tensor  # (MMA, 1, K, stage): as the B operand of dK
+    tQrdS: cute.Tensor  # (MMA, 1, K, warpgroup + warpgroups · stage)
+    tQrK: cute.Tensor  # (MMA, 1, K, warpgroup)
+    acc_dV: cute.Tensor
+    acc_dK: cute.Tensor
+    acc_dQ: cute.Tensor
+
+
+class Backward:
+    """The kernel of one (problem, config)."""
+
+    def __init__(self, problem, config):
+        self.problem, self.config = problem, config
+        self.lay = layouts.family(config)
+        self.warpgroups = self.lay.warpgroups(config)
+        self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
+        self.needs_ds = self.needs_q or self.needs_k
+
+    # ---- host ------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
+        """Make the TMA descriptors and launch ``blocks`` persistent blocks."""
+        q, k, v, do = (
+            self._operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO))
+        )
+        dk = self._operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
+        dv = self._operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
+        self.kernel(Operands(q, k, v, do, dk, dv), rows, gradients, values, tiles).launch(
+            grid=[blocks, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
+        )
+
+    def _operand(self, name, m, copy) -> Operand:
+        lay, config = self.lay, self.config
+        return tma_operand(copy(name, config), lay.smem_layout(name, config), lay.tile(name, config), m)
+
+    # ---- kernel ----------------------------------------------------------------------------------------------------
+
+    @cute.kernel
+    def kernel(self, operands: Operands, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles):
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            for operand in (operands.q, operands.k, operands.v, operands.do):
+                cpasync.prefetch_descriptor(operand.atom)
+        shared, pipes = self._setup()
+
+        if warp < WARPGROUP // 32:
+            cute.arch.setmaxregister_decrease(self.config.copy_registers)
+            if warp == COPY_K_Q_WARP:
+                self._copy(
+                    (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q), (rows.lse_log2, shared.lse), values, tiles
+                )
+            if warp == COPY_V_DO_WARP:
+                self._copy(
+                    (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do), (rows.delta, shared.delta), values, tiles
+                )
+            if cutlass.const_expr(self.needs_q):
+                if warp == ADD_DQ_WARP:
+                    self._add_dq(gradients, shared.dq, values, tiles)
+        else:
+            cute.arch.setmaxregister_increase(self.config.mma_registers)
+            self._compute(operands, shared, pipes, values, tiles)
+
+    def _setup(self):
+        """Allocate shared memory and initialise the barriers."""
+        config, lay = self.config, self.lay
+        smem = cutlass.memory.SmemAllocator()
+
+        def tensor(name):
+            layout = lay.smem_layout(name, config)
+            return smem.allocate_tensor(lay.element(config), layout.outer, lay.SMEM_ALIGN, layout.inner)
+
+        def floats(*shape):
+            return smem.allocate_tensor(Float32, cute.make_layout(shape), 128)
+
+        def pipe(stages, bytes):
+            return pipeline.PipelineTmaAsync.create(
+                num_stages=stages,
+                producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+                consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, config.mma_warps),
+                tx_count=bytes,
+                barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
+                defer_sync=True,
+            )
+
+        shared = Shared(
+            *(tensor(name) for name in ("K", "V", "Q", "dO", "dS")),
+            dq=floats(lay.PIECE * lay.PIECE, self.warpgroups),
+            lse=floats(config.tile_m, config.stages),
+            delta=floats(config.tile_m, config.stages),
+        )
+        row_bytes = config.tile_m * lay.ACCUMULATOR_BYTES
+        pipes = Pipelines(
+            k=pipe(1, self.warpgroups * lay.slot_bytes("K", config)),
+            v=pipe(1, self.warpgroups * lay.slot_bytes("V", config)),
+            q=pipe(config.stages, lay.slot_bytes("Q", config) + row_bytes),
+            do=pipe(config.stages, lay.slot_bytes("dO", config) + row_bytes),
+        )
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return shared, pipes
+
+    def _place(self, tiles: Tiles, position):
+        """``(n_block, head_kv, batch)`` of a key tile. Long ones first, but where dQ is added in a fixed order: there a
+        tile must come after those that it waits for."""
+        block, head_kv, _, batch = tiles.coordinates(position)
+        if tiles.long_first and not self.problem.deterministic:
+            block = tiles.m_blocks - 1 - block
+        return block, head_kv, batch
+
+    # ---- copying warps ---------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _copy(self, keys, queries, row_values, values: Values, tiles: Tiles):
+        """One warp: a key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
+
+        Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
+        """
+        (k, sK, k_pipe), (q, sQ, q_pipe), (mRow, sRow) = keys, queries, row_values
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            n_block, head_kv, batch = self._place(tiles, position)
+            visited = QueryTiles.of(values, self.problem, n_block, self.config)
+            tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
+            k_pipe.producer_acquire(k_state)
+            for w in cutlass.range_constexpr(self.warpgroups):
+                barrier = k_pipe.producer_get_barrier(k_state)
+                cute.copy(k.atom, tKgK[None, n_block * self.warpgroups + w], tKsK[None, w], tma_bar_ptr=barrier)
+            k_state.advance()
+            for member in cutlass.range(tiles.heads_per_kv, unroll=1):
+                head = head_kv * tiles.heads_per_kv + member
+                tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
+                gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
+                for i in cutlass.range(visited.count, unroll=1):
+                    m_block = visited.at(i)
+                    q_pipe.producer_acquire(state)
+                    barrier = q_pipe.producer_get_barrier(state)
+                    cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
+                    self._copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
+                    state.advance()
+            turn += 1
+            position = tiles.position(turn)
+
+    @cute.jit
+    def _copy_row_values(self, source: cute.Tensor, into: cute.Tensor, barrier):
+        bits = self.config.tile_m * 32
+        atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32, num_bits_per_copy=bits)
+        with cute.arch.elect_one():
+            cute.copy(atom, source, into, mbar_ptr=barrier)
+
+    @cute.jit
+    def _add_dq(self, gradients: Gradients, sdQ: cute.Tensor, values: Values, tiles: Tiles):
+        """One warp: adds each tile's dQ to global memory. A step hands over the dQ of the step before it, so that a key
+        tile's first hand-over holds nothing, and one more comes after its last step."""
+        lane = cute.arch.lane_idx()
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            n_block, head_kv, batch = self._place(tiles, position)
+            visited = QueryTiles.of(values, self.problem, n_block, self.config)
+            if visited.count > 0:
+                self._await_dq()
+                for member in cutlass.range(tiles.heads_per_kv, unroll=1):
+                    head = head_kv * tiles.heads_per_kv + member
+                    for i in cutlass.range(visited.count, unroll=1):
+                        self._await_dq()
+                        m_block = visited.at(i)
+                        if lane == 0:
+                            counter = gradients.counter(m_block, head, batch)
+                            if cutlass.const_expr(self.problem.deterministic):
+                                gradients.wait_for_turn(counter, visited.rank(values, self.problem, m_block, self.config))
+                            for w in cutlass.range_constexpr(self.warpgroups):
+                                _reduce_add(gradients.mdQ[None, w, m_block, head, batch], sdQ[None, w])
+                            cute.arch.cp_async_bulk_commit_group()
+                            if cutlass.const_expr(self.problem.deterministic):
+                                cute.arch.cp_async_bulk_wait_group(0, read=False)
+                                gradients.pass_turn(counter)
+                            else:
+                                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                        cute.arch.sync_warp()
+            turn += 1
+            position = tiles.position(turn)
+        cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    @cute.jit
+    def _await_dq(self):
+        """Offer dQ's shared memory to the computing warpgroups and wait until each has filled its own."""
+        for w in cutlass.range_constexpr(self.warpgroups):
+            cute.arch.barrier_arrive(barrier_id=EMPTY_BARRIER + w, number_of_threads=WARPGROUP + 32)
+        for w in cutlass.range_constexpr(self.warpgroups):
+            cute.arch.barrier(barrier_id=FULL_BARRIER + w, number_of_threads=WARPGROUP + 32)
+
+    # ---- computing warpgroups --------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _compute(self, operands: Operands, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
+        """One computing warpgroup: 64 keys of every key tile of the block."""
+        me = self._worker()
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            n_block, head_kv, batch = self._place(tiles, position)
+            visited = QueryTiles.of(values, self.problem, n_block, self.config)
+            key_first = n_block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
+            frag = self._fragments(me, shared)
+            pipes.k.consumer_wait(k_state)
+            pipes.v.consumer_wait(k_state)
+            if visited.count > 0:
+                step = partial(self._step, me, frag, shared, pipes, values, key_first)
+                for _ in cutlass.range(tiles.heads_per_kv, unroll=1):
+                    for i in cutlass.range(visited.masked, unroll=1):
+                        state = step(state, (visited.at(i), True))
+                    for i in cutlass.range(visited.masked, visited.count, unroll=1):
+                        state = step(state, (visited.at(i), False))
+                cute.nvgpu.warpgroup.wait_group(0)
+                if cutlass.const_expr(self.needs_q):
+                    self._hand_over_dq(me, frag, shared)
+            self._store(me, frag, operands, shared, values, (n_block * self.warpgroups + me.warpgroup, head_kv, batch))
+            pipes.k.consumer_release(k_state)
+            pipes.v.consumer_release(k_state)
+            k_state.advance()
+            turn += 1
+            position = tiles.position(turn)
+
+    def _worker(self) -> Worker:
+        index = cute.arch.thread_idx()[0]
+        thread = index % WARPGROUP
+        shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_m)
+        cS = Coordinates.of(self.lay.tiled_mma("S", self.config), thread, shape)
+        return Worker(cute.arch.make_warp_uniform(index // WARPGROUP - 1), thread, cS)
+
+    def _fragments(self, me: Worker, shared: Shared) -> Fragments:
+        config, lay, w = self.config, self.lay, me.warpgroup
+        S, dP, dV, dK, dQ = (lay.tiled_mma(role, config).get_slice(0) for role in ("S", "dP", "dV", "dK", "dQ"))
+
+        def accumulator(part, columns):
+            acc = cute.make_rmem_tensor(part.partition_shape_C((lay.ROWS_PER_WARPGROUP, columns)), Float32)
+            acc.fill(0.0)
+            return acc
+
+        row_blocks = config.tile_m // lay.PIECE
+        sdS = cute.local_tile(transposed(shared.ds), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w % row_blocks, 0, None))
+        sKt = cute.local_tile(transposed(shared.k), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w // row_blocks, 0, None))
+        return Fragments(
+            tSrK=S.make_fragment_A(S.partition_A(shared.k[None, None, w])),
+            tSrQ=S.make_fragment_B(S.partition_B(shared.q)),
+            tPrV=dP.make_fragment_A(dP.partition_A(shared.v[None, None, w])),
+            tPrdO=dP.make_fragment_B(dP.partition_B(shared.do)),
+            tVrdO=dV.make_fragment_B(dV.partition_B(transposed(shared.do))),
+            tKrQ=dK.make_fragment_B(dK.partition_B(transposed(shared.q))),
+            tQrdS=dQ.make_fragment_A(dQ.partition_A(sdS)),
+            tQrK=dQ.make_fragment_B(dQ.partition_B(sKt)),
+            acc_dV=accumulator(dV, config.tile_dv),
+            acc_dK=accumulator(dK, config.tile_d),
+            acc_dQ=accumulator(dQ, lay.PIECE),
+        )
+
+    @cute.jit
+    def _step(self, me: Worker, frag: Fragments, shared: Shared, pipes: Pipelines, values: Values, key_first, state, where):
+        """One query tile. dQ of the one before is in flight when it begins, and its own when it ends."""
+        m_block, masked = where
+        config, lay, stage = self.config, self.lay, state.index
+        flight = InFlight("dQ") if self.needs_q else InFlight()
+
+        pipes.q.consumer_wait(state)
+        acc_S = self._scores("S", frag.tSrK, frag.tSrQ[None, None, None, stage])
+        flight.issued("S")
+        if cutlass.const_expr(self.needs_q):
+            flight.wait("dQ")
+            self._hand_over_dq(me, frag, shared)
+
+        pipes.do.consumer_wait(state)
+        if cutlass.const_expr(self.needs_ds):
+            acc_dP = self._scores("dP", frag.tPrV, frag.tPrdO[None, None, None, stage])
+            flight.issued("dP")
+        flight.wait("S")
+        P = rows_columns(acc_S)
+        apply_softcap(P, values, self.problem)
+        slopes = self._slopes(P)
+        if cutlass.const_expr(masked):
+            mask_transposed(P, me.cS, (key_first, m_block * config.tile_m), values, self.problem)
+        probabilities(P, self._of_columns(me, shared.lse[None, stage]), values.scale_log2)
+        if cutlass.const_expr(self.needs_v):
+            rP = self._as_operand(acc_S)
+            gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], accumulate=True)
+            flight.issued("dV")
+
+        if cutlass.const_expr(self.needs_ds):
+            flight.wait("dP")
+            score_gradients(P, rows_columns(acc_dP), self._of_columns(me, shared.delta[None, stage]), slopes)
+            rdS = self._as_operand(acc_S)
+            if cutlass.const_expr(self.needs_k):
+                gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
+                flight.issued("dK")
+            if cutlass.const_expr(self.needs_q):
+                slot = state.count % lay.DS_STAGES * self.warpgroups
+                self._share_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
+                self._dq(frag, slot)
+                flight.issued("dQ")
+        flight.wait("dV")
+        flight.wait("dK")
+        flight.wait("dQ")
+        pipes.q.consumer_release(state)
+        pipes.do.consumer_release(state)
+        state.advance()
+        return state
+
+    def _slopes(self, t: cute.Tensor):
+        """The softcap's derivative at each score, taken before the mask; ``None`` without a softcap."""
+        if not self.problem.softcap:
+            return None
+        slopes = cute.make_rmem_tensor_like(t)
+        for i in range(cute.size(t)):
+            slopes[i] = softcap_slope(t[i])
+        return slopes
+
+    def _scores(self, role, tA, tB):
+        """Issue Sᵀ or dPᵀ; the caller waits."""
+        mma = self.lay.tiled_mma(role, self.config)
+        shape = mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, self.config.tile_m))
+        acc = cute.make_rmem_tensor(shape, Float32)
+        gemm(mma, acc, tA, tB, accumulate=False)
+        return acc
+
+    def _of_columns(self, me: Worker, sRow: cute.Tensor) -> cute.Tensor:
+        """A value of each query in shared memory, for the columns of this thread."""
+        shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_m)
+        wide = cute.make_tensor(sRow.iterator, cute.make_layout(shape, stride=(0, 1)))
+        return rows_columns(self.lay.tiled_mma("S", self.config).get_slice(me.thread).partition_C(wide))[0, None]
+
+    def _as_operand(self, acc) -> cute.Tensor:
+        """Pᵀ or dSᵀ rounded to the operands' dtype, as the A operand of dV or dK, one MMA's worth at a time so that
+        conversions pair up."""
+        a = as_operand_a(acc)
+        out = cute.make_rmem_tensor(a.shape, self.lay.element(self.config))
+        for k in range(cute.size(a, mode=[2])):
+            out[None, None, k].store(a[None, None, k].load().to(out.element_type))
+        return out
+
+    @cute.jit
+    def _share_ds(self, me: Worker, rdS: cute.Tensor, sdS: cute.Tensor):
+        """This warpgroup's dSᵀ to shared memory, and wait for the others'."""
+        copy = self.lay.store_accumulator("dS", self.config).get_slice(me.thread)
+        cute.copy(copy, copy.retile(rdS), copy.partition_D(sdS))
+        cute.arch.fence_view_async_shared()
+        self._meet()
+
+    @cute.jit
+    def _dq(self, frag: Fragments, slot):
+        """Issue this warpgroup's piece of dQ = dS·K over all of the block's keys."""
+        mma = self.lay.tiled_mma("dQ", self.config)
+        cute.nvgpu.warpgroup.fence()
+        atom = cute.make_mma_atom(mma.op)
+        atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, False)
+        for w in cutlass.range_constexpr(self.warpgroups):
+            for k in cutlass.range_constexpr(cute.size(frag.tQrK, mode=[2])):
+                cute.gemm(atom, frag.acc_dQ, frag.tQrdS[None, None, k, slot + w], frag.tQrK[None, None, k, w], frag.acc_dQ)
+                atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, True)
+        cute.nvgpu.warpgroup.commit_group()
+
+    @cute.jit
+    def _hand_over_dq(self, me: Worker, frag: Fragments, shared: Shared):
+        """This warpgroup's piece of dQ to shared memory, in the order of its registers, for the warp that adds it."""
+        cute.arch.barrier(barrier_id=EMPTY_BARRIER + me.warpgroup, number_of_threads=WARPGROUP + 32)
+        values = cute.size(frag.acc_dQ)
+        mine = cute.make_layout((4, values // 4), stride=(1, 4 * WARPGROUP))
+        into = cute.make_tensor((shared.dq[None, me.warpgroup].iterator + 4 * me.thread).align(16), mine)
+        source = cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout((4, values // 4)))
+        cute.autovec_copy(source, into)
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(barrier_id=FULL_BARRIER + me.warpgroup, number_of_threads=WARPGROUP + 32)
+
+    def _meet(self):
+        """All computing warpgroups."""
+        cute.arch.barrier(barrier_id=SHARE_BARRIER, number_of_threads=self.config.mma_threads)
+
+    # ---- epilogue --------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _store(self, me: Worker, frag: Fragments, operands: Operands, shared: Shared, values: Values, where):
+        """dK and dV to global memory, by way of the shared memory of K and V: by now nothing reads a warpgroup's V but
+        itself, and its K only until all have met."""
+        if cutlass.const_expr(self.needs_v):
+            self._store_one("dV", me, frag.acc_dV, operands.dv, shared.v, where)
+        if cutlass.const_expr(self.needs_k):
+            scale = Float32(values.scale(self.problem))
+            frag.acc_dK.store(frag.acc_dK.load() * scale)
+            self._meet()
+            self._store_one("dK", me, frag.acc_dK, operands.dk, shared.k, where)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        self._gather(me)
+
+    @cute.jit
+    def _store_one(self, name: cutlass.Constexpr, me: Worker, acc, operand: Operand, s: cute.Tensor, where):
+        block, head_kv, batch = where
+        copy = self.lay.store_accumulator(name, self.config).get_slice(me.thread)
+        cute.copy(copy, copy.retile(converted(acc, s.element_type)), copy.partition_D(s[None, None, me.warpgroup]))
+        cute.arch.fence_view_async_shared()
+        self._gather(me)
+        if me.thread < 32:
+            tXgX, tXsX = tma_tiles(operand, s, head_kv, batch, Int32(0))
+            cute.copy(operand.atom, tXsX[None, me.warpgroup], tXgX[None, block])
+            cute.arch.cp_async_bulk_commit_group()
+
+    def _gather(self, me: Worker):
+        cute.arch.barrier(barrier_id=STORE_BARRIER + me.warpgroup, number_of_threads=WARPGROUP)
+
+
+@cute.jit
+def _reduce_add(into: cute.Tensor, source: cute.Tensor):
+    """Add a contiguous float32 tensor in shared memory to global memory, by the copy engine; ends with its bulk group."""
+    cute.arch.inline_ptx(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
+        read_only_args=[into.iterator.toint(), source.iterator.toint(), Int32(cute.size(source) * 4)],
+    )

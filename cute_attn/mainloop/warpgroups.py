@@ -1,0 +1,67 @@
+"""What the kernels of ``tma_wgmma`` share: operands as TMA sees them, and groups of warpgroup MMAs in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+from cutlass import cute
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+WARPGROUP = 128
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor in global memory as TMA sees it: the copy atom, and the tensor of its coordinates (s, d, h, b)."""
+
+    atom: cute.CopyAtom
+    m: cute.Tensor
+
+
+def tma_operand(op, layout, tile, m: cute.Tensor) -> Operand:
+    """The operand that ``op`` copies ``tile`` of at a time, to or from a slot of ``layout`` (rows, columns, …slots)."""
+    slot = cute.select(layout, mode=[0, 1])
+    return Operand(*cpasync.make_tiled_tma_atom(op, m, slot, tile))
+
+
+def tma_tiles(operand: Operand, s: cute.Tensor, head, batch, row):
+    """The tiles of one head from ``row`` on, and the slots in shared memory: ``(copy, tile)`` and ``(copy, slot)``."""
+    g = cute.domain_offset((row, 0), operand.m[None, None, head, batch])
+    g = cute.local_tile(g, cute.product_each(s.shape)[:2], (None, 0))
+    tXsX, tXgX = cpasync.tma_partition(
+        operand.atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
+    )
+    return tXgX, tXsX
+
+
+@cute.jit
+def gemm(mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
+    """Issue ``acc (+)= A·B`` as one group of warpgroup MMAs; the caller waits."""
+    warpgroup.fence()
+    atom = cute.make_mma_atom(mma.op)
+    atom.set(warpgroup.Field.ACCUMULATE, accumulate)
+    for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
+        cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
+        atom.set(warpgroup.Field.ACCUMULATE, True)
+    warpgroup.commit_group()
+
+
+class InFlight:
+    """The groups of warpgroup MMAs a warpgroup has issued and not waited for, in order, by name; known at compile time.
+
+    Groups end in the order they were issued, so waiting for one waits for those before it too.
+    """
+
+    def __init__(self, *names: str):
+        self.names = list(names)
+
+    def issued(self, name: str):
+        self.names.append(name)
+
+    def wait(self, name: str):
+        """Until the named group has ended; nothing if it was never issued or is already waited for."""
+        if name in self.names:
+            after = len(self.names) - 1 - self.names.index(name)
+            warpgroup.wait_group(after)
+            self.names = self.names[len(self.names) - after :] if after else []
