@@ -8,15 +8,21 @@ Twice is for the 16-bit dtypes, where storing the scores and P in 16 bits makes 
 In float32 and float64 the sums themselves make it, and the order in which two correct matrix products add up changes
 their errors by a factor of several: there it is ten times. (A wrong rule is off by orders of magnitude more.)
 
+Gradients are judged by the same rule, against plain attention's by autograd. There its error can vanish where that of
+another correct algorithm can't: where a row sees one key, plain attention subtracts a number from itself, and the gradients
+of q and k are exactly 0; recomputed from a log-sum-exp, with rowsum(dO ∘ O) for a sum over keys, they are differences of
+two roundings. So plain attention's error counts as at least that of rounding each term once to float32 (float64 for
+float64 inputs). In the 16-bit dtypes that is far less than what rounding P makes wherever a row sees more.
+
 Nothing here uses the package under test. Attention is computed block of rows by block of rows, so that the score matrix
-in float64 takes at most about half a GiB.
+in float64 takes at most about half a GiB, and the matrices of its gradients a few of them in blocks of a quarter that.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,6 +77,16 @@ def make_qkv(batch, sq, sk, heads, heads_kv, d, dv=None, dtype=torch.float32, de
     return tuple(x.to(dtype).to(device) for x in (q, k, v))
 
 
+def make_gradients(q, v, seed=1):
+    """``(dout, dlse)``, gradients of attention's outputs for q and v: independent and standard normal, the same numbers on
+    every device; dlse is float32 (float64 for float64 inputs)."""
+    generator = torch.Generator().manual_seed(seed)
+    (batch, sq, heads, _), exact = q.shape, _exact(q.dtype)
+    dout = torch.randn(batch, sq, heads, v.shape[3], generator=generator, dtype=exact)
+    dlse = torch.randn(batch, heads, sq, generator=generator, dtype=exact)
+    return dout.to(q.dtype).to(q.device), dlse.to(q.device)
+
+
 def oracle(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0):
     """``(out, lse)`` of eager attention in float64: out (batch, sq, heads, dv), lse (batch, heads, sq), natural log.
 
@@ -96,24 +112,82 @@ def eager(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dt
     ``lse`` is the log-sum-exp of those scores, not rounded to the dtype again: float32 (float64 for float64 inputs).
     With ``lse_dtype`` its scores are computed in that dtype instead. A row that sees no key has zeros and −inf.
     """
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    exact = _exact(q.dtype)
     out, lse = _outputs(q, v, q.dtype, exact)
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-
-    def scores_in(dtype, block):
-        scores = torch.einsum("mhgd,nhd->hgmn", block.q.to(dtype), block.k.to(dtype)) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        return scores.masked_fill(~block.visible, -math.inf)
-
     for block in _row_blocks(q, k, v, causal, window):
-        scores = scores_in(q.dtype, block)
-        P = torch.where(block.visible.any(-1, keepdim=True), scores.softmax(-1), 0.0)
-        block.write(out, torch.einsum("hgmn,nhd->mhgd", P, block.v))
+        scores = _scores(block, scale, softcap)
+        block.write(out, _weighted(scores, block))
         if lse_dtype is not None:
-            scores = scores_in(lse_dtype, block)
+            scores = _scores(block.to(lse_dtype), scale, softcap)
         block.write_lse(lse, scores.to(exact).logsumexp(-1))
     return out, lse
+
+
+def _scores(block, scale, softcap):
+    """A block's scores, (heads_kv, group, rows, sk), in its dtype; −inf where a row does not see a key."""
+    scale = 1.0 / math.sqrt(block.q.shape[3]) if scale is None else scale
+    scores = torch.einsum("mhgd,nhd->hgmn", block.q, block.k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~block.visible, -math.inf)
+
+
+def _weighted(scores, block):
+    """softmax(scores)·V, (rows, heads_kv, group, dv); 0 in a row that sees no key."""
+    P = torch.where(block.visible.any(-1, keepdim=True), scores.softmax(-1), 0.0)
+    return torch.einsum("hgmn,nhd->mhgd", P, block.v)
+
+
+def oracle_gradients(q, k, v, dout, dlse=None, **rules):
+    """``(dq, dk, dv)`` of eager attention in float64; ``dlse`` None is zeros. ``rules`` are those of :func:`oracle`.
+
+    A log-sum-exp of −inf is a constant: its gradient does not count.
+    """
+    q, k, v, dout = (x.double() for x in (q, k, v, dout))
+    return eager_gradients(q, k, v, dout, None if dlse is None else dlse.double(), **rules)
+
+
+def eager_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, window=None, softcap=0.0):
+    """``(dq, dk, dv)`` of plain PyTorch attention by autograd, every step of it in the inputs' dtype."""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, k, v))
+    for block in _row_blocks(q, k, v, causal, window, MAX_SCORES // 4):
+        leaves = [x.detach().requires_grad_() for x in (block.q, block.k, block.v)]
+        with torch.enable_grad():
+            scores = _scores(block.of(*leaves), scale, softcap)
+            outputs = [_weighted(scores, block.of(*leaves))]
+            if dlse is not None:
+                outputs.append(scores.to(dlse.dtype).logsumexp(-1))
+        dq_block, dk_block, dv_block = torch.autograd.grad(outputs, leaves, block.read_gradients(dout, dlse))
+        block.write(dq, dq_block)
+        dk[block.batch] += dk_block
+        dv[block.batch] += dv_block
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _rounding_of_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, window=None, softcap=0.0):
+    """The error of (dq, dk, dv) in units of rounding where each term of each sum is rounded once: to first order, and
+    independent errors add up in squares. A rounded score or log-sum-exp changes P by as much, relative to P."""
+    squares = [torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, k, v)]
+    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+    for block in _row_blocks(q.double(), k.double(), v.double(), causal, window, MAX_SCORES // 4):
+        dO, *dLSE = (x.double() for x in block.read_gradients(dout, dlse))
+        scores = _scores(block, scale, softcap)
+        lse = scores.logsumexp(-1, keepdim=True)
+        lse.masked_fill_(lse == -math.inf, 0.0)
+        P = (scores - lse).exp()
+        dP = torch.einsum("mhgd,nhd->hgmn", dO, block.v)
+        terms = dO * _weighted(scores, block)
+        delta = terms.sum(-1).movedim(0, -1) - sum(dLSE)
+        Q, K, V, dO = (x.square() for x in (block.q, block.k, block.v, dO))
+        in_P = 1.0 + torch.einsum("mhgd,nhd->hgmn", Q, K) * factor**2 + lse.square() + scores.square()
+        in_P = P.square() * in_P.masked_fill(~block.visible, 0.0)
+        in_delta = terms.square().sum(-1).movedim(0, -1) + sum(dLSE) ** 2
+        in_dP = torch.einsum("mhgd,nhd->hgmn", dO, V) + in_delta[..., None]
+        in_dS = (in_P * (dP - delta[..., None]).square() + P.square() * in_dP) * factor**2
+        block.write(squares[0], torch.einsum("hgmn,nhd->mhgd", in_dS, K))
+        squares[1][block.batch] += torch.einsum("hgmn,mhgd->nhd", in_dS, Q)
+        squares[2][block.batch] += torch.einsum("hgmn,mhgd->nhd", in_P, dO)
+    return [x.sqrt() for x in squares]
 
 
 def assert_close(result, q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dtype=None):
@@ -135,8 +209,38 @@ def assert_close(result, q, k, v, *, scale=None, causal=False, window=None, soft
     if lse is not None:
         assert lse.shape == sees.shape, f"lse has shape {tuple(lse.shape)}, expected {tuple(sees.shape)}"
         assert torch.equal(lse == -math.inf, ~sees), "lse is not −inf in exactly the rows that see no key"
-        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-        _check("lse", lse.where(sees, 0.0), exact, true_lse.where(sees, 0.0), allowed_lse.where(sees, 0.0))
+        _check("lse", lse.where(sees, 0.0), _exact(q.dtype), true_lse.where(sees, 0.0), allowed_lse.where(sees, 0.0))
+
+
+def assert_gradients_close(gradients, q, k, v, dout, dlse=None, **rules):
+    """Assert that ``gradients``, ``(dq, dk, dv)`` with None for what was not asked for, are those of attention of q, k, v
+    with these rules (of :func:`oracle`) where the gradients of its outputs are ``dout`` and ``dlse``.
+
+    The error of each element, less its rounding, may be at most ``TIMES_PLAIN`` times the error of
+    :func:`eager_gradients`, in the largest and in the root mean square. A row that sees no key, and a key that no row
+    sees, must have exactly 0.
+    """
+    true, allowed = oracle_gradients(q, k, v, dout, dlse, **rules), _allowed_gradients(q, k, v, dout, dlse, rules)
+    unseen_rows, unseen_keys = _unseen(q, k, rules.get("causal", False), rules.get("window"))
+    names = ("dq", "dk", "dv"), (unseen_rows, unseen_keys, unseen_keys)
+    for got, *expected in zip(gradients, *names, true, allowed, strict=True):
+        if got is not None:
+            name, unseen, true_gradient, allowed_gradient = expected
+            _check(name, got, q.dtype, true_gradient, allowed_gradient)
+            assert not got[:, unseen].count_nonzero(), f"{name} is not 0 where no key or row is seen"
+
+
+def _allowed_gradients(q, k, v, dout, dlse, rules):
+    """The error of plain PyTorch attention's gradients, or that of rounding where it is larger, times TIMES_PLAIN."""
+    inputs, exact = (q, k, v, dout, dlse), _exact(q.dtype)
+    times, times_rounding = TIMES_PLAIN[q.dtype], TIMES_PLAIN[exact] * torch.finfo(exact).eps
+    rounding = _rounding_of_gradients(*inputs, **rules)
+    if q.dtype == torch.float64:  # as in _allowed
+        inputs = tuple(x if x is None else x.float() for x in inputs)
+        times = (times + 1) * torch.finfo(exact).eps / torch.finfo(torch.float32).eps
+    plain, true = eager_gradients(*inputs, **rules), oracle_gradients(*inputs, **rules)
+    candidates = [(times * (p.double() - t).abs(), times_rounding * r) for p, t, r in zip(plain, true, rounding, strict=True)]
+    return [max(errors, key=lambda error: error.square().sum()) for errors in candidates]
 
 
 def _allowed(q, k, v, true_out, true_lse, rules, lse_dtype):
@@ -174,8 +278,7 @@ def _check(name, got, dtype, true, allowed):
     )
     rms, rms_allowed = (x.square().mean().sqrt().item() for x in (beyond, allowed))
     assert rms <= rms_allowed, (
-        f"{name} is off by {rms:.3g} beyond rounding in the root mean square; "
-        f"allowed by plain PyTorch's is {rms_allowed:.3g}"
+        f"{name} is off by {rms:.3g} beyond rounding in the root mean square; allowed by plain PyTorch's is {rms_allowed:.3g}"
     )
 
 
@@ -190,6 +293,21 @@ class _RowBlock:
     v: torch.Tensor
     visible: torch.Tensor  # (rows, sk), bool
 
+    def of(self, q, k, v) -> _RowBlock:
+        return replace(self, q=q, k=k, v=v)
+
+    def to(self, dtype) -> _RowBlock:
+        return self.of(*(x.to(dtype) for x in (self.q, self.k, self.v)))
+
+    def read_gradients(self, dout, dlse):
+        """[dout, dlse] of the block, of the shapes of its output and log-sum-exp; [dout] where dlse is None."""
+        _, heads_kv, group, _ = self.q.shape
+        dout = dout[self.batch, self.rows].unflatten(1, (heads_kv, group))
+        if dlse is None:
+            return [dout]
+        dlse = dlse[self.batch, :, self.rows].unflatten(0, (heads_kv, group))
+        return [dout, dlse.where(self.visible.any(-1), 0.0)]
+
     def write(self, out, value):  # (rows, heads_kv, group, dv)
         out[self.batch, self.rows] = value.flatten(1, 2)
 
@@ -197,13 +315,13 @@ class _RowBlock:
         lse[self.batch, :, self.rows] = value.flatten(0, 1)
 
 
-def _row_blocks(q, k, v, causal, window) -> Iterator[_RowBlock]:
-    """All rows of q in blocks of at most MAX_SCORES scores; none where there are no scores."""
+def _row_blocks(q, k, v, causal, window, max_scores=None) -> Iterator[_RowBlock]:
+    """All rows of q in blocks of at most MAX_SCORES scores, or ``max_scores``; none where there are no scores."""
     batch, sq, heads, _ = q.shape
     sk, heads_kv = k.shape[1], k.shape[2]
     if 0 in (batch, sq, heads, sk):
         return
-    step = max(1, MAX_SCORES // (heads * sk))
+    step = max(1, (max_scores or MAX_SCORES) // (heads * sk))
     for b in range(batch):
         for first in range(0, sq, step):
             rows = slice(first, min(first + step, sq))
@@ -223,6 +341,24 @@ def _visible(rows, sq, sk, causal, window, device):
     if right >= 0:
         visible &= ahead <= right
     return visible
+
+
+def _unseen(q, k, causal, window):
+    """``(rows, keys)``, bool: the rows that see no key and the keys that no row sees."""
+    sq, sk = q.shape[1], k.shape[1]
+    rows, keys = (torch.ones(n, dtype=torch.bool, device=q.device) for n in (sq, sk))
+    step = max(1, MAX_SCORES // max(sk, 1))
+    for first in range(0, sq, step):
+        part = slice(first, min(first + step, sq))
+        visible = _visible(part, sq, sk, causal, window, q.device)
+        rows[part] = ~visible.any(1)
+        keys &= ~visible.any(0)
+    return rows, keys
+
+
+def _exact(dtype):
+    """The dtype of the log-sum-exp, and of the sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _outputs(q, v, dtype, lse_dtype):
