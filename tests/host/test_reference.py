@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_attn import reference
+from cute_attn.autograd import Attention
 from cute_attn.problem import check_call
 from tests import support
 
@@ -41,7 +43,22 @@ def one_thread():
 
 def attend(q, k, v, *, tile_m=128, tile_n=128, scale=None, causal=False, window=None, softcap=0.0):
     call = check_call(q, k, v, scale=scale, causal=causal, window=window, softcap=softcap)
-    return reference.attention(q, k, v, call, tile_m=tile_m, tile_n=tile_n)
+    passes = (partial(function, tile_m=tile_m, tile_n=tile_n) for function in (reference.attention, reference.gradients))
+    return Attention.apply(q, k, v, call, *passes)
+
+
+def gradients(q, k, v, dout, dlse=None, **rules):
+    """``(dq, dk, dv)`` by autograd; ``dlse`` None is a log-sum-exp that nobody used."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = attend(q, k, v, **rules)
+    if dlse is None:
+        return torch.autograd.grad(out, (q, k, v), dout)
+    return torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+
+
+def batch_of(sq, sk):
+    """Small shapes in large batches: the tolerance is measured, and a few elements may have no error by luck."""
+    return 1 if sq * sk > 1 << 16 else 64 if sq < 64 else 8 if sk < 64 else 2
 
 
 def cases():
@@ -62,9 +79,7 @@ def cases():
 
 @pytest.mark.parametrize(("sq", "sk", "rules", "dtype", "heads", "d", "dv", "kind"), list(cases()))
 def test_is_attention(sq, sk, rules, dtype, heads, d, dv, kind):
-    # Small shapes in large batches: the tolerance is measured, and a few elements may have no error by luck.
-    batch = 1 if sq * sk > 1 << 16 else 64 if sq < 64 else 8 if sk < 64 else 2
-    q, k, v = support.make_qkv(batch, sq, sk, heads[0], heads[1], d, dv, dtype, kind=kind, seed=sq + d)
+    q, k, v = support.make_qkv(batch_of(sq, sk), sq, sk, heads[0], heads[1], d, dv, dtype, kind=kind, seed=sq + d)
     # Scores are summed in float32 also for 16-bit inputs, so the log-sum-exp is judged by that of float32 scores.
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     support.assert_close(attend(q, k, v, **rules), q, k, v, **rules, lse_dtype=lse_dtype)
@@ -247,26 +262,165 @@ def test_tile_sizes_change_rounding_only(sq, sk, tile_m, tile_n, causal, window,
     torch.testing.assert_close(lse, true_lse, rtol=1e-10, atol=1e-12)
 
 
+# Gradients.
+
+
+@pytest.mark.parametrize(("sq", "sk", "rules", "dtype", "heads", "d", "dv", "kind"), list(cases())[::3])
+def test_gradients_are_those_of_attention(sq, sk, rules, dtype, heads, d, dv, kind):
+    q, k, v = support.make_qkv(batch_of(sq, sk), sq, sk, heads[0], heads[1], d, dv, dtype, kind=kind, seed=sq + d)
+    dout, dlse = support.make_gradients(q, v)
+    if (sq + sk + dv) % 3:
+        dlse = None
+    support.assert_gradients_close(gradients(q, k, v, dout, dlse, **rules), q, k, v, dout, dlse, **rules)
+
+
+def finite_lse(*args, **options):
+    """``(out, lse)`` with 0 for −inf: a difference of infinities has no derivative."""
+    out, lse = attend(*args, **options)
+    return out, lse.where(lse != -math.inf, 0.0)
+
+
 @pytest.mark.parametrize("rules", [*RULES, {"causal": True, "softcap": 1.0, "scale": -0.4}], ids=str)
 @pytest.mark.parametrize(("sq", "sk"), [(5, 9), (9, 5)])
-def test_gradients(rules, sq, sk):
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_gradcheck(rules, sq, sk, heads):
     if "window" in rules:  # as narrow as the lengths
         rules = {**rules, "window": tuple(side and min(side, 2) for side in rules["window"])}
-    q, k, v = (x.requires_grad_() for x in support.make_qkv(1, sq, sk, 2, 1, 3, 2, torch.float64))
+    q, k, v = (x.requires_grad_() for x in support.make_qkv(1, sq, sk, *heads, 3, 2, torch.float64))
+    assert torch.autograd.gradcheck(partial(finite_lse, tile_m=4, tile_n=3, **rules), (q, k, v))
 
-    def function(q, k, v):
-        out, lse = attend(q, k, v, tile_m=4, tile_n=3, **rules)
-        return out, lse.where(lse != -math.inf, 0.0)  # a difference of infinities has no derivative
 
-    assert torch.autograd.gradcheck(function, (q, k, v))
+@pytest.mark.parametrize("sq", range(1, 5))
+@pytest.mark.parametrize("sk", range(1, 5))
+def test_gradcheck_of_sizes_up_to_a_tile_and_one(sq, sk):
+    q, k, v = (x.requires_grad_() for x in support.make_qkv(1, sq, sk, 2, 1, 2, 3, torch.float64))
+    assert torch.autograd.gradcheck(partial(finite_lse, tile_m=3, tile_n=3, causal=True), (q, k, v))
 
 
 def test_gradients_of_large_scores_under_a_small_softcap():
-    q, k, v = (x.requires_grad_() for x in support.make_qkv(1, 8, 8, 1, 1, 8, 8))
-    out, _ = attend(q, k, v, scale=1e4, softcap=1.0)
-    out.sum().backward()
-    for x in (q, k, v):
-        assert bool(x.grad.isfinite().all())
+    q, k, v = support.make_qkv(1, 8, 8, 1, 1, 8, 8)
+    dout, dlse = support.make_gradients(q, v)
+    for gradient in gradients(q, k, v, dout, dlse, scale=1e4, softcap=1.0):
+        assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [15.0, 50.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_under_softcaps_of_real_models(dtype, softcap, kind):
+    q, k, v = support.make_qkv(1, 239, 255, 4, 2, 64, 64, dtype, kind=kind)
+    dout, dlse = support.make_gradients(q, v)
+    result = gradients(q, k, v, dout, dlse, softcap=softcap)
+    support.assert_gradients_close(result, q, k, v, dout, dlse, softcap=softcap)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_at_any_finite_scale(scale, dtype):
+    q, k, v = support.make_qkv(1, 40, 70, 2, 1, 16, 16, dtype)
+    dout, dlse = support.make_gradients(q, v)
+    rules = {"scale": scale, "causal": True}
+    support.assert_gradients_close(gradients(q, k, v, dout, dlse, **rules, tile_n=32), q, k, v, dout, dlse, **rules)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    sq=st.integers(1, 60),
+    sk=st.integers(1, 60),
+    tile_m=st.integers(1, 70),
+    tile_n=st.integers(1, 70),
+    causal=st.booleans(),
+    window=st.none() | st.tuples(SIDE, SIDE),
+    softcap=st.sampled_from([0.0, 2.0]),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 1000),
+)
+def test_tile_sizes_change_the_rounding_of_gradients_only(sq, sk, tile_m, tile_n, causal, window, softcap, kind, seed):
+    q, k, v = support.make_qkv(1, sq, sk, 2, 1, 8, 16, torch.float64, kind=kind, seed=seed)
+    rules = {"causal": causal, "window": window, "softcap": softcap}
+    dout, dlse = support.make_gradients(q, v)
+    got = gradients(q, k, v, dout, dlse, tile_m=tile_m, tile_n=tile_n, **rules)
+    for x, expected in zip(got, support.oracle_gradients(q, k, v, dout, dlse, **rules), strict=True):
+        torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_p_and_ds_are_rounded_as_tensor_cores_take_them(dtype):
+    # Three keys of 0: P is 1/3 and delta, a rounded output, as well; dP is (1, 0, 0), and dK is dS.
+    q, k = torch.ones(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 3, 1, 1, dtype=dtype)
+    v = torch.tensor([1.0, 0.0, 0.0], dtype=dtype).view(1, 3, 1, 1)
+    _, dk, dv = gradients(q, k, v, torch.ones(1, 1, 1, 1, dtype=dtype), scale=1.0)
+    third = torch.tensor(1 / 3, dtype=dtype).item()
+    rounded = [torch.tensor((dP - third) / 3, dtype=dtype).item() for dP in (1.0, 0.0, 0.0)]
+    assert dv.flatten().tolist() == pytest.approx([third] * 3, rel=1e-6)
+    assert dk.flatten().tolist() == pytest.approx(rounded, rel=1e-6)
+
+
+@pytest.mark.parametrize("needs", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
+def test_gradients_that_are_not_needed_are_none_and_change_no_bit_of_the_others(needs):
+    q, k, v = support.make_qkv(2, 70, 90, 4, 2, 16, 24, torch.bfloat16)
+    rules = {"scale": None, "causal": True, "window": (30, None), "softcap": 3.0}
+    call = check_call(q, k, v, **rules)
+    out, lse = reference.attention(q, k, v, call)
+    dout, dlse = support.make_gradients(q, v)
+    every = reference.gradients(q, k, v, out, lse, dout, dlse, call)
+    some = reference.gradients(q, k, v, out, lse, dout, dlse, call, needs, tile_m=128)
+    for name, x, got, expected in zip("qkv", (q, k, v), some, every, strict=True):
+        assert expected.dtype == x.dtype
+        assert expected.shape == x.shape
+        assert torch.equal(got, expected) if name in needs else got is None
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_gradients_read_no_key_that_a_tile_does_not_see(poison):
+    # 64 queries are aligned with keys 136 … 199 and see 10 keys to the left: keys 0 … 125 are seen by none.
+    q, k, v = support.make_qkv(2, 64, 200, 4, 2, 16, 24)
+    dout, dlse = support.make_gradients(q, v)
+    rules = {"window": (10, 0), "tile_m": 16, "tile_n": 32}
+    clean = gradients(q, k, v, dout, dlse, **rules)
+    for x in (k, v):
+        x[:, :126] = poison
+    for got, expected in zip(gradients(q, k, v, dout, dlse, **rules), clean, strict=True):
+        assert torch.equal(got, expected)
+    for x in (k, v):
+        x[:, 152:] = poison  # the second query tile sees it, the first one does not
+    dq, _, _ = gradients(q, k, v, dout, dlse, **rules)
+    assert torch.equal(dq[:, :16], clean[0][:, :16])
+    assert not dq[:, 16].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dlse_does_not_count_in_rows_that_see_nothing(dtype):
+    q, k, v = support.make_qkv(1, 50, 20, 2, 1, 16, 16, dtype)
+    dout, dlse = support.make_gradients(q, v)
+    expected = gradients(q, k, v, dout, dlse, causal=True, tile_m=16)
+    dlse[..., :30] = math.nan
+    for got, wanted in zip(gradients(q, k, v, dout, dlse, causal=True, tile_m=16), expected, strict=True):
+        assert torch.equal(got, wanted)
+    support.assert_gradients_close(expected, q, k, v, dout, dlse, causal=True)
+
+
+def test_gradients_of_strided_inputs_and_gradients():
+    q, k, v = support.make_qkv(2, 33, 65, 4, 2, 24, 40)
+    dout, dlse = support.make_gradients(q, v)
+    expected = gradients(q, k, v, dout, dlse, causal=True)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout)]
+    strided.append(dlse.permute(2, 1, 0).contiguous().permute(2, 1, 0))
+    for got, wanted in zip(gradients(*strided, causal=True), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    one = torch.ones(()).expand(2, 33, 4, 40)
+    for got, wanted in zip(gradients(q, k, v, one), gradients(q, k, v, one.clone()), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_gradients_of_groups_of_heads_are_sums():
+    q, k, v = support.make_qkv(2, 20, 30, 6, 2, 16, 16, torch.float64)
+    dout, dlse = support.make_gradients(q, v)
+    dq, dk, dv = gradients(q, k, v, dout, dlse)
+    apart = gradients(q, k.repeat_interleave(3, dim=2), v.repeat_interleave(3, dim=2), dout, dlse)
+    torch.testing.assert_close(dq, apart[0])
+    torch.testing.assert_close(dk, apart[1].unflatten(2, (2, 3)).sum(3))
+    torch.testing.assert_close(dv, apart[2].unflatten(2, (2, 3)).sum(3))
 
 
 # The tolerance itself: it accepts PyTorch's own attention and rejects what is a little wrong.
@@ -385,12 +539,124 @@ def test_tolerance_rejects_a_value_in_a_row_that_sees_nothing(dtype):
         support.assert_close((out, lse), q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_tolerance_accepts_plain_gradients(dtype, kind, rules):
+    q, k, v = support.make_qkv(**SMALL, dtype=dtype, kind=kind)
+    dout, dlse = support.make_gradients(q, v)
+    plain = support.eager_gradients(q, k, v, dout, dlse, **rules)
+    support.assert_gradients_close(plain, q, k, v, dout, dlse, **rules)
+
+
+def spoil_each(change):
+    """The gradients with one of them changed, in turn."""
+    return [lambda result, i=i: [change(x) if j == i else x for j, x in enumerate(result)] for i in range(3)]
+
+
+def swapped_rows(x):
+    """The largest row and the one before it."""
+    x, row = x.clone(), int(x.abs().amax((0, 2, 3)).argmax())
+    x[:, [row, row - 1]] = x[:, [row - 1, row]]
+    return x
+
+
+def nan_at_the_end(x):
+    x = x.clone()
+    x[0, -1, -1, -1] = math.nan
+    return x
+
+
+SPOILED_GRADIENTS = [
+    *spoil_each(lambda x: x * 1.05),
+    *spoil_each(lambda x: x.roll(1, dims=2)),
+    *spoil_each(swapped_rows),
+    *spoil_each(nan_at_the_end),
+    *spoil_each(torch.zeros_like),
+    *spoil_each(lambda x: x.float() if x.dtype != torch.float32 else x.double()),
+    *spoil_each(lambda x: x.transpose(1, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tolerance_rejects_spoiled_gradients(dtype, kind):
+    q, k, v = support.make_qkv(**SMALL, dtype=dtype, kind=kind)
+    dout, dlse = support.make_gradients(q, v)
+    allowed = support._allowed_gradients(q, k, v, dout, dlse, {})
+    true = support.oracle_gradients(q, k, v, dout, dlse)
+    result = gradients(q, k, v, dout, dlse)
+    support.assert_gradients_close(result, q, k, v, dout, dlse)
+    for spoil in SPOILED_GRADIENTS:
+        # The same judgement as assert_gradients_close's, with the oracle taken once.
+        with pytest.raises(AssertionError):  # noqa: PT012
+            for got, expected, error in zip(spoil(result), true, allowed, strict=True):
+                support._check("gradient", got, dtype, expected, error)
+    if kind == "gaussian":
+        with pytest.raises(AssertionError, match="dv"):
+            support.assert_gradients_close([*result[:2], result[2] * 1.05], q, k, v, dout, dlse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("computed", "asked"),
+    [
+        ({}, {"softcap": 2.0}),
+        ({"softcap": 2.0}, {}),
+        ({}, {"causal": True}),
+        ({"window": (30, 10)}, {"window": (30, 9)}),  # one key too many
+        ({"window": (29, 10)}, {"window": (30, 10)}),  # one key missing
+        ({"scale": 0.15}, {"scale": 0.125}),
+    ],
+    ids=str,
+)
+def test_tolerance_rejects_gradients_of_other_rules(computed, asked, dtype, kind):
+    q, k, v = support.make_qkv(**SMALL, dtype=dtype, kind=kind)
+    dout, _ = support.make_gradients(q, v)
+    for i, x in enumerate(gradients(q, k, v, dout, **computed)):
+        one = [None, None, None]
+        one[i] = x
+        with pytest.raises(AssertionError):
+            support.assert_gradients_close(one, q, k, v, dout, **asked)
+
+
+def test_tolerance_rejects_gradients_without_that_of_lse():
+    q, k, v = support.make_qkv(**SMALL)
+    dout, dlse = support.make_gradients(q, v)
+    for wrong in (gradients(q, k, v, dout), gradients(q, k, v, dout, -dlse)):
+        with pytest.raises(AssertionError):
+            support.assert_gradients_close(wrong, q, k, v, dout, dlse)
+
+
+def test_tolerance_rejects_a_gradient_where_nothing_is_seen():
+    q, k, v = support.make_qkv(1, 30, 20, 1, 1, 8, 8, torch.bfloat16)
+    dout, _ = support.make_gradients(q, v)
+    dq, dk, dv = gradients(q, k, v, dout, causal=True)
+    dq[0, 3, 0, 0] = torch.finfo(torch.bfloat16).smallest_normal
+    with pytest.raises(AssertionError, match="not 0"):
+        support.assert_gradients_close((dq, dk, dv), q, k, v, dout, causal=True)
+    q, k, v = support.make_qkv(1, 20, 30, 1, 1, 8, 8, torch.bfloat16)
+    dout, _ = support.make_gradients(q, v)
+    dq, dk, dv = gradients(q, k, v, dout, window=(2, 0))
+    dv[0, 3, 0, 0] = torch.finfo(torch.bfloat16).smallest_normal
+    with pytest.raises(AssertionError, match="not 0"):
+        support.assert_gradients_close((dq, dk, dv), q, k, v, dout, window=(2, 0))
+
+
 def test_blocks_of_rows_change_nothing(monkeypatch):
     q, k, v = support.make_qkv(2, 30, 20, 4, 2, 8, 16)
-    whole = support.oracle(q, k, v, causal=True), support.eager(q, k, v, causal=True)
+    dout, dlse = support.make_gradients(q, v)
+
+    def everything():
+        yield from (support.oracle(q, k, v, causal=True), support.eager(q, k, v, causal=True))
+        for function in (support.oracle_gradients, support.eager_gradients, support._rounding_of_gradients):
+            yield tuple(function(q, k, v, dout, dlse, causal=True))
+        yield support._unseen(q, k, causal=True, window=None)
+
+    whole = list(everything())
     monkeypatch.setattr(support, "MAX_SCORES", 7 * 4 * 20)
-    blocks = support.oracle(q, k, v, causal=True), support.eager(q, k, v, causal=True)
-    torch.testing.assert_close(blocks, whole)
+    torch.testing.assert_close(list(everything()), whole)
 
 
 def test_oracle_agrees_with_pytorch():
@@ -400,6 +666,22 @@ def test_oracle_agrees_with_pytorch():
     expected = sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(1, 2))
     assert lse[0, 0, 0].item() == pytest.approx(float(q[0, 0, 0] @ k[0, 0, 0]) / math.sqrt(8))
+
+    dout, _ = support.make_gradients(q, v)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = sdpa(*(x.transpose(1, 2) for x in leaves), is_causal=True, enable_gqa=True)
+    expected = torch.autograd.grad(out, leaves, dout.transpose(1, 2))
+    torch.testing.assert_close(support.oracle_gradients(q, k, v, dout, causal=True), expected)
+
+
+def test_oracle_has_the_gradient_of_lse():
+    # lse = ln Σ exp(s): its gradient by s is the softmax.
+    q, k, v = support.make_qkv(1, 5, 7, 1, 1, 4, 4, torch.float64)
+    dq, dk, dv = support.oracle_gradients(q, k, v, torch.zeros(1, 5, 1, 4).double(), torch.ones(1, 1, 5).double())
+    P = (q[0, :, 0] @ k[0, :, 0].T / 2.0).softmax(-1)
+    torch.testing.assert_close(dq[0, :, 0], P @ k[0, :, 0] / 2.0)
+    torch.testing.assert_close(dk[0, :, 0], P.T @ q[0, :, 0] / 2.0)
+    assert not dv.count_nonzero()
 
 
 def test_peaky_inputs_have_a_few_dominating_keys():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cute_attn.problem import check_call
-from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_tanh
+from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
 
 EDGE = st.none() | st.integers(-30, 30)
 SIZE = st.integers(1, 24)
@@ -55,6 +55,24 @@ def test_tensors_and_numbers_give_the_same_ranges(lo, hi, seqlen_k, rows):
         row = torch.arange(rows)
         columns = [torch.as_tensor(edge).expand(rows).tolist() for edge in rule(row, row + 2, seqlen_k, TensorOps)]
         assert list(zip(*columns, strict=True)) == [rule(r, r + 2, seqlen_k, HostOps) for r in range(rows)]
+
+
+@given(lo=EDGE, hi=EDGE, seqlen_q=SIZE, col=st.integers(0, 24))
+def test_transposed_band_is_the_mask_seen_from_a_key(lo, hi, seqlen_q, col):
+    band = Band(lo, hi)
+    begin, end = band.transposed().key_range(col, col, seqlen_q, HostOps)
+    assert [begin <= row < end for row in range(seqlen_q)] == [sees(band, row, col) for row in range(seqlen_q)]
+    assert band.transposed().transposed() == band
+
+
+@given(lo=EDGE, hi=EDGE, seqlen_q=SIZE, col_first=st.integers(0, 24), cols=st.integers(1, 12))
+def test_ranges_of_a_transposed_band_are_queries(lo, hi, seqlen_q, col_first, cols):
+    band, tile = Band(lo, hi), range(col_first, col_first + cols)
+    begin, end = band.transposed().key_range(tile[0], tile[-1], seqlen_q, HostOps)
+    for row in range(seqlen_q):
+        assert begin <= row < end or not any(sees(band, row, col) for col in tile)
+    begin, end = band.transposed().whole_range(tile[0], tile[-1], seqlen_q, HostOps)
+    assert set(range(begin, end)) == {row for row in range(seqlen_q) if all(sees(band, row, col) for col in tile)}
 
 
 SIDE = st.none() | st.integers(-1, 20)
@@ -112,6 +130,17 @@ def test_softcap_of_large_scores_is_one_with_a_gradient_of_zero(score, dtype):
     assert y.item() == math.copysign(1.0, score)
     assert x.grad is not None
     assert x.grad.item() == 0.0
+
+
+@given(score=st.floats(-300, 300), cap=st.sampled_from([0.5, 2.0, 50.0]), scale=st.sampled_from([1.0, 0.125, -2.0]))
+def test_softcap_slope_is_the_derivative(score, cap, scale):
+    x = torch.tensor(score * scale, dtype=torch.float64, requires_grad=True)
+    (cap * torch.tanh(x / cap)).backward()
+    _, scale_by_cap = score_scales(scale, cap)
+    t = softcap_tanh(torch.tensor(score, dtype=torch.float64), scale_by_cap, TensorOps)
+    assert x.grad is not None
+    assert softcap_slope(t).item() == pytest.approx(x.grad.item(), rel=1e-9, abs=1e-12)
+    assert softcap_slope(0.0) == 1.0
 
 
 @given(score=st.floats(-50, 50), scale=st.floats(-3, 3), cap=st.sampled_from([0.0, 0.7, 5.0, 30.0]))
