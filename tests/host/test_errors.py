@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from cute_attn import attention, compile, launch, layouts, plan, problem
 
@@ -31,9 +32,7 @@ class Row(NamedTuple):
     try_: str = ""
 
 
-def tensors(
-    q=(2, 6, 4, 16), k=(2, 10, 2, 16), v=(2, 10, 2, 16), dtype=HALF
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tensors(q=(2, 6, 4, 16), k=(2, 10, 2, 16), v=(2, 10, 2, 16), dtype=HALF) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.zeros(q, dtype=dtype), torch.zeros(k, dtype=dtype), torch.zeros(v, dtype=dtype)
 
 
@@ -208,6 +207,19 @@ CHECKS = [
     ),
 ]
 
+
+def forward_mode():
+    x = torch.ones(1, 3, 1, 8)
+    with forward_ad.dual_level():
+        attention(forward_ad.make_dual(x, x), x, x)
+
+
+def twice_differentiated():
+    x = torch.ones(1, 3, 1, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(attention(x, x, x).sum(), x, create_graph=True)
+    gradient.sum().backward()
+
+
 # Through attention() itself.
 API = [
     Row(
@@ -241,6 +253,38 @@ API = [
         "softcap is -2",
         "≥ 0 is needed",
     ),
+    Row(
+        "double backward",
+        twice_differentiated,
+        RuntimeError,
+        "gradients of attention's gradients are asked for (double backward)",
+        "first derivatives only",
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+    ),
+    Row(
+        "forward-mode differentiation",
+        forward_mode,
+        NotImplementedError,
+        "an input carries a tangent",
+        "reverse mode only",
+        ".backward(), or torch.nn.functional.scaled_dot_product_attention",
+    ),
+    Row(
+        "forward mode of torch.func",
+        lambda: torch.func.jvp(lambda x: attention(x, k.float(), v.float()), (q.float(),), (q.float(),)),
+        NotImplementedError,
+        "an input carries a tangent",
+        "reverse mode only",
+        ".backward(), or torch.nn.functional.scaled_dot_product_attention",
+    ),
+    Row(
+        "reverse mode of torch.func",
+        lambda: torch.func.grad(lambda x: attention(q, x, v).sum())(k),
+        NotImplementedError,
+        "inside a transform of torch.func",
+        "for torch.autograd only",
+        "torch.autograd.grad, or torch.nn.functional.scaled_dot_product_attention",
+    ),
 ]
 
 
@@ -269,20 +313,12 @@ ON_TURING = [
         "backend='reference'",
     ),
     Row(
-        "gradients of the kernels",
+        "gradients on a GPU without kernels",
         lambda: attention(*with_grad(q, k, v)),
         NotImplementedError,
-        "gradients are asked for",
-        "no backward yet",
-        "detach the inputs, or use backend='reference'",
-    ),
-    Row(
-        "gradients of v alone",
-        lambda: attention(*on_gpu(q, k), *with_grad(v), backend="cute"),
-        NotImplementedError,
-        "gradients are asked for",
-        "no backward yet",
-        "torch.no_grad()",
+        "compute capability 7.5",
+        "8.0",
+        "backend='reference'",
     ),
 ]
 ON_HOPPER = [
