@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks {attention,parts,show,peers,docs} --help``."""
+"""The command line: ``python -m benchmarks {attention,training,parts,show,peers,docs} --help``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks import ahead, documents, report, training
 from benchmarks import anchors as anchors_
 from benchmarks import compare as compare_
-from benchmarks import documents, report
 from benchmarks import peers as peers_
 from benchmarks import plot as plot_
-from benchmarks.cases import DIRECTIONS, DTYPE_BYTES, GRIDS, HOST_CASE, Case, Grid, length
+from benchmarks.cases import DIRECTIONS, DTYPE_BYTES, GRIDS, Case, Grid, length, single_cases
 from benchmarks.parts import command as parts
 from benchmarks.results import KINDS, RATES, Record
+from benchmarks.schedule import Schedule
 from benchmarks.settings import Crew, Settings
 from benchmarks.supervise import Supervisor, WorkerError
 
@@ -34,10 +35,12 @@ AXES |= {
 }
 EPILOG = """\
 examples:
-  python -m benchmarks attention --quick                        six cells, under a minute
-  python -m benchmarks attention --json r.json                  the whole forward grid, in bursts
+  python -m benchmarks attention --quick                        eight cells, under a minute
+  python -m benchmarks attention --json r.json                  the whole grid, forward and backward, in bursts
+  python -m benchmarks attention --backward --budget 150 --json r.json
   python -m benchmarks attention --kind sustained --head-dim 128 --causal --seqlen 8k
-  python -m benchmarks attention --kind burst host first --json r.json
+  python -m benchmarks attention --kind burst host memory first --json r.json
+  python -m benchmarks training --json t.json --plot training   a small transformer, beside eager attention
   python -m benchmarks show r.json --plot plots --compare old.json --anchors recorded.json
 """
 
@@ -60,11 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace, console: Console) -> int:
     """``attention``: measure, keeping the JSON file up to date, then show."""
+    began = time.monotonic()
     old, recorded = _inputs(options)
     crew = Crew(_names(options), tuple(options.peers_from), options.quick)
     settings = _settings(options)
     _jobs(options, "cuda")  # sizes that can't be are answered before anything starts
     record = Record()
+    ahead.switch_caches_on()
     with Watch(console) as watch:
         supervisor = Supervisor(crew, settings, watch.turn)
         interrupted = False
@@ -74,7 +79,10 @@ def measure(options: argparse.Namespace, console: Console) -> int:
             if device != "cuda":
                 console.print("no CUDA GPU was found: measuring the reference and torch's CPU attention at small sizes")
             record.about = _about(supervisor.about, settings, options)
-            record.complete = _work(_jobs(options, device), supervisor, record, options, watch)
+            jobs = _jobs(options, device)
+            if device == "cuda":
+                _compile_ahead(jobs, record, settings, options, watch)
+            _work(Schedule(jobs, settings, options.budget, began=began), supervisor, record, options, watch)
             record.about["after"] = supervisor.finish()
         except KeyboardInterrupt:
             interrupted = True
@@ -86,20 +94,35 @@ def measure(options: argparse.Namespace, console: Console) -> int:
     return INTERRUPTED if interrupted else status
 
 
+def _compile_ahead(
+    jobs: list[tuple[str, Case]], record: Record, settings: Settings, options: argparse.Namespace, watch: Watch
+) -> None:
+    work = ahead.tasks(record.about["peers"], ahead.cases_of(jobs))
+    if options.compile_jobs < 2 or len(work) < 2:
+        return
+    watch.begin(f"compiling, {options.compile_jobs} at a time", len(work))
+    seconds = ahead.compile_ahead(work, options.compile_jobs, options.peers_from, settings.limit_s, watch.done)
+    record.about["compile_ahead"] = {"kernels": len(work), "jobs": options.compile_jobs, "seconds": seconds}
+    watch.restart()
+
+
 def _work(
-    jobs: list[tuple[str, Case]], supervisor: Supervisor, record: Record, options: argparse.Namespace, watch: Watch
-) -> bool:
-    """Measure the jobs in turn; whether all of them fitted into the budget."""
-    began = time.monotonic()
-    for kind, case in jobs:
-        if options.budget is not None and time.monotonic() - began > options.budget:
-            return False
-        watch.begin(f"{kind}: {case.label}", len(jobs))
-        record.cells.append(supervisor.cell(kind, case))
+    schedule: Schedule, supervisor: Supervisor, record: Record, options: argparse.Namespace, watch: Watch
+) -> None:
+    """Make the visits in turn, as many as fit into the budget."""
+    last = 0
+    for number, kind, case, rounds in schedule:
+        if options.fresh_process and number != last:
+            supervisor.stop()
+        last = number
+        watch.begin(f"pass {number + 1}, {kind}: {case.label}", len(schedule))
+        visit = supervisor.cell(kind, case, rounds, record.lost(kind, case))
+        record.add(visit)
+        record.complete = schedule.complete
         if options.json:
             record.save(options.json)
-        watch.done(report.cell_line(record.cells[-1]))
-    return True
+        watch.done(report.cell_line(visit))
+    record.complete = schedule.complete
 
 
 class Watch:
@@ -131,6 +154,9 @@ class Watch:
     def turn(self, peer: str | None) -> None:
         self._progress.update(self._task, peer=peer or "")
 
+    def restart(self) -> None:
+        self._progress.reset(self._task)
+
     def done(self, line: str) -> None:
         self._progress.advance(self._task)
         if not self._console.is_terminal:
@@ -160,7 +186,7 @@ def docs(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-COMMANDS = {"attention": measure, "show": show, "peers": peers, "parts": parts.run, "docs": docs}
+COMMANDS = {"attention": measure, "training": training.run, "show": show, "peers": peers, "parts": parts.run, "docs": docs}
 
 
 def _show(record: Record, old: Record | None, recorded: Any, options: argparse.Namespace, console: Console) -> int:
@@ -198,6 +224,7 @@ def _names(options: argparse.Namespace) -> tuple[str, ...] | None:
 def _settings(options: argparse.Namespace) -> Settings:
     given = {
         "rounds": options.rounds or (3 if options.quick else None),
+        "passes": options.passes,
         "burst_s": options.burst_ms and options.burst_ms / 1e3,
         "idle_s": None if options.idle_ms is None else options.idle_ms / 1e3,
         "sustained_s": options.seconds_per_cell,
@@ -208,9 +235,10 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _jobs(options: argparse.Namespace, device: str) -> list[tuple[str, Case]]:
-    """What to measure, in the order of ``KINDS``: the rates of a grid, the rest of one small case."""
+    """What to measure, in the order of ``KINDS``: the rates of a grid, the rest of a case or two."""
     size = "cpu" if device != "cuda" else "quick" if options.quick else "full"
-    cases = {kind: _grid(options, size).cases() if kind in RATES else [HOST_CASE] for kind in KINDS}
+    grid = _grid(options, size)
+    cases = {kind: grid.cases() if kind in RATES else single_cases(kind, grid.directions) for kind in KINDS}
     return [(kind, case) for kind in KINDS if kind in options.kind for case in cases[kind]]
 
 
@@ -257,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     peers = commands.add_parser("peers", help="who can take part on this machine, and who can't, and why")
     peers.add_argument("--peers-from", nargs="+", default=[], metavar="MODULE", help="modules that register more peers")
 
+    training.add_parser(commands)
     parts.add_parser(commands)
     commands.add_parser("docs", help="write the figures in README.md and docs/ anew from benchmarks/results; needs no GPU")
     return parser
@@ -273,7 +302,10 @@ def _add_axes(group: Any) -> None:
     mask.add_argument("--full", dest="mask", action="store_const", const=(False,), help="only cases that aren't causal")
     group.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys seen; -1: unbounded")
     group.add_argument("--softcap", type=float)
-    group.add_argument("--direction", nargs="+", choices=DIRECTIONS, help=f"default: {_words(grid.directions)}")
+    direction = group.add_mutually_exclusive_group()
+    direction.add_argument("--direction", nargs="+", choices=DIRECTIONS, help=f"default: {_words(grid.directions)}")
+    for name, what in (("forward", "only the forward pass"), ("backward", "only the backward pass")):
+        direction.add_argument(f"--{name}", dest="direction", action="store_const", const=[name], help=what)
     group.add_argument("--dtype", choices=DTYPE_BYTES, help=f"default: {grid.dtype}")
     group.add_argument("--tokens", type=length, help=f"batch × query length; default: {grid.tokens}")
     group.add_argument("--batch", type=int, help="default: tokens / query length")
@@ -283,12 +315,16 @@ def _add_axes(group: Any) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
-    run.add_argument("--quick", action="store_true", help="head dim 128, three lengths, three rounds, no slow starters")
+    run.add_argument("--quick", action="store_true", help="head dim 128, two lengths, three rounds, no slow starters")
     run.add_argument("--peers", metavar="A,B", help=f"only these: {', '.join(peers_.REGISTRY)}")
     run.add_argument("--peers-from", nargs="+", default=[], metavar="MODULE", help="modules that register more peers")
-    run.add_argument("--rounds", type=int, help="turns that each peer takes in a burst or host cell (5)")
+    run.add_argument("--rounds", type=_positive, help="turns that each peer takes in a burst or host cell, in all passes (6)")
+    run.add_argument("--passes", type=_positive, help="times that the whole list of cells is gone through (3)")
+    run.add_argument("--fresh-process", action="store_true", help="start each pass in a process of its own (seconds more)")
     run.add_argument("--limit", type=float, metavar="SECONDS", help="what one peer may use of one cell (120)")
-    run.add_argument("--budget", type=float, metavar="SECONDS", help="start no further cell after this long")
+    run.add_argument("--budget", type=float, metavar="SECONDS", help="fit the rounds into this, from start to end")
+    run.add_argument("--compile-jobs", type=_positive, default=ahead.processors(), metavar="N",
+                     help="processes that compile kernels ahead; 1: each when its turn comes (%(default)s)")  # fmt: skip
     run.add_argument("--seed", type=int, help="of the random inputs (0)")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the results here, after every cell")
     _add_output(parser)
@@ -298,8 +334,15 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--csv", type=Path, metavar="FILE", help="one line per peer and cell")
     output.add_argument("--plot", type=Path, metavar="DIR", help="rates over length and ratios as SVG and PNG")
-    output.add_argument("--compare", type=Path, metavar="OLD.json", help="exit status 1 where something got slower")
+    output.add_argument("--compare", type=Path, metavar="OLD.json", help="what changed; exit status 1: something got slower")
     output.add_argument("--anchors", type=Path, metavar="FILE", help="show rates recorded on the same kind of card")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
 
 
 def _words(values: Sequence[Any]) -> str:

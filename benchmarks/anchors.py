@@ -1,14 +1,15 @@
 """Rates recorded earlier on the same kind of card, for peers that can't be had where the live run takes place.
 
 Two cards of one kind differ by a few per cent, and so do two days. A peer that is in the recording and in the live run
-says by how much: recorded rates are multiplied by the geometric mean of live / recorded over the cells in both.
+says by how much: recorded rates are multiplied by the geometric mean of live / recorded over the cells in both, forward
+and backward each by its own.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.cases import Case
@@ -19,41 +20,56 @@ DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
 
 
 @dataclass(frozen=True)
-class Anchors:
-    """Recorded TFLOP/s by case and peer, and how they were brought to the live card's scale.
+class Scale:
+    """What recorded rates were multiplied by: the geometric mean of live / recorded of ``peer`` over ``common`` cells."""
 
-    ``scaled_by`` is the peer in both, ``factor`` what every recorded rate was multiplied by, ``common`` the number of
-    cells behind it; ``None``, 1 and 0 where nothing is in both.
-    """
+    peer: str
+    factor: float
+    common: int
+
+    def describe(self) -> str:
+        return (
+            f"rescaled × {self.factor:.3f}, the geometric mean of live / recorded of {self.peer} over {self.common} cells"
+        )
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Recorded TFLOP/s by case and peer, and how they were brought to the live card's scale, by direction; a direction
+    that no recorded peer has taken part in live keeps its rates."""
 
     origin: str
     rates: dict[Case, dict[str, float]]
-    scaled_by: str | None = None
-    factor: float = 1.0
-    common: int = 0
+    scales: dict[str, Scale] = field(default_factory=dict)
 
     def describe(self) -> str:
-        if self.scaled_by is None:
+        if not self.scales:
             return f"{self.origin}; not rescaled, as no recorded peer took part in this run"
-        return (
-            f"{self.origin}; rescaled × {self.factor:.3f}, the geometric mean of live / recorded of {self.scaled_by} "
-            f"over {self.common} cells"
-        )
+        return "; ".join([self.origin, *(f"{name} {scale.describe()}" for name, scale in self.scales.items())])
 
     def rescaled_to(self, record: Record) -> Anchors:
-        """The same rates on the scale of a live run's bursts, by the peer that they share most cells with."""
+        """The same rates on the scale of a live run's bursts."""
+        found = {direction: self._scale(record, direction) for direction in DIRECTIONS.values()}
+        scales = {direction: scale for direction, scale in found.items() if scale is not None}
+        factors = {direction: scale.factor for direction, scale in scales.items()}
+        rates = {
+            case: {peer: rate * factors.get(case.direction, 1.0) for peer, rate in row.items()}
+            for case, row in self.rates.items()
+        }
+        return Anchors(self.origin, rates, scales)
+
+    def _scale(self, record: Record, direction: str) -> Scale | None:
+        """By the peer that is in most cells of both."""
         quotients: dict[str, list[float]] = {}
-        for cell in record.of_kind("burst"):
+        for cell in record.of("burst", direction):
             recorded = self.rates.get(cell.case, {})
             for name, rate in cell.rates().items():
                 if name in recorded:
                     quotients.setdefault(name, []).append(rate / recorded[name])
         if not quotients:
-            return self
+            return None
         name = max(quotients, key=lambda name: len(quotients[name]))
-        factor = geometric_mean(quotients[name])
-        rates = {case: {peer: rate * factor for peer, rate in row.items()} for case, row in self.rates.items()}
-        return Anchors(self.origin, rates, name, factor, len(quotients[name]))
+        return Scale(name, geometric_mean(quotients[name]), len(quotients[name]))
 
 
 def load(path: Path) -> Anchors:

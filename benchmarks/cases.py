@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 DIRECTIONS = ("forward", "backward", "both")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -15,7 +15,7 @@ class Case:
 
     ``window`` is ``(left, right)`` in keys to either side of a query's aligned position, −1 for an unbounded side; the
     last query is aligned with the last key. ``direction`` is what is timed: the forward pass, the backward pass alone,
-    or both in one.
+    or ``both``, one after the other.
     """
 
     batch: int
@@ -92,7 +92,7 @@ class Grid:
     head_dims: tuple[int, ...] = (64, 128, 256)
     causal: tuple[bool, ...] = (False, True)
     seqlens: tuple[int, ...] = (512, 1024, 2048, 8192, 16384)
-    directions: tuple[str, ...] = ("forward",)
+    directions: tuple[str, ...] = ("forward", "backward")
     tokens: int = 16384
     width: int = 2048
     batch: int | None = None
@@ -135,12 +135,23 @@ class Grid:
 
 GRIDS = {
     "full": Grid(),
-    "quick": Grid(head_dims=(128,), seqlens=(512, 2048, 8192)),
+    "quick": Grid(head_dims=(128,), seqlens=(1024, 8192)),
     # Without a GPU only the runner itself is tested, so the cases are as small as still means something.
     "cpu": Grid(head_dims=(64,), seqlens=(128, 256), tokens=256, width=256),
 }
 # Small tensors: the device is done long before the host has queued the next call.
 HOST_CASE = Case(batch=1, seqlen_q=128, seqlen_k=128, heads=4, heads_kv=4, head_dim=64, head_dim_v=64, causal=True)
+# Four times the length is four times the memory, and sixteen times where a score matrix is kept.
+MEMORY_CASES = Grid(head_dims=(128,), causal=(True,), seqlens=(16384, 65536), batch=1)
+
+
+def single_cases(kind: str, directions: tuple[str, ...]) -> list[Case]:
+    """The cases of a kind that measures no grid: a call with gradients is one with the backward pass in it."""
+    if kind == "memory":
+        return replace(MEMORY_CASES, directions=directions).cases()
+    if kind == "host" and directions != ("forward",):
+        return [HOST_CASE, replace(HOST_CASE, direction="both")]
+    return [HOST_CASE]
 
 
 def short(length: int) -> str:

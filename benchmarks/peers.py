@@ -1,9 +1,10 @@
 """Who is measured: one short function per peer.
 
 A peer's function gets a case and the tensors ``q``, ``k``, ``v``, each ``(batch, seqlen, heads, head_dim)``. It returns
-what is to be timed: a function without arguments that returns the output. Whatever can be done ahead of a call
-(imports, transposed views, block masks) belongs in front of it. It raises :class:`UnsupportedError` for a case that its
-library doesn't compute. To add one, here or in a module named by ``--peers-from``::
+what is to be timed: a function without arguments that returns the output, differentiable by ``torch.autograd`` if it is
+to take part in backward cases too. Whatever can be done ahead of a call (imports, transposed views, block masks) belongs
+in front of it. It raises :class:`UnsupportedError` for a case that its library doesn't compute. To add one, here or in a
+module named by ``--peers-from``::
 
     @peer("mine", "what it is, and whose", needs="my_package:attention")
     def mine(case, q, k, v):
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from benchmarks.cases import Case
+from benchmarks.cases import DIRECTIONS, Case
 
 Build = Callable[[Case, Any, Any, Any], Callable[[], Any]]
 
@@ -36,7 +37,9 @@ class Peer:
     ``needs`` is ``module:attribute``, imported to see whether it is there. ``devices`` are where it takes part unasked.
     ``heads_first``: its output is ``(batch, heads, seqlen, head_dim)``. ``slow_start``: it compiles for many seconds
     per case, so ``--quick`` leaves it out. ``host_only``: it takes part only where the host's cost is measured.
-    ``around`` makes a context that is entered for each of its turns.
+    ``directions`` are the ones it takes part in. ``repeatable``: it promises the same bits at every call, which is
+    checked. ``compiles``: what has a kernel of its own that its library compiles and keeps on disk, ``"rules"`` (any two
+    lengths share it), ``"case"``, or nothing. ``around`` makes a context that is entered for each of its turns.
     """
 
     name: str
@@ -47,6 +50,9 @@ class Peer:
     heads_first: bool = False
     slow_start: bool = False
     host_only: bool = False
+    directions: tuple[str, ...] = DIRECTIONS
+    repeatable: bool = False
+    compiles: str = ""
     around: Callable[[], AbstractContextManager] = nullcontext
 
     def why_not(self) -> str | None:
@@ -112,7 +118,9 @@ def _ours(case: Case, q, k, v, **how):
     return lambda: attention(q, k, v, **rules)
 
 
-OURS: dict[str, Any] = {"needs": "cute_attn:attention"}
+OURS: dict[str, Any] = {"needs": "cute_attn:attention", "compiles": "rules"}
+# The forward pass is the default's; what determinism costs, the backward pass alone shows.
+DETERMINISTIC: dict[str, Any] = {**OURS, "directions": ("backward",), "repeatable": True}
 
 
 @peer("ours", "cute_attn.attention, as a user calls it", **OURS, devices=("cuda", "cpu"), host_only=True)
@@ -131,6 +139,16 @@ def ours_tma_wgmma(case, q, k, v):
 @peer("ours_cp_async", "cute_attn, mechanism cp_async", **OURS)
 def ours_cp_async(case, q, k, v):
     return _ours(case, q, k, v, mechanism="cp_async")
+
+
+@peer("ours_deterministic", "cute_attn, mechanism tma_wgmma, deterministic=True", **DETERMINISTIC)
+def ours_deterministic(case, q, k, v):
+    return _ours(case, q, k, v, mechanism="tma_wgmma", deterministic=True)
+
+
+@peer("ours_cp_async_deterministic", "cute_attn, mechanism cp_async, deterministic=True", **DETERMINISTIC)
+def ours_cp_async_deterministic(case, q, k, v):
+    return _ours(case, q, k, v, mechanism="cp_async", deterministic=True)
 
 
 @peer("ours_reference", "cute_attn, the reference in plain torch", **OURS, devices=("cpu",))
@@ -197,20 +215,24 @@ def torch_cpu(case, q, k, v):
 FLEX = "torch.nn.attention.flex_attention:flex_attention"
 
 
-@peer("torch_flex", "torch FlexAttention, compiled", needs=FLEX, heads_first=True, slow_start=True)
+@peer("torch_flex", "torch FlexAttention, compiled", needs=FLEX, heads_first=True, slow_start=True, compiles="case")
 def torch_flex(case, q, k, v):
     attend = _compiled_flex(case, str(q.device))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return lambda: attend(q, k, v)
 
 
-@lru_cache(maxsize=1)
+@lru_cache
 def _compiled_flex(case: Case, device: str) -> Callable[..., Any]:
     """FlexAttention for one case, whose rules it takes as functions of coordinates."""
     import torch
+    import torch._dynamo.config
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    torch._dynamo.reset()  # each case is a new shape, and torch stops compiling after a handful of them
+    # Each case is a new shape, and torch stops compiling after a handful of them.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+    torch._functorch.config.donated_buffer = False  # else no second backward pass of one forward pass
     left, right = case.edges
     shift = case.seqlen_k - case.seqlen_q
 
@@ -263,7 +285,7 @@ def fa3(case, q, k, v):
     return _flash(flash_attn_func, case, q, k, v, unbounded=-1)
 
 
-@peer("fa4", "flash_attn.cute, FlashAttention-4", needs="flash_attn.cute:flash_attn_func")
+@peer("fa4", "flash_attn.cute, FlashAttention-4", needs="flash_attn.cute:flash_attn_func", compiles="rules")
 def fa4(case, q, k, v):
     from flash_attn.cute import flash_attn_func
 

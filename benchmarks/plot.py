@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.anchors import Anchors
-from benchmarks.cases import short
+from benchmarks.cases import DIRECTIONS, short
 from benchmarks.report import anchored, ratio, recorded_peers
 from benchmarks.results import RATES, Cell, Record, is_ours
 
@@ -15,6 +15,8 @@ from benchmarks.results import RATES, Cell, Record, is_ours
 STYLES = {
     "ours_tma_wgmma": ("#D55E00", "o"),
     "ours_cp_async": ("#E69F00", "s"),
+    "ours_deterministic": ("#D55E00", "o"),
+    "ours_cp_async_deterministic": ("#E69F00", "s"),
     "ours_reference": ("#D55E00", "o"),
     "torch_flash2": ("#56B4E9", "v"),
     "torch_cudnn": ("#009E73", "^"),
@@ -34,6 +36,24 @@ Figure = Any
 
 def plot(record: Record, folder: Path, anchors: Anchors | None = None) -> list[Path]:
     """Draw every kind and direction of a run into ``folder``; the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with drawing():
+        for kind in RATES:
+            for direction in DIRECTIONS:
+                cells = [cell for cell in record.of(kind, direction) if cell.rates()]
+                if not cells:
+                    continue
+                recorded = anchors if kind == "burst" else None
+                title = f"{record.about.get('card', {}).get('name', '')}: {direction}, {LABELS[kind]}"
+                written += _save(draw_rates(record, cells, title, recorded), folder / f"rates-{direction}-{kind}")
+                if any(ratio(cell, recorded) for cell in cells):
+                    written += _save(draw_ratios(cells, title, recorded), folder / f"ratios-{direction}-{kind}")
+    return written
+
+
+def drawing() -> AbstractContextManager[None]:
+    """matplotlib without a screen and with our settings. Raises ``ValueError`` where it isn't installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -46,20 +66,7 @@ def plot(record: Record, folder: Path, anchors: Anchors | None = None) -> list[P
         "font.size": 9,
         "axes.axisbelow": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    with matplotlib.rc_context(settings):
-        for kind in RATES:
-            for direction, group in groupby(record.of_kind(kind), key=lambda cell: cell.case.direction):
-                cells = [cell for cell in group if cell.rates()]
-                if not cells:
-                    continue
-                recorded = anchors if kind == "burst" else None
-                title = f"{record.about.get('card', {}).get('name', '')}: {direction}, {LABELS[kind]}"
-                written += _save(draw_rates(record, cells, title, recorded), folder / f"rates-{direction}-{kind}")
-                if any(ratio(cell, recorded) for cell in cells):
-                    written += _save(draw_ratios(cells, title, recorded), folder / f"ratios-{direction}-{kind}")
-    return written
+    return matplotlib.rc_context(settings)
 
 
 def draw_rates(record: Record, cells: list[Cell], title: str, anchors: Anchors | None) -> Figure:
@@ -80,7 +87,7 @@ def draw_rates(record: Record, cells: list[Cell], title: str, anchors: Anchors |
             axis, here = axes[i][j], sorted(panels.get((row, column), []), key=lambda cell: cell.case.seqlen_k)
             lengths = [cell.case.seqlen_k for cell in here]
             for name in [*peers, *recorded]:
-                style = dict(_style(name, peers), linestyle=":" if name in recorded else "-")
+                style = dict(_style(name, peers), linestyle=_line(name, recorded))
                 rates = [{**anchored(cell, anchors), **cell.rates()}.get(name) for cell in here]
                 points = [(x, y) for x, y in zip(lengths, rates, strict=True) if y is not None]
                 if points:
@@ -143,6 +150,11 @@ def _style(name: str, peers: list[str]) -> dict[str, Any]:
     ours = is_ours(name)
     width, order = (2.4, 4) if ours else (1.2, 3)
     return {"color": color, "marker": marker, "markersize": 5, "linewidth": width, "zorder": order}
+
+
+def _line(name: str, recorded: list[str]) -> str:
+    """Recorded rates are dotted; deterministic ones dashed, in the colour of what they are a version of."""
+    return ":" if name in recorded else "--" if name.endswith("_deterministic") else "-"
 
 
 def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:

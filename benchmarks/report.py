@@ -9,11 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.anchors import Anchors, geometric_mean
-from benchmarks.compare import WORSE, Change
+from benchmarks.compare import WORSE, Change, agreement
 from benchmarks.results import KINDS, RATES, Cell, Measurement, Record, is_ours
 
 BEST = "★"
 HOST_BOUND = "ʰ"
+# What each of ours is measured by: its name, the other's, and how the ratio is called.
+PAIRS = (
+    ("ours_tma_wgmma", "torch_cudnn", "ours ÷ cuDNN"),
+    ("ours_cp_async", "torch_flash2", "cp_async ÷ FlashAttention-2"),
+    ("ours_deterministic", "ours_tma_wgmma", "deterministic ÷ default"),
+    ("ours_cp_async_deterministic", "ours_cp_async", "deterministic ÷ default, cp_async"),
+)
 
 
 def show(record: Record, console: Console, anchors: Anchors | None = None) -> None:
@@ -28,10 +35,12 @@ def show(record: Record, console: Console, anchors: Anchors | None = None) -> No
         unit = (
             "TFLOP/s" if kind == "burst" else "TFLOP/s, and how busy that keeps the tensor cores at the clock they had"
         )
-        console.print(rates_table(record, rows, f"{direction}, {KINDS[kind]}: {unit}", recorded))
+        console.print(rates_table(record, rows, f"{direction}, {KINDS[kind]}: {unit}; {rounds_of(rows)}", recorded))
+        for line in pair_lines(rows):
+            console.print(line, markup=False, highlight=False)
     if any(m.host_bound for cell in cells for m in cell.results.values()):
         console.print(f"{HOST_BOUND} the device waited for the host: the figure is the host's")
-    for kind, table in (("host", host_table), ("first", first_table)):
+    for kind, table in (("host", host_table), ("memory", memory_table), ("first", first_table)):
         if rows := record.of_kind(kind):
             console.print(table(record, rows))
     if anchors is not None:
@@ -53,6 +62,36 @@ def headline(record: Record) -> str:
     driver = f"driver {card['driver']}" if card.get("driver") else ""
     first = ", ".join(filter(None, [card.get("name") or "unknown device", driver, *states, record.about.get("date")]))
     return first + "\n" + ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def rounds_of(cells: list[Cell]) -> str:
+    """What the ± of these cells is."""
+    found = [m for cell in cells for m in cell.results.values() if m.ok]
+    rounds, visits = ({*(len(m.samples) for m in found)}, {*(m.visits for m in found)}) if found else ({0}, {0})
+    return f"± is half the range of {_from_to(rounds)} rounds in {_from_to(visits)} visits"
+
+
+def _from_to(numbers: set[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def pair_lines(cells: list[Cell]) -> list[str]:
+    """For each pair that took part: the geometric mean of the ratios, the lowest, and where that is."""
+    lines = []
+    for name, other, title in PAIRS:
+        ratios = {cell.case.label.split(" ", 1)[1]: r for cell in cells if (r := pair(cell, name, other)) is not None}
+        if ratios:
+            low = min(ratios, key=lambda label: ratios[label])
+            mean = geometric_mean(list(ratios.values()))
+            lines.append(f"{title}: {mean:.3f} in the geometric mean, {ratios[low]:.3f} at the lowest ({low})")
+    return lines
+
+
+def pair(cell: Cell, name: str, other: str) -> float | None:
+    """The ratio of two rates in a cell that has both."""
+    rates = cell.rates()
+    return rates[name] / rates[other] if name in rates and other in rates else None
 
 
 def rates_table(record: Record, cells: list[Cell], title: str, anchors: Anchors | None) -> Table:
@@ -123,6 +162,21 @@ def host_table(record: Record, cells: list[Cell]) -> Table:
                 continue
             mark = BEST if m.seconds == fastest else ""
             figures.append(f"{m.seconds * 1e6:.1f} ±{m.spread or 0:.0%}{mark}")
+        table.add_row(cell.case.label, *figures)
+    return table
+
+
+def memory_table(record: Record, cells: list[Cell]) -> Table:
+    table = _peer_table(record, cells, f"{KINDS['memory']}: MiB beyond its outputs (+ kept from forward to backward)")
+    for cell in cells:
+        figures = []
+        for name in record.peer_names(cells):
+            m = cell.results.get(name)
+            if m is None or not m.ok or m.peak_bytes is None:
+                figures.append(rate_text(m, False))
+                continue
+            kept = m.extra.get("kept_bytes")
+            figures.append(f"{m.peak_bytes / 2**20:.1f}" + ("" if kept is None else f" (+ {kept / 2**20:.1f})"))
         table.add_row(cell.case.label, *figures)
     return table
 
@@ -217,6 +271,13 @@ def show_changes(changes: list[Change], caveats: list[str], console: Console) ->
             style = "red" if change.verdict in WORSE else "green" if change.verdict in ("faster", "mended") else ""
             console.print(change.describe(), style=style, markup=False, highlight=False)
     worse = sum(change.verdict in WORSE for change in changes)
+    found = agreement(changes)
+    if found.figures:
+        moved = [f"{who} {x - 1:+.1%}" for who, x in (("ours", found.ours), ("the others", found.others)) if x is not None]
+        console.print(
+            f"bursts: {found.within} of {found.figures} figures agree within their two spreads; the largest difference is "
+            f"{found.largest:.1%}; time per call in the geometric mean: {', '.join(moved)}"
+        )
     console.print(f"{len(changes)} figures compared: {same} unchanged, {worse} worse")
     return 1 if worse else 0
 
@@ -227,6 +288,8 @@ def cell_line(cell: Cell) -> str:
     for name, m in cell.results.items():
         if m.ok and m.tflops:
             parts.append(f"{name} {rate(m.tflops)}")
+        elif m.ok and cell.kind == "memory" and m.peak_bytes is not None:
+            parts.append(f"{name} {m.peak_bytes / 2**20:.1f} MiB")
         elif m.ok and m.seconds:
             parts.append(f"{name} {m.seconds * 1e6:.0f} µs" if cell.kind == "host" else f"{name} {m.seconds:.2f} s")
         elif m.status != "unsupported":

@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.flops import bytes_moved, flops
+from benchmarks.timing import scatter
 
 SCHEMA = 1
 KINDS = {
     "burst": "bursts of about 10 ms from a cool clock",
     "sustained": "continuous load at the power limit",
     "host": "host time of an eager call on small tensors",
+    "memory": "peak memory of a call on long sequences",
     "first": "first call of a fresh process, with empty caches",
 }
 RATES = ("burst", "sustained")  # the kinds that give TFLOP/s over a grid; the others measure one small case
@@ -27,10 +29,11 @@ class Measurement:
     """One peer in one cell.
 
     ``status`` is ``ok``, or why there is no figure: ``wrong`` (the result is), ``failed`` (it raised), ``timeout``,
-    ``unsupported`` (the library doesn't compute this case). ``seconds`` is the median per call, ``spread`` half the
-    interquartile range of ``samples`` as a fraction of it. ``utilization`` is the share of what the tensor cores could
-    do at ``sm_mhz``. ``error`` is ‖result − float64‖ / ‖float64‖, the largest over the outputs. ``peak_bytes`` is the
-    memory a call needs beyond its outputs. ``host_bound``: the device was waiting for the host.
+    ``unsupported`` (the library doesn't compute this case). ``samples`` has the seconds per call of each round, its
+    median where a round times several; ``visits`` is how many times the cell was visited for them. ``seconds`` is the
+    median of the samples, ``spread`` half their range as a fraction of it. ``utilization`` is the share of what the
+    tensor cores could do at ``sm_mhz``. ``error`` is ‖result − float64‖ / ‖float64‖, the largest over the outputs.
+    ``peak_bytes`` is the memory a call needs beyond its outputs. ``host_bound``: the device was waiting for the host.
     """
 
     status: str = "ok"
@@ -47,10 +50,50 @@ class Measurement:
     peak_bytes: int | None = None
     host_bound: bool = False
     extra: dict[str, float] = field(default_factory=dict)
+    visits: int = 1
 
     @property
     def ok(self) -> bool:
         return self.status == "ok" and self.seconds is not None
+
+    def joined(self, later: Measurement) -> Measurement:
+        """One measurement of this and of a later visit. Who failed in one of them has no figure."""
+        if not self.ok:
+            return self
+        if not later.ok:
+            return replace(later, visits=self.visits + later.visits)
+        samples = [*self.samples, *later.samples]
+        seconds, spread = scatter(samples)
+
+        def rate(of: str) -> float | None:  # work / seconds, where work is the same in both
+            now = getattr(later, of)
+            return None if now is None else now * (later.seconds or 0.0) / seconds
+
+        def mean(of: str) -> float | None:
+            then, now = getattr(self, of), getattr(later, of)
+            both = then is not None and now is not None
+            return (then * self.visits + now * later.visits) / (self.visits + later.visits) if both else then or now
+
+        return Measurement(
+            seconds=seconds,
+            spread=spread,
+            samples=samples,
+            tflops=rate("tflops"),
+            tbytes_per_s=rate("tbytes_per_s"),
+            sm_mhz=mean("sm_mhz"),
+            watts=mean("watts"),
+            utilization=mean("utilization"),
+            error=_largest(self.error, later.error),
+            peak_bytes=_largest(self.peak_bytes, later.peak_bytes),
+            host_bound=self.host_bound or later.host_bound,
+            extra={**later.extra, **self.extra},
+            visits=self.visits + later.visits,
+        )
+
+
+def _largest(*values: Any) -> Any:
+    """The largest of those that aren't ``None``."""
+    return max((value for value in values if value is not None), default=None)
 
 
 @dataclass
@@ -82,6 +125,16 @@ class Cell:
             return False
         return bytes_moved(self.case) / self.copy_tbytes_per_s > flops(self.case) / self.ceiling.tflops
 
+    def joined(self, later: Cell) -> Cell:
+        """One cell of this and of a later visit."""
+        names = {**self.results, **later.results}
+        results = {name: _joined(self.results.get(name), later.results.get(name)) for name in names}
+        copy_rate = _largest(self.copy_tbytes_per_s, later.copy_tbytes_per_s)
+        ceiling = None
+        if self.ceiling is not None or later.ceiling is not None:
+            ceiling = _joined(self.ceiling, later.ceiling)
+        return Cell(self.kind, self.case, results, ceiling, copy_rate, self.note or later.note)
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -98,6 +151,12 @@ class Cell:
         )
 
 
+def _joined(first: Measurement | None, later: Measurement | None) -> Measurement:
+    if first is None or later is None:
+        return first or later or Measurement()
+    return first.joined(later)
+
+
 @dataclass
 class Record:
     """A whole run. ``about`` says on what: card, its state before and after, versions, peers, settings."""
@@ -108,6 +167,22 @@ class Record:
 
     def of_kind(self, *kinds: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.kind in kinds]
+
+    def of(self, kind: str, direction: str) -> list[Cell]:
+        return [cell for cell in self.cells if (cell.kind, cell.case.direction) == (kind, direction)]
+
+    def add(self, visit: Cell) -> None:
+        """A cell's visit: its first, or one more."""
+        for i, cell in enumerate(self.cells):
+            if cell.key == visit.key:
+                self.cells[i] = cell.joined(visit)
+                return
+        self.cells.append(visit)
+
+    def lost(self, kind: str, case: Case) -> dict[str, Measurement]:
+        """The peers that have no figure in a cell, after the visits that it has had."""
+        cells = (cell for cell in self.cells if cell.key == (kind, case))
+        return {name: m for cell in cells for name, m in cell.results.items() if not m.ok}
 
     def peer_names(self, cells: list[Cell] | None = None) -> list[str]:
         """The peers of some cells, ours first, otherwise in the order in which they took part."""
@@ -145,7 +220,7 @@ class Record:
     def save_csv(self, path: Path) -> None:
         """One line per peer and cell, with the counts that turn seconds into rates."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = ["status", "seconds", "spread", "tflops", "tbytes_per_s", "sm_mhz", "watts", "utilization", "error",
+        columns = ["status", "seconds", "spread", "visits", "tflops", "tbytes_per_s", "sm_mhz", "watts", "utilization", "error",
                    "peak_bytes", "host_bound", "reason"]  # fmt: skip
         with path.open("w", newline="") as file:
             writer = csv.writer(file)

@@ -1,10 +1,12 @@
-"""One cell: peers checked against the oracle, then taking turns for several rounds; each loses only its own cell."""
+"""One visit to a cell: peers checked against the oracle, then taking turns for some rounds; each loses only its own cell."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import math
+import random
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,12 +22,13 @@ from benchmarks.flops import bytes_moved, flops
 from benchmarks.peers import Peer, UnsupportedError
 from benchmarks.results import Cell, Measurement
 from benchmarks.settings import Settings
-from benchmarks.timing import Call, Clock, Turn, burst, estimate, host_side, summary, sustained
+from benchmarks.timing import Call, Clock, Turn, burst, estimate, host_side, scatter, summary, sustained
 
 SETS_MAX = 64  # input sets; small cases need no more to be out of the L2 cache by the time they come round again
 HOST_CALLS = 200  # timed eager calls per round
 MATMUL = {"cuda": 8192, "cpu": 512}  # M = N = K of the matrix product that serves as the ceiling
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**22}
+SHIFT_BYTES, SHIFT_STEP = 2**30, 2**21  # how far a later visit's tensors lie from the first one's; one page
 
 
 @dataclass
@@ -53,6 +56,14 @@ class Bench:
         seconds, _ = summary([estimate(self.clock, lambda: target.copy_(source)) for _ in range(5)])
         return 2 * size / seconds / 1e12
 
+    @property
+    def reads_memory(self) -> bool:
+        """Whether the allocator keeps count of what is in use: the one for the GPU does."""
+        return self.device == "cuda"
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated()
+
     def peak_memory(self, call: Call) -> tuple[Any, int]:
         """The call's result, and how many bytes of the card it had allocated at its peak."""
         torch.cuda.reset_peak_memory_stats()
@@ -60,6 +71,15 @@ class Bench:
         result = call()
         self.clock.sync()
         return result, torch.cuda.max_memory_allocated() - before
+
+    def shifted_memory(self, first_round: int) -> Any:
+        """Memory to hold during a visit, so that its tensors lie elsewhere than those of other visits: on which channels
+        and in which half of the L2 cache they lie is chance, and the same for all rounds of a visit."""
+        if self.device != "cuda":
+            return None
+        torch.cuda.empty_cache()
+        pages = random.Random(first_round).randrange(SHIFT_BYTES // SHIFT_STEP) if first_round else 0
+        return torch.empty(pages * SHIFT_STEP, device="cuda", dtype=torch.uint8)
 
 
 class DeviceLostError(RuntimeError):
@@ -98,49 +118,84 @@ class Runner:
         self._bench = bench
         self._settings = settings
         self._notify = notify
+        self._checked: set[tuple[Case, str]] = set()
 
-    def rates(self, kind: str, case: Case, peers: Sequence[Peer], lost: Mapping[str, Measurement]) -> Cell:
-        """A ``burst`` or ``sustained`` cell; peers in ``lost`` have lost it already and are left out."""
+    def rates(
+        self, kind: str, case: Case, peers: Sequence[Peer], lost: Mapping[str, Measurement], rounds: range
+    ) -> Cell:
+        """A visit to a ``burst`` or ``sustained`` cell; peers in ``lost`` have lost it already and are left out."""
+        shift = self._bench.shifted_memory(rounds.start)
         matmul, work = Entrant("matmul"), 0.0
         with self._turn(matmul):
             matmul.call, work = self._bench.matmul(case.dtype)
             matmul.per_call = estimate(self._bench.clock, matmul.call)
         entrants = self._enter(case, [peer for peer in peers if peer.name not in lost])
-        turn, rounds = self._turns(kind)
-        self._take_turns([matmul, *entrants], turn, rounds)
+        self._take_turns([matmul, *entrants], self._turn_of(kind), rounds)
         ceiling = self._finish(matmul, kind, work=work, traffic=None)
         cell = Cell(kind, case, dict(lost), ceiling if ceiling.ok else None, self._bench.copy_tbytes_per_s)
         for entrant in entrants:
             cell.results[entrant.name] = self._finish(entrant, kind, flops(case), bytes_moved(case))
+        del shift
         return cell
 
-    def host(self, case: Case, peers: Sequence[Peer], lost: Mapping[str, Measurement]) -> Cell:
-        """A ``host`` cell: microseconds that an eager call keeps the caller."""
+    def host(self, case: Case, peers: Sequence[Peer], lost: Mapping[str, Measurement], rounds: range) -> Cell:
+        """A visit to a ``host`` cell: microseconds that an eager call keeps the caller."""
         entrants = self._enter(case, [peer for peer in peers if peer.name not in lost])
         clock = self._bench.clock
-        self._take_turns(entrants, lambda call, _: host_side(clock, call, calls=HOST_CALLS), self._settings.rounds)
+        self._take_turns(entrants, lambda call, _: host_side(clock, call, calls=HOST_CALLS), rounds)
         cell = Cell("host", case, dict(lost))
         for entrant in entrants:
             cell.results[entrant.name] = self._finish(entrant, "host", work=None, traffic=None)
         return cell
 
-    def _turns(self, kind: str) -> tuple[Callable[[Call, float], Turn], int]:
+    def memory(self, case: Case, peers: Sequence[Peer], lost: Mapping[str, Measurement]) -> Cell:
+        """A ``memory`` cell: what a call needs beyond its outputs, peer by peer, and what the forward pass keeps for the
+        backward pass beyond its inputs and output."""
+        cell = Cell("memory", case, dict(lost))
+        entrants = [(peer, Entrant(peer.name, peer.around)) for peer in peers if peer.name not in lost]
+        inputs = judge = None
+        for peer, entrant in entrants:
+            with self._turn(entrant):
+                if not self._bench.reads_memory:
+                    raise UnsupportedError("memory in use is known of a GPU only")
+                if inputs is None or judge is None:
+                    inputs = make_inputs(case, self._bench.device, self._settings.seed)
+                    judge = Judge(case, inputs, self._settings.seed)
+                self._weigh(entrant, case, peer, inputs, judge)
+            cell.results[entrant.name] = entrant.result
+        return cell
+
+    def _weigh(self, entrant: Entrant, case: Case, peer: Peer, inputs: Inputs, judge: Judge) -> None:
+        Step(case, peer, inputs)  # what a library allocates once is not a call's
+        before = self._bench.allocated()
+        step = Step(case, peer, inputs)
+        kept = self._bench.allocated() - before - step.held_bytes
+        self._check(entrant, step, judge)
+        entrant.result.seconds = estimate(self._bench.clock, step.call)
+        entrant.result.spread = 0.0
+        if case.direction == "backward":
+            entrant.result.extra["kept_bytes"] = max(0, kept)
+
+    def _turn_of(self, kind: str) -> Callable[[Call, float], Turn]:
         s, clock = self._settings, self._bench.clock
         if kind == "burst":
-            return lambda call, per_call: burst(clock, call, per_call, busy=s.burst_s, idle=s.idle_s), s.rounds
-        # Turns follow each other without a rest, so the card is under load for the whole cell.
+            return lambda call, per_call: burst(clock, call, per_call, busy=s.burst_s, idle=s.idle_s)
+        # Turns follow each other without a rest, so the card is under load for the whole visit.
         seconds = s.sustained_s / s.sustained_rounds
-        return lambda call, per_call: sustained(clock, call, per_call, seconds=seconds), s.sustained_rounds
+        return lambda call, per_call: sustained(clock, call, per_call, seconds=seconds)
 
     def _enter(self, case: Case, peers: Sequence[Peer]) -> list[Entrant]:
-        """Build and check every peer; whoever fails has lost the cell already."""
+        """Build every peer and, in a process's first visit to the cell, check it; whoever fails has lost the cell."""
         sets = [make_inputs(case, self._bench.device, self._settings.seed + i) for i in range(self._input_sets(case))]
-        judge = Judge(case, sets[0], self._settings.seed)
         entrants = [Entrant(peer.name, peer.around) for peer in peers]
+        new = {peer.name for peer in peers if (case, peer.name) not in self._checked}
+        judge = Judge(case, sets[0], self._settings.seed) if new else None
         for peer, entrant in zip(peers, entrants, strict=True):
             with self._turn(entrant):
                 steps = [Step(case, peer, inputs) for inputs in sets]
-                self._check(entrant, steps[0], judge)
+                if judge is not None and peer.name in new:
+                    self._check(entrant, steps[0], judge)
+                    self._checked.add((case, peer.name))
                 call = in_rotation([step.call for step in steps])
                 entrant.per_call = estimate(self._bench.clock, call)
                 entrant.call = call
@@ -150,9 +205,16 @@ class Runner:
         """Run once, compare with the oracle, and read the memory that a second run needs beyond its outputs."""
         began = self._bench.clock.now()
         step.poison()
-        entrant.result.error = judge.verdict(step.outputs(step.call()))
+        outputs = step.outputs(step.call())
+        entrant.result.error = judge.verdict(outputs)
         entrant.result.extra["first_call_s"] = self._bench.clock.now() - began
-        if self._bench.device == "cuda":
+        if step.repeatable:
+            again = step.outputs(step.call())
+            if differing := [name for name, x in outputs.items() if not torch.equal(x, again[name])]:
+                raise WrongError(f"{' and '.join(differing)}: not the same bits in two calls, which were promised")
+            del again
+        del outputs
+        if self._bench.reads_memory:
             result, peak = self._bench.peak_memory(step.call)
             own = sum(x.numel() * x.element_size() for x in step.outputs(result).values())
             entrant.result.peak_bytes = max(0, peak - own)
@@ -164,8 +226,8 @@ class Runner:
             return 1
         return min(SETS_MAX, math.ceil(2 * self._bench.l2_bytes / moved) + 1)
 
-    def _take_turns(self, entrants: Sequence[Entrant], turn: Callable[[Call, float], Turn], rounds: int) -> None:
-        for round_ in range(rounds):
+    def _take_turns(self, entrants: Sequence[Entrant], turn: Callable[[Call, float], Turn], rounds: range) -> None:
+        for round_ in rounds:
             first = round_ % max(len(entrants), 1)  # so that nobody always runs behind the same neighbour
             for entrant in (*entrants[first:], *entrants[:first]):
                 if entrant.call is not None and entrant.alive:
@@ -181,8 +243,8 @@ class Runner:
         try:
             with entrant.around():
                 yield
-        except UnsupportedError as why:
-            entrant.lose("unsupported", str(why))
+        except (UnsupportedError, NotImplementedError) as why:
+            entrant.lose("unsupported", one_line(why) if isinstance(why, NotImplementedError) else str(why))
         except WrongError as why:
             entrant.lose("wrong", str(why))
         except Exception as error:
@@ -214,8 +276,8 @@ class Runner:
         result = entrant.result
         if not entrant.alive or not entrant.turns:
             return result
-        result.samples = [sample for turn in entrant.turns for sample in turn.samples]
-        result.seconds, result.spread = summary(result.samples)
+        result.samples = [statistics.median(turn.samples) for turn in entrant.turns]
+        result.seconds, result.spread = scatter(result.samples)
         # The CPU has no queue of its own to fall behind with.
         result.host_bound = self._bench.device != "cpu" and sum(turn.host_bound for turn in entrant.turns) * 2 > len(
             entrant.turns
@@ -224,8 +286,6 @@ class Runner:
             result.tflops = work / result.seconds / 1e12
         if traffic is not None:
             result.tbytes_per_s = traffic / result.seconds / 1e12
-        if kind == "host":  # thousands of single calls: the median and the spread say it
-            result.samples = []
         if kind == "sustained":
             self._read_meter(entrant)
         return result
@@ -248,6 +308,8 @@ class Step:
 
     def __init__(self, case: Case, peer: Peer, inputs: Inputs) -> None:
         self._case, self._peer, self._device = case, peer, inputs.q.device
+        self.repeatable = peer.repeatable
+        self.held_bytes = 0  # of the output that a backward pass starts from
         if case.direction == "forward":
             self.call = peer.build(case, inputs.q, inputs.k, inputs.v)
             return
@@ -257,7 +319,9 @@ class Step:
         if case.direction == "both":
             self.call = lambda: (out := attend(), *torch.autograd.grad(out, leaves, dout))
         else:
+            # The forward pass is made here, once: what is timed is the way back alone, over the graph that is kept.
             out = attend()
+            self.held_bytes = out.numel() * out.element_size()
             self.call = lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
     def outputs(self, result: Any) -> dict[str, Any]:
@@ -271,11 +335,16 @@ class Step:
         return named
 
     def poison(self) -> None:
-        """Leave NaN in freed memory of the output's size, which the allocator hands out next: what a peer doesn't write
-        then shows up as not finite."""
-        case = self._case
-        shape = (case.batch, case.seqlen_q, case.heads, case.head_dim_v)
-        torch.full(shape, math.nan, dtype=getattr(torch, case.dtype), device=self._device)
+        """Leave NaN in freed memory of the outputs' sizes, and of a float32 dQ that is added up, which the allocator hands
+        out next: what a peer doesn't write then shows up as not finite."""
+        case, dtype = self._case, getattr(torch, self._case.dtype)
+        queries, keys = (case.batch, case.seqlen_q, case.heads), (case.batch, case.seqlen_k, case.heads_kv)
+        shapes = [((*queries, case.head_dim_v), dtype)]
+        if case.direction != "forward":
+            gradients = ((*queries, case.head_dim), (*keys, case.head_dim), (*keys, case.head_dim_v))
+            shapes += [*((shape, dtype) for shape in gradients), (gradients[0], torch.float32)]
+        poisoned = [torch.full(shape, math.nan, dtype=kind, device=self._device) for shape, kind in shapes]
+        del poisoned  # all at once, so that no two of them were the same memory
 
 
 def in_rotation(calls: Sequence[Call]) -> Call:

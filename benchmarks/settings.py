@@ -10,16 +10,23 @@ class Settings:
     """How to measure. Times are in seconds; ``limit_s`` is what one peer may use of one cell, with all it compiles.
 
     A burst is ``burst_s`` of work after ``idle_s`` of rest, ``rounds`` times. Sustained load is ``sustained_s`` per
-    peer and cell, in ``sustained_rounds`` turns.
+    peer and cell, in ``sustained_rounds`` turns. The rounds of a cell are spread over ``passes`` visits to it, between
+    which all the other cells are visited: rounds of one visit are seconds apart, and agree better with each other than
+    with a second run.
     """
 
-    rounds: int = 5
+    rounds: int = 6
+    passes: int = 3
     burst_s: float = 0.010
     idle_s: float = 0.050
     sustained_s: float = 2.0
     sustained_rounds: int = 2
     limit_s: float = 120.0
     seed: int = 0
+
+    def rounds_of(self, kind: str) -> int:
+        """The rounds that a cell takes in all its visits; kinds that a repetition teaches nothing take one."""
+        return {"burst": self.rounds, "host": self.rounds, "sustained": self.sustained_rounds}.get(kind, 1)
 
 
 @dataclass(frozen=True)

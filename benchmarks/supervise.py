@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,15 +65,18 @@ class Supervisor:
             raise WorkerError(f"the measuring process didn't start: {answer.reason}")
         self.about = self.about or answer
 
-    def cell(self, kind: str, case: Case) -> Cell:
-        """Measure one cell. A peer that hangs or takes the process down has lost it; the rest start over."""
-        lost: dict[str, Measurement] = {}
+    def cell(
+        self, kind: str, case: Case, rounds: range = range(1), lost: Mapping[str, Measurement] | None = None
+    ) -> Cell:
+        """One visit to a cell, for some of its rounds, without those who lost it in an earlier one. A peer that hangs or
+        takes the process down has lost it; the rest start over."""
+        lost = dict(lost or {})
         while True:
             try:
                 self.start()
             except WorkerError as error:
                 return Cell(kind, case, lost, note=str(error))
-            answer = self._ask((kind, case, lost))
+            answer = self._ask((kind, case, lost, rounds))
             if isinstance(answer, Cell):
                 return answer
             self.stop()
@@ -81,7 +84,7 @@ class Supervisor:
                 return Cell(kind, case, lost, note=answer.reason)
             lost[answer.peer] = Measurement(answer.status, answer.reason)
 
-    def _ask(self, job: tuple[str, Case, dict[str, Measurement]] | None) -> Any:
+    def _ask(self, job: tuple | None) -> Any:
         """Send a job, or ``None`` for the end, and wait for the answer."""
         try:
             self._connection.send(job)

@@ -179,6 +179,15 @@ def host_side(clock: Clock, call: Call, *, calls: int, queue: int = 50) -> Turn:
     return Turn(tuple(samples), began, clock.now())
 
 
+def scatter(rounds: Sequence[float]) -> tuple[float, float]:
+    """``(median, spread)`` of a few rounds; the spread is half of their whole range as a fraction of the median.
+
+    With a handful of rounds a quartile is one of them, and leaves out just the visit in which the card was another.
+    """
+    median = statistics.median(rounds)
+    return median, (max(rounds) - min(rounds)) / 2 / median if median else 0.0
+
+
 def summary(samples: Sequence[float]) -> tuple[float, float]:
     """``(median, spread)``; the spread is half the interquartile range as a fraction of the median."""
     median = statistics.median(samples)

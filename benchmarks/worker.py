@@ -2,7 +2,8 @@
 
 Messages to the supervisor are tuples: ``("about", dict)`` once; ``("turn", peer or None)`` before and after whatever
 belongs to a peer; then ``("cell", Cell)``, or ``("lost", peer, reason)`` when a peer has left the device unusable,
-after which this process ends. Jobs are ``(kind, case, lost)``; ``None`` asks for ``("state", dict)`` and the end.
+after which this process ends. Jobs are ``(kind, case, lost, rounds)``, one visit to a cell each; ``None`` asks for
+``("state", dict)`` and the end.
 """
 
 from __future__ import annotations
@@ -48,15 +49,17 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
     connection.send(("about", about))
     runner = Runner(bench, settings, notify)
     while (job := connection.recv()) is not None:
-        kind, case, lost = job
-        peers = teams[kind][0]
+        kind, case, lost, rounds = job
+        peers = [peer for peer in teams[kind][0] if case.direction in peer.directions]
         try:
             if kind == "host":
-                cell = runner.host(case, peers, lost)
+                cell = runner.host(case, peers, lost, rounds)
+            elif kind == "memory":
+                cell = runner.memory(case, peers, lost)
             elif kind == "first":
                 cell = first_calls(case, peers, lost, settings.limit_s, crew.modules, notify)
             else:
-                cell = runner.rates(kind, case, peers, lost)
+                cell = runner.rates(kind, case, peers, lost, rounds)
         except DeviceLostError as error:
             connection.send(("lost", error.peer, str(error)))
             return

@@ -57,7 +57,7 @@ def right(case, q, k, v):
     return eager(case, q, k, v, torch.arange(case.seqlen_q)).transpose(1, 2)
 
 
-def timed_peer(name, clock, seconds, result=right, host=0.0):
+def timed_peer(name, clock, seconds, result=right, host=0.0, **more):
     """A peer that is right (unless ``result`` isn't) and takes ``seconds`` of a fake clock."""
 
     def build(case, q, k, v):
@@ -69,7 +69,7 @@ def timed_peer(name, clock, seconds, result=right, host=0.0):
 
         return call
 
-    return Peer(name, "a fake", build, "torch:Tensor")
+    return Peer(name, "a fake", build, "torch:Tensor", **more)
 
 
 def wrong(case, q, k, v):
@@ -112,7 +112,7 @@ def scripted_worker(connection, crew, settings):
     """Answers like ``benchmarks.worker``; its peer "bad" hangs at batch 2, crashes at 3, loses the device at 4."""
     connection.send(("about", {"card": {"device": "cpu"}, "pid": os.getpid()}))
     while (job := connection.recv()) is not None:
-        kind, case, lost = job
+        kind, case, lost, rounds = job
         results = dict(lost)
         for name in ("good", "bad"):
             if name in lost:
@@ -126,7 +126,7 @@ def scripted_worker(connection, crew, settings):
                 connection.send(("lost", name, "an illegal address"))
                 return
             connection.send(("turn", None))
-            results[name] = Measurement(seconds=1e-3)
+            results[name] = Measurement(seconds=1e-3, samples=[1e-3] * len(rounds))
         connection.send(("cell", Cell(kind, case, results)))
     connection.send(("state", {"sm_mhz": 1000.0, "watts": 100.0}))
 
@@ -138,8 +138,8 @@ def worker_that_cannot_start(connection, crew, settings):
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def measured(seconds, tflops=None, spread=0.01, **more):
-    return Measurement(seconds=seconds, spread=spread, samples=[seconds], tflops=tflops, **more)
+def measured(seconds, tflops=None, spread=0.01, visits=3, **more):
+    return Measurement(seconds=seconds, spread=spread, samples=[seconds], tflops=tflops, visits=visits, **more)
 
 
 def record_of(*cells, **about):

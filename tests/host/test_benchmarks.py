@@ -3,17 +3,22 @@
 import csv
 import io
 import json
+import os
+import time
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from benchmarks import anchors, compare, report
+from benchmarks import ahead, anchors, compare, documents, report
 from benchmarks.__main__ import main
-from benchmarks.cases import GRIDS, Case, Grid, length, short
+from benchmarks.cases import GRIDS, Case, Grid, length, short, single_cases
 from benchmarks.flops import bytes_moved, flops, pairs
 from benchmarks.peers import REGISTRY, Peer, choose
 from benchmarks.results import Cell, Measurement, Record
+from benchmarks.schedule import Schedule
+from benchmarks.settings import Settings
+from benchmarks.timing import scatter
 from tests.host import benchmarks_fakes as fakes
 
 BIG = Case(batch=2, seqlen_q=8192, seqlen_k=8192, heads=16, heads_kv=16, head_dim=128, head_dim_v=128)
@@ -22,14 +27,25 @@ BIG = Case(batch=2, seqlen_q=8192, seqlen_k=8192, heads=16, heads_kv=16, head_di
 # --- cases -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_grid_is_the_forward_half_of_the_table():
+def test_the_default_grid():
     cases = GRIDS["full"].cases()
-    assert len(cases) == len(set(cases)) == 3 * 2 * 5
+    assert len(cases) == len(set(cases)) == 2 * 3 * 2 * 5
     assert {case.head_dim for case in cases} == {64, 128, 256}
+    assert {case.seqlen_q for case in cases} == {512, 1024, 2048, 8192, 16384}
+    assert [case.direction for case in cases] == ["forward"] * 30 + ["backward"] * 30
     for case in cases:
         assert case.batch * case.seqlen_q == 16384
         assert case.heads * case.head_dim == 2048
-        assert case.direction == "forward"
+
+
+def test_the_cases_that_are_no_grid():
+    (short_one, long_one) = single_cases("memory", ("backward",))
+    assert (short_one.seqlen_q, long_one.seqlen_q) == (16384, 65536)
+    assert {case.direction for case in (short_one, long_one)} == {"backward"}
+    assert long_one.batch == 1
+    assert [case.direction for case in single_cases("host", ("forward",))] == ["forward"]
+    assert [case.direction for case in single_cases("host", ("backward",))] == ["forward", "both"]
+    assert [case.direction for case in single_cases("first", ("forward", "backward"))] == ["forward"]
 
 
 def test_every_label_of_a_grid_is_different():
@@ -83,7 +99,7 @@ def test_an_impossible_case_says_why(change, words):
 
 
 def test_a_grid_keeps_tokens_and_width_where_axes_change():
-    (case,) = Grid(head_dims=(96,), causal=(True,), seqlens=(4096,), gqa=3).cases()
+    (case,) = Grid(head_dims=(96,), causal=(True,), seqlens=(4096,), directions=("forward",), gqa=3).cases()
     assert (case.batch, case.heads, case.heads_kv) == (4, 21, 7)
 
 
@@ -161,9 +177,9 @@ def test_peers_take_part_where_they_belong():
 # --- result files ----------------------------------------------------------------------------------------------------
 
 
-def some_record():
+def some_record(directions=("forward",)):
     cells = []
-    for case in GRIDS["full"].cases():
+    for case in replace(GRIDS["full"], directions=directions).cases():
         results = {
             "torch_cudnn": fakes.measured(1e-3, 500.0, error=0.002, peak_bytes=2**20),
             "ours_tma_wgmma": fakes.measured(1e-3, 550.0, error=0.002, peak_bytes=0),
@@ -217,6 +233,159 @@ def test_a_case_is_memory_bound_where_bytes_take_longer():
     assert not Cell("burst", decode, {}, ceiling, None).memory_bound
 
 
+# --- visits ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_spread_of_a_few_rounds_is_half_their_range():
+    assert scatter([3.0, 2.0, 2.0, 1.0]) == (2.0, 0.5)
+    assert scatter([7.0]) == (7.0, 0.0)
+
+
+def test_two_visits_join_into_one_figure():
+    first = Measurement(
+        seconds=1.0, spread=0.0, samples=[1.0, 1.0], tflops=10.0, error=0.1, peak_bytes=7, sm_mhz=1900.0
+    )
+    first.extra["first_call_s"] = 5.0
+    later = Measurement(seconds=1.2, spread=0.0, samples=[1.2, 1.2], tflops=10 / 1.2, sm_mhz=1700.0)
+    both = first.joined(later)
+    assert both.samples == [1.0, 1.0, 1.2, 1.2]
+    assert both.seconds == pytest.approx(1.1)
+    assert both.spread == pytest.approx(0.1 / 1.1)  # the drift between the visits, which neither of them saw
+    assert both.tflops == pytest.approx(10 / 1.1)
+    assert (both.error, both.peak_bytes, both.sm_mhz, both.visits) == (0.1, 7, 1800.0, 2)
+    assert both.extra == {"first_call_s": 5.0}
+    third = both.joined(Measurement(seconds=1.0, samples=[1.0], sm_mhz=1500.0))
+    assert (third.sm_mhz, third.visits) == (1700.0, 3)
+
+
+def test_who_fails_in_one_visit_has_no_figure():
+    good, bad = Measurement(seconds=1.0, samples=[1.0]), Measurement("wrong", "dq is off")
+    assert good.joined(bad).status == "wrong"
+    assert bad.joined(good) is bad
+
+
+def test_a_record_joins_visits_to_the_same_cell():
+    record = Record()
+    record.add(Cell("burst", BIG, {"a": fakes.measured(1.0), "b": Measurement("failed", "x")}, fakes.measured(1.0)))
+    record.add(Cell("host", BIG, {"a": fakes.measured(1.0)}))
+    record.add(Cell("burst", BIG, {"a": fakes.measured(3.0), "b": Measurement("failed", "x")}, None, 4.0))
+    burst, host = record.cells
+    assert burst.results["a"].seconds == 2.0
+    assert (burst.ceiling.seconds, burst.copy_tbytes_per_s) == (1.0, 4.0)
+    assert host.results["a"].seconds == 1.0
+    assert list(record.lost("burst", BIG)) == ["b"]
+    assert record.lost("sustained", BIG) == {}
+
+
+JOBS = [("burst", BIG), ("burst", replace(BIG, direction="backward")), ("sustained", BIG), ("first", BIG)]
+
+
+def visits(clock, seconds_per_round, budget=None, setup=0.0, **settings):
+    """A schedule's visits as (pass, kind, rounds), with work that takes its time on a fake clock."""
+    schedule = Schedule(JOBS, Settings(**settings), budget, now=clock.now)
+    found = []
+    for number, kind, _, rounds in schedule:
+        found.append((number, kind, list(rounds)))
+        clock.sleep(setup * (number == 0) + seconds_per_round * len(rounds))
+    return found, schedule
+
+
+def test_rounds_are_spread_over_passes_through_all_cells():
+    found, schedule = visits(fakes.FakeClock(), 1.0, rounds=5, passes=3)
+    assert found == [
+        (0, "burst", [0, 1]),
+        (0, "burst", [0, 1]),
+        (0, "sustained", [0]),
+        (0, "first", [0]),
+        (1, "burst", [2, 3]),
+        (1, "burst", [2, 3]),
+        (1, "sustained", [1]),
+        (2, "burst", [4]),
+        (2, "burst", [4]),
+    ]
+    assert schedule.complete
+    assert len(schedule) == len(found)
+
+
+def test_fewer_rounds_than_passes():
+    found, schedule = visits(fakes.FakeClock(), 1.0, rounds=1, passes=3)
+    kinds = ["burst", "burst", "sustained", "first"]
+    assert [(number, kind) for number, kind, _ in found] == [*((0, kind) for kind in kinds), (1, "sustained")]
+    assert len(schedule) == len(found)
+
+
+def test_a_budget_gives_every_cell_a_figure_first_and_then_what_there_is_time_for():
+    wide, schedule = visits(fakes.FakeClock(), 1.0, budget=1000.0, rounds=6, passes=3)
+    assert [rounds for _, kind, rounds in wide if kind == "burst"][::2] == [[0], [1, 2, 3], [4, 5]]
+    assert schedule.complete
+
+    narrow, schedule = visits(fakes.FakeClock(), 1.0, budget=9.5, rounds=6, passes=3)
+    assert [rounds for _, kind, rounds in narrow if kind == "burst"][::2] == [[0], [1], [2]]
+    assert schedule.complete
+
+    clock = fakes.FakeClock()
+    spent, schedule = visits(clock, 1.0, budget=5.5, rounds=6, passes=3)
+    assert [number for number, _, _ in spent] == [0, 0, 0, 0, 1, 1]
+    assert schedule.complete  # every cell has a figure, some of more visits than others
+    assert clock.now() <= 5.5 + 1.0  # over by the last visit at most
+
+    cut, schedule = visits(fakes.FakeClock(), 1.0, budget=2.5, rounds=6, passes=3)
+    assert len(cut) == 3
+    assert not schedule.complete
+
+
+def test_a_budget_counts_from_the_start_of_the_command():
+    clock = fakes.FakeClock()
+    clock.sleep(100.0)
+    assert list(Schedule(JOBS, Settings(), 50.0, began=0.0, now=clock.now)) == []
+
+
+# --- compiling ahead -------------------------------------------------------------------------------------------------
+
+
+def test_each_kernel_is_compiled_once_ahead():
+    cases = [*replace(GRIDS["full"], head_dims=(128,)).cases(), replace(BIG, window=(5, 5)), replace(BIG, window=(9, 5))]
+    work = ahead.tasks(["ours_tma_wgmma", "ours_deterministic", "torch_cudnn"], cases)
+    ours = [case for name, case in work if name == "ours_tma_wgmma"]
+    assert len(ours) == 2 * 2 + 1  # full and causal, forward and backward; any window is the same kernel
+    assert {case.seqlen_q for case in ours if case.window is None} == {512}  # the shortest
+    assert {(name, case.direction) for name, case in work if name == "ours_deterministic"} == {
+        ("ours_deterministic", "backward")
+    }
+    assert "torch_cudnn" not in {name for name, _ in work}
+    assert len(ahead.tasks(["torch_flex"], cases)) == len(cases)
+
+
+def slow_or_faulty(name, case, modules):
+    if name == "dies":
+        os._exit(3)
+    if name == "fails":
+        raise RuntimeError("no such kernel")
+    if name == "hangs":
+        time.sleep(600)
+    return 0.5
+
+
+def test_what_fails_ahead_fails_quietly():
+    lines = []
+    work = [("good", BIG), ("fails", BIG)]
+    ahead.compile_ahead(work, 1, (), 60.0, lines.append, slow_or_faulty)
+    assert sorted(lines) == [f"fails, {BIG.label}: no such kernel", f"good, {BIG.label}: 0.5 s"]
+
+
+@pytest.mark.parametrize(("name", "words"), [("dies", "its process died"), ("hangs", "not done after 3 s")])
+def test_a_process_that_is_lost_ahead_ends_the_compiling_only(name, words):
+    lines = []
+    began = time.monotonic()
+    ahead.compile_ahead([(name, BIG)], 1, (), 3.0 if name == "hangs" else 60.0, lines.append, slow_or_faulty)
+    assert time.monotonic() - began < 30
+    assert words in lines[-1]
+
+
+def test_a_real_first_call_ahead():
+    assert ahead.first_call_of("torch_math", replace(fakes.CASE, direction="backward"), ()) > 0
+
+
 # --- comparison ------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +401,8 @@ def two_runs(old, new, kind="burst"):
         (fakes.measured(1.00), fakes.measured(0.97), "faster"),
         (fakes.measured(1.00, spread=0.2), fakes.measured(1.10), "same"),
         (fakes.measured(1.00, spread=0.0), fakes.measured(1.008, spread=0.0), "same"),  # the floor
+        (fakes.measured(1.00, visits=1), fakes.measured(1.035), "same"),  # rounds of one visit know of no drift
+        (fakes.measured(1.00, visits=1), fakes.measured(1.045, visits=1), "slower"),
         (fakes.measured(1.00), Measurement("wrong", "out is off"), "broken"),
         (Measurement("failed", "x"), fakes.measured(1.0), "mended"),
         (Measurement("failed", "x"), Measurement("timeout", "y"), "same"),
@@ -242,6 +413,40 @@ def two_runs(old, new, kind="burst"):
 def test_what_counts_as_a_change(old, new, verdict):
     (change,) = compare.compare(*two_runs(old, new))
     assert change.verdict == verdict
+
+
+def test_a_figure_whose_rounds_happen_to_agree_is_not_held_to_them():
+    def run(seconds):
+        results = {f"p{i}": fakes.measured(1.0, spread=0.02) for i in range(9)}
+        return fakes.record_of(Cell("burst", BIG, {**results, "ours": fakes.measured(seconds, spread=0.0)}))
+
+    def verdict(seconds):
+        changes = compare.compare(run(1.0), run(seconds))
+        return next(change.verdict for change in changes if change.peer == "ours")
+
+    assert verdict(1.035) == "same"
+    assert verdict(1.045) == "slower"
+
+
+@pytest.mark.parametrize(("now", "verdict"), [(100, "same"), (120, "more"), (80, "less")])
+def test_memory_is_compared_in_bytes(now, verdict):
+    (change,) = compare.compare(*two_runs(
+        fakes.measured(1.0, peak_bytes=100), fakes.measured(5.0, peak_bytes=now), "memory"
+    ))  # fmt: skip
+    assert change.verdict == verdict
+
+
+def test_the_agreement_of_two_runs():
+    old, new = some_record(("forward", "backward")), some_record(("forward", "backward"))
+    for i, cell in enumerate(new.cells):
+        cell.results["ours_tma_wgmma"].seconds *= 1.015 if i else 1.1
+    found = compare.agreement(compare.compare(old, new))
+    assert (found.figures, found.within, found.same) == (120, 119, 119)
+    assert found.largest == pytest.approx(0.1)
+    assert found.ours == pytest.approx(1.015, rel=2e-3)
+    assert found.others == pytest.approx(1.0)
+    text = documents.agreement(old, new)
+    assert "| 120 | 119 | 119 | 10.0% | +1.6% | +0.0% |" in text
 
 
 def test_cells_of_different_kinds_are_not_compared():
@@ -278,8 +483,8 @@ def test_anchors_are_rescaled_by_a_peer_in_both(tmp_path):
         Cell("burst", BIG, {"torch_cudnn": fakes.measured(1e-3, 570.0), "ours_tma_wgmma": fakes.measured(1e-3, 690.0)})
     )
     found = anchors.load(anchor_file(tmp_path)).rescaled_to(record)
-    assert (found.scaled_by, found.common) == ("torch_cudnn", 1)
-    assert found.factor == pytest.approx(0.95)
+    assert list(found.scales) == ["forward"]
+    assert found.scales["forward"] == anchors.Scale("torch_cudnn", pytest.approx(0.95), 1)
     assert found.rates[BIG]["fa3"] == pytest.approx(665)
     assert found.rates[BIG]["fa4"] == pytest.approx(617.5)
     assert report.ratio(record.cells[0]) == pytest.approx(690 / 570)
@@ -287,14 +492,31 @@ def test_anchors_are_rescaled_by_a_peer_in_both(tmp_path):
     text = shown(record, found)
     assert "665 ±" not in text
     assert "690 ±1.0% ★" in text
-    assert "recorded on A Card, long ago; rescaled × 0.950" in text
+    assert "recorded on A Card, long ago; forward rescaled × 0.950" in text
     assert "torch_cudnn over 1 cells" in text
 
 
 def test_anchors_without_a_common_peer_say_so(tmp_path):
-    found = anchors.load(anchor_file(tmp_path)).rescaled_to(fakes.record_of())
-    assert found.factor == 1
+    loaded = anchors.load(anchor_file(tmp_path))
+    found = loaded.rescaled_to(fakes.record_of())
+    assert found.rates == loaded.rates
     assert "not rescaled" in found.describe()
+
+
+def test_anchors_of_the_backward_pass_have_a_scale_of_their_own(tmp_path):
+    cell = {"mode": "bwd", "head_dim": 128, "heads": 16, "heads_kv": 16, "batch": 2, "seqlen": 8192, "causal": False}
+    cells = [{**cell, "mode": mode, "tflops": {"torch_cudnn": 500.0, "fa3": 600.0}} for mode in ("fwd", "bwd")]
+    backward = replace(BIG, direction="backward")
+    rates = {BIG: 450.0, backward: 600.0}
+    record = fakes.record_of(
+        *(Cell("burst", case, {"torch_cudnn": fakes.measured(1e-3, rate)}) for case, rate in rates.items())
+    )
+    found = anchors.load(anchor_file(tmp_path, cells=cells)).rescaled_to(record)
+    assert found.rates[BIG]["fa3"] == pytest.approx(540)
+    assert found.rates[backward]["fa3"] == pytest.approx(720)
+    text = shown(record, found)
+    assert "backward rescaled × 1.200" in text
+    assert "720" in next(line for line in text.split("backward, bursts")[1].splitlines() if "d128 full 8k" in line)
 
 
 def test_a_file_that_holds_no_anchors_says_what_is_needed(tmp_path):
@@ -325,6 +547,57 @@ def test_the_table_marks_the_best_and_gives_ratios():
     assert "1.100" in next(line for line in text.splitlines() if "geometric mean" in line)
     assert "fa3 wrong: out is off" in text
     assert text.count("torch_flash2: no window") == 1  # once, not once per cell
+
+
+def backward_record():
+    cells = []
+    for case in replace(GRIDS["full"], head_dims=(64, 128), directions=("backward",)).cases():
+        rates = {"ours_tma_wgmma": 600.0, "ours_deterministic": 540.0, "torch_cudnn": 500.0, "torch_flash2": 280.0}
+        rates["ours_cp_async"] = 308.0 if case.seqlen_q != 512 else 252.0
+        cells.append(Cell("burst", case, {name: fakes.measured(1e-3, rate) for name, rate in rates.items()}))
+    return fakes.record_of(*cells)
+
+
+def test_the_backward_table_gives_each_pair_its_mean_and_its_lowest():
+    text = shown(backward_record())
+    assert "backward, bursts" in text
+    assert "± is half the range of 1 rounds in 3 visits" in text
+    assert "ours ÷ cuDNN: 1.200 in the geometric mean, 1.200 at the lowest (d64 full 512)" in text
+    assert "cp_async ÷ FlashAttention-2: 1.057 in the geometric mean, 0.900 at the lowest (d64 full 512)" in text
+    assert "deterministic ÷ default: 0.900 in" in text
+    assert "default, cp_async" not in text  # it took no part
+
+
+def test_the_figures_of_the_backward_pass():
+    text = documents.every_rate(backward_record(), direction="backward")
+    heading, _, first, *_, means = text.splitlines()
+    assert heading.endswith(
+        "| torch_flash2 | ours ÷ cuDNN | cp_async ÷ FlashAttention-2 | deterministic ÷ default | ours ÷ best peer |"
+    )
+    assert first == "| d64 full 512 | **600** | 540 | 252 | 500 | 280 | 1.20 | 0.90 | 0.90 | 1.20 |"
+    assert means.startswith("| geometric mean | 600 | 540 |")
+    assert documents.overview(backward_record(), direction="backward").splitlines()[2].startswith("| d64 full | 600 (1.20) |")
+
+
+def test_a_peer_without_a_figure_leaves_its_place_empty():
+    record = backward_record()
+    record.cells[0].results["torch_cudnn"] = Measurement("failed", "x")
+    lines = documents.every_rate(record, direction="backward").splitlines()
+    assert lines[2] == "| d64 full 512 | **600** | 540 | 252 |  | 280 |  | 0.90 | 0.90 | 2.14 |"
+    assert lines[-1].split("|")[5].strip() == ""  # no mean over other rows
+
+
+def test_memory_is_shown_in_mib():
+    def cell(direction, **extra):
+        m = fakes.measured(1e-3, peak_bytes=516 * 2**20, extra=extra)
+        case = replace(BIG, batch=1, seqlen_q=65536, seqlen_k=65536, direction=direction)
+        return Cell("memory", case, {"ours_tma_wgmma": m, "fa3": Measurement("failed", "no")})
+
+    record = fakes.record_of(cell("forward"), cell("backward", kept_bytes=4 * 2**20))
+    text = shown(record)
+    assert "516.0 (+ 4.0)" in text
+    assert "| ours_tma_wgmma | 516 | 516 (+ 4) |" in documents.memory(record)
+    assert report.cell_line(record.cells[0]) == "memory: forward d128 full 64k: ours_tma_wgmma 516.0 MiB, fa3 failed"
 
 
 def test_the_sustained_table_gives_utilization_at_the_clock():

@@ -19,7 +19,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 def record(kind="burst"):
     cells = []
     for i, case in enumerate(GRIDS["full"].cases()):
+        i %= 30
         rates = {"torch_cudnn": 500 + 5 * i, "torch_flash2": 300, "ours_tma_wgmma": 480 + 7 * i, "mine": 200}
+        if case.direction == "backward":
+            rates["ours_deterministic"] = 400 + 7 * i
         results = {name: fakes.measured(1e-3, float(rate)) for name, rate in rates.items()}
         cells.append(Cell(kind, case, results, fakes.measured(1e-3, 780.0)))
     return fakes.record_of(*cells)
@@ -32,12 +35,13 @@ def words(path):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plots")
-    anchors = Anchors("recorded", {case: {"fa3": 600.0} for case in GRIDS["full"].cases()}, "torch_cudnn", 1.0, 30)
+    anchors = Anchors("recorded", {case: {"fa3": 600.0} for case in GRIDS["full"].cases()})
     return {path.name: path for path in plot(record(), folder, anchors)}
 
 
-def test_svg_and_png_of_both_pictures(drawn):
-    assert set(drawn) == {f"{what}-forward-burst.{suffix}" for what in ("rates", "ratios") for suffix in ("svg", "png")}
+def test_svg_and_png_of_both_pictures_of_both_directions(drawn):
+    names = [f"{what}-{direction}-burst" for what in ("rates", "ratios") for direction in ("forward", "backward")]
+    assert set(drawn) == {f"{name}.{suffix}" for name in names for suffix in ("svg", "png")}
     for name, path in drawn.items():
         if name.endswith(".png"):
             assert path.read_bytes().startswith(PNG)
@@ -50,12 +54,17 @@ def test_the_rates_name_panels_peers_lengths_and_the_ceiling(drawn):
     for label in (*panels, *peers, "512", "1k", "2k", "8k", "16k", "TFLOP/s", "sequence length"):
         assert label in text, label
     assert any("A Card: forward" in word for word in text)
+    assert "ours_deterministic" not in text
+    text = words(drawn["rates-backward-burst.svg"])
+    assert "ours_deterministic" in text
+    assert any("A Card: backward" in word for word in text)
 
 
-def test_the_ratios_have_a_bar_per_case(drawn):
-    text = words(drawn["ratios-forward-burst.svg"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_ratios_have_a_bar_per_case(drawn, direction):
+    text = words(drawn[f"ratios-{direction}-burst.svg"])
     for case in GRIDS["full"].cases():
-        assert case.label.removeprefix("forward ") in text
+        assert case.label.split(" ", 1)[1] in text
     assert "0.80" in text  # 480 of the recorded 600
 
 

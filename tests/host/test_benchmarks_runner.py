@@ -14,7 +14,8 @@ from benchmarks.runner import Bench, DeviceLostError, Runner, Step
 from benchmarks.settings import Settings
 from tests.host import benchmarks_fakes as fakes
 
-SETTINGS = Settings(rounds=4, limit_s=60.0)
+SETTINGS = Settings(limit_s=60.0)
+ROUNDS = range(4)
 
 
 class FakeBench(Bench):
@@ -34,9 +35,9 @@ def clock():
     return fakes.FakeClock()
 
 
-def rates(clock, *peers, kind="burst", case=fakes.CASE, settings=SETTINGS, lost=None, **bench):
+def rates(clock, *peers, kind="burst", case=fakes.CASE, settings=SETTINGS, lost=None, rounds=ROUNDS, **bench):
     runner = Runner(FakeBench(clock, **bench), settings)
-    return runner.rates(kind, case, peers, lost or {})
+    return runner.rates(kind, case, peers, lost or {}, rounds)
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------
@@ -205,6 +206,176 @@ def test_peers_say_what_they_do_not_compute():
         assert words in cell.results["torch_math"].reason
 
 
+class CountingBench(FakeBench):
+    """A device whose allocator counts: each fake peer says what it takes."""
+
+    in_use = 0
+
+    @property
+    def reads_memory(self):
+        return True
+
+    def allocated(self):
+        return self.in_use
+
+    def peak_memory(self, call):
+        before = self.in_use
+        result = call()
+        peak, self.in_use = self.in_use, before
+        return result, peak - before
+
+
+# --- the backward pass -----------------------------------------------------------------------------------------------
+
+BACKWARD = replace(fakes.CASE, direction="backward")
+
+
+def with_backward(name, clock, forward_s=0.0, backward_s=0.0, spoil=None, **more):
+    """A right peer whose two passes take their time on a fake clock; ``spoil(gradient, call number)`` makes it wrong."""
+    calls = [0]
+
+    class Timed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, out):
+            clock.work(forward_s)
+            return out.clone()
+
+        @staticmethod
+        def backward(ctx, dout):
+            clock.work(backward_s)
+            calls[0] += 1
+            return dout if spoil is None else spoil(dout, calls[0])
+
+    def build(case, q, k, v):
+        return lambda: Timed.apply(fakes.right(case, q, k, v))
+
+    return Peer(name, "a fake", build, "torch:Tensor", **more)
+
+
+def test_the_backward_pass_is_timed_without_the_forward_pass(clock):
+    peer = with_backward("ours_fake", clock, forward_s=5e-3, backward_s=1e-3)
+    cell = rates(clock, peer, case=BACKWARD)
+    assert cell.results["ours_fake"].seconds == pytest.approx(1e-3)
+    assert cell.results["ours_fake"].tflops == pytest.approx(2.5 * 4 * 2 * 2 * 16 * 16 * 8 / 1e-3 / 1e12)
+    both = rates(clock, peer, case=replace(fakes.CASE, direction="both"))
+    assert both.results["ours_fake"].seconds == pytest.approx(6e-3)
+    assert both.results["ours_fake"].tflops == pytest.approx(3.5 * 4 * 2 * 2 * 16 * 16 * 8 / 6e-3 / 1e12)
+
+
+def test_wrong_gradients_are_found_before_they_are_timed(clock):
+    cell = rates(clock, with_backward("bad", clock, spoil=lambda dout, _: dout * 1.5), case=BACKWARD)
+    assert cell.results["bad"].status == "wrong"
+    assert "is off by up to" in cell.results["bad"].reason
+    assert not cell.results["bad"].samples
+
+
+def test_what_promises_the_same_bits_is_held_to_it(clock):
+    def drift(dout, number):
+        return dout * (1 + 1e-7 * (number % 2))
+
+    cell = rates(
+        clock,
+        with_backward("promises", clock, 0.0, 1e-3, drift, repeatable=True),
+        with_backward("does_not", clock, 0.0, 1e-3, drift),
+        with_backward("keeps", clock, 0.0, 1e-3, repeatable=True),
+        case=BACKWARD,
+    )
+    assert cell.results["promises"].status == "wrong"
+    assert "dq and dk and dv: not the same bits in two calls" in cell.results["promises"].reason
+    assert cell.results["does_not"].ok
+    assert cell.results["keeps"].ok
+
+
+def test_without_a_backward_pass_a_peer_is_unsupported(clock):
+    def build(case, q, k, v):
+        raise NotImplementedError("no backward yet")
+
+    cell = rates(clock, Peer("young", "a fake", build, "torch:Tensor"), case=BACKWARD)
+    assert cell.results["young"].status == "unsupported"
+    assert "no backward yet" in cell.results["young"].reason
+
+
+def test_deterministic_peers_take_part_in_backward_cases_only():
+    for name in ("ours_deterministic", "ours_cp_async_deterministic"):
+        assert REGISTRY[name].directions == ("backward",)
+        assert REGISTRY[name].repeatable
+
+
+def test_dout_is_random():
+    inputs = make_inputs(BACKWARD, "cpu", 0)
+    assert inputs.dout.std() == pytest.approx(1.0, abs=0.2)
+    assert make_inputs(fakes.CASE, "cpu", 0).dout is None
+
+
+def test_a_later_visit_checks_nothing_anew(clock):
+    results = []
+
+    def once_right(case, q, k, v):
+        results.append(None)
+        return fakes.right(case, q, k, v) if len(results) == 1 else fakes.wrong(case, q, k, v)
+
+    runner = Runner(FakeBench(clock), SETTINGS)
+    peer = fakes.timed_peer("once", clock, 1e-3, once_right)
+    first = runner.rates("burst", fakes.CASE, [peer], {}, range(2))
+    later = runner.rates("burst", fakes.CASE, [peer], {}, range(2, 4))
+    assert first.results["once"].error < 1e-5
+    assert later.results["once"].error is None
+    joined = first.joined(later).results["once"]
+    assert (len(joined.samples), joined.visits) == (4, 2)
+    assert joined.error < 1e-5
+
+
+def test_a_drift_between_visits_shows_in_the_spread(clock):
+    speed = [1e-3]
+
+    def build(case, q, k, v):
+        answer = fakes.right(case, q, k, v)
+        return lambda: (clock.work(speed[0]), answer)[1]
+
+    runner, peer = Runner(FakeBench(clock), SETTINGS), Peer("warm", "a fake", build, "torch:Tensor")
+    cells = []
+    for visit in range(3):
+        cells.append(runner.rates("burst", fakes.CASE, [peer], {}, range(2 * visit, 2 * visit + 2)))
+        speed[0] *= 1.02
+    assert all(cell.results["warm"].spread == pytest.approx(0, abs=1e-9) for cell in cells)
+    spread = cells[0].joined(cells[1]).joined(cells[2]).results["warm"].spread
+    assert spread == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_memory_cell_weighs_each_peer(clock):
+    bench = CountingBench(clock)
+    out_bytes = fakes.CASE.batch * fakes.CASE.seqlen_q * fakes.CASE.heads * fakes.CASE.head_dim_v * 4
+
+    def holds(kept, peak):
+        """Keeps ``kept`` bytes beyond its output for the backward pass, which needs ``peak`` beyond the gradients."""
+
+        class Held(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, out):
+                bench.in_use += out_bytes + kept
+                return out.clone()
+
+            @staticmethod
+            def backward(ctx, dout):
+                bench.in_use += 3 * out_bytes + peak
+                return dout
+
+        return lambda case, q, k, v: lambda: Held.apply(fakes.right(case, q, k, v))
+
+    peers = [Peer(name, "", holds(*what), "") for name, what in {"ours": (64, 512), "lean": (64, 0)}.items()]
+    cell = Runner(bench, SETTINGS).memory(BACKWARD, [*peers, fakes.timed_peer("bad", clock, 0, fakes.failing)], {})
+    assert (cell.results["ours"].peak_bytes, cell.results["ours"].extra["kept_bytes"]) == (512, 64)
+    assert cell.results["lean"].peak_bytes == 0
+    assert cell.results["lean"].ok
+    assert cell.results["bad"].status == "failed"
+
+
+def test_memory_is_not_read_on_the_cpu(clock):
+    huge = replace(fakes.CASE, seqlen_q=2**30, seqlen_k=2**30)  # its inputs alone would not fit
+    cell = Runner(FakeBench(clock), SETTINGS).memory(huge, [fakes.timed_peer("good", clock, 1e-3)], {})
+    assert cell.results["good"].status == "unsupported"
+
+
 # --- one cell --------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +387,7 @@ def test_rates_come_from_the_clock_and_the_counts(clock):
     assert quick.tflops == pytest.approx(4 * 2 * 2 * 16 * 16 * 8 / 1e-3 / 1e12)
     assert quick.tbytes_per_s == pytest.approx(bytes_moved(fakes.CASE) / 1e-3 / 1e12)
     assert slow.seconds == pytest.approx(4e-3)
-    assert len(quick.samples) == SETTINGS.rounds
+    assert len(quick.samples) == len(ROUNDS)
     assert quick.error < 1e-5
     assert cell.ceiling.tflops == pytest.approx(500)
 
@@ -265,10 +436,13 @@ def test_a_slow_peer_runs_into_its_limit_and_the_others_do_not(clock):
 def test_peers_take_turns_and_another_one_begins_each_round(clock):
     turns = []
     runner = Runner(FakeBench(clock), SETTINGS, notify=lambda name: turns.append(name) if name else None)
-    runner.rates("burst", fakes.CASE, [fakes.timed_peer(name, clock, 1e-3) for name in "ab"], {})
+    peers = [fakes.timed_peer(name, clock, 1e-3) for name in "ab"]
+    runner.rates("burst", fakes.CASE, peers, {}, range(2))
     assert turns[:3] == ["matmul", "a", "b"]  # built and checked
-    rounds = [turns[i : i + 3] for i in range(3, len(turns), 3)]
-    assert rounds == [["matmul", "a", "b"], ["a", "b", "matmul"], ["b", "matmul", "a"], ["matmul", "a", "b"]]
+    assert turns[3:] == ["matmul", "a", "b", "a", "b", "matmul"]
+    turns.clear()
+    runner.rates("burst", fakes.CASE, peers, {}, range(2, 4))  # the second visit goes on where the first one ended
+    assert turns[3:] == ["b", "matmul", "a", "matmul", "a", "b"]
 
 
 def test_a_peer_that_is_lost_already_stays_out(clock):
@@ -302,6 +476,7 @@ def test_a_sustained_cell_reads_the_meter_during_the_counted_part(clock):
         clock,
         fakes.timed_peer("good", clock, 1e-3),
         kind="sustained",
+        rounds=range(2),
         settings=settings,
         meter=Meter(),
         tensor_flop_per_clock=1e6,
@@ -317,14 +492,15 @@ def test_the_bursts_do_not_read_the_meter(clock):
     assert rates(clock, fakes.timed_peer("good", clock, 1e-3)).results["good"].sm_mhz is None
 
 
-def test_a_host_cell_keeps_no_samples(clock):
+def test_a_host_cell_keeps_a_sample_of_each_round(clock):
     cell = Runner(FakeBench(clock), SETTINGS).host(
         fakes.CASE,
         [fakes.timed_peer("good", clock, 1e-3, host=3e-5), fakes.timed_peer("bad", clock, 0, fakes.wrong)],
         {},
+        ROUNDS,
     )
     assert cell.results["good"].seconds == pytest.approx(3e-5)
-    assert cell.results["good"].samples == []
+    assert cell.results["good"].samples == pytest.approx([3e-5] * 4)
     assert cell.results["bad"].status == "wrong"
 
 

@@ -65,20 +65,23 @@ def test_a_process_that_cannot_start_is_an_error():
 def test_a_run_on_the_cpu_with_faulty_peers(tmp_path, capsys):
     names = "torch_math,fake_right,fake_wrong,fake_failing,fake_crashing"
     peers = ["--peers-from", "tests.host.benchmarks_fakes", "--peers", names]
-    case = ["--seqlen", "64", "--causal", "--rounds", "2", "--burst-ms", "1", "--idle-ms", "0"]
+    case = ["--seqlen", "64", "--causal", "--rounds", "2", "--passes", "2", "--burst-ms", "1", "--idle-ms", "0"]
     outputs = [f"--json={tmp_path}/r.json", f"--csv={tmp_path}/r.csv", f"--plot={tmp_path}/plots"]
     assert main(["attention", *peers, *case, *outputs]) == 0
     record = Record.load(tmp_path / "r.json")
     assert record.complete
-    (cell,) = record.cells
-    assert {name: m.status for name, m in cell.results.items()} == {
-        "torch_math": "ok",
-        "fake_right": "ok",
-        "fake_wrong": "wrong",
-        "fake_failing": "failed",
-        "fake_crashing": "failed",
-    }
-    assert cell.ceiling.ok
+    assert [cell.case.direction for cell in record.cells] == ["forward", "backward"]
+    for cell in record.cells:
+        assert {name: m.status for name, m in cell.results.items()} == {
+            "torch_math": "ok",
+            "fake_right": "ok",
+            "fake_wrong": "wrong",
+            "fake_failing": "failed",
+            "fake_crashing": "failed",
+        }
+        assert cell.ceiling.ok
+        assert cell.results["fake_right"].visits == len(cell.results["fake_right"].samples) == 2
+    assert "dq is off" in record.cells[1].results["fake_wrong"].reason
     assert record.about["card"]["device"] == "cpu"
     assert record.about["versions"]["torch"]
     output = capsys.readouterr().out
@@ -117,8 +120,36 @@ def test_every_kind_is_measured_in_order_and_each_cell_is_saved(scripted, tmp_pa
     saved = []
     monkeypatch.setattr(Record, "save", lambda record, path: saved.append(len(record.cells)))
     kinds = ["--kind", "first", "host", "sustained", "burst"]
-    assert main(["attention", *kinds, "--seqlen", "64", "--batch", "1", "--json", str(tmp_path / "r.json")]) == 0
-    assert saved == [1, 2, 3, 4, 5, 6, 6]  # full and causal for each regime, one host case, one first call; the end
+    case = ["--seqlen", "64", "--batch", "1", "--forward", "--rounds", "3", "--passes", "2"]
+    assert main(["attention", *kinds, *case, "--json", str(tmp_path / "r.json")]) == 0
+    # Full and causal for each regime, one host case, one first call; the same once more but for the first call; the end.
+    assert saved == [1, 2, 3, 4, 5, 6] + [6] * 5 + [6]
+
+
+def test_each_pass_can_have_a_process_of_its_own(monkeypatch):
+    started = []
+
+    class Counting(supervise.Supervisor):
+        def start(self):
+            if self._process is None:
+                started.append(None)
+            super().start()
+
+    monkeypatch.setattr("benchmarks.__main__.Supervisor", partial(Counting, target=fakes.scripted_worker))
+    case = ["--seqlen", "64", "--batch", "1", "--rounds", "3"]
+    assert main(["attention", *case]) == 0
+    assert len(started) == 1
+    assert main(["attention", *case, "--fresh-process"]) == 0
+    assert len(started) == 1 + 3
+
+
+def test_a_peer_that_was_lost_is_not_visited_again(scripted, tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "GRACE_SECONDS", 0.2)
+    case = ["--seqlen", "64", "--batch", "3", "--forward", "--full", "--rounds", "3"]
+    assert main(["attention", *case, "--json", str(tmp_path / "r.json")]) == 0
+    (cell,) = Record.load(tmp_path / "r.json").cells
+    assert cell.results["bad"].status == "failed"
+    assert cell.results["good"].visits == 3
 
 
 def test_a_budget_ends_a_run_early(scripted, tmp_path, capsys):
