@@ -1,9 +1,10 @@
 """The layouts' proofs against hardware counters: ``python -m benchmarks.layouts --help``.
 
 One micro-kernel for each copy and shared-memory layout, of a single block that makes the copy once for one tile; as shipped,
-and with the same layout unswizzled. Nsight Compute counts bank conflicts and sectors; ``cute_attn.layouts.prove`` predicts
-them. Besides, without the profiler, what each copy moved is checked element by element: the layout and the maps on the host
-say where in shared memory, in which thread and value, or where in global memory it must be.
+with the same layout unswizzled, and, for copies of whole rows, which have no conflicts even so, with one that makes them
+conflict. Nsight Compute counts bank conflicts and sectors; ``cute_attn.layouts.prove`` predicts them. Besides, without the
+profiler, what each copy moved is checked element by element: the layout and the maps on the host say where in shared memory,
+in which thread and value, or where in global memory it must be.
 
 ``--compile-only`` needs no GPU: it compiles the kernels and compares how many of its instruction each has with the proof's
 count of them.
@@ -12,8 +13,9 @@ count of them.
 from __future__ import annotations
 
 import argparse
-import csv
+import datetime
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,8 +23,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +33,16 @@ from cutlass.cute.nvgpu import cpasync
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.counters import ALSO, AS_PREDICTED, COUNTERS, Case, Counted, CountersRecord, cases, parse, show
 from cute_attn import layouts
-from cute_attn.layouts import algebra, prove
-from cute_attn.layouts.__main__ import configs
-from cute_attn.layouts.base import Box, Config, Copy, Layout, cute_layout
+from cute_attn.layouts import algebra
+from cute_attn.layouts.base import Box, cute_layout
 from cute_attn.layouts.fragments import transposed
 
 WARP = 32
 HEAD_DIMS = (64, 96, 128, 256)
 LOG_WIDTH = 180
 KERNELS = "regex:kernel_cutlass"
-# The counters of an instruction, the first that the profiler has: of bank conflicts, of accesses of the banks, of sectors.
-_CONFLICTS = "l1tex__data_bank_conflicts_pipe_lsu_mem_shared"
-_ACCESSES = "l1tex__data_pipe_lsu_wavefronts_mem_shared"
-_SECTORS = "l1tex__t_sectors_pipe_lsu_mem_global_op"
-_OF_LOADS: dict[str, tuple[str, ...]] = {"conflicts": (f"{_CONFLICTS}_op_ld.sum",), "accesses": (f"{_ACCESSES}_op_ld.sum",)}
-_OF_STORES: dict[str, tuple[str, ...]] = {"conflicts": (f"{_CONFLICTS}_op_st.sum",), "accesses": (f"{_ACCESSES}_op_st.sum",)}
-COUNTERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "cp.async": {
-        "conflicts": (f"{_CONFLICTS}_op_ldgsts.sum", f"{_CONFLICTS}.sum"),
-        "accesses": (f"{_ACCESSES}_op_ldgsts.sum", f"{_ACCESSES}.sum"),
-        "sectors": (f"{_SECTORS}_ldgsts.sum", f"{_SECTORS}_ldgsts_cache_bypass.sum", f"{_SECTORS}_ld.sum"),
-    },
-    "ldmatrix": _OF_LOADS,
-    "ldmatrix.trans": _OF_LOADS,
-    "stmatrix": _OF_STORES,
-    "st.shared.b32": _OF_STORES,
-    "ld.shared.b128, st.global.b128": _OF_LOADS | {"sectors": (f"{_SECTORS}_st.sum",)},
-    "TMA load": {"sectors": ("lts__t_sectors_op_read.sum",)},
-    "TMA store": {"sectors": ("lts__t_sectors_op_write.sum",)},
-}
-# Whatever else explains a difference, for the JSON file.
-ALSO = ("l1tex__data_bank_conflicts_pipe_lsu.sum", "smsp__inst_executed.sum", "sm__cycles_elapsed.max")
 PTX = {
     "cp.async": r"cp\.async\.c[ag]\.shared",
     "ldmatrix": r"ldmatrix\.sync\S*\.x4\.shared",
@@ -75,76 +53,6 @@ PTX = {
     "TMA load": r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global",
     "TMA store": r"cp\.async\.bulk\.tensor\S*\.global\.shared",
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One copy of one operand's tile, in the layout as shipped or unswizzled."""
-
-    config: Config
-    operand: str
-    step: str
-    swizzled: bool
-
-    @property
-    def name(self) -> str:
-        c = self.config
-        return f"{c.mechanism} d{c.tile_d} {self.operand} {self.step}{'' if self.swizzled else ', unswizzled'}"
-
-    @cached_property
-    def copy(self) -> Copy | Box:
-        return layouts.family(self.config).copies(self.config)[self.step, self.operand]
-
-    @cached_property
-    def shape(self) -> tuple[int, int]:
-        return layouts.family(self.config).tile(self.operand, self.config)
-
-    @cached_property
-    def layout(self) -> Layout:
-        """One slot of the operand: ``(rows, columns, 1)``."""
-        whole = layouts.family(self.config).smem(self.operand, self.config)
-        shape, stride = whole.shape[:2], whole.stride[:2]  # type: ignore[index]
-        size = self.shape[0] * self.shape[1]
-        return replace(whole, shape=(*shape, 1), stride=(*stride, size), swizzle=whole.swizzle if self.swizzled else None)
-
-    @property
-    def instruction(self) -> str:
-        if isinstance(self.copy, Box):
-            return f"TMA {'store' if self.copy.store else 'load'}"
-        return self.copy.instruction
-
-    @property
-    def threads(self) -> int:
-        """Of the block. Only one warpgroup takes part where TMA or stmatrix copy."""
-        return 128 if self.config.mechanism == "tma_wgmma" else self.config.threads
-
-    def predicted(self) -> dict[str, int]:
-        """What the proof counts: ``instructions`` of a warp, and what applies of ``conflicts``, ``accesses``, ``sectors``."""
-        if isinstance(self.copy, Box):
-            found = prove.box_sectors(self.copy, self.shape, self.shape[1], self.shape[1])
-            return {"instructions": found.instructions, "sectors": found.asked}
-        rows, columns = prove.accesses(self.copy, self.shape)
-        banks = prove.banks(algebra.offset(self.layout, rows, columns, 0))
-        found = {"instructions": banks.instructions, "conflicts": banks.conflicts, "accesses": banks.accesses}
-        if "sectors" in COUNTERS[self.instruction]:
-            found["sectors"] = prove.sectors(rows, columns, self.shape[1], self.shape[1]).asked
-        return found
-
-    def same(self) -> tuple:
-        """Equal for cases that make the same kernel, as K's and V's."""
-        return self.instruction, replace(self.copy, operand=""), self.shape, self.layout, self.threads
-
-
-def cases(arch: str, head_dims: Sequence[int]) -> list[Case]:
-    """Every copy of the shipped configs, without those that are the same as one before."""
-    found: dict[tuple, Case] = {}
-    for head_dim in head_dims:
-        for config, _ in configs(arch, head_dim, dtype="bfloat16"):
-            for step, operand in layouts.family(config).copies(config):
-                for swizzled in (True, False):
-                    case = Case(config, operand, step, swizzled)
-                    found.setdefault(case.same(), case)
-    return list(found.values())
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -384,107 +292,55 @@ def run(chosen: Sequence[Case], check: bool) -> list[str]:
         got = (tensor if case.step == "out" else image).cpu().numpy()[: wanted.size]
         wrong = int((got != wanted.astype(np.int16)).sum()) if check else 0
         where = "threads got others" if case.step == "load" else "elements elsewhere"
-        said.append(f"{wrong} of {wanted.size} {where}" if wrong else "as predicted")
+        said.append(f"{wrong} of {wanted.size} {where}" if wrong else AS_PREDICTED)
     return said
 
 
-def measure(chosen: Sequence[Case], arguments: Sequence[str], ncu: str, console: Console) -> list[dict[str, Any]]:
-    """Run the kernels in a process of its own, once checked and once under the profiler."""
+def measure(chosen: Sequence[Case], arguments: Sequence[str], ncu: str, jobs: int, console: Console) -> CountersRecord:
+    """Run the kernels in processes of their own, once checked and once under the profiler."""
     again = [sys.executable, "-m", "benchmarks.layouts", *arguments]
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "images.json"
-        subprocess.run([*again, "--run", "check", "--json", str(answer)], check=True)
-        images = json.loads(answer.read_text())
+    images = _checked(again, len(chosen), jobs)
     wanted = {name for counters in COUNTERS.values() for names in counters.values() for name in names} | set(ALSO)
     if known := _known_metrics(ncu):
         wanted = {name for name in wanted if name.rsplit(".", 1)[0] in known}
-        wanted |= {f"{name}.sum" for name in known if name.startswith((_CONFLICTS, _ACCESSES, _SECTORS))}
-    metrics = sorted(wanted)
     command = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base", "-k", KERNELS]
-    command += ["--metrics", ",".join(metrics), *again, "--run", "count"]
+    command += ["--metrics", ",".join(sorted(wanted)), *again, "--run", "count"]
     console.print(" ".join(command), style="dim", markup=False, highlight=False, soft_wrap=True)
     said = subprocess.run(command, capture_output=True, text=True, check=False)
-    counted = parse(said.stdout)
+    counted = [{name: row[name] for name in sorted(wanted & row.keys())} for row in parse(said.stdout)]
     if said.returncode or len(counted) != len(chosen):
         tail = "\n".join((said.stdout + said.stderr).splitlines()[-20:])
         raise RuntimeError(f"the profiler counted {len(counted)} kernels of {len(chosen)} ({said.returncode}):\n{tail}")
-    return [
-        {
-            "case": case.name,
-            "config": asdict(case.config),
-            "operand": case.operand,
-            "step": case.step,
-            "swizzled": case.swizzled,
-            "instruction": case.instruction,
-            "layout": str(case.layout),
-            "predicted": case.predicted(),
-            "counted": found,
-            "compared": compare(case, found),
-            "contents": content,
-        }
-        for case, found, content in zip(chosen, counted, images, strict=True)
-    ]
+    return CountersRecord(_about(ncu), [Counted(*one) for one in zip(chosen, counted, images, strict=True)])
 
 
-def parse(text: str) -> list[dict[str, float]]:
-    """The profiler's CSV, raw page: a row of names, a row of units, a row for each kernel in the order of launch."""
-    lines = text.splitlines()
-    first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    rows = list(csv.DictReader(lines[first:]))
-    found = []
-    for row in rows:
-        if not (row.get("ID") or "").strip().isdigit():
-            continue  # the units
-        numbers = {}
-        for name, value in row.items():
-            if name and "__" in name and value:
-                try:
-                    numbers[name] = float(value.replace(",", ""))
-                except ValueError:
-                    continue
-        found.append(numbers)
-    return found
+def _checked(again: Sequence[str], count: int, jobs: int) -> list[str]:
+    """What is wrong with what each kernel moved; ``jobs`` processes, since compiling takes most of the time."""
+    jobs = min(jobs, count)
+    with tempfile.TemporaryDirectory() as folder:
+        answers = [Path(folder) / f"{i}.json" for i in range(jobs)]
+        running = [
+            subprocess.Popen([*again, "--run", "check", "--slice", str(i), str(jobs), "--json", str(answer)])
+            for i, answer in enumerate(answers)
+        ]
+        codes = [process.wait() for process in running]
+        if any(codes):
+            raise RuntimeError("what the kernels moved could not be checked: a process failed, see above")
+        said = [""] * count
+        for i, answer in enumerate(answers):
+            said[i::jobs] = json.loads(answer.read_text())
+    return said
 
 
-def compare(case: Case, counted: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Predicted against counted, of what applies to the case's instruction."""
-    predicted, found = case.predicted(), {}
-    for what, names in COUNTERS[case.instruction].items():
-        name = next((name for name in names if name in counted), None)
-        found[what] = {"predicted": predicted[what], "counted": counted.get(name or ""), "counter": name}
-    return found
+def _about(ncu: str) -> dict[str, Any]:
+    """On what the counters were read."""
+    from benchmarks import card
 
-
-def show(results: Sequence[dict[str, Any]], console: Console) -> int:
-    """The table; how many predictions missed. TMA's sectors are the L2 cache's of the whole kernel: shown, not judged."""
-    table = Table(title="predicted / counted", title_justify="left")
-    for name in ("case", "instruction", "layout"):
-        table.add_column(name, overflow="fold")
-    for name in ("conflicts", "accesses", "sectors"):
-        table.add_column(name, justify="right")
-    table.add_column("contents")
-    missed, unknown = 0, 0
-    for result in results:
-        cells, wrong = [], result["contents"] != "as predicted"
-        for what in ("conflicts", "accesses", "sectors"):
-            one = result["compared"].get(what)
-            if one is None:
-                cells.append("")
-                continue
-            counted = "?" if one["counted"] is None else f"{one['counted']:.0f}"
-            if one["counted"] is None:
-                unknown += 1
-            elif int(one["counted"]) != one["predicted"] and not result["instruction"].startswith("TMA"):
-                wrong = True
-            cells.append(f"{one['predicted']} / {counted}")
-        missed += wrong
-        row = (result["case"], result["instruction"], result["layout"], *cells, result["contents"])
-        table.add_row(*row, style="red" if wrong else "")
-    console.print(table)
-    text = f"{missed} predictions missed" if missed else "every prediction met"
-    without = f"; for {unknown} numbers (?) the profiler has no counter" if unknown else ""
-    console.print(f"{len(results)} kernels: {text}{without}")
-    return missed
+    said = subprocess.run([ncu, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"Version (\S+)", said)
+    versions = card.versions() | ({"nsight-compute": version[1]} if version else {})
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"date": date, "card": card.describe(card.open_source()), "versions": versions}
 
 
 def _known_metrics(ncu: str) -> set[str]:
@@ -506,28 +362,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, nargs="+", default=list(HEAD_DIMS), metavar="D")
     parser.add_argument("--compile-only", action="store_true", help="compile here, without a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was counted")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="count nothing: what is predicted now beside such a file")
     parser.add_argument("--ncu", default=shutil.which("ncu") or "ncu", help="Nsight Compute (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile (%(default)s)")
     parser.add_argument("--run", choices=("check", "count"), help=argparse.SUPPRESS)
+    parser.add_argument("--slice", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
     try:
+        if options.show:
+            return 0 if show(CountersRecord.load(options.show), console) else 1
         chosen = cases(options.arch, options.head_dim)
     except ValueError as error:
         parser.error(str(error))
     if options.compile_only:
         return compile_only(chosen, console)
     if options.run:
-        said = run(chosen, options.run == "check")
+        first, step = options.slice
+        said = run(chosen[first::step], options.run == "check")
         if options.json:
             options.json.write_text(json.dumps(said))
         return 0
     if shutil.which(options.ncu) is None:
         parser.error(f"Nsight Compute is {options.ncu!r}, which is not found: give --ncu PATH, or --compile-only")
     passed = ["--arch", options.arch, "--head-dim", *map(str, options.head_dim)]
-    results = measure(chosen, passed, options.ncu, console)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; at least 1 is needed")
+    found = measure(chosen, passed, options.ncu, options.jobs, console)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
-    return 1 if show(results, console) else 0
+        found.save(options.json)
+    return 0 if show(found, console) else 1
 
 
 if __name__ == "__main__":

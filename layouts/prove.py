@@ -11,7 +11,9 @@ which says what, where, how many, and what to change.
 - **Bank conflicts**: shared memory has 32 banks of 4 bytes; byte a lies in bank ``a / 4 mod 32``. The threads of a
   warp are served 128 bytes at a time (8 threads of 16 bytes, 32 of 4), and such a phase takes as many accesses as the
   fullest bank has different words: ``Σ phases (max over banks of words) − phases`` are conflicts. A matrix
-  instruction has one phase for each 8×8 matrix.
+  instruction has one phase for each 8×8 matrix. ``cp.async`` writes as its data comes in, one line of the L1 cache at
+  a time: a phase is what a warp's instruction brings from one line of 128 bytes, and where that conflicts, each access
+  asks for its sectors by itself. So counted on an H200 (``benchmarks/layouts.py``); of older GPUs it is an assumption.
 - **TMA and WGMMA**: the limits that the hardware puts on boxes, addresses and descriptors.
 - **Budgets**: shared memory, registers, barriers and threads against the GPU's limits.
 """
@@ -31,6 +33,7 @@ WARP = 32
 BANKS, BANK_BYTES = 32, 4
 PHASE_BYTES = BANKS * BANK_BYTES
 SECTOR_BYTES = 32
+LINE_BYTES = 128  # of the L1 cache
 # What wasted sectors may cost before they are a finding: rows that don't begin at a sector cost some whatever one does.
 SECTORS_TOLERATED = 1.5
 # CUDA driver API, cuTensorMapEncodeTiled: limits of a box; span of a swizzle -> Sw<bits,base,shift> on bytes.
@@ -284,6 +287,46 @@ def sector_findings(where: str, counted: Sectors) -> list[Finding]:
     )
     change = "let neighbouring threads take neighbouring 16-byte pieces of a row"
     return [Finding("coalescing", where, text, counted.asked - counted.needed, change)]
+
+
+def by_line(rows: np.ndarray, columns: np.ndarray, offsets: np.ndarray, head_dim: int, pitch: int) -> tuple[Banks, Sectors]:
+    """Both counts for ``cp.async``, which handles one line of the L1 cache after the other.
+
+    Threads of one line that write the same banks do so in turn, in the order of their numbers; threads that take the same
+    turn share the sectors that they ask for, others don't. An access is aligned to its size, so it lies in one line and
+    one sector, and takes one slot of as many banks. What lies past ``head_dim`` is filled with zeros; that is taken to be
+    written like a store, 128 bytes at a time.
+    """
+    instructions, threads, elements = offsets.shape
+    size = elements * BYTES
+    together = PHASE_BYTES // size
+    thread = np.tile(np.arange(threads), instructions)
+    instruction = np.repeat(np.arange(instructions), threads)
+    begin = ((rows[..., 0] * pitch + columns[..., 0]) * BYTES).ravel()
+    present = columns[..., 0].ravel() < head_dim
+    line = np.where(present, begin // LINE_BYTES, -1 - thread // together)
+    slot = offsets[..., 0].ravel() * BYTES // size % together
+    order = np.lexsort((thread, slot, line, instruction))
+    keys = np.stack([instruction, line, slot])[:, order]
+    starts = np.flatnonzero(np.append(True, (keys[:, 1:] != keys[:, :-1]).any(0)))
+    turn = np.empty(len(order), dtype=np.int64)
+    turn[order] = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    lines = np.unique(np.stack([instruction, line]), axis=1).shape[1]
+    turns = np.unique(np.stack([instruction, line, turn]), axis=1).shape[1]
+    asked = np.unique(np.stack([instruction, turn, begin // SECTOR_BYTES])[:, present], axis=1)
+    needed, issued = np.unique(asked[2]).size, np.unique(asked[0]).size
+    return Banks(instructions, turns, lines), Sectors(issued, asked.shape[1], needed, size)
+
+
+def counts(copy: Copy, layout: Layout, shape: tuple[int, int], head_dim: int, pitch: int) -> tuple[Banks, Sectors | None]:
+    """What a copy by threads between a tile in ``layout`` and registers or rows ``pitch`` elements apart is counted at."""
+    rows, columns = accesses(copy, shape)
+    offsets = algebra.offset(layout, rows, columns, *_zeros(layout))
+    instruction = algebra.INSTRUCTIONS[copy.instruction]
+    if copy.instruction == "cp.async":
+        return by_line(rows, columns, offsets, head_dim, pitch)
+    moves = "global" in (instruction.reads, instruction.writes)
+    return banks(offsets), sectors(rows, columns, head_dim, pitch) if moves else None
 
 
 # ---- TMA -------------------------------------------------------------------------------------------------------------
@@ -586,22 +629,19 @@ def _box_row(at: str, step: str, box: Box, layout: Layout, shape, dim: int, fami
 
 
 def _copy_row(at: str, step: str, copy: Copy, layout: Layout, shape, dim: int, wanted) -> Row:
-    instruction = algebra.INSTRUCTIONS[copy.instruction]
     whole = (shape[1], shape[0]) if copy.transposed else shape
     mma_map, times = wanted if wanted else (None, 1)
     found = fits(at, copy.tile, whole) + once(at, copy.values, copy.tile, times)
     if found:
         return Row(copy.operand, step, copy.instruction, str(copy.values), findings=tuple(found))
     rows, columns = accesses(copy, shape)
-    offsets = algebra.offset(layout, rows, columns, *_zeros(layout))
-    counted = banks(offsets)
-    found += contiguous(at, layout, offsets) + bank_findings(at, layout, counted)
+    counted, moved = counts(copy, layout, shape, dim, dim)
+    found += contiguous(at, layout, algebra.offset(layout, rows, columns, *_zeros(layout)))
+    found += bank_findings(at, layout, counted)
     if mma_map is not None:
         found += threads_get(at, copy, layout, mma_map, shape)
-    moved = None
-    if "global" in (instruction.reads, instruction.writes):
-        moved = sectors(rows, columns, dim, dim)
-        found += sector_findings(at, moved)
+    if moved is not None:  # of the map alone: sectors that bank conflicts cost are no finding of their own
+        found += sector_findings(at, sectors(rows, columns, dim, dim))
     return Row(copy.operand, step, copy.instruction, str(copy.values), counted, moved, tuple(found))
 
 

@@ -71,28 +71,30 @@ def test_the_code_has_as_many_instructions_as_the_proof_counts(capsys):
     """One kernel of each instruction, compiled without a GPU, as shipped."""
     from rich.console import Console
 
-    from benchmarks.layouts import Case, cases, compile_only
+    from benchmarks.counters import SHIPPED, Case, cases
+    from benchmarks.layouts import compile_only
 
     found: dict[str, Case] = {}
     for case in cases("sm_90a", [96]):
-        if case.swizzled:
+        if case.variant == SHIPPED:
             found.setdefault(case.instruction, case)
     assert len(found) == 8
     assert compile_only(list(found.values()), Console(width=200)) == 0
     assert "8 kernels compiled for sm_90a; 0 differ" in capsys.readouterr().out
 
 
-def test_cases_come_swizzled_and_not_and_once_each():
-    from benchmarks.layouts import cases
+def test_cases_come_in_their_variants_and_once_each():
+    from benchmarks.counters import COLUMNS, SHIPPED, UNSWIZZLED, cases
 
     found = cases("sm_90a", [64, 128])
     assert len({case.same() for case in found}) == len(found)
     assert {(case.step, case.operand) for case in found} >= {("in", "Q"), ("load", "V"), ("store", "O"), ("out", "O")}
     for case in found:
         predicted = case.predicted()
-        assert predicted.get("conflicts", 0) == 0 or not case.swizzled
-        if case.step == "load" and not case.swizzled:
+        assert predicted.get("conflicts", 0) == 0 or case.variant != SHIPPED
+        if (case.step == "load" and case.variant == UNSWIZZLED) or case.variant == COLUMNS:  # 8 threads, one bank
             assert predicted["conflicts"] == 7 * 4 * predicted["instructions"]
+    assert {case.instruction for case in found if case.variant == COLUMNS} == {"cp.async", "ld.shared.b128, st.global.b128"}
 
 
 PROFILE = """\
@@ -106,7 +108,7 @@ PROFILE = """\
 
 
 def test_the_profilers_table():
-    from benchmarks.layouts import parse
+    from benchmarks.counters import parse
 
     conflicts = "l1tex__data_bank_conflicts_pipe_lsu_mem_shared_op_ld.sum"
     assert parse(PROFILE) == [{conflicts: 1792.0, "lts__t_sectors_op_read.sum": 40.0}, {conflicts: 0.0}]
@@ -117,14 +119,51 @@ def test_the_profilers_table():
 def test_a_prediction_that_misses(capsys, off_by, contents, missed):
     from rich.console import Console
 
-    from benchmarks.layouts import COUNTERS, cases, compare, show
+    from benchmarks.counters import COUNTERS, UNSWIZZLED, Counted, CountersRecord, cases, show
 
-    case = next(case for case in cases("sm_90a", [64]) if case.instruction == "ldmatrix" and not case.swizzled)
+    found = cases("sm_90a", [64])
+    case = next(case for case in found if case.instruction == "ldmatrix" and case.variant == UNSWIZZLED)
     predicted = case.predicted()
     names = {what: found[0] for what, found in COUNTERS["ldmatrix"].items()}
     counted = {name: float(predicted[what] + off_by * (what == "conflicts")) for what, name in names.items()}
-    result = {"case": case.name, "instruction": case.instruction, "layout": str(case.layout), "contents": contents}
-    assert show([result | {"compared": compare(case, counted)}], Console(width=200)) == missed
+    record = CountersRecord(kernels=[Counted(case, counted, contents)])
+    assert show(record, Console(width=200)) == (not missed)
     said = capsys.readouterr().out
     assert f"{predicted['conflicts']} / {predicted['conflicts'] + off_by}" in said
     assert ("every prediction met" in said) == (not missed)
+    assert (f"{missed} predictions missed" in said) == bool(missed)
+
+
+def test_a_counter_that_the_profiler_lacks_is_shown_as_missing():
+    from benchmarks.counters import Counted, CountersRecord, cases
+
+    case = next(case for case in cases("sm_90a", [64]) if case.instruction == "cp.async")
+    one = Counted(case, {}, "as predicted")
+    assert [str(one.compared[what]) for what in ("conflicts", "accesses", "sectors")] == ["0 / ?", "128 / ?", "512 / ?"]
+    assert "for 3 numbers (?) the profiler has no counter" in CountersRecord(kernels=[one]).summary
+
+
+def test_the_recorded_counters_are_what_the_proofs_predict(tmp_path):
+    """What Nsight Compute counted on an H200, against the predictions of today: a changed proof must still meet them."""
+    from benchmarks.counters import COLUMNS, SHIPPED, UNSWIZZLED, CountersRecord
+    from benchmarks.documents import RESULTS
+
+    record = CountersRecord.load(RESULTS / "h200_layouts.json")
+    assert [one.case.name for one in record.kernels if not one.met] == []
+    assert "every prediction met" in record.summary
+    assert "no counter" not in record.summary
+    assert {one.case.variant for one in record.kernels} == {SHIPPED, UNSWIZZLED, COLUMNS}
+    assert all(one.compared["conflicts"].counted for one in record.kernels if one.case.variant == COLUMNS)
+    record.save(tmp_path / "again.json")
+    assert CountersRecord.load(tmp_path / "again.json") == record
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": "attention 1"}'])
+def test_a_file_without_counters(tmp_path, text):
+    from benchmarks.counters import CountersRecord
+
+    with pytest.raises(ValueError, match=r"written by benchmarks\.layouts --json"):
+        CountersRecord.load(tmp_path / "none.json")
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=r"written by benchmarks\.layouts --json"):
+        CountersRecord.load(tmp_path / "other.json")

@@ -253,6 +253,60 @@ def test_banks_against_enumeration():
         assert (counted.instructions, counted.accesses, counted.least) == (20, accesses, 20 * 32 // together)
 
 
+@pytest.mark.parametrize(("head_dim", "pitch"), [(64, 64), (64, 512), (96, 96), (72, 72), (8, 8)])
+def test_cp_async_against_enumeration(head_dim, pitch):
+    """A line of 128 bytes after the other; within it, threads whose banks are taken wait for the next turn."""
+    generator = np.random.default_rng(head_dim + pitch)
+    rows = np.broadcast_to(generator.integers(0, 16, (20, 32, 1)), (20, 32, 8))
+    columns = generator.integers(0, 12, (20, 32, 1)) * 8 + np.arange(8)
+    offsets = generator.integers(0, 256, (20, 32, 1)) * 8 + np.arange(8)
+    accesses, lines, asked = 0, 0, 0
+    for r, c, o in zip(rows[..., 0], columns[..., 0], offsets[..., 0], strict=True):
+        turns: dict[object, list[tuple[set, set]]] = {}  # by line: the slots and the sectors of each turn
+        for thread in range(32):
+            byte = (int(r[thread]) * pitch + int(c[thread])) * BYTES
+            inside = c[thread] < head_dim
+            mine = turns.setdefault(byte // 128 if inside else ("zeros", thread // 8), [])
+            slot = int(o[thread]) * BYTES // 16 % 8
+            free = next((i for i, (slots, _) in enumerate(mine) if slot not in slots), len(mine))
+            if free == len(mine):
+                mine.append((set(), set()))
+            mine[free][0].add(slot)
+            mine[free][1].update({byte // 32} if inside else ())
+        lines += len(turns)
+        accesses += sum(len(mine) for mine in turns.values())
+        asked += sum(len(sectors) for mine in turns.values() for _, sectors in mine)
+    banks, sectors = prove.by_line(rows, columns, offsets, head_dim, pitch)
+    assert (banks.instructions, banks.accesses, banks.least) == (20, accesses, lines)
+    assert sectors.asked == asked
+
+
+def test_cp_async_of_rows_narrower_than_a_line():
+    """As counted on an H200 at head dim 96: 4 threads on 64 bytes of a row, each row in a line of its own."""
+    config = config_of("cp_async", 96)
+    copy, layout = family(config).copies(config)["in", "Q"], family(config).smem("Q", config)
+    banks, sectors = prove.counts(copy, layout, (128, 96), 96, 96)
+    assert (banks.instructions, banks.accesses, banks.conflicts, sectors.asked) == (48, 384, 0, 768)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_cp_async_that_conflicts_asks_for_its_sectors_again(head_dim):
+    config = config_of("cp_async", head_dim)
+    columns = Layout((64, (8, head_dim // 8), 1), (8, (1, 8 * 64), 64 * head_dim))
+    copy = family(config).copies(config)["in", "K"]
+    banks, sectors = prove.counts(copy, columns, (64, head_dim), head_dim, head_dim)
+    assert banks.conflicts == 7 * banks.least
+    assert sectors.asked == 2 * sectors.needed  # of two threads that share a sector, each asks for it
+    found = prove.check(config, family=with_layout(config, "K", lambda x: replace(x, swizzle=None, **columns_of(x))))
+    assert "bank conflicts" in {finding.check for finding in found if "K, in" in finding.where}
+
+
+def columns_of(layout: Layout) -> dict:
+    """Shape and strides with the units of 16 bytes of all rows one after the other."""
+    rows, wide, slots = layout.shape[0], algebra.size(Layout(layout.shape[1], layout.stride[1])), layout.shape[2]
+    return {"shape": (rows, (8, wide // 8), slots), "stride": (8, (1, 8 * rows), rows * wide)}
+
+
 @pytest.mark.parametrize(
     ("step", "operand", "conflicts"), [("load", "Q", 7 * 256), ("load", "K", 7 * 512), ("load", "V", 7 * 512)]
 )
