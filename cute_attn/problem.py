@@ -29,9 +29,9 @@ class Problem:
     ``dtype`` is torch's name of it (``"bfloat16"``). ``bounded_left`` and ``bounded_right`` say on which sides the band
     of visible keys has an edge (``causal`` is a right edge at 0); where the edges lie is a run-time value.
 
-    ``gradients`` makes it the backward pass, for the inputs it names (``"qkv"``, ``"kv"``, …); ``""`` is the forward
-    pass, where ``return_lse`` says that the log-sum-exp has a gradient. ``deterministic`` is of the backward pass only:
-    dQ's parts are added in a fixed order.
+    ``gradients`` makes it the backward pass, for the inputs it names (``"qkv"``, ``"kv"``, …); ``""`` is the forward pass.
+    In the backward pass ``return_lse`` says that the log-sum-exp has a gradient, too, and ``deterministic`` that dQ's
+    parts are added in a fixed order.
     """
 
     dtype: str
