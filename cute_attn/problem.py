@@ -174,7 +174,7 @@ def gradient_problem_of(dtype: torch.dtype, call: Call, gradients: str, determin
     """The Problem of a checked call's backward pass; ``gradients`` names the inputs, in the order of ``"qkv"``, and
     ``of_lse`` says whether the log-sum-exp has a gradient."""
     forward = problem_of(dtype, call, of_lse)
-    return Problem.intern(*astuple(forward)[:-2], gradients, bool(deterministic))
+    return Problem.intern(*astuple(forward)[:-2], gradients, bool(deterministic and "q" in gradients))
 
 
 def check_tensors_for_gpu(q, k, v, call: Call):

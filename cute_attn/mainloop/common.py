@@ -150,25 +150,21 @@ class Gradients:
     mdV: cute.Tensor | None
     counters: cute.Tensor | None
 
-    def counter(self, m_block, head, batch):
-        """The address of a query tile's counter."""
-        if self.counters is None:
-            return None
-        return self.counters[None, None, None].iterator + cute.crd2idx((m_block, head, batch), self.counters.layout)
+    def _counter(self, where):
+        return self.counters.iterator + cute.crd2idx(where, self.counters.layout)
 
-    @staticmethod
     @cute.jit
-    def wait_for_turn(counter, rank):
-        """One thread: until as many key tiles as come before this one have added theirs."""
+    def wait_for_turn(self, where, rank):
+        """One thread: until the ``rank`` key tiles that come before its own have added to the dQ of the query tile at
+        ``where`` = (m_block, head, batch)."""
         arrived = Int32(-1)
         while arrived != rank:
-            arrived = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
+            arrived = cute.arch.load(self._counter(where), Int32, sem="acquire", scope="gpu")
 
-    @staticmethod
     @cute.jit
-    def pass_turn(counter):
-        cute.arch.fence_acq_rel_gpu()
-        cute.arch.red(counter, Int32(1), op="add", dtype="s32", sem="release", scope="gpu")
+    def pass_turn(self, where):
+        """One thread: what it added is complete, the next key tile may add its own."""
+        cute.arch.red(self._counter(where), Int32(1), op="add", dtype="s32", sem="release", scope="gpu")
 
 
 @cute.jit

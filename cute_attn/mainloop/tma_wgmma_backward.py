@@ -7,7 +7,7 @@ A block owns a tile of keys, 64 for each of its computing warpgroups, and walks 
 
 The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the operands that dV and dK take, and only dS goes
 through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, dV while
-dS is, dK while dS is shared, and the next tile's Sᵀ while dQ is handed over.
+dS is taken and shared, dK while dQ is handed over and until the next tile's Sᵀ begins.
 
 Three warps copy: K, Q and the rows' LSE; V, dO and the rows' delta; and dQ, which is added in float32 to global memory by
 the copy engine (``cp.reduce.async.bulk``), in the order of the accumulator's registers, which costs no bank conflict.
@@ -16,7 +16,6 @@ the copy engine (``cp.reduce.async.bulk``), in the order of the accumulator's re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
@@ -246,8 +245,7 @@ class Backward:
 
     @cute.jit
     def _add_dq(self, gradients: Gradients, sdQ: cute.Tensor, values: Values, tiles: Tiles):
-        """One warp: adds each tile's dQ to global memory. A step hands over the dQ of the step before it, so that a key
-        tile's first hand-over holds nothing, and one more comes after its last step."""
+        """One warp: adds each tile's dQ to global memory."""
         lane = cute.arch.lane_idx()
         turn = Int32(0)
         position = tiles.position(turn)
@@ -255,28 +253,37 @@ class Backward:
             n_block, head_kv, batch = self._place(tiles, position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
             if visited.count > 0:
-                self._await_dq()
                 for member in cutlass.range(tiles.heads_per_kv, unroll=1):
                     head = head_kv * tiles.heads_per_kv + member
                     for i in cutlass.range(visited.count, unroll=1):
                         self._await_dq()
-                        m_block = visited.at(i)
                         if lane == 0:
-                            counter = gradients.counter(m_block, head, batch)
-                            if cutlass.const_expr(self.problem.deterministic):
-                                gradients.wait_for_turn(counter, visited.rank(values, self.problem, m_block, self.config))
-                            for w in cutlass.range_constexpr(self.warpgroups):
-                                _reduce_add(gradients.mdQ[None, w, m_block, head, batch], sdQ[None, w])
-                            cute.arch.cp_async_bulk_commit_group()
-                            if cutlass.const_expr(self.problem.deterministic):
-                                cute.arch.cp_async_bulk_wait_group(0, read=False)
-                                gradients.pass_turn(counter)
-                            else:
-                                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                            self._add(gradients, sdQ, values, visited, (i, head, batch))
                         cute.arch.sync_warp()
+                    if cutlass.const_expr(self.problem.deterministic):
+                        if lane == 0:
+                            cute.arch.cp_async_bulk_wait_group(0, read=False)
+                            gradients.pass_turn((visited.at(visited.count - 1), head, batch))
             turn += 1
             position = tiles.position(turn)
         cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    @cute.jit
+    def _add(self, gradients: Gradients, sdQ: cute.Tensor, values: Values, visited: QueryTiles, where):
+        """Start adding one tile's dQ, and wait until its shared memory is read. In a fixed order a tile's turn is passed on
+        when its sum is complete, which is looked at a tile later, when it has been for long."""
+        i, head, batch = where
+        m_block = visited.at(i)
+        if cutlass.const_expr(self.problem.deterministic):
+            gradients.wait_for_turn((m_block, head, batch), visited.rank(values, self.problem, m_block, self.config))
+        for w in cutlass.range_constexpr(self.warpgroups):
+            _reduce_add(gradients.mdQ[None, w, m_block, head, batch], sdQ[None, w])
+        cute.arch.cp_async_bulk_commit_group()
+        if cutlass.const_expr(self.problem.deterministic):
+            if i > 0:
+                cute.arch.cp_async_bulk_wait_group(1, read=False)
+                gradients.pass_turn((visited.at(i - 1), head, batch))
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
     def _await_dq(self):
@@ -304,15 +311,14 @@ class Backward:
             pipes.k.consumer_wait(k_state)
             pipes.v.consumer_wait(k_state)
             if visited.count > 0:
-                step = partial(self._step, me, frag, shared, pipes, values, key_first)
-                for _ in cutlass.range(tiles.heads_per_kv, unroll=1):
-                    for i in cutlass.range(visited.masked, unroll=1):
-                        state = step(state, (visited.at(i), True))
-                    for i in cutlass.range(visited.masked, visited.count, unroll=1):
-                        state = step(state, (visited.at(i), False))
-                cute.nvgpu.warpgroup.wait_group(0)
-                if cutlass.const_expr(self.needs_q):
-                    self._hand_over_dq(me, frag, shared)
+                i = Int32(0)
+                for j in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
+                    where = (visited.at(i), i < visited.masked, j > 0)
+                    state = self._step(me, frag, shared, pipes, values, key_first, state, where)
+                    i = i + 1 if i + 1 < visited.count else Int32(0)
+                if cutlass.const_expr(self.config.overlap_tiles):
+                    cute.nvgpu.warpgroup.wait_group(0)
+                    pipes.q.consumer_release(self._before(state))
             self._store(me, frag, operands, shared, values, (n_block * self.warpgroups + me.warpgroup, head_kv, batch))
             pipes.k.consumer_release(k_state)
             pipes.v.consumer_release(k_state)
@@ -355,27 +361,31 @@ class Backward:
 
     @cute.jit
     def _step(self, me: Worker, frag: Fragments, shared: Shared, pipes: Pipelines, values: Values, key_first, state, where):
-        """One query tile. dQ of the one before is in flight when it begins, and its own when it ends."""
-        m_block, masked = where
+        """One query tile. Returns the pipelines' next state.
+
+        With ``overlap_tiles``, dK's product is in flight when it ends, so that the tensor cores have work until the next
+        tile's scores are issued; the next step releases Q's slot. Only an accumulator that the loop never reads can stay in
+        flight like this, and the operand keeps its registers.
+        """
+        m_block, masked, follows = where
         config, lay, stage = self.config, self.lay, state.index
-        flight = InFlight("dQ") if self.needs_q else InFlight()
+        flight = InFlight("dK") if config.overlap_tiles else InFlight()
 
         pipes.q.consumer_wait(state)
         acc_S = self._scores("S", frag.tSrK, frag.tSrQ[None, None, None, stage])
         flight.issued("S")
-        if cutlass.const_expr(self.needs_q):
-            flight.wait("dQ")
-            self._hand_over_dq(me, frag, shared)
-
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_ds):
             acc_dP = self._scores("dP", frag.tPrV, frag.tPrdO[None, None, None, stage])
             flight.issued("dP")
         flight.wait("S")
+        if cutlass.const_expr(config.overlap_tiles):
+            if follows:
+                pipes.q.consumer_release(self._before(state))
         P = rows_columns(acc_S)
         apply_softcap(P, values, self.problem)
         slopes = self._slopes(P)
-        if cutlass.const_expr(masked):
+        if masked:
             mask_transposed(P, me.cS, (key_first, m_block * config.tile_m), values, self.problem)
         probabilities(P, self._of_columns(me, shared.lse[None, stage]), values.scale_log2)
         if cutlass.const_expr(self.needs_v):
@@ -387,21 +397,29 @@ class Backward:
             flight.wait("dP")
             score_gradients(P, rows_columns(acc_dP), self._of_columns(me, shared.delta[None, stage]), slopes)
             rdS = self._as_operand(acc_S)
-            if cutlass.const_expr(self.needs_k):
-                gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
-                flight.issued("dK")
             if cutlass.const_expr(self.needs_q):
                 slot = state.count % lay.DS_STAGES * self.warpgroups
                 self._share_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
                 self._dq(frag, slot)
                 flight.issued("dQ")
+            if cutlass.const_expr(self.needs_k):
+                gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
+                flight.issued("dK")
         flight.wait("dV")
-        flight.wait("dK")
-        flight.wait("dQ")
-        pipes.q.consumer_release(state)
         pipes.do.consumer_release(state)
+        if cutlass.const_expr(self.needs_q):
+            flight.wait("dQ")
+            self._hand_over_dq(me, frag, shared)
+        if cutlass.const_expr(not config.overlap_tiles):
+            flight.wait("dK")
+            pipes.q.consumer_release(state)
         state.advance()
         return state
+
+    def _before(self, state):
+        """The stage before; enough of its state to release it."""
+        stages = self.config.stages
+        return pipeline.PipelineState(stages, state.count, (state.index + stages - 1) % stages, state.phase)
 
     def _slopes(self, t: cute.Tensor):
         """The softcap's derivative at each score, taken before the mask; ``None`` without a softcap."""
