@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # a log has no width of its own, and wrapped tables can't be read
+        console = Console(width=240)  # a log has no width of its own, and wrapped tables can't be read
     try:
         return COMMANDS[options.command](options, console)
     except ValueError as error:
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, console: Console) -> int:
 def _compile_ahead(
     jobs: list[tuple[str, Case]], record: Record, settings: Settings, options: argparse.Namespace, watch: Watch
 ) -> None:
-    work = ahead.tasks(record.about["peers"], ahead.cases_of(jobs))
+    work = ahead.tasks(record.about["peers"], jobs)
     if options.compile_jobs < 2 or len(work) < 2:
         return
     watch.begin(f"compiling, {options.compile_jobs} at a time", len(work))

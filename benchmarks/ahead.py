@@ -18,19 +18,23 @@ from concurrent.futures.process import BrokenProcessPool
 
 from benchmarks.cases import Case
 from benchmarks.peers import REGISTRY, Peer
+from benchmarks.schedule import Job
 
 Task = tuple[str, Case]
 # Switches for caches on disk that are off by default.
 CACHES_ON = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
 
 
-def tasks(names: Iterable[str], cases: Iterable[Case]) -> list[Task]:
+def tasks(names: Iterable[str], jobs: Iterable[Job]) -> list[Task]:
     """A case for each kernel that the peers of these names compile: the shortest of those that share it."""
     found: dict[tuple, Task] = {}
-    for case in sorted(cases, key=lambda case: case.seqlen_q * case.seqlen_k):
+    for kind, case in sorted(jobs, key=lambda job: job[1].seqlen_q * job[1].seqlen_k):
+        if kind == "first":  # its caches are to be empty
+            continue
         for name in names:
             peer = REGISTRY[name]
-            if peer.compiles and case.direction in peer.directions:
+            takes_part = case.direction in peer.directions and (kind == "host" or not peer.host_only)
+            if peer.compiles and takes_part:
                 found.setdefault((name, *_kernel(peer, case)), (name, case))
     return list(found.values())
 
@@ -105,10 +109,5 @@ def switch_caches_on() -> None:
 def processors() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cases_of(jobs: Iterable[tuple[str, Case]]) -> list[Case]:
-    """The cases whose peers are called in the measuring process; a first call has empty caches by intent."""
-    return list(dict.fromkeys(case for kind, case in jobs if kind != "first"))
 
 

@@ -30,6 +30,7 @@ STYLES = {
 }
 OTHERS = (("#555555", "*"), ("#882255", "h"), ("#332288", "p"))
 CEILING, GRID = "#000000", "#DDDDDD"
+DETERMINISTIC = "_deterministic"
 LABELS = {"burst": "bursts of 10 ms", "sustained": "sustained load"}
 Figure = Any
 
@@ -147,14 +148,13 @@ def _panel(cell: Cell) -> tuple[str, str]:
 def _style(name: str, peers: list[str]) -> dict[str, Any]:
     unknown = [peer for peer in peers if peer not in STYLES]
     color, marker = STYLES.get(name) or OTHERS[unknown.index(name) % len(OTHERS) if name in unknown else 0]
-    ours = is_ours(name)
-    width, order = (2.4, 4) if ours else (1.2, 3)
+    width, order = (1.2, 3) if not is_ours(name) else (1.6, 5) if name.endswith(DETERMINISTIC) else (2.4, 4)
     return {"color": color, "marker": marker, "markersize": 5, "linewidth": width, "zorder": order}
 
 
 def _line(name: str, recorded: list[str]) -> str:
     """Recorded rates are dotted; deterministic ones dashed, in the colour of what they are a version of."""
-    return ":" if name in recorded else "--" if name.endswith("_deterministic") else "-"
+    return ":" if name in recorded else "--" if name.endswith(DETERMINISTIC) else "-"
 
 
 def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:

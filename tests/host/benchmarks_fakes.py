@@ -131,6 +131,14 @@ def scripted_worker(connection, crew, settings):
     connection.send(("state", {"sm_mhz": 1000.0, "watts": 100.0}))
 
 
+def scripted_worker_on_a_gpu(connection, crew, settings):
+    """A measuring process that found a GPU and two of our peers, and answers every job with nothing."""
+    connection.send(("about", {"card": {"device": "cuda"}, "peers": {"ours_tma_wgmma": "", "ours_deterministic": ""}}))
+    while (job := connection.recv()) is not None:
+        connection.send(("cell", Cell(job[0], job[1])))
+    connection.send(("state", None))
+
+
 def worker_that_cannot_start(connection, crew, settings):
     os._exit(5)
 

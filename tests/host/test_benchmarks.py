@@ -345,15 +345,18 @@ def test_a_budget_counts_from_the_start_of_the_command():
 
 def test_each_kernel_is_compiled_once_ahead():
     cases = [*replace(GRIDS["full"], head_dims=(128,)).cases(), replace(BIG, window=(5, 5)), replace(BIG, window=(9, 5))]
-    work = ahead.tasks(["ours_tma_wgmma", "ours_deterministic", "torch_cudnn"], cases)
+    jobs = [*(("burst", case) for case in cases), ("host", fakes.CASE), ("first", replace(BIG, softcap=1.0))]
+    work = ahead.tasks(["ours_tma_wgmma", "ours_deterministic", "ours", "torch_cudnn"], jobs)
     ours = [case for name, case in work if name == "ours_tma_wgmma"]
-    assert len(ours) == 2 * 2 + 1  # full and causal, forward and backward; any window is the same kernel
-    assert {case.seqlen_q for case in ours if case.window is None} == {512}  # the shortest
+    # Full and causal, forward and backward; any window is the same kernel; and the host's.
+    assert len(ours) == 2 * 2 + 1 + 1
+    assert {case.seqlen_q for case in ours if case.window is None} == {512, fakes.CASE.seqlen_q}  # the shortest
+    assert [case for name, case in work if name == "ours"] == [fakes.CASE]
     assert {(name, case.direction) for name, case in work if name == "ours_deterministic"} == {
         ("ours_deterministic", "backward")
     }
     assert "torch_cudnn" not in {name for name, _ in work}
-    assert len(ahead.tasks(["torch_flex"], cases)) == len(cases)
+    assert len(ahead.tasks(["torch_flex"], jobs)) == len(cases) + 1
 
 
 def slow_or_faulty(name, case, modules):

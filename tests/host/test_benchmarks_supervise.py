@@ -143,6 +143,25 @@ def test_each_pass_can_have_a_process_of_its_own(monkeypatch):
     assert len(started) == 1 + 3
 
 
+@pytest.mark.parametrize(("jobs", "kernels"), [(4, 3), (1, 0)])
+def test_kernels_are_compiled_ahead_where_there_is_a_gpu(monkeypatch, tmp_path, jobs, kernels):
+    asked = []
+
+    def compile_ahead(work, jobs, modules, limit_s, done):
+        asked.extend(work)
+        return 1.0
+
+    monkeypatch.setattr("benchmarks.__main__.ahead.compile_ahead", compile_ahead)
+    target = partial(supervise.Supervisor, target=fakes.scripted_worker_on_a_gpu)
+    monkeypatch.setattr("benchmarks.__main__.Supervisor", target)
+    case = ["--head-dim", "128", "--causal", "--seqlen", "512", "8k", "--compile-jobs", str(jobs)]
+    assert main(["attention", *case, "--json", str(tmp_path / "r.json")]) == 0
+    assert len(asked) == kernels  # forward, backward, deterministic backward
+    assert {case.seqlen_q for _, case in asked} <= {512}
+    about = Record.load(tmp_path / "r.json").about
+    assert about.get("compile_ahead", {"kernels": 0})["kernels"] == kernels
+
+
 def test_a_peer_that_was_lost_is_not_visited_again(scripted, tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "GRACE_SECONDS", 0.2)
     case = ["--seqlen", "64", "--batch", "3", "--forward", "--full", "--rounds", "3"]
