@@ -252,46 +252,45 @@ class Backward:
         while position < tiles.count():
             n_block, head_kv, batch = self._place(tiles, position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
-            if visited.count > 0:
-                for member in cutlass.range(tiles.heads_per_kv, unroll=1):
-                    head = head_kv * tiles.heads_per_kv + member
-                    for i in cutlass.range(visited.count, unroll=1):
-                        self._await_dq()
-                        if lane == 0:
-                            self._add(gradients, sdQ, values, visited, (i, head, batch))
-                        cute.arch.sync_warp()
+            for member in cutlass.range(tiles.heads_per_kv, unroll=1):
+                head = head_kv * tiles.heads_per_kv + member
+                for i in cutlass.range(visited.count, unroll=1):
+                    for w in cutlass.range_constexpr(self.warpgroups):
+                        cute.arch.barrier_arrive(barrier_id=EMPTY_BARRIER + w, number_of_threads=WARPGROUP + 32)
                     if cutlass.const_expr(self.problem.deterministic):
                         if lane == 0:
-                            cute.arch.cp_async_bulk_wait_group(0, read=False)
-                            gradients.pass_turn((visited.at(visited.count - 1), head, batch))
+                            self._wait_for_turn(gradients, values, visited, (i, head, batch))
+                        cute.arch.sync_warp()
+                    for w in cutlass.range_constexpr(self.warpgroups):
+                        cute.arch.barrier(barrier_id=FULL_BARRIER + w, number_of_threads=WARPGROUP + 32)
+                    if lane == 0:
+                        for w in cutlass.range_constexpr(self.warpgroups):
+                            _reduce_add(gradients.mdQ[None, w, visited.at(i), head, batch], sdQ[None, w])
+                        cute.arch.cp_async_bulk_commit_group()
+                        cute.arch.cp_async_bulk_wait_group(0, read=True)
+                    cute.arch.sync_warp()
+                if cutlass.const_expr(self.problem.deterministic):
+                    if lane == 0 and visited.count > 0:
+                        self._pass_turn(gradients, visited, (visited.count - 1, head, batch))
             turn += 1
             position = tiles.position(turn)
         cute.arch.cp_async_bulk_wait_group(0, read=False)
 
     @cute.jit
-    def _add(self, gradients: Gradients, sdQ: cute.Tensor, values: Values, visited: QueryTiles, where):
-        """Start adding one tile's dQ, and wait until its shared memory is read. In a fixed order a tile's turn is passed on
-        when its sum is complete, which is looked at a tile later, when it has been for long."""
+    def _wait_for_turn(self, gradients: Gradients, values: Values, visited: QueryTiles, where):
+        """One thread: pass on the turn of the tile before, whose sum is complete by now or nearly so, then wait for that of
+        tile i. All of it while the tile is still being computed."""
         i, head, batch = where
+        if i > 0:
+            self._pass_turn(gradients, visited, (i - 1, head, batch))
         m_block = visited.at(i)
-        if cutlass.const_expr(self.problem.deterministic):
-            gradients.wait_for_turn((m_block, head, batch), visited.rank(values, self.problem, m_block, self.config))
-        for w in cutlass.range_constexpr(self.warpgroups):
-            _reduce_add(gradients.mdQ[None, w, m_block, head, batch], sdQ[None, w])
-        cute.arch.cp_async_bulk_commit_group()
-        if cutlass.const_expr(self.problem.deterministic):
-            if i > 0:
-                cute.arch.cp_async_bulk_wait_group(1, read=False)
-                gradients.pass_turn((visited.at(i - 1), head, batch))
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        gradients.wait_for_turn((m_block, head, batch), visited.rank(values, self.problem, m_block, self.config))
 
     @cute.jit
-    def _await_dq(self):
-        """Offer dQ's shared memory to the computing warpgroups and wait until each has filled its own."""
-        for w in cutlass.range_constexpr(self.warpgroups):
-            cute.arch.barrier_arrive(barrier_id=EMPTY_BARRIER + w, number_of_threads=WARPGROUP + 32)
-        for w in cutlass.range_constexpr(self.warpgroups):
-            cute.arch.barrier(barrier_id=FULL_BARRIER + w, number_of_threads=WARPGROUP + 32)
+    def _pass_turn(self, gradients: Gradients, visited: QueryTiles, where):
+        i, head, batch = where
+        cute.arch.cp_async_bulk_wait_group(0, read=False)
+        gradients.pass_turn((visited.at(i), head, batch))
 
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
