@@ -180,9 +180,10 @@ class RowValues:
         begin = cute.make_tensor(dq_sum.iterator + cutlass.Int64(block) * floats, cute.make_layout(floats))
         zeros = cute.make_rmem_tensor(4, Float32)
         zeros.fill(0.0)
-        for i in cutlass.range_constexpr(floats // (4 * self.THREADS)):
-            into = cute.local_tile(begin, (4,), (i * self.THREADS + thread,))
-            cute.autovec_copy(zeros, into)
+        for i in cutlass.range_constexpr(-(-floats // (4 * self.THREADS))):
+            place = i * self.THREADS + thread
+            if place < floats // 4:
+                cute.autovec_copy(zeros, cute.local_tile(begin, (4,), (place,)))
 
 
 class CastQueries:
@@ -216,10 +217,11 @@ class CastQueries:
 
         mma = self.lay.tiled_mma("dQ", self.config)
         acc = cute.make_rmem_tensor(mma.partition_shape_C(self.lay.piece_shape(self.config)), Float32)
-        vectors = cute.size(acc) // 4
-        source = dq_sum[None, piece, m_block, head, batch].iterator + 4 * thread
-        mine = cute.make_tensor(source.align(16), cute.make_layout((4, vectors), stride=(1, 4 * self.threads)))
-        cute.autovec_copy(mine, cute.make_tensor(acc.iterator, cute.make_layout((4, vectors))))
+        width = self.config.add_width
+        vectors = cute.size(acc) // width
+        source = dq_sum[None, piece, m_block, head, batch].iterator + width * thread
+        mine = cute.make_tensor(source.align(4 * width), cute.make_layout((width, vectors), stride=(1, width * self.threads)))
+        cute.autovec_copy(mine, cute.make_tensor(acc.iterator, cute.make_layout((width, vectors))))
         acc.store(acc.load() * Float32(values.scale(self.problem)))
 
         identity = cute.make_identity_tensor(self.lay.piece_shape(self.config))

@@ -75,6 +75,11 @@ class Config:
     mma_warps: int  # warps that compute; each warp (or warpgroup) owns whole rows
     blocks_per_multiprocessor: int = 1
     backward: bool = False  # of the backward pass, whose operands a family module of its own lays out
+    overlap_tiles: bool = False  # backward, tma_wgmma: a query tile's last product runs into the next tile: takes registers
+    # backward pass on cp_async only
+    key_warps: int = 0  # of the computing warps, as many split the keys; the others split queries and columns
+    step_m: int = 0  # queries whose scores a warp holds at once
+    add_width: int = 4  # floats of dQ that a thread adds to global memory at once
     # tma_wgmma only
     mma_registers: int = 0  # registers a thread of a computing warpgroup has after setmaxnreg
     copy_registers: int = 0  # and of the copying one
@@ -135,6 +140,7 @@ class Mma:
     b: Layout
     c: Layout
     from_shared: str = ""  # of "AB"
+    across: int = 1  # warps side by side
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,10 @@ def as_operand_a(acc: cute.Tensor) -> cute.Tensor:
 
 
 def transposed(s: cute.Tensor) -> cute.Tensor:
-    """``(rows, columns, stage)`` in shared memory seen as ``(columns, rows, stage)``: V as the B operand of P·V."""
+    """``(rows, columns[, stage])`` in shared memory seen as ``(columns, rows[, stage])``: V as the B operand of P·V."""
     layout = s.layout
+    modes = [1, 0, *range(2, cute.rank(layout))]
     if isinstance(layout, cute.ComposedLayout):
-        outer = cute.select(layout.outer, mode=[1, 0, 2])
+        outer = cute.select(layout.outer, mode=modes)
         return cute.make_tensor(s.iterator, cute.make_composed_layout(layout.inner, layout.offset, outer))
-    return cute.make_tensor(s.iterator, cute.select(layout, mode=[1, 0, 2]))
+    return cute.make_tensor(s.iterator, cute.select(layout, mode=modes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import mma_sync, wgmma, wgmma_backward
+from . import mma_sync, mma_sync_backward, wgmma, wgmma_backward
 from .base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -15,7 +15,7 @@ GPU = Gpu(
 )
 
 MECHANISMS = {"tma_wgmma": wgmma, "cp_async": mma_sync}
-BACKWARD = {"tma_wgmma": wgmma_backward}
+BACKWARD = {"tma_wgmma": wgmma_backward, "cp_async": mma_sync_backward}
 
 # The wider of the two padded head dims -> the fields of Config that the table decides.
 # A computing warpgroup owns 64 rows. Two of them may have 240 registers a thread, three 160.
@@ -37,7 +37,7 @@ REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -
 # The same for the backward pass, where a computing warpgroup owns 64 keys; both head dims are padded to the wider.
 WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
     64: {"tile_m": 128, "tile_n": 128, "stages": 2},
-    128: {"tile_m": 64, "tile_n": 128, "stages": 2},
+    128: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
 }
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
@@ -50,9 +50,30 @@ MMA_SYNC_TABLE = {
     256: (128, 64, 2, 8, 1),
 }
 
+# The same for the backward pass.
+ADD_WIDTH = 4  # red.global.add.v4.f32
+MMA_SYNC_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
+    32: {"tile_m": 128, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 8},
+    64: {
+        "tile_m": 64,
+        "tile_n": 128,
+        "step_m": 32,
+        "stages": 2,
+        "mma_warps": 4,
+        "key_warps": 4,
+        "blocks_per_multiprocessor": 2,
+    },
+    96: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 8},
+    128: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 8},
+    192: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
+    256: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
+}
+
 
 def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     """The configurations for ``problem``, best first."""
+    if mechanism == "cp_async" and problem.gradients:
+        return mma_sync_backward.configs(problem, MMA_SYNC_BACKWARD_TABLE, target, ADD_WIDTH)
     if mechanism == "cp_async":
         return mma_sync.configs(problem, MMA_SYNC_TABLE, target)
     if problem.gradients:

@@ -1,0 +1,476 @@
+"""Backward attention with cp.async copies and mma.sync: all gradients in one kernel.
+
+A block owns a tile of keys and walks over the query tiles that see any of them, of each query head that shares the keys
+(FlashAttention-2, arXiv:2307.08691, algorithm 2). Five products a tile:
+
+    Sᵀ = K·Qᵀ,   dPᵀ = V·dOᵀ,   dV += Pᵀ·dO,   dK += dSᵀ·Q,   dQ = dS·K
+
+The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the A operands that dV and dK take, and only dS goes
+through shared memory. It has two slots there, so that a tile's dQ is computed one tile late, after the barrier that the
+next tile needs anyway: one barrier a tile publishes Q, dO and dS, and frees the slots of the tile before. Where heads are so
+wide that several warps share the columns of dV and dK, P takes the way through shared memory as well, all three
+products wait for a second barrier, and dQ isn't late.
+
+dQ is added in float32 to global memory by atomics, in the order of the accumulator's registers, so that a warp's fall on
+whole lines. Rows past a sequence's end are read as the last one; their log-sum-exp, or a mask, says that they weigh 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import cutlass
+from cutlass import Float32, Int32, cute
+
+from cute_attn import layouts
+from cute_attn.epilogue import converted
+from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
+from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
+from cute_attn.mainloop.warps import Operand, Stream, product
+from cute_attn.rules import softcap_slope
+from cute_attn.scheduler import Tiles
+from cute_attn.softmax import probabilities, score_gradients
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The operands in shared memory: ``(tile_n, columns)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
+    ``(tile_n, tile_m)`` for P, if it is there, ``(tile_n, tile_m, slot)`` for dS, ``(tile_m, stage)`` for a row's values."""
+
+    k: cute.Tensor
+    v: cute.Tensor
+    q: cute.Tensor
+    do: cute.Tensor
+    p: cute.Tensor | None
+    ds: cute.Tensor
+    lse: cute.Tensor
+    delta: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the five products read from shared memory, named as everywhere: ``tSrK`` is K for the product S."""
+
+    tSrK: Operand
+    tSrQ: Operand
+    tPrV: Operand
+    tPrdO: Operand
+    tVrP: Operand | None
+    tVrdO: Operand
+    tKrdS: Operand | None
+    tKrQ: Operand
+    tQrdS: Operand
+    tQrK: Operand
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block's place, what it accumulates, and what it reads and writes."""
+
+    thread: Int32
+    n_block: Int32
+    head_kv: Int32
+    batch: Int32
+    visited: QueryTiles
+    heads_per_kv: Int32
+    values: Values
+    gradients: Gradients
+    shared: Shared
+    q: Stream
+    do: Stream
+    rows: Rows
+    acc_dV: cute.Tensor
+    acc_dK: cute.Tensor
+
+
+class Backward:
+    """The kernel of one (problem, config)."""
+
+    def __init__(self, problem, config):
+        self.problem, self.config = problem, config
+        self.lay = layouts.family(config)
+        self.shares_p = self.lay.p_is_shared(config)
+        self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
+        self.needs_ds = self.needs_q or self.needs_k
+
+    # ---- host ------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
+        """Launch a block for each key tile; ``blocks``, what the GPU holds at once, is the hardware's business here."""
+        self.kernel(mQ, mK, mV, mdO, rows, gradients, values, tiles).launch(
+            grid=[tiles.count(), 1, 1],
+            block=[self.config.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=self.config.blocks_per_multiprocessor,
+            preferred_smem_carveout=100,  # per cent; left out, the DSL asks a GPU that need not be there
+        )
+
+    # ---- kernel ----------------------------------------------------------------------------------------------------
+
+    @cute.kernel
+    def kernel(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles):
+        problem = self.problem
+        thread = cute.arch.thread_idx()[0]
+        n_block, head_kv, batch = self._place(tiles)
+        visited = QueryTiles.of(values, problem, n_block, self.config)
+        shared = self._shared()
+        stream = partial(Stream.of, self.lay, self.config)
+        k = stream("K", mK[None, None, head_kv, batch], shared.k, thread, problem.head_dim)
+        v = stream("V", mV[None, None, head_kv, batch], shared.v, thread, problem.head_dim_v)
+        me = Block(
+            thread,
+            n_block,
+            head_kv,
+            batch,
+            visited,
+            tiles.heads_per_kv,
+            values,
+            gradients,
+            shared,
+            stream("Q", mQ[None, None, None, batch], shared.q, thread, problem.head_dim),
+            stream("dO", mdO[None, None, None, batch], shared.do, thread, problem.head_dim_v),
+            rows,
+            *(self._accumulator(role) for role in ("dV", "dK")),
+        )
+        if visited.count > 0:
+            self._query_tiles(me, k, v)
+        self._store(me, gradients)
+
+    def _accumulator(self, role: str) -> cute.Tensor:
+        tile = self.lay.tile(role, self.config)
+        acc = cute.make_rmem_tensor(self.lay.tiled_mma(role, self.config).partition_shape_C(tile), Float32)
+        acc.fill(0.0)
+        return acc
+
+    def _place(self, tiles: Tiles):
+        """``(n_block, head_kv, batch)`` of the block. Long ones first, but where dQ is added in a fixed order: there a tile
+        must come after those that it waits for."""
+        block, head_kv, _, batch = tiles.coordinates(tiles.position(Int32(0)))
+        if tiles.long_first and not self.problem.deterministic:
+            block = tiles.m_blocks - 1 - block
+        return block, head_kv, batch
+
+    def _shared(self) -> Shared:
+        config, lay = self.config, self.lay
+        smem = cutlass.memory.SmemAllocator()
+
+        def tensor(name):
+            return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
+
+        def floats(*shape):
+            return smem.allocate_tensor(Float32, cute.make_layout(shape), 16)
+
+        k, v, q, do, ds = (tensor(name) for name in ("K", "V", "Q", "dO", "dS"))
+        p = tensor("P") if self.shares_p else None
+        lse, delta = (floats(config.tile_m, config.stages) for _ in range(2))
+        return Shared(k, v, q, do, p, ds, lse, delta)
+
+    def _operands(self, me: Block) -> Operands:
+        s, step_m = me.shared, self.config.step_m
+
+        def a(role, operand, tensor, slot=()):
+            part = self.lay.tiled_mma(role, self.config).get_slice(me.thread)
+            fragment = part.make_fragment_A(part.partition_A(tensor[(None, None, *slot)]))
+            return Operand.of(self.lay.load_operand(role, operand, self.config), tensor, fragment, me.thread)
+
+        def b(role, operand, tensor, shape):
+            mma = self.lay.tiled_mma(role, self.config)
+            fragment = cute.make_rmem_tensor(mma.partition_shape_B(shape), tensor.element_type)
+            return Operand.of(self.lay.load_operand(role, operand, self.config), tensor, fragment, me.thread)
+
+        config, (sKt, sQt, sdOt, sdSt) = self.config, map(transposed, (s.k, s.q, s.do, s.ds))
+        queries = config.tile_m if self.shares_p else step_m  # that dV and dK sum over at once
+        return Operands(
+            tSrK=a("S", "K", s.k),
+            tSrQ=b("S", "Q", s.q, (step_m, config.tile_d)),
+            tPrV=a("dP", "V", s.v),
+            tPrdO=b("dP", "dO", s.do, (step_m, config.tile_dv)),
+            tVrP=a("dV", "P", s.p) if self.shares_p else None,
+            tVrdO=b("dV", "dO", sdOt, (config.tile_dv, queries)),
+            tKrdS=a("dK", "dS", s.ds, (0,)) if self.shares_p else None,
+            tKrQ=b("dK", "Q", sQt, (config.tile_d, queries)),
+            tQrdS=a("dQ", "dS", sdSt, (0,)),
+            tQrK=b("dQ", "K", sKt, (config.tile_d, config.tile_n)),
+        )
+
+    # ---- the walk over query tiles ---------------------------------------------------------------------------------
+
+    @cute.jit
+    def _query_tiles(self, me: Block, k: Stream, v: Stream):
+        """Every query tile of every head that shares the block's keys, the masked ones of a head first."""
+        stages, late_dq = self.config.stages, cutlass.const_expr(self.needs_q and not self.shares_p)
+        operands = self._operands(me)
+        for x in (k, v, me.q, me.do):
+            x.clear_padding()
+        row = me.n_block * self.config.tile_n
+        k.start(k.m, k.tXsX, row, me.values.seqlen_k)
+        v.start(v.m, v.tXsX, row, me.values.seqlen_k)
+        for slot in cutlass.range_constexpr(stages - 1):
+            self._copy_queries(me, *self._after(me, Int32(0), Int32(0), slot), Int32(slot))
+        if cutlass.const_expr(late_dq):
+            self._clear_ds(me)
+        for member in cutlass.range(me.heads_per_kv, unroll=1):
+            for i in cutlass.range(me.visited.masked, unroll=1):
+                self._step(me, operands, member, i, True)
+            for i in cutlass.range(me.visited.masked, me.visited.count, unroll=1):
+                self._step(me, operands, member, i, False)
+        if cutlass.const_expr(late_dq):
+            self._late_dq(me, operands, me.heads_per_kv, Int32(0))
+
+    @cute.jit
+    def _clear_ds(self, me: Block):
+        """The first tile has none before it, whose dQ it could add: it adds zeros."""
+        last = me.shared.ds[None, None, self.lay.ds_stages(self.config) - 1]
+        part = self.lay.store_accumulator("dS", self.config).get_slice(me.thread).partition_D(last)
+        part.fill(0.0)
+
+    @cute.jit
+    def _after(self, me: Block, member, i, steps: cutlass.Constexpr[int]):
+        """``(member, i)`` of the tile ``steps`` after this one."""
+        for _ in cutlass.range_constexpr(steps):
+            i += 1
+            ends = i == me.visited.count
+            member = member + 1 if ends else member
+            i = Int32(0) if ends else i
+        return member, i
+
+    @cute.jit
+    def _before(self, me: Block, member, i):
+        """``(head, m_block)`` of the tile before this one; of itself, where it is the first."""
+        wraps = (i == 0) & (member > 0)
+        member = member - 1 if wraps else member
+        i = me.visited.count if wraps else i
+        return self._head(me, member), me.visited.at(cutlass.max(i - 1, 0))
+
+    def _head(self, me: Block, member):
+        return me.head_kv * me.heads_per_kv + member
+
+    @cute.jit
+    def _copy_queries(self, me: Block, member, i, slot):
+        """Start copying a query tile of Q and dO with its rows' values to a slot, if there is such a tile; one group either
+        way."""
+        config = self.config
+        if member < me.heads_per_kv:
+            m_block, head = me.visited.at(i), self._head(me, member)
+            row, end = m_block * config.tile_m, me.values.seqlen_q
+            me.q.start(me.q.m[None, None, head], me.q.tXsX[None, None, None, slot], row, end)
+            me.do.start(me.do.m[None, None, head], me.do.tXsX[None, None, None, slot], row, end)
+            self._copy_rows(me, head, m_block, slot)
+        cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def _copy_rows(self, me: Block, head, m_block, slot):
+        """16 bytes a thread of the rows' values: the first threads take the log-sum-exp, the next delta."""
+        vectors = self.config.tile_m // 4
+        atom = cute.make_copy_atom(
+            cute.nvgpu.cpasync.CopyG2SOp(cache_mode=cute.nvgpu.cpasync.LoadCacheMode.GLOBAL), Float32, num_bits_per_copy=128
+        )
+        for n in cutlass.range_constexpr(2):
+            m, s = ((me.rows.lse_log2, me.shared.lse), (me.rows.delta, me.shared.delta))[n]
+            if cutlass.const_expr(n == 0 or self.needs_ds):
+                place = me.thread - n * vectors
+                if (place >= 0) & (place < vectors):
+                    source = cute.local_tile(m[None, head, me.batch], (4,), (m_block * vectors + place,))
+                    into = cute.local_tile(s[None, slot], (4,), (place,))
+                    source, into = (cute.make_tensor(x.iterator.align(16), cute.make_layout(4)) for x in (source, into))
+                    cute.copy(atom, source, into)
+
+    # ---- one query tile --------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _step(self, me: Block, operands: Operands, member, i, masked: cutlass.Constexpr[bool]):
+        """One query tile, while the one ``stages − 1`` after it is on its way."""
+        config, stages = self.config, self.config.stages
+        count = member * me.visited.count + i
+        slot = count % stages
+        if cutlass.const_expr(stages == 1):
+            cute.arch.sync_threads()  # every thread is done with the slot
+            self._copy_queries(me, member, i, slot)
+        cute.arch.cp_async_wait_group(max(stages - 2, 0))
+        if cutlass.const_expr(self.needs_q and not self.shares_p):
+            self._late_dq(me, operands, member, i)
+        else:
+            cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the one before
+        if cutlass.const_expr(stages > 1):
+            self._copy_queries(me, *self._after(me, member, i, stages - 1), (count + stages - 1) % stages)
+        m_block = me.visited.at(i)
+        slots = (slot, count % self.lay.ds_stages(config))
+        for part in cutlass.range_constexpr(config.tile_m // config.step_m):
+            self._scores(me, operands, m_block, part, slots, masked)
+        if cutlass.const_expr(self.shares_p):
+            self._gradients_of_shared(me, operands, member, i, slots)
+
+    @cute.jit
+    def _scores(self, me: Block, operands: Operands, m_block, part: cutlass.Constexpr[int], slots, masked):
+        """P and dS of ``step_m`` queries, and what they add to dV and dK where they stay in registers."""
+        config, lay = self.config, self.lay
+        slot, ds_slot = slots
+        shape = (config.tile_n, config.step_m)
+        S, dP, dV, dK = (lay.tiled_mma(role, config) for role in ("S", "dP", "dV", "dK"))
+        acc_S, acc_dP = (cute.make_rmem_tensor(S.partition_shape_C(shape), Float32) for _ in range(2))
+        acc_S.fill(0.0)
+        x = operands
+        rows = part * cute.size(x.tSrQ.into, mode=[1])
+        product(S, acc_S, x.tSrK.steps(), x.tSrK.load, partial(x.tSrQ.load, slot=(slot,), rows=rows))
+        if cutlass.const_expr(self.needs_ds):
+            acc_dP.fill(0.0)
+            product(dP, acc_dP, x.tPrV.steps(), x.tPrV.load, partial(x.tPrdO.load, slot=(slot,), rows=rows))
+
+        P = rows_columns(acc_S)
+        apply_softcap(P, me.values, self.problem)
+        slopes = self._slopes(P)
+        if cutlass.const_expr(masked):
+            origin = (me.n_block * config.tile_n, m_block * config.tile_m + part * config.step_m)
+            mask_transposed(P, Coordinates.of(S, me.thread, shape), origin, me.values, self.problem)
+        probabilities(P, self._of_columns(me, me.shared.lse[None, slot], part), me.values.scale_log2)
+        steps = part * (config.step_m // 16)
+        if cutlass.const_expr(self.needs_v and self.shares_p):
+            self._share("P", me, acc_S, me.shared.p, part)
+        elif cutlass.const_expr(self.needs_v):
+            rP = self._as_operand(acc_S)
+            product(dV, me.acc_dV, x.tVrdO.steps(), rP, partial(x.tVrdO.load, slot=(slot,), steps=steps))
+        if cutlass.const_expr(self.needs_ds):
+            score_gradients(P, rows_columns(acc_dP), self._of_columns(me, me.shared.delta[None, slot], part), slopes)
+            if cutlass.const_expr(self.needs_q or self.shares_p):
+                self._share("dS", me, acc_S, me.shared.ds[None, None, ds_slot], part)
+            if cutlass.const_expr(self.needs_k and not self.shares_p):
+                rdS = self._as_operand(acc_S)
+                product(dK, me.acc_dK, x.tKrQ.steps(), rdS, partial(x.tKrQ.load, slot=(slot,), steps=steps))
+
+    @cute.jit
+    def _gradients_of_shared(self, me: Block, x: Operands, member, i, slots):
+        """dV, dK and dQ of a tile whose P and dS all warps share."""
+        slot, ds_slot = slots
+        head, m_block = self._head(me, member), me.visited.at(i)
+        self._wait_for_turn(me, head, m_block, Int32(1))
+        cute.arch.sync_threads()  # P and dS are there
+        if cutlass.const_expr(self.needs_v):
+            mma = self.lay.tiled_mma("dV", self.config)
+            product(mma, me.acc_dV, x.tVrP.steps(), x.tVrP.load, partial(x.tVrdO.load, slot=(slot,)))
+        if cutlass.const_expr(self.needs_k):
+            mma = self.lay.tiled_mma("dK", self.config)
+            tKrdS = partial(x.tKrdS.load, slot=(ds_slot,))
+            product(mma, me.acc_dK, x.tKrdS.steps(), tKrdS, partial(x.tKrQ.load, slot=(slot,)))
+        if cutlass.const_expr(self.needs_q):
+            self._dq(me, x, head, m_block, ds_slot, Int32(1))
+
+    def _slopes(self, t: cute.Tensor):
+        """The softcap's derivative at each score, taken before the mask; ``None`` without a softcap."""
+        if not self.problem.softcap:
+            return None
+        slopes = cute.make_rmem_tensor_like(t)
+        for i in range(cute.size(t)):
+            slopes[i] = softcap_slope(t[i])
+        return slopes
+
+    def _of_columns(self, me: Block, sRow: cute.Tensor, part: int) -> cute.Tensor:
+        """A value of each query in shared memory, for the columns of this thread."""
+        shape = (self.config.tile_n, self.config.step_m)
+        wide = cute.make_tensor(sRow.iterator + part * self.config.step_m, cute.make_layout(shape, stride=(0, 1)))
+        return rows_columns(self.lay.tiled_mma("S", self.config).get_slice(me.thread).partition_C(wide))[0, None]
+
+    def _as_operand(self, acc: cute.Tensor):
+        """Pᵀ or dSᵀ as the A operand of dV or dK: a function of the step that rounds it to the operands' dtype."""
+        a = as_operand_a(acc)
+        return lambda k: converted(a[None, None, k], self.lay.element(self.config))
+
+    @cute.jit
+    def _share(self, name: cutlass.Constexpr, me: Block, acc: cute.Tensor, s: cute.Tensor, part: cutlass.Constexpr[int]):
+        """Pᵀ or dSᵀ of ``step_m`` queries to shared memory."""
+        copy = self.lay.store_accumulator(name, self.config).get_slice(me.thread)
+        into = copy.partition_D(s)
+        source = copy.retile(converted(acc, s.element_type))
+        columns = cute.size(source, mode=[2])
+        for c in cutlass.range_constexpr(columns):
+            cute.copy(copy, source[None, None, c], into[None, None, part * columns + c])
+
+    # ---- dQ --------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _late_dq(self, me: Block, operands: Operands, member, i):
+        """The barrier at the start of a tile, and the dQ of the tile before it."""
+        head, m_block = self._before(me, member, i)
+        count = member * me.visited.count + i
+        self._wait_for_turn(me, head, m_block, count)
+        cute.arch.sync_threads()  # the tile, and dS of the one before, are there; every thread is done with the one before
+        stages = self.lay.ds_stages(self.config)
+        self._dq(me, operands, head, m_block, (count + stages - 1) % stages, count)
+
+    @cute.jit
+    def _wait_for_turn(self, me: Block, head, m_block, count):
+        """One thread: until it is this block's turn to add to a tile's dQ. Before the first tile (``count = 0``) there is
+        nothing to add."""
+        if cutlass.const_expr(self.needs_q and self.problem.deterministic):
+            if (me.thread == 0) & (count > 0):
+                rank = me.visited.rank(me.values, self.problem, m_block, self.config)
+                me.gradients.wait_for_turn((m_block, head, me.batch), rank)
+
+    @cute.jit
+    def _dq(self, me: Block, x: Operands, head, m_block, slot, count):
+        """Add dQ = dS·K of one tile to global memory, each thread its accumulator."""
+        config = self.config
+        mma = self.lay.tiled_mma("dQ", config)
+        acc = cute.make_rmem_tensor(mma.partition_shape_C((config.tile_m, config.tile_d)), Float32)
+        acc.fill(0.0)
+        product(mma, acc, x.tQrdS.steps(), partial(x.tQrdS.load, slot=(slot,)), x.tQrK.load)
+        width = config.add_width
+        into = me.gradients.mdQ[None, 0, m_block, head, me.batch].iterator + width * me.thread
+        for i in cutlass.range_constexpr(cute.size(acc) // width):
+            add(into + i * width * config.threads, [acc[i * width + n] for n in range(width)])
+        if cutlass.const_expr(self.problem.deterministic):
+            cute.arch.sync_threads()  # every thread has added
+            if (me.thread == 0) & (count > 0):
+                cute.arch.fence_acq_rel_gpu()
+                me.gradients.pass_turn((m_block, head, me.batch))
+
+    # ---- epilogue --------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _store(self, me: Block, gradients: Gradients):
+        """dK and dV to global memory, by way of the shared memory of K and V."""
+        cute.arch.sync_threads()  # every thread has read K and V for the last time
+        if cutlass.const_expr(self.needs_k):
+            me.acc_dK.store(me.acc_dK.load() * Float32(me.values.scale(self.problem)))
+            self._to_shared("dK", me, me.acc_dK, me.shared.k)
+        if cutlass.const_expr(self.needs_v):
+            self._to_shared("dV", me, me.acc_dV, me.shared.v)
+        cute.arch.sync_threads()
+        if cutlass.const_expr(self.needs_k):
+            self._to_global("dK", me, me.shared.k, gradients.mdK, self.problem.head_dim)
+        if cutlass.const_expr(self.needs_v):
+            self._to_global("dV", me, me.shared.v, gradients.mdV, self.problem.head_dim_v)
+
+    @cute.jit
+    def _to_shared(self, name: cutlass.Constexpr, me: Block, acc: cute.Tensor, s: cute.Tensor):
+        copy = self.lay.store_accumulator(name, self.config).get_slice(me.thread)
+        cute.copy(copy, copy.retile(converted(acc, s.element_type)), copy.partition_D(s))
+
+    @cute.jit
+    def _to_global(self, name: cutlass.Constexpr, me: Block, s: cute.Tensor, m: cute.Tensor, head_dim: cutlass.Constexpr):
+        """16 bytes a thread, of the rows and columns that exist."""
+        copy = self.lay.copy_out(name, self.config)
+        part = copy.get_slice(me.thread)
+        tXsX = part.partition_S(s)
+        tXcX = part.partition_S(cute.make_identity_tensor(self.lay.tile(name, self.config)))
+        for i in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
+            row = me.n_block * self.config.tile_n + tXcX[0, i, 0][0]
+            for j in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+                column = tXcX[0, i, j][1]
+                if (row < me.values.seqlen_k) & (column < head_dim):
+                    place = (row, column // self.lay.VECTOR)
+                    into = cute.local_tile(m[None, None, me.head_kv, me.batch], (1, self.lay.VECTOR), place)
+                    piece = cute.make_rmem_tensor_like(tXsX[None, i, j])
+                    cute.copy(copy, tXsX[None, i, j], piece)
+                    cute.copy(copy, piece, cute.make_tensor(into.iterator, piece.layout))
+
+
+def add(into: cute.Pointer, values: list[Float32]) -> None:
+    """Add neighbouring floats to global memory, atomically each and in no order with anything else."""
+    if len(values) == 1:
+        cute.arch.red(into, values[0], op="add", dtype="f32", sem="relaxed", scope="gpu")
+        return
+    names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(values)))
+    code = f"red.relaxed.gpu.global.add.v{len(values)}.f32 [{{$r0}}], {{{names}}};"
+    cute.arch.inline_ptx(code, read_only_args=[into.toint(), *values])

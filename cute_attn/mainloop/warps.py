@@ -1,0 +1,88 @@
+"""What the kernels of ``cp_async`` share: tiles on their way from global to shared memory, and operands on from there to the
+registers of ``mma.sync``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+from cutlass import cute
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One operand on its way from global to shared memory: this thread's part of it."""
+
+    copy: cute.TiledCopy
+    m: cute.Tensor  # (seqlen, head_dim, …)
+    tXsX: cute.Tensor  # (16 bytes, rows, columns[, stage])
+    tXcX: cute.Tensor  # (16 bytes, rows, columns): coordinates within the tile
+    head_dim: cutlass.Constexpr[int]
+
+    @staticmethod
+    def of(lay, config, name: str, m: cute.Tensor, s: cute.Tensor, thread, head_dim: int) -> Stream:
+        copy = lay.copy_in(name, config)
+        part = copy.get_slice(thread)
+        identity = cute.make_identity_tensor(lay.tile(name, config))
+        return Stream(copy, m, part.partition_D(s), part.partition_S(identity), head_dim)
+
+    @property
+    def columns_at_once(self) -> int:
+        """Columns that the threads of one row copy together."""
+        return cute.size(self.copy.tiler_mn[1])
+
+    @cute.jit
+    def clear_padding(self):
+        """Zero the columns past head_dim in every slot, once: no copy ever writes them."""
+        for j in cutlass.range_constexpr(cute.size(self.tXcX, mode=[2])):
+            if cutlass.const_expr((j + 1) * self.columns_at_once > self.head_dim):
+                if self.tXcX[0, 0, j][1] >= self.head_dim:
+                    self.tXsX[(None, None, j, *(None,) * (cute.rank(self.tXsX) - 3))].fill(0.0)
+
+    @cute.jit
+    def start(self, m: cute.Tensor, into: cute.Tensor, row_first, end):
+        """Start this thread's 16-byte copies of one tile of ``m`` (seqlen, head_dim). Rows from ``end`` on are read as the
+        one before it."""
+        vector = cute.size(into, mode=[0])
+        for i in cutlass.range_constexpr(cute.size(into, mode=[1])):
+            row = cutlass.min(row_first + self.tXcX[0, i, 0][0], end - 1)
+            for j in cutlass.range_constexpr(cute.size(into, mode=[2])):
+                column = self.tXcX[0, i, j][1]
+                source = cute.local_tile(m, (1, vector), (row, column // vector))
+                source = cute.make_tensor(source.iterator, into[None, i, j].layout)
+                if cutlass.const_expr((j + 1) * self.columns_at_once <= self.head_dim):
+                    cute.copy(self.copy, source, into[None, i, j])
+                elif cutlass.const_expr(j * self.columns_at_once < self.head_dim):
+                    if column < self.head_dim:
+                        cute.copy(self.copy, source, into[None, i, j])
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand on its way from shared memory to an MMA's registers, a step in k at a time."""
+
+    copy: cute.TiledCopy
+    source: cute.Tensor  # (copy, rows, K[, stage]): shared memory
+    into: cute.Tensor  # (copy, rows, K): the fragment as ldmatrix writes it
+    fragment: cute.Tensor  # (MMA, rows, K): the same registers as the MMA reads them
+
+    @staticmethod
+    def of(copy: cute.TiledCopy, s: cute.Tensor, fragment: cute.Tensor, thread) -> Operand:
+        part = copy.get_slice(thread)
+        return Operand(copy, part.partition_S(s), part.retile(fragment), fragment)
+
+    def steps(self) -> int:
+        return cute.size(self.fragment, mode=[2])
+
+    def load(self, k: int, slot=(), rows: int = 0, steps: int = 0) -> cute.Tensor:
+        """Fill the fragment of step ``k`` from ``slot`` and return it. ``rows`` and ``steps`` blocks are skipped, where the
+        fragment is of a part of what lies in shared memory."""
+        for r in range(cute.size(self.into, mode=[1])):
+            cute.copy(self.copy, self.source[(None, rows + r, steps + k, *slot)], self.into[None, r, k])
+        return self.fragment[None, None, k]
+
+
+def product(mma: cute.TiledMma, acc: cute.Tensor, steps: int, a, b) -> None:
+    """``acc += A·B``; ``a`` and ``b`` give the operands' registers of a step, just in time."""
+    for k in range(steps):
+        cute.gemm(mma, acc, a(k), b(k), acc)

@@ -1,0 +1,254 @@
+"""Layouts of the ``cp_async`` mechanism's backward pass: operands of ``mma.sync`` m16n8k16 by way of ``ldmatrix``.
+
+A block owns ``tile_n`` keys and walks over query tiles. Everything is transposed: scores are (keys × queries). Where every
+warp has keys of its own (``key_warps = mma_warps``), Pᵀ and dSᵀ as they lie in its registers are the A operands of dV and
+dK, and only dS goes through shared memory, for dQ. Heads so wide that the rows of dK and dV of 16 keys don't fit one warp's
+registers are cut: ``key_warps`` warps split the keys, and the others split the queries of the scores and the columns of dK
+and dV; then P goes through shared memory, too.
+
+Shared memory is swizzled as in ``mma_sync``.
+"""
+
+from __future__ import annotations
+
+from . import base
+from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element, swizzle_atom
+from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, tile_dim
+
+__all__ = ["SMEM_ALIGN", "TILE_DIMS", "VECTOR", "element", "tile_dim"]
+
+ROLES = ("S", "dP", "dV", "dK", "dQ")
+READS = {  # role -> its operands A and B in shared memory; P and dS may lie in registers
+    "S": ("K", "Q"),
+    "dP": ("V", "dO"),
+    "dV": ("P", "dO"),
+    "dK": ("dS", "Q"),
+    "dQ": ("dS", "K"),
+}
+TRANSPOSED = {("dV", "dO"), ("dK", "Q"), ("dQ", "dS"), ("dQ", "K")}  # (role, operand): read by ldmatrix.trans
+ACCUMULATOR_BYTES = 4
+
+
+def configs(problem, table, target: str, add_width: int) -> tuple[Config, ...]:
+    """The configuration for ``problem`` from a GPU's table: the wider padded head dim -> the fields of Config that the
+    table decides. ``add_width`` floats are added to global memory at once."""
+    tile_d, tile_dv = tile_dim(problem.head_dim), tile_dim(problem.head_dim_v)
+    wider = max(tile_d, tile_dv)
+    choice = table[next(d for d in sorted(table) if d >= wider)]
+    return (
+        Config(
+            target=target,
+            mechanism="cp_async",
+            dtype=problem.dtype,
+            tile_d=tile_d,
+            tile_dv=tile_dv,
+            backward=True,
+            add_width=add_width,
+            **choice,
+        ),
+    )
+
+
+def p_is_shared(config: Config) -> bool:
+    """Whether P goes through shared memory, since a warp needs other warps' for its columns of dV and dK."""
+    return config.key_warps < config.mma_warps
+
+
+def ds_stages(config: Config) -> int:
+    """Slots of dS: with two, a query tile's dQ is computed while the next tile's dS is written."""
+    return 1 if p_is_shared(config) else 2
+
+
+def pieces(config: Config) -> list[tuple[int, int]]:
+    """(row, column) within a query tile where each piece of dQ begins: all warps' together is one."""
+    return [(0, 0)]
+
+
+def piece_shape(config: Config) -> tuple[int, int]:
+    """(rows, columns) of such a piece."""
+    return config.tile_m, config.tile_d
+
+
+def grid(role: str, config: Config) -> tuple[int, int]:
+    """How many warps share the rows of a product, and how many its columns.
+
+    dQ's is the one where a warp reads the least, of those whose warps have whole instructions.
+    """
+    if role != "dQ":
+        return config.key_warps, config.mma_warps // config.key_warps
+    rows, columns = config.tile_m, config.tile_d
+    fitting = [
+        (down, config.mma_warps // down)
+        for down in range(1, config.mma_warps + 1)
+        if config.mma_warps % down == 0
+        and rows % (ROWS_PER_MMA * down) == 0
+        and columns % (16 * (config.mma_warps // down)) == 0
+    ]
+    return min(fitting, key=lambda warps: rows // warps[0] + columns // warps[1])
+
+
+def smem_parts(config: Config) -> dict[str, int]:
+    """Bytes of shared memory by part. dK lies over K and dV over V, once their products are done."""
+    scores = config.tile_n * config.tile_m * BYTES
+    return {
+        "K": config.tile_n * config.tile_d * BYTES,
+        "V": config.tile_n * config.tile_dv * BYTES,
+        "Q": config.stages * config.tile_m * config.tile_d * BYTES,
+        "dO": config.stages * config.tile_m * config.tile_dv * BYTES,
+        "dS": ds_stages(config) * scores,
+        "P": scores if p_is_shared(config) else 0,
+        "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
+    }
+
+
+def smem_bytes(config: Config) -> int:
+    """Shared memory of a block."""
+    return sum(smem_parts(config).values())
+
+
+def accumulator_registers(config: Config) -> int:
+    """Registers a thread needs for dK and dV, and for P and dP or for dQ."""
+    gradients = config.tile_n * (config.tile_d + config.tile_dv)
+    scores = 2 * config.tile_n * config.step_m
+    return (gradients + max(scores, config.tile_m * config.tile_d)) // config.mma_threads
+
+
+def smem(operand: str, config: Config) -> Layout:
+    """An operand in shared memory: ``(tile_n, columns)`` for K, V, dK, dV, ``(tile_m, columns, stage)`` for Q and dO, and as
+    (keys, queries) ``(tile_n, tile_m)`` for P and ``(tile_n, tile_m, slot)`` for dS."""
+    bits, lowest, shift, width = swizzle_atom(tile(operand, config)[1])
+    return base.tiled_rows(_shape(operand, config), width, (bits, lowest, shift), BYTES)
+
+
+def mma(role: str, config: Config) -> Mma:
+    """``mma.sync`` m16n8k16 of a role, named after what it computes: Sᵀ = K·Qᵀ, dPᵀ = V·dOᵀ, dV = Pᵀ·dO, dK = dSᵀ·Q,
+    dQ = dS·K. Warps lie in a grid, numbered down, then across.
+
+    Each warp takes 16 columns at a time, so that one ``ldmatrix`` of four 8×8 tiles fills two MMAs' worth of B.
+    """
+    down, across = grid(role, config)
+    m, n, k = ROWS_PER_MMA * down, 16 * across, 16
+    return Mma(
+        shape=(ROWS_PER_MMA, 8, 16),
+        tile=(m, n, k),
+        warps=down,
+        across=across,
+        a=base.by_modes((m, k), (*FRAGMENT_THREADS, (down, ROWS_PER_MMA, 0), (across, 0, 0)), FRAGMENT_A),
+        b=base.by_modes((n, k), (*FRAGMENT_THREADS, (down, 0, 0), (across, 8, 0)), (*FRAGMENT_B, (2, 8 * across, 0))),
+        c=base.by_modes(
+            (m, n), (*FRAGMENT_THREADS, (down, ROWS_PER_MMA, 0), (across, 0, 8)), (*FRAGMENT_C, (2, 0, 8 * across))
+        ),
+    )
+
+
+def copies(config: Config) -> dict[tuple[str, str], Copy]:
+    """Every tiled copy by (step, operand): ``in`` from global memory, ``load ROLE`` to the registers of a product's MMA,
+    ``store`` from an accumulator to shared memory and ``out`` to global memory."""
+    found = {("in", name): _by_rows("cp.async", name, config) for name in ("K", "V", "Q", "dO")}
+    for role, (a, b) in READS.items():
+        what = mma(role, config)
+        for letter, operand in (("a", a), ("b", b)):
+            if letter == "a" and role in ("dV", "dK") and not p_is_shared(config):
+                continue
+            trans = (role, operand) in TRANSPOSED
+            extent = what.tile[0] if letter == "a" else what.tile[1]
+            values = getattr(what, letter)
+            instruction = "ldmatrix.trans" if trans else "ldmatrix"
+            found[f"load {role}", operand] = Copy(instruction, operand, (extent, what.tile[2]), values, transposed=trans)
+    scores = mma("S", config)
+    for operand in ("P", "dS") if p_is_shared(config) else ("dS",):
+        found["store", operand] = Copy("st.shared.b32", operand, scores.tile[:2], scores.c)
+    for operand in ("dK", "dV"):
+        what = mma(operand, config)
+        found["store", operand] = Copy("st.shared.b32", operand, what.tile[:2], what.c)
+        found["out", operand] = _by_rows("ld.shared.b128, st.global.b128", operand, config)
+    return found
+
+
+def barriers(config: Config) -> dict[str, int]:
+    """Named barriers by use, of the 16 a block has."""
+    return {"the block": 1}
+
+
+def _by_rows(instruction: str, operand: str, config: Config) -> Copy:
+    """16 bytes a thread, neighbouring threads along a row of shared memory, then the next row."""
+    across = swizzle_atom(tile(operand, config)[1])[3] // VECTOR
+    piece = (config.threads // across, across * VECTOR)
+    values = base.by_modes(piece, ((across, 0, VECTOR), (piece[0], 1, 0)), ((VECTOR, 0, 1),))
+    return Copy(instruction, operand, piece, values)
+
+
+def tiled_mma(role: str, config: Config):
+    """:func:`mma` as the DSL's object."""
+    import cutlass
+    from cutlass import cute
+    from cutlass.cute.nvgpu import warp
+
+    what = mma(role, config)
+    op = warp.MmaF16BF16Op(element(config), cutlass.Float32, what.shape)
+    return cute.make_tiled_mma(op, cute.make_layout((what.warps, what.across, 1)), permutation_mnk=what.tile)
+
+
+def smem_layout(operand: str, config: Config):
+    """:func:`smem` as the DSL's object."""
+    return base.cute_layout(smem(operand, config))
+
+
+def copy_in(operand: str, config: Config):
+    """Global → shared, 16 bytes a thread with ``cp.async`` past the L1 cache: neighbouring threads along a row."""
+    from cutlass import cute
+    from cutlass.cute.nvgpu import cpasync
+
+    op = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
+    return _tiled(cute.make_copy_atom(op, element(config), num_bits_per_copy=128), copies(config)["in", operand])
+
+
+def copy_out(operand: str, config: Config):
+    """Shared → global through registers, 16 bytes a thread: neighbouring threads along a row."""
+    from cutlass import cute
+
+    atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element(config), num_bits_per_copy=128)
+    return _tiled(atom, copies(config)["out", operand])
+
+
+def load_operand(role: str, operand: str, config: Config):
+    """Shared memory → the fragment of a product's MMA: ``ldmatrix`` of four 8×8 tiles, some transposed on the way."""
+    from cutlass import cute
+    from cutlass.cute.nvgpu import warp
+
+    what = copies(config)[f"load {role}", operand]
+    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=what.transposed, num_matrices=4), element(config))
+    return _tiled(atom, what)
+
+
+def store_accumulator(operand: str, config: Config):
+    """Registers → shared memory, two elements at a time, in the order of an accumulator."""
+    from cutlass import cute
+
+    atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element(config), num_bits_per_copy=32)
+    return _tiled(atom, copies(config)["store", operand])
+
+
+def _tiled(atom, what: Copy):
+    from cutlass import cute
+
+    return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
+
+
+def tile(operand: str, config: Config) -> tuple[int, int]:
+    """(rows, columns) of an operand's tile."""
+    rows, columns = _shape(operand, config)[:2]
+    return rows, columns
+
+
+def _shape(operand: str, config: Config) -> tuple[int, ...]:
+    return {
+        "K": (config.tile_n, config.tile_d),
+        "V": (config.tile_n, config.tile_dv),
+        "dK": (config.tile_n, config.tile_d),
+        "dV": (config.tile_n, config.tile_dv),
+        "Q": (config.tile_m, config.tile_d, config.stages),
+        "dO": (config.tile_m, config.tile_dv, config.stages),
+        "P": (config.tile_n, config.tile_m),
+        "dS": (config.tile_n, config.tile_m, ds_stages(config)),
+    }[operand]
