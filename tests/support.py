@@ -11,8 +11,8 @@ their errors by a factor of several: there it is ten times. (A wrong rule is off
 Gradients are judged by the same rule, against plain attention's by autograd. There its error can vanish where that of
 another correct algorithm can't: where a row sees one key, plain attention subtracts a number from itself, and the gradients
 of q and k are exactly 0; recomputed from a log-sum-exp, with rowsum(dO ∘ O) for a sum over keys, they are differences of
-two roundings. So plain attention's error counts as at least that of rounding each term once to float32 (float64 for
-float64 inputs). In the 16-bit dtypes that is far less than what rounding P makes wherever a row sees more.
+two roundings. So plain attention's error counts as at least that of summing in float32 (float64 for float64 inputs), which
+in the 16-bit dtypes is far less than what rounding P makes wherever a row sees more.
 
 Nothing here uses the package under test. Attention is computed block of rows by block of rows, so that the score matrix
 in float64 takes at most about half a GiB, and the matrices of its gradients a few of them in blocks of a quarter that.
@@ -165,10 +165,15 @@ def eager_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, windo
 
 
 def _rounding_of_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, window=None, softcap=0.0):
-    """The error of (dq, dk, dv) in units of rounding where each term of each sum is rounded once: to first order, and
-    independent errors add up in squares. A rounded score or log-sum-exp changes P by as much, relative to P."""
+    """The error of (dq, dk, dv) to expect, in units of rounding, from rounding the sums over head_dim: to first order, and
+    independent errors add up in squares. A rounded score or log-sum-exp changes P by as much, relative to P.
+
+    A running sum of n terms t is a random walk that is rounded n times, each time by 1/√12 of a unit: Σ c·t²/12 over
+    c = 1 … n, or n/24 times the sum of the squares of its terms.
+    """
     squares = [torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, k, v)]
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+    walk, walk_v = (max(1.0, x.shape[3] / 24) for x in (q, v))
     for block in _row_blocks(q.double(), k.double(), v.double(), causal, window, MAX_SCORES // 4):
         dO, *dLSE = (x.double() for x in block.read_gradients(dout, dlse))
         scores = _scores(block, scale, softcap)
@@ -179,10 +184,10 @@ def _rounding_of_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False
         terms = dO * _weighted(scores, block)
         delta = terms.sum(-1).movedim(0, -1) - sum(dLSE)
         Q, K, V, dO = (x.square() for x in (block.q, block.k, block.v, dO))
-        in_P = 1.0 + torch.einsum("mhgd,nhd->hgmn", Q, K) * factor**2 + lse.square() + scores.square()
+        in_P = 1.0 + torch.einsum("mhgd,nhd->hgmn", Q, K) * (factor**2 * walk) + lse.square() + scores.square()
         in_P = P.square() * in_P.masked_fill(~block.visible, 0.0)
-        in_delta = terms.square().sum(-1).movedim(0, -1) + sum(dLSE) ** 2
-        in_dP = torch.einsum("mhgd,nhd->hgmn", dO, V) + in_delta[..., None]
+        in_delta = terms.square().sum(-1).movedim(0, -1) * walk_v + sum(dLSE) ** 2
+        in_dP = torch.einsum("mhgd,nhd->hgmn", dO, V) * walk_v + in_delta[..., None]
         in_dS = (in_P * (dP - delta[..., None]).square() + P.square() * in_dP) * factor**2
         block.write(squares[0], torch.einsum("hgmn,nhd->mhgd", in_dS, K))
         squares[1][block.batch] += torch.einsum("hgmn,mhgd->nhd", in_dS, Q)

@@ -251,12 +251,3 @@ def test_tensors_on_another_device_than_the_current_one(mechanism):
         assert torch.cuda.current_device() == 0
     assert result[0].device == q.device
     assert_close(result, q, k, v, causal=True)
-
-
-def test_gradients_are_refused(mechanism):
-    q, k, v = make_qkv(1, 64, 64, 1, 1, 64, 64, torch.bfloat16, "cuda")
-    q.requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"no backward yet.*reference"):
-        attention(q, k, v, mechanism=mechanism)
-    with torch.no_grad():
-        attention(q, k, v, mechanism=mechanism)

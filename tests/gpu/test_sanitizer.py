@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cute_attn import attention
-from tests.support import assert_close, make_qkv
+from tests.support import assert_close, assert_gradients_close, make_gradients, make_qkv
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,25 @@ def test_small(sq, sk, d, rules, mechanism):
     q, k, v = make_qkv(1, sq, sk, 8, 4, d, d, torch.bfloat16, "cuda")
     result = attention(q, k, v, backend="cute", mechanism=mechanism, return_lse=True, **rules)
     assert_close(result, q, k, v, **rules)
+
+
+@pytest.mark.parametrize(
+    ("sq", "sk", "d", "dv", "rules"),
+    [
+        (130, 200, 64, 64, {}),
+        (130, 300, 64, 64, {"causal": True}),
+        (200, 130, 128, 128, {"causal": True}),
+        (70, 300, 96, 40, {"window": (50, 20), "softcap": 10.0}),
+        (129, 161, 256, 256, {}),
+        (100, 5000, 256, 256, {"causal": True}),
+    ],
+    ids=["d64", "d64-causal", "d128-causal", "d96-dv40-window-softcap", "d256", "d256-many-tiles"],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_small_backward(sq, sk, d, dv, rules, deterministic, mechanism):
+    q, k, v = make_qkv(1, sq, sk, 8, 4, d, dv, torch.bfloat16, "cuda")
+    dout, dlse = make_gradients(q, v)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    options = {"backend": "cute", "mechanism": mechanism, "deterministic": deterministic, "return_lse": True}
+    result = torch.autograd.grad(attention(*leaves, **options, **rules), leaves, (dout, dlse))
+    assert_gradients_close(result, q, k, v, dout, dlse, **rules)

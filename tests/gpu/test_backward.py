@@ -1,0 +1,450 @@
+"""Gradients of the kernels against the oracle, by the policy of tests/support.py, on both mechanisms."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cute_attn import attention
+from tests.gpu.test_forward import KERNELS
+from tests.support import SHAPES, assert_close, assert_gradients_close, make_gradients, make_qkv
+
+BF16 = torch.bfloat16
+
+
+def run(q, k, v, mechanism, dout, dlse=None, *, needs="qkv", **options):
+    """``(dq, dk, dv)`` of the kernels, None for what ``needs`` does not name. Options are attention's."""
+    q, k, v = (x.detach().requires_grad_(name in needs) for name, x in zip("qkv", (q, k, v), strict=True))
+    out, lse = attention(q, k, v, backend="cute", mechanism=mechanism, return_lse=True, **options)
+    outputs = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
+    gradients = iter(torch.autograd.grad(outputs[0], [x for x in (q, k, v) if x.requires_grad], outputs[1]))
+    return tuple(next(gradients) if name in needs else None for name in "qkv")
+
+
+def make(batch, sq, sk, heads, heads_kv, d, dv=None, dtype=BF16, **options):
+    """q, k, v, dout and dlse on the GPU."""
+    q, k, v = make_qkv(batch, sq, sk, heads, heads_kv, d, d if dv is None else dv, dtype, "cuda", **options)
+    return q, k, v, *make_gradients(q, v)
+
+
+def assert_same_bits(gradients, expected):
+    for name, got, wanted in zip(("dq", "dk", "dv"), gradients, expected, strict=True):
+        assert (got is None) == (wanted is None), f"{name} is {got}, expected {wanted}"
+        assert got is None or torch.equal(got, wanted), f"{name} has other bits"
+
+
+@pytest.mark.parametrize(("d", "dv", "dtype", "rules"), KERNELS)
+@pytest.mark.parametrize("kind", ["gaussian", "peaky"])
+def test_matches_oracle(d, dv, dtype, rules, kind, mechanism):
+    for sq, sk in SHAPES:
+        heads = (2, 2) if max(sq, sk) > 2000 else (6, 2)
+        # Small shapes in larger batches: the tolerance is measured, and a few elements may have no error by luck.
+        q, k, v, dout, _ = make(16 if sq < 64 else 2, sq, sk, *heads, d, dv, dtype, kind=kind, seed=sq + sk)
+        result = run(q, k, v, mechanism, dout, **rules)
+        try:
+            assert_gradients_close(result, q, k, v, dout, **rules)
+        except AssertionError as error:
+            raise AssertionError(f"at (seqlen_q, seqlen_k) = ({sq}, {sk}): {error}") from error
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (5, 1)])
+def test_head_groups(heads, mechanism):
+    for d, rules in ((128, {"causal": True}), (64, {}), (256, {"causal": True})):
+        q, k, v, dout, _ = make(3, 300, 500, *heads, d)
+        assert_gradients_close(run(q, k, v, mechanism, dout, **rules), q, k, v, dout, **rules)
+
+
+@pytest.mark.parametrize(("d", "dv", "dtype", "rules"), [KERNELS[3], KERNELS[4], KERNELS[5], KERNELS[9]])
+@pytest.mark.parametrize("kind", ["gaussian", "peaky"])
+def test_gradient_of_lse(d, dv, dtype, rules, kind, mechanism):
+    for sq, sk in ((113, 203), (255, 256), (1023, 300)):
+        q, k, v, dout, dlse = make(2, sq, sk, 6, 2, d, dv, dtype, kind=kind)
+        assert_gradients_close(run(q, k, v, mechanism, dout, dlse, **rules), q, k, v, dout, dlse, **rules)
+
+
+def test_lse_alone(mechanism):
+    q, k, v, dout, dlse = make(2, 200, 300, 4, 2, 128)
+    for x in (q, k, v):
+        x.requires_grad_()
+    _, lse = attention(q, k, v, mechanism=mechanism, return_lse=True, causal=True)
+    gradients = torch.autograd.grad(lse, (q, k, v), dlse)
+    q, k, v = (x.detach() for x in (q, k, v))
+    assert_gradients_close(gradients, q, k, v, torch.zeros_like(dout), dlse, causal=True)
+
+
+def test_strided_gradient_of_lse(mechanism):
+    q, k, v, dout, dlse = make(2, 200, 300, 4, 2, 64)
+    want = run(q, k, v, mechanism, dout, dlse, deterministic=True)
+    strided = dlse.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert_same_bits(run(q, k, v, mechanism, dout, strided, deterministic=True), want)
+    one = torch.ones((), device="cuda").expand(2, 4, 200)
+    want = run(q, k, v, mechanism, dout, one.contiguous(), deterministic=True)
+    assert_same_bits(run(q, k, v, mechanism, dout, one, deterministic=True), want)
+
+
+def test_scale(mechanism):
+    q, k, v, dout, _ = make(1, 200, 200, 2, 2, 128)
+    for rules in ({"scale": 0.3}, {"scale": 0.3, "softcap": 4.0}, {"scale": -0.3, "softcap": 4.0}):
+        assert_gradients_close(run(q, k, v, mechanism, dout, **rules), q, k, v, dout, **rules)
+
+
+SUBSETS = ["".join(names) for n in (1, 2, 3) for names in itertools.combinations("qkv", n)]
+ASKED = [
+    *((needs, 128, 128, (4, 2)) for needs in SUBSETS),
+    ("q", 64, 64, (3, 3)),
+    ("kv", 256, 256, (4, 4)),
+    ("qv", 96, 40, (4, 1)),
+]
+
+
+@pytest.mark.parametrize(("needs", "d", "dv", "heads"), ASKED, ids=str)
+def test_some_inputs_only(needs, d, dv, heads, mechanism):
+    """What is not asked for is not there, and what is has the bits that it has when all are asked for."""
+    q, k, v, dout, _ = make(2, 300, 411, *heads, d, dv)
+    every = run(q, k, v, mechanism, dout, causal=True, deterministic=True)
+    assert_gradients_close(every, q, k, v, dout, causal=True)
+    some = run(q, k, v, mechanism, dout, needs=needs, causal=True, deterministic=True)
+    assert_same_bits(some, [x if name in needs else None for name, x in zip("qkv", every, strict=True)])
+
+
+@pytest.mark.parametrize("rules", [{"causal": True}, {"window": (None, 30)}], ids=["causal", "right"])
+def test_rows_that_see_nothing(rules, mechanism):
+    """Zeros, whatever is in their gradients of lse."""
+    q, k, v, dout, dlse = make(2, 500, 200, 4, 2, 128)
+    want = run(q, k, v, mechanism, dout, dlse, deterministic=True, **rules)
+    assert_gradients_close(want, q, k, v, dout, dlse, **rules)
+    assert not want[0][:, :200].count_nonzero()
+    dlse[:, :, :200] = math.nan
+    assert_same_bits(run(q, k, v, mechanism, dout, dlse, deterministic=True, **rules), want)
+
+
+def test_keys_that_nobody_sees(mechanism):
+    """Zeros, and they are not read."""
+    q, k, v, dout, _ = make(2, 100, 700, 4, 2, 128)
+    for left in (0, 37, 200):
+        rules = {"causal": True, "window": (left, None)}
+        want = run(q, k, v, mechanism, dout, deterministic=True, **rules)
+        assert_gradients_close(want, q, k, v, dout, **rules)
+        first_seen = 600 - left
+        assert not want[1][:, :first_seen].count_nonzero()
+        assert not want[2][:, :first_seen].count_nonzero()
+        dirty_k, dirty_v = k.clone(), v.clone()
+        for x in (dirty_k, dirty_v):
+            x[:, :first_seen] = math.nan
+        assert_same_bits(run(q, dirty_k, dirty_v, mechanism, dout, deterministic=True, **rules), want)
+
+
+def test_strided_inputs(mechanism):
+    """Transposed, sliced out of a fused projection, and expanded tensors give the bits of their contiguous copies."""
+    b, s, h, d = 2, 321, 4, 128
+    fused, _, _, dout, _ = make(b, s, s, 3 * h, 3 * h, d)
+    q, k, v = fused.chunk(3, dim=2)
+    dout = dout[:, :, :h]
+
+    def gradients(q, k, v, dout):
+        return run(q, k, v, mechanism, dout, causal=True, deterministic=True)
+
+    want = gradients(*(x.contiguous() for x in (q, k, v, dout)))
+    assert_gradients_close(want, q, k, v, dout, causal=True)
+    assert_same_bits(gradients(q, k, v, dout), want)
+    assert_same_bits(gradients(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout))), want)
+    one_head = [x[:, :, :1].expand(b, s, h, d) for x in (k, v)]
+    want = gradients(q.contiguous(), *(x.contiguous() for x in one_head), dout)
+    assert_same_bits(gradients(q, *one_head, dout), want)
+
+
+def test_any_strides_of_the_incoming_gradient(mechanism):
+    b, s, h, d = 2, 200, 4, 64
+    q, k, v, dout, _ = make(b, s, 300, h, 2, d)
+
+    def gradients(dout):
+        return run(q, k, v, mechanism, dout, deterministic=True)
+
+    want = gradients(dout)
+    last_strided = dout.transpose(1, 3).contiguous().transpose(1, 3)
+    misaligned = torch.empty(dout.numel() + 1, dtype=BF16, device="cuda")[1:].view(dout.shape).copy_(dout)
+    odd_rows = torch.empty(b, s, h, d + 3, dtype=BF16, device="cuda")[..., :d].copy_(dout)
+    for strided in (last_strided, misaligned, odd_rows):
+        assert torch.equal(strided, dout)
+        assert_same_bits(gradients(strided), want)
+    row = dout[:1, :1, :1]
+    number = torch.full((), 0.5, dtype=BF16, device="cuda")
+    for expanded in (row.expand(b, s, h, d), dout[:, :1].expand(b, s, h, d), number.expand(b, s, h, d)):
+        assert_same_bits(gradients(expanded), gradients(expanded.contiguous()))
+
+
+def test_sum(mechanism):
+    """``out.sum().backward()``: its gradient is a single number, expanded."""
+    q, k, v, dout, _ = make(2, 200, 300, 4, 2, 128)
+    want = run(q, k, v, mechanism, torch.ones_like(dout), deterministic=True)
+    for x in (q, k, v):
+        x.requires_grad_()
+    attention(q, k, v, mechanism=mechanism, deterministic=True).sum().backward()
+    assert_same_bits([x.grad for x in (q, k, v)], want)
+
+
+def test_past_two_to_the_31_elements(mechanism):
+    """The last batch element starts past 2³¹ elements, in q, k, v and dout."""
+    b, s, h, d = 3, 256, 2, 128
+    small = make(b, s, s, h, h, d)[:4]
+    big = []
+    for x in small:
+        buffer = torch.empty((b - 1) * (1 << 30) + (1 << 27), dtype=BF16, device="cuda")
+        big.append(buffer.as_strided((b, s, h, d), (1 << 30, h * d, d, 1)).copy_(x))
+    q, k, v, dout = small
+    want = run(q, k, v, mechanism, dout, causal=True, deterministic=True)
+    assert_gradients_close(want, q, k, v, dout, causal=True)
+    q, k, v, dout = big
+    assert_same_bits(run(q, k, v, mechanism, dout, causal=True, deterministic=True), want)
+
+
+BEYOND = [
+    pytest.param(64, {}, id="d64"),
+    pytest.param(128, {}, id="d128"),
+    pytest.param(128, {"causal": True}, id="d128-causal"),
+    pytest.param(128, {"window": (40, 20)}, id="d128-window"),
+    pytest.param(256, {}, id="d256"),
+]
+
+
+@pytest.mark.parametrize(("d", "rules"), BEYOND)
+def test_nan_beyond_the_sequence_changes_nothing(d, rules, mechanism):
+    """Rows of the same storage past seqlen_q and seqlen_k hold NaN: in q, k, v and dout."""
+    q, k, v, dout, _ = make(2, 203, 333, 2, 2, d)
+    want = run(q, k, v, mechanism, dout, deterministic=True, **rules)
+    poisoned = []
+    for x in (q, k, v, dout):
+        batch, length, heads, width = x.shape
+        storage = torch.full((batch, length + 300, heads, width), math.nan, dtype=BF16, device="cuda")
+        storage[:, :length] = x
+        poisoned.append(storage[:, :length])
+    q, k, v, dout = poisoned
+    assert_same_bits(run(q, k, v, mechanism, dout, deterministic=True, **rules), want)
+
+
+def test_nan_in_a_seen_key_shows(mechanism):
+    q, k, v, dout, _ = make(1, 64, 64, 1, 1, 64)
+    k[0, 10] = math.nan
+    for gradient in run(q, k, v, mechanism, dout):
+        assert gradient.isnan().all()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_buffers_that_start_as_nan_leave_none(deterministic, mechanism, monkeypatch):
+    """Whatever is allocated without being cleared (gradients, dQ's sums, row values) holds NaN before the kernels run."""
+    q, k, v, dout, dlse = make(2, 257, 129, 6, 3, 96, 40, torch.float16)
+    rules = {"causal": True, "deterministic": deterministic}
+    poisoned = []
+
+    def poisoning(allocate):
+        def allocate_and_poison(*args, **kwargs):
+            made = allocate(*args, **kwargs)
+            poisoned.append(made.fill_(math.nan) if made.is_floating_point() else made)
+            return made
+
+        return allocate_and_poison
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, poisoning(getattr(torch, name)))
+        result = run(q, k, v, mechanism, dout, dlse, **rules)
+    assert len(poisoned) >= 5  # out, lse and three gradients
+    assert_gradients_close(result, q, k, v, dout, dlse, causal=True)
+
+
+# More tiles than three times an H200's 132 multiprocessors, so that a persistent block takes several in turn.
+MANY_TILES = [
+    pytest.param(64, 64, (2048, 2048), (8, 20, 4), {"causal": True}, id="d64-causal-gqa"),
+    pytest.param(128, 128, (1300, 1024), (8, 8, 8), {}, id="d128"),
+    pytest.param(128, 128, (1300, 700), (8, 16, 8), {"causal": True}, id="d128-rows-that-see-nothing"),
+    pytest.param(128, 128, (300, 2048), (8, 8, 8), {"window": (100, 0)}, id="d128-keys-that-nobody-sees"),
+    pytest.param(256, 256, (1024, 2048), (4, 16, 16), {"causal": True}, id="d256-causal"),
+    pytest.param(256, 192, (1024, 1024), (4, 16, 16), {"window": (200, 0)}, id="d256-dv192-window"),
+    pytest.param(192, 256, (512, 1024), (4, 16, 4), {"causal": True}, id="d192-dv256-causal"),
+]
+
+
+@pytest.mark.parametrize(("d", "dv", "lengths", "sizes", "rules"), MANY_TILES)
+def test_many_tiles_a_block(d, dv, lengths, sizes, rules, mechanism):
+    batch, heads, heads_kv = sizes
+    q, k, v, dout, _ = make(batch, *lengths, heads, heads_kv, d, dv)
+    result = run(q, k, v, mechanism, dout, deterministic=True, **rules)
+    assert_gradients_close(result, q, k, v, dout, **rules)
+    assert_gradients_close(run(q, k, v, mechanism, dout, **rules), q, k, v, dout, **rules)
+    for _ in range(20):
+        assert_same_bits(run(q, k, v, mechanism, dout, deterministic=True, **rules), result)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_deterministic_has_the_same_bits_every_time(d, causal, mechanism):
+    q, k, v, dout, _ = make(2, 1000, 1000, 4, 2, d)
+    first = run(q, k, v, mechanism, dout, causal=causal, deterministic=True)
+    assert_gradients_close(first, q, k, v, dout, causal=causal)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        for got, want in zip(run(q, k, v, mechanism, dout, causal=causal, deterministic=True), first, strict=True):
+            differing += (got != want).sum()
+    assert differing.item() == 0
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_only_dq_depends_on_the_order_of_atomics(d, mechanism):
+    """By default too, the gradients of k and v have the same bits every time."""
+    q, k, v, dout, _ = make(2, 1000, 1000, 4, 2, d)
+    _, *first = run(q, k, v, mechanism, dout, causal=True)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(100):
+        for got, want in zip(run(q, k, v, mechanism, dout, causal=True)[1:], first, strict=True):
+            differing += (got != want).sum()
+    assert differing.item() == 0
+
+
+def test_two_backward_passes_over_one_graph(mechanism):
+    q, k, v, dout, dlse = make(2, 300, 300, 4, 2, 128)
+    want = run(q, k, v, mechanism, dout, dlse, causal=True, deterministic=True)
+    for x in (q, k, v):
+        x.requires_grad_()
+    outputs = attention(q, k, v, mechanism=mechanism, causal=True, return_lse=True, deterministic=True)
+    for keep in (True, False):
+        assert_same_bits(torch.autograd.grad(outputs, (q, k, v), (dout, dlse), retain_graph=keep), want)
+
+
+def test_activation_checkpointing(mechanism):
+    q, k, v, dout, _ = make(2, 300, 300, 4, 2, 128)
+    want = run(q, k, v, mechanism, dout, causal=True, deterministic=True)
+    for x in (q, k, v):
+        x.requires_grad_()
+
+    def block(q, k, v):
+        return attention(q, k, v, mechanism=mechanism, causal=True, deterministic=True)
+
+    for reentrant in (False, True):
+        for x in (q, k, v):
+            x.grad = None
+        checkpoint(block, q, k, v, use_reentrant=reentrant).backward(dout)
+        assert_same_bits([x.grad for x in (q, k, v)], want)
+
+
+def test_autocast(mechanism):
+    """float32 inputs under autocast: the bits of the same call on cast ones, and gradients in float32."""
+    q, k, v, dout, _ = make(2, 300, 300, 4, 2, 128, dtype=torch.float32)
+    half = [x.to(BF16) for x in (q, k, v, dout)]
+    want = run(*half[:3], mechanism, half[3], deterministic=True)
+    for x in (q, k, v):
+        x.requires_grad_()
+    with torch.autocast("cuda", BF16):
+        out = attention(q, k, v, mechanism=mechanism, deterministic=True)
+        inside = torch.autograd.grad(out, (q, k, v), half[3], retain_graph=True)
+    assert out.dtype == BF16
+    for got in (inside, torch.autograd.grad(out, (q, k, v), half[3])):
+        assert all(x.dtype == torch.float32 for x in got)
+        assert_same_bits([x.to(BF16) for x in got], want)
+
+
+def test_double_backward_is_refused(mechanism):
+    q, k, v, dout, _ = make(1, 64, 64, 1, 1, 64)
+    q.requires_grad_()
+    out = attention(q, k, v, mechanism=mechanism)
+    (dq,) = torch.autograd.grad(out, q, dout, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"double backward.*SDPBackend\.MATH"):
+        dq.sum().backward()
+
+
+def test_without_gradients_nothing_is_kept(mechanism):
+    q, k, v, *_ = make(1, 64, 64, 1, 1, 64)
+    q.requires_grad_()
+    with torch.no_grad():
+        assert attention(q, k, v, mechanism=mechanism).grad_fn is None
+    assert not attention(q.detach(), k, v, mechanism=mechanism).requires_grad
+
+
+def test_runs_on_the_callers_stream(mechanism):
+    """The backward pass waits for what the forward pass's stream did before it, and for no other stream."""
+    q, k, v, dout, _ = make(1, 512, 512, 2, 2, 128)
+    want = run(q, k, v, mechanism, dout, deterministic=True)
+    stream, other = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(400_000_000)  # keeps the default stream busy
+    with torch.cuda.stream(other):
+        run(q, k, v, mechanism, dout, deterministic=True)
+    other.synchronize()
+    assert not torch.cuda.default_stream().query(), "the kernels waited for a stream that they have nothing to do with"
+    late_q, late_dout = torch.full_like(q, math.nan), torch.full_like(dout, math.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late_q.copy_(q)
+        late_dout.copy_(dout)
+        got = run(late_q, k, v, mechanism, late_dout, deterministic=True)
+    stream.synchronize()
+    assert_same_bits(got, want)
+
+
+def test_captured_in_a_cuda_graph(mechanism):
+    """Forward and backward pass in one graph."""
+    sizes = (1, 512, 512, 4, 2, 128)
+    q, k, v, dout, dlse = make(*sizes)
+    run(q, k, v, mechanism, dout, dlse, causal=True, deterministic=True)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(q, k, v, mechanism, dout, dlse, causal=True, deterministic=True)
+    for seed in (1, 2):
+        for x, fresh in zip((q, k, v, dout), make(*sizes, seed=seed), strict=False):
+            x.copy_(fresh)
+        dlse.add_(1.0)
+        graph.replay()
+        assert_same_bits(got, run(q, k, v, mechanism, dout, dlse, causal=True, deterministic=True))
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_memory_at_64k_tokens(d, deterministic, heads, mechanism):
+    """Beyond inputs, outputs and gradients: dQ's sums in float32 and 16 bytes a query row for delta, the log-sum-exp and
+    counters."""
+    sq = 65536
+    heads, heads_kv = heads
+    q, k, v = (torch.randn(1, sq, h, d, dtype=BF16, device="cuda").requires_grad_() for h in (heads, heads_kv, heads_kv))
+    dout = torch.randn(1, sq, heads, d, dtype=BF16, device="cuda")
+    gradient_bytes = sum(x.numel() * x.element_size() for x in (q, k, v))
+
+    def measured():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = attention(q, k, v, causal=True, deterministic=deterministic, mechanism=mechanism)
+        kept, at_most = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        gradients = torch.autograd.grad(out, (q, k, v), dout)
+        peak = torch.cuda.max_memory_allocated() - before - kept
+        del out, gradients
+        return kept, at_most, peak
+
+    measured()  # compiles
+    kept, at_most, peak = measured()
+    assert kept == at_most == dout.numel() * 2 + 4 * heads * sq  # out and its log-sum-exp
+    assert peak <= gradient_bytes + 4 * q.numel() + 16 * heads * sq
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current_one(mechanism):
+    q, k, v, dout, _ = (x.to("cuda:1") for x in make(1, 300, 300, 2, 2, 128))
+    with torch.cuda.device(0):
+        result = run(q, k, v, mechanism, dout, causal=True)
+        assert torch.cuda.current_device() == 0
+    assert all(x.device == q.device for x in result)
+    assert_gradients_close(result, q, k, v, dout, causal=True)
+
+
+def test_outputs_are_those_without_gradients(mechanism):
+    q, k, v, *_ = make(2, 333, 333, 4, 4, 64)
+    want = attention(q, k, v, mechanism=mechanism, return_lse=True, causal=True)
+    q.requires_grad_()
+    out, lse = attention(q, k, v, mechanism=mechanism, return_lse=True, causal=True)
+    assert torch.equal(out, want[0])
+    assert torch.equal(lse, want[1])
+    assert_close((out.detach(), lse.detach()), q.detach(), k, v, causal=True)
