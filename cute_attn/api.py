@@ -78,12 +78,14 @@ def attention(
     call = check_call(q, k, v, scale=scale, causal=causal, window=window, softcap=softcap)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; one of {', '.join(map(repr, BACKENDS))} is needed")
-    on_reference = backend == "reference" or (backend == "auto" and not q.is_cuda)
-    if on_reference and mechanism is not None:
-        raise ValueError(
-            f"mechanism is {mechanism!r} and the reference backend runs, which has none: leave it out, or pass CUDA tensors"
-        )
-    if not on_reference and not q.is_cuda:
+    on_gpu = q.is_cuda
+    on_reference = backend == "reference" or (backend == "auto" and not on_gpu)
+    if on_reference:
+        if mechanism is not None:
+            raise ValueError(
+                f"mechanism is {mechanism!r} and the reference backend runs, which has none: leave it out, or pass CUDA tensors"
+            )
+    elif not on_gpu:
         raise ValueError(
             f"backend is 'cute' and the tensors lie on {q.device}; the kernels need CUDA tensors: "
             f"try .cuda(), or backend='auto'"
