@@ -434,6 +434,7 @@ def test_checks(row):
     assert_raises(row)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first forward-mode call
 @table(API)
 def test_attention(row):
     assert_raises(row)
