@@ -12,17 +12,23 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import compare, training
 from benchmarks.anchors import geometric_mean
-from benchmarks.parts.results import PartsRecord
+from benchmarks.parts.catalogue import PARTS
+from benchmarks.parts.results import Figure, PartsRecord
+from benchmarks.parts.show import MARKED, SHIPPED, number
 from benchmarks.parts.verdict import verdicts
 from benchmarks.report import PAIRS, headline, pair
 from benchmarks.results import Cell, Record, is_ours
 
+if TYPE_CHECKING:
+    from benchmarks.counters import CountersRecord
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/performance.md", "docs/counters.md")
 BLOCK = re.compile(
     r"(?P<mark><!-- figures: (?P<name>[\w-]+) (?P<files>[\w.-]+(?: [\w.-]+)*) -->\n).*?(?P<end><!-- end of figures -->)",
     re.DOTALL,
@@ -56,7 +62,7 @@ def rendered(text: str) -> str:
     return BLOCK.sub(replace, text)
 
 
-def conditions(record: Record) -> str:
+def conditions(record: Any) -> str:
     """What a run ran on."""
     return headline(record).replace("\n", "; ") + "\n"
 
@@ -194,12 +200,60 @@ def variants(runs: dict) -> str:
 
 
 def whole(record: PartsRecord) -> str:
-    """The forward kernel with stages left out or done twice, and the sentence that this adds up to."""
-    figures = [figure for figure in record.figures if figure.part == "whole" and figure.ok]
-    lines = _header(["the kernel with", "time"])
-    lines += [_row([figure.what, f"{figure.seconds * 1e6:.0f} µs"]) for figure in figures if figure.seconds]
-    sentences = [verdict.sentence for verdict in verdicts(record.figures)]
+    """The forward kernels with stages left out or done twice, a column each, and the sentences that this adds up to."""
+    figures = {(figure.what, figure.config): figure for figure in record.of_part("whole") if figure.ok}
+    configs = list(dict.fromkeys(config for _, config in figures))
+    lines = _header(["µs of the kernel with", *configs])
+    for what in dict.fromkeys(what for what, _ in figures):
+        lines.append(_row([what, *(_microseconds(figures.get((what, config))) for config in configs)]))
+    sentences = [f"- {verdict.sentence}" for verdict in verdicts(record.figures)]
     return "\n".join(lines) + "\n\n" + "\n".join(sentences) + "\n"
+
+
+def _microseconds(figure: Figure | None) -> str:
+    if figure is None or not figure.seconds:
+        return ""
+    return f"{figure.seconds * 1e6:.0f}" + (f" ({figure.spills} spills)" if figure.spills else "")
+
+
+def part(record: PartsRecord, name: str) -> str:
+    """A row per figure of a part: rate, limit, and the share of the limit that is reached."""
+    lines = _header(["config", "mechanism", "what", "rate", "limit", "of it", "the limit is"])
+    for figure in record.of_part(name):
+        if figure.ok and figure.rate is not None:
+            what = f"{figure.what} {SHIPPED}" if figure.shipped and name in MARKED else figure.what
+            limit = "" if figure.limit is None else number(figure.limit)
+            share = "" if figure.ratio is None else f"{100 * figure.ratio:.0f} %"
+            rate = f"{number(figure.rate)} {figure.unit}"
+            lines.append(_row([figure.config, figure.mechanism, what, rate, limit, share, figure.limit_is]))
+    marked = f"\n{SHIPPED} what the plan ships\n" if name in MARKED else ""
+    return "\n".join(lines) + "\n" + marked
+
+
+def l2_requests(found: dict) -> str:
+    """A row per kernel: sectors that TMA brought, that the L2 cache was asked for, that came from memory, in millions."""
+    lines = _header(["kernel", "time", "to shared memory", "from the L2 cache", "from memory"])
+    for kernel in found["kernels"]:
+        counts = (f"{kernel[name] / 1e6:.1f}" for name in ("sectors_to_sm", "sectors_from_l2", "sectors_from_memory"))
+        lines.append(_row([f"{kernel['config']}, {kernel['what']}", f"{kernel['us']:.0f} µs", *counts]))
+    return "\n".join(lines) + "\n"
+
+
+def counters(record: CountersRecord) -> str:
+    """A row per micro-kernel of the layouts: predicted / counted."""
+    from benchmarks.counters import KINDS
+
+    lines = _header(["case", "instruction", "layout", *KINDS])
+    for one in record.kernels:
+        cells = [str(one.compared.get(what, "")) for what in KINDS]
+        lines.append(_row([one.case.name, one.case.instruction, f"`{one.case.layout}`", *cells]))
+    return "\n".join(lines) + f"\n\n{record.summary}.\n"
+
+
+def _counters(path: Path) -> CountersRecord:
+    from benchmarks.counters import CountersRecord  # needs what proves layouts; the other documents don't
+
+    return CountersRecord.load(path)
 
 
 def _json(path: Path) -> dict:
@@ -221,6 +275,11 @@ BLOCKS: dict[str, tuple[Callable, Callable[..., str]]] = {
     "first-call": (Record.load, first_call),
     "variants": (_json, variants),
     "whole": (PartsRecord.load, whole),
+    "conditions-parts": (PartsRecord.load, conditions),
+    **{f"parts-{name}": (PartsRecord.load, partial(part, name=name)) for name in PARTS if name != "whole"},
+    "l2-requests": (_json, l2_requests),
+    "conditions-counters": (_counters, conditions),
+    "counters": (_counters, counters),
 }
 
 

@@ -90,9 +90,7 @@ def _measure(found: list[Probe], target: str, folder: Path, options: argparse.Na
         return INTERRUPTED
     failed = {kernel: why_not(built) for kernel, built in done.items() if not built.ok}
     record = PartsRecord()
-    settings = Settings(
-        rounds=options.rounds, burst_s=BURST_SECONDS, idle_s=IDLE_SECONDS, limit_s=options.limit
-    )
+    settings = Settings(rounds=options.rounds, burst_s=BURST_SECONDS, idle_s=IDLE_SECONDS, limit_s=options.limit)
     jobs = catalogue.jobs(found)
     interrupted = False
     with _progress(console) as progress:

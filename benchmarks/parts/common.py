@@ -31,8 +31,7 @@ def keep_alive(r: cute.Tensor):
     for i in range(cute.size(r)):
         total += r[i].to(Float32)
     cute.arch.inline_ptx(
-        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.eq.f32 p, {$r0}, 0f7149F2CA; "
-        "@p st.volatile.shared.f32 [a], {$r0}; }",
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.eq.f32 p, {$r0}, 0f7149F2CA; @p st.volatile.shared.f32 [a], {$r0}; }",
         read_only_args=[total],
     )
 

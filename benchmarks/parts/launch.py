@@ -89,5 +89,3 @@ def _spin(ticks: cute.Tensor, ns: Int32):
         now = cute.arch.globaltimer()
     ticks[0] = cute.arch.clock64() - first
     ticks[1] = now - begin
-
-

@@ -31,9 +31,17 @@ def plot(record: PartsRecord, folder: Path) -> list[Path]:
     with matplotlib.rc_context(settings | {"axes.axisbelow": True}):
         for part in PARTS:
             figures = [figure for figure in record.of_part(part) if figure.ok and figure.rate is not None]
-            if figures:
-                written += _save(draw(part, figures, f"{card}: {TITLES[part]}"), folder / f"parts-{part}")
+            for name, shown in _pictures(part, figures).items():
+                written += _save(draw(part, shown, f"{card}: {TITLES[part]}"), folder / f"parts-{name}")
     return written
+
+
+def _pictures(part: str, figures: Sequence[Figure]) -> dict[str, list[Figure]]:
+    """What goes into which picture: whole kernels of different mechanisms don't share one."""
+    found: dict[str, list[Figure]] = {}
+    for figure in figures:
+        found.setdefault(f"{part}-{figure.mechanism}" if part == "whole" else part, []).append(figure)
+    return found
 
 
 def draw(part: str, figures: Sequence[Figure], heading: str) -> Any:
@@ -44,9 +52,7 @@ def draw(part: str, figures: Sequence[Figure], heading: str) -> Any:
     panels = [[figure for figure in figures if panel(part, figure) == title] for title in titles]
     heights = [len(group) + 2.5 for group in panels]
     size = (9, BAR_INCHES * sum(heights) + 0.8)
-    figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=size, squeeze=False, layout="constrained", height_ratios=heights
-    )
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=size, squeeze=False, layout="constrained", height_ratios=heights)
     for axis, group, words in zip((row[0] for row in axes), panels, titles, strict=True):
         _bars(axis, group, times=part == "whole")
         axis.set_title(words, fontsize=9)
@@ -103,9 +109,7 @@ def _legend(figure: Any, figures: Sequence[Figure], others: str) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    drawn: dict[str, Any] = {
-        name: Patch(color=COLORS.get(name, OTHER)) for name in dict.fromkeys(f.mechanism for f in figures)
-    }
+    drawn: dict[str, Any] = {name: Patch(color=COLORS.get(name, OTHER)) for name in dict.fromkeys(f.mechanism for f in figures)}
     if any(not f.shipped for f in figures):
         drawn[others] = Patch(facecolor=OTHER, hatch="//", edgecolor="white", alpha=0.55)
     if any(f.limit is not None for f in figures):

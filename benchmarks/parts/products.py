@@ -87,9 +87,7 @@ class Wgmma:
         else:
             sV = self._tensor(smem, "V")
             fill_noise(sV, thread, threads)
-            tA = cute.make_rmem_tensor(
-                part.partition_shape_A((lay.ROWS_PER_WARPGROUP, config.tile_n)), lay.element(config)
-            )
+            tA = cute.make_rmem_tensor(part.partition_shape_A((lay.ROWS_PER_WARPGROUP, config.tile_n)), lay.element(config))
             fill_registers_noise(tA)
             tB = part.make_fragment_B(part.partition_B(transposed(sV)))
             shape = (lay.ROWS_PER_WARPGROUP, config.tile_dv)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parts.limits import Assessment
+from benchmarks.parts.limits import Assessment, Limits, assess
 
 SCHEMA = "parts 1"
 
@@ -86,4 +86,18 @@ class PartsRecord:
             raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
         if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
             raise ValueError(f"{path} holds no figures of parts, or of another version; {needed}")
-        return PartsRecord(fields["about"], [Figure(**figure) for figure in fields["figures"]], fields["complete"])
+        record = PartsRecord(fields["about"], [Figure(**figure) for figure in fields["figures"]], fields["complete"])
+        record.assess()
+        return record
+
+    def assess(self) -> None:
+        """Hold what was measured against the limits as they are known now; launches have theirs from beside them."""
+        card = self.about.get("card", {})
+        if "sm_count" not in card:
+            return
+        copy_rate = self.about.get("copy_tbytes_per_s")
+        limits = Limits.of(card, copy_rate and copy_rate * 1e12)
+        for figure in self.figures:
+            if figure.ok and figure.seconds and figure.work and figure.part != "launch":
+                hz = None if figure.sm_mhz is None else figure.sm_mhz * 1e6
+                figure.take(assess(figure.work, figure.seconds, hz, limits))

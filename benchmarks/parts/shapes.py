@@ -87,11 +87,12 @@ def loaded_bytes(case: Case, config: Config) -> int:
 
 def work(case: Case, config: Config) -> dict[str, float]:
     """A call's work by kind. FLOPs and exponentials as the field counts them (a causal square is half of a full one);
-    bytes from L2 as the tiles are loaded; bytes ``in`` from and ``out`` to device memory each once."""
+    bytes ``sm_in``, into the multiprocessors, as the tiles are loaded; bytes ``in`` from and ``out`` to device memory each
+    once."""
     return {
         "tensor": flops(case),
         "exp": case.batch * case.heads * pairs(case),
-        "l2": loaded_bytes(case, config),
+        "sm_in": loaded_bytes(case, config),
         "in": bytes_moved(case) - output_bytes(case),
         "out": output_bytes(case),
     }

@@ -20,7 +20,7 @@ class Stages:
         counts = {
             "tensor": self.products * whole["tensor"],
             "exp": self.softmax * whole["exp"],
-            "l2": self.loads * whole["l2"],
+            "sm_in": self.loads * whole["sm_in"],
             "copy": self.loads * whole["in"] + self.epilogue * whole["out"],
         }
         return {kind: amount for kind, amount in counts.items() if amount}

@@ -49,16 +49,12 @@ def verdict(figures: Sequence[Figure], config: str, mechanism: str) -> Verdict |
     if full is None or not full.seconds:
         return None
     savings = {
-        stage: 1 - (left.seconds or 0.0) / full.seconds
-        for stage in STAGES
-        if (left := whole.get(f"no {stage}")) is not None
+        stage: 1 - (left.seconds or 0.0) / full.seconds for stage in STAGES if (left := whole.get(f"no {stage}")) is not None
     }
     if not savings:
         return None
     alone = {
-        stage: (only.seconds or 0.0) / full.seconds
-        for stage in STAGES
-        if (only := whole.get(f"{stage} only")) is not None
+        stage: (only.seconds or 0.0) / full.seconds for stage in STAGES if (only := whole.get(f"{stage} only")) is not None
     }
     stored = [f for f in ours if f.part == "epilogue" and f.config == config.removesuffix("-causal")]
     if stored and stored[0].rate:

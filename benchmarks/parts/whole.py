@@ -41,7 +41,8 @@ def staged(kernel, stages: Stages) -> tuple[Any, tuple]:
     if stages != Stages():
         module = importlib.import_module(f"benchmarks.parts.whole_{kernel.config.mechanism}")
         mainloop = module.Staged(kernel.problem, kernel.config, stages)
-    return forward.host_function(kernel.problem, kernel.config, mainloop), forward.fake_arguments(kernel.problem)
+    function = forward.host_function(kernel.problem, kernel.config, mainloop)
+    return function, forward.fake_arguments(kernel.problem, kernel.config)
 
 
 def prepare(probe, compiled, device) -> tuple[Any, dict[str, float]]:

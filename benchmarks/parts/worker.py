@@ -141,9 +141,7 @@ class Bench:
 
 
 def figure_of(probe: Probe) -> Figure:
-    return Figure(
-        probe.part, probe.shape.name, probe.mechanism, probe.what, shipped=probe.shipped, seqlen=probe.seqlen
-    )
+    return Figure(probe.part, probe.shape.name, probe.mechanism, probe.what, shipped=probe.shipped, seqlen=probe.seqlen)
 
 
 class Device:
@@ -246,7 +244,7 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
     limits = Limits(0, None, None)
     if facts["device"] == "cuda":
         device = Device(facts["sm_count"])
-        limits = Limits(facts["sm_count"], facts["tensor_flop_per_clock"], device.copy_rate(clock))
+        limits = Limits.of(facts, device.copy_rate(clock))
         about["copy_tbytes_per_s"] = (limits.copy_bytes_per_s or 0.0) / 1e12
     connection.send(("about", about))
     read_clock: Callable[[], float | None] = lambda: None  # noqa: E731

@@ -34,8 +34,15 @@ SETTINGS = Settings(rounds=3, burst_s=0.008, idle_s=0.02)
 def test_rates_of_a_hopper_card_at_a_clock():
     assert LIMITS.rate("tensor", 1.83e9) == pytest.approx(989e12, rel=1e-3)  # the H200's datasheet
     assert LIMITS.rate("exp", HZ) == 16 * 132 * 1.5e9
-    assert LIMITS.rate("l2", HZ) == 64 * 132 * 1.5e9
+    assert LIMITS.rate("sm_in", HZ) == 128 * 132 * 1.5e9
     assert LIMITS.rate("copy", HZ) == LIMITS.rate("copy", 1e9) == 4e12
+
+
+def test_the_l2_caches_rate_is_the_cards_and_needs_no_sm_clock():
+    card = {"name": "NVIDIA H200", "sm_count": 132, "tensor_flop_per_clock": None}
+    found = assess({"l2": 5.1136e12}, 1.0, None, Limits.of(card, None))
+    assert (found.limit, found.ratio) == (pytest.approx(10.2272), pytest.approx(0.5))
+    assert Limits.of(card | {"name": "another"}, None).rate("l2", HZ) is None
 
 
 def test_a_128_by_128_tile_at_head_dim_64_costs_tensor_cores_and_special_functions_the_same():
@@ -70,7 +77,7 @@ def test_launches_are_times_and_their_limit_a_lesser_launch():
 
 def test_without_a_clock_only_bytes_have_a_limit():
     assert assess({"copy": 3e12}, 1.0, None, LIMITS).ratio == 0.75
-    for kind in ("tensor", "exp", "l2"):
+    for kind in ("tensor", "exp", "sm_in"):
         found = assess({kind: 3e12}, 1.0, None, LIMITS)
         assert (found.rate, found.limit, found.ratio) == (3.0, None, None)
     assert assess({"tensor": 1e12}, 1.0, HZ, dataclasses.replace(LIMITS, tensor_flop_per_clock=None)).limit is None
@@ -103,11 +110,11 @@ def test_work_of_a_call_by_kind():
 
 
 def test_variants_count_what_they_keep():
-    whole = {"tensor": 8.0, "exp": 4.0, "l2": 2.0, "in": 0.75, "out": 0.25}
-    assert VARIANTS[FULL].work(whole) == {"tensor": 8.0, "exp": 4.0, "l2": 2.0, "copy": 1.0}
+    whole = {"tensor": 8.0, "exp": 4.0, "sm_in": 2.0, "in": 0.75, "out": 0.25}
+    assert VARIANTS[FULL].work(whole) == {"tensor": 8.0, "exp": 4.0, "sm_in": 2.0, "copy": 1.0}
     assert VARIANTS["products only"].work(whole) == {"tensor": 8.0}
     assert VARIANTS["softmax only"].work(whole) == {"exp": 4.0}
-    assert VARIANTS["loads only"].work(whole) == {"l2": 2.0, "copy": 0.75}
+    assert VARIANTS["loads only"].work(whole) == {"sm_in": 2.0, "copy": 0.75}
     assert VARIANTS["softmax twice"].work(whole)["exp"] == 8.0
     assert "exp" not in VARIANTS["no softmax"].work(whole)
 
@@ -247,7 +254,7 @@ def test_a_kernel_with_every_stage_is_the_kernel_itself(mechanism, dsl, tmp_path
         folder.mkdir()
         function = forward.host_function(shape.problem, config, mainloop)
         options = f"--enable-tvm-ffi --gpu-arch={TARGET} --keep-cubin --dump-dir={folder}"
-        arguments = forward.fake_arguments(shape.problem)
+        arguments = forward.fake_arguments(shape.problem, config)
         importlib.import_module("cutlass.cute").compile(function, *arguments, options=options)
         found = cubin.read(next(folder.glob("*.cubin")))
         counts.append({name: found.count(name) for name in COUNTED})
@@ -516,6 +523,21 @@ def test_a_result_file_comes_back_as_it_was(tmp_path):
         PartsRecord.load(path)
 
 
+def test_a_result_file_is_held_against_the_limits_of_today(tmp_path):
+    """What was measured is kept; what it is compared with is computed when the file is read."""
+    path = tmp_path / "parts.json"
+    old = record()
+    old.about["card"] |= {"sm_count": 132, "tensor_flop_per_clock": 132 * 4096}
+    measured = next(figure for figure in old.figures if figure.part == "copies")
+    measured.work, measured.seconds, measured.sm_mhz, measured.limit = {"copy": 2e12}, 1.0, 1500.0, 1.0
+    launched = next(figure for figure in old.figures if figure.part == "launch")
+    old.save(path)
+    found = PartsRecord.load(path)
+    again = next(figure for figure in found.figures if figure.part == "copies")
+    assert (again.rate, again.limit, again.ratio) == (2.0, 4.0, 0.5)
+    assert next(figure for figure in found.figures if figure.part == "launch") == launched
+
+
 def test_show_prints_tables_and_ends_with_the_sentences(tmp_path, capsys):
     path = tmp_path / "parts.json"
     shown = record()
@@ -537,9 +559,11 @@ def test_plots_are_drawn_with_their_limits(tmp_path):
 
     written = plot(record(), tmp_path)
     assert {path.name for path in written} == {
-        f"parts-{part}.{suffix}" for part in ("copies", "epilogue", "whole", "launch") for suffix in ("svg", "png")
+        f"parts-{part}.{suffix}"
+        for part in ("copies", "epilogue", "whole-tma_wgmma", "launch")
+        for suffix in ("svg", "png")
     }
-    svg = next(path for path in written if path.name == "parts-whole.svg")
+    svg = next(path for path in written if path.name == "parts-whole-tma_wgmma.svg")
     words = ["".join(e.itertext()).strip() for e in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert "A Card: the forward kernel with stages left out or done twice" in words
     for what in VARIANTS:
