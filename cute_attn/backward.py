@@ -38,7 +38,7 @@ def host_function(problem, config):
     seqlen_q)``. ``mRows`` is ``(2, batch, heads, rows)``, ``mdQ_sum`` ``(batch, heads, m_blocks, pieces, values)``, both
     float32, ``counters`` int32 ``(batch, heads, m_blocks)``. What isn't asked for is ``None``.
     """
-    mainloop = importlib.import_module(f"cute_attn.mainloop.{config.mechanism}_backward").Backward(problem, config)
+    mainloop = importlib.import_module(f"cute_attn.mainloop.{config.backward}").Backward(problem, config)
     row_values, cast = RowValues(problem, config), CastQueries(problem, config)
 
     @cute.jit
@@ -72,10 +72,10 @@ def host_function(problem, config):
         shift = seqlen_k - seqlen_q
         values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
         tiles = Tiles.of_keys(k.shape, q.shape[2] // k.shape[2], config.tile_n, blocks, problem.bounded_right)
-        gradients = Gradients(dq_sum, dk, dv, counters)
+        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, counters)
 
         row_values.launch(o, do, lse, dlse, rows, dq_sum, stream)
-        mainloop.launch(q, k, v, do, rows, gradients, values, tiles, cutlass.min(blocks, tiles.count()), stream)
+        mainloop.launch(q, k, v, do, rows, gradients, values, tiles, blocks, stream)
         if cutlass.const_expr(dq_sum is not None):
             cast.launch(dq_sum, dq, values, stream)
 
@@ -101,10 +101,10 @@ def fake_arguments(problem, config) -> tuple:
     stride = (*(cute.sym_int64(divisibility=ROW_PADDING) for _ in range(3)), 1)
     row_values = runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
     dq_sum = None
-    if gq:
-        family = layouts.family(config)
-        pieces, rows_columns_ = len(family.pieces(config)), family.piece_shape(config)
-        size = rows_columns_[0] * rows_columns_[1]
+    pieces = len(layouts.family(config).pieces(config))
+    if gq and pieces:
+        piece_rows, piece_columns = layouts.family(config).piece_shape(config)
+        size = piece_rows * piece_columns
         shape = (cute.sym_int(), cute.sym_int(), cute.sym_int(), pieces, size)
         stride = (*(cute.sym_int64(divisibility=size * pieces) for _ in range(3)), size, 1)
         dq_sum = runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
@@ -115,7 +115,7 @@ def fake_arguments(problem, config) -> tuple:
         rows(Float32, problem.return_lse),
         row_values,
         dq_sum,
-        rows(Int32, gq and problem.deterministic),
+        rows(Int32, gq and pieces and problem.deterministic),
         tensor(gq),
         tensor(gk),
         tensor(gv),
@@ -194,7 +194,7 @@ class CastQueries:
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
         self.pieces = self.lay.pieces(config)
-        self.threads = config.mma_threads // len(self.pieces)
+        self.threads = config.mma_threads // max(len(self.pieces), 1)
 
     @cute.jit
     def launch(self, dq_sum, mdQ, values: Values, stream):

@@ -78,8 +78,8 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
     rows = q.new_empty((2, call.batch, call.heads, rows_padded), dtype=torch.float32)
     dq_sum = counters = None
-    if "q" in needs:
-        layouts = family(config)
+    layouts = family(config)
+    if "q" in needs and layouts.pieces(config):
         slices = (call.batch, call.heads, rows_padded // config.tile_m)
         piece_rows, piece_columns = layouts.piece_shape(config)
         dq_sum = q.new_empty((*slices, len(layouts.pieces(config)), piece_rows * piece_columns), dtype=torch.float32)

@@ -83,6 +83,20 @@ def score_gradients(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor, slopes:
                 P[r, c + i] = dS if slopes is None else dS * slopes[r, c + i]
 
 
+def probabilities_by_row(scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32):
+    """The same for ``scores`` (queries, keys) and the log-sum-exp of each row."""
+    for r in range(cute.size(lse_log2)):
+        row = scores[r, None]
+        row.store(cute.math.exp2(row.load() * scale_log2 - lse_log2[r], fastmath=True))
+
+
+def score_gradients_by_row(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor, slopes: cute.Tensor | None):
+    """The same for P (queries, keys) and the delta of each row."""
+    for r in range(cute.size(delta)):
+        dS = P[r, None].load() * (dP[r, None].load() - delta[r])
+        P[r, None].store(dS if slopes is None else dS * slopes[r, None].load())
+
+
 def _pairs(values: cute.Tensor):
     """The values of a row in shared memory, two neighbours at a time, read only when they are needed: all of them would
     take as many registers as a row of scores."""

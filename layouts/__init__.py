@@ -50,7 +50,7 @@ def modules() -> list[ModuleType]:
 def family(config: Config) -> ModuleType:
     """The family module that lays out a config's operands."""
     module = for_target(config.target)
-    return (module.BACKWARD if config.backward else module.MECHANISMS)[config.mechanism]
+    return module.BACKWARD[config.backward] if config.backward else module.MECHANISMS[config.mechanism]
 
 
 def for_target(target: str) -> ModuleType:

@@ -74,7 +74,7 @@ class Config:
     stages: int  # K tiles (and as many V tiles) in flight
     mma_warps: int  # warps that compute; each warp (or warpgroup) owns whole rows
     blocks_per_multiprocessor: int = 1
-    backward: bool = False  # of the backward pass, whose operands a family module of its own lays out
+    backward: str = ""  # the mainloop of the backward pass; "" is the forward pass, whose mainloop is the mechanism's
     overlap_tiles: bool = False  # backward, tma_wgmma: a query tile's last product runs into the next tile: takes registers
     # backward pass on cp_async only
     key_warps: int = 0  # of the computing warps, as many split the keys; the others split queries and columns

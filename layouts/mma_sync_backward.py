@@ -42,7 +42,7 @@ def configs(problem, table, target: str, add_width: int) -> tuple[Config, ...]:
             dtype=problem.dtype,
             tile_d=tile_d,
             tile_dv=tile_dv,
-            backward=True,
+            backward="cp_async_backward",
             add_width=add_width,
             **choice,
         ),
@@ -124,7 +124,8 @@ def mma(role: str, config: Config) -> Mma:
     """``mma.sync`` m16n8k16 of a role, named after what it computes: Sᵀ = K·Qᵀ, dPᵀ = V·dOᵀ, dV = Pᵀ·dO, dK = dSᵀ·Q,
     dQ = dS·K. Warps lie in a grid, numbered down, then across.
 
-    Each warp takes 16 columns at a time, so that one ``ldmatrix`` of four 8×8 tiles fills two MMAs' worth of B.
+    Each warp takes 16 neighbouring columns at a time, so that one ``ldmatrix`` of four 8×8 tiles fills two MMAs' worth of
+    B, and the scores that a warp holds are whole steps of the products that sum over queries.
     """
     down, across = grid(role, config)
     m, n, k = ROWS_PER_MMA * down, 16 * across, 16
@@ -134,10 +135,8 @@ def mma(role: str, config: Config) -> Mma:
         warps=down,
         across=across,
         a=base.by_modes((m, k), (*FRAGMENT_THREADS, (down, ROWS_PER_MMA, 0), (across, 0, 0)), FRAGMENT_A),
-        b=base.by_modes((n, k), (*FRAGMENT_THREADS, (down, 0, 0), (across, 8, 0)), (*FRAGMENT_B, (2, 8 * across, 0))),
-        c=base.by_modes(
-            (m, n), (*FRAGMENT_THREADS, (down, ROWS_PER_MMA, 0), (across, 0, 8)), (*FRAGMENT_C, (2, 0, 8 * across))
-        ),
+        b=base.by_modes((n, k), (*FRAGMENT_THREADS, (down, 0, 0), (across, 16, 0)), (*FRAGMENT_B, (2, 8, 0))),
+        c=base.by_modes((m, n), (*FRAGMENT_THREADS, (down, ROWS_PER_MMA, 0), (across, 0, 16)), (*FRAGMENT_C, (2, 0, 8))),
     )
 
 
@@ -186,7 +185,9 @@ def tiled_mma(role: str, config: Config):
 
     what = mma(role, config)
     op = warp.MmaF16BF16Op(element(config), cutlass.Float32, what.shape)
-    return cute.make_tiled_mma(op, cute.make_layout((what.warps, what.across, 1)), permutation_mnk=what.tile)
+    m, _, k = what.tile
+    columns = cute.make_layout((8, what.across, 2), stride=(1, 16, 8))
+    return cute.make_tiled_mma(op, cute.make_layout((what.warps, what.across, 1)), permutation_mnk=(m, columns, k))
 
 
 def smem_layout(operand: str, config: Config):

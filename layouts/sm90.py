@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import mma_sync, mma_sync_backward, wgmma, wgmma_backward
+from . import mma_sync, mma_sync_backward, wgmma, wgmma_backward, wgmma_wide
 from .base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -15,7 +15,11 @@ GPU = Gpu(
 )
 
 MECHANISMS = {"tma_wgmma": wgmma, "cp_async": mma_sync}
-BACKWARD = {"tma_wgmma": wgmma_backward, "cp_async": mma_sync_backward}
+BACKWARD = {
+    "tma_wgmma_backward": wgmma_backward,
+    "tma_wgmma_wide": wgmma_wide,
+    "cp_async_backward": mma_sync_backward,
+}
 
 # The wider of the two padded head dims -> the fields of Config that the table decides.
 # A computing warpgroup owns 64 rows. Two of them may have 240 registers a thread, three 160.
@@ -34,11 +38,14 @@ WGMMA_MIXED: dict[int, dict[str, Any]] = {
 }
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -> registers of a computing, copying thread
 
-# The same for the backward pass, where a computing warpgroup owns 64 keys; both head dims are padded to the wider.
+# The same for the backward pass. Up to 128, a computing warpgroup owns 64 keys, and both head dims are padded to the wider.
 WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
     64: {"tile_m": 128, "tile_n": 128, "stages": 2},
     128: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
 }
+
+# Beyond, where the gradients of keys and of queries have a kernel each.
+WGMMA_WIDE: dict[str, Any] = {"tile_m": 64, "tile_n": 64, "stages": 2}
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
 MMA_SYNC_TABLE = {
@@ -64,7 +71,7 @@ MMA_SYNC_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
         "blocks_per_multiprocessor": 2,
     },
     96: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 8},
-    128: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 8},
+    128: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
     192: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
     256: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
 }
@@ -99,21 +106,22 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
 
 
 def _backward_configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
-    wider = wgmma_backward.tile_dim(max(problem.head_dim, problem.head_dim_v))
-    choice = WGMMA_BACKWARD_TABLE[wider]
-    warpgroups = choice["tile_n"] // wgmma.ROWS_PER_WARPGROUP
-    mma_registers, copy_registers = REGISTERS[warpgroups]
+    wider = max(problem.head_dim, problem.head_dim_v)
+    if wider <= max(WGMMA_BACKWARD_TABLE):
+        wider = wgmma_backward.tile_dim(wider)
+        tiles = {"tile_d": wider, "tile_dv": wider, "backward": "tma_wgmma_backward", **WGMMA_BACKWARD_TABLE[wider]}
+    else:
+        tile_d, tile_dv = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
+        tiles = {"tile_d": tile_d, "tile_dv": tile_dv, "backward": "tma_wgmma_wide", **WGMMA_WIDE}
+    mma_registers, copy_registers = REGISTERS[2]
     return (
         Config(
             target=target,
             mechanism=mechanism,
             dtype=problem.dtype,
-            tile_d=wider,
-            tile_dv=wider,
-            mma_warps=4 * warpgroups,
+            mma_warps=8,
             mma_registers=mma_registers,
             copy_registers=copy_registers,
-            backward=True,
-            **choice,
+            **tiles,
         ),
     )

@@ -8,7 +8,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn.layouts.fragments import rows_columns
-from cute_attn.rules import LN_2, LOG2_E, Band, softcap_tanh
+from cute_attn.rules import LN_2, LOG2_E, Band, softcap_slope, softcap_tanh
 
 
 class DeviceOps:
@@ -141,8 +141,8 @@ class Rows:
 class Gradients:
     """Where the main kernel of the backward pass puts the gradients; what is not asked for is ``None``.
 
-    ``mdQ`` is float32, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block, head,
-    batch)``. ``counters`` (m_block, head, batch) holds how many key tiles have added to each, where their order is fixed.
+    ``mdQ`` is float32 sums, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block,
+    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``. ``counters`` (m_block, head, batch) holds how many key tiles have added to each, where their order is fixed.
     """
 
     mdQ: cute.Tensor | None
@@ -212,9 +212,9 @@ def apply_rules(scores: cute.Tensor, where: Coordinates, origin, values: Values,
     apply_softcap(scores, values, problem)
     if cutlass.const_expr(not isinstance(masked, bool)):
         if masked:
-            _mask(scores, where, origin, values.band(problem), values.seqlen_k)
+            mask(scores, where, origin, values, problem)
     elif cutlass.const_expr(masked):
-        _mask(scores, where, origin, values.band(problem), values.seqlen_k)
+        mask(scores, where, origin, values, problem)
 
 
 @cute.jit
@@ -223,6 +223,23 @@ def apply_softcap(scores: cute.Tensor, values: Values, problem: cutlass.Constexp
     if cutlass.const_expr(problem.softcap):
         for i in cutlass.range(cute.size(scores), unroll_full=True):
             scores[i] = softcap_tanh(scores[i], values.scale_by_cap, DeviceOps)
+
+
+def softcap_slopes(t: cute.Tensor, problem) -> cute.Tensor | None:
+    """The softcap's derivative at each of the scores that :func:`apply_softcap` left, before they are masked; ``None``
+    without a softcap."""
+    if not problem.softcap:
+        return None
+    slopes = cute.make_rmem_tensor(t.shape, Float32)
+    for i in range(cute.size(t)):
+        slopes[i] = softcap_slope(t[i])
+    return slopes
+
+
+@cute.jit
+def mask(scores: cute.Tensor, where: Coordinates, origin, values: Values, problem: cutlass.Constexpr):
+    """Mask the scores (queries, keys) of a tile in place. ``origin`` is the tile's first query and key."""
+    _mask(scores, where, origin, values.band(problem), values.seqlen_k)
 
 
 @cute.jit

@@ -24,9 +24,8 @@ from cutlass.cute.nvgpu import cpasync
 from cute_attn import layouts
 from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
-from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
-from cute_attn.mainloop.warpgroups import WARPGROUP, InFlight, Operand, gemm, tma_operand, tma_tiles
-from cute_attn.rules import softcap_slope
+from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed, softcap_slopes
+from cute_attn.mainloop.warpgroups import WARPGROUP, InFlight, Operand, copy_row_values, gemm, of_columns, tma_operand, tma_tiles
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import probabilities, scale_rows, score_gradients
 
@@ -112,14 +111,14 @@ class Backward:
 
     @cute.jit
     def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
-        """Make the TMA descriptors and launch ``blocks`` persistent blocks."""
+        """Make the TMA descriptors and launch persistent blocks, at most as many as the GPU holds at once."""
         q, k, v, do = (
             self._operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO))
         )
         dk = self._operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self._operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         self.kernel(Operands(q, k, v, do, dk, dv), rows, gradients, values, tiles).launch(
-            grid=[blocks, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
+            grid=[cutlass.min(blocks, tiles.count()), 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
 
     def _operand(self, name, m, copy) -> Operand:
@@ -231,17 +230,10 @@ class Backward:
                     q_pipe.producer_acquire(state)
                     barrier = q_pipe.producer_get_barrier(state)
                     cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
-                    self._copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
+                    copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
                     state.advance()
             turn += 1
             position = tiles.position(turn)
-
-    @cute.jit
-    def _copy_row_values(self, source: cute.Tensor, into: cute.Tensor, barrier):
-        bits = self.config.tile_m * 32
-        atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32, num_bits_per_copy=bits)
-        with cute.arch.elect_one():
-            cute.copy(atom, source, into, mbar_ptr=barrier)
 
     @cute.jit
     def _add_dq(self, gradients: Gradients, sdQ: cute.Tensor, values: Values, tiles: Tiles):
@@ -368,6 +360,7 @@ class Backward:
         """
         m_block, masked, follows = where
         config, lay, stage = self.config, self.lay, state.index
+        mma_S = lay.tiled_mma("S", config)
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
 
         pipes.q.consumer_wait(state)
@@ -383,10 +376,10 @@ class Backward:
                 pipes.q.consumer_release(self._before(state))
         P = rows_columns(acc_S)
         apply_softcap(P, values, self.problem)
-        slopes = self._slopes(P)
+        slopes = softcap_slopes(P, self.problem)
         if masked:
             mask_transposed(P, me.cS, (key_first, m_block * config.tile_m), values, self.problem)
-        probabilities(P, self._of_columns(me, shared.lse[None, stage]), values.scale_log2)
+        probabilities(P, of_columns(mma_S, me.thread, shared.lse[None, stage]), values.scale_log2)
         if cutlass.const_expr(self.needs_v):
             rP = self._as_operand(acc_S)
             gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], accumulate=True)
@@ -394,7 +387,7 @@ class Backward:
 
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
-            score_gradients(P, rows_columns(acc_dP), self._of_columns(me, shared.delta[None, stage]), slopes)
+            score_gradients(P, rows_columns(acc_dP), of_columns(mma_S, me.thread, shared.delta[None, stage]), slopes)
             rdS = self._as_operand(acc_S)
             if cutlass.const_expr(self.needs_q):
                 slot = state.count % lay.DS_STAGES * self.warpgroups
@@ -420,15 +413,6 @@ class Backward:
         stages = self.config.stages
         return pipeline.PipelineState(stages, state.count, (state.index + stages - 1) % stages, state.phase)
 
-    def _slopes(self, t: cute.Tensor):
-        """The softcap's derivative at each score, taken before the mask; ``None`` without a softcap."""
-        if not self.problem.softcap:
-            return None
-        slopes = cute.make_rmem_tensor_like(t)
-        for i in range(cute.size(t)):
-            slopes[i] = softcap_slope(t[i])
-        return slopes
-
     def _scores(self, role, tA, tB):
         """Issue Sᵀ or dPᵀ; the caller waits."""
         mma = self.lay.tiled_mma(role, self.config)
@@ -436,12 +420,6 @@ class Backward:
         acc = cute.make_rmem_tensor(shape, Float32)
         gemm(mma, acc, tA, tB, accumulate=False)
         return acc
-
-    def _of_columns(self, me: Worker, sRow: cute.Tensor) -> cute.Tensor:
-        """A value of each query in shared memory, for the columns of this thread."""
-        shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_m)
-        wide = cute.make_tensor(sRow.iterator, cute.make_layout(shape, stride=(0, 1)))
-        return rows_columns(self.lay.tiled_mma("S", self.config).get_slice(me.thread).partition_C(wide))[0, None]
 
     def _as_operand(self, acc) -> cute.Tensor:
         """Pᵀ or dSᵀ rounded to the operands' dtype, as the A operand of dV or dK, one MMA's worth at a time so that

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cutlass
-from cutlass import cute
+from cutlass import Float32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
+from cute_attn.layouts.fragments import rows_columns
+
 WARPGROUP = 128
+ROWS = 64  # of an accumulator
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,21 @@ def tma_tiles(operand: Operand, s: cute.Tensor, head, batch, row):
         operand.atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
     )
     return tXgX, tXsX
+
+
+@cute.jit
+def copy_row_values(source: cute.Tensor, into: cute.Tensor, barrier):
+    """Start copying a float32 of each of a tile's rows to shared memory; ``barrier`` counts its bytes."""
+    atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32, num_bits_per_copy=32 * cute.size(into))
+    with cute.arch.elect_one():
+        cute.copy(atom, source, into, mbar_ptr=barrier)
+
+
+def of_columns(mma: cute.TiledMma, thread, sRow: cute.Tensor) -> cute.Tensor:
+    """A value of each query in shared memory, for the columns of a thread's scores (keys, queries)."""
+    queries = cute.size(sRow)
+    wide = cute.make_tensor(sRow.iterator, cute.make_layout((ROWS, queries), stride=(0, 1)))
+    return rows_columns(mma.get_slice(thread).partition_C(wide))[0, None]
 
 
 @cute.jit

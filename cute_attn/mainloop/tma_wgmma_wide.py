@@ -1,0 +1,612 @@
+"""Backward attention with TMA copies and warpgroup MMA (Hopper), for heads wider than 128: two kernels.
+
+dK and dV of 128 keys and 256 columns would fill a multiprocessor's registers, and with fewer keys a block the float32 sums
+of dQ would go to memory too often. So the gradients of keys and of queries have a kernel each, which computes the scores
+anew: seven products instead of five, but no sums in global memory, nothing to clear or to cast, and the same bits each
+time.
+
+:class:`KeyGradients`: a block owns 64 keys; two warpgroups walk over the query tiles side by side. The first takes
+Sᵀ = K·Qᵀ, P, and dV += Pᵀ·dO; the second dPᵀ = V·dOᵀ, dS, and dK += dSᵀ·Q. P passes from the first to the second in the
+operands' dtype, as it lies in registers. Each has its own pace: while one multiplies, the other takes exponentials or
+differences.
+
+:class:`QueryGradients`: a block owns 128 queries, 64 for each warpgroup, and walks over key tiles as the forward pass does:
+S = Q·Kᵀ, dP = dO·Vᵀ, dQ += dS·K.
+
+There, the last product of a tile runs into the next tile; its operand is released there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import cutlass
+from cutlass import Float32, Int32, cute, pipeline
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from cute_attn import layouts
+from cute_attn.epilogue import converted
+from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
+from cute_attn.mainloop.common import (
+    Coordinates,
+    Gradients,
+    KeyTiles,
+    QueryTiles,
+    Rows,
+    Values,
+    apply_softcap,
+    mask,
+    mask_transposed,
+    softcap_slopes,
+)
+from cute_attn.mainloop.warpgroups import WARPGROUP, Operand, copy_row_values, gemm, of_columns, tma_operand, tma_tiles
+from cute_attn.scheduler import Tiles
+from cute_attn.softmax import probabilities, probabilities_by_row, scale_rows, score_gradients, score_gradients_by_row
+
+COPY_WARPS = (0, 1)
+FULL_BARRIER, EMPTY_BARRIER, STORE_BARRIER = 1, 3, 5  # two each: a slot of P, or a warpgroup
+
+
+class Backward:
+    """The kernels of one (problem, config)."""
+
+    def __init__(self, problem, config):
+        self.keys = KeyGradients(problem, config)
+        self.queries = QueryGradients(problem, config)
+
+    @cute.jit
+    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
+        """Launch the kernels whose gradients are asked for."""
+        if cutlass.const_expr(gradients.mdK is not None or gradients.mdV is not None):
+            self.keys.launch(mQ, mK, mV, mdO, rows, gradients, values, tiles, blocks, stream)
+        if cutlass.const_expr(gradients.mdQ is not None):
+            self.queries.launch(mQ, mK, mV, mdO, rows, gradients, values, blocks, stream)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors that TMA copies; a gradient that is not asked for is ``None``."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    do: Operand
+    dk: Operand | None = None
+    dv: Operand | None = None
+    dq: Operand | None = None
+
+
+class _Kernel:
+    """What the two kernels share."""
+
+    def __init__(self, problem, config):
+        self.problem, self.config = problem, config
+        self.lay = layouts.family(config)
+        self.warpgroups = self.lay.warpgroups(config)
+
+    def operand(self, name: str, m, copy) -> Operand:
+        lay, config = self.lay, self.config
+        return tma_operand(copy(name, config), lay.smem_layout(name, config), lay.tile(name, config), m)
+
+    def tensor(self, smem, name: str, like: str = ""):
+        """Shared memory of an operand; of the size of ``like`` where that is larger."""
+        layout, config = self.lay.smem_layout(name, self.config), self.config
+        sizes = [self.lay.slot_bytes(x, config) for x in (name, like or name)]
+        if sizes[1] <= sizes[0]:
+            return smem.allocate_tensor(self.lay.element(config), layout.outer, self.lay.SMEM_ALIGN, layout.inner)
+        return self.over(name, self.tensor(smem, like))
+
+    def over(self, name: str, other: cute.Tensor):
+        """An operand in the shared memory of another."""
+        layout = self.lay.smem_layout(name, self.config)
+        return cute.make_tensor(cute.recast_ptr(other.iterator, layout.inner), layout.outer)
+
+    def pipe(self, smem, stages: int, warps: int, bytes: int):
+        return pipeline.PipelineTmaAsync.create(
+            num_stages=stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, warps),
+            tx_count=bytes,
+            barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
+            defer_sync=True,
+        )
+
+    def scores(self, role: str, columns: int, tA, tB):
+        """Issue a product of two operands in shared memory; the caller waits."""
+        mma = self.lay.tiled_mma(role, self.config)
+        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, columns)), Float32)
+        gemm(mma, acc, tA, tB, accumulate=False)
+        return acc
+
+    def accumulator(self, role: str, columns: int):
+        mma = self.lay.tiled_mma(role, self.config)
+        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, columns)), Float32)
+        acc.fill(0.0)
+        return acc
+
+    def as_operand(self, acc) -> cute.Tensor:
+        """P or dS rounded to the operands' dtype, as an A operand, one MMA's worth at a time so that conversions pair up."""
+        a = as_operand_a(acc)
+        out = cute.make_rmem_tensor(a.shape, self.lay.element(self.config))
+        for k in range(cute.size(a, mode=[2])):
+            out[None, None, k].store(a[None, None, k].load().to(out.element_type))
+        return out
+
+    @cute.jit
+    def store(self, name: cutlass.Constexpr, acc, operand: Operand, s: cute.Tensor, slot, where):
+        """A warpgroup's accumulator to global memory, by way of slot ``slot`` of shared memory; waits until that is read."""
+        block, head, batch = where
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARPGROUP - 1)
+        copy = self.lay.store_accumulator(name, self.config).get_slice(thread)
+        cute.copy(copy, copy.retile(converted(acc, s.element_type)), copy.partition_D(s[None, None, slot]))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=STORE_BARRIER + group, number_of_threads=WARPGROUP)
+        if thread < 32:
+            tXgX, tXsX = tma_tiles(operand, s, head, batch, Int32(0))
+            cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
+            cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.barrier(barrier_id=STORE_BARRIER + group, number_of_threads=WARPGROUP)
+
+    def stage_before(self, state):
+        """The stage before; enough of its state to release it."""
+        return pipeline.PipelineState(
+            self.config.stages, state.count, (state.index + self.config.stages - 1) % self.config.stages, state.phase
+        )
+
+
+# ---- dK and dV -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeyPipelines:
+    """K and V have one stage each, Q (with the rows' LSE) and dO (with their delta) several."""
+
+    k: pipeline.PipelineTmaAsync
+    v: pipeline.PipelineTmaAsync
+    q: pipeline.PipelineTmaAsync
+    do: pipeline.PipelineTmaAsync
+
+
+@dataclass(frozen=True)
+class KeyShared:
+    """Shared memory: ``(rows, columns, slot)`` for the operands, ``(values, thread, slot)`` for P, ``(tile_m, stage)`` for
+    a row's values. dV lies over K, dK over V."""
+
+    k: cute.Tensor
+    v: cute.Tensor
+    q: cute.Tensor
+    do: cute.Tensor
+    dk: cute.Tensor
+    dv: cute.Tensor
+    p: cute.Tensor
+    lse: cute.Tensor
+    delta: cute.Tensor
+
+
+class KeyGradients(_Kernel):
+    """dK and dV."""
+
+    def __init__(self, problem, config):
+        super().__init__(problem, config)
+        self.needs_k, self.needs_v = "k" in problem.gradients, "v" in problem.gradients
+
+    @cute.jit
+    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
+        """Make the TMA descriptors and launch persistent blocks, at most as many as the GPU holds at once."""
+        inputs = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO)))
+        dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
+        dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
+        self.kernel(Operands(*inputs, dk=dk, dv=dv), rows, values, tiles).launch(
+            grid=[cutlass.min(blocks, tiles.count()), 1, 1],
+            block=[self.config.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(self, operands: Operands, rows: Rows, values: Values, tiles: Tiles):
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared, pipes = self._setup()
+        if warp < WARPGROUP // 32:
+            cute.arch.setmaxregister_decrease(self.config.copy_registers)
+            if warp == COPY_WARPS[0]:
+                self._copy(
+                    (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q), (rows.lse_log2, shared.lse), values, tiles
+                )
+            if warp == COPY_WARPS[1]:
+                self._copy(
+                    (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do), (rows.delta, shared.delta), values, tiles
+                )
+        else:
+            cute.arch.setmaxregister_increase(self.config.mma_registers)
+            if warp < 2 * WARPGROUP // 32:
+                self._values_warpgroup(operands, shared, pipes, values, tiles)
+            else:
+                self._keys_warpgroup(operands, shared, pipes, values, tiles)
+
+    def _setup(self):
+        """Allocate shared memory and initialise the barriers."""
+        config, lay = self.config, self.lay
+        smem = cutlass.memory.SmemAllocator()
+
+        def floats(*shape):
+            return smem.allocate_tensor(Float32, cute.make_layout(shape), 128)
+
+        sK, sV = self.tensor(smem, "K", "V"), self.tensor(smem, "V", "K")
+        values = lay.ROWS_PER_WARPGROUP * config.tile_m // WARPGROUP
+        p = cute.make_layout((values, WARPGROUP, lay.P_STAGES), stride=(1, values, values * WARPGROUP))
+        shared = KeyShared(
+            k=sK,
+            v=sV,
+            q=self.tensor(smem, "Q"),
+            do=self.tensor(smem, "dO"),
+            dk=self.over("dK", sV),
+            dv=self.over("dV", sK),
+            p=smem.allocate_tensor(lay.element(config), p, 128),
+            lse=floats(config.tile_m, config.stages),
+            delta=floats(config.tile_m, config.stages),
+        )
+        row_bytes = config.tile_m * lay.ACCUMULATOR_BYTES
+        half = config.mma_warps // 2
+        pipes = KeyPipelines(
+            k=self.pipe(smem, 1, half, lay.slot_bytes("K", config)),
+            v=self.pipe(smem, 1, half, lay.slot_bytes("V", config)),
+            q=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("Q", config) + row_bytes),
+            do=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("dO", config) + row_bytes),
+        )
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return shared, pipes
+
+    def _place(self, tiles: Tiles, position):
+        """``(n_block, head_kv, batch)`` of a key tile, long ones first."""
+        block, head_kv, _, batch = tiles.coordinates(position)
+        return tiles.m_blocks - 1 - block if tiles.long_first else block, head_kv, batch
+
+    @cute.jit
+    def _copy(self, keys, queries, row_values, values: Values, tiles: Tiles):
+        """One warp: a key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
+
+        Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
+        """
+        (k, sK, k_pipe), (q, sQ, q_pipe), (mRow, sRow) = keys, queries, row_values
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            n_block, head_kv, batch = self._place(tiles, position)
+            visited = QueryTiles.of(values, self.problem, n_block, self.config)
+            tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
+            k_pipe.producer_acquire(k_state)
+            cute.copy(k.atom, tKgK[None, n_block], tKsK[None, 0], tma_bar_ptr=k_pipe.producer_get_barrier(k_state))
+            k_state.advance()
+            for member in cutlass.range(tiles.heads_per_kv, unroll=1):
+                head = head_kv * tiles.heads_per_kv + member
+                tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
+                gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
+                for i in cutlass.range(visited.count, unroll=1):
+                    m_block = visited.at(i)
+                    q_pipe.producer_acquire(state)
+                    barrier = q_pipe.producer_get_barrier(state)
+                    cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
+                    copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
+                    state.advance()
+            turn += 1
+            position = tiles.position(turn)
+
+    @cute.jit
+    def _values_warpgroup(self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, values: Values, tiles: Tiles):
+        """The warpgroup of P and dV."""
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        S, dV = self.lay.tiled_mma("S", self.config).get_slice(0), self.lay.tiled_mma("dV", self.config).get_slice(0)
+        tSrK = S.make_fragment_A(S.partition_A(shared.k[None, None, 0]))
+        tSrQ = S.make_fragment_B(S.partition_B(shared.q))
+        tVrdO = dV.make_fragment_B(dV.partition_B(transposed(shared.do)))
+        cS = Coordinates.of(self.lay.tiled_mma("S", self.config), thread, (self.config.tile_n, self.config.tile_m))
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            n_block, head_kv, batch = self._place(tiles, position)
+            visited = QueryTiles.of(values, self.problem, n_block, self.config)
+            acc_dV = self.accumulator("dV", self.config.tile_dv)
+            pipes.k.consumer_wait(k_state)
+            i = Int32(0)
+            for _ in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
+                pipes.q.consumer_wait(state)
+                acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
+                warpgroup.wait_group(0)
+                P = rows_columns(acc_S)
+                apply_softcap(P, values, self.problem)
+                slopes = softcap_slopes(P, self.problem)
+                if i < visited.masked:
+                    origin = (n_block * self.config.tile_n, visited.at(i) * self.config.tile_m)
+                    mask_transposed(P, cS, origin, values, self.problem)
+                probabilities(P, of_columns(S, thread, shared.lse[None, state.index]), values.scale_log2)
+                pipes.q.consumer_release(state)
+                rP = self.as_operand(acc_S)
+                if cutlass.const_expr(self.needs_k):
+                    self._hand_over(rP if slopes is None else self._sloped(acc_S, slopes), shared, thread, state.count)
+                pipes.do.consumer_wait(state)
+                if cutlass.const_expr(self.needs_v):
+                    gemm(self.lay.tiled_mma("dV", self.config), acc_dV, rP, tVrdO[None, None, None, state.index], accumulate=True)
+                    warpgroup.wait_group(0)
+                pipes.do.consumer_release(state)
+                state.advance()
+                i = i + 1 if i + 1 < visited.count else Int32(0)
+            if cutlass.const_expr(self.needs_v):
+                self.store("dV", acc_dV, operands.dv, shared.dv, 0, (n_block, head_kv, batch))
+            pipes.k.consumer_release(k_state)
+            k_state.advance()
+            turn += 1
+            position = tiles.position(turn)
+
+    @cute.jit
+    def _keys_warpgroup(self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, values: Values, tiles: Tiles):
+        """The warpgroup of dS and dK."""
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        dP, dK = self.lay.tiled_mma("dP", self.config).get_slice(0), self.lay.tiled_mma("dK", self.config).get_slice(0)
+        tPrV = dP.make_fragment_A(dP.partition_A(shared.v[None, None, 0]))
+        tPrdO = dP.make_fragment_B(dP.partition_B(shared.do))
+        tKrQ = dK.make_fragment_B(dK.partition_B(transposed(shared.q)))
+        if cutlass.const_expr(self.needs_k):
+            for slot in cutlass.range_constexpr(self.lay.P_STAGES):
+                cute.arch.barrier_arrive(barrier_id=EMPTY_BARRIER + slot, number_of_threads=2 * WARPGROUP)
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            n_block, head_kv, batch = self._place(tiles, position)
+            visited = QueryTiles.of(values, self.problem, n_block, self.config)
+            acc_dK = self.accumulator("dK", self.config.tile_d)
+            pipes.v.consumer_wait(k_state)
+            for _ in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
+                pipes.do.consumer_wait(state)
+                if cutlass.const_expr(self.needs_k):
+                    acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
+                    warpgroup.wait_group(0)
+                if cutlass.const_expr(self.needs_k):
+                    P = self._take_over(acc_dP, shared, thread, state.count)
+                    delta = of_columns(dP, thread, shared.delta[None, state.index])
+                    score_gradients(rows_columns(P), rows_columns(acc_dP), delta, None)
+                pipes.do.consumer_release(state)
+                pipes.q.consumer_wait(state)
+                if cutlass.const_expr(self.needs_k):
+                    rdS = self.as_operand(P)
+                    gemm(self.lay.tiled_mma("dK", self.config), acc_dK, rdS, tKrQ[None, None, None, state.index], accumulate=True)
+                    warpgroup.wait_group(0)
+                pipes.q.consumer_release(state)
+                state.advance()
+            if cutlass.const_expr(self.needs_k):
+                acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
+                self.store("dK", acc_dK, operands.dk, shared.dk, 0, (n_block, head_kv, batch))
+            pipes.v.consumer_release(k_state)
+            k_state.advance()
+            turn += 1
+            position = tiles.position(turn)
+
+    def _sloped(self, acc_P, slopes) -> cute.Tensor:
+        """P ∘ the softcap's slopes, rounded: what dS takes where there is a softcap."""
+        P = rows_columns(acc_P)
+        for i in range(cute.size(P)):
+            P[i] = P[i] * slopes[i]
+        return self.as_operand(acc_P)
+
+    @cute.jit
+    def _hand_over(self, rP: cute.Tensor, shared: KeyShared, thread, count):
+        """P to the other warpgroup, each thread's registers as they are: the same thread there has the same scores."""
+        slot = count % self.lay.P_STAGES
+        cute.arch.barrier(barrier_id=EMPTY_BARRIER + slot, number_of_threads=2 * WARPGROUP)
+        into = self._chunks(shared.p[None, thread, slot], thread)
+        cute.autovec_copy(cute.make_tensor(rP.iterator, cute.make_layout(into.shape)), into)
+        cute.arch.barrier_arrive(barrier_id=FULL_BARRIER + slot, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def _take_over(self, acc_dP: cute.Tensor, shared: KeyShared, thread, count):
+        """P from the other warpgroup, as float32 in the layout of dP."""
+        slot = count % self.lay.P_STAGES
+        rP = cute.make_rmem_tensor(as_operand_a(acc_dP).shape, self.lay.element(self.config))
+        cute.arch.barrier(barrier_id=FULL_BARRIER + slot, number_of_threads=2 * WARPGROUP)
+        source = self._chunks(shared.p[None, thread, slot], thread)
+        cute.autovec_copy(source, cute.make_tensor(rP.iterator, cute.make_layout(source.shape)))
+        cute.arch.barrier_arrive(barrier_id=EMPTY_BARRIER + slot, number_of_threads=2 * WARPGROUP)
+        P = cute.make_rmem_tensor_like(acc_dP)
+        as_operand_a(P).store(rP.load().to(Float32))
+        return P
+
+    def _chunks(self, sP: cute.Tensor, thread) -> cute.Tensor:
+        """A thread's values of one slot, 16 bytes at a time, the same of all threads side by side: no bank conflicts."""
+        values = cute.size(sP)
+        base = sP.iterator - thread * values + 8 * thread
+        return cute.make_tensor(base.align(16), cute.make_layout((8, values // 8), stride=(1, 8 * WARPGROUP)))
+
+
+# ---- dQ --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QueryPipelines:
+    """Q and dO have one stage for each computing warpgroup, in one pipeline; K has several stages, V its own."""
+
+    q: pipeline.PipelineTmaAsync
+    k: pipeline.PipelineTmaAsync
+    v: pipeline.PipelineTmaAsync
+
+
+@dataclass(frozen=True)
+class QueryShared:
+    """Shared memory, ``(rows, columns, slot)``. dQ lies over Q."""
+
+    q: cute.Tensor
+    do: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    dq: cute.Tensor
+
+
+class QueryGradients(_Kernel):
+    """dQ."""
+
+    def __init__(self, problem, config):
+        super().__init__(problem, config)
+        rows = self.warpgroups * self.lay.ROWS_PER_WARPGROUP
+        self.block = replace(config, tile_m=rows)  # for what counts a block's queries
+
+    @cute.jit
+    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, blocks, stream):
+        """Make the TMA descriptors and launch persistent blocks, at most as many as the GPU holds at once."""
+        inputs = (self.operand(f"q{name}", m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO)))
+        dq = self.operand("dQ", gradients.mdQ, self.lay.copy_out)
+        tiles = Tiles.of(mQ.shape, mK.shape[2], self.block.tile_m, blocks, self.problem.bounded_right)
+        self.kernel(Operands(*inputs, dq=dq), rows, values, tiles).launch(
+            grid=[cutlass.min(blocks, tiles.count()), 1, 1],
+            block=[self.config.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(self, operands: Operands, rows: Rows, values: Values, tiles: Tiles):
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared, pipes = self._setup()
+        if warp < WARPGROUP // 32:
+            cute.arch.setmaxregister_decrease(self.config.copy_registers)
+            if warp == COPY_WARPS[0]:
+                self._copy_keys(operands, shared, pipes, values, tiles)
+            if warp == COPY_WARPS[1]:
+                self._copy_queries(operands, shared, pipes, tiles)
+        else:
+            cute.arch.setmaxregister_increase(self.config.mma_registers)
+            self._compute(operands, shared, pipes, rows, values, tiles)
+
+    def _setup(self):
+        """Allocate shared memory and initialise the barriers."""
+        config, lay = self.config, self.lay
+        smem = cutlass.memory.SmemAllocator()
+        sQ = self.tensor(smem, "qQ")
+        rest = [self.tensor(smem, name) for name in ("qdO", "qK", "qV")]
+        shared = QueryShared(sQ, *rest, dq=self.over("dQ", sQ))
+        pipes = QueryPipelines(
+            q=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qQ", config) + lay.slot_bytes("qdO", config)),
+            k=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("qK", config)),
+            v=self.pipe(smem, lay.V_STAGES, config.mma_warps, lay.slot_bytes("qV", config)),
+        )
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return shared, pipes
+
+    @cute.jit
+    def _copy_queries(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, tiles: Tiles):
+        """One warp: Q and dO of each query tile, 64 rows for each computing warpgroup."""
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            m_block, head, _, batch = tiles.coordinates(position)
+            tQgQ, tQsQ = tma_tiles(operands.q, shared.q, head, batch, Int32(0))
+            tOgdO, tOsdO = tma_tiles(operands.do, shared.do, head, batch, Int32(0))
+            for w in cutlass.range_constexpr(self.warpgroups):
+                pipes.q.producer_acquire(state)
+                barrier = pipes.q.producer_get_barrier(state)
+                block = m_block * self.warpgroups + w
+                cute.copy(operands.q.atom, tQgQ[None, block], tQsQ[None, w], tma_bar_ptr=barrier)
+                cute.copy(operands.do.atom, tOgdO[None, block], tOsdO[None, w], tma_bar_ptr=barrier)
+                state.advance()
+            turn += 1
+            position = tiles.position(turn)
+
+    @cute.jit
+    def _copy_keys(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, values: Values, tiles: Tiles):
+        """One warp: K and V of the key tiles of each query tile, last keys first."""
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            m_block, _, head_kv, batch = tiles.coordinates(position)
+            keys = KeyTiles.of(values, self.problem, m_block, self.block)
+            tKgK, tKsK = tma_tiles(operands.k, shared.k, head_kv, batch, keys.begin)
+            tVgV, tVsV = tma_tiles(operands.v, shared.v, head_kv, batch, keys.begin)
+            for i in cutlass.range(keys.count, unroll=1):
+                n = keys.count - 1 - i
+                pipes.k.producer_acquire(k_state)
+                barrier = pipes.k.producer_get_barrier(k_state)
+                cute.copy(operands.k.atom, tKgK[None, n], tKsK[None, k_state.index], tma_bar_ptr=barrier)
+                k_state.advance()
+                pipes.v.producer_acquire(v_state)
+                barrier = pipes.v.producer_get_barrier(v_state)
+                cute.copy(operands.v.atom, tVgV[None, n], tVsV[None, v_state.index], tma_bar_ptr=barrier)
+                v_state.advance()
+            turn += 1
+            position = tiles.position(turn)
+
+    @cute.jit
+    def _compute(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, values: Values, tiles: Tiles):
+        """One computing warpgroup: its 64 rows of every query tile of the block."""
+        index = cute.arch.thread_idx()[0]
+        w = cute.arch.make_warp_uniform(index // WARPGROUP - 1)
+        S, dP, dQ = (self.lay.tiled_mma(role, self.config).get_slice(0) for role in ("qS", "qdP", "dQ"))
+        tSrQ = S.make_fragment_A(S.partition_A(shared.q[None, None, w]))
+        tSrK = S.make_fragment_B(S.partition_B(shared.k))
+        tPrdO = dP.make_fragment_A(dP.partition_A(shared.do[None, None, w]))
+        tPrV = dP.make_fragment_B(dP.partition_B(shared.v))
+        tQrK = dQ.make_fragment_B(dQ.partition_B(transposed(shared.k)))
+        cS = Coordinates.of(self.lay.tiled_mma("qS", self.config), index % WARPGROUP, (self.lay.ROWS_PER_WARPGROUP, self.config.tile_n))
+
+        q_phase = Int32(0)
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.V_STAGES)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            m_block, head, _, batch = tiles.coordinates(position)
+            keys = KeyTiles.of(values, self.problem, m_block, self.block)
+            row_first = m_block * self.block.tile_m + w * self.lay.ROWS_PER_WARPGROUP
+            acc_dQ = self.accumulator("dQ", self.config.tile_d)
+            lse_log2, delta = (self._of_rows(m[None, head, batch], cS, row_first) for m in (rows.lse_log2, rows.delta))
+            q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, q_phase)
+            pipes.q.consumer_wait(q_state)
+            for i in cutlass.range(keys.count, unroll=1):
+                n = keys.count - 1 - i
+                pipes.k.consumer_wait(k_state)
+                acc_S = self.scores("qS", self.config.tile_n, tSrQ, tSrK[None, None, None, k_state.index])
+                pipes.v.consumer_wait(v_state)
+                acc_dP = self.scores("qdP", self.config.tile_n, tPrdO, tPrV[None, None, None, v_state.index])
+                warpgroup.wait_group(1)
+                if i > 0:
+                    pipes.k.consumer_release(self.stage_before(k_state))
+                P = rows_columns(acc_S)
+                apply_softcap(P, values, self.problem)
+                slopes = softcap_slopes(P, self.problem)
+                if n >= keys.whole_end or n < keys.whole_begin:
+                    mask(P, cS, (row_first, keys.begin + n * self.config.tile_n), values, self.problem)
+                probabilities_by_row(P, lse_log2, values.scale_log2)
+                warpgroup.wait_group(0)
+                pipes.v.consumer_release(v_state)
+                score_gradients_by_row(P, rows_columns(acc_dP), delta, slopes)
+                rdS = self.as_operand(acc_S)
+                gemm(self.lay.tiled_mma("dQ", self.config), acc_dQ, rdS, tQrK[None, None, None, k_state.index], accumulate=True)
+                k_state.advance()
+                v_state.advance()
+            warpgroup.wait_group(0)
+            if keys.count > 0:
+                pipes.k.consumer_release(self.stage_before(k_state))
+            acc_dQ.store(acc_dQ.load() * Float32(values.scale(self.problem)))
+            self.store("dQ", acc_dQ, operands.dq, shared.dq, w, (m_block * self.warpgroups + w, head, batch))
+            pipes.q.consumer_release(q_state)
+            q_phase ^= 1
+            turn += 1
+            position = tiles.position(turn)
+
+    def _of_rows(self, mRow: cute.Tensor, cS: Coordinates, row_first) -> cute.Tensor:
+        """A value of each of this thread's rows."""
+        count = cute.size(cS.thread, mode=[0])
+        out = cute.make_rmem_tensor(count, Float32)
+        for r in range(count):
+            out[r] = mRow[row_first + cS.thread[r, 0][0]]
+        return out
