@@ -71,7 +71,9 @@ def host_function(problem, config):
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
         shift = seqlen_k - seqlen_q
         values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
-        tiles = Tiles.of_keys(k.shape, q.shape[2] // k.shape[2], config.tile_n, blocks, problem.bounded_right)
+        # In groups of heads, too, where dQ is added in a fixed order: few key tiles of a head then wait for one another.
+        long_first = problem.bounded_right or problem.deterministic
+        tiles = Tiles.of_keys(k.shape, q.shape[2] // k.shape[2], config.tile_n, blocks, long_first)
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, counters)
 
         row_values.launch(o, do, lse, dlse, rows, dq_sum, stream)

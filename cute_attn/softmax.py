@@ -17,7 +17,7 @@ import cutlass
 from cutlass import Float32, cute
 
 from cute_attn.layouts.fragments import THREADS_PER_ROW
-from cute_attn.rules import LN_2
+from cute_attn.rules import LN_2, softcap_slope
 
 
 @dataclass(frozen=True)
@@ -73,28 +73,50 @@ def probabilities(scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float3
                 scores[r, c + i] = cute.math.exp2(scores[r, c + i] * scale_log2 - lse[i], fastmath=True)
 
 
-def score_gradients(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor, slopes: cute.Tensor | None):
+def capped_probabilities(t: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32, rounded: cute.Tensor):
+    """The same under a softcap: ``t`` (keys, queries), the tanh of a score or −∞ where it is masked, to P ∘ (1 − t²) in
+    place, which is what dS takes; ``rounded`` gets P itself, in 16 bits, for dV. Both at once, since P, its slopes and dP
+    together would take more registers than there are."""
+    for c, lse in _pairs(lse_log2):
+        for r in range(cute.size(t, mode=[0])):
+            P = cute.make_rmem_tensor(2, Float32)
+            for i in range(2):
+                P[i] = cute.math.exp2(t[r, c + i] * scale_log2 - lse[i], fastmath=True)
+                t[r, c + i] = P[i] * _slope(t[r, c + i])
+            place = rounded.iterator + rounded.layout((r, c))
+            cute.make_tensor(place, P.layout).store(P.load().to(rounded.element_type))
+
+
+def score_gradients(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor):
     """For the backward pass, transposed: P (keys, queries) to dS = P ∘ (dP − delta) in place, with the delta of each
-    query in shared memory; ∘ the slopes of the softcap, if there is one."""
+    query in shared memory."""
     for c, of_query in _pairs(delta):
         for r in range(cute.size(P, mode=[0])):
             for i in range(2):
-                dS = P[r, c + i] * (dP[r, c + i] - of_query[i])
-                P[r, c + i] = dS if slopes is None else dS * slopes[r, c + i]
+                P[r, c + i] = P[r, c + i] * (dP[r, c + i] - of_query[i])
 
 
-def probabilities_by_row(scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32):
-    """The same for ``scores`` (queries, keys) and the log-sum-exp of each row."""
+def probabilities_by_row(scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32, softcap: bool):
+    """``scores`` (queries, keys) to P in place, or under a softcap to P ∘ (1 − t²), with the log-sum-exp of each row."""
     for r in range(cute.size(lse_log2)):
-        row = scores[r, None]
-        row.store(cute.math.exp2(row.load() * scale_log2 - lse_log2[r], fastmath=True))
+        if softcap:
+            for c in range(cute.size(scores, mode=[1])):
+                P = cute.math.exp2(scores[r, c] * scale_log2 - lse_log2[r], fastmath=True)
+                scores[r, c] = P * _slope(scores[r, c])
+        else:
+            row = scores[r, None]
+            row.store(cute.math.exp2(row.load() * scale_log2 - lse_log2[r], fastmath=True))
 
 
-def score_gradients_by_row(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor, slopes: cute.Tensor | None):
-    """The same for P (queries, keys) and the delta of each row."""
+def score_gradients_by_row(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor):
+    """P (queries, keys) to dS = P ∘ (dP − delta) in place, with the delta of each row."""
     for r in range(cute.size(delta)):
-        dS = P[r, None].load() * (dP[r, None].load() - delta[r])
-        P[r, None].store(dS if slopes is None else dS * slopes[r, None].load())
+        P[r, None].store(P[r, None].load() * (dP[r, None].load() - delta[r]))
+
+
+def _slope(t: Float32) -> Float32:
+    """The softcap's slope at a score's tanh; where it is masked anything finite will do, since P is 0."""
+    return softcap_slope(cutlass.max(t, Float32(-1.0)))
 
 
 def _pairs(values: cute.Tensor):

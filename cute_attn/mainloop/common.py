@@ -8,7 +8,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn.layouts.fragments import rows_columns
-from cute_attn.rules import LN_2, LOG2_E, Band, softcap_slope, softcap_tanh
+from cute_attn.rules import LN_2, LOG2_E, Band, softcap_tanh
 
 
 class DeviceOps:
@@ -115,15 +115,21 @@ class QueryTiles:
         cut = self.begin + i if i < before else self.whole_end + (i - before)
         return cut if i < self.masked else self.whole_begin + (i - self.masked)
 
+    def in_order(self, i, problem):
+        """The i-th tile without regard to masks. Where dQ is added in a fixed order, key tile by key tile, the last one comes
+        first: with a right edge, key tile n then finds that tile n − 1 has just left each query tile that it comes to."""
+        return self.begin + (self.count - 1 - i if problem.deterministic else i)
+
+    def needs_mask(self, m_block):
+        return (m_block < self.whole_begin) | (m_block >= self.whole_end)
+
     def rank(self, values: Values, problem, m_block: Int32, config):
         """How many key tiles come before this one in the fixed order in which a query tile's dQ is added up: from the
-        first key that it sees to the last, or, where there is a right edge, from the last to the first."""
+        first key that it sees on."""
         band = values.band(problem)
         row_first = m_block * config.tile_m
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
-        begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
-        if problem.bounded_right:
-            return (end - 1) // config.tile_n - self.n_block
+        begin, _ = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
         return self.n_block - begin // config.tile_n
 
 
@@ -223,17 +229,6 @@ def apply_softcap(scores: cute.Tensor, values: Values, problem: cutlass.Constexp
     if cutlass.const_expr(problem.softcap):
         for i in cutlass.range(cute.size(scores), unroll_full=True):
             scores[i] = softcap_tanh(scores[i], values.scale_by_cap, DeviceOps)
-
-
-def softcap_slopes(t: cute.Tensor, problem) -> cute.Tensor | None:
-    """The softcap's derivative at each of the scores that :func:`apply_softcap` left, before they are masked; ``None``
-    without a softcap."""
-    if not problem.softcap:
-        return None
-    slopes = cute.make_rmem_tensor(t.shape, Float32)
-    for i in range(cute.size(t)):
-        slopes[i] = softcap_slope(t[i])
-    return slopes
 
 
 @cute.jit

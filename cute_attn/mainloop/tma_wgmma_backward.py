@@ -23,11 +23,22 @@ from cutlass.cute.nvgpu import cpasync
 
 from cute_attn import layouts
 from cute_attn.epilogue import converted
-from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
-from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed, softcap_slopes
-from cute_attn.mainloop.warpgroups import WARPGROUP, InFlight, Operand, copy_row_values, gemm, of_columns, tma_operand, tma_tiles
+from cute_attn.layouts.fragments import rows_columns, transposed
+from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
+from cute_attn.mainloop.warpgroups import (
+    WARPGROUP,
+    InFlight,
+    Operand,
+    copy_row_values,
+    gemm,
+    of_columns,
+    rounded_operand,
+    rounded_probabilities,
+    tma_operand,
+    tma_tiles,
+)
 from cute_attn.scheduler import Tiles
-from cute_attn.softmax import probabilities, scale_rows, score_gradients
+from cute_attn.softmax import score_gradients
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 SHARE_BARRIER, FULL_BARRIER, EMPTY_BARRIER, STORE_BARRIER = 1, 2, 5, 8  # the last three: one for each warpgroup
@@ -192,12 +203,10 @@ class Backward:
         return shared, pipes
 
     def _place(self, tiles: Tiles, position):
-        """``(n_block, head_kv, batch)`` of a key tile. Long ones first, but where dQ is added in a fixed order: there a
-        tile must come after those that it waits for."""
+        """``(n_block, head_kv, batch)`` of a key tile. The first keys come first: with a right edge more queries see them
+        than later ones, and where dQ is added in a fixed order a tile must come after those that it waits for."""
         block, head_kv, _, batch = tiles.coordinates(position)
-        if tiles.long_first and not self.problem.deterministic:
-            block = tiles.m_blocks - 1 - block
-        return block, head_kv, batch
+        return tiles.m_blocks - 1 - block if tiles.long_first else block, head_kv, batch
 
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
@@ -226,7 +235,7 @@ class Backward:
                 tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
                 gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
                 for i in cutlass.range(visited.count, unroll=1):
-                    m_block = visited.at(i)
+                    m_block = visited.in_order(i, self.problem)
                     q_pipe.producer_acquire(state)
                     barrier = q_pipe.producer_get_barrier(state)
                     cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
@@ -257,7 +266,7 @@ class Backward:
                         cute.arch.barrier(barrier_id=FULL_BARRIER + w, number_of_threads=WARPGROUP + 32)
                     if lane == 0:
                         for w in cutlass.range_constexpr(self.warpgroups):
-                            _reduce_add(gradients.mdQ[None, w, visited.at(i), head, batch], sdQ[None, w])
+                            _reduce_add(gradients.mdQ[None, w, visited.in_order(i, self.problem), head, batch], sdQ[None, w])
                         cute.arch.cp_async_bulk_commit_group()
                         cute.arch.cp_async_bulk_wait_group(0, read=True)
                     cute.arch.sync_warp()
@@ -275,14 +284,14 @@ class Backward:
         i, head, batch = where
         if i > 0:
             self._pass_turn(gradients, visited, (i - 1, head, batch))
-        m_block = visited.at(i)
+        m_block = visited.in_order(i, self.problem)
         gradients.wait_for_turn((m_block, head, batch), visited.rank(values, self.problem, m_block, self.config))
 
     @cute.jit
     def _pass_turn(self, gradients: Gradients, visited: QueryTiles, where):
         i, head, batch = where
         cute.arch.cp_async_bulk_wait_group(0, read=False)
-        gradients.pass_turn((visited.at(i), head, batch))
+        gradients.pass_turn((visited.in_order(i, self.problem), head, batch))
 
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
@@ -304,7 +313,8 @@ class Backward:
             if visited.count > 0:
                 i = Int32(0)
                 for j in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
-                    where = (visited.at(i), i < visited.masked, j > 0)
+                    m_block = visited.in_order(i, self.problem)
+                    where = (m_block, visited.needs_mask(m_block), j > 0)
                     state = self._step(me, frag, shared, pipes, values, key_first, state, where)
                     i = i + 1 if i + 1 < visited.count else Int32(0)
                 if cutlass.const_expr(self.config.overlap_tiles):
@@ -376,19 +386,17 @@ class Backward:
                 pipes.q.consumer_release(self._before(state))
         P = rows_columns(acc_S)
         apply_softcap(P, values, self.problem)
-        slopes = softcap_slopes(P, self.problem)
         if masked:
             mask_transposed(P, me.cS, (key_first, m_block * config.tile_m), values, self.problem)
-        probabilities(P, of_columns(mma_S, me.thread, shared.lse[None, stage]), values.scale_log2)
+        rP = rounded_probabilities(acc_S, of_columns(mma_S, me.thread, shared.lse[None, stage]), values, self.problem, lay.element(config))
         if cutlass.const_expr(self.needs_v):
-            rP = self._as_operand(acc_S)
             gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], accumulate=True)
             flight.issued("dV")
 
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
-            score_gradients(P, rows_columns(acc_dP), of_columns(mma_S, me.thread, shared.delta[None, stage]), slopes)
-            rdS = self._as_operand(acc_S)
+            score_gradients(P, rows_columns(acc_dP), of_columns(mma_S, me.thread, shared.delta[None, stage]))
+            rdS = rounded_operand(acc_S, lay.element(config))
             if cutlass.const_expr(self.needs_q):
                 slot = state.count % lay.DS_STAGES * self.warpgroups
                 self._share_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
@@ -420,15 +428,6 @@ class Backward:
         acc = cute.make_rmem_tensor(shape, Float32)
         gemm(mma, acc, tA, tB, accumulate=False)
         return acc
-
-    def _as_operand(self, acc) -> cute.Tensor:
-        """Pᵀ or dSᵀ rounded to the operands' dtype, as the A operand of dV or dK, one MMA's worth at a time so that
-        conversions pair up."""
-        a = as_operand_a(acc)
-        out = cute.make_rmem_tensor(a.shape, self.lay.element(self.config))
-        for k in range(cute.size(a, mode=[2])):
-            out[None, None, k].store(a[None, None, k].load().to(out.element_type))
-        return out
 
     @cute.jit
     def _share_ds(self, me: Worker, rdS: cute.Tensor, sdS: cute.Tensor):

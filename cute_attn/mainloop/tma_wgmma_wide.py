@@ -37,11 +37,20 @@ from cute_attn.mainloop.common import (
     apply_softcap,
     mask,
     mask_transposed,
-    softcap_slopes,
 )
-from cute_attn.mainloop.warpgroups import WARPGROUP, Operand, copy_row_values, gemm, of_columns, tma_operand, tma_tiles
+from cute_attn.mainloop.warpgroups import (
+    WARPGROUP,
+    Operand,
+    copy_row_values,
+    gemm,
+    of_columns,
+    rounded_operand,
+    rounded_probabilities,
+    tma_operand,
+    tma_tiles,
+)
 from cute_attn.scheduler import Tiles
-from cute_attn.softmax import probabilities, probabilities_by_row, scale_rows, score_gradients, score_gradients_by_row
+from cute_attn.softmax import probabilities_by_row, score_gradients, score_gradients_by_row
 
 COPY_WARPS = (0, 1)
 FULL_BARRIER, EMPTY_BARRIER, STORE_BARRIER = 1, 3, 5  # two each: a slot of P, or a warpgroup
@@ -84,6 +93,10 @@ class _Kernel:
         self.lay = layouts.family(config)
         self.warpgroups = self.lay.warpgroups(config)
 
+    @property
+    def element(self):
+        return self.lay.element(self.config)
+
     def operand(self, name: str, m, copy) -> Operand:
         lay, config = self.lay, self.config
         return tma_operand(copy(name, config), lay.smem_layout(name, config), lay.tile(name, config), m)
@@ -93,7 +106,7 @@ class _Kernel:
         layout, config = self.lay.smem_layout(name, self.config), self.config
         sizes = [self.lay.slot_bytes(x, config) for x in (name, like or name)]
         if sizes[1] <= sizes[0]:
-            return smem.allocate_tensor(self.lay.element(config), layout.outer, self.lay.SMEM_ALIGN, layout.inner)
+            return smem.allocate_tensor(self.element, layout.outer, self.lay.SMEM_ALIGN, layout.inner)
         return self.over(name, self.tensor(smem, like))
 
     def over(self, name: str, other: cute.Tensor):
@@ -123,14 +136,6 @@ class _Kernel:
         acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, columns)), Float32)
         acc.fill(0.0)
         return acc
-
-    def as_operand(self, acc) -> cute.Tensor:
-        """P or dS rounded to the operands' dtype, as an A operand, one MMA's worth at a time so that conversions pair up."""
-        a = as_operand_a(acc)
-        out = cute.make_rmem_tensor(a.shape, self.lay.element(self.config))
-        for k in range(cute.size(a, mode=[2])):
-            out[None, None, k].store(a[None, None, k].load().to(out.element_type))
-        return out
 
     @cute.jit
     def store(self, name: cutlass.Constexpr, acc, operand: Operand, s: cute.Tensor, slot, where):
@@ -244,7 +249,7 @@ class KeyGradients(_Kernel):
             do=self.tensor(smem, "dO"),
             dk=self.over("dK", sV),
             dv=self.over("dV", sK),
-            p=smem.allocate_tensor(lay.element(config), p, 128),
+            p=smem.allocate_tensor(self.element, p, 128),
             lse=floats(config.tile_m, config.stages),
             delta=floats(config.tile_m, config.stages),
         )
@@ -288,7 +293,7 @@ class KeyGradients(_Kernel):
                 tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
                 gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
                 for i in cutlass.range(visited.count, unroll=1):
-                    m_block = visited.at(i)
+                    m_block = visited.in_order(i, self.problem)
                     q_pipe.producer_acquire(state)
                     barrier = q_pipe.producer_get_barrier(state)
                     cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
@@ -322,15 +327,15 @@ class KeyGradients(_Kernel):
                 warpgroup.wait_group(0)
                 P = rows_columns(acc_S)
                 apply_softcap(P, values, self.problem)
-                slopes = softcap_slopes(P, self.problem)
-                if i < visited.masked:
-                    origin = (n_block * self.config.tile_n, visited.at(i) * self.config.tile_m)
+                m_block = visited.in_order(i, self.problem)
+                if visited.needs_mask(m_block):
+                    origin = (n_block * self.config.tile_n, m_block * self.config.tile_m)
                     mask_transposed(P, cS, origin, values, self.problem)
-                probabilities(P, of_columns(S, thread, shared.lse[None, state.index]), values.scale_log2)
+                rP = rounded_probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), values, self.problem, self.element)
                 pipes.q.consumer_release(state)
-                rP = self.as_operand(acc_S)
                 if cutlass.const_expr(self.needs_k):
-                    self._hand_over(rP if slopes is None else self._sloped(acc_S, slopes), shared, thread, state.count)
+                    of_ds = rounded_operand(acc_S, self.element) if cutlass.const_expr(self.problem.softcap) else rP
+                    self._hand_over(of_ds, shared, thread, state.count)
                 pipes.do.consumer_wait(state)
                 if cutlass.const_expr(self.needs_v):
                     gemm(self.lay.tiled_mma("dV", self.config), acc_dV, rP, tVrdO[None, None, None, state.index], accumulate=True)
@@ -373,11 +378,11 @@ class KeyGradients(_Kernel):
                 if cutlass.const_expr(self.needs_k):
                     P = self._take_over(acc_dP, shared, thread, state.count)
                     delta = of_columns(dP, thread, shared.delta[None, state.index])
-                    score_gradients(rows_columns(P), rows_columns(acc_dP), delta, None)
+                    score_gradients(rows_columns(P), rows_columns(acc_dP), delta)
                 pipes.do.consumer_release(state)
                 pipes.q.consumer_wait(state)
                 if cutlass.const_expr(self.needs_k):
-                    rdS = self.as_operand(P)
+                    rdS = rounded_operand(P, self.element)
                     gemm(self.lay.tiled_mma("dK", self.config), acc_dK, rdS, tKrQ[None, None, None, state.index], accumulate=True)
                     warpgroup.wait_group(0)
                 pipes.q.consumer_release(state)
@@ -389,13 +394,6 @@ class KeyGradients(_Kernel):
             k_state.advance()
             turn += 1
             position = tiles.position(turn)
-
-    def _sloped(self, acc_P, slopes) -> cute.Tensor:
-        """P ∘ the softcap's slopes, rounded: what dS takes where there is a softcap."""
-        P = rows_columns(acc_P)
-        for i in range(cute.size(P)):
-            P[i] = P[i] * slopes[i]
-        return self.as_operand(acc_P)
 
     @cute.jit
     def _hand_over(self, rP: cute.Tensor, shared: KeyShared, thread, count):
@@ -410,7 +408,7 @@ class KeyGradients(_Kernel):
     def _take_over(self, acc_dP: cute.Tensor, shared: KeyShared, thread, count):
         """P from the other warpgroup, as float32 in the layout of dP."""
         slot = count % self.lay.P_STAGES
-        rP = cute.make_rmem_tensor(as_operand_a(acc_dP).shape, self.lay.element(self.config))
+        rP = cute.make_rmem_tensor(as_operand_a(acc_dP).shape, self.element)
         cute.arch.barrier(barrier_id=FULL_BARRIER + slot, number_of_threads=2 * WARPGROUP)
         source = self._chunks(shared.p[None, thread, slot], thread)
         cute.autovec_copy(source, cute.make_tensor(rP.iterator, cute.make_layout(source.shape)))
@@ -582,14 +580,13 @@ class QueryGradients(_Kernel):
                     pipes.k.consumer_release(self.stage_before(k_state))
                 P = rows_columns(acc_S)
                 apply_softcap(P, values, self.problem)
-                slopes = softcap_slopes(P, self.problem)
                 if n >= keys.whole_end or n < keys.whole_begin:
                     mask(P, cS, (row_first, keys.begin + n * self.config.tile_n), values, self.problem)
-                probabilities_by_row(P, lse_log2, values.scale_log2)
+                probabilities_by_row(P, lse_log2, values.scale_log2, self.problem.softcap)
                 warpgroup.wait_group(0)
                 pipes.v.consumer_release(v_state)
-                score_gradients_by_row(P, rows_columns(acc_dP), delta, slopes)
-                rdS = self.as_operand(acc_S)
+                score_gradients_by_row(P, rows_columns(acc_dP), delta)
+                rdS = rounded_operand(acc_S, self.element)
                 gemm(self.lay.tiled_mma("dQ", self.config), acc_dQ, rdS, tQrK[None, None, None, k_state.index], accumulate=True)
                 k_state.advance()
                 v_state.advance()

@@ -8,7 +8,9 @@ import cutlass
 from cutlass import Float32, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from cute_attn.layouts.fragments import rows_columns
+from cute_attn.layouts.fragments import as_operand_a, rows_columns
+from cute_attn.mainloop.common import Values
+from cute_attn.softmax import capped_probabilities, probabilities
 
 WARPGROUP = 128
 ROWS = 64  # of an accumulator
@@ -51,6 +53,27 @@ def of_columns(mma: cute.TiledMma, thread, sRow: cute.Tensor) -> cute.Tensor:
     queries = cute.size(sRow)
     wide = cute.make_tensor(sRow.iterator, cute.make_layout((ROWS, queries), stride=(0, 1)))
     return rows_columns(mma.get_slice(thread).partition_C(wide))[0, None]
+
+
+def rounded_operand(acc: cute.Tensor, dtype) -> cute.Tensor:
+    """An accumulator as an A operand in ``dtype``, one MMA's worth at a time so that conversions pair up."""
+    a = as_operand_a(acc)
+    out = cute.make_rmem_tensor(a.shape, dtype)
+    for k in range(cute.size(a, mode=[2])):
+        out[None, None, k].store(a[None, None, k].load().to(dtype))
+    return out
+
+
+def rounded_probabilities(acc_S: cute.Tensor, lse_log2: cute.Tensor, values: Values, problem, dtype) -> cute.Tensor:
+    """For the backward pass, transposed: scores to P in place (∘ the softcap's slopes, if there is one); returns P in
+    ``dtype``, as the A operand of dV."""
+    P = rows_columns(acc_S)
+    if problem.softcap:
+        rounded = cute.make_rmem_tensor_like(acc_S, dtype)
+        capped_probabilities(P, lse_log2, values.scale_log2, rows_columns(rounded))
+        return as_operand_a(rounded)
+    probabilities(P, lse_log2, values.scale_log2)
+    return rounded_operand(acc_S, dtype)
 
 
 @cute.jit
