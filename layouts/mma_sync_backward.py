@@ -27,21 +27,21 @@ READS = {  # role -> its operands A and B in shared memory; P and dS may lie in 
 }
 TRANSPOSED = {("dV", "dO"), ("dK", "Q"), ("dQ", "dS"), ("dQ", "K")}  # (role, operand): read by ldmatrix.trans
 ACCUMULATOR_BYTES = 4
+DS_STAGES = 2  # dS and that of the tile before, whose dQ is being computed; or dS and P
 
 
 def configs(problem, table, target: str, add_width: int) -> tuple[Config, ...]:
     """The configuration for ``problem`` from a GPU's table: the wider padded head dim -> the fields of Config that the
     table decides. ``add_width`` floats are added to global memory at once."""
-    tile_d, tile_dv = tile_dim(problem.head_dim), tile_dim(problem.head_dim_v)
-    wider = max(tile_d, tile_dv)
+    wider = tile_dim(max(problem.head_dim, problem.head_dim_v))
     choice = table[next(d for d in sorted(table) if d >= wider)]
     return (
         Config(
             target=target,
             mechanism="cp_async",
             dtype=problem.dtype,
-            tile_d=tile_d,
-            tile_dv=tile_dv,
+            tile_d=_columns(problem.head_dim, **choice),
+            tile_dv=_columns(problem.head_dim_v, **choice),
             backward="cp_async_backward",
             add_width=add_width,
             **choice,
@@ -49,14 +49,20 @@ def configs(problem, table, target: str, add_width: int) -> tuple[Config, ...]:
     )
 
 
+def _columns(head_dim: int, tile_m: int, tile_n: int, mma_warps: int, key_warps: int, **_) -> int:
+    """Columns of a head that make whole instructions of the warps that share them, and whose tiles of ``tile_m`` and
+    ``tile_n`` rows all threads copy in whole passes: the narrower of two heads may need more than :func:`tile_dim` says."""
+
+    def fits(columns: int) -> bool:
+        rows = 32 * mma_warps * VECTOR // swizzle_atom(columns)[3]  # of a pass
+        return columns % (16 * (mma_warps // key_warps)) == 0 and tile_m % rows == tile_n % rows == 0
+
+    return next(d for d in TILE_DIMS if d >= head_dim and fits(d))
+
+
 def p_is_shared(config: Config) -> bool:
     """Whether P goes through shared memory, since a warp needs other warps' for its columns of dV and dK."""
     return config.key_warps < config.mma_warps
-
-
-def ds_stages(config: Config) -> int:
-    """Slots of dS: with two, a query tile's dQ is computed while the next tile's dS is written."""
-    return 1 if p_is_shared(config) else 2
 
 
 def pieces(config: Config) -> list[tuple[int, int]]:
@@ -89,14 +95,12 @@ def grid(role: str, config: Config) -> tuple[int, int]:
 
 def smem_parts(config: Config) -> dict[str, int]:
     """Bytes of shared memory by part. dK lies over K and dV over V, once their products are done."""
-    scores = config.tile_n * config.tile_m * BYTES
     return {
         "K": config.tile_n * config.tile_d * BYTES,
         "V": config.tile_n * config.tile_dv * BYTES,
         "Q": config.stages * config.tile_m * config.tile_d * BYTES,
         "dO": config.stages * config.tile_m * config.tile_dv * BYTES,
-        "dS": ds_stages(config) * scores,
-        "P": scores if p_is_shared(config) else 0,
+        "dS": DS_STAGES * config.tile_n * config.tile_m * BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
     }
 
@@ -115,7 +119,7 @@ def accumulator_registers(config: Config) -> int:
 
 def smem(operand: str, config: Config) -> Layout:
     """An operand in shared memory: ``(tile_n, columns)`` for K, V, dK, dV, ``(tile_m, columns, stage)`` for Q and dO, and as
-    (keys, queries) ``(tile_n, tile_m)`` for P and ``(tile_n, tile_m, slot)`` for dS."""
+    (keys, queries) ``(tile_n, tile_m, slot)`` for dS and P."""
     bits, lowest, shift, width = swizzle_atom(tile(operand, config)[1])
     return base.tiled_rows(_shape(operand, config), width, (bits, lowest, shift), BYTES)
 
@@ -250,6 +254,6 @@ def _shape(operand: str, config: Config) -> tuple[int, ...]:
         "dV": (config.tile_n, config.tile_dv),
         "Q": (config.tile_m, config.tile_d, config.stages),
         "dO": (config.tile_m, config.tile_dv, config.stages),
-        "P": (config.tile_n, config.tile_m),
-        "dS": (config.tile_n, config.tile_m, ds_stages(config)),
+        "P": (config.tile_n, config.tile_m, DS_STAGES),
+        "dS": (config.tile_n, config.tile_m, DS_STAGES),
     }[operand]

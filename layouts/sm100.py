@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from . import mma_sync
+from typing import Any
+
+from . import mma_sync, mma_sync_backward
 from .base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -14,6 +16,7 @@ GPU = Gpu(
 )
 
 MECHANISMS = {"cp_async": mma_sync}
+BACKWARD = {"cp_async_backward": mma_sync_backward}
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
 TABLE = {
@@ -25,7 +28,28 @@ TABLE = {
     256: (128, 64, 2, 8, 1),
 }
 
+# The same for the backward pass: the wider of the two padded head dims -> the fields of Config that the table decides.
+ADD_WIDTH = 4  # red.global.add.v4.f32
+BACKWARD_TABLE: dict[int, dict[str, Any]] = {
+    32: {"tile_m": 128, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 8},
+    64: {
+        "tile_m": 64,
+        "tile_n": 128,
+        "step_m": 32,
+        "stages": 2,
+        "mma_warps": 4,
+        "key_warps": 4,
+        "blocks_per_multiprocessor": 2,
+    },
+    96: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
+    128: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
+    192: {"tile_m": 64, "tile_n": 96, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 2},
+    256: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 2},
+}
+
 
 def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     """The configurations for ``problem``, best first."""
+    if problem.gradients:
+        return mma_sync_backward.configs(problem, BACKWARD_TABLE, target, ADD_WIDTH)
     return mma_sync.configs(problem, TABLE, target)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import mma_sync
+from typing import Any
+
+from . import mma_sync, mma_sync_backward
 from .base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -13,6 +15,7 @@ GPU = Gpu(
 )
 
 MECHANISMS = {"cp_async": mma_sync}
+BACKWARD = {"cp_async_backward": mma_sync_backward}
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
 # 32 rows a warp halve what ldmatrix reads for each MMA, as long as O still fits in registers.
@@ -25,7 +28,20 @@ TABLE = {
     256: (128, 32, 2, 8, 1),
 }
 
+# The same for the backward pass: the wider of the two padded head dims -> the fields of Config that the table decides.
+ADD_WIDTH = 1  # there is no red for more floats at once before sm_90
+BACKWARD_TABLE: dict[int, dict[str, Any]] = {
+    32: {"tile_m": 128, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 8},
+    64: {"tile_m": 64, "tile_n": 256, "step_m": 32, "stages": 2, "mma_warps": 8, "key_warps": 8},
+    96: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
+    128: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
+    192: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 2},
+    256: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 1, "mma_warps": 8, "key_warps": 2},
+}
+
 
 def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     """The configurations for ``problem``, best first."""
+    if problem.gradients:
+        return mma_sync_backward.configs(problem, BACKWARD_TABLE, target, ADD_WIDTH)
     return mma_sync.configs(problem, TABLE, target)

@@ -70,10 +70,10 @@ MMA_SYNC_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
         "key_warps": 4,
         "blocks_per_multiprocessor": 2,
     },
-    96: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 8},
+    96: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
     128: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
-    192: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
-    256: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
+    192: {"tile_m": 64, "tile_n": 96, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 2},
+    256: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 2},
 }
 
 

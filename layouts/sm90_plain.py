@@ -3,7 +3,7 @@ compute capability 9.0, gets ``sm_90a``."""
 
 from __future__ import annotations
 
-from . import mma_sync, sm90
+from . import mma_sync, mma_sync_backward, sm90
 from .base import Config, Gpu
 
 GPU = Gpu(
@@ -14,8 +14,11 @@ GPU = Gpu(
 )
 
 MECHANISMS = {"cp_async": mma_sync}
+BACKWARD = {"cp_async_backward": mma_sync_backward}
 
 
 def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     """The configurations for ``problem``, best first."""
+    if problem.gradients:
+        return mma_sync_backward.configs(problem, sm90.MMA_SYNC_BACKWARD_TABLE, target, sm90.ADD_WIDTH)
     return mma_sync.configs(problem, sm90.MMA_SYNC_TABLE, target)

@@ -79,13 +79,12 @@ class KeyTiles:
 class QueryTiles:
     """The query tiles that see any key of one key tile, for the backward pass. They begin at multiples of tile_m.
 
-    ``count`` tiles from ``begin`` on, of which all but ``whole_begin … whole_end − 1`` need a mask; those come first.
+    ``count`` tiles from ``begin`` on, of which all but ``whole_begin … whole_end − 1`` need a mask.
     """
 
     n_block: Int32
     begin: Int32
     count: Int32
-    masked: Int32
     whole_begin: Int32
     whole_end: Int32
 
@@ -105,15 +104,7 @@ class QueryTiles:
         whole_end = end if inner_last >= values.seqlen_q else cutlass.min(cutlass.max(inner_last, 0) // m, end)
         whole_end = whole_end if key_end <= values.seqlen_k else whole_begin
         whole_end = cutlass.max(whole_end, whole_begin)
-        count = end - begin
-        return QueryTiles(n_block, begin, count, count - (whole_end - whole_begin), whole_begin, whole_end)
-
-    @cute.jit
-    def at(self, i):
-        """The i-th tile: first those before the whole ones, then those after, then the whole ones."""
-        before = self.whole_begin - self.begin
-        cut = self.begin + i if i < before else self.whole_end + (i - before)
-        return cut if i < self.masked else self.whole_begin + (i - self.masked)
+        return QueryTiles(n_block, begin, end - begin, whole_begin, whole_end)
 
     def in_order(self, i, problem):
         """The i-th tile without regard to masks. Where dQ is added in a fixed order, key tile by key tile, the last one comes

@@ -28,21 +28,22 @@ from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
 from cute_attn.mainloop.warps import Operand, Stream, product
-from cute_attn.rules import softcap_slope
 from cute_attn.scheduler import Tiles
-from cute_attn.softmax import probabilities, score_gradients
+from cute_attn.softmax import capped_probabilities, probabilities, score_gradients
+
+MMA_K = 16  # of one mma.sync
 
 
 @dataclass(frozen=True)
 class Shared:
     """The operands in shared memory: ``(tile_n, columns)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
-    ``(tile_n, tile_m)`` for P, if it is there, ``(tile_n, tile_m, slot)`` for dS, ``(tile_m, stage)`` for a row's values."""
+    ``(tile_n, tile_m, slot)`` for dS, ``(tile_m, stage)`` for a row's values. P, where it is shared, takes the slot that dS
+    leaves. They take turns: were a slot known at compile time, each ldmatrix would get a register for its address."""
 
     k: cute.Tensor
     v: cute.Tensor
     q: cute.Tensor
     do: cute.Tensor
-    p: cute.Tensor | None
     ds: cute.Tensor
     lse: cute.Tensor
     delta: cute.Tensor
@@ -90,6 +91,7 @@ class Backward:
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
+        self.across = config.mma_warps // config.key_warps  # warps that share the same keys
         self.shares_p = self.lay.p_is_shared(config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
@@ -145,12 +147,10 @@ class Backward:
         return acc
 
     def _place(self, tiles: Tiles):
-        """``(n_block, head_kv, batch)`` of the block. Long ones first, but where dQ is added in a fixed order: there a tile
-        must come after those that it waits for."""
+        """``(n_block, head_kv, batch)`` of the block. The first keys come first: with a right edge more queries see them than
+        later ones, and where dQ is added in a fixed order a tile must come after those that it waits for."""
         block, head_kv, _, batch = tiles.coordinates(tiles.position(Int32(0)))
-        if tiles.long_first and not self.problem.deterministic:
-            block = tiles.m_blocks - 1 - block
-        return block, head_kv, batch
+        return tiles.m_blocks - 1 - block if tiles.long_first else block, head_kv, batch
 
     def _shared(self) -> Shared:
         config, lay = self.config, self.lay
@@ -163,44 +163,39 @@ class Backward:
             return smem.allocate_tensor(Float32, cute.make_layout(shape), 16)
 
         k, v, q, do, ds = (tensor(name) for name in ("K", "V", "Q", "dO", "dS"))
-        p = tensor("P") if self.shares_p else None
         lse, delta = (floats(config.tile_m, config.stages) for _ in range(2))
-        return Shared(k, v, q, do, p, ds, lse, delta)
+        return Shared(k, v, q, do, ds, lse, delta)
 
     def _operands(self, me: Block) -> Operands:
-        s, step_m = me.shared, self.config.step_m
+        s, config = me.shared, self.config
 
-        def a(role, operand, tensor, slot=()):
-            part = self.lay.tiled_mma(role, self.config).get_slice(me.thread)
-            fragment = part.make_fragment_A(part.partition_A(tensor[(None, None, *slot)]))
-            return Operand.of(self.lay.load_operand(role, operand, self.config), tensor, fragment, me.thread)
+        def operand(role, name, letter, tensor, rows):
+            mma = self.lay.tiled_mma(role, config)
+            shape = mma.partition_shape_A((rows, MMA_K)) if letter == "A" else mma.partition_shape_B((rows, MMA_K))
+            fragment = cute.make_rmem_tensor(shape, tensor.element_type)
+            return Operand.of(self.lay.load_operand(role, name, config), tensor, fragment, me.thread)
 
-        def b(role, operand, tensor, shape):
-            mma = self.lay.tiled_mma(role, self.config)
-            fragment = cute.make_rmem_tensor(mma.partition_shape_B(shape), tensor.element_type)
-            return Operand.of(self.lay.load_operand(role, operand, self.config), tensor, fragment, me.thread)
-
-        config, (sKt, sQt, sdOt, sdSt) = self.config, map(transposed, (s.k, s.q, s.do, s.ds))
-        queries = config.tile_m if self.shares_p else step_m  # that dV and dK sum over at once
+        sKt, sQt, sdOt, sdSt = map(transposed, (s.k, s.q, s.do, s.ds))
         return Operands(
-            tSrK=a("S", "K", s.k),
-            tSrQ=b("S", "Q", s.q, (step_m, config.tile_d)),
-            tPrV=a("dP", "V", s.v),
-            tPrdO=b("dP", "dO", s.do, (step_m, config.tile_dv)),
-            tVrP=a("dV", "P", s.p) if self.shares_p else None,
-            tVrdO=b("dV", "dO", sdOt, (config.tile_dv, queries)),
-            tKrdS=a("dK", "dS", s.ds, (0,)) if self.shares_p else None,
-            tKrQ=b("dK", "Q", sQt, (config.tile_d, queries)),
-            tQrdS=a("dQ", "dS", sdSt, (0,)),
-            tQrK=b("dQ", "K", sKt, (config.tile_d, config.tile_n)),
+            tSrK=operand("S", "K", "A", s.k, config.tile_n),
+            tSrQ=operand("S", "Q", "B", s.q, config.step_m),
+            tPrV=operand("dP", "V", "A", s.v, config.tile_n),
+            tPrdO=operand("dP", "dO", "B", s.do, config.step_m),
+            tVrP=operand("dV", "P", "A", s.ds, config.tile_n) if self.shares_p else None,
+            tVrdO=operand("dV", "dO", "B", sdOt, config.tile_dv),
+            tKrdS=operand("dK", "dS", "A", s.ds, config.tile_n) if self.shares_p else None,
+            tKrQ=operand("dK", "Q", "B", sQt, config.tile_d),
+            tQrdS=operand("dQ", "dS", "A", sdSt, config.tile_m),
+            tQrK=operand("dQ", "K", "B", sKt, config.tile_d),
         )
 
     # ---- the walk over query tiles ---------------------------------------------------------------------------------
 
     @cute.jit
     def _query_tiles(self, me: Block, k: Stream, v: Stream):
-        """Every query tile of every head that shares the block's keys, the masked ones of a head first."""
-        stages, late_dq = self.config.stages, cutlass.const_expr(self.needs_q and not self.shares_p)
+        """Every query tile of every head that shares the block's keys. Three loops, so that each knows at compile time whether
+        it masks."""
+        stages, late_dq = self.config.stages, self.needs_q and not self.shares_p
         operands = self._operands(me)
         for x in (k, v, me.q, me.do):
             x.clear_padding()
@@ -211,18 +206,34 @@ class Backward:
             self._copy_queries(me, *self._after(me, Int32(0), Int32(0), slot), Int32(slot))
         if cutlass.const_expr(late_dq):
             self._clear_ds(me)
+        count = me.visited.count
+        lead, whole_end = self._whole(me.visited)
         for member in cutlass.range(me.heads_per_kv, unroll=1):
-            for i in cutlass.range(me.visited.masked, unroll=1):
+            for i in cutlass.range(lead, unroll=1):
                 self._step(me, operands, member, i, True)
-            for i in cutlass.range(me.visited.masked, me.visited.count, unroll=1):
+            for i in cutlass.range(lead, whole_end, unroll=1):
                 self._step(me, operands, member, i, False)
+            if cutlass.const_expr(self.problem.bounded_left or (self.problem.bounded_right and self.problem.deterministic)):
+                for i in cutlass.range(whole_end, count, unroll=1):
+                    self._step(me, operands, member, i, True)
         if cutlass.const_expr(late_dq):
             self._late_dq(me, operands, me.heads_per_kv, Int32(0))
 
     @cute.jit
+    def _whole(self, visited: QueryTiles):
+        """``(begin, end)`` of the tiles that need no mask, in the order they are visited; both are the tiles' count where
+        there are none, so that what comes after them is the other edge's, if there is one."""
+        whole = visited.whole_end - visited.whole_begin
+        begin = visited.whole_begin - visited.begin
+        if cutlass.const_expr(self.problem.deterministic):
+            begin = visited.count - begin - whole
+        begin = begin if whole > 0 else visited.count
+        return begin, begin + whole
+
+    @cute.jit
     def _clear_ds(self, me: Block):
         """The first tile has none before it, whose dQ it could add: it adds zeros."""
-        last = me.shared.ds[None, None, self.lay.ds_stages(self.config) - 1]
+        last = me.shared.ds[None, None, 1]
         part = self.lay.store_accumulator("dS", self.config).get_slice(me.thread).partition_D(last)
         part.fill(0.0)
 
@@ -242,7 +253,7 @@ class Backward:
         wraps = (i == 0) & (member > 0)
         member = member - 1 if wraps else member
         i = me.visited.count if wraps else i
-        return self._head(me, member), me.visited.at(cutlass.max(i - 1, 0))
+        return self._head(me, member), me.visited.in_order(cutlass.max(i - 1, 0), self.problem)
 
     def _head(self, me: Block, member):
         return me.head_kv * me.heads_per_kv + member
@@ -253,7 +264,7 @@ class Backward:
         way."""
         config = self.config
         if member < me.heads_per_kv:
-            m_block, head = me.visited.at(i), self._head(me, member)
+            m_block, head = me.visited.in_order(i, self.problem), self._head(me, member)
             row, end = m_block * config.tile_m, me.values.seqlen_q
             me.q.start(me.q.m[None, None, head], me.q.tXsX[None, None, None, slot], row, end)
             me.do.start(me.do.m[None, None, head], me.do.tXsX[None, None, None, slot], row, end)
@@ -295,86 +306,102 @@ class Backward:
             cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the one before
         if cutlass.const_expr(stages > 1):
             self._copy_queries(me, *self._after(me, member, i, stages - 1), (count + stages - 1) % stages)
-        m_block = me.visited.at(i)
-        slots = (slot, count % self.lay.ds_stages(config))
+        m_block = me.visited.in_order(i, self.problem)
+        slots = (slot, count % 2, (count + 1) % 2)
         for part in cutlass.range_constexpr(config.tile_m // config.step_m):
             self._scores(me, operands, m_block, part, slots, masked)
         if cutlass.const_expr(self.shares_p):
-            self._gradients_of_shared(me, operands, member, i, slots)
+            self._other_queries(me, operands, self._head(me, member), m_block, slots)
 
     @cute.jit
     def _scores(self, me: Block, operands: Operands, m_block, part: cutlass.Constexpr[int], slots, masked):
         """P and dS of ``step_m`` queries, and what they add to dV and dK where they stay in registers."""
-        config, lay = self.config, self.lay
-        slot, ds_slot = slots
+        config, lay, x = self.config, self.lay, operands
+        slot, ds_slot, p_slot = slots
         shape = (config.tile_n, config.step_m)
         S, dP, dV, dK = (lay.tiled_mma(role, config) for role in ("S", "dP", "dV", "dK"))
         acc_S, acc_dP = (cute.make_rmem_tensor(S.partition_shape_C(shape), Float32) for _ in range(2))
+        P = rows_columns(acc_S)
+        row = part * cute.size(x.tSrQ.into, mode=[1])
         acc_S.fill(0.0)
-        x = operands
-        rows = part * cute.size(x.tSrQ.into, mode=[1])
-        product(S, acc_S, x.tSrK.steps(), x.tSrK.load, partial(x.tSrQ.load, slot=(slot,), rows=rows))
+        product(S, acc_S, config.tile_d // MMA_K, x.tSrK.load, partial(x.tSrQ.load, slot=(slot,), row=row))
+        apply_softcap(P, me.values, self.problem)
+        origin = (me.n_block * config.tile_n, m_block * config.tile_m + part * config.step_m)
+        if cutlass.const_expr(masked):
+            mask_transposed(P, Coordinates.of(S, me.thread, shape), origin, me.values, self.problem)
         if cutlass.const_expr(self.needs_ds):
             acc_dP.fill(0.0)
-            product(dP, acc_dP, x.tPrV.steps(), x.tPrV.load, partial(x.tPrdO.load, slot=(slot,), rows=rows))
+            product(dP, acc_dP, config.tile_dv // MMA_K, x.tPrV.load, partial(x.tPrdO.load, slot=(slot,), row=row))
 
-        P = rows_columns(acc_S)
-        apply_softcap(P, me.values, self.problem)
-        slopes = self._slopes(P)
-        if cutlass.const_expr(masked):
-            origin = (me.n_block * config.tile_n, m_block * config.tile_m + part * config.step_m)
-            mask_transposed(P, Coordinates.of(S, me.thread, shape), origin, me.values, self.problem)
-        probabilities(P, self._of_columns(me, me.shared.lse[None, slot], part), me.values.scale_log2)
-        steps = part * (config.step_m // 16)
-        if cutlass.const_expr(self.needs_v and self.shares_p):
-            self._share("P", me, acc_S, me.shared.p, part)
-        elif cutlass.const_expr(self.needs_v):
-            rP = self._as_operand(acc_S)
-            product(dV, me.acc_dV, x.tVrdO.steps(), rP, partial(x.tVrdO.load, slot=(slot,), steps=steps))
+        rounded = self._probabilities(me, acc_S, me.shared.lse[None, slot], part)
+        if cutlass.const_expr(self.needs_v):
+            if cutlass.const_expr(self.shares_p):
+                self._share("P", me, rounded, me.shared.ds[None, None, p_slot], part)
+            self._own_queries(dV, me.acc_dV, rounded, x.tVrdO, slot, part)
         if cutlass.const_expr(self.needs_ds):
-            score_gradients(P, rows_columns(acc_dP), self._of_columns(me, me.shared.delta[None, slot], part), slopes)
+            score_gradients(P, rows_columns(acc_dP), self._of_columns(me, me.shared.delta[None, slot], part))
             if cutlass.const_expr(self.needs_q or self.shares_p):
                 self._share("dS", me, acc_S, me.shared.ds[None, None, ds_slot], part)
-            if cutlass.const_expr(self.needs_k and not self.shares_p):
-                rdS = self._as_operand(acc_S)
-                product(dK, me.acc_dK, x.tKrQ.steps(), rdS, partial(x.tKrQ.load, slot=(slot,), steps=steps))
+            if cutlass.const_expr(self.needs_k):
+                self._own_queries(dK, me.acc_dK, acc_S, x.tKrQ, slot, part)
+
+    def _probabilities(self, me: Block, acc_S: cute.Tensor, sLSE: cute.Tensor, part: int) -> cute.Tensor:
+        """Scores to P in place, or, under a softcap, to P ∘ its slopes. Returns P as dV takes it, rounded or still to be."""
+        lse, scale_log2 = self._of_columns(me, sLSE, part), me.values.scale_log2
+        if self.problem.softcap:
+            rounded = cute.make_rmem_tensor_like(acc_S, self.lay.element(self.config))
+            capped_probabilities(rows_columns(acc_S), lse, scale_log2, rows_columns(rounded))
+            return rounded
+        probabilities(rows_columns(acc_S), lse, scale_log2)
+        return acc_S
+
+    def _own_queries(self, mma, acc: cute.Tensor, scores: cute.Tensor, b: Operand, slot, part: int):
+        """What the queries whose scores a warp holds add to its dV or dK: Pᵀ or dSᵀ, rounded to the operands' dtype just in
+        time, times dO or Q."""
+        a = as_operand_a(scores)
+        steps = self.config.step_m // MMA_K // self.across
+        first = part * steps * self.across + self._column()
+
+        def rounded(k):
+            return converted(a[None, None, k], self.lay.element(self.config))
+
+        product(mma, acc, steps, rounded, lambda k: b.load(first + k * self.across, (slot,)))
 
     @cute.jit
-    def _gradients_of_shared(self, me: Block, x: Operands, member, i, slots):
-        """dV, dK and dQ of a tile whose P and dS all warps share."""
-        slot, ds_slot = slots
-        head, m_block = self._head(me, member), me.visited.at(i)
-        self._wait_for_turn(me, head, m_block, Int32(1))
+    def _other_queries(self, me: Block, x: Operands, head, m_block, slots):
+        """What those queries add to dV and dK whose scores the other warps with the same keys hold; and dQ."""
+        slot, ds_slot, p_slot = slots
+        if cutlass.const_expr(self.needs_q):
+            self._wait_for_turn(me, head, m_block, Int32(1))
         cute.arch.sync_threads()  # P and dS are there
         if cutlass.const_expr(self.needs_v):
-            mma = self.lay.tiled_mma("dV", self.config)
-            product(mma, me.acc_dV, x.tVrP.steps(), x.tVrP.load, partial(x.tVrdO.load, slot=(slot,)))
+            self._add_others("dV", me.acc_dV, partial(x.tVrP.load, slot=(p_slot,)), partial(x.tVrdO.load, slot=(slot,)))
         if cutlass.const_expr(self.needs_k):
-            mma = self.lay.tiled_mma("dK", self.config)
-            tKrdS = partial(x.tKrdS.load, slot=(ds_slot,))
-            product(mma, me.acc_dK, x.tKrdS.steps(), tKrdS, partial(x.tKrQ.load, slot=(slot,)))
+            self._add_others("dK", me.acc_dK, partial(x.tKrdS.load, slot=(ds_slot,)), partial(x.tKrQ.load, slot=(slot,)))
         if cutlass.const_expr(self.needs_q):
             self._dq(me, x, head, m_block, ds_slot, Int32(1))
 
-    def _slopes(self, t: cute.Tensor):
-        """The softcap's derivative at each score, taken before the mask; ``None`` without a softcap."""
-        if not self.problem.softcap:
-            return None
-        slopes = cute.make_rmem_tensor_like(t)
-        for i in range(cute.size(t)):
-            slopes[i] = softcap_slope(t[i])
-        return slopes
+    def _add_others(self, role: str, acc: cute.Tensor, a, b):
+        steps = self.config.tile_m // MMA_K // self.across
+        for other in range(1, self.across):
+            first = (self._column() + other) % self.across
+
+            def load(operand, k, first=first):
+                return operand(first + k * self.across)
+
+            product(self.lay.tiled_mma(role, self.config), acc, steps, partial(load, a), partial(load, b))
+
+    def _column(self):
+        """A warp's place among those with the same keys."""
+        if self.across == 1:
+            return 0
+        return cute.arch.make_warp_uniform(cute.arch.warp_idx()) // self.config.key_warps
 
     def _of_columns(self, me: Block, sRow: cute.Tensor, part: int) -> cute.Tensor:
         """A value of each query in shared memory, for the columns of this thread."""
         shape = (self.config.tile_n, self.config.step_m)
         wide = cute.make_tensor(sRow.iterator + part * self.config.step_m, cute.make_layout(shape, stride=(0, 1)))
         return rows_columns(self.lay.tiled_mma("S", self.config).get_slice(me.thread).partition_C(wide))[0, None]
-
-    def _as_operand(self, acc: cute.Tensor):
-        """Pᵀ or dSᵀ as the A operand of dV or dK: a function of the step that rounds it to the operands' dtype."""
-        a = as_operand_a(acc)
-        return lambda k: converted(a[None, None, k], self.lay.element(self.config))
 
     @cute.jit
     def _share(self, name: cutlass.Constexpr, me: Block, acc: cute.Tensor, s: cute.Tensor, part: cutlass.Constexpr[int]):
@@ -395,17 +422,7 @@ class Backward:
         count = member * me.visited.count + i
         self._wait_for_turn(me, head, m_block, count)
         cute.arch.sync_threads()  # the tile, and dS of the one before, are there; every thread is done with the one before
-        stages = self.lay.ds_stages(self.config)
-        self._dq(me, operands, head, m_block, (count + stages - 1) % stages, count)
-
-    @cute.jit
-    def _wait_for_turn(self, me: Block, head, m_block, count):
-        """One thread: until it is this block's turn to add to a tile's dQ. Before the first tile (``count = 0``) there is
-        nothing to add."""
-        if cutlass.const_expr(self.needs_q and self.problem.deterministic):
-            if (me.thread == 0) & (count > 0):
-                rank = me.visited.rank(me.values, self.problem, m_block, self.config)
-                me.gradients.wait_for_turn((m_block, head, me.batch), rank)
+        self._dq(me, operands, head, m_block, (count + 1) % 2, count)
 
     @cute.jit
     def _dq(self, me: Block, x: Operands, head, m_block, slot, count):
@@ -414,16 +431,25 @@ class Backward:
         mma = self.lay.tiled_mma("dQ", config)
         acc = cute.make_rmem_tensor(mma.partition_shape_C((config.tile_m, config.tile_d)), Float32)
         acc.fill(0.0)
-        product(mma, acc, x.tQrdS.steps(), partial(x.tQrdS.load, slot=(slot,)), x.tQrK.load)
+        product(mma, acc, config.tile_n // MMA_K, partial(x.tQrdS.load, slot=(slot,)), x.tQrK.load)
         width = config.add_width
         into = me.gradients.mdQ[None, 0, m_block, head, me.batch].iterator + width * me.thread
-        for i in cutlass.range_constexpr(cute.size(acc) // width):
-            add(into + i * width * config.threads, [acc[i * width + n] for n in range(width)])
+        for n in cutlass.range_constexpr(cute.size(acc) // width):
+            add(into + n * width * config.threads, [acc[n * width + j] for j in range(width)])
         if cutlass.const_expr(self.problem.deterministic):
             cute.arch.sync_threads()  # every thread has added
             if (me.thread == 0) & (count > 0):
                 cute.arch.fence_acq_rel_gpu()
                 me.gradients.pass_turn((m_block, head, me.batch))
+
+    @cute.jit
+    def _wait_for_turn(self, me: Block, head, m_block, count):
+        """One thread: until it is this block's turn to add to a tile's dQ. Before the first tile (``count = 0``) there is
+        nothing to add."""
+        if cutlass.const_expr(self.problem.deterministic):
+            if (me.thread == 0) & (count > 0):
+                rank = me.visited.rank(me.values, self.problem, m_block, self.config)
+                me.gradients.wait_for_turn((m_block, head, me.batch), rank)
 
     # ---- epilogue --------------------------------------------------------------------------------------------------
 

@@ -63,23 +63,22 @@ class Operand:
 
     copy: cute.TiledCopy
     source: cute.Tensor  # (copy, rows, K[, stage]): shared memory
-    into: cute.Tensor  # (copy, rows, K): the fragment as ldmatrix writes it
-    fragment: cute.Tensor  # (MMA, rows, K): the same registers as the MMA reads them
+    into: cute.Tensor  # (copy, rows): the fragment as ldmatrix writes it
+    fragment: cute.Tensor  # (MMA, rows): the same registers as the MMA reads them
 
     @staticmethod
     def of(copy: cute.TiledCopy, s: cute.Tensor, fragment: cute.Tensor, thread) -> Operand:
+        """``fragment`` (MMA, rows, 1) is of one step."""
         part = copy.get_slice(thread)
-        return Operand(copy, part.partition_S(s), part.retile(fragment), fragment)
+        into = part.retile(fragment)
+        return Operand(copy, part.partition_S(s), into[None, None, 0], fragment[None, None, 0])
 
-    def steps(self) -> int:
-        return cute.size(self.fragment, mode=[2])
-
-    def load(self, k: int, slot=(), rows: int = 0, steps: int = 0) -> cute.Tensor:
-        """Fill the fragment of step ``k`` from ``slot`` and return it. ``rows`` and ``steps`` blocks are skipped, where the
+    def load(self, step, slot=(), row: int = 0) -> cute.Tensor:
+        """Fill the fragment with a step's part of ``slot`` and return it. ``row`` is the first block of rows, where the
         fragment is of a part of what lies in shared memory."""
         for r in range(cute.size(self.into, mode=[1])):
-            cute.copy(self.copy, self.source[(None, rows + r, steps + k, *slot)], self.into[None, r, k])
-        return self.fragment[None, None, k]
+            cute.copy(self.copy, self.source[(None, row + r, step, *slot)], self.into[None, r])
+        return self.fragment
 
 
 def product(mma: cute.TiledMma, acc: cute.Tensor, steps: int, a, b) -> None:
