@@ -21,28 +21,9 @@ from cute_attn import layouts
 from cute_attn.epilogue import converted, store_lse
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
+from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import Softmax, scale_rows
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One operand on its way from global to shared memory: this thread's part of it."""
-
-    copy: cute.TiledCopy
-    m: cute.Tensor  # (seqlen, head_dim): one head
-    tXsX: cute.Tensor  # (16 bytes, rows, columns[, stage])
-    tXcX: cute.Tensor  # (16 bytes, rows, columns): coordinates within the tile
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One operand on its way from shared memory to an MMA's registers."""
-
-    copy: cute.TiledCopy
-    source: cute.Tensor  # (copy, rows, K[, stage]): shared memory
-    into: cute.Tensor  # (copy, rows, K): the fragment as ldmatrix writes it
-    fragment: cute.Tensor  # (MMA, rows, K): the same registers as the MMA reads them
 
 
 @dataclass(frozen=True)
@@ -102,9 +83,10 @@ class Forward:
         row_first = m_block * config.tile_m
 
         sQ, sK, sV, sO = self._shared()
-        q = self._stream("Q", mQ[None, None, head, batch], sQ, thread)
-        k = self._stream("K", mK[None, None, head_kv, batch], sK, thread)
-        v = self._stream("V", mV[None, None, head_kv, batch], sV, thread)
+        stream = partial(Stream.of, lay, config)
+        q = stream("Q", mQ[None, None, head, batch], sQ, thread, self.problem.head_dim)
+        k = stream("K", mK[None, None, head_kv, batch], sK, thread, self.problem.head_dim)
+        v = stream("V", mV[None, None, head_kv, batch], sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         acc_O = cute.make_rmem_tensor(mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)
@@ -116,14 +98,15 @@ class Forward:
 
         if keys.count > 0:
             operands = Operands(
-                q=self._operand("Q", mma_S, sQ, thread),
-                k=self._operand("K", mma_S, sK, thread),
-                v=self._operand("V", mma_O, transposed(sV), thread),
+                q=self._operand("Q", mma_S.partition_shape_A((config.tile_m, MMA_K)), sQ, thread),
+                k=self._operand("K", mma_S.partition_shape_B((config.tile_n, MMA_K)), sK, thread),
+                v=self._operand("V", mma_O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV), thread),
                 mma_S=mma_S,
                 mma_O=mma_O,
             )
-            self._clear_padding(q, k)
-            self._copy(q, q.tXsX, row_first, values.seqlen_q, self.problem.head_dim)
+            for x in (q, k):  # V's padding only reaches columns of O that are not stored
+                x.clear_padding()
+            q.start(q.m, q.tXsX, row_first, values.seqlen_q)
             for slot in cutlass.range_constexpr(config.stages - 1):
                 self._copy_pair(k, v, keys, keys.count - 1 - slot, slot)
             output = Output(acc_O, rescale, softmax)
@@ -159,59 +142,20 @@ class Forward:
             sQ = over("Q", sO)
         return sQ, tensor("K"), tensor("V"), sO
 
-    def _stream(self, name: str, m: cute.Tensor, s: cute.Tensor, thread) -> Stream:
-        part = self.lay.copy_in(name, self.config).get_slice(thread)
-        identity = cute.make_identity_tensor(self.lay.tile(name, self.config))
-        return Stream(self.lay.copy_in(name, self.config), m, part.partition_D(s), part.partition_S(identity))
-
-    def _operand(self, name: str, mma: cute.TiledMma, s: cute.Tensor, thread) -> Operand:
-        part = mma.get_slice(thread)
-        if name == "Q":
-            fragment = part.make_fragment_A(part.partition_A(s))
-        else:
-            fragment = part.make_fragment_B(part.partition_B(s[None, None, 0]))
-        copy = self.lay.load_operand(name, self.config)
-        return Operand(copy, copy.get_slice(thread).partition_S(s), copy.get_slice(thread).retile(fragment), fragment)
+    def _operand(self, name: str, shape, s: cute.Tensor, thread) -> Operand:
+        fragment = cute.make_rmem_tensor(shape, s.element_type)
+        return Operand.of(self.lay.load_operand(name, self.config), s, fragment, thread)
 
     # ---- copies ----------------------------------------------------------------------------------------------------
-
-    @cute.jit
-    def _clear_padding(self, q: Stream, k: Stream):
-        """Zero the columns past head_dim of Q and of every K slot, once: no copy ever writes them. (V's only reach
-        columns of O that are not stored.)"""
-        for x in (q, k):
-            for j in cutlass.range_constexpr(cute.size(x.tXcX, mode=[2])):
-                if cutlass.const_expr((j + 1) * self._columns_at_once(x) > self.problem.head_dim):
-                    if x.tXcX[0, 0, j][1] >= self.problem.head_dim:
-                        x.tXsX[None, None, j, *(None,) * (cute.rank(x.tXsX) - 3)].fill(0.0)
 
     @cute.jit
     def _copy_pair(self, k: Stream, v: Stream, keys: KeyTiles, n, slot):
         """Start copying key tile ``n`` of K and V, if there is one, to a slot; one group either way."""
         if n >= 0:
             row = keys.begin + n * self.config.tile_n
-            self._copy(k, k.tXsX[None, None, None, slot], row, keys.end, self.problem.head_dim)
-            self._copy(v, v.tXsX[None, None, None, slot], row, keys.end, self.problem.head_dim_v)
+            k.start(k.m, k.tXsX[None, None, None, slot], row, keys.end)
+            v.start(v.m, v.tXsX[None, None, None, slot], row, keys.end)
         cute.arch.cp_async_commit_group()
-
-    @cute.jit
-    def _copy(self, x: Stream, into: cute.Tensor, row_first, end, head_dim: cutlass.Constexpr[int]):
-        """Start this thread's 16-byte copies of one tile. Rows from ``end`` on are read as the one before it."""
-        for i in cutlass.range_constexpr(cute.size(into, mode=[1])):
-            row = cutlass.min(row_first + x.tXcX[0, i, 0][0], end - 1)
-            for j in cutlass.range_constexpr(cute.size(into, mode=[2])):
-                column = x.tXcX[0, i, j][1]
-                source = cute.local_tile(x.m, (1, self.lay.VECTOR), (row, column // self.lay.VECTOR))
-                source = cute.make_tensor(source.iterator, into[None, i, j].layout)
-                if cutlass.const_expr((j + 1) * self._columns_at_once(x) <= head_dim):
-                    cute.copy(x.copy, source, into[None, i, j])
-                elif cutlass.const_expr(j * self._columns_at_once(x) < head_dim):
-                    if column < head_dim:
-                        cute.copy(x.copy, source, into[None, i, j])
-
-    def _columns_at_once(self, x: Stream) -> int:
-        """Columns that the threads of one row copy together."""
-        return cute.size(x.copy.tiler_mn[1])
 
     # ---- one key tile ----------------------------------------------------------------------------------------------
 
@@ -228,10 +172,7 @@ class Forward:
         acc_S = cute.make_rmem_tensor(operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
         acc_S.fill(0.0)
         q, k, v = operands.q, operands.k, operands.v
-        for i in cutlass.range_constexpr(cute.size(q.fragment, mode=[2])):
-            cute.copy(q.copy, q.source[None, None, i], q.into[None, None, i])
-            cute.copy(k.copy, k.source[None, None, i, slot], k.into[None, None, i])
-            cute.gemm(operands.mma_S, acc_S, q.fragment[None, None, i], k.fragment[None, None, i], acc_S)
+        product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
 
         scores = rows_columns(acc_S)
         origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
@@ -240,10 +181,11 @@ class Forward:
         scale_rows(rows_columns(acc_O), output.rescale)
 
         p = as_operand_a(acc_S)
-        for i in cutlass.range_constexpr(cute.size(v.fragment, mode=[2])):
-            cute.copy(v.copy, v.source[None, None, i, slot], v.into[None, None, i])
-            p_i = converted(p[None, None, i], v.fragment.element_type)  # just in time: frees two registers for each it takes
-            cute.gemm(operands.mma_O, acc_O, p_i, v.fragment[None, None, i], acc_O)
+
+        def rounded(step):  # just in time: frees two registers for each it takes
+            return converted(p[None, None, step], v.fragment.element_type)
+
+        product(operands.mma_O, acc_O, self.config.tile_n // MMA_K, rounded, partial(v.load, slot=(slot,)))
         return (slot + 1) % stages
 
     # ---- epilogue --------------------------------------------------------------------------------------------------

@@ -27,11 +27,9 @@ from cute_attn import layouts
 from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
-from cute_attn.mainloop.warps import Operand, Stream, product
+from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import capped_probabilities, probabilities, score_gradients
-
-MMA_K = 16  # of one mma.sync
 
 
 @dataclass(frozen=True)

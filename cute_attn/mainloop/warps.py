@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import cute
 
+MMA_K = 16  # of one mma.sync
+
 
 @dataclass(frozen=True)
 class Stream:
