@@ -22,6 +22,7 @@ from cute_attn.problem import Problem
 
 REMEDY = "try pip install 'cute-attn[test]', or put a CUDA toolkit's bin folder on the PATH"
 RESOURCES = re.compile(r"^ Function (?P<name>\S+):\n\s+(?P<values>REG:.*)$", re.MULTILINE)
+FUNCTION = re.compile(r"^(?=[ \t]+Function : )", re.MULTILINE)
 RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 # "/*0070*/  @!P1 BRA 0x230 ;" -> "BRA"; the instruction's code stands behind it in a comment that holds no ";".
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
@@ -73,8 +74,9 @@ class Compiled:
         return self.count("HMMA")
 
 
-def inspect(problem: Problem, config: Config) -> Compiled:
-    """Compile a kernel, past every cache, and read its cubin.
+def inspect(problem: Problem, config: Config, kernel: str = "") -> Compiled:
+    """Compile a problem's kernels, past every cache, and read from the cubin the one whose name has ``kernel`` in it: the
+    forward pass has one, the backward pass some of its own and those of the mainloop's file.
 
     Raises ``NotImplementedError`` where the DSL or the tools are missing, ``RuntimeError`` where a tool fails.
     """
@@ -84,24 +86,33 @@ def inspect(problem: Problem, config: Config) -> Compiled:
         cubins = sorted(Path(folder).glob("*.cubin"))
         if len(cubins) != 1:
             raise RuntimeError(f"the DSL left {len(cubins)} cubins; 1 is needed: is its version the pinned one?")
-        return read(cubins[0])
+        return read(cubins[0], kernel)
 
 
-def read(cubin: Path) -> Compiled:
-    """What a file with one kernel in it holds."""
-    return parse(_run("--dump-resource-usage", str(cubin)), _run("-sass", str(cubin)))
+def read(cubin: Path, kernel: str = "") -> Compiled:
+    """What a file holds of the one kernel whose name has ``kernel`` in it."""
+    return parse(_run("--dump-resource-usage", str(cubin)), _run("-sass", str(cubin)), kernel)
 
 
-def parse(resources: str, sass: str) -> Compiled:
-    """The record of one kernel from what the two tools print."""
-    kernels = RESOURCES.findall(resources)
+def parse(resources: str, sass: str, kernel: str = "") -> Compiled:
+    """The record of the one kernel whose name has ``kernel`` in it, from what the two tools print."""
+    kernels = [found for found in RESOURCES.findall(resources) if kernel in found[0]]
     if len(kernels) != 1:
-        raise RuntimeError(f"cuobjdump lists {len(kernels)} kernels; 1 is needed: its output began {resources[:200]!r}")
-    found = {name: int(value) for name, value in RESOURCE.findall(kernels[0][1])}
-    instructions = Counter(INSTRUCTION.findall(sass))
+        of_name = f" of {kernel}" if kernel else ""
+        text = f"cuobjdump lists {len(kernels)} kernels{of_name}; 1 is needed: its output began {resources[:200]!r}"
+        raise RuntimeError(text)
+    (name, values), code = kernels[0], code_of(sass, kernel)
+    found = {key: int(value) for key, value in RESOURCE.findall(values)}
+    instructions = Counter(INSTRUCTION.findall(code))
     if len(found) != 4 or not instructions:
-        raise RuntimeError(f"cuobjdump's output isn't understood: {kernels[0][1]!r}, {len(instructions)} instructions")
+        raise RuntimeError(f"cuobjdump's output isn't understood: {name}, {values!r}, {len(instructions)} instructions")
     return Compiled(found["REG"], found["STACK"], found["LOCAL"], found["SHARED"], dict(instructions.most_common()))
+
+
+def code_of(sass: str, kernel: str) -> str:
+    """The part of the disassembly that is the kernels' with ``kernel`` in their name; all of it for ``""``."""
+    parts = FUNCTION.split(sass)
+    return "".join(part for part in parts if kernel in part.partition("\n")[0])
 
 
 def tools() -> tuple[Path, Path]:

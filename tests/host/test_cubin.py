@@ -55,6 +55,19 @@ def test_parser():
     assert (found.hgmma, found.hmma, found.spill_stores, found.spill_loads, found.size) == (3, 0, 1, 2, 11)
 
 
+def test_one_of_several_kernels():
+    """The backward pass has three in a cubin: picked by a part of the name."""
+    resources = RESOURCES + RESOURCES.split("GLOBAL:0", 1)[1].replace("attention_0", "cast_1").replace("REG:168", "REG:32")
+    sass = SASS + "\t\tFunction : kernel_cast_1\n        /*0000*/                   EXIT ;\n"
+    assert cubin.parse(resources, sass, "attention") == cubin.parse(RESOURCES, SASS)
+    assert cubin.parse(resources, sass, "cast").registers == 32
+    assert cubin.parse(resources, sass, "cast").instructions == {"EXIT": 1}
+    with pytest.raises(RuntimeError, match="lists 0 kernels of delta; 1 is needed"):
+        cubin.parse(resources, sass, "delta")
+    with pytest.raises(RuntimeError, match="lists 2 kernels of kernel_; 1 is needed"):
+        cubin.parse(resources, sass, "kernel_")
+
+
 def test_a_mnemonic_is_counted_whole():
     found = cubin.parse(RESOURCES, "  /*0000*/  LDSM.16.M88.4 R4, [R2] ;\n  /*0010*/  LDS.128 R4, [R2] ;\n")
     assert (found.count("LDS"), found.count("LDSM"), found.count("LD")) == (1, 1, 0)
