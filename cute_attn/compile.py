@@ -107,7 +107,8 @@ def compile_only(problem: Problem, config: Config, options: str = ""):
     dsl = _import_dsl()
     host = importlib.import_module("cute_attn.backward" if problem.gradients else "cute_attn.forward")
     arguments = host.fake_arguments(problem, config)
-    return dsl.compile(host.host_function(problem, config), *arguments, options=f"--enable-tvm-ffi --gpu-arch={config.target} {options}")
+    options = f"--enable-tvm-ffi --gpu-arch={config.target} {options}"
+    return dsl.compile(host.host_function(problem, config), *arguments, options=options)
 
 
 # ---- disk ----------------------------------------------------------------------------------------------------------

@@ -139,7 +139,8 @@ class Gradients:
     """Where the main kernel of the backward pass puts the gradients; what is not asked for is ``None``.
 
     ``mdQ`` is float32 sums, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block,
-    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``. ``counters`` (m_block, head, batch) holds how many key tiles have added to each, where their order is fixed.
+    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``. ``counters``
+    (m_block, head, batch) holds how many key tiles have added to each, where their order is fixed.
     """
 
     mdQ: cute.Tensor | None

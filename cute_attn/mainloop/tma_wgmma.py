@@ -18,24 +18,15 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from cute_attn import layouts
 from cute_attn.epilogue import converted, store_lse
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
+from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, tma_tiles
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import Softmax, scale_rows
 
-WARPGROUP = 128
 COPY_K_V_WARP, COPY_Q_WARP = 0, 1
 TURN_BARRIER, EPILOGUE_BARRIER = 1, 4
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One tensor in global memory as TMA sees it: the copy atom, and the tensor of its coordinates (s, d, h, b)."""
-
-    atom: cute.CopyAtom
-    m: cute.Tensor
 
 
 @dataclass(frozen=True)
@@ -89,30 +80,19 @@ class Fragments:
     rescale: cute.Tensor  # (rows): the factor that the last step asks of O
 
 
-class Forward:
+class Forward(Kernel):
     """The kernel of one (problem, config)."""
-
-    def __init__(self, problem, config):
-        self.problem, self.config = problem, config
-        self.lay = layouts.family(config)
-        self.warpgroups = self.lay.warpgroups(config)
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
     @cute.jit
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
         """Make the TMA descriptors and launch ``blocks`` persistent blocks."""
-        q, k, v = (self._operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
-        o = self._operand("O", mO, self.lay.copy_out)
+        q, k, v = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
+        o = self.operand("O", mO, self.lay.copy_out)
         self.kernel(q, k, v, o, mLSE, values, tiles).launch(
             grid=[blocks, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
-
-    def _operand(self, name, m, copy) -> Operand:
-        slot = cute.select(self.lay.smem_layout(name, self.config), mode=[0, 1])
-        tile = self.lay.tile(name, self.config)
-        atom, coordinates = cpasync.make_tiled_tma_atom(copy(name, self.config), m, slot, tile)
-        return Operand(atom, coordinates)
 
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
@@ -139,32 +119,14 @@ class Forward:
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        def tensor(name):
-            layout = lay.smem_layout(name, config)
-            return smem.allocate_tensor(lay.element(config), layout.outer, lay.SMEM_ALIGN, layout.inner)
-
-        def over(name, other):
-            layout = lay.smem_layout(name, config)
-            return cute.make_tensor(cute.recast_ptr(other.iterator, layout.inner), layout.outer)
-
-        sQ, sK, sV = tensor("Q"), tensor("K"), tensor("V")
-        sO = tensor("O") if config.separate_o else over("O", sQ)
-
-        def pipe(stages, consumer_warps, bytes):
-            return pipeline.PipelineTmaAsync.create(
-                num_stages=stages,
-                producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-                consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps),
-                tx_count=bytes,
-                barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
-                defer_sync=True,
-            )
+        sQ, sK, sV = (self.tensor(smem, name) for name in "QKV")
+        sO = self.tensor(smem, "O") if config.separate_o else self.over("O", sQ)
 
         slot = {name: lay.slot_bytes(name, config) for name in "QKV"}
         pipes = Pipelines(
-            q=pipe(self.warpgroups, WARPGROUP // 32, slot["Q"]),
-            k=pipe(config.stages, config.mma_warps, slot["K"]),
-            v=pipe(config.stages, config.mma_warps, slot["V"]),
+            q=self.pipe(smem, self.warpgroups, WARPGROUP // 32, slot["Q"]),
+            k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
+            v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -181,7 +143,7 @@ class Forward:
         position = tiles.position(turn)
         while position < tiles.count():
             m_block, head, _, batch = tiles.coordinates(position)
-            tQgQ, tQsQ = self._partition(q, shared.q, head, batch, Int32(0))
+            tQgQ, tQsQ = tma_tiles(q, shared.q, head, batch, Int32(0))
             for w in cutlass.range_constexpr(self.warpgroups):
                 pipes.q.producer_acquire(state)
                 self._copy(q, tQgQ[None, m_block * self.warpgroups + w], tQsQ, pipes.q, state)
@@ -199,8 +161,8 @@ class Forward:
         while position < tiles.count():
             m_block, _, head_kv, batch = tiles.coordinates(position)
             keys = KeyTiles.of(values, self.problem, m_block, self.config)
-            tKgK, tKsK = self._partition(k, shared.k, head_kv, batch, keys.begin)
-            tVgV, tVsV = self._partition(v, shared.v, head_kv, batch, keys.begin)
+            tKgK, tKsK = tma_tiles(k, shared.k, head_kv, batch, keys.begin)
+            tVgV, tVsV = tma_tiles(v, shared.v, head_kv, batch, keys.begin)
             for i in cutlass.range(keys.count + 1, unroll=1):
                 if i < keys.count:
                     pipes.k.producer_acquire(k_state)
@@ -212,15 +174,6 @@ class Forward:
                     v_state.advance()
             turn += 1
             position = tiles.position(turn)
-
-    def _partition(self, operand: Operand, s: cute.Tensor, head, batch, row):
-        """The tiles of one head from ``row`` on, and the slots they go to: ``(copy, tile)`` and ``(copy, slot)``."""
-        g = cute.domain_offset((row, 0), operand.m[None, None, head, batch])
-        g = cute.local_tile(g, cute.product_each(s.shape)[:2], (None, 0))
-        tXsX, tXgX = cpasync.tma_partition(
-            operand.atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
-        )
-        return tXgX, tXsX
 
     def _copy(self, operand: Operand, source, slots, pipe, state):
         cute.copy(operand.atom, source, slots[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
@@ -295,7 +248,7 @@ class Forward:
         # The last tile comes first, and has nothing to overlap with yet.
         top = keys.count - 1
         pipes.k.consumer_wait(kv_state)
-        acc_S = self._scores(me, frag, kv_state)
+        acc_S = self._scores(frag, kv_state)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
         self._softmax(me, frag, softmax, acc_S, tile, top, keys.last_is_masked())
@@ -310,7 +263,7 @@ class Forward:
         if cutlass.const_expr(self.config.rescale_early):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         pipes.v.consumer_wait(kv_state)
-        self._gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, kv_state.index], accumulate=True)
+        self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, kv_state.index], accumulate=True)
         warpgroup.wait_group(0)
         pipes.v.consumer_release(kv_state)
         kv_state.advance()
@@ -324,11 +277,11 @@ class Forward:
         k_state.advance()
         pipes.k.consumer_wait(k_state)
         self._wait_for_turn(me)
-        acc_S = self._scores(me, frag, k_state)
+        acc_S = self._scores(frag, k_state)
         if cutlass.const_expr(self.config.rescale_early):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         pipes.v.consumer_wait(v_state)
-        self._gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
+        self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
         self._pass_turn(me)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
@@ -341,23 +294,9 @@ class Forward:
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         return k_state
 
-    def _scores(self, me: Worker, frag: Fragments, k_state):
+    def _scores(self, frag: Fragments, k_state):
         """Issue S = Q·Kᵀ; the caller waits."""
-        shape = me.mma_S.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, self.config.tile_n))
-        acc_S = cute.make_rmem_tensor(shape, Float32)
-        self._gemm(me.mma_S, acc_S, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], accumulate=False)
-        return acc_S
-
-    @cute.jit
-    def _gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
-        """Issue ``acc (+)= A·B`` as one group of warpgroup MMAs."""
-        warpgroup.fence()
-        atom = cute.make_mma_atom(mma.op)
-        atom.set(warpgroup.Field.ACCUMULATE, accumulate)
-        for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
-            cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
-            atom.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.commit_group()
+        return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index])
 
     @cute.jit
     def _softmax(self, me: Worker, frag: Fragments, softmax: Softmax, acc_S, tile: QueryTile, n: Int32, masked):
@@ -428,10 +367,7 @@ class Forward:
         cute.arch.fence_view_async_shared()
         self._gather(me)
         if thread < 32:
-            g = cute.local_tile(o.m[None, None, head, batch], cute.product_each(sO.shape)[:2], (None, 0))
-            tOsO, tOgO = cpasync.tma_partition(
-                o.atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(g, 0, 2)
-            )
+            tOgO, tOsO = tma_tiles(o, sO, head, batch, Int32(0))
             cute.copy(o.atom, tOsO[None, me.warpgroup], tOgO[None, block])
             cute.arch.cp_async_bulk_commit_group()
 

@@ -21,20 +21,17 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from cute_attn import layouts
 from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
 from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,
+    KeyBlocks,
     Operand,
-    copy_row_values,
-    gemm,
     of_columns,
     rounded_operand,
     rounded_probabilities,
-    tma_operand,
     tma_tiles,
 )
 from cute_attn.scheduler import Tiles
@@ -108,13 +105,11 @@ class Fragments:
     acc_dQ: cute.Tensor
 
 
-class Backward:
+class Backward(KeyBlocks):
     """The kernel of one (problem, config)."""
 
     def __init__(self, problem, config):
-        self.problem, self.config = problem, config
-        self.lay = layouts.family(config)
-        self.warpgroups = self.lay.warpgroups(config)
+        super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
 
@@ -124,17 +119,16 @@ class Backward:
     def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
         """Make the TMA descriptors and launch persistent blocks, at most as many as the GPU holds at once."""
         q, k, v, do = (
-            self._operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO))
+            self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO))
         )
-        dk = self._operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
-        dv = self._operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
+        dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
+        dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         self.kernel(Operands(q, k, v, do, dk, dv), rows, gradients, values, tiles).launch(
-            grid=[cutlass.min(blocks, tiles.count()), 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
+            grid=[cutlass.min(blocks, tiles.count()), 1, 1],
+            block=[self.config.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
         )
-
-    def _operand(self, name, m, copy) -> Operand:
-        lay, config = self.lay, self.config
-        return tma_operand(copy(name, config), lay.smem_layout(name, config), lay.tile(name, config), m)
 
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
@@ -149,13 +143,11 @@ class Backward:
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                self._copy(
-                    (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q), (rows.lse_log2, shared.lse), values, tiles
-                )
+                keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
+                self.copy_tiles(keys, queries, (rows.lse_log2, shared.lse), values, tiles)
             if warp == COPY_V_DO_WARP:
-                self._copy(
-                    (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do), (rows.delta, shared.delta), values, tiles
-                )
+                keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
+                self.copy_tiles(keys, queries, (rows.delta, shared.delta), values, tiles)
             if cutlass.const_expr(self.needs_q):
                 if warp == ADD_DQ_WARP:
                     self._add_dq(gradients, shared.dq, values, tiles)
@@ -168,81 +160,24 @@ class Backward:
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        def tensor(name):
-            layout = lay.smem_layout(name, config)
-            return smem.allocate_tensor(lay.element(config), layout.outer, lay.SMEM_ALIGN, layout.inner)
-
-        def floats(*shape):
-            return smem.allocate_tensor(Float32, cute.make_layout(shape), 128)
-
-        def pipe(stages, bytes):
-            return pipeline.PipelineTmaAsync.create(
-                num_stages=stages,
-                producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-                consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, config.mma_warps),
-                tx_count=bytes,
-                barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
-                defer_sync=True,
-            )
-
         shared = Shared(
-            *(tensor(name) for name in ("K", "V", "Q", "dO", "dS")),
-            dq=floats(lay.PIECE * lay.PIECE, self.warpgroups),
-            lse=floats(config.tile_m, config.stages),
-            delta=floats(config.tile_m, config.stages),
+            *(self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS")),
+            dq=self.floats(smem, lay.PIECE * lay.PIECE, self.warpgroups),
+            lse=self.floats(smem, config.tile_m, config.stages),
+            delta=self.floats(smem, config.tile_m, config.stages),
         )
-        row_bytes = config.tile_m * lay.ACCUMULATOR_BYTES
+        row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
         pipes = Pipelines(
-            k=pipe(1, self.warpgroups * lay.slot_bytes("K", config)),
-            v=pipe(1, self.warpgroups * lay.slot_bytes("V", config)),
-            q=pipe(config.stages, lay.slot_bytes("Q", config) + row_bytes),
-            do=pipe(config.stages, lay.slot_bytes("dO", config) + row_bytes),
+            k=self.pipe(smem, 1, warps, self.warpgroups * lay.slot_bytes("K", config)),
+            v=self.pipe(smem, 1, warps, self.warpgroups * lay.slot_bytes("V", config)),
+            q=self.pipe(smem, config.stages, warps, lay.slot_bytes("Q", config) + row_bytes),
+            do=self.pipe(smem, config.stages, warps, lay.slot_bytes("dO", config) + row_bytes),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return shared, pipes
 
-    def _place(self, tiles: Tiles, position):
-        """``(n_block, head_kv, batch)`` of a key tile. The first keys come first: with a right edge more queries see them
-        than later ones, and where dQ is added in a fixed order a tile must come after those that it waits for."""
-        block, head_kv, _, batch = tiles.coordinates(position)
-        return tiles.m_blocks - 1 - block if tiles.long_first else block, head_kv, batch
-
     # ---- copying warps ---------------------------------------------------------------------------------------------
-
-    @cute.jit
-    def _copy(self, keys, queries, row_values, values: Values, tiles: Tiles):
-        """One warp: a key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
-
-        Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
-        """
-        (k, sK, k_pipe), (q, sQ, q_pipe), (mRow, sRow) = keys, queries, row_values
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            n_block, head_kv, batch = self._place(tiles, position)
-            visited = QueryTiles.of(values, self.problem, n_block, self.config)
-            tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
-            k_pipe.producer_acquire(k_state)
-            for w in cutlass.range_constexpr(self.warpgroups):
-                barrier = k_pipe.producer_get_barrier(k_state)
-                cute.copy(k.atom, tKgK[None, n_block * self.warpgroups + w], tKsK[None, w], tma_bar_ptr=barrier)
-            k_state.advance()
-            for member in cutlass.range(tiles.heads_per_kv, unroll=1):
-                head = head_kv * tiles.heads_per_kv + member
-                tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
-                gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
-                for i in cutlass.range(visited.count, unroll=1):
-                    m_block = visited.in_order(i, self.problem)
-                    q_pipe.producer_acquire(state)
-                    barrier = q_pipe.producer_get_barrier(state)
-                    cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
-                    copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
-                    state.advance()
-            turn += 1
-            position = tiles.position(turn)
 
     @cute.jit
     def _add_dq(self, gradients: Gradients, sdQ: cute.Tensor, values: Values, tiles: Tiles):
@@ -251,7 +186,7 @@ class Backward:
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            n_block, head_kv, batch = self._place(tiles, position)
+            n_block, head_kv, batch = self.place(tiles, position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
             for member in cutlass.range(tiles.heads_per_kv, unroll=1):
                 head = head_kv * tiles.heads_per_kv + member
@@ -304,7 +239,7 @@ class Backward:
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            n_block, head_kv, batch = self._place(tiles, position)
+            n_block, head_kv, batch = self.place(tiles, position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
             key_first = n_block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
             frag = self._fragments(me, shared)
@@ -319,7 +254,7 @@ class Backward:
                     i = i + 1 if i + 1 < visited.count else Int32(0)
                 if cutlass.const_expr(self.config.overlap_tiles):
                     cute.nvgpu.warpgroup.wait_group(0)
-                    pipes.q.consumer_release(self._before(state))
+                    pipes.q.consumer_release(self.stage_before(state))
             self._store(me, frag, operands, shared, values, (n_block * self.warpgroups + me.warpgroup, head_kv, batch))
             pipes.k.consumer_release(k_state)
             pipes.v.consumer_release(k_state)
@@ -338,11 +273,6 @@ class Backward:
         config, lay, w = self.config, self.lay, me.warpgroup
         S, dP, dV, dK, dQ = (lay.tiled_mma(role, config).get_slice(0) for role in ("S", "dP", "dV", "dK", "dQ"))
 
-        def accumulator(part, columns):
-            acc = cute.make_rmem_tensor(part.partition_shape_C((lay.ROWS_PER_WARPGROUP, columns)), Float32)
-            acc.fill(0.0)
-            return acc
-
         row_blocks = config.tile_m // lay.PIECE
         sdS = cute.local_tile(transposed(shared.ds), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w % row_blocks, 0, None))
         sKt = cute.local_tile(transposed(shared.k), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w // row_blocks, 0, None))
@@ -355,9 +285,9 @@ class Backward:
             tKrQ=dK.make_fragment_B(dK.partition_B(transposed(shared.q))),
             tQrdS=dQ.make_fragment_A(dQ.partition_A(sdS)),
             tQrK=dQ.make_fragment_B(dQ.partition_B(sKt)),
-            acc_dV=accumulator(dV, config.tile_dv),
-            acc_dK=accumulator(dK, config.tile_d),
-            acc_dQ=accumulator(dQ, lay.PIECE),
+            acc_dV=self.accumulator("dV", config.tile_dv),
+            acc_dK=self.accumulator("dK", config.tile_d),
+            acc_dQ=self.accumulator("dQ", lay.PIECE),
         )
 
     @cute.jit
@@ -374,36 +304,37 @@ class Backward:
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
 
         pipes.q.consumer_wait(state)
-        acc_S = self._scores("S", frag.tSrK, frag.tSrQ[None, None, None, stage])
+        acc_S = self.scores("S", config.tile_m, frag.tSrK, frag.tSrQ[None, None, None, stage])
         flight.issued("S")
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_ds):
-            acc_dP = self._scores("dP", frag.tPrV, frag.tPrdO[None, None, None, stage])
+            acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage])
             flight.issued("dP")
         flight.wait("S")
         if cutlass.const_expr(config.overlap_tiles):
             if follows:
-                pipes.q.consumer_release(self._before(state))
+                pipes.q.consumer_release(self.stage_before(state))
         P = rows_columns(acc_S)
         apply_softcap(P, values, self.problem)
         if masked:
             mask_transposed(P, me.cS, (key_first, m_block * config.tile_m), values, self.problem)
-        rP = rounded_probabilities(acc_S, of_columns(mma_S, me.thread, shared.lse[None, stage]), values, self.problem, lay.element(config))
+        lse_log2 = of_columns(mma_S, me.thread, shared.lse[None, stage])
+        rP = rounded_probabilities(acc_S, lse_log2, values, self.problem, self.element)
         if cutlass.const_expr(self.needs_v):
-            gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], accumulate=True)
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], accumulate=True)
             flight.issued("dV")
 
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
             score_gradients(P, rows_columns(acc_dP), of_columns(mma_S, me.thread, shared.delta[None, stage]))
-            rdS = rounded_operand(acc_S, lay.element(config))
+            rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
                 slot = state.count % lay.DS_STAGES * self.warpgroups
                 self._share_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
                 self._dq(frag, slot)
                 flight.issued("dQ")
             if cutlass.const_expr(self.needs_k):
-                gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
+                self.gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
                 flight.issued("dK")
         flight.wait("dV")
         pipes.do.consumer_release(state)
@@ -415,19 +346,6 @@ class Backward:
             pipes.q.consumer_release(state)
         state.advance()
         return state
-
-    def _before(self, state):
-        """The stage before; enough of its state to release it."""
-        stages = self.config.stages
-        return pipeline.PipelineState(stages, state.count, (state.index + stages - 1) % stages, state.phase)
-
-    def _scores(self, role, tA, tB):
-        """Issue Sᵀ or dPᵀ; the caller waits."""
-        mma = self.lay.tiled_mma(role, self.config)
-        shape = mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, self.config.tile_m))
-        acc = cute.make_rmem_tensor(shape, Float32)
-        gemm(mma, acc, tA, tB, accumulate=False)
-        return acc
 
     @cute.jit
     def _share_ds(self, me: Worker, rdS: cute.Tensor, sdS: cute.Tensor):

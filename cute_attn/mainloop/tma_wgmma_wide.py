@@ -22,9 +22,8 @@ from dataclasses import dataclass, replace
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import warpgroup
 
-from cute_attn import layouts
 from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import (
@@ -40,13 +39,12 @@ from cute_attn.mainloop.common import (
 )
 from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
+    Kernel,
+    KeyBlocks,
     Operand,
-    copy_row_values,
-    gemm,
     of_columns,
     rounded_operand,
     rounded_probabilities,
-    tma_operand,
     tma_tiles,
 )
 from cute_attn.scheduler import Tiles
@@ -85,80 +83,22 @@ class Operands:
     dq: Operand | None = None
 
 
-class _Kernel:
-    """What the two kernels share."""
-
-    def __init__(self, problem, config):
-        self.problem, self.config = problem, config
-        self.lay = layouts.family(config)
-        self.warpgroups = self.lay.warpgroups(config)
-
-    @property
-    def element(self):
-        return self.lay.element(self.config)
-
-    def operand(self, name: str, m, copy) -> Operand:
-        lay, config = self.lay, self.config
-        return tma_operand(copy(name, config), lay.smem_layout(name, config), lay.tile(name, config), m)
-
-    def tensor(self, smem, name: str, like: str = ""):
-        """Shared memory of an operand; of the size of ``like`` where that is larger."""
-        layout, config = self.lay.smem_layout(name, self.config), self.config
-        sizes = [self.lay.slot_bytes(x, config) for x in (name, like or name)]
-        if sizes[1] <= sizes[0]:
-            return smem.allocate_tensor(self.element, layout.outer, self.lay.SMEM_ALIGN, layout.inner)
-        return self.over(name, self.tensor(smem, like))
-
-    def over(self, name: str, other: cute.Tensor):
-        """An operand in the shared memory of another."""
-        layout = self.lay.smem_layout(name, self.config)
-        return cute.make_tensor(cute.recast_ptr(other.iterator, layout.inner), layout.outer)
-
-    def pipe(self, smem, stages: int, warps: int, bytes: int):
-        return pipeline.PipelineTmaAsync.create(
-            num_stages=stages,
-            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, warps),
-            tx_count=bytes,
-            barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
-            defer_sync=True,
-        )
-
-    def scores(self, role: str, columns: int, tA, tB):
-        """Issue a product of two operands in shared memory; the caller waits."""
-        mma = self.lay.tiled_mma(role, self.config)
-        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, columns)), Float32)
-        gemm(mma, acc, tA, tB, accumulate=False)
-        return acc
-
-    def accumulator(self, role: str, columns: int):
-        mma = self.lay.tiled_mma(role, self.config)
-        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, columns)), Float32)
-        acc.fill(0.0)
-        return acc
-
-    @cute.jit
-    def store(self, name: cutlass.Constexpr, acc, operand: Operand, s: cute.Tensor, slot, where):
-        """A warpgroup's accumulator to global memory, by way of slot ``slot`` of shared memory; waits until that is read."""
-        block, head, batch = where
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
-        group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARPGROUP - 1)
-        copy = self.lay.store_accumulator(name, self.config).get_slice(thread)
-        cute.copy(copy, copy.retile(converted(acc, s.element_type)), copy.partition_D(s[None, None, slot]))
-        cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=STORE_BARRIER + group, number_of_threads=WARPGROUP)
-        if thread < 32:
-            tXgX, tXsX = tma_tiles(operand, s, head, batch, Int32(0))
-            cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
-            cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.barrier(barrier_id=STORE_BARRIER + group, number_of_threads=WARPGROUP)
-
-    def stage_before(self, state):
-        """The stage before; enough of its state to release it."""
-        return pipeline.PipelineState(
-            self.config.stages, state.count, (state.index + self.config.stages - 1) % self.config.stages, state.phase
-        )
+@cute.jit
+def _store(kernel, name: cutlass.Constexpr, acc, operand: Operand, s: cute.Tensor, slot, where):
+    """A warpgroup's accumulator to global memory, by way of slot ``slot`` of shared memory; waits until that is read."""
+    block, head, batch = where
+    thread = cute.arch.thread_idx()[0] % WARPGROUP
+    group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARPGROUP - 1)
+    copy = kernel.lay.store_accumulator(name, kernel.config).get_slice(thread)
+    cute.copy(copy, copy.retile(converted(acc, s.element_type)), copy.partition_D(s[None, None, slot]))
+    cute.arch.fence_view_async_shared()
+    cute.arch.barrier(barrier_id=STORE_BARRIER + group, number_of_threads=WARPGROUP)
+    if thread < 32:
+        tXgX, tXsX = tma_tiles(operand, s, head, batch, Int32(0))
+        cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
+        cute.arch.cp_async_bulk_commit_group()
+    cute.arch.cp_async_bulk_wait_group(0, read=True)
+    cute.arch.barrier(barrier_id=STORE_BARRIER + group, number_of_threads=WARPGROUP)
 
 
 # ---- dK and dV -------------------------------------------------------------------------------------------------------
@@ -190,7 +130,7 @@ class KeyShared:
     delta: cute.Tensor
 
 
-class KeyGradients(_Kernel):
+class KeyGradients(KeyBlocks):
     """dK and dV."""
 
     def __init__(self, problem, config):
@@ -217,13 +157,11 @@ class KeyGradients(_Kernel):
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_WARPS[0]:
-                self._copy(
-                    (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q), (rows.lse_log2, shared.lse), values, tiles
-                )
+                keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
+                self.copy_tiles(keys, queries, (rows.lse_log2, shared.lse), values, tiles)
             if warp == COPY_WARPS[1]:
-                self._copy(
-                    (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do), (rows.delta, shared.delta), values, tiles
-                )
+                keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
+                self.copy_tiles(keys, queries, (rows.delta, shared.delta), values, tiles)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             if warp < 2 * WARPGROUP // 32:
@@ -236,9 +174,6 @@ class KeyGradients(_Kernel):
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        def floats(*shape):
-            return smem.allocate_tensor(Float32, cute.make_layout(shape), 128)
-
         sK, sV = self.tensor(smem, "K", "V"), self.tensor(smem, "V", "K")
         values = lay.ROWS_PER_WARPGROUP * config.tile_m // WARPGROUP
         p = cute.make_layout((values, WARPGROUP, lay.P_STAGES), stride=(1, values, values * WARPGROUP))
@@ -250,8 +185,8 @@ class KeyGradients(_Kernel):
             dk=self.over("dK", sV),
             dv=self.over("dV", sK),
             p=smem.allocate_tensor(self.element, p, 128),
-            lse=floats(config.tile_m, config.stages),
-            delta=floats(config.tile_m, config.stages),
+            lse=self.floats(smem, config.tile_m, config.stages),
+            delta=self.floats(smem, config.tile_m, config.stages),
         )
         row_bytes = config.tile_m * lay.ACCUMULATOR_BYTES
         half = config.mma_warps // 2
@@ -264,43 +199,6 @@ class KeyGradients(_Kernel):
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return shared, pipes
-
-    def _place(self, tiles: Tiles, position):
-        """``(n_block, head_kv, batch)`` of a key tile, long ones first."""
-        block, head_kv, _, batch = tiles.coordinates(position)
-        return tiles.m_blocks - 1 - block if tiles.long_first else block, head_kv, batch
-
-    @cute.jit
-    def _copy(self, keys, queries, row_values, values: Values, tiles: Tiles):
-        """One warp: a key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
-
-        Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
-        """
-        (k, sK, k_pipe), (q, sQ, q_pipe), (mRow, sRow) = keys, queries, row_values
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            n_block, head_kv, batch = self._place(tiles, position)
-            visited = QueryTiles.of(values, self.problem, n_block, self.config)
-            tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
-            k_pipe.producer_acquire(k_state)
-            cute.copy(k.atom, tKgK[None, n_block], tKsK[None, 0], tma_bar_ptr=k_pipe.producer_get_barrier(k_state))
-            k_state.advance()
-            for member in cutlass.range(tiles.heads_per_kv, unroll=1):
-                head = head_kv * tiles.heads_per_kv + member
-                tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
-                gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
-                for i in cutlass.range(visited.count, unroll=1):
-                    m_block = visited.in_order(i, self.problem)
-                    q_pipe.producer_acquire(state)
-                    barrier = q_pipe.producer_get_barrier(state)
-                    cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
-                    copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
-                    state.advance()
-            turn += 1
-            position = tiles.position(turn)
 
     @cute.jit
     def _values_warpgroup(self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, values: Values, tiles: Tiles):
@@ -316,7 +214,7 @@ class KeyGradients(_Kernel):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            n_block, head_kv, batch = self._place(tiles, position)
+            n_block, head_kv, batch = self.place(tiles, position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
             acc_dV = self.accumulator("dV", self.config.tile_dv)
             pipes.k.consumer_wait(k_state)
@@ -331,20 +229,22 @@ class KeyGradients(_Kernel):
                 if visited.needs_mask(m_block):
                     origin = (n_block * self.config.tile_n, m_block * self.config.tile_m)
                     mask_transposed(P, cS, origin, values, self.problem)
-                rP = rounded_probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), values, self.problem, self.element)
+                lse_log2 = of_columns(S, thread, shared.lse[None, state.index])
+                rP = rounded_probabilities(acc_S, lse_log2, values, self.problem, self.element)
                 pipes.q.consumer_release(state)
                 if cutlass.const_expr(self.needs_k):
                     of_ds = rounded_operand(acc_S, self.element) if cutlass.const_expr(self.problem.softcap) else rP
                     self._hand_over(of_ds, shared, thread, state.count)
                 pipes.do.consumer_wait(state)
                 if cutlass.const_expr(self.needs_v):
-                    gemm(self.lay.tiled_mma("dV", self.config), acc_dV, rP, tVrdO[None, None, None, state.index], accumulate=True)
+                    mma, tB = self.lay.tiled_mma("dV", self.config), tVrdO[None, None, None, state.index]
+                    self.gemm(mma, acc_dV, rP, tB, accumulate=True)
                     warpgroup.wait_group(0)
                 pipes.do.consumer_release(state)
                 state.advance()
                 i = i + 1 if i + 1 < visited.count else Int32(0)
             if cutlass.const_expr(self.needs_v):
-                self.store("dV", acc_dV, operands.dv, shared.dv, 0, (n_block, head_kv, batch))
+                _store(self, "dV", acc_dV, operands.dv, shared.dv, 0, (n_block, head_kv, batch))
             pipes.k.consumer_release(k_state)
             k_state.advance()
             turn += 1
@@ -366,7 +266,7 @@ class KeyGradients(_Kernel):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            n_block, head_kv, batch = self._place(tiles, position)
+            n_block, head_kv, batch = self.place(tiles, position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
             acc_dK = self.accumulator("dK", self.config.tile_d)
             pipes.v.consumer_wait(k_state)
@@ -383,13 +283,14 @@ class KeyGradients(_Kernel):
                 pipes.q.consumer_wait(state)
                 if cutlass.const_expr(self.needs_k):
                     rdS = rounded_operand(P, self.element)
-                    gemm(self.lay.tiled_mma("dK", self.config), acc_dK, rdS, tKrQ[None, None, None, state.index], accumulate=True)
+                    mma, tB = self.lay.tiled_mma("dK", self.config), tKrQ[None, None, None, state.index]
+                    self.gemm(mma, acc_dK, rdS, tB, accumulate=True)
                     warpgroup.wait_group(0)
                 pipes.q.consumer_release(state)
                 state.advance()
             if cutlass.const_expr(self.needs_k):
                 acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
-                self.store("dK", acc_dK, operands.dk, shared.dk, 0, (n_block, head_kv, batch))
+                _store(self, "dK", acc_dK, operands.dk, shared.dk, 0, (n_block, head_kv, batch))
             pipes.v.consumer_release(k_state)
             k_state.advance()
             turn += 1
@@ -447,7 +348,7 @@ class QueryShared:
     dq: cute.Tensor
 
 
-class QueryGradients(_Kernel):
+class QueryGradients(Kernel):
     """dQ."""
 
     def __init__(self, problem, config):
@@ -544,7 +445,7 @@ class QueryGradients(_Kernel):
             position = tiles.position(turn)
 
     @cute.jit
-    def _compute(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, values: Values, tiles: Tiles):
+    def _compute(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, values: Values, tiles):
         """One computing warpgroup: its 64 rows of every query tile of the block."""
         index = cute.arch.thread_idx()[0]
         w = cute.arch.make_warp_uniform(index // WARPGROUP - 1)
@@ -554,7 +455,8 @@ class QueryGradients(_Kernel):
         tPrdO = dP.make_fragment_A(dP.partition_A(shared.do[None, None, w]))
         tPrV = dP.make_fragment_B(dP.partition_B(shared.v))
         tQrK = dQ.make_fragment_B(dQ.partition_B(transposed(shared.k)))
-        cS = Coordinates.of(self.lay.tiled_mma("qS", self.config), index % WARPGROUP, (self.lay.ROWS_PER_WARPGROUP, self.config.tile_n))
+        shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_n)
+        cS = Coordinates.of(self.lay.tiled_mma("qS", self.config), index % WARPGROUP, shape)
 
         q_phase = Int32(0)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
@@ -587,14 +489,15 @@ class QueryGradients(_Kernel):
                 pipes.v.consumer_release(v_state)
                 score_gradients_by_row(P, rows_columns(acc_dP), delta)
                 rdS = rounded_operand(acc_S, self.element)
-                gemm(self.lay.tiled_mma("dQ", self.config), acc_dQ, rdS, tQrK[None, None, None, k_state.index], accumulate=True)
+                mma, tB = self.lay.tiled_mma("dQ", self.config), tQrK[None, None, None, k_state.index]
+                self.gemm(mma, acc_dQ, rdS, tB, accumulate=True)
                 k_state.advance()
                 v_state.advance()
             warpgroup.wait_group(0)
             if keys.count > 0:
                 pipes.k.consumer_release(self.stage_before(k_state))
             acc_dQ.store(acc_dQ.load() * Float32(values.scale(self.problem)))
-            self.store("dQ", acc_dQ, operands.dq, shared.dq, w, (m_block * self.warpgroups + w, head, batch))
+            _store(self, "dQ", acc_dQ, operands.dq, shared.dq, w, (m_block * self.warpgroups + w, head, batch))
             pipes.q.consumer_release(q_state)
             q_phase ^= 1
             turn += 1

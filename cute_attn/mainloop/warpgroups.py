@@ -1,15 +1,18 @@
-"""What the kernels of ``tma_wgmma`` share: operands as TMA sees them, and groups of warpgroup MMAs in flight."""
+"""What the kernels of ``tma_wgmma`` share: operands as TMA sees them, groups of warpgroup MMAs in flight, set-up, and the walk
+of a block that owns keys."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import cutlass
-from cutlass import Float32, cute
+from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
+from cute_attn import layouts
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
-from cute_attn.mainloop.common import Values
+from cute_attn.mainloop.common import QueryTiles, Values
+from cute_attn.scheduler import Tiles
 from cute_attn.softmax import capped_probabilities, probabilities
 
 WARPGROUP = 128
@@ -22,12 +25,6 @@ class Operand:
 
     atom: cute.CopyAtom
     m: cute.Tensor
-
-
-def tma_operand(op, layout, tile, m: cute.Tensor) -> Operand:
-    """The operand that ``op`` copies ``tile`` of at a time, to or from a slot of ``layout`` (rows, columns, …slots)."""
-    slot = cute.select(layout, mode=[0, 1])
-    return Operand(*cpasync.make_tiled_tma_atom(op, m, slot, tile))
 
 
 def tma_tiles(operand: Operand, s: cute.Tensor, head, batch, row):
@@ -76,18 +73,6 @@ def rounded_probabilities(acc_S: cute.Tensor, lse_log2: cute.Tensor, values: Val
     return rounded_operand(acc_S, dtype)
 
 
-@cute.jit
-def gemm(mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
-    """Issue ``acc (+)= A·B`` as one group of warpgroup MMAs; the caller waits."""
-    warpgroup.fence()
-    atom = cute.make_mma_atom(mma.op)
-    atom.set(warpgroup.Field.ACCUMULATE, accumulate)
-    for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
-        cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
-        atom.set(warpgroup.Field.ACCUMULATE, True)
-    warpgroup.commit_group()
-
-
 class InFlight:
     """The groups of warpgroup MMAs a warpgroup has issued and not waited for, in order, by name; known at compile time.
 
@@ -106,3 +91,126 @@ class InFlight:
             after = len(self.names) - 1 - self.names.index(name)
             warpgroup.wait_group(after)
             self.names = self.names[len(self.names) - after :] if after else []
+
+
+class Kernel:
+    """The kernel of one (problem, config): what all of them need to set up and to multiply."""
+
+    def __init__(self, problem, config):
+        self.problem, self.config = problem, config
+        self.lay = layouts.family(config)
+        self.warpgroups = self.lay.warpgroups(config)
+
+    @property
+    def element(self):
+        return self.lay.element(self.config)
+
+    def operand(self, name: str, m, copy) -> Operand:
+        """A tensor in global memory as ``copy`` (the layouts' ``copy_in`` or ``copy_out``) moves it."""
+        lay, config = self.lay, self.config
+        slot = cute.select(lay.smem_layout(name, config), mode=[0, 1])
+        return Operand(*cpasync.make_tiled_tma_atom(copy(name, config), m, slot, lay.tile(name, config)))
+
+    def tensor(self, smem, name: str, like: str = ""):
+        """Shared memory of an operand; of the size of ``like`` where that is larger."""
+        layout, config = self.lay.smem_layout(name, self.config), self.config
+        sizes = [self.lay.slot_bytes(x, config) for x in (name, like or name)]
+        if sizes[1] <= sizes[0]:
+            return smem.allocate_tensor(self.element, layout.outer, self.lay.SMEM_ALIGN, layout.inner)
+        return self.over(name, self.tensor(smem, like))
+
+    def over(self, name: str, other: cute.Tensor):
+        """An operand in the shared memory of another."""
+        layout = self.lay.smem_layout(name, self.config)
+        return cute.make_tensor(cute.recast_ptr(other.iterator, layout.inner), layout.outer)
+
+    def floats(self, smem, *shape):
+        """Shared memory of float32."""
+        return smem.allocate_tensor(Float32, cute.make_layout(shape), 128)
+
+    def pipe(self, smem, stages: int, warps: int, bytes: int):
+        """A pipeline whose stages each bring ``bytes``, which ``warps`` read."""
+        return pipeline.PipelineTmaAsync.create(
+            num_stages=stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, warps),
+            tx_count=bytes,
+            barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
+            defer_sync=True,
+        )
+
+    @cute.jit
+    def gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
+        """Issue ``acc (+)= A·B`` as one group of warpgroup MMAs; the caller waits."""
+        warpgroup.fence()
+        atom = cute.make_mma_atom(mma.op)
+        atom.set(warpgroup.Field.ACCUMULATE, accumulate)
+        for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
+            cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
+            atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    def scores(self, role: str, columns: int, tA, tB):
+        """Issue a product of two operands in shared memory; the caller waits."""
+        mma = self.lay.tiled_mma(role, self.config)
+        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, columns)), Float32)
+        self.gemm(mma, acc, tA, tB, accumulate=False)
+        return acc
+
+    def accumulator(self, role: str, columns: int):
+        """64 rows of zeros."""
+        mma = self.lay.tiled_mma(role, self.config)
+        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, columns)), Float32)
+        acc.fill(0.0)
+        return acc
+
+    def stage_before(self, state):
+        """The stage before; enough of its state to release it."""
+        return pipeline.PipelineState(
+            self.config.stages, state.count, (state.index + self.config.stages - 1) % self.config.stages, state.phase
+        )
+
+
+class KeyBlocks(Kernel):
+    """A kernel of the backward pass whose blocks own key tiles and walk over query tiles."""
+
+    def place(self, tiles: Tiles, position):
+        """``(n_block, head_kv, batch)`` of a key tile. The first keys come first: with a right edge more queries see them
+        than later ones, and where dQ is added in a fixed order a tile must come after those that it waits for."""
+        block, head_kv, _, batch = tiles.coordinates(position)
+        return tiles.m_blocks - 1 - block if tiles.long_first else block, head_kv, batch
+
+    @cute.jit
+    def copy_tiles(self, keys, queries, row_values, values: Values, tiles: Tiles):
+        """One warp: a key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
+
+        Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
+        """
+        (k, sK, k_pipe), (q, sQ, q_pipe), (mRow, sRow) = keys, queries, row_values
+        slots = cute.size(sK, mode=[2])
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            n_block, head_kv, batch = self.place(tiles, position)
+            visited = QueryTiles.of(values, self.problem, n_block, self.config)
+            tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
+            k_pipe.producer_acquire(k_state)
+            for w in cutlass.range_constexpr(slots):
+                barrier = k_pipe.producer_get_barrier(k_state)
+                cute.copy(k.atom, tKgK[None, n_block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
+            k_state.advance()
+            for member in cutlass.range(tiles.heads_per_kv, unroll=1):
+                head = head_kv * tiles.heads_per_kv + member
+                tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
+                gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
+                for i in cutlass.range(visited.count, unroll=1):
+                    m_block = visited.in_order(i, self.problem)
+                    q_pipe.producer_acquire(state)
+                    barrier = q_pipe.producer_get_barrier(state)
+                    cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
+                    copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
+                    state.advance()
+            turn += 1
+            position = tiles.position(turn)
