@@ -31,6 +31,11 @@ def configs(problem: Problem, target: str, mechanism: str | None = None) -> tupl
         raise ValueError(
             f"mechanism is {mechanism!r}; {target} has {', '.join(map(repr, module.MECHANISMS))}: pass one of them, or None"
         )
+    if problem.gradients and not hasattr(module, "BACKWARD"):
+        raise NotImplementedError(
+            f"{layouts.source(module)} has no backward pass: give it BACKWARD and a table, as layouts/sm80.py has them, "
+            f"or use backend='reference'"
+        )
     found = tuple(module.configs(problem, mechanism, target))
     for config in found:
         check(config, module.GPU)

@@ -132,6 +132,11 @@ def check(module: ModuleType) -> list[str]:
                 found.append(f"mechanism {name!r} has no mainloop cute_attn/mainloop/{name}.py")
             if lacks := [function for function in FAMILY if not callable(getattr(layouts, function, None))]:
                 found.append(f"the family module of mechanism {name!r} lacks {', '.join(lacks)}")
+    for name, layouts in getattr(module, "BACKWARD", {}).items():
+        if not find_spec(f"cute_attn.mainloop.{name}"):
+            found.append(f"BACKWARD has {name!r}, and there is no mainloop cute_attn/mainloop/{name}.py")
+        if lacks := [function for function in FAMILY if not callable(getattr(layouts, function, None))]:
+            found.append(f"the family module of BACKWARD's {name!r} lacks {', '.join(lacks)}")
     if hasattr(module, "configs"):
         configs = module.configs
         if not callable(configs) or list(inspect.signature(configs).parameters) != PARAMETERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from .base import KIB, OPERANDS, Config, Gpu
 
 LOG_WIDTH = 180  # a log has no width of its own
 DTYPES = ("float16", "bfloat16")
+BACKWARD_FIELDS = ("tile_m", "tile_n", "step_m", "stages", "mma_warps", "key_warps", "blocks_per_multiprocessor")
 DETAILS = 2  # configs at most whose every step is shown unasked
 EPILOG = """\
 examples:
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(options: argparse.Namespace, console: Console) -> int:
     """``check``: prove what must hold of each layout; print what was counted, and what does not hold."""
-    chosen = configs(options.arch, options.head_dim, options.head_dim_v, options.dtype)
+    asked = options.arch, options.head_dim, options.head_dim_v, options.dtype
+    chosen = configs(*asked) + configs(*asked, gradients="qkv")
     try:
         from . import prove
     except ImportError as error:
@@ -56,7 +59,7 @@ def check(options: argparse.Namespace, console: Console) -> int:
     reports = []
     for config, head_dim in chosen:
         rows = prove.report(config, head_dim)
-        shown = [row for row in rows if row.operand in operands or (row.operand == "P" and not options.operand)]
+        shown = [row for row in rows if row.operand in operands or not options.operand]
         reports.append((config, shown))
         found += [finding for row in shown for finding in row.findings]
         if not options.operand:
@@ -144,9 +147,14 @@ def _shown(options: argparse.Namespace) -> Config:
 
 
 def configs(
-    arch: str | None = None, head_dim: int | None = None, head_dim_v: int | None = None, dtype: str | None = None
+    arch: str | None = None,
+    head_dim: int | None = None,
+    head_dim_v: int | None = None,
+    dtype: str | None = None,
+    gradients: str = "",
 ) -> list[tuple[Config, int | None]]:
-    """The shipped configs that are asked for, each with the tensors' head dim (``None``: as wide as the tile).
+    """The shipped configs that are asked for, each with the tensors' head dim (``None``: as wide as the tile); with
+    ``gradients`` those of the backward pass.
 
     Without a head dim, every one that a mechanism has a tile for. Raises ``ValueError`` with what is known.
     """
@@ -164,11 +172,13 @@ def configs(
     found: dict[Config, int | None] = {}
     for target in (arch,) if arch else targets:
         module = for_target(target)
+        if gradients and not hasattr(module, "BACKWARD"):
+            continue
         for mechanism, operands in module.MECHANISMS.items():
             for dim in (head_dim,) if head_dim else operands.TILE_DIMS:
                 for name in dtypes:
                     for bounded in (False, True):
-                        problem = Problem(name, dim, head_dim_v or dim, bounded_right=bounded)
+                        problem = Problem(name, dim, head_dim_v or dim, bounded_right=bounded, gradients=gradients)
                         for config in module.configs(problem, mechanism, target):
                             found.setdefault(config, head_dim)
     return list(found.items())
@@ -249,14 +259,14 @@ def _summary(reports) -> Table:
     for config, group in merged.items():
         module, rows = family(config), [row for _, rows in group for row in rows]
         gpu = for_target(config.target).GPU
-        if last not in (None, (config.target, config.mechanism)):
+        if last not in (None, (config.target, config.backward or config.mechanism)):
             table.add_section()
-        last = (config.target, config.mechanism)
+        last = (config.target, config.backward or config.mechanism)
         moved = [row.sectors for row in rows if row.sectors]
         wrong = sum(len(row.findings) for row in rows) + len(prove.budget_findings(config, gpu, module))
         table.add_row(
             config.target,
-            config.mechanism,
+            config.backward or config.mechanism,
             "both" if len(group) > 1 else group[0][0],
             str(config.tile_d) if config.tile_d == config.tile_dv else f"{config.tile_d}/{config.tile_dv}",
             f"{config.tile_m}×{config.tile_n}",
@@ -292,7 +302,9 @@ MODULE = '''\
 
 from __future__ import annotations
 
-from cute_attn.layouts import mma_sync
+from typing import Any
+
+from cute_attn.layouts import mma_sync, mma_sync_backward
 from cute_attn.layouts.base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -303,15 +315,24 @@ GPU = Gpu(
 )
 
 MECHANISMS = {{"cp_async": mma_sync}}
+BACKWARD = {{"cp_async_backward": mma_sync_backward}}
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
 TABLE = {{
 {rows}
 }}
 
+# The same for the backward pass: the wider of the two padded head dims -> the fields of Config that the table decides.
+ADD_WIDTH = {add_width}
+BACKWARD_TABLE: dict[int, dict[str, Any]] = {{
+{backward}
+}}
+
 
 def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     """The configurations for ``problem``, best first."""
+    if problem.gradients:
+        return mma_sync_backward.configs(problem, BACKWARD_TABLE, target, ADD_WIDTH)
     return mma_sync.configs(problem, TABLE, target)
 '''
 
@@ -361,14 +382,22 @@ def new_module(target: str, like: str, smem_kib: int, capability: str | None = N
         raise ValueError(f"smem-kib is {smem_kib}; the KiB of shared memory that a block may have are needed, such as 99")
     if "cp_async" not in for_target(like).MECHANISMS:
         raise ValueError(f"like is {like}, which has no cp_async, the mechanism of every GPU: pass another, such as sm_80")
+    if not hasattr(for_target(like), "BACKWARD"):
+        raise ValueError(f"like is {like}, which has no backward pass: pass another, such as sm_80")
     gpu = Gpu(target, targets, smem_kib * KIB, (smem_kib + 1) * KIB)
-    rows, notes = [], []
+    rows, backward, notes = [], [], []
     # The widest first: where nothing fits, it needs most.
     for head_dim in reversed(for_target(like).MECHANISMS["cp_async"].TILE_DIMS):
         config, note = _fitting(head_dim, like, gpu)
         row = config.tile_m, config.tile_n, config.stages, config.mma_warps, config.blocks_per_multiprocessor
         rows.append(f"    {head_dim}: {row},")
         notes += [note] if note else []
+        config, note = _fitting(head_dim, like, gpu, "qkv")
+        fields = {name: getattr(config, name) for name in BACKWARD_FIELDS}
+        if fields["blocks_per_multiprocessor"] == 1:  # the default
+            del fields["blocks_per_multiprocessor"]
+        backward.append(f"    {head_dim}: {json.dumps(fields)},")
+        notes += [f"backward, {note}"] if note else []
     if left := [name for name in for_target(like).MECHANISMS if name != "cp_async"]:
         notes.append(f"left out: {like}'s {', '.join(left)}: only cp_async is sure to run on another GPU")
     text = MODULE.format(
@@ -380,11 +409,13 @@ def new_module(target: str, like: str, smem_kib: int, capability: str | None = N
         targets=", ".join(f'{key}: "{value}"' for key, value in targets.items()),
         by_name="" if targets else "  # asked for by name",
         rows="\n".join(reversed(rows)),
+        add_width=config.add_width,
+        backward="\n".join(reversed(backward)),
     )
     return text, notes
 
 
-def _fitting(head_dim: int, like: str, gpu: Gpu) -> tuple[Config, str]:
+def _fitting(head_dim: int, like: str, gpu: Gpu, gradients: str = "") -> tuple[Config, str]:
     """What ``like`` has for a head dim if it fits ``gpu``; else, with a note, the same tiles with fewer blocks a
     multiprocessor, or the largest tiles that fit of any table."""
     from cute_attn import plan
@@ -409,12 +440,15 @@ def _fitting(head_dim: int, like: str, gpu: Gpu) -> tuple[Config, str]:
     def size(config: Config) -> tuple[int, int, int]:
         return config.tile_m * config.tile_n, config.stages, config.blocks_per_multiprocessor
 
-    problem = Problem("bfloat16", head_dim, head_dim)
+    problem = Problem("bfloat16", head_dim, head_dim, gradients=gradients)
     wanted = plan.configs(problem, like, "cp_async")[0]
     if fits(wanted):
         return wanted, ""
     known = [like, *(t for t in known_targets() if t != like and "cp_async" in for_target(t).MECHANISMS)]
+    known = [t for t in known if hasattr(for_target(t), "BACKWARD") or not gradients]
     found = [config for target in known for config in plan.configs(problem, target, "cp_async")]
+    if gradients:  # the ring may have a single stage there
+        found = [replace(config, stages=n) for config in found for n in range(config.stages, 0, -1)]
     every = [replace(c, blocks_per_multiprocessor=n) for c in found for n in range(c.blocks_per_multiprocessor, 0, -1)]
     too_much = (
         f"head dim {head_dim}: {like}'s {said(wanted)} take {takes(wanted) / KIB:.0f} KiB of shared memory, "

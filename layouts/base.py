@@ -5,6 +5,7 @@ A **GPU module** (``sm80.py``, ``sm90.py``, …) is data. It defines
 - ``GPU``: a :class:`Gpu`, its limits and the compute capabilities it serves;
 - ``MECHANISMS``: the names of the mechanisms it can run, best first, each with the **family module** that lays out its
   operands (``mma_sync``, ``wgmma``);
+- ``BACKWARD``, if it has the backward pass: the names of its mainloops, each with the family module of that;
 - ``configs(problem, mechanism, target)``: the configurations for a problem, best first, from the module's tables.
 
 A **family module** is the layouts of one family of instructions. It defines, as plain functions of a :class:`Config`,
@@ -21,6 +22,11 @@ A **family module** is the layouts of one family of instructions. It defines, as
 - ``smem_layout(operand, config)``: where an operand's elements lie, aligned to ``SMEM_ALIGN`` bytes;
 - ``copy_in(operand, config)``, ``copy_out(operand, config)``: global → shared and shared → global copies;
 - ``store_accumulator(config)``: O from the MMA's registers to shared memory.
+
+A family module of the backward pass defines the same, with names of its own: ``OPERANDS``, ``ROLES`` and ``READS``, from a
+role to the operands A and B that its MMA reads from shared memory (``""`` for one in registers); ``store_accumulator(operand,
+config)`` and, where warps load operands, ``load_operand(role, operand, config)``; and for dQ, where parts of it are added up
+in global memory, ``pieces(config)``, (row, column) of each, and ``piece_shape(config)``.
 
 Only those from ``element`` on import the DSL, and only when called.
 """

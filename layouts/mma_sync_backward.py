@@ -17,8 +17,9 @@ from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, tile_dim
 
 __all__ = ["SMEM_ALIGN", "TILE_DIMS", "VECTOR", "element", "tile_dim"]
 
+OPERANDS = ("K", "V", "Q", "dO", "P", "dS", "dK", "dV")
 ROLES = ("S", "dP", "dV", "dK", "dQ")
-READS = {  # role -> its operands A and B in shared memory; P and dS may lie in registers
+READS = {  # P and dS for dV and dK lie in registers where warps have keys of their own
     "S": ("K", "Q"),
     "dP": ("V", "dO"),
     "dV": ("P", "dO"),

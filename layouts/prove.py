@@ -563,7 +563,7 @@ def budget_findings(config: Config, gpu: Gpu, family: ModuleType) -> list[Findin
 def title(config: Config) -> str:
     """A config in a few words."""
     dims = f"d{config.tile_d}" + (f"/{config.tile_dv}" if config.tile_dv != config.tile_d else "")
-    return f"{config.target} {config.mechanism} {dims} {config.dtype}"
+    return f"{config.target} {config.backward or config.mechanism} {dims} {config.dtype}"
 
 
 def report(config: Config, head_dim: int | None = None, family: ModuleType | None = None) -> list[Row]:
@@ -572,6 +572,10 @@ def report(config: Config, head_dim: int | None = None, family: ModuleType | Non
     from . import family as family_of
 
     family = family or family_of(config)
+    if config.backward:
+        from . import prove_backward
+
+        return list(prove_backward.rows(config, head_dim, family))
     rows = list(_rows(config, head_dim, family))
     rows.append(Row("P", "S to P", "registers", str(family.mma("S", config).c), findings=_products(config, family)))
     return rows
@@ -699,9 +703,10 @@ def against_dsl(configs: Sequence[Config], limit: int = SOME) -> list[Finding]:
 
 def _compare(config: Config, family: ModuleType, limit: int, done: set) -> Iterator[Finding]:
     at = title(config)
-    pairs = [(f"{at}, {name}", family.smem(name, config), family.smem_layout(name, config)) for name in OPERANDS]
+    operands, roles = (family.OPERANDS, family.ROLES) if config.backward else (OPERANDS, ROLES)
+    pairs = [(f"{at}, {name}", family.smem(name, config), family.smem_layout(name, config)) for name in operands]
     trivial: set[Layout] = set()
-    for role in ROLES:
+    for role in roles:
         mma, traced = family.mma(role, config), family.tiled_mma(role, config)
         for name in "ABC":
             tv = getattr(traced, f"tv_layout_{name}_tiled")
@@ -714,11 +719,12 @@ def _compare(config: Config, family: ModuleType, limit: int, done: set) -> Itera
             yield Finding("DSL", f"{at}, {role}", text, 1, "mend family.mma")
     for (step, name), copy in family.copies(config).items():
         if isinstance(copy, Copy):
-            make = {"in": "copy_in", "load": "load_operand", "out": "copy_out"}.get(step, "store_accumulator")
-            arguments = (config,) if step == "store" else (name, config)
-            traced = getattr(family, make)(*arguments)
+            verb, _, role = step.partition(" ")  # "load", in the backward pass "load dV"
+            make = {"in": "copy_in", "load": "load_operand", "out": "copy_out"}.get(verb, "store_accumulator")
+            arguments = (config,) if step == "store" and not config.backward else (name, config)
+            traced = getattr(family, make)(*([role] if role else []), *arguments)
             pointed = algebra.addresses(copy)
-            ends = {"load": (pointed, copy.values), "store": (copy.values, pointed)}.get(step, (pointed, pointed))
+            ends = {"load": (pointed, copy.values), "store": (copy.values, pointed)}.get(verb, (pointed, pointed))
             pairs.append((f"{at}, {name} {step}, source", ends[0], traced.layout_src_tv_tiled))
             pairs.append((f"{at}, {name} {step}, destination", ends[1], traced.layout_dst_tv_tiled))
     for where, layout, traced in pairs:

@@ -17,6 +17,9 @@ from .wgmma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "element"]
 
 TILE_DIMS = (64, 128)
+OPERANDS = ("K", "V", "Q", "dO", "dS", "dK", "dV")
+ROLES = ("S", "dP", "dV", "dK", "dQ")
+READS = {"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q"), "dQ": ("dS", "K")}
 PIECE = 64  # rows and columns of the dQ that a warpgroup computes
 ACCUMULATOR_BYTES = 4
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
@@ -179,6 +182,7 @@ def store_accumulator(operand: str, config: Config):
 
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), element(config))
     what = copies(config)["store", operand]
+    assert isinstance(what, Copy)
     return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
 
 

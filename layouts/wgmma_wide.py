@@ -20,6 +20,12 @@ from .wgmma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "element"]
 
 TILE_DIMS = (64, 128, 192, 256)  # of the two heads, the wider has one of the last two
+OPERANDS = ("K", "V", "Q", "dO", "dK", "dV", "qQ", "qdO", "qK", "qV", "dQ")
+ROLES = ("S", "dP", "dV", "dK", "qS", "qdP", "dQ")
+READS = {
+    **{"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q")},
+    **{"qS": ("qQ", "qK"), "qdP": ("qdO", "qV"), "dQ": ("", "qK")},
+}
 ACCUMULATOR_BYTES = 4
 P_STAGES = 2  # P's of query tiles on their way from one warpgroup to the other
 V_STAGES = 1  # of the second kernel: a tile of V is done with long before its K
@@ -181,6 +187,7 @@ def store_accumulator(operand: str, config: Config):
 
     atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), element(config))
     what = copies(config)["store", operand]
+    assert isinstance(what, Copy)
     return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
 
 

@@ -16,12 +16,19 @@ from cute_attn.problem import Problem
 
 CONFIGS = [config for config, _ in configs(dtype="bfloat16")]
 CONFIGS += [config for config, _ in configs(head_dim=192, head_dim_v=128, dtype="float16")]
+BACKWARD = [config for config, _ in configs(dtype="bfloat16", gradients="qkv")]
+BACKWARD += [config for config, _ in configs(head_dim=192, head_dim_v=40, dtype="float16", gradients="qkv")]
 TARGETS = sorted({config.target for config in CONFIGS})
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_layout_map_and_copy(target):
     assert prove.against_dsl([config for config in CONFIGS if config.target == target]) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_layout_map_and_copy_of_the_backward_pass(target):
+    assert prove.against_dsl([config for config in BACKWARD if config.target == target]) == []
 
 
 @pytest.mark.parametrize("mechanism", ["tma_wgmma", "cp_async"])

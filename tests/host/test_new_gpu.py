@@ -138,6 +138,11 @@ def test_where_its_tables_are():
         ({"MECHANISMS": {"tcgen05": mma_sync}}, "mechanism 'tcgen05' has no mainloop cute_attn/mainloop/tcgen05.py"),
         ({"MECHANISMS": {"../x": mma_sync}}, "mechanism '../x' has no mainloop"),
         ({"MECHANISMS": {"cp_async": SimpleNamespace(tile_dim=len)}}, "of mechanism 'cp_async' lacks smem_parts, smem_bytes"),
+        ({"BACKWARD": {"tcgen05_backward": mma_sync}}, "BACKWARD has 'tcgen05_backward', and there is no mainloop"),
+        (
+            {"BACKWARD": {"cp_async_backward": SimpleNamespace()}},
+            "the family module of BACKWARD's 'cp_async_backward' lacks tile",
+        ),
         ({"configs": 7}, "configs is not a function of (problem, mechanism, target)"),
         ({"configs": lambda problem: ()}, "configs is not a function of (problem, mechanism, target)"),
         (
@@ -254,15 +259,18 @@ def test_what_new_writes_is_a_gpus_module(tmp_path, like, kib):
     assert Gpu("sm_123", {(12, 3): "sm_123"}, kib * KIB, (kib + 1) * KIB) == module.GPU
     layouts.register(module)
     for head_dim in range(8, 257, 8):
-        for config in configs(Problem("float16", head_dim, head_dim), "sm_123"):  # which checks that it fits
-            assert config.target == "sm_123"
+        for gradients in ("", "qkv"):
+            for config in configs(Problem("float16", head_dim, head_dim, gradients=gradients), "sm_123"):  # checks that it fits
+                assert config.target == "sm_123"
 
 
 @pytest.mark.parametrize("like", ["sm_80", "sm_86", "sm_100", "sm_120"])
 def test_new_with_the_same_memory_is_the_same_table(tmp_path, like):
     other = layouts.for_target(like)
     path = written(tmp_path, "--like", like, "--smem-kib", str(other.GPU.smem_per_block // KIB), target="sm_123")
-    assert other.TABLE == imported(path).TABLE
+    module = imported(path)
+    assert other.TABLE == module.TABLE
+    assert (other.BACKWARD_TABLE, other.ADD_WIDTH) == (module.BACKWARD_TABLE, module.ADD_WIDTH)
 
 
 def test_smaller_tiles_from_another_table(tmp_path, capsys):
@@ -272,6 +280,21 @@ def test_smaller_tiles_from_another_table(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "head dim 256: sm_80's tiles 128×32, 2 stages take 128 KiB of shared memory, 29 more than 99" in said
     assert "took tiles 64×32, 2 stages" in said
+
+
+def test_smaller_tiles_of_the_backward_pass(tmp_path, capsys):
+    module = imported(written(tmp_path, "--like", "sm_80", "--smem-kib", "99", target="sm_123"))
+    assert module.BACKWARD_TABLE[256]["tile_n"] < sm80.BACKWARD_TABLE[256]["tile_n"]
+    assert "backward, head dim 256: sm_80's tiles 64×64, 1 stages take 144 KiB of shared memory" in capsys.readouterr().out
+
+
+def test_a_module_without_the_backward_pass_says_so(tmp_path):
+    layouts.register(made())
+    with pytest.raises(NotImplementedError, match=r"elsewhere\.sm_made has no backward pass: give it BACKWARD"):
+        plan(replace(PROBLEM, gradients="qkv"), "sm_123")
+    assert cli.configs("sm_123", gradients="qkv") == []
+    with pytest.raises(ValueError, match="like is sm_123, which has no backward pass"):
+        cli.new_module("sm_124", "sm_123", 99)
 
 
 def test_fewer_blocks_before_smaller_tiles(tmp_path, capsys):

@@ -17,6 +17,8 @@ from cute_attn.layouts.__main__ import configs, main
 from cute_attn.layouts.base import BYTES, KIB, Box, Config, Copy, Layout, by_modes, tiled_rows
 
 SHIPPED = configs() + configs(head_dim=192, head_dim_v=128) + configs(head_dim=72) + configs(head_dim=8)
+BACKWARD = configs(gradients="qkv") + configs(head_dim=192, head_dim_v=128, gradients="qkv")
+BACKWARD += configs(head_dim=64, head_dim_v=256, gradients="qkv")
 
 
 def config_of(mechanism: str, head_dim: int = 128, target: str = "sm_90a") -> Config:
@@ -417,6 +419,69 @@ def test_the_budget_adds_up():
         assert all(line.amount <= line.limit for line in lines if line.limit is not None)
 
 
+# ---- the backward pass -------------------------------------------------------------------------------------------------
+
+
+def backward_config(mainloop: str, head_dim: int = 128, target: str = "sm_90a") -> Config:
+    return next(c for c, _ in configs(target, head_dim, dtype="bfloat16", gradients="qkv") if c.backward == mainloop)
+
+
+def test_every_backward_config_holds():
+    assert {c.backward for c, _ in BACKWARD} == {"cp_async_backward", "tma_wgmma_backward", "tma_wgmma_wide"}
+    assert {c.target for c, _ in BACKWARD} == set(known_targets())
+    for config, head_dim in BACKWARD:
+        assert prove.check(config, head_dim) == []
+
+
+@pytest.mark.parametrize("mainloop", ["cp_async_backward", "tma_wgmma_backward"])
+def test_every_product_of_the_backward_pass_is_in_the_report(mainloop):
+    steps = {(row.operand, row.step) for row in prove.report(backward_config(mainloop))}
+    assert steps >= {(role, "product") for role in ("S", "dP", "dV", "dK", "dQ")}
+    read = "load" if mainloop == "cp_async_backward" else "read"
+    assert steps >= {("K", f"{read} S"), ("Q", f"{read} S"), ("dO", f"{read} dV"), ("Q", f"{read} dK")}
+    assert steps >= {("dS", f"{read} dQ"), ("K", f"{read} dQ"), ("dS", "store"), ("dK", "out"), ("dV", "out")}
+
+
+@pytest.mark.parametrize("mainloop", ["cp_async_backward", "tma_wgmma_backward", "tma_wgmma_wide"])
+@pytest.mark.parametrize("operand", ["K", "dO", "dV"])
+def test_an_operand_without_a_swizzle(mainloop, operand):
+    config = backward_config(mainloop, 256 if mainloop == "tma_wgmma_wide" else 128)
+    found = prove.check(config, family=with_layout(config, operand, algebra.unswizzled))
+    assert kinds(found) & {"bank conflicts", "WGMMA", "agreement"}
+    assert all(f", {operand}" in finding.where for finding in found)
+
+
+@pytest.mark.parametrize(("step", "operand"), [("load dV", "dO"), ("load dQ", "dS"), ("load dQ", "K")])
+def test_a_copy_that_forgets_to_transpose_in_the_backward_pass(step, operand):
+    config = backward_config("cp_async_backward", 64)
+    found = prove.check(config, family=with_copy(config, (step, operand), instruction="ldmatrix"))
+    assert {"agreement", "alignment"} <= kinds(found)
+
+
+@pytest.mark.parametrize("mainloop", ["cp_async_backward", "tma_wgmma_backward"])
+def test_scores_that_are_not_the_operand(mainloop):
+    """P of rows in another order than dV takes them."""
+    config = backward_config(mainloop)
+    honest = family(config).mma
+
+    def upside_down(role, c):
+        mma = honest(role, c)
+        threads, values = mma.c.shape[0], mma.c.shape[1]
+        stride = (tuple(reversed(mma.c.stride[0])), mma.c.stride[1])
+        return replace(mma, c=Layout((tuple(reversed(threads)), values), stride)) if role == "S" else mma
+
+    found = prove.check(config, family=with_(config, mma=upside_down))
+    assert "agreement" in kinds(found)
+
+
+def test_gradients_lie_where_there_is_room():
+    config = backward_config("cp_async_backward")
+    parts = family(config).smem_parts
+    short = with_(config, smem_parts=lambda c: {**parts(c), "V": parts(c)["V"] - 2})
+    found = prove.check(config, family=short)
+    assert {finding.where.rsplit(", ", 1)[1] for finding in found} == {"V", "dV"}
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -425,7 +490,7 @@ def test_check_one_config(capsys):
     said = capsys.readouterr().out
     assert "Sw<2,3,3> o 0 o" in said
     assert "what takes what" in said
-    assert "1 config, 13 steps: everything holds" in said
+    assert "2 configs, 46 steps: everything holds" in said  # one of each pass
 
 
 def test_check_everything(capsys):

@@ -1,0 +1,110 @@
+"""The proofs of ``prove`` for the layouts of the backward pass, whose operands and products have names of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+from . import algebra, prove
+from .base import BYTES, Box, Config, Layout, Mma
+from .prove import Finding, Row
+
+OVER = {"dK": "K", "dV": "V", "dQ": "Q", "P": "dS"}  # whose shared memory an operand takes
+
+
+def rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
+    """Every step of every operand of a config, and its products."""
+    copies = family.copies(config)
+    for operand in family.OPERANDS:
+        layout, shape = family.smem(operand, config), family.tile(operand, config)
+        dim = min(head_dim or shape[1], shape[1])
+        where = f"{prove.title(config)}, {operand}"
+        found = prove.distinct(where, layout) + _held(where, operand, layout, config, family)
+        yield Row(operand, "tile", "", str(layout), findings=tuple(found))
+        for (step, name), copy in copies.items():
+            at = f"{where}, {step}"
+            if name == operand and isinstance(copy, Box):
+                yield prove._box_row(at, step, copy, layout, shape, dim, family)
+            elif name == operand:
+                yield prove._copy_row(at, step, copy, layout, shape, dim, _wanted(step, operand, config, family))
+        yield from _tensor_core_rows(where, operand, layout, config, family)
+    for role in family.ROLES:
+        yield Row(role, "product", "", str(family.mma(role, config).c), findings=tuple(_product(role, config, family)))
+
+
+def _held(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> list[Finding]:
+    """The bytes set aside for an operand hold its layout."""
+    parts = family.smem_parts(config)
+    if hasattr(family, "smem_parts_of"):  # two kernels
+        parts = family.smem_parts_of("queries" if operand.startswith("q") or operand == "dQ" else "keys", config)
+    name = OVER.get(operand, operand.removeprefix("q"))
+    have, need = parts[name], algebra.cosize(layout) * BYTES
+    if need <= have:
+        return []
+    text = f"{layout} reaches over {need} bytes; {have} are set aside"
+    return [Finding("outside", where, text, need - have, "count every slot of the layout in smem_parts")]
+
+
+def _wanted(step: str, operand: str, config: Config, family: ModuleType) -> tuple[Layout, int] | None:
+    """The MMA's map that a copy to or from registers must agree with, and how many warps hold each element."""
+    verb, _, role = step.partition(" ")
+    if verb == "store":
+        return family.mma("S" if operand in ("P", "dS") else operand, config).c, 1
+    if verb != "load":
+        return None
+    mma = family.mma(role, config)
+    return (mma.a, mma.across) if family.READS[role][0] == operand else (mma.b, mma.warps)
+
+
+def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> Iterator[Row]:
+    """What warpgroup MMAs read through descriptors. Scores and dP sum over a head's columns: both operands are K-major;
+    the other products sum over rows of what they read from shared memory."""
+    for role, operands in family.READS.items():
+        mma = family.mma(role, config)
+        for letter, name in zip("AB", operands, strict=True):
+            if name != operand or letter not in mma.from_shared:
+                continue
+            width = algebra.flat_shape(layout.shape[1])[0] if isinstance(layout.shape[1], tuple) else layout.shape[1]
+            box = Box(operand, family.tile(operand, config)[0], width, width * BYTES)
+            k_major = mma.from_shared == "AB" and role != "dQ"
+            read = mma if letter == "B" or k_major else replace(mma, shape=(mma.shape[0], mma.shape[0], mma.shape[2]))
+            found = prove.tensor_cores_get(
+                f"{where}, {role}", read, "S" if k_major else "O", "Q" if letter == "A" else "K", layout, box
+            )
+            what = f"{'×'.join(map(str, mma.shape))}, {'K' if k_major else 'MN'}-major, {box.swizzle_bytes}-byte swizzle"
+            yield Row(operand, f"read {role}", "wgmma", what, findings=tuple(found))
+
+
+def _product(role: str, config: Config, family: ModuleType) -> list[Finding]:
+    """An MMA's own maps are bijections; and where its A operand is in registers, it is what S's accumulator holds."""
+    mma, at = family.mma(role, config), f"{prove.title(config)}, {role}"
+    m, n, k = mma.tile
+    found: list[Finding] = []
+    for letter, values, tile, times in (
+        ("A", mma.a, (m, k), mma.across),
+        ("B", mma.b, (n, k), 1 if mma.from_shared else mma.warps),
+        ("C", mma.c, (m, n), 1),
+    ):
+        if letter not in mma.from_shared:
+            found += prove.once(f"{at}, operand {letter}", values, tile, times)
+    if "A" not in mma.from_shared and (role in ("dV", "dK") or not family.READS[role][0]):
+        found += scores_are_operand(at, family.mma("qS" if role == "dQ" else "S", config), mma)
+    return found
+
+
+def scores_are_operand(where: str, scores: Mma, product: Mma) -> list[Finding]:
+    """The product takes Pᵀ or dSᵀ from the registers in which the scores were left: same thread, same row, 16 of the
+    thread's warp's own columns at a time."""
+    rows, columns = algebra.coordinates(scores.c, scores.tile[:2])
+    a_rows, a_columns = algebra.coordinates(product.a, (product.tile[0], product.tile[2]))
+    per_step = a_rows.shape[1]
+    wrong = 0
+    for first in range(0, rows.shape[1], per_step):
+        part = slice(first, first + per_step)
+        begin = columns[:, part].min(axis=1, keepdims=True) // 16 * 16
+        wrong += int(((rows[:, part] != a_rows) | (columns[:, part] - begin != a_columns)).sum())
+    if not wrong:
+        return []
+    text = f"{wrong} of {rows.size} scores lie in another thread or value than the product takes them from"
+    return [Finding("agreement", where, text, wrong, "give both products the same rows and warps")]
