@@ -24,6 +24,7 @@ examples:
   python -m cute_attn compile --arch sm_90a --head-dim 64 128         full and causal, with and without the LSE
   python -m cute_attn compile --arch sm_80 sm_86 --head-dim 128 --causal --no-lse -j 4
   python -m cute_attn compile --arch sm_90a --head-dim 128 --window-left --window-right --softcap
+  python -m cute_attn compile --arch sm_90a --head-dim 128 --causal --gradients
   python -m cute_attn demo
 """
 
@@ -128,6 +129,8 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
                 found += [Problem(dtype, head_dim, head_dim_v, *rules, asked) for asked in lse]
             else:
                 found += (fill.every if options.all else fill.common)(dtype, head_dim, head_dim_v, lse)
+    if options.gradients:
+        found += fill.backward(found)
     return found
 
 
@@ -160,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     rules.add_argument("--softcap", action="store_true", help="a softcap of any size")
     rules.add_argument("--lse", action=argparse.BooleanOptionalAction, help="return_lse=True, or not; default: both")
     rules.add_argument("--all", action="store_true", help="every combination of rules")
+    ahead.add_argument("--gradients", action="store_true", help="the backward pass too, for gradients of q, k and v")
     ahead.add_argument(
         "-j",
         "--jobs",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cute_attn.compile import cache_dir, compiled, entry_name
 from cute_attn.layouts.base import Config
@@ -34,8 +34,11 @@ class Outcome:
     @property
     def asked(self) -> str:
         """The problem's rules and flags in words."""
-        flags = ("bounded_left", "bounded_right", "softcap", "return_lse")
-        return ", ".join(flag.replace("_", " ") for flag in flags if getattr(self.problem, flag)) or "full"
+        flags = ("bounded_left", "bounded_right", "softcap", "return_lse", "deterministic")
+        asked = [flag.replace("_", " ") for flag in flags if getattr(self.problem, flag)]
+        if self.problem.gradients:
+            asked.append(f"gradients of {self.problem.gradients}")
+        return ", ".join(asked) or "full"
 
 
 def common(dtype: str, head_dim: int, head_dim_v: int, lse: tuple[bool, ...] = (False, True)) -> list[Problem]:
@@ -52,6 +55,11 @@ def every(dtype: str, head_dim: int, head_dim_v: int, lse: tuple[bool, ...] = (F
     return [
         Problem(dtype, head_dim, head_dim_v, *rules, asked) for rules in itertools.product(flags, flags, flags) for asked in lse
     ]
+
+
+def backward(problems: Iterable[Problem]) -> list[Problem]:
+    """The backward passes of problems, for gradients of q, k and v from the output."""
+    return list(dict.fromkeys(replace(problem, return_lse=False, gradients="qkv") for problem in problems))
 
 
 def fill(kernels: Iterable[tuple[Problem, Config]], workers: int) -> Iterator[Outcome]:

@@ -85,7 +85,9 @@ def explain(problem: Problem, config: Config) -> str:
     parts = family.smem_parts(config)
     lines = [
         f"problem     {problem.dtype}, head_dim {problem.head_dim} (V: {problem.head_dim_v}), {_rules(problem)}, "
-        f"{'with' if problem.return_lse else 'without'} the log-sum-exp",
+        + (f"gradients of {', '.join(problem.gradients)}" if problem.gradients else "")
+        + (", in a fixed order" if problem.deterministic else "")
+        + ("" if problem.gradients else f"{'with' if problem.return_lse else 'without'} the log-sum-exp"),
         f"GPU         {gpu.name}: {gpu.smem_per_block / KIB:.0f} KiB of shared memory a block",
         f"mechanism   {config.mechanism}, "
         + (
@@ -96,8 +98,9 @@ def explain(problem: Problem, config: Config) -> str:
         ),
         f"tiles       {config.tile_m} queries × {config.tile_n} keys, from {layouts.source(module)}; "
         f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})",
-        f"pipeline    {config.stages} tiles of K and of V in flight; {config.mma_warps} warps compute"
-        + (", 4 more copy (2 busy)" if config.threads > config.mma_threads else " and copy")
+        f"pipeline    {config.stages} tiles of {'Q and of dO' if config.backward else 'K and of V'} in flight; "
+        f"{config.mma_warps} warps compute"
+        + (", 4 more copy" if config.threads > config.mma_threads else " and copy")
         + (", taking turns on the tensor cores" if config.ping_pong else ""),
         f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold accumulators",
         "shared      "

@@ -132,6 +132,8 @@ def test_a_kernel_that_fails_is_reported_and_the_others_go_on(capsys, monkeypatc
         (["--all", "--lse"], 8),
         (["--window-left", "--window-right", "--softcap"], 2),
         (["--causal", "--lse"], 1),
+        (["--causal", "--lse", "--gradients"], 2),
+        (["--gradients"], 6),
         (["--dtype", "float16", "bfloat16"], 8),
         (["--head-dim", "64", "128", "192", "--head-dim-v", "128"], 12),
         (["--arch", "sm_80", "sm_90a"], 8),

@@ -286,6 +286,8 @@ def test_problem_and_config_have_no_field_for_a_size():
         "bounded_right",
         "softcap",
         "return_lse",
+        "gradients",
+        "deterministic",
     }
     for record in (Problem, Config):
         for field in dataclasses.fields(record):
