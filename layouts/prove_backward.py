@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import ModuleType
 
 from . import algebra, prove
-from .base import BYTES, Box, Config, Layout, Mma
+from .base import BYTES, Box, Config, Layout, Mma, swizzle_atom
 from .prove import Finding, Row
 
 OVER = {"dK": "K", "dV": "V", "dQ": "Q", "P": "dS"}  # whose shared memory an operand takes
@@ -65,7 +65,7 @@ def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, 
         for letter, name in zip("AB", operands, strict=True):
             if name != operand or letter not in mma.from_shared:
                 continue
-            width = algebra.flat_shape(layout.shape[1])[0] if isinstance(layout.shape[1], tuple) else layout.shape[1]
+            width = swizzle_atom(family.tile(operand, config)[1])[3]
             box = Box(operand, family.tile(operand, config)[0], width, width * BYTES)
             k_major = mma.from_shared == "AB" and role != "dQ"
             read = mma if letter == "B" or k_major else replace(mma, shape=(mma.shape[0], mma.shape[0], mma.shape[2]))

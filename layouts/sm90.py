@@ -84,7 +84,7 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     if mechanism == "cp_async":
         return mma_sync.configs(problem, MMA_SYNC_TABLE, target)
     if problem.gradients:
-        return _backward_configs(problem, mechanism, target)
+        return wgmma_backward.configs(problem, WGMMA_BACKWARD_TABLE, WGMMA_WIDE, REGISTERS[2], target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)
     wider = max(tile_d, tile_dv)
     choice = WGMMA_TABLE[wider] | (WGMMA_MIXED.get(wider, {}) if tile_d != tile_dv else {})
@@ -101,27 +101,5 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
             mma_registers=mma_registers,
             copy_registers=copy_registers,
             **choice,
-        ),
-    )
-
-
-def _backward_configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
-    wider = max(problem.head_dim, problem.head_dim_v)
-    if wider <= max(WGMMA_BACKWARD_TABLE):
-        wider = wgmma_backward.tile_dim(wider)
-        tiles = {"tile_d": wider, "tile_dv": wider, "backward": "tma_wgmma_backward", **WGMMA_BACKWARD_TABLE[wider]}
-    else:
-        tile_d, tile_dv = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
-        tiles = {"tile_d": tile_d, "tile_dv": tile_dv, "backward": "tma_wgmma_wide", **WGMMA_WIDE}
-    mma_registers, copy_registers = REGISTERS[2]
-    return (
-        Config(
-            target=target,
-            mechanism=mechanism,
-            dtype=problem.dtype,
-            mma_warps=8,
-            mma_registers=mma_registers,
-            copy_registers=copy_registers,
-            **tiles,
         ),
     )

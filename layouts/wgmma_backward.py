@@ -10,7 +10,7 @@ Shared memory is swizzled as in ``wgmma``.
 
 from __future__ import annotations
 
-from . import base
+from . import base, wgmma_wide
 from .base import BYTES, FRAGMENT_A, FRAGMENT_C, FRAGMENT_THREADS, Box, Config, Copy, Layout, Mma, element, swizzle_atom
 from .wgmma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP
 
@@ -28,6 +28,29 @@ DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still r
 def tile_dim(head_dim: int) -> int:
     """Columns a head of ``head_dim`` takes in shared memory."""
     return next(d for d in TILE_DIMS if d >= head_dim)
+
+
+def configs(problem, table, wide, registers: tuple[int, int], target: str) -> tuple[Config, ...]:
+    """The configuration for ``problem`` from a GPU's table, the wider padded head dim -> fields of Config; for heads wider
+    than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread."""
+    wider = max(problem.head_dim, problem.head_dim_v)
+    if wider <= max(table):
+        wider = tile_dim(wider)
+        choice = {"tile_d": wider, "tile_dv": wider, "backward": "tma_wgmma_backward", **table[wider]}
+    else:
+        dims = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
+        choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", **wide}
+    return (
+        Config(
+            target=target,
+            mechanism="tma_wgmma",
+            dtype=problem.dtype,
+            mma_warps=8,
+            mma_registers=registers[0],
+            copy_registers=registers[1],
+            **choice,
+        ),
+    )
 
 
 def warpgroups(config: Config) -> int:
@@ -151,9 +174,7 @@ def tiled_mma(role: str, config: Config):
     source = warpgroup.OperandSource.SMEM if "A" in what.from_shared else warpgroup.OperandSource.RMEM
     a_major = OperandMajorMode.MN if role == "dQ" else OperandMajorMode.K  # dS lies along its queries
     b_major = OperandMajorMode.K if role in ("S", "dP") else OperandMajorMode.MN
-    return cute.make_tiled_mma(
-        warpgroup.MmaF16BF16Op(element(config), cutlass.Float32, what.shape, source, a_major, b_major)
-    )
+    return cute.make_tiled_mma(warpgroup.MmaF16BF16Op(element(config), cutlass.Float32, what.shape, source, a_major, b_major))
 
 
 def smem_layout(operand: str, config: Config):

@@ -26,16 +26,17 @@ from cute_attn.plan import plan
 from cute_attn.problem import Problem
 
 FAMILIES = {family.__name__: family for module in layouts.MODULES for family in module.MECHANISMS.values()}
+BACKWARD = {family.__name__: family for module in layouts.MODULES for family in module.BACKWARD.values()}
 MECHANISMS = sorted({name for module in layouts.MODULES for name in module.MECHANISMS})
 HEAD_DIMS = [(32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (40, 104), (104, 40)]
 PIECE = 16  # bytes that one thread copies, and one row of an 8×8 tile that ldmatrix or a warpgroup MMA reads
 BANKS = 128  # bytes that shared memory delivers at a time
 
 
-def shipped() -> list[Config]:
-    """A config for each GPU, mechanism and head dims, equal ones once."""
+def shipped(gradients: str = "") -> list[Config]:
+    """A config for each GPU, mechanism and head dims, equal ones once; with ``gradients``, of the backward pass."""
     found = (
-        plan(Problem("bfloat16", d, dv), target, mechanism)
+        plan(Problem("bfloat16", d, dv, gradients=gradients), target, mechanism)
         for target in layouts.known_targets()
         for mechanism in layouts.for_target(target).MECHANISMS
         for d, dv in HEAD_DIMS
@@ -44,11 +45,12 @@ def shipped() -> list[Config]:
 
 
 def name(config: Config) -> str:
-    return f"{config.target}-{config.mechanism}-{config.tile_d}-{config.tile_dv}"
+    return f"{config.target}-{config.backward or config.mechanism}-{config.tile_d}-{config.tile_dv}"
 
 
 every_module = pytest.mark.parametrize("module", layouts.MODULES, ids=lambda m: m.GPU.name)
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.__name__.rsplit(".", 1)[1])
+every_backward_family = pytest.mark.parametrize("family", BACKWARD.values(), ids=lambda f: f.__name__.rsplit(".", 1)[1])
 every_config = pytest.mark.parametrize("config", shipped(), ids=name)
 
 
@@ -104,6 +106,79 @@ def test_a_family_module(family: ModuleType):
     for function, parameters in CONTRACT.items():
         inspect.signature(getattr(family, function)).bind(*parameters)  # TypeError if it takes others
     assert family.SMEM_ALIGN % PIECE == 0
+
+
+@every_module
+def test_every_gpu_has_the_backward_pass(module: ModuleType):
+    for mainloop, family in module.BACKWARD.items():
+        assert (Path(cute_attn.__file__).parent / "mainloop" / f"{mainloop}.py").is_file()
+        assert family.__name__ in BACKWARD
+    for mechanism in module.MECHANISMS:
+        assert any(mainloop.startswith(mechanism) for mainloop in module.BACKWARD)
+
+
+@every_backward_family
+def test_a_family_module_of_the_backward_pass(family: ModuleType):
+    of_gradients = {"store_accumulator": ["operand", "config"], "pieces": ["config"]}
+    if family.__name__.endswith("mma_sync_backward"):
+        of_gradients["load_operand"] = ["role", "operand", "config"]
+    for function, parameters in (CONTRACT | of_gradients).items():
+        inspect.signature(getattr(family, function)).bind(*parameters)  # TypeError if it takes others
+        assert f"``{function}({', '.join(parameters)})``" in " ".join(base.__doc__.split())
+    assert family.SMEM_ALIGN % PIECE == 0
+    assert set(family.READS) == set(family.ROLES)
+    assert {operand for operands in family.READS.values() for operand in operands if operand} <= set(family.OPERANDS)
+
+
+@pytest.mark.parametrize("config", shipped("qkv"), ids=name)
+def test_the_pieces_of_dq_are_the_whole(config: Config):
+    """Pieces cover a query tile's dQ once, each thread a multiple of what it adds at once, and a row's padding holds whole
+    tiles: what the host allocates is what the kernels fill."""
+    family = layouts.family(config)
+    assert base.ROW_PADDING % config.tile_m == 0
+    if pieces := family.pieces(config):
+        rows, columns = family.piece_shape(config)
+        covered = np.zeros((config.tile_m, config.tile_d), dtype=int)
+        for row, column in pieces:
+            covered[row : row + rows, column : column + columns] += 1
+        assert (covered == 1).all()
+        threads = config.mma_threads // len(pieces)
+        assert rows * columns % (threads * config.add_width) == 0
+
+
+@pytest.mark.parametrize("config", shipped("qkv"), ids=name)
+def test_the_plan_of_the_backward_pass(config: Config):
+    family = layouts.family(config)
+    parts = family.smem_parts(config)
+    padding = family.smem_bytes(config) - sum(parts.values())
+    assert padding in (0, family.SMEM_ALIGN)
+    held = config.tile_n * (config.tile_d + config.tile_dv) // config.mma_threads  # dK and dV
+    if config.backward != "tma_wgmma_wide":  # which has them in turn
+        assert held < family.accumulator_registers(config)
+    if config.backward == "cp_async_backward":
+        for role in family.ROLES:
+            down, across = family.grid(role, config)
+            assert down * across == config.mma_warps
+        assert config.tile_m % config.step_m == 0
+        sizes = [size for part, size in parts.items() if part != "rows"]  # the rest begins where the one before ends
+        assert all(size % family.SMEM_ALIGN == 0 for size in sizes)
+
+
+@pytest.mark.parametrize("target", layouts.known_targets())
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_every_pair_of_head_dims_has_a_backward_config(target, mechanism):
+    """Heads of different widths, of which the narrower may need more columns than alone."""
+    if mechanism not in layouts.for_target(target).MECHANISMS:
+        return
+    for d in range(8, 257, 8):
+        for dv in range(8, 257, 8):
+            config = plan(Problem("bfloat16", d, dv, gradients="qkv"), target, mechanism)
+            family = layouts.family(config)
+            assert config.tile_d >= d
+            assert config.tile_dv >= dv
+            for (_, operand), copy in family.copies(config).items() if mechanism == "cp_async" else ():
+                rows, columns = family.tile(operand, config)[:: -1 if copy.transposed else 1]
+                assert rows % copy.tile[0] == columns % copy.tile[1] == 0
 
 
 def test_the_contract_is_documented():
