@@ -75,7 +75,7 @@ def attention(
     """
     if torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    call = check_call(q, k, v, scale=scale, causal=causal, window=window, softcap=softcap)
+    call = check_call(q, k, v, scale, causal, window, softcap)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; one of {', '.join(map(repr, BACKENDS))} is needed")
     on_gpu = q.is_cuda
@@ -163,8 +163,8 @@ def _passes(mechanism: str | None, deterministic: bool) -> tuple[Callable, Calla
 def _forward(q, k, v, call, return_lse: bool, mechanism: str | None):
     """Plan, compile or look up, and launch. Allocates the outputs and nothing else."""
     q, k, v = check_tensors_for_gpu(q, k, v, call)
-    out = q.new_empty((call.batch, call.seqlen_q, call.heads, call.head_dim_v))
-    lse = q.new_empty((call.batch, call.heads, call.seqlen_q), dtype=torch.float32) if return_lse else None
+    out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
+    lse = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if return_lse else None
     if call.empty:
         out.zero_()
         if lse is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import astuple, dataclass
 from functools import lru_cache
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -20,6 +20,7 @@ DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in ALL_DTYPES}
 HEAD_DIM_STEP = 8
 HEAD_DIM_MAX = 256
 ALIGN_BYTES = 16  # TMA and 16-byte cp.async both need it of the base address and of every stride
+ALIGN_ELEMENTS = ALIGN_BYTES // 2  # the same for a stride counted in elements, of either of GPU_DTYPES
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,11 @@ class Problem:
         return Problem(*fields)
 
 
-class Call(NamedTuple):
+@dataclass(slots=True)
+class Call:
     """The run-time values of one call, checked: sizes, the scale, the band's edges, the softcap.
+
+    One is made in every eager call, so it is neither frozen nor a tuple: those take longer to make or to read.
 
     ``left`` and ``right`` are how far a query sees to either side of its aligned position; ``None`` is unbounded.
     """
@@ -80,7 +84,7 @@ class Call(NamedTuple):
         return self.batch == 0 or self.heads == 0 or self.seqlen_q == 0 or self.seqlen_k == 0
 
 
-def check_call(q, k, v, *, scale, causal, window, softcap) -> Call:
+def check_call(q, k, v, scale, causal, window, softcap) -> Call:
     """Check what holds for every backend, and return the call's run-time values.
 
     Raises ``TypeError`` for what is not a tensor or a number and ``ValueError`` for shapes, dtypes and values that
@@ -182,21 +186,14 @@ def check_tensors_for_gpu(q, k, v, call: Call):
 
     Returns q, k, v as the kernels can read them: the same memory, see :func:`check_strides`.
     """
-    if q.dtype not in GPU_DTYPES:
-        raise ValueError(
-            f"dtype is {q.dtype}; the GPU kernels take float16 and bfloat16: try .to(torch.bfloat16), or backend='reference'"
-        )
-    for name, head_dim in (("head_dim", call.head_dim), ("head_dim_v", call.head_dim_v)):
-        if head_dim % HEAD_DIM_STEP or head_dim > HEAD_DIM_MAX:
-            raise ValueError(
-                f"{name} is {head_dim}; a multiple of {HEAD_DIM_STEP} up to {HEAD_DIM_MAX} is needed: "
-                f"pad with torch.nn.functional.pad, or use backend='reference'"
-            )
-    if call.scale <= 0.0 and not call.softcap:
-        raise ValueError(
-            f"scale is {call.scale}; the GPU kernels need one above 0, since they look for a row's largest score before "
-            f"they scale it: negate q instead, or use backend='reference'"
-        )
+    fits = (
+        q.dtype in GPU_DTYPES
+        and not (call.head_dim % HEAD_DIM_STEP or call.head_dim > HEAD_DIM_MAX)
+        and not (call.head_dim_v % HEAD_DIM_STEP or call.head_dim_v > HEAD_DIM_MAX)
+        and (call.scale > 0.0 or call.softcap)
+    )
+    if not fits:
+        _explain_gpu_misfit(q.dtype, call)
     return (
         q if _is_aligned(q) else check_strides("q", q),
         k if _is_aligned(k) else check_strides("k", k),
@@ -204,10 +201,28 @@ def check_tensors_for_gpu(q, k, v, call: Call):
     )
 
 
+def _explain_gpu_misfit(dtype: torch.dtype, call: Call) -> NoReturn:
+    """Say which of check_tensors_for_gpu's conditions a call breaks."""
+    if dtype not in GPU_DTYPES:
+        raise ValueError(
+            f"dtype is {dtype}; the GPU kernels take float16 and bfloat16: try .to(torch.bfloat16), or backend='reference'"
+        )
+    for name, head_dim in (("head_dim", call.head_dim), ("head_dim_v", call.head_dim_v)):
+        if head_dim % HEAD_DIM_STEP or head_dim > HEAD_DIM_MAX:
+            raise ValueError(
+                f"{name} is {head_dim}; a multiple of {HEAD_DIM_STEP} up to {HEAD_DIM_MAX} is needed: "
+                f"pad with torch.nn.functional.pad, or use backend='reference'"
+            )
+    raise ValueError(
+        f"scale is {call.scale}; the GPU kernels need one above 0, since they look for a row's largest score before "
+        f"they scale it: negate q instead, or use backend='reference'"
+    )
+
+
 def _is_aligned(x: torch.Tensor) -> bool:
-    """One look for the usual case: every address that a row can have is a multiple of 16 bytes."""
+    """One look for the usual case: every address that a row of a GPU dtype can have is a multiple of 16 bytes."""
     s0, s1, s2, s3 = x.stride()
-    return s3 == 1 and not (x.data_ptr() | (s0 | s1 | s2) * 2) & (ALIGN_BYTES - 1)
+    return s3 == 1 and not (s0 | s1 | s2) % ALIGN_ELEMENTS and not x.data_ptr() % ALIGN_BYTES
 
 
 def check_strides(name: str, x: torch.Tensor) -> torch.Tensor:
