@@ -61,7 +61,7 @@ def smem_parts_of(kernel: str, config: Config) -> dict[str, int]:
         stages = 2 + 2 * config.stages
     else:
         parts = {name: size(f"q{name}") for name in ("Q", "dO", "K", "V")}
-        stages = 2 * warpgroups(config) + config.stages + V_STAGES
+        stages = warpgroups(config) + config.stages + V_STAGES  # Q and dO come together
     return {**parts, "barriers": BARRIER_BYTES * 2 * stages}
 
 

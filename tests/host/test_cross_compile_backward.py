@@ -1,0 +1,283 @@
+"""The backward pass of every GPU × mechanism × row of its table, compiled to machine code without that GPU: no more
+registers than a thread has, nothing spilled that is not accounted for below, the tensor cores' instructions, and as many
+of them as the gradients asked for need.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+
+from cute_attn import cubin, layouts
+from cute_attn.compile import compile_only
+from cute_attn.layouts.base import Config
+from cute_attn.plan import plan
+from cute_attn.problem import Problem
+from tests.host.test_cross_compile import FIRST, HEAD_DIMS, OTHERS, RULES, SAMPLE, WHOLE, disassemble
+
+KERNELS = {  # of a mainloop, by parts of their names
+    "cp_async_backward": ["cp_async_backward"],
+    "tma_wgmma_backward": ["tma_wgmma_backward"],
+    "tma_wgmma_wide": ["KeyGradients", "QueryGradients"],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One backward pass to compile."""
+
+    target: str
+    mechanism: str
+    head_dim: int
+    head_dim_v: int
+    rules: str
+    dtype: str = "bfloat16"
+    gradients: str = "qkv"
+    deterministic: bool = False
+
+    @property
+    def problem(self) -> Problem:
+        asked = replace(RULES[self.rules], dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v)
+        return replace(asked, gradients=self.gradients, deterministic=self.deterministic)
+
+    @property
+    def config(self) -> Config:
+        return plan(self.problem, self.target, self.mechanism)
+
+    @property
+    def row(self) -> tuple[str, str, int]:
+        """The row of the GPU's table: rows are keyed by the wider of the two padded head dims."""
+        return self.target, self.config.backward, max(self.config.tile_d, self.config.tile_dv)
+
+    @property
+    def exception(self) -> tuple[str, str, int]:
+        """Its key in EXCEPTIONS."""
+        return (layouts.for_target(self.target).GPU.name, *self.row[1:])
+
+    def __str__(self) -> str:
+        dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}-{self.head_dim_v}"
+        order = "-deterministic" if self.deterministic else ""
+        return f"{self.target}-{self.mechanism}-{dims}-{self.rules.replace(' ', '_')}-{self.gradients}{order}"
+
+
+def has_a_twin(target: str, mechanism: str) -> bool:
+    """Whether one of ``WHOLE`` has the same table, so that a sample of the target's own is enough."""
+
+    def table(of: str) -> list[Config]:
+        return [replace(plan(Problem("bfloat16", d, d, gradients="qkv"), of, mechanism), target="") for d in HEAD_DIMS]
+
+    others = [other for other in WHOLE if mechanism in layouts.for_target(other).MECHANISMS]
+    return target not in WHOLE and table(target) in map(table, others)
+
+
+@lru_cache(maxsize=1)
+def rows() -> dict[tuple[str, str, int], tuple[str, int]]:
+    """The rows of every table that are compiled: their mechanism, and the widest head dim each serves."""
+    found = {}
+    for target in layouts.known_targets():
+        for mechanism in layouts.for_target(target).MECHANISMS:
+            for d in SAMPLE if has_a_twin(target, mechanism) or target in OTHERS else HEAD_DIMS:
+                found[Case(target, mechanism, d, d, "full").row] = mechanism, d
+    return found
+
+
+def cases(rules: str, targets: list[str], **more) -> list[Case]:
+    """A case for every row of the targets' tables."""
+    return [
+        Case(target, mechanism, d, d, rules, **more) for (target, *_), (mechanism, d) in rows().items() if target in targets
+    ]
+
+
+CASES = [
+    *cases("all rules", FIRST),
+    *cases("full", ["sm_90a", *OTHERS]),
+    *cases("causal", ["sm_90a"]),
+    # The order of dQ's sums, another dtype, heads of different widths of which the narrower needs padding.
+    Case("sm_90a", "cp_async", 128, 128, "causal", deterministic=True),
+    Case("sm_90a", "tma_wgmma", 128, 128, "causal", deterministic=True),
+    Case("sm_90a", "cp_async", 104, 40, "causal", "float16"),
+    Case("sm_86", "cp_async", 40, 256, "causal", "float16"),
+    # Gradients that nobody asked for.
+    *[Case("sm_80", "cp_async", d, d, "full", gradients=names) for d in (64, 128) for names in ("q", "k", "v", "kv")],
+]
+
+# Rows whose kernels may spill, as in test_cross_compile: at most so many bytes of stack a thread, and why.
+FULL = (
+    "dK, dV, P and dP take up to 192 of a thread's 255 registers; what is set aside are a few of the block's coordinates and "
+    "addresses, read about twice for each query tile, and under a softcap some of the scores"
+)
+EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
+    ("sm_80", "cp_async_backward", 64): (192, FULL),
+    ("sm_80", "cp_async_backward", 96): (64, FULL),
+    ("sm_80", "cp_async_backward", 128): (96, FULL),
+    ("sm_86", "cp_async_backward", 64): (64, FULL),
+    ("sm_90", "cp_async_backward", 128): (96, FULL),
+    ("sm_90a", "cp_async_backward", 64): (96, FULL),
+    ("sm_90a", "cp_async_backward", 96): (32, FULL),
+    ("sm_90a", "cp_async_backward", 128): (96, FULL),
+    ("sm_90a", "cp_async_backward", 192): (64, FULL),
+    ("sm_90a", "cp_async_backward", 256): (32, FULL),
+    ("sm_100", "cp_async_backward", 128): (96, FULL),
+    ("sm_120", "cp_async_backward", 64): (32, FULL),
+    ("sm_120", "cp_async_backward", 256): (64, FULL),
+}
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
+
+
+class Kernels(NamedTuple):
+    """What became of a case: the mainloop's kernels, those around it, and the shared memory each allocates."""
+
+    own: dict[str, cubin.Compiled]
+    others: dict[str, cubin.Compiled]
+    smem_bytes: list[int]
+
+
+def compile_case(case: Case) -> Kernels:
+    """Compile and disassemble a backward pass, in a process of the pool."""
+    from cutlass.memory import SmemAllocator
+
+    ends: dict[int, int] = {}
+    keep, allocate = [], SmemAllocator._smem_alloca
+
+    def counting(self, layout, dtype, byte_alignment, *args, **kwargs):
+        from cutlass import cute
+
+        keep.append(self)  # so that no other gets its id
+        end = -(-ends.get(id(self), 0) // byte_alignment) * byte_alignment
+        ends[id(self)] = end + cute.cosize(layout) * dtype.width // 8
+        return allocate(self, layout, dtype, byte_alignment, *args, **kwargs)
+
+    with mock.patch.object(SmemAllocator, "_smem_alloca", counting), tempfile.TemporaryDirectory() as folder:
+        compile_only(case.problem, case.config, f"--keep-cubin --dump-dir={folder}")
+        (code,) = Path(folder).glob("*.cubin")
+        resources, sass = disassemble("--dump-resource-usage", code), disassemble("-sass", code)
+    around = ["RowValues"] + ["CastQueries"] * ("CastQueries" in sass)
+    own, others = (
+        {name: cubin.parse(resources, sass, name) for name in names} for names in (KERNELS[case.config.backward], around)
+    )
+    return Kernels(own, others, list(ends.values()))
+
+
+@pytest.fixture(scope="session")
+def compiled(request) -> Iterator[dict[Case, Future]]:
+    """The kernels of all tests of this run, by a pool of processes."""
+    pytest.importorskip("cutlass")
+    pool = ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn"))
+    asked = [item for item in request.session.items if item.path == Path(__file__)]
+    chosen = [item.callspec.params["case"] for item in asked if "kernels" in item.fixturenames]
+    if any(item.originalname == "test_an_exception_is_needed" for item in asked):
+        chosen += [case for case in CASES if case.exception in EXCEPTIONS]
+    try:
+        yield {case: pool.submit(compile_case, case) for case in dict.fromkeys(chosen)}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def kernels(case: Case, compiled) -> Kernels:
+    return compiled[case].result()
+
+
+# ---- what is compiled ----------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_every_table_is_compiled():
+    """With all rules for one target of each GPU module."""
+    assert {case.row for case in CASES} >= set(rows())
+    assert {case.row for case in CASES if case.rules == "all rules"} == {row for row in rows() if row[0] in FIRST}
+    assert {case.config.backward for case in CASES} == set(KERNELS)
+    assert len(set(map(str, CASES))) == len(CASES)
+
+
+# ---- registers and shared memory -----------------------------------------------------------------------------------
+
+
+@every_case
+def test_registers(case: Case, kernels: Kernels):
+    """As many blocks as the config promises fit a multiprocessor's 65,536 registers, given out 8 a thread at a time."""
+    config = case.config
+    for code in kernels.own.values():
+        assert 0 < code.registers <= 255
+        assert -(-code.registers // 8) * 8 * config.threads * config.blocks_per_multiprocessor <= 65536
+
+
+def spilled_bytes(kernels: Kernels) -> int:
+    return max(code.stack_bytes + code.local_bytes for code in kernels.own.values())
+
+
+@every_case
+def test_spills(case: Case, kernels: Kernels):
+    """None, or as many as an exception allows; the kernels before and after the mainloop's never."""
+    limit, _ = EXCEPTIONS.get(case.exception, (0, ""))
+    assert spilled_bytes(kernels) <= limit, f"{case.exception} spills {spilled_bytes(kernels)} bytes; {limit} are allowed"
+    for code in kernels.others.values():
+        assert code.stack_bytes == code.local_bytes == code.spill_stores == code.spill_loads == 0
+
+
+@pytest.mark.parametrize("row", EXCEPTIONS, ids=lambda row: "-".join(map(str, row)))
+def test_an_exception_is_needed(row, compiled):
+    """The worst kernel of the row comes close to it: one that allows much more would hide the next spill."""
+    limit, reason = EXCEPTIONS[row]
+    futures = [compiled[case] for case in CASES if case.exception == row]
+    assert futures, "there is no such row: drop the exception"
+    worst = max(spilled_bytes(future.result()) for future in futures)
+    assert worst > limit - 32, f"at most {worst} bytes are spilled: lower the limit, {limit}, or drop it"
+    assert reason
+
+
+@every_case
+def test_shared_memory(case: Case, kernels: Kernels):
+    """The largest kernel allocates what the plan counted, but for padding."""
+    family, config = layouts.family(case.config), case.config
+    assert len(kernels.smem_bytes) == len(kernels.own)
+    assert sum(family.smem_parts(config).values()) <= max(kernels.smem_bytes) <= family.smem_bytes(config)
+
+
+# ---- instructions --------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_instructions(case: Case, kernels: Kernels):
+    """The tensor cores' and the copies' are the mechanism's own."""
+    for code in kernels.own.values():
+        if case.mechanism == "tma_wgmma":
+            assert code.count("HGMMA") > 0
+            assert code.count("HMMA") == 0
+            assert code.count("UTMALDG") >= 4  # Q, K, V and dO
+            assert code.count("LDGSTS") == 0
+        else:
+            assert code.count("HMMA") > 0
+            assert code.count("HGMMA") == 0
+            assert code.count("LDSM") > 0
+            assert code.count("LDGSTS") > 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.mechanism == "cp_async"], ids=str)
+def test_no_product_that_nobody_asked_for(case: Case, kernels: Kernels):
+    """The products of a tile, in every copy of the loop: one that masks, one that does not, one for the other edge; and dQ
+    once more, where it is a tile late. dQ is added as many floats at a time as the GPU can."""
+    (code,), config, problem, asked = kernels.own.values(), case.config, case.problem, case.gradients
+    d, dv = config.tile_d, config.tile_dv
+    columns = {"S": d, "dP": dv * (asked != "v"), "dV": dv * ("v" in asked), "dK": d * ("k" in asked), "dQ": d * ("q" in asked)}
+    each = {name: n * config.tile_m * config.tile_n // config.mma_warps // (16 * 8 * 16) for name, n in columns.items()}
+    late = config.key_warps == config.mma_warps
+    loops = 2 + (problem.bounded_left or (problem.bounded_right and problem.deterministic))
+    copies, rest = divmod(code.count("HMMA") - late * each["dQ"], sum(each.values()))
+    assert rest == 0
+    assert loops <= copies <= 2 * loops  # the compiler may make two of one
+    added = ("q" in asked) * (config.tile_m * d // config.mma_threads // config.add_width + problem.deterministic)
+    assert code.count("RED") + code.count("REDG") == (copies + late) * added
