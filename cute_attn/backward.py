@@ -70,7 +70,14 @@ def host_function(problem, config):
         rows = Rows(*(select_modes(mRows, [0, 3, 2, 1])[i, None, None, None] for i in range(2)))  # (rows, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
         shift = seqlen_k - seqlen_q
-        values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
+        lo, hi = shift - left, shift + right
+        if cutlass.const_expr(problem.bounded_left):
+            # Keys before the first that any query sees don't exist here: key tiles begin at multiples of tile_n, and would
+            # read them otherwise. Their gradients are zeroed on the host.
+            unseen = cutlass.max(lo, 0)
+            k, v, dk, dv = (_rows_from(m, unseen) for m in (k, v, dk, dv))
+            seqlen_k, lo, hi = seqlen_k - unseen, lo - unseen, hi - unseen
+        values = Values(seqlen_q, seqlen_k, lo, hi, scale_log2, scale_by_cap)
         # In groups of heads, too, where dQ is added in a fixed order: few key tiles of a head then wait for one another.
         long_first = problem.bounded_right or problem.deterministic
         tiles = Tiles.of_keys(k.shape, q.shape[2] // k.shape[2], config.tile_n, blocks, long_first)
@@ -82,6 +89,14 @@ def host_function(problem, config):
             cast.launch(dq_sum, dq, values, stream)
 
     return backward
+
+
+def _rows_from(m: cute.Tensor | None, first: Int32) -> cute.Tensor | None:
+    """``(seqlen, head_dim, heads, batch)`` from row ``first`` on."""
+    if m is None:
+        return None
+    shape = (m.shape[0] - first, *m.shape[1:])
+    return cute.make_tensor(cute.domain_offset((first, 0, 0, 0), m).iterator, cute.make_layout(shape, stride=m.stride))
 
 
 def fake_arguments(problem, config) -> tuple:
@@ -126,6 +141,12 @@ def fake_arguments(problem, config) -> tuple:
     )
 
 
+def _place(blocks, heads):
+    """``(block, head, batch)`` of this block, of ``blocks`` for each head. A grid's other dimensions end at 65,535."""
+    index = cute.arch.block_idx()[0]
+    return index % blocks, index // blocks % heads, index // blocks // heads
+
+
 class RowValues:
     """delta and the log-sum-exp in base 2 of each query row; and zeros in dQ's sums."""
 
@@ -142,12 +163,12 @@ class RowValues:
     def launch(self, mO, mdO, mLSE, mdLSE, rows: Rows, dq_sum, stream):
         padded, heads, batch = rows.delta.shape
         self.kernel(mO, mdO, mLSE, mdLSE, rows, dq_sum).launch(
-            grid=[cute.ceil_div(padded, self.rows), heads, batch], block=[self.THREADS, 1, 1], stream=stream
+            grid=[cute.ceil_div(padded, self.rows) * heads * batch, 1, 1], block=[self.THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(self, mO, mdO, mLSE, mdLSE, rows: Rows, dq_sum):
-        block, head, batch = cute.arch.block_idx()
+        block, head, batch = _place(cute.ceil_div(rows.delta.shape[0], self.rows), rows.delta.shape[1])
         thread = cute.arch.thread_idx()[0]
         row, place = block * self.rows + thread // self.threads_per_row, thread % self.threads_per_row
         exists = row < mO.shape[0]
@@ -202,14 +223,14 @@ class CastQueries:
     def launch(self, dq_sum, mdQ, values: Values, stream):
         _, pieces, m_blocks, heads, batch = dq_sum.shape
         self.kernel(dq_sum, mdQ, values).launch(
-            grid=[m_blocks * pieces, heads, batch], block=[self.threads, 1, 1], stream=stream
+            grid=[m_blocks * pieces * heads * batch, 1, 1], block=[self.threads, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(self, dq_sum, mdQ, values: Values):
-        block, head, batch = cute.arch.block_idx()
-        thread = cute.arch.thread_idx()[0]
         count = len(self.pieces)
+        block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
+        thread = cute.arch.thread_idx()[0]
         m_block, piece = block // count, block % count
         row_first, column_first = m_block * self.config.tile_m, Int32(0)
         for p in cutlass.range_constexpr(count):

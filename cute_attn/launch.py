@@ -85,6 +85,10 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
         dq_sum = q.new_empty((*slices, len(layouts.pieces(config)), piece_rows * piece_columns), dtype=torch.float32)
         if deterministic:
             counters = q.new_zeros(slices, dtype=torch.int32)
+    if call.left is not None and call.shift > call.left:  # keys that no query sees, which the kernels never touch
+        for x in (gradient["k"], gradient["v"]):
+            if x is not None:
+                x[:, : call.shift - call.left].zero_()
     _run(function, blocks, device, call, (q, k, v, out, dout, lse, dlse, rows, dq_sum, counters, *gradient.values()))
     return tuple(gradient.values())
 

@@ -6,6 +6,7 @@ of the two.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import cutlass
@@ -17,6 +18,7 @@ from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.mainloop.common import apply_rules
 from cute_attn.mainloop.cp_async import Forward
+from cute_attn.mainloop.warps import MMA_K, product
 from cute_attn.softmax import scale_rows
 
 
@@ -36,9 +38,9 @@ class Staged(Forward):
                 fill_registers_noise(self.kept)
         return Forward._shared(self)
 
-    def _copy(self, *arguments):
+    def _copy_q(self, *arguments):
         if self.stages.loads or self.stages.products:
-            Forward._copy(self, *arguments)
+            Forward._copy_q(self, *arguments)
 
     def _copy_pair(self, k, v, keys, n, slot):
         Forward._copy_pair(self, k, v, keys, n, slot)
@@ -77,10 +79,7 @@ class Staged(Forward):
             q, k = operands.q, operands.k
             for again in cutlass.range_constexpr(self.stages.products):
                 self._forget(again)
-                for i in cutlass.range_constexpr(cute.size(q.fragment, mode=[2])):
-                    cute.copy(q.copy, q.source[None, None, i], q.into[None, None, i])
-                    cute.copy(k.copy, k.source[None, None, i, slot], k.into[None, None, i])
-                    cute.gemm(operands.mma_S, acc_S, q.fragment[None, None, i], k.fragment[None, None, i], acc_S)
+                product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
         return acc_S
 
     @cute.jit
@@ -88,15 +87,17 @@ class Staged(Forward):
         """O += P·V."""
         v = operands.v
         p = as_operand_a(acc_S)
+
+        def rounded(step):
+            return converted(p[None, None, step], v.fragment.element_type)
+
         for again in cutlass.range_constexpr(max(self.stages.products, 1)):
             self._forget(again)
-            for i in cutlass.range_constexpr(cute.size(v.fragment, mode=[2])):
-                if cutlass.const_expr(self.stages.products):
-                    cute.copy(v.copy, v.source[None, None, i, slot], v.into[None, None, i])
-                    p_i = converted(p[None, None, i], v.fragment.element_type)
-                    cute.gemm(operands.mma_O, acc_O, p_i, v.fragment[None, None, i], acc_O)
-                else:
-                    use_bits(converted(p[None, None, i], v.fragment.element_type), acc_O)
+            if cutlass.const_expr(self.stages.products):
+                product(operands.mma_O, acc_O, self.config.tile_n // MMA_K, rounded, partial(v.load, slot=(slot,)))
+            else:
+                for step in cutlass.range_constexpr(self.config.tile_n // MMA_K):
+                    use_bits(rounded(step), acc_O)
 
     def _forget(self, again: int):
         """Before a product is done again: a fence for the compiler, which would keep the operands in registers."""

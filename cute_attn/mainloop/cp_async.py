@@ -106,7 +106,7 @@ class Forward:
             )
             for x in (q, k):  # V's padding only reaches columns of O that are not stored
                 x.clear_padding()
-            q.start(q.m, q.tXsX, row_first, values.seqlen_q)
+            self._copy_q(q, row_first, values.seqlen_q)
             for slot in cutlass.range_constexpr(config.stages - 1):
                 self._copy_pair(k, v, keys, keys.count - 1 - slot, slot)
             output = Output(acc_O, rescale, softmax)
@@ -147,6 +147,10 @@ class Forward:
         return Operand.of(self.lay.load_operand(name, self.config), s, fragment, thread)
 
     # ---- copies ----------------------------------------------------------------------------------------------------
+
+    def _copy_q(self, q: Stream, row_first, end):
+        """Start copying the block's queries."""
+        q.start(q.m, q.tXsX, row_first, end)
 
     @cute.jit
     def _copy_pair(self, k: Stream, v: Stream, keys: KeyTiles, n, slot):

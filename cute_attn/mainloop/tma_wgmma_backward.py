@@ -117,18 +117,23 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
-        """Make the TMA descriptors and launch persistent blocks, at most as many as the GPU holds at once."""
+        """Make the TMA descriptors and launch the kernel."""
         q, k, v, do = (
             self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO))
         )
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         self.kernel(Operands(q, k, v, do, dk, dv), rows, gradients, values, tiles).launch(
-            grid=[cutlass.min(blocks, tiles.count()), 1, 1],
+            grid=[self._blocks(blocks, tiles), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )
+
+    def _blocks(self, blocks, tiles: Tiles):
+        """Persistent blocks, at most as many as the GPU holds at once. Where dQ is added in a fixed order, one for each tile:
+        a tile may wait for those before it, and the hardware starts blocks in order, however few it has room for."""
+        return tiles.count() if self.problem.deterministic and self.needs_q else cutlass.min(blocks, tiles.count())
 
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
