@@ -59,7 +59,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
     ``dout`` and ``dlse`` may have any strides, and be ``None`` where nothing depends on that output; what the kernels
     can't read in place is copied. Besides the gradients this allocates two float32 a query row, and for dQ its sums in
-    float32.
+    float32; of both the rows are a multiple of 128.
     """
     gradient = {name: x.new_empty(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)}
     if call.empty:

@@ -120,6 +120,17 @@ def test_rows_that_see_nothing(rules, mechanism):
     assert_same_bits(run(q, k, v, mechanism, dout, dlse, deterministic=True, **rules), want)
 
 
+def test_more_batches_than_a_grid_has_layers(mechanism):
+    """A grid's second and third dimension end at 65,535."""
+    q, k, v = make_qkv(65_600, 1, 2, 1, 1, 64, 64, torch.bfloat16, "cuda")
+    dout = make_gradients(q, v)[0]
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    got = torch.autograd.grad(attention(q, k, v, mechanism=mechanism), (q, k, v), dout)
+    some = slice(65_500, 65_600)
+    assert_gradients_close([x[some] for x in got], *(x.detach()[some] for x in (q, k, v, dout)))
+
+
+
 def test_keys_that_nobody_sees(mechanism):
     """Zeros, and they are not read."""
     q, k, v, dout, _ = make(2, 100, 700, 4, 2, 128)
