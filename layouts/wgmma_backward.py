@@ -151,7 +151,7 @@ def copies(config: Config) -> dict[tuple[str, str], Copy | Box]:
 
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
-    return {"the block": 1, "dS": 1, "dQ": 2 * warpgroups(config), "epilogues": warpgroups(config)}
+    return {"the block": 1, "dS": 1, "dQ": 3 * warpgroups(config), "epilogues": warpgroups(config)}
 
 
 def _store(operand: str, role: str, config: Config) -> Copy:

@@ -9,8 +9,9 @@ The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the ope
 through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, dV while
 dS is taken and shared, dK while dQ is handed over and until the next tile's Sᵀ begins.
 
-Three warps copy: K, Q and the rows' LSE; V, dO and the rows' delta; and dQ, which is added in float32 to global memory by
-the copy engine (``cp.reduce.async.bulk``), in the order of the accumulator's registers, which costs no bank conflict.
+Four warps copy: one K, Q and the rows' LSE; one V, dO and the rows' delta; two take turns with dQ, which the copy engine
+adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's registers, which costs no
+bank conflict.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from cute_attn.scheduler import Tiles
 from cute_attn.softmax import score_gradients
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
-SHARE_BARRIER, FULL_BARRIER, EMPTY_BARRIER, STORE_BARRIER = 1, 2, 5, 8  # the last three: one for each warpgroup
+ADDERS = 2  # warps from ADD_DQ_WARP on
+# One for each warpgroup of the last three, and of FULL one for each adder.
+SHARE_BARRIER, FULL_BARRIER, EMPTY_BARRIER, STORE_BARRIER = 1, 2, 6, 8
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,8 @@ class Backward(KeyBlocks):
                 keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
                 self.copy_tiles(keys, queries, (rows.delta, shared.delta), values, tiles)
             if cutlass.const_expr(self.needs_q):
-                if warp == ADD_DQ_WARP:
-                    self._add_dq(gradients, shared.dq, values, tiles)
+                if warp >= ADD_DQ_WARP:
+                    self._add_dq(gradients, shared.dq, values, tiles, warp - ADD_DQ_WARP)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             self._compute(operands, shared, pipes, values, tiles)
@@ -185,9 +188,13 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, sdQ: cute.Tensor, values: Values, tiles: Tiles):
-        """One warp: adds each tile's dQ to global memory."""
+    def _add_dq(self, gradients: Gradients, sdQ: cute.Tensor, values: Values, tiles: Tiles, mine: Int32):
+        """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
+        until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         lane = cute.arch.lane_idx()
+        step = Int32(0)
+        if mine == 0:
+            self._offer()
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
@@ -196,42 +203,36 @@ class Backward(KeyBlocks):
             for member in cutlass.range(tiles.heads_per_kv, unroll=1):
                 head = head_kv * tiles.heads_per_kv + member
                 for i in cutlass.range(visited.count, unroll=1):
-                    for w in cutlass.range_constexpr(self.warpgroups):
-                        cute.arch.barrier_arrive(barrier_id=EMPTY_BARRIER + w, number_of_threads=WARPGROUP + 32)
-                    if cutlass.const_expr(self.problem.deterministic):
-                        if lane == 0:
-                            self._wait_for_turn(gradients, values, visited, (i, head, batch))
-                        cute.arch.sync_warp()
-                    for w in cutlass.range_constexpr(self.warpgroups):
-                        cute.arch.barrier(barrier_id=FULL_BARRIER + w, number_of_threads=WARPGROUP + 32)
-                    if lane == 0:
+                    if step % ADDERS == mine:
+                        m_block = visited.in_order(i, self.problem)
+                        where = (m_block, head, batch)
+                        if cutlass.const_expr(self.problem.deterministic):
+                            if lane == 0:
+                                gradients.wait_for_turn(where, visited.rank(values, self.problem, m_block, self.config))
+                            cute.arch.sync_warp()
                         for w in cutlass.range_constexpr(self.warpgroups):
-                            _reduce_add(gradients.mdQ[None, w, visited.in_order(i, self.problem), head, batch], sdQ[None, w])
-                        cute.arch.cp_async_bulk_commit_group()
-                        cute.arch.cp_async_bulk_wait_group(0, read=True)
-                    cute.arch.sync_warp()
-                if cutlass.const_expr(self.problem.deterministic):
-                    if lane == 0 and visited.count > 0:
-                        self._pass_turn(gradients, visited, (visited.count - 1, head, batch))
+                            barrier = FULL_BARRIER + ADDERS * w + mine
+                            cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
+                        if lane == 0:
+                            for w in cutlass.range_constexpr(self.warpgroups):
+                                _reduce_add(gradients.mdQ[(None, w, *where)], sdQ[None, w])
+                            cute.arch.cp_async_bulk_commit_group()
+                            cute.arch.cp_async_bulk_wait_group(0, read=True)
+                        cute.arch.sync_warp()
+                        self._offer()
+                        if cutlass.const_expr(self.problem.deterministic):
+                            if lane == 0:
+                                cute.arch.cp_async_bulk_wait_group(0, read=False)
+                                gradients.pass_turn(where)
+                    step += 1
             turn += 1
             position = tiles.position(turn)
         cute.arch.cp_async_bulk_wait_group(0, read=False)
 
-    @cute.jit
-    def _wait_for_turn(self, gradients: Gradients, values: Values, visited: QueryTiles, where):
-        """One thread: pass on the turn of the tile before, whose sum is complete by now or nearly so, then wait for that of
-        tile i. All of it while the tile is still being computed."""
-        i, head, batch = where
-        if i > 0:
-            self._pass_turn(gradients, visited, (i - 1, head, batch))
-        m_block = visited.in_order(i, self.problem)
-        gradients.wait_for_turn((m_block, head, batch), visited.rank(values, self.problem, m_block, self.config))
-
-    @cute.jit
-    def _pass_turn(self, gradients: Gradients, visited: QueryTiles, where):
-        i, head, batch = where
-        cute.arch.cp_async_bulk_wait_group(0, read=False)
-        gradients.pass_turn((visited.in_order(i, self.problem), head, batch))
+    def _offer(self):
+        """dQ's shared memory to the computing warpgroups, for the next tile."""
+        for w in range(self.warpgroups):
+            cute.arch.barrier_arrive(barrier_id=EMPTY_BARRIER + w, number_of_threads=WARPGROUP + 32)
 
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
@@ -345,7 +346,7 @@ class Backward(KeyBlocks):
         pipes.do.consumer_release(state)
         if cutlass.const_expr(self.needs_q):
             flight.wait("dQ")
-            self._hand_over_dq(me, frag, shared)
+            self._hand_over_dq(me, frag, shared, state.count % ADDERS)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
             pipes.q.consumer_release(state)
@@ -374,7 +375,7 @@ class Backward(KeyBlocks):
         cute.nvgpu.warpgroup.commit_group()
 
     @cute.jit
-    def _hand_over_dq(self, me: Worker, frag: Fragments, shared: Shared):
+    def _hand_over_dq(self, me: Worker, frag: Fragments, shared: Shared, adder):
         """This warpgroup's piece of dQ to shared memory, in the order of its registers, for the warp that adds it."""
         cute.arch.barrier(barrier_id=EMPTY_BARRIER + me.warpgroup, number_of_threads=WARPGROUP + 32)
         values = cute.size(frag.acc_dQ)
@@ -383,7 +384,8 @@ class Backward(KeyBlocks):
         source = cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout((4, values // 4)))
         cute.autovec_copy(source, into)
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier_arrive(barrier_id=FULL_BARRIER + me.warpgroup, number_of_threads=WARPGROUP + 32)
+        barrier = FULL_BARRIER + ADDERS * me.warpgroup + adder
+        cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
 
     def _meet(self):
         """All computing warpgroups."""
