@@ -58,7 +58,7 @@ def smem_parts_of(kernel: str, config: Config) -> dict[str, int]:
         parts["K"] = parts["V"] = max(parts["K"], parts["V"])  # each has room for the other's gradient
         parts["P"] = P_STAGES * ROWS_PER_WARPGROUP * config.tile_m * BYTES
         parts["rows"] = config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES
-        stages = 2 + 2 * config.stages
+        stages = 2 + 2 * config.stages + P_STAGES
     else:
         parts = {name: size(f"q{name}") for name in ("Q", "dO", "K", "V")}
         stages = warpgroups(config) + config.stages + V_STAGES  # Q and dO come together
@@ -139,7 +139,7 @@ def copies(config: Config) -> dict[tuple[str, str], Copy | Box]:
 
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
-    return {"the block": 1, "P": 2 * P_STAGES, "epilogues": warpgroups(config)}
+    return {"the block": 1, "epilogues": warpgroups(config)}
 
 
 def _box(operand: str, config: Config, store: bool = False) -> Box:

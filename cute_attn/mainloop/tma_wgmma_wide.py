@@ -42,6 +42,7 @@ from cute_attn.mainloop.warpgroups import (
     Kernel,
     KeyBlocks,
     Operand,
+    arrive,
     of_columns,
     rounded_operand,
     rounded_probabilities,
@@ -51,7 +52,7 @@ from cute_attn.scheduler import Tiles
 from cute_attn.softmax import probabilities_by_row, score_gradients, score_gradients_by_row
 
 COPY_WARPS = (0, 1)
-FULL_BARRIER, EMPTY_BARRIER, STORE_BARRIER = 1, 3, 5  # two each: a slot of P, or a warpgroup
+STORE_BARRIER = 1  # one for each warpgroup
 
 
 class Backward:
@@ -106,12 +107,14 @@ def _store(kernel, name: cutlass.Constexpr, acc, operand: Operand, s: cute.Tenso
 
 @dataclass(frozen=True)
 class KeyPipelines:
-    """K and V have one stage each, Q (with the rows' LSE) and dO (with their delta) several."""
+    """K and V have one stage each, Q (with the rows' LSE) and dO (with their delta) several; P's are from the first computing
+    warpgroup to the second."""
 
     k: pipeline.PipelineTmaAsync
     v: pipeline.PipelineTmaAsync
     q: pipeline.PipelineTmaAsync
     do: pipeline.PipelineTmaAsync
+    p: pipeline.PipelineAsync
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ class KeyGradients(KeyBlocks):
             v=self.pipe(smem, 1, half, lay.slot_bytes("V", config)),
             q=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("Q", config) + row_bytes),
             do=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("dO", config) + row_bytes),
+            p=self.hand_over_pipe(smem, lay.P_STAGES, half),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -211,6 +215,7 @@ class KeyGradients(KeyBlocks):
         cS = Coordinates.of(self.lay.tiled_mma("S", self.config), thread, (self.config.tile_n, self.config.tile_m))
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
@@ -231,10 +236,10 @@ class KeyGradients(KeyBlocks):
                     mask_transposed(P, cS, origin, values, self.problem)
                 lse_log2 = of_columns(S, thread, shared.lse[None, state.index])
                 rP = rounded_probabilities(acc_S, lse_log2, values, self.problem, self.element)
-                pipes.q.consumer_release(state)
+                self.release_rows(pipes.q, state)
                 if cutlass.const_expr(self.needs_k):
                     of_ds = rounded_operand(acc_S, self.element) if cutlass.const_expr(self.problem.softcap) else rP
-                    self._hand_over(of_ds, shared, thread, state.count)
+                    p_state = self._hand_over(of_ds, shared, pipes, thread, p_state)
                 pipes.do.consumer_wait(state)
                 if cutlass.const_expr(self.needs_v):
                     mma, tB = self.lay.tiled_mma("dV", self.config), tVrdO[None, None, None, state.index]
@@ -258,11 +263,9 @@ class KeyGradients(KeyBlocks):
         tPrV = dP.make_fragment_A(dP.partition_A(shared.v[None, None, 0]))
         tPrdO = dP.make_fragment_B(dP.partition_B(shared.do))
         tKrQ = dK.make_fragment_B(dK.partition_B(transposed(shared.q)))
-        if cutlass.const_expr(self.needs_k):
-            for slot in cutlass.range_constexpr(self.lay.P_STAGES):
-                cute.arch.barrier_arrive(barrier_id=EMPTY_BARRIER + slot, number_of_threads=2 * WARPGROUP)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
@@ -276,10 +279,10 @@ class KeyGradients(KeyBlocks):
                     acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
                     warpgroup.wait_group(0)
                 if cutlass.const_expr(self.needs_k):
-                    P = self._take_over(acc_dP, shared, thread, state.count)
+                    P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
                     delta = of_columns(dP, thread, shared.delta[None, state.index])
                     score_gradients(rows_columns(P), rows_columns(acc_dP), delta)
-                pipes.do.consumer_release(state)
+                self.release_rows(pipes.do, state)
                 pipes.q.consumer_wait(state)
                 if cutlass.const_expr(self.needs_k):
                     rdS = rounded_operand(P, self.element)
@@ -297,26 +300,27 @@ class KeyGradients(KeyBlocks):
             position = tiles.position(turn)
 
     @cute.jit
-    def _hand_over(self, rP: cute.Tensor, shared: KeyShared, thread, count):
+    def _hand_over(self, rP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):
         """P to the other warpgroup, each thread's registers as they are: the same thread there has the same scores."""
-        slot = count % self.lay.P_STAGES
-        cute.arch.barrier(barrier_id=EMPTY_BARRIER + slot, number_of_threads=2 * WARPGROUP)
-        into = self._chunks(shared.p[None, thread, slot], thread)
+        pipes.p.producer_acquire(p_state)
+        into = self._chunks(shared.p[None, thread, p_state.index], thread)
         cute.autovec_copy(cute.make_tensor(rP.iterator, cute.make_layout(into.shape)), into)
-        cute.arch.barrier_arrive(barrier_id=FULL_BARRIER + slot, number_of_threads=2 * WARPGROUP)
+        arrive(pipes.p.producer_commit, p_state)
+        p_state.advance()
+        return p_state
 
     @cute.jit
-    def _take_over(self, acc_dP: cute.Tensor, shared: KeyShared, thread, count):
+    def _take_over(self, acc_dP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):
         """P from the other warpgroup, as float32 in the layout of dP."""
-        slot = count % self.lay.P_STAGES
         rP = cute.make_rmem_tensor(as_operand_a(acc_dP).shape, self.element)
-        cute.arch.barrier(barrier_id=FULL_BARRIER + slot, number_of_threads=2 * WARPGROUP)
-        source = self._chunks(shared.p[None, thread, slot], thread)
+        pipes.p.consumer_wait(p_state)
+        source = self._chunks(shared.p[None, thread, p_state.index], thread)
         cute.autovec_copy(source, cute.make_tensor(rP.iterator, cute.make_layout(source.shape)))
-        cute.arch.barrier_arrive(barrier_id=EMPTY_BARRIER + slot, number_of_threads=2 * WARPGROUP)
+        arrive(pipes.p.consumer_release, p_state)
+        p_state.advance()
         P = cute.make_rmem_tensor_like(acc_dP)
         as_operand_a(P).store(rP.load().to(Float32))
-        return P
+        return P, p_state
 
     def _chunks(self, sP: cute.Tensor, thread) -> cute.Tensor:
         """A thread's values of one slot, 16 bytes at a time, the same of all threads side by side: no bank conflicts."""

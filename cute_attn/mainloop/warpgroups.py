@@ -73,6 +73,15 @@ def rounded_probabilities(acc_S: cute.Tensor, lse_log2: cute.Tensor, values: Val
     return rounded_operand(acc_S, dtype)
 
 
+@cute.jit
+def arrive(arrival: cutlass.Constexpr, state: pipeline.PipelineState):
+    """One thread's ``arrival`` at a barrier in the name of its warp, whose every lane has by then read or written what the
+    barrier guards."""
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        arrival(state)
+
+
 class InFlight:
     """The groups of warpgroup MMAs a warpgroup has issued and not waited for, in order, by name; known at compile time.
 
@@ -163,6 +172,22 @@ class Kernel:
         acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, columns)), Float32)
         acc.fill(0.0)
         return acc
+
+    def hand_over_pipe(self, smem, stages: int, warps: int):
+        """A pipeline from ``warps`` warps to as many others, one arrival from each; see :func:`arrive`."""
+        group = pipeline.CooperativeGroup(pipeline.Agent.Thread, warps)
+        return pipeline.PipelineAsync.create(
+            num_stages=stages,
+            producer_group=group,
+            consumer_group=group,
+            barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
+            defer_sync=True,
+        )
+
+    def release_rows(self, pipe: pipeline.PipelineTmaAsync, state):
+        """Release a stage with a value of each row, which every lane reads by itself; only one tells the producer."""
+        cute.arch.sync_warp()
+        pipe.consumer_release(state)
 
     def stage_before(self, state):
         """The stage before; enough of its state to release it."""
