@@ -621,7 +621,7 @@ def _rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[
             if isinstance(copy, Box):
                 yield _box_row(at, step, copy, layout, shape, dim, family)
             else:
-                yield _copy_row(at, step, copy, layout, shape, dim, _wanted(step, operand, config, family))
+                yield _copy_row(at, step, copy, layout, shape, dim, wanted(step, operand, config, family))
         yield from _tensor_core_row(where, operand, layout, copies, config, family)
 
 
@@ -649,15 +649,32 @@ def _copy_row(at: str, step: str, copy: Copy, layout: Layout, shape, dim: int, w
     return Row(copy.operand, step, copy.instruction, str(copy.values), counted, moved, tuple(found))
 
 
-def _wanted(step: str, operand: str, config: Config, family: ModuleType) -> tuple[Layout, int] | None:
+def in_registers(step: str, operand: str, config: Config, family: ModuleType) -> tuple[str, str] | None:
+    """The MMA's role whose registers a copy fills or empties, and which they are: ``"A"``, ``"B"`` or the accumulator
+    ``"C"``."""
+    verb, _, role = step.partition(" ")
+    if not config.backward:
+        forward = {("load", "Q"): ("S", "A"), ("load", "K"): ("S", "B"), ("load", "V"): ("O", "B"), ("store", "O"): ("O", "C")}
+        return forward.get((step, operand))
+    if verb == "store":
+        return "S" if operand in ("P", "dS") else operand, "C"
+    return (role, "AB"[family.READS[role].index(operand)]) if verb == "load" else None
+
+
+def wanted(step: str, operand: str, config: Config, family: ModuleType) -> tuple[Layout, int] | None:
     """The MMA's map that a copy to or from registers must agree with, and how many warps hold each element."""
-    scores, output = family.mma("S", config), family.mma("O", config)
-    return {
-        ("load", "Q"): (scores.a, 1),
-        ("load", "K"): (scores.b, scores.warps),
-        ("load", "V"): (output.b, output.warps),
-        ("store", "O"): (output.c, 1),
-    }.get((step, operand))
+    if (found := in_registers(step, operand, config, family)) is None:
+        return None
+    mma = family.mma(found[0], config)
+    return {"A": (mma.a, mma.across), "B": (mma.b, mma.warps), "C": (mma.c, 1)}[found[1]]
+
+
+def tiled_copy(step: str, operand: str, config: Config, family: ModuleType):
+    """The DSL's object of a copy by threads."""
+    verb, _, role = step.partition(" ")  # "load", in the backward pass "load dV"
+    make = {"in": "copy_in", "load": "load_operand", "out": "copy_out"}.get(verb, "store_accumulator")
+    arguments = (config,) if verb == "store" and not config.backward else (operand, config)
+    return getattr(family, make)(*([role] if role else []), *arguments)
 
 
 def _tensor_core_row(where: str, operand: str, layout: Layout, copies, config: Config, family) -> Iterator[Row]:
@@ -719,12 +736,8 @@ def _compare(config: Config, family: ModuleType, limit: int, done: set) -> Itera
             yield Finding("DSL", f"{at}, {role}", text, 1, "mend family.mma")
     for (step, name), copy in family.copies(config).items():
         if isinstance(copy, Copy):
-            verb, _, role = step.partition(" ")  # "load", in the backward pass "load dV"
-            make = {"in": "copy_in", "load": "load_operand", "out": "copy_out"}.get(verb, "store_accumulator")
-            arguments = (config,) if step == "store" and not config.backward else (name, config)
-            traced = getattr(family, make)(*([role] if role else []), *arguments)
-            pointed = algebra.addresses(copy)
-            ends = {"load": (pointed, copy.values), "store": (copy.values, pointed)}.get(verb, (pointed, pointed))
+            traced, pointed = tiled_copy(step, name, config, family), algebra.addresses(copy)
+            ends = {"load": (pointed, copy.values), "store": (copy.values, pointed)}.get(step.split()[0], (pointed, pointed))
             pairs.append((f"{at}, {name} {step}, source", ends[0], traced.layout_src_tv_tiled))
             pairs.append((f"{at}, {name} {step}, destination", ends[1], traced.layout_dst_tv_tiled))
     for where, layout, traced in pairs:

@@ -27,7 +27,7 @@ def rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[R
             if name == operand and isinstance(copy, Box):
                 yield prove._box_row(at, step, copy, layout, shape, dim, family)
             elif name == operand:
-                yield prove._copy_row(at, step, copy, layout, shape, dim, _wanted(step, operand, config, family))
+                yield prove._copy_row(at, step, copy, layout, shape, dim, prove.wanted(step, operand, config, family))
         yield from _tensor_core_rows(where, operand, layout, config, family)
     for role in family.ROLES:
         yield Row(role, "product", "", str(family.mma(role, config).c), findings=tuple(_product(role, config, family)))
@@ -44,17 +44,6 @@ def _held(where: str, operand: str, layout: Layout, config: Config, family: Modu
         return []
     text = f"{layout} reaches over {need} bytes; {have} are set aside"
     return [Finding("outside", where, text, need - have, "count every slot of the layout in smem_parts")]
-
-
-def _wanted(step: str, operand: str, config: Config, family: ModuleType) -> tuple[Layout, int] | None:
-    """The MMA's map that a copy to or from registers must agree with, and how many warps hold each element."""
-    verb, _, role = step.partition(" ")
-    if verb == "store":
-        return family.mma("S" if operand in ("P", "dS") else operand, config).c, 1
-    if verb != "load":
-        return None
-    mma = family.mma(role, config)
-    return (mma.a, mma.across) if family.READS[role][0] == operand else (mma.b, mma.warps)
 
 
 def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> Iterator[Row]:
