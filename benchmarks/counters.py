@@ -7,6 +7,7 @@ read. So the file that is kept holds the proofs of today against the hardware.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -73,8 +74,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        c = self.config
-        return f"{c.mechanism} d{c.tile_d} {self.operand} {self.step}{'' if self.variant == SHIPPED else f', {self.variant}'}"
+        c, variant = self.config, "" if self.variant == SHIPPED else f", {self.variant}"
+        return f"{c.backward or c.mechanism} d{c.tile_d} {self.operand} {self.step}{variant}"
+
+    @property
+    def verb(self) -> str:
+        """``in``, ``load``, ``store`` or ``out``: the step, of a ``load`` without the product that it is for."""
+        return self.step.split()[0]
 
     @cached_property
     def copy(self) -> Copy | Box:
@@ -122,10 +128,10 @@ class Case:
 
 
 def cases(arch: str, head_dims: Sequence[int]) -> list[Case]:
-    """Every copy of the shipped configs, without those that are the same as one before."""
+    """Every copy of the shipped configs, the forward pass's first, without those that are the same as one before."""
     found: dict[tuple, Case] = {}
-    for head_dim in head_dims:
-        for config, _ in configs(arch, head_dim, dtype="bfloat16"):
+    for gradients, head_dim in itertools.product(("", "qkv"), head_dims):
+        for config, _ in configs(arch, head_dim, dtype="bfloat16", gradients=gradients):
             for step, operand in layouts.family(config).copies(config):
                 for variant in (SHIPPED, UNSWIZZLED, COLUMNS):
                     case = Case(config, operand, step, variant)

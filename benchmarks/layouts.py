@@ -35,9 +35,10 @@ from rich.table import Table
 
 from benchmarks.counters import ALSO, AS_PREDICTED, COUNTERS, Case, Counted, CountersRecord, cases, parse, show
 from cute_attn import layouts
-from cute_attn.layouts import algebra
+from cute_attn.layouts import algebra, prove
 from cute_attn.layouts.base import Box, cute_layout
 from cute_attn.layouts.fragments import transposed
+from cute_attn.mainloop.warps import MMA_K, Operand
 
 WARP = 32
 HEAD_DIMS = (64, 96, 128, 256)
@@ -84,26 +85,26 @@ class Micro:
         smem = cutlass.memory.SmemAllocator()
         raw = smem.allocate_tensor(Int16, cute.make_layout(cute.size(image)), self.lay.SMEM_ALIGN)
         s = self._view(raw)
-        if cutlass.const_expr(self.check and self.case.step in ("load", "out")):
+        if cutlass.const_expr(self.check and self.case.verb in ("load", "out")):
             self._move(image, raw, thread)
             if cutlass.const_expr(atom is not None):
                 cute.arch.fence_view_async_shared()
             cute.arch.sync_threads()
         if cutlass.const_expr(atom is not None):
             self._tma(atom, coordinates, s, smem)
-        elif cutlass.const_expr(self.case.step == "in"):
+        elif cutlass.const_expr(self.case.verb == "in"):
             self._copy_in(mX, s, thread)
-        elif cutlass.const_expr(self.case.step == "load"):
+        elif cutlass.const_expr(self.case.verb == "load"):
             self._load(s, image, thread)
-        elif cutlass.const_expr(self.case.step == "store"):
+        elif cutlass.const_expr(self.case.verb == "store"):
             self._store(s, thread)
         else:
             self._copy_out(s, mX, thread)
         cute.arch.sync_threads()
-        if cutlass.const_expr(self.case.step in ("in", "store")):
+        if cutlass.const_expr(self.case.verb in ("in", "store")):
             if cutlass.const_expr(self.check):
                 self._move(raw, image, thread)
-            elif cutlass.const_expr(self.case.step == "store"):
+            elif cutlass.const_expr(self.case.verb == "store"):
                 image[thread] = raw[thread]
 
     def _view(self, raw: cute.Tensor) -> cute.Tensor:
@@ -144,9 +145,12 @@ class Micro:
         if cutlass.const_expr(not self.case.copy.store):
             pipe.consumer_wait(pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1))
 
+    def _tiled_copy(self):
+        return prove.tiled_copy(self.case.step, self.case.operand, self.config, self.lay)
+
     @cute.jit
     def _copy_in(self, mX: cute.Tensor, s: cute.Tensor, thread: Int32):
-        copy = self.lay.copy_in(self.case.operand, self.config)
+        copy = self._tiled_copy()
         part = copy.get_slice(thread)
         cute.copy(copy, part.partition_S(mX), part.partition_D(s[None, None, 0]))
         cute.arch.cp_async_commit_group()
@@ -154,62 +158,56 @@ class Micro:
 
     @cute.jit
     def _load(self, s: cute.Tensor, image: cute.Tensor, thread: Int32):
-        operand = self.case.operand
-        mma = self.lay.tiled_mma("O" if operand == "V" else "S", self.config)
-        part = mma.get_slice(thread)
-        if cutlass.const_expr(operand == "V"):
-            s = transposed(s)
-        s = s[None, None, 0]  # type: ignore[assignment]
-        if cutlass.const_expr(operand == "Q"):
-            fragment = part.make_fragment_A(part.partition_A(s))
-        else:
-            fragment = part.make_fragment_B(part.partition_B(s))
-        copy = self.lay.load_operand(operand, self.config)
-        source, into = copy.get_slice(thread).partition_S(s), copy.get_slice(thread).retile(fragment)
-        total = Int32(0)
-        for i in cutlass.range_constexpr(cute.size(into, mode=[2])):
-            cute.copy(copy, source[None, None, i], into[None, None, i])
-            words = cute.recast_tensor(fragment[None, None, i], Int32)
-            for j in cutlass.range_constexpr(cute.size(words)):
-                total = total ^ words[j]
-        if cutlass.const_expr(self.check):
-            image[thread] = self._misplaced(part, fragment).to(Int16)
-        else:
-            image[thread] = (total ^ (total >> 16)).to(Int16)  # every value takes part: none may be left out
+        """As the mainloops do, one step of the product after the other."""
+        role, letter = prove.in_registers(self.case.step, self.case.operand, self.config, self.lay)
+        mma = self.lay.tiled_mma(role, self.config)
+        shape = self.case.shape
+        if cutlass.const_expr(self.case.copy.transposed):
+            s, shape = transposed(s), shape[::-1]
+        where = getattr(mma.get_slice(thread), f"partition_{letter}")(cute.make_identity_tensor(shape))
+        fragment = cute.make_rmem_tensor(getattr(mma, f"partition_shape_{letter}")((shape[0], MMA_K)), s.element_type)
+        operand = Operand.of(self._tiled_copy(), s, fragment, thread)
+        found = Int32(0)
+        for k in cutlass.range_constexpr(shape[1] // MMA_K):
+            loaded = operand.load(k, (0,))
+            if cutlass.const_expr(self.check):
+                found += self._misplaced(loaded, where[None, None, k])
+            else:
+                words = cute.recast_tensor(loaded, Int32)
+                for i in cutlass.range_constexpr(cute.size(words)):
+                    found = found ^ words[i]  # every value takes part: none may be left out
+        image[thread] = (found if cutlass.const_expr(self.check) else found ^ (found >> 16)).to(Int16)
 
     @cute.jit
-    def _misplaced(self, part, fragment: cute.Tensor) -> Int32:
+    def _misplaced(self, fragment: cute.Tensor, where) -> Int32:
         """Of the values of a fragment, those that are not the element that the MMA's map says."""
-        rows, columns = self.case.shape
-        shape = (columns, rows) if self.case.operand == "V" else (rows, columns)
-        identity = cute.make_identity_tensor(shape)
-        where = part.partition_A(identity) if self.case.operand == "Q" else part.partition_B(identity)
         numbers = cute.recast_tensor(fragment, Int16)
         wrong = Int32(0)
         for i in cutlass.range_constexpr(cute.size(numbers)):
-            first, second = where[i][0], where[i][1]
-            if cutlass.const_expr(self.case.operand == "V"):
-                first, second = second, first
-            expected = (first * columns + second).to(Int16)
+            row, column = where[i][0], where[i][1]
+            if cutlass.const_expr(self.case.copy.transposed):
+                row, column = column, row
+            expected = (row * self.case.shape[1] + column).to(Int16)
             wrong += Int32(1) if numbers[i] != expected else Int32(0)
         return wrong
 
     @cute.jit
     def _store(self, s: cute.Tensor, thread: Int32):
-        mma = self.lay.tiled_mma("O", self.config)
+        role, _ = prove.in_registers(self.case.step, self.case.operand, self.config, self.lay)
+        mma = self.lay.tiled_mma(role, self.config)
         part = mma.get_slice(thread)
         where = part.partition_C(cute.make_identity_tensor(self.case.shape))
         fragment = cute.make_rmem_tensor(part.partition_shape_C(self.case.shape), self.lay.element(self.config))
         numbers = cute.recast_tensor(fragment, Int16)
         for i in cutlass.range_constexpr(cute.size(numbers)):
             numbers[i] = (where[i][0] * self.case.shape[1] + where[i][1]).to(Int16)
-        copy = self.lay.store_accumulator(self.config)
+        copy = self._tiled_copy()
         mine = copy.get_slice(thread)
         cute.copy(copy, mine.retile(fragment), mine.partition_D(s[None, None, 0]))
 
     @cute.jit
     def _copy_out(self, s: cute.Tensor, mX: cute.Tensor, thread: Int32):
-        copy = self.lay.copy_out(self.case.operand, self.config)
+        copy = self._tiled_copy()
         part = copy.get_slice(thread)
         source, into = part.partition_S(s[None, None, 0]), part.partition_D(mX)
         for i in cutlass.range_constexpr(cute.size(source, mode=[1])):
@@ -240,6 +238,13 @@ def compiled(case: Case, check: bool, options: str = "") -> Any:
 # ---- compile only ----------------------------------------------------------------------------------------------------
 
 
+def code(case: Case) -> str:
+    """The PTX of the case's kernel, of nothing but the copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled(case, False, f"--keep-ptx --dump-dir={folder}")
+        return next(Path(folder).rglob("*.ptx")).read_text()
+
+
 def compile_only(chosen: Sequence[Case], console: Console) -> int:
     """Compile each kernel here and compare how often its instruction is in the code with the proof's count."""
     table = Table(title="compiled", title_justify="left")
@@ -249,12 +254,9 @@ def compile_only(chosen: Sequence[Case], console: Console) -> int:
         table.add_column(name, justify="right")
     wrong = 0
     for case in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            compiled(case, True)
-            compiled(case, False, f"--keep-ptx --dump-dir={folder}")
-            code = next(Path(folder).rglob("*.ptx")).read_text()
+        compiled(case, True)
         each = 1 if isinstance(case.copy, Box) else case.threads // WARP
-        predicted, found = case.predicted()["instructions"] // each, len(re.findall(PTX[case.instruction], code))
+        predicted, found = case.predicted()["instructions"] // each, len(re.findall(PTX[case.instruction], code(case)))
         wrong += predicted != found
         style = "" if predicted == found else "red"
         table.add_row(case.name, case.instruction, str(case.layout), str(predicted), str(found), style=style)
@@ -281,17 +283,17 @@ def run(chosen: Sequence[Case], check: bool) -> list[str]:
         image = torch.zeros(rows * columns, dtype=torch.int16, device="cuda")
         tensor = torch.zeros(rows * columns, dtype=torch.int16, device="cuda")
         wanted = there
-        if check and case.step == "in":
+        if check and case.verb == "in":
             tensor.copy_(torch.from_numpy(numbers.astype(np.int16)))
-        elif check and case.step in ("load", "out"):
+        elif check and case.verb in ("load", "out"):
             image.copy_(torch.from_numpy(there.astype(np.int16)))
-            wanted = numbers if case.step == "out" else np.zeros(case.threads, dtype=np.int64)
+            wanted = numbers if case.verb == "out" else np.zeros(case.threads, dtype=np.int64)
         function = compiled(case, check)
         function(tensor.view(torch.bfloat16).view(rows, columns), image, torch.cuda.current_stream().cuda_stream)
         torch.cuda.synchronize()
-        got = (tensor if case.step == "out" else image).cpu().numpy()[: wanted.size]
+        got = (tensor if case.verb == "out" else image).cpu().numpy()[: wanted.size]
         wrong = int((got != wanted.astype(np.int16)).sum()) if check else 0
-        where = "threads got others" if case.step == "load" else "elements elsewhere"
+        where = "threads got others" if case.verb == "load" else "elements elsewhere"
         said.append(f"{wrong} of {wanted.size} {where}" if wrong else AS_PREDICTED)
     return said
 

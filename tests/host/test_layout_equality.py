@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -75,19 +76,56 @@ def test_configs_cover_what_is_planned():
 
 
 def test_the_code_has_as_many_instructions_as_the_proof_counts(capsys):
-    """One kernel of each instruction, compiled without a GPU, as shipped."""
+    """One kernel of each step and instruction, compiled without a GPU, as shipped."""
     from rich.console import Console
 
     from benchmarks.counters import SHIPPED, Case, cases
-    from benchmarks.layouts import compile_only
+    from benchmarks.layouts import PTX, compile_only
 
-    found: dict[str, Case] = {}
+    found: dict[tuple, Case] = {}
     for case in cases("sm_90a", [96]):
         if case.variant == SHIPPED:
-            found.setdefault(case.instruction, case)
-    assert len(found) == 8
+            found.setdefault((case.step, case.instruction), case)
+    assert {case.instruction for case in found.values()} == set(PTX)
+    assert {step for step, _ in found} >= {"in", "load", "load S", "load dV", "load dQ", "store", "out"}
     assert compile_only(list(found.values()), Console(width=200)) == 0
-    assert "8 kernels compiled for sm_90a; 0 differ" in capsys.readouterr().out
+    assert f"{len(found)} kernels compiled for sm_90a; 0 differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gradients", ["", "qkv"])
+def test_every_copy_of_every_shipped_config_has_a_kernel(gradients):
+    """The copy's own, or one that is the same."""
+    from benchmarks.counters import Case, cases
+    from benchmarks.layouts import HEAD_DIMS
+
+    found = {case.same() for case in cases("sm_90a", HEAD_DIMS)}
+    chosen = [c for d in HEAD_DIMS for c, _ in configs("sm_90a", d, dtype="bfloat16", gradients=gradients)]
+    every = [Case(config, operand, step) for config in chosen for step, operand in family(config).copies(config)]
+    assert [case.name for case in every if case.same() not in found] == []
+    mainloops = {"tma_wgmma_backward", "tma_wgmma_wide", "cp_async_backward"} if gradients else {"tma_wgmma", "cp_async"}
+    assert {case.name.split()[0] for case in every} == mainloops
+
+
+def test_cases_that_are_taken_to_be_the_same_have_the_same_code():
+    """So what is counted of the forward pass holds of the backward pass on tma_wgmma, which has no kernel of its own."""
+    from benchmarks.counters import Case, cases
+    from benchmarks.layouts import HEAD_DIMS, code
+
+    def unnamed(case: Case) -> str:
+        text = code(case)
+        name = re.search(r"\.entry (\w+)\(", text)[1]  # type: ignore[index]
+        return text.replace(name, "kernel")
+
+    first = {case.same(): case for case in cases("sm_90a", HEAD_DIMS)}
+    assert not any(case.config.backward.startswith("tma_wgmma") for case in first.values())
+    compared = 0
+    for config, _ in configs("sm_90a", 64, dtype="bfloat16", gradients="qkv"):
+        for step, operand in family(config).copies(config):
+            case = Case(config, operand, step)
+            if (other := first[case.same()]) != case:
+                assert unnamed(case) == unnamed(other), (case.name, other.name)
+                compared += 1
+    assert compared > 12
 
 
 def test_cases_come_in_their_variants_and_once_each():
@@ -96,10 +134,12 @@ def test_cases_come_in_their_variants_and_once_each():
     found = cases("sm_90a", [64, 128])
     assert len({case.same() for case in found}) == len(found)
     assert {(case.step, case.operand) for case in found} >= {("in", "Q"), ("load", "V"), ("store", "O"), ("out", "O")}
+    assert {(case.step, case.operand) for case in found} >= {("load S", "K"), ("load dQ", "dS"), ("store", "dS")}
+    assert len({case.name for case in found}) == len(found)
     for case in found:
         predicted = case.predicted()
         assert predicted.get("conflicts", 0) == 0 or case.variant != SHIPPED
-        if (case.step == "load" and case.variant == UNSWIZZLED) or case.variant == COLUMNS:  # 8 threads, one bank
+        if (case.verb == "load" and case.variant == UNSWIZZLED) or case.variant == COLUMNS:  # 8 threads, one bank
             assert predicted["conflicts"] == 7 * 4 * predicted["instructions"]
     assert {case.instruction for case in found if case.variant == COLUMNS} == {"cp.async", "ld.shared.b128, st.global.b128"}
 
