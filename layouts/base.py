@@ -82,6 +82,7 @@ class Config:
     blocks_per_multiprocessor: int = 1
     backward: str = ""  # the mainloop of the backward pass; "" is the forward pass, whose mainloop is the mechanism's
     overlap_tiles: bool = False  # backward, tma_wgmma: a query tile's last product runs into the next tile: takes registers
+    every_lane_arrives: bool = False  # at a pipeline's barriers, not one for its warp; for racecheck, which follows no warp
     # backward pass on cp_async only
     key_warps: int = 0  # of the computing warps, as many split the keys; the others split queries and columns
     step_m: int = 0  # queries whose scores a warp holds at once

@@ -42,7 +42,6 @@ from cute_attn.mainloop.warpgroups import (
     Kernel,
     KeyBlocks,
     Operand,
-    arrive,
     of_columns,
     rounded_operand,
     rounded_probabilities,
@@ -305,7 +304,7 @@ class KeyGradients(KeyBlocks):
         pipes.p.producer_acquire(p_state)
         into = self._chunks(shared.p[None, thread, p_state.index], thread)
         cute.autovec_copy(cute.make_tensor(rP.iterator, cute.make_layout(into.shape)), into)
-        arrive(pipes.p.producer_commit, p_state)
+        self.arrive(pipes.p.producer_commit, p_state)
         p_state.advance()
         return p_state
 
@@ -316,7 +315,7 @@ class KeyGradients(KeyBlocks):
         pipes.p.consumer_wait(p_state)
         source = self._chunks(shared.p[None, thread, p_state.index], thread)
         cute.autovec_copy(source, cute.make_tensor(rP.iterator, cute.make_layout(source.shape)))
-        arrive(pipes.p.consumer_release, p_state)
+        self.arrive(pipes.p.consumer_release, p_state)
         p_state.advance()
         P = cute.make_rmem_tensor_like(acc_dP)
         as_operand_a(P).store(rP.load().to(Float32))

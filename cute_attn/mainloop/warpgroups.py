@@ -3,7 +3,7 @@ of a block that owns keys."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
@@ -15,7 +15,7 @@ from cute_attn.mainloop.common import QueryTiles, Values
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import capped_probabilities, probabilities
 
-WARPGROUP = 128
+WARP, WARPGROUP = 32, 128
 ROWS = 64  # of an accumulator
 
 
@@ -73,15 +73,6 @@ def rounded_probabilities(acc_S: cute.Tensor, lse_log2: cute.Tensor, values: Val
     return rounded_operand(acc_S, dtype)
 
 
-@cute.jit
-def arrive(arrival: cutlass.Constexpr, state: pipeline.PipelineState):
-    """One thread's ``arrival`` at a barrier in the name of its warp, whose every lane has by then read or written what the
-    barrier guards."""
-    cute.arch.sync_warp()
-    with cute.arch.elect_one():
-        arrival(state)
-
-
 class InFlight:
     """The groups of warpgroup MMAs a warpgroup has issued and not waited for, in order, by name; known at compile time.
 
@@ -109,6 +100,7 @@ class Kernel:
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
         self.warpgroups = self.lay.warpgroups(config)
+        self.arrivals = WARP if config.every_lane_arrives else 1  # of a warp at a pipeline's barrier
 
     @property
     def element(self):
@@ -139,14 +131,15 @@ class Kernel:
 
     def pipe(self, smem, stages: int, warps: int, bytes: int):
         """A pipeline whose stages each bring ``bytes``, which ``warps`` read."""
-        return pipeline.PipelineTmaAsync.create(
+        pipe = pipeline.PipelineTmaAsync.create(
             num_stages=stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, warps),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, warps * self.arrivals),
             tx_count=bytes,
             barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
             defer_sync=True,
         )
+        return pipe if self.arrivals == 1 else replace(pipe, is_signaling_thread=cutlass.Boolean(True))
 
     @cute.jit
     def gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
@@ -174,8 +167,8 @@ class Kernel:
         return acc
 
     def hand_over_pipe(self, smem, stages: int, warps: int):
-        """A pipeline from ``warps`` warps to as many others, one arrival from each; see :func:`arrive`."""
-        group = pipeline.CooperativeGroup(pipeline.Agent.Thread, warps)
+        """A pipeline from ``warps`` warps to as many others; see :meth:`arrive`."""
+        group = pipeline.CooperativeGroup(pipeline.Agent.Thread, warps * self.arrivals)
         return pipeline.PipelineAsync.create(
             num_stages=stages,
             producer_group=group,
@@ -184,9 +177,22 @@ class Kernel:
             defer_sync=True,
         )
 
-    def release_rows(self, pipe: pipeline.PipelineTmaAsync, state):
-        """Release a stage with a value of each row, which every lane reads by itself; only one tells the producer."""
-        cute.arch.sync_warp()
+    @cute.jit
+    def arrive(self, arrival: cutlass.Constexpr, state):
+        """``arrival`` (the commit or the release of :meth:`hand_over_pipe`) for a warp whose lanes each wrote or read a part of
+        what it guards."""
+        if cutlass.const_expr(self.arrivals > 1):
+            arrival(state)
+        else:
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                arrival(state)
+
+    def release_rows(self, pipe: pipeline.PipelineTmaAsync, state, met: bool = False):
+        """Release a stage with a value of each row, which lanes read by themselves while only one of them releases. Where all
+        of a block's have ``met`` since, that orders them too."""
+        if self.arrivals == 1 and not met:
+            cute.arch.sync_warp()
         pipe.consumer_release(state)
 
     def stage_before(self, state):
