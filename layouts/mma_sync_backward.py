@@ -29,6 +29,7 @@ READS = {  # P and dS for dV and dK lie in registers where warps have keys of th
 TRANSPOSED = {("dV", "dO"), ("dK", "Q"), ("dQ", "dS"), ("dQ", "K")}  # (role, operand): read by ldmatrix.trans
 ACCUMULATOR_BYTES = 4
 DS_STAGES = 2  # dS and that of the tile before, whose dQ is being computed; or dS and P
+OVER = {"dK": "K", "dV": "V", "P": "dS"}  # whose shared memory an operand takes
 
 
 def configs(problem, table, target: str, add_width: int) -> tuple[Config, ...]:
@@ -64,6 +65,11 @@ def _columns(head_dim: int, tile_m: int, tile_n: int, mma_warps: int, key_warps:
 def p_is_shared(config: Config) -> bool:
     """Whether P goes through shared memory, since a warp needs other warps' for its columns of dV and dK."""
     return config.key_warps < config.mma_warps
+
+
+def stages(operand: str, config: Config) -> int:
+    """Tiles of an operand that shared memory has room for; P takes turns with dS."""
+    return {"Q": config.stages, "dO": config.stages, "P": DS_STAGES, "dS": DS_STAGES}.get(operand, 1)
 
 
 def pieces(config: Config) -> list[tuple[int, int]]:

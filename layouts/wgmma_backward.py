@@ -23,6 +23,8 @@ READS = {"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q"), 
 PIECE = 64  # rows and columns of the dQ that a warpgroup computes
 ACCUMULATOR_BYTES = 4
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
+OVER = {"dK": "K", "dV": "V"}  # whose shared memory an operand takes
+WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 
 
 def tile_dim(head_dim: int) -> int:
@@ -67,6 +69,18 @@ def pieces(config: Config) -> list[tuple[int, int]]:
 def piece_shape(config: Config) -> tuple[int, int]:
     """(rows, columns) of such a piece."""
     return PIECE, PIECE
+
+
+def stages(operand: str, config: Config) -> int:
+    """Tiles of an operand that shared memory has room for."""
+    return {"Q": config.stages, "dO": config.stages, "dS": DS_STAGES}.get(operand, 1)
+
+
+def sums(config: Config) -> Layout:
+    """dQ in float32 on its way to global memory, ``(thread, value, warpgroup)``: 16 bytes of each thread in turn, in the order
+    of the accumulator's registers."""
+    values = PIECE * PIECE // WARPGROUP
+    return Layout((WARPGROUP, (4, values // 4), warpgroups(config)), (4, (1, 4 * WARPGROUP), PIECE * PIECE))
 
 
 def smem_parts(config: Config) -> dict[str, int]:

@@ -29,6 +29,12 @@ READS = {
 ACCUMULATOR_BYTES = 4
 P_STAGES = 2  # P's of query tiles on their way from one warpgroup to the other
 V_STAGES = 1  # of the second kernel: a tile of V is done with long before its K
+KERNELS = {"keys": ("K", "V", "Q", "dO", "dK", "dV"), "queries": ("qQ", "qdO", "qK", "qV", "dQ")}
+OVER = {"dK": "V", "dV": "K", "dQ": "qQ"}  # whose shared memory an operand takes
+WARPS = {  # that copy it
+    **{"K": (0,), "Q": (0,), "V": (1,), "dO": (1,)},
+    **{"qK": (0,), "qV": (0,), "qQ": (1,), "qdO": (1,)},
+}
 
 
 def tile_dim(head_dim: int) -> int:
@@ -44,6 +50,18 @@ def warpgroups(config: Config) -> int:
 def pieces(config: Config) -> list[tuple[int, int]]:
     """dQ has no sums in global memory."""
     return []
+
+
+def stages(operand: str, config: Config) -> int:
+    """Tiles of an operand that shared memory has room for."""
+    return {"Q": config.stages, "dO": config.stages, "P": P_STAGES, "qK": config.stages, "qV": V_STAGES}.get(operand, 1)
+
+
+def handed_over(config: Config) -> Layout:
+    """P on its way from one warpgroup to the other, ``(thread, value, slot)``: 16 bytes of each thread in turn, as they lie in
+    registers."""
+    values = ROWS_PER_WARPGROUP * config.tile_m // WARPGROUP
+    return Layout((WARPGROUP, (8, values // 8), P_STAGES), (8, (1, 8 * WARPGROUP), values * WARPGROUP))
 
 
 def smem_parts_of(kernel: str, config: Config) -> dict[str, int]:
