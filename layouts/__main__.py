@@ -28,6 +28,8 @@ examples:
   python -m cute_attn.layouts show sm_90a K --head-dim 128       K in shared memory, in colours
   python -m cute_attn.layouts show sm_80 V --picture load --svg v.svg --png v.png
   python -m cute_attn.layouts show sm_90a block --svg block.svg  who copies what where, stage by stage
+  python -m cute_attn.layouts show sm_90a dS --gradients --picture store              the backward pass's
+  python -m cute_attn.layouts show sm_90a block --gradients --head-dim 256 --picture queries
   python -m cute_attn.layouts new sm_123 --like sm_80 --smem-kib 99      the module of a new GPU
 """
 
@@ -93,20 +95,21 @@ def show(options: argparse.Namespace, console: Console) -> int:
     """``show``: one picture, in the terminal and in files."""
     config = _shown(options)
     try:
-        from . import pictures
+        from . import blocks, pictures
     except ImportError as error:
         console.print(f"left out: the picture ({error}): try pip install nvidia-cutlass, which has pycute", markup=False)
         return 1
     if options.operand == pictures.BLOCK:
-        canvas = pictures.block(config)
+        canvas = blocks.block(config, options.picture or blocks.kernels(config)[0])
         for line in canvas.lines():
             console.print(line, highlight=False, markup=False)
     else:
-        grids = pictures.figure(options.operand, options.picture, config)
-        console.print(pictures.title(options.operand, options.picture, config), style="bold", highlight=False)
+        picture = options.picture or pictures.first(options.operand, config)
+        grids = pictures.figure(options.operand, picture, config)
+        console.print(pictures.title(options.operand, picture, config), style="bold", highlight=False)
         for grid in grids:
             console.print(pictures.terminal(grid))
-        canvas = pictures.drawn(options.operand, options.picture, config)
+        canvas = pictures.drawn(options.operand, picture, config)
     try:
         if options.svg:
             Path(options.svg).write_text(canvas.svg(), encoding="utf-8")
@@ -120,11 +123,11 @@ def show(options: argparse.Namespace, console: Console) -> int:
 def gallery(options: argparse.Namespace, console: Console) -> int:
     """``gallery``: the shipped layouts as SVGs, and the README.md that shows them."""
     try:
-        from . import pictures
+        from . import gallery as shipped
     except ImportError as error:
         console.print(f"left out: the gallery ({error}): try pip install nvidia-cutlass, which has pycute", markup=False)
         return 1
-    folder, files = Path(options.output), pictures.gallery()
+    folder, files = Path(options.output), shipped.gallery()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
@@ -142,7 +145,8 @@ def _shown(options: argparse.Namespace) -> Config:
     from cute_attn.problem import Problem
 
     configs(options.arch, options.head_dim, None, options.dtype)  # refuses what is unknown
-    problem = Problem(options.dtype, options.head_dim, options.head_dim, bounded_right=options.causal)
+    gradients = "qkv" if options.gradients else ""
+    problem = Problem(options.dtype, options.head_dim, options.head_dim, bounded_right=options.causal, gradients=gradients)
     return plan(problem, options.arch, options.mechanism)
 
 
@@ -484,12 +488,14 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("show", help="print a layout in colours; draw it")
     one.add_argument("arch", metavar="ARCH", help=f"one of {', '.join(known_targets())}")
     one.add_argument("operand", metavar="OPERAND", help=f"one of {', '.join(OPERANDS)}, or block: all of them, by stage")
+    one.add_argument("--gradients", action="store_true", help="of the backward pass, whose operands are K, V, Q, dO, P, dS …")
     one.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
     one.add_argument("--dtype", default="bfloat16", metavar="T", help=f"{' or '.join(DTYPES)}; default: %(default)s")
     one.add_argument("--mechanism", metavar="M", help="default: the arch's best")
     one.add_argument("--causal", action="store_true", help="the config for a causal mask")
-    picture = "memory (the default), a copy of it (in, load, store, out) or the mma that takes it"
-    one.add_argument("--picture", default="memory", metavar="P", help=picture)
+    picture = "memory (the default), a copy of it (in, load, store, out) or the mma that takes it; with --gradients load and "
+    picture += "mma name their product, such as load-dV; of a block, which kernel, where there are several"
+    one.add_argument("--picture", metavar="P", help=picture)
     one.add_argument("--svg", metavar="FILE", help="draw it as SVG")
     one.add_argument("--png", metavar="FILE", help="draw it as PNG; needs matplotlib")
     one = commands.add_parser("gallery", help="draw the shipped layouts: docs/layouts/")

@@ -1,8 +1,11 @@
 """Pictures of layouts, from the same records that make the kernels' layouts and that the proofs enumerate.
 
 A :class:`Grid` is a tile cut into cells: the elements that one thread holds in consecutive values, or 16 bytes of shared
-memory. ``figure`` makes the grids of one picture; ``terminal`` prints them, ``drawn`` puts them on a canvas. ``block``
-draws a whole block: who copies what where, and what is in each stage at each step.
+memory. ``figure`` makes the grids of one picture; ``terminal`` prints them, ``drawn`` puts them on a canvas. ``blocks``
+draws whole blocks.
+
+An operand of the backward pass may be loaded for several products, and several read it: its pictures are ``load-dV`` and
+``mma-dV``, with the product's name. Products are operands, too, whose only picture is their MMA.
 
 Colours are Okabe and Ito's, which colour-blind people tell apart; whatever a colour says, a number in the cell says too.
 """
@@ -16,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from rich.text import Text
 
-from . import MODULES, algebra, draw, family, for_target
-from .base import BYTES, KIB, OPERANDS, Box, Config, Copy, Layout
+from . import algebra, draw, family
+from .base import BYTES, OPERANDS, Box, Config, Copy, Layout
 from .draw import CHUNK_BYTES, GLYPH_MONO, GROUP_BANKS, GROUPS, MARGIN, PALETTE, Canvas, Label, Rect
 
 MEMORY, MMA, BLOCK = "memory", "mma", "block"
@@ -25,16 +28,19 @@ ROWS_SHOWN = 16
 CHUNKS_SHOWN = 16
 CHUNK = CHUNK_BYTES // BYTES  # elements
 NO_THREAD = ("#ffffff", "black")
-COMMON_DIM, NARROW_DIM = 128, 96  # what the gallery shows; a head 96 wide has rows of 64 bytes in shared memory
-DTYPE = "bfloat16"
 STEPS = {
     "in": "global → shared memory",
     "load": "shared memory → registers",
     "store": "registers → shared memory",
     "out": "shared → global memory",
 }
-PRODUCTS = {"S": "S = Q·Kᵀ", "O": "O = P·V"}
-ROWS_ARE = {"Q": "query", "K": "key", "V": "key", "O": "query"}
+FORWARD_PRODUCTS = {"S": "S = Q·Kᵀ", "O": "O = P·V"}
+BACKWARD_PRODUCTS = {
+    **{"S": "Sᵀ = K·Qᵀ", "dP": "dPᵀ = V·dOᵀ", "dV": "dV = Pᵀ·dO", "dK": "dK = dSᵀ·Q", "dQ": "dQ = dS·K"},
+    **{"qS": "S = Q·Kᵀ", "qdP": "dP = dO·Vᵀ"},
+}
+QUERIES = {"Q", "O", "dO", "dQ", "qQ", "qdO"}  # operands whose rows are; those of all others are keys
+SCORES = {"P", "dS"}  # (keys, queries)
 
 
 @dataclass(frozen=True)
@@ -65,29 +71,69 @@ class Grid:
     scale: tuple[float, float] = (22, 30)  # pixels of a row and a column
 
 
+def operands(config: Config) -> tuple[str, ...]:
+    """What there are pictures of."""
+    if not config.backward:
+        return OPERANDS
+    return tuple(dict.fromkeys((*family(config).OPERANDS, *family(config).ROLES)))
+
+
 def known(operand: str, config: Config) -> list[str]:
     """The pictures there are of an operand."""
-    return [MEMORY, *(step for step, name in family(config).copies(config) if name == operand), MMA]
+    steps = [step.replace(" ", "-") for step, name in family(config).copies(config) if name == operand]
+    return [*([MEMORY, *steps] if steps else []), *(_mma_picture(role, config) for role in roles(operand, config))]
+
+
+def roles(operand: str, config: Config) -> list[str]:
+    """The products that read an operand from shared memory, or make it."""
+    if not config.backward:
+        return ["S" if operand in "QK" else "O"]
+    return [role for role, read in family(config).READS.items() if operand in (role, *read)]
+
+
+def product(role: str, config: Config) -> str:
+    """A product as an equation."""
+    return (BACKWARD_PRODUCTS if config.backward else FORWARD_PRODUCTS)[role]
+
+
+def first(operand: str, config: Config) -> str:
+    """The picture of an operand that is shown unasked. Raises ``ValueError`` with the operands there are."""
+    if operand not in operands(config):
+        raise ValueError(f"operand is {operand!r}; known ones are {', '.join(operands(config))}, {BLOCK}")
+    return known(operand, config)[0]
 
 
 def figure(operand: str, picture: str, config: Config) -> tuple[Grid, ...]:
     """The grids of one picture. Raises ``ValueError`` with those there are."""
-    if operand not in OPERANDS:
-        raise ValueError(f"operand is {operand!r}; known ones are {', '.join(OPERANDS)}, {BLOCK}")
+    first(operand, config)  # refuses what is unknown
     if picture not in known(operand, config):
         raise ValueError(f"picture is {picture!r}; of {operand} there are {', '.join(known(operand, config))}")
     if picture == MEMORY:
         return _memory(operand, config)
-    if picture == MMA:
-        return _mma(_role(operand), config)
-    copy = family(config).copies(config)[picture, operand]
-    return (_box(copy, picture, config),) if isinstance(copy, Box) else _copy(copy, picture)
+    verb, role = _parts(operand, picture, config)
+    if verb == MMA:
+        return _mma(role, config)
+    copy = family(config).copies(config)[picture.replace("-", " "), operand]
+    return (_box(copy, verb, config),) if isinstance(copy, Box) else _copy(copy, verb)
 
 
 def title(operand: str, picture: str, config: Config) -> str:
     """What a picture shows, and of which config."""
-    what = {MEMORY: f"{operand} in shared memory", MMA: PRODUCTS[_role(operand)]}.get(picture)
-    return f"{what or f'{operand}, {STEPS[picture]}'} · {_config(config)}"
+    verb, role = _parts(operand, picture, config)
+    what = f"{operand} in shared memory" if verb == MEMORY else f"{operand}, {STEPS.get(verb)}"
+    if role:
+        what = product(role, config) if verb == MMA else f"{what}, for {product(role, config)}"
+    return f"{what} · {described(config)}"
+
+
+def _mma_picture(role: str, config: Config) -> str:
+    return f"{MMA}-{role}" if config.backward else MMA
+
+
+def _parts(operand: str, picture: str, config: Config) -> tuple[str, str]:
+    """What a picture is of, and for which product."""
+    verb, _, role = picture.partition("-")
+    return verb, role or ("" if verb != MMA else roles(operand, config)[0])
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------
@@ -125,7 +171,7 @@ def _memory(operand: str, config: Config) -> tuple[Grid, ...]:
             Grid(
                 f"{operand}: {rows} × {columns} {config.dtype}" if swizzled else "the same without the swizzle",
                 str(here),
-                (f"row ({ROWS_ARE[operand]})", "column; a cell is 16 bytes, its number the first of its 4 banks"),
+                (_rows_are(operand), f"{_columns_are(operand)}; a cell is 16 bytes, its number the first of its 4 banks"),
                 (shown, wide),
                 tuple(cells),
                 ("banks", *(f"{GROUP_BANKS * g}–{GROUP_BANKS * g + GROUP_BANKS - 1}" for g in range(GROUPS))),
@@ -157,7 +203,7 @@ def _box(box: Box, step: str, config: Config) -> Grid:
     return Grid(
         f"{box.operand}, {STEPS[step]} by TMA: {boxes} box{'es' * (boxes > 1)} of {box.rows} × {box.columns}, {swizzle}",
         str(layout),
-        (f"row ({ROWS_ARE[box.operand]})", "column; a cell is 16 bytes, its number their place in the slot, in 16 bytes"),
+        (_rows_are(box.operand), "column; a cell is 16 bytes, its number their place in the slot, in 16 bytes"),
         shown,
         cells,
         ("box", *(str(i) for i in range(min(len(PALETTE), -(-shown[1] // box.columns))))),
@@ -168,7 +214,7 @@ def _box(box: Box, step: str, config: Config) -> Grid:
 
 def _copy(copy: Copy, step: str) -> tuple[Grid, ...]:
     """What each thread holds, and, for a matrix instruction, what it points at."""
-    names = (ROWS_ARE[copy.operand], "column")
+    names = (_rows_are(copy.operand), _columns_are(copy.operand))
     moved = f"{copy.operand}, {STEPS[step]} by {copy.instruction}"
     held = _threads(copy.values, copy.tile, f"{moved}: what each thread holds", names, copy.transposed)
     if algebra.INSTRUCTIONS[copy.instruction].matrix is None:
@@ -183,17 +229,18 @@ def _mma(role: str, config: Config) -> tuple[Grid, ...]:
     """What each thread holds of A, B (as k × n) and C."""
     mma = family(config).mma(role, config)
     m, n, k = mma.tile
-    left, right, result = ("Q", "K", "S") if role == "S" else ("P", "V", "O")
-    product = PRODUCTS[role]
+    equation = product(role, config)
+    result, left, right = equation.replace(" = ", "·").split("·")
+    warps = f"{mma.warps}×{mma.across}" if mma.across > 1 else str(mma.warps)
     step = "×".join(map(str, mma.shape))
     parts = (
         ("A", left, mma.a, (m, k), ("m", "k"), False),
-        ("B", right, mma.b, (n, k), ("k", "n"), True),
+        ("B", right.removesuffix("ᵀ"), mma.b, (n, k), ("k", "n"), True),
         ("C", result, mma.c, (m, n), ("m", "n"), False),
     )
     grids = []
     for part, operand, values, tile, names, flip in parts:
-        what = f"{part} of {product}, m×n×k {step}: {operand}, {mma.warps} warps"
+        what = f"{part} of {equation}, m×n×k {step}: {operand}, {warps} warps"
         if part in mma.from_shared:
             size = tile[::-1] if flip else tile
             read = Cell(0, 0, 4, ROWS_SHOWN, None, "read from shared memory", f"by the tensor core: {size[0]} × {size[1]}")
@@ -219,11 +266,10 @@ def _threads(values: Layout, tile: tuple[int, int], name: str, axes: tuple[str, 
             cells.append(Cell(row, column, down, right, thread % len(PALETTE), f"T{thread}", f"V{span}"))
     notes = ["T is the thread, V the values in it."]
     if (times := algebra.size(values) // (tile[0] * tile[1])) > 1:
-        notes.append(f"{times} threads hold each element, one in each warp: the first is named.")
+        notes.append(f"{times} threads hold each element, each in another warp: the first is named.")
     notes += _repeats(owner, (rows, columns))
     needed = 8 + max(max(len(cell.label) * 7.8, len(cell.more) * 6.4) for cell in cells)
     scale = (max(26 / down, 16), max(needed, 48 if right > 1 else 0) / right)
-    axes = (f"row ({axes[0]})" if axes[1] == "column" else axes[0], axes[1])
     whole = f"{values!s} on {tile[0]}×{tile[1]}" + (", on its side" if flip else "")
     legend = ("thread mod 8", *map(str, range(len(PALETTE))))
     return Grid(name, whole, axes, (rows, columns), tuple(cells), legend, tuple(notes), scale)
@@ -262,13 +308,18 @@ def _shown(part: tuple[int, int], whole: tuple[int, int]) -> str:
     return f"Shown: {' and '.join(of)}." if of else "The whole tile is shown."
 
 
-def _role(operand: str) -> str:
-    return "S" if operand in "QK" else "O"
+def _rows_are(operand: str) -> str:
+    return f"row ({'query' if operand in QUERIES else 'key'})"
 
 
-def _config(config: Config) -> str:
+def _columns_are(operand: str) -> str:
+    return "column (query)" if operand in SCORES else "column"
+
+
+def described(config: Config) -> str:
+    """A config in a few words."""
     dims = str(config.tile_d) if config.tile_d == config.tile_dv else f"{config.tile_d}/{config.tile_dv}"
-    return f"{config.target} {config.mechanism}, {config.dtype}, head dim {dims}"
+    return f"{config.target} {config.backward or config.mechanism}, {config.dtype}, head dim {dims}"
 
 
 # ---- in a terminal ---------------------------------------------------------------------------------------------------
@@ -314,7 +365,7 @@ def drawn(operand: str, picture: str, config: Config) -> Canvas:
     heading = title(operand, picture, config)
     canvas.shapes.append(Label(MARGIN, MARGIN, heading, 16, "start", bold=True))
     y = 2.0 * MARGIN + 8
-    if picture == MMA:
+    if picture.startswith(MMA):
         a, b, c = grids
         wide = _width(a) + MARGIN
         _, below = _put(canvas, b, MARGIN + wide, y, legend=False)
@@ -382,267 +433,3 @@ def _put_cell(canvas: Canvas, cell: Cell, x: float, y: float, scale: tuple[float
     apart = min(13.0, height * 0.44)
     canvas.shapes.append(Label(middle, y + height / 2 - apart / 2, cell.label, size, fill=foreground, bold=True))
     canvas.shapes.append(Label(middle, y + height / 2 + apart / 2, cell.more, 10, fill=foreground))
-
-
-# ---- a whole block ---------------------------------------------------------------------------------------------------
-
-COPIED, WAITS, READ, PLAIN = PALETTE[1], ("#ffffff", "black"), PALETTE[2], ("#f4f4f4", "black")
-COLUMN, LANE = 128, 26  # of the table of steps, pixels
-LABELLED = 22  # pixels of the bar that a label needs
-STEPS_PAST = 3  # steps of the loop shown past the first turn of the ring
-
-
-def block(config: Config) -> Canvas:
-    """A whole block: how its shared memory is shared out, who copies what where, and what each stage holds when."""
-    k = family(config).smem("K", config)
-    canvas = Canvas(f"One block, stage by stage · {_config(config)} · K {k}")
-    canvas.shapes.append(Label(MARGIN, MARGIN, f"One block, stage by stage · {_config(config)}", 16, "start", bold=True))
-    copying = config.threads - config.mma_threads
-    line = (
-        f"{config.tile_m} queries; keys {config.tile_n} at a time, {config.stages} stages; {config.mma_threads} threads compute"
-    )
-    line += f", {copying} more are there to copy" if copying else " and copy"
-    canvas.shapes.append(Label(MARGIN, MARGIN + 22, line, 12, "start"))
-    y = _shares(canvas, config, 86)
-    y = _ways(canvas, config, y + MARGIN)
-    _stages(canvas, config, y + MARGIN)
-    return canvas
-
-
-def _shares(canvas: Canvas, config: Config, y: float) -> float:
-    """Shared memory as a bar, to scale."""
-    parts = [(name, size) for name, size in family(config).smem_parts(config).items() if size]
-    limit = for_target(config.target).GPU.smem_per_block
-    used, scale = family(config).smem_bytes(config), 960 / limit
-    text = f"Shared memory: {used / KIB:.1f} of {limit / KIB:.0f} KiB that a block may have, to scale"
-    canvas.shapes.append(Label(MARGIN, y, text, 13, "start", bold=True))
-    x, y = float(MARGIN), y + 16
-    canvas.shapes.append(Rect(x, y, limit * scale, 34, "#ffffff"))
-    for name, size in parts:
-        slots = config.stages if name in ("K", "V") else 1
-        background, foreground = PALETTE[list("QKVO").index(name) + 1] if name in OPERANDS else PLAIN
-        for slot in range(slots):
-            width = size / slots * scale
-            tip = f"{name}{f', slot {slot}' if slots > 1 else ''}: {size // slots} bytes"
-            canvas.shapes.append(Rect(x, y, width, 34, background, tip))
-            if width > LABELLED:
-                what = f"{name}{slot if slots > 1 else ''}" + (f" {size / slots / KIB:.1f}" if width > 2.5 * LABELLED else "")
-                canvas.shapes.append(Label(x + width / 2, y + 17, what, 11, fill=foreground))
-            x += width
-    small = [f"{name} {size} bytes" for name, size in parts if size * scale <= LABELLED]
-    rest = used - sum(size for _, size in parts)
-    small += [f"alignment up to {rest} bytes"] if rest else []
-    small += [] if any(name == "O" for name, _ in parts) else ["O lies over Q"]
-    canvas.shapes.append(
-        Label(MARGIN, y + 48, f"In KiB. Besides: {'; '.join(small)}." if small else "In KiB.", 11, "start", "#333333")
-    )
-    return y + 60
-
-
-def _ways(canvas: Canvas, config: Config, y: float) -> float:
-    """The way of each operand through the block, one line each, from left to right."""
-    copies, add = family(config).copies(config), canvas.shapes.append
-    add(Label(MARGIN, y, "Who copies what where", 13, "start", bold=True))
-    heads = ("from global memory", "in shared memory", "to the tensor cores")
-    widths, x0 = (262, 400, 330), MARGIN + 34
-    y += 24
-    for operand in OPERANDS:
-        steps = [_lines(copies.get(("in", operand)), operand, config), _lies(operand, config), _fed(operand, config)]
-        if operand == "O":
-            heads = ("from registers", "in shared memory", "to global memory")
-            steps[0], steps[2] = (_lines(copies[step, operand], operand, config) for step in ("store", "out"))
-        x = float(x0)
-        if operand in "QO":
-            for head, width in zip(heads, widths, strict=True):
-                add(Label(x, y, head, 11, "start", "#333333"))
-                x += width
-            y += 12
-        x = float(x0)
-        background, foreground = PALETTE[list("QKVO").index(operand) + 1]
-        add(Rect(MARGIN, y, 28, 40, background))
-        add(Label(MARGIN + 14, y + 20, operand, 13, bold=True, fill=foreground))
-        for i, (lines, width) in enumerate(zip(steps, widths, strict=True)):
-            add(Rect(x, y, width - 22, 40, PLAIN[0]))
-            for j, text in enumerate(lines):
-                add(Label(x + 8, y + 12 + 17 * j, text, 10.5, "start", mono=i == 1 and j == 0))
-            if i < len(steps) - 1:
-                add(Label(x + width - 11, y + 20, "→", 14, bold=True))
-            x += width
-        y += 48 + 14 * (operand == "V")
-    return y
-
-
-def _lines(copy: Copy | Box | None, operand: str, config: Config) -> tuple[str, str]:
-    """Who copies, and how much at a time."""
-    if copy is None:
-        return "", ""
-    rows, columns = family(config).tile(operand, config)
-    slots = algebra.flat_shape(family(config).smem(operand, config).shape)[2:]
-    each = f"; {slots[0]} warpgroups" if operand in "QO" and slots else ""
-    if isinstance(copy, Box):
-        boxes = columns // copy.columns * (rows // copy.rows)
-        return "TMA: one thread asks for", f"{boxes} box{'es' * (boxes > 1)} of {copy.rows}×{copy.columns}{each}"
-    threads = algebra.flat_shape(copy.values.shape)[0]
-    of_each = BYTES * algebra.INSTRUCTIONS[copy.instruction].elements
-    tile = copy.tile[::-1] if copy.transposed else copy.tile
-    times = rows * columns // (tile[0] * tile[1])
-    size = f"{threads} threads: {tile[0]}×{tile[1]}" + (f", {times} times" if times > 1 else "") + each
-    return f"{copy.instruction}, {of_each} bytes each", size
-
-
-def _lies(operand: str, config: Config) -> tuple[str, str]:
-    layout = family(config).smem(operand, config)
-    rows, columns, *slots = algebra.flat_shape(layout.shape)
-    times = f"{slots[0]} × " if slots else ""
-    return str(layout), f"{times}{rows}×{columns}, {algebra.size(layout) * BYTES / KIB:.1f} KiB"
-
-
-def _fed(operand: str, config: Config) -> tuple[str, str]:
-    """How the tensor cores get an operand."""
-    role, part = {"Q": ("S", "A"), "K": ("S", "B"), "V": ("O", "B")}.get(operand, ("O", ""))
-    mma = family(config).mma(role, config)
-    product = f"{PRODUCTS[role]}, {'×'.join(map(str, mma.shape))}"
-    if part in mma.from_shared:
-        return "read where it lies", product
-    copy = family(config).copies(config).get(("load", operand))
-    return (_lines(copy, operand, config)[0] if copy else "", product)
-
-
-def _stages(canvas: Canvas, config: Config, y: float) -> None:
-    """What each slot holds at each step of the loop over the key tiles."""
-    add, steps = canvas.shapes.append, range(config.stages + STEPS_PAST)
-    add(
-        Label(
-            MARGIN,
-            y,
-            "Stage by stage: what each slot holds; K0 and V0 are the first tiles taken, the last keys",
-            13,
-            "start",
-            bold=True,
-        )
-    )
-    heads = ("before", *(f"step {i}" for i in steps), "at the end")
-    x0, y = MARGIN + 110, y + 26
-    add(Label(MARGIN, y, "slot", 11, "start", "#333333"))
-    wide = min(COLUMN, 960 // len(heads))
-    for i, head in enumerate(heads):
-        add(Label(x0 + (i + 0.5) * wide, y, head, 11, fill="#333333"))
-    y += 14
-    lanes = {"Q": [("copy Q", COPIED), *[("read Q", READ) for _ in steps], ("", WAITS)]}
-    for operand in "KV":
-        for slot in range(config.stages):
-            held = [_held(operand, slot, step, config) for step in (None, *steps)]
-            lanes[f"{operand}, slot {slot}"] = [*held, ("…", WAITS)]
-    lanes["tensor cores"] = [("", WAITS), *[(_products(i, config), PLAIN) for i in steps], ("…", PLAIN)]
-    lanes["O"] = [("", WAITS), *[("in registers", PLAIN) for _ in steps], ("copied out", COPIED)]
-    for name, cells in lanes.items():
-        add(Label(MARGIN, y + LANE / 2, name, 12, "start"))
-        for i, (text, (background, foreground)) in enumerate(cells):
-            add(Rect(x0 + i * wide, y, wide, LANE, background, tip=f"{heads[i]}, {name}: {text or 'nothing'}"))
-            add(Label(x0 + (i + 0.5) * wide, y + LANE / 2, text, 11, fill=foreground)) if text else None
-        y += LANE
-    x, y = float(x0), y + 20
-    for (background, foreground), text in ((COPIED, "being copied"), (WAITS, "there, or on its way"), (READ, "being read")):
-        width = len(text) * 7.2 + 16
-        add(Rect(x, y - 11, width, 22, background))
-        add(Label(x + width / 2, y, text, 11, fill=foreground))
-        x += width + 6
-    add(Label(MARGIN, y, "colours", 11, "start", "#333333"))
-    add(
-        Label(
-            x0,
-            y + 24,
-            "A step is one tile of keys; steps are not drawn to scale. S = Q·Kᵀ, P = its softmax.",
-            11,
-            "start",
-            "#333333",
-        )
-    )
-
-
-def _overlapped(config: Config) -> bool:
-    """Copies with a thread of their own fill every slot at once, and P·V of a tile runs beside Q·Kᵀ of the next;
-    where each warp copies for itself, one slot is refilled while another is read."""
-    return config.threads > config.mma_threads
-
-
-def _held(operand: str, slot: int, step: int | None, config: Config) -> tuple[str, tuple[str, str]]:
-    """The tile in a slot of the ring at a step of the loop, and what happens to it. ``None``: before the loop."""
-    late = 1 if operand == "V" and _overlapped(config) else 0
-    before = config.stages if _overlapped(config) else config.stages - 1
-    if step is None:
-        return (f"copy {operand}{slot}", COPIED) if slot < before else ("", WAITS)
-    reading = step - late
-    first = max(reading, 0)
-    tile = first + (slot - first) % config.stages
-    if tile == reading:
-        return f"read {operand}{tile}", READ
-    refilled = tile >= before and tile == reading + config.stages - 1
-    return (f"copy {operand}{tile}", COPIED) if refilled else (f"{operand}{tile}", WAITS)
-
-
-def _products(step: int, config: Config) -> str:
-    if not _overlapped(config):
-        return f"S{step}, P{step}·V{step}"
-    return f"S{step}" if step == 0 else f"S{step} ∥ P{step - 1}·V{step - 1}"
-
-
-# ---- the gallery -----------------------------------------------------------------------------------------------------
-
-GALLERY_README = """\
-# The shipped layouts, drawn
-
-Generated by `python -m cute_attn.layouts gallery`; one picture by `python -m cute_attn.layouts show --help`. Each is made
-from the records that the kernels' layouts are made from and that `check` proves. Opened by itself, a picture of memory says
-more of the cell under the pointer. What hardware counters say of them: [counters.md](../counters.md).
-"""
-
-
-def gallery() -> dict[str, str]:
-    """The files of the gallery: pictures by name, and the README.md that shows them.
-
-    For each family of instructions, on the first GPU whose best it is: every picture of the common head dim, the memory
-    of one with narrower rows, and a block of each head dim.
-    """
-    files, text = {}, [GALLERY_README]
-    for configs in _shown_configs():
-        common = next(config for config in configs if config.tile_d == COMMON_DIM)
-        text.append(f"\n## {common.target}, `{common.mechanism}`\n")
-        for config in configs:
-            name, canvas = _file(BLOCK, "", config), block(config)
-            files[name] = canvas.svg()
-            text.append(f"\n![{canvas.title}]({name})\n\nOther head dims:\n" if config is common else "")
-        text += [f"- [{config.tile_d}]({_file(BLOCK, '', config)})\n" for config in configs if config is not common]
-        wanted = [(operand, picture, common) for operand in OPERANDS for picture in known(operand, common)]
-        wanted += [("K", MEMORY, config) for config in configs if config.tile_d == NARROW_DIM]
-        alike: dict[tuple, list[tuple[str, str, Config]]] = {}
-        for operand, picture, config in wanted:
-            key = (picture == MMA, *((grid.notation, grid.cells) for grid in figure(operand, picture, config)))
-            alike.setdefault(key, []).append((operand, picture, config))
-        for (first, picture, config), *others in alike.values():
-            name = _file(first, picture, config)
-            files[name] = drawn(first, picture, config).svg()
-            heading = title(first, picture, config).partition(" · ")[0]
-            heading += f"; head dim {config.tile_d}" if config is not common else ""
-            same = [x if step == picture else f"{x}, {STEPS[step]}," for x, step, _ in others if step != MMA]
-            heading += f"; {' and '.join(same)} the same" if same else ""
-            text.append(f"\n### {heading}\n\n![{heading}]({name})\n")
-    files["README.md"] = "".join(text)
-    return files
-
-
-def _file(operand: str, picture: str, config: Config) -> str:
-    return "-".join(filter(None, (config.target, config.mechanism, str(config.tile_d), operand, picture))) + ".svg"
-
-
-def _shown_configs() -> Iterator[list[Config]]:
-    """For each family of instructions, a config for each of its tile widths."""
-    from cute_attn.problem import Problem  # it brings torch
-
-    seen = []
-    for module in sorted(MODULES, key=lambda module: min(module.GPU.targets, default=(99, 0))):
-        mechanism, operands = next(iter(module.MECHANISMS.items()))
-        if operands not in seen:
-            seen.append(operands)
-            target = next(iter(module.GPU.targets.values()))
-            yield [module.configs(Problem(DTYPE, d, d), mechanism, target)[0] for d in operands.TILE_DIMS]

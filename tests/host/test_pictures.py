@@ -18,22 +18,24 @@ from cute_attn.problem import Problem
 pytest.importorskip("pycute")
 
 from cute_attn.layouts import __main__ as command
-from cute_attn.layouts import algebra, pictures
+from cute_attn.layouts import algebra, blocks, blocks_backward, gallery, pictures
 
 SVG = "{http://www.w3.org/2000/svg}"
 KINDS = [("sm_90a", "tma_wgmma"), ("sm_80", "cp_async")]
 
 
-def config(target: str, mechanism: str, head_dim: int) -> Config:
-    return plan(Problem("bfloat16", head_dim, head_dim), target, mechanism)
+def config(target: str, mechanism: str, head_dim: int, gradients: str = "") -> Config:
+    return plan(Problem("bfloat16", head_dim, head_dim, gradients=gradients), target, mechanism)
 
 
 def every_picture():
-    for (target, mechanism), head_dim in product(KINDS, (64, 96, 128, 256)):
-        for operand in "QKVO":
-            chosen = config(target, mechanism, head_dim)
+    forward = [config(*kind, head_dim) for kind, head_dim in product(KINDS, (64, 96, 128, 256))]
+    backward = [config(*kind, head_dim, "qkv") for kind, head_dim in product(KINDS, (64, 128, 256))]
+    for chosen in (*forward, *backward):
+        for operand in pictures.operands(chosen):
             for picture in pictures.known(operand, chosen):
-                yield pytest.param(operand, picture, chosen, id=f"{mechanism}-{head_dim}-{operand}-{picture}")
+                mainloop = chosen.backward or chosen.mechanism
+                yield pytest.param(operand, picture, chosen, id=f"{mainloop}-{chosen.tile_d}-{operand}-{picture}")
 
 
 every = pytest.mark.parametrize(("operand", "picture", "chosen"), list(every_picture()))
@@ -100,9 +102,9 @@ def test_a_picture_holds_its_canvas_and_names_its_layout(operand, picture, chose
 def test_numbers_are_those_of_the_layout(operand, picture, chosen):
     """T and V of each cell, looked up in the map the kernel's copy is made from."""
     family = layouts.family(chosen)
-    if picture in (pictures.MEMORY, pictures.MMA):
+    if picture == pictures.MEMORY or picture.startswith(pictures.MMA):
         return
-    copy = family.copies(chosen)[picture, operand]
+    copy = family.copies(chosen)[picture.replace("-", " "), operand]
     *_, grid = pictures.figure(operand, picture, chosen)
     if isinstance(copy, Box):
         for cell in grid.cells:
@@ -133,7 +135,7 @@ def test_a_map_by_hand():
 def test_a_block(target, head_dim):
     for mechanism in layouts.for_target(target).MECHANISMS:
         chosen = config(target, mechanism, head_dim)
-        canvas = pictures.block(chosen)
+        canvas = blocks.block(chosen)
         root = ElementTree.fromstring(canvas.svg())
         assert inside(root)
         assert str(layouts.family(chosen).smem("K", chosen)) in (root.findtext(f"{SVG}title") or "")
@@ -152,7 +154,7 @@ def test_a_slot_is_filled_before_it_is_read_and_read_before_it_is_refilled(targe
     for operand, slot in product("KV", range(stages)):
         held, read = None, set()
         for step in (None, *range(20)):
-            text, _ = pictures._held(operand, slot, step, chosen)
+            text, _ = blocks._held(operand, slot, step, chosen)
             tile = text.split()[-1] if text else None
             if text.startswith("copy"):
                 assert held is None or held in read
@@ -164,19 +166,93 @@ def test_a_slot_is_filled_before_it_is_read_and_read_before_it_is_refilled(targe
         assert len(read) >= 4
 
 
+@pytest.mark.parametrize("target", [x for x in layouts.known_targets() if hasattr(layouts.for_target(x), "BACKWARD")])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+def test_a_block_of_the_backward_pass(target, head_dim):
+    for mechanism in layouts.for_target(target).MECHANISMS:
+        chosen = config(target, mechanism, head_dim, "qkv")
+        for kernel in blocks.kernels(chosen):
+            canvas = blocks.block(chosen, kernel)
+            width, height = canvas.size()
+            assert inside(ElementTree.fromstring(canvas.svg()))
+            rectangles = [x for x in canvas.shapes if isinstance(x, pictures.Rect)]
+            for label in (x for x in canvas.shapes if isinstance(x, pictures.Label)):
+                left, top, right, bottom = label.box()
+                assert 0 <= left <= right <= width, label.text
+                assert 0 <= top <= bottom <= height, label.text
+                *_, on = [None, *(x for x in rectangles if x.holds(label))]
+                # no letter is as wide as box() says, on average, by a tenth
+                assert on is None or 0.9 * (right - left) <= on.width, f"{label.text} is wider than its cell"
+            written = {x.text for x in canvas.shapes if isinstance(x, pictures.Label)}
+            operands = layouts.family(chosen).KERNELS[kernel] if kernel else ("K", "V", "Q", "dO", "dS", "dK", "dV", "dQ")
+            assert {name.removeprefix("q") for name in operands} <= written
+
+
+@pytest.mark.parametrize(
+    ("stages", "before", "lingers"),
+    [(2, 2, False), (2, 2, True), (3, 3, True), (2, 1, False), (3, 2, False), (1, 1, False), (1, 0, False)],
+)
+def test_a_slot_of_the_backward_pass_is_filled_read_and_refilled_in_this_order(stages, before, lingers):
+    seen = set()
+    for slot in range(stages):
+        held, read = None, set()
+        for step in (None, *range(20)):
+            text, _ = blocks_backward.ring_held("Q", slot, step, stages, before, lingers)
+            for copied, tile in _parts(text):
+                if copied:
+                    assert held is None or held in read
+                    held = tile
+                else:
+                    assert tile == held
+                    read |= {tile} if tile == f"Q{step}" else set()
+        seen |= read
+    assert seen == {f"Q{i}" for i in range(20)}
+
+
+def _parts(text: str) -> list[tuple[bool, str]]:
+    """What a cell says happens in its slot: whether a tile is copied, or else there or read; and which."""
+    if text.startswith("copy, read "):
+        return [(True, text.split()[-1]), (False, text.split()[-1])]
+    return [(part.startswith("copy"), part.split()[-1]) for part in text.split(", then ") if part]
+
+
+def test_the_block_says_what_the_mainloops_do():
+    """Which warps copy is data of the layouts for the pictures, and of the mainloops' own."""
+    pytest.importorskip("cutlass")
+    from cute_attn.mainloop import tma_wgmma_backward as narrow
+    from cute_attn.mainloop import tma_wgmma_wide as wide
+
+    one, two = (layouts.family(config("sm_90a", "tma_wgmma", d, "qkv")).WARPS for d in (128, 256))
+    assert one["K"] == one["Q"] == (narrow.COPY_K_Q_WARP,)
+    assert one["V"] == one["dO"] == (narrow.COPY_V_DO_WARP,)
+    assert one["dQ"] == tuple(range(narrow.ADD_DQ_WARP, narrow.ADD_DQ_WARP + narrow.ADDERS))
+    assert two["K"] == two["Q"] == two["qK"] == two["qV"] == wide.COPY_WARPS[:1]
+    assert two["V"] == two["dO"] == two["qQ"] == two["qdO"] == wide.COPY_WARPS[1:]
+
+
+def test_what_passes_in_the_order_of_registers_fills_its_shared_memory():
+    narrow, wide = config("sm_90a", "tma_wgmma", 128, "qkv"), config("sm_90a", "tma_wgmma", 256, "qkv")
+    sums, handed_over = layouts.family(narrow).sums(narrow), layouts.family(wide).handed_over(wide)
+    for layout, size in (
+        (sums, layouts.family(narrow).smem_parts(narrow)["dQ"] // 4),
+        (handed_over, layouts.family(wide).smem_parts_of("keys", wide)["P"] // 2),
+    ):
+        assert algebra.inverse(layout).size == size
+
+
 def test_the_gallery_is_the_one_generated():
-    files = pictures.gallery()
+    files = gallery.gallery()
     folder = command.Path(__file__).parents[2] / "docs/layouts"
     assert {path.name for path in folder.iterdir()} == set(files)
     for name, text in files.items():
         assert (folder / name).read_text(encoding="utf-8") == text, f"{name}: run python -m cute_attn.layouts gallery"
-    assert sum(len(text.encode()) for text in files.values()) < 2**20
+    assert sum(len(text.encode()) for text in files.values()) < 1.5 * 2**20
     assert all(f"({name})" in files["README.md"] for name in files if name.endswith(".svg"))
 
 
 def test_a_gallery_elsewhere(tmp_path):
     assert command.main(["gallery", "--output", str(tmp_path / "deep")]) == 0
-    assert {path.name for path in (tmp_path / "deep").iterdir()} == set(pictures.gallery())
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == set(gallery.gallery())
 
 
 def test_show_writes_files(capsys, tmp_path):
@@ -190,6 +266,14 @@ def test_show_writes_files(capsys, tmp_path):
     assert "cp.async" in capsys.readouterr().out
     assert command.main(["show", "sm_80", "V", "--picture", "load", "--mechanism", "cp_async"]) == 0
     assert "T31 V6,7" in capsys.readouterr().out
+    assert command.main(["show", "sm_80", "dS", "--gradients", "--picture", "load-dQ"]) == 0
+    assert "for dQ = dS·K" in capsys.readouterr().out
+    assert command.main(["show", "sm_90a", "dQ", "--gradients"]) == 0
+    assert "A of dQ = dS·K" in capsys.readouterr().out
+    assert command.main(["show", "sm_90a", "block", "--gradients"]) == 0
+    assert "cp.reduce.async.bulk" in capsys.readouterr().out
+    assert command.main(["show", "sm_90a", "block", "--gradients", "--head-dim", "256", "--picture", "queries"]) == 0
+    assert "dQ lies over Q" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -201,6 +285,10 @@ def test_show_writes_files(capsys, tmp_path):
         (["sm_80", "K", "--dtype", "int8"], "known ones are float16, bfloat16"),
         (["sm_80", "K", "--mechanism", "tma_wgmma"], "'cp_async'"),
         (["sm_80", "K", "--picture", "out"], "of K there are memory, in, load, mma"),
+        (["sm_90a", "O", "--gradients"], "known ones are K, V, Q, dO, dS, dK, dV, S, dP, dQ, block"),
+        (["sm_80", "dS", "--gradients", "--picture", "load"], "memory, load-dK, load-dQ, store, mma-dK, mma-dQ"),
+        (["sm_90a", "block", "--gradients", "--head-dim", "256", "--picture", "x"], "of block there are keys, queries"),
+        (["sm_90a", "block", "--picture", "keys"], "there is only one"),
         (["sm_80", "K", "--svg", "/nowhere/k.svg"], "can't be written"),
     ],
 )

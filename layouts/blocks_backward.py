@@ -1,0 +1,410 @@
+"""The pictures of ``blocks`` for the backward pass: each mainloop's own walk, as its file under ``cute_attn/mainloop`` says it.
+
+A :class:`Walk` is what a mainloop's picture has beyond what its layouts say. A step is one turn of its loop: a tile of
+queries, or, in the kernel for queries alone, of keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from . import algebra, family
+from .base import KIB, Config
+from .blocks import (
+    COLUMN,
+    COPIED,
+    FROM_REGISTERS,
+    LEGEND,
+    PLAIN,
+    READ,
+    STEPS_PAST,
+    TO_CORES,
+    WAITS,
+    Colour,
+    Lanes,
+    Part,
+    Way,
+    explained,
+    held,
+    lies,
+    lined,
+    moved,
+    shares,
+    table,
+    titled,
+    ways,
+)
+from .draw import MARGIN, PALETTE, Canvas, Label
+from .pictures import described, product
+
+MADE = PALETTE[4]
+COLOURS = {"Q": PALETTE[1], "K": PALETTE[2], "V": PALETTE[3], "dO": PALETTE[4], "P": PALETTE[6], "dS": PALETTE[7]}
+COLOURS |= {"dK": COLOURS["K"], "dV": COLOURS["V"], "dQ": PALETTE[5]}  # in the order in which ways are drawn
+STEP_WIDE = 7 * COLUMN  # pixels of the parts of a step, as of the table of stages
+MADE_HEADS = (FROM_REGISTERS[0], FROM_REGISTERS[1], "to the tensor cores, or to global memory")
+SOFTMAX = "mask, P = exp2(S − LSE)"
+DIFFERENCES = "dS = P∘(dP − delta)"
+Cell = tuple[str, Colour]
+
+
+@dataclass
+class Walk:
+    """What a mainloop does: in words; the lanes of its table of stages; and the parts of a step, one after another."""
+
+    line: str
+    lanes: Lanes
+    actors: tuple[str, ...]  # of the parts of a step: who works
+    turns: Sequence[tuple[str, ...]]  # what each does; "" where it has nothing to do
+    notes: list[str]
+    made: list[Way] = field(default_factory=list)  # ways of what has no layout of its own
+
+
+def block(config: Config, kernel: str) -> Canvas:
+    """A whole block of one of a mainloop's kernels."""
+    lay = family(config)
+    operands = [name for name in (lay.KERNELS[kernel] if kernel else lay.OPERANDS) if _is_shared(name, config)]
+    walk = WALKS[config.backward, kernel](config)
+    of = f" of the kernel for {kernel}" if kernel else ""
+    canvas = titled(
+        f"One block{of}, stage by stage · {described(config)}", f"{operands[0]} {lay.smem(operands[0], config)}", walk.line
+    )
+    over = [f"{name} lies over {_plain(lay.OVER[name])}" for name in operands if name in lay.OVER]
+    y = shares(canvas, config, _parts(config, kernel), over, 86)
+    copied = [name for name in operands if ("in", name) in lay.copies(config)]
+    made = [*walk.made, *(_way(name, config) for name in operands if name not in copied)]
+    made.sort(key=lambda way: list(COLOURS).index(way.name))
+    y = ways(canvas, ((TO_CORES, [_way(name, config) for name in copied]), (MADE_HEADS, made)), y + MARGIN)
+    heads = ("before", *(f"step {i}" for i in _steps(config)), "at the end")
+    y = table(canvas, "slot", "Stage by stage: what each slot holds, and who does what", heads, walk.lanes, y + MARGIN)
+    used = {colour for cells in walk.lanes.values() for _, colour in cells}
+    y = explained(canvas, [x for x in (*LEGEND, (MADE, "being written")) if x[0] in used], walk.notes, y) + MARGIN
+    canvas.shapes.append(Label(MARGIN, y, "One step, from left to right", 13, "start", bold=True))
+    parts = [f"part {i}" for i in range(len(walk.turns))]
+    by_actor = zip(walk.actors, zip(*walk.turns, strict=True), strict=True)
+    lined(canvas, parts, {actor: _done(texts) for actor, texts in by_actor}, STEP_WIDE / len(parts), y + 16)
+    return canvas
+
+
+def _is_shared(operand: str, config: Config) -> bool:
+    return any(name == operand for _, name in family(config).copies(config))
+
+
+def _plain(operand: str) -> str:
+    """An operand's name without the kernel's."""
+    return operand.removeprefix("q")
+
+
+def _steps(config: Config) -> range:
+    return range(config.stages + STEPS_PAST)
+
+
+def _parts(config: Config, kernel: str) -> list[Part]:
+    lay = family(config)
+    sizes = lay.smem_parts_of(kernel, config) if kernel else lay.smem_parts(config)
+    names = {name: f"q{name}" if kernel == "queries" else name for name in sizes}
+    return [Part(name, size, lay.stages(names[name], config), COLOURS.get(name, PLAIN)) for name, size in sizes.items()]
+
+
+# ---- ways ------------------------------------------------------------------------------------------------------------
+
+
+def _way(operand: str, config: Config) -> Way:
+    lay, copies = family(config), family(config).copies(config)
+    slots = algebra.flat_shape(lay.smem(operand, config).shape)[2:]
+    groups = slots[0] // lay.stages(operand, config) if slots else 1
+    warps = getattr(lay, "WARPS", {}).get(operand, ())
+    layout, size = lies(operand, config)
+    first = moved(copies.get(("in", operand), copies.get(("store", operand))), config, groups, warps)
+    last = moved(copies["out", operand], config, groups) if ("out", operand) in copies else _fed(operand, config)
+    over = f", over {_plain(lay.OVER[operand])}" if operand in lay.OVER else ""
+    return Way(_plain(operand), COLOURS[_plain(operand)], (first, (layout, size + over), last))
+
+
+def _fed(operand: str, config: Config) -> tuple[str, str]:
+    """How the tensor cores get an operand, and for which products."""
+    lay, copies = family(config), family(config).copies(config)
+    loads, shapes = [], []
+    for role, read in lay.READS.items():
+        if operand not in read:
+            continue
+        mma, result = lay.mma(role, config), product(role, config).partition(" ")[0]
+        copy = copies.get((f"load {role}", operand))
+        if copy is not None:
+            loads.append(f"{copy.instruction} for {result}")
+        if copy is not None or "AB"[read.index(operand)] in mma.from_shared:
+            shapes.append(f"{result} {'×'.join(map(str, mma.shape))}")
+    return ", ".join(loads) or "read where it lies", ", ".join(shapes)
+
+
+# ---- lanes -----------------------------------------------------------------------------------------------------------
+
+
+def _kept(name: str, config: Config, end: str = "") -> list[Cell]:
+    """An operand that stays through the loop, and what lies over it at the end."""
+    out: Cell = (f"{end} copied out", COPIED) if end else ("", WAITS)
+    return [(f"copy {name}", COPIED), *[(f"read {name}", READ)] * len(_steps(config)), out]
+
+
+def _ring(name: str, config: Config, before: int, stages: int, lingers: bool = False) -> Lanes:
+    """An operand whose tiles come one after another; ``lingers``: a step still reads the one before its own, first."""
+    lanes: Lanes = {}
+    for slot in range(stages):
+        cells = [ring_held(name, slot, step, stages, before, lingers) for step in (None, *_steps(config))]
+        lanes[f"{name}, slot {slot}" if stages > 1 else name] = [*cells, ("…", WAITS)]
+    return lanes
+
+
+def ring_held(name: str, slot: int, step: int | None, stages: int, before: int, lingers: bool) -> Cell:
+    """As ``blocks.held``; a single slot is read and copied to in the same step."""
+    text, colour = held(name, slot, step, stages, before)
+    if step is None:
+        return text, colour
+    if stages == 1:
+        return (f"{name}{step}, then copy {name}{step + 1}" if before else f"copy, read {name}{step}"), READ
+    if lingers and colour == COPIED:
+        return f"{name}{step - 1}, then {text}", READ
+    return text, colour
+
+
+def _done(texts: Iterable[str], colour: Colour = PLAIN) -> list[Cell]:
+    return [(text, colour if text else WAITS) for text in texts]
+
+
+def _copying(first: str, texts: Iterable[str]) -> list[Cell]:
+    return [*_done((first, *texts), COPIED), ("…", WAITS)]
+
+
+def _working(texts: Iterable[str], end: str = "…") -> list[Cell]:
+    return _done(("", *texts, end))
+
+
+def _walking(config: Config) -> Lanes:
+    """The two warps that copy a key tile, then query tiles."""
+    lanes: Lanes = {}
+    for key, query in (("K", "Q"), ("V", "dO")):
+        first = ", ".join((key, *(f"{query}{i}" for i in range(config.stages))))
+        later = [f"{query}{i + config.stages - 1}" if i else "" for i in _steps(config)]
+        lanes[f"warp {family(config).WARPS[key][0]}"] = _copying(first, later)
+    return lanes
+
+
+def _alternating(name: str, config: Config, slots: int, text: str) -> Lanes:
+    """What each step writes to a slot of its own, and is there for a step more."""
+    lanes: Lanes = {}
+    for slot in range(slots):
+        cells: list[Cell] = [("", WAITS)]
+        for i in _steps(config):
+            last = i - (i - slot) % slots
+            mine: Cell = (f"{text} {name}{i}", MADE) if last == i else (f"{name}{last}" if last >= 0 else "", WAITS)
+            cells.append(mine)
+        lanes[f"{name}, slot {slot}"] = [*cells, ("…", WAITS)]
+    return lanes
+
+
+def _sum(role: str, config: Config) -> str:
+    """A product that is added to an accumulator."""
+    return product(role, config).replace(" = ", " += ")
+
+
+# ---- mainloops -------------------------------------------------------------------------------------------------------
+
+
+def _one_kernel(config: Config) -> Walk:
+    """``tma_wgmma_backward``."""
+    lay, n = family(config), config.stages
+    groups = f"{lay.warpgroups(config)} warpgroups"
+    late = config.overlap_tiles
+    adders = lay.WARPS["dQ"]
+    lanes: Lanes = {"K": _kept("K", config, "dK"), "V": _kept("V", config, "dV")}
+    lanes |= _ring("Q", config, n, n, lingers=late) | _ring("dO", config, n, n)
+    lanes |= _alternating("dS", config, lay.DS_STAGES, "write, read")
+    lanes["dQ"] = [("", WAITS), *[(f"write dQ{i}", MADE) for i in _steps(config)], ("…", WAITS)]
+    lanes |= _walking(config)
+    for k, warp in enumerate(adders):
+        mine = [i > 0 and (i - 1) % len(adders) == k for i in _steps(config)]
+        lanes[f"warp {warp}"] = _working(f"add dQ{i - 1}" if mine[i] else "" for i in _steps(config))
+    lanes[groups] = _working((f"S{i}, dP{i}, dV{i},\ndQ{i}, dK{i}" for i in _steps(config)), "dV, dK")
+    sums = lay.sums(config)
+    rows, columns = lay.piece_shape(config)
+    size = lay.smem_parts(config)["dQ"]
+    dq = Way(
+        "dQ",
+        COLOURS["dQ"],
+        (
+            ("st.shared, 16 bytes each", f"{lay.WARPGROUP} threads: {rows}×{columns}; {groups}"),
+            (str(sums), f"threads × values, float32, {size / KIB:.1f} KiB"),
+            (
+                "cp.reduce.async.bulk adds it in float32",
+                f"asked for by warps {' and '.join(map(str, adders))} in turns",
+            ),
+        ),
+    )
+    return Walk(
+        f"{config.tile_n} keys, {lay.ROWS_PER_WARPGROUP} for each of {groups}; queries {config.tile_m} at a time, {n} stages; "
+        f"4 warps besides: 2 copy, 2 add dQ",
+        lanes,
+        ("tensor cores", "warps"),
+        [
+            (
+                "dK of the step before;\n" * late + product("S", config),
+                "wait for S" + ", which frees\nthe Q before" * late,
+            ),
+            (product("dP", config), SOFTMAX),
+            (_sum("dV", config), f"{DIFFERENCES};\nstored; all meet"),
+            (product("dQ", config), "wait for dV, which frees\ndO, and for dQ"),
+            (_sum("dK", config) + ",\nuntil the next S is there" * late, "dQ to shared memory"),
+        ],
+        [
+            "A step is one tile of queries; steps are not drawn to scale. With Q comes the rows' LSE, with dO their delta.",
+            f"A warpgroup's S and dP are {lay.ROWS_PER_WARPGROUP} keys × {config.tile_m} queries, its dQ a piece of "
+            f"{rows}×{columns} over all {config.tile_n} keys.",
+        ],
+        [dq],
+    )
+
+
+def _keys(config: Config) -> Walk:
+    """``tma_wgmma_wide``, dK and dV."""
+    lay, n = family(config), config.stages
+    lanes: Lanes = {"K": _kept("K", config, "dV"), "V": _kept("V", config, "dK")}
+    lanes |= _ring("Q", config, n, n) | _ring("dO", config, n, n)
+    lanes |= _alternating("P", config, lay.P_STAGES, "write, read")
+    lanes |= _walking(config)
+    lanes["warpgroup 1"] = _working((f"S{i}, P{i}, dV{i}" for i in _steps(config)), "dV")
+    lanes["warpgroup 2"] = _working((f"dP{i}, dS{i}, dK{i}" for i in _steps(config)), "dK")
+    size = lay.smem_parts_of("keys", config)["P"]
+    p = Way(
+        "P",
+        COLOURS["P"],
+        (
+            ("st.shared, 16 bytes each", f"warpgroup 1: {config.tile_n}×{config.tile_m}, as in registers"),
+            (str(lay.handed_over(config)), f"threads × values, {lay.P_STAGES} slots, {size / KIB:.1f} KiB"),
+            ("ld.shared, 16 bytes each", "warpgroup 2, each thread what the same one stored"),
+        ),
+    )
+    return Walk(
+        f"{config.tile_n} keys; queries {config.tile_m} at a time, {n} stages; 2 warpgroups share the products; "
+        f"4 warps besides, of which 2 copy",
+        lanes,
+        ("1: tensor cores", "1: warps", "2: tensor cores", "2: warps"),
+        [
+            (product("S", config), "wait for S", product("dP", config), "wait for dP"),
+            ("", SOFTMAX, "", "take P over"),
+            ("", "free Q, hand P over", "", f"{DIFFERENCES};\nfree dO"),
+            (_sum("dV", config), "wait for dV, free dO", _sum("dK", config), "wait for dK, free Q"),
+        ],
+        [
+            "A step is one tile of queries; steps are not drawn to scale. With Q comes the rows' LSE, with dO their delta.",
+            "Each warpgroup has its own pace: what one is done with, the other may still read.",
+        ],
+        [p],
+    )
+
+
+def _queries(config: Config) -> Walk:
+    """``tma_wgmma_wide``, dQ."""
+    lay, n = family(config), config.stages
+    groups = f"{lay.warpgroups(config)} warpgroups"
+    lanes: Lanes = {"Q": _kept("Q", config, "dQ"), "dO": _kept("dO", config)}
+    lanes |= _ring("K", config, n, n, lingers=True) | _ring("V", config, lay.V_STAGES, lay.V_STAGES)
+    key_warp, query_warp = lay.WARPS["qK"][0], lay.WARPS["qQ"][0]
+    first = ", ".join(("K0, V0", *(f"K{i}" for i in range(1, n))))
+    lanes[f"warp {key_warp}"] = _copying(first, (f"K{i + n - 1}, V{i + 1}" if i else "V1" for i in _steps(config)))
+    lanes[f"warp {query_warp}"] = _copying("Q, dO", ("" for _ in _steps(config)))
+    lanes[groups] = _working((f"S{i}, dP{i}, dQ{i}" for i in _steps(config)), "dQ")
+    return Walk(
+        f"{lay.warpgroups(config) * lay.ROWS_PER_WARPGROUP} queries, {lay.ROWS_PER_WARPGROUP} for each of {groups}; keys "
+        f"{config.tile_n} at a time, {n} stages of K, {lay.V_STAGES} of V; 4 warps besides, of which 2 copy",
+        lanes,
+        ("tensor cores", "warps"),
+        [
+            (f"dQ of the step before;\n{product('qS', config)}", "wait for S;\nfree the K before"),
+            (product("qdP", config), SOFTMAX),
+            ("", f"free V;\n{DIFFERENCES}"),
+            (f"{_sum('dQ', config)},\nuntil the next S is there", "the next step"),
+        ],
+        ["A step is one tile of keys, the last ones first; steps are not drawn to scale. LSE and delta lie in registers."],
+    )
+
+
+def _cp_async(config: Config) -> Walk:
+    """``cp_async_backward``."""
+    lay, n = family(config), config.stages
+    shares_p, across = lay.p_is_shared(config), config.mma_warps // config.key_warps
+    before = max(n - 1, 0)
+    lanes: Lanes = {"K": _kept("K", config, "dK"), "V": _kept("V", config, "dV")}
+    lanes |= _ring("Q", config, before, n) | _ring("dO", config, before, n)
+    for slot in range(lay.DS_STAGES):
+        cells: list[Cell] = [("clear", MADE) if slot == 1 and not shares_p else ("", WAITS)]
+        for i in _steps(config):
+            if i % lay.DS_STAGES == slot:
+                cells.append((f"write, read dS{i}" if shares_p else f"write dS{i}", MADE))
+            elif shares_p:
+                cells.append((f"write, read P{i}", MADE))
+            else:
+                cells.append((f"read dS{i - 1}" if i else "read zeros", READ))
+        lanes[f"dS{', P' * shares_p}, slot {slot}"] = [*cells, ("…", WAITS)]
+    who = f"{config.mma_warps} warps"
+    dq = product("dQ", config)
+    if shares_p:
+        lanes[who] = _working((f"S{i}, dP{i}, dV{i},\ndK{i}, dQ{i}" for i in _steps(config)), "dK, dV")
+        turns = [
+            ("", "barrier; next\ncopies begin" if n > 1 else "barrier; copy;\nbarrier"),
+            (f"{product('S', config)}\n{product('dP', config)}", ""),
+            ("", "P,\nstored"),
+            (f"{_sum('dV', config)},\nown queries", ""),
+            ("", "dS,\nstored"),
+            (f"{_sum('dK', config)},\nown queries", ""),
+            ("", "barrier"),
+            ("dV, dK,\nothers' queries", ""),
+            (dq, "red adds it"),
+        ]
+        split = f"{config.key_warps} of {config.mma_warps} warps split the keys"
+        notes = [f"{split}; {across} share the same ones, and split queries of S and dP, and columns of dV and dK."]
+    else:
+        late = [f"dQ{i - 1}, " if i else "" for i in _steps(config)]
+        lanes[who] = _working((f"{late[i]}S{i}, dP{i},\ndV{i}, dK{i}" for i in _steps(config)), "dQ, dK, dV")
+        turns = [
+            ("", "barrier" if n > 1 else "barrier; copy;\nbarrier"),
+            (dq + ",\none step late", "red adds it"),
+            *[("", "next copies\nbegin")][: n - 1],
+            (f"{product('S', config)}\n{product('dP', config)}", ""),
+            ("", "P"),
+            (_sum("dV", config), ""),
+            ("", "dS,\nstored"),
+            (_sum("dK", config), ""),
+        ]
+        times = config.tile_m // config.step_m
+        again = f"; from S on {times} times, {config.step_m} queries each" if times > 1 else ""
+        notes = [f"Each warp has {config.tile_n // config.key_warps} keys of its own{again}. P stays in registers."]
+    wide = f".v{config.add_width}" if config.add_width > 1 else ""
+    dq_way = Way(
+        "dQ",
+        COLOURS["dQ"],
+        (
+            ("float32, each its accumulator", f"{config.mma_threads} threads: {config.tile_m}×{config.tile_d}"),
+            ("—", "dQ does not pass through it"),
+            (f"red.global.add{wide}.f32", f"{4 * config.add_width} bytes each, in the order of registers"),
+        ),
+    )
+    return Walk(
+        f"{config.tile_n} keys; queries {config.tile_m} at a time, {n} stage{'s' * (n > 1)}; {config.mma_threads} threads "
+        "compute and copy",
+        lanes,
+        ("tensor cores", "warps"),
+        turns,
+        [
+            "A step is one tile of queries; steps are not drawn to scale. With Q and dO come the rows' LSE and delta.",
+            *notes,
+        ],
+        [dq_way],
+    )
+
+
+WALKS: dict[tuple[str, str], Callable[[Config], Walk]] = {
+    ("tma_wgmma_backward", ""): _one_kernel,
+    ("tma_wgmma_wide", "keys"): _keys,
+    ("tma_wgmma_wide", "queries"): _queries,
+    ("cp_async_backward", ""): _cp_async,
+}
