@@ -1,8 +1,8 @@
 """Rates recorded earlier on the same kind of card, for peers that can't be had where the live run takes place.
 
-Two cards of one kind differ by a few per cent, and so do two days. A peer that is in the recording and in the live run
-says by how much: recorded rates are multiplied by the geometric mean of live / recorded over the cells in both, forward
-and backward each by its own.
+Two cards of one kind differ, and so do two days, and how hot the card was: one case by nothing, another by 20 %. The peers
+that are in the recording and in the live run say by how much: the recorded rates of a case are multiplied by the geometric
+mean of live / recorded over them in that case.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
 
 @dataclass(frozen=True)
 class Scale:
-    """What recorded rates were multiplied by: the geometric mean of live / recorded of ``peer`` over ``common`` cells."""
+    """What the recorded rates of one direction were multiplied by, a factor a case, each from ``peers``."""
 
-    peer: str
-    factor: float
-    common: int
+    peers: tuple[str, ...]
+    factors: dict[Case, float]
 
     def describe(self) -> str:
+        low, high = min(self.factors.values()), max(self.factors.values())
         return (
-            f"rescaled × {self.factor:.3f}, the geometric mean of live / recorded of {self.peer} over {self.common} cells"
+            f"rescaled case by case by the geometric mean of live / recorded of {', '.join(self.peers)}: "
+            f"× {low:.3f} to {high:.3f} over {len(self.factors)} cases"
         )
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """Recorded TFLOP/s by case and peer, and how they were brought to the live card's scale, by direction; a direction
-    that no recorded peer has taken part in live keeps its rates."""
+    """Recorded TFLOP/s by case and peer, and how they were brought to the live run's scale, by direction; a case in which no
+    recorded peer has taken part live keeps its rates."""
 
     origin: str
     rates: dict[Case, dict[str, float]]
@@ -49,27 +50,24 @@ class Anchors:
 
     def rescaled_to(self, record: Record) -> Anchors:
         """The same rates on the scale of a live run's bursts."""
-        found = {direction: self._scale(record, direction) for direction in DIRECTIONS.values()}
-        scales = {direction: scale for direction, scale in found.items() if scale is not None}
-        factors = {direction: scale.factor for direction, scale in scales.items()}
+        scales = {direction: self._scale(record, direction) for direction in DIRECTIONS.values()}
+        factors = {case: factor for scale in scales.values() for case, factor in scale.factors.items()}
         rates = {
-            case: {peer: rate * factors.get(case.direction, 1.0) for peer, rate in row.items()}
-            for case, row in self.rates.items()
+            case: {peer: rate * factors.get(case, 1.0) for peer, rate in row.items()} for case, row in self.rates.items()
         }
-        return Anchors(self.origin, rates, scales)
+        return Anchors(self.origin, rates, {direction: scale for direction, scale in scales.items() if scale.factors})
 
-    def _scale(self, record: Record, direction: str) -> Scale | None:
-        """By the peer that is in most cells of both."""
-        quotients: dict[str, list[float]] = {}
+    def _scale(self, record: Record, direction: str) -> Scale:
+        """By the peers that are in both."""
+        peers: dict[str, None] = {}
+        factors: dict[Case, float] = {}
         for cell in record.of("burst", direction):
             recorded = self.rates.get(cell.case, {})
-            for name, rate in cell.rates().items():
-                if name in recorded:
-                    quotients.setdefault(name, []).append(rate / recorded[name])
-        if not quotients:
-            return None
-        name = max(quotients, key=lambda name: len(quotients[name]))
-        return Scale(name, geometric_mean(quotients[name]), len(quotients[name]))
+            quotients = {name: rate / recorded[name] for name, rate in cell.rates().items() if name in recorded}
+            if quotients:
+                factors[cell.case] = geometric_mean(list(quotients.values()))
+                peers.update(dict.fromkeys(quotients))
+        return Scale(tuple(peers), factors)
 
 
 def load(path: Path) -> Anchors:

@@ -1,13 +1,12 @@
 """What changed between two result files by more than the figures scatter.
 
-A figure's spread is half the range of its rounds. With rounds from a few visits, those of one figure in ten agree by
-chance alone more closely than its next run will agree with it. So a change has to be larger than both spreads of its own,
-and larger than what nine in ten of all figures of the two runs scatter by.
+A figure's spread is half the range of its rounds, or what three in four of its run's figures scatter by, if that is more: so
+it is printed, and two runs of the same thing differ by no more than their two. To count as a change, a difference has to be
+larger than that, and than what nine in ten of all figures of the two runs scatter by.
 """
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 
 from benchmarks.anchors import geometric_mean
@@ -17,6 +16,7 @@ from benchmarks.results import RATES, Cell, Measurement, Record, is_ours
 FLOOR = {"burst": 0.01, "sustained": 0.01, "host": 0.05, "memory": 0.01, "first": 0.25}
 # Rounds of a single visit say nothing of the drift between two: runs of single visits were seen to differ by up to this.
 ONE_VISIT_FLOOR = 0.04
+NINE_IN_TEN = 0.9
 WORSE = ("slower", "more", "broken")
 
 
@@ -26,7 +26,7 @@ class Change:
 
     ``verdict`` is ``slower``, ``faster`` or ``same`` (seconds per call, against ``threshold``; of ``memory``, bytes and
     ``more`` or ``less``), ``broken`` (had a figure, has none now), ``mended``, ``gone`` or ``new``. ``change`` is
-    new / old − 1: slower is above 0. ``spread`` is that of both figures together.
+    new / old − 1: slower is above 0. ``spread`` is what is printed with both figures, together.
     """
 
     cell: Cell
@@ -47,24 +47,20 @@ class Change:
 
 def compare(old: Record, new: Record) -> list[Change]:
     """Every peer of every cell of either run."""
-    usual = {kind: _usual_spread(old, kind) + _usual_spread(new, kind) for kind in FLOOR}
     before = {cell.key: cell for cell in old.cells}
     after = {cell.key: cell for cell in new.cells}
     changes = []
     for key, cell in {**before, **after}.items():
         then = before[key].results if key in before else {}
         now = after[key].results if key in after else {}
-        changes += [_change(cell, peer, then.get(peer), now.get(peer), usual[cell.kind]) for peer in {**then, **now}]
+        changes += [_change(cell, peer, (then.get(peer), now.get(peer)), (old, new)) for peer in {**then, **now}]
     return changes
 
 
-def _usual_spread(record: Record, kind: str) -> float:
-    """What nine in ten of a run's figures of one kind scatter by, or less."""
-    spreads = [m.spread for cell in record.of_kind(kind) for m in cell.results.values() if m.ok and m.spread is not None]
-    return statistics.quantiles(spreads, n=10, method="inclusive")[-1] if len(spreads) > 1 else max(spreads, default=0.0)
-
-
-def _change(cell: Cell, peer: str, then: Measurement | None, now: Measurement | None, usual: float) -> Change:
+def _change(
+    cell: Cell, peer: str, figures: tuple[Measurement | None, Measurement | None], runs: tuple[Record, Record]
+) -> Change:
+    then, now = figures
     if then is None or now is None:
         return Change(cell, peer, "new" if then is None else "gone")
     if not then.ok or not now.ok:
@@ -75,7 +71,8 @@ def _change(cell: Cell, peer: str, then: Measurement | None, now: Measurement | 
     if then.seconds is None or now.seconds is None:  # ok says otherwise; this says it to the type checker
         return Change(cell, peer, "same")
     change = now.seconds / then.seconds - 1
-    spread = (then.spread or 0.0) + (now.spread or 0.0)
+    spread = sum(run.printed_spread(cell.kind, m) for run, m in zip(runs, (then, now), strict=True))
+    usual = sum(run.usual_spread(cell.kind, NINE_IN_TEN) for run in runs)
     one_visit = cell.kind in RATES and min(then.visits, now.visits) == 1
     threshold = max(spread, usual, ONE_VISIT_FLOOR if one_visit else FLOOR[cell.kind])
     verdict = "slower" if change > threshold else "faster" if change < -threshold else "same"

@@ -68,7 +68,8 @@ def rounds_of(cells: list[Cell]) -> str:
     """What the ± of these cells is."""
     found = [m for cell in cells for m in cell.results.values() if m.ok]
     rounds, visits = ({*(len(m.samples) for m in found)}, {*(m.visits for m in found)}) if found else ({0}, {0})
-    return f"± is half the range of {_from_to(rounds)} rounds in {_from_to(visits)} visits"
+    taken = f"{_from_to(rounds)} rounds in {_from_to(visits)} visits"
+    return f"± is half the range of {taken}, at least what three in four figures of the run have"
 
 
 def _from_to(numbers: set[int]) -> str:
@@ -107,11 +108,16 @@ def rates_table(record: Record, cells: list[Cell], title: str, anchors: Anchors 
         table.add_column(f"{name}\nrecorded", justify="right", style="dim")
     for heading in ("ours / best peer", "% of matmul"):
         table.add_column(heading, justify="right")
+
+    def text(cell: Cell, m: Measurement | None, best: bool = False) -> str:
+        spread = 0.0 if m is None else record.printed_spread(cell.kind, m)
+        return rate_text(m, best, spread, m is not cell.ceiling and cell.memory_bound)
+
     for cell in cells:
         rates = {**anchored(cell, anchors), **cell.rates()}
         best = max(rates, key=lambda name: rates[name]) if rates else None
-        row = [cell.case.label.split(" ", 1)[1], rate_text(cell.ceiling, False)]
-        row += [rate_text(cell.results.get(name), name == best, cell.memory_bound) for name in peers]
+        row = [cell.case.label.split(" ", 1)[1], text(cell, cell.ceiling)]
+        row += [text(cell, cell.results.get(name), name == best) for name in peers]
         row += [rate(rates.get(name)) + (f" {BEST}" if name == best else "") for name in recorded]
         row += [_number(ratio(cell, anchors), "{:.2f}"), _number(of_matmul(cell), "{:.0%}")]
         table.add_row(*row)
@@ -158,10 +164,10 @@ def host_table(record: Record, cells: list[Cell]) -> Table:
         for name in record.peer_names(cells):
             m = cell.results.get(name)
             if m is None or not m.ok or m.seconds is None:
-                figures.append(rate_text(m, False))
+                figures.append(rate_text(m))
                 continue
             mark = BEST if m.seconds == fastest else ""
-            figures.append(f"{m.seconds * 1e6:.1f} ±{m.spread or 0:.0%}{mark}")
+            figures.append(f"{m.seconds * 1e6:.1f} ±{record.printed_spread(cell.kind, m):.0%}{mark}")
         table.add_row(cell.case.label, *figures)
     return table
 
@@ -173,7 +179,7 @@ def memory_table(record: Record, cells: list[Cell]) -> Table:
         for name in record.peer_names(cells):
             m = cell.results.get(name)
             if m is None or not m.ok or m.peak_bytes is None:
-                figures.append(rate_text(m, False))
+                figures.append(rate_text(m))
                 continue
             kept = m.extra.get("kept_bytes")
             figures.append(f"{m.peak_bytes / 2**20:.1f}" + ("" if kept is None else f" (+ {kept / 2**20:.1f})"))
@@ -189,7 +195,7 @@ def first_table(record: Record, cells: list[Cell]) -> Table:
             m = cell.results.get(name)
             x = m.extra if m is not None and m.ok else {}
             figures.append(
-                f"{x['cold_s']:.2f} / {x['warm_s']:.2f} ({x['warm_context_s']:.2f})" if x else rate_text(m, False)
+                f"{x['cold_s']:.2f} / {x['warm_s']:.2f} ({x['warm_context_s']:.2f})" if x else rate_text(m)
             )
         table.add_row(cell.case.label, *figures)
     return table
@@ -203,14 +209,14 @@ def _peer_table(record: Record, cells: list[Cell], title: str) -> Table:
     return table
 
 
-def rate_text(m: Measurement | None, best: bool, memory_bound: bool = False) -> str:
-    """``690 ±0.4%``; with TB/s below where memory is the limit, and under sustained load with the tensor cores'
+def rate_text(m: Measurement | None, best: bool = False, spread: float = 0.0, memory_bound: bool = False) -> str:
+    """``690 ±0.4%``, the ± being ``spread``; with TB/s below where memory is the limit, and under sustained load with the tensor cores'
     utilization, clock and power."""
     if m is None:
         return ""
     if not m.ok or m.tflops is None:
         return {"unsupported": "–", "wrong": "[red]wrong[/red]"}.get(m.status, m.status)
-    text = f"{rate(m.tflops)} ±{m.spread or 0:.1%}"
+    text = f"{rate(m.tflops)} ±{spread:.1%}"
     if m.host_bound:
         text += HOST_BOUND
     if best:

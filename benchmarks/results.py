@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ KINDS = {
     "first": "first call of a fresh process, with empty caches",
 }
 RATES = ("burst", "sustained")  # the kinds that give TFLOP/s over a grid; the others measure one small case
+THREE_IN_FOUR = 0.75
 
 
 @dataclass
@@ -170,6 +172,17 @@ class Record:
 
     def of(self, kind: str, direction: str) -> list[Cell]:
         return [cell for cell in self.cells if (cell.kind, cell.case.direction) == (kind, direction)]
+
+    def usual_spread(self, kind: str, share: float) -> float:
+        """What ``share`` of the figures of one kind scatter by, or less."""
+        figures = (m for cell in self.of_kind(kind) for m in cell.results.values())
+        spreads = sorted(m.spread for m in figures if m.ok and m.spread is not None)
+        return spreads[math.ceil(share * len(spreads)) - 1] if spreads else 0.0
+
+    def printed_spread(self, kind: str, m: Measurement) -> float:
+        """The ± of a figure: its own spread, but no less than what three in four of the run's figures have. A few rounds agree
+        by chance more closely than the next run will agree with them; all figures of a run are seldom so lucky."""
+        return max(m.spread or 0.0, self.usual_spread(kind, THREE_IN_FOUR))
 
     def add(self, visit: Cell) -> None:
         """A cell's visit: its first, or one more."""

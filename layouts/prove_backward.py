@@ -10,8 +10,6 @@ from . import algebra, prove
 from .base import BYTES, Box, Config, Layout, Mma, swizzle_atom
 from .prove import Finding, Row
 
-OVER = {"dK": "K", "dV": "V", "dQ": "Q", "P": "dS"}  # whose shared memory an operand takes
-
 
 def rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
     """Every step of every operand of a config, and its products."""
@@ -37,8 +35,8 @@ def _held(where: str, operand: str, layout: Layout, config: Config, family: Modu
     """The bytes set aside for an operand hold its layout."""
     parts = family.smem_parts(config)
     if hasattr(family, "smem_parts_of"):  # two kernels
-        parts = family.smem_parts_of("queries" if operand.startswith("q") or operand == "dQ" else "keys", config)
-    name = OVER.get(operand, operand.removeprefix("q"))
+        parts = family.smem_parts_of(next(name for name, held in family.KERNELS.items() if operand in held), config)
+    name = family.OVER.get(operand, operand).removeprefix("q")
     have, need = parts[name], algebra.cosize(layout) * BYTES
     if need <= have:
         return []

@@ -431,6 +431,28 @@ def test_a_figure_whose_rounds_happen_to_agree_is_not_held_to_them():
     assert verdict(1.045) == "slower"
 
 
+def test_the_printed_spread_is_no_less_than_most_of_the_runs():
+    spreads = [0.0, 0.001, 0.002, 0.003]
+    record = fakes.record_of(*(
+        Cell("burst", replace(BIG, batch=i + 1), {"ours": fakes.measured(1.0, spread=spread)})
+        for i, spread in enumerate(spreads)
+    ))
+    printed = [record.printed_spread("burst", cell.results["ours"]) for cell in record.cells]
+    assert printed == [0.002, 0.002, 0.002, 0.003]
+    assert record.printed_spread("host", fakes.measured(1.0, spread=0.001)) == 0.001  # no other figure of that kind
+
+
+def test_two_runs_agree_within_what_is_printed():
+    """Rounds that happened to agree don't make a run's figures differ: the run's others tell what they scatter by."""
+
+    def run(seconds):
+        results = {f"p{i}": fakes.measured(1.0, spread=0.002) for i in range(9)}
+        return fakes.record_of(Cell("burst", BIG, {**results, "ours": fakes.measured(seconds, spread=0.0)}))
+
+    found = [compare.agreement(compare.compare(run(1.0), run(seconds))) for seconds in (1.0039, 1.0041)]
+    assert [(one.figures, one.within) for one in found] == [(10, 10), (10, 9)]
+
+
 @pytest.mark.parametrize(("now", "verdict"), [(100, "same"), (120, "more"), (80, "less")])
 def test_memory_is_compared_in_bytes(now, verdict):
     (change,) = compare.compare(*two_runs(
@@ -481,22 +503,21 @@ def anchor_file(tmp_path, **more):
     return path
 
 
-def test_anchors_are_rescaled_by_a_peer_in_both(tmp_path):
-    record = fakes.record_of(
-        Cell("burst", BIG, {"torch_cudnn": fakes.measured(1e-3, 570.0), "ours_tma_wgmma": fakes.measured(1e-3, 690.0)})
-    )
+def test_anchors_are_rescaled_by_the_peers_in_both(tmp_path):
+    live = {"torch_cudnn": 570.0, "fa4": 650 * 0.9025 / 0.95, "ours_tma_wgmma": 690.0}
+    record = fakes.record_of(Cell("burst", BIG, {name: fakes.measured(1e-3, rate) for name, rate in live.items()}))
     found = anchors.load(anchor_file(tmp_path)).rescaled_to(record)
     assert list(found.scales) == ["forward"]
-    assert found.scales["forward"] == anchors.Scale("torch_cudnn", pytest.approx(0.95), 1)
+    assert found.scales["forward"] == anchors.Scale(("torch_cudnn", "fa4"), {BIG: pytest.approx(0.95)})
     assert found.rates[BIG]["fa3"] == pytest.approx(665)
     assert found.rates[BIG]["fa4"] == pytest.approx(617.5)
-    assert report.ratio(record.cells[0]) == pytest.approx(690 / 570)
+    assert report.ratio(record.cells[0]) == pytest.approx(690 / 617.5)
     assert report.ratio(record.cells[0], found) == pytest.approx(690 / 665)
     text = shown(record, found)
     assert "665 ±" not in text
     assert "690 ±1.0% ★" in text
-    assert "recorded on A Card, long ago; forward rescaled × 0.950" in text
-    assert "torch_cudnn over 1 cells" in text
+    assert "recorded on A Card, long ago; forward rescaled case by case" in text
+    assert "of torch_cudnn, fa4: × 0.950 to 0.950 over 1 cases" in " ".join(text.split())
 
 
 def test_anchors_without_a_common_peer_say_so(tmp_path):
@@ -506,7 +527,7 @@ def test_anchors_without_a_common_peer_say_so(tmp_path):
     assert "not rescaled" in found.describe()
 
 
-def test_anchors_of_the_backward_pass_have_a_scale_of_their_own(tmp_path):
+def test_anchors_of_each_case_have_a_scale_of_their_own(tmp_path):
     cell = {"mode": "bwd", "head_dim": 128, "heads": 16, "heads_kv": 16, "batch": 2, "seqlen": 8192, "causal": False}
     cells = [{**cell, "mode": mode, "tflops": {"torch_cudnn": 500.0, "fa3": 600.0}} for mode in ("fwd", "bwd")]
     backward = replace(BIG, direction="backward")
@@ -518,7 +539,7 @@ def test_anchors_of_the_backward_pass_have_a_scale_of_their_own(tmp_path):
     assert found.rates[BIG]["fa3"] == pytest.approx(540)
     assert found.rates[backward]["fa3"] == pytest.approx(720)
     text = shown(record, found)
-    assert "backward rescaled × 1.200" in text
+    assert "torch_cudnn: × 1.200 to 1.200 over 1 cases" in " ".join(text.split())
     assert "720" in next(line for line in text.split("backward, bursts")[1].splitlines() if "d128 full 8k" in line)
 
 
