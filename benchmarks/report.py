@@ -210,8 +210,8 @@ def _peer_table(record: Record, cells: list[Cell], title: str) -> Table:
 
 
 def rate_text(m: Measurement | None, best: bool = False, spread: float = 0.0, memory_bound: bool = False) -> str:
-    """``690 ±0.4%``, the ± being ``spread``; with TB/s below where memory is the limit, and under sustained load with the tensor cores'
-    utilization, clock and power."""
+    """``690 ±0.4%``, the ± being ``spread``; with TB/s below where memory is the limit, and under sustained load with the
+    tensor cores' utilization, clock and power."""
     if m is None:
         return ""
     if not m.ok or m.tflops is None:
