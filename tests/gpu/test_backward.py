@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -39,14 +40,14 @@ def assert_same_bits(gradients, expected):
 @pytest.mark.parametrize("kind", ["gaussian", "peaky"])
 def test_matches_oracle(d, dv, dtype, rules, kind, mechanism):
     for sq, sk in SHAPES:
-        heads = (2, 2) if max(sq, sk) > 2000 else (6, 2)
-        # Small shapes in larger batches: the tolerance is measured, and a few elements may have no error by luck.
-        q, k, v, dout, _ = make(16 if sq < 64 else 2, sq, sk, *heads, d, dv, dtype, kind=kind, seed=sq + sk)
-        result = run(q, k, v, mechanism, dout, **rules)
-        try:
-            assert_gradients_close(result, q, k, v, dout, **rules)
-        except AssertionError as error:
-            raise AssertionError(f"at (seqlen_q, seqlen_k) = ({sq}, {sk}): {error}") from error
+        for heads in ((2, 2), (6, 2)) if max(sq, sk) <= 2000 else ((1, 1), (2, 1)):
+            # Small shapes in larger batches: the tolerance is measured, and a few elements may have no error by luck.
+            q, k, v, dout, _ = make(16 if sq < 64 else 2, sq, sk, *heads, d, dv, dtype, kind=kind, seed=sq + sk)
+            result = run(q, k, v, mechanism, dout, **rules)
+            try:
+                assert_gradients_close(result, q, k, v, dout, **rules)
+            except AssertionError as error:
+                raise AssertionError(f"at (seqlen_q, seqlen_k) = ({sq}, {sk}), heads {heads}: {error}") from error
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (5, 1)])
@@ -198,14 +199,24 @@ def test_sum(mechanism):
     assert_same_bits([x.grad for x in (q, k, v)], want)
 
 
-def test_past_two_to_the_31_elements(mechanism):
-    """The last batch element starts past 2³¹ elements, in q, k, v and dout."""
-    b, s, h, d = 3, 256, 2, 128
+FAR_APART = {
+    "batches": lambda s, h, d: (1 << 30, h * d, d, 1),
+    "rows": lambda s, h, d: (h * d, 1 << 23, d, 1),
+    "heads": lambda s, h, d: (s * d, d, (1 << 31) + 64, 1),
+}
+
+
+@pytest.mark.parametrize("d", [128, 256])
+@pytest.mark.parametrize("apart", FAR_APART)
+def test_past_two_to_the_31_elements(apart, d, mechanism):
+    """The last batch element, row or head lies past 2³¹ elements, in q, k, v and dout."""
+    b, s, h = 3, 300, 2
+    strides = FAR_APART[apart](s, h, d)
     small = make(b, s, s, h, h, d)[:4]
-    big = []
-    for x in small:
-        buffer = torch.empty((b - 1) * (1 << 30) + (1 << 27), dtype=BF16, device="cuda")
-        big.append(buffer.as_strided((b, s, h, d), (1 << 30, h * d, d, 1)).copy_(x))
+    elements = 1 + sum((extent - 1) * stride for extent, stride in zip((b, s, h, d), strides, strict=True))
+    assert elements > 1 << 31
+    storage = torch.empty(elements + (4 << 18), dtype=BF16, device="cuda")  # one for all four, a little apart in it
+    big = [storage.as_strided(x.shape, strides, i << 18).copy_(x) for i, x in enumerate(small)]
     q, k, v, dout = small
     want = run(q, k, v, mechanism, dout, causal=True, deterministic=True)
     assert_gradients_close(want, q, k, v, dout, causal=True)
@@ -244,10 +255,11 @@ def test_nan_in_a_seen_key_shows(mechanism):
         assert gradient.isnan().all()
 
 
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (96, 40), (128, 128), (256, 256)])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_buffers_that_start_as_nan_leave_none(deterministic, mechanism, monkeypatch):
+def test_buffers_that_start_as_nan_leave_none(deterministic, d, dv, mechanism, monkeypatch):
     """Whatever is allocated without being cleared (gradients, dQ's sums, row values) holds NaN before the kernels run."""
-    q, k, v, dout, dlse = make(2, 257, 129, 6, 3, 96, 40, torch.float16)
+    q, k, v, dout, dlse = make(2, 257, 129, 6, 3, d, dv, torch.float16)
     rules = {"causal": True, "deterministic": deterministic}
     poisoned = []
 
@@ -397,20 +409,39 @@ def test_runs_on_the_callers_stream(mechanism):
     assert_same_bits(got, want)
 
 
-def test_captured_in_a_cuda_graph(mechanism):
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_captured_in_a_cuda_graph(deterministic, d, mechanism):
     """Forward and backward pass in one graph."""
-    sizes = (1, 512, 512, 4, 2, 128)
+    sizes = (1, 512, 512, 4, 2, d)
+    rules = {"causal": True, "deterministic": deterministic}
     q, k, v, dout, dlse = make(*sizes)
-    run(q, k, v, mechanism, dout, dlse, causal=True, deterministic=True)  # compiles
+    run(q, k, v, mechanism, dout, dlse, **rules)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = run(q, k, v, mechanism, dout, dlse, causal=True, deterministic=True)
+        got = run(q, k, v, mechanism, dout, dlse, **rules)
     for seed in (1, 2):
         for x, fresh in zip((q, k, v, dout), make(*sizes, seed=seed), strict=False):
             x.copy_(fresh)
         dlse.add_(1.0)
         graph.replay()
-        assert_same_bits(got, run(q, k, v, mechanism, dout, dlse, causal=True, deterministic=True))
+        assert_gradients_close(got, q, k, v, dout, dlse, causal=True)
+        if deterministic:
+            assert_same_bits(got, run(q, k, v, mechanism, dout, dlse, **rules))
+
+
+def test_compiled_by_torch(mechanism):
+    """``torch.compile`` of what calls it: the call itself is a break in the graph."""
+    q, k, v, dout, _ = make(2, 200, 300, 4, 2, 64)
+    rules = {"mechanism": mechanism, "causal": True, "deterministic": True}
+    want = run(q, k, v, dout=dout, **rules)
+
+    @partial(torch.compile, backend="aot_eager")
+    def twice(q, k, v):
+        return 2 * attention(q, k, v, **rules)
+
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    assert_same_bits(torch.autograd.grad(twice(*leaves), leaves, dout / 2), want)
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
