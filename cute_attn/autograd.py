@@ -18,7 +18,8 @@ class Attention(torch.autograd.Function):
 
     ``forward(q, k, v, call)`` returns them; ``gradients(q, k, v, out, lse, dout, dlse, call, needs)`` returns
     ``(dq, dk, dv)``, None for what the string ``needs``, part of ``"qkv"``, does not name. ``dlse`` is None where the
-    log-sum-exp was not used; ``dout`` has the dtype of ``out`` and any strides.
+    log-sum-exp was not used; ``dout`` has the dtype of ``out`` and any strides. Needed is what has ``requires_grad``:
+    torch doesn't tell which of these inputs ``torch.autograd.grad`` was asked for.
     """
 
     @staticmethod

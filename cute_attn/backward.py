@@ -108,10 +108,10 @@ def fake_arguments(problem, config) -> tuple:
         stride = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
         return runtime.make_fake_tensor(dtype, shape, stride, assumed_align=16) if asked else None
 
-    def rows(kind, asked=True, align=4, last=1):
-        shape = (*(cute.sym_int() for _ in range(2)), cute.sym_int(divisibility=last))
-        stride = (cute.sym_int64(divisibility=last), cute.sym_int64(divisibility=last), 1)
-        return runtime.make_fake_tensor(kind, shape, stride, assumed_align=align) if asked else None
+    def vectors(kind, asked=True):
+        shape = tuple(cute.sym_int() for _ in range(3))
+        stride = (cute.sym_int64(), cute.sym_int64(), 1)
+        return runtime.make_fake_tensor(kind, shape, stride, assumed_align=4) if asked else None
 
     gq, gk, gv = (name in problem.gradients for name in "qkv")
     shape = (2, cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=ROW_PADDING))
@@ -128,11 +128,11 @@ def fake_arguments(problem, config) -> tuple:
     numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
     return (
         *(tensor() for _ in range(5)),
-        rows(Float32),
-        rows(Float32, problem.return_lse),
+        vectors(Float32),
+        vectors(Float32, problem.return_lse),
         row_values,
         dq_sum,
-        rows(Int32, gq and pieces and problem.deterministic),
+        vectors(Int32, gq and pieces and problem.deterministic),
         tensor(gq),
         tensor(gk),
         tensor(gv),

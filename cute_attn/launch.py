@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -55,31 +56,29 @@ def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, ou
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse, dout, dlse):
-    """``(dq, dk, dv)`` on the current stream, ``None`` for those that ``needs`` (a part of ``"qkv"``) doesn't name.
+    """``(dq, dk, dv)`` on the current stream, ``None`` for those that ``needs`` (a part of ``"qkv"``) doesn't name. The call
+    must not be empty.
 
-    ``dout`` and ``dlse`` may have any strides, and be ``None`` where nothing depends on that output; what the kernels
-    can't read in place is copied. Besides the gradients this allocates two float32 a query row, and for dQ its sums in
-    float32; of both the rows are a multiple of 128.
+    ``dout`` and ``dlse`` may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the
+    kernels can't read in place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts
+    are added up in memory, their float32 sums; of both the rows are a multiple of 128, and of the sums the columns those that
+    a head takes in shared memory.
     """
     gradient = {name: x.new_empty(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)}
-    if call.empty:
-        for x in gradient.values():
-            if x is not None:
-                x.zero_()
-        return tuple(gradient.values())
     q, k, v = check_tensors_for_gpu(q, k, v, call)
-    dout = torch.zeros_like(out) if dout is None else _readable(dout)
-    dlse = None if dlse is None else dlse.contiguous()
+    dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
     device = q.get_device()
-    problem = gradient_problem_of(q.dtype, call, needs, deterministic, dlse is not None)
+    problem = gradient_problem_of(q.dtype, call, needs, dlse is not None)
     config = plan(problem, device_target(device), mechanism)
+    layouts = family(config)
+    summed = "q" in needs and bool(layouts.pieces(config))
+    problem = replace(problem, deterministic=deterministic and summed)  # without sums there is no order to fix
     function, blocks = prepared(problem, mechanism, device)
 
     rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
     rows = q.new_empty((2, call.batch, call.heads, rows_padded), dtype=torch.float32)
     dq_sum = counters = None
-    layouts = family(config)
-    if "q" in needs and layouts.pieces(config):
+    if summed:
         slices = (call.batch, call.heads, rows_padded // config.tile_m)
         piece_rows, piece_columns = layouts.piece_shape(config)
         dq_sum = q.new_empty((*slices, len(layouts.pieces(config)), piece_rows * piece_columns), dtype=torch.float32)

@@ -8,7 +8,7 @@ of ``scale``, ``window`` and ``softcap`` are run-time values; they live in :clas
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NoReturn
 
@@ -174,11 +174,10 @@ def problem_of(dtype: torch.dtype, call: Call, return_lse: bool) -> Problem:
     )
 
 
-def gradient_problem_of(dtype: torch.dtype, call: Call, gradients: str, deterministic: bool, of_lse: bool) -> Problem:
+def gradient_problem_of(dtype: torch.dtype, call: Call, gradients: str, of_lse: bool) -> Problem:
     """The Problem of a checked call's backward pass; ``gradients`` names the inputs, in the order of ``"qkv"``, and
     ``of_lse`` says whether the log-sum-exp has a gradient."""
-    forward = problem_of(dtype, call, of_lse)
-    return Problem.intern(*astuple(forward)[:-2], gradients, bool(deterministic and "q" in gradients))
+    return replace(problem_of(dtype, call, of_lse), gradients=gradients)
 
 
 def check_tensors_for_gpu(q, k, v, call: Call):

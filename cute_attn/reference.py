@@ -82,7 +82,9 @@ def gradients(q, k, v, out, lse, dout, dlse, call: Call, needs: str = "qkv", *, 
     row that sees no key, or a key that no row sees, has zeros.
     """
     dtype, acc_dtype = q.dtype, lse.dtype
-    dq, dk, dv = (torch.zeros_like(x, dtype=acc_dtype) for x in (q, k, v))
+    dq, dk, dv = (
+        torch.zeros_like(x, dtype=acc_dtype) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)
+    )
     delta = (dout.to(acc_dtype) * out).sum(-1)  # (batch, seqlen_q, heads)
     if dlse is not None:
         delta = delta - dlse.transpose(1, 2)
@@ -92,7 +94,8 @@ def gradients(q, k, v, out, lse, dout, dlse, call: Call, needs: str = "qkv", *, 
     delta, lse_log2 = delta.masked_fill(unseen, 0.0), (lse * LOG2_E).masked_fill(unseen, torch.inf)
 
     band = _band(call)
-    mQ, mdO, mdQ, delta, lse_log2 = (_grouped(x, call) for x in (q, dout, dq, delta, lse_log2))
+    mQ, mdO, delta, lse_log2 = (_grouped(x, call) for x in (q, dout, delta, lse_log2))
+    mdQ = None if dq is None else _grouped(dq, call)
     first, last = band.key_range(0, call.seqlen_q - 1, call.seqlen_k, HostOps)
     for n_tile in range(first, last, tile_n):
         n_last = min(n_tile + tile_n, last) - 1
@@ -106,18 +109,18 @@ def gradients(q, k, v, out, lse, dout, dlse, call: Call, needs: str = "qkv", *, 
             tK, tV = k[:, keys].to(acc_dtype), v[:, keys].to(acc_dtype)
             acc_S, slope = _scores(tQ, tK, m, keys.start, call)
             P = (acc_S - lse_log2[:, rows, ..., None]).exp2()
-            if "v" in needs:
+            if dv is not None:
                 dv[:, keys] += torch.einsum("bmhgn,bmhgd->bnhd", P.to(dtype).to(acc_dtype), tdO)
             if needs == "v":
                 continue
             acc_dP = torch.einsum("bmhgd,bnhd->bmhgn", tdO, tV)
             dS = P * (acc_dP - delta[:, rows, ..., None]) * slope
             dS = dS.to(dtype).to(acc_dtype)
-            if "k" in needs:
+            if dk is not None:
                 dk[:, keys] += torch.einsum("bmhgn,bmhgd->bnhd", dS, tQ) * call.scale
-            if "q" in needs:
+            if mdQ is not None:
                 mdQ[:, rows] += torch.einsum("bmhgn,bnhd->bmhgd", dS, tK) * call.scale
-    return tuple(dx.to(dtype) if name in needs else None for name, dx in zip("qkv", (dq, dk, dv), strict=True))
+    return tuple(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv))
 
 
 def _scores(tQ, tK, m: int, n: int, call: Call):

@@ -70,3 +70,20 @@ def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):
     with pytest.raises(RuntimeError, match="launch failed"):
         launching.launch(fails, 132, 1, CALL, "q", "k", "v", "out", None)
     assert entered == [1, "left"]
+
+
+@pytest.mark.parametrize(("head_dim", "needs", "ordered"), [(128, "qkv", True), (128, "kv", False), (256, "qkv", False)])
+def test_an_order_is_fixed_only_where_dq_has_sums(gpu, monkeypatch, head_dim, needs, ordered):
+    """Elsewhere ``deterministic=True`` is the same kernel: heads wider than 128 have no sums in memory on Hopper."""
+    problems = []
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda problem, *_: (problems.append(problem) or gpu.kernel, 132))
+    q, k, v, dout, out = (torch.zeros(1, 10, 2, head_dim, dtype=torch.bfloat16) for _ in range(5))
+    lse = torch.zeros(1, 2, 10)
+    call = Call(1, 2, 2, 10, 10, head_dim, head_dim, 0.125, None, 0, 0.0)
+    gradients = launching.gradients(call, "tma_wgmma", needs, True, q, k, v, out, lse, dout, None)
+    assert [gradient is not None for gradient in gradients] == [name in needs for name in "qkv"]
+    assert [problem.deterministic for problem in problems] == [ordered]
+    ((_, arguments),) = gpu.log
+    dq_sum, counters = arguments[8:10]
+    assert (dq_sum is not None) == (counters is not None) == ordered
