@@ -19,12 +19,11 @@ from .base import KIB, OPERANDS, Config, Gpu
 LOG_WIDTH = 180  # a log has no width of its own
 DTYPES = ("float16", "bfloat16")
 BACKWARD_FIELDS = ("tile_m", "tile_n", "step_m", "stages", "mma_warps", "key_warps", "blocks_per_multiprocessor")
-DETAILS = 2  # configs at most whose every step is shown unasked
 EPILOG = """\
 examples:
   python -m cute_attn.layouts check                              every shipped config, one line each
   python -m cute_attn.layouts check sm_90a --head-dim 128        every step of every operand, and the budgets
-  python -m cute_attn.layouts check sm_90a --operand K --details
+  python -m cute_attn.layouts check sm_90a --operand dO --details  every step of dO, at every head dim
   python -m cute_attn.layouts show sm_90a K --head-dim 128       K in shared memory, in colours
   python -m cute_attn.layouts show sm_80 V --picture load --svg v.svg --png v.png
   python -m cute_attn.layouts show sm_90a block --svg block.svg  who copies what where, stage by stage
@@ -56,15 +55,18 @@ def check(options: argparse.Namespace, console: Console) -> int:
     except ImportError as error:
         console.print(f"left out: all proofs ({error}): try pip install nvidia-cutlass, which has pycute", markup=False)
         return 1
-    operands = _operands(options.operand)
+    if operand := options.operand:
+        known = list(dict.fromkeys(name for config, _ in chosen for name in prove.operands(config)))
+        if operand not in known:
+            raise ValueError(f"operand is {operand!r}; known ones are {', '.join(known)}")
+        chosen = [(config, head_dim) for config, head_dim in chosen if operand in prove.operands(config)]
     found: list[prove.Finding] = []
     reports = []
     for config, head_dim in chosen:
-        rows = prove.report(config, head_dim)
-        shown = [row for row in rows if row.operand in operands or not options.operand]
+        shown = [row for row in prove.report(config, head_dim) if operand in (None, row.operand)]
         reports.append((config, shown))
         found += [finding for row in shown for finding in row.findings]
-        if not options.operand:
+        if not operand:
             found += prove.budget_findings(config, for_target(config.target).GPU, family(config))
     only = [config for config, _ in chosen]
     left_out = ""
@@ -72,10 +74,10 @@ def check(options: argparse.Namespace, console: Console) -> int:
         found += prove.against_dsl(only)
     except (ImportError, NotImplementedError) as error:
         left_out = f"left out: the DSL's layouts against these ({error})"
-    if options.details or len(reports) <= DETAILS:
-        for config, rows in reports:
+    if options.details or (options.arch and options.head_dim):
+        for config, rows in _alike(reports):
             console.print(_steps(prove.title(config), rows))
-            if not options.operand:
+            if not operand:
                 console.print(_budget(config))
     else:
         console.print(_summary(reports))
@@ -188,13 +190,15 @@ def configs(
     return list(found.items())
 
 
-def _operands(name: str | None) -> tuple[str, ...]:
-    if name is not None and name not in OPERANDS:
-        raise ValueError(f"operand is {name!r}; known ones are {', '.join(OPERANDS)}")
-    return (name,) if name else OPERANDS
-
-
 # ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _alike(reports) -> list[tuple[Config, list]]:
+    """Each report once: the dtypes that share one are named together."""
+    merged: dict[tuple, list[str]] = {}
+    for config, rows in reports:
+        merged.setdefault((replace(config, dtype=""), *rows), []).append(config.dtype)
+    return [(replace(config, dtype=" and ".join(dtypes)), rows) for (config, *rows), dtypes in merged.items()]
 
 
 def _steps(title: str, rows) -> Table:
@@ -439,7 +443,8 @@ def _fitting(head_dim: int, like: str, gpu: Gpu, gradients: str = "") -> tuple[C
 
     def said(config: Config) -> str:
         blocks = config.blocks_per_multiprocessor
-        return f"tiles {config.tile_m}×{config.tile_n}, {config.stages} stages" + f", {blocks} blocks" * (blocks > 1)
+        tiles = f"tiles {config.tile_m}×{config.tile_n}, {_count(config.stages, 'stage')}"
+        return tiles + f", {blocks} blocks" * (blocks > 1)
 
     def size(config: Config) -> tuple[int, int, int]:
         return config.tile_m * config.tile_n, config.stages, config.blocks_per_multiprocessor
@@ -483,8 +488,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--head-dim", type=int, metavar="D", help="of the tensors; default: every tile's")
     one.add_argument("--head-dim-v", type=int, metavar="D", help="of V and O, where it differs")
     one.add_argument("--dtype", metavar="T", help=f"{' or '.join(DTYPES)}; default: both")
-    one.add_argument("--operand", metavar="X", help=f"one of {', '.join(OPERANDS)}; default: all, and the budgets")
-    one.add_argument("--details", action="store_true", help="every step, however many configs there are")
+    one.add_argument("--operand", metavar="X", help="such as K or, of the backward pass, dO; default: all, and the budgets")
+    one.add_argument("--details", action="store_true", help="every step; of one ARCH and head dim, it is shown unasked")
     one = commands.add_parser("show", help="print a layout in colours; draw it")
     one.add_argument("arch", metavar="ARCH", help=f"one of {', '.join(known_targets())}")
     one.add_argument("operand", metavar="OPERAND", help=f"one of {', '.join(OPERANDS)}, or block: all of them, by stage")

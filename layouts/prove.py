@@ -566,6 +566,14 @@ def title(config: Config) -> str:
     return f"{config.target} {config.backward or config.mechanism} {dims} {config.dtype}"
 
 
+def operands(config: Config) -> tuple[str, ...]:
+    """What :func:`report` names: operands, and in the backward pass products."""
+    from . import family as family_of
+
+    family = family_of(config)
+    return tuple(dict.fromkeys((*family.OPERANDS, *family.ROLES))) if config.backward else (*OPERANDS, "P")
+
+
 def report(config: Config, head_dim: int | None = None, family: ModuleType | None = None) -> list[Row]:
     """Every step of every operand of a config, with what was counted and found. ``head_dim`` is that of the
     tensors, where it is smaller than the tile's (Q and K; V's padding is taken to be the same)."""

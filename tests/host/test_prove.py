@@ -493,6 +493,33 @@ def test_check_one_config(capsys):
     assert "2 configs, 46 steps: everything holds" in said  # one of each pass
 
 
+def test_one_arch_and_head_dim_is_shown_step_by_step(capsys):
+    """Both passes and every mechanism; dtypes whose report is the same share it."""
+    assert main(["check", "sm_90a", "--head-dim", "128"]) == 0
+    said = capsys.readouterr().out
+    for mainloop in ("tma_wgmma", "cp_async", "tma_wgmma_backward", "cp_async_backward"):
+        title = f"sm_90a {mainloop} d128 float16 and bfloat16"
+        assert said.count(f"{title} ") == said.count(f"{title}: what takes what") == 1
+    assert "8 configs, 176 steps: everything holds" in said
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "operand", "configs_steps"),
+    [(128, "dO", "4 configs, "), (128, "dS", "4 configs, "), (128, "O", "4 configs, "), (256, "qQ", "2 configs, ")],
+)
+def test_an_operand_of_either_pass(capsys, head_dim, operand, configs_steps):
+    assert main(["check", "sm_90a", "--head-dim", str(head_dim), "--operand", operand]) == 0
+    said = capsys.readouterr().out
+    assert f"│ {operand} " in said
+    assert configs_steps in said
+    assert "what takes what" not in said
+
+
+def test_the_operands_are_those_of_the_report():
+    for config, head_dim in configs("sm_90a") + configs("sm_90a", gradients="qkv"):
+        assert set(prove.operands(config)) == {row.operand for row in prove.report(config, head_dim)}
+
+
 def test_check_everything(capsys):
     assert main(["check"]) == 0
     said = capsys.readouterr().out
@@ -508,7 +535,8 @@ def test_check_everything(capsys):
         (["--head-dim", "512"], "256"),
         (["--head-dim-v", "-8"], "multiples of 8"),
         (["--dtype", "float8"], "bfloat16"),
-        (["--operand", "X"], "Q, K, V, O"),
+        (["sm_80", "--operand", "X"], "known ones are Q, K, V, O, P, dO, dS, dK, dV, S, dP, dQ"),
+        (["sm_90a", "--head-dim", "128", "--operand", "qQ"], "known ones are Q, K, V, O, P, dO, dS"),
     ],
 )
 def test_unknown_names_get_the_known_ones(capsys, arguments, known):
