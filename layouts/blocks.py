@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 from . import algebra, family, for_target
 from .base import BYTES, KIB, Box, Config, Copy
-from .draw import MARGIN, PALETTE, Canvas, Label, Rect
+from .draw import MARGIN, PALETTE, STRIPED, Canvas, Label, Rect
 from .pictures import described, product
 
 Colour = tuple[str, str]
-COPIED, WAITS, READ, PLAIN = PALETTE[1], ("#ffffff", "black"), PALETTE[2], ("#f4f4f4", "black")
-LEGEND = ((COPIED, "being copied"), (WAITS, "there, or on its way"), (READ, "being read"))
+# Colours are operands'. What happens to one is stripes and greys, apart in print too.
 COLOURS = {name: PALETTE[i + 1] for i, name in enumerate("QKVO")}
+COPIED, WAITS, READ, MADE = (STRIPED, "black"), ("#ffffff", "black"), ("#c4c4c4", "black"), ("#5a5a5a", "white")
+PLAIN = ("#f4f4f4", "black")
+LEGEND = ((COPIED, "being copied"), (WAITS, "there, or on its way"), (READ, "being read"), (MADE, "being written"))
 WIDE, COLUMN, LANE, LINE = 960, 128, 26, 14  # pixels: of a table, of its columns at most, of a lane, of a line more in it
 LABELLED = 22  # pixels of the bar that a label needs
 STEPS_PAST = 3  # steps of the loop shown past the first turn of the ring
@@ -173,19 +175,20 @@ def lined(canvas: Canvas, heads: Sequence[str], lanes: Lanes, wide: float, y: fl
     return y
 
 
-def explained(canvas: Canvas, colours: Iterable[tuple[Colour, str]], notes: Iterable[str], y: float) -> float:
-    """What the colours of the tables above say, and notes."""
+def explained(canvas: Canvas, lanes: Lanes, notes: Iterable[str], y: float) -> float:
+    """What the stripes and greys of the lanes above say, and notes."""
     add = canvas.shapes.append
+    used = {colour for cells in lanes.values() for _, colour in cells}
     x0 = MARGIN + 110
     x, y = float(x0), y + 20
-    for (background, foreground), text in colours:
+    for (background, foreground), text in (x for x in LEGEND if x[0] in used):
         width = len(text) * 7.2 + 16
         add(Rect(x, y - 11, width, 22, background))
         add(Label(x + width / 2, y, text, 11, fill=foreground))
         x += width + 6
-    add(Label(MARGIN, y, "colours", 11, "start", "#333333"))
+    add(Label(MARGIN, y, "stripes, greys", 11, "start", "#333333"))
     y += 24
-    for note in notes:
+    for note in ("Stripes and greys say what happens; colours, further up, name operands.", *notes):
         add(Label(x0, y, note, 11, "start", "#333333"))
         y += 16
     return y
@@ -257,7 +260,7 @@ def _stages(canvas: Canvas, config: Config, y: float) -> None:
     lanes["O"] = [("", WAITS), *[("in registers", PLAIN) for _ in steps], ("copied out", COPIED)]
     what = "Stage by stage: what each slot holds; K0 and V0 are the first tiles taken, the last keys"
     y = table(canvas, "slot", what, heads, lanes, y)
-    explained(canvas, LEGEND, ["A step is one tile of keys; steps are not drawn to scale. S = Q·Kᵀ, P = its softmax."], y)
+    explained(canvas, lanes, ["A step is one tile of keys; steps are not drawn to scale. S = Q·Kᵀ, P = its softmax."], y)
 
 
 def _overlapped(config: Config) -> bool:

@@ -15,7 +15,7 @@ from .blocks import (
     COLUMN,
     COPIED,
     FROM_REGISTERS,
-    LEGEND,
+    MADE,
     PLAIN,
     READ,
     STEPS_PAST,
@@ -38,7 +38,6 @@ from .blocks import (
 from .draw import MARGIN, PALETTE, Canvas, Label
 from .pictures import described, product
 
-MADE = PALETTE[4]
 COLOURS = {"Q": PALETTE[1], "K": PALETTE[2], "V": PALETTE[3], "dO": PALETTE[4], "P": PALETTE[6], "dS": PALETTE[7]}
 COLOURS |= {"dK": COLOURS["K"], "dV": COLOURS["V"], "dQ": PALETTE[5]}  # in the order in which ways are drawn
 STEP_WIDE = 7 * COLUMN  # pixels of the parts of a step, as of the table of stages
@@ -77,8 +76,7 @@ def block(config: Config, kernel: str) -> Canvas:
     y = ways(canvas, ((TO_CORES, [_way(name, config) for name in copied]), (MADE_HEADS, made)), y + MARGIN)
     heads = ("before", *(f"step {i}" for i in _steps(config)), "at the end")
     y = table(canvas, "slot", "Stage by stage: what each slot holds, and who does what", heads, walk.lanes, y + MARGIN)
-    used = {colour for cells in walk.lanes.values() for _, colour in cells}
-    y = explained(canvas, [x for x in (*LEGEND, (MADE, "being written")) if x[0] in used], walk.notes, y) + MARGIN
+    y = explained(canvas, walk.lanes, walk.notes, y) + MARGIN
     canvas.shapes.append(Label(MARGIN, y, "One step, from left to right", 13, "start", bold=True))
     parts = [f"part {i}" for i in range(len(walk.turns))]
     by_actor = zip(walk.actors, zip(*walk.turns, strict=True), strict=True)

@@ -38,6 +38,7 @@ PALETTE = (
     ("#D55E00", "black"),
     ("#CC79A7", "black"),
 )
+STRIPED, STRIPE, STRIPES = "#f2f2f2", "#b4b4b4", "stripes"  # a fill that is striped, except in a terminal; with what; its name
 
 
 def bank_groups(operand: str, config: Config, rows: int = ROWS_AT_ONCE, swizzled: bool = True) -> list[list[int]]:
@@ -211,6 +212,7 @@ class Canvas:
             f"<style>rect{{stroke:{LINE};stroke-width:.8}}.paper{{stroke:none}}.b{{font-weight:bold}}</style>",
             f'<rect class="paper" width="{width}" height="{height}" fill="#ffffff"/>',
         ]
+        lines += [SVG_STRIPES] if any(isinstance(x, Rect) and x.fill == STRIPED for x in self.shapes) else []
         lines += [_svg_rect(x) if isinstance(x, Rect) else _svg_label(x) for x in self.shapes]
         return "\n".join([*lines, "</svg>", ""])
 
@@ -231,7 +233,11 @@ class Canvas:
         align = {"start": "left", "middle": "center", "end": "right"}
         for x in self.shapes:
             if isinstance(x, Rect):
-                axes.add_patch(Rectangle((x.x, x.y), x.width, x.height, facecolor=x.fill, edgecolor=LINE, linewidth=0.5))
+                place = (x.x, x.y), x.width, x.height
+                if x.fill == STRIPED:
+                    axes.add_patch(Rectangle(*place, facecolor=x.fill, edgecolor=STRIPE, linewidth=0, hatch="///"))
+                fill = "none" if x.fill == STRIPED else x.fill
+                axes.add_patch(Rectangle(*place, facecolor=fill, edgecolor=LINE, linewidth=0.5))
                 continue
             along, across = align[x.anchor], "center_baseline"
             if x.upright:
@@ -251,8 +257,15 @@ class Canvas:
         figure.savefig(path)
 
 
+SVG_STRIPES = (
+    f'<pattern id="{STRIPES}" width="9" height="9" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    f'<path d="M0 0H9V9H0z" fill="{STRIPED}"/><path d="M0 0H1.5V9H0z" fill="{STRIPE}"/></pattern>'
+)
+
+
 def _svg_rect(x: Rect) -> str:
-    text = f'<rect x="{x.x:.4g}" y="{x.y:.4g}" width="{x.width:.4g}" height="{x.height:.4g}" fill="{x.fill}"'
+    fill = f"url(#{STRIPES})" if x.fill == STRIPED else x.fill
+    text = f'<rect x="{x.x:.4g}" y="{x.y:.4g}" width="{x.width:.4g}" height="{x.height:.4g}" fill="{fill}"'
     text += f' data-cells="{x.cells}"' if x.cells else ""
     return f"{text}><title>{escape(x.tip)}</title></rect>" if x.tip else f"{text}/>"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,7 +19,7 @@ from cute_attn.problem import Problem
 pytest.importorskip("pycute")
 
 from cute_attn.layouts import __main__ as command
-from cute_attn.layouts import algebra, blocks, blocks_backward, gallery, pictures
+from cute_attn.layouts import algebra, blocks, blocks_backward, draw, gallery, pictures
 
 SVG = "{http://www.w3.org/2000/svg}"
 KINDS = [("sm_90a", "tma_wgmma"), ("sm_80", "cp_async")]
@@ -128,6 +129,21 @@ def test_a_map_by_hand():
     assert cells[8, 0] == ("T0", "V2,3")
     assert cells[0, 8] == ("T0", "V4,5")
     assert "Of 64 rows, 16 are shown: each 16 further are the same with thread + 32." in c.notes
+
+
+def test_a_colour_of_a_block_is_an_operand_and_nothing_else():
+    """What happens to one is said in stripes and greys, further apart than print or colour blindness makes them look."""
+    operands = {*blocks.COLOURS.values(), *blocks_backward.COLOURS.values()}
+    states = [background for (background, _), _ in blocks.LEGEND]
+    assert all(len(set(textwrap.wrap(state[1:], 2))) == 1 for state in states)
+    assert not {background for background, _ in operands} & set(states)
+    solid = sorted(int(state[1:3], 16) for state in states if state != draw.STRIPED)
+    assert min(b - a for a, b in pairwise(solid)) > 50
+    for kind, gradients in product(KINDS, ("", "qkv")):
+        root = ElementTree.fromstring(blocks.block(config(*kind, 128, gradients)).svg())
+        fills = [x.get("fill") for x in root.iter(f"{SVG}rect")]
+        assert "url(#stripes)" in fills
+        assert [x.get("id") for x in root.iter(f"{SVG}pattern")] == ["stripes"]
 
 
 @pytest.mark.parametrize("target", layouts.known_targets())
