@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.anchors import Anchors
 from benchmarks.cases import DIRECTIONS, short
 from benchmarks.report import anchored, ratio, recorded_peers
-from benchmarks.results import RATES, Cell, Record, is_ours
+from benchmarks.results import DETERMINISTIC, RATES, Cell, Record, is_ours
 
 # Okabe and Ito's colours, which the common kinds of colour blindness keep apart; markers say the same again.
 STYLES = {
@@ -30,7 +30,7 @@ STYLES = {
 }
 OTHERS = (("#555555", "*"), ("#882255", "h"), ("#332288", "p"))
 CEILING, GRID = "#000000", "#DDDDDD"
-DETERMINISTIC = "_deterministic"
+AHEAD, BEHIND = {"color": "#0072B2"}, {"color": "#E69F00", "hatch": "//"}  # hatching too, not colour alone
 LABELS = {"burst": "bursts of 10 ms", "sustained": "sustained load"}
 Figure = Any
 
@@ -120,12 +120,13 @@ def _finish_rates(axis: Any, lengths: list[int], title: str) -> None:
 def draw_ratios(cells: list[Cell], title: str, anchors: Anchors | None) -> Figure:
     """The best of ours over the best peer, a bar per case: above 1 ours is faster."""
     bars = [(cell.case.label.split(" ", 1)[1], r) for cell in cells if (r := ratio(cell, anchors)) is not None]
-    figure, axes = _subplots(1, 1, (7, 0.24 * len(bars) + 1.2))
+    figure, axes = _subplots(1, 1, (7, 0.24 * len(bars) + 1.5))
     axis = axes[0][0]
     places = range(len(bars))
-    # Ahead and behind differ in hatching too, not in colour alone.
+    drawn: dict[str, Any] = {}
     for place, (_, r) in zip(places, bars, strict=True):
-        axis.barh(place, r, color="#0072B2" if r >= 1 else "#E69F00", hatch=None if r >= 1 else "//", edgecolor="white")
+        bar = axis.barh(place, r, edgecolor="white", **(AHEAD if r >= 1 else BEHIND))
+        drawn.setdefault("ours at least as fast" if r >= 1 else "best peer faster", bar)
         axis.text(1.01, place, f"{r:.2f}", va="center", fontsize=8, transform=axis.get_yaxis_transform())
     axis.axvline(1, color=CEILING, linewidth=1.2)
     axis.set_yticks(places, [label for label, _ in bars])
@@ -134,6 +135,7 @@ def draw_ratios(cells: list[Cell], title: str, anchors: Anchors | None) -> Figur
     axis.set_xlabel("ours / best peer" + (", recorded peers counted" if anchors is not None else ""))
     axis.grid(axis="x", color=GRID, linewidth=0.6)
     figure.suptitle(title)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), frameon=False)
     return figure
 
 

@@ -66,6 +66,7 @@ def test_the_ratios_have_a_bar_per_case(drawn, direction):
     for case in GRIDS["full"].cases():
         assert case.label.split(" ", 1)[1] in text
     assert "0.80" in text  # 480 of the recorded 600
+    assert {"ours at least as fast", "best peer faster"} <= set(text)
 
 
 def test_nothing_is_drawn_of_a_run_without_rates(tmp_path):
