@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -171,10 +172,10 @@ def show(options: argparse.Namespace, console: Console) -> int:
 
 def peers(options: argparse.Namespace, console: Console) -> int:
     """``peers``: who would take part on this machine, and who wouldn't, and why."""
-    for module in options.peers_from:
-        importlib.import_module(module)
+    _register(options)
     for name, peer in peers_.REGISTRY.items():
-        found = peer.why_not() or f"available on {' and '.join(peer.devices)}"
+        here = [device for device in peer.devices if device == "cpu" or torch.cuda.is_available()]
+        found = peer.why_not() or (f"available on {' and '.join(here)}" if here else "needs a CUDA GPU, and torch finds none")
         console.print(f"{name}: {peer.about}: {found}", markup=False)
     return 0
 
@@ -211,14 +212,22 @@ def _inputs(options: argparse.Namespace) -> tuple[Record | None, anchors_.Anchor
 
 def _names(options: argparse.Namespace) -> tuple[str, ...] | None:
     """The peers asked for, checked here so that a misspelt one is answered at once."""
-    for module in options.peers_from:
-        importlib.import_module(module)
+    _register(options)
     if options.peers is None:
         return None
     names = tuple(name for name in options.peers.split(",") if name)
     if unknown := [name for name in names if name not in peers_.REGISTRY]:
         raise ValueError(f"no peer is called {', '.join(unknown)}; known: {', '.join(peers_.REGISTRY)}")
     return names
+
+
+def _register(options: argparse.Namespace) -> None:
+    """Import the modules that register more peers."""
+    for module in options.peers_from:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"--peers-from {module}: {error}; a module that Python can import is needed") from None
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -20,8 +20,8 @@ from benchmarks.parts.catalogue import PARTS
 from benchmarks.parts.results import Figure, PartsRecord
 from benchmarks.parts.show import MARKED, SHIPPED, number
 from benchmarks.parts.verdict import verdicts
-from benchmarks.report import PAIRS, headline, pair
-from benchmarks.results import Cell, Record, is_ours
+from benchmarks.report import HOST_BOUND, PAIRS, headline, pair, ratio
+from benchmarks.results import THREE_IN_FOUR, Cell, Measurement, Record
 
 if TYPE_CHECKING:
     from benchmarks.counters import CountersRecord
@@ -33,7 +33,7 @@ BLOCK = re.compile(
     r"(?P<mark><!-- figures: (?P<name>[\w-]+) (?P<files>[\w.-]+(?: [\w.-]+)*) -->\n).*?(?P<end><!-- end of figures -->)",
     re.DOTALL,
 )
-OURS = "ours_tma_wgmma"
+NOTED = 0.01  # spreads from here on stand beside their figure
 
 
 def write_all() -> list[str]:
@@ -81,15 +81,15 @@ def overview(record: Record, direction: str = "forward") -> str:
 
 
 def _overview(cell: Cell | None) -> str:
-    rates = {} if cell is None else cell.rates()
-    theirs = max((rate for name, rate in rates.items() if not is_ours(name)), default=None)
-    if OURS not in rates:
+    if cell is None or cell.ours is None:
         return ""
-    return f"{rates[OURS]:.0f}" + (f" ({rates[OURS] / theirs:.2f})" if theirs else "")
+    over = ratio(cell)
+    return f"{cell.ours:.0f}" + (f" ({over:.2f})" if over else "")
 
 
 def every_rate(record: Record, direction: str = "forward") -> str:
-    """A row per case, a column per peer, in TFLOP/s, the best in bold; then what ours is of what it is measured by."""
+    """A row per case, a column per peer, in TFLOP/s, the best in bold; then what ours is of what it is measured by. Below,
+    what the marks are."""
     cells = record.of("burst", direction)
     peers = record.peer_names(cells)
     pairs = [(name, other, title) for name, other, title in PAIRS if any(pair(cell, name, other) for cell in cells)]
@@ -97,19 +97,28 @@ def every_rate(record: Record, direction: str = "forward") -> str:
     columns: list[list[float | None]] = []
     for cell in cells:
         rates = cell.rates()
-        best, ours = max(rates.values()), rates.get(OURS)
-        theirs = max((rate for name, rate in rates.items() if not is_ours(name)), default=None)
-        ratios = [pair(cell, name, other) for name, other, _ in pairs]
-        ratios.append(ours / theirs if ours and theirs else None)
+        ratios = [*(pair(cell, name, other) for name, other, _ in pairs), ratio(cell)]
         columns.append([*(rates.get(name) for name in peers), *ratios])
-        shown = [f"**{rates[name]:.0f}**" if rates.get(name) == best else _number(rates.get(name), 0) for name in peers]
-        lines.append(_row([_name(cell), *shown, *(_number(ratio, 2) for ratio in ratios)]))
+        shown = [_marked(cell.results.get(name), rates.get(name) == max(rates.values())) for name in peers]
+        lines.append(_row([_name(cell), *shown, *(_number(x, 2) for x in ratios)]))
     means = []  # of whole columns only: means over different rows don't compare
     for i, column in enumerate(zip(*columns, strict=True)):
         whole = [value for value in column if value]
         means.append(_number(geometric_mean(whole) if len(whole) == len(column) else None, 0 if i < len(peers) else 2))
     lines.append(_row(["geometric mean", *means]))
-    return "\n".join(lines) + "\n"
+    marks = (
+        f"± is given from {NOTED:.0%} on; three in four figures have ±{record.usual_spread('burst', THREE_IN_FOUR):.1%} or "
+        f"less. {HOST_BOUND} the device waited for the host: the figure is the host's."
+    )
+    return "\n".join(lines) + f"\n\n{marks}\n"
+
+
+def _marked(m: Measurement | None, best: bool) -> str:
+    if m is None or not m.ok or m.tflops is None:
+        return ""
+    text = f"**{m.tflops:.0f}**" if best else f"{m.tflops:.0f}"
+    spread = m.spread or 0.0
+    return text + (f" ±{spread:.0%}" if spread >= NOTED else "") + (HOST_BOUND if m.host_bound else "")
 
 
 def agreement(old: Record, new: Record) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
@@ -14,6 +15,7 @@ from benchmarks.results import KINDS, RATES, Cell, Measurement, Record, is_ours
 
 BEST = "★"
 HOST_BOUND = "ʰ"
+ONE_SIDED = {"gone": "are in the old run only", "new": "are in the new run only"}
 # What each of ours is measured by: its name, the other's, and how the ratio is called.
 PAIRS = (
     ("ours_tma_wgmma", "torch_cudnn", "ours ÷ cuDNN"),
@@ -239,17 +241,14 @@ def anchored(cell: Cell, anchors: Anchors | None) -> dict[str, float]:
 
 
 def ratio(cell: Cell, anchors: Anchors | None = None) -> float | None:
-    """The best of ours over the best peer; recorded peers that aren't in the live cell count as peers."""
-    rates = {**anchored(cell, anchors), **cell.rates()}
-    ours = [rate for name, rate in rates.items() if is_ours(name)]
-    theirs = [rate for name, rate in rates.items() if not is_ours(name)]
-    return max(ours) / max(theirs) if ours and theirs else None
+    """Ours over the best peer; recorded peers that aren't in the live cell count as peers."""
+    theirs = [rate for name, rate in {**anchored(cell, anchors), **cell.rates()}.items() if not is_ours(name)]
+    return cell.ours / max(theirs) if cell.ours and theirs else None
 
 
 def of_matmul(cell: Cell) -> float | None:
-    """The best of ours over the matrix product's rate in the same cell."""
-    ours = [rate for name, rate in cell.rates().items() if is_ours(name)]
-    return max(ours) / cell.ceiling.tflops if ours and cell.ceiling and cell.ceiling.tflops else None
+    """Ours over the matrix product's rate in the same cell."""
+    return cell.ours / cell.ceiling.tflops if cell.ours and cell.ceiling and cell.ceiling.tflops else None
 
 
 def faults(record: Record) -> list[str]:
@@ -272,8 +271,13 @@ def show_changes(changes: list[Change], caveats: list[str], console: Console) ->
     for line in caveats:
         console.print(f"compare with care: {line}", markup=False)
     same = sum(change.verdict == "same" for change in changes)
+    missing = Counter(
+        (change.verdict, change.cell.kind, change.cell.case.direction) for change in changes if change.verdict in ONE_SIDED
+    )
+    for (verdict, kind, direction), count in missing.items():
+        console.print(f"{kind}, {direction}: {count} figures {ONE_SIDED[verdict]}", markup=False, highlight=False)
     for change in changes:
-        if change.verdict != "same":
+        if change.verdict != "same" and change.verdict not in ONE_SIDED:
             style = "red" if change.verdict in WORSE else "green" if change.verdict in ("faster", "mended") else ""
             console.print(change.describe(), style=style, markup=False, highlight=False)
     worse = sum(change.verdict in WORSE for change in changes)
@@ -284,7 +288,7 @@ def show_changes(changes: list[Change], caveats: list[str], console: Console) ->
             f"bursts: {found.within} of {found.figures} figures agree within their two spreads; the largest difference is "
             f"{found.largest:.1%}; time per call in the geometric mean: {', '.join(moved)}"
         )
-    console.print(f"{len(changes)} figures compared: {same} unchanged, {worse} worse")
+    console.print(f"{len(changes) - missing.total()} figures compared: {same} unchanged, {worse} worse")
     return 1 if worse else 0
 
 

@@ -24,6 +24,12 @@ KINDS = {
 }
 RATES = ("burst", "sustained")  # the kinds that give TFLOP/s over a grid; the others measure one small case
 THREE_IN_FOUR = 0.75
+DETERMINISTIC = "_deterministic"  # how the names of such peers end
+SHOWN_BY = {  # files of other kinds, by how their schema begins
+    "parts": "python -m benchmarks parts --show",
+    "layouts": "python -m benchmarks.layouts --show",
+    "training": "python -m benchmarks docs, which writes its table,",
+}
 
 
 @dataclass
@@ -119,6 +125,12 @@ class Cell:
     def rates(self) -> dict[str, float]:
         """TFLOP/s of every peer that has one."""
         return {name: m.tflops for name, m in self.results.items() if m.ok and m.tflops}
+
+    @property
+    def ours(self) -> float | None:
+        """TFLOP/s of what a user gets by default: the better mechanism, ``deterministic=True`` left out."""
+        rates = (rate for name, rate in self.rates().items() if is_ours(name) and not name.endswith(DETERMINISTIC))
+        return max(rates, default=None)
 
     @property
     def memory_bound(self) -> bool:
@@ -226,6 +238,8 @@ class Record:
             raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
         if not isinstance(fields, dict) or "schema" not in fields:
             raise ValueError(f"{path} holds no results; {needed}")
+        if other := SHOWN_BY.get(str(fields["schema"]).split()[0]):
+            raise ValueError(f"{path} holds results of another kind ({fields['schema']}): {other} is for them")
         if fields["schema"] != SCHEMA:
             raise ValueError(f"{path} has schema {fields['schema']}; {SCHEMA} is needed: measure again")
         return Record(fields["about"], [Cell.from_dict(cell) for cell in fields["cells"]], fields["complete"])

@@ -594,11 +594,12 @@ def test_the_backward_table_gives_each_pair_its_mean_and_its_lowest():
 
 def test_the_figures_of_the_backward_pass():
     text = documents.every_rate(backward_record(), direction="backward")
-    heading, _, first, *_, means = text.splitlines()
+    heading, _, first, *_, means, _, marks = text.splitlines()
     assert heading.endswith(
         "| torch_flash2 | ours ÷ cuDNN | cp_async ÷ FlashAttention-2 | deterministic ÷ default | ours ÷ best peer |"
     )
-    assert first == "| d64 full 512 | **600** | 540 | 252 | 500 | 280 | 1.20 | 0.90 | 0.90 | 1.20 |"
+    assert first == "| d64 full 512 | **600** ±1% | 540 ±1% | 252 ±1% | 500 ±1% | 280 ±1% | 1.20 | 0.90 | 0.90 | 1.20 |"
+    assert marks.startswith("± is given from 1% on; three in four figures have ±1.0% or less.")
     assert means.startswith("| geometric mean | 600 | 540 |")
     assert documents.overview(backward_record(), direction="backward").splitlines()[2].startswith("| d64 full | 600 (1.20) |")
 
@@ -607,8 +608,22 @@ def test_a_peer_without_a_figure_leaves_its_place_empty():
     record = backward_record()
     record.cells[0].results["torch_cudnn"] = Measurement("failed", "x")
     lines = documents.every_rate(record, direction="backward").splitlines()
-    assert lines[2] == "| d64 full 512 | **600** | 540 | 252 |  | 280 |  | 0.90 | 0.90 | 2.14 |"
-    assert lines[-1].split("|")[5].strip() == ""  # no mean over other rows
+    assert lines[2] == "| d64 full 512 | **600** ±1% | 540 ±1% | 252 ±1% |  | 280 ±1% |  | 0.90 | 0.90 | 2.14 |"
+    assert lines[-3].split("|")[5].strip() == ""  # no mean over other rows
+
+
+def test_ours_is_what_a_user_gets_by_default():
+    rates = {"ours_tma_wgmma": 500.0, "ours_cp_async": 300.0, "ours_deterministic": 510.0, "torch_cudnn": 400.0}
+    cell = Cell("burst", BIG, {name: fakes.measured(1e-3, rate) for name, rate in rates.items()})
+    assert cell.ours == 500.0
+    assert report.ratio(cell) == pytest.approx(1.25)
+
+
+def test_a_file_of_another_kind_says_what_shows_it(tmp_path):
+    path = tmp_path / "parts.json"
+    path.write_text(json.dumps({"schema": "parts 1", "figures": []}))
+    with pytest.raises(ValueError, match=r"another kind.*python -m benchmarks parts --show"):
+        Record.load(path)
 
 
 def test_memory_is_shown_in_mib():
