@@ -21,7 +21,7 @@ from cutlass.cute import runtime
 
 from cute_attn import layouts
 from cute_attn.forward import select_modes
-from cute_attn.layouts.base import ROW_PADDING, element
+from cute_attn.layouts.base import ROW_PADDING, cute_layout, element
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop.common import Gradients, Rows, Values
 from cute_attn.rules import LOG2_E
@@ -240,11 +240,9 @@ class CastQueries:
 
         mma = self.lay.tiled_mma("dQ", self.config)
         acc = cute.make_rmem_tensor(mma.partition_shape_C(self.lay.piece_shape(self.config)), Float32)
-        width = self.config.add_width
-        vectors = cute.size(acc) // width
-        source = dq_sum[None, piece, m_block, head, batch].iterator + width * thread
-        mine = cute.make_tensor(source.align(4 * width), cute.make_layout((width, vectors), stride=(1, width * self.threads)))
-        cute.autovec_copy(mine, cute.make_tensor(acc.iterator, cute.make_layout((width, vectors))))
+        source = dq_sum[None, piece, m_block, head, batch].iterator
+        mine = cute.make_tensor(source, cute_layout(self.lay.sums(self.config)))[thread, None, 0]
+        cute.autovec_copy(mine, cute.make_tensor(acc.iterator, cute.make_layout(mine.shape)))
         acc.store(acc.load() * Float32(values.scale(self.problem)))
 
         identity = cute.make_identity_tensor(self.lay.piece_shape(self.config))

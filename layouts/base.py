@@ -85,10 +85,10 @@ class Config:
     backward: str = ""  # the mainloop of the backward pass; "" is the forward pass, whose mainloop is the mechanism's
     overlap_tiles: bool = False  # backward, tma_wgmma: a query tile's last product runs into the next tile: takes registers
     every_lane_arrives: bool = False  # at a pipeline's barriers, not one for its warp; for racecheck, which follows no warp
+    add_width: int = 4  # backward: floats of dQ's sums that a thread hands on at once, so the order in which they lie
     # backward pass on cp_async only
     key_warps: int = 0  # of the computing warps, as many split the keys; the others split queries and columns
     step_m: int = 0  # queries whose scores a warp holds at once
-    add_width: int = 4  # floats of dQ that a thread adds to global memory at once
     # tma_wgmma only
     mma_registers: int = 0  # registers a thread of a computing warpgroup has after setmaxnreg
     copy_registers: int = 0  # and of the copying one
@@ -203,6 +203,11 @@ def tiled_rows(shape: tuple[int, ...], width: int, swizzle: tuple[int, int, int]
     if columns > width:
         across = ((width, columns // width), (1, rows * width))
     return Layout((rows, across[0], *slots), (width, across[1], *[rows * columns] * len(slots)), swizzle, unit_bytes)
+
+
+def in_turns(threads: int, values: int, width: int, slots: int = 1) -> Layout:
+    """``(thread, value, slot)``: ``width`` values of each thread in turn, in the order of its registers."""
+    return Layout((threads, (width, values // width), slots), (width, (1, width * threads), values * threads))
 
 
 def swizzle_atom(columns: int) -> tuple[int, int, int, int]:

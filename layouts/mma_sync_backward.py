@@ -82,6 +82,11 @@ def piece_shape(config: Config) -> tuple[int, int]:
     return config.tile_m, config.tile_d
 
 
+def sums(config: Config) -> Layout:
+    """dQ in float32 in global memory, ``(thread, value, piece)``."""
+    return base.in_turns(config.mma_threads, config.tile_m * config.tile_d // config.mma_threads, config.add_width)
+
+
 def grid(role: str, config: Config) -> tuple[int, int]:
     """How many warps share the rows of a product, and how many its columns.
 

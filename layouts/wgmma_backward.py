@@ -77,10 +77,8 @@ def stages(operand: str, config: Config) -> int:
 
 
 def sums(config: Config) -> Layout:
-    """dQ in float32 on its way to global memory, ``(thread, value, warpgroup)``: 16 bytes of each thread in turn, in the order
-    of the accumulator's registers."""
-    values = PIECE * PIECE // WARPGROUP
-    return Layout((WARPGROUP, (4, values // 4), warpgroups(config)), (4, (1, 4 * WARPGROUP), PIECE * PIECE))
+    """dQ in float32 on its way to global memory and there, ``(thread, value, warpgroup)``."""
+    return base.in_turns(WARPGROUP, PIECE * PIECE // WARPGROUP, config.add_width, warpgroups(config))
 
 
 def smem_parts(config: Config) -> dict[str, int]:

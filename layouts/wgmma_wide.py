@@ -58,10 +58,8 @@ def stages(operand: str, config: Config) -> int:
 
 
 def handed_over(config: Config) -> Layout:
-    """P on its way from one warpgroup to the other, ``(thread, value, slot)``: 16 bytes of each thread in turn, as they lie in
-    registers."""
-    values = ROWS_PER_WARPGROUP * config.tile_m // WARPGROUP
-    return Layout((WARPGROUP, (8, values // 8), P_STAGES), (8, (1, 8 * WARPGROUP), values * WARPGROUP))
+    """P on its way from one warpgroup to the other, ``(thread, value, slot)``, 16 bytes at once."""
+    return base.in_turns(WARPGROUP, ROWS_PER_WARPGROUP * config.tile_m // WARPGROUP, 8, P_STAGES)
 
 
 def smem_parts_of(kernel: str, config: Config) -> dict[str, int]:

@@ -25,6 +25,7 @@ from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import converted
+from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
 from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
@@ -430,10 +431,10 @@ class Backward:
         acc = cute.make_rmem_tensor(mma.partition_shape_C((config.tile_m, config.tile_d)), Float32)
         acc.fill(0.0)
         product(mma, acc, config.tile_n // MMA_K, partial(x.tQrdS.load, slot=(slot,)), x.tQrK.load)
-        width = config.add_width
-        into = me.gradients.mdQ[None, 0, m_block, head, me.batch].iterator + width * me.thread
-        for n in cutlass.range_constexpr(cute.size(acc) // width):
-            add(into + n * width * config.threads, [acc[n * width + j] for j in range(width)])
+        sums, width = cute_layout(self.lay.sums(config)), config.add_width
+        into = me.gradients.mdQ[None, 0, m_block, head, me.batch].iterator + sums.stride[0] * me.thread
+        for n in cutlass.range_constexpr(0, cute.size(acc), width):
+            add(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
         if cutlass.const_expr(self.problem.deterministic):
             cute.arch.sync_threads()  # every thread has added
             if (me.thread == 0) & (count > 0):

@@ -23,6 +23,7 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from cute_attn.epilogue import converted
+from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
 from cute_attn.mainloop.warpgroups import (
@@ -69,8 +70,8 @@ class Pipelines:
 @dataclass(frozen=True)
 class Shared:
     """The operands in shared memory: ``(64, columns, warpgroup)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
-    ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(values, warpgroup)``
-    for dQ."""
+    ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(thread, value,
+    warpgroup)`` for dQ."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -170,7 +171,7 @@ class Backward(KeyBlocks):
 
         shared = Shared(
             *(self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS")),
-            dq=self.floats(smem, lay.PIECE * lay.PIECE, self.warpgroups),
+            dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
         )
@@ -215,7 +216,7 @@ class Backward(KeyBlocks):
                             cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
                         if lane == 0:
                             for w in cutlass.range_constexpr(self.warpgroups):
-                                _reduce_add(gradients.mdQ[(None, w, *where)], sdQ[None, w])
+                                _reduce_add(gradients.mdQ[(None, w, *where)], sdQ[None, None, w])
                             cute.arch.cp_async_bulk_commit_group()
                             cute.arch.cp_async_bulk_wait_group(0, read=True)
                         cute.arch.sync_warp()
@@ -378,11 +379,8 @@ class Backward(KeyBlocks):
     def _hand_over_dq(self, me: Worker, frag: Fragments, shared: Shared, adder):
         """This warpgroup's piece of dQ to shared memory, in the order of its registers, for the warp that adds it."""
         cute.arch.barrier(barrier_id=EMPTY_BARRIER + me.warpgroup, number_of_threads=WARPGROUP + 32)
-        values = cute.size(frag.acc_dQ)
-        mine = cute.make_layout((4, values // 4), stride=(1, 4 * WARPGROUP))
-        into = cute.make_tensor((shared.dq[None, me.warpgroup].iterator + 4 * me.thread).align(16), mine)
-        source = cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout((4, values // 4)))
-        cute.autovec_copy(source, into)
+        into = shared.dq[me.thread, None, me.warpgroup]
+        cute.autovec_copy(cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout(into.shape)), into)
         cute.arch.fence_view_async_shared()
         barrier = FULL_BARRIER + ADDERS * me.warpgroup + adder
         cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)

@@ -25,6 +25,7 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_attn.epilogue import converted
+from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import (
     Coordinates,
@@ -118,7 +119,7 @@ class KeyPipelines:
 
 @dataclass(frozen=True)
 class KeyShared:
-    """Shared memory: ``(rows, columns, slot)`` for the operands, ``(values, thread, slot)`` for P, ``(tile_m, stage)`` for
+    """Shared memory: ``(rows, columns, slot)`` for the operands, ``(thread, value, slot)`` for P, ``(tile_m, stage)`` for
     a row's values. dV lies over K, dK over V."""
 
     k: cute.Tensor
@@ -177,8 +178,6 @@ class KeyGradients(KeyBlocks):
         smem = cutlass.memory.SmemAllocator()
 
         sK, sV = self.tensor(smem, "K", "V"), self.tensor(smem, "V", "K")
-        values = lay.ROWS_PER_WARPGROUP * config.tile_m // WARPGROUP
-        p = cute.make_layout((values, WARPGROUP, lay.P_STAGES), stride=(1, values, values * WARPGROUP))
         shared = KeyShared(
             k=sK,
             v=sV,
@@ -186,7 +185,7 @@ class KeyGradients(KeyBlocks):
             do=self.tensor(smem, "dO"),
             dk=self.over("dK", sV),
             dv=self.over("dV", sK),
-            p=smem.allocate_tensor(self.element, p, 128),
+            p=smem.allocate_tensor(self.element, cute_layout(lay.handed_over(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
         )
@@ -302,7 +301,7 @@ class KeyGradients(KeyBlocks):
     def _hand_over(self, rP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):
         """P to the other warpgroup, each thread's registers as they are: the same thread there has the same scores."""
         pipes.p.producer_acquire(p_state)
-        into = self._chunks(shared.p[None, thread, p_state.index], thread)
+        into = shared.p[thread, None, p_state.index]
         cute.autovec_copy(cute.make_tensor(rP.iterator, cute.make_layout(into.shape)), into)
         self.arrive(pipes.p.producer_commit, p_state)
         p_state.advance()
@@ -313,19 +312,13 @@ class KeyGradients(KeyBlocks):
         """P from the other warpgroup, as float32 in the layout of dP."""
         rP = cute.make_rmem_tensor(as_operand_a(acc_dP).shape, self.element)
         pipes.p.consumer_wait(p_state)
-        source = self._chunks(shared.p[None, thread, p_state.index], thread)
+        source = shared.p[thread, None, p_state.index]
         cute.autovec_copy(source, cute.make_tensor(rP.iterator, cute.make_layout(source.shape)))
         self.arrive(pipes.p.consumer_release, p_state)
         p_state.advance()
         P = cute.make_rmem_tensor_like(acc_dP)
         as_operand_a(P).store(rP.load().to(Float32))
         return P, p_state
-
-    def _chunks(self, sP: cute.Tensor, thread) -> cute.Tensor:
-        """A thread's values of one slot, 16 bytes at a time, the same of all threads side by side: no bank conflicts."""
-        values = cute.size(sP)
-        base = sP.iterator - thread * values + 8 * thread
-        return cute.make_tensor(base.align(16), cute.make_layout((8, values // 8), stride=(1, 8 * WARPGROUP)))
 
 
 # ---- dQ --------------------------------------------------------------------------------------------------------------
