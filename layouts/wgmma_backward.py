@@ -39,15 +39,15 @@ def configs(problem, table, wide, registers: tuple[int, int], target: str) -> tu
     if wider <= max(table):
         wider = tile_dim(wider)
         choice = {"tile_d": wider, "tile_dv": wider, "backward": "tma_wgmma_backward", **table[wider]}
+        choice["mma_warps"] = choice["tile_n"] // ROWS_PER_WARPGROUP * 4
     else:
         dims = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
-        choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", **wide}
+        choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide}
     return (
         Config(
             target=target,
             mechanism="tma_wgmma",
             dtype=problem.dtype,
-            mma_warps=8,
             mma_registers=registers[0],
             copy_registers=registers[1],
             **choice,
@@ -163,7 +163,7 @@ def copies(config: Config) -> dict[tuple[str, str], Copy | Box]:
 
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
-    return {"the block": 1, "dS": 1, "dQ": 3 * warpgroups(config), "epilogues": warpgroups(config)}
+    return {"the block": 1, "dS": 1, "dQ": (len(WARPS["dQ"]) + 1) * warpgroups(config), "epilogues": warpgroups(config)}
 
 
 def _store(operand: str, role: str, config: Config) -> Copy:

@@ -41,8 +41,6 @@ from cute_attn.softmax import score_gradients
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
-# One for each warpgroup of the last three, and of FULL one for each adder.
-SHARE_BARRIER, FULL_BARRIER, EMPTY_BARRIER, STORE_BARRIER = 1, 2, 6, 8
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,9 @@ class Backward(KeyBlocks):
         super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
+        # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that their memory is free again.
+        self.full_barrier = self.first_barrier("dQ")
+        self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
@@ -212,7 +213,7 @@ class Backward(KeyBlocks):
                                 gradients.wait_for_turn(where, visited.rank(values, self.problem, m_block, self.config))
                             cute.arch.sync_warp()
                         for w in cutlass.range_constexpr(self.warpgroups):
-                            barrier = FULL_BARRIER + ADDERS * w + mine
+                            barrier = self.full_barrier + ADDERS * w + mine
                             cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
                         if lane == 0:
                             for w in cutlass.range_constexpr(self.warpgroups):
@@ -233,7 +234,7 @@ class Backward(KeyBlocks):
     def _offer(self):
         """dQ's shared memory to the computing warpgroups, for the next tile."""
         for w in range(self.warpgroups):
-            cute.arch.barrier_arrive(barrier_id=EMPTY_BARRIER + w, number_of_threads=WARPGROUP + 32)
+            cute.arch.barrier_arrive(barrier_id=self.empty_barrier + w, number_of_threads=WARPGROUP + 32)
 
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
@@ -378,16 +379,17 @@ class Backward(KeyBlocks):
     @cute.jit
     def _hand_over_dq(self, me: Worker, frag: Fragments, shared: Shared, adder):
         """This warpgroup's piece of dQ to shared memory, in the order of its registers, for the warp that adds it."""
-        cute.arch.barrier(barrier_id=EMPTY_BARRIER + me.warpgroup, number_of_threads=WARPGROUP + 32)
-        into = shared.dq[me.thread, None, me.warpgroup]
+        cute.arch.barrier(barrier_id=self.empty_barrier + me.warpgroup, number_of_threads=WARPGROUP + 32)
+        sdQ = shared.dq[None, None, me.warpgroup]
+        into = cute.make_tensor(sdQ.iterator + sdQ.stride[0] * me.thread, cute.select(sdQ.layout, mode=[1]))
         cute.autovec_copy(cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout(into.shape)), into)
         cute.arch.fence_view_async_shared()
-        barrier = FULL_BARRIER + ADDERS * me.warpgroup + adder
+        barrier = self.full_barrier + ADDERS * me.warpgroup + adder
         cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
 
     def _meet(self):
         """All computing warpgroups."""
-        cute.arch.barrier(barrier_id=SHARE_BARRIER, number_of_threads=self.config.mma_threads)
+        cute.arch.barrier(barrier_id=self.first_barrier("dS"), number_of_threads=self.config.mma_threads)
 
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
@@ -418,7 +420,7 @@ class Backward(KeyBlocks):
             cute.arch.cp_async_bulk_commit_group()
 
     def _gather(self, me: Worker):
-        cute.arch.barrier(barrier_id=STORE_BARRIER + me.warpgroup, number_of_threads=WARPGROUP)
+        cute.arch.barrier(barrier_id=self.first_barrier("epilogues") + me.warpgroup, number_of_threads=WARPGROUP)
 
 
 @cute.jit

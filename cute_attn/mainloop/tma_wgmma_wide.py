@@ -52,7 +52,6 @@ from cute_attn.scheduler import Tiles
 from cute_attn.softmax import probabilities_by_row, score_gradients, score_gradients_by_row
 
 COPY_WARPS = (0, 1)
-STORE_BARRIER = 1  # one for each warpgroup
 
 
 class Backward:
@@ -92,14 +91,15 @@ def _store(kernel, name: cutlass.Constexpr, acc, operand: Operand, s: cute.Tenso
     group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARPGROUP - 1)
     copy = kernel.lay.store_accumulator(name, kernel.config).get_slice(thread)
     cute.copy(copy, copy.retile(converted(acc, s.element_type)), copy.partition_D(s[None, None, slot]))
+    barrier = kernel.first_barrier("epilogues") + group
     cute.arch.fence_view_async_shared()
-    cute.arch.barrier(barrier_id=STORE_BARRIER + group, number_of_threads=WARPGROUP)
+    cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
     if thread < 32:
         tXgX, tXsX = tma_tiles(operand, s, head, batch, Int32(0))
         cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
         cute.arch.cp_async_bulk_commit_group()
     cute.arch.cp_async_bulk_wait_group(0, read=True)
-    cute.arch.barrier(barrier_id=STORE_BARRIER + group, number_of_threads=WARPGROUP)
+    cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
 
 
 # ---- dK and dV -------------------------------------------------------------------------------------------------------

@@ -102,6 +102,11 @@ class Kernel:
         self.warpgroups = self.lay.warpgroups(config)
         self.arrivals = WARP if config.every_lane_arrives else 1  # of a warp at a pipeline's barrier
 
+    def first_barrier(self, use: str) -> int:
+        """The first of the named barriers that the layouts count for a use, in their order."""
+        counted = self.lay.barriers(self.config)
+        return sum(list(counted.values())[: list(counted).index(use)])
+
     @property
     def element(self):
         return self.lay.element(self.config)
