@@ -1,4 +1,4 @@
-"""Which block computes which query tile, and in what order.
+"""Which block computes which tile, and in what order: of queries, or, in the backward pass, of keys.
 
 A block takes one tile a round. Where the grid is as many blocks as the GPU holds at once (``tma_wgmma``), they walk over
 all tiles of the call in rounds (a persistent loop); a mechanism that launches a block for each tile has one round. Producer and
@@ -77,3 +77,9 @@ class Tiles:
             rest = position // self.m_blocks
         head = rest % self.heads
         return m_block, head, head // self.heads_per_kv, rest // self.heads
+
+    def key_tile(self, position: Int32):
+        """``(n_block, head_kv, batch)`` of a key tile. The first keys come first: with a right edge more queries see them
+        than later ones, and where dQ is added in a fixed order a tile must come after those that it waits for."""
+        block, head_kv, _, batch = self.coordinates(position)
+        return self.m_blocks - 1 - block if self.long_first else block, head_kv, batch

@@ -114,7 +114,7 @@ class Backward:
     def kernel(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles):
         problem = self.problem
         thread = cute.arch.thread_idx()[0]
-        n_block, head_kv, batch = self._place(tiles)
+        n_block, head_kv, batch = tiles.key_tile(tiles.position(Int32(0)))
         visited = QueryTiles.of(values, problem, n_block, self.config)
         shared = self._shared()
         stream = partial(Stream.of, self.lay, self.config)
@@ -144,12 +144,6 @@ class Backward:
         acc = cute.make_rmem_tensor(self.lay.tiled_mma(role, self.config).partition_shape_C(tile), Float32)
         acc.fill(0.0)
         return acc
-
-    def _place(self, tiles: Tiles):
-        """``(n_block, head_kv, batch)`` of the block. The first keys come first: with a right edge more queries see them than
-        later ones, and where dQ is added in a fixed order a tile must come after those that it waits for."""
-        block, head_kv, _, batch = tiles.coordinates(tiles.position(Int32(0)))
-        return tiles.m_blocks - 1 - block if tiles.long_first else block, head_kv, batch
 
     def _shared(self) -> Shared:
         config, lay = self.config, self.lay

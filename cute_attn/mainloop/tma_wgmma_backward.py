@@ -200,7 +200,7 @@ class Backward(KeyBlocks):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            n_block, head_kv, batch = self.place(tiles, position)
+            n_block, head_kv, batch = tiles.key_tile(position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
             for member in cutlass.range(tiles.heads_per_kv, unroll=1):
                 head = head_kv * tiles.heads_per_kv + member
@@ -247,7 +247,7 @@ class Backward(KeyBlocks):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            n_block, head_kv, batch = self.place(tiles, position)
+            n_block, head_kv, batch = tiles.key_tile(position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
             key_first = n_block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
             frag = self._fragments(me, shared)

@@ -217,7 +217,7 @@ class KeyGradients(KeyBlocks):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            n_block, head_kv, batch = self.place(tiles, position)
+            n_block, head_kv, batch = tiles.key_tile(position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
             acc_dV = self.accumulator("dV", self.config.tile_dv)
             pipes.k.consumer_wait(k_state)
@@ -267,7 +267,7 @@ class KeyGradients(KeyBlocks):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            n_block, head_kv, batch = self.place(tiles, position)
+            n_block, head_kv, batch = tiles.key_tile(position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
             acc_dK = self.accumulator("dK", self.config.tile_d)
             pipes.v.consumer_wait(k_state)

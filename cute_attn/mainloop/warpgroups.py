@@ -210,12 +210,6 @@ class Kernel:
 class KeyBlocks(Kernel):
     """A kernel of the backward pass whose blocks own key tiles and walk over query tiles."""
 
-    def place(self, tiles: Tiles, position):
-        """``(n_block, head_kv, batch)`` of a key tile. The first keys come first: with a right edge more queries see them
-        than later ones, and where dQ is added in a fixed order a tile must come after those that it waits for."""
-        block, head_kv, _, batch = tiles.coordinates(position)
-        return tiles.m_blocks - 1 - block if tiles.long_first else block, head_kv, batch
-
     @cute.jit
     def copy_tiles(self, keys, queries, row_values, values: Values, tiles: Tiles):
         """One warp: a key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
@@ -229,7 +223,7 @@ class KeyBlocks(Kernel):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            n_block, head_kv, batch = self.place(tiles, position)
+            n_block, head_kv, batch = tiles.key_tile(position)
             visited = QueryTiles.of(values, self.problem, n_block, self.config)
             tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
             k_pipe.producer_acquire(k_state)
