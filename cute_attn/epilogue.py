@@ -1,4 +1,4 @@
-"""From registers to global memory: the output through shared memory, the log-sum-exp straight."""
+"""What the ends of the kernels share: the log-sum-exp's way to global memory, and rounding."""
 
 from __future__ import annotations
 
@@ -24,5 +24,3 @@ def converted(acc: cute.Tensor, dtype) -> cute.Tensor:
     out = cute.make_rmem_tensor_like(acc, dtype)
     out.store(acc.load().to(dtype))
     return out
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from cute_attn import layouts
-from cute_attn.layouts.base import KIB, Config, Gpu, registers_per_thread
+from cute_attn.layouts.base import KIB, ROW_PADDING, Config, Gpu, registers_per_thread
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
@@ -67,6 +67,11 @@ def check(config: Config, gpu: Gpu) -> None:
         raise ValueError(
             f"{config.mechanism} asks for {config.threads} threads a block; {gpu.name} has {gpu.threads_per_block}: "
             f"try a smaller tile_m"
+        )
+    if config.backward and ROW_PADDING % config.tile_m:
+        raise ValueError(
+            f"{config.backward} takes {config.tile_m} queries at a time; values of rows are padded to a multiple of "
+            f"{ROW_PADDING}, which a tile must divide: try tile_m=64 in {table}"
         )
     copy_threads = config.threads - config.mma_threads
     total = (config.mma_threads * config.mma_registers + copy_threads * config.copy_registers) * blocks

@@ -123,9 +123,7 @@ class Backward(KeyBlocks):
     @cute.jit
     def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
         """Make the TMA descriptors and launch the kernel."""
-        q, k, v, do = (
-            self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO))
-        )
+        q, k, v, do = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO)))
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         self.kernel(Operands(q, k, v, do, dk, dv), rows, gradients, values, tiles).launch(

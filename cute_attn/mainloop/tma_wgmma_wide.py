@@ -13,7 +13,7 @@ differences.
 :class:`QueryGradients`: a block owns 128 queries, 64 for each warpgroup, and walks over key tiles as the forward pass does:
 S = Q·Kᵀ, dP = dO·Vᵀ, dQ += dS·K.
 
-There, the last product of a tile runs into the next tile; its operand is released there.
+In the second kernel the last product of a tile runs into the next tile; its operand is released there.
 """
 
 from __future__ import annotations
@@ -276,7 +276,6 @@ class KeyGradients(KeyBlocks):
                 if cutlass.const_expr(self.needs_k):
                     acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
                     warpgroup.wait_group(0)
-                if cutlass.const_expr(self.needs_k):
                     P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
                     delta = of_columns(dP, thread, shared.delta[None, state.index])
                     score_gradients(rows_columns(P), rows_columns(acc_dP), delta)

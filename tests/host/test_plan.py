@@ -108,6 +108,15 @@ def test_too_many_threads():
     assert "try a smaller tile_m" in message
 
 
+@pytest.mark.parametrize("mechanism", ["tma_wgmma", "cp_async"])
+def test_query_tiles_that_the_padding_of_rows_does_not_hold(mechanism):
+    """The last tile's copies of the rows' values would read past them."""
+    config = plan(Problem("bfloat16", 64, 64, gradients="qkv"), "sm_90a", mechanism)
+    message = refusal(replace(config, tile_m=48))
+    assert f"{mechanism}_backward takes 48 queries at a time" in message
+    assert "padded to a multiple of 128, which a tile must divide: try tile_m=64 in layouts/sm90.py's table" in message
+
+
 @pytest.mark.parametrize("target", ["sm_75", "sm_90b", "", "9.0"])
 def test_an_unknown_target(target):
     with pytest.raises(ValueError, match="known ones are ") as caught:
