@@ -18,7 +18,7 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from cute_attn.epilogue import converted, store_lse
+from cute_attn.epilogue import store_lse
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, tma_tiles
@@ -26,7 +26,7 @@ from cute_attn.scheduler import Tiles
 from cute_attn.softmax import Softmax, scale_rows
 
 COPY_K_V_WARP, COPY_Q_WARP = 0, 1
-TURN_BARRIER, EPILOGUE_BARRIER = 1, 4
+TURN_BARRIER = 1
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Fragments:
 
 class Forward(Kernel):
     """The kernel of one (problem, config)."""
+
+    epilogue_barrier = 4  # after three turns
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
@@ -206,7 +208,7 @@ class Forward(Kernel):
             self._normalize(me, frag, softmax, tile, mLSE, (head, batch))
             self._store_o(me, frag, o, shared.o, (m_block * self.warpgroups + me.warpgroup, head, batch))
             if cutlass.const_expr(not config.separate_o):
-                self._wait_for_store(me)  # O lies over Q
+                self.wait_for_store(me.warpgroup)  # O lies over Q
                 pipes.q.consumer_release(q_state)
             q_phase ^= 1
             turn += 1
@@ -219,7 +221,7 @@ class Forward(Kernel):
         mma_S, mma_O = self.lay.tiled_mma("S", config), self.lay.tiled_mma("O", config)
         cS = Coordinates.of(mma_S, index % WARPGROUP, (rows, config.tile_n))
         cO = Coordinates.of(mma_O, index % WARPGROUP, (rows, config.tile_dv))
-        return Worker(cute.arch.make_warp_uniform(index // WARPGROUP - 1), mma_S, mma_O, cS, cO)
+        return Worker(self.group(), mma_S, mma_O, cS, cO)
 
     def _fragments(self, me: Worker, shared: Shared) -> Fragments:
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
@@ -357,25 +359,7 @@ class Forward(Kernel):
 
     @cute.jit
     def _store_o(self, me: Worker, frag: Fragments, o: Operand, sO: cute.Tensor, where):
-        """Registers → shared memory → global memory, a warpgroup's rows by one TMA store."""
-        block, head, batch = where
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
-        self._wait_for_store(me)
-        rO = converted(frag.acc_O, sO.element_type)
-        copy = self.lay.store_accumulator(self.config).get_slice(thread)
-        cute.copy(copy, copy.retile(rO), copy.partition_D(sO[None, None, me.warpgroup]))
-        cute.arch.fence_view_async_shared()
-        self._gather(me)
-        if thread < 32:
-            tOgO, tOsO = tma_tiles(o, sO, head, batch, Int32(0))
-            cute.copy(o.atom, tOsO[None, me.warpgroup], tOgO[None, block])
-            cute.arch.cp_async_bulk_commit_group()
-
-    @cute.jit
-    def _wait_for_store(self, me: Worker):
-        """Until the warpgroup's last store has read its shared memory, for all its threads."""
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        self._gather(me)
-
-    def _gather(self, me: Worker):
-        cute.arch.barrier(barrier_id=EPILOGUE_BARRIER + me.warpgroup, number_of_threads=WARPGROUP)
+        """O to global memory, once the last one has left the same shared memory."""
+        self.wait_for_store(me.warpgroup)
+        copy = self.lay.store_accumulator(self.config)
+        self.store(copy, frag.acc_O, o, sO, me.warpgroup, me.warpgroup, where)

@@ -22,7 +22,6 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from cute_attn.epilogue import converted
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
@@ -34,7 +33,6 @@ from cute_attn.mainloop.warpgroups import (
     of_columns,
     rounded_operand,
     rounded_probabilities,
-    tma_tiles,
 )
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import score_gradients
@@ -273,7 +271,7 @@ class Backward(KeyBlocks):
         thread = index % WARPGROUP
         shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_m)
         cS = Coordinates.of(self.lay.tiled_mma("S", self.config), thread, shape)
-        return Worker(cute.arch.make_warp_uniform(index // WARPGROUP - 1), thread, cS)
+        return Worker(self.group(), thread, cS)
 
     def _fragments(self, me: Worker, shared: Shared) -> Fragments:
         config, lay, w = self.config, self.lay, me.warpgroup
@@ -395,30 +393,15 @@ class Backward(KeyBlocks):
     def _store(self, me: Worker, frag: Fragments, operands: Operands, shared: Shared, values: Values, where):
         """dK and dV to global memory, by way of the shared memory of K and V: by now nothing reads a warpgroup's V but
         itself, and its K only until all have met."""
+        copy = self.lay.store_accumulator
         if cutlass.const_expr(self.needs_v):
-            self._store_one("dV", me, frag.acc_dV, operands.dv, shared.v, where)
+            self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.v, me.warpgroup, me.warpgroup, where)
         if cutlass.const_expr(self.needs_k):
             scale = Float32(values.scale(self.problem))
             frag.acc_dK.store(frag.acc_dK.load() * scale)
             self._meet()
-            self._store_one("dK", me, frag.acc_dK, operands.dk, shared.k, where)
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        self._gather(me)
-
-    @cute.jit
-    def _store_one(self, name: cutlass.Constexpr, me: Worker, acc, operand: Operand, s: cute.Tensor, where):
-        block, head_kv, batch = where
-        copy = self.lay.store_accumulator(name, self.config).get_slice(me.thread)
-        cute.copy(copy, copy.retile(converted(acc, s.element_type)), copy.partition_D(s[None, None, me.warpgroup]))
-        cute.arch.fence_view_async_shared()
-        self._gather(me)
-        if me.thread < 32:
-            tXgX, tXsX = tma_tiles(operand, s, head_kv, batch, Int32(0))
-            cute.copy(operand.atom, tXsX[None, me.warpgroup], tXgX[None, block])
-            cute.arch.cp_async_bulk_commit_group()
-
-    def _gather(self, me: Worker):
-        cute.arch.barrier(barrier_id=self.first_barrier("epilogues") + me.warpgroup, number_of_threads=WARPGROUP)
+            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.k, me.warpgroup, me.warpgroup, where)
+        self.wait_for_store(me.warpgroup)
 
 
 @cute.jit

@@ -24,7 +24,6 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 
-from cute_attn.epilogue import converted
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import (
@@ -81,25 +80,6 @@ class Operands:
     dk: Operand | None = None
     dv: Operand | None = None
     dq: Operand | None = None
-
-
-@cute.jit
-def _store(kernel, name: cutlass.Constexpr, acc, operand: Operand, s: cute.Tensor, slot, where):
-    """A warpgroup's accumulator to global memory, by way of slot ``slot`` of shared memory; waits until that is read."""
-    block, head, batch = where
-    thread = cute.arch.thread_idx()[0] % WARPGROUP
-    group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARPGROUP - 1)
-    copy = kernel.lay.store_accumulator(name, kernel.config).get_slice(thread)
-    cute.copy(copy, copy.retile(converted(acc, s.element_type)), copy.partition_D(s[None, None, slot]))
-    barrier = kernel.first_barrier("epilogues") + group
-    cute.arch.fence_view_async_shared()
-    cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
-    if thread < 32:
-        tXgX, tXsX = tma_tiles(operand, s, head, batch, Int32(0))
-        cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
-        cute.arch.cp_async_bulk_commit_group()
-    cute.arch.cp_async_bulk_wait_group(0, read=True)
-    cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
 
 
 # ---- dK and dV -------------------------------------------------------------------------------------------------------
@@ -247,7 +227,9 @@ class KeyGradients(KeyBlocks):
                 state.advance()
                 i = i + 1 if i + 1 < visited.count else Int32(0)
             if cutlass.const_expr(self.needs_v):
-                _store(self, "dV", acc_dV, operands.dv, shared.dv, 0, (n_block, head_kv, batch))
+                group, copy = self.group(), self.lay.store_accumulator("dV", self.config)
+                self.store(copy, acc_dV, operands.dv, shared.dv, group, 0, (n_block, head_kv, batch))
+                self.wait_for_store(group)
             pipes.k.consumer_release(k_state)
             k_state.advance()
             turn += 1
@@ -290,7 +272,9 @@ class KeyGradients(KeyBlocks):
                 state.advance()
             if cutlass.const_expr(self.needs_k):
                 acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
-                _store(self, "dK", acc_dK, operands.dk, shared.dk, 0, (n_block, head_kv, batch))
+                group, copy = self.group(), self.lay.store_accumulator("dK", self.config)
+                self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (n_block, head_kv, batch))
+                self.wait_for_store(group)
             pipes.v.consumer_release(k_state)
             k_state.advance()
             turn += 1
@@ -443,7 +427,7 @@ class QueryGradients(Kernel):
     def _compute(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, values: Values, tiles):
         """One computing warpgroup: its 64 rows of every query tile of the block."""
         index = cute.arch.thread_idx()[0]
-        w = cute.arch.make_warp_uniform(index // WARPGROUP - 1)
+        w = self.group()
         S, dP, dQ = (self.lay.tiled_mma(role, self.config).get_slice(0) for role in ("qS", "qdP", "dQ"))
         tSrQ = S.make_fragment_A(S.partition_A(shared.q[None, None, w]))
         tSrK = S.make_fragment_B(S.partition_B(shared.k))
@@ -492,7 +476,9 @@ class QueryGradients(Kernel):
             if keys.count > 0:
                 pipes.k.consumer_release(self.stage_before(k_state))
             acc_dQ.store(acc_dQ.load() * Float32(values.scale(self.problem)))
-            _store(self, "dQ", acc_dQ, operands.dq, shared.dq, w, (m_block * self.warpgroups + w, head, batch))
+            copy, where = self.lay.store_accumulator("dQ", self.config), (m_block * self.warpgroups + w, head, batch)
+            self.store(copy, acc_dQ, operands.dq, shared.dq, w, w, where)
+            self.wait_for_store(w)
             pipes.q.consumer_release(q_state)
             q_phase ^= 1
             turn += 1

@@ -10,6 +10,7 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn import layouts
+from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.mainloop.common import QueryTiles, Values
 from cute_attn.scheduler import Tiles
@@ -108,6 +109,10 @@ class Kernel:
         return sum(list(counted.values())[: list(counted).index(use)])
 
     @property
+    def epilogue_barrier(self) -> int:
+        return self.first_barrier("epilogues")
+
+    @property
     def element(self):
         return self.lay.element(self.config)
 
@@ -192,6 +197,34 @@ class Kernel:
             cute.arch.sync_warp()
             with cute.arch.elect_one():
                 arrival(state)
+
+    @cute.jit
+    def store(self, copy: cute.TiledCopy, acc, operand: Operand, s: cute.Tensor, group, slot, where):
+        """Computing warpgroup ``group``: its accumulator by ``copy`` to a slot of shared memory, and from there to global memory
+        by one TMA store; the caller waits."""
+        block, head, batch = where
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        part = copy.get_slice(thread)
+        cute.copy(copy, part.retile(converted(acc, s.element_type)), part.partition_D(s[None, None, slot]))
+        cute.arch.fence_view_async_shared()
+        self.gather(group)
+        if thread < WARP:
+            tXgX, tXsX = tma_tiles(operand, s, head, batch, Int32(0))
+            cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
+            cute.arch.cp_async_bulk_commit_group()
+
+    def wait_for_store(self, group):
+        """Until the warpgroup's last store has read its shared memory, for all its threads."""
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        self.gather(group)
+
+    def gather(self, group):
+        """All threads of a computing warpgroup."""
+        cute.arch.barrier(barrier_id=self.epilogue_barrier + group, number_of_threads=WARPGROUP)
+
+    def group(self):
+        """Which of the computing warpgroups this is."""
+        return cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // WARPGROUP - 1)
 
     def release_rows(self, pipe: pipeline.PipelineTmaAsync, state, met: bool = False):
         """Release a stage with a value of each row, which lanes read by themselves while only one of them releases. Where all
