@@ -19,9 +19,9 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn.epilogue import store_lse
-from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
+from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
-from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, tma_tiles
+from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, rounded_operand, tma_tiles
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import Softmax, scale_rows
 
@@ -322,10 +322,7 @@ class Forward(Kernel):
         )
 
     def _probabilities(self, frag: Fragments, acc_S):
-        """Round P to the operands' dtype, one MMA's worth at a time so that conversions pair up."""
-        p = as_operand_a(acc_S)
-        for k in range(cute.size(p, mode=[2])):
-            frag.tOrP[None, None, k].store(p[None, None, k].load().to(frag.tOrP.element_type))
+        rounded_operand(acc_S, frag.tOrP.element_type, frag.tOrP)
 
     # ---- turns on the tensor cores ---------------------------------------------------------------------------------
 

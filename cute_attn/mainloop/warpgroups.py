@@ -53,10 +53,10 @@ def of_columns(mma: cute.TiledMma, thread, sRow: cute.Tensor) -> cute.Tensor:
     return rows_columns(mma.get_slice(thread).partition_C(wide))[0, None]
 
 
-def rounded_operand(acc: cute.Tensor, dtype) -> cute.Tensor:
+def rounded_operand(acc: cute.Tensor, dtype, out: cute.Tensor | None = None) -> cute.Tensor:
     """An accumulator as an A operand in ``dtype``, one MMA's worth at a time so that conversions pair up."""
     a = as_operand_a(acc)
-    out = cute.make_rmem_tensor(a.shape, dtype)
+    out = cute.make_rmem_tensor(a.shape, dtype) if out is None else out
     for k in range(cute.size(a, mode=[2])):
         out[None, None, k].store(a[None, None, k].load().to(dtype))
     return out
@@ -200,8 +200,8 @@ class Kernel:
 
     @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: Operand, s: cute.Tensor, group, slot, where):
-        """Computing warpgroup ``group``: its accumulator by ``copy`` to a slot of shared memory, and from there to global memory
-        by one TMA store; the caller waits."""
+        """Computing warpgroup ``group``: its accumulator by ``copy`` to a slot of shared memory, from there to global memory by
+        one TMA store; the caller waits."""
         block, head, batch = where
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         part = copy.get_slice(thread)
