@@ -21,13 +21,11 @@ from cutlass.cute import runtime
 
 from cute_attn import layouts
 from cute_attn.forward import select_modes
-from cute_attn.layouts.base import ROW_PADDING, cute_layout, element
+from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout, element
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop.common import Gradients, Rows, Values
 from cute_attn.rules import LOG2_E
 from cute_attn.scheduler import Tiles
-
-VECTOR = 8  # elements of a 16-byte access
 
 
 def host_function(problem, config):

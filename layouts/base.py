@@ -26,9 +26,10 @@ A **family module** is the layouts of one family of instructions. It defines, as
 A family module of the backward pass defines the same, with names of its own: ``OPERANDS``, ``ROLES`` and ``READS``, from a
 role to the operands A and B that its MMA reads from shared memory (``""`` for one in registers); ``store_accumulator(operand,
 config)`` and, where warps load operands, ``load_operand(role, operand, config)``; and for dQ, where parts of it are added up
-in global memory, ``pieces(config)``, (row, column) of each, and ``piece_shape(config)``. For the pictures of a block it says
-besides ``stages(operand, config)``, ``OVER``, from an operand to the one whose memory it takes, and, where warps do nothing but
-copy, ``WARPS``, from an operand to theirs; with several kernels, ``KERNELS``, from a kernel's name to its operands.
+in global memory, ``pieces(config)``, (row, column) of each, ``piece_shape(config)`` and ``sums(config)``, the layout of the
+sums. For the pictures of a block it says besides ``stages(operand, config)``, ``OVER``, from an operand to the one whose
+memory it takes, and, where warps do nothing but copy, ``WARPS``, from an operand to theirs; with several kernels,
+``KERNELS``, from a kernel's name to its operands.
 
 Only those from ``element`` on import the DSL, and only when called.
 """
@@ -39,6 +40,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 BYTES = 2  # of one element: the kernels take float16 and bfloat16
+VECTOR = 8  # elements of a 16-byte access
 OPERANDS = ("Q", "K", "V", "O")
 ROLES = ("S", "O")
 IntTuple: TypeAlias = "int | tuple[IntTuple, ...]"

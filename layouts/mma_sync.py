@@ -11,7 +11,7 @@ from . import base
 from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element, swizzle_atom
 
 TILE_DIMS = (32, 64, 96, 128, 192, 256)
-VECTOR = 8  # elements of a 16-byte copy
+VECTOR = base.VECTOR
 ROWS_PER_MMA = 16
 SMEM_ALIGN = 1024  # a swizzle atom is 8 rows of 128 bytes
 

@@ -5,16 +5,16 @@ warpgroup's scores are (64 keys × ``tile_m`` queries), so that Pᵀ and dSᵀ, 
 dV and dK. dS takes the way through shared memory, where dQ's product reads all of its keys; each warpgroup computes a
 64 × 64 piece of the tile's dQ.
 
-Shared memory is swizzled as in ``wgmma``.
+What all families of such operands share, the swizzle first, is in ``tma``.
 """
 
 from __future__ import annotations
 
 from . import base, wgmma_wide
-from .base import BYTES, FRAGMENT_A, FRAGMENT_C, FRAGMENT_THREADS, Box, Config, Copy, Layout, Mma, element, swizzle_atom
-from .wgmma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP
+from .base import BYTES, Config, Layout, Mma, element
+from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Family, copy_in, copy_out, warpgroup_mma
 
-__all__ = ["SMEM_ALIGN", "WARPGROUP", "element"]
+__all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 128)
 OPERANDS = ("K", "V", "Q", "dO", "dS", "dK", "dV")
@@ -96,37 +96,9 @@ def smem_parts(config: Config) -> dict[str, int]:
     }
 
 
-def smem_bytes(config: Config) -> int:
-    """Shared memory of a block, with the worst padding that aligning the parts can cost."""
-    return sum(smem_parts(config).values()) + SMEM_ALIGN
-
-
 def accumulator_registers(config: Config) -> int:
     """Registers a computing thread needs for dK, dV, P, dP and P in the operands' dtype at once."""
     return (config.tile_d + config.tile_dv) // 2 + config.tile_m + config.tile_m // 4
-
-
-def tile(operand: str, config: Config) -> tuple[int, int]:
-    """(rows, columns) of one slot of an operand: what one TMA copy moves."""
-    rows, columns, _ = _shape(operand, config)
-    return rows, columns
-
-
-def slot_bytes(operand: str, config: Config) -> int:
-    """Bytes one TMA load brings: padding counts, since TMA fills it with zeros."""
-    rows, columns = tile(operand, config)
-    return rows * columns * BYTES
-
-
-def smem(operand: str, config: Config) -> Layout:
-    """An operand in shared memory: ``(64, columns, warpgroup)`` for K, V, dK, dV and ``(64, tile_m, warpgroup, stage)``
-    for dS as (keys, queries); ``(tile_m, columns, stage)`` for Q and dO.
-
-    The swizzle goes into a pointer: it acts on the address in bytes.
-    """
-    bits, lowest, shift, width = swizzle_atom(tile(operand, config)[1])
-    on_bytes = (bits, lowest + BYTES.bit_length() - 1, shift)
-    return base.tiled_rows(_shape(operand, config), width, on_bytes, 1)
 
 
 def mma(role: str, config: Config) -> Mma:
@@ -136,29 +108,7 @@ def mma(role: str, config: Config) -> Mma:
     A from registers; ``"dQ"``: a piece of dS·K, both from shared memory, dS transposed on the way.
     """
     n = {"S": config.tile_m, "dP": config.tile_m, "dV": config.tile_dv, "dK": config.tile_d, "dQ": PIECE}[role]
-    m, k = ROWS_PER_WARPGROUP, 16
-    threads = (*FRAGMENT_THREADS, (4, 16, 0))
-    in_registers = role in ("dV", "dK")
-    return Mma(
-        shape=(m, n, k),
-        tile=(m, n, k),
-        warps=4,
-        a=base.by_modes((m, k), threads, FRAGMENT_A) if in_registers else Layout((WARPGROUP, (m, k)), (0, (1, m))),
-        b=Layout((WARPGROUP, (n, k)), (0, (1, n))),
-        c=base.by_modes((m, n), threads, (*FRAGMENT_C, (n // 8, 0, 8))),
-        from_shared="B" if in_registers else "AB",
-    )
-
-
-def copies(config: Config) -> dict[tuple[str, str], Copy | Box]:
-    """Every copy by (step, operand): ``in`` from global memory and ``out`` to it by TMA, ``store`` from an accumulator to
-    shared memory."""
-    found: dict[tuple[str, str], Copy | Box] = {("in", name): _box(name, config) for name in ("K", "V", "Q", "dO")}
-    for name, role in (("dS", "S"), ("dK", "dK"), ("dV", "dV")):
-        found["store", name] = _store(name, role, config)
-    for name in ("dK", "dV"):
-        found["out", name] = _box(name, config, store=True)
-    return found
+    return warpgroup_mma(n, in_registers=role in ("dV", "dK"))
 
 
 def barriers(config: Config) -> dict[str, int]:
@@ -166,60 +116,8 @@ def barriers(config: Config) -> dict[str, int]:
     return {"the block": 1, "dS": 1, "dQ": (len(WARPS["dQ"]) + 1) * warpgroups(config), "epilogues": warpgroups(config)}
 
 
-def _store(operand: str, role: str, config: Config) -> Copy:
-    what = mma(role, config)
-    return Copy("stmatrix", operand, what.tile[:2], what.c)
-
-
-def _box(operand: str, config: Config, store: bool = False) -> Box:
-    width = swizzle_atom(tile(operand, config)[1])[3]
-    return Box(operand, tile(operand, config)[0], width, width * BYTES, store)
-
-
-def tiled_mma(role: str, config: Config):
-    """:func:`mma` as the DSL's object."""
-    import cutlass
-    from cutlass import cute
-    from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
-
-    what = mma(role, config)
-    source = warpgroup.OperandSource.SMEM if "A" in what.from_shared else warpgroup.OperandSource.RMEM
-    a_major = OperandMajorMode.MN if role == "dQ" else OperandMajorMode.K  # dS lies along its queries
-    b_major = OperandMajorMode.K if role in ("S", "dP") else OperandMajorMode.MN
-    return cute.make_tiled_mma(warpgroup.MmaF16BF16Op(element(config), cutlass.Float32, what.shape, source, a_major, b_major))
-
-
-def smem_layout(operand: str, config: Config):
-    """:func:`smem` as the DSL's object."""
-    return base.cute_layout(smem(operand, config))
-
-
-def copy_in(operand: str, config: Config):
-    """The TMA load of one slot of K, V, Q or dO."""
-    from cutlass.cute.nvgpu import cpasync
-
-    return cpasync.CopyBulkTensorTileG2SOp()
-
-
-def copy_out(operand: str, config: Config):
-    """The TMA store of one warpgroup's rows of dK or dV."""
-    from cutlass.cute.nvgpu import cpasync
-
-    return cpasync.CopyBulkTensorTileS2GOp()
-
-
-def store_accumulator(operand: str, config: Config):
-    """Registers → shared memory: ``stmatrix`` of four 8×8 tiles, in the order of the accumulator."""
-    from cutlass import cute
-    from cutlass.cute.nvgpu import warp
-
-    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), element(config))
-    what = copies(config)["store", operand]
-    assert isinstance(what, Copy)
-    return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
-
-
-def _shape(operand: str, config: Config) -> tuple[int, ...]:
+def _shape(operand: str, config: Config) -> tuple[int, int, int]:
+    """(rows, columns, slots) of an operand: dS lies as (keys, queries), a stage's warpgroups one after another."""
     w = warpgroups(config)
     return {
         "K": (ROWS_PER_WARPGROUP, config.tile_d, w),
@@ -230,3 +128,18 @@ def _shape(operand: str, config: Config) -> tuple[int, ...]:
         "dO": (config.tile_m, config.tile_dv, config.stages),
         "dS": (ROWS_PER_WARPGROUP, config.tile_m, w * DS_STAGES),
     }[operand]
+
+
+# From that, the rest of the contract.
+_family = Family(
+    _shape,
+    smem_parts,
+    mma,
+    loaded=("K", "V", "Q", "dO"),
+    stored={"dS": "S", "dK": "dK", "dV": "dV"},
+    results=("dK", "dV"),
+    over_rows=("dV", "dK", "dQ"),
+)
+tile, slot_bytes, smem, smem_layout = _family.tile, _family.slot_bytes, _family.smem, _family.smem_layout
+smem_bytes, copies, tiled_mma = _family.smem_bytes, _family.copies, _family.tiled_mma
+store_accumulator = _family.store_accumulator

@@ -8,16 +8,16 @@ where they differ in shape, have a ``q`` in front.
   lies over K and dK over V, which nobody else reads any more.
 - **Queries**: a block owns 128 queries, 64 for each computing warpgroup, as in the forward pass. dQ lies over Q.
 
-Shared memory is swizzled as in ``wgmma``.
+What all families of such operands share, the swizzle first, is in ``tma``.
 """
 
 from __future__ import annotations
 
 from . import base
-from .base import BYTES, FRAGMENT_A, FRAGMENT_C, FRAGMENT_THREADS, Box, Config, Copy, Layout, Mma, element, swizzle_atom
-from .wgmma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP
+from .base import BYTES, Config, Layout, Mma, element
+from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Family, copy_in, copy_out, warpgroup_mma
 
-__all__ = ["SMEM_ALIGN", "WARPGROUP", "element"]
+__all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 128, 192, 256)  # of the two heads, the wider has one of the last two
 OPERANDS = ("K", "V", "Q", "dO", "dK", "dV", "qQ", "qdO", "qK", "qV", "dQ")
@@ -86,34 +86,9 @@ def smem_parts(config: Config) -> dict[str, int]:
     return max((smem_parts_of(kernel, config) for kernel in ("keys", "queries")), key=lambda parts: sum(parts.values()))
 
 
-def smem_bytes(config: Config) -> int:
-    """Shared memory of a block, with the worst padding that aligning the parts can cost."""
-    return sum(smem_parts(config).values()) + SMEM_ALIGN
-
-
 def accumulator_registers(config: Config) -> int:
     """Registers a computing thread needs at once: in the second kernel, for dQ, P, dP and dS in the operands' dtype."""
     return max(config.tile_d, config.tile_dv) // 2 + config.tile_n + config.tile_n // 4
-
-
-def tile(operand: str, config: Config) -> tuple[int, int]:
-    """(rows, columns) of one slot of an operand: what one TMA copy moves."""
-    rows, columns, _ = _shape(operand, config)
-    return rows, columns
-
-
-def slot_bytes(operand: str, config: Config) -> int:
-    """Bytes one TMA load brings: padding counts, since TMA fills it with zeros."""
-    rows, columns = tile(operand, config)
-    return rows * columns * BYTES
-
-
-def smem(operand: str, config: Config) -> Layout:
-    """An operand in shared memory: ``(rows, columns, slot)``. The swizzle goes into a pointer: it acts on the address in
-    bytes."""
-    bits, lowest, shift, width = swizzle_atom(tile(operand, config)[1])
-    on_bytes = (bits, lowest + BYTES.bit_length() - 1, shift)
-    return base.tiled_rows(_shape(operand, config), width, on_bytes, 1)
 
 
 def mma(role: str, config: Config) -> Mma:
@@ -126,31 +101,7 @@ def mma(role: str, config: Config) -> Mma:
         **{"S": config.tile_m, "dP": config.tile_m, "dV": config.tile_dv, "dK": config.tile_d},
         **{"qS": config.tile_n, "qdP": config.tile_n, "dQ": config.tile_d},
     }[role]
-    m, k = ROWS_PER_WARPGROUP, 16
-    threads = (*FRAGMENT_THREADS, (4, 16, 0))
-    in_registers = role in ("dV", "dK", "dQ")
-    return Mma(
-        shape=(m, n, k),
-        tile=(m, n, k),
-        warps=4,
-        a=base.by_modes((m, k), threads, FRAGMENT_A) if in_registers else Layout((WARPGROUP, (m, k)), (0, (1, m))),
-        b=Layout((WARPGROUP, (n, k)), (0, (1, n))),
-        c=base.by_modes((m, n), threads, (*FRAGMENT_C, (n // 8, 0, 8))),
-        from_shared="B" if in_registers else "AB",
-    )
-
-
-def copies(config: Config) -> dict[tuple[str, str], Copy | Box]:
-    """Every copy by (step, operand): ``in`` from global memory and ``out`` to it by TMA, ``store`` from an accumulator to
-    shared memory."""
-    found: dict[tuple[str, str], Copy | Box] = {}
-    for name in ("K", "V", "Q", "dO", "qQ", "qdO", "qK", "qV"):
-        found["in", name] = _box(name, config)
-    for name in ("dK", "dV", "dQ"):
-        what = mma(name, config)
-        found["store", name] = Copy("stmatrix", name, what.tile[:2], what.c)
-        found["out", name] = _box(name, config, store=True)
-    return found
+    return warpgroup_mma(n, in_registers=role in ("dV", "dK", "dQ"))
 
 
 def barriers(config: Config) -> dict[str, int]:
@@ -158,56 +109,8 @@ def barriers(config: Config) -> dict[str, int]:
     return {"the block": 1, "epilogues": warpgroups(config)}
 
 
-def _box(operand: str, config: Config, store: bool = False) -> Box:
-    width = swizzle_atom(tile(operand, config)[1])[3]
-    return Box(operand, tile(operand, config)[0], width, width * BYTES, store)
-
-
-def tiled_mma(role: str, config: Config):
-    """:func:`mma` as the DSL's object."""
-    import cutlass
-    from cutlass import cute
-    from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
-
-    what = mma(role, config)
-    source = warpgroup.OperandSource.SMEM if "A" in what.from_shared else warpgroup.OperandSource.RMEM
-    b_major = OperandMajorMode.K if "A" in what.from_shared else OperandMajorMode.MN
-    return cute.make_tiled_mma(
-        warpgroup.MmaF16BF16Op(element(config), cutlass.Float32, what.shape, source, OperandMajorMode.K, b_major)
-    )
-
-
-def smem_layout(operand: str, config: Config):
-    """:func:`smem` as the DSL's object."""
-    return base.cute_layout(smem(operand, config))
-
-
-def copy_in(operand: str, config: Config):
-    """The TMA load of one slot."""
-    from cutlass.cute.nvgpu import cpasync
-
-    return cpasync.CopyBulkTensorTileG2SOp()
-
-
-def copy_out(operand: str, config: Config):
-    """The TMA store of one warpgroup's rows of a gradient."""
-    from cutlass.cute.nvgpu import cpasync
-
-    return cpasync.CopyBulkTensorTileS2GOp()
-
-
-def store_accumulator(operand: str, config: Config):
-    """Registers → shared memory: ``stmatrix`` of four 8×8 tiles, in the order of the accumulator."""
-    from cutlass import cute
-    from cutlass.cute.nvgpu import warp
-
-    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), element(config))
-    what = copies(config)["store", operand]
-    assert isinstance(what, Copy)
-    return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
-
-
 def _shape(operand: str, config: Config) -> tuple[int, int, int]:
+    """(rows, columns, slots) of an operand."""
     w = warpgroups(config)
     return {
         "K": (config.tile_n, config.tile_d, 1),
@@ -222,3 +125,18 @@ def _shape(operand: str, config: Config) -> tuple[int, int, int]:
         "qK": (config.tile_n, config.tile_d, config.stages),
         "qV": (config.tile_n, config.tile_dv, V_STAGES),
     }[operand]
+
+
+# From that, the rest of the contract.
+_family = Family(
+    _shape,
+    smem_parts,
+    mma,
+    loaded=("K", "V", "Q", "dO", "qQ", "qdO", "qK", "qV"),
+    stored={"dK": "dK", "dV": "dV", "dQ": "dQ"},
+    results=("dK", "dV", "dQ"),
+    over_rows=("dV", "dK", "dQ"),
+)
+tile, slot_bytes, smem, smem_layout = _family.tile, _family.slot_bytes, _family.smem, _family.smem_layout
+smem_bytes, copies, tiled_mma = _family.smem_bytes, _family.copies, _family.tiled_mma
+store_accumulator = _family.store_accumulator

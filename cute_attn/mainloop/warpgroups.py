@@ -12,12 +12,12 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cute_attn import layouts
 from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
+from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
 from cute_attn.mainloop.common import QueryTiles, Values
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import capped_probabilities, probabilities
 
-WARP, WARPGROUP = 32, 128
-ROWS = 64  # of an accumulator
+WARP = 32
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def copy_row_values(source: cute.Tensor, into: cute.Tensor, barrier):
 def of_columns(mma: cute.TiledMma, thread, sRow: cute.Tensor) -> cute.Tensor:
     """A value of each query in shared memory, for the columns of a thread's scores (keys, queries)."""
     queries = cute.size(sRow)
-    wide = cute.make_tensor(sRow.iterator, cute.make_layout((ROWS, queries), stride=(0, 1)))
+    wide = cute.make_tensor(sRow.iterator, cute.make_layout((ROWS_PER_WARPGROUP, queries), stride=(0, 1)))
     return rows_columns(mma.get_slice(thread).partition_C(wide))[0, None]
 
 
@@ -165,14 +165,14 @@ class Kernel:
     def scores(self, role: str, columns: int, tA, tB):
         """Issue a product of two operands in shared memory; the caller waits."""
         mma = self.lay.tiled_mma(role, self.config)
-        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, columns)), Float32)
+        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((ROWS_PER_WARPGROUP, columns)), Float32)
         self.gemm(mma, acc, tA, tB, accumulate=False)
         return acc
 
     def accumulator(self, role: str, columns: int):
         """64 rows of zeros."""
         mma = self.lay.tiled_mma(role, self.config)
-        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, columns)), Float32)
+        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((ROWS_PER_WARPGROUP, columns)), Float32)
         acc.fill(0.0)
         return acc
 
@@ -200,8 +200,8 @@ class Kernel:
 
     @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: Operand, s: cute.Tensor, group, slot, where):
-        """Computing warpgroup ``group``: its accumulator by ``copy`` to a slot of shared memory, from there to global memory by
-        one TMA store; the caller waits."""
+        """Computing warpgroup ``group``: its accumulator by ``copy`` to a slot of shared memory, from there to global memory
+        by one TMA store; the caller waits."""
         block, head, batch = where
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         part = copy.get_slice(thread)

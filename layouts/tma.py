@@ -1,0 +1,122 @@
+"""What the families of warpgroup MMA share: operands in swizzled shared memory, copied by TMA.
+
+Shared memory is cut into 128-byte rows of 64 elements (64-byte rows of 32 where a head is 96 wide), swizzled as WGMMA's
+descriptors and TMA's boxes both understand: ``Sw<3,4,3>`` (or ``Sw<2,4,3>``) over 8 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import base
+from .base import BYTES, FRAGMENT_A, FRAGMENT_C, FRAGMENT_THREADS, Box, Config, Copy, Layout, Mma, element, swizzle_atom
+
+ROWS_PER_WARPGROUP = 64
+WARPGROUP = 128  # threads
+BARRIER_BYTES = 8
+SMEM_ALIGN = 1024  # a swizzle atom is 8 rows of 128 bytes
+
+
+def warpgroup_mma(n: int, in_registers: bool) -> Mma:
+    """64 rows and ``n`` columns; B comes from shared memory, A too or, as an accumulator has left it, from registers."""
+    m, k = ROWS_PER_WARPGROUP, 16
+    threads = (*FRAGMENT_THREADS, (4, 16, 0))
+    return Mma(
+        shape=(m, n, k),
+        tile=(m, n, k),
+        warps=4,
+        a=base.by_modes((m, k), threads, FRAGMENT_A) if in_registers else Layout((WARPGROUP, (m, k)), (0, (1, m))),
+        b=Layout((WARPGROUP, (n, k)), (0, (1, n))),
+        c=base.by_modes((m, n), threads, (*FRAGMENT_C, (n // 8, 0, 8))),
+        from_shared="B" if in_registers else "AB",
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family says of its operands and products; the methods are the rest of the contract."""
+
+    shape: Callable[[str, Config], tuple[int, int, int]]  # (rows, columns, slots) of an operand
+    smem_parts: Callable[[Config], dict[str, int]]
+    mma: Callable[[str, Config], Mma]
+    loaded: tuple[str, ...]  # operands that come from global memory
+    stored: dict[str, str]  # operands that come from registers, and the products whose accumulators' order they have there
+    results: tuple[str, ...]  # those of them that go on to global memory
+    over_rows: tuple[str, ...]  # products that sum over the rows of what they read from shared memory: it is MN-major
+
+    def tile(self, operand: str, config: Config) -> tuple[int, int]:
+        """(rows, columns) of one slot of an operand: what one TMA copy moves."""
+        return self.shape(operand, config)[:2]
+
+    def slot_bytes(self, operand: str, config: Config) -> int:
+        """Bytes one TMA load brings: padding counts, since TMA fills it with zeros."""
+        rows, columns = self.tile(operand, config)
+        return rows * columns * BYTES
+
+    def smem_bytes(self, config: Config) -> int:
+        """Shared memory of a block, with the worst padding that aligning the parts can cost."""
+        return sum(self.smem_parts(config).values()) + SMEM_ALIGN
+
+    def smem(self, operand: str, config: Config) -> Layout:
+        """An operand in shared memory, ``(rows, columns, slot)``. The swizzle goes into a pointer: it acts on the address
+        in bytes."""
+        bits, lowest, shift, width = swizzle_atom(self.tile(operand, config)[1])
+        on_bytes = (bits, lowest + BYTES.bit_length() - 1, shift)
+        return base.tiled_rows(self.shape(operand, config), width, on_bytes, 1)
+
+    def copies(self, config: Config) -> dict[tuple[str, str], Copy | Box]:
+        """Every copy by (step, operand): ``in`` from global memory and ``out`` to it by TMA, ``store`` from an accumulator
+        to shared memory."""
+        found: dict[tuple[str, str], Copy | Box] = {("in", name): self._box(name, config) for name in self.loaded}
+        for name, role in self.stored.items():
+            what = self.mma(role, config)
+            found["store", name] = Copy("stmatrix", name, what.tile[:2], what.c)
+        return found | {("out", name): self._box(name, config, store=True) for name in self.results}
+
+    def _box(self, operand: str, config: Config, store: bool = False) -> Box:
+        rows, columns = self.tile(operand, config)
+        width = swizzle_atom(columns)[3]
+        return Box(operand, rows, width, width * BYTES, store)
+
+    def tiled_mma(self, role: str, config: Config):
+        """The product's :class:`Mma` as the DSL's object."""
+        import cutlass
+        from cutlass import cute
+        from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+
+        what = self.mma(role, config)
+        b_major = OperandMajorMode.MN if role in self.over_rows else OperandMajorMode.K
+        a_major, source = b_major, warpgroup.OperandSource.SMEM
+        if "A" not in what.from_shared:
+            a_major, source = OperandMajorMode.K, warpgroup.OperandSource.RMEM
+        return cute.make_tiled_mma(
+            warpgroup.MmaF16BF16Op(element(config), cutlass.Float32, what.shape, source, a_major, b_major)
+        )
+
+    def smem_layout(self, operand: str, config: Config):
+        """:meth:`smem` as the DSL's object."""
+        return base.cute_layout(self.smem(operand, config))
+
+    def store_accumulator(self, operand: str, config: Config):
+        """Registers → shared memory: ``stmatrix`` of four 8×8 tiles, in the order of the accumulator."""
+        from cutlass import cute
+        from cutlass.cute.nvgpu import warp
+
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), element(config))
+        what = self.mma(self.stored[operand], config)
+        return cute.make_tiled_copy(atom, base.cute_layout(what.c), what.tile[:2])
+
+
+def copy_in(operand: str, config: Config):
+    """The TMA load of one slot."""
+    from cutlass.cute.nvgpu import cpasync
+
+    return cpasync.CopyBulkTensorTileG2SOp()
+
+
+def copy_out(operand: str, config: Config):
+    """The TMA store of one warpgroup's rows."""
+    from cutlass.cute.nvgpu import cpasync
+
+    return cpasync.CopyBulkTensorTileS2GOp()
