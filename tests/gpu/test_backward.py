@@ -133,7 +133,6 @@ def test_more_batches_than_a_grid_has_layers(mechanism):
     assert_gradients_close([x[some] for x in got], *(x.detach()[some] for x in (q, k, v, dout)))
 
 
-
 def test_keys_that_nobody_sees(mechanism):
     """Zeros, and they are not read."""
     q, k, v, dout, _ = make(2, 100, 700, 4, 2, 128)
