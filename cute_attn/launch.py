@@ -6,9 +6,9 @@ Nothing here synchronises, and the forward pass allocates nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -18,7 +18,7 @@ from cute_attn.compile import compiled
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import ROW_PADDING
 from cute_attn.plan import plan
-from cute_attn.problem import Call, Problem, check_strides, check_tensors_for_gpu, gradient_problem_of
+from cute_attn.problem import Call, Problem, check_strides, check_tensors_for_gpu, problem_of
 
 
 @lru_cache(maxsize=64)
@@ -50,6 +50,14 @@ def prepared(problem: Problem, mechanism: str | None, device: int) -> tuple[Call
     return compiled(problem, config), multiprocessors(device) * config.blocks_per_multiprocessor
 
 
+@lru_cache(maxsize=4096)
+def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, int, int] | None:
+    """``(rows of a tile, its pieces, values of a piece)`` of dQ's float32 sums in memory; ``None`` where there are none."""
+    config = plan(problem, device_target(device), mechanism)
+    pieces = len(family(config).pieces(config)) if "q" in problem.gradients else 0
+    return (config.tile_m, pieces, math.prod(family(config).piece_shape(config))) if pieces else None
+
+
 def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
     _run(function, blocks, device, call, (q, k, v, out, lse))
@@ -68,22 +76,20 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     q, k, v = check_tensors_for_gpu(q, k, v, call)
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
     device = q.get_device()
-    problem = gradient_problem_of(q.dtype, call, needs, dlse is not None)
-    config = plan(problem, device_target(device), mechanism)
-    layouts = family(config)
-    summed = "q" in needs and bool(layouts.pieces(config))
-    problem = replace(problem, deterministic=deterministic and summed)  # without sums there is no order to fix
-    function, blocks = prepared(problem, mechanism, device)
+    of_lse = dlse is not None
+    sums = sums_of(problem_of(q.dtype, call, of_lse, needs), mechanism, device)
+    ordered = deterministic and sums is not None  # without sums there is no order to fix
+    function, blocks = prepared(problem_of(q.dtype, call, of_lse, needs, ordered), mechanism, device)
 
     rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
     rows = q.new_empty((2, call.batch, call.heads, rows_padded), dtype=torch.float32)
     dq_sum = counters = None
-    if summed:
-        slices = (call.batch, call.heads, rows_padded // config.tile_m)
-        piece_rows, piece_columns = layouts.piece_shape(config)
-        dq_sum = q.new_empty((*slices, len(layouts.pieces(config)), piece_rows * piece_columns), dtype=torch.float32)
-        if deterministic:
-            counters = q.new_zeros(slices, dtype=torch.int32)
+    if sums is not None:
+        tile_m, pieces, values = sums
+        tiles = (call.batch, call.heads, rows_padded // tile_m)
+        dq_sum = q.new_empty((*tiles, pieces, values), dtype=torch.float32)
+        if ordered:
+            counters = q.new_zeros(tiles, dtype=torch.int32)
     if call.left is not None and call.shift > call.left:  # keys that no query sees, which the kernels never touch
         for x in (gradient["k"], gradient["v"]):
             if x is not None:

@@ -8,7 +8,7 @@ of ``scale``, ``window`` and ``softcap`` are run-time values; they live in :clas
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NoReturn
 
@@ -161,8 +161,8 @@ def _explain_misfit(q, k, v) -> NoReturn:
     raise ValueError(f"head_dim is {head_dim} and head_dim_v is {v.shape[3]}; at least 1 is needed: check the last dimension")
 
 
-def problem_of(dtype: torch.dtype, call: Call, return_lse: bool) -> Problem:
-    """The Problem of a checked call."""
+def problem_of(dtype: torch.dtype, call: Call, return_lse: bool, gradients: str = "", deterministic: bool = False) -> Problem:
+    """The Problem of a checked call, or of its backward pass: ``gradients`` names the inputs, in the order of ``"qkv"``."""
     return Problem.intern(
         DTYPE_NAMES[dtype],
         call.head_dim,
@@ -171,13 +171,9 @@ def problem_of(dtype: torch.dtype, call: Call, return_lse: bool) -> Problem:
         call.right is not None,
         call.softcap > 0.0,
         bool(return_lse),  # a key must not depend on how it was spelt
+        gradients,
+        deterministic,
     )
-
-
-def gradient_problem_of(dtype: torch.dtype, call: Call, gradients: str, of_lse: bool) -> Problem:
-    """The Problem of a checked call's backward pass; ``gradients`` names the inputs, in the order of ``"qkv"``, and
-    ``of_lse`` says whether the log-sum-exp has a gradient."""
-    return replace(problem_of(dtype, call, of_lse), gradients=gradients)
 
 
 def check_tensors_for_gpu(q, k, v, call: Call):
