@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from . import mma_sync, mma_sync_backward
+from . import mma_sync, mma_sync_backward, sm86
 from .base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -17,26 +15,10 @@ GPU = Gpu(
 MECHANISMS = {"cp_async": mma_sync}
 BACKWARD = {"cp_async_backward": mma_sync_backward}
 
-# The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
-TABLE = {
-    32: (128, 64, 2, 4, 2),
-    64: (128, 64, 2, 4, 2),
-    96: (128, 64, 2, 4, 1),
-    128: (128, 64, 2, 4, 1),
-    192: (64, 32, 2, 4, 1),
-    256: (64, 32, 2, 4, 1),
-}
-
-# The same for the backward pass: the wider of the two padded head dims -> the fields of Config that the table decides.
+# As much shared memory as sm_86 has, and its tables, until they are measured on this GPU.
+TABLE = sm86.TABLE
+BACKWARD_TABLE = sm86.BACKWARD_TABLE
 ADD_WIDTH = 4  # red.global.add.v4.f32
-BACKWARD_TABLE: dict[int, dict[str, Any]] = {
-    32: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 4, "key_warps": 4, "blocks_per_multiprocessor": 2},
-    64: {"tile_m": 64, "tile_n": 128, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
-    96: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 2, "mma_warps": 8, "key_warps": 4},
-    128: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 1, "mma_warps": 8, "key_warps": 2},
-    192: {"tile_m": 32, "tile_n": 64, "step_m": 32, "stages": 1, "mma_warps": 8, "key_warps": 4},
-    256: {"tile_m": 32, "tile_n": 32, "step_m": 32, "stages": 1, "mma_warps": 4, "key_warps": 2},
-}
 
 
 def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
