@@ -9,26 +9,19 @@ run ask for.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import pytest
 
 from cute_attn import cubin, layouts
-from cute_attn.compile import compile_only
 from cute_attn.layouts.base import Config
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
+from tests.host import machine_code
 
 RULES = {
     "full": Problem("bfloat16", 0, 0),
@@ -167,58 +160,17 @@ class Kernel(NamedTuple):
 
 
 def compile_case(case: Case) -> Kernel:
-    """Compile and disassemble one kernel, in a process of the pool."""
-    from cutlass.memory import SmemAllocator
-
-    end, allocate = 0, SmemAllocator._smem_alloca
-
-    def counting(self, layout, dtype, byte_alignment, *args, **kwargs):
-        nonlocal end
-        from cutlass import cute
-
-        end = -(-end // byte_alignment) * byte_alignment + cute.cosize(layout) * dtype.width // 8
-        return allocate(self, layout, dtype, byte_alignment, *args, **kwargs)
-
-    with mock.patch.object(SmemAllocator, "_smem_alloca", counting), tempfile.TemporaryDirectory() as folder:
-        compile_only(case.problem, case.config, f"--keep-cubin --dump-dir={folder}")
-        (code,) = Path(folder).glob("*.cubin")
-        resources, sass = disassemble("--dump-resource-usage", code), disassemble("-sass", code)
-    return Kernel(cubin.parse(resources, sass), sass, end)
-
-
-def disassemble(option: str, code: Path) -> str:
-    cuobjdump, nvdisasm = cubin.tools()
-    environment = {**os.environ, "PATH": f"{nvdisasm.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    return subprocess.run(
-        [str(cuobjdump), option, str(code)], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-
-
-class Kernels(dict[Case, Future]):
-    """Kernels on their way, each from when it is first asked for."""
-
-    def __init__(self, pool: ProcessPoolExecutor):
-        self.pool = pool
-
-    def __missing__(self, case: Case) -> Future:
-        self[case] = self.pool.submit(compile_case, case)
-        return self[case]
+    """One kernel, in a process of the pool."""
+    code = machine_code.compiled(case.problem, case.config)
+    (smem_bytes,) = code.smem_bytes or [0]
+    return Kernel(cubin.parse(code.resources, code.sass), code.sass, smem_bytes)
 
 
 @pytest.fixture(scope="session")
-def kernels(request) -> Iterator[Kernels]:
+def kernels(request) -> Iterator[machine_code.Results]:
     """The kernels of all tests of this run."""
-    pytest.importorskip("cutlass")
-    workers = min(8, os.cpu_count() or 1)
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    found = Kernels(pool)
-    for item in request.session.items:
-        if item.path == Path(__file__) and "kernel" in item.fixturenames:  # another file may have a fixture of that name
-            found[item.callspec.params["case"]]  # asking is enough
-    try:
+    with machine_code.by_processes(compile_case, request, __file__, "kernel") as found:
         yield found
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
@@ -265,14 +217,8 @@ def test_spills(case: Case, kernel: Kernel):
 
 @pytest.mark.parametrize("row", EXCEPTIONS, ids=lambda row: "-".join(map(str, row)))
 def test_an_exception_is_needed(row, kernels):
-    """The worst kernel of the row comes close to it: one that allows much more would hide the next spill."""
-    limit, reason = EXCEPTIONS[row]
-    futures = [kernels[case] for case in CASES if case.exception == row]
-    assert futures, "there is no such row: drop the exception"
-    worst = max(spilled_bytes(future.result().code) for future in futures)
-    assert worst > limit - 32, f"at most {worst} bytes are spilled: lower the limit, {limit}, or drop it"
-    assert worst > 0, "nothing is spilled: drop the exception"
-    assert reason
+    spilled = [spilled_bytes(kernels[case].result().code) for case in CASES if case.exception == row]
+    machine_code.assert_exception_is_needed(EXCEPTIONS[row], spilled)
 
 
 @every_case

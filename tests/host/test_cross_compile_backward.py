@@ -5,25 +5,19 @@ of them as the gradients asked for need.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import pytest
 
 from cute_attn import cubin, layouts
-from cute_attn.compile import compile_only
 from cute_attn.layouts.base import Config
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
-from tests.host.test_cross_compile import FIRST, HEAD_DIMS, OTHERS, RULES, SAMPLE, WHOLE, disassemble
+from tests.host import machine_code
+from tests.host.test_cross_compile import FIRST, HEAD_DIMS, OTHERS, RULES, SAMPLE, WHOLE
 
 KERNELS = {  # of a mainloop, by parts of their names
     "cp_async_backward": ["cp_async_backward"],
@@ -108,6 +102,7 @@ CASES = [
     Case("sm_90a", "cp_async", 104, 40, "causal", "float16"),
     Case("sm_86", "cp_async", 40, 256, "causal", "float16"),
     # Gradients that nobody asked for.
+    *[Case("sm_90a", "tma_wgmma", d, d, "causal", gradients=names) for d in (64, 96, 128) for names in ("q", "k", "v", "kv")],
     *[Case("sm_80", "cp_async", d, d, "full", gradients=names) for d in (64, 128) for names in ("q", "k", "v", "kv")],
 ]
 
@@ -147,44 +142,21 @@ class Kernels(NamedTuple):
 
 
 def compile_case(case: Case) -> Kernels:
-    """Compile and disassemble a backward pass, in a process of the pool."""
-    from cutlass.memory import SmemAllocator
-
-    ends: dict[int, int] = {}
-    keep, allocate = [], SmemAllocator._smem_alloca
-
-    def counting(self, layout, dtype, byte_alignment, *args, **kwargs):
-        from cutlass import cute
-
-        keep.append(self)  # so that no other gets its id
-        end = -(-ends.get(id(self), 0) // byte_alignment) * byte_alignment
-        ends[id(self)] = end + cute.cosize(layout) * dtype.width // 8
-        return allocate(self, layout, dtype, byte_alignment, *args, **kwargs)
-
-    with mock.patch.object(SmemAllocator, "_smem_alloca", counting), tempfile.TemporaryDirectory() as folder:
-        compile_only(case.problem, case.config, f"--keep-cubin --dump-dir={folder}")
-        (code,) = Path(folder).glob("*.cubin")
-        resources, sass = disassemble("--dump-resource-usage", code), disassemble("-sass", code)
-    around = ["RowValues"] + ["CastQueries"] * ("CastQueries" in sass)
+    """A backward pass, in a process of the pool."""
+    code = machine_code.compiled(case.problem, case.config)
+    around = ["RowValues"] + ["CastQueries"] * ("CastQueries" in code.sass)
     own, others = (
-        {name: cubin.parse(resources, sass, name) for name in names} for names in (KERNELS[case.config.backward], around)
+        {name: cubin.parse(code.resources, code.sass, name) for name in names}
+        for names in (KERNELS[case.config.backward], around)
     )
-    return Kernels(own, others, list(ends.values()))
+    return Kernels(own, others, code.smem_bytes)
 
 
 @pytest.fixture(scope="session")
-def compiled(request) -> Iterator[dict[Case, Future]]:
-    """The kernels of all tests of this run, by a pool of processes."""
-    pytest.importorskip("cutlass")
-    pool = ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn"))
-    asked = [item for item in request.session.items if item.path == Path(__file__)]
-    chosen = [item.callspec.params["case"] for item in asked if "kernels" in item.fixturenames]
-    if any(item.originalname == "test_an_exception_is_needed" for item in asked):
-        chosen += [case for case in CASES if case.exception in EXCEPTIONS]
-    try:
-        yield {case: pool.submit(compile_case, case) for case in dict.fromkeys(chosen)}
-    finally:
-        pool.shutdown(cancel_futures=True)
+def compiled(request) -> Iterator[machine_code.Results]:
+    """The kernels of all tests of this run."""
+    with machine_code.by_processes(compile_case, request, __file__, "kernels") as found:
+        yield found
 
 
 @pytest.fixture
@@ -230,13 +202,8 @@ def test_spills(case: Case, kernels: Kernels):
 
 @pytest.mark.parametrize("row", EXCEPTIONS, ids=lambda row: "-".join(map(str, row)))
 def test_an_exception_is_needed(row, compiled):
-    """The worst kernel of the row comes close to it: one that allows much more would hide the next spill."""
-    limit, reason = EXCEPTIONS[row]
-    futures = [compiled[case] for case in CASES if case.exception == row]
-    assert futures, "there is no such row: drop the exception"
-    worst = max(spilled_bytes(future.result()) for future in futures)
-    assert worst > limit - 32, f"at most {worst} bytes are spilled: lower the limit, {limit}, or drop it"
-    assert reason
+    spilled = [spilled_bytes(compiled[case].result()) for case in CASES if case.exception == row]
+    machine_code.assert_exception_is_needed(EXCEPTIONS[row], spilled)
 
 
 @every_case
