@@ -76,7 +76,7 @@ def host_function(problem, config):
             k, v, dk, dv = (_rows_from(m, unseen) for m in (k, v, dk, dv))
             seqlen_k, lo, hi = seqlen_k - unseen, lo - unseen, hi - unseen
         values = Values(seqlen_q, seqlen_k, lo, hi, scale_log2, scale_by_cap)
-        # In groups of heads, too, where dQ is added in a fixed order: few key tiles of a head then wait for one another.
+        # Where dQ is added in a fixed order heads are taken in groups, too: fewer key tiles of one then wait for one another.
         long_first = problem.bounded_right or problem.deterministic
         tiles = Tiles.of_keys(k.shape, q.shape[2] // k.shape[2], config.tile_n, blocks, long_first)
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, counters)

@@ -42,7 +42,7 @@ def host_function(problem, config, mainloop=None):
         shift = seqlen_k - seqlen_q
         values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
         tiles = Tiles.of(q.shape, k.shape[2], config.tile_m, blocks, problem.bounded_right)
-        mainloop.launch(q, k, v, o, lse, values, tiles, cutlass.min(blocks, tiles.count()), stream)
+        mainloop.launch(q, k, v, o, lse, values, tiles, blocks, stream)
 
     return forward
 

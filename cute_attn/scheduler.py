@@ -1,16 +1,21 @@
 """Which block computes which tile, and in what order: of queries, or, in the backward pass, of keys.
 
-A block takes one tile a round. Where the grid is as many blocks as the GPU holds at once (``tma_wgmma``), they walk over
-all tiles of the call in rounds (a persistent loop); a mechanism that launches a block for each tile has one round. Producer and
-consumers of a block compute the same sequence by themselves, so nothing is communicated and nothing is allocated.
+A block takes one tile, and the hardware hands the next one to whichever multiprocessor is free; or, persistent, blocks as
+many as the GPU holds at once walk over all tiles of the call in rounds. Producer and consumers of a block compute the same
+sequence by themselves, so nothing is communicated and nothing is allocated.
 
 - Without a right edge all tiles cost the same: the tiles of a head come one after another, so that blocks which run at
   the same time read the same keys and values from the L2 cache.
 - With one (causal) the tiles with many keys come first: long ones first leave only short ones for the uneven end
-  (longest-processing-time-first, Graham 1969). Blocks take the rounds in alternating direction, like a snake, so that
-  whoever got the longest tile of one round gets the shortest of the next. Heads are taken in groups of a quarter as many as
-  there are blocks: about four blocks then read the same keys at the same time, which the L2 cache serves with one read
-  of memory.
+  (longest-processing-time-first, Graham 1969). Heads are taken in groups, of a quarter as many as there are blocks, or
+  small ones: the fewer heads, the more blocks ask the L2 cache for the same keys and values at a time, and the more of
+  them it holds. But when the longest tile of the last group begins, what is left must keep the other blocks busy as long:
+  a small group's tiles are, in all, worth the longest one for each block. If the heads don't come out even, the group
+  that lacks some is the first.
+- Persistent blocks that walk over such tiles take the rounds in alternating direction, like a snake, so that whoever got
+  the longest tile of one round gets the shortest of the next. That evens out only with many more tiles in a group than in
+  a round. What persistent blocks save, a start for each tile, is worth more than what small groups gain where tiles are
+  short, and less where they are long.
 """
 
 from __future__ import annotations
@@ -20,7 +25,8 @@ from dataclasses import dataclass, replace
 import cutlass
 from cutlass import Int32, cute
 
-BLOCKS_PER_HEAD = 4  # that read a head's keys at the same time
+BLOCKS_PER_HEAD = 4  # that run at the same time, where groups are not small
+LONG = 1 << 19  # keys · head_dim from which on a tile is long
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Tiles:
     batch: Int32
     heads_per_kv: Int32  # query heads that share a key head
     group: Int32  # (head, batch) pairs that are taken together where long_first
+    lacking: Int32  # so many fewer in the first group
     long_first: cutlass.Constexpr[bool]
 
     @staticmethod
@@ -40,13 +47,28 @@ class Tiles:
         """The tiles of queries ``(seqlen_q, head_dim, heads, batch)`` for a GPU that holds ``blocks`` blocks at once."""
         seqlen_q, _, heads, batch = q_shape
         group = cutlass.max(blocks // BLOCKS_PER_HEAD, 1)
-        return Tiles(cute.ceil_div(seqlen_q, tile_m), heads, batch, heads // heads_kv, group, long_first)
+        return Tiles(cute.ceil_div(seqlen_q, tile_m), heads, batch, heads // heads_kv, group, Int32(0), long_first)
 
     @staticmethod
     def of_keys(k_shape, heads_per_kv, tile_n: int, blocks: Int32, long_first: bool) -> Tiles:
         """The tiles of keys ``(seqlen_k, head_dim, heads_kv, batch)``; a tile's ``head`` is a key head, and whoever takes
         it walks over its ``heads_per_kv`` query heads."""
         return replace(Tiles.of(k_shape, k_shape[2], tile_n, blocks, long_first), heads_per_kv=heads_per_kv)
+
+    def in_small_groups(self, blocks: Int32) -> Tiles:
+        """The same tiles; of a head's, the mean is half as long as the longest."""
+        group = cute.ceil_div(2 * blocks, self.m_blocks)
+        return replace(self, group=group, lacking=(group - self.heads * self.batch % group) % group)
+
+    @cute.jit
+    def launched(self, blocks: Int32, long):
+        """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``."""
+        small, group, lacking = self.in_small_groups(blocks), self.group, self.lacking
+        at_once = cutlass.min(blocks, self.count())
+        if cutlass.const_expr(self.long_first):
+            if long:
+                group, lacking, at_once = small.group, small.lacking, self.count()
+        return replace(self, group=group, lacking=lacking), at_once
 
     def count(self):
         return self.m_blocks * self.heads * self.batch
@@ -66,10 +88,10 @@ class Tiles:
         """``(m_block, head, head_kv, batch)`` of a tile."""
         slices = self.heads * self.batch
         if cutlass.const_expr(self.long_first):
-            group_tiles = self.group * self.m_blocks
-            first = position // group_tiles * self.group
-            members = cutlass.min(self.group, slices - first)
-            position = position % group_tiles
+            begin = (position // self.m_blocks + self.lacking) // self.group * self.group - self.lacking
+            first = cutlass.max(begin, 0)
+            members = cutlass.min(begin + self.group, slices) - first
+            position -= first * self.m_blocks
             m_block = self.m_blocks - 1 - position // members
             rest = first + position % members
         else:
@@ -78,8 +100,13 @@ class Tiles:
         head = rest % self.heads
         return m_block, head, head // self.heads_per_kv, rest // self.heads
 
-    def key_tile(self, position: Int32):
-        """``(n_block, head_kv, batch)`` of a key tile. The first keys come first: with a right edge more queries see them
-        than later ones, and where dQ is added in a fixed order a tile must come after those that it waits for."""
-        block, head_kv, _, batch = self.coordinates(position)
+    def query_tile(self):
+        """``(m_block, head, head_kv, batch)`` of this block, where each has one tile."""
+        return self.coordinates(cute.arch.block_idx()[0])
+
+    def key_tile(self):
+        """``(n_block, head_kv, batch)`` of this block, where each has one tile. The first keys come first: with a right edge
+        more queries see them than later ones, and where dQ is added in a fixed order a tile must come after those that it
+        waits for."""
+        block, head_kv, _, batch = self.query_tile()
         return self.m_blocks - 1 - block if self.long_first else block, head_kv, batch

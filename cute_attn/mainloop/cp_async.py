@@ -78,7 +78,7 @@ class Forward:
     def kernel(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles):
         config, lay = self.config, self.lay
         thread = cute.arch.thread_idx()[0]
-        m_block, head, head_kv, batch = tiles.coordinates(tiles.position(Int32(0)))
+        m_block, head, head_kv, batch = tiles.query_tile()
         keys = KeyTiles.of(values, self.problem, m_block, config)
         row_first = m_block * config.tile_m
 

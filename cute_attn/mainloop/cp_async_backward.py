@@ -98,7 +98,7 @@ class Backward:
     # ---- host ------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
+    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks: Int32, stream):
         """Launch a block for each key tile; ``blocks``, what the GPU holds at once, is the hardware's business here."""
         self.kernel(mQ, mK, mV, mdO, rows, gradients, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
@@ -114,7 +114,7 @@ class Backward:
     def kernel(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles):
         problem = self.problem
         thread = cute.arch.thread_idx()[0]
-        n_block, head_kv, batch = tiles.key_tile(tiles.position(Int32(0)))
+        n_block, head_kv, batch = tiles.key_tile()
         visited = QueryTiles.of(values, problem, n_block, self.config)
         shared = self._shared()
         stream = partial(Stream.of, self.lay, self.config)

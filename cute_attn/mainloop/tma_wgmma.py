@@ -22,7 +22,7 @@ from cute_attn.epilogue import store_lse
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, rounded_operand, tma_tiles
-from cute_attn.scheduler import Tiles
+from cute_attn.scheduler import LONG, Tiles
 from cute_attn.softmax import Softmax, scale_rows
 
 COPY_K_V_WARP, COPY_Q_WARP = 0, 1
@@ -89,7 +89,10 @@ class Forward(Kernel):
 
     @cute.jit
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
-        """Make the TMA descriptors and launch ``blocks`` persistent blocks."""
+        """Make the TMA descriptors and launch blocks, persistent ones or one for each query tile."""
+        # The longest tile sees all keys, unless a window makes tiles nearly equal.
+        long = False if cutlass.const_expr(self.problem.bounded_left) else mK.shape[0] >= LONG // self.config.tile_d
+        tiles, blocks = tiles.launched(blocks, long)
         q, k, v = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
         o = self.operand("O", mO, self.lay.copy_out)
         self.kernel(q, k, v, o, mLSE, values, tiles).launch(

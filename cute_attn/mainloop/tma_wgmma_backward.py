@@ -55,7 +55,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class Pipelines:
-    """K and V of a key tile have one stage each, Q (with the rows' LSE) and dO (with their delta) several."""
+    """K and V have one stage each, Q (with the rows' LSE) and dO (with their delta) several."""
 
     k: pipeline.PipelineTmaAsync
     v: pipeline.PipelineTmaAsync
@@ -90,7 +90,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Fragments:
-    """What a computing thread holds or points to through the query tiles of one key tile."""
+    """What a computing thread holds or points to through the query tiles."""
 
     tSrK: cute.Tensor  # (MMA, 1, K)
     tSrQ: cute.Tensor  # (MMA, 1, K, stage)
@@ -119,22 +119,20 @@ class Backward(KeyBlocks):
     # ---- host ------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
-        """Make the TMA descriptors and launch the kernel."""
+    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks: Int32, stream):
+        """Make the TMA descriptors and launch a block for each key tile."""
         q, k, v, do = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO)))
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
+        # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
+        if cutlass.const_expr(not (self.problem.deterministic and self.problem.bounded_right)):
+            tiles = tiles.in_small_groups(blocks)
         self.kernel(Operands(q, k, v, do, dk, dv), rows, gradients, values, tiles).launch(
-            grid=[self._blocks(blocks, tiles), 1, 1],
+            grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )
-
-    def _blocks(self, blocks, tiles: Tiles):
-        """Persistent blocks, at most as many as the GPU holds at once. Where dQ is added in a fixed order, one for each tile:
-        a tile may wait for those before it, and the hardware starts blocks in order, however few it has room for."""
-        return tiles.count() if self.problem.deterministic and self.needs_q else cutlass.min(blocks, tiles.count())
 
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
@@ -193,38 +191,33 @@ class Backward(KeyBlocks):
         step = Int32(0)
         if mine == 0:
             self._offer()
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            n_block, head_kv, batch = tiles.key_tile(position)
-            visited = QueryTiles.of(values, self.problem, n_block, self.config)
-            for member in cutlass.range(tiles.heads_per_kv, unroll=1):
-                head = head_kv * tiles.heads_per_kv + member
-                for i in cutlass.range(visited.count, unroll=1):
-                    if step % ADDERS == mine:
-                        m_block = visited.in_order(i, self.problem)
-                        where = (m_block, head, batch)
-                        if cutlass.const_expr(self.problem.deterministic):
-                            if lane == 0:
-                                gradients.wait_for_turn(where, visited.rank(values, self.problem, m_block, self.config))
-                            cute.arch.sync_warp()
-                        for w in cutlass.range_constexpr(self.warpgroups):
-                            barrier = self.full_barrier + ADDERS * w + mine
-                            cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
+        n_block, head_kv, batch = tiles.key_tile()
+        visited = QueryTiles.of(values, self.problem, n_block, self.config)
+        for member in cutlass.range(tiles.heads_per_kv, unroll=1):
+            head = head_kv * tiles.heads_per_kv + member
+            for i in cutlass.range(visited.count, unroll=1):
+                if step % ADDERS == mine:
+                    m_block = visited.in_order(i, self.problem)
+                    where = (m_block, head, batch)
+                    if cutlass.const_expr(self.problem.deterministic):
                         if lane == 0:
-                            for w in cutlass.range_constexpr(self.warpgroups):
-                                _reduce_add(gradients.mdQ[(None, w, *where)], sdQ[None, None, w])
-                            cute.arch.cp_async_bulk_commit_group()
-                            cute.arch.cp_async_bulk_wait_group(0, read=True)
+                            gradients.wait_for_turn(where, visited.rank(values, self.problem, m_block, self.config))
                         cute.arch.sync_warp()
-                        self._offer()
-                        if cutlass.const_expr(self.problem.deterministic):
-                            if lane == 0:
-                                cute.arch.cp_async_bulk_wait_group(0, read=False)
-                                gradients.pass_turn(where)
-                    step += 1
-            turn += 1
-            position = tiles.position(turn)
+                    for w in cutlass.range_constexpr(self.warpgroups):
+                        barrier = self.full_barrier + ADDERS * w + mine
+                        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
+                    if lane == 0:
+                        for w in cutlass.range_constexpr(self.warpgroups):
+                            _reduce_add(gradients.mdQ[(None, w, *where)], sdQ[None, None, w])
+                        cute.arch.cp_async_bulk_commit_group()
+                        cute.arch.cp_async_bulk_wait_group(0, read=True)
+                    cute.arch.sync_warp()
+                    self._offer()
+                    if cutlass.const_expr(self.problem.deterministic):
+                        if lane == 0:
+                            cute.arch.cp_async_bulk_wait_group(0, read=False)
+                            gradients.pass_turn(where)
+                step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=False)
 
     def _offer(self):
@@ -236,35 +229,25 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _compute(self, operands: Operands, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
-        """One computing warpgroup: 64 keys of every key tile of the block."""
+        """One computing warpgroup: 64 keys of the block's tile."""
         me = self._worker()
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            n_block, head_kv, batch = tiles.key_tile(position)
-            visited = QueryTiles.of(values, self.problem, n_block, self.config)
-            key_first = n_block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
-            frag = self._fragments(me, shared)
-            pipes.k.consumer_wait(k_state)
-            pipes.v.consumer_wait(k_state)
-            if visited.count > 0:
-                i = Int32(0)
-                for j in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
-                    m_block = visited.in_order(i, self.problem)
-                    where = (m_block, visited.needs_mask(m_block), j > 0)
-                    state = self._step(me, frag, shared, pipes, values, key_first, state, where)
-                    i = i + 1 if i + 1 < visited.count else Int32(0)
-                if cutlass.const_expr(self.config.overlap_tiles):
-                    cute.nvgpu.warpgroup.wait_group(0)
-                    self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
-            self._store(me, frag, operands, shared, values, (n_block * self.warpgroups + me.warpgroup, head_kv, batch))
-            pipes.k.consumer_release(k_state)
-            pipes.v.consumer_release(k_state)
-            k_state.advance()
-            turn += 1
-            position = tiles.position(turn)
+        n_block, head_kv, batch = tiles.key_tile()
+        visited = QueryTiles.of(values, self.problem, n_block, self.config)
+        key_first = n_block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
+        frag = self._fragments(me, shared)
+        for pipe in (pipes.k, pipes.v):
+            pipe.consumer_wait(k_state)
+        i = Int32(0)
+        for j in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
+            m_block = visited.in_order(i, self.problem)
+            where = (m_block, visited.needs_mask(m_block), j > 0)
+            state = self._step(me, frag, shared, pipes, values, key_first, state, where)
+            i = i + 1 if i + 1 < visited.count else Int32(0)
+        if cutlass.const_expr(self.config.overlap_tiles):
+            cute.nvgpu.warpgroup.wait_group(0)
+        self._store(me, frag, operands, shared, values, (n_block * self.warpgroups + me.warpgroup, head_kv, batch))
 
     def _worker(self) -> Worker:
         index = cute.arch.thread_idx()[0]

@@ -61,10 +61,10 @@ class Backward:
         self.queries = QueryGradients(problem, config)
 
     @cute.jit
-    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
+    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks: Int32, stream):
         """Launch the kernels whose gradients are asked for."""
         if cutlass.const_expr(gradients.mdK is not None or gradients.mdV is not None):
-            self.keys.launch(mQ, mK, mV, mdO, rows, gradients, values, tiles, blocks, stream)
+            self.keys.launch(mQ, mK, mV, mdO, rows, gradients, values, tiles.in_small_groups(blocks), stream)
         if cutlass.const_expr(gradients.mdQ is not None):
             self.queries.launch(mQ, mK, mV, mdO, rows, gradients, values, blocks, stream)
 
@@ -121,13 +121,13 @@ class KeyGradients(KeyBlocks):
         self.needs_k, self.needs_v = "k" in problem.gradients, "v" in problem.gradients
 
     @cute.jit
-    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks, stream):
-        """Make the TMA descriptors and launch persistent blocks, at most as many as the GPU holds at once."""
+    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, stream):
+        """Make the TMA descriptors and launch a block for each key tile."""
         inputs = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO)))
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         self.kernel(Operands(*inputs, dk=dk, dv=dv), rows, values, tiles).launch(
-            grid=[cutlass.min(blocks, tiles.count()), 1, 1],
+            grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -194,46 +194,39 @@ class KeyGradients(KeyBlocks):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            n_block, head_kv, batch = tiles.key_tile(position)
-            visited = QueryTiles.of(values, self.problem, n_block, self.config)
-            acc_dV = self.accumulator("dV", self.config.tile_dv)
-            pipes.k.consumer_wait(k_state)
-            i = Int32(0)
-            for _ in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
-                pipes.q.consumer_wait(state)
-                acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
-                warpgroup.wait_group(0)
-                P = rows_columns(acc_S)
-                apply_softcap(P, values, self.problem)
-                m_block = visited.in_order(i, self.problem)
-                if visited.needs_mask(m_block):
-                    origin = (n_block * self.config.tile_n, m_block * self.config.tile_m)
-                    mask_transposed(P, cS, origin, values, self.problem)
-                lse_log2 = of_columns(S, thread, shared.lse[None, state.index])
-                rP = rounded_probabilities(acc_S, lse_log2, values, self.problem, self.element)
-                self.release_rows(pipes.q, state)
-                if cutlass.const_expr(self.needs_k):
-                    of_ds = rounded_operand(acc_S, self.element) if cutlass.const_expr(self.problem.softcap) else rP
-                    p_state = self._hand_over(of_ds, shared, pipes, thread, p_state)
-                pipes.do.consumer_wait(state)
-                if cutlass.const_expr(self.needs_v):
-                    mma, tB = self.lay.tiled_mma("dV", self.config), tVrdO[None, None, None, state.index]
-                    self.gemm(mma, acc_dV, rP, tB, accumulate=True)
-                    warpgroup.wait_group(0)
-                pipes.do.consumer_release(state)
-                state.advance()
-                i = i + 1 if i + 1 < visited.count else Int32(0)
+        n_block, head_kv, batch = tiles.key_tile()
+        visited = QueryTiles.of(values, self.problem, n_block, self.config)
+        acc_dV = self.accumulator("dV", self.config.tile_dv)
+        pipes.k.consumer_wait(k_state)
+        i = Int32(0)
+        for _ in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
+            pipes.q.consumer_wait(state)
+            acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
+            warpgroup.wait_group(0)
+            P = rows_columns(acc_S)
+            apply_softcap(P, values, self.problem)
+            m_block = visited.in_order(i, self.problem)
+            if visited.needs_mask(m_block):
+                origin = (n_block * self.config.tile_n, m_block * self.config.tile_m)
+                mask_transposed(P, cS, origin, values, self.problem)
+            lse_log2 = of_columns(S, thread, shared.lse[None, state.index])
+            rP = rounded_probabilities(acc_S, lse_log2, values, self.problem, self.element)
+            self.release_rows(pipes.q, state)
+            if cutlass.const_expr(self.needs_k):
+                of_ds = rounded_operand(acc_S, self.element) if cutlass.const_expr(self.problem.softcap) else rP
+                p_state = self._hand_over(of_ds, shared, pipes, thread, p_state)
+            pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_v):
-                group, copy = self.group(), self.lay.store_accumulator("dV", self.config)
-                self.store(copy, acc_dV, operands.dv, shared.dv, group, 0, (n_block, head_kv, batch))
-                self.wait_for_store(group)
-            pipes.k.consumer_release(k_state)
-            k_state.advance()
-            turn += 1
-            position = tiles.position(turn)
+                mma, tB = self.lay.tiled_mma("dV", self.config), tVrdO[None, None, None, state.index]
+                self.gemm(mma, acc_dV, rP, tB, accumulate=True)
+                warpgroup.wait_group(0)
+            pipes.do.consumer_release(state)
+            state.advance()
+            i = i + 1 if i + 1 < visited.count else Int32(0)
+        if cutlass.const_expr(self.needs_v):
+            group, copy = self.group(), self.lay.store_accumulator("dV", self.config)
+            self.store(copy, acc_dV, operands.dv, shared.dv, group, 0, (n_block, head_kv, batch))
+            self.wait_for_store(group)
 
     @cute.jit
     def _keys_warpgroup(self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, values: Values, tiles: Tiles):
@@ -246,39 +239,32 @@ class KeyGradients(KeyBlocks):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            n_block, head_kv, batch = tiles.key_tile(position)
-            visited = QueryTiles.of(values, self.problem, n_block, self.config)
-            acc_dK = self.accumulator("dK", self.config.tile_d)
-            pipes.v.consumer_wait(k_state)
-            for _ in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
-                pipes.do.consumer_wait(state)
-                if cutlass.const_expr(self.needs_k):
-                    acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
-                    warpgroup.wait_group(0)
-                    P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
-                    delta = of_columns(dP, thread, shared.delta[None, state.index])
-                    score_gradients(rows_columns(P), rows_columns(acc_dP), delta)
-                self.release_rows(pipes.do, state)
-                pipes.q.consumer_wait(state)
-                if cutlass.const_expr(self.needs_k):
-                    rdS = rounded_operand(P, self.element)
-                    mma, tB = self.lay.tiled_mma("dK", self.config), tKrQ[None, None, None, state.index]
-                    self.gemm(mma, acc_dK, rdS, tB, accumulate=True)
-                    warpgroup.wait_group(0)
-                pipes.q.consumer_release(state)
-                state.advance()
+        n_block, head_kv, batch = tiles.key_tile()
+        visited = QueryTiles.of(values, self.problem, n_block, self.config)
+        acc_dK = self.accumulator("dK", self.config.tile_d)
+        pipes.v.consumer_wait(k_state)
+        for _ in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
+            pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
-                acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
-                group, copy = self.group(), self.lay.store_accumulator("dK", self.config)
-                self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (n_block, head_kv, batch))
-                self.wait_for_store(group)
-            pipes.v.consumer_release(k_state)
-            k_state.advance()
-            turn += 1
-            position = tiles.position(turn)
+                acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
+                warpgroup.wait_group(0)
+                P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
+                delta = of_columns(dP, thread, shared.delta[None, state.index])
+                score_gradients(rows_columns(P), rows_columns(acc_dP), delta)
+            self.release_rows(pipes.do, state)
+            pipes.q.consumer_wait(state)
+            if cutlass.const_expr(self.needs_k):
+                rdS = rounded_operand(P, self.element)
+                mma, tB = self.lay.tiled_mma("dK", self.config), tKrQ[None, None, None, state.index]
+                self.gemm(mma, acc_dK, rdS, tB, accumulate=True)
+                warpgroup.wait_group(0)
+            pipes.q.consumer_release(state)
+            state.advance()
+        if cutlass.const_expr(self.needs_k):
+            acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
+            group, copy = self.group(), self.lay.store_accumulator("dK", self.config)
+            self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (n_block, head_kv, batch))
+            self.wait_for_store(group)
 
     @cute.jit
     def _hand_over(self, rP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):
@@ -336,13 +322,13 @@ class QueryGradients(Kernel):
         self.block = replace(config, tile_m=rows)  # for what counts a block's queries
 
     @cute.jit
-    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, blocks, stream):
-        """Make the TMA descriptors and launch persistent blocks, at most as many as the GPU holds at once."""
+    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, blocks: Int32, stream):
+        """Make the TMA descriptors and launch a block for each query tile."""
         inputs = (self.operand(f"q{name}", m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO)))
         dq = self.operand("dQ", gradients.mdQ, self.lay.copy_out)
         tiles = Tiles.of(mQ.shape, mK.shape[2], self.block.tile_m, blocks, self.problem.bounded_right)
-        self.kernel(Operands(*inputs, dq=dq), rows, values, tiles).launch(
-            grid=[cutlass.min(blocks, tiles.count()), 1, 1],
+        self.kernel(Operands(*inputs, dq=dq), rows, values, tiles.in_small_groups(blocks)).launch(
+            grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -380,52 +366,42 @@ class QueryGradients(Kernel):
 
     @cute.jit
     def _copy_queries(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, tiles: Tiles):
-        """One warp: Q and dO of each query tile, 64 rows for each computing warpgroup."""
+        """One warp: Q and dO, 64 rows for each computing warpgroup."""
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            m_block, head, _, batch = tiles.coordinates(position)
-            tQgQ, tQsQ = tma_tiles(operands.q, shared.q, head, batch, Int32(0))
-            tOgdO, tOsdO = tma_tiles(operands.do, shared.do, head, batch, Int32(0))
-            for w in cutlass.range_constexpr(self.warpgroups):
-                pipes.q.producer_acquire(state)
-                barrier = pipes.q.producer_get_barrier(state)
-                block = m_block * self.warpgroups + w
-                cute.copy(operands.q.atom, tQgQ[None, block], tQsQ[None, w], tma_bar_ptr=barrier)
-                cute.copy(operands.do.atom, tOgdO[None, block], tOsdO[None, w], tma_bar_ptr=barrier)
-                state.advance()
-            turn += 1
-            position = tiles.position(turn)
+        m_block, head, _, batch = tiles.query_tile()
+        tQgQ, tQsQ = tma_tiles(operands.q, shared.q, head, batch, Int32(0))
+        tOgdO, tOsdO = tma_tiles(operands.do, shared.do, head, batch, Int32(0))
+        for w in cutlass.range_constexpr(self.warpgroups):
+            pipes.q.producer_acquire(state)
+            barrier = pipes.q.producer_get_barrier(state)
+            block = m_block * self.warpgroups + w
+            cute.copy(operands.q.atom, tQgQ[None, block], tQsQ[None, w], tma_bar_ptr=barrier)
+            cute.copy(operands.do.atom, tOgdO[None, block], tOsdO[None, w], tma_bar_ptr=barrier)
+            state.advance()
 
     @cute.jit
     def _copy_keys(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, values: Values, tiles: Tiles):
-        """One warp: K and V of the key tiles of each query tile, last keys first."""
+        """One warp: K and V of the key tiles, last keys first."""
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            m_block, _, head_kv, batch = tiles.coordinates(position)
-            keys = KeyTiles.of(values, self.problem, m_block, self.block)
-            tKgK, tKsK = tma_tiles(operands.k, shared.k, head_kv, batch, keys.begin)
-            tVgV, tVsV = tma_tiles(operands.v, shared.v, head_kv, batch, keys.begin)
-            for i in cutlass.range(keys.count, unroll=1):
-                n = keys.count - 1 - i
-                pipes.k.producer_acquire(k_state)
-                barrier = pipes.k.producer_get_barrier(k_state)
-                cute.copy(operands.k.atom, tKgK[None, n], tKsK[None, k_state.index], tma_bar_ptr=barrier)
-                k_state.advance()
-                pipes.v.producer_acquire(v_state)
-                barrier = pipes.v.producer_get_barrier(v_state)
-                cute.copy(operands.v.atom, tVgV[None, n], tVsV[None, v_state.index], tma_bar_ptr=barrier)
-                v_state.advance()
-            turn += 1
-            position = tiles.position(turn)
+        m_block, _, head_kv, batch = tiles.query_tile()
+        keys = KeyTiles.of(values, self.problem, m_block, self.block)
+        tKgK, tKsK = tma_tiles(operands.k, shared.k, head_kv, batch, keys.begin)
+        tVgV, tVsV = tma_tiles(operands.v, shared.v, head_kv, batch, keys.begin)
+        for i in cutlass.range(keys.count, unroll=1):
+            n = keys.count - 1 - i
+            pipes.k.producer_acquire(k_state)
+            barrier = pipes.k.producer_get_barrier(k_state)
+            cute.copy(operands.k.atom, tKgK[None, n], tKsK[None, k_state.index], tma_bar_ptr=barrier)
+            k_state.advance()
+            pipes.v.producer_acquire(v_state)
+            barrier = pipes.v.producer_get_barrier(v_state)
+            cute.copy(operands.v.atom, tVgV[None, n], tVsV[None, v_state.index], tma_bar_ptr=barrier)
+            v_state.advance()
 
     @cute.jit
     def _compute(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, values: Values, tiles):
-        """One computing warpgroup: its 64 rows of every query tile of the block."""
+        """One computing warpgroup: its 64 rows of the block's tile."""
         index = cute.arch.thread_idx()[0]
         w = self.group()
         S, dP, dQ = (self.lay.tiled_mma(role, self.config).get_slice(0) for role in ("qS", "qdP", "dQ"))
@@ -437,52 +413,42 @@ class QueryGradients(Kernel):
         shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_n)
         cS = Coordinates.of(self.lay.tiled_mma("qS", self.config), index % WARPGROUP, shape)
 
-        q_phase = Int32(0)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.V_STAGES)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            m_block, head, _, batch = tiles.coordinates(position)
-            keys = KeyTiles.of(values, self.problem, m_block, self.block)
-            row_first = m_block * self.block.tile_m + w * self.lay.ROWS_PER_WARPGROUP
-            acc_dQ = self.accumulator("dQ", self.config.tile_d)
-            lse_log2, delta = (self._of_rows(m[None, head, batch], cS, row_first) for m in (rows.lse_log2, rows.delta))
-            q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, q_phase)
-            pipes.q.consumer_wait(q_state)
-            for i in cutlass.range(keys.count, unroll=1):
-                n = keys.count - 1 - i
-                pipes.k.consumer_wait(k_state)
-                acc_S = self.scores("qS", self.config.tile_n, tSrQ, tSrK[None, None, None, k_state.index])
-                pipes.v.consumer_wait(v_state)
-                acc_dP = self.scores("qdP", self.config.tile_n, tPrdO, tPrV[None, None, None, v_state.index])
-                warpgroup.wait_group(1)
-                if i > 0:
-                    pipes.k.consumer_release(self.stage_before(k_state))
-                P = rows_columns(acc_S)
-                apply_softcap(P, values, self.problem)
-                if n >= keys.whole_end or n < keys.whole_begin:
-                    mask(P, cS, (row_first, keys.begin + n * self.config.tile_n), values, self.problem)
-                probabilities_by_row(P, lse_log2, values.scale_log2, self.problem.softcap)
-                warpgroup.wait_group(0)
-                pipes.v.consumer_release(v_state)
-                score_gradients_by_row(P, rows_columns(acc_dP), delta)
-                rdS = rounded_operand(acc_S, self.element)
-                mma, tB = self.lay.tiled_mma("dQ", self.config), tQrK[None, None, None, k_state.index]
-                self.gemm(mma, acc_dQ, rdS, tB, accumulate=True)
-                k_state.advance()
-                v_state.advance()
-            warpgroup.wait_group(0)
-            if keys.count > 0:
+        m_block, head, _, batch = tiles.query_tile()
+        keys = KeyTiles.of(values, self.problem, m_block, self.block)
+        row_first = m_block * self.block.tile_m + w * self.lay.ROWS_PER_WARPGROUP
+        acc_dQ = self.accumulator("dQ", self.config.tile_d)
+        lse_log2, delta = (self._of_rows(m[None, head, batch], cS, row_first) for m in (rows.lse_log2, rows.delta))
+        q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, Int32(0))
+        pipes.q.consumer_wait(q_state)
+        for i in cutlass.range(keys.count, unroll=1):
+            n = keys.count - 1 - i
+            pipes.k.consumer_wait(k_state)
+            acc_S = self.scores("qS", self.config.tile_n, tSrQ, tSrK[None, None, None, k_state.index])
+            pipes.v.consumer_wait(v_state)
+            acc_dP = self.scores("qdP", self.config.tile_n, tPrdO, tPrV[None, None, None, v_state.index])
+            warpgroup.wait_group(1)
+            if i > 0:
                 pipes.k.consumer_release(self.stage_before(k_state))
-            acc_dQ.store(acc_dQ.load() * Float32(values.scale(self.problem)))
-            copy, where = self.lay.store_accumulator("dQ", self.config), (m_block * self.warpgroups + w, head, batch)
-            self.store(copy, acc_dQ, operands.dq, shared.dq, w, w, where)
-            self.wait_for_store(w)
-            pipes.q.consumer_release(q_state)
-            q_phase ^= 1
-            turn += 1
-            position = tiles.position(turn)
+            P = rows_columns(acc_S)
+            apply_softcap(P, values, self.problem)
+            if n >= keys.whole_end or n < keys.whole_begin:
+                mask(P, cS, (row_first, keys.begin + n * self.config.tile_n), values, self.problem)
+            probabilities_by_row(P, lse_log2, values.scale_log2, self.problem.softcap)
+            warpgroup.wait_group(0)
+            pipes.v.consumer_release(v_state)
+            score_gradients_by_row(P, rows_columns(acc_dP), delta)
+            rdS = rounded_operand(acc_S, self.element)
+            mma, tB = self.lay.tiled_mma("dQ", self.config), tQrK[None, None, None, k_state.index]
+            self.gemm(mma, acc_dQ, rdS, tB, accumulate=True)
+            k_state.advance()
+            v_state.advance()
+        warpgroup.wait_group(0)
+        acc_dQ.store(acc_dQ.load() * Float32(values.scale(self.problem)))
+        copy, where = self.lay.store_accumulator("dQ", self.config), (m_block * self.warpgroups + w, head, batch)
+        self.store(copy, acc_dQ, operands.dq, shared.dq, w, w, where)
+        self.wait_for_store(w)
 
     def _of_rows(self, mRow: cute.Tensor, cS: Coordinates, row_first) -> cute.Tensor:
         """A value of each of this thread's rows."""

@@ -241,11 +241,11 @@ class Kernel:
 
 
 class KeyBlocks(Kernel):
-    """A kernel of the backward pass whose blocks own key tiles and walk over query tiles."""
+    """A kernel of the backward pass each of whose blocks owns a key tile and walks over query tiles."""
 
     @cute.jit
     def copy_tiles(self, keys, queries, row_values, values: Values, tiles: Tiles):
-        """One warp: a key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
+        """One warp: the key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
 
         Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
         """
@@ -253,27 +253,21 @@ class KeyBlocks(Kernel):
         slots = cute.size(sK, mode=[2])
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            n_block, head_kv, batch = tiles.key_tile(position)
-            visited = QueryTiles.of(values, self.problem, n_block, self.config)
-            tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
-            k_pipe.producer_acquire(k_state)
-            for w in cutlass.range_constexpr(slots):
-                barrier = k_pipe.producer_get_barrier(k_state)
-                cute.copy(k.atom, tKgK[None, n_block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
-            k_state.advance()
-            for member in cutlass.range(tiles.heads_per_kv, unroll=1):
-                head = head_kv * tiles.heads_per_kv + member
-                tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
-                gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
-                for i in cutlass.range(visited.count, unroll=1):
-                    m_block = visited.in_order(i, self.problem)
-                    q_pipe.producer_acquire(state)
-                    barrier = q_pipe.producer_get_barrier(state)
-                    cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
-                    copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
-                    state.advance()
-            turn += 1
-            position = tiles.position(turn)
+        n_block, head_kv, batch = tiles.key_tile()
+        visited = QueryTiles.of(values, self.problem, n_block, self.config)
+        tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
+        k_pipe.producer_acquire(k_state)
+        for w in cutlass.range_constexpr(slots):
+            barrier = k_pipe.producer_get_barrier(k_state)
+            cute.copy(k.atom, tKgK[None, n_block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
+        for member in cutlass.range(tiles.heads_per_kv, unroll=1):
+            head = head_kv * tiles.heads_per_kv + member
+            tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
+            gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
+            for i in cutlass.range(visited.count, unroll=1):
+                m_block = visited.in_order(i, self.problem)
+                q_pipe.producer_acquire(state)
+                barrier = q_pipe.producer_get_barrier(state)
+                cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
+                copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
+                state.advance()

@@ -279,7 +279,7 @@ def test_buffers_that_start_as_nan_leave_none(deterministic, d, dv, mechanism, m
     assert_gradients_close(result, q, k, v, dout, dlse, causal=True)
 
 
-# More tiles than three times an H200's 132 multiprocessors, so that a persistent block takes several in turn.
+# More tiles than three times an H200's 132 multiprocessors, of so many heads that causal ones are taken in groups.
 MANY_TILES = [
     pytest.param(64, 64, (2048, 2048), (8, 20, 4), {"causal": True}, id="d64-causal-gqa"),
     pytest.param(128, 128, (1300, 1024), (8, 8, 8), {}, id="d128"),
@@ -292,7 +292,7 @@ MANY_TILES = [
 
 
 @pytest.mark.parametrize(("d", "dv", "lengths", "sizes", "rules"), MANY_TILES)
-def test_many_tiles_a_block(d, dv, lengths, sizes, rules, mechanism):
+def test_many_tiles(d, dv, lengths, sizes, rules, mechanism):
     batch, heads, heads_kv = sizes
     q, k, v, dout, _ = make(batch, *lengths, heads, heads_kv, d, dv)
     result = run(q, k, v, mechanism, dout, deterministic=True, **rules)

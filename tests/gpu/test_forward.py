@@ -166,11 +166,14 @@ def test_outputs_are_all_written(mechanism, monkeypatch):
     assert not lse.isnan().any()
 
 
-# More query tiles than three times an H200's 132 multiprocessors, so that a persistent block takes several in turn.
+# More query tiles than three times an H200's 132 multiprocessors, so that a persistent block takes several in turn; and long
+# ones, which have a block each, of so many heads that they are taken in groups, of which the first lacks some.
 MANY_TILES = [
     pytest.param(64, 64, (2048, 2048), (8, 20, 4), {"causal": True}, id="d64-causal-gqa"),
     pytest.param(128, 128, (1024, 1300), (8, 8, 8), {}, id="d128"),
     pytest.param(128, 128, (1300, 700), (8, 8, 2), {"causal": True}, id="d128-rows-that-see-nothing"),
+    pytest.param(128, 128, (1500, 4200), (2, 12, 4), {"causal": True}, id="d128-long"),
+    pytest.param(256, 256, (1100, 2100), (2, 16, 16), {"causal": True}, id="d256-long"),
     pytest.param(256, 256, (2048, 256), (4, 16, 16), {"causal": True}, id="d256-tiles-that-see-nothing"),
     pytest.param(256, 192, (1024, 1024), (4, 16, 16), {"window": (200, 0)}, id="d256-dv192-window"),
     pytest.param(192, 256, (1024, 512), (4, 16, 4), {"causal": True}, id="d192-dv256-tiles-that-see-nothing"),
