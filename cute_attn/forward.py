@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 
-import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute import runtime
 

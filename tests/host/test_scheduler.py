@@ -1,4 +1,4 @@
-"""The order of tiles, computed on the host: the scheduler's functions, before the DSL traces them, also work on plain numbers."""
+"""The order of tiles on the host: the scheduler's functions, before the DSL traces them, work on plain numbers as well."""
 
 from itertools import groupby, takewhile
 
