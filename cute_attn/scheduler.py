@@ -26,6 +26,7 @@ import cutlass
 from cutlass import Int32, cute
 
 BLOCKS_PER_HEAD = 4  # that run at the same time, where groups are not small
+LEAST_BLOCKS_PER_HEAD = 8  # where they are
 LONG = 1 << 19  # keys · head_dim from which on a tile is long
 
 
@@ -39,7 +40,7 @@ class Tiles:
     batch: Int32
     heads_per_kv: Int32  # query heads that share a key head
     group: Int32  # (head, batch) pairs that are taken together where long_first
-    lacking: Int32  # so many fewer in the first group
+    lacking: Int32 | None  # so many fewer are in the first group; None: the last one has what is left
     long_first: cutlass.Constexpr[bool]
 
     @staticmethod
@@ -47,7 +48,7 @@ class Tiles:
         """The tiles of queries ``(seqlen_q, head_dim, heads, batch)`` for a GPU that holds ``blocks`` blocks at once."""
         seqlen_q, _, heads, batch = q_shape
         group = cutlass.max(blocks // BLOCKS_PER_HEAD, 1)
-        return Tiles(cute.ceil_div(seqlen_q, tile_m), heads, batch, heads // heads_kv, group, Int32(0), long_first)
+        return Tiles(cute.ceil_div(seqlen_q, tile_m), heads, batch, heads // heads_kv, group, None, long_first)
 
     @staticmethod
     def of_keys(k_shape, heads_per_kv, tile_n: int, blocks: Int32, long_first: bool) -> Tiles:
@@ -56,18 +57,18 @@ class Tiles:
         return replace(Tiles.of(k_shape, k_shape[2], tile_n, blocks, long_first), heads_per_kv=heads_per_kv)
 
     def in_small_groups(self, blocks: Int32) -> Tiles:
-        """The same tiles; of a head's, the mean is half as long as the longest."""
-        group = cute.ceil_div(2 * blocks, self.m_blocks)
+        """The same tiles. Of a head's, the mean is half as long as the longest."""
+        group = cutlass.min(cute.ceil_div(2 * blocks, self.m_blocks), cutlass.max(blocks // LEAST_BLOCKS_PER_HEAD, 1))
         return replace(self, group=group, lacking=(group - self.heads * self.batch % group) % group)
 
     @cute.jit
     def launched(self, blocks: Int32, long):
         """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``."""
-        small, group, lacking = self.in_small_groups(blocks), self.group, self.lacking
-        at_once = cutlass.min(blocks, self.count())
+        at_once, group, lacking = cutlass.min(blocks, self.count()), self.group, Int32(0)
         if cutlass.const_expr(self.long_first):
+            small = self.in_small_groups(blocks)
             if long:
-                group, lacking, at_once = small.group, small.lacking, self.count()
+                at_once, group, lacking = self.count(), small.group, small.lacking
         return replace(self, group=group, lacking=lacking), at_once
 
     def count(self):
@@ -88,10 +89,7 @@ class Tiles:
         """``(m_block, head, head_kv, batch)`` of a tile."""
         slices = self.heads * self.batch
         if cutlass.const_expr(self.long_first):
-            begin = (position // self.m_blocks + self.lacking) // self.group * self.group - self.lacking
-            first = cutlass.max(begin, 0)
-            members = cutlass.min(begin + self.group, slices) - first
-            position -= first * self.m_blocks
+            first, members, position = self._group(position, slices)
             m_block = self.m_blocks - 1 - position // members
             rest = first + position % members
         else:
@@ -99,6 +97,16 @@ class Tiles:
             rest = position // self.m_blocks
         head = rest % self.heads
         return m_block, head, head // self.heads_per_kv, rest // self.heads
+
+    def _group(self, position, slices):
+        """A tile's group: ``(first (head, batch) pair, number of pairs, the tile's position in it)``."""
+        group_tiles = self.group * self.m_blocks
+        if cutlass.const_expr(self.lacking is None):
+            first = position // group_tiles * self.group
+            return first, cutlass.min(self.group, slices - first), position % group_tiles
+        begin = (position + self.lacking * self.m_blocks) // group_tiles * self.group - self.lacking
+        first = cutlass.max(begin, 0)
+        return first, cutlass.min(begin + self.group, slices) - first, position - first * self.m_blocks
 
     def query_tile(self):
         """``(m_block, head, head_kv, batch)`` of this block, where each has one tile."""

@@ -137,7 +137,6 @@ EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
     ("sm_90a", "cp_async", 64): (128, TALL),
     ("sm_90a", "cp_async", 96): (160, TALL),
     ("sm_90a", "cp_async", 128): (128, TALL),
-    ("sm_90a", "tma_wgmma", 64): (32, CROWDED),
     ("sm_100", "cp_async", 128): (192, TALL),
     ("sm_120", "cp_async", 64): (96, TALL),
     ("sm_120", "cp_async", 96): (160, TALL),
