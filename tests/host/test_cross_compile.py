@@ -120,10 +120,6 @@ TALL = (
     "their operands most of the rest"
 )
 WIDE = "O takes 128 registers; what is spilled is set aside before the loop over key tiles, and not read in it"
-CROWDED = (
-    "three computing warpgroups leave each thread 160 registers; with all rules at once a few integers are set aside, "
-    "and at most one is read for each key tile"
-)
 EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
     ("sm_80", "cp_async", 64): (64, TALL),
     ("sm_80", "cp_async", 96): (160, TALL),
