@@ -9,9 +9,10 @@ sequence by themselves, so nothing is communicated and nothing is allocated.
 - With one (causal) the tiles with many keys come first: long ones first leave only short ones for the uneven end
   (longest-processing-time-first, Graham 1969). Heads are taken in groups, of a quarter as many as there are blocks, or
   small ones: the fewer heads, the more blocks ask the L2 cache for the same keys and values at a time, and the more of
-  them it holds. But when the longest tile of the last group begins, what is left must keep the other blocks busy as long:
-  a small group's tiles are, in all, worth the longest one for each block. If the heads don't come out even, the group
-  that lacks some is the first.
+  them it holds. But while the longest tile of the last group runs, the rest of it must keep all other blocks busy: a
+  small group's tiles are, in all, worth the longest one for each block. Where tiles are so short that this takes more
+  heads than the cache holds, a group is an eighth as many as there are blocks. If the heads don't come out even, the
+  small group that lacks some is the first.
 - Persistent blocks that walk over such tiles take the rounds in alternating direction, like a snake, so that whoever got
   the longest tile of one round gets the shortest of the next. That evens out only with many more tiles in a group than in
   a round. What persistent blocks save, a start for each tile, is worth more than what small groups gain where tiles are
@@ -26,8 +27,7 @@ import cutlass
 from cutlass import Int32, cute
 
 BLOCKS_PER_HEAD = 4  # that run at the same time, where groups are not small
-LEAST_BLOCKS_PER_HEAD = 8  # where they are
-LONG = 1 << 19  # keys · head_dim from which on a tile is long
+LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tiles:
     batch: Int32
     heads_per_kv: Int32  # query heads that share a key head
     group: Int32  # (head, batch) pairs that are taken together where long_first
-    lacking: Int32 | None  # so many fewer are in the first group; None: the last one has what is left
+    lacking: Int32 | None  # so many fewer are in the first group; None: the last group is the one that lacks some
     long_first: cutlass.Constexpr[bool]
 
     @staticmethod
@@ -101,7 +101,7 @@ class Tiles:
     def _group(self, position, slices):
         """A tile's group: ``(first (head, batch) pair, number of pairs, the tile's position in it)``."""
         group_tiles = self.group * self.m_blocks
-        if cutlass.const_expr(self.lacking is None):
+        if cutlass.const_expr(self.lacking is None):  # simpler, and cp_async has no registers to spare
             first = position // group_tiles * self.group
             return first, cutlass.min(self.group, slices - first), position % group_tiles
         begin = (position + self.lacking * self.m_blocks) // group_tiles * self.group - self.lacking

@@ -22,10 +22,11 @@ from cute_attn.epilogue import store_lse
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, rounded_operand, tma_tiles
-from cute_attn.scheduler import LONG, Tiles
+from cute_attn.scheduler import Tiles
 from cute_attn.softmax import Softmax, scale_rows
 
 COPY_K_V_WARP, COPY_Q_WARP = 0, 1
+LONG = 1 << 19  # keys · columns of Q in shared memory from which on a causal tile is worth a block of its own
 TURN_BARRIER = 1
 
 

@@ -58,7 +58,7 @@ def test_small(sq, sk, d, rules, mechanism):
     ],
     ids=[
         *("d64", "d64-causal", "d128-causal", "d96-dv40-window-softcap", "d256"),
-        *("d128-many-key-tiles", "d256-many-key-tiles", "d256-many-query-tiles"),  # more than an H200 has multiprocessors
+        *("d128-many-key-tiles", "d256-many-key-tiles", "d256-many-query-tiles"),  # more blocks than an H200 holds at once
     ],
 )
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -1,5 +1,6 @@
 """The order of tiles on the host: the scheduler's functions, before the DSL traces them, work on plain numbers as well."""
 
+from collections import Counter
 from itertools import groupby, takewhile
 
 import pytest
@@ -21,8 +22,7 @@ tiles = st.builds(
 )
 
 
-def coordinates(tiles, position):
-    return Tiles.coordinates.__wrapped__(tiles, position)
+coordinates = Tiles.coordinates.__wrapped__
 
 
 def in_order(tiles):
@@ -76,3 +76,24 @@ def test_a_small_groups_tiles_are_worth_the_longest_one_for_each_block(tiles, bl
     assert group <= eighth
     assert group == eighth or group * longest * (longest + 1) // 2 >= blocks * longest
     assert (group - 1) * longest * longest / 2 < blocks * longest
+
+
+@given(tiles.filter(lambda tiles: tiles.long_first), st.integers(1, 40), st.booleans())
+def test_key_tiles_of_a_head_in_ascending_order(tiles, blocks, small):
+    """A key tile that adds dQ in a fixed order waits for those before it, which must be of blocks that start earlier."""
+    tiles, following = tiles.in_small_groups(blocks) if small else tiles, Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tiles, "coordinates", coordinates)
+        for block in range(tiles.count()):
+            patch.setattr(cute.arch, "block_idx", lambda block=block: (block, 0, 0))
+            n_block, *head = tiles.key_tile()
+            assert n_block == following[*head]
+            following[*head] += 1
+
+
+@pytest.mark.parametrize(
+    ("long_first", "long", "at_once", "group"), [(True, True, 360, 14), (True, False, 132, 33), (False, True, 132, 33)]
+)
+def test_long_unequal_tiles_have_a_block_each(long_first, long, at_once, group):
+    tiles, blocks = Tiles.launched.__wrapped__(Tiles(20, 6, 3, 1, 33, None, long_first), 132, long)
+    assert (blocks, tiles.group) == (at_once, group)
