@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 HEAD_DIMS = (64, 128, 256)
 WIDTH = Grid().width  # heads × head_dim, as in the grid of attention cases
-TOKENS = Grid().tokens
 SEQLEN = 8192
 
 
