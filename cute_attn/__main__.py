@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
-from cute_attn import fill, layouts, machine
+from cute_attn import command, fill, layouts, machine
 from cute_attn.compile import cache_dir
 from cute_attn.plan import configs
-from cute_attn.problem import GPU_DTYPES, Problem
+from cute_attn.problem import Problem
 
-LOG_WIDTH = 120  # a log has no width of its own
+LOG_WIDTH = 120
 EPILOG = """\
 examples:
   python -m cute_attn info
@@ -30,18 +31,8 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 1 where something failed, 2 for bad usage, 130 for Ctrl-C."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_WIDTH)
-    try:
-        return COMMANDS[options.command](options, console)
-    except ValueError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
+    """Run one command; the exit status: 1 where something failed, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM."""
+    return command.run(_parser(), COMMANDS, argv, LOG_WIDTH)
 
 
 def info(options: argparse.Namespace, console: Console) -> int:
@@ -51,7 +42,7 @@ def info(options: argparse.Namespace, console: Console) -> int:
     table.add_column(overflow="fold")
     table.add_row("machine", machine.system())
     for name, version in machine.versions().items():
-        table.add_row(name, f"{version or 'not installed'} [dim]({machine.PACKAGES[name]})[/]")
+        table.add_row(name, Text.assemble(version or "not installed", (f" ({machine.PACKAGES[name]})", "dim")))
     devices = machine.devices()
     for index, device in enumerate(devices):
         serves = f"{device.target}, {device.module}, {' or '.join(device.mechanisms)}" if device.target else device.why_not
@@ -66,7 +57,7 @@ def info(options: argparse.Namespace, console: Console) -> int:
     linker = next((tool for tool in ("cc", "gcc", "clang") if shutil.which(tool)), None)
     table.add_row("linker", linker or "none of cc, gcc, clang: kernels are kept as objects, and loading one imports the DSL")
     name, why = machine.backend()
-    table.add_row("backend", f"[bold green]{name}[/]: {why}")
+    table.add_row("backend", Text.assemble((name, "bold green"), f": {why}"))
     if name == "cute":
         table.add_row("", "CUDA tensors run the kernels; others, or backend='reference', the reference")
     console.print(table)
@@ -91,10 +82,10 @@ def compile_kernels(options: argparse.Namespace, console: Console) -> int:
             line = f"{outcome.name}  {outcome.seconds:6.2f} s  {outcome.how}  ({outcome.asked})"
             progress.console.print(line, style="red" if outcome.error else None, highlight=False, soft_wrap=True)
             if outcome.error:
-                progress.console.print(f"  {outcome.error}", markup=False, highlight=False)
+                progress.console.print(f"  {outcome.error}", highlight=False)
     summary = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
     console.print(f"{summary} in {time.monotonic() - began:.1f} s", highlight=False)
-    return 1 if counts["failed"] else 0
+    return 1 if counts["failed"] or counts["not kept"] else 0
 
 
 def demo(options: argparse.Namespace, console: Console) -> int:
@@ -124,7 +115,7 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
     found = []
     for dtype in options.dtype:
         for head_dim in options.head_dim:
-            head_dim_v = options.head_dim_v or head_dim
+            head_dim_v = head_dim if options.head_dim_v is None else options.head_dim_v
             if any(rules):
                 found += [Problem(dtype, head_dim, head_dim_v, *rules, asked) for asked in lse]
             else:
@@ -147,13 +138,11 @@ def _parser() -> argparse.ArgumentParser:
 
     ahead = commands.add_parser("compile", help="fill the compile cache ahead of time, for any GPU")
     targets = layouts.known_targets()
-    mechanisms = sorted({name for module in layouts.MODULES for name in module.MECHANISMS})
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in GPU_DTYPES]
     ahead.add_argument("--arch", nargs="+", choices=targets, help="default: this machine's GPU")
-    ahead.add_argument("--mechanism", choices=mechanisms, help="default: the GPU's best")
-    ahead.add_argument("--head-dim", type=int, nargs="+", default=[64, 128], help="of q and k; default: 64 128")
-    ahead.add_argument("--head-dim-v", type=int, help="of v; default: as --head-dim")
-    ahead.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"], help="default: bfloat16")
+    ahead.add_argument("--mechanism", choices=command.mechanisms(), help="default: the GPU's best")
+    ahead.add_argument("--head-dim", type=command.head_dim, nargs="+", default=[64, 128], help="of q and k; default: 64 128")
+    ahead.add_argument("--head-dim-v", type=command.head_dim, help="of v; default: as --head-dim")
+    ahead.add_argument("--dtype", nargs="+", choices=command.DTYPES, default=["bfloat16"], help="default: bfloat16")
     rules = ahead.add_argument_group(
         "rules", "the ones a call uses, together; without any, full and causal attention are compiled"
     )
@@ -167,19 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     ahead.add_argument(
         "-j",
         "--jobs",
-        type=_positive,
+        type=command.positive,
         default=fill.processors(),
         metavar="N",
         help="worker processes; default: one a CPU",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 if __name__ == "__main__":

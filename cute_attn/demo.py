@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 from torch.nn.functional import scaled_dot_product_attention
 
 from cute_attn import attention, cubin, fill, machine
@@ -26,6 +27,7 @@ SHOWN = Problem("bfloat16", 128, 128, bounded_right=True, return_lse=True)
 TARGETS = {"Hopper": "sm_90a", "Ampere": "sm_80"}
 DTYPE = torch.bfloat16
 SEED = 0
+NEXT = ("make test", "python -m cute_attn info", "python -m cute_attn compile --help")
 TIMES_PLAIN = 2.0  # the tests' policy: at most twice plain PyTorch's error, plus the rounding of the result
 
 
@@ -85,11 +87,12 @@ def run(console: Console) -> int:
     _picture(console, summary)
     console.rule("what was chosen, and why")
     for name, target in TARGETS.items():
-        console.print(f"[bold]{name}[/]")
-        console.print(explain(SHOWN, plan(SHOWN, target)), markup=False, highlight=False)
+        console.print(name, style="bold")
+        console.print(explain(SHOWN, plan(SHOWN, target)), highlight=False)
     lines = summary.lines + [f"left out: {why}" for why in summary.left_out]
-    lines.append("next: [bold]make test[/], [bold]python -m cute_attn info[/], [bold]python -m cute_attn compile --help[/]")
-    console.print(Panel("\n".join(lines), title="summary", border_style="red" if summary.failed else "green"))
+    said = Text("\n".join([*lines, f"next: {', '.join(NEXT)}"]))
+    said.highlight_words(NEXT, "bold")
+    console.print(Panel(said, title="summary", border_style="red" if summary.failed else "green"))
     return 1 if summary.failed else 0
 
 
@@ -100,7 +103,7 @@ def _attention(console: Console, summary: Summary) -> None:
     """Every case on the best backend, its errors beside those of PyTorch in the same dtype."""
     backend, why = machine.backend()
     device, times = (f"cuda:{_gpu()[0]}", 8) if backend == "cute" else ("cpu", 1)
-    console.print(f"backend [bold]{backend}[/]: {why}", highlight=False)
+    console.print(Text.assemble("backend ", (backend, "bold"), f": {why}"))
     cases = [(case, case.tensors(device, times)) for case in CASES]
     if backend == "cute":
         _compile_first(console, cases)
@@ -111,7 +114,8 @@ def _attention(console: Console, summary: Summary) -> None:
     with torch.no_grad():
         for case, (q, k, v) in cases:
             cells, good = _compare(case, q, k, v)
-            table.add_row(case.name, _sizes(q), _sizes(v), *cells, "[green]right[/]" if good else "[red]WRONG[/]")
+            verdict = Text("right", "green") if good else Text("WRONG", "red")
+            table.add_row(case.name, _sizes(q), _sizes(v), *cells, verdict)
             right += good
     console.print(table)
     summary.lines.append(f"attention on the {backend} backend: {right} of {len(CASES)} cases right ({why})")

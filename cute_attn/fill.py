@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from cute_attn.command import leave_interrupts_to_parent
 from cute_attn.compile import cache_dir, compiled, entry_name
 from cute_attn.layouts.base import Config
 from cute_attn.problem import Problem
@@ -75,15 +77,12 @@ def fill(kernels: Iterable[tuple[Problem, Config]], workers: int) -> Iterator[Ou
     elif missing:
         with processes(min(workers, len(missing))) as pool:
             futures = {pool.submit(one, *kernel): kernel for kernel in missing}
-            try:
-                for future in as_completed(futures):
-                    try:
-                        yield future.result()
-                    except BrokenProcessPool as error:
-                        problem, config = futures[future]
-                        yield Outcome(problem, entry_name(problem, config), 0.0, "failed", f"{error}: try -j 1")
-            finally:
-                pool.shutdown(cancel_futures=True)
+            for future in as_completed(futures):
+                try:
+                    yield future.result()
+                except BrokenProcessPool as error:
+                    problem, config = futures[future]
+                    yield Outcome(problem, entry_name(problem, config), 0.0, "failed", f"{error}: try -j 1")
 
 
 def one(problem: Problem, config: Config) -> Outcome:
@@ -98,9 +97,22 @@ def one(problem: Problem, config: Config) -> Outcome:
     return Outcome(problem, name, time.monotonic() - began, how)
 
 
-def processes(workers: int) -> Executor:
-    """A pool of fresh processes: forking one that runs torch's threads is not safe."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+@contextmanager
+def processes(workers: int) -> Iterator[Executor]:
+    """A pool of fresh processes: forking one that runs torch's threads is not safe. Where an exception leaves it, such as
+    Ctrl-C, its processes end at once, in the middle of what they do."""
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=leave_interrupts_to_parent)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
 
 
 def processors() -> int:

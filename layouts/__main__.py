@@ -12,11 +12,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from cute_attn import command
 
 from . import ENTRY_POINTS, family, for_target, known_targets, modules, source
 from .base import KIB, OPERANDS, Config, Gpu
 
-LOG_WIDTH = 180  # a log has no width of its own
+LOG_WIDTH = 180
 DTYPES = ("float16", "bfloat16")
 BACKWARD_FIELDS = ("tile_m", "tile_n", "step_m", "stages", "mma_warps", "key_warps", "blocks_per_multiprocessor")
 EPILOG = """\
@@ -35,15 +38,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 1 where something was found, 2 for bad usage."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_WIDTH)
-    try:
-        return COMMANDS[options.command](options, console)
-    except ValueError as error:
-        parser.error(str(error))
+    return command.run(_parser(), COMMANDS, argv, LOG_WIDTH)
 
 
 def check(options: argparse.Namespace, console: Console) -> int:
@@ -53,7 +48,7 @@ def check(options: argparse.Namespace, console: Console) -> int:
     try:
         from . import prove
     except ImportError as error:
-        console.print(f"left out: all proofs ({error}): try pip install nvidia-cutlass, which has pycute", markup=False)
+        console.print(f"left out: all proofs ({error}): try pip install nvidia-cutlass, which has pycute")
         return 1
     if operand := options.operand:
         known = list(dict.fromkeys(name for config, _ in chosen for name in prove.operands(config)))
@@ -82,9 +77,9 @@ def check(options: argparse.Namespace, console: Console) -> int:
     else:
         console.print(_summary(reports))
     for finding in found:
-        console.print(f"{finding.check}: {finding}", style="red", markup=False, highlight=False)
+        console.print(f"{finding.check}: {finding}", style="red", highlight=False)
     if left_out:
-        console.print(left_out, style="yellow", markup=False, highlight=False)
+        console.print(left_out, style="yellow", highlight=False)
     every = sum(len(rows) for _, rows in reports)
     text = f"{_count(len(reports), 'config')}, {_count(every, 'step')}: " + (
         _count(len(found), "finding") if found else "everything holds"
@@ -99,12 +94,12 @@ def show(options: argparse.Namespace, console: Console) -> int:
     try:
         from . import blocks, pictures
     except ImportError as error:
-        console.print(f"left out: the picture ({error}): try pip install nvidia-cutlass, which has pycute", markup=False)
+        console.print(f"left out: the picture ({error}): try pip install nvidia-cutlass, which has pycute")
         return 1
     if options.operand == pictures.BLOCK:
         canvas = blocks.block(config, options.picture or blocks.kernels(config)[0])
         for line in canvas.lines():
-            console.print(line, highlight=False, markup=False)
+            console.print(line, highlight=False)
     else:
         picture = options.picture or pictures.first(options.operand, config)
         grids = pictures.figure(options.operand, picture, config)
@@ -112,13 +107,10 @@ def show(options: argparse.Namespace, console: Console) -> int:
         for grid in grids:
             console.print(pictures.terminal(grid))
         canvas = pictures.drawn(options.operand, picture, config)
-    try:
-        if options.svg:
-            Path(options.svg).write_text(canvas.svg(), encoding="utf-8")
-        if options.png:
-            canvas.png(Path(options.png))
-    except OSError as error:
-        raise ValueError(f"the picture can't be written: {error}") from error
+    if options.svg:
+        command.write_whole(options.svg, canvas.svg())
+    if options.png:
+        canvas.png(options.png)
     return 0
 
 
@@ -127,17 +119,13 @@ def gallery(options: argparse.Namespace, console: Console) -> int:
     try:
         from . import gallery as shipped
     except ImportError as error:
-        console.print(f"left out: the gallery ({error}): try pip install nvidia-cutlass, which has pycute", markup=False)
+        console.print(f"left out: the gallery ({error}): try pip install nvidia-cutlass, which has pycute")
         return 1
-    folder, files = Path(options.output), shipped.gallery()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"the gallery can't be written: {error}") from error
+    folder, files = options.output, shipped.gallery()
+    for name, text in files.items():
+        command.write_whole(folder / name, text)
     size = sum(len(text.encode()) for text in files.values())
-    console.print(f"{_count(len(files), 'file')}, {size / KIB:.0f} KiB, in {folder}", highlight=False, markup=False)
+    console.print(f"{_count(len(files), 'file')}, {size / KIB:.0f} KiB, in {folder}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -295,8 +283,8 @@ def _amount(number: int | None, unit: str) -> str:
     return f"{number / KIB:.1f} KiB" if unit == "bytes" else str(number)
 
 
-def _verdict(findings: int) -> str:
-    return f"[red]{_count(findings, 'finding')}[/]" if findings else "[green]yes[/]"
+def _verdict(findings: int) -> Text:
+    return Text(_count(findings, "finding"), "red") if findings else Text("yes", "green")
 
 
 def _count(number: int, what: str) -> str:
@@ -348,7 +336,7 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
 def new(options: argparse.Namespace, console: Console) -> int:
     """``new``: write the module of a GPU that is like another one, with the largest known tiles that fit it."""
     text, notes = new_module(options.target, options.like, options.smem_kib, options.capability)
-    path = Path(options.output or f"{options.target.replace('_', '')}.py")
+    path = options.output or Path(f"{options.target.replace('_', '')}.py")
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -357,11 +345,11 @@ def new(options: argparse.Namespace, console: Console) -> int:
     except OSError as error:
         raise ValueError(f"{path} can't be written ({error}): pass another --output") from None
     for note in notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(note, highlight=False, soft_wrap=True)
     used = f"serve it with cute_attn.layouts.register({path.stem}), or an entry point of the group {ENTRY_POINTS}"
     if path.resolve().parent == Path(__file__).resolve().parent and path.match("sm[0-9]*.py"):
         used = "it is found there"
-    console.print(f"wrote {path}: {used}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"wrote {path}: {used}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -485,8 +473,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("check", help="prove what must hold of every layout")
     one.add_argument("arch", nargs="?", metavar="ARCH", help=f"one of {', '.join(known_targets())}; default: all")
-    one.add_argument("--head-dim", type=int, metavar="D", help="of the tensors; default: every tile's")
-    one.add_argument("--head-dim-v", type=int, metavar="D", help="of V and O, where it differs")
+    one.add_argument("--head-dim", type=command.head_dim, metavar="D", help="of the tensors; default: every tile's")
+    one.add_argument("--head-dim-v", type=command.head_dim, metavar="D", help="of V and O, where it differs")
     one.add_argument("--dtype", metavar="T", help=f"{' or '.join(DTYPES)}; default: both")
     one.add_argument("--operand", metavar="X", help="such as K or, of the backward pass, dO; default: all, and the budgets")
     one.add_argument("--details", action="store_true", help="every step; of one ARCH and head dim, it is shown unasked")
@@ -494,23 +482,27 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("arch", metavar="ARCH", help=f"one of {', '.join(known_targets())}")
     one.add_argument("operand", metavar="OPERAND", help=f"one of {', '.join(OPERANDS)}, or block: all of them, by stage")
     one.add_argument("--gradients", action="store_true", help="of the backward pass, whose operands are K, V, Q, dO, P, dS …")
-    one.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
+    one.add_argument("--head-dim", type=command.head_dim, default=128, metavar="D", help="default: %(default)s")
     one.add_argument("--dtype", default="bfloat16", metavar="T", help=f"{' or '.join(DTYPES)}; default: %(default)s")
     one.add_argument("--mechanism", metavar="M", help="default: the arch's best")
     one.add_argument("--causal", action="store_true", help="the config for a causal mask")
     picture = "memory (the default), a copy of it (in, load, store, out) or the mma that takes it; with --gradients load and "
     picture += "mma name their product, such as load-dV; of a block, which kernel, where there are several"
     one.add_argument("--picture", metavar="P", help=picture)
-    one.add_argument("--svg", metavar="FILE", help="draw it as SVG")
-    one.add_argument("--png", metavar="FILE", help="draw it as PNG; needs matplotlib")
+    one.add_argument("--svg", type=command.output_file, metavar="FILE", help="draw it as SVG")
+    one.add_argument("--png", type=command.drawn(command.output_file), metavar="FILE", help="draw it as PNG; needs matplotlib")
     one = commands.add_parser("gallery", help="draw the shipped layouts: docs/layouts/")
-    one.add_argument("--output", default="docs/layouts", metavar="FOLDER", help="default: %(default)s")
+    one.add_argument(
+        "--output", type=command.output_folder, default="docs/layouts", metavar="FOLDER", help="default: %(default)s"
+    )
     one = commands.add_parser("new", help="write the module of a new GPU: docs/new-gpu.md")
     one.add_argument("target", metavar="TARGET", help="what the compiler calls the GPU, such as sm_120")
     one.add_argument("--like", required=True, metavar="ARCH", help=f"take its tiles: one of {', '.join(known_targets())}")
-    one.add_argument("--smem-kib", required=True, type=int, metavar="N", help="shared memory a block may have")
+    one.add_argument("--smem-kib", required=True, type=command.positive, metavar="N", help="shared memory a block may have")
     one.add_argument("--capability", metavar="X.Y", help="compute capability; none: by name only; default: TARGET's")
-    one.add_argument("--output", metavar="FILE", help="default: TARGET's name in this folder; never overwritten")
+    one.add_argument(
+        "--output", type=command.output_file, metavar="FILE", help="default: TARGET's name in this folder; never overwritten"
+    )
     return parser
 
 

@@ -155,8 +155,8 @@ def test_what_options_ask_for(capsys, monkeypatch, options, kernels):
         (["compile", "--arch", "sm_80", "--mechanism", "magic"], ["tma_wgmma", "cp_async"]),
         (["compile", "--arch", "sm_80", "--mechanism", "tma_wgmma"], ["sm_80 has 'cp_async'"]),
         (["compile", "--arch", "sm_80", "--dtype", "float32"], ["float16", "bfloat16"]),
-        (["compile", "--arch", "sm_80", "--head-dim", "100"], ["head_dim is 100; a multiple of 8"]),
-        (["compile", "--arch", "sm_80", "-j", "0"], ["0 is not at least 1"]),
+        (["compile", "--arch", "sm_80", "--head-dim", "100"], ["--head-dim: got '100'; a multiple of 8 from 8 to 256"]),
+        (["compile", "--arch", "sm_80", "-j", "0"], ["--jobs: got '0'; a whole number of at least 1"]),
         (["compile", "--arch", "sm_80", "--all", "--causal"], ["leave out --causal"]),
     ],
 )

@@ -331,7 +331,7 @@ def test_new_says_how_to_use_it(tmp_path, capsys, monkeypatch):
         (["sm_120a", "--like", "sm_80", "--smem-kib", "99"], "compute capability 12.0 is served by layouts/sm120.py: pass"),
         (["sm_123", "--like", "sm_80", "--smem-kib", "99", "--capability", "12"], "capability is '12'; one such as 12.0"),
         (["sm_123", "--like", "sm_80", "--smem-kib", "99", "--capability", "9.0"], "9.0 is served by layouts/sm90.py"),
-        (["sm_123", "--like", "sm_80", "--smem-kib", "0"], "smem-kib is 0; "),
+        (["sm_123", "--like", "sm_80", "--smem-kib", "0"], "--smem-kib: got '0'; "),
         (
             ["sm_123", "--like", "sm_80", "--smem-kib", "48"],
             "head dim 256: sm_80's tiles 128×32, 2 stages take 128 KiB of shared memory, 80 more than 48; the smallest that is "

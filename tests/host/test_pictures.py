@@ -297,7 +297,7 @@ def test_show_writes_files(capsys, tmp_path):
     [
         (["sm_81", "K"], "known ones are"),
         (["sm_80", "X"], "known ones are Q, K, V, O, block"),
-        (["sm_80", "K", "--head-dim", "7"], "known ones are the multiples of 8"),
+        (["sm_80", "K", "--head-dim", "7"], "a multiple of 8 from 8 to 256 is needed"),
         (["sm_80", "K", "--dtype", "int8"], "known ones are float16, bfloat16"),
         (["sm_80", "K", "--mechanism", "tma_wgmma"], "'cp_async'"),
         (["sm_80", "K", "--picture", "out"], "of K there are memory, in, load, mma"),

@@ -531,9 +531,9 @@ def test_check_everything(capsys):
     ("arguments", "known"),
     [
         (["sm_91"], "sm_90a"),
-        (["--head-dim", "100"], "multiples of 8"),
+        (["--head-dim", "100"], "a multiple of 8"),
         (["--head-dim", "512"], "256"),
-        (["--head-dim-v", "-8"], "multiples of 8"),
+        (["--head-dim-v", "-8"], "a multiple of 8"),
         (["--dtype", "float8"], "bfloat16"),
         (["sm_80", "--operand", "X"], "known ones are Q, K, V, O, P, dO, dS, dK, dV, S, dP, dQ"),
         (["sm_90a", "--head-dim", "128", "--operand", "qQ"], "known ones are Q, K, V, O, P, dO, dS"),
