@@ -21,20 +21,27 @@ from benchmarks import anchors as anchors_
 from benchmarks import compare as compare_
 from benchmarks import peers as peers_
 from benchmarks import plot as plot_
-from benchmarks.cases import DIRECTIONS, DTYPE_BYTES, GRIDS, Case, Grid, length, single_cases
+from benchmarks.cases import DIRECTIONS, DTYPE_BYTES, GRIDS, Case, Grid, single_cases
 from benchmarks.parts import command as parts
-from benchmarks.results import KINDS, RATES, Record
+from benchmarks.results import KINDS, RATES, Keeper, Record, is_ours
 from benchmarks.schedule import Schedule
 from benchmarks.settings import Crew, Settings
 from benchmarks.supervise import Supervisor, WorkerError
+from cute_attn import command
+from cute_attn.fill import processors
 
-INTERRUPTED = 130
+LOG_WIDTH = 240  # tables that are wrapped can't be read
 # A grid's axes and the options that replace them.
 AXES = {"head_dims": "head_dim", "causal": "mask", "seqlens": "seqlen", "directions": "direction"}
 AXES |= {
     name: name for name in ("tokens", "batch", "heads", "gqa", "seqlen_k", "head_dim_v", "window", "softcap", "dtype")
 }
-EPILOG = """\
+EXIT_STATUS = """\
+exit status: 1 where something that was asked for failed (a cell of ours or of a peer named by --peers; a peer that isn't
+installed or doesn't compute a case is no failure, a run without any figure is one), where --compare found something worse,
+or where the results can't be written; 2 for bad usage; 130 for Ctrl-C and 143 for SIGTERM, which keep what was measured
+"""
+EPILOG = f"""\
 examples:
   python -m benchmarks attention --quick                        eight cells, under a minute
   python -m benchmarks attention --json r.json                  the whole grid, forward and backward, in bursts
@@ -43,23 +50,13 @@ examples:
   python -m benchmarks attention --kind burst host memory first --json r.json
   python -m benchmarks training --json t.json --plot training   a small transformer, beside eager attention
   python -m benchmarks show r.json --plot plots --compare old.json --anchors recorded.json
-"""
+
+{EXIT_STATUS}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 1 where --compare found something worse, 2 for bad usage, 130 for Ctrl-C."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)  # a log has no width of its own, and wrapped tables can't be read
-    try:
-        return COMMANDS[options.command](options, console)
-    except ValueError as error:
-        parser.error(str(error))
-    except WorkerError as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return 1
+    """Run one command; the exit status is :data:`EXIT_STATUS`."""
+    return command.run(_parser(), COMMANDS, argv, LOG_WIDTH)
 
 
 def measure(options: argparse.Namespace, console: Console) -> int:
@@ -68,12 +65,12 @@ def measure(options: argparse.Namespace, console: Console) -> int:
     old, recorded = _inputs(options)
     crew = Crew(_names(options), tuple(options.peers_from), options.quick)
     settings = _settings(options)
-    _jobs(options, "cuda")  # sizes that can't be are answered before anything starts
-    record = Record()
+    _check_cases(options, crew)
+    record, interrupted = Record(), 0
+    keeper = Keeper(options.json, lambda line: console.print(line, style="red"))
     ahead.switch_caches_on()
     with Watch(console) as watch:
         supervisor = Supervisor(crew, settings, watch.turn)
-        interrupted = False
         try:
             supervisor.start()
             device = supervisor.about["card"]["device"]
@@ -83,16 +80,21 @@ def measure(options: argparse.Namespace, console: Console) -> int:
             jobs = _jobs(options, device)
             if device == "cuda":
                 _compile_ahead(jobs, record, settings, options, watch)
-            _work(Schedule(jobs, settings, options.budget, began=began), supervisor, record, options, watch)
+            _work(Schedule(jobs, settings, options.budget, began=began), supervisor, record, options, watch, keeper)
             record.about["after"] = supervisor.finish()
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as error:
+            interrupted = command.interrupted(error)
+        except WorkerError as error:
+            console.print(f"error: {error}", style="red")
+            return 1
         finally:
             supervisor.stop()
-    if options.json:
-        record.save(options.json)
+    keeper.save(record)
     status = _show(record, old, recorded, options, console)
-    return INTERRUPTED if interrupted else status
+    if why := record.failure(crew.names or ()):
+        console.print(why, style="red", highlight=False)
+        status = 1
+    return interrupted or status or int(keeper.failed)
 
 
 def _compile_ahead(
@@ -108,20 +110,27 @@ def _compile_ahead(
 
 
 def _work(
-    schedule: Schedule, supervisor: Supervisor, record: Record, options: argparse.Namespace, watch: Watch
+    schedule: Schedule,
+    supervisor: Supervisor,
+    record: Record,
+    options: argparse.Namespace,
+    watch: Watch,
+    keeper: Keeper,
 ) -> None:
-    """Make the visits in turn, as many as fit into the budget."""
+    """Make the visits in turn, as many as fit into the budget; none to a cell that everybody has lost."""
     last = 0
     for number, kind, case, rounds in schedule:
         if options.fresh_process and number != last:
             supervisor.stop()
         last = number
         watch.begin(f"pass {number + 1}, {kind}: {case.label}", len(schedule))
+        if record.all_lost(kind, case):
+            watch.advance()
+            continue
         visit = supervisor.cell(kind, case, rounds, record.lost(kind, case))
         record.add(visit)
         record.complete = schedule.complete
-        if options.json:
-            record.save(options.json)
+        keeper.save(record)
         watch.done(report.cell_line(visit))
     record.complete = schedule.complete
 
@@ -131,12 +140,12 @@ class Watch:
 
     def __init__(self, console: Console) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[peer]}"),
+            TextColumn("{task.fields[peer]}", markup=False),
         )
         self._console = console
         self._progress = Progress(*columns, console=console, transient=True)
@@ -158,10 +167,13 @@ class Watch:
     def restart(self) -> None:
         self._progress.reset(self._task)
 
-    def done(self, line: str) -> None:
+    def advance(self) -> None:
         self._progress.advance(self._task)
+
+    def done(self, line: str) -> None:
+        self.advance()
         if not self._console.is_terminal:
-            self._console.print(line, markup=False, highlight=False)
+            self._console.print(line, highlight=False)
 
 
 def show(options: argparse.Namespace, console: Console) -> int:
@@ -176,14 +188,14 @@ def peers(options: argparse.Namespace, console: Console) -> int:
     for name, peer in peers_.REGISTRY.items():
         here = [device for device in peer.devices if device == "cpu" or torch.cuda.is_available()]
         found = peer.why_not() or (f"available on {' and '.join(here)}" if here else "needs a CUDA GPU, and torch finds none")
-        console.print(f"{name}: {peer.about}: {found}", markup=False)
+        console.print(f"{name}: {peer.about}: {found}")
     return 0
 
 
 def docs(options: argparse.Namespace, console: Console) -> int:
     """``docs``: write the figures in the documents anew from the result files."""
     for name in documents.write_all() or ["nothing: the documents hold what the files say"]:
-        console.print(f"wrote {name}", markup=False)
+        console.print(f"wrote {name}")
     return 0
 
 
@@ -198,7 +210,7 @@ def _show(record: Record, old: Record | None, recorded: Any, options: argparse.N
         record.save_csv(options.csv)
     if options.plot:
         for path in plot_.plot(record, options.plot, recorded):
-            console.print(f"wrote {path}", markup=False)
+            console.print(f"wrote {path}", soft_wrap=True)
     if old is None:
         return 0
     return report.show_changes(compare_.compare(old, record), compare_.caveats(old, record), console)
@@ -232,15 +244,26 @@ def _register(options: argparse.Namespace) -> None:
 
 def _settings(options: argparse.Namespace) -> Settings:
     given = {
-        "rounds": options.rounds or (3 if options.quick else None),
+        "rounds": 3 if options.rounds is None and options.quick else options.rounds,
         "passes": options.passes,
-        "burst_s": options.burst_ms and options.burst_ms / 1e3,
+        "burst_s": None if options.burst_ms is None else options.burst_ms / 1e3,
         "idle_s": None if options.idle_ms is None else options.idle_ms / 1e3,
         "sustained_s": options.seconds_per_cell,
         "limit_s": options.limit,
         "seed": options.seed,
     }
     return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _check_cases(options: argparse.Namespace, crew: Crew) -> None:
+    """Refuse, before anything starts, sizes that can't be, and cases that our own peers can't compute where they take part."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _jobs(options, "cuda")  # the sizes of a run without a GPU are smaller
+    names = peers_.REGISTRY if crew.names is None else crew.names
+    if ours := [peers_.REGISTRY[name] for name in names if is_ours(name)]:
+        on_gpu = device == "cuda" and any(device in peer.devices for peer in ours)
+        for case in dict.fromkeys(case for _, case in _jobs(options, device)):
+            peers_.check_ours(case, on_gpu)
 
 
 def _jobs(options: argparse.Namespace, device: str) -> list[tuple[str, Case]]:
@@ -276,15 +299,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     attention = commands.add_parser(
-        "attention", help="rates over a grid of cases, against every peer that is installed"
+        "attention",
+        help="rates over a grid of cases, against every peer that is installed",
+        epilog=EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_axes(attention.add_argument_group("cases", "each option replaces an axis of the default grid"))
     about = "; ".join(f"{kind}: {what}" for kind, what in KINDS.items())
     kinds = attention.add_argument_group("kinds of measurement", about)
     kinds.add_argument("--kind", nargs="+", choices=KINDS, default=["burst"], help="one or more; default: burst")
-    kinds.add_argument("--burst-ms", type=float, help="timed work per burst (10)")
-    kinds.add_argument("--idle-ms", type=float, help="rest before a burst (50)")
-    kinds.add_argument("--seconds-per-cell", type=float, help="sustained load per peer and cell (2)")
+    kinds.add_argument("--burst-ms", type=command.milliseconds, help="timed work per burst (10)")
+    kinds.add_argument("--idle-ms", type=command.rest_milliseconds, help="rest before a burst (50)")
+    kinds.add_argument("--seconds-per-cell", type=command.seconds, help="sustained load per peer and cell (2)")
     _add_run(attention)
 
     show = commands.add_parser("show", help="tables, plots and comparison of a result file; needs no GPU")
@@ -302,24 +328,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_axes(group: Any) -> None:
     grid = Grid()
-    group.add_argument("--head-dim", type=int, nargs="+", help=f"default: {_words(grid.head_dims)}")
-    group.add_argument("--head-dim-v", type=int, help="default: as --head-dim")
-    group.add_argument("--seqlen", type=length, nargs="+", help="of queries, 8192 or 8k; default: 512 1k 2k 8k 16k")
-    group.add_argument("--seqlen-k", type=length, help="of keys; default: as --seqlen")
+    group.add_argument("--head-dim", type=command.positive, nargs="+", help=f"default: {_words(grid.head_dims)}")
+    group.add_argument("--head-dim-v", type=command.positive, help="default: as --head-dim")
+    group.add_argument("--seqlen", type=command.length, nargs="+", help="of queries, 8192 or 8k; default: 512 1k 2k 8k 16k")
+    group.add_argument("--seqlen-k", type=command.length, help="of keys; default: as --seqlen")
     mask = group.add_mutually_exclusive_group()
     mask.add_argument("--causal", dest="mask", action="store_const", const=(True,), help="only causal cases")
     mask.add_argument("--full", dest="mask", action="store_const", const=(False,), help="only cases that aren't causal")
-    group.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys seen; -1: unbounded")
-    group.add_argument("--softcap", type=float)
+    group.add_argument("--window", type=command.reach, nargs=2, metavar=("LEFT", "RIGHT"), help="keys seen; -1: unbounded")
+    group.add_argument("--softcap", type=command.softcap, help="default: 0, none")
     direction = group.add_mutually_exclusive_group()
     direction.add_argument("--direction", nargs="+", choices=DIRECTIONS, help=f"default: {_words(grid.directions)}")
     for name, what in (("forward", "only the forward pass"), ("backward", "only the backward pass")):
         direction.add_argument(f"--{name}", dest="direction", action="store_const", const=[name], help=what)
     group.add_argument("--dtype", choices=DTYPE_BYTES, help=f"default: {grid.dtype}")
-    group.add_argument("--tokens", type=length, help=f"batch × query length; default: {grid.tokens}")
-    group.add_argument("--batch", type=int, help="default: tokens / query length")
-    group.add_argument("--heads", type=int, help=f"query heads; default: {grid.width} / head dim")
-    group.add_argument("--gqa", type=int, help="query heads per key head; default: 1")
+    group.add_argument("--tokens", type=command.length, help=f"batch × query length; default: {grid.tokens}")
+    group.add_argument("--batch", type=command.positive, help="default: tokens / query length")
+    group.add_argument("--heads", type=command.positive, help=f"query heads; default: {grid.width} / head dim")
+    group.add_argument("--gqa", type=command.positive, help="query heads per key head; default: 1")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -327,31 +353,25 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--quick", action="store_true", help="head dim 128, two lengths, three rounds, no slow starters")
     run.add_argument("--peers", metavar="A,B", help=f"only these: {', '.join(peers_.REGISTRY)}")
     run.add_argument("--peers-from", nargs="+", default=[], metavar="MODULE", help="modules that register more peers")
-    run.add_argument("--rounds", type=_positive, help="turns that each peer takes in a burst or host cell, in all passes (6)")
-    run.add_argument("--passes", type=_positive, help="times that the whole list of cells is gone through (3)")
+    run.add_argument("--rounds", type=command.positive, help="turns of each peer in a burst or host cell, in all passes (6)")
+    run.add_argument("--passes", type=command.positive, help="times that the whole list of cells is gone through (3)")
     run.add_argument("--fresh-process", action="store_true", help="start each pass in a process of its own (seconds more)")
-    run.add_argument("--limit", type=float, metavar="SECONDS", help="what one peer may use of one cell (120)")
-    run.add_argument("--budget", type=float, metavar="SECONDS", help="fit the rounds into this, from start to end")
-    run.add_argument("--compile-jobs", type=_positive, default=ahead.processors(), metavar="N",
+    run.add_argument("--limit", type=command.seconds, metavar="SECONDS", help="what one peer may use of one cell (120)")
+    run.add_argument("--budget", type=command.seconds, metavar="SECONDS", help="fit the rounds into this, from start to end")
+    run.add_argument("--compile-jobs", type=command.positive, default=processors(), metavar="N",
                      help="processes that compile kernels ahead; 1: each when its turn comes (%(default)s)")  # fmt: skip
-    run.add_argument("--seed", type=int, help="of the random inputs (0)")
-    run.add_argument("--json", type=Path, metavar="FILE", help="write the results here, after every cell")
+    run.add_argument("--seed", type=command.seed, help="of the random inputs (0)")
+    run.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here, after every cell")
     _add_output(parser)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
-    output.add_argument("--csv", type=Path, metavar="FILE", help="one line per peer and cell")
-    output.add_argument("--plot", type=Path, metavar="DIR", help="rates over length and ratios as SVG and PNG")
+    output.add_argument("--csv", type=command.output_file, metavar="FILE", help="one line per peer and cell")
+    pictures = command.drawn(command.output_folder)
+    output.add_argument("--plot", type=pictures, metavar="DIR", help="rates over length and ratios as SVG and PNG")
     output.add_argument("--compare", type=Path, metavar="OLD.json", help="what changed; exit status 1: something got slower")
     output.add_argument("--anchors", type=Path, metavar="FILE", help="show rates recorded on the same kind of card")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def _words(values: Sequence[Any]) -> str:

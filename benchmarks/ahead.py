@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from benchmarks.cases import Case
 from benchmarks.peers import REGISTRY, Peer
 from benchmarks.schedule import Job
+from cute_attn.command import leave_interrupts_to_parent
 
 Task = tuple[str, Case]
 # Switches for caches on disk that are off by default.
@@ -62,7 +63,8 @@ def compile_ahead(
     """
     began, first_call = time.monotonic(), first_call or first_call_of
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(jobs, len(work)), mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(jobs, len(work)), mp_context=context, initializer=leave_interrupts_to_parent)
     try:
         futures = {pool.submit(first_call, name, case, tuple(modules)): (name, case) for name, case in work}
         for future in as_completed(futures, timeout=limit_s):
@@ -104,10 +106,5 @@ def switch_caches_on() -> None:
     """For this process and those that it starts; what the user has set stays."""
     for name, value in CACHES_ON.items():
         os.environ.setdefault(name, value)
-
-
-def processors() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

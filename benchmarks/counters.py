@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cute_attn import layouts
+from cute_attn.command import write_whole
 from cute_attn.layouts import prove
 from cute_attn.layouts.__main__ import configs
 from cute_attn.layouts.base import Box, Config, Copy, Layout
@@ -211,7 +212,7 @@ class CountersRecord:
             }
             for one in self.kernels
         ]
-        path.write_text(json.dumps({"schema": SCHEMA, "about": self.about, "kernels": kernels}, indent=1) + "\n")
+        write_whole(path, json.dumps({"schema": SCHEMA, "about": self.about, "kernels": kernels}, indent=1) + "\n")
 
     @staticmethod
     def load(path: Path) -> CountersRecord:

@@ -22,6 +22,7 @@ from benchmarks.parts.show import MARKED, SHIPPED, number
 from benchmarks.parts.verdict import verdicts
 from benchmarks.report import HOST_BOUND, PAIRS, headline, pair, ratio
 from benchmarks.results import THREE_IN_FOUR, Cell, Measurement, Record
+from cute_attn.command import write_whole
 
 if TYPE_CHECKING:
     from benchmarks.counters import CountersRecord
@@ -44,7 +45,7 @@ def write_all() -> list[str]:
         old = path.read_text()
         new = rendered(old)
         if new != old:
-            path.write_text(new)
+            write_whole(path, new)
             changed.append(name)
     return changed
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from benchmarks.cases import Case
 from benchmarks.peers import REGISTRY, Peer, UnsupportedError
 from benchmarks.results import Cell, Measurement
+from cute_attn.command import interruptible
 
 CACHE_VARIABLES = (
     "CUTE_ATTN_CACHE_DIR",
@@ -39,13 +41,17 @@ def first_calls(
     modules: Sequence[str],
     notify: Callable[[str | None], None],
 ) -> Cell:
-    """A ``first`` cell: seconds of a cold first call; ``extra`` has the warm one and both contexts."""
+    """A ``first`` cell: seconds of a cold first call; ``extra`` has the warm one and both contexts.
+
+    While it lasts SIGTERM raises ``KeyboardInterrupt``, so that no fresh process outlives the one that started it.
+    """
     cell = Cell("first", case, dict(lost))
-    for peer in peers:
-        if peer.name not in lost:
-            notify(peer.name)
-            cell.results[peer.name] = _cold_and_warm(case, peer, limit_s / 2, modules)
-            notify(None)
+    with interruptible(signal.SIGTERM):
+        for peer in peers:
+            if peer.name not in lost:
+                notify(peer.name)
+                cell.results[peer.name] = _cold_and_warm(case, peer, limit_s / 2, modules)
+                notify(None)
     return cell
 
 

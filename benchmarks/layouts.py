@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.counters import ALSO, AS_PREDICTED, COUNTERS, Case, Counted, CountersRecord, cases, parse, show
-from cute_attn import layouts
+from cute_attn import command, layouts
+from cute_attn.fill import processors
 from cute_attn.layouts import algebra, prove
 from cute_attn.layouts.base import Box, cute_layout
 from cute_attn.layouts.fragments import transposed
@@ -43,6 +44,7 @@ from cute_attn.mainloop.warps import MMA_K, Operand
 WARP = 32
 HEAD_DIMS = (64, 96, 128, 256)
 LOG_WIDTH = 180
+GRACE_SECONDS = 5.0  # from SIGTERM to SIGKILL
 KERNELS = "regex:kernel_cutlass"
 PTX = {
     "cp.async": r"cp\.async\.c[ag]\.shared",
@@ -298,21 +300,28 @@ def run(chosen: Sequence[Case], check: bool) -> list[str]:
     return said
 
 
+class FailedError(RuntimeError):
+    """A process that counts or checks has failed."""
+
+
 def measure(chosen: Sequence[Case], arguments: Sequence[str], ncu: str, jobs: int, console: Console) -> CountersRecord:
-    """Run the kernels in processes of their own, once checked and once under the profiler."""
+    """Run the kernels in processes of their own, once checked and once under the profiler.
+
+    Raises ``FailedError`` where one of them fails."""
     again = [sys.executable, "-m", "benchmarks.layouts", *arguments]
     images = _checked(again, len(chosen), jobs)
     wanted = {name for counters in COUNTERS.values() for names in counters.values() for name in names} | set(ALSO)
     if known := _known_metrics(ncu):
         wanted = {name for name in wanted if name.rsplit(".", 1)[0] in known}
-    command = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base", "-k", KERNELS]
-    command += ["--metrics", ",".join(sorted(wanted)), *again, "--run", "count"]
-    console.print(" ".join(command), style="dim", markup=False, highlight=False, soft_wrap=True)
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    counted = [{name: row[name] for name in sorted(wanted & row.keys())} for row in parse(said.stdout)]
-    if said.returncode or len(counted) != len(chosen):
-        tail = "\n".join((said.stdout + said.stderr).splitlines()[-20:])
-        raise RuntimeError(f"the profiler counted {len(counted)} kernels of {len(chosen)} ({said.returncode}):\n{tail}")
+    profiled = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base", "-k", KERNELS]
+    profiled += ["--metrics", ",".join(sorted(wanted)), *again, "--run", "count"]
+    console.print(" ".join(profiled), style="dim", highlight=False, soft_wrap=True)
+    with started(profiled, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        said, errors = process.communicate()
+    counted = [{name: row[name] for name in sorted(wanted & row.keys())} for row in parse(said)]
+    if process.returncode or len(counted) != len(chosen):
+        tail = "\n".join((said + errors).splitlines()[-20:])
+        raise FailedError(f"the profiler counted {len(counted)} kernels of {len(chosen)} ({process.returncode}):\n{tail}")
     return CountersRecord(_about(ncu), [Counted(*one) for one in zip(chosen, counted, images, strict=True)])
 
 
@@ -321,13 +330,14 @@ def _checked(again: Sequence[str], count: int, jobs: int) -> list[str]:
     jobs = min(jobs, count)
     with tempfile.TemporaryDirectory() as folder:
         answers = [Path(folder) / f"{i}.json" for i in range(jobs)]
-        running = [
-            subprocess.Popen([*again, "--run", "check", "--slice", str(i), str(jobs), "--json", str(answer)])
-            for i, answer in enumerate(answers)
-        ]
-        codes = [process.wait() for process in running]
+        with ExitStack() as stack:
+            running = [
+                stack.enter_context(started([*again, "--run", "check", "--slice", str(i), str(jobs), "--json", str(answer)]))
+                for i, answer in enumerate(answers)
+            ]
+            codes = [process.wait() for process in running]
         if any(codes):
-            raise RuntimeError("what the kernels moved could not be checked: a process failed, see above")
+            raise FailedError("what the kernels moved could not be checked: a process failed, see above")
         said = [""] * count
         for i, answer in enumerate(answers):
             said[i::jobs] = json.loads(answer.read_text())
@@ -351,32 +361,35 @@ def _known_metrics(ncu: str) -> set[str]:
     return {line.split()[0] for line in said.stdout.splitlines() if "__" in line.split(" ")[0]}
 
 
+@contextmanager
+def started(arguments: Sequence[str], **how: Any) -> Iterator[subprocess.Popen]:
+    """A process that doesn't outlive what waits for it: SIGTERM first, on which a profiler ends what it profiles."""
+    process = subprocess.Popen(arguments, **how)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(timeout=GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 1 where a prediction missed, 2 for bad usage."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.layouts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", default="sm_90a", help="compiler target of the GPU (default: %(default)s)")
-    parser.add_argument("--head-dim", type=int, nargs="+", default=list(HEAD_DIMS), metavar="D")
-    parser.add_argument("--compile-only", action="store_true", help="compile here, without a GPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was counted")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="count nothing: what is predicted now beside such a file")
-    parser.add_argument("--ncu", default=shutil.which("ncu") or "ncu", help="Nsight Compute (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile (%(default)s)")
-    parser.add_argument("--run", choices=("check", "count"), help=argparse.SUPPRESS)
-    parser.add_argument("--slice", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
-    try:
-        if options.show:
-            return 0 if show(CountersRecord.load(options.show), console) else 1
-        chosen = cases(options.arch, options.head_dim)
-    except ValueError as error:
-        parser.error(str(error))
+    """The exit status: 1 where a prediction missed or nothing could be counted, 2 for bad usage, 130 for Ctrl-C."""
+    return command.run(_parser(), COMMANDS, argv, LOG_WIDTH)
+
+
+def layouts_against_counters(options: argparse.Namespace, console: Console) -> int:
+    """The only command."""
+    if options.show:
+        return 0 if show(CountersRecord.load(options.show), console) else 1
+    chosen = cases(options.arch, options.head_dim)
     if options.compile_only:
         return compile_only(chosen, console)
     if options.run:
@@ -386,14 +399,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps(said))
         return 0
     if shutil.which(options.ncu) is None:
-        parser.error(f"Nsight Compute is {options.ncu!r}, which is not found: give --ncu PATH, or --compile-only")
+        raise ValueError(f"Nsight Compute is {options.ncu!r}, which is not found: give --ncu PATH, or --compile-only")
     passed = ["--arch", options.arch, "--head-dim", *map(str, options.head_dim)]
-    if options.jobs < 1:
-        parser.error(f"--jobs is {options.jobs}; at least 1 is needed")
-    found = measure(chosen, passed, options.ncu, options.jobs, console)
+    try:
+        found = measure(chosen, passed, options.ncu, options.jobs, console)
+    except FailedError as error:
+        console.print(f"error: {error}", style="red", highlight=False)
+        return 1
     if options.json:
         found.save(options.json)
     return 0 if show(found, console) else 1
+
+
+COMMANDS = {"layouts": layouts_against_counters}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.layouts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(command="layouts")
+    parser.add_argument("--arch", default="sm_90a", help="compiler target of the GPU (default: %(default)s)")
+    parser.add_argument("--head-dim", type=command.head_dim, nargs="+", default=list(HEAD_DIMS), metavar="D")
+    parser.add_argument("--compile-only", action="store_true", help="compile here, without a GPU")
+    parser.add_argument("--json", type=command.output_file, metavar="FILE", help="write everything that was counted")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="count nothing: what is predicted now beside such a file")
+    parser.add_argument("--ncu", default=shutil.which("ncu") or "ncu", help="Nsight Compute (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=command.positive, default=min(8, processors()), help="processes that compile (%(default)s)"
+    )
+    parser.add_argument("--run", choices=("check", "count"), help=argparse.SUPPRESS)
+    parser.add_argument("--slice", type=command.whole(0), nargs=2, default=(0, 1), help=argparse.SUPPRESS)
+    return parser
 
 
 if __name__ == "__main__":

@@ -111,10 +111,38 @@ def choose(
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-def _ours(case: Case, q, k, v, **how):
-    from cute_attn.api import attention
+def _rules(case: Case) -> dict[str, Any]:
+    """A case's rules as attention() takes them."""
+    return {"causal": case.causal, "window": case.window, "softcap": case.softcap}
 
-    rules = {"causal": case.causal, "window": case.window, "softcap": case.softcap, **how}
+
+def check_ours(case: Case, on_gpu: bool) -> None:
+    """Raise ``ValueError`` for a case that attention() doesn't take, by its own checks, on tensors without elements."""
+    import torch
+
+    from cute_attn.problem import check_call, check_tensors_for_gpu
+
+    def tensor(heads: int, seqlen: int, dim: int) -> torch.Tensor:
+        return torch.empty((0, seqlen, heads, dim), dtype=getattr(torch, case.dtype))
+
+    q = tensor(case.heads, case.seqlen_q, case.head_dim)
+    k = tensor(case.heads_kv, case.seqlen_k, case.head_dim)
+    v = tensor(case.heads_kv, case.seqlen_k, case.head_dim_v)
+    call = check_call(q, k, v, scale=None, **_rules(case))
+    if on_gpu:
+        check_tensors_for_gpu(q, k, v, call)
+
+
+def _ours(case: Case, q, k, v, **how):
+    from cute_attn import attention, layouts
+
+    if q.is_cuda and "mechanism" in how:
+        import torch
+
+        target = layouts.target_of(torch.cuda.get_device_capability(q.device))
+        if how["mechanism"] not in layouts.for_target(target).MECHANISMS:
+            raise UnsupportedError(f"{target} has no {how['mechanism']}")
+    rules = _rules(case) | how
     return lambda: attention(q, k, v, **rules)
 
 
@@ -125,10 +153,7 @@ DETERMINISTIC: dict[str, Any] = {**OURS, "directions": ("backward",), "repeatabl
 
 @peer("ours", "cute_attn.attention, as a user calls it", **OURS, devices=("cuda", "cpu"), host_only=True)
 def ours(case, q, k, v):
-    from cute_attn import attention
-
-    rules = {"causal": case.causal, "window": case.window, "softcap": case.softcap}
-    return lambda: attention(q, k, v, **rules)
+    return _ours(case, q, k, v)
 
 
 @peer("ours_tma_wgmma", "cute_attn, mechanism tma_wgmma", **OURS)

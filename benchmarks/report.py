@@ -8,6 +8,7 @@ from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.anchors import Anchors, geometric_mean
 from benchmarks.compare import WORSE, Change, agreement
@@ -29,7 +30,7 @@ def show(record: Record, console: Console, anchors: Anchors | None = None) -> No
     """Everything a run has: what it ran on, a table per kind and direction, why figures are missing."""
     console.print(headline(record))
     for name, why in record.about.get("missing", {}).items():
-        console.print(f"  without {name}: {why}", markup=False)
+        console.print(f"  without {name}: {why}")
     cells = [cell for kind in RATES for cell in record.of_kind(kind)]
     for (kind, direction), group in groupby(cells, key=lambda cell: (cell.kind, cell.case.direction)):
         rows = list(group)
@@ -39,18 +40,18 @@ def show(record: Record, console: Console, anchors: Anchors | None = None) -> No
         )
         console.print(rates_table(record, rows, f"{direction}, {KINDS[kind]}: {unit}; {rounds_of(rows)}", recorded))
         for line in pair_lines(rows):
-            console.print(line, markup=False, highlight=False)
+            console.print(line, highlight=False)
     if any(m.host_bound for cell in cells for m in cell.results.values()):
         console.print(f"{HOST_BOUND} the device waited for the host: the figure is the host's")
     for kind, table in (("host", host_table), ("memory", memory_table), ("first", first_table)):
         if rows := record.of_kind(kind):
             console.print(table(record, rows))
     if anchors is not None:
-        console.print(f"recorded rates: {anchors.describe()}", markup=False)
+        console.print(f"recorded rates: {anchors.describe()}")
     for line in faults(record):
-        console.print(line, markup=False)
+        console.print(line)
     if not record.complete:
-        console.print("[yellow]this run was not completed: what is missing above was not measured[/yellow]")
+        console.print("this run was not completed: what is missing above was not measured", style="yellow")
 
 
 def headline(record: Record) -> str:
@@ -111,14 +112,14 @@ def rates_table(record: Record, cells: list[Cell], title: str, anchors: Anchors 
     for heading in ("ours / best peer", "% of matmul"):
         table.add_column(heading, justify="right")
 
-    def text(cell: Cell, m: Measurement | None, best: bool = False) -> str:
+    def text(cell: Cell, m: Measurement | None, best: bool = False) -> Text:
         spread = 0.0 if m is None else record.printed_spread(cell.kind, m)
         return rate_text(m, best, spread, m is not cell.ceiling and cell.memory_bound)
 
     for cell in cells:
         rates = {**anchored(cell, anchors), **cell.rates()}
         best = max(rates, key=lambda name: rates[name]) if rates else None
-        row = [cell.case.label.split(" ", 1)[1], text(cell, cell.ceiling)]
+        row: list[str | Text] = [cell.case.label.split(" ", 1)[1], text(cell, cell.ceiling)]
         row += [text(cell, cell.results.get(name), name == best) for name in peers]
         row += [rate(rates.get(name)) + (f" {BEST}" if name == best else "") for name in recorded]
         row += [_number(ratio(cell, anchors), "{:.2f}"), _number(of_matmul(cell), "{:.0%}")]
@@ -162,7 +163,7 @@ def host_table(record: Record, cells: list[Cell]) -> Table:
     table = _peer_table(record, cells, f"{KINDS['host']}: µs per call")
     for cell in cells:
         fastest = min((m.seconds for m in cell.results.values() if m.ok and m.seconds), default=None)
-        figures = []
+        figures: list[str | Text] = []
         for name in record.peer_names(cells):
             m = cell.results.get(name)
             if m is None or not m.ok or m.seconds is None:
@@ -177,7 +178,7 @@ def host_table(record: Record, cells: list[Cell]) -> Table:
 def memory_table(record: Record, cells: list[Cell]) -> Table:
     table = _peer_table(record, cells, f"{KINDS['memory']}: MiB beyond its outputs (+ kept from forward to backward)")
     for cell in cells:
-        figures = []
+        figures: list[str | Text] = []
         for name in record.peer_names(cells):
             m = cell.results.get(name)
             if m is None or not m.ok or m.peak_bytes is None:
@@ -192,7 +193,7 @@ def memory_table(record: Record, cells: list[Cell]) -> Table:
 def first_table(record: Record, cells: list[Cell]) -> Table:
     table = _peer_table(record, cells, f"{KINDS['first']}: seconds, cold / warm (of which context and inputs)")
     for cell in cells:
-        figures = []
+        figures: list[str | Text] = []
         for name in record.peer_names(cells):
             m = cell.results.get(name)
             x = m.extra if m is not None and m.ok else {}
@@ -211,22 +212,19 @@ def _peer_table(record: Record, cells: list[Cell], title: str) -> Table:
     return table
 
 
-def rate_text(m: Measurement | None, best: bool = False, spread: float = 0.0, memory_bound: bool = False) -> str:
+def rate_text(m: Measurement | None, best: bool = False, spread: float = 0.0, memory_bound: bool = False) -> Text:
     """``690 ±0.4%``, the ± being ``spread``; with TB/s below where memory is the limit, and under sustained load with the
     tensor cores' utilization, clock and power."""
     if m is None:
-        return ""
+        return Text()
     if not m.ok or m.tflops is None:
-        return {"unsupported": "–", "wrong": "[red]wrong[/red]"}.get(m.status, m.status)
-    text = f"{rate(m.tflops)} ±{spread:.1%}"
-    if m.host_bound:
-        text += HOST_BOUND
-    if best:
-        text = f"[bold green]{text} {BEST}[/bold green]"
+        return Text("–" if m.status == "unsupported" else m.status, "red" if m.status == "wrong" else "")
+    figure = f"{rate(m.tflops)} ±{spread:.1%}" + (HOST_BOUND if m.host_bound else "")
+    text = Text.assemble((f"{figure} {BEST}", "bold green") if best else figure)
     if memory_bound and m.tbytes_per_s:
-        text += f"\n{m.tbytes_per_s:.2f} TB/s"
+        text.append(f"\n{m.tbytes_per_s:.2f} TB/s")
     if m.utilization and m.sm_mhz and m.watts:
-        text += f"\n{m.utilization:.0%} · {m.sm_mhz:.0f} MHz · {m.watts:.0f} W"
+        text.append(f"\n{m.utilization:.0%} · {m.sm_mhz:.0f} MHz · {m.watts:.0f} W")
     return text
 
 
@@ -269,17 +267,17 @@ def faults(record: Record) -> list[str]:
 def show_changes(changes: list[Change], caveats: list[str], console: Console) -> int:
     """Print what changed; the exit status: 1 where something got slower or broke."""
     for line in caveats:
-        console.print(f"compare with care: {line}", markup=False)
+        console.print(f"compare with care: {line}")
     same = sum(change.verdict == "same" for change in changes)
     missing = Counter(
         (change.verdict, change.cell.kind, change.cell.case.direction) for change in changes if change.verdict in ONE_SIDED
     )
     for (verdict, kind, direction), count in missing.items():
-        console.print(f"{kind}, {direction}: {count} figures {ONE_SIDED[verdict]}", markup=False, highlight=False)
+        console.print(f"{kind}, {direction}: {count} figures {ONE_SIDED[verdict]}", highlight=False)
     for change in changes:
         if change.verdict != "same" and change.verdict not in ONE_SIDED:
             style = "red" if change.verdict in WORSE else "green" if change.verdict in ("faster", "mended") else ""
-            console.print(change.describe(), style=style, markup=False, highlight=False)
+            console.print(change.describe(), style=style, highlight=False)
     worse = sum(change.verdict in WORSE for change in changes)
     found = agreement(changes)
     if found.figures:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import os
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.flops import bytes_moved, flops
 from benchmarks.timing import scatter
+from cute_attn.command import write_whole
 
 SCHEMA = 1
 KINDS = {
@@ -209,6 +211,28 @@ class Record:
         cells = (cell for cell in self.cells if cell.key == (kind, case))
         return {name: m for cell in cells for name, m in cell.results.items() if not m.ok}
 
+    def all_lost(self, kind: str, case: Case) -> bool:
+        """Whether a cell has been visited and nobody has a figure in it: a later visit has nobody to measure."""
+        results = [m for cell in self.cells if cell.key == (kind, case) for m in cell.results.values()]
+        return bool(results) and not any(m.ok for m in results)
+
+    def failure(self, asked: Collection[str]) -> str:
+        """What was asked for and failed, in a sentence, or nothing: visits that were lost, and cells of ours and of the peers
+        in ``asked`` without the figure that they should have. Who isn't there or doesn't compute a case fails nothing."""
+        failed = {
+            name: sum(m.status not in ("ok", "unsupported") for m in found)
+            for name in self.peer_names()
+            if is_ours(name) or name in asked
+            for found in [[cell.results[name] for cell in self.cells if name in cell.results]]
+        }
+        said = [f"{name} in {count} of its cells" for name, count in failed.items() if count]
+        said += [f"{lost} whole cells"] if (lost := sum(bool(cell.note) for cell in self.cells)) else []
+        if said:
+            return f"failed: {', '.join(said)}; the reasons are above"
+        if self.cells and not any(m.ok for cell in self.cells for m in cell.results.values()):
+            return "failed: no peer has given any figure; who is missing, and why, is said above"
+        return ""
+
     def peer_names(self, cells: list[Cell] | None = None) -> list[str]:
         """The peers of some cells, ours first, otherwise in the order in which they took part."""
         names = dict.fromkeys(name for cell in (self.cells if cells is None else cells) for name in cell.results)
@@ -222,10 +246,7 @@ class Record:
             "about": self.about,
             "cells": [cell.to_dict() for cell in self.cells],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(fields, indent=1) + "\n")
-        os.replace(beside, path)
+        write_whole(path, json.dumps(fields, indent=1) + "\n")
 
     @staticmethod
     def load(path: Path) -> Record:
@@ -246,17 +267,39 @@ class Record:
 
     def save_csv(self, path: Path) -> None:
         """One line per peer and cell, with the counts that turn seconds into rates."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         columns = ["status", "seconds", "spread", "visits", "tflops", "tbytes_per_s", "sm_mhz", "watts", "utilization", "error",
                    "peak_bytes", "host_bound", "reason"]  # fmt: skip
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["kind", *Case.__dataclass_fields__, "flops", "bytes", "peer", *columns])
-            for cell in self.cells:
-                case = [cell.kind, *cell.case.to_dict().values(), flops(cell.case), bytes_moved(cell.case)]
-                ceiling = {} if cell.ceiling is None else {"matmul": cell.ceiling}
-                for name, m in {**cell.results, **ceiling}.items():
-                    writer.writerow([*case, name, *(getattr(m, column) for column in columns)])
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["kind", *Case.__dataclass_fields__, "flops", "bytes", "peer", *columns])
+        for cell in self.cells:
+            case = [cell.kind, *cell.case.to_dict().values(), flops(cell.case), bytes_moved(cell.case)]
+            ceiling = {} if cell.ceiling is None else {"matmul": cell.ceiling}
+            for name, m in {**cell.results, **ceiling}.items():
+                writer.writerow([*case, name, *(getattr(m, column) for column in columns)])
+        write_whole(path, text.getvalue())
+
+
+class Keeper:
+    """Keeps a run's file up to date, if it has one. Where it can't be written any more (a full disk, a lost mount), the run
+    goes on; the first failure is said, and ``failed`` tells whether the last attempt was one."""
+
+    def __init__(self, path: Path | None, say: Callable[[str], None]) -> None:
+        self._path, self._say, self._said = path, say, False
+        self.failed = False
+
+    def save(self, record: Any) -> None:
+        """Write a record, of whichever kind."""
+        if self._path is None:
+            return
+        try:
+            record.save(self._path)
+            self.failed = False
+        except OSError as error:
+            self.failed = True
+            if not self._said:
+                self._say(f"{self._path} can't be written ({error}): measuring goes on, and the next cell tries again")
+            self._said = True
 
 
 def is_ours(name: str) -> bool:

@@ -22,6 +22,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cute_attn import command
+from cute_attn.command import write_whole
+
 SCHEMA = "training 1"
 ROOT = Path(__file__).parent.parent
 ABOUT = "train a small transformer with cute_attn and with eager attention, and compare the loss curves"
@@ -66,8 +69,7 @@ class Outcome:
         )
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1) + "\n")
+        write_whole(path, json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1) + "\n")
 
     @staticmethod
     def load(path: Path) -> Outcome:
@@ -80,12 +82,13 @@ class Outcome:
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("training", help=ABOUT, description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--steps", type=int, help="200; a few on the CPU, which also takes a smaller model")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (%(default)s)")
-    parser.add_argument("--mechanism", help="of cute_attn's kernels; default: the GPU's best")
+    parser.add_argument("--steps", type=command.positive, help="200; a few on the CPU, which also takes a smaller model")
+    parser.add_argument("--seed", type=command.seed, default=0, help="of the weights and the batches (%(default)s)")
+    parser.add_argument("--mechanism", choices=command.mechanisms(), help="of cute_attn's kernels; default: the GPU's best")
     parser.add_argument("--deterministic", action="store_true", help="deterministic=True for cute_attn")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the curves here")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them: FILE.svg and FILE.png")
+    parser.add_argument("--json", type=command.output_file, metavar="FILE", help="write the curves here, once all are there")
+    pictures = command.drawn(command.picture_stem)
+    parser.add_argument("--plot", type=pictures, metavar="FILE", help="draw them: FILE.svg and FILE.png")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -97,8 +100,6 @@ def run(options: argparse.Namespace, console: Console) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = transformer.SIZES[device]
     if options.steps is not None:
-        if options.steps < 1:
-            raise ValueError(f"--steps is {options.steps}; at least 1 is needed")
         size = dataclasses.replace(size, steps=options.steps)
     how = {"mechanism": options.mechanism, "deterministic": options.deterministic or None}
     attentions = {
@@ -133,7 +134,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     console.print(found.sentence, style=None if found.follows else "red", highlight=False)
     if options.plot:
         for path in plot(found, options.plot):
-            console.print(f"wrote {path}", markup=False)
+            console.print(f"wrote {path}", soft_wrap=True)
     return 0 if found.follows else 1
 
 

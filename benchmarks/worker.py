@@ -9,7 +9,6 @@ after which this process ends. Jobs are ``(kind, case, lost, rounds)``, one visi
 from __future__ import annotations
 
 import importlib
-import signal
 import warnings
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,11 +16,12 @@ from typing import Any
 from benchmarks.peers import choose
 from benchmarks.results import KINDS
 from benchmarks.settings import Crew, Settings
+from cute_attn.command import leave_interrupts_to_parent
 
 
 def main(connection: Connection, crew: Crew, settings: Settings) -> None:
     """Serve jobs until told to stop. Ctrl-C is the supervisor's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_interrupts_to_parent()
     warnings.filterwarnings("ignore")  # torch explains at length why a backend won't run; the error says it too
     from benchmarks import card
     from benchmarks.host import first_calls

@@ -65,7 +65,8 @@ def info(options: argparse.Namespace, console: Console) -> int:
 
 
 def compile_kernels(options: argparse.Namespace, console: Console) -> int:
-    """``compile``: fill the cache."""
+    """``compile``: fill the cache. Exit status 1 where a kernel can't be compiled, or not be kept."""
+    command.output_folder(str(cache_dir()))
     kernels = [
         (problem, config)
         for target in options.arch or _targets_here()

@@ -35,7 +35,7 @@ def run(parser: argparse.ArgumentParser, commands: Mapping[str, Command], argv: 
     try:
         with interruptible():
             return commands[options.command](options, shown)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
     except OSError as error:
         shown.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.cases import length
 from benchmarks.parts import catalogue, kernels, show
 from benchmarks.parts import plot as plot_
 from benchmarks.parts.catalogue import Probe
 from benchmarks.parts.results import PartsRecord
 from benchmarks.parts.shapes import SEQLEN, SHAPES, named
 from benchmarks.parts.worker import Measurer, lost_figure
+from benchmarks.results import Keeper
 from benchmarks.settings import Settings
 from benchmarks.supervise import WorkerError
+from cute_attn import command
+from cute_attn.fill import processors
 
 ABOUT = "the parts of the kernels against the hardware's limits, and the part that holds a configuration back"
 DEFAULT_TARGET = "sm_90a"
-NO_GPU, INTERRUPTED = 2, 130
+NO_GPU = 2
 ROUNDS, BURST_SECONDS, IDLE_SECONDS, LIMIT_SECONDS = 3, 0.008, 0.02, 60.0
 EPILOG = """\
 examples:
@@ -45,17 +45,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"only these: {', '.join(catalogue.PARTS)}")
     parser.add_argument("--config", nargs="+", metavar="NAME", help=f"only these: {', '.join(SHAPES)}")
     parser.add_argument("--mechanism", help="instead of the GPU's best, and of all where that is cheap")
-    parser.add_argument("--seqlen", type=length, default=SEQLEN, help="of the whole kernels, 8192 or 8k (8k)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns that each probe takes ({ROUNDS})")
-    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help="what one probe may use")
+    parser.add_argument("--seqlen", type=command.length, default=SEQLEN, help="of the whole kernels, 8192 or 8k (8k)")
+    parser.add_argument("--rounds", type=command.positive, default=ROUNDS, help=f"turns that each probe takes ({ROUNDS})")
+    parser.add_argument("--limit", type=command.seconds, default=LIMIT_SECONDS, metavar="SECONDS", help="of one probe")
     build = parser.add_argument_group("compiling")
     build.add_argument("--compile-only", action="store_true", help="compile and look into the code; needs no GPU")
     build.add_argument("--arch", help=f"target to compile for (the GPU's; {DEFAULT_TARGET} where there is none)")
-    build.add_argument("--jobs", type=int, default=default_jobs(), help="processes that compile (%(default)s)")
-    build.add_argument("--cache", type=Path, metavar="DIR", help="of compiled kernels (in the project's cache)")
+    build.add_argument("--jobs", type=command.positive, default=default_jobs(), help="processes that compile (%(default)s)")
+    build.add_argument("--cache", type=command.output_folder, metavar="DIR", help="of compiled kernels (the project's)")
     output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the results here, after every job")
-    output.add_argument("--plot", type=Path, metavar="DIR", help="bars with their limits as SVG and PNG")
+    output.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here, after every job")
+    pictures = command.drawn(command.output_folder)
+    output.add_argument("--plot", type=pictures, metavar="DIR", help="bars with their limits as SVG and PNG")
     output.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: show a file written by --json")
 
 
@@ -63,13 +64,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """``parts``: compile, measure, show. Exit status: 1 where something failed, 2 without a GPU or for bad usage."""
     if options.show:
         return _show(PartsRecord.load(options.show), options, console)
-    _check(options)
     target, device = find_target(options.arch)
     shapes = [named(name) for name in dict.fromkeys(options.config or SHAPES)]
     parts = options.parts or tuple(catalogue.PARTS)
     every = options.config is None
     found = catalogue.probes(target, shapes, parts, options.mechanism, every=every, seqlen=options.seqlen)
-    folder = options.cache or cache_folder()
+    folder = options.cache or command.output_folder(str(cache_folder()))
     if device and not options.compile_only and target != find_target(None)[0]:
         raise ValueError(f"--arch is {target} and the GPU is another; add --compile-only, or leave --arch out")
     if options.compile_only:
@@ -84,15 +84,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def _measure(found: list[Probe], target: str, folder: Path, options: argparse.Namespace, console: Console) -> int:
     clock = clock_kernel(target)
     wanted = [probe.kernel for probe in found if probe.kernel is not None]
-    try:
-        done = _build([clock, *wanted], folder, options.jobs, console)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    done = _build([clock, *wanted], folder, options.jobs, console)
     failed = {kernel: why_not(built) for kernel, built in done.items() if not built.ok}
     record = PartsRecord()
     settings = Settings(rounds=options.rounds, burst_s=BURST_SECONDS, idle_s=IDLE_SECONDS, limit_s=options.limit)
     jobs = catalogue.jobs(found)
-    interrupted = False
+    interrupted = 0
+    keeper = Keeper(options.json, lambda line: console.print(line, style="red"))
     with _progress(console) as progress:
         task = progress.add_task("measuring", total=len(found))
         measurer = Measurer(
@@ -114,27 +112,24 @@ def _measure(found: list[Probe], target: str, folder: Path, options: argparse.Na
                 record.figures += [figures[probe.key] for probe in job]
                 progress.advance(task, len(job))
                 if not console.is_terminal:
-                    console.print(show.job_line(job[0].turns, record.figures[-len(job) :]), markup=False)
-                if options.json:
-                    record.save(options.json)
+                    console.print(show.job_line(job[0].turns, record.figures[-len(job) :]))
+                keeper.save(record)
             record.complete = True
             record.about["after"] = measurer.finish()
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as error:
+            interrupted = command.interrupted(error)
         except WorkerError as error:
-            console.print(f"error: {error}", style="red", markup=False)
+            console.print(f"error: {error}", style="red")
         finally:
             measurer.stop()
-    if options.json:
-        record.save(options.json)
-    status = _show(record, options, console)
-    return INTERRUPTED if interrupted else status
+    keeper.save(record)
+    return interrupted or _show(record, options, console) or int(keeper.failed)
 
 
 def _show(record: PartsRecord, options: argparse.Namespace, console: Console) -> int:
     if options.plot:
         for path in plot_.plot(record, options.plot):
-            console.print(f"wrote {path}", markup=False)
+            console.print(f"wrote {path}", soft_wrap=True)
     show.show(record, console)  # last, so that the sentence ends it
     return 0 if record.complete and all(figure.status == "ok" for figure in record.figures) else 1
 
@@ -161,7 +156,7 @@ def _build(
         def watch(kernel: kernels.Kernel, built: kernels.Built) -> None:
             progress.advance(task)
             if anew or not built.ok:
-                console.print(show.built_line(kernel.label, built), markup=False, highlight=False)
+                console.print(show.built_line(kernel.label, built), highlight=False)
 
         return kernels.build(wanted, folder, jobs=jobs, anew=anew, watch=watch)
 
@@ -172,7 +167,7 @@ def why_not(built: kernels.Built) -> str:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)
 
 
@@ -207,17 +202,7 @@ def cache_folder() -> Path:
 
 
 def default_jobs() -> int:
-    return max(1, (os.cpu_count() or 2) - 1)
-
-
-def _check(options: argparse.Namespace) -> None:
-    for name in ("rounds", "jobs", "seqlen"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}; at least 1 is needed")
-    if options.limit <= 0:
-        raise ValueError(f"--limit is {options.limit}; seconds above 0 are needed")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:  # not after everything has been measured
-        raise ValueError("--plot needs matplotlib: try pip install matplotlib")
+    return max(1, processors() - 1)
 
 
 def _about(found: dict[str, Any], settings: Settings, options: argparse.Namespace) -> dict[str, Any]:

@@ -12,18 +12,19 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cute_attn.fill import processes
 
 if TYPE_CHECKING:
     from cute_attn.layouts.base import Config
@@ -94,19 +95,14 @@ def build(
         for kernel in wanted:
             note(kernel, compile_one(kernel, folder))
         return done
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(wanted)), mp_context=context) as pool:
+    with processes(min(jobs, len(wanted))) as pool:
         running = {pool.submit(compile_one, kernel, folder): kernel for kernel in wanted}
-        try:
-            for future in as_completed(running):
-                try:
-                    built = future.result()
-                except Exception as error:  # the process died: of memory, or in the compiler
-                    built = Built("", error=f"{type(error).__name__}: {error}"[:300])
-                note(running[future], built)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(running):
+            try:
+                built = future.result()
+            except Exception as error:  # the process died: of memory, or in the compiler
+                built = Built("", error=f"{type(error).__name__}: {error}"[:300])
+            note(running[future], built)
     return done
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.parts.limits import Assessment, Limits, assess
+from cute_attn.command import write_whole
 
 SCHEMA = "parts 1"
 
@@ -70,10 +70,7 @@ class PartsRecord:
         """Write the file so that a reader sees the old one or the new one, never half of one."""
         fields = {"schema": SCHEMA, "complete": self.complete, "about": self.about}
         fields["figures"] = [asdict(figure) for figure in self.figures]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(fields, indent=1) + "\n")
-        os.replace(beside, path)
+        write_whole(path, json.dumps(fields, indent=1) + "\n")
 
     @staticmethod
     def load(path: Path) -> PartsRecord:

@@ -38,11 +38,11 @@ def show(record: PartsRecord, console: Console) -> None:
         console.print(f"{SHIPPED} what the plan ships")
     for figure in record.figures:
         if figure.status != "ok":
-            console.print(f"{figure.part}: {figure.label} {figure.status}: {figure.reason}", markup=False)
+            console.print(f"{figure.part}: {figure.label} {figure.status}: {figure.reason}")
     if not record.complete:
-        console.print("[yellow]this run was not completed: what is missing above was not measured[/yellow]")
+        console.print("this run was not completed: what is missing above was not measured", style="yellow")
     for verdict in verdicts(record.figures):
-        console.print(verdict.sentence, markup=False, highlight=False, soft_wrap=True)
+        console.print(verdict.sentence, highlight=False, soft_wrap=True)
 
 
 def table(part: str, figures: Iterable[Figure]) -> Table:

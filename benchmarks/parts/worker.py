@@ -7,7 +7,6 @@ a burst is shorter than the period at which the driver's own readings change.
 from __future__ import annotations
 
 import importlib
-import signal
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from benchmarks.parts.results import Figure
 from benchmarks.settings import Crew, Settings
 from benchmarks.supervise import Supervisor
 from benchmarks.timing import burst, estimate, host_side, summary
+from cute_attn.command import leave_interrupts_to_parent
 
 HOST_CALLS = 400
 SCRATCH_BYTES = 512 << 20
@@ -227,7 +227,7 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
 
     A first job ``("clock", kernel, folder)`` brings the clock reader.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_interrupts_to_parent()
     warnings.filterwarnings("ignore")
     from benchmarks import card
     from benchmarks.worker import open_bench

@@ -12,13 +12,14 @@ from rich.console import Console
 
 from benchmarks import ahead, anchors, compare, documents, report
 from benchmarks.__main__ import main
-from benchmarks.cases import GRIDS, Case, Grid, length, short, single_cases
+from benchmarks.cases import GRIDS, Case, Grid, short, single_cases
 from benchmarks.flops import bytes_moved, flops, pairs
 from benchmarks.peers import REGISTRY, Peer, choose
 from benchmarks.results import Cell, Measurement, Record
 from benchmarks.schedule import Schedule
 from benchmarks.settings import Settings
 from benchmarks.timing import scatter
+from cute_attn.command import length
 from tests.host import benchmarks_fakes as fakes
 
 BIG = Case(batch=2, seqlen_q=8192, seqlen_k=8192, heads=16, heads_kv=16, head_dim=128, head_dim_v=128)
@@ -669,7 +670,7 @@ def test_an_unfinished_run_says_so():
     [
         (["attention", "--peers", "nobody"], "no peer is called nobody; known: ours"),
         (["attention", "--kind", "slow"], "invalid choice"),
-        (["attention", "--head-dim", "0"], "head_dim is 0"),
+        (["attention", "--head-dim", "0"], "--head-dim: got '0'; a whole number of at least 1"),
         (["attention", "--compare", "missing.json"], "missing.json can't be read"),
         (["attention", "--gqa", "3"], "--heads"),
         (["show", "missing.json"], "missing.json can't be read"),

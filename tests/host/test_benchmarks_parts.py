@@ -598,7 +598,7 @@ def test_without_a_gpu_it_lists_what_would_run_and_ends_with_2(no_gpu, capsys):
         (["nothing"], "no part is called nothing; known: copies, products, softmax"),
         (["--mechanism", "magic"], "sm_90a has no mechanism magic; known: tma_wgmma, cp_async"),
         (["--arch", "sm_10"], "known ones are"),
-        (["--rounds", "0"], "--rounds is 0; at least 1 is needed"),
+        (["--rounds", "0"], "--rounds: got '0'; a whole number of at least 1"),
         (["--show", "/nowhere.json"], "can't be read"),
     ],
 )
