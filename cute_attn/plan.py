@@ -5,20 +5,35 @@ from __future__ import annotations
 from functools import lru_cache
 
 from cute_attn import layouts
+from cute_attn.arguments import name_of, shown
 from cute_attn.layouts.base import KIB, ROW_PADDING, Config, Gpu, registers_per_thread
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
 
 
-@lru_cache(maxsize=4096)
 def plan(problem: Problem, target: str, mechanism: str | None = None) -> Config:
     """The best configuration of ``problem`` on a GPU, given as the compiler's target (``"sm_90a"``).
 
     ``mechanism`` asks for one by name; ``None`` takes the GPU's best. Raises ``ValueError`` for a target, mechanism or
     problem that can't work, with the value, the limit and the remedy.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem is {shown(problem)}; a Problem is needed, such as Problem('bfloat16', 128, 128)")
+    target = name_of("target", target, "a compiler's target is needed, such as 'sm_90a'")
+    return _planned(problem, target, mechanism_name(mechanism))
+
+
+@lru_cache(maxsize=4096)
+def _planned(problem: Problem, target: str, mechanism: str | None) -> Config:
     return configs(problem, target, mechanism)[0]
+
+
+def mechanism_name(mechanism: object) -> str | None:
+    """A mechanism that is asked for, or None for the GPU's best."""
+    if mechanism is None:
+        return None
+    return name_of("mechanism", mechanism, "the name of one is needed, such as 'cp_async', or None for the best")
 
 
 def configs(problem: Problem, target: str, mechanism: str | None = None) -> tuple[Config, ...]:

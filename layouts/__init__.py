@@ -63,6 +63,8 @@ def for_target(target: str) -> ModuleType:
 
 def target_of(capability: tuple[int, int]) -> str:
     """The compiler target of a GPU. Raises ``NotImplementedError`` for one that no module serves."""
+    if not (isinstance(capability, tuple) and [type(x) for x in capability] == [int, int]):
+        raise TypeError(f"the compute capability is {capability!r}; a pair of ints is needed, such as (9, 0)")
     for module in modules():
         if capability in module.GPU.targets:
             return module.GPU.targets[capability]

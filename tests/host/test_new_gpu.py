@@ -19,7 +19,7 @@ from cute_attn.compile import compile_only
 from cute_attn.layouts import __main__ as cli
 from cute_attn.layouts import mma_sync, sm80, sm90, sm120
 from cute_attn.layouts.base import KIB, Gpu
-from cute_attn.plan import check, configs, explain, plan
+from cute_attn.plan import _planned, check, configs, explain, plan
 from cute_attn.problem import Problem
 
 PROBLEM = Problem("bfloat16", 64, 64)
@@ -32,7 +32,7 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(layouts, "MODULES", list(layouts.MODULES))
     monkeypatch.setattr(layouts, "_entry_points_loaded", True)
     yield
-    for cached in (plan, launch.device_target, launch.prepared):
+    for cached in (_planned, launch.device_target, launch.prepared):
         cached.cache_clear()
 
 

@@ -1,0 +1,154 @@
+"""What kinds of values an argument may have, in one place: flags, numbers, names and tensors.
+
+A value counts by its kind, never by its truth: ``"false"`` is no flag and ``True`` no number. Numbers and flags may come
+from Python, from numpy and in a tensor of 0 dimensions on the CPU. What is refused is refused with what was got, what is
+needed and what to try. The functions for tensors say whether a kernel, or torch's operators, can read one.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import reprlib
+
+import numpy as np
+import torch
+
+MASKS = (
+    "True or False is needed, and no argument takes a mask: causal and window are the masks there are; for any other try "
+    "torch.nn.functional.scaled_dot_product_attention with attn_mask"
+)
+
+
+# ---- flags, numbers, names -------------------------------------------------------------------------------------------
+
+
+def flag(name: str, value: object) -> bool:
+    """``value`` as a bool: Python's, numpy's, or that of a tensor of 0 dimensions on the CPU."""
+    if getattr(value, "ndim", 0):
+        raise TypeError(f"{name} is {shown(value)}; {MASKS if name == 'causal' else 'True or False is needed'}")
+    scalar = _scalar(name, value, "True or False is needed")
+    if isinstance(scalar, (bool, np.bool_)):
+        return bool(scalar)
+    raise TypeError(f"{name} is {shown(value)}; True or False is needed, a bool: try {name}=True, or leave it out")
+
+
+def integer(name: str, value: object, needed: str) -> int:
+    """``value`` as an int: whatever ``operator.index`` takes, but no bool. ``needed`` says what is needed, for messages."""
+    scalar = _scalar(name, value, needed)
+    if not isinstance(scalar, (bool, np.bool_)):
+        try:
+            return operator.index(scalar)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise TypeError(f"{name} is {shown(value)}; {needed}")
+
+
+def number(name: str, value: object, needed: str) -> float:
+    """``value`` as a finite float: any real number, or what ``operator.index`` takes, but no bool."""
+    scalar = _scalar(name, value, needed)
+    if isinstance(scalar, (bool, np.bool_)) or not (isinstance(scalar, numbers.Real) or hasattr(scalar, "__index__")):
+        raise TypeError(f"{name} is {shown(value)}; {needed}: try float({name})")
+    try:
+        result = float(scalar if isinstance(scalar, numbers.Real) else operator.index(scalar))  # type: ignore[arg-type]
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
+        raise ValueError(f"{name} is {shown(value)}; {needed}, a finite one")
+    return result
+
+
+def name_of(argument: str, value: object, needed: str) -> str:
+    """``value`` as a plain ``str``: one of a subclass would be another key of a cache."""
+    if not isinstance(value, str):
+        raise TypeError(f"{argument} is {shown(value)}; {needed}")
+    return str.__str__(value)
+
+
+def shown(value: object) -> str:
+    """A value in a message: its type, and itself where that is short."""
+    kind = type(value).__name__
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        nested = isinstance(value, torch.Tensor) and value.is_nested
+        return f"a {kind} of {'several shapes' if nested else f'shape {tuple(value.shape)}'} and dtype {value.dtype}"
+    if value is None:
+        return "None"
+    article = "an" if kind[0] in "aeiou" else "a"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"{article} {kind} of about {int(value.bit_length() * math.log10(2)) + 1} digits"
+    try:
+        return f"{article} {kind}, {reprlib.repr(value)}"
+    except ValueError:  # Python refuses to print an int of thousands of digits, which may be somewhere in it
+        return f"{article} {kind}"
+
+
+def _scalar(name: str, value: object, needed: str) -> object:
+    """``value``, or what is in it if it is a tensor of 0 dimensions that can be read at no cost and for good."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    got = f"{name} is {shown(value)}"
+    if value.dim():
+        raise TypeError(f"{got}; {needed}, so a tensor of 0 dimensions: try {name}.item() if it has one element")
+    if value.requires_grad:
+        raise TypeError(f"{got} that requires a gradient, and none flows to {name}; {needed}: try {name}.item()")
+    if value.device.type == "meta":
+        raise TypeError(f"{got} on meta, which has no value; {needed}: pass a Python number")
+    if value.device.type != "cpu":
+        raise TypeError(
+            f"{got} on {value.device}, and reading it would wait for all work there (a synchronisation); {needed}, on the "
+            f"CPU: keep it there, or pass {name}.item() where waiting does no harm"
+        )
+    try:
+        return value.item()
+    except RuntimeError as error:  # under vmap, a fake one
+        raise TypeError(f"{got} whose value can't be read ({error}); {needed}: pass a Python number") from error
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def check_layout(name: str, x: torch.Tensor) -> None:
+    """Refuse a nested or sparse tensor."""
+    if x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; one of equal lengths is needed: call attention for each of {name}.unbind(), or pad "
+            f"with {name}.to_padded_tensor(0.0) where no padded key is seen"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; torch.strided is needed: try {name}.to_dense()")
+
+
+def check_memory(name: str, x: torch.Tensor) -> None:
+    """Refuse a tensor without strided memory of its own: no kernel, and no operator outside its class, can read it.
+
+    Only tensors on the CPU and on CUDA devices have an address that says so; on others torch's operators decide.
+    """
+    check_layout(name, x)
+    if x.device.type not in ("cpu", "cuda"):
+        return
+    try:
+        address = None if torch._C._functorch.is_functorch_wrapped_tensor(x) else x.data_ptr()
+    except RuntimeError:  # of the vmap that torch.autograd has for itself
+        address = None
+    if address is None:
+        raise NotImplementedError(
+            f"{name} is a tensor inside a transform of torch.func or torch.autograd and has no memory of its own; one that has "
+            f"is needed: call attention outside the transform, or try torch.nn.functional.scaled_dot_product_attention"
+        )
+    if address or not x.numel():
+        return
+    if computes_in_its_own_way(type(x)):
+        raise TypeError(
+            f"{name} is a {type(x).__name__}, a subclass of torch.Tensor without memory of its own (its address is 0); a "
+            f"tensor that holds its values is needed: pass the one that {name} wraps, or try backend='reference'"
+        )
+    raise ValueError(
+        f"{name} has shape {tuple(x.shape)} and no memory (its address is 0); memory is needed: if its storage was freed or "
+        f"resized to 0, as sharded parameters' is between uses, fill it again before the call"
+    )
+
+
+def computes_in_its_own_way(kind: type) -> bool:
+    """Whether a class of tensors has a ``__torch_dispatch__``: whether it has memory, and what that means, it alone knows."""
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]

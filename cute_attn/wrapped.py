@@ -1,0 +1,197 @@
+"""Tensors that stand for others: those of ``torch.distributed``, of ``torch.vmap``, and those with a shape and no values.
+
+They have no address that a kernel could read. Attention of what ``torch.distributed`` and ``torch.vmap`` wrap is attention
+of what is inside, wrapped again; of tensors without values the outputs have a shape and no values either. Other classes of
+tensors with a ``__torch_dispatch__`` are refused in words. Nothing here imports ``torch.distributed``: who passes one of its
+tensors has.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from cute_attn.arguments import check_memory, computes_in_its_own_way
+from cute_attn.problem import Call, check_call, check_tensors_for_gpu
+
+TRACED = (FakeTensor, FunctionalTensor)  # torch's own, with which it finds out what is computed
+COLLECTIVES = "torch.distributed._functional_collectives"
+DTENSORS = "torch.distributed.tensor"
+
+
+def handler(q, k, v) -> Callable | None:
+    """The function that calls ``attention`` on what is inside q, k, v and wraps what it returns; None where they are what is
+    to be read. It takes ``(attention, q, k, v, rules, others)``: the keywords of ``check_call``, and the remaining ones."""
+    tensors = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if isinstance(x, torch.Tensor)}
+    if any(torch._C._functorch.is_batchedtensor(x) for x in tensors.values()):
+        return _mapped
+    if any(_is(x, COLLECTIVES, "AsyncCollectiveTensor") for x in tensors.values()):
+        return _waited
+    if any(_is(x, DTENSORS, "DTensor") for x in tensors.values()):
+        return _sharded
+    for name, x in tensors.items():
+        if torch.masked.is_masked_tensor(x):
+            raise TypeError(
+                f"{name} is a MaskedTensor; a plain tensor is needed, as attention has no mask of elements: try "
+                f"{name}.to_tensor(0.0), with causal and window for which keys a query sees"
+            )
+        if computes_in_its_own_way(type(x)) and not x.is_nested and not isinstance(x, TRACED):
+            raise TypeError(
+                f"{name} is a {type(x).__name__}, a subclass of torch.Tensor with a __torch_dispatch__; a tensor that holds "
+                f"its values itself, a DTensor or the result of a collective is needed: pass the one that {name} wraps"
+            )
+    return None
+
+
+def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
+    """The gradient of an output as the backward pass can read it: it may come from a collective, too."""
+    if x is None or torch.compiler.is_compiling() or x.is_meta or isinstance(x, TRACED):
+        return x
+    x = _finished(x)
+    try:
+        check_memory(name, x)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"{name} stands for several gradients at once (is_grads_batched=True, jacobian(vectorize=True), or torch.vmap); "
+            f"attention's backward pass takes one: try them one by one, or vectorize=False"
+        ) from error
+    return x
+
+
+def _finished(x):
+    """``x``, or the result that it stands for if an asynchronous collective computes it: kernels to come wait for it."""
+    if _is(x, COLLECTIVES, "AsyncCollectiveTensor"):
+        return sys.modules[COLLECTIVES].wait_tensor(x)
+    return x
+
+
+def _is(x: object, module: str, name: str) -> bool:
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(x, kind)
+
+
+def _waited(attention: Callable, q, k, v, rules: dict, others: dict):
+    return attention(_finished(q), _finished(k), _finished(v), **rules, **others)
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _sharded(attention: Callable, q, k, v, rules: dict, others: dict):
+    """Attention of DTensors, shard by shard. What is refused is refused on every rank alike: none is left waiting."""
+    distributed = sys.modules[DTENSORS]
+    kinds = [type(x).__name__ for x in (q, k, v)]
+    if not all(isinstance(x, distributed.DTensor) for x in (q, k, v)):
+        raise TypeError(
+            f"q, k, v are a {', a '.join(kinds)}; DTensors or none is needed: try DTensor.from_local, or q.full_tensor()"
+        )
+    if not q.device_mesh == k.device_mesh == v.device_mesh:
+        raise ValueError(
+            f"q, k, v lie on the meshes {q.device_mesh}, {k.device_mesh}, {v.device_mesh}; one is needed: redistribute them"
+        )
+    call = check_call(q, k, v, **rules)
+    mesh, placements = q.device_mesh, q.placements
+    of_lse = {distributed.Replicate(): distributed.Replicate(), distributed.Shard(0): distributed.Shard(0)}
+    of_lse[distributed.Shard(2)] = distributed.Shard(1)  # heads: (batch, seqlen, heads, head_dim), (batch, heads, seqlen)
+    if not (placements == k.placements == v.placements and all(placement in of_lse for placement in placements)):
+        raise ValueError(
+            f"q, k, v have the placements {q.placements}, {k.placements}, {v.placements}; Shard(0), the batch, Shard(2), the "
+            f"heads, or Replicate() is needed on each dimension of the mesh, alike for all three: try "
+            f"x.redistribute(placements=…) of each"
+        )
+    shards = math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement == distributed.Shard(2))
+    if call.heads != call.heads_kv and call.heads_kv % shards:
+        raise ValueError(
+            f"k has {call.heads_kv} heads in {shards} shards; a multiple is needed where q has more heads (GQA), so that each "
+            f"shard of q finds its heads of k: shard the batch, or repeat k's and v's heads"
+        )
+    results = attention(q.to_local(), k.to_local(), v.to_local(), **rules, **others)
+
+    def whole(local, placements, *shape):
+        stride = torch.empty(shape, device="meta").stride()
+        return distributed.DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+    shape = call.batch, call.seqlen_q, call.heads, call.head_dim_v
+    if not isinstance(results, tuple):
+        return whole(results, placements, *shape)
+    out, lse = results
+    lse_placements = [of_lse[placement] for placement in placements]
+    return whole(out, placements, *shape), whole(lse, lse_placements, call.batch, call.heads, call.seqlen_q)
+
+
+# ---- vmap ------------------------------------------------------------------------------------------------------------
+
+
+def _mapped(attention: Callable, q, k, v, rules: dict, others: dict):
+    check_call(q, k, v, **rules)  # the shapes that each member has
+    return _Mapped.apply(q, k, v, partial(attention, **rules, **others))
+
+
+class _Mapped(torch.autograd.Function):
+    """Attention under ``torch.vmap``: the mapped dimension joins the batch."""
+
+    @staticmethod
+    def forward(q, k, v, attention: Callable):  # type: ignore[override]
+        return attention(q, k, v)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, q, k, v, attention: Callable):  # type: ignore[override]
+        members = info.batch_size
+        inputs = [
+            x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip((q, k, v), in_dims, strict=False)
+        ]
+        results = attention(*(x.flatten(0, 1) for x in inputs))
+        sizes = members, inputs[0].shape[1]
+        if not isinstance(results, tuple):
+            return results.unflatten(0, sizes), 0
+        return tuple(x.unflatten(0, sizes) for x in results), (0, 0)
+
+
+# ---- shapes without values -------------------------------------------------------------------------------------------
+
+
+def holds_values(q, k, v) -> bool:
+    """Whether the inputs, which ``check_call`` has passed, have values, and not just shapes as fake and meta tensors do.
+
+    While torch traces a graph, what has only a shape stands for values. Refuses what can't be read at all.
+    """
+    if torch.compiler.is_compiling() or any(isinstance(x, FunctionalTensor) for x in (q, k, v)):
+        return True
+    shapes = [x.is_meta or isinstance(x, FakeTensor) for x in (q, k, v)]
+    if not any(shapes):
+        for name, x in zip("qkv", (q, k, v), strict=True):
+            check_memory(name, x)
+        return True
+    if not all(shapes):
+        raise TypeError(
+            f"q, k, v are a {', a '.join(type(x).__name__ for x in (q, k, v))}; all or none with values is needed: "
+            f"try fake_mode.from_tensor of the others"
+        )
+    return get_proxy_mode() is not None
+
+
+def shapes_only(q, k, v, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The forward pass of tensors that have shapes only, as ``cute_attn.autograd.Attention`` calls it."""
+    if q.is_cuda:
+        check_tensors_for_gpu(q[:0], k[:0], v[:0], call)  # without elements: with strides, and without an address
+    out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=dtype)
+    return out, lse, lse
+
+
+def shapes_of_gradients(q, k, v, out, kept, dout, dlse, call: Call, needs: str):
+    """The backward pass of tensors that have shapes only."""
+    return tuple(x.new_empty(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
