@@ -1,0 +1,66 @@
+"""The names of torch and the DSL that neither promises to keep, each in this one place: its users import it from here.
+
+They are bound once, so that a call looks up nothing. A release of torch that lacks one is told by ``import cute_attn``: an
+``ImportError`` with the release, the name, and what it is for. Nothing here imports the DSL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+
+NAMES: list[str] = []  # of torch's, those that only a build with CUDA has left out where this one has none
+DSL_NAMES = ("__extract_mlir_values__", "__new_from_mlir_values__")
+
+
+def _holder(path: str, purpose: str) -> tuple[Any, str]:
+    """The module that holds a name, and the name in it."""
+    NAMES.append(path)
+    module, _, name = path.rpartition(".")
+    try:
+        holder = import_module(module)
+        getattr(holder, name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"torch {torch.__version__} has no {path}, which tells cute-attn {purpose}: "
+            f"try another release of torch, or a newer one of cute-attn"
+        ) from error
+    return holder, name
+
+
+def _bound(path: str, purpose: str) -> Callable:
+    return getattr(*_holder(path, purpose))
+
+
+def _of_cuda(path: str, purpose: str) -> Callable:
+    return _bound(path, purpose) if torch.backends.cuda.is_built() else _without_cuda
+
+
+def _without_cuda(*_: object) -> int:
+    raise NotImplementedError(f"torch {torch.__version__} was built without CUDA: install one with it, or backend='reference'")
+
+
+any_autocast_enabled: Callable[[], bool] = _bound("torch._C._is_any_autocast_enabled", "whether any device autocasts")
+transforms_active: Callable[[], bool] = _bound(
+    "torch._C._are_functorch_transforms_active", "whether torch.func transforms a call"
+)
+dual_level: Callable[[], int] = partial(  # a variable of theirs: -1 outside
+    getattr, *_holder("torch.autograd.forward_ad._current_level", "whether a call is inside of dual_level()")
+)
+current_device: Callable[[], int] = _of_cuda("torch._C._cuda_getDevice", "which device is current")
+raw_stream: Callable[[int], int] = _of_cuda("torch._C._cuda_getCurrentRawStream", "a device's current stream")
+
+
+class NoRunTimeValues:
+    """A base class of what crosses into a kernel and holds nothing that is known at run time only. The DSL asks it for its
+    values, and for itself with the values that they have become, by :data:`DSL_NAMES`."""
+
+    def __extract_mlir_values__(self) -> list:
+        return []
+
+    def __new_from_mlir_values__(self, _: list) -> NoRunTimeValues:
+        return self
