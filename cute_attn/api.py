@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from cute_attn import launch, reference
 from cute_attn.autograd import Attention
+from cute_attn.private import any_autocast_enabled, dual_level, transforms_active
 from cute_attn.problem import check_call, check_tensors_for_gpu, problem_of
 
 BACKENDS = ("auto", "cute", "reference")
@@ -73,7 +74,7 @@ def attention(
 
     Algorithm: FlashAttention (Dao et al., arXiv:2205.14135; backward arXiv:2307.08691; on Hopper arXiv:2407.08608).
     """
-    if torch._C._is_any_autocast_enabled():
+    if any_autocast_enabled():
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
     call = check_call(q, k, v, scale, causal, window, softcap)
     if backend not in BACKENDS:
@@ -90,7 +91,7 @@ def attention(
             f"backend is 'cute' and the tensors lie on {q.device}; the kernels need CUDA tensors: "
             f"try .cuda(), or backend='auto'"
         )
-    if forward_ad._current_level >= 0:
+    if dual_level() >= 0:
         _refuse_tangents(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         _refuse_transforms()
@@ -140,7 +141,7 @@ def _refuse_tangents(*tensors: torch.Tensor) -> None:
 
 
 def _refuse_transforms() -> None:
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         raise NotImplementedError(
             "gradients are asked for inside a transform of torch.func; attention has them for torch.autograd only: "
             "try torch.autograd.grad, or torch.nn.functional.scaled_dot_product_attention"

@@ -18,6 +18,7 @@ from cute_attn.compile import compiled
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import ROW_PADDING
 from cute_attn.plan import plan
+from cute_attn.private import current_device, raw_stream
 from cute_attn.problem import Call, Problem, check_strides, check_tensors_for_gpu, problem_of
 
 
@@ -109,9 +110,8 @@ def _readable(dout: torch.Tensor) -> torch.Tensor:
 
 def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tuple) -> None:
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    arguments = (*tensors, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, stream)
-    if torch._C._cuda_getDevice() == device:
+    arguments = (*tensors, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, raw_stream(device))
+    if current_device() == device:
         function(*arguments)
     else:
         with torch.cuda.device(device):

@@ -12,21 +12,16 @@ from cutlass.cute.nvgpu import warpgroup
 from benchmarks.parts.common import fill_noise, fill_registers_noise, keep_alive, noise, ramp, use_bits
 from benchmarks.parts.stages import Stages
 from cute_attn.mainloop.tma_wgmma import Forward, Pipelines
+from cute_attn.private import NoRunTimeValues
 
 
 @dataclass(frozen=True)
-class NoPipe:
+class NoPipe(NoRunTimeValues):
     """A pipeline on which nothing is ever waited for."""
 
     def consumer_wait(self, *_: Any) -> None: ...
 
     def consumer_release(self, *_: Any) -> None: ...
-
-    def __extract_mlir_values__(self) -> list:
-        return []
-
-    def __new_from_mlir_values__(self, values: list) -> NoPipe:
-        return self
 
 
 class Staged(Forward):

@@ -150,13 +150,15 @@ class Device:
     def __init__(self, sm_count: int) -> None:
         import torch
 
-        self._torch = torch
+        from cute_attn.private import raw_stream
+
+        self._torch, self._raw_stream = torch, raw_stream
         self.sm_count = sm_count
         self._scratch = torch.randn(SCRATCH_BYTES // 2, device="cuda", dtype=torch.bfloat16)
         self._index = torch.cuda.current_device()
 
     def stream(self) -> int:
-        return self._torch._C._cuda_getCurrentRawStream(self._index)
+        return self._raw_stream(self._index)
 
     def random(self, elements: int) -> Any:
         """The first of the Gaussian bf16 elements that all probes read from."""

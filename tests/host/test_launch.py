@@ -25,8 +25,8 @@ def gpu(monkeypatch):
         yield
         state.current = before
 
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: state.current, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 1000 + index, raising=False)
+    monkeypatch.setattr(launching, "current_device", lambda: state.current)
+    monkeypatch.setattr(launching, "raw_stream", lambda index: 1000 + index)
     monkeypatch.setattr(torch.cuda, "device", device)
     state.kernel = lambda *arguments: state.log.append((state.current, arguments))
     return state
