@@ -5,6 +5,7 @@ Also a module for ``--peers-from``: importing it registers the peers.
 
 import os
 import time
+from pathlib import Path
 
 from benchmarks.cases import Case
 from benchmarks.peers import Peer, UnsupportedError, peer
@@ -12,6 +13,7 @@ from benchmarks.results import Cell, Measurement, Record
 
 CASE = Case(batch=2, seqlen_q=16, seqlen_k=16, heads=2, heads_kv=2, head_dim=8, head_dim_v=8, dtype="float32")
 NEEDS = {"needs": "torch:Tensor", "devices": ()}
+HANGING = "FAKE_HANGING"  # the environment variable with a path that a hanging peer leaves a file at, once it hangs
 
 
 class FakeClock:
@@ -91,6 +93,8 @@ def unsupported(case, q, k, v):
 
 
 def hanging(case, q, k, v):
+    if path := os.environ.get(HANGING):
+        Path(path).touch()
     time.sleep(600)
 
 
@@ -103,6 +107,10 @@ for _result in (right, wrong, not_finite, failing, unsupported, hanging, crashin
     @peer(f"fake_{_result.__name__}", "a fake", **NEEDS)
     def _build(case, q, k, v, result=_result):
         return lambda: result(case, q, k, v)
+
+
+@peer("fake_missing", "a fake whose library isn't installed", needs="not_there:attention", devices=())
+def _missing(case, q, k, v): ...
 
 
 # --- a measuring process without torch: it acts on the case's batch size ----------------------------------------------
@@ -132,10 +140,10 @@ def scripted_worker(connection, crew, settings):
 
 
 def scripted_worker_on_a_gpu(connection, crew, settings):
-    """A measuring process that found a GPU and two of our peers, and answers every job with nothing."""
+    """A measuring process that found a GPU and two of our peers, and answers every job with a figure of one."""
     connection.send(("about", {"card": {"device": "cuda"}, "peers": {"ours_tma_wgmma": "", "ours_deterministic": ""}}))
     while (job := connection.recv()) is not None:
-        connection.send(("cell", Cell(job[0], job[1])))
+        connection.send(("cell", Cell(job[0], job[1], {"ours_tma_wgmma": Measurement(seconds=1e-3, samples=[1e-3])})))
     connection.send(("state", None))
 
 

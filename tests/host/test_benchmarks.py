@@ -673,13 +673,59 @@ def test_an_unfinished_run_says_so():
         (["attention", "--head-dim", "0"], "--head-dim: got '0'; a whole number of at least 1"),
         (["attention", "--compare", "missing.json"], "missing.json can't be read"),
         (["attention", "--gqa", "3"], "--heads"),
+        (["attention", "--head-dim-v", "0"], "--head-dim-v: got '0'"),
+        (["attention", "--batch", "0"], "--batch: got '0'"),
+        (["attention", "--seqlen-k", "0"], "--seqlen-k: got '0'"),
+        (["attention", "--budget", "-3"], "--budget: got '-3'; a finite number above 0"),
+        (["attention", "--burst-ms", "0"], "--burst-ms: got '0'; a finite number above 0"),
+        (["attention", "--dtype", "float64"], "invalid choice: 'float64' (choose from 'bfloat16', 'float16', 'float32')"),
+        (["attention", "--window", "-7", "0"], "--window: got '-7'; a whole number of at least -1"),
+        (["attention", "--softcap", "-3"], "--softcap: got '-3'; a finite number of at least 0"),
+        (["attention", "--softcap", "nan"], "--softcap: got 'nan'"),
+        (["attention", "--softcap", "1e300"], "softcap"),  # attention()'s own check
+        (["attention", "--json", "/nowhere/r.json"], "--json: /nowhere/r.json can't be written: its folder"),
+        (["attention", "--json", "/"], "--json: / can't be written: it is a folder"),
+        (["attention", "--csv", "/proc/r.csv"], "--csv: /proc/r.csv can't be written"),
+        (["attention", "--plot", "/proc/plots"], "--plot: "),
+        (["training", "--json", "/nowhere/r.json"], "--json: /nowhere/r.json can't be written: its folder"),
+        (["training", "--mechanism", "magic"], "invalid choice: 'magic' (choose from 'cp_async', 'tma_wgmma')"),
+        (["parts", "--json", "/nowhere/r.json"], "--json: /nowhere/r.json can't be written: its folder"),
+        (["parts", "--limit", "nan"], "--limit: got 'nan'; a finite number above 0"),
+        (["parts", "--jobs", "0"], "--jobs: got '0'"),
         (["show", "missing.json"], "missing.json can't be read"),
     ],
 )
-def test_bad_usage_is_answered_at_once(capsys, arguments, words):
+def test_bad_usage_is_answered_at_once(capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr("benchmarks.__main__.Supervisor", lambda *_: pytest.fail("something was measured"))
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert words in capsys.readouterr().err
+
+
+class StartedError(Exception):
+    """The measuring process would be started now."""
+
+
+def started(*_):
+    raise StartedError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--head-dim", "100"], "head_dim is 100; a multiple of 8"),
+        (["--head-dim-v", "512"], "head_dim_v is 512; a multiple of 8 up to 256"),
+        (["--dtype", "float32"], "dtype is torch.float32; the GPU kernels take float16 and bfloat16"),
+    ],
+)
+def test_what_our_kernels_do_not_take_is_refused_where_they_take_part(capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("benchmarks.__main__.Supervisor", started)
+    with pytest.raises(SystemExit, match="2"):
+        main(["attention", *arguments])
+    assert words in capsys.readouterr().err
+    with pytest.raises(StartedError):
+        main(["attention", "--peers", "torch_math,ours_reference", *arguments])
 
 
 def test_peers_names_those_that_are_missing(capsys):

@@ -1,10 +1,10 @@
 """The supervisor against measuring processes that hang and die, and whole runs of the command line on the CPU."""
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,8 @@ from benchmarks.peers import REGISTRY
 from benchmarks.results import Record
 from benchmarks.settings import Crew, Settings
 from tests.host import benchmarks_fakes as fakes
+from tests.host.processes import SIGINT_AT_START, group_is_gone, start, until
 
-ROOT = Path(__file__).resolve().parents[2]
 HANGS, CRASHES, LOSES_THE_DEVICE = (replace(fakes.CASE, batch=batch) for batch in (2, 3, 4))
 FINE = replace(fakes.CASE, batch=1)
 
@@ -67,7 +67,7 @@ def test_a_run_on_the_cpu_with_faulty_peers(tmp_path, capsys):
     peers = ["--peers-from", "tests.host.benchmarks_fakes", "--peers", names]
     case = ["--seqlen", "64", "--causal", "--rounds", "2", "--passes", "2", "--burst-ms", "1", "--idle-ms", "0"]
     outputs = [f"--json={tmp_path}/r.json", f"--csv={tmp_path}/r.csv", f"--plot={tmp_path}/plots"]
-    assert main(["attention", *peers, *case, *outputs]) == 0
+    assert main(["attention", *peers, *case, *outputs]) == 1
     record = Record.load(tmp_path / "r.json")
     assert record.complete
     assert [cell.case.direction for cell in record.cells] == ["forward", "backward"]
@@ -87,27 +87,53 @@ def test_a_run_on_the_cpu_with_faulty_peers(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "no CUDA GPU was found" in output
     assert "fake_crashing failed: its process died with exit status 7" in output
+    (failed,) = (line for line in output.splitlines() if line.startswith("failed: "))
+    assert all(f"fake_{name} in 2 of its cells" in failed for name in ("wrong", "failing", "crashing"))
+    assert "fake_right" not in failed
     assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".svg", ".png"}
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path):
-    """A real Ctrl-C to a real run, once its first cell is in the file."""
+INTERRUPTS = [  # as a terminal sends it: to the whole group; and as a supervisor ends a job
+    pytest.param(signal.SIGINT, os.killpg, id="SIGINT"),
+    pytest.param(signal.SIGTERM, os.kill, id="SIGTERM"),
+]
+
+
+@pytest.mark.parametrize("sigint", SIGINT_AT_START)
+@pytest.mark.parametrize(("number", "to"), INTERRUPTS)
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path, sigint, number, to):
+    """A real signal to a real run, once its first cell is in the file."""
     path = tmp_path / "r.json"
     names = ["--peers-from", "tests.host.benchmarks_fakes", "--peers", "fake_right"]
-    command = [sys.executable, "-m", "benchmarks", "attention", *names, "--rounds", "2", "--json", str(path)]
-    command += ["--seqlen", "16", *(str(32 + i) for i in range(400))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    lengths = ["--seqlen", "16", *(str(32 + i) for i in range(400))]
+    process = start(sigint, "-m", "benchmarks", "attention", *names, "--rounds", "2", "--json", str(path), *lengths)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("burst:"):
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+            to(process.pid, number)
             break
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    output, _ = process.communicate()
+    assert process.returncode == 128 + number
     assert "not completed" in output
     fields = json.loads(path.read_text())
     assert not fields["complete"]
     assert 1 <= len(fields["cells"]) < 400
+    until(lambda: group_is_gone(process))
+
+
+@pytest.mark.parametrize(("number", "to"), INTERRUPTS)
+def test_an_interrupted_first_call_leaves_no_process(tmp_path, number, to):
+    """The process whose first call it is, is a child of the one that measures."""
+    hanging = tmp_path / "hanging"
+    names = ["--peers-from", "tests.host.benchmarks_fakes", "--peers", "fake_hanging", "--kind", "first", "--forward"]
+    environment = {fakes.HANGING: str(hanging)}
+    process = start("ignored", "-m", "benchmarks", "attention", *names, "--limit", "7200", **environment)
+    until(hanging.exists)
+    to(process.pid, number)
+    output, _ = process.communicate()
+    assert process.returncode == 128 + number
+    assert "not completed" in output
+    until(lambda: group_is_gone(process))
 
 
 @pytest.fixture
@@ -171,8 +197,63 @@ def test_a_peer_that_was_lost_is_not_visited_again(scripted, tmp_path, monkeypat
     assert cell.results["good"].visits == 3
 
 
+def test_a_cell_that_everybody_has_lost_is_not_visited_again(capsys):
+    names = ["--peers-from", "tests.host.benchmarks_fakes", "--peers", "fake_failing"]
+    case = ["--seqlen", "16", "--causal", "--forward", "--rounds", "3", "--passes", "3", "--burst-ms", "1", "--idle-ms", "0"]
+    assert main(["attention", *names, *case]) == 1
+    output = capsys.readouterr().out
+    assert sum(line.startswith("burst: ") and line.endswith("fake_failing failed") for line in output.splitlines()) == 1
+    assert "failed: fake_failing in 1 of its cells" in output
+
+
+def test_a_run_in_which_nobody_takes_part_fails(capsys):
+    names = ["--peers-from", "tests.host.benchmarks_fakes", "--peers", "fake_missing"]
+    assert main(["attention", *names, "--seqlen", "16", "--causal", "--forward", "--passes", "1"]) == 1
+    output = capsys.readouterr().out
+    assert "without fake_missing: not_there:attention can't be imported" in output
+    assert "failed: no peer has given any figure" in output
+
+
+def test_a_full_disk_does_not_end_a_run(scripted, tmp_path, monkeypatch, capsys):
+    """It is said once; the exit status tells whether the results are in the file in the end."""
+    kept, full = Record.save, [True, True, False, False]
+
+    def save(record, path):
+        if full.pop(0):
+            raise OSError(28, "No space left on device")
+        kept(record, path)
+
+    monkeypatch.setattr(Record, "save", save)
+    case = ["attention", "--seqlen", "64", "--batch", "1", "--forward", "--passes", "3", "--full"]
+    path = tmp_path / "r.json"
+    assert main([*case, "--json", str(path)]) == 0
+    assert Record.load(path).complete
+    assert capsys.readouterr().out.count(f"{path} can't be written ([Errno 28] No space left on device)") == 1
+    full[:] = [False, False, False, True]
+    assert main([*case, "--json", str(path)]) == 1
+
+
+def test_results_in_a_folder_with_brackets(scripted, tmp_path, capsys):
+    """They are no markup, and none of what a peer says is."""
+    folder = tmp_path / "[bold]x[" / "nope]"
+    folder.mkdir(parents=True)
+    outputs = ["--json", str(folder / "r.json"), "--csv", str(folder / "r.csv"), "--plot", str(folder / "plots")]
+    case = ["--seqlen", "64", "--batch", "1", "--causal", "--passes", "1"]
+    assert main(["attention", *case, *outputs]) == 0
+    assert {path.name for path in folder.iterdir()} == {"r.json", "r.csv", "plots"}
+    record = Record.load(folder / "r.json")
+    record.about["card"]["name"], record.about["missing"] = "a [/card]", {"[x]": "[/why]"}
+    record.cells[0].results["[/peer]"] = fakes.Measurement("failed", "[/reason] :bug:")
+    record.save(folder / "r.json")
+    pictures = ["--plot", str(folder / "plots")] if importlib.util.find_spec("matplotlib") else []
+    assert main(["show", str(folder / "r.json"), *pictures]) == 0
+    output = capsys.readouterr().out
+    for words in ("a [/card]", "without [x]: [/why]", "[/peer] failed: [/reason] :bug:"):
+        assert words in output
+
+
 def test_a_budget_ends_a_run_early(scripted, tmp_path, capsys):
-    assert main(["attention", "--budget", "-1", "--json", str(tmp_path / "r.json")]) == 0
+    assert main(["attention", "--budget", "1e-9", "--json", str(tmp_path / "r.json")]) == 0
     record = Record.load(tmp_path / "r.json")
     assert not record.complete
     assert not record.cells
