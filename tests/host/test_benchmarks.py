@@ -5,7 +5,9 @@ import io
 import json
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -14,7 +16,7 @@ from benchmarks import ahead, anchors, compare, documents, report
 from benchmarks.__main__ import main
 from benchmarks.cases import GRIDS, Case, Grid, short, single_cases
 from benchmarks.flops import bytes_moved, flops, pairs
-from benchmarks.peers import REGISTRY, Peer, choose
+from benchmarks.peers import REGISTRY, Peer, UnsupportedError, choose
 from benchmarks.results import Cell, Measurement, Record
 from benchmarks.schedule import Schedule
 from benchmarks.settings import Settings
@@ -726,6 +728,16 @@ def test_what_our_kernels_do_not_take_is_refused_where_they_take_part(capsys, mo
     assert words in capsys.readouterr().err
     with pytest.raises(StartedError):
         main(["attention", "--peers", "torch_math,ours_reference", *arguments])
+
+
+@pytest.mark.parametrize(("capability", "missing"), [((8, 0), "sm_80 has no tma_wgmma"), ((9, 0), None)])
+def test_a_mechanism_that_a_gpu_has_not_is_unsupported(monkeypatch, capability, missing):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    q = SimpleNamespace(is_cuda=True, device="cuda")
+    for name in ("ours_tma_wgmma", "ours_deterministic"):
+        with pytest.raises(UnsupportedError, match=missing) if missing else nullcontext():
+            REGISTRY[name].build(BIG, q, q, q)
+    assert callable(REGISTRY["ours_cp_async"].build(BIG, q, q, q))
 
 
 def test_peers_names_those_that_are_missing(capsys):

@@ -123,6 +123,13 @@ def test_a_kernel_that_fails_is_reported_and_the_others_go_on(capsys, monkeypatc
     assert len(seen) == 2
 
 
+def test_a_kernel_that_is_not_kept_is_a_failure(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(fill, "compiled", lambda problem, config: None)
+    assert main([*CHEAP, "-j", "1"]) == 1
+    assert "2 not kept in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "kernels"),
     [
@@ -156,6 +163,7 @@ def test_what_options_ask_for(capsys, monkeypatch, options, kernels):
         (["compile", "--arch", "sm_80", "--mechanism", "tma_wgmma"], ["sm_80 has 'cp_async'"]),
         (["compile", "--arch", "sm_80", "--dtype", "float32"], ["float16", "bfloat16"]),
         (["compile", "--arch", "sm_80", "--head-dim", "100"], ["--head-dim: got '100'; a multiple of 8 from 8 to 256"]),
+        (["compile", "--arch", "sm_80", "--head-dim-v", "0"], ["--head-dim-v: got '0'; a multiple of 8 from 8 to 256"]),
         (["compile", "--arch", "sm_80", "-j", "0"], ["--jobs: got '0'; a whole number of at least 1"]),
         (["compile", "--arch", "sm_80", "--all", "--causal"], ["leave out --causal"]),
     ],
