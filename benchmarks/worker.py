@@ -63,6 +63,8 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
         except DeviceLostError as error:
             connection.send(("lost", error.peer, str(error)))
             return
+        except KeyboardInterrupt:  # the supervisor has ended this process, in the middle of a first call
+            return
         connection.send(("cell", cell))
     connection.send(("state", state()))
     if meter is not None:

@@ -19,7 +19,13 @@ def start(sigint: str, *arguments: str, **environment: str) -> subprocess.Popen:
     """Python with ``arguments``, in a group of its own, with SIGINT as a shell leaves it: ``ignored`` in the background."""
     command = [sys.executable, "-c", _START, sigint, *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, **environment}
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
     )
 
 

@@ -115,6 +115,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, sigint, number, to
     output, _ = process.communicate()
     assert process.returncode == 128 + number
     assert "not completed" in output
+    assert "Traceback" not in output
     fields = json.loads(path.read_text())
     assert not fields["complete"]
     assert 1 <= len(fields["cells"]) < 400
@@ -133,6 +134,7 @@ def test_an_interrupted_first_call_leaves_no_process(tmp_path, number, to):
     output, _ = process.communicate()
     assert process.returncode == 128 + number
     assert "not completed" in output
+    assert "Traceback" not in output
     until(lambda: group_is_gone(process))
 
 
