@@ -1,5 +1,6 @@
 """Exact fused attention for PyTorch, written in Python with NVIDIA's CuTe DSL."""
 
+from cute_attn import sources as sources  # first: it notes the files before any of them is read
 from cute_attn.api import attention
 
 __version__ = "0.1.0"

@@ -1,9 +1,8 @@
-"""The command line: ``python -m cute_attn {info,compile,demo} --help``."""
+"""The command line: ``python -m cute_attn {info,compile,cache,demo} --help``."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -13,8 +12,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from cute_attn import command, fill, layouts, machine
-from cute_attn.compile import cache_dir
+from cute_attn import command, fill, inventory, layouts, machine, sources
+from cute_attn.cache import LINKERS, cache_dir, linker
 from cute_attn.plan import configs
 from cute_attn.problem import Problem
 
@@ -26,6 +25,7 @@ examples:
   python -m cute_attn compile --arch sm_80 sm_86 --head-dim 128 --causal --no-lse -j 4
   python -m cute_attn compile --arch sm_90a --head-dim 128 --window-left --window-right --softcap
   python -m cute_attn compile --arch sm_90a --head-dim 128 --causal --gradients
+  python -m cute_attn cache                                           what is in it, and how much may be
   python -m cute_attn demo
 """
 
@@ -52,10 +52,9 @@ def info(options: argparse.Namespace, console: Console) -> int:
         )
     if not devices:
         table.add_row("GPU", f"none; kernels can be compiled here for {', '.join(layouts.known_targets())}")
-    kernels, size = machine.cache_entries()
-    table.add_row("cache", f"{cache_dir()}: {kernels} kernels, {size / 2**20:.1f} MiB")
-    linker = next((tool for tool in ("cc", "gcc", "clang") if shutil.which(tool)), None)
-    table.add_row("linker", linker or "none of cc, gcc, clang: kernels are kept as objects, and loading one imports the DSL")
+    table.add_row("cache", machine.cache())
+    none = f"none of {', '.join(LINKERS)}: kernels are kept as objects, and loading one imports the DSL"
+    table.add_row("linker", linker() or none)
     name, why = machine.backend()
     table.add_row("backend", Text.assemble((name, "bold green"), f": {why}"))
     if name == "cute":
@@ -89,6 +88,29 @@ def compile_kernels(options: argparse.Namespace, console: Console) -> int:
     return 1 if counts["failed"] or counts["not kept"] else 0
 
 
+def cache(options: argparse.Namespace, console: Console) -> int:
+    """``cache``: what the folder of compiled kernels holds, and clearing it."""
+    folder, ours = cache_dir(), sources.fingerprint()
+    found = inventory.entries(folder)
+    mine = [entry for entry in found if ours.startswith(entry.fingerprint)]
+    others = [entry for entry in found if entry not in mine]
+    if options.clear or options.clear_others:
+        gone = found if options.clear else others
+        inventory.remove(gone)
+        console.print(f"removed {inventory.described(gone)} from {folder}", highlight=False, soft_wrap=True)
+        return 0
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("folder", str(folder))
+    table.add_row("holds", inventory.described(found))
+    table.add_row("of this version", inventory.described(mine))
+    table.add_row("of others", inventory.described(others))
+    table.add_row("limit", f"{inventory.size_limit() / 2**20:,.1f} MiB ({inventory.CACHE_SIZE_VARIABLE})")
+    console.print(table)
+    return 0
+
+
 def demo(options: argparse.Namespace, console: Console) -> int:
     """``demo``: attention here, and what the compiler makes of the kernels."""
     from cute_attn import demo as demo_
@@ -96,7 +118,7 @@ def demo(options: argparse.Namespace, console: Console) -> int:
     return demo_.run(console)
 
 
-COMMANDS = {"info": info, "compile": compile_kernels, "demo": demo}
+COMMANDS = {"info": info, "compile": compile_kernels, "cache": cache, "demo": demo}
 
 
 def _targets_here() -> list[str]:
@@ -135,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what this machine has, and which backend a call gets and why")
+    kept = commands.add_parser("cache", help="what the compile cache holds, and clearing it")
+    clear = kept.add_mutually_exclusive_group()
+    clear.add_argument("--clear", action="store_true", help="remove every kernel; files of other programs stay")
+    clear.add_argument(
+        "--clear-others", action="store_true", help="remove kernels of other versions of cute-attn, the DSL, torch or Python"
+    )
     commands.add_parser("demo", help="attention here against float64, and what the compiler makes of the kernels")
 
     ahead = commands.add_parser("compile", help="fill the compile cache ahead of time, for any GPU")

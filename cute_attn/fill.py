@@ -16,8 +16,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from cute_attn.cache import cache_dir
 from cute_attn.command import leave_interrupts_to_parent
-from cute_attn.compile import cache_dir, compiled, entry_name
+from cute_attn.compile import compiled, entry_name
 from cute_attn.layouts.base import Config
 from cute_attn.problem import Problem
 

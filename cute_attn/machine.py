@@ -12,8 +12,8 @@ from importlib.util import find_spec
 
 import torch
 
-from cute_attn import layouts
-from cute_attn.compile import cache_dir
+from cute_attn import inventory, layouts
+from cute_attn.cache import cache_dir
 
 PACKAGES = {
     "torch": "tensors",
@@ -88,13 +88,12 @@ def backend() -> tuple[str, str]:
     return "cute", f"{best.name} runs {best.mechanisms[0]} ({best.target}, {best.module})"
 
 
-def cache_entries() -> tuple[int, int]:
-    """``(kernels, bytes)`` in the cache folder, those of other versions included."""
+def cache() -> str:
+    """The cache folder and what it holds, in a line, or why there is none."""
     try:
-        files = [path for path in cache_dir().iterdir() if path.is_file()]
-        return sum(path.suffix == ".json" for path in files), sum(path.stat().st_size for path in files)
-    except OSError:
-        return 0, 0
+        return f"{cache_dir()}: {inventory.described(inventory.entries(cache_dir()))}"
+    except OSError as error:
+        return f"none: {error}"
 
 
 def system() -> str:

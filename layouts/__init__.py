@@ -16,6 +16,8 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from types import ModuleType
 
+from cute_attn import sources
+
 from .base import Config, Gpu
 
 ENTRY_POINTS = "cute_attn.layouts"
@@ -115,6 +117,7 @@ def register(module: ModuleType) -> None:
                     f"{module.__name__} serves {' and '.join(taken)}, which {source(other)} serves already: "
                     f"change its GPU.targets, or edit that module's tables"
                 )
+        sources.note((module, *module.MECHANISMS.values(), *getattr(module, "BACKWARD", {}).values()))
         MODULES.append(module)
 
 

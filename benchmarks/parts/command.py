@@ -196,7 +196,7 @@ def find_target(arch: str | None) -> tuple[str, bool]:
 
 
 def cache_folder() -> Path:
-    from cute_attn.compile import cache_dir
+    from cute_attn.cache import cache_dir
 
     return cache_dir() / "parts"
 

@@ -160,7 +160,7 @@ def name_of(kernel: Kernel) -> str:
 @lru_cache(maxsize=1)
 def _fingerprint() -> str:
     """The project's own fingerprint, and the sources here."""
-    from cute_attn.compile import fingerprint
+    from cute_attn.sources import fingerprint
 
     digest = hashlib.sha256(fingerprint().encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):

@@ -9,7 +9,7 @@ import pytest
 
 from cute_attn import fill, layouts, machine
 from cute_attn.__main__ import main
-from cute_attn.compile import CACHE_DIR_VARIABLE
+from cute_attn.cache import CACHE_DIR_VARIABLE
 
 needs_dsl = pytest.mark.skipif(bool(machine.missing()), reason=f"{machine.missing()} not installed")
 CHEAP = ["compile", "--arch", "sm_80", "--head-dim", "32", "--causal"]  # with and without the LSE: two kernels
@@ -25,11 +25,12 @@ def usage_error(capsys, *arguments: str) -> str:
 
 def test_info(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
-    (tmp_path / "one.json").write_text("{}")
-    (tmp_path / "one.so").write_bytes(b"x")
+    name = f"cp_async_sm_80_bfloat16_d64_{12 * 'a'}_{24 * 'b'}"
+    (tmp_path / f"{name}.json").write_text("{}")
+    (tmp_path / f"{name}.so").write_bytes(b"x")
     assert main(["info"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 kernels, 0.0 MiB" in said
+    assert "1 kernel, 0.0 MiB" in said
     assert str(tmp_path) in said.replace(" ", "")
     for package in machine.PACKAGES:
         assert package in said

@@ -18,7 +18,7 @@ from benchmarks.__main__ import _parser as benchmarks_parser
 from cute_attn import command, fill, machine
 from cute_attn.__main__ import _parser as package_parser
 from cute_attn.__main__ import main
-from cute_attn.compile import CACHE_DIR_VARIABLE
+from cute_attn.cache import CACHE_DIR_VARIABLE
 from cute_attn.layouts.__main__ import _parser as layouts_parser
 from cute_attn.problem import GPU_DTYPES
 from tests.host.processes import ROOT, SIGINT_AT_START, group_is_gone, start, until
