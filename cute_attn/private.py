@@ -48,9 +48,9 @@ any_autocast_enabled: Callable[[], bool] = _bound("torch._C._is_any_autocast_ena
 transforms_active: Callable[[], bool] = _bound(
     "torch._C._are_functorch_transforms_active", "whether torch.func transforms a call"
 )
-dual_level: Callable[[], int] = partial(  # a variable of theirs: -1 outside
-    getattr, *_holder("torch.autograd.forward_ad._current_level", "whether a call is inside of dual_level()")
-)
+# A variable of theirs: -1 outside.
+_level = _holder("torch.autograd.forward_ad._current_level", "whether a call is inside of dual_level()")
+dual_level: Callable[[], int] = partial(getattr, *_level)
 current_device: Callable[[], int] = _of_cuda("torch._C._cuda_getDevice", "which device is current")
 raw_stream: Callable[[int], int] = _of_cuda("torch._C._cuda_getCurrentRawStream", "a device's current stream")
 

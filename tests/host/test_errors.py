@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from cute_attn import attention, compile, launch, layouts, plan, problem
+from cute_attn import attention, cache, compile, launch, layouts, plan, problem
 
 HALF = torch.bfloat16
 
@@ -456,7 +456,7 @@ def test_attention_on_hopper_without_the_dsl(row, monkeypatch, tmp_path):
     pretend_capability(monkeypatch, (9, 0))
     monkeypatch.setitem(sys.modules, "cutlass.cute", None)  # importing it now fails as if it were not installed
     monkeypatch.setattr(compile, "_memory", {})
-    monkeypatch.setenv(compile.CACHE_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache.CACHE_DIR_VARIABLE, str(tmp_path))
     assert_raises(row)
 
 
