@@ -28,6 +28,8 @@ class Staged(Forward):
     def __init__(self, problem, config, stages: Stages):
         super().__init__(problem, config)
         self.stages = stages
+        if stages != Stages():  # what a variant leaves in O need not be finite, and is not to be done again
+            self.guarded = False
         self.kept: Any = None  # scores, where no product makes them
 
     def _shared(self):

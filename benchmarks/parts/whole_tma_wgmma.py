@@ -30,6 +30,8 @@ class Staged(Forward):
     def __init__(self, problem, config, stages: Stages):
         super().__init__(problem, config)
         self.stages = stages
+        if stages != Stages():  # what a variant leaves in O need not be finite, and is not to be done again
+            self.guarded = False
         self.kept: Any = None  # scores, where no product makes them
 
     def _setup(self):
@@ -44,12 +46,10 @@ class Staged(Forward):
         return shared, Pipelines(NoPipe(), NoPipe(), NoPipe())
 
     def _copy_q(self, *arguments):
-        if self.stages.loads:
-            Forward._copy_q(self, *arguments)
+        return Forward._copy_q(self, *arguments) if self.stages.loads else None
 
     def _copy_k_v(self, *arguments):
-        if self.stages.loads:
-            Forward._copy_k_v(self, *arguments)
+        return Forward._copy_k_v(self, *arguments) if self.stages.loads else None
 
     def _worker(self):
         me = Forward._worker(self)
