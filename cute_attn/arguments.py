@@ -11,9 +11,12 @@ import math
 import numbers
 import operator
 import reprlib
+from contextlib import suppress
 
 import numpy as np
 import torch
+
+from cute_attn.private import is_transformed
 
 MASKS = (
     "True or False is needed, and no argument takes a mask: causal and window are the masks there are; for any other try "
@@ -34,28 +37,29 @@ def flag(name: str, value: object) -> bool:
     raise TypeError(f"{name} is {shown(value)}; True or False is needed, a bool: try {name}=True, or leave it out")
 
 
-def integer(name: str, value: object, needed: str) -> int:
-    """``value`` as an int: whatever ``operator.index`` takes, but no bool. ``needed`` says what is needed, for messages."""
+def integer(name: str, value: object, otherwise: str) -> int:
+    """``value`` as an int: whatever ``operator.index`` takes, but no bool. ``otherwise`` is what else may be passed."""
+    needed = f"an int is needed, {otherwise}"
     scalar = _scalar(name, value, needed)
     if not isinstance(scalar, (bool, np.bool_)):
-        try:
+        with suppress(TypeError):
             return operator.index(scalar)  # type: ignore[arg-type]
-        except TypeError:
-            pass
     raise TypeError(f"{name} is {shown(value)}; {needed}")
 
 
-def number(name: str, value: object, needed: str) -> float:
-    """``value`` as a finite float: any real number, or what ``operator.index`` takes, but no bool."""
+def number(name: str, value: object, otherwise: str) -> float:
+    """``value`` as a finite float: any real number, or what ``operator.index`` takes, but no bool. ``otherwise`` as above."""
+    needed = f"a finite number is needed, {otherwise}"
     scalar = _scalar(name, value, needed)
-    if isinstance(scalar, (bool, np.bool_)) or not (isinstance(scalar, numbers.Real) or hasattr(scalar, "__index__")):
-        raise TypeError(f"{name} is {shown(value)}; {needed}: try float({name})")
+    real = isinstance(scalar, numbers.Real) and not isinstance(scalar, bool)
     try:
-        result = float(scalar if isinstance(scalar, numbers.Real) else operator.index(scalar))  # type: ignore[arg-type]
+        result = float(scalar if real else integer(name, scalar, ""))  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is {shown(value)}; {needed}: try float({name})") from None
     except OverflowError:
         result = math.inf
     if not math.isfinite(result):
-        raise ValueError(f"{name} is {shown(value)}; {needed}, a finite one")
+        raise ValueError(f"{name} is {shown(value)}; {needed}")
     return result
 
 
@@ -67,16 +71,16 @@ def name_of(argument: str, value: object, needed: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in a message: its type, and itself where that is short."""
+    """A value in a message: numbers as they are, of others the type, and themselves as far as that is short."""
     kind = type(value).__name__
     if isinstance(value, (torch.Tensor, np.ndarray)):
         nested = isinstance(value, torch.Tensor) and value.is_nested
         return f"a {kind} of {'several shapes' if nested else f'shape {tuple(value.shape)}'} and dtype {value.dtype}"
-    if value is None:
-        return "None"
     article = "an" if kind[0] in "aeiou" else "a"
     if isinstance(value, int) and value.bit_length() > 256:
         return f"{article} {kind} of about {int(value.bit_length() * math.log10(2)) + 1} digits"
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
     try:
         return f"{article} {kind}, {reprlib.repr(value)}"
     except ValueError:  # Python refuses to print an int of thousands of digits, which may be somewhere in it
@@ -84,9 +88,9 @@ def shown(value: object) -> str:
 
 
 def _scalar(name: str, value: object, needed: str) -> object:
-    """``value``, or what is in it if it is a tensor of 0 dimensions that can be read at no cost and for good."""
+    """``value``, or what is in it if it is an array or a tensor of 0 dimensions, which can be read now and at no cost."""
     if not isinstance(value, torch.Tensor):
-        return value
+        return value[()] if isinstance(value, np.ndarray) and not value.ndim else value
     got = f"{name} is {shown(value)}"
     if value.dim():
         raise TypeError(f"{got}; {needed}, so a tensor of 0 dimensions: try {name}.item() if it has one element")
@@ -128,7 +132,7 @@ def check_memory(name: str, x: torch.Tensor) -> None:
     if x.device.type not in ("cpu", "cuda"):
         return
     try:
-        address = None if torch._C._functorch.is_functorch_wrapped_tensor(x) else x.data_ptr()
+        address = None if is_transformed(x) else x.data_ptr()
     except RuntimeError:  # of the vmap that torch.autograd has for itself
         address = None
     if address is None:
@@ -143,7 +147,7 @@ def check_memory(name: str, x: torch.Tensor) -> None:
             f"{name} is a {type(x).__name__}, a subclass of torch.Tensor without memory of its own (its address is 0); a "
             f"tensor that holds its values is needed: pass the one that {name} wraps, or try backend='reference'"
         )
-    raise ValueError(
+    raise RuntimeError(
         f"{name} has shape {tuple(x.shape)} and no memory (its address is 0); memory is needed: if its storage was freed or "
         f"resized to 0, as sharded parameters' is between uses, fill it again before the call"
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 NAMES: list[str] = []  # of torch's, those that only a build with CUDA has left out where this one has none
+COLLECTIVES = "torch.distributed._functional_collectives"  # who passes a tensor of its has imported it, and nobody else
 DSL_NAMES = ("__extract_mlir_values__", "__new_from_mlir_values__")
 
 
@@ -51,6 +52,13 @@ transforms_active: Callable[[], bool] = _bound(
 # A variable of theirs: -1 outside.
 _level = _holder("torch.autograd.forward_ad._current_level", "whether a call is inside of dual_level()")
 dual_level: Callable[[], int] = partial(getattr, *_level)
+is_batched: Callable[[torch.Tensor], bool] = _bound("torch._C._functorch.is_batchedtensor", "whether torch.vmap maps a tensor")
+is_transformed: Callable[[torch.Tensor], bool] = _bound(
+    "torch._C._functorch.is_functorch_wrapped_tensor", "whether a tensor stands for others inside of torch.func"
+)
+FakeTensor: Any = _bound("torch._subclasses.fake_tensor.FakeTensor", "whether a tensor has a shape only")
+FunctionalTensor: Any = _bound("torch._subclasses.functional_tensor.FunctionalTensor", "whether torch traces a call")
+tracer: Callable[[], Any] = _bound("torch.fx.experimental.proxy_tensor.get_proxy_mode", "whether torch traces a call")
 current_device: Callable[[], int] = _of_cuda("torch._C._cuda_getDevice", "which device is current")
 raw_stream: Callable[[int], int] = _of_cuda("torch._C._cuda_getCurrentRawStream", "a device's current stream")
 
