@@ -320,7 +320,9 @@ from cute_attn.command import interrupted, interruptible
 from cute_attn.fill import processes
 try:
     with interruptible(), processes(2) as pool:
-        pool.submit(os.getpid).result()
+        up = set()
+        while len(up) < 2:  # one that starts up still takes Ctrl-C for its own, and says so
+            up |= {future.result() for future in [pool.submit(os.getpid) for _ in range(8)]}
         busy = [pool.submit(time.sleep, 3600) for _ in range(4)]
         print("busy", flush=True)
         busy[0].result()
