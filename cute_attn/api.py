@@ -8,12 +8,16 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
-from cute_attn import launch, reference
+from cute_attn import launch, reference, wrapped
+from cute_attn.arguments import flag, name_of
 from cute_attn.autograd import Attention
+from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dual_level, transforms_active
 from cute_attn.problem import check_call, check_tensors_for_gpu, problem_of
 
 BACKENDS = ("auto", "cute", "reference")
+_ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def attention(
@@ -59,6 +63,14 @@ def attention(
             ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
         mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.
 
+    Flags are bools, numbers are real or have an ``__index__``, from Python, numpy or a tensor of 0 dimensions on the CPU; a
+    bool is no number, and 1 is no flag. ``scale`` and ``softcap`` are numbers that float32 can hold, and so are the products
+    that scores are multiplied by (``scale · log2 e``, ``softcap · log2 e``, ``scale / softcap``), whatever the backend.
+
+    Tensors that stand for others are taken too: the result of an asynchronous collective is waited for (on the current
+    stream); DTensors that are sharded by batch or heads, or replicated, q, k and v alike, are computed shard by shard; under
+    ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta.
+
     dtypes: float16 and bfloat16 on the GPU (products in float32), these, float32 and float64 in the reference. Head dims
     on the GPU: multiples of 8 up to 256, for q/k and v separately.
 
@@ -69,16 +81,26 @@ def attention(
     Raises:
         TypeError: an argument of a wrong kind.
         ValueError: shapes, dtypes, devices, strides, alignment or values that don't fit.
-        NotImplementedError: a GPU without kernels, a missing DSL, forward-mode differentiation or a transform of
-            ``torch.func``.
+        RuntimeError: a tensor whose storage was freed.
+        NotImplementedError: a GPU without kernels, a missing DSL, forward-mode differentiation, a transform of
+            ``torch.func`` other than ``vmap``, or several gradients at once (``is_grads_batched=True``).
 
     Algorithm: FlashAttention (Dao et al., arXiv:2205.14135; backward arXiv:2307.08691; on Hopper arXiv:2407.08608).
     """
     if any_autocast_enabled():
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transforms_active()
+    if not plain and (handle := wrapped.handler(q, k, v)):
+        rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
+        return handle(attention, q, k, v, rules, others)
     call = check_call(q, k, v, scale, causal, window, softcap)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; one of {', '.join(map(repr, BACKENDS))} is needed")
+    if not type(return_lse) is type(deterministic) is bool:
+        return_lse, deterministic = flag("return_lse", return_lse), flag("deterministic", deterministic)
+    if type(backend) is not str or backend not in BACKENDS:
+        backend = _backend(backend)
+    if mechanism is not None and type(mechanism) is not str:
+        mechanism = mechanism_name(mechanism)
     on_gpu = q.is_cuda
     on_reference = backend == "reference" or (backend == "auto" and not on_gpu)
     if on_reference:
@@ -93,15 +115,30 @@ def attention(
         )
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if differentiated:
         _refuse_transforms()
-        passes = _REFERENCE if on_reference else _passes(mechanism, deterministic)
-        out, lse = Attention.apply(q, k, v, call, *passes)
+    passes = None
+    if (on_reference or not plain) and not wrapped.holds_values(q, k, v, on_reference):
+        passes = _SHAPES
     elif on_reference:
-        out, lse = _REFERENCE[0](q, k, v, call)
-    else:
+        passes = _REFERENCE
+    elif differentiated:
+        passes = _passes(mechanism, deterministic)
+    if passes is None:
         out, lse = _forward(q, k, v, call, return_lse, mechanism)
+    elif differentiated:
+        out, lse = Attention.apply(q, k, v, call, *passes)
+    else:
+        out, lse = passes[0](q, k, v, call)
     return (out, lse) if return_lse else out
+
+
+def _backend(backend: object) -> str:
+    backend = name_of("backend", backend, _ONE_BACKEND)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; {_ONE_BACKEND}")
+    return backend
 
 
 def _autocast(x):
@@ -129,6 +166,7 @@ def _outside_autocast(function: Callable) -> Callable:
 
 
 _REFERENCE = _outside_autocast(reference.attention), _outside_autocast(reference.gradients)
+_SHAPES = wrapped.shapes_only, wrapped.shapes_of_gradients
 
 
 def _refuse_tangents(*tensors: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from cute_attn.problem import Call
+from cute_attn.wrapped import gradient
 
 
 class Attention(torch.autograd.Function):
@@ -36,6 +37,7 @@ class Attention(torch.autograd.Function):
         if not needs or (dout is None and dlse is None):
             return (None,) * 6
         q, k, v, out, lse = ctx.saved_tensors
+        dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
         dout = torch.zeros_like(out) if dout is None else dout
         return *_Gradients.apply(q, k, v, out, lse, dout, dlse, ctx.call, needs, ctx.gradients), None, None, None
 

@@ -7,12 +7,15 @@ of ``scale``, ``window`` and ``softcap`` are run-time values; they live in :clas
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NoReturn
 
 import torch
+
+from cute_attn.arguments import check_layout, check_memory, flag, integer, number, shown
+from cute_attn.rules import score_scales
 
 GPU_DTYPES = (torch.float16, torch.bfloat16)
 ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -21,6 +24,10 @@ HEAD_DIM_STEP = 8
 HEAD_DIM_MAX = 256
 ALIGN_BYTES = 16  # TMA and 16-byte cp.async both need it of the base address and of every stride
 ALIGN_ELEMENTS = ALIGN_BYTES // 2  # the same for a stride counted in elements, of either of GPU_DTYPES
+GRADIENTS = ("", "q", "k", "v", "qk", "qv", "kv", "qkv")
+TINY, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # below TINY digits are lost
+SCALES, SOFTCAPS = "or None for 1/√head_dim", "above 0, or 0 for none"
+UNBOUNDED = "with None or -1 for an unbounded side"
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,15 @@ class Problem:
     return_lse: bool = False
     gradients: str = ""
     deterministic: bool = False
+
+    def __post_init__(self):
+        """A value of another kind would be another key, even if it is equal."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value).__name__ != field.type:
+                raise TypeError(f"Problem's {field.name} is {shown(value)}; a value of type {field.type} is needed")
+        if self.gradients not in GRADIENTS:
+            raise ValueError(f"Problem's gradients is {self.gradients!r}; one of {GRADIENTS} is needed")
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -87,8 +103,8 @@ class Call:
 def check_call(q, k, v, scale, causal, window, softcap) -> Call:
     """Check what holds for every backend, and return the call's run-time values.
 
-    Raises ``TypeError`` for what is not a tensor or a number and ``ValueError`` for shapes, dtypes and values that
-    don't fit together; each message says what was got, what is needed and what to try.
+    Raises ``TypeError`` for a value of a wrong kind and ``ValueError`` for shapes, dtypes and values that don't fit
+    together; each message says what was got, what is needed and what to try.
     """
     try:
         batch, seqlen_q, heads, head_dim = q.shape
@@ -109,16 +125,20 @@ def check_call(q, k, v, scale, causal, window, softcap) -> Call:
             and head_dim
             and head_dim_v
         )
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
         fits = False
     if not fits:
         _explain_misfit(q, k, v)
+    if type(causal) is not bool:
+        causal = flag("causal", causal)
     if window is None:
         left, right = None, (0 if causal else None)
     else:
         left, right = _edges(causal, window, seqlen_q + seqlen_k)
-    scale = head_dim**-0.5 if scale is None else _scale(scale)
-    softcap = _softcap(softcap) if softcap else 0.0
+    if scale is None and type(softcap) is float and not softcap:
+        scale = head_dim**-0.5
+    else:
+        scale, softcap = _scores(head_dim**-0.5 if scale is None else scale, softcap)
     return Call(batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v, scale, left, right, softcap)
 
 
@@ -129,6 +149,7 @@ def _explain_misfit(q, k, v) -> NoReturn:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed: try torch.as_tensor({name})")
     for name, x in tensors.items():
+        check_layout(name, x)
         if x.dim() != 4:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; 4 dimensions (batch, seqlen, heads, head_dim) are needed: "
@@ -181,23 +202,23 @@ def check_tensors_for_gpu(q, k, v, call: Call):
 
     Returns q, k, v as the kernels can read them: the same memory, see :func:`check_strides`.
     """
-    fits = (
-        q.dtype in GPU_DTYPES
+    check_for_kernels(q.dtype, call)
+    return (
+        q if is_aligned(q) else check_strides("q", q),
+        k if is_aligned(k) else check_strides("k", k),
+        v if is_aligned(v) else check_strides("v", v),
+    )
+
+
+def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
+    """Check what the kernels need of a call whose tensors need not exist."""
+    if (
+        dtype in GPU_DTYPES
         and not (call.head_dim % HEAD_DIM_STEP or call.head_dim > HEAD_DIM_MAX)
         and not (call.head_dim_v % HEAD_DIM_STEP or call.head_dim_v > HEAD_DIM_MAX)
         and (call.scale > 0.0 or call.softcap)
-    )
-    if not fits:
-        _explain_gpu_misfit(q.dtype, call)
-    return (
-        q if _is_aligned(q) else check_strides("q", q),
-        k if _is_aligned(k) else check_strides("k", k),
-        v if _is_aligned(v) else check_strides("v", v),
-    )
-
-
-def _explain_gpu_misfit(dtype: torch.dtype, call: Call) -> NoReturn:
-    """Say which of check_tensors_for_gpu's conditions a call breaks."""
+    ):
+        return
     if dtype not in GPU_DTYPES:
         raise ValueError(
             f"dtype is {dtype}; the GPU kernels take float16 and bfloat16: try .to(torch.bfloat16), or backend='reference'"
@@ -214,14 +235,32 @@ def _explain_gpu_misfit(dtype: torch.dtype, call: Call) -> NoReturn:
     )
 
 
-def _is_aligned(x: torch.Tensor) -> bool:
+def is_aligned(x: torch.Tensor) -> bool:
     """One look for the usual case: every address that a row of a GPU dtype can have is a multiple of 16 bytes."""
-    s0, s1, s2, s3 = x.stride()
-    return s3 == 1 and not (s0 | s1 | s2) % ALIGN_ELEMENTS and not x.data_ptr() % ALIGN_BYTES
+    try:
+        s0, s1, s2, s3 = x.stride()
+        address = x.data_ptr()
+    except RuntimeError:  # a tensor without memory of its own: check_strides says which
+        return False
+    return bool(s3 == 1 and address) and not ((s0 | s1 | s2) % ALIGN_ELEMENTS or address % ALIGN_BYTES)
 
 
 def check_strides(name: str, x: torch.Tensor) -> torch.Tensor:
-    """Check that 16-byte copies can read ``x``: last dimension contiguous, address and strides multiples of 16 bytes.
+    """Check that 16-byte copies can read ``x``: memory of its own, last dimension contiguous, address and strides multiples
+    of 16 bytes. Returns ``x`` as the kernels can read it: the same memory, see :func:`strides_for_kernels`.
+    """
+    check_memory(name, x)
+    view = strides_for_kernels(name, x)
+    if x.data_ptr() % ALIGN_BYTES:
+        raise ValueError(
+            f"{name} starts at an address that is {x.data_ptr() % ALIGN_BYTES} past a multiple of {ALIGN_BYTES} bytes; "
+            f"a multiple is needed: try {name}.clone()"
+        )
+    return view
+
+
+def strides_for_kernels(name: str, x: torch.Tensor) -> torch.Tensor:
+    """Check the strides of ``x``, which may have a shape only.
 
     The stride of a dimension of size 1 is never used, so any is welcome; but the compiled kernels count on multiples, so
     what is returned is a view of ``x`` that has one there.
@@ -231,11 +270,6 @@ def check_strides(name: str, x: torch.Tensor) -> torch.Tensor:
     if last != 1 and x.shape[-1] > 1:
         raise ValueError(
             f"the last dimension of {name} has stride {last}; 1 is needed (head_dim contiguous): try {name}.contiguous()"
-        )
-    if x.data_ptr() % ALIGN_BYTES:
-        raise ValueError(
-            f"{name} starts at an address that is {x.data_ptr() % ALIGN_BYTES} past a multiple of {ALIGN_BYTES} bytes; "
-            f"a multiple is needed: try {name}.clone()"
         )
     for stride, extent in zip(outer, x.shape, strict=False):
         if extent > 1 and stride * size % ALIGN_BYTES:
@@ -247,20 +281,33 @@ def check_strides(name: str, x: torch.Tensor) -> torch.Tensor:
     return x.as_strided(x.shape, [unused if n == 1 else s for s, n in zip(outer, x.shape, strict=False)] + [last])
 
 
-def _scale(scale) -> float:
-    if not isinstance(scale, (int, float)):
-        raise TypeError(f"scale is a {type(scale).__name__}; a number is needed: try float(scale), or None for 1/√head_dim")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; a finite number is needed, or None for 1/√head_dim")
-    return float(scale)
+def _scores(scale, softcap) -> tuple[float, float]:
+    """Scale and softcap, checked: with them float32 can hold what a score is multiplied by. One rule for every backend."""
+    if type(scale) is not float:
+        scale = number("scale", scale, SCALES)
+    if type(softcap) is not float:
+        softcap = 0.0 if softcap is None else number("softcap", softcap, SOFTCAPS)
+    log2, by_cap = score_scales(scale, softcap)
+    fits = TINY <= abs(scale) <= LARGEST and TINY <= abs(log2) <= LARGEST
+    if not (fits and (softcap == 0.0 or (softcap > 0.0 and TINY <= abs(by_cap) <= LARGEST))):
+        _check_scores(scale, softcap)
+    return scale, softcap
 
 
-def _softcap(softcap) -> float:
-    if not isinstance(softcap, (int, float)):
-        raise TypeError(f"softcap is a {type(softcap).__name__}; a number is needed, or 0 for none: try float(softcap)")
-    if not (math.isfinite(softcap) and softcap >= 0.0):
-        raise ValueError(f"softcap is {softcap}; a finite number ≥ 0 is needed: 0 is none")
-    return float(softcap)
+def _check_scores(scale: float, softcap: float) -> None:
+    """Refuse a scale or a softcap that _scores could not pass at first sight, in words; a scale of 0 is none of these."""
+    number("scale", scale, SCALES)
+    number("softcap", softcap, SOFTCAPS)
+    if softcap < 0.0:
+        raise ValueError(f"softcap is {softcap}; a number ≥ 0 is needed, or 0 for none")
+    names = ("softcap · log2 e", "scale / softcap", "scale") if softcap else ("scale · log2 e",)
+    for name, factor in zip(names, (*score_scales(scale, softcap), scale), strict=False):
+        if not (TINY <= abs(factor) <= LARGEST or factor == scale == 0.0):
+            raise ValueError(
+                f"{name} is {factor:.3g}, with scale {scale:.3g} and softcap {softcap:.3g}; scores and gradients are "
+                f"multiplied by it in float32, so from {TINY:.3g} to {LARGEST:.3g} is needed: "
+                f"try scale=None, for 1/√head_dim, and a softcap such as 50"
+            )
 
 
 def _edges(causal, window, farthest: int) -> tuple[int | None, int | None]:
@@ -269,13 +316,13 @@ def _edges(causal, window, farthest: int) -> tuple[int | None, int | None]:
     No query sees farther than ``farthest``, the sum of the lengths; a greater reach, which 32 bits might not hold, is cut.
     """
     if not (isinstance(window, (tuple, list)) and len(window) == 2):
-        raise TypeError(f"window is {window!r}; a pair (left, right) is needed, with None or -1 for an unbounded side")
+        raise TypeError(f"window is {shown(window)}; a pair (left, right) is needed, {UNBOUNDED}")
     edges: list[int | None] = []
     for side, reach in zip(("left", "right"), window, strict=True):
-        if reach is not None and not isinstance(reach, int):
-            raise TypeError(f"window's {side} side is a {type(reach).__name__}; an int is needed, or None for unbounded")
+        if reach is not None and type(reach) is not int:
+            reach = integer(f"window's {side} side", reach, "or None for unbounded")
         if reach is not None and reach < -1:
-            raise ValueError(f"window's {side} side is {reach}; an int ≥ 0 is needed, or None or -1 for unbounded")
+            raise ValueError(f"window's {side} side is {shown(reach)}; an int ≥ 0 is needed, or None or -1 for unbounded")
         edges.append(None if reach is None or reach == -1 else min(reach, farthest))
     left, right = edges
     return left, (0 if right is None else min(right, 0)) if causal else right

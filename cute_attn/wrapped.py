@@ -14,15 +14,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from cute_attn.arguments import check_memory, computes_in_its_own_way
-from cute_attn.problem import Call, check_call, check_tensors_for_gpu
+from cute_attn.private import COLLECTIVES, FakeTensor, FunctionalTensor, is_batched, tracer
+from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_kernels
 
 TRACED = (FakeTensor, FunctionalTensor)  # torch's own, with which it finds out what is computed
-COLLECTIVES = "torch.distributed._functional_collectives"
 DTENSORS = "torch.distributed.tensor"
 
 
@@ -30,7 +27,7 @@ def handler(q, k, v) -> Callable | None:
     """The function that calls ``attention`` on what is inside q, k, v and wraps what it returns; None where they are what is
     to be read. It takes ``(attention, q, k, v, rules, others)``: the keywords of ``check_call``, and the remaining ones."""
     tensors = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if isinstance(x, torch.Tensor)}
-    if any(torch._C._functorch.is_batchedtensor(x) for x in tensors.values()):
+    if any(is_batched(x) for x in tensors.values()):
         return _mapped
     if any(_is(x, COLLECTIVES, "AsyncCollectiveTensor") for x in tensors.values()):
         return _waited
@@ -162,7 +159,7 @@ class _Mapped(torch.autograd.Function):
 # ---- shapes without values -------------------------------------------------------------------------------------------
 
 
-def holds_values(q, k, v) -> bool:
+def holds_values(q, k, v, on_reference: bool) -> bool:
     """Whether the inputs, which ``check_call`` has passed, have values, and not just shapes as fake and meta tensors do.
 
     While torch traces a graph, what has only a shape stands for values. Refuses what can't be read at all.
@@ -179,19 +176,31 @@ def holds_values(q, k, v) -> bool:
             f"q, k, v are a {', a '.join(type(x).__name__ for x in (q, k, v))}; all or none with values is needed: "
             f"try fake_mode.from_tensor of the others"
         )
-    return get_proxy_mode() is not None
+    if q.is_cuda and not torch.cuda.is_available() and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise NotImplementedError(
+            "gradients of fake CUDA tensors are asked for where there is no CUDA; torch's autograd needs the device's stream: "
+            "try torch.no_grad(), or tensors on the device 'meta'"
+        )
+    tracing = tracer() is not None
+    if tracing and not on_reference:
+        raise NotImplementedError(
+            "a graph is traced from fake tensors, and the kernels are no operators that it could have; tensors with values "
+            "are needed: trace with backend='reference'"
+        )
+    return tracing
 
 
-def shapes_only(q, k, v, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The forward pass of tensors that have shapes only, as ``cute_attn.autograd.Attention`` calls it."""
+def shapes_only(q, k, v, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out, lse)`` of tensors that have shapes only."""
     if q.is_cuda:
-        check_tensors_for_gpu(q[:0], k[:0], v[:0], call)  # without elements: with strides, and without an address
+        check_for_kernels(q.dtype, call)
+        for name, x in zip("qkv", (q, k, v), strict=True):
+            strides_for_kernels(name, x)
     out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=dtype)
-    return out, lse, lse
+    return out, q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=dtype)
 
 
 def shapes_of_gradients(q, k, v, out, kept, dout, dlse, call: Call, needs: str):
-    """The backward pass of tensors that have shapes only."""
+    """The backward pass of tensors that have shapes only, as ``cute_attn.autograd.Attention`` calls it."""
     return tuple(x.new_empty(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
