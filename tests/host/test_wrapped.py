@@ -1,0 +1,600 @@
+"""Tensors that stand for others, or for a shape: each works, or is refused in words, and no null pointer is ever launched.
+
+GPUs are played by tensors that say they lie on one and by a launch that looks at what it is given; processes by a group of
+one, by torch's group that only pretends to communicate, and, once, by two that do.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from cute_attn import arguments, attention, launch, problem, wrapped
+from tests.host.test_arguments import KINDS, fake, inputs, k, q, v
+from tests.host.test_errors import Row, assert_raises, raises, reached, table
+from tests.support import make_qkv
+
+RULES = {"causal": True, "window": (30, None), "softcap": 5.0}
+
+
+# ---- tensors without memory of their own -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Tensors say they lie on a GPU. What its kernels are given, each time: every tensor has memory. They do nothing."""
+    given = []
+
+    def launched(function, blocks, device, call, *tensors):
+        tensors = [x for x in tensors if x is not None]
+        assert all(x.data_ptr() for x in tensors), "a null pointer"
+        given.append(tensors)
+        for x in tensors[3:]:
+            x.zero_()
+
+    def gradients(call, mechanism, needs, deterministic, q, k, v, out, lse, dout, dlse):
+        assert all(x.data_ptr() for x in (q, k, v, out, lse, dout)), "a null pointer"
+        given.append((q, k, v, dout))
+        return tuple(torch.zeros_like(x) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr(launch, "prepared", lambda problem, mechanism, device: (problem, 1))
+    monkeypatch.setattr(launch, "launch", launched)
+    monkeypatch.setattr(launch, "gradients", gradients)
+    return given
+
+
+@contextmanager
+def world(backend="gloo", size=1):
+    """A process group of this process alone, or, ``"fake"``, as rank 0 of several that it never hears of."""
+    store = torch.distributed.HashStore() if backend == "gloo" else FakeStore()
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def freed(x):
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that holds another and has a way of its own to compute."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("nothing is asked of it")
+
+
+class Named(torch.Tensor):
+    """A tensor with memory, and nothing but a name."""
+
+
+def on_meshes(shape, *placements, change=None):
+    """A call of DTensors on a mesh of four pretended processes."""
+    with world("fake", math.prod(shape)):
+        mesh = init_device_mesh("cpu", shape)
+        tensors = [DTensor.from_local(x, mesh, placements, run_check=False) for x in (q, k, v)]
+        return attention(*(tensors if change is None else change(mesh, *tensors)), return_lse=True, **RULES)
+
+
+def batched_gradients(vectorized):
+    x = q.clone().requires_grad_()
+    out = attention(x, k, v)
+    vectorized(out, x, torch.stack([out, out]).detach())
+
+
+def of_two_gradients(out, x, douts):
+    torch.autograd.grad(out, x, douts, is_grads_batched=True)
+
+
+def of_mapped_gradients(out, x, douts):
+    torch.vmap(lambda dout: torch.autograd.grad(out, x, dout))(douts)
+
+
+def of_a_jacobian(out, x, douts):
+    torch.autograd.functional.jacobian(lambda x: attention(x, k, v), x.detach(), vectorize=True)
+
+
+def legacy_vmap(q):
+    torch._vmap_internals._vmap(lambda q: attention(q, k, v))(torch.stack([q, q]))
+
+
+MESH_PLACEMENTS = "Shard(0), the batch, Shard(2), the heads, or Replicate() is needed"
+TENSORS = [
+    Row(
+        "sparse",
+        lambda: attention(q.to_sparse(), k, v),
+        TypeError,
+        "q has layout torch.sparse_coo",
+        "strided is needed",
+        ".to_dense()",
+    ),
+    Row(
+        "mkldnn",
+        lambda: attention(q, k.to_mkldnn(), v),
+        TypeError,
+        "k has layout torch._mkldnn",
+        "strided is needed",
+        ".to_dense()",
+    ),
+    *(
+        Row(
+            f"nested, {layout}",
+            lambda layout=layout: attention(torch.nested.nested_tensor(list(q), layout=layout), k, v),
+            TypeError,
+            "q is a nested tensor",
+            "equal lengths is needed",
+            "q.unbind()",
+        )
+        for layout in (torch.strided, torch.jagged)
+    ),
+    Row(
+        "masked",
+        lambda: attention(q, torch.masked.masked_tensor(k, k > 0), v),
+        TypeError,
+        "k is a MaskedTensor",
+        "a plain tensor is needed",
+        "k.to_tensor(0.0)",
+    ),
+    Row(
+        "freed",
+        lambda: attention(q, k, freed(v)),
+        RuntimeError,
+        "v has shape (2, 40, 2, 24) and no memory",
+        "is needed",
+        "fill it",
+    ),
+    Row(
+        "a wrapper",
+        lambda: attention(q, Wrapper(k), v),
+        TypeError,
+        "k is a Wrapper, a subclass of torch.Tensor with a __torch_dispatch__",
+        "a tensor that holds its values itself",
+        "pass the one that k wraps",
+    ),
+    Row(
+        "a wrapper that the kernels get",
+        lambda: problem.check_strides("dout", Wrapper(q)),
+        TypeError,
+        "dout is a Wrapper, a subclass of torch.Tensor without memory of its own",
+        "a tensor that holds its values is needed",
+        "pass the one that dout wraps",
+    ),
+    *(
+        Row(
+            vectorized.__name__,
+            lambda vectorized=vectorized: batched_gradients(vectorized),
+            NotImplementedError,
+            "the gradient of out stands for several gradients at once",
+            "takes one",
+            "one by one, or vectorize=False",
+        )
+        for vectorized in (of_two_gradients, of_mapped_gradients, of_a_jacobian)
+    ),
+    Row(
+        "torch.autograd's vmap",
+        lambda: legacy_vmap(q),
+        NotImplementedError,
+        "q is a tensor inside a transform",
+        "is needed",
+        "outside",
+    ),
+    Row(
+        "functionalize",
+        lambda: torch.func.functionalize(lambda k: attention(q, k, v))(k),
+        NotImplementedError,
+        "k is a tensor inside a transform",
+        "memory of its own; one that has is needed",
+        "outside the transform",
+    ),
+    Row(
+        "vmap of 3 dimensions",
+        lambda: torch.vmap(lambda q: attention(q, k, v))(q),
+        ValueError,
+        "q has shape (33, 4, 16)",
+        "4 dimensions (batch, seqlen, heads, head_dim) are needed",
+        "q.unsqueeze(0)",
+    ),
+    Row(
+        "some fake",
+        lambda: attention(fake(*q.shape), k, v),
+        TypeError,
+        "q, k, v are a FakeTensor, a Tensor, a Tensor",
+        "all or none with values is needed",
+        "fake_mode.from_tensor",
+    ),
+    Row(
+        "some distributed",
+        lambda: on_meshes((4,), Replicate(), change=lambda mesh, q, k, v: (q, k.to_local(), v)),
+        TypeError,
+        "q, k, v are a DTensor, a Tensor, a DTensor",
+        "DTensors or none is needed",
+        "q.full_tensor()",
+    ),
+    Row(
+        "two meshes",
+        lambda: on_meshes((2, 2), Shard(0), Shard(0), change=lambda mesh, q, k, v: (q, k, on_one_dimension(mesh, v))),
+        ValueError,
+        "lie on the meshes",
+        "one is needed",
+        "redistribute",
+    ),
+    Row(
+        "two placements",
+        lambda: on_meshes(
+            (4,), Shard(0), change=lambda mesh, q, k, v: (q, k, DTensor.from_local(v.to_local(), mesh, [Shard(2)]))
+        ),
+        ValueError,
+        "batch sizes of q, k, v are 8, 8, 2",
+        "equal ones are needed",
+    ),
+    *(
+        Row(
+            f"placement {placement}",
+            lambda placement=placement: on_meshes((4,), placement),
+            ValueError,
+            f"q, k, v have the placements ({placement!r},)",
+            MESH_PLACEMENTS,
+            "redistribute(placements=…)",
+        )
+        for placement in (Shard(1), Partial())
+    ),
+    Row(
+        "alike in shape and not in placement",
+        lambda: on_meshes(
+            (1,), Shard(0), change=lambda mesh, q, k, v: (q, k, DTensor.from_local(v.to_local(), mesh, [Shard(2)]))
+        ),
+        ValueError,
+        "(Shard(dim=0),), (Shard(dim=0),), (Shard(dim=2),)",
+        MESH_PLACEMENTS,
+        "redistribute(placements=…)",
+    ),
+    Row(
+        "too few key heads",
+        lambda: on_meshes((4,), Replicate(), change=sharded_by_heads),
+        ValueError,
+        "k has 2 heads in 4 shards",
+        "a multiple is needed where q has more heads (GQA)",
+        "shard the batch, or repeat k's and v's heads",
+    ),
+]
+
+
+def on_one_dimension(mesh, x):
+    return DTensor.from_local(x.to_local(), mesh["dim_0"] if mesh.mesh_dim_names else init_device_mesh("cpu", (4,)), [Shard(0)])
+
+
+def sharded_by_heads(mesh, q, k, v):
+    return [x.redistribute(placements=[Shard(2)]) for x in (q, k, v)]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of (nested|Masked)")
+@table(TENSORS)
+def test_tensors(row):
+    assert_raises(row)
+
+
+def kernel_rows():
+    """The same where the kernels would run: nothing is launched."""
+    one = q.half()
+    return [
+        ("sparse", lambda: one.to_sparse(), "layout torch.sparse_coo"),
+        ("nested", lambda: torch.nested.nested_tensor(list(one)), "nested tensor"),
+        ("freed", lambda: freed(one), "no memory"),
+        ("zeros without memory", lambda: torch._efficientzerotensor(one.shape, dtype=one.dtype), "no memory"),
+        ("a wrapper", lambda: Wrapper(one), "a Wrapper"),
+        ("masked", lambda: torch.masked.masked_tensor(one, one > 0), "MaskedTensor"),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of (nested|Masked)")
+@pytest.mark.parametrize(("make", "words"), [pytest.param(*row[1:], id=row[0]) for row in kernel_rows()])
+@pytest.mark.parametrize("place", range(3))
+def test_nothing_without_memory_is_launched(make, words, place, kernels):
+    x = make()
+    tensors = [inputs(dtype=torch.float16, heads=4, heads_kv=4, sq=33, sk=33)[0] for _ in range(3)]
+    tensors[place] = x
+    with pytest.raises((TypeError, RuntimeError), match=words):
+        attention(*tensors)
+    assert not kernels
+
+
+def test_a_transform_without_gradients_launches_nothing(kernels):
+    with pytest.raises(NotImplementedError, match="q is a tensor inside a transform"):
+        torch._vmap_internals._vmap(lambda q: attention(q, k.half(), v.half()))(torch.stack([q, q]).half())
+    assert not kernels
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of (nested|Masked)")
+@pytest.mark.parametrize("module", [arguments, wrapped], ids=["arguments", "wrapped"])
+def test_every_refusal_has_a_row(module):
+    """Each ``raise`` is reached by a row: whoever adds one adds a row."""
+    missing = raises(module.__file__) - reached([*KINDS, *TENSORS, *TRACED_ROWS], module.__file__)
+    assert not missing, f"no row for {module.__name__}, lines {sorted(missing)}"
+
+
+def test_subclasses_with_memory_are_tensors(kernels):
+    named = q.half().as_subclass(Named)
+    attention(named, k.half(), torch.nn.Parameter(v.half(), requires_grad=False))
+    assert len(kernels) == 1
+
+
+# ---- collectives and shards ------------------------------------------------------------------------------------------
+
+
+def gathered(x):
+    x = collectives.all_gather_tensor_autograd(x, 0, torch.distributed.group.WORLD)
+    assert isinstance(x, collectives.AsyncCollectiveTensor)
+    assert x.data_ptr() == 0
+    return x
+
+
+deprecated_name = pytest.mark.filterwarnings("ignore:.*all_gather_tensor_autograd. is deprecated")
+
+
+@deprecated_name
+def test_results_of_collectives_are_waited_for():
+    """What sequence parallelism passes on, and gradients through it, back to the collective's input."""
+    dout = torch.randn(2, 33, 4, 24)
+    plain = [x.clone().requires_grad_() for x in (q, k, v)]
+    attention(*plain, **RULES).backward(dout)
+    with world():
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(gathered(leaves[0]), gathered(leaves[1]).view(2, 40, 2, 16), leaves[2], **RULES)
+        # The gradient that comes back to attention is a collective's result, too.
+        collected = gathered(out)
+        collected.wait()
+        collected.backward(dout)
+    for x, expected in zip(leaves, plain, strict=True):
+        torch.testing.assert_close(x.grad, expected.grad)
+
+
+@deprecated_name
+def test_the_kernels_get_the_finished_result(kernels):
+    with world():
+        tensors = [x.half().requires_grad_() for x in (q, k, v)]
+        out = attention(*(gathered(x) for x in tensors))
+        assert type(out) is torch.Tensor
+        gathered(out).sum().backward()
+        with torch.no_grad():
+            attention(*(gathered(x) for x in tensors))
+    assert len(kernels) == 3
+
+
+def test_a_gradient_without_memory_is_refused(kernels):
+    x = q.half().requires_grad_()
+    out = attention(x, k.half(), v.half())
+    with pytest.raises(RuntimeError, match=r"the gradient of out has shape .* and no memory"):
+        out.backward(freed(torch.ones_like(out)))
+    assert len(kernels) == 1
+
+
+def test_shards_over_a_mesh_of_two_dimensions():
+    """Batch over one dimension, heads over the other: every shape is that of the whole."""
+    out, lse = on_meshes((2, 2), Shard(0), Shard(2))
+    assert (out.shape, lse.shape) == ((4, 33, 8, 24), (4, 8, 33))
+    assert out.placements == (Shard(0), Shard(2))
+    assert lse.placements == (Shard(0), Shard(1))
+    local_out, local_lse = attention(q, k, v, return_lse=True, **RULES)
+    assert torch.equal(out.to_local(), local_out)
+    assert torch.equal(lse.to_local(), local_lse)
+
+
+SHARDS = [
+    ({}, Shard(0)),
+    ({"batch": 3}, Shard(0)),  # two on one, one on the other
+    ({"batch": 1}, Shard(0)),  # nothing on the other
+    ({}, Shard(2)),
+    ({"heads": 3, "heads_kv": 3}, Shard(2)),
+    ({"heads": 1, "heads_kv": 1}, Shard(2)),
+    ({}, Replicate()),
+]
+
+
+def check_shards(rank, path):
+    """In each of two processes: attention of DTensors, and its gradients, are those of the whole."""
+    warnings.filterwarnings("ignore", ".*all_gather_tensor. is deprecated", FutureWarning)
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(path, 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for sizes, placement in SHARDS:
+        whole = [x.requires_grad_() for x in inputs(**sizes)]
+        expected = attention(*whole, return_lse=True, **RULES)
+        dout, dlse = (torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) for x in expected)
+        torch.autograd.backward(expected, (dout, dlse))
+        shards = [distribute_tensor(x.detach(), mesh, [placement]).requires_grad_() for x in whole]
+        out, lse = attention(*shards, return_lse=True, **RULES)
+        of_lse = Shard(1) if placement == Shard(2) else placement
+        assert (out.placements, lse.placements) == ((placement,), (of_lse,))
+        torch.autograd.backward(
+            (out, lse), [distribute_tensor(dout, mesh, [placement]), distribute_tensor(dlse, mesh, [of_lse])]
+        )
+        for got, wanted in zip((out, lse), expected, strict=True):
+            torch.testing.assert_close(got.full_tensor(), wanted)
+        for got, wanted in zip(shards, whole, strict=True):
+            assert got.grad.placements == (placement,)
+            torch.testing.assert_close(got.grad.full_tensor(), wanted.grad)
+        assert isinstance(attention(*shards), DTensor)
+    x = torch.full((1, 3, 1, 8), float(rank))
+    both = attention(*(collectives.all_gather_tensor(x, 1, torch.distributed.group.WORLD) for _ in range(3)))
+    assert both.shape == (1, 6, 1, 8)
+    torch.distributed.barrier()  # a group that is left while the other process still uses it can abort
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_in_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(check_shards, (str(tmp_path / "store"),), nprocs=2)
+
+
+def test_torch_distributed_is_not_imported():
+    """Neither by the package nor by a call; nor does the kernels' package come with its DSL."""
+    program = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "from cute_attn import attention\n"
+        "x = torch.randn(1, 3, 1, 8, requires_grad=True)\n"
+        "attention(x, x, x, scale=0.3, window=(1, 0)).sum().backward()\n"
+        "new = [name for name in set(sys.modules) - before if name.startswith(('torch.distributed', 'cutlass'))]\n"
+        "sys.exit(f'imported: {new}' if new else 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
+# ---- vmap ------------------------------------------------------------------------------------------------------------
+
+
+def stacked(members=3):
+    return [torch.stack(x) for x in zip(*(make_qkv(2, 9, 11, 4, 2, 16, 24, seed=seed) for seed in range(members)), strict=True)]
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 0, 0), (None, 2, None)])
+def test_vmap(in_dims):
+    tensors = [x[0] if dim is None else x.movedim(0, dim) for x, dim in zip(stacked(), in_dims, strict=True)]
+    found = torch.vmap(lambda q, k, v: attention(q, k, v, return_lse=True, **RULES), in_dims, out_dims=(1, 0))(*tensors)
+    for member in range(3):
+        one = [x if dim is None else x.select(dim, member) for x, dim in zip(tensors, in_dims, strict=True)]
+        out, lse = attention(*one, return_lse=True, **RULES)
+        torch.testing.assert_close(found[0][:, member], out)
+        torch.testing.assert_close(found[1][member], lse)
+
+
+def test_vmap_in_vmap_and_gradients():
+    qs, ks, vs = stacked()
+    vs = vs[0].requires_grad_()
+    every = torch.vmap(lambda q: torch.vmap(lambda k: attention(q, k, vs))(ks))(qs)
+    assert every.shape == (3, 3, 2, 9, 4, 24)
+    (got,) = torch.autograd.grad(every.square().sum(), vs)
+    loop = torch.stack([torch.stack([attention(q, k, vs) for k in ks]) for q in qs])
+    torch.testing.assert_close(every, loop)
+    torch.testing.assert_close(got, torch.autograd.grad(loop.square().sum(), vs)[0])
+
+
+def test_vmap_over_kernels(kernels):
+    qs, ks, vs = (x.half() for x in stacked())
+    out = torch.vmap(attention)(qs, ks, vs)
+    assert out.shape == (3, 2, 9, 4, 24)
+    ((whole, *_),) = kernels
+    assert whole.shape == (6, 9, 4, 16)
+    empty = torch.vmap(attention)(qs[:, :0], ks[:, :0], vs[:, :0])
+    assert empty.shape == (3, 0, 9, 4, 24)
+
+
+# ---- shapes without values -------------------------------------------------------------------------------------------
+
+
+def valueless(kind, dtype):
+    real = inputs(dtype=dtype)
+    if kind == "meta":
+        return [x.to("meta") for x in real]
+    with FakeTensorMode():
+        return [torch.empty(x.shape, dtype=dtype, device=kind) for x in real]
+
+
+@pytest.mark.parametrize("kind", ["meta", "cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_shapes_and_dtypes_without_values(kind, dtype):
+    """Also of fake CUDA tensors where there is no CUDA, and outside their mode."""
+    if kind == "cuda" and dtype != torch.float16:
+        with pytest.raises(ValueError, match="the GPU kernels take float16"):
+            attention(*valueless(kind, dtype))
+        return
+    tensors = valueless(kind, dtype)
+    expected = attention(*inputs(dtype=dtype), return_lse=True, **RULES)
+    found = attention(*tensors, return_lse=True, **RULES)
+    for got, wanted in zip(found, expected, strict=True):
+        assert (got.shape, got.stride(), got.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert (type(got), got.device) == (type(tensors[0]), tensors[0].device)
+    if kind == "cuda" and not torch.cuda.is_available():  # torch itself would end the process
+        with pytest.raises(NotImplementedError, match=r"gradients of fake CUDA tensors.*torch\.no_grad"):
+            attention(*(x.detach().requires_grad_() for x in tensors))
+        return
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    with_gradients = attention(*leaves, return_lse=True, **RULES)
+    assert [x.shape for x in with_gradients] == [x.shape for x in found]
+    for got, x in zip(torch.autograd.grad(with_gradients, leaves, with_gradients), leaves, strict=True):
+        assert (got.shape, got.dtype, got.device, type(got)) == (x.shape, x.dtype, x.device, type(tensors[0]))
+
+
+def test_fake_cuda_tensors_are_checked_as_real_ones():
+    with FakeTensorMode():
+        narrow = torch.empty(2, 33, 4, 12, device="cuda", dtype=torch.float16)
+        strided = torch.empty(2, 33, 16, 4, device="cuda", dtype=torch.float16).transpose(2, 3)
+    for x, words in ((narrow, "head_dim is 12"), (strided, "last dimension of q has stride 4")):
+        with pytest.raises(ValueError, match=words):
+            attention(x, x, x)
+
+
+def traced(device="cpu", **options):
+    with FakeTensorMode():
+        tensors = [torch.empty(x.shape, dtype=torch.float16, device=device) for x in (q, k, v)]
+    return make_fx(lambda *tensors: attention(*tensors, **RULES, **options), tracing_mode="fake")(*tensors)
+
+
+def test_tracing_traces_the_reference():
+    """A graph that is made from shapes computes values: it has every operation."""
+    graph = make_fx(lambda *tensors: attention(*tensors, **RULES), tracing_mode="fake")(q, k, v)
+    torch.testing.assert_close(graph(q, k, v), attention(q, k, v, **RULES))
+
+
+def fake_gradients_without_cuda():
+    x = fake(1, 3, 1, 8, device="cuda", dtype=torch.float16).requires_grad_()
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        attention(x, x, x)
+
+
+TRACED_ROWS = [
+    Row(
+        "kernels in a trace",
+        lambda: traced("cuda"),
+        NotImplementedError,
+        "a graph is traced from fake tensors",
+        "tensors with values are needed",
+        "trace with backend='reference'",
+    ),
+    Row(
+        "fake gradients without CUDA",
+        fake_gradients_without_cuda,
+        NotImplementedError,
+        "gradients of fake CUDA tensors are asked for where there is no CUDA",
+        "needs the device's stream",
+        "torch.no_grad(), or tensors on the device 'meta'",
+    ),
+]
+
+
+@table(TRACED_ROWS)
+def test_traces(row):
+    assert_raises(row)
+
+
+def test_fake_scores_are_never_made():
+    """Lengths at which the reference would take minutes, and memory that no machine has."""
+    with FakeTensorMode():
+        x = torch.empty(64, 10**6, 16, 64, dtype=torch.bfloat16)
+    assert attention(x, x, x, causal=True).shape == x.shape
