@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import init_device_mesh
@@ -598,3 +599,30 @@ def test_fake_scores_are_never_made():
     with FakeTensorMode():
         x = torch.empty(64, 10**6, 16, 64, dtype=torch.bfloat16)
     assert attention(x, x, x, causal=True).shape == x.shape
+
+
+def exported(function, tensors):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return function(q, k, v)
+
+    return torch.export.export(Module(), tensors, strict=False).module()
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        exported,
+        lambda function, tensors: torch.compile(function, backend="aot_eager", fullgraph=True),
+        lambda function, tensors: aot_function(function, nop),
+    ],
+    ids=["export", "compile", "aot_function"],
+)
+def test_graphs_hold_the_reference(graph):
+    """Each traces with tensors of its own, which hold nothing; also of a parameter, and with every rule."""
+    tensors = torch.nn.Parameter(q), k, v
+
+    def function(q, k, v):
+        return attention(q, k, v, scale=0.3, causal=True, window=(4, 0), softcap=7.0)
+
+    torch.testing.assert_close(graph(function, tensors)(*tensors), function(*tensors))
