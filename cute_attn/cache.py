@@ -90,7 +90,7 @@ def _load(folder: Path, name: str) -> Callable:
     _check_trust(note)
     record = json.loads(note.read_text(encoding="utf-8"))
     code = folder / record["code"]
-    if code.name not in (f"{name}.so", f"{name}.o"):
+    if code not in (folder / f"{name}.so", folder / f"{name}.o"):
         raise ValueError(f"its record names {code}")
     _check_trust(code)
     if hashlib.sha256(code.read_bytes()).hexdigest() != record["sha256"]:
@@ -158,6 +158,7 @@ def keep(folder: Path, name: str, function, fingerprint: str) -> Callable:
             found = _load(folder, name)
         except Exception as error:
             _warn_unloadable(folder, code, error)
+            code.unlink(missing_ok=True)
         else:
             _evict(folder, fingerprint, name)
             return found

@@ -1,0 +1,51 @@
+"""Fixtures of several modules: a compile cache of a test's own, with a compiler that only counts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cute_attn import cache, compile
+from cute_attn.sources import fingerprint
+from tests.host.compile_cache import CONFIG, NAME, PROBLEM, Cache, files, works
+
+
+@pytest.fixture(scope="session")
+def kernel():
+    """The compiler's function, really compiled: a kernel for an A100, which needs no GPU until it is called."""
+    pytest.importorskip("cutlass")
+    return compile.compile_only(PROBLEM, CONFIG)
+
+
+@pytest.fixture(scope="session")
+def entry(kernel, tmp_path_factory) -> Path:
+    """A folder with a right entry in it."""
+    folder = tmp_path_factory.mktemp("entry")
+    assert works(cache.keep(folder, NAME, kernel, fingerprint()))
+    assert files(folder) == {f"{NAME}.so", f"{NAME}.json"}
+    return folder
+
+
+@pytest.fixture
+def cold(kernel, tmp_path, monkeypatch) -> Cache:
+    """An empty cache, and a compiler that only counts."""
+    made = Cache(tmp_path / "cache", [])
+
+    def compile_only(*key):
+        made.asked.append(key)
+        return kernel
+
+    monkeypatch.setenv(cache.CACHE_DIR_VARIABLE, str(made.folder))
+    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr(compile, "_memory", {})
+    monkeypatch.setattr(compile, "compile_only", compile_only)
+    return made
+
+
+@pytest.fixture
+def warm(cold, entry) -> Cache:
+    """The same with the entry in it."""
+    shutil.copytree(entry, cold.folder)
+    return cold
