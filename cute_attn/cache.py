@@ -41,7 +41,7 @@ AS_OBJECTS = "kernels are kept as object files, and each process that loads one 
 _warned: set[tuple[str, object]] = set()
 
 
-class Untrusted(Exception):  # noqa: N818
+class Untrusted(PermissionError):  # noqa: N818
     """Another user could have written this code."""
 
 
@@ -86,13 +86,13 @@ def load(folder: Path, name: str) -> Callable | None:
 
 def _load(folder: Path, name: str) -> Callable:
     note = folder / f"{name}.json"
-    _check_trust(folder)
-    _check_trust(note)
+    check_trust(folder)
+    check_trust(note)
     record = json.loads(note.read_text(encoding="utf-8"))
     code = folder / record["code"]
     if code not in (folder / f"{name}.so", folder / f"{name}.o"):
         raise ValueError(f"its record names {code}")
-    _check_trust(code)
+    check_trust(code)
     if hashlib.sha256(code.read_bytes()).hexdigest() != record["sha256"]:
         raise ValueError(f"{code.name} is not what the record has the checksum of")
     if code.suffix == ".o":
@@ -107,7 +107,7 @@ def _as_utf8(path: Path) -> str:
     return os.fsencode(path).decode()
 
 
-def _check_trust(path: Path) -> None:
+def check_trust(path: Path) -> None:
     """That nobody but this user and root could have written it. Of a folder's parents nothing is asked: who could exchange
     the folder, could not make it this user's."""
     if not hasattr(os, "geteuid"):
@@ -119,6 +119,11 @@ def _check_trust(path: Path) -> None:
         raise Untrusted(f"others may write to {path}, whose mode is {found.st_mode & 0o777:o} (try chmod go-w)")
 
 
+def close_to_others(path: Path) -> None:
+    """Let nobody else write to a file, which the umask may allow a group: it would not be trusted."""
+    path.chmod(path.stat().st_mode & ~0o022)
+
+
 # ---- storing -------------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +133,7 @@ def filling(folder: Path, name: str) -> Iterator[bool]:
     lock = filelock.FileLock(folder / f"{name}.lock", timeout=LOCK_SECONDS)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_trust(folder)
+        check_trust(folder)
         lock.acquire()
     except Untrusted as error:
         _warn_untrusted(folder, error)
@@ -187,7 +192,7 @@ def _store(folder: Path, name: str, function, linked: bool) -> Path:
         note = Path(scratch) / f"{name}.json"
         note.write_text(json.dumps(record), encoding="utf-8")
         for path in (code, note):
-            path.chmod(path.stat().st_mode & ~0o022)  # else it would not be loaded where the umask lets a group write
+            close_to_others(path)
             path.replace(folder / path.name)
         return folder / code.name
 

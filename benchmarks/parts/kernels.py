@@ -24,6 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cute_attn.cache import check_trust, close_to_others
 from cute_attn.fill import processes
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def build(
 ) -> dict[Kernel, Built]:
     """Compile what ``folder`` doesn't hold yet (or all, ``anew``), ``jobs`` at a time. One that can't be compiled loses
     only itself."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_trust(folder)
     done: dict[Kernel, Built] = {}
 
     def note(kernel: Kernel, built: Built) -> None:
@@ -117,6 +119,7 @@ def compile_one(kernel: Kernel, folder: Path) -> Built:
             compiled.export_to_c(str(part), function_name=SYMBOL)
             found = look_into(kernel, next(Path(scratch).glob("*.cubin")))
             note.write_text(json.dumps(found))
+            close_to_others(part)
             os.replace(part, path)
             os.replace(note, path.with_suffix(".json"))  # last: without it the entry is none
         return Built(str(path), time.monotonic() - began, **found)
@@ -129,7 +132,8 @@ def _kept(path: Path) -> Built | None:
     """An earlier compilation's result, if all of it is there."""
     try:
         found = json.loads(path.with_suffix(".json").read_text())
-        return Built(str(path), **{**found, "missing": tuple(found.get("missing", ()))}) if path.exists() else None
+        check_trust(path)
+        return Built(str(path), **{**found, "missing": tuple(found.get("missing", ()))})
     except (OSError, ValueError, TypeError):
         return None
 
@@ -142,9 +146,10 @@ def compile_kernel(kernel: Kernel, options: str = "") -> Any:
 
 
 def load(kernel: Kernel, folder: Path) -> Callable:
-    """The callable of a kernel that :func:`build` has compiled."""
-    runtime = importlib.import_module("cutlass.cute.runtime")
-    return runtime.load_module(str(folder / name_of(kernel)), enable_tvm_ffi=True)[SYMBOL]
+    """The callable of a kernel that :func:`build` has compiled. Loading it runs it, so nobody else may have written it."""
+    runtime, path = importlib.import_module("cutlass.cute.runtime"), folder / name_of(kernel)
+    check_trust(path)
+    return runtime.load_module(str(path), enable_tvm_ffi=True)[SYMBOL]
 
 
 def part_module(kernel: Kernel) -> Any:

@@ -297,6 +297,13 @@ def test_a_kernel_that_cannot_be_compiled_loses_only_itself(monkeypatch, tmp_pat
     assert heard == wanted[:2]
     monkeypatch.setattr(kernels, "compile_kernel", None)  # what is on disk isn't compiled again
     assert kernels.build(wanted[:1], tmp_path, jobs=1)[wanted[0]].registers == 90
+    code = tmp_path / kernels.name_of(wanted[0])
+    code.chmod(0o666)  # but what others could have written is, and isn't loaded
+    assert "NoneType" in kernels.build(wanted[:1], tmp_path, jobs=1)[wanted[0]].error
+    pytest.importorskip("cutlass")
+    with pytest.raises(PermissionError, match=f"others may write to {code}"):
+        kernels.load(wanted[0], tmp_path)
+    code.chmod(0o644)
     for path in tmp_path.glob("*.json"):
         path.write_text("{")  # a damaged entry is none
     assert "NoneType" in kernels.build(wanted[:1], tmp_path, jobs=1)[wanted[0]].error

@@ -258,7 +258,7 @@ def test_what_root_owns_is_trusted(monkeypatch):
     """Such as an image's cache, filled when it was built. Root may write anything anyway."""
     monkeypatch.setattr(cache.os, "geteuid", lambda: 12345)
     assert Path("/").stat().st_uid == 0
-    cache._check_trust(Path("/"))
+    cache.check_trust(Path("/"))
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o000])
