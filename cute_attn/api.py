@@ -124,13 +124,13 @@ def attention(
     elif on_reference:
         passes = _REFERENCE
     elif differentiated:
-        passes = _passes(mechanism, deterministic)
+        passes = _passes(return_lse, mechanism, deterministic)
     if passes is None:
-        out, lse = _forward(q, k, v, call, return_lse, mechanism)
+        out, lse, _ = _forward(q, k, v, call, return_lse, mechanism)
     elif differentiated:
         out, lse = Attention.apply(q, k, v, call, *passes)
     else:
-        out, lse = passes[0](q, k, v, call)
+        out, lse, _ = passes[0](q, k, v, call)
     return (out, lse) if return_lse else out
 
 
@@ -186,21 +186,22 @@ def _refuse_transforms() -> None:
         )
 
 
-def _passes(mechanism: str | None, deterministic: bool) -> tuple[Callable, Callable]:
+def _passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tuple[Callable, Callable]:
     """The kernels' forward and backward pass, as :class:`Attention` calls them."""
     deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
 
     def forward(q, k, v, call):
-        return _forward(q, k, v, call, True, mechanism)
+        return _forward(q, k, v, call, return_lse, mechanism, for_backward=True)
 
-    def gradients(q, k, v, out, lse, dout, dlse, call, needs):
-        return launch.gradients(call, mechanism, needs, deterministic, q, k, v, out, lse, dout, dlse)
+    def gradients(q, k, v, out, lse_raw, dout, dlse, call, needs):
+        return launch.gradients(call, mechanism, needs, deterministic, q, k, v, out, lse_raw, dout, dlse)
 
     return forward, gradients
 
 
-def _forward(q, k, v, call, return_lse: bool, mechanism: str | None):
-    """Plan, compile or look up, and launch. Allocates the outputs and nothing else."""
+def _forward(q, k, v, call, return_lse: bool, mechanism: str | None, for_backward: bool = False):
+    """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
+    launch. Allocates these and nothing else."""
     q, k, v = check_tensors_for_gpu(q, k, v, call)
     out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
     lse = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if return_lse else None
@@ -208,8 +209,10 @@ def _forward(q, k, v, call, return_lse: bool, mechanism: str | None):
         out.zero_()
         if lse is not None:
             lse.fill_(-math.inf)
-        return out, lse
+        return out, lse, None
+    lse_raw = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if for_backward else None
     device = q.get_device()
-    function, blocks = launch.prepared(problem_of(q.dtype, call, return_lse), mechanism, device)
-    launch.launch(function, blocks, device, call, q, k, v, out, lse)
-    return out, lse
+    problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
+    function, blocks = launch.prepared(problem, mechanism, device)
+    launch.launch(function, blocks, device, call, q, k, v, out, lse, lse_raw)
+    return out, lse, lse_raw

@@ -1,12 +1,13 @@
 """Attention for ``torch.autograd``: what is kept from the forward pass, and which gradients are asked for.
 
-The backend comes in as two functions, the reference's or the kernels'. Between the passes only q, k, v, the output and
-the log-sum-exp are kept: the backward pass recomputes the scores from them, tile by tile.
+The backend comes in as two functions, the reference's or the kernels'. Between the passes only q, k, v, the output and a
+number of each row are kept: the backward pass recomputes the scores from them, tile by tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,17 +18,20 @@ from cute_attn.wrapped import gradient
 class Attention(torch.autograd.Function):
     """``(out, lse)`` of q, k, v, both of them differentiable.
 
-    ``forward(q, k, v, call)`` returns them; ``gradients(q, k, v, out, lse, dout, dlse, call, needs)`` returns
-    ``(dq, dk, dv)``, None for what the string ``needs``, part of ``"qkv"``, does not name. ``dlse`` is None where the
-    log-sum-exp was not used; ``dout`` has the dtype of ``out`` and any strides. Needed is what has ``requires_grad``:
-    torch doesn't tell which of these inputs ``torch.autograd.grad`` was asked for.
+    ``forward(q, k, v, call)`` returns ``(out, lse, kept)``, where lse may be None if nobody asked for it, and ``kept`` is each
+    row's log-sum-exp once more, in the form in which the backend's backward pass uses it: taken there from another, it would
+    be off by a rounding, which large scores turn into probabilities above 1. ``gradients(q, k, v, out, kept, dout, dlse, call,
+    needs)`` returns ``(dq, dk, dv)``, None for what the string ``needs``, part of ``"qkv"``, does not name. ``dlse`` is None
+    where the log-sum-exp was not used; ``dout`` has the dtype of ``out`` and any strides. Needed is what has
+    ``requires_grad``: torch doesn't tell which of these inputs ``torch.autograd.grad`` was asked for.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, call: Call, forward: Callable, gradients: Callable):  # type: ignore[override]
-        out, lse = forward(q, k, v, call)
+        out, lse, kept = forward(q, k, v, call)
         ctx.set_materialize_grads(False)  # an output that nobody used has None for its gradient, not a tensor of zeros
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, kept)
+        ctx.were = [None if x is None else (x.device, x.dtype) for x in (q, k, v, out, kept)]
         ctx.call, ctx.gradients = call, gradients
         return out, lse
 
@@ -36,20 +40,26 @@ class Attention(torch.autograd.Function):
         needs = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad, strict=False) if needed)
         if not needs or (dout is None and dlse is None):
             return (None,) * 6
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, kept = map(_restored, ctx.saved_tensors, ctx.were)
         dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
         dout = torch.zeros_like(out) if dout is None else dout
-        return *_Gradients.apply(q, k, v, out, lse, dout, dlse, ctx.call, needs, ctx.gradients), None, None, None
+        gradients: Any = _Gradients.apply(q, k, v, out, kept, dout, dlse, ctx.call, needs, ctx.gradients)
+        return *gradients, None, None, None
+
+
+def _restored(x: Any, was: tuple[torch.device, torch.dtype] | None) -> Any:
+    """A saved tensor where and as it was: hooks that offload or compress what is saved may bring it back otherwise."""
+    return x if x is None or (x.device, x.dtype) == was else x.to(*was)
 
 
 class _Gradients(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it once more says what to do instead."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, lse, dout, dlse, call: Call, needs: str, gradients: Callable):  # type: ignore[override]
+    def forward(ctx, q, k, v, out, kept, dout, dlse, call: Call, needs: str, gradients: Callable):  # type: ignore[override]
         if call.empty:
             return tuple(torch.zeros_like(x) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
-        return gradients(q, k, v, out, lse, dout, dlse, call, needs)
+        return gradients(q, k, v, out, kept, dout, dlse, call, needs)
 
     @staticmethod
     def backward(ctx, *_):

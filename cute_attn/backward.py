@@ -1,7 +1,7 @@
 """The backward pass on the host: what is compiled is three kernels that follow one another on a stream.
 
-1. :class:`RowValues`: for each query row, delta = Σ_c dO_c · O_c − dLSE and its log-sum-exp in base 2, once for all key
-   tiles that will read them; it also clears the memory in which dQ is added up.
+1. :class:`RowValues`: for each query row, delta = Σ_c dO_c · O_c − dLSE, once for all key tiles that will read it, beside its
+   log-sum-exp; it also clears the memory in which dQ is added up.
 2. the mainloop's ``Backward``: dK, dV, and dQ in float32.
 3. :class:`CastQueries`: dQ scaled and rounded to the inputs' dtype.
 
@@ -23,18 +23,18 @@ from cute_attn import layouts
 from cute_attn.forward import select_modes
 from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout, element
 from cute_attn.layouts.fragments import rows_columns
-from cute_attn.mainloop.common import Gradients, Rows, Values
-from cute_attn.rules import LOG2_E
+from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
+from cute_attn.mainloop.guard import LOWEST, finite_row, load_vector
 from cute_attn.scheduler import Tiles
 
 
 def host_function(problem, config):
-    """The function ``(mQ, mK, mV, mO, mdO, mLSE, mdLSE, mRows, mdQ_sum, counters, mdQ, mdK, mdV, left, right, scale_log2,
+    """The function ``(mQ, mK, mV, mO, mdO, mLSE_raw, mdLSE, mRows, mdQ_sum, mSignals, mdQ, mdK, mdV, left, right, scale_log2,
     scale_by_cap, blocks, stream)`` to compile.
 
     Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the LSE and its gradient as ``(batch, heads,
     seqlen_q)``. ``mRows`` is ``(2, batch, heads, rows)``, ``mdQ_sum`` ``(batch, heads, m_blocks, pieces, values)``, both
-    float32, ``counters`` int32 ``(batch, heads, m_blocks)``. What isn't asked for is ``None``.
+    float32, ``mSignals`` int32 ``(words)``. What isn't asked for is ``None``.
     """
     mainloop = importlib.import_module(f"cute_attn.mainloop.{config.backward}").Backward(problem, config)
     row_values, cast = RowValues(problem, config), CastQueries(problem, config)
@@ -46,11 +46,11 @@ def host_function(problem, config):
         mV: cute.Tensor,
         mO: cute.Tensor,
         mdO: cute.Tensor,
-        mLSE: cute.Tensor,
+        mLSE_raw: cute.Tensor,
         mdLSE,
         mRows: cute.Tensor,
         mdQ_sum,
-        counters,
+        mSignals,
         mdQ,
         mdK,
         mdV,
@@ -63,7 +63,7 @@ def host_function(problem, config):
     ):
         # (seqlen, head_dim, heads, batch)
         q, k, v, o, do, dq, dk, dv = (select_modes(m, [1, 3, 2, 0]) for m in (mQ, mK, mV, mO, mdO, mdQ, mdK, mdV))
-        lse, dlse, counters = (select_modes(m, [2, 1, 0]) for m in (mLSE, mdLSE, counters))  # (seqlen_q, heads, batch)
+        lse, dlse = (select_modes(m, [2, 1, 0]) for m in (mLSE_raw, mdLSE))  # (seqlen_q, heads, batch)
         dq_sum = select_modes(mdQ_sum, [4, 3, 2, 1, 0])  # (values, piece, m_block, heads, batch)
         rows = Rows(*(select_modes(mRows, [0, 3, 2, 1])[i, None, None, None] for i in range(2)))  # (rows, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
@@ -79,10 +79,12 @@ def host_function(problem, config):
         # Where dQ is added in a fixed order heads are taken in groups, too: fewer key tiles of one then wait for one another.
         long_first = problem.bounded_right or problem.deterministic
         tiles = Tiles.of_keys(k.shape, q.shape[2] // k.shape[2], config.tile_n, blocks, long_first)
-        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, counters)
+        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
+        padded, heads, batch = rows.delta.shape
+        signals = Signals.of(mSignals, padded // config.tile_m, heads, batch)
 
-        row_values.launch(o, do, lse, dlse, rows, dq_sum, stream)
-        mainloop.launch(q, k, v, do, rows, gradients, values, tiles, blocks, stream)
+        row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, stream)
+        mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, blocks, stream)
         if cutlass.const_expr(dq_sum is not None):
             cast.launch(dq_sum, dq, values, stream)
 
@@ -106,10 +108,10 @@ def fake_arguments(problem, config) -> tuple:
         stride = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
         return runtime.make_fake_tensor(dtype, shape, stride, assumed_align=16) if asked else None
 
-    def vectors(kind, asked=True):
+    def vectors(asked=True):
         shape = tuple(cute.sym_int() for _ in range(3))
         stride = (cute.sym_int64(), cute.sym_int64(), 1)
-        return runtime.make_fake_tensor(kind, shape, stride, assumed_align=4) if asked else None
+        return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=4) if asked else None
 
     gq, gk, gv = (name in problem.gradients for name in "qkv")
     shape = (2, cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=ROW_PADDING))
@@ -123,14 +125,17 @@ def fake_arguments(problem, config) -> tuple:
         shape = (cute.sym_int(), cute.sym_int(), cute.sym_int(), pieces, size)
         stride = (*(cute.sym_int64(divisibility=size * pieces) for _ in range(3)), size, 1)
         dq_sum = runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
+    signals = None
+    if problem.masked or (dq_sum is not None and problem.deterministic):
+        signals = runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4)
     numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
     return (
         *(tensor() for _ in range(5)),
-        vectors(Float32),
-        vectors(Float32, problem.return_lse),
+        vectors(),
+        vectors(problem.return_lse),
         row_values,
         dq_sum,
-        vectors(Int32, gq and pieces and problem.deterministic),
+        signals,
         tensor(gq),
         tensor(gk),
         tensor(gv),
@@ -146,7 +151,7 @@ def _place(blocks, heads):
 
 
 class RowValues:
-    """delta and the log-sum-exp in base 2 of each query row; and zeros in dQ's sums."""
+    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums."""
 
     THREADS = 256
 
@@ -158,47 +163,57 @@ class RowValues:
         self.rows = self.THREADS // self.threads_per_row
 
     @cute.jit
-    def launch(self, mO, mdO, mLSE, mdLSE, rows: Rows, dq_sum, stream):
+    def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, stream):
         padded, heads, batch = rows.delta.shape
-        self.kernel(mO, mdO, mLSE, mdLSE, rows, dq_sum).launch(
+        mQ = mQ if self.problem.masked else None
+        self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals).launch(
             grid=[cute.ceil_div(padded, self.rows) * heads * batch, 1, 1], block=[self.THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(self, mO, mdO, mLSE, mdLSE, rows: Rows, dq_sum):
+    def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None):
         block, head, batch = _place(cute.ceil_div(rows.delta.shape[0], self.rows), rows.delta.shape[1])
         thread = cute.arch.thread_idx()[0]
         row, place = block * self.rows + thread // self.threads_per_row, thread % self.threads_per_row
         exists = row < mO.shape[0]
         total = Float32(0.0)
         if exists and place * VECTOR < self.problem.head_dim_v:
-            o, do = (self._vector(m[None, None, head, batch], row, place) for m in (mO, mdO))
+            o, do = (load_vector(m[None, None, head, batch], row, place).to(Float32) for m in (mO, mdO))
             total = (o * do).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
         total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
         if place == 0:
-            lse = Float32(0.0)
+            lse, delta = Float32.inf, Float32(0.0)
             if exists:
-                lse = mLSE[row, head, batch]
-                if cutlass.const_expr(mdLSE is not None):
-                    total = total - mdLSE[row, head, batch]
-            sees = exists and lse != -Float32.inf
-            rows.lse_log2[row, head, batch] = lse * LOG2_E if sees else Float32.inf
-            rows.delta[row, head, batch] = total if sees else Float32(0.0)
+                lse = mLSE_raw[row, head, batch]
+                if lse != Float32.inf:
+                    delta = total
+                    if cutlass.const_expr(mdLSE is not None):
+                        delta = total - mdLSE[row, head, batch]
+                if cutlass.const_expr(self.problem.masked):
+                    lse, delta = self._marked(mQ[None, None, head, batch], row, total, lse, delta, signals)
+            rows.lse_raw[row, head, batch] = lse
+            rows.delta[row, head, batch] = delta
         if cutlass.const_expr(dq_sum is not None):
             self._clear(dq_sum[None, None, None, head, batch], block, thread)
 
-    def _vector(self, m: cute.Tensor, row, place):
-        """16 bytes of a row as float32."""
-        source = cute.local_tile(m, (1, VECTOR), (row, place))
-        held = cute.make_rmem_tensor(VECTOR, source.element_type)
-        cute.autovec_copy(cute.make_tensor(source.iterator, held.layout), held)
-        return held.load().to(Float32)
+    @cute.jit
+    def _marked(self, mQ: cute.Tensor, row, total, lse, delta, signals: Signals):
+        """``(lse_raw, delta)`` of a row, marked if something in it, or that it sees, is not finite: see ``mainloop/guard.py``.
+        dO and O show in ``total``, Q and what is seen in the log-sum-exp, Q of a row that sees nothing nowhere."""
+        finite = (total + delta) * 0.0 == 0.0 and lse == lse
+        if lse == Float32.inf:
+            finite = finite and finite_row(mQ, row)
+        if not finite:
+            signals.ask_for_care()
+            lse, delta = Float32(LOWEST), Float32(0.0)
+        return lse, delta
 
     @cute.jit
     def _clear(self, dq_sum: cute.Tensor, block, thread):
         """Zeros for as many floats as the block's rows have in dQ's sums."""
         floats = self.rows * self.config.tile_d
-        begin = cute.make_tensor(dq_sum.iterator + cutlass.Int64(block) * floats, cute.make_layout(floats))
+        # The offset hides from the compiler that the address is a multiple of 16 bytes still.
+        begin = cute.make_tensor((dq_sum.iterator + cutlass.Int64(block) * floats).align(16), cute.make_layout(floats))
         zeros = cute.make_rmem_tensor(4, Float32)
         zeros.fill(0.0)
         for i in cutlass.range_constexpr(-(-floats // (4 * self.THREADS))):

@@ -10,12 +10,14 @@ from cutlass.cute import runtime
 from cute_attn.layouts.base import element
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tiles
+from cute_attn.softmax import LogSumExp
 
 
 def host_function(problem, config, mainloop=None):
-    """The function ``(mQ, mK, mV, mO, mLSE, left, right, scale_log2, scale_by_cap, blocks, stream)`` to compile.
+    """The function ``(mQ, mK, mV, mO, mLSE, mLSE_raw, left, right, scale_log2, scale_by_cap, blocks, stream)`` to compile.
 
-    Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the LSE as ``(batch, heads, seqlen_q)``.
+    Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the log-sum-exp, natural and in raw units, as
+    ``(batch, heads, seqlen_q)``. What isn't asked for is ``None``.
     ``mainloop`` takes the place of the mechanism's own ``Forward``: the benchmarks leave stages out of it.
     """
     if mainloop is None:
@@ -28,6 +30,7 @@ def host_function(problem, config, mainloop=None):
         mV: cute.Tensor,
         mO: cute.Tensor,
         mLSE,
+        mLSE_raw,
         left: Int32,
         right: Int32,
         scale_log2: Float32,
@@ -36,7 +39,7 @@ def host_function(problem, config, mainloop=None):
         stream,
     ):
         q, k, v, o = (select_modes(m, [1, 3, 2, 0]) for m in (mQ, mK, mV, mO))  # (seqlen, head_dim, heads, batch)
-        lse = select_modes(mLSE, [2, 1, 0])  # (seqlen_q, heads, batch)
+        lse = LogSumExp(*(select_modes(m, [2, 1, 0]) for m in (mLSE, mLSE_raw)))  # (seqlen_q, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
         shift = seqlen_k - seqlen_q
         values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
@@ -63,9 +66,11 @@ def fake_arguments(problem, config) -> tuple:
         stride = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
         return runtime.make_fake_tensor(dtype, shape, stride, assumed_align=16)
 
-    lse = None
-    if problem.return_lse:
+    def vectors(asked):
         shape = tuple(cute.sym_int() for _ in range(3))
-        lse = runtime.make_fake_tensor(Float32, shape, (cute.sym_int64(), cute.sym_int64(), 1), assumed_align=4)
+        stride = (cute.sym_int64(), cute.sym_int64(), 1)
+        return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=4) if asked else None
+
     numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
-    return (tensor(), tensor(), tensor(), tensor(), lse, *numbers, runtime.make_fake_stream())
+    tensors = (*(tensor() for _ in range(4)), vectors(problem.return_lse), vectors(problem.for_backward))
+    return (*tensors, *numbers, runtime.make_fake_stream())

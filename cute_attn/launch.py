@@ -16,10 +16,10 @@ import torch
 from cute_attn import rules
 from cute_attn.compile import compiled
 from cute_attn.layouts import family, target_of
-from cute_attn.layouts.base import ROW_PADDING
+from cute_attn.layouts.base import COUNTERS, ROW_PADDING
 from cute_attn.plan import plan
 from cute_attn.private import current_device, raw_stream
-from cute_attn.problem import Call, Problem, check_strides, check_tensors_for_gpu, problem_of
+from cute_attn.problem import Call, Problem, check_strides, is_aligned, problem_of
 
 
 @lru_cache(maxsize=64)
@@ -59,53 +59,58 @@ def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, 
     return (config.tile_m, pieces, math.prod(family(config).piece_shape(config))) if pieces else None
 
 
-def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse) -> None:
+def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
-    _run(function, blocks, device, call, (q, k, v, out, lse))
+    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw))
 
 
-def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse, dout, dlse):
+def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
     """``(dq, dk, dv)`` on the current stream, ``None`` for those that ``needs`` (a part of ``"qkv"``) doesn't name. The call
     must not be empty.
 
-    ``dout`` and ``dlse`` may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the
-    kernels can't read in place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts
+    All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
+    place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts
     are added up in memory, their float32 sums; of both the rows are a multiple of 128, and of the sums the columns those that
     a head takes in shared memory.
     """
     gradient = {name: x.new_empty(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)}
-    q, k, v = check_tensors_for_gpu(q, k, v, call)
+    # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise.
+    q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
+    lse_raw = lse_raw.contiguous()
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
     device = q.get_device()
     of_lse = dlse is not None
     sums = sums_of(problem_of(q.dtype, call, of_lse, needs), mechanism, device)
     ordered = deterministic and sums is not None  # without sums there is no order to fix
-    function, blocks = prepared(problem_of(q.dtype, call, of_lse, needs, ordered), mechanism, device)
+    problem = problem_of(q.dtype, call, of_lse, needs, ordered)
+    function, blocks = prepared(problem, mechanism, device)
 
     rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
     rows = q.new_empty((2, call.batch, call.heads, rows_padded), dtype=torch.float32)
-    dq_sum = counters = None
+    dq_sum = signals = None
+    counters = 0
     if sums is not None:
         tile_m, pieces, values = sums
         tiles = (call.batch, call.heads, rows_padded // tile_m)
         dq_sum = q.new_empty((*tiles, pieces, values), dtype=torch.float32)
-        if ordered:
-            counters = q.new_zeros(tiles, dtype=torch.int32)
+        counters = math.prod(tiles) if ordered else 0
+    if ordered or problem.masked:
+        signals = q.new_zeros(COUNTERS + counters, dtype=torch.int32)
     if call.left is not None and call.shift > call.left:  # keys that no query sees, which the kernels never touch
         for x in (gradient["k"], gradient["v"]):
             if x is not None:
                 x[:, : call.shift - call.left].zero_()
-    _run(function, blocks, device, call, (q, k, v, out, dout, lse, dlse, rows, dq_sum, counters, *gradient.values()))
+    _run(function, blocks, device, call, (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *gradient.values()))
     return tuple(gradient.values())
 
 
-def _readable(dout: torch.Tensor) -> torch.Tensor:
-    """``dout`` where 16-byte copies can read it in place (an expanded one can't always), else a copy."""
-    expanded = any(stride == 0 and extent > 1 for stride, extent in zip(dout.stride(), dout.shape, strict=True))
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` where 16-byte copies can read it in place (an expanded one can't always), else a copy."""
+    expanded = any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True))
     with suppress(ValueError):
         if not expanded:
-            return check_strides("dout", dout)
-    return dout.clone(memory_format=torch.contiguous_format)
+            return check_strides("x", x)
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tuple) -> None:

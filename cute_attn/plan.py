@@ -6,7 +6,16 @@ from functools import lru_cache
 
 from cute_attn import layouts
 from cute_attn.arguments import name_of, shown
-from cute_attn.layouts.base import KIB, ROW_PADDING, Config, Gpu, registers_per_thread
+from cute_attn.layouts.base import (
+    KIB,
+    NAMED_BARRIERS,
+    ROW_PADDING,
+    SETMAXNREG,
+    Config,
+    Gpu,
+    registers_at_launch,
+    registers_per_thread,
+)
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
@@ -89,13 +98,30 @@ def check(config: Config, gpu: Gpu) -> None:
             f"{ROW_PADDING}, which a tile must divide: try tile_m=64 in {table}"
         )
     copy_threads = config.threads - config.mma_threads
-    total = (config.mma_threads * config.mma_registers + copy_threads * config.copy_registers) * blocks
-    if total > gpu.registers_per_multiprocessor:  # setmaxnreg would wait for ever
+    total = config.mma_threads * config.mma_registers + copy_threads * config.copy_registers
+    held = registers_at_launch(config, gpu) * config.threads
+    if total > held:  # setmaxnreg would wait for ever
         raise ValueError(
             f"{config.mechanism} gives {config.mma_threads} threads {config.mma_registers} registers and {copy_threads} "
-            f"threads {config.copy_registers}, {total} in all; {gpu.name} has {gpu.registers_per_multiprocessor}: "
+            f"threads {config.copy_registers}, {total} in all; on {gpu.name} a block of {config.threads} threads holds {held}: "
             f"try fewer mma_registers in {table}"
         )
+    for name in ("mma_registers", "copy_registers"):
+        registers = getattr(config, name)
+        if registers and registers not in SETMAXNREG:
+            raise ValueError(
+                f"{name} is {registers}; setmaxnreg takes multiples of 8 from {SETMAXNREG[0]} to {SETMAXNREG[-1]}: "
+                f"try {max(registers // 8 * 8, SETMAXNREG[0])} in {table}"
+            )
+    barriers = family.barriers(config)
+    if sum(barriers.values()) > NAMED_BARRIERS:
+        parts = ", ".join(f"{name} {count}" for name, count in barriers.items())
+        raise ValueError(
+            f"{config.backward or config.mechanism} takes {sum(barriers.values())} named barriers ({parts}); a block has "
+            f"{NAMED_BARRIERS}: try fewer warpgroups in {table}"
+        )
+    if found := family.misfit(config):
+        raise ValueError(f"{config.backward or config.mechanism} is given {found}, in {table}")
 
 
 def explain(problem: Problem, config: Config) -> str:

@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 
 from cute_attn.arguments import check_layout, check_memory, flag, integer, number, shown
-from cute_attn.rules import score_scales
+from cute_attn.rules import USUAL_CAP, score_scales
 
 GPU_DTYPES = (torch.float16, torch.bfloat16)
 ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,7 +39,10 @@ class Problem:
 
     ``gradients`` makes it the backward pass, for the inputs it names (``"qkv"``, ``"kv"``, …); ``""`` is the forward pass.
     In the backward pass ``return_lse`` says that the log-sum-exp has a gradient, too, and ``deterministic`` that dQ's
-    parts are added in a fixed order.
+    parts are added in a fixed order. In the forward pass ``for_backward`` says that a backward pass will want the log-sum-exp
+    in its own units.
+
+    ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
     """
 
     dtype: str
@@ -51,6 +54,8 @@ class Problem:
     return_lse: bool = False
     gradients: str = ""
     deterministic: bool = False
+    for_backward: bool = False
+    large_cap: bool = False
 
     def __post_init__(self):
         """A value of another kind would be another key, even if it is equal."""
@@ -60,6 +65,11 @@ class Problem:
                 raise TypeError(f"Problem's {field.name} is {shown(value)}; a value of type {field.type} is needed")
         if self.gradients not in GRADIENTS:
             raise ValueError(f"Problem's gradients is {self.gradients!r}; one of {GRADIENTS} is needed")
+
+    @property
+    def masked(self) -> bool:
+        """Whether a tile may hold keys that some of its rows see and others don't."""
+        return self.bounded_left or self.bounded_right
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -182,7 +192,14 @@ def _explain_misfit(q, k, v) -> NoReturn:
     raise ValueError(f"head_dim is {head_dim} and head_dim_v is {v.shape[3]}; at least 1 is needed: check the last dimension")
 
 
-def problem_of(dtype: torch.dtype, call: Call, return_lse: bool, gradients: str = "", deterministic: bool = False) -> Problem:
+def problem_of(
+    dtype: torch.dtype,
+    call: Call,
+    return_lse: bool,
+    gradients: str = "",
+    deterministic: bool = False,
+    for_backward: bool = False,
+) -> Problem:
     """The Problem of a checked call, or of its backward pass: ``gradients`` names the inputs, in the order of ``"qkv"``."""
     return Problem.intern(
         DTYPE_NAMES[dtype],
@@ -194,6 +211,8 @@ def problem_of(dtype: torch.dtype, call: Call, return_lse: bool, gradients: str 
         bool(return_lse),  # a key must not depend on how it was spelt
         gradients,
         deterministic,
+        for_backward,
+        call.softcap > USUAL_CAP,
     )
 
 

@@ -24,15 +24,16 @@ from __future__ import annotations
 import torch
 
 from cute_attn.problem import Call
-from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
+from cute_attn.rules import LN_2, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
 
 
-def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
-    """``softmax(rules(q kᵀ · scale)) v`` for a call that ``problem.check_call`` has checked; returns ``(out, lse)``.
+def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``softmax(rules(q kᵀ · scale)) v`` for a call that ``problem.check_call`` has checked; returns ``(out, lse, lse_log2)``.
 
     q is (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v (batch, seqlen_k, heads_kv,
     head_dim_v); query head h reads key head h // (heads / heads_kv). ``out`` is (batch, seqlen_q, heads, head_dim_v) in
-    the inputs' dtype; ``lse`` is (batch, heads, seqlen_q), natural logarithm, float32 (float64 for float64 inputs).
+    the inputs' dtype; ``lse`` is (batch, heads, seqlen_q), natural logarithm, float32 (float64 for float64 inputs);
+    ``lse_log2`` is the same in base 2, which :func:`gradients` takes.
 
     Products are summed in lse's dtype and P is rounded to the inputs' dtype before P·V, as tensor cores take it. A row
     that sees no key gives zeros and −inf. Keys that no row of a query tile sees are not read: NaN there changes
@@ -40,19 +41,19 @@ def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> t
     """
     acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_zeros(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
-    lse = q.new_full((call.batch, call.heads, call.seqlen_q), -torch.inf, dtype=acc_dtype)
+    lse_log2 = q.new_full((call.batch, call.heads, call.seqlen_q), -torch.inf, dtype=acc_dtype)
     if call.empty:
-        return out, lse
+        return out, lse_log2 * LN_2, lse_log2
     mQ, mO = _grouped(q, call), _grouped(out, call)  # (batch, seqlen_q, heads_kv, group, head_dim)
-    mLSE = _grouped(lse.transpose(1, 2), call)  # (batch, seqlen_q, heads_kv, group)
+    mLSE = _grouped(lse_log2.transpose(1, 2), call)  # (batch, seqlen_q, heads_kv, group)
     for m in range(0, call.seqlen_q, tile_m):
         rows = slice(m, m + tile_m)
         mO[:, rows], mLSE[:, rows] = _query_tile(mQ[:, rows].to(acc_dtype), k, v, m, tile_n, call)
-    return out, lse
+    return out, lse_log2 * LN_2, lse_log2
 
 
 def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
-    """The output and the log-sum-exp of the query tile tQ (batch, rows, heads_kv, group, head_dim) from row m on."""
+    """The output and the log-sum-exp in base 2 of the query tile tQ (batch, rows, heads_kv, group, head_dim) from row m on."""
     batch, rows, heads_kv, group, _ = tQ.shape
     acc_O = tQ.new_zeros(batch, rows, heads_kv, group, call.head_dim_v)
     row_max = tQ.new_full((batch, rows, heads_kv, group), -torch.inf)
@@ -69,29 +70,28 @@ def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
 
     seen = row_sum != 0.0  # true for NaN: a NaN in q or in a visible key shows
     safe_sum = torch.where(seen, row_sum, 1.0)
-    lse = torch.where(seen, (row_max + safe_sum.log2()) * LN_2, -torch.inf)
-    return acc_O / safe_sum[..., None], lse
+    return acc_O / safe_sum[..., None], torch.where(seen, row_max + safe_sum.log2(), -torch.inf)
 
 
-def gradients(q, k, v, out, lse, dout, dlse, call: Call, needs: str = "qkv", *, tile_m: int = 128, tile_n: int = 128):
+def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv", *, tile_m: int = 128, tile_n: int = 128):
     """``(dq, dk, dv)``: the gradients of q, k, v from those of :func:`attention`'s outputs; None for what the string
     ``needs`` does not name. ``dlse`` may be None, for zeros.
 
     Each has the shape and dtype of its input; a key head's are sums over the query heads that read it. Products are summed
-    in lse's dtype, and P and dS are rounded to the inputs' dtype before they are multiplied, as tensor cores take them. A
+    in lse_log2's dtype, and P and dS are rounded to the inputs' dtype before they are multiplied, as tensor cores take them. A
     row that sees no key, or a key that no row sees, has zeros.
     """
-    dtype, acc_dtype = q.dtype, lse.dtype
+    dtype, acc_dtype = q.dtype, lse_log2.dtype
     dq, dk, dv = (
         torch.zeros_like(x, dtype=acc_dtype) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)
     )
     delta = (dout.to(acc_dtype) * out).sum(-1)  # (batch, seqlen_q, heads)
     if dlse is not None:
         delta = delta - dlse.transpose(1, 2)
-    lse = lse.transpose(1, 2)
-    unseen = lse == -torch.inf
+    lse_log2 = lse_log2.transpose(1, 2)
+    unseen = lse_log2 == -torch.inf
     # 2^(s − ∞) = 0 for every score, where s = lse = −∞ would make a NaN; nor does dLSE count in a row that sees nothing.
-    delta, lse_log2 = delta.masked_fill(unseen, 0.0), (lse * LOG2_E).masked_fill(unseen, torch.inf)
+    delta, lse_log2 = delta.masked_fill(unseen, 0.0), lse_log2.masked_fill(unseen, torch.inf)
 
     band = _band(call)
     mQ, mdO, delta, lse_log2 = (_grouped(x, call) for x in (q, dout, delta, lse_log2))

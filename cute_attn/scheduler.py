@@ -42,6 +42,7 @@ class Tiles:
     group: Int32  # (head, batch) pairs that are taken together where long_first
     lacking: Int32 | None  # so many fewer are in the first group; None: the last group is the one that lacks some
     long_first: cutlass.Constexpr[bool]
+    ticket: Int32 | None = None  # the number of this block, if not the hardware's
 
     @staticmethod
     def of(q_shape, heads_kv, tile_m: int, blocks: Int32, long_first: bool) -> Tiles:
@@ -110,7 +111,7 @@ class Tiles:
 
     def query_tile(self):
         """``(m_block, head, head_kv, batch)`` of this block, where each has one tile."""
-        return self.coordinates(cute.arch.block_idx()[0])
+        return self.coordinates(cute.arch.block_idx()[0] if self.ticket is None else self.ticket)
 
     def key_tile(self):
         """``(n_block, head_kv, batch)`` of this block, where each has one tile. The first keys come first: with a right edge

@@ -1,12 +1,24 @@
 """Online softmax, one tile at a time, in base 2.
 
-With scores s already multiplied by nothing but Q·K, ``scale_log2 = scale · log2 e`` and a running row maximum m and
-row sum l (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135):
+With **raw** scores s, which are as the product Q·K and the rules leave them, ``scale_log2`` to scale them to base 2, and a
+running row maximum m and row sum l (Milakov and Gimelshein, arXiv:1805.02867; FlashAttention, arXiv:2205.14135):
 
     m' = max(m, max_j s_j),   a = 2^((m − m') · scale_log2),   p_j = 2^((s_j − m') · scale_log2),   l' = a·l + Σ_j p_j
 
-so that O' = a·O + p·V, and in the end O / l is the output and m · scale + ln l the log-sum-exp. Each thread keeps the sum
-of its own columns; the quad that shares a row adds up once, at the end.
+so that O' = a·O + p·V, and in the end O / l is the output and (m · scale_log2 + log2 l) · ln 2 the log-sum-exp. Each thread
+keeps the sum of its own columns; the quad that shares a row adds up once, at the end.
+
+**Large scores.** One fused multiply-add makes an exponent of a score, s · scale_log2 less m · scale_log2, which was rounded;
+so the largest score of a row does not weigh 1, but 2^off, where ``off`` is that rounding. This cancels in O / l as far as P
+is exact; but P is rounded to the operands' dtype before P·V, and l is not, so that a row with one key that outweighs all
+others would not give just that key's value, once scores are so large (from 2¹² on) that 2^off rounds to anything but 1.
+Therefore, in the end, l counts the largest score as P·V did (:meth:`Softmax.finish`). Where a unit in the last place of an
+exponent comes close to 1 (from 2²² on), the scale is cut to a power of two, which makes m · scale exact: there a difference
+that is not 0 is larger than any that leaves a weight. All this costs a register a row; where registers are scarcer than
+instructions, the difference comes first (``fused=False``), and the largest score weighs 1 to begin with.
+
+The backward pass takes the log-sum-exp in raw units, ``lse_raw = m + log2 l / scale_log2``, straight from here, and the
+difference first: P = 2^((s − lse_raw) · scale_log2) is then exactly 1 where one key outweighs all others.
 """
 
 from __future__ import annotations
@@ -14,10 +26,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cutlass
-from cutlass import Float32, cute
+from cutlass import Float32, Int32, cute
 
 from cute_attn.layouts.fragments import THREADS_PER_ROW
 from cute_attn.rules import LN_2, softcap_slope
+
+COARSE_FROM = 2.0**22  # the exponent, in base 2, of a row's largest score
+EXPONENT_BITS = 0x7F800000  # of a float32
+
+
+@dataclass(frozen=True)
+class LogSumExp:
+    """The log-sum-exp of rows: in registers those of a thread, (rows), or in global memory ``(seqlen_q, heads, batch)``, where
+    what nobody asked for is ``None``.
+
+    ``natural`` is what users get, −∞ for a row that sees no key; ``raw`` is what the backward pass gets, in the units of a
+    raw score, +∞ for such a row, so that it weighs nothing there.
+    """
+
+    natural: cute.Tensor | None
+    raw: cute.Tensor | None
+
+    @staticmethod
+    def like(rows: cute.Tensor) -> LogSumExp:
+        """Registers for as many rows."""
+        return LogSumExp(*(cute.make_rmem_tensor_like(rows) for _ in range(2)))
 
 
 @dataclass(frozen=True)
@@ -27,14 +60,20 @@ class Softmax:
     row_max: cute.Tensor  # (rows)
     row_sum: cute.Tensor  # (rows)
     scale_log2: Float32
+    coarse: Float32  # the power of two below it
+    fused: cutlass.Constexpr[bool]  # whether an exponent is one fused multiply-add
 
     @staticmethod
-    def start(rows: int, scale_log2: Float32) -> Softmax:
-        row_max = cute.make_rmem_tensor(rows, Float32)
-        row_sum = cute.make_rmem_tensor(rows, Float32)
-        row_max.fill(-Float32.inf)
-        row_sum.fill(0.0)
-        return Softmax(row_max, row_sum, scale_log2)
+    def start(rows: int, scale_log2: Float32, fused: bool) -> Softmax:
+        coarse = (scale_log2.bitcast(Int32) & EXPONENT_BITS).bitcast(Float32)
+        softmax = Softmax(*(cute.make_rmem_tensor(rows, Float32) for _ in range(2)), scale_log2, coarse, fused)
+        softmax.reset()
+        return softmax
+
+    def reset(self):
+        """Rows that have seen no key."""
+        self.row_max.fill(-Float32.inf)
+        self.row_sum.fill(0.0)
 
     @cute.jit
     def step(self, scores: cute.Tensor, rescale: cute.Tensor):
@@ -45,43 +84,70 @@ class Softmax:
             new = _quad_max(_tree(row, cute.arch.fmax, old))
             # A row that has seen no key yet has m = −inf; 0 in its place keeps −inf − −inf from making a NaN.
             anchor = Float32(0.0) if new == -Float32.inf else new
-            anchor_log2 = anchor * self.scale_log2
-            row.store(cute.math.exp2(row.load() * self.scale_log2 - anchor_log2, fastmath=True))
-            a = cute.math.exp2(old * self.scale_log2 - anchor_log2, fastmath=True)
+            scale = self._scale(anchor)
+            row.store(cute.math.exp2(self._exponents(row.load(), anchor, scale), fastmath=True))
+            a = cute.math.exp2((old - anchor) * scale, fastmath=True)
             self.row_max[r] = new
             self.row_sum[r] = _tree(row, lambda x, y: x + y, self.row_sum[r] * a)
             rescale[r] = a
 
+    def _exponents(self, scores, anchor: Float32, scale: Float32):
+        return scores * scale - anchor * scale if self.fused else (scores - anchor) * scale
+
     @cute.jit
-    def finish(self, normalize: cute.Tensor, lse: cute.Tensor):
-        """After the last tile: writes 1 / l (0 for a row that saw no key) and the natural log-sum-exp of each row."""
+    def _scale(self, anchor: Float32):
+        """To base 2, of a row whose largest score is ``anchor``."""
+        scale = self.scale_log2
+        if cutlass.const_expr(self.fused):
+            anchor_log2 = anchor * scale
+            scale = scale if anchor_log2 * anchor_log2 < COARSE_FROM**2 else self.coarse
+        return scale
+
+    @cute.jit
+    def finish(self, normalize: cute.Tensor, lse: LogSumExp, dtype: cutlass.Constexpr):
+        """After the last tile: writes 1 / l (0 for a row that saw no key) and the log-sum-exp of each row. ``dtype`` is what P
+        was rounded to."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=THREADS_PER_ROW)
             seen = total != 0.0  # true for NaN: a NaN in q or in a visible key shows
             safe = total if seen else Float32(1.0)
-            normalize[r] = cute.arch.rcp_approx(safe) if seen else Float32(0.0)
-            natural = (self.row_max[r] * self.scale_log2 + cute.math.log2(safe, fastmath=True)) * LN_2
-            lse[r] = natural if seen else -Float32.inf
+            anchor, scale = self.row_max[r], self._scale(self.row_max[r])
+            off_log2, weights = Float32(0.0), safe
+            if cutlass.const_expr(self.fused):
+                off_log2 = _fused(anchor, scale, -(anchor * scale))
+                largest = cute.math.exp2(off_log2, fastmath=True)
+                weights = safe + (largest.to(dtype).to(Float32) - largest)
+            normalize[r] = cute.arch.rcp_approx(weights) if seen else Float32(0.0)
+            sum_log2 = cute.math.log2(safe, fastmath=True)
+            natural = (anchor * self.scale_log2 + sum_log2) * LN_2
+            raw = anchor + (sum_log2 - off_log2) * cute.arch.rcp_approx(scale)
+            lse.natural[r] = natural if seen else -Float32.inf
+            lse.raw[r] = raw if seen else Float32.inf
 
 
-def probabilities(scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32):
-    """For the backward pass, transposed: ``scores`` (keys, queries) to P = 2^(s · scale_log2 − lse_log2) in place, with
-    the log-sum-exp of each query, in base 2, in shared memory."""
-    for c, lse in _pairs(lse_log2):
+def _fused(a: Float32, b: Float32, c: Float32) -> Float32:
+    """``a · b + c`` with one rounding, whatever the compiler makes of the same expression elsewhere."""
+    return cute.arch.inline_ptx("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])
+
+
+def probabilities(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32):
+    """For the backward pass, transposed: ``scores`` (keys, queries) to P = 2^((s − lse_raw) · scale_log2) in place, with
+    the log-sum-exp of each query, in raw units, in shared memory."""
+    for c, lse in _pairs(lse_raw):
         for r in range(cute.size(scores, mode=[0])):
             for i in range(2):
-                scores[r, c + i] = cute.math.exp2(scores[r, c + i] * scale_log2 - lse[i], fastmath=True)
+                scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2, fastmath=True)
 
 
-def capped_probabilities(t: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32, rounded: cute.Tensor):
+def capped_probabilities(t: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, rounded: cute.Tensor):
     """The same under a softcap: ``t`` (keys, queries), the tanh of a score or −∞ where it is masked, to P ∘ (1 − t²) in
     place, which is what dS takes; ``rounded`` gets P itself, in 16 bits, for dV. Both at once, since P, its slopes and dP
     together would take more registers than there are."""
-    for c, lse in _pairs(lse_log2):
+    for c, lse in _pairs(lse_raw):
         for r in range(cute.size(t, mode=[0])):
             P = cute.make_rmem_tensor(2, Float32)
             for i in range(2):
-                P[i] = cute.math.exp2(t[r, c + i] * scale_log2 - lse[i], fastmath=True)
+                P[i] = cute.math.exp2((t[r, c + i] - lse[i]) * scale_log2, fastmath=True)
                 t[r, c + i] = P[i] * _slope(t[r, c + i])
             place = rounded.iterator + rounded.layout((r, c))
             cute.make_tensor(place, P.layout).store(P.load().to(rounded.element_type))
@@ -96,16 +162,16 @@ def score_gradients(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor):
                 P[r, c + i] = P[r, c + i] * (dP[r, c + i] - of_query[i])
 
 
-def probabilities_by_row(scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32, softcap: bool):
+def probabilities_by_row(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, softcap: bool):
     """``scores`` (queries, keys) to P in place, or under a softcap to P ∘ (1 − t²), with the log-sum-exp of each row."""
-    for r in range(cute.size(lse_log2)):
+    for r in range(cute.size(lse_raw)):
         if softcap:
             for c in range(cute.size(scores, mode=[1])):
-                P = cute.math.exp2(scores[r, c] * scale_log2 - lse_log2[r], fastmath=True)
+                P = cute.math.exp2((scores[r, c] - lse_raw[r]) * scale_log2, fastmath=True)
                 scores[r, c] = P * _slope(scores[r, c])
         else:
             row = scores[r, None]
-            row.store(cute.math.exp2(row.load() * scale_log2 - lse_log2[r], fastmath=True))
+            row.store(cute.math.exp2((row.load() - lse_raw[r]) * scale_log2, fastmath=True))
 
 
 def score_gradients_by_row(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor):

@@ -190,15 +190,16 @@ def holds_values(q, k, v, on_reference: bool) -> bool:
     return tracing
 
 
-def shapes_only(q, k, v, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(out, lse)`` of tensors that have shapes only."""
+def shapes_only(q, k, v, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(out, lse, kept)`` of tensors that have shapes only, as ``cute_attn.autograd.Attention`` calls the forward pass."""
     if q.is_cuda:
         check_for_kernels(q.dtype, call)
         for name, x in zip("qkv", (q, k, v), strict=True):
             strides_for_kernels(name, x)
     out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=dtype)
+    lse, kept = (q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=dtype) for _ in range(2))
+    return out, lse, kept
 
 
 def shapes_of_gradients(q, k, v, out, kept, dout, dlse, call: Call, needs: str):

@@ -23,7 +23,7 @@ from .base import Config, Gpu
 ENTRY_POINTS = "cute_attn.layouts"
 PARAMETERS = ["problem", "mechanism", "target"]  # of a GPU module's configs
 FAMILY = [  # what a family module has to define for a plan and a kernel
-    *("tile_dim", "smem_parts", "smem_bytes", "accumulator_registers", "tile", "element"),
+    *("tile_dim", "smem_parts", "smem_bytes", "accumulator_registers", "barriers", "misfit", "tile", "element"),
     *("tiled_mma", "smem_layout", "copy_in", "copy_out", "store_accumulator"),
 ]
 MODULES: list[ModuleType] = [

@@ -13,6 +13,8 @@ A **family module** is the layouts of one family of instructions. It defines, as
 - ``TILE_DIMS`` and ``tile_dim(head_dim)``: the columns a head takes in shared memory;
 - ``smem_parts(config)``, ``smem_bytes(config)``, ``accumulator_registers(config)`` and ``barriers(config)``: what a
   block takes, for the plan and the proofs;
+- ``misfit(config)``: in words, what of a config its kernels would compute wrongly, read past their memory with or wait for ever
+  in, with what to try; ``""`` where all is well;
 - ``tile(operand, config)``: the (rows, columns) that are copied at a time; operand ``"Q"``, ``"K"``, ``"V"``, ``"O"``;
 - ``smem(operand, config)`` → :class:`Layout`, ``mma(role, config)`` → :class:`Mma` and ``copies(config)``, the
   :class:`Copy` or :class:`Box` of each (step, operand): the layouts as data, for the proofs and the pictures, and for
@@ -46,7 +48,12 @@ ROLES = ("S", "O")
 IntTuple: TypeAlias = "int | tuple[IntTuple, ...]"
 Modes: TypeAlias = tuple[tuple[int, int, int], ...]
 KIB = 1024
+NAMED_BARRIERS = 16  # of a block
+SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
 ROW_PADDING = 128  # a multiple of every tile_m of the backward pass
+# Words of a backward call's int32 signals in global memory, zeros before it: copy carefully (mainloop/guard.py), the next
+# block's ticket; behind them, a counter of each query tile.
+CAREFUL, TICKET, COUNTERS = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -110,8 +117,12 @@ class Config:
 
 def registers_per_thread(config: Config, gpu: Gpu) -> int:
     """Registers a computing thread may use."""
-    if config.mma_registers:
-        return config.mma_registers
+    return config.mma_registers or registers_at_launch(config, gpu)
+
+
+def registers_at_launch(config: Config, gpu: Gpu) -> int:
+    """Registers each thread is launched with: those of a multiprocessor in equal parts, in steps of 8. What ``setmaxnreg``
+    hands from one warpgroup to another comes out of a block's, in which the rest of that division is missing."""
     share = gpu.registers_per_multiprocessor // (config.threads * config.blocks_per_multiprocessor)
     return min(share // 8 * 8, gpu.registers_per_thread)
 
@@ -136,6 +147,11 @@ class Layout:
     def __str__(self) -> str:
         plain = f"{_notation(self.shape)}:{_notation(self.stride)}"
         return plain if self.swizzle is None else "Sw<{},{},{}> o 0 o ".format(*self.swizzle) + plain
+
+
+def first_misfit(*found: tuple[bool, str]) -> str:
+    """Of pairs of (whether something is wrong, what in words) the first that is wrong, or ``""``."""
+    return next((text for wrong, text in found if wrong), "")
 
 
 @dataclass(frozen=True)

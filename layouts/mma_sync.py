@@ -24,9 +24,12 @@ def tile_dim(head_dim: int) -> int:
 def configs(problem, table, target: str) -> tuple[Config, ...]:
     """The configuration for ``problem`` from a GPU's table: the wider padded head dim
     -> (tile_m, tile_n, stages, warps, blocks a multiprocessor)."""
-    tile_d, tile_dv = tile_dim(problem.head_dim), tile_dim(problem.head_dim_v)
-    wider = max(tile_d, tile_dv)
+    wider = tile_dim(max(problem.head_dim, problem.head_dim_v))
     tile_m, tile_n, stages, warps, blocks = table[next(d for d in sorted(table) if d >= wider)]
+    tile_d, tile_dv = (
+        next(d for d in TILE_DIMS if d >= head_dim and in_whole_passes(d, tile_m, tile_n, warps))
+        for head_dim in (problem.head_dim, problem.head_dim_v)
+    )
     return (
         Config(
             target=target,
@@ -41,6 +44,13 @@ def configs(problem, table, target: str) -> tuple[Config, ...]:
             blocks_per_multiprocessor=blocks,
         ),
     )
+
+
+def in_whole_passes(columns: int, tile_m: int, tile_n: int, warps: int) -> bool:
+    """Whether all threads together copy tiles of so many columns in whole passes: else they would copy rows beyond. Columns
+    cut into narrower rows take more rows a pass, which the narrower of two heads may have to be padded for."""
+    rows = 32 * warps * VECTOR // swizzle_atom(columns)[3]
+    return tile_m % rows == tile_n % rows == 0
 
 
 def smem_parts(config: Config) -> dict[str, int]:
@@ -72,6 +82,19 @@ def smem(operand: str, config: Config) -> Layout:
     """An operand in shared memory: ``(tile_m, tile_d)`` for Q and O, ``(tile_n, tile_d, stage)`` for K and V."""
     bits, lowest, shift, width = swizzle_atom(tile(operand, config)[1])
     return base.tiled_rows(_shape(operand, config), width, (bits, lowest, shift), BYTES)
+
+
+def misfit(config: Config) -> str:
+    """What the kernel can't do: a warp computes whole instructions of rows, and tiles go round a ring."""
+    queries, keys, warps = config.tile_m, config.tile_n, config.mma_warps
+    rows = ROWS_PER_MMA * warps
+    whole = all(in_whole_passes(columns, queries, keys, warps) for columns in (config.tile_d, config.tile_dv))
+    return base.first_misfit(
+        (queries % rows > 0, f"{queries} queries for {warps} warps: try tile_m={rows} or a multiple"),
+        (keys % 16 > 0, f"{keys} keys a tile; a multiple of 16 is needed: try tile_n={max(keys // 16, 1) * 16}"),
+        (not whole, f"tiles of {queries} and {keys} rows, which {warps} warps can't copy in whole passes: try fewer mma_warps"),
+        (config.stages < 2, f"{config.stages} stages; 2 at least are needed: try stages=2 and a smaller tile_n"),
+    )
 
 
 def mma(role: str, config: Config) -> Mma:

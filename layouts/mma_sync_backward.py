@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from . import base
 from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element, swizzle_atom
-from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, tile_dim
+from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, in_whole_passes, tile_dim
 
 __all__ = ["SMEM_ALIGN", "TILE_DIMS", "VECTOR", "element", "tile_dim"]
 
@@ -28,6 +28,7 @@ READS = {  # P and dS for dV and dK lie in registers where warps have keys of th
 }
 TRANSPOSED = {("dV", "dO"), ("dK", "Q"), ("dQ", "dS"), ("dQ", "K")}  # (role, operand): read by ldmatrix.trans
 ACCUMULATOR_BYTES = 4
+TICKET_BYTES = 4  # this block's place in the order in which blocks have started
 DS_STAGES = 2  # dS and that of the tile before, whose dQ is being computed; or dS and P
 OVER = {"dK": "K", "dV": "V", "P": "dS"}  # whose shared memory an operand takes
 
@@ -56,8 +57,7 @@ def _columns(head_dim: int, tile_m: int, tile_n: int, mma_warps: int, key_warps:
     ``tile_n`` rows all threads copy in whole passes: the narrower of two heads may need more than :func:`tile_dim` says."""
 
     def fits(columns: int) -> bool:
-        rows = 32 * mma_warps * VECTOR // swizzle_atom(columns)[3]  # of a pass
-        return columns % (16 * (mma_warps // key_warps)) == 0 and tile_m % rows == tile_n % rows == 0
+        return columns % (16 * (mma_warps // key_warps)) == 0 and in_whole_passes(columns, tile_m, tile_n, mma_warps)
 
     return next(d for d in TILE_DIMS if d >= head_dim and fits(d))
 
@@ -114,6 +114,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "dO": config.stages * config.tile_m * config.tile_dv * BYTES,
         "dS": DS_STAGES * config.tile_n * config.tile_m * BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
+        "ticket": TICKET_BYTES,
     }
 
 
@@ -127,6 +128,22 @@ def accumulator_registers(config: Config) -> int:
     gradients = config.tile_n * (config.tile_d + config.tile_dv)
     scores = 2 * config.tile_n * config.step_m
     return (gradients + max(scores, config.tile_m * config.tile_d)) // config.mma_threads
+
+
+def misfit(config: Config) -> str:
+    """What the kernel can't do: warps in a full grid, whole instructions each, and queries in whole steps."""
+    warps, down = config.mma_warps, max(config.key_warps, 1)
+    rows, columns, step = ROWS_PER_MMA * down, 16 * (warps // down), config.step_m
+    queries, keys = config.tile_m, config.tile_n
+    whole = all(in_whole_passes(d, queries, keys, warps) for d in (config.tile_d, config.tile_dv))
+    return base.first_misfit(
+        (warps % down > 0, f"{warps} warps, of which {down} split the keys; a divisor is needed: try key_warps={warps}"),
+        (keys % rows > 0, f"{keys} keys for {down} warps: try tile_n={rows} or a multiple"),
+        (step < 1 or queries % max(step, 1) > 0, f"{queries} queries in steps of {step}: try a divisor for step_m"),
+        (not whole, f"tiles of {queries} and {keys} rows, which {warps} warps can't copy in whole passes: try fewer mma_warps"),
+        (step % columns > 0, f"steps of {step} queries: try step_m={columns} or a multiple"),
+        (config.stages < 1, f"{config.stages} stages; 1 at least is needed: try stages=2"),
+    )
 
 
 def smem(operand: str, config: Config) -> Layout:

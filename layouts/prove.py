@@ -27,7 +27,21 @@ from types import ModuleType
 import numpy as np
 
 from . import algebra, for_target
-from .base import BYTES, KIB, OPERANDS, ROLES, Box, Config, Copy, Gpu, Layout, Mma, registers_per_thread
+from .base import (
+    BYTES,
+    KIB,
+    NAMED_BARRIERS,
+    OPERANDS,
+    ROLES,
+    SETMAXNREG,
+    Box,
+    Config,
+    Copy,
+    Gpu,
+    Layout,
+    Mma,
+    registers_per_thread,
+)
 
 WARP = 32
 BANKS, BANK_BYTES = 32, 4
@@ -42,9 +56,7 @@ TMA_SWIZZLES = {0: None, 32: (1, 4, 3), 64: (2, 4, 3), 128: (3, 4, 3)}
 TMA_ALIGN = 128
 # PTX ISA, "Matrix descriptor format" of wgmma: address and offsets are 14 bits of 16 bytes.
 DESCRIPTOR_LIMIT = 1 << 18
-NAMED_BARRIERS = 16
 RESERVED_SMEM = KIB  # CUDA C++ programming guide: of each block's shared memory, for the system
-SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
 SOME = 512  # indices of a layout that the DSL's own function is asked for
 
 

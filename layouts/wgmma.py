@@ -5,12 +5,14 @@ What all families of such operands share, the swizzle first, is in ``tma``.
 
 from __future__ import annotations
 
+from . import base
 from .base import BYTES, Config, Mma, element
 from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Family, copy_in, copy_out, warpgroup_mma
 
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 96, 128, 192, 256)
+VERDICT_BYTES = 4  # whether a block has seen an output that is not finite
 
 
 def tile_dim(head_dim: int) -> int:
@@ -42,12 +44,23 @@ def smem_parts(config: Config) -> dict[str, int]:
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
         "O": o if config.separate_o else 0,
         "barriers": BARRIER_BYTES * 2 * (warpgroups(config) + 2 * config.stages),
+        "verdict": VERDICT_BYTES,
     }
 
 
 def accumulator_registers(config: Config) -> int:
     """Registers a computing thread needs for S, P and O at once; addresses and the softmax's state come on top."""
     return config.tile_n // 2 + config.tile_n // 4 + config.tile_dv // 2
+
+
+def misfit(config: Config) -> str:
+    """What the kernel can't do: a warpgroup computes 64 whole rows."""
+    rows, warps = config.tile_m, 4 * warpgroups(config)
+    return base.first_misfit(
+        (rows % ROWS_PER_WARPGROUP > 0, f"{rows} queries a tile; a multiple of {ROWS_PER_WARPGROUP} is needed: try tile_m=128"),
+        (config.mma_warps != warps, f"{config.mma_warps} warps for {rows} queries; {warps} are needed: try mma_warps={warps}"),
+        (config.stages < 1, f"{config.stages} stages; 1 at least is needed: try stages=2"),
+    )
 
 
 def mma(role: str, config: Config) -> Mma:
@@ -57,7 +70,7 @@ def mma(role: str, config: Config) -> Mma:
 
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
-    return {"the block": 1, "turns": warpgroups(config), "epilogues": warpgroups(config)}
+    return {"the block": 1, "turns": warpgroups(config), "epilogues": warpgroups(config), "verdict": 1}
 
 
 def _shape(operand: str, config: Config) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ TILE_DIMS = (64, 128)
 OPERANDS = ("K", "V", "Q", "dO", "dS", "dK", "dV")
 ROLES = ("S", "dP", "dV", "dK", "dQ")
 READS = {"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q"), "dQ": ("dS", "K")}
+TICKET_BYTES = 4  # this block's place in the order in which blocks have started
 PIECE = 64  # rows and columns of the dQ that a warpgroup computes
 ACCUMULATOR_BYTES = 4
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
@@ -93,12 +94,30 @@ def smem_parts(config: Config) -> dict[str, int]:
         "dQ": warpgroups(config) * PIECE * PIECE * ACCUMULATOR_BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
         "barriers": BARRIER_BYTES * 2 * (2 + 2 * config.stages),
+        "ticket": TICKET_BYTES,
     }
 
 
 def accumulator_registers(config: Config) -> int:
     """Registers a computing thread needs for dK, dV, P, dP and P in the operands' dtype at once."""
     return (config.tile_d + config.tile_dv) // 2 + config.tile_m + config.tile_m // 4
+
+
+def misfit(config: Config) -> str:
+    """What the kernel can't do: a warpgroup owns 64 keys and computes one piece of dQ, and where a product runs into the next
+    tile, that one's operands must have a slot of their own."""
+    keys, warps, parts = config.tile_n, 4 * warpgroups(config), config.tile_m * config.tile_d / PIECE**2
+    least = 2 if config.overlap_tiles else 1
+    return base.first_misfit(
+        (keys % ROWS_PER_WARPGROUP > 0, f"{keys} keys a tile; a multiple of {ROWS_PER_WARPGROUP} is needed: try tile_n=128"),
+        (config.mma_warps != warps, f"{config.mma_warps} warps for {keys} keys; {warps} are needed: try mma_warps={warps}"),
+        (
+            parts != warpgroups(config),
+            f"{warpgroups(config)} warpgroups for {parts:g} pieces of a {config.tile_m}×{config.tile_d} dQ, one each: "
+            f"try tile_m={PIECE**2 * warpgroups(config) // config.tile_d}",
+        ),
+        (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
+    )
 
 
 def mma(role: str, config: Config) -> Mma:

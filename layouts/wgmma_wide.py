@@ -91,6 +91,16 @@ def accumulator_registers(config: Config) -> int:
     return max(config.tile_d, config.tile_dv) // 2 + config.tile_n + config.tile_n // 4
 
 
+def misfit(config: Config) -> str:
+    """What the kernels can't do: one warpgroup each for dV and dK of 64 keys; both together 128 queries, whose next tile of K
+    comes while the last one is read still."""
+    return base.first_misfit(
+        (config.mma_warps != 8, f"{config.mma_warps} warps; 8 are needed, a warpgroup for dV and one for dK: try mma_warps=8"),
+        (config.tile_n != ROWS_PER_WARPGROUP, f"{config.tile_n} keys a tile; 64 are needed: try tile_n=64"),
+        (config.stages < 2, f"{config.stages} stages; 2 at least are needed: try stages=2"),
+    )
+
+
 def mma(role: str, config: Config) -> Mma:
     """The warpgroup MMA of a role, named after what it computes; 64 rows each.
 

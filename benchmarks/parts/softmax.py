@@ -72,7 +72,8 @@ class Steps:
         scores = self._fragment("S", config.tile_n)
         fill_registers_noise(scores)
         rescale = cute.make_rmem_tensor(cute.size(scores, mode=[0]), Float32)
-        softmax = Softmax.start(cute.size(rescale), Float32(SCALE_LOG2))
+        fused = config.mechanism == "tma_wgmma"  # as its mainloop has it
+        softmax = Softmax.start(cute.size(rescale), Float32(SCALE_LOG2), fused)
         if cutlass.const_expr(self.how == "step, rescale"):
             acc_O = self._fragment("O", config.tile_dv)
             fill_registers_noise(acc_O)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Float32, Int32, cute
 
+from cute_attn.layouts.base import CAREFUL, COUNTERS, TICKET
 from cute_attn.layouts.fragments import rows_columns
-from cute_attn.rules import LN_2, LOG2_E, Band, softcap_tanh
+from cute_attn.rules import LN_2, LOG2_E, Band, rational_tanh, softcap_tanh
 
 
 class DeviceOps:
@@ -18,10 +19,27 @@ class DeviceOps:
     min = staticmethod(cutlass.min)
 
     @staticmethod
-    def tanh(x):
-        """``1 − 2 / (1 + e^{2x})``: off by a unit in the last place of 1, where the hardware's own tanh is off by 2⁻¹¹,
-        more than a 16-bit result forgives."""
-        return 1.0 - 2.0 * cute.arch.rcp_approx(1.0 + cute.math.exp2(x * (2.0 * LOG2_E), fastmath=True))
+    def tanh_of_product(x, factor):
+        """``1 − 2 / (1 + e^{2 · x · factor})``: off by a unit in the last place of 1, where the hardware's own tanh is off by
+        2⁻¹¹, more than a 16-bit result forgives. ``factor`` is the same for all scores."""
+        return 1.0 - 2.0 * cute.arch.rcp_approx(1.0 + cute.math.exp2(x * (factor * (2.0 * LOG2_E)), fastmath=True))
+
+
+class LargeCapOps(DeviceOps):
+    """The same, with a tanh that is exact in relation to its own size."""
+
+    @staticmethod
+    def tanh_of_product(x, factor):
+        return rational_tanh(x * factor, LargeCapOps)
+
+    @staticmethod
+    def clamp(x, bound):
+        """``x`` from −bound to bound; a NaN stays one."""
+        return cute.arch.fmin(cute.arch.fmax(x, -bound, nan=True), bound, nan=True)
+
+    @staticmethod
+    def reciprocal(x):
+        return cute.arch.rcp_approx(x)
 
 
 @dataclass(frozen=True)
@@ -127,11 +145,25 @@ class QueryTiles:
 @dataclass(frozen=True)
 class Rows:
     """What the backward pass needs of each query row, both float32, ``(rows, heads, batch)``, rows padded to a multiple of
-    every tile: the log-sum-exp in base 2 (+∞ for a row that sees no key or does not exist, so that it weighs nothing) and
-    delta = Σ dO ∘ O − dLSE."""
+    every tile: the log-sum-exp in the units of a raw score (+∞ for a row that sees no key or does not exist, so that it weighs
+    nothing) and delta = Σ dO ∘ O − dLSE."""
 
-    lse_log2: cute.Tensor
+    lse_raw: cute.Tensor
     delta: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the backward pass reads, in global memory, ``(seqlen, head_dim, heads, batch)``."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    do: cute.Tensor
+
+    def if_masked(self, problem) -> Inputs | None:
+        """For careful copies (``guard.py``), which there are only where there is a mask."""
+        return self if problem.masked else None
 
 
 @dataclass(frozen=True)
@@ -139,14 +171,41 @@ class Gradients:
     """Where the main kernel of the backward pass puts the gradients; what is not asked for is ``None``.
 
     ``mdQ`` is float32 sums, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block,
-    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``. ``counters``
-    (m_block, head, batch) holds how many key tiles have added to each, where their order is fixed.
+    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``.
     """
 
     mdQ: cute.Tensor | None
     mdK: cute.Tensor | None
     mdV: cute.Tensor | None
-    counters: cute.Tensor | None
+
+
+@dataclass(frozen=True)
+class Signals:
+    """How the kernels and blocks of a backward call tell one another something: int32 in global memory, zeros before it.
+    ``words`` are all of them, ``counters`` those of the query tiles, ``(m_block, head, batch)``: how many key tiles have added
+    to each one's dQ, where their order is fixed."""
+
+    words: cute.Tensor
+    counters: cute.Tensor
+
+    @staticmethod
+    def of(words: cute.Tensor | None, m_blocks: Int32, heads: Int32, batch: Int32) -> Signals | None:
+        if words is None:
+            return None
+        return Signals(words, cute.make_tensor(words.iterator + COUNTERS, cute.make_layout((m_blocks, heads, batch))))
+
+    def ask_for_care(self):
+        """The kernels that follow are to copy carefully."""
+        self.words[CAREFUL] = Int32(1)
+
+    def care(self):
+        """Whether to copy carefully."""
+        return self.words[CAREFUL] != 0
+
+    def ticket(self):
+        """One thread: how many blocks have asked before this one. So a block with a ticket knows that those with lower ones
+        have started, and may wait for them, in whatever order the hardware starts blocks."""
+        return cute.arch.atomic_add(self.words.iterator + TICKET, Int32(1), sem="relaxed", scope="gpu")
 
     def _counter(self, where):
         return self.counters.iterator + cute.crd2idx(where, self.counters.layout)
@@ -156,7 +215,7 @@ class Gradients:
         """One thread: until the ``rank`` key tiles that come before its own have added to the dQ of the query tile at
         ``where`` = (m_block, head, batch)."""
         arrived = Int32(-1)
-        while arrived != rank:
+        while arrived < rank:
             arrived = cute.arch.load(self._counter(where), Int32, sem="acquire", scope="gpu")
 
     @cute.jit
@@ -219,8 +278,9 @@ def apply_rules(scores: cute.Tensor, where: Coordinates, origin, values: Values,
 def apply_softcap(scores: cute.Tensor, values: Values, problem: cutlass.Constexpr):
     """Scores to tanh(score · scale / cap) in place, where there is a softcap."""
     if cutlass.const_expr(problem.softcap):
-        for i in cutlass.range(cute.size(scores), unroll_full=True):
-            scores[i] = softcap_tanh(scores[i], values.scale_by_cap, DeviceOps)
+        ops = LargeCapOps if problem.large_cap else DeviceOps
+        for i in cutlass.range_constexpr(cute.size(scores)):
+            scores[i] = softcap_tanh(scores[i], values.scale_by_cap, ops)
 
 
 @cute.jit

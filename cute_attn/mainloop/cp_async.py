@@ -11,6 +11,7 @@ they weigh 0. So no copy needs a predicate on its row, and a key that no row of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,9 +22,10 @@ from cute_attn import layouts
 from cute_attn.epilogue import converted, store_lse
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
+from cute_attn.mainloop.guard import FiniteRows, block_any, not_finite
 from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
 from cute_attn.scheduler import Tiles
-from cute_attn.softmax import Softmax, scale_rows
+from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Output:
     rescale: cute.Tensor  # (rows): the factor that a step asks of O
     softmax: Softmax
 
+    def start(self):
+        """Nothing is accumulated yet."""
+        self.acc_O.fill(0.0)
+        self.softmax.reset()
+
 
 @dataclass(frozen=True)
 class QueryTile:
@@ -62,6 +69,7 @@ class Forward:
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
+        self.guarded = problem.masked
 
     @cute.jit
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
@@ -89,10 +97,10 @@ class Forward:
         v = stream("V", mV[None, None, head_kv, batch], sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         acc_O = cute.make_rmem_tensor(mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
-        acc_O.fill(0.0)
+        acc_O.fill(0.0)  # of a tile that sees no key
         rows = rows_columns(acc_O)
         rescale = cute.make_rmem_tensor(cute.size(rows, mode=[0]), Float32)
-        softmax = Softmax.start(cute.size(rescale), values.scale_log2)
+        softmax = Softmax.start(cute.size(rescale), values.scale_log2, fused=False)
         cS = Coordinates.of(mma_S, thread, (config.tile_m, config.tile_n))
         cO = Coordinates.of(mma_O, thread, (config.tile_m, config.tile_dv))
 
@@ -107,19 +115,35 @@ class Forward:
             for x in (q, k):  # V's padding only reaches columns of O that are not stored
                 x.clear_padding()
             self._copy_q(q, row_first, values.seqlen_q)
-            for slot in cutlass.range_constexpr(config.stages - 1):
-                self._copy_pair(k, v, keys, keys.count - 1 - slot, slot)
-            output = Output(acc_O, rescale, softmax)
-            step = partial(self._step, operands, (k, v), output, QueryTile(row_first, cS, keys, values))
+            output, tile = Output(acc_O, rescale, softmax), QueryTile(row_first, cS, keys, values)
+            self._attend(operands, (k, v), output, tile)
+            if cutlass.const_expr(self.guarded):
+                if block_any(not_finite(acc_O)):
+                    care = ((k, sK, math.nan), (v, sV, 0.0))
+                    streams = [x.careful(s, thread, config.threads, instead) for x, s, instead in care]
+                    self._attend(operands, streams, output, tile, again=True)
+
+        lse = LogSumExp.like(rescale)
+        softmax.finish(rescale, lse, lay.element(config))
+        scale_rows(rows, rescale)
+        store_lse(mLSE, lse, cO.thread, row_first, head, batch)
+        self._store_o(acc_O, sO, mO[None, None, head, batch], row_first, values.seqlen_q)
+
+    @cute.jit
+    def _attend(self, operands: Operands, streams, output: Output, tile: QueryTile, again: cutlass.Constexpr[bool] = False):
+        """All key tiles, from the last to the first, once Q is on its way; ``again`` in one loop, which masks every tile."""
+        keys = tile.keys
+        output.start()
+        for slot in cutlass.range_constexpr(self.config.stages - 1):
+            self._copy_pair(*streams, keys, keys.count - 1 - slot, slot)
+        step = partial(self._step, operands, streams, output, tile)
+        if cutlass.const_expr(again):
+            slot = Int32(0)
+            for i in cutlass.range(keys.count, unroll=1):
+                slot = step(slot, (keys.count - 1 - i, True))
+        else:
             slot = step(Int32(0), (keys.count - 1, keys.last_is_masked()))
             walk(step, slot, keys, self.problem)
-
-        lse = cute.make_rmem_tensor_like(rescale)
-        softmax.finish(rescale, lse)
-        scale_rows(rows, rescale)
-        if cutlass.const_expr(self.problem.return_lse):
-            store_lse(mLSE[None, head, batch], lse, cO.thread, row_first, values.seqlen_q)
-        self._store_o(acc_O, sO, mO[None, None, head, batch], row_first, values.seqlen_q)
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -150,15 +174,15 @@ class Forward:
 
     def _copy_q(self, q: Stream, row_first, end):
         """Start copying the block's queries."""
-        q.start(q.m, q.tXsX, row_first, end)
+        q.start(q.m, row_first, end)
 
     @cute.jit
     def _copy_pair(self, k: Stream, v: Stream, keys: KeyTiles, n, slot):
         """Start copying key tile ``n`` of K and V, if there is one, to a slot; one group either way."""
         if n >= 0:
-            row = keys.begin + n * self.config.tile_n
-            k.start(k.m, k.tXsX[None, None, None, slot], row, keys.end)
-            v.start(v.m, v.tXsX[None, None, None, slot], row, keys.end)
+            row, finite = keys.begin + n * self.config.tile_n, FiniteRows((v.m,))
+            for x in (k, v):
+                x.start(x.m, row, keys.end, (slot,), finite)
         cute.arch.cp_async_commit_group()
 
     # ---- one key tile ----------------------------------------------------------------------------------------------

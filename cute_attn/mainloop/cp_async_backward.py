@@ -17,7 +17,7 @@ whole lines. Rows past a sequence's end are read as the last one; their log-sum-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import cutlass
@@ -27,7 +27,18 @@ from cute_attn import layouts
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
-from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
+from cute_attn.mainloop.common import (
+    Coordinates,
+    Gradients,
+    Inputs,
+    QueryTiles,
+    Rows,
+    Signals,
+    Values,
+    apply_softcap,
+    mask_transposed,
+)
+from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows
 from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import capped_probabilities, probabilities, score_gradients
@@ -76,6 +87,7 @@ class Block:
     heads_per_kv: Int32
     values: Values
     gradients: Gradients
+    signals: Signals | None
     shared: Shared
     q: Stream
     do: Stream
@@ -98,9 +110,9 @@ class Backward:
     # ---- host ------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks: Int32, stream):
+    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
         """Launch a block for each key tile; ``blocks``, what the GPU holds at once, is the hardware's business here."""
-        self.kernel(mQ, mK, mV, mdO, rows, gradients, values, tiles).launch(
+        self.kernel(inputs, rows, gradients, signals, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
@@ -111,15 +123,18 @@ class Backward:
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles):
+    def kernel(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles: Tiles):
         problem = self.problem
         thread = cute.arch.thread_idx()[0]
+        smem = cutlass.memory.SmemAllocator()
+        shared = self._shared(smem)
+        if cutlass.const_expr(problem.deterministic):
+            tiles = replace(tiles, ticket=self._ticket(smem, signals, thread))
         n_block, head_kv, batch = tiles.key_tile()
         visited = QueryTiles.of(values, problem, n_block, self.config)
-        shared = self._shared()
         stream = partial(Stream.of, self.lay, self.config)
-        k = stream("K", mK[None, None, head_kv, batch], shared.k, thread, problem.head_dim)
-        v = stream("V", mV[None, None, head_kv, batch], shared.v, thread, problem.head_dim_v)
+        k = stream("K", inputs.k[None, None, head_kv, batch], shared.k, thread, problem.head_dim)
+        v = stream("V", inputs.v[None, None, head_kv, batch], shared.v, thread, problem.head_dim_v)
         me = Block(
             thread,
             n_block,
@@ -129,14 +144,20 @@ class Backward:
             tiles.heads_per_kv,
             values,
             gradients,
+            signals,
             shared,
-            stream("Q", mQ[None, None, None, batch], shared.q, thread, problem.head_dim),
-            stream("dO", mdO[None, None, None, batch], shared.do, thread, problem.head_dim_v),
+            stream("Q", inputs.q[None, None, None, batch], shared.q, thread, problem.head_dim),
+            stream("dO", inputs.do[None, None, None, batch], shared.do, thread, problem.head_dim_v),
             rows,
             *(self._accumulator(role) for role in ("dV", "dK")),
         )
         if visited.count > 0:
-            self._query_tiles(me, k, v)
+            if cutlass.const_expr(not problem.masked):
+                self._query_tiles(me, k, v)
+            elif signals.care():
+                self._query_tiles_carefully(me, k, v)
+            else:
+                self._query_tiles(me, k, v)
         self._store(me, gradients)
 
     def _accumulator(self, role: str) -> cute.Tensor:
@@ -145,9 +166,17 @@ class Backward:
         acc.fill(0.0)
         return acc
 
-    def _shared(self) -> Shared:
+    @cute.jit
+    def _ticket(self, smem: cutlass.Constexpr, signals: Signals, thread):
+        """This block's ticket, for all its threads."""
+        place = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout(1))
+        if thread == 0:
+            place[0] = signals.ticket()
+        cute.arch.sync_threads()
+        return place[0]
+
+    def _shared(self, smem) -> Shared:
         config, lay = self.config, self.lay
-        smem = cutlass.memory.SmemAllocator()
 
         def tensor(name):
             return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
@@ -185,32 +214,40 @@ class Backward:
     # ---- the walk over query tiles ---------------------------------------------------------------------------------
 
     @cute.jit
-    def _query_tiles(self, me: Block, k: Stream, v: Stream):
+    def _query_tiles(self, me: Block, k: Stream, v: Stream, careful: cutlass.Constexpr[bool] = False):
         """Every query tile of every head that shares the block's keys. Three loops, so that each knows at compile time whether
-        it masks."""
+        it masks; where copies are careful, one, which masks every tile."""
         stages, late_dq = self.config.stages, self.needs_q and not self.shares_p
         operands = self._operands(me)
         for x in (k, v, me.q, me.do):
             x.clear_padding()
         row = me.n_block * self.config.tile_n
-        k.start(k.m, k.tXsX, row, me.values.seqlen_k)
-        v.start(v.m, v.tXsX, row, me.values.seqlen_k)
+        for x in (k, v):
+            x.start(x.m, row, me.values.seqlen_k, keeps=FiniteRows((k.m, v.m)))
         for slot in cutlass.range_constexpr(stages - 1):
             self._copy_queries(me, *self._after(me, Int32(0), Int32(0), slot), Int32(slot))
         if cutlass.const_expr(late_dq):
             self._clear_ds(me)
         count = me.visited.count
-        lead, whole_end = self._whole(me.visited)
+        lead, whole_end = (count, count) if cutlass.const_expr(careful) else self._whole(me.visited)
         for member in cutlass.range(me.heads_per_kv, unroll=1):
             for i in cutlass.range(lead, unroll=1):
                 self._step(me, operands, member, i, True)
-            for i in cutlass.range(lead, whole_end, unroll=1):
-                self._step(me, operands, member, i, False)
-            if cutlass.const_expr(self.problem.bounded_left or (self.problem.bounded_right and self.problem.deterministic)):
+            if cutlass.const_expr(not careful):
+                for i in cutlass.range(lead, whole_end, unroll=1):
+                    self._step(me, operands, member, i, False)
+            right_edge_last = self.problem.bounded_right and self.problem.deterministic
+            if cutlass.const_expr((self.problem.bounded_left or right_edge_last) and not careful):
                 for i in cutlass.range(whole_end, count, unroll=1):
                     self._step(me, operands, member, i, True)
         if cutlass.const_expr(late_dq):
             self._late_dq(me, operands, me.heads_per_kv, Int32(0))
+
+    def _query_tiles_carefully(self, me: Block, k: Stream, v: Stream):
+        """The same from careful copies."""
+        streams = ((k, me.shared.k), (v, me.shared.v), (me.q, me.shared.q), (me.do, me.shared.do))
+        k, v, q, do = (x.careful(s, me.thread, self.config.threads, 0.0) for x, s in streams)
+        self._query_tiles(replace(me, q=q, do=do), k, v, careful=True)
 
     @cute.jit
     def _whole(self, visited: QueryTiles):
@@ -259,8 +296,9 @@ class Backward:
         if member < me.heads_per_kv:
             m_block, head = me.visited.in_order(i, self.problem), self._head(me, member)
             row, end = m_block * config.tile_m, me.values.seqlen_q
-            me.q.start(me.q.m[None, None, head], me.q.tXsX[None, None, None, slot], row, end)
-            me.do.start(me.do.m[None, None, head], me.do.tXsX[None, None, None, slot], row, end)
+            unmarked = UnmarkedRows(me.rows.lse_raw[None, head, me.batch])
+            for x in (me.q, me.do):
+                x.start(x.m[None, None, head], row, end, (slot,), unmarked)
             self._copy_rows(me, head, m_block, slot)
         cute.arch.cp_async_commit_group()
 
@@ -272,7 +310,7 @@ class Backward:
             cute.nvgpu.cpasync.CopyG2SOp(cache_mode=cute.nvgpu.cpasync.LoadCacheMode.GLOBAL), Float32, num_bits_per_copy=128
         )
         for n in cutlass.range_constexpr(2):
-            m, s = ((me.rows.lse_log2, me.shared.lse), (me.rows.delta, me.shared.delta))[n]
+            m, s = ((me.rows.lse_raw, me.shared.lse), (me.rows.delta, me.shared.delta))[n]
             if cutlass.const_expr(n == 0 or self.needs_ds):
                 place = me.thread - n * vectors
                 if (place >= 0) & (place < vectors):
@@ -433,7 +471,7 @@ class Backward:
             cute.arch.sync_threads()  # every thread has added
             if (me.thread == 0) & (count > 0):
                 cute.arch.fence_acq_rel_gpu()
-                me.gradients.pass_turn((m_block, head, me.batch))
+                me.signals.pass_turn((m_block, head, me.batch))
 
     @cute.jit
     def _wait_for_turn(self, me: Block, head, m_block, count):
@@ -442,7 +480,7 @@ class Backward:
         if cutlass.const_expr(self.problem.deterministic):
             if (me.thread == 0) & (count > 0):
                 rank = me.visited.rank(me.values, self.problem, m_block, self.config)
-                me.gradients.wait_for_turn((m_block, head, me.batch), rank)
+                me.signals.wait_for_turn((m_block, head, me.batch), rank)
 
     # ---- epilogue --------------------------------------------------------------------------------------------------
 

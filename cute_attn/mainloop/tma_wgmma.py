@@ -6,11 +6,13 @@ tile i − 1, and both run while nothing waits for them); between warpgroups, na
 tensor cores, so that one multiplies while the other takes exponentials. Both are FlashAttention-3's (arXiv:2407.08608).
 
 Barriers: each K and V stage and each warpgroup's Q has a full and an empty mbarrier (``cutlass.pipeline``); named barriers
-1 … 3 are the turns, 4 … 6 gather a warpgroup for its epilogue.
+are for the turns, for a warpgroup's epilogue, and for the verdict on a block's outputs: where there is a mask and one of them
+is not finite, the block does its query tiles once more, from careful copies (``guard.py``).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,13 +23,14 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cute_attn.epilogue import store_lse
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
+from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, rounded_operand, tma_tiles
 from cute_attn.scheduler import Tiles
-from cute_attn.softmax import Softmax, scale_rows
+from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 COPY_K_V_WARP, COPY_Q_WARP = 0, 1
 LONG = 1 << 19  # keys · columns of Q in shared memory from which on a causal tile is worth a block of its own
-TURN_BARRIER = 1
+COPY_WARPS = 2
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Shared:
     k: cute.Tensor
     v: cute.Tensor
     o: cute.Tensor
+    verdict: cute.Tensor | None  # not 0 once an output was not finite
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,10 @@ class Fragments:
 class Forward(Kernel):
     """The kernel of one (problem, config)."""
 
-    epilogue_barrier = 4  # after three turns
+    def __init__(self, problem, config):
+        super().__init__(problem, config)
+        self.guarded = problem.masked
+        self.turn_barrier = self.first_barrier("turns")
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
@@ -96,14 +103,15 @@ class Forward(Kernel):
         tiles, blocks = tiles.launched(blocks, long)
         q, k, v = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
         o = self.operand("O", mO, self.lay.copy_out)
-        self.kernel(q, k, v, o, mLSE, values, tiles).launch(
+        plain = (mK, mV) if cutlass.const_expr(self.guarded) else None
+        self.kernel(q, k, v, o, mLSE, plain, values, tiles).launch(
             grid=[blocks, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
 
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(self, q: Operand, k: Operand, v: Operand, o: Operand, mLSE, values: Values, tiles: Tiles):
+    def kernel(self, q: Operand, k: Operand, v: Operand, o: Operand, mLSE: LogSumExp, plain, values: Values, tiles: Tiles):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (q, k, v, o):
@@ -113,9 +121,16 @@ class Forward(Kernel):
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_V_WARP:
-                self._copy_k_v(k, v, shared, pipes, values, tiles)
+                states = self._copy_k_v(k, v, shared, pipes, values, tiles)
+                if cutlass.const_expr(self.guarded):
+                    if self._is_done_again(shared):
+                        self._copy_k_v_carefully(plain, shared, pipes, values, tiles, states)
             if warp == COPY_Q_WARP:
-                self._copy_q(q, shared, pipes, tiles)
+                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
+                state = self._copy_q(q, shared, pipes, tiles, state)
+                if cutlass.const_expr(self.guarded):
+                    if self._is_done_again(shared):
+                        self._copy_q(q, shared, pipes, tiles, state)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             self._compute(o, mLSE, shared, pipes, values, tiles)
@@ -134,17 +149,27 @@ class Forward(Kernel):
             k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
         )
+        verdict = None
+        if cutlass.const_expr(self.guarded):
+            verdict = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout(1))
+            verdict[0] = Int32(0)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return Shared(sQ, sK, sV, sO), pipes
+        return Shared(sQ, sK, sV, sO, verdict), pipes
+
+    @cute.jit
+    def _is_done_again(self, shared: Shared):
+        """Whether the block is to do its query tiles again: known once all its computing threads have got here."""
+        threads = self.config.mma_threads + 32 * COPY_WARPS
+        cute.arch.barrier(barrier_id=self.first_barrier("verdict"), number_of_threads=threads)
+        return shared.verdict[0] != 0
 
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _copy_q(self, q: Operand, shared: Shared, pipes: Pipelines, tiles: Tiles):
+    def _copy_q(self, q: Operand, shared: Shared, pipes: Pipelines, tiles: Tiles, state):
         """One warp: each query tile's rows, 64 for each computing warpgroup; also of a tile that sees no key, since O may
-        lie over Q, and only whoever holds Q's slot may write there."""
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
+        lie over Q, and only whoever holds Q's slot may write there. Returns the pipeline's next state."""
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
@@ -156,10 +181,12 @@ class Forward(Kernel):
                 state.advance()
             turn += 1
             position = tiles.position(turn)
+        return state
 
     @cute.jit
     def _copy_k_v(self, k: Operand, v: Operand, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
-        """One warp: the K and V tiles of each query tile, last keys first, K one tile ahead of V."""
+        """One warp: the K and V tiles of each query tile, last keys first, K one tile ahead of V. Returns the pipelines' next
+        states."""
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         turn = Int32(0)
@@ -180,6 +207,36 @@ class Forward(Kernel):
                     v_state.advance()
             turn += 1
             position = tiles.position(turn)
+        return k_state, v_state
+
+    @cute.jit
+    def _copy_k_v_carefully(self, plain, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles, states):
+        """The same by careful copies of the warp's threads: a key whose value is not finite is NaN, and its value 0."""
+        k_state, v_state = states
+        mK, mV = plain
+        threads = (cute.arch.lane_idx(), 32)
+        turn = Int32(0)
+        position = tiles.position(turn)
+        while position < tiles.count():
+            m_block, _, head_kv, batch = tiles.coordinates(position)
+            keys = KeyTiles.of(values, self.problem, m_block, self.config)
+            gK, gV = (m[None, None, head_kv, batch] for m in (mK, mV))
+            finite = FiniteRows((gV,))
+            for i in cutlass.range(keys.count + 1, unroll=1):
+                first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
+                if i < keys.count:
+                    self.acquire_for_threads(pipes.k, k_state)
+                    copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite, math.nan)
+                    self.publish_by_threads(pipes.k, k_state)
+                    k_state.advance()
+                if i > 0:
+                    first += self.config.tile_n
+                    self.acquire_for_threads(pipes.v, v_state)
+                    copy_carefully(gV, shared.v[None, None, v_state.index], first, threads, finite, 0.0)
+                    self.publish_by_threads(pipes.v, v_state)
+                    v_state.advance()
+            turn += 1
+            position = tiles.position(turn)
 
     def _copy(self, operand: Operand, source, slots, pipe, state):
         cute.copy(operand.atom, source, slots[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
@@ -187,13 +244,26 @@ class Forward(Kernel):
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(self, o: Operand, mLSE, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
-        """One computing warpgroup: its 64 rows of every query tile of the block."""
-        config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
+    def _compute(self, o: Operand, mLSE: LogSumExp, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
+        """One computing warpgroup: its 64 rows of every query tile of the block; again, if an output was not finite."""
         me = self._worker()
         self._hand_out_first_turn(me)
         q_phase = Int32(0)
-        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, config.stages)
+        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        states = self._query_tiles(me, (o, mLSE), shared, pipes, values, tiles, (q_phase, kv_state))
+        if cutlass.const_expr(self.guarded):
+            if self._is_done_again(shared):
+                cute.arch.cp_async_bulk_wait_group(0, read=False)  # what was stored first must not come last
+                self._query_tiles(me, (o, mLSE), shared, pipes, values, tiles, states, again=True)
+
+    @cute.jit
+    def _query_tiles(
+        self, me: Worker, into, shared, pipes: Pipelines, values, tiles: Tiles, states, again: cutlass.Constexpr[bool] = False
+    ):
+        """Every query tile of the block; returns Q's phase and the state of K's and V's pipelines."""
+        o, mLSE = into
+        config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
+        q_phase, kv_state = states
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
@@ -201,16 +271,19 @@ class Forward(Kernel):
             keys = KeyTiles.of(values, self.problem, m_block, config)
             tile = QueryTile(m_block * config.tile_m + me.warpgroup * rows, keys, values)
             frag = self._fragments(me, shared)
-            softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2)
+            softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2, fused=True)
             q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
             pipes.q.consumer_wait(q_state)
             if keys.count > 0:
-                kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile)
+                kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile, again)
             else:
                 if cutlass.const_expr(config.separate_o):
                     pipes.q.consumer_release(q_state)
             self._normalize(me, frag, softmax, tile, mLSE, (head, batch))
             self._store_o(me, frag, o, shared.o, (m_block * self.warpgroups + me.warpgroup, head, batch))
+            if cutlass.const_expr(self.guarded and not again):
+                if not_finite(frag.acc_O):
+                    shared.verdict[0] = Int32(1)
             if cutlass.const_expr(not config.separate_o):
                 self.wait_for_store(me.warpgroup)  # O lies over Q
                 pipes.q.consumer_release(q_state)
@@ -218,6 +291,7 @@ class Forward(Kernel):
             turn += 1
             position = tiles.position(turn)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+        return q_phase, kv_state
 
     def _worker(self) -> Worker:
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
@@ -242,8 +316,11 @@ class Forward(Kernel):
         )
 
     @cute.jit
-    def _attend(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, states, tile: QueryTile):
-        """All key tiles of one query tile, from the last to the first, once Q is there. Returns K's and V's pipeline state.
+    def _attend(
+        self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, states, tile: QueryTile, again: cutlass.Constexpr
+    ):
+        """All key tiles of one query tile, from the last to the first, once Q is there; ``again`` in one loop, which masks them
+        all. Returns K's and V's pipeline state.
 
         Q is released as early as can be: after the last scores, or, where O will lie over it, by the caller.
         One state serves both: it stands at the last K tile taken, whose V tile is the next to be taken.
@@ -262,7 +339,11 @@ class Forward(Kernel):
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
         step = partial(self._step, me, frag, softmax, pipes, tile)
-        kv_state = walk(step, kv_state, keys, self.problem)
+        if cutlass.const_expr(again):
+            for i in cutlass.range(top, unroll=1):
+                kv_state = step(kv_state, (top - 1 - i, True))
+        else:
+            kv_state = walk(step, kv_state, keys, self.problem)
 
         if cutlass.const_expr(self.config.separate_o):
             pipes.q.consumer_release(q_state)
@@ -339,24 +420,23 @@ class Forward(Kernel):
     @cute.jit
     def _wait_for_turn(self, me: Worker):
         if cutlass.const_expr(self.config.ping_pong):
-            cute.arch.barrier(barrier_id=TURN_BARRIER + me.warpgroup, number_of_threads=2 * WARPGROUP)
+            cute.arch.barrier(barrier_id=self.turn_barrier + me.warpgroup, number_of_threads=2 * WARPGROUP)
 
     @cute.jit
     def _pass_turn(self, me: Worker):
         if cutlass.const_expr(self.config.ping_pong):
             after = (me.warpgroup + 1) % self.warpgroups
-            cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + after, number_of_threads=2 * WARPGROUP)
+            cute.arch.barrier_arrive(barrier_id=self.turn_barrier + after, number_of_threads=2 * WARPGROUP)
 
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _normalize(self, me: Worker, frag: Fragments, softmax: Softmax, tile: QueryTile, mLSE, where):
+    def _normalize(self, me: Worker, frag: Fragments, softmax: Softmax, tile: QueryTile, mLSE: LogSumExp, where):
         """O /= row_sum, and the log-sum-exp where it is asked for."""
-        normalize, lse = cute.make_rmem_tensor_like(frag.rescale), cute.make_rmem_tensor_like(frag.rescale)
-        softmax.finish(normalize, lse)
+        normalize, lse = cute.make_rmem_tensor_like(frag.rescale), LogSumExp.like(frag.rescale)
+        softmax.finish(normalize, lse, frag.tOrP.element_type)
         scale_rows(rows_columns(frag.acc_O), normalize)
-        if cutlass.const_expr(self.problem.return_lse):
-            store_lse(mLSE[None, where[0], where[1]], lse, me.cO.thread, tile.row_first, tile.values.seqlen_q)
+        store_lse(mLSE, lse, me.cO.thread, tile.row_first, *where)
 
     @cute.jit
     def _store_o(self, me: Worker, frag: Fragments, o: Operand, sO: cute.Tensor, where):

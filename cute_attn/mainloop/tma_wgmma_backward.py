@@ -16,7 +16,7 @@ bank conflict.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
@@ -24,7 +24,17 @@ from cutlass.cute.nvgpu import cpasync
 
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import rows_columns, transposed
-from cute_attn.mainloop.common import Coordinates, Gradients, QueryTiles, Rows, Values, apply_softcap, mask_transposed
+from cute_attn.mainloop.common import (
+    Coordinates,
+    Gradients,
+    Inputs,
+    QueryTiles,
+    Rows,
+    Signals,
+    Values,
+    apply_softcap,
+    mask_transposed,
+)
 from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,
@@ -77,6 +87,7 @@ class Shared:
     dq: cute.Tensor
     lse: cute.Tensor
     delta: cute.Tensor
+    ticket: cute.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -119,15 +130,16 @@ class Backward(KeyBlocks):
     # ---- host ------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks: Int32, stream):
+    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
         """Make the TMA descriptors and launch a block for each key tile."""
-        q, k, v, do = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO)))
+        q, k, v, do = self.input_operands(inputs)
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
         if cutlass.const_expr(not (self.problem.deterministic and self.problem.bounded_right)):
             tiles = tiles.in_small_groups(blocks)
-        self.kernel(Operands(q, k, v, do, dk, dv), rows, gradients, values, tiles).launch(
+        plain = inputs.if_masked(self.problem)
+        self.kernel(Operands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
@@ -137,30 +149,31 @@ class Backward(KeyBlocks):
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(self, operands: Operands, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles):
+    def kernel(self, operands: Operands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles):
+        care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (operands.q, operands.k, operands.v, operands.do):
                 cpasync.prefetch_descriptor(operand.atom)
-        shared, pipes = self._setup()
+        shared, pipes = self._setup(signals)
+        if cutlass.const_expr(self.problem.deterministic):
+            tiles = replace(tiles, ticket=shared.ticket[0])
 
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
-                self.copy_tiles(keys, queries, (rows.lse_log2, shared.lse), values, tiles)
+                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, tiles)
             if warp == COPY_V_DO_WARP:
-                keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
-                self.copy_tiles(keys, queries, (rows.delta, shared.delta), values, tiles)
+                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, tiles)
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    self._add_dq(gradients, shared.dq, values, tiles, warp - ADD_DQ_WARP)
+                    self._add_dq(gradients, signals, shared.dq, values, tiles, warp - ADD_DQ_WARP)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             self._compute(operands, shared, pipes, values, tiles)
 
-    def _setup(self):
-        """Allocate shared memory and initialise the barriers."""
+    def _setup(self, signals: Signals | None):
+        """Allocate shared memory, initialise the barriers and take a ticket."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
@@ -169,6 +182,7 @@ class Backward(KeyBlocks):
             dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
+            ticket=self.take_ticket(smem, signals),
         )
         row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
         pipes = Pipelines(
@@ -184,7 +198,7 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, sdQ: cute.Tensor, values: Values, tiles: Tiles, mine: Int32):
+    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, values: Values, tiles: Tiles, mine: Int32):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         lane = cute.arch.lane_idx()
@@ -201,7 +215,11 @@ class Backward(KeyBlocks):
                     where = (m_block, head, batch)
                     if cutlass.const_expr(self.problem.deterministic):
                         if lane == 0:
-                            gradients.wait_for_turn(where, visited.rank(values, self.problem, m_block, self.config))
+                            signals.wait_for_turn(where, visited.rank(values, self.problem, m_block, self.config))
+                            # What was acquired orders this thread's own accesses; the copy engine's, which add, are another
+                            # proxy's (PTX ISA, "Async proxy"). The other way none is needed: a bulk operation that is
+                            # complete is followed by such a fence (ibid.).
+                            cute.arch.fence_proxy("async.global")
                         cute.arch.sync_warp()
                     for w in cutlass.range_constexpr(self.warpgroups):
                         barrier = self.full_barrier + ADDERS * w + mine
@@ -216,9 +234,9 @@ class Backward(KeyBlocks):
                     if cutlass.const_expr(self.problem.deterministic):
                         if lane == 0:
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
-                            gradients.pass_turn(where)
+                            signals.pass_turn(where)
                 step += 1
-        cute.arch.cp_async_bulk_wait_group(0, read=False)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _offer(self):
         """dQ's shared memory to the computing warpgroups, for the next tile."""
@@ -305,19 +323,21 @@ class Backward(KeyBlocks):
         apply_softcap(P, values, self.problem)
         if masked:
             mask_transposed(P, me.cS, (key_first, m_block * config.tile_m), values, self.problem)
-        lse_log2 = of_columns(mma_S, me.thread, shared.lse[None, stage])
-        rP = rounded_probabilities(acc_S, lse_log2, values, self.problem, self.element)
-        if cutlass.const_expr(self.needs_v):
-            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], accumulate=True)
-            flight.issued("dV")
-
+        lse_raw = of_columns(mma_S, me.thread, shared.lse[None, stage])
+        rP = rounded_probabilities(acc_S, lse_raw, values, self.problem, self.element)
+        slot = state.count % lay.DS_STAGES * self.warpgroups
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
             score_gradients(P, rows_columns(acc_dP), of_columns(mma_S, me.thread, shared.delta[None, stage]))
             rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
-                slot = state.count % lay.DS_STAGES * self.warpgroups
-                self._share_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
+                self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
+        if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], accumulate=True)
+            flight.issued("dV")
+        if cutlass.const_expr(self.needs_ds):
+            if cutlass.const_expr(self.needs_q):
+                self._meet()
                 self._dq(frag, slot)
                 flight.issued("dQ")
             if cutlass.const_expr(self.needs_k):
@@ -335,12 +355,11 @@ class Backward(KeyBlocks):
         return state
 
     @cute.jit
-    def _share_ds(self, me: Worker, rdS: cute.Tensor, sdS: cute.Tensor):
-        """This warpgroup's dSᵀ to shared memory, and wait for the others'."""
+    def _store_ds(self, me: Worker, rdS: cute.Tensor, sdS: cute.Tensor):
+        """This warpgroup's dSᵀ to shared memory, for all of them once they have met."""
         copy = self.lay.store_accumulator("dS", self.config).get_slice(me.thread)
         cute.copy(copy, copy.retile(rdS), copy.partition_D(sdS))
         cute.arch.fence_view_async_shared()
-        self._meet()
 
     @cute.jit
     def _dq(self, frag: Fragments, slot):

@@ -29,6 +29,7 @@ from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import (
     Coordinates,
     Gradients,
+    Inputs,
     KeyTiles,
     QueryTiles,
     Rows,
@@ -37,7 +38,9 @@ from cute_attn.mainloop.common import (
     mask,
     mask_transposed,
 )
+from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
 from cute_attn.mainloop.warpgroups import (
+    WARP,
     WARPGROUP,
     Kernel,
     KeyBlocks,
@@ -61,12 +64,12 @@ class Backward:
         self.queries = QueryGradients(problem, config)
 
     @cute.jit
-    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, blocks: Int32, stream):
+    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
         """Launch the kernels whose gradients are asked for."""
         if cutlass.const_expr(gradients.mdK is not None or gradients.mdV is not None):
-            self.keys.launch(mQ, mK, mV, mdO, rows, gradients, values, tiles.in_small_groups(blocks), stream)
+            self.keys.launch(inputs, rows, gradients, signals, values, tiles.in_small_groups(blocks), stream)
         if cutlass.const_expr(gradients.mdQ is not None):
-            self.queries.launch(mQ, mK, mV, mdO, rows, gradients, values, blocks, stream)
+            self.queries.launch(inputs, rows, gradients, signals, values, blocks, stream)
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,12 @@ class KeyGradients(KeyBlocks):
         self.needs_k, self.needs_v = "k" in problem.gradients, "v" in problem.gradients
 
     @cute.jit
-    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, tiles: Tiles, stream):
+    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, stream):
         """Make the TMA descriptors and launch a block for each key tile."""
-        inputs = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO)))
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
-        self.kernel(Operands(*inputs, dk=dk, dv=dv), rows, values, tiles).launch(
+        operands = Operands(*self.input_operands(inputs), dk=dk, dv=dv)
+        self.kernel(operands, inputs.if_masked(self.problem), rows, signals, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
@@ -134,17 +137,16 @@ class KeyGradients(KeyBlocks):
         )
 
     @cute.kernel
-    def kernel(self, operands: Operands, rows: Rows, values: Values, tiles: Tiles):
+    def kernel(self, operands: Operands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
+        care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared, pipes = self._setup()
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_WARPS[0]:
-                keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
-                self.copy_tiles(keys, queries, (rows.lse_log2, shared.lse), values, tiles)
+                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, tiles)
             if warp == COPY_WARPS[1]:
-                keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
-                self.copy_tiles(keys, queries, (rows.delta, shared.delta), values, tiles)
+                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, tiles)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             if warp < 2 * WARPGROUP // 32:
@@ -209,8 +211,8 @@ class KeyGradients(KeyBlocks):
             if visited.needs_mask(m_block):
                 origin = (n_block * self.config.tile_n, m_block * self.config.tile_m)
                 mask_transposed(P, cS, origin, values, self.problem)
-            lse_log2 = of_columns(S, thread, shared.lse[None, state.index])
-            rP = rounded_probabilities(acc_S, lse_log2, values, self.problem, self.element)
+            lse_raw = of_columns(S, thread, shared.lse[None, state.index])
+            rP = rounded_probabilities(acc_S, lse_raw, values, self.problem, self.element)
             self.release_rows(pipes.q, state)
             if cutlass.const_expr(self.needs_k):
                 of_ds = rounded_operand(acc_S, self.element) if cutlass.const_expr(self.problem.softcap) else rP
@@ -322,12 +324,12 @@ class QueryGradients(Kernel):
         self.block = replace(config, tile_m=rows)  # for what counts a block's queries
 
     @cute.jit
-    def launch(self, mQ, mK, mV, mdO, rows: Rows, gradients: Gradients, values: Values, blocks: Int32, stream):
+    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, blocks, stream):
         """Make the TMA descriptors and launch a block for each query tile."""
-        inputs = (self.operand(f"q{name}", m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV), ("dO", mdO)))
         dq = self.operand("dQ", gradients.mdQ, self.lay.copy_out)
-        tiles = Tiles.of(mQ.shape, mK.shape[2], self.block.tile_m, blocks, self.problem.bounded_right)
-        self.kernel(Operands(*inputs, dq=dq), rows, values, tiles.in_small_groups(blocks)).launch(
+        tiles = Tiles.of(inputs.q.shape, inputs.k.shape[2], self.block.tile_m, blocks, self.problem.bounded_right)
+        operands = Operands(*self.input_operands(inputs, "q"), dq=dq)
+        self.kernel(operands, inputs.if_masked(self.problem), rows, signals, values, tiles.in_small_groups(blocks)).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
@@ -335,15 +337,26 @@ class QueryGradients(Kernel):
         )
 
     @cute.kernel
-    def kernel(self, operands: Operands, rows: Rows, values: Values, tiles: Tiles):
+    def kernel(self, operands: Operands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
+        care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared, pipes = self._setup()
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_WARPS[0]:
-                self._copy_keys(operands, shared, pipes, values, tiles)
+                if cutlass.const_expr(plain is None):
+                    self._copy_keys(operands, shared, pipes, values, tiles)
+                elif care:
+                    self._copy_keys_carefully(plain, shared, pipes, values, tiles)
+                else:
+                    self._copy_keys(operands, shared, pipes, values, tiles)
             if warp == COPY_WARPS[1]:
-                self._copy_queries(operands, shared, pipes, tiles)
+                if cutlass.const_expr(plain is None):
+                    self._copy_queries(operands, shared, pipes, tiles)
+                elif care:
+                    self._copy_queries_carefully(plain, rows, shared, pipes, tiles)
+                else:
+                    self._copy_queries(operands, shared, pipes, tiles)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             self._compute(operands, shared, pipes, rows, values, tiles)
@@ -400,6 +413,40 @@ class QueryGradients(Kernel):
             v_state.advance()
 
     @cute.jit
+    def _copy_queries_carefully(self, plain: Inputs, rows: Rows, shared: QueryShared, pipes: QueryPipelines, tiles: Tiles):
+        """The same by the warp's threads: see ``guard.py``."""
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
+        m_block, head, _, batch = tiles.query_tile()
+        threads, unmarked = (cute.arch.lane_idx(), WARP), UnmarkedRows(rows.lse_raw[None, head, batch])
+        for w in cutlass.range_constexpr(self.warpgroups):
+            self.acquire_for_threads(pipes.q, state)
+            first = (m_block * self.warpgroups + w) * self.lay.ROWS_PER_WARPGROUP
+            for m, s in ((plain.q, shared.q), (plain.do, shared.do)):
+                copy_carefully(m[None, None, head, batch], s[None, None, w], first, threads, unmarked, 0.0)
+            self.publish_by_threads(pipes.q, state)
+            state.advance()
+
+    @cute.jit
+    def _copy_keys_carefully(self, plain: Inputs, shared: QueryShared, pipes: QueryPipelines, values: Values, tiles: Tiles):
+        """The same by the warp's threads: see ``guard.py``."""
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
+        m_block, _, head_kv, batch = tiles.query_tile()
+        keys = KeyTiles.of(values, self.problem, m_block, self.block)
+        gK, gV = (m[None, None, head_kv, batch] for m in (plain.k, plain.v))
+        threads, finite = (cute.arch.lane_idx(), WARP), FiniteRows((gK, gV))
+        for i in cutlass.range(keys.count, unroll=1):
+            first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
+            self.acquire_for_threads(pipes.k, k_state)
+            copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite, 0.0)
+            self.publish_by_threads(pipes.k, k_state)
+            k_state.advance()
+            self.acquire_for_threads(pipes.v, v_state)
+            copy_carefully(gV, shared.v[None, None, v_state.index], first, threads, finite, 0.0)
+            self.publish_by_threads(pipes.v, v_state)
+            v_state.advance()
+
+    @cute.jit
     def _compute(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, values: Values, tiles):
         """One computing warpgroup: its 64 rows of the block's tile."""
         index = cute.arch.thread_idx()[0]
@@ -419,7 +466,7 @@ class QueryGradients(Kernel):
         keys = KeyTiles.of(values, self.problem, m_block, self.block)
         row_first = m_block * self.block.tile_m + w * self.lay.ROWS_PER_WARPGROUP
         acc_dQ = self.accumulator("dQ", self.config.tile_d)
-        lse_log2, delta = (self._of_rows(m[None, head, batch], cS, row_first) for m in (rows.lse_log2, rows.delta))
+        lse_raw, delta = (self._of_rows(m[None, head, batch], cS, row_first) for m in (rows.lse_raw, rows.delta))
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, Int32(0))
         pipes.q.consumer_wait(q_state)
         for i in cutlass.range(keys.count, unroll=1):
@@ -435,7 +482,7 @@ class QueryGradients(Kernel):
             apply_softcap(P, values, self.problem)
             if n >= keys.whole_end or n < keys.whole_begin:
                 mask(P, cS, (row_first, keys.begin + n * self.config.tile_n), values, self.problem)
-            probabilities_by_row(P, lse_log2, values.scale_log2, self.problem.softcap)
+            probabilities_by_row(P, lse_raw, values.scale_log2, self.problem.softcap)
             warpgroup.wait_group(0)
             pipes.v.consumer_release(v_state)
             score_gradients_by_row(P, rows_columns(acc_dP), delta)

@@ -13,7 +13,8 @@ from cute_attn import layouts
 from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
-from cute_attn.mainloop.common import QueryTiles, Values
+from cute_attn.mainloop.common import Inputs, QueryTiles, Rows, Signals, Values
+from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import capped_probabilities, probabilities
 
@@ -62,16 +63,22 @@ def rounded_operand(acc: cute.Tensor, dtype, out: cute.Tensor | None = None) -> 
     return out
 
 
-def rounded_probabilities(acc_S: cute.Tensor, lse_log2: cute.Tensor, values: Values, problem, dtype) -> cute.Tensor:
+def rounded_probabilities(acc_S: cute.Tensor, lse_raw: cute.Tensor, values: Values, problem, dtype) -> cute.Tensor:
     """For the backward pass, transposed: scores to P in place (∘ the softcap's slopes, if there is one); returns P in
     ``dtype``, as the A operand of dV."""
     P = rows_columns(acc_S)
     if problem.softcap:
         rounded = cute.make_rmem_tensor_like(acc_S, dtype)
-        capped_probabilities(P, lse_log2, values.scale_log2, rows_columns(rounded))
+        capped_probabilities(P, lse_raw, values.scale_log2, rows_columns(rounded))
         return as_operand_a(rounded)
-    probabilities(P, lse_log2, values.scale_log2)
+    probabilities(P, lse_raw, values.scale_log2)
     return rounded_operand(acc_S, dtype)
+
+
+@cute.jit
+def _first_thread_writes(place: cute.Tensor, signals: Signals):
+    if cute.arch.thread_idx()[0] == 0:
+        place[0] = signals.ticket()
 
 
 class InFlight:
@@ -122,6 +129,11 @@ class Kernel:
         slot = cute.select(lay.smem_layout(name, config), mode=[0, 1])
         return Operand(*cpasync.make_tiled_tma_atom(copy(name, config), m, slot, lay.tile(name, config)))
 
+    def input_operands(self, inputs: Inputs, prefix: str = "") -> tuple[Operand, ...]:
+        """Q, K, V and dO of the backward pass; ``prefix`` is of their names in the layouts."""
+        named = (("Q", inputs.q), ("K", inputs.k), ("V", inputs.v), ("dO", inputs.do))
+        return tuple(self.operand(prefix + name, m, self.lay.copy_in) for name, m in named)
+
     def tensor(self, smem, name: str, like: str = ""):
         """Shared memory of an operand; of the size of ``like`` where that is larger."""
         layout, config = self.lay.smem_layout(name, self.config), self.config
@@ -139,6 +151,14 @@ class Kernel:
         """Shared memory of float32."""
         return smem.allocate_tensor(Float32, cute.make_layout(shape), 128)
 
+    def take_ticket(self, smem, signals: Signals | None) -> cute.Tensor | None:
+        """This block's ticket in shared memory, once all threads have met, where the order of blocks matters."""
+        if not self.problem.deterministic:
+            return None
+        place = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout(1))
+        _first_thread_writes(place, signals)
+        return place
+
     def pipe(self, smem, stages: int, warps: int, bytes: int):
         """A pipeline whose stages each bring ``bytes``, which ``warps`` read."""
         pipe = pipeline.PipelineTmaAsync.create(
@@ -150,6 +170,17 @@ class Kernel:
             defer_sync=True,
         )
         return pipe if self.arrivals == 1 else replace(pipe, is_signaling_thread=cutlass.Boolean(True))
+
+    def acquire_for_threads(self, pipe: pipeline.PipelineTmaAsync, state):
+        """Wait until a stage is free that a warp's threads will fill, not TMA: no bytes are expected."""
+        pipe.sync_object_empty.wait(state.index, state.phase)
+
+    def publish_by_threads(self, pipe: pipeline.PipelineTmaAsync, state):
+        """Hand on a stage that a warp's threads have filled."""
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(pipe.producer_get_barrier(state))
 
     @cute.jit
     def gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
@@ -242,6 +273,58 @@ class Kernel:
 
 class KeyBlocks(Kernel):
     """A kernel of the backward pass each of whose blocks owns a key tile and walks over query tiles."""
+
+    @cute.jit
+    def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, tiles: Tiles):
+        """One warp: K, and Q with the rows' log-sum-exp."""
+        keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
+        row_values = rows.lse_raw, shared.lse
+        if cutlass.const_expr(plain is None):
+            self.copy_tiles(keys, queries, row_values, values, tiles)
+        elif care:
+            self.copy_tiles_carefully((plain.k, *keys[1:]), (plain.q, *queries[1:]), row_values, plain, rows, values, tiles)
+        else:
+            self.copy_tiles(keys, queries, row_values, values, tiles)
+
+    @cute.jit
+    def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, tiles: Tiles):
+        """One warp: V, and dO with the rows' delta."""
+        keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
+        row_values = rows.delta, shared.delta
+        if cutlass.const_expr(plain is None):
+            self.copy_tiles(keys, queries, row_values, values, tiles)
+        elif care:
+            self.copy_tiles_carefully((plain.v, *keys[1:]), (plain.do, *queries[1:]), row_values, plain, rows, values, tiles)
+        else:
+            self.copy_tiles(keys, queries, row_values, values, tiles)
+
+    @cute.jit
+    def copy_tiles_carefully(self, keys, queries, row_values, plain: Inputs, rows: Rows, values: Values, tiles: Tiles):
+        """:meth:`copy_tiles` by the warp's threads, of tensors in global memory: see ``guard.py``."""
+        (mK, sK, k_pipe), (mQ, sQ, q_pipe), (mRow, sRow) = keys, queries, row_values
+        lane, step, slots = cute.arch.lane_idx(), self.config.tile_m, cute.size(sK, mode=[2])
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        n_block, head_kv, batch = tiles.key_tile()
+        visited = QueryTiles.of(values, self.problem, n_block, self.config)
+        finite = FiniteRows(tuple(m[None, None, head_kv, batch] for m in (plain.k, plain.v)))
+        self.acquire_for_threads(k_pipe, k_state)
+        for w in cutlass.range_constexpr(slots):
+            first = (n_block * slots + w) * cute.size(sK, mode=[0])
+            copy_carefully(mK[None, None, head_kv, batch], sK[None, None, w], first, (lane, WARP), finite, 0.0)
+        self.publish_by_threads(k_pipe, k_state)
+        for member in cutlass.range(tiles.heads_per_kv, unroll=1):
+            head = head_kv * tiles.heads_per_kv + member
+            unmarked = UnmarkedRows(rows.lse_raw[None, head, batch])
+            for i in cutlass.range(visited.count, unroll=1):
+                first = visited.in_order(i, self.problem) * step
+                self.acquire_for_threads(q_pipe, state)
+                into = sQ[None, None, state.index]
+                copy_carefully(mQ[None, None, head, batch], into, first, (lane, WARP), unmarked, 0.0)
+                for r in cutlass.range(lane, step, WARP, unroll=1):
+                    sRow[r, state.index] = mRow[first + r, head, batch]
+                self.publish_by_threads(q_pipe, state)
+                state.advance()
 
     @cute.jit
     def copy_tiles(self, keys, queries, row_values, values: Values, tiles: Tiles):

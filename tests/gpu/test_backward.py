@@ -9,7 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cute_attn import attention
-from tests.gpu.test_forward import KERNELS
+from cute_attn.layouts.base import CAREFUL, TICKET
+from tests.gpu.test_forward import CAPS, KERNELS, LARGE
 from tests.support import SHAPES, assert_close, assert_gradients_close, make_gradients, make_qkv
 
 BF16 = torch.bfloat16
@@ -89,6 +90,56 @@ def test_scale(mechanism):
     q, k, v, dout, _ = make(1, 200, 200, 2, 2, 128)
     for rules in ({"scale": 0.3}, {"scale": 0.3, "softcap": 4.0}, {"scale": -0.3, "softcap": 4.0}):
         assert_gradients_close(run(q, k, v, mechanism, dout, **rules), q, k, v, dout, **rules)
+
+
+@pytest.mark.parametrize(("dtype", "times"), LARGE)
+@pytest.mark.parametrize("rules", [{}, {"causal": True}], ids=["full", "causal"])
+def test_scores_up_to_the_dtypes_range(dtype, times, rules, mechanism):
+    """The two passes see the same numbers: P is exactly 1 where one key outweighs all others."""
+    for d in (64, 128, 256):
+        q, k, v, dout, _ = make(2, 200, 300, 4, 2, d, dtype=dtype)
+        q, k = q * times, k * times
+        assert_gradients_close(run(q, k, v, mechanism, dout, **rules), q, k, v, dout, **rules)
+
+
+@pytest.mark.parametrize(("dtype", "cap"), CAPS)
+def test_softcap_of_any_size(dtype, cap, mechanism):
+    for times in (1.0, 20.0):
+        q, k, v, dout, _ = make(2, 200, 300, 4, 2, 128, dtype=dtype)
+        rules, q = {"softcap": cap, "causal": True}, q * times
+        assert_gradients_close(run(q, k, v, mechanism, dout, **rules), q, k, v, dout, **rules)
+
+
+OTHERWISE = {
+    "on-the-cpu": lambda x: x.cpu(),
+    "strided": lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "wider": lambda x: x.double(),
+}
+
+
+@pytest.mark.parametrize("how", OTHERWISE)
+def test_saved_tensors_may_come_back_otherwise(how, mechanism):
+    """From hooks that offload or pack them: another device, other strides, another address, another dtype."""
+    q, k, v, dout, dlse = make(2, 200, 300, 4, 2, 64)
+    rules = {"causal": True, "deterministic": True}
+    want = run(q, k, v, mechanism, dout, dlse, **rules)
+    with torch.autograd.graph.saved_tensors_hooks(OTHERWISE[how], lambda x: x):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        outputs = attention(*leaves, mechanism=mechanism, return_lse=True, **rules)
+    assert_same_bits(torch.autograd.grad(outputs, leaves, (dout, dlse)), want)
+
+
+def test_blocks_take_tickets(mechanism, monkeypatch):
+    """Where dQ has a fixed order, as many as there are key tiles; then it doesn't matter in which order blocks start."""
+    made, new_zeros = [], torch.Tensor.new_zeros
+    q, k, v, dout, _ = make(3, 300, 700, 4, 2, 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", lambda *args, **options: made.append(new_zeros(*args, **options)) or made[-1])
+        run(q, k, v, mechanism, dout, causal=True, deterministic=True)
+    (signals,) = made
+    assert signals[TICKET].item() == 3 * 2 * -(-700 // 128)
+    assert signals[CAREFUL].item() == 0
 
 
 SUBSETS = ["".join(names) for n in (1, 2, 3) for names in itertools.combinations("qkv", n)]

@@ -24,6 +24,12 @@ KERNELS = [
     pytest.param(72, 200, torch.float16, {"softcap": 5.0}, id="d72-dv200-softcap-fp16"),
 ]
 
+# (dtype, how many times q and k are larger): plain PyTorch's scores, which the tolerance is measured by, end at the dtype's
+# largest number, 65504 for float16.
+LARGE = [(torch.bfloat16, times) for times in (30.0, 100.0, 1e3, 1e5, 1e15)] + [(torch.float16, 15.0)]
+CAPS = [(torch.float16, 1.0), (torch.float16, 15.0), (torch.float16, 100.0), (torch.float16, 1e4)]
+CAPS += [(torch.bfloat16, cap) for cap in (50.0, 1e5, 1e7, 1e30)]
+
 
 def run(q, k, v, mechanism, **rules):
     return attention(q, k, v, backend="cute", mechanism=mechanism, return_lse=True, **rules)
@@ -57,6 +63,46 @@ def test_without_lse_same_output(mechanism):
 def test_scale(mechanism):
     q, k, v = make_qkv(1, 200, 200, 2, 2, 128, 128, torch.bfloat16, "cuda")
     assert_close(run(q, k, v, mechanism, scale=0.3), q, k, v, scale=0.3)
+
+
+@pytest.mark.parametrize(("dtype", "times"), LARGE)
+@pytest.mark.parametrize("rules", [{}, {"causal": True}], ids=["full", "causal"])
+def test_scores_up_to_the_dtypes_range(dtype, times, rules, mechanism):
+    for d in (64, 128, 256):
+        q, k, v = make_qkv(2, 200, 300, 4, 2, d, d, dtype, "cuda")
+        q, k = q * times, k * times
+        assert_close(run(q, k, v, mechanism, **rules), q, k, v, **rules)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_one_key_that_outweighs_all_others_weighs_exactly_1(d, mechanism):
+    """With q and k up to the largest float16, 4·10⁹ and more a product."""
+    q, k, v = make_qkv(2, 200, 300, 4, 4, d, d, torch.float16, "cuda")
+    q, k = ((x * 1e4).clamp(-65504.0, 65504.0) for x in (q, k))
+    scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) / math.sqrt(d)
+    (best, second), (key, _) = (x.unbind(-1) for x in scores.topk(2))
+    off = 1e-5 * best.abs()  # more than float32 sums are
+    clear = best - second > off
+    assert clear.double().mean() > 0.9
+    out, lse = run(q, k, v, mechanism)
+    chosen = v.transpose(1, 2).gather(2, key[..., None].expand(*key.shape, d))
+    assert torch.equal(out.transpose(1, 2)[clear], chosen[clear])
+    assert ((lse - best).abs() <= off)[clear].all()
+
+
+@pytest.mark.parametrize(("dtype", "cap"), CAPS)
+def test_softcap_of_any_size(dtype, cap, mechanism):
+    for times in (1.0, 20.0):
+        q, k, v = make_qkv(2, 200, 300, 4, 2, 128, 128, dtype, "cuda")
+        q = q * times
+        assert_close(run(q, k, v, mechanism, softcap=cap, causal=True), q, k, v, softcap=cap, causal=True)
+
+
+@pytest.mark.parametrize("cap", [1e5, 1e7, 1e30])
+def test_a_softcap_far_above_the_scores_changes_nothing(cap, mechanism):
+    """To the dtype's accuracy: it is held to that of attention without one."""
+    q, k, v = make_qkv(2, 200, 300, 4, 2, 128, 128, torch.float16, "cuda")
+    assert_close(run(q, k, v, mechanism, softcap=cap, causal=True), q, k, v, causal=True)
 
 
 def test_window_reaches_past_everything(mechanism):
@@ -115,17 +161,6 @@ def test_nan_beyond_the_sequence_changes_nothing(rules, mechanism):
         poisoned.append(storage[:, : x.shape[1]])
     for got, expected in zip(run(*poisoned, mechanism, **rules), want, strict=True):
         assert torch.equal(got, expected)
-
-
-def test_nan_past_a_tiles_last_key_changes_nothing():
-    """``cp_async`` reads no key that a query tile does not see, though later tiles do. (TMA reads whole tiles.)"""
-    q, k, v = make_qkv(1, 600, 600, 2, 2, 64, 64, torch.bfloat16, "cuda")
-    want, want_lse = run(q, k, v, "cp_async", causal=True)
-    k[:, 130:] = math.nan
-    v[:, 130:] = math.nan
-    got, got_lse = run(q, k, v, "cp_async", causal=True)
-    assert torch.equal(got[:, :128], want[:, :128])
-    assert torch.equal(got_lse[:, :, :128], want_lse[:, :, :128])
 
 
 def test_nan_in_unseen_keys_changes_nothing(mechanism):

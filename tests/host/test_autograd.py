@@ -31,12 +31,13 @@ def backend(request, monkeypatch):
     return request.param
 
 
-def fake_launch(problem, blocks, device, call, q, k, v, out, lse):
-    true_out, true_lse = api._REFERENCE[0](q, k, v, call)
+def fake_launch(problem, blocks, device, call, q, k, v, out, lse, kept):
+    true_out, true_lse, true_kept = api._REFERENCE[0](q, k, v, call)
     out.copy_(true_out)
-    assert (lse is not None) == problem.return_lse
-    if lse is not None:
-        lse.copy_(true_lse)
+    for x, true, asked in ((lse, true_lse, problem.return_lse), (kept, true_kept, problem.for_backward)):
+        assert (x is not None) == asked
+        if asked:
+            x.copy_(true)
 
 
 class FakeGradients:
@@ -45,9 +46,9 @@ class FakeGradients:
     def __init__(self):
         self.seen = []
 
-    def __call__(self, call, mechanism, needs, deterministic, q, k, v, out, lse, dout, dlse):
+    def __call__(self, call, mechanism, needs, deterministic, q, k, v, out, kept, dout, dlse):
         self.seen.append({"needs": needs, "deterministic": deterministic, "mechanism": mechanism, "dlse": dlse, "dout": dout})
-        return api._REFERENCE[1](q, k, v, out, lse, dout, dlse, call, needs)
+        return api._REFERENCE[1](q, k, v, out, kept, dout, dlse, call, needs)
 
 
 def leaves(dtype=torch.bfloat16, needs="qkv", sq=70, sk=90, **options):
@@ -146,10 +147,14 @@ def packed(function):
     return saved, result
 
 
-def test_only_inputs_and_outputs_are_kept(backend):
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_only_inputs_the_output_and_a_number_of_each_row_are_kept(return_lse, backend):
     q, k, v = leaves()
-    saved, (out, lse) = packed(lambda: attention(q, k, v, return_lse=True, backend=backend, **RULES))
-    assert [x.data_ptr() for x in saved] == [x.data_ptr() for x in (q, k, v, out, lse)]
+    saved, result = packed(lambda: attention(q, k, v, return_lse=return_lse, backend=backend, **RULES))
+    *others, kept = saved
+    out = result[0] if return_lse else result
+    assert [x.data_ptr() for x in others] == [x.data_ptr() for x in (q, k, v, out)]
+    assert kept.shape == (q.shape[0], q.shape[2], q.shape[1])
 
 
 def test_nothing_is_kept_without_gradients(backend, monkeypatch):
@@ -167,12 +172,13 @@ def test_nothing_is_kept_without_gradients(backend, monkeypatch):
 @pytest.mark.parametrize("backend", ["cute"], indirect=True)
 def test_lse_is_not_computed_where_nobody_can_use_it(backend, monkeypatch):
     made = []
-    monkeypatch.setattr(launch, "launch", lambda *arguments: made.append(arguments[-1]))
+    monkeypatch.setattr(launch, "launch", lambda *arguments: made.append(arguments[-2:]))
     q, k, v = leaves(needs="")
     attention(q, k, v, backend=backend)
     q.requires_grad_()
     attention(q, k, v, backend=backend)
-    assert [lse is not None for lse in made] == [False, True]
+    attention(q, k, v, backend=backend, return_lse=True)
+    assert [[x is not None for x in both] for both in made] == [[False, False], [False, True], [True, True]]
 
 
 def test_two_backward_passes_over_one_graph(backend):

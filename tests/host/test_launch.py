@@ -34,7 +34,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("device", [0, 1])
 def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
-    launching.launch(gpu.kernel, 132, device, CALL, "q", "k", "v", "out", "lse")
+    launching.launch(gpu.kernel, 132, device, CALL, "q", "k", "v", "out", "lse", "lse_raw")
     ((ran_on, arguments),) = gpu.log
     assert ran_on == device
     assert arguments[-1] == 1000 + device
@@ -42,10 +42,10 @@ def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
 
 
 def test_arguments_are_the_calls_values(gpu):
-    launching.launch(gpu.kernel, 132, 0, CALL, "q", "k", "v", "out", None)
+    launching.launch(gpu.kernel, 132, 0, CALL, "q", "k", "v", "out", None, None)
     ((_, arguments),) = gpu.log
     *tensors, left, right, scale_log2, scale_by_cap, blocks, _ = arguments
-    assert tensors == ["q", "k", "v", "out", None]
+    assert tensors == ["q", "k", "v", "out", None, None]
     assert (left, right, blocks, scale_by_cap) == (0, 3, 132, 0.0)
     assert math.isclose(scale_log2, 0.125 * LOG2_E)
 
@@ -68,7 +68,7 @@ def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     with pytest.raises(RuntimeError, match="launch failed"):
-        launching.launch(fails, 132, 1, CALL, "q", "k", "v", "out", None)
+        launching.launch(fails, 132, 1, CALL, "q", "k", "v", "out", None, None)
     assert entered == [1, "left"]
 
 
@@ -80,10 +80,10 @@ def test_an_order_is_fixed_only_where_dq_has_sums(gpu, monkeypatch, head_dim, ne
     monkeypatch.setattr(launching, "prepared", lambda problem, *_: (problems.append(problem) or gpu.kernel, 132))
     q, k, v, dout, out = (torch.zeros(1, 10, 2, head_dim, dtype=torch.bfloat16) for _ in range(5))
     lse = torch.zeros(1, 2, 10)
-    call = Call(1, 2, 2, 10, 10, head_dim, head_dim, 0.125, None, 0, 0.0)
+    call = Call(1, 2, 2, 10, 10, head_dim, head_dim, 0.125, None, None, 0.0)
     gradients = launching.gradients(call, "tma_wgmma", needs, True, q, k, v, out, lse, dout, None)
     assert [gradient is not None for gradient in gradients] == [name in needs for name in "qkv"]
     assert [problem.deterministic for problem in problems] == [ordered]
     ((_, arguments),) = gpu.log
-    dq_sum, counters = arguments[8:10]
-    assert (dq_sum is not None) == (counters is not None) == ordered
+    dq_sum, signals = arguments[8:10]
+    assert (dq_sum is not None) == (signals is not None) == ordered

@@ -160,19 +160,20 @@ def test_the_plan_of_the_backward_pass(config: Config):
             down, across = family.grid(role, config)
             assert down * across == config.mma_warps
         assert config.tile_m % config.step_m == 0
-        sizes = [size for part, size in parts.items() if part != "rows"]  # the rest begins where the one before ends
+        sizes = [size for part, size in parts.items() if part not in ("rows", "ticket")]  # the rest begins where one ends
         assert all(size % family.SMEM_ALIGN == 0 for size in sizes)
 
 
 @pytest.mark.parametrize("target", layouts.known_targets())
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_every_pair_of_head_dims_has_a_backward_config(target, mechanism):
-    """Heads of different widths, of which the narrower may need more columns than alone."""
+@pytest.mark.parametrize("gradients", ["", "qkv"])
+def test_every_pair_of_head_dims_has_a_config(target, mechanism, gradients):
+    """Heads of different widths, of which the narrower may need more columns than alone: threads copy tiles in whole passes."""
     if mechanism not in layouts.for_target(target).MECHANISMS:
         return
     for d in range(8, 257, 8):
         for dv in range(8, 257, 8):
-            config = plan(Problem("bfloat16", d, dv, gradients="qkv"), target, mechanism)
+            config = plan(Problem("bfloat16", d, dv, gradients=gradients), target, mechanism)
             family = layouts.family(config)
             assert config.tile_d >= d
             assert config.tile_dv >= dv

@@ -64,13 +64,13 @@ def test_a_tile_larger_than_a_small_shared_memory():
 
 def test_blocks_that_do_not_fit_side_by_side():
     """CUDA takes 1 KiB more of each block: two blocks of 50 KiB do not share 100 KiB."""
-    two = replace(planned("sm_86", head_dim=64), tile_m=144)  # 144·64·2 + 4·64·64·2 bytes
+    two = replace(planned("sm_86", head_dim=64), tile_m=80, tile_n=80, mma_warps=5)  # 80·64·2 + 4·80·64·2 bytes
     assert layouts.family(two).smem_bytes(two) == 50 * KIB
     assert two.blocks_per_multiprocessor == 2
     message = refusal(two)
     assert "takes 50.0 KiB" in message
     assert "49 KiB for a block, 2 to a multiprocessor" in message
-    check(replace(two, tile_m=128), layouts.for_target("sm_86").GPU)
+    check(planned("sm_86", head_dim=64), layouts.for_target("sm_86").GPU)  # 48 KiB
     check(replace(two, blocks_per_multiprocessor=1), layouts.for_target("sm_86").GPU)
 
 
@@ -95,10 +95,51 @@ def test_more_blocks_than_registers():
 
 def test_warpgroups_that_ask_for_more_registers_than_there_are():
     """setmaxnreg waits until the registers are free: for ever, if they never are."""
-    message = refusal(replace(planned("sm_90a"), mma_registers=248, copy_registers=40))
-    assert "256 threads 248 registers and 128 threads 40, 68608 in all" in message
-    assert "sm_90a has 65536" in message
+    message = refusal(replace(planned("sm_90a"), mma_registers=240, copy_registers=32))
+    assert "256 threads 240 registers and 128 threads 32, 65536 in all" in message
+    assert "on sm_90a a block of 384 threads holds 64512" in message  # 168 each
     assert "try fewer mma_registers in layouts/sm90.py" in message
+    assert "copy_registers is 20; setmaxnreg takes multiples of 8 from 24 to 256" in refusal(
+        replace(planned("sm_90a"), copy_registers=20)
+    )
+    check(planned("sm_90a"), layouts.for_target("sm_90a").GPU)  # 240 and 24
+
+
+def test_more_barriers_than_a_block_has():
+    many = {"tile_m": 512, "tile_n": 16, "stages": 1, "mma_registers": 0, "copy_registers": 0}
+    message = refusal(replace(planned("sm_90a", head_dim=64), **many))
+    assert "tma_wgmma takes 18 named barriers (the block 1, turns 8, epilogues 8, verdict 1); a block has 16" in message
+
+
+BACKWARD = Problem("bfloat16", 128, 128, gradients="qkv")
+MISFITS = [  # (problem, mechanism, what is changed, what is said)
+    (replace(BACKWARD, gradients=""), "tma_wgmma", {"tile_m": 96}, "96 queries a tile; a multiple of 64 is needed"),
+    (replace(BACKWARD, gradients=""), "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 queries; 8 are needed"),
+    (replace(BACKWARD, gradients=""), "tma_wgmma", {"stages": 0}, "0 stages; 1 at least is needed"),
+    (replace(BACKWARD, gradients=""), "cp_async", {"stages": 1}, "1 stages; 2 at least are needed"),
+    (replace(BACKWARD, gradients=""), "cp_async", {"tile_m": 80}, "80 queries for 4 warps: try tile_m=64"),
+    (replace(BACKWARD, gradients=""), "cp_async", {"tile_n": 56}, "56 keys a tile; a multiple of 16 is needed"),
+    (replace(BACKWARD, gradients=""), "cp_async", {"tile_n": 80, "mma_warps": 8}, "8 warps can't copy in whole passes"),
+    (BACKWARD, "tma_wgmma", {"tile_n": 96}, "96 keys a tile; a multiple of 64 is needed"),
+    (BACKWARD, "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 keys; 8 are needed"),
+    (BACKWARD, "tma_wgmma", {"tile_m": 32}, "2 warpgroups for 1 pieces of a 32×128 dQ, one each: try tile_m=64"),
+    (BACKWARD, "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
+    (replace(BACKWARD, head_dim=256), "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
+    (replace(BACKWARD, head_dim=256), "tma_wgmma", {"tile_n": 32}, "32 keys a tile; 64 are needed"),
+    (replace(BACKWARD, head_dim=256), "tma_wgmma", {"mma_warps": 4, "mma_registers": 240}, "4 warps; 8 are needed"),
+    (BACKWARD, "cp_async", {"stages": 0}, "0 stages; 1 at least is needed"),
+    (BACKWARD, "cp_async", {"key_warps": 3}, "8 warps, of which 3 split the keys; a divisor is needed"),
+    (BACKWARD, "cp_async", {"tile_n": 32}, "32 keys for 4 warps: try tile_n=64"),
+    (BACKWARD, "cp_async", {"step_m": 48}, "64 queries in steps of 48: try a divisor"),
+    (BACKWARD, "cp_async", {"step_m": 16}, "steps of 16 queries: try step_m=32"),
+]
+
+
+@pytest.mark.parametrize(("problem", "mechanism", "changed", "said"), MISFITS)
+def test_what_would_hang_or_read_past_its_memory(problem, mechanism, changed, said):
+    message = refusal(replace(plan(problem, "sm_90a", mechanism), **changed))
+    assert said in message
+    assert message.endswith("in layouts/sm90.py's table")
 
 
 def test_too_many_threads():
@@ -297,6 +338,8 @@ def test_problem_and_config_have_no_field_for_a_size():
         "return_lse",
         "gradients",
         "deterministic",
+        "for_backward",
+        "large_cap",
     }
     for record in (Problem, Config):
         for field in dataclasses.fields(record):

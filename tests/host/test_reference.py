@@ -361,10 +361,10 @@ def test_gradients_that_are_not_needed_are_none_and_change_no_bit_of_the_others(
     q, k, v = support.make_qkv(2, 70, 90, 4, 2, 16, 24, torch.bfloat16)
     rules = {"scale": None, "causal": True, "window": (30, None), "softcap": 3.0}
     call = check_call(q, k, v, **rules)
-    out, lse = reference.attention(q, k, v, call)
+    out, _, lse_log2 = reference.attention(q, k, v, call)
     dout, dlse = support.make_gradients(q, v)
-    every = reference.gradients(q, k, v, out, lse, dout, dlse, call)
-    some = reference.gradients(q, k, v, out, lse, dout, dlse, call, needs, tile_m=128)
+    every = reference.gradients(q, k, v, out, lse_log2, dout, dlse, call)
+    some = reference.gradients(q, k, v, out, lse_log2, dout, dlse, call, needs, tile_m=128)
     for name, x, got, expected in zip("qkv", (q, k, v), some, every, strict=True):
         assert expected.dtype == x.dtype
         assert expected.shape == x.shape
