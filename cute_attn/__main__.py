@@ -144,7 +144,7 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
             else:
                 found += (fill.every if options.all else fill.common)(dtype, head_dim, head_dim_v, lse)
     if options.gradients:
-        found += fill.backward(found)
+        found += fill.training(found)
     return found
 
 

@@ -43,11 +43,10 @@ class Attention(torch.autograd.Function):
         q, k, v, out, kept = map(_restored, ctx.saved_tensors, ctx.were)
         dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
         dout = torch.zeros_like(out) if dout is None else dout
-        gradients: Any = _Gradients.apply(q, k, v, out, kept, dout, dlse, ctx.call, needs, ctx.gradients)
-        return *gradients, None, None, None
+        return *_Gradients.apply(q, k, v, out, kept, dout, dlse, ctx.call, needs, ctx.gradients), None, None, None
 
 
-def _restored(x: Any, was: tuple[torch.device, torch.dtype] | None) -> Any:
+def _restored(x: Any, was: Any) -> Any:
     """A saved tensor where and as it was: hooks that offload or compress what is saved may bring it back otherwise."""
     return x if x is None or (x.device, x.dtype) == was else x.to(*was)
 

@@ -37,7 +37,7 @@ class Outcome:
     @property
     def asked(self) -> str:
         """The problem's rules and flags in words."""
-        flags = ("bounded_left", "bounded_right", "softcap", "return_lse", "deterministic")
+        flags = ("bounded_left", "bounded_right", "softcap", "return_lse", "deterministic", "for_backward", "large_cap")
         asked = [flag.replace("_", " ") for flag in flags if getattr(self.problem, flag)]
         if self.problem.gradients:
             asked.append(f"gradients of {self.problem.gradients}")
@@ -60,9 +60,12 @@ def every(dtype: str, head_dim: int, head_dim_v: int, lse: tuple[bool, ...] = (F
     ]
 
 
-def backward(problems: Iterable[Problem]) -> list[Problem]:
-    """The backward passes of problems, for gradients of q, k and v from the output."""
-    return list(dict.fromkeys(replace(problem, return_lse=False, gradients="qkv") for problem in problems))
+def training(problems: Iterable[Problem]) -> list[Problem]:
+    """What training runs in place of problems: a forward pass that keeps something for the backward pass, and that, for
+    gradients of q, k and v from the output."""
+    forward = [replace(problem, for_backward=True) for problem in problems]
+    backward = [replace(problem, return_lse=False, gradients="qkv") for problem in problems]
+    return list(dict.fromkeys(forward + backward))
 
 
 def fill(kernels: Iterable[tuple[Problem, Config]], workers: int) -> Iterator[Outcome]:

@@ -105,6 +105,11 @@ class Call:
         return self.seqlen_k - self.seqlen_q
 
     @property
+    def masked(self) -> bool:
+        """Whether there may be keys that some queries see and others don't."""
+        return self.left is not None or self.right is not None
+
+    @property
     def empty(self) -> bool:
         """No score is computed at all: the output is zeros and the log-sum-exp is −inf."""
         return self.batch == 0 or self.heads == 0 or self.seqlen_q == 0 or self.seqlen_k == 0

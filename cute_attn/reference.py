@@ -36,8 +36,8 @@ def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> t
     ``lse_log2`` is the same in base 2, which :func:`gradients` takes.
 
     Products are summed in lse's dtype and P is rounded to the inputs' dtype before P·V, as tensor cores take it. A row
-    that sees no key gives zeros and −inf. Keys that no row of a query tile sees are not read: NaN there changes
-    nothing.
+    that sees no key gives zeros and −inf. A row depends on the keys that it sees and on no others, whatever lies there.
+    Where there is a mask, a value that is not finite makes NaN of all of a row that sees it.
     """
     acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_zeros(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
@@ -63,6 +63,9 @@ def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
     for n in reversed(range(begin, end, tile_n)):
         n_end = min(n + tile_n, end)
         tK, tV = k[:, n:n_end].to(tQ.dtype), v[:, n:n_end].to(tQ.dtype)  # (batch, keys, heads_kv, head_dim)
+        if call.masked:  # a value that is not finite must not meet the 0 of a row that doesn't see it
+            bad = ~tV.isfinite().all(-1, keepdim=True)
+            tK, tV = tK.masked_fill(bad, torch.nan), tV.masked_fill(bad, 0.0)
         acc_S, _ = _scores(tQ, tK, m, n, call)
         P, rescale, row_max, row_sum = _online_step(acc_S, row_max, row_sum)
         P = P.to(v.dtype).to(tQ.dtype)
@@ -93,6 +96,8 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     # 2^(s − ∞) = 0 for every score, where s = lse = −∞ would make a NaN; nor does dLSE count in a row that sees nothing.
     delta, lse_log2 = delta.masked_fill(unseen, 0.0), lse_log2.masked_fill(unseen, torch.inf)
 
+    if call.masked:
+        q, k, v, dout, lse_log2, delta = _marked(q, k, v, dout, lse_log2, delta)
     band = _band(call)
     mQ, mdO, delta, lse_log2 = (_grouped(x, call) for x in (q, dout, delta, lse_log2))
     mdQ = None if dq is None else _grouped(dq, call)
@@ -121,6 +126,19 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
             if mdQ is not None:
                 mdQ[:, rows] += torch.einsum("bmhgn,bnhd->bmhgd", dS, tK) * call.scale
     return tuple(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv))
+
+
+def _marked(q, k, v, dout, lse_log2, delta):
+    """The same tensors, without what is not finite, where some rows see a key and others don't (``mainloop/guard.py``): P is
+    infinite where a row with an infinity or a NaN sees a key, and ∞ · 0 = NaN; where it sees none, 0 · 0 = 0."""
+    row = lse_log2.isnan() | ~delta.isfinite()  # (batch, seqlen_q, heads)
+    for x in (q, dout):
+        row |= ~x.isfinite().all(-1)
+    key = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
+    q, dout = (x.masked_fill(row[..., None], 0.0) for x in (q, dout))
+    k, v = (x.masked_fill(key[..., None], 0.0) for x in (k, v))
+    lowest = torch.finfo(lse_log2.dtype).min
+    return q, k, v, dout, lse_log2.masked_fill(row, lowest), delta.masked_fill(row, 0.0)
 
 
 def _scores(tQ, tK, m: int, n: int, call: Call):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cute_attn import reference
 from cute_attn.autograd import Attention
 from cute_attn.problem import check_call
-from tests import support
+from tests import planted, support
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 RULES: list[dict[str, Any]] = [
@@ -210,6 +210,57 @@ def test_keys_that_no_row_of_a_tile_sees_do_not_leak(poison, dtype):
         assert torch.equal(lse[..., rows], clean_lse[..., rows])
         dirty_v[:, first] = poison  # and the first key that is seen does show
         assert not attend(q, dirty_k, dirty_v, **rules)[0][:, rows].isfinite().all()
+
+
+def forward_and_backward(q, k, v, dout, **rules):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = attend(*leaves, **rules)
+    return (out.detach(), lse.detach().transpose(1, 2)), torch.autograd.grad(out, leaves, dout)
+
+
+def planted_inputs(sq, sk, dtype, heads=(2, 1)):
+    q, k, v = support.make_qkv(1, sq, sk, *heads, 16, 24, dtype)
+    return q, k, v, support.make_gradients(q, v)[0]
+
+
+@pytest.mark.parametrize("band", planted.BANDS)
+def test_nothing_gets_out_of_a_masked_key(band):
+    sq, sk, rules = planted.BANDS[band]
+    planted.check_masked_keys(forward_and_backward, *planted_inputs(sq, sk, torch.bfloat16), rules, every=23)
+
+
+@pytest.mark.parametrize("band", planted.BANDS)
+def test_nothing_gets_out_of_a_query_that_does_not_see(band):
+    sq, sk, rules = planted.BANDS[band]
+    planted.check_queries_that_do_not_see(forward_and_backward, *planted_inputs(sq, sk, torch.float32), rules, every=23)
+
+
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_what_is_seen_shows(where):
+    planted.check_what_is_seen_shows(forward_and_backward, *planted_inputs(300, 300, torch.float64, (2, 2)), where)
+
+
+# (dtype, times): q and k are so many times larger, their products up to the largest number of the dtype, in which plain
+# PyTorch, which the tolerance is measured by, has them.
+LARGE = [(torch.float16, 15.0), (torch.bfloat16, 100.0), (torch.bfloat16, 1e5), (torch.bfloat16, 1e15)]
+LARGE += [(torch.float32, 100.0), (torch.float32, 1e4), (torch.float32, 1e15), (torch.float64, 1e4)]
+
+
+@pytest.mark.parametrize(("dtype", "times"), LARGE)
+@pytest.mark.parametrize("rules", [{}, {"causal": True}])
+def test_scores_up_to_the_dtypes_range(dtype, times, rules):
+    """The two passes see the same numbers: no probability is above 1."""
+    q, k, v = support.make_qkv(2, 100, 150, 4, 2, 64, 64, dtype)
+    dout, dlse = support.make_gradients(q, v)
+    q, k = q * times, k * times
+    support.assert_close(attend(q, k, v, **rules), q, k, v, **rules)
+    support.assert_gradients_close(gradients(q, k, v, dout, dlse, **rules), q, k, v, dout, dlse, **rules)
+
+
+def test_a_large_scale():
+    q, k, v = support.make_qkv(2, 100, 150, 4, 2, 64, 64, torch.float32)
+    dout, _ = support.make_gradients(q, v)
+    support.assert_gradients_close(gradients(q, k, v, dout, scale=1e4), q, k, v, dout, scale=1e4)
 
 
 def test_nan_that_is_seen_shows():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cute_attn.problem import check_call
-from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
+from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, rational_tanh, score_scales, softcap_slope, softcap_tanh
 
 EDGE = st.none() | st.integers(-30, 30)
 SIZE = st.integers(1, 24)
@@ -111,6 +111,28 @@ def test_softcap_is_tanh(dtype, units, cap, scale):
     allowed = units * torch.finfo(dtype).eps * (1 + (score.double() * scale / cap).abs() * (1 - expected**2))
     assert bool(((got.double() - expected).abs() <= allowed).all())
     assert scale_log2 == pytest.approx(cap / math.log(2))
+
+
+class InTorch:
+    """What :func:`rational_tanh` takes from a kernel's operations."""
+
+    @staticmethod
+    def clamp(x, bound):
+        return x.clamp(-bound, bound)
+
+    @staticmethod
+    def reciprocal(x):
+        return x.reciprocal()
+
+
+def test_the_tanh_of_large_caps_is_exact_in_relation_to_its_size():
+    x = torch.cat([torch.logspace(-37, 2, 200_001), torch.linspace(0, 10, 200_001)[1:], torch.tensor([1e30, math.inf])])
+    x = torch.cat([x, -x])
+    got, expected = rational_tanh(x, InTorch).double(), x.double().tanh()
+    assert ((got / expected - 1).abs() <= 5e-7).all()
+    assert (got.abs() <= 1).all()
+    assert rational_tanh(torch.tensor([math.nan]), InTorch).isnan()
+    assert rational_tanh(torch.tensor([0.0]), InTorch).item() == 0.0
 
 
 @given(score=st.floats(-300, 300), cap=st.sampled_from([0.5, 2.0, 50.0]), scale=st.sampled_from([1.0, 0.125, -2.0]))
