@@ -24,10 +24,10 @@ KERNELS = [
     pytest.param(72, 200, torch.float16, {"softcap": 5.0}, id="d72-dv200-softcap-fp16"),
 ]
 
-# (dtype, how many times q and k are larger): plain PyTorch's scores, which the tolerance is measured by, end at the dtype's
-# largest number, 65504 for float16.
+# (dtype, how many times q and k are larger), and caps: plain PyTorch's scores, and what it multiplies by the cap, end at the
+# dtype's largest number, 65504 for float16, and the tolerance is measured by them.
 LARGE = [(torch.bfloat16, times) for times in (30.0, 100.0, 1e3, 1e5, 1e15)] + [(torch.float16, 15.0)]
-CAPS = [(torch.float16, 1.0), (torch.float16, 15.0), (torch.float16, 100.0), (torch.float16, 1e4)]
+CAPS = [(torch.float16, cap) for cap in (1.0, 15.0, 100.0, 1e3)]
 CAPS += [(torch.bfloat16, cap) for cap in (50.0, 1e5, 1e7, 1e30)]
 
 
