@@ -129,10 +129,10 @@ class Supervisor:
         """End the measuring process, in good faith first."""
         if self._process is None:
             return
-        self._connection.close()
         self._process.terminate()
         self._process.join(timeout=GRACE_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        self._connection.close()  # not before: the process would end in a traceback if it just sends something
         self._process = self._connection = None
