@@ -22,6 +22,7 @@ ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in ALL_DTYPES}
 HEAD_DIM_STEP = 8
 HEAD_DIM_MAX = 256
+SCALE_MIN, SCALE_MAX = 1e-33, 1e33  # of the kernels: with up to 2³¹ keys, float32 holds all that they make of it and of 1 / it
 ALIGN_BYTES = 16  # TMA and 16-byte cp.async both need it of the base address and of every stride
 ALIGN_ELEMENTS = ALIGN_BYTES // 2  # the same for a stride counted in elements, of either of GPU_DTYPES
 GRADIENTS = ("", "q", "k", "v", "qk", "qv", "kv", "qkv")
@@ -240,7 +241,7 @@ def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
         dtype in GPU_DTYPES
         and not (call.head_dim % HEAD_DIM_STEP or call.head_dim > HEAD_DIM_MAX)
         and not (call.head_dim_v % HEAD_DIM_STEP or call.head_dim_v > HEAD_DIM_MAX)
-        and (call.scale > 0.0 or call.softcap)
+        and SCALE_MIN <= (call.softcap or call.scale) <= SCALE_MAX
     ):
         return
     if dtype not in GPU_DTYPES:
@@ -253,9 +254,15 @@ def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
                 f"{name} is {head_dim}; a multiple of {HEAD_DIM_STEP} up to {HEAD_DIM_MAX} is needed: "
                 f"pad with torch.nn.functional.pad, or use backend='reference'"
             )
+    if not call.softcap and call.scale <= 0.0:
+        raise ValueError(
+            f"scale is {call.scale}; the GPU kernels need one above 0, since they look for a row's largest score before "
+            f"they scale it: negate q instead, or use backend='reference'"
+        )
+    name, value = ("softcap", call.softcap) if call.softcap else ("scale", call.scale)
     raise ValueError(
-        f"scale is {call.scale}; the GPU kernels need one above 0, since they look for a row's largest score before "
-        f"they scale it: negate q instead, or use backend='reference'"
+        f"{name} is {value}; the GPU kernels take one from {SCALE_MIN:g} to {SCALE_MAX:g}, since they divide the logarithm of a "
+        f"sum by it: scale q instead, or use backend='reference'"
     )
 
 

@@ -201,6 +201,10 @@ CHECKS = [
     ),
     Row("scale 0 of the kernels", for_gpu(scale=0), ValueError, "scale is 0.0", "one above 0", "backend='reference'"),
     Row("scale below 0 of the kernels", for_gpu(scale=-2.0), ValueError, "scale is -2.0", "one above 0", "negate q"),
+    Row("a tiny scale of the kernels", for_gpu(scale=1e-36), ValueError, "scale is 1e-36", "from 1e-33 to 1e+33", "scale q"),
+    Row("a huge scale of the kernels", for_gpu(scale=1e35), ValueError, "scale is 1e+35", "from 1e-33 to 1e+33", "scale q"),
+    Row("a tiny cap of the kernels", for_gpu(softcap=1e-36), ValueError, "softcap is 1e-36", "from 1e-33 to", "scale q"),
+    Row("a huge cap of the kernels", for_gpu(softcap=1e35), ValueError, "softcap is 1e+35", "from 1e-33 to", "scale q"),
     Row("head_dim_v 12", for_gpu(v=(2, 10, 2, 12)), ValueError, "head_dim_v is 12", "multiple of 8", "pad"),
     Row(
         "last dimension strided",
