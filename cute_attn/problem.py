@@ -261,8 +261,8 @@ def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
         )
     name, value = ("softcap", call.softcap) if call.softcap else ("scale", call.scale)
     raise ValueError(
-        f"{name} is {value}; the GPU kernels take one from {SCALE_MIN:g} to {SCALE_MAX:g}, since they divide the logarithm of a "
-        f"sum by it: scale q instead, or use backend='reference'"
+        f"{name} is {value}; the GPU kernels take one from {SCALE_MIN:g} to {SCALE_MAX:g}, since they divide by it: "
+        f"scale q instead, or use backend='reference'"
     )
 
 
