@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Hashable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,18 @@ import pytest
 from cute_attn import cache, compile
 from cute_attn.sources import fingerprint
 from tests.host.compile_cache import CONFIG, NAME, PROBLEM, Cache, files, works
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of a compiled kernel stand together: whoever takes over half of a worker's tests has kernels of its own to
+    compile, instead of waiting for the other's."""
+    place: dict[Hashable, int] = {}
+
+    def group(item) -> Hashable:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        return item if case is None or not {"kernel", "kernels"} & set(item.fixturenames) else (item.path, str(case))
+
+    items.sort(key=lambda item: place.setdefault(group(item), len(place)))
 
 
 @pytest.fixture(scope="session")

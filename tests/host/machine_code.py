@@ -1,19 +1,18 @@
-"""Kernels compiled to machine code without their GPU, by a pool of processes, for the tests that read it."""
+"""Kernels compiled to machine code without their GPU, once in a run, for the tests that read it."""
 
 from __future__ import annotations
 
-import multiprocessing
+import hashlib
 import os
+import pickle
 import subprocess
 import tempfile
-from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import pytest
+import filelock
 
 from cute_attn import cubin
 from cute_attn.compile import compile_only
@@ -58,30 +57,31 @@ def _disassembled(option: str, code: Path) -> str:
     ).stdout
 
 
-class Results(dict[Hashable, Future]):
-    """The results of cases on their way, each from when it is first asked for."""
+class Shared:
+    """What ``work`` makes of the cases of a run, each made by whichever of its processes asks first, and only if asked for."""
 
-    def __init__(self, pool: ProcessPoolExecutor, work: Callable[[Any], Any]):
-        self.pool, self.work = pool, work
+    def __init__(self, folder: Path, work: Callable[[Any], Any]):
+        self._folder, self._work, self._here = folder, work, {}
 
-    def __missing__(self, case: Hashable) -> Future:
-        self[case] = self.pool.submit(self.work, case)
-        return self[case]
+    def __getitem__(self, case: Hashable) -> Any:
+        if case not in self._here:
+            self._here[case] = self._found_or_made(case)
+        return self._here[case]
+
+    def _found_or_made(self, case: Hashable) -> Any:
+        name = hashlib.sha256(f"{self._work.__module__} {case!r}".encode()).hexdigest()
+        path = self._folder / f"{name}.pickle"
+        with filelock.FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                new = path.with_suffix(".new")
+                new.write_bytes(pickle.dumps(self._work(case)))
+                new.replace(path)
+        return pickle.loads(path.read_bytes())
 
 
-@contextmanager
-def by_processes(work: Callable[[Any], Any], request, file: str, fixture: str) -> Iterator[Results]:
-    """``work`` of the cases of a run, begun for those whose test in ``file`` takes ``fixture``."""
-    pytest.importorskip("cutlass")
-    pool = ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn"))
-    results = Results(pool, work)
-    for item in request.session.items:
-        if item.path == Path(file) and fixture in item.fixturenames:  # another file may have a fixture of that name
-            results[item.callspec.params["case"]]  # asking is enough
-    try:
-        yield results
-    finally:
-        pool.shutdown(cancel_futures=True)
+def allocated(parts: dict[str, int], **needed: bool) -> int:
+    """The bytes of a plan's parts of shared memory, which counts all, without those that a problem does not need."""
+    return sum(size for name, size in parts.items() if needed.get(name, True))
 
 
 def assert_exception_is_needed(exception: tuple[int, str], spilled: list[int]):

@@ -1,0 +1,24 @@
+"""How the tests share a machine where they run in several processes (pytest-xdist): its cores, and what is costly to make.
+
+``make test`` starts them; ``python -m pytest FILE`` is one process, as debuggers need it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # before torch is imported, here and in the processes that tests start: threads of many would take turns
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder of this run, the same for all its processes."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if WORKERS > 1 else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
