@@ -19,8 +19,9 @@ help:
 demo: $(READY)
 	@$(BIN)/python -m cute_attn demo
 
+# In as many processes as there are cores, eight at most: GPU tests share the GPU, and its memory.
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(READY)
 	@$(BIN)/ruff check .; ruff=$$?; $(BIN)/mypy cute_attn layouts benchmarks && exit $$ruff
