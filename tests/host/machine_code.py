@@ -7,7 +7,8 @@ import os
 import pickle
 import subprocess
 import tempfile
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,6 +27,11 @@ class Code(NamedTuple):
     resources: str
     sass: str
     smem_bytes: list[int]
+
+
+# Targets whose code of a mechanism is another target's to the instruction (test_cross_compile.py compares them), and is
+# compiled once for both.
+SAME_CODE = {("sm_90", "cp_async"): "sm_90a"}
 
 
 def compiled(problem: Problem, config: Config) -> Code:
@@ -58,23 +64,27 @@ def _disassembled(option: str, code: Path) -> str:
 
 
 class Shared:
-    """What ``work`` makes of the cases of a run, each made by whichever of its processes asks first, and only if asked for."""
+    """What ``work`` makes of the problems and configs of a run's cases: each is made once, by whichever of the run's processes
+    asks first, and only if asked for."""
 
-    def __init__(self, folder: Path, work: Callable[[Any], Any]):
-        self._folder, self._work, self._here = folder, work, {}
+    def __init__(self, folder: Path, work: Callable[[Problem, Config], Any]):
+        self._folder, self._work = folder, work
+        self._here: dict[tuple[Problem, Config], Any] = {}
 
-    def __getitem__(self, case: Hashable) -> Any:
-        if case not in self._here:
-            self._here[case] = self._found_or_made(case)
-        return self._here[case]
+    def __getitem__(self, case: Any) -> Any:
+        config = case.config
+        key = case.problem, replace(config, target=SAME_CODE.get((config.target, config.mechanism), config.target))
+        if key not in self._here:
+            self._here[key] = self._found_or_made(*key)
+        return self._here[key]
 
-    def _found_or_made(self, case: Hashable) -> Any:
-        name = hashlib.sha256(f"{self._work.__module__} {case!r}".encode()).hexdigest()
+    def _found_or_made(self, *key) -> Any:
+        name = hashlib.sha256(f"{self._work.__module__} {key!r}".encode()).hexdigest()
         path = self._folder / f"{name}.pickle"
         with filelock.FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 new = path.with_suffix(".new")
-                new.write_bytes(pickle.dumps(self._work(case)))
+                new.write_bytes(pickle.dumps(self._work(*key)))
                 new.replace(path)
         return pickle.loads(path.read_bytes())
 

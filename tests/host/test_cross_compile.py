@@ -153,9 +153,9 @@ class Kernel(NamedTuple):
     smem_bytes: int  # what the kernel allocates of shared memory, alignment included
 
 
-def compile_case(case: Case) -> Kernel:
+def compile_kernel(problem: Problem, config: Config) -> Kernel:
     """One kernel."""
-    code = machine_code.compiled(case.problem, case.config)
+    code = machine_code.compiled(problem, config)
     (smem_bytes,) = code.smem_bytes or [0]
     return Kernel(cubin.parse(code.resources, code.sass), code.sass, smem_bytes)
 
@@ -164,7 +164,7 @@ def compile_case(case: Case) -> Kernel:
 def kernels(shared_folder) -> machine_code.Shared:
     """The kernels of all tests of this run."""
     pytest.importorskip("cutlass")
-    return machine_code.Shared(shared_folder, compile_case)
+    return machine_code.Shared(shared_folder, compile_kernel)
 
 
 @pytest.fixture
@@ -182,6 +182,17 @@ def test_every_row_of_every_table_is_compiled():
         (layouts.for_target(target).GPU.name, mechanism, row) for target, mechanism, row in rows()
     }
     assert len(set(map(str, CASES))) == len(CASES)
+
+
+def test_one_code_for_several_targets(kernels):
+    """Where one code is compiled for two targets, the other's is the same, to the instruction and its operands."""
+    for (target, mechanism), other in machine_code.SAME_CODE.items():
+        case = Case(target, mechanism, 128, 128, "full")
+        own = compile_kernel(case.problem, case.config)
+        shared = kernels[Case(other, mechanism, 128, 128, "full")]
+        assert len(INSTRUCTION.findall(own.sass)) > 1000
+        assert INSTRUCTION.findall(own.sass) == INSTRUCTION.findall(shared.sass)
+        assert own.code == shared.code
 
 
 # ---- registers and shared memory -----------------------------------------------------------------------------------

@@ -152,13 +152,12 @@ class Kernels(NamedTuple):
     smem_bytes: list[int]
 
 
-def compile_case(case: Case) -> Kernels:
+def compile_kernels(problem: Problem, config: Config) -> Kernels:
     """A backward pass."""
-    code = machine_code.compiled(case.problem, case.config)
+    code = machine_code.compiled(problem, config)
     around = ["RowValues"] + ["CastQueries"] * ("CastQueries" in code.sass)
     own, others = (
-        {name: cubin.parse(code.resources, code.sass, name) for name in names}
-        for names in (KERNELS[case.config.backward], around)
+        {name: cubin.parse(code.resources, code.sass, name) for name in names} for names in (KERNELS[config.backward], around)
     )
     return Kernels(own, others, code.smem_bytes)
 
@@ -167,7 +166,7 @@ def compile_case(case: Case) -> Kernels:
 def compiled(shared_folder) -> machine_code.Shared:
     """The kernels of all tests of this run."""
     pytest.importorskip("cutlass")
-    return machine_code.Shared(shared_folder, compile_case)
+    return machine_code.Shared(shared_folder, compile_kernels)
 
 
 @pytest.fixture
