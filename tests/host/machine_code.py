@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -29,6 +30,8 @@ class Code(NamedTuple):
     smem_bytes: list[int]
 
 
+ENCODING = re.compile(r"\s*/\* 0x[0-9a-f]+ \*/")  # three quarters of the text, which nobody reads
+
 # Targets whose code of a mechanism is another target's to the instruction (test_cross_compile.py compares them), and is
 # compiled once for both.
 SAME_CODE = {("sm_90", "cp_async"): "sm_90a"}
@@ -52,7 +55,8 @@ def compiled(problem: Problem, config: Config) -> Code:
     with mock.patch.object(SmemAllocator, "_smem_alloca", counting), tempfile.TemporaryDirectory() as folder:
         compile_only(problem, config, f"--keep-cubin --dump-dir={folder}")
         (code,) = Path(folder).glob("*.cubin")
-        return Code(_disassembled("--dump-resource-usage", code), _disassembled("-sass", code), list(ends.values()))
+        sass = ENCODING.sub("", _disassembled("-sass", code))
+        return Code(_disassembled("--dump-resource-usage", code), sass, list(ends.values()))
 
 
 def _disassembled(option: str, code: Path) -> str:
