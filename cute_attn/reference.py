@@ -96,8 +96,9 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     # 2^(s − ∞) = 0 for every score, where s = lse = −∞ would make a NaN; nor does dLSE count in a row that sees nothing.
     delta, lse_log2 = delta.masked_fill(unseen, 0.0), lse_log2.masked_fill(unseen, torch.inf)
 
+    k_of_dq = k
     if call.masked:
-        q, k, v, dout, lse_log2, delta = _marked(q, k, v, dout, lse_log2, delta)
+        q, k_of_dq, v, dout, lse_log2, delta = _marked(q, k, v, dout, lse_log2, delta)
     band = _band(call)
     mQ, mdO, delta, lse_log2 = (_grouped(x, call) for x in (q, dout, delta, lse_log2))
     mdQ = None if dq is None else _grouped(dq, call)
@@ -111,7 +112,7 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
             begin, end = band.key_range(m, rows.stop - 1, call.seqlen_k, HostOps)
             keys = slice(max(n_tile, begin), min(n_last + 1, end))
             tQ, tdO = mQ[:, rows].to(acc_dtype), mdO[:, rows].to(acc_dtype)
-            tK, tV = k[:, keys].to(acc_dtype), v[:, keys].to(acc_dtype)
+            tK, tV = k[:, keys].to(acc_dtype), v[:, keys].to(acc_dtype)  # scores have K as it is: −∞ there weighs 0
             acc_S, slope = _scores(tQ, tK, m, keys.start, call)
             P = (acc_S - lse_log2[:, rows, ..., None]).exp2()
             if dv is not None:
@@ -124,7 +125,7 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
             if dk is not None:
                 dk[:, keys] += torch.einsum("bmhgn,bmhgd->bnhd", dS, tQ) * call.scale
             if mdQ is not None:
-                mdQ[:, rows] += torch.einsum("bmhgn,bnhd->bmhgd", dS, tK) * call.scale
+                mdQ[:, rows] += torch.einsum("bmhgn,bnhd->bmhgd", dS, k_of_dq[:, keys].to(acc_dtype)) * call.scale
     return tuple(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv))
 
 
@@ -158,6 +159,8 @@ def _scores(tQ, tK, m: int, n: int, call: Call):
         begin, end = _band(call).key_range(row, row, call.seqlen_k, TensorOps)
         visible = (begin <= col) & (col < end)  # (rows, keys)
         acc_S = acc_S.masked_fill(~visible[:, None, None], -torch.inf)
+        if call.softcap > 0.0:  # of a NaN that a row does not see, too
+            slope = slope.masked_fill(~visible[:, None, None], 0.0)
     return acc_S, slope
 
 

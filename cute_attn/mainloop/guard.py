@@ -13,8 +13,11 @@ key into the latter's sum. Memory that nobody has written yet holds such values.
   of which either isn't finite, come as zeros. Then P is infinite where a marked row sees a key, and ∞ · 0 = NaN in every
   gradient that it has a part in; elsewhere P is 0, and so is the product.
 
-A careful copy is a slow one, of threads that take a row each. An infinity in K that scores −∞ in every row which sees it marks
-none: it counts as a masked key there, as it does in the forward pass.
+A careful copy is a slow one, of threads that take a row each.
+
+One case gets through: an infinity in K that leaves a row which sees it finite, since its score is −∞, or ±cap under a softcap.
+It marks no row; in the backward pass it then makes NaN of dQ in up to a tile of rows or, if another row has been marked, gives
+gradients that mean nothing. (Not in the reference, where only dQ's product takes the key as zeros.)
 """
 
 from __future__ import annotations

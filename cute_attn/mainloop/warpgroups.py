@@ -274,27 +274,28 @@ class Kernel:
 class KeyBlocks(Kernel):
     """A kernel of the backward pass each of whose blocks owns a key tile and walks over query tiles."""
 
-    @cute.jit
     def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, tiles: Tiles):
         """One warp: K, and Q with the rows' log-sum-exp."""
         keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
-        row_values = rows.lse_raw, shared.lse
-        if cutlass.const_expr(plain is None):
-            self.copy_tiles(keys, queries, row_values, values, tiles)
-        elif care:
-            self.copy_tiles_carefully((plain.k, *keys[1:]), (plain.q, *queries[1:]), row_values, plain, rows, values, tiles)
-        else:
-            self.copy_tiles(keys, queries, row_values, values, tiles)
+        from_memory = None if plain is None else (plain.k, plain.q)
+        self._copy(keys, queries, (rows.lse_raw, shared.lse), (from_memory, plain, rows, care), values, tiles)
 
-    @cute.jit
     def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, tiles: Tiles):
         """One warp: V, and dO with the rows' delta."""
         keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
-        row_values = rows.delta, shared.delta
-        if cutlass.const_expr(plain is None):
+        from_memory = None if plain is None else (plain.v, plain.do)
+        self._copy(keys, queries, (rows.delta, shared.delta), (from_memory, plain, rows, care), values, tiles)
+
+    @cute.jit
+    def _copy(self, keys, queries, row_values, careful, values: Values, tiles: Tiles):
+        """By TMA or, where that can be needed and is, carefully: ``careful`` is ((K, Q) or (V, dO) as threads see them or None,
+        all that they see, the rows, whether it is needed)."""
+        from_memory, plain, rows, care = careful
+        if cutlass.const_expr(from_memory is None):
             self.copy_tiles(keys, queries, row_values, values, tiles)
         elif care:
-            self.copy_tiles_carefully((plain.v, *keys[1:]), (plain.do, *queries[1:]), row_values, plain, rows, values, tiles)
+            mK, mQ = from_memory
+            self.copy_tiles_carefully((mK, *keys[1:]), (mQ, *queries[1:]), row_values, plain, rows, values, tiles)
         else:
             self.copy_tiles(keys, queries, row_values, values, tiles)
 
