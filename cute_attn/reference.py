@@ -147,7 +147,8 @@ def _scores(tQ, tK, m: int, n: int, call: Call):
     does not see the key; and the slope of the softcap there, or 1."""
     scale_log2, scale_by_cap = score_scales(call.scale, call.softcap)
     rows, keys = tQ.shape[1], tK.shape[1]
-    acc_S, slope = torch.einsum("bmhgd,bnhd->bmhgn", tQ, tK), 1.0
+    acc_S = torch.einsum("bmhgd,bnhd->bmhgn", tQ, tK)
+    slope: torch.Tensor | float = 1.0
     if call.softcap > 0.0:
         acc_S = softcap_tanh(acc_S, scale_by_cap, TensorOps)
         slope = softcap_slope(acc_S)
@@ -160,7 +161,7 @@ def _scores(tQ, tK, m: int, n: int, call: Call):
         visible = (begin <= col) & (col < end)  # (rows, keys)
         acc_S = acc_S.masked_fill(~visible[:, None, None], -torch.inf)
         if call.softcap > 0.0:  # of a NaN that a row does not see, too
-            slope = slope.masked_fill(~visible[:, None, None], 0.0)
+            slope = torch.where(visible[:, None, None], slope, 0.0)
     return acc_S, slope
 
 
