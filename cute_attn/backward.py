@@ -24,7 +24,7 @@ from cute_attn.forward import select_modes
 from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout, element
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
-from cute_attn.mainloop.guard import LOWEST, finite_row, load_vector
+from cute_attn.mainloop.guard import LOWEST, finite_row, vector
 from cute_attn.scheduler import Tiles
 
 
@@ -178,7 +178,7 @@ class RowValues:
         exists = row < mO.shape[0]
         total = Float32(0.0)
         if exists and place * VECTOR < self.problem.head_dim_v:
-            o, do = (load_vector(m[None, None, head, batch], row, place).to(Float32) for m in (mO, mdO))
+            o, do = (vector(m[None, None, head, batch], row, place).load().to(Float32) for m in (mO, mdO))
             total = (o * do).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
         total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
         if place == 0:

@@ -114,6 +114,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "dO": config.stages * config.tile_m * config.tile_dv * BYTES,
         "dS": DS_STAGES * config.tile_n * config.tile_m * BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
+        "hidden": config.tile_n,  # keys, a byte each
         "ticket": TICKET_BYTES,
     }
 

@@ -12,7 +12,7 @@ from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Famil
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 96, 128, 192, 256)
-VERDICT_BYTES = 4  # whether a block has seen an output that is not finite
+VERDICT_BYTES = 4 + 2 * BARRIER_BYTES  # whether a block has seen an output that is not finite, and that all have looked
 
 
 def tile_dim(head_dim: int) -> int:
@@ -70,7 +70,7 @@ def mma(role: str, config: Config) -> Mma:
 
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
-    return {"the block": 1, "turns": warpgroups(config), "epilogues": warpgroups(config), "verdict": 1}
+    return {"the block": 1, "turns": warpgroups(config), "epilogues": warpgroups(config)}
 
 
 def _shape(operand: str, config: Config) -> tuple[int, int, int]:

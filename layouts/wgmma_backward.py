@@ -94,6 +94,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "dQ": warpgroups(config) * PIECE * PIECE * ACCUMULATOR_BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
         "barriers": BARRIER_BYTES * 2 * (2 + 2 * config.stages),
+        "hidden": config.tile_n,  # keys, a byte each
         "ticket": TICKET_BYTES,
     }
 

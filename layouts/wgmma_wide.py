@@ -74,9 +74,11 @@ def smem_parts_of(kernel: str, config: Config) -> dict[str, int]:
         parts["K"] = parts["V"] = max(parts["K"], parts["V"])  # each has room for the other's gradient
         parts["P"] = P_STAGES * ROWS_PER_WARPGROUP * config.tile_m * BYTES
         parts["rows"] = config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES
+        parts["hidden"] = config.tile_n  # keys, a byte each
         stages = 2 + 2 * config.stages + P_STAGES
     else:
         parts = {name: size(f"q{name}") for name in ("Q", "dO", "K", "V")}
+        parts["hidden"] = config.tile_n * config.stages
         stages = warpgroups(config) + config.stages + V_STAGES  # Q and dO come together
     return {**parts, "barriers": BARRIER_BYTES * 2 * stages}
 

@@ -37,6 +37,15 @@ def plant(x, rows, seed):
     x[..., column][one] = math.nan
 
 
+def plant_infinities(x, rows, seed):
+    """An infinity in one column of ``rows`` (bool) of each batch element: keys that score ±∞, or ±cap."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    column = int(torch.randint(x.shape[3], (), device=x.device, generator=generator))
+    signs = torch.rand(x.shape[:3], device=x.device, generator=generator) < 0.5
+    infinite = torch.where(signs, math.inf, -math.inf).to(x)
+    x[..., column] = torch.where(rows[..., None], infinite, x[..., column])
+
+
 def assert_same(name, got, want, where):
     """The same bits in the rows ``where`` (batch, rows)."""
     differs = (got != want).flatten(2).any(-1) & where
@@ -53,7 +62,8 @@ def _borders(q, k, every):
 
 def check_masked_keys(run, q, k, v, dout, rules, every=3):
     """Each batch element has another border row. The rows up to it, or from it on, see none of the planted keys, and their
-    outputs and gradients have the bits that they have without. The other rows' queries and gradients are planted, too."""
+    outputs and gradients have the bits that they have without. The other rows' queries and gradients are planted, too; or
+    nothing is but infinities in K, which leave rows finite."""
     lo, hi = edges(q, k, rules)
     border, row, key = _borders(q, k, every)
     clean = [x.expand(len(border), *x.shape[1:]) for x in (q, k, v, dout)]
@@ -61,12 +71,14 @@ def check_masked_keys(run, q, k, v, dout, rules, every=3):
     for rows, unseen in ((row <= border, key > border + hi), (row >= border, key < border + lo)):
         if not unseen.any():
             continue
-        many = [x.clone() for x in clean]
+        many, infinite = ([x.clone() for x in clean] for _ in range(2))
         for seed, (x, where) in enumerate(zip(many, (~rows, unseen, unseen, ~rows), strict=True)):
             plant(x, where, seed)
-        (got_out, got_lse), (got_dq, _, _) = run(*many, **rules)
-        for name, got, want in (("out", got_out, out), ("lse", got_lse, lse), ("dq", got_dq, dq)):
-            assert_same(name, got, want, rows)
+        plant_infinities(infinite[1], unseen, 0)
+        for planted in (many, infinite):
+            (got_out, got_lse), (got_dq, _, _) = run(*planted, **rules)
+            for name, got, want in (("out", got_out, out), ("lse", got_lse, lse), ("dq", got_dq, dq)):
+                assert_same(name, got, want, rows)
 
 
 def check_queries_that_do_not_see(run, q, k, v, dout, rules, every=3):
@@ -104,3 +116,22 @@ def check_what_is_seen_shows(run, q, k, v, dout, where):
     for x in (dk, dv):
         assert x[0, seen].isnan().all()
         assert x[0, ~seen].isfinite().all()
+
+
+def check_a_key_that_scores_minus_infinity(run, q, k, v, dout, planted_row):
+    """It has no part in any gradient, as a key whose weight is 0 otherwise, whether or not some other row is not finite. q, k,
+    v have 300 rows."""
+    q[..., 3] = -q[..., 3].abs() - 1.0
+    far, infinite = k.clone(), k.clone()
+    far[:, 140, :, 3], infinite[:, 140, :, 3] = 1e6, math.inf
+    if planted_row is not None:
+        dout[:, planted_row] = math.nan
+    rules = {"window": (20, 0)}
+    (out, lse), want = run(q, far, v, dout, **rules)
+    (got_out, got_lse), got = run(q, infinite, v, dout, **rules)
+    assert torch.equal(got_out, out)
+    assert torch.equal(got_lse, lse)
+    assert not want[2][:, 140].count_nonzero()
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x.isnan(), y.isnan())
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())

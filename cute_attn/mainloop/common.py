@@ -225,17 +225,20 @@ class Signals:
 
 
 @cute.jit
-def walk(step: cutlass.Constexpr, state, keys: KeyTiles, problem: cutlass.Constexpr):
-    """``state = step(state, (n, masked))`` over the key tiles before the last, in descending order.
+def walk(step: cutlass.Constexpr, state, keys: KeyTiles, problem: cutlass.Constexpr, last: cutlass.Constexpr[bool]):
+    """``state = step(state, (n, masked))`` over the key tiles, in descending order; with the ``last`` or without.
 
     Three loops, so that each knows at compile time whether it masks: tiles cut by the right edge, whole tiles, tiles cut
-    by the left edge.
+    by the left edge. The last is among the first ones.
     """
     top = keys.count - 1
-    if cutlass.const_expr(problem.bounded_right):
+    whole_end = cutlass.min(top, keys.whole_end)
+    if cutlass.const_expr(last):
+        for i in cutlass.range(keys.count - whole_end, unroll=1):
+            state = step(state, (top - i, True))
+    elif cutlass.const_expr(problem.bounded_right):
         for i in cutlass.range(top - keys.whole_end, unroll=1):
             state = step(state, (top - 1 - i, True))
-    whole_end = cutlass.min(top, keys.whole_end)
     for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
         state = step(state, (whole_end - 1 - i, False))
     if cutlass.const_expr(problem.bounded_left):

@@ -11,18 +11,17 @@ they weigh 0. So no copy needs a predicate on its row, and a key that no row of 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import converted, store_lse
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
-from cute_attn.mainloop.guard import FiniteRows, block_any, not_finite
+from cute_attn.mainloop.guard import any_of, not_finite, poison_keys, used_here
 from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
@@ -37,6 +36,23 @@ class Operands:
     v: Operand
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
+
+
+@dataclass(frozen=True)
+class Keys:
+    """K and V on their way to shared memory and there, ``(tile_n, columns, stage)``; whether with care (``guard.py``)."""
+
+    k: Stream
+    v: Stream
+    sK: cute.Tensor
+    sV: cute.Tensor
+    careful: Boolean | None = None
+
+    @cute.jit
+    def poison(self, slot, threads: cutlass.Constexpr[int]):
+        """All threads: the keys whose values aren't finite."""
+        poison_keys(self.sK[None, None, slot], self.sV[None, None, slot], (used_here(cute.arch.thread_idx()[0]), threads))
+        cute.arch.sync_threads()
 
 
 @dataclass(frozen=True)
@@ -112,16 +128,20 @@ class Forward:
                 mma_S=mma_S,
                 mma_O=mma_O,
             )
-            for x in (q, k):  # V's padding only reaches columns of O that are not stored
+            # V's padding only reaches columns of O that are not stored; but all of them are looked at, where that is done.
+            for x in (q, k, v) if cutlass.const_expr(self.guarded) else (q, k):
                 x.clear_padding()
             self._copy_q(q, row_first, values.seqlen_q)
             output, tile = Output(acc_O, rescale, softmax), QueryTile(row_first, cS, keys, values)
-            self._attend(operands, (k, v), output, tile)
-            if cutlass.const_expr(self.guarded):
-                if block_any(not_finite(acc_O)):
-                    care = ((k, sK, math.nan), (v, sV, 0.0))
-                    streams = [x.careful(s, thread, config.threads, instead) for x, s, instead in care]
-                    self._attend(operands, streams, output, tile, again=True)
+            tiles_of = Keys(k, v, sK, sV)
+            if cutlass.const_expr(not self.guarded):
+                self._attend(operands, tiles_of, output, tile)
+            else:
+                careful, again = Boolean(False), Boolean(True)
+                while again:
+                    self._attend(operands, replace(tiles_of, careful=careful), output, tile)
+                    again = any_of(not_finite(acc_O) & (not careful), 0, config.threads)
+                    careful = Boolean(True)
 
         lse = LogSumExp.like(rescale)
         softmax.finish(rescale, lse, lay.element(config))
@@ -130,20 +150,17 @@ class Forward:
         self._store_o(acc_O, sO, mO[None, None, head, batch], row_first, values.seqlen_q)
 
     @cute.jit
-    def _attend(self, operands: Operands, streams, output: Output, tile: QueryTile, again: cutlass.Constexpr[bool] = False):
-        """All key tiles, from the last to the first, once Q is on its way; ``again`` in one loop, which masks every tile."""
+    def _attend(self, operands: Operands, tiles_of: Keys, output: Output, tile: QueryTile):
+        """All key tiles, from the last to the first, once Q is on its way."""
         keys = tile.keys
         output.start()
         for slot in cutlass.range_constexpr(self.config.stages - 1):
-            self._copy_pair(*streams, keys, keys.count - 1 - slot, slot)
-        step = partial(self._step, operands, streams, output, tile)
-        if cutlass.const_expr(again):
-            slot = Int32(0)
-            for i in cutlass.range(keys.count, unroll=1):
-                slot = step(slot, (keys.count - 1 - i, True))
-        else:
-            slot = step(Int32(0), (keys.count - 1, keys.last_is_masked()))
-            walk(step, slot, keys, self.problem)
+            self._copy_pair(tiles_of, keys, keys.count - 1 - slot, slot)
+        step = partial(self._step, operands, tiles_of, output, tile)
+        slot, one_loop = Int32(0), self.problem.bounded_right  # for the last tile and those that a right edge cuts
+        if cutlass.const_expr(not one_loop):
+            slot = step(slot, (keys.count - 1, keys.last_is_masked()))
+        walk(step, slot, keys, self.problem, last=one_loop)
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -177,25 +194,27 @@ class Forward:
         q.start(q.m, row_first, end)
 
     @cute.jit
-    def _copy_pair(self, k: Stream, v: Stream, keys: KeyTiles, n, slot):
+    def _copy_pair(self, tiles_of: Keys, keys: KeyTiles, n, slot):
         """Start copying key tile ``n`` of K and V, if there is one, to a slot; one group either way."""
         if n >= 0:
-            row, finite = keys.begin + n * self.config.tile_n, FiniteRows((v.m,))
-            for x in (k, v):
-                x.start(x.m, row, keys.end, (slot,), finite)
+            for x in (tiles_of.k, tiles_of.v):
+                x.start(x.m, keys.begin + n * self.config.tile_n, keys.end, (slot,))
         cute.arch.cp_async_commit_group()
 
     # ---- one key tile ----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _step(self, operands: Operands, streams, output: Output, tile: QueryTile, slot: Int32, where):
+    def _step(self, operands: Operands, tiles_of: Keys, output: Output, tile: QueryTile, slot: Int32, where):
         """Scores, softmax and P·V of key tile ``n``, while tile ``n − stages + 1`` is on its way. Returns the next slot."""
         n, masked = where
         stages, acc_O = self.config.stages, output.acc_O
         cute.arch.cp_async_wait_group(stages - 2)
         cute.arch.sync_threads()  # tile n has arrived for every thread; every thread is done with tile n + 1's slot
+        if cutlass.const_expr(self.guarded and masked is not False):  # where every row sees every key, nothing is to be kept
+            if tiles_of.careful:
+                tiles_of.poison(slot, self.config.threads)
         before = (slot + stages - 1) % stages
-        self._copy_pair(streams[0], streams[1], tile.keys, n - (stages - 1), before)
+        self._copy_pair(tiles_of, tile.keys, n - (stages - 1), before)
 
         acc_S = cute.make_rmem_tensor(operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
         acc_S.fill(0.0)

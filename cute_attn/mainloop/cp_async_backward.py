@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import converted
@@ -38,7 +38,7 @@ from cute_attn.mainloop.common import (
     apply_softcap,
     mask_transposed,
 )
-from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows
+from cute_attn.mainloop.guard import any_of, clear_marked, hide_keys, hide_scores, of_keys
 from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import capped_probabilities, probabilities, score_gradients
@@ -57,6 +57,7 @@ class Shared:
     ds: cute.Tensor
     lse: cute.Tensor
     delta: cute.Tensor
+    hidden: cute.Tensor | None  # (tile_n): keys that ``guard.py`` hides
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Block:
     rows: Rows
     acc_dV: cute.Tensor
     acc_dK: cute.Tensor
+    careful: Boolean | None = None  # whether there are marked rows or hidden keys
 
 
 class Backward:
@@ -152,12 +154,7 @@ class Backward:
             *(self._accumulator(role) for role in ("dV", "dK")),
         )
         if visited.count > 0:
-            if cutlass.const_expr(not problem.masked):
-                self._query_tiles(me, k, v)
-            elif signals.care():
-                self._query_tiles_carefully(me, k, v)
-            else:
-                self._query_tiles(me, k, v)
+            self._query_tiles(me, k, v)
         self._store(me, gradients)
 
     def _accumulator(self, role: str) -> cute.Tensor:
@@ -186,7 +183,10 @@ class Backward:
 
         k, v, q, do, ds = (tensor(name) for name in ("K", "V", "Q", "dO", "dS"))
         lse, delta = (floats(config.tile_m, config.stages) for _ in range(2))
-        return Shared(k, v, q, do, ds, lse, delta)
+        hidden = None
+        if cutlass.const_expr(self.problem.masked):
+            hidden = smem.allocate_tensor(cutlass.Int8, cute.make_layout(config.tile_n), 16)
+        return Shared(k, v, q, do, ds, lse, delta, hidden)
 
     def _operands(self, me: Block) -> Operands:
         s, config = me.shared, self.config
@@ -214,46 +214,53 @@ class Backward:
     # ---- the walk over query tiles ---------------------------------------------------------------------------------
 
     @cute.jit
-    def _query_tiles(self, me: Block, k: Stream, v: Stream, careful: cutlass.Constexpr[bool] = False):
+    def _query_tiles(self, me: Block, k: Stream, v: Stream):
         """Every query tile of every head that shares the block's keys. Three loops, so that each knows at compile time whether
-        it masks; where copies are careful, one, which masks every tile."""
+        it masks; with care all tiles are the first one's."""
         stages, late_dq = self.config.stages, self.needs_q and not self.shares_p
         operands = self._operands(me)
         for x in (k, v, me.q, me.do):
             x.clear_padding()
         row = me.n_block * self.config.tile_n
         for x in (k, v):
-            x.start(x.m, row, me.values.seqlen_k, keeps=FiniteRows((k.m, v.m)))
+            x.start(x.m, row, me.values.seqlen_k)
+        if cutlass.const_expr(self.problem.masked):
+            cute.arch.cp_async_commit_group()
         for slot in cutlass.range_constexpr(stages - 1):
             self._copy_queries(me, *self._after(me, Int32(0), Int32(0), slot), Int32(slot))
         if cutlass.const_expr(late_dq):
             self._clear_ds(me)
+        if cutlass.const_expr(self.problem.masked):
+            me = replace(me, careful=self._takes_care(me))
         count = me.visited.count
-        lead, whole_end = (count, count) if cutlass.const_expr(careful) else self._whole(me.visited)
+        lead, whole_end = self._whole(me.visited, me.careful)
         for member in cutlass.range(me.heads_per_kv, unroll=1):
             for i in cutlass.range(lead, unroll=1):
                 self._step(me, operands, member, i, True)
-            if cutlass.const_expr(not careful):
-                for i in cutlass.range(lead, whole_end, unroll=1):
-                    self._step(me, operands, member, i, False)
+            for i in cutlass.range(lead, whole_end, unroll=1):
+                self._step(me, operands, member, i, False)
             right_edge_last = self.problem.bounded_right and self.problem.deterministic
-            if cutlass.const_expr((self.problem.bounded_left or right_edge_last) and not careful):
+            if cutlass.const_expr(self.problem.bounded_left or right_edge_last):
                 for i in cutlass.range(whole_end, count, unroll=1):
                     self._step(me, operands, member, i, True)
         if cutlass.const_expr(late_dq):
             self._late_dq(me, operands, me.heads_per_kv, Int32(0))
 
-    def _query_tiles_carefully(self, me: Block, k: Stream, v: Stream):
-        """The same from careful copies."""
-        streams = ((k, me.shared.k), (v, me.shared.v), (me.q, me.shared.q), (me.do, me.shared.do))
-        k, v, q, do = (x.careful(s, me.thread, self.config.threads, 0.0) for x, s in streams)
-        self._query_tiles(replace(me, q=q, do=do), k, v, careful=True)
+    @cute.jit
+    def _takes_care(self, me: Block):
+        """Whether the block has marked rows or hidden keys, once K and V are there: before anything else reads them."""
+        cute.arch.cp_async_wait_group(self.config.stages - 1)
+        cute.arch.sync_threads()
+        found = hide_keys(me.shared.k, me.shared.v, me.shared.hidden, (me.thread, self.config.threads))
+        return me.signals.care() | any_of(found, 0, self.config.threads)
 
     @cute.jit
-    def _whole(self, visited: QueryTiles):
+    def _whole(self, visited: QueryTiles, careful):
         """``(begin, end)`` of the tiles that need no mask, in the order they are visited; both are the tiles' count where
         there are none, so that what comes after them is the other edge's, if there is one."""
         whole = visited.whole_end - visited.whole_begin
+        if cutlass.const_expr(careful is not None):
+            whole = Int32(0) if careful else whole
         begin = visited.whole_begin - visited.begin
         if cutlass.const_expr(self.problem.deterministic):
             begin = visited.count - begin - whole
@@ -296,9 +303,8 @@ class Backward:
         if member < me.heads_per_kv:
             m_block, head = me.visited.in_order(i, self.problem), self._head(me, member)
             row, end = m_block * config.tile_m, me.values.seqlen_q
-            unmarked = UnmarkedRows(me.rows.lse_raw[None, head, me.batch])
             for x in (me.q, me.do):
-                x.start(x.m[None, None, head], row, end, (slot,), unmarked)
+                x.start(x.m[None, None, head], row, end, (slot,))
             self._copy_rows(me, head, m_block, slot)
         cute.arch.cp_async_commit_group()
 
@@ -337,6 +343,11 @@ class Backward:
             cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the one before
         if cutlass.const_expr(stages > 1):
             self._copy_queries(me, *self._after(me, member, i, stages - 1), (count + stages - 1) % stages)
+        if cutlass.const_expr(masked and self.problem.masked):
+            if me.careful:
+                tensors = [m[None, None, slot] for m in (me.shared.q, me.shared.do)]
+                clear_marked(tensors, me.shared.lse[None, slot], (me.thread, config.threads))
+                cute.arch.sync_threads()
         m_block = me.visited.in_order(i, self.problem)
         slots = (slot, count % 2, (count + 1) % 2)
         for part in cutlass.range_constexpr(config.tile_m // config.step_m):
@@ -359,6 +370,9 @@ class Backward:
         apply_softcap(P, me.values, self.problem)
         origin = (me.n_block * config.tile_n, m_block * config.tile_m + part * config.step_m)
         if cutlass.const_expr(masked):
+            if cutlass.const_expr(self.problem.masked):
+                if me.careful:
+                    hide_scores(P, of_keys(S, me.thread, me.shared.hidden, config.step_m))
             mask_transposed(P, Coordinates.of(S, me.thread, shape), origin, me.values, self.problem)
         if cutlass.const_expr(self.needs_ds):
             acc_dP.fill(0.0)

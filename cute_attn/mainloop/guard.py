@@ -4,24 +4,23 @@ A mask gives a key that a row does not see a probability of exactly 0. But a ten
 infinity or a NaN is NaN: in a tile that some rows see and others don't, a value that is not finite would get from the former's
 key into the latter's sum. Memory that nobody has written yet holds such values. So, where there is a mask at all:
 
-- **Forward**, a block looks at its outputs. If one is not finite, it does its query tiles once more, from **careful copies**: a
-  key whose value isn't finite comes as a key of NaN with a value of zeros. A row that sees it scores NaN, and so becomes NaN
-  as a whole; for others the mask takes the score away, and 0 · 0 is left. For a row that sees no such key nothing changes.
-- **Backward**, every row that sees such a key, or is not finite itself, is known before the first product, by its log-sum-exp
-  or its delta. The kernel that makes these *marks* the row (its log-sum-exp becomes the lowest finite number, its delta 0) and
-  says so in a word of global memory, which makes the next kernel's copies careful: marked rows of Q and dO, and rows of K and V
-  of which either isn't finite, come as zeros. Then P is infinite where a marked row sees a key, and ∞ · 0 = NaN in every
-  gradient that it has a part in; elsewhere P is 0, and so is the product.
-
-A careful copy is a slow one, of threads that take a row each.
-
-One case gets through: an infinity in K that leaves a row which sees it finite, since its score is −∞, or ±cap under a softcap.
-It marks no row; in the backward pass it then makes NaN of dQ in up to a tile of rows or, if another row has been marked, gives
-gradients that mean nothing. (Not in the reference, where only dQ's product takes the key as zeros.)
+- **Forward**, a block looks at its outputs. If one is not finite, it does its query tiles once more, **with care**: a key whose
+  value isn't finite becomes a key of NaN with a value of zeros. A row that sees it scores NaN, and so becomes NaN as a whole;
+  for others the mask takes the score away, and 0 · 0 is left. For a row that sees no such key nothing changes.
+- **Backward**, every row that sees such a key and is not finite for it, or is not finite itself, is known before the first
+  product, by its log-sum-exp or its delta. The kernel that makes these *marks* the row (its log-sum-exp becomes the lowest
+  finite number, its delta 0) and says so in a word of global memory, on which the next kernel's copies of Q and dO depend:
+  marked rows come as zeros. Then P is infinite where a marked row sees a key, and ∞ · 0 = NaN in every gradient that it has a
+  part in; elsewhere P is 0, and so is the product.
+- **A key that is not finite** may leave a row that sees it finite: its score is −∞, or ±cap under a softcap. So a block of the
+  backward pass looks at its keys. Such a key is *hidden*: zeros take its place, and its score is so low that it weighs nothing
+  in any row but a marked one. That is what −∞ says; under a softcap the value of an infinite key, which does weigh, gets no
+  gradient. A value that is not finite becomes zeros as well: whoever sees it is marked.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,10 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn.layouts.base import VECTOR
+from cute_attn.layouts.fragments import rows_columns
 
 LOWEST = -3.4028234663852886e38  # of float32: the log-sum-exp of a marked row
+HIDDEN = LOWEST / 2  # the score of a hidden key: far below any row's log-sum-exp but a marked one's, and far above that
 
 
 @cute.jit
@@ -43,45 +44,126 @@ def not_finite(acc: cute.Tensor) -> Boolean:
     return (sums[0] + sums[1]) + (sums[2] + sums[3]) != 0.0
 
 
-def block_any(condition: Boolean) -> Boolean:
-    """Whether the condition holds for any thread of the block: a barrier of all of them."""
+def any_of(condition: Boolean, barrier: int, threads: int) -> Boolean:
+    """Whether the condition holds for any of the ``threads`` that meet at a named barrier; 0 is the block's own."""
     found = cute.arch.inline_ptx(
-        "{ .reg .pred mine, any; setp.ne.s32 mine, {$r0}, 0; barrier.cta.red.or.pred any, 0, mine;"
+        "{ .reg .pred mine, any; setp.ne.s32 mine, {$r0}, 0; barrier.cta.red.or.pred any, {$r1}, {$r2}, mine;"
         " selp.s32 {$w0}, 1, 0, any; }",
         write_only_types=[Int32],
-        read_only_args=[Int32(condition)],
+        read_only_args=[Int32(condition), Int32(barrier), Int32(threads)],
     )
     return found != 0
 
 
+def used_here(x: Int32) -> Int32:
+    """``x``, but what is computed from it can't be computed ahead of time: it takes no registers until it is needed."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
+
+
 @cute.jit
-def finite_row(m: cute.Tensor, row: Int32) -> Boolean:
-    """Whether a row of ``(rows, columns)`` in global memory is finite."""
-    total = Float32(0.0)
-    for c in cutlass.range(m.shape[1] // VECTOR, unroll=1):
-        total += (load_vector(m, row, c).to(Float32) * 0.0).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
-    return total == 0.0
+def finite_row(m: cute.Tensor, row: Int32, unroll: cutlass.Constexpr[int] = 1) -> Boolean:
+    """Whether a row of ``(rows, columns)`` in global or shared memory is finite."""
+    found = Int32(0)  # two 16-bit sums of 0 · x: zeros, or NaN
+    for c in cutlass.range(cute.size(m, mode=[1]) // VECTOR, unroll=unroll):
+        pairs = cute.recast_tensor(vector(m, row, c), Int32)
+        for i in cutlass.range_constexpr(cute.size(pairs)):
+            found = _plus_zero_times(pairs[i], found, m.element_type)
+    return found == 0
 
 
-def load_vector(m: cute.Tensor, row, column):
-    """16 bytes of a row of ``(rows, columns)`` in global memory; ``column`` counts vectors."""
-    source = cute.local_tile(m, (1, VECTOR), (row, column))
+def _plus_zero_times(x: Int32, total: Int32, dtype) -> Int32:
+    """``total + 0 · x`` of two 16-bit numbers each."""
+    kind = "bf16x2" if dtype is cutlass.BFloat16 else "f16x2"
+    code = f"{{ .reg .b32 zero; mov.b32 zero, 0; fma.rn.{kind} {{$w0}}, {{$r0}}, zero, {{$r1}}; }}"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[x, total])
+
+
+def vector(m: cute.Tensor, row, column) -> cute.Tensor:
+    """16 bytes of a row of ``(rows, columns)`` in global or shared memory, in registers; ``column`` counts vectors."""
+    source = _place(m, row, column)
     held = cute.make_rmem_tensor(VECTOR, source.element_type)
-    cute.autovec_copy(cute.make_tensor(source.iterator, held.layout), held)
-    return held.load()
+    cute.autovec_copy(source, held)
+    return held
+
+
+def _place(m: cute.Tensor, row, column) -> cute.Tensor:
+    where = cute.local_tile(m, (1, VECTOR), (row, column)).iterator.align(16)
+    return cute.make_tensor(where, cute.make_layout(VECTOR))
+
+
+@cute.jit
+def fill_row(m: cute.Tensor, row, value: cutlass.Constexpr[float]):
+    """A row of ``(rows, columns)`` in shared memory."""
+    held = cute.make_rmem_tensor(VECTOR, m.element_type)
+    held.fill(m.element_type(value))
+    for c in cutlass.range(cute.size(m, mode=[1]) // VECTOR, unroll=1):
+        cute.autovec_copy(held, _place(m, row, c))
+
+
+@cute.jit
+def poison_keys(k: cute.Tensor, v: cute.Tensor, threads):
+    """For the forward pass, in shared memory ``(keys, columns)``: a key whose value isn't finite becomes a key of NaN with a
+    value of zeros. ``threads`` is (this thread, how many)."""
+    for row in cutlass.range(threads[0], cute.size(v, mode=[0]), threads[1], unroll=1):
+        if not finite_row(v, row):
+            fill_row(k, row, math.nan)
+            fill_row(v, row, 0.0)
+
+
+@cute.jit
+def clear_marked(tensors: cutlass.Constexpr, lse_raw: cute.Tensor, threads):
+    """For the backward pass, in shared memory: zeros in the marked rows of tensors ``(rows, columns)``, and in those that see
+    no key or don't exist, where there may be a marked one's values."""
+    for row in cutlass.range(threads[0], cute.size(lse_raw), threads[1], unroll=1):
+        if lse_raw[row] == LOWEST or lse_raw[row] == Float32.inf:
+            for m in tensors:
+                fill_row(m, row, 0.0)
+
+
+@cute.jit
+def hide_keys(k, v, hidden: cute.Tensor, threads) -> Boolean:
+    """For the backward pass, in shared memory ``(keys, columns)``: keys that aren't finite become zeros and are noted in
+    ``hidden`` (keys); values become zeros. Returns whether this thread found such a key. ``k`` or ``v`` may be ``None``."""
+    found = Boolean(False)
+    thread, count = threads
+    keys = cute.size(hidden)
+    if cutlass.const_expr(k is not None):
+        for row in cutlass.range(thread, keys, count, unroll=1):
+            finite = finite_row(k, row, 4)
+            hidden[row] = cutlass.Int8(0) if finite else cutlass.Int8(1)
+            if not finite:
+                fill_row(k, row, 0.0)
+                found = Boolean(True)
+    if cutlass.const_expr(v is not None):
+        # The other threads first, where there are some.
+        for row in cutlass.range((thread + count // 2) % count, keys, count, unroll=1):
+            if not finite_row(v, row, 4):
+                fill_row(v, row, 0.0)
+    return found
+
+
+def of_keys(mma: cute.TiledMma, thread, hidden: cute.Tensor, queries: int) -> cute.Tensor:
+    """What ``hidden`` (keys) says of the keys of a thread's scores (keys, queries)."""
+    wide = cute.make_tensor(hidden.iterator, cute.make_layout((cute.size(hidden), queries), stride=(1, 0)))
+    return rows_columns(mma.get_slice(thread).partition_C(wide))[None, 0]
+
+
+@cute.jit
+def hide_scores(scores: cute.Tensor, hidden: cute.Tensor):
+    """The scores (keys, queries) of hidden keys; ``hidden`` is of a thread's keys."""
+    for r in cutlass.range_constexpr(cute.size(hidden)):
+        if hidden[r] != 0:
+            scores[r, None].fill(HIDDEN)
 
 
 @dataclass(frozen=True)
 class FiniteRows:
-    """Keeps the rows that are finite in all of some tensors (rows, columns) of one head."""
+    """Keeps the rows of a tensor (rows, columns) of one head that are finite; those that do not exist are."""
 
-    tensors: tuple[cute.Tensor, ...]
+    m: cute.Tensor
 
     def __call__(self, row: Int32) -> Boolean:
-        kept = finite_row(self.tensors[0], row)
-        for m in self.tensors[1:]:
-            kept = kept & finite_row(m, row)
-        return kept
+        return finite_row(self.m, cutlass.min(row, self.m.shape[0] - 1)) | (row >= self.m.shape[0])
 
 
 @dataclass(frozen=True)
@@ -100,7 +182,7 @@ def copy_carefully(
 ):
     """Copy the rows from ``first`` on of ``(rows, columns)`` in global memory to a tile in shared memory. A row that ``keeps``
     does not keep is all ``instead``; what lies outside the tensor is zeros. ``threads`` is (this thread, how many)."""
-    rows, columns = cute.product_each(into.shape)
+    rows, columns = (cute.size(into, mode=[i]) for i in range(2))
     for r in cutlass.range(threads[0], rows, threads[1], unroll=1):
         row = first + r
         exists = row < source.shape[0]
@@ -114,6 +196,5 @@ def copy_carefully(
             if kept:
                 piece.fill(Float32(0.0).to(source.element_type))
                 if c * VECTOR < source.shape[1]:
-                    piece.store(load_vector(source, row, c))
-            for j in cutlass.range_constexpr(VECTOR):
-                into[r, c * VECTOR + j] = piece[j]
+                    piece.store(vector(source, row, c).load())
+            cute.autovec_copy(piece, _place(into, r, c))

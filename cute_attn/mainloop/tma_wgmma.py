@@ -6,8 +6,8 @@ tile i − 1, and both run while nothing waits for them); between warpgroups, na
 tensor cores, so that one multiplies while the other takes exponentials. Both are FlashAttention-3's (arXiv:2407.08608).
 
 Barriers: each K and V stage and each warpgroup's Q has a full and an empty mbarrier (``cutlass.pipeline``); named barriers
-are for the turns, for a warpgroup's epilogue, and for the verdict on a block's outputs: where there is a mask and one of them
-is not finite, the block does its query tiles once more, from careful copies (``guard.py``).
+are for the turns and for a warpgroup's epilogue; one more mbarrier is for the verdict on a block's outputs: where there is a
+mask and one of them is not finite, the block does its query tiles once more, from careful copies (``guard.py``).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 COPY_K_V_WARP, COPY_Q_WARP = 0, 1
 LONG = 1 << 19  # keys · columns of Q in shared memory from which on a causal tile is worth a block of its own
-COPY_WARPS = 2
 
 
 @dataclass(frozen=True)
 class Pipelines:
-    """The three mbarrier pipelines of a block. Q has one stage for each computing warpgroup."""
+    """The mbarrier pipelines of a block. Q has one stage for each computing warpgroup. All warps wait for the verdict."""
 
     q: pipeline.PipelineTmaAsync
     k: pipeline.PipelineTmaAsync
     v: pipeline.PipelineTmaAsync
+    verdict: pipeline.PipelineAsync | None
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ class Forward(Kernel):
             if warp == COPY_K_V_WARP:
                 states = self._copy_k_v(k, v, shared, pipes, values, tiles)
                 if cutlass.const_expr(self.guarded):
-                    if self._is_done_again(shared):
+                    if self._is_done_again(shared, pipes):
                         self._copy_k_v_carefully(plain, shared, pipes, values, tiles, states)
             if warp == COPY_Q_WARP:
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
                 state = self._copy_q(q, shared, pipes, tiles, state)
                 if cutlass.const_expr(self.guarded):
-                    if self._is_done_again(shared):
+                    if self._is_done_again(shared, pipes):
                         self._copy_q(q, shared, pipes, tiles, state)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
@@ -148,6 +148,7 @@ class Forward(Kernel):
             q=self.pipe(smem, self.warpgroups, WARPGROUP // 32, slot["Q"]),
             k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
+            verdict=self.hand_over_pipe(smem, 1, config.mma_warps) if self.guarded else None,
         )
         verdict = None
         if cutlass.const_expr(self.guarded):
@@ -158,10 +159,9 @@ class Forward(Kernel):
         return Shared(sQ, sK, sV, sO, verdict), pipes
 
     @cute.jit
-    def _is_done_again(self, shared: Shared):
-        """Whether the block is to do its query tiles again: known once all its computing threads have got here."""
-        threads = self.config.mma_threads + 32 * COPY_WARPS
-        cute.arch.barrier(barrier_id=self.first_barrier("verdict"), number_of_threads=threads)
+    def _is_done_again(self, shared: Shared, pipes: Pipelines):
+        """Whether the block is to do its query tiles again: known once all its computing warps have said so."""
+        pipes.verdict.consumer_wait(pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1))
         return shared.verdict[0] != 0
 
     # ---- copying warps ---------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class Forward(Kernel):
             m_block, _, head_kv, batch = tiles.coordinates(position)
             keys = KeyTiles.of(values, self.problem, m_block, self.config)
             gK, gV = (m[None, None, head_kv, batch] for m in (mK, mV))
-            finite = FiniteRows((gV,))
+            finite = FiniteRows(gV)
             for i in cutlass.range(keys.count + 1, unroll=1):
                 first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
                 if i < keys.count:
@@ -252,7 +252,8 @@ class Forward(Kernel):
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         states = self._query_tiles(me, (o, mLSE), shared, pipes, values, tiles, (q_phase, kv_state))
         if cutlass.const_expr(self.guarded):
-            if self._is_done_again(shared):
+            self.arrive(pipes.verdict.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
+            if self._is_done_again(shared, pipes):
                 cute.arch.cp_async_bulk_wait_group(0, read=False)  # what was stored first must not come last
                 self._query_tiles(me, (o, mLSE), shared, pipes, values, tiles, states, again=True)
 
@@ -343,7 +344,7 @@ class Forward(Kernel):
             for i in cutlass.range(top, unroll=1):
                 kv_state = step(kv_state, (top - 1 - i, True))
         else:
-            kv_state = walk(step, kv_state, keys, self.problem)
+            kv_state = walk(step, kv_state, keys, self.problem, last=False)
 
         if cutlass.const_expr(self.config.separate_o):
             pipes.q.consumer_release(q_state)

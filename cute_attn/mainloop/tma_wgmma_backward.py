@@ -35,6 +35,7 @@ from cute_attn.mainloop.common import (
     apply_softcap,
     mask_transposed,
 )
+from cute_attn.mainloop.guard import hide_scores, of_keys
 from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,
@@ -77,7 +78,7 @@ class Pipelines:
 class Shared:
     """The operands in shared memory: ``(64, columns, warpgroup)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
     ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(thread, value,
-    warpgroup)`` for dQ."""
+    warpgroup)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``)."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -87,6 +88,7 @@ class Shared:
     dq: cute.Tensor
     lse: cute.Tensor
     delta: cute.Tensor
+    hidden: cute.Tensor | None
     ticket: cute.Tensor | None
 
 
@@ -182,6 +184,7 @@ class Backward(KeyBlocks):
             dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
+            hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
             ticket=self.take_ticket(smem, signals),
         )
         row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
@@ -257,10 +260,15 @@ class Backward(KeyBlocks):
         frag = self._fragments(me, shared)
         for pipe in (pipes.k, pipes.v):
             pipe.consumer_wait(k_state)
+        hides = None
+        if cutlass.const_expr(self.problem.masked):
+            w = me.warpgroup
+            sK, sV, hidden = shared.k[None, None, w], shared.v[None, None, w], shared.hidden[None, w]
+            hides = self.hide_keys(sK, sV, hidden, w)
         i = Int32(0)
         for j in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
             m_block = visited.in_order(i, self.problem)
-            where = (m_block, visited.needs_mask(m_block), j > 0)
+            where = (m_block, visited.needs_mask(m_block), hides, j > 0)
             state = self._step(me, frag, shared, pipes, values, key_first, state, where)
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
@@ -303,7 +311,7 @@ class Backward(KeyBlocks):
         tile's scores are issued; the next step releases Q's slot. Only an accumulator that the loop never reads can stay in
         flight like this, and the operand keeps its registers.
         """
-        m_block, masked, follows = where
+        m_block, masked, hides, follows = where
         config, lay, stage = self.config, self.lay, state.index
         mma_S = lay.tiled_mma("S", config)
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
@@ -321,6 +329,9 @@ class Backward(KeyBlocks):
                 self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
         P = rows_columns(acc_S)
         apply_softcap(P, values, self.problem)
+        if cutlass.const_expr(hides is not None):
+            if hides:
+                hide_scores(P, of_keys(mma_S, me.thread, shared.hidden[None, me.warpgroup], config.tile_m))
         if masked:
             mask_transposed(P, me.cS, (key_first, m_block * config.tile_m), values, self.problem)
         lse_raw = of_columns(mma_S, me.thread, shared.lse[None, stage])

@@ -33,12 +33,13 @@ from cute_attn.mainloop.common import (
     KeyTiles,
     QueryTiles,
     Rows,
+    Signals,
     Values,
     apply_softcap,
     mask,
     mask_transposed,
 )
-from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
+from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully, finite_row, hide_scores, of_keys
 from cute_attn.mainloop.warpgroups import (
     WARP,
     WARPGROUP,
@@ -68,8 +69,33 @@ class Backward:
         """Launch the kernels whose gradients are asked for."""
         if cutlass.const_expr(gradients.mdK is not None or gradients.mdV is not None):
             self.keys.launch(inputs, rows, gradients, signals, values, tiles.in_small_groups(blocks), stream)
+        elif cutlass.const_expr(self.queries.problem.masked):
+            LookAtKeys().launch(inputs.k, signals, stream)
         if cutlass.const_expr(gradients.mdQ is not None):
             self.queries.launch(inputs, rows, gradients, signals, values, blocks, stream)
+
+
+class LookAtKeys:
+    """Asks for care where a key is not finite, if no block of :class:`KeyGradients` does."""
+
+    THREADS = 128
+
+    @cute.jit
+    def launch(self, mK: cute.Tensor, signals: Signals, stream):
+        """A thread a key."""
+        keys, _, heads_kv, batch = mK.shape
+        blocks = cute.ceil_div(keys, self.THREADS) * heads_kv * batch
+        self.kernel(mK, signals).launch(grid=[blocks, 1, 1], block=[self.THREADS, 1, 1], stream=stream)
+
+    @cute.kernel
+    def kernel(self, mK: cute.Tensor, signals: Signals):
+        keys, _, heads_kv, _ = mK.shape
+        blocks = cute.ceil_div(keys, self.THREADS)
+        index = cute.arch.block_idx()[0]
+        row = index % blocks * self.THREADS + cute.arch.thread_idx()[0]
+        if row < keys:
+            if not finite_row(mK[None, None, index // blocks % heads_kv, index // blocks // heads_kv], row):
+                signals.ask_for_care()
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,7 @@ class KeyPipelines:
 @dataclass(frozen=True)
 class KeyShared:
     """Shared memory: ``(rows, columns, slot)`` for the operands, ``(thread, value, slot)`` for P, ``(tile_m, stage)`` for
-    a row's values. dV lies over K, dK over V."""
+    a row's values, ``(tile_n)`` for which keys are hidden (``guard.py``). dV lies over K, dK over V."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -114,6 +140,7 @@ class KeyShared:
     p: cute.Tensor
     lse: cute.Tensor
     delta: cute.Tensor
+    hidden: cute.Tensor | None
 
 
 class KeyGradients(KeyBlocks):
@@ -150,7 +177,7 @@ class KeyGradients(KeyBlocks):
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             if warp < 2 * WARPGROUP // 32:
-                self._values_warpgroup(operands, shared, pipes, values, tiles)
+                self._values_warpgroup(operands, shared, pipes, signals, values, tiles)
             else:
                 self._keys_warpgroup(operands, shared, pipes, values, tiles)
 
@@ -170,6 +197,7 @@ class KeyGradients(KeyBlocks):
             p=smem.allocate_tensor(self.element, cute_layout(lay.handed_over(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
+            hidden=self.hidden_keys(smem, config.tile_n),
         )
         row_bytes = config.tile_m * lay.ACCUMULATOR_BYTES
         half = config.mma_warps // 2
@@ -185,8 +213,10 @@ class KeyGradients(KeyBlocks):
         return shared, pipes
 
     @cute.jit
-    def _values_warpgroup(self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, values: Values, tiles: Tiles):
-        """The warpgroup of P and dV."""
+    def _values_warpgroup(
+        self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, tiles: Tiles
+    ):
+        """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         S, dV = self.lay.tiled_mma("S", self.config).get_slice(0), self.lay.tiled_mma("dV", self.config).get_slice(0)
         tSrK = S.make_fragment_A(S.partition_A(shared.k[None, None, 0]))
@@ -200,6 +230,11 @@ class KeyGradients(KeyBlocks):
         visited = QueryTiles.of(values, self.problem, n_block, self.config)
         acc_dV = self.accumulator("dV", self.config.tile_dv)
         pipes.k.consumer_wait(k_state)
+        hides = None
+        if cutlass.const_expr(self.problem.masked):
+            hides = self.hide_keys(shared.k[None, None, 0], None, shared.hidden, self.group())
+            if hides:
+                signals.ask_for_care()
         i = Int32(0)
         for _ in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
             pipes.q.consumer_wait(state)
@@ -208,6 +243,9 @@ class KeyGradients(KeyBlocks):
             P = rows_columns(acc_S)
             apply_softcap(P, values, self.problem)
             m_block = visited.in_order(i, self.problem)
+            if cutlass.const_expr(hides is not None):
+                if hides:
+                    hide_scores(P, of_keys(S, thread, shared.hidden, self.config.tile_m))
             if visited.needs_mask(m_block):
                 origin = (n_block * self.config.tile_n, m_block * self.config.tile_m)
                 mask_transposed(P, cS, origin, values, self.problem)
@@ -245,6 +283,8 @@ class KeyGradients(KeyBlocks):
         visited = QueryTiles.of(values, self.problem, n_block, self.config)
         acc_dK = self.accumulator("dK", self.config.tile_d)
         pipes.v.consumer_wait(k_state)
+        if cutlass.const_expr(self.problem.masked):
+            self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
         for _ in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
             pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
@@ -306,13 +346,15 @@ class QueryPipelines:
 
 @dataclass(frozen=True)
 class QueryShared:
-    """Shared memory, ``(rows, columns, slot)``. dQ lies over Q."""
+    """Shared memory, ``(rows, columns, slot)``, and ``(tile_n, stage)`` for which keys are hidden (``guard.py``). dQ lies over
+    Q."""
 
     q: cute.Tensor
     do: cute.Tensor
     k: cute.Tensor
     v: cute.Tensor
     dq: cute.Tensor
+    hidden: cute.Tensor | None
 
 
 class QueryGradients(Kernel):
@@ -359,7 +401,7 @@ class QueryGradients(Kernel):
                     self._copy_queries(operands, shared, pipes, tiles)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            self._compute(operands, shared, pipes, rows, values, tiles)
+            self._compute(operands, shared, pipes, rows, care, values, tiles)
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
@@ -367,7 +409,8 @@ class QueryGradients(Kernel):
         smem = cutlass.memory.SmemAllocator()
         sQ = self.tensor(smem, "qQ")
         rest = [self.tensor(smem, name) for name in ("qdO", "qK", "qV")]
-        shared = QueryShared(sQ, *rest, dq=self.over("dQ", sQ))
+        hidden = self.hidden_keys(smem, config.tile_n, config.stages)
+        shared = QueryShared(sQ, *rest, dq=self.over("dQ", sQ), hidden=hidden)
         pipes = QueryPipelines(
             q=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qQ", config) + lay.slot_bytes("qdO", config)),
             k=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("qK", config)),
@@ -434,20 +477,24 @@ class QueryGradients(Kernel):
         m_block, _, head_kv, batch = tiles.query_tile()
         keys = KeyTiles.of(values, self.problem, m_block, self.block)
         gK, gV = (m[None, None, head_kv, batch] for m in (plain.k, plain.v))
-        threads, finite = (cute.arch.lane_idx(), WARP), FiniteRows((gK, gV))
+        threads, finite_keys, finite_values = (cute.arch.lane_idx(), WARP), FiniteRows(gK), FiniteRows(gV)
         for i in cutlass.range(keys.count, unroll=1):
             first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
             self.acquire_for_threads(pipes.k, k_state)
-            copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite, 0.0)
+            copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite_keys, 0.0)
+            for r in cutlass.range(threads[0], self.config.tile_n, WARP, unroll=1):
+                shared.hidden[r, k_state.index] = cutlass.Int8(0) if finite_keys(first + r) else cutlass.Int8(1)
             self.publish_by_threads(pipes.k, k_state)
             k_state.advance()
             self.acquire_for_threads(pipes.v, v_state)
-            copy_carefully(gV, shared.v[None, None, v_state.index], first, threads, finite, 0.0)
+            copy_carefully(gV, shared.v[None, None, v_state.index], first, threads, finite_values, 0.0)
             self.publish_by_threads(pipes.v, v_state)
             v_state.advance()
 
     @cute.jit
-    def _compute(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, values: Values, tiles):
+    def _compute(
+        self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, care, values: Values, tiles: Tiles
+    ):
         """One computing warpgroup: its 64 rows of the block's tile."""
         index = cute.arch.thread_idx()[0]
         w = self.group()
@@ -480,6 +527,10 @@ class QueryGradients(Kernel):
                 pipes.k.consumer_release(self.stage_before(k_state))
             P = rows_columns(acc_S)
             apply_softcap(P, values, self.problem)
+            if cutlass.const_expr(care is not None):
+                if care:
+                    hidden = of_columns(S, index % WARPGROUP, shared.hidden[None, k_state.index])
+                    hide_scores(cute.make_tensor(P.iterator, cute.select(P.layout, mode=[1, 0])), hidden)
             if n >= keys.whole_end or n < keys.whole_begin:
                 mask(P, cS, (row_first, keys.begin + n * self.config.tile_n), values, self.problem)
             probabilities_by_row(P, lse_raw, values.scale_log2, self.problem.softcap)

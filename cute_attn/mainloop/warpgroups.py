@@ -14,7 +14,7 @@ from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
 from cute_attn.mainloop.common import Inputs, QueryTiles, Rows, Signals, Values
-from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
+from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import capped_probabilities, probabilities
 
@@ -151,6 +151,10 @@ class Kernel:
         """Shared memory of float32."""
         return smem.allocate_tensor(Float32, cute.make_layout(shape), 128)
 
+    def hidden_keys(self, smem, *shape):
+        """Shared memory for which keys are hidden (``guard.py``), where some may be."""
+        return smem.allocate_tensor(cutlass.Int8, cute.make_layout(shape), 16) if self.problem.masked else None
+
     def take_ticket(self, smem, signals: Signals | None) -> cute.Tensor | None:
         """This block's ticket in shared memory, once all threads have met, where the order of blocks matters."""
         if not self.problem.deterministic:
@@ -275,48 +279,68 @@ class KeyBlocks(Kernel):
     """A kernel of the backward pass each of whose blocks owns a key tile and walks over query tiles."""
 
     def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, tiles: Tiles):
-        """One warp: K, and Q with the rows' log-sum-exp."""
+        """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""
         keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
-        from_memory = None if plain is None else (plain.k, plain.q)
-        self._copy(keys, queries, (rows.lse_raw, shared.lse), (from_memory, plain, rows, care), values, tiles)
+        careful = None if plain is None else (plain.q, rows.lse_raw, care)
+        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, tiles)
 
     def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, tiles: Tiles):
         """One warp: V, and dO with the rows' delta."""
         keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
-        from_memory = None if plain is None else (plain.v, plain.do)
-        self._copy(keys, queries, (rows.delta, shared.delta), (from_memory, plain, rows, care), values, tiles)
+        careful = None if plain is None else (plain.do, rows.lse_raw, care)
+        self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, tiles)
 
     @cute.jit
-    def _copy(self, keys, queries, row_values, careful, values: Values, tiles: Tiles):
-        """By TMA or, where that can be needed and is, carefully: ``careful`` is ((K, Q) or (V, dO) as threads see them or None,
-        all that they see, the rows, whether it is needed)."""
-        from_memory, plain, rows, care = careful
-        if cutlass.const_expr(from_memory is None):
-            self.copy_tiles(keys, queries, row_values, values, tiles)
-        elif care:
-            mK, mQ = from_memory
-            self.copy_tiles_carefully((mK, *keys[1:]), (mQ, *queries[1:]), row_values, plain, rows, values, tiles)
-        else:
-            self.copy_tiles(keys, queries, row_values, values, tiles)
+    def copy_tiles(self, keys, queries, row_values, careful, values: Values, tiles: Tiles):
+        """One warp: the key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
 
-    @cute.jit
-    def copy_tiles_carefully(self, keys, queries, row_values, plain: Inputs, rows: Rows, values: Values, tiles: Tiles):
-        """:meth:`copy_tiles` by the warp's threads, of tensors in global memory: see ``guard.py``."""
-        (mK, sK, k_pipe), (mQ, sQ, q_pipe), (mRow, sRow) = keys, queries, row_values
-        lane, step, slots = cute.arch.lane_idx(), self.config.tile_m, cute.size(sK, mode=[2])
+        Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
+        ``careful`` is None, or (Q or dO in global memory, the log-sum-exp that marks rows, whether there are such).
+        """
+        k, sK, k_pipe = keys
+        slots = cute.size(sK, mode=[2])
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         n_block, head_kv, batch = tiles.key_tile()
         visited = QueryTiles.of(values, self.problem, n_block, self.config)
-        finite = FiniteRows(tuple(m[None, None, head_kv, batch] for m in (plain.k, plain.v)))
-        self.acquire_for_threads(k_pipe, k_state)
+        tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
+        k_pipe.producer_acquire(k_state)
         for w in cutlass.range_constexpr(slots):
-            first = (n_block * slots + w) * cute.size(sK, mode=[0])
-            copy_carefully(mK[None, None, head_kv, batch], sK[None, None, w], first, (lane, WARP), finite, 0.0)
-        self.publish_by_threads(k_pipe, k_state)
-        for member in cutlass.range(tiles.heads_per_kv, unroll=1):
-            head = head_kv * tiles.heads_per_kv + member
-            unmarked = UnmarkedRows(rows.lse_raw[None, head, batch])
+            barrier = k_pipe.producer_get_barrier(k_state)
+            cute.copy(k.atom, tKgK[None, n_block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
+        where = (head_kv, batch, tiles.heads_per_kv)
+        if cutlass.const_expr(careful is None):
+            self._copy_queries(queries, row_values, visited, where)
+        elif careful[2]:
+            self._copy_queries_carefully(careful, queries, row_values, visited, where)
+        else:
+            self._copy_queries(queries, row_values, visited, where)
+
+    @cute.jit
+    def _copy_queries(self, queries, row_values, visited: QueryTiles, where):
+        (q, sQ, q_pipe), (mRow, sRow), (head_kv, batch, heads_per_kv) = queries, row_values, where
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        for member in cutlass.range(heads_per_kv, unroll=1):
+            head = head_kv * heads_per_kv + member
+            tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
+            gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
+            for i in cutlass.range(visited.count, unroll=1):
+                m_block = visited.in_order(i, self.problem)
+                q_pipe.producer_acquire(state)
+                barrier = q_pipe.producer_get_barrier(state)
+                cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
+                copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
+                state.advance()
+
+    @cute.jit
+    def _copy_queries_carefully(self, careful, queries, row_values, visited: QueryTiles, where):
+        """The same by the warp's threads, with zeros for marked rows."""
+        (_, sQ, q_pipe), (mRow, sRow), (head_kv, batch, heads_per_kv) = queries, row_values, where
+        mQ, lse_raw, _ = careful
+        lane, step = cute.arch.lane_idx(), self.config.tile_m
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        for member in cutlass.range(heads_per_kv, unroll=1):
+            head = head_kv * heads_per_kv + member
+            unmarked = UnmarkedRows(lse_raw[None, head, batch])
             for i in cutlass.range(visited.count, unroll=1):
                 first = visited.in_order(i, self.problem) * step
                 self.acquire_for_threads(q_pipe, state)
@@ -327,31 +351,8 @@ class KeyBlocks(Kernel):
                 self.publish_by_threads(q_pipe, state)
                 state.advance()
 
-    @cute.jit
-    def copy_tiles(self, keys, queries, row_values, values: Values, tiles: Tiles):
-        """One warp: the key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
-
-        Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
-        """
-        (k, sK, k_pipe), (q, sQ, q_pipe), (mRow, sRow) = keys, queries, row_values
-        slots = cute.size(sK, mode=[2])
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        n_block, head_kv, batch = tiles.key_tile()
-        visited = QueryTiles.of(values, self.problem, n_block, self.config)
-        tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
-        k_pipe.producer_acquire(k_state)
-        for w in cutlass.range_constexpr(slots):
-            barrier = k_pipe.producer_get_barrier(k_state)
-            cute.copy(k.atom, tKgK[None, n_block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
-        for member in cutlass.range(tiles.heads_per_kv, unroll=1):
-            head = head_kv * tiles.heads_per_kv + member
-            tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
-            gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
-            for i in cutlass.range(visited.count, unroll=1):
-                m_block = visited.in_order(i, self.problem)
-                q_pipe.producer_acquire(state)
-                barrier = q_pipe.producer_get_barrier(state)
-                cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
-                copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
-                state.advance()
+    def hide_keys(self, k, v, hidden: cute.Tensor, group):
+        """A computing warpgroup looks at its K, V or both in shared memory: see ``guard.py``. Whether it has hidden keys."""
+        found = hide_keys(k, v, hidden, (cute.arch.thread_idx()[0] % WARPGROUP, WARPGROUP))
+        cute.arch.fence_view_async_shared()
+        return any_of(found, self.epilogue_barrier + group, WARPGROUP)

@@ -3,24 +3,12 @@ registers of ``mma.sync``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cutlass
 from cutlass import cute
 
-from cute_attn.mainloop.guard import copy_carefully
-
 MMA_K = 16  # of one mma.sync
-
-
-@dataclass(frozen=True)
-class Care:
-    """What careful copies of a stream take (``guard.py``): the operand in shared memory, (this thread, how many), and what a
-    row that isn't kept is filled with."""
-
-    s: cute.Tensor
-    threads: tuple
-    instead: cutlass.Constexpr[float]
 
 
 @dataclass(frozen=True)
@@ -32,7 +20,6 @@ class Stream:
     tXsX: cute.Tensor  # (16 bytes, rows, columns[, stage])
     tXcX: cute.Tensor  # (16 bytes, rows, columns): coordinates within the tile
     head_dim: cutlass.Constexpr[int]
-    care: Care | None = None
 
     @staticmethod
     def of(lay, config, name: str, m: cute.Tensor, s: cute.Tensor, thread, head_dim: int) -> Stream:
@@ -40,10 +27,6 @@ class Stream:
         part = copy.get_slice(thread)
         identity = cute.make_identity_tensor(lay.tile(name, config))
         return Stream(copy, m, part.partition_D(s), part.partition_S(identity), head_dim)
-
-    def careful(self, s: cute.Tensor, thread, threads: int, instead: float) -> Stream:
-        """The same stream with careful copies, to the operand ``s`` in shared memory."""
-        return replace(self, care=Care(s, (thread, threads), instead))
 
     @property
     def columns_at_once(self) -> int:
@@ -59,18 +42,10 @@ class Stream:
                     self.tXsX[(None, None, j, *(None,) * (cute.rank(self.tXsX) - 3))].fill(0.0)
 
     @cute.jit
-    def start(self, m: cute.Tensor, row_first, end, slot: cutlass.Constexpr = (), keeps: cutlass.Constexpr = None):
-        """Start this thread's copies of one tile of ``m`` (seqlen, head_dim) to a slot. Rows from ``end`` on are read as the
-        one before it. A careful copy is done when this returns; ``keeps`` is for it alone."""
-        if cutlass.const_expr(self.care is None):
-            self._start(m, self.tXsX[(None, None, None, *slot)], row_first, end)
-        else:
-            into = self.care.s[(None, None, *slot)]
-            copy_carefully(m, into, row_first, self.care.threads, keeps, self.care.instead)
-
-    @cute.jit
-    def _start(self, m: cute.Tensor, into: cute.Tensor, row_first, end):
-        """16 bytes at a time."""
+    def start(self, m: cute.Tensor, row_first, end, slot: cutlass.Constexpr = ()):
+        """Start this thread's copies of one tile of ``m`` (seqlen, head_dim) to a slot, 16 bytes at a time. Rows from ``end``
+        on are read as the one before it."""
+        into = self.tXsX[(None, None, None, *slot)]
         vector = cute.size(into, mode=[0])
         for i in cutlass.range_constexpr(cute.size(into, mode=[1])):
             row = cutlass.min(row_first + self.tXcX[0, i, 0][0], end - 1)

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from cute_attn import attention
-from tests.planted import BANDS, check_masked_keys, check_queries_that_do_not_see, check_what_is_seen_shows
+from tests.planted import (
+    BANDS,
+    check_a_key_that_scores_minus_infinity,
+    check_masked_keys,
+    check_queries_that_do_not_see,
+    check_what_is_seen_shows,
+)
 from tests.support import make_gradients, make_qkv
 
 BF16 = torch.bfloat16
@@ -47,6 +53,28 @@ def test_nothing_gets_out_of_a_query_that_does_not_see(band, d, dv, run):
 @pytest.mark.parametrize("where", ["k", "v"])
 def test_what_is_seen_shows(where, d, dv, run):
     check_what_is_seen_shows(run, *make(300, 300, d, dv, (2, 2)), where)
+
+
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize("planted_row", [None, 190])
+def test_a_key_that_scores_minus_infinity_has_no_part_in_gradients(planted_row, d, dv, run):
+    check_a_key_that_scores_minus_infinity(run, *make(300, 300, d, dv), planted_row)
+
+
+@pytest.mark.parametrize("needs", ["q", "k", "v"])
+def test_one_gradient_alone(needs, mechanism):
+    """Of heads so wide that dQ has a kernel of its own: the one that looks at keys is another."""
+    q, k, v, dout = make(300, 300, 256, 256)
+    k[:, 200, :, 3] = math.inf
+    results = []
+    for names in ("qkv", needs):
+        leaves = [x.detach().clone().requires_grad_(name in names) for name, x in zip("qkv", (q, k, v), strict=True)]
+        out = attention(*leaves, causal=True, mechanism=mechanism, deterministic=True)
+        wanted = [x for x in leaves if x.requires_grad]
+        results.append(dict(zip(names, torch.autograd.grad(out, wanted, dout), strict=True))[needs])
+    assert torch.equal(*(x.nan_to_num() for x in results))
+    if needs == "q":
+        assert results[0][:, :200].isfinite().all()
 
 
 def test_many_tiles_a_block_are_done_again(mechanism):

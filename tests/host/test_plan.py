@@ -108,7 +108,7 @@ def test_warpgroups_that_ask_for_more_registers_than_there_are():
 def test_more_barriers_than_a_block_has():
     many = {"tile_m": 512, "tile_n": 16, "stages": 1, "mma_registers": 0, "copy_registers": 0}
     message = refusal(replace(planned("sm_90a", head_dim=64), **many))
-    assert "tma_wgmma takes 18 named barriers (the block 1, turns 8, epilogues 8, verdict 1); a block has 16" in message
+    assert "tma_wgmma takes 17 named barriers (the block 1, turns 8, epilogues 8); a block has 16" in message
 
 
 BACKWARD = Problem("bfloat16", 128, 128, gradients="qkv")
