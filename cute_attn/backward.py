@@ -20,17 +20,19 @@ from cutlass import Float32, Int32, cute
 from cutlass.cute import runtime
 
 from cute_attn import layouts
-from cute_attn.forward import select_modes
+from cute_attn.epilogue import clear_rows_past
+from cute_attn.forward import fake_lengths, select_modes, sequences_of
 from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout, element
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import LOWEST, finite_row, vector
 from cute_attn.scheduler import Tiles
+from cute_attn.sequences import Sequences, Span
 
 
 def host_function(problem, config):
-    """The function ``(mQ, mK, mV, mO, mdO, mLSE_raw, mdLSE, mRows, mdQ_sum, mSignals, mdQ, mdK, mdV, left, right, scale_log2,
-    scale_by_cap, blocks, stream)`` to compile.
+    """The function ``(mQ, mK, mV, mO, mdO, mLSE_raw, mdLSE, mRows, mdQ_sum, mSignals, mdQ, mdK, mdV, lengths, left, right,
+    scale_log2, scale_by_cap, blocks, stream)`` to compile.
 
     Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the LSE and its gradient as ``(batch, heads,
     seqlen_q)``. ``mRows`` is ``(2, batch, heads, rows)``, ``mdQ_sum`` ``(batch, heads, m_blocks, pieces, values)``, both
@@ -54,6 +56,11 @@ def host_function(problem, config):
         mdQ,
         mdK,
         mdV,
+        mCuQ,
+        mCuK,
+        mUsedQ,
+        mUsedK,
+        count: Int32,
         left: Int32,
         right: Int32,
         scale_log2: Float32,
@@ -67,26 +74,29 @@ def host_function(problem, config):
         dq_sum = select_modes(mdQ_sum, [4, 3, 2, 1, 0])  # (values, piece, m_block, heads, batch)
         rows = Rows(*(select_modes(mRows, [0, 3, 2, 1])[i, None, None, None] for i in range(2)))  # (rows, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
-        shift = seqlen_k - seqlen_q
+        sequences = sequences_of(problem, q, k, (mCuQ, mCuK, mUsedQ, mUsedK), count)
+        shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         lo, hi = shift - left, shift + right
-        if cutlass.const_expr(problem.bounded_left):
+        if cutlass.const_expr(problem.bounded_left and sequences is None):
             # Keys before the first that any query sees don't exist here: key tiles begin at multiples of tile_n, and would
-            # read them otherwise. Their gradients are zeroed on the host.
+            # read them otherwise. Their gradients are zeroed on the host. (Of ragged sequences they are tiles that no query
+            # sees.)
             unseen = cutlass.max(lo, 0)
             k, v, dk, dv = (_rows_from(m, unseen) for m in (k, v, dk, dv))
             seqlen_k, lo, hi = seqlen_k - unseen, lo - unseen, hi - unseen
         values = Values(seqlen_q, seqlen_k, lo, hi, scale_log2, scale_by_cap)
         # Where dQ is added in a fixed order heads are taken in groups, too: fewer key tiles of one then wait for one another.
         long_first = problem.bounded_right or problem.deterministic
-        tiles = Tiles.of_keys(k.shape, q.shape[2] // k.shape[2], config.tile_n, blocks, long_first)
+        heads_per_kv = q.shape[2] // k.shape[2]
+        tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, blocks, long_first, sequences, of_k=True)
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(mSignals, padded // config.tile_m, heads, batch)
 
-        row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, stream)
+        row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, stream)
         mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, blocks, stream)
         if cutlass.const_expr(dq_sum is not None):
-            cast.launch(dq_sum, dq, values, stream)
+            cast.launch(dq_sum, dq, values, sequences, stream)
 
     return backward
 
@@ -139,9 +149,19 @@ def fake_arguments(problem, config) -> tuple:
         tensor(gq),
         tensor(gk),
         tensor(gv),
+        *fake_lengths(problem),
         *numbers,
         runtime.make_fake_stream(),
     )
+
+
+def _padded_span(sequences: Sequences | None, row, batch):
+    """The queries of the sequence that a row of what is padded belongs to, ``(span, row within it)``."""
+    if sequences is None:
+        return Span(batch), row
+    q = sequences.q
+    span = q.span(q.at(row // ROW_PADDING, sequences.count, ROW_PADDING), sequences.count)
+    return span, row - span.padded
 
 
 def _place(blocks, heads):
@@ -163,36 +183,38 @@ class RowValues:
         self.rows = self.THREADS // self.threads_per_row
 
     @cute.jit
-    def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, stream):
+    def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, stream):
         padded, heads, batch = rows.delta.shape
         mQ = mQ if self.problem.masked else None
-        self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals).launch(
+        self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals, sequences).launch(
             grid=[cute.ceil_div(padded, self.rows) * heads * batch, 1, 1], block=[self.THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None):
+    def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences):
         block, head, batch = _place(cute.ceil_div(rows.delta.shape[0], self.rows), rows.delta.shape[1])
         thread = cute.arch.thread_idx()[0]
-        row, place = block * self.rows + thread // self.threads_per_row, thread % self.threads_per_row
+        padded, place = block * self.rows + thread // self.threads_per_row, thread % self.threads_per_row
+        span, row = _padded_span(sequences, padded, batch)
+        mO, mdO = (span.rows(m, head) for m in (mO, mdO))
         exists = row < mO.shape[0]
         total = Float32(0.0)
         if exists and place * VECTOR < self.problem.head_dim_v:
-            o, do = (vector(m[None, None, head, batch], row, place).load().to(Float32) for m in (mO, mdO))
+            o, do = (vector(m, row, place).load().to(Float32) for m in (mO, mdO))
             total = (o * do).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
         total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
         if place == 0:
             lse, delta = Float32.inf, Float32(0.0)
             if exists:
-                lse = mLSE_raw[row, head, batch]
+                lse = span.row_values(mLSE_raw, head)[row]
                 if lse != Float32.inf:
                     delta = total
                     if cutlass.const_expr(mdLSE is not None):
-                        delta = total - mdLSE[row, head, batch]
+                        delta = total - span.row_values(mdLSE, head)[row]
                 if cutlass.const_expr(self.problem.masked):
-                    lse, delta = self._marked(mQ[None, None, head, batch], row, total, lse, delta, signals)
-            rows.lse_raw[row, head, batch] = lse
-            rows.delta[row, head, batch] = delta
+                    lse, delta = self._marked(span.rows(mQ, head), row, total, lse, delta, signals)
+            rows.lse_raw[padded, head, batch] = lse
+            rows.delta[padded, head, batch] = delta
         if cutlass.const_expr(dq_sum is not None):
             self._clear(dq_sum[None, None, None, head, batch], block, thread)
 
@@ -233,19 +255,21 @@ class CastQueries:
         self.threads = config.mma_threads // max(len(self.pieces), 1)
 
     @cute.jit
-    def launch(self, dq_sum, mdQ, values: Values, stream):
+    def launch(self, dq_sum, mdQ, values: Values, sequences, stream):
         _, pieces, m_blocks, heads, batch = dq_sum.shape
-        self.kernel(dq_sum, mdQ, values).launch(
+        self.kernel(dq_sum, mdQ, values, sequences).launch(
             grid=[m_blocks * pieces * heads * batch, 1, 1], block=[self.threads, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(self, dq_sum, mdQ, values: Values):
+    def kernel(self, dq_sum, mdQ, values: Values, sequences):
         count = len(self.pieces)
         block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
         thread = cute.arch.thread_idx()[0]
         m_block, piece = block // count, block % count
-        row_first, column_first = m_block * self.config.tile_m, Int32(0)
+        span, row_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
+        mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
+        column_first = Int32(0)
         for p in cutlass.range_constexpr(count):
             if piece == p:
                 row_first += self.pieces[p][0]
@@ -261,13 +285,15 @@ class CastQueries:
         identity = cute.make_identity_tensor(self.lay.piece_shape(self.config))
         where = rows_columns(mma.get_slice(thread).partition_C(identity))
         of_piece = rows_columns(acc)
+        if cutlass.const_expr(self.problem.has_unused("q")):
+            clear_rows_past(span.length, row_first, where, of_piece)
         for r in cutlass.range_constexpr(cute.size(of_piece, mode=[0])):
             row = row_first + where[r, 0][0]
             for c in cutlass.range_constexpr(0, cute.size(of_piece, mode=[1]), 2):
                 column = column_first + where[r, c][1]
-                if row < values.seqlen_q and column < self.problem.head_dim:
+                if row < length and column < self.problem.head_dim:
                     pair = cute.make_rmem_tensor(2, mdQ.element_type)
                     for i in cutlass.range_constexpr(2):
                         pair[i] = of_piece[r, c + i].to(mdQ.element_type)
-                    into = cute.local_tile(mdQ[None, None, head, batch], (1, 2), (row, column // 2))
+                    into = cute.local_tile(mdQ, (1, 2), (row, column // 2))
                     cute.autovec_copy(pair, cute.make_tensor(into.iterator.align(4), pair.layout))

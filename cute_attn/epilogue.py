@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Float32, Int32, cute
 
-from cute_attn.softmax import LogSumExp
+from cute_attn.scheduler import Work
+from cute_attn.softmax import LogSumExp, Softmax
 
 
-def store_lse(mLSE: LogSumExp, lse: LogSumExp, where: cute.Tensor, row_first: Int32, head: Int32, batch: Int32):
+def store_lse(mLSE: LogSumExp, lse: LogSumExp, where: cute.Tensor, row_first: Int32, work: Work):
     """Write what is asked for of the log-sum-exp. ``where`` is the (row, column) within the tile of the thread's outputs."""
     for m, held in ((mLSE.natural, lse.natural), (mLSE.raw, lse.raw)):
         if m is not None:
-            _store_rows(m[None, head, batch], held, where, row_first)
+            _store_rows(work.q.stored.row_values(m, work.head), held, where, row_first)
+
+
+@cute.jit
+def clear_rows_past(length, row_first: Int32, where: cute.Tensor, acc: cute.Tensor, softmax: Softmax | None = None):
+    """Zeros for the rows of an accumulator (rows, columns) that its sequence doesn't have, as if they saw no key."""
+    for r in cutlass.range_constexpr(cute.size(acc, mode=[0])):
+        if row_first + where[r, 0][0] >= length:
+            acc[r, None].fill(0.0)
+            if cutlass.const_expr(softmax is not None):
+                softmax.row_sum[r] = Float32(0.0)
 
 
 @cute.jit

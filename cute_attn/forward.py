@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import importlib
 
+import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute import runtime
 
 from cute_attn.layouts.base import element
 from cute_attn.mainloop.common import Values
+from cute_attn.problem import RAGGED
 from cute_attn.scheduler import Tiles
+from cute_attn.sequences import Sequences, Side
 from cute_attn.softmax import LogSumExp
 
 
 def host_function(problem, config, mainloop=None):
-    """The function ``(mQ, mK, mV, mO, mLSE, mLSE_raw, left, right, scale_log2, scale_by_cap, blocks, stream)`` to compile.
+    """The function to compile: ``(mQ, mK, mV, mO, mLSE, mLSE_raw, lengths, left, right, scale_log2, scale_by_cap, blocks,
+    stream)``.
 
     Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the log-sum-exp, natural and in raw units, as
-    ``(batch, heads, seqlen_q)``. What isn't asked for is ``None``.
+    ``(batch, heads, seqlen_q)``; ``lengths`` are those of ragged sequences, see :func:`sequences_of`. What isn't asked for is
+    ``None``.
     ``mainloop`` takes the place of the mechanism's own ``Forward``: the benchmarks leave stages out of it.
     """
     if mainloop is None:
@@ -31,6 +36,11 @@ def host_function(problem, config, mainloop=None):
         mO: cute.Tensor,
         mLSE,
         mLSE_raw,
+        mCuQ,
+        mCuK,
+        mUsedQ,
+        mUsedK,
+        count: Int32,
         left: Int32,
         right: Int32,
         scale_log2: Float32,
@@ -41,12 +51,33 @@ def host_function(problem, config, mainloop=None):
         q, k, v, o = (select_modes(m, [1, 3, 2, 0]) for m in (mQ, mK, mV, mO))  # (seqlen, head_dim, heads, batch)
         lse = LogSumExp(*(select_modes(m, [2, 1, 0]) for m in (mLSE, mLSE_raw)))  # (seqlen_q, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
-        shift = seqlen_k - seqlen_q
+        sequences = sequences_of(problem, q, k, (mCuQ, mCuK, mUsedQ, mUsedK), count)
+        shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
-        tiles = Tiles.of(q.shape, k.shape[2], config.tile_m, blocks, problem.bounded_right)
+        heads_per_kv = q.shape[2] // k.shape[2]
+        tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, blocks, problem.bounded_right, sequences)
         mainloop.launch(q, k, v, o, lse, values, tiles, blocks, stream)
 
     return forward
+
+
+def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, lengths: tuple, count: Int32) -> Sequences | None:
+    """Where ``count`` ragged sequences lie in q and k ``(rows, …)``, from ``lengths`` = (cu_seqlens_q, cu_seqlens_k, seqused_q,
+    seqused_k), which may be ``None``: rows are equally many for each sequence then, and all in use."""
+    if not problem.ragged:
+        return None
+    cu_q, cu_k, used_q, used_k = lengths
+    rows_q, rows_k = q.shape[0], k.shape[0]
+    return Sequences(count, Side(rows_q, rows_q // count, cu_q, used_q), Side(rows_k, rows_k // count, cu_k, used_k))
+
+
+def fake_lengths(problem) -> tuple:
+    """Stand-ins for :func:`sequences_of`'s lengths, and their count."""
+
+    def vector(asked):
+        return runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4) if asked else None
+
+    return *(vector(name in problem.ragged) for name in RAGGED), Int32(0)
 
 
 def select_modes(m: cute.Tensor | None, modes: list[int]) -> cute.Tensor | None:
@@ -73,4 +104,4 @@ def fake_arguments(problem, config) -> tuple:
 
     numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
     tensors = (*(tensor() for _ in range(4)), vectors(problem.return_lse), vectors(problem.for_backward))
-    return (*tensors, *numbers, runtime.make_fake_stream())
+    return (*tensors, *fake_lengths(problem), *numbers, runtime.make_fake_stream())

@@ -31,6 +31,9 @@ SCALES, SOFTCAPS = "or None for 1/√head_dim", "above 0, or 0 for none"
 UNBOUNDED = "with None or -1 for an unbounded side"
 
 
+RAGGED = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+
+
 @dataclass(frozen=True)
 class Problem:
     """What changes a kernel's code, and nothing else.
@@ -42,6 +45,9 @@ class Problem:
     In the backward pass ``return_lse`` says that the log-sum-exp has a gradient, too, and ``deterministic`` that dQ's
     parts are added in a fixed order. In the forward pass ``for_backward`` says that a backward pass will want the log-sum-exp
     in its own units.
+
+    ``ragged`` names what says how long each sequence is, a part of :data:`RAGGED` in this order, with spaces between; ``""`` is
+    a rectangle.
 
     ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
     """
@@ -57,6 +63,7 @@ class Problem:
     deterministic: bool = False
     for_backward: bool = False
     large_cap: bool = False
+    ragged: str = ""
 
     def __post_init__(self):
         """A value of another kind would be another key, even if it is equal."""
@@ -66,6 +73,10 @@ class Problem:
                 raise TypeError(f"Problem's {field.name} is {shown(value)}; a value of type {field.type} is needed")
         if self.gradients not in GRADIENTS:
             raise ValueError(f"Problem's gradients is {self.gradients!r}; one of {GRADIENTS} is needed")
+
+    def has_unused(self, side: str) -> bool:
+        """Whether a tile may have rows of q or k (``side``) that its sequence doesn't have, and whose results are written."""
+        return f"seqused_{side}" in self.ragged
 
     @property
     def masked(self) -> bool:

@@ -26,8 +26,21 @@ from dataclasses import dataclass, replace
 import cutlass
 from cutlass import Int32, cute
 
+from cute_attn.sequences import Sequences, Span
+
 BLOCKS_PER_HEAD = 4  # that run at the same time, where groups are not small
 LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
+
+
+@dataclass(frozen=True)
+class Work:
+    """One tile to compute: which ``block`` of rows of which head, of which sequence's queries ``q`` and keys ``k``."""
+
+    block: Int32
+    head: Int32
+    head_kv: Int32
+    q: Span
+    k: Span
 
 
 @dataclass(frozen=True)
@@ -43,28 +56,39 @@ class Tiles:
     lacking: Int32 | None  # so many fewer are in the first group; None: the last group is the one that lacks some
     long_first: cutlass.Constexpr[bool]
     ticket: Int32 | None = None  # the number of this block, if not the hardware's
+    sequences: Sequences | None = None  # ragged ones: m_blocks is of them all then, and batch is 1
+    tile: cutlass.Constexpr[int] = 0  # rows of a tile
+    of_k: cutlass.Constexpr[bool] = False  # tiles of keys
+    small: Int32 | None = None  # of ragged sequences, if groups are small: how many blocks the GPU holds
 
     @staticmethod
-    def of(q_shape, heads_kv, tile_m: int, blocks: Int32, long_first: bool) -> Tiles:
-        """The tiles of queries ``(seqlen_q, head_dim, heads, batch)`` for a GPU that holds ``blocks`` blocks at once."""
-        seqlen_q, _, heads, batch = q_shape
+    def of(shape, heads_per_kv, tile: int, blocks: Int32, long_first: bool, sequences=None, of_k: bool = False) -> Tiles:
+        """The tiles of queries ``(seqlen_q, head_dim, heads, batch)``, or, ``of_k``, of keys, for a GPU that holds ``blocks``
+        blocks at once. Of keys, a tile's ``head`` is a key head, and whoever takes it walks over its ``heads_per_kv`` query
+        heads."""
+        rows, _, heads, batch = shape
         group = cutlass.max(blocks // BLOCKS_PER_HEAD, 1)
-        return Tiles(cute.ceil_div(seqlen_q, tile_m), heads, batch, heads // heads_kv, group, None, long_first)
-
-    @staticmethod
-    def of_keys(k_shape, heads_per_kv, tile_n: int, blocks: Int32, long_first: bool) -> Tiles:
-        """The tiles of keys ``(seqlen_k, head_dim, heads_kv, batch)``; a tile's ``head`` is a key head, and whoever takes
-        it walks over its ``heads_per_kv`` query heads."""
-        return replace(Tiles.of(k_shape, k_shape[2], tile_n, blocks, long_first), heads_per_kv=heads_per_kv)
+        if sequences is None:
+            m_blocks = cute.ceil_div(rows, tile)
+        else:
+            m_blocks = (sequences.k if of_k else sequences.q).all_slots(sequences.count, tile)
+        return Tiles(
+            *(m_blocks, heads, batch, heads_per_kv, group, None, long_first), sequences=sequences, tile=tile, of_k=of_k
+        )
 
     def in_small_groups(self, blocks: Int32) -> Tiles:
         """The same tiles. Of a head's, the mean is half as long as the longest."""
+        if self.sequences is not None:
+            return replace(self, small=blocks)
         group = cutlass.min(cute.ceil_div(2 * blocks, self.m_blocks), cutlass.max(blocks // LEAST_BLOCKS_PER_HEAD, 1))
         return replace(self, group=group, lacking=(group - self.heads * self.batch % group) % group)
 
     @cute.jit
     def launched(self, blocks: Int32, long):
-        """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``."""
+        """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``, or
+        sequences are, which the hardware evens out."""
+        if cutlass.const_expr(self.sequences is not None):
+            return self.in_small_groups(blocks), self.count()
         at_once, group, lacking = cutlass.min(blocks, self.count()), self.group, Int32(0)
         if cutlass.const_expr(self.long_first):
             small = self.in_small_groups(blocks)
@@ -86,18 +110,50 @@ class Tiles:
         return round * blocks + place
 
     @cute.jit
-    def coordinates(self, position: Int32):
-        """``(m_block, head, head_kv, batch)`` of a tile."""
+    def work(self, position: Int32) -> Work:
+        """The tile at a position."""
+        if cutlass.const_expr(self.sequences is not None):
+            return self._ragged(position)
+        block, head, batch = self._coordinates(position)
+        if cutlass.const_expr(self.of_k and self.long_first):
+            block = self.m_blocks - 1 - block
+        span = Span(batch)
+        return Work(block, head, self._head_kv(head), span, span)
+
+    @cute.jit
+    def _ragged(self, position: Int32) -> Work:
+        """The same of ragged sequences: those before this one have so many slots, and within it tiles are taken as in a
+        rectangle of one sequence."""
+        sequences, tile = self.sequences, self.tile
+        side = sequences.k if cutlass.const_expr(self.of_k) else sequences.q
+        i = side.at(position // self.heads, sequences.count, tile)
+        begin, end = side.slots(i, tile), side.all_slots(sequences.count, tile)
+        if i < sequences.count:
+            end = side.slots(i + 1, tile)
+        alone = replace(self, m_blocks=end - begin, batch=Int32(1), sequences=None)
+        if cutlass.const_expr(self.long_first and self.small is not None):
+            alone = alone.in_small_groups(self.small)
+        block, head, _ = alone._coordinates(position - begin * self.heads)
+        q, k = sequences.spans(i)
+        if cutlass.const_expr(self.of_k and self.long_first):
+            block = alone.m_blocks - 1 - block
+        return Work(block, head, self._head_kv(head), q, k)
+
+    def _head_kv(self, head):
+        return head if self.of_k else head // self.heads_per_kv
+
+    @cute.jit
+    def _coordinates(self, position: Int32):
+        """``(block, head, batch)`` of a tile."""
         slices = self.heads * self.batch
         if cutlass.const_expr(self.long_first):
             first, members, position = self._group(position, slices)
-            m_block = self.m_blocks - 1 - position // members
+            block = self.m_blocks - 1 - position // members
             rest = first + position % members
         else:
-            m_block = position % self.m_blocks
+            block = position % self.m_blocks
             rest = position // self.m_blocks
-        head = rest % self.heads
-        return m_block, head, head // self.heads_per_kv, rest // self.heads
+        return block, rest % self.heads, rest // self.heads
 
     def _group(self, position, slices):
         """A tile's group: ``(first (head, batch) pair, number of pairs, the tile's position in it)``."""
@@ -109,13 +165,7 @@ class Tiles:
         first = cutlass.max(begin, 0)
         return first, cutlass.min(begin + self.group, slices) - first, position - first * self.m_blocks
 
-    def query_tile(self):
-        """``(m_block, head, head_kv, batch)`` of this block, where each has one tile."""
-        return self.coordinates(cute.arch.block_idx()[0] if self.ticket is None else self.ticket)
-
-    def key_tile(self):
-        """``(n_block, head_kv, batch)`` of this block, where each has one tile. The first keys come first: with a right edge
-        more queries see them than later ones, and where dQ is added in a fixed order a tile must come after those that it
-        waits for."""
-        block, head_kv, _, batch = self.query_tile()
-        return self.m_blocks - 1 - block if self.long_first else block, head_kv, batch
+    def mine(self) -> Work:
+        """This block's, where each has one tile. The first keys come first: with a right edge more queries see them than later
+        ones, and where dQ is added in a fixed order a tile must come after those that it waits for."""
+        return self.work(cute.arch.block_idx()[0] if self.ticket is None else self.ticket)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 from cutlass import Float32, Int32, cute
@@ -10,6 +10,7 @@ from cutlass import Float32, Int32, cute
 from cute_attn.layouts.base import CAREFUL, COUNTERS, TICKET
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.rules import LN_2, LOG2_E, Band, rational_tanh, softcap_tanh
+from cute_attn.scheduler import Work
 
 
 class DeviceOps:
@@ -44,7 +45,10 @@ class LargeCapOps(DeviceOps):
 
 @dataclass(frozen=True)
 class Values:
-    """The run-time values of a call as a kernel takes them. An unbounded side's edge is passed but never read."""
+    """The run-time values of a call as a kernel takes them. An unbounded side's edge is passed but never read.
+
+    Those of ragged sequences have no lengths, and edges as if query 0 were aligned with key 0, until they are :meth:`of` one.
+    """
 
     seqlen_q: Int32
     seqlen_k: Int32
@@ -52,6 +56,13 @@ class Values:
     hi: Int32
     scale_log2: Float32
     scale_by_cap: Float32
+
+    def of(self, work: Work) -> Values:
+        """The values of a tile's sequence."""
+        if work.q.length is None:
+            return self
+        shift = work.k.length - work.q.length
+        return replace(self, seqlen_q=work.q.length, seqlen_k=work.k.length, lo=self.lo + shift, hi=self.hi + shift)
 
     def band(self, problem) -> Band:
         return Band(self.lo if problem.bounded_left else None, self.hi if problem.bounded_right else None)
@@ -83,6 +94,8 @@ class KeyTiles:
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
         begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
         inner_begin, inner_end = band.whole_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        if problem.ragged:  # a tile past its sequence's end
+            end = cutlass.min(end, (row_last - row_first + 1) * values.seqlen_k)
         count = cutlass.max(cute.ceil_div(end - begin, n), 0)
         whole_begin = cutlass.min(cutlass.max(cute.ceil_div(inner_begin - begin, n), 0), count)
         whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)
@@ -115,6 +128,8 @@ class QueryTiles:
         key_last = cutlass.min(key_end, values.seqlen_k) - 1
         first, last = band.key_range(key_first, key_last, values.seqlen_q, DeviceOps)
         inner_first, inner_last = band.whole_range(key_first, key_last, values.seqlen_q, DeviceOps)
+        if cutlass.const_expr(problem.ragged):
+            last = last if key_first < values.seqlen_k else 0
         begin = first // m
         end = cute.ceil_div(last, m) if first < last else begin
         whole_begin = cutlass.min(cute.ceil_div(inner_first, m), end)

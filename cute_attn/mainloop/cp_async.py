@@ -18,7 +18,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn import layouts
-from cute_attn.epilogue import converted, store_lse
+from cute_attn.epilogue import clear_rows_past, converted, store_lse
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.mainloop.guard import any_of, not_finite, poison_keys, used_here
@@ -102,15 +102,16 @@ class Forward:
     def kernel(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles):
         config, lay = self.config, self.lay
         thread = cute.arch.thread_idx()[0]
-        m_block, head, head_kv, batch = tiles.query_tile()
-        keys = KeyTiles.of(values, self.problem, m_block, config)
-        row_first = m_block * config.tile_m
+        work = tiles.mine()
+        values = values.of(work)
+        keys = KeyTiles.of(values, self.problem, work.block, config)
+        row_first = work.block * config.tile_m
 
         sQ, sK, sV, sO = self._shared()
         stream = partial(Stream.of, lay, config)
-        q = stream("Q", mQ[None, None, head, batch], sQ, thread, self.problem.head_dim)
-        k = stream("K", mK[None, None, head_kv, batch], sK, thread, self.problem.head_dim)
-        v = stream("V", mV[None, None, head_kv, batch], sV, thread, self.problem.head_dim_v)
+        q = stream("Q", work.q.rows(mQ, work.head), sQ, thread, self.problem.head_dim)
+        k = stream("K", work.k.rows(mK, work.head_kv), sK, thread, self.problem.head_dim)
+        v = stream("V", work.k.rows(mV, work.head_kv), sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         acc_O = cute.make_rmem_tensor(mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)  # of a tile that sees no key
@@ -143,11 +144,13 @@ class Forward:
                     again = any_of(not_finite(acc_O) & (not careful), 0, config.threads)
                     careful = Boolean(True)
 
+        if cutlass.const_expr(self.problem.has_unused("q")):
+            clear_rows_past(values.seqlen_q, row_first, cO.thread, rows, softmax)
         lse = LogSumExp.like(rescale)
         softmax.finish(rescale, lse, lay.element(config))
         scale_rows(rows, rescale)
-        store_lse(mLSE, lse, cO.thread, row_first, head, batch)
-        self._store_o(acc_O, sO, mO[None, None, head, batch], row_first, values.seqlen_q)
+        store_lse(mLSE, lse, cO.thread, row_first, work)
+        self._store_o(acc_O, sO, work.q.stored.rows(mO, work.head), row_first)
 
     @cute.jit
     def _attend(self, operands: Operands, tiles_of: Keys, output: Output, tile: QueryTile):
@@ -238,7 +241,7 @@ class Forward:
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _store_o(self, acc_O: cute.Tensor, sO: cute.Tensor, mO: cute.Tensor, row_first: Int32, seqlen_q: Int32):
+    def _store_o(self, acc_O: cute.Tensor, sO: cute.Tensor, mO: cute.Tensor, row_first: Int32):
         """Registers → shared memory → global memory, 16 bytes a thread."""
         thread = cute.arch.thread_idx()[0]
         into_smem = self.lay.store_accumulator(self.config).get_slice(thread)
@@ -253,7 +256,7 @@ class Forward:
             row = row_first + tOcO[0, i, 0][0]
             for j in cutlass.range_constexpr(cute.size(tOsO, mode=[2])):
                 column = tOcO[0, i, j][1]
-                if row < seqlen_q and column < self.problem.head_dim_v:
+                if row < mO.shape[0] and column < self.problem.head_dim_v:
                     into = cute.local_tile(mO, (1, self.lay.VECTOR), (row, column // self.lay.VECTOR))
                     piece = cute.make_rmem_tensor_like(tOsO[None, i, j])
                     cute.copy(copy, tOsO[None, i, j], piece)

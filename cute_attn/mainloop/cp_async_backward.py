@@ -24,7 +24,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn import layouts
-from cute_attn.epilogue import converted
+from cute_attn.epilogue import clear_rows_past, converted
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import (
@@ -40,7 +40,7 @@ from cute_attn.mainloop.common import (
 )
 from cute_attn.mainloop.guard import any_of, clear_marked, hide_keys, hide_scores, of_keys
 from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
-from cute_attn.scheduler import Tiles
+from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import capped_probabilities, probabilities, score_gradients
 
 
@@ -81,9 +81,7 @@ class Block:
     """A block's place, what it accumulates, and what it reads and writes."""
 
     thread: Int32
-    n_block: Int32
-    head_kv: Int32
-    batch: Int32
+    work: Work
     visited: QueryTiles
     heads_per_kv: Int32
     values: Values
@@ -132,24 +130,23 @@ class Backward:
         shared = self._shared(smem)
         if cutlass.const_expr(problem.deterministic):
             tiles = replace(tiles, ticket=self._ticket(smem, signals, thread))
-        n_block, head_kv, batch = tiles.key_tile()
-        visited = QueryTiles.of(values, problem, n_block, self.config)
+        work = tiles.mine()
+        values = values.of(work)
+        visited = QueryTiles.of(values, problem, work.block, self.config)
         stream = partial(Stream.of, self.lay, self.config)
-        k = stream("K", inputs.k[None, None, head_kv, batch], shared.k, thread, problem.head_dim)
-        v = stream("V", inputs.v[None, None, head_kv, batch], shared.v, thread, problem.head_dim_v)
+        k = stream("K", work.k.rows(inputs.k, work.head_kv), shared.k, thread, problem.head_dim)
+        v = stream("V", work.k.rows(inputs.v, work.head_kv), shared.v, thread, problem.head_dim_v)
         me = Block(
             thread,
-            n_block,
-            head_kv,
-            batch,
+            work,
             visited,
             tiles.heads_per_kv,
             values,
             gradients,
             signals,
             shared,
-            stream("Q", inputs.q[None, None, None, batch], shared.q, thread, problem.head_dim),
-            stream("dO", inputs.do[None, None, None, batch], shared.do, thread, problem.head_dim_v),
+            stream("Q", inputs.q, shared.q, thread, problem.head_dim),
+            stream("dO", inputs.do, shared.do, thread, problem.head_dim_v),
             rows,
             *(self._accumulator(role) for role in ("dV", "dK")),
         )
@@ -221,7 +218,7 @@ class Backward:
         operands = self._operands(me)
         for x in (k, v, me.q, me.do):
             x.clear_padding()
-        row = me.n_block * self.config.tile_n
+        row = me.work.block * self.config.tile_n
         for x in (k, v):
             x.start(x.m, row, me.values.seqlen_k)
         if cutlass.const_expr(self.problem.masked):
@@ -293,7 +290,7 @@ class Backward:
         return self._head(me, member), me.visited.in_order(cutlass.max(i - 1, 0), self.problem)
 
     def _head(self, me: Block, member):
-        return me.head_kv * me.heads_per_kv + member
+        return me.work.head_kv * me.heads_per_kv + member
 
     @cute.jit
     def _copy_queries(self, me: Block, member, i, slot):
@@ -304,7 +301,7 @@ class Backward:
             m_block, head = me.visited.in_order(i, self.problem), self._head(me, member)
             row, end = m_block * config.tile_m, me.values.seqlen_q
             for x in (me.q, me.do):
-                x.start(x.m[None, None, head], row, end, (slot,))
+                x.start(me.work.q.rows(x.m, head), row, end, (slot,))
             self._copy_rows(me, head, m_block, slot)
         cute.arch.cp_async_commit_group()
 
@@ -320,7 +317,7 @@ class Backward:
             if cutlass.const_expr(n == 0 or self.needs_ds):
                 place = me.thread - n * vectors
                 if (place >= 0) & (place < vectors):
-                    source = cute.local_tile(m[None, head, me.batch], (4,), (m_block * vectors + place,))
+                    source = cute.local_tile(me.work.q.padded_row_values(m, head), (4,), (m_block * vectors + place,))
                     into = cute.local_tile(s[None, slot], (4,), (place,))
                     source, into = (cute.make_tensor(x.iterator.align(16), cute.make_layout(4)) for x in (source, into))
                     cute.copy(atom, source, into)
@@ -368,7 +365,7 @@ class Backward:
         acc_S.fill(0.0)
         product(S, acc_S, config.tile_d // MMA_K, x.tSrK.load, partial(x.tSrQ.load, slot=(slot,), row=row))
         apply_softcap(P, me.values, self.problem)
-        origin = (me.n_block * config.tile_n, m_block * config.tile_m + part * config.step_m)
+        origin = (me.work.block * config.tile_n, m_block * config.tile_m + part * config.step_m)
         if cutlass.const_expr(masked):
             if cutlass.const_expr(self.problem.masked):
                 if me.careful:
@@ -478,14 +475,18 @@ class Backward:
         acc.fill(0.0)
         product(mma, acc, config.tile_n // MMA_K, partial(x.tQrdS.load, slot=(slot,)), x.tQrK.load)
         sums, width = cute_layout(self.lay.sums(config)), config.add_width
-        into = me.gradients.mdQ[None, 0, m_block, head, me.batch].iterator + sums.stride[0] * me.thread
+        into = me.gradients.mdQ[(None, 0, *self._place(me, head, m_block))].iterator + sums.stride[0] * me.thread
         for n in cutlass.range_constexpr(0, cute.size(acc), width):
             add(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
         if cutlass.const_expr(self.problem.deterministic):
             cute.arch.sync_threads()  # every thread has added
             if (me.thread == 0) & (count > 0):
                 cute.arch.fence_acq_rel_gpu()
-                me.signals.pass_turn((m_block, head, me.batch))
+                me.signals.pass_turn(self._place(me, head, m_block))
+
+    def _place(self, me: Block, head, m_block):
+        """A query tile in what is padded."""
+        return me.work.q.padded_tile(m_block, self.config.tile_m), head, me.work.q.batch
 
     @cute.jit
     def _wait_for_turn(self, me: Block, head, m_block, count):
@@ -494,7 +495,7 @@ class Backward:
         if cutlass.const_expr(self.problem.deterministic):
             if (me.thread == 0) & (count > 0):
                 rank = me.visited.rank(me.values, self.problem, m_block, self.config)
-                me.signals.wait_for_turn((m_block, head, me.batch), rank)
+                me.signals.wait_for_turn(self._place(me, head, m_block), rank)
 
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
@@ -504,14 +505,24 @@ class Backward:
         cute.arch.sync_threads()  # every thread has read K and V for the last time
         if cutlass.const_expr(self.needs_k):
             me.acc_dK.store(me.acc_dK.load() * Float32(me.values.scale(self.problem)))
+            self._clear("dK", me, me.acc_dK)
             self._to_shared("dK", me, me.acc_dK, me.shared.k)
         if cutlass.const_expr(self.needs_v):
+            self._clear("dV", me, me.acc_dV)
             self._to_shared("dV", me, me.acc_dV, me.shared.v)
         cute.arch.sync_threads()
         if cutlass.const_expr(self.needs_k):
             self._to_global("dK", me, me.shared.k, gradients.mdK, self.problem.head_dim)
         if cutlass.const_expr(self.needs_v):
             self._to_global("dV", me, me.shared.v, gradients.mdV, self.problem.head_dim_v)
+
+    @cute.jit
+    def _clear(self, role: cutlass.Constexpr, me: Block, acc: cute.Tensor):
+        """Rows that the sequence doesn't have, in what is written."""
+        if cutlass.const_expr(self.problem.has_unused("k")):
+            mma, tile = self.lay.tiled_mma(role, self.config), self.lay.tile(role, self.config)
+            where = rows_columns(mma.get_slice(me.thread).partition_C(cute.make_identity_tensor(tile)))
+            clear_rows_past(me.values.seqlen_k, me.work.block * self.config.tile_n, where, rows_columns(acc))
 
     @cute.jit
     def _to_shared(self, name: cutlass.Constexpr, me: Block, acc: cute.Tensor, s: cute.Tensor):
@@ -521,17 +532,17 @@ class Backward:
     @cute.jit
     def _to_global(self, name: cutlass.Constexpr, me: Block, s: cute.Tensor, m: cute.Tensor, head_dim: cutlass.Constexpr):
         """16 bytes a thread, of the rows and columns that exist."""
+        m = me.work.k.stored.rows(m, me.work.head_kv)
         copy = self.lay.copy_out(name, self.config)
         part = copy.get_slice(me.thread)
         tXsX = part.partition_S(s)
         tXcX = part.partition_S(cute.make_identity_tensor(self.lay.tile(name, self.config)))
         for i in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
-            row = me.n_block * self.config.tile_n + tXcX[0, i, 0][0]
+            row = me.work.block * self.config.tile_n + tXcX[0, i, 0][0]
             for j in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
                 column = tXcX[0, i, j][1]
-                if (row < me.values.seqlen_k) & (column < head_dim):
-                    place = (row, column // self.lay.VECTOR)
-                    into = cute.local_tile(m[None, None, me.head_kv, me.batch], (1, self.lay.VECTOR), place)
+                if (row < m.shape[0]) & (column < head_dim):
+                    into = cute.local_tile(m, (1, self.lay.VECTOR), (row, column // self.lay.VECTOR))
                     piece = cute.make_rmem_tensor_like(tXsX[None, i, j])
                     cute.copy(copy, tXsX[None, i, j], piece)
                     cute.copy(copy, piece, cute.make_tensor(into.iterator, piece.layout))

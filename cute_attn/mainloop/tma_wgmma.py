@@ -20,12 +20,12 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from cute_attn.epilogue import store_lse
+from cute_attn.epilogue import clear_rows_past, store_lse
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
-from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, rounded_operand, tma_tiles
-from cute_attn.scheduler import Tiles
+from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, rounded_operand
+from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 COPY_K_V_WARP, COPY_Q_WARP = 0, 1
@@ -173,11 +173,11 @@ class Forward(Kernel):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            m_block, head, _, batch = tiles.coordinates(position)
-            tQgQ, tQsQ = tma_tiles(q, shared.q, head, batch, Int32(0))
+            work = tiles.work(position)
+            tQgQ, tQsQ = q.tiles(shared.q, work.q, work.head)
             for w in cutlass.range_constexpr(self.warpgroups):
                 pipes.q.producer_acquire(state)
-                self._copy(q, tQgQ[None, m_block * self.warpgroups + w], tQsQ, pipes.q, state)
+                self._copy(q, tQgQ[None, work.block * self.warpgroups + w], tQsQ, pipes.q, state)
                 state.advance()
             turn += 1
             position = tiles.position(turn)
@@ -192,10 +192,10 @@ class Forward(Kernel):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            m_block, _, head_kv, batch = tiles.coordinates(position)
-            keys = KeyTiles.of(values, self.problem, m_block, self.config)
-            tKgK, tKsK = tma_tiles(k, shared.k, head_kv, batch, keys.begin)
-            tVgV, tVsV = tma_tiles(v, shared.v, head_kv, batch, keys.begin)
+            work = tiles.work(position)
+            keys = KeyTiles.of(values.of(work), self.problem, work.block, self.config)
+            tKgK, tKsK = k.tiles(shared.k, work.k, work.head_kv, keys.begin)
+            tVgV, tVsV = v.tiles(shared.v, work.k, work.head_kv, keys.begin)
             for i in cutlass.range(keys.count + 1, unroll=1):
                 if i < keys.count:
                     pipes.k.producer_acquire(k_state)
@@ -218,9 +218,9 @@ class Forward(Kernel):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            m_block, _, head_kv, batch = tiles.coordinates(position)
-            keys = KeyTiles.of(values, self.problem, m_block, self.config)
-            gK, gV = (m[None, None, head_kv, batch] for m in (mK, mV))
+            work = tiles.work(position)
+            keys = KeyTiles.of(values.of(work), self.problem, work.block, self.config)
+            gK, gV = (work.k.rows(m, work.head_kv) for m in (mK, mV))
             finite = FiniteRows(gV)
             for i in cutlass.range(keys.count + 1, unroll=1):
                 first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
@@ -268,9 +268,11 @@ class Forward(Kernel):
         turn = Int32(0)
         position = tiles.position(turn)
         while position < tiles.count():
-            m_block, head, _, batch = tiles.coordinates(position)
-            keys = KeyTiles.of(values, self.problem, m_block, config)
-            tile = QueryTile(m_block * config.tile_m + me.warpgroup * rows, keys, values)
+            work = tiles.work(position)
+            of_sequence = values.of(work)
+            keys = KeyTiles.of(of_sequence, self.problem, work.block, config)
+            block = work.block * self.warpgroups + me.warpgroup
+            tile = QueryTile(block * rows, keys, of_sequence)
             frag = self._fragments(me, shared)
             softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2, fused=True)
             q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
@@ -280,8 +282,8 @@ class Forward(Kernel):
             else:
                 if cutlass.const_expr(config.separate_o):
                     pipes.q.consumer_release(q_state)
-            self._normalize(me, frag, softmax, tile, mLSE, (head, batch))
-            self._store_o(me, frag, o, shared.o, (m_block * self.warpgroups + me.warpgroup, head, batch))
+            self._normalize(me, frag, softmax, tile, mLSE, work)
+            self._store_o(me, frag, o, shared.o, (block, work.head, work.q))
             if cutlass.const_expr(self.guarded and not again):
                 if not_finite(frag.acc_O):
                     shared.verdict[0] = Int32(1)
@@ -432,12 +434,14 @@ class Forward(Kernel):
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _normalize(self, me: Worker, frag: Fragments, softmax: Softmax, tile: QueryTile, mLSE: LogSumExp, where):
+    def _normalize(self, me: Worker, frag: Fragments, softmax: Softmax, tile: QueryTile, mLSE: LogSumExp, work: Work):
         """O /= row_sum, and the log-sum-exp where it is asked for."""
+        if cutlass.const_expr(self.problem.has_unused("q")):
+            clear_rows_past(tile.values.seqlen_q, tile.row_first, me.cO.thread, rows_columns(frag.acc_O), softmax)
         normalize, lse = cute.make_rmem_tensor_like(frag.rescale), LogSumExp.like(frag.rescale)
         softmax.finish(normalize, lse, frag.tOrP.element_type)
         scale_rows(rows_columns(frag.acc_O), normalize)
-        store_lse(mLSE, lse, me.cO.thread, tile.row_first, *where)
+        store_lse(mLSE, lse, me.cO.thread, tile.row_first, work)
 
     @cute.jit
     def _store_o(self, me: Worker, frag: Fragments, o: Operand, sO: cute.Tensor, where):

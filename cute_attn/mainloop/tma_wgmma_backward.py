@@ -45,7 +45,7 @@ from cute_attn.mainloop.warpgroups import (
     rounded_operand,
     rounded_probabilities,
 )
-from cute_attn.scheduler import Tiles
+from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import score_gradients
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
@@ -208,14 +208,15 @@ class Backward(KeyBlocks):
         step = Int32(0)
         if mine == 0:
             self._offer()
-        n_block, head_kv, batch = tiles.key_tile()
-        visited = QueryTiles.of(values, self.problem, n_block, self.config)
+        work = tiles.mine()
+        values = values.of(work)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config)
         for member in cutlass.range(tiles.heads_per_kv, unroll=1):
-            head = head_kv * tiles.heads_per_kv + member
+            head = work.head_kv * tiles.heads_per_kv + member
             for i in cutlass.range(visited.count, unroll=1):
                 if step % ADDERS == mine:
                     m_block = visited.in_order(i, self.problem)
-                    where = (m_block, head, batch)
+                    where = (work.q.padded_tile(m_block, self.config.tile_m), head, work.q.batch)
                     if cutlass.const_expr(self.problem.deterministic):
                         if lane == 0:
                             signals.wait_for_turn(where, visited.rank(values, self.problem, m_block, self.config))
@@ -254,9 +255,10 @@ class Backward(KeyBlocks):
         me = self._worker()
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        n_block, head_kv, batch = tiles.key_tile()
-        visited = QueryTiles.of(values, self.problem, n_block, self.config)
-        key_first = n_block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
+        work = tiles.mine()
+        values = values.of(work)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
         frag = self._fragments(me, shared)
         for pipe in (pipes.k, pipes.v):
             pipe.consumer_wait(k_state)
@@ -273,7 +275,7 @@ class Backward(KeyBlocks):
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
-        self._store(me, frag, operands, shared, values, (n_block * self.warpgroups + me.warpgroup, head_kv, batch))
+        self._store(me, frag, operands, shared, values, work)
 
     def _worker(self) -> Worker:
         index = cute.arch.thread_idx()[0]
@@ -403,15 +405,19 @@ class Backward(KeyBlocks):
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _store(self, me: Worker, frag: Fragments, operands: Operands, shared: Shared, values: Values, where):
+    def _store(self, me: Worker, frag: Fragments, operands: Operands, shared: Shared, values: Values, work: Work):
         """dK and dV to global memory, by way of the shared memory of K and V: by now nothing reads a warpgroup's V but
         itself, and its K only until all have met."""
-        copy = self.lay.store_accumulator
+        copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
+        block = work.block * self.warpgroups + me.warpgroup
+        where = (block, work.head_kv, work.k)
         if cutlass.const_expr(self.needs_v):
+            self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
             self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.v, me.warpgroup, me.warpgroup, where)
         if cutlass.const_expr(self.needs_k):
             scale = Float32(values.scale(self.problem))
             frag.acc_dK.store(frag.acc_dK.load() * scale)
+            self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
             self._meet()
             self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.k, me.warpgroup, me.warpgroup, where)
         self.wait_for_store(me.warpgroup)

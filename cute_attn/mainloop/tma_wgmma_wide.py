@@ -49,7 +49,6 @@ from cute_attn.mainloop.warpgroups import (
     of_columns,
     rounded_operand,
     rounded_probabilities,
-    tma_tiles,
 )
 from cute_attn.scheduler import Tiles
 from cute_attn.softmax import probabilities_by_row, score_gradients, score_gradients_by_row
@@ -72,7 +71,7 @@ class Backward:
         elif cutlass.const_expr(self.queries.problem.masked):
             LookAtKeys().launch(inputs.k, signals, stream)
         if cutlass.const_expr(gradients.mdQ is not None):
-            self.queries.launch(inputs, rows, gradients, signals, values, blocks, stream)
+            self.queries.launch(inputs, rows, gradients, signals, values, tiles.sequences, blocks, stream)
 
 
 class LookAtKeys:
@@ -226,8 +225,9 @@ class KeyGradients(KeyBlocks):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
-        n_block, head_kv, batch = tiles.key_tile()
-        visited = QueryTiles.of(values, self.problem, n_block, self.config)
+        work = tiles.mine()
+        values = values.of(work)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config)
         acc_dV = self.accumulator("dV", self.config.tile_dv)
         pipes.k.consumer_wait(k_state)
         hides = None
@@ -247,7 +247,7 @@ class KeyGradients(KeyBlocks):
                 if hides:
                     hide_scores(P, of_keys(S, thread, shared.hidden, self.config.tile_m))
             if visited.needs_mask(m_block):
-                origin = (n_block * self.config.tile_n, m_block * self.config.tile_m)
+                origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
                 mask_transposed(P, cS, origin, values, self.problem)
             lse_raw = of_columns(S, thread, shared.lse[None, state.index])
             rP = rounded_probabilities(acc_S, lse_raw, values, self.problem, self.element)
@@ -264,8 +264,10 @@ class KeyGradients(KeyBlocks):
             state.advance()
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.needs_v):
+            shape = (self.config.tile_n, self.config.tile_dv)
+            self.clear_unused("dV", shape, "k", values.seqlen_k, work.block, acc_dV)
             group, copy = self.group(), self.lay.store_accumulator("dV", self.config)
-            self.store(copy, acc_dV, operands.dv, shared.dv, group, 0, (n_block, head_kv, batch))
+            self.store(copy, acc_dV, operands.dv, shared.dv, group, 0, (work.block, work.head_kv, work.k))
             self.wait_for_store(group)
 
     @cute.jit
@@ -279,8 +281,9 @@ class KeyGradients(KeyBlocks):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
-        n_block, head_kv, batch = tiles.key_tile()
-        visited = QueryTiles.of(values, self.problem, n_block, self.config)
+        work = tiles.mine()
+        values = values.of(work)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config)
         acc_dK = self.accumulator("dK", self.config.tile_d)
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
@@ -304,8 +307,10 @@ class KeyGradients(KeyBlocks):
             state.advance()
         if cutlass.const_expr(self.needs_k):
             acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
+            shape = (self.config.tile_n, self.config.tile_d)
+            self.clear_unused("dK", shape, "k", values.seqlen_k, work.block, acc_dK)
             group, copy = self.group(), self.lay.store_accumulator("dK", self.config)
-            self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (n_block, head_kv, batch))
+            self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (work.block, work.head_kv, work.k))
             self.wait_for_store(group)
 
     @cute.jit
@@ -366,10 +371,11 @@ class QueryGradients(Kernel):
         self.block = replace(config, tile_m=rows)  # for what counts a block's queries
 
     @cute.jit
-    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, blocks, stream):
+    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, sequences, blocks, stream):
         """Make the TMA descriptors and launch a block for each query tile."""
         dq = self.operand("dQ", gradients.mdQ, self.lay.copy_out)
-        tiles = Tiles.of(inputs.q.shape, inputs.k.shape[2], self.block.tile_m, blocks, self.problem.bounded_right)
+        heads_per_kv = inputs.q.shape[2] // inputs.k.shape[2]
+        tiles = Tiles.of(inputs.q.shape, heads_per_kv, self.block.tile_m, blocks, self.problem.bounded_right, sequences)
         operands = Operands(*self.input_operands(inputs, "q"), dq=dq)
         self.kernel(operands, inputs.if_masked(self.problem), rows, signals, values, tiles.in_small_groups(blocks)).launch(
             grid=[tiles.count(), 1, 1],
@@ -424,13 +430,13 @@ class QueryGradients(Kernel):
     def _copy_queries(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, tiles: Tiles):
         """One warp: Q and dO, 64 rows for each computing warpgroup."""
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
-        m_block, head, _, batch = tiles.query_tile()
-        tQgQ, tQsQ = tma_tiles(operands.q, shared.q, head, batch, Int32(0))
-        tOgdO, tOsdO = tma_tiles(operands.do, shared.do, head, batch, Int32(0))
+        work = tiles.mine()
+        tQgQ, tQsQ = operands.q.tiles(shared.q, work.q, work.head)
+        tOgdO, tOsdO = operands.do.tiles(shared.do, work.q, work.head)
         for w in cutlass.range_constexpr(self.warpgroups):
             pipes.q.producer_acquire(state)
             barrier = pipes.q.producer_get_barrier(state)
-            block = m_block * self.warpgroups + w
+            block = work.block * self.warpgroups + w
             cute.copy(operands.q.atom, tQgQ[None, block], tQsQ[None, w], tma_bar_ptr=barrier)
             cute.copy(operands.do.atom, tOgdO[None, block], tOsdO[None, w], tma_bar_ptr=barrier)
             state.advance()
@@ -440,10 +446,10 @@ class QueryGradients(Kernel):
         """One warp: K and V of the key tiles, last keys first."""
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
-        m_block, _, head_kv, batch = tiles.query_tile()
-        keys = KeyTiles.of(values, self.problem, m_block, self.block)
-        tKgK, tKsK = tma_tiles(operands.k, shared.k, head_kv, batch, keys.begin)
-        tVgV, tVsV = tma_tiles(operands.v, shared.v, head_kv, batch, keys.begin)
+        work = tiles.mine()
+        keys = KeyTiles.of(values.of(work), self.problem, work.block, self.block)
+        tKgK, tKsK = operands.k.tiles(shared.k, work.k, work.head_kv, keys.begin)
+        tVgV, tVsV = operands.v.tiles(shared.v, work.k, work.head_kv, keys.begin)
         for i in cutlass.range(keys.count, unroll=1):
             n = keys.count - 1 - i
             pipes.k.producer_acquire(k_state)
@@ -459,13 +465,13 @@ class QueryGradients(Kernel):
     def _copy_queries_carefully(self, plain: Inputs, rows: Rows, shared: QueryShared, pipes: QueryPipelines, tiles: Tiles):
         """The same by the warp's threads: see ``guard.py``."""
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
-        m_block, head, _, batch = tiles.query_tile()
-        threads, unmarked = (cute.arch.lane_idx(), WARP), UnmarkedRows(rows.lse_raw[None, head, batch])
+        work = tiles.mine()
+        threads, unmarked = (cute.arch.lane_idx(), WARP), UnmarkedRows(work.q.padded_row_values(rows.lse_raw, work.head))
         for w in cutlass.range_constexpr(self.warpgroups):
             self.acquire_for_threads(pipes.q, state)
-            first = (m_block * self.warpgroups + w) * self.lay.ROWS_PER_WARPGROUP
+            first = (work.block * self.warpgroups + w) * self.lay.ROWS_PER_WARPGROUP
             for m, s in ((plain.q, shared.q), (plain.do, shared.do)):
-                copy_carefully(m[None, None, head, batch], s[None, None, w], first, threads, unmarked, 0.0)
+                copy_carefully(work.q.rows(m, work.head), s[None, None, w], first, threads, unmarked, 0.0)
             self.publish_by_threads(pipes.q, state)
             state.advance()
 
@@ -474,9 +480,9 @@ class QueryGradients(Kernel):
         """The same by the warp's threads: see ``guard.py``."""
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
-        m_block, _, head_kv, batch = tiles.query_tile()
-        keys = KeyTiles.of(values, self.problem, m_block, self.block)
-        gK, gV = (m[None, None, head_kv, batch] for m in (plain.k, plain.v))
+        work = tiles.mine()
+        keys = KeyTiles.of(values.of(work), self.problem, work.block, self.block)
+        gK, gV = (work.k.rows(m, work.head_kv) for m in (plain.k, plain.v))
         threads, finite_keys, finite_values = (cute.arch.lane_idx(), WARP), FiniteRows(gK), FiniteRows(gV)
         for i in cutlass.range(keys.count, unroll=1):
             first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
@@ -509,11 +515,14 @@ class QueryGradients(Kernel):
 
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.V_STAGES)
-        m_block, head, _, batch = tiles.query_tile()
-        keys = KeyTiles.of(values, self.problem, m_block, self.block)
-        row_first = m_block * self.block.tile_m + w * self.lay.ROWS_PER_WARPGROUP
+        work = tiles.mine()
+        values = values.of(work)
+        keys = KeyTiles.of(values, self.problem, work.block, self.block)
+        block = work.block * self.warpgroups + w
+        row_first = block * self.lay.ROWS_PER_WARPGROUP
         acc_dQ = self.accumulator("dQ", self.config.tile_d)
-        lse_raw, delta = (self._of_rows(m[None, head, batch], cS, row_first) for m in (rows.lse_raw, rows.delta))
+        by_row = (work.q.padded_row_values(m, work.head) for m in (rows.lse_raw, rows.delta))
+        lse_raw, delta = (self._of_rows(m, cS, row_first) for m in by_row)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, Int32(0))
         pipes.q.consumer_wait(q_state)
         for i in cutlass.range(keys.count, unroll=1):
@@ -544,7 +553,9 @@ class QueryGradients(Kernel):
             v_state.advance()
         warpgroup.wait_group(0)
         acc_dQ.store(acc_dQ.load() * Float32(values.scale(self.problem)))
-        copy, where = self.lay.store_accumulator("dQ", self.config), (m_block * self.warpgroups + w, head, batch)
+        dq_shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_d)
+        self.clear_unused("dQ", dq_shape, "q", values.seqlen_q, block, acc_dQ)
+        copy, where = self.lay.store_accumulator("dQ", self.config), (block, work.head, work.q)
         self.store(copy, acc_dQ, operands.dq, shared.dq, w, w, where)
         self.wait_for_store(w)
 

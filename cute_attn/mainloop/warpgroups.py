@@ -10,33 +10,56 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn import layouts
-from cute_attn.epilogue import converted
+from cute_attn.epilogue import clear_rows_past, converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
-from cute_attn.mainloop.common import Inputs, QueryTiles, Rows, Signals, Values
+from cute_attn.mainloop.common import Coordinates, Inputs, QueryTiles, Rows, Signals, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
 from cute_attn.scheduler import Tiles
+from cute_attn.sequences import Span
 from cute_attn.softmax import capped_probabilities, probabilities
 
 WARP = 32
 
 
+ENDLESS = 1 << 30  # rows
+AROUND = 1 << 33  # elements of 16 bits: ENDLESS · AROUND of them are 2⁶⁴ bytes, which is once around all addresses
+
+
+def with_an_end_for_each(m: cute.Tensor) -> cute.Tensor:
+    """Packed rows ``(rows, columns, heads, 1)`` so that TMA ends at a sequence's end, which it can do at a tensor's only: it
+    reads zeros there and writes nothing.
+
+    It has 2³⁰ rows, of which a sequence of n takes the last n; a dimension more, of the same stride, moves them to where the
+    sequence is, and another, of 2³⁰ times a stride that together with 2³⁰ rows makes 2⁶⁴ bytes, takes the 2³⁰ rows back.
+    (As Triton's ragged TMA does, ``triton/tools/ragged_tma.py``.)
+    """
+    row, column, head, _ = m.stride
+    shape = (ENDLESS, m.shape[1], m.shape[2], ENDLESS, ENDLESS + 1)
+    return cute.make_tensor(m.iterator, cute.make_layout(shape, stride=(row, column, head, row, cutlass.Int64(AROUND) - row)))
+
+
 @dataclass(frozen=True)
 class Operand:
-    """One tensor in global memory as TMA sees it: the copy atom, and the tensor of its coordinates (s, d, h, b)."""
+    """One tensor in global memory as TMA sees it: the copy atom, and the tensor of its coordinates (s, d, h, b); of ragged
+    sequences, :func:`with_an_end_for_each`."""
 
     atom: cute.CopyAtom
     m: cute.Tensor
 
-
-def tma_tiles(operand: Operand, s: cute.Tensor, head, batch, row):
-    """The tiles of one head from ``row`` on, and the slots in shared memory: ``(copy, tile)`` and ``(copy, slot)``."""
-    g = cute.domain_offset((row, 0), operand.m[None, None, head, batch])
-    g = cute.local_tile(g, cute.product_each(s.shape)[:2], (None, 0))
-    tXsX, tXgX = cpasync.tma_partition(
-        operand.atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
-    )
-    return tXgX, tXsX
+    def tiles(self, s: cute.Tensor, span: Span, head, row=0):
+        """The tiles of one head from ``row`` of a sequence on, and the slots in shared memory: ``(copy, tile)`` and ``(copy,
+        slot)``."""
+        if span.first is None:
+            g = cute.domain_offset((row, 0), self.m[None, None, head, span.batch])
+        else:
+            whole = self.m[None, None, head, span.first + span.length, ENDLESS]
+            g = cute.domain_offset((ENDLESS - span.length + row, 0), whole)
+        g = cute.local_tile(g, cute.product_each(s.shape)[:2], (None, 0))
+        tXsX, tXgX = cpasync.tma_partition(
+            self.atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
+        )
+        return tXgX, tXsX
 
 
 @cute.jit
@@ -126,6 +149,7 @@ class Kernel:
     def operand(self, name: str, m, copy) -> Operand:
         """A tensor in global memory as ``copy`` (the layouts' ``copy_in`` or ``copy_out``) moves it."""
         lay, config = self.lay, self.config
+        m = with_an_end_for_each(m) if self.problem.ragged else m
         slot = cute.select(lay.smem_layout(name, config), mode=[0, 1])
         return Operand(*cpasync.make_tiled_tma_atom(copy(name, config), m, slot, lay.tile(name, config)))
 
@@ -237,16 +261,23 @@ class Kernel:
     def store(self, copy: cute.TiledCopy, acc, operand: Operand, s: cute.Tensor, group, slot, where):
         """Computing warpgroup ``group``: its accumulator by ``copy`` to a slot of shared memory, from there to global memory
         by one TMA store; the caller waits."""
-        block, head, batch = where
+        block, head, span = where
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         part = copy.get_slice(thread)
         cute.copy(copy, part.retile(converted(acc, s.element_type)), part.partition_D(s[None, None, slot]))
         cute.arch.fence_view_async_shared()
         self.gather(group)
         if thread < WARP:
-            tXgX, tXsX = tma_tiles(operand, s, head, batch, Int32(0))
+            tXgX, tXsX = operand.tiles(s, span.stored, head)
             cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
             cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def clear_unused(self, role: cutlass.Constexpr, shape, side: cutlass.Constexpr, length, block, acc):
+        """Zeros for the rows of an accumulator of 64 that their sequence doesn't have, where they are written all the same."""
+        if cutlass.const_expr(self.problem.has_unused(side)):
+            where = Coordinates.of(self.lay.tiled_mma(role, self.config), cute.arch.thread_idx()[0] % WARPGROUP, shape)
+            clear_rows_past(length, block * ROWS_PER_WARPGROUP, where.thread, rows_columns(acc))
 
     def wait_for_store(self, group):
         """Until the warpgroup's last store has read its shared memory, for all its threads."""
@@ -300,14 +331,15 @@ class KeyBlocks(Kernel):
         k, sK, k_pipe = keys
         slots = cute.size(sK, mode=[2])
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
-        n_block, head_kv, batch = tiles.key_tile()
-        visited = QueryTiles.of(values, self.problem, n_block, self.config)
-        tKgK, tKsK = tma_tiles(k, sK, head_kv, batch, Int32(0))
+        work = tiles.mine()
+        values = values.of(work)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        tKgK, tKsK = k.tiles(sK, work.k, work.head_kv)
         k_pipe.producer_acquire(k_state)
         for w in cutlass.range_constexpr(slots):
             barrier = k_pipe.producer_get_barrier(k_state)
-            cute.copy(k.atom, tKgK[None, n_block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
-        where = (head_kv, batch, tiles.heads_per_kv)
+            cute.copy(k.atom, tKgK[None, work.block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
+        where = (work, tiles.heads_per_kv)
         if cutlass.const_expr(careful is None):
             self._copy_queries(queries, row_values, visited, where)
         elif careful[2]:
@@ -317,12 +349,12 @@ class KeyBlocks(Kernel):
 
     @cute.jit
     def _copy_queries(self, queries, row_values, visited: QueryTiles, where):
-        (q, sQ, q_pipe), (mRow, sRow), (head_kv, batch, heads_per_kv) = queries, row_values, where
+        (q, sQ, q_pipe), (mRow, sRow), (work, heads_per_kv) = queries, row_values, where
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         for member in cutlass.range(heads_per_kv, unroll=1):
-            head = head_kv * heads_per_kv + member
-            tQgQ, tQsQ = tma_tiles(q, sQ, head, batch, Int32(0))
-            gRow = cute.local_tile(mRow[None, head, batch], (self.config.tile_m,), (None,))
+            head = work.head_kv * heads_per_kv + member
+            tQgQ, tQsQ = q.tiles(sQ, work.q, head)
+            gRow = cute.local_tile(work.q.padded_row_values(mRow, head), (self.config.tile_m,), (None,))
             for i in cutlass.range(visited.count, unroll=1):
                 m_block = visited.in_order(i, self.problem)
                 q_pipe.producer_acquire(state)
@@ -334,20 +366,21 @@ class KeyBlocks(Kernel):
     @cute.jit
     def _copy_queries_carefully(self, careful, queries, row_values, visited: QueryTiles, where):
         """The same by the warp's threads, with zeros for marked rows."""
-        (_, sQ, q_pipe), (mRow, sRow), (head_kv, batch, heads_per_kv) = queries, row_values, where
+        (_, sQ, q_pipe), (mRow, sRow), (work, heads_per_kv) = queries, row_values, where
         mQ, lse_raw, _ = careful
         lane, step = cute.arch.lane_idx(), self.config.tile_m
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         for member in cutlass.range(heads_per_kv, unroll=1):
-            head = head_kv * heads_per_kv + member
-            unmarked = UnmarkedRows(lse_raw[None, head, batch])
+            head = work.head_kv * heads_per_kv + member
+            gQ, gRow = work.q.rows(mQ, head), work.q.padded_row_values(mRow, head)
+            unmarked = UnmarkedRows(work.q.padded_row_values(lse_raw, head))
             for i in cutlass.range(visited.count, unroll=1):
                 first = visited.in_order(i, self.problem) * step
                 self.acquire_for_threads(q_pipe, state)
                 into = sQ[None, None, state.index]
-                copy_carefully(mQ[None, None, head, batch], into, first, (lane, WARP), unmarked, 0.0)
+                copy_carefully(gQ, into, first, (lane, WARP), unmarked, 0.0)
                 for r in cutlass.range(lane, step, WARP, unroll=1):
-                    sRow[r, state.index] = mRow[first + r, head, batch]
+                    sRow[r, state.index] = gRow[first + r]
                 self.publish_by_threads(q_pipe, state)
                 state.advance()
 

@@ -1,0 +1,133 @@
+"""Where the rows of a sequence lie in the tensors of a call: what a tile's rows are rows of.
+
+Sequences of one length are a rectangle: each is an element of the batch. **Ragged** ones, of their own lengths, lie one after
+another in the rows of tensors whose batch is 1; where each begins and how many rows it has is in global memory and nowhere else
+(:class:`Sequences`), so that a block finds its own sequence on the device, and the host needs to know totals only.
+
+**Tiles of ragged sequences.** With tiles of t rows, sequence i is given the slots from ``first(i) // t + i`` on, up to the
+next one's. That is a closed form, so nothing has to be summed up, and it is enough of them: at least ⌈length / t⌉, at most one
+more. The same with t = 128 says where its rows begin in what is padded (:attr:`Span.padded`). A slot without a tile is a tile
+past its sequence's end: it sees nothing, and nothing of it is stored.
+
+What follows the last sequence, and what follows each one's rows in use, belongs to a sequence too, but is none of its rows: the
+results there are zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import cutlass
+from cutlass import Int32, cute
+
+from cute_attn.layouts.base import ROW_PADDING
+
+
+@dataclass(frozen=True)
+class Span:
+    """The rows of one sequence in tensors of queries, or of keys.
+
+    In a rectangle all that is known is ``batch``. Of a ragged one, ``first`` is the row of the tensors at which it begins,
+    ``length`` how many it has, ``capacity`` how many there are up to the next sequence, and ``padded`` where it begins in
+    tensors whose sequences have a multiple of 128 rows.
+    """
+
+    batch: Int32
+    first: Int32 | None = None
+    length: Int32 | None = None
+    capacity: Int32 | None = None
+    padded: Int32 | None = None
+
+    @property
+    def stored(self) -> Span:
+        """The rows in what is written: those that are none of the sequence's, too, up to the next one."""
+        return self if self.first is None else replace(self, length=self.capacity)
+
+    def rows(self, m: cute.Tensor, head) -> cute.Tensor:
+        """``(length, columns)`` of ``(rows, columns, heads, batch)``."""
+        return self._of(m[None, None, head, self.batch])
+
+    def row_values(self, m: cute.Tensor, head) -> cute.Tensor:
+        """``(length)`` of a value of each row, ``(rows, heads, batch)``."""
+        return self._of(m[None, head, self.batch])
+
+    def padded_row_values(self, m: cute.Tensor, head) -> cute.Tensor:
+        """``(rows)`` of a value of each row, padded, ``(rows, heads, batch)``; a multiple of 128 rows from the first on."""
+        m = m[None, head, self.batch]
+        if self.padded is None:
+            return m
+        return cute.make_tensor((m.iterator + self.padded).align(16), m.layout)
+
+    def padded_tile(self, block, tile: int):
+        """The number of a tile in what is padded."""
+        return block if self.padded is None else self.padded // tile + block
+
+    def _of(self, m: cute.Tensor) -> cute.Tensor:
+        """The sequence's rows of ``(rows, …)``."""
+        if self.first is None:
+            return m
+        rank = cute.rank(m)
+        begin = cute.domain_offset((self.first, *(0,) * (rank - 1)), m).iterator
+        return cute.make_tensor(begin, cute.make_layout((self.length, *m.shape[1:]), stride=m.stride))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of ragged sequences, queries or keys: ``rows`` are those of the tensors. Sequence i begins at ``bounds[i]`` or,
+    without them, at ``i · pitch``, and has ``used[i]`` rows or, without them, all up to the next one. Whatever these say, no
+    span reaches past ``rows``."""
+
+    rows: Int32
+    pitch: Int32
+    bounds: cute.Tensor | None
+    used: cute.Tensor | None
+
+    def first(self, i):
+        """The row at which sequence ``i`` begins."""
+        begin = i * self.pitch if self.bounds is None else cutlass.max(self.bounds[i], 0)
+        return cutlass.min(begin, self.rows)
+
+    @cute.jit
+    def span(self, i, count):
+        """Of sequence ``i`` of ``count``; of what comes after the last, if there is no such one."""
+        first, past = self.first(i), self.rows
+        length = Int32(0)
+        if i < count:
+            past = cutlass.max(self.first(i + 1), first)
+            length = past - first
+            if cutlass.const_expr(self.used is not None):
+                length = cutlass.min(cutlass.max(self.used[i], 0), length)
+        return Span(Int32(0), first, length, past - first, (first // ROW_PADDING + i) * ROW_PADDING)
+
+    def slots(self, i, tile: int):
+        """How many slots of ``tile`` rows come before sequence ``i``'s."""
+        return self.first(i) // tile + i
+
+    def all_slots(self, count, tile: int):
+        """How many there are."""
+        return self.rows // tile + count + 1
+
+    @cute.jit
+    def at(self, slot, count, tile: cutlass.Constexpr[int]):
+        """The sequence of a slot, by bisection."""
+        low, high = Int32(0), Int32(count)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.slots(middle, tile) <= slot:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """All ragged sequences of a call."""
+
+    count: Int32
+    q: Side
+    k: Side
+
+    def spans(self, i) -> tuple[Span, Span]:
+        """Of sequence ``i``'s queries and keys."""
+        return self.q.span(i, self.count), self.k.span(i, self.count)
