@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch
 
-from cute_attn.arguments import check_layout, check_memory, flag, integer, number, shown
+from cute_attn.arguments import check_layout, check_memory, flag, integer, is_traced, number, shown
 from cute_attn.rules import USUAL_CAP, score_scales
 
 GPU_DTYPES = (torch.float16, torch.bfloat16)
@@ -26,6 +26,7 @@ SCALE_MIN, SCALE_MAX = 1e-33, 1e33  # of the kernels: with up to 2³¹ keys, flo
 ALIGN_BYTES = 16  # TMA and 16-byte cp.async both need it of the base address and of every stride
 ALIGN_ELEMENTS = ALIGN_BYTES // 2  # the same for a stride counted in elements, of either of GPU_DTYPES
 GRADIENTS = ("", "q", "k", "v", "qk", "qv", "kv", "qkv")
+INT64_MAX = torch.iinfo(torch.int64).max
 TINY, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # below TINY digits are lost
 SCALES, SOFTCAPS = "or None for 1/√head_dim", "above 0, or 0 for none"
 UNBOUNDED = "with None or -1 for an unbounded side"
@@ -318,6 +319,8 @@ def _scores(scale, softcap) -> tuple[float, float]:
         scale = number("scale", scale, SCALES)
     if type(softcap) is not float:
         softcap = 0.0 if softcap is None else number("softcap", softcap, SOFTCAPS)
+    if isinstance(scale, torch.Tensor) or isinstance(softcap, torch.Tensor):
+        return scale, softcap  # of a graph that is being made: the operator looks at their values
     log2, by_cap = score_scales(scale, softcap)
     fits = TINY <= abs(scale) <= LARGEST and TINY <= abs(log2) <= LARGEST
     if not (fits and (softcap == 0.0 or (softcap > 0.0 and TINY <= abs(by_cap) <= LARGEST))):
@@ -344,16 +347,22 @@ def _check_scores(scale: float, softcap: float) -> None:
 def _edges(causal, window, farthest: int) -> tuple[int | None, int | None]:
     """The band's edges from ``causal`` and ``window``: causal is a right edge at 0.
 
-    No query sees farther than ``farthest``, the sum of the lengths; a greater reach, which 32 bits might not hold, is cut.
+    No query sees farther than ``farthest``, the sum of the lengths; a greater reach, which 32 bits might not hold, is cut. In a
+    graph that is being made, whose lengths may be others later, that is left to the operator, which comes here again.
     """
     if not (isinstance(window, (tuple, list)) and len(window) == 2):
         raise TypeError(f"window is {shown(window)}; a pair (left, right) is needed, {UNBOUNDED}")
+    if torch.compiler.is_compiling() or type(farthest) is not int:
+        farthest = INT64_MAX
     edges: list[int | None] = []
-    for side, reach in zip(("left", "right"), window, strict=True):
+    for side, given in zip(("left", "right"), window, strict=True):
+        reach = given
         if reach is not None and type(reach) is not int:
             reach = integer(f"window's {side} side", reach, "or None for unbounded")
-        if reach is not None and reach < -1:
-            raise ValueError(f"window's {side} side is {shown(reach)}; an int ≥ 0 is needed, or None or -1 for unbounded")
-        edges.append(None if reach is None or reach == -1 else min(reach, farthest))
+        if not is_traced(given):
+            if reach is not None and reach < -1:
+                raise ValueError(f"window's {side} side is {shown(reach)}; an int ≥ 0 is needed, or None or -1 for unbounded")
+            reach = None if reach is None or reach == -1 else min(reach, farthest)
+        edges.append(reach)
     left, right = edges
-    return left, (0 if right is None else min(right, 0)) if causal else right
+    return left, 0 if causal else right
