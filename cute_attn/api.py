@@ -27,7 +27,7 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -52,7 +52,7 @@ def attention(
         scale: of the scores; ``None`` is 1/√head_dim. The kernels need one above 0.
         causal: no query sees past its aligned key: the same as ``right = 0``.
         window: ``(left, right)``, how many keys before and after its aligned one a query sees; ``None`` or −1 is unbounded.
-        softcap: bounds scores to ±softcap; 0 is none.
+        softcap: bounds scores to ±softcap; ``None`` or 0 is none.
         return_lse: return ``(out, lse)``.
         deterministic: of the gradients. The kernels' backward pass adds the parts of dQ in an order that differs from run
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
@@ -118,6 +118,7 @@ def attention(
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
     if torch.compiler.is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v)):
+        call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
         out, lse = ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
     elif differentiated:
         passes = _REFERENCE if on_reference else launch.passes(return_lse, mechanism, deterministic)

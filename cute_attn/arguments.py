@@ -33,8 +33,8 @@ def flag(name: str, value: object) -> bool:
         raise TypeError(f"{name} is {shown(value)}; {MASKS if name == 'causal' else 'True or False is needed'}")
     if is_traced(value):
         raise TypeError(
-            f"{name} is {shown(torch.as_tensor(value))} inside of torch.compile or torch.export, where a graph is made before any value is "
-            f"known; True or False is needed: pass bool({name}) from outside"
+            f"{name} is {shown(torch.as_tensor(value))} inside of torch.compile or torch.export, where a graph is made before "
+            f"any value is known; True or False is needed: pass bool({name}) from outside"
         )
     scalar = _scalar(name, value, "True or False is needed")
     if isinstance(scalar, (bool, np.bool_)):
@@ -62,7 +62,7 @@ def number(name: str, value: object, otherwise: str) -> float:
     In a graph that is being made, what was in a tensor stays in one of 0 dimensions: the operators of ``ops.py`` read it.
     """
     if isinstance(value, (torch.SymFloat, torch.SymInt)):  # that a trace has a symbol for
-        return value * 1.0  # type: ignore[return-value]
+        return torch.sym_float(value)  # type: ignore[return-value]
     needed = f"a finite number is needed, {otherwise}"
     scalar = _scalar(name, value, needed)
     if isinstance(scalar, torch.Tensor):

@@ -1,7 +1,7 @@
 """From torch's tensors to a kernel on the caller's device and stream.
 
 tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
-Nothing here synchronises, and the forward pass allocates nothing.
+Nothing here synchronises, and the forward pass allocates nothing but its outputs.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     q, k, v = check_tensors_for_gpu(q, k, v, call)
     out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
     lse = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if return_lse else None
-    if call.empty:
+    lse_raw = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if for_backward else None
+    if call.empty:  # the backward pass won't look at lse_raw either
         out.zero_()
         if lse is not None:
             lse.fill_(-math.inf)
-        return out, lse, None
-    lse_raw = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if for_backward else None
+        return out, lse, lse_raw
     device = q.get_device()
     problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
     function, blocks = prepared(problem, mechanism, device)

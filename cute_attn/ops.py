@@ -1,9 +1,9 @@
-"""Attention as operators of ``torch.library``: what torch sees of it when it traces, intercepts, or has shapes only.
+"""Attention as operators of ``torch.library``: what torch has of it where it traces, intercepts, or knows shapes only.
 
 ``cute_attn::attention`` and ``cute_attn::attention_backward`` compute what an eager call does, by the same functions, and are
-opaque: one node of a graph each, whatever the lengths. An eager call doesn't come here (an operator written in Python costs
-about 100 µs). Here is what comes: calls in ``torch.compile`` and ``torch.export``, under a mode that sees every operator
-(selective checkpointing, counters of FLOPs, ``make_fx``), of fake and meta tensors, and under ``torch.vmap``.
+opaque: one node of a graph each, whatever the lengths. An eager call doesn't come here, since an operator written in Python
+takes many times as long to call. Here is what comes: calls in torch.compile and torch.export, under a mode that sees every
+operator (selective checkpointing, counters of FLOPs, ``make_fx``), of fake and meta tensors, and under ``torch.vmap``.
 
     attention(q, k, v, scale, softcap, left, right, return_lse, for_backward, deterministic, backend, mechanism)
         -> (out, lse, kept)
@@ -11,14 +11,15 @@ about 100 µs). Here is what comes: calls in ``torch.compile`` and ``torch.expor
         -> (dq, dk, dv)
 
 Arguments are those of :func:`cute_attn.attention`, except that ``left`` and ``right`` are the edges of the band, None where it
-is unbounded (``causal`` is ``right = 0``), and a softcap of None is none. ``lse`` counts with ``return_lse`` only and ``kept``,
-what the backward pass has of each row, with ``for_backward``; ``needs`` (part of ``"qkv"``) names the gradients that count. What
-doesn't count has size 0. All results are contiguous and memory of their own.
+is unbounded (``causal`` is ``right = 0``). ``lse`` counts with ``return_lse`` only and ``kept``, what the backward pass has of
+each row, with ``for_backward``; ``needs``, part of ``"qkv"``, names the gradients that count. What doesn't count has size 0.
+All results are contiguous, and memory of their own. The operators check their arguments themselves.
 
-A number that differs from call to call is a tensor in a graph: torch.compile makes one graph for all values of a float only if
-no operator takes it as a float. So each operator has an overload ``Tensor`` whose ``scale`` and ``softcap`` are of 0 dimensions,
-float64, on the CPU. It reads them when it runs, which a CUDA graph can't record: its tag says so, and Inductor runs it between
-two of them.
+torch.compile makes one graph for all values of a float only if no operator takes it as a float. So each operator has an
+overload ``Tensor``, whose ``scale`` and ``softcap`` are of 0 dimensions, float64, on the CPU. It reads them when it runs, which
+a CUDA graph can't record: its tag says so, and Inductor runs it between two of them.
+
+Further tensors, such as lengths, go behind ``v`` in ``_ARGUMENTS`` and in the functions that take these.
 """
 
 from __future__ import annotations
@@ -34,20 +35,23 @@ from cute_attn.private import is_known
 from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_kernels
 
 _LIBRARY = torch.library.Library("cute_attn", "DEF")
-_HOW = "bool deterministic, str backend, str? mechanism"
-_ARGUMENTS = {  # numbers, and the edges after them, go where the # is
-    "attention": f"Tensor q, Tensor k, Tensor v, #, bool return_lse, bool for_backward, {_HOW}",
-    "attention_backward": "Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, #, str needs, "
-    + _HOW,
+_ARGUMENTS = {
+    "attention": "Tensor q, Tensor k, Tensor v, {rules}, bool return_lse, bool for_backward, {how}",
+    "attention_backward": "Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, "
+    "{rules}, str needs, {how}",
 }
+_EDGES, _HOW = "SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
 
 
 def attention(q, k, v, call: Call, return_lse: bool, deterministic: bool, backend: str, mechanism: str | None):
     """``(out, lse)`` of a checked call by the operator."""
     for_backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if for_backward:
+        wrapped.check_device(q)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    rules = *_as_operands(call.scale, call.softcap), call.left, call.right
+    softcap = call.softcap if isinstance(call.softcap, torch.Tensor) else call.softcap or None
+    rules = *_as_operands(call.scale, softcap), call.left, call.right
     how = deterministic, backend, mechanism
     out, lse, _ = _overload("attention", rules)(q, k, v, *rules, return_lse, for_backward, *how)
     return out, lse
@@ -65,12 +69,13 @@ def on_reference(backend: str, q: torch.Tensor) -> bool:
 
 
 def _as_operands(*numbers):
-    """Numbers as they are where the graph to come may hold them, else all of them as tensors."""
-    if not torch.compiler.is_compiling() or all(not isinstance(x, torch.Tensor) and is_known(x) for x in numbers):
+    """Numbers as they are where the graph to come may hold them, else as tensors."""
+    constants = all(x is None or (not isinstance(x, torch.Tensor) and is_known(x)) for x in numbers)
+    if constants or not torch.compiler.is_compiling():
         return numbers
     # Of what makes a tensor of a float, torch.compile replaces a product alone by the tensor in which it has the float.
-    one = torch.ones((), dtype=torch.float64)
-    return [x.to(torch.float64) if isinstance(x, torch.Tensor) else one * x for x in numbers]
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return [x.to(torch.float64) if isinstance(x, torch.Tensor) else None if x is None else one * x for x in numbers]
 
 
 # ---- what they compute -----------------------------------------------------------------------------------------------
@@ -158,7 +163,7 @@ def _differentiate(ctx, dout, dlse, _):
 # ---- their members' under torch.vmap ---------------------------------------------------------------------------------
 
 
-def _mapped(operator):
+def _mapped(operator: Callable) -> Callable:
     """The rule of ``torch.vmap``: the mapped dimension joins the batch, which comes first in all tensors."""
 
     def rule(info, in_dims, *arguments):
@@ -197,7 +202,7 @@ def _flops_of_gradients(q, k, v, *_, **__) -> int:
 def _register(name: str, compute, shapes, flops, differentiate, keep=None) -> None:
     for overload, numbers in _NUMBERS.items():
         operator = name if overload == "default" else f"{name}.{overload}"
-        arguments = _ARGUMENTS[name].replace("#", f"{numbers}, SymInt? left, SymInt? right")
+        arguments = _ARGUMENTS[name].format(rules=f"{numbers}, {_EDGES}", how=_HOW)
         tags = {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides}
         if overload == "Tensor":
             tags.add(torch.Tag.cudagraph_unsafe)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -87,6 +87,8 @@ class Call:
     One is made in every eager call, so it is neither frozen nor a tuple: those take longer to make or to read.
 
     ``left`` and ``right`` are how far a query sees to either side of its aligned position; ``None`` is unbounded.
+
+    While a graph is made they may be symbols, the scale and the softcap tensors, and the scale None, for 1/√head_dim.
     """
 
     batch: int
@@ -96,10 +98,10 @@ class Call:
     seqlen_k: int
     head_dim: int
     head_dim_v: int
-    scale: float
+    scale: Any
     left: int | None
     right: int | None
-    softcap: float
+    softcap: Any
 
     @property
     def shift(self) -> int:
@@ -152,6 +154,8 @@ def check_call(q, k, v, scale, causal, window, softcap) -> Call:
         left, right = None, (0 if causal else None)
     else:
         left, right = _edges(causal, window, seqlen_q + seqlen_k)
+    if softcap is None:
+        softcap = 0.0
     if scale is None and type(softcap) is float and not softcap:
         scale = head_dim**-0.5
     else:
@@ -318,9 +322,9 @@ def _scores(scale, softcap) -> tuple[float, float]:
     if type(scale) is not float:
         scale = number("scale", scale, SCALES)
     if type(softcap) is not float:
-        softcap = 0.0 if softcap is None else number("softcap", softcap, SOFTCAPS)
-    if isinstance(scale, torch.Tensor) or isinstance(softcap, torch.Tensor):
-        return scale, softcap  # of a graph that is being made: the operator looks at their values
+        softcap = number("softcap", softcap, SOFTCAPS)
+    if torch.compiler.is_compiling():
+        return scale, softcap  # which the operator will look at
     log2, by_cap = score_scales(scale, softcap)
     fits = TINY <= abs(scale) <= LARGEST and TINY <= abs(log2) <= LARGEST
     if not (fits and (softcap == 0.0 or (softcap > 0.0 and TINY <= abs(by_cap) <= LARGEST))):

@@ -140,11 +140,6 @@ def are_read(q, k, v) -> bool:
             f"q, k, v are a {', a '.join(type(x).__name__ for x in tensors.values())}; all or none with values is needed: "
             f"try fake_mode.from_tensor of the others"
         )
-    if q.is_cuda and not torch.cuda.is_available() and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise NotImplementedError(
-            "gradients of fake CUDA tensors are asked for where there is no CUDA; torch's autograd needs the device's stream: "
-            "try torch.no_grad(), or tensors on the device 'meta'"
-        )
     return False
 
 
@@ -165,3 +160,12 @@ def check_mapped(q, k, v) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if is_transformed(x) and not is_batched(x):
             check_memory(name, x)
+
+
+def check_device(q) -> None:
+    """Refuse to differentiate what torch.autograd can't: it would end the process."""
+    if isinstance(q, FakeTensor) and q.is_cuda and not torch.cuda.is_available():
+        raise NotImplementedError(
+            "gradients of fake CUDA tensors are asked for where there is no CUDA; torch's autograd needs the device's stream: "
+            "try torch.no_grad(), or tensors on the device 'meta'"
+        )
