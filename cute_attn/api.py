@@ -107,7 +107,7 @@ def attention(
             raise ValueError(
                 f"mechanism is {mechanism!r} and the reference backend runs, which has none: leave it out, or pass CUDA tensors"
             )
-    elif not q.is_cuda:
+    elif backend == "cute" and not q.is_cuda:
         raise ValueError(
             f"backend is 'cute' and the tensors lie on {q.device}; the kernels need CUDA tensors: "
             f"try .cuda(), or backend='auto'"

@@ -61,7 +61,7 @@ def _restored(x: Any, was: Any) -> Any:
     return x if x is None or (x.device, x.dtype) == was else x.to(*was)
 
 
-def computed(q, k, v, out, kept, dout, dlse, needs: str, call: Call, gradients: Callable):
+def computed(ctx, q, k, v, out, kept, dout, dlse, needs: str, call: Call, gradients: Callable):
     """``gradients(…)`` of :class:`Attention`; zeros where no score was computed."""
     if call.empty:
         return tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
@@ -79,8 +79,5 @@ def refuse_double_backward(ctx, *_):
 class _Gradients(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it once more says what to do instead."""
 
-    @staticmethod
-    def forward(ctx, *arguments):
-        return computed(*arguments)
-
+    forward = staticmethod(computed)
     backward = staticmethod(refuse_double_backward)

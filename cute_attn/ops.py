@@ -98,7 +98,7 @@ def _backward(q, k, v, out, kept, dout, dlse, scale, softcap, left, right, needs
         gradients = reference.gradients
     else:
         _, gradients = launch.passes(False, mechanism, deterministic)
-    results = autograd.computed(q, k, v, out, kept, dout, dlse, needs, call, gradients)
+    results = autograd.computed(None, q, k, v, out, kept, dout, dlse, needs, call, gradients)
     return tuple(_or_nothing(dx, out) for dx in results)
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -403,3 +404,17 @@ def test_aotinductor_in_a_fresh_process(tmp_path):
     for found, tensors in zip(torch.load(tmp_path / "outputs"), inputs, strict=True):
         for got, wanted in zip(found, Attend(**options)(*tensors), strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    (example,) = (block for block in blocks if "torch.compile" in block)
+    q, k, v = (torch.randn(3, 64, 2, 16) for _ in range(3))
+    names = {"torch": torch, "attention": attention, "q": q, "k": k, "v": v, "x": q.clone().requires_grad_()}
+    exec(example.replace("fullgraph=True", 'fullgraph=True, backend="aot_eager"'), names)
+    wanted = attention(q.requires_grad_(), k, v, causal=True)
+    wanted.sum().backward()
+    assert torch.equal(names["x"].grad, q.grad)
+    assert torch.equal(torch.export.load("attend.pt2").module()(q, k, v), wanted)
