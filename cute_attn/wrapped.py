@@ -100,7 +100,7 @@ def _sharded(attention: Callable, q, k, v, rules: dict, others: dict):
             f"heads, or Replicate() is needed on each dimension of the mesh, alike for all three: try "
             f"x.redistribute(placements=…) of each"
         )
-    shards = math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement == distributed.Shard(2))
+    shards = math.prod([mesh.size(i) for i, placement in enumerate(placements) if placement == distributed.Shard(2)])
     if call.heads != call.heads_kv and call.heads_kv % shards:
         raise ValueError(
             f"k has {call.heads_kv} heads in {shards} shards; a multiple is needed where q has more heads (GQA), so that each "

@@ -15,6 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from cute_attn import attention, launch, reference
 from tests.support import make_gradients, make_qkv
 
+# Torch's own, of what it uses itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning")
+
 OPS = torch.ops.cute_attn
 NUMBERS = {"default": lambda x: x, "Tensor": lambda x: None if x is None else torch.tensor(x, dtype=torch.float64)}
 RULES = [  # scale, softcap, left, right

@@ -19,6 +19,9 @@ from torch.export import Dim
 from cute_attn import attention
 from tests.support import make_gradients, make_qkv
 
+# Torch's own, of what it uses itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning")
+
 FORWARD, BACKWARD = "cute_attn.attention.default", "cute_attn.attention_backward.default"
 # Everything that attention takes but the tensors.
 OPTIONS = {
@@ -40,7 +43,12 @@ OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def anew():
+    """No graphs of other tests; and one thread, since tests that share cores would wait for one another's."""
     torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def compiled(function, backend="aot_eager", **options):

@@ -419,6 +419,28 @@ def test_shards_over_a_mesh_of_two_dimensions():
     assert torch.equal(lse.to_local(), local_lse)
 
 
+@pytest.mark.parametrize("placement", [Shard(0), Shard(2), Replicate()])
+def test_compiled_shards(placement):
+    """One graph that holds the operator; outputs, their placements, and gradients as without it."""
+
+    def function(q, k, v):
+        return attention(q, k, v, return_lse=True, **RULES)
+
+    torch._dynamo.reset()
+    with world("fake", 4):
+        mesh = init_device_mesh("cpu", (4,))
+        whole = [x.repeat(1, 1, 2, 1) if placement == Shard(2) else x for x in (q, k, v)]
+        results = []
+        for f in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+            tensors = [DTensor.from_local(x, mesh, [placement], run_check=False).requires_grad_() for x in whole]
+            out, lse = f(*tensors)
+            (out.to_local().sum() + lse.to_local().sum()).backward()
+            results.append([out, lse, *(x.grad for x in tensors)])
+        for got, wanted in zip(*results, strict=True):
+            assert got.placements == wanted.placements
+            assert torch.equal(got.to_local(), wanted.to_local())
+
+
 SHARDS = [
     ({}, Shard(0)),
     ({"batch": 3}, Shard(0)),  # two on one, one on the other
@@ -467,14 +489,15 @@ def test_shards_in_two_processes(tmp_path, monkeypatch):
     torch.multiprocessing.spawn(check_shards, (str(tmp_path / "store"),), nprocs=2)
 
 
-def test_torch_distributed_is_not_imported():
-    """Neither by the package nor by a call; nor does the kernels' package come with its DSL."""
+def test_nothing_slow_is_imported():
+    """Neither by the package nor by a call: torch.distributed, what compiles, the kernels' DSL."""
     program = (
         "import sys, torch; before = set(sys.modules)\n"
+        "SLOW = 'torch.distributed', 'torch._dynamo', 'torch._inductor', 'torch.fx.experimental.symbolic_shapes', 'cutlass'\n"
         "from cute_attn import attention\n"
         "x = torch.randn(1, 3, 1, 8, requires_grad=True)\n"
         "attention(x, x, x, scale=0.3, window=(1, 0)).sum().backward()\n"
-        "new = [name for name in set(sys.modules) - before if name.startswith(('torch.distributed', 'cutlass'))]\n"
+        "new = [name for name in set(sys.modules) - before if name.startswith(SLOW)]\n"
         "sys.exit(f'imported: {new}' if new else 0)"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
