@@ -68,7 +68,9 @@ def attention(
 
     Tensors that stand for others are taken too: the result of an asynchronous collective is waited for (on the current
     stream); DTensors that are sharded by batch or heads, or replicated, q, k and v alike, are computed shard by shard; under
-    ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta.
+    ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta. In a graph
+    of torch.compile or torch.export attention is one operator, ``cute_attn::attention`` (:mod:`cute_attn.ops`); there flags
+    are Python's bools.
 
     dtypes: float16 and bfloat16 on the GPU (products in float32), these, float32 and float64 in the reference. Head dims
     on the GPU: multiples of 8 up to 256, for q/k and v separately.

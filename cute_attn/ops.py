@@ -2,7 +2,7 @@
 
 ``cute_attn::attention`` and ``cute_attn::attention_backward`` compute what an eager call does, by the same functions, and are
 opaque: one node of a graph each, whatever the lengths. An eager call doesn't come here, since an operator written in Python
-takes many times as long to call. Here is what comes: calls in torch.compile and torch.export, under a mode that sees every
+takes three times as long to call. Here is what comes: calls in torch.compile and torch.export, under a mode that sees every
 operator (selective checkpointing, counters of FLOPs, ``make_fx``), of fake and meta tensors, and under ``torch.vmap``.
 
     attention(q, k, v, scale, softcap, left, right, return_lse, for_backward, deterministic, backend, mechanism)
@@ -121,7 +121,8 @@ def _or_nothing(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 
 def _shapes(q, k, v, scale, softcap, left, right, return_lse, for_backward, deterministic, backend, mechanism):
-    scale, softcap = (None if isinstance(x, torch.Tensor) else x for x in (scale, softcap))
+    compiling = torch.compiler.is_compiling()  # an error here would be wrapped in torch's own; one of the running graph is not
+    scale, softcap = (None if compiling or isinstance(x, torch.Tensor) else x for x in (scale, softcap))
     call = check_call(q, k, v, scale, False, None, softcap)
     if not on_reference(backend, q):
         check_for_kernels(q.dtype, call)

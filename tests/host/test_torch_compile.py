@@ -151,6 +151,10 @@ def in_a_window(q, k, v, left):
     return attention(q, k, v, causal=True, window=(left, None))
 
 
+def of_shapes(q, k, v, length):
+    return attention(q, k[:, :length], v[:, :length], window=(length // 2, length), scale=q.shape[-1] ** -0.5)
+
+
 def with_all(q, k, v, i):
     return attention(q, k, v, scale=0.05 * i, softcap=10.0 * i, window=(i + 3, i), return_lse=True)
 
@@ -166,6 +170,7 @@ def with_all(q, k, v, i):
         (in_a_window, [10, 20, 30, 40]),
         (in_a_window, [np.int64(10 * i) for i in range(1, 4)]),
         (in_a_window, [torch.tensor(10 * i) for i in range(1, 4)]),
+        (of_shapes, [20, 30, 40, 50]),
         (with_all, [2, 3, 4, 5]),
     ],
 )
@@ -322,6 +327,12 @@ def test_wrong_arguments_keep_their_message(tensors, options, words, fullgraph):
         assert isinstance(caught.value, (TypeError, ValueError))
 
 
+@pytest.mark.parametrize(("tensors", "options", "words"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_of_what_is_exported(tensors, options, words):
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        torch.export.export(Attend(**options), tensors())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -381,8 +392,31 @@ def test_export_with_dynamic_batch_and_lengths(options, strict, tmp_path):
     loaded = torch.export.load(tmp_path / "attend.pt2")
     for graph in (program, loaded):
         assert [name for name in calls(graph) if "getitem" not in name] == [FORWARD]
-        for sizes in ((3, 9, 11), (5, 150, 140)):
+        for sizes in ((3, 9, 11), (5, 150, 140), (1, 1, 1)):
             assert_same_bits(Attend(**options), graph.module(), *leaves(*sizes, dtype=torch.float32))
+
+
+class OfShapes(torch.nn.Module):
+    def forward(self, q, k, v):
+        return attention(q, k, v, scale=q.shape[-1] ** -0.5, window=(k.shape[1] // 2, 3))
+
+
+class OfTensors(torch.nn.Module):
+    def forward(self, q, k, v, scale, left):
+        return attention(q, k, v, scale=scale, window=(left, 0))
+
+
+def test_values_of_exported_graphs():
+    """From shapes they follow them, and in tensors they are inputs."""
+    batch, sq, sk = Dim("batch"), Dim("sq"), Dim("sk")
+    shapes = {"q": {0: batch, 1: sq}, "k": {0: batch, 1: sk}, "v": {0: batch, 1: sk}}
+    graph = torch.export.export(OfShapes(), (q, k, v), dynamic_shapes=shapes).module()
+    for sizes in ((3, 9, 11), (5, 150, 140)):
+        assert_same_bits(OfShapes(), graph, *leaves(*sizes, dtype=torch.float32))
+    values = [(torch.tensor(scale), torch.tensor(left)) for scale, left in ((0.3, 4), (0.2, 2), (1.0, -1))]
+    graph = torch.export.export(OfTensors(), (q, k, v, *values[0])).module()
+    for value in values:
+        assert torch.equal(graph(q, k, v, *value), OfTensors()(q, k, v, *value))
 
 
 def test_export_decomposes_and_compiles():
