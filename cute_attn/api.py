@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from cute_attn import autocast, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of
@@ -119,7 +120,7 @@ def attention(
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
-    if torch.compiler.is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v)):
+    if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
         out, lse = ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
     elif differentiated:

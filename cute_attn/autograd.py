@@ -35,25 +35,27 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        return *differentiated(ctx, dout, dlse, _Gradients.apply, ctx.call, ctx.gradients), None, None, None
+        arguments = arguments_of_gradients(ctx, dout, dlse)
+        if arguments is None:
+            return (None,) * 6
+        return *_Gradients.apply(*arguments, ctx.call, ctx.gradients), None, None, None
 
 
 def keep(ctx, q, k, v, out, kept) -> None:
-    """What :func:`differentiated` will need."""
+    """What :func:`arguments_of_gradients` will need."""
     ctx.set_materialize_grads(False)  # an output that nobody used has None for its gradient, not a tensor of zeros
     ctx.save_for_backward(q, k, v, out, kept)
     ctx.were = [None if x is None else (x.device, x.dtype) for x in (q, k, v, out, kept)]
 
 
-def differentiated(ctx, dout, dlse, gradients: Callable, *arguments: Any):
-    """``gradients(q, k, v, out, kept, dout, dlse, needs, *arguments)`` of what was kept: ``(dq, dk, dv)``."""
+def arguments_of_gradients(ctx, dout, dlse) -> tuple | None:
+    """``(q, k, v, out, kept, dout, dlse, needs)``, or None where no gradient is needed or all are zeros."""
     needs = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad, strict=False) if needed)
     if not needs or (dout is None and dlse is None):
-        return None, None, None
+        return None
     q, k, v, out, kept = map(_restored, ctx.saved_tensors, ctx.were)
     dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
-    dout = torch.zeros_like(out) if dout is None else dout
-    return gradients(q, k, v, out, kept, dout, dlse, needs, *arguments)
+    return q, k, v, out, kept, torch.zeros_like(out) if dout is None else dout, dlse, needs
 
 
 def _restored(x: Any, was: Any) -> Any:

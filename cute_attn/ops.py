@@ -150,15 +150,16 @@ def _keep(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout, dlse, _):
-    def gradients(q, k, v, out, kept, dout, dlse, needs):
+    gradients = [None] * len(ctx.needs_input_grad)
+    arguments = autograd.arguments_of_gradients(ctx, dout, dlse if ctx.return_lse else None)
+    if arguments is not None:
+        q, k, v, out, kept, dout, dlse, needs = arguments
         if not ctx.for_backward:  # of a graph that was made where no gradient was needed
             _, _, kept = _overload("attention", ctx.rules)(q, k, v, *ctx.rules, False, True, *ctx.how)
-        results = _overload("attention_backward", ctx.rules)(
-            q, k, v, out, kept, dout, dlse if ctx.return_lse else None, *ctx.rules, needs, *ctx.how
-        )
-        return [dx if name in needs else None for name, dx in zip("qkv", results, strict=True)]
-
-    return *autograd.differentiated(ctx, dout, dlse, gradients), *[None] * (len(ctx.needs_input_grad) - 3)
+        operator = _overload("attention_backward", ctx.rules)
+        results = operator(q, k, v, out, kept, dout, dlse, *ctx.rules, needs, *ctx.how)
+        gradients[:3] = (dx if name in needs else None for name, dx in zip("qkv", results, strict=True))
+    return tuple(gradients)
 
 
 # ---- their members' under torch.vmap ---------------------------------------------------------------------------------
