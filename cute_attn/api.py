@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from cute_attn import launch, reference, wrapped
+from cute_attn import autocast, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of
 from cute_attn.autograd import Attention
 from cute_attn.plan import mechanism_name
-from cute_attn.private import any_autocast_enabled, dual_level, transforms_active
-from cute_attn.problem import check_call, check_tensors_for_gpu, problem_of
+from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
+from cute_attn.problem import check_call
 
 BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
@@ -28,7 +28,7 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -53,7 +53,7 @@ def attention(
         scale: of the scores; ``None`` is 1/√head_dim. The kernels need one above 0.
         causal: no query sees past its aligned key: the same as ``right = 0``.
         window: ``(left, right)``, how many keys before and after its aligned one a query sees; ``None`` or −1 is unbounded.
-        softcap: bounds scores to ±softcap; 0 is none.
+        softcap: bounds scores to ±softcap; ``None`` or 0 is none.
         return_lse: return ``(out, lse)``.
         deterministic: of the gradients. The kernels' backward pass adds the parts of dQ in an order that differs from run
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
@@ -69,7 +69,9 @@ def attention(
 
     Tensors that stand for others are taken too: the result of an asynchronous collective is waited for (on the current
     stream); DTensors that are sharded by batch or heads, or replicated, q, k and v alike, are computed shard by shard; under
-    ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta.
+    ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta. In a graph
+    of torch.compile or torch.export attention is one operator, ``cute_attn::attention`` (:mod:`cute_attn.ops`); there flags
+    are Python's bools.
 
     dtypes: float16 and bfloat16 on the GPU (products in float32), these, float32 and float64 in the reference. Head dims
     on the GPU: multiples of 8 up to 256, for q/k and v separately.
@@ -88,8 +90,9 @@ def attention(
     Algorithm: FlashAttention (Dao et al., arXiv:2205.14135; backward arXiv:2307.08691; on Hopper arXiv:2407.08608).
     """
     if any_autocast_enabled():
-        q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transforms_active()
+        q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
+    transformed = transforms_active()
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     if not plain and (handle := wrapped.handler(q, k, v)):
         rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
@@ -101,14 +104,13 @@ def attention(
         backend = _backend(backend)
     if mechanism is not None and type(mechanism) is not str:
         mechanism = mechanism_name(mechanism)
-    on_gpu = q.is_cuda
-    on_reference = backend == "reference" or (backend == "auto" and not on_gpu)
+    on_reference = ops.on_reference(backend, q)
     if on_reference:
         if mechanism is not None:
             raise ValueError(
                 f"mechanism is {mechanism!r} and the reference backend runs, which has none: leave it out, or pass CUDA tensors"
             )
-    elif not on_gpu:
+    elif backend == "cute" and not q.is_cuda:
         raise ValueError(
             f"backend is 'cute' and the tensors lie on {q.device}; the kernels need CUDA tensors: "
             f"try .cuda(), or backend='auto'"
@@ -116,22 +118,29 @@ def attention(
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if differentiated:
-        _refuse_transforms()
-    passes = None
-    if (on_reference or not plain) and not wrapped.holds_values(q, k, v, on_reference):
-        passes = _SHAPES
-    elif on_reference:
-        passes = _REFERENCE
+    if transformed:
+        wrapped.check_transforms(q, k, v, differentiated)
+    if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v)):
+        call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
+        out, lse = ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
     elif differentiated:
-        passes = _passes(return_lse, mechanism, deterministic)
-    if passes is None:
-        out, lse, _ = _forward(q, k, v, call, return_lse, mechanism)
-    elif differentiated:
+        passes = _REFERENCE if on_reference else launch.passes(return_lse, mechanism, deterministic)
         out, lse = Attention.apply(q, k, v, call, *passes)
+    elif on_reference:
+        out, lse, _ = _REFERENCE[0](q, k, v, call)
     else:
-        out, lse, _ = passes[0](q, k, v, call)
+        out, lse, _ = launch.forward(call, mechanism, return_lse, False, q, k, v)
     return (out, lse) if return_lse else out
+
+
+def _refuse_scripting() -> NoReturn:
+    raise NotImplementedError(
+        "torch.jit.script compiles attention, which is Python that TorchScript has no words for: "
+        "try torch.compile, or torch.export.export for a graph that can be saved"
+    )
+
+
+attention.__prepare_scriptable__ = _refuse_scripting  # type: ignore[attr-defined]  # torch.jit.script calls it
 
 
 def _backend(backend: object) -> str:
@@ -141,32 +150,7 @@ def _backend(backend: object) -> str:
     return backend
 
 
-def _autocast(x):
-    """``x`` as ``torch.autocast`` hands it to scaled_dot_product_attention: in autocast's dtype, unless it is float64."""
-    if not isinstance(x, torch.Tensor) or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x) else x
-
-
-def _autocasts(x: torch.Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _outside_autocast(function: Callable) -> Callable:
-    """``function(q, …)`` with autocast off: it chooses the dtype of each product itself."""
-
-    def plain(q, *arguments):
-        if not _autocasts(q):
-            return function(q, *arguments)
-        with torch.autocast(q.device.type, enabled=False):
-            return function(q, *arguments)
-
-    return plain
-
-
-_REFERENCE = _outside_autocast(reference.attention), _outside_autocast(reference.gradients)
-_SHAPES = wrapped.shapes_only, wrapped.shapes_of_gradients
+_REFERENCE = reference.attention, reference.gradients
 
 
 def _refuse_tangents(*tensors: torch.Tensor) -> None:
@@ -176,43 +160,3 @@ def _refuse_tangents(*tensors: torch.Tensor) -> None:
             "try .backward(), or torch.nn.functional.scaled_dot_product_attention under "
             "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
         )
-
-
-def _refuse_transforms() -> None:
-    if transforms_active():
-        raise NotImplementedError(
-            "gradients are asked for inside a transform of torch.func; attention has them for torch.autograd only: "
-            "try torch.autograd.grad, or torch.nn.functional.scaled_dot_product_attention"
-        )
-
-
-def _passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tuple[Callable, Callable]:
-    """The kernels' forward and backward pass, as :class:`Attention` calls them."""
-    deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
-
-    def forward(q, k, v, call):
-        return _forward(q, k, v, call, return_lse, mechanism, for_backward=True)
-
-    def gradients(q, k, v, out, lse_raw, dout, dlse, call, needs):
-        return launch.gradients(call, mechanism, needs, deterministic, q, k, v, out, lse_raw, dout, dlse)
-
-    return forward, gradients
-
-
-def _forward(q, k, v, call, return_lse: bool, mechanism: str | None, for_backward: bool = False):
-    """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
-    launch. Allocates these and nothing else."""
-    q, k, v = check_tensors_for_gpu(q, k, v, call)
-    out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
-    lse = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if return_lse else None
-    if call.empty:
-        out.zero_()
-        if lse is not None:
-            lse.fill_(-math.inf)
-        return out, lse, None
-    lse_raw = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if for_backward else None
-    device = q.get_device()
-    problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
-    function, blocks = launch.prepared(problem, mechanism, device)
-    launch.launch(function, blocks, device, call, q, k, v, out, lse, lse_raw)
-    return out, lse, lse_raw

@@ -31,6 +31,11 @@ def flag(name: str, value: object) -> bool:
     """``value`` as a bool: Python's, numpy's, or that of a tensor of 0 dimensions on the CPU."""
     if getattr(value, "ndim", 0):
         raise TypeError(f"{name} is {shown(value)}; {MASKS if name == 'causal' else 'True or False is needed'}")
+    if is_traced(value):
+        raise TypeError(
+            f"{name} is {shown(torch.as_tensor(value))} inside of torch.compile or torch.export, where a graph is made before "
+            f"any value is known; True or False is needed: pass bool({name}) from outside"
+        )
     scalar = _scalar(name, value, "True or False is needed")
     if isinstance(scalar, (bool, np.bool_)):
         return bool(scalar)
@@ -39,8 +44,12 @@ def flag(name: str, value: object) -> bool:
 
 def integer(name: str, value: object, otherwise: str) -> int:
     """``value`` as an int: whatever ``operator.index`` takes, but no bool. ``otherwise`` is what else may be passed."""
+    if isinstance(value, torch.SymInt):  # an int that a trace has a symbol for
+        return value  # type: ignore[return-value]
     needed = f"an int is needed, {otherwise}"
     scalar = _scalar(name, value, needed)
+    if isinstance(scalar, torch.Tensor) and not scalar.is_floating_point():
+        return scalar.item()  # type: ignore[return-value]
     if not isinstance(scalar, (bool, np.bool_)):
         with suppress(TypeError):
             return operator.index(scalar)  # type: ignore[arg-type]
@@ -48,9 +57,16 @@ def integer(name: str, value: object, otherwise: str) -> int:
 
 
 def number(name: str, value: object, otherwise: str) -> float:
-    """``value`` as a finite float: any real number, or what ``operator.index`` takes, but no bool. ``otherwise`` as above."""
+    """``value`` as a finite float: any real number, or what ``operator.index`` takes, but no bool. ``otherwise`` as above.
+
+    In a graph that is being made, what was in a tensor stays in one of 0 dimensions: the operators of ``ops.py`` read it.
+    """
+    if isinstance(value, (torch.SymFloat, torch.SymInt)):  # that a trace has a symbol for
+        return torch.sym_float(value)  # type: ignore[return-value]
     needed = f"a finite number is needed, {otherwise}"
     scalar = _scalar(name, value, needed)
+    if isinstance(scalar, torch.Tensor):
+        return scalar  # type: ignore[return-value]
     real = isinstance(scalar, numbers.Real) and not isinstance(scalar, bool)
     try:
         result = float(scalar if real else integer(name, scalar, ""))  # type: ignore[arg-type]
@@ -58,7 +74,7 @@ def number(name: str, value: object, otherwise: str) -> float:
         raise TypeError(f"{name} is {shown(value)}; {needed}: try float({name})") from None
     except OverflowError:
         result = math.inf
-    if not math.isfinite(result):
+    if not -math.inf < result < math.inf:
         raise ValueError(f"{name} is {shown(value)}; {needed}")
     return result
 
@@ -87,8 +103,15 @@ def shown(value: object) -> str:
         return f"{article} {kind}"
 
 
+def is_traced(value: object) -> bool:
+    """Whether a value is in a tensor of a graph that is being made, where arrays are tensors, too."""
+    return torch.compiler.is_compiling() and isinstance(value, (torch.Tensor, np.ndarray))
+
+
 def _scalar(name: str, value: object, needed: str) -> object:
     """``value``, or what is in it if it is an array or a tensor of 0 dimensions, which can be read now and at no cost."""
+    if is_traced(value):
+        value = torch.as_tensor(value)
     if not isinstance(value, torch.Tensor):
         return value[()] if isinstance(value, np.ndarray) and not value.ndim else value
     got = f"{name} is {shown(value)}"
@@ -103,6 +126,8 @@ def _scalar(name: str, value: object, needed: str) -> object:
             f"{got} on {value.device}, and reading it would wait for all work there (a synchronisation); {needed}, on the "
             f"CPU: keep it there, or pass {name}.item() where waiting does no harm"
         )
+    if is_traced(value) and value.dtype != torch.bool:
+        return value
     try:
         return value.item()
     except RuntimeError as error:  # under vmap, a fake one

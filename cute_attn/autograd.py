@@ -29,21 +29,33 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, call: Call, forward: Callable, gradients: Callable):  # type: ignore[override]
         out, lse, kept = forward(q, k, v, call)
-        ctx.set_materialize_grads(False)  # an output that nobody used has None for its gradient, not a tensor of zeros
-        ctx.save_for_backward(q, k, v, out, kept)
-        ctx.were = [None if x is None else (x.device, x.dtype) for x in (q, k, v, out, kept)]
+        keep(ctx, q, k, v, out, kept)
         ctx.call, ctx.gradients = call, gradients
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        needs = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad, strict=False) if needed)
-        if not needs or (dout is None and dlse is None):
+        arguments = arguments_of_gradients(ctx, dout, dlse)
+        if arguments is None:
             return (None,) * 6
-        q, k, v, out, kept = map(_restored, ctx.saved_tensors, ctx.were)
-        dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
-        dout = torch.zeros_like(out) if dout is None else dout
-        return *_Gradients.apply(q, k, v, out, kept, dout, dlse, ctx.call, needs, ctx.gradients), None, None, None
+        return *_Gradients.apply(*arguments, ctx.call, ctx.gradients), None, None, None
+
+
+def keep(ctx, q, k, v, out, kept) -> None:
+    """What :func:`arguments_of_gradients` will need."""
+    ctx.set_materialize_grads(False)  # an output that nobody used has None for its gradient, not a tensor of zeros
+    ctx.save_for_backward(q, k, v, out, kept)
+    ctx.were = [None if x is None else (x.device, x.dtype) for x in (q, k, v, out, kept)]
+
+
+def arguments_of_gradients(ctx, dout, dlse) -> tuple | None:
+    """``(q, k, v, out, kept, dout, dlse, needs)``, or None where no gradient is needed or all are zeros."""
+    needs = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad, strict=False) if needed)
+    if not needs or (dout is None and dlse is None):
+        return None
+    q, k, v, out, kept = map(_restored, ctx.saved_tensors, ctx.were)
+    dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
+    return q, k, v, out, kept, torch.zeros_like(out) if dout is None else dout, dlse, needs
 
 
 def _restored(x: Any, was: Any) -> Any:
@@ -51,19 +63,23 @@ def _restored(x: Any, was: Any) -> Any:
     return x if x is None or (x.device, x.dtype) == was else x.to(*was)
 
 
+def computed(ctx, q, k, v, out, kept, dout, dlse, needs: str, call: Call, gradients: Callable):
+    """``gradients(…)`` of :class:`Attention`; zeros where no score was computed."""
+    if call.empty:
+        return tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
+    return gradients(q, k, v, out, kept, dout, dlse, call, needs)
+
+
+def refuse_double_backward(ctx, *_):
+    raise RuntimeError(
+        "gradients of attention's gradients are asked for (double backward); there are first derivatives only: "
+        "try torch.nn.functional.scaled_dot_product_attention under "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+    )
+
+
 class _Gradients(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it once more says what to do instead."""
 
-    @staticmethod
-    def forward(ctx, q, k, v, out, kept, dout, dlse, call: Call, needs: str, gradients: Callable):  # type: ignore[override]
-        if call.empty:
-            return tuple(torch.zeros_like(x) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
-        return gradients(q, k, v, out, kept, dout, dlse, call, needs)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "gradients of attention's gradients are asked for (double backward); there are first derivatives only: "
-            "try torch.nn.functional.scaled_dot_product_attention under "
-            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
-        )
+    forward = staticmethod(computed)
+    backward = staticmethod(refuse_double_backward)

@@ -1,7 +1,7 @@
 """From torch's tensors to a kernel on the caller's device and stream.
 
 tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
-Nothing here synchronises, and the forward pass allocates nothing.
+Nothing here synchronises, and the forward pass allocates nothing but its outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
 from cute_attn.plan import plan
 from cute_attn.private import current_device, raw_stream
-from cute_attn.problem import Call, Problem, check_strides, is_aligned, problem_of
+from cute_attn.problem import Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
 
 
 @lru_cache(maxsize=64)
@@ -57,6 +57,38 @@ def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, 
     config = plan(problem, device_target(device), mechanism)
     pieces = len(family(config).pieces(config)) if "q" in problem.gradients else 0
     return (config.tile_m, pieces, math.prod(family(config).piece_shape(config))) if pieces else None
+
+
+def passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tuple[Callable, Callable]:
+    """The kernels' forward and backward pass, as :class:`cute_attn.autograd.Attention` calls them."""
+    deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
+
+    def forward_pass(q, k, v, call):
+        return forward(call, mechanism, return_lse, True, q, k, v)
+
+    def backward_pass(q, k, v, out, lse_raw, dout, dlse, call, needs):
+        return gradients(call, mechanism, needs, deterministic, q, k, v, out, lse_raw, dout, dlse)
+
+    return forward_pass, backward_pass
+
+
+def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q, k, v):
+    """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
+    launch. Allocates these and nothing else."""
+    q, k, v = check_tensors_for_gpu(q, k, v, call)
+    out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
+    lse = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if return_lse else None
+    lse_raw = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if for_backward else None
+    if call.empty:  # the backward pass won't look at lse_raw either
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
+        return out, lse, lse_raw
+    device = q.get_device()
+    problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
+    function, blocks = prepared(problem, mechanism, device)
+    launch(function, blocks, device, call, q, k, v, out, lse, lse_raw)
+    return out, lse, lse_raw
 
 
 def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw) -> None:

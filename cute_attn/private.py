@@ -58,9 +58,16 @@ is_transformed: Callable[[torch.Tensor], bool] = _bound(
 )
 FakeTensor: Any = _bound("torch._subclasses.fake_tensor.FakeTensor", "whether a tensor has a shape only")
 FunctionalTensor: Any = _bound("torch._subclasses.functional_tensor.FunctionalTensor", "whether torch traces a call")
-tracer: Callable[[], Any] = _bound("torch.fx.experimental.proxy_tensor.get_proxy_mode", "whether torch traces a call")
+dispatch_modes: Callable[[], int] = _bound("torch._C._len_torch_dispatch_stack", "whether a mode sees every operator")
 current_device: Callable[[], int] = _of_cuda("torch._C._cuda_getDevice", "which device is current")
 raw_stream: Callable[[int], int] = _of_cuda("torch._C._cuda_getCurrentRawStream", "a device's current stream")
+
+
+def is_known(number: float) -> bool:
+    """Whether torch.compile has the value of a number, or a symbol for it."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # comes with sympy: too slow for an import
+
+    return has_static_value(number)
 
 
 class NoRunTimeValues:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from cute_attn.arguments import check_layout, check_memory, flag, integer, number, shown
+from cute_attn.arguments import check_layout, check_memory, flag, integer, is_traced, number, shown
 from cute_attn.rules import USUAL_CAP, score_scales
 
 GPU_DTYPES = (torch.float16, torch.bfloat16)
@@ -26,6 +26,7 @@ SCALE_MIN, SCALE_MAX = 1e-33, 1e33  # of the kernels: with up to 2³¹ keys, flo
 ALIGN_BYTES = 16  # TMA and 16-byte cp.async both need it of the base address and of every stride
 ALIGN_ELEMENTS = ALIGN_BYTES // 2  # the same for a stride counted in elements, of either of GPU_DTYPES
 GRADIENTS = ("", "q", "k", "v", "qk", "qv", "kv", "qkv")
+INT64_MAX = torch.iinfo(torch.int64).max
 TINY, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # below TINY digits are lost
 SCALES, SOFTCAPS = "or None for 1/√head_dim", "above 0, or 0 for none"
 UNBOUNDED = "with None or -1 for an unbounded side"
@@ -97,6 +98,8 @@ class Call:
     One is made in every eager call, so it is neither frozen nor a tuple: those take longer to make or to read.
 
     ``left`` and ``right`` are how far a query sees to either side of its aligned position; ``None`` is unbounded.
+
+    While a graph is made they may be symbols, the scale and the softcap tensors, and the scale None, for 1/√head_dim.
     """
 
     batch: int
@@ -106,10 +109,10 @@ class Call:
     seqlen_k: int
     head_dim: int
     head_dim_v: int
-    scale: float
+    scale: Any
     left: int | None
     right: int | None
-    softcap: float
+    softcap: Any
 
     @property
     def shift(self) -> int:
@@ -162,6 +165,8 @@ def check_call(q, k, v, scale, causal, window, softcap) -> Call:
         left, right = None, (0 if causal else None)
     else:
         left, right = _edges(causal, window, seqlen_q + seqlen_k)
+    if softcap is None:
+        softcap = 0.0
     if scale is None and type(softcap) is float and not softcap:
         scale = head_dim**-0.5
     else:
@@ -328,7 +333,9 @@ def _scores(scale, softcap) -> tuple[float, float]:
     if type(scale) is not float:
         scale = number("scale", scale, SCALES)
     if type(softcap) is not float:
-        softcap = 0.0 if softcap is None else number("softcap", softcap, SOFTCAPS)
+        softcap = number("softcap", softcap, SOFTCAPS)
+    if torch.compiler.is_dynamo_compiling() or isinstance(scale, torch.Tensor) or isinstance(softcap, torch.Tensor):
+        return scale, softcap  # the operator will look at them: torch.compile may have symbols here, and tensors no values yet
     log2, by_cap = score_scales(scale, softcap)
     fits = TINY <= abs(scale) <= LARGEST and TINY <= abs(log2) <= LARGEST
     if not (fits and (softcap == 0.0 or (softcap > 0.0 and TINY <= abs(by_cap) <= LARGEST))):
@@ -355,16 +362,22 @@ def _check_scores(scale: float, softcap: float) -> None:
 def _edges(causal, window, farthest: int) -> tuple[int | None, int | None]:
     """The band's edges from ``causal`` and ``window``: causal is a right edge at 0.
 
-    No query sees farther than ``farthest``, the sum of the lengths; a greater reach, which 32 bits might not hold, is cut.
+    No query sees farther than ``farthest``, the sum of the lengths; a greater reach, which 32 bits might not hold, is cut. In a
+    graph that is being made, whose lengths may be others later, that is left to the operator, which comes here again.
     """
     if not (isinstance(window, (tuple, list)) and len(window) == 2):
         raise TypeError(f"window is {shown(window)}; a pair (left, right) is needed, {UNBOUNDED}")
+    if torch.compiler.is_compiling() or type(farthest) is not int:
+        farthest = INT64_MAX
     edges: list[int | None] = []
-    for side, reach in zip(("left", "right"), window, strict=True):
+    for side, given in zip(("left", "right"), window, strict=True):
+        reach = given
         if reach is not None and type(reach) is not int:
             reach = integer(f"window's {side} side", reach, "or None for unbounded")
-        if reach is not None and reach < -1:
-            raise ValueError(f"window's {side} side is {shown(reach)}; an int ≥ 0 is needed, or None or -1 for unbounded")
-        edges.append(None if reach is None or reach == -1 else min(reach, farthest))
+        if not is_traced(given):
+            if reach is not None and reach < -1:
+                raise ValueError(f"window's {side} side is {shown(reach)}; an int ≥ 0 is needed, or None or -1 for unbounded")
+            reach = None if reach is None or reach == -1 else min(reach, farthest)
+        edges.append(reach)
     left, right = edges
-    return left, (0 if right is None else min(right, 0)) if causal else right
+    return left, 0 if causal else right

@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import torch
 
+from cute_attn import autocast
 from cute_attn.problem import Call
 from cute_attn.rules import LN_2, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
 
 
+@autocast.outside
 def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``softmax(rules(q kᵀ · scale)) v`` for a call that ``problem.check_call`` has checked; returns ``(out, lse, lse_log2)``.
 
@@ -76,6 +78,7 @@ def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
     return acc_O / safe_sum[..., None], torch.where(seen, row_max + safe_sum.log2(), -torch.inf)
 
 
+@autocast.outside
 def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv", *, tile_m: int = 128, tile_n: int = 128):
     """``(dq, dk, dv)``: the gradients of q, k, v from those of :func:`attention`'s outputs; None for what the string
     ``needs`` does not name. ``dlse`` may be None, for zeros.
@@ -86,7 +89,7 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     """
     dtype, acc_dtype = q.dtype, lse_log2.dtype
     dq, dk, dv = (
-        torch.zeros_like(x, dtype=acc_dtype) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)
+        x.new_zeros(x.shape, dtype=acc_dtype) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)
     )
     delta = (dout.to(acc_dtype) * out).sum(-1)  # (batch, seqlen_q, heads)
     if dlse is not None:

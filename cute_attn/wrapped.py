@@ -1,9 +1,9 @@
-"""Tensors that stand for others: those of ``torch.distributed``, of ``torch.vmap``, and those with a shape and no values.
+"""Tensors that stand for others: those of ``torch.distributed``, of ``torch.func``, and those with a shape and no values.
 
-They have no address that a kernel could read. Attention of what ``torch.distributed`` and ``torch.vmap`` wrap is attention
-of what is inside, wrapped again; of tensors without values the outputs have a shape and no values either. Other classes of
-tensors with a ``__torch_dispatch__`` are refused in words. Nothing here imports ``torch.distributed``: who passes one of its
-tensors has.
+They have no address that a kernel could read. Attention of what ``torch.distributed`` wraps is attention of what is inside,
+wrapped again; what ``torch.vmap`` maps, what is traced, and tensors without values go to the operators of ``ops.py``. Other
+classes of tensors with a ``__torch_dispatch__`` are refused in words. Nothing here imports ``torch.distributed``: who passes
+one of its tensors has.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
 from cute_attn.arguments import check_memory, computes_in_its_own_way
-from cute_attn.private import COLLECTIVES, FakeTensor, FunctionalTensor, is_batched, tracer
-from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_kernels
+from cute_attn.private import COLLECTIVES, FakeTensor, FunctionalTensor, is_batched, is_transformed
+from cute_attn.problem import check_call
 
 TRACED = (FakeTensor, FunctionalTensor)  # torch's own, with which it finds out what is computed
 DTENSORS = "torch.distributed.tensor"
@@ -27,14 +26,12 @@ def handler(q, k, v) -> Callable | None:
     """The function that calls ``attention`` on what is inside q, k, v and wraps what it returns; None where they are what is
     to be read. It takes ``(attention, q, k, v, rules, others)``: the keywords of ``check_call``, and the remaining ones."""
     tensors = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if isinstance(x, torch.Tensor)}
-    if any(is_batched(x) for x in tensors.values()):
-        return _mapped
     if any(_is(x, COLLECTIVES, "AsyncCollectiveTensor") for x in tensors.values()):
         return _waited
     if any(_is(x, DTENSORS, "DTensor") for x in tensors.values()):
         return _sharded
     for name, x in tensors.items():
-        if torch.masked.is_masked_tensor(x):
+        if isinstance(x, torch.masked.MaskedTensor):
             raise TypeError(
                 f"{name} is a MaskedTensor; a plain tensor is needed, as attention has no mask of elements: try "
                 f"{name}.to_tensor(0.0), with causal and window for which keys a query sees"
@@ -103,7 +100,7 @@ def _sharded(attention: Callable, q, k, v, rules: dict, others: dict):
             f"heads, or Replicate() is needed on each dimension of the mesh, alike for all three: try "
             f"x.redistribute(placements=…) of each"
         )
-    shards = math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement == distributed.Shard(2))
+    shards = math.prod([mesh.size(i) for i, placement in enumerate(placements) if placement == distributed.Shard(2)])
     if call.heads != call.heads_kv and call.heads_kv % shards:
         raise ValueError(
             f"k has {call.heads_kv} heads in {shards} shards; a multiple is needed where q has more heads (GQA), so that each "
@@ -123,85 +120,52 @@ def _sharded(attention: Callable, q, k, v, rules: dict, others: dict):
     return whole(out, placements, *shape), whole(lse, lse_placements, call.batch, call.heads, call.seqlen_q)
 
 
-# ---- vmap ------------------------------------------------------------------------------------------------------------
+# ---- what the operators get -------------------------------------------------------------------------------------------
 
 
-def _mapped(attention: Callable, q, k, v, rules: dict, others: dict):
-    check_call(q, k, v, **rules)  # the shapes that each member has
-    return _Mapped.apply(q, k, v, partial(attention, **rules, **others))
-
-
-class _Mapped(torch.autograd.Function):
-    """Attention under ``torch.vmap``: the mapped dimension joins the batch."""
-
-    @staticmethod
-    def forward(q, k, v, attention: Callable):  # type: ignore[override]
-        return attention(q, k, v)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def vmap(info, in_dims, q, k, v, attention: Callable):  # type: ignore[override]
-        members = info.batch_size
-        inputs = [
-            x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip((q, k, v), in_dims, strict=False)
-        ]
-        results = attention(*(x.flatten(0, 1) for x in inputs))
-        sizes = members, inputs[0].shape[1]
-        if not isinstance(results, tuple):
-            return results.unflatten(0, sizes), 0
-        return tuple(x.unflatten(0, sizes) for x in results), (0, 0)
-
-
-# ---- shapes without values -------------------------------------------------------------------------------------------
-
-
-def holds_values(q, k, v, on_reference: bool) -> bool:
-    """Whether the inputs, which ``check_call`` has passed, have values, and not just shapes as fake and meta tensors do.
-
-    While torch traces a graph, what has only a shape stands for values. Refuses what can't be read at all.
+def are_read(q, k, v) -> bool:
+    """Whether the inputs, which ``check_call`` has passed, are what is to be read: they have values of their own, and not just
+    shapes as fake and meta tensors do, and nothing traces them or maps them. Refuses what can't be read at all.
     """
-    if torch.compiler.is_compiling() or any(isinstance(x, FunctionalTensor) for x in (q, k, v)):
-        return True
-    shapes = [x.is_meta or isinstance(x, FakeTensor) for x in (q, k, v)]
+    tensors = {"q": q, "k": k, "v": v}
+    if any(is_batched(x) or isinstance(x, FunctionalTensor) for x in tensors.values()):
+        return False
+    shapes = [x.is_meta or isinstance(x, FakeTensor) for x in tensors.values()]
     if not any(shapes):
-        for name, x in zip("qkv", (q, k, v), strict=True):
+        for name, x in tensors.items():
             check_memory(name, x)
         return True
     if not all(shapes):
         raise TypeError(
-            f"q, k, v are a {', a '.join(type(x).__name__ for x in (q, k, v))}; all or none with values is needed: "
+            f"q, k, v are a {', a '.join(type(x).__name__ for x in tensors.values())}; all or none with values is needed: "
             f"try fake_mode.from_tensor of the others"
         )
-    if q.is_cuda and not torch.cuda.is_available() and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    return False
+
+
+def check_transforms(q, k, v, differentiated: bool) -> None:
+    """Refuse transforms of ``torch.func`` other than ``torch.vmap``."""
+    compiling = torch.compiler.is_compiling()  # which tells what is mapped from the rest, and no more of it
+    if (differentiated or compiling) and not any(map(is_batched, (q, k, v))):
+        raise NotImplementedError(
+            "gradients are asked for inside a transform of torch.func; attention has them for torch.autograd only: "
+            "try torch.autograd.grad, or torch.nn.functional.scaled_dot_product_attention"
+        )
+    if not compiling:
+        check_mapped(q, k, v)
+
+
+def check_mapped(q, k, v) -> None:
+    """Refuse what is inside of a transform of ``torch.func`` other than ``torch.vmap``."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if is_transformed(x) and not is_batched(x):
+            check_memory(name, x)
+
+
+def check_device(q) -> None:
+    """Refuse to differentiate what torch.autograd can't: it would end the process."""
+    if isinstance(q, FakeTensor) and q.is_cuda and not torch.cuda.is_available():
         raise NotImplementedError(
             "gradients of fake CUDA tensors are asked for where there is no CUDA; torch's autograd needs the device's stream: "
             "try torch.no_grad(), or tensors on the device 'meta'"
         )
-    tracing = tracer() is not None
-    if tracing and not on_reference:
-        raise NotImplementedError(
-            "a graph is traced from fake tensors, and the kernels are no operators that it could have; tensors with values "
-            "are needed: trace with backend='reference'"
-        )
-    return tracing
-
-
-def shapes_only(q, k, v, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(out, lse, kept)`` of tensors that have shapes only, as ``cute_attn.autograd.Attention`` calls the forward pass."""
-    if q.is_cuda:
-        check_for_kernels(q.dtype, call)
-        for name, x in zip("qkv", (q, k, v), strict=True):
-            strides_for_kernels(name, x)
-    out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse, kept = (q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=dtype) for _ in range(2))
-    return out, lse, kept
-
-
-def shapes_of_gradients(q, k, v, out, kept, dout, dlse, call: Call, needs: str):
-    """The backward pass of tensors that have shapes only, as ``cute_attn.autograd.Attention`` calls it."""
-    return tuple(x.new_empty(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))

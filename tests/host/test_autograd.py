@@ -428,13 +428,3 @@ def test_transforms_are_refused(backend):
     for transform in (torch.func.grad, torch.func.jacrev):
         with pytest.raises(NotImplementedError, match=r"torch\.func.*torch\.autograd\.grad"):
             transform(lambda q: attention(q, k, v, backend=backend).sum())(q)
-
-
-def test_compiles_as_one_graph_with_gradients():
-    """torch.compile takes the reference in, forward and backward."""
-    q, k, v = leaves(torch.float32)
-    dout, _ = make_gradients(q, v)
-    out = torch.compile(attention, backend="aot_eager", fullgraph=True)(q, k, v, causal=True)
-    got = torch.autograd.grad(out, (q, k, v), dout)
-    for x, expected in zip(got, gradients_of(q, k, v, dout, causal=True), strict=True):
-        torch.testing.assert_close(x, expected)

@@ -253,6 +253,10 @@ def twice_differentiated():
     gradient.sum().backward()
 
 
+def calls_attention(x: torch.Tensor) -> torch.Tensor:
+    return attention(x, x, x)
+
+
 # Through attention() itself.
 API = [
     Row(
@@ -331,12 +335,20 @@ API = [
         ".backward(), or torch.nn.functional.scaled_dot_product_attention",
     ),
     Row(
-        "reverse mode of torch.func",
-        lambda: torch.func.grad(lambda x: attention(q, x, v).sum())(k),
+        "torch.jit.script",
+        lambda: torch.jit.script(attention),
         NotImplementedError,
-        "inside a transform of torch.func",
-        "for torch.autograd only",
-        "torch.autograd.grad, or torch.nn.functional.scaled_dot_product_attention",
+        "torch.jit.script compiles attention",
+        "TorchScript has no words for",
+        "torch.compile, or torch.export.export",
+    ),
+    Row(
+        "torch.jit.script of a caller",
+        lambda: torch.jit.script(calls_attention),
+        NotImplementedError,
+        "torch.jit.script compiles attention",
+        "TorchScript has no words for",
+        "torch.compile, or torch.export.export",
     ),
 ]
 

@@ -47,6 +47,7 @@ def test_this_torch_has_them_all(with_cuda):
     module = imported_anew()
     assert len(module.NAMES) == len(set(module.NAMES)) == 10
     assert module.any_autocast_enabled() is False
+    assert module.dispatch_modes() == 0
     assert module.transforms_active() is False
     assert module.dual_level() == -1
     with torch.autocast("cpu"):
@@ -54,6 +55,8 @@ def test_this_torch_has_them_all(with_cuda):
     with torch.autograd.forward_ad.dual_level():
         assert module.dual_level() == 0
     assert torch.func.vmap(lambda x: x * module.transforms_active())(torch.ones(1)) == 1
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert module.dispatch_modes() == 1
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_this_torch_has_them_all(with_cuda):
         "torch._C._functorch.is_functorch_wrapped_tensor",
         "torch._subclasses.fake_tensor.FakeTensor",
         "torch._subclasses.functional_tensor.FunctionalTensor",
-        "torch.fx.experimental.proxy_tensor.get_proxy_mode",
+        "torch._C._len_torch_dispatch_stack",
         "torch._C._cuda_getDevice",
         "torch._C._cuda_getCurrentRawStream",
     ],

@@ -1,0 +1,210 @@
+"""The kernels as operators of torch.library: torch.compile, CUDA graphs, torch.export, AOTInductor, selective checkpoints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from cute_attn import attention, launch
+from tests.support import make_gradients, make_qkv
+
+OPS = torch.ops.cute_attn
+RULES = {"causal": True, "window": (200, None), "softcap": 20.0, "scale": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    torch._dynamo.reset()
+
+
+def leaves(batch=2, sq=300, sk=400, d=64, dv=64, heads=(4, 2)):
+    return [x.requires_grad_() for x in make_qkv(batch, sq, sk, *heads, d, dv, torch.bfloat16, "cuda")]
+
+
+def both_passes(function, q, k, v, *arguments):
+    out, lse = function(q, k, v, *arguments)
+    return [out, lse, *torch.autograd.grad((out, lse), (q, k, v), make_gradients(q.detach(), v.detach()))]
+
+
+def assert_same_bits(found, expected):
+    for got, wanted in zip(found, expected, strict=True):
+        assert (got.shape, got.stride(), got.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert torch.equal(got, wanted)
+
+
+def attend(mechanism, **options):
+    return lambda q, k, v: attention(
+        q, k, v, return_lse=True, deterministic=True, mechanism=mechanism, backend="cute", **{**RULES, **options}
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("numbers", [float, lambda x: torch.tensor(x, dtype=torch.float64)], ids=["floats", "tensors"])
+def test_opcheck(numbers, mechanism):
+    q, k, v = leaves()
+    rules = numbers(0.2), numbers(20.0), 200, 0
+    how = True, "cute", mechanism
+    overload = "default" if numbers is float else "Tensor"
+    forward, backward = (getattr(packet, overload) for packet in (OPS.attention, OPS.attention_backward))
+    torch.library.opcheck(forward, (q, k, v, *rules, True, True, *how))
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, _, kept = forward(q, k, v, *rules, True, True, *how)
+    dout, dlse = make_gradients(q, v)
+    for needs, of_lse in (("qkv", dlse), ("k", None)):
+        torch.library.opcheck(backward, (q, k, v, out, kept, dout, of_lse, *rules, needs, *how))
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_compiled_is_eager_bit_by_bit(d, mechanism):
+    """And no length or batch makes a graph more than the two of constants and symbols."""
+    function, counter = attend(mechanism), CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(function, backend=counter, fullgraph=True)
+    for batch, sq, sk in ((3, 300, 400), (5, 170, 900), (7, 129, 1000), (9, 100, 130)):
+        tensors = leaves(batch, sq, sk, d, d)
+        assert_same_bits(both_passes(fast, *tensors), both_passes(function, *tensors))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor(mode, mechanism):
+    """Head-first tensors that Inductor fuses something into; with CUDA graphs, which are recorded and then played."""
+
+    def function(q, k, v):
+        q, k, v = (2.0 * x.transpose(1, 2) for x in (q, k, v))
+        out, lse = attend(mechanism)(q, k, v)
+        return out.transpose(1, 2) * 3.0, lse - 1.0
+
+    fast = torch.compile(function, mode=mode, fullgraph=True)
+    for _ in range(4):
+        tensors = [torch.randn(2, 4, 300, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3)]
+        douts = torch.randn_like(tensors[0]), torch.randn(2, 4, 300, device="cuda")
+        results = []
+        for f in (fast, function):
+            torch.compiler.cudagraph_mark_step_begin()
+            outputs = f(*tensors)
+            results.append([x.clone() for x in (*outputs, *torch.autograd.grad(outputs, tensors, douts))])
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["floats", "tensors"])
+def test_a_scale_that_changes_under_cuda_graphs(kind, mechanism):
+    """A recorded launch would have the first one for ever."""
+
+    def function(q, k, v, scale):
+        return attention(q * 2.0, k, v, scale=scale, mechanism=mechanism) + 1.0
+
+    fast = torch.compile(function, mode="reduce-overhead", fullgraph=True)
+    q, k, v = (x.detach() for x in leaves())
+    for i in range(1, 8):
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(fast(q, k, v, kind(0.05 * i)).clone(), function(q, k, v, 0.05 * i))
+
+
+def test_a_window_that_changes_under_cuda_graphs(mechanism):
+    def function(q, k, v, left):
+        return attention(q * 2.0, k, v, causal=True, window=(left, None), mechanism=mechanism) + 1.0
+
+    fast = torch.compile(function, mode="reduce-overhead", fullgraph=True)
+    q, k, v = (x.detach() for x in leaves())
+    for left in (10, 20, 40, 20, 40, 10, 40):
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(fast(q, k, v, left).clone(), function(q, k, v, left))
+
+
+def test_autocast(mechanism):
+    def function(q, k, v):
+        with torch.autocast("cuda", torch.bfloat16):
+            return attend(mechanism)(q, k, v)
+
+    tensors = [x.detach().float().requires_grad_() for x in leaves()]
+    fast = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for got, wanted in zip(fast(*tensors), function(*tensors), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_selective_checkpointing(mechanism, monkeypatch):
+    """The forward kernel is launched once where its results are saved by name, and twice where they are not."""
+    launched = []
+    plain = launch.launch
+    monkeypatch.setattr(launch, "launch", lambda *arguments: (launched.append(1), plain(*arguments)))
+    q, k, v = leaves()
+    for policy, count in ((CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.MUST_RECOMPUTE, 2)):
+
+        def decide(context, operator, *arguments, policy=policy, **options):
+            return policy if operator is OPS.attention.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+        launched.clear()
+        out, _ = checkpoint(
+            attend(mechanism),
+            q,
+            k,
+            v,
+            use_reentrant=False,
+            context_fn=lambda decide=decide: create_selective_checkpoint_contexts(decide),
+        )
+        out.sum().backward()
+        assert len(launched) == count
+
+
+class Attend(torch.nn.Module):
+    def forward(self, q, k, v):
+        return attention(q, k, v, return_lse=True, **RULES)
+
+
+def exported():
+    batch, sq, sk = Dim("batch"), Dim("sq"), Dim("sk")
+    shapes = {"q": {0: batch, 1: sq}, "k": {0: batch, 1: sk}, "v": {0: batch, 1: sk}}
+    return torch.export.export(Attend(), tuple(x.detach() for x in leaves()), dynamic_shapes=shapes)
+
+
+SIZES = ((2, 300, 400), (5, 170, 900), (1, 1, 130))
+
+
+def test_export(tmp_path):
+    torch.export.save(exported(), tmp_path / "attend.pt2")
+    module = torch.export.load(tmp_path / "attend.pt2").module()
+    for sizes in SIZES:
+        tensors = [x.detach() for x in leaves(*sizes)]
+        assert_same_bits(module(*tensors), Attend()(*tensors))
+
+
+FRESH = """
+import sys, torch, cute_attn
+package, tensors, result = sys.argv[1:]
+run = torch._inductor.aoti_load_package(package)
+torch.save([run(*inputs) for inputs in torch.load(tensors)], result)
+"""
+
+
+def test_aotinductor_in_a_fresh_process(tmp_path):
+    package = torch._inductor.aoti_compile_and_package(exported(), package_path=str(tmp_path / "attend.pt2"))
+    inputs = [[x.detach() for x in leaves(*sizes)] for sizes in SIZES]
+    torch.save(inputs, tmp_path / "inputs")
+    paths = [str(package), str(tmp_path / "inputs"), str(tmp_path / "outputs")]
+    subprocess.run([sys.executable, "-c", FRESH, *paths], check=True)
+    for found, tensors in zip(torch.load(tmp_path / "outputs"), inputs, strict=True):
+        assert_same_bits(found, Attend()(*tensors))
+
+
+WRONG = {
+    "float32": (lambda x: x.float(), "the GPU kernels take float16 and bfloat16"),
+    "head_dim": (lambda x: x[..., :20], "a multiple of 8 up to 256 is needed"),
+    "strides": (lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), "1 is needed (head_dim contiguous)"),
+    "alignment": (lambda x: x[..., 4:60], "a multiple is needed: try q.clone()"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG.values(), ids=WRONG)
+def test_wrong_tensors_keep_their_message(change, words):
+    tensors = [change(x.detach()) for x in leaves()]
+    fast = torch.compile(lambda q, k, v: attention(q, k, v), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        fast(*tensors)
+    assert words in str(caught.value)

@@ -1,0 +1,250 @@
+"""The operators of torch.library: what torch checks of them, and all that comes by them outside of torch.compile."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from functorch.compile import aot_function, nop
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from cute_attn import attention, launch, reference
+from tests.support import make_gradients, make_qkv
+
+# Torch's own, of what it uses itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning")
+
+OPS = torch.ops.cute_attn
+NUMBERS = {"default": lambda x: x, "Tensor": lambda x: None if x is None else torch.tensor(x, dtype=torch.float64)}
+RULES = [  # scale, softcap, left, right
+    (None, None, None, None),
+    (0.3, 5.0, 30, 0),
+    (None, 2.0, None, 7),
+]
+
+
+def leaves(dtype=torch.float32, needs="qkv", sq=9, sk=11):
+    return [x.requires_grad_(name in needs) for name, x in zip("qkv", make_qkv(3, sq, sk, 4, 2, 16, 24, dtype), strict=True)]
+
+
+def forward_arguments(q, k, v, rules, numbers, return_lse=True, for_backward=True):
+    scale, softcap, *edges = rules
+    return q, k, v, numbers(scale), numbers(softcap), *edges, return_lse, for_backward, False, "auto", None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("overload", NUMBERS)
+@pytest.mark.parametrize("rules", RULES)
+def test_opcheck(rules, overload):
+    """Schema, autograd, shapes, and tracing with static and dynamic ones."""
+    q, k, v = leaves()
+    arguments = forward_arguments(q, k, v, rules, NUMBERS[overload])
+    torch.library.opcheck(getattr(OPS.attention, overload), arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("overload", NUMBERS)
+@pytest.mark.parametrize("needs", ["qkv", "k"])
+def test_opcheck_of_gradients(needs, overload):
+    q, k, v = leaves(torch.bfloat16, needs="")
+    arguments = forward_arguments(q, k, v, RULES[1], NUMBERS[overload])
+    out, _, kept = getattr(OPS.attention, overload)(*arguments)
+    dout, dlse = make_gradients(q, v)
+    for of_lse in (None, dlse):
+        inputs = (q, k, v, out, kept, dout, of_lse, *arguments[3:7], needs, *arguments[9:])
+        torch.library.opcheck(getattr(OPS.attention_backward, overload), inputs)
+
+
+@pytest.mark.parametrize(("return_lse", "for_backward"), list(itertools.product([False, True], repeat=2)))
+def test_what_nobody_asked_for_has_size_0(return_lse, for_backward):
+    q, k, v = leaves(needs="")
+    results = OPS.attention(*forward_arguments(q, k, v, RULES[0], NUMBERS["default"], return_lse, for_backward))
+    assert [x.numel() > 0 for x in results] == [True, return_lse, for_backward]
+
+
+def test_an_operator_checks_its_arguments():
+    q, k, v = leaves(needs="")
+    for rules, words in (((0.1, -2.0, None, None), "softcap is -2.0"), ((None, None, -5, 0), "window's left side is -5")):
+        with pytest.raises(ValueError, match=words):
+            OPS.attention(*forward_arguments(q, k, v, rules, NUMBERS["default"]))
+        with pytest.raises(ValueError, match=words):
+            OPS.attention.Tensor(*forward_arguments(q, k, v, rules, NUMBERS["Tensor"]))
+
+
+def counted(monkeypatch):
+    """How often the reference computes each pass."""
+    seen = {"attention": 0, "gradients": 0}
+    for name in seen:
+        plain = getattr(reference, name)
+
+        def computes(*arguments, name=name, plain=plain):
+            seen[name] += 1
+            return plain(*arguments)
+
+        monkeypatch.setattr(reference, name, computes)
+    return seen
+
+
+def test_a_graph_made_without_gradients_has_them(monkeypatch):
+    """The forward pass is run once more for what it didn't keep."""
+    q, k, v = leaves()
+    dout, _ = make_gradients(q.detach(), v.detach())
+    seen = counted(monkeypatch)
+    out, _, _ = OPS.attention(*forward_arguments(q, k, v, RULES[1], NUMBERS["default"], False, False))
+    got = torch.autograd.grad(out, (q, k, v), dout)
+    assert seen == {"attention": 2, "gradients": 1}
+    expected = torch.autograd.grad(attention(q, k, v, scale=0.3, softcap=5.0, window=(30, 0)), (q, k, v), dout)
+    assert all(map(torch.equal, got, expected))
+
+
+def test_eager_calls_do_not_come_here(monkeypatch):
+    monkeypatch.setattr("cute_attn.ops.attention", None)
+    out, lse = attention(*leaves(), return_lse=True)
+    (out.sum() + lse.sum()).backward()
+    with torch.inference_mode():
+        attention(*leaves(needs=""))
+
+
+# ---- modes that see every operator -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("policy", "count"), [(CheckpointPolicy.MUST_SAVE, 1), (CheckpointPolicy.MUST_RECOMPUTE, 2)])
+def test_selective_checkpointing_by_name(policy, count, compiled, monkeypatch):
+    """What is saved is not computed again."""
+
+    def decide(context, operator, *arguments, **options):
+        return policy if operator is OPS.attention.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts():
+        return create_selective_checkpoint_contexts(decide)
+
+    def block(q, k, v):
+        return attention(q * 1.0, k * 1.0, v * 1.0, causal=True).sin()
+
+    def function(q, k, v):
+        return checkpoint(block, q, k, v, use_reentrant=False, context_fn=contexts)
+
+    tensors = leaves()
+    dout, _ = make_gradients(tensors[0].detach(), tensors[2].detach())
+    expected = torch.autograd.grad(block(*tensors), tensors, dout)
+    seen = counted(monkeypatch)
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(function, backend="aot_eager_decomp_partition", fullgraph=True)
+    got = torch.autograd.grad(function(*tensors), tensors, dout)
+    assert seen == {"attention": count, "gradients": 1}
+    assert all(map(torch.equal, got, expected))
+
+
+def test_flops_are_counted_as_those_of_torchs_attention():
+    q, k, v = leaves()
+    with FlopCounterMode(display=False) as mode:
+        out = attention(q, k, v, causal=True)
+    forward = mode.get_total_flops()
+    with mode:
+        out.sum().backward()
+    q, k, v, out = ((x.shape[0], 4, x.shape[1], x.shape[3]) for x in (q, k, v, out))  # as torch has them, with all heads
+    assert forward == sdpa_flop_count(q, k, v)
+    assert mode.get_total_flops() == sdpa_backward_flop_count(out, q, k, v)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(mode):
+    def function(q, k, v):
+        return attention(q, k, v, causal=True, window=(30, None), scale=q.shape[-1] ** -0.5, return_lse=True)
+
+    graph = make_fx(function, tracing_mode=mode)(*leaves(needs=""))
+    operators = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert operators.count(OPS.attention.default) == 1
+    tensors = leaves(needs="", sq=70 if mode == "symbolic" else 9)
+    assert all(map(torch.equal, graph(*tensors), function(*tensors)))
+
+
+def test_aot_function():
+    q, k, v = leaves()
+    out = aot_function(lambda *tensors: attention(*tensors, causal=True), nop)(q, k, v)
+    dout = torch.randn_like(out)
+    expected = torch.autograd.grad(attention(q, k, v, causal=True), (q, k, v), dout)
+    assert all(map(torch.equal, torch.autograd.grad(out, (q, k, v), dout), expected))
+
+
+def test_a_fake_mode_over_tensors_with_values():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out, lse = attention(*leaves(), return_lse=True)
+    assert (out.shape, lse.shape) == ((3, 9, 4, 24), (3, 4, 9))
+
+
+def test_double_backward_of_an_operator_says_so():
+    q, k, v = leaves()
+    with FlopCounterMode(display=False):
+        (gradient,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"double backward.*SDPBackend\.MATH"):
+            gradient.sum().backward()
+
+
+# ---- the kernels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Tensors say they lie on a GPU, and the reference takes the place of the launch. What was launched."""
+    seen = []
+
+    def forward(call, mechanism, return_lse, for_backward, q, k, v):
+        seen.append(("forward", mechanism, return_lse, for_backward))
+        return reference.attention(q, k, v, call)
+
+    def gradients(call, mechanism, needs, deterministic, q, k, v, out, kept, dout, dlse):
+        seen.append(("gradients", mechanism, needs, deterministic, dlse is not None))
+        return reference.gradients(q, k, v, out, kept, dout, dlse, call, needs)
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr(launch, "forward", forward)
+    monkeypatch.setattr(launch, "gradients", gradients)
+    return seen
+
+
+def test_the_kernels_are_asked_for_what_is_needed(kernels):
+    q, k, v = leaves(torch.float16, needs="qv")
+    with FlopCounterMode(display=False):
+        out = attention(q, k, v, mechanism="cp_async", deterministic=True)
+        out.sum().backward()
+        attention(q.detach(), k, v.detach(), return_lse=True)
+        attention(q, k, v, return_lse=True)[1].sum().backward()
+    assert kernels == [
+        ("forward", "cp_async", False, True),
+        ("gradients", "cp_async", "qv", True, False),
+        ("forward", None, True, False),
+        ("forward", None, True, True),
+        ("gradients", None, "qv", False, True),
+    ]
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 6), (2, 0, 6), (2, 5, 0)])
+def test_what_the_kernels_return_for_sizes_of_zero(shape, monkeypatch):
+    """Nothing is launched, and the results have the shapes that a graph counts on."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr(launch, "launch", None)
+    batch, sq, sk = shape
+    q, k, v = make_qkv(batch, sq, sk, 4, 2, 16, 24, torch.float16)
+    found = OPS.attention(*forward_arguments(q, k, v, RULES[0], NUMBERS["default"]))
+    meta = OPS.attention(*forward_arguments(*(x.to("meta") for x in (q, k, v)), RULES[0], NUMBERS["default"]))
+    assert [(x.shape, x.stride(), x.dtype) for x in found] == [(x.shape, x.stride(), x.dtype) for x in meta]
+
+
+def test_a_graph_of_kernels():
+    """Traced where there is no GPU: shapes, strides and the checks of the kernels."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(x.shape, dtype=torch.float16, device="cuda") for x in leaves())
+        strided = torch.empty(3, 9, 16, 4, dtype=torch.float16, device="cuda").transpose(2, 3)
+    graph = make_fx(lambda *tensors: attention(*tensors, causal=True), tracing_mode="fake")(q, k, v)
+    (node,) = (node for node in graph.graph.nodes if node.target is OPS.attention.default)
+    out = node.meta["val"][0]
+    assert (tuple(out.shape), out.is_contiguous(), out.device.type) == ((3, 9, 4, 24), True, "cuda")
+    with pytest.raises(ValueError, match="last dimension of q has stride 4"):
+        make_fx(lambda *tensors: attention(*tensors), tracing_mode="fake")(strided, k, v)
