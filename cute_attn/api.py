@@ -11,9 +11,10 @@ from torch.compiler import is_compiling
 from cute_attn import autocast, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of
 from cute_attn.autograd import Attention
+from cute_attn.lengths import Lengths, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
-from cute_attn.problem import check_call
+from cute_attn.problem import Call, check_call, check_packed
 
 BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
@@ -33,6 +34,8 @@ def attention(
     deterministic: bool = False,
     backend: str = "auto",
     mechanism: str | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact softmax attention, fused: ``softmax(scale · q kᵀ) v`` without the score matrix in memory.
 
@@ -62,6 +65,10 @@ def attention(
         backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device), or
             ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
         mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.
+        seqused_q: int32 ``(batch,)`` on q's device: how many rows of each element of the batch are in use; the last of these
+            is aligned with the last key in use. The others are neither read nor computed: their outputs and gradients are
+            zeros, their lse −inf. Nothing reads the values back. What is not of one piece in memory is copied.
+        seqused_k: the same for k and v.
 
     Flags are bools, numbers are real or have an ``__index__``, from Python, numpy or a tensor of 0 dimensions on the CPU; a
     bool is no number, and 1 is no flag. ``scale`` and ``softcap`` are numbers that float32 can hold, and so are the products
@@ -98,6 +105,87 @@ def attention(
         others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
         return handle(attention, q, k, v, rules, others)
     call = check_call(q, k, v, scale, causal, window, softcap)
+    how = return_lse, deterministic, backend, mechanism
+    if seqused_q is not None or seqused_k is not None:
+        batch, rows = call.batch, (call.batch * call.seqlen_q, call.batch * call.seqlen_k)
+        lengths = check_lengths(q, batch, (None, None, seqused_q, seqused_k), rows)
+        q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+        out, lse = _computed(q, k, v, _packed(call, lengths, rows), scale, how, plain, transformed)
+        out = out.view(batch, -1, *out.shape[2:])
+        return (out, lse.view(lse.shape[1], batch, -1).transpose(0, 1)) if return_lse else out
+    out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None = None,
+    *,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+    mechanism: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`attention` of sequences of different lengths, one after another in the rows of q, k and v.
+
+    Sequence i has the queries from row ``cu_seqlens_q[i]`` up to ``cu_seqlens_q[i + 1]`` and the keys from ``cu_seqlens_k[i]``
+    up to ``cu_seqlens_k[i + 1]``. Its queries see its own keys only, the last of them aligned with the last key, as everywhere.
+    Nothing reads the lengths back from the device: the same call can be captured in a CUDA graph and replayed with others.
+
+    Args:
+        q: ``(total_q, heads, head_dim)``.
+        k: ``(total_k, heads_kv, head_dim)``.
+        v: ``(total_k, heads_kv, head_dim_v)``.
+        cu_seqlens_q: int32 ``(batch + 1,)`` on q's device, from 0, ascending. Rows from the last value on belong to no
+            sequence: outputs and gradients of theirs are zeros, the lse is −inf.
+        cu_seqlens_k: the same for k and v; ``None`` is that of q.
+        seqused_q: int32 ``(batch,)`` on q's device: how many of a sequence's rows are in use, see :func:`attention`.
+        seqused_k: the same for k and v.
+
+    All others are those of :func:`attention`. With ``CUTE_ATTN_CHECK=1`` in the environment the lengths are read back and
+    checked; without it, wrong ones give wrong results, but nothing is written outside of these.
+
+    Returns:
+        ``out``, ``(total_q, heads, head_dim_v)`` in q's dtype; with ``return_lse`` also ``lse``, ``(heads, total_q)``.
+
+    Raises:
+        As :func:`attention` does.
+    """
+    if any_autocast_enabled():
+        q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
+    check_packed(q, k, v)
+    transformed = transforms_active()
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    call = check_call(q, k, v, scale, causal, window, softcap)
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    rows = call.seqlen_q, call.seqlen_k
+    lengths = check_lengths(q, None, (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), rows)
+    how = return_lse, deterministic, backend, mechanism
+    out, lse = _computed(q, k, v, _packed(call, lengths, rows), scale, how, plain, transformed)
+    return (out.squeeze(0), lse.squeeze(0)) if return_lse else out.squeeze(0)
+
+
+def _packed(call: Call, lengths: Lengths, rows: tuple[int, int]) -> Call:
+    """A call of ragged sequences."""
+    call.batch, (call.seqlen_q, call.seqlen_k), call.lengths = 1, rows, lengths
+    return call
+
+
+def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: bool):
+    """``(out, lse)`` of a checked call; ``how`` is (return_lse, deterministic, backend, mechanism), not checked yet. ``plain``:
+    q, k, v are torch's own tensors, and not in a transform of ``torch.func``, as others may be."""
+    return_lse, deterministic, backend, mechanism = how
     if not type(return_lse) is type(deterministic) is bool:
         return_lse, deterministic = flag("return_lse", return_lse), flag("deterministic", deterministic)
     if type(backend) is not str or backend not in BACKENDS:
@@ -122,15 +210,13 @@ def attention(
         wrapped.check_transforms(q, k, v, differentiated)
     if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
-        out, lse = ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
-    elif differentiated:
+        return ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
+    if differentiated:
         passes = _REFERENCE if on_reference else launch.passes(return_lse, mechanism, deterministic)
-        out, lse = Attention.apply(q, k, v, call, *passes)
-    elif on_reference:
-        out, lse, _ = _REFERENCE[0](q, k, v, call)
-    else:
-        out, lse, _ = launch.forward(call, mechanism, return_lse, False, q, k, v)
-    return (out, lse) if return_lse else out
+        return Attention.apply(q, k, v, call, *passes)
+    if on_reference:
+        return _REFERENCE[0](q, k, v, call)[:2]
+    return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
 
 
 def _refuse_scripting() -> NoReturn:

@@ -9,8 +9,8 @@ from cutlass import Float32, Int32, cute
 from cutlass.cute import runtime
 
 from cute_attn.layouts.base import element
+from cute_attn.lengths import NAMES
 from cute_attn.mainloop.common import Values
-from cute_attn.problem import RAGGED
 from cute_attn.scheduler import Tiles
 from cute_attn.sequences import Sequences, Side
 from cute_attn.softmax import LogSumExp
@@ -77,7 +77,7 @@ def fake_lengths(problem) -> tuple:
     def vector(asked):
         return runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4) if asked else None
 
-    return *(vector(name in problem.ragged) for name in RAGGED), Int32(0)
+    return *(vector(name in problem.ragged) for name in NAMES), Int32(0)
 
 
 def select_modes(m: cute.Tensor | None, modes: list[int]) -> cute.Tensor | None:

@@ -21,6 +21,8 @@ from cute_attn.plan import plan
 from cute_attn.private import current_device, raw_stream
 from cute_attn.problem import Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
 
+NO_LENGTHS = (None, None, None, None, 0)
+
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: int) -> int:
@@ -118,6 +120,8 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     function, blocks = prepared(problem, mechanism, device)
 
     rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
+    if call.lengths is not None:  # cute_attn.sequences says where each begins
+        rows_padded = (call.seqlen_q // ROW_PADDING + call.lengths.count + 1) * ROW_PADDING
     rows = q.new_empty((2, call.batch, call.heads, rows_padded), dtype=torch.float32)
     dq_sum = signals = None
     counters = 0
@@ -128,7 +132,8 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
         counters = math.prod(tiles) if ordered else 0
     if ordered or problem.masked:
         signals = q.new_zeros(COUNTERS + counters, dtype=torch.int32)
-    if call.left is not None and call.shift > call.left:  # keys that no query sees, which the kernels never touch
+    # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
+    if call.lengths is None and call.left is not None and call.shift > call.left:
         for x in (gradient["k"], gradient["v"]):
             if x is not None:
                 x[:, : call.shift - call.left].zero_()
@@ -147,7 +152,9 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tuple) -> None:
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
-    arguments = (*tensors, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, raw_stream(device))
+    lengths = call.lengths
+    where = NO_LENGTHS if lengths is None else (*lengths.tensors, lengths.count)
+    arguments = (*tensors, *where, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, raw_stream(device))
     if current_device() == device:
         function(*arguments)
     else:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from cute_attn.arguments import check_layout, check_memory, flag, integer, is_traced, number, shown
+from cute_attn.lengths import Lengths
 from cute_attn.rules import USUAL_CAP, score_scales
 
 GPU_DTYPES = (torch.float16, torch.bfloat16)
@@ -32,9 +33,6 @@ SCALES, SOFTCAPS = "or None for 1/√head_dim", "above 0, or 0 for none"
 UNBOUNDED = "with None or -1 for an unbounded side"
 
 
-RAGGED = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-
-
 @dataclass(frozen=True)
 class Problem:
     """What changes a kernel's code, and nothing else.
@@ -47,8 +45,8 @@ class Problem:
     parts are added in a fixed order. In the forward pass ``for_backward`` says that a backward pass will want the log-sum-exp
     in its own units.
 
-    ``ragged`` names what says how long each sequence is, a part of :data:`RAGGED` in this order, with spaces between; ``""`` is
-    a rectangle.
+    ``ragged`` names what says how long each sequence is, a part of ``lengths.NAMES`` in this order, with spaces between; ``""``
+    is a rectangle.
 
     ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
     """
@@ -97,7 +95,8 @@ class Call:
 
     One is made in every eager call, so it is neither frozen nor a tuple: those take longer to make or to read.
 
-    ``left`` and ``right`` are how far a query sees to either side of its aligned position; ``None`` is unbounded.
+    ``left`` and ``right`` are how far a query sees to either side of its aligned position; ``None`` is unbounded. With
+    ``lengths`` the batch is 1 and the seqlens are all rows.
 
     While a graph is made they may be symbols, the scale and the softcap tensors, and the scale None, for 1/√head_dim.
     """
@@ -113,6 +112,7 @@ class Call:
     left: int | None
     right: int | None
     softcap: Any
+    lengths: Lengths | None = None
 
     @property
     def shift(self) -> int:
@@ -172,6 +172,19 @@ def check_call(q, k, v, scale, causal, window, softcap) -> Call:
     else:
         scale, softcap = _scores(head_dim**-0.5 if scale is None else scale, softcap)
     return Call(batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v, scale, left, right, softcap)
+
+
+def check_packed(q, k, v) -> None:
+    """Check that q, k, v are tensors of packed sequences; the rest is :func:`check_call`'s, of one batch of them all."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed: try torch.as_tensor({name})")
+        check_layout(name, x)
+        if x.dim() != 3:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; 3 dimensions (rows of all sequences, heads, head_dim) are needed: "
+                f"try {name}.flatten(0, 1) of a batch of sequences, or attention()"
+            )
 
 
 def _explain_misfit(q, k, v) -> NoReturn:
@@ -235,6 +248,7 @@ def problem_of(
         deterministic,
         for_backward,
         call.softcap > USUAL_CAP,
+        "" if call.lengths is None else call.lengths.names,
     )
 
 
