@@ -160,7 +160,8 @@ def _padded_span(sequences: Sequences | None, row, batch):
     if sequences is None:
         return Span(batch), row
     q = sequences.q
-    span = q.span(q.at(row // ROW_PADDING, sequences.count, ROW_PADDING), sequences.count)
+    i, _, _ = q.at(row // ROW_PADDING, sequences.count, ROW_PADDING)
+    span = q.span(i, sequences.count)
     return span, row - span.padded
 
 

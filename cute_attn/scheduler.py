@@ -126,16 +126,11 @@ class Tiles:
         rectangle of one sequence."""
         sequences, tile = self.sequences, self.tile
         side = sequences.k if cutlass.const_expr(self.of_k) else sequences.q
-        i = side.at(position // self.heads, sequences.count, tile)
-        begin, end = side.slots(i, tile), side.all_slots(sequences.count, tile)
-        if i < sequences.count:
-            end = side.slots(i + 1, tile)
-        # Never less than one, and never past the last, whatever the lengths are: no tile is outside of what is written.
-        alone = replace(self, m_blocks=cutlass.max(end - begin, 1), batch=Int32(1), sequences=None)
+        i, begin, end = side.at(position // self.heads, sequences.count, tile)
+        alone = replace(self, m_blocks=end - begin, batch=Int32(1), sequences=None)
         if cutlass.const_expr(self.long_first and self.small is not None):
             alone = alone.in_small_groups(self.small)
-        position = cutlass.min(position - begin * self.heads, alone.count() - 1)
-        block, head, _ = alone._coordinates(position)
+        block, head, _ = alone._coordinates(position - begin * self.heads)
         q, k = sequences.spans(i)
         if cutlass.const_expr(self.of_k and self.long_first):
             block = alone.m_blocks - 1 - block

@@ -16,6 +16,7 @@ results there are zeros.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cutlass
 from cutlass import Int32, cute
@@ -43,15 +44,15 @@ class Span:
         """The rows in what is written: those that are none of the sequence's, too, up to the next one."""
         return self if self.first is None else replace(self, length=self.capacity)
 
-    def rows(self, m: cute.Tensor, head) -> cute.Tensor:
+    def rows(self, m: Any, head) -> Any:
         """``(length, columns)`` of ``(rows, columns, heads, batch)``."""
         return self._of(m[None, None, head, self.batch])
 
-    def row_values(self, m: cute.Tensor, head) -> cute.Tensor:
+    def row_values(self, m: Any, head) -> Any:
         """``(length)`` of a value of each row, ``(rows, heads, batch)``."""
         return self._of(m[None, head, self.batch])
 
-    def padded_row_values(self, m: cute.Tensor, head) -> cute.Tensor:
+    def padded_row_values(self, m: Any, head) -> Any:
         """``(rows)`` of a value of each row, padded, ``(rows, heads, batch)``; a multiple of 128 rows from the first on."""
         m = m[None, head, self.batch]
         if self.padded is None:
@@ -62,7 +63,7 @@ class Span:
         """The number of a tile in what is padded."""
         return block if self.padded is None else self.padded // tile + block
 
-    def _of(self, m: cute.Tensor) -> cute.Tensor:
+    def _of(self, m: Any) -> Any:
         """The sequence's rows of ``(rows, …)``."""
         if self.first is None:
             return m
@@ -79,8 +80,8 @@ class Side:
 
     rows: Int32
     pitch: Int32
-    bounds: cute.Tensor | None
-    used: cute.Tensor | None
+    bounds: Any  # cute.Tensor (count + 1), or None
+    used: Any  # cute.Tensor (count), or None
 
     def first(self, i):
         """The row at which sequence ``i`` begins."""
@@ -109,15 +110,18 @@ class Side:
 
     @cute.jit
     def at(self, slot, count, tile: cutlass.Constexpr[int]):
-        """The sequence of a slot, by bisection."""
+        """``(sequence, its first slot, the next one's)`` of a slot, by bisection. Each slot is some sequence's, and each
+        sequence's are without gaps, even if bounds are wrong."""
         low, high = Int32(0), Int32(count)
+        begin, end = Int32(0), self.all_slots(count, tile)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.slots(middle, tile) <= slot:
-                low = middle
+            first = self.slots(middle, tile)
+            if first <= slot:
+                low, begin = middle, cutlass.max(begin, first)
             else:
-                high = middle - 1
-        return low
+                high, end = middle - 1, cutlass.min(end, first)
+        return low, begin, end
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cute_attn import attention, launch
+from cute_attn import attention, attention_varlen, launch
 from cute_attn.plan import plan
 from tests.support import assert_close, assert_gradients_close, make_gradients, make_qkv
 
@@ -87,3 +87,21 @@ def test_careful_copies(d, mechanism):
     for clean, planted in zip(*results, strict=True):
         assert torch.equal(planted[:, :30], clean[:, :30])
         assert planted[:, 30:].isnan().all()
+
+
+@pytest.mark.parametrize(("d", "rules"), [(64, {"causal": True}), (128, {}), (256, {"causal": True})])
+@pytest.mark.parametrize("bounds", [[0, 130, 130, 133, 300], [0, 400, 20, -7, 2**30]], ids=["ragged", "wrong-bounds"])
+def test_sequences_of_different_lengths(bounds, d, rules, mechanism):
+    """Both passes; wrong lengths give wrong results and no wrong access."""
+    q, k, v = (x[0] for x in make_qkv(1, 310, 310, 4, 2, d, d, torch.bfloat16))
+    dout = torch.ones(310, 4, d, dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in on_gpu(q, k, v)]
+    cu = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    out = attention_varlen(*leaves, cu, backend="cute", mechanism=mechanism, deterministic=True, **rules)
+    gradients = torch.autograd.grad(out, leaves, dout.cuda())
+    if bounds[-1] == 300:
+        for begin, end in ((0, 130), (133, 300)):
+            alone = [x[None, begin:end] for x in (q, k, v)]
+            assert_close(out[None, begin:end].cpu(), *alone, **rules)
+            parts = [x[None, begin:end].cpu() for x in gradients]
+            assert_gradients_close(parts, *alone, dout[None, begin:end], **rules)

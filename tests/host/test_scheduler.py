@@ -2,8 +2,9 @@
 
 import runpy
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
-from itertools import groupby, takewhile
+from itertools import accumulate, groupby, takewhile
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,11 @@ pytest.importorskip("cutlass.cute")
 
 from cutlass import cute
 
-# A copy of the module: once the DSL has traced a function, it is no longer what it was.
+from cute_attn.layouts.base import ROW_PADDING
+
+# Copies of the modules: once the DSL has traced a function, it is no longer what it was.
 Tiles = runpy.run_path(find_spec("cute_attn.scheduler").origin)["Tiles"]
+Side = runpy.run_path(find_spec("cute_attn.sequences").origin)["Side"]
 
 counts = st.integers(1, 9)
 tiles = st.builds(
@@ -25,7 +29,8 @@ tiles = st.builds(
 )
 
 
-coordinates = Tiles.coordinates.__wrapped__
+coordinates, work_at = Tiles._coordinates.__wrapped__, Tiles.work.__wrapped__
+at, span_of = Side.at.__wrapped__, Side.span.__wrapped__
 
 
 def in_order(tiles):
@@ -34,8 +39,7 @@ def in_order(tiles):
 
 def assert_every_tile_once(tiles, order):
     wanted = {(m, head, batch) for m in range(tiles.m_blocks) for head in range(tiles.heads) for batch in range(tiles.batch)}
-    assert sorted((m, head, batch) for m, head, _, batch in order) == sorted(wanted)
-    assert all(head_kv == head // tiles.heads_per_kv for _, head, head_kv, _ in order)
+    assert sorted(order) == sorted(wanted)
 
 
 @given(tiles, st.integers(1, 40), st.booleans())
@@ -60,7 +64,7 @@ def test_every_tile_once_in_rounds(tiles, blocks):
 @given(tiles.filter(lambda tiles: tiles.long_first), st.integers(1, 40), st.booleans())
 def test_groups_of_heads_and_in_each_the_longest_tiles_first(tiles, blocks, small):
     tiles = tiles.in_small_groups(blocks) if small else tiles
-    slices = [(batch * tiles.heads + head, m) for m, head, _, batch in in_order(tiles)]
+    slices = [(batch * tiles.heads + head, m) for m, head, batch in in_order(tiles)]
     groups = [list(group) for _, group in groupby(slices, lambda tile: (tile[0] + (tiles.lacking or 0)) // tiles.group)]
     assert len(groups) == -(-(tiles.heads * tiles.batch) // tiles.group), "a group has been left and come back to"
     for group in groups:
@@ -84,14 +88,71 @@ def test_a_small_groups_tiles_are_worth_the_longest_one_for_each_block(tiles, bl
 @given(tiles.filter(lambda tiles: tiles.long_first), st.integers(1, 40), st.booleans())
 def test_key_tiles_of_a_head_in_ascending_order(tiles, blocks, small):
     """A key tile that adds dQ in a fixed order waits for those before it, which must be of blocks that start earlier."""
-    tiles, following = tiles.in_small_groups(blocks) if small else tiles, Counter()
+    tiles, following = replace(tiles.in_small_groups(blocks) if small else tiles, of_k=True), Counter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tiles, "coordinates", coordinates)
+        patch.setattr(Tiles, "_coordinates", coordinates)
+        patch.setattr(Tiles, "work", work_at)
         for block in range(tiles.count()):
             patch.setattr(cute.arch, "block_idx", lambda block=block: (block, 0, 0))
-            n_block, *head = tiles.key_tile()
-            assert n_block == following[*head]
-            following[*head] += 1
+            work = tiles.mine()
+            head = work.head, work.q.batch
+            assert work.head_kv == work.head
+            assert work.block == following[head]
+            following[head] += 1
+
+
+lengths = st.lists(st.integers(0, 500), max_size=12)
+
+
+def sides(lengths, tail=0):
+    """Of sequences of these lengths and of ``tail`` rows of none; with bounds, and, where all are as long, without."""
+    yield Side(sum(lengths) + tail, 0, [0, *accumulate(lengths)], None)
+    if len(set(lengths)) == 1 and not tail:
+        yield Side(sum(lengths), lengths[0], None, None)
+
+
+@given(lengths, st.sampled_from([64, 128, 192]), st.integers(0, 300))
+def test_every_row_has_a_slot_of_its_own_sequence(lengths, tile, tail):
+    for side in sides(lengths, tail):
+        count, rows = len(lengths), []
+        for slot in range(side.all_slots(count, tile)):
+            i, begin, end = at(side, slot, count, tile)
+            assert begin <= slot < end
+            span = span_of(side, i, count)
+            assert span.length == (0 if i == count else lengths[i])
+            first = (slot - begin) * tile
+            rows += range(span.first + first, span.first + min(first + tile, span.capacity))
+        assert rows == list(range(side.rows))
+
+
+@given(lengths, st.integers(0, 300))
+def test_padded_rows_of_sequences_do_not_meet(lengths, tail):
+    for side in sides(lengths, tail):
+        end, count = 0, len(lengths)
+        for i in range(count + 1):
+            span = span_of(side, i, count)
+            assert span.padded % ROW_PADDING == 0
+            assert span.padded >= end
+            end = span.padded + span.capacity
+        assert end <= side.all_slots(count, ROW_PADDING) * ROW_PADDING
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=9), st.integers(0, 900), st.data())
+def test_wrong_bounds_reach_no_other_rows(bounds, rows, data):
+    """Whatever the lengths are: spans lie within the tensors, and a sequence's slots are without gaps, from its first tile on,
+    so that whoever waits for an earlier tile waits for one that there is."""
+    count, tile = len(bounds) - 1, 64
+    used = data.draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=count, max_size=count))
+    side = Side(rows, 0, bounds, used)
+    for i in range(count + 1):
+        span = span_of(side, i, count)
+        assert 0 <= span.length <= span.capacity
+        assert 0 <= span.first <= span.first + span.capacity <= rows
+        assert span.padded + span.capacity <= side.all_slots(count, ROW_PADDING) * ROW_PADDING
+    found = [at(side, slot, count, tile) for slot in range(side.all_slots(count, tile))]
+    for slot, (i, begin, end) in enumerate(found):
+        assert begin <= slot < end
+        assert found[begin] == (i, begin, end)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,244 @@
+"""Sequences of different lengths: each as if it were computed by itself, whatever lies beside it, on both mechanisms."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from cute_attn import attention, attention_varlen, launch
+from tests.support import assert_gradients_close, make_qkv
+
+BF16 = torch.bfloat16
+# (queries, keys) of each sequence: empty ones anywhere, one tile and a row more or less, many tiles.
+LENGTHS = [(0, 0), (64, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (257, 512)]
+LENGTHS += [(128, 128), (3, 1000), (700, 700), (0, 0)]
+TAIL = 37  # rows that belong to no sequence
+# The rules, and whether gradients have the bits of a sequence by itself, whose key tiles begin elsewhere with a left edge.
+RULES = {
+    "full": ({}, True),
+    "causal": ({"causal": True}, True),
+    "window": ({"window": (100, 20)}, False),
+    "softcap": ({"causal": True, "softcap": 20.0}, True),
+}
+
+
+def bounds(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+
+def make(lengths, d, dv=None, heads=(4, 2), tail=TAIL):
+    """Packed q, k, v, dout and the bounds of queries and keys."""
+    sq, sk = (sum(side) + tail for side in zip(*lengths, strict=True))
+    q, k, v = (x[0] for x in make_qkv(1, sq, sk, *heads, d, dv or d, BF16, "cuda"))
+    dout = make_qkv(1, sq, sk, *heads, dv or d, dv or d, BF16, "cuda", seed=1)[0][0]
+    return q, k, v, dout, *(bounds(side) for side in zip(*lengths, strict=True))
+
+
+def run(q, k, v, dout, *args, dlse=None, call=attention_varlen, **options):
+    """``(out, lse), (dq, dk, dv)``."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = call(*leaves, *args, backend="cute", return_lse=True, **options)
+    outputs, gradients = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+    return (out.detach(), lse.detach()), torch.autograd.grad(outputs, leaves, gradients)
+
+
+def each(lengths):
+    """``(queries, keys)`` of every sequence, as slices."""
+    ends = zip(*(itertools.accumulate(side) for side in zip(*lengths, strict=True)), strict=True)
+    return [(slice(q - n, q), slice(k - m, k)) for (q, k), (n, m) in zip(ends, lengths, strict=True)]
+
+
+def assert_as_alone(results, q, k, v, dout, lengths, rules, same_keys, dlse=None, **options):
+    """Each sequence as :func:`attention` has it; rows of none are zeros."""
+    (out, lse), (dq, dk, dv) = results
+    seen = [torch.zeros(len(x), dtype=torch.bool, device="cuda") for x in (q, k)]
+    for i, (rows, keys) in enumerate(each(lengths)):
+        seen[0][rows], seen[1][keys] = True, True
+        alone = [x[None] for x in (q[rows], k[keys], v[keys])]
+        of_lse = None if dlse is None else dlse[None, :, rows]
+        (want, want_lse), want_gradients = run(*alone, dout[None, rows], call=attention, dlse=of_lse, **options, **rules)
+        where = f"sequence {i}, {lengths[i]}"
+        assert torch.equal(out[rows], want[0]), where
+        assert torch.equal(lse[:, rows], want_lse[0]), where
+        got = dq[rows], dk[keys], dv[keys]
+        for name, x, y in zip(("dq", "dk", "dv"), got, want_gradients, strict=True):
+            if same_keys:
+                assert torch.equal(x, y[0]), f"{name} of {where}"
+        if not same_keys and min(lengths[i]) > 100:
+            assert_gradients_close([x[None] for x in got], *alone, dout[None, rows], of_lse, **rules)
+    for x, where in ((out, seen[0]), (dq, seen[0]), (dk, seen[1]), (dv, seen[1])):
+        assert not x[~where].count_nonzero()
+    assert (lse[:, ~seen[0]] == -math.inf).all()
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (256, 256), (96, 40), (192, 128)])
+def test_each_sequence_as_alone(d, dv, rules, mechanism):
+    rules, same_keys = RULES[rules]
+    q, k, v, dout, *cu = make(LENGTHS, d, dv)
+    options = {"mechanism": mechanism, "deterministic": True}
+    results = run(q, k, v, dout, *cu, **options, **rules)
+    assert_as_alone(results, q, k, v, dout, LENGTHS, rules, same_keys, **options)
+
+
+@pytest.mark.parametrize("rules", ["full", "causal"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_gradients_in_any_order_and_of_the_lse(d, rules, mechanism):
+    rules, _ = RULES[rules]
+    lengths = [(300, 300), (1000, 700), (129, 513)]
+    q, k, v, dout, *cu = make(lengths, d)
+    dlse = torch.randn(q.shape[1], q.shape[0], device="cuda")
+    _, (dq, dk, dv) = run(q, k, v, dout, *cu, dlse=dlse, mechanism=mechanism, **rules)
+    for rows, keys in each(lengths):
+        alone = [x[None] for x in (q[rows], k[keys], v[keys])]
+        got = [x[None] for x in (dq[rows], dk[keys], dv[keys])]
+        assert_gradients_close(got, *alone, dout[None, rows], dlse[None, :, rows], **rules)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("rules", ["full", "causal", "window"])
+def test_nothing_comes_from_a_neighbour(rules, d, mechanism):
+    """NaN and infinities in every other sequence and in rows of none: the same bits in the others."""
+    rules, _ = RULES[rules]
+    q, k, v, dout, *cu = make(LENGTHS, d)
+    options = {"mechanism": mechanism, "deterministic": True, **rules}
+    want = run(q, k, v, dout, *cu, **options)
+    planted = [x.clone() for x in (q, k, v, dout)]
+    kept = [torch.zeros(len(x), dtype=torch.bool, device="cuda") for x in (q, k)]
+    for i, spans in enumerate(each(LENGTHS)):
+        for x, span in zip(kept, spans, strict=True):
+            x[span] = i % 2 == 1
+    for x, where, value in zip(planted, (kept[0], kept[1], kept[1], kept[0]), (math.nan, math.inf) * 2, strict=True):
+        x[~where] = value
+    got = run(*planted, *cu, **options)
+    for x, y, where in zip((got[0][0], *got[1]), (want[0][0], *want[1]), (kept[0], kept[0], kept[1], kept[1]), strict=True):
+        assert torch.equal(x[where], y[where])
+    assert torch.equal(got[0][1][:, kept[0]], want[0][1][:, kept[0]])
+
+
+@pytest.mark.parametrize("rules", ["full", "causal", "window"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_rows_in_use(d, rules, mechanism):
+    """A padded rectangle: what is past the rows in use is NaN, is not read, and gets zeros."""
+    rules, same_keys = RULES[rules]
+    used = [(300, 300), (0, 20), (1, 300), (129, 64), (300, 0), (200, 257)]
+    q, k, v = make_qkv(len(used), 300, 300, 4, 2, d, d, BF16, "cuda")
+    dout = torch.randn_like(q)
+    used_q, used_k = (torch.tensor(side, dtype=torch.int32, device="cuda") for side in zip(*used, strict=True))
+    for b, (n, m) in enumerate(used):
+        q[b, n:], dout[b, n:], k[b, m:], v[b, m:] = math.nan, math.nan, math.inf, math.nan
+    options = {"mechanism": mechanism, "deterministic": True}
+    (out, lse), (dq, dk, dv) = run(q, k, v, dout, call=attention, seqused_q=used_q, seqused_k=used_k, **options, **rules)
+    assert out.shape == q.shape
+    assert lse.shape == (len(used), 4, 300)
+    for b, (n, m) in enumerate(used):
+        assert not any(x.count_nonzero() for x in (out[b, n:], dq[b, n:], dk[b, m:], dv[b, m:]))
+        assert (lse[b, :, n:] == -math.inf).all()
+        alone = q[b : b + 1, :n], k[b : b + 1, :m], v[b : b + 1, :m]
+        (want, want_lse), want_gradients = run(*alone, dout[b : b + 1, :n], call=attention, **options, **rules)
+        assert torch.equal(out[b, :n], want[0])
+        assert torch.equal(lse[b, :, :n], want_lse[0])
+        if same_keys:
+            for x, y in zip((dq[b, :n], dk[b, :m], dv[b, :m]), want_gradients, strict=True):
+                assert torch.equal(x, y[0])
+
+
+def test_one_side_in_use(mechanism):
+    q, k, v = make_qkv(3, 70, 300, 4, 2, 64, 64, BF16, "cuda")
+    used = torch.tensor([300, 17, 130], dtype=torch.int32, device="cuda")
+    out = attention(q, k, v, seqused_k=used, causal=True, mechanism=mechanism)
+    for b, n in enumerate(used.tolist()):
+        want = attention(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal=True, mechanism=mechanism)
+        assert torch.equal(out[b], want[0])
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_many_sequences_of_length_1(d, mechanism):
+    lengths = [(1, 1)] * 10_000
+    q, k, v, dout, *cu = make(lengths, d)
+    (out, _), (dq, dk, dv) = run(q, k, v, dout, *cu, causal=True, mechanism=mechanism)
+    group = q.shape[1] // k.shape[1]
+    assert torch.equal(out[:10_000], v[:10_000].repeat_interleave(group, 1))
+    assert not dq.count_nonzero()
+    assert not dk.count_nonzero()
+    want = dout[:10_000].float().unflatten(1, (-1, group)).sum(2)
+    torch.testing.assert_close(dv[:10_000].float(), want, rtol=8e-3, atol=1e-2)
+
+
+def test_q_k_and_v_in_one_tensor(mechanism):
+    lengths = [200, 0, 77, 513]
+    qkv = torch.randn(sum(lengths), 3, 4, 128, dtype=BF16, device="cuda")
+    cu = bounds(lengths)
+    results = []
+    for packed in (qkv, None):
+        q, k, v = qkv.unbind(1) if packed is not None else (x.contiguous() for x in qkv.unbind(1))
+        results.append(run(q, k, v, torch.ones_like(q), cu, causal=True, deterministic=True, mechanism=mechanism))
+    for x, y in zip((*results[0][0], *results[0][1]), (*results[1][0], *results[1][1]), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_another_batch_compiles_nothing(mechanism):
+    generator = torch.Generator().manual_seed(0)
+    for step in range(50):
+        lengths = torch.randint(0, 300, (int(torch.randint(1, 40, (), generator=generator)),), generator=generator).tolist()
+        q, k, v, dout, cu, _ = make([(n, n) for n in lengths], 64)
+        run(q, k, v, dout, cu, causal=True, mechanism=mechanism)
+        if step == 0:
+            before = launch.prepared.cache_info().misses
+    assert launch.prepared.cache_info().misses == before
+
+
+def test_a_graph_replayed_with_other_lengths(mechanism):
+    q, k, v, dout, cu, _ = make([(300, 300), (200, 200), (500, 500)], 128)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def step():
+        out = attention_varlen(*leaves, cu, causal=True, mechanism=mechanism, deterministic=True)
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for lengths in ([1000, 0, 0], [1, 998, 1], [333, 333, 333], [0, 0, 0]):
+        cu.copy_(bounds(lengths))
+        for x in captured:
+            x.fill_(math.nan)
+        graph.replay()
+        for got, want in zip(captured, step(), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_the_same_bits_each_time(mechanism):
+    lengths = [(n, n) for n in (100, 900, 30, 0, 257, 64)]
+    q, k, v, dout, *cu = make(lengths, 128)
+    want = run(q, k, v, dout, *cu, causal=True, mechanism=mechanism, deterministic=True)
+    for _ in range(1000):
+        (out, _), gradients = run(q, k, v, dout, *cu, causal=True, mechanism=mechanism, deterministic=True)
+        assert torch.equal(out, want[0][0])
+        assert all(map(torch.equal, gradients, want[1]))
+
+
+def test_more_than_2_to_the_31_elements(mechanism):
+    rows, heads, d = 2**31 // (16 * 128) + 1000, 16, 128
+    q = torch.randn(rows, heads, d, dtype=BF16, device="cuda")
+    lengths = [512] * (rows // 512)
+    out = attention_varlen(q, q, q, bounds(lengths), causal=True, mechanism=mechanism)
+    for i in (0, len(lengths) // 2, len(lengths) - 1):
+        part = q[None, i * 512 : (i + 1) * 512]
+        assert torch.equal(out[i * 512 : (i + 1) * 512], attention(part, part, part, causal=True, mechanism=mechanism)[0])
+    assert not out[len(lengths) * 512 :].count_nonzero()
+
+
+@pytest.mark.parametrize("wrong", [[0, 500, 100, 700], [-5, 100, 2**30, 50], [600, 400, 200, 0], [0, 2**31 - 1, -(2**31), 700]])
+def test_wrong_bounds_write_nothing_elsewhere(wrong, mechanism):
+    """compute-sanitizer shows that nothing is accessed outside of the tensors; here, that it ends and what is around is kept."""
+    q, k, v, dout, *_ = make([(700, 700)], 64, tail=0)
+    cu = torch.tensor(wrong, dtype=torch.int32, device="cuda")
+    guard = torch.full((1 << 20,), 7, dtype=torch.int32, device="cuda")
+    for deterministic in (False, True):
+        run(q, k, v, dout, cu, causal=True, mechanism=mechanism, deterministic=deterministic)
+    torch.cuda.synchronize()
+    assert (guard == 7).all()
