@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Boolean, Int32, cute
 
 from cute_attn.sequences import Sequences, Span
 
@@ -34,13 +34,15 @@ LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
 
 @dataclass(frozen=True)
 class Work:
-    """One tile to compute: which ``block`` of rows of which head, of which sequence's queries ``q`` and keys ``k``."""
+    """One tile to compute: which ``block`` of rows of which head, of which sequence's queries ``q`` and keys ``k``. Where some
+    are past their sequence's end, ``exists`` says whether this one has any rows."""
 
     block: Int32
     head: Int32
     head_kv: Int32
     q: Span
     k: Span
+    exists: Boolean | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,12 @@ class Tiles:
 
     @cute.jit
     def launched(self, blocks: Int32, long):
-        """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``, or
-        sequences are, which the hardware evens out."""
-        if cutlass.const_expr(self.sequences is not None):
-            return self.in_small_groups(blocks), self.count()
+        """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``."""
         at_once, group, lacking = cutlass.min(blocks, self.count()), self.group, Int32(0)
+        if cutlass.const_expr(self.sequences is not None):
+            if long:
+                at_once = self.count()
+            return self.in_small_groups(blocks), at_once
         if cutlass.const_expr(self.long_first):
             small = self.in_small_groups(blocks)
             if long:
@@ -108,6 +111,22 @@ class Tiles:
         if cutlass.const_expr(self.long_first):
             place = block if round % 2 == 0 else blocks - 1 - block
         return round * blocks + place
+
+    @cute.jit
+    def each(self, body: cutlass.Constexpr, state):
+        """``state = body(state, work)`` for every tile of a persistent block; returns the last state."""
+        turn = Int32(0)
+        position = self.position(turn)
+        while position < self.count():
+            work = self.work(position)
+            if cutlass.const_expr(work.exists is None):
+                state = body(state, work)
+            else:
+                if work.exists:
+                    state = body(state, work)
+            turn += 1
+            position = self.position(turn)
+        return state
 
     @cute.jit
     def work(self, position: Int32) -> Work:
@@ -134,7 +153,8 @@ class Tiles:
         q, k = sequences.spans(i)
         if cutlass.const_expr(self.of_k and self.long_first):
             block = alone.m_blocks - 1 - block
-        return Work(block, head, self._head_kv(head), q, k)
+        capacity = k.capacity if cutlass.const_expr(self.of_k) else q.capacity
+        return Work(block, head, self._head_kv(head), q, k, block * tile < capacity)
 
     def _head_kv(self, head):
         return head if self.of_k else head // self.heads_per_kv

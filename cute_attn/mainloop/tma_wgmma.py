@@ -99,7 +99,11 @@ class Forward(Kernel):
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
         """Make the TMA descriptors and launch blocks, persistent ones or one for each query tile."""
         # The longest tile sees all keys, unless a window makes tiles nearly equal.
-        long = False if cutlass.const_expr(self.problem.bounded_left) else mK.shape[0] >= LONG // self.config.tile_d
+        # Of ragged ones, whose tiles are unequal anyway, the mean counts.
+        keys = mK.shape[0]
+        if cutlass.const_expr(tiles.sequences is not None):
+            keys = keys // tiles.sequences.count
+        long = False if cutlass.const_expr(self.problem.bounded_left) else keys >= LONG // self.config.tile_d
         tiles, blocks = tiles.launched(blocks, long)
         q, k, v = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
         o = self.operand("O", mO, self.lay.copy_out)
@@ -121,16 +125,18 @@ class Forward(Kernel):
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_V_WARP:
-                states = self._copy_k_v(k, v, shared, pipes, values, tiles)
+                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+                state = tiles.each(partial(self._copy_k_v, k, v, shared, pipes, values), state)
                 if cutlass.const_expr(self.guarded):
                     if self._is_done_again(shared, pipes):
-                        self._copy_k_v_carefully(plain, shared, pipes, values, tiles, states)
+                        tiles.each(partial(self._copy_k_v_carefully, plain, shared, pipes, values), state)
             if warp == COPY_Q_WARP:
+                copy_q = partial(self._copy_q, q, shared, pipes)
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
-                state = self._copy_q(q, shared, pipes, tiles, state)
+                state = tiles.each(copy_q, state)
                 if cutlass.const_expr(self.guarded):
                     if self._is_done_again(shared, pipes):
-                        self._copy_q(q, shared, pipes, tiles, state)
+                        tiles.each(copy_q, state)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             self._compute(o, mLSE, shared, pipes, values, tiles)
@@ -167,76 +173,57 @@ class Forward(Kernel):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _copy_q(self, q: Operand, shared: Shared, pipes: Pipelines, tiles: Tiles, state):
-        """One warp: each query tile's rows, 64 for each computing warpgroup; also of a tile that sees no key, since O may
-        lie over Q, and only whoever holds Q's slot may write there. Returns the pipeline's next state."""
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            work = tiles.work(position)
-            tQgQ, tQsQ = q.tiles(shared.q, work.q, work.head)
-            for w in cutlass.range_constexpr(self.warpgroups):
-                pipes.q.producer_acquire(state)
-                self._copy(q, tQgQ[None, work.block * self.warpgroups + w], tQsQ, pipes.q, state)
-                state.advance()
-            turn += 1
-            position = tiles.position(turn)
+    def _copy_q(self, q: Operand, shared: Shared, pipes: Pipelines, state, work: Work):
+        """One warp: a query tile's rows, 64 for each computing warpgroup; also of a tile that sees no key, since O may lie over
+        Q, and only whoever holds Q's slot may write there. Returns the pipeline's next state."""
+        tQgQ, tQsQ = q.tiles(shared.q, work.q, work.head)
+        for w in cutlass.range_constexpr(self.warpgroups):
+            pipes.q.producer_acquire(state)
+            self._copy(q, tQgQ[None, work.block * self.warpgroups + w], tQsQ, pipes.q, state)
+            state.advance()
         return state
 
     @cute.jit
-    def _copy_k_v(self, k: Operand, v: Operand, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
-        """One warp: the K and V tiles of each query tile, last keys first, K one tile ahead of V. Returns the pipelines' next
-        states."""
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            work = tiles.work(position)
-            keys = KeyTiles.of(values.of(work), self.problem, work.block, self.config)
-            tKgK, tKsK = k.tiles(shared.k, work.k, work.head_kv, keys.begin)
-            tVgV, tVsV = v.tiles(shared.v, work.k, work.head_kv, keys.begin)
-            for i in cutlass.range(keys.count + 1, unroll=1):
-                if i < keys.count:
-                    pipes.k.producer_acquire(k_state)
-                    self._copy(k, tKgK[None, keys.count - 1 - i], tKsK, pipes.k, k_state)
-                    k_state.advance()
-                if i > 0:
-                    pipes.v.producer_acquire(v_state)
-                    self._copy(v, tVgV[None, keys.count - i], tVsV, pipes.v, v_state)
-                    v_state.advance()
-            turn += 1
-            position = tiles.position(turn)
-        return k_state, v_state
+    def _copy_k_v(self, k: Operand, v: Operand, shared: Shared, pipes: Pipelines, values: Values, k_state, work: Work):
+        """One warp: the K and V tiles of a query tile, last keys first, K one tile ahead of V. Returns the pipelines' next
+        state: between query tiles both are at the same."""
+        v_state = k_state.clone()
+        keys = KeyTiles.of(values.of(work), self.problem, work.block, self.config)
+        tKgK, tKsK = k.tiles(shared.k, work.k, work.head_kv, keys.begin)
+        tVgV, tVsV = v.tiles(shared.v, work.k, work.head_kv, keys.begin)
+        for i in cutlass.range(keys.count + 1, unroll=1):
+            if i < keys.count:
+                pipes.k.producer_acquire(k_state)
+                self._copy(k, tKgK[None, keys.count - 1 - i], tKsK, pipes.k, k_state)
+                k_state.advance()
+            if i > 0:
+                pipes.v.producer_acquire(v_state)
+                self._copy(v, tVgV[None, keys.count - i], tVsV, pipes.v, v_state)
+                v_state.advance()
+        return k_state
 
     @cute.jit
-    def _copy_k_v_carefully(self, plain, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles, states):
+    def _copy_k_v_carefully(self, plain, shared: Shared, pipes: Pipelines, values: Values, k_state, work: Work):
         """The same by careful copies of the warp's threads: a key whose value is not finite is NaN, and its value 0."""
-        k_state, v_state = states
-        mK, mV = plain
+        v_state = k_state.clone()
         threads = (cute.arch.lane_idx(), 32)
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            work = tiles.work(position)
-            keys = KeyTiles.of(values.of(work), self.problem, work.block, self.config)
-            gK, gV = (work.k.rows(m, work.head_kv) for m in (mK, mV))
-            finite = FiniteRows(gV)
-            for i in cutlass.range(keys.count + 1, unroll=1):
-                first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
-                if i < keys.count:
-                    self.acquire_for_threads(pipes.k, k_state)
-                    copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite, math.nan)
-                    self.publish_by_threads(pipes.k, k_state)
-                    k_state.advance()
-                if i > 0:
-                    first += self.config.tile_n
-                    self.acquire_for_threads(pipes.v, v_state)
-                    copy_carefully(gV, shared.v[None, None, v_state.index], first, threads, finite, 0.0)
-                    self.publish_by_threads(pipes.v, v_state)
-                    v_state.advance()
-            turn += 1
-            position = tiles.position(turn)
+        keys = KeyTiles.of(values.of(work), self.problem, work.block, self.config)
+        gK, gV = (work.k.rows(m, work.head_kv) for m in plain)
+        finite = FiniteRows(gV)
+        for i in cutlass.range(keys.count + 1, unroll=1):
+            first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
+            if i < keys.count:
+                self.acquire_for_threads(pipes.k, k_state)
+                copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite, math.nan)
+                self.publish_by_threads(pipes.k, k_state)
+                k_state.advance()
+            if i > 0:
+                first += self.config.tile_n
+                self.acquire_for_threads(pipes.v, v_state)
+                copy_carefully(gV, shared.v[None, None, v_state.index], first, threads, finite, 0.0)
+                self.publish_by_threads(pipes.v, v_state)
+                v_state.advance()
+        return k_state
 
     def _copy(self, operand: Operand, source, slots, pipe, state):
         cute.copy(operand.atom, source, slots[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
@@ -250,51 +237,43 @@ class Forward(Kernel):
         self._hand_out_first_turn(me)
         q_phase = Int32(0)
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        states = self._query_tiles(me, (o, mLSE), shared, pipes, values, tiles, (q_phase, kv_state))
+        query_tile = partial(self._query_tile, me, (o, mLSE), shared, pipes, values)
+        state = tiles.each(partial(query_tile, again=False), (q_phase, kv_state))
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(self.guarded):
             self.arrive(pipes.verdict.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
             if self._is_done_again(shared, pipes):
                 cute.arch.cp_async_bulk_wait_group(0, read=False)  # what was stored first must not come last
-                self._query_tiles(me, (o, mLSE), shared, pipes, values, tiles, states, again=True)
+                tiles.each(partial(query_tile, again=True), state)
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def _query_tiles(
-        self, me: Worker, into, shared, pipes: Pipelines, values, tiles: Tiles, states, again: cutlass.Constexpr[bool] = False
-    ):
-        """Every query tile of the block; returns Q's phase and the state of K's and V's pipelines."""
+    def _query_tile(self, me: Worker, into, shared, pipes: Pipelines, values, state, work: Work, again: cutlass.Constexpr[bool]):
+        """A query tile of the block; returns Q's phase and the state of K's and V's pipelines."""
         o, mLSE = into
+        q_phase, kv_state = state
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
-        q_phase, kv_state = states
-        turn = Int32(0)
-        position = tiles.position(turn)
-        while position < tiles.count():
-            work = tiles.work(position)
-            of_sequence = values.of(work)
-            keys = KeyTiles.of(of_sequence, self.problem, work.block, config)
-            block = work.block * self.warpgroups + me.warpgroup
-            tile = QueryTile(block * rows, keys, of_sequence)
-            frag = self._fragments(me, shared)
-            softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2, fused=True)
-            q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
-            pipes.q.consumer_wait(q_state)
-            if keys.count > 0:
-                kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile, again)
-            else:
-                if cutlass.const_expr(config.separate_o):
-                    pipes.q.consumer_release(q_state)
-            self._normalize(me, frag, softmax, tile, mLSE, work)
-            self._store_o(me, frag, o, shared.o, (block, work.head, work.q))
-            if cutlass.const_expr(self.guarded and not again):
-                if not_finite(frag.acc_O):
-                    shared.verdict[0] = Int32(1)
-            if cutlass.const_expr(not config.separate_o):
-                self.wait_for_store(me.warpgroup)  # O lies over Q
+        values = values.of(work)
+        block = work.block * self.warpgroups + me.warpgroup
+        tile = QueryTile(block * rows, KeyTiles.of(values, self.problem, work.block, config), values)
+        frag = self._fragments(me, shared)
+        softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2, fused=True)
+        q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
+        pipes.q.consumer_wait(q_state)
+        if tile.keys.count > 0:
+            kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile, again)
+        else:
+            if cutlass.const_expr(config.separate_o):
                 pipes.q.consumer_release(q_state)
-            q_phase ^= 1
-            turn += 1
-            position = tiles.position(turn)
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        return q_phase, kv_state
+        self._normalize(me, frag, softmax, tile, mLSE, work)
+        self._store_o(me, frag, o, shared.o, (block, work.head, work.q))
+        if cutlass.const_expr(self.guarded and not again):
+            if not_finite(frag.acc_O):
+                shared.verdict[0] = Int32(1)
+        if cutlass.const_expr(not config.separate_o):
+            self.wait_for_store(me.warpgroup)  # O lies over Q
+            pipes.q.consumer_release(q_state)
+        return q_phase ^ 1, kv_state
 
     def _worker(self) -> Worker:
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
