@@ -67,8 +67,8 @@ def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, lengths: tuple, count:
     if not problem.ragged:
         return None
     cu_q, cu_k, used_q, used_k = lengths
-    rows_q, rows_k = q.shape[0], k.shape[0]
-    return Sequences(count, Side(rows_q, rows_q // count, cu_q, used_q), Side(rows_k, rows_k // count, cu_k, used_k))
+    rows_q, rows_k, each = q.shape[0], k.shape[0], cutlass.max(count, 1)
+    return Sequences(count, Side(rows_q, rows_q // each, cu_q, used_q), Side(rows_k, rows_k // each, cu_k, used_k))
 
 
 def fake_lengths(problem) -> tuple:

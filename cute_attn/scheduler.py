@@ -129,6 +129,16 @@ class Tiles:
         return state
 
     @cute.jit
+    def one(self, body: cutlass.Constexpr):
+        """``body(work)`` for the tile of a block that has one."""
+        work = self.mine()
+        if cutlass.const_expr(work.exists is None):
+            body(work)
+        else:
+            if work.exists:
+                body(work)
+
+    @cute.jit
     def work(self, position: Int32) -> Work:
         """The tile at a position."""
         if cutlass.const_expr(self.sequences is not None):

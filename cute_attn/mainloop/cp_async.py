@@ -23,7 +23,7 @@ from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.mainloop.guard import any_of, not_finite, poison_keys, used_here
 from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
-from cute_attn.scheduler import Tiles
+from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 
@@ -100,9 +100,13 @@ class Forward:
 
     @cute.kernel
     def kernel(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles):
+        tiles.one(partial(self._query_tile, mQ, mK, mV, mO, mLSE, values))
+
+    @cute.jit
+    def _query_tile(self, mQ, mK, mV, mO, mLSE, values: Values, work: Work):
+        """The block's tile."""
         config, lay = self.config, self.lay
         thread = cute.arch.thread_idx()[0]
-        work = tiles.mine()
         values = values.of(work)
         keys = KeyTiles.of(values, self.problem, work.block, config)
         row_first = work.block * config.tile_m

@@ -130,7 +130,12 @@ class Backward:
         shared = self._shared(smem)
         if cutlass.const_expr(problem.deterministic):
             tiles = replace(tiles, ticket=self._ticket(smem, signals, thread))
-        work = tiles.mine()
+        tiles.one(partial(self._key_tile, inputs, rows, gradients, signals, shared, values, tiles.heads_per_kv))
+
+    @cute.jit
+    def _key_tile(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, shared: Shared, values, heads_per_kv, work):
+        """The block's tile."""
+        problem, thread = self.problem, cute.arch.thread_idx()[0]
         values = values.of(work)
         visited = QueryTiles.of(values, problem, work.block, self.config)
         stream = partial(Stream.of, self.lay, self.config)
@@ -140,7 +145,7 @@ class Backward:
             thread,
             work,
             visited,
-            tiles.heads_per_kv,
+            heads_per_kv,
             values,
             gradients,
             signals,

@@ -102,7 +102,7 @@ class Forward(Kernel):
         # Of ragged ones, whose tiles are unequal anyway, the mean counts.
         keys = mK.shape[0]
         if cutlass.const_expr(tiles.sequences is not None):
-            keys = keys // tiles.sequences.count
+            keys = keys // cutlass.max(tiles.sequences.count, 1)
         long = False if cutlass.const_expr(self.problem.bounded_left) else keys >= LONG // self.config.tile_d
         tiles, blocks = tiles.launched(blocks, long)
         q, k, v = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
@@ -248,7 +248,9 @@ class Forward(Kernel):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def _query_tile(self, me: Worker, into, shared, pipes: Pipelines, values, state, work: Work, again: cutlass.Constexpr[bool]):
+    def _query_tile(
+        self, me: Worker, into, shared, pipes: Pipelines, values: Values, state, work: Work, again: cutlass.Constexpr[bool]
+    ):
         """A query tile of the block; returns Q's phase and the state of K's and V's pipelines."""
         o, mLSE = into
         q_phase, kv_state = state

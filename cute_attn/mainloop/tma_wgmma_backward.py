@@ -17,6 +17,7 @@ bank conflict.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
@@ -45,7 +46,7 @@ from cute_attn.mainloop.warpgroups import (
     rounded_operand,
     rounded_probabilities,
 )
-from cute_attn.scheduler import Tiles, Work
+from cute_attn.scheduler import Work
 from cute_attn.softmax import score_gradients
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
@@ -160,19 +161,27 @@ class Backward(KeyBlocks):
         shared, pipes = self._setup(signals)
         if cutlass.const_expr(self.problem.deterministic):
             tiles = replace(tiles, ticket=shared.ticket[0])
+        from_memory, into = (plain, rows, care), (gradients, signals)
+        tiles.one(partial(self._key_tile, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv))
 
+    @cute.jit
+    def _key_tile(self, operands: Operands, from_memory, into, shared: Shared, pipes, values: Values, heads_per_kv, work: Work):
+        """The block's tile: each warp its part."""
+        plain, rows, care = from_memory
+        values, where = values.of(work), (work, heads_per_kv)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, tiles)
+                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, where)
             if warp == COPY_V_DO_WARP:
-                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, tiles)
+                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, where)
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    self._add_dq(gradients, signals, shared.dq, values, tiles, warp - ADD_DQ_WARP)
+                    self._add_dq(*into, shared.dq, values, where, warp - ADD_DQ_WARP)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            self._compute(operands, shared, pipes, values, tiles)
+            self._compute(operands, shared, pipes, values, where)
 
     def _setup(self, signals: Signals | None):
         """Allocate shared memory, initialise the barriers and take a ticket."""
@@ -201,25 +210,24 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, values: Values, tiles: Tiles, mine: Int32):
+    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, values: Values, where, mine: Int32):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         lane = cute.arch.lane_idx()
         step = Int32(0)
         if mine == 0:
             self._offer()
-        work = tiles.mine()
-        values = values.of(work)
+        work, heads_per_kv = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        for member in cutlass.range(tiles.heads_per_kv, unroll=1):
-            head = work.head_kv * tiles.heads_per_kv + member
+        for member in cutlass.range(heads_per_kv, unroll=1):
+            head = work.head_kv * heads_per_kv + member
             for i in cutlass.range(visited.count, unroll=1):
                 if step % ADDERS == mine:
                     m_block = visited.in_order(i, self.problem)
-                    where = (work.q.padded_tile(m_block, self.config.tile_m), head, work.q.batch)
+                    place = (work.q.padded_tile(m_block, self.config.tile_m), head, work.q.batch)
                     if cutlass.const_expr(self.problem.deterministic):
                         if lane == 0:
-                            signals.wait_for_turn(where, visited.rank(values, self.problem, m_block, self.config))
+                            signals.wait_for_turn(place, visited.rank(values, self.problem, m_block, self.config))
                             # What was acquired orders this thread's own accesses; the copy engine's, which add, are another
                             # proxy's (PTX ISA, "Async proxy"). The other way none is needed: a bulk operation that is
                             # complete is followed by such a fence (ibid.).
@@ -230,7 +238,7 @@ class Backward(KeyBlocks):
                         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
                     if lane == 0:
                         for w in cutlass.range_constexpr(self.warpgroups):
-                            _reduce_add(gradients.mdQ[(None, w, *where)], sdQ[None, None, w])
+                            _reduce_add(gradients.mdQ[(None, w, *place)], sdQ[None, None, w])
                         cute.arch.cp_async_bulk_commit_group()
                         cute.arch.cp_async_bulk_wait_group(0, read=True)
                     cute.arch.sync_warp()
@@ -238,7 +246,7 @@ class Backward(KeyBlocks):
                     if cutlass.const_expr(self.problem.deterministic):
                         if lane == 0:
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
-                            signals.pass_turn(where)
+                            signals.pass_turn(place)
                 step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
@@ -250,13 +258,12 @@ class Backward(KeyBlocks):
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(self, operands: Operands, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
+    def _compute(self, operands: Operands, shared: Shared, pipes: Pipelines, values: Values, where):
         """One computing warpgroup: 64 keys of the block's tile."""
         me = self._worker()
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        work = tiles.mine()
-        values = values.of(work)
+        work, heads_per_kv = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
         frag = self._fragments(me, shared)
@@ -268,10 +275,10 @@ class Backward(KeyBlocks):
             sK, sV, hidden = shared.k[None, None, w], shared.v[None, None, w], shared.hidden[None, w]
             hides = self.hide_keys(sK, sV, hidden, w)
         i = Int32(0)
-        for j in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
+        for j in cutlass.range(visited.count * heads_per_kv, unroll=1):
             m_block = visited.in_order(i, self.problem)
-            where = (m_block, visited.needs_mask(m_block), hides, j > 0)
-            state = self._step(me, frag, shared, pipes, values, key_first, state, where)
+            tile = (m_block, visited.needs_mask(m_block), hides, j > 0)
+            state = self._step(me, frag, shared, pipes, values, key_first, state, tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
@@ -306,14 +313,14 @@ class Backward(KeyBlocks):
         )
 
     @cute.jit
-    def _step(self, me: Worker, frag: Fragments, shared: Shared, pipes: Pipelines, values: Values, key_first, state, where):
+    def _step(self, me: Worker, frag: Fragments, shared: Shared, pipes: Pipelines, values: Values, key_first, state, tile):
         """One query tile. Returns the pipelines' next state.
 
         With ``overlap_tiles``, dK's product is in flight when it ends, so that the tensor cores have work until the next
         tile's scores are issued; the next step releases Q's slot. Only an accumulator that the loop never reads can stay in
         flight like this, and the operand keeps its registers.
         """
-        m_block, masked, hides, follows = where
+        m_block, masked, hides, follows = tile
         config, lay, stage = self.config, self.lay, state.index
         mma_S = lay.tiled_mma("S", config)
         flight = InFlight("dK") if config.overlap_tiles else InFlight()

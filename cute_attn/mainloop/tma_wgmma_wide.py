@@ -19,6 +19,7 @@ In the second kernel the last product of a tile runs into the next tile; its ope
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
@@ -50,7 +51,7 @@ from cute_attn.mainloop.warpgroups import (
     rounded_operand,
     rounded_probabilities,
 )
-from cute_attn.scheduler import Tiles
+from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import probabilities_by_row, score_gradients, score_gradients_by_row
 
 COPY_WARPS = (0, 1)
@@ -165,20 +166,28 @@ class KeyGradients(KeyBlocks):
     @cute.kernel
     def kernel(self, operands: Operands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared, pipes = self._setup()
+        from_memory = (plain, rows, care, signals)
+        tiles.one(partial(self._key_tile, operands, from_memory, shared, pipes, values, tiles.heads_per_kv))
+
+    @cute.jit
+    def _key_tile(self, operands: Operands, from_memory, shared: KeyShared, pipes, values: Values, heads_per_kv, work: Work):
+        """The block's tile: each warp its part."""
+        plain, rows, care, signals = from_memory
+        values, where = values.of(work), (work, heads_per_kv)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_WARPS[0]:
-                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, tiles)
+                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, where)
             if warp == COPY_WARPS[1]:
-                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, tiles)
+                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, where)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             if warp < 2 * WARPGROUP // 32:
-                self._values_warpgroup(operands, shared, pipes, signals, values, tiles)
+                self._values_warpgroup(operands, shared, pipes, signals, values, where)
             else:
-                self._keys_warpgroup(operands, shared, pipes, values, tiles)
+                self._keys_warpgroup(operands, shared, pipes, values, where)
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
@@ -213,7 +222,7 @@ class KeyGradients(KeyBlocks):
 
     @cute.jit
     def _values_warpgroup(
-        self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, tiles: Tiles
+        self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, where
     ):
         """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
         thread = cute.arch.thread_idx()[0] % WARPGROUP
@@ -225,8 +234,7 @@ class KeyGradients(KeyBlocks):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
-        work = tiles.mine()
-        values = values.of(work)
+        work, heads_per_kv = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         acc_dV = self.accumulator("dV", self.config.tile_dv)
         pipes.k.consumer_wait(k_state)
@@ -236,7 +244,7 @@ class KeyGradients(KeyBlocks):
             if hides:
                 signals.ask_for_care()
         i = Int32(0)
-        for _ in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
+        for _ in cutlass.range(visited.count * heads_per_kv, unroll=1):
             pipes.q.consumer_wait(state)
             acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
             warpgroup.wait_group(0)
@@ -271,7 +279,7 @@ class KeyGradients(KeyBlocks):
             self.wait_for_store(group)
 
     @cute.jit
-    def _keys_warpgroup(self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, values: Values, tiles: Tiles):
+    def _keys_warpgroup(self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, values: Values, where):
         """The warpgroup of dS and dK."""
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         dP, dK = self.lay.tiled_mma("dP", self.config).get_slice(0), self.lay.tiled_mma("dK", self.config).get_slice(0)
@@ -281,14 +289,13 @@ class KeyGradients(KeyBlocks):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
-        work = tiles.mine()
-        values = values.of(work)
+        work, heads_per_kv = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         acc_dK = self.accumulator("dK", self.config.tile_d)
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
-        for _ in cutlass.range(visited.count * tiles.heads_per_kv, unroll=1):
+        for _ in cutlass.range(visited.count * heads_per_kv, unroll=1):
             pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
                 acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
@@ -387,27 +394,35 @@ class QueryGradients(Kernel):
     @cute.kernel
     def kernel(self, operands: Operands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared, pipes = self._setup()
+        tiles.one(partial(self._query_tile, operands, (plain, rows, care), shared, pipes, values))
+
+    @cute.jit
+    def _query_tile(self, operands: Operands, from_memory, shared: QueryShared, pipes, values: Values, work: Work):
+        """The block's tile: each warp its part."""
+        plain, rows, care = from_memory
+        values = values.of(work)
+        keys = KeyTiles.of(values, self.problem, work.block, self.block)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_WARPS[0]:
                 if cutlass.const_expr(plain is None):
-                    self._copy_keys(operands, shared, pipes, values, tiles)
+                    self._copy_keys(operands, shared, pipes, keys, work)
                 elif care:
-                    self._copy_keys_carefully(plain, shared, pipes, values, tiles)
+                    self._copy_keys_carefully(plain, shared, pipes, keys, work)
                 else:
-                    self._copy_keys(operands, shared, pipes, values, tiles)
+                    self._copy_keys(operands, shared, pipes, keys, work)
             if warp == COPY_WARPS[1]:
                 if cutlass.const_expr(plain is None):
-                    self._copy_queries(operands, shared, pipes, tiles)
+                    self._copy_queries(operands, shared, pipes, work)
                 elif care:
-                    self._copy_queries_carefully(plain, rows, shared, pipes, tiles)
+                    self._copy_queries_carefully(plain, rows, shared, pipes, work)
                 else:
-                    self._copy_queries(operands, shared, pipes, tiles)
+                    self._copy_queries(operands, shared, pipes, work)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            self._compute(operands, shared, pipes, rows, care, values, tiles)
+            self._compute(operands, shared, pipes, rows, care, values, keys, work)
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
@@ -427,10 +442,9 @@ class QueryGradients(Kernel):
         return shared, pipes
 
     @cute.jit
-    def _copy_queries(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, tiles: Tiles):
+    def _copy_queries(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, work: Work):
         """One warp: Q and dO, 64 rows for each computing warpgroup."""
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
-        work = tiles.mine()
         tQgQ, tQsQ = operands.q.tiles(shared.q, work.q, work.head)
         tOgdO, tOsdO = operands.do.tiles(shared.do, work.q, work.head)
         for w in cutlass.range_constexpr(self.warpgroups):
@@ -442,12 +456,10 @@ class QueryGradients(Kernel):
             state.advance()
 
     @cute.jit
-    def _copy_keys(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, values: Values, tiles: Tiles):
+    def _copy_keys(self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, keys: KeyTiles, work: Work):
         """One warp: K and V of the key tiles, last keys first."""
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
-        work = tiles.mine()
-        keys = KeyTiles.of(values.of(work), self.problem, work.block, self.block)
         tKgK, tKsK = operands.k.tiles(shared.k, work.k, work.head_kv, keys.begin)
         tVgV, tVsV = operands.v.tiles(shared.v, work.k, work.head_kv, keys.begin)
         for i in cutlass.range(keys.count, unroll=1):
@@ -462,10 +474,9 @@ class QueryGradients(Kernel):
             v_state.advance()
 
     @cute.jit
-    def _copy_queries_carefully(self, plain: Inputs, rows: Rows, shared: QueryShared, pipes: QueryPipelines, tiles: Tiles):
+    def _copy_queries_carefully(self, plain: Inputs, rows: Rows, shared: QueryShared, pipes: QueryPipelines, work: Work):
         """The same by the warp's threads: see ``guard.py``."""
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
-        work = tiles.mine()
         threads, unmarked = (cute.arch.lane_idx(), WARP), UnmarkedRows(work.q.padded_row_values(rows.lse_raw, work.head))
         for w in cutlass.range_constexpr(self.warpgroups):
             self.acquire_for_threads(pipes.q, state)
@@ -476,12 +487,10 @@ class QueryGradients(Kernel):
             state.advance()
 
     @cute.jit
-    def _copy_keys_carefully(self, plain: Inputs, shared: QueryShared, pipes: QueryPipelines, values: Values, tiles: Tiles):
+    def _copy_keys_carefully(self, plain: Inputs, shared: QueryShared, pipes: QueryPipelines, keys: KeyTiles, work: Work):
         """The same by the warp's threads: see ``guard.py``."""
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
-        work = tiles.mine()
-        keys = KeyTiles.of(values.of(work), self.problem, work.block, self.block)
         gK, gV = (work.k.rows(m, work.head_kv) for m in (plain.k, plain.v))
         threads, finite_keys, finite_values = (cute.arch.lane_idx(), WARP), FiniteRows(gK), FiniteRows(gV)
         for i in cutlass.range(keys.count, unroll=1):
@@ -499,7 +508,7 @@ class QueryGradients(Kernel):
 
     @cute.jit
     def _compute(
-        self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, care, values: Values, tiles: Tiles
+        self, operands: Operands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, care, values: Values, keys, work
     ):
         """One computing warpgroup: its 64 rows of the block's tile."""
         index = cute.arch.thread_idx()[0]
@@ -515,9 +524,6 @@ class QueryGradients(Kernel):
 
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.V_STAGES)
-        work = tiles.mine()
-        values = values.of(work)
-        keys = KeyTiles.of(values, self.problem, work.block, self.block)
         block = work.block * self.warpgroups + w
         row_first = block * self.lay.ROWS_PER_WARPGROUP
         acc_dQ = self.accumulator("dQ", self.config.tile_d)

@@ -15,7 +15,6 @@ from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
 from cute_attn.mainloop.common import Coordinates, Inputs, QueryTiles, Rows, Signals, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
-from cute_attn.scheduler import Tiles
 from cute_attn.sequences import Span
 from cute_attn.softmax import capped_probabilities, probabilities
 
@@ -309,37 +308,36 @@ class Kernel:
 class KeyBlocks(Kernel):
     """A kernel of the backward pass each of whose blocks owns a key tile and walks over query tiles."""
 
-    def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, tiles: Tiles):
+    def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where):
         """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""
         keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
         careful = None if plain is None else (plain.q, rows.lse_raw, care)
-        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, tiles)
+        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where)
 
-    def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, tiles: Tiles):
+    def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where):
         """One warp: V, and dO with the rows' delta."""
         keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
         careful = None if plain is None else (plain.do, rows.lse_raw, care)
-        self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, tiles)
+        self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, where)
 
     @cute.jit
-    def copy_tiles(self, keys, queries, row_values, careful, values: Values, tiles: Tiles):
+    def copy_tiles(self, keys, queries, row_values, careful, values: Values, where):
         """One warp: the key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
 
         Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
-        ``careful`` is None, or (Q or dO in global memory, the log-sum-exp that marks rows, whether there are such).
+        ``careful`` is None, or (Q or dO in global memory, the log-sum-exp that marks rows, whether there are such); ``where``
+        is (the tile, how many query heads share a key head).
         """
         k, sK, k_pipe = keys
         slots = cute.size(sK, mode=[2])
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
-        work = tiles.mine()
-        values = values.of(work)
+        work, _ = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         tKgK, tKsK = k.tiles(sK, work.k, work.head_kv)
         k_pipe.producer_acquire(k_state)
         for w in cutlass.range_constexpr(slots):
             barrier = k_pipe.producer_get_barrier(k_state)
             cute.copy(k.atom, tKgK[None, work.block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
-        where = (work, tiles.heads_per_kv)
         if cutlass.const_expr(careful is None):
             self._copy_queries(queries, row_values, visited, where)
         elif careful[2]:
