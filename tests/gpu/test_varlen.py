@@ -160,8 +160,7 @@ def test_many_sequences_of_length_1(d, mechanism):
     (out, _), (dq, dk, dv) = run(q, k, v, dout, *cu, causal=True, mechanism=mechanism)
     group = q.shape[1] // k.shape[1]
     assert torch.equal(out[:10_000], v[:10_000].repeat_interleave(group, 1))
-    assert not dq.count_nonzero()
-    assert not dk.count_nonzero()
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-4  # dP − delta, which differ by the rounding of sums
     want = dout[:10_000].float().unflatten(1, (-1, group)).sum(2)
     torch.testing.assert_close(dv[:10_000].float(), want, rtol=8e-3, atol=1e-2)
 
@@ -232,7 +231,10 @@ def test_more_than_2_to_the_31_elements(mechanism):
     assert not out[len(lengths) * 512 :].count_nonzero()
 
 
-@pytest.mark.parametrize("wrong", [[0, 500, 100, 700], [-5, 100, 2**30, 50], [600, 400, 200, 0], [0, 2**31 - 1, -(2**31), 700]])
+WRONG = [[0, 500, 100, 700], [-5, 100, 2**30, 50], [600, 400, 200, 0], [0, 2**31 - 1, -(2**31), 700]]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_bounds_write_nothing_elsewhere(wrong, mechanism):
     """compute-sanitizer shows that nothing is accessed outside of the tensors; here, that it ends and what is around is kept."""
     q, k, v, dout, *_ = make([(700, 700)], 64, tail=0)

@@ -27,6 +27,8 @@ RULES = {
     "causal": Problem("bfloat16", 0, 0, bounded_right=True, return_lse=True),
     # Three copies of the loop over key tiles, two of which mask, and a tanh for each score.
     "all rules": Problem("bfloat16", 0, 0, bounded_left=True, bounded_right=True, softcap=True, return_lse=True),
+    "ragged": Problem("bfloat16", 0, 0, bounded_right=True, return_lse=True, ragged="cu_seqlens_q cu_seqlens_k"),
+    "in use": Problem("bfloat16", 0, 0, return_lse=True, ragged="seqused_q seqused_k"),
 }
 
 
@@ -43,9 +45,7 @@ class Case:
 
     @property
     def problem(self) -> Problem:
-        asked = RULES[self.rules]
-        flags = asked.bounded_left, asked.bounded_right, asked.softcap, asked.return_lse
-        return Problem(self.dtype, self.head_dim, self.head_dim_v, *flags)
+        return replace(RULES[self.rules], dtype=self.dtype, head_dim=self.head_dim, head_dim_v=self.head_dim_v)
 
     @property
     def config(self) -> Config:
@@ -109,6 +109,9 @@ CASES = [
     # Head dims that are no tiles, and differ: padding in shared memory, predicated copies.
     Case("sm_90a", "tma_wgmma", 40, 104, "all rules"),
     Case("sm_90a", "cp_async", 104, 40, "causal", "float16"),
+    # Sequences of different lengths.
+    *[Case("sm_90a", "tma_wgmma", d, d, rules) for d in (64, 128, 256) for rules in ("ragged", "in use")],
+    Case("sm_80", "cp_async", 64, 64, "ragged"),
 ]
 
 # Rows whose kernels may spill: at most so many bytes of stack a thread (the worst kernel's, rounded up to 32), and why they

@@ -100,6 +100,9 @@ CASES = [
     Case("sm_90a", "tma_wgmma", 128, 128, "causal", deterministic=True),
     Case("sm_90a", "cp_async", 104, 40, "causal", "float16"),
     Case("sm_86", "cp_async", 40, 256, "causal", "float16"),
+    # Sequences of different lengths.
+    *[Case("sm_90a", "tma_wgmma", d, d, rules) for d in (64, 128, 256) for rules in ("ragged", "in use")],
+    Case("sm_80", "cp_async", 64, 64, "ragged"),
     # Gradients that nobody asked for.
     *[Case("sm_90a", "tma_wgmma", d, d, "causal", gradients=names) for d in (64, 96, 128) for names in ("q", "k", "v", "kv")],
     *[Case("sm_80", "cp_async", d, d, "full", gradients=names) for d in (64, 128) for names in ("q", "k", "v", "kv")],

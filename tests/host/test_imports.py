@@ -1,0 +1,45 @@
+"""What the parts of the package know of one another, read from their import statements."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(importlib.util.find_spec("cute_attn").origin).parent
+# The mainloops' files. What they share, common.py, is the door to the rules.
+MAINLOOPS = [path for path in sorted((PACKAGE / "mainloop").glob("*.py")) if path.name not in ("__init__.py", "common.py")]
+# Where the rules are, and what sequences of different lengths are on the host.
+UNKNOWN = {"rules", "lengths", "problem", "api", "ops", "autograd", "wrapped", "reference", "launch", "plan"}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, without the package's own name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cute_attn":
+            inside = node.module.split(".")[1:]
+            found |= {".".join(inside)} if inside else {name.name for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[2] for name in node.names if name.name.startswith("cute_attn.")}
+    return found
+
+
+def test_imported(tmp_path):
+    file = tmp_path / "x.py"
+    text = "import os\nimport cute_attn.plan\nfrom cute_attn import rules, launch\nfrom cute_attn.layouts.base import x\n"
+    file.write_text(text)
+    assert imported(file) == {"plan", "rules", "launch", "layouts.base"}
+
+
+@pytest.mark.parametrize("path", MAINLOOPS, ids=lambda path: path.stem)
+def test_mainloops_know_neither_rules_nor_lengths(path):
+    assert not imported(path) & UNKNOWN
+    names = {name.id for name in ast.walk(ast.parse(path.read_text())) if isinstance(name, ast.Name)}
+    assert not names & {"cu_seqlens", "seqused", "Sequences", "Band"}
+
+
+@pytest.mark.parametrize("path", MAINLOOPS, ids=lambda path: path.stem)
+def test_mainloops_do_not_import_each_other(path):
+    mechanisms = {f"mainloop.{other.stem}" for other in MAINLOOPS} - {"mainloop.guard", "mainloop.warps", "mainloop.warpgroups"}
+    assert not imported(path) & mechanisms
