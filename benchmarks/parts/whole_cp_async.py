@@ -44,20 +44,20 @@ class Staged(Forward):
         if self.stages.loads or self.stages.products:
             Forward._copy_q(self, *arguments)
 
-    def _copy_pair(self, k, v, keys, n, slot):
-        Forward._copy_pair(self, k, v, keys, n, slot)
+    def _copy_pair(self, tiles_of, keys, n, slot):
+        Forward._copy_pair(self, tiles_of, keys, n, slot)
         if not self.stages.loads and slot == 0:  # the slot that the loop would fill first
-            Forward._copy_pair(self, k, v, keys, n, self.config.stages - 1)
+            Forward._copy_pair(self, tiles_of, keys, n, self.config.stages - 1)
 
     @cute.jit
-    def _step(self, operands, streams, output, tile, slot: Int32, where):
+    def _step(self, operands, tiles_of, output, tile, slot: Int32, where):
         n, masked = where
         stages, acc_O = self.config.stages, output.acc_O
         cute.arch.cp_async_wait_group(stages - 2)
         cute.arch.sync_threads()
         if cutlass.const_expr(self.stages.loads):
             before = (slot + stages - 1) % stages
-            self._copy_pair(streams[0], streams[1], tile.keys, n - (stages - 1), before)
+            self._copy_pair(tiles_of, tile.keys, n - (stages - 1), before)
         acc_S = self._scores(operands, slot)
         if cutlass.const_expr(self.stages.softmax):
             scores = rows_columns(acc_S)

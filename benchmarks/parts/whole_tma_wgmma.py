@@ -43,13 +43,13 @@ class Staged(Forward):
                 fill_noise(s, cute.arch.thread_idx()[0], self.config.threads)
             cute.arch.fence_view_async_shared()
             cute.arch.sync_threads()
-        return shared, Pipelines(NoPipe(), NoPipe(), NoPipe())
+        return shared, Pipelines(NoPipe(), NoPipe(), NoPipe(), None)
 
     def _copy_q(self, *arguments):
-        return Forward._copy_q(self, *arguments) if self.stages.loads else None
+        return Forward._copy_q(self, *arguments) if self.stages.loads else arguments[-2]  # the pipeline's state
 
     def _copy_k_v(self, *arguments):
-        return Forward._copy_k_v(self, *arguments) if self.stages.loads else None
+        return Forward._copy_k_v(self, *arguments) if self.stages.loads else arguments[-2]
 
     def _worker(self):
         me = Forward._worker(self)

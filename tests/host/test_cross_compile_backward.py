@@ -119,21 +119,22 @@ CAREFUL = (
 )
 EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
     ("sm_80", "cp_async_backward", 64): (192, FULL),
-    ("sm_80", "cp_async_backward", 96): (32, FULL),
+    ("sm_80", "cp_async_backward", 96): (160, FULL),
     ("sm_80", "cp_async_backward", 128): (64, FULL),
-    ("sm_86", "cp_async_backward", 192): (32, FULL),
-    ("sm_86", "cp_async_backward", 256): (64, FULL),
+    ("sm_80", "cp_async_backward", 256): (32, FULL),
+    ("sm_86", "cp_async_backward", 64): (64, FULL),
+    ("sm_86", "cp_async_backward", 192): (96, FULL),
+    ("sm_86", "cp_async_backward", 256): (32, FULL),
     ("sm_90", "cp_async_backward", 128): (64, FULL),
-    ("sm_90a", "cp_async_backward", 32): (64, FULL),
+    ("sm_90a", "cp_async_backward", 32): (32, FULL),
     ("sm_90a", "cp_async_backward", 64): (64, FULL),
     ("sm_90a", "cp_async_backward", 96): (32, FULL),
     ("sm_90a", "cp_async_backward", 128): (64, FULL),
     ("sm_90a", "cp_async_backward", 192): (32, FULL),
-    ("sm_90a", "cp_async_backward", 256): (32, FULL),
+    ("sm_90a", "cp_async_backward", 256): (96, FULL),
     ("sm_90a", "tma_wgmma_backward", 64): (32, CAREFUL),
     ("sm_90a", "tma_wgmma_backward", 128): (32, CAREFUL),
     ("sm_100", "cp_async_backward", 128): (32, FULL),
-    ("sm_120", "cp_async_backward", 192): (32, FULL),
     ("sm_120", "cp_async_backward", 256): (64, FULL),
 }
 

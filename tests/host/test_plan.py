@@ -340,6 +340,7 @@ def test_problem_and_config_have_no_field_for_a_size():
         "deterministic",
         "for_backward",
         "large_cap",
+        "ragged",
     }
     for record in (Problem, Config):
         for field in dataclasses.fields(record):
