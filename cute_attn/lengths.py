@@ -1,12 +1,14 @@
 """How long the sequences of a call are, where they aren't all of one length: what the host knows of it.
 
-That is little: a tensor on the device for each side, whose values nobody reads back. ``cute_attn.sequences`` is what the kernels
-know.
+That is little: a tensor on the device for each side, whose values nobody reads back but the reference. What the kernels know is
+in ``cute_attn.sequences``.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from cute_attn.arguments import shown
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-CHECK = "CUTE_ATTN_CHECK"  # in the environment: 1 to read lengths back and check them
+CHECK = os.environ.get("CUTE_ATTN_CHECK") == "1"  # whether to read lengths back and check them
 
 
 @dataclass(slots=True)
@@ -27,7 +29,31 @@ class Lengths:
     """
 
     count: int
-    tensors: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+    tensors: tuple[torch.Tensor | None, ...]
+
+    @staticmethod
+    def of(*tensors: torch.Tensor | None) -> Lengths | None:
+        """Of tensors that :func:`check_lengths` has checked; None if there are none."""
+        for name, x in zip(NAMES, tensors, strict=True):
+            if x is not None:
+                return Lengths(x.shape[0] - (1 if name.startswith("cu") else 0), tensors)
+        return None
+
+    def spans(self, rows_q: int, rows_k: int) -> Iterator[tuple[slice, slice]]:
+        """The rows of each sequence in use, of q and of k. Reads the lengths back."""
+        sides = [self._side(side, rows) for side, rows in enumerate((rows_q, rows_k))]
+        return zip(*sides, strict=True)
+
+    def _side(self, side: int, rows: int) -> list[slice]:
+        bounds, used = (None if x is None else x.tolist() for x in self.tensors[side::2])
+        if bounds is None:
+            bounds = [i * (rows // max(self.count, 1)) for i in range(self.count + 1)]
+        bounds = [min(max(bound, 0), rows) for bound in bounds]
+        found = []
+        for i, (first, after) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            length = max(after - first, 0)
+            found.append(slice(first, first + (length if used is None else min(max(used[i], 0), length))))
+        return found
 
     @property
     def names(self) -> str:
@@ -35,12 +61,9 @@ class Lengths:
         return _NAMES[tuple(x is not None for x in self.tensors)]
 
 
-_NAMES = {
-    (a, b, c, d): " ".join(name for name, there in zip(NAMES, (a, b, c, d), strict=True) if there)
-    for a in (False, True)
-    for b in (False, True)
-    for c in (False, True)
-    for d in (False, True)
+_NAMES: dict[tuple[bool, ...], str] = {
+    there: " ".join(name for name, is_there in zip(NAMES, there, strict=True) if is_there)
+    for there in itertools.product((False, True), repeat=len(NAMES))
 }
 
 
@@ -51,9 +74,9 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, Any, A
 
     Raises ``TypeError`` and ``ValueError``.
     """
-    device = q.device
+    device, before = q.device, None
     for name, x in zip(NAMES, tensors, strict=True):
-        if x is None:
+        if x is None or x is before:
             continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(
@@ -69,6 +92,7 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, Any, A
             raise ValueError(f"{name} lies on {x.device} and q on {device}; one device is needed: try {name}.to(q.device)")
         if x.requires_grad:
             raise ValueError(f"{name} requires a gradient; lengths have none: try {name}.detach()")
+        before = x
         if count is None:
             count = x.shape[0] - 1
         if x.shape[0] - more != count:
@@ -77,15 +101,15 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, Any, A
                 f"check how {name} was made"
             )
     assert count is not None
-    used = tuple(x if x is None else x.contiguous() for x in tensors)
-    if os.environ.get(CHECK) == "1":
-        _check_values(used, count, rows)
-    return Lengths(count, used)  # type: ignore[arg-type]
+    held = tuple(x if x is None or x.is_contiguous() else x.contiguous() for x in tensors)
+    if CHECK:
+        _check_values(held, count, rows)
+    return Lengths(count, held)
 
 
 def _check_values(tensors, count: int, rows: tuple[int, int]) -> None:
     for side in range(2):
-        bounds, used = (tensors[i + side] for i in (0, 2))
+        bounds, used = tensors[side::2]
         if bounds is None:
             each = [rows[side] // count] * count if count else []
         else:

@@ -5,12 +5,14 @@ opaque: one node of a graph each, whatever the lengths. An eager call doesn't co
 takes three times as long to call. Here is what comes: calls in torch.compile and torch.export, under a mode that sees every
 operator (selective checkpointing, counters of FLOPs, ``make_fx``), of fake and meta tensors, and under ``torch.vmap``.
 
-    attention(q, k, v, scale, softcap, left, right, return_lse, for_backward, deterministic, backend, mechanism)
+    attention(q, k, v, *lengths, scale, softcap, left, right, return_lse, for_backward, deterministic, backend, mechanism)
         -> (out, lse, kept)
-    attention_backward(q, k, v, out, kept, dout, dlse, scale, softcap, left, right, needs, deterministic, backend, mechanism)
-        -> (dq, dk, dv)
+    attention_backward(q, k, v, *lengths, out, kept, dout, dlse, scale, softcap, left, right, needs, deterministic, backend,
+                       mechanism) -> (dq, dk, dv)
 
-Arguments are those of :func:`cute_attn.attention`, except that ``left`` and ``right`` are the edges of the band, None where it
+``lengths`` are ``cu_seqlens_q``, ``cu_seqlens_k``, ``seqused_q`` and ``seqused_k``, each of which may be None; with any of
+them, all sequences' rows lie in q, k and v one after another, and the batch is 1. The other arguments are those of
+:func:`cute_attn.attention`, except that ``left`` and ``right`` are the edges of the band, None where it
 is unbounded (``causal`` is ``right = 0``). ``lse`` counts with ``return_lse`` only and ``kept``, what the backward pass has of
 each row, with ``for_backward``; ``needs``, part of ``"qkv"``, names the gradients that count. What doesn't count has size 0.
 All results are contiguous, and memory of their own. The operators check their arguments themselves.
@@ -18,8 +20,6 @@ All results are contiguous, and memory of their own. The operators check their a
 torch.compile makes one graph for all values of a float only if no operator takes it as a float. So each operator has an
 overload ``Tensor``, whose ``scale`` and ``softcap`` are of 0 dimensions, float64, on the CPU. It reads them when it runs, which
 a CUDA graph can't record: its tag says so, and Inductor runs it between two of them.
-
-Further tensors, such as lengths, go behind ``v`` in ``_ARGUMENTS`` and in the functions that take these.
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cute_attn import autograd, launch, reference, wrapped
 from cute_attn.arguments import check_memory
+from cute_attn.lengths import NAMES, Lengths
 from cute_attn.private import is_known
 from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_kernels
 
 _LIBRARY = torch.library.Library("cute_attn", "DEF")
 _ARGUMENTS = {
-    "attention": "Tensor q, Tensor k, Tensor v, {rules}, bool return_lse, bool for_backward, {how}",
-    "attention_backward": "Tensor q, Tensor k, Tensor v, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, "
+    "attention": "Tensor q, Tensor k, Tensor v, {lengths}, {rules}, bool return_lse, bool for_backward, {how}",
+    "attention_backward": "Tensor q, Tensor k, Tensor v, {lengths}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, "
     "{rules}, str needs, {how}",
 }
+_LENGTHS = ", ".join(f"Tensor? {name}" for name in NAMES)
 _EDGES, _HOW = "SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
+_NONE = (None,) * len(NAMES)
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
 
 
@@ -53,7 +56,8 @@ def attention(q, k, v, call: Call, return_lse: bool, deterministic: bool, backen
     softcap = call.softcap if isinstance(call.softcap, torch.Tensor) else call.softcap or None
     rules = *_as_operands(call.scale, softcap), call.left, call.right
     how = deterministic, backend, mechanism
-    out, lse, _ = _overload("attention", rules)(q, k, v, *rules, return_lse, for_backward, *how)
+    lengths = _NONE if call.lengths is None else call.lengths.tensors
+    out, lse, _ = _overload("attention", rules)(q, k, v, *lengths, *rules, return_lse, for_backward, *how)
     return out, lse
 
 
@@ -81,8 +85,9 @@ def _as_operands(*numbers):
 # ---- what they compute -----------------------------------------------------------------------------------------------
 
 
-def _forward(q, k, v, scale, softcap, left, right, return_lse, for_backward, deterministic, backend, mechanism):
-    call = _call(q, k, v, scale, softcap, left, right)
+def _forward(q, k, v, cu_q, cu_k, used_q, used_k, scale, softcap, left, right, return_lse, for_backward, *how):
+    deterministic, backend, mechanism = how
+    call = _call(q, k, v, (cu_q, cu_k, used_q, used_k), scale, softcap, left, right)
     if on_reference(backend, q):
         _check_memory(q=q, k=k, v=v)
         out, lse, kept = reference.attention(q, k, v, call)
@@ -91,8 +96,11 @@ def _forward(q, k, v, scale, softcap, left, right, return_lse, for_backward, det
     return out, _or_nothing(lse if return_lse else None, out), _or_nothing(kept if for_backward else None, out)
 
 
-def _backward(q, k, v, out, kept, dout, dlse, scale, softcap, left, right, needs, deterministic, backend, mechanism):
-    call = _call(q, k, v, scale, softcap, left, right)
+def _backward(
+    q, k, v, cu_q, cu_k, used_q, used_k, out, kept, dout, dlse, scale, softcap, left, right, needs, *how
+):
+    deterministic, backend, mechanism = how
+    call = _call(q, k, v, (cu_q, cu_k, used_q, used_k), scale, softcap, left, right)
     if on_reference(backend, q):
         _check_memory(q=q, k=k, v=v, out=out, dout=dout)
         gradients = reference.gradients
@@ -102,9 +110,11 @@ def _backward(q, k, v, out, kept, dout, dlse, scale, softcap, left, right, needs
     return tuple(_or_nothing(dx, out) for dx in results)
 
 
-def _call(q, k, v, scale, softcap, left, right) -> Call:
+def _call(q, k, v, lengths, scale, softcap, left, right) -> Call:
     scale, softcap = (x.item() if isinstance(x, torch.Tensor) else x for x in (scale, softcap))
-    return check_call(q, k, v, scale, False, (left, right), softcap)
+    call = check_call(q, k, v, scale, False, (left, right), softcap)
+    call.lengths = Lengths.of(*lengths)
+    return call
 
 
 def _check_memory(**tensors: torch.Tensor) -> None:
@@ -120,7 +130,8 @@ def _or_nothing(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 # ---- their shapes ----------------------------------------------------------------------------------------------------
 
 
-def _shapes(q, k, v, scale, softcap, left, right, return_lse, for_backward, deterministic, backend, mechanism):
+def _shapes(q, k, v, cu_q, cu_k, used_q, used_k, scale, softcap, left, right, return_lse, for_backward, *how):
+    _, backend, _ = how
     compiling = torch.compiler.is_compiling()  # an error here would be wrapped in torch's own; one of the running graph is not
     scale, softcap = (None if compiling or isinstance(x, torch.Tensor) else x for x in (scale, softcap))
     call = check_call(q, k, v, scale, False, None, softcap)
@@ -134,7 +145,7 @@ def _shapes(q, k, v, scale, softcap, left, right, return_lse, for_backward, dete
     return out, _or_nothing(lse if return_lse else None, out), _or_nothing(kept if for_backward else None, out)
 
 
-def _shapes_of_gradients(q, k, v, out, kept, dout, dlse, scale, softcap, left, right, needs, *how):
+def _shapes_of_gradients(q, k, v, cu_q, cu_k, used_q, used_k, out, kept, dout, dlse, scale, softcap, left, right, needs, *how):
     return tuple(x.new_empty(x.shape if name in needs else 0) for name, x in (("q", q), ("k", k), ("v", v)))
 
 
@@ -143,8 +154,9 @@ def _shapes_of_gradients(q, k, v, out, kept, dout, dlse, scale, softcap, left, r
 
 def _keep(ctx, inputs, output):
     q, k, v, *rules, ctx.return_lse, ctx.for_backward, deterministic, backend, mechanism = inputs
+    lengths, rules = rules[: len(NAMES)], rules[len(NAMES) :]
     out, lse, kept = output
-    ctx.rules, ctx.how = rules, (deterministic, backend, mechanism)
+    ctx.rules, ctx.how, ctx.lengths = rules, (deterministic, backend, mechanism), lengths
     ctx.mark_non_differentiable(kept) if ctx.return_lse else ctx.mark_non_differentiable(lse, kept)
     autograd.keep(ctx, q, k, v, out, kept)
 
@@ -155,9 +167,9 @@ def _differentiate(ctx, dout, dlse, _):
     if arguments is not None:
         q, k, v, out, kept, dout, dlse, needs = arguments
         if not ctx.for_backward:  # of a graph that was made where no gradient was needed
-            _, _, kept = _overload("attention", ctx.rules)(q, k, v, *ctx.rules, False, True, *ctx.how)
+            _, _, kept = _overload("attention", ctx.rules)(q, k, v, *ctx.lengths, *ctx.rules, False, True, *ctx.how)
         operator = _overload("attention_backward", ctx.rules)
-        results = operator(q, k, v, out, kept, dout, dlse, *ctx.rules, needs, *ctx.how)
+        results = operator(q, k, v, *ctx.lengths, out, kept, dout, dlse, *ctx.rules, needs, *ctx.how)
         gradients[:3] = (dx if name in needs else None for name, dx in zip("qkv", results, strict=True))
     return tuple(gradients)
 
@@ -177,6 +189,11 @@ def _mapped(operator: Callable) -> Callable:
             return (x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
         wrapped.check_mapped(*arguments[:3])
+        if any(x is not None for x in arguments[3 : 3 + len(NAMES)]):
+            raise NotImplementedError(
+                "attention of sequences of different lengths is mapped by torch.vmap; it takes one batch of them at a time: "
+                "try a loop, or pack all members' sequences into one call"
+            )
         results = operator(*map(joined, arguments, in_dims))
         return tuple(x.unflatten(0, (members, x.shape[0] // max(members, 1))) for x in results), (0,) * len(results)
 
@@ -204,7 +221,7 @@ def _flops_of_gradients(q, k, v, *_, **__) -> int:
 def _register(name: str, compute, shapes, flops, differentiate, keep=None) -> None:
     for overload, numbers in _NUMBERS.items():
         operator = name if overload == "default" else f"{name}.{overload}"
-        arguments = _ARGUMENTS[name].format(rules=f"{numbers}, {_EDGES}", how=_HOW)
+        arguments = _ARGUMENTS[name].format(lengths=_LENGTHS, rules=f"{numbers}, {_EDGES}", how=_HOW)
         tags = {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides}
         if overload == "Tensor":
             tags.add(torch.Tag.cudagraph_unsafe)

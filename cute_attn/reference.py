@@ -21,6 +21,9 @@ dV are sums that stay with it, dQ is added to in memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 
 from cute_attn import autocast
@@ -45,6 +48,10 @@ def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> t
     out = q.new_zeros(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
     lse_log2 = q.new_full((call.batch, call.heads, call.seqlen_q), -torch.inf, dtype=acc_dtype)
     if call.empty:
+        return out, lse_log2 * LN_2, lse_log2
+    if call.lengths is not None:
+        for rows, keys, alone in _each(call):
+            out[:, rows], _, lse_log2[..., rows] = attention(q[:, rows], k[:, keys], v[:, keys], alone)
         return out, lse_log2 * LN_2, lse_log2
     mQ, mO = _grouped(q, call), _grouped(out, call)  # (batch, seqlen_q, heads_kv, group, head_dim)
     mLSE = _grouped(lse_log2.transpose(1, 2), call)  # (batch, seqlen_q, heads_kv, group)
@@ -91,6 +98,14 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     dq, dk, dv = (
         x.new_zeros(x.shape, dtype=acc_dtype) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)
     )
+    if call.lengths is not None:
+        for rows, keys, alone in _each(call):
+            inputs = q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse_log2[..., rows], dout[:, rows]
+            parts = gradients(*inputs, None if dlse is None else dlse[..., rows], alone, needs)
+            for whole, part, where in zip((dq, dk, dv), parts, (rows, keys, keys), strict=True):
+                if whole is not None:
+                    whole[:, where] = part
+        return tuple(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv))
     delta = (dout.to(acc_dtype) * out).sum(-1)  # (batch, seqlen_q, heads)
     if dlse is not None:
         delta = delta - dlse.transpose(1, 2)
@@ -176,6 +191,14 @@ def _online_step(scores, row_max, row_sum):
     P = (scores - anchor[..., None]).exp2()
     rescale = (row_max - anchor).exp2()
     return P, rescale, new_max, row_sum * rescale + P.sum(-1)
+
+
+def _each(call: Call) -> Iterator[tuple[slice, slice, Call]]:
+    """Of ragged sequences: where each one's queries and keys are, and the call of it alone."""
+    assert call.lengths is not None
+    for rows, keys in call.lengths.spans(call.seqlen_q, call.seqlen_k):
+        seqlens = {"seqlen_q": rows.stop - rows.start, "seqlen_k": keys.stop - keys.start}
+        yield rows, keys, replace(call, lengths=None, **seqlens)
 
 
 def _grouped(x, call: Call):
