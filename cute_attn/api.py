@@ -76,7 +76,9 @@ def attention(
 
     Tensors that stand for others are taken too: the result of an asynchronous collective is waited for (on the current
     stream); DTensors that are sharded by batch or heads, or replicated, q, k and v alike, are computed shard by shard; under
-    ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta. In a graph
+    ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta; of jagged
+    nested tensors ``(batch, sequence, heads, head_dim)`` the output is one, too, and the lse is ``(batch, sequence, heads)``:
+    see :func:`attention_varlen`. In a graph
     of torch.compile or torch.export attention is one operator, ``cute_attn::attention`` (:mod:`cute_attn.ops`); there flags
     are Python's bools.
 
@@ -103,6 +105,7 @@ def attention(
     if not plain and (handle := wrapped.handler(q, k, v)):
         rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
+        others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
         return handle(attention, q, k, v, rules, others)
     call = check_call(q, k, v, scale, causal, window, softcap)
     how = return_lse, deterministic, backend, mechanism
@@ -165,6 +168,8 @@ def attention_varlen(
     check_packed(q, k, v)
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
+    if not plain:
+        q, k, v = wrapped.own(q, k, v)
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     call = check_call(q, k, v, scale, causal, window, softcap)
     if cu_seqlens_k is None:

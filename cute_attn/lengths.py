@@ -50,7 +50,7 @@ class Lengths:
             bounds = [i * (rows // max(self.count, 1)) for i in range(self.count + 1)]
         bounds = [min(max(bound, 0), rows) for bound in bounds]
         found = []
-        for i, (first, after) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for i, (first, after) in enumerate(itertools.pairwise(bounds)):
             length = max(after - first, 0)
             found.append(slice(first, first + (length if used is None else min(max(used[i], 0), length))))
         return found
@@ -90,8 +90,6 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, Any, A
             raise ValueError(f"{name} has dtype {x.dtype}; torch.int32 is needed: try {name}.int()")
         if x.device != device:
             raise ValueError(f"{name} lies on {x.device} and q on {device}; one device is needed: try {name}.to(q.device)")
-        if x.requires_grad:
-            raise ValueError(f"{name} requires a gradient; lengths have none: try {name}.detach()")
         before = x
         if count is None:
             count = x.shape[0] - 1
@@ -114,7 +112,7 @@ def _check_values(tensors, count: int, rows: tuple[int, int]) -> None:
             each = [rows[side] // count] * count if count else []
         else:
             name, values = NAMES[side], bounds.tolist()
-            each = [after - before for before, after in zip(values, values[1:], strict=False)]
+            each = [after - before for before, after in itertools.pairwise(values)]
             for i, length in enumerate(each):
                 if length < 0:
                     raise ValueError(

@@ -86,7 +86,7 @@ def _as_operands(*numbers):
 
 
 def _forward(q, k, v, cu_q, cu_k, used_q, used_k, scale, softcap, left, right, return_lse, for_backward, *how):
-    deterministic, backend, mechanism = how
+    _, backend, mechanism = how
     call = _call(q, k, v, (cu_q, cu_k, used_q, used_k), scale, softcap, left, right)
     if on_reference(backend, q):
         _check_memory(q=q, k=k, v=v)

@@ -26,6 +26,8 @@ def handler(q, k, v) -> Callable | None:
     """The function that calls ``attention`` on what is inside q, k, v and wraps what it returns; None where they are what is
     to be read. It takes ``(attention, q, k, v, rules, others)``: the keywords of ``check_call``, and the remaining ones."""
     tensors = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if isinstance(x, torch.Tensor)}
+    if any(x.is_nested for x in tensors.values()):
+        return _nested
     if any(_is(x, COLLECTIVES, "AsyncCollectiveTensor") for x in tensors.values()):
         return _waited
     if any(_is(x, DTENSORS, "DTensor") for x in tensors.values()):
@@ -36,12 +38,26 @@ def handler(q, k, v) -> Callable | None:
                 f"{name} is a MaskedTensor; a plain tensor is needed, as attention has no mask of elements: try "
                 f"{name}.to_tensor(0.0), with causal and window for which keys a query sees"
             )
-        if computes_in_its_own_way(type(x)) and not x.is_nested and not isinstance(x, TRACED):
+        if computes_in_its_own_way(type(x)) and not isinstance(x, TRACED):
             raise TypeError(
                 f"{name} is a {type(x).__name__}, a subclass of torch.Tensor with a __torch_dispatch__; a tensor that holds "
                 f"its values itself, a DTensor or the result of a collective is needed: pass the one that {name} wraps"
             )
     return None
+
+
+def own(q, k, v):
+    """Packed q, k, v as they are to be read: an asynchronous collective's result is waited for. What else stands for other
+    tensors is refused."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if _is(x, DTENSORS, "DTensor"):
+            raise TypeError(
+                f"{name} is a DTensor; a plain tensor is needed for sequences of different lengths: try {name}.to_local() of "
+                f"whole sequences, with their own cu_seqlens, or of heads"
+            )
+    q, k, v = map(_finished, (q, k, v))
+    handler(q, k, v)
+    return q, k, v
 
 
 def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
@@ -73,6 +89,38 @@ def _is(x: object, module: str, name: str) -> bool:
 
 def _waited(attention: Callable, q, k, v, rules: dict, others: dict):
     return attention(_finished(q), _finished(k), _finished(v), **rules, **others)
+
+
+# ---- nested tensors --------------------------------------------------------------------------------------------------
+
+
+def _nested(attention: Callable, q, k, v, rules: dict, others: dict):
+    """Attention of jagged nested tensors, whose sequences lie one after another already."""
+    from cute_attn.api import attention_varlen
+
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        jagged = isinstance(x, torch.Tensor) and x.is_nested and x.layout is torch.jagged and x.dim() == 4
+        if not jagged or not all(isinstance(x.shape[i], int) for i in (0, 2, 3)):
+            is_nested = isinstance(x, torch.Tensor) and x.is_nested
+            raise TypeError(
+                f"{name} is a {f'nested tensor of layout {x.layout}' if is_nested else type(x).__name__}; jagged nested "
+                f"tensors (batch, sequence, heads, head_dim) are needed for q, k and v, if any is nested: "
+                f"try torch.nested.nested_tensor(…, layout=torch.jagged), or attention_varlen"
+            )
+    q_bounds, k_bounds = (x.offsets().to(torch.int32) for x in (q, k))
+    q_used, k_used = (None if x.lengths() is None else x.lengths().to(torch.int32) for x in (q, k))
+    if others.pop("seqused_q", None) is not None or others.pop("seqused_k", None) is not None:
+        raise ValueError("seqused_q or seqused_k is given with nested tensors, which say how long they are: leave it out")
+    lengths = {"cu_seqlens_q": q_bounds, "cu_seqlens_k": k_bounds, "seqused_q": q_used, "seqused_k": k_used}
+    results = attention_varlen(q.values(), k.values(), v.values(), **lengths, **rules, **others)
+
+    def jagged_as_q(x):
+        return torch.nested.nested_tensor_from_jagged(x, q.offsets(), q.lengths())
+
+    if not isinstance(results, tuple):
+        return jagged_as_q(results)
+    out, lse = results
+    return jagged_as_q(out), jagged_as_q(lse.t())
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------

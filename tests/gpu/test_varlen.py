@@ -236,7 +236,7 @@ WRONG = [[0, 500, 100, 700], [-5, 100, 2**30, 50], [600, 400, 200, 0], [0, 2**31
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_bounds_write_nothing_elsewhere(wrong, mechanism):
-    """compute-sanitizer shows that nothing is accessed outside of the tensors; here, that it ends and what is around is kept."""
+    """compute-sanitizer shows that nothing is accessed outside of the tensors; here, that it ends and what is around stays."""
     q, k, v, dout, *_ = make([(700, 700)], 64, tail=0)
     cu = torch.tensor(wrong, dtype=torch.int32, device="cuda")
     guard = torch.full((1 << 20,), 7, dtype=torch.int32, device="cuda")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from cute_attn import attention, cache, compile, launch, layouts, plan, problem
+from cute_attn import attention, attention_varlen, cache, compile, launch, layouts, lengths, plan, problem
 
 HALF = torch.bfloat16
 
@@ -527,6 +527,64 @@ def test_checks(row):
     assert_raises(row)
 
 
+def bounds(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+def packed(cu=None, *more, q=(30, 4, 16), k=(30, 2, 16), v=(30, 2, 16), **options):
+    """A call of sequences in 30 rows."""
+    qkv = [torch.zeros(shape, dtype=HALF) for shape in (q, k, v)]
+    return lambda: attention_varlen(*qkv, bounds(0, 10, 30) if cu is None else cu, *more, **options)
+
+
+def in_use(**lengths):
+    """A call of two padded sequences, 6 queries and 10 keys each."""
+    return lambda: attention(*tensors(), **lengths)
+
+
+RAGGED = [
+    Row("packed, no tensor", lambda: attention_varlen([1], 2, 3, bounds(0)), TypeError, "q is a list", "torch.Tensor is"),
+    Row("packed, a batch", packed(q=(2, 15, 4, 16)), ValueError, "q has shape (2, 15, 4, 16)", "3 dimensions", "flatten(0, 1)"),
+    Row("lengths of packed k and v", packed(k=(29, 2, 16)), ValueError, "k is (1, 29, 2, 16)", "equal (seqlen, heads)"),
+    Row("bounds, a list", packed([0, 10, 30]), TypeError, "cu_seqlens_q is a list", "an int32 tensor", "torch.tensor("),
+    Row("bounds, none", packed(torch.zeros(0, dtype=torch.int32)), ValueError, "shape (0,)", "(batch + 1,)"),
+    Row("bounds, two dimensions", packed(bounds(0, 30)[None]), ValueError, "shape (1, 2)", "(batch + 1,)", ".flatten()"),
+    Row("bounds, dtype", packed(bounds(0, 30, dtype=torch.int64)), ValueError, "torch.int64", "torch.int32", ".int()"),
+    Row("bounds, device", packed(bounds(0, 30).to("meta")), ValueError, "lies on meta", "one device", ".to(q.device)"),
+    Row("bounds, other count", packed(None, bounds(0, 30)), ValueError, "cu_seqlens_k is of 1", "one length for each"),
+    Row("in use, other count", packed(seqused_q=bounds(9)), ValueError, "seqused_q is of 1 sequences where there are 2", "one"),
+    Row("in use, shape", in_use(seqused_k=bounds(1, 2)[:, None]), ValueError, "seqused_k has shape (2, 1)", "(batch,)"),
+    Row("in use, kind", in_use(seqused_k=5), TypeError, "seqused_k is 5", "an int32 tensor"),
+    Row("in use, dtype", in_use(seqused_q=torch.ones(2)), ValueError, "torch.float32", "torch.int32 is needed"),
+]
+CHECKED = [  # with CUTE_ATTN_CHECK=1
+    Row("falling", packed(bounds(0, 20, 10)), ValueError, "falls from 20 to 10 at 1", "lengths ≥ 0", "cumsum"),
+    Row("not from 0", packed(bounds(3, 30)), ValueError, "goes from 3 to 30", "from 0 to at most 30"),
+    Row("past the rows", packed(bounds(0, 31)), ValueError, "goes from 0 to 31", "at most 30"),
+    Row("more in use", packed(seqused_q=bounds(11, 0)), ValueError, "seqused_q[0] is 11", "from 0 to 10"),
+    Row("less than none", in_use(seqused_k=bounds(10, -1)), ValueError, "seqused_k[1] is -1", "from 0 to 10"),
+]
+
+
+@table(RAGGED)
+def test_sequences_of_different_lengths(row):
+    assert_raises(row)
+
+
+@table(CHECKED)
+def test_lengths_that_are_read_back(row, monkeypatch):
+    monkeypatch.setattr(lengths, "CHECK", True)
+    assert_raises(row)
+
+
+def test_every_error_of_lengths_has_a_row(monkeypatch):
+    """As in problem.py. (No int32 tensor requires a gradient: there is no check of that.)"""
+    found = reached(RAGGED, lengths.__file__)
+    monkeypatch.setattr(lengths, "CHECK", True)
+    missing = raises(lengths.__file__) - found - reached(CHECKED, lengths.__file__)
+    assert not missing, f"no row for lengths.py, lines {sorted(missing)}"
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first forward-mode call
 @table(API)
 def test_attention(row):
@@ -574,7 +632,7 @@ def raises(file: str) -> set[int]:
 
 def test_every_error_of_the_checks_has_a_row():
     """Each ``raise`` in problem.py is reached by a row: whoever adds one adds a row."""
-    missing = raises(problem.__file__) - reached(CHECKS, problem.__file__)
+    missing = raises(problem.__file__) - reached(CHECKS, problem.__file__) - reached(RAGGED, problem.__file__)
     assert not missing, f"no row for problem.py, lines {sorted(missing)}"
 
 

@@ -31,9 +31,10 @@ def leaves(dtype=torch.float32, needs="qkv", sq=9, sk=11):
     return [x.requires_grad_(name in needs) for name, x in zip("qkv", make_qkv(3, sq, sk, 4, 2, 16, 24, dtype), strict=True)]
 
 
-def forward_arguments(q, k, v, rules, numbers, return_lse=True, for_backward=True):
+def forward_arguments(q, k, v, rules, numbers, return_lse=True, for_backward=True, lengths=(None,) * 4):
     scale, softcap, *edges = rules
-    return q, k, v, numbers(scale), numbers(softcap), *edges, return_lse, for_backward, False, "auto", None
+    rules = numbers(scale), numbers(softcap), *edges
+    return q, k, v, *lengths, *rules, return_lse, for_backward, False, "auto", None
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -55,8 +56,22 @@ def test_opcheck_of_gradients(needs, overload):
     out, _, kept = getattr(OPS.attention, overload)(*arguments)
     dout, dlse = make_gradients(q, v)
     for of_lse in (None, dlse):
-        inputs = (q, k, v, out, kept, dout, of_lse, *arguments[3:7], needs, *arguments[9:])
+        inputs = (q, k, v, *arguments[3:7], out, kept, dout, of_lse, *arguments[7:11], needs, *arguments[13:])
         torch.library.opcheck(getattr(OPS.attention_backward, overload), inputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("used", [None, torch.tensor([3, 0, 2], dtype=torch.int32)])
+def test_opcheck_of_sequences_of_different_lengths(used):
+    q, k, v = leaves(torch.bfloat16, needs="")
+    q, k, v = (x.flatten(0, 1)[None].requires_grad_() for x in (q, k, v))
+    bounds = torch.tensor([0, 3, 3, 20], dtype=torch.int32), torch.tensor([0, 11, 12, 33], dtype=torch.int32)
+    arguments = forward_arguments(q, k, v, RULES[1], float, lengths=(*bounds, used, used))
+    torch.library.opcheck(OPS.attention.default, arguments)
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, _, kept = OPS.attention(q, k, v, *arguments[3:])
+    inputs = (q, k, v, *arguments[3:7], out, kept, torch.ones_like(out), None, *arguments[7:11], "qkv", *arguments[13:])
+    torch.library.opcheck(OPS.attention_backward.default, inputs)
 
 
 @pytest.mark.parametrize(("return_lse", "for_backward"), list(itertools.product([False, True], repeat=2)))

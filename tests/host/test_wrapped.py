@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cute_attn import arguments, attention, launch, problem, wrapped
+from cute_attn import arguments, attention, attention_varlen, launch, problem, wrapped
 from tests.host.test_arguments import KINDS, fake, inputs, k, q, v
 from tests.host.test_errors import Row, assert_raises, raises, reached, table
 from tests.support import make_qkv
@@ -92,12 +92,17 @@ class Named(torch.Tensor):
     """A tensor with memory, and nothing but a name."""
 
 
-def on_meshes(shape, *placements, change=None):
+def packed(q, k, v, **options):
+    """A call of one sequence."""
+    return attention_varlen(q[0], k[0], v[0], torch.tensor([0, q.shape[1]], dtype=torch.int32), **options)
+
+
+def on_meshes(shape, *placements, change=None, call=attention):
     """A call of DTensors on a mesh of four pretended processes."""
     with world("fake", math.prod(shape)):
         mesh = init_device_mesh("cpu", shape)
         tensors = [DTensor.from_local(x, mesh, placements, run_check=False) for x in (q, k, v)]
-        return attention(*(tensors if change is None else change(mesh, *tensors)), return_lse=True, **RULES)
+        return call(*(tensors if change is None else change(mesh, *tensors)), return_lse=True, **RULES)
 
 
 def batched_gradients(vectorized):
@@ -140,16 +145,53 @@ TENSORS = [
         "strided is needed",
         ".to_dense()",
     ),
-    *(
-        Row(
-            f"nested, {layout}",
-            lambda layout=layout: attention(torch.nested.nested_tensor(list(q), layout=layout), k, v),
-            TypeError,
-            "q is a nested tensor",
-            "equal lengths is needed",
-            "q.unbind()",
-        )
-        for layout in (torch.strided, torch.jagged)
+    Row(
+        "nested, strided",
+        lambda: attention(torch.nested.nested_tensor(list(q)), k, v),
+        TypeError,
+        "q is a nested tensor",
+        "a plain one is needed",
+        "nested",
+    ),
+    Row(
+        "nested, one of them",
+        lambda: attention(torch.nested.nested_tensor(list(q), layout=torch.jagged), k, v),
+        TypeError,
+        "k is a Tensor",
+        "jagged nested tensors",
+        "attention_varlen",
+    ),
+    Row(
+        "nested, jagged elsewhere",
+        lambda: attention(*[torch.nested.nested_tensor(list(q), layout=torch.jagged).transpose(1, 2)] * 3),
+        TypeError,
+        "q is a nested tensor of layout torch.jagged",
+        "(batch, sequence, heads, head_dim)",
+        "attention_varlen",
+    ),
+    Row(
+        "nested, and lengths as well",
+        lambda: attention(*[torch.nested.nested_tensor(list(q), layout=torch.jagged)] * 3, seqused_q=torch.ones(2)),
+        ValueError,
+        "seqused_q or seqused_k is given",
+        "nested tensors, which say how long they are",
+        "leave it out",
+    ),
+    Row(
+        "packed, of a DTensor",
+        lambda: on_meshes((4,), Shard(0), call=packed),
+        TypeError,
+        "q is a DTensor",
+        "a plain tensor is needed",
+        "q.to_local()",
+    ),
+    Row(
+        "packed, of a nested tensor",
+        lambda: attention_varlen(torch.nested.nested_tensor(list(q), layout=torch.jagged), k[0], v[0], torch.zeros(1)),
+        TypeError,
+        "q is a nested tensor",
+        "a plain one is needed",
+        "q.offsets().int()",
     ),
     Row(
         "masked",
