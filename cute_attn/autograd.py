@@ -29,7 +29,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, call: Call, forward: Callable, gradients: Callable):  # type: ignore[override]
         out, lse, kept = forward(q, k, v, call)
-        keep(ctx, q, k, v, out, kept)
+        keep(ctx, q, k, v, out, kept, () if call.lengths is None else call.lengths.tensors)
         ctx.call, ctx.gradients = call, gradients
         return out, lse
 
@@ -41,10 +41,10 @@ class Attention(torch.autograd.Function):
         return *_Gradients.apply(*arguments, ctx.call, ctx.gradients), None, None, None
 
 
-def keep(ctx, q, k, v, out, kept) -> None:
-    """What :func:`arguments_of_gradients` will need."""
+def keep(ctx, q, k, v, out, kept, lengths=()) -> None:
+    """What :func:`arguments_of_gradients` will need. ``lengths`` are saved for torch to notice if they change in place."""
     ctx.set_materialize_grads(False)  # an output that nobody used has None for its gradient, not a tensor of zeros
-    ctx.save_for_backward(q, k, v, out, kept)
+    ctx.save_for_backward(q, k, v, out, kept, *lengths)
     ctx.were = [None if x is None else (x.device, x.dtype) for x in (q, k, v, out, kept)]
 
 

@@ -158,7 +158,7 @@ def _keep(ctx, inputs, output):
     out, lse, kept = output
     ctx.rules, ctx.how, ctx.lengths = rules, (deterministic, backend, mechanism), lengths
     ctx.mark_non_differentiable(kept) if ctx.return_lse else ctx.mark_non_differentiable(lse, kept)
-    autograd.keep(ctx, q, k, v, out, kept)
+    autograd.keep(ctx, q, k, v, out, kept, lengths)
 
 
 def _differentiate(ctx, dout, dlse, _):

@@ -38,6 +38,15 @@ VERSIONED = (
     "cuda-python",
     "torch",
 )
+# What no kernel is made from, so that a change to a picture makes no other kernel: by folder, how layouts are proved and drawn,
+# and the command line. All other files count.
+APART = {
+    "layouts": {
+        *("__main__.py", "algebra.py", "blocks.py", "blocks_backward.py", "draw.py", "gallery.py", "pictures.py", "prove.py"),
+        "prove_backward.py",
+    },
+    "cute_attn": {"__main__.py", "command.py", "cubin.py", "demo.py", "fill.py", "machine.py"},
+}
 
 
 class Changed(RuntimeError):  # noqa: N818
@@ -73,7 +82,8 @@ _outside: dict[ModuleType, dict[Path, bytes]] = {}  # registered modules that ar
 @lru_cache(maxsize=1)
 def fingerprint() -> str:
     """Whatever a kernel's code depends on besides its problem and config, as one hash."""
-    digest = hashlib.sha256(_digest(_FOLDERS, _texts()))
+    made_of = {path: text for path, text in _texts().items() if path.name not in APART.get(path.parent.name, ())}
+    digest = hashlib.sha256(_digest(_FOLDERS, made_of))
     for name, version in versions().items():
         digest.update(f"{name}={version}\n".encode())
     digest.update(f"{sys.version_info[:2]} {platform.system()} {platform.machine()}".encode())

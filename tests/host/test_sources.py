@@ -35,6 +35,30 @@ def versions_as_they_are():
     sources.versions.cache_clear()
 
 
+PARTS = """
+import sys
+from cute_attn import sources
+sources._parts()
+print(*(m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "cute_attn"), sep="\\n")
+"""
+
+
+def test_kernels_are_made_of_all_that_counts_and_of_nothing_else():
+    """What is imported before the first kernel is traced is what the fingerprint reads."""
+    ran = subprocess.run([sys.executable, "-c", PARTS], capture_output=True, text=True, check=True)
+    apart = {path for path in sources._texts() if path.name in sources.APART.get(path.parent.name, ())}
+    assert len(apart) == sum(map(len, sources.APART.values()))
+    assert set(map(Path, ran.stdout.split("\n")[:-1])) == set(sources._texts()) - apart
+
+
+def test_a_picture_makes_no_other_kernel(monkeypatch):
+    before, texts = fingerprint(), sources._texts()
+    for name, same in (("pictures.py", True), ("demo.py", True), ("tma.py", False), ("softmax.py", False)):
+        (path,) = (path for path in texts if path.name == name)
+        monkeypatch.setattr(sources, "_texts", lambda path=path: {**texts, path: texts[path] + b"#"})
+        assert (fingerprint() == before) is same
+
+
 @pytest.mark.parametrize("package", sources.VERSIONED)
 def test_versions_are_in_the_fingerprint(package, monkeypatch):
     """And folders: an entry names libraries of the environment that made it, and no process may load them twice."""

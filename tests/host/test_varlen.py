@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +141,24 @@ def test_q_k_and_v_in_one_tensor():
     cu = bounds([20, 0, 30])
     want = attention_varlen(*(x.contiguous() for x in qkv.unbind(1)), cu, causal=True)
     assert torch.equal(attention_varlen(*qkv.unbind(1), cu, causal=True), want)
+
+
+def test_lengths_that_change_before_the_backward_pass():
+    leaves, dout, (cu, _) = make([(9, 9), (5, 5)])
+    out = attention_varlen(*leaves, cu)
+    cu[1] = 3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(dout)
+
+
+def test_the_example_of_the_readme():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = (block for block in text.split("```python\n")[1:] if "attention_varlen" in block.partition("```")[0])
+    names = {"torch": torch, "device": "cpu"}
+    exec(example.partition("```")[0], names)
+    out, (q, k, v) = names["out"], names["packed"]
+    assert torch.equal(out[317:1017], attention(q[None, 317:1017], k[None, 317:1017], v[None, 317:1017], causal=True)[0])
+    assert not out[1017:].count_nonzero()
 
 
 def test_gradcheck():
