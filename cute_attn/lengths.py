@@ -104,7 +104,9 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) 
         more = 1 if name.startswith("cu") else 0
         if x.dim() != 1 or x.shape[0] < more:
             need = "(batch + 1,), from 0 up to all rows," if more else "(batch,)"
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; {need} is needed: try {name}.flatten(), or check its making")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; {need} is needed: try {name}.flatten(), or check how it was made"
+            )
         if x.dtype != torch.int32:
             raise ValueError(f"{name} has dtype {x.dtype}; torch.int32 is needed: try {name}.int()")
         if x.device != q.device:

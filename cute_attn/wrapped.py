@@ -140,7 +140,7 @@ def nested(varlen: Callable, q, k, v, rules: dict, others: dict):
     if not all(isinstance(x, torch.Tensor) and x.layout is torch.jagged for x in tensors.values()):
         raise TypeError(
             f"q, k, v are {'; '.join(kinds)}; nested tensors of layout torch.jagged are needed, or none: try "
-            f"torch.nested.nested_tensor(…, layout=torch.jagged) of each, or attention_varlen of packed ones"
+            f"torch.nested.nested_tensor(…, layout=torch.jagged) of each, or attention_varlen"
         )
     if any(name in others for name in NAMES):
         raise TypeError(

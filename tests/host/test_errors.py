@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from cute_attn import attention, cache, compile, launch, layouts, plan, problem
+from cute_attn import attention, attention_varlen, cache, compile, launch, layouts, lengths, plan, problem
 
 HALF = torch.bfloat16
 
@@ -429,6 +429,128 @@ ON_HOPPER = [
     ),
 ]
 
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BOUNDS_Q, BOUNDS_K = int32(0, 2, 6), int32(0, 0, 9)
+
+
+def packed(q=q[0], k=k[0], v=v[0], cu_seqlens_q=BOUNDS_Q, cu_seqlens_k=BOUNDS_K, **options):
+    return lambda: attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+
+
+def used(**lengths):
+    return lambda: attention(q, k, v, **lengths)
+
+
+CU, USED = "(batch + 1,), from 0 up to all rows, is needed", "(batch,) is needed"
+LENGTHS = [
+    Row("packed q a list", packed(q=[1.0]), TypeError, "q is a list", "torch.Tensor is needed", "torch.as_tensor(q)"),
+    Row("packed v of 4 dimensions", packed(v=v), ValueError, "v has shape (2, 10, 2, 16)", "3 dimensions", "v.flatten(0, 1)"),
+    Row("packed k of 2 dimensions", packed(k=k[0, 0]), ValueError, "k has shape (2, 16)", "3 dimensions (rows of all"),
+    Row("sparse packed q", packed(q=q[0].to_sparse()), TypeError, "q has layout torch.sparse_coo", "strided is needed"),
+    Row("totals of k and v", packed(v=v[0, 1:]), ValueError, "v is (1, 9, 2, 16)", "equal (seqlen, heads) are needed"),
+    Row("no bounds", packed(cu_seqlens_q=None), TypeError, "cu_seqlens_q is a NoneType", "torch.Tensor is needed"),
+    Row(
+        "bounds a list",
+        packed(cu_seqlens_k=[0, 5]),
+        TypeError,
+        "cu_seqlens_k is a list, [0, 5]",
+        "int32 tensor on cpu is needed",
+    ),
+    Row(
+        "used a number",
+        used(seqused_q=3),
+        TypeError,
+        "seqused_q is 3",
+        "int32 tensor on cpu",
+        "torch.tensor(…, dtype=torch.int32)",
+    ),
+    Row("sparse bounds", packed(cu_seqlens_k=int32(0, 5, 9).to_sparse()), TypeError, "cu_seqlens_k has layout", "is needed"),
+    Row("empty bounds", packed(cu_seqlens_q=int32()), ValueError, "cu_seqlens_q has shape (0,)", CU, "check how"),
+    Row(
+        "bounds of a batch",
+        packed(cu_seqlens_k=int32(0, 5, 9)[None]),
+        ValueError,
+        "cu_seqlens_k has shape (1, 3)",
+        CU,
+        "flatten",
+    ),
+    Row("one length of a batch", used(seqused_k=int32(3)[0]), ValueError, "seqused_k has shape ()", USED),
+    Row(
+        "int64 bounds",
+        packed(cu_seqlens_q=int32(0, 2, 6).long()),
+        ValueError,
+        "torch.int64",
+        "int32 is needed",
+        "cu_seqlens_q.int()",
+    ),
+    Row("a mask of rows in use", used(seqused_k=int32(3, 3) > 0), ValueError, "dtype torch.bool", "int32 is needed"),
+    Row("floats", used(seqused_k=torch.ones(2, requires_grad=True)), ValueError, "dtype torch.float32", "int32 is needed"),
+    Row(
+        "bounds elsewhere",
+        packed(cu_seqlens_k=int32(0, 5, 9).to("meta")),
+        ValueError,
+        "cu_seqlens_k lies on meta and q on cpu",
+        "one device is needed",
+        "cu_seqlens_k.to(q.device)",
+    ),
+    *(
+        Row(
+            f"other counts, {name}",
+            wrong,
+            ValueError,
+            f"{name} is of {n} sequences where there are 2",
+            "one length for each is needed",
+        )
+        for name, n, wrong in (
+            ("cu_seqlens_k", 3, packed(cu_seqlens_k=int32(0, 1, 2, 3))),
+            ("seqused_q", 1, packed(seqused_q=int32(1))),
+            ("seqused_k", 3, packed(seqused_k=int32(1, 1, 1))),
+            ("seqused_k", 3, used(seqused_k=int32(1, 1, 1))),
+        )
+    ),
+    # With CUTE_ATTN_CHECK=1.
+    Row(
+        "falling",
+        packed(cu_seqlens_q=int32(0, 5, 2)),
+        ValueError,
+        "falls from 5 to 2 after element 1",
+        "ascending",
+        "torch.cumsum",
+    ),
+    Row(
+        "not from 0", packed(cu_seqlens_q=int32(1, 5, 6)), ValueError, "goes from 1 to 6", "from 0 to at most 6", "torch.cumsum"
+    ),
+    Row(
+        "negative",
+        packed(cu_seqlens_k=int32(-1, 5, 6)),
+        ValueError,
+        "goes from -1 to 6",
+        "from 0 to at most 10",
+        "torch.cumsum",
+    ),
+    Row(
+        "past the rows",
+        packed(cu_seqlens_k=int32(0, 5, 11)),
+        ValueError,
+        "goes from 0 to 11",
+        "at most 10, the rows there are,",
+    ),
+    Row(
+        "of more rows",
+        packed(seqused_k=int32(1, 1)),
+        ValueError,
+        "seqused_k[0] is 1",
+        "from 0 to 0, the rows of that",
+        "check how",
+    ),
+    Row("of fewer than 0", packed(seqused_q=int32(1, -1)), ValueError, "seqused_q[1] is -1", "from 0 to 4, the rows of that"),
+    Row("of more rows of a batch", used(seqused_k=int32(1, 11)), ValueError, "seqused_k[1] is 11", "from 0 to 10, the rows of"),
+]
+
 A_PROBLEM = problem.Problem("bfloat16", 64, 64)
 
 # What `python -m cute_attn compile` and other callers reach without a tensor.
@@ -533,6 +655,12 @@ def test_attention(row):
     assert_raises(row)
 
 
+@table(LENGTHS)
+def test_lengths(row, monkeypatch):
+    monkeypatch.setenv(lengths.CHECK, "1")
+    assert_raises(row)
+
+
 @table(PLAN)
 def test_plan(row):
     assert_raises(row)
@@ -572,14 +700,19 @@ def raises(file: str) -> set[int]:
     return {node.lineno for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Raise)}
 
 
-def test_every_error_of_the_checks_has_a_row():
-    """Each ``raise`` in problem.py is reached by a row: whoever adds one adds a row."""
-    missing = raises(problem.__file__) - reached(CHECKS, problem.__file__)
-    assert not missing, f"no row for problem.py, lines {sorted(missing)}"
+def test_every_error_of_the_checks_has_a_row(monkeypatch):
+    """Each ``raise`` in problem.py and lengths.py is reached by a row: whoever adds one adds a row."""
+    monkeypatch.setenv(lengths.CHECK, "1")
+    for file in (problem.__file__, lengths.__file__):
+        missing = raises(file) - reached([*CHECKS, *LENGTHS], file)
+        assert not missing, f"no row for {file}, lines {sorted(missing)}"
 
 
-def test_right_inputs_pass():
+def test_right_inputs_pass(monkeypatch):
     """The rows are wrong by the one thing they name: without it they are accepted."""
+    monkeypatch.setenv(lengths.CHECK, "1")
+    packed(seqused_q=int32(0, 4), seqused_k=int32(0, 9))()
+    used(seqused_q=int32(6, 0), seqused_k=int32(0, 10))()
     call = check(q, k, v)()
     assert (call.batch, call.seqlen_q, call.heads, call.head_dim) == (2, 6, 4, 16)
     assert (call.seqlen_k, call.heads_kv, call.head_dim_v, call.shift) == (10, 2, 16, 4)

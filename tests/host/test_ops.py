@@ -191,7 +191,9 @@ def test_flops_of_sequences_are_those_of_each():
     assert forward == 2 * scores * (16 + 24)
     assert mode.get_total_flops() - forward == 2 * scores * (3 * 16 + 2 * 24)
     with FlopCounterMode(display=False) as mode:
-        attention_varlen(*(x.detach().squeeze(0).to("meta") for x in (q, k, v)), **{n: x.to("meta") for n, x in lengths.items()})
+        attention_varlen(
+            *(x.detach().squeeze(0).to("meta") for x in (q, k, v)), **{n: x.to("meta") for n, x in lengths.items()}
+        )
     assert mode.get_total_flops() == 2 * (4 * 27 * 33 // 3) * (16 + 24)
 
 
