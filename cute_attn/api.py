@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from cute_attn import autocast, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of
 from cute_attn.autograd import Attention
-from cute_attn.lengths import Lengths, check_lengths
+from cute_attn.lengths import NAMES, Lengths, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
 from cute_attn.problem import Call, check_call, check_packed
@@ -76,9 +76,7 @@ def attention(
 
     Tensors that stand for others are taken too: the result of an asynchronous collective is waited for (on the current
     stream); DTensors that are sharded by batch or heads, or replicated, q, k and v alike, are computed shard by shard; under
-    ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta; of jagged
-    nested tensors ``(batch, sequence, heads, head_dim)`` the output is one, too, and the lse is ``(batch, sequence, heads)``:
-    see :func:`attention_varlen`. In a graph
+    ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta. In a graph
     of torch.compile or torch.export attention is one operator, ``cute_attn::attention`` (:mod:`cute_attn.ops`); there flags
     are Python's bools.
 
@@ -102,20 +100,24 @@ def attention(
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
-    if not plain and (handle := wrapped.handler(q, k, v)):
+    ragged = not (seqused_q is seqused_k is None)
+    if ragged:
+        plain = plain and _are_plain(seqused_q, seqused_k)
+    if not plain and (handle := wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)):
         rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
-        others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
-        return handle(attention, q, k, v, rules, others)
+        if ragged:
+            others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
+        return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
     call = check_call(q, k, v, scale, causal, window, softcap)
     how = return_lse, deterministic, backend, mechanism
-    if seqused_q is not None or seqused_k is not None:
-        batch, rows = call.batch, (call.batch * call.seqlen_q, call.batch * call.seqlen_k)
-        lengths = check_lengths(q, batch, (None, None, seqused_q, seqused_k), rows)
-        q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
-        out, lse = _computed(q, k, v, _packed(call, lengths, rows), scale, how, plain, transformed)
-        out = out.view(batch, -1, *out.shape[2:])
-        return (out, lse.view(lse.shape[1], batch, -1).transpose(0, 1)) if return_lse else out
+    if ragged:
+        batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
+        call = _packed(call, check_lengths(q, batch, (None, None, seqused_q, seqused_k)), batch * seqlen_q, batch * seqlen_k)
+        q, k, v = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
+        out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
+        out = out.unflatten(1, (batch, seqlen_q)).squeeze(0)
+        return (out, lse.unflatten(2, (batch, seqlen_q)).squeeze(0).transpose(0, 1)) if return_lse else out
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
 
@@ -165,25 +167,32 @@ def attention_varlen(
     """
     if any_autocast_enabled():
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
-    check_packed(q, k, v)
-    transformed = transforms_active()
-    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
-    if not plain:
-        q, k, v = wrapped.own(q, k, v)
-    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    call = check_call(q, k, v, scale, causal, window, softcap)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    rows = call.seqlen_q, call.seqlen_k
-    lengths = check_lengths(q, None, (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), rows)
+    tensors = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    transformed = transforms_active()
+    plain = _are_plain(q, k, v, *tensors) and not transformed
+    lengths = dict(zip(NAMES, tensors, strict=True))
+    if not plain and (handle := wrapped.handler(q, k, v, **lengths)):
+        rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
+        return handle(attention_varlen, q, k, v, rules, {**others, **lengths})
+    check_packed(q, k, v, cu_seqlens_q)
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    call = check_call(q, k, v, scale, causal, window, softcap)
+    call = _packed(call, check_lengths(q, None, tensors), call.seqlen_q, call.seqlen_k)
     how = return_lse, deterministic, backend, mechanism
-    out, lse = _computed(q, k, v, _packed(call, lengths, rows), scale, how, plain, transformed)
+    out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out.squeeze(0), lse.squeeze(0)) if return_lse else out.squeeze(0)
 
 
-def _packed(call: Call, lengths: Lengths, rows: tuple[int, int]) -> Call:
-    """A call of ragged sequences."""
-    call.batch, (call.seqlen_q, call.seqlen_k), call.lengths = 1, rows, lengths
+def _are_plain(*tensors) -> bool:
+    return all(x is None or type(x) in _PLAIN for x in tensors)
+
+
+def _packed(call: Call, lengths: Lengths, rows_q: int, rows_k: int) -> Call:
+    """A call of ragged sequences, of so many rows in all."""
+    call.batch, call.seqlen_q, call.seqlen_k, call.lengths = 1, rows_q, rows_k, lengths
     return call
 
 
@@ -213,9 +222,11 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
-    if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v)):
+    if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
         return ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
+    if call.lengths is not None:
+        call.lengths.check_values((call.seqlen_q, call.seqlen_k))
     if differentiated:
         passes = _REFERENCE if on_reference else launch.passes(return_lse, mechanism, deterministic)
         return Attention.apply(q, k, v, call, *passes)

@@ -141,8 +141,8 @@ def check_layout(name: str, x: torch.Tensor) -> None:
     """Refuse a nested or sparse tensor."""
     if x.is_nested:
         raise TypeError(
-            f"{name} is a nested tensor; a plain one is needed here: try {name}.values() and {name}.offsets().int(), or "
-            f"attention() with q, k and v nested"
+            f"{name} is a nested tensor of layout {x.layout}; a plain one is needed, or q, k and v of attention that are all "
+            f"nested, of layout torch.jagged: try {name}.to_padded_tensor(0.0), or {name}.values() and attention_varlen"
         )
     if x.layout is not torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; torch.strided is needed: try {name}.to_dense()")

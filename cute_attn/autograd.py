@@ -7,6 +7,7 @@ number of each row are kept: the backward pass recomputes the scores from them, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,33 +30,38 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, call: Call, forward: Callable, gradients: Callable):  # type: ignore[override]
         out, lse, kept = forward(q, k, v, call)
-        keep(ctx, q, k, v, out, kept, () if call.lengths is None else call.lengths.tensors)
+        keep(ctx, q, k, v, out, kept, *(() if call.lengths is None else call.lengths.tensors))
         ctx.call, ctx.gradients = call, gradients
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        arguments = arguments_of_gradients(ctx, dout, dlse)
-        if arguments is None:
+        found = arguments_of_gradients(ctx, dout, dlse)
+        if found is None:
             return (None,) * 6
-        return *_Gradients.apply(*arguments, ctx.call, ctx.gradients), None, None, None
+        *arguments, lengths = found
+        call = ctx.call
+        if lengths:
+            call = replace(call, lengths=replace(call.lengths, tensors=lengths))
+        return *_Gradients.apply(*arguments, call, ctx.gradients), None, None, None
 
 
-def keep(ctx, q, k, v, out, kept, lengths=()) -> None:
-    """What :func:`arguments_of_gradients` will need. ``lengths`` are saved for torch to notice if they change in place."""
+def keep(ctx, *tensors) -> None:
+    """What :func:`arguments_of_gradients` will need: q, k, v, out, kept, and the lengths of ragged sequences, which torch then
+    knows not to be changed in place."""
     ctx.set_materialize_grads(False)  # an output that nobody used has None for its gradient, not a tensor of zeros
-    ctx.save_for_backward(q, k, v, out, kept, *lengths)
-    ctx.were = [None if x is None else (x.device, x.dtype) for x in (q, k, v, out, kept)]
+    ctx.save_for_backward(*tensors)
+    ctx.were = [None if x is None else (x.device, x.dtype) for x in tensors]
 
 
 def arguments_of_gradients(ctx, dout, dlse) -> tuple | None:
-    """``(q, k, v, out, kept, dout, dlse, needs)``, or None where no gradient is needed or all are zeros."""
+    """``(q, k, v, out, kept, dout, dlse, needs, lengths)``, or None where no gradient is needed or all are zeros."""
     needs = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad, strict=False) if needed)
     if not needs or (dout is None and dlse is None):
         return None
-    q, k, v, out, kept = map(_restored, ctx.saved_tensors, ctx.were)
+    q, k, v, out, kept, *lengths = map(_restored, ctx.saved_tensors, ctx.were)
     dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
-    return q, k, v, out, kept, torch.zeros_like(out) if dout is None else dout, dlse, needs
+    return q, k, v, out, kept, torch.zeros_like(out) if dout is None else dout, dlse, needs, tuple(lengths)
 
 
 def _restored(x: Any, was: Any) -> Any:

@@ -1,23 +1,22 @@
 """How long the sequences of a call are, where they aren't all of one length: what the host knows of it.
 
-That is little: a tensor on the device for each side, whose values nobody reads back but the reference. What the kernels know is
-in ``cute_attn.sequences``.
+That is little: a tensor on the device for each side, whose values only the reference and checks read back.
+``cute_attn.sequences`` is what the kernels know.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise, product
 from typing import Any
 
 import torch
 
-from cute_attn.arguments import shown
+from cute_attn.arguments import check_layout, shown
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-CHECK = os.environ.get("CUTE_ATTN_CHECK") == "1"  # whether to read lengths back and check them
+CHECK = "CUTE_ATTN_CHECK"  # in the environment: 1 to read lengths back and check them
 
 
 @dataclass(slots=True)
@@ -31,102 +30,93 @@ class Lengths:
     count: int
     tensors: tuple[torch.Tensor | None, ...]
 
-    @staticmethod
-    def of(*tensors: torch.Tensor | None) -> Lengths | None:
-        """Of tensors that :func:`check_lengths` has checked; None if there are none."""
-        for name, x in zip(NAMES, tensors, strict=True):
-            if x is not None:
-                return Lengths(x.shape[0] - (1 if name.startswith("cu") else 0), tensors)
-        return None
-
-    def spans(self, rows_q: int, rows_k: int) -> Iterator[tuple[slice, slice]]:
-        """The rows of each sequence in use, of q and of k. Reads the lengths back."""
-        sides = [self._side(side, rows) for side, rows in enumerate((rows_q, rows_k))]
-        return zip(*sides, strict=True)
-
-    def _side(self, side: int, rows: int) -> list[slice]:
-        bounds, used = (None if x is None else x.tolist() for x in self.tensors[side::2])
-        if bounds is None:
-            bounds = [i * (rows // max(self.count, 1)) for i in range(self.count + 1)]
-        bounds = [min(max(bound, 0), rows) for bound in bounds]
-        found = []
-        for i, (first, after) in enumerate(itertools.pairwise(bounds)):
-            length = max(after - first, 0)
-            found.append(slice(first, first + (length if used is None else min(max(used[i], 0), length))))
-        return found
-
     @property
     def names(self) -> str:
         """Of those that there are: what ``Problem.ragged`` is."""
         return _NAMES[tuple(x is not None for x in self.tensors)]
 
+    def bounds(self, side: int, rows: int) -> list[tuple[int, int]]:
+        """Of queries (``side`` 0) or keys (1), ``rows`` in all: from which row up to which each sequence's lie. Read back from
+        the device; whatever is there, none reaches past ``rows``, as in ``sequences.Side``."""
+        cu_seqlens = self.tensors[side]
+        if cu_seqlens is None:
+            values = [i * (rows // max(self.count, 1)) for i in range(self.count + 1)]
+        else:
+            values = [min(max(value, 0), rows) for value in cu_seqlens.tolist()]
+        return [(first, max(first, past)) for first, past in pairwise(values)]
+
+    def in_use(self, side: int, rows: int) -> list[slice]:
+        """The same of the rows in use, as slices."""
+        bounds, seqused = self.bounds(side, rows), self.tensors[2 + side]
+        used = [past - first for first, past in bounds] if seqused is None else seqused.tolist()
+        return [slice(first, min(first + max(n, 0), past)) for (first, past), n in zip(bounds, used, strict=True)]
+
+    def check_values(self, rows: tuple[int, int]) -> None:
+        """With ``CUTE_ATTN_CHECK=1`` read the lengths back and refuse wrong ones; ``rows`` are all of q and of k."""
+        if os.environ.get(CHECK) == "1":
+            for side in (0, 1):
+                self._check_side(side, rows[side])
+
+    def _check_side(self, side: int, rows: int) -> None:
+        if (cu_seqlens := self.tensors[side]) is not None:
+            name, values = NAMES[side], cu_seqlens.tolist()
+            for i, (before, after) in enumerate(pairwise(values)):
+                if after < before:
+                    raise ValueError(
+                        f"{name} falls from {before} to {after} after element {i}; ascending bounds are needed: try "
+                        f"torch.cumsum of the lengths, with a 0 before it"
+                    )
+            if values[0] != 0 or values[-1] > rows:
+                raise ValueError(
+                    f"{name} goes from {values[0]} to {values[-1]}; from 0 to at most {rows}, the rows there are, is needed: "
+                    f"try torch.cumsum of the lengths, with a 0 before it"
+                )
+        if (seqused := self.tensors[2 + side]) is not None:
+            name = NAMES[2 + side]
+            for i, (used, (first, past)) in enumerate(zip(seqused.tolist(), self.bounds(side, rows), strict=True)):
+                if not 0 <= used <= past - first:
+                    raise ValueError(
+                        f"{name}[{i}] is {used}; from 0 to {past - first}, the rows of that sequence, is needed: check how "
+                        f"{name} was made"
+                    )
+
 
 _NAMES: dict[tuple[bool, ...], str] = {
     there: " ".join(name for name, is_there in zip(NAMES, there, strict=True) if is_there)
-    for there in itertools.product((False, True), repeat=len(NAMES))
+    for there in product((False, True), repeat=len(NAMES))
 }
 
 
-def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, Any, Any, Any], rows: tuple[int, int]) -> Lengths:
-    """Check what the host sees of lengths: kind, dtype, device, shape. ``count`` is how many sequences there are, None where
-    ``cu_seqlens_q`` says so; ``rows`` are all of q and of k. With ``CUTE_ATTN_CHECK=1`` their values, too, which takes a
-    synchronisation.
+def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) -> Lengths:
+    """Check what the host sees of lengths, in the order of :data:`NAMES`: kind, dtype, device, shape. ``count`` is how many
+    sequences there are, None where the first of the lengths says so.
 
     Raises ``TypeError`` and ``ValueError``.
     """
-    device, before = q.device, None
     for name, x in zip(NAMES, tensors, strict=True):
-        if x is None or x is before:
+        if x is None:
             continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(
-                f"{name} is {shown(x)}; an int32 tensor on {device} is needed: try torch.tensor(…, dtype=torch.int32)"
+                f"{name} is {shown(x)}; an int32 tensor on {q.device} is needed: try torch.tensor(…, dtype=torch.int32)"
             )
+        check_layout(name, x)
         more = 1 if name.startswith("cu") else 0
-        if x.dim() != 1 or (more and not x.shape[0]):
-            need = "(batch + 1,), from 0 up to all rows" if more else "(batch,)"
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; {need} is needed: try {name}.flatten()")
+        if x.dim() != 1 or x.shape[0] < more:
+            need = "(batch + 1,), from 0 up to all rows," if more else "(batch,)"
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; {need} is needed: try {name}.flatten(), or check how it was made"
+            )
         if x.dtype != torch.int32:
             raise ValueError(f"{name} has dtype {x.dtype}; torch.int32 is needed: try {name}.int()")
-        if x.device != device:
-            raise ValueError(f"{name} lies on {x.device} and q on {device}; one device is needed: try {name}.to(q.device)")
-        before = x
+        if x.device != q.device:
+            raise ValueError(f"{name} lies on {x.device} and q on {q.device}; one device is needed: try {name}.to(q.device)")
         if count is None:
-            count = x.shape[0] - 1
+            count = x.shape[0] - more
         if x.shape[0] - more != count:
             raise ValueError(
                 f"{name} is of {x.shape[0] - more} sequences where there are {count}; one length for each is needed: "
                 f"check how {name} was made"
             )
     assert count is not None
-    held = tuple(x if x is None or x.is_contiguous() else x.contiguous() for x in tensors)
-    if CHECK:
-        _check_values(held, count, rows)
-    return Lengths(count, held)
-
-
-def _check_values(tensors, count: int, rows: tuple[int, int]) -> None:
-    for side in range(2):
-        bounds, used = tensors[side::2]
-        if bounds is None:
-            each = [rows[side] // count] * count if count else []
-        else:
-            name, values = NAMES[side], bounds.tolist()
-            each = [after - before for before, after in itertools.pairwise(values)]
-            for i, length in enumerate(each):
-                if length < 0:
-                    raise ValueError(
-                        f"{name} falls from {values[i]} to {values[i + 1]} at {i}; lengths ≥ 0 are needed: try their cumsum"
-                    )
-            if values[0] != 0 or values[-1] > rows[side]:
-                raise ValueError(
-                    f"{name} goes from {values[0]} to {values[-1]}; from 0 to at most {rows[side]}, the rows there are, is "
-                    f"needed: check how {name} was made"
-                )
-        if used is not None:
-            for i, (length, room) in enumerate(zip(used.tolist(), each, strict=True)):
-                if not 0 <= length <= room:
-                    raise ValueError(
-                        f"{NAMES[2 + side]}[{i}] is {length}; from 0 to {room}, the sequence's rows, is needed: "
-                        f"check how {NAMES[2 + side]} was made"
-                    )
+    return Lengths(count, tuple(x if x is None else x.contiguous() for x in tensors))

@@ -8,12 +8,12 @@ operator (selective checkpointing, counters of FLOPs, ``make_fx``), of fake and 
     attention(q, k, v, *lengths, scale, softcap, left, right, return_lse, for_backward, deterministic, backend, mechanism)
         -> (out, lse, kept)
     attention_backward(q, k, v, *lengths, out, kept, dout, dlse, scale, softcap, left, right, needs, deterministic, backend,
-                       mechanism) -> (dq, dk, dv)
+        mechanism) -> (dq, dk, dv)
 
-``lengths`` are ``cu_seqlens_q``, ``cu_seqlens_k``, ``seqused_q`` and ``seqused_k``, each of which may be None; with any of
-them, all sequences' rows lie in q, k and v one after another, and the batch is 1. The other arguments are those of
-:func:`cute_attn.attention`, except that ``left`` and ``right`` are the edges of the band, None where it
-is unbounded (``causal`` is ``right = 0``). ``lse`` counts with ``return_lse`` only and ``kept``, what the backward pass has of
+Arguments are those of :func:`cute_attn.attention`, except that ``left`` and ``right`` are the edges of the band, None where it
+is unbounded (``causal`` is ``right = 0``), and that ``lengths`` are four, ``lengths.NAMES``. All are None for a rectangle; with
+any of them q, k, v are ``(1, rows of all sequences, heads, head_dim)``, and without cu_seqlens each sequence has equally many.
+``lse`` counts with ``return_lse`` only and ``kept``, what the backward pass has of
 each row, with ``for_backward``; ``needs``, part of ``"qkv"``, names the gradients that count. What doesn't count has size 0.
 All results are contiguous, and memory of their own. The operators check their arguments themselves.
 
@@ -31,19 +31,18 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cute_attn import autograd, launch, reference, wrapped
 from cute_attn.arguments import check_memory
-from cute_attn.lengths import NAMES, Lengths
+from cute_attn.lengths import NAMES, Lengths, check_lengths
 from cute_attn.private import is_known
 from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_kernels
 
 _LIBRARY = torch.library.Library("cute_attn", "DEF")
+_TENSORS = ", ".join(["Tensor q, Tensor k, Tensor v", *(f"Tensor? {name}" for name in NAMES)])
 _ARGUMENTS = {
-    "attention": "Tensor q, Tensor k, Tensor v, {lengths}, {rules}, bool return_lse, bool for_backward, {how}",
-    "attention_backward": "Tensor q, Tensor k, Tensor v, {lengths}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, "
-    "{rules}, str needs, {how}",
+    "attention": "{tensors}, {rules}, bool return_lse, bool for_backward, {how}",
+    "attention_backward": "{tensors}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {rules}, str needs, {how}",
 }
-_LENGTHS = ", ".join(f"Tensor? {name}" for name in NAMES)
+_RECTANGLE = (None,) * len(NAMES)
 _EDGES, _HOW = "SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
-_NONE = (None,) * len(NAMES)
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
 
 
@@ -56,7 +55,7 @@ def attention(q, k, v, call: Call, return_lse: bool, deterministic: bool, backen
     softcap = call.softcap if isinstance(call.softcap, torch.Tensor) else call.softcap or None
     rules = *_as_operands(call.scale, softcap), call.left, call.right
     how = deterministic, backend, mechanism
-    lengths = _NONE if call.lengths is None else call.lengths.tensors
+    lengths = _RECTANGLE if call.lengths is None else call.lengths.tensors
     out, lse, _ = _overload("attention", rules)(q, k, v, *lengths, *rules, return_lse, for_backward, *how)
     return out, lse
 
@@ -85,9 +84,11 @@ def _as_operands(*numbers):
 # ---- what they compute -----------------------------------------------------------------------------------------------
 
 
-def _forward(q, k, v, cu_q, cu_k, used_q, used_k, scale, softcap, left, right, return_lse, for_backward, *how):
-    _, backend, mechanism = how
-    call = _call(q, k, v, (cu_q, cu_k, used_q, used_k), scale, softcap, left, right)
+def _forward(q, k, v, *others):
+    lengths, rules, (return_lse, for_backward, _, backend, mechanism) = others[:4], others[4:8], others[8:]
+    call = _call(q, k, v, lengths, rules)
+    if call.lengths is not None:
+        call.lengths.check_values((call.seqlen_q, call.seqlen_k))
     if on_reference(backend, q):
         _check_memory(q=q, k=k, v=v)
         out, lse, kept = reference.attention(q, k, v, call)
@@ -96,11 +97,10 @@ def _forward(q, k, v, cu_q, cu_k, used_q, used_k, scale, softcap, left, right, r
     return out, _or_nothing(lse if return_lse else None, out), _or_nothing(kept if for_backward else None, out)
 
 
-def _backward(
-    q, k, v, cu_q, cu_k, used_q, used_k, out, kept, dout, dlse, scale, softcap, left, right, needs, *how
-):
-    deterministic, backend, mechanism = how
-    call = _call(q, k, v, (cu_q, cu_k, used_q, used_k), scale, softcap, left, right)
+def _backward(q, k, v, *others):
+    lengths, (out, kept, dout, dlse), rules = others[:4], others[4:8], others[8:12]
+    needs, deterministic, backend, mechanism = others[12:]
+    call = _call(q, k, v, lengths, rules)
     if on_reference(backend, q):
         _check_memory(q=q, k=k, v=v, out=out, dout=dout)
         gradients = reference.gradients
@@ -110,11 +110,20 @@ def _backward(
     return tuple(_or_nothing(dx, out) for dx in results)
 
 
-def _call(q, k, v, lengths, scale, softcap, left, right) -> Call:
-    scale, softcap = (x.item() if isinstance(x, torch.Tensor) else x for x in (scale, softcap))
-    call = check_call(q, k, v, scale, False, (left, right), softcap)
-    call.lengths = Lengths.of(*lengths)
+def _call(q, k, v, lengths: tuple, rules: tuple) -> Call:
+    scale, softcap, *window = (x.item() if isinstance(x, torch.Tensor) else x for x in rules)
+    return _with_lengths(check_call(q, k, v, scale, False, window, softcap), q, lengths)
+
+
+def _with_lengths(call: Call, q, lengths: tuple) -> Call:
+    call.lengths = _lengths(q, lengths)
+    if call.lengths is not None and call.batch != 1:
+        raise ValueError(f"q, k, v have a batch of {call.batch} and lengths; 1 is needed: try x.flatten(0, 1).unsqueeze(0)")
     return call
+
+
+def _lengths(q, lengths: tuple) -> Lengths | None:
+    return None if all(x is None for x in lengths) else check_lengths(q, None, lengths)
 
 
 def _check_memory(**tensors: torch.Tensor) -> None:
@@ -130,11 +139,11 @@ def _or_nothing(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 # ---- their shapes ----------------------------------------------------------------------------------------------------
 
 
-def _shapes(q, k, v, cu_q, cu_k, used_q, used_k, scale, softcap, left, right, return_lse, for_backward, *how):
-    _, backend, _ = how
+def _shapes(q, k, v, *others):
+    lengths, rules, (return_lse, for_backward, _, backend, _) = others[:4], others[4:8], others[8:]
     compiling = torch.compiler.is_compiling()  # an error here would be wrapped in torch's own; one of the running graph is not
-    scale, softcap = (None if compiling or isinstance(x, torch.Tensor) else x for x in (scale, softcap))
-    call = check_call(q, k, v, scale, False, None, softcap)
+    scale, softcap = (None if compiling or isinstance(x, torch.Tensor) else x for x in rules[:2])
+    call = _with_lengths(check_call(q, k, v, scale, False, None, softcap), q, lengths)
     if not on_reference(backend, q):
         check_for_kernels(q.dtype, call)
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -145,7 +154,8 @@ def _shapes(q, k, v, cu_q, cu_k, used_q, used_k, scale, softcap, left, right, re
     return out, _or_nothing(lse if return_lse else None, out), _or_nothing(kept if for_backward else None, out)
 
 
-def _shapes_of_gradients(q, k, v, cu_q, cu_k, used_q, used_k, out, kept, dout, dlse, scale, softcap, left, right, needs, *how):
+def _shapes_of_gradients(q, k, v, *others):
+    needs = others[12]
     return tuple(x.new_empty(x.shape if name in needs else 0) for name, x in (("q", q), ("k", k), ("v", v)))
 
 
@@ -153,23 +163,22 @@ def _shapes_of_gradients(q, k, v, cu_q, cu_k, used_q, used_k, out, kept, dout, d
 
 
 def _keep(ctx, inputs, output):
-    q, k, v, *rules, ctx.return_lse, ctx.for_backward, deterministic, backend, mechanism = inputs
-    lengths, rules = rules[: len(NAMES)], rules[len(NAMES) :]
+    q, k, v, *others = inputs
+    lengths, ctx.rules, (ctx.return_lse, ctx.for_backward, *ctx.how) = others[:4], others[4:8], others[8:]
     out, lse, kept = output
-    ctx.rules, ctx.how, ctx.lengths = rules, (deterministic, backend, mechanism), lengths
     ctx.mark_non_differentiable(kept) if ctx.return_lse else ctx.mark_non_differentiable(lse, kept)
-    autograd.keep(ctx, q, k, v, out, kept, lengths)
+    autograd.keep(ctx, q, k, v, out, kept, *lengths)
 
 
 def _differentiate(ctx, dout, dlse, _):
     gradients = [None] * len(ctx.needs_input_grad)
     arguments = autograd.arguments_of_gradients(ctx, dout, dlse if ctx.return_lse else None)
     if arguments is not None:
-        q, k, v, out, kept, dout, dlse, needs = arguments
+        q, k, v, out, kept, dout, dlse, needs, lengths = arguments
         if not ctx.for_backward:  # of a graph that was made where no gradient was needed
-            _, _, kept = _overload("attention", ctx.rules)(q, k, v, *ctx.lengths, *ctx.rules, False, True, *ctx.how)
+            _, _, kept = _overload("attention", ctx.rules)(q, k, v, *lengths, *ctx.rules, False, True, *ctx.how)
         operator = _overload("attention_backward", ctx.rules)
-        results = operator(q, k, v, *ctx.lengths, out, kept, dout, dlse, *ctx.rules, needs, *ctx.how)
+        results = operator(q, k, v, *lengths, out, kept, dout, dlse, *ctx.rules, needs, *ctx.how)
         gradients[:3] = (dx if name in needs else None for name, dx in zip("qkv", results, strict=True))
     return tuple(gradients)
 
@@ -189,10 +198,10 @@ def _mapped(operator: Callable) -> Callable:
             return (x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
         wrapped.check_mapped(*arguments[:3])
-        if any(x is not None for x in arguments[3 : 3 + len(NAMES)]):
+        if any(x is not None for x in arguments[3:7]):
             raise NotImplementedError(
-                "attention of sequences of different lengths is mapped by torch.vmap; it takes one batch of them at a time: "
-                "try a loop, or pack all members' sequences into one call"
+                "torch.vmap maps attention with cu_seqlens or seqused; a call without these is needed, whose batch the mapped "
+                "dimension joins: try one call with the lengths of all, or a loop"
             )
         results = operator(*map(joined, arguments, in_dims))
         return tuple(x.unflatten(0, (members, x.shape[0] // max(members, 1))) for x in results), (0,) * len(results)
@@ -203,16 +212,26 @@ def _mapped(operator: Callable) -> Callable:
 # ---- what they cost --------------------------------------------------------------------------------------------------
 
 
-def _flops(q, k, v, *_, **__) -> int:
+def _flops(q, k, v, *others, **_) -> int:
     """As torch counts those of its own attention: two products, whatever a mask hides."""
-    (batch, seqlen_q, heads, head_dim), (_, seqlen_k, _, head_dim_v) = q, v
-    return 2 * batch * heads * seqlen_q * seqlen_k * (head_dim + head_dim_v)
+    return 2 * _scores(q, k, others[:4]) * (q.shape[3] + v.shape[3])
 
 
-def _flops_of_gradients(q, k, v, *_, **__) -> int:
+def _flops_of_gradients(q, k, v, *others, **_) -> int:
     """Five products: the scores anew and dQ, dK of one head_dim; dP and dV of the other."""
-    (batch, seqlen_q, heads, head_dim), (_, seqlen_k, _, head_dim_v) = q, v
-    return 2 * batch * heads * seqlen_q * seqlen_k * (3 * head_dim + 2 * head_dim_v)
+    return 2 * _scores(q, k, others[:4]) * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+def _scores(q, k, lengths: tuple) -> int:
+    """How many there are. Lengths are read back; where they have no values, sequences count as equally long."""
+    batch, seqlen_q, heads, _ = q.shape
+    ragged, seqlen_k = _lengths(q, lengths), k.shape[1]
+    if ragged is None:
+        return heads * batch * seqlen_q * seqlen_k
+    if q.is_meta or isinstance(q, wrapped.TRACED):
+        return heads * seqlen_q * seqlen_k // max(ragged.count, 1)
+    spans = zip(ragged.in_use(0, seqlen_q), ragged.in_use(1, seqlen_k), strict=True)
+    return heads * sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in spans)
 
 
 # ---- registered ------------------------------------------------------------------------------------------------------
@@ -221,7 +240,7 @@ def _flops_of_gradients(q, k, v, *_, **__) -> int:
 def _register(name: str, compute, shapes, flops, differentiate, keep=None) -> None:
     for overload, numbers in _NUMBERS.items():
         operator = name if overload == "default" else f"{name}.{overload}"
-        arguments = _ARGUMENTS[name].format(lengths=_LENGTHS, rules=f"{numbers}, {_EDGES}", how=_HOW)
+        arguments = _ARGUMENTS[name].format(tensors=_TENSORS, rules=f"{numbers}, {_EDGES}", how=_HOW)
         tags = {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides}
         if overload == "Tensor":
             tags.add(torch.Tag.cudagraph_unsafe)
@@ -231,7 +250,7 @@ def _register(name: str, compute, shapes, flops, differentiate, keep=None) -> No
         torch.library.register_fake(operator, shapes, lib=_LIBRARY)
         torch.library.register_autograd(operator, differentiate, setup_context=keep, lib=_LIBRARY)
         torch.library.register_vmap(operator, _mapped(getattr(getattr(torch.ops.cute_attn, name), overload)), lib=_LIBRARY)
-    register_flop_formula(getattr(torch.ops.cute_attn, name))(flops)
+    register_flop_formula(getattr(torch.ops.cute_attn, name), get_raw=True)(flops)
 
 
 _register("attention", _forward, _shapes, _flops, _differentiate, _keep)

@@ -70,6 +70,11 @@ def is_known(number: float) -> bool:
     return has_static_value(number)
 
 
+def ragged_dim(x: torch.Tensor) -> int:
+    """The dimension of a jagged tensor that has other lengths for each element of the batch."""
+    return x._ragged_idx  # type: ignore[attr-defined]
+
+
 class NoRunTimeValues:
     """A base class of what crosses into a kernel and holds nothing that is known at run time only. The DSL asks it for its
     values, and for itself with the values that they have become, by :data:`DSL_NAMES`."""

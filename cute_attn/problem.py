@@ -174,12 +174,12 @@ def check_call(q, k, v, scale, causal, window, softcap) -> Call:
     return Call(batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v, scale, left, right, softcap)
 
 
-def check_packed(q, k, v) -> None:
-    """Check that q, k, v are tensors of packed sequences; the rest is :func:`check_call`'s, of one batch of them all."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed: try torch.as_tensor({name})")
-        check_layout(name, x)
+def check_packed(q, k, v, cu_seqlens_q) -> None:
+    """Check that q, k, v are tensors of packed sequences, and that there are bounds; the rest is :func:`check_call`'s, of one
+    batch of them all, and :func:`~cute_attn.lengths.check_lengths`'s."""
+    tensors = {"q": q, "k": k, "v": v}
+    _check_kinds({**tensors, "cu_seqlens_q": cu_seqlens_q})
+    for name, x in tensors.items():
         if x.dim() != 3:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; 3 dimensions (rows of all sequences, heads, head_dim) are needed: "
@@ -187,14 +187,19 @@ def check_packed(q, k, v) -> None:
             )
 
 
-def _explain_misfit(q, k, v) -> NoReturn:
-    """Say which of check_call's conditions q, k, v break."""
-    tensors = {"q": q, "k": k, "v": v}
+def _check_kinds(tensors: dict[str, Any]) -> None:
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed: try torch.as_tensor({name})")
     for name, x in tensors.items():
         check_layout(name, x)
+
+
+def _explain_misfit(q, k, v) -> NoReturn:
+    """Say which of check_call's conditions q, k, v break."""
+    tensors = {"q": q, "k": k, "v": v}
+    _check_kinds(tensors)
+    for name, x in tensors.items():
         if x.dim() != 4:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; 4 dimensions (batch, seqlen, heads, head_dim) are needed: "

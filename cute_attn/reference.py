@@ -17,6 +17,8 @@ the softmax P itself, without another pass over the keys. With dO and dLSE the g
 
 where a softcap multiplies dS by its slope. Each tile of keys walks over the tiles of queries that see any of it: its dK and
 dV are sums that stay with it, dQ is added to in memory.
+
+Ragged sequences are taken one after another, each as a batch of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> t
 
     Products are summed in lse's dtype and P is rounded to the inputs' dtype before P·V, as tensor cores take it. A row
     that sees no key gives zeros and −inf. A row depends on the keys that it sees and on no others, whatever lies there.
-    Where there is a mask, a value that is not finite makes NaN of all of a row that sees it.
+    Where there is a mask, a value that is not finite makes NaN of all of a row that sees it. Rows of no ragged sequence, or not
+    in use, are zeros and −inf, too, and nothing looks at them.
     """
     acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_zeros(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
@@ -50,8 +53,9 @@ def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> t
     if call.empty:
         return out, lse_log2 * LN_2, lse_log2
     if call.lengths is not None:
-        for rows, keys, alone in _each(call):
-            out[:, rows], _, lse_log2[..., rows] = attention(q[:, rows], k[:, keys], v[:, keys], alone)
+        for rows, keys, one in _sequences(call):
+            results = attention(q[:, rows], k[:, keys], v[:, keys], one, tile_m=tile_m, tile_n=tile_n)
+            out[:, rows], _, lse_log2[..., rows] = results
         return out, lse_log2 * LN_2, lse_log2
     mQ, mO = _grouped(q, call), _grouped(out, call)  # (batch, seqlen_q, heads_kv, group, head_dim)
     mLSE = _grouped(lse_log2.transpose(1, 2), call)  # (batch, seqlen_q, heads_kv, group)
@@ -92,20 +96,22 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
 
     Each has the shape and dtype of its input; a key head's are sums over the query heads that read it. Products are summed
     in lse_log2's dtype, and P and dS are rounded to the inputs' dtype before they are multiplied, as tensor cores take them. A
-    row that sees no key, or a key that no row sees, has zeros.
+    row that sees no key, or a key that no row sees, has zeros; so has what is in no ragged sequence, or not in use.
     """
+    if call.lengths is not None:
+        found = tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
+        for rows, keys, one in _sequences(call):
+            kept, of_lse = lse_log2[..., rows], None if dlse is None else dlse[..., rows]
+            tensors = q[:, rows], k[:, keys], v[:, keys], out[:, rows], kept, dout[:, rows], of_lse
+            parts = gradients(*tensors, one, needs, tile_m=tile_m, tile_n=tile_n)
+            for dx, part, where in zip(found, parts, (rows, keys, keys), strict=True):
+                if dx is not None:
+                    dx[:, where] = part
+        return found
     dtype, acc_dtype = q.dtype, lse_log2.dtype
     dq, dk, dv = (
         x.new_zeros(x.shape, dtype=acc_dtype) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)
     )
-    if call.lengths is not None:
-        for rows, keys, alone in _each(call):
-            inputs = q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse_log2[..., rows], dout[:, rows]
-            parts = gradients(*inputs, None if dlse is None else dlse[..., rows], alone, needs)
-            for whole, part, where in zip((dq, dk, dv), parts, (rows, keys, keys), strict=True):
-                if whole is not None:
-                    whole[:, where] = part
-        return tuple(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv))
     delta = (dout.to(acc_dtype) * out).sum(-1)  # (batch, seqlen_q, heads)
     if dlse is not None:
         delta = delta - dlse.transpose(1, 2)
@@ -145,6 +151,14 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
             if mdQ is not None:
                 mdQ[:, rows] += torch.einsum("bmhgn,bnhd->bmhgd", dS, k_of_dq[:, keys].to(acc_dtype)) * call.scale
     return tuple(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv))
+
+
+def _sequences(call: Call) -> Iterator[tuple[slice, slice, Call]]:
+    """Of each ragged sequence its rows of q, those of k, and the call that it is by itself."""
+    lengths, call = call.lengths, replace(call, lengths=None)
+    assert lengths is not None
+    for rows, keys in zip(lengths.in_use(0, call.seqlen_q), lengths.in_use(1, call.seqlen_k), strict=True):
+        yield rows, keys, replace(call, seqlen_q=rows.stop - rows.start, seqlen_k=keys.stop - keys.start)
 
 
 def _marked(q, k, v, dout, lse_log2, delta):
@@ -191,14 +205,6 @@ def _online_step(scores, row_max, row_sum):
     P = (scores - anchor[..., None]).exp2()
     rescale = (row_max - anchor).exp2()
     return P, rescale, new_max, row_sum * rescale + P.sum(-1)
-
-
-def _each(call: Call) -> Iterator[tuple[slice, slice, Call]]:
-    """Of ragged sequences: where each one's queries and keys are, and the call of it alone."""
-    assert call.lengths is not None
-    for rows, keys in call.lengths.spans(call.seqlen_q, call.seqlen_k):
-        seqlens = {"seqlen_q": rows.stop - rows.start, "seqlen_k": keys.stop - keys.start}
-        yield rows, keys, replace(call, lengths=None, **seqlens)
 
 
 def _grouped(x, call: Call):

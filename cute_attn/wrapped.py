@@ -1,9 +1,9 @@
-"""Tensors that stand for others: those of ``torch.distributed``, of ``torch.func``, and those with a shape and no values.
+"""Tensors that stand for others: those of ``torch.distributed``, ``torch.nested`` and ``torch.func``, and those without values.
 
-They have no address that a kernel could read. Attention of what ``torch.distributed`` wraps is attention of what is inside,
-wrapped again; what ``torch.vmap`` maps, what is traced, and tensors without values go to the operators of ``ops.py``. Other
-classes of tensors with a ``__torch_dispatch__`` are refused in words. Nothing here imports ``torch.distributed``: who passes
-one of its tensors has.
+They have no address that a kernel could read. Attention of what ``torch.distributed`` and ``torch.nested`` wrap is attention of
+what is inside, wrapped again; what ``torch.vmap`` maps, what is traced, and tensors with a shape and no values go to the
+operators of ``ops.py``. Other classes of tensors with a ``__torch_dispatch__`` are refused in words. Nothing here imports
+``torch.distributed``: who passes one of its tensors has.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from collections.abc import Callable
 
 import torch
 
-from cute_attn.arguments import check_memory, computes_in_its_own_way
-from cute_attn.private import COLLECTIVES, FakeTensor, FunctionalTensor, is_batched, is_transformed
+from cute_attn.arguments import check_memory, computes_in_its_own_way, shown
+from cute_attn.lengths import NAMES, Lengths
+from cute_attn.private import COLLECTIVES, FakeTensor, FunctionalTensor, is_batched, is_transformed, ragged_dim
 from cute_attn.problem import check_call
 
 TRACED = (FakeTensor, FunctionalTensor)  # torch's own, with which it finds out what is computed
 DTENSORS = "torch.distributed.tensor"
 
 
-def handler(q, k, v) -> Callable | None:
-    """The function that calls ``attention`` on what is inside q, k, v and wraps what it returns; None where they are what is
-    to be read. It takes ``(attention, q, k, v, rules, others)``: the keywords of ``check_call``, and the remaining ones."""
-    tensors = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if isinstance(x, torch.Tensor)}
-    if any(x.is_nested for x in tensors.values()):
-        return _nested
+def handler(q, k, v, **lengths) -> Callable | None:
+    """The function that calls ``attention`` on what is inside q, k, v and wraps what it returns; None where they, and the
+    ``lengths``, are what is to be read. It takes ``(attention, q, k, v, rules, others)``: the keywords of ``check_call``, and
+    the remaining ones. ``attention`` is the function that was called; for :func:`nested` it is ``attention_varlen``."""
+    tensors = {name: x for name, x in {"q": q, "k": k, "v": v, **lengths}.items() if isinstance(x, torch.Tensor)}
+    if "cu_seqlens_q" not in lengths and any(x.is_nested for x in tensors.values()):
+        return nested
     if any(_is(x, COLLECTIVES, "AsyncCollectiveTensor") for x in tensors.values()):
         return _waited
     if any(_is(x, DTENSORS, "DTensor") for x in tensors.values()):
@@ -38,26 +40,12 @@ def handler(q, k, v) -> Callable | None:
                 f"{name} is a MaskedTensor; a plain tensor is needed, as attention has no mask of elements: try "
                 f"{name}.to_tensor(0.0), with causal and window for which keys a query sees"
             )
-        if computes_in_its_own_way(type(x)) and not isinstance(x, TRACED):
+        if computes_in_its_own_way(type(x)) and not x.is_nested and not isinstance(x, TRACED):
             raise TypeError(
                 f"{name} is a {type(x).__name__}, a subclass of torch.Tensor with a __torch_dispatch__; a tensor that holds "
                 f"its values itself, a DTensor or the result of a collective is needed: pass the one that {name} wraps"
             )
     return None
-
-
-def own(q, k, v):
-    """Packed q, k, v as they are to be read: an asynchronous collective's result is waited for. What else stands for other
-    tensors is refused."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if _is(x, DTENSORS, "DTensor"):
-            raise TypeError(
-                f"{name} is a DTensor; a plain tensor is needed for sequences of different lengths: try {name}.to_local() of "
-                f"whole sequences, with their own cu_seqlens, or of heads"
-            )
-    q, k, v = map(_finished, (q, k, v))
-    handler(q, k, v)
-    return q, k, v
 
 
 def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
@@ -88,39 +76,7 @@ def _is(x: object, module: str, name: str) -> bool:
 
 
 def _waited(attention: Callable, q, k, v, rules: dict, others: dict):
-    return attention(_finished(q), _finished(k), _finished(v), **rules, **others)
-
-
-# ---- nested tensors --------------------------------------------------------------------------------------------------
-
-
-def _nested(attention: Callable, q, k, v, rules: dict, others: dict):
-    """Attention of jagged nested tensors, whose sequences lie one after another already."""
-    from cute_attn.api import attention_varlen
-
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        jagged = isinstance(x, torch.Tensor) and x.is_nested and x.layout is torch.jagged and x.dim() == 4
-        if not jagged or not all(isinstance(x.shape[i], int) for i in (0, 2, 3)):
-            is_nested = isinstance(x, torch.Tensor) and x.is_nested
-            raise TypeError(
-                f"{name} is a {f'nested tensor of layout {x.layout}' if is_nested else type(x).__name__}; jagged nested "
-                f"tensors (batch, sequence, heads, head_dim) are needed for q, k and v, if any is nested: "
-                f"try torch.nested.nested_tensor(…, layout=torch.jagged), or attention_varlen"
-            )
-    q_bounds, k_bounds = (x.offsets().to(torch.int32) for x in (q, k))
-    q_used, k_used = (None if x.lengths() is None else x.lengths().to(torch.int32) for x in (q, k))
-    if others.pop("seqused_q", None) is not None or others.pop("seqused_k", None) is not None:
-        raise ValueError("seqused_q or seqused_k is given with nested tensors, which say how long they are: leave it out")
-    lengths = {"cu_seqlens_q": q_bounds, "cu_seqlens_k": k_bounds, "seqused_q": q_used, "seqused_k": k_used}
-    results = attention_varlen(q.values(), k.values(), v.values(), **lengths, **rules, **others)
-
-    def jagged_as_q(x):
-        return torch.nested.nested_tensor_from_jagged(x, q.offsets(), q.lengths())
-
-    if not isinstance(results, tuple):
-        return jagged_as_q(results)
-    out, lse = results
-    return jagged_as_q(out), jagged_as_q(lse.t())
+    return attention(_finished(q), _finished(k), _finished(v), **rules, **{name: _finished(x) for name, x in others.items()})
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
@@ -128,6 +84,11 @@ def _nested(attention: Callable, q, k, v, rules: dict, others: dict):
 
 def _sharded(attention: Callable, q, k, v, rules: dict, others: dict):
     """Attention of DTensors, shard by shard. What is refused is refused on every rank alike: none is left waiting."""
+    if any(name in others for name in NAMES):
+        raise TypeError(
+            "DTensors are given with cu_seqlens or seqused, or as these; tensors of each rank's own are needed there: try "
+            "x.to_local() of all, where whole sequences or heads are sharded"
+        )
     distributed = sys.modules[DTENSORS]
     kinds = [type(x).__name__ for x in (q, k, v)]
     if not all(isinstance(x, distributed.DTensor) for x in (q, k, v)):
@@ -168,14 +129,57 @@ def _sharded(attention: Callable, q, k, v, rules: dict, others: dict):
     return whole(out, placements, *shape), whole(lse, lse_placements, call.batch, call.heads, call.seqlen_q)
 
 
+# ---- nested tensors --------------------------------------------------------------------------------------------------
+
+
+def nested(varlen: Callable, q, k, v, rules: dict, others: dict):
+    """Attention of jagged tensors ``(batch, seqlen, heads, head_dim)``, by ``attention_varlen`` of their values and offsets;
+    results are such tensors, of q's lengths. Rows that ``torch.nested.narrow`` leaves out are not in use."""
+    tensors = {"q": q, "k": k, "v": v}
+    kinds = [f"{x.layout}, nested" if isinstance(x, torch.Tensor) and x.is_nested else shown(x) for x in tensors.values()]
+    if not all(isinstance(x, torch.Tensor) and x.layout is torch.jagged for x in tensors.values()):
+        raise TypeError(
+            f"q, k, v are {'; '.join(kinds)}; nested tensors of layout torch.jagged are needed, or none: try "
+            f"torch.nested.nested_tensor(…, layout=torch.jagged) of each, or attention_varlen"
+        )
+    if any(name in others for name in NAMES):
+        raise TypeError(
+            "seqused_q or seqused_k is given with nested tensors; nothing but the lengths that these have is needed: try "
+            "torch.nested.narrow where rows are not in use"
+        )
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    for name, x in tensors.items():
+        if x.dim() != 4 or ragged_dim(x) != 1:
+            raise ValueError(
+                f"{name} has shape {shapes[name]} with lengths in dimension {ragged_dim(x)}; (batch, seqlen, heads, head_dim), "
+                f"with lengths in dimension 1, is needed: try {name}.transpose(1, 2)"
+            )
+    if q.shape[0] != k.shape[0] or k.shape[:2] != v.shape[:2]:
+        raise ValueError(
+            f"q, k, v have shapes {shapes['q']}, {shapes['k']}, {shapes['v']}; one batch, and the same offsets of k and v, are "
+            f"needed: try torch.nested.nested_tensor_from_jagged(v.values(), k.offsets())"
+        )
+    cu_seqlens = [x.offsets().int() for x in (q, k)]
+    seqused = [None if x.lengths() is None else x.lengths().int() for x in (q, k)]
+    lengths = dict(zip(NAMES, (*cu_seqlens, *seqused), strict=True))
+    results = varlen(q.values(), k.values(), v.values(), **lengths, **rules, **others)
+
+    def like_q(values, dim):
+        return torch.nested.nested_tensor_from_jagged(values, q.offsets(), q.lengths(), jagged_dim=dim)
+
+    return (like_q(results[0], 1), like_q(results[1], 2)) if isinstance(results, tuple) else like_q(results, 1)
+
+
 # ---- what the operators get -------------------------------------------------------------------------------------------
 
 
-def are_read(q, k, v) -> bool:
+def are_read(q, k, v, lengths: Lengths | None) -> bool:
     """Whether the inputs, which ``check_call`` has passed, are what is to be read: they have values of their own, and not just
     shapes as fake and meta tensors do, and nothing traces them or maps them. Refuses what can't be read at all.
     """
     tensors = {"q": q, "k": k, "v": v}
+    if lengths is not None:
+        tensors.update((name, x) for name, x in zip(NAMES, lengths.tensors, strict=True) if x is not None)
     if any(is_batched(x) or isinstance(x, FunctionalTensor) for x in tensors.values()):
         return False
     shapes = [x.is_meta or isinstance(x, FakeTensor) for x in tensors.values()]
@@ -185,8 +189,8 @@ def are_read(q, k, v) -> bool:
         return True
     if not all(shapes):
         raise TypeError(
-            f"q, k, v are a {', a '.join(type(x).__name__ for x in tensors.values())}; all or none with values is needed: "
-            f"try fake_mode.from_tensor of the others"
+            f"{', '.join(tensors)} are a {', a '.join(type(x).__name__ for x in tensors.values())}; all or none with values is "
+            f"needed: try fake_mode.from_tensor of the others"
         )
     return False
 

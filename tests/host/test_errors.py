@@ -429,6 +429,128 @@ ON_HOPPER = [
     ),
 ]
 
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BOUNDS_Q, BOUNDS_K = int32(0, 2, 6), int32(0, 0, 9)
+
+
+def packed(q=q[0], k=k[0], v=v[0], cu_seqlens_q=BOUNDS_Q, cu_seqlens_k=BOUNDS_K, **options):
+    return lambda: attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+
+
+def used(**lengths):
+    return lambda: attention(q, k, v, **lengths)
+
+
+CU, USED = "(batch + 1,), from 0 up to all rows, is needed", "(batch,) is needed"
+LENGTHS = [
+    Row("packed q a list", packed(q=[1.0]), TypeError, "q is a list", "torch.Tensor is needed", "torch.as_tensor(q)"),
+    Row("packed v of 4 dimensions", packed(v=v), ValueError, "v has shape (2, 10, 2, 16)", "3 dimensions", "v.flatten(0, 1)"),
+    Row("packed k of 2 dimensions", packed(k=k[0, 0]), ValueError, "k has shape (2, 16)", "3 dimensions (rows of all"),
+    Row("sparse packed q", packed(q=q[0].to_sparse()), TypeError, "q has layout torch.sparse_coo", "strided is needed"),
+    Row("totals of k and v", packed(v=v[0, 1:]), ValueError, "v is (1, 9, 2, 16)", "equal (seqlen, heads) are needed"),
+    Row("no bounds", packed(cu_seqlens_q=None), TypeError, "cu_seqlens_q is a NoneType", "torch.Tensor is needed"),
+    Row(
+        "bounds a list",
+        packed(cu_seqlens_k=[0, 5]),
+        TypeError,
+        "cu_seqlens_k is a list, [0, 5]",
+        "int32 tensor on cpu is needed",
+    ),
+    Row(
+        "used a number",
+        used(seqused_q=3),
+        TypeError,
+        "seqused_q is 3",
+        "int32 tensor on cpu",
+        "torch.tensor(…, dtype=torch.int32)",
+    ),
+    Row("sparse bounds", packed(cu_seqlens_k=int32(0, 5, 9).to_sparse()), TypeError, "cu_seqlens_k has layout", "is needed"),
+    Row("empty bounds", packed(cu_seqlens_q=int32()), ValueError, "cu_seqlens_q has shape (0,)", CU, "check how"),
+    Row(
+        "bounds of a batch",
+        packed(cu_seqlens_k=int32(0, 5, 9)[None]),
+        ValueError,
+        "cu_seqlens_k has shape (1, 3)",
+        CU,
+        "flatten",
+    ),
+    Row("one length of a batch", used(seqused_k=int32(3)[0]), ValueError, "seqused_k has shape ()", USED),
+    Row(
+        "int64 bounds",
+        packed(cu_seqlens_q=int32(0, 2, 6).long()),
+        ValueError,
+        "torch.int64",
+        "int32 is needed",
+        "cu_seqlens_q.int()",
+    ),
+    Row("a mask of rows in use", used(seqused_k=int32(3, 3) > 0), ValueError, "dtype torch.bool", "int32 is needed"),
+    Row("floats", used(seqused_k=torch.ones(2, requires_grad=True)), ValueError, "dtype torch.float32", "int32 is needed"),
+    Row(
+        "bounds elsewhere",
+        packed(cu_seqlens_k=int32(0, 5, 9).to("meta")),
+        ValueError,
+        "cu_seqlens_k lies on meta and q on cpu",
+        "one device is needed",
+        "cu_seqlens_k.to(q.device)",
+    ),
+    *(
+        Row(
+            f"other counts, {name}",
+            wrong,
+            ValueError,
+            f"{name} is of {n} sequences where there are 2",
+            "one length for each is needed",
+        )
+        for name, n, wrong in (
+            ("cu_seqlens_k", 3, packed(cu_seqlens_k=int32(0, 1, 2, 3))),
+            ("seqused_q", 1, packed(seqused_q=int32(1))),
+            ("seqused_k", 3, packed(seqused_k=int32(1, 1, 1))),
+            ("seqused_k", 3, used(seqused_k=int32(1, 1, 1))),
+        )
+    ),
+    # With CUTE_ATTN_CHECK=1.
+    Row(
+        "falling",
+        packed(cu_seqlens_q=int32(0, 5, 2)),
+        ValueError,
+        "falls from 5 to 2 after element 1",
+        "ascending",
+        "torch.cumsum",
+    ),
+    Row(
+        "not from 0", packed(cu_seqlens_q=int32(1, 5, 6)), ValueError, "goes from 1 to 6", "from 0 to at most 6", "torch.cumsum"
+    ),
+    Row(
+        "negative",
+        packed(cu_seqlens_k=int32(-1, 5, 6)),
+        ValueError,
+        "goes from -1 to 6",
+        "from 0 to at most 10",
+        "torch.cumsum",
+    ),
+    Row(
+        "past the rows",
+        packed(cu_seqlens_k=int32(0, 5, 11)),
+        ValueError,
+        "goes from 0 to 11",
+        "at most 10, the rows there are,",
+    ),
+    Row(
+        "of more rows",
+        packed(seqused_k=int32(1, 1)),
+        ValueError,
+        "seqused_k[0] is 1",
+        "from 0 to 0, the rows of that",
+        "check how",
+    ),
+    Row("of fewer than 0", packed(seqused_q=int32(1, -1)), ValueError, "seqused_q[1] is -1", "from 0 to 4, the rows of that"),
+    Row("of more rows of a batch", used(seqused_k=int32(1, 11)), ValueError, "seqused_k[1] is 11", "from 0 to 10, the rows of"),
+]
+
 A_PROBLEM = problem.Problem("bfloat16", 64, 64)
 
 # What `python -m cute_attn compile` and other callers reach without a tensor.
@@ -527,67 +649,15 @@ def test_checks(row):
     assert_raises(row)
 
 
-def bounds(*values, dtype=torch.int32):
-    return torch.tensor(values, dtype=dtype)
-
-
-def packed(cu=None, *more, q=(30, 4, 16), k=(30, 2, 16), v=(30, 2, 16), **options):
-    """A call of sequences in 30 rows."""
-    qkv = [torch.zeros(shape, dtype=HALF) for shape in (q, k, v)]
-    return lambda: attention_varlen(*qkv, bounds(0, 10, 30) if cu is None else cu, *more, **options)
-
-
-def in_use(**lengths):
-    """A call of two padded sequences, 6 queries and 10 keys each."""
-    return lambda: attention(*tensors(), **lengths)
-
-
-RAGGED = [
-    Row("packed, no tensor", lambda: attention_varlen([1], 2, 3, bounds(0)), TypeError, "q is a list", "torch.Tensor is"),
-    Row("packed, a batch", packed(q=(2, 15, 4, 16)), ValueError, "q has shape (2, 15, 4, 16)", "3 dimensions", "flatten(0, 1)"),
-    Row("lengths of packed k and v", packed(k=(29, 2, 16)), ValueError, "k is (1, 29, 2, 16)", "equal (seqlen, heads)"),
-    Row("bounds, a list", packed([0, 10, 30]), TypeError, "cu_seqlens_q is a list", "an int32 tensor", "torch.tensor("),
-    Row("bounds, none", packed(torch.zeros(0, dtype=torch.int32)), ValueError, "shape (0,)", "(batch + 1,)"),
-    Row("bounds, two dimensions", packed(bounds(0, 30)[None]), ValueError, "shape (1, 2)", "(batch + 1,)", ".flatten()"),
-    Row("bounds, dtype", packed(bounds(0, 30, dtype=torch.int64)), ValueError, "torch.int64", "torch.int32", ".int()"),
-    Row("bounds, device", packed(bounds(0, 30).to("meta")), ValueError, "lies on meta", "one device", ".to(q.device)"),
-    Row("bounds, other count", packed(None, bounds(0, 30)), ValueError, "cu_seqlens_k is of 1", "one length for each"),
-    Row("in use, other count", packed(seqused_q=bounds(9)), ValueError, "seqused_q is of 1 sequences where there are 2", "one"),
-    Row("in use, shape", in_use(seqused_k=bounds(1, 2)[:, None]), ValueError, "seqused_k has shape (2, 1)", "(batch,)"),
-    Row("in use, kind", in_use(seqused_k=5), TypeError, "seqused_k is 5", "an int32 tensor"),
-    Row("in use, dtype", in_use(seqused_q=torch.ones(2)), ValueError, "torch.float32", "torch.int32 is needed"),
-]
-CHECKED = [  # with CUTE_ATTN_CHECK=1
-    Row("falling", packed(bounds(0, 20, 10)), ValueError, "falls from 20 to 10 at 1", "lengths ≥ 0", "cumsum"),
-    Row("not from 0", packed(bounds(3, 30)), ValueError, "goes from 3 to 30", "from 0 to at most 30"),
-    Row("past the rows", packed(bounds(0, 31)), ValueError, "goes from 0 to 31", "at most 30"),
-    Row("more in use", packed(seqused_q=bounds(11, 0)), ValueError, "seqused_q[0] is 11", "from 0 to 10"),
-    Row("less than none", in_use(seqused_k=bounds(10, -1)), ValueError, "seqused_k[1] is -1", "from 0 to 10"),
-]
-
-
-@table(RAGGED)
-def test_sequences_of_different_lengths(row):
-    assert_raises(row)
-
-
-@table(CHECKED)
-def test_lengths_that_are_read_back(row, monkeypatch):
-    monkeypatch.setattr(lengths, "CHECK", True)
-    assert_raises(row)
-
-
-def test_every_error_of_lengths_has_a_row(monkeypatch):
-    """As in problem.py. (No int32 tensor requires a gradient: there is no check of that.)"""
-    found = reached(RAGGED, lengths.__file__)
-    monkeypatch.setattr(lengths, "CHECK", True)
-    missing = raises(lengths.__file__) - found - reached(CHECKED, lengths.__file__)
-    assert not missing, f"no row for lengths.py, lines {sorted(missing)}"
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first forward-mode call
 @table(API)
 def test_attention(row):
+    assert_raises(row)
+
+
+@table(LENGTHS)
+def test_lengths(row, monkeypatch):
+    monkeypatch.setenv(lengths.CHECK, "1")
     assert_raises(row)
 
 
@@ -630,14 +700,19 @@ def raises(file: str) -> set[int]:
     return {node.lineno for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Raise)}
 
 
-def test_every_error_of_the_checks_has_a_row():
-    """Each ``raise`` in problem.py is reached by a row: whoever adds one adds a row."""
-    missing = raises(problem.__file__) - reached(CHECKS, problem.__file__) - reached(RAGGED, problem.__file__)
-    assert not missing, f"no row for problem.py, lines {sorted(missing)}"
+def test_every_error_of_the_checks_has_a_row(monkeypatch):
+    """Each ``raise`` in problem.py and lengths.py is reached by a row: whoever adds one adds a row."""
+    monkeypatch.setenv(lengths.CHECK, "1")
+    for file in (problem.__file__, lengths.__file__):
+        missing = raises(file) - reached([*CHECKS, *LENGTHS], file)
+        assert not missing, f"no row for {file}, lines {sorted(missing)}"
 
 
-def test_right_inputs_pass():
+def test_right_inputs_pass(monkeypatch):
     """The rows are wrong by the one thing they name: without it they are accepted."""
+    monkeypatch.setenv(lengths.CHECK, "1")
+    packed(seqused_q=int32(0, 4), seqused_k=int32(0, 9))()
+    used(seqused_q=int32(6, 0), seqused_k=int32(0, 10))()
     call = check(q, k, v)()
     assert (call.batch, call.seqlen_q, call.heads, call.head_dim) == (2, 6, 4, 16)
     assert (call.seqlen_k, call.heads_kv, call.head_dim_v, call.shift) == (10, 2, 16, 4)

@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from cute_attn import attention, launch, reference
+from cute_attn import attention, attention_varlen, launch, reference
+from cute_attn.lengths import NAMES
 from tests.support import make_gradients, make_qkv
 
 # Torch's own, of what it uses itself.
@@ -25,16 +26,24 @@ RULES = [  # scale, softcap, left, right
     (0.3, 5.0, 30, 0),
     (None, 2.0, None, 7),
 ]
+RECTANGLE = dict.fromkeys(NAMES)
 
 
 def leaves(dtype=torch.float32, needs="qkv", sq=9, sk=11):
     return [x.requires_grad_(name in needs) for name, x in zip("qkv", make_qkv(3, sq, sk, 4, 2, 16, 24, dtype), strict=True)]
 
 
-def forward_arguments(q, k, v, rules, numbers, return_lse=True, for_backward=True, lengths=(None,) * 4):
+def forward_arguments(q, k, v, rules, numbers, return_lse=True, for_backward=True, lengths=RECTANGLE):
     scale, softcap, *edges = rules
     rules = numbers(scale), numbers(softcap), *edges
-    return q, k, v, *lengths, *rules, return_lse, for_backward, False, "auto", None
+    return q, k, v, *lengths.values(), *rules, return_lse, for_backward, False, "auto", None
+
+
+def packed(q, k, v):
+    """All rows of a batch one after another; lengths of 3 sequences in them, an empty one among them."""
+    leaves = [x.detach().flatten(0, 1).unsqueeze(0).requires_grad_(x.requires_grad) for x in (q, k, v)]
+    values = [0, 20, 20, 26], [0, 9, 11, 33], [17, 0, 6], [9, 2, 21]
+    return *leaves, dict(zip(NAMES, (torch.tensor(x, dtype=torch.int32) for x in values), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -48,6 +57,20 @@ def test_opcheck(rules, overload):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("given", ["cu_seqlens", "seqused_k", "seqused", "cu_seqlens_q seqused_k"])
+def test_opcheck_with_lengths(given):
+    *tensors, lengths = packed(*leaves())
+    lengths = {name: x if name in given or name[:-2] in given.split() else None for name, x in lengths.items()}
+    arguments = forward_arguments(*tensors, RULES[1], NUMBERS["default"], lengths=lengths)
+    torch.library.opcheck(OPS.attention.default, arguments)
+    q, k, v = (x.detach() for x in tensors)
+    out, _, kept = OPS.attention(q, k, v, *arguments[3:])
+    dout, dlse = make_gradients(q, v)
+    inputs = (q, k, v, *lengths.values(), out, kept, dout, dlse, *arguments[7:11], "qkv", *arguments[13:])
+    torch.library.opcheck(OPS.attention_backward.default, inputs)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("overload", NUMBERS)
 @pytest.mark.parametrize("needs", ["qkv", "k"])
 def test_opcheck_of_gradients(needs, overload):
@@ -56,22 +79,8 @@ def test_opcheck_of_gradients(needs, overload):
     out, _, kept = getattr(OPS.attention, overload)(*arguments)
     dout, dlse = make_gradients(q, v)
     for of_lse in (None, dlse):
-        inputs = (q, k, v, *arguments[3:7], out, kept, dout, of_lse, *arguments[7:11], needs, *arguments[13:])
+        inputs = (q, k, v, *RECTANGLE.values(), out, kept, dout, of_lse, *arguments[7:11], needs, *arguments[13:])
         torch.library.opcheck(getattr(OPS.attention_backward, overload), inputs)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("used", [None, torch.tensor([3, 0, 2], dtype=torch.int32)])
-def test_opcheck_of_sequences_of_different_lengths(used):
-    q, k, v = leaves(torch.bfloat16, needs="")
-    q, k, v = (x.flatten(0, 1)[None].requires_grad_() for x in (q, k, v))
-    bounds = torch.tensor([0, 3, 3, 20], dtype=torch.int32), torch.tensor([0, 11, 12, 33], dtype=torch.int32)
-    arguments = forward_arguments(q, k, v, RULES[1], float, lengths=(*bounds, used, used))
-    torch.library.opcheck(OPS.attention.default, arguments)
-    q, k, v = (x.detach() for x in (q, k, v))
-    out, _, kept = OPS.attention(q, k, v, *arguments[3:])
-    inputs = (q, k, v, *arguments[3:7], out, kept, torch.ones_like(out), None, *arguments[7:11], "qkv", *arguments[13:])
-    torch.library.opcheck(OPS.attention_backward.default, inputs)
 
 
 @pytest.mark.parametrize(("return_lse", "for_backward"), list(itertools.product([False, True], repeat=2)))
@@ -88,6 +97,9 @@ def test_an_operator_checks_its_arguments():
             OPS.attention(*forward_arguments(q, k, v, rules, NUMBERS["default"]))
         with pytest.raises(ValueError, match=words):
             OPS.attention.Tensor(*forward_arguments(q, k, v, rules, NUMBERS["Tensor"]))
+    *_, lengths = packed(q, k, v)
+    with pytest.raises(ValueError, match=r"a batch of 3 and lengths; 1 is needed: try x.flatten\(0, 1\).unsqueeze\(0\)"):
+        OPS.attention(*forward_arguments(q, k, v, RULES[0], NUMBERS["default"], lengths=lengths))
 
 
 def counted(monkeypatch):
@@ -166,6 +178,23 @@ def test_flops_are_counted_as_those_of_torchs_attention():
     q, k, v, out = ((x.shape[0], 4, x.shape[1], x.shape[3]) for x in (q, k, v, out))  # as torch has them, with all heads
     assert forward == sdpa_flop_count(q, k, v)
     assert mode.get_total_flops() == sdpa_backward_flop_count(out, q, k, v)
+
+
+def test_flops_of_sequences_are_those_of_each():
+    """Of the rows in use. Where lengths have no values, sequences count as equally long."""
+    q, k, v, lengths = packed(*leaves())
+    with FlopCounterMode(display=False) as mode:
+        out = attention_varlen(*(x.squeeze(0) for x in (q, k, v)), **lengths)
+        forward = mode.get_total_flops()
+        out.sum().backward()
+    scores = 4 * (17 * 9 + 0 * 2 + 6 * 21)
+    assert forward == 2 * scores * (16 + 24)
+    assert mode.get_total_flops() - forward == 2 * scores * (3 * 16 + 2 * 24)
+    with FlopCounterMode(display=False) as mode:
+        attention_varlen(
+            *(x.detach().squeeze(0).to("meta") for x in (q, k, v)), **{n: x.to("meta") for n, x in lengths.items()}
+        )
+    assert mode.get_total_flops() == 2 * (4 * 27 * 33 // 3) * (16 + 24)
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])

@@ -92,17 +92,12 @@ class Named(torch.Tensor):
     """A tensor with memory, and nothing but a name."""
 
 
-def packed(q, k, v, **options):
-    """A call of one sequence."""
-    return attention_varlen(q[0], k[0], v[0], torch.tensor([0, q.shape[1]], dtype=torch.int32), **options)
-
-
-def on_meshes(shape, *placements, change=None, call=attention):
+def on_meshes(shape, *placements, change=None, **options):
     """A call of DTensors on a mesh of four pretended processes."""
     with world("fake", math.prod(shape)):
         mesh = init_device_mesh("cpu", shape)
         tensors = [DTensor.from_local(x, mesh, placements, run_check=False) for x in (q, k, v)]
-        return call(*(tensors if change is None else change(mesh, *tensors)), return_lse=True, **RULES)
+        return attention(*(tensors if change is None else change(mesh, *tensors)), return_lse=True, **RULES, **options)
 
 
 def batched_gradients(vectorized):
@@ -127,6 +122,14 @@ def legacy_vmap(q):
     torch._vmap_internals._vmap(lambda q: attention(q, k, v))(torch.stack([q, q]))
 
 
+def jagged(x):
+    return torch.nested.nested_tensor(list(x), layout=torch.jagged)
+
+
+def lengths_of(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
 MESH_PLACEMENTS = "Shard(0), the batch, Shard(2), the heads, or Replicate() is needed"
 TENSORS = [
     Row(
@@ -146,52 +149,113 @@ TENSORS = [
         ".to_dense()",
     ),
     Row(
-        "nested, strided",
-        lambda: attention(torch.nested.nested_tensor(list(q)), k, v),
+        "one of three is nested",
+        lambda: attention(jagged(q), k, v),
         TypeError,
-        "q is a nested tensor",
-        "a plain one is needed",
-        "nested",
+        "q, k, v are torch.jagged, nested; a Tensor of shape (2, 40, 2, 16) and dtype torch.float32; a Tensor",
+        "nested tensors of layout torch.jagged are needed",
+        "torch.nested.nested_tensor(…, layout=torch.jagged) of each, or attention_varlen",
     ),
     Row(
-        "nested, one of them",
-        lambda: attention(torch.nested.nested_tensor(list(q), layout=torch.jagged), k, v),
+        "nested and strided",
+        lambda: attention(*(torch.nested.nested_tensor(list(x), layout=torch.strided) for x in (q, k, v))),
         TypeError,
-        "k is a Tensor",
-        "jagged nested tensors",
-        "attention_varlen",
+        "q is a nested tensor of layout torch.strided",
+        "all nested, of layout torch.jagged",
+        "q.values() and attention_varlen",
     ),
     Row(
-        "nested, jagged elsewhere",
-        lambda: attention(*[torch.nested.nested_tensor(list(q), layout=torch.jagged).transpose(1, 2)] * 3),
+        "nested beside a list",
+        lambda: attention(jagged(q), [1.0], None),
+        TypeError,
+        "q, k, v are torch.jagged, nested; a list, [1.0]; None",
+        "nested tensors of layout torch.jagged are needed",
+    ),
+    Row(
+        "nested and packed",
+        lambda: attention_varlen(jagged(q), k[0], v[0], lengths_of(20, 13)),
         TypeError,
         "q is a nested tensor of layout torch.jagged",
-        "(batch, sequence, heads, head_dim)",
-        "attention_varlen",
-    ),
-    Row(
-        "nested, and lengths as well",
-        lambda: attention(*[torch.nested.nested_tensor(list(q), layout=torch.jagged)] * 3, seqused_q=torch.ones(2)),
-        ValueError,
-        "seqused_q or seqused_k is given",
-        "nested tensors, which say how long they are",
-        "leave it out",
-    ),
-    Row(
-        "packed, of a DTensor",
-        lambda: on_meshes((4,), Shard(0), call=packed),
-        TypeError,
-        "q is a DTensor",
-        "a plain tensor is needed",
-        "q.to_local()",
-    ),
-    Row(
-        "packed, of a nested tensor",
-        lambda: attention_varlen(torch.nested.nested_tensor(list(q), layout=torch.jagged), k[0], v[0], torch.zeros(1)),
-        TypeError,
-        "q is a nested tensor",
         "a plain one is needed",
-        "q.offsets().int()",
+        "q.values() and attention_varlen",
+    ),
+    Row(
+        "nested, and lengths besides",
+        lambda: attention(*map(jagged, (q, k, k)), seqused_q=lengths_of(3, 3)),
+        TypeError,
+        "seqused_q or seqused_k is given with nested tensors",
+        "is needed",
+        "torch.nested.narrow",
+    ),
+    Row(
+        "nested, heads before lengths",
+        lambda: attention(jagged(q).transpose(1, 2), jagged(k), jagged(v)),
+        ValueError,
+        "q has shape (2, 4, ",
+        "with lengths in dimension 1, is needed",
+        "q.transpose(1, 2)",
+    ),
+    Row(
+        "nested of 3 dimensions",
+        lambda: attention(jagged(q), jagged(k), jagged(v[:, :, 0])),
+        ValueError,
+        "v has shape (2, ",
+        "(batch, seqlen, heads, head_dim), with lengths in dimension 1, is needed",
+    ),
+    Row(
+        "nested, other offsets of v",
+        lambda: attention(jagged(q), jagged(k), jagged(v)),
+        ValueError,
+        "q, k, v have shapes (2, j",
+        "the same offsets of k and v, are needed",
+        "torch.nested.nested_tensor_from_jagged(v.values(), k.offsets())",
+    ),
+    Row(
+        "nested, another batch of k",
+        lambda: attention(jagged(q[:1]), *[jagged(k)] * 2),
+        ValueError,
+        "q, k, v have shapes (1, j",
+        "one batch, and the same offsets of k and v, are needed",
+    ),
+    Row(
+        "distributed lengths",
+        lambda: on_meshes((4,), Shard(0), seqused_q=lengths_of(3, 3)),
+        TypeError,
+        "DTensors are given with cu_seqlens or seqused",
+        "tensors of each rank's own are needed",
+        "x.to_local()",
+    ),
+    Row(
+        "a wrapper of lengths",
+        lambda: attention(q, k, v, seqused_k=Wrapper(lengths_of(3, 3))),
+        TypeError,
+        "seqused_k is a Wrapper",
+        "a tensor that holds its values itself",
+        "pass the one that seqused_k wraps",
+    ),
+    Row(
+        "freed lengths",
+        lambda: attention(q, k, v, seqused_q=freed(lengths_of(3, 3))),
+        RuntimeError,
+        "seqused_q has shape (2,) and no memory",
+        "is needed",
+        "fill it",
+    ),
+    Row(
+        "fake lengths",
+        lambda: attention(q, k, v, seqused_q=fake(2, dtype=torch.int32)),
+        TypeError,
+        "q, k, v, seqused_q are a Tensor, a Tensor, a Tensor, a FakeTensor",
+        "all or none with values is needed",
+        "fake_mode.from_tensor",
+    ),
+    Row(
+        "vmap of lengths",
+        lambda: torch.vmap(lambda q: attention(q, k, v, seqused_q=lengths_of(3, 3)))(torch.stack([q, q])),
+        NotImplementedError,
+        "torch.vmap maps attention with cu_seqlens or seqused",
+        "a call without these is needed",
+        "one call with the lengths of all, or a loop",
     ),
     Row(
         "masked",
