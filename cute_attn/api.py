@@ -78,7 +78,11 @@ def attention(
     stream); DTensors that are sharded by batch or heads, or replicated, q, k and v alike, are computed shard by shard; under
     ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta. In a graph
     of torch.compile or torch.export attention is one operator, ``cute_attn::attention`` (:mod:`cute_attn.ops`); there flags
-    are Python's bools.
+    are Python's bools. DTensors and ``torch.vmap`` go without ``seqused``.
+
+    Nested tensors of layout ``torch.jagged`` are sequences of different lengths, see :func:`attention_varlen`: the dimension of
+    these is seqlen's, and k and v have the same offsets. Outputs are nested, too, with q's offsets in the place of seqlen_q.
+    Rows that ``torch.nested.narrow`` leaves out are not in use.
 
     dtypes: float16 and bfloat16 on the GPU (products in float32), these, float32 and float64 in the reference. Head dims
     on the GPU: multiples of 8 up to 256, for q/k and v separately.
@@ -198,7 +202,7 @@ def _packed(call: Call, lengths: Lengths, rows_q: int, rows_k: int) -> Call:
 
 def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: bool):
     """``(out, lse)`` of a checked call; ``how`` is (return_lse, deterministic, backend, mechanism), not checked yet. ``plain``:
-    q, k, v are torch's own tensors, and not in a transform of ``torch.func``, as others may be."""
+    q, k, v and lengths are torch's own tensors, and not in a transform of ``torch.func``, as others may be."""
     return_lse, deterministic, backend, mechanism = how
     if not type(return_lse) is type(deterministic) is bool:
         return_lse, deterministic = flag("return_lse", return_lse), flag("deterministic", deterministic)
