@@ -415,12 +415,14 @@ class Packed(torch.nn.Module):
         return causal(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k=seqused_k)
 
 
-def test_export(tmp_path):
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict, tmp_path):
     """Totals and the number of sequences are dynamic; there and back through a file."""
     batch, total_q, total_k = Dim("batch"), Dim("total_q"), Dim("total_k")
     shapes = [{0: total_q}, {0: total_k}, {0: total_k}, {0: batch + 1}, {0: batch + 1}, {0: batch}]
     arguments = (*packed(12, 14)[:3], bounds((5, 3, 4)), bounds((9, 1, 4)), int32((4, 1, 2)))
-    torch.export.save(torch.export.export(Packed(), arguments, dynamic_shapes=shapes), tmp_path / "packed.pt2")
+    program = torch.export.export(Packed(), arguments, dynamic_shapes=shapes, strict=strict)
+    torch.export.save(program, tmp_path / "packed.pt2")
     graph = torch.export.load(tmp_path / "packed.pt2").module()
     for count in (3, 7):
         arguments = (*packed(9 * count, 11 * count)[:3], bounds([9] * count), bounds([11] * count), int32(range(count)))
