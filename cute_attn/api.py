@@ -19,6 +19,7 @@ from cute_attn.problem import Call, check_call, check_packed
 BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
 
 
 def attention(
@@ -78,7 +79,11 @@ def attention(
     stream); DTensors that are sharded by batch or heads, or replicated, q, k and v alike, are computed shard by shard; under
     ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta. In a graph
     of torch.compile or torch.export attention is one operator, ``cute_attn::attention`` (:mod:`cute_attn.ops`); there flags
-    are Python's bools.
+    are Python's bools. DTensors and ``torch.vmap`` go without ``seqused``.
+
+    Nested tensors of layout ``torch.jagged`` are sequences of different lengths, see :func:`attention_varlen`: the dimension of
+    these is seqlen's, and k and v have the same offsets. Outputs are nested, too, with q's offsets in the place of seqlen_q.
+    Rows that ``torch.nested.narrow`` leaves out are not in use.
 
     dtypes: float16 and bfloat16 on the GPU (products in float32), these, float32 and float64 in the reference. Head dims
     on the GPU: multiples of 8 up to 256, for q/k and v separately.
@@ -114,10 +119,10 @@ def attention(
     if ragged:
         batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
         call = _packed(call, check_lengths(q, batch, (None, None, seqused_q, seqused_k)), batch * seqlen_q, batch * seqlen_k)
-        q, k, v = (x.flatten(0, 1).unsqueeze(0) for x in (q, k, v))
+        q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
         out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
-        out = out.unflatten(1, (batch, seqlen_q)).squeeze(0)
-        return (out, lse.unflatten(2, (batch, seqlen_q)).squeeze(0).transpose(0, 1)) if return_lse else out
+        out = out.view(batch, seqlen_q, *out.shape[2:])
+        return (out, lse.view(call.heads, batch, seqlen_q).transpose(0, 1)) if return_lse else out
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
 
@@ -172,8 +177,7 @@ def attention_varlen(
     tensors = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
     plain = _are_plain(q, k, v, *tensors) and not transformed
-    lengths = dict(zip(NAMES, tensors, strict=True))
-    if not plain and (handle := wrapped.handler(q, k, v, **lengths)):
+    if not plain and (handle := wrapped.handler(q, k, v, **(lengths := dict(zip(NAMES, tensors, strict=True))))):
         rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
         return handle(attention_varlen, q, k, v, rules, {**others, **lengths})
@@ -187,7 +191,7 @@ def attention_varlen(
 
 
 def _are_plain(*tensors) -> bool:
-    return all(x is None or type(x) in _PLAIN for x in tensors)
+    return _PLAIN_OR_NONE.issuperset(map(type, tensors))
 
 
 def _packed(call: Call, lengths: Lengths, rows_q: int, rows_k: int) -> Call:
@@ -198,7 +202,7 @@ def _packed(call: Call, lengths: Lengths, rows_q: int, rows_k: int) -> Call:
 
 def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: bool):
     """``(out, lse)`` of a checked call; ``how`` is (return_lse, deterministic, backend, mechanism), not checked yet. ``plain``:
-    q, k, v are torch's own tensors, and not in a transform of ``torch.func``, as others may be."""
+    q, k, v and lengths are torch's own tensors, and not in a transform of ``torch.func``, as others may be."""
     return_lse, deterministic, backend, mechanism = how
     if not type(return_lse) is type(deterministic) is bool:
         return_lse, deterministic = flag("return_lse", return_lse), flag("deterministic", deterministic)

@@ -30,18 +30,21 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, call: Call, forward: Callable, gradients: Callable):  # type: ignore[override]
         out, lse, kept = forward(q, k, v, call)
-        keep(ctx, q, k, v, out, kept, *(() if call.lengths is None else call.lengths.tensors))
+        if call.lengths is None:
+            keep(ctx, q, k, v, out, kept)
+        else:
+            keep(ctx, q, k, v, out, kept, *call.lengths.tensors)
         ctx.call, ctx.gradients = call, gradients
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        found = arguments_of_gradients(ctx, dout, dlse)
-        if found is None:
+        arguments = arguments_of_gradients(ctx, dout, dlse)
+        if arguments is None:
             return (None,) * 6
-        *arguments, lengths = found
         call = ctx.call
-        if lengths:
+        if call.lengths is not None:
+            arguments, lengths = arguments[:-4], arguments[-4:]
             call = replace(call, lengths=replace(call.lengths, tensors=lengths))
         return *_Gradients.apply(*arguments, call, ctx.gradients), None, None, None
 
@@ -55,13 +58,13 @@ def keep(ctx, *tensors) -> None:
 
 
 def arguments_of_gradients(ctx, dout, dlse) -> tuple | None:
-    """``(q, k, v, out, kept, dout, dlse, needs, lengths)``, or None where no gradient is needed or all are zeros."""
+    """``(q, k, v, out, kept, dout, dlse, needs, *lengths)``, or None where no gradient is needed or all are zeros."""
     needs = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad, strict=False) if needed)
     if not needs or (dout is None and dlse is None):
         return None
     q, k, v, out, kept, *lengths = map(_restored, ctx.saved_tensors, ctx.were)
     dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
-    return q, k, v, out, kept, torch.zeros_like(out) if dout is None else dout, dlse, needs, tuple(lengths)
+    return q, k, v, out, kept, torch.zeros_like(out) if dout is None else dout, dlse, needs, *lengths
 
 
 def _restored(x: Any, was: Any) -> Any:

@@ -13,9 +13,9 @@ operator (selective checkpointing, counters of FLOPs, ``make_fx``), of fake and 
 Arguments are those of :func:`cute_attn.attention`, except that ``left`` and ``right`` are the edges of the band, None where it
 is unbounded (``causal`` is ``right = 0``), and that ``lengths`` are four, ``lengths.NAMES``. All are None for a rectangle; with
 any of them q, k, v are ``(1, rows of all sequences, heads, head_dim)``, and without cu_seqlens each sequence has equally many.
-``lse`` counts with ``return_lse`` only and ``kept``, what the backward pass has of
-each row, with ``for_backward``; ``needs``, part of ``"qkv"``, names the gradients that count. What doesn't count has size 0.
-All results are contiguous, and memory of their own. The operators check their arguments themselves.
+``lse`` counts with ``return_lse`` only and ``kept``, what the backward pass has of each row, with ``for_backward``; ``needs``,
+part of ``"qkv"``, names the gradients that count. What doesn't count has size 0. All results are contiguous, and memory of
+their own. The operators check their arguments themselves.
 
 torch.compile makes one graph for all values of a float only if no operator takes it as a float. So each operator has an
 overload ``Tensor``, whose ``scale`` and ``softcap`` are of 0 dimensions, float64, on the CPU. It reads them when it runs, which
@@ -174,7 +174,7 @@ def _differentiate(ctx, dout, dlse, _):
     gradients = [None] * len(ctx.needs_input_grad)
     arguments = autograd.arguments_of_gradients(ctx, dout, dlse if ctx.return_lse else None)
     if arguments is not None:
-        q, k, v, out, kept, dout, dlse, needs, lengths = arguments
+        q, k, v, out, kept, dout, dlse, needs, *lengths = arguments
         if not ctx.for_backward:  # of a graph that was made where no gradient was needed
             _, _, kept = _overload("attention", ctx.rules)(q, k, v, *lengths, *ctx.rules, False, True, *ctx.how)
         operator = _overload("attention_backward", ctx.rules)

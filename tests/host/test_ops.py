@@ -40,8 +40,9 @@ def forward_arguments(q, k, v, rules, numbers, return_lse=True, for_backward=Tru
 
 
 def packed(q, k, v):
-    """All rows of a batch one after another; lengths of 3 sequences in them, an empty one among them."""
-    leaves = [x.detach().flatten(0, 1).unsqueeze(0).requires_grad_(x.requires_grad) for x in (q, k, v)]
+    """All rows of a batch one after another, heads first in memory; lengths of 3 sequences in them, an empty one among them."""
+    rows = (x.detach().flatten(0, 1).unsqueeze(0).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    leaves = [x.requires_grad_(y.requires_grad) for x, y in zip(rows, (q, k, v), strict=True)]
     values = [0, 20, 20, 26], [0, 9, 11, 33], [17, 0, 6], [9, 2, 21]
     return *leaves, dict(zip(NAMES, (torch.tensor(x, dtype=torch.int32) for x in values), strict=True))
 

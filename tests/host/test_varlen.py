@@ -209,10 +209,25 @@ def test_sizes_of_zero(zero):
     assert_same(found, by_themselves(tensors, [], []))
 
 
-def test_wrong_bounds_reach_no_other_memory():
-    """What is wrong gives what is wrong, of the right shape."""
-    q, k, v, *_ = packed(10, 10)
-    assert attention_varlen(q, k, v, int32([-5, 20, 3]), seqused_k=int32([50, -2])).shape == (10, 4, 24)
+@pytest.mark.parametrize(
+    ("wrong", "as_if"),
+    [
+        ({"cu_seqlens_q": [-5, 4, 20]}, {"cu_seqlens_q": [0, 4, 10]}),
+        ({"cu_seqlens_k": [-(2**31), 4, 2**31 - 1]}, {"cu_seqlens_k": [0, 4, 10]}),
+        ({"cu_seqlens_k": [3, 8, 6]}, {"cu_seqlens_k": [3, 8, 8]}),
+        ({"seqused_q": [5, 7]}, {"seqused_q": [4, 6]}),
+        ({"seqused_k": [-2, 2**31 - 1]}, {"seqused_k": [0, 6]}),
+    ],
+)
+def test_wrong_lengths_reach_no_other_rows(wrong, as_if):
+    """What is past the rows ends with them, as in the kernels (``sequences.Side``)."""
+    tensors, right = packed(10, 10), {"cu_seqlens_q": [0, 4, 10], "cu_seqlens_k": [0, 4, 10]}
+    assert_same(
+        *(
+            both_passes(attention_varlen, *tensors, **{name: int32(values) for name, values in {**right, **given}.items()})
+            for given in (wrong, as_if)
+        )
+    )
 
 
 def test_lengths_may_not_change_between_the_passes():
@@ -344,6 +359,18 @@ def test_nested_of_a_list():
         assert torch.equal(got, one + attention(*[one[None]] * 3, window=(9, 0))[0])
 
 
+def test_nested_tensors_share_a_graph():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(lambda q, k, v: attention(q, k, v, causal=True), backend=counter, fullgraph=True, dynamic=True)
+    for sizes_q, sizes_k in BATCHES:
+        q, k, v, *_ = packed(sum(sizes_q), sum(sizes_k))
+        offsets_q, offsets_k = bounds(sizes_q).long(), bounds(sizes_k).long()
+        out = fast(jagged(q, offsets_q), jagged(k, offsets_k), jagged(v, offsets_k))
+        assert torch.equal(out.values(), attention_varlen(q, k, v, offsets_q.int(), offsets_k.int(), causal=True))
+    assert counter.frame_count == 1
+
+
 # ---- graphs ----------------------------------------------------------------------------------------------------------
 
 
@@ -388,12 +415,14 @@ class Packed(torch.nn.Module):
         return causal(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k=seqused_k)
 
 
-def test_export(tmp_path):
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict, tmp_path):
     """Totals and the number of sequences are dynamic; there and back through a file."""
     batch, total_q, total_k = Dim("batch"), Dim("total_q"), Dim("total_k")
     shapes = [{0: total_q}, {0: total_k}, {0: total_k}, {0: batch + 1}, {0: batch + 1}, {0: batch}]
     arguments = (*packed(12, 14)[:3], bounds((5, 3, 4)), bounds((9, 1, 4)), int32((4, 1, 2)))
-    torch.export.save(torch.export.export(Packed(), arguments, dynamic_shapes=shapes), tmp_path / "packed.pt2")
+    program = torch.export.export(Packed(), arguments, dynamic_shapes=shapes, strict=strict)
+    torch.export.save(program, tmp_path / "packed.pt2")
     graph = torch.export.load(tmp_path / "packed.pt2").module()
     for count in (3, 7):
         arguments = (*packed(9 * count, 11 * count)[:3], bounds([9] * count), bounds([11] * count), int32(range(count)))

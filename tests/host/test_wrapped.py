@@ -130,6 +130,7 @@ def lengths_of(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+BOUNDS = lengths_of(0, 13, 33)
 MESH_PLACEMENTS = "Shard(0), the batch, Shard(2), the heads, or Replicate() is needed"
 TENSORS = [
     Row(
@@ -173,7 +174,7 @@ TENSORS = [
     ),
     Row(
         "nested and packed",
-        lambda: attention_varlen(jagged(q), k[0], v[0], lengths_of(20, 13)),
+        lambda: attention_varlen(jagged(q), k[0], v[0], BOUNDS),
         TypeError,
         "q is a nested tensor of layout torch.jagged",
         "a plain one is needed",
@@ -474,7 +475,7 @@ def gathered(x):
     return x
 
 
-deprecated_name = pytest.mark.filterwarnings("ignore:.*all_gather_tensor_autograd. is deprecated")
+deprecated_name = pytest.mark.filterwarnings("ignore:.*all_gather_tensor.* is deprecated")
 
 
 @deprecated_name
@@ -492,6 +493,16 @@ def test_results_of_collectives_are_waited_for():
         collected.backward(dout)
     for x, expected in zip(leaves, plain, strict=True):
         torch.testing.assert_close(x.grad, expected.grad)
+
+
+@deprecated_name
+def test_lengths_from_collectives_are_waited_for():
+    with world():
+        used, bounds = (collectives.all_gather_tensor(x, 0, torch.distributed.group.WORLD) for x in (lengths_of(20, 3), BOUNDS))
+        assert isinstance(used, collectives.AsyncCollectiveTensor)
+        found = attention(q, k, v, seqused_k=used), attention_varlen(q[0], q[1], q[0], bounds)
+    assert torch.equal(found[0], attention(q, k, v, seqused_k=lengths_of(20, 3)))
+    assert torch.equal(found[1], attention_varlen(q[0], q[1], q[0], BOUNDS))
 
 
 @deprecated_name
