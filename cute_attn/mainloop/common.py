@@ -94,8 +94,9 @@ class KeyTiles:
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
         begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
         inner_begin, inner_end = band.whole_range(row_first, row_last, values.seqlen_k, DeviceOps)
-        if problem.ragged:  # a tile past its sequence's end
-            end = cutlass.min(end, (row_last - row_first + 1) * values.seqlen_k)
+        if problem.ragged:  # a tile past its sequence's end sees nothing; a factor of 0 or 1, which no length makes overflow
+            exists = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
+            end = end * exists
         count = cutlass.max(cute.ceil_div(end - begin, n), 0)
         whole_begin = cutlass.min(cutlass.max(cute.ceil_div(inner_begin - begin, n), 0), count)
         whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)

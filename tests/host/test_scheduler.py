@@ -15,6 +15,9 @@ pytest.importorskip("cutlass.cute")
 from cutlass import cute
 
 from cute_attn.layouts.base import ROW_PADDING
+from cute_attn.mainloop.common import KeyTiles, Values
+from cute_attn.plan import plan
+from cute_attn.problem import Problem
 
 # Copies of the modules: once the DSL has traced a function, it is no longer what it was.
 Tiles = runpy.run_path(find_spec("cute_attn.scheduler").origin)["Tiles"]
@@ -135,6 +138,27 @@ def test_padded_rows_of_sequences_do_not_meet(lengths, tail):
             assert span.padded >= end
             end = span.padded + span.capacity
         assert end <= side.all_slots(count, ROW_PADDING) * ROW_PADDING
+
+
+@given(st.integers(0, 2**24), st.integers(0, 2**27), st.integers(0, 2**17))
+def test_a_tile_past_its_sequences_end_sees_nothing(seqlen_q, seqlen_k, m_block):
+    """And any other what it sees in a rectangle, with no number on the way that 32 bits don't hold."""
+    config = plan(Problem("bfloat16", 128, 128), "sm_90a")
+    ragged, rectangle = (
+        KeyTiles.of(Values(Small(seqlen_q), Small(seqlen_k), 0, 0, 1.0, 0.0), problem, m_block, config)
+        for problem in (Problem("bfloat16", 128, 128, ragged="cu_seqlens_q"), Problem("bfloat16", 128, 128))
+    )
+    assert ragged.count == (rectangle.count if m_block * config.tile_m < seqlen_q else 0)
+
+
+class Small(int):
+    """A number whose products must fit in 32 bits."""
+
+    def __mul__(self, other):
+        assert abs(int(self) * int(other)) < 2**31
+        return Small(int(self) * int(other))
+
+    __rmul__ = __mul__
 
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=9), st.integers(0, 900), st.data())
