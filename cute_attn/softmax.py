@@ -61,12 +61,14 @@ class Softmax:
     row_sum: cute.Tensor  # (rows)
     scale_log2: Float32
     coarse: Float32  # the power of two below it
+    coarse_from: Float32  # the largest score of a row from which on that is taken
     fused: cutlass.Constexpr[bool]  # whether an exponent is one fused multiply-add
 
     @staticmethod
     def start(rows: int, scale_log2: Float32, fused: bool) -> Softmax:
         coarse = (scale_log2.bitcast(Int32) & EXPONENT_BITS).bitcast(Float32)
-        softmax = Softmax(*(cute.make_rmem_tensor(rows, Float32) for _ in range(2)), scale_log2, coarse, fused)
+        coarse_from = COARSE_FROM * cute.arch.rcp_approx(scale_log2)
+        softmax = Softmax(*(cute.make_rmem_tensor(rows, Float32) for _ in range(2)), scale_log2, coarse, coarse_from, fused)
         softmax.reset()
         return softmax
 
@@ -99,8 +101,7 @@ class Softmax:
         """To base 2, of a row whose largest score is ``anchor``."""
         scale = self.scale_log2
         if cutlass.const_expr(self.fused):
-            anchor_log2 = anchor * scale
-            scale = scale if anchor_log2 * anchor_log2 < COARSE_FROM**2 else self.coarse
+            scale = scale if cute.math.absf(anchor) < self.coarse_from else self.coarse
         return scale
 
     @cute.jit

@@ -36,12 +36,19 @@ HIDDEN = LOWEST / 2  # the score of a hidden key: far below any row's log-sum-ex
 
 @cute.jit
 def not_finite(acc: cute.Tensor) -> Boolean:
-    """Whether any of a thread's values is an infinity or a NaN: then 0 times it is NaN."""
-    sums = cute.make_rmem_tensor(4, Float32)  # four chains: none waits for the last sum
-    sums.fill(0.0)
-    for i in cutlass.range_constexpr(cute.size(acc)):
-        sums[i % 4] = sums[i % 4] + acc[i] * 0.0
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]) != 0.0
+    """Whether any of a thread's values is an infinity or a NaN: then 0 times it is NaN. Rounded ones are looked at in pairs."""
+    if cutlass.const_expr(acc.element_type is Float32):
+        sums = cute.make_rmem_tensor(4, Float32)  # four chains: none waits for the last sum
+        sums.fill(0.0)
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            sums[i % 4] = sums[i % 4] + acc[i] * 0.0
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]) != 0.0
+    pairs = cute.recast_tensor(acc, Int32)
+    found = cute.make_rmem_tensor(2, Int32)
+    found.fill(0)
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        found[i % 2] = _plus_zero_times(pairs[i], found[i % 2], acc.element_type)
+    return (found[0] | found[1]) != 0
 
 
 def any_of(condition: Boolean, barrier: int, threads: int) -> Boolean:

@@ -20,7 +20,7 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from cute_attn.epilogue import clear_rows_past, store_lse
+from cute_attn.epilogue import clear_rows_past, converted, store_lse
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
@@ -273,7 +273,7 @@ class Forward(Kernel):
         self._normalize(me, frag, softmax, tile, mLSE, work)
         self._store_o(me, frag, o, shared.o, (block, work.head, work.q))
         if cutlass.const_expr(self.guarded and not again):
-            if not_finite(frag.acc_O):
+            if not_finite(converted(frag.acc_O, shared.o.element_type)):
                 shared.verdict[0] = Int32(1)
         if cutlass.const_expr(not config.separate_o):
             self.wait_for_store(me.warpgroup)  # O lies over Q

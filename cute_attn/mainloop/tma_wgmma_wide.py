@@ -14,6 +14,10 @@ differences.
 S = Q·Kᵀ, dP = dO·Vᵀ, dQ += dS·K.
 
 In the second kernel the last product of a tile runs into the next tile; its operand is released there.
+
+In the first, what comes with a stage for each row (log-sum-exp, delta) has gone into a product before the stage is released. A
+read of shared memory that is merely issued before is not enough: where the release follows at once, the next tile's values have
+been seen to come first, though both are one thread's and in that order.
 """
 
 from __future__ import annotations
@@ -259,7 +263,6 @@ class KeyGradients(KeyBlocks):
                 mask_transposed(P, cS, origin, values, self.problem)
             lse_raw = of_columns(S, thread, shared.lse[None, state.index])
             rP = rounded_probabilities(acc_S, lse_raw, values, self.problem, self.element)
-            self.release_rows(pipes.q, state)
             if cutlass.const_expr(self.needs_k):
                 of_ds = rounded_operand(acc_S, self.element) if cutlass.const_expr(self.problem.softcap) else rP
                 p_state = self._hand_over(of_ds, shared, pipes, thread, p_state)
@@ -267,7 +270,8 @@ class KeyGradients(KeyBlocks):
             if cutlass.const_expr(self.needs_v):
                 mma, tB = self.lay.tiled_mma("dV", self.config), tVrdO[None, None, None, state.index]
                 self.gemm(mma, acc_dV, rP, tB, accumulate=True)
-                warpgroup.wait_group(0)
+            self.release_rows(pipes.q, state)
+            warpgroup.wait_group(0)
             pipes.do.consumer_release(state)
             state.advance()
             i = i + 1 if i + 1 < visited.count else Int32(0)
@@ -303,13 +307,13 @@ class KeyGradients(KeyBlocks):
                 P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
                 delta = of_columns(dP, thread, shared.delta[None, state.index])
                 score_gradients(rows_columns(P), rows_columns(acc_dP), delta)
-            self.release_rows(pipes.do, state)
             pipes.q.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
                 rdS = rounded_operand(P, self.element)
                 mma, tB = self.lay.tiled_mma("dK", self.config), tKrQ[None, None, None, state.index]
                 self.gemm(mma, acc_dK, rdS, tB, accumulate=True)
-                warpgroup.wait_group(0)
+            self.release_rows(pipes.do, state)
+            warpgroup.wait_group(0)
             pipes.q.consumer_release(state)
             state.advance()
         if cutlass.const_expr(self.needs_k):
