@@ -156,15 +156,33 @@ class Tiles:
         sequences, tile = self.sequences, self.tile
         side = sequences.k if cutlass.const_expr(self.of_k) else sequences.q
         i, begin, end = side.at(position // self.heads, sequences.count, tile)
-        alone = replace(self, m_blocks=end - begin, batch=Int32(1), sequences=None)
-        if cutlass.const_expr(self.long_first and self.small is not None):
-            alone = alone.in_small_groups(self.small)
-        block, head, _ = alone._coordinates(position - begin * self.heads)
-        q, k = sequences.spans(i)
-        if cutlass.const_expr(self.of_k and self.long_first):
-            block = alone.m_blocks - 1 - block
+        block, head, q, k = self._within(i, end - begin, position - begin * self.heads)
         capacity = k.capacity if cutlass.const_expr(self.of_k) else q.capacity
         return Work(block, head, self._head_kv(head), q, k, block * tile < capacity)
+
+    @cute.jit
+    def seek(self, position: Int32, first: Int32, before: Int32):
+        """A whole warp: the ragged tile at a position, if only those count that have rows: ``(work, first, before)``, the last
+        two to go on from with a later position (:meth:`Sequences.seek`)."""
+        sequences = self.sequences
+        side = sequences.k if cutlass.const_expr(self.of_k) else sequences.q
+        wanted = position // self.heads
+        exists, i, begin, first, before = sequences.seek(wanted, first, before, side, self.tile)
+        tiles = side.tiles(i, sequences.count, self.tile)
+        exists = exists & (begin <= wanted) & (wanted - begin < tiles)  # wrong bounds may have counted past 32 bits
+        block, head, q, k = self._within(i, cutlass.max(tiles, 1), position - begin * self.heads)
+        return Work(block, head, self._head_kv(head), q, k, exists), first, before
+
+    @cute.jit
+    def _within(self, i: Int32, m_blocks: Int32, position: Int32):
+        """``(block, head, spans of queries and keys)`` of a tile of sequence ``i``, taken as if there were no other."""
+        alone = replace(self, m_blocks=m_blocks, batch=Int32(1), sequences=None)
+        if cutlass.const_expr(self.long_first and self.small is not None):
+            alone = alone.in_small_groups(self.small)
+        block, head, _ = alone._coordinates(position)
+        if cutlass.const_expr(self.of_k and self.long_first):
+            block = m_blocks - 1 - block
+        return block, head, *self.sequences.spans(i)
 
     def _head_kv(self, head):
         return head if self.of_k else head // self.heads_per_kv

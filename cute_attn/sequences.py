@@ -7,7 +7,8 @@ another in the rows of tensors whose batch is 1; where each begins and how many 
 **Tiles of ragged sequences.** With tiles of t rows, sequence i is given the slots from ``first(i) // t + i`` on, up to the
 next one's. That is a closed form, so nothing has to be summed up, and it is enough of them: at least ⌈length / t⌉, at most one
 more. The same with t = 128 says where its rows begin in what is padded (:attr:`Span.padded`). A slot without a tile is a tile
-past its sequence's end: it sees nothing, and nothing of it is stored.
+past its sequence's end: it sees nothing, and nothing of it is stored. A warp can also count the tiles that there really are
+(:meth:`Sequences.seek`), 128 sequences at a time; blocks that walk over many tiles have one do that ahead of the others.
 
 What follows the last sequence, and what follows each one's rows in use, belongs to a sequence too, but is none of its rows: the
 results there are zeros.
@@ -19,9 +20,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Boolean, Int32, cute
 
 from cute_attn.layouts.base import ROW_PADDING
+
+WARP = 32
+PER_LANE = 4  # sequences that a lane counts the tiles of at a time
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,14 @@ class Side:
                 length = cutlass.min(cutlass.max(self.used[i], 0), length)
         return Span(Int32(0), first, length, past - first, (first // ROW_PADDING + i) * ROW_PADDING)
 
+    @cute.jit
+    def tiles(self, i, count, tile: cutlass.Constexpr[int]):
+        """How many tiles have rows of sequence ``i``, or of what comes after the last; there is nothing after that."""
+        rows = Int32(0)
+        if i <= count:
+            rows = self.span(i, count).capacity
+        return (rows + tile - 1) // tile
+
     def slots(self, i, tile: int):
         """How many slots of ``tile`` rows come before sequence ``i``'s."""
         return self.first(i) // tile + i
@@ -110,17 +122,21 @@ class Side:
 
     @cute.jit
     def at(self, slot, count, tile: cutlass.Constexpr[int]):
-        """``(sequence, its first slot, the next one's)`` of a slot, by bisection. Each slot is some sequence's, and each
-        sequence's are without gaps, even if bounds are wrong."""
+        """A whole warp: ``(sequence, its first slot, the next one's)`` of a slot, by a search that asks 32 sequences at a time.
+        Each slot is some sequence's, and each sequence's are without gaps, even if bounds are wrong."""
         low, high = Int32(0), Int32(count)
         begin, end = Int32(0), self.all_slots(count, tile)
+        lane = cute.arch.lane_idx()
         while low < high:
-            middle = (low + high + 1) // 2
-            first = self.slots(middle, tile)
-            if first <= slot:
-                low, begin = middle, cutlass.max(begin, first)
-            else:
-                high, end = middle - 1, cutlass.min(end, first)
+            step = (high - low + WARP - 1) // WARP
+            probe = low + (lane + 1) * step
+            first = self.slots(cutlass.min(probe, high), tile)
+            asked = cute.arch.vote_ballot_sync((first <= slot) & (probe <= high))
+            n = cute.arch.popc(asked & ~(asked + 1))  # lanes up to the first that says no
+            begin = cutlass.max(begin, cute.arch.warp_redux_sync(first * cutlass.min(cutlass.max(n - lane, 0), 1), "max"))
+            if low + (n + 1) * step <= high:
+                end = cutlass.min(end, cute.arch.shuffle_sync(first, n))
+            low, high = low + n * step, cutlass.min(high, low + (n + 1) * step - 1)
         return low, begin, end
 
 
@@ -131,6 +147,37 @@ class Sequences:
     count: Int32
     q: Side
     k: Side
+
+    @cute.jit
+    def seek(self, wanted: Int32, first: Int32, before: Int32, side: cutlass.Constexpr[Any], tile: cutlass.Constexpr[int]):
+        """A whole warp: where tile number ``wanted`` of a side is, among those of sequence ``first`` and later ones, ``before``
+        which there are ``before`` tiles: ``(whether there is one, its sequence, how many tiles come before that one's, first,
+        before)``, the last two to go on from with a later tile."""
+        lane = cute.arch.lane_idx()
+        found, sequence, begin = Boolean(False), Int32(0), Int32(0)
+        while (found == False) & (first <= self.count):  # noqa: E712
+            held = [side.tiles(first + lane * PER_LANE + j, self.count, tile) for j in range(PER_LANE)]
+            upto = [sum(held[: j + 1]) for j in range(PER_LANE)]
+            mine = upto[-1]
+            passed = mine  # up to this lane's last
+            for step in (1, 2, 4, 8, 16):
+                lower = cute.arch.shuffle_sync_up(passed, step)
+                passed = passed + lower * cutlass.min(lane // step, 1)  # a lower lane's, if there is one
+            total = cute.arch.shuffle_sync(passed, WARP - 1)
+            if wanted < before + total:
+                found = Boolean(True)
+                owner = cute.arch.popc(cute.arch.vote_ballot_sync(wanted >= before + passed))
+                begin = before + cute.arch.shuffle_sync(passed - mine, owner)
+                sequence = first + owner * PER_LANE
+                ahead = Int32(0)
+                for j, mine_upto in enumerate(upto[:-1], 1):
+                    end = cute.arch.shuffle_sync(mine_upto, owner)
+                    if wanted >= begin + end:
+                        sequence, ahead = first + owner * PER_LANE + j, end
+                begin = begin + ahead
+            else:
+                first, before = first + WARP * PER_LANE, before + total
+        return found, sequence, begin, first, before
 
     def spans(self, i) -> tuple[Span, Span]:
         """Of sequence ``i``'s queries and keys."""

@@ -12,6 +12,7 @@ from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Famil
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 96, 128, 192, 256)
+WORK_SLOTS, WORK_FIELDS = 4, 8  # tiles of ragged sequences that are found ahead of time, and int32 that say what one is
 VERDICT_BYTES = 4 + 2 * BARRIER_BYTES  # whether a block has seen an output that is not finite, and that all have looked
 
 
@@ -45,6 +46,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "O": o if config.separate_o else 0,
         "barriers": BARRIER_BYTES * 2 * (warpgroups(config) + 2 * config.stages),
         "verdict": VERDICT_BYTES,
+        "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES),
     }
 
 

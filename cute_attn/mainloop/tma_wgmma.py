@@ -25,10 +25,11 @@ from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, rounded_operand
+from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
-COPY_K_V_WARP, COPY_Q_WARP = 0, 1
+COPY_K_V_WARP, COPY_Q_WARP, FIND_WORK_WARP = 0, 1, 2
 LONG = 1 << 19  # keys · columns of Q in shared memory from which on a causal tile is worth a block of its own
 RAGGED_LONG = 3 << 15  # the same of the mean of ragged sequences
 
@@ -41,6 +42,7 @@ class Pipelines:
     k: pipeline.PipelineTmaAsync
     v: pipeline.PipelineTmaAsync
     verdict: pipeline.PipelineAsync | None
+    work: pipeline.PipelineAsync | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Shared:
     v: cute.Tensor
     o: cute.Tensor
     verdict: cute.Tensor | None  # not 0 once an output was not finite
+    work: cute.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -127,19 +130,24 @@ class Forward(Kernel):
 
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
+            if cutlass.const_expr(shared.work is not None):
+                if warp == FIND_WORK_WARP:
+                    self._find_work(shared, pipes, tiles)
             if warp == COPY_K_V_WARP:
+                walk_over = self._walker(shared, pipes, tiles)
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-                state = tiles.each(partial(self._copy_k_v, k, v, shared, pipes, values), state)
+                state = walk_over.each(partial(self._copy_k_v, k, v, shared, pipes, values), state)
                 if cutlass.const_expr(self.guarded):
                     if self._is_done_again(shared, pipes):
-                        tiles.each(partial(self._copy_k_v_carefully, plain, shared, pipes, values), state)
+                        walk_over.each(partial(self._copy_k_v_carefully, plain, shared, pipes, values), state)
             if warp == COPY_Q_WARP:
+                walk_over = self._walker(shared, pipes, tiles)
                 copy_q = partial(self._copy_q, q, shared, pipes)
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
-                state = tiles.each(copy_q, state)
+                state = walk_over.each(copy_q, state)
                 if cutlass.const_expr(self.guarded):
                     if self._is_done_again(shared, pipes):
-                        tiles.each(copy_q, state)
+                        walk_over.each(copy_q, state)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             self._compute(o, mLSE, shared, pipes, values, tiles)
@@ -158,14 +166,30 @@ class Forward(Kernel):
             k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
             verdict=self.hand_over_pipe(smem, 1, config.mma_warps) if self.guarded else None,
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 2 + config.mma_warps) if self.problem.ragged else None,
         )
+        work = WorkQueue.slots_in(smem) if self.problem.ragged else None
         verdict = None
         if cutlass.const_expr(self.guarded):
             verdict = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout(1))
             verdict[0] = Int32(0)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return Shared(sQ, sK, sV, sO, verdict), pipes
+        return Shared(sQ, sK, sV, sO, verdict, work), pipes
+
+    def _walker(self, shared: Shared, pipes: Pipelines, tiles: Tiles):
+        """What gives a warp the tiles of the block, one after another: :meth:`Tiles.each`, or the same of tiles that another warp
+        finds."""
+        return tiles if shared.work is None else WorkQueue(shared.work, pipes.work, self.arrive).taker()
+
+    @cute.jit
+    def _find_work(self, shared: Shared, pipes: Pipelines, tiles: Tiles):
+        """One warp: the tiles of the block for the others."""
+        queue = WorkQueue(shared.work, pipes.work, self.arrive)
+        state = queue.hand_out(tiles, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.WORK_SLOTS))
+        if cutlass.const_expr(self.guarded):
+            if self._is_done_again(shared, pipes):
+                queue.hand_out(tiles, state)
 
     @cute.jit
     def _is_done_again(self, shared: Shared, pipes: Pipelines):
@@ -236,18 +260,18 @@ class Forward(Kernel):
     @cute.jit
     def _compute(self, o: Operand, mLSE: LogSumExp, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
         """One computing warpgroup: its 64 rows of every query tile of the block; again, if an output was not finite."""
-        me = self._worker()
+        me, walk_over = self._worker(), self._walker(shared, pipes, tiles)
         self._hand_out_first_turn(me)
         q_phase = Int32(0)
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         query_tile = partial(self._query_tile, me, (o, mLSE), shared, pipes, values)
-        state = tiles.each(partial(query_tile, again=False), (q_phase, kv_state))
+        state = walk_over.each(partial(query_tile, again=False), (q_phase, kv_state))
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(self.guarded):
             self.arrive(pipes.verdict.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
             if self._is_done_again(shared, pipes):
                 cute.arch.cp_async_bulk_wait_group(0, read=False)  # what was stored first must not come last
-                tiles.each(partial(query_tile, again=True), state)
+                walk_over.each(partial(query_tile, again=True), state)
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit

@@ -234,13 +234,16 @@ class Kernel:
         acc.fill(0.0)
         return acc
 
-    def hand_over_pipe(self, smem, stages: int, warps: int):
-        """A pipeline from ``warps`` warps to as many others; see :meth:`arrive`."""
-        group = pipeline.CooperativeGroup(pipeline.Agent.Thread, warps * self.arrivals)
+    def hand_over_pipe(self, smem, stages: int, warps: int, consumers: int | None = None):
+        """A pipeline from ``warps`` warps to as many others, or to ``consumers`` of them; see :meth:`arrive`."""
+        consumers = warps if consumers is None else consumers
+        producer, consumer = (
+            pipeline.CooperativeGroup(pipeline.Agent.Thread, n * self.arrivals) for n in (warps, consumers)
+        )
         return pipeline.PipelineAsync.create(
             num_stages=stages,
-            producer_group=group,
-            consumer_group=group,
+            producer_group=producer,
+            consumer_group=consumer,
             barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
             defer_sync=True,
         )

@@ -41,5 +41,5 @@ def test_mainloops_know_neither_rules_nor_lengths(path):
 
 @pytest.mark.parametrize("path", MAINLOOPS, ids=lambda path: path.stem)
 def test_mainloops_do_not_import_each_other(path):
-    mechanisms = {f"mainloop.{other.stem}" for other in MAINLOOPS} - {"mainloop.guard", "mainloop.warps", "mainloop.warpgroups"}
+    mechanisms = {f"mainloop.{other.stem}" for other in MAINLOOPS} - {f"mainloop.{name}" for name in ("guard", "warps", "warpgroups", "work_queue")}
     assert not imported(path) & mechanisms

@@ -2,16 +2,20 @@
 
 import runpy
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import accumulate, groupby, takewhile
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("cutlass.cute")
 
+import cutlass
 from cutlass import cute
 
 from cute_attn.layouts.base import ROW_PADDING
@@ -21,7 +25,8 @@ from cute_attn.problem import Problem
 
 # Copies of the modules: once the DSL has traced a function, it is no longer what it was.
 Tiles = runpy.run_path(find_spec("cute_attn.scheduler").origin)["Tiles"]
-Side = runpy.run_path(find_spec("cute_attn.sequences").origin)["Side"]
+sequences_module = runpy.run_path(find_spec("cute_attn.sequences").origin)
+Side, Sequences = sequences_module["Side"], sequences_module["Sequences"]
 
 counts = st.integers(1, 9)
 tiles = st.builds(
@@ -33,7 +38,7 @@ tiles = st.builds(
 
 
 coordinates, work_at = Tiles._coordinates.__wrapped__, Tiles.work.__wrapped__
-at, span_of = Side.at.__wrapped__, Side.span.__wrapped__
+at, span_of, seek = Side.at.__wrapped__, Side.span.__wrapped__, Sequences.seek.__wrapped__
 
 
 def in_order(tiles):
@@ -104,12 +109,37 @@ def test_key_tiles_of_a_head_in_ascending_order(tiles, blocks, small):
             following[head] += 1
 
 
-lengths = st.lists(st.integers(0, 500), max_size=12)
+lengths = st.lists(st.integers(0, 500), max_size=12) | st.lists(st.integers(0, 3), max_size=150)
+lanes = np.arange(32)
+
+
+@contextmanager
+def a_warp():
+    """Its lanes are a vector."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutlass, "min", np.minimum)
+        patch.setattr(cutlass, "max", np.maximum)
+        patch.setitem(at.__globals__, "Int32", int)
+        for name, function in {
+            "lane_idx": lambda: lanes,
+            "shuffle_sync_up": lambda x, step: x[np.maximum(lanes - step, 0)],
+            "shuffle_sync": lambda x, lane: x[lane],
+            "vote_ballot_sync": lambda x: sum(1 << int(lane) for lane in lanes[x]),
+            "popc": lambda x: (int(x) % 2**32).bit_count(),
+            "warp_redux_sync": lambda x, kind: getattr(x, kind)(),
+        }.items():
+            patch.setattr(cute.arch, name, function)
+        yield
+
+
+def find(side, slot, count, tile):
+    with a_warp():
+        return tuple(int(x) for x in at(side, slot, count, tile))
 
 
 def sides(lengths, tail=0):
     """Of sequences of these lengths and of ``tail`` rows of none; with bounds, and, where all are as long, without."""
-    yield Side(sum(lengths) + tail, 0, [0, *accumulate(lengths)], None)
+    yield Side(sum(lengths) + tail, 0, np.array([0, *accumulate(lengths)]), None)
     if len(set(lengths)) == 1 and not tail:
         yield Side(sum(lengths), lengths[0], None, None)
 
@@ -119,13 +149,31 @@ def test_every_row_has_a_slot_of_its_own_sequence(lengths, tile, tail):
     for side in sides(lengths, tail):
         count, rows = len(lengths), []
         for slot in range(side.all_slots(count, tile)):
-            i, begin, end = at(side, slot, count, tile)
+            i, begin, end = find(side, slot, count, tile)
             assert begin <= slot < end
             span = span_of(side, i, count)
             assert span.length == (0 if i == count else lengths[i])
             first = (slot - begin) * tile
             rows += range(span.first + first, span.first + min(first + tile, span.capacity))
         assert rows == list(range(side.rows))
+
+
+@given(st.lists(st.integers(0, 9), max_size=400), st.integers(1, 40), st.integers(0, 5))
+def test_a_warp_finds_every_tile_once_and_in_order(tiles, step, start):
+    """Tiles of sequences that have so many each, every ``step``-th, going on from where the last was; then none. A warp is a
+    vector of 32 lanes."""
+    held = np.array([*tiles, *[0] * 200])
+    side = SimpleNamespace(tiles=lambda i, count, tile: np.where(i <= count, held[np.minimum(i, len(held) - 1)], 0))
+    owners = np.repeat(np.arange(len(tiles)), tiles)
+    begins = np.cumsum([0, *tiles])
+    with a_warp():
+        sequences = Sequences(len(tiles), side, side)
+        first = before = 0
+        for wanted in range(start, len(owners) + 2 * step, step):
+            found, sequence, begin, first, before = seek(sequences, wanted, first, before, side, 64)
+            assert bool(found) == (wanted < len(owners))
+            if found:
+                assert (sequence, begin) == (owners[wanted], begins[owners[wanted]])
 
 
 @given(lengths, st.integers(0, 300))
@@ -167,13 +215,13 @@ def test_wrong_bounds_reach_no_other_rows(bounds, rows, data):
     so that whoever waits for an earlier tile waits for one that there is."""
     count, tile = len(bounds) - 1, 64
     used = data.draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=count, max_size=count))
-    side = Side(rows, 0, bounds, used)
+    side = Side(rows, 0, np.array(bounds), used)
     for i in range(count + 1):
         span = span_of(side, i, count)
         assert 0 <= span.length <= span.capacity
         assert 0 <= span.first <= span.first + span.capacity <= rows
         assert span.padded + span.capacity <= side.all_slots(count, ROW_PADDING) * ROW_PADDING
-    found = [at(side, slot, count, tile) for slot in range(side.all_slots(count, tile))]
+    found = [find(side, slot, count, tile) for slot in range(side.all_slots(count, tile))]
     for slot, (i, begin, end) in enumerate(found):
         assert begin <= slot < end
         assert found[begin] == (i, begin, end)

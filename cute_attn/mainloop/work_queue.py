@@ -1,0 +1,105 @@
+"""Tiles that one warp of a block finds and hands to the others, ahead of time.
+
+Where the tiles of a call can't be told by arithmetic alone, each costs a search in global memory. A persistent block would wait
+for it before every tile; so a warp that has nothing else to do searches, and puts what it finds into a ring of slots in shared
+memory. The others take each tile from there when they come to it; a tile with a negative ``block`` says that there are no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+from cutlass import Boolean, Int32, cute, pipeline
+
+from cute_attn.layouts.wgmma import WORK_FIELDS, WORK_SLOTS
+from cute_attn.scheduler import Tiles, Work
+from cute_attn.sequences import Span
+
+
+@dataclass(frozen=True)
+class WorkQueue:
+    """The ring: ``slots`` in shared memory ``(field, slot)``, ``pipe`` between the warp that finds tiles and those that take
+    them, ``arrive`` as a whole warp arrives there (:meth:`Kernel.arrive <cute_attn.mainloop.warpgroups.Kernel.arrive>`)."""
+
+    slots: cute.Tensor
+    pipe: pipeline.PipelineAsync
+    arrive: cutlass.Constexpr
+
+    @staticmethod
+    def slots_in(smem) -> cute.Tensor:
+        """Shared memory for the slots."""
+        return smem.allocate_tensor(Int32, cute.make_layout((WORK_FIELDS, WORK_SLOTS)), 16)
+
+    def taker(self) -> Taker:
+        """For one of the warps that take tiles."""
+        turn = cute.make_rmem_tensor(1, Int32)
+        turn.fill(0)
+        return Taker(self, turn)
+
+    @cute.jit
+    def hand_out(self, tiles: cutlass.Constexpr, state):
+        """One warp: every tile of this block, and that there are no more. Returns the ring's next state."""
+        turn, first, before, more = Int32(0), Int32(0), Int32(0), Boolean(True)
+        while more:
+            work, first, before = tiles.seek(tiles.position(turn), first, before)
+            self.pipe.producer_acquire(state)
+            self._write(work, self.slots[None, state.index])
+            self.arrive(self.pipe.producer_commit, state)
+            state.advance()
+            turn += 1
+            more = work.exists
+        return state
+
+    @cute.jit
+    def _write(self, work: Work, slot: cute.Tensor):
+        held = cute.make_rmem_tensor(WORK_FIELDS, Int32)
+        block = work.block if work.exists else Int32(-1)
+        fields = (block, work.head, work.head_kv, work.q.first, work.q.length, work.q.capacity, work.k.first, work.k.length)
+        for i in cutlass.range_constexpr(WORK_FIELDS):
+            held[i] = fields[i]
+        with cute.arch.elect_one():
+            cute.autovec_copy(held, slot)
+
+
+@dataclass(frozen=True)
+class Taker:
+    """One warp's place in the ring: ``turn`` is how many tiles it has taken, in a register."""
+
+    queue: WorkQueue
+    turn: cute.Tensor
+
+    @cute.jit
+    def each(self, body: cutlass.Constexpr, state):
+        """``state = body(state, work)`` for every tile that is handed out; returns the last state. A slot is released after its
+        tile, when everything read from it has been used."""
+        more = self._wait()
+        while more:
+            state = body(state, self._work())
+            self._release()
+            more = self._wait()
+        self._release()
+        return state
+
+    def _state(self) -> pipeline.PipelineState:
+        turn = self.turn[0]
+        return pipeline.PipelineState(WORK_SLOTS, turn, turn % WORK_SLOTS, turn // WORK_SLOTS % 2)
+
+    def _slot(self) -> cute.Tensor:
+        return self.queue.slots[None, self.turn[0] % WORK_SLOTS]
+
+    def _wait(self) -> Boolean:
+        """For the next tile, if there is one."""
+        self.queue.pipe.consumer_wait(self._state())
+        return self._slot()[0] >= 0
+
+    def _work(self) -> Work:
+        held = cute.make_rmem_tensor(WORK_FIELDS, Int32)
+        cute.autovec_copy(self._slot(), held)
+        block, head, head_kv, q_first, q_length, q_capacity, k_first, k_length = (held[i] for i in range(WORK_FIELDS))
+        q, k = Span(Int32(0), q_first, q_length, q_capacity), Span(Int32(0), k_first, k_length, k_length)
+        return Work(block, head, head_kv, q, k)
+
+    def _release(self):
+        self.queue.arrive(self.queue.pipe.consumer_release, self._state())
+        self.turn[0] += 1
