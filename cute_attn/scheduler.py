@@ -90,7 +90,7 @@ class Tiles:
         """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``."""
         at_once, group, lacking = cutlass.min(blocks, self.count()), self.group, Int32(0)
         if cutlass.const_expr(self.sequences is not None):
-            if long:
+            if long and self.long_first:
                 at_once = self.count()
             return self.in_small_groups(blocks), at_once
         if cutlass.const_expr(self.long_first):

@@ -31,7 +31,7 @@ from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 COPY_K_V_WARP, COPY_Q_WARP, FIND_WORK_WARP = 0, 1, 2
 LONG = 1 << 19  # keys · columns of Q in shared memory from which on a causal tile is worth a block of its own
-RAGGED_LONG = 3 << 15  # the same of the mean of ragged sequences
+RAGGED_LONG = 1 << 18  # the same of the mean of ragged sequences
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,10 @@ class Forward(Kernel):
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
         """Make the TMA descriptors and launch blocks, persistent ones or one for each query tile."""
         # The longest tile sees all keys, unless a window makes tiles nearly equal.
-        # Of ragged ones, whose tiles are unequal anyway and some empty, the mean counts.
-        if cutlass.const_expr(tiles.sequences is not None):
-            long = mK.shape[0] >= RAGGED_LONG // self.config.tile_d * tiles.sequences.count
-        elif cutlass.const_expr(self.problem.bounded_left):
+        if cutlass.const_expr(self.problem.bounded_left):
             long = False
+        elif cutlass.const_expr(tiles.sequences is not None):
+            long = mK.shape[0] >= RAGGED_LONG // self.config.tile_d * tiles.sequences.count
         else:
             long = mK.shape[0] >= LONG // self.config.tile_d
         tiles, blocks = tiles.launched(blocks, long)
