@@ -17,8 +17,7 @@ exponent comes close to 1 (from 2²² on), the scale is cut to a power of two, w
 that is not 0 is larger than any that leaves a weight. All this costs a register a row; where registers are scarcer than
 instructions, the difference comes first (``fused=False``), and the largest score weighs 1 to begin with.
 
-The backward pass takes the log-sum-exp in raw units, ``lse_raw = m + log2 l / scale_log2``, straight from here, and the
-difference first: P = 2^((s − lse_raw) · scale_log2) is then exactly 1 where one key outweighs all others.
+The backward pass takes the log-sum-exp in raw units, ``lse_raw = m + log2 l / scale_log2``, straight from here.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn.layouts.fragments import THREADS_PER_ROW
-from cute_attn.rules import LN_2, softcap_slope
+from cute_attn.rules import LN_2
 
 COARSE_FROM = 2.0**22  # the exponent, in base 2, of a row's largest score
 EXPONENT_BITS = 0x7F800000  # of a float32
@@ -129,71 +128,6 @@ class Softmax:
 def _fused(a: Float32, b: Float32, c: Float32) -> Float32:
     """``a · b + c`` with one rounding, whatever the compiler makes of the same expression elsewhere."""
     return cute.arch.inline_ptx("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])
-
-
-def probabilities(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32):
-    """For the backward pass, transposed: ``scores`` (keys, queries) to P = 2^((s − lse_raw) · scale_log2) in place, with
-    the log-sum-exp of each query, in raw units, in shared memory."""
-    for c, lse in _pairs(lse_raw):
-        for r in range(cute.size(scores, mode=[0])):
-            for i in range(2):
-                scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2, fastmath=True)
-
-
-def capped_probabilities(t: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, rounded: cute.Tensor):
-    """The same under a softcap: ``t`` (keys, queries), the tanh of a score or −∞ where it is masked, to P ∘ (1 − t²) in
-    place, which is what dS takes; ``rounded`` gets P itself, in 16 bits, for dV. Both at once, since P, its slopes and dP
-    together would take more registers than there are."""
-    for c, lse in _pairs(lse_raw):
-        for r in range(cute.size(t, mode=[0])):
-            P = cute.make_rmem_tensor(2, Float32)
-            for i in range(2):
-                P[i] = cute.math.exp2((t[r, c + i] - lse[i]) * scale_log2, fastmath=True)
-                t[r, c + i] = P[i] * _slope(t[r, c + i])
-            place = rounded.iterator + rounded.layout((r, c))
-            cute.make_tensor(place, P.layout).store(P.load().to(rounded.element_type))
-
-
-def score_gradients(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor):
-    """For the backward pass, transposed: P (keys, queries) to dS = P ∘ (dP − delta) in place, with the delta of each
-    query in shared memory."""
-    for c, of_query in _pairs(delta):
-        for r in range(cute.size(P, mode=[0])):
-            for i in range(2):
-                P[r, c + i] = P[r, c + i] * (dP[r, c + i] - of_query[i])
-
-
-def probabilities_by_row(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, softcap: bool):
-    """``scores`` (queries, keys) to P in place, or under a softcap to P ∘ (1 − t²), with the log-sum-exp of each row."""
-    for r in range(cute.size(lse_raw)):
-        if softcap:
-            for c in range(cute.size(scores, mode=[1])):
-                P = cute.math.exp2((scores[r, c] - lse_raw[r]) * scale_log2, fastmath=True)
-                scores[r, c] = P * _slope(scores[r, c])
-        else:
-            row = scores[r, None]
-            row.store(cute.math.exp2((row.load() - lse_raw[r]) * scale_log2, fastmath=True))
-
-
-def score_gradients_by_row(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor):
-    """P (queries, keys) to dS = P ∘ (dP − delta) in place, with the delta of each row."""
-    for r in range(cute.size(delta)):
-        P[r, None].store(P[r, None].load() * (dP[r, None].load() - delta[r]))
-
-
-def _slope(t: Float32) -> Float32:
-    """The softcap's slope at a score's tanh; where it is masked anything finite will do, since P is 0."""
-    return softcap_slope(cutlass.max(t, Float32(-1.0)))
-
-
-def _pairs(values: cute.Tensor):
-    """The values of a row in shared memory, two neighbours at a time, read only when they are needed: all of them would
-    take as many registers as a row of scores."""
-    for c in range(0, cute.size(values), 2):
-        pair = cute.make_rmem_tensor(2, values.element_type)
-        first = cute.make_tensor(values.iterator + values.layout(c), pair.layout)
-        cute.autovec_copy(first, pair)
-        yield c, pair
 
 
 def scale_rows(acc: cute.Tensor, factor: cute.Tensor):

@@ -16,8 +16,8 @@ from benchmarks.parts.common import fill_registers_noise, keep_alive, noise, ram
 from benchmarks.parts.stages import Stages
 from cute_attn.epilogue import converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
-from cute_attn.mainloop.common import apply_rules
 from cute_attn.mainloop.cp_async import Forward
+from cute_attn.mainloop.scores import Scores
 from cute_attn.mainloop.warps import MMA_K, product
 from cute_attn.softmax import scale_rows
 
@@ -60,11 +60,10 @@ class Staged(Forward):
             self._copy_pair(tiles_of, tile.keys, n - (stages - 1), before)
         acc_S = self._scores(operands, slot)
         if cutlass.const_expr(self.stages.softmax):
-            scores = rows_columns(acc_S)
             origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
             for _ in cutlass.range_constexpr(self.stages.softmax):
-                apply_rules(scores, tile.cS, origin, tile.values, self.problem, masked)
-                output.softmax.step(scores, output.rescale)
+                Scores(tile.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
+                output.softmax.step(rows_columns(acc_S), output.rescale)
             scale_rows(rows_columns(acc_O), output.rescale)
         if cutlass.const_expr(self.stages.products or self.stages.softmax):
             self._accumulate(operands, acc_S, acc_O, slot)

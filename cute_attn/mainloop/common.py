@@ -1,4 +1,4 @@
-"""What the mainloops share: the run-time values of a call, and the rules as a kernel applies them."""
+"""What the mainloops share: the run-time values of a call, and which tiles of keys or queries see one another."""
 
 from __future__ import annotations
 
@@ -8,39 +8,15 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn.layouts.base import CAREFUL, COUNTERS, TICKET
-from cute_attn.layouts.fragments import rows_columns
-from cute_attn.rules import LN_2, LOG2_E, Band, rational_tanh, softcap_tanh
+from cute_attn.rules import LN_2, Band
 from cute_attn.scheduler import Work
 
 
 class DeviceOps:
-    """The non-operator functions of ``rules`` for the DSL's values."""
+    """The functions of ``rules.Band`` that are no operators, for the DSL's values."""
 
     max = staticmethod(cutlass.max)
     min = staticmethod(cutlass.min)
-
-    @staticmethod
-    def tanh_of_product(x, factor):
-        """``1 − 2 / (1 + e^{2 · x · factor})``: off by a unit in the last place of 1, where the hardware's own tanh is off by
-        2⁻¹¹, more than a 16-bit result forgives. ``factor`` is the same for all scores."""
-        return 1.0 - 2.0 * cute.arch.rcp_approx(1.0 + cute.math.exp2(x * (factor * (2.0 * LOG2_E)), fastmath=True))
-
-
-class LargeCapOps(DeviceOps):
-    """The same, with a tanh that is exact in relation to its own size."""
-
-    @staticmethod
-    def tanh_of_product(x, factor):
-        return rational_tanh(x * factor, LargeCapOps)
-
-    @staticmethod
-    def clamp(x, bound):
-        """``x`` from −bound to bound; a NaN stays one."""
-        return cute.arch.fmin(cute.arch.fmax(x, -bound, nan=True), bound, nan=True)
-
-    @staticmethod
-    def reciprocal(x):
-        return cute.arch.rcp_approx(x)
 
 
 @dataclass(frozen=True)
@@ -262,74 +238,3 @@ def walk(step: cutlass.Constexpr, state, keys: KeyTiles, problem: cutlass.Conste
         for i in cutlass.range(left_end, unroll=1):
             state = step(state, (left_end - 1 - i, True))
     return state
-
-
-@dataclass(frozen=True)
-class Coordinates:
-    """Where a thread's scores lie in a tile: ``thread`` as (row, column) of each, in the accumulator's layout; ``zero``
-    the same of thread 0, whose columns are compile-time numbers. Threads differ from it by one offset for all columns."""
-
-    thread: cute.Tensor
-    zero: cute.Tensor
-
-    @staticmethod
-    def of(mma: cute.TiledMma, thread: Int32, shape: tuple[int, int]) -> Coordinates:
-        identity = cute.make_identity_tensor(shape)
-        return Coordinates(*(rows_columns(mma.get_slice(t).partition_C(identity)) for t in (thread, 0)))
-
-
-@cute.jit
-def apply_rules(scores: cute.Tensor, where: Coordinates, origin, values: Values, problem: cutlass.Constexpr, masked):
-    """Softcap and mask the scores (rows, columns) of a tile in place.
-
-    ``origin`` is the tile's first row and key. ``masked`` is a Python bool where the loop knows it, a run-time Boolean
-    where it doesn't.
-    """
-    apply_softcap(scores, values, problem)
-    if cutlass.const_expr(not isinstance(masked, bool)):
-        if masked:
-            mask(scores, where, origin, values, problem)
-    elif cutlass.const_expr(masked):
-        mask(scores, where, origin, values, problem)
-
-
-@cute.jit
-def apply_softcap(scores: cute.Tensor, values: Values, problem: cutlass.Constexpr):
-    """Scores to tanh(score · scale / cap) in place, where there is a softcap."""
-    if cutlass.const_expr(problem.softcap):
-        ops = LargeCapOps if problem.large_cap else DeviceOps
-        for i in cutlass.range_constexpr(cute.size(scores)):
-            scores[i] = softcap_tanh(scores[i], values.scale_by_cap, ops)
-
-
-@cute.jit
-def mask(scores: cute.Tensor, where: Coordinates, origin, values: Values, problem: cutlass.Constexpr):
-    """Mask the scores (queries, keys) of a tile in place. ``origin`` is the tile's first query and key."""
-    _mask(scores, where, origin, values.band(problem), values.seqlen_k)
-
-
-@cute.jit
-def mask_transposed(scores: cute.Tensor, where: Coordinates, origin, values: Values, problem: cutlass.Constexpr):
-    """Mask the scores (keys, queries) of a tile in place. ``origin`` is the tile's first key and query."""
-    _mask(scores, where, origin, values.band(problem).transposed(), values.seqlen_q, values.seqlen_k)
-
-
-@cute.jit
-def _mask(scores: cute.Tensor, where: Coordinates, origin, band: Band, columns, rows=None):
-    """Set what a row does not see to −inf. One comparison an edge and score, against a compile-time column.
-
-    ``columns`` is how many there are in all; ``rows`` likewise, where rows past the last have to be masked.
-    """
-    column_first = origin[1] + where.thread[0, 0][1]
-    for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
-        row = origin[0] + where.thread[r, 0][0]
-        begin, end = band.key_range(row, row, columns, DeviceOps)
-        if cutlass.const_expr(rows is not None):
-            end = end if row < rows else 0
-        begin, end = begin - column_first, end - column_first
-        for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-            column = where.zero[0, c][1]
-            visible = column < end
-            if cutlass.const_expr(band.lo is not None):
-                visible = visible & (column >= begin)
-            scores[r, c] = scores[r, c] if visible else -Float32.inf

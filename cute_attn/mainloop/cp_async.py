@@ -20,8 +20,9 @@ from cutlass import Boolean, Float32, Int32, cute
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted, store_lse
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
-from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
+from cute_attn.mainloop.common import KeyTiles, Values, walk
 from cute_attn.mainloop.guard import any_of, not_finite, poison_keys, used_here
+from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
@@ -228,10 +229,9 @@ class Forward:
         q, k, v = operands.q, operands.k, operands.v
         product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
 
-        scores = rows_columns(acc_S)
         origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
-        apply_rules(scores, tile.cS, origin, tile.values, self.problem, masked)
-        output.softmax.step(scores, output.rescale)
+        Scores(tile.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
+        output.softmax.step(rows_columns(acc_S), output.rescale)
         scale_rows(rows_columns(acc_O), output.rescale)
 
         p = as_operand_a(acc_S)

@@ -28,20 +28,17 @@ from cute_attn.epilogue import clear_rows_past, converted
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import (
-    Coordinates,
     Gradients,
     Inputs,
     QueryTiles,
     Rows,
     Signals,
     Values,
-    apply_softcap,
-    mask_transposed,
 )
-from cute_attn.mainloop.guard import any_of, clear_marked, hide_keys, hide_scores, of_keys
+from cute_attn.mainloop.guard import any_of, clear_marked, hide_keys, of_keys
+from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
 from cute_attn.scheduler import Tiles, Work
-from cute_attn.softmax import capped_probabilities, probabilities, score_gradients
 
 
 @dataclass(frozen=True)
@@ -365,42 +362,29 @@ class Backward:
         shape = (config.tile_n, config.step_m)
         S, dP, dV, dK = (lay.tiled_mma(role, config) for role in ("S", "dP", "dV", "dK"))
         acc_S, acc_dP = (cute.make_rmem_tensor(S.partition_shape_C(shape), Float32) for _ in range(2))
-        P = rows_columns(acc_S)
         row = part * cute.size(x.tSrQ.into, mode=[1])
         acc_S.fill(0.0)
         product(S, acc_S, config.tile_d // MMA_K, x.tSrK.load, partial(x.tSrQ.load, slot=(slot,), row=row))
-        apply_softcap(P, me.values, self.problem)
+        scores, hidden = Scores(Coordinates.of(S, me.thread, shape), me.values, self.problem, transposed=True), None
         origin = (me.work.block * config.tile_n, m_block * config.tile_m + part * config.step_m)
-        if cutlass.const_expr(masked):
-            if cutlass.const_expr(self.problem.masked):
-                if me.careful:
-                    hide_scores(P, of_keys(S, me.thread, me.shared.hidden, config.step_m))
-            mask_transposed(P, Coordinates.of(S, me.thread, shape), origin, me.values, self.problem)
+        if cutlass.const_expr(masked and self.problem.masked):
+            hidden = me.careful, of_keys(S, me.thread, me.shared.hidden, config.step_m)
+        scores.apply_rules(acc_S, origin, masked, hidden)
         if cutlass.const_expr(self.needs_ds):
             acc_dP.fill(0.0)
             product(dP, acc_dP, config.tile_dv // MMA_K, x.tPrV.load, partial(x.tPrdO.load, slot=(slot,), row=row))
 
-        rounded = self._probabilities(me, acc_S, me.shared.lse[None, slot], part)
+        P = scores.probabilities(acc_S, self._of_columns(me, me.shared.lse[None, slot], part), lay.element(config))
         if cutlass.const_expr(self.needs_v):
             if cutlass.const_expr(self.shares_p):
-                self._share("P", me, rounded, me.shared.ds[None, None, p_slot], part)
-            self._own_queries(dV, me.acc_dV, rounded, x.tVrdO, slot, part)
+                self._share("P", me, P, me.shared.ds[None, None, p_slot], part)
+            self._own_queries(dV, me.acc_dV, P, x.tVrdO, slot, part)
         if cutlass.const_expr(self.needs_ds):
-            score_gradients(P, rows_columns(acc_dP), self._of_columns(me, me.shared.delta[None, slot], part))
+            scores.gradients(acc_S, acc_dP, self._of_columns(me, me.shared.delta[None, slot], part))
             if cutlass.const_expr(self.needs_q or self.shares_p):
                 self._share("dS", me, acc_S, me.shared.ds[None, None, ds_slot], part)
             if cutlass.const_expr(self.needs_k):
                 self._own_queries(dK, me.acc_dK, acc_S, x.tKrQ, slot, part)
-
-    def _probabilities(self, me: Block, acc_S: cute.Tensor, sLSE: cute.Tensor, part: int) -> cute.Tensor:
-        """Scores to P in place, or, under a softcap, to P ∘ its slopes. Returns P as dV takes it, rounded or still to be."""
-        lse, scale_log2 = self._of_columns(me, sLSE, part), me.values.scale_log2
-        if self.problem.softcap:
-            rounded = cute.make_rmem_tensor_like(acc_S, self.lay.element(self.config))
-            capped_probabilities(rows_columns(acc_S), lse, scale_log2, rows_columns(rounded))
-            return rounded
-        probabilities(rows_columns(acc_S), lse, scale_log2)
-        return acc_S
 
     def _own_queries(self, mma, acc: cute.Tensor, scores: cute.Tensor, b: Operand, slot, part: int):
         """What the queries whose scores a warp holds add to its dV or dK: Pᵀ or dSᵀ, rounded to the operands' dtype just in

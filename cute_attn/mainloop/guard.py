@@ -155,14 +155,6 @@ def of_keys(mma: cute.TiledMma, thread, hidden: cute.Tensor, queries: int) -> cu
     return rows_columns(mma.get_slice(thread).partition_C(wide))[None, 0]
 
 
-@cute.jit
-def hide_scores(scores: cute.Tensor, hidden: cute.Tensor):
-    """The scores (keys, queries) of hidden keys; ``hidden`` is of a thread's keys."""
-    for r in cutlass.range_constexpr(cute.size(hidden)):
-        if hidden[r] != 0:
-            scores[r, None].fill(HIDDEN)
-
-
 @dataclass(frozen=True)
 class FiniteRows:
     """Keeps the rows of a tensor (rows, columns) of one head that are finite; those that do not exist are."""

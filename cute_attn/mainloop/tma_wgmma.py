@@ -22,8 +22,9 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn.epilogue import clear_rows_past, converted, store_lse
 from cute_attn.layouts.fragments import rows_columns, transposed
-from cute_attn.mainloop.common import Coordinates, KeyTiles, Values, apply_rules, walk
+from cute_attn.mainloop.common import KeyTiles, Values, walk
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
+from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
@@ -177,8 +178,7 @@ class Forward(Kernel):
         return Shared(sQ, sK, sV, sO, verdict, work), pipes
 
     def _walker(self, shared: Shared, pipes: Pipelines, tiles: Tiles):
-        """What gives a warp the tiles of the block, one after another: :meth:`Tiles.each`, or the same of tiles that another warp
-        finds."""
+        """What gives a warp the tiles of the block, one after another: :meth:`Tiles.each`, or those another finds."""
         return tiles if shared.work is None else WorkQueue(shared.work, pipes.work, self.arrive).taker()
 
     @cute.jit
@@ -398,9 +398,8 @@ class Forward(Kernel):
     @cute.jit
     def _softmax(self, me: Worker, frag: Fragments, softmax: Softmax, acc_S, tile: QueryTile, n: Int32, masked):
         origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
-        scores = rows_columns(acc_S)
-        apply_rules(scores, me.cS, origin, tile.values, self.problem, masked)
-        softmax.step(scores, frag.rescale)
+        Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
+        softmax.step(rows_columns(acc_S), frag.rescale)
 
     @cute.jit
     def _exponentials_begin(self, p: cute.Tensor):

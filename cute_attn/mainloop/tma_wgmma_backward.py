@@ -24,19 +24,17 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from cute_attn.layouts.base import cute_layout
-from cute_attn.layouts.fragments import rows_columns, transposed
+from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.common import (
-    Coordinates,
     Gradients,
     Inputs,
     QueryTiles,
     Rows,
     Signals,
     Values,
-    apply_softcap,
-    mask_transposed,
 )
-from cute_attn.mainloop.guard import hide_scores, of_keys
+from cute_attn.mainloop.guard import of_keys
+from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,
@@ -44,10 +42,8 @@ from cute_attn.mainloop.warpgroups import (
     Operand,
     of_columns,
     rounded_operand,
-    rounded_probabilities,
 )
 from cute_attn.scheduler import Work
-from cute_attn.softmax import score_gradients
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
@@ -336,19 +332,16 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(config.overlap_tiles):
             if follows:
                 self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
-        P = rows_columns(acc_S)
-        apply_softcap(P, values, self.problem)
+        scores, hidden = Scores(me.cS, values, self.problem, transposed=True), None
         if cutlass.const_expr(hides is not None):
-            if hides:
-                hide_scores(P, of_keys(mma_S, me.thread, shared.hidden[None, me.warpgroup], config.tile_m))
-        if masked:
-            mask_transposed(P, me.cS, (key_first, m_block * config.tile_m), values, self.problem)
-        lse_raw = of_columns(mma_S, me.thread, shared.lse[None, stage])
-        rP = rounded_probabilities(acc_S, lse_raw, values, self.problem, self.element)
+            hidden = hides, of_keys(mma_S, me.thread, shared.hidden[None, me.warpgroup], config.tile_m)
+        scores.apply_rules(acc_S, (key_first, m_block * config.tile_m), masked, hidden)
+        P = scores.probabilities(acc_S, of_columns(mma_S, me.thread, shared.lse[None, stage]), self.element)
+        rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
-            score_gradients(P, rows_columns(acc_dP), of_columns(mma_S, me.thread, shared.delta[None, stage]))
+            scores.gradients(acc_S, acc_dP, of_columns(mma_S, me.thread, shared.delta[None, stage]))
             rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])

@@ -30,9 +30,8 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_attn.layouts.base import cute_layout
-from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
+from cute_attn.layouts.fragments import as_operand_a, transposed
 from cute_attn.mainloop.common import (
-    Coordinates,
     Gradients,
     Inputs,
     KeyTiles,
@@ -40,11 +39,9 @@ from cute_attn.mainloop.common import (
     Rows,
     Signals,
     Values,
-    apply_softcap,
-    mask,
-    mask_transposed,
 )
-from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully, finite_row, hide_scores, of_keys
+from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully, finite_row, of_keys
+from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warpgroups import (
     WARP,
     WARPGROUP,
@@ -53,10 +50,8 @@ from cute_attn.mainloop.warpgroups import (
     Operand,
     of_columns,
     rounded_operand,
-    rounded_probabilities,
 )
 from cute_attn.scheduler import Tiles, Work
-from cute_attn.softmax import probabilities_by_row, score_gradients, score_gradients_by_row
 
 COPY_WARPS = (0, 1)
 
@@ -225,9 +220,7 @@ class KeyGradients(KeyBlocks):
         return shared, pipes
 
     @cute.jit
-    def _values_warpgroup(
-        self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, where
-    ):
+    def _values_warpgroup(self, operands: Operands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, where):
         """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         S, dV = self.lay.tiled_mma("S", self.config).get_slice(0), self.lay.tiled_mma("dV", self.config).get_slice(0)
@@ -239,7 +232,7 @@ class KeyGradients(KeyBlocks):
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
         work, heads_per_kv = where
-        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        visited, scores = QueryTiles.of(values, self.problem, work.block, self.config), Scores(cS, values, self.problem, True)
         acc_dV = self.accumulator("dV", self.config.tile_dv)
         pipes.k.consumer_wait(k_state)
         hides = None
@@ -252,19 +245,16 @@ class KeyGradients(KeyBlocks):
             pipes.q.consumer_wait(state)
             acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
             warpgroup.wait_group(0)
-            P = rows_columns(acc_S)
-            apply_softcap(P, values, self.problem)
             m_block = visited.in_order(i, self.problem)
+            hidden = None
             if cutlass.const_expr(hides is not None):
-                if hides:
-                    hide_scores(P, of_keys(S, thread, shared.hidden, self.config.tile_m))
-            if visited.needs_mask(m_block):
-                origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
-                mask_transposed(P, cS, origin, values, self.problem)
-            lse_raw = of_columns(S, thread, shared.lse[None, state.index])
-            rP = rounded_probabilities(acc_S, lse_raw, values, self.problem, self.element)
+                hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
+            origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
+            scores.apply_rules(acc_S, origin, visited.needs_mask(m_block), hidden)
+            P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element)
+            rP = rounded_operand(P, self.element)
             if cutlass.const_expr(self.needs_k):
-                of_ds = rounded_operand(acc_S, self.element) if cutlass.const_expr(self.problem.softcap) else rP
+                of_ds = rP if cutlass.const_expr(P is acc_S) else rounded_operand(acc_S, self.element)
                 p_state = self._hand_over(of_ds, shared, pipes, thread, p_state)
             pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_v):
@@ -294,7 +284,7 @@ class KeyGradients(KeyBlocks):
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
         work, heads_per_kv = where
-        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        visited, scores = QueryTiles.of(values, self.problem, work.block, self.config), Scores(None, values, self.problem, True)
         acc_dK = self.accumulator("dK", self.config.tile_d)
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
@@ -306,7 +296,7 @@ class KeyGradients(KeyBlocks):
                 warpgroup.wait_group(0)
                 P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
                 delta = of_columns(dP, thread, shared.delta[None, state.index])
-                score_gradients(rows_columns(P), rows_columns(acc_dP), delta)
+                scores.gradients(P, acc_dP, delta)
             pipes.q.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
                 rdS = rounded_operand(P, self.element)
@@ -525,6 +515,7 @@ class QueryGradients(Kernel):
         tQrK = dQ.make_fragment_B(dQ.partition_B(transposed(shared.k)))
         shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_n)
         cS = Coordinates.of(self.lay.tiled_mma("qS", self.config), index % WARPGROUP, shape)
+        scores = Scores(cS, values, self.problem)
 
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.V_STAGES)
@@ -544,18 +535,15 @@ class QueryGradients(Kernel):
             warpgroup.wait_group(1)
             if i > 0:
                 pipes.k.consumer_release(self.stage_before(k_state))
-            P = rows_columns(acc_S)
-            apply_softcap(P, values, self.problem)
+            hidden = None
             if cutlass.const_expr(care is not None):
-                if care:
-                    hidden = of_columns(S, index % WARPGROUP, shared.hidden[None, k_state.index])
-                    hide_scores(cute.make_tensor(P.iterator, cute.select(P.layout, mode=[1, 0])), hidden)
-            if n >= keys.whole_end or n < keys.whole_begin:
-                mask(P, cS, (row_first, keys.begin + n * self.config.tile_n), values, self.problem)
-            probabilities_by_row(P, lse_raw, values.scale_log2, self.problem.softcap)
+                hidden = care, of_columns(S, index % WARPGROUP, shared.hidden[None, k_state.index])
+            origin = (row_first, keys.begin + n * self.config.tile_n)
+            scores.apply_rules(acc_S, origin, (n >= keys.whole_end) | (n < keys.whole_begin), hidden)
+            scores.probabilities(acc_S, lse_raw, self.element)
             warpgroup.wait_group(0)
             pipes.v.consumer_release(v_state)
-            score_gradients_by_row(P, rows_columns(acc_dP), delta)
+            scores.gradients(acc_S, acc_dP, delta)
             rdS = rounded_operand(acc_S, self.element)
             mma, tB = self.lay.tiled_mma("dQ", self.config), tQrK[None, None, None, k_state.index]
             self.gemm(mma, acc_dQ, rdS, tB, accumulate=True)

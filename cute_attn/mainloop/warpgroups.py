@@ -13,10 +13,10 @@ from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
-from cute_attn.mainloop.common import Coordinates, Inputs, QueryTiles, Rows, Signals, Values
+from cute_attn.mainloop.common import Inputs, QueryTiles, Rows, Signals, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
+from cute_attn.mainloop.scores import Coordinates
 from cute_attn.sequences import Span
-from cute_attn.softmax import capped_probabilities, probabilities
 
 WARP = 32
 
@@ -79,22 +79,12 @@ def of_columns(mma: cute.TiledMma, thread, sRow: cute.Tensor) -> cute.Tensor:
 def rounded_operand(acc: cute.Tensor, dtype, out: cute.Tensor | None = None) -> cute.Tensor:
     """An accumulator as an A operand in ``dtype``, one MMA's worth at a time so that conversions pair up."""
     a = as_operand_a(acc)
+    if acc.element_type is dtype:
+        return a
     out = cute.make_rmem_tensor(a.shape, dtype) if out is None else out
     for k in range(cute.size(a, mode=[2])):
         out[None, None, k].store(a[None, None, k].load().to(dtype))
     return out
-
-
-def rounded_probabilities(acc_S: cute.Tensor, lse_raw: cute.Tensor, values: Values, problem, dtype) -> cute.Tensor:
-    """For the backward pass, transposed: scores to P in place (∘ the softcap's slopes, if there is one); returns P in
-    ``dtype``, as the A operand of dV."""
-    P = rows_columns(acc_S)
-    if problem.softcap:
-        rounded = cute.make_rmem_tensor_like(acc_S, dtype)
-        capped_probabilities(P, lse_raw, values.scale_log2, rows_columns(rounded))
-        return as_operand_a(rounded)
-    probabilities(P, lse_raw, values.scale_log2)
-    return rounded_operand(acc_S, dtype)
 
 
 @cute.jit
@@ -237,9 +227,7 @@ class Kernel:
     def hand_over_pipe(self, smem, stages: int, warps: int, consumers: int | None = None):
         """A pipeline from ``warps`` warps to as many others, or to ``consumers`` of them; see :meth:`arrive`."""
         consumers = warps if consumers is None else consumers
-        producer, consumer = (
-            pipeline.CooperativeGroup(pipeline.Agent.Thread, n * self.arrivals) for n in (warps, consumers)
-        )
+        producer, consumer = (pipeline.CooperativeGroup(pipeline.Agent.Thread, n * self.arrivals) for n in (warps, consumers))
         return pipeline.PipelineAsync.create(
             num_stages=stages,
             producer_group=producer,

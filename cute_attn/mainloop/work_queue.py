@@ -13,7 +13,7 @@ import cutlass
 from cutlass import Boolean, Int32, cute, pipeline
 
 from cute_attn.layouts.wgmma import WORK_FIELDS, WORK_SLOTS
-from cute_attn.scheduler import Tiles, Work
+from cute_attn.scheduler import Work
 from cute_attn.sequences import Span
 
 
