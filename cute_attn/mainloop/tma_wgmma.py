@@ -43,7 +43,7 @@ class Pipelines:
     k: pipeline.PipelineTmaAsync
     v: pipeline.PipelineTmaAsync
     verdict: pipeline.PipelineAsync | None
-    work: pipeline.PipelineAsync | None
+    work: pipeline.PipelineAsync | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Shared:
     v: cute.Tensor
     o: cute.Tensor
     verdict: cute.Tensor | None  # not 0 once an output was not finite
-    work: cute.Tensor | None
+    work: cute.Tensor | None = None
 
 
 @dataclass(frozen=True)
