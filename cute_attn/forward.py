@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import cutlass
 from cutlass import Float32, Int32, cute
@@ -11,17 +12,18 @@ from cutlass.cute import runtime
 from cute_attn.layouts.base import element
 from cute_attn.lengths import NAMES
 from cute_attn.mainloop.common import Values
-from cute_attn.scheduler import Tiles
+from cute_attn.plan import takes_tickets
+from cute_attn.scheduler import Tickets, Tiles
 from cute_attn.sequences import Sequences, Side
 from cute_attn.softmax import LogSumExp
 
 
 def host_function(problem, config, mainloop=None):
-    """The function to compile: ``(mQ, mK, mV, mO, mLSE, mLSE_raw, lengths, left, right, scale_log2, scale_by_cap, blocks,
-    stream)``.
+    """The function to compile: ``(mQ, mK, mV, mO, mLSE, mLSE_raw, mTickets, lengths, left, right, scale_log2, scale_by_cap,
+    blocks, stream)``.
 
     Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the log-sum-exp, natural and in raw units, as
-    ``(batch, heads, seqlen_q)``; ``lengths`` are those of ragged sequences, see :func:`sequences_of`. What isn't asked for is
+    ``(batch, heads, seqlen_q)``; ``mTickets`` is int32 (:class:`~cute_attn.scheduler.Tickets`); ``lengths`` are those of ragged sequences, see :func:`sequences_of`. What isn't asked for is
     ``None``.
     ``mainloop`` takes the place of the mechanism's own ``Forward``: the benchmarks leave stages out of it.
     """
@@ -36,6 +38,7 @@ def host_function(problem, config, mainloop=None):
         mO: cute.Tensor,
         mLSE,
         mLSE_raw,
+        mTickets,
         mCuQ,
         mCuK,
         mUsedQ,
@@ -56,6 +59,8 @@ def host_function(problem, config, mainloop=None):
         values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, blocks, problem.bounded_right, sequences)
+        if cutlass.const_expr(mTickets is not None):
+            tiles = replace(tiles, tickets=Tickets(mTickets))
         mainloop.launch(q, k, v, o, lse, values, tiles, blocks, stream)
 
     return forward
@@ -104,4 +109,7 @@ def fake_arguments(problem, config) -> tuple:
 
     numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
     tensors = (*(tensor() for _ in range(4)), vectors(problem.return_lse), vectors(problem.for_backward))
-    return (*tensors, *fake_lengths(problem), *numbers, runtime.make_fake_stream())
+    tickets = None
+    if takes_tickets(problem, config):
+        tickets = runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4)
+    return (*tensors, tickets, *fake_lengths(problem), *numbers, runtime.make_fake_stream())

@@ -1,7 +1,7 @@
 """From torch's tensors to a kernel on the caller's device and stream.
 
 tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
-Nothing here synchronises, and the forward pass allocates nothing but its outputs.
+Nothing here synchronises, and the forward pass allocates nothing but its outputs, and tickets where sequences are ragged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cute_attn import rules
 from cute_attn.compile import compiled
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
-from cute_attn.plan import plan
+from cute_attn.plan import plan, takes_tickets
 from cute_attn.private import current_device, raw_stream
 from cute_attn.problem import Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
 
@@ -61,6 +61,13 @@ def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, 
     return (config.tile_m, pieces, math.prod(family(config).piece_shape(config))) if pieces else None
 
 
+@lru_cache(maxsize=4096)
+def tile_of_tickets(problem: Problem, mechanism: str | None, device: int) -> int:
+    """Rows of the tiles for which the forward pass's blocks draw tickets; 0 where they don't."""
+    config = plan(problem, device_target(device), mechanism)
+    return config.tile_m if takes_tickets(problem, config) else 0
+
+
 def passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tuple[Callable, Callable]:
     """The kernels' forward and backward pass, as :class:`cute_attn.autograd.Attention` calls them."""
     deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
@@ -76,7 +83,7 @@ def passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tupl
 
 def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q, k, v):
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
-    launch. Allocates these and nothing else."""
+    launch. Allocates these and, for ragged sequences with a right edge, an int32 a tile, which are zeroed; nothing else."""
     q, k, v = check_tensors_for_gpu(q, k, v, call)
     out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
     lse = q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=torch.float32) if return_lse else None
@@ -89,13 +96,17 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     device = q.get_device()
     problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
     function, blocks = prepared(problem, mechanism, device)
-    launch(function, blocks, device, call, q, k, v, out, lse, lse_raw)
+    tickets = None
+    if problem.ragged and (tile := tile_of_tickets(problem, mechanism, device)):
+        slots = call.seqlen_q // tile + call.lengths.count + 1  # as cute_attn.sequences counts them
+        tickets = q.new_zeros(1 + slots * call.heads, dtype=torch.int32)
+    launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets)
     return out, lse, lse_raw
 
 
-def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw) -> None:
+def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw, tickets=None) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
-    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw))
+    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets))
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):

@@ -38,6 +38,12 @@ def _planned(problem: Problem, target: str, mechanism: str | None) -> Config:
     return configs(problem, target, mechanism)[0]
 
 
+def takes_tickets(problem: Problem, config: Config) -> bool:
+    """Whether the forward pass needs memory for tickets: where its blocks are persistent and draw them for tiles whose costs are
+    unequal and known on the device only (``scheduler.py``)."""
+    return bool(problem.ragged) and problem.bounded_right and hasattr(layouts.family(config), "WORK_SLOTS")
+
+
 def mechanism_name(mechanism: object) -> str | None:
     """A mechanism that is asked for, or None for the GPU's best."""
     if mechanism is None:

@@ -17,6 +17,8 @@ sequence by themselves, so nothing is communicated and nothing is allocated.
   the longest tile of one round gets the shortest of the next. That evens out only with many more tiles in a group than in
   a round. What persistent blocks save, a start for each tile, is worth more than what small groups gain where tiles are
   short, and less where they are long.
+- Of ragged sequences nothing evens out by arithmetic. Where tiles cost the same within a sequence, rounds still give every
+  block as many of each; where they don't, persistent blocks draw tickets (:class:`Tickets`).
 """
 
 from __future__ import annotations
@@ -46,6 +48,34 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Tickets:
+    """Numbers that persistent blocks draw for their tiles, so that the next one is always whose block is free first. In global
+    memory, int32: how many have been drawn, 0 before the kernel; then, for each number, which one its block drew next."""
+
+    words: cute.Tensor
+
+    @cute.jit
+    def draw(self, first, last: Int32):
+        """A whole warp: the next number for this block, whose last one was ``last``; ``first`` says that there was none. Past
+        the last one of all there is none."""
+        number = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            number = cute.arch.atomic_add(self.words.iterator, Int32(1), sem="relaxed", scope="gpu")
+        number = cutlass.min(cute.arch.shuffle_sync(number, 0), self.words.shape[0] - 1)  # so many tiles at most
+        if (cute.arch.lane_idx() == 0) & (first == False):  # noqa: E712
+            self.words[1 + last] = number
+        return number
+
+    @cute.jit
+    def after(self, last: Int32):
+        """A whole warp: which number this block has drawn after ``last``."""
+        number = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            number = self.words[1 + last]
+        return cute.arch.shuffle_sync(number, 0)
+
+
+@dataclass(frozen=True)
 class Tiles:
     """All query tiles of a call, or, for the backward pass, all key tiles. ``long_first`` is compile-time; the counts are
     run-time."""
@@ -62,6 +92,7 @@ class Tiles:
     tile: cutlass.Constexpr[int] = 0  # rows of a tile
     of_k: cutlass.Constexpr[bool] = False  # tiles of keys
     small: Int32 | None = None  # of ragged sequences, if groups are small: how many blocks the GPU holds
+    tickets: Tickets | None = None  # of ragged sequences' tiles whose costs are unequal
 
     @staticmethod
     def of(shape, heads_per_kv, tile: int, blocks: Int32, long_first: bool, sequences=None, of_k: bool = False) -> Tiles:
@@ -87,11 +118,10 @@ class Tiles:
 
     @cute.jit
     def launched(self, blocks: Int32, long):
-        """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``."""
+        """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``. Those of
+        ragged sequences always are."""
         at_once, group, lacking = cutlass.min(blocks, self.count()), self.group, Int32(0)
         if cutlass.const_expr(self.sequences is not None):
-            if long and self.long_first:
-                at_once = self.count()
             return self.in_small_groups(blocks), at_once
         if cutlass.const_expr(self.long_first):
             small = self.in_small_groups(blocks)
@@ -169,7 +199,8 @@ class Tiles:
         wanted = position // self.heads
         exists, i, begin, first, before = sequences.seek(wanted, first, before, side, self.tile)
         tiles = side.tiles(i, sequences.count, self.tile)
-        exists = exists & (begin <= wanted) & (wanted - begin < tiles)  # wrong bounds may have counted past 32 bits
+        # Wrong bounds may count more tiles than there can be, and past 32 bits.
+        exists = exists & (position < self.count()) & (begin <= wanted) & (wanted - begin < tiles)
         block, head, q, k = self._within(i, cutlass.max(tiles, 1), position - begin * self.heads)
         return Work(block, head, self._head_kv(head), q, k, exists), first, before
 

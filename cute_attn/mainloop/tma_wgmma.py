@@ -32,7 +32,6 @@ from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 COPY_K_V_WARP, COPY_Q_WARP, FIND_WORK_WARP = 0, 1, 2
 LONG = 1 << 19  # keys · columns of Q in shared memory from which on a causal tile is worth a block of its own
-RAGGED_LONG = 1 << 18  # the same of the mean of ragged sequences
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,6 @@ class Forward(Kernel):
         # The longest tile sees all keys, unless a window makes tiles nearly equal.
         if cutlass.const_expr(self.problem.bounded_left):
             long = False
-        elif cutlass.const_expr(tiles.sequences is not None):
-            long = mK.shape[0] >= RAGGED_LONG // self.config.tile_d * tiles.sequences.count
         else:
             long = mK.shape[0] >= LONG // self.config.tile_d
         tiles, blocks = tiles.launched(blocks, long)
@@ -185,10 +182,11 @@ class Forward(Kernel):
     def _find_work(self, shared: Shared, pipes: Pipelines, tiles: Tiles):
         """One warp: the tiles of the block for the others."""
         queue = WorkQueue(shared.work, pipes.work, self.arrive)
-        state = queue.hand_out(tiles, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.WORK_SLOTS))
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.WORK_SLOTS)
+        state, begin = queue.hand_out(tiles, state)
         if cutlass.const_expr(self.guarded):
             if self._is_done_again(shared, pipes):
-                queue.hand_out(tiles, state)
+                queue.hand_out(tiles, state, begin)
 
     @cute.jit
     def _is_done_again(self, shared: Shared, pipes: Pipelines):

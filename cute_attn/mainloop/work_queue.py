@@ -38,18 +38,30 @@ class WorkQueue:
         return Taker(self, turn)
 
     @cute.jit
-    def hand_out(self, tiles: cutlass.Constexpr, state):
-        """One warp: every tile of this block, and that there are no more. Returns the ring's next state."""
-        turn, first, before, more = Int32(0), Int32(0), Int32(0), Boolean(True)
+    def hand_out(self, tiles: cutlass.Constexpr, state, begin=None):
+        """One warp: every tile of this block, and that there are no more. Returns the ring's next state and the position of the
+        first tile, with which, as ``begin``, the same tiles are handed out again."""
+        turn, position, begun = Int32(0), Int32(0), Int32(0)
+        first, before, more = Int32(0), Int32(0), Boolean(True)
         while more:
-            work, first, before = tiles.seek(tiles.position(turn), first, before)
+            if cutlass.const_expr(tiles.tickets is None):
+                position = tiles.position(turn)
+            elif cutlass.const_expr(begin is None):
+                position = tiles.tickets.draw(turn == 0, position)
+            elif turn == 0:
+                position = begin
+            else:
+                position = tiles.tickets.after(position)
+            if turn == 0:
+                begun = position
+            work, first, before = tiles.seek(position, first, before)
             self.pipe.producer_acquire(state)
             self._write(work, self.slots[None, state.index])
             self.arrive(self.pipe.producer_commit, state)
             state.advance()
             turn += 1
             more = work.exists
-        return state
+        return state, begun
 
     @cute.jit
     def _write(self, work: Work, slot: cute.Tensor):

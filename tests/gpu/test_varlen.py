@@ -117,6 +117,25 @@ def test_nothing_comes_from_a_neighbour(rules, d, mechanism):
     assert torch.equal(got[0][1][:, kept[0]], want[0][1][:, kept[0]])
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("many", [40, 3])
+def test_a_value_that_is_not_finite_reaches_those_who_see_it_alone(many, d, mechanism):
+    """Blocks do their tiles again, and find the same ones: more tiles than a GPU has blocks, and fewer."""
+    lengths = [(700, 700), (33, 60), (128, 128)] * many
+    q, k, v, _, *cu = make(lengths, d)
+    clean, clean_lse = attention_varlen(q, k, v, *cu, causal=True, mechanism=mechanism, return_lse=True)
+    rows = [sequence for sequence, _ in each(lengths)]
+    for i, (_, keys) in enumerate(each(lengths)):
+        if i % 2:
+            v[keys.stop - 1] = math.nan if i % 3 else math.inf
+    out, lse = attention_varlen(q, k, v, *cu, causal=True, mechanism=mechanism, return_lse=True)
+    for i, of in enumerate(rows):
+        end = of.stop - i % 2
+        assert torch.equal(out[of.start : end], clean[of.start : end]), f"sequence {i}"
+        assert torch.equal(lse[:, of.start : end], clean_lse[:, of.start : end]), f"sequence {i}"
+        assert not out[end : of.stop].isfinite().any(), f"sequence {i}"
+
+
 @pytest.mark.parametrize("rules", ["full", "causal", "window"])
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_rows_in_use(d, rules, mechanism):

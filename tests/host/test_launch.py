@@ -45,7 +45,7 @@ def test_arguments_are_the_calls_values(gpu):
     launching.launch(gpu.kernel, 132, 0, CALL, "q", "k", "v", "out", None, None)
     ((_, arguments),) = gpu.log
     *tensors, left, right, scale_log2, scale_by_cap, blocks, _ = arguments
-    assert tensors == ["q", "k", "v", "out", None, None, None, None, None, None, 0]  # without lengths
+    assert tensors == ["q", "k", "v", "out", None, None, None, None, None, None, None, 0]  # without lengths
     assert (left, right, blocks, scale_by_cap) == (0, 3, 132, 0.0)
     assert math.isclose(scale_log2, 0.125 * LOG2_E)
 
