@@ -23,8 +23,8 @@ def host_function(problem, config, mainloop=None):
     blocks, stream)``.
 
     Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the log-sum-exp, natural and in raw units, as
-    ``(batch, heads, seqlen_q)``; ``mTickets`` is int32 (:class:`~cute_attn.scheduler.Tickets`); ``lengths`` are those of ragged sequences, see :func:`sequences_of`. What isn't asked for is
-    ``None``.
+    ``(batch, heads, seqlen_q)``; ``mTickets`` is int32 (:class:`~cute_attn.scheduler.Tickets`); ``lengths`` are those of ragged
+    sequences, see :func:`sequences_of`. What isn't asked for is ``None``.
     ``mainloop`` takes the place of the mechanism's own ``Forward``: the benchmarks leave stages out of it.
     """
     if mainloop is None:

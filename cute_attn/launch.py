@@ -97,7 +97,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
     function, blocks = prepared(problem, mechanism, device)
     tickets = None
-    if problem.ragged and (tile := tile_of_tickets(problem, mechanism, device)):
+    if call.lengths is not None and (tile := tile_of_tickets(problem, mechanism, device)):
         slots = call.seqlen_q // tile + call.lengths.count + 1  # as cute_attn.sequences counts them
         tickets = q.new_zeros(1 + slots * call.heads, dtype=torch.int32)
     launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets)
