@@ -30,4 +30,10 @@ def outside(function: Callable) -> Callable:
 
 def _casts(x: torch.Tensor) -> bool:
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result  # torch.compile of 2.11 and before can't trace what is asked here
+def _has_autocast(device: str) -> bool:
+    """Whether a type of device has autocast; of one that hasn't, to ask whether it is enabled is an error."""
+    return torch.amp.is_autocast_available(device)

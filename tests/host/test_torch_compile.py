@@ -255,6 +255,15 @@ def test_autocast(where):
     assert counter.frame_count == 1
 
 
+def test_a_device_without_autocast():
+    """To ask whether it is enabled there is an error; a call under another device's has to say nothing of it."""
+    fast, counter = compiled(lambda q, k, v: attention(q, k, v))
+    q, k, v = (x.detach().to("meta") for x in leaves(dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q, k, v).dtype == fast(q, k, v).dtype == torch.float32
+    assert counter.frame_count == 1
+
+
 def test_inference_mode():
     fast, _ = compiled(lambda q, k, v: attention(q, k, v, causal=True, return_lse=True))
     with torch.inference_mode():
