@@ -32,6 +32,7 @@ from cute_attn.inventory import OURS
 from cute_attn.plan import plan
 from cute_attn.problem import Problem, check_call, problem_of
 from tests.host.compile_cache import ASK, CONFIG, NAME, PROBLEM, Cache, assert_warned, files, hit, works
+from tests.host.processes import run_quick
 
 # ---- keys ----------------------------------------------------------------------------------------------------------
 
@@ -120,8 +121,7 @@ def test_a_hit_does_not_touch_the_folder(warm):
 def test_a_hit_in_a_new_process_never_imports_the_dsl(entry):
     """Which alone takes longer than all the rest of a first call."""
     program = f"import sys\n{ASK}\nassert 'cutlass' not in sys.modules, 'the DSL was imported'\n"
-    environment = {**os.environ, CACHE_DIR_VARIABLE: str(entry)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    done = run_quick(program, **{CACHE_DIR_VARIABLE: str(entry)})
     assert done.returncode == 0, done.stderr
 
 
@@ -263,7 +263,7 @@ def test_many_threads_compile_once(cold, monkeypatch):
 # first, and calls what it gets. Processes are forked from one that has imported all they need, and differ from processes
 # started one by one in nothing that the cache knows of. A stand-in for the compiler copies a kernel compiled before.
 MANY = """
-import os, shutil, sys, threading, time, traceback
+import os, shutil, sys, threading, time, traceback, warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,6 +273,7 @@ from cute_attn import compile, sources
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 
+warnings.simplefilter("error", RuntimeWarning)
 PROCESSES, THREADS = 8, 32
 here, code, *libraries = sys.argv[1:]
 plain = Problem("bfloat16", 32, 32)
@@ -347,15 +348,7 @@ def test_many_processes_of_many_threads_compile_once(compiler, kernel, tmp_path)
         runtime = importlib.import_module("cutlass.cute.runtime")
         copied, kernels = [str(tmp_path / "kernel.o"), *runtime.find_runtime_libraries(enable_tvm_ffi=True)], 4
     folder = tmp_path / "cache"
-    environment = {**os.environ, CACHE_DIR_VARIABLE: str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-c", MANY, str(tmp_path), *copied],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_quick(MANY, str(tmp_path), *copied, **{CACHE_DIR_VARIABLE: str(folder)})
     assert (done.returncode, done.stderr) == (0, "")
     compiled = sorted(path.name.split("-")[1] for path in tmp_path.glob("compiled-*"))
     assert compiled == [str(i) for i in range(kernels)]
