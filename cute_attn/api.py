@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from cute_attn import autocast, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of
 from cute_attn.autograd import Attention
-from cute_attn.lengths import NAMES, Lengths, check_lengths
+from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
 from cute_attn.problem import Call, check_call, check_packed
@@ -118,7 +118,8 @@ def attention(
     how = return_lse, deterministic, backend, mechanism
     if ragged:
         batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
-        call = _packed(call, check_lengths(q, batch, (None, None, seqused_q, seqused_k)), batch * seqlen_q, batch * seqlen_k)
+        call.lengths = check_lengths(q, batch, (None, None, seqused_q, seqused_k))
+        call.batch, call.seqlen_q, call.seqlen_k = 1, batch * seqlen_q, batch * seqlen_k
         q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
         out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
         out = out.view(batch, seqlen_q, *out.shape[2:])
@@ -184,7 +185,7 @@ def attention_varlen(
     check_packed(q, k, v, cu_seqlens_q)
     q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     call = check_call(q, k, v, scale, causal, window, softcap)
-    call = _packed(call, check_lengths(q, None, tensors), call.seqlen_q, call.seqlen_k)
+    call.lengths = check_lengths(q, None, tensors)
     how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out.squeeze(0), lse.squeeze(0)) if return_lse else out.squeeze(0)
@@ -192,12 +193,6 @@ def attention_varlen(
 
 def _are_plain(*tensors) -> bool:
     return _PLAIN_OR_NONE.issuperset(map(type, tensors))
-
-
-def _packed(call: Call, lengths: Lengths, rows_q: int, rows_k: int) -> Call:
-    """A call of ragged sequences, of so many rows in all."""
-    call.batch, call.seqlen_q, call.seqlen_k, call.lengths = 1, rows_q, rows_k, lengths
-    return call
 
 
 def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: bool):

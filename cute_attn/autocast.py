@@ -7,6 +7,8 @@ from functools import wraps
 
 import torch
 
+from cute_attn.private import constant_in_graphs
+
 
 def cast(x):
     """``x`` as ``torch.autocast`` hands it to scaled_dot_product_attention: in autocast's dtype, unless it is float64."""
@@ -30,4 +32,10 @@ def outside(function: Callable) -> Callable:
 
 def _casts(x: torch.Tensor) -> bool:
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@constant_in_graphs  # torch.compile of 2.11 and before can't trace what is asked here
+def _has_autocast(device: str) -> bool:
+    """Whether a type of device has autocast; of one that hasn't, to ask whether it is enabled is an error."""
+    return torch.amp.is_autocast_available(device)

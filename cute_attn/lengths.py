@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from cute_attn.arguments import check_layout, shown
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+_MORE = (1, 1, 0, 0)  # how many values there are of each besides one for each sequence
 CHECK = "CUTE_ATTN_CHECK"  # in the environment: 1 to read lengths back and check them
 
 
@@ -33,7 +34,8 @@ class Lengths:
     @property
     def names(self) -> str:
         """Of those that there are: what ``Problem.ragged`` is."""
-        return _NAMES[tuple(x is not None for x in self.tensors)]
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = self.tensors
+        return _NAMES[cu_seqlens_q is not None, cu_seqlens_k is not None, seqused_q is not None, seqused_k is not None]
 
     def bounds(self, side: int, rows: int) -> list[tuple[int, int]]:
         """Of queries (``side`` 0) or keys (1), ``rows`` in all: from which row up to which each sequence's lie. Read back from
@@ -93,7 +95,33 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) 
 
     Raises ``TypeError`` and ``ValueError``.
     """
-    for name, x in zip(NAMES, tensors, strict=True):
+    device, whole, before = q.device, True, None
+    for x, more in zip(tensors, _MORE, strict=True):
+        if x is None or x is before:  # often one tensor is the bounds of queries and of keys
+            continue
+        try:
+            (size,) = x.shape
+            fits = (
+                isinstance(x, torch.Tensor)
+                and x.dtype is torch.int32
+                and x.device == device
+                and x.layout is torch.strided
+                and not x.is_nested
+            )
+        except (AttributeError, ValueError, RuntimeError):  # not a tensor, other dimensions, nested tensors
+            fits = False
+        if fits and count is None:
+            count = size - more
+        if not fits or count is None or size - more != count or count < 0:
+            _explain_misfit(q, count, tensors)
+        whole, before = whole and x.is_contiguous(), x if more else None
+    assert count is not None
+    return Lengths(count, tensors if whole else tuple(x if x is None else x.contiguous() for x in tensors))
+
+
+def _explain_misfit(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) -> NoReturn:
+    """Say which of check_lengths's conditions lengths break."""
+    for name, more, x in zip(NAMES, _MORE, tensors, strict=True):
         if x is None:
             continue
         if not isinstance(x, torch.Tensor):
@@ -101,7 +129,6 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) 
                 f"{name} is {shown(x)}; an int32 tensor on {q.device} is needed: try torch.tensor(…, dtype=torch.int32)"
             )
         check_layout(name, x)
-        more = 1 if name.startswith("cu") else 0
         if x.dim() != 1 or x.shape[0] < more:
             need = "(batch + 1,), from 0 up to all rows," if more else "(batch,)"
             raise ValueError(
@@ -114,9 +141,8 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) 
         if count is None:
             count = x.shape[0] - more
         if x.shape[0] - more != count:
-            raise ValueError(
-                f"{name} is of {x.shape[0] - more} sequences where there are {count}; one length for each is needed: "
-                f"check how {name} was made"
-            )
-    assert count is not None
-    return Lengths(count, tuple(x if x is None else x.contiguous() for x in tensors))
+            break
+    raise ValueError(
+        f"{name} is of {x.shape[0] - more} sequences where there are {count}; one length for each is needed: "
+        f"check how {name} was made"
+    )

@@ -70,6 +70,13 @@ def is_known(number: float) -> bool:
     return has_static_value(number)
 
 
+def constant_in_graphs(function: Callable) -> Callable:
+    """Have torch.compile call a function of constants where it makes a graph, and not trace it. This is all that
+    ``torch.compiler.assume_constant_result`` does but import ``torch._dynamo``, which takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def ragged_dim(x: torch.Tensor) -> int:
     """The dimension of a jagged tensor that has other lengths for each element of the batch."""
     return x._ragged_idx  # type: ignore[attr-defined]

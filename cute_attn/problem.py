@@ -177,6 +177,17 @@ def check_call(q, k, v, scale, causal, window, softcap) -> Call:
 def check_packed(q, k, v, cu_seqlens_q) -> None:
     """Check that q, k, v are tensors of packed sequences, and that there are bounds; the rest is :func:`check_call`'s, of one
     batch of them all, and :func:`~cute_attn.lengths.check_lengths`'s."""
+    try:
+        fits = (
+            q.dim() == k.dim() == v.dim() == 3
+            and q.layout is k.layout is v.layout is torch.strided
+            and not (q.is_nested or k.is_nested or v.is_nested)
+            and isinstance(cu_seqlens_q, torch.Tensor)
+        )
+    except AttributeError:  # not tensors
+        fits = False
+    if fits:
+        return
     tensors = {"q": q, "k": k, "v": v}
     _check_kinds({**tensors, "cu_seqlens_q": cu_seqlens_q})
     for name, x in tensors.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from collections.abc import Hashable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from cute_attn import cache, compile
 from cute_attn.sources import fingerprint
 from tests.host.compile_cache import CONFIG, NAME, PROBLEM, Cache, files, works
+from tests.host.processes import quick
 
 
 def pytest_collection_modifyitems(items):
@@ -23,6 +25,13 @@ def pytest_collection_modifyitems(items):
         return item if case is None or not {"kernel", "kernels"} & set(item.fixturenames) else (item.path, str(case))
 
     items.sort(key=lambda item: place.setdefault(group(item), len(place)))
+
+
+@pytest.fixture
+def quick_processes(monkeypatch):
+    """Whoever asks multiprocessing for fresh processes gets quick ones. How they are started is not what such a test is of."""
+    context = quick()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import re
 import subprocess
@@ -30,7 +29,7 @@ class Code(NamedTuple):
     smem_bytes: list[int]
 
 
-ENCODING = re.compile(r"\s*/\* 0x[0-9a-f]+ \*/")  # three quarters of the text, which nobody reads
+LABEL = re.compile(r"^\.text\.(\S+):$", re.MULTILINE)  # nvdisasm's, where a kernel begins
 
 # Targets whose code of a mechanism is another target's to the instruction (test_cross_compile.py compares them), and is
 # compiled once for both.
@@ -55,16 +54,14 @@ def compiled(problem: Problem, config: Config) -> Code:
     with mock.patch.object(SmemAllocator, "_smem_alloca", counting), tempfile.TemporaryDirectory() as folder:
         compile_only(problem, config, f"--keep-cubin --dump-dir={folder}")
         (code,) = Path(folder).glob("*.cubin")
-        sass = ENCODING.sub("", _disassembled("-sass", code))
-        return Code(_disassembled("--dump-resource-usage", code), sass, list(ends.values()))
+        cuobjdump, nvdisasm = cubin.tools()
+        # What cuobjdump -sass prints, without the instructions' encodings: three quarters of its text, which nobody reads.
+        sass = LABEL.sub(r"\t\tFunction : \1", _printed(nvdisasm, "-c", "-ndf", code))
+        return Code(_printed(cuobjdump, "--dump-resource-usage", code), sass, list(ends.values()))
 
 
-def _disassembled(option: str, code: Path) -> str:
-    cuobjdump, nvdisasm = cubin.tools()
-    environment = {**os.environ, "PATH": f"{nvdisasm.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    return subprocess.run(
-        [str(cuobjdump), option, str(code)], env=environment, capture_output=True, text=True, check=True
-    ).stdout
+def _printed(tool: Path, *arguments: str | Path) -> str:
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 class Shared:

@@ -1,11 +1,15 @@
-"""Processes for the tests of interrupts: started with SIGINT ignored or not, whatever this process was started with."""
+"""Processes for tests: with SIGINT ignored or not, whatever this process was started with; and quick ones, that begin with
+torch imported, which is most of what a fresh one takes."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGINT_AT_START = ("ignored", "default")
@@ -57,3 +61,52 @@ def _runs_in(group: int) -> Callable[[Path], bool]:
         return int(its_group) == group and state not in ("Z", "X")
 
     return runs
+
+
+# ---- quick ones ----------------------------------------------------------------------------------------------------
+
+
+def quick() -> BaseContext:
+    """Processes that are forked from one that has imported torch and has done nothing else. They are as fresh as others; but
+    their environment and their output are what they were when the first of them was started."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    return context
+
+
+def run_quick(program: str, *arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python -c program arguments`` in a quick process, started in a folder, with more in its environment."""
+    with TemporaryDirectory() as said:
+        paths = Path(said, "out"), Path(said, "err")
+        asked = program, arguments, folder, {**os.environ, **environment}, paths
+        process = quick().Process(target=_run, args=asked)  # type: ignore[attr-defined]
+        process.start()
+        process.join()
+        out, err = (path.read_text(encoding="utf-8") if path.exists() else "" for path in paths)
+        return subprocess.CompletedProcess([program, *arguments], process.exitcode, out, err)
+
+
+def start_quick(function: Callable[..., None], arguments: tuple, count: int) -> None:
+    """``function(rank, *arguments)`` in so many quick processes that talk to each other; raises what one of them raised."""
+    from torch.multiprocessing import start_processes
+
+    method = quick().get_start_method()
+    start_processes(_on_this_machine, (function, *arguments), nprocs=count, start_method=method)
+
+
+def _on_this_machine(rank: int, function: Callable[..., None], *arguments) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    function(rank, *arguments)
+
+
+def _run(program: str, arguments: tuple, folder: Path, environment: Mapping[str, str], paths: tuple[Path, Path]) -> None:
+    for number, path in enumerate(paths, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.argv = ["-c", *arguments]
+    exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})

@@ -374,17 +374,17 @@ def slow_or_faulty(name, case, modules):
     return 0.5
 
 
-def test_what_fails_ahead_fails_quietly():
+def test_what_fails_ahead_fails_quietly(quick_processes):
     lines = []
     work = [("good", BIG), ("fails", BIG)]
     ahead.compile_ahead(work, 1, (), 60.0, lines.append, slow_or_faulty)
     assert sorted(lines) == [f"fails, {BIG.label}: no such kernel", f"good, {BIG.label}: 0.5 s"]
 
 
-@pytest.mark.parametrize(("name", "words"), [("dies", "its process died"), ("hangs", "not done after 3 s")])
-def test_a_process_that_is_lost_ahead_ends_the_compiling_only(name, words):
+@pytest.mark.parametrize(("name", "words"), [("dies", "its process died"), ("hangs", "not done after 1 s")])
+def test_a_process_that_is_lost_ahead_ends_the_compiling_only(quick_processes, name, words):
     lines, others = [], set(multiprocessing.active_children())
-    ahead.compile_ahead([(name, BIG)], 1, (), 3.0 if name == "hangs" else 60.0, lines.append, slow_or_faulty)
+    ahead.compile_ahead([(name, BIG)], 1, (), 1.0 if name == "hangs" else 60.0, lines.append, slow_or_faulty)
     assert words in lines[-1]
     until(lambda: set(multiprocessing.active_children()) <= others)  # what hangs is ended, not waited for
 

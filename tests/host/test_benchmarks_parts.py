@@ -434,7 +434,7 @@ def dying_worker(connection, crew, settings):
     connection.send(("state", {}))
 
 
-def test_a_probe_that_takes_the_process_down_loses_only_itself(tmp_path):
+def test_a_probe_that_takes_the_process_down_loses_only_itself(quick_processes, tmp_path):
     job = probes("d128", parts=["products"], every=False)
     measurer = Measurer(SETTINGS, None, tmp_path, target=dying_worker)
     try:

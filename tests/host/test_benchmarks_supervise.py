@@ -19,6 +19,9 @@ from benchmarks.settings import Crew, Settings
 from tests.host import benchmarks_fakes as fakes
 from tests.host.processes import SIGINT_AT_START, group_is_gone, start, until
 
+# Real processes of the command line, which start theirs as they do anywhere, are in the tests of interrupts.
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
 HANGS, CRASHES, LOSES_THE_DEVICE = (replace(fakes.CASE, batch=batch) for batch in (2, 3, 4))
 FINE = replace(fakes.CASE, batch=1)
 

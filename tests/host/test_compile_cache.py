@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from cute_attn.inventory import OURS
 from cute_attn.plan import plan
 from cute_attn.problem import Problem, check_call, problem_of
 from tests.host.compile_cache import ASK, CONFIG, NAME, PROBLEM, Cache, assert_warned, files, hit, works
+from tests.host.processes import run_quick
 
 # ---- keys ----------------------------------------------------------------------------------------------------------
 
@@ -119,8 +121,7 @@ def test_a_hit_does_not_touch_the_folder(warm):
 def test_a_hit_in_a_new_process_never_imports_the_dsl(entry):
     """Which alone takes longer than all the rest of a first call."""
     program = f"import sys\n{ASK}\nassert 'cutlass' not in sys.modules, 'the DSL was imported'\n"
-    environment = {**os.environ, CACHE_DIR_VARIABLE: str(entry)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    done = run_quick(program, **{CACHE_DIR_VARIABLE: str(entry)})
     assert done.returncode == 0, done.stderr
 
 
@@ -258,45 +259,102 @@ def test_many_threads_compile_once(cold, monkeypatch):
     assert works(functions[0])
 
 
-def test_many_processes_compile_once(kernel, tmp_path):
-    """On a cold cache, started together; each says whether it compiled."""
-    count = 3
-    program = f"""
-import pathlib, sys, time
-from cute_attn import compile
-here, me = pathlib.Path({str(tmp_path)!r}), sys.argv[1]
+# Eight processes of 32 threads, on a cold cache, started together: every thread asks for every kernel, each for another one
+# first, and calls what it gets. Processes are forked from one that has imported all they need, and differ from processes
+# started one by one in nothing that the cache knows of. A stand-in for the compiler copies a kernel compiled before.
+MANY = """
+import os, shutil, sys, threading, time, traceback, warnings
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import tvm_ffi
+from cute_attn import compile, sources
+from cute_attn.plan import plan
+from cute_attn.problem import Problem
+
+warnings.simplefilter("error", RuntimeWarning)
+PROCESSES, THREADS = 8, 32
+here, code, *libraries = sys.argv[1:]
+plain = Problem("bfloat16", 32, 32)
+problems = [plain, replace(plain, softcap=True)]
+if code:
+    problems += [replace(plain, return_lse=True), replace(plain, bounded_right=True)]
+configs = {problem: plan(problem, "sm_80", "cp_async") for problem in problems}
 compiler = compile.compile_only
-def compile_only(*key):
-    (here / f"compiled-{{me}}").touch()
-    return compiler(*key)
+
+
+def compile_only(problem, config, options=""):
+    Path(here, f"compiled-{problems.index(problem)}-{os.getpid()}-{time.monotonic_ns()}").touch()
+    if not code:
+        return compiler(problem, config, options)
+    time.sleep(0.1)  # long enough for all the others to come
+    return SimpleNamespace(export_to_c=lambda path, function_name: shutil.copy(code, path))
+
+
 compile.compile_only = compile_only
-(here / f"ready-{{me}}").touch()
-while not (here / "go").exists():
-    time.sleep(0.01)
-{ASK}
-print(function)
+if code:
+    sys.modules["cutlass.cute.runtime"] = SimpleNamespace(find_runtime_libraries=lambda enable_tvm_ffi: libraries)
+
+
+def process():
+    together, right, got = threading.Barrier(THREADS), [], {problem: set() for problem in problems}
+
+    def ask(i):
+        try:
+            together.wait()
+            for k in range(len(problems)):
+                problem = problems[(i + k) % len(problems)]
+                function = compile.compiled(problem, configs[problem])
+                got[problem].add(function)
+                try:
+                    function()
+                except TypeError as error:  # called with nothing, a kernel says what it takes
+                    assert "mQ" in str(error), error
+                else:
+                    raise AssertionError("it took nothing for its arguments")
+            right.append(i)
+        except BaseException:
+            traceback.print_exc()
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(right) == THREADS and all(len(functions) == 1 for functions in got.values())
+
+
+ready, go = os.pipe()
+children = []
+for _ in range(PROCESSES):
+    child = os.fork()
+    if not child:
+        os.close(go)
+        os.read(ready, 1)  # until the parent closes its end
+        os._exit(0 if process() else 1)
+    children.append(child)
+os.close(go)
+sys.exit(sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
 """
-    environment = {**os.environ, CACHE_DIR_VARIABLE: str(tmp_path / "cache")}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(i)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(count)
-    ]
-    while len(list(tmp_path.glob("ready-*"))) < count and all(p.poll() is None for p in started):
-        time.sleep(0.01)
-    (tmp_path / "go").touch()
-    for process in started:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        assert "Function" in out
-        assert "Warning" not in err
-    assert len(list(tmp_path.glob("compiled-*"))) == 1
-    assert files(tmp_path / "cache") == {f"{NAME}.so", f"{NAME}.json"}
+
+
+@pytest.mark.parametrize("compiler", ["a stand-in", "the DSL"])
+def test_many_processes_of_many_threads_compile_once(compiler, kernel, tmp_path):
+    """Each kernel in one thread of one process; every thread has each kernel, no process warns, and no other file is left."""
+    copied, kernels = [""], 2
+    if compiler == "a stand-in":
+        kernel.export_to_c(str(tmp_path / "kernel.o"), function_name="attention")
+        runtime = importlib.import_module("cutlass.cute.runtime")
+        copied, kernels = [str(tmp_path / "kernel.o"), *runtime.find_runtime_libraries(enable_tvm_ffi=True)], 4
+    folder = tmp_path / "cache"
+    done = run_quick(MANY, str(tmp_path), *copied, **{CACHE_DIR_VARIABLE: str(folder)})
+    assert (done.returncode, done.stderr) == (0, "")
+    compiled = sorted(path.name.split("-")[1] for path in tmp_path.glob("compiled-*"))
+    assert compiled == [str(i) for i in range(kernels)]
+    names = {path.stem for path in folder.iterdir()}
+    assert len(names) == kernels
+    assert files(folder) == {f"{name}{suffix}" for name in names for suffix in (".so", ".json")}
 
 
 @pytest.fixture

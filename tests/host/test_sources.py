@@ -5,10 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import linecache
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +16,7 @@ import pytest
 from cute_attn import compile, layouts, sources
 from cute_attn.cache import CACHE_DIR_VARIABLE
 from tests.host.compile_cache import CONFIG, PROBLEM, files
+from tests.host.processes import run_quick
 
 # ---- the fingerprint -----------------------------------------------------------------------------------------------
 
@@ -45,7 +43,8 @@ print(*(m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "cute_a
 
 def test_kernels_are_made_of_all_that_counts_and_of_nothing_else():
     """What is imported before the first kernel is traced is what the fingerprint reads."""
-    ran = subprocess.run([sys.executable, "-c", PARTS], capture_output=True, text=True, check=True)
+    ran = run_quick(PARTS)
+    assert ran.returncode == 0, ran.stderr
     apart = {path for path in sources._texts() if path.name in sources.APART.get(path.parent.name, ())}
     assert len(apart) == sum(map(len, sources.APART.values()))
     assert set(map(Path, ran.stdout.split("\n")[:-1])) == set(sources._texts()) - apart
@@ -232,9 +231,7 @@ def found(*asked):
     ask(*asked)
     return not compiled
 """
-    environment = {**os.environ, "PYTHONPATH": str(site), CACHE_DIR_VARIABLE: str(site.parent / "cache")}
-    command = [sys.executable, "-c", prelude + program]
-    done = subprocess.run(command, env=environment, cwd=site, capture_output=True, text=True, check=False)
+    done = run_quick(prelude + program, folder=site, **{CACHE_DIR_VARIABLE: str(site.parent / "cache")})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

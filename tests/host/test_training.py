@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from cute_attn import attention
+from tests.host.processes import start_quick
 
 
 class Layer(torch.nn.Module):
@@ -76,10 +77,9 @@ def check_training(rank, path):
     torch.distributed.destroy_process_group()
 
 
-def test_data_parallel_and_fully_sharded(tmp_path, monkeypatch):
+def test_data_parallel_and_fully_sharded(tmp_path):
     """DDP and FSDP2, eager and compiled."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(check_training, (str(tmp_path / "store"),), nprocs=2)
+    start_quick(check_training, (str(tmp_path / "store"),), 2)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------

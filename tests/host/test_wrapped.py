@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cute_attn import arguments, attention, attention_varlen, launch, problem, wrapped
+from tests.host.processes import start_quick
 from tests.host.test_arguments import KINDS, fake, inputs, k, q, v
 from tests.host.test_errors import Row, assert_raises, raises, reached, table
 from tests.support import make_qkv
@@ -601,9 +602,8 @@ def check_shards(rank, path):
     torch.distributed.destroy_process_group()
 
 
-def test_shards_in_two_processes(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(check_shards, (str(tmp_path / "store"),), nprocs=2)
+def test_shards_in_two_processes(tmp_path):
+    start_quick(check_shards, (str(tmp_path / "store"),), 2)
 
 
 def test_nothing_slow_is_imported():
