@@ -39,8 +39,8 @@ def _planned(problem: Problem, target: str, mechanism: str | None) -> Config:
 
 
 def takes_tickets(problem: Problem, config: Config) -> bool:
-    """Whether the forward pass needs memory for tickets, which persistent blocks draw for tiles whose costs are unequal and known
-    on the device only (``scheduler.py``)."""
+    """Whether the forward pass needs memory for tickets, which persistent blocks draw for tiles whose costs are unequal and
+    known on the device only (``scheduler.py``)."""
     return bool(problem.ragged) and problem.bounded_right and hasattr(layouts.family(config), "WORK_SLOTS")
 
 

@@ -118,8 +118,8 @@ class Tiles:
 
     @cute.jit
     def launched(self, blocks: Int32, long):
-        """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``. Of ragged
-        sequences they always are."""
+        """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``. Of
+        ragged sequences they always are."""
         at_once, group, lacking = cutlass.min(blocks, self.count()), self.group, Int32(0)
         if cutlass.const_expr(self.sequences is not None):
             return self.in_small_groups(blocks), at_once

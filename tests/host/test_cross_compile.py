@@ -233,7 +233,7 @@ def test_an_exception_is_needed(row, kernels):
 def test_shared_memory(case: Case, kernel: Kernel):
     """The kernel allocates what the plan counted, but for padding."""
     family, config = layouts.family(case.config), case.config
-    parts = machine_code.allocated(family.smem_parts(config), verdict=case.problem.masked)
+    parts = machine_code.allocated(family.smem_parts(config), verdict=case.problem.masked, work=case.problem.ragged)
     assert parts <= kernel.smem_bytes <= family.smem_bytes(config)
     assert kernel.code.static_smem_bytes <= 1024  # what CUDA takes for itself, on GPUs where it is counted here
 
