@@ -20,9 +20,9 @@ from rich.table import Table
 
 from cute_attn import layouts
 from cute_attn.command import write_whole
-from cute_attn.layouts import prove
 from cute_attn.layouts.__main__ import configs
 from cute_attn.layouts.base import Box, Config, Copy, Layout
+from cute_attn.layouts.tools import prove
 
 UNIT = 8  # elements of 16 bytes together
 SCHEMA = "layouts 1"

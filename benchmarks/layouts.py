@@ -2,9 +2,9 @@
 
 One micro-kernel for each copy and shared-memory layout, of a single block that makes the copy once for one tile; as shipped,
 with the same layout unswizzled, and, for copies of whole rows, which have no conflicts even so, with one that makes them
-conflict. Nsight Compute counts bank conflicts and sectors; ``cute_attn.layouts.prove`` predicts them. Besides, without the
-profiler, what each copy moved is checked element by element: the layout and the maps on the host say where in shared memory,
-in which thread and value, or where in global memory it must be.
+conflict. Nsight Compute counts bank conflicts and sectors; ``cute_attn.layouts.tools.prove`` predicts them. Besides, without
+the profiler, what each copy moved is checked element by element: the layout and the maps on the host say where in shared
+memory, in which thread and value, or where in global memory it must be.
 
 ``--compile-only`` needs no GPU: it compiles the kernels and compares how many of its instruction each has with the proof's
 count of them.
@@ -36,9 +36,9 @@ from rich.table import Table
 from benchmarks.counters import ALSO, AS_PREDICTED, COUNTERS, Case, Counted, CountersRecord, cases, parse, show
 from cute_attn import command, layouts
 from cute_attn.fill import processors
-from cute_attn.layouts import algebra, prove
 from cute_attn.layouts.base import Box, cute_layout
 from cute_attn.layouts.fragments import transposed
+from cute_attn.layouts.tools import algebra, prove
 from cute_attn.mainloop.warps import MMA_K, Operand
 
 WARP = 32

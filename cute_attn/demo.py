@@ -18,8 +18,9 @@ from rich.text import Text
 from torch.nn.functional import scaled_dot_product_attention
 
 from cute_attn import attention, cubin, fill, machine
-from cute_attn.layouts import draw, family
+from cute_attn.layouts import family
 from cute_attn.layouts.base import KIB, Config
+from cute_attn.layouts.tools import draw
 from cute_attn.plan import explain, plan
 from cute_attn.problem import Problem, check_call, problem_of
 

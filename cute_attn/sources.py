@@ -38,13 +38,11 @@ VERSIONED = (
     "cuda-python",
     "torch",
 )
-# What no kernel is made from, so that a change to a picture makes no other kernel: by folder, how layouts are proved and drawn,
-# and the command line. All other files count.
+# What no kernel is made from, so that a change to a picture makes no other kernel: how layouts are proved and drawn, and the
+# command line. All other files count.
+APART_FOLDER = "tools"
 APART = {
-    "layouts": {
-        *("__main__.py", "algebra.py", "blocks.py", "blocks_backward.py", "draw.py", "gallery.py", "pictures.py", "prove.py"),
-        "prove_backward.py",
-    },
+    "layouts": {"__main__.py"},
     "cute_attn": {"__main__.py", "command.py", "cubin.py", "demo.py", "fill.py", "machine.py"},
 }
 
@@ -82,12 +80,18 @@ _outside: dict[ModuleType, dict[Path, bytes]] = {}  # registered modules that ar
 @lru_cache(maxsize=1)
 def fingerprint() -> str:
     """Whatever a kernel's code depends on besides its problem and config, as one hash."""
-    made_of = {path: text for path, text in _texts().items() if path.name not in APART.get(path.parent.name, ())}
+    made_of = {path: text for path, text in _texts().items() if not is_apart(path)}
     digest = hashlib.sha256(_digest(_FOLDERS, made_of))
     for name, version in versions().items():
         digest.update(f"{name}={version}\n".encode())
     digest.update(f"{sys.version_info[:2]} {platform.system()} {platform.machine()}".encode())
     return digest.hexdigest()
+
+
+def is_apart(path: Path) -> bool:
+    """Whether no kernel is made from a file of the package."""
+    folder = path.parent.name
+    return folder == APART_FOLDER or path.name in APART.get(folder, ())
 
 
 @lru_cache(maxsize=1)

@@ -46,7 +46,7 @@ def check(options: argparse.Namespace, console: Console) -> int:
     asked = options.arch, options.head_dim, options.head_dim_v, options.dtype
     chosen = configs(*asked) + configs(*asked, gradients="qkv")
     try:
-        from . import prove
+        from .tools import prove
     except ImportError as error:
         console.print(f"left out: all proofs ({error}): try pip install nvidia-cutlass, which has pycute")
         return 1
@@ -92,7 +92,7 @@ def show(options: argparse.Namespace, console: Console) -> int:
     """``show``: one picture, in the terminal and in files."""
     config = _shown(options)
     try:
-        from . import blocks, pictures
+        from .tools import blocks, pictures
     except ImportError as error:
         console.print(f"left out: the picture ({error}): try pip install nvidia-cutlass, which has pycute")
         return 1
@@ -117,7 +117,7 @@ def show(options: argparse.Namespace, console: Console) -> int:
 def gallery(options: argparse.Namespace, console: Console) -> int:
     """``gallery``: the shipped layouts as SVGs, and the README.md that shows them."""
     try:
-        from . import gallery as shipped
+        from .tools import gallery as shipped
     except ImportError as error:
         console.print(f"left out: the gallery ({error}): try pip install nvidia-cutlass, which has pycute")
         return 1
@@ -221,7 +221,7 @@ def _steps(title: str, rows) -> Table:
 
 def _budget(config: Config) -> Table:
     """What takes what."""
-    from . import prove
+    from .tools import prove
 
     table = Table(title=f"{prove.title(config)}: what takes what", title_justify="left")
     for name, justify in (("resource", "left"), ("part", "left"), ("takes", "right"), ("of", "right"), ("", "right")):
@@ -246,7 +246,7 @@ def _summary(reports) -> Table:
     table.add_column("K in shared memory", no_wrap=True)
     for name in ("shared KiB", "registers", "conflicts", "sectors / needed", "holds"):
         table.add_column(name, justify="right")
-    from . import prove
+    from .tools import prove
 
     merged: dict[Config, list] = {}
     for config, rows in reports:  # the dtypes of one config share a line

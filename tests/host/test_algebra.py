@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("pycute")
 
-from cute_attn.layouts import algebra
 from cute_attn.layouts.base import Copy, Layout, by_modes
+from cute_attn.layouts.tools import algebra
 
 QUICKLY = settings(deadline=None, max_examples=60)
 EXTENTS = (1, 2, 4, 8)

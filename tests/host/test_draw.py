@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 
 from cute_attn import layouts, machine
-from cute_attn.layouts import draw
 from cute_attn.layouts.base import BYTES, Config
+from cute_attn.layouts.tools import draw
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 

@@ -10,9 +10,10 @@ import pytest
 pytest.importorskip("pycute")
 pytest.importorskip("cutlass.cute")
 
-from cute_attn.layouts import family, prove
+from cute_attn.layouts import family
 from cute_attn.layouts.__main__ import configs
 from cute_attn.layouts.base import OPERANDS, Layout
+from cute_attn.layouts.tools import prove
 from cute_attn.problem import Problem
 
 CONFIGS = [config for config, _ in configs(dtype="bfloat16")]

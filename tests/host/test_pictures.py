@@ -19,7 +19,7 @@ from cute_attn.problem import Problem
 pytest.importorskip("pycute")
 
 from cute_attn.layouts import __main__ as command
-from cute_attn.layouts import algebra, blocks, blocks_backward, draw, gallery, pictures
+from cute_attn.layouts.tools import algebra, blocks, blocks_backward, draw, gallery, pictures
 
 SVG = "{http://www.w3.org/2000/svg}"
 KINDS = [("sm_90a", "tma_wgmma"), ("sm_80", "cp_async")]
@@ -236,14 +236,16 @@ def test_the_block_says_what_the_mainloops_do():
     """Which warps copy is data of the layouts for the pictures, and of the mainloops' own."""
     pytest.importorskip("cutlass")
     from cute_attn.mainloop import tma_wgmma_backward as narrow
-    from cute_attn.mainloop import tma_wgmma_wide as wide
+    from cute_attn.mainloop import wide_keys, wide_queries
 
     one, two = (layouts.family(config("sm_90a", "tma_wgmma", d, "qkv")).WARPS for d in (128, 256))
     assert one["K"] == one["Q"] == (narrow.COPY_K_Q_WARP,)
     assert one["V"] == one["dO"] == (narrow.COPY_V_DO_WARP,)
     assert one["dQ"] == tuple(range(narrow.ADD_DQ_WARP, narrow.ADD_DQ_WARP + narrow.ADDERS))
-    assert two["K"] == two["Q"] == two["qK"] == two["qV"] == wide.COPY_WARPS[:1]
-    assert two["V"] == two["dO"] == two["qQ"] == two["qdO"] == wide.COPY_WARPS[1:]
+    assert two["K"] == two["Q"] == (wide_keys.COPY_K_Q_WARP,)
+    assert two["V"] == two["dO"] == (wide_keys.COPY_V_DO_WARP,)
+    assert two["qK"] == two["qV"] == (wide_queries.COPY_KEYS_WARP,)
+    assert two["qQ"] == two["qdO"] == (wide_queries.COPY_QUERIES_WARP,)
 
 
 def test_what_passes_in_the_order_of_registers_fills_its_shared_memory():

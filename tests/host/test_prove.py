@@ -13,9 +13,10 @@ import pytest
 
 pytest.importorskip("pycute")
 
-from cute_attn.layouts import algebra, family, for_target, known_targets, prove
+from cute_attn.layouts import family, for_target, known_targets
 from cute_attn.layouts.__main__ import configs, main
 from cute_attn.layouts.base import BYTES, KIB, Box, Config, Copy, Layout, by_modes, tiled_rows
+from cute_attn.layouts.tools import algebra, prove
 
 # Every config with tensors as wide as its tile, which the command proves (test_check_everything), and with narrower ones.
 EVERY = configs() + configs(gradients="qkv")

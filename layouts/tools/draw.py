@@ -18,8 +18,8 @@ from xml.sax.saxutils import escape, quoteattr
 
 from rich.text import Text
 
-from . import family
-from .base import BYTES, Config, swizzle_atom
+from .. import family
+from ..base import BYTES, Config, swizzle_atom
 
 BANKS, BANK_BYTES, CHUNK_BYTES = 32, 4, 16
 GROUP_BANKS = CHUNK_BYTES // BANK_BYTES

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
+from ..base import BYTES, Box, Config, Layout, Mma, swizzle_atom
 from . import algebra, prove
-from .base import BYTES, Box, Config, Layout, Mma, swizzle_atom
 from .prove import Finding, Row
 
 

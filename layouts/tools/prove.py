@@ -26,8 +26,8 @@ from types import ModuleType
 
 import numpy as np
 
-from . import algebra, for_target
-from .base import (
+from .. import for_target
+from ..base import (
     BYTES,
     KIB,
     NAMED_BARRIERS,
@@ -42,6 +42,7 @@ from .base import (
     Mma,
     registers_per_thread,
 )
+from . import algebra
 
 WARP = 32
 BANKS, BANK_BYTES = 32, 4
@@ -580,7 +581,7 @@ def title(config: Config) -> str:
 
 def operands(config: Config) -> tuple[str, ...]:
     """What :func:`report` names: operands, and in the backward pass products."""
-    from . import family as family_of
+    from .. import family as family_of
 
     family = family_of(config)
     return tuple(dict.fromkeys((*family.OPERANDS, *family.ROLES))) if config.backward else (*OPERANDS, "P")
@@ -589,7 +590,7 @@ def operands(config: Config) -> tuple[str, ...]:
 def report(config: Config, head_dim: int | None = None, family: ModuleType | None = None) -> list[Row]:
     """Every step of every operand of a config, with what was counted and found. ``head_dim`` is that of the
     tensors, where it is smaller than the tile's (Q and K; V's padding is taken to be the same)."""
-    from . import family as family_of
+    from .. import family as family_of
 
     family = family or family_of(config)
     if config.backward:
@@ -603,7 +604,7 @@ def report(config: Config, head_dim: int | None = None, family: ModuleType | Non
 
 def check(config: Config, head_dim: int | None = None, family: ModuleType | None = None) -> list[Finding]:
     """Everything that does not hold of a config: an empty list is a proof."""
-    from . import family as family_of
+    from .. import family as family_of
 
     family = family or family_of(config)
     found = [finding for row in report(config, head_dim, family) for finding in row.findings]
@@ -718,7 +719,7 @@ def against_dsl(configs: Sequence[Config], limit: int = SOME) -> list[Finding]:
     """
     from cutlass import cute
 
-    from . import family as family_of
+    from .. import family as family_of
 
     found: list[Finding] = []
     done: set[tuple[Layout, str]] = set()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pycute
 
-from .base import BYTES, Copy, IntTuple, Layout
+from ..base import BYTES, Copy, IntTuple, Layout
 
 WARP = 32
 

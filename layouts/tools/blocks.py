@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from . import algebra, family, for_target
-from .base import BYTES, KIB, Box, Config, Copy
+from .. import family, for_target
+from ..base import BYTES, KIB, Box, Config, Copy
+from . import algebra
 from .draw import MARGIN, PALETTE, STRIPED, Canvas, Label, Rect
 from .pictures import described, product
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from . import algebra, family
-from .base import KIB, Config
+from .. import family
+from ..base import KIB, Config
+from . import algebra
 from .blocks import (
     COLUMN,
     COPIED,

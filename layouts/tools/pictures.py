@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from rich.text import Text
 
-from . import algebra, draw, family
-from .base import BYTES, OPERANDS, Box, Config, Copy, Layout
+from .. import family
+from ..base import BYTES, OPERANDS, Box, Config, Copy, Layout
+from . import algebra, draw
 from .draw import CHUNK_BYTES, GLYPH_MONO, GROUP_BANKS, GROUPS, MARGIN, PALETTE, Canvas, Label, Rect
 
 MEMORY, MMA, BLOCK = "memory", "mma", "block"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import MODULES, for_target
-from .base import OPERANDS, Config
+from .. import MODULES, for_target
+from ..base import OPERANDS, Config
 from .blocks import block, kernels
 from .pictures import BLOCK, MEMORY, MMA, STEPS, drawn, figure, known, title
 

@@ -1,0 +1,266 @@
+"""dK and dV of heads wider than 128, with TMA copies and warpgroup MMA (Hopper): see ``tma_wgmma_wide.py``.
+
+A block owns 64 keys; two warpgroups walk over the query tiles side by side. The first takes Sᵀ = K·Qᵀ, P, and dV += Pᵀ·dO; the
+second dPᵀ = V·dOᵀ, dS, and dK += dSᵀ·Q. P passes from the first to the second in the operands' dtype, as it lies in registers.
+Each has its own pace: while one multiplies, the other takes exponentials or differences.
+
+What comes with a stage for each row (log-sum-exp, delta) has gone into a product before the stage is released. A read of shared
+memory that is merely issued before is not enough: where the release follows at once, the next tile's values have been seen to
+come first, though both are one thread's and in that order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import cutlass
+from cutlass import Float32, Int32, cute, pipeline
+from cutlass.cute.nvgpu import warpgroup
+
+from cute_attn.layouts.base import cute_layout
+from cute_attn.layouts.fragments import as_operand_a, transposed
+from cute_attn.mainloop.common import Gradients, Inputs, QueryTiles, Rows, Values
+from cute_attn.mainloop.guard import of_keys
+from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.warpgroups import WARPGROUP, KeyBlocks, Operand, of_columns, rounded_operand
+from cute_attn.scheduler import Tiles, Work
+
+COPY_K_Q_WARP, COPY_V_DO_WARP = 0, 1
+
+
+@dataclass(frozen=True)
+class KeyOperands:
+    """The tensors that TMA copies; a gradient that is not asked for is ``None``."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    do: Operand
+    dk: Operand | None
+    dv: Operand | None
+
+
+@dataclass(frozen=True)
+class KeyPipelines:
+    """K and V have one stage each, Q (with the rows' LSE) and dO (with their delta) several; P's are from the first computing
+    warpgroup to the second."""
+
+    k: pipeline.PipelineTmaAsync
+    v: pipeline.PipelineTmaAsync
+    q: pipeline.PipelineTmaAsync
+    do: pipeline.PipelineTmaAsync
+    p: pipeline.PipelineAsync
+
+
+@dataclass(frozen=True)
+class KeyShared:
+    """Shared memory: ``(rows, columns, slot)`` for the operands, ``(thread, value, slot)`` for P, ``(tile_m, stage)`` for
+    a row's values, ``(tile_n)`` for which keys are hidden (``guard.py``). dV lies over K, dK over V."""
+
+    k: cute.Tensor
+    v: cute.Tensor
+    q: cute.Tensor
+    do: cute.Tensor
+    dk: cute.Tensor
+    dv: cute.Tensor
+    p: cute.Tensor
+    lse: cute.Tensor
+    delta: cute.Tensor
+    hidden: cute.Tensor | None
+
+
+class KeyGradients(KeyBlocks):
+    """The kernel of dK and dV of one (problem, config)."""
+
+    def __init__(self, problem, config):
+        super().__init__(problem, config)
+        self.needs_k, self.needs_v = "k" in problem.gradients, "v" in problem.gradients
+
+    @cute.jit
+    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, stream):
+        """Make the TMA descriptors and launch a block for each key tile."""
+        dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
+        dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
+        operands = KeyOperands(*self.input_operands(inputs), dk=dk, dv=dv)
+        self.kernel(operands, inputs.if_masked(self.problem), rows, signals, values, tiles).launch(
+            grid=[tiles.count(), 1, 1],
+            block=[self.config.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(self, operands: KeyOperands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
+        care = signals.care() if cutlass.const_expr(self.problem.masked) else None
+        shared, pipes = self._setup()
+        from_memory = (plain, rows, care, signals)
+        tiles.one(partial(self._key_tile, operands, from_memory, shared, pipes, values, tiles.heads_per_kv))
+
+    @cute.jit
+    def _key_tile(self, operands: KeyOperands, from_memory, shared: KeyShared, pipes, values: Values, heads_per_kv, work: Work):
+        """The block's tile: each warp its part."""
+        plain, rows, care, signals = from_memory
+        values, where = values.of(work), (work, heads_per_kv)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp < WARPGROUP // 32:
+            cute.arch.setmaxregister_decrease(self.config.copy_registers)
+            if warp == COPY_K_Q_WARP:
+                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, where)
+            if warp == COPY_V_DO_WARP:
+                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, where)
+        else:
+            cute.arch.setmaxregister_increase(self.config.mma_registers)
+            if warp < 2 * WARPGROUP // 32:
+                self._values_warpgroup(operands, shared, pipes, signals, values, where)
+            else:
+                self._keys_warpgroup(operands, shared, pipes, values, where)
+
+    def _setup(self):
+        """Allocate shared memory and initialise the barriers."""
+        config, lay = self.config, self.lay
+        smem = cutlass.memory.SmemAllocator()
+
+        sK, sV = self.tensor(smem, "K", "V"), self.tensor(smem, "V", "K")
+        shared = KeyShared(
+            k=sK,
+            v=sV,
+            q=self.tensor(smem, "Q"),
+            do=self.tensor(smem, "dO"),
+            dk=self.over("dK", sV),
+            dv=self.over("dV", sK),
+            p=smem.allocate_tensor(self.element, cute_layout(lay.handed_over(config)), 128),
+            lse=self.floats(smem, config.tile_m, config.stages),
+            delta=self.floats(smem, config.tile_m, config.stages),
+            hidden=self.hidden_keys(smem, config.tile_n),
+        )
+        row_bytes = config.tile_m * lay.ACCUMULATOR_BYTES
+        half = config.mma_warps // 2
+        pipes = KeyPipelines(
+            k=self.pipe(smem, 1, half, lay.slot_bytes("K", config)),
+            v=self.pipe(smem, 1, half, lay.slot_bytes("V", config)),
+            q=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("Q", config) + row_bytes),
+            do=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("dO", config) + row_bytes),
+            p=self.hand_over_pipe(smem, lay.P_STAGES, half),
+        )
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return shared, pipes
+
+    @cute.jit
+    def _values_warpgroup(self, operands: KeyOperands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, where):
+        """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        S, dV = self.lay.tiled_mma("S", self.config).get_slice(0), self.lay.tiled_mma("dV", self.config).get_slice(0)
+        tSrK = S.make_fragment_A(S.partition_A(shared.k[None, None, 0]))
+        tSrQ = S.make_fragment_B(S.partition_B(shared.q))
+        tVrdO = dV.make_fragment_B(dV.partition_B(transposed(shared.do)))
+        cS = Coordinates.of(self.lay.tiled_mma("S", self.config), thread, (self.config.tile_n, self.config.tile_m))
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
+        work, heads_per_kv = where
+        visited, scores = QueryTiles.of(values, self.problem, work.block, self.config), Scores(cS, values, self.problem, True)
+        acc_dV = self.accumulator("dV", self.config.tile_dv)
+        pipes.k.consumer_wait(k_state)
+        hides = None
+        if cutlass.const_expr(self.problem.masked):
+            hides = self.hide_keys(shared.k[None, None, 0], None, shared.hidden, self.group())
+            if hides:
+                signals.ask_for_care()
+        i = Int32(0)
+        for _ in cutlass.range(visited.count * heads_per_kv, unroll=1):
+            pipes.q.consumer_wait(state)
+            acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
+            warpgroup.wait_group(0)
+            m_block = visited.in_order(i, self.problem)
+            hidden = None
+            if cutlass.const_expr(hides is not None):
+                hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
+            origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
+            scores.apply_rules(acc_S, origin, visited.needs_mask(m_block), hidden)
+            P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element)
+            rP = rounded_operand(P, self.element)
+            if cutlass.const_expr(self.needs_k):
+                of_ds = rP if cutlass.const_expr(P is acc_S) else rounded_operand(acc_S, self.element)
+                p_state = self._hand_over(of_ds, shared, pipes, thread, p_state)
+            pipes.do.consumer_wait(state)
+            if cutlass.const_expr(self.needs_v):
+                mma, tB = self.lay.tiled_mma("dV", self.config), tVrdO[None, None, None, state.index]
+                self.gemm(mma, acc_dV, rP, tB, accumulate=True)
+            self.release_rows(pipes.q, state)
+            warpgroup.wait_group(0)
+            pipes.do.consumer_release(state)
+            state.advance()
+            i = i + 1 if i + 1 < visited.count else Int32(0)
+        if cutlass.const_expr(self.needs_v):
+            shape = (self.config.tile_n, self.config.tile_dv)
+            self.clear_unused("dV", shape, "k", values.seqlen_k, work.block, acc_dV)
+            group, copy = self.group(), self.lay.store_accumulator("dV", self.config)
+            self.store(copy, acc_dV, operands.dv, shared.dv, group, 0, (work.block, work.head_kv, work.k))
+            self.wait_for_store(group)
+
+    @cute.jit
+    def _keys_warpgroup(self, operands: KeyOperands, shared: KeyShared, pipes: KeyPipelines, values: Values, where):
+        """The warpgroup of dS and dK."""
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        dP, dK = self.lay.tiled_mma("dP", self.config).get_slice(0), self.lay.tiled_mma("dK", self.config).get_slice(0)
+        tPrV = dP.make_fragment_A(dP.partition_A(shared.v[None, None, 0]))
+        tPrdO = dP.make_fragment_B(dP.partition_B(shared.do))
+        tKrQ = dK.make_fragment_B(dK.partition_B(transposed(shared.q)))
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
+        work, heads_per_kv = where
+        visited, scores = QueryTiles.of(values, self.problem, work.block, self.config), Scores(None, values, self.problem, True)
+        acc_dK = self.accumulator("dK", self.config.tile_d)
+        pipes.v.consumer_wait(k_state)
+        if cutlass.const_expr(self.problem.masked):
+            self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
+        for _ in cutlass.range(visited.count * heads_per_kv, unroll=1):
+            pipes.do.consumer_wait(state)
+            if cutlass.const_expr(self.needs_k):
+                acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
+                warpgroup.wait_group(0)
+                P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
+                delta = of_columns(dP, thread, shared.delta[None, state.index])
+                scores.gradients(P, acc_dP, delta)
+            pipes.q.consumer_wait(state)
+            if cutlass.const_expr(self.needs_k):
+                rdS = rounded_operand(P, self.element)
+                mma, tB = self.lay.tiled_mma("dK", self.config), tKrQ[None, None, None, state.index]
+                self.gemm(mma, acc_dK, rdS, tB, accumulate=True)
+            self.release_rows(pipes.do, state)
+            warpgroup.wait_group(0)
+            pipes.q.consumer_release(state)
+            state.advance()
+        if cutlass.const_expr(self.needs_k):
+            acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
+            shape = (self.config.tile_n, self.config.tile_d)
+            self.clear_unused("dK", shape, "k", values.seqlen_k, work.block, acc_dK)
+            group, copy = self.group(), self.lay.store_accumulator("dK", self.config)
+            self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (work.block, work.head_kv, work.k))
+            self.wait_for_store(group)
+
+    @cute.jit
+    def _hand_over(self, rP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):
+        """P to the other warpgroup, each thread's registers as they are: the same thread there has the same scores."""
+        pipes.p.producer_acquire(p_state)
+        into = shared.p[thread, None, p_state.index]
+        cute.autovec_copy(cute.make_tensor(rP.iterator, cute.make_layout(into.shape)), into)
+        self.arrive(pipes.p.producer_commit, p_state)
+        p_state.advance()
+        return p_state
+
+    @cute.jit
+    def _take_over(self, acc_dP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):
+        """P from the other warpgroup, as float32 in the layout of dP."""
+        rP = cute.make_rmem_tensor(as_operand_a(acc_dP).shape, self.element)
+        pipes.p.consumer_wait(p_state)
+        source = shared.p[thread, None, p_state.index]
+        cute.autovec_copy(source, cute.make_tensor(rP.iterator, cute.make_layout(source.shape)))
+        self.arrive(pipes.p.consumer_release, p_state)
+        p_state.advance()
+        P = cute.make_rmem_tensor_like(acc_dP)
+        as_operand_a(P).store(rP.load().to(Float32))
+        return P, p_state

@@ -1,0 +1,259 @@
+"""dQ of heads wider than 128, with TMA copies and warpgroup MMA (Hopper): see ``tma_wgmma_wide.py``.
+
+A block owns 128 queries, 64 for each warpgroup, and walks over key tiles as the forward pass does: S = Q·Kᵀ, dP = dO·Vᵀ,
+dQ += dS·K. The last product of a tile runs into the next tile; its operand is released there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import cutlass
+from cutlass import Float32, Int32, cute, pipeline
+from cutlass.cute.nvgpu import warpgroup
+
+from cute_attn.layouts.fragments import transposed
+from cute_attn.mainloop.common import Gradients, Inputs, KeyTiles, Rows, Values
+from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
+from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.warpgroups import WARP, WARPGROUP, Kernel, Operand, of_columns, rounded_operand
+from cute_attn.scheduler import Tiles, Work
+
+COPY_KEYS_WARP, COPY_QUERIES_WARP = 0, 1
+
+
+@dataclass(frozen=True)
+class QueryOperands:
+    """The tensors that TMA copies."""
+
+    q: Operand
+    k: Operand
+    v: Operand
+    do: Operand
+    dq: Operand
+
+
+@dataclass(frozen=True)
+class QueryPipelines:
+    """Q and dO have one stage for each computing warpgroup, in one pipeline; K has several stages, V its own."""
+
+    q: pipeline.PipelineTmaAsync
+    k: pipeline.PipelineTmaAsync
+    v: pipeline.PipelineTmaAsync
+
+
+@dataclass(frozen=True)
+class QueryShared:
+    """Shared memory, ``(rows, columns, slot)``, and ``(tile_n, stage)`` for which keys are hidden (``guard.py``). dQ lies over
+    Q."""
+
+    q: cute.Tensor
+    do: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    dq: cute.Tensor
+    hidden: cute.Tensor | None
+
+
+class QueryGradients(Kernel):
+    """The kernel of dQ of one (problem, config)."""
+
+    def __init__(self, problem, config):
+        super().__init__(problem, config)
+        rows = self.warpgroups * self.lay.ROWS_PER_WARPGROUP
+        self.block = replace(config, tile_m=rows)  # for what counts a block's queries
+
+    @cute.jit
+    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, sequences, blocks, stream):
+        """Make the TMA descriptors and launch a block for each query tile."""
+        dq = self.operand("dQ", gradients.mdQ, self.lay.copy_out)
+        heads_per_kv = inputs.q.shape[2] // inputs.k.shape[2]
+        tiles = Tiles.of(inputs.q.shape, heads_per_kv, self.block.tile_m, blocks, self.problem.bounded_right, sequences)
+        operands = QueryOperands(*self.input_operands(inputs, "q"), dq=dq)
+        self.kernel(operands, inputs.if_masked(self.problem), rows, signals, values, tiles.in_small_groups(blocks)).launch(
+            grid=[tiles.count(), 1, 1],
+            block=[self.config.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(self, operands: QueryOperands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
+        care = signals.care() if cutlass.const_expr(self.problem.masked) else None
+        shared, pipes = self._setup()
+        tiles.one(partial(self._query_tile, operands, (plain, rows, care), shared, pipes, values))
+
+    @cute.jit
+    def _query_tile(self, operands: QueryOperands, from_memory, shared: QueryShared, pipes, values: Values, work: Work):
+        """The block's tile: each warp its part."""
+        plain, rows, care = from_memory
+        values = values.of(work)
+        keys = KeyTiles.of(values, self.problem, work.block, self.block)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp < WARPGROUP // 32:
+            cute.arch.setmaxregister_decrease(self.config.copy_registers)
+            if warp == COPY_KEYS_WARP:
+                if cutlass.const_expr(plain is None):
+                    self._copy_keys(operands, shared, pipes, keys, work)
+                elif care:
+                    self._copy_keys_carefully(plain, shared, pipes, keys, work)
+                else:
+                    self._copy_keys(operands, shared, pipes, keys, work)
+            if warp == COPY_QUERIES_WARP:
+                if cutlass.const_expr(plain is None):
+                    self._copy_queries(operands, shared, pipes, work)
+                elif care:
+                    self._copy_queries_carefully(plain, rows, shared, pipes, work)
+                else:
+                    self._copy_queries(operands, shared, pipes, work)
+        else:
+            cute.arch.setmaxregister_increase(self.config.mma_registers)
+            self._compute(operands, shared, pipes, rows, care, values, keys, work)
+
+    def _setup(self):
+        """Allocate shared memory and initialise the barriers."""
+        config, lay = self.config, self.lay
+        smem = cutlass.memory.SmemAllocator()
+        sQ = self.tensor(smem, "qQ")
+        rest = [self.tensor(smem, name) for name in ("qdO", "qK", "qV")]
+        hidden = self.hidden_keys(smem, config.tile_n, config.stages)
+        shared = QueryShared(sQ, *rest, dq=self.over("dQ", sQ), hidden=hidden)
+        pipes = QueryPipelines(
+            q=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qQ", config) + lay.slot_bytes("qdO", config)),
+            k=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("qK", config)),
+            v=self.pipe(smem, lay.V_STAGES, config.mma_warps, lay.slot_bytes("qV", config)),
+        )
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return shared, pipes
+
+    @cute.jit
+    def _copy_queries(self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, work: Work):
+        """One warp: Q and dO, 64 rows for each computing warpgroup."""
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
+        tQgQ, tQsQ = operands.q.tiles(shared.q, work.q, work.head)
+        tOgdO, tOsdO = operands.do.tiles(shared.do, work.q, work.head)
+        for w in cutlass.range_constexpr(self.warpgroups):
+            pipes.q.producer_acquire(state)
+            barrier = pipes.q.producer_get_barrier(state)
+            block = work.block * self.warpgroups + w
+            cute.copy(operands.q.atom, tQgQ[None, block], tQsQ[None, w], tma_bar_ptr=barrier)
+            cute.copy(operands.do.atom, tOgdO[None, block], tOsdO[None, w], tma_bar_ptr=barrier)
+            state.advance()
+
+    @cute.jit
+    def _copy_keys(self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, keys: KeyTiles, work: Work):
+        """One warp: K and V of the key tiles, last keys first."""
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
+        tKgK, tKsK = operands.k.tiles(shared.k, work.k, work.head_kv, keys.begin)
+        tVgV, tVsV = operands.v.tiles(shared.v, work.k, work.head_kv, keys.begin)
+        for i in cutlass.range(keys.count, unroll=1):
+            n = keys.count - 1 - i
+            pipes.k.producer_acquire(k_state)
+            barrier = pipes.k.producer_get_barrier(k_state)
+            cute.copy(operands.k.atom, tKgK[None, n], tKsK[None, k_state.index], tma_bar_ptr=barrier)
+            k_state.advance()
+            pipes.v.producer_acquire(v_state)
+            barrier = pipes.v.producer_get_barrier(v_state)
+            cute.copy(operands.v.atom, tVgV[None, n], tVsV[None, v_state.index], tma_bar_ptr=barrier)
+            v_state.advance()
+
+    @cute.jit
+    def _copy_queries_carefully(self, plain: Inputs, rows: Rows, shared: QueryShared, pipes: QueryPipelines, work: Work):
+        """The same by the warp's threads: see ``guard.py``."""
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
+        threads, unmarked = (cute.arch.lane_idx(), WARP), UnmarkedRows(work.q.padded_row_values(rows.lse_raw, work.head))
+        for w in cutlass.range_constexpr(self.warpgroups):
+            self.acquire_for_threads(pipes.q, state)
+            first = (work.block * self.warpgroups + w) * self.lay.ROWS_PER_WARPGROUP
+            for m, s in ((plain.q, shared.q), (plain.do, shared.do)):
+                copy_carefully(work.q.rows(m, work.head), s[None, None, w], first, threads, unmarked, 0.0)
+            self.publish_by_threads(pipes.q, state)
+            state.advance()
+
+    @cute.jit
+    def _copy_keys_carefully(self, plain: Inputs, shared: QueryShared, pipes: QueryPipelines, keys: KeyTiles, work: Work):
+        """The same by the warp's threads: see ``guard.py``."""
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
+        gK, gV = (work.k.rows(m, work.head_kv) for m in (plain.k, plain.v))
+        threads, finite_keys, finite_values = (cute.arch.lane_idx(), WARP), FiniteRows(gK), FiniteRows(gV)
+        for i in cutlass.range(keys.count, unroll=1):
+            first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
+            self.acquire_for_threads(pipes.k, k_state)
+            copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite_keys, 0.0)
+            for r in cutlass.range(threads[0], self.config.tile_n, WARP, unroll=1):
+                shared.hidden[r, k_state.index] = cutlass.Int8(0) if finite_keys(first + r) else cutlass.Int8(1)
+            self.publish_by_threads(pipes.k, k_state)
+            k_state.advance()
+            self.acquire_for_threads(pipes.v, v_state)
+            copy_carefully(gV, shared.v[None, None, v_state.index], first, threads, finite_values, 0.0)
+            self.publish_by_threads(pipes.v, v_state)
+            v_state.advance()
+
+    @cute.jit
+    def _compute(
+        self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, care, values: Values, keys, work
+    ):
+        """One computing warpgroup: its 64 rows of the block's tile."""
+        index = cute.arch.thread_idx()[0]
+        w = self.group()
+        S, dP, dQ = (self.lay.tiled_mma(role, self.config).get_slice(0) for role in ("qS", "qdP", "dQ"))
+        tSrQ = S.make_fragment_A(S.partition_A(shared.q[None, None, w]))
+        tSrK = S.make_fragment_B(S.partition_B(shared.k))
+        tPrdO = dP.make_fragment_A(dP.partition_A(shared.do[None, None, w]))
+        tPrV = dP.make_fragment_B(dP.partition_B(shared.v))
+        tQrK = dQ.make_fragment_B(dQ.partition_B(transposed(shared.k)))
+        shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_n)
+        cS = Coordinates.of(self.lay.tiled_mma("qS", self.config), index % WARPGROUP, shape)
+        scores = Scores(cS, values, self.problem)
+
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.V_STAGES)
+        block = work.block * self.warpgroups + w
+        row_first = block * self.lay.ROWS_PER_WARPGROUP
+        acc_dQ = self.accumulator("dQ", self.config.tile_d)
+        by_row = (work.q.padded_row_values(m, work.head) for m in (rows.lse_raw, rows.delta))
+        lse_raw, delta = (self._of_rows(m, cS, row_first) for m in by_row)
+        q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, Int32(0))
+        pipes.q.consumer_wait(q_state)
+        for i in cutlass.range(keys.count, unroll=1):
+            n = keys.count - 1 - i
+            pipes.k.consumer_wait(k_state)
+            acc_S = self.scores("qS", self.config.tile_n, tSrQ, tSrK[None, None, None, k_state.index])
+            pipes.v.consumer_wait(v_state)
+            acc_dP = self.scores("qdP", self.config.tile_n, tPrdO, tPrV[None, None, None, v_state.index])
+            warpgroup.wait_group(1)
+            if i > 0:
+                pipes.k.consumer_release(self.stage_before(k_state))
+            hidden = None
+            if cutlass.const_expr(care is not None):
+                hidden = care, of_columns(S, index % WARPGROUP, shared.hidden[None, k_state.index])
+            origin = (row_first, keys.begin + n * self.config.tile_n)
+            scores.apply_rules(acc_S, origin, (n >= keys.whole_end) | (n < keys.whole_begin), hidden)
+            scores.probabilities(acc_S, lse_raw, self.element)
+            warpgroup.wait_group(0)
+            pipes.v.consumer_release(v_state)
+            scores.gradients(acc_S, acc_dP, delta)
+            rdS = rounded_operand(acc_S, self.element)
+            mma, tB = self.lay.tiled_mma("dQ", self.config), tQrK[None, None, None, k_state.index]
+            self.gemm(mma, acc_dQ, rdS, tB, accumulate=True)
+            k_state.advance()
+            v_state.advance()
+        warpgroup.wait_group(0)
+        acc_dQ.store(acc_dQ.load() * Float32(values.scale(self.problem)))
+        dq_shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_d)
+        self.clear_unused("dQ", dq_shape, "q", values.seqlen_q, block, acc_dQ)
+        copy, where = self.lay.store_accumulator("dQ", self.config), (block, work.head, work.q)
+        self.store(copy, acc_dQ, operands.dq, shared.dq, w, w, where)
+        self.wait_for_store(w)
+
+    def _of_rows(self, mRow: cute.Tensor, cS: Coordinates, row_first) -> cute.Tensor:
+        """A value of each of this thread's rows."""
+        count = cute.size(cS.thread, mode=[0])
+        out = cute.make_rmem_tensor(count, Float32)
+        for r in range(count):
+            out[r] = mRow[row_first + cS.thread[r, 0][0]]
+        return out
