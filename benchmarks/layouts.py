@@ -39,7 +39,7 @@ from cute_attn.fill import processors
 from cute_attn.layouts.base import Box, cute_layout
 from cute_attn.layouts.fragments import transposed
 from cute_attn.layouts.tools import algebra, prove
-from cute_attn.mainloop.warps import MMA_K, Operand
+from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand
 
 WARP = 32
 HEAD_DIMS = (64, 96, 128, 256)
@@ -168,7 +168,7 @@ class Micro:
             s, shape = transposed(s), shape[::-1]
         where = getattr(mma.get_slice(thread), f"partition_{letter}")(cute.make_identity_tensor(shape))
         fragment = cute.make_rmem_tensor(getattr(mma, f"partition_shape_{letter}")((shape[0], MMA_K)), s.element_type)
-        operand = Operand.of(self._tiled_copy(), s, fragment, thread)
+        operand = LdmatrixOperand.of(self._tiled_copy(), s, fragment, thread)
         found = Int32(0)
         for k in cutlass.range_constexpr(shape[1] // MMA_K):
             loaded = operand.load(k, (0,))

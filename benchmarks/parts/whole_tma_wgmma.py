@@ -11,7 +11,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from benchmarks.parts.common import fill_noise, fill_registers_noise, keep_alive, noise, ramp, use_bits
 from benchmarks.parts.stages import Stages
-from cute_attn.mainloop.tma_wgmma import Forward, Pipelines
+from cute_attn.mainloop.tma_wgmma import Forward, ForwardPipelines
 from cute_attn.private import NoRunTimeValues
 
 
@@ -43,7 +43,7 @@ class Staged(Forward):
                 fill_noise(s, cute.arch.thread_idx()[0], self.config.threads)
             cute.arch.fence_view_async_shared()
             cute.arch.sync_threads()
-        return shared, Pipelines(NoPipe(), NoPipe(), NoPipe(), None)
+        return shared, ForwardPipelines(NoPipe(), NoPipe(), NoPipe(), None)
 
     def _copy_q(self, *arguments):
         return Forward._copy_q(self, *arguments) if self.stages.loads else arguments[-2]  # the pipeline's state

@@ -23,18 +23,18 @@ from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import KeyTiles, Values, walk
 from cute_attn.mainloop.guard import any_of, not_finite, poison_keys, used_here
 from cute_attn.mainloop.scores import Coordinates, Scores
-from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
+from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 
 @dataclass(frozen=True)
-class Operands:
+class ForwardOperands:
     """Both products' operands."""
 
-    q: Operand
-    k: Operand
-    v: Operand
+    q: LdmatrixOperand
+    k: LdmatrixOperand
+    v: LdmatrixOperand
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
 
@@ -71,7 +71,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class QueryTile:
+class BlockTile:
     """The rows a block computes, and the key tiles they see."""
 
     row_first: Int32
@@ -127,7 +127,7 @@ class Forward:
         cO = Coordinates.of(mma_O, thread, (config.tile_m, config.tile_dv))
 
         if keys.count > 0:
-            operands = Operands(
+            operands = ForwardOperands(
                 q=self._operand("Q", mma_S.partition_shape_A((config.tile_m, MMA_K)), sQ, thread),
                 k=self._operand("K", mma_S.partition_shape_B((config.tile_n, MMA_K)), sK, thread),
                 v=self._operand("V", mma_O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV), thread),
@@ -138,7 +138,7 @@ class Forward:
             for x in (q, k, v) if cutlass.const_expr(self.guarded) else (q, k):
                 x.clear_padding()
             self._copy_q(q, row_first, values.seqlen_q)
-            output, tile = Output(acc_O, rescale, softmax), QueryTile(row_first, cS, keys, values)
+            output, tile = Output(acc_O, rescale, softmax), BlockTile(row_first, cS, keys, values)
             tiles_of = Keys(k, v, sK, sV)
             if cutlass.const_expr(not self.guarded):
                 self._attend(operands, tiles_of, output, tile)
@@ -158,7 +158,7 @@ class Forward:
         self._store_o(acc_O, sO, work.q.stored.rows(mO, work.head), row_first)
 
     @cute.jit
-    def _attend(self, operands: Operands, tiles_of: Keys, output: Output, tile: QueryTile):
+    def _attend(self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile):
         """All key tiles, from the last to the first, once Q is on its way."""
         keys = tile.keys
         output.start()
@@ -191,9 +191,9 @@ class Forward:
             sQ = over("Q", sO)
         return sQ, tensor("K"), tensor("V"), sO
 
-    def _operand(self, name: str, shape, s: cute.Tensor, thread) -> Operand:
+    def _operand(self, name: str, shape, s: cute.Tensor, thread) -> LdmatrixOperand:
         fragment = cute.make_rmem_tensor(shape, s.element_type)
-        return Operand.of(self.lay.load_operand(name, self.config), s, fragment, thread)
+        return LdmatrixOperand.of(self.lay.load_operand(name, self.config), s, fragment, thread)
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class Forward:
     # ---- one key tile ----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _step(self, operands: Operands, tiles_of: Keys, output: Output, tile: QueryTile, slot: Int32, where):
+    def _step(self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile, slot: Int32, where):
         """Scores, softmax and P·V of key tile ``n``, while tile ``n − stages + 1`` is on its way. Returns the next slot."""
         n, masked = where
         stages, acc_O = self.config.stages, output.acc_O

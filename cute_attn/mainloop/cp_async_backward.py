@@ -37,12 +37,12 @@ from cute_attn.mainloop.common import (
 )
 from cute_attn.mainloop.guard import any_of, clear_marked, hide_keys, of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
-from cute_attn.mainloop.warps import MMA_K, Operand, Stream, product
+from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.scheduler import Tiles, Work
 
 
 @dataclass(frozen=True)
-class Shared:
+class BlockShared:
     """The operands in shared memory: ``(tile_n, columns)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
     ``(tile_n, tile_m, slot)`` for dS, ``(tile_m, stage)`` for a row's values. P, where it is shared, takes the slot that dS
     leaves. They take turns: were a slot known at compile time, each ldmatrix would get a register for its address."""
@@ -58,19 +58,19 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Operands:
+class BackwardOperands:
     """What the five products read from shared memory, named as everywhere: ``tSrK`` is K for the product S."""
 
-    tSrK: Operand
-    tSrQ: Operand
-    tPrV: Operand
-    tPrdO: Operand
-    tVrP: Operand | None
-    tVrdO: Operand
-    tKrdS: Operand | None
-    tKrQ: Operand
-    tQrdS: Operand
-    tQrK: Operand
+    tSrK: LdmatrixOperand
+    tSrQ: LdmatrixOperand
+    tPrV: LdmatrixOperand
+    tPrdO: LdmatrixOperand
+    tVrP: LdmatrixOperand | None
+    tVrdO: LdmatrixOperand
+    tKrdS: LdmatrixOperand | None
+    tKrQ: LdmatrixOperand
+    tQrdS: LdmatrixOperand
+    tQrK: LdmatrixOperand
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Block:
     values: Values
     gradients: Gradients
     signals: Signals | None
-    shared: Shared
+    shared: BlockShared
     q: Stream
     do: Stream
     rows: Rows
@@ -130,7 +130,9 @@ class Backward:
         tiles.one(partial(self._key_tile, inputs, rows, gradients, signals, shared, values, tiles.heads_per_kv))
 
     @cute.jit
-    def _key_tile(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, shared: Shared, values, heads_per_kv, work):
+    def _key_tile(
+        self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, shared: BlockShared, values, heads_per_kv, work
+    ):
         """The block's tile."""
         problem, thread = self.problem, cute.arch.thread_idx()[0]
         values = values.of(work)
@@ -171,7 +173,7 @@ class Backward:
         cute.arch.sync_threads()
         return place[0]
 
-    def _shared(self, smem) -> Shared:
+    def _shared(self, smem) -> BlockShared:
         config, lay = self.config, self.lay
 
         def tensor(name):
@@ -185,19 +187,19 @@ class Backward:
         hidden = None
         if cutlass.const_expr(self.problem.masked):
             hidden = smem.allocate_tensor(cutlass.Int8, cute.make_layout(config.tile_n), 16)
-        return Shared(k, v, q, do, ds, lse, delta, hidden)
+        return BlockShared(k, v, q, do, ds, lse, delta, hidden)
 
-    def _operands(self, me: Block) -> Operands:
+    def _operands(self, me: Block) -> BackwardOperands:
         s, config = me.shared, self.config
 
         def operand(role, name, letter, tensor, rows):
             mma = self.lay.tiled_mma(role, config)
             shape = mma.partition_shape_A((rows, MMA_K)) if letter == "A" else mma.partition_shape_B((rows, MMA_K))
             fragment = cute.make_rmem_tensor(shape, tensor.element_type)
-            return Operand.of(self.lay.load_operand(role, name, config), tensor, fragment, me.thread)
+            return LdmatrixOperand.of(self.lay.load_operand(role, name, config), tensor, fragment, me.thread)
 
         sKt, sQt, sdOt, sdSt = map(transposed, (s.k, s.q, s.do, s.ds))
-        return Operands(
+        return BackwardOperands(
             tSrK=operand("S", "K", "A", s.k, config.tile_n),
             tSrQ=operand("S", "Q", "B", s.q, config.step_m),
             tPrV=operand("dP", "V", "A", s.v, config.tile_n),
@@ -327,7 +329,7 @@ class Backward:
     # ---- one query tile --------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _step(self, me: Block, operands: Operands, member, i, masked: cutlass.Constexpr[bool]):
+    def _step(self, me: Block, operands: BackwardOperands, member, i, masked: cutlass.Constexpr[bool]):
         """One query tile, while the one ``stages − 1`` after it is on its way."""
         config, stages = self.config, self.config.stages
         count = member * me.visited.count + i
@@ -355,7 +357,7 @@ class Backward:
             self._other_queries(me, operands, self._head(me, member), m_block, slots)
 
     @cute.jit
-    def _scores(self, me: Block, operands: Operands, m_block, part: cutlass.Constexpr[int], slots, masked):
+    def _scores(self, me: Block, operands: BackwardOperands, m_block, part: cutlass.Constexpr[int], slots, masked):
         """P and dS of ``step_m`` queries, and what they add to dV and dK where they stay in registers."""
         config, lay, x = self.config, self.lay, operands
         slot, ds_slot, p_slot = slots
@@ -386,7 +388,7 @@ class Backward:
             if cutlass.const_expr(self.needs_k):
                 self._own_queries(dK, me.acc_dK, acc_S, x.tKrQ, slot, part)
 
-    def _own_queries(self, mma, acc: cute.Tensor, scores: cute.Tensor, b: Operand, slot, part: int):
+    def _own_queries(self, mma, acc: cute.Tensor, scores: cute.Tensor, b: LdmatrixOperand, slot, part: int):
         """What the queries whose scores a warp holds add to its dV or dK: Pᵀ or dSᵀ, rounded to the operands' dtype just in
         time, times dO or Q."""
         a = as_operand_a(scores)
@@ -399,7 +401,7 @@ class Backward:
         product(mma, acc, steps, rounded, lambda k: b.load(first + k * self.across, (slot,)))
 
     @cute.jit
-    def _other_queries(self, me: Block, x: Operands, head, m_block, slots):
+    def _other_queries(self, me: Block, x: BackwardOperands, head, m_block, slots):
         """What those queries add to dV and dK whose scores the other warps with the same keys hold; and dQ."""
         slot, ds_slot, p_slot = slots
         if cutlass.const_expr(self.needs_q):
@@ -447,7 +449,7 @@ class Backward:
     # ---- dQ --------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _late_dq(self, me: Block, operands: Operands, member, i):
+    def _late_dq(self, me: Block, operands: BackwardOperands, member, i):
         """The barrier at the start of a tile, and the dQ of the tile before it."""
         head, m_block = self._before(me, member, i)
         count = member * me.visited.count + i
@@ -456,7 +458,7 @@ class Backward:
         self._dq(me, operands, head, m_block, (count + 1) % 2, count)
 
     @cute.jit
-    def _dq(self, me: Block, x: Operands, head, m_block, slot, count):
+    def _dq(self, me: Block, x: BackwardOperands, head, m_block, slot, count):
         """Add dQ = dS·K of one tile to global memory, each thread its accumulator."""
         config = self.config
         mma = self.lay.tiled_mma("dQ", config)

@@ -25,7 +25,7 @@ from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import KeyTiles, Values, walk
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
 from cute_attn.mainloop.scores import Coordinates, Scores
-from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, Operand, rounded_operand
+from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
@@ -35,7 +35,7 @@ LONG = 1 << 19  # keys · columns of Q in shared memory from which on a causal t
 
 
 @dataclass(frozen=True)
-class Pipelines:
+class ForwardPipelines:
     """The mbarrier pipelines of a block. Q has one stage for each computing warpgroup. All warps wait for the verdict."""
 
     q: pipeline.PipelineTmaAsync
@@ -46,7 +46,7 @@ class Pipelines:
 
 
 @dataclass(frozen=True)
-class Shared:
+class ForwardShared:
     """The operands in shared memory: Q and O ``(64, d, warpgroup)``, K and V ``(tile_n, d, stage)``."""
 
     q: cute.Tensor
@@ -58,7 +58,7 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Worker:
+class ForwardWorker:
     """A thread of a computing warpgroup: its place, its products, and where its scores and outputs lie in the tile."""
 
     warpgroup: Int32
@@ -69,7 +69,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class QueryTile:
+class WarpgroupTile:
     """The 64 rows a warpgroup computes now, and the key tiles they see."""
 
     row_first: Int32
@@ -78,7 +78,7 @@ class QueryTile:
 
 
 @dataclass(frozen=True)
-class Fragments:
+class ForwardFragments:
     """What a computing thread holds or points to through the key tiles of one query tile."""
 
     tSrQ: cute.Tensor  # (MMA, 1, K)
@@ -118,7 +118,9 @@ class Forward(Kernel):
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(self, q: Operand, k: Operand, v: Operand, o: Operand, mLSE: LogSumExp, plain, values: Values, tiles: Tiles):
+    def kernel(
+        self, q: TmaOperand, k: TmaOperand, v: TmaOperand, o: TmaOperand, mLSE: LogSumExp, plain, values: Values, tiles: Tiles
+    ):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (q, k, v, o):
@@ -158,7 +160,7 @@ class Forward(Kernel):
         sO = self.tensor(smem, "O") if config.separate_o else self.over("O", sQ)
 
         slot = {name: lay.slot_bytes(name, config) for name in "QKV"}
-        pipes = Pipelines(
+        pipes = ForwardPipelines(
             q=self.pipe(smem, self.warpgroups, WARPGROUP // 32, slot["Q"]),
             k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
@@ -172,14 +174,14 @@ class Forward(Kernel):
             verdict[0] = Int32(0)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return Shared(sQ, sK, sV, sO, verdict, work), pipes
+        return ForwardShared(sQ, sK, sV, sO, verdict, work), pipes
 
-    def _walker(self, shared: Shared, pipes: Pipelines, tiles: Tiles):
+    def _walker(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
         """What gives a warp the tiles of the block, one after another: :meth:`Tiles.each`, or those another finds."""
         return tiles if shared.work is None else WorkQueue(shared.work, pipes.work, self.arrive).taker()
 
     @cute.jit
-    def _find_work(self, shared: Shared, pipes: Pipelines, tiles: Tiles):
+    def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
         """One warp: the tiles of the block for the others."""
         queue = WorkQueue(shared.work, pipes.work, self.arrive)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.WORK_SLOTS)
@@ -189,7 +191,7 @@ class Forward(Kernel):
                 queue.hand_out(tiles, state, begin)
 
     @cute.jit
-    def _is_done_again(self, shared: Shared, pipes: Pipelines):
+    def _is_done_again(self, shared: ForwardShared, pipes: ForwardPipelines):
         """Whether the block is to do its query tiles again: known once all its computing warps have said so."""
         pipes.verdict.consumer_wait(pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1))
         return shared.verdict[0] != 0
@@ -197,7 +199,7 @@ class Forward(Kernel):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _copy_q(self, q: Operand, shared: Shared, pipes: Pipelines, state, work: Work):
+    def _copy_q(self, q: TmaOperand, shared: ForwardShared, pipes: ForwardPipelines, state, work: Work):
         """One warp: a query tile's rows, 64 for each computing warpgroup; also of a tile that sees no key, since O may lie over
         Q, and only whoever holds Q's slot may write there. Returns the pipeline's next state."""
         tQgQ, tQsQ = q.tiles(shared.q, work.q, work.head)
@@ -208,7 +210,9 @@ class Forward(Kernel):
         return state
 
     @cute.jit
-    def _copy_k_v(self, k: Operand, v: Operand, shared: Shared, pipes: Pipelines, values: Values, k_state, work: Work):
+    def _copy_k_v(
+        self, k: TmaOperand, v: TmaOperand, shared: ForwardShared, pipes: ForwardPipelines, values: Values, k_state, work: Work
+    ):
         """One warp: the K and V tiles of a query tile, last keys first, K one tile ahead of V. Returns the pipelines' next
         state: between query tiles both are at the same."""
         v_state = k_state.clone()
@@ -227,7 +231,7 @@ class Forward(Kernel):
         return k_state
 
     @cute.jit
-    def _copy_k_v_carefully(self, plain, shared: Shared, pipes: Pipelines, values: Values, k_state, work: Work):
+    def _copy_k_v_carefully(self, plain, shared: ForwardShared, pipes: ForwardPipelines, values: Values, k_state, work: Work):
         """The same by careful copies of the warp's threads: a key whose value is not finite is NaN, and its value 0."""
         v_state = k_state.clone()
         threads = (cute.arch.lane_idx(), 32)
@@ -249,13 +253,15 @@ class Forward(Kernel):
                 v_state.advance()
         return k_state
 
-    def _copy(self, operand: Operand, source, slots, pipe, state):
+    def _copy(self, operand: TmaOperand, source, slots, pipe, state):
         cute.copy(operand.atom, source, slots[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
 
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(self, o: Operand, mLSE: LogSumExp, shared: Shared, pipes: Pipelines, values: Values, tiles: Tiles):
+    def _compute(
+        self, o: TmaOperand, mLSE: LogSumExp, shared: ForwardShared, pipes: ForwardPipelines, values: Values, tiles: Tiles
+    ):
         """One computing warpgroup: its 64 rows of every query tile of the block; again, if an output was not finite."""
         me, walk_over = self._worker(), self._walker(shared, pipes, tiles)
         self._hand_out_first_turn(me)
@@ -273,7 +279,15 @@ class Forward(Kernel):
 
     @cute.jit
     def _query_tile(
-        self, me: Worker, into, shared, pipes: Pipelines, values: Values, state, work: Work, again: cutlass.Constexpr[bool]
+        self,
+        me: ForwardWorker,
+        into,
+        shared,
+        pipes: ForwardPipelines,
+        values: Values,
+        state,
+        work: Work,
+        again: cutlass.Constexpr[bool],
     ):
         """A query tile of the block; returns Q's phase and the state of K's and V's pipelines."""
         o, mLSE = into
@@ -281,7 +295,7 @@ class Forward(Kernel):
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
         values = values.of(work)
         block = work.block * self.warpgroups + me.warpgroup
-        tile = QueryTile(block * rows, KeyTiles.of(values, self.problem, work.block, config), values)
+        tile = WarpgroupTile(block * rows, KeyTiles.of(values, self.problem, work.block, config), values)
         frag = self._fragments(me, shared)
         softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2, fused=True)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
@@ -301,20 +315,20 @@ class Forward(Kernel):
             pipes.q.consumer_release(q_state)
         return q_phase ^ 1, kv_state
 
-    def _worker(self) -> Worker:
+    def _worker(self) -> ForwardWorker:
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
         index = cute.arch.thread_idx()[0]
         mma_S, mma_O = self.lay.tiled_mma("S", config), self.lay.tiled_mma("O", config)
         cS = Coordinates.of(mma_S, index % WARPGROUP, (rows, config.tile_n))
         cO = Coordinates.of(mma_O, index % WARPGROUP, (rows, config.tile_dv))
-        return Worker(self.group(), mma_S, mma_O, cS, cO)
+        return ForwardWorker(self.group(), mma_S, mma_O, cS, cO)
 
-    def _fragments(self, me: Worker, shared: Shared) -> Fragments:
+    def _fragments(self, me: ForwardWorker, shared: ForwardShared) -> ForwardFragments:
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
         S, O = me.mma_S.get_slice(0), me.mma_O.get_slice(0)  # noqa: E741
         acc_O = cute.make_rmem_tensor(O.partition_shape_C((rows, config.tile_dv)), Float32)
         acc_O.fill(0.0)
-        return Fragments(
+        return ForwardFragments(
             tSrQ=S.make_fragment_A(S.partition_A(shared.q[None, None, me.warpgroup])),
             tSrK=S.make_fragment_B(S.partition_B(shared.k)),
             tOrV=O.make_fragment_B(O.partition_B(transposed(shared.v))),
@@ -325,7 +339,14 @@ class Forward(Kernel):
 
     @cute.jit
     def _attend(
-        self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, states, tile: QueryTile, again: cutlass.Constexpr
+        self,
+        me: ForwardWorker,
+        frag: ForwardFragments,
+        softmax: Softmax,
+        pipes: ForwardPipelines,
+        states,
+        tile: WarpgroupTile,
+        again: cutlass.Constexpr,
     ):
         """All key tiles of one query tile, from the last to the first, once Q is there; ``again`` in one loop, which masks them
         all. Returns K's and V's pipeline state.
@@ -365,7 +386,16 @@ class Forward(Kernel):
         return kv_state
 
     @cute.jit
-    def _step(self, me: Worker, frag: Fragments, softmax: Softmax, pipes: Pipelines, tile: QueryTile, v_state, where):
+    def _step(
+        self,
+        me: ForwardWorker,
+        frag: ForwardFragments,
+        softmax: Softmax,
+        pipes: ForwardPipelines,
+        tile: WarpgroupTile,
+        v_state,
+        where,
+    ):
         """Scores and softmax of a key tile, while the tensor cores add the tile before it to O."""
         n, masked = where
         k_state = v_state.clone()
@@ -389,12 +419,14 @@ class Forward(Kernel):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         return k_state
 
-    def _scores(self, frag: Fragments, k_state):
+    def _scores(self, frag: ForwardFragments, k_state):
         """Issue S = Q·Kᵀ; the caller waits."""
         return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index])
 
     @cute.jit
-    def _softmax(self, me: Worker, frag: Fragments, softmax: Softmax, acc_S, tile: QueryTile, n: Int32, masked):
+    def _softmax(
+        self, me: ForwardWorker, frag: ForwardFragments, softmax: Softmax, acc_S, tile: WarpgroupTile, n: Int32, masked
+    ):
         origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
         Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
         softmax.step(rows_columns(acc_S), frag.rescale)
@@ -413,24 +445,24 @@ class Forward(Kernel):
             read_only_args=[p[0, 0]],
         )
 
-    def _probabilities(self, frag: Fragments, acc_S):
+    def _probabilities(self, frag: ForwardFragments, acc_S):
         rounded_operand(acc_S, frag.tOrP.element_type, frag.tOrP)
 
     # ---- turns on the tensor cores ---------------------------------------------------------------------------------
 
     @cute.jit
-    def _hand_out_first_turn(self, me: Worker):
+    def _hand_out_first_turn(self, me: ForwardWorker):
         if cutlass.const_expr(self.config.ping_pong):
             if me.warpgroup == self.warpgroups - 1:
                 self._pass_turn(me)
 
     @cute.jit
-    def _wait_for_turn(self, me: Worker):
+    def _wait_for_turn(self, me: ForwardWorker):
         if cutlass.const_expr(self.config.ping_pong):
             cute.arch.barrier(barrier_id=self.turn_barrier + me.warpgroup, number_of_threads=2 * WARPGROUP)
 
     @cute.jit
-    def _pass_turn(self, me: Worker):
+    def _pass_turn(self, me: ForwardWorker):
         if cutlass.const_expr(self.config.ping_pong):
             after = (me.warpgroup + 1) % self.warpgroups
             cute.arch.barrier_arrive(barrier_id=self.turn_barrier + after, number_of_threads=2 * WARPGROUP)
@@ -438,7 +470,9 @@ class Forward(Kernel):
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _normalize(self, me: Worker, frag: Fragments, softmax: Softmax, tile: QueryTile, mLSE: LogSumExp, work: Work):
+    def _normalize(
+        self, me: ForwardWorker, frag: ForwardFragments, softmax: Softmax, tile: WarpgroupTile, mLSE: LogSumExp, work: Work
+    ):
         """O /= row_sum, and the log-sum-exp where it is asked for."""
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(tile.values.seqlen_q, tile.row_first, me.cO.thread, rows_columns(frag.acc_O), softmax)
@@ -448,7 +482,7 @@ class Forward(Kernel):
         store_lse(mLSE, lse, me.cO.thread, tile.row_first, work)
 
     @cute.jit
-    def _store_o(self, me: Worker, frag: Fragments, o: Operand, sO: cute.Tensor, where):
+    def _store_o(self, me: ForwardWorker, frag: ForwardFragments, o: TmaOperand, sO: cute.Tensor, where):
         """O to global memory, once the last one has left the same shared memory."""
         self.wait_for_store(me.warpgroup)
         copy = self.lay.store_accumulator(self.config)

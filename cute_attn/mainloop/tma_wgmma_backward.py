@@ -39,7 +39,7 @@ from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,
     KeyBlocks,
-    Operand,
+    TmaOperand,
     of_columns,
     rounded_operand,
 )
@@ -50,19 +50,19 @@ ADDERS = 2  # warps from ADD_DQ_WARP on
 
 
 @dataclass(frozen=True)
-class Operands:
+class TmaOperands:
     """The tensors that TMA copies; a gradient that is not asked for is ``None``."""
 
-    q: Operand
-    k: Operand
-    v: Operand
-    do: Operand
-    dk: Operand | None
-    dv: Operand | None
+    q: TmaOperand
+    k: TmaOperand
+    v: TmaOperand
+    do: TmaOperand
+    dk: TmaOperand | None
+    dv: TmaOperand | None
 
 
 @dataclass(frozen=True)
-class Pipelines:
+class BackwardPipelines:
     """K and V have one stage each, Q (with the rows' LSE) and dO (with their delta) several."""
 
     k: pipeline.PipelineTmaAsync
@@ -72,7 +72,7 @@ class Pipelines:
 
 
 @dataclass(frozen=True)
-class Shared:
+class BackwardShared:
     """The operands in shared memory: ``(64, columns, warpgroup)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
     ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(thread, value,
     warpgroup)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``)."""
@@ -90,7 +90,7 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class Worker:
+class BackwardWorker:
     """A thread of a computing warpgroup: its place, and where its scores lie in the tile."""
 
     warpgroup: Int32
@@ -99,7 +99,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Fragments:
+class BackwardFragments:
     """What a computing thread holds or points to through the query tiles."""
 
     tSrK: cute.Tensor  # (MMA, 1, K)
@@ -138,7 +138,7 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(not (self.problem.deterministic and self.problem.bounded_right)):
             tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
-        self.kernel(Operands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
+        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
@@ -148,7 +148,7 @@ class Backward(KeyBlocks):
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(self, operands: Operands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles):
+    def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -161,7 +161,9 @@ class Backward(KeyBlocks):
         tiles.one(partial(self._key_tile, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv))
 
     @cute.jit
-    def _key_tile(self, operands: Operands, from_memory, into, shared: Shared, pipes, values: Values, heads_per_kv, work: Work):
+    def _key_tile(
+        self, operands: TmaOperands, from_memory, into, shared: BackwardShared, pipes, values: Values, heads_per_kv, work: Work
+    ):
         """The block's tile: each warp its part."""
         plain, rows, care = from_memory
         values, where = values.of(work), (work, heads_per_kv)
@@ -184,7 +186,7 @@ class Backward(KeyBlocks):
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        shared = Shared(
+        shared = BackwardShared(
             *(self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS")),
             dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
@@ -193,7 +195,7 @@ class Backward(KeyBlocks):
             ticket=self.take_ticket(smem, signals),
         )
         row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
-        pipes = Pipelines(
+        pipes = BackwardPipelines(
             k=self.pipe(smem, 1, warps, self.warpgroups * lay.slot_bytes("K", config)),
             v=self.pipe(smem, 1, warps, self.warpgroups * lay.slot_bytes("V", config)),
             q=self.pipe(smem, config.stages, warps, lay.slot_bytes("Q", config) + row_bytes),
@@ -254,7 +256,7 @@ class Backward(KeyBlocks):
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(self, operands: Operands, shared: Shared, pipes: Pipelines, values: Values, where):
+    def _compute(self, operands: TmaOperands, shared: BackwardShared, pipes: BackwardPipelines, values: Values, where):
         """One computing warpgroup: 64 keys of the block's tile."""
         me = self._worker()
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
@@ -280,21 +282,21 @@ class Backward(KeyBlocks):
             cute.nvgpu.warpgroup.wait_group(0)
         self._store(me, frag, operands, shared, values, work)
 
-    def _worker(self) -> Worker:
+    def _worker(self) -> BackwardWorker:
         index = cute.arch.thread_idx()[0]
         thread = index % WARPGROUP
         shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_m)
         cS = Coordinates.of(self.lay.tiled_mma("S", self.config), thread, shape)
-        return Worker(self.group(), thread, cS)
+        return BackwardWorker(self.group(), thread, cS)
 
-    def _fragments(self, me: Worker, shared: Shared) -> Fragments:
+    def _fragments(self, me: BackwardWorker, shared: BackwardShared) -> BackwardFragments:
         config, lay, w = self.config, self.lay, me.warpgroup
         S, dP, dV, dK, dQ = (lay.tiled_mma(role, config).get_slice(0) for role in ("S", "dP", "dV", "dK", "dQ"))
 
         row_blocks = config.tile_m // lay.PIECE
         sdS = cute.local_tile(transposed(shared.ds), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w % row_blocks, 0, None))
         sKt = cute.local_tile(transposed(shared.k), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w // row_blocks, 0, None))
-        return Fragments(
+        return BackwardFragments(
             tSrK=S.make_fragment_A(S.partition_A(shared.k[None, None, w])),
             tSrQ=S.make_fragment_B(S.partition_B(shared.q)),
             tPrV=dP.make_fragment_A(dP.partition_A(shared.v[None, None, w])),
@@ -309,7 +311,17 @@ class Backward(KeyBlocks):
         )
 
     @cute.jit
-    def _step(self, me: Worker, frag: Fragments, shared: Shared, pipes: Pipelines, values: Values, key_first, state, tile):
+    def _step(
+        self,
+        me: BackwardWorker,
+        frag: BackwardFragments,
+        shared: BackwardShared,
+        pipes: BackwardPipelines,
+        values: Values,
+        key_first,
+        state,
+        tile,
+    ):
         """One query tile. Returns the pipelines' next state.
 
         With ``overlap_tiles``, dK's product is in flight when it ends, so that the tensor cores have work until the next
@@ -368,14 +380,14 @@ class Backward(KeyBlocks):
         return state
 
     @cute.jit
-    def _store_ds(self, me: Worker, rdS: cute.Tensor, sdS: cute.Tensor):
+    def _store_ds(self, me: BackwardWorker, rdS: cute.Tensor, sdS: cute.Tensor):
         """This warpgroup's dSᵀ to shared memory, for all of them once they have met."""
         copy = self.lay.store_accumulator("dS", self.config).get_slice(me.thread)
         cute.copy(copy, copy.retile(rdS), copy.partition_D(sdS))
         cute.arch.fence_view_async_shared()
 
     @cute.jit
-    def _dq(self, frag: Fragments, slot):
+    def _dq(self, frag: BackwardFragments, slot):
         """Issue this warpgroup's piece of dQ = dS·K over all of the block's keys."""
         mma = self.lay.tiled_mma("dQ", self.config)
         cute.nvgpu.warpgroup.fence()
@@ -388,7 +400,7 @@ class Backward(KeyBlocks):
         cute.nvgpu.warpgroup.commit_group()
 
     @cute.jit
-    def _hand_over_dq(self, me: Worker, frag: Fragments, shared: Shared, adder):
+    def _hand_over_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, adder):
         """This warpgroup's piece of dQ to shared memory, in the order of its registers, for the warp that adds it."""
         cute.arch.barrier(barrier_id=self.empty_barrier + me.warpgroup, number_of_threads=WARPGROUP + 32)
         sdQ = shared.dq[None, None, me.warpgroup]
@@ -405,7 +417,15 @@ class Backward(KeyBlocks):
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _store(self, me: Worker, frag: Fragments, operands: Operands, shared: Shared, values: Values, work: Work):
+    def _store(
+        self,
+        me: BackwardWorker,
+        frag: BackwardFragments,
+        operands: TmaOperands,
+        shared: BackwardShared,
+        values: Values,
+        work: Work,
+    ):
         """dK and dV to global memory, by way of the shared memory of K and V: by now nothing reads a warpgroup's V but
         itself, and its K only until all have met."""
         copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP

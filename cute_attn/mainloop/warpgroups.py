@@ -39,7 +39,7 @@ def with_an_end_for_each(m: cute.Tensor) -> cute.Tensor:
 
 
 @dataclass(frozen=True)
-class Operand:
+class TmaOperand:
     """One tensor in global memory as TMA sees it: the copy atom, and the tensor of its coordinates (s, d, h, b); of ragged
     sequences, :func:`with_an_end_for_each`."""
 
@@ -135,14 +135,14 @@ class Kernel:
     def element(self):
         return self.lay.element(self.config)
 
-    def operand(self, name: str, m, copy) -> Operand:
+    def operand(self, name: str, m, copy) -> TmaOperand:
         """A tensor in global memory as ``copy`` (the layouts' ``copy_in`` or ``copy_out``) moves it."""
         lay, config = self.lay, self.config
         m = with_an_end_for_each(m) if self.problem.ragged else m
         slot = cute.select(lay.smem_layout(name, config), mode=[0, 1])
-        return Operand(*cpasync.make_tiled_tma_atom(copy(name, config), m, slot, lay.tile(name, config)))
+        return TmaOperand(*cpasync.make_tiled_tma_atom(copy(name, config), m, slot, lay.tile(name, config)))
 
-    def input_operands(self, inputs: Inputs, prefix: str = "") -> tuple[Operand, ...]:
+    def input_operands(self, inputs: Inputs, prefix: str = "") -> tuple[TmaOperand, ...]:
         """Q, K, V and dO of the backward pass; ``prefix`` is of their names in the layouts."""
         named = (("Q", inputs.q), ("K", inputs.k), ("V", inputs.v), ("dO", inputs.do))
         return tuple(self.operand(prefix + name, m, self.lay.copy_in) for name, m in named)
@@ -248,7 +248,7 @@ class Kernel:
                 arrival(state)
 
     @cute.jit
-    def store(self, copy: cute.TiledCopy, acc, operand: Operand, s: cute.Tensor, group, slot, where):
+    def store(self, copy: cute.TiledCopy, acc, operand: TmaOperand, s: cute.Tensor, group, slot, where):
         """Computing warpgroup ``group``: its accumulator by ``copy`` to a slot of shared memory, from there to global memory
         by one TMA store; the caller waits."""
         block, head, span = where

@@ -61,7 +61,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Operand:
+class LdmatrixOperand:
     """One operand on its way from shared memory to an MMA's registers, a step in k at a time."""
 
     copy: cute.TiledCopy
@@ -70,11 +70,11 @@ class Operand:
     fragment: cute.Tensor  # (MMA, rows): the same registers as the MMA reads them
 
     @staticmethod
-    def of(copy: cute.TiledCopy, s: cute.Tensor, fragment: cute.Tensor, thread) -> Operand:
+    def of(copy: cute.TiledCopy, s: cute.Tensor, fragment: cute.Tensor, thread) -> LdmatrixOperand:
         """``fragment`` (MMA, rows, 1) is of one step."""
         part = copy.get_slice(thread)
         into = part.retile(fragment)
-        return Operand(copy, part.partition_S(s), into[None, None, 0], fragment[None, None, 0])
+        return LdmatrixOperand(copy, part.partition_S(s), into[None, None, 0], fragment[None, None, 0])
 
     def load(self, step, slot=(), row: int = 0) -> cute.Tensor:
         """Fill the fragment with a step's part of ``slot`` and return it. ``row`` is the first block of rows, where the

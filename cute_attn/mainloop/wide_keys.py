@@ -23,7 +23,7 @@ from cute_attn.layouts.fragments import as_operand_a, transposed
 from cute_attn.mainloop.common import Gradients, Inputs, QueryTiles, Rows, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
-from cute_attn.mainloop.warpgroups import WARPGROUP, KeyBlocks, Operand, of_columns, rounded_operand
+from cute_attn.mainloop.warpgroups import WARPGROUP, KeyBlocks, TmaOperand, of_columns, rounded_operand
 from cute_attn.scheduler import Tiles, Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP = 0, 1
@@ -33,12 +33,12 @@ COPY_K_Q_WARP, COPY_V_DO_WARP = 0, 1
 class KeyOperands:
     """The tensors that TMA copies; a gradient that is not asked for is ``None``."""
 
-    q: Operand
-    k: Operand
-    v: Operand
-    do: Operand
-    dk: Operand | None
-    dv: Operand | None
+    q: TmaOperand
+    k: TmaOperand
+    v: TmaOperand
+    do: TmaOperand
+    dk: TmaOperand | None
+    dv: TmaOperand | None
 
 
 @dataclass(frozen=True)

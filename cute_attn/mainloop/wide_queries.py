@@ -17,7 +17,7 @@ from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.common import Gradients, Inputs, KeyTiles, Rows, Values
 from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
 from cute_attn.mainloop.scores import Coordinates, Scores
-from cute_attn.mainloop.warpgroups import WARP, WARPGROUP, Kernel, Operand, of_columns, rounded_operand
+from cute_attn.mainloop.warpgroups import WARP, WARPGROUP, Kernel, TmaOperand, of_columns, rounded_operand
 from cute_attn.scheduler import Tiles, Work
 
 COPY_KEYS_WARP, COPY_QUERIES_WARP = 0, 1
@@ -27,11 +27,11 @@ COPY_KEYS_WARP, COPY_QUERIES_WARP = 0, 1
 class QueryOperands:
     """The tensors that TMA copies."""
 
-    q: Operand
-    k: Operand
-    v: Operand
-    do: Operand
-    dq: Operand
+    q: TmaOperand
+    k: TmaOperand
+    v: TmaOperand
+    do: TmaOperand
+    dq: TmaOperand
 
 
 @dataclass(frozen=True)

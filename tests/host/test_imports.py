@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,12 @@ def test_mainloops_know_neither_rules_nor_lengths(path):
 def test_mainloops_do_not_import_each_other(path):
     mechanisms = {f"mainloop.{other.stem}" for other in MAINLOOPS} - SHARED
     assert not imported(path) & mechanisms
+
+
+def test_a_class_name_means_one_thing():
+    """But for the names by which mechanisms are found."""
+    names = Counter()
+    for folder in (PACKAGE, *importlib.util.find_spec("cute_attn.layouts").submodule_search_locations):
+        for path in Path(folder).rglob("*.py"):
+            names.update(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+    assert {name for name, count in names.items() if count > 1} == {"Forward", "Backward"}
