@@ -52,8 +52,8 @@ def test_mainloops_do_not_import_each_other(path):
 
 def test_a_class_name_means_one_thing():
     """But for the names by which mechanisms are found."""
-    names = Counter()
-    for folder in (PACKAGE, *importlib.util.find_spec("cute_attn.layouts").submodule_search_locations):
-        for path in Path(folder).rglob("*.py"):
-            names.update(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+    folders = PACKAGE, *importlib.util.find_spec("cute_attn.layouts").submodule_search_locations
+    files = {path.resolve() for folder in folders for path in Path(folder).rglob("*.py")}
+    trees = (ast.walk(ast.parse(path.read_text())) for path in files)
+    names = Counter(node.name for tree in trees for node in tree if isinstance(node, ast.ClassDef))
     assert {name for name, count in names.items() if count > 1} == {"Forward", "Backward"}
