@@ -20,9 +20,10 @@ from cutlass import Boolean, Float32, Int32, cute
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted, store_lse
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
-from cute_attn.mainloop.common import KeyTiles, Values, walk
+from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import any_of, not_finite, poison_keys, used_here
 from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.walk import KeyTiles, walk
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows

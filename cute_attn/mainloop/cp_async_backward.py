@@ -27,16 +27,10 @@ from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
-from cute_attn.mainloop.common import (
-    Gradients,
-    Inputs,
-    QueryTiles,
-    Rows,
-    Signals,
-    Values,
-)
+from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import any_of, clear_marked, hide_keys, of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.scheduler import Tiles, Work
 

@@ -22,9 +22,10 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn.epilogue import clear_rows_past, converted, store_lse
 from cute_attn.layouts.fragments import rows_columns, transposed
-from cute_attn.mainloop.common import KeyTiles, Values, walk
+from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
 from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.walk import KeyTiles, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work

@@ -25,16 +25,10 @@ from cutlass.cute.nvgpu import cpasync
 
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import transposed
-from cute_attn.mainloop.common import (
-    Gradients,
-    Inputs,
-    QueryTiles,
-    Rows,
-    Signals,
-    Values,
-)
+from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,

@@ -13,9 +13,10 @@ from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
-from cute_attn.mainloop.common import Inputs, QueryTiles, Rows, Signals, Values
+from cute_attn.mainloop.common import Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
 from cute_attn.mainloop.scores import Coordinates
+from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.sequences import Span
 
 WARP = 32

@@ -20,9 +20,10 @@ from cutlass.cute.nvgpu import warpgroup
 
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, transposed
-from cute_attn.mainloop.common import Gradients, Inputs, QueryTiles, Rows, Values
+from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warpgroups import WARPGROUP, KeyBlocks, TmaOperand, of_columns, rounded_operand
 from cute_attn.scheduler import Tiles, Work
 

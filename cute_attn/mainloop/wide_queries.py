@@ -14,9 +14,10 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 
 from cute_attn.layouts.fragments import transposed
-from cute_attn.mainloop.common import Gradients, Inputs, KeyTiles, Rows, Values
+from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
 from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.walk import KeyTiles
 from cute_attn.mainloop.warpgroups import WARP, WARPGROUP, Kernel, TmaOperand, of_columns, rounded_operand
 from cute_attn.scheduler import Tiles, Work
 

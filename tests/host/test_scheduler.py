@@ -19,7 +19,8 @@ import cutlass
 from cutlass import cute
 
 from cute_attn.layouts.base import ROW_PADDING
-from cute_attn.mainloop.common import KeyTiles, Values
+from cute_attn.mainloop.common import Values
+from cute_attn.mainloop.walk import KeyTiles
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 

@@ -1,0 +1,123 @@
+"""Which tiles one tile visits, and which of them need a mask: key tiles of a query tile, query tiles of a key tile.
+
+A walk has up to three segments, tiles cut by one edge of the band, whole tiles, tiles cut by the other, so that each loop knows
+at compile time whether it masks. Whoever copies and whoever computes take the same walk, each by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+from cutlass import Int32, cute
+
+from cute_attn.mainloop.common import DeviceOps, Values
+
+
+@dataclass(frozen=True)
+class KeyTiles:
+    """The key tiles of one query tile: they begin at the first key any of its rows sees, not at a multiple of tile_n,
+    so that no key before it is ever read. ``end`` is past the last one any sees; a last tile that is not full reads on.
+
+    ``count`` tiles, walked from the last to the first; tiles ``whole_begin … whole_end − 1`` need no mask.
+    """
+
+    begin: Int32
+    end: Int32
+    count: Int32
+    whole_begin: Int32
+    whole_end: Int32
+
+    @staticmethod
+    def of(values: Values, problem, m_block: Int32, config) -> KeyTiles:
+        band, n = values.band(problem), config.tile_n
+        row_first = m_block * config.tile_m
+        row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
+        begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        inner_begin, inner_end = band.whole_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        if problem.ragged:  # a tile past its sequence's end sees nothing; a factor of 0 or 1, which no length makes overflow
+            exists = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
+            end = end * exists
+        count = cutlass.max(cute.ceil_div(end - begin, n), 0)
+        whole_begin = cutlass.min(cutlass.max(cute.ceil_div(inner_begin - begin, n), 0), count)
+        whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)
+        return KeyTiles(begin, end, count, whole_begin, cutlass.max(whole_end, whole_begin))
+
+    def last_is_masked(self):
+        """Whether the last tile, which is the first to be computed, needs a mask."""
+        return (self.count > self.whole_end) | (self.count <= self.whole_begin)
+
+
+@dataclass(frozen=True)
+class QueryTiles:
+    """The query tiles that see any key of one key tile, for the backward pass. They begin at multiples of tile_m.
+
+    ``count`` tiles from ``begin`` on, of which all but ``whole_begin … whole_end − 1`` need a mask.
+    """
+
+    n_block: Int32
+    begin: Int32
+    count: Int32
+    whole_begin: Int32
+    whole_end: Int32
+
+    @staticmethod
+    @cute.jit
+    def of(values: Values, problem: cutlass.Constexpr, n_block: Int32, config: cutlass.Constexpr) -> QueryTiles:
+        band, m = values.band(problem).transposed(), config.tile_m
+        key_first = n_block * config.tile_n
+        key_end = key_first + config.tile_n
+        key_last = cutlass.min(key_end, values.seqlen_k) - 1
+        first, last = band.key_range(key_first, key_last, values.seqlen_q, DeviceOps)
+        inner_first, inner_last = band.whole_range(key_first, key_last, values.seqlen_q, DeviceOps)
+        if cutlass.const_expr(problem.ragged):
+            last = last if key_first < values.seqlen_k else 0
+        begin = first // m
+        end = cute.ceil_div(last, m) if first < last else begin
+        whole_begin = cutlass.min(cute.ceil_div(inner_first, m), end)
+        # Queries past the last need no mask: their log-sum-exp says that they weigh nothing. Keys past the last do.
+        whole_end = end if inner_last >= values.seqlen_q else cutlass.min(cutlass.max(inner_last, 0) // m, end)
+        whole_end = whole_end if key_end <= values.seqlen_k else whole_begin
+        whole_end = cutlass.max(whole_end, whole_begin)
+        return QueryTiles(n_block, begin, end - begin, whole_begin, whole_end)
+
+    def in_order(self, i, problem):
+        """The i-th tile without regard to masks. Where dQ is added in a fixed order, key tile by key tile, the last one comes
+        first: with a right edge, key tile n then finds that tile n − 1 has just left each query tile that it comes to."""
+        return self.begin + (self.count - 1 - i if problem.deterministic else i)
+
+    def needs_mask(self, m_block):
+        return (m_block < self.whole_begin) | (m_block >= self.whole_end)
+
+    def rank(self, values: Values, problem, m_block: Int32, config):
+        """How many key tiles come before this one in the fixed order in which a query tile's dQ is added up: from the
+        first key that it sees on."""
+        band = values.band(problem)
+        row_first = m_block * config.tile_m
+        row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
+        begin, _ = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        return self.n_block - begin // config.tile_n
+
+
+@cute.jit
+def walk(step: cutlass.Constexpr, state, keys: KeyTiles, problem: cutlass.Constexpr, last: cutlass.Constexpr[bool]):
+    """``state = step(state, (n, masked))`` over the key tiles, in descending order; with the ``last`` or without.
+
+    Three loops, so that each knows at compile time whether it masks: tiles cut by the right edge, whole tiles, tiles cut
+    by the left edge. The last is among the first ones.
+    """
+    top = keys.count - 1
+    whole_end = cutlass.min(top, keys.whole_end)
+    if cutlass.const_expr(last):
+        for i in cutlass.range(keys.count - whole_end, unroll=1):
+            state = step(state, (top - i, True))
+    elif cutlass.const_expr(problem.bounded_right):
+        for i in cutlass.range(top - keys.whole_end, unroll=1):
+            state = step(state, (top - 1 - i, True))
+    for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
+        state = step(state, (whole_end - 1 - i, False))
+    if cutlass.const_expr(problem.bounded_left):
+        left_end = cutlass.min(top, keys.whole_begin)
+        for i in cutlass.range(left_end, unroll=1):
+            state = step(state, (left_end - 1 - i, True))
+    return state
