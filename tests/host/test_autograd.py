@@ -211,7 +211,8 @@ def test_activation_checkpointing(reentrant, backend):
         return attention(q * 1.0, k * 1.0, v * 1.0, backend=backend, **RULES)
 
     saved, out = packed(lambda: checkpoint(block, q, k, v, use_reentrant=reentrant))
-    assert {x.data_ptr() for x in saved} <= {x.data_ptr() for x in (q, k, v)}
+    # Torch may keep an empty tensor of its own.
+    assert {x.data_ptr() for x in saved if x.numel()} <= {x.data_ptr() for x in (q, k, v)}
     out.backward(dout)
     bits((q.grad, k.grad, v.grad), expected)
 
