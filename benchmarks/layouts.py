@@ -36,12 +36,11 @@ from rich.table import Table
 from benchmarks.counters import ALSO, AS_PREDICTED, COUNTERS, Case, Counted, CountersRecord, cases, parse, show
 from cute_attn import command, layouts
 from cute_attn.fill import processors
-from cute_attn.layouts.base import Box, cute_layout
+from cute_attn.layouts.base import WARP, Box, cute_layout
 from cute_attn.layouts.fragments import transposed
 from cute_attn.layouts.tools import algebra, prove
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand
 
-WARP = 32
 HEAD_DIMS = (64, 96, 128, 256)
 LOG_WIDTH = 180
 GRACE_SECONDS = 5.0  # from SIGTERM to SIGKILL

@@ -98,8 +98,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     function, blocks = prepared(problem, mechanism, device)
     tickets = None
     if call.lengths is not None and (tile := tile_of_tickets(problem, mechanism, device)):
-        slots = call.seqlen_q // tile + call.lengths.count + 1  # as cute_attn.sequences counts them
-        tickets = q.new_zeros(1 + slots * call.heads, dtype=torch.int32)
+        tickets = q.new_zeros(1 + call.lengths.slots(call.seqlen_q, tile) * call.heads, dtype=torch.int32)
     launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets)
     return out, lse, lse_raw
 
@@ -132,7 +131,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
     rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
     if call.lengths is not None:  # cute_attn.sequences says where each begins
-        rows_padded = (call.seqlen_q // ROW_PADDING + call.lengths.count + 1) * ROW_PADDING
+        rows_padded = call.lengths.slots(call.seqlen_q, ROW_PADDING) * ROW_PADDING
     rows = q.new_empty((2, call.batch, call.heads, rows_padded), dtype=torch.float32)
     dq_sum = signals = None
     counters = 0

@@ -53,6 +53,10 @@ class Lengths:
         used = [past - first for first, past in bounds] if seqused is None else seqused.tolist()
         return [slice(first, min(first + max(n, 0), past)) for (first, past), n in zip(bounds, used, strict=True)]
 
+    def slots(self, rows: int, tile: int) -> int:
+        """How many slots of ``tile`` rows the sequences have in ``rows``, as ``sequences.Side.all_slots`` counts them."""
+        return rows // tile + self.count + 1
+
     def check_values(self, rows: tuple[int, int]) -> None:
         """With ``CUTE_ATTN_CHECK=1`` read the lengths back and refuse wrong ones; ``rows`` are all of q and of k."""
         if os.environ.get(CHECK) == "1":

@@ -144,16 +144,12 @@ class Tiles:
 
     @cute.jit
     def each(self, body: cutlass.Constexpr, state):
-        """``state = body(state, work)`` for every tile of a persistent block; returns the last state."""
+        """``state = body(state, work)`` for every tile of a persistent block; returns the last state. (Of ragged sequences
+        another warp finds them: ``mainloop/work_queue.py``.)"""
         turn = Int32(0)
         position = self.position(turn)
         while position < self.count():
-            work = self.work(position)
-            if cutlass.const_expr(work.exists is None):
-                state = body(state, work)
-            else:
-                if work.exists:
-                    state = body(state, work)
+            state = body(state, self.work(position))
             turn += 1
             position = self.position(turn)
         return state
@@ -183,22 +179,18 @@ class Tiles:
     def _ragged(self, position: Int32) -> Work:
         """The same of ragged sequences: those before this one have so many slots, and within it tiles are taken as in a
         rectangle of one sequence."""
-        sequences, tile = self.sequences, self.tile
-        side = sequences.k if cutlass.const_expr(self.of_k) else sequences.q
-        i, begin, end = side.at(position // self.heads, sequences.count, tile)
+        i, begin, end = self._side().at(position // self.heads, self.sequences.count, self.tile)
         block, head, q, k = self._within(i, end - begin, position - begin * self.heads)
         capacity = k.capacity if cutlass.const_expr(self.of_k) else q.capacity
-        return Work(block, head, self._head_kv(head), q, k, block * tile < capacity)
+        return Work(block, head, self._head_kv(head), q, k, block * self.tile < capacity)
 
     @cute.jit
     def seek(self, position: Int32, first: Int32, before: Int32):
         """A whole warp: the ragged tile at a position, if only those count that have rows: ``(work, first, before)``, the last
         two to go on from with a later position (:meth:`Sequences.seek`)."""
-        sequences = self.sequences
-        side = sequences.k if cutlass.const_expr(self.of_k) else sequences.q
-        wanted = position // self.heads
-        exists, i, begin, first, before = sequences.seek(wanted, first, before, side, self.tile)
-        tiles = side.tiles(i, sequences.count, self.tile)
+        side, wanted = self._side(), position // self.heads
+        exists, i, begin, first, before = self.sequences.seek(wanted, first, before, side, self.tile)
+        tiles = side.tiles(i, self.sequences.count, self.tile)
         # Wrong bounds may count more tiles than there can be, and past 32 bits.
         exists = exists & (position < self.count()) & (begin <= wanted) & (wanted - begin < tiles)
         block, head, q, k = self._within(i, cutlass.max(tiles, 1), position - begin * self.heads)
@@ -214,6 +206,10 @@ class Tiles:
         if cutlass.const_expr(self.of_k and self.long_first):
             block = m_blocks - 1 - block
         return block, head, *self.sequences.spans(i)
+
+    def _side(self):
+        """The side of ragged sequences whose tiles these are."""
+        return self.sequences.k if self.of_k else self.sequences.q
 
     def _head_kv(self, head):
         return head if self.of_k else head // self.heads_per_kv

@@ -22,9 +22,8 @@ from typing import Any
 import cutlass
 from cutlass import Boolean, Int32, cute
 
-from cute_attn.layouts.base import ROW_PADDING
+from cute_attn.layouts.base import ROW_PADDING, WARP
 
-WARP = 32
 PER_LANE = 4  # sequences that a lane counts the tiles of at a time
 
 

@@ -43,6 +43,7 @@ from typing import TypeAlias
 
 BYTES = 2  # of one element: the kernels take float16 and bfloat16
 VECTOR = 8  # elements of a 16-byte access
+WARP = 32  # threads
 OPERANDS = ("Q", "K", "V", "O")
 ROLES = ("S", "O")
 IntTuple: TypeAlias = "int | tuple[IntTuple, ...]"

@@ -17,8 +17,8 @@ from cutlass.cute.nvgpu import cpasync
 from benchmarks.parts.common import fake_vector
 from benchmarks.parts.shapes import WIDTH
 from cute_attn import layouts
+from cute_attn.layouts.base import WARP
 
-WARP = 32
 TENSOR_BYTES = {"memory": 512 << 20, "L2": 16 << 20}
 BYTES_PER_LAUNCH = 4 << 30
 ROUNDS = 12  # a block's tiles come in multiples of it, so that any number of stages up to 4 divides them

@@ -33,7 +33,7 @@ from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,
     KeyBlocks,
-    TmaOperand,
+    TmaOperands,
     of_columns,
     rounded_operand,
 )
@@ -41,18 +41,6 @@ from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
-
-
-@dataclass(frozen=True)
-class TmaOperands:
-    """The tensors that TMA copies; a gradient that is not asked for is ``None``."""
-
-    q: TmaOperand
-    k: TmaOperand
-    v: TmaOperand
-    do: TmaOperand
-    dk: TmaOperand | None
-    dv: TmaOperand | None
 
 
 @dataclass(frozen=True)

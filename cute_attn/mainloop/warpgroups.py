@@ -11,6 +11,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted
+from cute_attn.layouts.base import WARP
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
 from cute_attn.mainloop.common import Inputs, Rows, Signals, Values
@@ -18,9 +19,6 @@ from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_
 from cute_attn.mainloop.scores import Coordinates
 from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.sequences import Span
-
-WARP = 32
-
 
 ENDLESS = 1 << 30  # rows
 AROUND = 1 << 33  # elements of 16 bits: ENDLESS · AROUND of them are 2⁶⁴ bytes, which is once around all addresses
@@ -295,6 +293,18 @@ class Kernel:
         return pipeline.PipelineState(
             self.config.stages, state.count, (state.index + self.config.stages - 1) % self.config.stages, state.phase
         )
+
+
+@dataclass(frozen=True)
+class TmaOperands:
+    """The tensors that TMA copies for a kernel whose blocks own keys; a gradient that is not asked for is ``None``."""
+
+    q: TmaOperand
+    k: TmaOperand
+    v: TmaOperand
+    do: TmaOperand
+    dk: TmaOperand | None
+    dv: TmaOperand | None
 
 
 class KeyBlocks(Kernel):

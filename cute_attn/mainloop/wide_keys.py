@@ -24,22 +24,10 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import QueryTiles
-from cute_attn.mainloop.warpgroups import WARPGROUP, KeyBlocks, TmaOperand, of_columns, rounded_operand
+from cute_attn.mainloop.warpgroups import WARPGROUP, KeyBlocks, TmaOperands, of_columns, rounded_operand
 from cute_attn.scheduler import Tiles, Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP = 0, 1
-
-
-@dataclass(frozen=True)
-class KeyOperands:
-    """The tensors that TMA copies; a gradient that is not asked for is ``None``."""
-
-    q: TmaOperand
-    k: TmaOperand
-    v: TmaOperand
-    do: TmaOperand
-    dk: TmaOperand | None
-    dv: TmaOperand | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,7 @@ class KeyGradients(KeyBlocks):
         """Make the TMA descriptors and launch a block for each key tile."""
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
-        operands = KeyOperands(*self.input_operands(inputs), dk=dk, dv=dv)
+        operands = TmaOperands(*self.input_operands(inputs), dk=dk, dv=dv)
         self.kernel(operands, inputs.if_masked(self.problem), rows, signals, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
@@ -92,14 +80,14 @@ class KeyGradients(KeyBlocks):
         )
 
     @cute.kernel
-    def kernel(self, operands: KeyOperands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
+    def kernel(self, operands: TmaOperands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         shared, pipes = self._setup()
         from_memory = (plain, rows, care, signals)
         tiles.one(partial(self._key_tile, operands, from_memory, shared, pipes, values, tiles.heads_per_kv))
 
     @cute.jit
-    def _key_tile(self, operands: KeyOperands, from_memory, shared: KeyShared, pipes, values: Values, heads_per_kv, work: Work):
+    def _key_tile(self, operands: TmaOperands, from_memory, shared: KeyShared, pipes, values: Values, heads_per_kv, work: Work):
         """The block's tile: each warp its part."""
         plain, rows, care, signals = from_memory
         values, where = values.of(work), (work, heads_per_kv)
@@ -149,7 +137,7 @@ class KeyGradients(KeyBlocks):
         return shared, pipes
 
     @cute.jit
-    def _values_warpgroup(self, operands: KeyOperands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, where):
+    def _values_warpgroup(self, operands: TmaOperands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, where):
         """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         S, dV = self.lay.tiled_mma("S", self.config).get_slice(0), self.lay.tiled_mma("dV", self.config).get_slice(0)
@@ -161,7 +149,8 @@ class KeyGradients(KeyBlocks):
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
         work, heads_per_kv = where
-        visited, scores = QueryTiles.of(values, self.problem, work.block, self.config), Scores(cS, values, self.problem, True)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        scores = Scores(cS, values, self.problem, transposed=True)
         acc_dV = self.accumulator("dV", self.config.tile_dv)
         pipes.k.consumer_wait(k_state)
         hides = None
@@ -202,7 +191,7 @@ class KeyGradients(KeyBlocks):
             self.wait_for_store(group)
 
     @cute.jit
-    def _keys_warpgroup(self, operands: KeyOperands, shared: KeyShared, pipes: KeyPipelines, values: Values, where):
+    def _keys_warpgroup(self, operands: TmaOperands, shared: KeyShared, pipes: KeyPipelines, values: Values, where):
         """The warpgroup of dS and dK."""
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         dP, dK = self.lay.tiled_mma("dP", self.config).get_slice(0), self.lay.tiled_mma("dK", self.config).get_slice(0)
@@ -213,7 +202,8 @@ class KeyGradients(KeyBlocks):
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
         work, heads_per_kv = where
-        visited, scores = QueryTiles.of(values, self.problem, work.block, self.config), Scores(None, values, self.problem, True)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        scores = Scores(None, values, self.problem, transposed=True)  # for gradients, which lie nowhere
         acc_dK = self.accumulator("dK", self.config.tile_d)
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):

@@ -18,9 +18,7 @@ from typing import Any
 import numpy as np
 import pycute
 
-from ..base import BYTES, Copy, IntTuple, Layout
-
-WARP = 32
+from ..base import BYTES, WARP, Copy, IntTuple, Layout
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from ..base import (
     OPERANDS,
     ROLES,
     SETMAXNREG,
+    WARP,
     Box,
     Config,
     Copy,
@@ -44,7 +45,6 @@ from ..base import (
 )
 from . import algebra
 
-WARP = 32
 BANKS, BANK_BYTES = 32, 4
 PHASE_BYTES = BANKS * BANK_BYTES
 SECTOR_BYTES = 32

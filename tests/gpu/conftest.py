@@ -1,9 +1,11 @@
 """GPU tests skip, with the reason, where there is no GPU that a mechanism runs on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from cute_attn import layouts
+from cute_attn import launch, layouts
 
 
 def pytest_collection_modifyitems(items):
@@ -25,3 +27,15 @@ def mechanism(request):
     if request.param not in layouts.for_target(target).MECHANISMS:
         pytest.skip(f"{target} has no {request.param}")
     return request.param
+
+
+@pytest.fixture
+def every_lane_arrives(request, monkeypatch):
+    """Kernels all of whose lanes arrive at a pipeline's barriers, not one for its warp; parametrized with False, the shipped
+    ones. Either way they are of this test alone."""
+    arrive = getattr(request, "param", True)
+    plain = launch.plan
+    monkeypatch.setattr(launch, "plan", lambda *asked: replace(plain(*asked), every_lane_arrives=arrive))
+    launch.prepared.cache_clear()
+    yield
+    launch.prepared.cache_clear()

@@ -2,14 +2,13 @@
 
 import itertools
 import math
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cute_attn import attention, launch
+from cute_attn import attention
 from cute_attn.layouts.base import CAREFUL, TICKET
 from tests.gpu.test_forward import CAPS, KERNELS, LARGE
 from tests.support import SHAPES, assert_close, assert_gradients_close, make_gradients, make_qkv
@@ -546,16 +545,13 @@ def test_outputs_are_those_without_gradients(mechanism):
     assert_close((out.detach(), lse.detach()), q.detach(), k, v, causal=True)
 
 
-@pytest.mark.parametrize("every_lane_arrives", [False, True])
+@pytest.mark.parametrize("every_lane_arrives", [False, True], indirect=True)
 @pytest.mark.parametrize("d", [128, 256])
-def test_the_same_bits_each_time(d, every_lane_arrives, mechanism, monkeypatch):
+@pytest.mark.usefixtures("every_lane_arrives")
+def test_the_same_bits_each_time(d, mechanism):
     """A thousand times, with few query tiles and more key tiles than a GPU has multiprocessors: a stage of a pipeline that is
     refilled too early shows in one block of thousands."""
-    plain = launch.plan
-    monkeypatch.setattr(launch, "plan", lambda *asked: replace(plain(*asked), every_lane_arrives=every_lane_arrives))
-    launch.prepared.cache_clear()
     q, k, v, dout, dlse = make(1, 70, 2200 * 256 // d, 8, 4, d)
     want = run(q, k, v, mechanism, dout, dlse, causal=True, deterministic=True)
     for _ in range(1000):
         assert_same_bits(run(q, k, v, mechanism, dout, dlse, causal=True, deterministic=True), want)
-    launch.prepared.cache_clear()

@@ -1,25 +1,17 @@
 """Small shapes of every kind of kernel, for compute-sanitizer (CONTRIBUTING.md has the commands); right without it too."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from cute_attn import attention, attention_varlen, launch
-from cute_attn.plan import plan
+from cute_attn import attention, attention_varlen
 from tests.support import assert_close, assert_gradients_close, make_gradients, make_qkv
 
-
-@pytest.fixture(autouse=True)
-def every_lane_arrives(monkeypatch):
-    """At a pipeline's barriers one lane arrives for its warp. racecheck counts an arrival for that lane's reads and writes
-    only: it follows no warp barrier (nothing is left of it in the machine code), nor a block's in between. So that it
-    sees the order that the kernels rely on, here every lane arrives; nothing else is different."""
-    monkeypatch.setattr(launch, "plan", lambda *asked: replace(plan(*asked), every_lane_arrives=True))
-    launch.prepared.cache_clear()
-    yield
-    launch.prepared.cache_clear()
+# At a pipeline's barriers one lane arrives for its warp. racecheck counts an arrival for that lane's reads and writes only: it
+# follows no warp barrier (nothing is left of it in the machine code), nor a block's in between. So that it sees the order that
+# the kernels rely on, here every lane arrives; nothing else is different.
+pytestmark = pytest.mark.usefixtures("every_lane_arrives")
 
 
 def on_gpu(*tensors):
