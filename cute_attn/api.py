@@ -14,7 +14,7 @@ from cute_attn.autograd import Attention
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
-from cute_attn.problem import Call, check_call, check_packed
+from cute_attn.problem import Call, check_call
 
 BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
@@ -120,9 +120,9 @@ def attention(
         batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
         call.lengths = check_lengths(q, batch, (None, None, seqused_q, seqused_k))
         call.batch, call.seqlen_q, call.seqlen_k = 1, batch * seqlen_q, batch * seqlen_k
-        q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
-        out = out.view(batch, seqlen_q, *out.shape[2:])
+        out = out.view(batch, seqlen_q, *out.shape[1:])
         return (out, lse.view(call.heads, batch, seqlen_q).transpose(0, 1)) if return_lse else out
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
@@ -182,13 +182,13 @@ def attention_varlen(
         rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
         return handle(attention_varlen, q, k, v, rules, {**others, **lengths})
-    check_packed(q, k, v, cu_seqlens_q)
-    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    call = check_call(q, k, v, scale, causal, window, softcap)
+    call = check_call(q, k, v, scale, causal, window, softcap, packed=True)
+    if cu_seqlens_q is None:
+        raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
     call.lengths = check_lengths(q, None, tensors)
     how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
-    return (out.squeeze(0), lse.squeeze(0)) if return_lse else out.squeeze(0)
+    return (out, lse) if return_lse else out
 
 
 def _are_plain(*tensors) -> bool:

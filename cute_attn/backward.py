@@ -21,11 +21,11 @@ from cutlass.cute import runtime
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
-from cute_attn.forward import fake_lengths, select_modes, sequences_of
-from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout, element
-from cute_attn.layouts.fragments import rows_columns
+from cute_attn.forward import fake_lengths, fake_operand, fake_row_values, heads_apart, rows_first, select_modes, sequences_of
+from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
+from cute_attn.layouts.fragments import rows_columns, vector
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
-from cute_attn.mainloop.guard import LOWEST, finite_row, vector
+from cute_attn.mainloop.guard import LOWEST, finite_row
 from cute_attn.scheduler import Tiles
 from cute_attn.sequences import Sequences, Span
 
@@ -35,8 +35,8 @@ def host_function(problem, config):
     scale_log2, scale_by_cap, blocks, stream)`` to compile.
 
     Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the LSE and its gradient as ``(batch, heads,
-    seqlen_q)``. ``mRows`` is ``(2, batch, heads, rows)``, ``mdQ_sum`` ``(batch, heads, m_blocks, pieces, values)``, both
-    float32, ``mSignals`` int32 ``(words)``. What isn't asked for is ``None``.
+    seqlen_q)``, those of ragged sequences without a batch. ``mRows`` is ``(2, batch, heads, rows)``, ``mdQ_sum`` ``(batch,
+    heads, m_blocks, pieces, values)``, both float32, ``mSignals`` int32 ``(words)``. What isn't asked for is ``None``.
     """
     mainloop = importlib.import_module(f"cute_attn.mainloop.{config.backward}").Backward(problem, config)
     row_values, cast = RowValues(problem, config), CastQueries(problem, config)
@@ -69,8 +69,8 @@ def host_function(problem, config):
         stream,
     ):
         # (seqlen, head_dim, heads, batch)
-        q, k, v, o, do, dq, dk, dv = (select_modes(m, [1, 3, 2, 0]) for m in (mQ, mK, mV, mO, mdO, mdQ, mdK, mdV))
-        lse, dlse = (select_modes(m, [2, 1, 0]) for m in (mLSE_raw, mdLSE))  # (seqlen_q, heads, batch)
+        q, k, v, o, do, dq, dk, dv = (heads_apart(m, problem) for m in (mQ, mK, mV, mO, mdO, mdQ, mdK, mdV))
+        lse, dlse = (rows_first(m, problem) for m in (mLSE_raw, mdLSE))  # (seqlen_q, heads, batch)
         dq_sum = select_modes(mdQ_sum, [4, 3, 2, 1, 0])  # (values, piece, m_block, heads, batch)
         rows = Rows(*(select_modes(mRows, [0, 3, 2, 1])[i, None, None, None] for i in range(2)))  # (rows, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
@@ -111,18 +111,6 @@ def _rows_from(m: cute.Tensor | None, first: Int32) -> cute.Tensor | None:
 
 def fake_arguments(problem, config) -> tuple:
     """Stand-ins for :func:`host_function`'s arguments, with every size and stride unknown."""
-    dtype = element(problem)
-
-    def tensor(asked=True):
-        shape = (*(cute.sym_int() for _ in range(3)), cute.sym_int(divisibility=8))
-        stride = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
-        return runtime.make_fake_tensor(dtype, shape, stride, assumed_align=16) if asked else None
-
-    def vectors(asked=True):
-        shape = tuple(cute.sym_int() for _ in range(3))
-        stride = (cute.sym_int64(), cute.sym_int64(), 1)
-        return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=4) if asked else None
-
     gq, gk, gv = (name in problem.gradients for name in "qkv")
     shape = (2, cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=ROW_PADDING))
     stride = (*(cute.sym_int64(divisibility=ROW_PADDING) for _ in range(3)), 1)
@@ -140,15 +128,15 @@ def fake_arguments(problem, config) -> tuple:
         signals = runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4)
     numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
     return (
-        *(tensor() for _ in range(5)),
-        vectors(),
-        vectors(problem.return_lse),
+        *(fake_operand(problem) for _ in range(5)),
+        fake_row_values(problem),
+        fake_row_values(problem, problem.return_lse),
         row_values,
         dq_sum,
         signals,
-        tensor(gq),
-        tensor(gk),
-        tensor(gv),
+        fake_operand(problem, gq),
+        fake_operand(problem, gk),
+        fake_operand(problem, gv),
         *fake_lengths(problem),
         *numbers,
         runtime.make_fake_stream(),

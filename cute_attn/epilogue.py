@@ -5,6 +5,8 @@ from __future__ import annotations
 import cutlass
 from cutlass import Float32, Int32, cute
 
+from cute_attn.layouts.base import VECTOR, WARP
+from cute_attn.layouts.fragments import vector_at
 from cute_attn.scheduler import Work
 from cute_attn.softmax import LogSumExp, Softmax
 
@@ -34,6 +36,22 @@ def _store_rows(m: cute.Tensor, held: cute.Tensor, where: cute.Tensor, row_first
             row = row_first + where[r, 0][0]
             if row < m.shape[0]:
                 m[row] = held[r]
+
+
+@cute.jit
+def store_nothing_seen(mO: cute.Tensor, mLSE: LogSumExp, work: Work, tile: cutlass.Constexpr[int]):
+    """One warp: the results of a tile of queries none of which sees a key, as if it had been computed."""
+    gO, first, lane = work.q.stored.rows(mO, work.head), work.block * tile, cute.arch.lane_idx()
+    rows, pieces = cutlass.min(gO.shape[0] - first, tile), gO.shape[1] // VECTOR
+    zeros = cute.make_rmem_tensor(VECTOR, gO.element_type)
+    zeros.fill(0.0)
+    for i in cutlass.range(lane, rows * pieces, WARP, unroll=1):
+        cute.autovec_copy(zeros, vector_at(gO, first + i // pieces, i % pieces))
+    for m, nothing in ((mLSE.natural, -Float32.inf), (mLSE.raw, Float32.inf)):
+        if cutlass.const_expr(m is not None):
+            of_rows = work.q.stored.row_values(m, work.head)
+            for r in cutlass.range(lane, rows, WARP, unroll=1):
+                of_rows[first + r] = nothing
 
 
 def converted(acc: cute.Tensor, dtype) -> cute.Tensor:

@@ -23,8 +23,10 @@ def host_function(problem, config, mainloop=None):
     blocks, stream)``.
 
     Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the log-sum-exp, natural and in raw units, as
-    ``(batch, heads, seqlen_q)``; ``mTickets`` is int32 (:class:`~cute_attn.scheduler.Tickets`); ``lengths`` are those of ragged
-    sequences, see :func:`sequences_of`. What isn't asked for is ``None``.
+    ``(batch, heads, seqlen_q)``, those of ragged sequences without a batch; ``mTickets`` is int32
+    (:class:`~cute_attn.scheduler.Tickets`); ``lengths`` are those of ragged sequences, see :func:`sequences_of`. What isn't
+    asked for is ``None``.
+
     ``mainloop`` takes the place of the mechanism's own ``Forward``: the benchmarks leave stages out of it.
     """
     if mainloop is None:
@@ -51,8 +53,8 @@ def host_function(problem, config, mainloop=None):
         blocks: Int32,
         stream,
     ):
-        q, k, v, o = (select_modes(m, [1, 3, 2, 0]) for m in (mQ, mK, mV, mO))  # (seqlen, head_dim, heads, batch)
-        lse = LogSumExp(*(select_modes(m, [2, 1, 0]) for m in (mLSE, mLSE_raw)))  # (seqlen_q, heads, batch)
+        q, k, v, o = (heads_apart(m, problem) for m in (mQ, mK, mV, mO))  # (seqlen, head_dim, heads, batch)
+        lse = LogSumExp(*(rows_first(m, problem) for m in (mLSE, mLSE_raw)))  # (seqlen_q, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
         sequences = sequences_of(problem, q, k, (mCuQ, mCuK, mUsedQ, mUsedK), count)
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
@@ -61,6 +63,7 @@ def host_function(problem, config, mainloop=None):
         tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, blocks, problem.bounded_right, sequences)
         if cutlass.const_expr(mTickets is not None):
             tiles = replace(tiles, tickets=Tickets(mTickets))
+            tiles.tickets.reset(stream)
         mainloop.launch(q, k, v, o, lse, values, tiles, blocks, stream)
 
     return forward
@@ -85,31 +88,49 @@ def fake_lengths(problem) -> tuple:
     return *(vector(name in problem.ragged) for name in NAMES), Int32(0)
 
 
-def select_modes(m: cute.Tensor | None, modes: list[int]) -> cute.Tensor | None:
-    """The same memory with its modes in another order; ``None`` stays ``None``."""
-    return None if m is None else cute.make_tensor(m.iterator, cute.select(m.layout, mode=modes))
+def heads_apart(m: cute.Tensor | None, problem) -> cute.Tensor | None:
+    """``(batch, seqlen, heads, head_dim)``, of ragged sequences without a batch, as ``(seqlen, head_dim, heads, batch)``."""
+    return select_modes(m, [0, 2, 1, None] if problem.ragged else [1, 3, 2, 0])
+
+
+def rows_first(m: cute.Tensor | None, problem) -> cute.Tensor | None:
+    """``(batch, heads, seqlen)``, of ragged sequences without a batch, as ``(seqlen, heads, batch)``."""
+    return select_modes(m, [1, 0, None] if problem.ragged else [2, 1, 0])
+
+
+def select_modes(m: cute.Tensor | None, modes: list) -> cute.Tensor | None:
+    """The same memory with its modes in another order, and one of size 1 for a ``None`` at the end; ``None`` stays ``None``."""
+    if m is None:
+        return None
+    layout = cute.select(m.layout, mode=[mode for mode in modes if mode is not None])
+    if modes[-1] is None:
+        layout = cute.make_layout((*layout.shape, 1), stride=(*layout.stride, 0))
+    return cute.make_tensor(m.iterator, layout)
+
+
+def fake_operand(problem, asked: bool = True):
+    """A stand-in for a tensor of the inputs' dtype, as torch holds it, with every size and stride unknown. Strides are 64-bit,
+    so that offsets past 2³¹ elements are exact, and multiples of 16 bytes but for the contiguous one."""
+    outer = range(2 if problem.ragged else 3)
+    shape = (*(cute.sym_int() for _ in outer), cute.sym_int(divisibility=8))
+    stride = (*(cute.sym_int64(divisibility=8) for _ in outer), 1)
+    return runtime.make_fake_tensor(element(problem), shape, stride, assumed_align=16) if asked else None
+
+
+def fake_row_values(problem, asked: bool = True):
+    """The same for a float32 of each row."""
+    outer = range(1 if problem.ragged else 2)
+    shape = (*(cute.sym_int() for _ in outer), cute.sym_int())
+    stride = (*(cute.sym_int64() for _ in outer), 1)
+    return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=4) if asked else None
 
 
 def fake_arguments(problem, config) -> tuple:
-    """Stand-ins for :func:`host_function`'s arguments, with every size and stride unknown: the kernel fits all of them.
-
-    Strides are 64-bit, so that offsets past 2³¹ elements are exact, and multiples of 16 bytes but for the contiguous one.
-    """
-    dtype = element(problem)
-
-    def tensor():
-        shape = (*(cute.sym_int() for _ in range(3)), cute.sym_int(divisibility=8))
-        stride = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
-        return runtime.make_fake_tensor(dtype, shape, stride, assumed_align=16)
-
-    def vectors(asked):
-        shape = tuple(cute.sym_int() for _ in range(3))
-        stride = (cute.sym_int64(), cute.sym_int64(), 1)
-        return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=4) if asked else None
-
+    """Stand-ins for :func:`host_function`'s arguments: the kernel fits all of them."""
     numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
-    tensors = (*(tensor() for _ in range(4)), vectors(problem.return_lse), vectors(problem.for_backward))
+    lse = (fake_row_values(problem, asked) for asked in (problem.return_lse, problem.for_backward))
     tickets = None
     if takes_tickets(problem, config):
         tickets = runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4)
-    return (*tensors, tickets, *fake_lengths(problem), *numbers, runtime.make_fake_stream())
+    tensors = (*(fake_operand(problem) for _ in range(4)), *lse, tickets)
+    return (*tensors, *fake_lengths(problem), *numbers, runtime.make_fake_stream())

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cute_attn import autograd, launch, reference, wrapped
 from cute_attn.arguments import check_memory
-from cute_attn.lengths import NAMES, Lengths, check_lengths
+from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.private import is_known
 from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_kernels
 
@@ -112,18 +112,15 @@ def _backward(q, k, v, *others):
 
 def _call(q, k, v, lengths: tuple, rules: tuple) -> Call:
     scale, softcap, *window = (x.item() if isinstance(x, torch.Tensor) else x for x in rules)
-    return _with_lengths(check_call(q, k, v, scale, False, window, softcap), q, lengths)
+    return _checked(q, k, v, lengths, scale, window, softcap)
 
 
-def _with_lengths(call: Call, q, lengths: tuple) -> Call:
-    call.lengths = _lengths(q, lengths)
-    if call.lengths is not None and call.batch != 1:
-        raise ValueError(f"q, k, v have a batch of {call.batch} and lengths; 1 is needed: try x.flatten(0, 1).unsqueeze(0)")
+def _checked(q, k, v, lengths: tuple, scale, window, softcap) -> Call:
+    ragged = any(x is not None for x in lengths)
+    call = check_call(q, k, v, scale, False, window, softcap, packed=ragged)
+    if ragged:
+        call.lengths = check_lengths(q, None, lengths)
     return call
-
-
-def _lengths(q, lengths: tuple) -> Lengths | None:
-    return None if all(x is None for x in lengths) else check_lengths(q, None, lengths)
 
 
 def _check_memory(**tensors: torch.Tensor) -> None:
@@ -143,14 +140,15 @@ def _shapes(q, k, v, *others):
     lengths, rules, (return_lse, for_backward, _, backend, _) = others[:4], others[4:8], others[8:]
     compiling = torch.compiler.is_compiling()  # an error here would be wrapped in torch's own; one of the running graph is not
     scale, softcap = (None if compiling or isinstance(x, torch.Tensor) else x for x in rules[:2])
-    call = _with_lengths(check_call(q, k, v, scale, False, None, softcap), q, lengths)
+    call = _checked(q, k, v, lengths, scale, None, softcap)
     if not on_reference(backend, q):
         check_for_kernels(q.dtype, call)
         for name, x in (("q", q), ("k", k), ("v", v)):
             strides_for_kernels(name, x)
-    out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
+    *batch, seqlen_q, heads, _ = q.shape
+    out = q.new_empty(*batch, seqlen_q, heads, call.head_dim_v)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse, kept = (q.new_empty(call.batch, call.heads, call.seqlen_q, dtype=dtype) for _ in range(2))
+    lse, kept = (q.new_empty(*batch, heads, seqlen_q, dtype=dtype) for _ in range(2))
     return out, _or_nothing(lse if return_lse else None, out), _or_nothing(kept if for_backward else None, out)
 
 
@@ -214,20 +212,21 @@ def _mapped(operator: Callable) -> Callable:
 
 def _flops(q, k, v, *others, **_) -> int:
     """As torch counts those of its own attention: two products, whatever a mask hides."""
-    return 2 * _scores(q, k, others[:4]) * (q.shape[3] + v.shape[3])
+    return 2 * _scores(q, k, others[:4]) * (q.shape[-1] + v.shape[-1])
 
 
 def _flops_of_gradients(q, k, v, *others, **_) -> int:
     """Five products: the scores anew and dQ, dK of one head_dim; dP and dV of the other."""
-    return 2 * _scores(q, k, others[:4]) * (3 * q.shape[3] + 2 * v.shape[3])
+    return 2 * _scores(q, k, others[:4]) * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
 def _scores(q, k, lengths: tuple) -> int:
     """How many there are. Lengths are read back; where they have no values, sequences count as equally long."""
-    batch, seqlen_q, heads, _ = q.shape
-    ragged, seqlen_k = _lengths(q, lengths), k.shape[1]
-    if ragged is None:
-        return heads * batch * seqlen_q * seqlen_k
+    *batch, seqlen_q, heads, _ = q.shape
+    seqlen_k = k.shape[-3]
+    if batch:
+        return heads * batch[0] * seqlen_q * seqlen_k
+    ragged = check_lengths(q, None, lengths)
     if q.is_meta or isinstance(q, wrapped.TRACED):
         return heads * seqlen_q * seqlen_k // max(ragged.count, 1)
     spans = zip(ragged.in_use(0, seqlen_q), ragged.in_use(1, seqlen_k), strict=True)

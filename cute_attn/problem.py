@@ -96,7 +96,8 @@ class Call:
     One is made in every eager call, so it is neither frozen nor a tuple: those take longer to make or to read.
 
     ``left`` and ``right`` are how far a query sees to either side of its aligned position; ``None`` is unbounded. With
-    ``lengths`` the batch is 1 and the seqlens are all rows.
+    ``lengths`` the batch is 1, the seqlens are all rows, and the tensors have no dimension for the batch: ``(rows, heads,
+    head_dim)``, and of the log-sum-exp ``(heads, rows)``.
 
     While a graph is made they may be symbols, the scale and the softcap tensors, and the scale None, for 1/√head_dim.
     """
@@ -130,16 +131,23 @@ class Call:
         return self.batch == 0 or self.heads == 0 or self.seqlen_q == 0 or self.seqlen_k == 0
 
 
-def check_call(q, k, v, scale, causal, window, softcap) -> Call:
-    """Check what holds for every backend, and return the call's run-time values.
+def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False) -> Call:
+    """Check what holds for every backend, and return the call's run-time values; ``packed`` without the lengths, which are
+    :func:`~cute_attn.lengths.check_lengths`'s.
 
     Raises ``TypeError`` for a value of a wrong kind and ``ValueError`` for shapes, dtypes and values that don't fit
     together; each message says what was got, what is needed and what to try.
     """
     try:
-        batch, seqlen_q, heads, head_dim = q.shape
-        batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
-        batch_v, seqlen_v, heads_v, head_dim_v = v.shape
+        if packed:
+            batch = batch_k = batch_v = 1
+            seqlen_q, heads, head_dim = q.shape
+            seqlen_k, heads_kv, head_dim_k = k.shape
+            seqlen_v, heads_v, head_dim_v = v.shape
+        else:
+            batch, seqlen_q, heads, head_dim = q.shape
+            batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
+            batch_v, seqlen_v, heads_v, head_dim_v = v.shape
         dtype, device = q.dtype, q.device
         fits = (
             dtype is k.dtype
@@ -158,7 +166,7 @@ def check_call(q, k, v, scale, causal, window, softcap) -> Call:
     except (AttributeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
         fits = False
     if not fits:
-        _explain_misfit(q, k, v)
+        _explain_misfit(q, k, v, packed)
     if type(causal) is not bool:
         causal = flag("causal", causal)
     if window is None:
@@ -174,30 +182,6 @@ def check_call(q, k, v, scale, causal, window, softcap) -> Call:
     return Call(batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v, scale, left, right, softcap)
 
 
-def check_packed(q, k, v, cu_seqlens_q) -> None:
-    """Check that q, k, v are tensors of packed sequences, and that there are bounds; the rest is :func:`check_call`'s, of one
-    batch of them all, and :func:`~cute_attn.lengths.check_lengths`'s."""
-    try:
-        fits = (
-            q.dim() == k.dim() == v.dim() == 3
-            and q.layout is k.layout is v.layout is torch.strided
-            and not (q.is_nested or k.is_nested or v.is_nested)
-            and isinstance(cu_seqlens_q, torch.Tensor)
-        )
-    except AttributeError:  # not tensors
-        fits = False
-    if fits:
-        return
-    tensors = {"q": q, "k": k, "v": v}
-    _check_kinds({**tensors, "cu_seqlens_q": cu_seqlens_q})
-    for name, x in tensors.items():
-        if x.dim() != 3:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; 3 dimensions (rows of all sequences, heads, head_dim) are needed: "
-                f"try {name}.flatten(0, 1) of a batch of sequences, or attention()"
-            )
-
-
 def _check_kinds(tensors: dict[str, Any]) -> None:
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
@@ -206,17 +190,23 @@ def _check_kinds(tensors: dict[str, Any]) -> None:
         check_layout(name, x)
 
 
-def _explain_misfit(q, k, v) -> NoReturn:
+def _explain_misfit(q, k, v, packed: bool) -> NoReturn:
     """Say which of check_call's conditions q, k, v break."""
     tensors = {"q": q, "k": k, "v": v}
     _check_kinds(tensors)
     for name, x in tensors.items():
-        if x.dim() != 4:
+        if packed and x.dim() != 3:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; 3 dimensions (rows of all sequences, heads, head_dim) are needed: "
+                f"try {name}.flatten(0, 1) of a batch of sequences, or attention()"
+            )
+        if not packed and x.dim() != 4:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; 4 dimensions (batch, seqlen, heads, head_dim) are needed: "
                 f"add the missing ones with {name}.unsqueeze(0)"
             )
-    (batch, _, heads, head_dim), (_, _, heads_kv, _) = q.shape, k.shape
+    *batch, _, heads, head_dim = q.shape
+    heads_kv = k.shape[-2]
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; one dtype is needed: try k.to(q.dtype), v.to(q.dtype)"
@@ -225,22 +215,22 @@ def _explain_misfit(q, k, v) -> NoReturn:
         raise ValueError(f"dtype is {q.dtype}; float16, bfloat16, float32 or float64 is needed: try .to(torch.bfloat16)")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; one device is needed: try k.to(q.device)")
-    if not batch == k.shape[0] == v.shape[0]:
+    if batch and not batch[0] == k.shape[0] == v.shape[0]:
         raise ValueError(
-            f"batch sizes of q, k, v are {batch}, {k.shape[0]}, {v.shape[0]}; equal ones are needed: expand k and v"
+            f"batch sizes of q, k, v are {batch[0]}, {k.shape[0]}, {v.shape[0]}; equal ones are needed: expand k and v"
         )
-    if k.shape[1:3] != v.shape[1:3]:
+    if k.shape[-3:-1] != v.shape[-3:-1]:
         raise ValueError(
             f"k is {tuple(k.shape)} and v is {tuple(v.shape)}; equal (seqlen, heads) are needed: only head_dim may differ"
         )
-    if head_dim != k.shape[3]:
-        raise ValueError(f"head_dim of q is {head_dim} and of k is {k.shape[3]}; equal ones are needed: check k's layout")
+    if head_dim != k.shape[-1]:
+        raise ValueError(f"head_dim of q is {head_dim} and of k is {k.shape[-1]}; equal ones are needed: check k's layout")
     if heads != heads_kv and (heads_kv == 0 or heads % heads_kv):
         raise ValueError(
             f"q has {heads} heads and k has {heads_kv}; q's must be a multiple of k's (GQA): "
-            f"repeat k's and v's heads or check that dimension 2 is the heads"
+            f"repeat k's and v's heads or check that the last dimension but one is the heads"
         )
-    raise ValueError(f"head_dim is {head_dim} and head_dim_v is {v.shape[3]}; at least 1 is needed: check the last dimension")
+    raise ValueError(f"head_dim is {head_dim} and head_dim_v is {v.shape[-1]}; at least 1 is needed: check the last dimension")
 
 
 def problem_of(
@@ -315,7 +305,8 @@ def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
 def is_aligned(x: torch.Tensor) -> bool:
     """One look for the usual case: every address that a row of a GPU dtype can have is a multiple of 16 bytes."""
     try:
-        s0, s1, s2, s3 = x.stride()
+        strides = x.stride()
+        s0, s1, s2, s3 = strides if len(strides) == 4 else (0, *strides)
         address = x.data_ptr()
     except RuntimeError:  # a tensor without memory of its own: check_strides says which
         return False

@@ -40,7 +40,7 @@ def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> t
     q is (batch, seqlen_q, heads, head_dim), k (batch, seqlen_k, heads_kv, head_dim), v (batch, seqlen_k, heads_kv,
     head_dim_v); query head h reads key head h // (heads / heads_kv). ``out`` is (batch, seqlen_q, heads, head_dim_v) in
     the inputs' dtype; ``lse`` is (batch, heads, seqlen_q), natural logarithm, float32 (float64 for float64 inputs);
-    ``lse_log2`` is the same in base 2, which :func:`gradients` takes.
+    ``lse_log2`` is the same in base 2, which :func:`gradients` takes. Of ragged sequences none of these has a batch.
 
     Products are summed in lse's dtype and P is rounded to the inputs' dtype before P·V, as tensor cores take it. A row
     that sees no key gives zeros and −inf. A row depends on the keys that it sees and on no others, whatever lies there.
@@ -48,14 +48,15 @@ def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> t
     in use, are zeros and −inf, too, and nothing looks at them.
     """
     acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_zeros(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
-    lse_log2 = q.new_full((call.batch, call.heads, call.seqlen_q), -torch.inf, dtype=acc_dtype)
+    *batch, seqlen_q, heads, _ = q.shape
+    out = q.new_zeros(*batch, seqlen_q, heads, call.head_dim_v)
+    lse_log2 = q.new_full((*batch, heads, seqlen_q), -torch.inf, dtype=acc_dtype)
     if call.empty:
         return out, lse_log2 * LN_2, lse_log2
     if call.lengths is not None:
         for rows, keys, one in _sequences(call):
-            results = attention(q[:, rows], k[:, keys], v[:, keys], one, tile_m=tile_m, tile_n=tile_n)
-            out[:, rows], _, lse_log2[..., rows] = results
+            results = attention(q[None, rows], k[None, keys], v[None, keys], one, tile_m=tile_m, tile_n=tile_n)
+            out[None, rows], _, lse_log2[None, :, rows] = results
         return out, lse_log2 * LN_2, lse_log2
     mQ, mO = _grouped(q, call), _grouped(out, call)  # (batch, seqlen_q, heads_kv, group, head_dim)
     mLSE = _grouped(lse_log2.transpose(1, 2), call)  # (batch, seqlen_q, heads_kv, group)
@@ -101,12 +102,12 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     if call.lengths is not None:
         found = tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
         for rows, keys, one in _sequences(call):
-            kept, of_lse = lse_log2[..., rows], None if dlse is None else dlse[..., rows]
-            tensors = q[:, rows], k[:, keys], v[:, keys], out[:, rows], kept, dout[:, rows], of_lse
+            kept, of_lse = lse_log2[None, :, rows], None if dlse is None else dlse[None, :, rows]
+            tensors = q[None, rows], k[None, keys], v[None, keys], out[None, rows], kept, dout[None, rows], of_lse
             parts = gradients(*tensors, one, needs, tile_m=tile_m, tile_n=tile_n)
             for dx, part, where in zip(found, parts, (rows, keys, keys), strict=True):
                 if dx is not None:
-                    dx[:, where] = part
+                    dx[None, where] = part
         return found
     dtype, acc_dtype = q.dtype, lse_log2.dtype
     dq, dk, dv = (

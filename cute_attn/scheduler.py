@@ -50,9 +50,14 @@ class Work:
 @dataclass(frozen=True)
 class Tickets:
     """Numbers that persistent blocks draw for their tiles, so that the next one is always whose block is free first. In global
-    memory, int32: how many have been drawn, 0 before the kernel; then, for each number, which one its block drew next."""
+    memory, int32: how many have been drawn; then, for each number, which one its block drew next."""
 
     words: cute.Tensor
+
+    @cute.jit
+    def reset(self, stream):
+        """Before the kernel whose blocks draw."""
+        _write_zero(self.words).launch(grid=[1, 1, 1], block=[1, 1, 1], stream=stream)
 
     @cute.jit
     def draw(self, first, last: Int32):
@@ -73,6 +78,11 @@ class Tickets:
         if cute.arch.lane_idx() == 0:
             number = self.words[1 + last]
         return cute.arch.shuffle_sync(number, 0)
+
+
+@cute.kernel
+def _write_zero(words: cute.Tensor):
+    words[0] = Int32(0)
 
 
 @dataclass(frozen=True)
@@ -185,15 +195,17 @@ class Tiles:
         return Work(block, head, self._head_kv(head), q, k, block * self.tile < capacity)
 
     @cute.jit
-    def seek(self, position: Int32, first: Int32, before: Int32):
-        """A whole warp: the ragged tile at a position, if only those count that have rows: ``(work, first, before)``, the last
-        two to go on from with a later position (:meth:`Sequences.seek`)."""
-        side, wanted = self._side(), position // self.heads
-        exists, i, begin, first, before = self.sequences.seek(wanted, first, before, side, self.tile)
-        tiles = side.tiles(i, self.sequences.count, self.tile)
+    def seek(self, position: Int32, first: Int32, before: Int32, unused: cutlass.Constexpr[bool] = False):
+        """A whole warp: the ragged tile at a position, if only those count that have rows in use, or, ``unused``, only the
+        others: ``(work, first, before)``, the last two to go on from with a later position (:meth:`Sequences.seek`)."""
+        side, wanted, kind = self._side(), position // self.heads, int(unused)
+        exists, i, begin, first, before = self.sequences.seek(wanted, first, before, (side, self.tile, kind))
+        held = side.tiles(i, self.sequences.count, self.tile)
         # Wrong bounds may count more tiles than there can be, and past 32 bits.
-        exists = exists & (position < self.count()) & (begin <= wanted) & (wanted - begin < tiles)
-        block, head, q, k = self._within(i, cutlass.max(tiles, 1), position - begin * self.heads)
+        exists = exists & (position < self.count()) & (begin <= wanted) & (wanted - begin < held[kind])
+        block, head, q, k = self._within(i, cutlass.max(held[kind], 1), position - begin * self.heads)
+        if cutlass.const_expr(unused):
+            block += held[0]
         return Work(block, head, self._head_kv(head), q, k, exists), first, before
 
     @cute.jit

@@ -8,7 +8,8 @@ another in the rows of tensors whose batch is 1; where each begins and how many 
 next one's. That is a closed form, so nothing has to be summed up, and it is enough of them: at least ⌈length / t⌉, at most one
 more. The same with t = 128 says where its rows begin in what is padded (:attr:`Span.padded`). A slot without a tile is a tile
 past its sequence's end: it sees nothing, and nothing of it is stored. A warp can also count the tiles that there really are
-(:meth:`Sequences.seek`), 128 sequences at a time; blocks that walk over many tiles have one do that ahead of the others.
+(:meth:`Sequences.seek`), 128 sequences at a time; blocks that walk over many tiles have one do that ahead of the others, and
+another for tiles without any row in use, whose results are zeros.
 
 What follows the last sequence, and what follows each one's rows in use, belongs to a sequence too, but is none of its rows: the
 results there are zeros.
@@ -105,11 +106,14 @@ class Side:
 
     @cute.jit
     def tiles(self, i, count, tile: cutlass.Constexpr[int]):
-        """How many tiles have rows of sequence ``i``, or of what comes after the last; there is nothing after that."""
-        rows = Int32(0)
+        """Of sequence ``i``, or of what comes after the last: ``(how many tiles have rows in use, how many more there are)``.
+        There is nothing after that."""
+        length, capacity = Int32(0), Int32(0)
         if i <= count:
-            rows = self.span(i, count).capacity
-        return (rows + tile - 1) // tile
+            span = self.span(i, count)
+            length, capacity = span.length, span.capacity
+        used = (length + tile - 1) // tile
+        return used, (capacity + tile - 1) // tile - used
 
     def slots(self, i, tile: int):
         """How many slots of ``tile`` rows come before sequence ``i``'s."""
@@ -148,14 +152,16 @@ class Sequences:
     k: Side
 
     @cute.jit
-    def seek(self, wanted: Int32, first: Int32, before: Int32, side: cutlass.Constexpr[Any], tile: cutlass.Constexpr[int]):
-        """A whole warp: where tile number ``wanted`` of a side is, among those of sequence ``first`` and later ones, ``before``
-        which there are ``before`` tiles: ``(whether there is one, its sequence, how many tiles come before that one's, first,
-        before)``, the last two to go on from with a later tile."""
+    def seek(self, wanted: Int32, first: Int32, before: Int32, of: cutlass.Constexpr[tuple]):
+        """A whole warp: where tile number ``wanted`` is among those of sequence ``first`` and later ones, before which there
+        are ``before`` tiles: ``(whether there is one, its sequence, how many tiles come before that one's, first, before)``,
+        the last two to go on from with a later tile. ``of`` is (the side, rows of a tile, 0 to count tiles with rows in use or
+        1 to count the others)."""
+        side, tile, kind = of
         lane = cute.arch.lane_idx()
         found, sequence, begin = Boolean(False), Int32(0), Int32(0)
         while (found == False) & (first <= self.count):  # noqa: E712
-            held = [side.tiles(first + lane * PER_LANE + j, self.count, tile) for j in range(PER_LANE)]
+            held = [side.tiles(first + lane * PER_LANE + j, self.count, tile)[kind] for j in range(PER_LANE)]
             upto = [sum(held[: j + 1]) for j in range(PER_LANE)]
             mine = upto[-1]
             passed = mine  # up to this lane's last

@@ -1,4 +1,4 @@
-"""Views of tensors that are common to ``mma.sync`` and warpgroup MMA.
+"""Views of tensors that are common to ``mma.sync`` and warpgroup MMA: of accumulators, and of 16 bytes of a row.
 
 Both families hold an accumulator tile as ``((2, 2, N), M, N')``: within a thread, the first 2 runs along a row, the
 second steps down 8 rows, and ``N`` (warpgroup MMA only; one instruction is N × 8 columns wide) and ``N'`` go on along the row.
@@ -8,6 +8,8 @@ The four threads of a quad share a row.
 from __future__ import annotations
 
 from cutlass import cute
+
+from cute_attn.layouts.base import VECTOR
 
 THREADS_PER_ROW = 4
 
@@ -43,3 +45,17 @@ def transposed(s: cute.Tensor) -> cute.Tensor:
         outer = cute.select(layout.outer, mode=modes)
         return cute.make_tensor(s.iterator, cute.make_composed_layout(layout.inner, layout.offset, outer))
     return cute.make_tensor(s.iterator, cute.select(layout, mode=modes))
+
+
+def vector(m: cute.Tensor, row, column) -> cute.Tensor:
+    """16 bytes of a row of ``(rows, columns)`` in global or shared memory, in registers; ``column`` counts vectors."""
+    source = vector_at(m, row, column)
+    held = cute.make_rmem_tensor(VECTOR, source.element_type)
+    cute.autovec_copy(source, held)
+    return held
+
+
+def vector_at(m: cute.Tensor, row, column) -> cute.Tensor:
+    """Where these 16 bytes are."""
+    where = cute.local_tile(m, (1, VECTOR), (row, column)).iterator.align(16)
+    return cute.make_tensor(where, cute.make_layout(VECTOR))

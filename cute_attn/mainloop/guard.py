@@ -28,7 +28,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn.layouts.base import VECTOR
-from cute_attn.layouts.fragments import rows_columns
+from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 
 LOWEST = -3.4028234663852886e38  # of float32: the log-sum-exp of a marked row
 HIDDEN = LOWEST / 2  # the score of a hidden key: far below any row's log-sum-exp but a marked one's, and far above that
@@ -85,26 +85,13 @@ def _plus_zero_times(x: Int32, total: Int32, dtype) -> Int32:
     return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[x, total])
 
 
-def vector(m: cute.Tensor, row, column) -> cute.Tensor:
-    """16 bytes of a row of ``(rows, columns)`` in global or shared memory, in registers; ``column`` counts vectors."""
-    source = _place(m, row, column)
-    held = cute.make_rmem_tensor(VECTOR, source.element_type)
-    cute.autovec_copy(source, held)
-    return held
-
-
-def _place(m: cute.Tensor, row, column) -> cute.Tensor:
-    where = cute.local_tile(m, (1, VECTOR), (row, column)).iterator.align(16)
-    return cute.make_tensor(where, cute.make_layout(VECTOR))
-
-
 @cute.jit
 def fill_row(m: cute.Tensor, row, value: cutlass.Constexpr[float]):
     """A row of ``(rows, columns)`` in shared memory."""
     held = cute.make_rmem_tensor(VECTOR, m.element_type)
     held.fill(m.element_type(value))
     for c in cutlass.range(cute.size(m, mode=[1]) // VECTOR, unroll=1):
-        cute.autovec_copy(held, _place(m, row, c))
+        cute.autovec_copy(held, vector_at(m, row, c))
 
 
 @cute.jit
@@ -196,4 +183,4 @@ def copy_carefully(
                 piece.fill(Float32(0.0).to(source.element_type))
                 if c * VECTOR < source.shape[1]:
                     piece.store(vector(source, row, c).load())
-            cute.autovec_copy(piece, _place(into, r, c))
+            cute.autovec_copy(piece, vector_at(into, r, c))

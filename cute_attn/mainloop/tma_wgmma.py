@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, cute, pipeline
+from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from cute_attn.epilogue import clear_rows_past, converted, store_lse
+from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_nothing_seen
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
@@ -28,11 +28,13 @@ from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import KeyTiles, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
+from cute_attn.plan import takes_tickets
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
-COPY_K_V_WARP, COPY_Q_WARP, FIND_WORK_WARP = 0, 1, 2
+COPY_K_V_WARP, COPY_Q_WARP, FIND_WORK_WARP, CLEAR_WARP = 0, 1, 2, 3
 LONG = 1 << 19  # keys · columns of Q in shared memory from which on a causal tile is worth a block of its own
+ASK_AHEAD = 4  # so many key tiles before its last one is copied, a query tile's block asks for the next
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ForwardPipelines:
     v: pipeline.PipelineTmaAsync
     verdict: pipeline.PipelineAsync | None
     work: pipeline.PipelineAsync | None = None
+    asked: pipeline.PipelineAsync | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ class Forward(Kernel):
         q, k, v = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
         o = self.operand("O", mO, self.lay.copy_out)
         plain = (mK, mV) if cutlass.const_expr(self.guarded) else None
-        self.kernel(q, k, v, o, mLSE, plain, values, tiles).launch(
+        plain_o = mO if cutlass.const_expr(self.problem.ragged) else None
+        self.kernel(q, k, v, o, mLSE, plain, plain_o, values, tiles).launch(
             grid=[blocks, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
 
@@ -120,7 +124,16 @@ class Forward(Kernel):
 
     @cute.kernel
     def kernel(
-        self, q: TmaOperand, k: TmaOperand, v: TmaOperand, o: TmaOperand, mLSE: LogSumExp, plain, values: Values, tiles: Tiles
+        self,
+        q: TmaOperand,
+        k: TmaOperand,
+        v: TmaOperand,
+        o: TmaOperand,
+        mLSE: LogSumExp,
+        plain,
+        plain_o,
+        values: Values,
+        tiles: Tiles,
     ):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -133,10 +146,13 @@ class Forward(Kernel):
             if cutlass.const_expr(shared.work is not None):
                 if warp == FIND_WORK_WARP:
                     self._find_work(shared, pipes, tiles)
+                if warp == CLEAR_WARP:
+                    self._clear_unused_tiles(plain_o, mLSE, tiles)
             if warp == COPY_K_V_WARP:
                 walk_over = self._walker(shared, pipes, tiles)
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-                state = walk_over.each(partial(self._copy_k_v, k, v, shared, pipes, values), state)
+                ask = self._queue(shared, pipes).ask if cutlass.const_expr(self.problem.ragged) else None
+                state = walk_over.each(partial(self._copy_k_v, k, v, shared, pipes, values, ask), state)
                 if cutlass.const_expr(self.guarded):
                     if self._is_done_again(shared, pipes):
                         walk_over.each(partial(self._copy_k_v_carefully, plain, shared, pipes, values), state)
@@ -167,6 +183,7 @@ class Forward(Kernel):
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
             verdict=self.hand_over_pipe(smem, 1, config.mma_warps) if self.guarded else None,
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 2 + config.mma_warps) if self.problem.ragged else None,
+            asked=self.hand_over_pipe(smem, 1, 1) if takes_tickets(self.problem, config) else None,
         )
         work = WorkQueue.slots_in(smem) if self.problem.ragged else None
         verdict = None
@@ -179,17 +196,31 @@ class Forward(Kernel):
 
     def _walker(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
         """What gives a warp the tiles of the block, one after another: :meth:`Tiles.each`, or those another finds."""
-        return tiles if shared.work is None else WorkQueue(shared.work, pipes.work, self.arrive).taker()
+        return tiles if shared.work is None else self._queue(shared, pipes).taker()
+
+    def _queue(self, shared: ForwardShared, pipes: ForwardPipelines) -> WorkQueue:
+        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive)
 
     @cute.jit
     def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
         """One warp: the tiles of the block for the others."""
-        queue = WorkQueue(shared.work, pipes.work, self.arrive)
+        queue = self._queue(shared, pipes)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.WORK_SLOTS)
         state, begin = queue.hand_out(tiles, state)
         if cutlass.const_expr(self.guarded):
             if self._is_done_again(shared, pipes):
                 queue.hand_out(tiles, state, begin)
+
+    @cute.jit
+    def _clear_unused_tiles(self, mO: cute.Tensor, mLSE: LogSumExp, tiles: Tiles):
+        """One warp: the results of tiles without a row in use, as many for each block."""
+        turn, first, before, more = Int32(0), Int32(0), Int32(0), Boolean(True)
+        while more:
+            work, first, before = tiles.seek(tiles.position(turn), first, before, unused=True)
+            if work.exists:
+                store_nothing_seen(mO, mLSE, work, self.config.tile_m)
+            turn += 1
+            more = work.exists
 
     @cute.jit
     def _is_done_again(self, shared: ForwardShared, pipes: ForwardPipelines):
@@ -212,15 +243,26 @@ class Forward(Kernel):
 
     @cute.jit
     def _copy_k_v(
-        self, k: TmaOperand, v: TmaOperand, shared: ForwardShared, pipes: ForwardPipelines, values: Values, k_state, work: Work
+        self,
+        k: TmaOperand,
+        v: TmaOperand,
+        shared: ForwardShared,
+        pipes: ForwardPipelines,
+        values: Values,
+        ask: cutlass.Constexpr,
+        k_state,
+        work: Work,
     ):
-        """One warp: the K and V tiles of a query tile, last keys first, K one tile ahead of V. Returns the pipelines' next
-        state: between query tiles both are at the same."""
+        """One warp: the K and V tiles of a query tile, last keys first, K one tile ahead of V. Calls ``ask`` for the next query
+        tile, and returns the pipelines' next state: between query tiles both are at the same."""
         v_state = k_state.clone()
         keys = KeyTiles.of(values.of(work), self.problem, work.block, self.config)
         tKgK, tKsK = k.tiles(shared.k, work.k, work.head_kv, keys.begin)
         tVgV, tVsV = v.tiles(shared.v, work.k, work.head_kv, keys.begin)
         for i in cutlass.range(keys.count + 1, unroll=1):
+            if cutlass.const_expr(ask is not None):
+                if i == cutlass.max(keys.count - ASK_AHEAD, 0):
+                    ask()
             if i < keys.count:
                 pipes.k.producer_acquire(k_state)
                 self._copy(k, tKgK[None, keys.count - 1 - i], tKsK, pipes.k, k_state)

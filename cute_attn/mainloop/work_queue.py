@@ -3,6 +3,9 @@
 Where the tiles of a call can't be told by arithmetic alone, each costs a search in global memory. A persistent block would wait
 for it before every tile; so a warp that has nothing else to do searches, and puts what it finds into a ring of slots in shared
 memory. The others take each tile from there when they come to it; a tile with a negative ``block`` says that there are no more.
+
+Where blocks draw tickets for tiles, one that a block holds and hasn't begun is one that another might have finished: such a
+block is given its next tile only once it has asked for it, as late as will do.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from cute_attn.sequences import Span
 @dataclass(frozen=True)
 class WorkQueue:
     """The ring: ``slots`` in shared memory ``(field, slot)``, ``pipe`` between the warp that finds tiles and those that take
-    them, ``arrive`` as a whole warp arrives there (:meth:`Kernel.arrive <cute_attn.mainloop.warpgroups.Kernel.arrive>`)."""
+    them, ``asked``, of one stage, to the former from the one that asks for tiles where there are tickets, ``arrive`` as a whole
+    warp arrives there (:meth:`Kernel.arrive <cute_attn.mainloop.warpgroups.Kernel.arrive>`)."""
 
     slots: cute.Tensor
     pipe: pipeline.PipelineAsync
+    asked: pipeline.PipelineAsync | None
     arrive: cutlass.Constexpr
 
     @staticmethod
@@ -47,6 +52,8 @@ class WorkQueue:
             if cutlass.const_expr(tiles.tickets is None):
                 position = tiles.position(turn)
             elif cutlass.const_expr(begin is None):
+                if turn > 0:
+                    self.asked.consumer_wait(pipeline.PipelineState(1, turn, Int32(0), (turn - 1) % 2))
                 position = tiles.tickets.draw(turn == 0, position)
             elif turn == 0:
                 position = begin
@@ -62,6 +69,12 @@ class WorkQueue:
             turn += 1
             more = work.exists
         return state, begun
+
+    @cute.jit
+    def ask(self):
+        """One warp, once for each tile: the next one is wanted."""
+        if cutlass.const_expr(self.asked is not None):
+            self.arrive(self.asked.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
 
     @cute.jit
     def _write(self, work: Work, slot: cute.Tensor):

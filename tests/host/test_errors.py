@@ -451,8 +451,8 @@ LENGTHS = [
     Row("packed v of 4 dimensions", packed(v=v), ValueError, "v has shape (2, 10, 2, 16)", "3 dimensions", "v.flatten(0, 1)"),
     Row("packed k of 2 dimensions", packed(k=k[0, 0]), ValueError, "k has shape (2, 16)", "3 dimensions (rows of all"),
     Row("sparse packed q", packed(q=q[0].to_sparse()), TypeError, "q has layout torch.sparse_coo", "strided is needed"),
-    Row("totals of k and v", packed(v=v[0, 1:]), ValueError, "v is (1, 9, 2, 16)", "equal (seqlen, heads) are needed"),
-    Row("no bounds", packed(cu_seqlens_q=None), TypeError, "cu_seqlens_q is a NoneType", "torch.Tensor is needed"),
+    Row("totals of k and v", packed(v=v[0, 1:]), ValueError, "v is (9, 2, 16)", "equal (seqlen, heads) are needed"),
+    Row("no bounds", packed(cu_seqlens_q=None), TypeError, "cu_seqlens_q is None", "an int32 tensor is needed"),
     Row(
         "bounds a list",
         packed(cu_seqlens_k=[0, 5]),

@@ -159,22 +159,41 @@ def test_every_row_has_a_slot_of_its_own_sequence(lengths, tile, tail):
         assert rows == list(range(side.rows))
 
 
-@given(st.lists(st.integers(0, 9), max_size=400), st.integers(1, 40), st.integers(0, 5))
-def test_a_warp_finds_every_tile_once_and_in_order(tiles, step, start):
+@given(st.lists(st.integers(0, 9), max_size=400), st.integers(1, 40), st.integers(0, 5), st.integers(0, 1))
+def test_a_warp_finds_every_tile_once_and_in_order(tiles, step, start, kind):
     """Tiles of sequences that have so many each, every ``step``-th, going on from where the last was; then none. A warp is a
     vector of 32 lanes."""
     held = np.array([*tiles, *[0] * 200])
-    side = SimpleNamespace(tiles=lambda i, count, tile: np.where(i <= count, held[np.minimum(i, len(held) - 1)], 0))
+
+    def counts(i, count, tile):
+        wanted = np.where(i <= count, held[np.minimum(i, len(held) - 1)], 0)
+        return (wanted, 7 - wanted) if kind == 0 else (7 - wanted, wanted)
+
+    side = SimpleNamespace(tiles=counts)
     owners = np.repeat(np.arange(len(tiles)), tiles)
     begins = np.cumsum([0, *tiles])
     with a_warp():
         sequences = Sequences(len(tiles), side, side)
         first = before = 0
         for wanted in range(start, len(owners) + 2 * step, step):
-            found, sequence, begin, first, before = seek(sequences, wanted, first, before, side, 64)
+            found, sequence, begin, first, before = seek(sequences, wanted, first, before, (side, 64, kind))
             assert bool(found) == (wanted < len(owners))
             if found:
                 assert (sequence, begin) == (owners[wanted], begins[owners[wanted]])
+
+
+@given(lengths, st.sampled_from([64, 128, 192]), st.integers(0, 300), st.data())
+def test_tiles_in_use_and_others(lengths, tile, tail, data):
+    """Together they are all there are; those in use come first, and no row in use is in another."""
+    used = [data.draw(st.integers(0, length)) for length in lengths]
+    for side in sides(lengths, tail):
+        side = replace(side, used=used)
+        with a_warp():
+            for i in range(len(lengths) + 2):
+                with_rows, others = Side.tiles.__wrapped__(side, i, len(lengths), tile)
+                length, in_use = [*lengths, tail, 0][i], [*used, 0, 0][i]
+                assert with_rows + others == -(-length // tile)
+                assert with_rows == -(-in_use // tile)
 
 
 @given(lengths, st.integers(0, 300))
