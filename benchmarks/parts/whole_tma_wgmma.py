@@ -34,8 +34,8 @@ class Staged(Forward):
             self.guarded = False
         self.kept: Any = None  # scores, where no product makes them
 
-    def _setup(self):
-        shared, pipes = Forward._setup(self)
+    def _setup(self, draws):
+        shared, pipes = Forward._setup(self, draws)
         if self.stages.loads:
             return shared, pipes
         if self.stages.products:

@@ -28,7 +28,6 @@ from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import KeyTiles, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
-from cute_attn.plan import takes_tickets
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
@@ -139,7 +138,7 @@ class Forward(Kernel):
         if warp == 0:
             for operand in (q, k, v, o):
                 cpasync.prefetch_descriptor(operand.atom)
-        shared, pipes = self._setup()
+        shared, pipes = self._setup(tiles.tickets is not None)
 
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
@@ -168,8 +167,8 @@ class Forward(Kernel):
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             self._compute(o, mLSE, shared, pipes, values, tiles)
 
-    def _setup(self):
-        """Allocate shared memory and initialise the barriers."""
+    def _setup(self, draws: bool):
+        """Allocate shared memory and initialise the barriers; ``draws``: those for a block that draws tickets, too."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
@@ -183,7 +182,7 @@ class Forward(Kernel):
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
             verdict=self.hand_over_pipe(smem, 1, config.mma_warps) if self.guarded else None,
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 2 + config.mma_warps) if self.problem.ragged else None,
-            asked=self.hand_over_pipe(smem, 1, 1) if takes_tickets(self.problem, config) else None,
+            asked=self.hand_over_pipe(smem, 1, 1) if draws else None,
         )
         work = WorkQueue.slots_in(smem) if self.problem.ragged else None
         verdict = None

@@ -99,7 +99,7 @@ def test_an_operator_checks_its_arguments():
         with pytest.raises(ValueError, match=words):
             OPS.attention.Tensor(*forward_arguments(q, k, v, rules, NUMBERS["Tensor"]))
     *_, lengths = packed(q, k, v)
-    with pytest.raises(ValueError, match="q has shape .3, 9, 4, 16.; 3 dimensions"):
+    with pytest.raises(ValueError, match=r"q has shape \(3, 9, 4, 16\); 3 dimensions"):
         OPS.attention(*forward_arguments(q, k, v, RULES[0], NUMBERS["default"], lengths=lengths))
 
 

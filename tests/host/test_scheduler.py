@@ -188,7 +188,8 @@ def test_tiles_in_use_and_others(lengths, tile, tail, data):
     used = [data.draw(st.integers(0, length)) for length in lengths]
     for side in sides(lengths, tail):
         side = replace(side, used=used)
-        with a_warp():
+        with a_warp(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Side, "span", span_of)
             for i in range(len(lengths) + 2):
                 with_rows, others = Side.tiles.__wrapped__(side, i, len(lengths), tile)
                 length, in_use = [*lengths, tail, 0][i], [*used, 0, 0][i]
