@@ -14,6 +14,7 @@ log-sum-exp enters through delta, since ∂LSE_i / ∂S_ij = P_ij):
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, cute
@@ -160,7 +161,8 @@ def _place(blocks, heads):
 
 
 class RowValues:
-    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums."""
+    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums. A block takes as many
+    rows as it has threads for; of ragged sequences, for each of which it has to search, as many as are padded together."""
 
     THREADS = 256
 
@@ -170,21 +172,37 @@ class RowValues:
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
         self.rows = self.THREADS // self.threads_per_row
+        self.steps = ROW_PADDING // self.rows if problem.ragged else 1
 
     @cute.jit
     def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, stream):
         padded, heads, batch = rows.delta.shape
         mQ = mQ if self.problem.masked else None
         self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals, sequences).launch(
-            grid=[cute.ceil_div(padded, self.rows) * heads * batch, 1, 1], block=[self.THREADS, 1, 1], stream=stream
+            grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
+            block=[self.THREADS, 1, 1],
+            stream=stream,
         )
 
     @cute.kernel
     def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences):
-        block, head, batch = _place(cute.ceil_div(rows.delta.shape[0], self.rows), rows.delta.shape[1])
+        block, head, batch = _place(cute.ceil_div(rows.delta.shape[0], self.rows * self.steps), rows.delta.shape[1])
+        where = head, batch
+        inputs = mQ, mO, mdO, mLSE_raw, mdLSE
+        if cutlass.const_expr(sequences is None):
+            self._rows(inputs, rows, dq_sum, signals, Span(batch), where, block * self.rows, block)
+        else:
+            span, row = _padded_span(sequences, block * ROW_PADDING, batch)
+            for step in cutlass.range(self.steps, unroll=1):
+                self._rows(inputs, rows, dq_sum, signals, span, where, row + step * self.rows, block * self.steps + step)
+
+    @cute.jit
+    def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group):
+        """As many rows of a sequence as there are threads for, from ``first`` on: ``group`` of all."""
+        mQ, mO, mdO, mLSE_raw, mdLSE = inputs
+        head, batch = where
         thread = cute.arch.thread_idx()[0]
-        padded, place = block * self.rows + thread // self.threads_per_row, thread % self.threads_per_row
-        span, row = _padded_span(sequences, padded, batch)
+        row, place = first + thread // self.threads_per_row, thread % self.threads_per_row
         mO, mdO = (span.rows(m, head) for m in (mO, mdO))
         exists = row < mO.shape[0]
         total = Float32(0.0)
@@ -202,10 +220,15 @@ class RowValues:
                         delta = total - span.row_values(mdLSE, head)[row]
                 if cutlass.const_expr(self.problem.masked):
                     lse, delta = self._marked(span.rows(mQ, head), row, total, lse, delta, signals)
+            padded = group * self.rows + thread // self.threads_per_row
             rows.lse_raw[padded, head, batch] = lse
             rows.delta[padded, head, batch] = delta
         if cutlass.const_expr(dq_sum is not None):
-            self._clear(dq_sum[None, None, None, head, batch], block, thread)
+            clear = partial(self._clear, dq_sum[None, None, None, head, batch], group, thread)
+            if cutlass.const_expr(span.length is None):  # noqa: SIM114
+                clear()
+            elif first // self.config.tile_m * self.config.tile_m < span.length:  # nobody reads the sums of other tiles
+                clear()
 
     @cute.jit
     def _marked(self, mQ: cute.Tensor, row, total, lse, delta, signals: Signals):
@@ -220,11 +243,11 @@ class RowValues:
         return lse, delta
 
     @cute.jit
-    def _clear(self, dq_sum: cute.Tensor, block, thread):
-        """Zeros for as many floats as the block's rows have in dQ's sums."""
+    def _clear(self, dq_sum: cute.Tensor, group, thread):
+        """Zeros for as many floats as a group of rows has in dQ's sums."""
         floats = self.rows * self.config.tile_d
         # The offset hides from the compiler that the address is a multiple of 16 bytes still.
-        begin = cute.make_tensor((dq_sum.iterator + cutlass.Int64(block) * floats).align(16), cute.make_layout(floats))
+        begin = cute.make_tensor((dq_sum.iterator + cutlass.Int64(group) * floats).align(16), cute.make_layout(floats))
         zeros = cute.make_rmem_tensor(4, Float32)
         zeros.fill(0.0)
         for i in cutlass.range_constexpr(-(-floats // (4 * self.THREADS))):
@@ -257,6 +280,7 @@ class CastQueries:
         thread = cute.arch.thread_idx()[0]
         m_block, piece = block // count, block % count
         span, row_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
+        in_use = None if span.first is None else row_first < span.length
         mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
         column_first = Int32(0)
         for p in cutlass.range_constexpr(count):
@@ -268,7 +292,13 @@ class CastQueries:
         acc = cute.make_rmem_tensor(mma.partition_shape_C(self.lay.piece_shape(self.config)), Float32)
         source = dq_sum[None, piece, m_block, head, batch].iterator
         mine = cute.make_tensor(source, cute_layout(self.lay.sums(self.config)))[thread, None, 0]
-        cute.autovec_copy(mine, cute.make_tensor(acc.iterator, cute.make_layout(mine.shape)))
+        held = cute.make_tensor(acc.iterator, cute.make_layout(mine.shape))
+        if cutlass.const_expr(in_use is None):
+            cute.autovec_copy(mine, held)
+        else:
+            acc.fill(0.0)
+            if in_use:
+                cute.autovec_copy(mine, held)
         acc.store(acc.load() * Float32(values.scale(self.problem)))
 
         identity = cute.make_identity_tensor(self.lay.piece_shape(self.config))

@@ -39,19 +39,22 @@ def _store_rows(m: cute.Tensor, held: cute.Tensor, where: cute.Tensor, row_first
 
 
 @cute.jit
-def store_nothing_seen(mO: cute.Tensor, mLSE: LogSumExp, work: Work, tile: cutlass.Constexpr[int]):
-    """One warp: the results of a tile of queries none of which sees a key, as if it had been computed."""
-    gO, first, lane = work.q.stored.rows(mO, work.head), work.block * tile, cute.arch.lane_idx()
-    rows, pieces = cutlass.min(gO.shape[0] - first, tile), gO.shape[1] // VECTOR
+def store_nothing_seen(mO: cute.Tensor, mLSE: LogSumExp, work: Work, shape: cutlass.Constexpr[tuple]):
+    """One warp: the results of a tile (rows, columns) of queries none of which sees a key, as if it had been computed."""
+    gO, first, lane = work.q.stored.rows(mO, work.head), work.block * shape[0], cute.arch.lane_idx()
+    last = cutlass.min(first + shape[0], gO.shape[0])
+    pieces = min(shape[1] // VECTOR, WARP)  # of a row, one for each lane
+    row, piece = lane // pieces, lane % pieces
     zeros = cute.make_rmem_tensor(VECTOR, gO.element_type)
     zeros.fill(0.0)
-    for i in cutlass.range(lane, rows * pieces, WARP, unroll=1):
-        cute.autovec_copy(zeros, vector_at(gO, first + i // pieces, i % pieces))
+    for r in cutlass.range(first + row, last, WARP // pieces, unroll=4):
+        if piece * VECTOR < gO.shape[1]:
+            cute.autovec_copy(zeros, vector_at(gO, r, piece))
     for m, nothing in ((mLSE.natural, -Float32.inf), (mLSE.raw, Float32.inf)):
         if cutlass.const_expr(m is not None):
             of_rows = work.q.stored.row_values(m, work.head)
-            for r in cutlass.range(lane, rows, WARP, unroll=1):
-                of_rows[first + r] = nothing
+            for r in cutlass.range(first + lane, last, WARP, unroll=1):
+                of_rows[r] = nothing
 
 
 def converted(acc: cute.Tensor, dtype) -> cute.Tensor:

@@ -217,7 +217,7 @@ class Forward(Kernel):
         while more:
             work, first, before = tiles.seek(tiles.position(turn), first, before, unused=True)
             if work.exists:
-                store_nothing_seen(mO, mLSE, work, self.config.tile_m)
+                store_nothing_seen(mO, mLSE, work, (self.config.tile_m, self.config.tile_dv))
             turn += 1
             more = work.exists
 
