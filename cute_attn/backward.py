@@ -306,13 +306,22 @@ class CastQueries:
         of_piece = rows_columns(acc)
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(span.length, row_first, where, of_piece)
+        # Of two neighbours one stores 4 columns of one MMA's 8, the other 4 of the next one's: whole sectors of memory.
+        even = thread % 2 == 0
         for r in cutlass.range_constexpr(cute.size(of_piece, mode=[0])):
             row = row_first + where[r, 0][0]
-            for c in cutlass.range_constexpr(0, cute.size(of_piece, mode=[1]), 2):
+            for c in cutlass.range_constexpr(0, cute.size(of_piece, mode=[1]), 4):
+                held = cute.make_rmem_tensor(4, mdQ.element_type)
+                for i in cutlass.range_constexpr(4):
+                    held[i] = of_piece[r, c + i].to(mdQ.element_type)
+                pairs = cute.recast_tensor(held, Int32)
+                theirs = cute.arch.shuffle_sync_bfly(pairs[1] if even else pairs[0], 1)
                 column = column_first + where[r, c][1]
+                if even:
+                    pairs[1] = theirs
+                else:
+                    pairs[0] = theirs
+                    column = column_first + where[r, c + 2][1] - 2
                 if row < length and column < self.problem.head_dim:
-                    pair = cute.make_rmem_tensor(2, mdQ.element_type)
-                    for i in cutlass.range_constexpr(2):
-                        pair[i] = of_piece[r, c + i].to(mdQ.element_type)
-                    into = cute.local_tile(mdQ, (1, 2), (row, column // 2))
-                    cute.autovec_copy(pair, cute.make_tensor(into.iterator.align(4), pair.layout))
+                    into = cute.local_tile(mdQ, (1, 4), (row, column // 4))
+                    cute.autovec_copy(held, cute.make_tensor(into.iterator.align(8), held.layout))
