@@ -354,6 +354,8 @@ def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, sof
 
 def _readable(q, k, v, scale) -> tuple:
     """Tensors q, k, v as 16-byte copies can read their rows; the scale of q; how many columns of v count."""
+    if q.shape[-1] != k.shape[-1]:  # attention says so; padded they might be equal
+        return q, k, v, scale, None
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     return _padded(q), _padded(k), _padded(v), scale, v.shape[-1]
 
