@@ -479,7 +479,7 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
             f"and an index for each row are needed: pass what unpad_input returned"
         )
     rows = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
-    return rows.index_copy_(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+    return rows.index_copy_(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))
 
 
 def _check_tensor(name: str, x: object, dims: int) -> None:
@@ -494,7 +494,7 @@ def _check_indices(indices: torch.Tensor) -> None:
     _check_tensor("indices", indices, 1)
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"indices has shape {tuple(indices.shape)} and dtype {indices.dtype}; int64 (rows,) is needed: try "
+            f"indices has shape {tuple(indices.shape)} and dtype {indices.dtype}; int64 or int32 (rows,) is needed: try "
             f"mask.flatten().nonzero().flatten()"
         )
 

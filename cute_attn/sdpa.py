@@ -120,7 +120,7 @@ def _attend(query, key, value, is_causal: bool, scale: float | None, backend: st
         # Attention aligns the last query with the last key. Of more keys, those past the last query's nobody sees; of more
         # queries, each sees as many keys past the one that it is aligned with.
         if extra < 0:
-            key, value = key[:, :, :extra], value[:, :, :extra]
+            key, value = (x.narrow(2, 0, query.shape[2]) for x in (key, value))
         else:
             window, is_causal = (None, extra), False
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -218,7 +218,7 @@ def _is_scale(scale: object) -> bool:
 
 def _why_unreadable(query, key, value) -> str | None:
     """Why the kernels can't read one of the tensors in place, if they can't."""
-    if not is_compiling() and is_aligned(query) and is_aligned(key) and is_aligned(value):
+    if not is_compiling() and query.dim() == 4 and is_aligned(query) and is_aligned(key) and is_aligned(value):
         return None
     check = strides_for_kernels if is_compiling() else check_strides
     for name, x in (("query", query), ("key", key), ("value", value)):
