@@ -1,7 +1,7 @@
 """Exact fused attention for PyTorch, written in Python with NVIDIA's CuTe DSL."""
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from cute_attn import sources as sources  # first: it notes the files before any of them is read
 from cute_attn.api import attention, attention_varlen
@@ -11,7 +11,7 @@ __all__ = ["attention", "attention_varlen"]
 _INTERFACES = ("flash_attn", "sdpa")  # modules that are imported when they are first asked for
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _INTERFACES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -230,9 +230,13 @@ def _why_unreadable(query, key, value) -> str | None:
 
 
 @constant_in_graphs
-@lru_cache(maxsize=64)
 def _without_kernels(device: int) -> str | None:
     """Why a GPU runs no kernels, if it runs none."""
+    return _looked_at(device)
+
+
+@lru_cache(maxsize=64)
+def _looked_at(device: int) -> str | None:
     name, why = machine.backend()
     if name == "reference":
         return why

@@ -237,17 +237,17 @@ def test_an_error_that_has_nothing_to_do_with_the_call_is_raised(a_gpu, monkeypa
 
 
 def test_a_gpu_without_kernels(monkeypatch):
-    sdpa._without_kernels.cache_clear()
+    sdpa._looked_at.cache_clear()
     monkeypatch.setattr(machine, "backend", lambda: ("reference", "there is no driver"))
     assert sdpa._without_kernels(0) == "there is no driver"
-    sdpa._without_kernels.cache_clear()
+    sdpa._looked_at.cache_clear()
     monkeypatch.setattr(machine, "backend", lambda: ("cute", ""))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(launch, "device_target", launch.device_target.__wrapped__)
     assert "compute capability 7.5" in sdpa._without_kernels(0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     assert sdpa._without_kernels(1) is None
-    sdpa._without_kernels.cache_clear()
+    sdpa._looked_at.cache_clear()
 
 
 # ---- in torch's place ------------------------------------------------------------------------------------------------
@@ -343,6 +343,26 @@ def test_a_graph_of_what_goes_to_torch():
     compiled = torch.compile(sdpa.scaled_dot_product_attention, backend=counter, fullgraph=True)
     tensors = made()
     assert torch.equal(compiled(*tensors, is_causal=True), TORCHS(*tensors, is_causal=True))
+
+
+@pytest.mark.parametrize(("shape", "is_read"), [((2, 4, 6, 16), True), ((2, 4, 6, 20), False), ((3, 2, 4, 6, 16), True)])
+def test_a_graph_asks_whether_kernels_can_read_tensors(shape, is_read, monkeypatch):
+    """By their strides; addresses there are none. Nor does it look at the machine more than once."""
+    torch._dynamo.reset()
+    asked: list[str] = []
+    monkeypatch.setattr(launch, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(machine, "backend", lambda: ("cute", asked.append("once")))
+    sdpa._looked_at.cache_clear()
+
+    def function(x):
+        return x + 1 if sdpa._why_unreadable(x, x, x) is None and sdpa._without_kernels(0) is None else x - 1
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    x = torch.zeros(shape, dtype=torch.bfloat16)[..., :16]
+    for _ in range(2):
+        assert torch.equal(compiled(x), x + 1 if is_read else x - 1)
+    assert asked == ["once"] * is_read
+    sdpa._looked_at.cache_clear()
 
 
 def test_one_graph_for_all_lengths():
