@@ -34,9 +34,12 @@ from types import ModuleType
 from typing import Any, ClassVar, NoReturn
 
 import torch
+from torch.compiler import is_compiling
 
 from cute_attn.api import attention, attention_varlen
 from cute_attn.arguments import check_layout, flag, integer, number, shown
+from cute_attn.launch import packed_of
+from cute_attn.private import transforms_active
 from cute_attn.problem import HEAD_DIM_STEP
 
 __version__ = "2.8.4"  # of the flash-attn whose interface this is
@@ -379,7 +382,22 @@ def _unpacked(name: str, packed: torch.Tensor, parts: int, dims: int) -> tuple[t
             f"{name} has shape {tuple(packed.shape)}; ({rows}, {parts}, heads, head_dim) is needed: try torch.stack of "
             f"{names}, dim=-3"
         )
+    if packed.requires_grad and torch.is_grad_enabled() and not (is_compiling() or transforms_active()):
+        return _Unpacked.apply(packed)
     return packed.unbind(-3)
+
+
+class _Unpacked(torch.autograd.Function):
+    """``packed.unbind(-3)``, whose gradient is not copied where the parts' gradients are parts of one tensor already."""
+
+    @staticmethod
+    def forward(ctx, packed):  # type: ignore[override]
+        return packed.unbind(-3)
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[override]
+        packed = packed_of(*gradients)
+        return torch.stack(gradients, -3) if packed is None else packed
 
 
 def _check_others(others: dict[str, Any], **unused: Any) -> None:

@@ -53,6 +53,21 @@ def test_nothing_is_read_back():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_gradients_of_packed_tensors_are_written_in_place(form, d, monkeypatch):
+    """They have the bits that they have apart, and nothing stacks them."""
+    qkv = torch.randn(2, 300, 3, 4, d, dtype=BF16, device="cuda")
+    apart = [x.clone().requires_grad_() for x in qkv.unbind(2)]
+    leaves = [x.clone().requires_grad_() for x in interfaces.packed_as(form, *qkv.unbind(2))]
+    dout, options = torch.randn_like(apart[0]), {"causal": True, "deterministic": True}
+    expected = torch.autograd.grad(flash_attn.flash_attn_func(*apart, **options), apart, dout)
+    out = getattr(flash_attn, f"flash_attn_{form}func")(*leaves, **options)
+    monkeypatch.delattr(torch, "stack")
+    for got, wanted in zip(interfaces.unpacked(*torch.autograd.grad(out, leaves, dout), dims=4), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_sdpa(name, torchs_calls):
     interfaces.check_sdpa(name, dtype=BF16, device="cuda")

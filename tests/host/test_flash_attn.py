@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from cute_attn import attention, flash_attn
+from cute_attn import api, attention, flash_attn, reference
 from tests import interfaces, support
 from tests.host.processes import run_quick
 from tests.interfaces import EACH, FORMS, bounds, packed_as
@@ -129,6 +129,23 @@ def test_usual_tensors_are_not_copied(monkeypatch):
     flash_attn.flash_attn_func(*qkv.transpose(1, 3).unbind(2))
     assert len(seen) == 12
     assert {x.untyped_storage().data_ptr() for x in seen} == {qkv.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_gradients_that_are_packed_are_not_copied(packs, monkeypatch):
+    """The reference's are not, and are stacked."""
+    room = torch.zeros(2, 5, 3, 2, 16)
+
+    def gradients(*arguments):
+        found = reference.gradients(*arguments)
+        return tuple(part.copy_(x) for part, x in zip(room.unbind(2), found, strict=True)) if packs else found
+
+    monkeypatch.setattr(api, "_REFERENCE", (reference.attention, gradients))
+    qkv = torch.randn(2, 5, 3, 2, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    dout = torch.randn(2, 5, 2, 16, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad(flash_attn.flash_attn_qkvpacked_func(qkv, causal=True), qkv, dout)
+    assert (found.data_ptr() == room.data_ptr()) is packs
+    support.assert_gradients_close(found.unbind(2), *qkv.detach().unbind(2), dout, causal=True)
 
 
 def test_what_is_returned():
