@@ -29,6 +29,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, NoReturn
@@ -39,7 +40,7 @@ from torch.compiler import is_compiling
 from cute_attn.api import attention, attention_varlen
 from cute_attn.arguments import check_layout, flag, integer, number, shown
 from cute_attn.launch import packed_of
-from cute_attn.private import transforms_active
+from cute_attn.private import dispatch_modes, transforms_active
 from cute_attn.problem import HEAD_DIM_STEP
 
 __version__ = "2.8.4"  # of the flash-attn whose interface this is
@@ -382,7 +383,7 @@ def _unpacked(name: str, packed: torch.Tensor, parts: int, dims: int) -> tuple[t
             f"{name} has shape {tuple(packed.shape)}; ({rows}, {parts}, heads, head_dim) is needed: try torch.stack of "
             f"{names}, dim=-3"
         )
-    if packed.requires_grad and torch.is_grad_enabled() and not (is_compiling() or transforms_active()):
+    if packed.requires_grad and torch.is_grad_enabled() and not (is_compiling() or transforms_active() or dispatch_modes()):
         return _Unpacked.apply(packed)
     return packed.unbind(-3)
 
@@ -572,8 +573,10 @@ class _Finder:
     """Finds and loads the modules of :data:`_MODULES`, for ``import``, and the distribution that they are of."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        is_package = name == "flash_attn"
-        return ModuleSpec(name, self, origin=__file__, is_package=is_package) if name in _MODULES else None  # type: ignore[arg-type]
+        if name not in _MODULES:
+            return None
+        inside = [] if name == "flash_attn" else None  # nothing else is found inside
+        return spec_from_file_location(name, __file__, loader=self, submodule_search_locations=inside)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return ModuleType(spec.name, __doc__)

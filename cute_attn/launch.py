@@ -167,11 +167,11 @@ def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:
     none, since they lie elsewhere."""
     first = parts[0]
     shape, strides = first.shape, first.stride()
-    step = strides[-2] * shape[-2]
+    begin, step = first.storage_offset(), strides[-2] * shape[-2]
     for i, x in enumerate(parts):
-        if x.data_ptr() != first.data_ptr() + i * step * first.element_size() or (x.shape, x.stride()) != (shape, strides):
+        if x.storage_offset() != begin + i * step or (x.shape, x.stride()) != (shape, strides):
             return None
-    if len({x.untyped_storage().data_ptr() for x in parts}) > 1:  # neighbours in memory by chance
+    if len({x.untyped_storage().data_ptr() for x in parts}) > 1:
         return None
     return first.as_strided((*shape[:-2], len(parts), *shape[-2:]), (*strides[:-2], step, *strides[-2:]))
 

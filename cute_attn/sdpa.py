@@ -77,7 +77,7 @@ def scaled_dot_product_attention(
     if any_autocast_enabled():
         query, key, value = autocast.cast(query), autocast.cast(key), autocast.cast(value)
     arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    if _is_usual(*arguments) and backend == "auto":
+    if type(backend) is str and backend == "auto" and _is_usual(*arguments):
         try:  # what attention's own checks refuse is looked at afterwards
             return _attend(query, key, value, is_causal, scale, "cute")
         except (TypeError, ValueError, NotImplementedError):
@@ -95,15 +95,15 @@ def _is_usual(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
             attn_mask is None
             and type(dropout_p) is float
             and not dropout_p
-            and type(is_causal) is bool
+            and type(is_causal) is type(enable_gqa) is bool
             and (scale is None or type(scale) is float)
             and query.is_cuda
             and type(query) in _TAKEN
             and type(key) in _TAKEN
             and type(value) in _TAKEN
             and query.dim() == 4
-            and (enable_gqa is True or query.shape[1] == key.shape[1])
-            and not is_compiling()
+            and (enable_gqa or query.shape[1] == key.shape[1])
+            and not (is_compiling() or transforms_active())
         )
     except (AttributeError, IndexError, RuntimeError):  # not tensors, other dimensions, nested tensors
         return False

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cute_attn import api, attention, flash_attn, reference
 from tests import interfaces, support
@@ -146,6 +148,17 @@ def test_gradients_that_are_packed_are_not_copied(packs, monkeypatch):
     (found,) = torch.autograd.grad(flash_attn.flash_attn_qkvpacked_func(qkv, causal=True), qkv, dout)
     assert (found.data_ptr() == room.data_ptr()) is packs
     support.assert_gradients_close(found.unbind(2), *qkv.detach().unbind(2), dout, causal=True)
+
+
+def test_packed_tensors_without_values():
+    """Meta tensors, and fake ones."""
+
+    def gradient(qkv):
+        return torch.autograd.grad(flash_attn.flash_attn_qkvpacked_func(qkv, causal=True).sum(), qkv)[0]
+
+    assert gradient(torch.zeros(2, 5, 3, 2, 16, device="meta", requires_grad=True)).shape == (2, 5, 3, 2, 16)
+    with FakeTensorMode():
+        assert gradient(torch.zeros(2, 5, 3, 2, 16, requires_grad=True)).shape == (2, 5, 3, 2, 16)
 
 
 def test_what_is_returned():
@@ -316,6 +329,10 @@ try:
     import flash_attn.layers.rotary
 except ModuleNotFoundError as error:
     print(error)
+try:
+    from flash_attn import flash_attn_of_no_kind
+except ImportError as error:
+    assert "'flash_attn' (" + cute_attn.flash_attn.__file__ in str(error)
 torch.manual_seed(0)
 layer, x = library.SelfAttention(64, 4), torch.randn(2, 10, 64, requires_grad=True)
 mask = torch.ones(2, 10, dtype=torch.bool)
@@ -385,3 +402,13 @@ def test_a_flash_attn_that_has_been_imported(monkeypatch):
     flash_attn.uninstall()  # leaves it alone
     assert sys.modules["flash_attn"] is real
     assert flash_attn._FINDER not in sys.meta_path
+
+
+def test_the_example_of_the_readme(capsys):
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = (block for block in text.split("```python\n")[1:] if "flash_attn_func" in block.partition("```")[0])
+    q, k, v = support.make_qkv(1, 9, 9, 2, 2, 16)
+    names = {"torch": torch, "q": q, "k": k, "v": v}
+    exec(example.partition("```")[0], names)
+    assert "query lies on cpu" in capsys.readouterr().out
+    torch.testing.assert_close(names["out"].transpose(1, 2), attention(q, k, v, causal=True))
