@@ -35,6 +35,7 @@ from types import ModuleType
 from typing import Any, ClassVar, NoReturn
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from cute_attn.api import attention, attention_varlen
@@ -45,6 +46,7 @@ from cute_attn.problem import HEAD_DIM_STEP
 
 __version__ = "2.8.4"  # of the flash-attn whose interface this is
 UNBOUNDED = (-1, -1)
+Window = tuple[int | None, int | None]
 _SDPA = "torch.nn.functional.scaled_dot_product_attention"
 _FLEX = "torch.nn.attention.flex_attention"
 _PAGES = "the pages gathered into one tensor, with seqused_k for how many rows are in use"
@@ -83,21 +85,10 @@ _NUMBERS = ("dropout_p", "attention_chunk")  # of these 0 is none, and not None
 
 
 def flash_attn_func(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = UNBOUNDED,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    *,
-    return_lse: bool = False,
-    **others: Any,
-) -> Any:
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
     """``softmax(softmax_scale · q kᵀ) v`` by :func:`cute_attn.attention`.
 
     Args:
@@ -125,20 +116,10 @@ def flash_attn_func(
 
 
 def flash_attn_kvpacked_func(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = UNBOUNDED,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    *,
-    return_lse: bool = False,
-    **others: Any,
-) -> Any:
+    q: Tensor, kv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
     """:func:`flash_attn_func` with k and v in one tensor, ``(batch, seqlen_k, 2, nheads_k, headdim)``; neither is copied."""
     k, v = _unpacked("kv", kv, 2, 5)
     rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -146,19 +127,10 @@ def flash_attn_kvpacked_func(
 
 
 def flash_attn_qkvpacked_func(
-    qkv: torch.Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = UNBOUNDED,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    *,
-    return_lse: bool = False,
-    **others: Any,
-) -> Any:
+    qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
     """:func:`flash_attn_func` with q, k and v in one tensor, ``(batch, seqlen, 3, nheads, headdim)``; none is copied."""
     q, k, v = _unpacked("qkv", qkv, 3, 5)
     rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -166,28 +138,12 @@ def flash_attn_qkvpacked_func(
 
 
 def flash_attn_varlen_func(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = UNBOUNDED,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: torch.Tensor | None = None,
-    *,
-    seqused_q: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    return_lse: bool = False,
-    **others: Any,
-) -> Any:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, block_table: Tensor | None = None,
+    *, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
     """:func:`flash_attn_func` of sequences one after another in the rows, by :func:`cute_attn.attention_varlen`.
 
     Args:
@@ -220,26 +176,12 @@ def flash_attn_varlen_func(
 
 
 def flash_attn_varlen_kvpacked_func(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = UNBOUNDED,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
+    q: Tensor, kv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False,
-    *,
-    seqused_q: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    return_lse: bool = False,
-    **others: Any,
-) -> Any:
+    *, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
     """:func:`flash_attn_varlen_func` with k and v in one tensor, ``(total_k, 2, nheads_k, headdim)``; neither is copied."""
     k, v = _unpacked("kv", kv, 2, 4)
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -249,21 +191,11 @@ def flash_attn_varlen_kvpacked_func(
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = UNBOUNDED,
-    softcap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    *,
-    return_lse: bool = False,
-    **others: Any,
-) -> Any:
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
     """:func:`flash_attn_varlen_func` with q, k and v in one tensor, ``(total, 3, nheads, headdim)``; none is copied."""
     q, k, v = _unpacked("qkv", qkv, 3, 4)
     lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
@@ -272,27 +204,13 @@ def flash_attn_varlen_qkvpacked_func(
 
 
 def flash_attn_with_kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    rotary_cos: torch.Tensor | None = None,
-    rotary_sin: torch.Tensor | None = None,
-    cache_seqlens: int | torch.Tensor | None = None,
-    cache_batch_idx: torch.Tensor | None = None,
-    cache_leftpad: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = UNBOUNDED,
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: torch.Tensor | None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-    **others: Any,
-) -> Any:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None, cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None, cache_leftpad: Tensor | None = None, block_table: Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, window_size: Window = UNBOUNDED, softcap: float = 0.0,
+    rotary_interleaved: bool = True, alibi_slopes: Tensor | None = None, num_splits: int = 0,
+    return_softmax_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
     """:func:`flash_attn_func` of a cache of keys and values of which each sequence has filled ``cache_seqlens`` rows.
 
     Args:
@@ -315,7 +233,7 @@ def flash_attn_with_kvcache(
     flag("rotary_interleaved", rotary_interleaved)
     lengths = {}
     if cache_seqlens is not None:
-        if not isinstance(cache_seqlens, torch.Tensor) and isinstance(q, torch.Tensor):
+        if not isinstance(cache_seqlens, Tensor) and isinstance(q, Tensor):
             rows = integer("cache_seqlens", cache_seqlens, "or an int32 tensor (batch,)")
             cache_seqlens = torch.full(q.shape[:1], rows, dtype=torch.int32, device=q.device)
         lengths["seqused_k"] = cache_seqlens
@@ -338,17 +256,9 @@ def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, sof
     window = None if window is UNBOUNDED else window
     asked = probs or return_lse
     results = attend(
-        q,
-        k,
-        v,
-        **lengths,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        deterministic=deterministic,
+        q, k, v, **lengths, scale=scale, causal=causal, window=window, softcap=softcap, deterministic=deterministic,
         return_lse=asked,
-    )
+    )  # fmt: skip
     if not asked:
         return results if columns is None else results[..., :columns]
     out, lse = results
@@ -364,18 +274,18 @@ def _readable(q, k, v, scale) -> tuple:
     return _padded(q), _padded(k), _padded(v), scale, v.shape[-1]
 
 
-def _padded(x: torch.Tensor) -> torch.Tensor:
+def _padded(x: Tensor) -> Tensor:
     """``x`` with columns of zeros up to a multiple of 8, and rows of one piece."""
     if missing := -x.shape[-1] % HEAD_DIM_STEP:
         x = torch.nn.functional.pad(x, (0, missing))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _unpacked(name: str, packed: torch.Tensor, parts: int, dims: int) -> tuple[torch.Tensor, ...]:
+def _unpacked(name: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
     """The parts of a packed tensor, views of it."""
     names = {"qkv": "q, k and v", "kv": "k and v"}[name]
     rows = "batch, seqlen" if dims == 5 else "rows of all sequences"
-    if not isinstance(packed, torch.Tensor):
+    if not isinstance(packed, Tensor):
         raise TypeError(f"{name} is {shown(packed)}; a torch.Tensor is needed: try torch.stack of {names}, dim=-3")
     check_layout(name, packed)
     if packed.dim() != dims or packed.shape[-3] != parts:
@@ -422,7 +332,7 @@ def _check_others(others: dict[str, Any], **unused: Any) -> None:
 
 def _check_hint(name: str, value: object) -> None:
     """Refuse what is no int. A tensor is not read, wherever it lies."""
-    if isinstance(value, torch.Tensor) and not value.dim() and not value.is_floating_point() and value.dtype != torch.bool:
+    if isinstance(value, Tensor) and not value.dim() and not value.is_floating_point() and value.dtype != torch.bool:
         return
     if value is not None:
         integer(name, value, "or None")
@@ -437,7 +347,7 @@ def _refuse(name: str, value: object) -> NoReturn:
 # ---- bert_padding ----------------------------------------------------------------------------------------------------
 
 
-def index_first_axis(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     """``x[indices]``, the rows of ``x`` ``(rows, …)`` that ``indices`` ``(n,)`` names: ``(n, …)``.
 
     Raises:
@@ -449,8 +359,8 @@ def index_first_axis(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def unpad_input(
-    hidden_states: torch.Tensor, attention_mask: torch.Tensor, unused_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]:
+    hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
     """The rows of ``hidden_states`` ``(batch, seqlen, …)`` that a mask keeps, one sequence after another.
 
     Args:
@@ -483,7 +393,7 @@ def unpad_input(
     return hidden_states.flatten(0, 1).index_select(0, indices), indices, cu_seqlens, longest, used.sum(-1, dtype=torch.int32)
 
 
-def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:
+def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """The inverse of :func:`unpad_input`: rows ``(total, …)`` where they were, ``(batch, seqlen, …)``, and zeros elsewhere.
 
     Raises:
@@ -502,14 +412,14 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
 
 
 def _check_tensor(name: str, x: object, dims: int) -> None:
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {shown(x)}; a torch.Tensor is needed: try torch.as_tensor({name})")
     check_layout(name, x)
     if x.dim() < dims:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; {dims} dimensions or more are needed: check how it was made")
 
 
-def _check_indices(indices: torch.Tensor) -> None:
+def _check_indices(indices: Tensor) -> None:
     _check_tensor("indices", indices, 1)
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
         raise ValueError(
@@ -575,7 +485,7 @@ class _Finder:
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name not in _MODULES:
             return None
-        inside = [] if name == "flash_attn" else None  # nothing else is found inside
+        inside: list[str] | None = [] if name == "flash_attn" else None  # nothing else is found inside
         return spec_from_file_location(name, __file__, loader=self, submodule_search_locations=inside)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

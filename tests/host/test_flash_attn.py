@@ -20,7 +20,6 @@ from tests.interfaces import EACH, FORMS, bounds, packed_as
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning")
 
 
-
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The tensors are small, and tests that share cores would wait for one another's threads."""
@@ -282,7 +281,7 @@ def test_index_first_axis():
 # ---- import flash_attn -----------------------------------------------------------------------------------------------
 
 # A library that uses flash-attn if it is there, as many do.
-LIBRARY = '''
+LIBRARY = """
 import importlib.util
 from importlib.metadata import version
 import torch
@@ -312,7 +311,7 @@ class SelfAttention(nn.Module):
             y = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, causal=True)
             y = pad_input(y, indices, batch, seqlen)
         return self.out(y.flatten(-2))
-'''
+"""
 USES_IT = """
 import sys
 import torch
