@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache, wraps
 from threading import Lock
 from typing import Any
 
 import torch
 from torch.compiler import is_compiling
+from torch.overrides import get_overridable_functions
 
 from cute_attn import autocast, launch, machine
 from cute_attn.api import BACKENDS, attention, backend_name
@@ -29,7 +30,6 @@ from cute_attn.problem import (
     SCALE_MAX,
     SCALE_MIN,
     check_strides,
-    is_aligned,
     strides_for_kernels,
 )
 from cute_attn.wrapped import TRACED
@@ -217,10 +217,8 @@ def _is_scale(scale: object) -> bool:
 
 
 def _why_unreadable(query, key, value) -> str | None:
-    """Why the kernels can't read one of the tensors in place, if they can't."""
-    if not is_compiling() and query.dim() == 4 and is_aligned(query) and is_aligned(key) and is_aligned(value):
-        return None
-    check = strides_for_kernels if is_compiling() else check_strides
+    """Why the kernels can't read one of the tensors in place, if they can't. What is traced has no address, but strides."""
+    check = strides_for_kernels if is_compiling() or isinstance(query, TRACED) else check_strides
     for name, x in (("query", query), ("key", key), ("value", value)):
         try:
             check(name, x)
@@ -261,24 +259,30 @@ def replaced(backend: str = "auto") -> Iterator[None]:
 
     What is replaced is the name in ``torch.nn.functional``, and so for **all threads**. Blocks may be nested, and may overlap
     in threads: the one that was entered last counts, and after the last one the name is what it was. What torch.compile has
-    compiled outside is compiled anew where it is called in a block. Not affected are code that has imported the function by its
-    name (``from torch.nn.functional import scaled_dot_product_attention``) and C++ (the fast path of
-    ``torch.nn.TransformerEncoder``).
+    compiled outside is compiled anew where it is called in a block; but ``torch.nn.MultiheadAttention`` keeps the function that
+    it was compiled with. Not affected are code that has imported the function by its name (``from torch.nn.functional import
+    scaled_dot_product_attention``) and C++ (the fast path of ``torch.nn.TransformerEncoder``).
 
     Raises:
         TypeError, ValueError: a ``backend`` that there isn't.
     """
-    function = partial(scaled_dot_product_attention, backend=backend_name(backend))
+    backend = backend_name(backend)
+
+    @wraps(scaled_dot_product_attention)
+    def replacement(*arguments, **options):
+        return scaled_dot_product_attention(*arguments, **options, backend=backend)
+
+    get_overridable_functions()  # torch remembers them when it is first asked, as torch.compile does: those of torch
     with _lock:
         if not _active:
             _active.append(torch.nn.functional.scaled_dot_product_attention)
-        _active.append(function)
-        torch.nn.functional.scaled_dot_product_attention = function
+        _active.append(replacement)
+        torch.nn.functional.scaled_dot_product_attention = replacement
     try:
         yield
     finally:
         with _lock:
-            _active.remove(function)
+            _active.remove(replacement)
             torch.nn.functional.scaled_dot_product_attention = _active[-1]
             if len(_active) == 1:
                 _active.clear()

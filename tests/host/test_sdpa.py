@@ -257,21 +257,23 @@ def calls_torchs(q, k, v):
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def test_replaced():
+def test_replaced(monkeypatch):
     """A model that knows nothing of us, and torch's own modules."""
     tensors = made((1, 2, 6, 16))
     layer = torch.nn.MultiheadAttention(32, 2, batch_first=True)
     x = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
     seen = []
+    monkeypatch.setattr(sdpa, "attention", lambda *a, plain=sdpa.attention, **options: seen.append(a) or plain(*a, **options))
+    torch._dynamo.reset()
     with sdpa.replaced("reference"):
         out = calls_torchs(*tensors)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sdpa, "attention", lambda *a, plain=sdpa.attention, **options: seen.append(a) or plain(*a, **options))
-            mixed = layer(x, x, x, need_weights=False)[0]
+        eager = layer(x, x, x, need_weights=False)[0]
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, x, x, need_weights=False)[0]
     assert functional.scaled_dot_product_attention is TORCHS
+    assert len(seen) >= 3
     assert torch.equal(out, on_reference(*tensors, is_causal=True))
-    assert len(seen) == 1
-    torch.testing.assert_close(mixed, layer(x, x, x, need_weights=False)[0])
+    for mixed in (eager, compiled):
+        torch.testing.assert_close(mixed, layer(x, x, x, need_weights=False)[0])
 
 
 def test_replaced_on_the_cpu_is_torchs():
@@ -284,7 +286,11 @@ def test_replaced_on_the_cpu_is_torchs():
 def test_blocks_in_blocks_and_exceptions():
     def backend():
         found = functional.scaled_dot_product_attention
-        return None if found is TORCHS else found.keywords["backend"]
+        if found is TORCHS:
+            return None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sdpa, "scaled_dot_product_attention", lambda *arguments, backend: backend)
+            return found()
 
     @sdpa.replaced("cute")
     def decorated():
