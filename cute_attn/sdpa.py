@@ -272,7 +272,7 @@ def replaced(backend: str = "auto") -> Iterator[None]:
     def replacement(*arguments, **options):
         return scaled_dot_product_attention(*arguments, **options, backend=backend)
 
-    get_overridable_functions()  # torch remembers them when it is first asked, as torch.compile does: those of torch
+    get_overridable_functions()  # torch lists its functions once, when torch.compile first asks: not with this one among them
     with _lock:
         if not _active:
             _active.append(torch.nn.functional.scaled_dot_product_attention)
