@@ -1,7 +1,18 @@
 """Exact fused attention for PyTorch, written in Python with NVIDIA's CuTe DSL."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from cute_attn import sources as sources  # first: it notes the files before any of them is read
 from cute_attn.api import attention, attention_varlen
 
 __version__ = "0.1.0"
 __all__ = ["attention", "attention_varlen"]
+_INTERFACES = ("flash_attn", "sdpa")  # those of others: modules that are imported when they are first asked for
+
+if not TYPE_CHECKING:  # for a type checker it would stand for every module of the package
+
+    def __getattr__(name: str):
+        if name in _INTERFACES:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

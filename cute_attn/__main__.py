@@ -43,6 +43,8 @@ def info(options: argparse.Namespace, console: Console) -> int:
     table.add_row("machine", machine.system())
     for name, version in machine.versions().items():
         table.add_row(name, Text.assemble(version or "not installed", (f" ({machine.PACKAGES[name]})", "dim")))
+    for name, (found, ours) in machine.integrations().items():
+        table.add_row(name, Text.assemble(found, (f" ({ours})", "dim")))
     devices = machine.devices()
     for index, device in enumerate(devices):
         serves = f"{device.target}, {device.module}, {' or '.join(device.mechanisms)}" if device.target else device.why_not
@@ -156,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what this machine has, and which backend a call gets and why")
+    commands.add_parser("info", help="what this machine has, other libraries included, and which backend a call gets and why")
     kept = commands.add_parser("cache", help="what the compile cache holds, and clearing it")
     clear = kept.add_mutually_exclusive_group()
     clear.add_argument("--clear", action="store_true", help="remove every kernel; files of other programs stay")

@@ -202,7 +202,7 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     if not type(return_lse) is type(deterministic) is bool:
         return_lse, deterministic = flag("return_lse", return_lse), flag("deterministic", deterministic)
     if type(backend) is not str or backend not in BACKENDS:
-        backend = _backend(backend)
+        backend = backend_name(backend)
     if mechanism is not None and type(mechanism) is not str:
         mechanism = mechanism_name(mechanism)
     on_reference = ops.on_reference(backend, q)
@@ -244,7 +244,8 @@ def _refuse_scripting() -> NoReturn:
 attention.__prepare_scriptable__ = _refuse_scripting  # type: ignore[attr-defined]  # torch.jit.script calls it
 
 
-def _backend(backend: object) -> str:
+def backend_name(backend: object) -> str:
+    """One of :data:`BACKENDS`, as a plain ``str``."""
     backend = name_of("backend", backend, _ONE_BACKEND)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; {_ONE_BACKEND}")

@@ -34,6 +34,7 @@ class Attention(torch.autograd.Function):
             keep(ctx, q, k, v, out, kept)
         else:
             keep(ctx, q, k, v, out, kept, *call.lengths.tensors)
+        call.packs = True  # an operator's results are memory of their own; these needn't be
         ctx.call, ctx.gradients = call, gradients
         return out, lse
 

@@ -122,7 +122,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     are added up in memory, their float32 sums; of both the rows are a multiple of 128, and of the sums the columns those that
     a head takes in shared memory.
     """
-    gradient = {name: x.new_empty(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)}
+    gradient = _room(call, needs, q, k, v)
     # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise.
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
     lse_raw = lse_raw.contiguous()
@@ -154,6 +154,31 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
                 x[:, : call.shift - call.left].zero_()
     _run(function, blocks, device, call, (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *gradient.values()))
     return tuple(gradient.values())
+
+
+def _room(call: Call, needs: str, q, k, v) -> dict[str, torch.Tensor | None]:
+    """Memory for the gradients that are needed: parts of one tensor where q, k, v, or k, v, are, and ``call.packs``."""
+    inputs = {"q": q, "k": k, "v": v}
+    room = dict.fromkeys(inputs)
+    for names in ("qkv", "kv") if call.packs else ():
+        if names in needs and (packed := packed_of(*(inputs[name] for name in names))) is not None:
+            room |= zip(names, packed.new_empty(packed.shape).unbind(-3), strict=True)
+            break
+    return {name: x.new_empty(x.shape) if name in needs and room[name] is None else room[name] for name, x in inputs.items()}
+
+
+def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:
+    """The tensor ``(…, parts, heads, head_dim)`` whose ``unbind(-3)`` the parts ``(…, heads, head_dim)`` are; None if there is
+    none, since they lie elsewhere."""
+    first = parts[0]
+    shape, strides = first.shape, first.stride()
+    begin, step = first.storage_offset(), strides[-2] * shape[-2]
+    for i, x in enumerate(parts):
+        if x.storage_offset() != begin + i * step or (x.shape, x.stride()) != (shape, strides):
+            return None
+    if len({x.untyped_storage().data_ptr() for x in parts}) > 1:
+        return None
+    return first.as_strided((*shape[:-2], len(parts), *shape[-2:]), (*strides[:-2], step, *strides[-2:]))
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,12 @@ PACKAGES = {
     "nvidia-cuda-cuobjdump": "reads what was compiled",
     "nvidia-cuda-nvdisasm": "reads what was compiled",
 }
+# Interfaces of others: the package that each is of, the module that says that it is there, and what cute-attn has of it.
+INTEGRATIONS = {
+    "flash-attn": ("flash-attn", "flash_attn", "cute_attn.flash_attn: its functions; install() puts them in its place"),
+    "Transformers": ("transformers", "transformers", "its models can run on attention"),
+    "SDPA": ("torch", "torch", "cute_attn.sdpa: torch's function; replaced() puts it in its place"),
+}
 NEEDED_FOR_KERNELS = {"cutlass": "nvidia-cutlass-dsl", "tvm_ffi": "apache-tvm-ffi", "cuda": "cuda-python"}
 
 
@@ -58,13 +64,23 @@ def devices() -> list[Device]:
 
 def versions() -> dict[str, str | None]:
     """The version of each package in :data:`PACKAGES`; ``None`` where it is not installed."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
+    return {name: _version(name) for name in PACKAGES}
+
+
+def integrations() -> dict[str, tuple[str, str]]:
+    """Of each of :data:`INTEGRATIONS` what was found, without importing it, and what cute-attn has of it."""
+    found = {}
+    for name, (package, module, ours) in INTEGRATIONS.items():
+        absent = "not installed" if find_spec(module) is None else "installed, of no known version"
+        found[name] = f"{package} {_version(package) or absent}", ours
     return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def missing() -> list[str]:

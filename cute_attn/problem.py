@@ -100,6 +100,8 @@ class Call:
     head_dim)``, and of the log-sum-exp ``(heads, rows)``.
 
     While a graph is made they may be symbols, the scale and the softcap tensors, and the scale None, for 1/√head_dim.
+
+    ``packs`` says that gradients may be parts of one tensor, where q, k and v are: whoever unpacked these has them packed then.
     """
 
     batch: int
@@ -114,6 +116,7 @@ class Call:
     right: int | None
     softcap: Any
     lengths: Lengths | None = None
+    packs: bool = False
 
     @property
     def shift(self) -> int:

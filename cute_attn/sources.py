@@ -38,12 +38,12 @@ VERSIONED = (
     "cuda-python",
     "torch",
 )
-# What no kernel is made from, so that a change to a picture makes no other kernel: how layouts are proved and drawn, and the
-# command line. All other files count.
+# What no kernel is made from, so that a change to a picture makes no other kernel: how layouts are proved and drawn, the
+# command line, and the interfaces of others. All other files count.
 APART_FOLDER = "tools"
 APART = {
     "layouts": {"__main__.py"},
-    "cute_attn": {"__main__.py", "command.py", "cubin.py", "demo.py", "fill.py", "machine.py"},
+    "cute_attn": {"__main__.py", "command.py", "cubin.py", "demo.py", "fill.py", "flash_attn.py", "machine.py", "sdpa.py"},
 }
 
 

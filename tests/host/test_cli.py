@@ -46,6 +46,19 @@ def test_info_of_a_machine_without_a_gpu(capsys, monkeypatch):
     assert "backend reference" in said
 
 
+def test_info_of_other_libraries(capsys, monkeypatch):
+    """Installed, not installed, and there without a version; none of them is imported for it."""
+    monkeypatch.setattr(machine, "_version", {"flash-attn": "2.7.4", "torch": None}.get)
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == "transformers" else sys)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it now fails
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["info"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "flash-attn flash-attn 2.7.4 (cute_attn.flash_attn: its functions; install() puts them in its place)" in said
+    assert "Transformers transformers not installed (its models can run on attention)" in said
+    assert "SDPA torch installed, of no known version (cute_attn.sdpa: torch's function" in said
+
+
 class FakeGpu:
     total_memory = 16 * 2**30
     name = "a GPU"

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from cute_attn import attention, attention_varlen, cache, compile, launch, layouts, lengths, plan, problem
+from cute_attn import attention, attention_varlen, cache, compile, flash_attn, launch, layouts, lengths, plan, problem, sdpa
 
 HALF = torch.bfloat16
 
@@ -551,6 +551,168 @@ LENGTHS = [
     Row("of more rows of a batch", used(seqused_k=int32(1, 11)), ValueError, "seqused_k[1] is 11", "from 0 to 10, the rows of"),
 ]
 
+# flash-attn's functions: their own checks, and attention's under its names.
+QKV, KV = torch.zeros(2, 6, 3, 2, 16, dtype=HALF), torch.zeros(2, 10, 2, 2, 16, dtype=HALF)
+INDICES = torch.tensor([0, 5])
+
+
+def flash(q=q, k=k, v=v, **options):
+    return lambda: flash_attn.flash_attn_func(q, k, v, **options)
+
+
+def flash_varlen(**options):
+    lengths = {"cu_seqlens_q": BOUNDS_Q, "cu_seqlens_k": BOUNDS_K, "max_seqlen_q": 4, "max_seqlen_k": 9}
+    return lambda: flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], **{**lengths, **options})
+
+
+def kvcache(**options):
+    return lambda: flash_attn.flash_attn_with_kvcache(q, k, v, **options)
+
+
+def with_another_flash_attn():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "flash_attn", sys)
+        flash_attn.install()
+
+
+YET = "is needed, since it isn't there yet"
+FLASH_ATTN = [
+    # Not there yet.
+    Row("dropout", flash(dropout_p=0.1), NotImplementedError, "dropout_p is 0.1", f"0 {YET}", "model.eval()"),
+    Row("alibi", flash(alibi_slopes=torch.ones(4)), NotImplementedError, "alibi_slopes is a Tensor", YET, "attn_mask"),
+    Row("pages", flash_varlen(block_table=torch.ones(2, 3)), NotImplementedError, "block_table is a Tensor", YET, "gathered"),
+    Row("pages of 3", flash_varlen(page_table=torch.ones(2, 3)), NotImplementedError, "page_table is", YET, "gathered"),
+    Row("a sink", flash(learnable_sink=torch.ones(4)), NotImplementedError, "learnable_sink is a Tensor", YET, "torch.sigmoid"),
+    Row("qv", flash(qv=q), NotImplementedError, "qv is a Tensor of shape (2, 6, 4, 16)", YET, "torch.cat((q, qv), -1)"),
+    Row("8-bit floats' scales", flash(k_descale=torch.ones(2, 2)), NotImplementedError, "k_descale is", YET, "* k_descale"),
+    Row("chunks", flash(attention_chunk=64), NotImplementedError, "attention_chunk is 64", f"0 {YET}", "window_size"),
+    Row("a user's score", flash(score_mod=len), NotImplementedError, "score_mod is a builtin_function", YET, "flex_attention"),
+    Row("heads of q", flash(num_heads_q=4), NotImplementedError, "num_heads_q is 4", YET, "qkv.split"),
+    Row("new rows", kvcache(k=k, v=v), NotImplementedError, "k is a Tensor", YET, "written into k_cache"),
+    Row("rotation", kvcache(rotary_cos=q), NotImplementedError, "rotary_cos is a Tensor", YET, "rotated before the call"),
+    Row("rows of a cache", kvcache(cache_batch_idx=INDICES), NotImplementedError, "cache_batch_idx is", YET, "k_cache["),
+    # Kinds.
+    Row("dropout a string", flash(dropout_p="0"), TypeError, "dropout_p is a str", "finite number is needed", "0 for none"),
+    Row("dropout a flag", flash(dropout_p=False), TypeError, "dropout_p is False", "finite number is needed", "0 for none"),
+    Row("splits a float", flash(num_splits=1.5), TypeError, "num_splits is 1.5", "an int is needed", "or None"),
+    Row("a margin of flags", flash(sm_margin=True), TypeError, "sm_margin is True", "an int is needed", "or None"),
+    Row("pack_gqa a number", flash(pack_gqa=1), TypeError, "pack_gqa is 1", "True or False is needed", "pack_gqa=True"),
+    Row(
+        "an unknown argument",
+        flash(dropout=0.0),
+        TypeError,
+        "dropout is no argument of flash-attn",
+        "by name there are return_lse, num_splits",
+        "leave it out",
+    ),
+    Row("longest a float", flash_varlen(max_seqlen_q=4.0), TypeError, "max_seqlen_q is 4.0", "an int is needed", "or None"),
+    Row("longest of each", flash_varlen(max_seqlen_k=INDICES), TypeError, "max_seqlen_k is a Tensor", "an int is needed"),
+    Row("returned 1", flash(return_attn_probs=1), TypeError, "return_attn_probs is 1", "True or False is needed"),
+    Row("lse None", flash(return_lse=None), TypeError, "return_lse is None", "True or False is needed", "leave it out"),
+    Row("lse of a cache", kvcache(return_softmax_lse=0), TypeError, "return_softmax_lse is 0", "True or False is needed"),
+    Row("interleaved 1", kvcache(rotary_interleaved=1), TypeError, "rotary_interleaved is 1", "True or False is needed"),
+    Row("cache's length", kvcache(cache_seqlens=2.0), TypeError, "cache_seqlens is 2.0", "an int is needed", "int32 tensor"),
+    Row("no bounds of keys", flash_varlen(cu_seqlens_k=None), TypeError, "cu_seqlens_k is None", "is needed", "cu_seqlens_q"),
+    # Attention's.
+    Row("flash q a list", flash(q=[1.0]), TypeError, "q is a list", "torch.Tensor is needed", "torch.as_tensor(q)"),
+    Row("flash v of 0 dimensions", flash(v=torch.ones(())), ValueError, "v has shape ()", "4 dimensions"),
+    Row("causal a string", flash(causal="yes"), TypeError, "causal is a str", "True or False is needed", "causal=True"),
+    Row("a scale in words", flash(softmax_scale="1"), TypeError, "scale is a str", "finite number is needed", "1/√head_dim"),
+    Row("one side", flash(window_size=5), TypeError, "window is 5", "pair (left, right) is needed", "None or -1"),
+    Row("windows below -1", flash(window_size=(-2, 0)), ValueError, "left side is -2", "≥ 0 is needed", "None or -1"),
+    Row("caps below 0", flash(softcap=-1.0), ValueError, "softcap is -1.0", "≥ 0 is needed", "0 for none"),
+    Row("deterministic None", flash(deterministic=None), TypeError, "deterministic is None", "True or False is needed"),
+    Row("bounds of int64", flash_varlen(cu_seqlens_q=BOUNDS_Q.long()), ValueError, "torch.int64", "int32 is needed", ".int()"),
+    Row("lengths of flags", flash_varlen(seqused_k=[True]), TypeError, "seqused_k is a list", "int32 tensor on cpu is needed"),
+    Row(
+        "head dims that are equal if padded",
+        flash(q=q.new_zeros(2, 6, 4, 20), k=q.new_zeros(2, 10, 2, 24)),
+        ValueError,
+        "head_dim of q is 20 and of k is 24",
+        "equal ones are needed",
+        "check k's layout",
+    ),
+    # Packed tensors.
+    Row(
+        "qkv of two",
+        lambda: flash_attn.flash_attn_qkvpacked_func(KV),
+        ValueError,
+        "qkv has shape (2, 10, 2, 2, 16)",
+        "(batch, seqlen, 3, heads, head_dim) is needed",
+        "torch.stack of q, k and v, dim=-3",
+    ),
+    Row(
+        "packed qkv of a batch",
+        lambda: flash_attn.flash_attn_varlen_qkvpacked_func(QKV, BOUNDS_Q, 4),
+        ValueError,
+        "qkv has shape (2, 6, 3, 2, 16)",
+        "(rows of all sequences, 3, heads, head_dim) is needed",
+    ),
+    Row(
+        "kv a pair",
+        lambda: flash_attn.flash_attn_kvpacked_func(q, (k, v)),
+        TypeError,
+        "kv is a tuple",
+        "torch.Tensor is needed",
+        "torch.stack of k and v, dim=-3",
+    ),
+    Row(
+        "kv sparse",
+        lambda: flash_attn.flash_attn_varlen_kvpacked_func(q, KV.to_sparse(), BOUNDS_Q, BOUNDS_K, 4, 9),
+        TypeError,
+        "kv has layout torch.sparse_coo",
+        "torch.strided is needed",
+        "kv.to_dense()",
+    ),
+    # Padding.
+    Row("rows a list", lambda: flash_attn.index_first_axis([1], INDICES), TypeError, "x is a list", "is needed", "torch.as"),
+    Row(
+        "indices of flags",
+        lambda: flash_attn.index_first_axis(q, INDICES > 0),
+        ValueError,
+        "indices has shape (2,) and dtype torch.bool",
+        "int64 or int32 (rows,) is needed",
+        "nonzero()",
+    ),
+    Row("a row", lambda: flash_attn.unpad_input(INDICES, q), ValueError, "has shape (2,)", "2 dimensions or more", "check how"),
+    Row("no mask", lambda: flash_attn.unpad_input(q, None), TypeError, "attention_mask is None", "torch.Tensor is needed"),
+    Row(
+        "a mask of keys",
+        lambda: flash_attn.unpad_input(q, torch.ones(2, 6), torch.ones(2, 10)),
+        ValueError,
+        "unused_mask has shape (2, 10)",
+        "(2, 6), the (batch, seqlen) of hidden_states, is needed",
+        "check how it was made",
+    ),
+    Row("batch 2.0", lambda: flash_attn.pad_input(INDICES, INDICES, 2.0, 3), TypeError, "batch is 2.0", "an int is needed"),
+    Row(
+        "an index too few",
+        lambda: flash_attn.pad_input(torch.ones(3, 4), INDICES, 2, 6),
+        ValueError,
+        "batch is 2, seqlen 6, and there are 2 indices of 3 rows",
+        "an index for each row are needed",
+        "pass what unpad_input returned",
+    ),
+    Row(
+        "another flash_attn",
+        with_another_flash_attn,
+        RuntimeError,
+        "has been imported",
+        "a process without it is needed",
+        "call cute_attn.flash_attn.install() before",
+    ),
+    # scaled_dot_product_attention hands all else to torch, see test_sdpa.py.
+    Row("sdpa's backend", lambda: sdpa.why_not(q, k, v, backend="mps"), ValueError, "backend is 'mps'", "is needed", "'auto'"),
+    Row(
+        "backend of a call",
+        lambda: sdpa.scaled_dot_product_attention(q, k, v, backend=None),
+        TypeError,
+        "backend is None",
+        "one of 'auto', 'cute', 'reference' is needed",
+    ),
+    Row("backend of a block", lambda: sdpa.replaced(1).__enter__(), TypeError, "backend is 1", "one of 'auto'", "is needed"),
+]
+
 A_PROBLEM = problem.Problem("bfloat16", 64, 64)
 
 # What `python -m cute_attn compile` and other callers reach without a tensor.
@@ -661,6 +823,11 @@ def test_lengths(row, monkeypatch):
     assert_raises(row)
 
 
+@table(FLASH_ATTN)
+def test_flash_attn_and_sdpa(row):
+    assert_raises(row)
+
+
 @table(PLAN)
 def test_plan(row):
     assert_raises(row)
@@ -701,16 +868,19 @@ def raises(file: str) -> set[int]:
 
 
 def test_every_error_of_the_checks_has_a_row(monkeypatch):
-    """Each ``raise`` in problem.py and lengths.py is reached by a row: whoever adds one adds a row."""
+    """Each ``raise`` in these files is reached by a row: whoever adds one adds a row."""
     monkeypatch.setenv(lengths.CHECK, "1")
-    for file in (problem.__file__, lengths.__file__):
-        missing = raises(file) - reached([*CHECKS, *LENGTHS], file)
+    for file in (problem.__file__, lengths.__file__, flash_attn.__file__):
+        missing = raises(file) - reached([*CHECKS, *LENGTHS, *FLASH_ATTN], file)
         assert not missing, f"no row for {file}, lines {sorted(missing)}"
 
 
 def test_right_inputs_pass(monkeypatch):
     """The rows are wrong by the one thing they name: without it they are accepted."""
     monkeypatch.setenv(lengths.CHECK, "1")
+    flash()(), flash_varlen()(), kvcache(cache_seqlens=9)()
+    flash_attn.flash_attn_qkvpacked_func(QKV), flash_attn.flash_attn_kvpacked_func(q, KV)
+    flash_attn.index_first_axis(q, INDICES[:1]), flash_attn.unpad_input(q, torch.ones(2, 6)), sdpa.why_not(q, k, v)
     packed(seqused_q=int32(0, 4), seqused_k=int32(0, 9))()
     used(seqused_q=int32(6, 0), seqused_k=int32(0, 10))()
     call = check(q, k, v)()

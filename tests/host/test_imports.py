@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.host.processes import run_quick
+
 PACKAGE = Path(importlib.util.find_spec("cute_attn").origin).parent
 # The mainloops' files. What a row may see is known in common.py and walk.py, what changes a score in scores.py.
 DOORS = ("__init__.py", "common.py", "walk.py", "scores.py")
@@ -57,3 +59,18 @@ def test_a_class_name_means_one_thing():
     trees = (ast.walk(ast.parse(path.read_text())) for path in files)
     names = Counter(node.name for tree in trees for node in tree if isinstance(node, ast.ClassDef))
     assert {name for name, count in names.items() if count > 1} == {"Forward", "Backward"}
+
+
+def test_interfaces_of_others_are_imported_when_they_are_asked_for():
+    program = """
+import sys
+import cute_attn
+names = {"flash_attn", "sdpa"}
+assert names == set(cute_attn._INTERFACES)
+assert not {f"cute_attn.{name}" for name in names} & set(sys.modules)
+assert cute_attn.sdpa.replaced and cute_attn.flash_attn.install
+assert "cutlass" not in sys.modules and "flash_attn" not in sys.modules and "transformers" not in sys.modules
+print(hasattr(cute_attn, "attention_of_no_kind"))
+"""
+    ran = run_quick(program)
+    assert (ran.returncode, ran.stdout) == (0, "False\n"), ran.stderr

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cute_attn import launch as launching
+from cute_attn.launch import packed_of
 from cute_attn.problem import Call
 from cute_attn.rules import LOG2_E
 
@@ -87,3 +88,49 @@ def test_an_order_is_fixed_only_where_dq_has_sums(gpu, monkeypatch, head_dim, ne
     ((_, arguments),) = gpu.log
     dq_sum, signals = arguments[8:10]
     assert (dq_sum is not None) == (signals is not None) == ordered
+
+
+@pytest.mark.parametrize(
+    ("packed", "needs", "packs", "together"),
+    [
+        ("qkv", "qkv", True, "qkv"),
+        ("qkv", "kv", True, "kv"),
+        ("kv", "qkv", True, "kv"),
+        ("qkv", "qv", True, ""),
+        ("qkv", "qkv", False, ""),
+        ("", "qkv", True, ""),
+    ],
+)
+def test_gradients_of_packed_inputs_are_packed(gpu, monkeypatch, packed, needs, packs, together):
+    """Where autograd asks for them; kernels take any strides, and operators promise contiguous results."""
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
+    tensors = dict.fromkeys("qkv", torch.zeros(()))
+    tensors |= {name: torch.zeros(2, 10, 4, 64, dtype=torch.bfloat16) for name in tensors}
+    tensors |= zip(packed, torch.zeros(2, 10, max(len(packed), 1), 4, 64, dtype=torch.bfloat16).unbind(2), strict=False)
+    out, dout = torch.zeros(2, 2, 10, 4, 64, dtype=torch.bfloat16)
+    call = Call(2, 4, 4, 10, 10, 64, 64, 0.125, None, None, 0.0, packs=packs)
+    found = launching.gradients(call, None, needs, False, *tensors.values(), out, torch.zeros(2, 4, 10), dout, None)
+    found = dict(zip("qkv", found, strict=True))
+    assert {name for name, x in found.items() if x is not None} == set(needs)
+    if together:
+        whole = packed_of(*(found[name] for name in together))
+        assert whole.shape == (2, 10, len(together), 4, 64)
+        assert whole.is_contiguous()
+    assert all(x.is_contiguous() for name, x in found.items() if name in needs and name not in together)
+
+
+def test_what_is_packed():
+    x = torch.arange(2 * 5 * 3 * 4 * 8).view(2, 5, 3, 4, 8)
+    q, k, v = x.unbind(2)
+    assert torch.equal(packed_of(q, k, v), x)
+    assert packed_of(q, k, v).data_ptr() == x.data_ptr()
+    assert torch.equal(packed_of(k, v), x[:, :, 1:])
+    strided = x[:, 1:4]
+    assert torch.equal(packed_of(*strided.unbind(2)), strided)
+    rows = x.flatten(0, 1)
+    assert torch.equal(packed_of(*(part[None] for part in rows.unbind(1))), rows[None])
+    for parts in ((q, v), (v, k), (k, k), (q, k[..., :4]), (q, x.transpose(0, 1).unbind(2)[1]), x.transpose(0, 2).unbind(2)):
+        assert packed_of(*parts) is None
+    one = torch.zeros(6, 8)
+    assert packed_of(one[:2], torch.zeros(2, 8)) is None

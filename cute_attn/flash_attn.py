@@ -1,0 +1,520 @@
+"""flash-attn's functions, computed by cute-attn: for code that was written for flash-attn 2.8.
+
+Names, arguments, their order and defaults, results and their shapes are that package's:
+
+    flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, …)
+
+with ``flash_attn_varlen_func``, the ``qkvpacked`` and ``kvpacked`` forms of the two, ``flash_attn_with_kvcache``, and, of its
+module ``bert_padding``, ``pad_input``, ``unpad_input`` and ``index_first_axis``. :func:`install` makes ``import flash_attn``
+resolve to them, for code that can't be edited.
+
+Arguments mean what those of :func:`cute_attn.attention` do: ``softmax_scale`` is its ``scale``, ``window_size`` its ``window``,
+and its errors name them so. All functions that compute attention also take
+
+- ``return_lse``: return ``(out, softmax_lse)``;
+- by name, what FlashAttention-3 and -4 add: hints (``num_splits``, ``pack_gqa``, ``sm_margin``, …), of which nothing depends
+  here, are checked for their kind; what isn't there yet (``learnable_sink``, ``qv``, …) is refused unless it is None.
+
+Not there yet are ``dropout_p`` above 0, ``alibi_slopes`` and ``block_table``: ``NotImplementedError`` says what to do instead.
+What isn't in a function's signature it can't do: callers that look there, as Transformers does, find out before they call.
+
+Where flash-attn says nothing, or less: head dims that are no multiple of 8 are padded with zeros, and tensors whose last
+dimension is not contiguous are copied, as it does; ``softmax_lse`` has a gradient, and is −inf, not inf, where a query sees no
+key; an empty batch is no error; a ``softcap`` below 0 and windows below −1 are errors; CPU tensors run the reference backend.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module, metadata
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from cute_attn.api import attention, attention_varlen
+from cute_attn.arguments import check_layout, flag, integer, number, shown
+from cute_attn.launch import packed_of
+from cute_attn.private import dispatch_modes, transforms_active
+from cute_attn.problem import HEAD_DIM_STEP
+
+__version__ = "2.8.4"  # of the flash-attn whose interface this is
+UNBOUNDED = (-1, -1)
+Window = tuple[int | None, int | None]
+_SDPA = "torch.nn.functional.scaled_dot_product_attention"
+_FLEX = "torch.nn.attention.flex_attention"
+_PAGES = "the pages gathered into one tensor, with seqused_k for how many rows are in use"
+# By name: what nothing here depends on, ints, flags, and what is not looked at.
+_INTS = ("num_splits", "sm_margin", "min_seqlen_k", "seqlen_k_per_split")
+_FLAGS = ("pack_gqa", "disable_scheduler_metadata")
+_UNREAD = ("scheduler_metadata",)
+# What isn't there yet, and what to do instead: of the newer interfaces, by name, and of 2.8.
+_NEWER = {
+    "learnable_sink": "return_lse=True, and out * torch.sigmoid(lse - sink), with lse in out's order of dimensions",
+    "qv": "q of torch.cat((q, qv), -1) and k of torch.cat((k, v), -1)",
+    "q_descale": "q.to(torch.bfloat16) * q_descale",
+    "k_descale": "k.to(torch.bfloat16) * k_descale",
+    "v_descale": "v.to(torch.bfloat16) * v_descale",
+    "attention_chunk": "a call for each chunk, or window_size",
+    "num_heads_q": "q, k, v of qkv.split((num_heads_q, heads_kv, heads_kv), -2), and flash_attn_func",
+    "page_table": _PAGES,
+    "gather_kv_indices": "k and v gathered before the call",
+    **dict.fromkeys(("score_mod", "score_mod_bwd", "mask_mod", "aux_tensors", "aux_scalars"), _FLEX),
+    **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd"), _FLEX),
+}
+_NOT_YET = {
+    **_NEWER,
+    "dropout_p": f"dropout_p=0.0, as model.eval() has it, or {_SDPA}",
+    "alibi_slopes": f"{_SDPA} with attn_mask, the biases",
+    "block_table": _PAGES,
+    **dict.fromkeys(("k", "v"), "the new rows written into k_cache and v_cache before the call"),
+    **dict.fromkeys(("rotary_cos", "rotary_sin"), "q and k rotated before the call"),
+    "cache_batch_idx": "k_cache[cache_batch_idx] and v_cache[cache_batch_idx]",
+    "cache_leftpad": "caches whose rows begin at 0",
+}
+_NUMBERS = ("dropout_p", "attention_chunk")  # of these 0 is none, and not None
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
+    """``softmax(softmax_scale · q kᵀ) v`` by :func:`cute_attn.attention`.
+
+    Args:
+        q: ``(batch, seqlen_q, nheads, headdim)``.
+        k: ``(batch, seqlen_k, nheads_k, headdim)``, ``nheads`` a multiple of ``nheads_k``.
+        v: ``(batch, seqlen_k, nheads_k, headdim_v)``.
+        softmax_scale: ``None`` is 1/√headdim.
+        causal: the last query is aligned with the last key (bottom-right).
+        window_size: ``(left, right)``; −1 or ``None`` is unbounded.
+        softcap: 0 is none.
+        return_attn_probs: return ``(out, softmax_lse, S_dmask)``. S_dmask is of dropout, and so of size 0.
+        return_lse: return ``(out, softmax_lse)``.
+
+    Returns:
+        ``out``, ``(batch, seqlen_q, nheads, headdim_v)``; ``softmax_lse``, ``(batch, nheads, seqlen_q)``, float32.
+
+    Raises:
+        NotImplementedError: what isn't there yet, see the module.
+        Otherwise as :func:`cute_attn.attention` does.
+    """
+    if type(dropout_p) is not float or dropout_p or alibi_slopes is not None or others:
+        _check_others(others, dropout_p=dropout_p, alibi_slopes=alibi_slopes)
+    rules = softmax_scale, causal, window_size, softcap, deterministic
+    return _attend(attention, q, k, v, {}, *rules, return_attn_probs, return_lse)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor, kv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
+    """:func:`flash_attn_func` with k and v in one tensor, ``(batch, seqlen_k, 2, nheads_k, headdim)``; neither is copied."""
+    k, v = _unpacked("kv", kv, 2, 5)
+    rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return flash_attn_func(q, k, v, *rules, return_lse=return_lse, **others)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
+    """:func:`flash_attn_func` with q, k and v in one tensor, ``(batch, seqlen, 3, nheads, headdim)``; none is copied."""
+    q, k, v = _unpacked("qkv", qkv, 3, 5)
+    rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return flash_attn_func(q, k, v, *rules, return_lse=return_lse, **others)
+
+
+def flash_attn_varlen_func(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, block_table: Tensor | None = None,
+    *, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
+    """:func:`flash_attn_func` of sequences one after another in the rows, by :func:`cute_attn.attention_varlen`.
+
+    Args:
+        q: ``(total_q, nheads, headdim)``.
+        k: ``(total_k, nheads_k, headdim)``.
+        v: ``(total_k, nheads_k, headdim_v)``.
+        cu_seqlens_q: int32 ``(batch + 1,)``: where in q each sequence begins and, at last, where the last one ends.
+        cu_seqlens_k: the same for k and v.
+        max_seqlen_q: a hint; nothing depends on it, and nothing reads it, if it is a tensor.
+        max_seqlen_k: the same.
+        seqused_q: int32 ``(batch,)``, how many rows of each sequence are in use.
+        seqused_k: the same for k and v.
+
+    Returns:
+        ``out``, ``(total_q, nheads, headdim_v)``, and as above ``softmax_lse``, ``(nheads, total_q)``.
+
+    Raises:
+        As :func:`flash_attn_func` does.
+    """
+    unused = type(dropout_p) is float and not dropout_p and alibi_slopes is block_table is None
+    if not (unused and not others and type(max_seqlen_q) is type(max_seqlen_k) is int):
+        _check_hint("max_seqlen_q", max_seqlen_q)
+        _check_hint("max_seqlen_k", max_seqlen_k)
+        _check_others(others, dropout_p=dropout_p, alibi_slopes=alibi_slopes, block_table=block_table)
+    if cu_seqlens_k is None:  # which attention_varlen would take for that of q
+        raise TypeError("cu_seqlens_k is None; an int32 tensor is needed: try cu_seqlens_q, if k has the lengths of q")
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q, "seqused_k": seqused_k}
+    rules = softmax_scale, causal, window_size, softcap, deterministic
+    return _attend(attention_varlen, q, k, v, lengths, *rules, return_attn_probs, return_lse)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor, kv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
+    """:func:`flash_attn_varlen_func` with k and v in one tensor, ``(total_k, 2, nheads_k, headdim)``; neither is copied."""
+    k, v = _unpacked("kv", kv, 2, 4)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    others |= {"seqused_q": seqused_q, "seqused_k": seqused_k, "return_lse": return_lse}
+    return flash_attn_varlen_func(q, k, v, *lengths, *rules, **others)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, *, return_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
+    """:func:`flash_attn_varlen_func` with q, k and v in one tensor, ``(total, 3, nheads, headdim)``; none is copied."""
+    q, k, v = _unpacked("qkv", qkv, 3, 4)
+    lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    return flash_attn_varlen_func(q, k, v, *lengths, *rules, return_lse=return_lse, **others)
+
+
+def flash_attn_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
+    rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None, cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None, cache_leftpad: Tensor | None = None, block_table: Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, window_size: Window = UNBOUNDED, softcap: float = 0.0,
+    rotary_interleaved: bool = True, alibi_slopes: Tensor | None = None, num_splits: int = 0,
+    return_softmax_lse: bool = False, **others: Any,
+) -> Any:  # fmt: skip
+    """:func:`flash_attn_func` of a cache of keys and values of which each sequence has filled ``cache_seqlens`` rows.
+
+    Args:
+        q: ``(batch, seqlen_q, nheads, headdim)``.
+        k_cache: ``(batch, seqlen_cache, nheads_k, headdim)``.
+        v_cache: ``(batch, seqlen_cache, nheads_k, headdim_v)``.
+        cache_seqlens: an int, or int32 ``(batch,)``; ``None`` is all rows.
+
+    Not there yet: new rows ``k`` and ``v``, rotary embeddings, ``cache_batch_idx``, ``cache_leftpad`` and ``block_table``.
+
+    Returns:
+        ``out``, or ``(out, softmax_lse)``, as of :func:`flash_attn_func`.
+
+    Raises:
+        As :func:`flash_attn_func` does.
+    """
+    unused = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "cache_batch_idx": cache_batch_idx}
+    unused |= {"cache_leftpad": cache_leftpad, "block_table": block_table, "alibi_slopes": alibi_slopes}
+    _check_others({**others, "num_splits": num_splits}, **unused)
+    flag("rotary_interleaved", rotary_interleaved)
+    lengths = {}
+    if cache_seqlens is not None:
+        if not isinstance(cache_seqlens, Tensor) and isinstance(q, Tensor):
+            rows = integer("cache_seqlens", cache_seqlens, "or an int32 tensor (batch,)")
+            cache_seqlens = torch.full(q.shape[:1], rows, dtype=torch.int32, device=q.device)
+        lengths["seqused_k"] = cache_seqlens
+    rules = softmax_scale, causal, window_size, softcap, False
+    return _attend(attention, q, k_cache, v_cache, lengths, *rules, False, flag("return_softmax_lse", return_softmax_lse))
+
+
+def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, softcap, deterministic, probs, return_lse):
+    """``attend(q, k, v, …)``, of tensors as the kernels read them, and results as flash-attn returns them."""
+    if not type(probs) is type(return_lse) is bool:
+        probs, return_lse = flag("return_attn_probs", probs), flag("return_lse", return_lse)
+    columns = None
+    try:
+        whole_rows = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        as_is = whole_rows and not (q.shape[-1] % HEAD_DIM_STEP or v.shape[-1] % HEAD_DIM_STEP)
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # not strided tensors: attention says what they are
+        as_is = True
+    if not as_is:
+        q, k, v, scale, columns = _readable(q, k, v, scale)
+    window = None if window is UNBOUNDED else window
+    asked = probs or return_lse
+    results = attend(
+        q, k, v, **lengths, scale=scale, causal=causal, window=window, softcap=softcap, deterministic=deterministic,
+        return_lse=asked,
+    )  # fmt: skip
+    if not asked:
+        return results if columns is None else results[..., :columns]
+    out, lse = results
+    out = out if columns is None else out[..., :columns]
+    return (out, lse, out.new_empty(0)) if probs else (out, lse)
+
+
+def _readable(q, k, v, scale) -> tuple:
+    """Tensors q, k, v as 16-byte copies can read their rows; the scale of q; how many columns of v count."""
+    if q.shape[-1] != k.shape[-1]:  # attention says so; padded they might be equal
+        return q, k, v, scale, None
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+    return _padded(q), _padded(k), _padded(v), scale, v.shape[-1]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """``x`` with columns of zeros up to a multiple of 8, and rows of one piece."""
+    if missing := -x.shape[-1] % HEAD_DIM_STEP:
+        x = torch.nn.functional.pad(x, (0, missing))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _unpacked(name: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:
+    """The parts of a packed tensor, views of it."""
+    names = {"qkv": "q, k and v", "kv": "k and v"}[name]
+    rows = "batch, seqlen" if dims == 5 else "rows of all sequences"
+    if not isinstance(packed, Tensor):
+        raise TypeError(f"{name} is {shown(packed)}; a torch.Tensor is needed: try torch.stack of {names}, dim=-3")
+    check_layout(name, packed)
+    if packed.dim() != dims or packed.shape[-3] != parts:
+        raise ValueError(
+            f"{name} has shape {tuple(packed.shape)}; ({rows}, {parts}, heads, head_dim) is needed: try torch.stack of "
+            f"{names}, dim=-3"
+        )
+    if packed.requires_grad and torch.is_grad_enabled() and not (is_compiling() or transforms_active() or dispatch_modes()):
+        return _Unpacked.apply(packed)
+    return packed.unbind(-3)
+
+
+class _Unpacked(torch.autograd.Function):
+    """``packed.unbind(-3)``, whose gradient is not copied where the parts' gradients are parts of one tensor already."""
+
+    @staticmethod
+    def forward(ctx, packed):  # type: ignore[override]
+        return packed.unbind(-3)
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[override]
+        packed = packed_of(*gradients)
+        return torch.stack(gradients, -3) if packed is None else packed
+
+
+def _check_others(others: dict[str, Any], **unused: Any) -> None:
+    """Check hints for their kind, and refuse what isn't there yet, of these and of the arguments that 2.8 has itself."""
+    for name, value in {**unused, **others}.items():
+        if name in _INTS:
+            _check_hint(name, value)
+        elif name in _FLAGS:
+            if value is not None:
+                flag(name, value)
+        elif name in _NUMBERS:
+            if number(name, value, "0 for none") != 0.0:
+                _refuse(name, value)
+        elif name in _NOT_YET:
+            if value is not None:
+                _refuse(name, value)
+        elif name not in _UNREAD:
+            known = ", ".join((*_INTS, *_FLAGS, *_UNREAD, *_NEWER))
+            raise TypeError(f"{name} is no argument of flash-attn; by name there are return_lse, {known}: leave it out")
+
+
+def _check_hint(name: str, value: object) -> None:
+    """Refuse what is no int. A tensor is not read, wherever it lies."""
+    if isinstance(value, Tensor) and not value.dim() and not value.is_floating_point() and value.dtype != torch.bool:
+        return
+    if value is not None:
+        integer(name, value, "or None")
+
+
+def _refuse(name: str, value: object) -> NoReturn:
+    raise NotImplementedError(
+        f"{name} is {shown(value)}; {0 if name in _NUMBERS else None} is needed, since it isn't there yet: try {_NOT_YET[name]}"
+    )
+
+
+# ---- bert_padding ----------------------------------------------------------------------------------------------------
+
+
+def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
+    """``x[indices]``, the rows of ``x`` ``(rows, …)`` that ``indices`` ``(n,)`` names: ``(n, …)``.
+
+    Raises:
+        TypeError: not tensors. ValueError: shapes or dtypes that don't fit.
+    """
+    _check_tensor("x", x, 1)
+    _check_indices(indices)
+    return x.index_select(0, indices)
+
+
+def unpad_input(
+    hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """The rows of ``hidden_states`` ``(batch, seqlen, …)`` that a mask keeps, one sequence after another.
+
+    Args:
+        attention_mask: ``(batch, seqlen)``, bool or int: which rows are in use.
+        unused_mask: the same: which rows, though not in use, keep a place.
+
+    Returns:
+        ``(rows, indices, cu_seqlens, max_seqlen, seqused)``: the rows ``(total, …)``; where in ``(batch · seqlen)`` they were,
+        int64 ``(total,)``; int32 ``(batch + 1,)``; the longest sequence, an int, for which the host waits; int32 ``(batch,)``,
+        how many rows of each sequence are in use.
+
+    Raises:
+        TypeError: not tensors. ValueError: shapes that don't fit.
+    """
+    _check_tensor("hidden_states", hidden_states, 2)
+    masks = {"attention_mask": attention_mask} | ({} if unused_mask is None else {"unused_mask": unused_mask})
+    for name, mask in masks.items():
+        _check_tensor(name, mask, 2)
+        if mask.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {tuple(mask.shape)}; {tuple(hidden_states.shape[:2])}, the (batch, seqlen) of "
+                f"hidden_states, is needed: check how it was made"
+            )
+    used = attention_mask.bool()
+    kept = used if unused_mask is None else used | unused_mask.bool()
+    sizes = kept.sum(-1, dtype=torch.int32)
+    cu_seqlens = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
+    indices = kept.flatten().nonzero().flatten()
+    longest = int(sizes.max()) if sizes.numel() else 0
+    return hidden_states.flatten(0, 1).index_select(0, indices), indices, cu_seqlens, longest, used.sum(-1, dtype=torch.int32)
+
+
+def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
+    """The inverse of :func:`unpad_input`: rows ``(total, …)`` where they were, ``(batch, seqlen, …)``, and zeros elsewhere.
+
+    Raises:
+        TypeError: values of a wrong kind. ValueError: shapes or dtypes that don't fit.
+    """
+    _check_tensor("hidden_states", hidden_states, 1)
+    _check_indices(indices)
+    batch, seqlen = integer("batch", batch, "≥ 0"), integer("seqlen", seqlen, "≥ 0")
+    if len(indices) != len(hidden_states) or batch < 0 or seqlen < 0:
+        raise ValueError(
+            f"batch is {batch}, seqlen {seqlen}, and there are {len(indices)} indices of {len(hidden_states)} rows; sizes ≥ 0 "
+            f"and an index for each row are needed: pass what unpad_input returned"
+        )
+    rows = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
+    return rows.index_copy_(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))
+
+
+def _check_tensor(name: str, x: object, dims: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {shown(x)}; a torch.Tensor is needed: try torch.as_tensor({name})")
+    check_layout(name, x)
+    if x.dim() < dims:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; {dims} dimensions or more are needed: check how it was made")
+
+
+def _check_indices(indices: Tensor) -> None:
+    _check_tensor("indices", indices, 1)
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"indices has shape {tuple(indices.shape)} and dtype {indices.dtype}; int64 or int32 (rows,) is needed: try "
+            f"mask.flatten().nonzero().flatten()"
+        )
+
+
+# ---- import flash_attn -----------------------------------------------------------------------------------------------
+
+
+_FUNCTIONS = (
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+)
+_MODULES = {
+    "flash_attn": ("__version__", *_FUNCTIONS),
+    "flash_attn.flash_attn_interface": _FUNCTIONS,
+    "flash_attn.bert_padding": ("index_first_axis", "pad_input", "unpad_input"),
+}
+
+
+def install() -> None:
+    """Make ``import flash_attn`` this module in this process, for code that can't be edited. Nothing does so by itself.
+
+    The package ``flash_attn`` then has the functions above and the ``__version__`` of the flash-attn whose interface they are,
+    and so have its modules ``flash_attn_interface`` and ``bert_padding``. ``importlib.util.find_spec`` and
+    ``importlib.metadata`` find it, as libraries ask that want to know whether it is installed; some ask once, when they are
+    imported, so this goes first. A flash-attn that is installed is hidden. To install twice changes nothing;
+    :func:`uninstall` undoes it.
+
+    Raises:
+        RuntimeError: another ``flash_attn`` has been imported: functions of either would be in use.
+    """
+    found = sys.modules.get("flash_attn")
+    if found is not None and getattr(found, "__loader__", None) is not _FINDER:
+        where = getattr(found, "__file__", None) or "somewhere"
+        raise RuntimeError(
+            f"flash_attn {getattr(found, '__version__', '')} from {where} has been imported, and what imported it has its "
+            f"functions; a process without it is needed: call cute_attn.flash_attn.install() before the first import of it"
+        )
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)  # type: ignore[arg-type]
+
+
+def uninstall() -> None:
+    """Undo :func:`install`: the next ``import flash_attn`` finds what is installed. What was imported before keeps working."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)  # type: ignore[arg-type]
+    for name in _MODULES:
+        if getattr(sys.modules.get(name), "__loader__", None) is _FINDER:
+            del sys.modules[name]
+
+
+class _Finder:
+    """Finds and loads the modules of :data:`_MODULES`, for ``import``, and the distribution that they are of."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name not in _MODULES:
+            return None
+        inside: list[str] | None = [] if name == "flash_attn" else None  # nothing else is found inside
+        return spec_from_file_location(name, __file__, loader=self, submodule_search_locations=inside)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return ModuleType(spec.name, __doc__)
+
+    def exec_module(self, module: ModuleType) -> None:
+        for name in _MODULES[module.__name__]:
+            setattr(module, name, globals()[name])
+        if module.__name__ == "flash_attn":
+            import_module("flash_attn.flash_attn_interface")
+
+    def find_distributions(self, context: metadata.DistributionFinder.Context) -> Iterator[metadata.Distribution]:
+        if context.name is None or context.name.replace("_", "-").lower() == "flash-attn":
+            yield _Distribution()
+
+
+class _Distribution(metadata.Distribution):
+    """flash-attn's, as far as anybody asks: its name, its version, and the package it has."""
+
+    _TEXTS: ClassVar = {
+        "METADATA": f"Metadata-Version: 2.1\nName: flash-attn\nVersion: {__version__}\n",
+        "top_level.txt": "flash_attn\n",
+    }
+
+    def read_text(self, filename: str) -> str | None:
+        return self._TEXTS.get(filename)
+
+    def locate_file(self, path):
+        return Path(__file__).parent / path
+
+
+_FINDER = _Finder()
