@@ -213,7 +213,7 @@ def test_aotinductor_in_a_fresh_process(tmp_path):
         x = torch.ones(8, device="cuda")
         other, _ = in_a_fresh_process(tmp_path, torch.export.export(Double(), (x,)), [[x]])
         if (other.returncode, other.stdout) == (done.returncode, done.stdout):
-            pytest.skip(f"torch {torch.__version__} ends with signal {-done.returncode} here where it loads a package of 2 · x, too")
+            pytest.skip(f"torch {torch.__version__} ends with signal {-done.returncode} where it loads a package of 2 · x, too")
     said = f"exit status {done.returncode}, after: {done.stdout.split()}\n{done.stderr}"
     assert (done.returncode, done.stdout.split()) == (0, ["loaded", *["ran"] * len(SIZES), "saved"]), said
     for found, tensors in zip(results, inputs, strict=True):
