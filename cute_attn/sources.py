@@ -43,7 +43,7 @@ VERSIONED = (
 APART_FOLDER = "tools"
 APART = {
     "layouts": {"__main__.py"},
-    "cute_attn": {"__main__.py", "command.py", "cubin.py", "demo.py", "fill.py", "machine.py"},
+    "cute_attn": {"__main__.py", "command.py", "cubin.py", "demo.py", "fill.py", "machine.py", "transformers.py"},
 }
 
 
