@@ -57,8 +57,8 @@ class Beyond(NotImplementedError):  # noqa: N818
     def __init__(self, wanted: str, handed_on: bool = True) -> None:
         other = f"{FALLBACK!r}, or register(fallback={FALLBACK!r}) for such calls alone" if handed_on else "'eager'"
         super().__init__(
-            f"the model asks for {wanted}; causal or full attention is needed, in windows or not, of padded or packed sequences, "
-            f"without dropout: try attn_implementation={other}"
+            f"the model asks for {wanted}; causal or full attention is needed, in a window or not, of padded or packed "
+            f"sequences, without dropout: try attn_implementation={other}"
         )
         self.wanted, self.handed_on = wanted, handed_on
 
@@ -441,14 +441,16 @@ def attend(
         cu_seqlens = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         lengths = {n: x.int() if isinstance(x, torch.Tensor) else x for n, x in zip(NAMES, cu_seqlens, strict=False)}
         found = Mask(found.shape, found.window, lengths)
+    out: Any
     if not found.lengths:
-        return attention(q, k, v, **rules), None
+        out = attention(q, k, v, **rules)
+        return out, None
     if found.holds is not None:
         assert_on_device(found.holds, UNREAD)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     if found.rows_q is not None:
         q, k, v = q.index_select(0, found.rows_q), k.index_select(0, found.rows_k), v.index_select(0, found.rows_k)
-    out: Any = attention_varlen(q, k, v, **found.lengths, **rules)
+    out = attention_varlen(q, k, v, **found.lengths, **rules)
     if found.rows_q is not None:
         out = torch.empty_like(out).index_copy(0, found.rows_q, out)
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
