@@ -6,7 +6,8 @@ dtype: the policy of :mod:`tests.support`, for all of a model's outputs and grad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -189,21 +190,28 @@ def answer(model, asked: Asked, run: Callable | None = None) -> dict[str, torch.
         for name, x in asked.inputs.items()
     }
     model.zero_grad(set_to_none=True)
-    logits = (run or model)(**inputs).logits[asked.counts.to(place)]
+    logits = (model if run is None else run)(**inputs).logits[asked.counts.to(place)]
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (logits * weights.to(place, dtype)).sum().backward()
     return {"logits": logits.detach()} | {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
 
 
-def expected(case: str, dtype=torch.float32, device="cpu") -> list[dict[str, torch.Tensor]]:
-    """``[true, plain]``: with eager attention in float64, and in ``dtype``."""
-    name, ask = CASES[case]
+@contextmanager
+def exact() -> Iterator[None]:
+    """Eager attention in float64 takes its softmax there, too, and not in float32, where that dtype's mask is infinite."""
     softmax = torch.nn.functional.softmax
 
-    def no_rounding(x, *how, dtype=None, **others):  # which Transformers takes in float32, where a float64 mask is infinite
+    def no_rounding(x, *how, dtype=None, **others):
         return softmax(x, *how, dtype=x.dtype if x.dtype == torch.float64 else dtype, **others)
 
     with patch.object(torch.nn.functional, "softmax", no_rounding):
+        yield
+
+
+def expected(case: str, dtype=torch.float32, device="cpu") -> list[dict[str, torch.Tensor]]:
+    """``[true, plain]``: with eager attention in float64, and in ``dtype``."""
+    name, ask = CASES[case]
+    with exact():
         return [answer(built(name, "eager", kind, device), ask()) for kind in (torch.float64, dtype)]
 
 
