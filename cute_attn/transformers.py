@@ -126,7 +126,7 @@ class Mask:
     ``shape`` is that of a mask of all scores, ``(batch, 1, seqlen_q, seqlen_k)``; ``window`` is attention's. With ``lengths``,
     those of ``attention_varlen``, sequences lie in the rows of all elements of the batch, in the order that ``rows_q`` and
     ``rows_k`` say, or as they are. ``holds`` is whether the lengths are right, where only the device knows. ``stand_in`` makes
-    the mask that the fallback takes.
+    the mask that the fallback takes; ``beyond`` is why it must.
     """
 
     shape: tuple[int, int, int, int]
@@ -137,6 +137,7 @@ class Mask:
     holds: torch.Tensor | None = None
     packed: bool = False
     stand_in: Callable[[], torch.Tensor] | None = None
+    beyond: str | None = None
     ndim = 4  # which models ask a mask for: one of 2 dimensions is padding
 
     def to(self, *where: Any, **how: Any) -> Mask:
@@ -158,14 +159,14 @@ def mask(
     device: torch.device | str = "cpu",
     fallback: Callable | None = None,
     **others: Any,
-) -> Mask | torch.Tensor:
+) -> Mask:
     """The :class:`Mask` of what Transformers gives its makers of masks: ``mask_function(batch, head, query, key)`` is whether a
     key is seen; queries stand from ``q_offset`` on, which static caches have on the device, and keys from ``kv_offset`` on;
-    ``attention_mask`` ``(batch, positions)`` is whether a key is no padding. What no :class:`Mask` can say is
-    :class:`Beyond`, or, with a fallback, the mask that this makes."""
+    ``attention_mask`` ``(batch, positions)`` is whether a key is no padding. What a :class:`Mask` can't say is
+    :class:`Beyond`; with a fallback it only says so."""
     if isinstance(attention_mask, Mask):  # made ahead of the forward pass
         return attention_mask
-    stand_in = None
+    shape, stand_in = (batch_size, 1, q_length, kv_length), None
     if fallback is not None:
         others |= {"mask_function": mask_function, "attention_mask": attention_mask, "device": device}
         others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -186,9 +187,9 @@ def mask(
     except Beyond as beyond:
         if stand_in is None:
             raise
-        _warn(beyond)
-        return stand_in()
-    return Mask((batch_size, 1, q_length, kv_length), (seen.left, seen.right), stand_in=stand_in, **rows)
+        made = stand_in()  # once for all layers
+        return Mask(shape, (None, None), stand_in=lambda: made, beyond=beyond.wanted)
+    return Mask(shape, (seen.left, seen.right), stand_in=stand_in, **rows)
 
 
 def _packed(ids: torch.Tensor) -> dict[str, Any]:
@@ -320,8 +321,8 @@ class _Position:
         return _up_to(other, self, -1)
 
     def __ge__(self, other: Any) -> _Seen:
-        if self.of == "query" and self.shift == 0 == other and self.by is None:  # how a mask of all keys is written
-            return _Seen()
+        if isinstance(other, int) and (self.of, self.shift, self.by, other) == ("query", 0, None, 0):
+            return _Seen()  # how a mask of all keys is written
         return _up_to(other, self)
 
     def __eq__(self, other: Any) -> Any:
@@ -461,6 +462,8 @@ def _beyond(attention_mask: object, dropout: float, softcap: float | None, other
     for name, wanted in _BEYOND.items():
         if others.get(name) is not None and others[name] is not False:
             return Beyond(wanted, name == "position_bias" and softcap is None)
+    if isinstance(attention_mask, Mask) and attention_mask.beyond is not None:
+        return Beyond(attention_mask.beyond, softcap is None)
     if dropout:
         return Beyond(f"dropout of {dropout}", softcap is None)
     if not isinstance(attention_mask, (Mask, type(None))):

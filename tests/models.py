@@ -1,4 +1,4 @@
-"""Small models of Transformers, built in code with random weights, and what they are asked: for the tests of ``cute_attn.transformers``.
+"""Small models of Transformers, built in code with random weights, and what they are asked: ``cute_attn.transformers``'s tests.
 
 A result is right when its error beside eager attention in float64 is at most a few times that of eager attention in the same
 dtype: the policy of :mod:`tests.support`, for all of a model's outputs and gradients.
@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vit": (
         "ViTForImageClassification",
         "ViTConfig",
-        {k: SIZE[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "initializer_range")}
+        SIZE
         | NO_DROPOUT
         | {"image_size": 20, "patch_size": 4, "num_channels": 1},
     ),
@@ -79,7 +79,19 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "WhisperConfig",
         SPEECH | {"num_mel_bins": 4, "max_source_positions": 20, "max_target_positions": 32},
     ),
-    "bart": ("BartForConditionalGeneration", "BartConfig", SPEECH | {"max_position_embeddings": 32, "is_encoder_decoder": True}),
+    # What attention has not: a bias, chunks, sinks.
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": SYMBOLS, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        SIZE | GROUPS | {"num_local_experts": 1, "attention_chunk_size": 8, "intermediate_size_mlp": 48, "moe_layers": []},
+    ),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", SIZE | GROUPS | {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    "bart": ("BartForConditionalGeneration", "BartConfig", SPEECH | {"max_position_embeddings": 32}),
 }
 
 
@@ -215,8 +227,8 @@ def expected(case: str, dtype=torch.float32, device="cpu") -> list[dict[str, tor
         return [answer(built(name, "eager", kind, device), ask()) for kind in (torch.float64, dtype)]
 
 
-def assert_follows(got: dict[str, torch.Tensor], true: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], times: float) -> None:
-    """That an answer's error is at most ``times`` that of ``plain``, and rounding, each tensor in the two norms of the policy."""
+def assert_follows(got: dict, true: dict, plain: dict, times: float) -> None:
+    """That an answer's error is at most ``times`` that of ``plain``, and rounding: each tensor, in the policy's two norms."""
     assert got.keys() == true.keys() == plain.keys()
     for name, x in got.items():
         allowed = times * (plain[name].double() - true[name]).abs()
