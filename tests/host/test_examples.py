@@ -1,7 +1,7 @@
 """The examples run, as they stand in the repository, for a few steps."""
 
 import random
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from itertools import islice
 
 import pytest
@@ -13,11 +13,9 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def example():
-    spec = spec_from_file_location("train_transformers", ROOT / "examples" / "train_transformers.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return import_module("train_transformers")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
