@@ -1,6 +1,9 @@
-"""Models of Transformers on the GPU, beside eager attention in float64, as on the CPU: see ``tests/host/test_transformers.py``."""
+"""Models of Transformers on the GPU, beside eager attention in float64; all else is in ``tests/host/test_transformers.py``."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,9 +112,6 @@ def test_nothing_is_waited_for():
 
 def test_what_a_graph_can_not_read_ends_it():
     """The words come from the device; the process can't use it any more, so another one is asked."""
-    import subprocess
-    import sys
-
     program = (
         "import torch\nfrom cute_attn import transformers as t\n"
         "mask = t.Mask((1, 1, 8, 8), (3, 0), {'cu_seqlens_q': torch.tensor([0, 8], dtype=torch.int32, device='cuda')})\n"

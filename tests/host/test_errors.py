@@ -578,7 +578,7 @@ def imported_as(module):
 HOLES, SDPA = torch.tensor([[1, 1, 0, 1, 1, 1], [1] * 6]).bool(), "attn_implementation='sdpa', or register(fallback='sdpa')"
 BAND = "causal or full attention is needed, in a window or not, of padded or packed sequences, without dropout"
 TRANSFORMERS = [
-    Row("fallback True", lambda: transformers.register(fallback=True), TypeError, "fallback is True", "None or 'sdpa' is needed"),
+    Row("a fallback of True", lambda: transformers.register(fallback=True), TypeError, "fallback is True", "None or 'sdpa'"),
     Row(
         "another fallback",
         lambda: transformers.register(fallback="eager"),
@@ -648,7 +648,7 @@ TRANSFORMERS = [
     ),
     Row(
         "a window ahead of a cache's end",
-        masked(lambda batch, head, query, key: key <= query + 2, q_offset=torch.tensor(3)),
+        masked(lambda batch, head, query, key: key - 2 <= query, q_offset=torch.tensor(3)),
         transformers.Beyond,
         "a window past each query's own key",
         BAND,
