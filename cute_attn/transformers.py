@@ -34,11 +34,11 @@ from cute_attn.private import assert_on_device
 
 IMPLEMENTATION = "cute_attn"
 FALLBACK = "sdpa"
+SHORTEST = 16  # rows: where no length can be read, packed sequences may be this short, on average
 UNREAD = (
-    "cute_attn: in a graph whose lengths can't be read there is padding between keys of a sequence under a window, or packed "
-    "sequences are shorter than 16 rows on average: run without a graph, or pass cu_seq_lens_q and cu_seq_lens_k"
+    f"cute_attn: in a graph, where no length can be read, there is padding between keys under a window, or packed sequences "
+    f"don't ascend or have fewer than {SHORTEST} rows on average: run without a graph, or pass cu_seq_lens_q and cu_seq_lens_k"
 )
-SHORTEST = 16  # rows: where a graph is made, its packed sequences may be this short, on average
 # What layers may ask for by keyword and attention has not. The fallback has the last of them; others it would ignore.
 _BEYOND = {
     "output_attentions": "attention weights, which are never in memory",
@@ -83,14 +83,14 @@ def register(*, fallback: str | None = None) -> None:
     ``from_pretrained``.
 
     Raises:
-        TypeError: ``fallback`` is no string.
+        TypeError: ``fallback`` is neither None nor a string.
         ValueError: ``fallback`` is another string.
         ImportError: Transformers is not installed, or is older than version 5.
 
     Later, from a model's forward pass:
 
-        NotImplementedError: it asks for what there is not.
-        ValueError: padding with holes under a window; arguments that don't fit, as :func:`cute_attn.attention` raises it.
+        NotImplementedError: :class:`Beyond`, it asks for what there is not.
+        ValueError: arguments that don't fit together, as of :func:`cute_attn.attention`.
     """
     needed = f"None or {FALLBACK!r} is needed"
     if fallback is not None and (fallback := name_of("fallback", fallback, needed)) != FALLBACK:
@@ -193,14 +193,17 @@ def mask(
 
 
 def _packed(ids: torch.Tensor) -> dict[str, Any]:
-    """Of packed sequences: one begins where ``ids`` ``(batch, rows)`` are others than in the row before."""
-    begins = (torch.diff(ids, prepend=ids[:, :1] - 1) != 0).flatten()
+    """Of packed sequences: one begins where ``ids`` ``(batch, rows)`` are greater than in the row before."""
+    steps = torch.diff(ids, prepend=ids[:, :1] - 1)
+    begins = (steps != 0).flatten()
     rows: dict[str, Any] = {"packed": True}
     if _is_unread(ids):  # the size of a tensor says how many there may be
         count = ids.numel() // SHORTEST + ids.shape[0]
-        rows["holds"] = begins.sum() <= count
+        rows["holds"] = (begins.sum() <= count) & (steps >= 0).all()
     else:
-        count = int(begins.sum())
+        count, ascending = torch.stack([begins.sum(), (steps >= 0).all()]).tolist()
+        if not ascending:
+            raise Beyond("packed sequences whose numbers don't ascend")
     ordinals = torch.arange(1, count + 2, device=ids.device)
     cu_seqlens = torch.searchsorted(begins.cumsum(0), ordinals, out_int32=True)  # of one that there isn't: after all rows
     return rows | {"lengths": {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}}
@@ -280,8 +283,8 @@ class _Seen:
         return self
 
     def __and__(self, other: _Seen) -> _Seen:
-        left, right = (_nearer(a, b) for a, b in ((self.left, other.left), (self.right, other.right)))
-        return _Seen(left, right, *(b if a is None else a for a, b in ((self.ids, other.ids), (self.by, other.by))))
+        left, right = _nearer(self.left, other.left), _nearer(self.right, other.right)
+        return _Seen(left, right, _only(self.ids, other.ids), _only(self.by, other.by))
 
     def __bool__(self) -> bool:
         raise TypeError("a mask function decides by a mask")
@@ -289,6 +292,12 @@ class _Seen:
 
 def _nearer(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
+
+
+def _only(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    if a is not None and b is not None and a is not b:
+        raise TypeError("a mask function has two numbers of sequences")
+    return b if a is None else a
 
 
 @dataclass(eq=False)

@@ -121,4 +121,4 @@ def test_what_a_graph_can_not_read_ends_it():
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode != 0
-    assert "padding between keys of a sequence under a window" in ran.stdout + ran.stderr
+    assert "padding between keys under a window" in ran.stdout + ran.stderr

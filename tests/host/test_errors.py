@@ -576,6 +576,7 @@ def imported_as(module):
 
 
 HOLES, SDPA = torch.tensor([[1, 1, 0, 1, 1, 1], [1] * 6]).bool(), "attn_implementation='sdpa', or register(fallback='sdpa')"
+PARTS = HOLES.int()
 BAND = "causal or full attention is needed, in a window or not, of padded or packed sequences, without dropout"
 TRANSFORMERS = [
     Row("a fallback of True", lambda: transformers.register(fallback=True), TypeError, "fallback is True", "None or 'sdpa'"),
@@ -643,6 +644,30 @@ TRANSFORMERS = [
         masked(lambda batch, head, query, key: (key <= query) | (key < 3)),
         transformers.Beyond,
         "a mask that is not a band of keys around each query",
+        BAND,
+        SDPA,
+    ),
+    Row(
+        "packed sequences and padding",
+        masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key], attention_mask=HOLES),
+        transformers.Beyond,
+        "packed sequences with a cache or padding",
+        BAND,
+        SDPA,
+    ),
+    Row(
+        "sequences in parts",
+        masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key]),
+        transformers.Beyond,
+        "packed sequences whose numbers don't ascend",
+        BAND,
+        SDPA,
+    ),
+    Row(
+        "a window, and padding between keys",
+        masked(lambda batch, head, query, key: (key <= query) & (key > query - 3), attention_mask=HOLES),
+        transformers.Beyond,
+        "padding between the keys of a sequence under a window",
         BAND,
         SDPA,
     ),

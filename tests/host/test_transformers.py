@@ -169,7 +169,7 @@ def test_what_a_graph_can_not_read_is_checked_when_it_runs(why):
     model = models.built("mistral", OURS, use_cache=False)
     asked = models.padded("inside")
     inputs = {"position_ids": torch.zeros(2, models.LENGTH, dtype=torch.long)} if why == "short" else dict(asked.inputs)
-    with pytest.raises(RuntimeError, match="shorter than 16 rows on average: run without a graph"):
+    with pytest.raises(RuntimeError, match="fewer than 16 rows on average: run without a graph"):
         torch.compile(model, backend="eager", fullgraph=True)(**{**inputs, "input_ids": asked.inputs["input_ids"]})
 
 
@@ -328,6 +328,8 @@ UNSEEN = {
     "a row": lambda batch, head, query, key: IDS[0, query] == IDS[0, key],
     "an element of an element": lambda batch, head, query, key: IDS[batch, POSITIONS[batch, query]] == IDS[batch, key],
     "a shift that differs": lambda batch, head, query, key: key <= query - PADDING[batch],
+    "two numbers of sequences": lambda batch, head, query, key: (IDS[batch, query] == IDS[batch, key])
+    & (POSITIONS[batch, query] == POSITIONS[batch, key]),
     "no mask": lambda batch, head, query, key: True,
 }
 
