@@ -230,8 +230,8 @@ def expected(case: str, dtype=torch.float32, device="cpu") -> list[dict[str, tor
 def assert_follows(got: dict, true: dict, plain: dict, times: float) -> None:
     """That an answer's error is at most ``times`` that of ``plain``, and rounding: each tensor, in the policy's two norms.
 
-    A bias of keys adds the same to all scores of a row, which no probability shows: its gradient is 0, and what is found is the
-    rounding of sums that cancel. So much of it as there is in the gradient of the queries' bias, whose terms are alike, may be."""
+    A bias of keys adds the same to all scores of a row, which no probability shows: its gradient is 0, and what is found is
+    the rounding of sums that cancel. As much of it as is in the gradient of the queries' bias, of terms alike, may be there."""
     assert got.keys() == true.keys() == plain.keys()
     for name, x in got.items():
         other = name.replace("key.bias", "query.bias")
