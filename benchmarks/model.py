@@ -165,8 +165,9 @@ class Bench:
             use_cache=False,
             initializer_range=size.hidden**-0.5,
         )
-        model: Any = LlamaForCausalLM(config)
-        self._model = model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+        with torch.device(device):  # where random numbers for all its weights take no time
+            model: Any = LlamaForCausalLM(config)
+        self._model = model.to(torch.bfloat16 if device == "cuda" else torch.float32)
         self._compiled = torch.compile(self._model)
         self._clock: timing.Clock = timing.CudaClock() if device == "cuda" else timing.HostClock()
         tokens = torch.randint(size.vocabulary, (1, size.tokens), device=device)
