@@ -90,7 +90,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """``model``: exit status 1 where a result is another than with torch's attention."""
+    """``model``: exit status 1 where a result is another than with torch's attention. An interrupt keeps what was measured."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Size)}
     size = dataclasses.replace(SIZES[device], **{name: x for name, x in given.items() if x is not None})
@@ -98,15 +98,16 @@ def run(options: argparse.Namespace, console: Console) -> int:
     names = list(dict.fromkeys([TORCH, *(options.implementation or (OURS, TORCH, *installed(device)))]))
     bench = Bench(size, device, options.seed)
     cells = [Cell(name, mode) for mode in options.mode for name in names]
+    stopped = 0
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=len(cells) * (1 + options.rounds))
-        for cell in cells:
-            progress.update(task, description=f"{cell.mode}, {cell.implementation}", advance=1)
-            bench.compare(cell)
-        for _ in range(options.rounds):
-            for cell in cells:
+        try:
+            for i, cell in enumerate(cells * (1 + options.rounds)):
                 progress.update(task, description=f"{cell.mode}, {cell.implementation}", advance=1)
-                bench.turn(cell)
+                bench.compare(cell) if i < len(cells) else bench.turn(cell)
+        except KeyboardInterrupt as error:
+            stopped, cells = command.interrupted(error), [cell for cell in cells if cell.attention]
+            console.print("not completed", style="red")
     about = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "card": card.describe(card.open_source() if device == "cuda" else None),
@@ -115,13 +116,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "seed": options.seed,
     }
     if options.json:
-        found = {"schema": SCHEMA, "about": about, "cells": [dataclasses.asdict(cell) for cell in cells]}
+        found = {"schema": SCHEMA, "about": about, "complete": not stopped, "cells": [dataclasses.asdict(cell) for cell in cells]}
         write_whole(options.json, json.dumps(found, indent=1) + "\n")
     console.print(table(cells, size))
     others = [f"{cell.implementation} ({cell.mode})" for cell in cells if not cell.alike >= ALIKE]
     if others:
         console.print(f"another result than {TORCH}'s: {', '.join(others)}", style="red", highlight=False)
-    return int(bool(others))
+    return stopped or int(bool(others))
 
 
 def check(size: Size) -> None:

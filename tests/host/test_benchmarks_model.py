@@ -1,6 +1,7 @@
 """The benchmark of a model: that steps and attention are timed, and that another result is told."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,23 @@ def test_torch_takes_part_whoever_is_asked_for(tmp_path):
     assert main(["model", *SMALL, "--implementation", "cute_attn", "--mode", "eager", "--json", str(tmp_path / "m.json")]) == 0
     cells = json.loads((tmp_path / "m.json").read_text())["cells"]
     assert [cell["implementation"] for cell in cells] == ["sdpa", "cute_attn"]
+
+
+def test_an_interrupted_run_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
+    plain, turns = model.Bench.turn, []
+
+    def turn(bench, cell):
+        if len(turns) == 2:
+            raise KeyboardInterrupt(signal.SIGTERM)
+        turns.append(cell)
+        plain(bench, cell)
+
+    monkeypatch.setattr(model.Bench, "turn", turn)
+    assert main(["model", *SMALL, "--json", str(tmp_path / "m.json")]) == 128 + signal.SIGTERM
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert not found["complete"]
+    assert [(cell["mode"], cell["implementation"]) for cell in found["cells"]] == [(x.mode, x.implementation) for x in turns]
+    assert "not completed" in capsys.readouterr().out
 
 
 def test_another_result_is_told(monkeypatch, capsys):
