@@ -116,7 +116,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "seed": options.seed,
     }
     if options.json:
-        found = {"schema": SCHEMA, "about": about, "complete": not stopped, "cells": [dataclasses.asdict(cell) for cell in cells]}
+        found = {"schema": SCHEMA, "complete": not stopped, "about": about, "cells": [*map(dataclasses.asdict, cells)]}
         write_whole(options.json, json.dumps(found, indent=1) + "\n")
     console.print(table(cells, size))
     others = [f"{cell.implementation} ({cell.mode})" for cell in cells if not cell.alike >= ALIKE]
