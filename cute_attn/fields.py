@@ -36,7 +36,8 @@ def _gradient(name: str) -> Field:
     return Field(f"d{name}", "operand", lambda problem, config: name in problem.gradients)
 
 
-def _has_sums(problem: Problem, config: Config) -> bool:
+def has_sums(problem: Problem, config: Config) -> bool:
+    """Whether parts of dQ are added up in memory."""
     return "q" in problem.gradients and bool(layouts.family(config).pieces(config))
 
 
@@ -59,8 +60,8 @@ BACKWARD = (
     Field("lse_raw", "row values"),
     Field("dlse", "row values", lambda problem, config: problem.return_lse),
     Field("rows", "padded row values"),
-    Field("dq_sum", "sums", _has_sums),
-    Field("signals", "words", lambda problem, config: problem.masked or (problem.deterministic and _has_sums(problem, config))),
+    Field("dq_sum", "sums", has_sums),
+    Field("signals", "words", lambda problem, config: problem.masked or (problem.deterministic and has_sums(problem, config))),
     *map(_gradient, "qkv"),
     *_CALL,
 )

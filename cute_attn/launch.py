@@ -15,6 +15,7 @@ import torch
 
 from cute_attn import rules
 from cute_attn.compile import compiled
+from cute_attn.fields import has_sums
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
 from cute_attn.plan import plan, takes_tickets
@@ -57,8 +58,9 @@ def prepared(problem: Problem, mechanism: str | None, device: int) -> tuple[Call
 def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, int, int] | None:
     """``(rows of a tile, its pieces, values of a piece)`` of dQ's float32 sums in memory; ``None`` where there are none."""
     config = plan(problem, device_target(device), mechanism)
-    pieces = len(family(config).pieces(config)) if "q" in problem.gradients else 0
-    return (config.tile_m, pieces, math.prod(family(config).piece_shape(config))) if pieces else None
+    if not has_sums(problem, config):
+        return None
+    return config.tile_m, len(family(config).pieces(config)), math.prod(family(config).piece_shape(config))
 
 
 @lru_cache(maxsize=4096)

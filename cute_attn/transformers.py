@@ -424,6 +424,11 @@ def attend(
     if beyond is not None:
         if fallback is None or not beyond.handed_on:
             raise beyond
+        if cu_seq_lens_q is not None and not (isinstance(attention_mask, Mask) and attention_mask.packed):
+            raise ValueError(
+                f"cu_seq_lens_q is given, and the model asks for {beyond.wanted}, which {FALLBACK!r} computes without lengths; "
+                f"position_ids that begin anew in each sequence are needed: pass these too, or leave the fallback out"
+            )
         _warn(beyond)
         given = attention_mask.stand_in() if isinstance(attention_mask, Mask) and attention_mask.stand_in else attention_mask
         others |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}

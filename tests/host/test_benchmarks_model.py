@@ -18,15 +18,11 @@ SMALL = ["--tokens", "64", "--hidden", "32", "--layers", "2", "--rounds", "2"]
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Turns of a few calls, on one thread, and a compiler that leaves the model as it is."""
+def quick(one_thread, monkeypatch):
+    """Turns of a few calls, and a compiler that leaves the model as it is."""
     monkeypatch.setattr(model, "TURN_SECONDS", 0.001)
     monkeypatch.setattr(model, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(torch, "compile", lambda module: module)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("sequences", [1, 4, 7])

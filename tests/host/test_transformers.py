@@ -256,6 +256,15 @@ def test_torch_would_ignore_it(what, fallback):
     assert "try attn_implementation='eager'" in str(caught.value)
 
 
+def test_lengths_that_torch_would_not_know(fallback):
+    """Of packed sequences that only ``cu_seq_lens`` tells apart."""
+    x = torch.zeros(1, 4, 3, 8)
+    cu_seqlens = torch.tensor([0, 1, 3], dtype=torch.int32)
+    layer = models.built("llama", OURS).model.layers[0].self_attn
+    with pytest.raises(ValueError, match="asks for dropout of 0.1, which 'sdpa' computes without lengths; position_ids"):
+        AttentionInterface()[OURS](layer, x, x, x, None, dropout=0.1, cu_seq_lens_q=cu_seqlens)
+
+
 def test_a_model_with_sinks_is_refused(fallback):
     with pytest.raises(Beyond, match="sinks"):
         models.built("gpt_oss", OURS)(**models.plain().inputs)
