@@ -261,7 +261,7 @@ def test_lengths_that_torch_would_not_know(fallback):
     x = torch.zeros(1, 4, 3, 8)
     cu_seqlens = torch.tensor([0, 1, 3], dtype=torch.int32)
     layer = models.built("llama", OURS).model.layers[0].self_attn
-    with pytest.raises(ValueError, match="asks for dropout of 0.1, which 'sdpa' computes without lengths; position_ids"):
+    with pytest.raises(ValueError, match=r"asks for dropout of 0\.1, which 'sdpa' computes without lengths; position_ids"):
         AttentionInterface()[OURS](layer, x, x, x, None, dropout=0.1, cu_seq_lens_q=cu_seqlens)
 
 
