@@ -128,6 +128,18 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def attention_heads_first(q, k, v, scale: float | None, causal: bool) -> torch.Tensor:
+    """:func:`attention` by the kernels, of ``(batch, heads, seqlen, head_dim)``; the output is such a view of memory in which
+    heads come after seqlen, and so are gradients. For eager calls of torch's own CUDA tensors, out of any transform, which
+    spares them the views."""
+    call = check_call(q, k, v, scale, causal, None, None, heads_first=True)
+    if dual_level() >= 0:
+        _refuse_tangents(q, k, v)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return Attention.apply(q, k, v, call, *launch.passes(False, None, False))[0]
+    return launch.forward(call, None, False, False, q, k, v)[0]
+
+
 def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -39,8 +39,8 @@ def host_function(problem, config):
     @cute.jit
     def backward(*arguments):
         given = named(BACKWARD, arguments)
-        q, k, v, o, do = (heads_apart(m, problem) for m in (given.q, given.k, given.v, given.out, given.dout))
-        dq, dk, dv = (heads_apart(m, problem) for m in (given.dq, given.dk, given.dv))
+        operands = (given.q, given.k, given.v, given.out, given.dout, given.dq, given.dk, given.dv)
+        q, k, v, o, do, dq, dk, dv = (heads_apart(m, problem, given.heads_first) for m in operands)
         lse, dlse = (rows_first(m, problem) for m in (given.lse_raw, given.dlse))
         dq_sum = select_modes(given.dq_sum, [4, 3, 2, 1, 0])  # (values, piece, m_block, heads, batch)
         rows = Rows(*(select_modes(given.rows, [0, 3, 2, 1])[i, None, None, None] for i in range(2)))  # (rows, heads, batch)

@@ -18,10 +18,10 @@ from cute_attn.problem import Problem
 
 
 class Field(NamedTuple):
-    """One of them. Kinds: an ``operand`` is as torch holds it, ``(batch, seqlen, heads, head_dim)`` in the inputs' dtype, and
-    ``row values`` are a float32 for each of its rows, ``(batch, heads, seqlen)``; of ragged sequences both have no batch.
-    ``padded row values`` are two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces,
-    values)``, ``words`` int32 ``(n,)``; and there are numbers and the ``stream``."""
+    """One of them. Kinds: an ``operand`` is as torch holds it, in the inputs' dtype, ``(batch, seqlen, heads, head_dim)`` or, if
+    ``heads_first``, ``(batch, heads, seqlen, head_dim)``, and ``row values`` are a float32 for each of its rows, ``(batch, heads,
+    seqlen)``; of ragged sequences both have no batch. ``padded row values`` are two, ``(2, batch, heads, rows)``, ``sums`` dQ's in
+    float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32 ``(n,)``; and there are numbers and the ``stream``."""
 
     name: str
     kind: str
@@ -45,6 +45,7 @@ _CALL = (
     *map(_given, NAMES),
     *(Field(name, "int32") for name in ("count", "left", "right")),
     *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
+    Field("heads_first", "int32"),
     Field("blocks", "int32"),
     Field("stream", "stream"),
 )

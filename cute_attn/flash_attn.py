@@ -111,6 +111,12 @@ def flash_attn_func(
     """
     if type(dropout_p) is not float or dropout_p or alibi_slopes is not None or others:
         _check_others(others, dropout_p=dropout_p, alibi_slopes=alibi_slopes)
+    usual = window_size is UNBOUNDED and return_attn_probs is return_lse is False
+    if usual and getattr(q, "is_cuda", False) and not is_compiling():
+        try:
+            return attention(q, k, v, scale=softmax_scale, causal=causal, softcap=softcap, deterministic=deterministic)
+        except ValueError:  # rows that kernels can't read as they are, or an error, which comes again
+            pass
     rules = softmax_scale, causal, window_size, softcap, deterministic
     return _attend(attention, q, k, v, {}, *rules, return_attn_probs, return_lse)
 
@@ -246,12 +252,7 @@ def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, sof
     if not type(probs) is type(return_lse) is bool:
         probs, return_lse = flag("return_attn_probs", probs), flag("return_lse", return_lse)
     columns = None
-    try:
-        whole_rows = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-        as_is = whole_rows and not (q.shape[-1] % HEAD_DIM_STEP or v.shape[-1] % HEAD_DIM_STEP)
-    except (AttributeError, IndexError, RuntimeError, TypeError):  # not strided tensors: attention says what they are
-        as_is = True
-    if not as_is:
+    if not _as_is(q, k, v):
         q, k, v, scale, columns = _readable(q, k, v, scale)
     window = None if window is UNBOUNDED else window
     asked = probs or return_lse
@@ -264,6 +265,15 @@ def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, sof
     out, lse = results
     out = out if columns is None else out[..., :columns]
     return (out, lse, out.new_empty(0)) if probs else (out, lse)
+
+
+def _as_is(q, k, v) -> bool:
+    """Whether 16-byte copies can read the rows; also of what are no strided tensors: attention says what they are."""
+    try:
+        whole_rows = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        return whole_rows and not (q.shape[-1] % HEAD_DIM_STEP or v.shape[-1] % HEAD_DIM_STEP)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return True
 
 
 def _readable(q, k, v, scale) -> tuple:

@@ -12,7 +12,7 @@ from cutlass.cute import runtime
 
 from cute_attn import layouts
 from cute_attn.fields import FORWARD, Field, named
-from cute_attn.layouts.base import ROW_PADDING, element
+from cute_attn.layouts.base import ROW_PADDING, VECTOR, element
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tickets, Tiles
 from cute_attn.sequences import Sequences, Side
@@ -30,7 +30,7 @@ def host_function(problem, config, mainloop=None):
     @cute.jit
     def forward(*arguments):
         given = named(FORWARD, arguments)
-        q, k, v, o = (heads_apart(m, problem) for m in (given.q, given.k, given.v, given.out))
+        q, k, v, o = (heads_apart(m, problem, given.heads_first) for m in (given.q, given.k, given.v, given.out))
         lse = LogSumExp(*(rows_first(m, problem) for m in (given.lse, given.lse_raw)))
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
         sequences = sequences_of(problem, q, k, given)
@@ -57,9 +57,18 @@ def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, given) -> Sequences | 
     return Sequences(given.count, queries, Side(rows_k, rows_k // each, given.cu_seqlens_k, given.seqused_k))
 
 
-def heads_apart(m: cute.Tensor | None, problem) -> cute.Tensor | None:
-    """``(batch, seqlen, heads, head_dim)``, of ragged sequences without a batch, as ``(seqlen, head_dim, heads, batch)``."""
-    return select_modes(m, [0, 2, 1, None] if problem.ragged else [1, 3, 2, 0])
+@cute.jit
+def heads_apart(m: cute.Tensor | None, problem: cutlass.Constexpr, heads_first: Int32) -> cute.Tensor | None:
+    """``(batch, seqlen, heads, head_dim)`` or, if ``heads_first``, ``(batch, heads, seqlen, head_dim)`` as ``(seqlen, head_dim,
+    heads, batch)``; of ragged sequences ``(seqlen, heads, head_dim)``. One kernel serves both."""
+    if cutlass.const_expr(m is None or bool(problem.ragged)):
+        return select_modes(m, [0, 2, 1, None])
+    batch, seqlen, heads, columns = m.shape
+    of_batch, of_row, of_head, of_column = m.stride
+    if heads_first:
+        seqlen, heads, of_row, of_head = heads, seqlen, of_head, of_row
+    strides = (cute.assume(of_row, VECTOR), of_column, cute.assume(of_head, VECTOR), of_batch)
+    return cute.make_tensor(m.iterator, cute.make_layout((seqlen, columns, heads, batch), stride=strides))
 
 
 def rows_first(m: cute.Tensor | None, problem) -> cute.Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -87,9 +88,12 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
     launch. Allocates these and, for ragged sequences with a right edge, an int32 a tile; nothing else."""
     q, k, v = check_tensors_for_gpu(q, k, v, call)
-    if call.lengths is None:
-        out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
+    if call.heads_first:
+        out = _heads_first(q, call.batch, call.heads, call.seqlen_q, call.head_dim_v)
         of_rows: tuple = call.batch, call.heads, call.seqlen_q
+    elif call.lengths is None:
+        out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
+        of_rows = call.batch, call.heads, call.seqlen_q
     else:
         out = q.new_empty(call.seqlen_q, call.heads, call.head_dim_v)
         of_rows = call.heads, call.seqlen_q
@@ -158,9 +162,18 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     return tuple(gradient.values())
 
 
+def _heads_first(x: torch.Tensor, batch: int, heads: int, seqlen: int, columns: int) -> torch.Tensor:
+    """Memory like ``x`` in which heads come after seqlen, as ``(batch, heads, seqlen, columns)``."""
+    strides = seqlen * heads * columns, columns, heads * columns, 1
+    return x.new_empty_strided((batch, heads, seqlen, columns), strides)
+
+
 def _room(call: Call, needs: str, q, k, v) -> dict[str, torch.Tensor | None]:
     """Memory for the gradients that are needed: parts of one tensor where q, k, v, or k, v, are, and ``call.packs``."""
     inputs = {"q": q, "k": k, "v": v}
+    if call.heads_first:
+        room = _room(replace(call, heads_first=False), needs, *(x.transpose(1, 2) for x in inputs.values()))
+        return {name: None if x is None else x.transpose(1, 2) for name, x in room.items()}
     room = dict.fromkeys(inputs)
     for names in ("qkv", "kv") if call.packs else ():
         if names in needs and (packed := packed_of(*(inputs[name] for name in names))) is not None:
@@ -196,7 +209,8 @@ def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tupl
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     lengths = call.lengths
     where = NO_LENGTHS if lengths is None else (*lengths.tensors, lengths.count)
-    arguments = (*tensors, *where, call.left or 0, call.right or 0, scale_log2, scale_by_cap, blocks, raw_stream(device))
+    numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
+    arguments = (*tensors, *where, *numbers, raw_stream(device))
     if current_device() == device:
         function(*arguments)
     else:

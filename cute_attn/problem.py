@@ -101,6 +101,7 @@ class Call:
 
     While a graph is made they may be symbols, the scale and the softcap tensors, and the scale None, for 1/√head_dim.
 
+    ``heads_first`` says that the tensors are ``(batch, heads, seqlen, head_dim)``, as torch's own attention takes them.
     ``packs`` says that gradients may be parts of one tensor, where q, k and v are: whoever unpacked these has them packed then.
     """
 
@@ -117,6 +118,7 @@ class Call:
     softcap: Any
     lengths: Lengths | None = None
     packs: bool = False
+    heads_first: bool = False
 
     @property
     def shift(self) -> int:
@@ -134,9 +136,9 @@ class Call:
         return self.batch == 0 or self.heads == 0 or self.seqlen_q == 0 or self.seqlen_k == 0
 
 
-def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False) -> Call:
+def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, heads_first: bool = False) -> Call:
     """Check what holds for every backend, and return the call's run-time values; ``packed`` without the lengths, which are
-    :func:`~cute_attn.lengths.check_lengths`'s.
+    :func:`~cute_attn.lengths.check_lengths`'s; ``heads_first`` of tensors ``(batch, heads, seqlen, head_dim)``.
 
     Raises ``TypeError`` for a value of a wrong kind and ``ValueError`` for shapes, dtypes and values that don't fit
     together; each message says what was got, what is needed and what to try.
@@ -147,6 +149,10 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False) ->
             seqlen_q, heads, head_dim = q.shape
             seqlen_k, heads_kv, head_dim_k = k.shape
             seqlen_v, heads_v, head_dim_v = v.shape
+        elif heads_first:
+            batch, heads, seqlen_q, head_dim = q.shape
+            batch_k, heads_kv, seqlen_k, head_dim_k = k.shape
+            batch_v, heads_v, seqlen_v, head_dim_v = v.shape
         else:
             batch, seqlen_q, heads, head_dim = q.shape
             batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
@@ -169,7 +175,7 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False) ->
     except (AttributeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
         fits = False
     if not fits:
-        _explain_misfit(q, k, v, packed)
+        _explain_misfit(*(x.transpose(1, 2) if heads_first else x for x in (q, k, v)), packed)
     if type(causal) is not bool:
         causal = flag("causal", causal)
     if window is None:
@@ -182,7 +188,8 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False) ->
         scale = head_dim**-0.5
     else:
         scale, softcap = _scores(head_dim**-0.5 if scale is None else scale, softcap)
-    return Call(batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v, scale, left, right, softcap)
+    sizes = batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v
+    return Call(*sizes, scale, left, right, softcap, heads_first=heads_first)
 
 
 def _check_kinds(tensors: dict[str, Any]) -> None:

@@ -18,9 +18,9 @@ from torch.compiler import is_compiling
 from torch.overrides import get_overridable_functions
 
 from cute_attn import autocast, launch, machine
-from cute_attn.api import BACKENDS, attention, backend_name
+from cute_attn.api import BACKENDS, attention, attention_heads_first, backend_name
 from cute_attn.arguments import shown
-from cute_attn.private import any_autocast_enabled, constant_in_graphs, dual_level, transforms_active
+from cute_attn.private import any_autocast_enabled, constant_in_graphs, dispatch_modes, dual_level, transforms_active
 from cute_attn.problem import (
     ALL_DTYPES,
     DTYPE_NAMES,
@@ -35,7 +35,8 @@ from cute_attn.problem import (
 from cute_attn.wrapped import TRACED
 
 _torchs = torch.nn.functional.scaled_dot_product_attention
-_TAKEN = frozenset({torch.Tensor, torch.nn.Parameter, *TRACED})
+_TORCHS = frozenset({torch.Tensor, torch.nn.Parameter})
+_TAKEN = _TORCHS.union(TRACED)
 _lock = Lock()
 _active: list[Any] = []  # the name's values: what was there, then those of the blocks that are open
 
@@ -77,9 +78,9 @@ def scaled_dot_product_attention(
     if any_autocast_enabled():
         query, key, value = autocast.cast(query), autocast.cast(key), autocast.cast(value)
     arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    if type(backend) is str and backend == "auto" and _is_usual(*arguments):
+    if _is_usual(*arguments, backend):
         try:  # what attention's own checks refuse is looked at afterwards
-            return _attend(query, key, value, is_causal, scale, "cute")
+            return attention_heads_first(query, key, value, scale, is_causal)
         except (TypeError, ValueError, NotImplementedError):
             if _why_not(*arguments, backend) is None:
                 raise
@@ -88,22 +89,23 @@ def scaled_dot_product_attention(
     return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _is_usual(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> bool:
+def _is_usual(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> bool:
     """Whether attention's checks are all that an eager call needs, which spares it those of :func:`_why_not`."""
     try:
         return (
             attn_mask is None
+            and dropout_p == 0.0
             and type(dropout_p) is float
-            and not dropout_p
+            and backend == "auto"
             and type(is_causal) is type(enable_gqa) is bool
             and (scale is None or type(scale) is float)
             and query.is_cuda
-            and type(query) in _TAKEN
-            and type(key) in _TAKEN
-            and type(value) in _TAKEN
-            and query.dim() == 4
-            and (enable_gqa or query.shape[1] == key.shape[1])
-            and not (is_compiling() or transforms_active())
+            and type(query) in _TORCHS
+            and type(key) in _TORCHS
+            and type(value) in _TORCHS
+            and not (is_compiling() or transforms_active() or dispatch_modes())
+            and ((shape := query.shape)[1] == key.shape[1] or enable_gqa)
+            and not (is_causal and shape[2] != key.shape[2])
         )
     except (AttributeError, IndexError, RuntimeError):  # not tensors, other dimensions, nested tensors
         return False

@@ -87,8 +87,8 @@ class Softmax:
 
     @cute.jit
     def step(self, scores: cute.Tensor, rescale: cute.Tensor, hold: Boolean | None = None):
-        """One tile: turns ``scores`` (rows, columns) into P in place and writes each row's factor a to ``rescale``. With ``hold``
-        m stays if it can."""
+        """One tile: turns ``scores`` (rows, columns) into P in place and writes each row's factor a to ``rescale``. With
+        ``hold`` m stays if it can."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             row = scores[r, None]
             old = self.row_max[r]

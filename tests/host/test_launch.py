@@ -11,7 +11,7 @@ from cute_attn import launch as launching
 from cute_attn.fields import BACKWARD, FORWARD, named
 from cute_attn.launch import packed_of
 from cute_attn.lengths import NAMES, check_lengths
-from cute_attn.problem import Call
+from cute_attn.problem import Call, check_call
 from cute_attn.rules import LOG2_E
 
 CALL = Call(1, 2, 2, 10, 12, 64, 64, 0.125, None, 3, 0.0)
@@ -50,7 +50,7 @@ def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
     ((_, arguments),) = gpu.log
     given = vars(named(FORWARD, arguments))
     assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
-    values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "blocks": 132, "stream": 1000}
+    values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
     assert given == {**tensors, **dict.fromkeys(NAMES), **values}
 
 
@@ -79,6 +79,27 @@ def test_arguments_of_the_backward_pass_are_in_the_order_of_the_table(gpu, monke
     assert given["dq_sum"].shape[:3] == (1, 4, given["rows"].shape[3] // 128)
     assert given["signals"].dtype == torch.int32
     assert (given["count"], given["blocks"], given["stream"]) == (int(ragged), 132, 999)
+
+
+def test_heads_may_come_first(gpu, monkeypatch):
+    """Then outputs and gradients are views of memory in which they don't, and parts of a packed tensor where q, k, v are."""
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
+    packed = torch.zeros(2, 10, 3, 4, 64, dtype=torch.bfloat16)
+    for parts, packs in ((packed.unbind(2), True), ([x.clone() for x in packed.unbind(2)], False)):
+        q, k, v = (x.transpose(1, 2) for x in parts)
+        call = check_call(q, k, v, None, True, None, None, heads_first=True)
+        call.packs = True
+        assert (call.heads, call.heads_kv, call.seqlen_q, call.seqlen_k) == (4, 4, 10, 10)
+        out, _, lse_raw = launching.forward(call, None, False, True, q, k, v)
+        gradients = launching.gradients(call, None, "qkv", False, q, k, v, out, lse_raw, torch.zeros_like(out), None)
+        for x in (out, *gradients):
+            assert x.shape == (2, 4, 10, 64)
+            assert x.transpose(1, 2)[0].is_contiguous() == (x is out or not packs)
+        assert (launching.packed_of(*(x.transpose(1, 2) for x in gradients)) is not None) == packs
+        for (_, arguments), fields in zip(gpu.log, (FORWARD, BACKWARD), strict=True):
+            assert named(fields, arguments).heads_first == 1
+        gpu.log.clear()
 
 
 def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):
