@@ -175,7 +175,7 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False) ->
     if window is None:
         left, right = None, (0 if causal else None)
     else:
-        left, right = _edges(causal, window, seqlen_q + seqlen_k)
+        left, right = edges_of(causal, window, seqlen_q + seqlen_k)
     if softcap is None:
         softcap = 0.0
     if scale is None and type(softcap) is float and not softcap:
@@ -383,7 +383,7 @@ def _check_scores(scale: float, softcap: float) -> None:
             )
 
 
-def _edges(causal, window, farthest: int) -> tuple[int | None, int | None]:
+def edges_of(causal, window, farthest: int) -> tuple[int | None, int | None]:
     """The band's edges from ``causal`` and ``window``: causal is a right edge at 0.
 
     No query sees farther than ``farthest``, the sum of the lengths; a greater reach, which 32 bits might not hold, is cut. In a

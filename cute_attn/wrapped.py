@@ -32,7 +32,7 @@ def handler(q, k, v, **lengths) -> Callable | None:
         return nested
     if any(_is(x, COLLECTIVES, "AsyncCollectiveTensor") for x in tensors.values()):
         return _waited
-    if any(_is(x, DTENSORS, "DTensor") for x in tensors.values()):
+    if any(map(is_dtensor, tensors.values())):
         return _sharded
     for name, x in tensors.items():
         if isinstance(x, torch.masked.MaskedTensor):
@@ -52,7 +52,7 @@ def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
     """The gradient of an output as the backward pass can read it: it may come from a collective, too."""
     if x is None or torch.compiler.is_compiling() or x.is_meta or isinstance(x, TRACED):
         return x
-    x = _finished(x)
+    x = finished(x)
     try:
         check_memory(name, x)
     except NotImplementedError as error:
@@ -63,7 +63,7 @@ def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
     return x
 
 
-def _finished(x):
+def finished(x):
     """``x``, or the result that it stands for if an asynchronous collective computes it: kernels to come wait for it."""
     if _is(x, COLLECTIVES, "AsyncCollectiveTensor"):
         return sys.modules[COLLECTIVES].wait_tensor(x)
@@ -75,8 +75,13 @@ def _is(x: object, module: str, name: str) -> bool:
     return kind is not None and isinstance(x, kind)
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether a tensor is a shard of another, or stands for one that is replicated."""
+    return _is(x, DTENSORS, "DTensor")
+
+
 def _waited(attention: Callable, q, k, v, rules: dict, others: dict):
-    return attention(_finished(q), _finished(k), _finished(v), **rules, **{name: _finished(x) for name, x in others.items()})
+    return attention(finished(q), finished(k), finished(v), **rules, **{name: finished(x) for name, x in others.items()})
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
