@@ -234,3 +234,145 @@ def test_as_one_process(case, method, workers):
         ranks = 2
     found = workers.results(ranks, both_passes, tensors, {"method": method, **options})[0]
     assert_right(found, tensors, **{name: x for name, x in options.items() if name not in ("order", "deterministic")})
+
+
+def packed_passes(rank, group, tensors, cu_seqlens, options):
+    """The same of packed sequences, without the log-sum-exp's gradient."""
+    rows = tensors[0].shape[0]
+    q, k, v, dout = (distributed.shard(x, dim=0, group=group).requires_grad_() for x in tensors[:4])
+    out, lse = distributed.attention(q, k, v, group=group, seqlen=rows, cu_seqlens=cu_seqlens, return_lse=True, **options)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    found = [distributed.unshard(x.detach(), rows, dim=0, group=group) for x in (out, *gradients)]
+    found.insert(1, distributed.unshard(lse.detach(), rows, dim=1, group=group))
+    return found if rank == 0 else None
+
+
+SIZES = (3, 0, 70, 1, 20, 37)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (4, {"causal": True, "method": "ring"}),
+        (3, {"method": "ring"}),
+        (2, {"causal": True, "method": "ulysses"}),
+        (4, {"window": (9, 0)}),  # ulysses, as the ring can't
+    ],
+)
+def test_packed_sequences_across_shards(ranks, options, workers):
+    q, k, v, dout, _ = inputs(sum(SIZES) + 6, batch=1)
+    packed, bounds = [x[0] for x in (q, k, v, dout)], list(accumulate(SIZES, initial=0))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    out, lse, *gradients = workers.results(ranks, packed_passes, packed, cu_seqlens, options)[0]
+    rules = {name: x for name, x in options.items() if name != "method"}
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        one = [x[:, begin:end] for x in (q, k, v)]
+        support.assert_close((out[None, begin:end], lse[None, :, begin:end]), *one, **rules)
+        found = [x[None, begin:end] for x in gradients]
+        support.assert_gradients_close(found, *one, dout[:, begin:end], **rules)
+    for x in (out, *gradients):
+        assert not x[bounds[-1] :].count_nonzero()
+    assert (lse[:, bounds[-1] :] == -math.inf).all()
+
+
+def on_a_mesh(rank, group, tensors, options):
+    mesh = dist.init_device_mesh("cpu", (2, 2))
+    seqlen = tensors[0].shape[1]
+    q, k, v, dout = (distributed.shard(x, mesh=mesh) for x in tensors[:4])
+    dlse = distributed.shard(tensors[4], mesh=mesh, dim=2)
+    at = distributed.positions(seqlen, mesh=mesh)
+    assert torch.equal(q[:, at < seqlen], tensors[0][:, at[at < seqlen]])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    outputs = distributed.attention(*leaves, mesh=mesh, seqlen=seqlen, return_lse=True, **options)
+    found = [*outputs, *torch.autograd.grad(outputs, leaves, (dout, dlse))]
+    return [distributed.unshard(x.detach(), seqlen, mesh=mesh, dim=2 if i == 1 else 1) for i, x in enumerate(found)]
+
+
+def test_a_mesh_of_two_dimensions_uses_both_methods(workers):
+    tensors = inputs(75, heads=(4, 1))
+    results = workers.results(4, on_a_mesh, tensors, {"causal": True, "window": (30, None)})
+    assert_right(results[0], tensors, causal=True, window=(30, None))
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
+def of_dtensors(rank, group, tensors, options):
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (2, 2))  # the batch and the sequence
+    at = (Shard(0), Shard(1))
+    q, k, v, dout = (distribute_tensor(x, mesh, at) for x in tensors[:4])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = distributed.attention(*leaves, return_lse=True, **options)
+    assert isinstance(out, DTensor)
+    dlse = distribute_tensor(tensors[4], mesh, lse.placements)
+    found = out, lse, *torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    return [x.detach().full_tensor() for x in found]
+
+
+def test_dtensors(workers):
+    tensors = inputs(64)
+    for results in workers.results(4, of_dtensors, tensors, {"causal": True, "method": "ring"}):
+        assert_right(results, tensors, causal=True)
+
+
+def in_a_model(rank, group, x, weights):
+    """Activation checkpointing, torch.compile of what is around, autocast: the same loss and gradients as without."""
+    from torch.utils.checkpoint import checkpoint
+
+    def model(x, weight):
+        q, k, v = (x @ weight).unflatten(-1, (3, 2, 16)).unbind(2)
+        return distributed.attention(q, k, v, group=group, causal=True, seqlen=30).flatten(2).square()
+
+    x, found = distributed.shard(x, group=group), []
+    ways = [model, torch.compile(model, backend="eager"), lambda *given: checkpoint(model, *given, use_reentrant=False)]
+    for way in ways:
+        weight = weights.clone().requires_grad_()
+        way(x, weight).sum().backward()
+        found.append(weight.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x, weights).dtype == torch.bfloat16
+    return found
+
+
+def test_in_a_model(workers):
+    for plain, *others in workers.results(2, in_a_model, torch.randn(1, 30, 32), torch.randn(32, 96) / 6):
+        assert plain.count_nonzero()
+        assert all(torch.equal(plain, other) for other in others)
+
+
+# ---- ranks that differ -----------------------------------------------------------------------------------------------
+
+
+def call(rank, group, odd, options, odd_options):
+    """One rank calls otherwise than the others."""
+    rows, *rules = (odd_options if rank == odd else options).items()
+    q, k, v, *_ = inputs(rows[1], batch=1)
+    distributed.attention(q, k, v, group=group, **dict(rules))
+    return "computed"
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        ({"rows": 12, "causal": True}, ("rank 1 has", "q = (1, 12, 4, 16)", "has (1, 8, 4, 16)", "shard()")),
+        ({"rows": 8, "causal": True, "softcap": 5.0}, ("rank 1 has softcap = 5.0 where rank 0 has 0.0",)),
+    ],
+)
+def test_ranks_that_differ_are_named_on_all(odd, words, workers):
+    answers = workers.run(3, call, 1, {"rows": 8, "causal": True, "method": "ring"}, {**odd, "method": "ring"})
+    for kind, message in answers:
+        assert kind == "ValueError"
+        assert all(word in message for word in words), message
+    assert workers.results(3, call, None, {"rows": 8, "method": "ring"}, {}) == ["computed"] * 3
+
+
+def first_call(rank, group, odd):
+    group = dist.new_group(range(4))
+    q, k, v, *_ = inputs(8, batch=1)
+    distributed.attention(q, k, v, group=group, causal="yes" if rank == odd else True)
+
+
+def test_a_rank_that_refuses_its_first_call_is_named_by_the_others(workers):
+    answers = workers.run(4, first_call, 2)
+    assert [kind for kind, _ in answers] == ["RuntimeError", "RuntimeError", "TypeError", "RuntimeError"]
+    assert all("rank 2 of the group refused its call of attention: causal is" in text for kind, text in answers if kind != "TypeError")
