@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from cute_attn.distributed.ring import Members, carries
+from cute_attn.distributed.ring import Members, backends_of, carries
 from cute_attn.lengths import CHECK
 
 MESSAGE_BYTES = 1024
@@ -21,7 +21,7 @@ def agree(members: Members, call: dict[str, object], device: torch.device) -> No
     """Compare a call with the other ranks', once for each that is new here, or each time with ``CUTE_ATTN_CHECK=1``: one small
     gather, whose result is read back.
 
-    Raises ``ValueError``, on all ranks, which names those that differ, and what in; ``RuntimeError`` where one refused its call.
+    Raises ``ValueError``, on all ranks, which names those that differ, and in what; ``RuntimeError`` where one refused its own.
     """
     text = "\n".join(f"{name}\t{value}" for name, value in call.items())
     if members.size == 1 or (text in _agreed.get(members.group, ()) and os.environ.get(CHECK) != "1"):
@@ -41,8 +41,8 @@ def agree(members: Members, call: dict[str, object], device: torch.device) -> No
             if value != expected.get(name)
         ]
         raise ValueError(
-            f"the ranks of a group call attention differently: {'; '.join(differ)}; the same shapes and rules are needed on all: "
-            f"try shard(), which gives each rank equally many rows"
+            f"the ranks of a group call attention differently: {'; '.join(differ)}; the same shapes and rules are needed on "
+            f"all: try shard(), which gives each rank equally many rows"
         )
     _agreed.setdefault(members.group, set()).add(text)
 
@@ -55,7 +55,9 @@ def refuse(members: Members, error: Exception, device: torch.device) -> None:
 
 def _gathered(members: Members, text: str, device: torch.device) -> list[str]:
     message = bytearray(text.encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"))
-    mine = torch.frombuffer(message, dtype=torch.uint8).to(device if carries(members.group, device) else "cpu")
+    by = backends_of(members.group)  # the tensors' own, if there is one: NCCL connects all ranks in its first collective
+    there = device if device.type in by and carries(members.group, device) else "cpu" if "cpu" in by else next(iter(by))
+    mine = torch.frombuffer(message, dtype=torch.uint8).to(there)
     gathered = [torch.empty_like(mine) for _ in range(members.size)]
     dist.all_gather(gathered, mine, group=members.group)
     return [bytes(x.tolist()).rstrip(b"\0").decode(errors="replace") for x in gathered]

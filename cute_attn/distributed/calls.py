@@ -22,6 +22,7 @@ from cute_attn.private import any_autocast_enabled
 from cute_attn.problem import Call, check_call, edges_of
 
 METHODS = ("auto", "ring", "ulysses")
+_NO_RULES = {"scale": None, "causal": False, "window": None, "softcap": None}
 _ONE_METHOD = f"one of {', '.join(map(repr, METHODS))} is needed"
 
 
@@ -47,7 +48,7 @@ def attention(
     backend: str = "auto",
     mechanism: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """:func:`cute_attn.attention` of sequences that are sharded over ranks; q, k, v and what is returned are this rank's shards.
+    """:func:`cute_attn.attention` of sequences that are sharded over ranks: q, k, v and the results are this rank's shards.
 
     All ranks call it alike, with equally many rows, and all run the backward pass. The first call of a kind compares shapes
     and rules between the ranks; with ``CUTE_ATTN_CHECK=1`` in the environment every call does.
@@ -67,17 +68,17 @@ def attention(
         cu_seqlens: of packed sequences, int32 ``(batch + 1,)`` on q's device, as :func:`cute_attn.attention_varlen` takes them:
             bounds in the whole sequence, the same on all ranks. With several ranks in the ring these take no ``window``.
 
-    All others are those of :func:`cute_attn.attention`. DTensors are taken whose sequence (dimension 1) is sharded on one dimension
-    of their mesh, which is then the group; on others they may be sharded by batch or heads, or replicated. torch.compile breaks its
-    graph here.
+    All others are those of :func:`cute_attn.attention`. DTensors are taken whose sequence (dimension 1) is sharded on one
+    dimension of their mesh, whose ranks are then the group; on others they may be sharded by batch or heads, or replicated.
+    torch.compile breaks its graph here.
 
     Returns:
         ``out``, ``(batch, rows, heads, head_dim_v)`` in q's dtype; with ``return_lse`` also ``lse``, ``(batch, heads, rows)``;
         of packed sequences without a batch. Rows of padding are zeros and −inf.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as :func:`cute_attn.attention` does; also where the ranks differ, which names
-            those that do.
+        TypeError, ValueError, NotImplementedError: as :func:`cute_attn.attention` does; a ValueError also where the ranks
+            differ, which names those that do.
         RuntimeError: another rank refused its first call.
 
     Algorithm: ring attention (Liu et al., arXiv:2310.01889), in zigzag order; DeepSpeed-Ulysses (arXiv:2309.14509).
@@ -123,16 +124,17 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def explain(
-    q, k, v, *, ranks: int, method="auto", order=None, seqlen=None, seqlen_k=None, scale=None, causal=False, window=None, softcap=None
-) -> str:
-    """What :func:`attention` does with such shards of ``ranks`` ranks, and why: in words, without any process or value; tensors may
-    be on the device ``"meta"``. Costs are on paper (docs/context-parallelism.md). Arguments and errors are :func:`attention`'s."""
+def explain(q, k, v, *, ranks: int, method="auto", order=None, seqlen=None, seqlen_k=None, **rules) -> str:
+    """What :func:`attention` does with such shards on ``ranks`` ranks, and why: in words, without any process or value; tensors
+    may be on the device ``"meta"``. Costs are on paper (docs/context-parallelism.md). Arguments, of which ``rules`` are
+    ``scale``, ``causal``, ``window`` and ``softcap``, and errors are :func:`attention`'s."""
     ranks = integer("ranks", ranks, "how many share the sequence")
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; at least 1 is needed: how many share the sequence")
-    rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-    plan = _plan(q, k, v, Places(Members(None, 0, ranks)), method, order, seqlen, seqlen_k, None, rules)
+    unknown = sorted(rules.keys() - _NO_RULES.keys())
+    if unknown:
+        raise TypeError(f"{', '.join(unknown)} is given; rules are {', '.join(_NO_RULES)}: leave others out")
+    plan = _plan(q, k, v, Places(Members(None, 0, ranks)), method, order, seqlen, seqlen_k, None, _NO_RULES | rules)
     lines = [f"{plan.fields['method']}: {plan.reason}", *(f"  {found}" for found in plan.found)]
     if plan.places.ring.size > 1:
         (of_q, of_k), last = plan.sharded, ranks - 1
@@ -141,7 +143,8 @@ def explain(
             there = (last - step) % ranks
             steps = pieces(of_q, of_k, last, there, *plan.band)
             calls = "; ".join(
-                f"rows {p.rows.start}–{p.rows.stop} × keys {p.keys.start}–{p.keys.stop}{' under the band' * (p.edges != (None, None))}"
+                f"rows {p.rows.start} to {p.rows.stop} × keys {p.keys.start} to {p.keys.stop}"
+                f"{', under the band' * (p.edges != (None, None))}"
                 for p in steps
             )
             lines.append(f"    keys of rank {there}: {calls or 'nothing is seen, nothing sent'}")
@@ -150,8 +153,8 @@ def explain(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done: ``places`` says who is in the ring and who exchanges heads, ``sharded`` which rows of q and k the ring's ranks
-    have, ``exchanged`` the same of those that exchange heads; ``call`` is a ring's, ``band`` that of the whole sequence."""
+    """What is done: ``places`` says who is in the ring and who exchanges heads, ``sharded`` which rows of q and k the ring's
+    ranks have, ``exchanged`` the same of those that exchange heads; ``call`` is the ring's, ``band`` the whole sequence's."""
 
     places: Places
     sharded: tuple[Shards, Shards]
@@ -193,12 +196,16 @@ def _plan(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, 
     ranks = places.ring.size if places.heads is ALONE else places.heads.size
     if call.heads % ranks:
         impossible["ulysses"] = (
-            f"q has {call.heads} heads and {ranks} ranks exchange the sequence for heads; a multiple is needed: try method='ring'"
+            f"q has {call.heads} heads and {ranks} ranks exchange the sequence for them; a multiple is needed: try "
+            f"method='ring'"
         )
-    reason, found = "asked for", ()
+    reason, found = "asked for", tuple[costs.Costs, ...]()
     if places.heads is not ALONE:
         if method != "auto":
-            raise ValueError(f"method is {method!r} and mesh has two dimensions, which use both; 'auto' is needed, or one dimension")
+            raise ValueError(
+                f"method is {method!r} and mesh has two dimensions, which use both; 'auto' is needed: leave it out, or pass "
+                f"one dimension of the mesh"
+            )
         method, reason = "ring of ulysses", f"a mesh of {places.ring.size} × {places.heads.size}"
         needed = ["ring"] * (places.ring.size > 1) + ["ulysses"] * (places.heads.size > 1)
     else:
@@ -217,7 +224,7 @@ def _plan(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, 
             raise ValueError(impossible[name])
     fields = {"method": method, "order": order, "seqlen": length_q, "seqlen_k": length_k, "packed": packed and len(cu_seqlens)}
     fields |= {"left": left, "right": right, "scale": call.scale, "softcap": call.softcap}
-    ring, heads = places
+    heads = places.heads
     if method == "ulysses":
         sharded = Shards(length_q, 1, "contiguous"), Shards(length_k, 1, "contiguous")
         exchanged = Shards(length_q, heads.size, order), Shards(length_k, heads.size, order)
@@ -246,8 +253,8 @@ def _ring(q, k, v, plan: Plan, cu_seqlens, how: dict) -> Ring:
     deterministic = flag("deterministic", how["deterministic"])
     if not wrapped.are_read(q, k, v, None):
         raise TypeError(
-            f"q, k, v are {shown(q)}, {shown(k)}, {shown(v)}, which torch traces or which have no values; ranks exchange values, "
-            f"so tensors with values are needed: try cute_attn.distributed.explain for shapes"
+            f"q, k, v are {shown(q)}, {shown(k)}, {shown(v)}, which torch traces or which have no values; ranks exchange "
+            f"values, so tensors that have some are needed: try cute_attn.distributed.explain, for which shapes are enough"
         )
     on_reference = api.computed_by_reference(backend, mechanism, q)
     passes = api.REFERENCE if on_reference else launch.passes(False, mechanism, deterministic)
@@ -257,8 +264,8 @@ def _ring(q, k, v, plan: Plan, cu_seqlens, how: dict) -> Ring:
 
 def _shapes(q, k, v) -> dict[str, object]:
     """What has to be the same on all ranks of the tensors."""
-    grad = torch.is_grad_enabled()
-    return {name: f"{tuple(x.shape)} {x.dtype}{' with gradient' * (grad and x.requires_grad)}" for name, x in zip("qkv", (q, k, v))}
+    gradient = {x: ", with a gradient" if torch.is_grad_enabled() and x.requires_grad else "" for x in (q, k, v)}
+    return {name: f"{tuple(x.shape)}, {x.dtype}{gradient[x]}" for name, x in zip("qkv", (q, k, v), strict=True)}
 
 
 def _of_dtensors(q, k, v, options: dict):
@@ -269,17 +276,18 @@ def _of_dtensors(q, k, v, options: dict):
     same = all(wrapped.is_dtensor(x) for x in inputs.values()) and q.device_mesh == k.device_mesh == v.device_mesh
     by_sequence = [dim for dim, at in enumerate(q.placements) if at == distributed.Shard(1)] if same else []
     others = (distributed.Shard(0), distributed.Shard(1), distributed.Shard(2), distributed.Replicate())
-    if not (same and len(by_sequence) == 1 and q.placements == k.placements == v.placements and set(q.placements) <= set(others)):
+    alike = same and q.placements == k.placements == v.placements and set(q.placements) <= set(others)
+    if not alike or len(by_sequence) != 1:
         raise ValueError(
-            f"q, k, v are {kinds}; DTensors of one mesh with equal placements are needed, of which one is Shard(1), the sequence, "
-            f"and the others are Shard(0), Shard(2) or Replicate(): try x.redistribute(placements=…), or cute_attn.attention "
-            f"where the sequence is not sharded"
+            f"q, k, v are {kinds}; DTensors of one mesh with equal placements are needed, of which one is Shard(1), the "
+            f"sequence, and the others are Shard(0), Shard(2) or Replicate(): try x.redistribute(placements=…), or "
+            f"cute_attn.attention where the sequence is not sharded"
         )
     mesh, dim = q.device_mesh, by_sequence[0]
     if any(x.shape[1] % mesh.size(dim) for x in inputs.values()):
         raise ValueError(
-            f"DTensors have {q.shape[1]} queries and {k.shape[1]} keys on {mesh.size(dim)} ranks; multiples are needed, as all ranks "
-            f"must have equally many rows: try shard(), which pads, and its plain tensors with seqlen"
+            f"DTensors have {q.shape[1]} queries and {k.shape[1]} keys on {mesh.size(dim)} ranks; multiples are needed, since "
+            f"all ranks must have equally many rows: try shard(), which pads, and its plain tensors with seqlen"
         )
     local = [x.to_local() for x in inputs.values()]
     results = attention(*local, group=mesh.get_group(dim), order="contiguous", **options)

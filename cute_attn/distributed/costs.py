@@ -1,7 +1,7 @@
 """What a call costs on paper, by each method: FLOPs, bytes, seconds of a forward pass. ``method="auto"`` chooses by it.
 
-A rank of the ring computes in step t and receives for step t + 1 meanwhile, so a step takes the longer of the two, and the ring as
-long as its slowest rank. Ulysses sends q, k, v and the output between computations: nothing hides that.
+A rank of the ring computes in step t and receives for step t + 1 meanwhile, so a step takes the longer of the two, and the
+ring as long as its slowest rank. Ulysses sends q, k, v and the output before and after it computes: nothing hides that.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Costs:
 
     def __str__(self) -> str:
         return (
-            f"{self.method}: {self.flops / 1e12:.4g} TFLOP and {self.received_bytes / 1e6:.4g} MB received by the slowest rank, "
-            f"{self.seconds * 1e3:.4g} ms, {self.waits * 1e3:.4g} ms of it without computing"
+            f"{self.method}: {self.flops / 1e12:.4g} TFLOP and {self.received_bytes / 1e6:.4g} MB received by the slowest "
+            f"rank, {self.seconds * 1e3:.4g} ms, {self.waits * 1e3:.4g} ms of it without computing"
         )
 
 

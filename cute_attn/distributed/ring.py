@@ -1,24 +1,23 @@
 """Attention on a ring of ranks: keys and values travel, partial results are merged by their log-sum-exp.
 
 Each rank keeps its queries. In step t it gets the keys and values that it needs of the rank t before it, straight from there,
-while the step before computes; so a shard is sent to those that see some of it, and no more of it than they see. A step is a few
-calls of the backend's own passes (:mod:`~cute_attn.distributed.schedule` says which). With partial results O_i and
-log-sum-exps L_i of a row,
+while the step before computes; so a shard is sent to those that see some of it, and no more of it than they see. A step is a
+few calls of the backend's own passes (``schedule.py`` says which). With partial results O_i and log-sum-exps L_i of a row,
 
     L = ln Σ_i exp L_i,      O = Σ_i exp(L_i − L) · O_i,
 
-added up in float32 and rounded once. The backward pass has the keys sent anew, and each step's dK and dV go back to where these
-came from. Since P = exp(S − L) and delta = Σ_c dO_c · O_c − dL are of the whole row, a piece's gradients are its part of
+added up in float32 and rounded once. The backward pass has the keys sent anew, and each step's dK and dV go back to where
+these came from. Since P = exp(S − L) and delta = Σ_c dO_c · O_c − dL are of the whole row, a piece's gradients are its part of
 the sums: it takes the merged output and log-sum-exp, and nothing has to be merged.
 
-Between the passes a rank keeps its shards of q, k, v, the output, and a number of each row. Beside these a step has what came for
-it and what comes for the next one.
+Between the passes a rank keeps its shards of q, k, v, the output, and a number of each row. Beside these a step has what came
+for it and what comes for the next one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +42,8 @@ ALONE = Members(None, 0, 1)
 
 
 class LseUnit(NamedTuple):
-    """How a backend keeps a row's log-sum-exp for its backward pass: ``to_log2`` times it is in base 2, and ``unseen`` is what a
-    row has that sees no key. Merged in this unit, it is exact where one part outweighs all others (``softmax.py``)."""
+    """How a backend keeps a row's log-sum-exp for its backward pass: ``to_log2`` times it is in base 2, and ``unseen`` is what
+    a row has that sees no key. Merged in this unit, it is exact where one part outweighs all others (``softmax.py``)."""
 
     to_log2: float
     unseen: float
@@ -56,8 +55,8 @@ class LseUnit(NamedTuple):
 
 class Exchange:
     """Tensors on their way between ranks, each way in the order of the arguments: ``sends`` are (tensor, to), ``receives``
-    (shape, from), of ``like``'s dtype and device. Of two that are under way at once the tags differ, for gloo to tell them apart.
-    With NCCL they travel on its stream, which begins once the work so far is done."""
+    (shape, from), of ``like``'s dtype and device. Of two under way at once the tags differ, for gloo to tell them apart. With
+    NCCL they travel on its own stream, as soon as what was asked of the current one before is done."""
 
     def __init__(self, group, like: torch.Tensor, sends: Iterable[tuple], receives: Iterable[tuple], first_tag: int = 0):
         device = like.device if carries(group, like.device) else "cpu"
@@ -80,13 +79,23 @@ class Exchange:
 
 
 def carries(group, device: torch.device) -> bool:
-    """Whether a group's backend sends tensors as they lie on a device. Gloo doesn't send a GPU's: they go by way of the host."""
-    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return device.type == "cpu" or backends.get(device.type) != "gloo"
+    """Whether a group's backend sends tensors from where they lie. Gloo doesn't send a GPU's: they go by way of the host."""
+    backends = backends_of(group)
+    if device.type not in backends:
+        raise ValueError(
+            f"the tensors lie on {device} and their group sends those on {', '.join(backends)}; one device is needed: try "
+            f".to({next(iter(backends))!r}), or a group of another backend"
+        )
+    return device.type == "cpu" or backends[device.type] != "gloo"
+
+
+def backends_of(group) -> dict[str, str]:
+    """What sends a group's tensors, by their devices."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
 
 
 class Merged:
-    """Partial results of rows, as they come: the output in float32, the log-sum-exp in a backend's unit with −∞ for rows that have
+    """Partial results of rows, as they come: the output in float32, the log-sum-exp in a backend's unit, −∞ for rows that have
     seen no key. What one part is all of is that part, bit for bit."""
 
     def __init__(self, unit: LseUnit, shape: tuple[int, int, int, int], like: torch.Tensor):
@@ -102,15 +111,16 @@ class Merged:
             self.out, self.lse = out, lse
             return
         self._begin()
-        assert self.out is not None and self.lse is not None
+        assert self.out is not None
+        assert self.lse is not None
         where = slice(rows.start, rows.stop)
         merge(self.out[:, where], self.lse[:, :, where], out, lse, self.unit.to_log2)
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def result(self) -> tuple:
         """``(out, lse)``, the output rounded to the inputs' dtype."""
         if self.out is None:
             self._begin()
-        assert self.out is not None and self.lse is not None
+        assert self.out is not None
         return self.out.to(self.like.dtype), self.lse
 
     def _begin(self) -> None:
@@ -122,8 +132,8 @@ class Merged:
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_of_more: torch.Tensor, to_log2: float) -> None:
-    """Merge ``more`` into ``out``, both (batch, rows, heads, head_dim_v), and its log-sum-exp into ``lse``, (batch, heads, rows),
-    in place; ``to_log2`` times a log-sum-exp is in base 2, −∞ is a row that sees no key."""
+    """Merge ``more`` into ``out``, both (batch, rows, heads, head_dim_v), and its log-sum-exp into ``lse`` (batch, heads,
+    rows), in place; ``to_log2`` times a log-sum-exp is in base 2, −∞ is that of a row that sees no key."""
     most = torch.maximum(lse, lse_of_more)
     anchor = most.masked_fill(most == -torch.inf, 0.0)  # −∞ − (−∞) would make a NaN
     weight, weight_of_more = (((x - anchor) * to_log2).exp2_() for x in (lse, lse_of_more))
@@ -141,13 +151,13 @@ class Sum:
         self.shape, self.like = shape, like
         self.total: torch.Tensor | None = None
 
-    def add(self, rows: range, x: torch.Tensor) -> None:
+    def add(self, rows: slice, x: torch.Tensor) -> None:
         if self.total is None and x.shape == self.shape:
             self.total = x
             return
         exact = torch.float64 if self.like.dtype == torch.float64 else torch.float32
         self.total = self.like.new_zeros(self.shape, dtype=exact) if self.total is None else self.total.to(exact)
-        self.total[:, rows.start : rows.stop] += x
+        self.total[:, rows] += x
 
     def rounded(self) -> torch.Tensor:
         return self.like.new_zeros(self.shape) if self.total is None else self.total.to(self.like.dtype)
@@ -155,8 +165,8 @@ class Sum:
 
 @dataclass(frozen=True)
 class Ring:
-    """What the ranks of a ring compute: ``q`` and ``k`` say which rows each has, ``call`` the sizes of a shard, the scale and the
-    softcap, ``band`` is ``(lo, hi)`` of the whole sequence, ``passes`` are a backend's, as ``autograd.Attention`` takes them."""
+    """What the ranks of a ring compute: ``q`` and ``k`` say which rows each has, ``call`` has heads, scale and softcap,
+    ``band`` is ``(lo, hi)`` of the whole sequence, ``passes`` are a backend's, as ``autograd.Attention`` takes them."""
 
     members: Members
     q: Shards
@@ -165,7 +175,7 @@ class Ring:
     band: tuple[int | None, int | None]
     passes: tuple[Callable, Callable]
     unit: LseUnit
-    packed: bool = field(default=False)
+    packed: bool = False
 
     def pieces(self, of_q: int, of_k: int) -> tuple[Piece, ...]:
         """What a rank's queries see of a rank's keys."""
@@ -175,7 +185,7 @@ class Ring:
         """Which of a rank's keys a rank's queries need."""
         return spanned(self.pieces(of_q, of_k))
 
-    def forward(self, q, k, v, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, q, k, v, cu_seqlens) -> tuple:
         """``(out, lse)`` of this rank's queries, the log-sum-exp in the backend's unit, −∞ for a row that sees no key."""
         merged = Merged(self.unit, (*q.shape[:3], v.shape[3]), q)
         for _, first, k_there, v_there, parts in self._steps(k, v):
@@ -189,24 +199,22 @@ class Ring:
     def gradients(self, q, k, v, out, lse, dout, dlse, needs: str, cu_seqlens):
         """``(dq, dk, dv)`` of this rank's shards, None for what ``needs`` does not name."""
         lse = lse.masked_fill(lse == -torch.inf, self.unit.unseen)
-        inputs, keys_names = {"q": q, "k": k, "v": v}, [name for name in "kv" if name in needs]
+        inputs, names = {"q": q, "k": k, "v": v}, [name for name in "kv" if name in needs]
         sums = {name: Sum(inputs[name].shape, inputs[name]) for name in needs}
         before: Callable[[], None] | None = None
         for step, first, k_there, v_there, parts in self._steps(k, v):
             there = {"k": k_there, "v": v_there}
-            of_keys = {name: Sum(there[name].shape, there[name]) for name in keys_names} if step else sums
+            of_keys = {name: Sum(there[name].shape, there[name]) for name in names} if step else sums
             for piece in parts:
                 call, rows, keys = self._call(piece, cu_seqlens), _slice(piece.rows), _slice(piece.keys, first)
-                of_rows = (x[:, :, rows] if x is not None else None for x in (lse, dlse))
-                lse_, dlse_ = of_rows
-                tensors = q[:, rows], k_there[:, keys], v_there[:, keys], out[:, rows], lse_, dout[:, rows], dlse_
-                found = autograd.computed(None, *self._unbatched(*tensors), needs, call, self.passes[1])
+                of_row = lse[:, :, rows], dout[:, rows], None if dlse is None else dlse[:, :, rows]
+                tensors = self._unbatched(q[:, rows], k_there[:, keys], v_there[:, keys], out[:, rows], *of_row)
+                found = autograd.computed(*(None, *tensors, needs, call, self.passes[1]))
                 for name, dx in zip("qkv", found, strict=True):
                     if dx is not None:
-                        dx = dx[None] if self.packed else dx
-                        total, where = (sums[name], piece.rows) if name == "q" else (of_keys[name], range(keys.start, keys.stop))
-                        total.add(where, dx)
-            after = self._returned(step, sums, of_keys, keys_names, parts, k) if step and keys_names else None
+                        total, where = (sums, rows) if name == "q" else (of_keys, keys)
+                        total[name].add(where, dx[None] if self.packed else dx)
+            after = self._returned(step, sums, of_keys, names, parts, k) if step and names else None
             if before is not None:
                 before()
             before = after
@@ -233,7 +241,7 @@ class Ring:
         return Exchange(group, k, [(x[:, sent], to) for x in pair], [(shape, source) for shape in shapes])
 
     def _returned(self, step: int, sums: dict, of_keys: dict, names: list[str], parts: tuple, k) -> Callable[[], None]:
-        """Send the gradients of a step's keys back; what is returned adds those that come for this rank's, once they are needed."""
+        """Send the gradients of a step's keys back. Calling the result adds those that come for this rank's own."""
         group, rank, size = self.members
         to, source = (rank - step) % size, (rank + step) % size
         rows = self.needed(source, rank)
@@ -243,7 +251,7 @@ class Ring:
 
         def add() -> None:
             for name, x in zip(names if rows else (), exchange.wait(), strict=True):
-                sums[name].add(rows, x)
+                sums[name].add(_slice(rows), x)
 
         return add
 
@@ -257,7 +265,7 @@ class Ring:
             lengths = Lengths(len(cu_seqlens) - 1, (*bounds, None, None))
         return replace(self.call, seqlen_q=sizes[0], seqlen_k=sizes[1], left=left, right=right, lengths=lengths)
 
-    def _unbatched(self, *tensors):
+    def _unbatched(self, *tensors) -> Any:
         return [x if x is None else x[0] for x in tensors] if self.packed else tensors
 
 

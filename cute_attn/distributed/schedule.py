@@ -1,12 +1,12 @@
-"""Which rows of a sequence lie on which rank, and what of them a step of the ring computes: numbers only, no tensors, no processes.
+"""Which rows of a sequence lie on which rank, and what of them a step of the ring computes: numbers only, and no processes.
 
 **Shards.** A sequence is cut into chunks of equally many rows, and the last ones are filled up with padding, which nobody sees.
 In zigzag order rank r of n holds the chunks r and 2n − 1 − r, so that under a right edge all ranks have equal work: what its
 first chunk sees less of than another rank's, its second one sees more of. In contiguous order it holds chunk r.
 
-**Steps.** In step t rank r's queries meet the keys of rank (r − t) mod n. The band cuts a rectangle out of each pair of chunks,
-or nothing. Where rectangles are one under one band in the shards' own rows, as a shard's chunks under a causal mask are, they are
-one call. What a rank needs of another's keys is what its rectangles span: nothing else is sent.
+**Steps.** In step t rank r's queries meet the keys of rank (r − t) mod n. The band cuts a rectangle out of each pair of
+chunks, or nothing. Where several are one under one band in the shards' own rows, as a shard's chunks under a causal mask are,
+they are one call. What a rank needs of another's keys is what its rectangles span: nothing else is sent.
 """
 
 from __future__ import annotations

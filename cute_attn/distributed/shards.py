@@ -60,7 +60,7 @@ def places_of(group: Any, mesh: Any) -> Places:
             )
         return Places(*(_members(mesh.get_group(dim)) for dim in range(mesh.ndim)))
     if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group is {shown(group)}; a ProcessGroup that this rank is in is needed: try torch.distributed.new_group")
+        raise TypeError(f"group is {shown(group)}; a ProcessGroup with this rank is needed: try torch.distributed.new_group")
     return Places(_members(dist.group.WORLD if group is None else group))
 
 

@@ -1,5 +1,5 @@
-"""Attention by exchanging the sequence for heads: an all-to-all gives each rank whole sequences of some heads, another one gives
-the outputs back (DeepSpeed-Ulysses, arXiv:2309.14509)."""
+"""The sequence exchanged for heads: an all-to-all gives each rank whole sequences of some heads, another one gives the outputs
+back (DeepSpeed-Ulysses, arXiv:2309.14509)."""
 
 from __future__ import annotations
 

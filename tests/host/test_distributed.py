@@ -7,27 +7,25 @@ is tested without any, on their schedule.
 from __future__ import annotations
 
 import math
-import pickle
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
-from itertools import accumulate
-from pathlib import Path
+import os
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from cute_attn import distributed
-from cute_attn.distributed import ring, schedule
+from cute_attn import attention, distributed
+from cute_attn.distributed import calls, ring, schedule, shards
 from cute_attn.distributed.schedule import ORDERS, Shards
 from tests import support
-from tests.host.processes import quick
+from tests.host.test_errors import Row, assert_raises, raises, reached, table
+from tests.host.test_wrapped import world
+from tests.ranks import Ranks, both_passes, packed_passes
 
 RANKS = 4
-SECONDS = 120  # after which a test's processes count as waiting for one another
 
 
 # ---- the schedule ----------------------------------------------------------------------------------------------------
@@ -62,7 +60,8 @@ def test_every_visible_pair_once_and_no_other(band, joins):
                 left, right = piece.edges
                 assert left is None or left >= 0
                 assert right is None or right >= 0
-                visible = support._visible(range(len(piece.rows)), len(piece.rows), len(piece.keys), False, (left, right), "cpu")
+                rows, keys = len(piece.rows), len(piece.keys)
+                visible = support._visible(range(rows), rows, keys, False, (left, right), "cpu")
                 assert visible.any(0).all()  # no row and no key in vain
                 assert visible.any(1).all()
                 assert piece.scores == visible.sum()
@@ -103,7 +102,7 @@ def test_shards_hold_each_row_once(seqlen, ranks, split, order):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_merge_is_exact_where_one_part_outweighs(dtype):
-    """A log-sum-exp in its unit stays as it is to the last bit; what sees nothing changes nothing, and nothing merged is nothing."""
+    """There a log-sum-exp stays as it is to the last bit; what sees nothing changes nothing, and two such are nothing."""
     out, more = (torch.randn(1, 3, 2, 4, dtype=dtype) for _ in range(2))
     lse = torch.tensor([[[1.0e4 / 3, -math.inf, -math.inf], [5.0, 7.0, -math.inf]]], dtype=dtype)
     lse_of_more = torch.tensor([[[1.0, 3.0, -math.inf], [-math.inf, 7.0, -math.inf]]], dtype=dtype)
@@ -121,82 +120,11 @@ def test_merge_is_exact_where_one_part_outweighs(dtype):
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-class Workers:
-    """Processes that compute together; each has the groups of the first n of them."""
-
-    def __init__(self, store: Path):
-        context = quick()
-        self.pipes, self.processes = [], []
-        for rank in range(RANKS):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(store), there), daemon=True)
-            process.start()
-            there.close()
-            self.pipes.append(here)
-            self.processes.append(process)
-
-    def run(self, count: int, work: Callable, *arguments) -> list:
-        """``work(rank, group, *arguments)`` in so many of them: what each returned, or the words that it raised."""
-        message = pickle.dumps((count, work, arguments))
-        for pipe in self.pipes[:count]:
-            pipe.send_bytes(message)
-        found = []
-        for rank, pipe in enumerate(self.pipes[:count]):
-            assert pipe.poll(SECONDS), f"rank {rank} waits"
-            found.append(pickle.loads(pipe.recv_bytes()))
-        return found
-
-    def results(self, count: int, work: Callable, *arguments) -> list:
-        found = self.run(count, work, *arguments)
-        assert all(kind == "returned" for kind, _ in found), found
-        return [result for _, result in found]
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.terminate()
-        for process in self.processes:
-            process.join()
-
-
-def _serve(rank: int, store: str, pipe) -> None:
-    import os
-
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    groups = {count: dist.new_group(range(count)) for count in range(1, RANKS + 1)}
-    while True:
-        try:
-            count, work, arguments = pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        try:
-            answer = "returned", work(rank, groups[count], *arguments)
-        except Exception as error:  # whatever it is, the test wants to know
-            answer = type(error).__name__, f"{error}\n{traceback.format_exc()}"
-        pipe.send_bytes(pickle.dumps(answer))
-
-
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory):
-    started = Workers(tmp_path_factory.mktemp("distributed") / "store")
+def ranks(tmp_path_factory):
+    started = Ranks(tmp_path_factory.mktemp("distributed") / "store", RANKS)
     yield started
     started.end()
-
-
-def both_passes(rank, group, tensors, options):
-    """``(out, lse, dq, dk, dv)`` of whole sequences, computed on shards of them; on the first rank."""
-    whole_q, whole_k = tensors[0].shape[1], tensors[1].shape[1]
-    order, where = options.get("order", "zigzag"), {"group": group}
-    q, k, v, dout = (distributed.shard(x, dim=1, order=order, **where) for x in tensors[:4])
-    dlse = distributed.shard(tensors[4], dim=2, order=order, **where)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    outputs = distributed.attention(*leaves, seqlen=whole_q, seqlen_k=whole_k, return_lse=True, **where, **options)
-    gradients = torch.autograd.grad(outputs, leaves, (dout, dlse))
-    found = []
-    for x, seqlen, dim in zip((*outputs, *gradients), (whole_q,) * 3 + (whole_k,) * 2, (1, 2, 1, 1, 1), strict=True):
-        found.append(distributed.unshard(x.detach(), seqlen, dim=dim, order=order, **where))
-    return found if rank == 0 else None
 
 
 def inputs(seqlen_q, seqlen_k=None, heads=(4, 2), batch=2, dtype=torch.float32, dv=24):
@@ -212,11 +140,11 @@ def assert_right(found, tensors, **rules):
 
 CASES = {
     "causal": (4, inputs(150), {"causal": True}),
-    "full": (3, inputs(50), {}),
+    "full": (3, inputs(50, heads=(6, 2)), {}),
     "window": (4, inputs(90), {"window": (20, 7)}),
     "narrow": (4, inputs(90), {"window": (3, 0), "order": "contiguous"}),  # most shards see no other
     "softcap": (2, inputs(61), {"causal": True, "softcap": 3.0, "scale": 0.4}),
-    "longer keys": (3, inputs(40, 91), {"causal": True}),
+    "longer keys": (3, inputs(40, 91, heads=(3, 3)), {"causal": True}),
     "longer queries": (4, inputs(91, 40), {"causal": True}),
     "fewer rows than chunks": (4, inputs(5), {"causal": True}),
     "MQA": (4, inputs(64, heads=(4, 1)), {"causal": True, "deterministic": True}),
@@ -228,30 +156,17 @@ CASES = {
 
 @pytest.mark.parametrize("method", ["ring", "ulysses"])
 @pytest.mark.parametrize("case", CASES)
-def test_as_one_process(case, method, workers):
-    ranks, tensors, options = CASES[case]
-    if method == "ulysses" and tensors[0].shape[2] % ranks:
-        ranks = 2
-    found = workers.results(ranks, both_passes, tensors, {"method": method, **options})[0]
+def test_as_one_process(case, method, ranks):
+    count, tensors, options = CASES[case]
+    found = ranks.results(count, both_passes, tensors, {"method": method, **options})[0]
     assert_right(found, tensors, **{name: x for name, x in options.items() if name not in ("order", "deterministic")})
-
-
-def packed_passes(rank, group, tensors, cu_seqlens, options):
-    """The same of packed sequences, without the log-sum-exp's gradient."""
-    rows = tensors[0].shape[0]
-    q, k, v, dout = (distributed.shard(x, dim=0, group=group).requires_grad_() for x in tensors[:4])
-    out, lse = distributed.attention(q, k, v, group=group, seqlen=rows, cu_seqlens=cu_seqlens, return_lse=True, **options)
-    gradients = torch.autograd.grad(out, (q, k, v), dout)
-    found = [distributed.unshard(x.detach(), rows, dim=0, group=group) for x in (out, *gradients)]
-    found.insert(1, distributed.unshard(lse.detach(), rows, dim=1, group=group))
-    return found if rank == 0 else None
 
 
 SIZES = (3, 0, 70, 1, 20, 37)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "options"),
+    ("count", "options"),
     [
         (4, {"causal": True, "method": "ring"}),
         (3, {"method": "ring"}),
@@ -259,13 +174,13 @@ SIZES = (3, 0, 70, 1, 20, 37)
         (4, {"window": (9, 0)}),  # ulysses, as the ring can't
     ],
 )
-def test_packed_sequences_across_shards(ranks, options, workers):
+def test_packed_sequences_across_shards(count, options, ranks):
     q, k, v, dout, _ = inputs(sum(SIZES) + 6, batch=1)
     packed, bounds = [x[0] for x in (q, k, v, dout)], list(accumulate(SIZES, initial=0))
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    out, lse, *gradients = workers.results(ranks, packed_passes, packed, cu_seqlens, options)[0]
+    out, lse, *gradients = ranks.results(count, packed_passes, packed, cu_seqlens, options)[0]
     rules = {name: x for name, x in options.items() if name != "method"}
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         one = [x[:, begin:end] for x in (q, k, v)]
         support.assert_close((out[None, begin:end], lse[None, :, begin:end]), *one, **rules)
         found = [x[None, begin:end] for x in gradients]
@@ -288,16 +203,14 @@ def on_a_mesh(rank, group, tensors, options):
     return [distributed.unshard(x.detach(), seqlen, mesh=mesh, dim=2 if i == 1 else 1) for i, x in enumerate(found)]
 
 
-def test_a_mesh_of_two_dimensions_uses_both_methods(workers):
+def test_a_mesh_of_two_dimensions_uses_both_methods(ranks):
     tensors = inputs(75, heads=(4, 1))
-    results = workers.results(4, on_a_mesh, tensors, {"causal": True, "window": (30, None)})
+    results = ranks.results(4, on_a_mesh, tensors, {"causal": True, "window": (30, None)})
     assert_right(results[0], tensors, causal=True, window=(30, None))
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
 
 
 def of_dtensors(rank, group, tensors, options):
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-
     mesh = dist.init_device_mesh("cpu", (2, 2))  # the batch and the sequence
     at = (Shard(0), Shard(1))
     q, k, v, dout = (distribute_tensor(x, mesh, at) for x in tensors[:4])
@@ -309,9 +222,9 @@ def of_dtensors(rank, group, tensors, options):
     return [x.detach().full_tensor() for x in found]
 
 
-def test_dtensors(workers):
+def test_dtensors(ranks):
     tensors = inputs(64)
-    for results in workers.results(4, of_dtensors, tensors, {"causal": True, "method": "ring"}):
+    for results in ranks.results(4, of_dtensors, tensors, {"causal": True, "method": "ring"}):
         assert_right(results, tensors, causal=True)
 
 
@@ -334,10 +247,238 @@ def in_a_model(rank, group, x, weights):
     return found
 
 
-def test_in_a_model(workers):
-    for plain, *others in workers.results(2, in_a_model, torch.randn(1, 30, 32), torch.randn(32, 96) / 6):
+def test_in_a_model(ranks):
+    for plain, *others in ranks.results(2, in_a_model, torch.randn(1, 30, 32), torch.randn(32, 96) / 6):
         assert plain.count_nonzero()
         assert all(torch.equal(plain, other) for other in others)
+
+
+# ---- what is refused, and what is said ---------------------------------------------------------------------------------
+
+
+def shards_of(q=(2, 8, 4, 16), k=(2, 8, 2, 16), **options):
+    """A call on the first of four pretended ranks."""
+
+    def made():
+        with world("fake", RANKS):
+            mesh = options.get("mesh")
+            given = {**options, "mesh": dist.init_device_mesh("cpu", mesh)} if isinstance(mesh, tuple) else options
+            return distributed.attention(torch.zeros(q), torch.zeros(k), torch.zeros(k), **given)
+
+    return made
+
+
+def on_ranks(function, *arguments, **options):
+    def made():
+        with world("fake", RANKS):
+            return function(*arguments, **options)
+
+    return made
+
+
+def dtensors_of(*placements, mesh=(2, 2), plain=False, **options):
+    def made():
+        with world("fake", RANKS):
+            on = dist.init_device_mesh("cpu", mesh)
+            q, k, v = (torch.zeros(2, 8, 4, 16) for _ in range(3))
+            q, k, v = (DTensor.from_local(x, on, placements, run_check=False) for x in (q, k, v))
+            return distributed.attention(q, k, v.to_local() if plain else v, **options)
+
+    return made
+
+
+def uneven_dtensors():
+    with world("fake", RANKS):
+        x = distribute_tensor(torch.zeros(2, 9, 4, 16), dist.init_device_mesh("cpu", (4,)), [Shard(1)], src_data_rank=None)
+        distributed.attention(x, x, x)
+
+
+def on_cuda_only():
+    with world("fake", RANKS), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+        ring.carries(dist.group.WORLD, torch.device("cpu"))
+
+
+X, PACKED = torch.zeros(2, 8, 4, 16), {"q": (8, 4, 16), "k": (8, 2, 16), "cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}
+ERRORS = [
+    Row("no processes", lambda: distributed.shard(X), ValueError, "no process group", "one is needed", "init_process_group"),
+    Row(
+        "group and mesh",
+        shards_of(group=1, mesh=(4,)),
+        TypeError,
+        "group and mesh",
+        "one of them is needed",
+        "leave the other",
+    ),
+    Row("a group's name", shards_of(group="tp"), TypeError, "group is a str", "a ProcessGroup", "new_group"),
+    Row("a mesh's shape", shards_of(mesh=[2, 2]), TypeError, "mesh is a list", "a DeviceMesh is needed", "init_device_mesh"),
+    Row(
+        "three dimensions",
+        shards_of(mesh=(2, 2, 1)),
+        ValueError,
+        "mesh has 3 dimensions",
+        "one is needed, or two",
+        "mesh[name]",
+    ),
+    Row("order", shards_of(order="striped"), ValueError, "order is 'striped'", "one of 'zigzag', 'contiguous' is needed"),
+    Row("order's kind", shards_of(order=1), TypeError, "order is 1", "one of 'zigzag', 'contiguous' is needed"),
+    Row("method", shards_of(method="tree"), ValueError, "method is 'tree'", "one of 'auto', 'ring', 'ulysses' is needed"),
+    Row("method's kind", shards_of(method=None), TypeError, "method is None", "one of 'auto', 'ring', 'ulysses' is needed"),
+    Row("seqlen's kind", shards_of(seqlen=8.0), TypeError, "seqlen is 8.0", "an int is needed, the length of the whole"),
+    Row("a negative seqlen", shards_of(seqlen=-1), ValueError, "seqlen is -1", "an int ≥ 0 is needed, the length of the whole"),
+    Row("seqlen", shards_of(seqlen=40), ValueError, "seqlen is 40 and each of 4 ranks has 8 rows", "10 are needed", "shard()"),
+    Row(
+        "seqlen_k",
+        shards_of(seqlen_k=8),
+        ValueError,
+        "seqlen_k is 8 and each of 4",
+        "2 are needed in zigzag order",
+        "shard()",
+    ),
+    Row(
+        "odd rows",
+        shards_of((2, 7, 4, 16), (2, 7, 2, 16)),
+        ValueError,
+        "each of 4 ranks has 7 rows",
+        "8 are needed",
+        "shard()",
+    ),
+    Row("window", shards_of(window=3), TypeError, "window is 3", "a pair (left, right) is needed"),
+    Row("causal", shards_of(causal=1), TypeError, "causal is 1", "True or False is needed"),
+    Row(
+        "heads",
+        shards_of((2, 8, 6, 16), method="ulysses"),
+        ValueError,
+        "q has 6 heads and 4 ranks",
+        "a multiple",
+        "method='ring'",
+    ),
+    Row(
+        "both",
+        shards_of(method="ring", mesh=(2, 2)),
+        ValueError,
+        "mesh has two dimensions",
+        "'auto' is needed",
+        "leave it out",
+    ),
+    Row(
+        "a window on a ring",
+        shards_of(**PACKED, window=(2, 0), method="ring"),
+        ValueError,
+        "window is (2, 0) with cu_seqlens",
+        "none, or causal, is needed",
+        "method='ulysses'",
+    ),
+    Row(
+        "other keys",
+        shards_of(**PACKED, seqlen_k=30),
+        ValueError,
+        "seqlen is 32 and seqlen_k is 30",
+        "equal ones",
+        "pack keys",
+    ),
+    Row("return_lse", shards_of(return_lse=1), TypeError, "return_lse is 1", "True or False is needed"),
+    Row("deterministic", shards_of(deterministic=1), TypeError, "deterministic is 1", "True or False is needed"),
+    Row("backend", shards_of(backend="cute"), ValueError, "the tensors lie on cpu", "the kernels need CUDA tensors", ".cuda()"),
+    Row("mechanism", shards_of(mechanism="cp_async"), ValueError, "the reference backend runs", "has none", "leave it out"),
+    Row(
+        "no values",
+        on_ranks(distributed.attention, *[torch.zeros(2, 8, 4, 16, device="meta")] * 3),
+        TypeError,
+        "have no values",
+        "tensors that have some are needed",
+        "distributed.explain",
+    ),
+    Row("x", on_ranks(distributed.shard, [1.0]), TypeError, "x is a list", "a torch.Tensor is needed", "torch.as_tensor(x)"),
+    Row("dim", on_ranks(distributed.shard, X, dim=4), ValueError, "dim is 4", "one of its 4 dimensions is needed", "dim=1"),
+    Row("dim's kind", on_ranks(distributed.shard, X, dim="seq"), TypeError, "dim is a str", "the dimension of the sequence"),
+    Row(
+        "rows",
+        on_ranks(distributed.unshard, X, 8),
+        ValueError,
+        "x has 8 rows in dimension 1",
+        "each rank has 2",
+        "check seqlen",
+    ),
+    Row("ranks", lambda: distributed.explain(X, X, X, ranks=0), ValueError, "ranks is 0", "at least 1", "how many share"),
+    Row("ranks' kind", lambda: distributed.explain(X, X, X, ranks=2.0), TypeError, "ranks is 2.0", "an int is needed"),
+    Row(
+        "a rule",
+        lambda: distributed.explain(X, X, X, ranks=2, mask=1),
+        TypeError,
+        "mask is given",
+        "rules are scale",
+        "leave",
+    ),
+    Row(
+        "batch",
+        dtensors_of(Shard(0), Replicate()),
+        ValueError,
+        "(Shard(dim=0), Replicate())",
+        "one is Shard(1)",
+        "redistribute",
+    ),
+    Row(
+        "a plain v",
+        dtensors_of(Shard(0), Shard(1), plain=True),
+        ValueError,
+        "'v': 'Tensor'",
+        "DTensors of one mesh",
+        "redistribute",
+    ),
+    Row("uneven", uneven_dtensors, ValueError, "9 queries and 9 keys on 4 ranks", "multiples are needed", "shard()"),
+    Row("a device", on_cuda_only, ValueError, "lie on cpu", "sends those on cuda", "another backend"),
+    Row(
+        "a group",
+        dtensors_of(Shard(1), mesh=(4,), group=1),
+        TypeError,
+        "DTensors are given with group",
+        "leave",
+        "x.to_local()",
+    ),
+]
+
+
+@table(ERRORS)
+def test_errors(row):
+    assert_raises(row)
+
+
+def test_every_error_has_a_row():
+    for file in (calls.__file__, ring.__file__, shards.__file__):
+        missing = raises(file) - reached(ERRORS, file)
+        assert not missing, f"no row for {file}, lines {sorted(missing)}"
+
+
+def test_explain_says_why_and_what_is_computed():
+    q, k = (torch.empty(1, 4096, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    said = distributed.explain(q, k, k, ranks=4, causal=True)
+    assert said.startswith("ring: the faster one on paper\n")
+    assert said.count("keys of rank") == 4
+    assert "rows 0 to 4096 × keys 0 to 4096, under the band" in said
+    assert "nothing is seen, nothing sent" in distributed.explain(q, k, k, ranks=4, order="contiguous", window=(10, 0))
+    assert distributed.explain(q, k, k, ranks=3).startswith("ring: not ulysses: q has 32 heads and 3 ranks")
+    assert distributed.explain(q, k, k, ranks=4, method="ulysses").startswith("ulysses: asked for\n")
+    short = [x[:, :8] for x in (q, k, k)]
+    assert distributed.explain(*short, ranks=16).startswith("ulysses: the faster one on paper")
+
+
+def test_alone_is_attention_to_the_last_bit():
+    tensors = inputs(40)
+    with world():
+        found = both_passes(0, dist.group.WORLD, tensors, {"causal": True, "softcap": 4.0})
+    leaves = [x.requires_grad_() for x in tensors[:3]]
+    outputs = attention(*leaves, causal=True, softcap=4.0, return_lse=True)
+    expected = *outputs, *torch.autograd.grad(outputs, leaves, tensors[3:])
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_double_backward_is_refused():
+    with world():
+        leaves = [x.requires_grad_() for x in inputs(8)[:3]]
+        (dq,) = torch.autograd.grad(distributed.attention(*leaves).sum(), leaves[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            dq.sum().backward()
 
 
 # ---- ranks that differ -----------------------------------------------------------------------------------------------
@@ -358,12 +499,12 @@ def call(rank, group, odd, options, odd_options):
         ({"rows": 8, "causal": True, "softcap": 5.0}, ("rank 1 has softcap = 5.0 where rank 0 has 0.0",)),
     ],
 )
-def test_ranks_that_differ_are_named_on_all(odd, words, workers):
-    answers = workers.run(3, call, 1, {"rows": 8, "causal": True, "method": "ring"}, {**odd, "method": "ring"})
+def test_ranks_that_differ_are_named_on_all(odd, words, ranks):
+    answers = ranks.run(3, call, 1, {"rows": 8, "causal": True, "method": "ring"}, {**odd, "method": "ring"})
     for kind, message in answers:
         assert kind == "ValueError"
         assert all(word in message for word in words), message
-    assert workers.results(3, call, None, {"rows": 8, "method": "ring"}, {}) == ["computed"] * 3
+    assert ranks.results(3, call, None, {"rows": 8, "method": "ring"}, {}) == ["computed"] * 3
 
 
 def first_call(rank, group, odd):
@@ -372,7 +513,26 @@ def first_call(rank, group, odd):
     distributed.attention(q, k, v, group=group, causal="yes" if rank == odd else True)
 
 
-def test_a_rank_that_refuses_its_first_call_is_named_by_the_others(workers):
-    answers = workers.run(4, first_call, 2)
+def test_a_rank_that_refuses_its_first_call_is_named_by_the_others(ranks):
+    answers = ranks.run(4, first_call, 2)
     assert [kind for kind, _ in answers] == ["RuntimeError", "RuntimeError", "TypeError", "RuntimeError"]
-    assert all("rank 2 of the group refused its call of attention: causal is" in text for kind, text in answers if kind != "TypeError")
+    refused = "rank 2 of the group refused its call of attention: causal is"
+    assert all(refused in text for kind, text in answers if kind != "TypeError")
+
+
+def of_two(rank, group, dies):
+    if rank == 1 and dies:
+        os._exit(1)
+    q, k, v, *_ = inputs(8, batch=1)
+    distributed.attention(q, k, v, group=group, method="ring", causal=True)
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path):
+    """In the middle of work that was agreed upon: with a message, and long before the time limit."""
+    started = Ranks(tmp_path / "store", 2)
+    assert started.results(2, of_two, False) == [None, None]
+    (kind, message), died = started.run(2, of_two, True)
+    started.end()
+    assert died == ("ended", "")
+    assert kind == "RuntimeError"
+    assert "onnection" in message  # gloo's own: closed by peer, or reset

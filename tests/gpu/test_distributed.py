@@ -1,0 +1,162 @@
+"""Context parallelism on GPUs: two with NCCL, where there are two, and several ranks on one GPU with gloo carrying the tensors.
+
+Each is held against one process by the tests' policy, so a wrong stream, a buffer reused too early or a wrong merge shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cute_attn import distributed
+from tests import support
+from tests.host.processes import ROOT
+from tests.ranks import Ranks, both_passes, packed_passes
+
+BF16 = torch.bfloat16
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(("nccl", 2), marks=TWO_GPUS), ("gloo", 3)], ids=["nccl", "gloo"])
+def ranks(request, tmp_path_factory):
+    backend, count = request.param
+    started = Ranks(tmp_path_factory.mktemp("distributed") / "store", count, backend, "cuda")
+    started.count = count
+    yield started
+    started.end()
+
+
+def inputs(seqlen_q, seqlen_k=None, heads=(6, 2), batch=1, d=128, dv=None):
+    q, k, v = support.make_qkv(batch, seqlen_q, seqlen_k or seqlen_q, *heads, d, dv or d, BF16, "cuda")
+    return [q, k, v, *support.make_gradients(q, v)]
+
+
+def moved(tensors, device="cuda"):
+    return [x.to(device) for x in tensors]
+
+
+CASES = {
+    "causal": ({"seqlen_q": 3001}, {"causal": True}),
+    "full": ({"seqlen_q": 2000, "d": 64}, {}),
+    "batch, window": ({"seqlen_q": 1500, "batch": 2}, {"window": (700, 100)}),
+    "contiguous window": ({"seqlen_q": 1500}, {"window": (200, 0), "order": "contiguous"}),
+    "softcap": ({"seqlen_q": 1000, "d": 256}, {"causal": True, "softcap": 15.0}),
+    "longer keys": ({"seqlen_q": 700, "seqlen_k": 1900, "d": 96, "dv": 40}, {"causal": True}),
+    "MQA": ({"seqlen_q": 2048, "heads": (6, 1)}, {"causal": True, "deterministic": True}),
+    "few rows": ({"seqlen_q": 5}, {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+@pytest.mark.parametrize("case", CASES)
+def test_as_one_process(case, method, ranks):
+    sizes, options = CASES[case]
+    tensors = inputs(**sizes)
+    asked = moved(tensors, "cpu"), {"method": method, "backend": "cute", **options}
+    out, lse, *gradients = found = moved(ranks.results(ranks.count, both_passes, *asked)[0])
+    rules = {name: x for name, x in options.items() if name not in ("order", "deterministic")}
+    support.assert_close((out, lse), *tensors[:3], **rules)
+    support.assert_gradients_close(gradients, *tensors, **rules)
+    if options.get("deterministic"):
+        again = moved(ranks.results(ranks.count, both_passes, *asked)[0])
+        assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+SIZES = (3, 0, 1300, 1, 200, 37, 1024)
+
+
+@pytest.mark.parametrize(
+    "options", [{"causal": True, "method": "ring"}, {"method": "ring"}, {"causal": True, "method": "ulysses"}]
+)
+def test_packed_sequences_across_shards(options, ranks):
+    q, k, v, dout, _ = inputs(sum(SIZES) + 100)
+    packed, bounds = [x[0].cpu() for x in (q, k, v, dout)], list(accumulate(SIZES, initial=0))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    out, lse, *gradients = moved(ranks.results(ranks.count, packed_passes, packed, cu_seqlens, options)[0])
+    rules = {name: x for name, x in options.items() if name != "method"}
+    for begin, end in pairwise(bounds):
+        one = [x[:, begin:end] for x in (q, k, v)]
+        support.assert_close((out[None, begin:end], lse[None, :, begin:end]), *one, **rules)
+        found = [x[None, begin:end] for x in gradients]
+        support.assert_gradients_close(found, *one, dout[:, begin:end], **rules)
+    for x in (out, *gradients):
+        assert not x[bounds[-1] :].count_nonzero()
+
+
+class Block(torch.nn.Module):
+    """Attention between two projections, over this rank's rows of so many."""
+
+    def __init__(self, attend):
+        super().__init__()
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            self.before, self.after = torch.nn.Linear(64, 3 * 4 * 64, bias=False), torch.nn.Linear(4 * 64, 64, bias=False)
+        self.attend = attend
+
+    def forward(self, x):
+        q, k, v = self.before(x).unflatten(-1, (3, 4, 64)).unbind(2)
+        return self.after(self.attend(q, k, v).flatten(2))
+
+    def gradients(self, model, x, rows):
+        """Of both weights, from the mean over ``rows`` rows of the outputs' squares."""
+        (model(x).double().square().sum() / rows).backward()
+        return [self.before.weight.grad, self.after.weight.grad]
+
+
+def in_a_model(rank, group, x, way):
+    """A block's gradients under DDP or FSDP2, which take means over ranks."""
+    seqlen, ranks = x.shape[1], dist.get_world_size(group)
+    block = Block(lambda q, k, v: distributed.attention(q, k, v, group=group, causal=True, seqlen=seqlen)).to(BF16)
+    if way == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(block, process_group=group)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        model = fully_shard(block, mesh=dist.init_device_mesh("cuda", (ranks,)))
+    gradients = block.gradients(model, distributed.shard(x, group=group), seqlen / ranks)
+    return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in gradients]
+
+
+def heads_first(q, k, v):
+    """Plain attention, in any dtype."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+@TWO_GPUS
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_under_ddp_and_fsdp2(way, ranks):
+    """At most twice the error of plain attention in the same block, beside float64, and a rounding: the policy of all tests."""
+    if ranks.count != 2:
+        pytest.skip("shown with NCCL")
+    x = torch.randn(1, 1000, 64, generator=torch.Generator().manual_seed(1)).to(BF16)
+    found = ranks.results(ranks.count, in_a_model, x, way)
+    exact, plain = Block(heads_first).to(BF16).double(), Block(heads_first).to(BF16)
+    exact, plain = exact.gradients(exact, x.cuda().double(), 1000), plain.gradients(plain, x.cuda(), 1000)
+    for gradients in found:
+        for got, allowed, want in zip(moved(gradients), plain, exact, strict=True):
+            error, of_plain = ((x.double() - want).square().mean().sqrt() for x in (got, allowed))
+            assert error <= 2 * of_plain + torch.finfo(BF16).eps / 2 * want.square().mean().sqrt()
+
+
+@TWO_GPUS
+def test_the_example_learns_the_same_on_two_cards(tmp_path):
+    losses = []
+    for count in (1, 2):
+        log = tmp_path / f"{count}.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        script = [str(ROOT / "examples" / "long_context.py"), "--steps", "8", "--seqlen", "2048", "--json", str(log)]
+        ran = subprocess.run([*launcher, *script], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=240)
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        losses.append(json.loads(log.read_text())["losses"])
+    one, two = losses
+    assert one[-1] < one[0]
+    assert max(abs(x - y) for x, y in zip(one, two, strict=True)) <= 0.02 * one[0]
