@@ -211,7 +211,8 @@ def _plan(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, 
     else:
         whole = places.shards(length_q, order), places.shards(length_k, order)
         paper = {"ring": costs.of_ring, "ulysses": costs.of_ulysses}
-        arguments = *whole, call, band, q.element_size(), costs.card_of(ranks)
+        sizes = costs.Sizes(call.batch, call.heads, call.heads_kv, call.head_dim + call.head_dim_v, q.element_size())
+        arguments = *whole, band, sizes, costs.card_of(ranks)
         found = tuple(paper[name](*arguments) for name in paper if name not in impossible)
         if method == "auto":
             method, reason = min(found, key=lambda costs: costs.seconds).method if found else "ring", "the faster one on paper"

@@ -7,10 +7,11 @@ ring as long as its slowest rank. Ulysses sends q, k, v and the output before an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from cute_attn.distributed.schedule import Shards, pieces, spanned
 from cute_attn.distributed.ulysses import copies
-from cute_attn.problem import Call
 
 HOST_RANKS = 8  # that NVLink joins; more are joined by a network
 
@@ -26,6 +27,16 @@ class Card:
 def card_of(ranks: int) -> Card:
     """A Hopper among so many: 16-bit attention at long lengths; NVLink in a host, a network card of 400 Gb/s each beyond it."""
     return Card(600e12, 300e9 if ranks <= HOST_RANKS else 40e9)
+
+
+class Sizes(NamedTuple):
+    """Of a rank's tensors; ``head_dims`` is that of q and k with that of v."""
+
+    batch: int
+    heads: int
+    heads_kv: int
+    head_dims: int
+    item_bytes: int
 
 
 @dataclass(frozen=True)
@@ -45,26 +56,27 @@ class Costs:
         )
 
 
-def of_ring(q: Shards, k: Shards, call: Call, band: tuple, item_bytes: int, card: Card) -> Costs:
-    """``call`` has the heads and head dims of a rank. Of many ranks the first, the middle and the last are looked at."""
-    columns = call.batch * (call.head_dim + call.head_dim_v)
-    found = []
+@lru_cache(maxsize=1024)
+def of_ring(q: Shards, k: Shards, band: tuple, sizes: Sizes, card: Card) -> Costs:
+    """Of many ranks the first, the middle and the last are looked at."""
+    columns, found = sizes.batch * sizes.head_dims, []
     for rank in sorted({0, q.ranks // 2, q.ranks - 1}):
         steps = [pieces(q, k, rank, (rank - step) % q.ranks, *band) for step in range(q.ranks)]
-        flops = [2.0 * columns * call.heads * sum(piece.scores for piece in parts) for parts in steps]
-        received = [float(columns * call.heads_kv * item_bytes * len(spanned(parts))) for parts in steps[1:]]
+        flops = [2.0 * columns * sizes.heads * sum(piece.scores for piece in parts) for parts in steps]
+        received = [float(columns * sizes.heads_kv * sizes.item_bytes * len(spanned(parts))) for parts in steps[1:]]
         computing = [x / card.flops for x in flops]
         seconds = sum(map(max, computing, [*(x / card.link for x in received), 0.0]))
         found.append(Costs("ring", sum(flops), sum(received), seconds, seconds - sum(computing)))
     return max(found, key=lambda costs: costs.seconds)
 
 
-def of_ulysses(q: Shards, k: Shards, call: Call, band: tuple, item_bytes: int, card: Card) -> Costs:
-    """``call`` has all heads."""
-    columns, ranks = call.batch * (call.head_dim + call.head_dim_v), q.ranks
+@lru_cache(maxsize=1024)
+def of_ulysses(q: Shards, k: Shards, band: tuple, sizes: Sizes, card: Card) -> Costs:
+    """Key heads that several ranks need count as often."""
+    columns, ranks = sizes.batch * sizes.head_dims, q.ranks
     whole = pieces(Shards(q.seqlen, 1, "contiguous"), Shards(k.seqlen, 1, "contiguous"), 0, 0, *band)
-    flops = 2.0 * columns * call.heads * sum(piece.scores for piece in whole) / ranks
-    rows = q.rows * call.heads + k.rows * call.heads_kv * copies(call.heads_kv, ranks)
-    received = columns * item_bytes * rows * (ranks - 1) / ranks
+    flops = 2.0 * columns * sizes.heads * sum(piece.scores for piece in whole) / ranks
+    rows = q.rows * sizes.heads + k.rows * sizes.heads_kv * copies(sizes.heads_kv, ranks)
+    received = columns * sizes.item_bytes * rows * (ranks - 1) / ranks
     waits = received / card.link
     return Costs("ulysses", flops, received, flops / card.flops + waits, waits)
