@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 
 from cute_attn import attention, distributed
+from cute_attn.distributed import costs
+from cute_attn.distributed.schedule import Shards
 
 HEADS, HEADS_KV, HEAD_DIM = 32, 8, 128
 TURNS = 3
@@ -143,6 +145,49 @@ def measure_torch(seqlen: int, backward: bool) -> float | str:
             return in_turns({"torch": pass_of(heads_first, shards, backward)})["torch"]
     except FAILURES as error:
         return f"{type(error).__name__}: {error}"
+
+
+# ---- as tables ---------------------------------------------------------------------------------------------------------
+
+
+def table(record: dict[str, Any]) -> str:
+    """What was measured, a row a cell: rates of a card as parts of the one-card kernel's, and what the ring's transfers hid."""
+    lines = [
+        f"| {record['ranks']} × {record['card']}, {record['date']} | one card, TFLOP/s | ring ÷ | ulysses ÷ | ring ÷ torch's "
+        f"| transfers under kernels | memory, ring |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in record["cells"]:
+        over, torchs, step = cell["of one card"], cell.get(PEER), cell["of one step"]
+        beside = f"{torchs / cell['seconds']['ring']:.2f}" if isinstance(torchs, float) else ""
+        hidden = step["transfers under kernels"] / step["transfers"] if step["transfers"] else 0.0
+        lines.append(
+            f"| {'causal' if cell['causal'] else 'full'}, {cell['seqlen'] // 1024}k, {cell['direction']} "
+            f"| {cell['TFLOP/s a card']['one card']:.0f} | {over['ring']:.3f} | {over['ulysses']:.3f} | {beside} | {hidden:.0%} "
+            f"| {cell['memory beyond, in shards of k and v']['ring']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def predicted() -> str:
+    """On paper: which part of its time a card computes, forward, causal, in a ring, with ulysses, and with both."""
+    lines = ["| cards | tokens | ring | ulysses | both, 8 for heads |", "|---|---|---|---|---|"]
+    sizes, heads_ranks, band = costs.Sizes(1, HEADS, HEADS_KV, 2 * HEAD_DIM, 2), costs.HOST_RANKS, (None, 0)
+    for ranks in (2, 8, 64, 1024):
+        for seqlen in (1 << 16, 1 << 18, 1 << 20, 1 << 23):
+            shards, card = Shards(seqlen, ranks), costs.card_of(ranks)
+            ring, ulysses = (of(shards, shards, band, sizes, card) for of in (costs.of_ring, costs.of_ulysses))
+            parts = [1 - ring.waits / ring.seconds, 1 - ulysses.waits / ulysses.seconds if HEADS % ranks == 0 else None, None]
+            if ranks > heads_ranks:
+                outer = Shards(seqlen, ranks // heads_ranks, split=heads_ranks)
+                each = sizes._replace(heads=HEADS // heads_ranks, heads_kv=HEADS_KV // heads_ranks)
+                ring = costs.of_ring(outer, outer, band, each, card)
+                inner = Shards(outer.rows, heads_ranks, "contiguous")
+                waits = costs.of_ulysses(inner, inner, band, sizes, costs.card_of(heads_ranks)).waits
+                parts[2] = (ring.seconds - ring.waits) / (ring.seconds + waits)
+            shown = ["" if part is None else f"{part:.2f}" for part in parts]
+            lines.append(f"| {ranks} | {seqlen // 1024}k | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

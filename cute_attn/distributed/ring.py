@@ -141,7 +141,7 @@ def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_of_more:
     lse.copy_(anchor + total.log2() / to_log2)
     total.masked_fill_(total == 0.0, 1.0)
     weight, weight_of_more = ((x / total).transpose(1, 2).unsqueeze(-1) for x in (weight, weight_of_more))
-    out.mul_(weight).addcmul_(more.to(out.dtype), weight_of_more)
+    out.mul_(weight).addcmul_(more, weight_of_more)  # without a copy in float32
 
 
 class Sum:

@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from benchmarks import context_parallel
 from cute_attn import attention, distributed
 from cute_attn.distributed import calls, ring, schedule, shards
 from cute_attn.distributed.schedule import ORDERS, Shards
 from tests import support
+from tests.host.processes import ROOT
 from tests.host.test_errors import Row, assert_raises, raises, reached, table
 from tests.host.test_wrapped import world
 from tests.ranks import Ranks, both_passes, packed_passes
@@ -461,6 +463,28 @@ def test_explain_says_why_and_what_is_computed():
     assert distributed.explain(q, k, k, ranks=4, method="ulysses").startswith("ulysses: asked for\n")
     short = [x[:, :8] for x in (q, k, k)]
     assert distributed.explain(*short, ranks=16).startswith("ulysses: the faster one on paper")
+
+
+def test_the_document_has_the_model_s_figures():
+    assert context_parallel.predicted() in (ROOT / "docs" / "context-parallelism.md").read_text()
+
+
+def test_measured_figures_as_a_table():
+    cell = {
+        "seqlen": 65536,
+        "causal": True,
+        "direction": "forward",
+        "seconds": {"ring": 0.5},
+        "TFLOP/s a card": {"one card": 600.4},
+        "of one card": {"ring": 0.951, "ulysses": 0.9},
+        "memory beyond, in shards of k and v": {"ring": 2.04},
+        "of one step": {"transfers": 2.0, "kernels": 3.0, "transfers under kernels": 1.5},
+        context_parallel.PEER: 0.6,
+    }
+    record = {"ranks": 2, "card": "card", "date": "today", "cells": [cell, cell | {context_parallel.PEER: "no"}]}
+    *_, first, second = context_parallel.table(record).splitlines()
+    assert first == "| causal, 64k, forward | 600 | 0.951 | 0.900 | 1.20 | 75% | 2.0 |"
+    assert second == "| causal, 64k, forward | 600 | 0.951 | 0.900 |  | 75% | 2.0 |"
 
 
 def test_alone_is_attention_to_the_last_bit():
