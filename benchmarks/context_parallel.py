@@ -163,8 +163,8 @@ def table(record: dict[str, Any]) -> str:
         hidden = step["transfers under kernels"] / step["transfers"] if step["transfers"] else 0.0
         lines.append(
             f"| {'causal' if cell['causal'] else 'full'}, {cell['seqlen'] // 1024}k, {cell['direction']} "
-            f"| {cell['TFLOP/s a card']['one card']:.0f} | {over['ring']:.3f} | {over['ulysses']:.3f} | {beside} | {hidden:.0%} "
-            f"| {cell['memory beyond, in shards of k and v']['ring']:.1f} |"
+            f"| {cell['TFLOP/s a card']['one card']:.0f} | {over['ring']:.3f} | {over['ulysses']:.3f} | {beside} "
+            f"| {hidden:.0%} | {cell['memory beyond, in shards of k and v']['ring']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
