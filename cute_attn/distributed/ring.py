@@ -107,33 +107,34 @@ class Merged:
     def add(self, rows: range, out: torch.Tensor, lse: torch.Tensor) -> None:
         """``out`` (batch, rows, heads, head_dim_v) and ``lse`` (batch, heads, rows) of some more keys."""
         lse = lse.masked_fill(lse == self.unit.unseen, -torch.inf)
-        if self.out is None and len(rows) == self.shape[1]:
+        whole, where = len(rows) == self.shape[1], slice(rows.start, rows.stop)
+        if self.out is None and whole:
             self.out, self.lse = out, lse
             return
-        self._begin()
-        assert self.out is not None
-        assert self.lse is not None
-        where = slice(rows.start, rows.stop)
-        merge(self.out[:, where], self.lse[:, :, where], out, lse, self.unit.to_log2)
+        so_far, so_far_lse = self._begun()
+        if whole:
+            self.out = merge(so_far, so_far_lse, out, lse, self.unit.to_log2)
+        else:
+            self.out = so_far.to(self.exact)
+            merge(self.out[:, where], so_far_lse[:, :, where], out, lse, self.unit.to_log2)
 
-    def result(self) -> tuple:
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``(out, lse)``, the output rounded to the inputs' dtype."""
-        if self.out is None:
-            self._begin()
-        assert self.out is not None
-        return self.out.to(self.like.dtype), self.lse
+        out, lse = self._begun()
+        return out.to(self.like.dtype), lse
 
-    def _begin(self) -> None:
-        if self.out is None:
+    def _begun(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.out is None or self.lse is None:
             batch, rows, heads, _ = self.shape
             self.out = self.like.new_zeros(self.shape, dtype=self.exact)
             self.lse = self.like.new_full((batch, heads, rows), -torch.inf, dtype=self.exact)
-        self.out = self.out.to(self.exact)
+        return self.out, self.lse
 
 
-def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_of_more: torch.Tensor, to_log2: float) -> None:
+def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_of_more: torch.Tensor, to_log2: float) -> torch.Tensor:
     """Merge ``more`` into ``out``, both (batch, rows, heads, head_dim_v), and its log-sum-exp into ``lse`` (batch, heads,
-    rows), in place; ``to_log2`` times a log-sum-exp is in base 2, −∞ is that of a row that sees no key."""
+    rows). In place, and so is the output, which is returned, unless that has fewer bits than ``lse``. ``to_log2`` times a
+    log-sum-exp is in base 2, −∞ is that of a row that sees no key."""
     most = torch.maximum(lse, lse_of_more)
     anchor = most.masked_fill(most == -torch.inf, 0.0)  # −∞ − (−∞) would make a NaN
     weight, weight_of_more = (((x - anchor) * to_log2).exp2_() for x in (lse, lse_of_more))
@@ -141,7 +142,8 @@ def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_of_more:
     lse.copy_(anchor + total.log2() / to_log2)
     total.masked_fill_(total == 0.0, 1.0)
     weight, weight_of_more = ((x / total).transpose(1, 2).unsqueeze(-1) for x in (weight, weight_of_more))
-    out.mul_(weight).addcmul_(more, weight_of_more)  # without a copy in float32
+    scaled = out.mul_(weight) if out.dtype == lse.dtype else out * weight
+    return scaled.addcmul_(more, weight_of_more)  # reads 16 bits and adds up in 32
 
 
 class Sum:

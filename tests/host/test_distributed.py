@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from benchmarks import context_parallel
-from cute_attn import attention, distributed
+from cute_attn import api, attention, distributed, reference, rules
 from cute_attn.distributed import calls, ring, schedule, shards
 from cute_attn.distributed.schedule import ORDERS, Shards
 from tests import support
@@ -162,6 +162,35 @@ def test_as_one_process(case, method, ranks):
     count, tensors, options = CASES[case]
     found = ranks.results(count, both_passes, tensors, {"method": method, **options})[0]
     assert_right(found, tensors, **{name: x for name, x in options.items() if name not in ("order", "deterministic")})
+
+
+def with_raw_scores(rank, group, tensors, options):
+    """With a backend that keeps log-sum-exps as the kernels do: in the unit of raw scores, +∞ where a row sees no key."""
+
+    def to_log2(call):
+        return rules.score_scales(call.scale, call.softcap)[0]
+
+    def forward(q, k, v, call):
+        out, _, lse = reference.attention(q, k, v, call)
+        return out, None, (lse / to_log2(call)).masked_fill(lse == -math.inf, math.inf)
+
+    def gradients(q, k, v, out, lse, dout, dlse, call, needs):
+        assert not (lse == -math.inf).any()
+        lse = (lse * to_log2(call)).masked_fill(lse == math.inf, -math.inf)
+        return reference.gradients(q, k, v, out, lse, dout, dlse, call, needs)
+
+    unit = ring.LseUnit.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "REFERENCE", (forward, gradients))
+        patch.setattr(ring.LseUnit, "of", lambda call, on_reference: unit(call, False))
+        return both_passes(rank, group, tensors, options)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (30, 5), "softcap": 3.0}])
+def test_log_sum_exps_in_the_unit_of_the_kernels(options, ranks):
+    tensors = inputs(91, 40)
+    found = ranks.results(3, with_raw_scores, tensors, {"method": "ring", **options})[0]
+    assert_right(found, tensors, **options)
 
 
 SIZES = (3, 0, 70, 1, 20, 37)
