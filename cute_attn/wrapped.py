@@ -17,7 +17,7 @@ import torch
 from cute_attn.arguments import check_memory, computes_in_its_own_way, shown
 from cute_attn.lengths import NAMES, Lengths
 from cute_attn.private import COLLECTIVES, FakeTensor, FunctionalTensor, is_batched, is_transformed, ragged_dim
-from cute_attn.problem import check_call
+from cute_attn.problem import Call, check_call
 
 TRACED = (FakeTensor, FunctionalTensor)  # torch's own, with which it finds out what is computed
 DTENSORS = "torch.distributed.tensor"
@@ -114,24 +114,33 @@ def _sharded(attention: Callable, q, k, v, rules: dict, others: dict):
             f"heads, or Replicate() is needed on each dimension of the mesh, alike for all three: try "
             f"x.redistribute(placements=…) of each"
         )
-    shards = math.prod([mesh.size(i) for i, placement in enumerate(placements) if placement == distributed.Shard(2)])
+    check_shards_of_heads(call, mesh, placements)
+    results = attention(q.to_local(), k.to_local(), v.to_local(), **rules, **others)
+    return whole(results, call, mesh, placements, [of_lse[placement] for placement in placements])
+
+
+def check_shards_of_heads(call: Call, mesh, placements) -> None:
+    """Refuse DTensors whose shards of q, by heads, don't find theirs of k."""
+    by_heads = sys.modules[DTENSORS].Shard(2)
+    shards = math.prod([mesh.size(i) for i, placement in enumerate(placements) if placement == by_heads])
     if call.heads != call.heads_kv and call.heads_kv % shards:
         raise ValueError(
             f"k has {call.heads_kv} heads in {shards} shards; a multiple is needed where q has more heads (GQA), so that each "
             f"shard of q finds its heads of k: shard the batch, or repeat k's and v's heads"
         )
-    results = attention(q.to_local(), k.to_local(), v.to_local(), **rules, **others)
 
-    def whole(local, placements, *shape):
-        stride = torch.empty(shape, device="meta").stride()
-        return distributed.DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+def whole(results, call: Call, mesh, placements, of_lse):
+    """The DTensors that the results of shards, the output or ``(out, lse)``, are shards of, where ``call`` is that of all."""
+
+    def wrap(local, placements, *shape):
+        stride, kind = torch.empty(shape, device="meta").stride(), sys.modules[DTENSORS].DTensor
+        return kind.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
     shape = call.batch, call.seqlen_q, call.heads, call.head_dim_v
     if not isinstance(results, tuple):
-        return whole(results, placements, *shape)
-    out, lse = results
-    lse_placements = [of_lse[placement] for placement in placements]
-    return whole(out, placements, *shape), whole(lse, lse_placements, call.batch, call.heads, call.seqlen_q)
+        return wrap(results, placements, *shape)
+    return wrap(results[0], placements, *shape), wrap(results[1], of_lse, call.batch, call.heads, call.seqlen_q)
 
 
 # ---- nested tensors --------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def _plan(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, 
         arguments = *whole, band, sizes, costs.card_of(ranks)
         found = tuple(paper[name](*arguments) for name in paper if name not in impossible)
         if method == "auto":
-            method, reason = min(found, key=lambda costs: costs.seconds).method if found else "ring", "the faster one on paper"
+            method, reason = min(found, key=lambda one: one.seconds).method if found else "ring", "the faster one on paper"
             reason = next((f"not {name}: {why}" for name, why in impossible.items()), reason)
         needed = [method] if ranks > 1 else []
         if method == "ulysses":
@@ -290,11 +290,9 @@ def _of_dtensors(q, k, v, options: dict):
             f"DTensors have {q.shape[1]} queries and {k.shape[1]} keys on {mesh.size(dim)} ranks; multiples are needed, since "
             f"all ranks must have equally many rows: try shard(), which pads, and its plain tensors with seqlen"
         )
+    call = check_call(q, k, v, *(options[name] for name in _NO_RULES))
+    wrapped.check_shards_of_heads(call, mesh, q.placements)
     local = [x.to_local() for x in inputs.values()]
     results = attention(*local, group=mesh.get_group(dim), order="contiguous", **options)
-    out, *lse = results if isinstance(results, tuple) else (results,)
-    whole = [distributed.DTensor.from_local(out, mesh, q.placements, run_check=False)]
-    moved = {distributed.Shard(1): distributed.Shard(2), distributed.Shard(2): distributed.Shard(1)}  # to (batch, heads, rows)
-    for x in lse:
-        whole.append(distributed.DTensor.from_local(x, mesh, [moved.get(at, at) for at in q.placements], run_check=False))
-    return tuple(whole) if lse else whole[0]
+    of_lse = {distributed.Shard(1): distributed.Shard(2), distributed.Shard(2): distributed.Shard(1)}  # (batch, heads, rows)
+    return wrapped.whole(results, call, mesh, q.placements, [of_lse.get(at, at) for at in q.placements])

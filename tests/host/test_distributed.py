@@ -241,9 +241,8 @@ def test_a_mesh_of_two_dimensions_uses_both_methods(ranks):
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
 
 
-def of_dtensors(rank, group, tensors, options):
-    mesh = dist.init_device_mesh("cpu", (2, 2))  # the batch and the sequence
-    at = (Shard(0), Shard(1))
+def of_dtensors(rank, group, tensors, on, options):
+    mesh, at = dist.init_device_mesh("cpu", (2, 2)), (on, Shard(1))
     q, k, v, dout = (distribute_tensor(x, mesh, at) for x in tensors[:4])
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = distributed.attention(*leaves, return_lse=True, **options)
@@ -253,9 +252,11 @@ def of_dtensors(rank, group, tensors, options):
     return [x.detach().full_tensor() for x in found]
 
 
-def test_dtensors(ranks):
-    tensors = inputs(64)
-    for results in ranks.results(4, of_dtensors, tensors, {"causal": True, "method": "ring"}):
+@pytest.mark.parametrize(("on", "batch"), [(Shard(0), 3), (Shard(2), 1), (Replicate(), 1)])
+def test_dtensors(on, batch, ranks):
+    """Sharded by sequence, and by batch, unevenly, or by heads, or replicated."""
+    tensors = inputs(64, batch=batch)
+    for results in ranks.results(4, of_dtensors, tensors, on, {"causal": True, "method": "ring"}):
         assert_right(results, tensors, causal=True)
 
 
