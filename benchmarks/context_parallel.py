@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cute_attn import attention, distributed
+from cute_attn import attention, distributed, launch
 from cute_attn.distributed import costs
 from cute_attn.distributed.schedule import Shards
 
@@ -113,6 +113,16 @@ def heads_first(q, k, v):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
+def merging() -> dict[str, float]:
+    """Bytes a second of the kernel that merges partial results, and of a copy of as many floats as it writes."""
+    out, more = (torch.randn(1, 32768, HEADS, HEAD_DIM, device="cuda").to(dtype) for dtype in (torch.float32, torch.bfloat16))
+    lse, lse_more = (torch.zeros(1, HEADS, 32768, device="cuda") for _ in range(2))
+    copied = torch.empty_like(out)
+    found = in_turns({"merge": lambda: launch.merge(out, lse, more, lse_more, 1.0), "copy": lambda: copied.copy_(out)})
+    touched = {"merge": 2 * out.nbytes + more.nbytes + 3 * lse.nbytes, "copy": 2 * out.nbytes}
+    return {name: touched[name] / took for name, took in found.items()}
+
+
 def measure(seqlen: int, causal: bool, backward: bool) -> dict[str, Any]:
     ranks = dist.get_world_size()
     rows, direction = seqlen // ranks, "forward + backward" if backward else "forward"
@@ -199,7 +209,7 @@ def main() -> int:
     torch.cuda.set_device(local)
     dist.init_process_group("nccl", timeout=timedelta(minutes=2), device_id=torch.device("cuda", local))
     torch.manual_seed(dist.get_rank())
-    about = {
+    about: dict[str, Any] = {
         "schema": SCHEMA, "card": torch.cuda.get_device_name(), "ranks": dist.get_world_size(), "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "heads": [HEADS, HEADS_KV], "head_dim": HEAD_DIM, "dtype": "bfloat16",
@@ -213,6 +223,7 @@ def main() -> int:
 
     asked = [(seqlen, True, backward) for seqlen in options.seqlen for backward in (False, True)]
     asked += [(options.seqlen[0], False, backward) for backward in (False, True)]
+    about["merging, bytes a second"] = merging()
     for cell in asked:
         cells.append(measure(*cell))
         torch.cuda.empty_cache()

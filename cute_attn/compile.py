@@ -48,7 +48,7 @@ def compile_only(problem: Problem, config: Config, options: str = ""):
     """Compile with the DSL and return its function, untouched by any cache. Needs no GPU."""
     dsl = _import_dsl()
     sources.hold()
-    host = importlib.import_module("cute_attn.backward" if problem.gradients else "cute_attn.forward")
+    host = importlib.import_module(f"cute_attn.{'merge' if problem.merges else 'backward' if problem.gradients else 'forward'}")
     arguments = host.fake_arguments(problem, config)
     options = f"--enable-tvm-ffi --gpu-arch={config.target} {options}"
     return dsl.compile(host.host_function(problem, config), *arguments, options=options)

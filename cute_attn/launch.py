@@ -19,7 +19,7 @@ from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
 from cute_attn.plan import plan, takes_tickets
 from cute_attn.private import current_device, raw_stream
-from cute_attn.problem import Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
+from cute_attn.problem import DTYPE_NAMES, Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
 
 NO_LENGTHS = (None, None, None, None, 0)
 
@@ -154,6 +154,24 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
                 x[:, : call.shift - call.left].zero_()
     _run(function, blocks, device, call, (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *gradient.values()))
     return tuple(gradient.values())
+
+
+def merge(out, lse, more, lse_of_more, to_log2: float):
+    """Merge the partial results ``more`` into ``out``, both (batch, rows, heads, head_dim_v), and their log-sum-exps (batch,
+    heads, rows), ``to_log2`` times which are in base 2, in place, on the current stream. Returns the output in float32: ``out``
+    itself where that is what it is in. It is ``distributed.ring.merge`` in one kernel."""
+    into = out if out.dtype is torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    if out.numel():
+        device = out.get_device()
+        function, _ = prepared(_merging(DTYPE_NAMES[more.dtype], out.shape[3], DTYPE_NAMES[out.dtype]), None, device)
+        with torch.cuda.device(device):
+            function(into, out, lse, more, lse_of_more, to_log2, raw_stream(device))
+    return into
+
+
+@lru_cache(maxsize=64)
+def _merging(dtype: str, head_dim_v: int, so_far: str) -> Problem:
+    return Problem(dtype, head_dim_v, head_dim_v, merges=so_far)
 
 
 def _room(call: Call, needs: str, q, k, v) -> dict[str, torch.Tensor | None]:

@@ -48,6 +48,9 @@ class Problem:
     ``ragged`` names what says how long each sequence is, a part of ``lengths.NAMES`` in this order, with spaces between; ``""``
     is a rectangle.
 
+    ``merges`` makes it the kernel that merges partial results (``merge.py``): the dtype of the output so far, ``"float32"`` or
+    that of the inputs; ``""`` is attention.
+
     ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
     """
 
@@ -63,6 +66,7 @@ class Problem:
     for_backward: bool = False
     large_cap: bool = False
     ragged: str = ""
+    merges: str = ""
 
     def __post_init__(self):
         """A value of another kind would be another key, even if it is equal."""

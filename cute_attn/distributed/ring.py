@@ -98,8 +98,9 @@ class Merged:
     """Partial results of rows, as they come: the output in float32, the log-sum-exp in a backend's unit, −∞ for rows that have
     seen no key. What one part is all of is that part, bit for bit."""
 
-    def __init__(self, unit: LseUnit, shape: tuple[int, int, int, int], like: torch.Tensor):
-        self.unit, self.shape, self.like = unit, shape, like  # (batch, rows, heads, head_dim_v)
+    def __init__(self, merge: Callable, unit: LseUnit, shape: tuple[int, int, int, int], like: torch.Tensor):
+        self.merge, self.unit = merge, unit
+        self.shape, self.like = shape, like  # (batch, rows, heads, head_dim_v)
         self.exact = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.out: torch.Tensor | None = None
         self.lse: torch.Tensor | None = None
@@ -113,10 +114,10 @@ class Merged:
             return
         so_far, so_far_lse = self._begun()
         if whole:
-            self.out = merge(so_far, so_far_lse, out, lse, self.unit.to_log2)
+            self.out = self.merge(so_far, so_far_lse, out, lse, self.unit.to_log2)
         else:
             self.out = so_far.to(self.exact)
-            merge(self.out[:, where], so_far_lse[:, :, where], out, lse, self.unit.to_log2)
+            self.merge(self.out[:, where], so_far_lse[:, :, where], out, lse, self.unit.to_log2)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``(out, lse)``, the output rounded to the inputs' dtype."""
@@ -134,7 +135,7 @@ class Merged:
 def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_of_more: torch.Tensor, to_log2: float) -> torch.Tensor:
     """Merge ``more`` into ``out``, both (batch, rows, heads, head_dim_v), and its log-sum-exp into ``lse`` (batch, heads,
     rows). In place, and so is the output, which is returned, unless that has fewer bits than ``lse``. ``to_log2`` times a
-    log-sum-exp is in base 2, −∞ is that of a row that sees no key."""
+    log-sum-exp is in base 2, −∞ is that of a row that sees no key. The kernels' is ``launch.merge``."""
     most = torch.maximum(lse, lse_of_more)
     anchor = most.masked_fill(most == -torch.inf, 0.0)  # −∞ − (−∞) would make a NaN
     weight, weight_of_more = (((x - anchor) * to_log2).exp2_() for x in (lse, lse_of_more))
@@ -168,7 +169,8 @@ class Sum:
 @dataclass(frozen=True)
 class Ring:
     """What the ranks of a ring compute: ``q`` and ``k`` say which rows each has, ``call`` has heads, scale and softcap,
-    ``band`` is ``(lo, hi)`` of the whole sequence, ``passes`` are a backend's, as ``autograd.Attention`` takes them."""
+    ``band`` is ``(lo, hi)`` of the whole sequence, ``passes`` are a backend's, as ``autograd.Attention`` takes them, and so is
+    :func:`merge`."""
 
     members: Members
     q: Shards
@@ -176,8 +178,9 @@ class Ring:
     call: Call
     band: tuple[int | None, int | None]
     passes: tuple[Callable, Callable]
+    merge: Callable
     unit: LseUnit
-    packed: bool = False
+    packed: bool
 
     def pieces(self, of_q: int, of_k: int) -> tuple[Piece, ...]:
         """What a rank's queries see of a rank's keys."""
@@ -189,7 +192,7 @@ class Ring:
 
     def forward(self, q, k, v, cu_seqlens) -> tuple:
         """``(out, lse)`` of this rank's queries, the log-sum-exp in the backend's unit, −∞ for a row that sees no key."""
-        merged = Merged(self.unit, (*q.shape[:3], v.shape[3]), q)
+        merged = Merged(self.merge, self.unit, (*q.shape[:3], v.shape[3]), q)
         for _, first, k_there, v_there, parts in self._steps(k, v):
             for piece in parts:
                 call, keys = self._call(piece, cu_seqlens), _slice(piece.keys, first)

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cute_attn import distributed
+from cute_attn import distributed, launch
+from cute_attn.distributed import ring
 from tests import support
 from tests.host.processes import ROOT
 from tests.ranks import Ranks, both_passes, packed_passes
@@ -67,6 +68,39 @@ def test_as_one_process(case, method, ranks):
     if options.get("deterministic"):
         again = moved(ranks.results(ranks.count, both_passes, *asked)[0])
         assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "dv"), [(3, 128), (1, 64), (2, 40), (5, 256)])
+@pytest.mark.parametrize("so_far", [BF16, torch.float32])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_the_kernel_that_merges_does_as_torch_does(dtype, so_far, heads, dv):
+    """Rows of a longer tensor, some of which have seen nothing, on one side or on both."""
+    so_far, rows = dtype if so_far == BF16 else so_far, slice(3, 80)
+    made = torch.Generator("cuda").manual_seed(0)
+    whole = torch.randn(2, 90, heads, dv, generator=made, device="cuda").to(so_far)
+    more = torch.randn(2, 77, heads, dv, generator=made, device="cuda").to(dtype)
+    lse, lse_more = (20 * torch.randn(2, heads, n, generator=made, device="cuda") for n in (90, 77))
+    lse[:, :, 5:20], lse_more[:, :, 10:30] = -torch.inf, -torch.inf
+    whole[:, 5:20], more[:, 10:30] = 0.0, 0.0
+    before, before_lse = whole.clone(), lse.clone()
+    true_lse = lse[:, :, rows].double()
+    true = ring.merge(whole[:, rows].double(), true_lse, more, lse_more.double(), 0.37)
+    plain_lse = lse[:, :, rows].clone()
+    plain = ring.merge(whole[:, rows].clone(), plain_lse, more, lse_more, 0.37)
+    merged = launch.merge(whole[:, rows], lse[:, :, rows], more, lse_more, 0.37)
+    assert merged.dtype == torch.float32
+    assert (merged.data_ptr() == whole[:, rows].data_ptr()) == (so_far == torch.float32)
+    sees = true_lse != -torch.inf
+    assert torch.equal(lse[:, :, rows] == -torch.inf, ~sees)
+    assert not merged[~sees.transpose(1, 2)].count_nonzero()
+    times, eps = support.TIMES_PLAIN[torch.float32], torch.finfo(torch.float32).eps
+    pairs = (merged, plain, true), (lse[:, :, rows][sees], plain_lse[sees], true_lse[sees])
+    for got, of_torch, want in pairs:
+        error, allowed = ((x.double() - want).abs().max() for x in (got, of_torch))
+        assert error <= times * allowed + eps * want.abs().max()
+    outside = [*range(rows.start), *range(rows.stop, 90)]
+    assert torch.equal(whole[:, outside], before[:, outside])
+    assert torch.equal(lse[:, :, outside], before_lse[:, :, outside])
 
 
 SIZES = (3, 0, 1300, 1, 200, 37, 1024)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from benchmarks import context_parallel
-from cute_attn import api, attention, distributed, reference, rules
+from cute_attn import api, attention, cubin, distributed, plan, problem, reference, rules
 from cute_attn.distributed import calls, ring, schedule, shards
 from cute_attn.distributed.schedule import ORDERS, Shards
 from tests import support
@@ -117,6 +117,18 @@ def test_merge_is_exact_where_one_part_outweighs(dtype):
     torch.testing.assert_close(merged_lse[0, 1, 1], torch.tensor(7.0 + 1 / 0.37, dtype=dtype))
     assert (merged_lse[0, :, 2] == -math.inf).all()
     assert not merged[:, 2].count_nonzero()
+
+
+@pytest.mark.parametrize(("target", "so_far"), [("sm_90a", "bfloat16"), ("sm_80", "float32")])
+def test_the_kernel_that_merges_reads_and_writes_16_bytes_at_a_time(target, so_far):
+    pytest.importorskip("cutlass")
+    of = problem.Problem("bfloat16", 96, 96, merges=so_far)
+    code = cubin.inspect(of, plan.plan(of, target))
+    assert (code.stack_bytes, code.local_bytes) == (0, 0)
+    count = {name: sum(n for full, n in code.instructions.items() if full.startswith(name)) for name in ("LDG", "STG")}
+    wide = {name: sum(n for full, n in code.instructions.items() if full.startswith(name) and ".128" in full) for name in count}
+    assert wide == {"LDG": 2 if so_far == "bfloat16" else 3, "STG": 2}
+    assert count == {"LDG": wide["LDG"] + 2, "STG": 3}  # a log-sum-exp each, read and written
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

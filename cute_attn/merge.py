@@ -1,0 +1,104 @@
+"""Two partial results of the same rows as one, in one kernel: what ``distributed.ring.merge`` is in torch, on a GPU.
+
+Each row's output and log-sum-exp, of keys so far and of more keys, are read once and written once: memory is all it waits for.
+"""
+
+from __future__ import annotations
+
+from cutlass import Float32, cute
+from cutlass.cute import runtime
+
+from cute_attn.forward import fake_operand, fake_row_values
+from cute_attn.layouts.base import VECTOR
+
+
+def host_function(problem, config):
+    """The function ``(mInto, mSoFar, mLSE, mMore, mLSE_more, to_log2, stream)`` to compile.
+
+    Outputs are ``(batch, rows, heads, head_dim_v)``: ``mInto``, which may be ``mSoFar``, is float32; ``mSoFar`` has the dtype
+    ``problem.merges``; ``mMore`` that of the inputs. Log-sum-exps are ``(batch, heads, rows)``, float32; ``mLSE`` is changed.
+    """
+    kernel = Merge(problem)
+
+    @cute.jit
+    def merge(
+        mInto: cute.Tensor,
+        mSoFar: cute.Tensor,
+        mLSE: cute.Tensor,
+        mMore: cute.Tensor,
+        mLSE_more: cute.Tensor,
+        to_log2: Float32,
+        stream,
+    ):
+        kernel.launch(mInto, mSoFar, mLSE, mMore, mLSE_more, to_log2, stream)
+
+    return merge
+
+
+def fake_arguments(problem, config) -> tuple:
+    """Stand-ins for :func:`host_function`'s arguments."""
+    so_far = _fake_sums() if problem.merges == "float32" else fake_operand(problem)
+    lse, lse_more = (fake_row_values(problem) for _ in range(2))
+    return _fake_sums(), so_far, lse, fake_operand(problem), lse_more, Float32(0.0), runtime.make_fake_stream()
+
+
+def _fake_sums():
+    shape = (*(cute.sym_int() for _ in range(3)), cute.sym_int(divisibility=VECTOR))
+    stride = (*(cute.sym_int64(divisibility=VECTOR) for _ in range(3)), 1)
+    return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
+
+
+class Merge:
+    """A few threads of one warp have a row of one head, 8 columns each; a block has as many rows as it has threads for."""
+
+    THREADS = 256
+
+    def __init__(self, problem):
+        self.threads_per_row = 4
+        while self.threads_per_row * VECTOR < problem.head_dim_v:
+            self.threads_per_row *= 2
+        self.rows = self.THREADS // self.threads_per_row
+
+    @cute.jit
+    def launch(self, mInto, mSoFar, mLSE, mMore, mLSE_more, to_log2: Float32, stream):
+        batch, rows, heads, _ = mInto.shape
+        self.kernel(mInto, mSoFar, mLSE, mMore, mLSE_more, to_log2).launch(
+            grid=[cute.ceil_div(batch * rows * heads, self.rows), 1, 1], block=[self.THREADS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, mInto, mSoFar, mLSE, mMore, mLSE_more, to_log2: Float32):
+        batches, rows, heads, columns = mInto.shape
+        thread = cute.arch.thread_idx()[0]
+        index, place = cute.arch.block_idx()[0] * self.rows + thread // self.threads_per_row, thread % self.threads_per_row
+        head, row, batch = index % heads, index // heads % rows, index // heads // rows  # as the outputs lie in memory
+        exists = batch < batches
+        lse, lse_more = -Float32.inf, -Float32.inf
+        if exists:
+            lse, lse_more = mLSE[batch, head, row], mLSE_more[batch, head, row]
+        most = cute.arch.fmax(lse, lse_more)  # the other one of a NaN, which shows in its weight
+        anchor = Float32(0.0) if most == -Float32.inf else most
+        weight, weight_more = (cute.math.exp2((x - anchor) * to_log2, fastmath=True) for x in (lse, lse_more))
+        total = weight + weight_more
+        normalize = Float32(0.0) if total == 0.0 else 1.0 / total
+        cute.arch.sync_warp()  # all of a row's threads have read what one of them writes
+        if exists and place == 0:
+            mLSE[batch, head, row] = anchor + cute.math.log2(total, fastmath=True) / to_log2
+        if exists and place * VECTOR < columns:
+            so_far, more = (_read(m, (batch, row, head), place) for m in (mSoFar, mMore))
+            result = cute.make_rmem_tensor(VECTOR, Float32)
+            result.store(so_far * (weight * normalize) + more * (weight_more * normalize))
+            cute.autovec_copy(result, _vector(mInto, (batch, row, head), place))
+
+
+def _vector(m: cute.Tensor, where: tuple, place) -> cute.Tensor:
+    """8 columns of a row in memory."""
+    begin = cute.local_tile(m[(*where, None)], (VECTOR,), (place,)).iterator.align(16)
+    return cute.make_tensor(begin, cute.make_layout(VECTOR))
+
+
+def _read(m: cute.Tensor, where: tuple, place):
+    source = _vector(m, where, place)
+    held = cute.make_rmem_tensor(VECTOR, source.element_type)
+    cute.autovec_copy(source, held)
+    return held.load().to(Float32)
