@@ -57,7 +57,7 @@ def pass_of(function: Callable, tensors: list[torch.Tensor], backward: bool) -> 
     return run
 
 
-def seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], Any]) -> float:
     """Of the slowest rank, all of which begin together."""
     dist.barrier()
     torch.cuda.synchronize()
@@ -71,7 +71,7 @@ def seconds(run: Callable[[], None]) -> float:
     return longest.item()
 
 
-def in_turns(runs: dict[str, Callable[[], None]]) -> dict[str, float]:
+def in_turns(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """The medians, after one untimed run of each."""
     for run in runs.values():
         seconds(run)

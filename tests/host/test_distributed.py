@@ -6,6 +6,7 @@ is tested without any, on their schedule.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from itertools import accumulate, pairwise
@@ -295,6 +296,21 @@ def test_in_a_model(ranks):
     for plain, *others in ranks.results(2, in_a_model, torch.randn(1, 30, 32), torch.randn(32, 96) / 6):
         assert plain.count_nonzero()
         assert all(torch.equal(plain, other) for other in others)
+
+
+def example(rank, group, *arguments):
+    found = importlib.util.spec_from_file_location("long_context", ROOT / "examples" / "long_context.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.train(*arguments, torch.device("cpu"))
+
+
+def test_the_example_has_one_loss_curve(ranks):
+    with world():
+        alone = example(0, None, 61, 2, "auto")
+    assert alone[1] < alone[0]
+    for losses in ranks.results(RANKS, example, 61, 2, "ring"):
+        assert losses == pytest.approx(alone, rel=1e-4)  # sums of float32 in another order, once through the optimizer
 
 
 # ---- what is refused, and what is said ---------------------------------------------------------------------------------
