@@ -141,7 +141,7 @@ def test_gradients_that_are_packed_are_not_copied(packs, monkeypatch):
         found = reference.gradients(*arguments)
         return tuple(part.copy_(x) for part, x in zip(room.unbind(2), found, strict=True)) if packs else found
 
-    monkeypatch.setattr(api, "_REFERENCE", (reference.attention, gradients))
+    monkeypatch.setattr(api, "REFERENCE", (reference.attention, gradients))
     qkv = torch.randn(2, 5, 3, 2, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     dout = torch.randn(2, 5, 2, 16, generator=torch.Generator().manual_seed(1))
     (found,) = torch.autograd.grad(flash_attn.flash_attn_qkvpacked_func(qkv, causal=True), qkv, dout)
