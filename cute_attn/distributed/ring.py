@@ -214,7 +214,8 @@ class Ring:
                 call, rows, keys = self._call(piece, cu_seqlens), _slice(piece.rows), _slice(piece.keys, first)
                 of_row = lse[:, :, rows], dout[:, rows], None if dlse is None else dlse[:, :, rows]
                 tensors = self._unbatched(q[:, rows], k_there[:, keys], v_there[:, keys], out[:, rows], *of_row)
-                found = autograd.computed(*(None, *tensors, needs, call, self.passes[1]))
+                asked = *tensors, needs, call, self.passes[1]
+                found = autograd.computed(None, *asked)
                 for name, dx in zip("qkv", found, strict=True):
                     if dx is not None:
                         total, where = (sums, rows) if name == "q" else (of_keys, keys)

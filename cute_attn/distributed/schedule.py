@@ -171,7 +171,7 @@ def _both(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int] | None:
     return (begin, end) if middle == then else None
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 14)
 def pieces(q: Shards, k: Shards, of_q: int, of_k: int, lo: int | None, hi: int | None, joins: bool = True) -> tuple[Piece, ...]:
     """What the queries of rank ``of_q`` see of the keys of rank ``of_k`` in the band ``row + lo ≤ key ≤ row + hi`` of the
     sequence. Without ``joins``, chunk by chunk."""
