@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks {attention,training,parts,show,peers,docs} --help``."""
+"""The command line: ``python -m benchmarks {attention,training,model,parts,show,peers,docs} --help``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import ahead, documents, report, training
+from benchmarks import ahead, documents, model, report, training
 from benchmarks import anchors as anchors_
 from benchmarks import compare as compare_
 from benchmarks import peers as peers_
@@ -49,6 +49,7 @@ examples:
   python -m benchmarks attention --kind sustained --head-dim 128 --causal --seqlen 8k
   python -m benchmarks attention --kind burst host memory first --json r.json
   python -m benchmarks training --json t.json --plot training   a small transformer, beside eager attention
+  python -m benchmarks model --json m.json                      a training step of a Llama, by its attention
   python -m benchmarks show r.json --plot plots --compare old.json --anchors recorded.json
 
 {EXIT_STATUS}"""
@@ -199,7 +200,8 @@ def docs(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-COMMANDS = {"attention": measure, "training": training.run, "show": show, "peers": peers, "parts": parts.run, "docs": docs}
+COMMANDS = {"attention": measure, "training": training.run, "model": model.run, "show": show, "peers": peers}
+COMMANDS |= {"parts": parts.run, "docs": docs}
 
 
 def _show(record: Record, old: Record | None, recorded: Any, options: argparse.Namespace, console: Console) -> int:
@@ -321,6 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     peers.add_argument("--peers-from", nargs="+", default=[], metavar="MODULE", help="modules that register more peers")
 
     training.add_parser(commands)
+    model.add_parser(commands)
     parts.add_parser(commands)
     commands.add_parser("docs", help="write the figures in README.md and docs/ anew from benchmarks/results; needs no GPU")
     return parser

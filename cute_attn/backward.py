@@ -18,11 +18,11 @@ from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, cute
-from cutlass.cute import runtime
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
-from cute_attn.forward import fake_lengths, fake_operand, fake_row_values, heads_apart, rows_first, select_modes, sequences_of
+from cute_attn.fields import BACKWARD, named
+from cute_attn.forward import heads_apart, rows_first, select_modes, sequences_of
 from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
 from cute_attn.layouts.fragments import rows_columns, vector
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
@@ -32,52 +32,22 @@ from cute_attn.sequences import Sequences, Span
 
 
 def host_function(problem, config):
-    """The function ``(mQ, mK, mV, mO, mdO, mLSE_raw, mdLSE, mRows, mdQ_sum, mSignals, mdQ, mdK, mdV, lengths, left, right,
-    scale_log2, scale_by_cap, blocks, stream)`` to compile.
-
-    Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the LSE and its gradient as ``(batch, heads,
-    seqlen_q)``, those of ragged sequences without a batch. ``mRows`` is ``(2, batch, heads, rows)``, ``mdQ_sum`` ``(batch,
-    heads, m_blocks, pieces, values)``, both float32, ``mSignals`` int32 ``(words)``. What isn't asked for is ``None``.
-    """
+    """The function of :data:`~cute_attn.fields.BACKWARD`'s values to compile."""
     mainloop = importlib.import_module(f"cute_attn.mainloop.{config.backward}").Backward(problem, config)
     row_values, cast = RowValues(problem, config), CastQueries(problem, config)
 
     @cute.jit
-    def backward(
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mO: cute.Tensor,
-        mdO: cute.Tensor,
-        mLSE_raw: cute.Tensor,
-        mdLSE,
-        mRows: cute.Tensor,
-        mdQ_sum,
-        mSignals,
-        mdQ,
-        mdK,
-        mdV,
-        mCuQ,
-        mCuK,
-        mUsedQ,
-        mUsedK,
-        count: Int32,
-        left: Int32,
-        right: Int32,
-        scale_log2: Float32,
-        scale_by_cap: Float32,
-        blocks: Int32,
-        stream,
-    ):
-        # (seqlen, head_dim, heads, batch)
-        q, k, v, o, do, dq, dk, dv = (heads_apart(m, problem) for m in (mQ, mK, mV, mO, mdO, mdQ, mdK, mdV))
-        lse, dlse = (rows_first(m, problem) for m in (mLSE_raw, mdLSE))  # (seqlen_q, heads, batch)
-        dq_sum = select_modes(mdQ_sum, [4, 3, 2, 1, 0])  # (values, piece, m_block, heads, batch)
-        rows = Rows(*(select_modes(mRows, [0, 3, 2, 1])[i, None, None, None] for i in range(2)))  # (rows, heads, batch)
+    def backward(*arguments):
+        given = named(BACKWARD, arguments)
+        q, k, v, o, do = (heads_apart(m, problem) for m in (given.q, given.k, given.v, given.out, given.dout))
+        dq, dk, dv = (heads_apart(m, problem) for m in (given.dq, given.dk, given.dv))
+        lse, dlse = (rows_first(m, problem) for m in (given.lse_raw, given.dlse))
+        dq_sum = select_modes(given.dq_sum, [4, 3, 2, 1, 0])  # (values, piece, m_block, heads, batch)
+        rows = Rows(*(select_modes(given.rows, [0, 3, 2, 1])[i, None, None, None] for i in range(2)))  # (rows, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
-        sequences = sequences_of(problem, q, k, (mCuQ, mCuK, mUsedQ, mUsedK), count)
+        sequences = sequences_of(problem, q, k, given)
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
-        lo, hi = shift - left, shift + right
+        lo, hi = shift - given.left, shift + given.right
         if cutlass.const_expr(problem.bounded_left and sequences is None):
             # Keys before the first that any query sees don't exist here: key tiles begin at multiples of tile_n, and would
             # read them otherwise. Their gradients are zeroed on the host. (Of ragged sequences they are tiles that no query
@@ -85,19 +55,19 @@ def host_function(problem, config):
             unseen = cutlass.max(lo, 0)
             k, v, dk, dv = (_rows_from(m, unseen) for m in (k, v, dk, dv))
             seqlen_k, lo, hi = seqlen_k - unseen, lo - unseen, hi - unseen
-        values = Values(seqlen_q, seqlen_k, lo, hi, scale_log2, scale_by_cap)
+        values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap)
         # Where dQ is added in a fixed order heads are taken in groups, too: fewer key tiles of one then wait for one another.
         long_first = problem.bounded_right or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
-        tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, blocks, long_first, sequences, of_k=True)
+        tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
         padded, heads, batch = rows.delta.shape
-        signals = Signals.of(mSignals, padded // config.tile_m, heads, batch)
+        signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
 
-        row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, stream)
-        mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, blocks, stream)
+        row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, given.stream)
+        mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)
         if cutlass.const_expr(dq_sum is not None):
-            cast.launch(dq_sum, dq, values, sequences, stream)
+            cast.launch(dq_sum, dq, values, sequences, given.stream)
 
     return backward
 
@@ -108,40 +78,6 @@ def _rows_from(m: cute.Tensor | None, first: Int32) -> cute.Tensor | None:
         return None
     shape = (m.shape[0] - first, *m.shape[1:])
     return cute.make_tensor(cute.domain_offset((first, 0, 0, 0), m).iterator, cute.make_layout(shape, stride=m.stride))
-
-
-def fake_arguments(problem, config) -> tuple:
-    """Stand-ins for :func:`host_function`'s arguments, with every size and stride unknown."""
-    gq, gk, gv = (name in problem.gradients for name in "qkv")
-    shape = (2, cute.sym_int(), cute.sym_int(), cute.sym_int(divisibility=ROW_PADDING))
-    stride = (*(cute.sym_int64(divisibility=ROW_PADDING) for _ in range(3)), 1)
-    row_values = runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
-    dq_sum = None
-    pieces = len(layouts.family(config).pieces(config))
-    if gq and pieces:
-        piece_rows, piece_columns = layouts.family(config).piece_shape(config)
-        size = piece_rows * piece_columns
-        shape = (cute.sym_int(), cute.sym_int(), cute.sym_int(), pieces, size)
-        stride = (*(cute.sym_int64(divisibility=size * pieces) for _ in range(3)), size, 1)
-        dq_sum = runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
-    signals = None
-    if problem.masked or (dq_sum is not None and problem.deterministic):
-        signals = runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4)
-    numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
-    return (
-        *(fake_operand(problem) for _ in range(5)),
-        fake_row_values(problem),
-        fake_row_values(problem, problem.return_lse),
-        row_values,
-        dq_sum,
-        signals,
-        fake_operand(problem, gq),
-        fake_operand(problem, gk),
-        fake_operand(problem, gv),
-        *fake_lengths(problem),
-        *numbers,
-        runtime.make_fake_stream(),
-    )
 
 
 def _padded_span(sequences: Sequences | None, row, batch):

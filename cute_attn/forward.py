@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import replace
 
 import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute import runtime
 
-from cute_attn.layouts.base import element
-from cute_attn.lengths import NAMES
+from cute_attn import layouts
+from cute_attn.fields import FORWARD, Field, named
+from cute_attn.layouts.base import ROW_PADDING, element
 from cute_attn.mainloop.common import Values
-from cute_attn.plan import takes_tickets
 from cute_attn.scheduler import Tickets, Tiles
 from cute_attn.sequences import Sequences, Side
 from cute_attn.softmax import LogSumExp
 
 
 def host_function(problem, config, mainloop=None):
-    """The function to compile: ``(mQ, mK, mV, mO, mLSE, mLSE_raw, mTickets, lengths, left, right, scale_log2, scale_by_cap,
-    blocks, stream)``.
-
-    Tensors come as torch holds them, ``(batch, seqlen, heads, head_dim)``, the log-sum-exp, natural and in raw units, as
-    ``(batch, heads, seqlen_q)``, those of ragged sequences without a batch; ``mTickets`` is int32
-    (:class:`~cute_attn.scheduler.Tickets`); ``lengths`` are those of ragged sequences, see :func:`sequences_of`. What isn't
-    asked for is ``None``.
+    """The function of :data:`~cute_attn.fields.FORWARD`'s values to compile.
 
     ``mainloop`` takes the place of the mechanism's own ``Forward``: the benchmarks leave stages out of it.
     """
@@ -33,59 +28,33 @@ def host_function(problem, config, mainloop=None):
         mainloop = importlib.import_module(f"cute_attn.mainloop.{config.mechanism}").Forward(problem, config)
 
     @cute.jit
-    def forward(
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mO: cute.Tensor,
-        mLSE,
-        mLSE_raw,
-        mTickets,
-        mCuQ,
-        mCuK,
-        mUsedQ,
-        mUsedK,
-        count: Int32,
-        left: Int32,
-        right: Int32,
-        scale_log2: Float32,
-        scale_by_cap: Float32,
-        blocks: Int32,
-        stream,
-    ):
-        q, k, v, o = (heads_apart(m, problem) for m in (mQ, mK, mV, mO))  # (seqlen, head_dim, heads, batch)
-        lse = LogSumExp(*(rows_first(m, problem) for m in (mLSE, mLSE_raw)))  # (seqlen_q, heads, batch)
+    def forward(*arguments):
+        given = named(FORWARD, arguments)
+        q, k, v, o = (heads_apart(m, problem) for m in (given.q, given.k, given.v, given.out))
+        lse = LogSumExp(*(rows_first(m, problem) for m in (given.lse, given.lse_raw)))
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
-        sequences = sequences_of(problem, q, k, (mCuQ, mCuK, mUsedQ, mUsedK), count)
+        sequences = sequences_of(problem, q, k, given)
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
-        values = Values(seqlen_q, seqlen_k, shift - left, shift + right, scale_log2, scale_by_cap)
+        band = shift - given.left, shift + given.right
+        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap)
         heads_per_kv = q.shape[2] // k.shape[2]
-        tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, blocks, problem.bounded_right, sequences)
-        if cutlass.const_expr(mTickets is not None):
-            tiles = replace(tiles, tickets=Tickets(mTickets))
-            tiles.tickets.reset(stream)
-        mainloop.launch(q, k, v, o, lse, values, tiles, blocks, stream)
+        tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, given.blocks, problem.bounded_right, sequences)
+        if cutlass.const_expr(given.tickets is not None):
+            tiles = replace(tiles, tickets=Tickets(given.tickets))
+            tiles.tickets.reset(given.stream)
+        mainloop.launch(q, k, v, o, lse, values, tiles, given.blocks, given.stream)
 
     return forward
 
 
-def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, lengths: tuple, count: Int32) -> Sequences | None:
-    """Where ``count`` ragged sequences lie in q and k ``(rows, …)``, from ``lengths`` = (cu_seqlens_q, cu_seqlens_k, seqused_q,
-    seqused_k), which may be ``None``: rows are equally many for each sequence then, and all in use."""
+def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, given) -> Sequences | None:
+    """Where ``given.count`` ragged sequences lie in q and k ``(rows, …)``. Without bounds rows are equally many for each;
+    without counts of those in use, all are."""
     if not problem.ragged:
         return None
-    cu_q, cu_k, used_q, used_k = lengths
-    rows_q, rows_k, each = q.shape[0], k.shape[0], cutlass.max(count, 1)
-    return Sequences(count, Side(rows_q, rows_q // each, cu_q, used_q), Side(rows_k, rows_k // each, cu_k, used_k))
-
-
-def fake_lengths(problem) -> tuple:
-    """Stand-ins for :func:`sequences_of`'s lengths, and their count."""
-
-    def vector(asked):
-        return runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4) if asked else None
-
-    return *(vector(name in problem.ragged) for name in NAMES), Int32(0)
+    rows_q, rows_k, each = q.shape[0], k.shape[0], cutlass.max(given.count, 1)
+    queries = Side(rows_q, rows_q // each, given.cu_seqlens_q, given.seqused_q)
+    return Sequences(given.count, queries, Side(rows_k, rows_k // each, given.cu_seqlens_k, given.seqused_k))
 
 
 def heads_apart(m: cute.Tensor | None, problem) -> cute.Tensor | None:
@@ -108,29 +77,37 @@ def select_modes(m: cute.Tensor | None, modes: list) -> cute.Tensor | None:
     return cute.make_tensor(m.iterator, layout)
 
 
-def fake_operand(problem, asked: bool = True):
-    """A stand-in for a tensor of the inputs' dtype, as torch holds it, with every size and stride unknown. Strides are 64-bit,
-    so that offsets past 2³¹ elements are exact, and multiples of 16 bytes but for the contiguous one."""
-    outer = range(2 if problem.ragged else 3)
-    shape = (*(cute.sym_int() for _ in outer), cute.sym_int(divisibility=8))
-    stride = (*(cute.sym_int64(divisibility=8) for _ in outer), 1)
-    return runtime.make_fake_tensor(element(problem), shape, stride, assumed_align=16) if asked else None
+def stand_ins(fields: tuple[Field, ...], problem, config) -> tuple:
+    """For the values of a pass, with every size and stride unknown: the kernels fit all of them."""
+    return tuple(_stand_in(field.kind, problem, config) if field.asked(problem, config) else None for field in fields)
 
 
-def fake_row_values(problem, asked: bool = True):
-    """The same for a float32 of each row."""
-    outer = range(1 if problem.ragged else 2)
-    shape = (*(cute.sym_int() for _ in outer), cute.sym_int())
-    stride = (*(cute.sym_int64() for _ in outer), 1)
-    return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=4) if asked else None
+def _stand_in(kind: str, problem, config):
+    """Strides are 64-bit, so that offsets past 2³¹ elements are exact, and an operand's multiples of 16 bytes but for the
+    contiguous one."""
 
+    def some(n: int, divisibility: int = 1) -> tuple:
+        return tuple(cute.sym_int64(divisibility=divisibility) for _ in range(n))
 
-def fake_arguments(problem, config) -> tuple:
-    """Stand-ins for :func:`host_function`'s arguments: the kernel fits all of them."""
-    numbers = (Int32(0), Int32(0), Float32(0.0), Float32(0.0), Int32(0))
-    lse = (fake_row_values(problem, asked) for asked in (problem.return_lse, problem.for_backward))
-    tickets = None
-    if takes_tickets(problem, config):
-        tickets = runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=4)
-    tensors = (*(fake_operand(problem) for _ in range(4)), *lse, tickets)
-    return (*tensors, *fake_lengths(problem), *numbers, runtime.make_fake_stream())
+    def sizes(n: int, divisibility: int = 1) -> tuple:
+        return *(cute.sym_int() for _ in range(n - 1)), cute.sym_int(divisibility=divisibility)
+
+    if kind in ("int32", "float32"):
+        return Int32(0) if kind == "int32" else Float32(0.0)
+    if kind == "stream":
+        return runtime.make_fake_stream()
+    if kind == "words":
+        return runtime.make_fake_tensor(Int32, sizes(1), (1,), assumed_align=4)
+    if kind in ("operand", "exact operand"):
+        dims, dtype = 3 if problem.ragged else 4, element(problem) if kind == "operand" else Float32
+        return runtime.make_fake_tensor(dtype, sizes(dims, 8), (*some(dims - 1, 8), 1), assumed_align=16)
+    if kind == "row values":
+        dims = 2 if problem.ragged else 3
+        return runtime.make_fake_tensor(Float32, sizes(dims), (*some(dims - 1), 1), assumed_align=4)
+    if kind == "padded row values":
+        shape, stride = (2, *sizes(3, ROW_PADDING)), (*some(3, ROW_PADDING), 1)
+        return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
+    family = layouts.family(config)
+    pieces, size = len(family.pieces(config)), math.prod(family.piece_shape(config))
+    shape, stride = (*sizes(3), pieces, size), (*some(3, size * pieces), size, 1)
+    return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)

@@ -15,6 +15,7 @@ import torch
 
 from cute_attn import rules
 from cute_attn.compile import compiled
+from cute_attn.fields import has_sums
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
 from cute_attn.plan import plan, takes_tickets
@@ -57,8 +58,9 @@ def prepared(problem: Problem, mechanism: str | None, device: int) -> tuple[Call
 def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, int, int] | None:
     """``(rows of a tile, its pieces, values of a piece)`` of dQ's float32 sums in memory; ``None`` where there are none."""
     config = plan(problem, device_target(device), mechanism)
-    pieces = len(family(config).pieces(config)) if "q" in problem.gradients else 0
-    return (config.tile_m, pieces, math.prod(family(config).piece_shape(config))) if pieces else None
+    if not has_sums(problem, config):
+        return None
+    return config.tile_m, len(family(config).pieces(config)), math.prod(family(config).piece_shape(config))
 
 
 @lru_cache(maxsize=4096)
@@ -157,15 +159,13 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
 
 def merge(out, lse, more, lse_of_more, to_log2: float):
-    """Merge the partial results ``more`` into ``out``, both (batch, rows, heads, head_dim_v), and their log-sum-exps (batch,
-    heads, rows), ``to_log2`` times which are in base 2, in place, on the current stream. Returns the output in float32: ``out``
-    itself where that is what it is in. It is ``distributed.ring.merge`` in one kernel."""
-    into = out if out.dtype is torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    """``reference.merge`` in one kernel, on the current stream: ``out`` is in float32 or in the dtype of ``more``."""
+    into, so_far = (out, None) if out.dtype is torch.float32 else (torch.empty_like(out, dtype=torch.float32), out)
     if out.numel():
         device = out.get_device()
         function, _ = prepared(_merging(DTYPE_NAMES[more.dtype], out.shape[3], DTYPE_NAMES[out.dtype]), None, device)
         with torch.cuda.device(device):
-            function(into, out, lse, more, lse_of_more, to_log2, raw_stream(device))
+            function(into, so_far, lse, more, lse_of_more, to_log2, raw_stream(device))
     return into
 
 

@@ -1,51 +1,32 @@
-"""Two partial results of the same rows as one, in one kernel: what ``distributed.ring.merge`` is in torch, on a GPU.
+"""Two partial results of the same rows as one, in one kernel: what ``reference.merge`` is in torch, on a GPU.
 
 Each row's output and log-sum-exp, of keys so far and of more keys, are read once and written once: memory is all it waits for.
 """
 
 from __future__ import annotations
 
+import cutlass
 from cutlass import Float32, cute
-from cutlass.cute import runtime
 
-from cute_attn.forward import fake_operand, fake_row_values
+from cute_attn.fields import MERGE, named
 from cute_attn.layouts.base import VECTOR
 
 
 def host_function(problem, config):
-    """The function ``(mInto, mSoFar, mLSE, mMore, mLSE_more, to_log2, stream)`` to compile.
+    """The function of :data:`~cute_attn.fields.MERGE`'s values to compile.
 
-    Outputs are ``(batch, rows, heads, head_dim_v)``: ``mInto``, which may be ``mSoFar``, is float32; ``mSoFar`` has the dtype
-    ``problem.merges``; ``mMore`` that of the inputs. Log-sum-exps are ``(batch, heads, rows)``, float32; ``mLSE`` is changed.
+    ``into``, ``so_far`` and ``more`` are ``(batch, rows, heads, head_dim_v)``, log-sum-exps ``(batch, heads, rows)``. What is so
+    far is in ``into`` where there is no ``so_far``; ``lse`` becomes that of both.
     """
     kernel = Merge(problem)
 
     @cute.jit
-    def merge(
-        mInto: cute.Tensor,
-        mSoFar: cute.Tensor,
-        mLSE: cute.Tensor,
-        mMore: cute.Tensor,
-        mLSE_more: cute.Tensor,
-        to_log2: Float32,
-        stream,
-    ):
-        kernel.launch(mInto, mSoFar, mLSE, mMore, mLSE_more, to_log2, stream)
+    def merge(*arguments):
+        given = named(MERGE, arguments)
+        so_far = given.into if cutlass.const_expr(given.so_far is None) else given.so_far
+        kernel.launch(given.into, so_far, given.lse, given.more, given.lse_more, given.to_log2, given.stream)
 
     return merge
-
-
-def fake_arguments(problem, config) -> tuple:
-    """Stand-ins for :func:`host_function`'s arguments."""
-    so_far = _fake_sums() if problem.merges == "float32" else fake_operand(problem)
-    lse, lse_more = (fake_row_values(problem) for _ in range(2))
-    return _fake_sums(), so_far, lse, fake_operand(problem), lse_more, Float32(0.0), runtime.make_fake_stream()
-
-
-def _fake_sums():
-    shape = (*(cute.sym_int() for _ in range(3)), cute.sym_int(divisibility=VECTOR))
-    stride = (*(cute.sym_int64(divisibility=VECTOR) for _ in range(3)), 1)
-    return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
 
 
 class Merge:

@@ -61,6 +61,9 @@ FunctionalTensor: Any = _bound("torch._subclasses.functional_tensor.FunctionalTe
 dispatch_modes: Callable[[], int] = _bound("torch._C._len_torch_dispatch_stack", "whether a mode sees every operator")
 current_device: Callable[[], int] = _of_cuda("torch._C._cuda_getDevice", "which device is current")
 raw_stream: Callable[[int], int] = _of_cuda("torch._C._cuda_getCurrentRawStream", "a device's current stream")
+assert_on_device: Callable[[torch.Tensor, str], None] = _bound(
+    "torch._assert_async", "that what is checked on the device need not be waited for"
+)
 
 
 def is_known(number: float) -> bool:

@@ -49,7 +49,7 @@ class Problem:
     is a rectangle.
 
     ``merges`` makes it the kernel that merges partial results (``merge.py``): the dtype of the output so far, ``"float32"`` or
-    that of the inputs; ``""`` is attention.
+    ``dtype``; ``""`` is attention.
 
     ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
     """

@@ -43,7 +43,10 @@ VERSIONED = (
 APART_FOLDERS = {"distributed", "tools"}
 APART = {
     "layouts": {"__main__.py"},
-    "cute_attn": {"__main__.py", "command.py", "cubin.py", "demo.py", "fill.py", "flash_attn.py", "machine.py", "sdpa.py"},
+    "cute_attn": {
+        *("__main__.py", "command.py", "cubin.py", "demo.py", "fill.py", "machine.py"),
+        *("flash_attn.py", "sdpa.py", "transformers.py"),
+    },
 }
 
 

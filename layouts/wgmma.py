@@ -46,7 +46,8 @@ def smem_parts(config: Config) -> dict[str, int]:
         "O": o if config.separate_o else 0,
         "barriers": BARRIER_BYTES * 2 * (warpgroups(config) + 2 * config.stages),
         "verdict": VERDICT_BYTES,
-        "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES) + 2 * BARRIER_BYTES,
+        "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES),
+        "asked": 2 * BARRIER_BYTES,
     }
 
 

@@ -14,6 +14,7 @@ from benchmarks.parts import shapes
 from benchmarks.parts.launch import HOST
 from benchmarks.parts.stages import VARIANTS, Stages
 from cute_attn import forward, rules
+from cute_attn.fields import FORWARD
 
 
 def expects(kernel) -> tuple[str, ...]:
@@ -42,7 +43,7 @@ def staged(kernel, stages: Stages) -> tuple[Any, tuple]:
         module = importlib.import_module(f"benchmarks.parts.whole_{kernel.config.mechanism}")
         mainloop = module.Staged(kernel.problem, kernel.config, stages)
     function = forward.host_function(kernel.problem, kernel.config, mainloop)
-    return function, forward.fake_arguments(kernel.problem, kernel.config)
+    return function, forward.stand_ins(FORWARD, kernel.problem, kernel.config)
 
 
 def prepare(probe, compiled, device) -> tuple[Any, dict[str, float]]:

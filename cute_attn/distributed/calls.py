@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch.compiler import disable
 
-from cute_attn import api, autocast, launch, wrapped
+from cute_attn import api, autocast, launch, reference, wrapped
 from cute_attn.arguments import flag, integer, name_of, shown
 from cute_attn.distributed import costs
 from cute_attn.distributed.agreement import agree, refuse
-from cute_attn.distributed.ring import ALONE, LseUnit, Members, Ring, RingAttention, merge
+from cute_attn.distributed.ring import ALONE, LseUnit, Members, Ring, RingAttention
 from cute_attn.distributed.schedule import Shards, pieces
 from cute_attn.distributed.shards import Places, length_of, order_of, places_of
 from cute_attn.distributed.ulysses import copies, to_heads, to_rows
@@ -259,7 +259,7 @@ def _ring(q, k, v, plan: Plan, cu_seqlens, how: dict) -> Ring:
         )
     on_reference = api.computed_by_reference(backend, mechanism, q)
     passes = api.REFERENCE if on_reference else launch.passes(False, mechanism, deterministic)
-    together, unit = merge if on_reference else launch.merge, LseUnit.of(plan.call, on_reference)
+    together, unit = reference.merge if on_reference else launch.merge, LseUnit.of(plan.call, on_reference)
     return Ring(plan.places.ring, *plan.sharded, plan.call, plan.band, passes, together, unit, cu_seqlens is not None)
 
 

@@ -132,21 +132,6 @@ class Merged:
         return self.out, self.lse
 
 
-def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_of_more: torch.Tensor, to_log2: float) -> torch.Tensor:
-    """Merge ``more`` into ``out``, both (batch, rows, heads, head_dim_v), and its log-sum-exp into ``lse`` (batch, heads,
-    rows). In place, and so is the output, which is returned, unless that has fewer bits than ``lse``. ``to_log2`` times a
-    log-sum-exp is in base 2, −∞ is that of a row that sees no key. The kernels' is ``launch.merge``."""
-    most = torch.maximum(lse, lse_of_more)
-    anchor = most.masked_fill(most == -torch.inf, 0.0)  # −∞ − (−∞) would make a NaN
-    weight, weight_of_more = (((x - anchor) * to_log2).exp2_() for x in (lse, lse_of_more))
-    total = weight + weight_of_more
-    lse.copy_(anchor + total.log2() / to_log2)
-    total.masked_fill_(total == 0.0, 1.0)
-    weight, weight_of_more = ((x / total).transpose(1, 2).unsqueeze(-1) for x in (weight, weight_of_more))
-    scaled = out.mul_(weight) if out.dtype == lse.dtype else out * weight
-    return scaled.addcmul_(more, weight_of_more)  # reads 16 bits and adds up in 32
-
-
 class Sum:
     """A sum over parts of a tensor's rows, in float32. What one part is all of is that part as it is."""
 

@@ -150,7 +150,7 @@ class Forward(Kernel):
             if warp == COPY_K_V_WARP:
                 walk_over = self._walker(shared, pipes, tiles)
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-                ask = self._queue(shared, pipes).ask if cutlass.const_expr(self.problem.ragged) else None
+                ask = self._queue(shared, pipes).ask if cutlass.const_expr(pipes.asked is not None) else None
                 state = walk_over.each(partial(self._copy_k_v, k, v, shared, pipes, values, ask), state)
                 if cutlass.const_expr(self.guarded):
                     if self._is_done_again(shared, pipes):

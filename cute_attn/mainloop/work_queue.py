@@ -73,8 +73,7 @@ class WorkQueue:
     @cute.jit
     def ask(self):
         """One warp, once for each tile: the next one is wanted."""
-        if cutlass.const_expr(self.asked is not None):
-            self.arrive(self.asked.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
+        self.arrive(self.asked.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
 
     @cute.jit
     def _write(self, work: Work, slot: cute.Tensor):

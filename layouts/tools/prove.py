@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
@@ -189,6 +190,7 @@ def fits(where: str, tile: tuple[int, int], shape: tuple[int, int]) -> list[Find
 # ---- where a copy's accesses go --------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def accesses(copy: Copy, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of every element of every access to memory, over all tiles of an operand.
 
@@ -331,6 +333,7 @@ def by_line(rows: np.ndarray, columns: np.ndarray, offsets: np.ndarray, head_dim
     return Banks(instructions, turns, lines), Sectors(issued, asked.shape[1], needed, size)
 
 
+@lru_cache(maxsize=4096)  # GPUs of one family have many copies in common
 def counts(copy: Copy, layout: Layout, shape: tuple[int, int], head_dim: int, pitch: int) -> tuple[Banks, Sectors | None]:
     """What a copy by threads between a tile in ``layout`` and registers or rows ``pitch`` elements apart is counted at."""
     rows, columns = accesses(copy, shape)

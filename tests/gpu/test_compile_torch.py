@@ -192,15 +192,31 @@ print("saved", flush=True)
 """
 
 
-def test_aotinductor_in_a_fresh_process(tmp_path):
-    package = torch._inductor.aoti_compile_and_package(exported(), package_path=str(tmp_path / "attend.pt2"))
-    inputs = [[x.detach() for x in leaves(*sizes)] for sizes in SIZES]
+class Double(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def in_a_fresh_process(tmp_path, program, inputs):
+    """A package of the program, loaded and run there: ``(the process, its results)``."""
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
     torch.save(inputs, tmp_path / "inputs")
     paths = [str(package), str(tmp_path / "inputs"), str(tmp_path / "outputs")]
     done = subprocess.run([sys.executable, "-c", FRESH, *paths], capture_output=True, text=True, check=False)
+    return done, torch.load(tmp_path / "outputs") if done.returncode == 0 else None
+
+
+def test_aotinductor_in_a_fresh_process(tmp_path):
+    inputs = [[x.detach() for x in leaves(*sizes)] for sizes in SIZES]
+    done, results = in_a_fresh_process(tmp_path, exported(), inputs)
+    if done.returncode < 0:  # a signal ended it: is attention to blame?
+        x = torch.ones(8, device="cuda")
+        other, _ = in_a_fresh_process(tmp_path, torch.export.export(Double(), (x,)), [[x]])
+        if (other.returncode, other.stdout) == (done.returncode, done.stdout):
+            pytest.skip(f"torch {torch.__version__} ends with signal {-done.returncode} where it loads a package of 2 · x, too")
     said = f"exit status {done.returncode}, after: {done.stdout.split()}\n{done.stderr}"
     assert (done.returncode, done.stdout.split()) == (0, ["loaded", *["ran"] * len(SIZES), "saved"]), said
-    for found, tensors in zip(torch.load(tmp_path / "outputs"), inputs, strict=True):
+    for found, tensors in zip(results, inputs, strict=True):
         # Packages of torch 2.11 go on where an operator raises, and return None: it has then said why on stderr.
         assert all(x is not None for x in found), said
         assert_same_bits(found, Attend()(*tensors))

@@ -15,8 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cute_attn import distributed, launch
-from cute_attn.distributed import ring
+from cute_attn import distributed, launch, reference
 from tests import support
 from tests.host.processes import ROOT
 from tests.ranks import Ranks, both_passes, packed_passes
@@ -84,9 +83,9 @@ def test_the_kernel_that_merges_does_as_torch_does(dtype, so_far, heads, dv):
     whole[:, 5:20], more[:, 10:30] = 0.0, 0.0
     before, before_lse = whole.clone(), lse.clone()
     true_lse = lse[:, :, rows].double()
-    true = ring.merge(whole[:, rows].double(), true_lse, more, lse_more.double(), 0.37)
+    true = reference.merge(whole[:, rows].double(), true_lse, more, lse_more.double(), 0.37)
     plain_lse = lse[:, :, rows].clone()
-    plain = ring.merge(whole[:, rows].clone(), plain_lse, more, lse_more, 0.37)
+    plain = reference.merge(whole[:, rows].clone(), plain_lse, more, lse_more, 0.37)
     merged = launch.merge(whole[:, rows], lse[:, :, rows], more, lse_more, 0.37)
     assert merged.dtype == torch.float32
     assert (merged.data_ptr() == whole[:, rows].data_ptr()) == (so_far == torch.float32)

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from pathlib import Path
 
 import pytest
+import torch
 
 from cute_attn import cache, compile
 from cute_attn.sources import fingerprint
@@ -25,6 +26,15 @@ def pytest_collection_modifyitems(items):
         return item if case is None or not {"kernel", "kernels"} & set(item.fixturenames) else (item.path, str(case))
 
     items.sort(key=lambda item: place.setdefault(group(item), len(place)))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of torch, for tests of small tensors: more take as much time in all, and far more where others use the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

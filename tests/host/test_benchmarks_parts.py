@@ -243,7 +243,7 @@ def test_a_kernel_with_every_stage_is_the_kernel_itself(mechanism, dsl, tmp_path
     """The variants replace methods of the mainloop: with nothing left out, the machine code has to be its own."""
     import importlib
 
-    from cute_attn import cubin, forward
+    from cute_attn import cubin, fields, forward
 
     shape = SHAPES["d64"]
     config = shape.config(TARGET, mechanism)
@@ -254,7 +254,7 @@ def test_a_kernel_with_every_stage_is_the_kernel_itself(mechanism, dsl, tmp_path
         folder.mkdir()
         function = forward.host_function(shape.problem, config, mainloop)
         options = f"--enable-tvm-ffi --gpu-arch={TARGET} --keep-cubin --dump-dir={folder}"
-        arguments = forward.fake_arguments(shape.problem, config)
+        arguments = forward.stand_ins(fields.FORWARD, shape.problem, config)
         importlib.import_module("cutlass.cute").compile(function, *arguments, options=options)
         found = cubin.read(next(folder.glob("*.cubin")))
         counts.append({name: found.count(name) for name in COUNTED})

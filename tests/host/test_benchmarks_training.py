@@ -10,16 +10,9 @@ from benchmarks.__main__ import main
 from benchmarks.training import Outcome
 from tests import support
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = replace(transformer.SIZES["cpu"], steps=6)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The model is so small that more of them would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def outcome(**curves):

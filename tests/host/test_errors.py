@@ -10,14 +10,29 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
 
-from cute_attn import attention, attention_varlen, cache, compile, flash_attn, launch, layouts, lengths, plan, problem, sdpa
+from cute_attn import (
+    attention,
+    attention_varlen,
+    cache,
+    compile,
+    flash_attn,
+    launch,
+    layouts,
+    lengths,
+    plan,
+    problem,
+    sdpa,
+    transformers,
+)
 
 HALF = torch.bfloat16
 
@@ -713,6 +728,134 @@ FLASH_ATTN = [
     Row("backend of a block", lambda: sdpa.replaced(1).__enter__(), TypeError, "backend is 1", "one of 'auto'", "is needed"),
 ]
 
+
+def layer(mask=None, seqlen=6, **asked):
+    """As a layer of a model of Transformers calls attention."""
+    x = torch.zeros(2, 4, seqlen, 16, dtype=HALF)
+    return lambda: transformers.attend(torch.nn.Module(), x, x, x, mask, **asked)
+
+
+def masked(function=lambda batch, head, query, key: key <= query, **asked):
+    """As a model asks for its layers' mask."""
+    return lambda: transformers.mask(2, 6, 6, mask_function=function, **asked)
+
+
+def imported_as(module):
+    """``register()`` where this is what is there of Transformers."""
+
+    def call():
+        with patch.dict(sys.modules, {"transformers": module}):
+            transformers.register()
+
+    return call
+
+
+HOLES, SDPA = torch.tensor([[1, 1, 0, 1, 1, 1], [1] * 6]).bool(), "attn_implementation='sdpa', or register(fallback='sdpa')"
+PARTS = HOLES.int()
+BAND = "causal or full attention is needed, in a window or not, of padded or packed sequences, without dropout"
+TRANSFORMERS = [
+    Row("a fallback of True", lambda: transformers.register(fallback=True), TypeError, "fallback is True", "None or 'sdpa'"),
+    Row(
+        "another fallback",
+        lambda: transformers.register(fallback="eager"),
+        ValueError,
+        "fallback is 'eager'",
+        "None or 'sdpa' is needed",
+        "leave it out",
+    ),
+    Row(
+        "no Transformers",
+        imported_as(None),
+        ImportError,
+        "transformers is not installed",
+        "version 5 or newer is needed",
+        "pip install 'transformers>=5'",
+    ),
+    Row(
+        "Transformers 4",
+        imported_as(SimpleNamespace(__version__="4.57.1")),
+        ImportError,
+        "transformers is 4.57.1",
+        "version 5 or newer",
+        "pip install -U transformers",
+    ),
+    Row(
+        "a mask of other sizes",
+        lambda: layer(masked()(), seqlen=5)(),
+        ValueError,
+        "5 queries and 5 keys, and its mask is of 6 and 6",
+        "of the same is needed",
+        "check which cache or mask",
+    ),
+    Row(
+        "padding and lengths",
+        lambda: layer(masked(attention_mask=HOLES)(), cu_seq_lens_q=int32(0, 6, 12))(),
+        ValueError,
+        "cu_seq_lens_q is given, and a mask with padding",
+        "one of the two is needed",
+        "leave out attention_mask",
+    ),
+    Row("lengths in a list", layer(cu_seq_lens_q=[0, 6, 12]), TypeError, "cu_seqlens_q is a list", "an int32 tensor on cpu is"),
+    *(
+        Row(name, call, transformers.Beyond, got, BAND, SDPA)
+        for name, got, call in (
+            ("a mask of 4 dimensions", "a Tensor of shape (2, 1, 6, 6)", layer(torch.zeros(2, 1, 6, 6))),
+            ("dropout", "dropout of 0.1", layer(dropout=0.1)),
+            ("a bias", "a bias of the scores (position_bias)", layer(position_bias=torch.zeros(1))),
+        )
+    ),
+    *(
+        Row(name, layer(**{name: x}), transformers.Beyond, got, BAND, "attn_implementation='eager'")
+        for name, got, x in (
+            ("output_attentions", "attention weights, which are never in memory", True),
+            ("s_aux", "attention sinks (s_aux)", torch.zeros(4)),
+            ("sinks", "attention sinks", torch.zeros(4)),
+            ("indices", "keys that are chosen for each query", torch.zeros(1)),
+            ("block_indices", "blocks of keys that are chosen for each query", torch.zeros(1)),
+        )
+    ),
+    Row(
+        "a mask of one's own",
+        masked(lambda batch, head, query, key: (key <= query) | (key < 3)),
+        transformers.Beyond,
+        "a mask that is not a band of keys around each query",
+        BAND,
+        SDPA,
+    ),
+    Row(
+        "packed sequences and padding",
+        masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key], attention_mask=HOLES),
+        transformers.Beyond,
+        "packed sequences with a cache or padding",
+        BAND,
+        SDPA,
+    ),
+    Row(
+        "sequences in parts",
+        masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key]),
+        transformers.Beyond,
+        "packed sequences whose numbers don't ascend",
+        BAND,
+        SDPA,
+    ),
+    Row(
+        "a window, and padding between keys",
+        masked(lambda batch, head, query, key: (key <= query) & (key > query - 3), attention_mask=HOLES),
+        transformers.Beyond,
+        "padding between the keys of a sequence under a window",
+        BAND,
+        SDPA,
+    ),
+    Row(
+        "a window ahead of a cache's end",
+        masked(lambda batch, head, query, key: key - 2 <= query, q_offset=torch.tensor(3)),
+        transformers.Beyond,
+        "a window past each query's own key",
+        BAND,
+        SDPA,
+    ),
+]
+
 A_PROBLEM = problem.Problem("bfloat16", 64, 64)
 
 # What `python -m cute_attn compile` and other callers reach without a tensor.
@@ -825,6 +968,11 @@ def test_lengths(row, monkeypatch):
 
 @table(FLASH_ATTN)
 def test_flash_attn_and_sdpa(row):
+    assert_raises(row)
+
+
+@table(TRANSFORMERS)
+def test_transformers(row):
     assert_raises(row)
 
 

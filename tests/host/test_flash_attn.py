@@ -17,16 +17,10 @@ from tests.host.processes import run_quick
 from tests.interfaces import EACH, FORMS, bounds, packed_as
 
 # Torch's own, of what it uses itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are small, and tests that share cores would wait for one another's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning"),
+]
 
 
 _NEEDED = inspect.Parameter.empty

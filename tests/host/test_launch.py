@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from cute_attn import launch as launching
+from cute_attn.fields import BACKWARD, FORWARD, named
 from cute_attn.launch import packed_of
+from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.problem import Call
 from cute_attn.rules import LOG2_E
 
@@ -42,13 +44,41 @@ def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
     assert gpu.current == 0, "the caller's current device has changed"
 
 
-def test_arguments_are_the_calls_values(gpu):
-    launching.launch(gpu.kernel, 132, 0, CALL, "q", "k", "v", "out", None, None)
+def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
+    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets")}
+    launching.launch(gpu.kernel, 132, 0, CALL, *tensors.values())
     ((_, arguments),) = gpu.log
-    *tensors, left, right, scale_log2, scale_by_cap, blocks, _ = arguments
-    assert tensors == ["q", "k", "v", "out", None, None, None, None, None, None, None, 0]  # without lengths
-    assert (left, right, blocks, scale_by_cap) == (0, 3, 132, 0.0)
-    assert math.isclose(scale_log2, 0.125 * LOG2_E)
+    given = vars(named(FORWARD, arguments))
+    assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
+    values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "blocks": 132, "stream": 1000}
+    assert given == {**tensors, **dict.fromkeys(NAMES), **values}
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_arguments_of_the_backward_pass_are_in_the_order_of_the_table(gpu, monkeypatch, ragged):
+    """Each is known by its shape, or is the very tensor that was passed."""
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
+    call, batch = Call(1, 4, 2, 10, 12, 64, 32, 0.125, None, 3, 0.0), () if ragged else (1,)
+    lengths = dict.fromkeys(NAMES)
+    if ragged:
+        lengths |= {name: torch.tensor([0, i], dtype=torch.int32) for i, name in zip((10, 12), NAMES[:2], strict=True)}
+        call.lengths = check_lengths(torch.empty(0), None, tuple(lengths.values()))
+    shapes = {"q": (10, 4, 64), "k": (12, 2, 64), "v": (12, 2, 32), "out": (10, 4, 32), "dout": (10, 4, 32)}
+    tensors = {name: torch.zeros(*batch, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    lse_raw, dlse = (torch.zeros(*batch, 4, 10) for _ in range(2))
+    q, k, v, out, dout = tensors.values()
+    found = launching.gradients(call, None, "qkv", True, q, k, v, out, lse_raw, dout, dlse)
+    ((_, arguments),) = gpu.log
+    given = vars(named(BACKWARD, arguments))
+    for name, x in {**tensors, **lengths, "lse_raw": lse_raw, "dlse": dlse}.items():
+        assert (given[name] is None) == (x is None), name
+        assert x is None or given[name].data_ptr() == x.data_ptr(), name
+    assert all(given[f"d{name}"] is dx for name, dx in zip("qkv", found, strict=True))
+    assert given["rows"].shape == (2, 1, 4, 256 if ragged else 128)
+    assert given["dq_sum"].shape[:3] == (1, 4, given["rows"].shape[3] // 128)
+    assert given["signals"].dtype == torch.int32
+    assert (given["count"], given["blocks"], given["stream"]) == (int(ragged), 132, 999)
 
 
 def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):

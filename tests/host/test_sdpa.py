@@ -18,17 +18,11 @@ from tests import interfaces
 from tests.interfaces import CALLS
 
 # Torch's own, of what it uses itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning"),
+]
 TORCHS = functional.scaled_dot_product_attention
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are small, and tests that share cores would wait for one another's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def on_reference(*tensors, **options):

@@ -20,7 +20,10 @@ from cute_attn import attention, attention_varlen, launch, lengths, reference
 from tests import support
 
 # Torch's own, of what it uses itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning"),
+]
 
 RULES = {
     "full": {},
@@ -32,15 +35,6 @@ RULES = {
 HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (3, 1)}
 # Lengths of queries and of keys: empty ones of either or both, one row, more queries than keys, several tiles.
 MIXED = [(5, 7), (0, 3), (150, 150), (1, 1), (40, 0), (0, 0), (33, 8), (2, 290), (0, 0)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The sequences are small, and tests that share cores would wait for one another's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def int32(values) -> torch.Tensor:

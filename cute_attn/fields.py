@@ -1,0 +1,82 @@
+"""What a compiled pass takes: a table of fields for each, in their order.
+
+The stand-ins for which it is compiled and the names inside it follow from the table (``forward.py``, ``backward.py``,
+``merge.py``), and the order in which the host hands over the values (``launch.py``) is the table's. A field that a problem hasn't is ``None``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from cute_attn import layouts
+from cute_attn.layouts.base import Config
+from cute_attn.lengths import NAMES
+from cute_attn.plan import takes_tickets
+from cute_attn.problem import Problem
+
+
+class Field(NamedTuple):
+    """One of them. Kinds: an ``operand`` is as torch holds it, ``(batch, seqlen, heads, head_dim)`` in the inputs' dtype, and
+    ``row values`` are a float32 for each of its rows, ``(batch, heads, seqlen)``; of ragged sequences both have no batch. An
+    ``exact operand`` is one in float32.
+    ``padded row values`` are two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces,
+    values)``, ``words`` int32 ``(n,)``; and there are numbers and the ``stream``."""
+
+    name: str
+    kind: str
+    asked: Callable[[Problem, Config], bool] = lambda problem, config: True
+
+
+def _given(name: str) -> Field:
+    return Field(name, "words", lambda problem, config: name in problem.ragged.split())
+
+
+def _gradient(name: str) -> Field:
+    return Field(f"d{name}", "operand", lambda problem, config: name in problem.gradients)
+
+
+def has_sums(problem: Problem, config: Config) -> bool:
+    """Whether parts of dQ are added up in memory."""
+    return "q" in problem.gradients and bool(layouts.family(config).pieces(config))
+
+
+_CALL = (
+    *map(_given, NAMES),
+    *(Field(name, "int32") for name in ("count", "left", "right")),
+    *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
+    Field("blocks", "int32"),
+    Field("stream", "stream"),
+)
+FORWARD = (
+    *(Field(name, "operand") for name in ("q", "k", "v", "out")),
+    Field("lse", "row values", lambda problem, config: problem.return_lse),
+    Field("lse_raw", "row values", lambda problem, config: problem.for_backward),
+    Field("tickets", "words", takes_tickets),
+    *_CALL,
+)
+BACKWARD = (
+    *(Field(name, "operand") for name in ("q", "k", "v", "out", "dout")),
+    Field("lse_raw", "row values"),
+    Field("dlse", "row values", lambda problem, config: problem.return_lse),
+    Field("rows", "padded row values"),
+    Field("dq_sum", "sums", has_sums),
+    Field("signals", "words", lambda problem, config: problem.masked or (problem.deterministic and has_sums(problem, config))),
+    *map(_gradient, "qkv"),
+    *_CALL,
+)
+MERGE = (
+    Field("into", "exact operand"),
+    Field("so_far", "operand", lambda problem, config: problem.merges == problem.dtype),
+    Field("lse", "row values"),
+    Field("more", "operand"),
+    Field("lse_more", "row values"),
+    Field("to_log2", "float32"),
+    Field("stream", "stream"),
+)
+
+
+def named(fields: tuple[Field, ...], values: tuple) -> Any:
+    """The values by the fields' names."""
+    return SimpleNamespace(**{field.name: value for field, value in zip(fields, values, strict=True)})
