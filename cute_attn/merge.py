@@ -15,8 +15,8 @@ from cute_attn.layouts.base import VECTOR
 def host_function(problem, config):
     """The function of :data:`~cute_attn.fields.MERGE`'s values to compile.
 
-    ``into``, ``so_far`` and ``more`` are ``(batch, rows, heads, head_dim_v)``, log-sum-exps ``(batch, heads, rows)``. What is so
-    far is in ``into`` where there is no ``so_far``; ``lse`` becomes that of both.
+    ``into``, ``so_far`` and ``more`` are ``(batch, rows, heads, head_dim_v)``, log-sum-exps ``(batch, heads, rows)``. Where
+    there is no ``so_far``, that is in ``into``; ``lse`` becomes that of both.
     """
     kernel = Merge(problem)
 
@@ -52,23 +52,30 @@ class Merge:
         batches, rows, heads, columns = mInto.shape
         thread = cute.arch.thread_idx()[0]
         index, place = cute.arch.block_idx()[0] * self.rows + thread // self.threads_per_row, thread % self.threads_per_row
-        head, row, batch = index % heads, index // heads % rows, index // heads // rows  # as the outputs lie in memory
+        of_row = index // heads  # as the outputs lie in memory
+        batch = of_row // rows
+        head, row = index - of_row * heads, of_row - batch * rows
         exists = batch < batches
+        works = exists and place * VECTOR < columns
         lse, lse_more = -Float32.inf, -Float32.inf
         if exists:
             lse, lse_more = mLSE[batch, head, row], mLSE_more[batch, head, row]
+        so_far, more = (cute.make_rmem_tensor(VECTOR, m.element_type) for m in (mSoFar, mMore))
+        if works:  # here, and not where they are used: all loads are on their way before one is waited for
+            for m, held in ((mSoFar, so_far), (mMore, more)):
+                cute.autovec_copy(_vector(m, (batch, row, head), place), held)
         most = cute.arch.fmax(lse, lse_more)  # the other one of a NaN, which shows in its weight
         anchor = Float32(0.0) if most == -Float32.inf else most
         weight, weight_more = (cute.math.exp2((x - anchor) * to_log2, fastmath=True) for x in (lse, lse_more))
         total = weight + weight_more
-        normalize = Float32(0.0) if total == 0.0 else 1.0 / total
+        normalize = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
         cute.arch.sync_warp()  # all of a row's threads have read what one of them writes
         if exists and place == 0:
-            mLSE[batch, head, row] = anchor + cute.math.log2(total, fastmath=True) / to_log2
-        if exists and place * VECTOR < columns:
-            so_far, more = (_read(m, (batch, row, head), place) for m in (mSoFar, mMore))
+            mLSE[batch, head, row] = anchor + cute.math.log2(total, fastmath=True) * cute.arch.rcp_approx(to_log2)
+        if works:
             result = cute.make_rmem_tensor(VECTOR, Float32)
-            result.store(so_far * (weight * normalize) + more * (weight_more * normalize))
+            scaled, scaled_more = (x.load().to(Float32) * (w * normalize) for x, w in ((so_far, weight), (more, weight_more)))
+            result.store(scaled + scaled_more)
             cute.autovec_copy(result, _vector(mInto, (batch, row, head), place))
 
 
@@ -76,10 +83,3 @@ def _vector(m: cute.Tensor, where: tuple, place) -> cute.Tensor:
     """8 columns of a row in memory."""
     begin = cute.local_tile(m[(*where, None)], (VECTOR,), (place,)).iterator.align(16)
     return cute.make_tensor(begin, cute.make_layout(VECTOR))
-
-
-def _read(m: cute.Tensor, where: tuple, place):
-    source = _vector(m, where, place)
-    held = cute.make_rmem_tensor(VECTOR, source.element_type)
-    cute.autovec_copy(source, held)
-    return held.load().to(Float32)
