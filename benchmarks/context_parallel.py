@@ -186,14 +186,14 @@ def predicted() -> str:
     for ranks in (2, 8, 64, 1024):
         for seqlen in (1 << 16, 1 << 18, 1 << 20, 1 << 23):
             shards, card = Shards(seqlen, ranks), costs.card_of(ranks)
-            ring, ulysses = (of(shards, shards, band, sizes, card) for of in (costs.of_ring, costs.of_ulysses))
+            ring, ulysses = (of(shards, shards, band, None, sizes, card) for of in (costs.of_ring, costs.of_ulysses))
             parts = [1 - ring.waits / ring.seconds, 1 - ulysses.waits / ulysses.seconds if HEADS % ranks == 0 else None, None]
             if ranks > heads_ranks:
                 outer = Shards(seqlen, ranks // heads_ranks, split=heads_ranks)
                 each = sizes._replace(heads=HEADS // heads_ranks, heads_kv=HEADS_KV // heads_ranks)
-                ring = costs.of_ring(outer, outer, band, each, card)
+                ring = costs.of_ring(outer, outer, band, None, each, card)
                 inner = Shards(outer.rows, heads_ranks, "contiguous")
-                waits = costs.of_ulysses(inner, inner, band, sizes, costs.card_of(heads_ranks)).waits
+                waits = costs.of_ulysses(inner, inner, band, None, sizes, costs.card_of(heads_ranks)).waits
                 parts[2] = (ring.seconds - ring.waits) / (ring.seconds + waits)
             shown = ["" if part is None else f"{part:.2f}" for part in parts]
             lines.append(f"| {ranks} | {seqlen // 1024}k | {' | '.join(shown)} |")

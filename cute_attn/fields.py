@@ -1,7 +1,8 @@
 """What a compiled pass takes: a table of fields for each, in their order.
 
 The stand-ins for which it is compiled and the names inside it follow from the table (``forward.py``, ``backward.py``,
-``merge.py``), and the order in which the host hands over the values (``launch.py``) is the table's. A field that a problem hasn't is ``None``.
+``merge.py``), and the order in which the host hands over the values (``launch.py``) is the table's. A field that a problem
+hasn't is ``None``.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from cute_attn.distributed.ring import Members, backends_of, carries
 from cute_attn.lengths import CHECK
 
 MESSAGE_BYTES = 1024
+AT_MOST = 4096  # calls that are remembered: packed sequences are others in each step of a training
 REFUSED = "refused"
 _agreed: WeakKeyDictionary = WeakKeyDictionary()  # of a group: the calls that all its ranks have been seen to make alike
 
@@ -44,7 +45,10 @@ def agree(members: Members, call: dict[str, object], device: torch.device) -> No
             f"the ranks of a group call attention differently: {'; '.join(differ)}; the same shapes and rules are needed on "
             f"all: try shard(), which gives each rank equally many rows"
         )
-    _agreed.setdefault(members.group, set()).add(text)
+    agreed = _agreed.setdefault(members.group, set())
+    if len(agreed) == AT_MOST:
+        agreed.clear()  # on all ranks, since all have seen the same ones
+    agreed.add(text)
 
 
 def refuse(members: Members, error: Exception, device: torch.device) -> None:

@@ -12,18 +12,19 @@ from cute_attn import api, autocast, launch, reference, wrapped
 from cute_attn.arguments import flag, integer, name_of, shown
 from cute_attn.distributed import costs
 from cute_attn.distributed.agreement import agree, refuse
-from cute_attn.distributed.ring import ALONE, LseUnit, Members, Ring, RingAttention
-from cute_attn.distributed.schedule import Shards, pieces
+from cute_attn.distributed.ring import ALONE, Backend, Members, Ring, RingAttention
+from cute_attn.distributed.schedule import Packed, Shards
 from cute_attn.distributed.shards import Places, length_of, order_of, places_of
 from cute_attn.distributed.ulysses import copies, to_heads, to_rows
 from cute_attn.lengths import check_lengths
 from cute_attn.plan import mechanism_name
-from cute_attn.private import any_autocast_enabled
+from cute_attn.private import WeakTensorKeyDictionary, any_autocast_enabled, version_of
 from cute_attn.problem import Call, check_call, edges_of
+from cute_attn.rules import score_scales
 
 METHODS = ("auto", "ring", "ulysses")
-_NO_RULES = {"scale": None, "causal": False, "window": None, "softcap": None}
 _ONE_METHOD = f"one of {', '.join(map(repr, METHODS))} is needed"
+_packed_of = WeakTensorKeyDictionary()  # of cu_seqlens: (version, rows, Packed)
 
 
 @disable(reason="attention over several ranks talks to them in the order of Python's calls: a graph would break here anyway")
@@ -59,14 +60,14 @@ def attention(
         v: ``(batch, rows_k, heads_kv, head_dim_v)``.
         group: the process group whose ranks share the sequence; ``None`` is the default one.
         mesh: a ``DeviceMesh`` in the place of a group: of one dimension, or of two, the ring's first, that of heads second.
-        method: ``"ring"``: queries stay, keys and values travel, each step's transfer under the computation of the one before;
-            ``"ulysses"``: the sequence is exchanged for heads, which must be a multiple of the ranks, and back; or
-            ``"auto"``: the faster one on paper, see :func:`explain`. A mesh of two dimensions uses both.
+        method: ``"ring"``: keys and values travel, or queries where that is less to send, each step's transfer under the
+            computation of the one before; ``"ulysses"``: the sequence is exchanged for heads, which must be a multiple of the
+            ranks, and back; or ``"auto"``: the faster one on paper, see :func:`explain`. A mesh of two dimensions uses both.
         order: of the rows, :func:`shard`'s; ``None`` is ``"zigzag"``, of DTensors ``"contiguous"``.
         seqlen: of the whole sequence, without padding; ``None`` is all ranks' rows.
         seqlen_k: the same of the keys; ``None`` is q's where there are as many rows, else all ranks' rows.
         cu_seqlens: of packed sequences, int32 ``(batch + 1,)`` on q's device, as :func:`cute_attn.attention_varlen` takes them:
-            bounds in the whole sequence, the same on all ranks. With several ranks in the ring these take no ``window``.
+            bounds in all rows, the same on all ranks. They are read back, once for a tensor that isn't changed.
 
     All others are those of :func:`cute_attn.attention`. DTensors are taken whose sequence (dimension 1) is sharded on one
     dimension of their mesh, whose ranks are then the group; on others they may be sharded by batch or heads, or replicated.
@@ -99,68 +100,74 @@ def attention(
     places = places_of(group, mesh)
     try:
         plan = _plan(q, k, v, places, method, order, seqlen, seqlen_k, cu_seqlens, rules)
-        return_lse, ring = flag("return_lse", return_lse), _ring(q, k, v, plan, cu_seqlens, how)
+        return_lse, computing = flag("return_lse", return_lse), _computing(q, k, v, plan.ring.call, how)
     except (TypeError, ValueError, NotImplementedError) as error:
         for members in places:
             refuse(members, error, q.device if isinstance(q, torch.Tensor) else torch.device("cpu"))
         raise
     for members in places:
         agree(members, plan.fields | how | _shapes(q, k, v), q.device)
-    packed, heads, (of_q, of_k) = cu_seqlens is not None, plan.places.heads, plan.exchanged
-    if packed:
+    heads, (of_q, of_k) = plan.heads, plan.exchanged
+    if cu_seqlens is not None:
         q, k, v = q[None], k[None], v[None]
     if heads.size > 1:
         times = copies(k.shape[2], heads.size)
         if times > 1:
             k, v = k.repeat_interleave(times, 2), v.repeat_interleave(times, 2)
         q, k, v = to_heads(q, heads, of_q), to_heads(k, heads, of_k), to_heads(v, heads, of_k)
-    out, lse = RingAttention.apply(q, k, v, cu_seqlens, ring)
+    out, lse = RingAttention.apply(q, k, v, cu_seqlens, plan.ring, computing)
     if heads.size > 1:
         out = to_rows(out, heads, of_q)
         if return_lse:
             lse = to_rows(lse.transpose(1, 2).unsqueeze(-1), heads, of_q).squeeze(-1).transpose(1, 2)
-    if packed:
+    if cu_seqlens is not None:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
 
 
-def explain(q, k, v, *, ranks: int, method="auto", order=None, seqlen=None, seqlen_k=None, **rules) -> str:
-    """What :func:`attention` does with such shards on ``ranks`` ranks, and why: in words, without any process or value; tensors
-    may be on the device ``"meta"``. Costs are on paper (docs/context-parallelism.md). Arguments, of which ``rules`` are
-    ``scale``, ``causal``, ``window`` and ``softcap``, and errors are :func:`attention`'s."""
+def explain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    ranks: int,
+    method: str = "auto",
+    order: str | None = None,
+    seqlen: int | None = None,
+    seqlen_k: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+) -> str:
+    """What :func:`attention` does with such shards on ``ranks`` ranks, and why: in words, without any process or value, so that
+    tensors may be on the device ``"meta"``, but for ``cu_seqlens``. Costs are on paper (docs/context-parallelism.md). Arguments
+    and errors are :func:`attention`'s."""
     ranks = integer("ranks", ranks, "how many share the sequence")
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; at least 1 is needed: how many share the sequence")
-    unknown = sorted(rules.keys() - _NO_RULES.keys())
-    if unknown:
-        raise TypeError(f"{', '.join(unknown)} is given; rules are {', '.join(_NO_RULES)}: leave others out")
-    plan = _plan(q, k, v, Places(Members(None, 0, ranks)), method, order, seqlen, seqlen_k, None, _NO_RULES | rules)
-    lines = [f"{plan.fields['method']}: {plan.reason}", *(f"  {found}" for found in plan.found)]
-    if plan.places.ring.size > 1:
-        (of_q, of_k), last = plan.sharded, ranks - 1
-        lines.append(f"  {of_q.rows} rows a rank, in {of_q.order} order; the last rank's steps:")
-        for step in range(ranks):
-            there = (last - step) % ranks
-            steps = pieces(of_q, of_k, last, there, *plan.band)
-            calls = "; ".join(
-                f"rows {p.rows.start} to {p.rows.stop} × keys {p.keys.start} to {p.keys.stop}"
-                f"{', under the band' * (p.edges != (None, None))}"
-                for p in steps
-            )
-            lines.append(f"    keys of rank {there}: {calls or 'nothing is seen, nothing sent'}")
+    rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    plan = _plan(q, k, v, Places(Members(None, 0, ranks)), method, order, seqlen, seqlen_k, cu_seqlens, rules)
+    lines, ring = [f"{plan.fields['method']}: {plan.reason}", *(f"  {found}" for found in plan.found)], plan.ring
+    if ring.members.size > 1:
+        last, turned = ranks - 1, ring.queries_travel
+        travels = f"{'queries and their results' if turned else 'keys and values'} travel, which is less to send"
+        lines.append(f"  {ring.q.rows} rows a rank, in {ring.q.order} order; {travels}; the last rank's steps:")
+        for there in range(last, -1, -1):
+            calls = "; ".join(map(str, ring.pieces(last, there)))
+            lines.append(f"    {'queries' if turned else 'keys'} of rank {there}: {calls or 'nothing is seen, nothing sent'}")
     return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done: ``places`` says who is in the ring and who exchanges heads, ``sharded`` which rows of q and k the ring's
-    ranks have, ``exchanged`` the same of those that exchange heads; ``call`` is the ring's, ``band`` the whole sequence's."""
+    """What is done: ``heads`` exchange the sequence for heads, of which ``exchanged`` says which rows of q and k each has; what
+    they have then is a shard of the ``ring``."""
 
-    places: Places
-    sharded: tuple[Shards, Shards]
+    ring: Ring
+    heads: Members
     exchanged: tuple[Shards, Shards]
-    call: Call
-    band: tuple[int | None, int | None]
     fields: dict[str, object]  # what has to be the same on all ranks
     reason: str
     found: tuple[costs.Costs, ...]
@@ -170,9 +177,9 @@ def _plan(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, 
     method = name_of("method", method, _ONE_METHOD)
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; {_ONE_METHOD}")
-    order, packed = "zigzag" if order is None else order_of(order), cu_seqlens is not None
+    order, packs = "zigzag" if order is None else order_of(order), cu_seqlens is not None
     window, causal = rules["window"], rules["causal"]
-    call = check_call(q, k, v, rules["scale"], causal, None, rules["softcap"], packed)
+    call = check_call(q, k, v, rules["scale"], causal, None, rules["softcap"], packs)
     length_q = _length("seqlen", seqlen, call.seqlen_q, places, order)
     if seqlen_k is None and call.seqlen_q == call.seqlen_k:
         seqlen_k = length_q
@@ -180,26 +187,14 @@ def _plan(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, 
     left, right = edges_of(flag("causal", causal), (None, None) if window is None else window, length_q + length_k)
     shift = length_k - length_q
     band = None if left is None else shift - left, None if right is None else shift + right
-    if packed:
-        check_lengths(q, None, (cu_seqlens, cu_seqlens, None, None)).check_values((length_q, length_k))
-        if length_q != length_k:
-            raise ValueError(
-                f"seqlen is {length_q} and seqlen_k is {length_k} with cu_seqlens, which are q's and k's alike; equal ones are "
-                f"needed: pack keys as queries are packed"
-            )
-    impossible = {}
-    if packed and (left is not None or right not in (None, 0)):
-        impossible["ring"] = (
-            f"window is ({left}, {right}) with cu_seqlens, whose sequences the band would cut at places that only the device "
-            f"knows; on a ring none, or causal, is needed: try method='ulysses'"
-        )
-    ranks = places.ring.size if places.heads is ALONE else places.heads.size
-    if call.heads % ranks:
-        impossible["ulysses"] = (
-            f"q has {call.heads} heads and {ranks} ranks exchange the sequence for them; a multiple is needed: try "
-            f"method='ring'"
-        )
+    packed = _packed(q, cu_seqlens, length_q, length_k) if packs else None
+    exchanging = places.ring.size if places.heads is ALONE else places.heads.size
+    no_ulysses = call.heads % exchanging and (
+        f"q has {call.heads} heads and {exchanging} ranks exchange the sequence for them; a multiple is needed: try "
+        f"method='ring'"
+    )
     reason, found = "asked for", tuple[costs.Costs, ...]()
+    sizes = costs.Sizes(call.batch, call.heads, call.heads_kv, call.head_dim + call.head_dim_v, q.element_size())
     if places.heads is not ALONE:
         if method != "auto":
             raise ValueError(
@@ -207,25 +202,21 @@ def _plan(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, 
                 f"one dimension of the mesh"
             )
         method, reason = "ring of ulysses", f"a mesh of {places.ring.size} × {places.heads.size}"
-        needed = ["ring"] * (places.ring.size > 1) + ["ulysses"] * (places.heads.size > 1)
     else:
         whole = places.shards(length_q, order), places.shards(length_k, order)
-        paper = {"ring": costs.of_ring, "ulysses": costs.of_ulysses}
-        sizes = costs.Sizes(call.batch, call.heads, call.heads_kv, call.head_dim + call.head_dim_v, q.element_size())
-        arguments = *whole, band, sizes, costs.card_of(ranks)
-        found = tuple(paper[name](*arguments) for name in paper if name not in impossible)
+        ways = (costs.of_ring,) if no_ulysses else (costs.of_ring, costs.of_ulysses)
+        found = tuple(of(*whole, band, packed, sizes, costs.card_of(exchanging)) for of in ways)
         if method == "auto":
-            method, reason = min(found, key=lambda one: one.seconds).method if found else "ring", "the faster one on paper"
-            reason = next((f"not {name}: {why}" for name, why in impossible.items()), reason)
-        needed = [method] if ranks > 1 else []
+            method = min(found, key=lambda one: one.seconds).method
+            reason = f"not ulysses: {no_ulysses}" if no_ulysses else "the faster one on paper"
         if method == "ulysses":
             places = Places(ALONE, places.ring)
-    for name in needed:
-        if name in impossible:
-            raise ValueError(impossible[name])
-    fields = {"method": method, "order": order, "seqlen": length_q, "seqlen_k": length_k, "packed": packed and len(cu_seqlens)}
-    fields |= {"left": left, "right": right, "scale": call.scale, "softcap": call.softcap}
     heads = places.heads
+    if heads.size > 1 and no_ulysses:
+        raise ValueError(no_ulysses)
+    bounds = packed and f"{len(packed.bounds) - 1} sequences, of hash {hash(packed.bounds):x}"
+    fields = {"method": method, "order": order, "seqlen": length_q, "seqlen_k": length_k, "cu_seqlens": bounds}
+    fields |= {"left": left, "right": right, "scale": call.scale, "softcap": call.softcap}
     if method == "ulysses":
         sharded = Shards(length_q, 1, "contiguous"), Shards(length_k, 1, "contiguous")
         exchanged = Shards(length_q, heads.size, order), Shards(length_k, heads.size, order)
@@ -234,7 +225,24 @@ def _plan(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, 
         exchanged = Shards(sharded[0].rows, heads.size, "contiguous"), Shards(sharded[1].rows, heads.size, "contiguous")
     of_kv = call.heads_kv * copies(call.heads_kv, heads.size) // heads.size
     call = replace(call, heads=call.heads // heads.size, heads_kv=of_kv)
-    return Plan(places, sharded, exchanged, call, band, fields, reason, found)
+    turned = costs.queries_travel(*sharded, sizes._replace(heads=call.heads, heads_kv=of_kv))
+    return Plan(Ring(places.ring, *sharded, call, band, packed, turned), heads, exchanged, fields, reason, found)
+
+
+def _packed(q: torch.Tensor, cu_seqlens, length_q: int, length_k: int) -> Packed:
+    """Where packed sequences begin, read back from the device."""
+    check_lengths(q, None, (cu_seqlens, cu_seqlens, None, None)).check_values((length_q, length_k))
+    if length_q != length_k:
+        raise ValueError(
+            f"seqlen is {length_q} and seqlen_k is {length_k} with cu_seqlens, which are q's and k's alike; equal ones are "
+            f"needed: pack keys as queries are packed"
+        )
+    was = version_of(cu_seqlens), length_q
+    *known, packed = _packed_of.get(cu_seqlens, (None, None, None))
+    if tuple(known) != was or was[0] is None:
+        packed = Packed(tuple(min(max(bound, 0), length_q) for bound in cu_seqlens.tolist()))
+        _packed_of[cu_seqlens] = *was, packed
+    return packed
 
 
 def _length(name: str, given, rows: int, places: Places, order: str) -> int:
@@ -249,7 +257,7 @@ def _length(name: str, given, rows: int, places: Places, order: str) -> int:
     return length
 
 
-def _ring(q, k, v, plan: Plan, cu_seqlens, how: dict) -> Ring:
+def _computing(q, k, v, call: Call, how: dict) -> Backend:
     backend, mechanism = api.backend_name(how["backend"]), mechanism_name(how["mechanism"])
     deterministic = flag("deterministic", how["deterministic"])
     if not wrapped.are_read(q, k, v, None):
@@ -257,10 +265,10 @@ def _ring(q, k, v, plan: Plan, cu_seqlens, how: dict) -> Ring:
             f"q, k, v are {shown(q)}, {shown(k)}, {shown(v)}, which torch traces or which have no values; ranks exchange "
             f"values, so tensors that have some are needed: try cute_attn.distributed.explain, for which shapes are enough"
         )
-    on_reference = api.computed_by_reference(backend, mechanism, q)
-    passes = api.REFERENCE if on_reference else launch.passes(False, mechanism, deterministic)
-    together, unit = reference.merge if on_reference else launch.merge, LseUnit.of(plan.call, on_reference)
-    return Ring(plan.places.ring, *plan.sharded, plan.call, plan.band, passes, together, unit, cu_seqlens is not None)
+    if api.computed_by_reference(backend, mechanism, q):
+        return Backend(api.REFERENCE, reference.merge, 1.0, -torch.inf)
+    passes = launch.passes(False, mechanism, deterministic)
+    return Backend(passes, launch.merge, score_scales(call.scale, call.softcap)[0], torch.inf)
 
 
 def _shapes(q, k, v) -> dict[str, object]:
@@ -290,7 +298,7 @@ def _of_dtensors(q, k, v, options: dict):
             f"DTensors have {q.shape[1]} queries and {k.shape[1]} keys on {mesh.size(dim)} ranks; multiples are needed, since "
             f"all ranks must have equally many rows: try shard(), which pads, and its plain tensors with seqlen"
         )
-    call = check_call(q, k, v, *(options[name] for name in _NO_RULES))
+    call = check_call(q, k, v, *(options[name] for name in ("scale", "causal", "window", "softcap")))
     wrapped.check_shards_of_heads(call, mesh, q.placements)
     local = [x.to_local() for x in inputs.values()]
     results = attention(*local, group=mesh.get_group(dim), order="contiguous", **options)

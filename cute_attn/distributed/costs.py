@@ -1,7 +1,8 @@
 """What a call costs on paper, by each method: FLOPs, bytes, seconds of a forward pass. ``method="auto"`` chooses by it.
 
 A rank of the ring computes in step t and receives for step t + 1 meanwhile, so a step takes the longer of the two, and the
-ring as long as its slowest rank. Ulysses sends q, k, v and the output before and after it computes: nothing hides that.
+ring as long as its slowest rank. Keys travel, or queries, with what comes back. Ulysses sends q, k, v and the output before and
+after it computes: nothing hides that.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from cute_attn.distributed.schedule import Shards, pieces, spanned
+from cute_attn.distributed.schedule import Packed, Shards, pieces, spanned
 from cute_attn.distributed.ulysses import copies
 
 HOST_RANKS = 8  # that NVLink joins; more are joined by a network
@@ -56,14 +57,27 @@ class Costs:
         )
 
 
+def queries_travel(q: Shards, k: Shards, sizes: Sizes) -> bool:
+    """Whether a ring has less to send of queries, outputs and log-sum-exps than of keys and values. In both passes it is three
+    times as much of either: there twice, and their gradients."""
+    return q.rows * _of_query(sizes) < k.rows * sizes.heads_kv * sizes.head_dims * sizes.item_bytes
+
+
+def _of_query(sizes: Sizes) -> int:
+    """Bytes of a row of queries and of its results."""
+    return sizes.heads * (sizes.head_dims * sizes.item_bytes + 4)
+
+
 @lru_cache(maxsize=1024)
-def of_ring(q: Shards, k: Shards, band: tuple, sizes: Sizes, card: Card) -> Costs:
+def of_ring(q: Shards, k: Shards, band: tuple, packed: Packed | None, sizes: Sizes, card: Card) -> Costs:
     """Of many ranks the first, the middle and the last are looked at."""
-    columns, found = sizes.batch * sizes.head_dims, []
+    columns, found, turned = sizes.batch * sizes.head_dims, [], queries_travel(q, k, sizes)
+    side, of_row = ("rows", _of_query(sizes)) if turned else ("keys", sizes.heads_kv * sizes.head_dims * sizes.item_bytes)
     for rank in sorted({0, q.ranks // 2, q.ranks - 1}):
-        steps = [pieces(q, k, rank, (rank - step) % q.ranks, *band) for step in range(q.ranks)]
+        others = [(rank - step) % q.ranks for step in range(q.ranks)]
+        steps = [pieces(q, k, *((other, rank) if turned else (rank, other)), *band, packed) for other in others]
         flops = [2.0 * columns * sizes.heads * sum(piece.scores for piece in parts) for parts in steps]
-        received = [float(columns * sizes.heads_kv * sizes.item_bytes * len(spanned(parts))) for parts in steps[1:]]
+        received = [float(sizes.batch * of_row * len(spanned(parts, side))) for parts in steps[1:]]
         computing = [x / card.flops for x in flops]
         seconds = sum(map(max, computing, [*(x / card.link for x in received), 0.0]))
         found.append(Costs("ring", sum(flops), sum(received), seconds, seconds - sum(computing)))
@@ -71,10 +85,10 @@ def of_ring(q: Shards, k: Shards, band: tuple, sizes: Sizes, card: Card) -> Cost
 
 
 @lru_cache(maxsize=1024)
-def of_ulysses(q: Shards, k: Shards, band: tuple, sizes: Sizes, card: Card) -> Costs:
+def of_ulysses(q: Shards, k: Shards, band: tuple, packed: Packed | None, sizes: Sizes, card: Card) -> Costs:
     """Key heads that several ranks need count as often."""
     columns, ranks = sizes.batch * sizes.head_dims, q.ranks
-    whole = pieces(Shards(q.seqlen, 1, "contiguous"), Shards(k.seqlen, 1, "contiguous"), 0, 0, *band)
+    whole = pieces(Shards(q.seqlen, 1, "contiguous"), Shards(k.seqlen, 1, "contiguous"), 0, 0, *band, packed)
     flops = 2.0 * columns * sizes.heads * sum(piece.scores for piece in whole) / ranks
     rows = q.rows * sizes.heads + k.rows * sizes.heads_kv * copies(sizes.heads_kv, ranks)
     received = columns * sizes.item_bytes * rows * (ranks - 1) / ranks

@@ -1,22 +1,26 @@
-"""Attention on a ring of ranks: keys and values travel, partial results are merged by their log-sum-exp.
+"""Attention on a ring of ranks: keys and values travel, or queries do, and partial results are merged by their log-sum-exp.
 
-Each rank keeps its queries. In step t it gets the keys and values that it needs of the rank t before it, straight from there,
-while the step before computes; so a shard is sent to those that see some of it, and no more of it than they see. A step is a
-few calls of the backend's own passes (``schedule.py`` says which). With partial results O_i and log-sum-exps L_i of a row,
+In step t a rank computes with what it gets of the rank t before it, straight from there, while the step before computes; so a
+shard is sent to those that see some of it, and no more of it than they see. A step is a few calls of the backend's own passes
+(``schedule.py`` says which). With partial results O_i and log-sum-exps L_i of a row,
 
     L = ln Σ_i exp L_i,      O = Σ_i exp(L_i − L) · O_i,
 
-added up in float32 and rounded once. The backward pass has the keys sent anew, and each step's dK and dV go back to where
-these came from. Since P = exp(S − L) and delta = Σ_c dO_c · O_c − dL are of the whole row, a piece's gradients are its part of
-the sums: it takes the merged output and log-sum-exp, and nothing has to be merged.
+added up in float32 and rounded once; the O_i come in the inputs' dtype, as the passes give them. The backward pass has all sent
+anew. Since P = exp(S − L) and delta = Σ_c dO_c · O_c − dL are of the whole row, a piece's gradients are its part of the sums:
+it takes the merged output and log-sum-exp, and nothing has to be merged.
+
+**Keys travel**, each step's dK and dV go back to where these came from, and dQ is added up here. Or, where that is less to
+send, **queries travel**: their partial results, and later dQ, go back, and dK and dV are added up here.
 
 Between the passes a rank keeps its shards of q, k, v, the output, and a number of each row. Beside these a step has what came
-for it and what comes for the next one.
+for it and what comes for the next one: two shards of what travels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,10 +28,10 @@ import torch
 import torch.distributed as dist
 
 from cute_attn import autograd
-from cute_attn.distributed.schedule import Piece, Shards, pieces, spanned
+from cute_attn.distributed.schedule import Packed, Piece, Shards, pieces, spanned
 from cute_attn.lengths import Lengths
 from cute_attn.problem import Call
-from cute_attn.rules import LN_2, score_scales
+from cute_attn.rules import LN_2
 
 
 class Members(NamedTuple):
@@ -41,41 +45,58 @@ class Members(NamedTuple):
 ALONE = Members(None, 0, 1)
 
 
-class LseUnit(NamedTuple):
-    """How a backend keeps a row's log-sum-exp for its backward pass: ``to_log2`` times it is in base 2, and ``unseen`` is what
-    a row has that sees no key. Merged in this unit, it is exact where one part outweighs all others (``softmax.py``)."""
+class Backend(NamedTuple):
+    """Who computes: ``passes`` as ``autograd.Attention`` takes them, and ``merge``, which is ``reference.merge`` or does as it.
 
+    It keeps a row's log-sum-exp for its backward pass in a unit of its own: ``to_log2`` times it is in base 2, and ``unseen``
+    is what a row has that sees no key. Merged in this unit, it is exact where one part outweighs all others (``softmax.py``).
+    """
+
+    passes: tuple[Callable, Callable]
+    merge: Callable
     to_log2: float
     unseen: float
 
-    @staticmethod
-    def of(call: Call, on_reference: bool) -> LseUnit:
-        return LseUnit(1.0, -torch.inf) if on_reference else LseUnit(score_scales(call.scale, call.softcap)[0], torch.inf)
-
 
 class Exchange:
-    """Tensors on their way between ranks, each way in the order of the arguments: ``sends`` are (tensor, to), ``receives``
-    (shape, from), of ``like``'s dtype and device. Of two under way at once the tags differ, for gloo to tell them apart. With
-    NCCL they travel on its own stream, as soon as what was asked of the current one before is done."""
+    """Tensors ``(batch, rows, …)`` on their way between ranks, each way in the order of the arguments: ``sends`` are (tensor,
+    to), ``receives`` (tensor like it, rows, from). Of the two ways that are under way at once, there and ``back``, the tags
+    differ, for gloo to tell them apart. With NCCL they travel on its own stream, as soon as what was asked of the current one
+    before is done. A batch goes element by element, since each of these has its rows in one piece of memory."""
 
-    def __init__(self, group, like: torch.Tensor, sends: Iterable[tuple], receives: Iterable[tuple], first_tag: int = 0):
-        device = like.device if carries(group, like.device) else "cpu"
-        self.device, self.sent = like.device, [(x.to(device).contiguous(), to) for x, to in sends]
-        self.received = [(like.new_empty(shape, device=device), source) for shape, source in receives]
+    def __init__(self, members: Members, sends: list[tuple], receives: list[tuple], back: bool = False):
+        self.device = (sends or receives)[0][0].device
+        carrier = self.device if carries(members.group, self.device) else torch.device("cpu")
+        self.sent = [[part.contiguous() for part in x.to(carrier).unbind(0)] for x, _ in sends]
+        self.received = [x.new_empty((x.shape[0], rows, *x.shape[2:]), device=carrier) for x, rows, _ in receives]
         operations = [
-            dist.P2POp(function, x, group=group, group_peer=peer, tag=tag)
-            for function, tensors in ((dist.isend, self.sent), (dist.irecv, self.received))
-            for tag, (x, peer) in enumerate(tensors, start=first_tag)
-            if x.numel()
+            dist.P2POp(function, part, group=members.group, group_peer=peer, tag=2 * i + back)
+            for function, tensors, peers in ((dist.isend, self.sent, sends), (dist.irecv, self.received, receives))
+            for i, (parts, (*_, peer)) in enumerate(zip(tensors, peers, strict=True))
+            for part in parts
+            if part.numel()
         ]
-        self.works = dist.batch_isend_irecv(operations) if operations else []
+        self.peers = sorted({peer for *_, peer in (*sends, *receives)})
+        with self._named():
+            self.works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> list[torch.Tensor]:
         """What is received, once it is there; on a GPU the current stream waits, and not the host."""
-        for work in self.works:
-            work.wait()
+        with self._named():
+            for work in self.works:
+                work.wait()
         self.sent = []
-        return [x.to(self.device) for x, _ in self.received]
+        return [x.to(self.device) for x in self.received]
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"an exchange with rank {' and rank '.join(map(str, self.peers))} of the group broke off: {error}; a rank has "
+                f"raised, has died, or has not made the same call in time: look for an error of its own"
+            ) from error
 
 
 def carries(group, device: torch.device) -> bool:
@@ -95,29 +116,28 @@ def backends_of(group) -> dict[str, str]:
 
 
 class Merged:
-    """Partial results of rows, as they come: the output in float32, the log-sum-exp in a backend's unit, −∞ for rows that have
-    seen no key. What one part is all of is that part, bit for bit."""
+    """Partial results of a tensor's rows, as they come: the output in float32, the log-sum-exp in a backend's unit, −∞ for rows
+    that have seen no key. What one part is all of is that part, bit for bit."""
 
-    def __init__(self, merge: Callable, unit: LseUnit, shape: tuple[int, int, int, int], like: torch.Tensor):
-        self.merge, self.unit = merge, unit
-        self.shape, self.like = shape, like  # (batch, rows, heads, head_dim_v)
-        self.exact = torch.float64 if like.dtype == torch.float64 else torch.float32
+    def __init__(self, backend: Backend, q: torch.Tensor, v: torch.Tensor):
+        self.backend, self.like = backend, q
+        self.shape = *q.shape[:3], v.shape[3]  # (batch, rows, heads, head_dim_v)
         self.out: torch.Tensor | None = None
         self.lse: torch.Tensor | None = None
 
-    def add(self, rows: range, out: torch.Tensor, lse: torch.Tensor) -> None:
+    def add(self, rows: slice, out: torch.Tensor, lse: torch.Tensor) -> None:
         """``out`` (batch, rows, heads, head_dim_v) and ``lse`` (batch, heads, rows) of some more keys."""
-        lse = lse.masked_fill(lse == self.unit.unseen, -torch.inf)
-        whole, where = len(rows) == self.shape[1], slice(rows.start, rows.stop)
+        lse = lse.masked_fill(lse == self.backend.unseen, -torch.inf)
+        whole = out.shape == self.shape
         if self.out is None and whole:
             self.out, self.lse = out, lse
             return
         so_far, so_far_lse = self._begun()
         if whole:
-            self.out = self.merge(so_far, so_far_lse, out, lse, self.unit.to_log2)
+            self.out = self.backend.merge(so_far, so_far_lse, out, lse, self.backend.to_log2)
         else:
-            self.out = so_far.to(self.exact)
-            self.merge(self.out[:, where], so_far_lse[:, :, where], out, lse, self.unit.to_log2)
+            self.out = so_far.to(_exact(self.like))
+            self.backend.merge(self.out[:, rows], so_far_lse[:, :, rows], out, lse, self.backend.to_log2)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``(out, lse)``, the output rounded to the inputs' dtype."""
@@ -127,137 +147,173 @@ class Merged:
     def _begun(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.out is None or self.lse is None:
             batch, rows, heads, _ = self.shape
-            self.out = self.like.new_zeros(self.shape, dtype=self.exact)
-            self.lse = self.like.new_full((batch, heads, rows), -torch.inf, dtype=self.exact)
+            self.out = self.like.new_zeros(self.shape, dtype=_exact(self.like))
+            self.lse = self.like.new_full((batch, heads, rows), -torch.inf, dtype=_exact(self.like))
         return self.out, self.lse
 
 
 class Sum:
     """A sum over parts of a tensor's rows, in float32. What one part is all of is that part as it is."""
 
-    def __init__(self, shape: torch.Size, like: torch.Tensor):
-        self.shape, self.like = shape, like
+    def __init__(self, like: torch.Tensor):
+        self.like = like
         self.total: torch.Tensor | None = None
 
     def add(self, rows: slice, x: torch.Tensor) -> None:
-        if self.total is None and x.shape == self.shape:
+        if self.total is None and x.shape == self.like.shape:
             self.total = x
             return
-        exact = torch.float64 if self.like.dtype == torch.float64 else torch.float32
-        self.total = self.like.new_zeros(self.shape, dtype=exact) if self.total is None else self.total.to(exact)
+        exact = _exact(self.like)
+        self.total = self.like.new_zeros(self.like.shape, dtype=exact) if self.total is None else self.total.to(exact)
         self.total[:, rows] += x
 
     def rounded(self) -> torch.Tensor:
-        return self.like.new_zeros(self.shape) if self.total is None else self.total.to(self.like.dtype)
+        return self.like.new_zeros(self.like.shape) if self.total is None else self.total.to(self.like.dtype)
+
+
+def _exact(like: torch.Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class Ring:
     """What the ranks of a ring compute: ``q`` and ``k`` say which rows each has, ``call`` has heads, scale and softcap,
-    ``band`` is ``(lo, hi)`` of the whole sequence, ``passes`` are a backend's, as ``autograd.Attention`` takes them, and so is
-    :func:`merge`."""
+    ``band`` is ``(lo, hi)`` of the whole sequence, or of each of those that are ``packed``."""
 
     members: Members
     q: Shards
     k: Shards
     call: Call
     band: tuple[int | None, int | None]
-    passes: tuple[Callable, Callable]
-    merge: Callable
-    unit: LseUnit
-    packed: bool
+    packed: Packed | None
+    queries_travel: bool
 
-    def pieces(self, of_q: int, of_k: int) -> tuple[Piece, ...]:
-        """What a rank's queries see of a rank's keys."""
-        return pieces(self.q, self.k, of_q, of_k, *self.band, joins=not self.packed)
+    def pieces(self, here: int, there: int) -> tuple[Piece, ...]:
+        """What a rank computes with that which travels to it from another."""
+        of_q, of_k = (there, here) if self.queries_travel else (here, there)
+        return pieces(self.q, self.k, of_q, of_k, *self.band, self.packed)
 
-    def needed(self, of_q: int, of_k: int) -> range:
-        """Which of a rank's keys a rank's queries need."""
-        return spanned(self.pieces(of_q, of_k))
+    def needed(self, here: int, there: int) -> range:
+        """Which rows of another's a rank needs of what travels."""
+        return spanned(self.pieces(here, there), "rows" if self.queries_travel else "keys")
 
-    def forward(self, q, k, v, cu_seqlens) -> tuple:
+    def forward(self, backend: Backend, q, k, v, cu_seqlens) -> tuple:
         """``(out, lse)`` of this rank's queries, the log-sum-exp in the backend's unit, −∞ for a row that sees no key."""
-        merged = Merged(self.merge, self.unit, (*q.shape[:3], v.shape[3]), q)
-        for _, first, k_there, v_there, parts in self._steps(k, v):
-            for piece in parts:
-                call, keys = self._call(piece, cu_seqlens), _slice(piece.keys, first)
-                inputs = self._unbatched(q[:, _slice(piece.rows)], k_there[:, keys], v_there[:, keys])
-                out, _, lse = self.passes[0](*inputs, call)
-                merged.add(piece.rows, *((out[None], lse[None]) if self.packed else (out, lse)))
-        return merged.result()
+        mine = Merged(backend, q, v)
 
-    def gradients(self, q, k, v, out, lse, dout, dlse, needs: str, cu_seqlens):
+        def compute(step: int, there: list, parts: list[tuple]) -> list:
+            q_there, k_there, v_there = (*there, k, v) if self.queries_travel else (q, *there)
+            found = Merged(backend, q_there, v) if self.queries_travel and step else mine
+            for piece, rows, keys in parts:
+                inputs = self._of(piece, q_there[:, rows], k_there[:, keys], v_there[:, keys])
+                out, _, lse = backend.passes[0](*inputs, self._call(piece, cu_seqlens))
+                found.add(rows, *((out[None], lse[None]) if piece.packed else (out, lse)))
+            if found is mine:
+                return []
+            out, lse = found.result()
+            return [out, lse.transpose(1, 2)]
+
+        def take(rows: slice, out, lse) -> None:
+            mine.add(rows, out, lse.transpose(1, 2).contiguous())
+
+        if self.queries_travel:
+            batch, _, heads, head_dim_v = mine.shape
+            results = q.new_empty((batch, 0, heads, head_dim_v)), q.new_empty((batch, 0, heads), dtype=_exact(q))
+            self._walk([q], list(results), compute, take)
+        else:
+            self._walk([k, v], [], compute, take)
+        return mine.result()
+
+    def gradients(self, backend: Backend, q, k, v, out, lse, dout, dlse, needs: str, cu_seqlens):
         """``(dq, dk, dv)`` of this rank's shards, None for what ``needs`` does not name."""
-        lse = lse.masked_fill(lse == -torch.inf, self.unit.unseen)
-        inputs, names = {"q": q, "k": k, "v": v}, [name for name in "kv" if name in needs]
-        sums = {name: Sum(inputs[name].shape, inputs[name]) for name in needs}
-        before: Callable[[], None] | None = None
-        for step, first, k_there, v_there, parts in self._steps(k, v):
-            there = {"k": k_there, "v": v_there}
-            of_keys = {name: Sum(there[name].shape, there[name]) for name in names} if step else sums
-            for piece in parts:
-                call, rows, keys = self._call(piece, cu_seqlens), _slice(piece.rows), _slice(piece.keys, first)
-                of_row = lse[:, :, rows], dout[:, rows], None if dlse is None else dlse[:, :, rows]
-                tensors = self._unbatched(q[:, rows], k_there[:, keys], v_there[:, keys], out[:, rows], *of_row)
-                asked = *tensors, needs, call, self.passes[1]
+        lse = lse.masked_fill(lse == -torch.inf, backend.unseen)
+        if dlse is None and self.queries_travel:  # others' may have one, which are sent as this one's are
+            dlse = torch.zeros_like(lse)
+        of_rows = [q, out, dout, *(x.transpose(1, 2) for x in (lse, dlse) if x is not None)]  # (batch, rows, heads, …), all
+        own = {"q": q, "k": k, "v": v}
+        sums = {name: Sum(own[name]) for name in needs}
+        away = [name for name in ("q" if self.queries_travel else "kv") if name in needs]
+
+        def compute(step: int, there: list, parts: list[tuple]) -> list:
+            rows_there, keys_there = (there, [k, v]) if self.queries_travel else (of_rows, there)
+            arrived = dict(zip("q" if self.queries_travel else "kv", there, strict=False))
+            totals = sums | ({name: Sum(arrived[name]) for name in away} if step else {})
+            for piece, rows, keys in parts:
+                of_q, of_out, of_dout, *of_lse = (x[:, rows] for x in rows_there)
+                inputs = of_q, *(x[:, keys] for x in keys_there), of_out
+                kept, of_dlse = (*(x.transpose(1, 2) for x in of_lse), None)[:2]
+                tensors = self._of(piece, *inputs, kept, of_dout, of_dlse)
+                asked = *tensors, needs, self._call(piece, cu_seqlens), backend.passes[1]
                 found = autograd.computed(None, *asked)
                 for name, dx in zip("qkv", found, strict=True):
                     if dx is not None:
-                        total, where = (sums, rows) if name == "q" else (of_keys, keys)
-                        total[name].add(where, dx[None] if self.packed else dx)
-            after = self._returned(step, sums, of_keys, names, parts, k) if step and names else None
-            if before is not None:
-                before()
-            before = after
-        if before is not None:
-            before()
+                        totals[name].add(rows if name == "q" else keys, dx[None] if piece.packed else dx)
+            return [totals[name].rounded() for name in away] if step else []
+
+        def take(rows: slice, *found) -> None:
+            for name, dx in zip(away, found, strict=True):
+                sums[name].add(rows, dx)
+
+        self._walk(of_rows if self.queries_travel else [k, v], [own[name] for name in away], compute, take)
         return tuple(sums[name].rounded() if name in needs else None for name in "qkv")
 
-    def _steps(self, k, v) -> Iterator[tuple]:
-        """``(step, first key, keys, values, pieces)``; while a step's are in use the next one's are on their way."""
-        rank, size = self.members.rank, self.members.size
-        first, there = 0, [k, v]
+    def _walk(self, travels: list, returns: list, compute: Callable, take: Callable) -> None:
+        """Step by step ``compute(step, there, parts)``, where ``there`` is what of ``travels`` came for the step, and ``parts``
+        are its pieces with their slices of the rows and the keys; meanwhile the next step's is on its way. What it returns,
+        alike to ``returns``, goes back to where it came from, and ``take(rows, …)`` is given what comes back for rows of this
+        rank."""
+        _, rank, size = self.members
+        first, there, coming = 0, travels, None
         for step in range(size):
-            ahead = self._fetched(k, v, step + 1) if step + 1 < size else None
-            yield step, first, *there, self.pieces(rank, (rank - step) % size)
+            ahead = self._fetched(travels, step + 1) if step + 1 < size else None
+            at_row, at_key = (first, 0) if self.queries_travel else (0, first)
+            parts = [(x, _slice(x.rows, at_row), _slice(x.keys, at_key)) for x in self.pieces(rank, (rank - step) % size)]
+            results = compute(step, there, parts)
+            if step and returns:
+                going = self._returned(results, returns, step)
+                self._take(coming, take)
+                coming = going
             if ahead is not None:
                 first, there = self.needed(rank, (rank - step - 1) % size).start, ahead.wait()
+        self._take(coming, take)
 
-    def _fetched(self, k, v, step: int) -> Exchange:
-        """The transfer of a step: this rank's keys and values to the rank so far ahead, and those of the rank as far behind."""
-        (group, rank, size), pair = self.members, (k, v)
+    @staticmethod
+    def _take(coming: tuple[range, Exchange] | None, take: Callable) -> None:
+        if coming is not None:
+            rows, exchange = coming
+            found = exchange.wait()
+            if rows:
+                take(_slice(rows), *found)
+
+    def _fetched(self, travels: list, step: int) -> Exchange:
+        """The transfer of a step: what the rank so far ahead needs of this one, and this one of the rank as far behind."""
+        _, rank, size = self.members
         to, source = (rank + step) % size, (rank - step) % size
         sent, received = _slice(self.needed(to, rank)), len(self.needed(rank, source))
-        shapes = [(x.shape[0], received, *x.shape[2:]) for x in pair]
-        return Exchange(group, k, [(x[:, sent], to) for x in pair], [(shape, source) for shape in shapes])
+        return Exchange(self.members, [(x[:, sent], to) for x in travels], [(x, received, source) for x in travels])
 
-    def _returned(self, step: int, sums: dict, of_keys: dict, names: list[str], parts: tuple, k) -> Callable[[], None]:
-        """Send the gradients of a step's keys back. Calling the result adds those that come for this rank's own."""
-        group, rank, size = self.members
+    def _returned(self, results: list, returns: list, step: int) -> tuple[range, Exchange]:
+        """Results of a step on their way back, and those that come from the rank to which this one's rows went, with these."""
+        _, rank, size = self.members
         to, source = (rank - step) % size, (rank + step) % size
         rows = self.needed(source, rank)
-        sent = [(of_keys[name].rounded(), to) for name in names] if parts else []
-        shapes = [(sums[name].shape[0], len(rows), *sums[name].shape[2:]) for name in names] if rows else []
-        exchange = Exchange(group, k, sent, [(shape, source) for shape in shapes], first_tag=len("kv"))
-
-        def add() -> None:
-            for name, x in zip(names if rows else (), exchange.wait(), strict=True):
-                sums[name].add(_slice(rows), x)
-
-        return add
+        coming = [(x, len(rows), source) for x in returns]
+        return rows, Exchange(self.members, [(x, to) for x in results], coming, back=True)
 
     def _call(self, piece: Piece, cu_seqlens) -> Call:
-        """The call that a piece is by itself. Of packed sequences it has those that begin, end or continue in its chunks."""
+        """The call that a piece is by itself. Of packed sequences it has those that begin, end or continue in its chunk."""
         left, right = piece.edges
-        sizes = len(piece.rows), len(piece.keys)
         lengths = None
-        if self.packed:
-            bounds = [(cu_seqlens - at).clamp(0, rows) for at, rows in zip(piece.positions, sizes, strict=True)]
-            lengths = Lengths(len(cu_seqlens) - 1, (*bounds, None, None))
+        if piece.packed:
+            bounds = (cu_seqlens - piece.position).clamp(0, len(piece.rows))
+            lengths = Lengths(len(cu_seqlens) - 1, (bounds, bounds, None, None))
+        sizes = len(piece.rows), len(piece.keys)
         return replace(self.call, seqlen_q=sizes[0], seqlen_k=sizes[1], left=left, right=right, lengths=lengths)
 
-    def _unbatched(self, *tensors) -> Any:
-        return [x if x is None else x[0] for x in tensors] if self.packed else tensors
+    @staticmethod
+    def _of(piece: Piece, *tensors) -> Any:
+        """Tensors as a piece's call takes them: ragged ones have no batch."""
+        return [x if x is None else x[0] for x in tensors] if piece.packed else tensors
 
 
 def _slice(rows: range, first: int = 0) -> slice:
@@ -268,25 +324,25 @@ class RingAttention(torch.autograd.Function):
     """``(out, lse)`` of a rank's shards, both of them differentiable; ``cu_seqlens`` of packed sequences, or None."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, ring: Ring):  # type: ignore[override]
-        out, lse = ring.forward(q, k, v, cu_seqlens)
+    def forward(ctx, q, k, v, cu_seqlens, ring: Ring, backend: Backend):  # type: ignore[override]
+        out, lse = ring.forward(backend, q, k, v, cu_seqlens)
         autograd.keep(ctx, q, k, v, out, lse, cu_seqlens)
-        ctx.ring = ring
-        return out, lse * (ring.unit.to_log2 * LN_2)
+        ctx.ring, ctx.backend = ring, backend
+        return out, lse * (backend.to_log2 * LN_2)
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[override]
         arguments = autograd.arguments_of_gradients(ctx, dout, dlse)
         if arguments is None:
-            return (None,) * 5
-        return *_RingGradients.apply(*arguments, ctx.ring), None, None
+            return (None,) * 6
+        return *_RingGradients.apply(*arguments, ctx.ring, ctx.backend), None, None, None
 
 
 class _RingGradients(torch.autograd.Function):
     """As ``autograd._Gradients`` is: differentiating once more says what to do instead."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, lse, dout, dlse, needs, cu_seqlens, ring: Ring):  # type: ignore[override]
-        return ring.gradients(q, k, v, out, lse, dout, dlse, needs, cu_seqlens)
+    def forward(ctx, q, k, v, out, lse, dout, dlse, needs, cu_seqlens, ring: Ring, backend: Backend):  # type: ignore[override]
+        return ring.gradients(backend, q, k, v, out, lse, dout, dlse, needs, cu_seqlens)
 
     backward = staticmethod(autograd.refuse_double_backward)

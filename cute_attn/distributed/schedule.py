@@ -6,15 +6,19 @@ first chunk sees less of than another rank's, its second one sees more of. In co
 
 **Steps.** In step t rank r's queries meet the keys of rank (r − t) mod n. The band cuts a rectangle out of each pair of
 chunks, or nothing. Where several are one under one band in the shards' own rows, as a shard's chunks under a causal mask are,
-they are one call. What a rank needs of another's keys is what its rectangles span: nothing else is sent.
+they are one call. What a rank needs of another's rows is what its rectangles span: nothing else is sent.
+
+**Packed sequences.** Two chunks have rows of one sequence in common at most, since one that reaches from the first into the
+second has all that lies between. So they meet in one rectangle, whose edges are known here; only a chunk with itself is ragged.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import torch
 
@@ -80,19 +84,34 @@ def padded(x: torch.Tensor, dim: int, rows: int) -> torch.Tensor:
     return torch.cat([x, x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])], dim) if missing else x
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Packed sequences, by where each begins in all rows, ascending, and where the last one ends."""
+
+    bounds: tuple[int, ...]
+
+    def parts(self, rows: range, keys: range) -> list[tuple[range, range]]:
+        """What some rows and some keys have of each sequence of which both have some."""
+        first = bisect_right(self.bounds, max(rows.start, keys.start)) - 1
+        past = bisect_left(self.bounds, min(rows.stop, keys.stop)) + 1
+        each = [range(*bounds) for bounds in pairwise(self.bounds[max(first, 0) : past])]
+        return [(_both(rows, one), _both(keys, one)) for one in each if _both(rows, one) and _both(keys, one)]
+
+
 @dataclass(frozen=True)
 class Piece:
     """Attention of some rows of a shard to some keys of another, both counted within these: ``row + lo ≤ key ≤ row + hi``.
 
-    An edge that cuts nothing is ``None``. All rows see a key, and all keys are seen. ``positions`` are the first row's and the
-    first key's in the sequence.
+    An edge that cuts nothing is ``None``. All rows see a key, and all keys are seen. With ``packed`` it is a chunk with itself,
+    which begins at ``position`` of all rows and has several sequences in it.
     """
 
     rows: range
     keys: range
     lo: int | None
     hi: int | None
-    positions: tuple[int, int] = (0, 0)
+    packed: Packed | None = None
+    position: int = 0
 
     @property
     def edges(self) -> tuple[int | None, int | None]:
@@ -103,6 +122,8 @@ class Piece:
     @property
     def scores(self) -> int:
         """How many are visible."""
+        if self.packed is not None:
+            return sum(piece.scores for piece in self.sequences())
         rows, band, last = len(self.rows), Band(self.lo, self.hi), self.rows.stop - 1
         count = rows * len(self.keys)
         if band.hi is not None:  # a triangle at the last keys, cut from the first rows
@@ -112,6 +133,18 @@ class Piece:
             side = max(0, last + band.lo - self.keys.start)
             count -= _triangle(side) - _triangle(side - rows)
         return count
+
+    def __str__(self) -> str:
+        rows, keys = (f"{x.start} to {x.stop}" for x in (self.rows, self.keys))
+        under = ", under the band" if self.edges != (None, None) else ""
+        return f"rows {rows} × keys {keys}{under}{', sequence by sequence' if self.packed else ''}"
+
+    def sequences(self) -> list[Piece]:
+        """Those of a chunk, each as a piece."""
+        assert self.packed is not None
+        chunk = _moved(self.rows, self.position - self.rows.start)
+        each = [_moved(rows, self.rows.start - self.position) for rows, _ in self.packed.parts(chunk, chunk)]
+        return [piece for rows in each if (piece := cut(rows, rows, self.lo, self.hi)) is not None]
 
     def seen(self, row: int) -> tuple[int, int]:
         """``(begin, end)`` of the keys that a row sees; zeros for none."""
@@ -134,7 +167,15 @@ def _triangle(side: int) -> int:
     return side * (side + 1) // 2 if side > 0 else 0
 
 
-def cut(rows: range, keys: range, lo: int | None, hi: int | None, positions: tuple[int, int] = (0, 0)) -> Piece | None:
+def _both(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
+
+
+def _moved(rows: range, by: int) -> range:
+    return range(rows.start + by, rows.stop + by)
+
+
+def cut(rows: range, keys: range, lo: int | None, hi: int | None) -> Piece | None:
     """The piece of a rectangle that a band leaves; ``None`` where no row sees a key."""
     first, past = rows.start, rows.stop
     if hi is not None:
@@ -145,25 +186,26 @@ def cut(rows: range, keys: range, lo: int | None, hi: int | None, positions: tup
         return None
     begin, end = Band(lo, hi).key_range(first, past - 1, keys.stop, HostOps)
     kept_rows, kept_keys = range(first, past), range(max(begin, keys.start), end)
-    positions = positions[0] + first - rows.start, positions[1] + kept_keys.start - keys.start
     lo = None if lo is None or past - 1 + lo <= kept_keys.start else lo
     hi = None if hi is None or first + hi >= end - 1 else hi
-    return Piece(kept_rows, kept_keys, lo, hi, positions)
+    return Piece(kept_rows, kept_keys, lo, hi)
 
 
 def joined(a: Piece, b: Piece) -> Piece | None:
     """The one piece that is both of these; ``None`` where there is none."""
+    if a.packed is not None or b.packed is not None:
+        return None
     rows = range(min(a.rows.start, b.rows.start), max(a.rows.stop, b.rows.stop))
     keys = range(min(a.keys.start, b.keys.start), max(a.keys.stop, b.keys.stop))
     for lo, hi in product(dict.fromkeys((None, a.lo, b.lo)), dict.fromkeys((None, a.hi, b.hi))):
-        union = Piece(rows, keys, lo, hi, a.positions)
+        union = Piece(rows, keys, lo, hi)
         bends = a.bends() | b.bends() | union.bends()
-        if all(union.seen(row) == _both(a.seen(row), b.seen(row)) for row in bends if row in rows):
+        if all(union.seen(row) == _together(a.seen(row), b.seen(row)) for row in bends if row in rows):
             return union
     return None
 
 
-def _both(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int] | None:
+def _together(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int] | None:
     """The keys of two ranges as one; ``None`` where they are none."""
     if a == (0, 0) or b == (0, 0):
         return max(a, b)
@@ -172,16 +214,24 @@ def _both(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int] | None:
 
 
 @lru_cache(maxsize=1 << 14)
-def pieces(q: Shards, k: Shards, of_q: int, of_k: int, lo: int | None, hi: int | None, joins: bool = True) -> tuple[Piece, ...]:
+def pieces(
+    q: Shards, k: Shards, of_q: int, of_k: int, lo: int | None, hi: int | None, packed: Packed | None = None
+) -> tuple[Piece, ...]:
     """What the queries of rank ``of_q`` see of the keys of rank ``of_k`` in the band ``row + lo ≤ key ≤ row + hi`` of the
-    sequence. Without ``joins``, chunk by chunk."""
-    found = []
+    sequence, or, where they are ``packed``, of each of them."""
+    found: list[Piece | None] = []
     for (rows, row_position), (keys, key_position) in product(q.in_use(of_q), k.in_use(of_k)):
-        off = (row_position - rows.start) - (key_position - keys.start)  # from the sequence's rows and keys to the shards'
-        edges = [None if edge is None else edge + off for edge in (lo, hi)]
-        found.append(cut(rows, keys, edges[0], edges[1], (row_position, key_position)))
-    left = [piece for piece in found if piece is not None]
-    return tuple(_joined(left) if joins else left)
+        at_row, at_key = rows.start - row_position, keys.start - key_position  # from all rows to the shards'
+        edges = [None if edge is None else edge + at_key - at_row for edge in (lo, hi)]
+        if packed is not None:
+            each = packed.parts(_moved(rows, -at_row), _moved(keys, -at_key))
+            if len(each) > 1:
+                found.append(Piece(rows, keys, edges[0], edges[1], packed, row_position))
+            if len(each) != 1:
+                continue
+            rows, keys = _moved(each[0][0], at_row), _moved(each[0][1], at_key)
+        found.append(cut(rows, keys, edges[0], edges[1]))
+    return tuple(_joined([piece for piece in found if piece is not None]))
 
 
 def _joined(parts: list[Piece]) -> list[Piece]:
@@ -191,7 +241,7 @@ def _joined(parts: list[Piece]) -> list[Piece]:
     return parts
 
 
-def spanned(parts: tuple[Piece, ...]) -> range:
-    """The keys from the first to the last that pieces have."""
-    return range(min((p.keys.start for p in parts), default=0), max((p.keys.stop for p in parts), default=0))
-
+def spanned(parts: tuple[Piece, ...], side: str = "keys") -> range:
+    """The keys, or the rows, from the first to the last that pieces have."""
+    sides: list[range] = [getattr(piece, side) for piece in parts]
+    return range(min((side.start for side in sides), default=0), max((side.stop for side in sides), default=0))
