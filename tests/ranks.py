@@ -7,12 +7,14 @@ import pickle
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from cute_attn import distributed
+from tests import support
 from tests.host.processes import quick
 
 SECONDS = 120  # after which ranks count as waiting for one another
@@ -117,3 +119,59 @@ def packed_passes(rank, group, tensors, cu_seqlens, options):
     found = [distributed.unshard(x.detach(), rows, dim=0, group=group) for x in (out, *gradients)]
     found.insert(1, distributed.unshard(lse.detach(), rows, dim=1, group=group))
     return found if rank == 0 else None
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    """Attention between two projections, over this rank's rows of so many."""
+
+    def __init__(self, attend: Callable, device, dtype: torch.dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.before, self.after = torch.nn.Linear(64, 3 * 4 * 64, bias=False), torch.nn.Linear(4 * 64, 64, bias=False)
+        self.attend = attend
+        self.to(dtype)
+
+    def forward(self, x):
+        q, k, v = self.before(x).unflatten(-1, (3, 4, 64)).unbind(2)
+        return self.after(self.attend(q, k, v).flatten(2))
+
+    def gradients(self, model, x, rows):
+        """Of both weights, from the mean over ``rows`` rows of the outputs' squares."""
+        (model(x).double().square().sum() / rows).backward()
+        return [self.before.weight.grad, self.after.weight.grad]
+
+
+def in_a_model(rank, group, x, way):
+    """A block's gradients under DDP or FSDP2, which take means over ranks; all of these must be in the group."""
+    seqlen, ranks = x.shape[1], dist.get_world_size(group)
+    attend = partial(distributed.attention, group=group, causal=True, seqlen=seqlen)
+    block = Block(attend, x.device, x.dtype)
+    if way == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(block, process_group=group)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        model = fully_shard(block, mesh=dist.init_device_mesh(x.device.type, (ranks,)))
+    gradients = block.gradients(model, distributed.shard(x, group=group), seqlen / ranks)
+    return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in gradients]
+
+
+def heads_first(q, k, v):
+    """Plain attention, in any dtype."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def assert_gradients_of_a_model_close(gradients, x):
+    """Beside float64, at most the multiple of plain attention's error in the same block, and a rounding: the tests' policy."""
+    exact, plain = Block(heads_first, x.device, x.dtype).double(), Block(heads_first, x.device, x.dtype)
+    exact, plain = exact.gradients(exact, x.double(), x.shape[1]), plain.gradients(plain, x, x.shape[1])
+    times = support.TIMES_PLAIN[x.dtype]
+    for got, allowed, want in zip(gradients, plain, exact, strict=True):
+        error, of_plain = ((one.to(x.device).double() - want).square().mean().sqrt() for one in (got, allowed))
+        assert error <= times * of_plain + torch.finfo(x.dtype).eps / 2 * want.square().mean().sqrt()

@@ -270,9 +270,8 @@ class Ring:
             parts = [(x, _slice(x.rows, at_row), _slice(x.keys, at_key)) for x in self.pieces(rank, (rank - step) % size)]
             results = compute(step, there, parts)
             if step and returns:
-                going = self._returned(results, returns, step)
                 self._take(coming, take)
-                coming = going
+                coming = self._returned(results, returns, step)
             if ahead is not None:
                 first, there = self.needed(rank, (rank - step - 1) % size).start, ahead.wait()
         self._take(coming, take)

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import time
+import weakref
 from bisect import bisect_right
 from datetime import timedelta
 from itertools import accumulate, chain, pairwise
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import context_parallel
 from cute_attn import attention, cubin, distributed, plan, problem, reference, rules
@@ -29,7 +31,7 @@ from tests import support
 from tests.host.processes import ROOT
 from tests.host.test_errors import Row, assert_raises, raises, reached, table
 from tests.host.test_wrapped import world
-from tests.ranks import Ranks, both_passes, packed_passes
+from tests.ranks import Ranks, assert_gradients_of_a_model_close, both_passes, in_a_model, packed_passes
 
 RANKS = 4
 
@@ -278,6 +280,41 @@ def test_partial_results_are_merged_in_float32(ranks):
     assert errors[1] <= 1.5 * errors[0]
 
 
+def memory(rank, group, rows, method):
+    """In bytes, at most at once: allocated in both passes beyond what was there; of keys and values that came."""
+    q, k, v = (torch.randn(2, rows, heads, 64).requires_grad_() for heads in (4, 4, 4))
+    rooms, most = [], [0]
+    start = ring.Exchange.__init__
+
+    def counted(self, members, sends, receives, back=False):
+        start(self, members, sends, receives, back)
+        rooms.extend(weakref.ref(x) for x in ([] if back else self.received))
+        most[0] = max(most[0], sum(x.nbytes for room in rooms if (x := room()) is not None))
+
+    with pytest.MonkeyPatch.context() as patch, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        patch.setattr(ring.Exchange, "__init__", counted)
+        out = distributed.attention(q, k, v, group=group, causal=True, method=method)
+        torch.autograd.grad(out.sum(), (q, k, v))
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(change for _, change in changes)), most[0]
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_memory_is_linear_in_the_shard(method, ranks):
+    """Twice the rows take twice as much, a longer sequence on more ranks no more; in a ring keys of two shards are there."""
+    peaks = {}
+    for count, rows in ((3 if method == "ring" else 2, 128), (4, 128), (4, 256)):
+        found = ranks.results(count, memory, rows, method)
+        peaks[count, rows] = max(peak for peak, _ in found)
+        shards = 2 if method == "ring" else 0
+        assert all(received <= shards * 2 * (2 * rows * 4 * 64 * 4) for _, received in found)
+    fewer, more, longer = peaks.values()
+    assert more <= 1.2 * fewer
+    assert longer <= 2.05 * more
+    assert longer <= 24 * (2 * 256 * 4 * 64 * 4)  # shards of q: tiles of the reference's, too
+
+
 SIZES = (3, 0, 70, 1, 20, 37)
 
 
@@ -306,6 +343,19 @@ def test_packed_sequences_across_shards(count, options, ranks):
     for x in (out, *gradients):
         assert not x[bounds[-1] :].count_nonzero()
     assert (lse[:, bounds[-1] :] == -math.inf).all()
+
+
+def test_bounds_are_read_back_once_for_each_content():
+    q, bounds = torch.empty(9, 1, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
+    packed = calls._packed(q, bounds, 9, 9)
+    assert packed.bounds == (0, 4, 9)
+    assert calls._packed(q, bounds, 9, 9) is packed
+    bounds[1] = 5
+    assert calls._packed(q, bounds, 9, 9).bounds == (0, 5, 9)
+    with torch.inference_mode():  # where torch doesn't count changes
+        bounds = bounds.clone()
+        bounds[1] = calls._packed(q, bounds, 9, 9).bounds[1] + 1
+        assert calls._packed(q, bounds, 9, 9).bounds == (0, 6, 9)
 
 
 def on_a_mesh(rank, group, tensors, options):
@@ -347,7 +397,13 @@ def test_dtensors(on, batch, ranks):
         assert_right(results, tensors, causal=True)
 
 
-def in_a_model(rank, group, x, weights):
+def test_under_fsdp2(ranks):
+    x = torch.randn(1, 101, 64)
+    for gradients in ranks.results(RANKS, in_a_model, x, "fsdp2"):
+        assert_gradients_of_a_model_close(gradients, x)
+
+
+def in_other_ways(rank, group, x, weights):
     """Activation checkpointing, torch.compile of what is around, autocast: the same loss and gradients as without."""
     from torch.utils.checkpoint import checkpoint
 
@@ -366,8 +422,8 @@ def in_a_model(rank, group, x, weights):
     return found
 
 
-def test_in_a_model(ranks):
-    for plain, *others in ranks.results(2, in_a_model, torch.randn(1, 30, 32), torch.randn(32, 96) / 6):
+def test_checkpoints_graphs_and_autocast(ranks):
+    for plain, *others in ranks.results(2, in_other_ways, torch.randn(1, 30, 32), torch.randn(32, 96) / 6):
         assert plain.count_nonzero()
         assert all(torch.equal(plain, other) for other in others)
 
@@ -598,7 +654,8 @@ def test_explain_says_why_and_what_is_computed():
     assert "    queries of rank 3: rows 0 to 512 × keys 0 to 4096\n" in few
     plain = [torch.empty(100, heads, 128, dtype=torch.bfloat16) for heads in (32, 8, 8)]
     packed = distributed.explain(*plain, ranks=2, causal=True, cu_seqlens=torch.tensor([0, 20, 90, 200], dtype=torch.int32))
-    assert "; rows 0 to 50 × keys 0 to 50, under the band, sequence by sequence\n    keys of rank 0: rows 0 to 40 × keys 20 to 50" in packed
+    assert "; rows 0 to 50 × keys 0 to 50, under the band, sequence by sequence\n" in packed
+    assert packed.endswith("\n    keys of rank 0: rows 0 to 40 × keys 20 to 50")
     assert "nothing is seen, nothing sent" in distributed.explain(q, k, k, ranks=4, order="contiguous", window=(10, 0))
     assert distributed.explain(q, k, k, ranks=3).startswith("ring: not ulysses: q has 32 heads and 3 ranks")
     assert distributed.explain(q, k, k, ranks=4, method="ulysses").startswith("ulysses: asked for\n")
@@ -670,6 +727,18 @@ def test_ranks_that_differ_are_named_on_all(odd, words, ranks):
         assert kind == "ValueError"
         assert all(word in message for word in words), message
     assert ranks.results(3, call, None, {"rows": 8, "method": "ring"}, {}) == ["computed"] * 3
+
+
+def packed_call(rank, group, odd):
+    q, k, v, *_ = (x[0] for x in inputs(8, batch=1))
+    bounds = torch.tensor([0, 9 if rank == odd else 8, 24], dtype=torch.int32)
+    distributed.attention(q, k, v, group=group, cu_seqlens=bounds, method="ring")
+
+
+def test_ranks_that_pack_otherwise_are_named(ranks):
+    for kind, message in ranks.run(3, packed_call, 2):
+        assert kind == "ValueError"
+        assert "rank 2 has cu_seqlens = 2 sequences, of hash" in message
 
 
 def first_call(rank, group, odd):
