@@ -1,6 +1,7 @@
 """Attention over several cards, beside one card and torch's own ``context_parallel``. A few minutes on two:
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.context_parallel --json cp.json
+    python -m benchmarks.context_parallel --merging      # on one: how fast partial results are merged, beside a copy
 
 For each length and method, forward and forward with backward: the rate of a card, as a part of the one-card kernel's on the
 whole sequence, medians of runs in turns; the memory at the peak beyond inputs and results; of a ring's run, how much of the
@@ -16,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from cute_attn.distributed.schedule import Shards
 
 HEADS, HEADS_KV, HEAD_DIM = 32, 8, 128
 TURNS = 3
+REPEATS = 20  # of what takes less than a millisecond
 SCHEMA = "context parallel 1"
 PEER = "torch's context_parallel, seconds"
 FAILURES = (ImportError, AttributeError, NotImplementedError, RuntimeError, AssertionError, TypeError, ValueError)  # a peer's
@@ -58,8 +61,9 @@ def pass_of(function: Callable, tensors: list[torch.Tensor], backward: bool) -> 
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of the slowest rank, all of which begin together."""
-    dist.barrier()
+    """Of the slowest rank, all of which begin together; without ranks, of this process."""
+    if dist.is_initialized():
+        dist.barrier()
     torch.cuda.synchronize()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -67,7 +71,8 @@ def seconds(run: Callable[[], Any]) -> float:
     end.record()
     torch.cuda.synchronize()
     longest = torch.tensor([begin.elapsed_time(end) / 1e3], device="cuda")
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
     return longest.item()
 
 
@@ -114,13 +119,27 @@ def heads_first(q, k, v):
 
 
 def merging() -> dict[str, float]:
-    """Bytes a second of the kernel that merges partial results, and of a copy of as many floats as it writes."""
-    out, more = (torch.randn(1, 32768, HEADS, HEAD_DIM, device="cuda").to(dtype) for dtype in (torch.float32, torch.bfloat16))
+    """Bytes a second of the kernel that merges partial results, by the dtype of what is so far, and of a copy of as many bytes
+    as it writes. Several at once, so that no launch is waited for."""
+    more = torch.randn(1, 32768, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    so_far = {"float32": more.float(), "bfloat16": more.clone()}
     lse, lse_more = (torch.zeros(1, HEADS, 32768, device="cuda") for _ in range(2))
-    copied = torch.empty_like(out)
-    found = in_turns({"merge": lambda: launch.merge(out, lse, more, lse_more, 1.0), "copy": lambda: copied.copy_(out)})
-    touched = {"merge": 2 * out.nbytes + more.nbytes + 3 * lse.nbytes, "copy": 2 * out.nbytes}
-    return {name: touched[name] / took for name, took in found.items()}
+    copied = torch.empty_like(so_far["float32"])
+    runs: dict[str, Callable[[], Any]] = {"copy": partial(copied.copy_, so_far["float32"])}
+    runs |= {name: partial(launch.merge, x, lse, more, lse_more, 1.0) for name, x in so_far.items()}
+    found = in_turns({name: partial(_repeated, run) for name, run in runs.items()})
+    touched = {name: x.nbytes + copied.nbytes + more.nbytes + 3 * lse.nbytes for name, x in so_far.items()}
+    return {name: REPEATS * touched.get(name, 2 * copied.nbytes) / took for name, took in found.items()}
+
+
+def _repeated(run: Callable[[], Any]) -> None:
+    for _ in range(REPEATS):
+        run()
+
+
+def said_of_merging(rates: dict[str, float]) -> str:
+    """The rates, and their ratio to the copy's."""
+    return "\n".join(f"{x:8}  {rate / 1e12:.3f} TB/s  {rate / rates['copy']:.3f} of a copy's" for x, rate in rates.items())
 
 
 def measure(seqlen: int, causal: bool, backward: bool) -> dict[str, Any]:
@@ -202,9 +221,15 @@ def predicted() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--json", type=Path, metavar="FILE", help="measure all, under torchrun")
+    what.add_argument("--merging", action="store_true", help="measure only the kernel that merges, on one card")
     parser.add_argument("--seqlen", type=int, nargs="+", default=[65536, 262144])
     options = parser.parse_args()
+    if options.merging:
+        print(torch.cuda.get_device_name())
+        print(said_of_merging(merging()))
+        return 0
     local = dist.get_node_local_rank(0)
     torch.cuda.set_device(local)
     dist.init_process_group("nccl", timeout=timedelta(minutes=2), device_id=torch.device("cuda", local))

@@ -49,6 +49,8 @@ CASES = {
     "softcap": ({"seqlen_q": 1000, "d": 256}, {"causal": True, "softcap": 15.0}),
     "longer keys": ({"seqlen_q": 700, "seqlen_k": 1900, "d": 96, "dv": 40}, {"causal": True}),
     "MQA": ({"seqlen_q": 2048, "heads": (6, 1)}, {"causal": True, "deterministic": True}),
+    "few queries": ({"seqlen_q": 200, "seqlen_k": 3000}, {"causal": True, "deterministic": True}),  # which travel
+    "few queries, window": ({"seqlen_q": 130, "seqlen_k": 2000, "batch": 2}, {"window": (900, 100), "softcap": 15.0}),
     "few rows": ({"seqlen_q": 5}, {"causal": True}),
 }
 
@@ -105,7 +107,14 @@ SIZES = (3, 0, 1300, 1, 200, 37, 1024)
 
 
 @pytest.mark.parametrize(
-    "options", [{"causal": True, "method": "ring"}, {"method": "ring"}, {"causal": True, "method": "ulysses"}]
+    "options",
+    [
+        {"causal": True, "method": "ring"},
+        {"method": "ring"},
+        {"window": (700, 0), "method": "ring"},
+        {"window": (90, 40), "softcap": 15.0, "method": "ring"},
+        {"causal": True, "method": "ulysses"},
+    ],
 )
 def test_packed_sequences_across_shards(options, ranks):
     q, k, v, dout, _ = inputs(sum(SIZES) + 100)

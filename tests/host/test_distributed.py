@@ -683,6 +683,8 @@ def test_measured_figures_as_a_table():
     *_, first, second = context_parallel.table(record).splitlines()
     assert first == "| causal, 64k, forward | 600 | 0.951 | 0.900 | 1.20 | 75% | 2.0 |"
     assert second == "| causal, 64k, forward | 600 | 0.951 | 0.900 |  | 75% | 2.0 |"
+    said = context_parallel.said_of_merging({"copy": 4e12, "float32": 3.8e12})
+    assert said.splitlines()[1] == "float32   3.800 TB/s  0.950 of a copy's"
 
 
 def test_alone_is_attention_to_the_last_bit():
