@@ -64,7 +64,6 @@ raw_stream: Callable[[int], int] = _of_cuda("torch._C._cuda_getCurrentRawStream"
 assert_on_device: Callable[[torch.Tensor, str], None] = _bound(
     "torch._assert_async", "that what is checked on the device need not be waited for"
 )
-WeakTensorKeyDictionary: Any = _bound("torch.utils.weak.WeakTensorKeyDictionary", "what it has read of a tensor")
 
 
 def version_of(x: torch.Tensor) -> int | None:

@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.compiler import disable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cute_attn import api, autocast, launch, reference, wrapped
 from cute_attn.arguments import flag, integer, name_of, shown
 from cute_attn.distributed import costs
 from cute_attn.distributed.agreement import agree, refuse
-from cute_attn.distributed.ring import ALONE, Backend, Members, Ring, RingAttention
+from cute_attn.distributed.ring import ALONE, Engine, Members, Ring, RingAttention
 from cute_attn.distributed.schedule import Packed, Shards
 from cute_attn.distributed.shards import Places, length_of, order_of, places_of
 from cute_attn.distributed.ulysses import copies, to_heads, to_rows
 from cute_attn.lengths import check_lengths
 from cute_attn.plan import mechanism_name
-from cute_attn.private import WeakTensorKeyDictionary, any_autocast_enabled, version_of
+from cute_attn.private import any_autocast_enabled, version_of
 from cute_attn.problem import Call, check_call, edges_of
 from cute_attn.rules import score_scales
 
@@ -99,15 +100,15 @@ def attention(
     q, k, v = map(wrapped.finished, (q, k, v))
     places = places_of(group, mesh)
     try:
-        plan = _plan(q, k, v, places, method, order, seqlen, seqlen_k, cu_seqlens, rules)
-        return_lse, computing = flag("return_lse", return_lse), _computing(q, k, v, plan.ring.call, how)
+        arranged = _arranged(q, k, v, places, method, order, seqlen, seqlen_k, cu_seqlens, rules)
+        return_lse, engine = flag("return_lse", return_lse), _engine(q, k, v, arranged.ring.call, how)
     except (TypeError, ValueError, NotImplementedError) as error:
         for members in places:
             refuse(members, error, q.device if isinstance(q, torch.Tensor) else torch.device("cpu"))
         raise
     for members in places:
-        agree(members, plan.fields | how | _shapes(q, k, v), q.device)
-    heads, (of_q, of_k) = plan.heads, plan.exchanged
+        agree(members, arranged.fields | how | _shapes(q, k, v), q.device)
+    heads, (of_q, of_k) = arranged.heads, arranged.exchanged
     if cu_seqlens is not None:
         q, k, v = q[None], k[None], v[None]
     if heads.size > 1:
@@ -115,7 +116,7 @@ def attention(
         if times > 1:
             k, v = k.repeat_interleave(times, 2), v.repeat_interleave(times, 2)
         q, k, v = to_heads(q, heads, of_q), to_heads(k, heads, of_k), to_heads(v, heads, of_k)
-    out, lse = RingAttention.apply(q, k, v, cu_seqlens, plan.ring, computing)
+    out, lse = RingAttention.apply(q, k, v, cu_seqlens, arranged.ring, engine)
     if heads.size > 1:
         out = to_rows(out, heads, of_q)
         if return_lse:
@@ -148,8 +149,9 @@ def explain(
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; at least 1 is needed: how many share the sequence")
     rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-    plan = _plan(q, k, v, Places(Members(None, 0, ranks)), method, order, seqlen, seqlen_k, cu_seqlens, rules)
-    lines, ring = [f"{plan.fields['method']}: {plan.reason}", *(f"  {found}" for found in plan.found)], plan.ring
+    arranged = _arranged(q, k, v, Places(Members(None, 0, ranks)), method, order, seqlen, seqlen_k, cu_seqlens, rules)
+    ring = arranged.ring
+    lines = [f"{arranged.fields['method']}: {arranged.reason}", *(f"  {found}" for found in arranged.found)]
     if ring.members.size > 1:
         last, turned = ranks - 1, ring.queries_travel
         travels = f"{'queries and their results' if turned else 'keys and values'} travel, which is less to send"
@@ -161,7 +163,7 @@ def explain(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Arrangement:
     """What is done: ``heads`` exchange the sequence for heads, of which ``exchanged`` says which rows of q and k each has; what
     they have then is a shard of the ``ring``."""
 
@@ -173,7 +175,7 @@ class Plan:
     found: tuple[costs.Costs, ...]
 
 
-def _plan(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, rules: dict) -> Plan:
+def _arranged(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, rules: dict) -> Arrangement:
     method = name_of("method", method, _ONE_METHOD)
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; {_ONE_METHOD}")
@@ -226,7 +228,7 @@ def _plan(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, 
     of_kv = call.heads_kv * copies(call.heads_kv, heads.size) // heads.size
     call = replace(call, heads=call.heads // heads.size, heads_kv=of_kv)
     turned = costs.queries_travel(*sharded, sizes._replace(heads=call.heads, heads_kv=of_kv))
-    return Plan(Ring(places.ring, *sharded, call, band, packed, turned), heads, exchanged, fields, reason, found)
+    return Arrangement(Ring(places.ring, *sharded, call, band, packed, turned), heads, exchanged, fields, reason, found)
 
 
 def _packed(q: torch.Tensor, cu_seqlens, length_q: int, length_k: int) -> Packed:
@@ -257,7 +259,7 @@ def _length(name: str, given, rows: int, places: Places, order: str) -> int:
     return length
 
 
-def _computing(q, k, v, call: Call, how: dict) -> Backend:
+def _engine(q, k, v, call: Call, how: dict) -> Engine:
     backend, mechanism = api.backend_name(how["backend"]), mechanism_name(how["mechanism"])
     deterministic = flag("deterministic", how["deterministic"])
     if not wrapped.are_read(q, k, v, None):
@@ -266,9 +268,9 @@ def _computing(q, k, v, call: Call, how: dict) -> Backend:
             f"values, so tensors that have some are needed: try cute_attn.distributed.explain, for which shapes are enough"
         )
     if api.computed_by_reference(backend, mechanism, q):
-        return Backend(api.REFERENCE, reference.merge, 1.0, -torch.inf)
+        return Engine(api.REFERENCE, reference.merge, 1.0, -torch.inf)
     passes = launch.passes(False, mechanism, deterministic)
-    return Backend(passes, launch.merge, score_scales(call.scale, call.softcap)[0], torch.inf)
+    return Engine(passes, launch.merge, score_scales(call.scale, call.softcap)[0], torch.inf)
 
 
 def _shapes(q, k, v) -> dict[str, object]:

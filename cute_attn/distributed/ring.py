@@ -45,7 +45,7 @@ class Members(NamedTuple):
 ALONE = Members(None, 0, 1)
 
 
-class Backend(NamedTuple):
+class Engine(NamedTuple):
     """Who computes: ``passes`` as ``autograd.Attention`` takes them, and ``merge``, which is ``reference.merge`` or does as it.
 
     It keeps a row's log-sum-exp for its backward pass in a unit of its own: ``to_log2`` times it is in base 2, and ``unseen``
@@ -116,28 +116,28 @@ def backends_of(group) -> dict[str, str]:
 
 
 class Merged:
-    """Partial results of a tensor's rows, as they come: the output in float32, the log-sum-exp in a backend's unit, −∞ for rows
+    """Partial results of a tensor's rows, as they come: the output in float32, the log-sum-exp in an engine's unit, −∞ for rows
     that have seen no key. What one part is all of is that part, bit for bit."""
 
-    def __init__(self, backend: Backend, q: torch.Tensor, v: torch.Tensor):
-        self.backend, self.like = backend, q
+    def __init__(self, engine: Engine, q: torch.Tensor, v: torch.Tensor):
+        self.engine, self.like = engine, q
         self.shape = *q.shape[:3], v.shape[3]  # (batch, rows, heads, head_dim_v)
         self.out: torch.Tensor | None = None
         self.lse: torch.Tensor | None = None
 
     def add(self, rows: slice, out: torch.Tensor, lse: torch.Tensor) -> None:
         """``out`` (batch, rows, heads, head_dim_v) and ``lse`` (batch, heads, rows) of some more keys."""
-        lse = lse.masked_fill(lse == self.backend.unseen, -torch.inf)
+        lse = lse.masked_fill(lse == self.engine.unseen, -torch.inf)
         whole = out.shape == self.shape
         if self.out is None and whole:
             self.out, self.lse = out, lse
             return
         so_far, so_far_lse = self._begun()
         if whole:
-            self.out = self.backend.merge(so_far, so_far_lse, out, lse, self.backend.to_log2)
+            self.out = self.engine.merge(so_far, so_far_lse, out, lse, self.engine.to_log2)
         else:
             self.out = so_far.to(_exact(self.like))
-            self.backend.merge(self.out[:, rows], so_far_lse[:, :, rows], out, lse, self.backend.to_log2)
+            self.engine.merge(self.out[:, rows], so_far_lse[:, :, rows], out, lse, self.engine.to_log2)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``(out, lse)``, the output rounded to the inputs' dtype."""
@@ -197,16 +197,16 @@ class Ring:
         """Which rows of another's a rank needs of what travels."""
         return spanned(self.pieces(here, there), "rows" if self.queries_travel else "keys")
 
-    def forward(self, backend: Backend, q, k, v, cu_seqlens) -> tuple:
-        """``(out, lse)`` of this rank's queries, the log-sum-exp in the backend's unit, −∞ for a row that sees no key."""
-        mine = Merged(backend, q, v)
+    def forward(self, engine: Engine, q, k, v, cu_seqlens) -> tuple:
+        """``(out, lse)`` of this rank's queries, the log-sum-exp in the engine's unit, −∞ for a row that sees no key."""
+        mine = Merged(engine, q, v)
 
         def compute(step: int, there: list, parts: list[tuple]) -> list:
             q_there, k_there, v_there = (*there, k, v) if self.queries_travel else (q, *there)
-            found = Merged(backend, q_there, v) if self.queries_travel and step else mine
+            found = Merged(engine, q_there, v) if self.queries_travel and step else mine
             for piece, rows, keys in parts:
                 inputs = self._of(piece, q_there[:, rows], k_there[:, keys], v_there[:, keys])
-                out, _, lse = backend.passes[0](*inputs, self._call(piece, cu_seqlens))
+                out, _, lse = engine.passes[0](*inputs, self._call(piece, cu_seqlens))
                 found.add(rows, *((out[None], lse[None]) if piece.packed else (out, lse)))
             if found is mine:
                 return []
@@ -224,9 +224,9 @@ class Ring:
             self._walk([k, v], [], compute, take)
         return mine.result()
 
-    def gradients(self, backend: Backend, q, k, v, out, lse, dout, dlse, needs: str, cu_seqlens):
+    def gradients(self, engine: Engine, q, k, v, out, lse, dout, dlse, needs: str, cu_seqlens):
         """``(dq, dk, dv)`` of this rank's shards, None for what ``needs`` does not name."""
-        lse = lse.masked_fill(lse == -torch.inf, backend.unseen)
+        lse = lse.masked_fill(lse == -torch.inf, engine.unseen)
         if dlse is None and self.queries_travel:  # others' may have one, which are sent as this one's are
             dlse = torch.zeros_like(lse)
         of_rows = [q, out, dout, *(x.transpose(1, 2) for x in (lse, dlse) if x is not None)]  # (batch, rows, heads, …), all
@@ -243,7 +243,7 @@ class Ring:
                 inputs = of_q, *(x[:, keys] for x in keys_there), of_out
                 kept, of_dlse = (*(x.transpose(1, 2) for x in of_lse), None)[:2]
                 tensors = self._of(piece, *inputs, kept, of_dout, of_dlse)
-                asked = *tensors, needs, self._call(piece, cu_seqlens), backend.passes[1]
+                asked = *tensors, needs, self._call(piece, cu_seqlens), engine.passes[1]
                 found = autograd.computed(None, *asked)
                 for name, dx in zip("qkv", found, strict=True):
                     if dx is not None:
@@ -264,40 +264,29 @@ class Ring:
         rank."""
         _, rank, size = self.members
         first, there, coming = 0, travels, None
+
+        def take_back() -> None:
+            if coming is not None and (found := coming[1].wait()) and coming[0]:
+                take(_slice(coming[0]), *found)
+
         for step in range(size):
-            ahead = self._fetched(travels, step + 1) if step + 1 < size else None
+            ahead = ready = None
+            if step + 1 < size:
+                to, source = (rank + step + 1) % size, (rank - step - 1) % size
+                ready, going = self.needed(rank, source), _slice(self.needed(to, rank))
+                ahead = Exchange(self.members, [(x[:, going], to) for x in travels], [(x, len(ready), source) for x in travels])
             at_row, at_key = (first, 0) if self.queries_travel else (0, first)
             parts = [(x, _slice(x.rows, at_row), _slice(x.keys, at_key)) for x in self.pieces(rank, (rank - step) % size)]
             results = compute(step, there, parts)
             if step and returns:
-                self._take(coming, take)
-                coming = self._returned(results, returns, step)
-            if ahead is not None:
-                first, there = self.needed(rank, (rank - step - 1) % size).start, ahead.wait()
-        self._take(coming, take)
-
-    @staticmethod
-    def _take(coming: tuple[range, Exchange] | None, take: Callable) -> None:
-        if coming is not None:
-            rows, exchange = coming
-            found = exchange.wait()
-            if rows:
-                take(_slice(rows), *found)
-
-    def _fetched(self, travels: list, step: int) -> Exchange:
-        """The transfer of a step: what the rank so far ahead needs of this one, and this one of the rank as far behind."""
-        _, rank, size = self.members
-        to, source = (rank + step) % size, (rank - step) % size
-        sent, received = _slice(self.needed(to, rank)), len(self.needed(rank, source))
-        return Exchange(self.members, [(x[:, sent], to) for x in travels], [(x, received, source) for x in travels])
-
-    def _returned(self, results: list, returns: list, step: int) -> tuple[range, Exchange]:
-        """Results of a step on their way back, and those that come from the rank to which this one's rows went, with these."""
-        _, rank, size = self.members
-        to, source = (rank - step) % size, (rank + step) % size
-        rows = self.needed(source, rank)
-        coming = [(x, len(rows), source) for x in returns]
-        return rows, Exchange(self.members, [(x, to) for x in results], coming, back=True)
+                take_back()
+                to, source = (rank - step) % size, (rank + step) % size
+                rows = self.needed(source, rank)
+                back = Exchange(self.members, [(x, to) for x in results], [(x, len(rows), source) for x in returns], back=True)
+                coming = rows, back
+            if ahead is not None and ready is not None:
+                first, there = ready.start, ahead.wait()
+        take_back()
 
     def _call(self, piece: Piece, cu_seqlens) -> Call:
         """The call that a piece is by itself. Of packed sequences it has those that begin, end or continue in its chunk."""
@@ -323,25 +312,25 @@ class RingAttention(torch.autograd.Function):
     """``(out, lse)`` of a rank's shards, both of them differentiable; ``cu_seqlens`` of packed sequences, or None."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, ring: Ring, backend: Backend):  # type: ignore[override]
-        out, lse = ring.forward(backend, q, k, v, cu_seqlens)
+    def forward(ctx, q, k, v, cu_seqlens, ring: Ring, engine: Engine):  # type: ignore[override]
+        out, lse = ring.forward(engine, q, k, v, cu_seqlens)
         autograd.keep(ctx, q, k, v, out, lse, cu_seqlens)
-        ctx.ring, ctx.backend = ring, backend
-        return out, lse * (backend.to_log2 * LN_2)
+        ctx.ring, ctx.engine = ring, engine
+        return out, lse * (engine.to_log2 * LN_2)
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[override]
         arguments = autograd.arguments_of_gradients(ctx, dout, dlse)
         if arguments is None:
             return (None,) * 6
-        return *_RingGradients.apply(*arguments, ctx.ring, ctx.backend), None, None, None
+        return *_RingGradients.apply(*arguments, ctx.ring, ctx.engine), None, None, None
 
 
 class _RingGradients(torch.autograd.Function):
     """As ``autograd._Gradients`` is: differentiating once more says what to do instead."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, lse, dout, dlse, needs, cu_seqlens, ring: Ring, backend: Backend):  # type: ignore[override]
-        return ring.gradients(backend, q, k, v, out, lse, dout, dlse, needs, cu_seqlens)
+    def forward(ctx, q, k, v, out, lse, dout, dlse, needs, cu_seqlens, ring: Ring, engine: Engine):  # type: ignore[override]
+        return ring.gradients(engine, q, k, v, out, lse, dout, dlse, needs, cu_seqlens)
 
     backward = staticmethod(autograd.refuse_double_backward)

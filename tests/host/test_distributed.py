@@ -214,13 +214,13 @@ def with_raw_scores(rank, group, tensors, options):
         lse = (lse * to_log2(call)).masked_fill(lse == math.inf, -math.inf)
         return reference.gradients(q, k, v, out, lse, dout, dlse, call, needs)
 
-    computing = calls._computing
+    engine_of = calls._engine
 
     def as_the_kernels(q, k, v, call, how):
-        return computing(q, k, v, call, how)._replace(passes=(forward, gradients), to_log2=to_log2(call), unseen=math.inf)
+        return engine_of(q, k, v, call, how)._replace(passes=(forward, gradients), to_log2=to_log2(call), unseen=math.inf)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calls, "_computing", as_the_kernels)
+        patch.setattr(calls, "_engine", as_the_kernels)
         return both_passes(rank, group, tensors, options)
 
 
