@@ -92,15 +92,23 @@ def _moved(x, device: str):
 # ---- what they are asked for -------------------------------------------------------------------------------------------
 
 
+def among(group, device: str, options: dict) -> tuple[dict, dict]:
+    """Who shares sequences, as keywords, and the other options: the group, or, of all ranks, a ``mesh`` of such a shape."""
+    options = dict(options)
+    shape = options.pop("mesh", None)
+    return {"mesh": dist.init_device_mesh(device, shape)} if shape else {"group": group}, options
+
+
 def both_passes(rank, group, tensors, options):
     """``[out, lse, dq, dk, dv]`` of whole sequences, computed on shards of them; on the first rank."""
     whole_q, whole_k = tensors[0].shape[1], tensors[1].shape[1]
-    where = {"group": group, "order": options.get("order", "zigzag")}
+    where, options = among(group, tensors[0].device.type, options)
+    where["order"] = options.pop("order", "zigzag")
     q, k, v, dout = (distributed.shard(x, **where) for x in tensors[:4])
     dlse = distributed.shard(tensors[4], dim=2, **where)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     sizes = {"seqlen": whole_q, "seqlen_k": whole_k}
-    outputs = distributed.attention(*leaves, return_lse=True, **sizes, **{**where, **options})
+    outputs = distributed.attention(*leaves, return_lse=True, **sizes, **where, **options)
     gradients = torch.autograd.grad(outputs, leaves, (dout, dlse))
     seqlens, dims = (whole_q,) * 3 + (whole_k,) * 2, (1, 2, 1, 1, 1)
     found = [
@@ -113,11 +121,12 @@ def both_passes(rank, group, tensors, options):
 def packed_passes(rank, group, tensors, cu_seqlens, options):
     """The same of packed sequences, without the log-sum-exp's gradient."""
     rows = tensors[0].shape[0]
-    q, k, v, dout = (distributed.shard(x, dim=0, group=group).requires_grad_() for x in tensors[:4])
-    out, lse = distributed.attention(q, k, v, group=group, seqlen=rows, cu_seqlens=cu_seqlens, return_lse=True, **options)
+    where, options = among(group, tensors[0].device.type, options)
+    q, k, v, dout = (distributed.shard(x, dim=0, **where).requires_grad_() for x in tensors[:4])
+    out, lse = distributed.attention(q, k, v, seqlen=rows, cu_seqlens=cu_seqlens, return_lse=True, **where, **options)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
-    found = [distributed.unshard(x.detach(), rows, dim=0, group=group) for x in (out, *gradients)]
-    found.insert(1, distributed.unshard(lse.detach(), rows, dim=1, group=group))
+    found = [distributed.unshard(x.detach(), rows, dim=0, **where) for x in (out, *gradients)]
+    found.insert(1, distributed.unshard(lse.detach(), rows, dim=1, **where))
     return found if rank == 0 else None
 
 

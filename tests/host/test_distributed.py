@@ -31,7 +31,7 @@ from tests import support
 from tests.host.processes import ROOT
 from tests.host.test_errors import Row, assert_raises, raises, reached, table
 from tests.host.test_wrapped import world
-from tests.ranks import Ranks, assert_gradients_of_a_model_close, both_passes, in_a_model, packed_passes
+from tests.ranks import Ranks, among, assert_gradients_of_a_model_close, both_passes, in_a_model, packed_passes
 
 RANKS = 4
 
@@ -327,6 +327,7 @@ SIZES = (3, 0, 70, 1, 20, 37)
         (4, {"window": (9, 0), "method": "ring"}),
         (3, {"window": (30, 5), "softcap": 3.0, "method": "ring"}),
         (2, {"window": (0, 11), "method": "ulysses"}),
+        (4, {"window": (12, 0), "mesh": (2, 2)}),
     ],
 )
 def test_packed_sequences_across_shards(count, options, ranks):
@@ -334,7 +335,7 @@ def test_packed_sequences_across_shards(count, options, ranks):
     packed, bounds = [x[0] for x in (q, k, v, dout)], list(accumulate(SIZES, initial=0))
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     out, lse, *gradients = ranks.results(count, packed_passes, packed, cu_seqlens, options)[0]
-    rules = {name: x for name, x in options.items() if name != "method"}
+    rules = {name: x for name, x in options.items() if name not in ("method", "mesh")}
     for begin, end in pairwise(bounds):
         one = [x[:, begin:end] for x in (q, k, v)]
         support.assert_close((out[None, begin:end], lse[None, :, begin:end]), *one, **rules)
@@ -358,24 +359,24 @@ def test_bounds_are_read_back_once_for_each_content():
         assert calls._packed(q, bounds, 9, 9).bounds == (0, 6, 9)
 
 
-def on_a_mesh(rank, group, tensors, options):
-    mesh = dist.init_device_mesh("cpu", (2, 2))
-    seqlen = tensors[0].shape[1]
-    q, k, v, dout = (distributed.shard(x, mesh=mesh) for x in tensors[:4])
-    dlse = distributed.shard(tensors[4], mesh=mesh, dim=2)
-    at = distributed.positions(seqlen, mesh=mesh)
-    assert torch.equal(q[:, at < seqlen], tensors[0][:, at[at < seqlen]])
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    outputs = distributed.attention(*leaves, mesh=mesh, seqlen=seqlen, return_lse=True, **options)
-    found = [*outputs, *torch.autograd.grad(outputs, leaves, (dout, dlse))]
-    return [distributed.unshard(x.detach(), seqlen, mesh=mesh, dim=2 if i == 1 else 1) for i, x in enumerate(found)]
-
-
 def test_a_mesh_of_two_dimensions_uses_both_methods(ranks):
-    tensors = inputs(75, heads=(4, 1))
-    results = ranks.results(4, on_a_mesh, tensors, {"causal": True, "window": (30, None)})
-    assert_right(results[0], tensors, causal=True, window=(30, None))
-    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+    tensors, rules = inputs(75, heads=(4, 1)), {"causal": True, "window": (30, None)}
+    found = ranks.results(4, both_passes, tensors, {"mesh": (2, 2), **rules})[0]
+    assert_right(found, tensors, **rules)
+
+
+def test_positions_are_those_of_the_rows(ranks):
+    for mesh in (None, (2, 2), (4, 1)):
+        ranks.results(4, positions, 75, mesh)
+
+
+def positions(rank, group, seqlen, mesh):
+    where, _ = among(group, "cpu", {"mesh": mesh})
+    x = torch.arange(seqlen)
+    at = distributed.positions(seqlen, **where)
+    shard = distributed.shard(x, dim=0, **where)
+    assert torch.equal(shard[at < seqlen], at[at < seqlen])
+    assert torch.equal(distributed.unshard(shard, seqlen, dim=0, **where), x)
 
 
 def of_dtensors(rank, group, tensors, on, options):
