@@ -32,7 +32,7 @@ from cute_attn.command import write_whole
 
 SCHEMA = "model 1"
 ABOUT = "time a training step of a Llama of Transformers with cute_attn, torch's attention and FlashAttention"
-OURS, TORCH, FLASH = "cute_attn", "sdpa", ("flash_attention_2", "flash_attention_3")
+OURS, TORCH, FLASH = "cute_attn", "sdpa", ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 MODES = ("eager", "compiled")
 ALIKE = 0.98  # the cosine of two gradients, at least; rounding leaves 0.999, another mask far less
 TURN_SECONDS, IDLE_SECONDS = 0.5, 0.05
@@ -67,6 +67,9 @@ class Cell:
     steps: list[float] = dataclasses.field(default_factory=list)
     attention: list[float] = dataclasses.field(default_factory=list)
 
+    def __str__(self) -> str:
+        return f"{self.implementation} ({self.mode})"
+
     @property
     def seconds(self) -> float:
         return statistics.median(self.steps)
@@ -98,16 +101,20 @@ def run(options: argparse.Namespace, console: Console) -> int:
     names = list(dict.fromkeys([TORCH, *(options.implementation or (OURS, TORCH, *installed(device)))]))
     bench = Bench(size, device, options.seed)
     cells = [Cell(name, mode) for mode in options.mode for name in names]
-    stopped = 0
+    stopped, failed = 0, {}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=len(cells) * (1 + options.rounds))
         try:
             for i, cell in enumerate(cells * (1 + options.rounds)):
-                progress.update(task, description=f"{cell.mode}, {cell.implementation}", advance=1)
-                bench.compare(cell) if i < len(cells) else bench.turn(cell)
+                progress.update(task, description=str(cell), advance=1)
+                if i >= len(cells) and str(cell) not in failed:
+                    bench.turn(cell)
+                elif i < len(cells) and (why := bench.try_out(cell)):
+                    failed[str(cell)] = why
         except KeyboardInterrupt as error:
-            stopped, cells = command.interrupted(error), [cell for cell in cells if cell.attention]
+            stopped = command.interrupted(error)
             console.print("not completed", style="red")
+    cells = [cell for cell in cells if cell.attention]
     about = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "card": card.describe(card.open_source() if device == "cuda" else None),
@@ -116,10 +123,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "seed": options.seed,
     }
     if options.json:
-        found = {"schema": SCHEMA, "complete": not stopped, "about": about, "cells": [*map(dataclasses.asdict, cells)]}
-        write_whole(options.json, json.dumps(found, indent=1) + "\n")
+        found: dict[str, Any] = {"schema": SCHEMA, "complete": not stopped, "about": about, "failed": failed}
+        write_whole(options.json, json.dumps(found | {"cells": [*map(dataclasses.asdict, cells)]}, indent=1) + "\n")
     console.print(table(cells, size))
-    others = [f"{cell.implementation} ({cell.mode})" for cell in cells if not cell.alike >= ALIKE]
+    for name, why in failed.items():
+        console.print(f"{name} could not run: {why}", style="red", highlight=False, markup=False)
+    others = [str(cell) for cell in cells if not cell.alike >= ALIKE]
     if others:
         console.print(f"another result than {TORCH}'s: {', '.join(others)}", style="red", highlight=False)
     return stopped or int(bool(others))
@@ -140,7 +149,7 @@ def installed(device: str) -> list[str]:
 
     if device != "cuda":
         return []
-    there = utils.is_flash_attn_2_available(), utils.is_flash_attn_3_available()
+    there = utils.is_flash_attn_2_available(), utils.is_flash_attn_3_available(), utils.is_flash_attn_4_available()
     return [name for name, is_there in zip(FLASH, there, strict=True) if is_there]
 
 
@@ -194,6 +203,16 @@ class Bench:
             return loss
 
         return step
+
+    def try_out(self, cell: Cell) -> str | None:
+        """:meth:`compare`, and why another library's attention can't run, where it can't."""
+        try:
+            self.compare(cell)
+        except Exception as error:
+            if cell.implementation in (OURS, TORCH):
+                raise
+            return f"{type(error).__name__}: {error}".partition("\n")[0]
+        return None
 
     def compare(self, cell: Cell) -> None:
         """The loss, and the gradient beside torch's; and what a layer asks of this attention."""

@@ -17,6 +17,11 @@ exponent comes close to 1 (from 2²² on), the scale is cut to a power of two, w
 that is not 0 is larger than any that leaves a weight. All this costs a register a row; where registers are scarcer than
 instructions, the difference comes first (``fused=False``), and the largest score weighs 1 to begin with.
 
+**Anchored.** What P is taken from need not be the maximum: any m gives the same O / l, as long as nothing overflows. So once a
+row has seen keys, m may stay where it is (:meth:`Softmax.anchored_step`): no maximum is looked for, and nothing is rescaled.
+bfloat16 has float32's range: weights may grow by 2¹²⁷ before P, l or O becomes infinite, which shows in the end
+(:meth:`Softmax.overflowed`); whoever anchors has to do such rows again by :meth:`Softmax.step`.
+
 The backward pass takes the log-sum-exp in raw units, ``lse_raw = m + log2 l / scale_log2``, straight from here.
 """
 
@@ -25,7 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn.layouts.fragments import THREADS_PER_ROW
 from cute_attn.rules import LN_2
@@ -91,6 +96,21 @@ class Softmax:
             self.row_max[r] = new
             self.row_sum[r] = _tree(row, lambda x, y: x + y, self.row_sum[r] * a)
             rescale[r] = a
+
+    @cute.jit
+    def anchored_step(self, scores: cute.Tensor):
+        """The same from the maximum of the tiles before, which stays. All rows must have seen a key."""
+        for r in cutlass.range_constexpr(cute.size(self.row_max)):
+            row, anchor = scores[r, None], self.row_max[r]
+            row.store(cute.math.exp2(self._exponents(row.load(), anchor, self._scale(anchor)), fastmath=True))
+            self.row_sum[r] = _tree(row, lambda x, y: x + y, self.row_sum[r])
+
+    def overflowed(self) -> Boolean:
+        """Whether a row's sum is not finite, where its outputs might be: 0 = O / ∞."""
+        found = Float32(0.0)
+        for r in range(cute.size(self.row_sum)):
+            found += self.row_sum[r] * 0.0
+        return found != 0.0
 
     def _exponents(self, scores, anchor: Float32, scale: Float32):
         return scores * scale - anchor * scale if self.fused else (scores - anchor) * scale

@@ -31,7 +31,7 @@ class Staged(Forward):
         super().__init__(problem, config)
         self.stages = stages
         if stages != Stages():  # what a variant leaves in O need not be finite, and is not to be done again
-            self.guarded = False
+            self.guarded = self.anchored = False
         self.kept: Any = None  # scores, where no product makes them
 
     def _setup(self, draws):

@@ -97,7 +97,10 @@ class Forward(Kernel):
 
     def __init__(self, problem, config):
         super().__init__(problem, config)
-        self.guarded = problem.masked
+        # float16 has no room for weights above 1.
+        self.anchored = config.dtype == "bfloat16"
+        self.careful = problem.masked
+        self.guarded = self.careful or self.anchored
         self.turn_barrier = self.first_barrier("turns")
 
     # ---- host ------------------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ class Forward(Kernel):
         tiles, blocks = tiles.launched(blocks, long)
         q, k, v = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
         o = self.operand("O", mO, self.lay.copy_out)
-        plain = (mK, mV) if cutlass.const_expr(self.guarded) else None
+        plain = (mK, mV) if cutlass.const_expr(self.careful) else None
         plain_o = mO if cutlass.const_expr(self.problem.ragged) else None
         self.kernel(q, k, v, o, mLSE, plain, plain_o, values, tiles).launch(
             grid=[blocks, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
@@ -154,7 +157,10 @@ class Forward(Kernel):
                 state = walk_over.each(partial(self._copy_k_v, k, v, shared, pipes, values, ask), state)
                 if cutlass.const_expr(self.guarded):
                     if self._is_done_again(shared, pipes):
-                        walk_over.each(partial(self._copy_k_v_carefully, plain, shared, pipes, values), state)
+                        again = partial(self._copy_k_v, k, v, shared, pipes, values, None)
+                        if cutlass.const_expr(self.careful):
+                            again = partial(self._copy_k_v_carefully, plain, shared, pipes, values)
+                        walk_over.each(again, state)
             if warp == COPY_Q_WARP:
                 walk_over = self._walker(shared, pipes, tiles)
                 copy_q = partial(self._copy_q, q, shared, pipes)
@@ -337,7 +343,10 @@ class Forward(Kernel):
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
         values = values.of(work)
         block = work.block * self.warpgroups + me.warpgroup
-        tile = WarpgroupTile(block * rows, KeyTiles.of(values, self.problem, work.block, config), values)
+        keys = KeyTiles.of(values, self.problem, work.block, config)
+        if cutlass.const_expr(self.anchored):
+            keys = keys.after_a_seen_key(values, self.problem, work.block, config)
+        tile = WarpgroupTile(block * rows, keys, values)
         frag = self._fragments(me, shared)
         softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2, fused=True)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
@@ -350,7 +359,7 @@ class Forward(Kernel):
         self._normalize(me, frag, softmax, tile, mLSE, work)
         self._store_o(me, frag, o, shared.o, (block, work.head, work.q))
         if cutlass.const_expr(self.guarded and not again):
-            if not_finite(converted(frag.acc_O, shared.o.element_type)):
+            if not_finite(converted(frag.acc_O, shared.o.element_type)) | softmax.overflowed():
                 shared.verdict[0] = Int32(1)
         if cutlass.const_expr(not config.separate_o):
             self.wait_for_store(me.warpgroup)  # O lies over Q
@@ -405,7 +414,7 @@ class Forward(Kernel):
         acc_S = self._scores(frag, kv_state)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
-        self._softmax(me, frag, softmax, acc_S, tile, top, keys.last_is_masked())
+        self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()), anchored=False)
         self._probabilities(frag, acc_S)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
@@ -414,7 +423,8 @@ class Forward(Kernel):
             for i in cutlass.range(top, unroll=1):
                 kv_state = step(kv_state, (top - 1 - i, True))
         else:
-            kv_state = walk(step, kv_state, keys, self.problem, last=False)
+            settle = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
+            kv_state = walk(step, kv_state, keys, self.problem, last=False, before_whole=settle)
 
         if cutlass.const_expr(self.config.separate_o):
             pipes.q.consumer_release(q_state)
@@ -440,26 +450,33 @@ class Forward(Kernel):
     ):
         """Scores and softmax of a key tile, while the tensor cores add the tile before it to O."""
         n, masked = where
+        anchored = self.anchored and not masked
         k_state = v_state.clone()
         k_state.advance()
         pipes.k.consumer_wait(k_state)
         self._wait_for_turn(me)
         acc_S = self._scores(frag, k_state)
-        if cutlass.const_expr(self.config.rescale_early):
+        if cutlass.const_expr(self.config.rescale_early and not anchored):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         pipes.v.consumer_wait(v_state)
         self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
         self._pass_turn(me)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
-        self._softmax(me, frag, softmax, acc_S, tile, n, masked)
-        self._exponentials_begin(rows_columns(acc_S))
+        self._softmax(me, frag, softmax, acc_S, tile, (n, masked), anchored)
+        self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
         self._probabilities(frag, acc_S)
-        if cutlass.const_expr(not self.config.rescale_early):
+        if cutlass.const_expr(not (self.config.rescale_early or anchored)):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         return k_state
+
+    @cute.jit
+    def _settle(self, frag: ForwardFragments):
+        """Rescale O by what the last step asks, before steps that ask for nothing."""
+        scale_rows(rows_columns(frag.acc_O), frag.rescale)
+        frag.rescale.fill(1.0)
 
     def _scores(self, frag: ForwardFragments, k_state):
         """Issue S = Q·Kᵀ; the caller waits."""
@@ -467,14 +484,25 @@ class Forward(Kernel):
 
     @cute.jit
     def _softmax(
-        self, me: ForwardWorker, frag: ForwardFragments, softmax: Softmax, acc_S, tile: WarpgroupTile, n: Int32, masked
+        self,
+        me: ForwardWorker,
+        frag: ForwardFragments,
+        softmax: Softmax,
+        acc_S,
+        tile: WarpgroupTile,
+        where,
+        anchored: cutlass.Constexpr[bool],
     ):
+        n, masked = where
         origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
         Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
-        softmax.step(rows_columns(acc_S), frag.rescale)
+        if cutlass.const_expr(anchored):
+            softmax.anchored_step(rows_columns(acc_S))
+        else:
+            softmax.step(rows_columns(acc_S), frag.rescale)
 
     @cute.jit
-    def _exponentials_begin(self, p: cute.Tensor):
+    def _exponentials_begin(self, positive: Float32):
         """Keep ptxas from waiting for P·V before the exponentials have begun.
 
         Left alone it hoists the wait that follows up to the row maxima, and the rest of the softmax no longer overlaps
@@ -484,7 +512,7 @@ class Forward(Kernel):
         cute.arch.inline_ptx(
             "{ .reg .pred never; .reg .b32 zero; mov.b32 zero, 0; setp.lt.f32 never, {$r0}, 0f00000000;"
             " @never st.volatile.shared.f32 [zero], {$r0}; }",
-            read_only_args=[p[0, 0]],
+            read_only_args=[positive],
         )
 
     def _probabilities(self, frag: ForwardFragments, acc_S):

@@ -6,7 +6,7 @@ at compile time whether it masks. Whoever copies and whoever computes take the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 from cutlass import Int32, cute
@@ -42,6 +42,16 @@ class KeyTiles:
         whole_begin = cutlass.min(cutlass.max(cute.ceil_div(inner_begin - begin, n), 0), count)
         whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)
         return KeyTiles(begin, end, count, whole_begin, cutlass.max(whole_end, whole_begin))
+
+    def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> KeyTiles:
+        """The same walk, whose whole tiles come when each row has seen a key: where the first row sees none in the tiles that
+        the right edge cuts, one more counts as such."""
+        if not problem.bounded_right:
+            return self
+        row = m_block * config.tile_m
+        _, row_end = values.band(problem).key_range(row, row, values.seqlen_k, DeviceOps)
+        unseen = (row_end <= self.begin + self.whole_end * config.tile_n) & (self.whole_end < self.count)
+        return replace(self, whole_end=cutlass.max(self.whole_end - cutlass.Int32(unseen), self.whole_begin))
 
     def last_is_masked(self):
         """Whether the last tile, which is the first to be computed, needs a mask."""
@@ -100,11 +110,18 @@ class QueryTiles:
 
 
 @cute.jit
-def walk(step: cutlass.Constexpr, state, keys: KeyTiles, problem: cutlass.Constexpr, last: cutlass.Constexpr[bool]):
+def walk(
+    step: cutlass.Constexpr,
+    state,
+    keys: KeyTiles,
+    problem: cutlass.Constexpr,
+    last: cutlass.Constexpr[bool],
+    before_whole: cutlass.Constexpr = None,
+):
     """``state = step(state, (n, masked))`` over the key tiles, in descending order; with the ``last`` or without.
 
     Three loops, so that each knows at compile time whether it masks: tiles cut by the right edge, whole tiles, tiles cut
-    by the left edge. The last is among the first ones.
+    by the left edge. The last is among the first ones. ``before_whole()`` is called before the second.
     """
     top = keys.count - 1
     whole_end = cutlass.min(top, keys.whole_end)
@@ -114,6 +131,8 @@ def walk(step: cutlass.Constexpr, state, keys: KeyTiles, problem: cutlass.Conste
     elif cutlass.const_expr(problem.bounded_right):
         for i in cutlass.range(top - keys.whole_end, unroll=1):
             state = step(state, (top - 1 - i, True))
+    if cutlass.const_expr(before_whole is not None):
+        before_whole()
     for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
         state = step(state, (whole_end - 1 - i, False))
     if cutlass.const_expr(problem.bounded_left):

@@ -74,6 +74,18 @@ def test_scores_up_to_the_dtypes_range(dtype, times, rules, mechanism):
         assert_close(run(q, k, v, mechanism, **rules), q, k, v, **rules)
 
 
+@pytest.mark.parametrize("jump", [10.0, 100.0, 160.0, 1e4])
+@pytest.mark.parametrize("rules", [{}, {"causal": True}, {"window": (600, 5)}], ids=["full", "causal", "window"])
+def test_scores_that_rise_from_tile_to_tile(jump, rules, mechanism):
+    """By so many powers of two in all, towards the keys that come last; with values so small that no output is infinite."""
+    for d, sq in ((64, 700), (128, 1000), (256, 513)):
+        q, k, v = make_qkv(1, sq, 1000, 2, 2, d, d, torch.bfloat16, "cuda")
+        q[..., 0] = 1.0
+        k[..., 0] = torch.linspace(jump * math.log(2.0) * math.sqrt(d), 0.0, 1000, device="cuda")[None, :, None]
+        v = v * 2.0**-60
+        assert_close(run(q, k, v, mechanism, **rules), q, k, v, **rules)
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_one_key_that_outweighs_all_others_weighs_exactly_1(d, mechanism):
     """With q and k up to the largest float16, 4·10⁹ and more a product."""

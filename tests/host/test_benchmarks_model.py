@@ -71,6 +71,28 @@ def test_an_interrupted_run_keeps_what_was_measured(monkeypatch, tmp_path, capsy
     assert "not completed" in capsys.readouterr().out
 
 
+def test_a_peer_that_cannot_run_is_told_and_left_out(monkeypatch, tmp_path, capsys):
+    """That of another library; an error of ours ends the run."""
+    plain = model.Bench.compare
+
+    def compare(bench, cell):
+        if cell.implementation == fails:
+            raise RuntimeError("no kernel\nfor this card")
+        plain(bench, cell)
+
+    monkeypatch.setattr(model.Bench, "compare", compare)
+    monkeypatch.setattr(model, "installed", lambda device: ["flash_attention_2"])
+    fails = "flash_attention_2"
+    assert main(["model", *SMALL, "--mode", "eager", "--json", str(tmp_path / "m.json")]) == 0
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert [cell["implementation"] for cell in found["cells"]] == ["sdpa", "cute_attn"]
+    assert found["failed"] == {"flash_attention_2 (eager)": "RuntimeError: no kernel"}
+    assert "flash_attention_2 (eager) could not run: RuntimeError: no kernel" in capsys.readouterr().out
+    fails = "cute_attn"
+    with pytest.raises(RuntimeError, match="no kernel"):
+        main(["model", *SMALL, "--mode", "eager"])
+
+
 def test_another_result_is_told(monkeypatch, capsys):
     """Of attention that doesn't keep the packed sequences apart."""
 
