@@ -217,10 +217,10 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     if call.lengths is not None:
         call.lengths.check_values((call.seqlen_q, call.seqlen_k))
     if differentiated:
-        passes = REFERENCE if on_reference else launch.passes(return_lse, mechanism, deterministic)
+        passes = reference.PASSES if on_reference else launch.passes(return_lse, mechanism, deterministic)
         return Attention.apply(q, k, v, call, *passes)
     if on_reference:
-        return REFERENCE[0](q, k, v, call)[:2]
+        return reference.attention(q, k, v, call)[:2]
     return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
 
 
@@ -256,9 +256,6 @@ def computed_by_reference(backend: str, mechanism: str | None, q: torch.Tensor) 
             f"try .cuda(), or backend='auto'"
         )
     return on_reference
-
-
-REFERENCE = reference.attention, reference.gradients
 
 
 def _refuse_tangents(*tensors: torch.Tensor) -> None:

@@ -198,6 +198,9 @@ def _scores(tQ, tK, m: int, n: int, call: Call):
     return acc_S, slope
 
 
+PASSES = attention, gradients  # as autograd.Attention calls them
+
+
 def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_more: torch.Tensor, to_log2: float) -> torch.Tensor:
     """Merge two partial results of the same rows, ``out`` and ``more`` (batch, rows, heads, head_dim_v), of other keys each:
 

@@ -143,8 +143,8 @@ def explain(
     softcap: float | None = None,
 ) -> str:
     """What :func:`attention` does with such shards on ``ranks`` ranks, and why: in words, without any process or value, so that
-    tensors may be on the device ``"meta"``, but for ``cu_seqlens``. Costs are on paper (docs/context-parallelism.md). Arguments
-    and errors are :func:`attention`'s."""
+    q, k and v may be on the device ``"meta"``. Costs are on paper (docs/context-parallelism.md). Arguments and errors are
+    :func:`attention`'s."""
     ranks = integer("ranks", ranks, "how many share the sequence")
     if ranks < 1:
         raise ValueError(f"ranks is {ranks}; at least 1 is needed: how many share the sequence")
@@ -233,7 +233,8 @@ def _arranged(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqle
 
 def _packed(q: torch.Tensor, cu_seqlens, length_q: int, length_k: int) -> Packed:
     """Where packed sequences begin, read back from the device."""
-    check_lengths(q, None, (cu_seqlens, cu_seqlens, None, None)).check_values((length_q, length_k))
+    beside = cu_seqlens if q.is_meta and isinstance(cu_seqlens, torch.Tensor) else q  # explain() needs no values but these
+    check_lengths(beside, None, (cu_seqlens, cu_seqlens, None, None)).check_values((length_q, length_k))
     if length_q != length_k:
         raise ValueError(
             f"seqlen is {length_q} and seqlen_k is {length_k} with cu_seqlens, which are q's and k's alike; equal ones are "
@@ -268,7 +269,7 @@ def _engine(q, k, v, call: Call, how: dict) -> Engine:
             f"values, so tensors that have some are needed: try cute_attn.distributed.explain, for which shapes are enough"
         )
     if api.computed_by_reference(backend, mechanism, q):
-        return Engine(api.REFERENCE, reference.merge, 1.0, -torch.inf)
+        return Engine(reference.PASSES, reference.merge, 1.0, -torch.inf)
     passes = launch.passes(False, mechanism, deterministic)
     return Engine(passes, launch.merge, score_scales(call.scale, call.softcap)[0], torch.inf)
 
