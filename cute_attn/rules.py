@@ -24,6 +24,8 @@ from typing import Any
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+# How far weights may grow over an anchor (softmax.py): beyond what sums of many of them have, and far below what float32 has.
+GROWTH_LOG2 = 40
 
 
 class HostOps:

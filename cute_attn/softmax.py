@@ -19,8 +19,9 @@ instructions, the difference comes first (``fused=False``), and the largest scor
 
 **Anchored.** What P is taken from need not be the maximum: any m gives the same O / l, as long as nothing overflows. So once a
 row has seen keys, m may stay where it is (:meth:`Softmax.anchored_step`): no maximum is looked for, and nothing is rescaled.
-bfloat16 has float32's range: weights may grow by 2¹²⁷ before P, l or O becomes infinite, which shows in the end
-(:meth:`Softmax.overflowed`); whoever anchors has to do such rows again by :meth:`Softmax.step`.
+bfloat16 has float32's range. Where weights have grown past 2⁴⁰ after all, that shows in l (:meth:`Softmax.note_growth`), and
+whoever anchors has to do such rows again, by steps that ``hold`` m as long as no weight grows past 2⁴¹. They give a row that
+has not grown the bits that it had, so that it doesn't matter to a row what others of its block have seen.
 
 The backward pass takes the log-sum-exp in raw units, ``lse_raw = m + log2 l / scale_log2``, straight from here.
 """
@@ -33,7 +34,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn.layouts.fragments import THREADS_PER_ROW
-from cute_attn.rules import LN_2
+from cute_attn.rules import GROWTH_LOG2, LN_2
 
 COARSE_FROM = 2.0**22  # the exponent, in base 2, of a row's largest score
 EXPONENT_BITS = 0x7F800000  # of a float32
@@ -67,12 +68,14 @@ class Softmax:
     coarse: Float32  # the power of two below it
     coarse_from: Float32  # the largest score of a row from which on that is taken
     fused: cutlass.Constexpr[bool]  # whether an exponent is one fused multiply-add
+    grown: cute.Tensor  # (1), int32: whether a row's weights have
 
     @staticmethod
     def start(rows: int, scale_log2: Float32, fused: bool) -> Softmax:
         coarse = (scale_log2.bitcast(Int32) & EXPONENT_BITS).bitcast(Float32)
         coarse_from = COARSE_FROM * cute.arch.rcp_approx(scale_log2)
-        softmax = Softmax(*(cute.make_rmem_tensor(rows, Float32) for _ in range(2)), scale_log2, coarse, coarse_from, fused)
+        of_rows = (cute.make_rmem_tensor(rows, Float32) for _ in range(2))
+        softmax = Softmax(*of_rows, scale_log2, coarse, coarse_from, fused, cute.make_rmem_tensor(1, Int32))
         softmax.reset()
         return softmax
 
@@ -80,14 +83,18 @@ class Softmax:
         """Rows that have seen no key."""
         self.row_max.fill(-Float32.inf)
         self.row_sum.fill(0.0)
+        self.grown.fill(0)
 
     @cute.jit
-    def step(self, scores: cute.Tensor, rescale: cute.Tensor):
-        """One tile: turns ``scores`` (rows, columns) into P in place and writes each row's factor a to ``rescale``."""
+    def step(self, scores: cute.Tensor, rescale: cute.Tensor, hold: Boolean | None = None):
+        """One tile: turns ``scores`` (rows, columns) into P in place and writes each row's factor a to ``rescale``. With ``hold``
+        m stays if it can."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             row = scores[r, None]
             old = self.row_max[r]
             new = _quad_max(_tree(row, cute.arch.fmax, old))
+            if cutlass.const_expr(hold is not None):
+                new = old if hold & ((new - old) * self._scale(old) <= GROWTH_LOG2 + 1) else new
             # A row that has seen no key yet has m = −inf; 0 in its place keeps −inf − −inf from making a NaN.
             anchor = Float32(0.0) if new == -Float32.inf else new
             scale = self._scale(anchor)
@@ -105,12 +112,12 @@ class Softmax:
             row.store(cute.math.exp2(self._exponents(row.load(), anchor, self._scale(anchor)), fastmath=True))
             self.row_sum[r] = _tree(row, lambda x, y: x + y, self.row_sum[r])
 
-    def overflowed(self) -> Boolean:
-        """Whether a row's sum is not finite, where its outputs might be: 0 = O / ∞."""
-        found = Float32(0.0)
-        for r in range(cute.size(self.row_sum)):
-            found += self.row_sum[r] * 0.0
-        return found != 0.0
+    @cute.jit
+    def note_growth(self):
+        """Whether weights of a row have grown so far that m should not have stayed. (A sum that is NaN has, too.)"""
+        for r in cutlass.range_constexpr(cute.size(self.row_sum)):
+            if not self.row_sum[r] < 2.0**GROWTH_LOG2:
+                self.grown[0] = Int32(1)
 
     def _exponents(self, scores, anchor: Float32, scale: Float32):
         return scores * scale - anchor * scale if self.fused else (scores - anchor) * scale

@@ -92,9 +92,9 @@ class Staged(Forward):
                 atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
 
-    def _softmax(self, me, frag, softmax, acc_S, *where):
+    def _softmax(self, me, frag, softmax, acc_S, *how):
         for _ in range(self.stages.softmax):
-            Forward._softmax(self, me, frag, softmax, acc_S, *where)
+            Forward._softmax(self, me, frag, softmax, acc_S, *how)
 
     def _exponentials_begin(self, p):
         if self.stages.softmax:  # without, p is no exponential, and its sign no promise

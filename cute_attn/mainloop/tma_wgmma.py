@@ -359,7 +359,11 @@ class Forward(Kernel):
         self._normalize(me, frag, softmax, tile, mLSE, work)
         self._store_o(me, frag, o, shared.o, (block, work.head, work.q))
         if cutlass.const_expr(self.guarded and not again):
-            if not_finite(converted(frag.acc_O, shared.o.element_type)) | softmax.overflowed():
+            failed = not_finite(converted(frag.acc_O, shared.o.element_type))
+            if cutlass.const_expr(self.anchored):
+                softmax.note_growth()
+                failed = failed | (softmax.grown[0] != 0)
+            if failed:
                 shared.verdict[0] = Int32(1)
         if cutlass.const_expr(not config.separate_o):
             self.wait_for_store(me.warpgroup)  # O lies over Q
@@ -414,17 +418,19 @@ class Forward(Kernel):
         acc_S = self._scores(frag, kv_state)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
-        self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()), anchored=False)
+        self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()))
         self._probabilities(frag, acc_S)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
         step = partial(self._step, me, frag, softmax, pipes, tile)
         if cutlass.const_expr(again):
             for i in cutlass.range(top, unroll=1):
-                kv_state = step(kv_state, (top - 1 - i, True))
+                kv_state = step(kv_state, (top - 1 - i, True), again=True)
         else:
-            settle = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
-            kv_state = walk(step, kv_state, keys, self.problem, last=False, before_whole=settle)
+            before = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
+            # The steps after whole tiles rescale l.
+            after = softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
+            kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
         if cutlass.const_expr(self.config.separate_o):
             pipes.q.consumer_release(q_state)
@@ -447,10 +453,12 @@ class Forward(Kernel):
         tile: WarpgroupTile,
         v_state,
         where,
+        again: cutlass.Constexpr[bool] = False,
     ):
         """Scores and softmax of a key tile, while the tensor cores add the tile before it to O."""
         n, masked = where
         anchored = self.anchored and not masked
+        hold = tile.keys.is_whole(n) if cutlass.const_expr(self.anchored and again) else None
         k_state = v_state.clone()
         k_state.advance()
         pipes.k.consumer_wait(k_state)
@@ -463,7 +471,7 @@ class Forward(Kernel):
         self._pass_turn(me)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
-        self._softmax(me, frag, softmax, acc_S, tile, (n, masked), anchored)
+        self._softmax(me, frag, softmax, acc_S, tile, where, hold, anchored)
         self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
@@ -491,7 +499,8 @@ class Forward(Kernel):
         acc_S,
         tile: WarpgroupTile,
         where,
-        anchored: cutlass.Constexpr[bool],
+        hold=None,
+        anchored: cutlass.Constexpr[bool] = False,
     ):
         n, masked = where
         origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
@@ -499,7 +508,7 @@ class Forward(Kernel):
         if cutlass.const_expr(anchored):
             softmax.anchored_step(rows_columns(acc_S))
         else:
-            softmax.step(rows_columns(acc_S), frag.rescale)
+            softmax.step(rows_columns(acc_S), frag.rescale, hold)
 
     @cute.jit
     def _exponentials_begin(self, positive: Float32):

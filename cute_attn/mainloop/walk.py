@@ -53,6 +53,10 @@ class KeyTiles:
         unseen = (row_end <= self.begin + self.whole_end * config.tile_n) & (self.whole_end < self.count)
         return replace(self, whole_end=cutlass.max(self.whole_end - cutlass.Int32(unseen), self.whole_begin))
 
+    def is_whole(self, n: Int32):
+        """Whether a tile but the last is one of the whole ones."""
+        return (n >= self.whole_begin) & (n < self.whole_end)
+
     def last_is_masked(self):
         """Whether the last tile, which is the first to be computed, needs a mask."""
         return (self.count > self.whole_end) | (self.count <= self.whole_begin)
@@ -116,12 +120,12 @@ def walk(
     keys: KeyTiles,
     problem: cutlass.Constexpr,
     last: cutlass.Constexpr[bool],
-    before_whole: cutlass.Constexpr = None,
+    around_whole: cutlass.Constexpr[tuple] = (None, None),
 ):
     """``state = step(state, (n, masked))`` over the key tiles, in descending order; with the ``last`` or without.
 
     Three loops, so that each knows at compile time whether it masks: tiles cut by the right edge, whole tiles, tiles cut
-    by the left edge. The last is among the first ones. ``before_whole()`` is called before the second.
+    by the left edge. The last is among the first ones. ``around_whole`` are called before and after the second.
     """
     top = keys.count - 1
     whole_end = cutlass.min(top, keys.whole_end)
@@ -131,10 +135,13 @@ def walk(
     elif cutlass.const_expr(problem.bounded_right):
         for i in cutlass.range(top - keys.whole_end, unroll=1):
             state = step(state, (top - 1 - i, True))
-    if cutlass.const_expr(before_whole is not None):
-        before_whole()
+    before, after = around_whole
+    if cutlass.const_expr(before is not None):
+        before()
     for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
         state = step(state, (whole_end - 1 - i, False))
+    if cutlass.const_expr(after is not None):
+        after()
     if cutlass.const_expr(problem.bounded_left):
         left_end = cutlass.min(top, keys.whole_begin)
         for i in cutlass.range(left_end, unroll=1):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cute_attn import attention
+from cute_attn.rules import GROWTH_LOG2
 from tests.support import SHAPES, assert_close, make_qkv
 
 # One kernel each and mechanism: head dims at and between the padded sizes, V's own, both dtypes, every rule.
@@ -74,15 +75,61 @@ def test_scores_up_to_the_dtypes_range(dtype, times, rules, mechanism):
         assert_close(run(q, k, v, mechanism, **rules), q, k, v, **rules)
 
 
-@pytest.mark.parametrize("jump", [10.0, 100.0, 160.0, 1e4])
+def rising(d: int, sq: int, jump: float):
+    """Inputs whose scores rise by ``jump`` powers of two in all, from the last key, where the kernels begin, to the first; with
+    values so small that no output is infinite."""
+    q, k, v = make_qkv(1, sq, 1000, 2, 2, d, d, torch.bfloat16, "cuda")
+    q[..., 0] = 1.0
+    k[..., 0] = torch.linspace(jump * math.log(2.0) * math.sqrt(d), 0.0, 1000, device="cuda")[None, :, None]
+    return q, k, v * 2.0**-60
+
+
+def growth(q, k) -> float:
+    """How many powers of two the largest weight is over that of the last 64 keys, at most of any row."""
+    scores = torch.einsum("bmhd,bnhd->bhmn", q.float(), k.float()) / math.sqrt(q.shape[-1])
+    return (scores.amax(-1) - scores[..., -64:].amax(-1)).max().item() / math.log(2.0)
+
+
+@pytest.mark.parametrize(("jump", "path"), [(10.0, "anchored"), (100.0, "again"), (160.0, "again"), (1e4, "again")])
 @pytest.mark.parametrize("rules", [{}, {"causal": True}, {"window": (600, 5)}], ids=["full", "causal", "window"])
-def test_scores_that_rise_from_tile_to_tile(jump, rules, mechanism):
-    """By so many powers of two in all, towards the keys that come last; with values so small that no output is infinite."""
+def test_scores_that_rise_from_tile_to_tile(jump, path, rules, mechanism):
+    """A little, which leaves the anchor where it is; past what it may, and past float32: then a block does its tiles again."""
     for d, sq in ((64, 700), (128, 1000), (256, 513)):
-        q, k, v = make_qkv(1, sq, 1000, 2, 2, d, d, torch.bfloat16, "cuda")
-        q[..., 0] = 1.0
-        k[..., 0] = torch.linspace(jump * math.log(2.0) * math.sqrt(d), 0.0, 1000, device="cuda")[None, :, None]
-        v = v * 2.0**-60
+        q, k, v = rising(d, sq, jump)
+        assert (growth(q, k) > GROWTH_LOG2 + 1) == (path == "again")
+        assert_close(run(q, k, v, mechanism, **rules), q, k, v, **rules)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_other_rows_do_not_matter_to_a_row(d, mechanism):
+    """If they rise so far that their block does its tiles again, the others have the bits that they have without."""
+    q, k, v = rising(d, 300, 200.0)
+    odd = torch.arange(300, device="cuda") % 2 == 1
+    q[:, ~odd, :, 0] = 0.0
+    calm = q.clone()
+    calm[..., 0] = 0.0
+    assert growth(q[:, odd], k) > GROWTH_LOG2 + 1 > growth(calm, k) + 1
+    for rules in ({}, {"causal": True}, {"window": (250, 5)}):
+        for found, alone in zip(run(q, k, v, mechanism, **rules), run(calm, k, v, mechanism, **rules), strict=True):
+            rows = 1 if found.dim() == 4 else 2
+            assert torch.equal(found.movedim(rows, 0)[~odd], alone.movedim(rows, 0)[~odd])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_scores_that_jump_anywhere(seed, dtype, mechanism):
+    """At some keys, up and down, by up to 2³⁰⁰; in some rows, at one key more."""
+    pick = torch.Generator().manual_seed(seed)
+    d = (64, 128, 256)[seed % 3]
+    q, k, v = make_qkv(1, 400, 900, 2, 2, d, d, dtype, "cuda")
+    jumps = torch.randint(900, (6,), generator=pick)
+    powers = torch.rand(6, generator=pick) * 600 - 300
+    q[..., 0] = 1.0
+    k[:, jumps, :, 0] += (powers * math.log(2.0) * math.sqrt(d)).to(k)[None, :, None]
+    q[:, torch.randint(400, (5,), generator=pick), :, 1] = 8.0
+    k[:, torch.randint(900, (1,), generator=pick), :, 1] = 20.0 * math.sqrt(d)
+    v = v * 2.0**-8
+    for rules in ({}, {"causal": True}):
         assert_close(run(q, k, v, mechanism, **rules), q, k, v, **rules)
 
 
