@@ -310,9 +310,10 @@ def test_memory_is_linear_in_the_shard(method, ranks):
         shards = 2 if method == "ring" else 0
         assert all(received <= shards * 2 * (2 * rows * 4 * 64 * 4) for _, received in found)
     fewer, more, longer = peaks.values()
-    assert more <= 1.2 * fewer
-    assert longer <= 2.05 * more
-    assert longer <= 24 * (2 * 256 * 4 * 64 * 4)  # shards of q: tiles of the reference's, too
+    noise = 1.05 if method == "ring" else 1.3  # gloo's threads free what an all-to-all had when they like
+    assert more <= noise * fewer
+    assert longer <= 2 * noise * more
+    assert longer <= 24 * (2 * 256 * 4 * 64 * 4)  # shards of q; of these are the reference's tiles, too
 
 
 SIZES = (3, 0, 70, 1, 20, 37)
