@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import compare, training
+from benchmarks import compare, context_parallel, training
 from benchmarks.anchors import geometric_mean
 from benchmarks.parts.catalogue import PARTS
 from benchmarks.parts.results import Figure, PartsRecord
@@ -282,6 +282,7 @@ BLOCKS: dict[str, tuple[Callable, Callable[..., str]]] = {
     "memory": (Record.load, memory),
     "training": (training.Outcome.load, trained),
     "host": (Record.load, host),
+    "context-parallel": (_json, context_parallel.table),
     "first-call": (Record.load, first_call),
     "variants": (_json, variants),
     "whole": (PartsRecord.load, whole),

@@ -8,7 +8,7 @@ from cute_attn.api import attention, attention_varlen
 
 __version__ = "0.1.0"
 __all__ = ["attention", "attention_varlen"]
-_INTERFACES = ("flash_attn", "sdpa", "transformers")  # those of others: modules that are imported when they are first asked for
+_INTERFACES = ("distributed", "flash_attn", "sdpa", "transformers")  # imported when they are first asked for
 
 if not TYPE_CHECKING:  # for a type checker it would stand for every module of the package
 

@@ -217,17 +217,7 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
         backend = backend_name(backend)
     if mechanism is not None and type(mechanism) is not str:
         mechanism = mechanism_name(mechanism)
-    on_reference = ops.on_reference(backend, q)
-    if on_reference:
-        if mechanism is not None:
-            raise ValueError(
-                f"mechanism is {mechanism!r} and the reference backend runs, which has none: leave it out, or pass CUDA tensors"
-            )
-    elif backend == "cute" and not q.is_cuda:
-        raise ValueError(
-            f"backend is 'cute' and the tensors lie on {q.device}; the kernels need CUDA tensors: "
-            f"try .cuda(), or backend='auto'"
-        )
+    on_reference = computed_by_reference(backend, mechanism, q)
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -239,10 +229,10 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     if call.lengths is not None:
         call.lengths.check_values((call.seqlen_q, call.seqlen_k))
     if differentiated:
-        passes = _REFERENCE if on_reference else launch.passes(return_lse, mechanism, deterministic)
+        passes = reference.PASSES if on_reference else launch.passes(return_lse, mechanism, deterministic)
         return Attention.apply(q, k, v, call, *passes)
     if on_reference:
-        return _REFERENCE[0](q, k, v, call)[:2]
+        return reference.attention(q, k, v, call)[:2]
     return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
 
 
@@ -264,7 +254,20 @@ def backend_name(backend: object) -> str:
     return backend
 
 
-_REFERENCE = reference.attention, reference.gradients
+def computed_by_reference(backend: str, mechanism: str | None, q: torch.Tensor) -> bool:
+    """Whether the reference computes, and not the kernels; refuses what neither can."""
+    on_reference = ops.on_reference(backend, q)
+    if on_reference:
+        if mechanism is not None:
+            raise ValueError(
+                f"mechanism is {mechanism!r} and the reference backend runs, which has none: leave it out, or pass CUDA tensors"
+            )
+    elif backend == "cute" and not q.is_cuda:
+        raise ValueError(
+            f"backend is 'cute' and the tensors lie on {q.device}; the kernels need CUDA tensors: "
+            f"try .cuda(), or backend='auto'"
+        )
+    return on_reference
 
 
 def _refuse_tangents(*tensors: torch.Tensor) -> None:

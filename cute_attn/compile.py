@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from cute_attn import cache, layouts, sources
 from cute_attn.cache import cache_dir
-from cute_attn.fields import BACKWARD, FORWARD
+from cute_attn.fields import BACKWARD, FORWARD, MERGE
 from cute_attn.layouts.base import Config
 from cute_attn.problem import Problem
 
@@ -49,8 +49,8 @@ def compile_only(problem: Problem, config: Config, options: str = ""):
     """Compile with the DSL and return its function, untouched by any cache. Needs no GPU."""
     dsl = _import_dsl()
     sources.hold()
-    forward, backward = (importlib.import_module(f"cute_attn.{name}") for name in ("forward", "backward"))
-    host, fields = (backward, BACKWARD) if problem.gradients else (forward, FORWARD)
+    forward, backward, merge = (importlib.import_module(f"cute_attn.{name}") for name in ("forward", "backward", "merge"))
+    host, fields = (merge, MERGE) if problem.merges else (backward, BACKWARD) if problem.gradients else (forward, FORWARD)
     arguments = forward.stand_ins(fields, problem, config)
     options = f"--enable-tvm-ffi --gpu-arch={config.target} {options}"
     return dsl.compile(host.host_function(problem, config), *arguments, options=options)

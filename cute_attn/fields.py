@@ -1,7 +1,8 @@
 """What a compiled pass takes: a table of fields for each, in their order.
 
-The stand-ins for which it is compiled and the names inside it follow from the table (``forward.py``, ``backward.py``), and the
-order in which the host hands over the values (``launch.py``) is the table's. A field that a problem hasn't is ``None``.
+The stand-ins for which it is compiled and the names inside it follow from the table (``forward.py``, ``backward.py``,
+``merge.py``), and the order in which the host hands over the values (``launch.py``) is the table's. A field that a problem
+hasn't is ``None``.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from cute_attn.problem import Problem
 
 
 class Field(NamedTuple):
-    """One of them. Kinds: an ``operand`` is as torch holds it, in the inputs' dtype, ``(batch, seqlen, heads, head_dim)`` or, if
-    ``heads_first``, ``(batch, heads, seqlen, head_dim)``, and ``row values`` are a float32 for each of its rows, ``(batch, heads,
-    seqlen)``; of ragged sequences both have no batch. ``padded row values`` are two, ``(2, batch, heads, rows)``, ``sums`` dQ's in
-    float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32 ``(n,)``; and there are numbers and the ``stream``."""
+    """One of them. Kinds: an ``operand`` is as torch holds it, in the inputs' dtype, ``(batch, seqlen, heads, head_dim)`` or,
+    if ``heads_first``, ``(batch, heads, seqlen, head_dim)``, and ``row values`` are a float32 for each of its rows, ``(batch,
+    heads, seqlen)``; of ragged sequences both have no batch. An ``exact operand`` is one in float32. ``padded row values`` are
+    two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
+    ``(n,)``; and there are numbers and the ``stream``."""
 
     name: str
     kind: str
@@ -65,6 +67,15 @@ BACKWARD = (
     Field("signals", "words", lambda problem, config: problem.masked or (problem.deterministic and has_sums(problem, config))),
     *map(_gradient, "qkv"),
     *_CALL,
+)
+MERGE = (
+    Field("into", "exact operand"),
+    Field("so_far", "operand", lambda problem, config: problem.merges == problem.dtype),
+    Field("lse", "row values"),
+    Field("more", "operand"),
+    Field("lse_more", "row values"),
+    Field("to_log2", "float32"),
+    Field("stream", "stream"),
 )
 
 

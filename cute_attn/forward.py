@@ -107,9 +107,9 @@ def _stand_in(kind: str, problem, config):
         return runtime.make_fake_stream()
     if kind == "words":
         return runtime.make_fake_tensor(Int32, sizes(1), (1,), assumed_align=4)
-    if kind == "operand":
-        dims = 3 if problem.ragged else 4
-        return runtime.make_fake_tensor(element(problem), sizes(dims, 8), (*some(dims - 1, 8), 1), assumed_align=16)
+    if kind in ("operand", "exact operand"):
+        dims, dtype = 3 if problem.ragged else 4, element(problem) if kind == "operand" else Float32
+        return runtime.make_fake_tensor(dtype, sizes(dims, 8), (*some(dims - 1, 8), 1), assumed_align=16)
     if kind == "row values":
         dims = 2 if problem.ragged else 3
         return runtime.make_fake_tensor(Float32, sizes(dims), (*some(dims - 1), 1), assumed_align=4)

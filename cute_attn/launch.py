@@ -21,7 +21,7 @@ from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
 from cute_attn.plan import plan, takes_tickets
 from cute_attn.private import current_device, raw_stream
-from cute_attn.problem import Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
+from cute_attn.problem import DTYPE_NAMES, Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
 
 NO_LENGTHS = (None, None, None, None, 0)
 
@@ -166,6 +166,22 @@ def _heads_first(x: torch.Tensor, batch: int, heads: int, seqlen: int, columns: 
     """Memory like ``x`` in which heads come after seqlen, as ``(batch, heads, seqlen, columns)``."""
     strides = seqlen * heads * columns, columns, heads * columns, 1
     return x.new_empty_strided((batch, heads, seqlen, columns), strides)
+
+
+def merge(out, lse, more, lse_of_more, to_log2: float):
+    """``reference.merge`` in one kernel, on the current stream: ``out`` is in float32 or in the dtype of ``more``."""
+    into, so_far = (out, None) if out.dtype is torch.float32 else (torch.empty_like(out, dtype=torch.float32), out)
+    if out.numel():
+        device = out.get_device()
+        function, _ = prepared(_merging(DTYPE_NAMES[more.dtype], out.shape[3], DTYPE_NAMES[out.dtype]), None, device)
+        with torch.cuda.device(device):
+            function(into, so_far, lse, more, lse_of_more, to_log2, raw_stream(device))
+    return into
+
+
+@lru_cache(maxsize=64)
+def _merging(dtype: str, head_dim_v: int, so_far: str) -> Problem:
+    return Problem(dtype, head_dim_v, head_dim_v, merges=so_far)
 
 
 def _room(call: Call, needs: str, q, k, v) -> dict[str, torch.Tensor | None]:

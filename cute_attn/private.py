@@ -66,6 +66,11 @@ assert_on_device: Callable[[torch.Tensor, str], None] = _bound(
 )
 
 
+def version_of(x: torch.Tensor) -> int | None:
+    """What changes whenever a tensor is written to; ``None`` where torch doesn't count."""
+    return None if x.is_inference() else x._version
+
+
 def is_known(number: float) -> bool:
     """Whether torch.compile has the value of a number, or a symbol for it."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # comes with sympy: too slow for an import

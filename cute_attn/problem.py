@@ -48,6 +48,9 @@ class Problem:
     ``ragged`` names what says how long each sequence is, a part of ``lengths.NAMES`` in this order, with spaces between; ``""``
     is a rectangle.
 
+    ``merges`` makes it the kernel that merges partial results (``merge.py``): the dtype of the output so far, ``"float32"`` or
+    ``dtype``; ``""`` is attention.
+
     ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
     """
 
@@ -63,6 +66,7 @@ class Problem:
     for_backward: bool = False
     large_cap: bool = False
     ragged: str = ""
+    merges: str = ""
 
     def __post_init__(self):
         """A value of another kind would be another key, even if it is equal."""
@@ -175,13 +179,14 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
     except (AttributeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
         fits = False
     if not fits:
-        _explain_misfit(*(x.transpose(1, 2) if heads_first else x for x in (q, k, v)), packed)
+        q, k, v = (x.transpose(1, 2) if heads_first else x for x in (q, k, v))
+        _explain_misfit(q, k, v, packed)
     if type(causal) is not bool:
         causal = flag("causal", causal)
     if window is None:
         left, right = None, (0 if causal else None)
     else:
-        left, right = _edges(causal, window, seqlen_q + seqlen_k)
+        left, right = edges_of(causal, window, seqlen_q + seqlen_k)
     if softcap is None:
         softcap = 0.0
     if scale is None and type(softcap) is float and not softcap:
@@ -390,7 +395,7 @@ def _check_scores(scale: float, softcap: float) -> None:
             )
 
 
-def _edges(causal, window, farthest: int) -> tuple[int | None, int | None]:
+def edges_of(causal, window, farthest: int) -> tuple[int | None, int | None]:
     """The band's edges from ``causal`` and ``window``: causal is a right edge at 0.
 
     No query sees farther than ``farthest``, the sum of the lengths; a greater reach, which 32 bits might not hold, is cut. In a

@@ -198,6 +198,28 @@ def _scores(tQ, tK, m: int, n: int, call: Call):
     return acc_S, slope
 
 
+PASSES = attention, gradients  # as autograd.Attention calls them
+
+
+def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_more: torch.Tensor, to_log2: float) -> torch.Tensor:
+    """Merge two partial results of the same rows, ``out`` and ``more`` (batch, rows, heads, head_dim_v), of other keys each:
+
+        L = ln Σ_i exp L_i,      O = Σ_i exp(L_i − L) · O_i.
+
+    Returns O in the dtype of the log-sum-exps (batch, heads, rows): ``out`` itself where that is its own; ``lse`` becomes L in
+    place. ``to_log2`` times a log-sum-exp is in base 2; −∞ is that of a row that sees no key.
+    """
+    most = torch.maximum(lse, lse_more)
+    anchor = most.masked_fill(most == -torch.inf, 0.0)  # −∞ − (−∞) would make a NaN
+    weight, weight_more = (((x - anchor) * to_log2).exp2_() for x in (lse, lse_more))
+    total = weight + weight_more
+    lse.copy_(anchor + total.log2() / to_log2)
+    total.masked_fill_(total == 0.0, 1.0)
+    weight, weight_more = ((x / total).transpose(1, 2).unsqueeze(-1) for x in (weight, weight_more))
+    scaled = out.mul_(weight) if out.dtype == lse.dtype else out * weight
+    return scaled.addcmul_(more, weight_more)  # reads 16 bits and adds up in 32
+
+
 def _online_step(scores, row_max, row_sum):
     """One tile of base-2 scores (…, keys): returns (P, rescale, row_max, row_sum)."""
     new_max = torch.maximum(row_max, scores.amax(-1))

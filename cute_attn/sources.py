@@ -39,8 +39,8 @@ VERSIONED = (
     "torch",
 )
 # What no kernel is made from, so that a change to a picture makes no other kernel: how layouts are proved and drawn, the
-# command line, and the interfaces of others. All other files count.
-APART_FOLDER = "tools"
+# command line, what several ranks do, and the interfaces of others. All other files count.
+APART_FOLDERS = {"distributed", "tools"}
 APART = {
     "layouts": {"__main__.py"},
     "cute_attn": {
@@ -94,7 +94,7 @@ def fingerprint() -> str:
 def is_apart(path: Path) -> bool:
     """Whether no kernel is made from a file of the package."""
     folder = path.parent.name
-    return folder == APART_FOLDER or path.name in APART.get(folder, ())
+    return folder in APART_FOLDERS or path.name in APART.get(folder, ())
 
 
 @lru_cache(maxsize=1)
@@ -169,7 +169,7 @@ def _parts() -> dict[str, ModuleSpec | None]:
     """All that kernels consist of, imported."""
     _texts()
     mainloops = import_module("cute_attn.mainloop")
-    for name in ("cute_attn.forward", "cute_attn.backward"):
+    for name in ("cute_attn.forward", "cute_attn.backward", "cute_attn.merge"):
         import_module(name)
     for found in pkgutil.iter_modules(mainloops.__path__):
         import_module(f"{mainloops.__name__}.{found.name}")

@@ -17,7 +17,7 @@ import torch
 from cute_attn.arguments import check_memory, computes_in_its_own_way, shown
 from cute_attn.lengths import NAMES, Lengths
 from cute_attn.private import COLLECTIVES, FakeTensor, FunctionalTensor, is_batched, is_transformed, ragged_dim
-from cute_attn.problem import check_call
+from cute_attn.problem import Call, check_call
 
 TRACED = (FakeTensor, FunctionalTensor)  # torch's own, with which it finds out what is computed
 DTENSORS = "torch.distributed.tensor"
@@ -32,7 +32,7 @@ def handler(q, k, v, **lengths) -> Callable | None:
         return nested
     if any(_is(x, COLLECTIVES, "AsyncCollectiveTensor") for x in tensors.values()):
         return _waited
-    if any(_is(x, DTENSORS, "DTensor") for x in tensors.values()):
+    if any(map(is_dtensor, tensors.values())):
         return _sharded
     for name, x in tensors.items():
         if isinstance(x, torch.masked.MaskedTensor):
@@ -52,7 +52,7 @@ def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
     """The gradient of an output as the backward pass can read it: it may come from a collective, too."""
     if x is None or torch.compiler.is_compiling() or x.is_meta or isinstance(x, TRACED):
         return x
-    x = _finished(x)
+    x = finished(x)
     try:
         check_memory(name, x)
     except NotImplementedError as error:
@@ -63,7 +63,7 @@ def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
     return x
 
 
-def _finished(x):
+def finished(x):
     """``x``, or the result that it stands for if an asynchronous collective computes it: kernels to come wait for it."""
     if _is(x, COLLECTIVES, "AsyncCollectiveTensor"):
         return sys.modules[COLLECTIVES].wait_tensor(x)
@@ -75,8 +75,13 @@ def _is(x: object, module: str, name: str) -> bool:
     return kind is not None and isinstance(x, kind)
 
 
+def is_dtensor(x: object) -> bool:
+    """Whether a tensor is a shard of another, or stands for one that is replicated."""
+    return _is(x, DTENSORS, "DTensor")
+
+
 def _waited(attention: Callable, q, k, v, rules: dict, others: dict):
-    return attention(_finished(q), _finished(k), _finished(v), **rules, **{name: _finished(x) for name, x in others.items()})
+    return attention(finished(q), finished(k), finished(v), **rules, **{name: finished(x) for name, x in others.items()})
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
@@ -109,24 +114,33 @@ def _sharded(attention: Callable, q, k, v, rules: dict, others: dict):
             f"heads, or Replicate() is needed on each dimension of the mesh, alike for all three: try "
             f"x.redistribute(placements=…) of each"
         )
-    shards = math.prod([mesh.size(i) for i, placement in enumerate(placements) if placement == distributed.Shard(2)])
+    check_shards_of_heads(call, mesh, placements)
+    results = attention(q.to_local(), k.to_local(), v.to_local(), **rules, **others)
+    return whole(results, call, mesh, placements, [of_lse[placement] for placement in placements])
+
+
+def check_shards_of_heads(call: Call, mesh, placements) -> None:
+    """Refuse DTensors whose shards of q, by heads, don't find theirs of k."""
+    by_heads = sys.modules[DTENSORS].Shard(2)
+    shards = math.prod([mesh.size(i) for i, placement in enumerate(placements) if placement == by_heads])
     if call.heads != call.heads_kv and call.heads_kv % shards:
         raise ValueError(
             f"k has {call.heads_kv} heads in {shards} shards; a multiple is needed where q has more heads (GQA), so that each "
             f"shard of q finds its heads of k: shard the batch, or repeat k's and v's heads"
         )
-    results = attention(q.to_local(), k.to_local(), v.to_local(), **rules, **others)
 
-    def whole(local, placements, *shape):
-        stride = torch.empty(shape, device="meta").stride()
-        return distributed.DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+def whole(results, call: Call, mesh, placements, of_lse):
+    """The DTensors that the results of shards, the output or ``(out, lse)``, are shards of, where ``call`` is that of all."""
+
+    def wrap(local, placements, *shape):
+        stride, kind = torch.empty(shape, device="meta").stride(), sys.modules[DTENSORS].DTensor
+        return kind.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
     shape = call.batch, call.seqlen_q, call.heads, call.head_dim_v
     if not isinstance(results, tuple):
-        return whole(results, placements, *shape)
-    out, lse = results
-    lse_placements = [of_lse[placement] for placement in placements]
-    return whole(out, placements, *shape), whole(lse, lse_placements, call.batch, call.heads, call.seqlen_q)
+        return wrap(results, placements, *shape)
+    return wrap(results[0], placements, *shape), wrap(results[1], of_lse, call.batch, call.heads, call.seqlen_q)
 
 
 # ---- nested tensors --------------------------------------------------------------------------------------------------

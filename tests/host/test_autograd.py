@@ -32,7 +32,7 @@ def backend(request, monkeypatch):
 
 
 def fake_launch(problem, blocks, device, call, q, k, v, out, lse, kept, tickets=None):
-    true_out, true_lse, true_kept = api._REFERENCE[0](q, k, v, call)
+    true_out, true_lse, true_kept = reference.attention(q, k, v, call)
     out.copy_(true_out)
     for x, true, asked in ((lse, true_lse, problem.return_lse), (kept, true_kept, problem.for_backward)):
         assert (x is not None) == asked
@@ -48,7 +48,7 @@ class FakeGradients:
 
     def __call__(self, call, mechanism, needs, deterministic, q, k, v, out, kept, dout, dlse):
         self.seen.append({"needs": needs, "deterministic": deterministic, "mechanism": mechanism, "dlse": dlse, "dout": dout})
-        return api._REFERENCE[1](q, k, v, out, kept, dout, dlse, call, needs)
+        return reference.gradients(q, k, v, out, kept, dout, dlse, call, needs)
 
 
 def leaves(dtype=torch.bfloat16, needs="qkv", sq=70, sk=90, **options):
@@ -99,13 +99,13 @@ def test_only_what_is_asked_for_is_computed(needs, backend, monkeypatch):
     dout, dlse = make_gradients(q, v)
     seen = []
     if backend == "reference":
-        forward, gradients = api._REFERENCE
+        forward, gradients = reference.PASSES
 
         def recorded(*arguments):
             seen.append(arguments[-1])
             return gradients(*arguments)
 
-        monkeypatch.setattr(api, "_REFERENCE", (forward, recorded))
+        monkeypatch.setattr(reference, "PASSES", (forward, recorded))
     got = gradients_of(q, k, v, dout, dlse, backend=backend, **RULES)
     assert [x is not None for x in got] == [name in needs for name in "qkv"]
     if backend == "cute":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cute_attn import api, attention, flash_attn, reference
+from cute_attn import attention, flash_attn, reference
 from tests import interfaces, support
 from tests.host.processes import run_quick
 from tests.interfaces import EACH, FORMS, bounds, packed_as
@@ -135,7 +135,7 @@ def test_gradients_that_are_packed_are_not_copied(packs, monkeypatch):
         found = reference.gradients(*arguments)
         return tuple(part.copy_(x) for part, x in zip(room.unbind(2), found, strict=True)) if packs else found
 
-    monkeypatch.setattr(api, "_REFERENCE", (reference.attention, gradients))
+    monkeypatch.setattr(reference, "PASSES", (reference.attention, gradients))
     qkv = torch.randn(2, 5, 3, 2, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     dout = torch.randn(2, 5, 2, 16, generator=torch.Generator().manual_seed(1))
     (found,) = torch.autograd.grad(flash_attn.flash_attn_qkvpacked_func(qkv, causal=True), qkv, dout)

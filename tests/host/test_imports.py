@@ -65,10 +65,11 @@ def test_interfaces_of_others_are_imported_when_they_are_asked_for():
     program = """
 import sys
 import cute_attn
-names = {"flash_attn", "sdpa", "transformers"}
+names = {"distributed", "flash_attn", "sdpa", "transformers"}
 assert names == set(cute_attn._INTERFACES)
 assert not {f"cute_attn.{name}" for name in names} & set(sys.modules)
 assert cute_attn.sdpa.replaced and cute_attn.flash_attn.install and cute_attn.transformers.register
+assert cute_attn.distributed.shard
 assert "cutlass" not in sys.modules and "flash_attn" not in sys.modules and "transformers" not in sys.modules
 print(hasattr(cute_attn, "attention_of_no_kind"))
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cute_attn import launch as launching
-from cute_attn.fields import BACKWARD, FORWARD, named
+from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
 from cute_attn.launch import packed_of
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.problem import Call, check_call
@@ -100,6 +100,27 @@ def test_heads_may_come_first(gpu, monkeypatch):
         for (_, arguments), fields in zip(gpu.log, (FORWARD, BACKWARD), strict=True):
             assert named(fields, arguments).heads_first == 1
         gpu.log.clear()
+
+
+@pytest.mark.parametrize("so_far", [torch.bfloat16, torch.float32])
+def test_arguments_of_merging_are_in_the_order_of_the_table(gpu, monkeypatch, so_far):
+    """In float32 what is so far is where the result goes; else that is a tensor of its own."""
+    asked = []
+    monkeypatch.setattr(launching, "prepared", lambda *key: asked.append(key) or (gpu.kernel, 132))
+    out, more = (torch.zeros(1, 3, 2, 40, dtype=dtype) for dtype in (so_far, torch.bfloat16))
+    lse, lse_more = (torch.zeros(1, 2, 3) for _ in range(2))
+    merged = launching.merge(out, lse, more, lse_more, 0.5)
+    ((_, arguments),) = gpu.log
+    assert (merged.dtype, merged.shape) == (torch.float32, out.shape)
+    in_place = so_far == torch.float32
+    assert (merged is out) == in_place
+    given = {"so_far": None if in_place else out, "lse": lse, "more": more, "lse_more": lse_more, "to_log2": 0.5, "stream": 999}
+    found = vars(named(MERGE, arguments))
+    assert all(found[name] is x or found[name] == x for name, x in {"into": merged, **given}.items())
+    ((of, mechanism, _),) = asked
+    assert (of.dtype, of.head_dim_v, of.merges, mechanism) == ("bfloat16", 40, str(so_far).removeprefix("torch."), None)
+    launching.merge(out[:, :0], lse[:, :, :0], more[:, :0], lse_more[:, :, :0], 0.5)
+    assert len(gpu.log) == 1, "there was nothing to merge"
 
 
 def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):

@@ -47,7 +47,7 @@ def test_kernels_are_made_of_all_that_counts_and_of_nothing_else():
     assert ran.returncode == 0, ran.stderr
     apart = set(filter(sources.is_apart, sources._texts()))
     assert {path.name for path in apart} >= set().union(*sources.APART.values())
-    assert any(path.parent.name == sources.APART_FOLDER for path in apart)
+    assert {path.parent.name for path in apart} >= sources.APART_FOLDERS
     assert set(map(Path, ran.stdout.split("\n")[:-1])) == set(sources._texts()) - apart
 
 
