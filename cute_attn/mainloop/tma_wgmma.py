@@ -73,10 +73,11 @@ class ForwardWorker:
 
 @dataclass(frozen=True)
 class WarpgroupTile:
-    """The 64 rows a warpgroup computes now, and the key tiles they see."""
+    """The 64 rows a warpgroup computes now, the key tiles they see, and how many come before that only other rows see."""
 
     row_first: Int32
     keys: KeyTiles
+    skipped: Int32
     values: Values
 
 
@@ -346,7 +347,7 @@ class Forward(Kernel):
         keys = KeyTiles.of(values, self.problem, work.block, config)
         if cutlass.const_expr(self.anchored):
             keys = keys.after_a_seen_key(values, self.problem, work.block, config)
-        tile = WarpgroupTile(block * rows, keys, values)
+        tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values)
         frag = self._fragments(me, shared)
         softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2, fused=True)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
@@ -412,6 +413,8 @@ class Forward(Kernel):
         q_state, kv_state = states
         keys = tile.keys
 
+        for _ in cutlass.range(tile.skipped, unroll=1):
+            kv_state = self._skip(me, pipes, kv_state)
         # The last tile comes first, and has nothing to overlap with yet.
         top = keys.count - 1
         pipes.k.consumer_wait(kv_state)
@@ -440,6 +443,17 @@ class Forward(Kernel):
         self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, kv_state.index], accumulate=True)
         warpgroup.wait_group(0)
         pipes.v.consumer_release(kv_state)
+        kv_state.advance()
+        return kv_state
+
+    @cute.jit
+    def _skip(self, me: ForwardWorker, pipes: ForwardPipelines, kv_state):
+        """Leave a key tile to the others."""
+        for pipe in (pipes.k, pipes.v):
+            pipe.consumer_wait(kv_state)
+            pipe.consumer_release(kv_state)
+        self._wait_for_turn(me)
+        self._pass_turn(me)
         kv_state.advance()
         return kv_state
 

@@ -53,6 +53,17 @@ class KeyTiles:
         unseen = (row_end <= self.begin + self.whole_end * config.tile_n) & (self.whole_end < self.count)
         return replace(self, whole_end=cutlass.max(self.whole_end - cutlass.Int32(unseen), self.whole_begin))
 
+    def of_rows(self, values: Values, problem, row_first: Int32, rows: int, config):
+        """``(walk, skipped)`` of some of the query tile's rows: the same walk without the first tiles, of which none of them sees
+        a key. At least one tile is left."""
+        band, n = values.band(problem), config.tile_n
+        row_last = cutlass.min(row_first + rows, values.seqlen_q) - 1
+        _, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        exist = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
+        count = cutlass.min(cutlass.max(cute.ceil_div(end * exist - self.begin, n), 1), self.count)
+        some = replace(self, count=count, whole_end=cutlass.min(self.whole_end, count))
+        return some, self.count - count
+
     def is_whole(self, n: Int32):
         """Whether a tile but the last is one of the whole ones."""
         return (n >= self.whole_begin) & (n < self.whole_end)
