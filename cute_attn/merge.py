@@ -30,9 +30,11 @@ def host_function(problem, config):
 
 
 class Merge:
-    """A few threads of one warp have a row of one head, 8 columns each; a block has as many rows as it has threads for."""
+    """A few threads of one warp have some heads of a row, of each 8 columns; a block has as many rows as it has threads for, so
+    that what it reads of the log-sum-exps is of one piece, too."""
 
     THREADS = 256
+    HEADS = 4  # of a thread: enough loads at a time, and enough work for what it costs to find its place
 
     def __init__(self, problem):
         self.threads_per_row = 4
@@ -43,40 +45,43 @@ class Merge:
     @cute.jit
     def launch(self, mInto, mSoFar, mLSE, mMore, mLSE_more, to_log2: Float32, stream):
         batch, rows, heads, _ = mInto.shape
+        blocks = cute.ceil_div(heads, self.HEADS) * cute.ceil_div(rows, self.rows) * batch
         self.kernel(mInto, mSoFar, mLSE, mMore, mLSE_more, to_log2).launch(
-            grid=[cute.ceil_div(batch * rows * heads, self.rows), 1, 1], block=[self.THREADS, 1, 1], stream=stream
+            grid=[blocks, 1, 1], block=[self.THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(self, mInto, mSoFar, mLSE, mMore, mLSE_more, to_log2: Float32):
-        batches, rows, heads, columns = mInto.shape
-        thread = cute.arch.thread_idx()[0]
-        index, place = cute.arch.block_idx()[0] * self.rows + thread // self.threads_per_row, thread % self.threads_per_row
-        of_row = index // heads  # as the outputs lie in memory
-        batch = of_row // rows
-        head, row = index - of_row * heads, of_row - batch * rows
-        exists = batch < batches
-        works = exists and place * VECTOR < columns
-        lse, lse_more = -Float32.inf, -Float32.inf
-        if exists:
-            lse, lse_more = mLSE[batch, head, row], mLSE_more[batch, head, row]
-        so_far, more = (cute.make_rmem_tensor(VECTOR, m.element_type) for m in (mSoFar, mMore))
-        if works:  # here, and not where they are used: all loads are on their way before one is waited for
-            for m, held in ((mSoFar, so_far), (mMore, more)):
-                cute.autovec_copy(_vector(m, (batch, row, head), place), held)
-        most = cute.arch.fmax(lse, lse_more)  # the other one of a NaN, which shows in its weight
-        anchor = Float32(0.0) if most == -Float32.inf else most
-        weight, weight_more = (cute.math.exp2((x - anchor) * to_log2, fastmath=True) for x in (lse, lse_more))
-        total = weight + weight_more
-        normalize = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
+        _, rows, heads, columns = mInto.shape
+        thread, index = cute.arch.thread_idx()[0], cute.arch.block_idx()[0]
+        groups, blocks = cute.ceil_div(heads, self.HEADS), cute.ceil_div(rows, self.rows)
+        first, place = index % groups * self.HEADS, thread % self.threads_per_row
+        row, batch = index // groups % blocks * self.rows + thread // self.threads_per_row, index // groups // blocks
+        of_heads = [(row < rows) & (first + i < heads) for i in range(self.HEADS)]
+        lse, lse_more = (cute.make_rmem_tensor(self.HEADS, Float32) for _ in range(2))
+        so_far, more = (cute.make_rmem_tensor((VECTOR, self.HEADS), m.element_type) for m in (mSoFar, mMore))
+        to_natural = cute.arch.rcp_approx(to_log2)
+        for m in (lse, lse_more):
+            m.fill(-Float32.inf)
+        for i, exists in enumerate(of_heads):  # all loads are on their way before one is waited for
+            if exists:
+                lse[i], lse_more[i] = mLSE[batch, first + i, row], mLSE_more[batch, first + i, row]
+                if place * VECTOR < columns:
+                    for m, held in ((mSoFar, so_far), (mMore, more)):
+                        held[None, i].store(_vector(m, (batch, row, first + i), place).load())
         cute.arch.sync_warp()  # all of a row's threads have read what one of them writes
-        if exists and place == 0:
-            mLSE[batch, head, row] = anchor + cute.math.log2(total, fastmath=True) * cute.arch.rcp_approx(to_log2)
-        if works:
-            result = cute.make_rmem_tensor(VECTOR, Float32)
-            scaled, scaled_more = (x.load().to(Float32) * (w * normalize) for x, w in ((so_far, weight), (more, weight_more)))
-            result.store(scaled + scaled_more)
-            cute.autovec_copy(result, _vector(mInto, (batch, row, head), place))
+        for i, exists in enumerate(of_heads):
+            most = cute.arch.fmax(lse[i], lse_more[i])  # the other one of a NaN, which shows in its weight
+            anchor = Float32(0.0) if most == -Float32.inf else most
+            weight, weight_more = (cute.math.exp2((x[i] - anchor) * to_log2, fastmath=True) for x in (lse, lse_more))
+            total = weight + weight_more
+            normalize = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
+            if exists and place == 0:
+                mLSE[batch, first + i, row] = anchor + cute.math.log2(total, fastmath=True) * to_natural
+            if exists and place * VECTOR < columns:
+                sums = so_far[None, i].load().to(Float32) * (weight * normalize)
+                sums += more[None, i].load().to(Float32) * (weight_more * normalize)
+                _vector(mInto, (batch, row, first + i), place).store(sums)
 
 
 def _vector(m: cute.Tensor, where: tuple, place) -> cute.Tensor:

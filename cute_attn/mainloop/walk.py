@@ -54,8 +54,8 @@ class KeyTiles:
         return replace(self, whole_end=cutlass.max(self.whole_end - cutlass.Int32(unseen), self.whole_begin))
 
     def of_rows(self, values: Values, problem, row_first: Int32, rows: int, config):
-        """``(walk, skipped)`` of some of the query tile's rows: the same walk without the first tiles, of which none of them sees
-        a key. At least one tile is left."""
+        """``(walk, skipped)`` of some of the query tile's rows: the same walk without the tiles that come first and of which
+        none of them sees a key. At least one tile is left."""
         band, n = values.band(problem), config.tile_n
         row_last = cutlass.min(row_first + rows, values.seqlen_q) - 1
         _, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
