@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import compare, context_parallel, training
+from benchmarks import compare, context_parallel, model, training
 from benchmarks.anchors import geometric_mean
 from benchmarks.parts.catalogue import PARTS
 from benchmarks.parts.results import Figure, PartsRecord
@@ -283,6 +283,7 @@ BLOCKS: dict[str, tuple[Callable, Callable[..., str]]] = {
     "training": (training.Outcome.load, trained),
     "host": (Record.load, host),
     "context-parallel": (_json, context_parallel.table),
+    "model": (_json, model.figures),
     "first-call": (Record.load, first_call),
     "variants": (_json, variants),
     "whole": (PartsRecord.load, whole),

@@ -265,26 +265,44 @@ def sizes(size: Size) -> list[int]:
     return [after - before for before, after in pairwise(round(size.tokens * end / ends[-1]) for end in ends)]
 
 
-def table(cells: list[Cell], size: Size) -> Table:
-    """Steps beside torch's of the same mode."""
-    shown = Table(title=f"a training step of {size.tokens} tokens, forward and backward", title_justify="left")
-    for heading in ("mode", "attention"):
-        shown.add_column(heading)
-    for heading in ("ms", "± %", "tokens/s", f"× {TORCH}", "attention, ms", "of the step", "loss", "alike"):
-        shown.add_column(heading, justify="right")
+HEADINGS = ("mode", "attention", "ms", "± %", "tokens/s", f"× {TORCH}", "attention, ms", "of the step", "loss", "alike")
+
+
+def rows(cells: list[Cell], tokens: int) -> list[list[str]]:
+    """A row a cell, of a step of so many tokens, beside torch's of the same mode, under :data:`HEADINGS`."""
     base = {cell.mode: cell.seconds for cell in cells if cell.implementation == TORCH}
+    found = []
     for cell in cells:
         median, spread = timing.scatter(cell.steps)
-        shown.add_row(
+        found.append([
             cell.mode,
             cell.implementation,
             f"{median * 1e3:.1f}",
             f"{spread * 100:.1f}",
-            f"{size.tokens / median:,.0f}",
+            f"{tokens / median:,.0f}",
             f"{base[cell.mode] / median:.2f}",
             f"{statistics.median(cell.attention) * 1e3:.1f}",
             f"{cell.share:.0%}",
             f"{cell.loss:.4f}",
             f"{cell.alike:.4f}",
-        )
+        ])  # fmt: skip
+    return found
+
+
+def table(cells: list[Cell], size: Size) -> Table:
+    """What was measured."""
+    shown = Table(title=f"a training step of {size.tokens} tokens, forward and backward", title_justify="left")
+    for i, heading in enumerate(HEADINGS):
+        shown.add_column(heading, justify="left" if i < 2 else "right")
+    for row in rows(cells, size.tokens):
+        shown.add_row(*row)
     return shown
+
+
+def figures(found: dict[str, Any]) -> str:
+    """The same of a file, for a document."""
+    about = found["about"]
+    cells = [Cell(**cell) for cell in found["cells"]]
+    lines = [f"{about['card']['name']}, {about['date']}; " + ", ".join(f"{n} {v}" for n, v in about["versions"].items()), ""]
+    lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(cells, about['size']['tokens']))]) + "\n"

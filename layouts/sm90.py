@@ -28,13 +28,13 @@ WGMMA_TABLE: dict[int, dict[str, Any]] = {
     96: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True},
     128: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True},
     192: {"tile_m": 128, "tile_n": 96, "stages": 2, "rescale_early": True},
-    256: {"tile_m": 128, "tile_n": 80, "stages": 2, "rescale_early": True},
+    256: {"tile_m": 128, "tile_n": 64, "stages": 2, "rescale_early": True},
 }
 # O may lie over Q only where both are equally wide: else a warpgroup's rows of O would reach into another's rows of Q.
-# Heads of different widths leave the room that a memory of its own takes, at 256 with fewer keys a tile.
+# Heads of different widths leave the room that a memory of its own takes.
 WGMMA_MIXED: dict[int, dict[str, Any]] = {
     192: {"separate_o": True},
-    256: {"separate_o": True, "tile_n": 64},
+    256: {"separate_o": True},
 }
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -> registers of a computing, copying thread
 REGISTERS_OF_DQ = (232, 40)  # dQ alone leaves a computing thread with some to spare, and a copying one needs more than 24
