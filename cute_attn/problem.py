@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from cute_attn.arguments import check_layout, check_memory, flag, integer, is_traced, number, shown
+from cute_attn.expressions import NOTHING, Expression
 from cute_attn.lengths import Lengths
 from cute_attn.rules import USUAL_CAP, score_scales
 
@@ -49,6 +50,8 @@ class Problem:
     is a rectangle.
 
     ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
+
+    ``expression`` is what the user's functions compute, and ``sinks`` says that each row's softmax has one more logit.
     """
 
     dtype: str
@@ -63,6 +66,8 @@ class Problem:
     for_backward: bool = False
     large_cap: bool = False
     ragged: str = ""
+    sinks: bool = False
+    expression: Expression = NOTHING
 
     def __post_init__(self):
         """A value of another kind would be another key, even if it is equal."""
@@ -80,7 +85,12 @@ class Problem:
     @property
     def masked(self) -> bool:
         """Whether a tile may hold keys that some of its rows see and others don't."""
-        return self.bounded_left or self.bounded_right
+        return self.bounded_left or self.bounded_right or self.masks_all
+
+    @property
+    def masks_all(self) -> bool:
+        """Whether any key may be hidden from any query, so that every tile has to mask."""
+        return self.expression.mask is not None
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -102,6 +112,9 @@ class Call:
     While a graph is made they may be symbols, the scale and the softcap tensors, and the scale None, for 1/√head_dim.
 
     ``packs`` says that gradients may be parts of one tensor, where q, k and v are: whoever unpacked these has them packed then.
+
+    ``captured`` are the tensors that ``expression`` reads, ``sinks`` ``(heads,)``, and ``sequence`` is the number of the first
+    element of the batch, as functions get it.
     """
 
     batch: int
@@ -117,6 +130,15 @@ class Call:
     softcap: Any
     lengths: Lengths | None = None
     packs: bool = False
+    expression: Expression = NOTHING
+    captured: tuple[torch.Tensor, ...] = ()
+    sinks: torch.Tensor | None = None
+    sequence: int = 0
+
+    @property
+    def others(self) -> tuple[torch.Tensor | None, ...]:
+        """What may have a gradient besides q, k and v: the sinks and the captured tensors; nothing where there are none."""
+        return () if self.sinks is None and not self.captured else (self.sinks, *self.captured)
 
     @property
     def shift(self) -> int:
@@ -126,7 +148,7 @@ class Call:
     @property
     def masked(self) -> bool:
         """Whether there may be keys that some queries see and others don't."""
-        return self.left is not None or self.right is not None
+        return self.left is not None or self.right is not None or self.expression.mask is not None
 
     @property
     def empty(self) -> bool:
@@ -258,6 +280,8 @@ def problem_of(
         for_backward,
         call.softcap > USUAL_CAP,
         "" if call.lengths is None else call.lengths.names,
+        call.sinks is not None,
+        call.expression,
     )
 
 
