@@ -21,7 +21,7 @@ class Field(NamedTuple):
     """One of them. Kinds: an ``operand`` is as torch holds it, ``(batch, seqlen, heads, head_dim)`` in the inputs' dtype, and
     ``row values`` are a float32 for each of its rows, ``(batch, heads, seqlen)``; of ragged sequences both have no batch.
     ``padded row values`` are two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces,
-    values)``, ``words`` int32 ``(n,)``; and there are numbers and the ``stream``."""
+    values)``, ``words`` int32 ``(n,)``, ``floats`` float32 ``(n,)``, ``captured`` as many tensors as the expression reads; and there are numbers and the ``stream``."""
 
     name: str
     kind: str
@@ -42,6 +42,7 @@ def has_sums(problem: Problem, config: Config) -> bool:
 
 
 _CALL = (
+    Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
     *map(_given, NAMES),
     *(Field(name, "int32") for name in ("count", "left", "right")),
     *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
@@ -53,6 +54,7 @@ FORWARD = (
     Field("lse", "row values", lambda problem, config: problem.return_lse),
     Field("lse_raw", "row values", lambda problem, config: problem.for_backward),
     Field("tickets", "words", takes_tickets),
+    Field("sinks", "floats", lambda problem, config: problem.sinks),
     *_CALL,
 )
 BACKWARD = (
