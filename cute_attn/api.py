@@ -66,17 +66,18 @@ def attention(
         window: ``(left, right)``, how many keys before and after its aligned one a query sees; ``None`` or −1 is unbounded.
         softcap: bounds scores to ±softcap; ``None`` or 0 is none.
         mask: ``mask(batch, head, q_idx, kv_idx, *tensors) -> bool``, which keys a query sees, of those that the arguments above
-            let it see. Positions are rows of q and of k, from 0 on. The function is traced (:mod:`cute_attn.expressions`): it
-            gets symbols and may do arithmetic, comparisons, ``& | ~``, ``torch.where``, minimum, maximum, clamp, abs, exp, log,
-            tanh, sqrt, ``//`` and ``%`` of integers, conversions, and index tensors of up to 4 dimensions, in ``tensors`` or in a
-            closure. FlexAttention's ``mask_mod`` is such a function. Ready-made ones: :mod:`cute_attn.masks`.
+            let it see, as FlexAttention's ``mask_mod``. Positions are rows of q and of k, from 0 on. The function is traced
+            (:mod:`cute_attn.expressions`): it gets symbols and may do arithmetic, comparisons, ``& | ~``, ``torch.where``,
+            minimum, maximum, clamp, abs, exp, log, tanh, sqrt, ``//`` and ``%`` of integers, conversions, and index tensors of
+            up to 4 dimensions, in ``tensors`` or in a closure. Ready-made ones are :mod:`cute_attn.masks`.
         score: ``score(score, batch, head, q_idx, kv_idx, *tensors) -> score``, what is made of a scaled (and capped) score, as
             FlexAttention's ``score_mod``; :mod:`cute_attn.scores`. Gradients go through it, and into captured float tensors
             that require one, on the reference backend.
         tensors: more arguments of the two functions.
-        alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope · |i + seqlen_k − seqlen_q − j|`` is taken from s_ij, last.
-        sinks: ``(heads,)``, floats: one more logit in the softmax of each row, without a value. The lse counts it, but for a row
-            that sees no key.
+        alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope · |i + seqlen_k − seqlen_q − j|`` is taken from s_ij,
+            after all else.
+        sinks: floats ``(heads,)``: one more logit in the softmax of each row, without a value. The lse counts it, except in a
+            row that sees no key.
         return_lse: return ``(out, lse)``.
         deterministic: of the gradients. The kernels' backward pass adds the parts of dQ in an order that differs from run
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
@@ -236,8 +237,8 @@ def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None
     mask, score, tensors, alibi_slopes, sinks = extras
     if is_compiling() or dispatch_modes() or transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED):
         raise NotImplementedError(
-            "mask, score, alibi_slopes or sinks are given inside of torch.compile, torch.export, a transform of torch.func or a "
-            "mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
+            "mask, score, alibi_slopes or sinks are given inside of torch.compile, torch.export, a transform of torch.func or "
+            "a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
         )
     if sinks is not None:
         _check_sinks(sinks, q, call.heads)
@@ -248,7 +249,7 @@ def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None
 
 def _check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
     if not isinstance(sinks, torch.Tensor):
-        raise TypeError(f"sinks is {shown(sinks)}; a tensor of floats ({heads},), one a head, is needed: try torch.tensor(sinks)")
+        raise TypeError(f"sinks is {shown(sinks)}; floats ({heads},), one a head, are needed: try torch.tensor(sinks)")
     if sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device:
         raise ValueError(
             f"sinks is {shown(sinks)} on {sinks.device}; floats ({heads},), one a head, on {q.device} are needed: try "
@@ -260,8 +261,8 @@ def _extras_of(handle: Callable, extras: tuple) -> dict:
     """The keywords of these, for tensors that stand for others."""
     if handle is not wrapped.nested:
         raise NotImplementedError(
-            "mask, score, alibi_slopes or sinks are given with DTensors or results of collectives; tensors of each rank's own are "
-            "needed, since positions and heads would be those of a shard: try x.to_local() of q, k and v"
+            "mask, score, alibi_slopes or sinks are given with DTensors or results of collectives; tensors of each rank's own "
+            "are needed, since positions and heads would be those of a shard: try x.to_local() of q, k and v"
         )
     return dict(zip(("mask", "score", "tensors", "alibi_slopes", "sinks"), extras, strict=True))
 
@@ -319,8 +320,8 @@ def _check_captured(call: Call) -> None:
     for x in call.captured:
         if x.requires_grad:
             raise NotImplementedError(
-                f"a captured tensor, {shown(x)}, requires a gradient, which the kernels don't compute; one that requires none is "
-                f"needed: try .detach(), or backend='reference'"
+                f"a captured tensor, {shown(x)}, requires a gradient, which the kernels don't compute; one that requires none "
+                f"is needed: try .detach(), or backend='reference'"
             )
 
 

@@ -2,7 +2,7 @@
 
     mask(batch, head, q_idx, kv_idx, *tensors) -> bool              score(score, batch, head, q_idx, kv_idx, *tensors) -> score
 
-The function is called with :class:`Symbol` in the place of numbers. What it does to them becomes an :class:`Expression`, a graph of
+The function is called with symbols in the place of numbers. What it does to them becomes an :class:`Expression`, a graph of
 operations and constants: no tensor's value is in it, so it is a part of a kernel's key. Tensors that are indexed by a symbol,
 whether the function got them as arguments or holds them in a closure, are *captured*: a kernel reads them when it runs.
 
@@ -13,8 +13,8 @@ the DSL as ``ops``: :class:`TorchOps` here, the kernels' in ``mainloop/elements.
 **Derivative.** Next to each node x that depends on the score s lies, on demand, dx/ds: a dual number is two nodes. So the
 gradient's factor ds'/ds is one more output of the same graph, and where it is 1 (a bias) there is nothing to compute.
 
-**Indices** that are too large read a dimension's last element, and those below 0 its first one: a score is computed before the mask
-hides it, and where it is hidden an index may be anything.
+**Indices** that are too large read a dimension's last element, and those below 0 its first one: a score is computed before the
+mask hides it, and where it is hidden an index may be anything.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ LOADED = {
     torch.bool: "bool",
 }
 ALLOWED = (
-    "arithmetic, comparisons, & | ~, torch.where, minimum, maximum, clamp, abs, exp, log, tanh, sqrt, // and %, conversions and "
-    "tensors that are indexed"
+    "arithmetic, comparisons, & | ~, torch.where, minimum, maximum, clamp, abs, exp, log, tanh, sqrt, // and %, conversions "
+    "and tensors that are indexed"
 )
 
 
@@ -133,8 +133,8 @@ class Symbol(torch.Tensor):
         if func.__name__ == "__repr__":
             return "a symbol of mask or score"
         raise RuntimeError(
-            "a symbol is used outside of the function that it was made for; one that is used inside is needed: return what mask "
-            "and score compute, and keep nothing of it"
+            "a symbol is used outside of the function that it was made for; one that is used inside is needed: return what "
+            "mask and score compute, and keep nothing of it"
         )
 
 
@@ -260,7 +260,7 @@ class Graph:
 
     # ---- derivatives
 
-    def slope(self, node: int) -> int | None:
+    def slope(self, node: Any) -> int | None:
         """The node of dx/ds, of x by the score; None where it is 0."""
         if node not in self.slopes:
             self.slopes[node] = self._slope(node)
@@ -272,7 +272,7 @@ class Graph:
             return None
         if op == "leaf":
             return self.constant(1.0) if x == ["score"] else None
-        d = [self.slope(i) if self.kind(i) == "float" else None for i in x]
+        d: list[Any] = [self.slope(i) if self.kind(i) == "float" else None for i in x]
         if all(dx is None for dx in d):
             return None
         if op == "add":
@@ -284,8 +284,9 @@ class Graph:
         if op == "mul":
             return self._sum(self._times(d[0], x[1]), self._times(d[1], x[0]))
         if op == "div":  # x / y: (dx − (x / y) · dy) / y
-            minus = None if d[1] is None else self.apply("neg", self._times(d[1], node))
-            return self.apply("div", self._sum(d[0], minus), x[1])
+            minus: Any = None if d[1] is None else self._times(d[1], self.apply("neg", node))
+            rise: Any = self._sum(d[0], minus)
+            return self.apply("div", rise, x[1])
         zero = self.constant(0.0)
         if op == "where":
             return self.apply_where(x[0], *(zero if dx is None else dx for dx in d[1:]))
@@ -365,7 +366,7 @@ class Tracing(TorchFunctionMode):
             args = (args[1], args[0], args[2])
         if (name in _FILLED or name in ("to", "bool", "int", "float")) and not func.__name__.startswith("__"):
             return self._converted(name, args, kwargs)
-        if (name not in _BINARY and not hasattr(self, f"_{name}") and name not in _FLOATS) or func.__name__.startswith("__bool"):
+        if name not in (*_BINARY, *_FLOATS) and not hasattr(self, f"_{name}"):
             _refuse_operation(func.__name__)
         if "out" in kwargs or "dim" in kwargs or "dtype" in kwargs:
             _refuse(f"{func.__name__} with {', '.join(kwargs)}", "its operands alone are needed", "to leave these out")
@@ -447,7 +448,7 @@ class Tracing(TorchFunctionMode):
         if exponent == 0.5 and not isinstance(exponent, Symbol):
             return graph.apply("sqrt", graph.operand(base), at_least="float")
         if not (type(exponent) is int and 1 <= exponent <= 8):
-            _refuse(f"a power with the exponent {shown(exponent)}", "an int from 1 to 8, or 0.5, is needed", "torch.exp of a product")
+            _refuse(f"a power with the exponent {shown(exponent)}", "an int from 1 to 8, or 0.5, is needed", "torch.exp")
         node = first = graph.operand(base)
         for _ in range(exponent - 1):
             node = graph.apply("mul", node, first, at_least="int")
@@ -517,7 +518,7 @@ def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str)
     node = graph.operand(result)
     if (graph.kind(node) == "bool") != (kind == "bool"):
         instead = "a comparison, or score= for biases" if kind == "bool" else "torch.where(condition, score, …), or mask="
-        raise TypeError(f"{name} returns {'an' * (graph.kind(node) == 'int') or 'a'} {graph.kind(node)}; a {kind} is needed: try {instead}")
+        raise TypeError(f"{name} returns values of kind {graph.kind(node)}; a {kind} is needed: try {instead}")
     return graph.cast(node, kind)
 
 

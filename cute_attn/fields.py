@@ -21,7 +21,8 @@ class Field(NamedTuple):
     """One of them. Kinds: an ``operand`` is as torch holds it, ``(batch, seqlen, heads, head_dim)`` in the inputs' dtype, and
     ``row values`` are a float32 for each of its rows, ``(batch, heads, seqlen)``; of ragged sequences both have no batch.
     ``padded row values`` are two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces,
-    values)``, ``words`` int32 ``(n,)``, ``floats`` float32 ``(n,)``, ``captured`` as many tensors as the expression reads; and there are numbers and the ``stream``."""
+    values)``, ``words`` int32 ``(n,)``, ``floats`` float32 ``(n,)``; ``captured`` are all tensors that functions read; and
+    there are numbers and the ``stream``."""
 
     name: str
     kind: str

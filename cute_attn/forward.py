@@ -36,7 +36,8 @@ def host_function(problem, config, mainloop=None):
         sequences = sequences_of(problem, q, k, given)
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         band = shift - given.left, shift + given.right
-        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, captured_of(problem, given), given.sinks)
+        read = captured_of(problem, given), given.sinks
+        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, *read)
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, given.blocks, problem.bounded_right, sequences)
         if cutlass.const_expr(given.tickets is not None):

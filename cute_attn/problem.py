@@ -280,7 +280,7 @@ def problem_of(
         for_backward,
         call.softcap > USUAL_CAP,
         "" if call.lengths is None else call.lengths.names,
-        call.sinks is not None,
+        call.sinks is not None and not gradients,  # a backward pass has them in the log-sum-exp
         call.expression,
     )
 

@@ -18,13 +18,13 @@ the softmax P itself, without another pass over the keys. With dO and dLSE the g
 where a softcap multiplies dS by its slope. Each tile of keys walks over the tiles of queries that see any of it: its dK and
 dV are sums that stay with it, dQ is added to in memory.
 
-**What a user's functions make of scores** (``expressions.py``) comes after the softcap: s' = score(s), with s = the scaled score,
-and dS is multiplied by ds'/ds. A captured tensor's gradient is Σ dS' · ∂s'/∂t, dS' = P ∘ (dP − delta), which autograd adds up
-tile by tile.
+**What a user's functions make of scores** (``expressions.py``) comes after the softcap: s' = score(s) of the scaled score s,
+and dS is multiplied by ds'/ds. A captured tensor's gradient is Σ dS' · ∂s'/∂t, where dS' = P ∘ (dP − delta); autograd adds it
+up tile by tile.
 
-**Sinks.** One more logit z_h in the softmax of every row that sees a key: l = Σ_j exp(s_j) + exp(z_h). Nothing but l, and so the
-log-sum-exp, knows of it; P = exp(s − lse) has it in the backward pass. Its own weight p = exp(z_h − lse) has no value, so that
-∂out/∂z = −p · out and ∂lse/∂z = p, and with dO·O − dLSE = delta
+**Sinks.** One more logit z_h in the softmax of every row that sees a key: l = Σ_j exp(s_j) + exp(z_h). Nothing but l, and so
+the log-sum-exp, knows of it; P = exp(s − lse) has it in the backward pass. Its own weight p = exp(z_h − lse) has no value, so
+that ∂out/∂z = −p · out and ∂lse/∂z = p, and with dO·O − dLSE = delta
 
     dz_h = −Σ_i p_i · delta_i,   over all rows i of head h.
 
@@ -110,8 +110,8 @@ def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
 
 @autocast.outside
 def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv", *, tile_m: int = 128, tile_n: int = 128):
-    """``(dq, dk, dv, dsinks, *of captured tensors)``: the gradients of q, k, v from those of :func:`attention`'s outputs; None for
-    what the string ``needs`` does not name, and the others' that don't require one. ``dlse`` may be None, for zeros.
+    """``(dq, dk, dv)``, and, where there are sinks or captured tensors, theirs: the gradients from those of :func:`attention`'s
+    outputs; None for what the string ``needs`` does not name, or requires none. ``dlse`` may be None, for zeros.
 
     Each has the shape and dtype of its input; a key head's are sums over the query heads that read it. Products are summed
     in lse_log2's dtype, and P and dS are rounded to the inputs' dtype before they are multiplied, as tensor cores take them. A
@@ -142,7 +142,7 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     unseen = lse_log2 == -torch.inf
     # 2^(s − ∞) = 0 for every score, where s = lse = −∞ would make a NaN; nor does dLSE count in a row that sees nothing.
     delta, lse_log2 = delta.masked_fill(unseen, 0.0), lse_log2.masked_fill(unseen, torch.inf)
-    if of_others and of_others[0] is not None:
+    if of_others and call.sinks is not None and of_others[0] is not None:
         weight = (call.sinks.to(acc_dtype) * LOG2_E - lse_log2).exp2()
         of_others[0] = -(weight * delta).sum((0, 1)).to(call.sinks.dtype)
 
@@ -271,7 +271,8 @@ def _computed(call: Call, given, m: int, n: int) -> Callable:
         "kv_idx": counted(n, 1, 1, 1, 1, keys),
         "shift": counted(call.shift, 1, 1, 1, 1, 1),
     }
-    return partial(call.expression.value, leaf=leaves.__getitem__, ops=TorchOps(call.captured, given.dtype, given.device), known={})
+    ops = TorchOps(call.captured, given.dtype, given.device)
+    return partial(call.expression.value, leaf=leaves.__getitem__, ops=ops, known={})
 
 
 def _online_step(scores, row_max, row_sum):

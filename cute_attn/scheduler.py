@@ -37,7 +37,7 @@ LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
 @dataclass(frozen=True)
 class Work:
     """One tile to compute: which ``block`` of rows of which head, of which sequence's queries ``q`` and keys ``k``. Where some
-    are past their sequence's end, ``exists`` says whether this one has any rows; ``sequence`` is which of ragged ones it is of."""
+    are past their sequence's end, ``exists`` says whether this one has any rows. ``sequence`` is the number of a ragged one."""
 
     block: Int32
     head: Int32

@@ -1,7 +1,7 @@
 """What a user's functions compute, for a thread's scores: the operations of ``expressions.py`` on the DSL's values.
 
-Each node is computed as often as it has to be: for each score what depends on it or on both positions, for each row or column of
-the thread what depends on one position, and once what depends on neither, such as a slope of the head.
+Each node is computed as often as it has to be: for each score what depends on it or on both positions, for each row or column
+of the thread what depends on one position, and once what depends on neither, such as a slope of the head.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ElementOps:
         return KINDS[kind](float.fromhex(text) if kind == "float" else text == "True" if kind == "bool" else int(text))
 
     def load(self, slot: int, kind: str, indices: list):
-        """An element of a captured tensor. Every index is cut to what there is: scores past a sequence's end are computed, too."""
+        """An element of a captured tensor. Indices are cut to what there is: scores past a sequence's end are computed, too."""
         tensor, where = self.tensors[slot], []
         for dim, (index, is_position) in enumerate(indices):
             index = cutlass.min(index, tensor.shape[dim] - 1)
@@ -89,8 +89,8 @@ class ElementOps:
 
 
 class Elements:
-    """An expression in one tile, at (row, column) of a thread's scores. ``rows`` and ``columns`` name the leaves that differ along
-    each, and ``leaf(name, row, column)`` says what a position is."""
+    """An expression in one tile, at (row, column) of a thread's scores. ``rows`` and ``columns`` name the leaves that differ
+    along each, and ``leaf(name, row, column)`` says what a position is."""
 
     def __init__(self, expression: Expression, tensors: tuple, leaf: Callable, rows: str, columns: str):
         self.expression, self.ops, self.leaf = expression, ElementOps(tensors), leaf

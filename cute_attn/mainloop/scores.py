@@ -136,16 +136,17 @@ class Scores:
     def _elements(self, origin) -> Elements:
         """What the user's functions compute in a tile."""
         first = origin[1] + self.where.thread[0, 0][1]
-        queries = int(self.transposed)  # which of the two coordinates is the query's
+        rows, columns = ("kv_idx", "q_idx") if self.transposed else ("q_idx", "kv_idx")
 
         def leaf(name: str, r: int, c: int):
-            if name in ("q_idx", "kv_idx"):
-                return first + self.where.zero[0, c][1] if queries == (name == "q_idx") else origin[0] + self.where.thread[r, 0][0]
+            if name == columns:
+                return first + self.where.zero[0, c][1]
+            if name == rows:
+                return origin[0] + self.where.thread[r, 0][0]
             if name == "shift":
                 return self.values.seqlen_k - self.values.seqlen_q
             return self.values.head if name == "head" else self.values.sequence
 
-        rows, columns = ("kv_idx", "q_idx") if self.transposed else ("q_idx", "kv_idx")
         return Elements(self.problem.expression, self.values.captured, leaf, rows, columns)
 
     def _each(self, scores: cute.Tensor):

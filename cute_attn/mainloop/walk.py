@@ -125,8 +125,8 @@ def walk(
     """``state = step(state, (n, masked))`` over the key tiles, in descending order; with the ``last`` or without.
 
     Three loops, so that each knows at compile time whether it masks: tiles cut by the right edge, whole tiles, tiles cut
-    by the left edge. The last is among the first ones. ``before_whole()`` is called before the second. One loop, where every tile
-    masks.
+    by the left edge. The last is among the first ones. ``before_whole()`` is called before the second. There is
+    one loop where every tile masks.
     """
     top = keys.count - 1
     whole_end = cutlass.min(top, keys.whole_end)

@@ -594,10 +594,9 @@ YET = "is needed, since it isn't there yet"
 FLASH_ATTN = [
     # Not there yet.
     Row("dropout", flash(dropout_p=0.1), NotImplementedError, "dropout_p is 0.1", f"0 {YET}", "model.eval()"),
-    Row("alibi", flash(alibi_slopes=torch.ones(4)), NotImplementedError, "alibi_slopes is a Tensor", YET, "attn_mask"),
     Row("pages", flash_varlen(block_table=torch.ones(2, 3)), NotImplementedError, "block_table is a Tensor", YET, "gathered"),
     Row("pages of 3", flash_varlen(page_table=torch.ones(2, 3)), NotImplementedError, "page_table is", YET, "gathered"),
-    Row("a sink", flash(learnable_sink=torch.ones(4)), NotImplementedError, "learnable_sink is a Tensor", YET, "torch.sigmoid"),
+    Row("a sink a head", flash(learnable_sink=torch.ones(3)), ValueError, "a Tensor of shape (3,)", "(4,), one a head"),
     Row("qv", flash(qv=q), NotImplementedError, "qv is a Tensor of shape (2, 6, 4, 16)", YET, "torch.cat((q, qv), -1)"),
     Row("8-bit floats' scales", flash(k_descale=torch.ones(2, 2)), NotImplementedError, "k_descale is", YET, "* k_descale"),
     Row("chunks", flash(attention_chunk=64), NotImplementedError, "attention_chunk is 64", f"0 {YET}", "window_size"),
