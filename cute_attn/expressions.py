@@ -313,9 +313,13 @@ class Graph:
         return y if x is None else x if y is None else self.apply("add", x, y)
 
     def _times(self, x: int | None, y: int) -> int | None:
-        if x is None or x == self.constant(1.0):
+        one = self.constant(1.0)
+        if x is None or x == one:
             return None if x is None else y
-        return x if y == self.constant(1.0) else self.apply("mul", x, y)
+        held = [float.fromhex(self.nodes[i][2]) for i in (x, y) if self.nodes[i][0] == "constant"]
+        if len(held) == 2:
+            return self.constant(held[0] * held[1])
+        return x if y == one else self.apply("mul", x, y)
 
 
 # ---- what functions may do -------------------------------------------------------------------------------------------
@@ -496,7 +500,7 @@ def traced(mask: Callable | None, score: Callable | None, tensors: Any, alibi_sl
         _check_slopes(alibi_slopes, q, heads, batch)
         arguments = (scored, batch_, head, q_idx, kv_idx, shift, alibi_slopes)
         scored = graph.symbol(_called(graph, "alibi_slopes", _alibi, arguments, "float"))
-    if scored is not given:
+    if scored.node != given.node:
         changed, slope = scored.node, graph.slope(scored.node)
         slope = graph.constant(0.0) if slope is None else None if slope == graph.constant(1.0) else slope
     if seen is None and changed is None:
