@@ -236,9 +236,9 @@ class Graph:
             _refuse(f"{got} on {x.device}, with q on {self.device}", "one device is needed", ".to(q.device)", ValueError)
 
     def index(self, x: torch.Tensor, where: Any) -> Symbol:
-        tensor, before = x.part if isinstance(x, Symbol) else (x, ())
         if isinstance(x, Symbol) and x.node is not None:
             _refuse("an index into a number", "a captured tensor is needed", "the tensor itself")
+        tensor, before = x.part if isinstance(x, Symbol) else (x, ())
         where = where if isinstance(where, tuple) else (where,)
         found = []
         for i in where:
@@ -372,15 +372,14 @@ class Tracing(TorchFunctionMode):
             return self._converted(name, args, kwargs)
         if name not in (*_BINARY, *_FLOATS) and not hasattr(self, f"_{name}"):
             _refuse_operation(func.__name__)
-        if "out" in kwargs or "dim" in kwargs or "dtype" in kwargs:
-            _refuse(f"{func.__name__} with {', '.join(kwargs)}", "its operands alone are needed", "to leave these out")
+        floors = kwargs.pop("rounding_mode", None) == "floor"
+        if more := [key for key in kwargs if key not in ("min", "max", "other", "exponent", "value")]:
+            _refuse(f"{func.__name__} with {', '.join(more)}", "its operands alone are needed", "leaving these out")
         args = args[::-1] if reverse else args
-        return graph.symbol(self._node(name, args, kwargs))
+        return graph.symbol(self._node("floordiv" if floors else name, args, kwargs))
 
     def _node(self, name: str, args: tuple, kwargs: dict) -> int:
         graph = self.graph
-        if name == "div" and kwargs.pop("rounding_mode", None) == "floor":
-            name = "floordiv"
         if name in ("clamp", "pow"):
             return getattr(self, f"_{name}")(*args, **kwargs)
         nodes = [graph.operand(x) for x in (*args, *kwargs.values())]
