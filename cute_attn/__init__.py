@@ -4,18 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from cute_attn import sources as sources  # first: it notes the files before any of them is read
-
-# isort: split
-from cute_attn import masks, scores
 from cute_attn.api import attention, attention_varlen
 
 __version__ = "0.1.0"
-__all__ = ["attention", "attention_varlen", "masks", "scores"]
-_INTERFACES = ("flash_attn", "sdpa", "transformers")  # those of others: modules that are imported when they are first asked for
+__all__ = ["attention", "attention_varlen"]
+# Modules that are imported when they are first asked for: the interfaces of others, and functions to pass.
+_INTERFACES = ("flash_attn", "sdpa", "transformers")
+_FUNCTIONS = ("masks", "scores")
 
 if not TYPE_CHECKING:  # for a type checker it would stand for every module of the package
 
     def __getattr__(name: str):
-        if name in _INTERFACES:
+        if name in (*_INTERFACES, *_FUNCTIONS):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -162,7 +162,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
         return tuple(gradient.values())
     dsinks = None
     if call.sinks is not None and call.sinks.requires_grad:
-        unit = 1.0 if call.expression.score is not None else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
+        unit = 1.0 if problem.expression.score is not None else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
         weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
         dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
     return *gradient.values(), dsinks, *(None for _ in call.captured)

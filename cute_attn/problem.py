@@ -130,7 +130,7 @@ class Call:
     softcap: Any
     lengths: Lengths | None = None
     packs: bool = False
-    expression: Expression = NOTHING
+    expression: Any = None  # or an Expression, of which torch.compile can't make a default
     captured: tuple[torch.Tensor, ...] = ()
     sinks: torch.Tensor | None = None
     sequence: int = 0
@@ -148,7 +148,8 @@ class Call:
     @property
     def masked(self) -> bool:
         """Whether there may be keys that some queries see and others don't."""
-        return self.left is not None or self.right is not None or self.expression.mask is not None
+        bounded = self.left is not None or self.right is not None
+        return bounded or (self.expression is not None and self.expression.mask is not None)
 
     @property
     def empty(self) -> bool:
@@ -281,7 +282,7 @@ def problem_of(
         call.softcap > USUAL_CAP,
         "" if call.lengths is None else call.lengths.names,
         call.sinks is not None and not gradients,  # a backward pass has them in the log-sum-exp
-        call.expression,
+        call.expression or NOTHING,
     )
 
 
