@@ -335,6 +335,8 @@ _SYNONYMS = {
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _LOGIC = ("and", "or", "xor")
 _FLOATS = ("exp", "exp2", "log", "log2", "tanh", "sqrt")  # of one operand
+_ARITHMETIC = ("add", "sub", "mul", "div", "floordiv", "mod", "maximum", "minimum", "neg", "abs")
+_BINARY = (*_ARITHMETIC[:-2], "pow", *_COMPARISONS, *_LOGIC)
 _FILLED = {"new_ones": 1, "new_zeros": 0, "new_full": None, "ones_like": 1, "zeros_like": 0, "full_like": None}
 _INSTEAD = {
     "bool": "torch.where(condition, …, …) instead of if, & | ~ instead of and, or, not",
@@ -370,7 +372,7 @@ class Tracing(TorchFunctionMode):
             args = (args[1], args[0], args[2])
         if (name in _FILLED or name in ("to", "bool", "int", "float")) and not func.__name__.startswith("__"):
             return self._converted(name, args, kwargs)
-        if name not in (*_BINARY, *_FLOATS) and not hasattr(self, f"_{name}"):
+        if name not in (*_BINARY, *_FLOATS, "neg", "abs", "invert", "where", "clamp"):
             _refuse_operation(func.__name__)
         floors = kwargs.pop("rounding_mode", None) == "floor"
         if more := [key for key in kwargs if key not in ("min", "max", "other", "exponent", "value")]:
@@ -391,14 +393,15 @@ class Tracing(TorchFunctionMode):
             return graph.apply(name, *nodes)
         if name in ("floordiv", "mod") and "float" in map(graph.kind, nodes):
             _refuse(f"{name} of floats", "integers are needed", ".to(torch.int32)")
-        if name in _BINARY:
+        if name in _ARITHMETIC:
             return graph.apply(name, *nodes, at_least="float" if name == "div" else "int")
         return getattr(self, f"_{name}")(*nodes)
 
     def _attribute(self, name: str, symbol: Symbol):
-        if name in ("device", "dtype", "shape", "requires_grad", "ndim"):
-            plain = {"device": self.graph.device, "shape": torch.Size(()), "requires_grad": False, "ndim": 0}
-            return KINDS["float" if symbol.node is None else self.graph.kind(symbol.node)] if name == "dtype" else plain[name]
+        if name == "dtype":
+            return KINDS[self.graph.kind(self.graph.operand(symbol))]
+        if name == "device":
+            return self.graph.device
         _refuse_operation(name)
 
     def _converted(self, name: str, args: tuple, kwargs: dict) -> Symbol:
@@ -421,12 +424,6 @@ class Tracing(TorchFunctionMode):
 
     # ---- operations of other numbers of operands, or made of others
 
-    def _neg(self, x):
-        return self.graph.apply("neg", x, at_least="int")
-
-    def _abs(self, x):
-        return self.graph.apply("abs", x, at_least="int")
-
     def _invert(self, x):
         if self.graph.kind(x) != "bool":
             _refuse("~ of numbers", "a condition is needed", "-1 - x, or a comparison")
@@ -434,9 +431,6 @@ class Tracing(TorchFunctionMode):
 
     def _where(self, condition, x, y):
         return self.graph.apply_where(condition, x, y)
-
-    def _masked_fill(self, x, condition, value):
-        return self.graph.apply_where(condition, value, x)
 
     def _clamp(self, x, min=None, max=None):
         node = self.graph.operand(x)
@@ -456,23 +450,6 @@ class Tracing(TorchFunctionMode):
         for _ in range(exponent - 1):
             node = graph.apply("mul", node, first, at_least="int")
         return node
-
-    def _square(self, x):
-        return self.graph.apply("mul", x, x, at_least="int")
-
-    def _reciprocal(self, x):
-        return self.graph.apply("div", self.graph.constant(1.0), x)
-
-    def _rsqrt(self, x):
-        return self._reciprocal(self.graph.apply("sqrt", x, at_least="float"))
-
-    def _sigmoid(self, x):
-        graph = self.graph
-        power = graph.apply("exp", graph.apply("neg", x, at_least="float"))
-        return self._reciprocal(graph.apply("add", graph.constant(1.0), power))
-
-
-_BINARY = ("add", "sub", "mul", "div", "floordiv", "mod", "pow", "maximum", "minimum", *_COMPARISONS, *_LOGIC)
 
 
 def traced(mask: Callable | None, score: Callable | None, tensors: Any, alibi_slopes, q: torch.Tensor, heads: int, batch: int):

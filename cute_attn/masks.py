@@ -6,7 +6,9 @@ last query with the last key. Each works in torch's FlexAttention, too.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 
@@ -43,30 +45,16 @@ def block_diagonal(size: int) -> Callable:
     return lambda batch, head, q_idx, kv_idx: q_idx // size == kv_idx // size
 
 
-def and_masks(first: Callable, *more: Callable) -> Callable:
+def and_masks(*masks: Callable) -> Callable:
     """What all of them let a query see."""
-
-    def mask(*positions):
-        seen = first(*positions)
-        for other in more:
-            seen = seen & other(*positions)
-        return seen
-
-    return mask
+    return lambda *where: reduce(operator.and_, (mask(*where) for mask in masks))
 
 
-def or_masks(first: Callable, *more: Callable) -> Callable:
+def or_masks(*masks: Callable) -> Callable:
     """What any of them lets a query see."""
-
-    def mask(*positions):
-        seen = first(*positions)
-        for other in more:
-            seen = seen | other(*positions)
-        return seen
-
-    return mask
+    return lambda *where: reduce(operator.or_, (mask(*where) for mask in masks))
 
 
 def not_mask(mask: Callable) -> Callable:
     """What it hides."""
-    return lambda *positions: ~mask(*positions)
+    return lambda *where: ~mask(*where)

@@ -265,7 +265,11 @@ DEEPER = {
             "({float} * {float})",
             "({float} / (1.5 + torch.abs({float} + 0.0 * scalar)))",
         ),
-        *("torch.where({bool}, {float}, {float})", "torch.where({bool}, {int}, {float})", "torch.sigmoid({float} * scalar)"),
+        *(
+            "torch.where({bool}, {float}, {float})",
+            "torch.where({bool}, {int}, {float})",
+            "1.0 / (1.0 + torch.exp(-torch.abs({float})))",
+        ),
         *("torch.minimum({float} * scalar, {float} * scalar)", "torch.maximum({float} * scalar, {float} * scalar)"),
         *("torch.exp(torch.clamp({float} * scalar, -3.0, 2.0))", "torch.tanh({float} * scalar)", "torch.abs({float} * scalar)"),
         *(
@@ -334,7 +338,7 @@ TEXTS = [
     "torch.minimum(score, table[head, q_idx - 3]) * torch.maximum(score * scalar, table[batch, kv_idx + 9999]) + flags[q_idx]",
     "torch.clamp(score, -0.5, 0.75) / (1 + torch.abs(score)) + score.int() + (score > 0).float() * ids[kv_idx]",
     "torch.tanh(score) * torch.exp(-score * score) + torch.log(1.0 + score ** 2) + torch.exp2(0.5 * score)",
-    "torch.sqrt(2.0 + score.abs()) * torch.sigmoid(score) + torch.log2(3.0 + score * score)",
+    "torch.sqrt(2.0 + score.abs()) / (1.0 + torch.exp(-score)) + torch.log2(3.0 + score * score)",
 ]
 
 
