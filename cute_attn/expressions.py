@@ -23,6 +23,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -61,6 +62,13 @@ class Expression:
 
     def __bool__(self) -> bool:
         return bool(self.nodes)
+
+    def __hash__(self) -> int:  # asked for in every call
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.nodes, self.mask, self.score, self.slope, self.tensors))
 
     def value(self, node: int, leaf: Callable, ops: Any, known: dict, place: Callable = lambda node: node) -> Any:
         """What a node is worth. ``leaf(name)`` is a position's or the score's value; ``known`` has what was computed before, at
@@ -186,7 +194,7 @@ class Graph:
 
     def symbol(self, node: int | None, part: tuple = ()) -> Symbol:
         dtype = KINDS["float" if node is None else self.kind(node)]
-        made = torch.Tensor._make_subclass(Symbol, torch.empty((), dtype=dtype, device="meta"))
+        made = torch.empty((), dtype=dtype, device="meta").as_subclass(Symbol)
         made.graph, made.node, made.part = self, node, part
         return made
 

@@ -124,8 +124,8 @@ def _stand_in(kind: str, problem, config):
 
 
 def _captured(dtype: str, rank: int):
-    """Any tensor of a dtype; bools are bytes."""
+    """Any tensor of a dtype whose last dimension is contiguous; bools are bytes."""
     names = {"bool": "Uint8", "uint8": "Uint8", "bfloat16": "BFloat16"}
     of = getattr(cutlass, names.get(dtype, dtype.capitalize()))
-    shape, stride = (tuple(make() for _ in range(rank)) for make in (cute.sym_int, cute.sym_int64))
-    return runtime.make_fake_tensor(of, shape, stride, assumed_align=of.width // 8)
+    shape, stride = tuple(cute.sym_int() for _ in range(rank)), tuple(cute.sym_int64() for _ in range(rank - 1))
+    return runtime.make_fake_tensor(of, shape, (*stride, 1), assumed_align=of.width // 8)

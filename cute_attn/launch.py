@@ -169,9 +169,11 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
 
 def _as_read(x: torch.Tensor) -> torch.Tensor:
-    """A captured tensor as the kernels take it: of one dimension or more, and bools as bytes."""
+    """A captured tensor as the kernels take it: of one dimension or more, the last one contiguous, and bools as bytes. What is
+    not contiguous there is copied."""
     x = x.detach().view(torch.uint8) if x.dtype == torch.bool else x.detach()
-    return x if x.dim() else x.reshape(1)
+    x = x if x.dim() else x.reshape(1)
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _room(call: Call, needs: str, q, k, v) -> dict[str, torch.Tensor | None]:

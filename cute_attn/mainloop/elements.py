@@ -29,7 +29,7 @@ class ElementOps:
 
     def load(self, slot: int, kind: str, indices: list):
         """An element of a captured tensor. Indices are cut to what there is: scores past a sequence's end are computed, too."""
-        tensor, where = self.tensors[slot], []
+        tensor, where = _words(self.tensors[slot]), []
         for dim, (index, is_position) in enumerate(indices):
             index = cutlass.min(index, tensor.shape[dim] - 1)
             where.append(index if is_position else cutlass.max(index, 0))
@@ -86,6 +86,14 @@ class ElementOps:
     def _tanh(self, kind, x):
         """As that of a usual softcap: off by a unit in the last place of 1."""
         return 1.0 - 2.0 * cute.arch.rcp_approx(1.0 + cute.math.exp2(x * (2.0 * LOG2_E), fastmath=True))
+
+
+def _words(m: cute.Tensor) -> cute.Tensor:
+    """A tensor of 64-bit integers as the lower halves of them: that is all that is used, and half as much to hold."""
+    if m.element_type is not cutlass.Int64:
+        return m
+    strides = tuple(2 * stride for stride in m.stride)
+    return cute.make_tensor(cute.recast_ptr(m.iterator, dtype=Int32), cute.make_layout(m.shape, stride=strides))
 
 
 class Elements:
