@@ -8,11 +8,13 @@ from cute_attn.api import attention, attention_varlen
 
 __version__ = "0.1.0"
 __all__ = ["attention", "attention_varlen"]
-_INTERFACES = ("distributed", "flash_attn", "sdpa", "transformers")  # imported when they are first asked for
+# Modules that are imported when they are first asked for: the interfaces of others, and functions to pass.
+_INTERFACES = ("distributed", "flash_attn", "sdpa", "transformers")
+_FUNCTIONS = ("masks", "scores")
 
 if not TYPE_CHECKING:  # for a type checker it would stand for every module of the package
 
     def __getattr__(name: str):
-        if name in _INTERFACES:
+        if name in (*_INTERFACES, *_FUNCTIONS):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -9,8 +10,9 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from cute_attn import autocast, launch, ops, reference, wrapped
-from cute_attn.arguments import flag, name_of
+from cute_attn.arguments import flag, name_of, shown
 from cute_attn.autograd import Attention
+from cute_attn.expressions import traced
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
@@ -31,6 +33,11 @@ def attention(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
+    mask: Callable | None = None,
+    score: Callable | None = None,
+    tensors: tuple[torch.Tensor, ...] = (),
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -58,6 +65,19 @@ def attention(
         causal: no query sees past its aligned key: the same as ``right = 0``.
         window: ``(left, right)``, how many keys before and after its aligned one a query sees; ``None`` or −1 is unbounded.
         softcap: bounds scores to ±softcap; ``None`` or 0 is none.
+        mask: ``mask(batch, head, q_idx, kv_idx, *tensors) -> bool``, which keys a query sees, of those that the arguments above
+            let it see, as FlexAttention's ``mask_mod``. Positions are rows of q and of k, from 0 on. The function is traced
+            (:mod:`cute_attn.expressions`): it gets symbols and may do arithmetic, comparisons, ``& | ~``, ``torch.where``,
+            minimum, maximum, clamp, abs, exp, log, tanh, sqrt, ``//`` and ``%`` of integers, conversions, and index tensors of
+            up to 4 dimensions, in ``tensors`` or in a closure. Ready-made ones are :mod:`cute_attn.masks`.
+        score: ``score(score, batch, head, q_idx, kv_idx, *tensors) -> score``, what is made of a scaled (and capped) score, as
+            FlexAttention's ``score_mod``; :mod:`cute_attn.scores`. Gradients go through it, and into captured float tensors
+            that require one, on the reference backend.
+        tensors: more arguments of the two functions.
+        alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope · |i + seqlen_k − seqlen_q − j|`` is taken from s_ij,
+            after all else.
+        sinks: floats ``(heads,)``: one more logit in the softmax of each row, without a value. The lse counts it, except in a
+            row that sees no key.
         return_lse: return ``(out, lse)``.
         deterministic: of the gradients. The kernels' backward pass adds the parts of dQ in an order that differs from run
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
@@ -103,18 +123,23 @@ def attention(
     """
     if any_autocast_enabled():
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
+    extras = _extras(mask, score, tensors, alibi_slopes, sinks)
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     ragged = not (seqused_q is seqused_k is None)
     if ragged:
         plain = plain and _are_plain(seqused_q, seqused_k)
     if not plain and (handle := wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)):
-        rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        rules: dict = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        if extras is not None:
+            rules |= _extras_of(handle, extras)
         others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
         if ragged:
             others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
     call = check_call(q, k, v, scale, causal, window, softcap)
+    if extras is not None:
+        _take_extras(call, q, extras, call.batch)
     how = return_lse, deterministic, backend, mechanism
     if ragged:
         batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
@@ -153,6 +178,11 @@ def attention_varlen(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
+    mask: Callable | None = None,
+    score: Callable | None = None,
+    tensors: tuple[torch.Tensor, ...] = (),
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -187,20 +217,66 @@ def attention_varlen(
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    tensors = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    extras = _extras(mask, score, tensors, alibi_slopes, sinks)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
-    plain = _are_plain(q, k, v, *tensors) and not transformed
-    if not plain and (handle := wrapped.handler(q, k, v, **(lengths := dict(zip(NAMES, tensors, strict=True))))):
-        rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    plain = _are_plain(q, k, v, *lengths) and not transformed
+    if not plain and (handle := wrapped.handler(q, k, v, **(named := dict(zip(NAMES, lengths, strict=True))))):
+        rules: dict = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        if extras is not None:
+            rules |= _extras_of(handle, extras)
         others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
-        return handle(attention_varlen, q, k, v, rules, {**others, **lengths})
+        return handle(attention_varlen, q, k, v, rules, {**others, **named})
     call = check_call(q, k, v, scale, causal, window, softcap, packed=True)
     if cu_seqlens_q is None:
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
-    call.lengths = check_lengths(q, None, tensors)
+    call.lengths = check_lengths(q, None, lengths)
+    if extras is not None:
+        _take_extras(call, q, extras, call.lengths.count)
     how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
+
+
+def _extras(mask, score, tensors, alibi_slopes, sinks) -> tuple | None:
+    """What a call has besides its usual rules; None where it has none of these."""
+    none = mask is score is alibi_slopes is sinks is None and type(tensors) is tuple and not tensors
+    return None if none else (mask, score, tensors, alibi_slopes, sinks)
+
+
+def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None:
+    """Check and trace what a call has besides its usual rules."""
+    mask, score, tensors, alibi_slopes, sinks = extras
+    if is_compiling() or dispatch_modes() or transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED):
+        raise NotImplementedError(
+            "mask, score, alibi_slopes or sinks are given inside of torch.compile, torch.export, a transform of torch.func or "
+            "a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
+        )
+    if sinks is not None:
+        _check_sinks(sinks, q, call.heads)
+    call.sinks = sinks
+    if _extras(mask, score, tensors, alibi_slopes, None):
+        call.expression, call.captured = traced(mask, score, tensors, alibi_slopes, q, call.heads, batch)
+
+
+def _check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
+    if not isinstance(sinks, torch.Tensor):
+        raise TypeError(f"sinks is {shown(sinks)}; floats ({heads},), one a head, are needed: try torch.tensor(sinks)")
+    if sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device:
+        raise ValueError(
+            f"sinks is {shown(sinks)} on {sinks.device}; floats ({heads},), one a head, on {q.device} are needed: try "
+            f".float() and .to(q.device)"
+        )
+
+
+def _extras_of(handle: Callable, extras: tuple) -> dict:
+    """The keywords of these, for tensors that stand for others."""
+    if handle is not wrapped.nested:
+        raise NotImplementedError(
+            "mask, score, alibi_slopes or sinks are given with DTensors or results of collectives; tensors of each rank's own "
+            "are needed, since positions and heads would be those of a shard: try x.to_local() of q, k and v"
+        )
+    return dict(zip(("mask", "score", "tensors", "alibi_slopes", "sinks"), extras, strict=True))
 
 
 def _are_plain(*tensors) -> bool:
@@ -220,7 +296,10 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     on_reference = computed_by_reference(backend, mechanism, q)
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
-    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    others = call.others
+    differentiated = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or any(x is not None and x.requires_grad for x in others)
+    )
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
     if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
@@ -230,10 +309,22 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
         call.lengths.check_values((call.seqlen_q, call.seqlen_k))
     if differentiated:
         passes = reference.PASSES if on_reference else launch.passes(return_lse, mechanism, deterministic)
-        return Attention.apply(q, k, v, call, *passes)
+        if not on_reference:
+            _check_captured(call)
+        return Attention.apply(q, k, v, call, *passes, *others)
     if on_reference:
         return reference.attention(q, k, v, call)[:2]
     return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
+
+
+def _check_captured(call: Call) -> None:
+    """Refuse gradients that the kernels don't have."""
+    for x in call.captured:
+        if x.requires_grad:
+            raise NotImplementedError(
+                f"a captured tensor, {shown(x)}, requires a gradient, which the kernels don't compute; one that requires none "
+                f"is needed: try .detach(), or backend='reference'"
+            )
 
 
 def _refuse_scripting() -> NoReturn:

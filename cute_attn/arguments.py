@@ -19,7 +19,7 @@ import torch
 from cute_attn.private import is_transformed
 
 MASKS = (
-    "True or False is needed, and no argument takes a mask: causal and window are the masks there are; for any other try "
+    "True or False is needed, and no argument takes a mask in a tensor: try mask=, a function, which may index one, or "
     "torch.nn.functional.scaled_dot_product_attention with attn_mask"
 )
 

@@ -17,23 +17,24 @@ from cute_attn.wrapped import gradient
 
 
 class Attention(torch.autograd.Function):
-    """``(out, lse)`` of q, k, v, both of them differentiable.
+    """``(out, lse)`` of q, k, v, both of them differentiable; ``others`` are the call's sinks and captured tensors.
 
     ``forward(q, k, v, call)`` returns ``(out, lse, kept)``, where lse may be None if nobody asked for it, and ``kept`` is each
     row's log-sum-exp once more, in the form in which the backend's backward pass uses it: taken there from another, it would
     be off by a rounding, which large scores turn into probabilities above 1. ``gradients(q, k, v, out, kept, dout, dlse, call,
-    needs)`` returns ``(dq, dk, dv)``, None for what the string ``needs``, part of ``"qkv"``, does not name. ``dlse`` is None
+    needs)`` returns ``(dq, dk, dv, *dothers)``, None for what the string ``needs``, part of ``"qkv"``, does not name, and for
+    others that require none; without others it may leave these out. ``dlse`` is None
     where the log-sum-exp was not used; ``dout`` has the dtype of ``out`` and any strides. Needed is what has
     ``requires_grad``: torch doesn't tell which of these inputs ``torch.autograd.grad`` was asked for.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, call: Call, forward: Callable, gradients: Callable):  # type: ignore[override]
+    def forward(ctx, q, k, v, call: Call, forward: Callable, gradients: Callable, *others):  # type: ignore[override]
         out, lse, kept = forward(q, k, v, call)
         if call.lengths is None:
-            keep(ctx, q, k, v, out, kept)
+            keep(ctx, q, k, v, out, kept, *others)
         else:
-            keep(ctx, q, k, v, out, kept, *call.lengths.tensors)
+            keep(ctx, q, k, v, out, kept, *call.lengths.tensors, *others)
         call.packs = True  # an operator's results are memory of their own; these needn't be
         ctx.call, ctx.gradients = call, gradients
         return out, lse
@@ -42,12 +43,16 @@ class Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):  # type: ignore[override]
         arguments = arguments_of_gradients(ctx, dout, dlse)
         if arguments is None:
-            return (None,) * 6
+            return (None,) * len(ctx.needs_input_grad)
         call = ctx.call
+        arguments, others = arguments[:8], arguments[8:]
         if call.lengths is not None:
-            arguments, lengths = arguments[:-4], arguments[-4:]
-            call = replace(call, lengths=replace(call.lengths, tensors=lengths))
-        return *_Gradients.apply(*arguments, call, ctx.gradients), None, None, None
+            call = replace(call, lengths=replace(call.lengths, tensors=others[:4]))
+            others = others[4:]
+        if others:
+            call = replace(call, sinks=others[0], captured=others[1:])
+        dq, dk, dv, *dothers = _Gradients.apply(*arguments, call, ctx.gradients)
+        return dq, dk, dv, None, None, None, *dothers
 
 
 def keep(ctx, *tensors) -> None:
@@ -61,7 +66,7 @@ def keep(ctx, *tensors) -> None:
 def arguments_of_gradients(ctx, dout, dlse) -> tuple | None:
     """``(q, k, v, out, kept, dout, dlse, needs, *lengths)``, or None where no gradient is needed or all are zeros."""
     needs = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad, strict=False) if needed)
-    if not needs or (dout is None and dlse is None):
+    if not any(ctx.needs_input_grad) or (dout is None and dlse is None):
         return None
     q, k, v, out, kept, *lengths = map(_restored, ctx.saved_tensors, ctx.were)
     dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
@@ -76,7 +81,8 @@ def _restored(x: Any, was: Any) -> Any:
 def computed(ctx, q, k, v, out, kept, dout, dlse, needs: str, call: Call, gradients: Callable):
     """``gradients(…)`` of :class:`Attention`; zeros where no score was computed."""
     if call.empty:
-        return tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
+        of_inputs = (x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
+        return *of_inputs, *(torch.zeros_like(x) if x is not None and x.requires_grad else None for x in call.others)
     return gradients(q, k, v, out, kept, dout, dlse, call, needs)
 
 

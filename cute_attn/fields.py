@@ -23,7 +23,8 @@ class Field(NamedTuple):
     if ``heads_first``, ``(batch, heads, seqlen, head_dim)``, and ``row values`` are a float32 for each of its rows, ``(batch,
     heads, seqlen)``; of ragged sequences both have no batch. An ``exact operand`` is one in float32. ``padded row values`` are
     two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
-    ``(n,)``; and there are numbers and the ``stream``."""
+    ``(n,)``, ``floats`` float32 ``(n,)``; ``captured`` are all tensors that functions read; and there are numbers and the
+    ``stream``."""
 
     name: str
     kind: str
@@ -44,6 +45,7 @@ def has_sums(problem: Problem, config: Config) -> bool:
 
 
 _CALL = (
+    Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
     *map(_given, NAMES),
     *(Field(name, "int32") for name in ("count", "left", "right")),
     *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
@@ -56,6 +58,7 @@ FORWARD = (
     Field("lse", "row values", lambda problem, config: problem.return_lse),
     Field("lse_raw", "row values", lambda problem, config: problem.for_backward),
     Field("tickets", "words", takes_tickets),
+    Field("sinks", "floats", lambda problem, config: problem.sinks),
     *_CALL,
 )
 BACKWARD = (

@@ -13,9 +13,10 @@ and its errors name them so. All functions that compute attention also take
 
 - ``return_lse``: return ``(out, softmax_lse)``;
 - by name, what FlashAttention-3 and -4 add: hints (``num_splits``, ``pack_gqa``, ``sm_margin``, …), of which nothing depends
-  here, are checked for their kind; what isn't there yet (``learnable_sink``, ``qv``, …) is refused unless it is None.
+  here, are checked for their kind; ``learnable_sink``, ``(heads,)``, is ``sinks``; what isn't there yet (``qv``, …) is refused
+  unless it is None.
 
-Not there yet are ``dropout_p`` above 0, ``alibi_slopes`` and ``block_table``: ``NotImplementedError`` says what to do instead.
+Not there yet are ``dropout_p`` above 0 and ``block_table``: ``NotImplementedError`` says what to do instead.
 What isn't in a function's signature it can't do: callers that look there, as Transformers does, find out before they call.
 
 Where flash-attn says nothing, or less: head dims that are no multiple of 8 are padded with zeros, and tensors whose last
@@ -56,7 +57,6 @@ _FLAGS = ("pack_gqa", "disable_scheduler_metadata")
 _UNREAD = ("scheduler_metadata",)
 # What isn't there yet, and what to do instead: of the newer interfaces, by name, and of 2.8.
 _NEWER = {
-    "learnable_sink": "return_lse=True, and out * torch.sigmoid(lse - sink), with lse in out's order of dimensions",
     "qv": "q of torch.cat((q, qv), -1) and k of torch.cat((k, v), -1)",
     "q_descale": "q.to(torch.bfloat16) * q_descale",
     "k_descale": "k.to(torch.bfloat16) * k_descale",
@@ -71,7 +71,6 @@ _NEWER = {
 _NOT_YET = {
     **_NEWER,
     "dropout_p": f"dropout_p=0.0, as model.eval() has it, or {_SDPA}",
-    "alibi_slopes": f"{_SDPA} with attn_mask, the biases",
     "block_table": _PAGES,
     **dict.fromkeys(("k", "v"), "the new rows written into k_cache and v_cache before the call"),
     **dict.fromkeys(("rotary_cos", "rotary_sin"), "q and k rotated before the call"),
@@ -99,6 +98,7 @@ def flash_attn_func(
         causal: the last query is aligned with the last key (bottom-right).
         window_size: ``(left, right)``; −1 or ``None`` is unbounded.
         softcap: 0 is none.
+        alibi_slopes: float32 ``(nheads,)`` or ``(batch, nheads)``.
         return_attn_probs: return ``(out, softmax_lse, S_dmask)``. S_dmask is of dropout, and so of size 0.
         return_lse: return ``(out, softmax_lse)``.
 
@@ -109,16 +109,17 @@ def flash_attn_func(
         NotImplementedError: what isn't there yet, see the module.
         Otherwise as :func:`cute_attn.attention` does.
     """
-    if type(dropout_p) is not float or dropout_p or alibi_slopes is not None or others:
-        _check_others(others, dropout_p=dropout_p, alibi_slopes=alibi_slopes)
-    usual = window_size is UNBOUNDED and return_attn_probs is return_lse is False
+    extras = {"alibi_slopes": alibi_slopes, "sinks": others.pop("learnable_sink", None)}
+    if type(dropout_p) is not float or dropout_p or others:
+        _check_others(others, dropout_p=dropout_p)
+    usual = window_size is UNBOUNDED and return_attn_probs is return_lse is False and alibi_slopes is extras["sinks"] is None
     if usual and getattr(q, "is_cuda", False) and not is_compiling():
         try:
             return attention(q, k, v, scale=softmax_scale, causal=causal, softcap=softcap, deterministic=deterministic)
         except ValueError:  # rows that kernels can't read as they are, or an error, which comes again
             pass
     rules = softmax_scale, causal, window_size, softcap, deterministic
-    return _attend(attention, q, k, v, {}, *rules, return_attn_probs, return_lse)
+    return _attend(attention, q, k, v, extras, *rules, return_attn_probs, return_lse)
 
 
 def flash_attn_kvpacked_func(
@@ -169,16 +170,17 @@ def flash_attn_varlen_func(
     Raises:
         As :func:`flash_attn_func` does.
     """
-    unused = type(dropout_p) is float and not dropout_p and alibi_slopes is block_table is None
+    extras = {"alibi_slopes": alibi_slopes, "sinks": others.pop("learnable_sink", None)}
+    unused = type(dropout_p) is float and not dropout_p and block_table is None
     if not (unused and not others and type(max_seqlen_q) is type(max_seqlen_k) is int):
         _check_hint("max_seqlen_q", max_seqlen_q)
         _check_hint("max_seqlen_k", max_seqlen_k)
-        _check_others(others, dropout_p=dropout_p, alibi_slopes=alibi_slopes, block_table=block_table)
+        _check_others(others, dropout_p=dropout_p, block_table=block_table)
     if cu_seqlens_k is None:  # which attention_varlen would take for that of q
         raise TypeError("cu_seqlens_k is None; an int32 tensor is needed: try cu_seqlens_q, if k has the lengths of q")
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q, "seqused_k": seqused_k}
     rules = softmax_scale, causal, window_size, softcap, deterministic
-    return _attend(attention_varlen, q, k, v, lengths, *rules, return_attn_probs, return_lse)
+    return _attend(attention_varlen, q, k, v, lengths | extras, *rules, return_attn_probs, return_lse)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -234,7 +236,8 @@ def flash_attn_with_kvcache(
         As :func:`flash_attn_func` does.
     """
     unused = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "cache_batch_idx": cache_batch_idx}
-    unused |= {"cache_leftpad": cache_leftpad, "block_table": block_table, "alibi_slopes": alibi_slopes}
+    unused |= {"cache_leftpad": cache_leftpad, "block_table": block_table}
+    extras = {"alibi_slopes": alibi_slopes, "sinks": others.pop("learnable_sink", None)}
     _check_others({**others, "num_splits": num_splits}, **unused)
     flag("rotary_interleaved", rotary_interleaved)
     lengths = {}
@@ -244,7 +247,8 @@ def flash_attn_with_kvcache(
             cache_seqlens = torch.full(q.shape[:1], rows, dtype=torch.int32, device=q.device)
         lengths["seqused_k"] = cache_seqlens
     rules = softmax_scale, causal, window_size, softcap, False
-    return _attend(attention, q, k_cache, v_cache, lengths, *rules, False, flag("return_softmax_lse", return_softmax_lse))
+    asked = flag("return_softmax_lse", return_softmax_lse)
+    return _attend(attention, q, k_cache, v_cache, lengths | extras, *rules, False, asked)
 
 
 def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, softcap, deterministic, probs, return_lse):
@@ -336,7 +340,7 @@ def _check_others(others: dict[str, Any], **unused: Any) -> None:
             if value is not None:
                 _refuse(name, value)
         elif name not in _UNREAD:
-            known = ", ".join((*_INTS, *_FLAGS, *_UNREAD, *_NEWER))
+            known = ", ".join((*_INTS, *_FLAGS, *_UNREAD, "learnable_sink", *_NEWER))
             raise TypeError(f"{name} is no argument of flash-attn; by name there are return_lse, {known}: leave it out")
 
 

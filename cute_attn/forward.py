@@ -36,7 +36,8 @@ def host_function(problem, config, mainloop=None):
         sequences = sequences_of(problem, q, k, given)
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         band = shift - given.left, shift + given.right
-        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap)
+        read = captured_of(problem, given), given.sinks
+        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, *read)
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, given.blocks, problem.bounded_right, sequences)
         if cutlass.const_expr(given.tickets is not None):
@@ -55,6 +56,11 @@ def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, given) -> Sequences | 
     rows_q, rows_k, each = q.shape[0], k.shape[0], cutlass.max(given.count, 1)
     queries = Side(rows_q, rows_q // each, given.cu_seqlens_q, given.seqused_q)
     return Sequences(given.count, queries, Side(rows_k, rows_k // each, given.cu_seqlens_k, given.seqused_k))
+
+
+def captured_of(problem, given) -> tuple | None:
+    """The tensors that the user's functions read; ``None`` where there are no functions."""
+    return given.captured or () if problem.expression else None
 
 
 @cute.jit
@@ -107,6 +113,10 @@ def _stand_in(kind: str, problem, config):
         return runtime.make_fake_stream()
     if kind == "words":
         return runtime.make_fake_tensor(Int32, sizes(1), (1,), assumed_align=4)
+    if kind == "floats":
+        return runtime.make_fake_tensor(Float32, sizes(1), (1,), assumed_align=4)
+    if kind == "captured":
+        return tuple(_captured(dtype, max(rank, 1)) for dtype, rank in problem.expression.tensors)
     if kind in ("operand", "exact operand"):
         dims, dtype = 3 if problem.ragged else 4, element(problem) if kind == "operand" else Float32
         return runtime.make_fake_tensor(dtype, sizes(dims, 8), (*some(dims - 1, 8), 1), assumed_align=16)
@@ -120,3 +130,11 @@ def _stand_in(kind: str, problem, config):
     pieces, size = len(family.pieces(config)), math.prod(family.piece_shape(config))
     shape, stride = (*sizes(3), pieces, size), (*some(3, size * pieces), size, 1)
     return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
+
+
+def _captured(dtype: str, rank: int):
+    """Any tensor of a dtype whose last dimension is contiguous; bools are bytes."""
+    names = {"bool": "Uint8", "uint8": "Uint8", "bfloat16": "BFloat16"}
+    of = getattr(cutlass, names.get(dtype, dtype.capitalize()))
+    shape, stride = tuple(cute.sym_int() for _ in range(rank)), tuple(cute.sym_int64() for _ in range(rank - 1))
+    return runtime.make_fake_tensor(of, shape, (*stride, 1), assumed_align=of.width // 8)

@@ -116,18 +116,21 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
 
 def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw, tickets=None) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
-    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets))
+    sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
+    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks))
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
-    """``(dq, dk, dv)`` on the current stream, ``None`` for those that ``needs`` (a part of ``"qkv"``) doesn't name. The call
-    must not be empty.
+    """``(dq, dk, dv)`` on the current stream, ``None`` for those that ``needs`` (a part of ``"qkv"``) doesn't name. Where there
+    are sinks or captured tensors, theirs follow: the sinks', if they require one (:mod:`cute_attn.reference` derives it), and
+    ``None`` for the others. The call must not be empty.
 
     All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
     place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts
     are added up in memory, their float32 sums; of both the rows are a multiple of 128, and of the sums the columns those that
     a head takes in shared memory.
     """
+    needs = needs or "q"  # sinks alone
     gradient = _room(call, needs, q, k, v)
     # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise.
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
@@ -159,7 +162,22 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
             if x is not None:
                 x[:, : call.shift - call.left].zero_()
     _run(function, blocks, device, call, (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *gradient.values()))
-    return tuple(gradient.values())
+    if not call.others:
+        return tuple(gradient.values())
+    dsinks = None
+    if call.sinks is not None and call.sinks.requires_grad:
+        unit = 1.0 if problem.expression.score is not None else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
+        weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
+        dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
+    return *gradient.values(), dsinks, *(None for _ in call.captured)
+
+
+def _as_read(x: torch.Tensor) -> torch.Tensor:
+    """A captured tensor as the kernels take it: of one dimension or more, the last one contiguous, and bools as bytes. What is
+    not contiguous there is copied."""
+    x = x.detach().view(torch.uint8) if x.dtype == torch.bool else x.detach()
+    x = x if x.dim() else x.reshape(1)
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _heads_first(x: torch.Tensor, batch: int, heads: int, seqlen: int, columns: int) -> torch.Tensor:
@@ -225,8 +243,9 @@ def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tupl
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     lengths = call.lengths
     where = NO_LENGTHS if lengths is None else (*lengths.tensors, lengths.count)
+    captured = tuple(map(_as_read, call.captured)) if call.captured else None
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    arguments = (*tensors, *where, *numbers, raw_stream(device))
+    arguments = (*tensors, captured, *where, *numbers, raw_stream(device))
     if current_device() == device:
         function(*arguments)
     else:

@@ -166,7 +166,9 @@ def explain(problem: Problem, config: Config) -> str:
 def _rules(problem: Problem) -> str:
     sides = [side for side in ("left", "right") if getattr(problem, f"bounded_{side}")]
     band = f"keys bounded on the {' and '.join(sides)}" if sides else "all keys"
-    return band + (", softcap" if problem.softcap else "")
+    asked = {"softcap": problem.softcap, "sinks": problem.sinks, "a mask function": problem.masks_all}
+    asked["a score function"] = problem.expression.score is not None
+    return ", ".join((band, *(name for name, there in asked.items() if there)))
 
 
 def _check_problem(problem: Problem) -> None:

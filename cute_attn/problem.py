@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from cute_attn.arguments import check_layout, check_memory, flag, integer, is_traced, number, shown
+from cute_attn.expressions import NOTHING, Expression
 from cute_attn.lengths import Lengths
 from cute_attn.rules import USUAL_CAP, score_scales
 
@@ -52,6 +53,8 @@ class Problem:
     ``dtype``; ``""`` is attention.
 
     ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
+
+    ``expression`` is what the user's functions compute, and ``sinks`` says that each row's softmax has one more logit.
     """
 
     dtype: str
@@ -66,6 +69,8 @@ class Problem:
     for_backward: bool = False
     large_cap: bool = False
     ragged: str = ""
+    sinks: bool = False
+    expression: Expression = NOTHING
     merges: str = ""
 
     def __post_init__(self):
@@ -84,7 +89,12 @@ class Problem:
     @property
     def masked(self) -> bool:
         """Whether a tile may hold keys that some of its rows see and others don't."""
-        return self.bounded_left or self.bounded_right
+        return self.bounded_left or self.bounded_right or self.masks_all
+
+    @property
+    def masks_all(self) -> bool:
+        """Whether any key may be hidden from any query, so that every tile has to mask."""
+        return self.expression.mask is not None
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -107,6 +117,9 @@ class Call:
 
     ``heads_first`` says that the tensors are ``(batch, heads, seqlen, head_dim)``, as torch's own attention takes them.
     ``packs`` says that gradients may be parts of one tensor, where q, k and v are: whoever unpacked these has them packed then.
+
+    ``captured`` are the tensors that ``expression`` reads, ``sinks`` ``(heads,)``, and ``sequence`` is the number of the first
+    element of the batch, as functions get it.
     """
 
     batch: int
@@ -123,6 +136,15 @@ class Call:
     lengths: Lengths | None = None
     packs: bool = False
     heads_first: bool = False
+    expression: Any = None  # or an Expression, of which torch.compile can't make a default
+    captured: tuple[torch.Tensor, ...] = ()
+    sinks: torch.Tensor | None = None
+    sequence: int = 0
+
+    @property
+    def others(self) -> tuple[torch.Tensor | None, ...]:
+        """What may have a gradient besides q, k and v: the sinks and the captured tensors; nothing where there are none."""
+        return () if self.sinks is None and not self.captured else (self.sinks, *self.captured)
 
     @property
     def shift(self) -> int:
@@ -132,7 +154,8 @@ class Call:
     @property
     def masked(self) -> bool:
         """Whether there may be keys that some queries see and others don't."""
-        return self.left is not None or self.right is not None
+        bounded = self.left is not None or self.right is not None
+        return bounded or (self.expression is not None and self.expression.mask is not None)
 
     @property
     def empty(self) -> bool:
@@ -270,6 +293,8 @@ def problem_of(
         for_backward,
         call.softcap > USUAL_CAP,
         "" if call.lengths is None else call.lengths.names,
+        call.sinks is not None and not gradients,  # a backward pass has them in the log-sum-exp
+        call.expression or NOTHING,
     )
 
 

@@ -18,19 +18,32 @@ the softmax P itself, without another pass over the keys. With dO and dLSE the g
 where a softcap multiplies dS by its slope. Each tile of keys walks over the tiles of queries that see any of it: its dK and
 dV are sums that stay with it, dQ is added to in memory.
 
+**What a user's functions make of scores** (``expressions.py``) comes after the softcap: s' = score(s) of the scaled score s,
+and dS is multiplied by ds'/ds. A captured tensor's gradient is Σ dS' · ∂s'/∂t, where dS' = P ∘ (dP − delta); autograd adds it
+up tile by tile.
+
+**Sinks.** One more logit z_h in the softmax of every row that sees a key: l = Σ_j exp(s_j) + exp(z_h). Nothing but l, and so
+the log-sum-exp, knows of it; P = exp(s − lse) has it in the backward pass. Its own weight p = exp(z_h − lse) has no value, so
+that ∂out/∂z = −p · out and ∂lse/∂z = p, and with dO·O − dLSE = delta
+
+    dz_h = −Σ_i p_i · delta_i,   over all rows i of head h.
+
 Ragged sequences are taken one after another, each as a batch of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from cute_attn import autocast
+from cute_attn.expressions import TorchOps
 from cute_attn.problem import Call
-from cute_attn.rules import LN_2, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
+from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
 
 
 @autocast.outside
@@ -87,28 +100,37 @@ def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
 
     seen = row_sum != 0.0  # true for NaN: a NaN in q or in a visible key shows
     safe_sum = torch.where(seen, row_sum, 1.0)
-    return acc_O / safe_sum[..., None], torch.where(seen, row_max + safe_sum.log2(), -torch.inf)
+    acc_O, lse_log2 = acc_O / safe_sum[..., None], row_max + safe_sum.log2()
+    if call.sinks is not None:
+        without = lse_log2
+        lse_log2 = torch.logaddexp2(without, call.sinks.to(tQ.dtype).view(heads_kv, group) * LOG2_E)
+        acc_O = acc_O * (without - lse_log2).exp2()[..., None]
+    return acc_O, torch.where(seen, lse_log2, -torch.inf)
 
 
 @autocast.outside
 def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv", *, tile_m: int = 128, tile_n: int = 128):
-    """``(dq, dk, dv)``: the gradients of q, k, v from those of :func:`attention`'s outputs; None for what the string
-    ``needs`` does not name. ``dlse`` may be None, for zeros.
+    """``(dq, dk, dv)``, and, where there are sinks or captured tensors, theirs: the gradients from those of :func:`attention`'s
+    outputs; None for what the string ``needs`` does not name, or requires none. ``dlse`` may be None, for zeros.
 
     Each has the shape and dtype of its input; a key head's are sums over the query heads that read it. Products are summed
     in lse_log2's dtype, and P and dS are rounded to the inputs' dtype before they are multiplied, as tensor cores take them. A
     row that sees no key, or a key that no row sees, has zeros; so has what is in no ragged sequence, or not in use.
     """
+    of_others = [torch.zeros_like(x) if x is not None and x.requires_grad else None for x in call.others]
+    captures = any(x is not None for x in of_others[1:])
     if call.lengths is not None:
         found = tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
         for rows, keys, one in _sequences(call):
             kept, of_lse = lse_log2[None, :, rows], None if dlse is None else dlse[None, :, rows]
             tensors = q[None, rows], k[None, keys], v[None, keys], out[None, rows], kept, dout[None, rows], of_lse
             parts = gradients(*tensors, one, needs, tile_m=tile_m, tile_n=tile_n)
-            for dx, part, where in zip(found, parts, (rows, keys, keys), strict=True):
+            for dx, part, where in zip(found, parts, (rows, keys, keys), strict=False):
                 if dx is not None:
                     dx[None, where] = part
-        return found
+            for i, part in enumerate(parts[3:]):
+                of_others[i] = part if of_others[i] is None else of_others[i] + part
+        return *found, *of_others
     dtype, acc_dtype = q.dtype, lse_log2.dtype
     dq, dk, dv = (
         x.new_zeros(x.shape, dtype=acc_dtype) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)
@@ -120,6 +142,9 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     unseen = lse_log2 == -torch.inf
     # 2^(s − ∞) = 0 for every score, where s = lse = −∞ would make a NaN; nor does dLSE count in a row that sees nothing.
     delta, lse_log2 = delta.masked_fill(unseen, 0.0), lse_log2.masked_fill(unseen, torch.inf)
+    if of_others and call.sinks is not None and of_others[0] is not None:
+        weight = (call.sinks.to(acc_dtype) * LOG2_E - lse_log2).exp2()
+        of_others[0] = -(weight * delta).sum((0, 1)).to(call.sinks.dtype)
 
     k_of_dq = k
     if call.masked:
@@ -142,24 +167,41 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
             P = (acc_S - lse_log2[:, rows, ..., None]).exp2()
             if dv is not None:
                 dv[:, keys] += torch.einsum("bmhgn,bmhgd->bnhd", P.to(dtype).to(acc_dtype), tdO)
-            if needs == "v":
+            if needs in ("", "v") and not captures:
                 continue
             acc_dP = torch.einsum("bmhgd,bnhd->bmhgn", tdO, tV)
-            dS = P * (acc_dP - delta[:, rows, ..., None]) * slope
-            dS = dS.to(dtype).to(acc_dtype)
+            dS = P * (acc_dP - delta[:, rows, ..., None])
+            if captures:
+                _add_of_captured(of_others[1:], dS, acc_S, tQ, tK, m, keys.start, call)
+            dS = (dS * slope).to(dtype).to(acc_dtype)
             if dk is not None:
                 dk[:, keys] += torch.einsum("bmhgn,bmhgd->bnhd", dS, tQ) * call.scale
             if mdQ is not None:
                 mdQ[:, rows] += torch.einsum("bmhgn,bnhd->bmhgd", dS, k_of_dq[:, keys].to(acc_dtype)) * call.scale
-    return tuple(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv))
+    return *(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv)), *of_others
+
+
+def _add_of_captured(sums: list, dS, acc_S, tQ, tK, m: int, n: int, call: Call) -> None:
+    """Add to the sums of the captured tensors that have one what a tile's gradients of changed scores make of them."""
+    leaves = [x.detach().requires_grad_(total is not None) for x, total in zip(call.captured, sums, strict=True)]
+    given, _, scale_log2 = _given(tQ, tK, call)
+    with torch.enable_grad():
+        value = _computed(replace(call, captured=tuple(leaves)), given * (scale_log2 * LN_2), m, n)
+        changed = value(call.expression.score).expand(dS.shape)
+    wanted = [x for x in leaves if x.requires_grad]
+    found = torch.autograd.grad(changed, wanted, dS.masked_fill(acc_S == -torch.inf, 0.0), allow_unused=True)
+    for total, part in zip((total for total in sums if total is not None), found, strict=True):
+        if part is not None:
+            total += part
 
 
 def _sequences(call: Call) -> Iterator[tuple[slice, slice, Call]]:
     """Of each ragged sequence its rows of q, those of k, and the call that it is by itself."""
     lengths, call = call.lengths, replace(call, lengths=None)
     assert lengths is not None
-    for rows, keys in zip(lengths.in_use(0, call.seqlen_q), lengths.in_use(1, call.seqlen_k), strict=True):
-        yield rows, keys, replace(call, seqlen_q=rows.stop - rows.start, seqlen_k=keys.stop - keys.start)
+    sides = zip(lengths.in_use(0, call.seqlen_q), lengths.in_use(1, call.seqlen_k), strict=True)
+    for i, (rows, keys) in enumerate(sides):
+        yield rows, keys, replace(call, seqlen_q=rows.stop - rows.start, seqlen_k=keys.stop - keys.start, sequence=i)
 
 
 def _marked(q, k, v, dout, lse_log2, delta):
@@ -177,24 +219,29 @@ def _marked(q, k, v, dout, lse_log2, delta):
 
 def _scores(tQ, tK, m: int, n: int, call: Call):
     """The scores in base 2 (batch, rows, heads_kv, group, keys) of rows from m on and keys from n on, −inf where a row
-    does not see the key; and the slope of the softcap there, or 1."""
-    scale_log2, scale_by_cap = score_scales(call.scale, call.softcap)
+    does not see the key; and the slope of the softcap and of a function there, or 1."""
     rows, keys = tQ.shape[1], tK.shape[1]
-    acc_S = torch.einsum("bmhgd,bnhd->bmhgn", tQ, tK)
-    slope: torch.Tensor | float = 1.0
-    if call.softcap > 0.0:
-        acc_S = softcap_tanh(acc_S, scale_by_cap, TensorOps)
-        slope = softcap_slope(acc_S)
+    acc_S, slope, scale_log2 = _given(tQ, tK, call)
+    value = _computed(call, acc_S * (scale_log2 * LN_2), m, n) if call.expression else None
+    if value and call.expression.score is not None:
+        acc_S, scale_log2 = value(call.expression.score).expand(acc_S.shape), LOG2_E
+        if call.expression.slope is not None:
+            slope = slope * value(call.expression.slope)
     acc_S = acc_S * scale_log2
+    visible = None
     begin, end = _band(call).whole_range(m, m + rows - 1, call.seqlen_k, HostOps)
     if n < begin or n + keys > end:
         row = torch.arange(m, m + rows, device=tQ.device)[:, None]
         col = torch.arange(n, n + keys, device=tQ.device)
         begin, end = _band(call).key_range(row, row, call.seqlen_k, TensorOps)
-        visible = (begin <= col) & (col < end)  # (rows, keys)
-        acc_S = acc_S.masked_fill(~visible[:, None, None], -torch.inf)
-        if call.softcap > 0.0:  # of a NaN that a row does not see, too
-            slope = torch.where(visible[:, None, None], slope, 0.0)
+        visible = ((begin <= col) & (col < end))[:, None, None]  # (rows, 1, 1, keys)
+    if value and call.expression.mask is not None:
+        seen = value(call.expression.mask)
+        visible = seen if visible is None else seen & visible
+    if visible is not None:
+        acc_S = acc_S.masked_fill(~visible, -torch.inf)
+        if isinstance(slope, torch.Tensor):  # of a NaN that a row does not see, too
+            slope = torch.where(visible, slope, 0.0)
     return acc_S, slope
 
 
@@ -218,6 +265,36 @@ def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_more: to
     weight, weight_more = ((x / total).transpose(1, 2).unsqueeze(-1) for x in (weight, weight_more))
     scaled = out.mul_(weight) if out.dtype == lse.dtype else out * weight
     return scaled.addcmul_(more, weight_more)  # reads 16 bits and adds up in 32
+
+
+def _given(tQ, tK, call: Call):
+    """The scores before a function changes them, the slope of the softcap there, or 1, and the scale to base 2."""
+    scale_log2, scale_by_cap = score_scales(call.scale, call.softcap)
+    acc_S = torch.einsum("bmhgd,bnhd->bmhgn", tQ, tK)
+    slope: torch.Tensor | float = 1.0
+    if call.softcap > 0.0:
+        acc_S = softcap_tanh(acc_S, scale_by_cap, TensorOps)
+        slope = softcap_slope(acc_S)
+    return acc_S, slope, scale_log2
+
+
+def _computed(call: Call, given, m: int, n: int) -> Callable:
+    """What gives a node of the call's expression its values in a tile of scaled scores ``given``."""
+    batch, rows, heads_kv, group, keys = given.shape
+
+    def counted(first: int, *shape: int):
+        return torch.arange(first, first + math.prod(shape), dtype=torch.int32, device=given.device).view(shape)
+
+    leaves = {
+        "score": given,
+        "batch": counted(call.sequence, batch, 1, 1, 1, 1),
+        "head": counted(0, 1, 1, heads_kv, group, 1),
+        "q_idx": counted(m, 1, rows, 1, 1, 1),
+        "kv_idx": counted(n, 1, 1, 1, 1, keys),
+        "shift": counted(call.shift, 1, 1, 1, 1, 1),
+    }
+    ops = TorchOps(call.captured, given.dtype, given.device)
+    return partial(call.expression.value, leaf=leaves.__getitem__, ops=ops, known={})
 
 
 def _online_step(scores, row_max, row_sum):

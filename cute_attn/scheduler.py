@@ -37,7 +37,7 @@ LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
 @dataclass(frozen=True)
 class Work:
     """One tile to compute: which ``block`` of rows of which head, of which sequence's queries ``q`` and keys ``k``. Where some
-    are past their sequence's end, ``exists`` says whether this one has any rows."""
+    are past their sequence's end, ``exists`` says whether this one has any rows. ``sequence`` is the number of a ragged one."""
 
     block: Int32
     head: Int32
@@ -45,6 +45,7 @@ class Work:
     q: Span
     k: Span
     exists: Boolean | None = None
+    sequence: Int32 | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Tiles:
         i, begin, end = self._side().at(position // self.heads, self.sequences.count, self.tile)
         block, head, q, k = self._within(i, end - begin, position - begin * self.heads)
         capacity = k.capacity if cutlass.const_expr(self.of_k) else q.capacity
-        return Work(block, head, self._head_kv(head), q, k, block * self.tile < capacity)
+        return Work(block, head, self._head_kv(head), q, k, block * self.tile < capacity, i)
 
     @cute.jit
     def seek(self, position: Int32, first: Int32, before: Int32, unused: cutlass.Constexpr[bool] = False):
@@ -206,7 +207,7 @@ class Tiles:
         block, head, q, k = self._within(i, cutlass.max(held[kind], 1), position - begin * self.heads)
         if cutlass.const_expr(unused):
             block += held[0]
-        return Work(block, head, self._head_kv(head), q, k, exists), first, before
+        return Work(block, head, self._head_kv(head), q, k, exists, i), first, before
 
     @cute.jit
     def _within(self, i: Int32, m_blocks: Int32, position: Int32):

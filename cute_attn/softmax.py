@@ -34,7 +34,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn.layouts.fragments import THREADS_PER_ROW
-from cute_attn.rules import GROWTH_LOG2, LN_2
+from cute_attn.rules import GROWTH_LOG2, LN_2, LOG2_E
 
 COARSE_FROM = 2.0**22  # the exponent, in base 2, of a row's largest score
 EXPONENT_BITS = 0x7F800000  # of a float32
@@ -131,9 +131,10 @@ class Softmax:
         return scale
 
     @cute.jit
-    def finish(self, normalize: cute.Tensor, lse: LogSumExp, dtype: cutlass.Constexpr):
+    def finish(self, normalize: cute.Tensor, lse: LogSumExp, dtype: cutlass.Constexpr, sink: Float32 | None = None):
         """After the last tile: writes 1 / l (0 for a row that saw no key) and the log-sum-exp of each row. ``dtype`` is what P
-        was rounded to."""
+        was rounded to. A ``sink`` is one more logit of those that saw a key; l is in units of the larger of the two, whichever
+        that is."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=THREADS_PER_ROW)
             seen = total != 0.0  # true for NaN: a NaN in q or in a visible key shows
@@ -144,8 +145,18 @@ class Softmax:
                 off_log2 = _fused(anchor, scale, -(anchor * scale))
                 largest = cute.math.exp2(off_log2, fastmath=True)
                 weights = safe + (largest.to(dtype).to(Float32) - largest)
+            unit_log2, unit = Float32(0.0), Float32(1.0)
+            if cutlass.const_expr(sink is not None):
+                ahead_log2 = sink * LOG2_E - anchor * self.scale_log2
+                unit_log2 = cutlass.max(ahead_log2, Float32(0.0))
+                unit = cute.math.exp2(-unit_log2, fastmath=True)
+                of_sink = cute.math.exp2(ahead_log2 - unit_log2, fastmath=True)
+                safe, weights = safe * unit + of_sink, weights * unit + of_sink
             normalize[r] = cute.arch.rcp_approx(weights) if seen else Float32(0.0)
             sum_log2 = cute.math.log2(safe, fastmath=True)
+            if cutlass.const_expr(sink is not None):
+                normalize[r] = normalize[r] * unit
+                sum_log2 += unit_log2
             natural = (anchor * self.scale_log2 + sum_log2) * LN_2
             raw = anchor + (sum_log2 - off_log2) * cute.arch.rcp_approx(scale)
             lse.natural[r] = natural if seen else -Float32.inf

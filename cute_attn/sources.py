@@ -39,13 +39,13 @@ VERSIONED = (
     "torch",
 )
 # What no kernel is made from, so that a change to a picture makes no other kernel: how layouts are proved and drawn, the
-# command line, what several ranks do, and the interfaces of others. All other files count.
+# command line, what several ranks do, the interfaces of others, and functions that are traced. All other files count.
 APART_FOLDERS = {"distributed", "tools"}
 APART = {
     "layouts": {"__main__.py"},
     "cute_attn": {
         *("__main__.py", "command.py", "cubin.py", "demo.py", "fill.py", "machine.py"),
-        *("flash_attn.py", "sdpa.py", "transformers.py"),
+        *("flash_attn.py", "sdpa.py", "transformers.py", "masks.py", "scores.py"),
     },
 }
 

@@ -21,7 +21,7 @@ in float64 takes at most about half a GiB, and the matrices of its gradients a f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,26 +87,26 @@ def make_gradients(q, v, seed=1):
     return dout.to(q.dtype).to(q.device), dlse.to(q.device)
 
 
-def oracle(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0):
+def oracle(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, **functions):
     """``(out, lse)`` of eager attention in float64: out (batch, sq, heads, dv), lse (batch, heads, sq), natural log.
 
     A row that sees no key has zeros and −inf.
     """
     out, lse = _outputs(q, v, torch.float64, torch.float64)
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-    for block in _row_blocks(q, k, v, causal, window):
+    for block in _row_blocks(q, k, v, causal, window, **functions):
         scores = torch.einsum("mhgd,nhd->hgmn", block.q.double() * scale, block.k.double())
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        scores.masked_fill_(~block.visible, -math.inf)
-        block_lse = scores.logsumexp(-1)
+        scores = block.changed(scores).masked_fill(~block.visible, -math.inf)
+        block_lse = block.lse(scores)
         scores -= block_lse.masked_fill(block_lse == -math.inf, 0.0)[..., None]
         block.write(out, torch.einsum("hgmn,nhd->mhgd", scores.exp_(), block.v.double()))
         block.write_lse(lse, block_lse)
     return out, lse
 
 
-def eager(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dtype=None):
+def eager(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dtype=None, **functions):
     """``(out, lse)`` of plain PyTorch attention, every step of it in the inputs' dtype.
 
     ``lse`` is the log-sum-exp of those scores, not rounded to the dtype again: float32 (float64 for float64 inputs).
@@ -114,12 +114,12 @@ def eager(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dt
     """
     exact = _exact(q.dtype)
     out, lse = _outputs(q, v, q.dtype, exact)
-    for block in _row_blocks(q, k, v, causal, window):
+    for block in _row_blocks(q, k, v, causal, window, **functions):
         scores = _scores(block, scale, softcap)
         block.write(out, _weighted(scores, block))
         if lse_dtype is not None:
             scores = _scores(block.to(lse_dtype), scale, softcap)
-        block.write_lse(lse, scores.to(exact).logsumexp(-1))
+        block.write_lse(lse, block.lse(scores.to(exact)))
     return out, lse
 
 
@@ -129,12 +129,15 @@ def _scores(block, scale, softcap):
     scores = torch.einsum("mhgd,nhd->hgmn", block.q, block.k) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~block.visible, -math.inf)
+    return block.changed(scores).masked_fill(~block.visible, -math.inf)
 
 
 def _weighted(scores, block):
     """softmax(scores)·V, (rows, heads_kv, group, dv); 0 in a row that sees no key."""
-    P = torch.where(block.visible.any(-1, keepdim=True), scores.softmax(-1), 0.0)
+    keys, visible = scores.shape[-1], block.visible.any(-1, keepdim=True)
+    if block.sinks is not None:
+        scores = torch.cat((scores, block.sinks.to(scores).expand(*scores.shape[:-1], 1)), -1)
+    P = torch.where(visible, scores.softmax(-1)[..., :keys], 0.0)
     return torch.einsum("hgmn,nhd->mhgd", P, block.v)
 
 
@@ -142,21 +145,23 @@ def oracle_gradients(q, k, v, dout, dlse=None, **rules):
     """``(dq, dk, dv)`` of eager attention in float64; ``dlse`` None is zeros. ``rules`` are those of :func:`oracle`.
 
     A log-sum-exp of −inf is a constant: its gradient does not count.
+
+    ``functions`` are ``mask(batch, head, q_idx, kv_idx)``, ``score(score, batch, …)`` and ``sinks`` (heads).
     """
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
     return eager_gradients(q, k, v, dout, None if dlse is None else dlse.double(), **rules)
 
 
-def eager_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, window=None, softcap=0.0):
+def eager_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, window=None, softcap=0.0, **functions):
     """``(dq, dk, dv)`` of plain PyTorch attention by autograd, every step of it in the inputs' dtype."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, k, v))
-    for block in _row_blocks(q, k, v, causal, window, MAX_SCORES // 4):
+    for block in _row_blocks(q, k, v, causal, window, MAX_SCORES // 4, **functions):
         leaves = [x.detach().requires_grad_() for x in (block.q, block.k, block.v)]
         with torch.enable_grad():
             scores = _scores(block.of(*leaves), scale, softcap)
             outputs = [_weighted(scores, block.of(*leaves))]
             if dlse is not None:
-                outputs.append(scores.to(dlse.dtype).logsumexp(-1))
+                outputs.append(block.lse(scores.to(dlse.dtype)))
         dq_block, dk_block, dv_block = torch.autograd.grad(outputs, leaves, block.read_gradients(dout, dlse))
         block.write(dq, dq_block)
         dk[block.batch] += dk_block
@@ -164,7 +169,7 @@ def eager_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, windo
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _rounding_of_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, window=None, softcap=0.0):
+def _rounding_of_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, window=None, softcap=0.0, **functions):
     """The error of (dq, dk, dv) to expect, in units of rounding, from rounding the sums over head_dim: to first order, and
     independent errors add up in squares. A rounded score or log-sum-exp changes P by as much, relative to P.
 
@@ -174,10 +179,10 @@ def _rounding_of_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False
     squares = [torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in (q, k, v)]
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
     walk, walk_v = (max(1.0, x.shape[3] / 24) for x in (q, v))
-    for block in _row_blocks(q.double(), k.double(), v.double(), causal, window, MAX_SCORES // 4):
+    for block in _row_blocks(*(x.double() for x in (q, k, v)), causal, window, MAX_SCORES // 4, **functions):
         dO, *dLSE = (x.double() for x in block.read_gradients(dout, dlse))
         scores = _scores(block, scale, softcap)
-        lse = scores.logsumexp(-1, keepdim=True)
+        lse = block.lse(scores)[..., None]
         lse.masked_fill_(lse == -math.inf, 0.0)
         P = (scores - lse).exp()
         dP = torch.einsum("mhgd,nhd->hgmn", dO, block.v)
@@ -195,7 +200,7 @@ def _rounding_of_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False
     return [x.sqrt() for x in squares]
 
 
-def assert_close(result, q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dtype=None):
+def assert_close(result, q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, lse_dtype=None, **functions):
     """Assert that ``result``, an output or ``(out, lse)``, is attention of q, k, v with these rules.
 
     The error of each element, less the rounding of the element to the result's dtype, may be at most ``TIMES_PLAIN``
@@ -204,7 +209,7 @@ def assert_close(result, q, k, v, *, scale=None, causal=False, window=None, soft
     is much stricter than that of scores in the inputs' dtype. Rows that see no key must be exactly 0 and −inf.
     """
     out, lse = result if isinstance(result, tuple) else (result, None)
-    rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, **functions}
     true_out, true_lse = oracle(q, k, v, **rules)
     allowed_out, allowed_lse = _allowed(q, k, v, true_out, true_lse, rules, lse_dtype)
 
@@ -226,13 +231,13 @@ def assert_gradients_close(gradients, q, k, v, dout, dlse=None, **rules):
     sees, must have exactly 0.
     """
     true, allowed = oracle_gradients(q, k, v, dout, dlse, **rules), _allowed_gradients(q, k, v, dout, dlse, rules)
-    unseen_rows, unseen_keys = _unseen(q, k, rules.get("causal", False), rules.get("window"))
+    unseen_rows, unseen_keys = _unseen(q, k, rules.get("causal", False), rules.get("window"), rules.get("mask"))
     names = ("dq", "dk", "dv"), (unseen_rows, unseen_keys, unseen_keys)
     for got, *expected in zip(gradients, *names, true, allowed, strict=True):
         if got is not None:
             name, unseen, true_gradient, allowed_gradient = expected
             _check(name, got, q.dtype, true_gradient, allowed_gradient)
-            assert not got[:, unseen].count_nonzero(), f"{name} is not 0 where no key or row is seen"
+            assert not got[unseen].count_nonzero(), f"{name} is not 0 where no key or row is seen"
 
 
 def _allowed_gradients(q, k, v, dout, dlse, rules):
@@ -296,7 +301,19 @@ class _RowBlock:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    visible: torch.Tensor  # (rows, sk), bool
+    visible: torch.Tensor  # (rows, sk), bool, or (heads_kv, group, rows, sk)
+    score: Callable | None = None  # of what becomes of a score
+    places: tuple = ()  # batch, head, row and key, which broadcast to (heads_kv, group, rows, sk)
+    sinks: torch.Tensor | None = None  # (heads_kv, group, 1, 1)
+
+    def changed(self, scores):
+        return scores if self.score is None else self.score(scores, *self.places).to(scores.dtype)
+
+    def lse(self, scores):
+        lse = scores.logsumexp(-1)
+        if self.sinks is None:
+            return lse
+        return torch.logaddexp(lse, self.sinks.to(lse)[..., 0]).where(self.visible.any(-1), -math.inf)
 
     def of(self, q, k, v) -> _RowBlock:
         return replace(self, q=q, k=k, v=v)
@@ -320,7 +337,7 @@ class _RowBlock:
         lse[self.batch, :, self.rows] = value.flatten(0, 1)
 
 
-def _row_blocks(q, k, v, causal, window, max_scores=None) -> Iterator[_RowBlock]:
+def _row_blocks(q, k, v, causal, window, max_scores=None, mask=None, score=None, sinks=None) -> Iterator[_RowBlock]:
     """All rows of q in blocks of at most MAX_SCORES scores, or ``max_scores``; none where there are no scores."""
     batch, sq, heads, _ = q.shape
     sk, heads_kv = k.shape[1], k.shape[2]
@@ -331,7 +348,17 @@ def _row_blocks(q, k, v, causal, window, max_scores=None) -> Iterator[_RowBlock]
         for first in range(0, sq, step):
             rows = slice(first, min(first + step, sq))
             visible = _visible(rows, sq, sk, causal, window, q.device)
-            yield _RowBlock(b, rows, q[b, rows].unflatten(1, (heads_kv, -1)), k[b], v[b], visible)
+            block = _RowBlock(b, rows, q[b, rows].unflatten(1, (heads_kv, -1)), k[b], v[b], visible)
+            if mask is score is sinks is None:
+                yield block
+                continue
+            head, row, key = (torch.arange(n, device=q.device) for n in (heads, sq, sk))
+            head = head.view(heads_kv, -1, 1, 1)
+            places = torch.full_like(head, b), head, row[rows, None], key
+            if mask is not None:
+                visible = (visible & mask(*places)).expand(heads_kv, heads // heads_kv, -1, -1)
+            sinks_here = None if sinks is None else sinks.view(heads_kv, -1, 1, 1)
+            yield replace(block, visible=visible, score=score, places=places, sinks=sinks_here)
 
 
 def _visible(rows, sq, sk, causal, window, device):
@@ -348,9 +375,16 @@ def _visible(rows, sq, sk, causal, window, device):
     return visible
 
 
-def _unseen(q, k, causal, window):
-    """``(rows, keys)``, bool: the rows that see no key and the keys that no row sees."""
+def _unseen(q, k, causal, window, mask=None):
+    """``(rows, keys)``, bool: the rows that see no key and the keys that no row sees, of each batch element and head."""
     sq, sk = q.shape[1], k.shape[1]
+    if mask is not None:
+        of_rows, of_keys = (torch.ones(x.shape[:3], dtype=torch.bool, device=q.device) for x in (q, k))
+        for block in _row_blocks(q, k, k, causal, window, mask=mask):
+            visible = block.visible
+            of_rows[block.batch, block.rows] = ~visible.any(-1).flatten(0, 1).T
+            of_keys[block.batch] &= ~visible.any(1).any(1).T
+        return of_rows, of_keys
     rows, keys = (torch.ones(n, dtype=torch.bool, device=q.device) for n in (sq, sk))
     step = max(1, MAX_SCORES // max(sk, 1))
     for first in range(0, sq, step):
@@ -358,7 +392,7 @@ def _unseen(q, k, causal, window):
         visible = _visible(part, sq, sk, causal, window, q.device)
         rows[part] = ~visible.any(1)
         keys &= ~visible.any(0)
-    return rows, keys
+    return (slice(None), rows), (slice(None), keys)
 
 
 def _exact(dtype):

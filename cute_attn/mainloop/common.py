@@ -8,7 +8,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn.layouts.base import CAREFUL, COUNTERS, TICKET
-from cute_attn.rules import LN_2, Band
+from cute_attn.rules import LN_2, LOG2_E, Band
 from cute_attn.scheduler import Work
 
 
@@ -24,6 +24,9 @@ class Values:
     """The run-time values of a call as a kernel takes them. An unbounded side's edge is passed but never read.
 
     Those of ragged sequences have no lengths, and edges as if query 0 were aligned with key 0, until they are :meth:`of` one.
+
+    ``captured`` are the tensors that the user's functions read, of ranks from 1 on, None without functions; ``sequence`` and
+    ``head`` are where they are computed then. ``sinks`` is (heads), or None.
     """
 
     seqlen_q: Int32
@@ -32,13 +35,32 @@ class Values:
     hi: Int32
     scale_log2: Float32
     scale_by_cap: Float32
+    captured: tuple | None = None
+    sinks: cute.Tensor | None = None
+    sequence: Int32 | None = None
+    head: Int32 | None = None
 
     def of(self, work: Work) -> Values:
-        """The values of a tile's sequence."""
+        """The values of a tile's sequence and head."""
+        here = self
+        if self.captured is not None:
+            here = replace(self, sequence=work.q.batch if work.sequence is None else work.sequence, head=work.head)
         if work.q.length is None:
-            return self
+            return here
         shift = work.k.length - work.q.length
-        return replace(self, seqlen_q=work.q.length, seqlen_k=work.k.length, lo=self.lo + shift, hi=self.hi + shift)
+        return replace(here, seqlen_q=work.q.length, seqlen_k=work.k.length, lo=self.lo + shift, hi=self.hi + shift)
+
+    def of_head(self, head) -> Values:
+        """Those of another head of the same sequence."""
+        return self if self.captured is None else replace(self, head=head)
+
+    def sink(self, work: Work) -> Float32 | None:
+        """The logit of a tile's head that has no value."""
+        return None if self.sinks is None else self.sinks[work.head]
+
+    def exponent(self, problem):
+        """What makes an exponent of 2 of a score as the rules leave it: a function's are natural logarithms."""
+        return Float32(LOG2_E) if problem.expression.score is not None else self.scale_log2
 
     def band(self, problem) -> Band:
         return Band(self.lo if problem.bounded_left else None, self.hi if problem.bounded_right else None)

@@ -123,7 +123,7 @@ class Forward:
         acc_O.fill(0.0)  # of a tile that sees no key
         rows = rows_columns(acc_O)
         rescale = cute.make_rmem_tensor(cute.size(rows, mode=[0]), Float32)
-        softmax = Softmax.start(cute.size(rescale), values.scale_log2, fused=False)
+        softmax = Softmax.start(cute.size(rescale), values.exponent(self.problem), fused=False)
         cS = Coordinates.of(mma_S, thread, (config.tile_m, config.tile_n))
         cO = Coordinates.of(mma_O, thread, (config.tile_m, config.tile_dv))
 
@@ -153,7 +153,7 @@ class Forward:
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(values.seqlen_q, row_first, cO.thread, rows, softmax)
         lse = LogSumExp.like(rescale)
-        softmax.finish(rescale, lse, lay.element(config))
+        softmax.finish(rescale, lse, lay.element(config), values.sink(work))
         scale_rows(rows, rescale)
         store_lse(mLSE, lse, cO.thread, row_first, work)
         self._store_o(acc_O, sO, work.q.stored.rows(mO, work.head), row_first)
@@ -166,7 +166,8 @@ class Forward:
         for slot in cutlass.range_constexpr(self.config.stages - 1):
             self._copy_pair(tiles_of, keys, keys.count - 1 - slot, slot)
         step = partial(self._step, operands, tiles_of, output, tile)
-        slot, one_loop = Int32(0), self.problem.bounded_right  # for the last tile and those that a right edge cuts
+        # For the last tile and those that a right edge cuts.
+        slot, one_loop = Int32(0), self.problem.bounded_right or self.problem.masks_all
         if cutlass.const_expr(not one_loop):
             slot = step(slot, (keys.count - 1, keys.last_is_masked()))
         walk(step, slot, keys, self.problem, last=one_loop)

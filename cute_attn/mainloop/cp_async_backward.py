@@ -232,10 +232,11 @@ class Backward:
         for member in cutlass.range(me.heads_per_kv, unroll=1):
             for i in cutlass.range(lead, unroll=1):
                 self._step(me, operands, member, i, True)
-            for i in cutlass.range(lead, whole_end, unroll=1):
-                self._step(me, operands, member, i, False)
+            if cutlass.const_expr(not self.problem.masks_all):
+                for i in cutlass.range(lead, whole_end, unroll=1):
+                    self._step(me, operands, member, i, False)
             right_edge_last = self.problem.bounded_right and self.problem.deterministic
-            if cutlass.const_expr(self.problem.bounded_left or right_edge_last):
+            if cutlass.const_expr((self.problem.bounded_left or right_edge_last) and not self.problem.masks_all):
                 for i in cutlass.range(whole_end, count, unroll=1):
                     self._step(me, operands, member, i, True)
         if cutlass.const_expr(late_dq):
@@ -346,22 +347,22 @@ class Backward:
         m_block = me.visited.in_order(i, self.problem)
         slots = (slot, count % 2, (count + 1) % 2)
         for part in cutlass.range_constexpr(config.tile_m // config.step_m):
-            self._scores(me, operands, m_block, part, slots, masked)
+            self._scores(me, operands, self._head(me, member), m_block, part, slots, masked)
         if cutlass.const_expr(self.shares_p):
             self._other_queries(me, operands, self._head(me, member), m_block, slots)
 
     @cute.jit
-    def _scores(self, me: Block, operands: BackwardOperands, m_block, part: cutlass.Constexpr[int], slots, masked):
+    def _scores(self, me: Block, operands: BackwardOperands, head, m_block, part: cutlass.Constexpr[int], slots, masked):
         """P and dS of ``step_m`` queries, and what they add to dV and dK where they stay in registers."""
         config, lay, x = self.config, self.lay, operands
         slot, ds_slot, p_slot = slots
         shape = (config.tile_n, config.step_m)
         S, dP, dV, dK = (lay.tiled_mma(role, config) for role in ("S", "dP", "dV", "dK"))
         acc_S, acc_dP = (cute.make_rmem_tensor(S.partition_shape_C(shape), Float32) for _ in range(2))
-        row = part * cute.size(x.tSrQ.into, mode=[1])
+        row, values = part * cute.size(x.tSrQ.into, mode=[1]), me.values.of_head(head)
         acc_S.fill(0.0)
         product(S, acc_S, config.tile_d // MMA_K, x.tSrK.load, partial(x.tSrQ.load, slot=(slot,), row=row))
-        scores, hidden = Scores(Coordinates.of(S, me.thread, shape), me.values, self.problem, transposed=True), None
+        scores, hidden = Scores(Coordinates.of(S, me.thread, shape), values, self.problem, transposed=True), None
         origin = (me.work.block * config.tile_n, m_block * config.tile_m + part * config.step_m)
         if cutlass.const_expr(masked and self.problem.masked):
             hidden = me.careful, of_keys(S, me.thread, me.shared.hidden, config.step_m)
@@ -370,7 +371,7 @@ class Backward:
             acc_dP.fill(0.0)
             product(dP, acc_dP, config.tile_dv // MMA_K, x.tPrV.load, partial(x.tPrdO.load, slot=(slot,), row=row))
 
-        P = scores.probabilities(acc_S, self._of_columns(me, me.shared.lse[None, slot], part), lay.element(config))
+        P = scores.probabilities(acc_S, self._of_columns(me, me.shared.lse[None, slot], part), lay.element(config), origin)
         if cutlass.const_expr(self.needs_v):
             if cutlass.const_expr(self.shares_p):
                 self._share("P", me, P, me.shared.ds[None, None, p_slot], part)

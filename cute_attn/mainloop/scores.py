@@ -14,8 +14,9 @@ from cutlass import Float32, Int32, cute
 
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop.common import DeviceOps, Values
+from cute_attn.mainloop.elements import Elements
 from cute_attn.mainloop.guard import HIDDEN
-from cute_attn.rules import LOG2_E, rational_tanh, softcap_slope, softcap_tanh
+from cute_attn.rules import LN_2, LOG2_E, rational_tanh, softcap_slope, softcap_tanh
 
 
 class UsualCapOps:
@@ -76,23 +77,35 @@ class Scores:
         ``origin`` is the tile's first row and column in the sequence. ``masked`` is a Python bool where the loop knows it, a
         run-time Boolean where it doesn't. ``hidden`` is None, or (whether there are hidden keys, what says which of the
         thread's keys are): see ``guard.py``.
+
+        A user's score is computed here in the forward pass, and in the backward pass in :meth:`probabilities`, with its slope.
         """
         scores = rows_columns(acc)
         self._cap(scores)
+        if cutlass.const_expr(self.problem.expression.score is not None and not self.problem.gradients):
+            self._score(scores, self._elements(origin))
         if cutlass.const_expr(hidden is not None):
             if hidden[0]:
                 self._hide(scores, hidden[1])
-        if cutlass.const_expr(not isinstance(masked, bool)):
+        if cutlass.const_expr(self.problem.masks_all):
+            self._mask(scores, origin)
+        elif cutlass.const_expr(not isinstance(masked, bool)):
             if masked:
                 self._mask(scores, origin)
         elif cutlass.const_expr(masked):
             self._mask(scores, origin)
 
-    def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype) -> cute.Tensor:
+    def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin) -> cute.Tensor:
         """An accumulator's scores to P in place; returns it, for dV. Where a rule has a slope, to P ∘ the slopes, which is what
         dS takes, and P itself, which is returned, is in ``dtype``. Both at once, since P, its slopes and dP together would take
         more registers than there are. ``lse_raw`` is the log-sum-exp of a thread's queries, in shared memory if transposed."""
         scale_log2, softcap, scores = self.values.scale_log2, self.problem.softcap, rows_columns(acc)
+        if self.problem.expression.score is not None:
+            rounded = acc
+            if self.transposed and (softcap or self.problem.expression.slope is not None):
+                rounded = cute.make_rmem_tensor_like(acc, dtype)
+            self._changed_probabilities(scores, lse_raw, origin, None if rounded is acc else rows_columns(rounded))
+            return rounded
         if not self.transposed:
             _probabilities_by_row(scores, lse_raw, scale_log2, softcap)
         elif softcap:
@@ -120,6 +133,55 @@ class Scores:
             for i in cutlass.range_constexpr(cute.size(scores)):
                 scores[i] = softcap_tanh(scores[i], self.values.scale_by_cap, ops)
 
+    def _elements(self, origin) -> Elements:
+        """What the user's functions compute in a tile."""
+        first = origin[1] + self.where.thread[0, 0][1]
+        rows, columns = ("kv_idx", "q_idx") if self.transposed else ("q_idx", "kv_idx")
+
+        def leaf(name: str, r: int, c: int):
+            if name == columns:
+                return first + self.where.zero[0, c][1]
+            if name == rows:
+                return origin[0] + self.where.thread[r, 0][0]
+            if name == "shift":
+                return self.values.seqlen_k - self.values.seqlen_q
+            return self.values.head if name == "head" else self.values.sequence
+
+        return Elements(self.problem.expression, self.values.captured, leaf, rows, columns)
+
+    def _each(self, scores: cute.Tensor):
+        """(row, column) of a thread's scores, column by column: what is known of a column is needed twice and then no more."""
+        rows, columns = (cute.size(scores, mode=[mode]) for mode in range(2))
+        return ((r, c) for c in range(columns) for r in range(rows))
+
+    def _score(self, scores: cute.Tensor, elements: Elements):
+        """Scores to what the user's function makes of them, natural logarithms."""
+        natural = self.values.scale_log2 * LN_2
+        for r, c in self._each(scores):
+            scores[r, c] = elements.value(self.problem.expression.score, r, c, scores[r, c] * natural)
+
+    def _changed_probabilities(self, scores: cute.Tensor, lse_raw: cute.Tensor, origin, rounded: cute.Tensor | None):
+        """``scores`` before the user's function, −∞ or as low as a hidden key's where they don't count, to P ∘ the slopes in
+        place; ``rounded`` gets P."""
+        elements, expression, natural = self._elements(origin), self.problem.expression, self.values.scale_log2 * LN_2
+        pairs = _pairs(lse_raw) if self.transposed else ((c, None) for c in range(0, cute.size(scores, mode=[1]), 2))
+        for c, pair in pairs:
+            for r in range(cute.size(scores, mode=[0])):
+                P = cute.make_rmem_tensor(2, Float32)
+                for i in range(2):
+                    score, lse = scores[r, c + i], pair[i] if self.transposed else lse_raw[r]
+                    counts = score > HIDDEN
+                    changed = _select(counts, elements.value(expression.score, r, c + i, score * natural), score)
+                    P[i] = cute.math.exp2((changed - lse) * LOG2_E, fastmath=True)
+                    slopes = P[i] * _slope(score) if self.problem.softcap else P[i]
+                    if expression.slope is not None:
+                        slope = elements.value(expression.slope, r, c + i, score * natural)
+                        slopes = slopes * _select(counts, slope, Float32(0.0))
+                    scores[r, c + i] = slopes
+                if rounded is not None:
+                    place = rounded.iterator + rounded.layout((r, c))
+                    cute.make_tensor(place, P.layout).store(P.load().to(rounded.element_type))
+
     @cute.jit
     def _hide(self, scores: cute.Tensor, hidden: cute.Tensor):
         """The scores of hidden keys, so low that they weigh nothing; ``hidden`` is of a thread's keys."""
@@ -127,11 +189,17 @@ class Scores:
             if hidden[i] != 0:
                 scores[(i, None) if self.transposed else (None, i)].fill(HIDDEN)
 
+    def _mask_by_function(self, scores: cute.Tensor, elements: Elements):
+        for r, c in self._each(scores):
+            scores[r, c] = _select(elements.value(self.problem.expression.mask, r, c), scores[r, c], Float32(-Float32.inf))
+
     @cute.jit
     def _mask(self, scores: cute.Tensor, origin):
         """One comparison an edge and score, against a compile-time column. Of keys by queries, rows past the last are masked as
         well: queries past theirs weigh nothing anyway."""
         band, values = self.values.band(self.problem), self.values
+        if cutlass.const_expr(self.problem.masks_all):
+            self._mask_by_function(scores, self._elements(origin))
         columns, rows = values.seqlen_k, None
         if cutlass.const_expr(self.transposed):
             band, columns, rows = band.transposed(), values.seqlen_q, values.seqlen_k
@@ -193,6 +261,11 @@ def _probabilities_by_row(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2:
 def _slope(t: Float32) -> Float32:
     """The softcap's slope at a score's tanh; where it is masked anything finite will do, since P is 0."""
     return softcap_slope(cutlass.max(t, Float32(-1.0)))
+
+
+@cute.jit
+def _select(condition, x, y):
+    return x if condition else y
 
 
 def _pairs(values: cute.Tensor):

@@ -98,8 +98,8 @@ class Forward(Kernel):
 
     def __init__(self, problem, config):
         super().__init__(problem, config)
-        # float16 has no room for weights above 1.
-        self.anchored = config.dtype == "bfloat16"
+        # float16 has no room for weights above 1, and what a function makes of scores may hide any key.
+        self.anchored = config.dtype == "bfloat16" and not problem.expression
         self.careful = problem.masked
         self.guarded = self.careful or self.anchored
         self.turn_barrier = self.first_barrier("turns")
@@ -205,7 +205,7 @@ class Forward(Kernel):
         return tiles if shared.work is None else self._queue(shared, pipes).taker()
 
     def _queue(self, shared: ForwardShared, pipes: ForwardPipelines) -> WorkQueue:
-        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive)
+        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, bool(self.problem.expression))
 
     @cute.jit
     def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
@@ -349,7 +349,7 @@ class Forward(Kernel):
             keys = keys.after_a_seen_key(values, self.problem, work.block, config)
         tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values)
         frag = self._fragments(me, shared)
-        softmax = Softmax.start(cute.size(frag.rescale), values.scale_log2, fused=True)
+        softmax = Softmax.start(cute.size(frag.rescale), values.exponent(self.problem), fused=True)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
         pipes.q.consumer_wait(q_state)
         if tile.keys.count > 0:
@@ -570,7 +570,7 @@ class Forward(Kernel):
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(tile.values.seqlen_q, tile.row_first, me.cO.thread, rows_columns(frag.acc_O), softmax)
         normalize, lse = cute.make_rmem_tensor_like(frag.rescale), LogSumExp.like(frag.rescale)
-        softmax.finish(normalize, lse, frag.tOrP.element_type)
+        softmax.finish(normalize, lse, frag.tOrP.element_type, tile.values.sink(work))
         scale_rows(rows_columns(frag.acc_O), normalize)
         store_lse(mLSE, lse, me.cO.thread, tile.row_first, work)
 

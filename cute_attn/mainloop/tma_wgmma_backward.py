@@ -258,7 +258,8 @@ class Backward(KeyBlocks):
         for j in cutlass.range(visited.count * heads_per_kv, unroll=1):
             m_block = visited.in_order(i, self.problem)
             tile = (m_block, visited.needs_mask(m_block), hides, j > 0)
-            state = self._step(me, frag, shared, pipes, values, key_first, state, tile)
+            of_head = values.of_head(work.head_kv * heads_per_kv + j // visited.count)
+            state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
@@ -329,8 +330,9 @@ class Backward(KeyBlocks):
         scores, hidden = Scores(me.cS, values, self.problem, transposed=True), None
         if cutlass.const_expr(hides is not None):
             hidden = hides, of_keys(mma_S, me.thread, shared.hidden[None, me.warpgroup], config.tile_m)
-        scores.apply_rules(acc_S, (key_first, m_block * config.tile_m), masked, hidden)
-        P = scores.probabilities(acc_S, of_columns(mma_S, me.thread, shared.lse[None, stage]), self.element)
+        origin = (key_first, m_block * config.tile_m)
+        scores.apply_rules(acc_S, origin, masked, hidden)
+        P = scores.probabilities(acc_S, of_columns(mma_S, me.thread, shared.lse[None, stage]), self.element, origin)
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
         if cutlass.const_expr(self.needs_ds):

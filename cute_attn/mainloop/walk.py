@@ -39,6 +39,8 @@ class KeyTiles:
             exists = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
             end = end * exists
         count = cutlass.max(cute.ceil_div(end - begin, n), 0)
+        if problem.masks_all:
+            return KeyTiles(begin, end, count, Int32(0), Int32(0))
         whole_begin = cutlass.min(cutlass.max(cute.ceil_div(inner_begin - begin, n), 0), count)
         whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)
         return KeyTiles(begin, end, count, whole_begin, cutlass.max(whole_end, whole_begin))
@@ -104,6 +106,8 @@ class QueryTiles:
         whole_end = end if inner_last >= values.seqlen_q else cutlass.min(cutlass.max(inner_last, 0) // m, end)
         whole_end = whole_end if key_end <= values.seqlen_k else whole_begin
         whole_end = cutlass.max(whole_end, whole_begin)
+        if cutlass.const_expr(problem.masks_all):
+            whole_begin = whole_end = begin
         return QueryTiles(n_block, begin, end - begin, whole_begin, whole_end)
 
     def in_order(self, i, problem):
@@ -136,24 +140,26 @@ def walk(
     """``state = step(state, (n, masked))`` over the key tiles, in descending order; with the ``last`` or without.
 
     Three loops, so that each knows at compile time whether it masks: tiles cut by the right edge, whole tiles, tiles cut
-    by the left edge. The last is among the first ones. ``around_whole`` are called before and after the second.
+    by the left edge. The last is among the first ones. ``around_whole`` are called before and after the second. There is one
+    loop where every tile masks.
     """
     top = keys.count - 1
     whole_end = cutlass.min(top, keys.whole_end)
     if cutlass.const_expr(last):
         for i in cutlass.range(keys.count - whole_end, unroll=1):
             state = step(state, (top - i, True))
-    elif cutlass.const_expr(problem.bounded_right):
+    elif cutlass.const_expr(problem.bounded_right or problem.masks_all):
         for i in cutlass.range(top - keys.whole_end, unroll=1):
             state = step(state, (top - 1 - i, True))
     before, after = around_whole
     if cutlass.const_expr(before is not None):
         before()
-    for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
-        state = step(state, (whole_end - 1 - i, False))
+    if cutlass.const_expr(not problem.masks_all):
+        for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
+            state = step(state, (whole_end - 1 - i, False))
     if cutlass.const_expr(after is not None):
         after()
-    if cutlass.const_expr(problem.bounded_left):
+    if cutlass.const_expr(problem.bounded_left and not problem.masks_all):
         left_end = cutlass.min(top, keys.whole_begin)
         for i in cutlass.range(left_end, unroll=1):
             state = step(state, (left_end - 1 - i, True))

@@ -150,7 +150,6 @@ class KeyGradients(KeyBlocks):
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
         work, heads_per_kv = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        scores = Scores(cS, values, self.problem, transposed=True)
         acc_dV = self.accumulator("dV", self.config.tile_dv)
         pipes.k.consumer_wait(k_state)
         hides = None
@@ -159,7 +158,7 @@ class KeyGradients(KeyBlocks):
             if hides:
                 signals.ask_for_care()
         i = Int32(0)
-        for _ in cutlass.range(visited.count * heads_per_kv, unroll=1):
+        for j in cutlass.range(visited.count * heads_per_kv, unroll=1):
             pipes.q.consumer_wait(state)
             acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
             warpgroup.wait_group(0)
@@ -168,8 +167,10 @@ class KeyGradients(KeyBlocks):
             if cutlass.const_expr(hides is not None):
                 hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
             origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
+            of_head = values.of_head(work.head_kv * heads_per_kv + j // visited.count)
+            scores = Scores(cS, of_head, self.problem, transposed=True)
             scores.apply_rules(acc_S, origin, visited.needs_mask(m_block), hidden)
-            P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element)
+            P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin)
             rP = rounded_operand(P, self.element)
             if cutlass.const_expr(self.needs_k):
                 of_ds = rP if cutlass.const_expr(P is acc_S) else rounded_operand(acc_S, self.element)

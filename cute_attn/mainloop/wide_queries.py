@@ -234,7 +234,7 @@ class QueryGradients(Kernel):
                 hidden = care, of_columns(S, index % WARPGROUP, shared.hidden[None, k_state.index])
             origin = (row_first, keys.begin + n * self.config.tile_n)
             scores.apply_rules(acc_S, origin, (n >= keys.whole_end) | (n < keys.whole_begin), hidden)
-            scores.probabilities(acc_S, lse_raw, self.element)
+            scores.probabilities(acc_S, lse_raw, self.element, origin)
             warpgroup.wait_group(0)
             pipes.v.consumer_release(v_state)
             scores.gradients(acc_S, acc_dP, delta)

@@ -30,6 +30,7 @@ class WorkQueue:
     pipe: pipeline.PipelineAsync
     asked: pipeline.PipelineAsync | None
     arrive: cutlass.Constexpr
+    numbered: cutlass.Constexpr[bool] = False  # whether tiles say which sequence they are of: heads have 16 bits then
 
     @staticmethod
     def slots_in(smem) -> cute.Tensor:
@@ -80,6 +81,8 @@ class WorkQueue:
         held = cute.make_rmem_tensor(WORK_FIELDS, Int32)
         block = work.block if work.exists else Int32(-1)
         fields = (block, work.head, work.head_kv, work.q.first, work.q.length, work.q.capacity, work.k.first, work.k.length)
+        if cutlass.const_expr(self.numbered):
+            fields = (block, work.head | (work.head_kv << 16), work.sequence, *fields[3:])
         for i in cutlass.range_constexpr(WORK_FIELDS):
             held[i] = fields[i]
         with cute.arch.elect_one():
@@ -121,8 +124,11 @@ class Taker:
         held = cute.make_rmem_tensor(WORK_FIELDS, Int32)
         cute.autovec_copy(self._slot(), held)
         block, head, head_kv, q_first, q_length, q_capacity, k_first, k_length = (held[i] for i in range(WORK_FIELDS))
+        sequence = None
+        if self.queue.numbered:
+            head, head_kv, sequence = head & 0xFFFF, head >> 16, head_kv
         q, k = Span(Int32(0), q_first, q_length, q_capacity), Span(Int32(0), k_first, k_length, k_length)
-        return Work(block, head, head_kv, q, k)
+        return Work(block, head, head_kv, q, k, sequence=sequence)
 
     def _release(self):
         self.queue.arrive(self.queue.pipe.consumer_release, self._state())

@@ -129,7 +129,7 @@ KINDS = [
             call(causal=mask),
             TypeError,
             "of shape (33, 40)",
-            "masks there are",
+            "try mask=",
             "attn_mask",
         )
         for mask in (torch.ones(33, 40, dtype=torch.bool), torch.zeros(33, 40), np.ones((33, 40), dtype=bool))

@@ -24,6 +24,7 @@ from cute_attn import (
     attention_varlen,
     cache,
     compile,
+    expressions,
     flash_attn,
     launch,
     layouts,
@@ -566,6 +567,262 @@ LENGTHS = [
     Row("of more rows of a batch", used(seqused_k=int32(1, 11)), ValueError, "seqused_k[1] is 11", "from 0 to 10, the rows of"),
 ]
 
+
+def scored(function, **options):
+    return lambda: attention(q, k, v, score=function, **options)
+
+
+def masked_by(function, **options):
+    return lambda: attention(q, k, v, mask=function, **options)
+
+
+def a_symbol_that_gets_out():
+    found = []
+    attention(q, k, v, mask=lambda batch, head, q_idx, kv_idx: found.append(q_idx) or q_idx >= kv_idx)
+    found[0] + 1
+
+
+def of_kernels(**options):
+    """As if the CPU's tensors were a GPU's: what is refused before anything is launched."""
+    with patch("cute_attn.ops.on_reference", lambda *_: False), patch.object(torch.Tensor, "is_cuda", True):
+        attention(q, k, v, **options)
+
+
+def under_vmap(**options):
+    torch.vmap(lambda x: attention(x, x, x, **options))(torch.zeros(2, 1, 3, 1, 8))
+
+
+TABLE, LIST = torch.zeros(2, 9), [1.0, 2.0]
+THERE = "torch.where, minimum, maximum"
+# What a user's functions can't do, and what is passed beside them.
+FUNCTIONS = [
+    Row("if", scored(lambda s, b, h, i, j: s if i > j else -s), NotImplementedError, "has bool()", THERE, "instead of if"),
+    Row("not", masked_by(lambda b, h, i, j: not i > j), NotImplementedError, "has bool()", THERE, "& | ~ instead of and, or"),
+    Row("a list", scored(lambda s, b, h, i, j: s + LIST[h]), NotImplementedError, "has index()", THERE, "a captured tensor"),
+    Row("item", scored(lambda s, b, h, i, j: s * i.item()), NotImplementedError, "has item", THERE, "need no value"),
+    Row("a float", scored(lambda s, b, h, i, j: s * float(i)), NotImplementedError, "has float()", THERE, "its .float()"),
+    Row("a sine", scored(lambda s, b, h, i, j: torch.sin(s)), NotImplementedError, "has sin", THERE, "a captured table"),
+    Row("a sum", scored(lambda s, b, h, i, j: s.sum()), NotImplementedError, "has sum", THERE, "one of these"),
+    Row("gradient's", scored(lambda s, b, h, i, j: s.grad), NotImplementedError, "has grad", THERE, "one of these"),
+    Row(
+        "a table as it is",
+        scored(lambda s, b, h, i, j: s + TABLE),
+        NotImplementedError,
+        "(2, 9) that is no number",
+        "one element",
+        "tensor[head, q_idx]",
+    ),
+    Row(
+        "half a table",
+        scored(lambda s, b, h, i, j: s + TABLE[h]),
+        NotImplementedError,
+        "without an index for 1 of its 2",
+        "a number is",
+        "for each",
+    ),
+    Row(
+        "slices",
+        scored(lambda s, b, h, i, j: s + TABLE[h, :]),
+        NotImplementedError,
+        "the index slice",
+        "one number for each",
+        "before the call",
+    ),
+    Row(
+        "an ellipsis",
+        scored(lambda s, b, h, i, j: s + TABLE[..., h]),
+        NotImplementedError,
+        "the index ...",
+        "one number",
+        "before",
+    ),
+    Row(
+        "from the end",
+        scored(lambda s, b, h, i, j: s + TABLE[h, -1]),
+        NotImplementedError,
+        "the index -1",
+        "from 0 on",
+        "shape",
+    ),
+    Row(
+        "a float for an index",
+        scored(lambda s, b, h, i, j: s + TABLE[h, s]),
+        NotImplementedError,
+        "an index of kind float",
+        "an integer",
+        ".to(torch.int32)",
+    ),
+    Row(
+        "3 indices",
+        scored(lambda s, b, h, i, j: s + TABLE[h, i, j]),
+        NotImplementedError,
+        "3 indices",
+        "one a dimension",
+        "fewer",
+    ),
+    Row(
+        "a number's index",
+        scored(lambda s, b, h, i, j: s[h]),
+        NotImplementedError,
+        "an index into a number",
+        "captured tensor",
+        "itself",
+    ),
+    Row(
+        "5 dimensions",
+        scored(lambda s, b, h, i, j: s + torch.zeros(1, 1, 1, 1, 1)[b, h, i, j, j]),
+        NotImplementedError,
+        "(1, 1, 1, 1, 1)",
+        "at most 4",
+        "flatten()",
+    ),
+    Row(
+        "complex numbers",
+        scored(lambda s, b, h, i, j: s + TABLE.cfloat()[h, i]),
+        NotImplementedError,
+        "complex64",
+        "floats, integers",
+        ".to(torch.float32)",
+    ),
+    Row(
+        "nothing in it",
+        scored(lambda s, b, h, i, j: s + torch.zeros(0)[i]),
+        ValueError,
+        "(0,)",
+        "at least one element",
+        "leaving",
+    ),
+    Row(
+        "another device",
+        scored(lambda s, b, h, i, j: s + TABLE.to("meta")[h, i]),
+        ValueError,
+        "on meta, with q on cpu",
+        "one device",
+        ".to(q.device)",
+    ),
+    Row(
+        "// of floats",
+        scored(lambda s, b, h, i, j: s // 2),
+        NotImplementedError,
+        "floordiv of floats",
+        "integers are",
+        ".to(torch.int32)",
+    ),
+    Row("~ of an int", masked_by(lambda b, h, i, j: ~i), NotImplementedError, "~ of numbers", "a condition is", "a comparison"),
+    Row(
+        "powers",
+        scored(lambda s, b, h, i, j: s**2.5),
+        NotImplementedError,
+        "a power with the exponent 2.5",
+        "from 1 to 8",
+        "torch.exp",
+    ),
+    Row(
+        "64 bits", masked_by(lambda b, h, i, j: i < 2**40), NotImplementedError, "constant 1099511627776", "32 bits", "a float"
+    ),
+    Row(
+        "complex constants",
+        scored(lambda s, b, h, i, j: torch.add(s, 1j)),
+        NotImplementedError,
+        "1j",
+        "a number or a tensor",
+        "float()",
+    ),
+    Row(
+        "to complex",
+        scored(lambda s, b, h, i, j: s.to(torch.complex64)),
+        NotImplementedError,
+        "to torch.complex64",
+        "a float",
+        "torch.float32",
+    ),
+    Row(
+        "alpha",
+        scored(lambda s, b, h, i, j: torch.add(s, s, alpha=2)),
+        NotImplementedError,
+        "add with alpha",
+        "operands alone",
+        "leaving",
+    ),
+    Row("out of the function", a_symbol_that_gets_out, RuntimeError, "used outside", "inside is needed", "return what"),
+    Row("mask a bool", masked_by(True), TypeError, "mask is True", "a function is needed", "mask=lambda batch, head"),
+    Row(
+        "score a tensor",
+        scored(TABLE),
+        TypeError,
+        "score is a Tensor of shape (2, 9)",
+        "a function is",
+        "score=lambda score, batch",
+    ),
+    Row("a score of None", scored(lambda *_: None), TypeError, "score returns None", "a float is needed", "return of what"),
+    Row(
+        "a mask of floats",
+        masked_by(lambda b, h, i, j: i * 0.5),
+        TypeError,
+        "values of kind float",
+        "a bool is",
+        "a comparison",
+    ),
+    Row("a score of bools", scored(lambda s, b, h, i, j: i > j), TypeError, "values of kind bool", "a float is", "or mask="),
+    Row(
+        "tensors alone",
+        lambda: attention(q, k, v, tensors=(q,)),
+        TypeError,
+        "tensors are given without",
+        "function",
+        "score=fn",
+    ),
+    Row("tensors a tensor", masked_by(len, tensors=TABLE), TypeError, "tensors is a Tensor", "a tuple of tensors", "(table,)"),
+    Row(
+        "slopes a list",
+        lambda: attention(q, k, v, alibi_slopes=LIST),
+        TypeError,
+        "alibi_slopes is a list",
+        "float32 (4,) or (2, 4)",
+        "torch.tensor(",
+    ),
+    Row(
+        "3 slopes",
+        lambda: attention(q, k, v, alibi_slopes=torch.ones(3)),
+        ValueError,
+        "of shape (3,)",
+        "float32 (4,) or (2, 4)",
+        ".float()",
+    ),
+    Row(
+        "sinks a list",
+        lambda: attention(q, k, v, sinks=LIST),
+        TypeError,
+        "sinks is a list",
+        "floats (4,), one a head",
+        "torch.tensor(sinks)",
+    ),
+    Row(
+        "sinks of ints",
+        lambda: attention(q, k, v, sinks=torch.ones(4).int()),
+        ValueError,
+        "int32 on cpu",
+        "floats (4,)",
+        ".float()",
+    ),
+    Row(
+        "under vmap",
+        lambda: under_vmap(sinks=torch.ones(1)),
+        NotImplementedError,
+        "inside of torch.compile",
+        "a plain call is",
+        "disable",
+    ),
+    Row(
+        "captured gradients of the kernels",
+        lambda: of_kernels(score=lambda s, b, h, i, j: s + TABLE.clone().requires_grad_()[h, 0]),
+        NotImplementedError,
+        "requires a gradient, which the kernels don't compute",
+        "one that requires none is needed",
+        "backend='reference'",
+    ),
+]
+
 # flash-attn's functions: their own checks, and attention's under its names.
 QKV, KV = torch.zeros(2, 6, 3, 2, 16, dtype=HALF), torch.zeros(2, 10, 2, 2, 16, dtype=HALF)
 INDICES = torch.tensor([0, 5])
@@ -594,10 +851,9 @@ YET = "is needed, since it isn't there yet"
 FLASH_ATTN = [
     # Not there yet.
     Row("dropout", flash(dropout_p=0.1), NotImplementedError, "dropout_p is 0.1", f"0 {YET}", "model.eval()"),
-    Row("alibi", flash(alibi_slopes=torch.ones(4)), NotImplementedError, "alibi_slopes is a Tensor", YET, "attn_mask"),
     Row("pages", flash_varlen(block_table=torch.ones(2, 3)), NotImplementedError, "block_table is a Tensor", YET, "gathered"),
     Row("pages of 3", flash_varlen(page_table=torch.ones(2, 3)), NotImplementedError, "page_table is", YET, "gathered"),
-    Row("a sink", flash(learnable_sink=torch.ones(4)), NotImplementedError, "learnable_sink is a Tensor", YET, "torch.sigmoid"),
+    Row("a sink a head", flash(learnable_sink=torch.ones(3)), ValueError, "a Tensor of shape (3,)", "(4,), one a head"),
     Row("qv", flash(qv=q), NotImplementedError, "qv is a Tensor of shape (2, 6, 4, 16)", YET, "torch.cat((q, qv), -1)"),
     Row("8-bit floats' scales", flash(k_descale=torch.ones(2, 2)), NotImplementedError, "k_descale is", YET, "* k_descale"),
     Row("chunks", flash(attention_chunk=64), NotImplementedError, "attention_chunk is 64", f"0 {YET}", "window_size"),
@@ -960,6 +1216,11 @@ def test_attention(row):
     assert_raises(row)
 
 
+@table(FUNCTIONS)
+def test_functions(row):
+    assert_raises(row)
+
+
 @table(LENGTHS)
 def test_lengths(row, monkeypatch):
     monkeypatch.setenv(lengths.CHECK, "1")
@@ -1019,8 +1280,8 @@ def raises(file: str) -> set[int]:
 def test_every_error_of_the_checks_has_a_row(monkeypatch):
     """Each ``raise`` in these files is reached by a row: whoever adds one adds a row."""
     monkeypatch.setenv(lengths.CHECK, "1")
-    for file in (problem.__file__, lengths.__file__, flash_attn.__file__):
-        missing = raises(file) - reached([*CHECKS, *LENGTHS, *FLASH_ATTN], file)
+    for file in (problem.__file__, lengths.__file__, flash_attn.__file__, expressions.__file__):
+        missing = raises(file) - reached([*CHECKS, *LENGTHS, *FLASH_ATTN, *FUNCTIONS], file)
         assert not missing, f"no row for {file}, lines {sorted(missing)}"
 
 

@@ -2,17 +2,21 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cute_attn import launch as launching
+from cute_attn import reference
+from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
 from cute_attn.launch import packed_of
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.problem import Call, check_call
 from cute_attn.rules import LOG2_E
+from tests.support import make_gradients, make_qkv
 
 CALL = Call(1, 2, 2, 10, 12, 64, 64, 0.125, None, 3, 0.0)
 
@@ -51,7 +55,23 @@ def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
     given = vars(named(FORWARD, arguments))
     assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
     values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
+    values |= {"sinks": None, "captured": None}
     assert given == {**tensors, **dict.fromkeys(NAMES), **values}
+
+
+def test_captured_tensors_and_sinks_are_arguments(gpu):
+    """As kernels take them: sinks in float32, bools as bytes, numbers as tensors of one; whatever they require."""
+    captured = torch.ones(2, 3, dtype=torch.bool), torch.tensor(2.0), torch.ones(4, 6)[:, ::2]
+    call = replace(CALL, captured=captured, sinks=torch.ones(4, dtype=torch.bfloat16).requires_grad_())
+    launching.launch(gpu.kernel, 132, 0, call, "q", "k", "v", "out", "lse", "lse_raw")
+    ((_, arguments),) = gpu.log
+    given = named(FORWARD, arguments)
+    expected = [(torch.uint8, (2, 3)), (torch.float32, (1,)), (torch.float32, (4, 3))]
+    assert [(x.dtype, x.shape) for x in given.captured] == expected
+    assert given.captured[2].is_contiguous()
+    assert given.captured[0].data_ptr() == captured[0].data_ptr()
+    assert given.sinks.dtype == torch.float32
+    assert not given.sinks.requires_grad
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -121,6 +141,32 @@ def test_arguments_of_merging_are_in_the_order_of_the_table(gpu, monkeypatch, so
     assert (of.dtype, of.head_dim_v, of.merges, mechanism) == ("bfloat16", 40, str(so_far).removeprefix("torch."), None)
     launching.merge(out[:, :0], lse[:, :, :0], more[:, :0], lse_more[:, :, :0], 0.5)
     assert len(gpu.log) == 1, "there was nothing to merge"
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("score", [None, lambda score, *_: 0.5 * score])
+def test_gradient_of_sinks(gpu, monkeypatch, score, softcap):
+    """From what the kernels leave of each row, in raw units, it is the reference's."""
+    q, k, v = make_qkv(2, 20, 12, 4, 2, 16, 16, torch.bfloat16)
+    call = check_call(q, k, v, None, True, None, softcap)
+    call.sinks = torch.tensor([0.5, -1.0, 3.0, 0.0], requires_grad=True)
+    call.expression, call.captured = traced(None, score, (), None, q, 4, 2)
+    out, lse, lse_log2 = reference.attention(q, k, v, call)
+    dout, dlse = make_gradients(q, v)
+    want = reference.gradients(q, k, v, out, lse_log2, dout, dlse, call)
+    unit = 1.0 if score else softcap or call.scale
+
+    def kernel(*arguments):
+        rows, seen = named(BACKWARD, arguments).rows, lse != -math.inf
+        rows[0], rows[1] = math.inf, 0.0
+        rows[0, ..., :20] = torch.where(seen, lse / unit, math.inf)
+        rows[1, ..., :20] = torch.where(seen, (dout.float() * out).sum(-1).transpose(1, 2) - dlse, 0.0)
+
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *_: (kernel, 132))
+    found = launching.gradients(call, None, "", False, q, k, v, out, lse, dout, dlse)
+    assert len(found) == 4
+    torch.testing.assert_close(found[3], want[3])
 
 
 def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):

@@ -339,6 +339,8 @@ def test_problem_and_config_have_no_field_for_a_size():
         "gradients",
         "deterministic",
         "for_backward",
+        "expression",
+        "sinks",
         "large_cap",
         "ragged",
         "merges",

@@ -1,0 +1,565 @@
+"""A mask or a score that a user writes as a function, as data: traced once, and computed by the kernels and by the reference.
+
+    mask(batch, head, q_idx, kv_idx, *tensors) -> bool              score(score, batch, head, q_idx, kv_idx, *tensors) -> score
+
+The function is called with symbols in the place of numbers. What it does to them becomes an :class:`Expression`, a graph of
+operations and constants: no tensor's value is in it, so it is a part of a kernel's key. Tensors that are indexed by a symbol,
+whether the function got them as arguments or holds them in a closure, are *captured*: a kernel reads them when it runs.
+
+Each node is ``(operation, kind, *operands)``, where operands are nodes before it, and a kind is ``"bool"``, ``"int"`` (32 bits)
+or ``"float"`` (the dtype in which scores are added up). Whoever computes it brings the operations that differ between torch and
+the DSL as ``ops``: :class:`TorchOps` here, the kernels' in ``mainloop/elements.py``.
+
+**Derivative.** Next to each node x that depends on the score s lies, on demand, dx/ds: a dual number is two nodes. So the
+gradient's factor ds'/ds is one more output of the same graph, and where it is 1 (a bias) there is nothing to compute.
+
+**Indices** that are too large read a dimension's last element, and those below 0 its first one: a score is computed before the
+mask hides it, and where it is hidden an index may be anything.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NoReturn
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from cute_attn.arguments import check_layout, shown
+
+RANK_MAX = 4
+KINDS = {"bool": torch.bool, "int": torch.int32, "float": torch.float32}
+POSITIONS = ("batch", "head", "q_idx", "kv_idx", "shift")  # shift: of the key that query 0 is aligned with
+LOADED = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), "float"),
+    **dict.fromkeys((torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64), "int"),
+    torch.bool: "bool",
+}
+ALLOWED = (
+    "arithmetic, comparisons, & | ~, torch.where, minimum, maximum, clamp, abs, exp, log, tanh, sqrt, // and %, conversions "
+    "and tensors that are indexed"
+)
+
+
+@dataclass(frozen=True)
+class Expression:
+    """What a mask and a score compute. Without functions it is empty, and false.
+
+    ``mask``, ``score`` and ``slope`` are numbers of nodes: whether a query sees a key; the score; its derivative by the score
+    it was given, ``None`` where that is 1. ``tensors`` is of each captured one its dtype, as torch names it, and its rank.
+    """
+
+    nodes: tuple = ()
+    mask: int | None = None
+    score: int | None = None
+    slope: int | None = None
+    tensors: tuple = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.nodes)
+
+    def __hash__(self) -> int:  # asked for in every call
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.nodes, self.mask, self.score, self.slope, self.tensors))
+
+    def value(self, node: int, leaf: Callable, ops: Any, known: dict, place: Callable = lambda node: node) -> Any:
+        """What a node is worth. ``leaf(name)`` is a position's or the score's value; ``known`` has what was computed before, at
+        ``place(node)``, from which the value is taken if it is there."""
+        at = place(node)
+        if at not in known:
+            op, kind, *operands = self.nodes[node]
+            if op == "constant":
+                known[at] = ops.constant(kind, operands[0])
+            elif op == "leaf":
+                known[at] = leaf(operands[0])
+            elif op == "load":
+                slot, *where = operands
+                indices = [(self.value(i, leaf, ops, known, place), self.nodes[i][2] in POSITIONS) for i in where]
+                known[at] = ops.load(slot, kind, indices)
+            else:
+                values = [self.value(i, leaf, ops, known, place) for i in operands]
+                known[at] = _OPERATORS[op](*values) if op in _OPERATORS else ops.compute(op, kind, *values)
+        return known[at]
+
+    def leaves(self) -> list[frozenset[str]]:
+        """Of each node the names of the leaves that it depends on."""
+        found: list[frozenset[str]] = []
+        for op, _, *operands in self.nodes:
+            inner = operands[1:] if op == "load" else operands
+            plain = op in ("constant", "leaf")
+            found.append(frozenset(operands if op == "leaf" else () if plain else set().union(*(found[i] for i in inner))))
+        return found
+
+
+NOTHING = Expression()
+_OPERATORS: dict[str, Callable] = {
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "neg", "lt", "le", "gt", "ge", "eq", "ne")},
+    **{name: getattr(operator, f"{name}_") for name in ("and", "or")},
+    "xor": operator.xor,
+}
+
+
+class TorchOps:
+    """The operations for torch: numbers are tensors, which broadcast against one another; floats are ``dtype``."""
+
+    NAMES: ClassVar = {"invert": "logical_not", "div": "true_divide", "floordiv": "floor_divide", "mod": "remainder"}
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype, device: torch.device):
+        self.tensors, self.device = tensors, device
+        self.dtypes = {**KINDS, "float": dtype}
+
+    def constant(self, kind: str, text: str):
+        return torch.tensor(_number(kind, text), dtype=self.dtypes[kind], device=self.device)
+
+    def load(self, slot: int, kind: str, indices: list):
+        tensor = self.tensors[slot]
+        where = tuple(i.clamp(0, size - 1) for (i, _), size in zip(indices, tensor.shape, strict=True))
+        return tensor[where].to(self.dtypes[kind])
+
+    def compute(self, op: str, kind: str, *values):
+        return values[0].to(self.dtypes[kind]) if op == "cast" else getattr(torch, self.NAMES.get(op, op))(*values)
+
+
+class Symbol(torch.Tensor):
+    """A number that is not known yet, in a function that is being traced: a node of a graph, or a captured tensor of which some
+    dimensions have an index (``node`` is None, ``part`` the tensor and the nodes)."""
+
+    graph: Graph
+    node: int | None
+    part: tuple
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ == "__repr__":
+            return "a symbol of mask or score"
+        raise RuntimeError(
+            "a symbol is used outside of the function that it was made for; one that is used inside is needed: return what "
+            "mask and score compute, and keep nothing of it"
+        )
+
+
+class Graph:
+    """The nodes of a mask and a score while they are traced, each once."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.nodes: list[tuple] = []
+        self.numbers: dict[tuple, int] = {}
+        self.captured: list[torch.Tensor] = []
+        self.slopes: dict[int, int | None] = {}
+
+    # ---- making nodes
+
+    def make(self, op: str, kind: str, *operands) -> int:
+        made = (op, kind, *operands)
+        node = self.numbers.setdefault(made, len(self.nodes))
+        if node == len(self.nodes):
+            self.nodes.append(made)
+        return node
+
+    def constant(self, value: bool | int | float) -> int:
+        kind = type(value).__name__
+        if kind == "int" and not -(2**31) <= value < 2**31:
+            _refuse(f"the constant {value}", "integers of 32 bits are needed", "a float, or a captured tensor")
+        return self.make("constant", kind, value.hex() if isinstance(value, float) else repr(value))
+
+    def kind(self, node: int) -> str:
+        return self.nodes[node][1]
+
+    def cast(self, node: int, kind: str) -> int:
+        op, had, *operands = self.nodes[node]
+        if had == kind:
+            return node
+        if op == "constant":
+            return self.constant({"bool": bool, "int": int, "float": float}[kind](_number(had, operands[0])))
+        return self.make("cast", kind, node)
+
+    def alike(self, *nodes: int, at_least: str = "bool") -> list[int]:
+        """The nodes in the kind that holds them all."""
+        order = list(KINDS)
+        kind = order[max(order.index(k) for k in (at_least, *map(self.kind, nodes)))]
+        return [self.cast(node, kind) for node in nodes]
+
+    def apply(self, op: str, *nodes: int, at_least: str = "bool") -> int:
+        nodes = tuple(self.alike(*nodes, at_least=at_least))
+        return self.make(op, self.kind(nodes[0]), *nodes)
+
+    def symbol(self, node: int | None, part: tuple = ()) -> Symbol:
+        dtype = KINDS["float" if node is None else self.kind(node)]
+        made = torch.empty((), dtype=dtype, device="meta").as_subclass(Symbol)
+        made.graph, made.node, made.part = self, node, part
+        return made
+
+    def leaf(self, name: str) -> Symbol:
+        return self.symbol(self.make("leaf", "float" if name == "score" else "int", name))
+
+    # ---- what functions hand over
+
+    def operand(self, x: Any) -> int:
+        """The node of a symbol, a number, or a tensor of 0 dimensions, which is captured."""
+        if isinstance(x, Symbol):
+            if x.node is None:
+                tensor, where = x.part
+                left = f"{tensor.dim() - len(where)} of its {tensor.dim()} dimensions"
+                _refuse(f"a captured tensor without an index for {left}", "a number is needed", "an index for each dimension")
+            return x.node
+        if isinstance(x, (np.bool_, np.number)):
+            x = x.item()
+        if isinstance(x, (bool, int, float)) and not isinstance(x, torch.SymInt):
+            return self.constant(x if isinstance(x, bool) else int(x) if isinstance(x, int) else float(x))
+        if isinstance(x, torch.Tensor):
+            if x.dim():
+                _refuse(
+                    f"a tensor of shape {tuple(x.shape)} that is no number", "one element of it is needed for each score",
+                    "an index for each dimension, such as tensor[head, q_idx]",
+                )  # fmt: skip
+            return self.load(x, ())
+        _refuse(f"{shown(x)} as an operand", "a number or a tensor is needed", "float() or torch.tensor() of it")
+
+    def load(self, tensor: torch.Tensor, where: tuple) -> int:
+        slot = next((i for i, x in enumerate(self.captured) if x is tensor), len(self.captured))
+        if slot == len(self.captured):
+            self._check_captured(tensor)
+            self.captured.append(tensor)
+        return self.make("load", LOADED[tensor.dtype], slot, *where)
+
+    def _check_captured(self, x: torch.Tensor) -> None:
+        check_layout("a captured tensor", x)
+        got = f"a captured tensor of shape {tuple(x.shape)} and dtype {x.dtype}"
+        if x.dim() > RANK_MAX:
+            _refuse(got, f"at most {RANK_MAX} dimensions are needed", "flatten() of some of them before the call")
+        if x.dtype not in LOADED:
+            _refuse(got, "floats, integers of up to 64 bits or bools are needed", ".to(torch.float32)")
+        if not x.numel():
+            _refuse(got, "at least one element is needed", "leaving the function out", ValueError)
+        if x.dim() and x.device != self.device:
+            _refuse(f"{got} on {x.device}, with q on {self.device}", "one device is needed", ".to(q.device)", ValueError)
+
+    def index(self, x: torch.Tensor, where: Any) -> Symbol:
+        if isinstance(x, Symbol) and x.node is not None:
+            _refuse("an index into a number", "a captured tensor is needed", "the tensor itself")
+        tensor, before = x.part if isinstance(x, Symbol) else (x, ())
+        where = where if isinstance(where, tuple) else (where,)
+        found = []
+        for i in where:
+            if isinstance(i, (slice, type(None), type(...), list)):
+                text = "..." if i is ... else repr(i)
+                _refuse(f"the index {text}", "one number for each dimension is needed", "the indexing before the call")
+            node = self.operand(i)
+            if self.kind(node) != "int":
+                _refuse(f"an index of kind {self.kind(node)}", "an integer is needed", ".to(torch.int32)")
+            if isinstance(i, int) and i < 0:
+                _refuse(f"the index {i}", "an index from 0 on is needed", f"tensor.shape[…] - {-i}")
+            found.append(node)
+        indices = (*before, *found)
+        if len(indices) > tensor.dim():
+            _refuse(f"{len(indices)} indices of a tensor of shape {tuple(tensor.shape)}", "one a dimension is needed", "fewer")
+        if len(indices) == tensor.dim():
+            return self.symbol(self.load(tensor, indices))
+        return self.symbol(None, (tensor, indices))
+
+    # ---- derivatives
+
+    def slope(self, node: Any) -> int | None:
+        """The node of dx/ds, of x by the score; None where it is 0."""
+        if node not in self.slopes:
+            self.slopes[node] = self._slope(node)
+        return self.slopes[node]
+
+    def _slope(self, node: int) -> int | None:
+        op, kind, *x = self.nodes[node]
+        if op in ("load", "constant") or kind != "float":
+            return None
+        if op == "leaf":
+            return self.constant(1.0) if x == ["score"] else None
+        d: list[Any] = [self.slope(i) if self.kind(i) == "float" else None for i in x]
+        if all(dx is None for dx in d):
+            return None
+        if op == "add":
+            return self._sum(d[0], d[1])
+        if op == "sub":
+            return self._sum(d[0], self._times(d[1], self.constant(-1.0)))
+        if op == "neg":
+            return self._times(d[0], self.constant(-1.0))
+        if op == "mul":
+            return self._sum(self._times(d[0], x[1]), self._times(d[1], x[0]))
+        if op == "div":  # x / y: (dx − (x / y) · dy) / y
+            minus: Any = None if d[1] is None else self._times(d[1], self.apply("neg", node))
+            rise: Any = self._sum(d[0], minus)
+            return self.apply("div", rise, x[1])
+        zero = self.constant(0.0)
+        if op == "where":
+            return self.apply_where(x[0], *(zero if dx is None else dx for dx in d[1:]))
+        if op in ("maximum", "minimum"):
+            first = self.make("ge" if op == "maximum" else "le", "bool", *x)
+            return self.apply_where(first, *(zero if dx is None else dx for dx in d))
+        one, y = self.constant(1.0), node
+        factors: dict[str, Callable[[], int]] = {
+            "abs": lambda: self.apply_where(self.make("lt", "bool", x[0], zero), self.constant(-1.0), one),
+            "exp": lambda: y,
+            "exp2": lambda: self.apply("mul", y, self.constant(math.log(2.0))),
+            "log": lambda: self.apply("div", one, x[0]),
+            "log2": lambda: self.apply("div", self.constant(1.0 / math.log(2.0)), x[0]),
+            "tanh": lambda: self.apply("sub", one, self.apply("mul", y, y)),
+            "sqrt": lambda: self.apply("div", self.constant(0.5), y),
+        }
+        return self._times(d[0], factors[op]())
+
+    def apply_where(self, condition: int, x: int, y: int) -> int:
+        x, y = self.alike(x, y)
+        return x if x == y else self.make("where", self.kind(x), self.cast(condition, "bool"), x, y)
+
+    def _sum(self, x: int | None, y: int | None) -> int | None:
+        return y if x is None else x if y is None else self.apply("add", x, y)
+
+    def _times(self, x: int | None, y: int) -> int | None:
+        one = self.constant(1.0)
+        if x is None or x == one:
+            return None if x is None else y
+        held = [float.fromhex(self.nodes[i][2]) for i in (x, y) if self.nodes[i][0] == "constant"]
+        if len(held) == 2:
+            return self.constant(held[0] * held[1])
+        return x if y == one else self.apply("mul", x, y)
+
+
+# ---- what functions may do -------------------------------------------------------------------------------------------
+
+_SYNONYMS = {
+    "subtract": "sub", "multiply": "mul", "truediv": "div", "true_divide": "div", "divide": "div", "floor_divide": "floordiv",
+    "remainder": "mod", "negative": "neg", "absolute": "abs", "not_equal": "ne", "less": "lt", "less_equal": "le",
+    "greater": "gt", "greater_equal": "ge", "bitwise_and": "and", "logical_and": "and", "bitwise_or": "or", "logical_or": "or",
+    "bitwise_xor": "xor", "logical_xor": "xor", "bitwise_not": "invert", "logical_not": "invert", "max": "maximum",
+    "min": "minimum", "clip": "clamp", "long": "int", "short": "int", "double": "float", "half": "float", "bfloat16": "float",
+    "type": "to", "type_as": "to",
+}  # fmt: skip
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+_LOGIC = ("and", "or", "xor")
+_FLOATS = ("exp", "exp2", "log", "log2", "tanh", "sqrt")  # of one operand
+_ARITHMETIC = ("add", "sub", "mul", "div", "floordiv", "mod", "maximum", "minimum", "neg", "abs")
+_BINARY = (*_ARITHMETIC[:-2], "pow", *_COMPARISONS, *_LOGIC)
+_FILLED = {"new_ones": 1, "new_zeros": 0, "new_full": None, "ones_like": 1, "zeros_like": 0, "full_like": None}
+_INSTEAD = {
+    "bool": "torch.where(condition, …, …) instead of if, & | ~ instead of and, or, not",
+    "index": "a captured tensor, indexed, instead of a list",
+    **dict.fromkeys(("item", "float", "int"), "the symbol itself, or its .float() or .int(), which need no value"),
+    "sin": "a captured table", "cos": "a captured table",
+}  # fmt: skip
+
+
+class Tracing(TorchFunctionMode):
+    """What is called with symbols becomes nodes; all else is computed."""
+
+    def __init__(self, graph: Graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not any(isinstance(x, Symbol) for x in _flat((args, kwargs))):
+            return func(*args, **kwargs)
+        name, graph = func.__name__, self.graph
+        if name == "__get__":
+            return self._attribute(func.__self__.__name__, args[0])
+        if name == "__getitem__":
+            return graph.index(*args)
+        reverse = False
+        if name.startswith("__"):
+            name = name[2:-2]
+            if name[0] in "ri" and (_SYNONYMS.get(name[1:], name[1:]) in _BINARY):
+                name, reverse = name[1:], name[0] == "r"
+        name = _SYNONYMS.get(name, name)
+        if func is torch.Tensor.where:
+            args = (args[1], args[0], args[2])
+        if (name in _FILLED or name in ("to", "bool", "int", "float")) and not func.__name__.startswith("__"):
+            return self._converted(name, args, kwargs)
+        if name not in (*_BINARY, *_FLOATS, "neg", "abs", "invert", "where", "clamp"):
+            _refuse_operation(func.__name__)
+        floors = kwargs.pop("rounding_mode", None) == "floor"
+        if more := [key for key in kwargs if key not in ("min", "max", "other", "exponent", "value")]:
+            _refuse(f"{func.__name__} with {', '.join(more)}", "its operands alone are needed", "leaving these out")
+        args = args[::-1] if reverse else args
+        return graph.symbol(self._node("floordiv" if floors else name, args, kwargs))
+
+    def _node(self, name: str, args: tuple, kwargs: dict) -> int:
+        graph = self.graph
+        if name in ("clamp", "pow"):
+            return getattr(self, f"_{name}")(*args, **kwargs)
+        nodes = [graph.operand(x) for x in (*args, *kwargs.values())]
+        if name in _FLOATS:
+            return graph.apply(name, *nodes, at_least="float")
+        if name in _COMPARISONS:
+            return graph.make(name, "bool", *graph.alike(*nodes))
+        if name in _LOGIC:
+            return graph.apply(name, *nodes)
+        if name in ("floordiv", "mod") and "float" in map(graph.kind, nodes):
+            _refuse(f"{name} of floats", "integers are needed", ".to(torch.int32)")
+        if name in _ARITHMETIC:
+            return graph.apply(name, *nodes, at_least="float" if name == "div" else "int")
+        return getattr(self, f"_{name}")(*nodes)
+
+    def _attribute(self, name: str, symbol: Symbol):
+        if name == "dtype":
+            return KINDS[self.graph.kind(self.graph.operand(symbol))]
+        if name == "device":
+            return self.graph.device
+        _refuse_operation(name)
+
+    def _converted(self, name: str, args: tuple, kwargs: dict) -> Symbol:
+        graph = self.graph
+        if name in _FILLED:
+            fill = _FILLED[name] if _FILLED[name] is not None else kwargs.get("fill_value", args[-1])
+            dtype = kwargs.get("dtype")
+            node = graph.operand(fill)
+            kind = graph.kind(graph.operand(args[0])) if dtype is None else LOADED[dtype]
+            return graph.symbol(graph.cast(node, kind))
+        if name == "to":
+            kinds = [x for x in _flat((args[1:], kwargs)) if isinstance(x, (torch.dtype, torch.Tensor))]
+            if not kinds:
+                return args[0]
+            dtype = self._attribute("dtype", kinds[0]) if isinstance(kinds[0], Symbol) else getattr(kinds[0], "dtype", kinds[0])
+            if dtype not in LOADED:
+                _refuse(f"a conversion to {dtype}", "a float, an integer or bool is needed", "torch.float32")
+            name = LOADED[dtype]
+        return graph.symbol(graph.cast(graph.operand(args[0]), name))
+
+    # ---- operations of other numbers of operands, or made of others
+
+    def _invert(self, x):
+        if self.graph.kind(x) != "bool":
+            _refuse("~ of numbers", "a condition is needed", "-1 - x, or a comparison")
+        return self.graph.make("invert", "bool", x)
+
+    def _where(self, condition, x, y):
+        return self.graph.apply_where(condition, x, y)
+
+    def _clamp(self, x, min=None, max=None):
+        node = self.graph.operand(x)
+        for bound, op in ((min, "maximum"), (max, "minimum")):
+            node = node if bound is None else self.graph.apply(op, node, self.graph.operand(bound), at_least="int")
+        return node
+
+    def _pow(self, base, exponent):
+        graph = self.graph
+        if isinstance(base, (int, float)) and base == 2:
+            return graph.apply("exp2", graph.operand(exponent), at_least="float")
+        if exponent == 0.5 and not isinstance(exponent, Symbol):
+            return graph.apply("sqrt", graph.operand(base), at_least="float")
+        if not (type(exponent) is int and 1 <= exponent <= 8):
+            _refuse(f"a power with the exponent {shown(exponent)}", "an int from 1 to 8, or 0.5, is needed", "torch.exp")
+        node = first = graph.operand(base)
+        for _ in range(exponent - 1):
+            node = graph.apply("mul", node, first, at_least="int")
+        return node
+
+
+def traced(mask: Callable | None, score: Callable | None, tensors: Any, alibi_slopes, q: torch.Tensor, heads: int, batch: int):
+    """``(expression, captured tensors)`` of what a user passes: a mask and a score, what they get beside positions, and the
+    slopes of ALiBi, which is added last. Calls each function once.
+
+    Raises ``TypeError``, ``ValueError`` and ``NotImplementedError`` for what a function can't do, or tensors that don't fit.
+    """
+    graph = Graph(q.device)
+    if not isinstance(tensors, (tuple, list)) or not all(isinstance(x, torch.Tensor) for x in tensors):
+        raise TypeError(f"tensors is {shown(tensors)}; a tuple of tensors is needed: try tensors=(table,)")
+    if tensors and mask is None and score is None:
+        raise TypeError(
+            "tensors are given without mask or score; a function that reads them is needed: try score=fn, or leave them out"
+        )
+    batch_, head, q_idx, kv_idx, shift = map(graph.leaf, POSITIONS)
+    seen = changed = slope = None
+    if mask is not None:
+        seen = graph.cast(_called(graph, "mask", mask, (batch_, head, q_idx, kv_idx, *tensors), "bool"), "bool")
+    scored = given = graph.leaf("score")
+    if score is not None:
+        scored = graph.symbol(_called(graph, "score", score, (scored, batch_, head, q_idx, kv_idx, *tensors), "float"))
+    if alibi_slopes is not None:
+        _check_slopes(alibi_slopes, q, heads, batch)
+        arguments = (scored, batch_, head, q_idx, kv_idx, shift, alibi_slopes)
+        scored = graph.symbol(_called(graph, "alibi_slopes", _alibi, arguments, "float"))
+    if scored.node != given.node:
+        changed, slope = scored.node, graph.slope(scored.node)
+        slope = graph.constant(0.0) if slope is None else None if slope == graph.constant(1.0) else slope
+    if seen is None and changed is None:
+        return NOTHING, ()
+    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim()) for x in graph.captured)
+    captured = tuple(x if x.device == q.device else x.to(q.device) for x in graph.captured)
+    return _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds)), captured
+
+
+def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:
+    """The node that a function returns."""
+    if not callable(function):
+        takes = f"{'score, ' * (name == 'score')}batch, head, q_idx, kv_idx"
+        raise TypeError(f"{name} is {shown(function)}; a function is needed: try {name}=lambda {takes}: …")
+    with Tracing(graph):
+        result = function(*arguments)
+    if not isinstance(result, (Symbol, bool, int, float, np.generic, torch.Tensor)):
+        raise TypeError(f"{name} returns {shown(result)}; a {kind} is needed: try return of what the function computes")
+    node = graph.operand(result)
+    if (graph.kind(node) == "bool") != (kind == "bool"):
+        instead = "a comparison, or score= for biases" if kind == "bool" else "torch.where(condition, score, …), or mask="
+        raise TypeError(f"{name} returns values of kind {graph.kind(node)}; a {kind} is needed: try {instead}")
+    return graph.cast(node, kind)
+
+
+def _trimmed(whole: Expression) -> Expression:
+    """The same without the nodes that no output needs: they are no part of the key."""
+    ends = [node for node in (whole.mask, whole.score, whole.slope) if node is not None]
+    needed = set(ends)
+    for node in range(len(whole.nodes) - 1, -1, -1):
+        op, _, *operands = whole.nodes[node]
+        if node in needed and op not in ("leaf", "constant"):
+            needed |= set(operands[1:] if op == "load" else operands)
+    place: dict[int | None, int | None] = {node: i for i, node in enumerate(sorted(needed))}
+    nodes = []
+    for node in sorted(needed):
+        op, kind, *operands = whole.nodes[node]
+        if op == "load":
+            operands[1:] = [place[i] for i in operands[1:]]
+        elif op not in ("leaf", "constant"):
+            operands = [place[i] for i in operands]
+        nodes.append((op, kind, *operands))
+    place[None] = None
+    return Expression(tuple(nodes), place[whole.mask], place[whole.score], place[whole.slope], whole.tensors)
+
+
+def _alibi(score, batch, head, q_idx, kv_idx, shift, slopes):
+    slope = slopes[head] if slopes.dim() == 1 else slopes[batch, head]
+    return score - slope * torch.abs(q_idx + shift - kv_idx)
+
+
+def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:
+    need = f"float32 ({heads},) or ({batch}, {heads}), (heads,) or (batch, heads), on {q.device}"
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"alibi_slopes is {shown(x)}; a tensor, {need}, is needed: try torch.tensor(alibi_slopes)")
+    if x.dtype != torch.float32 or x.device != q.device or x.shape not in ((heads,), (batch, heads)):
+        raise ValueError(f"alibi_slopes is {shown(x)} on {x.device}; {need}, is needed: try .float() and .to(q.device)")
+
+
+def _number(kind: str, text: str) -> bool | int | float:
+    return float.fromhex(text) if kind == "float" else text == "True" if kind == "bool" else int(text)
+
+
+def _flat(values: Any):
+    for x in values.values() if isinstance(values, dict) else values:
+        if isinstance(x, (tuple, list, dict)):
+            yield from _flat(x)
+        else:
+            yield x
+
+
+def _refuse_operation(name: str) -> NoReturn:
+    plain = name.strip("_")
+    _refuse(f"{plain}()" if name.startswith("__") else plain, f"{ALLOWED} are there", _INSTEAD.get(plain, "one of these"))
+
+
+def _refuse(got: str, needed: str, instead: str, error: type[Exception] = NotImplementedError) -> NoReturn:
+    raise error(f"mask or score has {got}; {needed}: try {instead}")

@@ -1,0 +1,119 @@
+"""Kernels with a user's functions, compiled to machine code without their GPU: nothing is spilled where a mask is simple, and
+what is captured is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from cute_attn import cubin, layouts, masks
+from cute_attn.expressions import Expression, traced
+from cute_attn.layouts.base import Config
+from cute_attn.plan import explain, plan
+from cute_attn.problem import Problem
+from tests.host import machine_code
+from tests.host.test_cross_compile_backward import KERNELS
+
+RAGGED = "cu_seqlens_q cu_seqlens_k"
+Q, IDS, TABLE = torch.zeros(2, 4, 2, 8), torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.bfloat16)
+
+
+def _score(score, batch, head, q_idx, kv_idx):
+    return 20.0 * torch.tanh(score * TABLE[head, kv_idx] / 20.0)
+
+
+def expression(mask=None, score=None, alibi_slopes=None) -> Expression:
+    return traced(mask, score, (), alibi_slopes, Q, 2, 2)[0]
+
+
+PROBLEMS = {
+    "mask": Problem("bfloat16", 0, 0, return_lse=True, expression=expression(masks.causal)),
+    "alibi": Problem("bfloat16", 0, 0, bounded_right=True, expression=expression(alibi_slopes=torch.zeros(2))),
+    "all": Problem(
+        "bfloat16", 0, 0, return_lse=True, ragged=RAGGED, expression=expression(masks.document(IDS), _score, torch.zeros(2))
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FunctionCase:
+    """A forward or a backward pass."""
+
+    mechanism: str
+    head_dim: int
+    what: str
+    gradients: str = ""
+
+    @property
+    def problem(self) -> Problem:
+        of = PROBLEMS[self.what]
+        sinks = self.what == "all" and not self.gradients
+        return replace(of, head_dim=self.head_dim, head_dim_v=self.head_dim, gradients=self.gradients, sinks=sinks)
+
+    @property
+    def config(self) -> Config:
+        return plan(self.problem, "sm_90a", self.mechanism)
+
+    def __str__(self) -> str:
+        return f"{self.mechanism}-d{self.head_dim}-{self.what}-{self.gradients or 'forward'}"
+
+
+PASSES = ("", "qkv")
+CASES = [
+    *[FunctionCase("tma_wgmma", d, "mask", gradients) for d in (64, 128, 256) for gradients in PASSES],
+    *[FunctionCase("cp_async", 64, "mask", gradients) for gradients in PASSES],
+    *[FunctionCase("tma_wgmma", 64, "alibi", gradients) for gradients in PASSES],
+    *[FunctionCase(mechanism, 128, "all", gradients) for mechanism in ("tma_wgmma", "cp_async") for gradients in PASSES],
+    FunctionCase("tma_wgmma", 256, "all", "qkv"),
+]
+# Bytes of a thread's stack: masks need none where warpgroups compute.
+ROOM = {"mask": {"tma_wgmma": 0, "cp_async": 64}, "alibi": {"tma_wgmma": 0}, "all": {"tma_wgmma": 96, "cp_async": 96}}
+
+
+def compile_kernels(problem: Problem, config: Config) -> list[cubin.Compiled]:
+    """The mainloop's."""
+    code = machine_code.compiled(problem, config)
+    names = KERNELS[config.backward] if problem.gradients else ["mainloop"]
+    return [cubin.parse(code.resources, code.sass, name) for name in names]
+
+
+@pytest.fixture(scope="session")
+def kernels(shared_folder) -> machine_code.Shared:
+    pytest.importorskip("cutlass")
+    return machine_code.Shared(shared_folder, compile_kernels)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_with_functions(case: FunctionCase, kernels):
+    config = case.config
+    for code in kernels[case]:
+        assert 0 < -(-code.registers // 8) * 8 * config.threads * config.blocks_per_multiprocessor <= 65536
+        assert code.stack_bytes + code.local_bytes <= ROOM[case.what][case.mechanism]
+        assert code.count("HGMMA" if case.mechanism == "tma_wgmma" else "HMMA") > 0
+    if case.what == "all":
+        assert sum(code.count("LDG") for code in kernels[case]) > 16
+
+
+@pytest.mark.parametrize("what", PROBLEMS)
+def test_problems_are_explained(what):
+    case = FunctionCase("tma_wgmma", 64, what)
+    text = explain(case.problem, case.config)
+    assert ("a mask function" in text) == (what != "alibi")
+    assert ("a score function" in text) == (what != "mask")
+    assert ("sinks" in text) == (what == "all")
+
+
+def test_a_kernel_takes_what_its_functions_read():
+    from cute_attn.fields import FORWARD
+
+    problem = FunctionCase("tma_wgmma", 64, "all").problem
+    config = plan(problem, "sm_90a", None)
+    asked = {field.name: field.asked(problem, config) for field in FORWARD}
+    assert asked["captured"]
+    assert asked["sinks"]
+    assert problem.expression.tensors == (("int64", 2), ("bfloat16", 2), ("float32", 1))
+    plain = replace(problem, expression=expression(masks.causal), sinks=False)
+    assert not any(field.asked(plain, config) for field in FORWARD if field.name in ("captured", "sinks"))
+    assert layouts.family(config) is not None
