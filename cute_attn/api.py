@@ -82,7 +82,7 @@ def attention(
         deterministic: of the gradients. The kernels' backward pass adds the parts of dQ in an order that differs from run
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
             same inputs, same bits. ``torch.use_deterministic_algorithms(True)`` has the same effect. Everything else,
-            and all of the reference, is deterministic anyway.
+            and all of the reference, is deterministic anyway, but for gradients of captured tensors, which are refused here.
         backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device), or
             ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
         mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.
@@ -307,21 +307,25 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
         call.lengths.check_values((call.seqlen_q, call.seqlen_k))
     if differentiated:
         passes = _REFERENCE if on_reference else launch.passes(return_lse, mechanism, deterministic)
-        if not on_reference:
-            _check_captured(call)
+        _check_captured(call, on_reference, deterministic)
         return Attention.apply(q, k, v, call, *passes, *others)
     if on_reference:
         return _REFERENCE[0](q, k, v, call)[:2]
     return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
 
 
-def _check_captured(call: Call) -> None:
-    """Refuse gradients that the kernels don't have."""
+def _check_captured(call: Call, on_reference: bool, deterministic: bool) -> None:
+    """Refuse gradients that the kernels don't have, and those whose order torch doesn't fix."""
     for x in call.captured:
-        if x.requires_grad:
+        if x.requires_grad and not on_reference:
             raise NotImplementedError(
                 f"a captured tensor, {shown(x)}, requires a gradient, which the kernels don't compute; one that requires none "
                 f"is needed: try .detach(), or backend='reference'"
+            )
+        if x.requires_grad and deterministic and not torch.are_deterministic_algorithms_enabled():
+            raise NotImplementedError(
+                f"a captured tensor, {shown(x)}, requires a gradient, which torch adds up in any order, and deterministic is "
+                f"True; False is needed: leave it out, or try torch.use_deterministic_algorithms(True)"
             )
 
 
