@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -235,16 +236,23 @@ def _extras(mask, score, tensors, alibi_slopes, sinks) -> tuple | None:
 def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None:
     """Check and trace what a call has besides its usual rules."""
     mask, score, tensors, alibi_slopes, sinks = extras
-    if is_compiling() or dispatch_modes() or transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED):
-        raise NotImplementedError(
-            "mask, score, alibi_slopes or sinks are given inside of torch.compile, torch.export, a transform of torch.func or "
-            "a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
-        )
+    _refuse_graphs(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
     if sinks is not None:
         _check_sinks(sinks, q, call.heads)
     call.sinks = sinks
     if _extras(mask, score, tensors, alibi_slopes, None):
-        call.expression, call.captured = traced(mask, score, tensors, alibi_slopes, q, call.heads, batch)
+        # Torch.compile, which has left this call out of its graph, would still look into what it calls.
+        trace = torch.compiler.disable(traced) if "torch._dynamo" in sys.modules else traced
+        call.expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch)
+
+
+def _refuse_graphs(traced: bool = False) -> None:
+    """The operators of ``ops.py`` know nothing of functions and sinks."""
+    if traced or is_compiling() or dispatch_modes():
+        raise NotImplementedError(
+            "mask, score, alibi_slopes or sinks are given inside of torch.compile, torch.export, a transform of torch.func or "
+            "a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
+        )
 
 
 def _check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
@@ -300,6 +308,8 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     )
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
+    if call.expression or call.sinks is not None:
+        _refuse_graphs()
     if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
         return ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)

@@ -1,7 +1,7 @@
 """What the kernels make of a tile's products, thread by thread, on the machine's own processor: masks, scores, slopes, sinks.
 
-Two of the GPU's instructions that a processor hasn't are replaced by its arithmetic. Where a thread's scores lie, which positions
-those are and what becomes of them is the kernels' own code."""
+Two of the GPU's instructions that a processor hasn't are replaced by its arithmetic. Where a thread's scores lie, which
+positions those are and what becomes of them is the kernels' own code."""
 
 import math
 
