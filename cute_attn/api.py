@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -82,7 +83,7 @@ def attention(
         deterministic: of the gradients. The kernels' backward pass adds the parts of dQ in an order that differs from run
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
             same inputs, same bits. ``torch.use_deterministic_algorithms(True)`` has the same effect. Everything else,
-            and all of the reference, is deterministic anyway.
+            and all of the reference, is deterministic anyway, but for gradients of captured tensors, which are refused here.
         backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device), or
             ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
         mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.
@@ -247,16 +248,23 @@ def _extras(mask, score, tensors, alibi_slopes, sinks) -> tuple | None:
 def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None:
     """Check and trace what a call has besides its usual rules."""
     mask, score, tensors, alibi_slopes, sinks = extras
-    if is_compiling() or dispatch_modes() or transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED):
-        raise NotImplementedError(
-            "mask, score, alibi_slopes or sinks are given inside of torch.compile, torch.export, a transform of torch.func or "
-            "a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
-        )
+    _refuse_graphs(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
     if sinks is not None:
         _check_sinks(sinks, q, call.heads)
     call.sinks = sinks
     if _extras(mask, score, tensors, alibi_slopes, None):
-        call.expression, call.captured = traced(mask, score, tensors, alibi_slopes, q, call.heads, batch)
+        # Torch.compile, which has left this call out of its graph, would still look into what it calls.
+        trace = torch.compiler.disable(traced) if "torch._dynamo" in sys.modules else traced
+        call.expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch)
+
+
+def _refuse_graphs(traced: bool = False) -> None:
+    """The operators of ``ops.py`` know nothing of functions and sinks."""
+    if traced or is_compiling() or dispatch_modes():
+        raise NotImplementedError(
+            "mask, score, alibi_slopes or sinks are given inside of torch.compile, torch.export, a transform of torch.func or "
+            "a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
+        )
 
 
 def _check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
@@ -302,6 +310,8 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     )
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
+    if call.expression or call.sinks is not None:
+        _refuse_graphs()
     if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
         return ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
@@ -309,21 +319,25 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
         call.lengths.check_values((call.seqlen_q, call.seqlen_k))
     if differentiated:
         passes = reference.PASSES if on_reference else launch.passes(return_lse, mechanism, deterministic)
-        if not on_reference:
-            _check_captured(call)
+        _check_captured(call, on_reference, deterministic)
         return Attention.apply(q, k, v, call, *passes, *others)
     if on_reference:
         return reference.attention(q, k, v, call)[:2]
     return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
 
 
-def _check_captured(call: Call) -> None:
-    """Refuse gradients that the kernels don't have."""
+def _check_captured(call: Call, on_reference: bool, deterministic: bool) -> None:
+    """Refuse gradients that the kernels don't have, and those whose order torch doesn't fix."""
     for x in call.captured:
-        if x.requires_grad:
+        if x.requires_grad and not on_reference:
             raise NotImplementedError(
                 f"a captured tensor, {shown(x)}, requires a gradient, which the kernels don't compute; one that requires none "
                 f"is needed: try .detach(), or backend='reference'"
+            )
+        if x.requires_grad and deterministic and not torch.are_deterministic_algorithms_enabled():
+            raise NotImplementedError(
+                f"a captured tensor, {shown(x)}, requires a gradient, which torch adds up in any order, and deterministic is "
+                f"True; False is needed: leave it out, or try torch.use_deterministic_algorithms(True)"
             )
 
 

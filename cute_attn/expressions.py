@@ -34,6 +34,7 @@ from cute_attn.arguments import check_layout, shown
 
 RANK_MAX = 4
 KINDS = {"bool": torch.bool, "int": torch.int32, "float": torch.float32}
+_BLANK = {kind: torch.empty((), dtype=dtype, device="meta") for kind, dtype in KINDS.items()}
 POSITIONS = ("batch", "head", "q_idx", "kv_idx", "shift")  # shift: of the key that query 0 is aligned with
 LOADED = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), "float"),
@@ -193,8 +194,7 @@ class Graph:
         return self.make(op, self.kind(nodes[0]), *nodes)
 
     def symbol(self, node: int | None, part: tuple = ()) -> Symbol:
-        dtype = KINDS["float" if node is None else self.kind(node)]
-        made = torch.empty((), dtype=dtype, device="meta").as_subclass(Symbol)
+        made = _BLANK["float" if node is None else self.kind(node)].as_subclass(Symbol)
         made.graph, made.node, made.part = self, node, part
         return made
 

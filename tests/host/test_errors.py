@@ -814,6 +814,14 @@ FUNCTIONS = [
         "disable",
     ),
     Row(
+        "captured gradients in a fixed order",
+        scored(lambda s, b, h, i, j: s + TABLE.clone().requires_grad_()[h, 0], deterministic=True),
+        NotImplementedError,
+        "which torch adds up in any order",
+        "False is needed",
+        "torch.use_deterministic_algorithms(True)",
+    ),
+    Row(
         "captured gradients of the kernels",
         lambda: of_kernels(score=lambda s, b, h, i, j: s + TABLE.clone().requires_grad_()[h, 0]),
         NotImplementedError,

@@ -1,0 +1,129 @@
+"""What the kernels make of a tile's products, thread by thread, on the machine's own processor: masks, scores, slopes, sinks.
+
+Two of the GPU's instructions that a processor hasn't are replaced by its arithmetic. Where a thread's scores lie, which
+positions those are and what becomes of them is the kernels' own code."""
+
+import math
+
+import pytest
+import torch
+
+from cute_attn import layouts, masks
+from cute_attn.expressions import traced
+from cute_attn.plan import plan
+from cute_attn.problem import Problem
+from tests.functions import documents, table
+
+cutlass = pytest.importorskip("cutlass")
+from cutlass import Float32, Int32, cute  # noqa: E402
+from cutlass.cute.runtime import from_dlpack  # noqa: E402
+
+from cute_attn.layouts.fragments import rows_columns  # noqa: E402
+from cute_attn.mainloop import elements  # noqa: E402
+from cute_attn.mainloop.common import Values  # noqa: E402
+from cute_attn.mainloop.scores import Coordinates, Scores  # noqa: E402
+from cute_attn.softmax import LogSumExp, Softmax  # noqa: E402
+
+SEQUENCE, HEAD, SEQLEN_Q, SEQLEN_K, SCALE = 1, 3, 290, 303, 0.25
+IDS, BIAS = documents(2, "cpu"), table(4, 801, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch):
+    monkeypatch.setattr(cute.arch, "rcp_approx", lambda x: 1.0 / x)
+    monkeypatch.setattr(cute.arch, "fmax", lambda x, y, nan=False: elements._select(x > y, x, y))
+    monkeypatch.setattr(cute.arch, "warp_reduction_sum", lambda x, threads_in_group: x)
+
+
+def changed(score, batch, head, q_idx, kv_idx):
+    return 3.0 * torch.tanh((score + BIAS[head, torch.clamp(q_idx - kv_idx + 400, 0, 800)]) / 3.0)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("kind", ["forward", "keys of a block", "queries of a block"])
+def test_a_tile(kind, softcap):
+    """A tile that both sides end in: scores of the forward pass, or P and P ∘ the slopes of either kind of backward loop."""
+    transposed, gradients = kind == "keys of a block", "" if kind == "forward" else "qkv"
+    expression, captured = traced(masks.document(IDS), changed, (), None, torch.zeros(2, 4, 4, 8), 4, 2)
+    rules = {"bounded_right": True, "softcap": softcap > 0.0, "gradients": gradients, "expression": expression}
+    problem = Problem("bfloat16", 64, 64, **rules)
+    config = plan(problem, "sm_80", "cp_async")
+    lay = layouts.family(config)
+    shape = (config.tile_n, config.step_m) if gradients else (config.tile_m, config.tile_n)
+    rows, columns = torch.arange(shape[0])[:, None] + 256, torch.arange(shape[1]) + 256
+    q_idx, kv_idx = (x.expand(shape) for x in ((columns, rows) if transposed else (rows, columns)))
+    scale_log2, by_cap = (softcap * math.log2(math.e), SCALE / softcap) if softcap else (SCALE * math.log2(math.e), 0.0)
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 4.0
+    found, lse = torch.full((3, *shape), math.nan), table(shape[1 if transposed else 0], device="cpu") + 2.0
+
+    @cute.jit
+    def compute(found: cute.Tensor, given: cute.Tensor, lse: cute.Tensor, tensors, thread: Int32):
+        mma = lay.tiled_mma("S", config)
+        where = Coordinates.of(mma, thread, shape)
+        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
+        held = rows_columns(acc)
+        places = [(r, c) for r in range(cute.size(held, mode=[0])) for c in range(cute.size(held, mode=[1]))]
+        for r, c in places:
+            held[r, c] = given[where.thread[r, c]]
+        lengths = Int32(SEQLEN_Q), Int32(SEQLEN_K), Int32(0), Int32(SEQLEN_K - SEQLEN_Q)
+        place = tensors, None, Int32(SEQUENCE), Int32(HEAD)
+        scores = Scores(where, Values(*lengths, Float32(scale_log2), Float32(by_cap), *place), problem, transposed)
+        scores.apply_rules(acc, (256, 256), True)
+        for r, c in places:
+            found[(0, *where.thread[r, c])] = held[r, c]
+        if cutlass.const_expr(gradients != ""):
+            wide = cute.make_tensor(lse.iterator, cute.make_layout(shape, stride=(0, 1) if transposed else (1, 0)))
+            along = rows_columns(mma.get_slice(thread).partition_C(wide))
+            P = scores.probabilities(acc, along[0, None] if transposed else along[None, 0], cutlass.Float16, (256, 256))
+            for r, c in places:
+                found[(1, *where.thread[r, c])] = rows_columns(P)[r, c].to(Float32)
+                found[(2, *where.thread[r, c])] = held[r, c]
+
+    arguments = from_dlpack(found), from_dlpack(given), from_dlpack(lse), tuple(map(from_dlpack, captured))
+    compiled = cute.compile(compute, *arguments, Int32(0))
+    for thread in range(config.threads):
+        compiled(*arguments, Int32(thread))
+
+    scaled = (given.double() * SCALE).requires_grad_()
+    capped = softcap * torch.tanh(scaled / softcap) if softcap else scaled
+    want = changed(capped, SEQUENCE, HEAD, q_idx, kv_idx)
+    (slope,) = torch.autograd.grad(want.sum(), scaled)
+    visible = (IDS[SEQUENCE, q_idx] == IDS[SEQUENCE, kv_idx]) & (kv_idx <= q_idx + SEQLEN_K - SEQLEN_Q) & (kv_idx < SEQLEN_K)
+    there = q_idx < SEQLEN_Q
+    assert 0.05 < visible[there].float().mean() < 0.95
+    assert torch.equal((found[0] == -math.inf)[there], ~visible[there])
+    if not gradients:
+        torch.testing.assert_close(found[0][there & visible], want[there & visible].detach().float(), rtol=1e-5, atol=1e-5)
+        return
+    P = ((want.detach() - (lse if transposed else lse[:, None])).exp() * visible)[there].float()
+    if transposed:
+        torch.testing.assert_close(found[1][there], P, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found[2][there], P * slope[there].float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale_log2", [1.0, 0.3])
+def test_the_end_of_a_softmax_with_a_sink(scale_log2):
+    """Of rows whose largest score is far below the sink, near it, far above it, and of one that saw no key."""
+    row_max, row_sum = torch.tensor([-400.0, -3.0, 0.0, 500.0, -math.inf]), torch.tensor([1.0, 2.0, 7.5, 3.0, 0.0])
+    found = torch.zeros(3, 5)
+
+    @cute.jit
+    def compute(found: cute.Tensor, row_max: cute.Tensor, row_sum: cute.Tensor, sink: Float32):
+        softmax = Softmax.start(5, Float32(scale_log2), fused=False)
+        normalize = cute.make_rmem_tensor(5, Float32)
+        for r in range(5):
+            softmax.row_max[r], softmax.row_sum[r] = row_max[r], row_sum[r]
+        lse = LogSumExp.like(normalize)
+        softmax.finish(normalize, lse, cutlass.BFloat16, sink)
+        for r in range(5):
+            found[0, r], found[1, r], found[2, r] = normalize[r], lse.natural[r], lse.raw[r]
+
+    arguments = *map(from_dlpack, (found, row_max, row_sum)), Float32(1.5)
+    cute.compile(compute, *arguments)(*arguments)
+    unit = scale_log2 * math.log(2.0)
+    of_keys = row_max.double() * unit + row_sum.double().log()
+    lse = torch.logaddexp(of_keys, torch.tensor(1.5).double()).where(row_sum > 0, -math.inf)
+    torch.testing.assert_close(found[1], lse.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[2], torch.where(row_sum > 0, lse / unit, math.inf).float(), rtol=1e-5, atol=1e-5)
+    want = torch.where(row_sum > 0, (row_max.double() * unit - lse).exp(), 0.0)
+    torch.testing.assert_close(found[0], want.float(), rtol=1e-5, atol=0.0)
