@@ -250,7 +250,7 @@ def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None
     mask, score, tensors, alibi_slopes, sinks = extras
     _refuse_graphs(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
     if sinks is not None:
-        _check_sinks(sinks, q, call.heads)
+        check_sinks(sinks, q, call.heads)
     call.sinks = sinks
     if _extras(mask, score, tensors, alibi_slopes, None):
         # Torch.compile, which has left this call out of its graph, would still look into what it calls.
@@ -267,7 +267,7 @@ def _refuse_graphs(traced: bool = False) -> None:
         )
 
 
-def _check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
+def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
     if not isinstance(sinks, torch.Tensor):
         raise TypeError(f"sinks is {shown(sinks)}; floats ({heads},), one a head, are needed: try torch.tensor(sinks)")
     if sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device:

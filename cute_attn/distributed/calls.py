@@ -45,6 +45,7 @@ def attention(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -69,6 +70,8 @@ def attention(
         seqlen_k: the same of the keys; ``None`` is q's where there are as many rows, else all ranks' rows.
         cu_seqlens: of packed sequences, int32 ``(batch + 1,)`` on q's device, as :func:`cute_attn.attention_varlen` takes them:
             bounds in all rows, the same on all ranks. They are read back, once for a tensor that isn't changed.
+        sinks: floats ``(heads,)``, the same on all ranks. A rank's gradient is its rows' (or heads') part, and the sum over the
+            ranks the whole one, as of any parameter.
 
     All others are those of :func:`cute_attn.attention`. DTensors are taken whose sequence (dimension 1) is sharded on one
     dimension of their mesh, whose ranks are then the group; on others they may be sharded by batch or heads, or replicated.
@@ -90,6 +93,11 @@ def attention(
     rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
     how = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
     if any(wrapped.is_dtensor(x) for x in (q, k, v)):
+        if sinks is not None:
+            raise NotImplementedError(
+                "sinks are given with DTensors; tensors of each rank's own are needed: try x.to_local() of q, k and v, with "
+                "order='contiguous'"
+            )
         if group is not None or mesh is not None or cu_seqlens is not None or order not in (None, "contiguous"):
             raise TypeError(
                 "DTensors are given with group, mesh, cu_seqlens, or an order that isn't contiguous; they say themselves who "
@@ -102,12 +110,14 @@ def attention(
     try:
         arranged = _arranged(q, k, v, places, method, order, seqlen, seqlen_k, cu_seqlens, rules)
         return_lse, engine = flag("return_lse", return_lse), _engine(q, k, v, arranged.ring.call, how)
+        if sinks is not None:
+            api.check_sinks(sinks, q, q.shape[-2])
     except (TypeError, ValueError, NotImplementedError) as error:
         for members in places:
             refuse(members, error, q.device if isinstance(q, torch.Tensor) else torch.device("cpu"))
         raise
     for members in places:
-        agree(members, arranged.fields | how | _shapes(q, k, v), q.device)
+        agree(members, arranged.fields | how | _shapes(q, k, v) | {"sinks": sinks is not None}, q.device)
     heads, (of_q, of_k) = arranged.heads, arranged.exchanged
     if cu_seqlens is not None:
         q, k, v = q[None], k[None], v[None]
@@ -117,6 +127,8 @@ def attention(
             k, v = k.repeat_interleave(times, 2), v.repeat_interleave(times, 2)
         q, k, v = to_heads(q, heads, of_q), to_heads(k, heads, of_k), to_heads(v, heads, of_k)
     out, lse = RingAttention.apply(q, k, v, cu_seqlens, arranged.ring, engine)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks.tensor_split(heads.size)[heads.rank])
     if heads.size > 1:
         out = to_rows(out, heads, of_q)
         if return_lse:
@@ -124,6 +136,14 @@ def attention(
     if cu_seqlens is not None:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
+
+
+def _with_sinks(out, lse, sinks):
+    """What one more logit s, without a value, makes of a row: O · exp(L − L') and L' = ln(exp L + exp s). A row that sees no
+    key has zeros and −∞ still."""
+    sinks = sinks.to(lse.dtype)[:, None]
+    weight = (lse - sinks).sigmoid().transpose(1, 2).unsqueeze(-1)
+    return (out * weight).to(out.dtype), torch.logaddexp(lse, sinks).masked_fill(lse == -torch.inf, -torch.inf)
 
 
 def explain(

@@ -187,6 +187,7 @@ CASES = {
     "longer queries": (4, inputs(91, 40), {"causal": True}),
     "fewer rows than chunks": (4, inputs(5), {"causal": True}),
     "MQA": (4, inputs(64, heads=(4, 1)), {"causal": True, "deterministic": True}),
+    "sinks": (4, inputs(70), {"window": (25, 0), "sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}),
     "16 bits": (4, inputs(200, dtype=torch.bfloat16), {"causal": True}),
     "64 bits": (2, inputs(40, dtype=torch.float64), {"causal": True}),
     "alone": (1, inputs(40), {"causal": True}),
@@ -199,6 +200,29 @@ def test_as_one_process(case, method, ranks):
     count, tensors, options = CASES[case]
     found = ranks.results(count, both_passes, tensors, {"method": method, **options})[0]
     assert_right(found, tensors, **{name: x for name, x in options.items() if name not in ("order", "deterministic")})
+
+
+def gradient_of_sinks(rank, group, tensors, options):
+    """This rank's part of it, of a loss of the output and the log-sum-exp."""
+    q, k, v, dout = (distributed.shard(x, group=group) for x in tensors[:4])
+    dlse, sinks = distributed.shard(tensors[4], dim=2, group=group), options["sinks"].clone().requires_grad_()
+    options = {**options, "sinks": sinks, "seqlen": tensors[0].shape[1], "return_lse": True}
+    outputs = distributed.attention(q, k, v, group=group, **options)
+    return torch.autograd.grad(outputs, sinks, (dout, dlse))
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_gradients_of_sinks_add_up(method, ranks):
+    """Over the ranks to that of one process."""
+    _, tensors, options = CASES["sinks"]
+    tensors = [x.double() for x in tensors]
+    q, k, v, dout, dlse = tensors
+    sinks = options["sinks"].requires_grad_()
+    outputs = attention(q, k, v, window=options["window"], sinks=sinks, return_lse=True)
+    (want,) = torch.autograd.grad(outputs, sinks, (dout, dlse))
+    options = {"method": method, "window": options["window"], "sinks": sinks.detach()}
+    parts = ranks.results(4, gradient_of_sinks, tensors, options)
+    torch.testing.assert_close(sum(part for (part,) in parts), want, rtol=1e-5, atol=1e-6)
 
 
 def with_raw_scores(rank, group, tensors, options):
@@ -632,6 +656,15 @@ ERRORS = [
         "leave",
         "x.to_local()",
     ),
+    Row(
+        "sinks with DTensors",
+        dtensors_of(Shard(1), mesh=(4,), sinks=torch.zeros(4)),
+        NotImplementedError,
+        "sinks are given with DTensors",
+        "of each rank's own are needed",
+        "x.to_local()",
+    ),
+    Row("sinks", shards_of(sinks=torch.zeros(3)), ValueError, "sinks is a Tensor of shape (3,)", "one a head", ".float()"),
 ]
 
 
