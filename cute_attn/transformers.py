@@ -42,8 +42,6 @@ UNREAD = (
 # What layers may ask for by keyword and attention has not. The fallback has the last of them; others it would ignore.
 _BEYOND = {
     "output_attentions": "attention weights, which are never in memory",
-    "s_aux": "attention sinks (s_aux)",
-    "sinks": "attention sinks",
     "indices": "keys that are chosen for each query (indices)",
     "block_indices": "blocks of keys that are chosen for each query (block_indices)",
     "position_bias": "a bias of the scores (position_bias)",
@@ -70,7 +68,7 @@ def register(*, fallback: str | None = None) -> None:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, attn_implementation="cute_attn")
         model.set_attn_implementation("cute_attn")  # or of a model that there is already
 
-    Models ask for causal and bidirectional attention, sliding windows, softcaps, padding on any side, packed sequences (by
+    Models ask for causal and bidirectional attention, sliding windows, softcaps, sinks, padding on any side, packed sequences (by
     ``position_ids`` alone, or with ``cu_seq_lens_q`` and ``cu_seq_lens_k``), and caches, dynamic and static ones. Queries at
     padding of a causal mask, or of a window's, get zeros.
 
@@ -420,7 +418,10 @@ def attend(
 
     Without a mask the layer says what is seen: ``is_causal`` and ``sliding_window``, how many keys up to the query's own. With
     ``cu_seq_lens_q`` sequences are packed, whatever ``position_ids`` say."""
-    beyond = _beyond(attention_mask, dropout, softcap, others)
+    sinks = others.pop("s_aux", None)
+    if sinks is None:
+        sinks = others.pop("sinks", None)
+    beyond = _beyond(attention_mask, dropout, softcap is not None or sinks is not None, others)
     if beyond is not None:
         if fallback is None or not beyond.handed_on:
             raise beyond
@@ -444,7 +445,7 @@ def attend(
             f"{found.shape[3]}; a mask of the same is needed: check which cache or mask the model is given"
         )
     left, right = found.window
-    rules: dict[str, Any] = {"scale": scaling, "softcap": softcap, "causal": right == 0}
+    rules: dict[str, Any] = {"scale": scaling, "softcap": softcap, "causal": right == 0, "sinks": sinks}
     if left is not None or right:
         rules["window"] = left, right
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -471,18 +472,18 @@ def attend(
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-def _beyond(attention_mask: object, dropout: float, softcap: float | None, others: dict[str, Any]) -> Beyond | None:
-    """What a layer asks for that attention has not."""
+def _beyond(attention_mask: object, dropout: float, own: bool, others: dict[str, Any]) -> Beyond | None:
+    """What a layer asks for that attention has not; ``own`` says that it also asks for what the fallback has not."""
     for name, wanted in _BEYOND.items():
         if others.get(name) is not None and others[name] is not False:
-            return Beyond(wanted, name == "position_bias" and softcap is None)
+            return Beyond(wanted, name == "position_bias" and not own)
     if isinstance(attention_mask, Mask) and attention_mask.beyond is not None:
-        return Beyond(attention_mask.beyond, softcap is None)
+        return Beyond(attention_mask.beyond, not own)
     if dropout:
-        return Beyond(f"dropout of {dropout}", softcap is None)
+        return Beyond(f"dropout of {dropout}", not own)
     if not isinstance(attention_mask, (Mask, type(None))):
         kind = type(attention_mask).__name__
-        return Beyond(f"a mask of its own, a {kind} of shape {tuple(getattr(attention_mask, 'shape', ()))}", softcap is None)
+        return Beyond(f"a mask of its own, a {kind} of shape {tuple(getattr(attention_mask, 'shape', ()))}", not own)
     return None
 
 

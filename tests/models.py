@@ -79,7 +79,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "WhisperConfig",
         SPEECH | {"num_mel_bins": 4, "max_source_positions": 20, "max_target_positions": 32},
     ),
-    # What attention has not: a bias, chunks, sinks.
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        SIZE | GROUPS | ALTERNATING | {"num_local_experts": 2, "num_experts_per_tok": 2},  # which is no choice that flips
+    ),
+    # What attention has not: a bias, chunks.
     "t5": (
         "T5ForConditionalGeneration",
         "T5Config",
@@ -90,7 +95,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Llama4TextConfig",
         SIZE | GROUPS | {"num_local_experts": 1, "attention_chunk_size": 8, "intermediate_size_mlp": 48, "moe_layers": []},
     ),
-    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", SIZE | GROUPS | {"num_local_experts": 2, "num_experts_per_tok": 1}),
     "bart": ("BartForConditionalGeneration", "BartConfig", SPEECH | {"max_position_embeddings": 32}),
 }
 
@@ -101,8 +105,9 @@ def built(name: str, implementation: str, dtype=torch.float32, device="cpu", **c
 
     kind, config, values = MODELS[name]
     torch.manual_seed(0)
+    how = {"attn_implementation": implementation, "experts_implementation": "eager"}  # grouped products have no float64
     made = getattr(transformers, kind)._from_config(
-        getattr(transformers, config)(**(values | changed)), attn_implementation=implementation, dtype=torch.float32
+        getattr(transformers, config)(**(values | changed)), dtype=torch.float32, **how
     )
     assert made.config._attn_implementation == implementation
     return made.to(device, dtype).eval()
@@ -182,6 +187,8 @@ CASES: dict[str, tuple[str, Callable[[], Asked]]] = {
     "mistral, packed": ("mistral", packed),
     "gemma2, left padding": ("gemma2", lambda: padded("left")),
     "gemma3, packed": ("gemma3", packed),
+    "gpt_oss, left padding": ("gpt_oss", lambda: padded("left")),
+    "gpt_oss, packed": ("gpt_oss", packed),
     "bert, right padding": ("bert", lambda: padded("right")),
     "bert, padding inside": ("bert", lambda: padded("inside")),
     "modernbert, right padding": ("modernbert", lambda: padded("right")),

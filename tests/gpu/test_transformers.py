@@ -26,6 +26,7 @@ CASES = [
     "mistral, both sides padded",
     "mistral, packed",
     "gemma2",
+    "gpt_oss, left padding",
     "bert, right padding",
     "whisper",
 ]

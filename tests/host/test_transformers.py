@@ -233,11 +233,11 @@ def test_with_a_fallback_the_rest_is_computed(fallback):
 
 
 NEVER = {
-    "sinks": ({"s_aux": torch.zeros(4)}, "attention sinks (s_aux)"),
     "weights": ({"output_attentions": True}, "attention weights, which are never in memory"),
     "keys": ({"indices": torch.zeros(1)}, "keys that are chosen for each query (indices)"),
     "blocks": ({"block_indices": torch.zeros(1)}, "blocks of keys that are chosen for each query (block_indices)"),
-    "other sinks": ({"sinks": torch.zeros(4)}, "attention sinks"),
+    "dropout beside sinks": ({"dropout": 0.1, "s_aux": torch.zeros(4)}, "dropout of 0.1"),
+    "a bias beside sinks": ({"position_bias": torch.zeros(1), "sinks": torch.zeros(4)}, "a bias of the scores (position_bias)"),
     "dropout under a softcap": ({"dropout": 0.1, "softcap": 3.0}, "dropout of 0.1"),
     "a bias under a softcap": ({"position_bias": torch.zeros(1), "softcap": 3.0}, "a bias of the scores (position_bias)"),
 }
@@ -263,11 +263,6 @@ def test_lengths_that_torch_would_not_know(fallback):
     layer = models.built("llama", OURS).model.layers[0].self_attn
     with pytest.raises(ValueError, match=r"asks for dropout of 0\.1, which 'sdpa' computes without lengths; position_ids"):
         AttentionInterface()[OURS](layer, x, x, x, None, dropout=0.1, cu_seq_lens_q=cu_seqlens)
-
-
-def test_a_model_with_sinks_is_refused(fallback):
-    with pytest.raises(Beyond, match="sinks"):
-        models.built("gpt_oss", OURS)(**models.plain().inputs)
 
 
 # ---- mask functions --------------------------------------------------------------------------------------------------
