@@ -68,9 +68,9 @@ def register(*, fallback: str | None = None) -> None:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, attn_implementation="cute_attn")
         model.set_attn_implementation("cute_attn")  # or of a model that there is already
 
-    Models ask for causal and bidirectional attention, sliding windows, softcaps, sinks, padding on any side, packed sequences (by
-    ``position_ids`` alone, or with ``cu_seq_lens_q`` and ``cu_seq_lens_k``), and caches, dynamic and static ones. Queries at
-    padding of a causal mask, or of a window's, get zeros.
+    Models ask for causal and bidirectional attention, sliding windows, softcaps, sinks, padding on any side, packed sequences
+    (by ``position_ids`` alone, or with ``cu_seq_lens_q`` and ``cu_seq_lens_k``), and caches, dynamic and static ones. Queries
+    at padding of a causal mask, or of a window's, get zeros.
 
     Args:
         fallback: what computes where a model asks for more: a mask that is not a band (a 4-dimensional one, blocks, chunks), a
