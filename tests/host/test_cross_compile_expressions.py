@@ -61,8 +61,8 @@ class FunctionCase:
 
 
 CASES = [
-    *[FunctionCase("tma_wgmma", d, "mask", gradients) for d in (64, 128) for gradients in ("", "qkv")],
-    FunctionCase("tma_wgmma", 256, "mask", "qkv"),
+    FunctionCase("tma_wgmma", 128, "mask"),
+    *[FunctionCase("tma_wgmma", d, "mask", "qkv") for d in (64, 256)],
     FunctionCase("cp_async", 64, "mask", "qkv"),
     FunctionCase("tma_wgmma", 64, "alibi"),
     *[FunctionCase("tma_wgmma", 128, "all", gradients) for gradients in ("", "qkv")],

@@ -1072,8 +1072,6 @@ TRANSFORMERS = [
         Row(name, layer(**{name: x}), transformers.Beyond, got, BAND, "attn_implementation='eager'")
         for name, got, x in (
             ("output_attentions", "attention weights, which are never in memory", True),
-            ("s_aux", "attention sinks (s_aux)", torch.zeros(4)),
-            ("sinks", "attention sinks", torch.zeros(4)),
             ("indices", "keys that are chosen for each query", torch.zeros(1)),
             ("block_indices", "blocks of keys that are chosen for each query", torch.zeros(1)),
         )
