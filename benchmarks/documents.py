@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import compare, context_parallel, model, training
+from benchmarks import compare, model, training
 from benchmarks.anchors import geometric_mean
 from benchmarks.parts.catalogue import PARTS
 from benchmarks.parts.results import Figure, PartsRecord
@@ -270,6 +270,13 @@ def _json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def _context_parallel(record: dict[str, Any]) -> str:
+    """Imported when it is used: with it come torch's process groups and its compiler, a second of every command's start."""
+    from benchmarks import context_parallel
+
+    return context_parallel.table(record)
+
+
 BLOCKS: dict[str, tuple[Callable, Callable[..., str]]] = {
     "conditions": (Record.load, conditions),
     "overview": (Record.load, overview),
@@ -282,7 +289,7 @@ BLOCKS: dict[str, tuple[Callable, Callable[..., str]]] = {
     "memory": (Record.load, memory),
     "training": (training.Outcome.load, trained),
     "host": (Record.load, host),
-    "context-parallel": (_json, context_parallel.table),
+    "context-parallel": (_json, _context_parallel),
     "model": (_json, model.figures),
     "first-call": (Record.load, first_call),
     "variants": (_json, variants),
