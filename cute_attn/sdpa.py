@@ -104,7 +104,8 @@ def _is_usual(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
             and type(key) in _TORCHS
             and type(value) in _TORCHS
             and not (is_compiling() or transforms_active() or dispatch_modes())
-            and ((shape := query.shape)[1] == key.shape[1] or enable_gqa)
+            and len(shape := query.shape) == 4
+            and (shape[1] == key.shape[1] or enable_gqa)
             and not (is_causal and shape[2] != key.shape[2])
         )
     except (AttributeError, IndexError, RuntimeError):  # not tensors, other dimensions, nested tensors

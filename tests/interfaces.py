@@ -31,6 +31,8 @@ CALLS = {
     "grouped": ((2, 4, 70, 16), (2, 2, 90, 16), {"enable_gqa": True, "is_causal": True}),
     "one key head": ((2, 4, 70, 16), (2, 1, 90, 16), {}),
     "3 dimensions": ((4, 70, 16), (4, 90, 16), {"is_causal": True}),
+    "3 dimensions, one length": ((4, 70, 16), (4, 70, 16), {}),
+    "5 dimensions, one length": ((2, 3, 4, 30, 16), (2, 3, 4, 30, 16), {}),
     "5 dimensions": ((2, 3, 4, 30, 16), (2, 3, 2, 20, 16), {"enable_gqa": True, "is_causal": True}),
     "no keys": ((2, 4, 70, 16), (2, 4, 0, 16), {"is_causal": True}),
     "no queries": ((2, 4, 0, 16), (2, 4, 90, 16), {"is_causal": True}),

@@ -389,3 +389,15 @@ def test_what_was_compiled_outside_of_a_block():
             assert torch.equal(compiled(*tensors), on_reference(*tensors, is_causal=True))
     targets = [{str(node.target) for node in found.graph.nodes} for found in counter.graphs]
     assert ["cute_attn.attention.default" in names for names in targets] == [False, True]
+
+
+@pytest.mark.parametrize(("dims", "usual"), [(2, False), (3, False), (4, True), (5, False)])
+def test_only_4_dimensions_go_straight_to_the_kernels(dims, usual, monkeypatch):
+    """Of equal lengths, which tells nothing of the dimensions; tensors that say that they are CUDA's."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(sdpa, "_TORCHS", {OnGpu})
+    x = torch.zeros((2,) * dims).as_subclass(OnGpu)
+    assert sdpa._is_usual(x, x, x, None, 0.0, False, None, False, "auto") == usual
