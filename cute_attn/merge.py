@@ -34,7 +34,7 @@ class Merge:
     that what it reads of the log-sum-exps is of one piece, too."""
 
     THREADS = 256
-    HEADS = 4  # of a thread: enough loads at a time, and enough work for what it costs to find its place
+    HEADS = 2  # of a thread: with more, fewer blocks share a multiprocessor, and fewer loads are on their way
 
     def __init__(self, problem):
         self.threads_per_row = 4

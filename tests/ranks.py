@@ -108,6 +108,7 @@ def both_passes(rank, group, tensors, options):
     dlse = distributed.shard(tensors[4], dim=2, **where)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     sizes = {"seqlen": whole_q, "seqlen_k": whole_k}
+    options |= {name: x.to(q.device) for name, x in options.items() if name == "sinks"}
     outputs = distributed.attention(*leaves, return_lse=True, **sizes, **where, **options)
     gradients = torch.autograd.grad(outputs, leaves, (dout, dlse))
     seqlens, dims = (whole_q,) * 3 + (whole_k,) * 2, (1, 2, 1, 1, 1)

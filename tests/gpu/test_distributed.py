@@ -52,6 +52,7 @@ CASES = {
     "few queries": ({"seqlen_q": 200, "seqlen_k": 3000}, {"causal": True, "deterministic": True}),  # which travel
     "few queries, window": ({"seqlen_q": 130, "seqlen_k": 2000, "batch": 2}, {"window": (900, 100), "softcap": 15.0}),
     "few rows": ({"seqlen_q": 5}, {"causal": True}),
+    "sinks": ({"seqlen_q": 1500}, {"window": (300, 0), "sinks": torch.tensor([0.5, -1.0, 3.0, 0.0, -torch.inf, 8.0])}),
 }
 
 
@@ -63,6 +64,7 @@ def test_as_one_process(case, method, ranks):
     asked = moved(tensors, "cpu"), {"method": method, "backend": "cute", **options}
     out, lse, *gradients = found = moved(ranks.results(ranks.count, both_passes, *asked)[0])
     rules = {name: x for name, x in options.items() if name not in ("order", "deterministic")}
+    rules |= {name: x.to("cuda") for name, x in rules.items() if name == "sinks"}
     support.assert_close((out, lse), *tensors[:3], **rules)
     support.assert_gradients_close(gradients, *tensors, **rules)
     if options.get("deterministic"):
