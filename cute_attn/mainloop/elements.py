@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, cute
+from cutlass import Boolean, Float32, Int32, Int64, cute
 
 from cute_attn.expressions import Expression
 from cute_attn.rules import LN_2, LOG2_E
@@ -28,12 +28,9 @@ class ElementOps:
         return KINDS[kind](float.fromhex(text) if kind == "float" else text == "True" if kind == "bool" else int(text))
 
     def load(self, slot: int, kind: str, indices: list):
-        """An element of a captured tensor. Indices are cut to what there is: scores past a sequence's end are computed, too."""
-        tensor, where = _words(self.tensors[slot]), []
-        for dim, (index, is_position) in enumerate(indices):
-            index = cutlass.min(index, tensor.shape[dim] - 1)
-            where.append(index if is_position else cutlass.max(index, 0))
-        value = tensor[tuple(where) if where else 0]
+        """An element of a captured tensor."""
+        tensor = _words(self.tensors[slot])
+        value = tensor[_cut(tensor, indices)]
         return value != 0 if kind == "bool" else value.to(KINDS[kind])
 
     def compute(self, op: str, kind: str, *values):
@@ -88,6 +85,16 @@ class ElementOps:
         return 1.0 - 2.0 * cute.arch.rcp_approx(1.0 + cute.math.exp2(x * (2.0 * LOG2_E), fastmath=True))
 
 
+def _cut(tensor: cute.Tensor, indices: list) -> Any:
+    """Where in a captured tensor an element is. Indices are cut to what there is: scores past a sequence's end are computed,
+    too."""
+    where = []
+    for dim, (index, is_position) in enumerate(indices):
+        index = cutlass.min(index, tensor.shape[dim] - 1)
+        where.append(index if is_position else cutlass.max(index, 0))
+    return tuple(where) if where else 0
+
+
 def _words(m: cute.Tensor) -> cute.Tensor:
     """A tensor of 64-bit integers as the lower halves of them: that is all that is used, and half as much to hold."""
     if m.element_type is not cutlass.Int64:
@@ -109,14 +116,23 @@ class Elements:
 
     def value(self, node: int, row: int, column: int, score: Any = None) -> Any:
         """What a node is worth there."""
+        leaf, place = self._at(row, column, score)
+        return self.expression.value(node, leaf, self.ops, self.known, place)
 
+    def offset(self, load: int, into: cute.Tensor, row: int, column: int, score: Any = None) -> Int64:
+        """Where in ``into``, of a captured tensor's shape, lies the element that a node loads there."""
+        leaf, place = self._at(row, column, score)
+        indices = self.expression.indices(load, leaf, self.ops, self.known, place)
+        return Int64(cute.crd2idx(_cut(into, indices), into.layout))
+
+    def _at(self, row: int, column: int, score: Any) -> tuple[Callable, Callable]:
         def leaf(name: str):
             return score if name == "score" else self.leaf(name, row, column)
 
         def place(node: int) -> tuple:
             return node, row if self.along_rows[node] else None, column if self.along_columns[node] else None
 
-        return self.expression.value(node, leaf, self.ops, self.known, place)
+        return leaf, place
 
 
 @cute.jit

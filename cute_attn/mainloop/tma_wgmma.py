@@ -24,7 +24,7 @@ from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_noth
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
-from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.scores import Coordinates, Kept, Scores
 from cute_attn.mainloop.walk import KeyTiles, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
@@ -205,7 +205,7 @@ class Forward(Kernel):
         return tiles if shared.work is None else self._queue(shared, pipes).taker()
 
     def _queue(self, shared: ForwardShared, pipes: ForwardPipelines) -> WorkQueue:
-        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, bool(self.problem.expression))
+        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, self.problem.has_places)
 
     @cute.jit
     def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
@@ -419,9 +419,10 @@ class Forward(Kernel):
         top = keys.count - 1
         pipes.k.consumer_wait(kv_state)
         acc_S = self._scores(frag, kv_state)
+        kept = self._kept(me, tile, top) if cutlass.const_expr(self.problem.dropout) else None
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
-        self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()))
+        self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()), kept)
         self._probabilities(frag, acc_S)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
@@ -483,9 +484,10 @@ class Forward(Kernel):
         pipes.v.consumer_wait(v_state)
         self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
         self._pass_turn(me)
+        kept = self._kept(me, tile, n) if cutlass.const_expr(self.problem.dropout) else None
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
-        self._softmax(me, frag, softmax, acc_S, tile, where, hold, anchored)
+        self._softmax(me, frag, softmax, acc_S, tile, where, kept, hold, anchored)
         self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
@@ -513,16 +515,25 @@ class Forward(Kernel):
         acc_S,
         tile: WarpgroupTile,
         where,
+        kept=None,
         hold=None,
         anchored: cutlass.Constexpr[bool] = False,
     ):
         n, masked = where
-        origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
-        Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
+        scores = Scores(me.cS, tile.values, self.problem)
+        scores.apply_rules(acc_S, self._origin(tile, n), masked)
         if cutlass.const_expr(anchored):
             softmax.anchored_step(rows_columns(acc_S))
         else:
             softmax.step(rows_columns(acc_S), frag.rescale, hold)
+        scores.drop(acc_S, kept)
+
+    def _kept(self, me: ForwardWorker, tile: WarpgroupTile, n) -> Kept:
+        """What dropout keeps in a key tile: known while its scores are computed."""
+        return Scores(me.cS, tile.values, self.problem).kept(self._origin(tile, n))
+
+    def _origin(self, tile: WarpgroupTile, n):
+        return tile.row_first, tile.keys.begin + n * self.config.tile_n
 
     @cute.jit
     def _exponentials_begin(self, positive: Float32):
@@ -570,7 +581,7 @@ class Forward(Kernel):
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(tile.values.seqlen_q, tile.row_first, me.cO.thread, rows_columns(frag.acc_O), softmax)
         normalize, lse = cute.make_rmem_tensor_like(frag.rescale), LogSumExp.like(frag.rescale)
-        softmax.finish(normalize, lse, frag.tOrP.element_type, tile.values.sink(work))
+        softmax.finish(normalize, lse, frag.tOrP.element_type, tile.values.sink(work), tile.values.kept_scale)
         scale_rows(rows_columns(frag.acc_O), normalize)
         store_lse(mLSE, lse, me.cO.thread, tile.row_first, work)
 
