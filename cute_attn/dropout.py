@@ -1,9 +1,9 @@
 """Dropout of probabilities: which are kept, written once for the kernels and the reference.
 
 With probability p of being dropped, out_i = Σ_j m_ij · P_ij / (1 − p) · v_j, where m_ij is 0 or 1 and P the softmax of all
-scores; the log-sum-exp knows nothing of it. m_ij depends on the call's seed and on where the score is (batch, head, row and key,
-the last two within their sequence) and on nothing else: so it is the same in the forward and the backward pass, in tiles of any
-size and shape, and for any mechanism.
+scores; the log-sum-exp knows nothing of it. m_ij depends on the call's seed and on where the score is (batch, head, row and
+key, the last two within their sequence) and on nothing else: so it is the same in the forward and the backward pass, in tiles
+of any size and shape, and for any mechanism.
 
 **Which.** Philox-4×32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the fewest that
 pass its tests) makes four words of 32 bits of a counter and a key of 64 bits, the seed. One counter serves four scores: rows

@@ -517,10 +517,12 @@ def traced(
         scored = graph.symbol(_called(graph, "alibi_slopes", _alibi, arguments, "float"))
     sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
     if bias is not None and _is_bias(bias, q, sizes):
-        arguments = (scored, batch_, head, q_idx, kv_idx, *_without_broadcasts(bias))
-        scored = graph.symbol(_called(graph, "bias", _biased, arguments, "float"))
+        to_bias = (scored, batch_, head, q_idx, kv_idx, *_without_broadcasts(bias))
+        scored = graph.symbol(_called(graph, "bias", _biased, to_bias, "float"))
     partials: tuple[Partial, ...] = ()
     if scored.node != given.node:
+        assert scored.node is not None
+        assert given.node is not None
         changed, slope = scored.node, graph.slope(scored.node, given.node)
         slope = graph.constant(0.0) if slope is None else None if slope == graph.constant(1.0) else slope
         partials = _partials(graph, changed, sizes) if torch.is_grad_enabled() else ()
@@ -548,7 +550,7 @@ def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[P
 def _is_alone(graph: Graph, load: int, sizes: dict[str, int | None]) -> bool:
     """Whether each score loads an element of its own: there is an index for each position that differs between scores."""
     slot, *where = graph.nodes[load][2:]
-    names = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else None for i in where]
+    names = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else "" for i in where]
     fits = all(sizes.get(name) == size for name, size in zip(names, graph.captured[slot].shape, strict=True))
     return fits and len(set(names)) == len(names) and all(size == 1 or name in names for name, size in sizes.items())
 

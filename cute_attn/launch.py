@@ -268,7 +268,7 @@ def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tupl
     lengths = call.lengths
     where = NO_LENGTHS if lengths is None else (*lengths.tensors, lengths.count)
     captured = tuple(map(_as_read, call.captured)) if call.captured else None
-    drops = None, None, None
+    drops: tuple = None, None, None
     if call.seed is not None:
         below = dropout.threshold(call.dropout)
         drops = call.seed.view(torch.int32), below - (below >> 31 << 32), dropout.kept_scale(call.dropout)
