@@ -517,8 +517,9 @@ def traced(
         scored = graph.symbol(_called(graph, "alibi_slopes", _alibi, arguments, "float"))
     sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
     if bias is not None and _is_bias(bias, q, sizes):
-        to_bias = (scored, batch_, head, q_idx, kv_idx, *_without_broadcasts(bias))
-        scored = graph.symbol(_called(graph, "bias", _biased, to_bias, "float"))
+        element = element_of(bias)
+        to_bias = (scored, batch_, head, q_idx, kv_idx)
+        scored = graph.symbol(_called(graph, "bias", lambda score, *where: score + element(*where), to_bias, "float"))
     partials: tuple[Partial, ...] = ()
     if scored.node != given.node:
         assert scored.node is not None
@@ -607,18 +608,14 @@ def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:
         raise ValueError(f"alibi_slopes is {shown(x)} on {x.device}; {need}, is needed: try .float() and .to(q.device)")
 
 
-def _biased(score, batch, head, q_idx, kv_idx, bias, dims):
-    places = batch, head, q_idx, kv_idx
-    return score + (bias[tuple(places[dim] for dim in dims)] if dims else bias)
-
-
-def _without_broadcasts(bias: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """A bias without the dimensions along which it is the same, and which of (batch, head, q_idx, kv_idx) the others are, those
-    that are closest in memory last."""
-    strides = dict(zip(range(4 - bias.dim(), 4), zip(bias.shape, bias.stride(), strict=True), strict=True))
+def element_of(x: torch.Tensor) -> Callable:
+    """A function of positions that takes an element of ``x``, which broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``. It
+    has an index for each dimension along which x differs, those that are closest in memory last."""
+    strides = dict(zip(range(4 - x.dim(), 4), zip(x.shape, x.stride(), strict=True), strict=True))
     dims = sorted((dim for dim, (size, stride) in strides.items() if size > 1 and stride), key=lambda dim: -strides[dim][1])
-    first = bias[tuple(slice(None) if dim in dims else 0 for dim in strides)]
-    return first.permute([sorted(dims).index(dim) for dim in dims]), dims
+    part = x[tuple(slice(None) if dim in dims else 0 for dim in strides)]
+    part = part.permute([sorted(dims).index(dim) for dim in dims])
+    return lambda *where: part[tuple(where[dim] for dim in dims)]
 
 
 def _is_bias(x: Any, q: torch.Tensor, sizes: dict[str, int | None]) -> bool:

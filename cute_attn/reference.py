@@ -123,7 +123,7 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     row that sees no key, or a key that no row sees, has zeros; so has what is in no ragged sequence, or not in use.
     """
     of_others = [torch.zeros_like(x) if x is not None and x.requires_grad else None for x in call.others]
-    captures = any(x is not None for x in of_others[1:])
+    captures = bool(call.expression) and bool(call.expression.partials)
     if call.lengths is not None:
         found = tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
         for rows, keys, one in _sequences(call):
