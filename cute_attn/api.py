@@ -40,7 +40,7 @@ def attention(
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -193,7 +193,7 @@ def attention_varlen(
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -253,7 +253,7 @@ def attention_varlen(
 def _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple | None:
     """What a call has besides its usual rules; None where it has none of these."""
     none = mask is score is alibi_slopes is bias is sinks is None and type(tensors) is tuple and not tensors
-    if none and type(dropout_p) is float and not dropout_p:
+    if none and type(dropout_p) in (int, float) and not dropout_p:  # an int as default: torch.compile begins anew for a float
         return None
     return mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
 

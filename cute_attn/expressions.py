@@ -549,11 +549,12 @@ def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[P
 
 
 def _is_alone(graph: Graph, load: int, sizes: dict[str, int | None]) -> bool:
-    """Whether each score loads an element of its own: there is an index for each position that differs between scores."""
+    """Whether each score loads an element of its own: there is an index for its row, its key, and all else that differs."""
     slot, *where = graph.nodes[load][2:]
     names = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else "" for i in where]
     fits = all(sizes.get(name) == size for name, size in zip(names, graph.captured[slot].shape, strict=True))
-    return fits and len(set(names)) == len(names) and all(size == 1 or name in names for name, size in sizes.items())
+    differs = {name for name, size in sizes.items() if size != 1} | {"q_idx", "kv_idx"}
+    return fits and differs <= set(names) and len(set(names)) == len(names)
 
 
 def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:
