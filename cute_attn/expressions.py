@@ -63,8 +63,8 @@ class Expression:
     """What a mask and a score compute. Without functions it is empty, and false.
 
     ``mask``, ``score`` and ``slope`` are numbers of nodes: whether a query sees a key; the score; its derivative by the score
-    it was given, ``None`` where that is 1. ``tensors`` is of each captured one its dtype, as torch names it, and its rank;
-    ``partials`` are the derivatives by those that require a gradient.
+    it was given, ``None`` where that is 1. ``tensors`` is of each captured one its dtype, as torch names it, its rank, and
+    whether two neighbours can be loaded at once; ``partials`` are the derivatives by those that require a gradient.
     """
 
     nodes: tuple = ()
@@ -116,6 +116,18 @@ class Expression:
         """Of a node that loads, each index's value, and whether it is a position as it is."""
         where = self.nodes[node][3:]
         return [(self.value(i, leaf, ops, known, place), self.nodes[i][2] in POSITIONS) for i in where]
+
+    @cached_property
+    def pairs(self) -> tuple[int, ...]:
+        """The nodes that load two neighbours at once where a thread has two neighbouring keys: their last index is the key."""
+        found = []
+        for node, (op, _, *operands) in enumerate(self.nodes):
+            if op == "load" and self.tensors[operands[0]][2]:
+                *before, last = operands[1:]
+                names = set().union(*(self.leaves()[i] for i in before))
+                if self.nodes[last] == ("leaf", "int", "kv_idx") and not names & {"kv_idx", "score"}:
+                    found.append(node)
+        return tuple(found)
 
     def leaves(self) -> list[frozenset[str]]:
         """Of each node the names of the leaves that it depends on."""
@@ -529,9 +541,18 @@ def traced(
         partials = _partials(graph, changed, sizes) if torch.is_grad_enabled() else ()
     if seen is None and changed is None:
         return NOTHING, ()
-    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim()) for x in graph.captured)
     captured = tuple(x if x.device == q.device else x.to(q.device) for x in graph.captured)
+    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _is_paired(x)) for x in captured)
     return _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds, partials)), captured
+
+
+def _is_paired(x: torch.Tensor) -> bool:
+    """Whether elements of even index and the next one are at an address that is a multiple of both."""
+    if not x.dim() or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    *strides, last = x.stride()
+    whole = last == 1 and not x.shape[-1] % 2 and not any(stride % 2 for stride in strides)
+    return whole and not x.data_ptr() % (2 * x.element_size())
 
 
 def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[Partial, ...]:

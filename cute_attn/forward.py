@@ -121,7 +121,7 @@ def _stand_in(kind: str, problem, config):
     if kind == "floats":
         return runtime.make_fake_tensor(Float32, sizes(1), (1,), assumed_align=4)
     if kind == "captured":
-        return tuple(_captured(dtype, max(rank, 1)) for dtype, rank in problem.expression.tensors)
+        return tuple(_captured(dtype, max(rank, 1), paired) for dtype, rank, paired in problem.expression.tensors)
     if kind == "of captured":
         of, tensors = problem.expression.derived, problem.expression.tensors
         return tuple(_captured(tensors[i][0] if alone else "float32", max(tensors[i][1], 1)) for i, alone in of.items())
@@ -140,9 +140,11 @@ def _stand_in(kind: str, problem, config):
     return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
 
 
-def _captured(dtype: str, rank: int):
-    """Any tensor of a dtype whose last dimension is contiguous; bools are bytes."""
+def _captured(dtype: str, rank: int, paired: bool = False):
+    """Any tensor of a dtype whose last dimension is contiguous; bools are bytes. If ``paired``, elements of even index in it
+    are at multiples of two elements."""
     names = {"bool": "Uint8", "uint8": "Uint8", "bfloat16": "BFloat16"}
-    of = getattr(cutlass, names.get(dtype, dtype.capitalize()))
-    shape, stride = tuple(cute.sym_int() for _ in range(rank)), tuple(cute.sym_int64() for _ in range(rank - 1))
-    return runtime.make_fake_tensor(of, shape, (*stride, 1), assumed_align=of.width // 8)
+    of, even = getattr(cutlass, names.get(dtype, dtype.capitalize())), 1 + paired
+    shape = *(cute.sym_int() for _ in range(rank - 1)), cute.sym_int(divisibility=even)
+    stride = tuple(cute.sym_int64(divisibility=even) for _ in range(rank - 1))
+    return runtime.make_fake_tensor(of, shape, (*stride, 1), assumed_align=even * of.width // 8)

@@ -4,14 +4,15 @@ Each node that loads an element is a direction of its own: dS' · ∂s'/∂eleme
 function made of a score. Where the index doesn't depend on a score's row, its column or either, a warp adds up what it has of
 each element before that goes to memory. Where it depends on both, but is not the two positions themselves (a distance, a
 bucket), neighbours in a row often load the same element: a thread adds these up as long as they do. Sums are float32, in any
-order. Where each score has an element of its own, its gradient is stored, in the tensor's own dtype.
+order. Where each score has an element of its own, its gradient is stored, in the tensor's own dtype, after all else: stores and
+loads don't pass one another.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from cutlass import Boolean, Float32, Int32, Int64, cute
+from cutlass import Boolean, Float32, Int16, Int32, Int64, cute
 
 from cute_attn.layouts.base import WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW
@@ -23,16 +24,15 @@ class CapturedGradients:
     """What the scores of a thread, at (row, column), add: :meth:`add` of all rows of a column, :meth:`end_column`, and so on,
     and :meth:`finish`. All threads of a warp do it together."""
 
-    def __init__(self, elements: Elements, values: Values):
-        self.elements, self.values, self.directions = elements, values, []
+    def __init__(self, elements: Elements, values: Values, zero: cute.Tensor):
+        self.elements, self.values, self.zero, self.directions = elements, values, zero, []
         expression = elements.expression
         into = dict(zip(expression.derived, values.of_captured, strict=True))
         for partial in expression.partials:
             slot, *where = expression.nodes[partial.load][2:]
             by_row, by_column = (along[partial.load] for along in (elements.along_rows, elements.along_columns))
-            names = {expression.nodes[i][2] for i in where if expression.nodes[i][0] == "leaf"}
-            each = by_row and by_column and {"q_idx", "kv_idx"} <= names  # no other score loads the same in this head
-            self.directions.append(_Direction(partial, into[slot], by_row, by_column, each))
+            names = [expression.nodes[i][2] if expression.nodes[i][0] == "leaf" else "" for i in where]
+            self.directions.append(_Direction(partial, into[slot], by_row, by_column, names))
 
     def add(self, row: int, column: int, dS: Float32, score: Float32 | None = None):
         """Of one score; ``score`` as a function gets it, where a derivative depends on it."""
@@ -46,10 +46,11 @@ class CapturedGradients:
                 if place not in d.offsets or not d.by_row:
                     d.offsets[place] = self.elements.offset(partial.load, d.into, row, column, score)
                 continue
-            offset = self.elements.offset(partial.load, d.into, row, column, score)
             if partial.alone:
-                _store(d.into, offset, value, self._exists(row, column))
-            elif d.each:
+                d.sums[row, column] = value
+                continue
+            offset = self.elements.offset(partial.load, d.into, row, column, score)
+            if d.each:
                 _add(d.into, offset, value)
             elif row in d.sums:
                 d.offsets[row], d.sums[row] = _continued(d.into, d.offsets[row], d.sums[row], offset, value)
@@ -65,22 +66,40 @@ class CapturedGradients:
     def finish(self):
         """All columns are."""
         for d in self.directions:
+            if d.partial.alone:
+                self._store(d)
+                continue
             for row, total in d.sums.items():
                 if d.by_row and d.by_column:
                     _add_of_warp(d.into, d.offsets[row], total)
                 else:
                     _add_of_lanes(d.into, d.offsets[row], total, (1, 2) if d.by_row else (1, 2, 4, 8, 16))
 
-    def _exists(self, row: int, column: int) -> Boolean:
-        leaf = self.elements.leaf
-        return (leaf("q_idx", row, column) < self.values.seqlen_q) & (leaf("kv_idx", row, column) < self.values.seqlen_k)
+    def _store(self, d: _Direction):
+        """The gradients of elements of which each score has its own, those of rows and keys that exist."""
+        leaf, zero, layout = self.elements.leaf, self.zero, d.into.layout
+        of_row, of_column = (d.into.stride[d.names.index(name)] for name in (self.elements.rows, self.elements.columns))
+        width = d.into.element_type.width // 8
+        first = d.into.iterator.toint() + cute.crd2idx(tuple(leaf(name, 0, 0) for name in d.names), layout) * width
+        for row in {row: None for row, _ in d.sums}:
+            place = first + (zero[row, 0][0] - zero[0, 0][0]) * of_row * width
+            columns = [column for r, column in d.sums if r == row]
+            for before, column in zip([columns[0], *columns], columns, strict=False):
+                place = place + (zero[0, column][1] - zero[0, before][1]) * of_column * width
+                exists = leaf("q_idx", row, column) < self.values.seqlen_q
+                _store(place, d.sums[row, column].to(d.into.element_type), exists & self._is_key(row, column))
+
+    def _is_key(self, row: int, column: int) -> Boolean:
+        return self.elements.leaf("kv_idx", row, column) < self.values.seqlen_k
 
 
 class _Direction:
-    """One of the derivatives, the memory of its tensor's gradient, and of a column's or rows' elements the offsets and sums."""
+    """One of the derivatives, the memory of its tensor's gradient, and offsets and sums of elements by what they depend on.
+    ``names`` are of the indices that are positions; with both positions of a score no other of a head loads the same."""
 
-    def __init__(self, partial, into: cute.Tensor, by_row: bool, by_column: bool, each: bool):
-        self.partial, self.into, self.by_row, self.by_column, self.each = partial, into, by_row, by_column, each
+    def __init__(self, partial, into: cute.Tensor, by_row: bool, by_column: bool, names: list[str]):
+        self.partial, self.into, self.by_row, self.by_column, self.names = partial, into, by_row, by_column, names
+        self.each = {"q_idx", "kv_idx"} <= set(names)
         self.offsets: dict[Any, Int64] = {}
         self.sums: dict[Any, Float32] = {}
 
@@ -90,16 +109,20 @@ def _product(dS: Float32, slope: Float32):
     return dS * slope if dS != 0.0 else Float32(0.0)
 
 
-@cute.jit
 def _add(into: cute.Tensor, offset: Int64, value: Float32):
-    if value != 0.0:
-        cute.arch.red(into.iterator + offset, value, op="add", dtype="f32", sem="relaxed", scope="gpu")
+    """Atomically, what is not 0: without a branch, since neighbours come next."""
+    place = (into.iterator + offset).toint()
+    code = "red.relaxed.gpu.global.add.f32 [{$r0}], {$r1};"
+    cute.arch.inline_ptx(code, read_only_args=[place, value], predicate=value != 0.0)
 
 
-@cute.jit
-def _store(into: cute.Tensor, offset: Int64, value: Float32, exists: Boolean):
-    if exists:
-        cute.make_tensor(into.iterator + offset, cute.make_layout(1))[0] = value.to(into.element_type)
+def _store(place: Int64, value, exists: Boolean):
+    """An element at an address, if it exists."""
+    held = cute.make_rmem_tensor(1, value.dtype)
+    held[0] = value
+    words = cute.recast_tensor(held, {16: Int16, 32: Int32, 64: Int64}[value.dtype.width])
+    code = f"st.global.b{value.dtype.width} [{{$r0}}], {{$r1}};"
+    cute.arch.inline_ptx(code, read_only_args=[place, words[0]], predicate=exists)
 
 
 @cute.jit

@@ -20,6 +20,8 @@ from cute_attn.mainloop.elements import Elements
 from cute_attn.mainloop.guard import HIDDEN
 from cute_attn.rules import LN_2, LOG2_E, rational_tanh, softcap_slope, softcap_tanh
 
+PAIRS_AHEAD = 16  # columns
+
 
 class UsualCapOps:
     """The functions of a softcap that are no operators, for the DSL's values."""
@@ -233,7 +235,17 @@ class Scores:
         """Scores to what the user's function makes of them, natural logarithms."""
         natural = self.values.scale_log2 * LN_2
         for r, c in self._each(scores):
+            if r == 0 and c % PAIRS_AHEAD == 0:
+                self._load_pairs(scores, elements, c)
             scores[r, c] = elements.value(self.problem.expression.score, r, c, scores[r, c] * natural)
+
+    def _load_pairs(self, scores: cute.Tensor, elements: Elements, first: int):
+        """Begin to load what some columns from the first on will take, so that many loads are on their way at the same time."""
+        rows, columns = (cute.size(scores, mode=[mode]) for mode in range(2))
+        if self.problem.expression.pairs and not self.transposed:
+            for c in range(first, min(first + PAIRS_AHEAD, columns), 2):
+                for r in range(rows):
+                    elements.load_pairs(r, c)
 
     def _changed_probabilities(
         self, scores: cute.Tensor, lse_raw: cute.Tensor, origin, rounded: cute.Tensor | None, kept: Kept | None
@@ -242,6 +254,8 @@ class Scores:
         place; ``rounded`` gets P, or what dropout leaves of it."""
         elements = self._elements(origin)
         for c, lse in self._by_query(scores, lse_raw):
+            if c % PAIRS_AHEAD == 0:
+                self._load_pairs(scores, elements, c)
             for r in range(cute.size(scores, mode=[0])):
                 P = cute.make_rmem_tensor(2, Float32)
                 for i in range(2):
@@ -274,7 +288,7 @@ class Scores:
         natural, elements, captured = self.values.scale_log2 * LN_2, None, None
         if self.problem.expression.partials:
             elements = self._elements(origin)
-            captured = CapturedGradients(elements, self.values)
+            captured = CapturedGradients(elements, self.values, self.where.zero)
         for c, of_query, *lse in self._by_query(P, delta, *([lse_raw] if self._takes_scores else [])):
             for i in range(2):
                 for r in range(cute.size(P, mode=[0])):
