@@ -47,7 +47,7 @@ class CapturedGradients:
                     d.offsets[place] = self.elements.offset(partial.load, d.into, row, column, score)
                 continue
             if partial.alone:
-                d.sums[row, column] = value
+                self._store(d, row, column, value)
                 continue
             offset = self.elements.offset(partial.load, d.into, row, column, score)
             if d.each:
@@ -66,28 +66,26 @@ class CapturedGradients:
     def finish(self):
         """All columns are."""
         for d in self.directions:
-            if d.partial.alone:
-                self._store(d)
-                continue
             for row, total in d.sums.items():
                 if d.by_row and d.by_column:
                     _add_of_warp(d.into, d.offsets[row], total)
                 else:
                     _add_of_lanes(d.into, d.offsets[row], total, (1, 2) if d.by_row else (1, 2, 4, 8, 16))
 
-    def _store(self, d: _Direction):
-        """The gradients of elements of which each score has its own, those of rows and keys that exist."""
-        leaf, zero, layout = self.elements.leaf, self.zero, d.into.layout
-        of_row, of_column = (d.into.stride[d.names.index(name)] for name in (self.elements.rows, self.elements.columns))
+    def _store(self, d: _Direction, row: int, column: int, value: Float32):
+        """The gradient of an element of which each score has its own, if row and key exist. Addresses follow one another."""
+        elements, zero = self.elements, self.zero
         width = d.into.element_type.width // 8
-        first = d.into.iterator.toint() + cute.crd2idx(tuple(leaf(name, 0, 0) for name in d.names), layout) * width
-        for row in {row: None for row, _ in d.sums}:
-            place = first + (zero[row, 0][0] - zero[0, 0][0]) * of_row * width
-            columns = [column for r, column in d.sums if r == row]
-            for before, column in zip([columns[0], *columns], columns, strict=False):
-                place = place + (zero[0, column][1] - zero[0, before][1]) * of_column * width
-                exists = leaf("q_idx", row, column) < self.values.seqlen_q
-                _store(place, d.sums[row, column].to(d.into.element_type), exists & self._is_key(row, column))
+        if row not in d.offsets:
+            first = cute.crd2idx(tuple(elements.leaf(name, row, column) for name in d.names), d.into.layout)
+            place = d.into.iterator.toint() + first * width
+        else:
+            place, before = d.offsets[row]
+            step = d.into.stride[d.names.index(elements.columns)] * width
+            place = place + (zero[0, column][1] - zero[0, before][1]) * step
+        d.offsets[row] = place, column
+        exists = elements.leaf("q_idx", row, column) < self.values.seqlen_q
+        _store(place, value.to(d.into.element_type), exists & self._is_key(row, column))
 
     def _is_key(self, row: int, column: int) -> Boolean:
         return self.elements.leaf("kv_idx", row, column) < self.values.seqlen_k
