@@ -226,18 +226,17 @@ class Forward:
         before = (slot + stages - 1) % stages
         self._copy_pair(tiles_of, tile.keys, n - (stages - 1), before)
 
-        scores, kept = Scores(tile.cS, tile.values, self.problem), None
-        if cutlass.const_expr(self.problem.dropout):
-            kept = scores.kept((tile.row_first, tile.keys.begin + n * self.config.tile_n))
         acc_S = cute.make_rmem_tensor(operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
         acc_S.fill(0.0)
         q, k, v = operands.q, operands.k, operands.v
         product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
 
         origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
+        scores = Scores(tile.cS, tile.values, self.problem)
         scores.apply_rules(acc_S, origin, masked)
         output.softmax.step(rows_columns(acc_S), output.rescale)
-        scores.drop(acc_S, kept)
+        if cutlass.const_expr(self.problem.dropout):
+            scores.drop(acc_S, origin)
         scale_rows(rows_columns(acc_O), output.rescale)
 
         p = as_operand_a(acc_S)

@@ -167,13 +167,27 @@ class Scores:
     def kept(self, origin) -> Kept:
         """Which of a thread's probabilities dropout keeps in the tile at ``origin``, whose first row and column are multiples
         of 16. It takes no scores, so that it may be asked for while these are computed."""
-        values, zero, thread, apart = self.values, self.where.zero, self.where.thread, dropout.APART
-        rows, columns = (cute.size(zero, mode=[mode]) for mode in range(2))
+        rows, columns = (cute.size(self.where.zero, mode=[mode]) for mode in range(2))
         bits = cute.make_rmem_tensor(-(-rows * columns // 32), Int32)
         bits.fill(0)
+        for r, c, is_kept in self._which_are_kept(origin):
+            n = c * rows + r
+            bits[n // 32] = bits[n // 32] | _select(is_kept, Int32(_bit(n)), Int32(0))
+        return Kept(bits, rows, self.values.kept_scale)
+
+    def drop(self, acc: cute.Tensor, origin):
+        """P of the forward pass to what P·V takes of it, without the scale."""
+        P = rows_columns(acc)
+        for r, c, is_kept in self._which_are_kept(origin):
+            P[r, c] = _select(is_kept, P[r, c], Float32(0.0))
+
+    def _which_are_kept(self, origin):
+        """(row, column, whether it is kept) of a thread's probabilities, four of a counter at a time."""
+        values, zero, thread, apart = self.values, self.where.zero, self.where.thread, dropout.APART
         above = Uint32(values.drop_below)
-        at = {(zero[r, c][0], zero[r, c][1]): (r, c) for r in range(rows) for c in range(columns)}
-        for (row, column), (r, c) in at.items():
+        rows, columns = (range(cute.size(zero, mode=[mode])) for mode in range(2))
+        at = {(zero[r, c][0], zero[r, c][1]): (r, c) for c in columns for r in rows}
+        for (row, column), (r, _) in at.items():
             if row & apart or column & apart:
                 continue
             position = Uint32(origin[0] + thread[r, 0][0]), Uint32(origin[1] + thread[0, 0][1] + column)
@@ -181,17 +195,8 @@ class Scores:
             counter = dropout.counter(Uint32(values.sequence), Uint32(values.head), q_idx, kv_idx)
             words = dropout.philox(counter, values.seed, WordOps)
             for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                r, c = at[row + i * apart, column + j * apart]
-                word, n = words[dropout.number(j, i) if self.transposed else dropout.number(i, j)], c * rows + r
-                bits[n // 32] = bits[n // 32] | _select(word >= above, Int32(_bit(n)), Int32(0))
-        return Kept(bits, rows, values.kept_scale)
-
-    def drop(self, acc: cute.Tensor, kept: Kept | None):
-        """P of the forward pass to what P·V takes of it, without the scale; nothing without dropout."""
-        if kept is not None:
-            P = rows_columns(acc)
-            for r, c in self._each(P):
-                P[r, c] = kept.of(P[r, c], r, c)
+                word = words[dropout.number(j, i) if self.transposed else dropout.number(i, j)]
+                yield *at[row + i * apart, column + j * apart], word >= above
 
     @property
     def _takes_scores(self) -> bool:

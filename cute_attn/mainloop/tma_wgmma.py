@@ -24,7 +24,7 @@ from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_noth
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
-from cute_attn.mainloop.scores import Coordinates, Kept, Scores
+from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import KeyTiles, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
@@ -419,10 +419,10 @@ class Forward(Kernel):
         top = keys.count - 1
         pipes.k.consumer_wait(kv_state)
         acc_S = self._scores(frag, kv_state)
-        kept = self._kept(me, tile, top) if cutlass.const_expr(self.problem.dropout) else None
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
-        self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()), kept)
+        self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()))
+        self._drop(me, tile, top, acc_S)
         self._probabilities(frag, acc_S)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
@@ -484,13 +484,13 @@ class Forward(Kernel):
         pipes.v.consumer_wait(v_state)
         self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
         self._pass_turn(me)
-        kept = self._kept(me, tile, n) if cutlass.const_expr(self.problem.dropout) else None
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
-        self._softmax(me, frag, softmax, acc_S, tile, where, kept, hold, anchored)
+        self._softmax(me, frag, softmax, acc_S, tile, where, hold, anchored)
         self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
+        self._drop(me, tile, n, acc_S)
         self._probabilities(frag, acc_S)
         if cutlass.const_expr(not (self.config.rescale_early or anchored)):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
@@ -515,25 +515,23 @@ class Forward(Kernel):
         acc_S,
         tile: WarpgroupTile,
         where,
-        kept=None,
         hold=None,
         anchored: cutlass.Constexpr[bool] = False,
     ):
         n, masked = where
-        scores = Scores(me.cS, tile.values, self.problem)
-        scores.apply_rules(acc_S, self._origin(tile, n), masked)
+        origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
+        Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
         if cutlass.const_expr(anchored):
             softmax.anchored_step(rows_columns(acc_S))
         else:
             softmax.step(rows_columns(acc_S), frag.rescale, hold)
-        scores.drop(acc_S, kept)
 
-    def _kept(self, me: ForwardWorker, tile: WarpgroupTile, n) -> Kept:
-        """What dropout keeps in a key tile: known while its scores are computed."""
-        return Scores(me.cS, tile.values, self.problem).kept(self._origin(tile, n))
-
-    def _origin(self, tile: WarpgroupTile, n):
-        return tile.row_first, tile.keys.begin + n * self.config.tile_n
+    @cute.jit
+    def _drop(self, me: ForwardWorker, tile: WarpgroupTile, n, acc_S):
+        """Dropout, once P·V of the tile before has left its registers."""
+        if cutlass.const_expr(self.problem.dropout):
+            origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
+            Scores(me.cS, tile.values, self.problem).drop(acc_S, origin)
 
     @cute.jit
     def _exponentials_begin(self, positive: Float32):
