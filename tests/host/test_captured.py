@@ -155,7 +155,7 @@ def test_biases_of_nothing(no):
 def test_philox_is_the_published_one(word, words):
     """The known answers of 7 rounds that come with its authors' code."""
     x = torch.tensor([word])
-    assert [int(found) for found in dropout.philox((x,) * 4, (x,) * 2, dropout.TensorOps)] == list(words)
+    assert [int(found) for found in dropout.philox((x,) * 4, (x,) * 2, dropout.TensorWordOps)] == list(words)
 
 
 def places(*sizes: int) -> list[torch.Tensor]:
