@@ -542,13 +542,13 @@ def traced(
     if seen is None and changed is None:
         return NOTHING, ()
     captured = tuple(x if x.device == q.device else x.to(q.device) for x in graph.captured)
-    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _is_paired(x)) for x in captured)
+    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _is_paired(x, sizes["kv_idx"])) for x in captured)
     return _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds, partials)), captured
 
 
-def _is_paired(x: torch.Tensor) -> bool:
-    """Whether elements of even index and the next one are at an address that is a multiple of both."""
-    if not x.dim() or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+def _is_paired(x: torch.Tensor, keys: int | None) -> bool:
+    """Whether elements of even index and the next one are at an address that is a multiple of both, for all of so many keys."""
+    if not x.dim() or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or keys is None or x.shape[-1] < keys:
         return False
     *strides, last = x.stride()
     whole = last == 1 and not x.shape[-1] % 2 and not any(stride % 2 for stride in strides)

@@ -62,6 +62,25 @@ def test_dimensions_along_which_a_bias_is_the_same_have_no_index():
         assert captured.is_contiguous()
 
 
+def test_what_is_loaded_in_pairs():
+    """A score's key is the last index, and there is room for all keys at addresses of two."""
+    def pairs(x, score=None, lengths=(6, 10)):
+        return len(partials(score, None if score else x, 2, 4, lengths)[0].pairs)
+
+    assert pairs(zeros(2, 4, 6, 10)) == 1
+    assert pairs(zeros(10)) == 1
+    assert not pairs(zeros(2, 4, 6, 10), lengths=None)
+    assert not pairs(zeros(6, 11), lengths=(6, 11))
+    assert not pairs(zeros(6, 11)[:, :10])
+    assert not pairs(zeros(61)[1:].view(6, 10))
+    assert not pairs(zeros(10, 6).mT)
+    texts = {"x[i, j]": 1, "x[3, j]": 1, "x[i, i]": 0, "x[i, j // 2]": 0, "x[j, j]": 0, "x[s.int(), j]": 0}
+    for text, count in texts.items():
+        for size in (10, 8):  # of fewer than all keys the last one stands for the others
+            x = zeros(10, size)
+            assert pairs(x, eval(f"lambda s, b, h, i, j: s + {text}", {"x": x})) == count * (size == 10), text
+
+
 def test_only_what_requires_a_gradient_is_in_the_key_and_of_the_backward_pass_only():
     table = torch.zeros(4, 10)
     plain, _ = partials(lambda s, b, h, i, j: s * table[h, j])
