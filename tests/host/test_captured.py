@@ -151,6 +151,30 @@ def test_packed_sequences_have_biases_of_their_own():
     torch.testing.assert_close(out[1:, :11], alone)
 
 
+@pytest.mark.parametrize("model", ["Swin", "AlphaFold"])
+def test_biases_of_models(model):
+    """Swin's, gathered from a table of offsets in windows of 7 × 7, with its mask of shifted windows; AlphaFold's, projected from
+    a representation of pairs, beside a mask of residues. Gradients of the table and of the projection, beside torch's function."""
+    n, heads, batch = (49, 4, 6) if model == "Swin" else (23, 4, 2)
+    q, k, v = make_qkv(batch, n, n, heads, heads, 8, 8, torch.float64)
+    if model == "Swin":
+        weight = torch.randn(13 * 13, heads, dtype=torch.float64, requires_grad=True)
+        place = torch.cartesian_prod(torch.arange(7), torch.arange(7))
+        ahead = place[:, None] - place + 6
+        bias = weight[ahead[..., 0] * 13 + ahead[..., 1]].permute(2, 0, 1)
+        regions = torch.randint(0, 3, (batch, n))
+        hidden = regions[:, :, None] != regions[:, None]
+    else:
+        weight = torch.randn(5, heads, dtype=torch.float64, requires_grad=True)
+        bias = (torch.randn(batch, n, n, 5, dtype=torch.float64) @ weight).permute(0, 3, 1, 2)
+        hidden = (torch.rand(batch, n) < 0.2)[:, None].expand(-1, n, -1)
+    ours = attention(q, k, v, bias=bias, mask=lambda b, h, i, j: ~hidden[b, i, j])
+    mask = bias.masked_fill(hidden[:, None], -math.inf)
+    torchs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    torch.testing.assert_close(ours, torchs.transpose(1, 2))
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), weight, retain_graph=True)[0] for x in (ours, torchs)))
+
+
 @pytest.mark.parametrize("no", ["rows", "keys", "batch"])
 def test_biases_of_nothing(no):
     batch, sq, sk = (0, 6, 10) if no == "batch" else (2, 0, 10) if no == "rows" else (2, 6, 0)
