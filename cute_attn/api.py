@@ -23,6 +23,9 @@ BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
+_NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})  # kinds whose equal values mean the same
+_kept: dict[tuple, Call] = {}
+KEPT_MAX = 1024  # calls; each of another shape or rule
 
 
 def attention(
@@ -146,7 +149,10 @@ def attention(
         if ragged:
             others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
-    call = check_call(q, k, v, scale, causal, window, softcap)
+    if extras is None and plain and not ragged:
+        call = _kept_call(q, k, v, scale, causal, window, softcap)
+    else:
+        call = check_call(q, k, v, scale, causal, window, softcap)
     if extras is not None:
         _take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
     how = return_lse, deterministic, backend, mechanism
@@ -160,6 +166,28 @@ def attention(
         return (out, lse.view(call.heads, batch, seqlen_q).transpose(0, 1)) if return_lse else out
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
+
+
+def _kept_call(q, k, v, scale, causal, window, softcap) -> Call:
+    """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, dtypes and devices with the same rules,
+    so that these are checked and planned once."""
+    if (
+        not (q.is_cuda and type(causal) is bool and type(scale) in _NUMBER and type(softcap) in _NUMBER)
+        or not (window is None or (type(window) is tuple and _REACH.issuperset(map(type, window))))
+        or is_compiling()
+        or dispatch_modes()
+    ):
+        return check_call(q, k, v, scale, causal, window, softcap)
+    shapes, dtypes, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+    key = shapes, dtypes, devices, scale, causal, window, softcap
+    call = _kept.get(key)
+    if call is None:
+        call = check_call(q, k, v, scale, causal, window, softcap)
+        call.plans = {}
+        if len(_kept) >= KEPT_MAX:
+            _kept.clear()
+        _kept[key] = call
+    return call
 
 
 def attention_heads_first(q, k, v, scale: float | None, causal: bool) -> torch.Tensor:

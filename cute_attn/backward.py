@@ -27,7 +27,7 @@ from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
 from cute_attn.layouts.fragments import rows_columns, vector
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import LOWEST, finite_row
-from cute_attn.scheduler import Tiles
+from cute_attn.scheduler import Tiles, write_zeros
 from cute_attn.sequences import Sequences, Span
 
 
@@ -64,6 +64,8 @@ def host_function(problem, config):
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
+        if cutlass.const_expr(signals is not None):
+            write_zeros(signals.words, given.stream)
 
         row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, given.stream)
         mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)

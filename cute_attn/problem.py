@@ -125,6 +125,9 @@ class Call:
     ``heads_first`` says that the tensors are ``(batch, heads, seqlen, head_dim)``, as torch's own attention takes them.
     ``packs`` says that gradients may be parts of one tensor, where q, k and v are: whoever unpacked these has them packed then.
 
+    ``plans`` is a place for how calls with tensors of the same shapes are computed (``launch.py``), where one is kept for all
+    of them.
+
     ``captured`` are the tensors that ``expression`` reads, ``sinks`` ``(heads,)``, ``dropout`` the probability of being dropped
     and ``seed`` what decides who is (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as
     functions get it.
@@ -148,6 +151,7 @@ class Call:
     captured: tuple[torch.Tensor, ...] = ()
     sinks: torch.Tensor | None = None
     sequence: int = 0
+    plans: dict[tuple, Any] | None = None
     dropout: float = 0.0
     seed: torch.Tensor | None = None
 
