@@ -168,7 +168,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _kept_call(q, k, v, scale, causal, window, softcap) -> Call:
+def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = False) -> Call:
     """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, dtypes and devices with the same rules,
     so that these are checked and planned once."""
     if (
@@ -177,12 +177,12 @@ def _kept_call(q, k, v, scale, causal, window, softcap) -> Call:
         or is_compiling()
         or dispatch_modes()
     ):
-        return check_call(q, k, v, scale, causal, window, softcap)
+        return check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
     shapes, dtypes, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
-    key = shapes, dtypes, devices, scale, causal, window, softcap
+    key = shapes, dtypes, devices, scale, causal, window, softcap, heads_first
     call = _kept.get(key)
     if call is None:
-        call = check_call(q, k, v, scale, causal, window, softcap)
+        call = check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
         call.plans = {}
         if len(_kept) >= KEPT_MAX:
             _kept.clear()
@@ -194,7 +194,7 @@ def attention_heads_first(q, k, v, scale: float | None, causal: bool) -> torch.T
     """:func:`attention` by the kernels, of ``(batch, heads, seqlen, head_dim)``; the output is such a view of memory in which
     heads come after seqlen, and so are gradients. For eager calls of torch's own CUDA tensors, out of any transform, which
     spares them the views."""
-    call = check_call(q, k, v, scale, causal, None, None, heads_first=True)
+    call = _kept_call(q, k, v, scale, causal, None, None, heads_first=True)
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

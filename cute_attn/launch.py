@@ -115,17 +115,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
         except (TypeError, ValueError, RuntimeError):
             pass  # what the launcher refuses, before it launches anything, is looked at below
     q, k, v = check_tensors_for_gpu(q, k, v, call)
-    if call.heads_first:
-        out = _heads_first(q, call.batch, call.heads, call.seqlen_q, call.head_dim_v)
-        of_rows: tuple = call.batch, call.heads, call.seqlen_q
-    elif call.lengths is None:
-        out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
-        of_rows = call.batch, call.heads, call.seqlen_q
-    else:
-        out = q.new_empty(call.seqlen_q, call.heads, call.head_dim_v)
-        of_rows = call.heads, call.seqlen_q
-    lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
-    lse_raw = q.new_empty(of_rows, dtype=torch.float32) if for_backward else None
+    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
     if call.empty:  # the backward pass won't look at lse_raw either
         out.zero_()
         if lse is not None:
@@ -143,15 +133,28 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     return out, lse, lse_raw
 
 
+def _room_of_results(call: Call, return_lse: bool, for_backward: bool, q):
+    """Memory for ``(out, lse, lse_raw)``."""
+    if call.heads_first:
+        out = _heads_first(q, call.batch, call.heads, call.seqlen_q, call.head_dim_v)
+        of_rows: tuple = call.batch, call.heads, call.seqlen_q
+    elif call.lengths is None:
+        out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
+        of_rows = call.batch, call.heads, call.seqlen_q
+    else:
+        out = q.new_empty(call.seqlen_q, call.heads, call.head_dim_v)
+        of_rows = call.heads, call.seqlen_q
+    lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
+    lse_raw = q.new_empty(of_rows, dtype=torch.float32) if for_backward else None
+    return out, lse, lse_raw
+
+
 def _forward_as_planned(planned: tuple, call: Call, return_lse: bool, for_backward: bool, q, k, v):
     """:func:`forward` of a kept call. The launcher looks at dtypes, devices, strides and alignment itself."""
     if not (q.data_ptr() and k.data_ptr() and v.data_ptr()):
         raise ValueError("a tensor without memory")
     function, device, rest = planned
-    out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)
-    of_rows = call.batch, call.heads, call.seqlen_q
-    lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
-    lse_raw = q.new_empty(of_rows, dtype=torch.float32) if for_backward else None
+    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
     _call(function, device, (q, k, v, out, lse, lse_raw, None, None, *rest, raw_stream(device)))
     return out, lse, lse_raw
 
