@@ -10,8 +10,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from cute_attn import autocast, launch, ops, reference, wrapped
-from cute_attn.arguments import flag, name_of, shown
+from cute_attn import autocast, dropout, launch, ops, reference, wrapped
+from cute_attn.arguments import flag, name_of, number, shown
 from cute_attn.autograd import Attention
 from cute_attn.expressions import traced
 from cute_attn.lengths import NAMES, check_lengths
@@ -23,6 +23,9 @@ BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
+_NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})  # kinds whose equal values mean the same
+_kept: dict[tuple, Call] = {}
+KEPT_MAX = 1024  # calls; each of another shape or rule
 
 
 def attention(
@@ -38,7 +41,9 @@ def attention(
     score: Callable | None = None,
     tensors: tuple[torch.Tensor, ...] = (),
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -73,17 +78,23 @@ def attention(
             up to 4 dimensions, in ``tensors`` or in a closure. Ready-made ones are :mod:`cute_attn.masks`.
         score: ``score(score, batch, head, q_idx, kv_idx, *tensors) -> score``, what is made of a scaled (and capped) score, as
             FlexAttention's ``score_mod``; :mod:`cute_attn.scores`. Gradients go through it, and into captured float tensors
-            that require one, on the reference backend.
+            that require one, which are added up in float32.
         tensors: more arguments of the two functions.
         alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope · |i + seqlen_k − seqlen_q − j|`` is taken from s_ij,
             after all else.
+        bias: added to s_ij, after all else: a tensor that broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``, of q's dtype or
+            float32, with any strides. Its gradient has its shape. −inf hides a key.
         sinks: floats ``(heads,)``: one more logit in the softmax of each row, without a value. The lse counts it, except in a
             row that sees no key.
+        dropout_p: each ``exp(s_ij − lse_i)`` becomes 0 with this probability, from 0 to below 1, and else is divided by
+            ``1 − dropout_p``; the lse stays as it is. Which do is drawn from torch's generator of q's device
+            (``torch.manual_seed``), and doesn't depend on the mechanism; see :mod:`cute_attn.dropout`.
         return_lse: return ``(out, lse)``.
         deterministic: of the gradients. The kernels' backward pass adds the parts of dQ in an order that differs from run
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
             same inputs, same bits. ``torch.use_deterministic_algorithms(True)`` has the same effect. Everything else,
-            and all of the reference, is deterministic anyway, but for gradients of captured tensors, which are refused here.
+            and all of the reference, is deterministic anyway, but for gradients of captured tensors and of a bias: these are
+            refused here, unless each score has an element of its own.
         backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device), or
             ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
         mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.
@@ -124,7 +135,7 @@ def attention(
     """
     if any_autocast_enabled():
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
-    extras = _extras(mask, score, tensors, alibi_slopes, sinks)
+    extras = _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     ragged = not (seqused_q is seqused_k is None)
@@ -138,9 +149,12 @@ def attention(
         if ragged:
             others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
-    call = check_call(q, k, v, scale, causal, window, softcap)
+    if extras is None and plain and not ragged:
+        call = _kept_call(q, k, v, scale, causal, window, softcap)
+    else:
+        call = check_call(q, k, v, scale, causal, window, softcap)
     if extras is not None:
-        _take_extras(call, q, extras, call.batch)
+        _take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
     how = return_lse, deterministic, backend, mechanism
     if ragged:
         batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
@@ -154,11 +168,33 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = False) -> Call:
+    """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, dtypes and devices with the same rules,
+    so that these are checked and planned once."""
+    if (
+        not (q.is_cuda and type(causal) is bool and type(scale) in _NUMBER and type(softcap) in _NUMBER)
+        or not (window is None or (type(window) is tuple and _REACH.issuperset(map(type, window))))
+        or is_compiling()
+        or dispatch_modes()
+    ):
+        return check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
+    shapes, dtypes, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+    key = shapes, dtypes, devices, scale, causal, window, softcap, heads_first
+    call = _kept.get(key)
+    if call is None:
+        call = check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
+        call.plans = {}
+        if len(_kept) >= KEPT_MAX:
+            _kept.clear()
+        _kept[key] = call
+    return call
+
+
 def attention_heads_first(q, k, v, scale: float | None, causal: bool) -> torch.Tensor:
     """:func:`attention` by the kernels, of ``(batch, heads, seqlen, head_dim)``; the output is such a view of memory in which
     heads come after seqlen, and so are gradients. For eager calls of torch's own CUDA tensors, out of any transform, which
     spares them the views."""
-    call = check_call(q, k, v, scale, causal, None, None, heads_first=True)
+    call = _kept_call(q, k, v, scale, causal, None, None, heads_first=True)
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -183,7 +219,9 @@ def attention_varlen(
     score: Callable | None = None,
     tensors: tuple[torch.Tensor, ...] = (),
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -205,8 +243,9 @@ def attention_varlen(
         seqused_q: int32 ``(batch,)`` on q's device: how many of a sequence's rows are in use, see :func:`attention`.
         seqused_k: the same for k and v.
 
-    All others are those of :func:`attention`. With ``CUTE_ATTN_CHECK=1`` in the environment the lengths are read back and
-    checked; without it, wrong ones give wrong results, but nothing is written outside of these.
+    All others are those of :func:`attention`; a ``bias`` is ``(batch, heads, rows, keys)`` with as many rows and keys as
+    the longest sequence has, or more. With ``CUTE_ATTN_CHECK=1`` in the environment the lengths are read back and checked;
+    without it, wrong ones give wrong results, but nothing is written outside of these.
 
     Returns:
         ``out``, ``(total_q, heads, head_dim_v)`` in q's dtype; with ``return_lse`` also ``lse``, ``(heads, total_q)``.
@@ -218,7 +257,7 @@ def attention_varlen(
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    extras = _extras(mask, score, tensors, alibi_slopes, sinks)
+    extras = _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
     plain = _are_plain(q, k, v, *lengths) and not transformed
@@ -239,31 +278,46 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _extras(mask, score, tensors, alibi_slopes, sinks) -> tuple | None:
+def _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple | None:
     """What a call has besides its usual rules; None where it has none of these."""
-    none = mask is score is alibi_slopes is sinks is None and type(tensors) is tuple and not tensors
-    return None if none else (mask, score, tensors, alibi_slopes, sinks)
+    none = mask is score is alibi_slopes is bias is sinks is None and type(tensors) is tuple and not tensors
+    if none and type(dropout_p) in (int, float) and not dropout_p:  # an int as default: torch.compile begins anew for a float
+        return None
+    return mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
 
 
-def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None:
-    """Check and trace what a call has besides its usual rules."""
-    mask, score, tensors, alibi_slopes, sinks = extras
+def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths: tuple[int, int] | None = None) -> None:
+    """Check and trace what a call has besides its usual rules; ``lengths`` are those of all sequences, if they have one."""
+    mask, score, tensors, alibi_slopes, bias, sinks, dropout_p = extras
+    call.dropout = _checked_dropout(dropout_p)
+    if _extras(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
+        return
     _refuse_graphs(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
     if sinks is not None:
         check_sinks(sinks, q, call.heads)
     call.sinks = sinks
-    if _extras(mask, score, tensors, alibi_slopes, None):
+    if call.dropout:
+        call.seed = dropout.draw_seed(q.device)
+    if _extras(mask, score, tensors, alibi_slopes, bias, None, 0.0):
         # Torch.compile, which has left this call out of its graph, would still look into what it calls.
         trace = torch.compiler.disable(traced) if "torch._dynamo" in sys.modules else traced
-        call.expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch)
+        found = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths)
+        call.expression, call.captured = found
+
+
+def _checked_dropout(p: object) -> float:
+    found = number("dropout_p", p, "from 0 to below 1")
+    if not 0.0 <= found < 1.0:
+        raise ValueError(f"dropout_p is {shown(p)}; a number from 0 to below 1 is needed: try 0.1, or 0.0 for none")
+    return found if dropout.threshold(found) else 0.0
 
 
 def _refuse_graphs(traced: bool = False) -> None:
-    """The operators of ``ops.py`` know nothing of functions and sinks."""
+    """The operators of ``ops.py`` know nothing of functions, sinks and dropout."""
     if traced or is_compiling() or dispatch_modes():
         raise NotImplementedError(
-            "mask, score, alibi_slopes or sinks are given inside of torch.compile, torch.export, a transform of torch.func or "
-            "a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
+            "mask, score, alibi_slopes, bias, sinks or dropout_p are given inside of torch.compile, torch.export, a transform "
+            "of torch.func or a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
         )
 
 
@@ -281,10 +335,11 @@ def _extras_of(handle: Callable, extras: tuple) -> dict:
     """The keywords of these, for tensors that stand for others."""
     if handle is not wrapped.nested:
         raise NotImplementedError(
-            "mask, score, alibi_slopes or sinks are given with DTensors or results of collectives; tensors of each rank's own "
-            "are needed, since positions and heads would be those of a shard: try x.to_local() of q, k and v"
+            "mask, score, alibi_slopes, bias, sinks or dropout_p are given with DTensors or results of collectives; tensors of "
+            "each rank's own are needed, since positions and heads would be those of a shard: try x.to_local() of q, k and v"
         )
-    return dict(zip(("mask", "score", "tensors", "alibi_slopes", "sinks"), extras, strict=True))
+    names = "mask", "score", "tensors", "alibi_slopes", "bias", "sinks", "dropout_p"
+    return dict(zip(names, extras, strict=True))
 
 
 def _are_plain(*tensors) -> bool:
@@ -310,7 +365,7 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     )
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
-    if call.expression or call.sinks is not None:
+    if call.expression or call.sinks is not None or call.seed is not None:
         _refuse_graphs()
     if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
@@ -327,17 +382,16 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
 
 
 def _check_captured(call: Call, on_reference: bool, deterministic: bool) -> None:
-    """Refuse gradients that the kernels don't have, and those whose order torch doesn't fix."""
-    for x in call.captured:
-        if x.requires_grad and not on_reference:
+    """Refuse gradients that are added up in any order, where one is to be fixed: torch fixes its own if it is told to."""
+    fixed = torch.are_deterministic_algorithms_enabled()
+    if not call.expression or not (deterministic or fixed) or (on_reference and fixed):
+        return
+    for slot, alone in call.expression.derived.items():
+        if not alone or on_reference:
             raise NotImplementedError(
-                f"a captured tensor, {shown(x)}, requires a gradient, which the kernels don't compute; one that requires none "
-                f"is needed: try .detach(), or backend='reference'"
-            )
-        if x.requires_grad and deterministic and not torch.are_deterministic_algorithms_enabled():
-            raise NotImplementedError(
-                f"a captured tensor, {shown(x)}, requires a gradient, which torch adds up in any order, and deterministic is "
-                f"True; False is needed: leave it out, or try torch.use_deterministic_algorithms(True)"
+                f"a bias or a captured tensor, {shown(call.captured[slot])}, requires a gradient, which is added up in any "
+                f"order, and deterministic is True; False is needed: leave it out, or try backend='reference' and "
+                f"torch.use_deterministic_algorithms(True)"
             )
 
 

@@ -22,12 +22,12 @@ from cutlass import Float32, Int32, cute
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, named
-from cute_attn.forward import captured_of, heads_apart, rows_first, select_modes, sequences_of
+from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
 from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
 from cute_attn.layouts.fragments import rows_columns, vector
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import LOWEST, finite_row
-from cute_attn.scheduler import Tiles
+from cute_attn.scheduler import Tiles, write_zeros
 from cute_attn.sequences import Sequences, Span
 
 
@@ -48,14 +48,15 @@ def host_function(problem, config):
         sequences = sequences_of(problem, q, k, given)
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         lo, hi = shift - given.left, shift + given.right
-        if cutlass.const_expr(problem.bounded_left and sequences is None and not problem.expression):
+        if cutlass.const_expr(problem.bounded_left and sequences is None and not problem.has_places):
             # Keys before the first that any query sees don't exist here: key tiles begin at multiples of tile_n, and would
-            # read them otherwise. Their gradients are zeroed on the host. (Of ragged sequences, and where a function wants to
-            # know positions, they are tiles that no query sees.)
+            # read them otherwise. Their gradients are zeroed on the host. (Of ragged sequences, and where what is
+            # computed depends on positions, they are tiles that no query sees.)
             unseen = cutlass.max(lo, 0)
             k, v, dk, dv = (_rows_from(m, unseen) for m in (k, v, dk, dv))
             seqlen_k, lo, hi = seqlen_k - unseen, lo - unseen, hi - unseen
-        values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap, captured_of(problem, given))
+        rules = {"captured": captured_of(problem, given), "of_captured": given.of_captured, **dropout_of(given)}
+        values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap, **rules)
         # Where dQ is added in a fixed order heads are taken in groups, too: fewer key tiles of one then wait for one another.
         long_first = problem.bounded_right or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
@@ -63,6 +64,8 @@ def host_function(problem, config):
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
+        if cutlass.const_expr(signals is not None):
+            write_zeros(signals.words, given.stream)
 
         row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, given.stream)
         mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)

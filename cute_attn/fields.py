@@ -23,8 +23,8 @@ class Field(NamedTuple):
     if ``heads_first``, ``(batch, heads, seqlen, head_dim)``, and ``row values`` are a float32 for each of its rows, ``(batch,
     heads, seqlen)``; of ragged sequences both have no batch. An ``exact operand`` is one in float32. ``padded row values`` are
     two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
-    ``(n,)``, ``floats`` float32 ``(n,)``; ``captured`` are all tensors that functions read; and there are numbers and the
-    ``stream``."""
+    ``(n,)``, ``floats`` float32 ``(n,)``; ``captured`` are all tensors that functions read, ``of captured`` the gradients of
+    some; and there are numbers and the ``stream``."""
 
     name: str
     kind: str
@@ -44,8 +44,13 @@ def has_sums(problem: Problem, config: Config) -> bool:
     return "q" in problem.gradients and bool(layouts.family(config).pieces(config))
 
 
+def _dropout(name: str, kind: str) -> Field:
+    return Field(name, kind, lambda problem, config: problem.dropout)
+
+
 _CALL = (
     Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
+    *map(_dropout, ("seed", "drop_below", "kept_scale"), ("words", "int32", "float32")),
     *map(_given, NAMES),
     *(Field(name, "int32") for name in ("count", "left", "right")),
     *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
@@ -69,6 +74,7 @@ BACKWARD = (
     Field("dq_sum", "sums", has_sums),
     Field("signals", "words", lambda problem, config: problem.masked or (problem.deterministic and has_sums(problem, config))),
     *map(_gradient, "qkv"),
+    Field("of_captured", "of captured", lambda problem, config: bool(problem.expression.partials)),
     *_CALL,
 )
 MERGE = (

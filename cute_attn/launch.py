@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 
-from cute_attn import rules
+from cute_attn import dropout, rules
 from cute_attn.compile import compiled
 from cute_attn.fields import has_sums
 from cute_attn.layouts import family, target_of
@@ -107,18 +108,14 @@ def passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tupl
 def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q, k, v):
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
     launch. Allocates these and, for ragged sequences with a right edge, an int32 a tile; nothing else."""
+    how = return_lse, for_backward, mechanism
+    if call.plans and (planned := call.plans.get(how)) is not None:
+        try:
+            return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
+        except (TypeError, ValueError, RuntimeError):
+            pass  # what the launcher refuses, before it launches anything, is looked at below
     q, k, v = check_tensors_for_gpu(q, k, v, call)
-    if call.heads_first:
-        out = _heads_first(q, call.batch, call.heads, call.seqlen_q, call.head_dim_v)
-        of_rows: tuple = call.batch, call.heads, call.seqlen_q
-    elif call.lengths is None:
-        out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
-        of_rows = call.batch, call.heads, call.seqlen_q
-    else:
-        out = q.new_empty(call.seqlen_q, call.heads, call.head_dim_v)
-        of_rows = call.heads, call.seqlen_q
-    lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
-    lse_raw = q.new_empty(of_rows, dtype=torch.float32) if for_backward else None
+    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
     if call.empty:  # the backward pass won't look at lse_raw either
         out.zero_()
         if lse is not None:
@@ -131,6 +128,34 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     if call.lengths is not None and (tile := tile_of_tickets(problem, mechanism, device)):
         tickets = q.new_empty(1 + call.lengths.slots(call.seqlen_q, tile) * call.heads, dtype=torch.int32)
     launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets)
+    if call.plans is not None:
+        call.plans[how] = function, device, _besides_tensors(call, blocks)
+    return out, lse, lse_raw
+
+
+def _room_of_results(call: Call, return_lse: bool, for_backward: bool, q):
+    """Memory for ``(out, lse, lse_raw)``."""
+    if call.heads_first:
+        out = _heads_first(q, call.batch, call.heads, call.seqlen_q, call.head_dim_v)
+        of_rows: tuple = call.batch, call.heads, call.seqlen_q
+    elif call.lengths is None:
+        out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
+        of_rows = call.batch, call.heads, call.seqlen_q
+    else:
+        out = q.new_empty(call.seqlen_q, call.heads, call.head_dim_v)
+        of_rows = call.heads, call.seqlen_q
+    lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
+    lse_raw = q.new_empty(of_rows, dtype=torch.float32) if for_backward else None
+    return out, lse, lse_raw
+
+
+def _forward_as_planned(planned: tuple, call: Call, return_lse: bool, for_backward: bool, q, k, v):
+    """:func:`forward` of a kept call. The launcher looks at dtypes, devices, strides and alignment itself."""
+    if not (q.data_ptr() and k.data_ptr() and v.data_ptr()):
+        raise ValueError("a tensor without memory")
+    function, device, rest = planned
+    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
+    _call(function, device, (q, k, v, out, lse, lse_raw, None, None, *rest, raw_stream(device)))
     return out, lse, lse_raw
 
 
@@ -142,54 +167,105 @@ def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, ou
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
     """``(dq, dk, dv)`` on the current stream, ``None`` for those that ``needs`` (a part of ``"qkv"``) doesn't name. Where there
-    are sinks or captured tensors, theirs follow: the sinks', if they require one (:mod:`cute_attn.reference` derives it), and
-    ``None`` for the others. The call must not be empty.
+    are sinks or captured tensors, theirs follow, if they require one (:mod:`cute_attn.reference` derives the sinks'). The call
+    must not be empty.
 
     All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
     place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts
     are added up in memory, their float32 sums; of both the rows are a multiple of 128, and of the sums the columns those that
     a head takes in shared memory.
     """
-    needs = needs or "q"  # sinks alone
+    wanted = needs
+    if not needs or (call.expression and call.expression.partials and "q" not in needs):
+        needs = f"q{needs}"  # for the sinks alone; and whoever adds to dQ knows dS
     gradient = _room(call, needs, q, k, v)
     # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise.
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
     lse_raw = lse_raw.contiguous()
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
-    device = q.get_device()
-    of_lse = dlse is not None
-    sums = sums_of(problem_of(q.dtype, call, of_lse, needs), mechanism, device)
-    ordered = deterministic and sums is not None  # without sums there is no order to fix
-    problem = problem_of(q.dtype, call, of_lse, needs, ordered)
-    function, blocks = prepared(problem, mechanism, device, _head_blocks(problem, mechanism, device, call))
-
-    rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
-    if call.lengths is not None:  # cute_attn.sequences says where each begins
-        rows_padded = call.lengths.slots(call.seqlen_q, ROW_PADDING) * ROW_PADDING
-    rows = q.new_empty((2, call.batch, call.heads, rows_padded), dtype=torch.float32)
-    dq_sum = signals = None
-    counters = 0
-    if sums is not None:
-        tile_m, pieces, values = sums
-        tiles = (call.batch, call.heads, rows_padded // tile_m)
-        dq_sum = q.new_empty((*tiles, pieces, values), dtype=torch.float32)
-        counters = math.prod(tiles) if ordered else 0
-    if ordered or problem.masked:
-        signals = q.new_zeros(COUNTERS + counters, dtype=torch.int32)
+    planned = _plan_gradients(call, mechanism, needs, deterministic, dlse is not None, q)
+    rows = q.new_empty(planned.rows, dtype=torch.float32)
+    dq_sum = None if planned.sums is None else q.new_empty(planned.sums, dtype=torch.float32)
+    signals = q.new_empty(planned.signals, dtype=torch.int32) if planned.signals else None
     # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
     if call.lengths is None and call.left is not None and call.shift > call.left:
         for x in (gradient["k"], gradient["v"]):
             if x is not None:
                 x[:, : call.shift - call.left].zero_()
-    _run(function, blocks, device, call, (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *gradient.values()))
+    of_captured = _room_of_captured(call)
+    into = *gradient.values(), tuple(of_captured.values()) or None
+    tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *into
+    _call(planned.function, planned.device, (*tensors, *planned.rest, raw_stream(planned.device)))
+    found = tuple(x if name in wanted else None for name, x in gradient.items())
     if not call.others:
-        return tuple(gradient.values())
+        return found
     dsinks = None
     if call.sinks is not None and call.sinks.requires_grad:
-        unit = 1.0 if problem.expression.score is not None else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
+        natural = call.expression and call.expression.score is not None
+        unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
         weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
         dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
-    return *gradient.values(), dsinks, *(None for _ in call.captured)
+    return *found, dsinks, *map(partial(_of_captured, of_captured), range(len(call.captured)), call.captured)
+
+
+class _PlannedGradients(NamedTuple):
+    """How the backward pass of a call is computed: the kernels, the shapes of what they take besides the call's tensors (None
+    or 0 for what they don't), and the rest of their arguments."""
+
+    function: Callable
+    device: int
+    rows: tuple[int, ...]
+    sums: tuple[int, ...] | None
+    signals: int
+    rest: tuple
+
+
+def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q) -> _PlannedGradients:
+    how = needs, deterministic, of_lse, mechanism
+    if call.plans and (planned := call.plans.get(how)) is not None:
+        return planned
+    device = q.get_device()
+    sums = sums_of(problem_of(q.dtype, call, of_lse, needs), mechanism, device)
+    ordered = deterministic and sums is not None  # without sums there is no order to fix
+    problem = problem_of(q.dtype, call, of_lse, needs, ordered)
+    function, blocks = prepared(problem, mechanism, device, _head_blocks(problem, mechanism, device, call))
+    rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
+    if call.lengths is not None:  # cute_attn.sequences says where each begins
+        rows_padded = call.lengths.slots(call.seqlen_q, ROW_PADDING) * ROW_PADDING
+    tiles: tuple[int, ...] = ()
+    if sums is not None:
+        tile_m, *of_tile = sums
+        tiles = call.batch, call.heads, rows_padded // tile_m
+    planned = _PlannedGradients(
+        function,
+        device,
+        rows=(2, call.batch, call.heads, rows_padded),
+        sums=None if sums is None else (*tiles, *of_tile),
+        signals=COUNTERS + (math.prod(tiles) if ordered else 0) if ordered or problem.masked else 0,
+        rest=_besides_tensors(call, blocks),
+    )
+    if call.plans is not None:
+        call.plans[how] = planned
+    return planned
+
+
+def _room_of_captured(call: Call) -> dict[int, torch.Tensor]:
+    """Memory for the captured tensors' gradients by their numbers: zeros, but where each element is stored."""
+    if not call.expression:
+        return {}
+    room = {}
+    for slot, alone in call.expression.derived.items():
+        x = call.captured[slot]
+        make = torch.empty if alone and call.lengths is None and not call.masked else torch.zeros
+        room[slot] = make(x.shape or (1,), dtype=x.dtype if alone else torch.float32, device=x.device)
+    return room
+
+
+def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of a captured tensor; zeros of one that no score depends on."""
+    if slot in room:
+        return room[slot].to(x.dtype).view(x.shape)
+    return torch.zeros_like(x) if x.requires_grad else None
 
 
 def _as_read(x: torch.Tensor) -> torch.Tensor:
@@ -240,6 +316,8 @@ def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:
     """The tensor ``(…, parts, heads, head_dim)`` whose ``unbind(-3)`` the parts ``(…, heads, head_dim)`` are; None if there is
     none, since they lie elsewhere."""
     first = parts[0]
+    if first.storage_offset() == parts[1].storage_offset():  # the usual case of tensors by themselves
+        return None
     shape, strides = first.shape, first.stride()
     begin, step = first.storage_offset(), strides[-2] * shape[-2]
     for i, x in enumerate(parts):
@@ -252,6 +330,8 @@ def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
     """``x`` where 16-byte copies can read it in place (an expanded one can't always), else a copy."""
+    if all(x.stride()) and is_aligned(x):  # the usual case
+        return x
     expanded = any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True))
     with suppress(ValueError):
         if not expanded:
@@ -260,12 +340,25 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tuple) -> None:
+    _call(function, device, (*tensors, *_besides_tensors(call, blocks), raw_stream(device)))
+
+
+def _besides_tensors(call: Call, blocks: int) -> tuple:
+    """What a pass takes of a call behind its own tensors and before the stream."""
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     lengths = call.lengths
     where = NO_LENGTHS if lengths is None else (*lengths.tensors, lengths.count)
     captured = tuple(map(_as_read, call.captured)) if call.captured else None
+    drops: tuple = None, None, None
+    if call.seed is not None:
+        below = dropout.threshold(call.dropout)
+        drops = call.seed.view(torch.int32), below - (below >> 31 << 32), dropout.kept_scale(call.dropout)
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    arguments = (*tensors, captured, *where, *numbers, raw_stream(device))
+    return captured, *drops, *where, *numbers
+
+
+def _call(function: Callable, device: int, arguments: tuple) -> None:
+    """On a device, whichever is current."""
     if current_device() == device:
         function(*arguments)
     else:

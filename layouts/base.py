@@ -52,7 +52,7 @@ KIB = 1024
 NAMED_BARRIERS = 16  # of a block
 SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
 ROW_PADDING = 128  # a multiple of every tile_m of the backward pass
-# Words of a backward call's int32 signals in global memory, zeros before it: copy carefully (mainloop/guard.py), the next
+# Words of a backward call's int32 signals in global memory, zeros at first: copy carefully (mainloop/guard.py), the next
 # block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
 
