@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from cute_attn import autocast, launch, ops, reference, wrapped
+from cute_attn import autocast, blocks, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of, shown
 from cute_attn.autograd import Attention
 from cute_attn.expressions import traced
@@ -37,6 +37,7 @@ def attention(
     mask: Callable | None = None,
     score: Callable | None = None,
     tensors: tuple[torch.Tensor, ...] = (),
+    block_mask: Any = None,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
@@ -75,6 +76,10 @@ def attention(
             FlexAttention's ``score_mod``; :mod:`cute_attn.scores`. Gradients go through it, and into captured float tensors
             that require one, on the reference backend.
         tensors: more arguments of the two functions.
+        block_mask: what :func:`cute_attn.block_mask` found out about ``mask``: tiles that it hides are not computed, and only
+            those that it cuts are masked. It must be of the same mask, and of what its tensors hold now; nobody looks whether
+            that is so. Or FlexAttention's ``BlockMask``, whose ``mask_mod`` is the mask where there is no other. Goes without
+            causal, window and sequences of different lengths.
         alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope · |i + seqlen_k − seqlen_q − j|`` is taken from s_ij,
             after all else.
         sinks: floats ``(heads,)``: one more logit in the softmax of each row, without a value. The lse counts it, except in a
@@ -131,6 +136,8 @@ def attention(
     if ragged:
         plain = plain and _are_plain(seqused_q, seqused_k)
     if not plain and (handle := wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)):
+        if block_mask is not None:
+            _refuse_ragged_blocks()
         rules: dict = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         if extras is not None:
             rules |= _extras_of(handle, extras)
@@ -139,6 +146,11 @@ def attention(
             others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
     call = check_call(q, k, v, scale, causal, window, softcap)
+    if block_mask is not None:
+        call.blocks, mask = blocks.taken(block_mask, mask, call, q)
+        if ragged:
+            _refuse_ragged_blocks()
+        extras = mask, score, tensors, alibi_slopes, sinks
     if extras is not None:
         _take_extras(call, q, extras, call.batch)
     how = return_lse, deterministic, backend, mechanism
@@ -265,6 +277,13 @@ def _refuse_graphs(traced: bool = False) -> None:
             "mask, score, alibi_slopes or sinks are given inside of torch.compile, torch.export, a transform of torch.func or "
             "a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
         )
+
+
+def _refuse_ragged_blocks() -> NoReturn:
+    raise NotImplementedError(
+        "block_mask is given with nested tensors, DTensors, results of collectives or seqused; plain tensors with sequences of "
+        "one length are needed: try mask= alone, or masks.document for sequences that are packed in one"
+    )
 
 
 def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:

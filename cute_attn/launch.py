@@ -16,12 +16,23 @@ import torch
 
 from cute_attn import rules
 from cute_attn.compile import compiled
-from cute_attn.fields import has_sums
+from cute_attn.expressions import Expression
+from cute_attn.fields import has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
+from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
 from cute_attn.plan import plan, takes_tickets
 from cute_attn.private import current_device, raw_stream
-from cute_attn.problem import DTYPE_NAMES, Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
+from cute_attn.problem import (
+    DTYPE_NAMES,
+    HEAD_DIM_STEP,
+    Call,
+    Problem,
+    check_strides,
+    check_tensors_for_gpu,
+    is_aligned,
+    problem_of,
+)
 
 NO_LENGTHS = (None, None, None, None, 0)
 
@@ -62,6 +73,17 @@ def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, 
     if not has_sums(problem, config):
         return None
     return config.tile_m, len(family(config).pieces(config)), math.prod(family(config).piece_shape(config))
+
+
+@lru_cache(maxsize=4096)
+def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tuple[int, int, int]:
+    """``(tile_m, tile_n, rows)`` of the tiles that a block mask lists; ``rows`` are those of the query tiles that walk over
+    keys, in the backward pass 0 where none do."""
+    config = plan(problem, device_target(device), mechanism)
+    if not problem.gradients:
+        return config.tile_m, config.tile_n, config.tile_m
+    rows = family(config).warpgroups(config) * ROWS_PER_WARPGROUP if walks_over_keys(problem, config) else 0
+    return config.tile_m, config.tile_n, rows
 
 
 @lru_cache(maxsize=4096)
@@ -110,14 +132,20 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     tickets = None
     if call.lengths is not None and (tile := tile_of_tickets(problem, mechanism, device)):
         tickets = q.new_empty(1 + call.lengths.slots(call.seqlen_q, tile) * call.heads, dtype=torch.int32)
-    launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets)
+    key_lists = None
+    if call.blocks is not None:
+        tile_m, tile_n, _ = tiles_of_lists(problem, mechanism, device)
+        key_lists = call.blocks.key_lists(tile_m, tile_n, call.batch, call.heads)
+    launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets, key_lists)
     return out, lse, lse_raw
 
 
-def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw, tickets=None) -> None:
+def launch(
+    function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw, tickets=None, key_lists=None
+) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks))
+    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks, key_lists))
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
@@ -161,7 +189,10 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
         for x in (gradient["k"], gradient["v"]):
             if x is not None:
                 x[:, : call.shift - call.left].zero_()
-    _run(function, blocks, device, call, (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *gradient.values()))
+    lists = None, None, None
+    if call.blocks is not None:
+        lists = _lists_of_gradients(call, problem, mechanism, device)
+    _run(function, blocks, device, call, (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *gradient.values(), *lists))
     if not call.others:
         return tuple(gradient.values())
     dsinks = None
@@ -170,6 +201,30 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
         weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
         dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
     return *gradient.values(), dsinks, *(None for _ in call.captured)
+
+
+def _lists_of_gradients(call: Call, problem: Problem, mechanism: str | None, device: int) -> tuple:
+    """A block mask's lists of query tiles and, where a kernel walks over them, of key tiles, and ranks."""
+    (tile_m, tile_n, rows), batch, heads = tiles_of_lists(problem, mechanism, device), call.batch, call.heads
+    return (
+        call.blocks.query_lists(tile_m, tile_n, batch, heads, call.heads_kv),
+        call.blocks.key_lists(rows, tile_n, batch, heads) if rows else None,
+        call.blocks.ranks(tile_m, tile_n, batch, heads) if problem.deterministic else None,
+    )
+
+
+def classify(kinds: torch.Tensor, expression: Expression, captured: tuple, seqlen_q: int, seqlen_k: int) -> None:
+    """``blocks.classified`` by a kernel, on the current stream."""
+    device = kinds.get_device()
+    function, _ = prepared(_classifying(expression), None, device)
+    read = tuple(map(_as_read, captured)) if captured else None
+    with torch.cuda.device(device):
+        function(kinds, read, seqlen_q, seqlen_k, raw_stream(device))
+
+
+@lru_cache(maxsize=64)
+def _classifying(expression: Expression) -> Problem:
+    return Problem("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, expression=expression, blocks="classified")
 
 
 def _as_read(x: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,9 @@ class Problem:
     ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
 
     ``expression`` is what the user's functions compute, and ``sinks`` says that each row's softmax has one more logit.
+
+    ``blocks`` is ``"listed"`` where a block mask says which tiles there are to visit, and ``"classified"`` makes it the kernel
+    that finds out which a mask hides (``classify.py``).
     """
 
     dtype: str
@@ -72,6 +75,7 @@ class Problem:
     sinks: bool = False
     expression: Expression = NOTHING
     merges: str = ""
+    blocks: str = ""
 
     def __post_init__(self):
         """A value of another kind would be another key, even if it is equal."""
@@ -89,12 +93,17 @@ class Problem:
     @property
     def masked(self) -> bool:
         """Whether a tile may hold keys that some of its rows see and others don't."""
-        return self.bounded_left or self.bounded_right or self.masks_all
+        return self.bounded_left or self.bounded_right or self.expression.mask is not None
 
     @property
     def masks_all(self) -> bool:
         """Whether any key may be hidden from any query, so that every tile has to mask."""
-        return self.expression.mask is not None
+        return self.expression.mask is not None and not self.blocks
+
+    @property
+    def unequal(self) -> bool:
+        """Whether tiles of a head cost unequal time, and those at an end of its sequence the most."""
+        return self.bounded_right or bool(self.blocks)
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -140,6 +149,7 @@ class Call:
     captured: tuple[torch.Tensor, ...] = ()
     sinks: torch.Tensor | None = None
     sequence: int = 0
+    blocks: Any = None  # or a BlockMask
 
     @property
     def others(self) -> tuple[torch.Tensor | None, ...]:
@@ -295,6 +305,8 @@ def problem_of(
         "" if call.lengths is None else call.lengths.names,
         call.sinks is not None and not gradients,  # a backward pass has them in the log-sum-exp
         call.expression or NOTHING,
+        "",
+        "" if call.blocks is None else "listed",
     )
 
 

@@ -55,6 +55,10 @@ ROW_PADDING = 128  # a multiple of every tile_m of the backward pass
 # Words of a backward call's int32 signals in global memory, zeros before it: copy carefully (mainloop/guard.py), the next
 # block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
+BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it
+# A list of tiles there is HEADER words, and one for each tile: its number in the lower TILE_BITS, and more above.
+HEADER, TILE_BITS = 3, 20
+TILE_MASK = (1 << TILE_BITS) - 1
 
 
 @dataclass(frozen=True)

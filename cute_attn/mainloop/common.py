@@ -27,6 +27,9 @@ class Values:
 
     ``captured`` are the tensors that the user's functions read, of ranks from 1 on, None without functions; ``sequence`` and
     ``head`` are where they are computed then. ``sinks`` is (heads), or None.
+
+    Where there is a block mask, ``key_lists`` are those of the query tiles and ``query_lists`` those of the key tiles, as
+    ``blocks.py`` says, ``(batch, heads, tile, …)``, and ``ranks`` the order in which dQ is added up, where it is fixed.
     """
 
     seqlen_q: Int32
@@ -39,6 +42,9 @@ class Values:
     sinks: cute.Tensor | None = None
     sequence: Int32 | None = None
     head: Int32 | None = None
+    key_lists: cute.Tensor | None = None
+    query_lists: cute.Tensor | None = None
+    ranks: cute.Tensor | None = None
 
     def of(self, work: Work) -> Values:
         """The values of a tile's sequence and head."""

@@ -198,7 +198,7 @@ class Scores:
         """One comparison an edge and score, against a compile-time column. Of keys by queries, rows past the last are masked as
         well: queries past theirs weigh nothing anyway."""
         band, values = self.values.band(self.problem), self.values
-        if cutlass.const_expr(self.problem.masks_all):
+        if cutlass.const_expr(self.problem.expression.mask is not None):
             self._mask_by_function(scores, self._elements(origin))
         columns, rows = values.seqlen_k, None
         if cutlass.const_expr(self.transposed):

@@ -158,18 +158,18 @@ class KeyGradients(KeyBlocks):
             if hides:
                 signals.ask_for_care()
         i = Int32(0)
-        for j in cutlass.range(visited.count * heads_per_kv, unroll=1):
+        for j in cutlass.range(visited.count * visited.members(heads_per_kv), unroll=1):
             pipes.q.consumer_wait(state)
             acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
             warpgroup.wait_group(0)
-            m_block = visited.in_order(i, self.problem)
+            m_block, member = visited.tile(i, j // visited.count, self.problem)
             hidden = None
             if cutlass.const_expr(hides is not None):
                 hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
             origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
-            of_head = values.of_head(work.head_kv * heads_per_kv + j // visited.count)
+            of_head = values.of_head(work.head_kv * heads_per_kv + member)
             scores = Scores(cS, of_head, self.problem, transposed=True)
-            scores.apply_rules(acc_S, origin, visited.needs_mask(m_block), hidden)
+            scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
             P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin)
             rP = rounded_operand(P, self.element)
             if cutlass.const_expr(self.needs_k):
@@ -209,7 +209,7 @@ class KeyGradients(KeyBlocks):
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
-        for _ in cutlass.range(visited.count * heads_per_kv, unroll=1):
+        for _ in cutlass.range(visited.count * visited.members(heads_per_kv), unroll=1):
             pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
                 acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
