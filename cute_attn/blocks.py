@@ -302,7 +302,7 @@ def taken(given: Any, mask: Callable | None, call: Any, q: torch.Tensor) -> tupl
 
 
 def _from_flex_attention(given: Any) -> tuple[BlockMask, Callable]:
-    if not all(hasattr(given, name) for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "BLOCK_SIZE", "mask_mod")):
+    if not all(hasattr(given, name) for name in ("kv_num_blocks", "full_kv_num_blocks", "BLOCK_SIZE", "mask_mod")):
         raise TypeError(f"block_mask is {shown(given)}; a BlockMask is needed: try cute_attn.block_mask(mask, …)")
     if given not in _CONVERTED:
         (seqlen_q, seqlen_k), sides = given.seq_lengths, given.BLOCK_SIZE
