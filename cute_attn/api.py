@@ -23,6 +23,7 @@ BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
+_UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
 
 
 def attention(
@@ -266,7 +267,9 @@ def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None
     call.sinks = sinks
     if _extras(mask, score, tensors, alibi_slopes, None):
         # Torch.compile, which has left this call out of its graph, would still look into what it calls.
-        trace = torch.compiler.disable(traced) if "torch._dynamo" in sys.modules else traced
+        if "torch._dynamo" in sys.modules and not _UNSEEN:
+            _UNSEEN.append(torch.compiler.disable(traced))
+        trace = _UNSEEN[0] if _UNSEEN else traced
         call.expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch)
 
 
