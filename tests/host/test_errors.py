@@ -860,7 +860,7 @@ FUNCTIONS = [
         "sequences of one length are",
         "mask= alone",
     ),
-    Row("a block mask of no mask", lambda: block_mask(None, 1, 1, 5, 5), TypeError, "mask is None", "a function is", "masks.causal"),
+    Row("blocks of no mask", lambda: block_mask(None, 1, 1, 5, 5), TypeError, "mask is None", "a function is", "causal"),
     Row(
         "a block mask of very many heads",
         lambda: attention(*tensors((1, 6, 4096, 8), (1, 10, 1, 8), (1, 10, 1, 8)), mask=masks.causal, block_mask=blocked()),
