@@ -333,7 +333,7 @@ def measure(row: Row, size: Size, device: str, clock: timing.Clock, options: arg
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return [dataclasses.replace(cell, why_not=f"{type(error).__name__}: {error}".partition("\n")[0]) for cell in cells]
     for cell in cells:
-        calls = forward if cell.direction == FORWARD else backward
+        calls: list[Callable[[], Any]] = [*(forward if cell.direction == FORWARD else backward)]
         if row.same:
             one, two = (found[cell.direction == BACKWARD].float().flatten() for found in results)
             cell.alike = torch.nn.functional.cosine_similarity(one, two, dim=0).item()
@@ -356,7 +356,7 @@ def block_mask_times(device: str, clock: timing.Clock, rounds: int) -> list[dict
             blocks.to(device).key_lists(128, 128, 1, 1)
             blocks._kept.clear()
 
-        times = [_median(clock, call, rounds) for call in (make, lists)]
+        times = _median(clock, make, rounds), _median(clock, lists, rounds)
         held = blocks.kinds.nbytes + blocks.key_lists(128, 128, 1, 1).nbytes
         found.append({"seqlen": seqlen, "goal": goal, "seconds": times[0], "lists": times[1], "bytes": held})
     return found
