@@ -112,7 +112,7 @@ def test_whole_tiles_of_a_list_compute_no_mask():
     assert any(sum("MUFU.EX2" in line for line in body) >= 64 for body in plain)
 
 
-UNNEEDED = ("LDG", "FMNMX", "FSEL")
+UNNEEDED = ("LDG", "FMNMX")
 
 
 def loops_of(sass: str) -> list[list[str]]:
