@@ -148,9 +148,10 @@ def attention(
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
     call = check_call(q, k, v, scale, causal, window, softcap)
     if block_mask is not None:
-        call.blocks, mask = blocks.taken(block_mask, mask, call, q)
+        _refuse_graphs(_is_traced(q))
         if ragged:
             _refuse_ragged_blocks()
+        call.blocks, mask = blocks.taken(block_mask, mask, call, q)
         extras = mask, score, tensors, alibi_slopes, sinks
     if extras is not None:
         _take_extras(call, q, extras, call.batch)
@@ -261,7 +262,7 @@ def _extras(mask, score, tensors, alibi_slopes, sinks) -> tuple | None:
 def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None:
     """Check and trace what a call has besides its usual rules."""
     mask, score, tensors, alibi_slopes, sinks = extras
-    _refuse_graphs(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
+    _refuse_graphs(_is_traced(q))
     if sinks is not None:
         check_sinks(sinks, q, call.heads)
     call.sinks = sinks
@@ -271,6 +272,10 @@ def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None
             _UNSEEN.append(torch.compiler.disable(traced))
         trace = _UNSEEN[0] if _UNSEEN else traced
         call.expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch)
+
+
+def _is_traced(q: torch.Tensor) -> bool:
+    return bool(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
 
 
 def _refuse_graphs(traced: bool = False) -> None:

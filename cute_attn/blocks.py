@@ -127,25 +127,21 @@ class BlockMask:
     def _keep(self, name: str, make: Callable, *of: int) -> torch.Tensor:
         """What ``make(*of)`` returns, made once. Another stream than the one that made it waits for it. What a CUDA graph
         records is the graph's: it is not kept."""
-        if not self.kinds.is_cuda:
-            found = self._kept.get((name, *of))
-            if found is None:
-                found = self._kept[name, *of] = (make(*of),)
+        found, on_gpu = self._kept.get((name, *of)), self.kinds.is_cuda
+        stream = raw_stream(self.kinds.get_device()) if on_gpu else 0
+        if found is not None and found[1] == stream:
             return found[0]
-        device = self.kinds.get_device()
-        recording, stream = torch.cuda.is_current_stream_capturing(), raw_stream(device)
-        found = self._kept.get((name, *of))
-        if found is None:
-            made = make(*of)
+        recording = on_gpu and torch.cuda.is_current_stream_capturing()
+        if found is not None:
             if not recording:
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(device))
-                self._kept[name, *of] = made, stream, event
-            return made
-        made, made_on, event = found
-        if made_on != stream and not recording:
-            torch.cuda.current_stream(device).wait_event(event)
-            made.record_stream(torch.cuda.current_stream(device))
+                here = torch.cuda.current_stream(self.kinds.device)
+                here.wait_event(found[2])
+                found[0].record_stream(here)
+            return found[0]
+        made = make(*of)
+        if not recording:
+            event = torch.cuda.current_stream(self.kinds.device).record_event() if on_gpu else None
+            self._kept[name, *of] = made, stream, event
         return made
 
     # ---- for people
