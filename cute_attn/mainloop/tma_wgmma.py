@@ -469,10 +469,11 @@ class Forward(Kernel):
         v_state,
         where,
         again: cutlass.Constexpr[bool] = False,
+        anchored: cutlass.Constexpr[bool] = True,
     ):
         """Scores and softmax of a key tile, while the tensor cores add the tile before it to O."""
         n, masked = where
-        anchored = self.anchored and not masked
+        anchored = anchored and self.anchored and not masked
         hold = tile.keys.is_whole(n) if cutlass.const_expr(self.anchored and again) else None
         k_state = v_state.clone()
         k_state.advance()

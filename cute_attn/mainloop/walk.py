@@ -112,7 +112,8 @@ class KeyTiles:
 @dataclass(frozen=True)
 class ListedKeys:
     """The key tiles of one query tile as a list has them, what :class:`KeyTiles` is for a band: ``count`` of its ``entries``
-    from ``first`` on, and the ``masked`` ones, which need a mask, come first. Tiles begin at multiples of tile_n."""
+    from ``first`` on, and the ``masked`` ones, which need a mask, come first. Tiles begin at multiples of tile_n. Where it
+    ``leads``, the first tile that needs no mask comes before those that are anchored, and shows each row a key."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     end: Int32
@@ -120,6 +121,7 @@ class ListedKeys:
     count: Int32
     masked: Int32
     begin: cutlass.Constexpr[int] = 0
+    leads: cutlass.Constexpr[bool] = False
 
     @staticmethod
     def of(values: Values, m_block: Int32) -> ListedKeys:
@@ -127,9 +129,8 @@ class ListedKeys:
         return ListedKeys(entries, values.seqlen_k, Int32(0), entries[1], entries[0])
 
     def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> ListedKeys:
-        """The same walk, whose whole tiles come when each row has seen a key: the first of them, which shows each row some,
-        counts as masked."""
-        return replace(self, masked=cutlass.min(self.masked + 1, self.count))
+        """The same walk, whose whole tiles come when each row has seen a key."""
+        return replace(self, leads=True)
 
     @cute.jit
     def of_rows(
@@ -166,10 +167,10 @@ class ListedKeys:
         return i < self.masked
 
     def is_whole(self, i):
-        return i >= self.masked
+        return i >= self.masked + int(self.leads)
 
     def last_is_masked(self):
-        return self.entries[0] > self.first
+        return self.masked > 0
 
 
 @dataclass(frozen=True)
@@ -298,12 +299,17 @@ def walk(
     """
     before, after = around_whole
     if cutlass.const_expr(problem.blocks):
-        masked = keys.masked if cutlass.const_expr(last) else cutlass.max(keys.masked, 1)
-        for i in cutlass.range(0 if last else 1, masked, unroll=1):
+        done = keys.masked if cutlass.const_expr(last) else cutlass.max(keys.masked, 1)
+        for i in cutlass.range(0 if last else 1, done, unroll=1):
             state = step(state, (i, True))
+        if cutlass.const_expr(keys.leads):
+            led = cutlass.min(keys.masked + 1, keys.count)
+            for i in cutlass.range(done, led, unroll=1):
+                state = step(state, (i, False), anchored=False)
+            done = cutlass.max(done, led)
         if cutlass.const_expr(before is not None):
             before()
-        for i in cutlass.range(masked, keys.count, unroll=1):
+        for i in cutlass.range(done, keys.count, unroll=1):
             state = step(state, (i, False))
     else:
         top = keys.count - 1
