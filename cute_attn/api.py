@@ -10,8 +10,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from cute_attn import autocast, blocks, launch, ops, reference, wrapped
-from cute_attn.arguments import flag, name_of, shown
+from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
+from cute_attn.arguments import flag, name_of, number, shown
 from cute_attn.autograd import Attention
 from cute_attn.expressions import traced
 from cute_attn.lengths import NAMES, check_lengths
@@ -40,7 +40,9 @@ def attention(
     tensors: tuple[torch.Tensor, ...] = (),
     block_mask: Any = None,
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -75,7 +77,7 @@ def attention(
             up to 4 dimensions, in ``tensors`` or in a closure. Ready-made ones are :mod:`cute_attn.masks`.
         score: ``score(score, batch, head, q_idx, kv_idx, *tensors) -> score``, what is made of a scaled (and capped) score, as
             FlexAttention's ``score_mod``; :mod:`cute_attn.scores`. Gradients go through it, and into captured float tensors
-            that require one, on the reference backend.
+            that require one, which are added up in float32.
         tensors: more arguments of the two functions.
         block_mask: what :func:`cute_attn.block_mask` found out about ``mask``: tiles that it hides are not computed, and only
             those that it cuts are masked. It must be of the same mask, and of what its tensors hold now; nobody looks whether
@@ -83,13 +85,19 @@ def attention(
             causal, window and sequences of different lengths.
         alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope · |i + seqlen_k − seqlen_q − j|`` is taken from s_ij,
             after all else.
+        bias: added to s_ij, after all else: a tensor that broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``, of q's dtype or
+            float32, with any strides. Its gradient has its shape. −inf hides a key.
         sinks: floats ``(heads,)``: one more logit in the softmax of each row, without a value. The lse counts it, except in a
             row that sees no key.
+        dropout_p: each ``exp(s_ij − lse_i)`` becomes 0 with this probability, from 0 to below 1, and else is divided by
+            ``1 − dropout_p``; the lse stays as it is. Which do is drawn from torch's generator of q's device
+            (``torch.manual_seed``), and doesn't depend on the mechanism; see :mod:`cute_attn.dropout`.
         return_lse: return ``(out, lse)``.
         deterministic: of the gradients. The kernels' backward pass adds the parts of dQ in an order that differs from run
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
             same inputs, same bits. ``torch.use_deterministic_algorithms(True)`` has the same effect. Everything else,
-            and all of the reference, is deterministic anyway, but for gradients of captured tensors, which are refused here.
+            and all of the reference, is deterministic anyway, but for gradients of captured tensors and of a bias: these are
+            refused here, unless each score has an element of its own.
         backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device), or
             ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
         mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.
@@ -130,7 +138,7 @@ def attention(
     """
     if any_autocast_enabled():
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
-    extras = _extras(mask, score, tensors, alibi_slopes, sinks)
+    extras = _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     ragged = not (seqused_q is seqused_k is None)
@@ -152,9 +160,9 @@ def attention(
         if ragged:
             _refuse_ragged_blocks()
         call.blocks, mask = blocks.taken(block_mask, mask, call, q)
-        extras = mask, score, tensors, alibi_slopes, sinks
+        extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
-        _take_extras(call, q, extras, call.batch)
+        _take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
     how = return_lse, deterministic, backend, mechanism
     if ragged:
         batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
@@ -197,7 +205,9 @@ def attention_varlen(
     score: Callable | None = None,
     tensors: tuple[torch.Tensor, ...] = (),
     alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -219,8 +229,9 @@ def attention_varlen(
         seqused_q: int32 ``(batch,)`` on q's device: how many of a sequence's rows are in use, see :func:`attention`.
         seqused_k: the same for k and v.
 
-    All others are those of :func:`attention`. With ``CUTE_ATTN_CHECK=1`` in the environment the lengths are read back and
-    checked; without it, wrong ones give wrong results, but nothing is written outside of these.
+    All others are those of :func:`attention`; a ``bias`` is ``(batch, heads, rows, keys)`` with as many rows and keys as
+    the longest sequence has, or more. With ``CUTE_ATTN_CHECK=1`` in the environment the lengths are read back and checked;
+    without it, wrong ones give wrong results, but nothing is written outside of these.
 
     Returns:
         ``out``, ``(total_q, heads, head_dim_v)`` in q's dtype; with ``return_lse`` also ``lse``, ``(heads, total_q)``.
@@ -232,7 +243,7 @@ def attention_varlen(
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    extras = _extras(mask, score, tensors, alibi_slopes, sinks)
+    extras = _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
     plain = _are_plain(q, k, v, *lengths) and not transformed
@@ -253,25 +264,40 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _extras(mask, score, tensors, alibi_slopes, sinks) -> tuple | None:
+def _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple | None:
     """What a call has besides its usual rules; None where it has none of these."""
-    none = mask is score is alibi_slopes is sinks is None and type(tensors) is tuple and not tensors
-    return None if none else (mask, score, tensors, alibi_slopes, sinks)
+    none = mask is score is alibi_slopes is bias is sinks is None and type(tensors) is tuple and not tensors
+    if none and type(dropout_p) in (int, float) and not dropout_p:  # an int as default: torch.compile begins anew for a float
+        return None
+    return mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
 
 
-def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None:
-    """Check and trace what a call has besides its usual rules."""
-    mask, score, tensors, alibi_slopes, sinks = extras
+def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths: tuple[int, int] | None = None) -> None:
+    """Check and trace what a call has besides its usual rules; ``lengths`` are those of all sequences, if they have one."""
+    mask, score, tensors, alibi_slopes, bias, sinks, dropout_p = extras
+    call.dropout = _checked_dropout(dropout_p)
+    if _extras(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
+        return
     _refuse_graphs(_is_traced(q))
     if sinks is not None:
         check_sinks(sinks, q, call.heads)
     call.sinks = sinks
-    if _extras(mask, score, tensors, alibi_slopes, None):
+    if call.dropout:
+        call.seed = dropout.draw_seed(q.device)
+    if _extras(mask, score, tensors, alibi_slopes, bias, None, 0.0):
         # Torch.compile, which has left this call out of its graph, would still look into what it calls.
         if "torch._dynamo" in sys.modules and not _UNSEEN:
             _UNSEEN.append(torch.compiler.disable(traced))
         trace = _UNSEEN[0] if _UNSEEN else traced
-        call.expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch)
+        found = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths)
+        call.expression, call.captured = found
+
+
+def _checked_dropout(p: object) -> float:
+    found = number("dropout_p", p, "from 0 to below 1")
+    if not 0.0 <= found < 1.0:
+        raise ValueError(f"dropout_p is {shown(p)}; a number from 0 to below 1 is needed: try 0.1, or 0.0 for none")
+    return found if dropout.threshold(found) else 0.0
 
 
 def _is_traced(q: torch.Tensor) -> bool:
@@ -279,11 +305,11 @@ def _is_traced(q: torch.Tensor) -> bool:
 
 
 def _refuse_graphs(traced: bool = False) -> None:
-    """The operators of ``ops.py`` know nothing of functions and sinks."""
+    """The operators of ``ops.py`` know nothing of functions, sinks and dropout."""
     if traced or is_compiling() or dispatch_modes():
         raise NotImplementedError(
-            "mask, score, alibi_slopes or sinks are given inside of torch.compile, torch.export, a transform of torch.func or "
-            "a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
+            "mask, score, alibi_slopes, bias, sinks or dropout_p are given inside of torch.compile, torch.export, a transform "
+            "of torch.func or a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
         )
 
 
@@ -308,10 +334,11 @@ def _extras_of(handle: Callable, extras: tuple) -> dict:
     """The keywords of these, for tensors that stand for others."""
     if handle is not wrapped.nested:
         raise NotImplementedError(
-            "mask, score, alibi_slopes or sinks are given with DTensors or results of collectives; tensors of each rank's own "
-            "are needed, since positions and heads would be those of a shard: try x.to_local() of q, k and v"
+            "mask, score, alibi_slopes, bias, sinks or dropout_p are given with DTensors or results of collectives; tensors of "
+            "each rank's own are needed, since positions and heads would be those of a shard: try x.to_local() of q, k and v"
         )
-    return dict(zip(("mask", "score", "tensors", "alibi_slopes", "sinks"), extras, strict=True))
+    names = "mask", "score", "tensors", "alibi_slopes", "bias", "sinks", "dropout_p"
+    return dict(zip(names, extras, strict=True))
 
 
 def _are_plain(*tensors) -> bool:
@@ -337,7 +364,7 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     )
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
-    if call.expression or call.sinks is not None:
+    if call.expression or call.sinks is not None or call.seed is not None:
         _refuse_graphs()
     if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
@@ -354,17 +381,16 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
 
 
 def _check_captured(call: Call, on_reference: bool, deterministic: bool) -> None:
-    """Refuse gradients that the kernels don't have, and those whose order torch doesn't fix."""
-    for x in call.captured:
-        if x.requires_grad and not on_reference:
+    """Refuse gradients that are added up in any order, where one is to be fixed: torch fixes its own if it is told to."""
+    fixed = torch.are_deterministic_algorithms_enabled()
+    if not call.expression or not (deterministic or fixed) or (on_reference and fixed):
+        return
+    for slot, alone in call.expression.derived.items():
+        if not alone or on_reference:
             raise NotImplementedError(
-                f"a captured tensor, {shown(x)}, requires a gradient, which the kernels don't compute; one that requires none "
-                f"is needed: try .detach(), or backend='reference'"
-            )
-        if x.requires_grad and deterministic and not torch.are_deterministic_algorithms_enabled():
-            raise NotImplementedError(
-                f"a captured tensor, {shown(x)}, requires a gradient, which torch adds up in any order, and deterministic is "
-                f"True; False is needed: leave it out, or try torch.use_deterministic_algorithms(True)"
+                f"a bias or a captured tensor, {shown(call.captured[slot])}, requires a gradient, which is added up in any "
+                f"order, and deterministic is True; False is needed: leave it out, or try backend='reference' and "
+                f"torch.use_deterministic_algorithms(True)"
             )
 
 

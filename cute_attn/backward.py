@@ -22,7 +22,7 @@ from cutlass import Float32, Int32, cute
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, named
-from cute_attn.forward import captured_of, heads_apart, rows_first, select_modes, sequences_of
+from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
 from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
 from cute_attn.layouts.fragments import rows_columns, vector
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
@@ -48,15 +48,16 @@ def host_function(problem, config):
         sequences = sequences_of(problem, q, k, given)
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         lo, hi = shift - given.left, shift + given.right
-        if cutlass.const_expr(problem.bounded_left and sequences is None and not problem.expression):
+        if cutlass.const_expr(problem.bounded_left and sequences is None and not problem.has_places):
             # Keys before the first that any query sees don't exist here: key tiles begin at multiples of tile_n, and would
-            # read them otherwise. Their gradients are zeroed on the host. (Of ragged sequences, and where a function wants to
-            # know positions, they are tiles that no query sees.)
+            # read them otherwise. Their gradients are zeroed on the host. (Of ragged sequences, and where what is
+            # computed depends on positions, they are tiles that no query sees.)
             unseen = cutlass.max(lo, 0)
             k, v, dk, dv = (_rows_from(m, unseen) for m in (k, v, dk, dv))
             seqlen_k, lo, hi = seqlen_k - unseen, lo - unseen, hi - unseen
+        rules = {"captured": captured_of(problem, given), "of_captured": given.of_captured, **dropout_of(given)}
         lists = {name: getattr(given, name) for name in ("key_lists", "query_lists", "ranks")}
-        values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap, captured_of(problem, given), **lists)
+        values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap, **rules, **lists)
         # Where dQ is added in a fixed order heads are taken in groups, too: fewer key tiles of one then wait for one another.
         long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]

@@ -11,7 +11,9 @@ or ``"float"`` (the dtype in which scores are added up). Whoever computes it bri
 the DSL as ``ops``: :class:`TorchOps` here, the kernels' in ``mainloop/elements.py``.
 
 **Derivative.** Next to each node x that depends on the score s lies, on demand, dx/ds: a dual number is two nodes. So the
-gradient's factor ds'/ds is one more output of the same graph, and where it is 1 (a bias) there is nothing to compute.
+gradient's factor ds'/ds is one more output of the same graph, and where it is 1 (a bias) there is nothing to compute. The same
+with an element of a captured tensor in the place of s gives that tensor's gradient: each node that loads one which requires a
+gradient is a direction of its own.
 
 **Indices** that are too large read a dimension's last element, and those below 0 its first one: a score is computed before the
 mask hides it, and where it is hidden an index may be anything.
@@ -22,9 +24,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -48,12 +50,22 @@ ALLOWED = (
 )
 
 
+class Partial(NamedTuple):
+    """The derivative of the score by what a node loads: ``slope`` is its node, None where it is 1. ``alone`` says that no two
+    scores of a call load the same element, so that a gradient is stored and not added."""
+
+    load: int
+    slope: int | None
+    alone: bool
+
+
 @dataclass(frozen=True)
 class Expression:
     """What a mask and a score compute. Without functions it is empty, and false.
 
     ``mask``, ``score`` and ``slope`` are numbers of nodes: whether a query sees a key; the score; its derivative by the score
-    it was given, ``None`` where that is 1. ``tensors`` is of each captured one its dtype, as torch names it, and its rank.
+    it was given, ``None`` where that is 1. ``tensors`` is of each captured one its dtype, as torch names it, its rank, and
+    whether two neighbours can be loaded at once; ``partials`` are the derivatives by those that require a gradient.
     """
 
     nodes: tuple = ()
@@ -61,6 +73,7 @@ class Expression:
     score: int | None = None
     slope: int | None = None
     tensors: tuple = ()
+    partials: tuple[Partial, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.nodes)
@@ -70,7 +83,18 @@ class Expression:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.nodes, self.mask, self.score, self.slope, self.tensors))
+        return hash((self.nodes, self.mask, self.score, self.slope, self.tensors, self.partials))
+
+    @cached_property
+    def without_partials(self) -> Expression:
+        """What a pass takes that adds up no gradients of captured tensors."""
+        return _trimmed(replace(self, partials=())) if self.partials else self
+
+    @cached_property
+    def derived(self) -> dict[int, bool]:
+        """The numbers of the captured tensors that have gradients, in order, and whether these are stored and not added."""
+        slots = [self.nodes[partial.load][2] for partial in self.partials]
+        return {slot: self.partials[slots.index(slot)].alone for slot in sorted(set(slots))}
 
     def value(self, node: int, leaf: Callable, ops: Any, known: dict, place: Callable = lambda node: node) -> Any:
         """What a node is worth. ``leaf(name)`` is a position's or the score's value; ``known`` has what was computed before, at
@@ -83,13 +107,28 @@ class Expression:
             elif op == "leaf":
                 known[at] = leaf(operands[0])
             elif op == "load":
-                slot, *where = operands
-                indices = [(self.value(i, leaf, ops, known, place), self.nodes[i][2] in POSITIONS) for i in where]
-                known[at] = ops.load(slot, kind, indices)
+                known[at] = ops.load(operands[0], kind, self.indices(node, leaf, ops, known, place))
             else:
                 values = [self.value(i, leaf, ops, known, place) for i in operands]
                 known[at] = _OPERATORS[op](*values) if op in _OPERATORS else ops.compute(op, kind, *values)
         return known[at]
+
+    def indices(self, node: int, leaf: Callable, ops: Any, known: dict, place: Callable = lambda node: node) -> list[tuple]:
+        """Of a node that loads, each index's value, and whether it is a position as it is."""
+        where = self.nodes[node][3:]
+        return [(self.value(i, leaf, ops, known, place), self.nodes[i][2] in POSITIONS) for i in where]
+
+    @cached_property
+    def pairs(self) -> tuple[int, ...]:
+        """The nodes that load two neighbours at once where a thread has two neighbouring keys: their last index is the key."""
+        found = []
+        for node, (op, _, *operands) in enumerate(self.nodes):
+            if op == "load" and self.tensors[operands[0]][2]:
+                *before, last = operands[1:]
+                names = set().union(*(self.leaves()[i] for i in before))
+                if self.nodes[last] == ("leaf", "int", "kv_idx") and not names & {"kv_idx", "score"}:
+                    found.append(node)
+        return tuple(found)
 
     def leaves(self) -> list[frozenset[str]]:
         """Of each node the names of the leaves that it depends on."""
@@ -156,7 +195,7 @@ class Graph:
         self.nodes: list[tuple] = []
         self.numbers: dict[tuple, int] = {}
         self.captured: list[torch.Tensor] = []
-        self.slopes: dict[int, int | None] = {}
+        self.slopes: dict[tuple[int, int], int | None] = {}
         self.pure = True  # whether nothing is computed of tensors but what symbols say
 
     # ---- making nodes
@@ -270,19 +309,19 @@ class Graph:
 
     # ---- derivatives
 
-    def slope(self, node: Any) -> int | None:
-        """The node of dx/ds, of x by the score; None where it is 0."""
-        if node not in self.slopes:
-            self.slopes[node] = self._slope(node)
-        return self.slopes[node]
+    def slope(self, node: int, of: int) -> int | None:
+        """The node of dx/dy, of x by the node y = ``of``, the score or an element that is loaded; None where it is 0."""
+        if (node, of) not in self.slopes:
+            self.slopes[node, of] = self._slope(node, of)
+        return self.slopes[node, of]
 
-    def _slope(self, node: int) -> int | None:
+    def _slope(self, node: int, of: int) -> int | None:
         op, kind, *x = self.nodes[node]
-        if op in ("load", "constant") or kind != "float":
+        if node == of:
+            return self.constant(1.0)
+        if op in ("leaf", "load", "constant") or kind != "float":
             return None
-        if op == "leaf":
-            return self.constant(1.0) if x == ["score"] else None
-        d: list[Any] = [self.slope(i) if self.kind(i) == "float" else None for i in x]
+        d: list[Any] = [self.slope(i, of) if self.kind(i) == "float" else None for i in x]
         if all(dx is None for dx in d):
             return None
         if op == "add":
@@ -468,9 +507,13 @@ class Tracing(TorchFunctionMode):
         return node
 
 
-def traced(mask: Callable | None, score: Callable | None, tensors: Any, alibi_slopes, q: torch.Tensor, heads: int, batch: int):
+def traced(
+    mask: Callable | None, score: Callable | None, tensors: Any, alibi_slopes, q: torch.Tensor, heads: int, batch: int,
+    bias: torch.Tensor | None = None, lengths: tuple[int, int] | None = None,
+):  # fmt: skip
     """``(expression, captured tensors)`` of what a user passes: a mask and a score, what they get beside positions, and the
-    slopes of ALiBi, which is added last. Calls each function once.
+    slopes of ALiBi and a bias, which are added last. Calls each function once. ``lengths`` are (seqlen_q, seqlen_k), None where
+    sequences have their own.
 
     Raises ``TypeError``, ``ValueError`` and ``NotImplementedError`` for what a function can't do, or tensors that don't fit.
     """
@@ -483,10 +526,12 @@ def traced(mask: Callable | None, score: Callable | None, tensors: Any, alibi_sl
     if alibi_slopes is not None:
         _check_slopes(alibi_slopes, q, heads, batch)
     code = getattr(mask if mask is not None else score if score is not None else _alibi, "__code__", None)
-    given = mask, score, tuple(tensors), alibi_slopes, q.device
-    kept = memo.find(code, given)
+    sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
+    element = element_of(bias) if bias is not None and _is_bias(bias, q, sizes) else None
+    given = mask, score, tuple(tensors), alibi_slopes, element, q.device, torch.is_grad_enabled()
+    kept = memo.find(code, given, lambda trace: trace[1] in (None, sizes))
     if kept is not None:
-        expression, captured = kept
+        (expression, _), captured = kept
         return expression, tuple(x if x.device == q.device else x.to(q.device) for x in captured)
     matches, graph = memo.matcher(given, _KNOWN), Graph(q.device)
     batch_, head, q_idx, kv_idx, shift = map(graph.leaf, POSITIONS)
@@ -499,17 +544,56 @@ def traced(mask: Callable | None, score: Callable | None, tensors: Any, alibi_sl
     if alibi_slopes is not None:
         arguments = (scored, batch_, head, q_idx, kv_idx, shift, alibi_slopes)
         scored = graph.symbol(_called(graph, "alibi_slopes", _alibi, arguments, "float"))
+    if element is not None:
+        to_bias = (scored, batch_, head, q_idx, kv_idx)
+        scored = graph.symbol(_called(graph, "bias", lambda score, *where: score + element(*where), to_bias, "float"))
+    partials: tuple[Partial, ...] = ()
     if scored.node != before.node:
-        changed, slope = scored.node, graph.slope(scored.node)
+        assert scored.node is not None
+        assert before.node is not None
+        changed, slope = scored.node, graph.slope(scored.node, before.node)
         slope = graph.constant(0.0) if slope is None else None if slope == graph.constant(1.0) else slope
+        partials = _partials(graph, changed, sizes) if torch.is_grad_enabled() else ()
     if seen is None and changed is None:
         return NOTHING, ()
-    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim()) for x in graph.captured)
     captured = tuple(x if x.device == q.device else x.to(q.device) for x in graph.captured)
-    expression = _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds))
+    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _is_paired(x)) for x in captured)
+    expression = _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds, partials))
     if matches is not None and graph.pure and code is not None:
-        memo.keep(code, given, matches, expression, tuple(graph.captured))
+        memo.keep(code, given, matches, (expression, sizes if partials else None), tuple(graph.captured))
     return expression, captured
+
+
+def _is_paired(x: torch.Tensor) -> bool:
+    """Whether elements of even index and the next one are at an address that is a multiple of both."""
+    if not x.dim() or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    *strides, last = x.stride()
+    whole = last == 1 and not x.shape[-1] % 2 and not any(stride % 2 for stride in strides)
+    return whole and not x.data_ptr() % (2 * x.element_size())
+
+
+def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[Partial, ...]:
+    """The score's derivatives by what is loaded of captured tensors that require a gradient."""
+    found = []
+    for load in range(len(graph.nodes)):
+        op, kind, *operands = graph.nodes[load]
+        if op == "load" and kind == "float" and graph.captured[operands[0]].requires_grad:
+            slope = graph.slope(score, load)
+            if slope is not None:
+                one = slope == graph.constant(1.0)
+                found.append(Partial(load, None if one else slope, _is_alone(graph, load, sizes)))
+    slots = [graph.nodes[partial.load][2] for partial in found]
+    return tuple(x._replace(alone=x.alone and slots.count(slot) == 1) for x, slot in zip(found, slots, strict=True))
+
+
+def _is_alone(graph: Graph, load: int, sizes: dict[str, int | None]) -> bool:
+    """Whether each score loads an element of its own: there is an index for its row, its key, and all else that differs."""
+    slot, *where = graph.nodes[load][2:]
+    names = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else "" for i in where]
+    fits = all(sizes.get(name) == size for name, size in zip(names, graph.captured[slot].shape, strict=True))
+    differs = {name for name, size in sizes.items() if size != 1} | {"q_idx", "kv_idx"}
+    return fits and differs <= set(names) and len(set(names)) == len(names)
 
 
 def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:
@@ -531,6 +615,7 @@ def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str)
 def _trimmed(whole: Expression) -> Expression:
     """The same without the nodes that no output needs: they are no part of the key."""
     ends = [node for node in (whole.mask, whole.score, whole.slope) if node is not None]
+    ends += [node for partial in whole.partials for node in partial[:2] if node is not None]
     needed = set(ends)
     for node in range(len(whole.nodes) - 1, -1, -1):
         op, _, *operands = whole.nodes[node]
@@ -546,7 +631,8 @@ def _trimmed(whole: Expression) -> Expression:
             operands = [place[i] for i in operands]
         nodes.append((op, kind, *operands))
     place[None] = None
-    return Expression(tuple(nodes), place[whole.mask], place[whole.score], place[whole.slope], whole.tensors)
+    partials = tuple(Partial(place[x.load], place[x.slope], x.alone) for x in whole.partials)  # type: ignore[arg-type]
+    return Expression(tuple(nodes), place[whole.mask], place[whole.score], place[whole.slope], whole.tensors, partials)
 
 
 def _alibi(score, batch, head, q_idx, kv_idx, shift, slopes):
@@ -560,6 +646,32 @@ def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:
         raise TypeError(f"alibi_slopes is {shown(x)}; a tensor, {need}, is needed: try torch.tensor(alibi_slopes)")
     if x.dtype != torch.float32 or x.device != q.device or x.shape not in ((heads,), (batch, heads)):
         raise ValueError(f"alibi_slopes is {shown(x)} on {x.device}; {need}, is needed: try .float() and .to(q.device)")
+
+
+def element_of(x: torch.Tensor) -> Callable:
+    """A function of positions that takes an element of ``x``, which broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``. It
+    has an index for each dimension along which x differs, those that are closest in memory last."""
+    strides = dict(zip(range(4 - x.dim(), 4), zip(x.shape, x.stride(), strict=True), strict=True))
+    dims = tuple(sorted((n for n, (size, stride) in strides.items() if size > 1 and stride), key=lambda n: -strides[n][1]))
+    part = x[tuple(slice(None) if dim in dims else 0 for dim in strides)]
+    part = part.permute([sorted(dims).index(dim) for dim in dims])
+    return lambda *where: part[tuple(where[dim] for dim in dims)]
+
+
+def _is_bias(x: Any, q: torch.Tensor, sizes: dict[str, int | None]) -> bool:
+    """Refuse what is no bias; whether it has any element."""
+    rows = ("any" if size is None else str(size) for size in sizes.values())
+    dtypes = " or ".join(dict.fromkeys(str(dtype) for dtype in (q.dtype, torch.float32)))
+    need = f"a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ({', '.join(rows)}), of {dtypes}, on {q.device}"
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"bias is {shown(x)}; {need}, is needed: try torch.tensor(bias)")
+    check_layout("bias", x)
+    sized = zip(reversed(x.shape), reversed(list(sizes.values())), strict=False)
+    if x.dim() > 4 or not all(n == 1 or size is None or n == size for n, size in sized):
+        raise ValueError(f"bias has shape {tuple(x.shape)}; {need}, is needed: try unsqueeze for dimensions that are missing")
+    if x.dtype not in (q.dtype, torch.float32) or x.device != q.device:
+        raise ValueError(f"bias is {shown(x)} on {x.device}; {need}, is needed: try .to(q.dtype) and .to(q.device)")
+    return bool(x.numel())
 
 
 def _number(kind: str, text: str) -> bool | int | float:

@@ -24,7 +24,8 @@ class Field(NamedTuple):
     heads, seqlen)``; of ragged sequences both have no batch. An ``exact operand`` is one in float32. ``padded row values`` are
     two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
     ``(n,)``, ``floats`` float32 ``(n,)``, ``lists`` int32 ``(batch, heads, tiles, n)``, ``kinds`` of blocks uint8 ``(batch,
-    heads, rows, columns)``; ``captured`` are all tensors that functions read; and there are numbers and the ``stream``."""
+    heads, rows, columns)``; ``captured`` are all tensors that functions read, ``of captured`` the gradients of some; and there
+    are numbers and the ``stream``."""
 
     name: str
     kind: str
@@ -53,8 +54,13 @@ def walks_over_keys(problem: Problem, config: Config) -> bool:
     return "q" in problem.gradients and not has_sums(problem, config)
 
 
+def _dropout(name: str, kind: str) -> Field:
+    return Field(name, kind, lambda problem, config: problem.dropout)
+
+
 _CALL = (
     Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
+    *map(_dropout, ("seed", "drop_below", "kept_scale"), ("words", "int32", "float32")),
     *map(_given, NAMES),
     *(Field(name, "int32") for name in ("count", "left", "right")),
     *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
@@ -84,6 +90,7 @@ BACKWARD = (
         "key_lists", "lists", lambda problem, config: _is_listed(problem, config) and walks_over_keys(problem, config)
     ),
     Field("ranks", "lists", lambda problem, config: _is_listed(problem, config) and problem.deterministic),
+    Field("of_captured", "of captured", lambda problem, config: bool(problem.expression.partials)),
     *_CALL,
 )
 CLASSIFY = (

@@ -16,8 +16,9 @@ and its errors name them so. All functions that compute attention also take
   here, are checked for their kind; ``learnable_sink``, ``(heads,)``, is ``sinks``; what isn't there yet (``qv``, …) is refused
   unless it is None.
 
-Not there yet are ``dropout_p`` above 0 and ``block_table``: ``NotImplementedError`` says what to do instead.
-What isn't in a function's signature it can't do: callers that look there, as Transformers does, find out before they call.
+What ``dropout_p`` drops is drawn from torch's generator, by another rule than flash-attn's: the same seed drops others. Not
+there yet is ``block_table``: ``NotImplementedError`` says what to do instead. What isn't in a function's signature it can't do:
+callers that look there, as Transformers does, find out before they call.
 
 Where flash-attn says nothing, or less: head dims that are no multiple of 8 are padded with zeros, and tensors whose last
 dimension is not contiguous are copied, as it does; ``softmax_lse`` has a gradient, and is −inf, not inf, where a query sees no
@@ -70,14 +71,13 @@ _NEWER = {
 }
 _NOT_YET = {
     **_NEWER,
-    "dropout_p": f"dropout_p=0.0, as model.eval() has it, or {_SDPA}",
     "block_table": _PAGES,
     **dict.fromkeys(("k", "v"), "the new rows written into k_cache and v_cache before the call"),
     **dict.fromkeys(("rotary_cos", "rotary_sin"), "q and k rotated before the call"),
     "cache_batch_idx": "k_cache[cache_batch_idx] and v_cache[cache_batch_idx]",
     "cache_leftpad": "caches whose rows begin at 0",
 }
-_NUMBERS = ("dropout_p", "attention_chunk")  # of these 0 is none, and not None
+_NUMBERS = ("attention_chunk",)  # of these 0 is none, and not None
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -94,12 +94,13 @@ def flash_attn_func(
         q: ``(batch, seqlen_q, nheads, headdim)``.
         k: ``(batch, seqlen_k, nheads_k, headdim)``, ``nheads`` a multiple of ``nheads_k``.
         v: ``(batch, seqlen_k, nheads_k, headdim_v)``.
+        dropout_p: from 0 to below 1.
         softmax_scale: ``None`` is 1/√headdim.
         causal: the last query is aligned with the last key (bottom-right).
         window_size: ``(left, right)``; −1 or ``None`` is unbounded.
         softcap: 0 is none.
         alibi_slopes: float32 ``(nheads,)`` or ``(batch, nheads)``.
-        return_attn_probs: return ``(out, softmax_lse, S_dmask)``. S_dmask is of dropout, and so of size 0.
+        return_attn_probs: return ``(out, softmax_lse, S_dmask)``. S_dmask, which flash-attn has for its tests, is of size 0.
         return_lse: return ``(out, softmax_lse)``.
 
     Returns:
@@ -109,11 +110,11 @@ def flash_attn_func(
         NotImplementedError: what isn't there yet, see the module.
         Otherwise as :func:`cute_attn.attention` does.
     """
-    extras = {"alibi_slopes": alibi_slopes, "sinks": others.pop("learnable_sink", None)}
-    if type(dropout_p) is not float or dropout_p or others:
-        _check_others(others, dropout_p=dropout_p)
+    extras = {"alibi_slopes": alibi_slopes, "sinks": others.pop("learnable_sink", None), "dropout_p": dropout_p}
+    if others:
+        _check_others(others)
     usual = window_size is UNBOUNDED and return_attn_probs is return_lse is False and alibi_slopes is extras["sinks"] is None
-    if usual and getattr(q, "is_cuda", False) and not is_compiling():
+    if usual and type(dropout_p) is float and not dropout_p and getattr(q, "is_cuda", False) and not is_compiling():
         try:
             return attention(q, k, v, scale=softmax_scale, causal=causal, softcap=softcap, deterministic=deterministic)
         except ValueError:  # rows that kernels can't read as they are, or an error, which comes again
@@ -170,12 +171,11 @@ def flash_attn_varlen_func(
     Raises:
         As :func:`flash_attn_func` does.
     """
-    extras = {"alibi_slopes": alibi_slopes, "sinks": others.pop("learnable_sink", None)}
-    unused = type(dropout_p) is float and not dropout_p and block_table is None
-    if not (unused and not others and type(max_seqlen_q) is type(max_seqlen_k) is int):
+    extras = {"alibi_slopes": alibi_slopes, "sinks": others.pop("learnable_sink", None), "dropout_p": dropout_p}
+    if not (block_table is None and not others and type(max_seqlen_q) is type(max_seqlen_k) is int):
         _check_hint("max_seqlen_q", max_seqlen_q)
         _check_hint("max_seqlen_k", max_seqlen_k)
-        _check_others(others, dropout_p=dropout_p, block_table=block_table)
+        _check_others(others, block_table=block_table)
     if cu_seqlens_k is None:  # which attention_varlen would take for that of q
         raise TypeError("cu_seqlens_k is None; an int32 tensor is needed: try cu_seqlens_q, if k has the lengths of q")
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q, "seqused_k": seqused_k}

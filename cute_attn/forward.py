@@ -36,8 +36,10 @@ def host_function(problem, config, mainloop=None):
         sequences = sequences_of(problem, q, k, given)
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         band = shift - given.left, shift + given.right
-        read = captured_of(problem, given), given.sinks
-        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, *read, key_lists=given.key_lists)
+        rules = {"captured": captured_of(problem, given), "sinks": given.sinks, **dropout_of(given)}
+        values = Values(
+            seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, **rules, key_lists=given.key_lists
+        )
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, given.blocks, problem.unequal, sequences)
         if cutlass.const_expr(given.tickets is not None):
@@ -61,6 +63,11 @@ def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, given) -> Sequences | 
 def captured_of(problem, given) -> tuple | None:
     """The tensors that the user's functions read; ``None`` where there are no functions."""
     return given.captured or () if problem.expression else None
+
+
+def dropout_of(given) -> dict:
+    """What the values of a pass have of dropout."""
+    return {"seed": given.seed, "drop_below": given.drop_below, "kept_scale": given.kept_scale}
 
 
 @cute.jit
@@ -120,7 +127,10 @@ def _stand_in(kind: str, problem, config):
     if kind == "kinds":
         return runtime.make_fake_tensor(cutlass.Uint8, sizes(4), (*some(3), 1), assumed_align=1)
     if kind == "captured":
-        return tuple(_captured(dtype, max(rank, 1)) for dtype, rank in problem.expression.tensors)
+        return tuple(_captured(dtype, max(rank, 1), paired) for dtype, rank, paired in problem.expression.tensors)
+    if kind == "of captured":
+        of, tensors = problem.expression.derived, problem.expression.tensors
+        return tuple(_captured(tensors[i][0] if alone else "float32", max(tensors[i][1], 1)) for i, alone in of.items())
     if kind in ("operand", "exact operand"):
         dims, dtype = 3 if problem.ragged else 4, element(problem) if kind == "operand" else Float32
         return runtime.make_fake_tensor(dtype, sizes(dims, 8), (*some(dims - 1, 8), 1), assumed_align=16)
@@ -136,9 +146,11 @@ def _stand_in(kind: str, problem, config):
     return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
 
 
-def _captured(dtype: str, rank: int):
-    """Any tensor of a dtype whose last dimension is contiguous; bools are bytes."""
+def _captured(dtype: str, rank: int, paired: bool = False):
+    """Any tensor of a dtype whose last dimension is contiguous; bools are bytes. If ``paired``, elements of even index in it
+    are at multiples of two elements."""
     names = {"bool": "Uint8", "uint8": "Uint8", "bfloat16": "BFloat16"}
-    of = getattr(cutlass, names.get(dtype, dtype.capitalize()))
-    shape, stride = tuple(cute.sym_int() for _ in range(rank)), tuple(cute.sym_int64() for _ in range(rank - 1))
-    return runtime.make_fake_tensor(of, shape, (*stride, 1), assumed_align=of.width // 8)
+    of, even = getattr(cutlass, names.get(dtype, dtype.capitalize())), 1 + paired
+    shape = *(cute.sym_int() for _ in range(rank - 1)), cute.sym_int(divisibility=even)
+    stride = tuple(cute.sym_int64(divisibility=even) for _ in range(rank - 1))
+    return runtime.make_fake_tensor(of, shape, (*stride, 1), assumed_align=even * of.width // 8)

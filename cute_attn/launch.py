@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
-from cute_attn import rules
+from cute_attn import dropout, rules
 from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
 from cute_attn.fields import has_sums, walks_over_keys
@@ -150,15 +150,17 @@ def launch(
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
     """``(dq, dk, dv)`` on the current stream, ``None`` for those that ``needs`` (a part of ``"qkv"``) doesn't name. Where there
-    are sinks or captured tensors, theirs follow: the sinks', if they require one (:mod:`cute_attn.reference` derives it), and
-    ``None`` for the others. The call must not be empty.
+    are sinks or captured tensors, theirs follow, if they require one (:mod:`cute_attn.reference` derives the sinks'). The call
+    must not be empty.
 
     All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
     place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts
     are added up in memory, their float32 sums; of both the rows are a multiple of 128, and of the sums the columns those that
     a head takes in shared memory.
     """
-    needs = needs or "q"  # sinks alone
+    wanted = needs
+    if not needs or (call.expression and call.expression.partials and "q" not in needs):
+        needs = f"q{needs}"  # for the sinks alone; and whoever adds to dQ knows dS
     gradient = _room(call, needs, q, k, v)
     # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise.
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
@@ -189,18 +191,40 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
         for x in (gradient["k"], gradient["v"]):
             if x is not None:
                 x[:, : call.shift - call.left].zero_()
+    of_captured = _room_of_captured(call)
     lists = None, None, None
     if call.blocks is not None:
         lists = _lists_of_gradients(call, problem, mechanism, device)
-    _run(function, blocks, device, call, (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *gradient.values(), *lists))
+    into = *gradient.values(), *lists, tuple(of_captured.values()) or None
+    _run(function, blocks, device, call, (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *into))
+    found = tuple(x if name in wanted else None for name, x in gradient.items())
     if not call.others:
-        return tuple(gradient.values())
+        return found
     dsinks = None
     if call.sinks is not None and call.sinks.requires_grad:
         unit = 1.0 if problem.expression.score is not None else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
         weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
         dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
-    return *gradient.values(), dsinks, *(None for _ in call.captured)
+    return *found, dsinks, *map(partial(_of_captured, of_captured), range(len(call.captured)), call.captured)
+
+
+def _room_of_captured(call: Call) -> dict[int, torch.Tensor]:
+    """Memory for the captured tensors' gradients by their numbers: zeros, but where each element is stored."""
+    if not call.expression:
+        return {}
+    room = {}
+    for slot, alone in call.expression.derived.items():
+        x = call.captured[slot]
+        make = torch.empty if alone and call.lengths is None and not call.masked else torch.zeros
+        room[slot] = make(x.shape or (1,), dtype=x.dtype if alone else torch.float32, device=x.device)
+    return room
+
+
+def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of a captured tensor; zeros of one that no score depends on."""
+    if slot in room:
+        return room[slot].to(x.dtype).view(x.shape)
+    return torch.zeros_like(x) if x.requires_grad else None
 
 
 def _lists_of_gradients(call: Call, problem: Problem, mechanism: str | None, device: int) -> tuple:
@@ -299,8 +323,12 @@ def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tupl
     lengths = call.lengths
     where = NO_LENGTHS if lengths is None else (*lengths.tensors, lengths.count)
     captured = tuple(map(_as_read, call.captured)) if call.captured else None
+    drops: tuple = None, None, None
+    if call.seed is not None:
+        below = dropout.threshold(call.dropout)
+        drops = call.seed.view(torch.int32), below - (below >> 31 << 32), dropout.kept_scale(call.dropout)
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    arguments = (*tensors, captured, *where, *numbers, raw_stream(device))
+    arguments = (*tensors, captured, *drops, *where, *numbers, raw_stream(device))
     if current_device() == device:
         function(*arguments)
     else:

@@ -12,6 +12,8 @@ from functools import reduce
 
 import torch
 
+from cute_attn.expressions import element_of
+
 
 def causal(batch, head, q_idx, kv_idx):
     """No query sees past its own position."""
@@ -43,6 +45,11 @@ def dilated(step: int) -> Callable:
 def block_diagonal(size: int) -> Callable:
     """Blocks of ``size`` positions, each of which sees itself."""
     return lambda batch, head, q_idx, kv_idx: q_idx // size == kv_idx // size
+
+
+def given(seen: torch.Tensor) -> Callable:
+    """What a tensor of bools says, which broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``."""
+    return element_of(seen)
 
 
 def and_masks(*masks: Callable) -> Callable:

@@ -54,7 +54,8 @@ class Problem:
 
     ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
 
-    ``expression`` is what the user's functions compute, and ``sinks`` says that each row's softmax has one more logit.
+    ``expression`` is what the user's functions compute, ``sinks`` says that each row's softmax has one more logit, and
+    ``dropout`` that probabilities are dropped.
 
     ``blocks`` is ``"listed"`` where a block mask says which tiles there are to visit, and ``"classified"`` makes it the kernel
     that finds out which a mask hides (``classify.py``).
@@ -75,6 +76,7 @@ class Problem:
     sinks: bool = False
     expression: Expression = NOTHING
     merges: str = ""
+    dropout: bool = False
     blocks: str = ""
 
     def __post_init__(self):
@@ -94,6 +96,11 @@ class Problem:
     def masked(self) -> bool:
         """Whether a tile may hold keys that some of its rows see and others don't."""
         return self.bounded_left or self.bounded_right or self.expression.mask is not None
+
+    @property
+    def has_places(self) -> bool:
+        """Whether what is computed of a score depends on its sequence, head and positions."""
+        return bool(self.expression) or self.dropout
 
     @property
     def masks_all(self) -> bool:
@@ -127,8 +134,9 @@ class Call:
     ``heads_first`` says that the tensors are ``(batch, heads, seqlen, head_dim)``, as torch's own attention takes them.
     ``packs`` says that gradients may be parts of one tensor, where q, k and v are: whoever unpacked these has them packed then.
 
-    ``captured`` are the tensors that ``expression`` reads, ``sinks`` ``(heads,)``, and ``sequence`` is the number of the first
-    element of the batch, as functions get it.
+    ``captured`` are the tensors that ``expression`` reads, ``sinks`` ``(heads,)``, ``dropout`` the probability of being dropped
+    and ``seed`` what decides who is (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as
+    functions get it.
     """
 
     batch: int
@@ -149,6 +157,8 @@ class Call:
     captured: tuple[torch.Tensor, ...] = ()
     sinks: torch.Tensor | None = None
     sequence: int = 0
+    dropout: float = 0.0
+    seed: torch.Tensor | None = None
     blocks: Any = None  # or a BlockMask
 
     @property
@@ -304,8 +314,9 @@ def problem_of(
         call.softcap > USUAL_CAP,
         "" if call.lengths is None else call.lengths.names,
         call.sinks is not None and not gradients,  # a backward pass has them in the log-sum-exp
-        call.expression or NOTHING,
+        (call.expression if gradients else call.expression.without_partials) if call.expression else NOTHING,
         "",
+        call.dropout > 0.0,
         "" if call.blocks is None else "listed",
     )
 

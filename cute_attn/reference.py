@@ -22,6 +22,8 @@ dV are sums that stay with it, dQ is added to in memory.
 and dS is multiplied by ds'/ds. A captured tensor's gradient is Σ dS' · ∂s'/∂t, where dS' = P ∘ (dP − delta); autograd adds it
 up tile by tile.
 
+**Dropout** (``dropout.py``): P·V takes m ∘ P / (1 − p), and so do dV, and dP = m ∘ (dO·Vᵀ) / (1 − p); delta is what it was.
+
 **Sinks.** One more logit z_h in the softmax of every row that sees a key: l = Σ_j exp(s_j) + exp(z_h). Nothing but l, and so
 the log-sum-exp, knows of it; P = exp(s − lse) has it in the backward pass. Its own weight p = exp(z_h − lse) has no value, so
 that ∂out/∂z = −p · out and ∂lse/∂z = p, and with dO·O − dLSE = delta
@@ -41,6 +43,7 @@ from functools import partial
 import torch
 
 from cute_attn import autocast
+from cute_attn.dropout import kept, kept_scale
 from cute_attn.expressions import TorchOps
 from cute_attn.problem import Call
 from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
@@ -96,11 +99,13 @@ def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
         acc_S, _ = _scores(tQ, tK, m, n, call)
         P, rescale, row_max, row_sum = _online_step(acc_S, row_max, row_sum)
         P = P.to(v.dtype).to(tQ.dtype)
+        if call.seed is not None:
+            P = P.where(_kept(call, P, m, n), 0.0)
         acc_O = acc_O * rescale[..., None] + torch.einsum("bmhgn,bnhd->bmhgd", P, tV)
 
     seen = row_sum != 0.0  # true for NaN: a NaN in q or in a visible key shows
     safe_sum = torch.where(seen, row_sum, 1.0)
-    acc_O, lse_log2 = acc_O / safe_sum[..., None], row_max + safe_sum.log2()
+    acc_O, lse_log2 = acc_O / safe_sum[..., None] * kept_scale(call.dropout), row_max + safe_sum.log2()
     if call.sinks is not None:
         without = lse_log2
         lse_log2 = torch.logaddexp2(without, call.sinks.to(tQ.dtype).view(heads_kv, group) * LOG2_E)
@@ -118,7 +123,7 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     row that sees no key, or a key that no row sees, has zeros; so has what is in no ragged sequence, or not in use.
     """
     of_others = [torch.zeros_like(x) if x is not None and x.requires_grad else None for x in call.others]
-    captures = any(x is not None for x in of_others[1:])
+    captures = bool(call.expression) and bool(call.expression.partials)
     if call.lengths is not None:
         found = tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
         for rows, keys, one in _sequences(call):
@@ -164,12 +169,17 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
             tQ, tdO = mQ[:, rows].to(acc_dtype), mdO[:, rows].to(acc_dtype)
             tK, tV = k[:, keys].to(acc_dtype), v[:, keys].to(acc_dtype)  # scores have K as it is: −∞ there weighs 0
             acc_S, slope = _scores(tQ, tK, m, keys.start, call)
-            P = (acc_S - lse_log2[:, rows, ..., None]).exp2()
+            P = kept_P = (acc_S - lse_log2[:, rows, ..., None]).exp2()
+            if call.seed is not None:
+                weight = _kept(call, P, m, keys.start) * kept_scale(call.dropout)
+                kept_P = P * weight
             if dv is not None:
-                dv[:, keys] += torch.einsum("bmhgn,bmhgd->bnhd", P.to(dtype).to(acc_dtype), tdO)
+                dv[:, keys] += torch.einsum("bmhgn,bmhgd->bnhd", kept_P.to(dtype).to(acc_dtype), tdO)
             if needs in ("", "v") and not captures:
                 continue
             acc_dP = torch.einsum("bmhgd,bnhd->bmhgn", tdO, tV)
+            if call.seed is not None:
+                acc_dP = acc_dP * weight
             dS = P * (acc_dP - delta[:, rows, ..., None])
             if captures:
                 _add_of_captured(of_others[1:], dS, acc_S, tQ, tK, m, keys.start, call)
@@ -278,21 +288,32 @@ def _given(tQ, tK, call: Call):
     return acc_S, slope, scale_log2
 
 
-def _computed(call: Call, given, m: int, n: int) -> Callable:
-    """What gives a node of the call's expression its values in a tile of scaled scores ``given``."""
-    batch, rows, heads_kv, group, keys = given.shape
+def _places(call: Call, of: torch.Tensor, m: int, n: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The positions of a tile ``(batch, rows, heads_kv, group, keys)`` from row m and key n on, which broadcast to it."""
+    batch, rows, heads_kv, group, keys = of.shape
 
     def counted(first: int, *shape: int):
-        return torch.arange(first, first + math.prod(shape), dtype=torch.int32, device=given.device).view(shape)
+        return torch.arange(first, first + math.prod(shape), dtype=dtype, device=of.device).view(shape)
 
-    leaves = {
-        "score": given,
+    return {
         "batch": counted(call.sequence, batch, 1, 1, 1, 1),
         "head": counted(0, 1, 1, heads_kv, group, 1),
         "q_idx": counted(m, 1, rows, 1, 1, 1),
         "kv_idx": counted(n, 1, 1, 1, 1, keys),
         "shift": counted(call.shift, 1, 1, 1, 1, 1),
     }
+
+
+def _kept(call: Call, P: torch.Tensor, m: int, n: int) -> torch.Tensor:
+    """Which probabilities of a tile dropout keeps."""
+    batch, head, row, key, _ = _places(call, P, m, n, torch.int64).values()
+    assert call.seed is not None
+    return kept(call.seed, call.dropout, batch, head, row, key)
+
+
+def _computed(call: Call, given, m: int, n: int) -> Callable:
+    """What gives a node of the call's expression its values in a tile of scaled scores ``given``."""
+    leaves = {"score": given, **_places(call, given, m, n, torch.int32)}
     ops = TorchOps(call.captured, given.dtype, given.device)
     return partial(call.expression.value, leaf=leaves.__getitem__, ops=ops, known={})
 

@@ -17,7 +17,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.overrides import get_overridable_functions
 
-from cute_attn import autocast, launch, machine
+from cute_attn import autocast, launch, machine, masks
 from cute_attn.api import BACKENDS, attention, attention_heads_first, backend_name
 from cute_attn.arguments import shown
 from cute_attn.private import any_autocast_enabled, constant_in_graphs, dispatch_modes, dual_level, transforms_active
@@ -63,8 +63,10 @@ def scaled_dot_product_attention(
         query: ``(…, heads, seqlen_q, head_dim)``, with one dimension before heads, several, or none.
         key: ``(…, heads_kv, seqlen_k, head_dim)``. Heads are those of query, or one, or, with ``enable_gqa``, a divisor.
         value: ``(…, heads_kv, seqlen_k, head_dim_v)``.
-        attn_mask: ``None``; calls with another go to torch.
-        dropout_p: 0; calls with another go to torch.
+        attn_mask: ``None``, or a tensor that broadcasts to ``(…, heads, seqlen_q, seqlen_k)``: bools say which keys a
+            query sees, floats, of query's dtype, are added to the scores and get a gradient. In graphs such calls go to torch.
+        dropout_p: the probability of dropping one, from 0 to below 1, drawn as :func:`cute_attn.attention` does; in graphs
+            calls with another than 0 go to torch.
         is_causal: query i sees the keys up to i (**top-left**), also where the lengths differ.
         scale: ``None`` is 1/√head_dim.
         enable_gqa: query head h reads key head ``h // (heads / heads_kv)``.
@@ -85,7 +87,8 @@ def scaled_dot_product_attention(
             if _why_not(*arguments, backend) is None:
                 raise
     elif _why_not(*arguments, backend) is None:
-        return _attend(query, key, value, is_causal, scale, "cute" if backend == "auto" else backend)
+        backend = "cute" if backend == "auto" else backend
+        return _attend(query, key, value, attn_mask, float(dropout_p), is_causal, scale, backend)
     return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -112,11 +115,13 @@ def _is_usual(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
         return False
 
 
-def _attend(query, key, value, is_causal: bool, scale: float | None, backend: str) -> torch.Tensor:
+def _attend(query, key, value, attn_mask, dropout_p: float, is_causal: bool, scale, backend: str) -> torch.Tensor:
     """Attention of tensors ``(…, heads, seqlen, head_dim)``."""
     dims = query.dim()
     if dims != 4:
         leading = query.shape[:-3]
+        if attn_mask is not None and attn_mask.dim() > 3:  # of 3 dimensions or fewer it is the same for all
+            attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).reshape(-1, *attn_mask.shape[-3:])
         query, key, value = (x.unsqueeze(0) if dims == 3 else x.flatten(0, -4) for x in (query, key, value))
     window: Any = None
     if is_causal and (extra := query.shape[2] - key.shape[2]):
@@ -127,7 +132,12 @@ def _attend(query, key, value, is_causal: bool, scale: float | None, backend: st
         else:
             window, is_causal = (None, extra), False
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    out: Any = attention(query, key, value, scale=scale, causal=is_causal, window=window, backend=backend)
+    rules: dict[str, Any] = {} if attn_mask is None else {"bias": attn_mask}
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        rules = {"mask": masks.given(attn_mask)}
+    out: Any = attention(
+        query, key, value, scale=scale, causal=is_causal, window=window, backend=backend, dropout_p=dropout_p, **rules
+    )
     out = out.transpose(1, 2)
     return out if dims == 4 else out.view(*leading, *out.shape[1:])
 
@@ -159,10 +169,12 @@ def _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     """:func:`why_not` of tensors as autocast casts them."""
     if type(backend) is not str or backend not in BACKENDS:
         backend = backend_name(backend)
-    if attn_mask is not None:
-        return "attn_mask is given; None is needed, since masks aren't there yet: try is_causal, if it says the same"
-    if type(dropout_p) not in (float, int) or dropout_p:
-        return f"dropout_p is {shown(dropout_p)}; 0.0 is needed, since dropout isn't there yet: try 0.0 in evaluation"
+    if type(dropout_p) not in (float, int) or not 0.0 <= dropout_p < 1.0:
+        return f"dropout_p is {shown(dropout_p)}; a number from 0.0 to below 1.0 is needed: try 0.0 in evaluation"
+    if attn_mask is not None and is_causal:
+        return "attn_mask is given and is_causal is True; one of the two is needed: leave out is_causal"
+    if (attn_mask is not None or dropout_p) and (is_compiling() or dispatch_modes() or isinstance(query, TRACED)):
+        return "attn_mask or dropout_p is given while a graph is made; a plain call is needed: try torch.compiler.disable"
     if not type(is_causal) is type(enable_gqa) is bool:
         return f"is_causal is {shown(is_causal)} and enable_gqa {shown(enable_gqa)}; bools are needed: try bool(is_causal)"
     if scale is not None and not _is_scale(scale):
@@ -196,6 +208,8 @@ def _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
             f"device and batch are needed, where heads of key and value are those of query, or 1, or a divisor with "
             f"enable_gqa: try expand"
         )
+    if attn_mask is not None and (why := _why_no_mask(attn_mask, query, seqlen_k)) is not None:
+        return why
     if backend == "reference":
         return None if dtype in ALL_DTYPES else f"dtype is {dtype}; {_dtypes(ALL_DTYPES)} is needed: try .to(torch.bfloat16)"
     if not query.is_cuda:
@@ -210,6 +224,21 @@ def _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
     if (why := _why_unreadable(query, key, value)) is not None:
         return why
     return _without_kernels(query.get_device())
+
+
+def _why_no_mask(x, query: torch.Tensor, seqlen_k: int) -> str | None:
+    """Why a mask is none that is added or that hides."""
+    try:
+        whole = torch.broadcast_shapes(x.shape, shape := (*query.shape[:-1], seqlen_k))
+        if type(x) in _TORCHS and x.dtype in (torch.bool, query.dtype) and x.device == query.device and whole == shape:
+            empty = not x.numel() or x.layout is not torch.strided
+            return "attn_mask is empty or sparse; a dense one is needed: try None" if empty else None
+    except (AttributeError, RuntimeError):  # no tensor, other shapes
+        pass
+    return (
+        f"attn_mask is {shown(x)}; a tensor that broadcasts to (…, heads, seqlen_q, seqlen_k), of torch.bool or {query.dtype}, "
+        f"on {query.device} is needed: try .to(query.dtype)"
+    )
 
 
 def _is_scale(scale: object) -> bool:

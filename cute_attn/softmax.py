@@ -131,10 +131,17 @@ class Softmax:
         return scale
 
     @cute.jit
-    def finish(self, normalize: cute.Tensor, lse: LogSumExp, dtype: cutlass.Constexpr, sink: Float32 | None = None):
+    def finish(
+        self,
+        normalize: cute.Tensor,
+        lse: LogSumExp,
+        dtype: cutlass.Constexpr,
+        sink: Float32 | None = None,
+        kept_scale: Float32 | None = None,
+    ):
         """After the last tile: writes 1 / l (0 for a row that saw no key) and the log-sum-exp of each row. ``dtype`` is what P
         was rounded to. A ``sink`` is one more logit of those that saw a key; l is in units of the larger of the two, whichever
-        that is."""
+        that is. ``kept_scale`` is what dropout multiplies kept probabilities by."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             total = cute.arch.warp_reduction_sum(self.row_sum[r], threads_in_group=THREADS_PER_ROW)
             seen = total != 0.0  # true for NaN: a NaN in q or in a visible key shows
@@ -157,6 +164,8 @@ class Softmax:
             if cutlass.const_expr(sink is not None):
                 normalize[r] = normalize[r] * unit
                 sum_log2 += unit_log2
+            if cutlass.const_expr(kept_scale is not None):
+                normalize[r] = normalize[r] * kept_scale
             natural = (anchor * self.scale_log2 + sum_log2) * LN_2
             raw = anchor + (sum_log2 - off_log2) * cute.arch.rcp_approx(scale)
             lse.natural[r] = natural if seen else -Float32.inf

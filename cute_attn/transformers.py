@@ -6,7 +6,9 @@ a function over positions (causal, a window, packed sequences, the model's own, 
 band of keys around each query, and lengths of sequences. Then each layer hands that on to :func:`attend`.
 
 What a mask function says is read by calling it with positions that note what is done with them (:class:`_Position`). What
-makes anything but a band and sequences is not ignored: it is refused, or handed on to the fallback.
+makes anything but a band and sequences goes to attention as it is, as ``mask=``, which computes it in every tile; so do masks
+that a user passes as tensors. Where a graph is made, these, biases of the scores and dropout are refused, or handed on to the
+fallback.
 
 Padding leaves of each element of a batch some rows in use. Where these are one stretch, they are a sequence between rows that
 are not in use, and nothing is moved; else they are gathered before and scattered after. Which of the two it is, is read back
@@ -27,8 +29,10 @@ import torch
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
+from cute_attn import masks
 from cute_attn.api import attention, attention_varlen
 from cute_attn.arguments import name_of
+from cute_attn.expressions import traced
 from cute_attn.lengths import NAMES
 from cute_attn.private import assert_on_device
 
@@ -39,12 +43,11 @@ UNREAD = (
     f"cute_attn: in a graph, where no length can be read, there is padding between keys under a window, or packed sequences "
     f"don't ascend or have fewer than {SHORTEST} rows on average: run without a graph, or pass cu_seq_lens_q and cu_seq_lens_k"
 )
-# What layers may ask for by keyword and attention has not. The fallback has the last of them; others it would ignore.
+# What layers may ask for by keyword and neither attention nor the fallback has.
 _BEYOND = {
     "output_attentions": "attention weights, which are never in memory",
     "indices": "keys that are chosen for each query (indices)",
     "block_indices": "blocks of keys that are chosen for each query (block_indices)",
-    "position_bias": "a bias of the scores (position_bias)",
 }
 _warned: set[str] = set()
 
@@ -56,7 +59,7 @@ class Beyond(NotImplementedError):  # noqa: N818
         other = f"{FALLBACK!r}, or register(fallback={FALLBACK!r}) for such calls alone" if handed_on else "'eager'"
         super().__init__(
             f"the model asks for {wanted}; causal or full attention is needed, in a window or not, of padded or packed "
-            f"sequences, without dropout: try attn_implementation={other}"
+            f"sequences, and out of graphs masks, biases and dropout: try attn_implementation={other}"
         )
         self.wanted, self.handed_on = wanted, handed_on
 
@@ -70,12 +73,13 @@ def register(*, fallback: str | None = None) -> None:
 
     Models ask for causal and bidirectional attention, sliding windows, softcaps, sinks, padding on any side, packed sequences
     (by ``position_ids`` alone, or with ``cu_seq_lens_q`` and ``cu_seq_lens_k``), and caches, dynamic and static ones. Queries
-    at padding of a causal mask, or of a window's, get zeros.
+    at padding of a causal mask, or of a window's, get zeros. Out of graphs they may ask for more: masks that are no band
+    (chunks, prefixes, blocks, 4-dimensional tensors), biases of the scores (T5), and dropout.
 
     Args:
-        fallback: what computes where a model asks for more: a mask that is not a band (a 4-dimensional one, blocks, chunks), a
-            bias of the scores, dropout. ``"sdpa"`` is torch's attention, with a warning for each reason, once; ``None``
-            refuses these calls. What Transformers' ``"sdpa"`` would ignore (sinks, softcaps, attention weights) is refused.
+        fallback: what computes where a model asks for what there is not, or in a graph for one of the latter. ``"sdpa"`` is
+            torch's attention, with a warning for each reason, once; ``None`` refuses these calls. What Transformers' ``"sdpa"``
+            would ignore (sinks, softcaps, attention weights) is refused.
 
     To register anew changes the fallback. A model's configuration doesn't keep its ``attn_implementation``: say it again in
     ``from_pretrained``.
@@ -123,17 +127,19 @@ class Mask:
 
     ``shape`` is that of a mask of all scores, ``(batch, 1, seqlen_q, seqlen_k)``; ``window`` is attention's. With ``lengths``,
     those of ``attention_varlen``, sequences lie in the rows of all elements of the batch, in the order that ``rows_q`` and
-    ``rows_k`` say, or as they are. ``holds`` is whether the lengths are right, where only the device knows. ``stand_in`` makes
-    the mask that the fallback takes; ``beyond`` is why it must.
+    ``rows_k`` say, or as they are. ``holds`` is whether the lengths are right, where only the device knows. ``function`` says
+    all of it, as attention's ``mask``; where ``window`` is None, nothing else does. ``stand_in`` makes the mask that the
+    fallback takes; ``beyond`` is why it must.
     """
 
     shape: tuple[int, int, int, int]
-    window: tuple[int | None, int | None]
+    window: tuple[int | None, int | None] | None
     lengths: dict[str, torch.Tensor] = field(default_factory=dict)
     rows_q: torch.Tensor | None = None
     rows_k: torch.Tensor | None = None
     holds: torch.Tensor | None = None
     packed: bool = False
+    function: Callable | None = None
     stand_in: Callable[[], torch.Tensor] | None = None
     beyond: str | None = None
     ndim = 4  # which models ask a mask for: one of 2 dimensions is padding
@@ -160,8 +166,8 @@ def mask(
 ) -> Mask:
     """The :class:`Mask` of what Transformers gives its makers of masks: ``mask_function(batch, head, query, key)`` is whether a
     key is seen; queries stand from ``q_offset`` on, which static caches have on the device, and keys from ``kv_offset`` on;
-    ``attention_mask`` ``(batch, positions)`` is whether a key is no padding. What a :class:`Mask` can't say is
-    :class:`Beyond`; with a fallback it only says so."""
+    ``attention_mask`` ``(batch, positions)`` is whether a key is no padding. What attention can't compute is :class:`Beyond`;
+    with a fallback the :class:`Mask` only says so."""
     if isinstance(attention_mask, Mask):  # made ahead of the forward pass
         return attention_mask
     shape, stand_in = (batch_size, 1, q_length, kv_length), None
@@ -169,6 +175,7 @@ def mask(
         others |= {"mask_function": mask_function, "attention_mask": attention_mask, "device": device}
         others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         stand_in = partial(fallback, batch_size, q_length, kv_length, q_offset, kv_offset, **others)
+    function = _on_the_whole(mask_function, q_offset, kv_offset, attention_mask, kv_length)
     try:
         seen = _seen_by(mask_function)
         past = q_offset + q_length - kv_offset  # the place among the keys after the last query's own
@@ -183,11 +190,37 @@ def mask(
         elif attention_mask is not None or not (aligned or seen.right is None):
             rows = _padded(seen, (batch_size, q_length, kv_length), past, kv_offset, attention_mask, device)
     except Beyond as beyond:
+        if _is_traced(function, device):
+            return Mask(shape, None, function=function, stand_in=stand_in)
         if stand_in is None:
             raise
         made = stand_in()  # once for all layers
         return Mask(shape, (None, None), stand_in=lambda: made, beyond=beyond.wanted)
-    return Mask(shape, (seen.left, seen.right), stand_in=stand_in, **rows)
+    return Mask(shape, (seen.left, seen.right), function=function, stand_in=stand_in, **rows)
+
+
+def _on_the_whole(mask_function: Callable, q_offset, kv_offset: int, padding: torch.Tensor | None, kv_length: int) -> Callable:
+    """All of a mask as a function of rows of q and of k."""
+    if padding is not None:  # keys to come are none
+        padding = pad(padding, (0, max(kv_offset + kv_length - padding.shape[1], 0)))
+
+    def seen(batch, head, q_idx, kv_idx):
+        row, key = q_idx + q_offset, kv_idx + kv_offset
+        found = mask_function(batch, head, row, key)
+        return found if padding is None else found & padding[batch, key]
+
+    return seen
+
+
+def _is_traced(mask: Callable, device: torch.device | str) -> bool:
+    """Whether attention understands a mask function; in a graph it understands none."""
+    if _is_in_graph():
+        return False
+    try:
+        traced(mask, None, (), None, torch.empty(0, device=device), 1, 1)
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _packed(ids: torch.Tensor) -> dict[str, Any]:
@@ -261,6 +294,11 @@ def _is_unread(x: torch.Tensor) -> bool:
     from transformers.utils.import_utils import is_tracing
 
     return is_tracing(x)
+
+
+def _is_in_graph() -> bool:
+    """Whether torch.compile makes one, in which attention takes no functions, biases and dropout."""
+    return torch.compiler.is_compiling()
 
 
 # ---- what a mask function says ---------------------------------------------------------------------------------------
@@ -418,10 +456,11 @@ def attend(
 
     Without a mask the layer says what is seen: ``is_causal`` and ``sliding_window``, how many keys up to the query's own. With
     ``cu_seq_lens_q`` sequences are packed, whatever ``position_ids`` say."""
-    sinks = others.pop("s_aux", None)
+    sinks, bias = others.pop("s_aux", None), others.pop("position_bias", None)
     if sinks is None:
         sinks = others.pop("sinks", None)
-    beyond = _beyond(attention_mask, dropout, softcap is not None or sinks is not None, others)
+    own = softcap is not None or sinks is not None
+    beyond = _beyond(attention_mask, dropout, bias, own, cu_seq_lens_q is not None, others)
     if beyond is not None:
         if fallback is None or not beyond.handed_on:
             raise beyond
@@ -433,8 +472,20 @@ def attend(
         _warn(beyond)
         given = attention_mask.stand_in() if isinstance(attention_mask, Mask) and attention_mask.stand_in else attention_mask
         others |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        if bias is not None:
+            others["position_bias"] = bias
         return fallback(module, query, key, value, given, **others)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    rules: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": sinks, "dropout_p": dropout}
     found: Any = attention_mask
+    out: Any
+    if isinstance(found, torch.Tensor):
+        if found.dtype == torch.bool:
+            rules["mask"] = masks.given(found)
+        else:
+            bias = found if bias is None else bias + found
+        out = attention(q, k, v, bias=None if bias is None else bias.to(q.dtype), **rules)
+        return out, None
     if found is None:
         left = None if sliding_window is None else sliding_window - 1
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -444,11 +495,15 @@ def attend(
             f"a layer has {query.shape[2]} queries and {key.shape[2]} keys, and its mask is of {found.shape[2]} and "
             f"{found.shape[3]}; a mask of the same is needed: check which cache or mask the model is given"
         )
+    if bias is not None:
+        rules["bias"] = bias.to(q.dtype)
+    if found.window is None or (found.lengths and bias is not None):  # a bias knows rows as they are
+        out = attention(q, k, v, mask=found.function, **rules)
+        return out, None
     left, right = found.window
-    rules: dict[str, Any] = {"scale": scaling, "softcap": softcap, "causal": right == 0, "sinks": sinks}
+    rules["causal"] = right == 0
     if left is not None or right:
         rules["window"] = left, right
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if cu_seq_lens_q is not None:
         if found.lengths and not found.packed:
             raise ValueError(
@@ -457,7 +512,6 @@ def attend(
         cu_seqlens = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         lengths = {n: x.int() if isinstance(x, torch.Tensor) else x for n, x in zip(NAMES, cu_seqlens, strict=False)}
         found = Mask(found.shape, found.window, lengths)
-    out: Any
     if not found.lengths:
         out = attention(q, k, v, **rules)
         return out, None
@@ -472,18 +526,26 @@ def attend(
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-def _beyond(attention_mask: object, dropout: float, own: bool, others: dict[str, Any]) -> Beyond | None:
-    """What a layer asks for that attention has not; ``own`` says that it also asks for what the fallback has not."""
+def _beyond(attention_mask: object, dropout: float, bias, own: bool, packed: bool, others: dict[str, Any]) -> Beyond | None:
+    """What a layer asks for that attention has not; ``own`` says that it also asks for what the fallback has not, ``packed``
+    that lengths of sequences are given."""
     for name, wanted in _BEYOND.items():
         if others.get(name) is not None and others[name] is not False:
-            return Beyond(wanted, name == "position_bias" and not own)
+            return Beyond(wanted, False)
     if isinstance(attention_mask, Mask) and attention_mask.beyond is not None:
         return Beyond(attention_mask.beyond, not own)
-    if dropout:
-        return Beyond(f"dropout of {dropout}", not own)
-    if not isinstance(attention_mask, (Mask, type(None))):
-        kind = type(attention_mask).__name__
-        return Beyond(f"a mask of its own, a {kind} of shape {tuple(getattr(attention_mask, 'shape', ()))}", not own)
+    masked = isinstance(attention_mask, torch.Tensor)
+    if attention_mask is not None and not isinstance(attention_mask, Mask):
+        text = f"a mask of its own, a {type(attention_mask).__name__} of shape {tuple(getattr(attention_mask, 'shape', ()))}"
+        dtype: Any = getattr(attention_mask, "dtype", None)
+        if packed or not masked or not (dtype == torch.bool or dtype.is_floating_point):
+            return Beyond(text + " beside cu_seq_lens_q" * packed, not own)
+    if packed and (bias is not None or (isinstance(attention_mask, Mask) and attention_mask.window is None)):
+        return Beyond("a bias, or a mask that is no band, beside cu_seq_lens_q", not own)
+    asked = {"a mask of its own": masked, "a bias of the scores (position_bias)": bias is not None}
+    asked |= {f"dropout of {dropout}": bool(dropout), "a mask that is no band": getattr(attention_mask, "window", ()) is None}
+    if _is_in_graph() and any(asked.values()):
+        return Beyond(f"{next(text for text, is_asked in asked.items() if is_asked)} in a graph", not own)
     return None
 
 

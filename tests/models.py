@@ -84,7 +84,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GptOssConfig",
         SIZE | GROUPS | ALTERNATING | {"num_local_experts": 2, "num_experts_per_tok": 2},  # which is no choice that flips
     ),
-    # What attention has not: a bias, chunks.
     "t5": (
         "T5ForConditionalGeneration",
         "T5Config",
@@ -168,6 +167,14 @@ def speech() -> Asked:
     return Asked({"input_features": features, "decoder_input_ids": symbols()}, torch.ones(BATCH, LENGTH, dtype=torch.bool))
 
 
+def own_mask(dtype=torch.bool) -> Asked:
+    """Which keys a query sees, in a mask of the user's own, bools or floats to be added."""
+    seen = torch.rand(BATCH, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.7
+    seen |= torch.eye(LENGTH, dtype=torch.bool)
+    mask = seen if dtype == torch.bool else torch.where(seen, 0.0, -30.0).to(dtype)
+    return Asked({"input_ids": symbols(), "attention_mask": mask}, torch.ones(BATCH, LENGTH, dtype=torch.bool))
+
+
 def translated() -> Asked:
     """An encoder with padding, which its own attention and the decoder's see, and a decoder of another length."""
     asked = padded("inside")
@@ -195,6 +202,11 @@ CASES: dict[str, tuple[str, Callable[[], Asked]]] = {
     "vit": ("vit", pictures),
     "whisper": ("whisper", speech),
     "bart, padding inside": ("bart", translated),
+    "mistral, padding inside": ("mistral", lambda: padded("inside")),
+    "t5, padding inside": ("t5", translated),
+    "llama4": ("llama4", plain),
+    "llama4, left padding": ("llama4", lambda: padded("left")),
+    "llama, a mask that is added": ("llama", lambda: own_mask(torch.float32)),
 }
 
 

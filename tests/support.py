@@ -101,7 +101,7 @@ def oracle(q, k, v, *, scale=None, causal=False, window=None, softcap=0.0, **fun
         scores = block.changed(scores).masked_fill(~block.visible, -math.inf)
         block_lse = block.lse(scores)
         scores -= block_lse.masked_fill(block_lse == -math.inf, 0.0)[..., None]
-        block.write(out, torch.einsum("hgmn,nhd->mhgd", scores.exp_(), block.v.double()))
+        block.write(out, torch.einsum("hgmn,nhd->mhgd", block.dropped(scores.exp_()), block.v.double()))
         block.write_lse(lse, block_lse)
     return out, lse
 
@@ -137,7 +137,7 @@ def _weighted(scores, block):
     keys, visible = scores.shape[-1], block.visible.any(-1, keepdim=True)
     if block.sinks is not None:
         scores = torch.cat((scores, block.sinks.to(scores).expand(*scores.shape[:-1], 1)), -1)
-    P = torch.where(visible, scores.softmax(-1)[..., :keys], 0.0)
+    P = block.dropped(torch.where(visible, scores.softmax(-1)[..., :keys], 0.0))
     return torch.einsum("hgmn,nhd->mhgd", P, block.v)
 
 
@@ -146,7 +146,8 @@ def oracle_gradients(q, k, v, dout, dlse=None, **rules):
 
     A log-sum-exp of −inf is a constant: its gradient does not count.
 
-    ``functions`` are ``mask(batch, head, q_idx, kv_idx)``, ``score(score, batch, …)`` and ``sinks`` (heads).
+    ``functions`` are ``mask(batch, head, q_idx, kv_idx)``, ``score(score, batch, …)``, ``sinks`` (heads), and of dropout
+    ``weight(batch, head, q_idx, kv_idx)``, by which a probability is multiplied.
     """
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
     return eager_gradients(q, k, v, dout, None if dlse is None else dlse.double(), **rules)
@@ -169,6 +170,36 @@ def eager_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, windo
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
+def captured_gradients(captured, q, k, v, dout, dlse=None, *, scale=None, causal=False, window=None, softcap=0.0, **functions):
+    """Those of the tensors ``captured``, which the functions read, in float64: of plain PyTorch attention by autograd, every
+    step of it in the inputs' dtype."""
+    found = [torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in captured]
+    for block in _row_blocks(q, k, v, causal, window, MAX_SCORES // 4, **functions):
+        with torch.enable_grad():
+            scores = _scores(block, scale, softcap)
+            outputs = [_weighted(scores, block)]
+            if dlse is not None:
+                outputs.append(block.lse(scores.to(dlse.dtype)))
+            gradients = torch.autograd.grad(outputs, captured, block.read_gradients(dout, dlse), allow_unused=True)
+        for total, gradient in zip(found, gradients, strict=True):
+            if gradient is not None:
+                total += gradient
+    return found
+
+
+def assert_captured_gradients_close(gradients, captured, make, q, k, v, dout, dlse=None, **rules):
+    """Assert that ``gradients`` are those of the tensors ``captured`` under the rules and ``make(*captured)``, more of them,
+    by the tolerance of :func:`assert_gradients_close`. Of 16-bit inputs: there rounding them makes nearly all of plain
+    attention's error."""
+    results = []
+    for dtype in (torch.float64, None):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in captured]
+        inputs = [x if x is None or dtype is None else x.to(dtype) for x in (q, k, v, dout, dlse)]
+        results.append(captured_gradients(leaves, *inputs, **{**rules, **make(*leaves)}))
+    for i, (got, of, true, plain) in enumerate(zip(gradients, captured, *results, strict=True)):
+        _check(f"the gradient of captured tensor {i}", got, of.dtype, true, TIMES_PLAIN[q.dtype] * (plain - true).abs())
+
+
 def _rounding_of_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False, window=None, softcap=0.0, **functions):
     """The error of (dq, dk, dv) to expect, in units of rounding, from rounding the sums over head_dim: to first order, and
     independent errors add up in squares. A rounded score or log-sum-exp changes P by as much, relative to P.
@@ -185,18 +216,18 @@ def _rounding_of_gradients(q, k, v, dout, dlse=None, *, scale=None, causal=False
         lse = block.lse(scores)[..., None]
         lse.masked_fill_(lse == -math.inf, 0.0)
         P = (scores - lse).exp()
-        dP = torch.einsum("mhgd,nhd->hgmn", dO, block.v)
+        dP = block.dropped(torch.einsum("mhgd,nhd->hgmn", dO, block.v))
         terms = dO * _weighted(scores, block)
         delta = terms.sum(-1).movedim(0, -1) - sum(dLSE)
         Q, K, V, dO = (x.square() for x in (block.q, block.k, block.v, dO))
         in_P = 1.0 + torch.einsum("mhgd,nhd->hgmn", Q, K) * (factor**2 * walk) + lse.square() + scores.square()
         in_P = P.square() * in_P.masked_fill(~block.visible, 0.0)
         in_delta = terms.square().sum(-1).movedim(0, -1) * walk_v + sum(dLSE) ** 2
-        in_dP = torch.einsum("mhgd,nhd->hgmn", dO, V) * walk_v + in_delta[..., None]
+        in_dP = block.dropped(block.dropped(torch.einsum("mhgd,nhd->hgmn", dO, V))) * walk_v + in_delta[..., None]
         in_dS = (in_P * (dP - delta[..., None]).square() + P.square() * in_dP) * factor**2
         block.write(squares[0], torch.einsum("hgmn,nhd->mhgd", in_dS, K))
         squares[1][block.batch] += torch.einsum("hgmn,mhgd->nhd", in_dS, Q)
-        squares[2][block.batch] += torch.einsum("hgmn,mhgd->nhd", in_P, dO)
+        squares[2][block.batch] += torch.einsum("hgmn,mhgd->nhd", block.dropped(block.dropped(in_P)), dO)
     return [x.sqrt() for x in squares]
 
 
@@ -305,9 +336,13 @@ class _RowBlock:
     score: Callable | None = None  # of what becomes of a score
     places: tuple = ()  # batch, head, row and key, which broadcast to (heads_kv, group, rows, sk)
     sinks: torch.Tensor | None = None  # (heads_kv, group, 1, 1)
+    weight: torch.Tensor | None = None  # of probabilities, (heads_kv, group, rows, sk)
 
     def changed(self, scores):
         return scores if self.score is None else self.score(scores, *self.places).to(scores.dtype)
+
+    def dropped(self, P):
+        return P if self.weight is None else P * self.weight.to(P.dtype)
 
     def lse(self, scores):
         lse = scores.logsumexp(-1)
@@ -337,7 +372,9 @@ class _RowBlock:
         lse[self.batch, :, self.rows] = value.flatten(0, 1)
 
 
-def _row_blocks(q, k, v, causal, window, max_scores=None, mask=None, score=None, sinks=None) -> Iterator[_RowBlock]:
+def _row_blocks(
+    q, k, v, causal, window, max_scores=None, mask=None, score=None, sinks=None, weight=None
+) -> Iterator[_RowBlock]:
     """All rows of q in blocks of at most MAX_SCORES scores, or ``max_scores``; none where there are no scores."""
     batch, sq, heads, _ = q.shape
     sk, heads_kv = k.shape[1], k.shape[2]
@@ -349,7 +386,7 @@ def _row_blocks(q, k, v, causal, window, max_scores=None, mask=None, score=None,
             rows = slice(first, min(first + step, sq))
             visible = _visible(rows, sq, sk, causal, window, q.device)
             block = _RowBlock(b, rows, q[b, rows].unflatten(1, (heads_kv, -1)), k[b], v[b], visible)
-            if mask is score is sinks is None:
+            if mask is score is sinks is weight is None:
                 yield block
                 continue
             head, row, key = (torch.arange(n, device=q.device) for n in (heads, sq, sk))
@@ -358,7 +395,8 @@ def _row_blocks(q, k, v, causal, window, max_scores=None, mask=None, score=None,
             if mask is not None:
                 visible = (visible & mask(*places)).expand(heads_kv, heads // heads_kv, -1, -1)
             sinks_here = None if sinks is None else sinks.view(heads_kv, -1, 1, 1)
-            yield replace(block, visible=visible, score=score, places=places, sinks=sinks_here)
+            weights = None if weight is None else weight(*places)
+            yield replace(block, visible=visible, score=score, places=places, sinks=sinks_here, weight=weights)
 
 
 def _visible(rows, sq, sk, causal, window, device):

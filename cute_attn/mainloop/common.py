@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn.layouts.base import CAREFUL, COUNTERS, TICKET
 from cute_attn.rules import LN_2, LOG2_E, Band
@@ -25,8 +26,10 @@ class Values:
 
     Those of ragged sequences have no lengths, and edges as if query 0 were aligned with key 0, until they are :meth:`of` one.
 
-    ``captured`` are the tensors that the user's functions read, of ranks from 1 on, None without functions; ``sequence`` and
-    ``head`` are where they are computed then. ``sinks`` is (heads), or None.
+    ``captured`` are the tensors that the user's functions read, of ranks from 1 on, None without functions, ``of_captured`` the
+    gradients of some. ``sinks`` is (heads), or None. Of dropout: the ``seed``, as two words in memory, and once these are
+    :meth:`of` a sequence as words; up to which word a probability is dropped, and the scale of others. ``sequence`` and
+    ``head`` are where functions and dropout are computed.
 
     Where there is a block mask, ``key_lists`` are those of the query tiles and ``query_lists`` those of the key tiles, as
     ``blocks.py`` says, ``(batch, heads, tile, …)``, and ``ranks`` the order in which dQ is added up, where it is fixed.
@@ -40,6 +43,10 @@ class Values:
     scale_by_cap: Float32
     captured: tuple | None = None
     sinks: cute.Tensor | None = None
+    of_captured: tuple | None = None
+    seed: Any = None
+    drop_below: Int32 | None = None
+    kept_scale: Float32 | None = None
     sequence: Int32 | None = None
     head: Int32 | None = None
     key_lists: cute.Tensor | None = None
@@ -49,8 +56,10 @@ class Values:
     def of(self, work: Work) -> Values:
         """The values of a tile's sequence and head."""
         here = self
-        if self.captured is not None:
-            here = replace(self, sequence=work.q.batch if work.sequence is None else work.sequence, head=work.head)
+        if self.seed is not None:
+            here = replace(here, seed=tuple(Uint32(self.seed[i]) for i in range(2)))
+        if self.has_place:
+            here = replace(here, sequence=work.q.batch if work.sequence is None else work.sequence, head=work.head)
         if work.q.length is None:
             return here
         shift = work.k.length - work.q.length
@@ -58,7 +67,12 @@ class Values:
 
     def of_head(self, head) -> Values:
         """Those of another head of the same sequence."""
-        return self if self.captured is None else replace(self, head=head)
+        return replace(self, head=head) if self.has_place else self
+
+    @property
+    def has_place(self) -> bool:
+        """Whether what is computed of a score depends on the sequence and the head."""
+        return self.captured is not None or self.seed is not None
 
     def sink(self, work: Work) -> Float32 | None:
         """The logit of a tile's head that has no value."""

@@ -153,7 +153,7 @@ class Forward:
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(values.seqlen_q, row_first, cO.thread, rows, softmax)
         lse = LogSumExp.like(rescale)
-        softmax.finish(rescale, lse, lay.element(config), values.sink(work))
+        softmax.finish(rescale, lse, lay.element(config), values.sink(work), values.kept_scale)
         scale_rows(rows, rescale)
         store_lse(mLSE, lse, cO.thread, row_first, work)
         self._store_o(acc_O, sO, work.q.stored.rows(mO, work.head), row_first)
@@ -233,8 +233,11 @@ class Forward:
         product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
 
         origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-        Scores(tile.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
+        scores = Scores(tile.cS, tile.values, self.problem)
+        scores.apply_rules(acc_S, origin, masked)
         output.softmax.step(rows_columns(acc_S), output.rescale)
+        if cutlass.const_expr(self.problem.dropout):
+            scores.drop(acc_S, origin)
         scale_rows(rows_columns(acc_O), output.rescale)
 
         p = as_operand_a(acc_S)

@@ -369,9 +369,13 @@ class Backward:
         S, dP, dV, dK = (lay.tiled_mma(role, config) for role in ("S", "dP", "dV", "dK"))
         acc_S, acc_dP = (cute.make_rmem_tensor(S.partition_shape_C(shape), Float32) for _ in range(2))
         row, values = part * cute.size(x.tSrQ.into, mode=[1]), me.values.of_head(head)
+        kept = hidden = None
+        if cutlass.const_expr(self.problem.dropout):
+            origin = (me.work.block * config.tile_n, m_block * config.tile_m + part * config.step_m)
+            kept = Scores(Coordinates.of(S, me.thread, shape), values, self.problem, transposed=True).kept(origin)
         acc_S.fill(0.0)
         product(S, acc_S, config.tile_d // MMA_K, x.tSrK.load, partial(x.tSrQ.load, slot=(slot,), row=row))
-        scores, hidden = Scores(Coordinates.of(S, me.thread, shape), values, self.problem, transposed=True), None
+        scores = Scores(Coordinates.of(S, me.thread, shape), values, self.problem, transposed=True)
         origin = (me.work.block * config.tile_n, m_block * config.tile_m + part * config.step_m)
         if cutlass.const_expr(masked and self.problem.masked):
             hidden = me.careful, of_keys(S, me.thread, me.shared.hidden, config.step_m)
@@ -380,13 +384,15 @@ class Backward:
             acc_dP.fill(0.0)
             product(dP, acc_dP, config.tile_dv // MMA_K, x.tPrV.load, partial(x.tPrdO.load, slot=(slot,), row=row))
 
-        P = scores.probabilities(acc_S, self._of_columns(me, me.shared.lse[None, slot], part), lay.element(config), origin)
+        lse_raw = self._of_columns(me, me.shared.lse[None, slot], part)
+        P = scores.probabilities(acc_S, lse_raw, lay.element(config), origin, kept)
         if cutlass.const_expr(self.needs_v):
             if cutlass.const_expr(self.shares_p):
                 self._share("P", me, P, me.shared.ds[None, None, p_slot], part)
             self._own_queries(dV, me.acc_dV, P, x.tVrdO, slot, part)
         if cutlass.const_expr(self.needs_ds):
-            scores.gradients(acc_S, acc_dP, self._of_columns(me, me.shared.delta[None, slot], part))
+            delta = self._of_columns(me, me.shared.delta[None, slot], part)
+            scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             if cutlass.const_expr(self.needs_q or self.shares_p):
                 self._share("dS", me, acc_S, me.shared.ds[None, None, ds_slot], part)
             if cutlass.const_expr(self.needs_k):

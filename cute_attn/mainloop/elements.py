@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, cute
 
 from cute_attn.expressions import Expression
 from cute_attn.rules import LN_2, LOG2_E
@@ -28,13 +28,22 @@ class ElementOps:
         return KINDS[kind](float.fromhex(text) if kind == "float" else text == "True" if kind == "bool" else int(text))
 
     def load(self, slot: int, kind: str, indices: list):
-        """An element of a captured tensor. Indices are cut to what there is: scores past a sequence's end are computed, too."""
-        tensor, where = _words(self.tensors[slot]), []
-        for dim, (index, is_position) in enumerate(indices):
-            index = cutlass.min(index, tensor.shape[dim] - 1)
-            where.append(index if is_position else cutlass.max(index, 0))
-        value = tensor[tuple(where) if where else 0]
+        """An element of a captured tensor."""
+        tensor = _words(self.tensors[slot])
+        value = tensor[_cut(tensor, indices)]
         return value != 0 if kind == "bool" else value.to(KINDS[kind])
+
+    def load_pair(self, slot: int, indices: list):
+        """An element at an even index and the next one; of tensors of an even size."""
+        tensor = self.tensors[slot]
+        *where, _ = _cut(tensor, indices)
+        words = cute.recast_ptr(tensor.iterator, dtype=Int32 if tensor.element_type.width == 16 else Int64)
+        rows = cute.make_layout(tensor.shape[:-1], stride=tuple(stride // 2 for stride in tensor.stride[:-1]))
+        first = words + cute.crd2idx(tuple(where), rows) if where else words
+        last = Uint32(cutlass.min(indices[-1][0], tensor.shape[-1] - 2)) // 2
+        pair = cute.make_rmem_tensor(2, tensor.element_type)
+        cute.recast_tensor(pair, words.dtype)[0] = cute.make_tensor(first + Int64(last), cute.make_layout(1))[0]
+        return pair
 
     def compute(self, op: str, kind: str, *values):
         return getattr(self, f"_{op}")(kind, *values)
@@ -88,6 +97,16 @@ class ElementOps:
         return 1.0 - 2.0 * cute.arch.rcp_approx(1.0 + cute.math.exp2(x * (2.0 * LOG2_E), fastmath=True))
 
 
+def _cut(tensor: cute.Tensor, indices: list) -> Any:
+    """Where in a captured tensor an element is. Indices are cut to what there is: scores past a sequence's end are computed,
+    too."""
+    where = []
+    for dim, (index, is_position) in enumerate(indices):
+        index = cutlass.min(index, tensor.shape[dim] - 1)
+        where.append(index if is_position else cutlass.max(index, 0))
+    return tuple(where) if where else 0
+
+
 def _words(m: cute.Tensor) -> cute.Tensor:
     """A tensor of 64-bit integers as the lower halves of them: that is all that is used, and half as much to hold."""
     if m.element_type is not cutlass.Int64:
@@ -101,7 +120,7 @@ class Elements:
     along each, and ``leaf(name, row, column)`` says what a position is."""
 
     def __init__(self, expression: Expression, tensors: tuple, leaf: Callable, rows: str, columns: str):
-        self.expression, self.ops, self.leaf = expression, ElementOps(tensors), leaf
+        self.expression, self.ops, self.leaf, self.rows, self.columns = expression, ElementOps(tensors), leaf, rows, columns
         leaves = expression.leaves()
         self.along_rows = [bool(names & {rows, "score"}) for names in leaves]
         self.along_columns = [bool(names & {columns, "score"}) for names in leaves]
@@ -109,14 +128,34 @@ class Elements:
 
     def value(self, node: int, row: int, column: int, score: Any = None) -> Any:
         """What a node is worth there."""
+        leaf, place = self._at(row, column, score)
+        return self.expression.value(node, leaf, self.ops, self.known, place)
 
+    def load_pairs(self, row: int, column: int):
+        """Load at once what is loaded for a thread's two neighbouring keys, at an even column and the next one."""
+        expression, (leaf, place) = self.expression, self._at(row, column, None)
+        for node in expression.pairs:
+            if (self.columns == "kv_idx") and place(node) not in self.known:
+                slot = expression.nodes[node][2]
+                indices = expression.indices(node, leaf, self.ops, self.known, place)
+                pair = self.ops.load_pair(slot, indices)
+                for i in range(2):
+                    self.known[self._at(row, column + i, None)[1](node)] = pair[i].to(Float32)
+
+    def offset(self, load: int, into: cute.Tensor, row: int, column: int, score: Any = None) -> Int64:
+        """Where in ``into``, of a captured tensor's shape, lies the element that a node loads there."""
+        leaf, place = self._at(row, column, score)
+        indices = self.expression.indices(load, leaf, self.ops, self.known, place)
+        return Int64(cute.crd2idx(_cut(into, indices), into.layout))
+
+    def _at(self, row: int, column: int, score: Any) -> tuple[Callable, Callable]:
         def leaf(name: str):
             return score if name == "score" else self.leaf(name, row, column)
 
         def place(node: int) -> tuple:
             return node, row if self.along_rows[node] else None, column if self.along_columns[node] else None
 
-        return self.expression.value(node, leaf, self.ops, self.known, place)
+        return leaf, place
 
 
 @cute.jit

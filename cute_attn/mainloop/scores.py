@@ -10,13 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Uint32, cute
 
+from cute_attn import dropout
 from cute_attn.layouts.fragments import rows_columns
+from cute_attn.mainloop.captured import CapturedGradients
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.elements import Elements
 from cute_attn.mainloop.guard import HIDDEN
 from cute_attn.rules import LN_2, LOG2_E, rational_tanh, softcap_slope, softcap_tanh
+
+PAIRS_AHEAD = 16  # columns
 
 
 class UsualCapOps:
@@ -44,6 +48,33 @@ class LargeCapOps:
     @staticmethod
     def reciprocal(x):
         return cute.arch.rcp_approx(x)
+
+
+class WordOps:
+    """The operations of ``dropout.philox`` for the DSL's words."""
+
+    @staticmethod
+    def product(x, constant):
+        whole = cute.arch.mul_wide(x, Uint32(constant))
+        return Uint32(whole >> 32), Uint32(whole)
+
+    @staticmethod
+    def sum(x, constant):
+        return x + Uint32(constant)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which of a thread's probabilities dropout keeps, a bit each, column by column; and what these are multiplied by."""
+
+    bits: cute.Tensor
+    rows: cutlass.Constexpr[int]
+    scale: Float32
+
+    def of(self, x: Float32, row: int, column: int) -> Float32:
+        """A value at (row, column), 0 where the probability is dropped."""
+        n = column * self.rows + row
+        return _select(self.bits[n // 32] & Int32(_bit(n)) != 0, x, Float32(0.0))
 
 
 @dataclass(frozen=True)
@@ -95,16 +126,19 @@ class Scores:
         elif cutlass.const_expr(masked):
             self._mask(scores, origin)
 
-    def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin) -> cute.Tensor:
+    def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None) -> cute.Tensor:
         """An accumulator's scores to P in place; returns it, for dV. Where a rule has a slope, to P ∘ the slopes, which is what
         dS takes, and P itself, which is returned, is in ``dtype``. Both at once, since P, its slopes and dP together would take
-        more registers than there are. ``lse_raw`` is the log-sum-exp of a thread's queries, in shared memory if transposed."""
+        more registers than there are. ``lse_raw`` is the log-sum-exp of a thread's queries, in shared memory if transposed.
+
+        Where a captured tensor's gradient takes a score, scores stay as they are until :meth:`gradients`. ``kept`` is of
+        dropout: what dV takes of P, and P is as it was for dS."""
         scale_log2, softcap, scores = self.values.scale_log2, self.problem.softcap, rows_columns(acc)
-        if self.problem.expression.score is not None:
-            rounded = acc
-            if self.transposed and (softcap or self.problem.expression.slope is not None):
-                rounded = cute.make_rmem_tensor_like(acc, dtype)
-            self._changed_probabilities(scores, lse_raw, origin, None if rounded is acc else rows_columns(rounded))
+        apart = self.problem.dropout or softcap or self.problem.expression.slope is not None or self._takes_scores
+        if self.problem.expression.score is not None or (self.problem.dropout and self.transposed):
+            rounded = cute.make_rmem_tensor_like(acc, dtype) if self.transposed and apart else acc
+            if self.transposed or not self._takes_scores:
+                self._changed_probabilities(scores, lse_raw, origin, None if rounded is acc else rows_columns(rounded), kept)
             return rounded
         if not self.transposed:
             _probabilities_by_row(scores, lse_raw, scale_log2, softcap)
@@ -116,14 +150,62 @@ class Scores:
             _probabilities(scores, lse_raw, scale_log2)
         return acc
 
-    def gradients(self, acc: cute.Tensor, acc_dP: cute.Tensor, delta: cute.Tensor):
-        """An accumulator's P (∘ the slopes) to dS = P ∘ (dP − delta) in place, with the delta of each query."""
+    def gradients(
+        self, acc: cute.Tensor, acc_dP: cute.Tensor, delta: cute.Tensor, lse_raw=None, origin=None, kept: Kept | None = None
+    ):
+        """An accumulator's P (∘ the slopes) to dS = P ∘ (dP − delta) in place, with the delta of each query; and what captured
+        tensors get of it. ``lse_raw``, ``origin`` and ``kept`` are those of :meth:`probabilities`."""
         P, dP = rows_columns(acc), rows_columns(acc_dP)
-        if self.transposed:
+        if self.problem.dropout or self.problem.expression.partials:
+            self._changed_gradients(P, dP, delta, lse_raw, origin, kept)
+        elif self.transposed:
             _gradients(P, dP, delta)
         else:
             for r in range(cute.size(delta)):
                 P[r, None].store(P[r, None].load() * (dP[r, None].load() - delta[r]))
+
+    def kept(self, origin) -> Kept:
+        """Which of a thread's probabilities dropout keeps in the tile at ``origin``, whose first row and column are multiples
+        of 16. It takes no scores, so that it may be asked for while these are computed."""
+        rows, columns = (cute.size(self.where.zero, mode=[mode]) for mode in range(2))
+        bits = cute.make_rmem_tensor(-(-rows * columns // 32), Int32)
+        bits.fill(0)
+        for r, c, is_kept in self._which_are_kept(origin):
+            n = c * rows + r
+            bits[n // 32] = bits[n // 32] | _select(is_kept, Int32(_bit(n)), Int32(0))
+        return Kept(bits, rows, self.values.kept_scale)
+
+    def drop(self, acc: cute.Tensor, origin):
+        """P of the forward pass to what P·V takes of it, without the scale."""
+        P = rows_columns(acc)
+        for r, c, is_kept in self._which_are_kept(origin):
+            P[r, c] = _select(is_kept, P[r, c], Float32(0.0))
+
+    def _which_are_kept(self, origin):
+        """(row, column, whether it is kept) of a thread's probabilities, four of a counter at a time."""
+        values, zero, thread, apart = self.values, self.where.zero, self.where.thread, dropout.APART
+        above = Uint32(values.drop_below)
+        rows, columns = (range(cute.size(zero, mode=[mode])) for mode in range(2))
+        at = {(zero[r, c][0], zero[r, c][1]): (r, c) for c in columns for r in rows}
+        for (row, column), (r, _) in at.items():
+            if row & apart or column & apart:
+                continue
+            position = Uint32(origin[0] + thread[r, 0][0]), Uint32(origin[1] + thread[0, 0][1] + column)
+            q_idx, kv_idx = position[::-1] if self.transposed else position
+            counter = dropout.counter(Uint32(values.sequence), Uint32(values.head), q_idx, kv_idx)
+            words = dropout.philox(counter, values.seed, WordOps)
+            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                word = words[dropout.number(j, i) if self.transposed else dropout.number(i, j)]
+                yield *at[row + i * apart, column + j * apart], word >= above
+
+    @property
+    def _takes_scores(self) -> bool:
+        """Whether captured tensors' gradients take scores, or dS without slopes that P already has."""
+        expression = self.problem.expression
+        if not expression.partials:
+            return False
+        names = set().union(*(expression.leaves()[x.slope] for x in expression.partials if x.slope is not None))
+        return self.problem.softcap or expression.slope is not None or "score" in names
 
     @cute.jit
     def _cap(self, scores: cute.Tensor):
@@ -158,29 +240,87 @@ class Scores:
         """Scores to what the user's function makes of them, natural logarithms."""
         natural = self.values.scale_log2 * LN_2
         for r, c in self._each(scores):
+            if r == 0 and c % PAIRS_AHEAD == 0:
+                self._load_pairs(scores, elements, c)
             scores[r, c] = elements.value(self.problem.expression.score, r, c, scores[r, c] * natural)
 
-    def _changed_probabilities(self, scores: cute.Tensor, lse_raw: cute.Tensor, origin, rounded: cute.Tensor | None):
+    def _load_pairs(self, scores: cute.Tensor, elements: Elements, first: int):
+        """Begin to load what some columns from the first on will take, so that many loads are on their way at the same time."""
+        rows, columns = (cute.size(scores, mode=[mode]) for mode in range(2))
+        if self.problem.expression.pairs and not self.transposed:
+            for c in range(first, min(first + PAIRS_AHEAD, columns), 2):
+                for r in range(rows):
+                    elements.load_pairs(r, c)
+
+    def _changed_probabilities(
+        self, scores: cute.Tensor, lse_raw: cute.Tensor, origin, rounded: cute.Tensor | None, kept: Kept | None
+    ):
         """``scores`` before the user's function, −∞ or as low as a hidden key's where they don't count, to P ∘ the slopes in
-        place; ``rounded`` gets P."""
-        elements, expression, natural = self._elements(origin), self.problem.expression, self.values.scale_log2 * LN_2
-        pairs = _pairs(lse_raw) if self.transposed else ((c, None) for c in range(0, cute.size(scores, mode=[1]), 2))
-        for c, pair in pairs:
+        place; ``rounded`` gets P, or what dropout leaves of it."""
+        elements = self._elements(origin)
+        for c, lse in self._by_query(scores, lse_raw):
+            if c % PAIRS_AHEAD == 0:
+                self._load_pairs(scores, elements, c)
             for r in range(cute.size(scores, mode=[0])):
                 P = cute.make_rmem_tensor(2, Float32)
                 for i in range(2):
-                    score, lse = scores[r, c + i], pair[i] if self.transposed else lse_raw[r]
-                    counts = score > HIDDEN
-                    changed = _select(counts, elements.value(expression.score, r, c + i, score * natural), score)
-                    P[i] = cute.math.exp2((changed - lse) * LOG2_E, fastmath=True)
-                    slopes = P[i] * _slope(score) if self.problem.softcap else P[i]
-                    if expression.slope is not None:
-                        slope = elements.value(expression.slope, r, c + i, score * natural)
-                        slopes = slopes * _select(counts, slope, Float32(0.0))
-                    scores[r, c + i] = slopes
+                    P[i], slopes = self._probability(elements, scores[r, c + i], lse(r, i), r, c + i)
+                    if not self._takes_scores:
+                        scores[r, c + i] = P[i] if slopes is None else P[i] * slopes
+                    if kept is not None:
+                        P[i] = kept.of(P[i], r, c + i) * kept.scale
                 if rounded is not None:
                     place = rounded.iterator + rounded.layout((r, c))
                     cute.make_tensor(place, P.layout).store(P.load().to(rounded.element_type))
+
+    def _probability(self, elements: Elements, score: Float32, lse: Float32, r: int, c: int):
+        """``(P, slopes)`` of a score before the user's function; slopes are None where they are 1."""
+        expression, natural, slopes = self.problem.expression, self.values.scale_log2 * LN_2, None
+        if self.problem.softcap:
+            slopes = _slope(score)
+        if expression.score is None:
+            return cute.math.exp2((score - lse) * self.values.scale_log2, fastmath=True), slopes
+        counts = score > HIDDEN
+        changed = _select(counts, elements.value(expression.score, r, c, score * natural), score)
+        P = cute.math.exp2((changed - lse) * LOG2_E, fastmath=True)
+        if expression.slope is not None:
+            slope = _select(counts, elements.value(expression.slope, r, c, score * natural), Float32(0.0))
+            slopes = slope if slopes is None else slopes * slope
+        return P, slopes
+
+    def _changed_gradients(self, P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor, lse_raw, origin, kept: Kept | None):
+        """``P``, which may be scores, to dS in place, and the gradients of captured tensors."""
+        natural, elements, captured = self.values.scale_log2 * LN_2, None, None
+        if self.problem.expression.partials:
+            elements = self._elements(origin)
+            captured = CapturedGradients(elements, self.values, self.where.zero)
+        for c, of_query, *lse in self._by_query(P, delta, *([lse_raw] if self._takes_scores else [])):
+            for i in range(2):
+                for r in range(cute.size(P, mode=[0])):
+                    given, slopes, score = P[r, c + i], None, None
+                    if self._takes_scores:
+                        score = _select(given > HIDDEN, given * natural, Float32(0.0))
+                        given, slopes = self._probability(elements, given, lse[0](r, i), r, c + i)
+                    of_P = dP[r, c + i]
+                    if kept is not None:
+                        of_P = kept.of(of_P, r, c + i) * kept.scale
+                    dS = given * (of_P - of_query(r, i))
+                    if captured is not None:
+                        captured.add(r, c + i, dS, score)
+                    P[r, c + i] = dS if slopes is None else dS * slopes
+                if captured is not None:
+                    captured.end_column()
+        if captured is not None:
+            captured.finish()
+
+    def _by_query(self, scores: cute.Tensor, *of_queries):
+        """Of two columns at a time the first, and functions of (row, 0 or 1) that say what a query has."""
+        for c in range(0, cute.size(scores, mode=[1]), 2):
+            if self.transposed:
+                pairs = [_pair(x, c) for x in of_queries]
+                yield c, *((lambda r, i, pair=pair: pair[i]) for pair in pairs)
+            else:
+                yield c, *((lambda r, i, x=x: x[r]) for x in of_queries)
 
     @cute.jit
     def _hide(self, scores: cute.Tensor, hidden: cute.Tensor):
@@ -272,7 +412,16 @@ def _pairs(values: cute.Tensor):
     """The values of a row in shared memory, two neighbours at a time, read only when they are needed: all of them would
     take as many registers as a row of scores."""
     for c in range(0, cute.size(values), 2):
-        pair = cute.make_rmem_tensor(2, values.element_type)
-        first = cute.make_tensor(values.iterator + values.layout(c), pair.layout)
-        cute.autovec_copy(first, pair)
-        yield c, pair
+        yield c, _pair(values, c)
+
+
+def _pair(values: cute.Tensor, c: int) -> cute.Tensor:
+    pair = cute.make_rmem_tensor(2, values.element_type)
+    first = cute.make_tensor(values.iterator + values.layout(c), pair.layout)
+    cute.autovec_copy(first, pair)
+    return pair
+
+
+def _bit(n: int) -> int:
+    """The n-th bit of words of 32, as an int32."""
+    return (1 << n % 32) - (1 << 32) * (n % 32 == 31)

@@ -206,7 +206,7 @@ class Forward(Kernel):
         return tiles if shared.work is None else self._queue(shared, pipes).taker()
 
     def _queue(self, shared: ForwardShared, pipes: ForwardPipelines) -> WorkQueue:
-        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, bool(self.problem.expression))
+        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, self.problem.has_places)
 
     @cute.jit
     def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
@@ -423,6 +423,7 @@ class Forward(Kernel):
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
         self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()))
+        self._drop(me, tile, top, acc_S)
         self._probabilities(frag, acc_S)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
@@ -491,6 +492,7 @@ class Forward(Kernel):
         self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
+        self._drop(me, tile, n, acc_S)
         self._probabilities(frag, acc_S)
         if cutlass.const_expr(not (self.config.rescale_early or anchored)):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
@@ -525,6 +527,13 @@ class Forward(Kernel):
             softmax.anchored_step(rows_columns(acc_S))
         else:
             softmax.step(rows_columns(acc_S), frag.rescale, hold)
+
+    @cute.jit
+    def _drop(self, me: ForwardWorker, tile: WarpgroupTile, n, acc_S):
+        """Dropout, once P·V of the tile before has left its registers."""
+        if cutlass.const_expr(self.problem.dropout):
+            origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
+            Scores(me.cS, tile.values, self.problem).drop(acc_S, origin)
 
     @cute.jit
     def _exponentials_begin(self, positive: Float32):
@@ -572,7 +581,7 @@ class Forward(Kernel):
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(tile.values.seqlen_q, tile.row_first, me.cO.thread, rows_columns(frag.acc_O), softmax)
         normalize, lse = cute.make_rmem_tensor_like(frag.rescale), LogSumExp.like(frag.rescale)
-        softmax.finish(normalize, lse, frag.tOrP.element_type, tile.values.sink(work))
+        softmax.finish(normalize, lse, frag.tOrP.element_type, tile.values.sink(work), tile.values.kept_scale)
         scale_rows(rows_columns(frag.acc_O), normalize)
         store_lse(mLSE, lse, me.cO.thread, tile.row_first, work)
 

@@ -324,21 +324,25 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.needs_ds):
             acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage])
             flight.issued("dP")
+        scores, kept, hidden = Scores(me.cS, values, self.problem, transposed=True), None, None
+        if cutlass.const_expr(self.problem.dropout):
+            kept = scores.kept((key_first, m_block * config.tile_m))
         flight.wait("S")
         if cutlass.const_expr(config.overlap_tiles):
             if follows:
                 self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
-        scores, hidden = Scores(me.cS, values, self.problem, transposed=True), None
         if cutlass.const_expr(hides is not None):
             hidden = hides, of_keys(mma_S, me.thread, shared.hidden[None, me.warpgroup], config.tile_m)
         origin = (key_first, m_block * config.tile_m)
         scores.apply_rules(acc_S, origin, masked, hidden)
-        P = scores.probabilities(acc_S, of_columns(mma_S, me.thread, shared.lse[None, stage]), self.element, origin)
+        lse_raw = of_columns(mma_S, me.thread, shared.lse[None, stage])
+        P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
-            scores.gradients(acc_S, acc_dP, of_columns(mma_S, me.thread, shared.delta[None, stage]))
+            delta = of_columns(mma_S, me.thread, shared.delta[None, stage])
+            scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])

@@ -8,6 +8,8 @@ clear or to cast, and the same bits each time.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cutlass
 from cutlass import cute
 
@@ -21,7 +23,8 @@ class Backward:
     """The kernels of one (problem, config)."""
 
     def __init__(self, problem, config):
-        self.keys = KeyGradients(problem, config)
+        without = replace(problem, expression=problem.expression.without_partials)  # what captured tensors get is added once
+        self.keys = KeyGradients(without, config)
         self.queries = QueryGradients(problem, config)
 
     @cute.jit

@@ -22,7 +22,7 @@ from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, transposed
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
-from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.scores import Coordinates, Kept, Scores
 from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warpgroups import WARPGROUP, KeyBlocks, TmaOperands, of_columns, rounded_operand
 from cute_attn.scheduler import Tiles, Work
@@ -161,16 +161,18 @@ class KeyGradients(KeyBlocks):
         for j in cutlass.range(visited.count * visited.members(heads_per_kv), unroll=1):
             pipes.q.consumer_wait(state)
             acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
-            warpgroup.wait_group(0)
             m_block, member = visited.tile(i, j // visited.count, self.problem)
+            of_head, kept = values.of_head(work.head_kv * heads_per_kv + member), None
+            if cutlass.const_expr(self.problem.dropout):
+                kept = self._kept(cS, of_head, work, m_block)
+            warpgroup.wait_group(0)
             hidden = None
             if cutlass.const_expr(hides is not None):
                 hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
             origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
-            of_head = values.of_head(work.head_kv * heads_per_kv + member)
             scores = Scores(cS, of_head, self.problem, transposed=True)
             scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
-            P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin)
+            P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
             rP = rounded_operand(P, self.element)
             if cutlass.const_expr(self.needs_k):
                 of_ds = rP if cutlass.const_expr(P is acc_S) else rounded_operand(acc_S, self.element)
@@ -205,18 +207,24 @@ class KeyGradients(KeyBlocks):
         work, heads_per_kv = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         scores = Scores(None, values, self.problem, transposed=True)  # for gradients, which lie nowhere
+        if cutlass.const_expr(self.problem.dropout):
+            cS = Coordinates.of(self.lay.tiled_mma("dP", self.config), thread, (self.config.tile_n, self.config.tile_m))
         acc_dK = self.accumulator("dK", self.config.tile_d)
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
-        for _ in cutlass.range(visited.count * visited.members(heads_per_kv), unroll=1):
+        for j in cutlass.range(visited.count * visited.members(heads_per_kv), unroll=1):
             pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
                 acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
+                kept = None
+                if cutlass.const_expr(self.problem.dropout):
+                    m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
+                    kept = self._kept(cS, values.of_head(work.head_kv * heads_per_kv + member), work, m_block)
                 warpgroup.wait_group(0)
                 P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
                 delta = of_columns(dP, thread, shared.delta[None, state.index])
-                scores.gradients(P, acc_dP, delta)
+                scores.gradients(P, acc_dP, delta, kept=kept)
             pipes.q.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
                 rdS = rounded_operand(P, self.element)
@@ -233,6 +241,11 @@ class KeyGradients(KeyBlocks):
             group, copy = self.group(), self.lay.store_accumulator("dK", self.config)
             self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (work.block, work.head_kv, work.k))
             self.wait_for_store(group)
+
+    def _kept(self, cS: Coordinates, values: Values, work: Work, m_block) -> Kept:
+        """What dropout keeps in a query tile, which each of the two warpgroups finds out by itself."""
+        scores = Scores(cS, values, self.problem, transposed=True)
+        return scores.kept((work.block * self.config.tile_n, m_block * self.config.tile_m))
 
     @cute.jit
     def _hand_over(self, rP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):

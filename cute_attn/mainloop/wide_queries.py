@@ -226,6 +226,9 @@ class QueryGradients(Kernel):
             acc_S = self.scores("qS", self.config.tile_n, tSrQ, tSrK[None, None, None, k_state.index])
             pipes.v.consumer_wait(v_state)
             acc_dP = self.scores("qdP", self.config.tile_n, tPrdO, tPrV[None, None, None, v_state.index])
+            kept = None
+            if cutlass.const_expr(self.problem.dropout):
+                kept = scores.kept((row_first, keys.begin + n * self.config.tile_n))
             warpgroup.wait_group(1)
             if i > 0:
                 pipes.k.consumer_release(self.stage_before(k_state))
@@ -234,10 +237,10 @@ class QueryGradients(Kernel):
                 hidden = care, of_columns(S, index % WARPGROUP, shared.hidden[None, k_state.index])
             origin = (row_first, keys.begin + keys.tile(n) * self.config.tile_n)
             scores.apply_rules(acc_S, origin, keys.needs_mask(n), hidden)
-            scores.probabilities(acc_S, lse_raw, self.element, origin)
+            scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
             warpgroup.wait_group(0)
             pipes.v.consumer_release(v_state)
-            scores.gradients(acc_S, acc_dP, delta)
+            scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             rdS = rounded_operand(acc_S, self.element)
             mma, tB = self.lay.tiled_mma("dQ", self.config), tQrK[None, None, None, k_state.index]
             self.gemm(mma, acc_dQ, rdS, tB, accumulate=True)

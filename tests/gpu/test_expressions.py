@@ -223,20 +223,6 @@ def test_captured_tensors_of_all_kinds(mechanism):
     torch.testing.assert_close(got.float(), want, atol=2e-2, rtol=2e-2)
 
 
-def test_captured_gradients_are_refused_and_the_reference_has_them(mechanism):
-    q, k, v = make_qkv(1, 64, 64, 2, 2, 64, 64, BF16, "cuda")
-    bias = torch.zeros(2, device="cuda", requires_grad=True)
-
-    def score(score, batch, head, q_idx, kv_idx):
-        return score + bias[head] * q_idx
-
-    with pytest.raises(NotImplementedError, match="backend='reference'"):
-        attention(q, k, v, score=score, mechanism=mechanism)
-    assert torch.autograd.grad(attention(q, k, v, score=score, backend="reference").float().sum(), bias)[0].isfinite().all()
-    with torch.no_grad():
-        attention(q, k, v, score=score, mechanism=mechanism)
-
-
 @pytest.mark.parametrize("far", [-300.0, 300.0])
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_a_sink_far_from_all_scores(far, d, mechanism):

@@ -907,17 +907,62 @@ FUNCTIONS = [
         "captured gradients in a fixed order",
         scored(lambda s, b, h, i, j: s + TABLE.clone().requires_grad_()[h, 0], deterministic=True),
         NotImplementedError,
-        "which torch adds up in any order",
+        "requires a gradient, which is added up in any order",
         "False is needed",
         "torch.use_deterministic_algorithms(True)",
     ),
     Row(
-        "captured gradients of the kernels",
-        lambda: of_kernels(score=lambda s, b, h, i, j: s + TABLE.clone().requires_grad_()[h, 0]),
+        "a bias's gradient in a fixed order",
+        lambda: of_kernels(bias=torch.zeros(6, 10, dtype=HALF, requires_grad=True), deterministic=True),
         NotImplementedError,
-        "requires a gradient, which the kernels don't compute",
-        "one that requires none is needed",
+        "a bias or a captured tensor, a Tensor of shape (6, 10)",
+        "False is needed",
         "backend='reference'",
+    ),
+    Row("a bias in a list", lambda: attention(q, k, v, bias=LIST), TypeError, "bias is a list", "(2, 4, 6, 10)", "torch.tens"),
+    Row(
+        "a bias of other sizes",
+        lambda: attention(q, k, v, bias=torch.zeros(4, 6, 9)),
+        ValueError,
+        "bias has shape (4, 6, 9)",
+        "broadcasts to (batch, heads, seqlen_q, seqlen_k), (2, 4, 6, 10), of torch.bfloat16 or torch.float32",
+        "unsqueeze",
+    ),
+    Row(
+        "a bias of 5 dimensions",
+        lambda: attention(q, k, v, bias=torch.zeros(1, 2, 4, 6, 10)),
+        ValueError,
+        "bias has shape (1, 2, 4, 6, 10)",
+        "(2, 4, 6, 10)",
+        "unsqueeze",
+    ),
+    Row(
+        "a bias of another batch",
+        lambda: attention_varlen(q[0], k[0], v[0], BOUNDS_Q, BOUNDS_K, bias=torch.zeros(3, 1, 9, 9)),
+        ValueError,
+        "bias has shape (3, 1, 9, 9)",
+        "(2, 4, any, any)",
+        "unsqueeze",
+    ),
+    Row(
+        "a bias of ints",
+        lambda: attention(q, k, v, bias=torch.zeros(6, 10).int()),
+        ValueError,
+        "bias is a Tensor of shape (6, 10) and dtype torch.int32 on cpu",
+        "torch.bfloat16 or torch.float32",
+        ".to(q.dtype)",
+    ),
+    Row("dropout in words", lambda: attention(q, k, v, dropout_p="0.1"), TypeError, "dropout_p is a str", "from 0 to below 1"),
+    Row("dropout True", lambda: attention(q, k, v, dropout_p=True), TypeError, "dropout_p is True", "from 0 to below 1"),
+    Row("all dropped", lambda: attention(q, k, v, dropout_p=1.0), ValueError, "dropout_p is 1.0", "to below 1", "try 0.1"),
+    Row("dropout below 0", lambda: attention(q, k, v, dropout_p=-0.1), ValueError, "dropout_p is -0.1", "is needed", "try 0.1"),
+    Row(
+        "dropout under vmap",
+        lambda: under_vmap(dropout_p=0.1),
+        NotImplementedError,
+        "dropout_p are given inside of torch.compile",
+        "a plain call is",
+        "disable",
     ),
 ]
 
@@ -948,7 +993,7 @@ def with_another_flash_attn():
 YET = "is needed, since it isn't there yet"
 FLASH_ATTN = [
     # Not there yet.
-    Row("dropout", flash(dropout_p=0.1), NotImplementedError, "dropout_p is 0.1", f"0 {YET}", "model.eval()"),
+    Row("all dropped", flash(dropout_p=1.0), ValueError, "dropout_p is 1.0", "from 0 to below 1 is needed", "try 0.1"),
     Row("pages", flash_varlen(block_table=torch.ones(2, 3)), NotImplementedError, "block_table is a Tensor", YET, "gathered"),
     Row("pages of 3", flash_varlen(page_table=torch.ones(2, 3)), NotImplementedError, "page_table is", YET, "gathered"),
     Row("a sink a head", flash(learnable_sink=torch.ones(3)), ValueError, "a Tensor of shape (3,)", "(4,), one a head"),
@@ -961,8 +1006,8 @@ FLASH_ATTN = [
     Row("rotation", kvcache(rotary_cos=q), NotImplementedError, "rotary_cos is a Tensor", YET, "rotated before the call"),
     Row("rows of a cache", kvcache(cache_batch_idx=INDICES), NotImplementedError, "cache_batch_idx is", YET, "k_cache["),
     # Kinds.
-    Row("dropout a string", flash(dropout_p="0"), TypeError, "dropout_p is a str", "finite number is needed", "0 for none"),
-    Row("dropout a flag", flash(dropout_p=False), TypeError, "dropout_p is False", "finite number is needed", "0 for none"),
+    Row("dropout a string", flash(dropout_p="0"), TypeError, "dropout_p is a str", "finite number is needed", "from 0 to"),
+    Row("dropout a flag", flash(dropout_p=False), TypeError, "dropout_p is False", "finite number is needed", "from 0 to"),
     Row("splits a float", flash(num_splits=1.5), TypeError, "num_splits is 1.5", "an int is needed", "or None"),
     Row("a margin of flags", flash(sm_margin=True), TypeError, "sm_margin is True", "an int is needed", "or None"),
     Row("pack_gqa a number", flash(pack_gqa=1), TypeError, "pack_gqa is 1", "True or False is needed", "pack_gqa=True"),
@@ -1089,6 +1134,16 @@ def layer(mask=None, seqlen=6, **asked):
     return lambda: transformers.attend(torch.nn.Module(), x, x, x, mask, **asked)
 
 
+def in_a_graph(call):
+    """As if torch.compile made one."""
+
+    def run():
+        with patch("cute_attn.transformers._is_in_graph", lambda: True):
+            call()
+
+    return run
+
+
 def masked(function=lambda batch, head, query, key: key <= query, **asked):
     """As a model asks for its layers' mask."""
     return lambda: transformers.mask(2, 6, 6, mask_function=function, **asked)
@@ -1106,7 +1161,7 @@ def imported_as(module):
 
 HOLES, SDPA = torch.tensor([[1, 1, 0, 1, 1, 1], [1] * 6]).bool(), "attn_implementation='sdpa', or register(fallback='sdpa')"
 PARTS = HOLES.int()
-BAND = "causal or full attention is needed, in a window or not, of padded or packed sequences, without dropout"
+BAND = "causal or full attention is needed, in a window or not, of padded or packed sequences, and out of graphs masks"
 TRANSFORMERS = [
     Row("a fallback of True", lambda: transformers.register(fallback=True), TypeError, "fallback is True", "None or 'sdpa'"),
     Row(
@@ -1153,9 +1208,10 @@ TRANSFORMERS = [
     *(
         Row(name, call, transformers.Beyond, got, BAND, SDPA)
         for name, got, call in (
-            ("a mask of 4 dimensions", "a Tensor of shape (2, 1, 6, 6)", layer(torch.zeros(2, 1, 6, 6))),
-            ("dropout", "dropout of 0.1", layer(dropout=0.1)),
-            ("a bias", "a bias of the scores (position_bias)", layer(position_bias=torch.zeros(1))),
+            ("a mask of ints", "a mask of its own, a Tensor of shape (2, 1, 6, 6)", layer(torch.zeros(2, 1, 6, 6).int())),
+            ("dropout in a graph", "dropout of 0.1 in a graph", in_a_graph(layer(dropout=0.1))),
+            ("a bias in a graph", "a bias of the scores (position_bias)", in_a_graph(layer(position_bias=torch.zeros(1)))),
+            ("lengths and a bias", "beside cu_seq_lens_q", layer(position_bias=torch.zeros(1), cu_seq_lens_q=int32(0, 6, 12))),
         )
     ),
     *(
@@ -1168,7 +1224,7 @@ TRANSFORMERS = [
     ),
     Row(
         "a mask of one's own",
-        masked(lambda batch, head, query, key: (key <= query) | (key < 3)),
+        in_a_graph(masked(lambda batch, head, query, key: (key <= query) | (key < 3))),
         transformers.Beyond,
         "a mask that is not a band of keys around each query",
         BAND,
@@ -1176,7 +1232,7 @@ TRANSFORMERS = [
     ),
     Row(
         "packed sequences and padding",
-        masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key], attention_mask=HOLES),
+        in_a_graph(masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key], attention_mask=HOLES)),
         transformers.Beyond,
         "packed sequences with a cache or padding",
         BAND,
@@ -1184,7 +1240,7 @@ TRANSFORMERS = [
     ),
     Row(
         "sequences in parts",
-        masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key]),
+        in_a_graph(masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key])),
         transformers.Beyond,
         "packed sequences whose numbers don't ascend",
         BAND,
@@ -1192,7 +1248,7 @@ TRANSFORMERS = [
     ),
     Row(
         "a window, and padding between keys",
-        masked(lambda batch, head, query, key: (key <= query) & (key > query - 3), attention_mask=HOLES),
+        in_a_graph(masked(lambda batch, head, query, key: (key <= query) & (key > query - 3), attention_mask=HOLES)),
         transformers.Beyond,
         "padding between the keys of a sequence under a window",
         BAND,
@@ -1200,7 +1256,7 @@ TRANSFORMERS = [
     ),
     Row(
         "a window ahead of a cache's end",
-        masked(lambda batch, head, query, key: key - 2 <= query, q_offset=torch.tensor(3)),
+        in_a_graph(masked(lambda batch, head, query, key: key - 2 <= query, q_offset=torch.tensor(3))),
         transformers.Beyond,
         "a window past each query's own key",
         BAND,

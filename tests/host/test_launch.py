@@ -56,7 +56,7 @@ def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
     given = vars(named(FORWARD, arguments))
     assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
     values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
-    values |= {"sinks": None, "captured": None}
+    values |= dict.fromkeys(("sinks", "captured", "seed", "drop_below", "kept_scale"))
     assert given == {**tensors, **dict.fromkeys(NAMES), **values}
 
 

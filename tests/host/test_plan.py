@@ -341,6 +341,7 @@ def test_problem_and_config_have_no_field_for_a_size():
         "for_backward",
         "expression",
         "sinks",
+        "dropout",
         "large_cap",
         "ragged",
         "merges",

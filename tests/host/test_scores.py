@@ -66,8 +66,8 @@ def test_a_tile(kind, softcap):
         for r, c in places:
             held[r, c] = given[where.thread[r, c]]
         lengths = Int32(SEQLEN_Q), Int32(SEQLEN_K), Int32(0), Int32(SEQLEN_K - SEQLEN_Q)
-        place = tensors, None, Int32(SEQUENCE), Int32(HEAD)
-        scores = Scores(where, Values(*lengths, Float32(scale_log2), Float32(by_cap), *place), problem, transposed)
+        place = {"captured": tensors, "sequence": Int32(SEQUENCE), "head": Int32(HEAD)}
+        scores = Scores(where, Values(*lengths, Float32(scale_log2), Float32(by_cap), **place), problem, transposed)
         scores.apply_rules(acc, (256, 256), True)
         for r, c in places:
             found[(0, *where.thread[r, c])] = held[r, c]

@@ -176,19 +176,13 @@ def test_what_a_graph_can_not_read_is_checked_when_it_runs(why):
 # ---- what there is not -----------------------------------------------------------------------------------------------
 
 
-def own_mask():
-    """Which keys a query sees, in a mask of the user's own."""
-    seen = torch.rand(2, 1, models.LENGTH, models.LENGTH, generator=torch.Generator().manual_seed(3)) < 0.7
-    return {"input_ids": models.symbols(), "attention_mask": seen | torch.eye(models.LENGTH, dtype=torch.bool)}
-
-
-# The model, what it is asked, and what the error and the warning say of it.
+# In a graph: the model, what it is asked, and what the error and the warning say of it.
 HANDED_ON = {
-    "a mask": ("llama", own_mask, "a mask of its own, a Tensor of shape (2, 1, 24, 24)"),
+    "a mask": ("llama", lambda: models.own_mask().inputs, "a mask of its own in a graph"),
     "chunks": ("llama4", lambda: models.plain().inputs, "a mask that is not a band of keys around each query"),
-    "a bias": ("t5", lambda: models.translated().inputs, "a bias of the scores (position_bias)"),
+    "a bias": ("t5", lambda: models.translated().inputs, "a bias of the scores (position_bias) in a graph"),
     "padding": ("mistral", lambda: models.padded("inside").inputs, "padding between the keys of a sequence under a window"),
-    "dropout": ("phi3", lambda: models.plain().inputs, "dropout of 0.5"),
+    "dropout": ("phi3", lambda: models.plain().inputs, "dropout of 0.5 in a graph"),
 }
 handed_on = pytest.mark.parametrize("what", HANDED_ON)
 
@@ -199,7 +193,8 @@ def answers(what: str, implementation: str) -> torch.Tensor:
     if what == "dropout":
         model.train()
     torch.manual_seed(0)
-    return model(**ask()).logits
+    with patch.object(integration, "_is_in_graph", lambda: True):
+        return model(**ask()).logits
 
 
 @handed_on
@@ -232,24 +227,26 @@ def test_with_a_fallback_the_rest_is_computed(fallback):
     assert_case("gemma2")
 
 
+BIAS = "a bias of the scores (position_bias)"
 NEVER = {
     "weights": ({"output_attentions": True}, "attention weights, which are never in memory"),
     "keys": ({"indices": torch.zeros(1)}, "keys that are chosen for each query (indices)"),
     "blocks": ({"block_indices": torch.zeros(1)}, "blocks of keys that are chosen for each query (block_indices)"),
-    "dropout beside sinks": ({"dropout": 0.1, "s_aux": torch.zeros(4)}, "dropout of 0.1"),
-    "a bias beside sinks": ({"position_bias": torch.zeros(1), "sinks": torch.zeros(4)}, "a bias of the scores (position_bias)"),
-    "dropout under a softcap": ({"dropout": 0.1, "softcap": 3.0}, "dropout of 0.1"),
-    "a bias under a softcap": ({"position_bias": torch.zeros(1), "softcap": 3.0}, "a bias of the scores (position_bias)"),
+    "dropout beside sinks": ({"dropout": 0.1, "s_aux": torch.zeros(4)}, "dropout of 0.1 in a graph"),
+    "a bias beside sinks": ({"position_bias": torch.zeros(1), "sinks": torch.zeros(4)}, f"{BIAS} in a graph"),
+    "dropout under a softcap": ({"dropout": 0.1, "softcap": 3.0}, "dropout of 0.1 in a graph"),
+    "a bias under a softcap": ({"position_bias": torch.zeros(1), "softcap": 3.0}, f"{BIAS} in a graph"),
 }
 
 
 @pytest.mark.parametrize("what", NEVER)
-def test_torch_would_ignore_it(what, fallback):
+def test_torch_would_ignore_it(what, fallback, monkeypatch):
     """Nothing is handed on that would be lost there."""
     asked, words = NEVER[what]
     model = models.built("llama", OURS)
     layer, x = model.model.layers[0].self_attn, torch.zeros(1, 4, 3, 8)
     attend = AttentionInterface()[OURS]
+    monkeypatch.setattr(integration, "_is_in_graph", lambda: True)
     with pytest.raises(Beyond) as caught:
         attend(layer, x, x, x, None, **asked)
     assert f"the model asks for {words}; " in str(caught.value)
@@ -261,8 +258,38 @@ def test_lengths_that_torch_would_not_know(fallback):
     x = torch.zeros(1, 4, 3, 8)
     cu_seqlens = torch.tensor([0, 1, 3], dtype=torch.int32)
     layer = models.built("llama", OURS).model.layers[0].self_attn
-    with pytest.raises(ValueError, match=r"asks for dropout of 0\.1, which 'sdpa' computes without lengths; position_ids"):
-        AttentionInterface()[OURS](layer, x, x, x, None, dropout=0.1, cu_seq_lens_q=cu_seqlens)
+    bias = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"beside cu_seq_lens_q, which 'sdpa' computes without lengths; position_ids"):
+        AttentionInterface()[OURS](layer, x, x, x, None, position_bias=bias, cu_seq_lens_q=cu_seqlens)
+
+
+def test_a_mask_of_bools():
+    """Which eager attention adds to the scores; torch's takes it for what it is."""
+    asked = models.own_mask().inputs
+    ours, torchs = (models.built("llama", kind, FLOAT64)(**asked).logits for kind in (OURS, "sdpa"))
+    torch.testing.assert_close(ours, torchs)
+
+
+def test_dropout_in_training():
+    """Drawn anew in each step, from torch's generator; none in evaluation."""
+    asked = models.padded("left").inputs
+    model = models.built("phi3", OURS, attention_dropout=0.5)
+    expected = models.built("phi3", OURS)(**asked).logits
+    assert torch.equal(model(**asked).logits, expected)
+    model.train()
+    torch.manual_seed(0)
+    first, second = model(**asked).logits, model(**asked).logits
+    torch.manual_seed(0)
+    assert torch.equal(model(**asked).logits, first)
+    assert not torch.equal(first, second)
+
+
+def test_dropout_keeps_the_mean():
+    """Within 5 σ of 400 draws, of a layer."""
+    q, k, v = (x.transpose(1, 2) for x in support.make_qkv(1, 9, 9, 2, 2, 8))
+    draws = torch.stack([integration.attend(SimpleNamespace(), q, k, v, None, dropout=0.3)[0] for _ in range(400)])
+    true, _ = integration.attend(SimpleNamespace(), q, k, v, None)
+    assert ((draws.mean(0) - true).abs() <= 5 * draws.std(0) / 20 + 1e-6).all()
 
 
 # ---- mask functions --------------------------------------------------------------------------------------------------
@@ -372,9 +399,10 @@ def test_any_padding(situation, is_unread):
     q, k, v = (x.transpose(1, 2) for x in support.make_qkv(2, length, keys, 2, 1, 8, dtype=FLOAT64))
     drawn = [] if used is None else ["".join("01"[x] for x in row) for row in used[:, : before + length].tolist()]
     between = any("0" in row.strip("0") for row in drawn)
-    refused = (kind == "both sides" and on_device) or (window[0] is not None and between)
+    refused = is_unread and ((kind == "both sides" and on_device) or (window[0] is not None and between))
     outcome = pytest.raises((Beyond, RuntimeError)) if refused else nullcontext()
-    with patch.object(integration, "_is_unread", lambda _: is_unread), outcome:
+    graphs = patch.object(integration, "_is_in_graph", lambda: is_unread)
+    with graphs, patch.object(integration, "_is_unread", lambda _: is_unread), outcome:
         out, _ = integration.attend(SimpleNamespace(), q, k, v, integration.mask(2, length, keys, offset, **asked))
     if refused:
         return

@@ -1,0 +1,195 @@
+"""Gradients of captured tensors and of biases, and dropout, in the kernels, on both mechanisms."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from cute_attn import attention, attention_varlen, dropout
+from tests.captured import CASES, check, made, seeded
+from tests.support import make_gradients, make_qkv
+
+BF16 = torch.bfloat16
+DIMS = [(64, 64), (128, 128), (256, 256)]
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "peaky"])
+@pytest.mark.parametrize("dims", DIMS)
+@pytest.mark.parametrize("case", CASES)
+def test_captured_gradients(case, dims, kind, mechanism):
+    check(case, (2, 333, 421), (4, 2), dims, BF16, "cuda", kind, backend="cute", mechanism=mechanism)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 3, 650), (1, 600, 5), (1, 256, 256), (3, 699, 698)])
+@pytest.mark.parametrize("case", ["bias", "shared", "bucketed", "gated"])
+def test_other_lengths(case, sizes, mechanism):
+    """Of a batch of one, elements of a shared bias are stored; so are a bias's of its own for each score."""
+    check(case, sizes, (2, 1), (64, 64), torch.float16, "cuda", of=torch.float16, backend="cute", mechanism=mechanism)
+
+
+@pytest.mark.parametrize("dims", [(96, 40), (192, 128)])
+def test_other_head_dims(dims, mechanism):
+    check("bias", (1, 300, 300), (2, 2), dims, BF16, "cuda", of=BF16, backend="cute", mechanism=mechanism)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "peaky"])
+@pytest.mark.parametrize("dims", DIMS)
+@pytest.mark.parametrize("case", ["keys", "heads", "gated", "relative", "pair"])
+def test_dropout(case, dims, kind, mechanism):
+    """With windows, softcaps, slopes and captured gradients."""
+    check(case, (2, 333, 421), (4, 2), dims, BF16, "cuda", kind, p=0.2, backend="cute", mechanism=mechanism)
+
+
+@pytest.mark.parametrize("dims", [*DIMS, (40, 104)])
+@pytest.mark.parametrize("rules", [{}, {"causal": True}, {"window": (77, 9)}], ids=["full", "causal", "window"])
+def test_what_dropout_keeps(rules, dims, mechanism):
+    """Bit for bit what the reference keeps: all keys weigh the same, and each has a value of its own place."""
+    n, heads = 384, 3
+    q, k = (torch.zeros(2, n, heads, dims[0], dtype=BF16, device="cuda") for _ in range(2))
+    for first in range(0, n, dims[1]):
+        v = torch.zeros(2, n, heads, dims[1], dtype=BF16, device="cuda")
+        here = min(dims[1], n - first)
+        v[:, torch.arange(first, first + here), :, torch.arange(here)] = 1.0
+        with seeded(5, q.device) as weight:
+            out = attention(q, k, v, dropout_p=0.3, backend="cute", mechanism=mechanism, **rules)
+        row, key = torch.arange(n, device="cuda")[:, None], torch.arange(n, device="cuda")
+        left, right = rules.get("window", (n, 0 if "causal" in rules else n))
+        seen = (key >= row - left) & (key <= row + right)
+        batch, head = (torch.arange(x, device="cuda") for x in (2, heads))
+        kept = weight(0.3)(batch[:, None, None, None], head[:, None, None], row, key) > 0
+        want = (kept & seen)[..., first : first + here].permute(0, 2, 1, 3)
+        assert torch.equal(out[..., :here] > 0, want)
+
+
+LENGTHS = [(0, 0), (64, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (257, 512), (3, 600)]
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_each_sequence_as_in_the_reference(d, p, mechanism):
+    """Packed, with a bias of each sequence's own and its gradient."""
+    batch, heads = len(LENGTHS), 4
+    sq, sk = (sum(side) for side in zip(*LENGTHS, strict=True))
+    q, k, v = (x[0] for x in make_qkv(1, sq, sk, heads, 2, d, d, BF16, "cuda"))
+    bias = torch.randn(batch, heads, 300, 600, device="cuda")
+    dout = torch.randn_like(q)
+    bounds = [
+        torch.tensor([0, *itertools.accumulate(side)], dtype=torch.int32, device="cuda") for side in zip(*LENGTHS, strict=True)
+    ]
+    results = []
+    for how in ({"backend": "cute", "mechanism": mechanism}, {"backend": "reference"}):
+        leaves = [x.detach().to(BF16 if x is not bias else x.dtype).requires_grad_() for x in (q, k, v, bias)]
+        with seeded(3, q.device):
+            out = attention_varlen(*leaves[:3], *bounds, bias=leaves[3], dropout_p=p, causal=True, **how)
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
+
+
+@pytest.mark.parametrize("needs", ["", "k", "v"])
+@pytest.mark.parametrize("d", [64, 256])
+def test_captured_gradients_alone(needs, d, mechanism):
+    """And with some others."""
+    q, k, v = make_qkv(1, 300, 300, 4, 2, d, d, BF16, "cuda")
+    dout, _ = make_gradients(q, v)
+    results = []
+    for names in ("qkv", needs):
+        leaves = {name: x.detach().clone().requires_grad_(name in names) for name, x in zip("qkv", (q, k, v), strict=True)}
+        tensors = [x.requires_grad_() for x in made("gated", (1, 4, 300, 300), q.device)]
+        out = attention(*leaves.values(), **CASES["gated"].asked(*tensors), backend="cute", mechanism=mechanism)
+        wanted = {name: leaves[name] for name in names} | dict(enumerate(tensors))
+        results.append(dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), dout), strict=True)))
+    for name, gradient in results[1].items():
+        torch.testing.assert_close(gradient, results[0][name], atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", ["transposed", "expanded", "heads last"])
+def test_strides_of_a_bias(shape, mechanism):
+    q, k, v = make_qkv(2, 200, 200, 4, 4, 64, 64, BF16, "cuda")
+    dout, _ = make_gradients(q, v)
+    base = torch.randn(4, 200, 200, device="cuda", dtype=BF16)
+    results = []
+    for how in ("cute", "reference"):
+        leaf = base.clone().requires_grad_()
+        bias = {"transposed": leaf.mT, "expanded": leaf[None].expand(2, -1, -1, -1), "heads last": leaf.permute(1, 2, 0)}[shape]
+        bias = bias.permute(2, 0, 1) if shape == "heads last" else bias
+        out = attention(q, k, v, bias=bias, backend=how, mechanism=mechanism if how == "cute" else None)
+        results.append((out, *torch.autograd.grad(out, leaf, dout)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
+
+
+def test_a_bias_of_its_own_for_each_score_has_the_same_bits(mechanism):
+    q, k, v = make_qkv(1, 500, 500, 4, 2, 64, 64, BF16, "cuda")
+    dout, _ = make_gradients(q, v)
+    bias = torch.randn(1, 4, 500, 500, device="cuda", requires_grad=True)
+    results = []
+    for _ in range(10):
+        out = attention(q, k, v, bias=bias, mechanism=mechanism, deterministic=True, causal=True)
+        results.append(torch.autograd.grad(out, bias, dout)[0])
+    assert all(torch.equal(results[0], x) for x in results[1:])
+    assert not results[0][..., torch.ones(500, 500, dtype=torch.bool, device="cuda").triu(1)].count_nonzero()
+
+
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_biases_that_hide_keys(of_rows, mechanism):
+    """−∞; a row of these sees nothing, and has zeros."""
+    q, k, v = make_qkv(1, 200, 200, 2, 2, 64, 64, BF16, "cuda")
+    bias = torch.zeros(200, 200, device="cuda", dtype=BF16)
+    bias[70:90, 20 if not of_rows else slice(None)] = -math.inf
+    leaves = [x.requires_grad_() for x in (q, k, v, bias)]
+    out, lse = attention(q, k, v, bias=bias, mechanism=mechanism, return_lse=True)
+    gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+    want = attention(q, k, v, mask=lambda batch, head, q_idx, kv_idx: bias.detach()[q_idx, kv_idx] == 0, mechanism=mechanism)
+    torch.testing.assert_close(out, want)
+    assert all(x.isfinite().all() for x in gradients)
+    assert not gradients[3][bias.isinf()].count_nonzero()
+    assert (lse == -math.inf).any() == of_rows
+
+
+def test_seeds_come_from_torchs_generator(mechanism):
+    """So the same one makes the same output, also of a CUDA graph's replays and of what a checkpoint computes anew."""
+    q, k, v = make_qkv(1, 200, 200, 2, 2, 64, 64, BF16, "cuda")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def run(*inputs):
+        return attention(*inputs, dropout_p=0.5, mechanism=mechanism)
+
+    torch.manual_seed(1)
+    first, second = run(q, k, v), run(q, k, v)
+    torch.manual_seed(1)
+    assert torch.equal(run(q, k, v), first)
+    assert not torch.equal(first, second)
+
+    torch.manual_seed(1)
+    again = torch.utils.checkpoint.checkpoint(run, *leaves, use_reentrant=False)
+    assert torch.equal(again, first)
+    for x, y in zip(*(torch.autograd.grad(out.float().square().sum(), leaves) for out in (again, first)), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-2, rtol=1e-2)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = run(q, k, v)
+    torch.manual_seed(1)
+    replayed = []
+    for _ in range(2):
+        graph.replay()
+        replayed.append(captured.clone())
+    assert not torch.equal(*replayed)
+    torch.manual_seed(1)
+    graph.replay()
+    assert torch.equal(captured, replayed[0])
+
+
+def test_the_rate_of_dropout():
+    """Within 4 σ, of 16 million."""
+    q, k = (torch.zeros(1, 4096, 1, 64, dtype=BF16, device="cuda") for _ in range(2))
+    v = torch.ones(1, 4096, 1, 64, dtype=BF16, device="cuda")
+    for p in (0.1, 0.5):
+        kept = attention(q, k, v, dropout_p=p)[..., 0].double().mean() * (1 - p)
+        assert abs(kept - (1 - p)) < 4 * math.sqrt(p * (1 - p) / 4096**2) + 1e-4
+        seed = dropout.draw_seed(q.device)
+        places = [torch.arange(n, device="cuda").view(shape) for n, shape in ((4096, (-1, 1)), (4096, (-1,)))]
+        rate = dropout.kept(seed, p, *(torch.zeros(1, dtype=torch.int64, device="cuda") for _ in range(2)), *places)
+        assert abs(rate.double().mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / 4096**2)

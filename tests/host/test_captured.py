@@ -1,0 +1,284 @@
+"""Gradients of captured tensors and of biases, and dropout: in the reference, and what of them the host decides."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cute_attn import attention, attention_varlen, dropout, flash_attn, sdpa
+from cute_attn.expressions import traced
+from tests.captured import CASES, check, seeded
+from tests.support import make_gradients, make_qkv
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Q = torch.zeros(2, 6, 4, 8)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("p", "kind"), [(0.0, "gaussian"), (0.0, "peaky"), (0.25, "gaussian")])
+def test_reference(case, p, kind):
+    check(case, (2, 130, 150), (4, 2), (16, 24), torch.bfloat16, "cpu", kind, p=p, backend="reference")
+
+
+# ---- captured tensors and biases -------------------------------------------------------------------------------------
+
+
+def partials(score=None, bias=None, batch=2, heads=4, lengths=(6, 10)):
+    expression, _ = traced(None, score, (), None, Q, heads, batch, bias, lengths)
+    return expression, [partial.alone for partial in expression.partials]
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+def test_what_each_score_has_of_its_own_is_stored():
+    assert partials(bias=zeros(2, 4, 6, 10))[1] == [True]
+    assert partials(bias=zeros(1, 4, 6, 10))[1] == [False]
+    assert partials(bias=zeros(1, 4, 6, 10), batch=1)[1] == [True]
+    assert partials(bias=zeros(6, 10), batch=1, heads=1)[1] == [True]
+    assert partials(bias=zeros(2, 4, 6, 10), lengths=None)[1] == [False]
+    table = zeros(2, 4, 7, 10)  # of which one row is not loaded
+    assert partials(lambda s, b, h, i, j: s + table[b, h, i, j])[1] == [False]
+    square = zeros(2, 4, 6, 6)
+    assert partials(lambda s, b, h, i, j: s + square[b, h, i, j], lengths=(6, 6))[1] == [True]
+    assert partials(lambda s, b, h, i, j: s + square[b, h, i, j] + square[b, h, j, i], lengths=(6, 6))[1] == [False] * 2
+    assert partials(lambda s, b, h, i, j: s + square[b, h, i, i], lengths=(6, 6))[1] == [False]
+
+
+def test_dimensions_along_which_a_bias_is_the_same_have_no_index():
+    """Strides of 0 are one; the others come in the order of memory, so that nothing is copied."""
+    base = zeros(4, 10)
+    for bias, shape in (
+        (base[:, None].expand(2, 4, 6, 10), (4, 10)),
+        (zeros(6, 10, 4).permute(2, 0, 1), (6, 10, 4)),
+        (zeros(1, 1, 1, 1), ()),
+        (zeros(10, 6).mT, (10, 6)),
+    ):
+        _, (captured,) = traced(None, None, (), None, Q, 4, 2, bias, (6, 10))
+        assert captured.shape == shape
+        assert captured.is_contiguous()
+
+
+def test_only_what_requires_a_gradient_is_in_the_key_and_of_the_backward_pass_only():
+    table = torch.zeros(4, 10)
+    plain, _ = partials(lambda s, b, h, i, j: s * table[h, j])
+    table.requires_grad_()
+    derived, _ = partials(lambda s, b, h, i, j: s * table[h, j])
+    assert derived != plain
+    assert not plain.partials
+    assert derived.without_partials == plain
+    with torch.no_grad():
+        assert partials(lambda s, b, h, i, j: s * table[h, j])[0] == plain
+
+
+def test_gradients_of_tensors_that_no_score_depends_on_are_zeros():
+    q, k, v = make_qkv(1, 6, 10, 4, 4, 8, 8)
+    table = zeros(10)
+    out = attention(q, k, v, mask=lambda b, h, i, j: table[j] >= 0, score=lambda s, *_: 2.0 * s)
+    assert not torch.autograd.grad(out.sum(), table)[0].count_nonzero()
+
+
+LOADS = ["a[head, q_idx]", "a[head, kv_idx]", "b[q_idx, kv_idx]", "c[head]", "b[kv_idx, q_idx % 3]", "d"]
+FORMS = ["({} + {})", "({} * {})", "torch.tanh({} + {})", "torch.where(q_idx > kv_idx, {}, {})", "({} - 0.5 * {})"]
+
+
+@st.composite
+def texts(draw, depth=3) -> str:
+    if not depth or not draw(st.integers(0, 3)):
+        return draw(st.sampled_from([*LOADS, "score"]))
+    return draw(st.sampled_from(FORMS)).format(draw(texts(depth - 1)), draw(texts(depth - 1)))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(texts())
+def test_partials_of_random_expressions(text):
+    """Dual numbers, in the place of what is loaded, against autograd."""
+    shapes = {"a": (2, 9), "b": (9, 9), "c": (2,), "d": ()}
+    space = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
+    score = eval(f"lambda score, batch, head, q_idx, kv_idx: score + {text}", {"torch": torch, **space})
+    expression, captured = traced(None, score, (), None, Q, 2, 2)
+    from cute_attn.expressions import TorchOps
+
+    batch, head, q_idx, kv_idx = torch.meshgrid(*(torch.arange(n) for n in (2, 2, 7, 9)), indexing="ij")
+    names = {"score": torch.randn(2, 2, 7, 9).double(), "batch": batch, "head": head, "q_idx": q_idx, "kv_idx": kv_idx}
+    found = [torch.zeros_like(x) for x in captured]
+    ops = TorchOps(tuple(x.detach() for x in captured), torch.float64, torch.device("cpu"))
+    dS, known = torch.randn(2, 2, 7, 9).double(), {}
+    for partial in expression.partials:
+        slope = 1.0 if partial.slope is None else expression.value(partial.slope, names.get, ops, known)
+        where = tuple(i.expand(dS.shape) for i, _ in expression.indices(partial.load, names.get, ops, known))
+        total = found[expression.nodes[partial.load][2]]
+        total.index_put_(where, dS * slope, accumulate=True) if where else total.add_((dS * slope).sum())
+    value = score(*names.values()).expand(dS.shape)
+    want = torch.autograd.grad(value, captured, dS, allow_unused=True, materialize_grads=True) if captured else ()
+    for got, x in zip(found, want, strict=True):
+        torch.testing.assert_close(got, x)
+
+
+def test_packed_sequences_have_biases_of_their_own():
+    q, k, v = make_qkv(2, 20, 30, 4, 2, 8, 8, torch.float64)
+    bias = torch.randn(2, 4, 25, 30, dtype=torch.float64, requires_grad=True)
+    want = attention(q, k, v, bias=bias[:, :, :20], causal=True)
+    bounds = torch.tensor([0, 20, 40], dtype=torch.int32), torch.tensor([0, 30, 60], dtype=torch.int32)
+    out = attention_varlen(*(x.flatten(0, 1) for x in (q, k, v)), *bounds, bias=bias, causal=True)
+    torch.testing.assert_close(out.unflatten(0, (2, 20)), want)
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), bias)[0] for x in (out, want)))
+    used = torch.tensor([20, 11], dtype=torch.int32)
+    out = attention(q, k, v, bias=bias[:, :, :20], seqused_q=used, seqused_k=used)
+    alone = attention(q[1:, :11], k[1:, :11], v[1:, :11], bias=bias[1:, :, :11, :11])
+    torch.testing.assert_close(out[1:, :11], alone)
+
+
+@pytest.mark.parametrize("no", ["rows", "keys", "batch"])
+def test_biases_of_nothing(no):
+    batch, sq, sk = (0, 6, 10) if no == "batch" else (2, 0, 10) if no == "rows" else (2, 6, 0)
+    q, k, v = make_qkv(batch, sq, sk, 4, 4, 8, 8)
+    bias = zeros(batch, 4, sq, sk)
+    out = attention(q.requires_grad_(), k, v, bias=bias, dropout_p=0.5)
+    assert not out.count_nonzero()
+    torch.autograd.grad(out.sum(), q)
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        (0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (0xFFFFFFFF, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    ],
+)
+def test_philox_is_the_published_one(word, words):
+    """The known answers of 7 rounds that come with its authors' code."""
+    x = torch.tensor([word])
+    assert [int(found) for found in dropout.philox((x,) * 4, (x,) * 2, dropout.TensorOps)] == list(words)
+
+
+def places(*sizes: int) -> list[torch.Tensor]:
+    return [torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_the_rate_of_dropout(p):
+    """Within 4 σ: of all, of each word of a counter, of neighbours, and of two seeds together."""
+    seeds = [dropout.draw_seed(torch.device("cpu")) for _ in range(2)]
+    first, second = (dropout.kept(seed, p, *places(2, 3, 256, 256)) for seed in seeds)
+
+    def assert_rate(kept, rate):
+        assert abs(kept.double().mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / kept.numel())
+
+    assert_rate(first, 1 - p)
+    for rows in (first[:, :, :8], first[:, :, 8:16], first[..., :8], first[..., 8:16]):
+        assert_rate(rows, 1 - p)
+    both = (1 - p) ** 2
+    for one, other in ((first, second), (first[..., 1:], first[..., :-1]), (first[..., 8:], first[..., :-8])):
+        assert_rate(one & other, both)
+    for one, other in ((first[:, :, 8:], first[:, :, :-8]), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1])):
+        assert_rate(one & other, both)
+
+
+def test_numbers_of_dropout():
+    assert [dropout.threshold(p) for p in (0.0, 1e-12, 0.5, 1.0 - 1e-12)] == [0, 0, 2**31, 2**32 - 1]
+    assert dropout.kept_scale(0.5) == 2.0
+    q, k, v = make_qkv(1, 9, 9, 2, 2, 8, 8)
+    assert torch.equal(attention(q, k, v, dropout_p=1e-12), attention(q, k, v))
+
+
+@pytest.mark.parametrize("tiles", [(128, 128), (48, 80), (16, 200)])
+def test_what_is_kept_does_not_depend_on_tiles(tiles):
+    from cute_attn import reference
+    from cute_attn.problem import check_call
+
+    q, k, v = make_qkv(2, 150, 170, 4, 2, 8, 8, torch.float64)
+    call = check_call(q, k, v, None, False, (60, 9), None)
+    call.dropout, call.seed = 0.4, torch.tensor([12345678901234])
+    want = reference.attention(q, k, v, call)
+    found = reference.attention(q, k, v, call, tile_m=tiles[0], tile_n=tiles[1])
+    torch.testing.assert_close(found[0], want[0])
+    dout, _ = make_gradients(q, v)
+    for x, y in zip(
+        *(
+            reference.gradients(q, k, v, want[0], want[2], dout, None, call, tile_m=m, tile_n=n)
+            for m, n in ((128, 128), tiles)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_seed_makes_the_same_again():
+    q, k, v = make_qkv(1, 40, 40, 2, 2, 8, 8)
+    torch.manual_seed(5)
+    first, second = (attention(q, k, v, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(attention(q, k, v, dropout_p=0.5), first)
+    assert not torch.equal(first, second)
+    leaf = q.clone().requires_grad_()
+    torch.manual_seed(5)
+    again = torch.utils.checkpoint.checkpoint(lambda x: attention(x, k, v, dropout_p=0.5), leaf, use_reentrant=False)
+    assert torch.equal(again, first)
+    (of_checkpoint,) = torch.autograd.grad(again.square().sum(), leaf)
+    torch.manual_seed(5)
+    (want,) = torch.autograd.grad(attention(leaf, k, v, dropout_p=0.5).square().sum(), leaf)
+    assert torch.equal(of_checkpoint, want)
+
+
+def test_sequences_drop_what_the_batch_drops():
+    """A sequence's number is its place in the batch."""
+    q, k, v = make_qkv(2, 20, 30, 4, 2, 8, 8, torch.float64)
+    bounds = torch.tensor([0, 20, 40], dtype=torch.int32), torch.tensor([0, 30, 60], dtype=torch.int32)
+    with seeded(3, q.device):
+        want = attention(q, k, v, dropout_p=0.3)
+        packed = attention_varlen(*(x.flatten(0, 1) for x in (q, k, v)), *bounds, dropout_p=0.3)
+        of_flash = flash_attn.flash_attn_func(q, k, v, 0.3)
+        of_flash_packed = flash_attn.flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), *bounds, 20, 30, 0.3)
+    torch.testing.assert_close(packed.unflatten(0, (2, 20)), want)
+    torch.testing.assert_close(of_flash_packed, packed)
+    torch.testing.assert_close(of_flash, want)
+
+
+# ---- torch's function ------------------------------------------------------------------------------------------------
+
+MASKS = [(2, 4, 20, 30), (20, 30), (2, 1, 1, 30), (4, 20, 1), (1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", MASKS)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_of_sdpa(shape, kind):
+    """Beside torch's own, with the gradient of a mask that is added."""
+    q, k, v = (x.transpose(1, 2) for x in make_qkv(2, 20, 30, 4, 4, 8, 8, torch.float64))
+    mask = torch.randn(shape, dtype=torch.float64)
+    mask = mask > -1.0 if kind == "bool" else mask
+    results = []
+    for call in (
+        lambda *x, **how: sdpa.scaled_dot_product_attention(*x, backend="reference", **how),
+        torch.nn.functional.scaled_dot_product_attention,
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        given_mask = mask.clone() if kind == "bool" else mask.clone().requires_grad_()
+        out = call(*leaves, attn_mask=given_mask)
+        wanted = leaves if kind == "bool" else [*leaves, given_mask]
+        results.append((out, *torch.autograd.grad(out.square().sum(), wanted)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_masks_of_sdpa_in_other_dimensions():
+    mine, torchs = sdpa.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention
+    q = torch.randn(2, 3, 4, 20, 8)
+    for tensor, mask in ((q, torch.randn(2, 1, 4, 20, 20)), (q, torch.randn(4, 1, 20)), (q[0, 0], torch.randn(1, 20, 20))):
+        assert sdpa.why_not(tensor, tensor, tensor, mask, backend="reference") is None
+        got = mine(tensor, tensor, tensor, mask, backend="reference")
+        torch.testing.assert_close(got, torchs(tensor, tensor, tensor, mask))
+
+
+def test_dropout_of_sdpa():
+    q = torch.randn(2, 4, 20, 8)
+    with seeded(3, q.device):
+        got = sdpa.scaled_dot_product_attention(q, q, q, None, 0.25, backend="reference")
+        want = attention(*(x.transpose(1, 2) for x in (q, q, q)), dropout_p=0.25).transpose(1, 2)
+    torch.testing.assert_close(got, want)
