@@ -5,12 +5,16 @@ A :class:`BlockMask` knows the *kind* of every block of 32 queries × 32 keys. A
 shape is; so one block mask serves the forward and the backward pass of every head dim and mechanism. The kernels read lists,
 which are made of the kinds when a tile shape first asks for them, and kept:
 
-    (cut tiles, all tiles, repeats, tile, tile, …, unused)     int32; HEADER words, then the tiles that are cut, then whole ones
+    (cut tiles, all tiles, …, tile, tile, …, unused)     int32; HEADER words, then the tiles that are cut, then whole ones
 
-For each query tile a list of key tiles, last ones first, and for each key tile a list of query tiles, of all query heads that
-share the keys. The lower TILE_BITS bits of an entry are the tile's number. Above, an entry of key tiles has a bit for each 64
-rows of the query tile that see no key of it; one of query tiles, which member of the heads that share the keys it is of. Where
-all heads have the same mask, there are entries of one, each for ``repeats`` heads.
+For each query tile a list of key tiles, last ones first, and for each key tile one of query tiles, of all query heads that
+share the keys. The lower TILE_BITS bits of an entry are the tile's number.
+
+- **Of key tiles** those that are cut and come before all whole ones, as a window's left edge does, are the last in the list;
+  the third word says where they begin. Above an entry's number are two bits for each 64 rows of the query tile: whether they
+  see none of its keys, or all.
+- **Of query tiles** an entry also has which member of the heads that share the keys it is of. Where all heads have the same
+  mask, there are entries of one, each for as many heads as the third word says.
 
 Memory is taken by blocks and tiles, never by pairs of a query and a key.
 """
@@ -26,7 +30,7 @@ from torch.nn.functional import pad
 
 from cute_attn.arguments import shown
 from cute_attn.expressions import Expression, TorchOps, traced
-from cute_attn.layouts.base import BLOCK, HEADER, TILE_BITS
+from cute_attn.layouts.base import BLOCK, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.private import raw_stream
 
 NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks and tiles
@@ -103,22 +107,35 @@ class BlockMask:
 
     def _key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
         kinds = self.tiles(tile_m, tile_n)
-        unseen = torch.zeros_like(kinds, dtype=torch.int32)
+        numbers = torch.arange(kinds.shape[3], dtype=torch.int32, device=kinds.device).expand(kinds.shape)
         if tile_m % ROWS_OF_WARPGROUP == 0:
-            parts = self._parts(tile_m, tile_n, NONE).unflatten(3, (-1, ROWS_OF_WARPGROUP // BLOCK)).amax((4, 6)).eq(NONE)
-            for w in range(tile_m // ROWS_OF_WARPGROUP):
-                unseen |= parts[:, :, :, w].int() << TILE_BITS + w
-        numbers = torch.arange(kinds.shape[3], dtype=torch.int32, device=kinds.device) | unseen
-        return _listed(kinds.flip(3), numbers.flip(3), 1)
+            some, every = (
+                self._parts(tile_m, tile_n, missing).unflatten(3, (-1, ROWS_OF_WARPGROUP // BLOCK)) for missing in (NONE, WHOLE)
+            )
+            said = {UNSEEN_BIT: some.amax((4, 6)).eq(NONE), WHOLE_BIT: every.amin((4, 6)).eq(WHOLE)}
+            for bit, of_rows in said.items():
+                for w in range(tile_m // ROWS_OF_WARPGROUP):
+                    numbers = numbers | of_rows[:, :, :, w].int() << TILE_BITS + WARPGROUP_BITS * w + bit
+        kinds, numbers = kinds.flip(3), numbers.flip(3)
+        so_far, whole = kinds.eq(WHOLE).cumsum(3, dtype=torch.int32), kinds.eq(WHOLE).sum(3, keepdim=True)
+        after = kinds.eq(CUT) & (so_far == whole) & (whole > 0)
+        order = torch.where(after, 2, (kinds + 2) % 3).where(kinds != NONE, 3)
+        header = kinds.eq(CUT).sum(3) - after.sum(3), kinds.ne(NONE).sum(3), kinds.ne(NONE).sum(3) - after.sum(3)
+        return _listed(order, numbers, header)
 
     def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
         kinds = self.tiles(tile_m, tile_n).transpose(2, 3)
         numbers = torch.arange(kinds.shape[3], dtype=torch.int32, device=kinds.device)
         if self.heads == 1:
-            return _listed(kinds, numbers.expand(kinds.shape), members)
+            return self._cut_first(kinds, numbers, members)
         numbers = numbers + (torch.arange(members, dtype=torch.int32, device=kinds.device) << TILE_BITS)[:, None]
         kinds = kinds.unflatten(1, (-1, members)).transpose(2, 3).flatten(3)
-        return _listed(kinds, numbers.flatten().expand(kinds.shape), 1)
+        return self._cut_first(kinds, numbers.flatten(), 1)
+
+    @staticmethod
+    def _cut_first(kinds: torch.Tensor, numbers: torch.Tensor, repeats: int) -> torch.Tensor:
+        header = kinds.eq(CUT).sum(3), kinds.ne(NONE).sum(3), torch.full_like(kinds[..., 0], repeats, dtype=torch.int64)
+        return _listed((kinds + 2) % 3, numbers.expand(kinds.shape), header)
 
     def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
         seen = self.tiles(tile_m, tile_n).ne(NONE).int()
@@ -256,14 +273,10 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
                 kinds[b, h, first : first + len(some)] = some.any(3).any(1).byte() + every.all(3).all(1).byte()
 
 
-def _listed(kinds: torch.Tensor, numbers: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Lists of tiles of these kinds ``(…, tiles)``: cut ones first, then whole ones, each in their order here."""
-    order = ((kinds + 2) % 3).sort(dim=-1, stable=True).indices  # CUT, WHOLE, NONE
-    header = kinds.new_empty((*kinds.shape[:-1], HEADER), dtype=torch.int32)
-    header[..., 0] = kinds.eq(CUT).sum(-1)
-    header[..., 1] = kinds.ne(NONE).sum(-1)
-    header[..., 2] = repeats
-    return torch.cat((header, numbers.gather(-1, order), header[..., :1]), -1)
+def _listed(order: torch.Tensor, numbers: torch.Tensor, header: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Lists of tiles ``(…, tiles)``, by ``order``, those of the same in their order here."""
+    words = torch.stack(header, -1).int()
+    return torch.cat((words, numbers.gather(-1, order.sort(dim=-1, stable=True).indices), words[..., :1]), -1)
 
 
 # ---- what attention is given -----------------------------------------------------------------------------------------

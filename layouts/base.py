@@ -59,6 +59,7 @@ BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every t
 # A list of tiles there is HEADER words, and one for each tile: its number in the lower TILE_BITS, and more above.
 HEADER, TILE_BITS = 3, 20
 TILE_MASK = (1 << TILE_BITS) - 1
+UNSEEN_BIT, WHOLE_BIT, WARPGROUP_BITS = 0, 1, 2  # of a key tile for each warpgroup: it sees none of it, or all
 
 
 @dataclass(frozen=True)

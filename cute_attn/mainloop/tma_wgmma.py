@@ -434,7 +434,8 @@ class Forward(Kernel):
         else:
             before = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
             # The steps after whole tiles rescale l.
-            after = softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
+            several = self.problem.bounded_left or bool(self.problem.blocks)
+            after = softmax.note_growth if cutlass.const_expr(self.anchored and several) else None
             kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
         if cutlass.const_expr(self.config.separate_o):
@@ -446,6 +447,9 @@ class Forward(Kernel):
         warpgroup.wait_group(0)
         pipes.v.consumer_release(kv_state)
         kv_state.advance()
+        if cutlass.const_expr(self.problem.blocks):
+            for _ in cutlass.range(keys.left, unroll=1):
+                kv_state = self._skip(me, pipes, kv_state)
         return kv_state
 
     @cute.jit
@@ -474,7 +478,7 @@ class Forward(Kernel):
     ):
         """Scores and softmax of a key tile, while the tensor cores add the tile before it to O."""
         n, masked = where
-        anchored = anchored and self.anchored and not masked
+        anchored = anchored and self.anchored and masked is False
         hold = tile.keys.is_whole(n) if cutlass.const_expr(self.anchored and again) else None
         k_state = v_state.clone()
         k_state.advance()

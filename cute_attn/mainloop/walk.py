@@ -3,8 +3,8 @@
 A walk has up to three segments, tiles cut by one edge of the band, whole tiles, tiles cut by the other, so that each loop knows
 at compile time whether it masks. Whoever copies and whoever computes take the same walk, each by itself.
 
-Where there is a block mask, the tiles are those of a list in global memory (:mod:`cute_attn.blocks`), and there are two
-segments: those that a mask function cuts, then whole ones.
+Where there is a block mask, the tiles are those of a list in global memory (:mod:`cute_attn.blocks`), whose segments are the
+same: tiles that a mask function cuts, whole ones, others that it cuts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import cutlass
 from cutlass import Int32, cute
 
 from cute_attn.dropout import TOGETHER
-from cute_attn.layouts.base import HEADER, TILE_BITS, TILE_MASK
+from cute_attn.layouts.base import HEADER, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
 
 
@@ -117,21 +117,25 @@ class KeyTiles:
 @dataclass(frozen=True)
 class ListedKeys:
     """The key tiles of one query tile as a list has them, what :class:`KeyTiles` is for a band: ``count`` of its ``entries``
-    from ``first`` on, and the ``masked`` ones, which need a mask, come first. Tiles begin at multiples of tile_n. Where it
-    ``leads``, the first tile that needs no mask comes before those that are anchored, and shows each row a key."""
+    from ``first`` on. Those at places ``masked … whole_end − 1`` need no mask; of the others a ``warpgroup`` may need none for
+    its own rows. Tiles begin at multiples of tile_n. Where it ``leads``, the first tile that needs no mask comes before those
+    that are anchored, and shows each row a key. ``left`` tiles more are other warpgroups'."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     end: Int32
     first: Int32
     count: Int32
     masked: Int32
+    whole_end: Int32
+    left: Int32 | None = None
+    warpgroup: Int32 | None = None
     begin: cutlass.Constexpr[int] = 0
     leads: cutlass.Constexpr[bool] = False
 
     @staticmethod
     def of(values: Values, m_block: Int32) -> ListedKeys:
         entries = values.key_lists[values.sequence, values.head, m_block, None]
-        return ListedKeys(entries, values.seqlen_k, Int32(0), entries[1], entries[0])
+        return ListedKeys(entries, values.seqlen_k, Int32(0), entries[1], entries[0], entries[2])
 
     def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> ListedKeys:
         """The same walk, whose whole tiles come when each row has seen a key."""
@@ -141,14 +145,18 @@ class ListedKeys:
     def of_rows(
         self, values: Values, problem: cutlass.Constexpr, row_first: Int32, rows: cutlass.Constexpr, config: cutlass.Constexpr
     ):
-        """``(walk, skipped)`` of a warpgroup's rows: the same walk without the tiles that come first and of which none of them
-        sees a key. At least one tile is left."""
-        warpgroup = row_first // rows % (config.tile_m // rows)
-        skipped = Int32(0)
-        while (skipped < self.count - 1) & ((self.entries[HEADER + skipped] >> (TILE_BITS + warpgroup)) & 1 != 0):
+        """``(walk, skipped)`` of a warpgroup's rows: the same walk without the tiles that come first, or last, and of which
+        none of them sees a key. At least one tile is left."""
+        mine = replace(self, warpgroup=row_first // rows % (config.tile_m // rows))
+        skipped, past = Int32(0), self.count
+        while (skipped < past - 1) & mine._says(skipped, UNSEEN_BIT):
             skipped += 1
+        while (skipped < past - 1) & mine._says(past - 1, UNSEEN_BIT):
+            past -= 1
         masked = cutlass.max(self.masked - skipped, 0)
-        return replace(self, first=skipped, count=self.count - skipped, masked=masked), skipped
+        whole_end = cutlass.min(cutlass.max(self.whole_end - skipped, 0), past - skipped)
+        mine = replace(mine, first=skipped, count=past - skipped, masked=masked, whole_end=whole_end, left=self.count - past)
+        return mine, skipped
 
     def place(self, i):
         return i
@@ -169,13 +177,22 @@ class ListedKeys:
         return self.entries[HEADER + self.first + i] & TILE_MASK
 
     def needs_mask(self, i):
-        return i < self.masked
+        return (i < self.masked) | (i >= self.whole_end)
+
+    def is_cut(self, i):
+        """Whether the tile at a place outside of the whole ones needs a mask."""
+        return True if self.warpgroup is None else self._says(i, WHOLE_BIT) == False  # noqa: E712
 
     def is_whole(self, i):
-        return i >= self.masked + int(self.leads)
+        return (i >= self.masked + int(self.leads)) & (i < self.whole_end)
 
     def last_is_masked(self):
-        return self.masked > 0
+        return self.is_cut(0)
+
+    def _says(self, i, bit: int):
+        """What an entry says of the warpgroup's rows."""
+        shift = TILE_BITS + WARPGROUP_BITS * self.warpgroup + bit
+        return (self.entries[HEADER + self.first + i] >> shift) & 1 != 0
 
 
 @dataclass(frozen=True)
@@ -306,16 +323,20 @@ def walk(
     if cutlass.const_expr(problem.blocks):
         done = keys.masked if cutlass.const_expr(last) else cutlass.max(keys.masked, 1)
         for i in cutlass.range(0 if last else 1, done, unroll=1):
-            state = step(state, (i, True))
+            state = step(state, (i, keys.is_cut(i)))
         if cutlass.const_expr(keys.leads):
-            led = cutlass.min(keys.masked + 1, keys.count)
+            led = cutlass.min(keys.masked + 1, keys.whole_end)
             for i in cutlass.range(done, led, unroll=1):
                 state = step(state, (i, False), anchored=False)
             done = cutlass.max(done, led)
         if cutlass.const_expr(before is not None):
             before()
-        for i in cutlass.range(done, keys.count, unroll=1):
+        for i in cutlass.range(done, keys.whole_end, unroll=1):
             state = step(state, (i, False))
+        if cutlass.const_expr(after is not None):
+            after()
+        for i in cutlass.range(cutlass.max(done, keys.whole_end), keys.count, unroll=1):
+            state = step(state, (i, keys.is_cut(i)))
     else:
         top = keys.count - 1
         whole_end = cutlass.min(top, keys.whole_end)
