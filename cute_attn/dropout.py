@@ -64,7 +64,7 @@ def number(of_row, of_key):
     return 2 * of_row + of_key
 
 
-class TensorOps:
+class TensorWordOps:
     """The operations for torch tensors: words are int64."""
 
     @staticmethod
@@ -82,7 +82,7 @@ def kept(seed: torch.Tensor, p: float, batch, head, row, key) -> torch.Tensor:
     """Which probabilities are kept, bool: tensors of positions, int64, that broadcast against one another; ``seed`` is
     :func:`draw_seed`'s."""
     place = counter(batch, head, row & ~APART, key & ~APART)
-    words = philox(place, (seed & WORD, (seed >> 32) & WORD), TensorOps)
+    words = philox(place, (seed & WORD, (seed >> 32) & WORD), TensorWordOps)
     which = number((row & APART) // APART, (key & APART) // APART)
     lower = torch.where(which & 1 == 1, words[1], words[0])
     upper = torch.where(which & 1 == 1, words[3], words[2])

@@ -529,7 +529,7 @@ def traced(
     sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
     element = element_of(bias) if bias is not None and _is_bias(bias, q, sizes) else None
     given = mask, score, tuple(tensors), alibi_slopes, element, q.device, torch.is_grad_enabled()
-    kept = memo.find(code, given, lambda trace: trace[1] in (None, sizes))
+    kept = memo.find(code, given, lambda trace, captured: _fits(trace, captured, sizes))
     if kept is not None:
         (expression, _), captured = kept
         return expression, tuple(x if x.device == q.device else x.to(q.device) for x in captured)
@@ -557,16 +557,23 @@ def traced(
     if seen is None and changed is None:
         return NOTHING, ()
     captured = tuple(x if x.device == q.device else x.to(q.device) for x in graph.captured)
-    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _is_paired(x)) for x in captured)
+    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _is_paired(x, sizes["kv_idx"])) for x in captured)
     expression = _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds, partials))
     if matches is not None and graph.pure and code is not None:
         memo.keep(code, given, matches, (expression, sizes if partials else None), tuple(graph.captured))
     return expression, captured
 
 
-def _is_paired(x: torch.Tensor) -> bool:
-    """Whether elements of even index and the next one are at an address that is a multiple of both."""
-    if not x.dim() or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+def _fits(trace: tuple, captured: tuple, sizes: dict[str, int | None]) -> bool:
+    """Whether a trace that is kept is right for these sizes and addresses."""
+    (expression, of_sizes), keys = trace, sizes["kv_idx"]
+    pairs = (is_paired == _is_paired(x, keys) for (_, _, is_paired), x in zip(expression.tensors, captured, strict=True))
+    return of_sizes in (None, sizes) and all(pairs)
+
+
+def _is_paired(x: torch.Tensor, keys: int | None) -> bool:
+    """Whether elements of even index and the next one are at an address that is a multiple of both, for all of so many keys."""
+    if not x.dim() or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or keys is None or x.shape[-1] < keys:
         return False
     *strides, last = x.stride()
     whole = last == 1 and not x.shape[-1] % 2 and not any(stride % 2 for stride in strides)

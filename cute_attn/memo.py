@@ -30,7 +30,6 @@ BUILTINS = frozenset(map(operator.attrgetter("__name__"), (
 )))  # fmt: skip
 CODES, TRACES = 256, 64  # at most so many functions' code, and traces of each
 DEPTH = 32  # of functions in functions
-ALIGNED = 8  # bytes: what kernels may read of a captured tensor at once
 _MISSING = object()
 _ATTRIBUTES = frozenset((*dir(math), *dir(operator), "reduce", "partial"))
 _kept: dict[types.CodeType, list[tuple[Matches, tuple, Any, tuple]]] = {}
@@ -49,12 +48,14 @@ def matcher(given: Any, known: frozenset[str]) -> Matches | None:
         return None
 
 
-def find(code: types.CodeType | None, given: Any, fits: Callable[[Any], bool]) -> tuple[Any, tuple] | None:
+def find(code: types.CodeType | None, given: Any, fits: Callable[[Any, tuple], bool]) -> tuple[Any, tuple] | None:
     """``(trace, captured tensors)`` that :func:`keep` was given for such functions and arguments, of a trace that ``fits``."""
     for matches, alike, trace, places in _kept.get(code, ()) if code else ():
         found: list = []
-        if fits(trace) and matches(given, found) and _alike(found) == alike:
-            return trace, tuple(found[i] for i in places)
+        if matches(given, found) and _alike(found) == alike:
+            captured = tuple(found[i] for i in places)
+            if fits(trace, captured):
+                return trace, captured
     return None
 
 
@@ -156,12 +157,12 @@ class _Walk:
 
 def _tensor(value: torch.Tensor) -> Matches:
     kind, shape, dtype, strides, device = type(value), value.shape, value.dtype, value.stride(), value.device
-    differentiated, address = value.requires_grad, value.data_ptr() % ALIGNED
+    differentiated = value.requires_grad
 
     def matches(x: Any, found: list) -> bool:
         found.append(x)
         same = type(x) is kind and x.shape == shape and x.dtype is dtype and x.requires_grad is differentiated
-        return same and x.stride() == strides and x.device == device and x.data_ptr() % ALIGNED == address
+        return same and x.stride() == strides and x.device == device
 
     return matches
 

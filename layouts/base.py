@@ -100,6 +100,7 @@ class Config:
     backward: str = ""  # the mainloop of the backward pass; "" is the forward pass, whose mainloop is the mechanism's
     overlap_tiles: bool = False  # backward, tma_wgmma: a query tile's last product runs into the next tile: takes registers
     every_lane_arrives: bool = False  # at a pipeline's barriers, not one for its warp; for racecheck, which follows no warp
+    head_blocks: int = 1  # backward, tma_wgmma: blocks of a cluster share a key tile, each with a part of its query heads
     add_width: int = 4  # backward: floats of dQ's sums that a thread hands on at once, so the order in which they lie
     # backward pass on cp_async only
     key_warps: int = 0  # of the computing warps, as many split the keys; the others split queries and columns

@@ -4,8 +4,7 @@ Each node that loads an element is a direction of its own: dS' · ∂s'/∂eleme
 function made of a score. Where the index doesn't depend on a score's row, its column or either, a warp adds up what it has of
 each element before that goes to memory. Where it depends on both, but is not the two positions themselves (a distance, a
 bucket), neighbours in a row often load the same element: a thread adds these up as long as they do. Sums are float32, in any
-order. Where each score has an element of its own, its gradient is stored, in the tensor's own dtype, after all else: stores and
-loads don't pass one another.
+order. Where each score has an element of its own, its gradient is stored, in the tensor's own dtype.
 """
 
 from __future__ import annotations

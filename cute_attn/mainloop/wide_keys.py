@@ -90,7 +90,7 @@ class KeyGradients(KeyBlocks):
     def _key_tile(self, operands: TmaOperands, from_memory, shared: KeyShared, pipes, values: Values, heads_per_kv, work: Work):
         """The block's tile: each warp its part."""
         plain, rows, care, signals = from_memory
-        values, where = values.of(work), (work, heads_per_kv)
+        values, where = values.of(work), self.query_heads(work, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
@@ -148,7 +148,7 @@ class KeyGradients(KeyBlocks):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
-        work, heads_per_kv = where
+        work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         acc_dV = self.accumulator("dV", self.config.tile_dv)
         pipes.k.consumer_wait(k_state)
@@ -158,11 +158,11 @@ class KeyGradients(KeyBlocks):
             if hides:
                 signals.ask_for_care()
         i = Int32(0)
-        for j in cutlass.range(visited.count * visited.members(heads_per_kv), unroll=1):
+        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             pipes.q.consumer_wait(state)
             acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
             m_block, member = visited.tile(i, j // visited.count, self.problem)
-            of_head, kept = values.of_head(work.head_kv * heads_per_kv + member), None
+            of_head, kept = values.of_head(work.head + member), None
             if cutlass.const_expr(self.problem.dropout):
                 kept = self._kept(cS, of_head, work, m_block)
             warpgroup.wait_group(0)
@@ -204,7 +204,7 @@ class KeyGradients(KeyBlocks):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
-        work, heads_per_kv = where
+        work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         scores = Scores(None, values, self.problem, transposed=True)  # for gradients, which lie nowhere
         if cutlass.const_expr(self.problem.dropout):
@@ -213,14 +213,14 @@ class KeyGradients(KeyBlocks):
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
-        for j in cutlass.range(visited.count * visited.members(heads_per_kv), unroll=1):
+        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
                 acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
                 kept = None
                 if cutlass.const_expr(self.problem.dropout):
                     m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
-                    kept = self._kept(cS, values.of_head(work.head_kv * heads_per_kv + member), work, m_block)
+                    kept = self._kept(cS, values.of_head(work.head + member), work, m_block)
                 warpgroup.wait_group(0)
                 P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
                 delta = of_columns(dP, thread, shared.delta[None, state.index])

@@ -11,45 +11,59 @@ from tests.captured import CASES, check, made, seeded
 from tests.support import make_gradients, make_qkv
 
 BF16 = torch.bfloat16
-DIMS = [(64, 64), (128, 128), (256, 256)]
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "peaky"])
-@pytest.mark.parametrize("dims", DIMS)
-@pytest.mark.parametrize("case", CASES)
-def test_captured_gradients(case, dims, kind, mechanism):
-    check(case, (2, 333, 421), (4, 2), dims, BF16, "cuda", kind, backend="cute", mechanism=mechanism)
+def kernels(*names: str):
+    """``case-d-mechanism`` of those that are compiled: each is run in one test, in every way."""
+    made = [(case, int(d), how) for case, d, how in (name.split("-") for name in names)]
+    return pytest.mark.parametrize(("case", "d", "mechanism"), made, indirect=["mechanism"])
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 3, 650), (1, 600, 5), (1, 256, 256), (3, 699, 698)])
-@pytest.mark.parametrize("case", ["bias", "shared", "bucketed", "gated"])
-def test_other_lengths(case, sizes, mechanism):
-    """Of a batch of one, elements of a shared bias are stored; so are a bias's of its own for each score."""
-    check(case, sizes, (2, 1), (64, 64), torch.float16, "cuda", of=torch.float16, backend="cute", mechanism=mechanism)
+@kernels(
+    *(f"{case}-64-tma_wgmma" for case in CASES),
+    *(f"{case}-{d}-tma_wgmma" for case in ("bias", "gated") for d in (128, 256)),
+    *("bias-64-cp_async", "gated-64-cp_async", "keys-128-cp_async", "gated-256-cp_async", "relative-256-tma_wgmma"),
+)
+def test_captured_gradients(case, d, mechanism):
+    for kind in ("gaussian", "peaky"):
+        check(case, (2, 334, 422), (4, 2), (d, d), BF16, "cuda", kind, backend="cute", mechanism=mechanism)
 
 
-@pytest.mark.parametrize("dims", [(96, 40), (192, 128)])
-def test_other_head_dims(dims, mechanism):
-    check("bias", (1, 300, 300), (2, 2), dims, BF16, "cuda", of=BF16, backend="cute", mechanism=mechanism)
+@kernels("gated-64-tma_wgmma", "gated-64-cp_async")
+def test_other_lengths(case, d, mechanism):
+    for sizes in ((1, 1, 1), (1, 3, 650), (1, 600, 5), (1, 256, 256), (3, 699, 698)):
+        check(case, sizes, (2, 1), (d, d), BF16, "cuda", backend="cute", mechanism=mechanism)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "peaky"])
-@pytest.mark.parametrize("dims", DIMS)
-@pytest.mark.parametrize("case", ["keys", "heads", "gated", "relative", "pair"])
-def test_dropout(case, dims, kind, mechanism):
+@kernels("bias-64-tma_wgmma", "bias-40-cp_async", "bias-104-tma_wgmma")
+def test_a_bias_of_each_score(case, d, mechanism):
+    """Stored, in 16 bits: of odd lengths, of even ones, and where there is one row or key."""
+    for sizes in ((1, 300, 301), (1, 130, 300), (1, 1, 1)):
+        check(case, sizes, (2, 2), (d, 72), torch.float16, "cuda", of=torch.float16, backend="cute", mechanism=mechanism)
+
+
+@kernels(
+    *("gated-64-tma_wgmma", "pair-128-tma_wgmma", "gated-256-tma_wgmma", "keys-64-tma_wgmma"),
+    *("keys-256-tma_wgmma", "gated-64-cp_async", "heads-128-cp_async"),
+)
+def test_dropout(case, d, mechanism):
     """With windows, softcaps, slopes and captured gradients."""
-    check(case, (2, 333, 421), (4, 2), dims, BF16, "cuda", kind, p=0.2, backend="cute", mechanism=mechanism)
+    for kind in ("gaussian", "peaky"):
+        check(case, (2, 333, 421), (4, 2), (d, d), BF16, "cuda", kind, p=0.2, backend="cute", mechanism=mechanism)
 
 
-@pytest.mark.parametrize("dims", [*DIMS, (40, 104)])
-@pytest.mark.parametrize("rules", [{}, {"causal": True}, {"window": (77, 9)}], ids=["full", "causal", "window"])
-def test_what_dropout_keeps(rules, dims, mechanism):
+@kernels(
+    *("full-64-tma_wgmma", "window-64-tma_wgmma", "full-64-cp_async", "window-64-cp_async"),
+    *("causal-128-tma_wgmma", "window-128-cp_async", "window-256-tma_wgmma"),
+)
+def test_what_dropout_keeps(case, d, mechanism):
     """Bit for bit what the reference keeps: all keys weigh the same, and each has a value of its own place."""
+    rules = {"full": {}, "causal": {"causal": True}, "window": {"window": (77, 9)}}[case]
     n, heads = 384, 3
-    q, k = (torch.zeros(2, n, heads, dims[0], dtype=BF16, device="cuda") for _ in range(2))
-    for first in range(0, n, dims[1]):
-        v = torch.zeros(2, n, heads, dims[1], dtype=BF16, device="cuda")
-        here = min(dims[1], n - first)
+    q, k = (torch.zeros(2, n, heads, d, dtype=BF16, device="cuda") for _ in range(2))
+    for first in range(0, n, d):
+        v = torch.zeros(2, n, heads, d, dtype=BF16, device="cuda")
+        here = min(d, n - first)
         v[:, torch.arange(first, first + here), :, torch.arange(here)] = 1.0
         with seeded(5, q.device) as weight:
             out = attention(q, k, v, dropout_p=0.3, backend="cute", mechanism=mechanism, **rules)
@@ -65,9 +79,8 @@ def test_what_dropout_keeps(rules, dims, mechanism):
 LENGTHS = [(0, 0), (64, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (257, 512), (3, 600)]
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_each_sequence_as_in_the_reference(d, p, mechanism):
+@kernels("causal-64-tma_wgmma", "causal-256-tma_wgmma", "causal-64-cp_async")
+def test_each_sequence_as_in_the_reference(case, d, mechanism):
     """Packed, with a bias of each sequence's own and its gradient."""
     batch, heads = len(LENGTHS), 4
     sq, sk = (sum(side) for side in zip(*LENGTHS, strict=True))
@@ -81,16 +94,16 @@ def test_each_sequence_as_in_the_reference(d, p, mechanism):
     for how in ({"backend": "cute", "mechanism": mechanism}, {"backend": "reference"}):
         leaves = [x.detach().to(BF16 if x is not bias else x.dtype).requires_grad_() for x in (q, k, v, bias)]
         with seeded(3, q.device):
-            out = attention_varlen(*leaves[:3], *bounds, bias=leaves[3], dropout_p=p, causal=True, **how)
+            out = attention_varlen(*leaves[:3], *bounds, bias=leaves[3], dropout_p=0.3, causal=True, **how)
         results.append((out, *torch.autograd.grad(out, leaves, dout)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
 
 
-@pytest.mark.parametrize("needs", ["", "k", "v"])
-@pytest.mark.parametrize("d", [64, 256])
-def test_captured_gradients_alone(needs, d, mechanism):
+@kernels("none-64-tma_wgmma", "k-256-tma_wgmma", "v-64-cp_async")
+def test_captured_gradients_alone(case, d, mechanism):
     """And with some others."""
+    needs = case.replace("none", "")
     q, k, v = make_qkv(1, 300, 300, 4, 2, d, d, BF16, "cuda")
     dout, _ = make_gradients(q, v)
     results = []
@@ -104,23 +117,24 @@ def test_captured_gradients_alone(needs, d, mechanism):
         torch.testing.assert_close(gradient, results[0][name], atol=1e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("shape", ["transposed", "expanded", "heads last"])
-def test_strides_of_a_bias(shape, mechanism):
-    q, k, v = make_qkv(2, 200, 200, 4, 4, 64, 64, BF16, "cuda")
+@kernels("transposed-64-tma_wgmma", "expanded-64-tma_wgmma", "heads last-64-cp_async")
+def test_strides_of_a_bias(case, d, mechanism):
+    q, k, v = make_qkv(2, 200, 200, 4, 4, d, d, BF16, "cuda")
     dout, _ = make_gradients(q, v)
     base = torch.randn(4, 200, 200, device="cuda", dtype=BF16)
     results = []
     for how in ("cute", "reference"):
         leaf = base.clone().requires_grad_()
-        bias = {"transposed": leaf.mT, "expanded": leaf[None].expand(2, -1, -1, -1), "heads last": leaf.permute(1, 2, 0)}[shape]
-        bias = bias.permute(2, 0, 1) if shape == "heads last" else bias
+        bias = {"transposed": leaf.mT, "expanded": leaf[None].expand(2, -1, -1, -1), "heads last": leaf.permute(1, 2, 0)}[case]
+        bias = bias.permute(2, 0, 1) if case == "heads last" else bias
         out = attention(q, k, v, bias=bias, backend=how, mechanism=mechanism if how == "cute" else None)
         results.append((out, *torch.autograd.grad(out, leaf, dout)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
 
 
-def test_a_bias_of_its_own_for_each_score_has_the_same_bits(mechanism):
+@kernels("causal-64-tma_wgmma")
+def test_a_bias_of_its_own_for_each_score_has_the_same_bits(case, d, mechanism):
     q, k, v = make_qkv(1, 500, 500, 4, 2, 64, 64, BF16, "cuda")
     dout, _ = make_gradients(q, v)
     bias = torch.randn(1, 4, 500, 500, device="cuda", requires_grad=True)
@@ -132,10 +146,11 @@ def test_a_bias_of_its_own_for_each_score_has_the_same_bits(mechanism):
     assert not results[0][..., torch.ones(500, 500, dtype=torch.bool, device="cuda").triu(1)].count_nonzero()
 
 
-@pytest.mark.parametrize("of_rows", [False, True])
-def test_biases_that_hide_keys(of_rows, mechanism):
+@kernels("keys-64-tma_wgmma", "rows-64-tma_wgmma")
+def test_biases_that_hide_keys(case, d, mechanism):
     """−∞; a row of these sees nothing, and has zeros."""
-    q, k, v = make_qkv(1, 200, 200, 2, 2, 64, 64, BF16, "cuda")
+    q, k, v = make_qkv(1, 200, 200, 2, 2, d, d, BF16, "cuda")
+    of_rows = case == "rows"
     bias = torch.zeros(200, 200, device="cuda", dtype=BF16)
     bias[70:90, 20 if not of_rows else slice(None)] = -math.inf
     leaves = [x.requires_grad_() for x in (q, k, v, bias)]
@@ -148,7 +163,8 @@ def test_biases_that_hide_keys(of_rows, mechanism):
     assert (lse == -math.inf).any() == of_rows
 
 
-def test_seeds_come_from_torchs_generator(mechanism):
+@kernels("full-64-tma_wgmma")
+def test_seeds_come_from_torchs_generator(case, d, mechanism):
     """So the same one makes the same output, also of a CUDA graph's replays and of what a checkpoint computes anew."""
     q, k, v = make_qkv(1, 200, 200, 2, 2, 64, 64, BF16, "cuda")
     leaves = [x.requires_grad_() for x in (q, k, v)]

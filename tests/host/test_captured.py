@@ -62,6 +62,25 @@ def test_dimensions_along_which_a_bias_is_the_same_have_no_index():
         assert captured.is_contiguous()
 
 
+def test_what_is_loaded_in_pairs():
+    """A score's key is the last index, and there is room for all keys at addresses of two."""
+    def pairs(x, score=None, lengths=(6, 10)):
+        return len(partials(score, None if score else x, 2, 4, lengths)[0].pairs)
+
+    assert pairs(zeros(2, 4, 6, 10)) == 1
+    assert pairs(zeros(10)) == 1
+    assert not pairs(zeros(2, 4, 6, 10), lengths=None)
+    assert not pairs(zeros(6, 11), lengths=(6, 11))
+    assert not pairs(zeros(6, 11)[:, :10])
+    assert not pairs(zeros(61)[1:].view(6, 10))
+    assert not pairs(zeros(10, 6).mT)
+    texts = {"x[i, j]": 1, "x[3, j]": 1, "x[i, i]": 0, "x[i, j // 2]": 0, "x[j, j]": 0, "x[s.int(), j]": 0}
+    for text, count in texts.items():
+        for size in (10, 8):  # of fewer than all keys the last one stands for the others
+            x = zeros(10, size)
+            assert pairs(x, eval(f"lambda s, b, h, i, j: s + {text}", {"x": x})) == count * (size == 10), text
+
+
 def test_only_what_requires_a_gradient_is_in_the_key_and_of_the_backward_pass_only():
     table = torch.zeros(4, 10)
     plain, _ = partials(lambda s, b, h, i, j: s * table[h, j])
@@ -132,6 +151,31 @@ def test_packed_sequences_have_biases_of_their_own():
     torch.testing.assert_close(out[1:, :11], alone)
 
 
+@pytest.mark.parametrize("model", ["Swin", "AlphaFold"])
+def test_biases_of_models(model):
+    """Swin's, gathered from a table of offsets in windows of 7 × 7, with its mask of shifted windows; AlphaFold's, projected
+    from a representation of pairs, beside a mask of residues: with gradients of the table and of the projection, beside torch's
+    function."""
+    n, heads, batch = (49, 4, 6) if model == "Swin" else (23, 4, 2)
+    q, k, v = make_qkv(batch, n, n, heads, heads, 8, 8, torch.float64)
+    if model == "Swin":
+        weight = torch.randn(13 * 13, heads, dtype=torch.float64, requires_grad=True)
+        place = torch.cartesian_prod(torch.arange(7), torch.arange(7))
+        ahead = place[:, None] - place + 6
+        bias = weight[ahead[..., 0] * 13 + ahead[..., 1]].permute(2, 0, 1)
+        regions = torch.randint(0, 3, (batch, n))
+        hidden = regions[:, :, None] != regions[:, None]
+    else:
+        weight = torch.randn(5, heads, dtype=torch.float64, requires_grad=True)
+        bias = (torch.randn(batch, n, n, 5, dtype=torch.float64) @ weight).permute(0, 3, 1, 2)
+        hidden = (torch.rand(batch, n) < 0.2)[:, None].expand(-1, n, -1)
+    ours = attention(q, k, v, bias=bias, mask=lambda b, h, i, j: ~hidden[b, i, j])
+    mask = bias.masked_fill(hidden[:, None], -math.inf)
+    torchs = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    torch.testing.assert_close(ours, torchs.transpose(1, 2))
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), weight, retain_graph=True)[0] for x in (ours, torchs)))
+
+
 @pytest.mark.parametrize("no", ["rows", "keys", "batch"])
 def test_biases_of_nothing(no):
     batch, sq, sk = (0, 6, 10) if no == "batch" else (2, 0, 10) if no == "rows" else (2, 6, 0)
@@ -155,7 +199,7 @@ def test_biases_of_nothing(no):
 def test_philox_is_the_published_one(word, words):
     """The known answers of 7 rounds that come with its authors' code."""
     x = torch.tensor([word])
-    assert [int(found) for found in dropout.philox((x,) * 4, (x,) * 2, dropout.TensorOps)] == list(words)
+    assert [int(found) for found in dropout.philox((x,) * 4, (x,) * 2, dropout.TensorWordOps)] == list(words)
 
 
 def places(*sizes: int) -> list[torch.Tensor]:

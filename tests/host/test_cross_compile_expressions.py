@@ -20,13 +20,15 @@ from tests.host.test_cross_compile_backward import KERNELS
 RAGGED = "cu_seqlens_q cu_seqlens_k"
 Q, IDS, TABLE = torch.zeros(2, 4, 2, 8), torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.bfloat16)
 
+BIAS = torch.zeros(2, 2, 4, 10, requires_grad=True)
+
 
 def _score(score, batch, head, q_idx, kv_idx):
     return 20.0 * torch.tanh(score * TABLE[head, kv_idx] / 20.0)
 
 
-def expression(mask=None, score=None, alibi_slopes=None) -> Expression:
-    return traced(mask, score, (), alibi_slopes, Q, 2, 2)[0]
+def expression(mask=None, score=None, alibi_slopes=None, bias=None) -> Expression:
+    return traced(mask, score, (), alibi_slopes, Q, 2, 2, bias, (4, 10))[0]
 
 
 PROBLEMS = {
@@ -34,6 +36,8 @@ PROBLEMS = {
     "alibi": Problem("bfloat16", 0, 0, bounded_right=True, expression=expression(alibi_slopes=torch.zeros(2))),
     "listed": Problem("bfloat16", 0, 0, expression=expression(masks.document(IDS)), blocks="listed"),
     "classified": Problem("bfloat16", 0, 0, expression=expression(masks.document(IDS)), blocks="classified"),
+    "bias": Problem("bfloat16", 0, 0, expression=expression(bias=BIAS)),
+    "dropout": Problem("bfloat16", 0, 0, bounded_left=True, dropout=True),
     "all": Problem(
         "bfloat16", 0, 0, return_lse=True, ragged=RAGGED, expression=expression(masks.document(IDS), _score, torch.zeros(2))
     ),
@@ -52,6 +56,7 @@ class FunctionCase:
     @property
     def problem(self) -> Problem:
         of = PROBLEMS[self.what]
+        of = of if self.gradients else replace(of, expression=of.expression.without_partials)
         sinks = self.what == "all" and not self.gradients
         return replace(of, head_dim=self.head_dim, head_dim_v=self.head_dim, gradients=self.gradients, sinks=sinks)
 
@@ -71,10 +76,12 @@ CASES = [
     *[FunctionCase("tma_wgmma", 128, "all", gradients) for gradients in ("", "qkv")],
     FunctionCase("cp_async", 128, "all"),
     FunctionCase("tma_wgmma", 128, "listed", "qkv"),
+    *[FunctionCase("tma_wgmma", 128, "bias", gradients) for gradients in ("", "qkv")],
+    *[FunctionCase("tma_wgmma", 128, "dropout", gradients) for gradients in ("", "qkv")],
 ]
 # Bytes of a thread's stack: masks need none where warpgroups compute.
 ROOM = {"mask": {"tma_wgmma": 0, "cp_async": 64}, "alibi": {"tma_wgmma": 0}, "all": {"tma_wgmma": 96, "cp_async": 96}}
-ROOM["listed"] = {"tma_wgmma": 0}
+ROOM |= {"bias": {"tma_wgmma": 64}, "dropout": {"tma_wgmma": 32}, "listed": {"tma_wgmma": 0}}
 
 
 def compile_kernels(problem: Problem, config: Config) -> list[cubin.Compiled]:
@@ -142,10 +149,13 @@ def test_blocks_are_classified_by_two_comparisons_a_pair():
 def test_problems_are_explained(what):
     case = FunctionCase("tma_wgmma", 64, what)
     text = explain(case.problem, case.config)
-    assert ("a mask function" in text) == (what != "alibi")
+    assert ("a mask function" in text) == (what in ("mask", "listed", "classified", "all"))
     assert ("a block mask" in text) == (what in ("listed", "classified"))
-    assert ("a score function" in text) == (what in ("alibi", "all"))
+    assert ("a score function" in text) == (what in ("alibi", "bias", "all"))
     assert ("sinks" in text) == (what == "all")
+    assert ("dropout" in text) == (what == "dropout")
+    case = FunctionCase("tma_wgmma", 64, what, "qkv")
+    assert ("gradients of captured tensors" in explain(case.problem, case.config)) == (what == "bias")
 
 
 def test_a_kernel_takes_what_its_functions_read():
@@ -156,7 +166,7 @@ def test_a_kernel_takes_what_its_functions_read():
     asked = {field.name: field.asked(problem, config) for field in FORWARD}
     assert asked["captured"]
     assert asked["sinks"]
-    assert problem.expression.tensors == (("int64", 2, False), ("bfloat16", 2, False), ("float32", 1, True))
+    assert problem.expression.tensors == (("int64", 2, False), ("bfloat16", 2, False), ("float32", 1, False))
     plain = replace(problem, expression=expression(masks.causal), sinks=False)
     assert not any(field.asked(plain, config) for field in FORWARD if field.name in ("captured", "sinks"))
     assert layouts.family(config) is not None

@@ -8,20 +8,21 @@ import math
 import pytest
 import torch
 
-from cute_attn import layouts, masks
+from cute_attn import dropout, layouts, masks
 from cute_attn.expressions import traced
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 from tests.functions import documents, table
 
 cutlass = pytest.importorskip("cutlass")
-from cutlass import Float32, Int32, cute  # noqa: E402
+from cutlass import Float32, Int32, Uint32, Uint64, cute  # noqa: E402
+from cutlass.cute.nvgpu import warpgroup  # noqa: E402
 from cutlass.cute.runtime import from_dlpack  # noqa: E402
 
 from cute_attn.layouts.fragments import rows_columns  # noqa: E402
 from cute_attn.mainloop import elements  # noqa: E402
 from cute_attn.mainloop.common import Values  # noqa: E402
-from cute_attn.mainloop.scores import Coordinates, Scores  # noqa: E402
+from cute_attn.mainloop.scores import Coordinates, Scores, WordOps  # noqa: E402
 from cute_attn.softmax import LogSumExp, Softmax  # noqa: E402
 
 SEQUENCE, HEAD, SEQLEN_Q, SEQLEN_K, SCALE = 1, 3, 290, 303, 0.25
@@ -99,6 +100,57 @@ def test_a_tile(kind, softcap):
     if transposed:
         torch.testing.assert_close(found[1][there], P, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(found[2][there], P * slope[there].float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mechanism", ["cp_async", "tma_wgmma"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_dropout_keeps_of_a_tile(transposed, mechanism, monkeypatch):
+    """Bit for bit what the reference does, whichever scores a thread has, at once or as bits."""
+    monkeypatch.setattr(WordOps, "product", staticmethod(_product_of_words))
+    monkeypatch.setattr(warpgroup.MmaF16BF16Op, "__post_init__", lambda self: None)  # which asks for a GPU that has it
+    problem = Problem("bfloat16", 64, 64, gradients="qkv" if transposed else "", dropout=True)
+    config = plan(problem, "sm_90a", mechanism)
+    lay = layouts.family(config)
+    shape = (config.tile_n, config.tile_m) if transposed else (config.tile_m, config.tile_n)
+    if mechanism == "tma_wgmma":
+        shape = (lay.ROWS_PER_WARPGROUP, shape[1])
+    elif transposed:
+        shape = (config.tile_n, config.step_m)
+    first, p, seed = (1040, 96), 0.3, torch.tensor([0x7EDCBA9876543210])
+    found, words = torch.full((2, *shape), math.nan), seed.view(torch.int32)
+    below = dropout.threshold(p) - (2**32 if dropout.threshold(p) >= 2**31 else 0)
+
+    @cute.jit
+    def compute(found: cute.Tensor, words: cute.Tensor, below: Int32, thread: Int32):
+        where = Coordinates.of(lay.tiled_mma("S", config), thread, shape)
+        key = tuple(Uint32(words[i]) for i in range(2))
+        place = {"seed": key, "drop_below": below, "kept_scale": Float32(1.0), "sequence": Int32(SEQUENCE), "head": Int32(HEAD)}
+        numbers = (Int32(0), Int32(0), Int32(0), Int32(0), Float32(1.0), Float32(0.0))
+        scores = Scores(where, Values(*numbers, **place), problem, transposed)
+        acc = cute.make_rmem_tensor(lay.tiled_mma("S", config).partition_shape_C(shape), Float32)
+        acc.fill(1.0)
+        scores.drop(acc, first)
+        kept, held = scores.kept(first), rows_columns(acc)
+        for r in range(cute.size(held, mode=[0])):
+            for c in range(cute.size(held, mode=[1])):
+                found[(0, *where.thread[r, c])] = held[r, c]
+                found[(1, *where.thread[r, c])] = kept.of(Float32(1.0), r, c)
+
+    arguments = from_dlpack(found), from_dlpack(words), Int32(below)
+    compiled = cute.compile(compute, *arguments, Int32(0))
+    for thread in range(128 if mechanism == "tma_wgmma" else config.mma_threads):
+        compiled(*arguments, Int32(thread))
+    rows, columns = (torch.arange(n) + start for n, start in zip(shape, first, strict=True))
+    q_idx, kv_idx = (columns, rows[:, None]) if transposed else (rows[:, None], columns)
+    want = dropout.kept(seed, p, torch.tensor(SEQUENCE), torch.tensor(HEAD), q_idx, kv_idx)
+    assert abs(want.float().mean() - 0.7) < 0.05
+    assert torch.equal(found, want.float().expand(2, -1, -1))
+
+
+def _product_of_words(x, constant):
+    """As the GPU's instruction does it."""
+    whole = Uint64(x) * Uint64(constant)
+    return Uint32(whole >> 32), Uint32(whole)
 
 
 @pytest.mark.parametrize("scale_log2", [1.0, 0.3])
