@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from cute_attn import BlockMask, attention, block_mask, layouts, masks
 from cute_attn.blocks import CUT, NONE, WHOLE
-from cute_attn.layouts.base import BLOCK, HEADER, TILE_BITS, TILE_MASK
+from cute_attn.layouts.base import BLOCK, HEADER, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 from tests.functions import BLOCKED, check
@@ -93,10 +93,10 @@ def test_arguments_of_the_function_and_sizes_of_0():
 # ---- lists -----------------------------------------------------------------------------------------------------------
 
 
-def entries(words: torch.Tensor) -> tuple[list[int], list[int], int]:
-    """``(cut ones, whole ones, repeats)`` of a list."""
-    cut, total, repeats, *rest = words.tolist()
-    return rest[:cut], rest[cut:total], repeats
+def entries(words: torch.Tensor) -> tuple[list[int], int, int, int]:
+    """``(entries, how many cut ones come first, how many there are, the third word)`` of a list."""
+    cut, total, third, *rest = words.tolist()
+    return rest[:total], cut, total, third
 
 
 @settings(max_examples=20, deadline=None)
@@ -107,14 +107,21 @@ def test_lists_of_keys(sizes, seed, tile):
     kinds, seen = kinds_of(pairs(mask, *sizes), *tile), pairs(mask, *sizes)
     lists = block_mask(mask, *sizes).key_lists(*tile, batch, heads)
     for b, h, m in torch.cartesian_prod(*(torch.arange(n) for n in kinds.shape[:3])).tolist():
-        cut, whole, _ = entries(lists[b, h, m])
-        for kind, found in ((CUT, cut), (WHOLE, whole)):
-            assert [entry & TILE_MASK for entry in found] == kinds[b, h, m].eq(kind).nonzero().flatten().flip(0).tolist()
-        for entry in cut:
+        listed, cut, _, whole_end = entries(lists[b, h, m])
+        parts = [[entry & TILE_MASK for entry in part] for part in (listed[:cut], listed[cut:whole_end], listed[whole_end:])]
+        assert all(part == sorted(part, reverse=True) for part in parts)
+        whole = kinds[b, h, m].eq(WHOLE).nonzero().flatten().tolist()
+        assert sorted(parts[1]) == whole
+        assert sorted(parts[0] + parts[2]) == kinds[b, h, m].eq(CUT).nonzero().flatten().tolist()
+        assert all(n < min(whole) for n in parts[2])
+        assert not whole or all(n > min(whole) for n in parts[0])
+        for entry in listed:
             n = (entry & TILE_MASK) * tile[1]
             for w in range(tile[0] // 64):
                 rows = slice(m * tile[0] + 64 * w, min(m * tile[0] + 64 * (w + 1), lengths[0]))
-                assert (entry >> TILE_BITS + w & 1) == (not seen[b, h, rows, n : n + tile[1]].any())
+                said = [(entry >> TILE_BITS + WARPGROUP_BITS * w + bit) & 1 for bit in (UNSEEN_BIT, WHOLE_BIT)]
+                part = seen[b, h, rows, n : n + tile[1]]
+                assert said == [not part.any(), part.all() and n + tile[1] <= lengths[1]] or not part.numel()
 
 
 @settings(max_examples=20, deadline=None)
@@ -131,8 +138,8 @@ def test_lists_of_queries(sizes, seed, tile, alike):
         group = heads // heads_kv
         lists = blocks.query_lists(*tile, batch, heads, heads_kv)
         for b, h, n in torch.cartesian_prod(*(torch.arange(x) for x in (batch, heads_kv, kinds.shape[3]))).tolist():
-            cut, whole, repeats = entries(lists[b, h, n])
-            for kind, found in ((CUT, cut), (WHOLE, whole)):
+            listed, cut, _, repeats = entries(lists[b, h, n])
+            for kind, found in ((CUT, listed[:cut]), (WHOLE, listed[cut:])):
                 visited = [
                     (h * group + (entry >> TILE_BITS) + r, entry & TILE_MASK) for entry in found for r in range(repeats)
                 ]
