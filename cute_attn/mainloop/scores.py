@@ -118,13 +118,14 @@ class Scores:
         if cutlass.const_expr(hidden is not None):
             if hidden[0]:
                 self._hide(scores, hidden[1])
+        mask = self._mask_listed if self.problem.blocks else self._mask
         if cutlass.const_expr(self.problem.masks_all):
             self._mask(scores, origin)
         elif cutlass.const_expr(not isinstance(masked, bool)):
             if masked:
-                self._mask_tile(scores, origin)
+                mask(scores, origin)
         elif cutlass.const_expr(masked):
-            self._mask_tile(scores, origin)
+            mask(scores, origin)
 
     def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None) -> cute.Tensor:
         """An accumulator's scores to P in place; returns it, for dV. Where a rule has a slope, to P ∘ the slopes, which is what
@@ -334,24 +335,20 @@ class Scores:
             scores[r, c] = _select(elements.value(self.problem.expression.mask, r, c), scores[r, c], Float32(-Float32.inf))
 
     @cute.jit
-    def _mask_tile(self, scores: cute.Tensor, origin):
-        """A tile that some rule cuts; of a block mask's, where there is no band, by the function, and at the end by the last
-        key."""
-        if cutlass.const_expr(not self.problem.blocks):
-            self._mask(scores, origin)
+    def _mask_listed(self, scores: cute.Tensor, origin):
+        """A tile that a block mask's function cuts; there is no band beside it, but a last key."""
+        columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
+        if origin[1] + self._tile_columns() <= columns:
+            self._mask_inside(scores, origin, True)
         else:
-            columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
-            if origin[1] + self._tile_columns() <= columns:
-                self._mask_listed(scores, origin, True)
-            else:
-                self._mask_listed(scores, origin, False)
+            self._mask_inside(scores, origin, False)
 
     def _tile_columns(self) -> int:
         """Columns of a tile: of eight neighbouring ones a thread has two."""
         return -(-(self.where.zero[0, cute.size(self.where.zero, mode=[1]) - 1][1] + 1) // 8) * 8
 
-    def _mask_listed(self, scores: cute.Tensor, origin, inside: bool):
-        """By the user's function; ``inside``: no column is past the end."""
+    def _mask_inside(self, scores: cute.Tensor, origin, inside: bool):
+        """By the function; ``inside``: no column is past the end."""
         elements, last = self._elements(origin), self.values.seqlen_k - 1
         first = origin[1] + self.where.thread[0, 0][1]
         exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in range(cute.size(scores, mode=[0]))]
