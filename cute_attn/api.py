@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from cute_attn import autocast, dropout, launch, ops, reference, wrapped
+from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of, number, shown
 from cute_attn.autograd import Attention
 from cute_attn.expressions import traced
@@ -26,6 +26,7 @@ _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})  # kinds whose equal values mean the same
 _kept: dict[tuple, Call] = {}
 KEPT_MAX = 1024  # calls; each of another shape or rule
+_UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
 
 
 def attention(
@@ -40,6 +41,7 @@ def attention(
     mask: Callable | None = None,
     score: Callable | None = None,
     tensors: tuple[torch.Tensor, ...] = (),
+    block_mask: Any = None,
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -80,6 +82,10 @@ def attention(
             FlexAttention's ``score_mod``; :mod:`cute_attn.scores`. Gradients go through it, and into captured float tensors
             that require one, which are added up in float32.
         tensors: more arguments of the two functions.
+        block_mask: what :func:`cute_attn.block_mask` found out about ``mask``: tiles that it hides are not computed, and only
+            those that it cuts are masked. It must be of the same mask, and of what its tensors hold now; nobody looks whether
+            that is so. Or FlexAttention's ``BlockMask``, whose ``mask_mod`` is the mask where there is no other. Goes without
+            causal, window and sequences of different lengths.
         alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope · |i + seqlen_k − seqlen_q − j|`` is taken from s_ij,
             after all else.
         bias: added to s_ij, after all else: a tensor that broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``, of q's dtype or
@@ -142,6 +148,8 @@ def attention(
     if ragged:
         plain = plain and _are_plain(seqused_q, seqused_k)
     if not plain and (handle := wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)):
+        if block_mask is not None:
+            _refuse_ragged_blocks()
         rules: dict = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         if extras is not None:
             rules |= _extras_of(handle, extras)
@@ -149,10 +157,16 @@ def attention(
         if ragged:
             others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
-    if extras is None and plain and not ragged:
+    if extras is None and plain and not ragged and block_mask is None:
         call = _kept_call(q, k, v, scale, causal, window, softcap)
     else:
         call = check_call(q, k, v, scale, causal, window, softcap)
+    if block_mask is not None:
+        _refuse_graphs(_is_traced(q))
+        if ragged:
+            _refuse_ragged_blocks()
+        call.blocks, mask = blocks.taken(block_mask, mask, call, q)
+        extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
         _take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
     how = return_lse, deterministic, backend, mechanism
@@ -292,7 +306,7 @@ def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths
     call.dropout = _checked_dropout(dropout_p)
     if _extras(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
         return
-    _refuse_graphs(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
+    _refuse_graphs(_is_traced(q))
     if sinks is not None:
         check_sinks(sinks, q, call.heads)
     call.sinks = sinks
@@ -300,7 +314,9 @@ def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths
         call.seed = dropout.draw_seed(q.device)
     if _extras(mask, score, tensors, alibi_slopes, bias, None, 0.0):
         # Torch.compile, which has left this call out of its graph, would still look into what it calls.
-        trace = torch.compiler.disable(traced) if "torch._dynamo" in sys.modules else traced
+        if "torch._dynamo" in sys.modules and not _UNSEEN:
+            _UNSEEN.append(torch.compiler.disable(traced))
+        trace = _UNSEEN[0] if _UNSEEN else traced
         found = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths)
         call.expression, call.captured = found
 
@@ -312,6 +328,10 @@ def _checked_dropout(p: object) -> float:
     return found if dropout.threshold(found) else 0.0
 
 
+def _is_traced(q: torch.Tensor) -> bool:
+    return bool(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
+
+
 def _refuse_graphs(traced: bool = False) -> None:
     """The operators of ``ops.py`` know nothing of functions, sinks and dropout."""
     if traced or is_compiling() or dispatch_modes():
@@ -319,6 +339,13 @@ def _refuse_graphs(traced: bool = False) -> None:
             "mask, score, alibi_slopes, bias, sinks or dropout_p are given inside of torch.compile, torch.export, a transform "
             "of torch.func or a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
         )
+
+
+def _refuse_ragged_blocks() -> NoReturn:
+    raise NotImplementedError(
+        "block_mask is given with nested tensors, DTensors, results of collectives or seqused; plain tensors with sequences of "
+        "one length are needed: try mask= alone, or masks.document for sequences that are packed in one"
+    )
 
 
 def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:

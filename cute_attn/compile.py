@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from cute_attn import cache, layouts, sources
 from cute_attn.cache import cache_dir
-from cute_attn.fields import BACKWARD, FORWARD, MERGE
+from cute_attn.fields import BACKWARD, CLASSIFY, FORWARD, MERGE
 from cute_attn.layouts.base import Config
 from cute_attn.problem import Problem
 
@@ -49,8 +49,12 @@ def compile_only(problem: Problem, config: Config, options: str = ""):
     """Compile with the DSL and return its function, untouched by any cache. Needs no GPU."""
     dsl = _import_dsl()
     sources.hold()
-    forward, backward, merge = (importlib.import_module(f"cute_attn.{name}") for name in ("forward", "backward", "merge"))
-    host, fields = (merge, MERGE) if problem.merges else (backward, BACKWARD) if problem.gradients else (forward, FORWARD)
+    name, fields = ("backward", BACKWARD) if problem.gradients else ("forward", FORWARD)
+    if problem.merges:
+        name, fields = "merge", MERGE
+    elif problem.blocks == "classified":
+        name, fields = "classify", CLASSIFY
+    host, forward = (importlib.import_module(f"cute_attn.{module}") for module in (name, "forward"))
     arguments = forward.stand_ins(fields, problem, config)
     options = f"--enable-tvm-ffi --gpu-arch={config.target} {options}"
     return dsl.compile(host.host_function(problem, config), *arguments, options=options)

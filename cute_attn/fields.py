@@ -23,8 +23,9 @@ class Field(NamedTuple):
     if ``heads_first``, ``(batch, heads, seqlen, head_dim)``, and ``row values`` are a float32 for each of its rows, ``(batch,
     heads, seqlen)``; of ragged sequences both have no batch. An ``exact operand`` is one in float32. ``padded row values`` are
     two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
-    ``(n,)``, ``floats`` float32 ``(n,)``; ``captured`` are all tensors that functions read, ``of captured`` the gradients of
-    some; and there are numbers and the ``stream``."""
+    ``(n,)``, ``floats`` float32 ``(n,)``, ``lists`` int32 ``(batch, heads, tiles, n)``, ``kinds`` of blocks uint8 ``(batch,
+    heads, rows, columns)``; ``captured`` are all tensors that functions read, ``of captured`` the gradients of some; and there
+    are numbers and the ``stream``."""
 
     name: str
     kind: str
@@ -42,6 +43,15 @@ def _gradient(name: str) -> Field:
 def has_sums(problem: Problem, config: Config) -> bool:
     """Whether parts of dQ are added up in memory."""
     return "q" in problem.gradients and bool(layouts.family(config).pieces(config))
+
+
+def _is_listed(problem: Problem, config: Config) -> bool:
+    return problem.blocks == "listed"
+
+
+def walks_over_keys(problem: Problem, config: Config) -> bool:
+    """Whether a kernel of the backward pass takes query tiles and walks over keys, as dQ's does where it has no sums."""
+    return "q" in problem.gradients and not has_sums(problem, config)
 
 
 def _dropout(name: str, kind: str) -> Field:
@@ -64,6 +74,7 @@ FORWARD = (
     Field("lse_raw", "row values", lambda problem, config: problem.for_backward),
     Field("tickets", "words", takes_tickets),
     Field("sinks", "floats", lambda problem, config: problem.sinks),
+    Field("key_lists", "lists", _is_listed),
     *_CALL,
 )
 BACKWARD = (
@@ -74,8 +85,19 @@ BACKWARD = (
     Field("dq_sum", "sums", has_sums),
     Field("signals", "words", lambda problem, config: problem.masked or (problem.deterministic and has_sums(problem, config))),
     *map(_gradient, "qkv"),
+    Field("query_lists", "lists", _is_listed),
+    Field(
+        "key_lists", "lists", lambda problem, config: _is_listed(problem, config) and walks_over_keys(problem, config)
+    ),
+    Field("ranks", "lists", lambda problem, config: _is_listed(problem, config) and problem.deterministic),
     Field("of_captured", "of captured", lambda problem, config: bool(problem.expression.partials)),
     *_CALL,
+)
+CLASSIFY = (
+    Field("kinds", "kinds"),
+    Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
+    *(Field(name, "int32") for name in ("seqlen_q", "seqlen_k")),
+    Field("stream", "stream"),
 )
 MERGE = (
     Field("into", "exact operand"),

@@ -17,12 +17,23 @@ import torch
 
 from cute_attn import dropout, rules
 from cute_attn.compile import compiled
-from cute_attn.fields import has_sums
+from cute_attn.expressions import Expression
+from cute_attn.fields import has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
+from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
 from cute_attn.plan import configs, head_blocks, plan, takes_tickets
 from cute_attn.private import current_device, raw_stream
-from cute_attn.problem import DTYPE_NAMES, Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
+from cute_attn.problem import (
+    DTYPE_NAMES,
+    HEAD_DIM_STEP,
+    Call,
+    Problem,
+    check_strides,
+    check_tensors_for_gpu,
+    is_aligned,
+    problem_of,
+)
 
 NO_LENGTHS = (None, None, None, None, 0)
 
@@ -65,6 +76,17 @@ def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, 
     if not has_sums(problem, config):
         return None
     return config.tile_m, len(family(config).pieces(config)), math.prod(family(config).piece_shape(config))
+
+
+@lru_cache(maxsize=4096)
+def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tuple[int, int, int]:
+    """``(tile_m, tile_n, rows)`` of the tiles that a block mask lists; ``rows`` are those of the query tiles that walk over
+    keys, in the backward pass 0 where none do."""
+    config = plan(problem, device_target(device), mechanism)
+    if not problem.gradients:
+        return config.tile_m, config.tile_n, config.tile_m
+    rows = family(config).warpgroups(config) * ROWS_PER_WARPGROUP if walks_over_keys(problem, config) else 0
+    return config.tile_m, config.tile_n, rows
 
 
 @lru_cache(maxsize=4096)
@@ -127,7 +149,11 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     tickets = None
     if call.lengths is not None and (tile := tile_of_tickets(problem, mechanism, device)):
         tickets = q.new_empty(1 + call.lengths.slots(call.seqlen_q, tile) * call.heads, dtype=torch.int32)
-    launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets)
+    key_lists = None
+    if call.blocks is not None:
+        tile_m, tile_n, _ = tiles_of_lists(problem, mechanism, device)
+        key_lists = call.blocks.key_lists(tile_m, tile_n, call.batch, call.heads)
+    launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets, key_lists)
     if call.plans is not None:
         call.plans[how] = function, device, _besides_tensors(call, blocks)
     return out, lse, lse_raw
@@ -155,14 +181,16 @@ def _forward_as_planned(planned: tuple, call: Call, return_lse: bool, for_backwa
         raise ValueError("a tensor without memory")
     function, device, rest = planned
     out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
-    _call(function, device, (q, k, v, out, lse, lse_raw, None, None, *rest, raw_stream(device)))
+    _call(function, device, (q, k, v, out, lse, lse_raw, None, None, None, *rest, raw_stream(device)))
     return out, lse, lse_raw
 
 
-def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw, tickets=None) -> None:
+def launch(
+    function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw, tickets=None, key_lists=None
+) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks))
+    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks, key_lists))
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
@@ -193,7 +221,10 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
             if x is not None:
                 x[:, : call.shift - call.left].zero_()
     of_captured = _room_of_captured(call)
-    into = *gradient.values(), tuple(of_captured.values()) or None
+    lists = None, None, None
+    if call.blocks is not None:
+        lists = _lists_of_gradients(call, planned.problem, mechanism, planned.device)
+    into = *gradient.values(), *lists, tuple(of_captured.values()) or None
     tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *into
     _call(planned.function, planned.device, (*tensors, *planned.rest, raw_stream(planned.device)))
     found = tuple(x if name in wanted else None for name, x in gradient.items())
@@ -212,6 +243,7 @@ class _PlannedGradients(NamedTuple):
     """How the backward pass of a call is computed: the kernels, the shapes of what they take besides the call's tensors (None
     or 0 for what they don't), and the rest of their arguments."""
 
+    problem: Problem
     function: Callable
     device: int
     rows: tuple[int, ...]
@@ -237,6 +269,7 @@ def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic
         tile_m, *of_tile = sums
         tiles = call.batch, call.heads, rows_padded // tile_m
     planned = _PlannedGradients(
+        problem,
         function,
         device,
         rows=(2, call.batch, call.heads, rows_padded),
@@ -266,6 +299,30 @@ def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> t
     if slot in room:
         return room[slot].to(x.dtype).view(x.shape)
     return torch.zeros_like(x) if x.requires_grad else None
+
+
+def _lists_of_gradients(call: Call, problem: Problem, mechanism: str | None, device: int) -> tuple:
+    """A block mask's lists of query tiles and, where a kernel walks over them, of key tiles, and ranks."""
+    (tile_m, tile_n, rows), batch, heads = tiles_of_lists(problem, mechanism, device), call.batch, call.heads
+    return (
+        call.blocks.query_lists(tile_m, tile_n, batch, heads, call.heads_kv),
+        call.blocks.key_lists(rows, tile_n, batch, heads) if rows else None,
+        call.blocks.ranks(tile_m, tile_n, batch, heads) if problem.deterministic else None,
+    )
+
+
+def classify(kinds: torch.Tensor, expression: Expression, captured: tuple, seqlen_q: int, seqlen_k: int) -> None:
+    """``blocks.classified`` by a kernel, on the current stream."""
+    device = kinds.get_device()
+    function, _ = prepared(_classifying(expression), None, device)
+    read = tuple(map(_as_read, captured)) if captured else None
+    with torch.cuda.device(device):
+        function(kinds, read, seqlen_q, seqlen_k, raw_stream(device))
+
+
+@lru_cache(maxsize=64)
+def _classifying(expression: Expression) -> Problem:
+    return Problem("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, expression=expression, blocks="classified")
 
 
 def _as_read(x: torch.Tensor) -> torch.Tensor:

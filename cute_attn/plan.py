@@ -189,7 +189,8 @@ def _rules(problem: Problem) -> str:
     sides = [side for side in ("left", "right") if getattr(problem, f"bounded_{side}")]
     band = f"keys bounded on the {' and '.join(sides)}" if sides else "all keys"
     asked = {"softcap": problem.softcap, "sinks": problem.sinks, "dropout": problem.dropout}
-    asked |= {"a mask function": problem.masks_all, "a score function": problem.expression.score is not None}
+    asked |= {"a mask function": problem.expression.mask is not None, "a block mask": bool(problem.blocks)}
+    asked["a score function"] = problem.expression.score is not None
     asked["gradients of captured tensors"] = bool(problem.expression.partials)
     return ", ".join((band, *(name for name, there in asked.items() if there)))
 

@@ -56,6 +56,9 @@ class Problem:
 
     ``expression`` is what the user's functions compute, ``sinks`` says that each row's softmax has one more logit, and
     ``dropout`` that probabilities are dropped.
+
+    ``blocks`` is ``"listed"`` where a block mask says which tiles there are to visit, and ``"classified"`` makes it the kernel
+    that finds out which a mask hides (``classify.py``).
     """
 
     dtype: str
@@ -74,6 +77,7 @@ class Problem:
     expression: Expression = NOTHING
     merges: str = ""
     dropout: bool = False
+    blocks: str = ""
 
     def __post_init__(self):
         """A value of another kind would be another key, even if it is equal."""
@@ -91,7 +95,7 @@ class Problem:
     @property
     def masked(self) -> bool:
         """Whether a tile may hold keys that some of its rows see and others don't."""
-        return self.bounded_left or self.bounded_right or self.masks_all
+        return self.bounded_left or self.bounded_right or self.expression.mask is not None
 
     @property
     def has_places(self) -> bool:
@@ -101,7 +105,12 @@ class Problem:
     @property
     def masks_all(self) -> bool:
         """Whether any key may be hidden from any query, so that every tile has to mask."""
-        return self.expression.mask is not None
+        return self.expression.mask is not None and not self.blocks
+
+    @property
+    def unequal(self) -> bool:
+        """Whether tiles of a head cost unequal time, and those at an end of its sequence the most."""
+        return self.bounded_right or bool(self.blocks)
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -154,6 +163,7 @@ class Call:
     plans: dict[tuple, Any] | None = None
     dropout: float = 0.0
     seed: torch.Tensor | None = None
+    blocks: Any = None  # or a BlockMask
 
     @property
     def others(self) -> tuple[torch.Tensor | None, ...]:
@@ -311,6 +321,7 @@ def problem_of(
         (call.expression if gradients else call.expression.without_partials) if call.expression else NOTHING,
         "",
         call.dropout > 0.0,
+        "" if call.blocks is None else "listed",
     )
 
 

@@ -55,6 +55,11 @@ ROW_PADDING = 128  # a multiple of every tile_m of the backward pass
 # Words of a backward call's int32 signals in global memory, zeros at first: copy carefully (mainloop/guard.py), the next
 # block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
+BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it
+# A list of tiles there is HEADER words, and one for each tile: its number in the lower TILE_BITS, and more above.
+HEADER, TILE_BITS = 3, 20
+TILE_MASK = (1 << TILE_BITS) - 1
+UNSEEN_BIT, WHOLE_BIT, WARPGROUP_BITS = 0, 1, 2  # of a key tile for each warpgroup: it sees none of it, or all
 
 
 @dataclass(frozen=True)

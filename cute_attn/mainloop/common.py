@@ -30,6 +30,9 @@ class Values:
     gradients of some. ``sinks`` is (heads), or None. Of dropout: the ``seed``, as two words in memory, and once these are
     :meth:`of` a sequence as words; up to which word a probability is dropped, and the scale of others. ``sequence`` and
     ``head`` are where functions and dropout are computed.
+
+    Where there is a block mask, ``key_lists`` are those of the query tiles and ``query_lists`` those of the key tiles, as
+    ``blocks.py`` says, ``(batch, heads, tile, …)``, and ``ranks`` the order in which dQ is added up, where it is fixed.
     """
 
     seqlen_q: Int32
@@ -46,6 +49,9 @@ class Values:
     kept_scale: Float32 | None = None
     sequence: Int32 | None = None
     head: Int32 | None = None
+    key_lists: cute.Tensor | None = None
+    query_lists: cute.Tensor | None = None
+    ranks: cute.Tensor | None = None
 
     def of(self, work: Work) -> Values:
         """The values of a tile's sequence and head."""

@@ -118,13 +118,14 @@ class Scores:
         if cutlass.const_expr(hidden is not None):
             if hidden[0]:
                 self._hide(scores, hidden[1])
+        mask = self._mask_listed if self.problem.blocks else self._mask
         if cutlass.const_expr(self.problem.masks_all):
             self._mask(scores, origin)
         elif cutlass.const_expr(not isinstance(masked, bool)):
             if masked:
-                self._mask(scores, origin)
+                mask(scores, origin)
         elif cutlass.const_expr(masked):
-            self._mask(scores, origin)
+            mask(scores, origin)
 
     def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None) -> cute.Tensor:
         """An accumulator's scores to P in place; returns it, for dV. Where a rule has a slope, to P ∘ the slopes, which is what
@@ -332,6 +333,34 @@ class Scores:
     def _mask_by_function(self, scores: cute.Tensor, elements: Elements):
         for r, c in self._each(scores):
             scores[r, c] = _select(elements.value(self.problem.expression.mask, r, c), scores[r, c], Float32(-Float32.inf))
+
+    @cute.jit
+    def _mask_listed(self, scores: cute.Tensor, origin):
+        """A tile that a block mask's function cuts; there is no band beside it, but a last key."""
+        columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
+        if origin[1] + self._tile_columns() <= columns:
+            self._mask_inside(scores, origin, True)
+        else:
+            self._mask_inside(scores, origin, False)
+
+    def _tile_columns(self) -> int:
+        """Columns of a tile: of eight neighbouring ones a thread has two."""
+        return -(-(self.where.zero[0, cute.size(self.where.zero, mode=[1]) - 1][1] + 1) // 8) * 8
+
+    def _mask_inside(self, scores: cute.Tensor, origin, inside: bool):
+        """By the function; ``inside``: no column is past the end."""
+        elements, last = self._elements(origin), self.values.seqlen_k - 1
+        first = origin[1] + self.where.thread[0, 0][1]
+        exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in range(cute.size(scores, mode=[0]))]
+        for r, c in self._each(scores):
+            if inside and not r:
+                elements.load_column(c, 0, self.where.zero[0, c][1] - self.where.zero[0, 0][1])
+            seen = elements.value(self.problem.expression.mask, r, c)
+            if self.transposed:
+                seen = seen & exist[r]
+            elif not inside:
+                seen = seen & (self.where.zero[0, c][1] <= last - first)
+            scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
 
     @cute.jit
     def _mask(self, scores: cute.Tensor, origin):

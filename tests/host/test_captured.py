@@ -153,8 +153,9 @@ def test_packed_sequences_have_biases_of_their_own():
 
 @pytest.mark.parametrize("model", ["Swin", "AlphaFold"])
 def test_biases_of_models(model):
-    """Swin's, gathered from a table of offsets in windows of 7 × 7, with its mask of shifted windows; AlphaFold's, projected from
-    a representation of pairs, beside a mask of residues. Gradients of the table and of the projection, beside torch's function."""
+    """Swin's, gathered from a table of offsets in windows of 7 × 7, with its mask of shifted windows; AlphaFold's, projected
+    from a representation of pairs, beside a mask of residues: with gradients of the table and of the projection, beside torch's
+    function."""
     n, heads, batch = (49, 4, 6) if model == "Swin" else (23, 4, 2)
     q, k, v = make_qkv(batch, n, n, heads, heads, 8, 8, torch.float64)
     if model == "Swin":

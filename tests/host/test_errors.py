@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.nn.attention.flex_attention import create_block_mask
 
 from cute_attn import (
     attention,
     attention_varlen,
+    block_mask,
     cache,
     compile,
     expressions,
@@ -29,6 +31,7 @@ from cute_attn import (
     launch,
     layouts,
     lengths,
+    masks,
     plan,
     problem,
     sdpa,
@@ -572,6 +575,10 @@ def scored(function, **options):
     return lambda: attention(q, k, v, score=function, **options)
 
 
+def blocked(batch=None, heads=None, seqlen_k=10):
+    return block_mask(masks.causal, batch, heads, 6, seqlen_k, device="cpu")
+
+
 def masked_by(function, **options):
     return lambda: attention(q, k, v, mask=function, **options)
 
@@ -788,6 +795,89 @@ FUNCTIONS = [
         "of shape (3,)",
         "float32 (4,) or (2, 4)",
         ".float()",
+    ),
+    Row(
+        "a block mask of another kind",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=TABLE),
+        TypeError,
+        "block_mask is a Tensor",
+        "a BlockMask is",
+        "cute_attn.block_mask(mask, …)",
+    ),
+    Row(
+        "a block mask alone",
+        lambda: attention(q, k, v, block_mask=blocked()),
+        TypeError,
+        "without mask",
+        "the function that it was made of",
+        "mask=fn",
+    ),
+    Row(
+        "a block mask of other lengths",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked(seqlen_k=11)),
+        ValueError,
+        "6 queries × 11 keys",
+        "6 queries × 10 keys are",
+        "cute_attn.block_mask() for these lengths",
+    ),
+    Row(
+        "a block mask of another batch",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked(batch=3)),
+        ValueError,
+        "of batch 3",
+        "batch 2, or 1 for all",
+        "batch=2",
+    ),
+    Row(
+        "a block mask of key heads",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked(heads=2)),
+        ValueError,
+        "heads 2",
+        "heads 4, or 1 for all",
+        "heads=4",
+    ),
+    Row(
+        "a block mask elsewhere",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked().to("meta")),
+        ValueError,
+        "lies on meta",
+        "cpu, as q",
+        "block_mask.to(q.device)",
+    ),
+    Row(
+        "a block mask and causal",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked(), causal=True),
+        ValueError,
+        "with causal or window",
+        "the mask alone",
+        "masks.and_masks(mask, masks.causal)",
+    ),
+    Row(
+        "a block mask and rows in use",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked(), seqused_k=torch.ones(2).int()),
+        NotImplementedError,
+        "with nested tensors, DTensors, results of collectives or seqused",
+        "sequences of one length are",
+        "mask= alone",
+    ),
+    Row("blocks of no mask", lambda: block_mask(None, 1, 1, 5, 5), TypeError, "mask is None", "a function is", "causal"),
+    Row(
+        "a block mask of very many heads",
+        lambda: attention(*tensors((1, 6, 4096, 8), (1, 10, 1, 8), (1, 10, 1, 8)), mask=masks.causal, block_mask=blocked()),
+        ValueError,
+        "4096 query heads share 1",
+        "at most 2048 are",
+        "no block_mask",
+    ),
+    Row("half a query", lambda: block_mask(len, 1, 1, 5.5, 5), TypeError, "seqlen_q is 5.5", "an int is", "int(seqlen_q)"),
+    Row("-1 heads", lambda: block_mask(len, 1, -1, 5, 5), ValueError, "heads is -1", "a number from 0", "of a part"),
+    Row(
+        "FlexAttention's block mask of odd blocks",
+        lambda: attention(q, k, v, block_mask=create_block_mask(masks.causal, None, None, 6, 10, device="cpu", BLOCK_SIZE=24)),
+        ValueError,
+        "blocks of 24 × 24",
+        "multiples of 32 are",
+        "BLOCK_SIZE=128",
     ),
     Row(
         "sinks a list",

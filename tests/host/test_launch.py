@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cute_attn import api, reference
+from cute_attn import api, block_mask, masks, reference
 from cute_attn import launch as launching
 from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
 from cute_attn.launch import packed_of
 from cute_attn.lengths import NAMES, check_lengths
-from cute_attn.problem import Call, check_call
+from cute_attn.plan import plan
+from cute_attn.problem import Call, check_call, problem_of
 from cute_attn.rules import LOG2_E
 from tests.support import make_gradients, make_qkv
 
@@ -50,7 +51,7 @@ def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
 
 
 def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
-    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets")}
+    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets", "key_lists")}
     launching.launch(gpu.kernel, 132, 0, CALL, *tensors.values())
     ((_, arguments),) = gpu.log
     given = vars(named(FORWARD, arguments))
@@ -58,6 +59,29 @@ def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
     values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
     values |= dict.fromkeys(("sinks", "captured", "seed", "drop_below", "kept_scale"))
     assert given == {**tensors, **dict.fromkeys(NAMES), **values}
+
+
+@pytest.mark.parametrize(("d", "rows"), [(64, None), (256, 128)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, deterministic):
+    """For the tiles of the plan; of key tiles, where dQ's kernel walks over them, and ranks, where dQ's sums have an order."""
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
+    blocks = block_mask(masks.causal, None, None, 500, 600, device="cpu")
+    call = Call(1, 4, 2, 500, 600, d, d, 0.125, None, None, 0.0, blocks=blocks)
+    q, k, v = (torch.zeros(1, n, heads, d, dtype=torch.bfloat16) for n, heads in ((500, 4), (600, 2), (600, 2)))
+    config = plan(problem_of(q.dtype, call, False), "sm_90a")
+    launching.forward(call, None, False, False, q, k, v)
+    ((_, arguments),) = gpu.log
+    assert torch.equal(named(FORWARD, arguments).key_lists, blocks.key_lists(config.tile_m, config.tile_n, 1, 4))
+    gpu.log.clear()
+    launching.gradients(call, None, "qkv", deterministic, q, k, v, q, torch.zeros(1, 4, 500), q, None)
+    ((_, arguments),) = gpu.log
+    given, config = named(BACKWARD, arguments), plan(problem_of(q.dtype, call, False, "qkv"), "sm_90a")
+    assert torch.equal(given.query_lists, blocks.query_lists(config.tile_m, config.tile_n, 1, 4, 2))
+    assert (given.key_lists is None) == (rows is None)
+    assert rows is None or torch.equal(given.key_lists, blocks.key_lists(rows, config.tile_n, 1, 4))
+    assert (given.ranks is not None) == (deterministic and d == 64)
 
 
 def test_captured_tensors_and_sinks_are_arguments(gpu):

@@ -378,6 +378,7 @@ def test_problem_and_config_have_no_field_for_a_size():
         "large_cap",
         "ragged",
         "merges",
+        "blocks",
     }
     for record in (Problem, Config):
         for field in dataclasses.fields(record):
