@@ -20,6 +20,7 @@ import torch
 from torch.autograd import forward_ad
 
 from cute_attn import (
+    PagedCache,
     attention,
     attention_varlen,
     cache,
@@ -29,6 +30,7 @@ from cute_attn import (
     launch,
     layouts,
     lengths,
+    paged_cache,
     plan,
     problem,
     sdpa,
@@ -1118,6 +1120,32 @@ TRANSFORMERS = [
     ),
 ]
 
+
+
+def pages(method, *arguments, **sizes):
+    """A method of a cache of two sequences, 0 of 8 tokens and 1 of none, that has a page left."""
+    cache = PagedCache(**{"pages": 3, "page_size": 4, "heads_kv": 1, "head_dim": 8, **sizes})
+    cache.append([cache.new(), cache.new()], [8, 0])
+    return getattr(cache, method)(*arguments)
+
+
+GIVEN_OUT = "one is needed that new() or fork() has returned"
+PAGED_CACHE = [
+    Row("no pages", lambda: pages("new", pages=0), ValueError, "pages is 0", "an int of 1 or more is needed", "check how"),
+    Row("half a layer", lambda: pages("new", layers=0.5), TypeError, "layers is 0.5", "an int is needed, of 1 or more"),
+    Row("another's sequence", lambda: pages("free", 2), ValueError, "sequence 2 is not among the 2", GIVEN_OUT, "was freed"),
+    Row("sequences in a tensor", lambda: pages("lengths", torch.tensor([0])), ValueError, "sequence a Tensor", GIVEN_OUT),
+    Row("a list for a sequence", lambda: pages("fork", [0]), ValueError, "sequence a list, [0]", GIVEN_OUT),
+    Row("a longer fork", lambda: pages("fork", 0, 9), ValueError, "length is 9, and sequence 0 has 8", "from 0 to", "try None"),
+    Row("a fork below 0", lambda: pages("fork", 0, -1), ValueError, "length is -1", "from 0 to as many are needed", "try None"),
+    Row("one number of two", lambda: pages("append", [0, 1], [1]), ValueError, "tokens a list, [1]", "as many numbers", "once"),
+    Row("a sequence twice", lambda: pages("append", [0, 0]), ValueError, "a list, [0, 0]", "sequences that differ", "once"),
+    Row("fewer tokens", lambda: pages("append", [0], -1), ValueError, "tokens -1", "numbers of 0 or more", "once"),
+    Row("half a token", lambda: pages("append", [0], 0.5), TypeError, "tokens is 0.5", "an int is needed, or one for each"),
+    Row("a full cache", lambda: pages("append", [0, 1], 1), MemoryError, "1 of 3 pages are free", "2 of 4 tokens", "free()"),
+    Row("few columns", lambda: pages("page_table", [1, 0], 1), ValueError, "columns is 1, and a sequence has 2", "as many are"),
+]
+
 A_PROBLEM = problem.Problem("bfloat16", 64, 64)
 
 # What `python -m cute_attn compile` and other callers reach without a tensor.
@@ -1243,6 +1271,11 @@ def test_transformers(row):
     assert_raises(row)
 
 
+@table(PAGED_CACHE)
+def test_paged_cache(row):
+    assert_raises(row)
+
+
 @table(PLAN)
 def test_plan(row):
     assert_raises(row)
@@ -1286,8 +1319,9 @@ def raises(file: str) -> set[int]:
 def test_every_error_of_the_checks_has_a_row(monkeypatch):
     """Each ``raise`` in these files is reached by a row: whoever adds one adds a row."""
     monkeypatch.setenv(lengths.CHECK, "1")
-    for file in (problem.__file__, lengths.__file__, flash_attn.__file__, expressions.__file__):
-        missing = raises(file) - reached([*CHECKS, *LENGTHS, *FLASH_ATTN, *FUNCTIONS], file)
+    for module in (problem, lengths, flash_attn, expressions, paged_cache):
+        file = str(module.__file__)
+        missing = raises(file) - reached([*CHECKS, *LENGTHS, *FLASH_ATTN, *FUNCTIONS, *PAGED_CACHE], file)
         assert not missing, f"no row for {file}, lines {sorted(missing)}"
 
 
