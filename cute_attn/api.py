@@ -124,7 +124,7 @@ def attention(
     """
     if any_autocast_enabled():
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
-    extras = _extras(mask, score, tensors, alibi_slopes, sinks)
+    extras = extras_of_call(mask, score, tensors, alibi_slopes, sinks)
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     ragged = not (seqused_q is seqused_k is None)
@@ -140,7 +140,7 @@ def attention(
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
     call = check_call(q, k, v, scale, causal, window, softcap)
     if extras is not None:
-        _take_extras(call, q, extras, call.batch)
+        take_extras(call, q, extras, call.batch)
     how = return_lse, deterministic, backend, mechanism
     if ragged:
         batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
@@ -218,7 +218,7 @@ def attention_varlen(
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    extras = _extras(mask, score, tensors, alibi_slopes, sinks)
+    extras = extras_of_call(mask, score, tensors, alibi_slopes, sinks)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
     plain = _are_plain(q, k, v, *lengths) and not transformed
@@ -233,26 +233,26 @@ def attention_varlen(
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
     call.lengths = check_lengths(q, None, lengths)
     if extras is not None:
-        _take_extras(call, q, extras, call.lengths.count)
+        take_extras(call, q, extras, call.lengths.count)
     how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
 
 
-def _extras(mask, score, tensors, alibi_slopes, sinks) -> tuple | None:
+def extras_of_call(mask, score, tensors, alibi_slopes, sinks) -> tuple | None:
     """What a call has besides its usual rules; None where it has none of these."""
     none = mask is score is alibi_slopes is sinks is None and type(tensors) is tuple and not tensors
     return None if none else (mask, score, tensors, alibi_slopes, sinks)
 
 
-def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None:
+def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int) -> None:
     """Check and trace what a call has besides its usual rules."""
     mask, score, tensors, alibi_slopes, sinks = extras
     _refuse_graphs(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
     if sinks is not None:
         check_sinks(sinks, q, call.heads)
     call.sinks = sinks
-    if _extras(mask, score, tensors, alibi_slopes, None):
+    if extras_of_call(mask, score, tensors, alibi_slopes, None):
         # Torch.compile, which has left this call out of its graph, would still look into what it calls.
         trace = torch.compiler.disable(traced) if "torch._dynamo" in sys.modules else traced
         call.expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch)
