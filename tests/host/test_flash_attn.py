@@ -62,6 +62,13 @@ SIGNATURES = {
 # By name only, what the newer interfaces add and functions here can do; the rest of theirs is in no signature.
 BY_NAME = {"return_lse": False}
 BY_NAME_VARLEN = {"seqused_q": None, "seqused_k": None, **BY_NAME}
+BY_NAME_OF = {
+    "flash_attn_varlen_func": {**BY_NAME_VARLEN, "page_table": None},
+    "flash_attn_varlen_kvpacked_func": BY_NAME_VARLEN,
+    "flash_attn_with_kvcache": dict.fromkeys(
+        ("page_table", "cu_seqlens_q", "cu_seqlens_k_new", "max_seqlen_q", "rotary_seqlens")
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -71,9 +78,7 @@ def test_signatures(name):
     found = kinds[inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert list(found.items()) == list(SIGNATURES[name].items())
     by_name = kinds[inspect.Parameter.KEYWORD_ONLY]
-    with_lengths = name in ("flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func")
-    expected = BY_NAME_VARLEN if with_lengths else BY_NAME if name.endswith("_func") else {}
-    assert by_name == expected
+    assert by_name == BY_NAME_OF.get(name, BY_NAME if name.endswith("_func") else {})
     assert not kinds[inspect.Parameter.POSITIONAL_ONLY]
     assert not kinds[inspect.Parameter.VAR_POSITIONAL]
 
@@ -209,6 +214,98 @@ def test_cache(given):
     for i, n in enumerate(lengths):
         one = [x[i : i + 1] for x in (q, k[:, :n], v[:, :n])]
         support.assert_close((out[i : i + 1], lse[i : i + 1]), *one, window=(20, 0), softcap=5.0, scale=0.2)
+
+
+def turned(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """``x`` (rows, heads, columns): pairs of its first columns as complex numbers, each turned by its angle (rows, pairs)."""
+    n = 2 * angles.shape[-1]
+    pairs = x[..., :n].unflatten(-1, (-1, 2)) if interleaved else x[..., :n].unflatten(-1, (2, -1)).mT
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * angles[:, None]))
+    return torch.cat(((pairs if interleaved else pairs.mT).flatten(-2), x[..., n:]), -1)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("where", ["pages", "elements"])
+def test_new_rows_of_a_cache(where, interleaved):
+    """Turned, written in place behind those that there are, and seen: in pages of 4, or in elements of a cache with padding."""
+    past, new = [5, 0, 11], 3
+    q, k, v = support.make_qkv(3, new, 14, 4, 2, 24, 16, torch.float64)
+    angles = torch.rand(20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 6
+    order, pads, sizes = torch.randperm(12, generator=torch.Generator().manual_seed(4)).view(3, 4), [0, 0, 0], (12, 4)
+    options: dict = {"block_table": order.int()}
+    if where == "elements":
+        order, pads, sizes = torch.tensor([[2], [0], [3]]), [2, 0, 1], (4, 16)
+        options = {"cache_batch_idx": order[:, 0].int(), "cache_leftpad": torch.tensor(pads, dtype=torch.int32)}
+    k_cache, v_cache = (x.new_full((*sizes, *x.shape[2:]), torch.nan) for x in (k, v))
+
+    def rows(cache, i):
+        """Those of sequence i, copied."""
+        return cache[order[i]].flatten(0, 1)[pads[i] : pads[i] + past[i] + new]
+
+    for i, n in enumerate(past):
+        for cache, x in ((k_cache, k), (v_cache, v)):
+            mine = cache[order[i]].flatten(0, 1)
+            mine[pads[i] : pads[i] + n] = x[i, :n]
+            cache[order[i]] = mine.unflatten(0, (len(order[i]), -1))
+    k_new, v_new = (torch.stack([x[i, n : n + new] for i, n in enumerate(past)]) for x in (k, v))
+    seqlens = torch.tensor([n + pad for n, pad in zip(past, pads, strict=True)], dtype=torch.int32)
+    options |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": interleaved, "causal": True}
+    found = flash_attn.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k_new, v_new, cache_seqlens=seqlens, return_softmax_lse=True, **options
+    )
+    for i, n in enumerate(past):
+        at = angles[n + pads[i] : n + pads[i] + new]
+        keys = torch.cat((k[i, :n], turned(k_new[i], at, interleaved)))
+        torch.testing.assert_close(rows(k_cache, i), keys, rtol=0, atol=1e-12)
+        assert torch.equal(rows(v_cache, i), v[i, : n + new])
+        one = turned(q[i], at, interleaved)[None], keys[None], v[i : i + 1, : n + new]
+        support.assert_close((found[0][i : i + 1], found[1][i : i + 1]), *one, causal=True)
+
+
+def test_pages_of_packed_sequences():
+    """As engines that serve call ``flash_attn_varlen_func``: some with a prompt, some with a token each."""
+    sizes_q, sizes_k = (1, 6, 1), (9, 6, 4)
+    q, k, v = support.make_qkv(1, 8, 19, 4, 2, 16, 24)
+    q, table = q[0], torch.tensor([[4, 2, 0], [1, 5, -1], [3, -1, -1]], dtype=torch.int32)
+    k_pages, v_pages = (torch.full((6, 4, *x.shape[2:]), torch.nan) for x in (k, v))
+    for pages, keys, n in zip(table.tolist(), interfaces.spans(sizes_k), sizes_k, strict=True):
+        for t in range(n):
+            for cache, x in ((k_pages, k), (v_pages, v)):
+                cache[pages[t // 4], t % 4] = x[0, keys.start + t]
+    lengths = bounds(sizes_q), bounds(sizes_k), 6, 9
+    options = {"causal": True, "softcap": 3.0, "return_attn_probs": True}
+    out, lse, dropped = flash_attn.flash_attn_varlen_func(q, k_pages, v_pages, *lengths, **options, block_table=table)
+    assert dropped.numel() == 0
+    used = torch.tensor(sizes_k, dtype=torch.int32)
+    nowhere = bounds((12, 12, 12))
+    again = flash_attn.flash_attn_varlen_func(
+        q, k_pages, v_pages, lengths[0], nowhere, 6, 9, causal=True, softcap=3.0, page_table=table, seqused_k=used
+    )
+    assert torch.equal(again, out)
+    for rows, keys in zip(interfaces.spans(sizes_q), interfaces.spans(sizes_k), strict=True):
+        one = q[None, rows], k[:, keys], v[:, keys]
+        support.assert_close((out[None, rows], lse[None, :, rows]), *one, causal=True, softcap=3.0)
+
+
+def test_names_of_flash_attention_3():
+    """Packed queries of a cache, new rows of theirs, and positions that are counted from elsewhere."""
+    q, k, v = (x[0] for x in support.make_qkv(1, 5, 5, 4, 2, 16))
+    caches = [[torch.zeros(2, 8, 2, 16) for _ in range(2)] for _ in range(2)]
+    angles = torch.rand(30, 8, generator=torch.Generator().manual_seed(3))
+    options = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "causal": True}
+    begins = torch.tensor([9, 20], dtype=torch.int32)
+    packed = flash_attn.flash_attn_with_kvcache(
+        q, *caches[0], k, v, cache_seqlens=2, cu_seqlens_q=bounds((2, 3)), cu_seqlens_k_new=bounds((2, 3)), max_seqlen_q=3,
+        rotary_seqlens=begins, **options
+    )  # fmt: skip
+    for i, rows in enumerate(interfaces.spans((2, 3))):
+        one = [x[i : i + 1] for x in caches[1]]
+        out = flash_attn.flash_attn_with_kvcache(
+            q[None, rows], *one, k[None, rows], v[None, rows], cache_seqlens=2, rotary_seqlens=begins[i : i + 1], **options
+        )
+        torch.testing.assert_close(packed[None, rows], out)
+    assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
+    assert caches[0][0][:, 2:4].count_nonzero()
 
 
 @pytest.mark.parametrize("form", FORMS)
