@@ -181,25 +181,10 @@ def test_whisper_generates_what_eager_does():
 
 # ---- continuous batching ---------------------------------------------------------------------------------------------
 
-PROMPTS = [torch.randint(0, models.SYMBOLS, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 9, 17, 5, 30)]
-
-
-def served(model, new: int = 12, **how) -> list[list[int]]:
-    """What continuous batching makes of all prompts, in a cache of small pages, and parts of a prompt at a time."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    sampling = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    sizes = ContinuousBatchingConfig(page_size=8, num_blocks=64, max_batch_tokens=24, **how)
-    prompts, quietly = [prompt.tolist() for prompt in PROMPTS], {"progress_bar": False}
-    found = model.generate_batch(prompts, generation_config=sampling, continuous_batching_config=sizes, **quietly)
-    assert not any(x.error for x in found.values())
-    return [found[name].generated_tokens for name in sorted(found)]
-
-
 def one_by_one(model, new: int = 12) -> list[list[int]]:
     how = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    asked = ((prompt[None], torch.ones_like(prompt)[None]) for prompt in PROMPTS)
-    return [model.generate(ids, attention_mask=used, **how)[0, ids.shape[1] :].tolist() for ids, used in asked]
+    asked = [torch.tensor([prompt]) for prompt in models.PROMPTS]
+    return [model.generate(x, attention_mask=torch.ones_like(x), **how)[0, x.shape[1] :].tolist() for x in asked]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
@@ -207,20 +192,29 @@ def test_continuous_batching_generates_what_eager_does(name, calls):
     """Of full and sliding layers, softcaps, sinks; prompts in parts, beside sequences that get a token each."""
     with models.exact(), torch.no_grad():
         expected = one_by_one(models.built(name, "eager", FLOAT64))
-        assert served(models.built(name, OURS, FLOAT64)) == expected
-    assert len({tuple(x) for x in expected}) == len(PROMPTS)
+        assert models.served(models.built(name, OURS, FLOAT64)) == expected
+    assert len({tuple(x) for x in expected}) == len(models.PROMPTS)
     assert ("attention_kvcache" in calls) is (name == "llama")  # Transformers' sliding layers have no tables of pages
 
 
 def test_steps_of_continuous_batching_write_to_the_pages(calls):
     """Without the path for these, Transformers copies all keys of a step; to ask for other pages changes no token."""
     model = models.built("llama", OURS, FLOAT64)
-    tables = served(model)
+    tables = models.served(model)
     steps = calls.count("attention_kvcache")
     assert steps >= 2 * 8
     calls.clear()
-    assert served(model, max_blocks_per_request=0) == tables
+    assert models.served(model, max_blocks_per_request=0) == tables
     assert "attention_kvcache" not in calls
+
+
+def test_what_is_greedy_enough():
+    """The measure of what the GPU serves finds a wrong token, and no fault with those of another dtype."""
+    model = models.built("llama", OURS, torch.bfloat16)
+    prompt, found = models.PROMPTS[1], models.served(model)[1]
+    models.assert_greedy(model, prompt, found, times=4)
+    with pytest.raises(AssertionError, match="is missing to the best logit"):
+        models.assert_greedy(model, prompt, [*found[:5], (found[5] + 1) % models.SYMBOLS, *found[6:]], times=4)
 
 
 def test_sequences_that_there_are_not():
