@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 
-from cute_attn import attention_kvcache
+from cute_attn import PagedCache, attention_kvcache
 from tests import support
 
 
@@ -94,3 +95,51 @@ class Case:
         """``(out, lse)`` of the call."""
         queries = self.packed_queries() if packed else {"q": torch.stack(self.q)}
         return attention_kvcache(**queries, **where, return_lse=True, **options)
+
+
+def check_pages(dtype: torch.dtype = torch.float32, device: str = "cpu", page_size: int = 4, dims: int = 16) -> None:
+    """A :class:`~cute_attn.PagedCache` as a server uses it, NaN wherever nothing was written: a prompt that several sequences
+    share, and steps of a few tokens each, of which some end and others come. Each step is attention to all of its sequence."""
+    draw, heads, heads_kv = random.Random(0), 4, 2
+    cache = PagedCache(128, page_size, heads_kv, dims, layers=2, dtype=dtype, device=device)
+    cache.k.fill_(math.nan), cache.v.fill_(math.nan)
+    k, v = (x[0] for x in support.make_qkv(1, 0, 1000, heads, heads_kv, dims, None, dtype, device)[1:])
+    rows: dict[int, list[int]] = {}  # of k and v, those of each sequence
+    unused = iter(range(1000))
+
+    def step(counts: dict[int, int]) -> None:
+        new = {sequence: [next(unused) for _ in range(n)] for sequence, n in counts.items()}
+        before = [len(rows[sequence]) for sequence in counts]
+        lengths = cache.append(list(counts), list(counts.values()))
+        assert lengths.tolist() == before
+        for sequence in counts:
+            rows[sequence] = rows[sequence] + new[sequence]
+        q = support.make_qkv(1, sum(counts.values()), 0, heads, heads_kv, dims, None, dtype, device, seed=len(rows))[0][0]
+        bounds = torch.tensor(list(accumulate(counts.values(), initial=0)), dtype=torch.int32, device=device)
+        where = {"lengths": lengths, "page_table": cache.page_table(list(counts)), "cu_seqlens_q": bounds}
+        mine = torch.tensor([row for x in new.values() for row in x], device=device)
+        for layer, (of_k, of_v) in enumerate(((k, v), (v, k))):
+            pages = cache.k[layer], cache.v[layer]
+            out, lse = attention_kvcache(q, *pages, **where, k_new=of_k[mine], v_new=of_v[mine], causal=True, return_lse=True)
+            for i, sequence in enumerate(counts):
+                one = slice(*bounds[i : i + 2].tolist())
+                seen = (x[torch.tensor(rows[sequence], device=device)][None] for x in (of_k, of_v))
+                found = out[None, one], lse[None, :, one]
+                support.assert_close(found, q[None, one], *seen, causal=True, lse_dtype=torch.float32)
+
+    first = cache.new()
+    rows[first] = []
+    step({first: 2 * page_size + 3})
+    for _ in range(12):
+        parent = draw.choice(list(rows))
+        kept = draw.choice((None, len(rows[parent]) // 2))
+        fork = cache.fork(parent, kept)
+        rows[fork] = rows[parent][:kept]
+        if len(rows) > 4:
+            ended = draw.choice(list(rows))
+            cache.free(ended)
+            del rows[ended]
+        step({sequence: draw.randint(1, 4) for sequence in rows})
+    for sequence in rows:
+        cache.free(sequence)
+    assert cache.free_pages == cache.pages

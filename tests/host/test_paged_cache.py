@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from cute_attn import PagedCache
+from tests import caches
 
 LAYERS = 2
 
@@ -200,3 +201,9 @@ def test_full():
     cache.free(b)
     cache.append([a], 4)
     assert cache.free_pages == 0
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_attention_to_pages_of_a_cache(page_size):
+    caches.check_pages(page_size=page_size)
