@@ -16,6 +16,7 @@ from cute_attn.layouts.base import Config
 from cute_attn.lengths import NAMES
 from cute_attn.plan import takes_tickets
 from cute_attn.problem import Problem
+from cute_attn.stored import CODE_NAMES
 
 
 class Field(NamedTuple):
@@ -24,7 +25,8 @@ class Field(NamedTuple):
     heads, seqlen)``; of ragged sequences both have no batch. An ``exact operand`` is one in float32. ``padded row values`` are
     two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
     ``(n,)``, ``floats`` float32 ``(n,)``; ``captured`` are all tensors that functions read; and there are numbers and the
-    ``stream``."""
+    ``stream``. A ``cache`` is an operand of all its elements, ``tables`` int32 ``(batch, max_pages)``, and ``partial`` results
+    are float32 ``(places, rows, columns)``."""
 
     name: str
     kind: str
@@ -33,6 +35,10 @@ class Field(NamedTuple):
 
 def _given(name: str) -> Field:
     return Field(name, "words", lambda problem, config: name in problem.ragged.split())
+
+
+def _stored(name: str) -> Field:
+    return Field(name, "words", lambda problem, config: name in problem.stored.split())
 
 
 def _gradient(name: str) -> Field:
@@ -78,6 +84,28 @@ MERGE = (
     Field("more", "operand"),
     Field("lse_more", "row values"),
     Field("to_log2", "float32"),
+    Field("stream", "stream"),
+)
+_STORED = (
+    Field("lengths", "words"),
+    Field("page_table", "tables", lambda problem, config: "page_table" in problem.stored.split()),
+    *(_stored(name) for name in CODE_NAMES[1:]),
+    *(Field(name, "int32") for name in ("seqlen_new",)),
+)
+ATTEND = (
+    Field("q", "operand"),
+    *(Field(name, "cache") for name in ("k_cache", "v_cache")),
+    Field("out", "operand"),
+    Field("lse", "row values", lambda problem, config: problem.return_lse),
+    Field("partial_o", "partial"),
+    Field("partial_rows", "partial"),
+    Field("counters", "words"),
+    Field("sinks", "floats", lambda problem, config: problem.sinks),
+    Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
+    *_STORED,
+    *(Field(name, "int32") for name in ("units", "left", "right")),
+    *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
+    Field("blocks", "int32"),
     Field("stream", "stream"),
 )
 

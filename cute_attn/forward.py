@@ -117,11 +117,15 @@ def _stand_in(kind: str, problem, config):
         return runtime.make_fake_tensor(Float32, sizes(1), (1,), assumed_align=4)
     if kind == "captured":
         return tuple(_captured(dtype, max(rank, 1)) for dtype, rank in problem.expression.tensors)
-    if kind in ("operand", "exact operand"):
-        dims, dtype = 3 if problem.ragged else 4, element(problem) if kind == "operand" else Float32
+    if kind == "tables":
+        return runtime.make_fake_tensor(Int32, sizes(2), (*some(1), 1), assumed_align=4)
+    if kind == "partial":
+        return runtime.make_fake_tensor(Float32, sizes(3, 2), (*some(2, 2), 1), assumed_align=16)
+    if kind in ("operand", "exact operand", "cache"):
+        dims, dtype = 3 if problem.packed and kind != "cache" else 4, Float32 if kind == "exact operand" else element(problem)
         return runtime.make_fake_tensor(dtype, sizes(dims, 8), (*some(dims - 1, 8), 1), assumed_align=16)
     if kind == "row values":
-        dims = 2 if problem.ragged else 3
+        dims = 2 if problem.packed else 3
         return runtime.make_fake_tensor(Float32, sizes(dims), (*some(dims - 1), 1), assumed_align=4)
     if kind == "padded row values":
         shape, stride = (2, *sizes(3, ROW_PADDING)), (*some(3, ROW_PADDING), 1)

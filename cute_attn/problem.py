@@ -55,6 +55,10 @@ class Problem:
 
     ``large_cap`` is of a softcap above ``rules.USUAL_CAP``, for which the kernels take a slower tanh.
 
+    ``rows`` makes it attention to a cache, in tiles of so many rows; 0 is none. ``stored`` names what says where keys and
+    queries lie, a part of ``stored.CODE_NAMES``, with spaces between, and ``invariant`` that keys are split at fixed places.
+    ``appends`` makes it the kernel that writes new keys into a cache: ``"as they are"``, or turned, in ``"halves"`` or ``"interleaved"``.
+
     ``expression`` is what the user's functions compute, and ``sinks`` says that each row's softmax has one more logit.
     """
 
@@ -73,6 +77,10 @@ class Problem:
     sinks: bool = False
     expression: Expression = NOTHING
     merges: str = ""
+    rows: int = 0
+    stored: str = ""
+    invariant: bool = False
+    appends: str = ""
 
     def __post_init__(self):
         """A value of another kind would be another key, even if it is equal."""
@@ -86,6 +94,11 @@ class Problem:
     def has_unused(self, side: str) -> bool:
         """Whether a tile may have rows of q or k (``side``) that its sequence doesn't have, and whose results are written."""
         return f"seqused_{side}" in self.ragged
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rows of all sequences are one after another, so that tensors have no batch."""
+        return bool(self.ragged) or "cu_seqlens_q" in self.stored
 
     @property
     def masked(self) -> bool:

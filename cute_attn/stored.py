@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +19,9 @@ from cute_attn.arguments import check_layout, shown
 from cute_attn.lengths import CHECK
 
 PAGE_SIZE_MAX = 1024
+UNITS_MAX, UNIT_TILES = 64, 4  # where keys are split at fixed places: into so many parts at most, of so many tiles at least
 NAMES = ("lengths", "page_table", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_begin")
+CODE_NAMES = NAMES[1:6]  # of those that are None or not, which a kernel's code depends on
 _SHAPES = {
     "page_table": "(batch, max_pages)",
     "cu_seqlens_q": "(batch + 1,), from 0 up to all rows,",
@@ -60,7 +62,7 @@ class Stored:
 
     @property
     def names(self) -> str:
-        """Of those that change a kernel's code there are: what ``Problem.stored`` is."""
+        """Which of :data:`CODE_NAMES` there are: what ``Problem.stored`` is."""
         there = self.page_table, self.cache_batch_idx, self.leftpad_k, self.cu_seqlens_q, self.cu_seqlens_k_new
         return _NAMES[tuple(x is not None for x in there)]
 
@@ -123,12 +125,10 @@ class Stored:
                     )
 
 
-def _named(there: tuple[bool, ...]) -> str:
-    of = ("page_table", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "cu_seqlens_k_new")
-    return " ".join(name for name, is_there in zip(of, there, strict=True) if is_there)
-
-
-_NAMES = {there: _named(there) for there in ((*(bool(i >> n & 1) for n in range(5)),) for i in range(32))}
+_NAMES: dict[tuple[bool, ...], str] = {
+    there: " ".join(name for name, is_there in zip(CODE_NAMES, there, strict=True) if is_there)
+    for there in product((False, True), repeat=len(CODE_NAMES))
+}
 
 
 def check_stored(q: torch.Tensor, k_cache: torch.Tensor, tensors: tuple[Any, ...]) -> Stored:

@@ -27,6 +27,8 @@ class Values:
 
     ``captured`` are the tensors that the user's functions read, of ranks from 1 on, None without functions; ``sequence`` and
     ``head`` are where they are computed then. ``sinks`` is (heads), or None.
+
+    Where a tile's rows are ``packed``, each query is as many rows, one for each query head of a key head from ``head`` on.
     """
 
     seqlen_q: Int32
@@ -39,6 +41,15 @@ class Values:
     sinks: cute.Tensor | None = None
     sequence: Int32 | None = None
     head: Int32 | None = None
+    packed: Int32 | None = None
+
+    def query(self, row):
+        """The query that a row is of."""
+        return row if self.packed is None else row // self.packed
+
+    def head_of(self, row):
+        """Its head."""
+        return self.head if self.packed is None else self.head + row % self.packed
 
     def of(self, work: Work) -> Values:
         """The values of a tile's sequence and head."""

@@ -1,0 +1,51 @@
+"""Attention to a cache on the host: torch's tensors in CuTe's view, the run-time values, and the kernel."""
+
+from __future__ import annotations
+
+import importlib
+
+import cutlass
+from cutlass import Int32, cute
+
+from cute_attn.balance import CachedKeys
+from cute_attn.fields import ATTEND, named
+from cute_attn.mainloop.common import Values
+
+
+def host_function(problem, config):
+    """The function of :data:`~cute_attn.fields.ATTEND`'s values to compile."""
+    mainloop = importlib.import_module(f"cute_attn.mainloop.{config.cache}")
+    kernel = mainloop.Forward(problem, config)
+
+    @cute.jit
+    def attend(*arguments):
+        given = named(ATTEND, arguments)
+        q, out, lse = (with_elements(m, problem) for m in (given.q, given.out, given.lse))
+        heads_kv = given.k_cache.shape[2]
+        keys = cached_keys(problem, config, given, q, heads_kv)
+        captured = given.captured or () if problem.expression else None
+        values = Values(Int32(0), Int32(0), Int32(0), Int32(0), given.scale_log2, given.scale_by_cap, captured)
+        outputs = mainloop.Outputs(out, lse, given.sinks)
+        workspace = mainloop.Workspace(given.partial_o, given.partial_rows, given.counters)
+        kernel.launch(q, given.k_cache, given.v_cache, outputs, values, keys, workspace, given.blocks, given.stream)
+
+    return attend
+
+
+def cached_keys(problem, config, given, q: cute.Tensor, heads_kv) -> CachedKeys:
+    rows, elements = given.k_cache.shape[1], given.k_cache.shape[0]
+    table = given.page_table
+    capacity = rows if cutlass.const_expr(table is None) else rows * table.shape[1]
+    return CachedKeys(
+        *(given.lengths.shape[0], capacity, elements, rows, q.shape[1], given.seqlen_new, heads_kv, q.shape[2] // heads_kv),
+        *(given.left, given.right, given.units),
+        *(given.lengths, table, given.cache_batch_idx, given.leftpad_k, given.cu_seqlens_q, given.cu_seqlens_k_new),
+        *(problem, config),
+    )
+
+
+def with_elements(m: cute.Tensor | None, problem) -> cute.Tensor | None:
+    """Packed rows as those of one element."""
+    if m is None or not problem.packed:
+        return m
+    return cute.make_tensor(m.iterator, cute.make_layout((1, *m.shape), stride=(0, *m.stride)))
