@@ -21,10 +21,10 @@ NO_PAGE = -1  # in a table, after a sequence's pages
 
 
 @dataclass
-class _Pages:
-    """Of one sequence: its pages in order, ⌈length / page_size⌉ of them, and how many tokens it has."""
+class _Held:
+    """What a sequence has: ``length`` tokens, and in order the ⌈length / page_size⌉ pages that they are in."""
 
-    numbers: array
+    pages: array
     length: int
 
 
@@ -79,7 +79,7 @@ class PagedCache:
         self.k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
         self.v = torch.empty(*shape, head_dim_v, dtype=dtype, device=device)
         _, self.pages, self.page_size, _ = shape
-        self._sequences: dict[int, _Pages] = {}
+        self._sequences: dict[int, _Held] = {}
         self._names = count()  # never used again: one that was freed is told from those that are there
         self._owners = [0] * self.pages  # of each page
         self._free = [*range(self.pages)]
@@ -101,14 +101,14 @@ class PagedCache:
                 f"length is {length}, and sequence {sequence} has {original.length} tokens; from 0 to as many are needed: "
                 f"try None for all of them"
             )
-        shared = original.numbers[: -(-length // self.page_size)]
+        shared = original.pages[: -(-length // self.page_size)]
         for page in shared:
             self._owners[page] += 1
         return self._add(shared, length)
 
     def free(self, sequence: int) -> None:
         """Forget a sequence, and free the pages that are no other's."""
-        for page in reversed(self._of(sequence).numbers):
+        for page in reversed(self._of(sequence).pages):
             self._give_up(page)
         del self._sequences[sequence]
 
@@ -122,33 +122,33 @@ class PagedCache:
         Raises:
             MemoryError: there are not enough pages. No sequence has changed, and none of the others is lost.
         """
-        numbers = list(tokens) if isinstance(tokens, Sequence) else [tokens] * len(sequences)
-        numbers = [integer("tokens", n, "or one for each sequence") for n in numbers]
-        grown = list(zip(map(self._of, sequences), numbers, strict=False))
-        if len(numbers) != len(sequences) or len(set(sequences)) != len(sequences) or min(numbers, default=0) < 0:
+        counts = list(tokens) if isinstance(tokens, Sequence) else [tokens] * len(sequences)
+        counts = [integer("tokens", n, "or one for each sequence") for n in counts]
+        grown = list(zip(map(self._of, sequences), counts, strict=False))
+        if len(counts) != len(sequences) or len(set(sequences)) != len(sequences) or min(counts, default=0) < 0:
             raise ValueError(
                 f"sequences are {shown(sequences)} and tokens {shown(tokens)}; sequences that differ, and as many numbers of "
                 f"0 or more, are needed: name each sequence once"
             )
         # Who writes to the last page of a sequence while others have it gets a copy; if all of its owners do, one keeps it.
-        writers = Counter(pages.numbers[-1] for pages, n in grown if n and pages.length % self.page_size)
+        writers = Counter(held.pages[-1] for held, n in grown if n and held.length % self.page_size)
         needed = sum(min(writing, self._owners[page] - 1) for page, writing in writers.items())
-        needed += sum(-(-(pages.length + n) // self.page_size) - len(pages.numbers) for pages, n in grown)
+        needed += sum(-(-(held.length + n) // self.page_size) - len(held.pages) for held, n in grown)
         if needed > len(self._free):
             raise MemoryError(
                 f"the cache is full: {len(self._free)} of {self.pages} pages are free; {needed} of {self.page_size} tokens are "
-                f"needed for {sum(numbers)} more tokens of {len(sequences)} sequences: free() a sequence, or try more pages"
+                f"needed for {sum(counts)} more tokens of {len(sequences)} sequences: free() a sequence, or try more pages"
             )
-        before = self._on_device(np.array([pages.length for pages, _ in grown], dtype=np.int32))
+        before = self._on_device(np.array([held.length for held, _ in grown], dtype=np.int32))
         copies = []
-        for pages, n in grown:
-            if n and pages.length % self.page_size and self._owners[pages.numbers[-1]] > 1:
-                copies.append((pages.numbers[-1], self._taken()))
-                self._give_up(pages.numbers[-1])
-                pages.numbers[-1] = copies[-1][1]
-            pages.length += n
-            while len(pages.numbers) * self.page_size < pages.length:
-                pages.numbers.append(self._taken())
+        for held, n in grown:
+            if n and held.length % self.page_size and self._owners[held.pages[-1]] > 1:
+                copies.append((held.pages[-1], self._taken()))
+                self._give_up(held.pages[-1])
+                held.pages[-1] = copies[-1][1]
+            held.length += n
+            while len(held.pages) * self.page_size < held.length:
+                held.pages.append(self._taken())
         if copies:
             old, new = self._on_device(np.array(copies, dtype=np.int32)).unbind(1)
             for x in (self.k, self.v):
@@ -165,17 +165,17 @@ class PagedCache:
         ``columns=None`` is as many as the longest has. A fixed number is for tables that are copied to one place, as a CUDA
         graph reads them.
         """
-        numbers = [self._of(sequence).numbers for sequence in sequences]
-        longest = max(map(len, numbers), default=0)
+        held = [self._of(sequence).pages for sequence in sequences]
+        longest = max(map(len, held), default=0)
         columns = longest if columns is None else integer("columns", columns, "or None")
         if columns < longest:
             raise ValueError(f"columns is {columns}, and a sequence has {longest} pages; as many are needed: try None")
-        table = np.full((len(numbers), columns), NO_PAGE, dtype=np.int32)
-        for row, pages in zip(table, numbers, strict=True):
+        table = np.full((len(held), columns), NO_PAGE, dtype=np.int32)
+        for row, pages in zip(table, held, strict=True):
             row[: len(pages)] = pages
         return self._on_device(table)
 
-    def _of(self, sequence: int) -> _Pages:
+    def _of(self, sequence: int) -> _Held:
         try:
             return self._sequences[sequence]
         except (KeyError, TypeError):
@@ -184,9 +184,9 @@ class PagedCache:
                 f"fork() has returned: check whether it was freed"
             ) from None
 
-    def _add(self, numbers: array, length: int) -> int:
+    def _add(self, pages: array, length: int) -> int:
         name = next(self._names)
-        self._sequences[name] = _Pages(numbers, length)
+        self._sequences[name] = _Held(pages, length)
         return name
 
     def _taken(self) -> int:
