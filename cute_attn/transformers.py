@@ -502,7 +502,9 @@ def attend(
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         before = (cu_seq_lens_k - cu_seq_lens_q).diff()  # of sequences that there aren't, behind the others: 0
         step = {"lengths": before, "page_table": table, "cu_seqlens_q": cu_seq_lens_q, "k_new": k, "v_new": v}
-        out = attention_kvcache(q, others["k_cache"], others["v_cache"], **step, **rules)
+        # A graph that is being made ends before it, as it has ended before, where the pages were looked up.
+        call = torch.compiler.disable(attention_kvcache) if torch.compiler.is_compiling() else attention_kvcache
+        out = call(q, others["k_cache"], others["v_cache"], **step, **rules)
         return out[None], None
     if cu_seq_lens_q is not None:
         if found.lengths and not found.packed:

@@ -208,6 +208,20 @@ def test_steps_of_continuous_batching_write_to_the_pages(calls):
     assert "attention_kvcache" not in calls
 
 
+def test_steps_of_continuous_batching_are_filled_up(calls, monkeypatch):
+    """As they are for graphs, of torch.compile or of CUDA: with sequences that there are not. Here nothing is compiled."""
+    from transformers import CompileConfig
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = models.built("llama", OURS, FLOAT64)
+    expected = models.served(model)
+    calls.clear()
+    filled = {"varlen_compile_config": CompileConfig(), "decode_compile_config": CompileConfig()}
+    how = {**filled, "max_requests_per_batch": 4, "use_cuda_graph": False}
+    assert models.served(model, **how) == expected
+    assert "attention_kvcache" in calls
+
+
 def test_what_is_greedy_enough():
     """The measure of what the GPU serves finds a wrong token, and no fault with those of another dtype."""
     model = models.built("llama", OURS, torch.bfloat16)
@@ -217,8 +231,14 @@ def test_what_is_greedy_enough():
         models.assert_greedy(model, prompt, [*found[:5], (found[5] + 1) % models.SYMBOLS, *found[6:]], times=4)
 
 
-def test_sequences_that_there_are_not():
-    """Transformers fills a step up with sequences without queries, keys and pages: no row of theirs is written or read."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sequences_that_there_are_not(compiled):
+    """Transformers fills a step up with sequences without queries, keys and pages: no row of theirs is written or read. A graph
+    of the model ends before a step, and begins anew after it."""
+    attend, counter = integration.attend, CompileCounterWithBackend("eager")
+    if compiled:
+        torch._dynamo.reset()
+        attend = torch.compile(attend, backend=counter)
     q, k, v = (x.transpose(1, 2) for x in support.make_qkv(1, 4, 4, 4, 2, 8))
     k_cache, v_cache = (torch.full((5, 2, 2, 8), math.nan) for _ in range(2))
     table = torch.tensor([[3, -1], [1, 4], [-1, -1], [-1, -1]], dtype=torch.int32)
@@ -228,8 +248,8 @@ def test_sequences_that_there_are_not():
     before = k_cache.clone()
     bounds_q, bounds_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 2, 2, 2], [0, 1, 4, 4, 4]))
     step = {"block_table": table, "k_cache": k_cache, "v_cache": v_cache, "cu_seq_lens_q": bounds_q, "cu_seq_lens_k": bounds_k}
-    out, weights = integration.attend(SimpleNamespace(), q, k, v, None, is_causal=True, **step)
-    assert (out.shape, weights) == ((1, 4, 4, 8), None)
+    out, weights = attend(SimpleNamespace(), q, k, v, None, is_causal=True, **step)
+    assert (out.shape, weights, counter.frame_count) == ((1, 4, 4, 8), None, 2 if compiled else 0)
     assert not out[:, 2:].count_nonzero()
     assert torch.equal(k_cache[3, 0], k[0, :, 0])
     assert torch.equal(k_cache[4, 0], k[0, :, 1])
