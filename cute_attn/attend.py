@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import cutlass
 from cutlass import Int32, cute
@@ -22,7 +23,7 @@ def host_function(problem, config):
         given = named(ATTEND, arguments)
         q, out, lse = (with_elements(m, problem) for m in (given.q, given.out, given.lse))
         heads_kv = given.k_cache.shape[2]
-        keys = cached_keys(problem, config, given, q, heads_kv)
+        keys = cached_keys(problem, config, given, q, heads_kv, (given.left, given.right, given.units))
         captured = given.captured or () if problem.expression else None
         values = Values(Int32(0), Int32(0), Int32(0), Int32(0), given.scale_log2, given.scale_by_cap, captured)
         outputs = mainloop.Outputs(out, lse, given.sinks)
@@ -32,19 +33,19 @@ def host_function(problem, config):
     return attend
 
 
-def cached_keys(problem, config, given, q: cute.Tensor, heads_kv) -> CachedKeys:
+def cached_keys(problem, config, given, q: Any, heads_kv, others: tuple = (0, 0, 0)) -> CachedKeys:
+    """Where keys lie, as ``given``; ``q`` (elements, rows, heads, …) are the queries, and ``others`` the edges of the band and
+    the places of a walk's units."""
     rows, elements = given.k_cache.shape[1], given.k_cache.shape[0]
     table = given.page_table
     capacity = rows if cutlass.const_expr(table is None) else rows * table.shape[1]
-    return CachedKeys(
-        *(given.lengths.shape[0], capacity, elements, rows, q.shape[1], given.seqlen_new, heads_kv, q.shape[2] // heads_kv),
-        *(given.left, given.right, given.units),
-        *(given.lengths, table, given.cache_batch_idx, given.leftpad_k, given.cu_seqlens_q, given.cu_seqlens_k_new),
-        *(problem, config),
-    )
+    left, right, units = map(Int32, others)
+    sizes = given.lengths.shape[0], capacity, elements, rows, q.shape[1], given.seqlen_new, heads_kv, q.shape[2] // heads_kv
+    where = given.lengths, table, given.cache_batch_idx, given.leftpad_k, given.cu_seqlens_q, given.cu_seqlens_k_new
+    return CachedKeys(*sizes, left, right, units, *where, problem, config)
 
 
-def with_elements(m: cute.Tensor | None, problem) -> cute.Tensor | None:
+def with_elements(m: Any, problem) -> Any:
     """Packed rows as those of one element."""
     if m is None or not problem.packed:
         return m

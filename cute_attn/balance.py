@@ -91,6 +91,23 @@ class CachedKeys:
         return old, new
 
     @cute.jit
+    def of_row(self, bounds: Any, element, row):
+        """``(sequence, which of its rows)`` of a row of queries or of new keys; ``count`` or more where it is no sequence's."""
+        i, j = Int32(element), Int32(row)
+        if cutlass.const_expr(bounds is not None):
+            low, high = Int32(0), self.count
+            while low < high:
+                middle = (low + high) // 2
+                if bounds[middle + 1] <= row:
+                    low = middle + 1
+                else:
+                    high = middle
+            i = low
+            if i < self.count:
+                j = row - bounds[i]
+        return i, j
+
+    @cute.jit
     def sequence(self, i) -> Sequence:
         """Of a number below :attr:`all_sequences`."""
         problem, config = self.problem, self.config
@@ -197,7 +214,7 @@ class Stretches:
 
 
 @dataclass(frozen=True)
-class Part:
+class WalkPart:
     """Of a walk the tiles from ``begin`` up to ``end``, as a block computes them: the walk's head and row tile, how many
     ``parts`` the walk has, which of them this is; where partial results lie, of part i in place ``first_place`` (i = 0) or
     ``places + i · step``; and the walk's counter."""
@@ -234,13 +251,13 @@ def part_of_stretch(keys: CachedKeys, sequence: Sequence, before, at, end, stret
         rows = sequence.first if cutlass.const_expr(keys.cu_seqlens_q is not None) else sequence.number * sequence.queries
         walk = (rows * keys.packed // keys.config.tile_m + sequence.number + row_tile) * keys.heads_kv + head_kv
         place, parts = walk * keys.units, (sequence.tiles + unit - 1) // unit
-        part = Part(head_kv, row_tile, begin, begin + count, parts, begin // unit, place, place, Int32(1), walk)
+        part = WalkPart(head_kv, row_tile, begin, begin + count, parts, begin // unit, place, place, Int32(1), walk)
         return part, skipped + count
     first = stretches.block_of(at - begin)
     last = stretches.block_of(at - begin + sequence.tiles - 1)
     mine = stretches.block_of(at)
     count = cutlass.min(sequence.tiles - begin, end - at)
-    part = Part(
+    part = WalkPart(
         head_kv, row_tile, begin, begin + count, last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first
     )
     return part, count

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from cute_attn import cache, layouts, sources
 from cute_attn.cache import cache_dir
-from cute_attn.fields import ATTEND, BACKWARD, FORWARD, MERGE, Field
+from cute_attn.fields import APPEND, ATTEND, BACKWARD, FORWARD, MERGE, Field
 from cute_attn.layouts.base import Config
 from cute_attn.problem import Problem
 
@@ -61,6 +61,8 @@ def _host_of(problem: Problem) -> tuple[str, tuple[Field, ...]]:
     """The module of a problem's host function, and the fields that it takes."""
     if problem.merges:
         return "merge", MERGE
+    if problem.appends:
+        return "append", APPEND
     if problem.rows:
         return "attend", ATTEND
     return ("backward", BACKWARD) if problem.gradients else ("forward", FORWARD)

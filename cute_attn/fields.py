@@ -25,8 +25,8 @@ class Field(NamedTuple):
     heads, seqlen)``; of ragged sequences both have no batch. An ``exact operand`` is one in float32. ``padded row values`` are
     two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
     ``(n,)``, ``floats`` float32 ``(n,)``; ``captured`` are all tensors that functions read; and there are numbers and the
-    ``stream``. A ``cache`` is an operand of all its elements, ``tables`` int32 ``(batch, max_pages)``, and ``partial`` results
-    are float32 ``(places, rows, columns)``."""
+    ``stream``. A ``cache`` is an operand of all its elements, ``tables`` int32 ``(batch, max_pages)``, ``angles`` in the
+    inputs' dtype, and ``partial`` results are float32 ``(places, rows, columns)``."""
 
     name: str
     kind: str
@@ -106,6 +106,17 @@ ATTEND = (
     *(Field(name, "int32") for name in ("units", "left", "right")),
     *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
     Field("blocks", "int32"),
+    Field("stream", "stream"),
+)
+
+_TURNED = "halves", "interleaved"
+APPEND = (
+    *(Field(name, "cache") for name in ("k_cache", "v_cache")),
+    *(Field(name, "operand") for name in ("k_new", "v_new")),
+    *(Field(name, "operand", lambda problem, config: problem.appends in _TURNED) for name in ("q", "q_turned")),
+    *(Field(name, "angles", lambda problem, config: problem.appends in _TURNED) for name in ("cos", "sin")),
+    _stored("rotary_begin"),
+    *_STORED,
     Field("stream", "stream"),
 )
 

@@ -119,6 +119,8 @@ def _stand_in(kind: str, problem, config):
         return tuple(_captured(dtype, max(rank, 1)) for dtype, rank in problem.expression.tensors)
     if kind == "tables":
         return runtime.make_fake_tensor(Int32, sizes(2), (*some(1), 1), assumed_align=4)
+    if kind == "angles":
+        return runtime.make_fake_tensor(element(problem), sizes(2, 8), (*some(1, 8), 1), assumed_align=16)
     if kind == "partial":
         return runtime.make_fake_tensor(Float32, sizes(3, 2), (*some(2, 2), 1), assumed_align=16)
     if kind in ("operand", "exact operand", "cache"):

@@ -172,7 +172,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     return *gradient.values(), dsinks, *(None for _ in call.captured)
 
 
-def _as_read(x: torch.Tensor) -> torch.Tensor:
+def as_read(x: torch.Tensor) -> torch.Tensor:
     """A captured tensor as the kernels take it: of one dimension or more, the last one contiguous, and bools as bytes. What is
     not contiguous there is copied."""
     x = x.detach().view(torch.uint8) if x.dtype == torch.bool else x.detach()
@@ -243,7 +243,7 @@ def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tupl
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     lengths = call.lengths
     where = NO_LENGTHS if lengths is None else (*lengths.tensors, lengths.count)
-    captured = tuple(map(_as_read, call.captured)) if call.captured else None
+    captured = tuple(map(as_read, call.captured)) if call.captured else None
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
     arguments = (*tensors, captured, *where, *numbers, raw_stream(device))
     if current_device() == device:

@@ -71,7 +71,10 @@ def configs(problem: Problem, target: str, mechanism: str | None = None) -> tupl
             f"{layouts.source(module)} has no kernel for caches: give it CACHE, as layouts/sm80.py has it, or use "
             f"backend='reference'"
         )
-    found = tuple(module.CACHE.configs(problem, module.GPU, target) if problem.rows else module.configs(problem, mechanism, target))
+    if problem.rows:
+        found = tuple(module.CACHE.configs(problem, module.GPU, target))
+    else:
+        found = tuple(module.configs(problem, mechanism, target))
     for config in found:
         check(config, module.GPU)
     return found

@@ -57,7 +57,8 @@ class Problem:
 
     ``rows`` makes it attention to a cache, in tiles of so many rows; 0 is none. ``stored`` names what says where keys and
     queries lie, a part of ``stored.CODE_NAMES``, with spaces between, and ``invariant`` that keys are split at fixed places.
-    ``appends`` makes it the kernel that writes new keys into a cache: ``"as they are"``, or turned, in ``"halves"`` or ``"interleaved"``.
+    ``appends`` makes it the kernel that writes new keys into a cache: ``"as they are"``, or turned, in ``"halves"`` or
+    ``"interleaved"``.
 
     ``expression`` is what the user's functions compute, and ``sinks`` says that each row's softmax has one more logit.
     """

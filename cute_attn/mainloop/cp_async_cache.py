@@ -18,7 +18,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
-from cute_attn.balance import CachedKeys, Part, Sequence, Stretches, part_of_stretch
+from cute_attn.balance import CachedKeys, Sequence, Stretches, WalkPart, part_of_stretch
 from cute_attn.layouts.base import VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
 from cute_attn.mainloop.common import DeviceOps, Values
@@ -53,7 +53,7 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Block:
+class CacheBlock:
     """A block's shared memory, and this thread's part of its group's."""
 
     sQ: cute.Tensor
@@ -85,7 +85,7 @@ class Forward:
         self.holds_q = config.tile_m // self.lay.row_warps(config) == self.lay.ROWS[0]  # in registers
 
     @cute.jit
-    def launch(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace, blocks: Int32, stream):
+    def launch(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace, blocks, stream):
         self.kernel(mQ, mK, mV, outputs, values, keys, workspace).launch(
             grid=[blocks, 1, 1],
             block=[self.config.threads, 1, 1],
@@ -114,7 +114,7 @@ class Forward:
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
-    def _block(self, mK, mV) -> Block:
+    def _block(self, mK, mV) -> CacheBlock:
         config, lay = self.config, self.lay
         thread = cute.arch.thread_idx()[0]
         group, thread = thread // self.group_threads, thread % self.group_threads
@@ -143,7 +143,7 @@ class Forward:
             fragment = cute.make_rmem_tensor(shape, s.element_type)
             return LdmatrixOperand.of(lay.load_operand(name, config), s, fragment, thread)
 
-        block = Block(
+        block = CacheBlock(
             *(sQ, k, v, sK, sV),
             operand("Q", mma_S.partition_shape_A((config.tile_m, MMA_K)), sQ),
             operand("K", mma_S.partition_shape_B((self.keys_of_group, MMA_K)), sK),
@@ -153,7 +153,7 @@ class Forward:
         return block
 
     @cute.jit
-    def _sync_group(self, block: Block):
+    def _sync_group(self, block: CacheBlock):
         if cutlass.const_expr(self.group_threads == WARP):
             cute.arch.sync_warp()
         else:
@@ -162,7 +162,7 @@ class Forward:
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _load_q(self, block: Block, mQ: cute.Tensor, keys: CachedKeys, sequence: Sequence, part: Part):
+    def _load_q(self, block: CacheBlock, mQ: cute.Tensor, keys: CachedKeys, sequence: Sequence, part: WalkPart):
         """All threads: the rows of the tile; those that don't exist, and columns past head_dim, are zeros."""
         config, sQ = self.config, block.sQ
         vectors = config.tile_d // VECTOR
@@ -179,7 +179,7 @@ class Forward:
             cute.autovec_copy(piece, vector_at(sQ, row, column))
 
     @cute.jit
-    def _copy(self, block: Block, keys: CachedKeys, sequence: Sequence, part: Part, tile, slot):
+    def _copy(self, block: CacheBlock, keys: CachedKeys, sequence: Sequence, part: WalkPart, tile, slot):
         """A group: start copying its keys of a tile, if there is one, to a slot of its ring; one group of copies either way."""
         if tile < part.end:
             first = sequence.begin + tile * self.config.tile_n + block.group * self.keys_of_group
@@ -202,7 +202,7 @@ class Forward:
         widths = [self.lay.copies(self.config)["in", name].tile for name in ("K", "V")]
         return widths[0] == widths[1]
 
-    def _queries(self, block: Block):
+    def _queries(self, block: CacheBlock):
         """What gives Q's registers of a step: all of them are held, or each is loaded again for every tile."""
         if not self.holds_q:
             return block.q_operand.load
@@ -217,16 +217,16 @@ class Forward:
     @cute.jit
     def _part(
         self,
-        block: Block,
+        block: CacheBlock,
         mQ,
         outputs: Outputs,
         values: Values,
         keys: CachedKeys,
         workspace: Workspace,
         sequence: Sequence,
-        part: Part,
+        part: WalkPart,
     ):
-        config, lay = self.config, self.lay
+        config = self.config
         row_first = part.row_tile * config.tile_m
         values = replace(
             values,
@@ -306,7 +306,7 @@ class Forward:
         cute.arch.sync_threads()
 
     @cute.jit
-    def _poison(self, block: Block, slot):
+    def _poison(self, block: CacheBlock, slot):
         """A group: its keys of a tile whose values aren't finite."""
         poison_keys(block.sK[None, None, slot], block.sV[None, None, slot], (block.thread, self.group_threads))
         self._sync_group(block)
@@ -314,10 +314,11 @@ class Forward:
     # ---- the end of a part -------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _share(self, block: Block, rows: cute.Tensor, softmax: Softmax):
+    def _share(self, block: CacheBlock, rows: cute.Tensor, softmax: Softmax):
         """A group's O, and each row's maximum and sum, to shared memory."""
         config = self.config
-        cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(cute.make_identity_tensor((config.tile_m, config.tile_dv))))
+        identity = cute.make_identity_tensor((config.tile_m, config.tile_dv))
+        cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(identity))
         for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
             total = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
             row = cO[r, 0][0]
@@ -333,13 +334,13 @@ class Forward:
     @cute.jit
     def _finish(
         self,
-        block: Block,
+        block: CacheBlock,
         outputs: Outputs,
         values: Values,
         keys: CachedKeys,
         workspace: Workspace,
         sequence: Sequence,
-        part: Part,
+        part: WalkPart,
     ):
         """What the groups found, merged: to the outputs if it is all of the walk, else to the workspace; and if all other parts
         are there, these, merged."""
@@ -388,7 +389,7 @@ class Forward:
                     self._store(outputs, values, keys, sequence, part, (row, piece), (row_max, row_sum, o))
 
     @cute.jit
-    def _store(self, outputs: Outputs, values: Values, keys: CachedKeys, sequence: Sequence, part: Part, where, found):
+    def _store(self, outputs: Outputs, values: Values, keys: CachedKeys, sequence: Sequence, part: WalkPart, where, found):
         """Some columns of a row of O, and its log-sum-exp, of all keys."""
         (row, piece), (row_max, row_sum, o) = where, found
         r = part.row_tile * self.config.tile_m + row
