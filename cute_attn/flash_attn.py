@@ -22,9 +22,10 @@ All functions that compute attention also take
 Not there yet is ``dropout_p`` above 0: ``NotImplementedError`` says what to do instead.
 What isn't in a function's signature it can't do: callers that look there, as Transformers does, find out before they call.
 
-Where flash-attn says nothing, or less: head dims that are no multiple of 8 are padded with zeros, and tensors whose last
-dimension is not contiguous are copied, as it does; ``softmax_lse`` has a gradient, and is −inf, not inf, where a query sees no
-key; an empty batch is no error; a ``softcap`` below 0 and windows below −1 are errors; CPU tensors run the reference backend.
+Where flash-attn says nothing, or less: head dims that are no multiple of 8 are padded with zeros (but not those of a cache), and
+tensors whose last dimension is not contiguous are copied, as it does; ``softmax_lse`` has a gradient, and is −inf, not inf,
+where a query sees no key; an empty batch is no error; a ``softcap`` below 0 and windows below −1 are errors; CPU tensors run the
+reference backend.
 """
 
 from __future__ import annotations
@@ -181,9 +182,10 @@ def flash_attn_varlen_func(
                 f"seqused_q is {shown(seqused_q)} beside pages; None is needed: try cu_seqlens_q of the rows in use"
             )
         used = cu_seqlens_k.diff() if seqused_k is None and isinstance(cu_seqlens_k, Tensor) else seqused_k
-        pages = extras | {"page_table": table, "cu_seqlens_q": cu_seqlens_q}
+        where = extras | {"page_table": table, "cu_seqlens_q": cu_seqlens_q}
         probs, return_lse = flag("return_attn_probs", return_attn_probs), flag("return_lse", return_lse)
-        found = _attend_to_cache(q, k, v, used, pages, softmax_scale, causal, window_size, softcap, probs or return_lse)
+        asked = probs or return_lse
+        found = _attend_to_cache(q, k, v, None, None, used, where, softmax_scale, causal, window_size, softcap, asked)
         return (*found, q.new_empty(0)) if probs else found
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q, "seqused_k": seqused_k}
     rules = softmax_scale, causal, window_size, softcap, deterministic
@@ -264,7 +266,7 @@ def flash_attn_with_kvcache(
         raise ValueError(
             f"rotary_cos is {shown(rotary_cos)} and rotary_sin {shown(rotary_sin)}; both or none are needed: pass the other one"
         )
-    where = {"k_new": k, "v_new": v, "cache_batch_idx": cache_batch_idx, "leftpad_k": cache_leftpad}
+    where = {"cache_batch_idx": cache_batch_idx, "leftpad_k": cache_leftpad}
     where |= {"page_table": _table_of(block_table, page_table), "rotary_begin": rotary_seqlens}
     where |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new}
     if k is not None and cache_seqlens is None:
@@ -273,8 +275,8 @@ def flash_attn_with_kvcache(
         )
     rotary = None if rotary_cos is None else (rotary_cos, rotary_sin)
     more = extras | where | {"rotary": rotary, "rotary_interleaved": rotary_interleaved}
-    rules = softmax_scale, causal, window_size, softcap
-    return _attend_to_cache(q, k_cache, v_cache, cache_seqlens, more, *rules, flag("return_softmax_lse", return_softmax_lse))
+    rules = softmax_scale, causal, window_size, softcap, flag("return_softmax_lse", return_softmax_lse)
+    return _attend_to_cache(q, k_cache, v_cache, k, v, cache_seqlens, more, *rules)
 
 
 def _table_of(block_table: Tensor | None, page_table: Tensor | None) -> Tensor | None:
@@ -284,7 +286,7 @@ def _table_of(block_table: Tensor | None, page_table: Tensor | None) -> Tensor |
     return page_table if block_table is None else block_table
 
 
-def _attend_to_cache(q, k_cache, v_cache, used, more: dict, scale, causal, window, softcap, return_lse: bool):
+def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal, window, softcap, return_lse: bool):
     """:func:`~cute_attn.attention_kvcache` where ``used`` is a number of rows for all sequences, all there are, or a tensor."""
     tensors = all(isinstance(x, Tensor) for x in (q, k_cache)) and k_cache.dim() == 4  # else there is an error to come
     if tensors and not isinstance(used, Tensor):
@@ -292,10 +294,11 @@ def _attend_to_cache(q, k_cache, v_cache, used, more: dict, scale, causal, windo
         rows = k_cache.shape[1] * (1 if table is None else table.shape[-1])
         rows = rows if used is None else integer("cache_seqlens", used, "or an int32 tensor (batch,)")
         used = torch.full((len(q if bounds is None else bounds[1:]),), rows, dtype=torch.int32, device=q.device)
+    q, k, v = (x if _as_is(x, x, x) else x.contiguous() for x in (q, k, v))
     window = None if window is UNBOUNDED else window
     rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
     with torch.no_grad():
-        return attention_kvcache(q, k_cache, v_cache, lengths=used, **more, **rules)
+        return attention_kvcache(q, k_cache, v_cache, lengths=used, k_new=k, v_new=v, **more, **rules)
 
 
 def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, softcap, deterministic, probs, return_lse):

@@ -216,50 +216,10 @@ def test_cache(given):
         support.assert_close((out[i : i + 1], lse[i : i + 1]), *one, window=(20, 0), softcap=5.0, scale=0.2)
 
 
-def turned(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """``x`` (rows, heads, columns): pairs of its first columns as complex numbers, each turned by its angle (rows, pairs)."""
-    n = 2 * angles.shape[-1]
-    pairs = x[..., :n].unflatten(-1, (-1, 2)) if interleaved else x[..., :n].unflatten(-1, (2, -1)).mT
-    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * angles[:, None]))
-    return torch.cat(((pairs if interleaved else pairs.mT).flatten(-2), x[..., n:]), -1)
-
-
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("where", ["pages", "elements"])
 def test_new_rows_of_a_cache(where, interleaved):
-    """Turned, written in place behind those that there are, and seen: in pages of 4, or in elements of a cache with padding."""
-    past, new = [5, 0, 11], 3
-    q, k, v = support.make_qkv(3, new, 14, 4, 2, 24, 16, torch.float64)
-    angles = torch.rand(20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 6
-    order, pads, sizes = torch.randperm(12, generator=torch.Generator().manual_seed(4)).view(3, 4), [0, 0, 0], (12, 4)
-    options: dict = {"block_table": order.int()}
-    if where == "elements":
-        order, pads, sizes = torch.tensor([[2], [0], [3]]), [2, 0, 1], (4, 16)
-        options = {"cache_batch_idx": order[:, 0].int(), "cache_leftpad": torch.tensor(pads, dtype=torch.int32)}
-    k_cache, v_cache = (x.new_full((*sizes, *x.shape[2:]), torch.nan) for x in (k, v))
-
-    def rows(cache, i):
-        """Those of sequence i, copied."""
-        return cache[order[i]].flatten(0, 1)[pads[i] : pads[i] + past[i] + new]
-
-    for i, n in enumerate(past):
-        for cache, x in ((k_cache, k), (v_cache, v)):
-            mine = cache[order[i]].flatten(0, 1)
-            mine[pads[i] : pads[i] + n] = x[i, :n]
-            cache[order[i]] = mine.unflatten(0, (len(order[i]), -1))
-    k_new, v_new = (torch.stack([x[i, n : n + new] for i, n in enumerate(past)]) for x in (k, v))
-    seqlens = torch.tensor([n + pad for n, pad in zip(past, pads, strict=True)], dtype=torch.int32)
-    options |= {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "rotary_interleaved": interleaved, "causal": True}
-    found = flash_attn.flash_attn_with_kvcache(
-        q, k_cache, v_cache, k_new, v_new, cache_seqlens=seqlens, return_softmax_lse=True, **options
-    )
-    for i, n in enumerate(past):
-        at = angles[n + pads[i] : n + pads[i] + new]
-        keys = torch.cat((k[i, :n], turned(k_new[i], at, interleaved)))
-        torch.testing.assert_close(rows(k_cache, i), keys, rtol=0, atol=1e-12)
-        assert torch.equal(rows(v_cache, i), v[i, : n + new])
-        one = turned(q[i], at, interleaved)[None], keys[None], v[i : i + 1, : n + new]
-        support.assert_close((found[0][i : i + 1], found[1][i : i + 1]), *one, causal=True)
+    interfaces.check_cache(where, interleaved)
 
 
 def test_pages_of_packed_sequences():
