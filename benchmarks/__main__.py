@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks {attention,training,model,parts,show,peers,docs} --help``."""
+"""The command line: ``python -m benchmarks {attention,training,model,serving,parts,show,peers,docs} --help``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import ahead, documents, model, report, training
+from benchmarks import ahead, documents, model, report, serving, training
 from benchmarks import anchors as anchors_
 from benchmarks import compare as compare_
 from benchmarks import peers as peers_
@@ -201,7 +201,7 @@ def docs(options: argparse.Namespace, console: Console) -> int:
 
 
 COMMANDS = {"attention": measure, "training": training.run, "model": model.run, "show": show, "peers": peers}
-COMMANDS |= {"parts": parts.run, "docs": docs}
+COMMANDS |= {"serving": serving.run, "parts": parts.run, "docs": docs}
 
 
 def _show(record: Record, old: Record | None, recorded: Any, options: argparse.Namespace, console: Console) -> int:
@@ -324,6 +324,7 @@ def _parser() -> argparse.ArgumentParser:
 
     training.add_parser(commands)
     model.add_parser(commands)
+    serving.add_parser(commands)
     parts.add_parser(commands)
     commands.add_parser("docs", help="write the figures in README.md and docs/ anew from benchmarks/results; needs no GPU")
     return parser

@@ -123,10 +123,10 @@ class Forward:
         def tensor(name):
             return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
 
-        word = smem.allocate_tensor(Int32, cute.make_layout(4), 16)
         sQ, sK, sV = tensor("Q"), tensor("K"), tensor("V")
         if lay.smem_parts(config)["merged"]:
             smem.allocate_tensor(cutlass.Int8, cute.make_layout(lay.smem_parts(config)["merged"]), 16)
+        word = smem.allocate_tensor(Int32, cute.make_layout(4), 16)
         rows, columns = config.tile_m, config.tile_dv
         pitch = columns + lay.PADDING
         over = cute.recast_ptr(sK.iterator, swizzle_=None, dtype=Float32)
