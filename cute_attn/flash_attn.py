@@ -22,7 +22,7 @@ All functions that compute attention also take
 Not there yet is ``dropout_p`` above 0: ``NotImplementedError`` says what to do instead.
 What isn't in a function's signature it can't do: callers that look there, as Transformers does, find out before they call.
 
-Where flash-attn says nothing, or less: head dims that are no multiple of 8 are padded with zeros (but for a cache's), and tensors
+Where flash-attn says nothing, or less: head dims that are no multiple of 8 are padded with zeros, except a cache's, and tensors
 whose last dimension is not contiguous are copied, as it does; ``softmax_lse`` has a gradient, and is −inf, not inf, where a
 query sees no key; an empty batch is no error; a ``softcap`` below 0 and windows below −1 are errors; CPU tensors run the
 reference backend.

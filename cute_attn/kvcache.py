@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.compiler import is_compiling
 
-from cute_attn import api, autocast, reference, serve
+from cute_attn import api, autocast, ops, reference, serve
 from cute_attn.arguments import flag
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, transforms_active
@@ -95,18 +95,18 @@ def attention_kvcache(
 
     Raises:
         As :func:`~cute_attn.attention` does; ``NotImplementedError`` for inputs that require gradients while these are
-        recorded, and inside of torch.compile.
+        recorded, and for new keys inside of torch.compile.
 
     Algorithm: FlashAttention with split keys (Dao et al., "Flash-Decoding", 2023), in the order of "stream-K" (Osama et al.,
     arXiv:2301.03598).
     """
     if any_autocast_enabled():
         q, k_new, v_new = autocast.cast(q), autocast.cast(k_new), autocast.cast(v_new)
-    if is_compiling() or dispatch_modes() or transforms_active():
+    in_graph = is_compiling() or dispatch_modes()
+    if transforms_active() or (in_graph and k_new is not None):
         raise NotImplementedError(
-            "attention_kvcache is called inside of torch.compile, torch.export, a transform of torch.func or a mode that sees "
-            "every "
-            "operator; a plain call is needed: try torch.compiler.disable around it"
+            "attention_kvcache is called inside of a transform of torch.func, or with k_new inside of torch.compile, "
+            "torch.export or a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
         )
     packed = cu_seqlens_q is not None
     if cu_seqlens_k_new is not None and (k_new is None or not packed):
@@ -138,6 +138,10 @@ def attention_kvcache(
     on_reference = api.computed_by_reference(backend, mechanism, q)
     if torch.is_grad_enabled():
         _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, sinks=sinks)
+    if in_graph:
+        call.scale = None if scale is None else call.scale  # as in attention()
+        out, lse = ops.attention_kvcache(q, k_cache, v_cache, call, return_lse, backend, mechanism)
+        return (out, lse) if return_lse else out
     stored.check_values(k_cache.shape[0], call.seqlen_q)
     if on_reference:
         out, lse = reference.attention_kvcache(q, k_cache, v_cache, call)

@@ -29,8 +29,9 @@ GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
 _workspaces: dict[tuple, tuple] = {}
 
 
-def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):
-    """``(out, lse)`` of a checked call, on the current stream; lse is None if not asked for."""
+def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache, in_graph: bool = False):
+    """``(out, lse)`` of a checked call, on the current stream; lse is None if not asked for. ``in_graph``: by the
+    operator, which keeps no memory, since what it allocates may be a CUDA graph's."""
     check_for_kernels(q.dtype, call)
     q = q if is_aligned(q) else check_strides("q", q)
     k_cache = k_cache if is_aligned(k_cache) else check_strides("k_cache", k_cache)
@@ -68,7 +69,8 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
     if stored.batch_invariant:
         units, places, counters = _units(call, rows, group, _tile_n(problem, device))
     rows_kept = rows if packed else min(rows, queries * group)
-    workspace = _workspace(q, device, stream, places, rows_kept, call.head_dim_v, counters)
+    sizes = places, rows_kept, call.head_dim_v, counters
+    workspace = _made(q, *sizes) if in_graph else _workspace(q, device, stream, *sizes)
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
     captured = tuple(map(as_read, call.captured)) if call.captured else None

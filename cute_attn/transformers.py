@@ -31,7 +31,7 @@ from cute_attn.api import attention, attention_varlen
 from cute_attn.arguments import name_of
 from cute_attn.kvcache import attention_kvcache
 from cute_attn.lengths import NAMES
-from cute_attn.private import any_autocast_enabled, assert_on_device, dispatch_modes, transforms_active
+from cute_attn.private import any_autocast_enabled, assert_on_device, transforms_active
 
 IMPLEMENTATION = "cute_attn"
 FALLBACK = "sdpa"
@@ -532,8 +532,9 @@ def attend(
 
 
 def _read_as_stored(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> bool:
-    """Whether attention to a cache takes these, which is for torch's own tensors, outside of graphs, and without gradients."""
-    if torch.compiler.is_compiling() or dispatch_modes() or transforms_active() or any_autocast_enabled():
+    """Whether attention to a cache takes these, which is for torch's own tensors, without gradients, and in graphs without
+    sinks."""
+    if transforms_active() or any_autocast_enabled() or (sinks is not None and torch.compiler.is_compiling()):
         return False
     given = q, k, v, *(() if sinks is None else (sinks,))
     plain = q.dtype == k.dtype == v.dtype and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in given)
