@@ -132,7 +132,7 @@ def _join_continuous_batching() -> None:
         asked = [(module, module.is_flash_attention_requested) for module in modules]
     except (AttributeError, ImportError):
         return
-    if hasattr(decided, "__wrapped__"):  # registered before
+    if isinstance(asked[0][1], partial):  # registered before
         return
 
     @wraps(decided)
@@ -498,7 +498,9 @@ def attend(
     if left is not None or right:
         rules["window"] = left, right
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if (table := others.get("block_table")) is not None and cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+    if (table := others.get("block_table")) is not None:
+        assert cu_seq_lens_q is not None
+        assert cu_seq_lens_k is not None
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         before = (cu_seq_lens_k - cu_seq_lens_q).diff()  # of sequences that there aren't, behind the others: 0
         step = {"lengths": before, "page_table": table, "cu_seqlens_q": cu_seq_lens_q, "k_new": k, "v_new": v}
