@@ -26,7 +26,7 @@ def test_every_config_fits(rows, dims, target):
 
 
 @pytest.mark.parametrize(
-    "problem, target",
+    ("problem", "target"),
     [
         (Problem("bfloat16", 128, 128, rows=16), "sm_90a"),
         (Problem("bfloat16", 128, 128, rows=32, **PAGED), "sm_90a"),
