@@ -216,6 +216,7 @@ def dense_seconds(rounds: int) -> float:
     return statistics.median(timed(lambda: attention(q, k, v, causal=True)) for _ in range(rounds))
 
 
+@torch.inference_mode()
 def host_seconds() -> float:
     """What the host takes for an eager call: the least of several times many calls, fewer than the device's queue holds."""
     call = call_of(HOST_ROW, 0)

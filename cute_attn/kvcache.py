@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.compiler import is_compiling
@@ -13,6 +14,9 @@ from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, transforms_active
 from cute_attn.problem import check_call_of_cache
 from cute_attn.stored import check_new, check_rotary
+
+STEPS_MAX = 1024
+_steps: dict[tuple | None, serve.Step] = {}
 
 
 def attention_kvcache(
@@ -108,6 +112,21 @@ def attention_kvcache(
             "attention_kvcache is called inside of a transform of torch.func, or with k_new inside of torch.compile, "
             "torch.export or a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
         )
+    inputs = q, k_cache, v_cache, k_new, v_new, sinks
+    key = None
+    if not in_graph and mask is score is alibi_slopes is None and type(tensors) is tuple and not tensors:
+        cos, sin = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, None)
+        where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new
+        new = k_new, v_new, cos, sin, rotary_begin
+        flags = causal, return_lse, batch_invariant, rotary_interleaved
+        try:
+            key = _key(q, k_cache, v_cache, where, new, sinks, (scale, window, softcap), flags, (backend, mechanism))
+            step = _steps.get(key)
+            if step is not None and not (torch.is_grad_enabled() and _require_gradients(inputs)):
+                out, lse = step(q, k_cache, v_cache, where, new, sinks, None)
+                return (out, lse) if return_lse else out
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            key = None  # whatever is wrong is said below
     packed = cu_seqlens_q is not None
     if cu_seqlens_k_new is not None and (k_new is None or not packed):
         raise ValueError(
@@ -117,8 +136,8 @@ def attention_kvcache(
         )
     if packed and k_new is not None and cu_seqlens_k_new is None:
         cu_seqlens_k_new = cu_seqlens_q
-    where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin
-    call = check_call_of_cache(q, k_cache, v_cache, where, scale, causal, window, softcap)
+    of_sequences = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin
+    call = check_call_of_cache(q, k_cache, v_cache, of_sequences, scale, causal, window, softcap)
     stored = call.stored
     assert stored is not None
     if not type(return_lse) is type(batch_invariant) is type(rotary_interleaved) is bool:
@@ -136,8 +155,12 @@ def attention_kvcache(
     if mechanism is not None and type(mechanism) is not str:
         mechanism = mechanism_name(mechanism)
     on_reference = api.computed_by_reference(backend, mechanism, q)
-    if torch.is_grad_enabled():
-        _refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, sinks=sinks)
+    if torch.is_grad_enabled() and _require_gradients(inputs):
+        raise NotImplementedError(
+            "q, the cache, new keys or sinks require a gradient, which attention to a cache has none of; a call that records "
+            "none "
+            "is needed: try torch.no_grad() around it, or attention()"
+        )
     if in_graph:
         call.scale = None if scale is None else call.scale  # as in attention()
         out, lse = ops.attention_kvcache(q, k_cache, v_cache, call, return_lse, backend, mechanism)
@@ -146,14 +169,33 @@ def attention_kvcache(
     if on_reference:
         out, lse = reference.attention_kvcache(q, k_cache, v_cache, call)
     else:
-        out, lse = serve.forward(call, mechanism, return_lse, q, k_cache, v_cache)
+        out, lse, step = serve.forward(call, mechanism, return_lse, q, k_cache, v_cache)
+        if key is not None and step is not None and not stored.are_checked:
+            if len(_steps) >= STEPS_MAX:
+                _steps.clear()
+            _steps[key] = step
     return (out, lse) if return_lse else out
 
 
-def _refuse_gradients(**inputs: torch.Tensor | None) -> None:
-    for name, x in inputs.items():
-        if x is not None and x.requires_grad:
-            raise NotImplementedError(
-                f"{name} requires a gradient, which attention to a cache has none of; a call that records none is needed: try "
-                f"torch.no_grad() around it, or attention()"
-            )
+def _key(q, k_cache, v_cache, where: tuple, new: tuple, sinks, numbers: tuple, flags: tuple, names: tuple) -> tuple | None:
+    """What a call's step depends on; None where that can't be told at first sight."""
+    scale, window, softcap = numbers
+    causal, return_lse, batch_invariant, rotary_interleaved = flags
+    if (
+        type(q) is type(k_cache) is type(v_cache) is torch.Tensor
+        and type(causal) is type(return_lse) is type(batch_invariant) is type(rotary_interleaved) is bool
+        and (scale is None or type(scale) is float)
+        and (window is None or type(window) is tuple)
+        and (softcap is None or type(softcap) is float)
+    ):
+        lengths, page_table, *others = where
+        rest: Any = None
+        if others != [None] * 4 or new[0] is not None or new[4] is not None or sinks is not None:
+            rest = tuple(x if x is None else x.shape for x in (*others, *new, sinks))
+        table = page_table if page_table is None else page_table.shape
+        return q.shape, q.dtype, q.device, k_cache.shape, v_cache.shape, lengths.shape, table, rest, numbers, flags, names
+    return None
+
+
+def _require_gradients(inputs: tuple) -> bool:
+    return any(x is not None and x.requires_grad for x in inputs)

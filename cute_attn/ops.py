@@ -124,7 +124,7 @@ def _of_cache(q, k_cache, v_cache, *others):
         _check_memory(q=q, k_cache=k_cache, v_cache=v_cache)
         out, lse = reference.attention_kvcache(q, k_cache, v_cache, call)
     else:
-        out, lse = serve.forward(call, mechanism, return_lse, q, k_cache, v_cache, in_graph=True)
+        out, lse, _ = serve.forward(call, mechanism, return_lse, q, k_cache, v_cache, in_graph=True)
     return out, _or_nothing(lse if return_lse else None, out)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 
@@ -29,111 +28,152 @@ GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
 _workspaces: dict[tuple, tuple] = {}
 
 
+class Step:
+    """A call that has been checked and planned, for all calls with tensors of the same shapes and dtypes and with the same
+    rules: what the kernels are given besides tensors.
+
+    What else they need of tensors, which are on their device, strides and alignment, the launcher looks at itself; it raises
+    before it launches anything.
+    """
+
+    __slots__ = ("append", "captures", "columns", "device", "function", "in_graph", "lse_shape", "numbers", "shape", "workspaces")
+
+    def __init__(self, call: Call, return_lse: bool, q, in_graph: bool):
+        stored = call.stored
+        assert stored is not None
+        self.in_graph = in_graph
+        self.device, self.columns = q.get_device(), call.head_dim_v
+        packed = stored.cu_seqlens_q is not None
+        right, group = call.right, call.heads // call.heads_kv
+        if right is not None and right >= call.seqlen_q - 1 and not packed:
+            right = None  # the last query sees the last key, and the first one, too
+        queries = -(-call.seqlen_q // max(stored.batch, 1)) if packed else call.seqlen_q
+        rows = next((n for n in ROWS if n >= queries * group), ROWS[-1])
+        edges = call.left is not None, right is not None
+        problem = Problem.intern(
+            *(DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, *edges, call.softcap > 0.0, return_lse, "", False, False),
+            *(call.softcap > USUAL_CAP, "", call.sinks is not None, call.expression or NOTHING, "", rows, stored.names),
+            stored.batch_invariant,
+        )
+        self.function, blocks = prepared(problem, None, self.device)
+        units, places, counters = 0, 2 * blocks, blocks
+        if stored.batch_invariant:
+            units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
+        rows_kept = rows if packed else min(rows, queries * group)
+        self.shape = places, rows_kept, call.head_dim_v, counters
+        self.workspaces: dict[int, tuple] = {}
+        self.lse_shape = None
+        if return_lse:
+            self.lse_shape = (call.heads, call.seqlen_q) if packed else (call.batch, call.heads, call.seqlen_q)
+        scales = rules.score_scales(call.scale, call.softcap)
+        self.numbers = stored.seqlen_new, units, call.left or 0, right or 0, *scales, blocks
+        self.append = None if stored.k_new is None else _appending(call, q)
+
+    def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
+        """``(out, lse)``, on the current stream. ``where`` is as in ``stored.NAMES``, without the last, and ``new`` (k_new,
+        v_new, cos, sin, rotary_begin)."""
+        stream = raw_stream(self.device)
+        elsewhere = current_device() != self.device
+        if self.append is not None and new is not None:
+            q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
+        *rows, _ = q.shape
+        out = q.new_empty((*rows, self.columns))
+        lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
+        workspace = self.workspaces.get(stream)
+        if workspace is None or torch.cuda.is_current_stream_capturing():
+            workspace = self._workspace(q, stream)
+        if sinks is not None:
+            sinks = sinks.detach().float().contiguous()
+        arguments = q, k_cache, v_cache, out, lse, *workspace, sinks, captured, *where, *self.numbers, stream
+        if elsewhere:
+            with torch.cuda.device(self.device):
+                self.function(*arguments)
+        else:
+            self.function(*arguments)
+        return out, lse
+
+    def _workspace(self, q, stream: int) -> tuple:
+        """``(partial O, partial rows' maxima and sums, counters)``, the counters zeros, as every call leaves them."""
+        places, rows, columns, counters = self.shape
+        key = self.device, stream, *self.shape
+        capturing = self.in_graph or torch.cuda.is_current_stream_capturing()
+        found = None if capturing else _workspaces.get(key)
+        if found is None:
+            shapes = (places, rows, columns), (places, rows, 2)
+            floats = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+            found = *floats, q.new_zeros(counters, dtype=torch.int32)
+        if not capturing:
+            self.workspaces[stream] = _workspaces[key] = found
+        return found
+
+
 def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache, in_graph: bool = False):
-    """``(out, lse)`` of a checked call, on the current stream; lse is None if not asked for. ``in_graph``: by the
-    operator, which keeps no memory, since what it allocates may be a CUDA graph's."""
+    """``(out, lse, step)`` of a checked call, on the current stream; lse is None if not asked for, and ``step`` what computes
+    calls like this one, if one launch for attention is all that there is to them. ``in_graph``: by the operator, which keeps
+    no memory, since what it allocates may be a CUDA graph's."""
     check_for_kernels(q.dtype, call)
     q = q if is_aligned(q) else check_strides("q", q)
     k_cache = k_cache if is_aligned(k_cache) else check_strides("k_cache", k_cache)
     v_cache = v_cache if is_aligned(v_cache) else check_strides("v_cache", v_cache)
     stored = call.stored
     assert stored is not None
-    device = q.get_device()
-    packed = stored.cu_seqlens_q is not None
-    nothing = not (k_cache.numel() and v_cache.numel())
-    if stored.k_new is not None and not nothing:
-        q = _append(call, q, k_cache, v_cache, device)
-    if nothing or not q.numel():
-        return _nothing_seen(call, return_lse, q, packed)
-    if _goes_to_many(call, mechanism, k_cache, v_cache, device, packed):
-        return _many(call, mechanism, return_lse, q, k_cache, v_cache)
-
-    right, group = call.right, call.heads // call.heads_kv
-    if right is not None and right >= call.seqlen_q - 1 and not packed:
-        right = None  # the last query sees the last key, and the first one, too
-    queries = -(-call.seqlen_q // max(stored.batch, 1)) if packed else call.seqlen_q
-    rows = next((n for n in ROWS if n >= queries * group), ROWS[-1])
-    problem = Problem.intern(
-        *(DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, call.left is not None, right is not None, call.softcap > 0.0),
-        *(return_lse, "", False, False, call.softcap > USUAL_CAP, "", call.sinks is not None, call.expression or NOTHING, ""),
-        *(rows, stored.names, stored.batch_invariant),
+    where = (
+        *(stored.lengths, stored.page_table, stored.cache_batch_idx, stored.leftpad_k),
+        *(stored.cu_seqlens_q, stored.cu_seqlens_k_new),
     )
-    function, blocks = prepared(problem, None, device)
-    out = q.new_empty((*q.shape[:-1], call.head_dim_v))
-    lse = None
-    if return_lse:
-        of_rows = (call.heads, call.seqlen_q) if packed else (call.batch, call.heads, call.seqlen_q)
-        lse = q.new_empty(of_rows, dtype=torch.float32)
-    stream = raw_stream(device)
-    units, places, counters = 0, 2 * blocks, blocks
-    if stored.batch_invariant:
-        units, places, counters = _units(call, rows, group, _tile_n(problem, device))
-    rows_kept = rows if packed else min(rows, queries * group)
-    sizes = places, rows_kept, call.head_dim_v, counters
-    workspace = _made(q, *sizes) if in_graph else _workspace(q, device, stream, *sizes)
-    scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
-    sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
+    new = None
+    if stored.k_new is not None and stored.v_new is not None:
+        angles = stored.rotary or (None, None)
+        k_new = stored.k_new if is_aligned(stored.k_new) else check_strides("k_new", stored.k_new)
+        v_new = stored.v_new if is_aligned(stored.v_new) else check_strides("v_new", stored.v_new)
+        new = k_new, v_new, *angles, stored.rotary_begin if stored.rotary else None
+    device, packed = q.get_device(), stored.cu_seqlens_q is not None
+    nothing = not (q.numel() and k_cache.numel() and v_cache.numel())
+    if nothing or _goes_to_many(call, mechanism, k_cache, packed, device):
+        if new is not None and k_cache.numel() and v_cache.numel():
+            how = _appending(call, q), q, k_cache, v_cache, where, new, stored.seqlen_new, device, raw_stream(device)
+            with torch.cuda.device(device):
+                q = _append(*how)
+        if nothing:
+            return *_nothing_seen(call, return_lse, q, packed), None
+        return *_many(call, mechanism, return_lse, q, k_cache, v_cache), None
+    step = Step(call, return_lse, q, in_graph)
     captured = tuple(map(as_read, call.captured)) if call.captured else None
-    numbers = stored.seqlen_new, units, call.left or 0, right or 0, scale_log2, scale_by_cap, blocks, stream
-    where = stored.lengths, stored.page_table, stored.cache_batch_idx, stored.leftpad_k
-    bounds = stored.cu_seqlens_q, stored.cu_seqlens_k_new
-    _run(function, device, (q, k_cache, v_cache, out, lse, *workspace, sinks, captured, *where, *bounds, *numbers))
-    return out, lse
+    return *step(q, k_cache, v_cache, where, new, call.sinks, captured), step
 
 
-def _run(function, device: int, arguments: tuple) -> None:
-    if current_device() == device:
-        function(*arguments)
-    else:
-        with torch.cuda.device(device):
-            function(*arguments)
-
-
-def _append(call: Call, q, k_cache, v_cache, device: int):
+def _append(function: tuple, q, k_cache, v_cache, where: tuple, new: tuple, seqlen_new: int, device: int, stream: int):
     """Write the new keys and values into the cache; returns q, or the turned one."""
+    launch_append, turns = function
+    k_new, v_new, cos, sin, rotary_begin = new
+    turned = torch.empty_like(q, memory_format=torch.contiguous_format) if turns else None
+    if k_new.numel() or (turns and q.numel()):
+        queries = (q, turned) if turns else (None, None)
+        arguments = k_cache, v_cache, k_new, v_new, *queries, cos, sin, rotary_begin, *where, seqlen_new, stream
+        if current_device() == device:
+            launch_append(*arguments)
+        else:
+            with torch.cuda.device(device):
+                launch_append(*arguments)
+    return turned if turns else q
+
+
+def _appending(call: Call, q) -> tuple:
+    """The compiled kernel that writes new keys, and whether it turns queries."""
     stored = call.stored
     assert stored is not None
-    assert stored.k_new is not None
-    assert stored.v_new is not None
-    new = tuple(x if is_aligned(x) else check_strides(n, x) for n, x in (("k_new", stored.k_new), ("v_new", stored.v_new)))
-    turned, how, begin = None, "as they are", None
-    angles: tuple = None, None
-    if stored.rotary is not None:
-        turned, angles, begin = torch.empty_like(q, memory_format=torch.contiguous_format), stored.rotary, stored.rotary_begin
-        how = "interleaved" if stored.rotary_interleaved else "halves"
-    if not (new[0].numel() or (turned is not None and q.numel())):
-        return q
-    names = stored.names if begin is None else f"{stored.names} rotary_begin"
-    problem = _appending(
-        DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, call.left is not None, call.right is not None, names, how
-    )
-    function, _ = prepared(problem, None, device)
-    where = stored.lengths, stored.page_table, stored.cache_batch_idx, stored.leftpad_k
-    bounds = stored.cu_seqlens_q, stored.cu_seqlens_k_new
-    queries = (None, None) if turned is None else (q, turned)
-    arguments = (k_cache, v_cache, *new, *queries, *angles, begin, *where, *bounds, stored.seqlen_new, raw_stream(device))
-    _run(function, device, arguments)
-    return q if turned is None else turned
-
-
-@lru_cache(maxsize=256)
-def _appending(dtype: str, head_dim: int, head_dim_v: int, left: bool, right: bool, stored: str, how: str) -> Problem:
-    edges = left and how != "as they are", right and how != "as they are"
-    return Problem(dtype, head_dim, head_dim_v, *edges, stored=stored, appends=how)
+    turns = stored.rotary is not None
+    how = ("interleaved" if stored.rotary_interleaved else "halves") if turns else "as they are"
+    names = stored.names if not turns or stored.rotary_begin is None else f"{stored.names} rotary_begin"
+    edges = turns and call.left is not None, turns and call.right is not None
+    problem = Problem(DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, *edges, stored=names, appends=how)
+    return prepared(problem, None, q.get_device())[0], turns
 
 
 def _nothing_seen(call: Call, return_lse: bool, q, packed: bool):
     out = q.new_zeros((*q.shape[:-1], call.head_dim_v))
     of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
     return out, q.new_full(of_rows, -math.inf, dtype=torch.float32) if return_lse else None
-
-
-# ---- the workspace ---------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=256)
-def _tile_n(problem: Problem, device: int) -> int:
-    return plan(problem, device_target(device)).tile_n
 
 
 def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, int]:
@@ -148,30 +188,14 @@ def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, in
     return units, walks * units, walks
 
 
-def _workspace(q, device: int, stream: int, places: int, rows: int, columns: int, counters: int) -> tuple:
-    """``(partial O, partial rows' maxima and sums, counters)``, the counters zeros, as every call leaves them."""
-    key = device, stream, places, rows, columns, counters
-    if torch.cuda.is_current_stream_capturing():
-        return _made(q, places, rows, columns, counters)
-    found = _workspaces.get(key)
-    if found is None:
-        found = _workspaces[key] = _made(q, places, rows, columns, counters)
-    return found
-
-
-def _made(q, places: int, rows: int, columns: int, counters: int) -> tuple:
-    floats = q.new_empty(places, rows, columns, dtype=torch.float32), q.new_empty(places, rows, 2, dtype=torch.float32)
-    return *floats, q.new_zeros(counters, dtype=torch.int32)
-
-
 # ---- many queries ----------------------------------------------------------------------------------------------------
 
 
-def _goes_to_many(call: Call, mechanism: str | None, k_cache, v_cache, device: int, packed: bool) -> bool:
+def _goes_to_many(call: Call, mechanism: str | None, k_cache, packed: bool, device: int) -> bool:
     """Whether the kernels for many queries compute: where the host knows that each sequence has many."""
-    best = next(iter(for_target(device_target(device)).MECHANISMS))
     if mechanism is not None or packed or call.seqlen_q < MANY_QUERIES:
         return mechanism not in (None, "cp_async")
+    best = next(iter(for_target(device_target(device)).MECHANISMS))
     row = k_cache.element_size() * call.heads_kv * (call.head_dim + call.head_dim_v)
     return best != "cp_async" and call.batch * call.seqlen_k * row <= GATHERED_MAX
 

@@ -154,7 +154,7 @@ class Forward:
 
     @cute.jit
     def _sync_group(self, block: CacheBlock):
-        if cutlass.const_expr(self.group_threads == WARP):
+        if cutlass.const_expr(self.group_threads == WARP and not self.config.every_lane_arrives):
             cute.arch.sync_warp()
         else:
             cute.arch.barrier(barrier_id=GROUP_BARRIER + block.group, number_of_threads=self.group_threads)

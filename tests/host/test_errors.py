@@ -543,7 +543,7 @@ CACHES = [
     Row("rotary of 6", appended(rotary=(TURN[:, :6],) * 2), ValueError, "cos has shape (20, 6)", "multiple of 8 up to 8"),
     Row("rotary in float32", appended(rotary=(TURN, TURN.float())), ValueError, "sin is torch.float32", "equal", "sin.to(q)"),
     Row("rotary flag", appended(rotary_interleaved=1), TypeError, "rotary_interleaved is 1", "True or False is needed"),
-    Row("gradients of a cache", cached(q=q.clone().requires_grad_()), NotImplementedError, "q requires a gradient", "no_grad"),
+    Row("gradients of a cache", cached(q=q.clone().requires_grad_()), NotImplementedError, "require a gradient", "no_grad"),
     Row(
         "new keys under a mode",
         under_a_mode(appended()),

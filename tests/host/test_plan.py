@@ -343,6 +343,10 @@ def test_problem_and_config_have_no_field_for_a_size():
         "sinks",
         "large_cap",
         "ragged",
+        "rows",
+        "stored",
+        "invariant",
+        "appends",
         "merges",
     }
     for record in (Problem, Config):
