@@ -36,7 +36,7 @@ class Step:
     before it launches anything.
     """
 
-    __slots__ = ("append", "captures", "columns", "device", "function", "in_graph", "lse_shape", "numbers", "shape", "workspaces")
+    __slots__ = ("append", "columns", "device", "function", "in_graph", "lse_shape", "numbers", "shape", "workspaces")
 
     def __init__(self, call: Call, return_lse: bool, q, in_graph: bool):
         stored = call.stored
