@@ -27,7 +27,7 @@ def host_function(problem, config):
         captured = given.captured or () if problem.expression else None
         values = Values(Int32(0), Int32(0), Int32(0), Int32(0), given.scale_log2, given.scale_by_cap, captured)
         outputs = mainloop.Outputs(out, lse, given.sinks)
-        workspace = mainloop.Workspace(given.partial_o, given.partial_rows, given.counters)
+        workspace = mainloop.Workspace.of(given.workspace, given.places, given.rows_kept, problem.head_dim_v)
         kernel.launch(q, given.k_cache, given.v_cache, outputs, values, keys, workspace, given.blocks, given.stream)
 
     return attend

@@ -41,6 +41,16 @@ class Workspace:
     of_rows: cute.Tensor  # (places, rows, 2)
     counters: cute.Tensor
 
+    @staticmethod
+    def of(m: cute.Tensor, places: Int32, rows: Int32, columns: int) -> Workspace:
+        """The three in one piece of memory, the counters last."""
+        per_place = cutlass.Int64(rows) * columns
+        o = cute.make_tensor(m.iterator, cute.make_layout((places, rows, columns), stride=(per_place, columns, 1)))
+        after = m.iterator + places * per_place
+        of_rows = cute.make_tensor(after, cute.make_layout((places, rows, 2), stride=(rows * 2, 2, 1)))
+        after = cute.recast_ptr(after + places * rows * 2, dtype=Int32)
+        return Workspace(o, of_rows, cute.make_tensor(after, cute.make_layout(m.shape[0])))
+
 
 @dataclass(frozen=True)
 class Outputs:
