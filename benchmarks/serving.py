@@ -30,7 +30,7 @@ SCHEMA = "serving 1"
 ABOUT = "time decoding from contiguous and paged caches, by the rate at which it reads them"
 COLD_BYTES = 256 << 20  # of all caches of a row: more than any L2 cache holds
 COPIES_MAX = 16
-STEPS = 8  # of a graph, at least
+STEPS = 48  # of a graph, at least: what it takes to start one is no step's
 READ_BYTES = 4 << 30
 
 

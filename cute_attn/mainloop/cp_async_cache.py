@@ -18,7 +18,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
-from cute_attn.balance import CachedKeys, Sequence, Stretches, WalkPart, part_of_stretch
+from cute_attn.balance import CachedKeys, Sequence, Stretches, WalkPart, divided, part_of_stretch, places_of
 from cute_attn.layouts.base import VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
 from cute_attn.mainloop.common import DeviceOps, Values
@@ -29,7 +29,7 @@ from cute_attn.softmax import Softmax, finished, scale_rows
 
 PIECE = 4  # columns of O that a thread merges at a time
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
-AT_ONCE = 8  # partial results whose loads are on their way at the same time
+AT_ONCE = 16  # partial results whose loads are on their way at the same time
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,20 @@ class Forward:
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
         number = cute.arch.block_idx()[0]
-        stretches = Stretches.of(keys.all_tiles(), cute.arch.grid_dim()[0])
+        tiles, of_lane = keys.all_tiles()
+        stretches = Stretches.of(tiles, cute.arch.grid_dim()[0])
         at, end = stretches.begin(number), stretches.begin(number + 1)
-        i, before = keys.find(at)
+        i, before = keys.find(at, of_lane)
         while at < end:
             sequence = keys.sequence(i)
             tiles = sequence.tiles * keys.walks(sequence)
             if at >= before + tiles:
                 i, before = i + 1, before + tiles
             else:
-                part, passed = part_of_stretch(keys, sequence, before, at, end, stretches)
+                part, passed = part_of_stretch(keys, sequence, before, at, end)
                 at += passed
                 if part.begin < part.end:
-                    self._part(block, mQ, outputs, values, keys, workspace, sequence, part)
+                    self._part(block, mQ, outputs, values, keys, workspace, (sequence, part, stretches))
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +181,8 @@ class Forward:
             n = at * config.threads + cute.arch.thread_idx()[0]
             row, column = n // vectors, n % vectors
             r = part.row_tile * config.tile_m + row
-            query, head = r // keys.packed, part.head_kv * keys.packed + r % keys.packed
+            query, head = divided(r, keys.packed)
+            head += part.head_kv * keys.packed
             piece = cute.make_rmem_tensor(VECTOR, sQ.element_type)
             piece.fill(0.0)
             if (query < sequence.queries) & (column * VECTOR < self.problem.head_dim):
@@ -233,10 +235,11 @@ class Forward:
         values: Values,
         keys: CachedKeys,
         workspace: Workspace,
-        sequence: Sequence,
-        part: WalkPart,
+        where: cutlass.Constexpr[tuple],
     ):
+        """A part of a sequence's walk; ``where`` is (sequence, part, stretches)."""
         config = self.config
+        sequence, part, _ = where
         row_first = part.row_tile * config.tile_m
         values = replace(
             values,
@@ -312,7 +315,7 @@ class Forward:
         cute.arch.sync_threads()  # what is merged lies over K and V, and the next Q over this one
         self._share(block, rows, softmax)
         cute.arch.sync_threads()
-        self._finish(block, outputs, values, keys, workspace, sequence, part)
+        self._finish(block, outputs, values, keys, workspace, where)
         cute.arch.sync_threads()
 
     @cute.jit
@@ -349,12 +352,13 @@ class Forward:
         values: Values,
         keys: CachedKeys,
         workspace: Workspace,
-        sequence: Sequence,
-        part: WalkPart,
+        where: cutlass.Constexpr[tuple],
     ):
         """What the groups found, merged: to the outputs if it is all of the walk, else to the workspace; and if all other parts
         are there, these, merged."""
         config, exponent = self.config, values.exponent(self.problem)
+        sequence, part, stretches = where
+        places = places_of(keys, sequence, part, stretches)
         pieces = self.problem.head_dim_v // PIECE
         exist = cutlass.min(sequence.queries * keys.packed - part.row_tile * config.tile_m, config.tile_m)
         thread = cute.arch.thread_idx()[0]
@@ -364,35 +368,33 @@ class Forward:
             for group in cutlass.range_constexpr(config.key_warps):
                 more = _row(block.merged_o, block.merged_rows, (group, row), piece)
                 row_max, row_sum = _merge(o, row_max, row_sum, more, exponent)
-            if part.parts == 1:
+            if places.parts == 1:
                 self._store(outputs, values, keys, sequence, part, (row, piece), (row_max, row_sum, o))
             else:
-                place = part.place(part.number)
+                place = places.of(places.number)
                 _piece(workspace.o, (place, row), piece).store(o.load())
                 if piece == 0:
                     workspace.of_rows[place, row, 0] = row_max
                     workspace.of_rows[place, row, 1] = row_sum
-        if part.parts > 1:
-            cute.arch.fence_acq_rel_gpu()
-            cute.arch.sync_threads()
+        if places.parts > 1:
+            cute.arch.sync_threads()  # what all have written is there for whoever sees that this one has arrived
             if thread == 0:
-                counter = workspace.counters.iterator + part.counter
+                counter = workspace.counters.iterator + places.counter
                 arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
-                if arrived == part.parts - 1:
-                    workspace.counters[part.counter] = Int32(0)
+                if arrived == places.parts - 1:
+                    workspace.counters[places.counter] = Int32(0)
                 block.word[0] = arrived
             cute.arch.sync_threads()
-            if block.word[0] == part.parts - 1:
-                cute.arch.fence_acq_rel_gpu()
+            if block.word[0] == places.parts - 1:
                 for n in cutlass.range(thread, exist * pieces, config.threads, unroll=1):
                     row, piece = n // pieces, n % pieces
                     row_max, row_sum, o = _nothing()
-                    for first in cutlass.range(0, part.parts, AT_ONCE, unroll=1):
+                    for first in cutlass.range(0, places.parts, AT_ONCE, unroll=1):
                         many = []
                         for j in cutlass.range_constexpr(AT_ONCE):  # past the last one that one again, without weight
-                            i = cutlass.min(first + j, part.parts - 1)
-                            more = _row(workspace.o, workspace.of_rows, (part.place(i), row), piece)
-                            many.append((*more, first + j < part.parts))
+                            i = cutlass.min(first + j, places.parts - 1)
+                            more = _row(workspace.o, workspace.of_rows, (places.of(i), row), piece)
+                            many.append((*more, first + j < places.parts))
                         for found_max, found_sum, found_o, counts in many:
                             found_max = found_max if counts else -Float32.inf
                             row_max, row_sum = _merge(o, row_max, row_sum, (found_max, found_sum, found_o), exponent)
@@ -403,7 +405,8 @@ class Forward:
         """Some columns of a row of O, and its log-sum-exp, of all keys."""
         (row, piece), (row_max, row_sum, o) = where, found
         r = part.row_tile * self.config.tile_m + row
-        query, head = r // keys.packed, part.head_kv * keys.packed + r % keys.packed
+        query, head = divided(r, keys.packed)
+        head += part.head_kv * keys.packed
         sink = None if outputs.sinks is None else outputs.sinks[head]
         normalize, lse = finished(row_max, row_sum, values.exponent(self.problem), sink)
         into = _piece(outputs.o[sequence.element, sequence.first + query, head, None], (), piece)

@@ -54,7 +54,7 @@ def test_a_chunk_of_a_prompt(where, mechanism):
 @pytest.mark.parametrize("rows", [1, 5, 16])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_rules(dtype, rows, rules):
-    one = case(LENGTHS, rows, (4, 1), dtype=dtype, kind="peaky")
+    one = case(LENGTHS, rows, (64, 16), dtype=dtype, kind="peaky")  # few elements may have no error by luck
     one.check(one.attend(one.paged(16), **rules), False, **rules)
 
 
