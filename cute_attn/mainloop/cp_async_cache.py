@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
 from cute_attn.balance import CachedKeys, Sequence, Stretches, WalkPart, divided, part_of_stretch, places_of
+from cute_attn.epilogue import converted
 from cute_attn.layouts.base import VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
 from cute_attn.mainloop.common import DeviceOps, Values
@@ -63,6 +65,15 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class LoadedOperands:
+    """Both products' operands on their way to registers."""
+
+    q: LdmatrixOperand
+    k: LdmatrixOperand
+    v: LdmatrixOperand
+
+
+@dataclass(frozen=True)
 class CacheBlock:
     """A block's shared memory, and this thread's part of its group's."""
 
@@ -71,9 +82,7 @@ class CacheBlock:
     v: Stream
     sK: cute.Tensor
     sV: cute.Tensor
-    q_operand: LdmatrixOperand
-    k_operand: LdmatrixOperand
-    v_operand: LdmatrixOperand
+    operands: Any
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
     merged_o: cute.Tensor  # (group, row, column), float32, over K and V
@@ -131,16 +140,13 @@ class Forward:
         group, thread = thread // self.group_threads, thread % self.group_threads
         smem = cutlass.memory.SmemAllocator()
 
-        def tensor(name):
-            return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
-
-        sQ, sK, sV = tensor("Q"), tensor("K"), tensor("V")
+        sQ, sK, sV = (self._tensor(smem, name) for name in ("Q", "K", "V"))
         if lay.smem_parts(config)["merged"]:
             smem.allocate_tensor(cutlass.Int8, cute.make_layout(lay.smem_parts(config)["merged"]), 16)
         word = smem.allocate_tensor(Int32, cute.make_layout(4), 16)
         rows, columns = config.tile_m, config.tile_dv
         pitch = columns + lay.PADDING
-        over = cute.recast_ptr(sK.iterator, swizzle_=None, dtype=Float32)
+        over = self._floats(sK)
         merged_o = cute.make_tensor(over, cute.make_layout((config.key_warps, rows, columns), stride=(rows * pitch, pitch, 1)))
         merged_rows = cute.make_tensor(
             over + config.key_warps * rows * pitch,
@@ -150,18 +156,19 @@ class Forward:
         k, v = stream("K", mK, sK, thread, self.problem.head_dim), stream("V", mV, sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
 
-        def operand(name, shape, s):
-            fragment = cute.make_rmem_tensor(shape, s.element_type)
-            return LdmatrixOperand.of(lay.load_operand(name, config), s, fragment, thread)
+        operands = self._operands((sQ, sK, sV), (mma_S, mma_O), thread)
+        first_slot = group * config.stages
+        places = merged_o, merged_rows, word, group, thread, first_slot
+        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, *places)
 
-        block = CacheBlock(
-            *(sQ, k, v, sK, sV),
-            operand("Q", mma_S.partition_shape_A((config.tile_m, MMA_K)), sQ),
-            operand("K", mma_S.partition_shape_B((self.keys_of_group, MMA_K)), sK),
-            operand("V", mma_O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV)),
-            *(mma_S, mma_O, merged_o, merged_rows, word, group, thread, group * config.stages),
-        )
-        return block
+    def _tensor(self, smem, name: str) -> cute.Tensor:
+        """Shared memory of an operand."""
+        lay, config = self.lay, self.config
+        return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
+
+    def _floats(self, s: cute.Tensor):
+        """The place of an operand in shared memory, for floats."""
+        return cute.recast_ptr(s.iterator, swizzle_=None, dtype=Float32)
 
     @cute.jit
     def _sync_group(self, block: CacheBlock):
@@ -175,7 +182,7 @@ class Forward:
     @cute.jit
     def _load_q(self, block: CacheBlock, mQ: cute.Tensor, keys: CachedKeys, sequence: Sequence, part: WalkPart):
         """All threads: the rows of the tile; those that don't exist, and columns past head_dim, are zeros."""
-        config, sQ = self.config, block.sQ
+        config, sQ = self.config, self._rows_of_q(block)
         vectors = config.tile_d // VECTOR
         for at in cutlass.range_constexpr(config.tile_m * vectors // config.threads):
             n = at * config.threads + cute.arch.thread_idx()[0]
@@ -213,16 +220,6 @@ class Forward:
         """Whether a thread copies the same rows of K and of V."""
         widths = [self.lay.copies(self.config)["in", name].tile for name in ("K", "V")]
         return widths[0] == widths[1]
-
-    def _queries(self, block: CacheBlock):
-        """What gives Q's registers of a step: all of them are held, or each is loaded again for every tile."""
-        if not self.holds_q:
-            return block.q_operand.load
-        held = []
-        for step in range(self.config.tile_d // MMA_K):
-            held.append(cute.make_rmem_tensor_like(block.q_operand.fragment))
-            held[step].store(block.q_operand.load(step).load())
-        return held.__getitem__
 
     # ---- a part of a walk --------------------------------------------------------------------------------------------
 
@@ -277,6 +274,7 @@ class Forward:
         for stage in cutlass.range_constexpr(config.stages - 1):
             self._copy(block, keys, sequence, seen, seen.begin + stage, block.first_slot + stage)
         self._load_q(block, mQ, keys, sequence, part)
+        self._publish()
         cute.arch.sync_threads()
         of_q = self._queries(block)
 
@@ -294,21 +292,12 @@ class Forward:
             before = block.first_slot + (slot + config.stages - 1) % config.stages
             self._copy(block, keys, sequence, seen, tile + config.stages - 1, before)
 
-            acc_S = cute.make_rmem_tensor(block.mma_S.partition_shape_C((config.tile_m, self.keys_of_group)), Float32)
-            acc_S.fill(0.0)
-            product(block.mma_S, acc_S, config.tile_d // MMA_K, of_q, partial(block.k_operand.load, slot=(here,)))
+            acc_S = self._scores(block, of_q, here)
             origin = (row_first, sequence.begin + tile * n + block.group * self.keys_of_group)
             Scores(cS, values, self.problem).apply_rules(acc_S, origin, masked)
             softmax.step(rows_columns(acc_S), rescale)
             scale_rows(rows, rescale)
-            p = as_operand_a(acc_S)
-
-            def rounded(step, p=p):
-                piece = cute.make_rmem_tensor_like(p[None, None, step], block.sV.element_type)
-                piece.store(p[None, None, step].load().to(block.sV.element_type))
-                return piece
-
-            product(block.mma_O, acc_O, self.keys_of_group // MMA_K, rounded, partial(block.v_operand.load, slot=(here,)))
+            self._add(block, acc_S, acc_O, here)
             slot = (slot + 1) % config.stages
 
         cute.arch.cp_async_wait_group(0)
@@ -323,6 +312,55 @@ class Forward:
         """A group: its keys of a tile whose values aren't finite."""
         poison_keys(block.sK[None, None, slot], block.sV[None, None, slot], (block.thread, self.group_threads))
         self._sync_group(block)
+
+    # ---- products ----------------------------------------------------------------------------------------------------
+
+    def _operands(self, shared: tuple, mmas: tuple, thread):
+        """What products take of (Q, K, V) in shared memory; V's rows are what P·V sums over."""
+        config, lay = self.config, self.lay
+        (sQ, sK, sV), (S, O) = shared, mmas  # noqa: E741
+
+        def operand(name, shape, s):
+            fragment = cute.make_rmem_tensor(shape, s.element_type)
+            return LdmatrixOperand.of(lay.load_operand(name, config), s, fragment, thread)
+
+        return LoadedOperands(
+            operand("Q", S.partition_shape_A((config.tile_m, MMA_K)), sQ),
+            operand("K", S.partition_shape_B((self.keys_of_group, MMA_K)), sK),
+            operand("V", O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV)),
+        )
+
+    def _rows_of_q(self, block: CacheBlock) -> cute.Tensor:
+        return block.sQ
+
+    def _publish(self):
+        """What this thread has written to shared memory is for the products; they read as threads do."""
+
+    def _queries(self, block: CacheBlock):
+        """What gives Q's registers of a step: all of them are held, or each is loaded again for every tile."""
+        if not self.holds_q:
+            return block.operands.q.load
+        held = []
+        for step in range(self.config.tile_d // MMA_K):
+            held.append(cute.make_rmem_tensor_like(block.operands.q.fragment))
+            held[step].store(block.operands.q.load(step).load())
+        return held.__getitem__
+
+    def _scores(self, block: CacheBlock, of_q, slot) -> cute.Tensor:
+        """Q·Kᵀ with the keys of a slot."""
+        acc = cute.make_rmem_tensor(block.mma_S.partition_shape_C((self.config.tile_m, self.keys_of_group)), Float32)
+        acc.fill(0.0)
+        product(block.mma_S, acc, self.config.tile_d // MMA_K, of_q, partial(block.operands.k.load, slot=(slot,)))
+        return acc
+
+    def _add(self, block: CacheBlock, acc_S: cute.Tensor, acc_O: cute.Tensor, slot):
+        """P·V with the values of a slot."""
+        p, dtype = as_operand_a(acc_S), block.sV.element_type
+
+        def rounded(step):  # just in time
+            return converted(p[None, None, step], dtype)
+
+        product(block.mma_O, acc_O, self.keys_of_group // MMA_K, rounded, partial(block.operands.v.load, slot=(slot,)))
 
     # ---- the end of a part -------------------------------------------------------------------------------------------
 
