@@ -30,7 +30,7 @@ SCHEMA = "serving 1"
 ABOUT = "time decoding from contiguous and paged caches, by the rate at which it reads them"
 COLD_BYTES = 256 << 20  # of all caches of a row: more than any L2 cache holds
 COPIES_MAX = 16
-STEPS = 8  # of a graph, at least
+STEPS = 48  # of a graph, at least: what it takes to start one is no step's
 READ_BYTES = 4 << 30
 
 
@@ -118,8 +118,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         found["dense"] = dense_seconds(options.rounds)
     rate = statistics.median(rates)
     host = host_seconds()
-    cells = [_cell(row, found, rate) for row in rows]
-    _show(cells, rate, host, console)
+    cells = [cell_of(row, found, rate) for row in rows]
+    show(cells, rate, host, console)
     if options.json:
         about = {
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -240,7 +240,7 @@ def reader() -> Callable[[], float]:
     return lambda: timed(read)
 
 
-def _cell(row: Row, found: dict[str, float], rate: float) -> dict[str, Any]:
+def cell_of(row: Row, found: dict[str, float], rate: float) -> dict[str, Any]:
     seconds = found[row.name]
     part = row.bytes / seconds / rate
     over = found[row.base] / seconds if row.base else None
@@ -253,7 +253,7 @@ def _cell(row: Row, found: dict[str, float], rate: float) -> dict[str, Any]:
             "most_us": row.most_us, "met": met}  # fmt: skip
 
 
-def _show(cells: list[dict[str, Any]], rate: float, host: float, console: Console) -> None:
+def show(cells: list[dict[str, Any]], rate: float, host: float, console: Console) -> None:
     table = Table("step", "µs", "TB/s", "of R", "of its base", "needs", "")
     for cell in cells:
         needs = f"≤ {cell['most_us']:g} µs" if cell["most_us"] else f"{cell['needs']:.2f}" if cell["needs"] else ""

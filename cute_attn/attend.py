@@ -10,6 +10,7 @@ from cutlass import Int32, cute
 
 from cute_attn.balance import CachedKeys
 from cute_attn.fields import ATTEND, named
+from cute_attn.forward import captured_of
 from cute_attn.mainloop.common import Values
 
 
@@ -24,10 +25,11 @@ def host_function(problem, config):
         q, out, lse = (with_elements(m, problem) for m in (given.q, given.out, given.lse))
         heads_kv = given.k_cache.shape[2]
         keys = cached_keys(problem, config, given, q, heads_kv, (given.left, given.right, given.units))
-        captured = given.captured or () if problem.expression else None
-        values = Values(Int32(0), Int32(0), Int32(0), Int32(0), given.scale_log2, given.scale_by_cap, captured)
+        nowhere = Int32(0)  # lengths and edges are those of a part of a walk, later
+        numbers = given.scale_log2, given.scale_by_cap
+        values = Values(nowhere, nowhere, nowhere, nowhere, *numbers, captured_of(problem, given))
         outputs = mainloop.Outputs(out, lse, given.sinks)
-        workspace = mainloop.Workspace(given.partial_o, given.partial_rows, given.counters)
+        workspace = mainloop.Workspace.of(given.workspace, given.places, given.rows_kept, problem.head_dim_v)
         kernel.launch(q, given.k_cache, given.v_cache, outputs, values, keys, workspace, given.blocks, given.stream)
 
     return attend

@@ -140,8 +140,9 @@ class CachedKeys:
     def place(self, sequence_number, row):
         """``(element or page of the cache, row there)`` of a row of a sequence, inside the cache whatever the table says."""
         if self.page_table is not None:
-            page = self.page_table[sequence_number, row // self.page_size]
-            return cutlass.min(cutlass.max(page, 0), self.elements - 1), row % self.page_size
+            place, row = divided(row, self.page_size)
+            page = self.page_table[sequence_number, place]
+            return cutlass.min(cutlass.max(page, 0), self.elements - 1), row
         if self.cache_batch_idx is not None:
             return cutlass.min(cutlass.max(self.cache_batch_idx[sequence_number], 0), self.elements - 1), row
         return sequence_number, row
@@ -157,23 +158,23 @@ class CachedKeys:
 
     @cute.jit
     def all_tiles(self):
-        """A whole warp: how many tiles there are."""
-        total = Int32(0)
-        for first in cutlass.range(0, self.all_sequences, WARP, unroll=1):
+        """A whole warp: ``(how many tiles there are, those of this lane's sequence)``, for :meth:`find`."""
+        mine = self._tiles(cute.arch.lane_idx())
+        total = mine
+        for first in cutlass.range(WARP, self.all_sequences, WARP, unroll=1):
             total += self._tiles(first + cute.arch.lane_idx())
         for step in (1, 2, 4, 8, 16):
             total += cute.arch.shuffle_sync_bfly(total, step)
-        return total
+        return total, mine
 
     @cute.jit
-    def find(self, tile):
+    def find(self, tile, mine):
         """A whole warp: ``(sequence, tiles before it)`` of a tile of all; the sequence is past the last if there is no such
-        tile."""
+        tile. ``mine`` are the tiles of this lane's sequence."""
         first, before, found = Int32(0), Int32(0), Boolean(False)
         lane = cute.arch.lane_idx()
         number = self.all_sequences
         while (found == False) & (first < self.all_sequences):  # noqa: E712
-            mine = self._tiles(first + lane)
             passed = mine
             for step in (1, 2, 4, 8, 16):
                 lower = cute.arch.shuffle_sync_up(passed, step)
@@ -186,7 +187,14 @@ class CachedKeys:
                 before = before + cute.arch.shuffle_sync(passed - mine, owner)
             else:
                 first, before = first + WARP, before + total
+                mine = self._tiles(first + lane)
         return number, before
+
+
+def divided(x, n) -> tuple[Any, Any]:
+    """``(x // n, x % n)`` of numbers that are not negative, which takes a third of what floor division takes."""
+    quotient = Int32(cutlass.Uint32(x) // cutlass.Uint32(n))
+    return quotient, x - quotient * n
 
 
 @dataclass(frozen=True)
@@ -198,7 +206,7 @@ class Stretches:
 
     @staticmethod
     def of(tiles, blocks) -> Stretches:
-        return Stretches(tiles // blocks, tiles % blocks)
+        return Stretches(*divided(tiles, blocks))
 
     def begin(self, block):
         return block * self.each + cutlass.min(block, self.longer)
@@ -207,58 +215,72 @@ class Stretches:
     def block_of(self, tile):
         """The block that has a tile."""
         ahead = self.longer * (self.each + 1)
-        block = tile // (self.each + 1)
+        block = divided(tile, self.each + 1)[0]
         if tile >= ahead:
-            block = self.longer + (tile - ahead) // cutlass.max(self.each, 1)
+            block = self.longer + divided(tile - ahead, cutlass.max(self.each, 1))[0]
         return block
 
 
 @dataclass(frozen=True)
 class WalkPart:
-    """Of a walk the tiles from ``begin`` up to ``end``, as a block computes them: the walk's head and row tile, how many
-    ``parts`` the walk has, which of them this is; where partial results lie, of part i in place ``first_place`` (i = 0) or
-    ``places + i · step``; and the walk's counter."""
+    """Of a walk the tiles from ``begin`` up to ``end``, as a block computes them: the walk's key head and row tile. ``at`` is
+    the number of tile ``begin`` among all."""
 
     head_kv: Int32
     row_tile: Int32
     begin: Int32
     end: Int32
+    at: Int32
+
+
+@dataclass(frozen=True)
+class Places:
+    """The parts of a walk: how many there are, the ``number`` of this one, and where partial results lie: of part i in place
+    ``first`` (i = 0) or ``others + i · step``. ``counter`` is the walk's."""
+
     parts: Int32
     number: Int32
-    first_place: Int32
-    places: Int32
+    first: Int32
+    others: Int32
     step: Int32
     counter: Int32
 
     @cute.jit
-    def place(self, i):
+    def of(self, i):
         """Where the partial result of part ``i`` lies."""
-        return self.first_place if i == 0 else self.places + i * self.step
+        return self.first if i == 0 else self.others + i * self.step
 
 
 @cute.jit
-def part_of_stretch(keys: CachedKeys, sequence: Sequence, before, at, end, stretches: Stretches):
+def part_of_stretch(keys: CachedKeys, sequence: Sequence, before, at, end):
     """``(part, tiles that a block has passed then)``: what comes first of a block's tiles ``at`` up to ``end``, of a sequence
-    before which there are ``before`` tiles."""
-    walk, begin = (at - before) // sequence.tiles, (at - before) % sequence.tiles
-    head_kv, row_tile = walk // sequence.row_tiles, walk % sequence.row_tiles
+    before which there are ``before`` tiles. A part may have no tiles."""
+    walk, begin = divided(at - before, sequence.tiles)
+    head_kv, row_tile = divided(walk, sequence.row_tiles)
+    count: Any = cutlass.min(sequence.tiles - begin, end - at)
+    skipped: Any = Int32(0)
     if cutlass.const_expr(keys.problem.invariant):
-        unit = cutlass.max((sequence.tiles + UNITS_MAX - 1) // UNITS_MAX, UNIT_TILES)
-        skipped = cutlass.min((unit - begin % unit) % unit, sequence.tiles - begin)
-        count = cutlass.min(unit, sequence.tiles - begin - skipped)
-        count = count if at + skipped < end else 0
-        begin = begin + skipped
-        rows = sequence.first if cutlass.const_expr(keys.cu_seqlens_q is not None) else sequence.number * sequence.queries
-        walk = (rows * keys.packed // keys.config.tile_m + sequence.number + row_tile) * keys.heads_kv + head_kv
-        place, parts = walk * keys.units, (sequence.tiles + unit - 1) // unit
-        part = WalkPart(head_kv, row_tile, begin, begin + count, parts, begin // unit, place, place, Int32(1), walk)
-        return part, skipped + count
-    first = stretches.block_of(at - begin)
-    last = stretches.block_of(at - begin + sequence.tiles - 1)
-    mine = stretches.block_of(at)
-    count = cutlass.min(sequence.tiles - begin, end - at)
-    part = WalkPart(
-        head_kv, row_tile, begin, begin + count, last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first
-    )
-    return part, count
+        unit = unit_of(sequence)
+        ahead = divided(begin, unit)[1]
+        skipped = cutlass.min(unit - ahead, sequence.tiles - begin) if ahead > 0 else 0
+        count = cutlass.min(unit, sequence.tiles - begin - skipped) if at + skipped < end else 0
+    return WalkPart(head_kv, row_tile, begin + skipped, begin + skipped + count, at + skipped), skipped + count
 
+
+def unit_of(sequence: Sequence):
+    """Tiles of a unit of a sequence's walks."""
+    return cutlass.max((sequence.tiles + UNITS_MAX - 1) // UNITS_MAX, UNIT_TILES)
+
+
+def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: Stretches) -> Places:
+    """Where the partial results of a part's walk lie."""
+    if keys.problem.invariant:
+        unit = unit_of(sequence)
+        rows = sequence.first if keys.cu_seqlens_q is not None else sequence.number * sequence.queries
+        walk = divided(rows * keys.packed, keys.config.tile_m)[0] + sequence.number + part.row_tile
+        walk = walk * keys.heads_kv + part.head_kv
+        place, parts = walk * keys.units, divided(sequence.tiles + unit - 1, unit)[0]
+        return Places(parts, divided(part.begin, unit)[0], place, place, Int32(1), walk)
+    begin = part.at - part.begin
+    first, last, mine = (stretches.block_of(tile) for tile in (begin, begin + sequence.tiles - 1, part.at))
+    return Places(last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first)

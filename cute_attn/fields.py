@@ -26,7 +26,7 @@ class Field(NamedTuple):
     two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
     ``(n,)``, ``floats`` float32 ``(n,)``; ``captured`` are all tensors that functions read; and there are numbers and the
     ``stream``. A ``cache`` is an operand of all its elements, ``tables`` int32 ``(batch, max_pages)``, ``angles`` in the
-    inputs' dtype, and ``partial`` results are float32 ``(places, rows, columns)``."""
+    inputs' dtype, and a ``workspace`` float32 ``(n,)`` at a multiple of 16 bytes."""
 
     name: str
     kind: str
@@ -97,13 +97,11 @@ ATTEND = (
     *(Field(name, "cache") for name in ("k_cache", "v_cache")),
     Field("out", "operand"),
     Field("lse", "row values", lambda problem, config: problem.return_lse),
-    Field("partial_o", "partial"),
-    Field("partial_rows", "partial"),
-    Field("counters", "words"),
+    Field("workspace", "workspace"),
     Field("sinks", "floats", lambda problem, config: problem.sinks),
     Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
     *_STORED,
-    *(Field(name, "int32") for name in ("units", "left", "right")),
+    *(Field(name, "int32") for name in ("units", "places", "rows_kept", "left", "right")),
     *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
     Field("blocks", "int32"),
     Field("stream", "stream"),

@@ -121,8 +121,8 @@ def _stand_in(kind: str, problem, config):
         return runtime.make_fake_tensor(Int32, sizes(2), (*some(1), 1), assumed_align=4)
     if kind == "angles":
         return runtime.make_fake_tensor(element(problem), sizes(2, 8), (*some(1, 8), 1), assumed_align=16)
-    if kind == "partial":
-        return runtime.make_fake_tensor(Float32, sizes(3, 2), (*some(2, 2), 1), assumed_align=16)
+    if kind == "workspace":
+        return runtime.make_fake_tensor(Float32, sizes(1), (1,), assumed_align=16)
     if kind in ("operand", "exact operand", "cache"):
         dims, dtype = 3 if problem.packed and kind != "cache" else 4, Float32 if kind == "exact operand" else element(problem)
         return runtime.make_fake_tensor(dtype, sizes(dims, 8), (*some(dims - 1, 8), 1), assumed_align=16)

@@ -72,7 +72,7 @@ def configs(problem: Problem, target: str, mechanism: str | None = None) -> tupl
             f"backend='reference'"
         )
     if problem.rows:
-        found = tuple(module.CACHE.configs(problem, module.GPU, target))
+        found = next(filter(None, (family.configs(problem, module.GPU, target) for family in module.CACHE.values())))
     else:
         found = tuple(module.configs(problem, mechanism, target))
     for config in found:

@@ -16,7 +16,7 @@ import torch
 from cute_attn import launch, rules
 from cute_attn.launch import as_read, device_target, prepared
 from cute_attn.layouts import for_target
-from cute_attn.layouts.mma_sync_cache import ROWS
+from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
 from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
 from cute_attn.private import current_device, raw_stream
@@ -25,7 +25,7 @@ from cute_attn.stored import UNIT_TILES, UNITS_MAX, Stored
 
 MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
 GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
-_workspaces: dict[tuple, tuple] = {}
+_workspaces: dict[tuple, torch.Tensor] = {}
 
 
 class Step:
@@ -36,7 +36,7 @@ class Step:
     before it launches anything.
     """
 
-    __slots__ = ("append", "columns", "device", "function", "in_graph", "lse_shape", "numbers", "shape", "workspaces")
+    __slots__ = ("append", "columns", "device", "function", "in_graph", "lse_shape", "numbers", "size", "workspaces")
 
     def __init__(self, call: Call, return_lse: bool, q, in_graph: bool):
         stored = call.stored
@@ -60,13 +60,13 @@ class Step:
         if stored.batch_invariant:
             units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
-        self.shape = places, rows_kept, call.head_dim_v, counters
-        self.workspaces: dict[int, tuple] = {}
+        self.size = places * rows_kept * (call.head_dim_v + OF_ROW), counters
+        self.workspaces: dict[int, torch.Tensor] = {}
         self.lse_shape = None
         if return_lse:
             self.lse_shape = (call.heads, call.seqlen_q) if packed else (call.batch, call.heads, call.seqlen_q)
         scales = rules.score_scales(call.scale, call.softcap)
-        self.numbers = stored.seqlen_new, units, call.left or 0, right or 0, *scales, blocks
+        self.numbers = stored.seqlen_new, units, places, rows_kept, call.left or 0, right or 0, *scales, blocks
         self.append = None if stored.k_new is None else _appending(call, q)
 
     def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
@@ -84,7 +84,7 @@ class Step:
             workspace = self._workspace(q, stream)
         if sinks is not None:
             sinks = sinks.detach().float().contiguous()
-        arguments = q, k_cache, v_cache, out, lse, *workspace, sinks, captured, *where, *self.numbers, stream
+        arguments = q, k_cache, v_cache, out, lse, workspace, sinks, captured, *where, *self.numbers, stream
         if elsewhere:
             with torch.cuda.device(self.device):
                 self.function(*arguments)
@@ -92,16 +92,15 @@ class Step:
             self.function(*arguments)
         return out, lse
 
-    def _workspace(self, q, stream: int) -> tuple:
-        """``(partial O, partial rows' maxima and sums, counters)``, the counters zeros, as every call leaves them."""
-        places, rows, columns, counters = self.shape
-        key = self.device, stream, *self.shape
+    def _workspace(self, q, stream: int) -> torch.Tensor:
+        """Room for partial results, and behind it counters, zeros as every call leaves them."""
+        key = self.device, stream, *self.size
         capturing = self.in_graph or torch.cuda.is_current_stream_capturing()
         found = None if capturing else _workspaces.get(key)
         if found is None:
-            shapes = (places, rows, columns), (places, rows, 2)
-            floats = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-            found = *floats, q.new_zeros(counters, dtype=torch.int32)
+            floats, counters = self.size
+            found = q.new_empty(floats + counters, dtype=torch.float32)
+            found[floats:].zero_()
         if not capturing:
             self.workspaces[stream] = _workspaces[key] = found
         return found

@@ -6,7 +6,9 @@ A **GPU module** (``sm80.py``, ``sm90.py``, …) is data. It defines
 - ``MECHANISMS``: the names of the mechanisms it can run, best first, each with the **family module** that lays out its
   operands (``mma_sync``, ``wgmma``);
 - ``BACKWARD``, if it has the backward pass: the names of its mainloops, each with the family module of that;
-- ``CACHE``, if it has attention to a cache: the family module of that, whose own ``configs(problem, gpu, target)`` it takes;
+- ``CACHE``, if it has attention to a cache: the names of its mainloops, best first, each with the family module of that, whose
+own
+  ``configs(problem, gpu, target)`` say which problems it serves;
 - ``configs(problem, mechanism, target)``: the configurations for a problem, best first, from the module's tables.
 
 A **family module** is the layouts of one family of instructions. It defines, as plain functions of a :class:`Config`,

@@ -47,12 +47,13 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
             key_warps=key_warps,
             cache="cp_async_cache",
         )
-        if (key_warps == groups or blocks == 1) and smem_bytes(config) <= _room(gpu, blocks):
+        if (key_warps == groups or blocks == 1) and smem_bytes(config) <= room(gpu, blocks):
             break
     return (config,)
 
 
-def _room(gpu: Gpu, blocks: int) -> int:
+def room(gpu: Gpu, blocks: int) -> int:
+    """Bytes of shared memory that a block may take, with so many to a multiprocessor."""
     return min(gpu.smem_per_block, gpu.smem_per_multiprocessor // blocks - RESERVED)
 
 

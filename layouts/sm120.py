@@ -14,7 +14,7 @@ GPU = Gpu(
 
 MECHANISMS = {"cp_async": mma_sync}
 BACKWARD = {"cp_async_backward": mma_sync_backward}
-CACHE = mma_sync_cache
+CACHE = {"cp_async_cache": mma_sync_cache}
 
 # As much shared memory as sm_86 has, and its tables, until they are measured on this GPU.
 TABLE = sm86.TABLE

@@ -16,7 +16,7 @@ GPU = Gpu(
 
 MECHANISMS = {"cp_async": mma_sync}
 BACKWARD = {"cp_async_backward": mma_sync_backward}
-CACHE = mma_sync_cache
+CACHE = {"cp_async_cache": mma_sync_cache}
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
 TABLE = {

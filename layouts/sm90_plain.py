@@ -15,7 +15,7 @@ GPU = Gpu(
 
 MECHANISMS = {"cp_async": mma_sync}
 BACKWARD = {"cp_async_backward": mma_sync_backward}
-CACHE = mma_sync_cache
+CACHE = {"cp_async_cache": mma_sync_cache}
 
 
 def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:

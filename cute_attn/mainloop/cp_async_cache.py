@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
-from cute_attn.balance import CachedKeys, Sequence, Stretches, WalkPart, part_of_stretch
+from cute_attn.balance import CachedKeys, Sequence, Stretches, WalkPart, divided, part_of_stretch, places_of
+from cute_attn.epilogue import converted
 from cute_attn.layouts.base import VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
 from cute_attn.mainloop.common import DeviceOps, Values
@@ -29,7 +31,7 @@ from cute_attn.softmax import Softmax, finished, scale_rows
 
 PIECE = 4  # columns of O that a thread merges at a time
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
-AT_ONCE = 8  # partial results whose loads are on their way at the same time
+AT_ONCE = 16  # partial results whose loads are on their way at the same time
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Workspace:
     o: cute.Tensor  # (places, rows, columns)
     of_rows: cute.Tensor  # (places, rows, 2)
     counters: cute.Tensor
+
+    @staticmethod
+    def of(m: cute.Tensor, places: Int32, rows: Int32, columns: int) -> Workspace:
+        """The three in one piece of memory, the counters last."""
+        per_place = cutlass.Int64(rows) * columns
+        o = cute.make_tensor(m.iterator, cute.make_layout((places, rows, columns), stride=(per_place, columns, 1)))
+        after = m.iterator + places * per_place
+        of_rows = cute.make_tensor(after, cute.make_layout((places, rows, 2), stride=(rows * 2, 2, 1)))
+        after = cute.recast_ptr(after + places * rows * 2, dtype=Int32)
+        return Workspace(o, of_rows, cute.make_tensor(after, cute.make_layout(m.shape[0])))
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,15 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class LoadedOperands:
+    """Both products' operands on their way to registers."""
+
+    q: LdmatrixOperand
+    k: LdmatrixOperand
+    v: LdmatrixOperand
+
+
+@dataclass(frozen=True)
 class CacheBlock:
     """A block's shared memory, and this thread's part of its group's."""
 
@@ -61,9 +82,7 @@ class CacheBlock:
     v: Stream
     sK: cute.Tensor
     sV: cute.Tensor
-    q_operand: LdmatrixOperand
-    k_operand: LdmatrixOperand
-    v_operand: LdmatrixOperand
+    operands: Any
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
     merged_o: cute.Tensor  # (group, row, column), float32, over K and V
@@ -98,19 +117,20 @@ class Forward:
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
         number = cute.arch.block_idx()[0]
-        stretches = Stretches.of(keys.all_tiles(), cute.arch.grid_dim()[0])
+        tiles, of_lane = keys.all_tiles()
+        stretches = Stretches.of(tiles, cute.arch.grid_dim()[0])
         at, end = stretches.begin(number), stretches.begin(number + 1)
-        i, before = keys.find(at)
+        i, before = keys.find(at, of_lane)
         while at < end:
             sequence = keys.sequence(i)
             tiles = sequence.tiles * keys.walks(sequence)
             if at >= before + tiles:
                 i, before = i + 1, before + tiles
             else:
-                part, passed = part_of_stretch(keys, sequence, before, at, end, stretches)
+                part, passed = part_of_stretch(keys, sequence, before, at, end)
                 at += passed
                 if part.begin < part.end:
-                    self._part(block, mQ, outputs, values, keys, workspace, sequence, part)
+                    self._part(block, mQ, outputs, values, keys, workspace, (sequence, part, stretches))
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -120,16 +140,13 @@ class Forward:
         group, thread = thread // self.group_threads, thread % self.group_threads
         smem = cutlass.memory.SmemAllocator()
 
-        def tensor(name):
-            return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
-
-        sQ, sK, sV = tensor("Q"), tensor("K"), tensor("V")
+        sQ, sK, sV = (self._tensor(smem, name) for name in ("Q", "K", "V"))
         if lay.smem_parts(config)["merged"]:
             smem.allocate_tensor(cutlass.Int8, cute.make_layout(lay.smem_parts(config)["merged"]), 16)
         word = smem.allocate_tensor(Int32, cute.make_layout(4), 16)
         rows, columns = config.tile_m, config.tile_dv
         pitch = columns + lay.PADDING
-        over = cute.recast_ptr(sK.iterator, swizzle_=None, dtype=Float32)
+        over = self._floats(sK)
         merged_o = cute.make_tensor(over, cute.make_layout((config.key_warps, rows, columns), stride=(rows * pitch, pitch, 1)))
         merged_rows = cute.make_tensor(
             over + config.key_warps * rows * pitch,
@@ -139,18 +156,19 @@ class Forward:
         k, v = stream("K", mK, sK, thread, self.problem.head_dim), stream("V", mV, sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
 
-        def operand(name, shape, s):
-            fragment = cute.make_rmem_tensor(shape, s.element_type)
-            return LdmatrixOperand.of(lay.load_operand(name, config), s, fragment, thread)
+        operands = self._operands((sQ, sK, sV), (mma_S, mma_O), thread)
+        first_slot = group * config.stages
+        places = merged_o, merged_rows, word, group, thread, first_slot
+        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, *places)
 
-        block = CacheBlock(
-            *(sQ, k, v, sK, sV),
-            operand("Q", mma_S.partition_shape_A((config.tile_m, MMA_K)), sQ),
-            operand("K", mma_S.partition_shape_B((self.keys_of_group, MMA_K)), sK),
-            operand("V", mma_O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV)),
-            *(mma_S, mma_O, merged_o, merged_rows, word, group, thread, group * config.stages),
-        )
-        return block
+    def _tensor(self, smem, name: str) -> cute.Tensor:
+        """Shared memory of an operand."""
+        lay, config = self.lay, self.config
+        return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
+
+    def _floats(self, s: cute.Tensor):
+        """The place of an operand in shared memory, for floats."""
+        return cute.recast_ptr(s.iterator, swizzle_=None, dtype=Float32)
 
     @cute.jit
     def _sync_group(self, block: CacheBlock):
@@ -164,13 +182,14 @@ class Forward:
     @cute.jit
     def _load_q(self, block: CacheBlock, mQ: cute.Tensor, keys: CachedKeys, sequence: Sequence, part: WalkPart):
         """All threads: the rows of the tile; those that don't exist, and columns past head_dim, are zeros."""
-        config, sQ = self.config, block.sQ
+        config, sQ = self.config, self._rows_of_q(block)
         vectors = config.tile_d // VECTOR
         for at in cutlass.range_constexpr(config.tile_m * vectors // config.threads):
             n = at * config.threads + cute.arch.thread_idx()[0]
             row, column = n // vectors, n % vectors
             r = part.row_tile * config.tile_m + row
-            query, head = r // keys.packed, part.head_kv * keys.packed + r % keys.packed
+            query, head = divided(r, keys.packed)
+            head += part.head_kv * keys.packed
             piece = cute.make_rmem_tensor(VECTOR, sQ.element_type)
             piece.fill(0.0)
             if (query < sequence.queries) & (column * VECTOR < self.problem.head_dim):
@@ -202,16 +221,6 @@ class Forward:
         widths = [self.lay.copies(self.config)["in", name].tile for name in ("K", "V")]
         return widths[0] == widths[1]
 
-    def _queries(self, block: CacheBlock):
-        """What gives Q's registers of a step: all of them are held, or each is loaded again for every tile."""
-        if not self.holds_q:
-            return block.q_operand.load
-        held = []
-        for step in range(self.config.tile_d // MMA_K):
-            held.append(cute.make_rmem_tensor_like(block.q_operand.fragment))
-            held[step].store(block.q_operand.load(step).load())
-        return held.__getitem__
-
     # ---- a part of a walk --------------------------------------------------------------------------------------------
 
     @cute.jit
@@ -223,10 +232,11 @@ class Forward:
         values: Values,
         keys: CachedKeys,
         workspace: Workspace,
-        sequence: Sequence,
-        part: WalkPart,
+        where: cutlass.Constexpr[tuple],
     ):
+        """A part of a sequence's walk; ``where`` is (sequence, part, stretches)."""
         config = self.config
+        sequence, part, _ = where
         row_first = part.row_tile * config.tile_m
         values = replace(
             values,
@@ -264,6 +274,7 @@ class Forward:
         for stage in cutlass.range_constexpr(config.stages - 1):
             self._copy(block, keys, sequence, seen, seen.begin + stage, block.first_slot + stage)
         self._load_q(block, mQ, keys, sequence, part)
+        self._publish()
         cute.arch.sync_threads()
         of_q = self._queries(block)
 
@@ -281,28 +292,19 @@ class Forward:
             before = block.first_slot + (slot + config.stages - 1) % config.stages
             self._copy(block, keys, sequence, seen, tile + config.stages - 1, before)
 
-            acc_S = cute.make_rmem_tensor(block.mma_S.partition_shape_C((config.tile_m, self.keys_of_group)), Float32)
-            acc_S.fill(0.0)
-            product(block.mma_S, acc_S, config.tile_d // MMA_K, of_q, partial(block.k_operand.load, slot=(here,)))
+            acc_S = self._scores(block, of_q, here)
             origin = (row_first, sequence.begin + tile * n + block.group * self.keys_of_group)
             Scores(cS, values, self.problem).apply_rules(acc_S, origin, masked)
             softmax.step(rows_columns(acc_S), rescale)
             scale_rows(rows, rescale)
-            p = as_operand_a(acc_S)
-
-            def rounded(step, p=p):
-                piece = cute.make_rmem_tensor_like(p[None, None, step], block.sV.element_type)
-                piece.store(p[None, None, step].load().to(block.sV.element_type))
-                return piece
-
-            product(block.mma_O, acc_O, self.keys_of_group // MMA_K, rounded, partial(block.v_operand.load, slot=(here,)))
+            self._add(block, acc_S, acc_O, here)
             slot = (slot + 1) % config.stages
 
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # what is merged lies over K and V, and the next Q over this one
         self._share(block, rows, softmax)
         cute.arch.sync_threads()
-        self._finish(block, outputs, values, keys, workspace, sequence, part)
+        self._finish(block, outputs, values, keys, workspace, where)
         cute.arch.sync_threads()
 
     @cute.jit
@@ -310,6 +312,55 @@ class Forward:
         """A group: its keys of a tile whose values aren't finite."""
         poison_keys(block.sK[None, None, slot], block.sV[None, None, slot], (block.thread, self.group_threads))
         self._sync_group(block)
+
+    # ---- products ----------------------------------------------------------------------------------------------------
+
+    def _operands(self, shared: tuple, mmas: tuple, thread):
+        """What products take of (Q, K, V) in shared memory; V's rows are what P·V sums over."""
+        config, lay = self.config, self.lay
+        (sQ, sK, sV), (S, O) = shared, mmas  # noqa: E741
+
+        def operand(name, shape, s):
+            fragment = cute.make_rmem_tensor(shape, s.element_type)
+            return LdmatrixOperand.of(lay.load_operand(name, config), s, fragment, thread)
+
+        return LoadedOperands(
+            operand("Q", S.partition_shape_A((config.tile_m, MMA_K)), sQ),
+            operand("K", S.partition_shape_B((self.keys_of_group, MMA_K)), sK),
+            operand("V", O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV)),
+        )
+
+    def _rows_of_q(self, block: CacheBlock) -> cute.Tensor:
+        return block.sQ
+
+    def _publish(self):
+        """What this thread has written to shared memory is for the products; they read as threads do."""
+
+    def _queries(self, block: CacheBlock):
+        """What gives Q's registers of a step: all of them are held, or each is loaded again for every tile."""
+        if not self.holds_q:
+            return block.operands.q.load
+        held = []
+        for step in range(self.config.tile_d // MMA_K):
+            held.append(cute.make_rmem_tensor_like(block.operands.q.fragment))
+            held[step].store(block.operands.q.load(step).load())
+        return held.__getitem__
+
+    def _scores(self, block: CacheBlock, of_q, slot) -> cute.Tensor:
+        """Q·Kᵀ with the keys of a slot."""
+        acc = cute.make_rmem_tensor(block.mma_S.partition_shape_C((self.config.tile_m, self.keys_of_group)), Float32)
+        acc.fill(0.0)
+        product(block.mma_S, acc, self.config.tile_d // MMA_K, of_q, partial(block.operands.k.load, slot=(slot,)))
+        return acc
+
+    def _add(self, block: CacheBlock, acc_S: cute.Tensor, acc_O: cute.Tensor, slot):
+        """P·V with the values of a slot."""
+        p, dtype = as_operand_a(acc_S), block.sV.element_type
+
+        def rounded(step):  # just in time
+            return converted(p[None, None, step], dtype)
+
+        product(block.mma_O, acc_O, self.keys_of_group // MMA_K, rounded, partial(block.operands.v.load, slot=(slot,)))
 
     # ---- the end of a part -------------------------------------------------------------------------------------------
 
@@ -339,12 +390,13 @@ class Forward:
         values: Values,
         keys: CachedKeys,
         workspace: Workspace,
-        sequence: Sequence,
-        part: WalkPart,
+        where: cutlass.Constexpr[tuple],
     ):
         """What the groups found, merged: to the outputs if it is all of the walk, else to the workspace; and if all other parts
         are there, these, merged."""
         config, exponent = self.config, values.exponent(self.problem)
+        sequence, part, stretches = where
+        places = places_of(keys, sequence, part, stretches)
         pieces = self.problem.head_dim_v // PIECE
         exist = cutlass.min(sequence.queries * keys.packed - part.row_tile * config.tile_m, config.tile_m)
         thread = cute.arch.thread_idx()[0]
@@ -354,35 +406,33 @@ class Forward:
             for group in cutlass.range_constexpr(config.key_warps):
                 more = _row(block.merged_o, block.merged_rows, (group, row), piece)
                 row_max, row_sum = _merge(o, row_max, row_sum, more, exponent)
-            if part.parts == 1:
+            if places.parts == 1:
                 self._store(outputs, values, keys, sequence, part, (row, piece), (row_max, row_sum, o))
             else:
-                place = part.place(part.number)
+                place = places.of(places.number)
                 _piece(workspace.o, (place, row), piece).store(o.load())
                 if piece == 0:
                     workspace.of_rows[place, row, 0] = row_max
                     workspace.of_rows[place, row, 1] = row_sum
-        if part.parts > 1:
-            cute.arch.fence_acq_rel_gpu()
-            cute.arch.sync_threads()
+        if places.parts > 1:
+            cute.arch.sync_threads()  # what all have written is there for whoever sees that this one has arrived
             if thread == 0:
-                counter = workspace.counters.iterator + part.counter
+                counter = workspace.counters.iterator + places.counter
                 arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
-                if arrived == part.parts - 1:
-                    workspace.counters[part.counter] = Int32(0)
+                if arrived == places.parts - 1:
+                    workspace.counters[places.counter] = Int32(0)
                 block.word[0] = arrived
             cute.arch.sync_threads()
-            if block.word[0] == part.parts - 1:
-                cute.arch.fence_acq_rel_gpu()
+            if block.word[0] == places.parts - 1:
                 for n in cutlass.range(thread, exist * pieces, config.threads, unroll=1):
                     row, piece = n // pieces, n % pieces
                     row_max, row_sum, o = _nothing()
-                    for first in cutlass.range(0, part.parts, AT_ONCE, unroll=1):
+                    for first in cutlass.range(0, places.parts, AT_ONCE, unroll=1):
                         many = []
                         for j in cutlass.range_constexpr(AT_ONCE):  # past the last one that one again, without weight
-                            i = cutlass.min(first + j, part.parts - 1)
-                            more = _row(workspace.o, workspace.of_rows, (part.place(i), row), piece)
-                            many.append((*more, first + j < part.parts))
+                            i = cutlass.min(first + j, places.parts - 1)
+                            more = _row(workspace.o, workspace.of_rows, (places.of(i), row), piece)
+                            many.append((*more, first + j < places.parts))
                         for found_max, found_sum, found_o, counts in many:
                             found_max = found_max if counts else -Float32.inf
                             row_max, row_sum = _merge(o, row_max, row_sum, (found_max, found_sum, found_o), exponent)
@@ -393,7 +443,8 @@ class Forward:
         """Some columns of a row of O, and its log-sum-exp, of all keys."""
         (row, piece), (row_max, row_sum, o) = where, found
         r = part.row_tile * self.config.tile_m + row
-        query, head = r // keys.packed, part.head_kv * keys.packed + r % keys.packed
+        query, head = divided(r, keys.packed)
+        head += part.head_kv * keys.packed
         sink = None if outputs.sinks is None else outputs.sinks[head]
         normalize, lse = finished(row_max, row_sum, values.exponent(self.problem), sink)
         into = _piece(outputs.o[sequence.element, sequence.first + query, head, None], (), piece)

@@ -54,7 +54,7 @@ def test_a_chunk_of_a_prompt(where, mechanism):
 @pytest.mark.parametrize("rows", [1, 5, 16])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_rules(dtype, rows, rules):
-    one = case(LENGTHS, rows, (4, 1), dtype=dtype, kind="peaky")
+    one = case(LENGTHS, rows, (64, 16), dtype=dtype, kind="peaky")  # few elements may have no error by luck
     one.check(one.attend(one.paged(16), **rules), False, **rules)
 
 
@@ -200,8 +200,8 @@ def test_the_same_bits_a_thousand_times(invariant):
     for _ in range(1000):
         differ += (attention_kvcache(q, **places, batch_invariant=invariant) != expected).any()
     assert differ.item() == 0
-    for _, _, counters in serve._workspaces.values():
-        assert not counters.count_nonzero()
+    for (_, _, floats, _), workspace in serve._workspaces.items():
+        assert not workspace[floats:].view(torch.int32).count_nonzero()
 
 
 def test_graph_with_other_lengths_and_pages():

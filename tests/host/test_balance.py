@@ -21,8 +21,9 @@ from cute_attn.stored import UNIT_TILES, UNITS_MAX
 
 # Copies of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.balance").origin)
-CachedKeys, Stretches, WalkPart = module["CachedKeys"], module["Stretches"], module["WalkPart"]
-part_of, place_of, block_of = module["part_of_stretch"].__wrapped__, WalkPart.place.__wrapped__, Stretches.block_of.__wrapped__
+CachedKeys, Stretches, Places = module["CachedKeys"], module["Stretches"], module["Places"]
+part_of, place_of, block_of = module["part_of_stretch"].__wrapped__, Places.of.__wrapped__, Stretches.block_of.__wrapped__
+places_of = module["places_of"]
 sequence_of, row_of, find = CachedKeys.sequence.__wrapped__, CachedKeys.of_row.__wrapped__, CachedKeys.find.__wrapped__
 CONFIG = SimpleNamespace(tile_n=64, tile_m=16)
 lanes = np.arange(32)
@@ -34,6 +35,7 @@ def plain_numbers():
         patch.setattr(cutlass, "min", np.minimum)
         patch.setattr(cutlass, "max", np.maximum)
         patch.setattr(cutlass, "const_expr", lambda x: x)
+        patch.setattr(cutlass, "Uint32", int)
         for function in (part_of, sequence_of):
             patch.setitem(function.__globals__, "Int32", int)
         patch.setattr(Stretches, "block_of", block_of)
@@ -56,20 +58,21 @@ def cached(lengths, seqlen_q=1, heads_kv=2, packed=4, invariant=False, bounds=No
 
 
 def computed(keys, blocks):
-    """Of each walk (sequence, key head, row tile) the parts that blocks compute, as (block, part); tiles of each block."""
+    """Of each walk (sequence, key head, row tile) the parts that blocks compute, as (part, places); tiles of each block."""
     sequences = [keys.sequence(i) for i in range(int(keys.all_sequences))]
     begins = np.cumsum([0, *(s.tiles * keys.walks(s) for s in sequences)])
-    stretches = Stretches.of(begins[-1], blocks)
+    stretches = Stretches.of(int(begins[-1]), blocks)
     walks, taken = defaultdict(list), []
     for block in range(blocks):
         at, end, count = stretches.begin(block), stretches.begin(block + 1), 0
         while at < end:
             i = int(np.searchsorted(begins, at, side="right")) - 1
-            part, passed = part_of(keys, sequences[i], begins[i], at, end, stretches)
+            part, passed = part_of(keys, sequences[i], int(begins[i]), at, end)
             assert passed > 0
             at += passed
             if part.begin < part.end:
-                walks[i, int(part.head_kv), int(part.row_tile)].append((block, part))
+                places = places_of(keys, sequences[i], part, stretches)
+                walks[i, int(part.head_kv), int(part.row_tile)].append((part, places))
                 count += part.end - part.begin
         taken.append(count)
     for i, sequence in enumerate(sequences):
@@ -86,15 +89,15 @@ def test_every_tile_once_and_every_part_has_a_place_of_its_own(lengths, blocks, 
         sequences, walks, _ = computed(cached(lengths, seqlen_q, invariant=invariant), blocks)
         places, counters = set(), set()
         for (i, _, _), parts in walks.items():
-            ends = [0, *(int(part.end) for _, part in parts)]
-            assert [int(part.begin) for _, part in parts] == ends[:-1]
+            ends = [0, *(int(part.end) for part, _ in parts)]
+            assert [int(part.begin) for part, _ in parts] == ends[:-1]
             assert ends[-1] == sequences[i].tiles
-            assert {int(part.parts) for _, part in parts} == {len(parts)}
-            assert [int(part.number) for _, part in parts] == list(range(len(parts)))
+            assert {int(at.parts) for _, at in parts} == {len(parts)}
+            assert [int(at.number) for _, at in parts] == list(range(len(parts)))
             if len(parts) > 1:
-                assert len({int(part.counter) for _, part in parts}) == 1
+                assert len({int(at.counter) for _, at in parts}) == 1
                 mine = {int(place_of(parts[0][1], n)) for n in range(len(parts))}
-                assert mine == {int(place_of(part, part.number)) for _, part in parts}
+                assert mine == {int(place_of(at, at.number)) for _, at in parts}
                 assert len(mine) == len(parts)
                 assert not mine & places
                 assert int(parts[0][1].counter) not in counters
@@ -118,7 +121,7 @@ def test_units_depend_on_their_sequence_alone(lengths, blocks, others, more):
     with plain_numbers():
         _, alone, _ = computed(cached(lengths[:1], invariant=True), blocks)
         _, among, _ = computed(cached([*lengths, more], invariant=True), others)
-    ends = [[[int(part.end) for _, part in walks[0, head, 0]] for head in range(2)] for walks in (alone, among)]
+    ends = [[[int(part.end) for part, _ in walks[0, head, 0]] for head in range(2)] for walks in (alone, among)]
     assert ends[0] == ends[1]
     most = min(UNITS_MAX, math.ceil(max(lengths[0], 1) / (64 * UNIT_TILES)))
     assert all(len(walk) <= most for walk in ends[0])
@@ -162,7 +165,7 @@ def test_a_warp_finds_a_tile(tiles, tile):
     held = np.array([*tiles, *[0] * 64])
     with plain_numbers(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(CachedKeys, "_tiles", lambda self, i: held[np.minimum(i, len(held) - 1)])
-        i, before = find(cached([0] * len(tiles)), tile)
+        i, before = find(cached([0] * len(tiles)), tile, held[lanes])
     owners = np.repeat(np.arange(len(tiles)), tiles)
     if tile < len(owners):
         assert (i, before) == (owners[tile], sum(tiles[: owners[tile]]))
