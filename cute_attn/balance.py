@@ -267,6 +267,23 @@ def part_of_stretch(keys: CachedKeys, sequence: Sequence, before, at, end):
     return WalkPart(head_kv, row_tile, begin + skipped, begin + skipped + count, at + skipped), skipped + count
 
 
+@cute.jit
+def next_part(keys: CachedKeys, i, before, at, end):
+    """``(sequence, tiles before it, tile)`` of the first part of a block's tiles ``at`` up to ``end``; the tile is ``end`` or
+    more if there is none."""
+    found = Boolean(False)
+    while (found == False) & (at < end):  # noqa: E712
+        sequence = keys.sequence(i)
+        tiles = sequence.tiles * keys.walks(sequence)
+        if at >= before + tiles:
+            i, before = i + 1, before + tiles
+        else:
+            part, passed = part_of_stretch(keys, sequence, before, at, end)
+            found = part.begin < part.end
+            at = part.at if found else at + passed
+    return i, before, at
+
+
 def unit_of(sequence: Sequence):
     """Tiles of a unit of a sequence's walks."""
     return cutlass.max((sequence.tiles + UNITS_MAX - 1) // UNITS_MAX, UNIT_TILES)
