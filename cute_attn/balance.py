@@ -234,7 +234,7 @@ class WalkPart:
 
 
 @dataclass(frozen=True)
-class Places:
+class PartPlaces:
     """The parts of a walk: how many there are, the ``number`` of this one, and where partial results lie: of part i in place
     ``first`` (i = 0) or ``others + i · step``. ``counter`` is the walk's."""
 
@@ -289,7 +289,7 @@ def unit_of(sequence: Sequence):
     return cutlass.max((sequence.tiles + UNITS_MAX - 1) // UNITS_MAX, UNIT_TILES)
 
 
-def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: Stretches) -> Places:
+def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: Stretches) -> PartPlaces:
     """Where the partial results of a part's walk lie."""
     if keys.problem.invariant:
         unit = unit_of(sequence)
@@ -297,7 +297,7 @@ def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: S
         walk = divided(rows * keys.packed, keys.config.tile_m)[0] + sequence.number + part.row_tile
         walk = walk * keys.heads_kv + part.head_kv
         place, parts = walk * keys.units, divided(sequence.tiles + unit - 1, unit)[0]
-        return Places(parts, divided(part.begin, unit)[0], place, place, Int32(1), walk)
+        return PartPlaces(parts, divided(part.begin, unit)[0], place, place, Int32(1), walk)
     begin = part.at - part.begin
     first, last, mine = (stretches.block_of(tile) for tile in (begin, begin + sequence.tiles - 1, part.at))
-    return Places(last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first)
+    return PartPlaces(last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first)

@@ -19,8 +19,8 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
-from cute_attn.balance import CachedKeys, Places, Sequence, Stretches, WalkPart, divided, next_part, part_of_stretch, places_of
-from cute_attn.epilogue import converted
+from cute_attn.balance import CachedKeys, PartPlaces, Sequence, Stretches, WalkPart, divided, next_part, part_of_stretch,
+places_of from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
 from cute_attn.mainloop.common import DeviceOps, Values
@@ -453,7 +453,7 @@ class Forward:
                 self._merge_parts(serving, seen, places, exist)
 
     @cute.jit
-    def _merge_parts(self, serving: Serving, seen: SeenTiles, places: Places, exist):
+    def _merge_parts(self, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
         """All threads: all parts of a walk, in the order of their keys, to the outputs."""
         workspace, exponent = serving.workspace, seen.values.exponent(self.problem)
         pieces = self.problem.head_dim_v // PIECE
