@@ -19,8 +19,17 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
-from cute_attn.balance import CachedKeys, PartPlaces, Sequence, Stretches, WalkPart, divided, next_part, part_of_stretch,
-places_of from cute_attn.epilogue import converted
+from cute_attn.balance import (
+    CachedKeys,
+    PartPlaces,
+    Sequence,
+    Stretches,
+    WalkPart,
+    divided,
+    next_part,
+    part_of_stretch,
+    places_of,
+)
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
 from cute_attn.mainloop.common import DeviceOps, Values
