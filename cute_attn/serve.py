@@ -36,12 +36,12 @@ class Step:
     before it launches anything.
     """
 
-    __slots__ = ("append", "columns", "device", "function", "lse_shape", "numbers", "size", "workspaces")
+    __slots__ = ("append", "device", "function", "lse_shape", "numbers", "out_shape", "size", "workspaces")
 
     def __init__(self, call: Call, return_lse: bool, q):
         stored = call.stored
         assert stored is not None
-        self.device, self.columns = q.get_device(), call.head_dim_v
+        self.device, self.out_shape = q.get_device(), (*q.shape[:-1], call.head_dim_v)
         packed = stored.cu_seqlens_q is not None
         right, group = call.right, call.heads // call.heads_kv
         if right is not None and right >= call.seqlen_q - 1 and not packed:
@@ -75,8 +75,7 @@ class Step:
         elsewhere = current_device() != self.device
         if self.append is not None and new is not None:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
-        *rows, _ = q.shape
-        out = q.new_empty((*rows, self.columns))
+        out = q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
         workspace = self.workspaces.get(stream)
         if workspace is None or torch.cuda.is_current_stream_capturing():
