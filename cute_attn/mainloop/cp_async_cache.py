@@ -276,7 +276,7 @@ class Forward:
         """Start a part's first copies: those of its queries, and all stages but the last."""
         seen = self._seen(serving, i, before, at, end)
         self._copy_q(block, serving, seen)
-        for stage in cutlass.range_constexpr(self.config.stages - 1):
+        for stage in cutlass.range(self.config.stages - 1, unroll=1):  # code that has come once comes sooner again
             self._copy(block, serving.keys, seen, seen.begin + stage, stage)
 
     @cute.jit
