@@ -25,7 +25,24 @@ from cute_attn.stored import UNIT_TILES, UNITS_MAX, Stored
 
 MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
 GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
-_workspaces: dict[tuple, torch.Tensor] = {}
+
+
+class StreamWorkspace:
+    """Memory on a tensor's device and the current stream: counters, zeros as every call leaves them, then room for partial
+    results."""
+
+    __slots__ = ("counters", "floats", "words")
+
+    def __init__(self, q: torch.Tensor, counters: int, floats: int):
+        self.counters, self.floats = -(-counters // 4) * 4, floats
+        self.words = q.new_empty(self.counters + floats, dtype=torch.float32)
+        self.words[: self.counters].zero_()
+
+    def holds(self, size: tuple[int, int]) -> bool:
+        return size[0] <= self.counters and size[1] <= self.floats
+
+
+_workspaces: dict[tuple[int, int], StreamWorkspace] = {}
 
 
 class Step:
@@ -36,7 +53,7 @@ class Step:
     before it launches anything.
     """
 
-    __slots__ = ("append", "device", "function", "lse_shape", "numbers", "out_shape", "size", "workspaces")
+    __slots__ = ("append", "device", "function", "lse_shape", "numbers", "out_shape", "size")
 
     def __init__(self, call: Call, return_lse: bool, q):
         stored = call.stored
@@ -59,8 +76,7 @@ class Step:
         if stored.batch_invariant:
             units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
-        self.size = places * rows_kept * (call.head_dim_v + OF_ROW), counters
-        self.workspaces: dict[int, torch.Tensor] = {}
+        self.size = counters, places * rows_kept * (call.head_dim_v + OF_ROW)
         self.lse_shape = None
         if return_lse:
             self.lse_shape = (call.heads, call.seqlen_q) if packed else (call.batch, call.heads, call.seqlen_q)
@@ -77,12 +93,13 @@ class Step:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
         out = q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
-        workspace = self.workspaces.get(stream)
-        if workspace is None or torch.cuda.is_current_stream_capturing():
+        workspace = _workspaces.get((self.device, stream))
+        if workspace is None or not workspace.holds(self.size) or torch.cuda.is_current_stream_capturing():
             workspace = self._workspace(q, stream)
         if sinks is not None:
             sinks = sinks.detach().float().contiguous()
-        arguments = q, k_cache, v_cache, out, lse, workspace, sinks, captured, *where, *self.numbers, stream
+        room = workspace.words, workspace.counters
+        arguments = q, k_cache, v_cache, out, lse, *room, sinks, captured, *where, *self.numbers, stream
         if elsewhere:
             with torch.cuda.device(self.device):
                 self.function(*arguments)
@@ -90,16 +107,15 @@ class Step:
             self.function(*arguments)
         return out, lse
 
-    def _workspace(self, q, stream: int) -> torch.Tensor:
-        """Room for partial results, and behind it counters, zeros as every call leaves them."""
-        key, capturing = (self.device, stream, *self.size), torch.cuda.is_current_stream_capturing()
-        found = None if capturing else _workspaces.get(key)
-        if found is None:
-            floats, counters = self.size
-            found = q.new_empty(floats + counters, dtype=torch.float32)
-            found[floats:].zero_()
-        if not capturing:
-            self.workspaces[stream] = _workspaces[key] = found
+    def _workspace(self, q, stream: int) -> StreamWorkspace:
+        """One that is large enough: the stream's, as soon as nothing that is being captured is to have it for itself."""
+        counters, floats = self.size
+        if torch.cuda.is_current_stream_capturing():
+            return StreamWorkspace(q, counters, floats)
+        old = _workspaces.get((self.device, stream))
+        if old is not None:
+            counters, floats = max(counters, old.counters), max(floats, old.floats)
+        found = _workspaces[self.device, stream] = StreamWorkspace(q, counters, floats)
         return found
 
 

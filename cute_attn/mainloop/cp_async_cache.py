@@ -54,14 +54,15 @@ class Workspace:
     counters: cute.Tensor
 
     @staticmethod
-    def of(m: cute.Tensor, places: Int32, rows: Int32, columns: int) -> Workspace:
-        """The three in one piece of memory, the counters last."""
+    def of(m: cute.Tensor, counters: Int32, places: Int32, rows: Int32, columns: int) -> Workspace:
+        """The three in one piece of memory, ``counters`` words first, a multiple of 4."""
         per_place = cutlass.Int64(rows) * columns
-        o = cute.make_tensor(m.iterator, cute.make_layout((places, rows, columns), stride=(per_place, columns, 1)))
-        after = m.iterator + places * per_place
-        of_rows = cute.make_tensor(after, cute.make_layout((places, rows, 2), stride=(rows * 2, 2, 1)))
-        after = cute.recast_ptr(after + places * rows * 2, dtype=Int32)
-        return Workspace(o, of_rows, cute.make_tensor(after, cute.make_layout(m.shape[0])))
+        after = m.iterator + cute.assume(counters, 4)
+        o = cute.make_tensor(after, cute.make_layout((places, rows, columns), stride=(per_place, columns, 1)))
+        of_rows = cute.make_layout((places, rows, 2), stride=(rows * 2, 2, 1))
+        of_rows = cute.make_tensor(after + places * per_place, of_rows)
+        words = cute.make_tensor(cute.recast_ptr(m.iterator, dtype=Int32), cute.make_layout(counters))
+        return Workspace(o, of_rows, words)
 
 
 @dataclass(frozen=True)
