@@ -93,6 +93,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--rounds", type=command.positive, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--config", nargs="+", default=[], metavar="ROWS:FIELD=N,…",
                         help="other fields of the configs of tiles of so many rows, such as 64:stages=2")  # fmt: skip
+    parser.add_argument("--tiles", type=int, choices=serve.ROWS, metavar="ROWS", help="take tiles of so many rows always")
     parser.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here")
 
 
@@ -101,6 +102,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if not torch.cuda.is_available():
         raise ValueError("there is no CUDA GPU, on which serving is timed: try a machine that has one")
     _configure(options.config)
+    if options.tiles:
+        serve.ROWS = (options.tiles,)
     rows = [row for row in ROWS if not options.row or any(word in row.name for word in options.row)]
     rows += [row for row in ROWS if row not in rows and row.name in {other.base for other in rows}]
     found, rates = {}, []

@@ -29,7 +29,8 @@ def host_function(problem, config):
         numbers = given.scale_log2, given.scale_by_cap
         values = Values(nowhere, nowhere, nowhere, nowhere, *numbers, captured_of(problem, given))
         outputs = mainloop.Outputs(out, lse, given.sinks)
-        workspace = mainloop.Workspace.of(given.workspace, given.places, given.rows_kept, problem.head_dim_v)
+        sizes = given.counters, given.places, given.rows_kept, problem.head_dim_v
+        workspace = mainloop.Workspace.of(given.workspace, *sizes)
         kernel.launch(q, given.k_cache, given.v_cache, outputs, values, keys, workspace, given.blocks, given.stream)
 
     return attend

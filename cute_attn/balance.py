@@ -234,7 +234,7 @@ class WalkPart:
 
 
 @dataclass(frozen=True)
-class Places:
+class PartPlaces:
     """The parts of a walk: how many there are, the ``number`` of this one, and where partial results lie: of part i in place
     ``first`` (i = 0) or ``others + i · step``. ``counter`` is the walk's."""
 
@@ -267,12 +267,29 @@ def part_of_stretch(keys: CachedKeys, sequence: Sequence, before, at, end):
     return WalkPart(head_kv, row_tile, begin + skipped, begin + skipped + count, at + skipped), skipped + count
 
 
+@cute.jit
+def next_part(keys: CachedKeys, i, before, at, end):
+    """``(sequence, tiles before it, tile)`` of the first part of a block's tiles ``at`` up to ``end``; the tile is ``end`` or
+    more if there is none."""
+    found = Boolean(False)
+    while (found == False) & (at < end):  # noqa: E712
+        sequence = keys.sequence(i)
+        tiles = sequence.tiles * keys.walks(sequence)
+        if at >= before + tiles:
+            i, before = i + 1, before + tiles
+        else:
+            part, passed = part_of_stretch(keys, sequence, before, at, end)
+            found = part.begin < part.end
+            at = part.at if found else at + passed
+    return i, before, at
+
+
 def unit_of(sequence: Sequence):
     """Tiles of a unit of a sequence's walks."""
     return cutlass.max((sequence.tiles + UNITS_MAX - 1) // UNITS_MAX, UNIT_TILES)
 
 
-def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: Stretches) -> Places:
+def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: Stretches) -> PartPlaces:
     """Where the partial results of a part's walk lie."""
     if keys.problem.invariant:
         unit = unit_of(sequence)
@@ -280,7 +297,7 @@ def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: S
         walk = divided(rows * keys.packed, keys.config.tile_m)[0] + sequence.number + part.row_tile
         walk = walk * keys.heads_kv + part.head_kv
         place, parts = walk * keys.units, divided(sequence.tiles + unit - 1, unit)[0]
-        return Places(parts, divided(part.begin, unit)[0], place, place, Int32(1), walk)
+        return PartPlaces(parts, divided(part.begin, unit)[0], place, place, Int32(1), walk)
     begin = part.at - part.begin
     first, last, mine = (stretches.block_of(tile) for tile in (begin, begin + sequence.tiles - 1, part.at))
-    return Places(last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first)
+    return PartPlaces(last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first)

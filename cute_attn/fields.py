@@ -98,6 +98,7 @@ ATTEND = (
     Field("out", "operand"),
     Field("lse", "row values", lambda problem, config: problem.return_lse),
     Field("workspace", "workspace"),
+    Field("counters", "int32"),
     Field("sinks", "floats", lambda problem, config: problem.sinks),
     Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
     *_STORED,

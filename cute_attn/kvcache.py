@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.compiler import is_compiling
 
-from cute_attn import api, autocast, ops, reference, serve
+from cute_attn import api, autocast, reference, serve
 from cute_attn.arguments import flag
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, transforms_active
@@ -16,6 +15,7 @@ from cute_attn.problem import check_call_of_cache
 from cute_attn.stored import check_new, check_rotary
 
 STEPS_MAX = 1024
+_NONE = (None,) * 10
 _steps: dict[tuple | None, serve.Step] = {}
 
 
@@ -99,43 +99,41 @@ def attention_kvcache(
 
     Raises:
         As :func:`~cute_attn.attention` does; ``NotImplementedError`` for inputs that require gradients while these are
-        recorded, and for new keys inside of torch.compile.
+        recorded, and inside of torch.compile.
 
     Algorithm: FlashAttention with split keys (Dao et al., "Flash-Decoding", 2023), in the order of "stream-K" (Osama et al.,
     arXiv:2301.03598).
     """
     if any_autocast_enabled():
         q, k_new, v_new = autocast.cast(q), autocast.cast(k_new), autocast.cast(v_new)
-    in_graph = is_compiling() or dispatch_modes()
-    if transforms_active() or (in_graph and k_new is not None):
+    if is_compiling() or dispatch_modes() or transforms_active():
         raise NotImplementedError(
-            "attention_kvcache is called inside of a transform of torch.func, or with k_new inside of torch.compile, "
-            "torch.export or a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
+            "attention_kvcache is called inside of torch.compile, torch.export, a transform of torch.func or a mode that sees "
+            "every operator; a plain call is needed: try torch.compiler.disable around it"
         )
-    inputs = q, k_cache, v_cache, k_new, v_new, sinks
-    key = None
-    if not in_graph and mask is score is alibi_slopes is None and type(tensors) is tuple and not tensors:
-        cos, sin = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, None)
-        where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new
-        new = k_new, v_new, cos, sin, rotary_begin
-        flags = causal, return_lse, batch_invariant, rotary_interleaved
-        try:
-            key = _key(q, k_cache, v_cache, where, new, sinks, (scale, window, softcap), flags, (backend, mechanism))
-            step = _steps.get(key)
-            if step is not None and not (torch.is_grad_enabled() and _require_gradients(inputs)):
-                out, lse = step(q, k_cache, v_cache, where, new, sinks, None)
-                return (out, lse) if return_lse else out
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            key = None  # whatever is wrong is said below
     packed = cu_seqlens_q is not None
     if cu_seqlens_k_new is not None and (k_new is None or not packed):
         raise ValueError(
             "cu_seqlens_k_new is given without k_new or without cu_seqlens_q; both are needed, of packed rows: leave it out, "
-            "or pass "
-            "cu_seqlens_q"
+            "or pass cu_seqlens_q"
         )
     if packed and k_new is not None and cu_seqlens_k_new is None:
         cu_seqlens_k_new = cu_seqlens_q
+    inputs = q, k_cache, v_cache, k_new, v_new, sinks
+    differentiable = torch.is_grad_enabled() and any(x is not None and getattr(x, "requires_grad", False) for x in inputs)
+    key = None
+    if mask is score is alibi_slopes is None and type(tensors) is tuple and not tensors and not differentiable:
+        cos, sin = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, None)
+        where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new
+        new = k_new, v_new, cos, sin, rotary_begin
+        rules = scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, backend, mechanism
+        try:  # whatever is wrong is said below
+            key = _key(q, k_cache, v_cache, where, new, sinks, rules)
+            if (step := _steps.get(key)) is not None:
+                out, lse = step(q, k_cache, v_cache, where, new, sinks, None)
+                return (out, lse) if return_lse else out
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            key = None
     of_sequences = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin
     call = check_call_of_cache(q, k_cache, v_cache, of_sequences, scale, causal, window, softcap)
     stored = call.stored
@@ -155,16 +153,12 @@ def attention_kvcache(
     if mechanism is not None and type(mechanism) is not str:
         mechanism = mechanism_name(mechanism)
     on_reference = api.computed_by_reference(backend, mechanism, q)
-    if torch.is_grad_enabled() and _require_gradients(inputs):
+    if differentiable:
         raise NotImplementedError(
             "q, the cache, new keys or sinks require a gradient, which attention to a cache has none of; a call that records "
             "none "
             "is needed: try torch.no_grad() around it, or attention()"
         )
-    if in_graph:
-        call.scale = None if scale is None else call.scale  # as in attention()
-        out, lse = ops.attention_kvcache(q, k_cache, v_cache, call, return_lse, backend, mechanism)
-        return (out, lse) if return_lse else out
     stored.check_values(k_cache.shape[0], call.seqlen_q)
     if on_reference:
         out, lse = reference.attention_kvcache(q, k_cache, v_cache, call)
@@ -177,10 +171,9 @@ def attention_kvcache(
     return (out, lse) if return_lse else out
 
 
-def _key(q, k_cache, v_cache, where: tuple, new: tuple, sinks, numbers: tuple, flags: tuple, names: tuple) -> tuple | None:
+def _key(q, k_cache, v_cache, where: tuple, new: tuple, sinks, rules: tuple) -> tuple | None:
     """What a call's step depends on; None where that can't be told at first sight."""
-    scale, window, softcap = numbers
-    causal, return_lse, batch_invariant, rotary_interleaved = flags
+    scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, _, _ = rules
     if (
         type(q) is type(k_cache) is type(v_cache) is torch.Tensor
         and type(causal) is type(return_lse) is type(batch_invariant) is type(rotary_interleaved) is bool
@@ -188,14 +181,9 @@ def _key(q, k_cache, v_cache, where: tuple, new: tuple, sinks, numbers: tuple, f
         and (window is None or type(window) is tuple)
         and (softcap is None or type(softcap) is float)
     ):
-        lengths, page_table, *others = where
-        rest: Any = None
-        if others != [None] * 4 or new[0] is not None or new[4] is not None or sinks is not None:
-            rest = tuple(x if x is None else x.shape for x in (*others, *new, sinks))
-        table = page_table if page_table is None else page_table.shape
-        return q.shape, q.dtype, q.device, k_cache.shape, v_cache.shape, lengths.shape, table, rest, numbers, flags, names
+        lengths, table, *others = where
+        more = (*others, *new, sinks)
+        shapes = None if more == _NONE else tuple(x if x is None else x.shape for x in more)
+        pages = table if table is None else table.shape
+        return q.shape, q.dtype, q.get_device(), k_cache.shape, v_cache.shape, lengths.shape, pages, shapes, rules
     return None
-
-
-def _require_gradients(inputs: tuple) -> bool:
-    return any(x is not None and x.requires_grad for x in inputs)

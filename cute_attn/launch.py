@@ -19,7 +19,7 @@ from cute_attn.compile import compiled
 from cute_attn.fields import has_sums
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
-from cute_attn.plan import plan, takes_tickets
+from cute_attn.plan import configs, head_blocks, plan, takes_tickets
 from cute_attn.private import current_device, raw_stream
 from cute_attn.problem import DTYPE_NAMES, Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
 
@@ -49,9 +49,11 @@ def device_target(device: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def prepared(problem: Problem, mechanism: str | None, device: int) -> tuple[Callable, int]:
+def prepared(problem: Problem, mechanism: str | None, device: int, head_blocks: int = 1) -> tuple[Callable, int]:
     """The compiled kernel of a problem on a device, and how many of its blocks the device holds at once."""
     config = plan(problem, device_target(device), mechanism)
+    if head_blocks != config.head_blocks:
+        config = replace(config, head_blocks=head_blocks)
     return compiled(problem, config), multiprocessors(device) * config.blocks_per_multiprocessor
 
 
@@ -62,6 +64,24 @@ def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, 
     if not has_sums(problem, config):
         return None
     return config.tile_m, len(family(config).pieces(config)), math.prod(family(config).piece_shape(config))
+
+
+@lru_cache(maxsize=4096)
+def _sharing(problem: Problem, mechanism: str | None, device: int) -> tuple[int, tuple[int, ...]]:
+    """``(rows of a key tile, how many blocks may share one)`` in the backward pass."""
+    found = configs(problem, device_target(device), mechanism)
+    return found[0].tile_n, tuple(config.head_blocks for config in found)
+
+
+def _head_blocks(problem: Problem, mechanism: str | None, device: int, call: Call) -> int:
+    """How many blocks share a key tile of the backward pass of ``call``."""
+    if call.heads == call.heads_kv:
+        return 1
+    tile, choices = _sharing(problem, mechanism, device)
+    tiles = -(-call.seqlen_k // tile) if call.lengths is None else call.lengths.slots(call.seqlen_k, tile)
+    unequal = problem.bounded_right and not problem.bounded_left
+    heads_per_kv = call.heads // call.heads_kv
+    return head_blocks(choices, tiles * call.heads_kv * call.batch, heads_per_kv, multiprocessors(device), unequal)
 
 
 @lru_cache(maxsize=4096)
@@ -141,7 +161,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     sums = sums_of(problem_of(q.dtype, call, of_lse, needs), mechanism, device)
     ordered = deterministic and sums is not None  # without sums there is no order to fix
     problem = problem_of(q.dtype, call, of_lse, needs, ordered)
-    function, blocks = prepared(problem, mechanism, device)
+    function, blocks = prepared(problem, mechanism, device, _head_blocks(problem, mechanism, device, call))
 
     rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
     if call.lengths is not None:  # cute_attn.sequences says where each begins

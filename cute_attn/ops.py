@@ -9,13 +9,10 @@ operator (selective checkpointing, counters of FLOPs, ``make_fx``), of fake and 
         -> (out, lse, kept)
     attention_backward(q, k, v, *lengths, out, kept, dout, dlse, scale, softcap, left, right, needs, deterministic, backend,
         mechanism) -> (dq, dk, dv)
-    attention_kvcache(q, k_cache, v_cache, *where, scale, softcap, left, right, return_lse, batch_invariant, backend, mechanism)
-        -> (out, lse)
 
 Arguments are those of :func:`cute_attn.attention`, except that ``left`` and ``right`` are the edges of the band, None where it
 is unbounded (``causal`` is ``right = 0``), and that ``lengths`` are four, ``lengths.NAMES``. All are None for a rectangle; with
 any of them q, k, v are ``(1, rows of all sequences, heads, head_dim)``, and without cu_seqlens each sequence has equally many.
-``where`` are those of ``stored.NAMES``, of a cache to which nothing is added; that operator has no gradients.
 ``lse`` counts with ``return_lse`` only and ``kept``, what the backward pass has of each row, with ``for_backward``; ``needs``,
 part of ``"qkv"``, names the gradients that count. What doesn't count has size 0. All results are contiguous, and memory of
 their own. The operators check their arguments themselves.
@@ -32,21 +29,18 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from cute_attn import autograd, launch, reference, serve, stored, wrapped
+from cute_attn import autograd, launch, reference, wrapped
 from cute_attn.arguments import check_memory
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.private import is_known
-from cute_attn.problem import Call, check_call, check_call_of_cache, check_for_kernels, strides_for_kernels
+from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_kernels
 
 _LIBRARY = torch.library.Library("cute_attn", "DEF")
 _TENSORS = ", ".join(["Tensor q, Tensor k, Tensor v", *(f"Tensor? {name}" for name in NAMES)])
 _ARGUMENTS = {
     "attention": "{tensors}, {rules}, bool return_lse, bool for_backward, {how}",
     "attention_backward": "{tensors}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {rules}, str needs, {how}",
-    "attention_kvcache": "Tensor q, Tensor k_cache, Tensor v_cache, {where}, {rules}, bool return_lse, bool batch_invariant, "
-    "str backend, str? mechanism",
 }
-_WHERE = ", ".join(["Tensor lengths", *(f"Tensor? {name}" for name in stored.NAMES[1:])])
 _RECTANGLE = (None,) * len(NAMES)
 _EDGES, _HOW = "SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
@@ -64,16 +58,6 @@ def attention(q, k, v, call: Call, return_lse: bool, deterministic: bool, backen
     lengths = _RECTANGLE if call.lengths is None else call.lengths.tensors
     out, lse, _ = _overload("attention", rules)(q, k, v, *lengths, *rules, return_lse, for_backward, *how)
     return out, lse
-
-
-def attention_kvcache(q, k_cache, v_cache, call: Call, return_lse: bool, backend: str, mechanism: str | None):
-    """``(out, lse)`` of a checked call by the operator: of a cache to which nothing is added."""
-    keys = call.stored
-    assert keys is not None
-    rules = *_as_operands(call.scale, call.softcap or None), call.left, call.right
-    where = (getattr(keys, name) for name in stored.NAMES)
-    how = return_lse, keys.batch_invariant, backend, mechanism
-    return _overload("attention_kvcache", rules)(q, k_cache, v_cache, *where, *rules, *how)
 
 
 def _overload(name: str, rules) -> Callable:
@@ -111,21 +95,6 @@ def _forward(q, k, v, *others):
     else:
         out, lse, kept = launch.forward(call, mechanism, return_lse, for_backward, q, k, v)
     return out, _or_nothing(lse if return_lse else None, out), _or_nothing(kept if for_backward else None, out)
-
-
-def _of_cache(q, k_cache, v_cache, *others):
-    where, rules, (return_lse, batch_invariant, backend, mechanism) = others[:-8], others[-8:-4], others[-4:]
-    scale, softcap, *window = (x.item() if isinstance(x, torch.Tensor) else x for x in rules)
-    call = check_call_of_cache(q, k_cache, v_cache, where, scale, False, window, softcap)
-    assert call.stored is not None
-    call.stored.batch_invariant = batch_invariant
-    call.stored.check_values(k_cache.shape[0], call.seqlen_q)
-    if on_reference(backend, q):
-        _check_memory(q=q, k_cache=k_cache, v_cache=v_cache)
-        out, lse = reference.attention_kvcache(q, k_cache, v_cache, call)
-    else:
-        out, lse, _ = serve.forward(call, mechanism, return_lse, q, k_cache, v_cache, in_graph=True)
-    return out, _or_nothing(lse if return_lse else None, out)
 
 
 def _backward(q, k, v, *others):
@@ -181,13 +150,6 @@ def _shapes(q, k, v, *others):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse, kept = (q.new_empty(*batch, heads, seqlen_q, dtype=dtype) for _ in range(2))
     return out, _or_nothing(lse if return_lse else None, out), _or_nothing(kept if for_backward else None, out)
-
-
-def _shapes_of_cache(q, k_cache, v_cache, *others):
-    *before, heads, _ = q.shape
-    out = q.new_empty(*before, heads, v_cache.shape[-1])
-    lse = q.new_empty(*before[:-1], heads, before[-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    return out, _or_nothing(lse if others[-4] else None, out)
 
 
 def _shapes_of_gradients(q, k, v, *others):
@@ -274,22 +236,17 @@ def _scores(q, k, lengths: tuple) -> int:
 # ---- registered ------------------------------------------------------------------------------------------------------
 
 
-def _define(name: str, overload: str, results: int, compute, shapes) -> str:
-    """Define an operator without gradients, whose results are so many tensors; its name."""
-    operator = name if overload == "default" else f"{name}.{overload}"
-    arguments = _ARGUMENTS[name].format(tensors=_TENSORS, where=_WHERE, rules=f"{_NUMBERS[overload]}, {_EDGES}", how=_HOW)
-    tags = {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides}
-    if overload == "Tensor":
-        tags.add(torch.Tag.cudagraph_unsafe)
-    _LIBRARY.define(f"{operator}({arguments}) -> ({', '.join(['Tensor'] * results)})", tags=tuple(tags))
-    _LIBRARY.impl(operator, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"cute_attn::{operator}", shapes, lib=_LIBRARY)
-    return f"cute_attn::{operator}"
-
-
 def _register(name: str, compute, shapes, flops, differentiate, keep=None) -> None:
-    for overload in _NUMBERS:
-        operator = _define(name, overload, 3, compute, shapes)
+    for overload, numbers in _NUMBERS.items():
+        operator = name if overload == "default" else f"{name}.{overload}"
+        arguments = _ARGUMENTS[name].format(tensors=_TENSORS, rules=f"{numbers}, {_EDGES}", how=_HOW)
+        tags = {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides}
+        if overload == "Tensor":
+            tags.add(torch.Tag.cudagraph_unsafe)
+        _LIBRARY.define(f"{operator}({arguments}) -> (Tensor, Tensor, Tensor)", tags=tuple(tags))
+        _LIBRARY.impl(operator, compute, "CompositeExplicitAutograd")
+        operator = f"cute_attn::{operator}"
+        torch.library.register_fake(operator, shapes, lib=_LIBRARY)
         torch.library.register_autograd(operator, differentiate, setup_context=keep, lib=_LIBRARY)
         torch.library.register_vmap(operator, _mapped(getattr(getattr(torch.ops.cute_attn, name), overload)), lib=_LIBRARY)
     register_flop_formula(getattr(torch.ops.cute_attn, name), get_raw=True)(flops)
@@ -297,5 +254,3 @@ def _register(name: str, compute, shapes, flops, differentiate, keep=None) -> No
 
 _register("attention", _forward, _shapes, _flops, _differentiate, _keep)
 _register("attention_backward", _backward, _shapes_of_gradients, _flops_of_gradients, autograd.refuse_double_backward)
-for _kind in _NUMBERS:
-    _define("attention_kvcache", _kind, 2, _of_cache, _shapes_of_cache)

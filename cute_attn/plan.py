@@ -38,6 +38,27 @@ def _planned(problem: Problem, target: str, mechanism: str | None) -> Config:
     return configs(problem, target, mechanism)[0]
 
 
+def head_blocks(choices: tuple[int, ...], tiles: int, heads_per_kv: int, at_once: int, unequal: bool) -> int:
+    """How many blocks are to share a key tile in the backward pass, each with a part of the query heads of its key head: of
+    ``choices``, in ascending order, that divide these the one with which the last of ``tiles`` ends first, on a GPU that
+    holds ``at_once`` blocks; fewer where more wouldn't gain a tenth.
+
+    The unit is the time of a tile, of the longest one where they are ``unequal``: these take half of it on average, and come
+    first. Shared by n blocks a tile takes an n-th.
+    """
+
+    def end(blocks: int) -> float:
+        if unequal:
+            return max(1 / blocks, tiles / (2 * at_once))
+        return -(-tiles * blocks // at_once) / blocks
+
+    best = 1
+    for blocks in choices:
+        if heads_per_kv % blocks == 0 and end(blocks) < 0.9 * end(best):
+            best = blocks
+    return best
+
+
 def takes_tickets(problem: Problem, config: Config) -> bool:
     """Whether the forward pass needs memory for tickets, which persistent blocks draw for tiles whose costs are unequal and
     known on the device only (``scheduler.py``)."""
@@ -161,7 +182,8 @@ def explain(problem: Problem, config: Config) -> str:
         f"pipeline    {config.stages} tiles of {'Q and of dO' if config.backward else 'K and of V'} in flight; "
         f"{config.mma_warps} warps compute"
         + (", 4 more copy" if config.threads > config.mma_threads else " and copy")
-        + (", taking turns on the tensor cores" if config.ping_pong else ""),
+        + (", taking turns on the tensor cores" if config.ping_pong else "")
+        + (f"; {config.head_blocks} blocks share a tile of keys" if config.head_blocks > 1 else ""),
         f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold accumulators",
         "shared      "
         + ", ".join(f"{name} {size / KIB:.1f}" for name, size in parts.items() if size >= KIB)

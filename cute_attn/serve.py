@@ -25,7 +25,24 @@ from cute_attn.stored import UNIT_TILES, UNITS_MAX, Stored
 
 MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
 GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
-_workspaces: dict[tuple, torch.Tensor] = {}
+
+
+class StreamWorkspace:
+    """Memory on a tensor's device and the current stream: counters, zeros as every call leaves them, then room for partial
+    results."""
+
+    __slots__ = ("counters", "floats", "words")
+
+    def __init__(self, q: torch.Tensor, counters: int, floats: int):
+        self.counters, self.floats = -(-counters // 4) * 4, floats
+        self.words = q.new_empty(self.counters + floats, dtype=torch.float32)
+        self.words[: self.counters].zero_()
+
+    def holds(self, size: tuple[int, int]) -> bool:
+        return size[0] <= self.counters and size[1] <= self.floats
+
+
+_workspaces: dict[tuple[int, int], StreamWorkspace] = {}
 
 
 class Step:
@@ -36,13 +53,12 @@ class Step:
     before it launches anything.
     """
 
-    __slots__ = ("append", "columns", "device", "function", "in_graph", "lse_shape", "numbers", "size", "workspaces")
+    __slots__ = ("append", "device", "function", "lse_shape", "numbers", "out_shape", "size")
 
-    def __init__(self, call: Call, return_lse: bool, q, in_graph: bool):
+    def __init__(self, call: Call, return_lse: bool, q):
         stored = call.stored
         assert stored is not None
-        self.in_graph = in_graph
-        self.device, self.columns = q.get_device(), call.head_dim_v
+        self.device, self.out_shape = q.get_device(), (*q.shape[:-1], call.head_dim_v)
         packed = stored.cu_seqlens_q is not None
         right, group = call.right, call.heads // call.heads_kv
         if right is not None and right >= call.seqlen_q - 1 and not packed:
@@ -60,8 +76,7 @@ class Step:
         if stored.batch_invariant:
             units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
-        self.size = places * rows_kept * (call.head_dim_v + OF_ROW), counters
-        self.workspaces: dict[int, torch.Tensor] = {}
+        self.size = counters, places * rows_kept * (call.head_dim_v + OF_ROW)
         self.lse_shape = None
         if return_lse:
             self.lse_shape = (call.heads, call.seqlen_q) if packed else (call.batch, call.heads, call.seqlen_q)
@@ -76,15 +91,15 @@ class Step:
         elsewhere = current_device() != self.device
         if self.append is not None and new is not None:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
-        *rows, _ = q.shape
-        out = q.new_empty((*rows, self.columns))
+        out = q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
-        workspace = self.workspaces.get(stream)
-        if workspace is None or torch.cuda.is_current_stream_capturing():
+        workspace = _workspaces.get((self.device, stream))
+        if workspace is None or not workspace.holds(self.size) or torch.cuda.is_current_stream_capturing():
             workspace = self._workspace(q, stream)
         if sinks is not None:
             sinks = sinks.detach().float().contiguous()
-        arguments = q, k_cache, v_cache, out, lse, workspace, sinks, captured, *where, *self.numbers, stream
+        room = workspace.words, workspace.counters
+        arguments = q, k_cache, v_cache, out, lse, *room, sinks, captured, *where, *self.numbers, stream
         if elsewhere:
             with torch.cuda.device(self.device):
                 self.function(*arguments)
@@ -92,24 +107,21 @@ class Step:
             self.function(*arguments)
         return out, lse
 
-    def _workspace(self, q, stream: int) -> torch.Tensor:
-        """Room for partial results, and behind it counters, zeros as every call leaves them."""
-        key = self.device, stream, *self.size
-        capturing = self.in_graph or torch.cuda.is_current_stream_capturing()
-        found = None if capturing else _workspaces.get(key)
-        if found is None:
-            floats, counters = self.size
-            found = q.new_empty(floats + counters, dtype=torch.float32)
-            found[floats:].zero_()
-        if not capturing:
-            self.workspaces[stream] = _workspaces[key] = found
+    def _workspace(self, q, stream: int) -> StreamWorkspace:
+        """One that is large enough: the stream's, as soon as nothing that is being captured is to have it for itself."""
+        counters, floats = self.size
+        if torch.cuda.is_current_stream_capturing():
+            return StreamWorkspace(q, counters, floats)
+        old = _workspaces.get((self.device, stream))
+        if old is not None:
+            counters, floats = max(counters, old.counters), max(floats, old.floats)
+        found = _workspaces[self.device, stream] = StreamWorkspace(q, counters, floats)
         return found
 
 
-def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache, in_graph: bool = False):
+def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):
     """``(out, lse, step)`` of a checked call, on the current stream; lse is None if not asked for, and ``step`` what computes
-    calls like this one, if one launch for attention is all that there is to them. ``in_graph``: by the operator, which keeps
-    no memory, since what it allocates may be a CUDA graph's."""
+    calls like this one, if one launch for attention is all that there is to them."""
     check_for_kernels(q.dtype, call)
     q = q if is_aligned(q) else check_strides("q", q)
     k_cache = k_cache if is_aligned(k_cache) else check_strides("k_cache", k_cache)
@@ -136,7 +148,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
         if nothing:
             return *_nothing_seen(call, return_lse, q, packed), None
         return *_many(call, mechanism, return_lse, q, k_cache, v_cache), None
-    step = Step(call, return_lse, q, in_graph)
+    step = Step(call, return_lse, q)
     captured = tuple(map(as_read, call.captured)) if call.captured else None
     return *step(q, k_cache, v_cache, where, new, call.sinks, captured), step
 

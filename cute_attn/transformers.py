@@ -31,7 +31,7 @@ from cute_attn.api import attention, attention_varlen
 from cute_attn.arguments import name_of
 from cute_attn.kvcache import attention_kvcache
 from cute_attn.lengths import NAMES
-from cute_attn.private import any_autocast_enabled, assert_on_device, transforms_active
+from cute_attn.private import any_autocast_enabled, assert_on_device, dispatch_modes, transforms_active
 
 IMPLEMENTATION = "cute_attn"
 FALLBACK = "sdpa"
@@ -123,11 +123,11 @@ def register(*, fallback: str | None = None) -> None:
 def _join_continuous_batching() -> None:
     """Have Transformers' continuous batching treat ``"cute_attn"`` as it treats FlashAttention: with lengths in the place of
     masks and, where each sequence gets one token, pages that attention reads and writes itself. It asks for the name alone, in
-    functions that can only be replaced; a release of Transformers where they are others refuses ``"cute_attn"`` in words."""
+    functions that can only be replaced; a release where they are others, as before 5.24, refuses ``"cute_attn"`` in words."""
     try:
         from transformers.generation.continuous_batching import cache, continuous_api, initialization
 
-        decided = initialization.ensure_decode_fast_path_is_available
+        decided, allocators = initialization.ensure_decode_fast_path_is_available, initialization.ATTN_TYPE_TO_ALLOCATOR
         modules: tuple[Any, ...] = cache, continuous_api, initialization
         asked = [(module, module.is_flash_attention_requested) for module in modules]
     except (AttributeError, ImportError):
@@ -139,7 +139,7 @@ def _join_continuous_batching() -> None:
     def ensure_decode_fast_path_is_available(config, cb_config, user_requested):
         kinds = initialization.group_layers_by_attn_type(config)
         ours = config._attn_implementation == IMPLEMENTATION
-        if not (ours and all(initialization.ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_table for kind in kinds)):
+        if not (ours and all(allocators[kind].supports_block_table for kind in kinds)):
             decided(config, cb_config, user_requested)
 
     initialization.ensure_decode_fast_path_is_available = ensure_decode_fast_path_is_available
@@ -534,9 +534,8 @@ def attend(
 
 
 def _read_as_stored(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> bool:
-    """Whether attention to a cache takes these, which is for torch's own tensors, without gradients, and in graphs without
-    sinks."""
-    if transforms_active() or any_autocast_enabled() or (sinks is not None and torch.compiler.is_compiling()):
+    """Whether attention to a cache takes these, which is for torch's own tensors, outside of graphs, and without gradients."""
+    if torch.compiler.is_compiling() or dispatch_modes() or transforms_active() or any_autocast_enabled():
         return False
     given = q, k, v, *(() if sinks is None else (sinks,))
     plain = q.dtype == k.dtype == v.dtype and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in given)

@@ -20,9 +20,9 @@ WARPS = 4
 ROWS = (16, 32, 64)  # of a tile: what problems may ask for
 WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O of 32 rows
 STAGES_MAX = 6
+FLOAT, THREADS_OF_ROW = 4, 4  # bytes; of a quad, each of which has a sum of its own columns
 RESERVED = KIB  # what CUDA takes of each block's shared memory
 OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
-PADDING = 8  # floats behind a row of O, so that the rows of an accumulator begin in different banks
 
 
 def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
@@ -68,23 +68,23 @@ def group(config: Config) -> Config:
 
 
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. What groups merge lies over K and V, and over what it takes beyond them."""
-    parts = {
+    """Bytes of shared memory by part. O of half of the groups, on its way to the other half, lies over the last stage of K and
+    V and what it takes beyond that, ``merged``; ``rows`` are maxima and sums that go with it."""
+    groups = config.key_warps // 2
+    stage = config.tile_n * (config.tile_d + config.tile_dv) * BYTES
+    return {
         "Q": config.tile_m * config.tile_d * BYTES,
         "K": config.stages * config.tile_n * config.tile_d * BYTES,
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
+        "merged": max(groups * config.tile_m * config.tile_dv * FLOAT - stage, 0),
+        "rows": max(groups * config.tile_m * THREADS_OF_ROW * OF_ROW * FLOAT, FLOAT),
+        "word": 16,
     }
-    return parts | {"merged": max(4 * merged_floats(config) - parts["K"] - parts["V"], 0), "word": 16}
 
 
 def smem_bytes(config: Config) -> int:
     """Shared memory of a block."""
     return sum(smem_parts(config).values())
-
-
-def merged_floats(config: Config) -> int:
-    """Floats of what groups merge: O of each, then a maximum and a sum of each row."""
-    return config.key_warps * config.tile_m * (config.tile_dv + PADDING + OF_ROW)
 
 
 def accumulator_registers(config: Config) -> int:
@@ -112,8 +112,16 @@ def tile(operand: str, config: Config) -> tuple[int, int]:
 
 
 def smem(operand: str, config: Config) -> Layout:
-    """An operand in shared memory: K and V ``(keys of a group, columns, stage of each group)``."""
-    return mma_sync.smem(operand, replace(group(config), stages=config.stages * config.key_warps))
+    """An operand in shared memory: K and V ``(keys of a group, columns, (group, stage))``; the V of a stage is behind its K."""
+    layout = mma_sync.smem(operand, group(config))
+    return in_ring(layout, config) if operand in "KV" else layout
+
+
+def in_ring(layout: Layout, config: Config) -> Layout:
+    """A slot's layout as that of all slots."""
+    (*shape, _), (*stride, of_group) = layout.shape, layout.stride  # type: ignore[misc]
+    stage = config.tile_n * (config.tile_d + config.tile_dv)
+    return replace(layout, shape=(*shape, (config.key_warps, config.stages)), stride=(*stride, (of_group, stage)))
 
 
 def smem_layout(operand: str, config: Config):

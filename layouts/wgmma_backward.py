@@ -10,6 +10,8 @@ What all families of such operands share, the swizzle first, is in ``tma``.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import base, wgmma_wide
 from .base import BYTES, Config, Layout, Mma, element
 from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Family, copy_in, copy_out, warpgroup_mma
@@ -23,6 +25,7 @@ READS = {"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q"), 
 TICKET_BYTES = 4  # this block's place in the order in which blocks have started
 PIECE = 64  # rows and columns of the dQ that a warpgroup computes
 ACCUMULATOR_BYTES = 4
+HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of its query heads; the plan chooses
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
 OVER = {"dK": "K", "dV": "V"}  # whose shared memory an operand takes
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
@@ -34,26 +37,28 @@ def tile_dim(head_dim: int) -> int:
 
 
 def configs(problem, table, wide, registers: tuple[int, int], target: str) -> tuple[Config, ...]:
-    """The configuration for ``problem`` from a GPU's table, the wider padded head dim -> fields of Config; for heads wider
-    than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread."""
+    """The configurations for ``problem`` from a GPU's table, the wider padded head dim -> fields of Config; for heads wider
+    than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread. They
+    differ in how many blocks share a key tile; where dQ is added in a fixed order none do, since a tile is a ticket there."""
+    head_blocks: tuple[int, ...] = (1,)
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):
         wider = tile_dim(wider)
         choice = {"tile_d": wider, "tile_dv": wider, "backward": "tma_wgmma_backward", **table[wider]}
         choice["mma_warps"] = choice["tile_n"] // ROWS_PER_WARPGROUP * 4
+        head_blocks = (1,) if problem.deterministic else HEAD_BLOCKS
     else:
         dims = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
         choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide}
-    return (
-        Config(
-            target=target,
-            mechanism="tma_wgmma",
-            dtype=problem.dtype,
-            mma_registers=registers[0],
-            copy_registers=registers[1],
-            **choice,
-        ),
+    base_config = Config(
+        target=target,
+        mechanism="tma_wgmma",
+        dtype=problem.dtype,
+        mma_registers=registers[0],
+        copy_registers=registers[1],
+        **choice,
     )
+    return tuple(replace(base_config, head_blocks=blocks) for blocks in head_blocks)
 
 
 def warpgroups(config: Config) -> int:
@@ -109,6 +114,11 @@ def misfit(config: Config) -> str:
     tile, that one's operands must have a slot of their own."""
     keys, warps, parts = config.tile_n, 4 * warpgroups(config), config.tile_m * config.tile_d / PIECE**2
     least = 2 if config.overlap_tiles else 1
+    parts_bytes, sums_bytes = smem_parts(config), keys * ACCUMULATOR_BYTES
+    room = {
+        "dK": parts_bytes["K"] + parts_bytes["V"] - sums_bytes * config.tile_d,
+        "dV": parts_bytes["Q"] + parts_bytes["dO"] - sums_bytes * config.tile_dv,
+    }
     return base.first_misfit(
         (keys % ROWS_PER_WARPGROUP > 0, f"{keys} keys a tile; a multiple of {ROWS_PER_WARPGROUP} is needed: try tile_n=128"),
         (config.mma_warps != warps, f"{config.mma_warps} warps for {keys} keys; {warps} are needed: try mma_warps={warps}"),
@@ -118,6 +128,11 @@ def misfit(config: Config) -> str:
             f"try tile_m={PIECE**2 * warpgroups(config) // config.tile_d}",
         ),
         (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
+        (
+            config.head_blocks > 1 and min(room.values()) < 0,
+            f"{config.head_blocks} blocks to a key tile, whose sums of dK and dV take {-min(room.values())} bytes more than "
+            f"K and V, or Q and dO, have: try head_blocks=1",
+        ),
     )
 
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 from itertools import product
 
 from . import mma_sync, mma_sync_cache, wgmma
-from .base import Config, Gpu, element
+from .base import Config, Gpu, cute_layout, element
 from .tma import ROWS_PER_WARPGROUP
 
 TILE_DIMS, tile_dim = wgmma.TILE_DIMS, wgmma.tile_dim
 VECTOR, SMEM_ALIGN = mma_sync.VECTOR, wgmma.SMEM_ALIGN
-OF_ROW, PADDING, ROWS = mma_sync_cache.OF_ROW, mma_sync_cache.PADDING, mma_sync_cache.ROWS
+OF_ROW, ROWS = mma_sync_cache.OF_ROW, mma_sync_cache.ROWS
 WARPS = 4
 
 
@@ -85,8 +85,9 @@ def tile(operand: str, config: Config) -> tuple[int, int]:
 
 
 def smem_layout(operand: str, config: Config):
-    """Where an operand lies, as the DSL's object: Q ``(64, columns, 1)``, K and V ``(keys, columns, stage)``."""
-    return wgmma.smem_layout(operand, config)
+    """Where an operand lies, as the DSL's object: Q ``(64, columns, 1)``, K and V ``(keys, columns, (1, stage))``."""
+    layout = wgmma.smem(operand, config)
+    return cute_layout(mma_sync_cache.in_ring(layout, config) if operand in "KV" else layout)
 
 
 def copies(config: Config):

@@ -3,7 +3,7 @@
 A block computes its stretch of all key tiles (``balance.py``), part of a walk after part of a walk. Its warps are groups, each
 of which copies keys of its own into a ring of its own and takes its rows' softmax of them by itself, so that nothing is waited
 for but memory; a part's end merges what the groups found. If that is all of a walk, it is the result. If not, it goes to the
-workspace, and the block that comes last merges all parts.
+workspace, and the block that comes last merges all parts. The next part's first copies start before a part's end.
 
 Rows of K and V past the last key are read as that key instead, as in ``cp_async.py``. Where some rows see keys that others
 don't, tiles that are masked are looked through for values that are not finite (``guard.py``), always: they are few.
@@ -19,9 +19,19 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
-from cute_attn.balance import CachedKeys, Sequence, Stretches, WalkPart, divided, part_of_stretch, places_of
+from cute_attn.balance import (
+    CachedKeys,
+    PartPlaces,
+    Sequence,
+    Stretches,
+    WalkPart,
+    divided,
+    next_part,
+    part_of_stretch,
+    places_of,
+)
 from cute_attn.epilogue import converted
-from cute_attn.layouts.base import VECTOR, WARP
+from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.guard import poison_keys
@@ -44,14 +54,15 @@ class Workspace:
     counters: cute.Tensor
 
     @staticmethod
-    def of(m: cute.Tensor, places: Int32, rows: Int32, columns: int) -> Workspace:
-        """The three in one piece of memory, the counters last."""
+    def of(m: cute.Tensor, counters: Int32, places: Int32, rows: Int32, columns: int) -> Workspace:
+        """The three in one piece of memory, ``counters`` words first, a multiple of 4."""
         per_place = cutlass.Int64(rows) * columns
-        o = cute.make_tensor(m.iterator, cute.make_layout((places, rows, columns), stride=(per_place, columns, 1)))
-        after = m.iterator + places * per_place
-        of_rows = cute.make_tensor(after, cute.make_layout((places, rows, 2), stride=(rows * 2, 2, 1)))
-        after = cute.recast_ptr(after + places * rows * 2, dtype=Int32)
-        return Workspace(o, of_rows, cute.make_tensor(after, cute.make_layout(m.shape[0])))
+        after = m.iterator + cute.assume(counters, 4)
+        o = cute.make_tensor(after, cute.make_layout((places, rows, columns), stride=(per_place, columns, 1)))
+        of_rows = cute.make_layout((places, rows, 2), stride=(rows * 2, 2, 1))
+        of_rows = cute.make_tensor(after + places * per_place, of_rows)
+        words = cute.make_tensor(cute.recast_ptr(m.iterator, dtype=Int32), cute.make_layout(counters))
+        return Workspace(o, of_rows, words)
 
 
 @dataclass(frozen=True)
@@ -85,12 +96,36 @@ class CacheBlock:
     operands: Any
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
-    merged_o: cute.Tensor  # (group, row, column), float32, over K and V
-    merged_rows: cute.Tensor  # (group, row, maximum and sum)
+    exchange: tuple  # O on its way from one half of the groups to the other, over the last stage; maxima and sums with it
     word: cute.Tensor
     group: Int32
     thread: Int32  # in the group
-    first_slot: Int32  # of the group's ring
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What all parts of a block's stretch have in common."""
+
+    mQ: cute.Tensor  # (elements, rows, heads, columns)
+    outputs: Outputs
+    values: Values
+    keys: CachedKeys
+    workspace: Workspace
+    stretches: Stretches
+
+
+@dataclass(frozen=True)
+class SeenTiles:
+    """A part of a walk: of its tiles, those from ``begin`` up to ``end`` that any row of its tile sees, of which
+    ``whole_begin`` up to ``whole_end`` need no mask, and the values there."""
+
+    sequence: Sequence
+    part: WalkPart
+    values: Values
+    begin: Int32
+    end: Int32
+    whole_begin: Int32
+    whole_end: Int32
 
 
 class Forward:
@@ -119,18 +154,14 @@ class Forward:
         number = cute.arch.block_idx()[0]
         tiles, of_lane = keys.all_tiles()
         stretches = Stretches.of(tiles, cute.arch.grid_dim()[0])
+        serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         at, end = stretches.begin(number), stretches.begin(number + 1)
         i, before = keys.find(at, of_lane)
+        i, before, at = next_part(keys, i, before, at, end)
+        if at < end:
+            self._begin(block, serving, i, before, at, end)
         while at < end:
-            sequence = keys.sequence(i)
-            tiles = sequence.tiles * keys.walks(sequence)
-            if at >= before + tiles:
-                i, before = i + 1, before + tiles
-            else:
-                part, passed = part_of_stretch(keys, sequence, before, at, end)
-                at += passed
-                if part.begin < part.end:
-                    self._part(block, mQ, outputs, values, keys, workspace, (sequence, part, stretches))
+            i, before, at = self._part(block, serving, i, before, at, end)
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -140,35 +171,26 @@ class Forward:
         group, thread = thread // self.group_threads, thread % self.group_threads
         smem = cutlass.memory.SmemAllocator()
 
-        sQ, sK, sV = (self._tensor(smem, name) for name in ("Q", "K", "V"))
-        if lay.smem_parts(config)["merged"]:
-            smem.allocate_tensor(cutlass.Int8, cute.make_layout(lay.smem_parts(config)["merged"]), 16)
-        word = smem.allocate_tensor(Int32, cute.make_layout(4), 16)
-        rows, columns = config.tile_m, config.tile_dv
-        pitch = columns + lay.PADDING
-        over = self._floats(sK)
-        merged_o = cute.make_tensor(over, cute.make_layout((config.key_warps, rows, columns), stride=(rows * pitch, pitch, 1)))
-        merged_rows = cute.make_tensor(
-            over + config.key_warps * rows * pitch,
-            cute.make_layout((config.key_warps, rows, lay.OF_ROW), stride=(rows * lay.OF_ROW, lay.OF_ROW, 1)),
+        parts = lay.smem_parts(config)
+        of_q, ring = (
+            smem.allocate_tensor(lay.element(config), cute.make_layout(size // BYTES), lay.SMEM_ALIGN).iterator
+            for size in (parts["Q"], parts["K"] + parts["V"] + parts["merged"])
         )
+        sQ, sK = self._operand_at(of_q, "Q"), self._operand_at(ring, "K")
+        sV = self._operand_at(ring + config.tile_n * config.tile_d, "V")
+        last = ring + (config.stages - 1) * config.tile_n * (config.tile_d + config.tile_dv)
+        floats = smem.allocate_tensor(Float32, cute.make_layout(parts["rows"] // 4), 16)
+        word = smem.allocate_tensor(Int32, cute.make_layout(4), 16)
         stream = partial(Stream.of, lay, config)
         k, v = stream("K", mK, sK, thread, self.problem.head_dim), stream("V", mV, sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
-
         operands = self._operands((sQ, sK, sV), (mma_S, mma_O), thread)
-        first_slot = group * config.stages
-        places = merged_o, merged_rows, word, group, thread, first_slot
-        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, *places)
+        exchange = cute.recast_ptr(last, dtype=Float32), floats.iterator
+        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, exchange, word, group, thread)
 
-    def _tensor(self, smem, name: str) -> cute.Tensor:
-        """Shared memory of an operand."""
-        lay, config = self.lay, self.config
-        return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
-
-    def _floats(self, s: cute.Tensor):
-        """The place of an operand in shared memory, for floats."""
-        return cute.recast_ptr(s.iterator, swizzle_=None, dtype=Float32)
+    def _operand_at(self, place, name: str) -> cute.Tensor:
+        """An operand in shared memory, from a place on."""
+        return cute.make_tensor(place, self.lay.smem_layout(name, self.config))
 
     @cute.jit
     def _sync_group(self, block: CacheBlock):
@@ -180,39 +202,40 @@ class Forward:
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _load_q(self, block: CacheBlock, mQ: cute.Tensor, keys: CachedKeys, sequence: Sequence, part: WalkPart):
-        """All threads: the rows of the tile; those that don't exist, and columns past head_dim, are zeros."""
-        config, sQ = self.config, self._rows_of_q(block)
+    def _copy_q(self, block: CacheBlock, serving: Serving, seen: SeenTiles):
+        """All threads: start copying the rows of the tile; those that don't exist, and columns past head_dim, are zeros."""
+        config, sQ, keys = self.config, self._rows_of_q(block), serving.keys
         vectors = config.tile_d // VECTOR
         for at in cutlass.range_constexpr(config.tile_m * vectors // config.threads):
             n = at * config.threads + cute.arch.thread_idx()[0]
             row, column = n // vectors, n % vectors
-            r = part.row_tile * config.tile_m + row
-            query, head = divided(r, keys.packed)
-            head += part.head_kv * keys.packed
-            piece = cute.make_rmem_tensor(VECTOR, sQ.element_type)
-            piece.fill(0.0)
-            if (query < sequence.queries) & (column * VECTOR < self.problem.head_dim):
-                source = vector_at(mQ[sequence.element, None, head, None], sequence.first + query, column)
-                cute.autovec_copy(source, piece)
-            cute.autovec_copy(piece, vector_at(sQ, row, column))
+            query, head = divided(seen.part.row_tile * config.tile_m + row, keys.packed)
+            head += seen.part.head_kv * keys.packed
+            into = vector_at(sQ, row, column)
+            if (query < seen.sequence.queries) & (column * VECTOR < self.problem.head_dim):
+                of_head = serving.mQ[seen.sequence.element, None, head, None]
+                cute.copy(block.k.copy, vector_at(of_head, seen.sequence.first + query, column), into)
+            else:
+                into.fill(0.0)
 
     @cute.jit
-    def _copy(self, block: CacheBlock, keys: CachedKeys, sequence: Sequence, part: WalkPart, tile, slot):
-        """A group: start copying its keys of a tile, if there is one, to a slot of its ring; one group of copies either way."""
-        if tile < part.end:
+    def _copy(self, block: CacheBlock, keys: CachedKeys, seen: SeenTiles, tile, stage):
+        """A group: start copying its keys of a tile, if there is one, to a stage of its ring; one group of copies either
+        way."""
+        sequence, slot = seen.sequence, (block.group, stage)
+        if tile < seen.end:
             first = sequence.begin + tile * self.config.tile_n + block.group * self.keys_of_group
             k, v = block.k, block.v
             for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
                 key = cutlass.min(first + k.tXcX[0, i, 0][0], sequence.keys - 1)
                 place = keys.place(sequence.number, sequence.pad + key)
-                k.start_row(i, place, part.head_kv, slot)
+                k.start_row(i, place, seen.part.head_kv, slot)
                 if cutlass.const_expr(self.same_rows):
-                    v.start_row(i, place, part.head_kv, slot)
+                    v.start_row(i, place, seen.part.head_kv, slot)
             if cutlass.const_expr(not self.same_rows):
                 for i in cutlass.range_constexpr(cute.size(v.tXcX, mode=[1])):
                     key = cutlass.min(first + v.tXcX[0, i, 0][0], sequence.keys - 1)
-                    v.start_row(i, keys.place(sequence.number, sequence.pad + key), part.head_kv, slot)
+                    v.start_row(i, keys.place(sequence.number, sequence.pad + key), seen.part.head_kv, slot)
         cute.arch.cp_async_commit_group()
 
     @property
@@ -224,88 +247,87 @@ class Forward:
     # ---- a part of a walk --------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _part(
-        self,
-        block: CacheBlock,
-        mQ,
-        outputs: Outputs,
-        values: Values,
-        keys: CachedKeys,
-        workspace: Workspace,
-        where: cutlass.Constexpr[tuple],
-    ):
-        """A part of a sequence's walk; ``where`` is (sequence, part, stretches)."""
-        config = self.config
-        sequence, part, _ = where
-        row_first = part.row_tile * config.tile_m
-        values = replace(
-            values,
-            seqlen_q=sequence.queries,
-            seqlen_k=sequence.keys,
-            lo=sequence.keys - sequence.queries - keys.left,
-            hi=sequence.keys - sequence.queries + keys.right,
-            packed=keys.packed,
-        )
+    def _seen(self, serving: Serving, i, before, at, end) -> SeenTiles:
+        """The part that begins at tile ``at`` of a block's, which go up to ``end``: of sequence i, before which there are
+        ``before`` tiles."""
+        config, keys = self.config, serving.keys
+        sequence = keys.sequence(i)
+        part, _ = part_of_stretch(keys, sequence, before, at, end)
+        shift = sequence.keys - sequence.queries
+        values = replace(serving.values, seqlen_q=sequence.queries, seqlen_k=sequence.keys, packed=keys.packed)
+        values = replace(values, lo=shift - keys.left, hi=shift + keys.right)
         if cutlass.const_expr(values.captured is not None):
             values = replace(values, sequence=sequence.number, head=part.head_kv * keys.packed)
-        # Of the part, the tiles that any row of the tile sees; those that need no mask.
         n, band = config.tile_n, values.band(self.problem)
-        first = row_first // keys.packed
-        last = cutlass.min((row_first + config.tile_m - 1) // keys.packed, sequence.queries - 1)
-        begin, end = band.key_range(first, last, sequence.keys, DeviceOps)
+        row_first = part.row_tile * config.tile_m
+        first = divided(row_first, keys.packed)[0]
+        last = cutlass.min(divided(row_first + config.tile_m - 1, keys.packed)[0], sequence.queries - 1)
+        begin, past = band.key_range(first, last, sequence.keys, DeviceOps)
         whole_begin, whole_end = band.whole_range(first, last, sequence.keys, DeviceOps)
-        seen = replace(
-            part,
+        return SeenTiles(
+            *(sequence, part, values),
             begin=cutlass.max(part.begin, (begin - sequence.begin) // n),
-            end=cutlass.min(part.end, (end - sequence.begin + n - 1) // n),
+            end=cutlass.min(part.end, (past - sequence.begin + n - 1) // n),
+            whole_begin=(whole_begin - sequence.begin + n - 1) // n,
+            whole_end=cutlass.max(whole_end - sequence.begin, 0) // n,
         )
-        whole_begin = (whole_begin - sequence.begin + n - 1) // n
-        whole_end = cutlass.max(whole_end - sequence.begin, 0) // n
 
+    @cute.jit
+    def _begin(self, block: CacheBlock, serving: Serving, i, before, at, end):
+        """Start a part's first copies: those of its queries, and all stages but the last."""
+        seen = self._seen(serving, i, before, at, end)
+        self._copy_q(block, serving, seen)
+        for stage in cutlass.range(self.config.stages - 1, unroll=1):  # code that has come once comes sooner again
+            self._copy(block, serving.keys, seen, seen.begin + stage, stage)
+
+    @cute.jit
+    def _part(self, block: CacheBlock, serving: Serving, i, before, at, end):
+        """A part whose first copies have started. Returns the next one."""
+        config, keys = self.config, serving.keys
+        seen = self._seen(serving, i, before, at, end)
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)
         rows = rows_columns(acc_O)
         rescale = cute.make_rmem_tensor(cute.size(rows, mode=[0]), Float32)
-        softmax = Softmax.start(cute.size(rescale), values.exponent(self.problem), fused=False)
+        softmax = Softmax.start(cute.size(rescale), seen.values.exponent(self.problem), fused=False)
         cS = Coordinates.of(block.mma_S, block.thread, (config.tile_m, self.keys_of_group))
 
         for x in (block.k, block.v):
-            x.clear_padding()  # what was merged lay there
-        for stage in cutlass.range_constexpr(config.stages - 1):
-            self._copy(block, keys, sequence, seen, seen.begin + stage, block.first_slot + stage)
-        self._load_q(block, mQ, keys, sequence, part)
+            x.clear_padding()  # where groups exchange something, too
+        cute.arch.cp_async_wait_group(config.stages - 2)
         self._publish()
         cute.arch.sync_threads()
         of_q = self._queries(block)
 
-        slot = Int32(0)
+        stage = Int32(0)
         for tile in cutlass.range(seen.begin, seen.end, unroll=1):
             cute.arch.cp_async_wait_group(config.stages - 2)
             self._sync_group(block)
-            masked = (tile < whole_begin) | (tile >= whole_end)
-            here = block.first_slot + slot
+            masked = (tile < seen.whole_begin) | (tile >= seen.whole_end)
+            slot = (block.group, stage)
             if cutlass.const_expr(self.problem.masks_all):
-                self._poison(block, here)
+                self._poison(block, slot)
             elif cutlass.const_expr(self.problem.masked):
                 if masked:
-                    self._poison(block, here)
-            before = block.first_slot + (slot + config.stages - 1) % config.stages
-            self._copy(block, keys, sequence, seen, tile + config.stages - 1, before)
+                    self._poison(block, slot)
+            self._copy(block, keys, seen, tile + config.stages - 1, (stage + config.stages - 1) % config.stages)
 
-            acc_S = self._scores(block, of_q, here)
-            origin = (row_first, sequence.begin + tile * n + block.group * self.keys_of_group)
-            Scores(cS, values, self.problem).apply_rules(acc_S, origin, masked)
+            acc_S = self._scores(block, of_q, slot)
+            first = seen.sequence.begin + tile * config.tile_n + block.group * self.keys_of_group
+            origin = (seen.part.row_tile * config.tile_m, first)
+            Scores(cS, seen.values, self.problem).apply_rules(acc_S, origin, masked)
             softmax.step(rows_columns(acc_S), rescale)
             scale_rows(rows, rescale)
-            self._add(block, acc_S, acc_O, here)
-            slot = (slot + 1) % config.stages
+            self._add(block, acc_S, acc_O, slot)
+            stage = (stage + 1) % config.stages
 
-        cute.arch.cp_async_wait_group(0)
-        cute.arch.sync_threads()  # what is merged lies over K and V, and the next Q over this one
-        self._share(block, rows, softmax)
-        cute.arch.sync_threads()
-        self._finish(block, outputs, values, keys, workspace, where)
-        cute.arch.sync_threads()
+        cute.arch.sync_threads()  # all groups are done with Q and with all stages
+        following = next_part(keys, i, before, seen.part.at + seen.part.end - seen.part.begin, end)
+        if following[2] < end:
+            self._begin(block, serving, *following, end)
+        self._gather(block, acc_O, softmax)
+        self._finish(block, serving, seen, rows, softmax)
+        return following
 
     @cute.jit
     def _poison(self, block: CacheBlock, slot):
@@ -365,55 +387,70 @@ class Forward:
     # ---- the end of a part -------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _share(self, block: CacheBlock, rows: cute.Tensor, softmax: Softmax):
-        """A group's O, and each row's maximum and sum, to shared memory."""
-        config = self.config
-        identity = cute.make_identity_tensor((config.tile_m, config.tile_dv))
-        cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(identity))
-        for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
-            total = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
-            row = cO[r, 0][0]
-            if cO[0, 0][1] == 0:
-                block.merged_rows[block.group, row, 0] = softmax.row_max[r]
-                block.merged_rows[block.group, row, 1] = total
-            for c in cutlass.range_constexpr(0, cute.size(rows, mode=[1]), 2):
-                pair = cute.make_rmem_tensor(2, Float32)
-                pair[0], pair[1] = rows[r, c], rows[r, c + 1]
-                where = cute.local_tile(block.merged_o[block.group, row, None], (2,), (cO[r, c][1] // 2,))
-                cute.autovec_copy(pair, cute.make_tensor(where.iterator.align(8), pair.layout))
+    def _gather(self, block: CacheBlock, acc_O: cute.Tensor, softmax: Softmax):
+        """What all groups found to the first one's registers: half of the groups hand theirs to the other half, until there is
+        one."""
+        o, of_rows = block.exchange
+        flat = cute.make_tensor(acc_O.iterator, cute.make_layout((PIECE, cute.size(acc_O) // PIECE)))
+        threads, pieces, held = self.group_threads, cute.size(flat, mode=[1]), cute.size(softmax.row_max)
+        half = self.config.key_warps // 2
+        while cutlass.const_expr(half > 0):
+            if (block.group >= half) & (block.group < 2 * half):
+                place = (block.group - half) * threads + block.thread
+                for r in cutlass.range_constexpr(held):
+                    pair = cute.make_rmem_tensor(2, Float32)
+                    pair[0], pair[1] = softmax.row_max[r], softmax.row_sum[r]
+                    cute.autovec_copy(pair, _floats(of_rows, place * held + r, 2))
+                for c in cutlass.range_constexpr(pieces):
+                    where = ((block.group - half) * pieces + c) * threads + block.thread
+                    cute.autovec_copy(flat[None, c], _floats(o, where, PIECE))
+            cute.arch.sync_threads()
+            if block.group < half:
+                place, weights = block.group * threads + block.thread, cute.make_rmem_tensor((2, held), Float32)
+                for r in cutlass.range_constexpr(held):
+                    pair = cute.make_rmem_tensor(2, Float32)
+                    cute.autovec_copy(_floats(of_rows, place * held + r, 2), pair)
+                    found = _weights(softmax.row_max[r], pair[0], softmax.scale_log2)
+                    softmax.row_max[r], weights[0, r], weights[1, r] = found
+                    softmax.row_sum[r] = softmax.row_sum[r] * weights[0, r] + pair[1] * weights[1, r]
+                for c in cutlass.range_constexpr(pieces):  # of each, two columns of two rows
+                    more = cute.make_rmem_tensor(PIECE, Float32)
+                    cute.autovec_copy(_floats(o, (block.group * pieces + c) * threads + block.thread, PIECE), more)
+                    for j in cutlass.range_constexpr(PIECE):
+                        r = j // 2 + 2 * (c % (held // 2))
+                        flat[j, c] = flat[j, c] * weights[0, r] + more[j] * weights[1, r]
+            cute.arch.sync_threads()
+            half = half // 2
 
     @cute.jit
-    def _finish(
-        self,
-        block: CacheBlock,
-        outputs: Outputs,
-        values: Values,
-        keys: CachedKeys,
-        workspace: Workspace,
-        where: cutlass.Constexpr[tuple],
-    ):
-        """What the groups found, merged: to the outputs if it is all of the walk, else to the workspace; and if all other parts
-        are there, these, merged."""
-        config, exponent = self.config, values.exponent(self.problem)
-        sequence, part, stretches = where
-        places = places_of(keys, sequence, part, stretches)
-        pieces = self.problem.head_dim_v // PIECE
-        exist = cutlass.min(sequence.queries * keys.packed - part.row_tile * config.tile_m, config.tile_m)
+    def _finish(self, block: CacheBlock, serving: Serving, seen: SeenTiles, rows: cute.Tensor, softmax: Softmax):
+        """What the first group has: to the outputs if it is all of the walk, else to the workspace; and if all other parts are
+        there, these, merged. ``rows`` are those of O."""
+        config, problem = self.config, self.problem
+        sequence, part, workspace = seen.sequence, seen.part, serving.workspace
+        places = places_of(serving.keys, sequence, part, serving.stretches)
+        exist = cutlass.min(sequence.queries * serving.keys.packed - part.row_tile * config.tile_m, config.tile_m)
         thread = cute.arch.thread_idx()[0]
-        for n in cutlass.range(thread, exist * pieces, config.threads, unroll=1):
-            row, piece = n // pieces, n % pieces
-            row_max, row_sum, o = _nothing()
-            for group in cutlass.range_constexpr(config.key_warps):
-                more = _row(block.merged_o, block.merged_rows, (group, row), piece)
-                row_max, row_sum = _merge(o, row_max, row_sum, more, exponent)
-            if places.parts == 1:
-                self._store(outputs, values, keys, sequence, part, (row, piece), (row_max, row_sum, o))
-            else:
-                place = places.of(places.number)
-                _piece(workspace.o, (place, row), piece).store(o.load())
-                if piece == 0:
-                    workspace.of_rows[place, row, 0] = row_max
-                    workspace.of_rows[place, row, 1] = row_sum
+        if block.group == 0:
+            cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(self._identity()))
+            for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
+                row_max = softmax.row_max[r]
+                row_sum = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
+                row, column = cO[r, 0]
+                if row < exist:
+                    if places.parts == 1:
+                        of_row, normalize = self._store_lse(serving, seen, row, column, row_max, row_sum)
+                        for c in cutlass.range_constexpr(0, cute.size(rows, mode=[1]), 2):
+                            pair = rows[r, c] * normalize, rows[r, c + 1] * normalize
+                            _store_pair(of_row, cO[r, c][1], *pair, problem.head_dim_v)
+                    else:
+                        place = places.of(places.number)
+                        if column == 0:
+                            workspace.of_rows[place, row, 0] = row_max
+                            workspace.of_rows[place, row, 1] = row_sum
+                        for c in cutlass.range_constexpr(0, cute.size(rows, mode=[1]), 2):
+                            into = workspace.o[place, row, None]
+                            _store_pair(into, cO[r, c][1], rows[r, c], rows[r, c + 1], problem.head_dim_v)
         if places.parts > 1:
             cute.arch.sync_threads()  # what all have written is there for whoever sees that this one has arrived
             if thread == 0:
@@ -424,63 +461,77 @@ class Forward:
                 block.word[0] = arrived
             cute.arch.sync_threads()
             if block.word[0] == places.parts - 1:
-                for n in cutlass.range(thread, exist * pieces, config.threads, unroll=1):
-                    row, piece = n // pieces, n % pieces
-                    row_max, row_sum, o = _nothing()
-                    for first in cutlass.range(0, places.parts, AT_ONCE, unroll=1):
-                        many = []
-                        for j in cutlass.range_constexpr(AT_ONCE):  # past the last one that one again, without weight
-                            i = cutlass.min(first + j, places.parts - 1)
-                            more = _row(workspace.o, workspace.of_rows, (places.of(i), row), piece)
-                            many.append((*more, first + j < places.parts))
-                        for found_max, found_sum, found_o, counts in many:
-                            found_max = found_max if counts else -Float32.inf
-                            row_max, row_sum = _merge(o, row_max, row_sum, (found_max, found_sum, found_o), exponent)
-                    self._store(outputs, values, keys, sequence, part, (row, piece), (row_max, row_sum, o))
+                self._merge_parts(serving, seen, places, exist)
 
     @cute.jit
-    def _store(self, outputs: Outputs, values: Values, keys: CachedKeys, sequence: Sequence, part: WalkPart, where, found):
-        """Some columns of a row of O, and its log-sum-exp, of all keys."""
-        (row, piece), (row_max, row_sum, o) = where, found
-        r = part.row_tile * self.config.tile_m + row
-        query, head = divided(r, keys.packed)
-        head += part.head_kv * keys.packed
+    def _merge_parts(self, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
+        """All threads: all parts of a walk, in the order of their keys, to the outputs."""
+        workspace, exponent = serving.workspace, seen.values.exponent(self.problem)
+        pieces = self.problem.head_dim_v // PIECE
+        for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, self.config.threads, unroll=1):
+            row, piece = n // pieces, n % pieces
+            row_max, row_sum = Float32(-Float32.inf), Float32(0.0)
+            o = cute.make_rmem_tensor(PIECE, Float32)
+            o.fill(0.0)
+            for first in cutlass.range(0, places.parts, AT_ONCE, unroll=1):
+                many = []
+                for j in cutlass.range_constexpr(AT_ONCE):  # past the last one that one again, without weight
+                    place = places.of(cutlass.min(first + j, places.parts - 1))
+                    held = cute.make_rmem_tensor(PIECE, Float32)
+                    cute.autovec_copy(_piece(workspace.o[place, row, None], piece), held)
+                    found_max = workspace.of_rows[place, row, 0]
+                    found_max = found_max if first + j < places.parts else -Float32.inf
+                    many.append((found_max, workspace.of_rows[place, row, 1], held))
+                for found_max, found_sum, held in many:
+                    row_max, weight, weight_of_more = _weights(row_max, found_max, exponent)
+                    o.store(o.load() * weight + held.load() * weight_of_more)
+                    row_sum = row_sum * weight + found_sum * weight_of_more
+            of_row, normalize = self._store_lse(serving, seen, row, piece, row_max, row_sum)
+            _piece(of_row, piece).store((o.load() * normalize).to(of_row.element_type))
+
+    @cute.jit
+    def _store_lse(self, serving: Serving, seen: SeenTiles, row, column, row_max, row_sum):
+        """Of a row of all keys the log-sum-exp, by whoever has column 0; returns where its O goes, and what that is scaled
+        by."""
+        keys, outputs = serving.keys, serving.outputs
+        query, head = divided(seen.part.row_tile * self.config.tile_m + row, keys.packed)
+        head += seen.part.head_kv * keys.packed
+        query += seen.sequence.first
         sink = None if outputs.sinks is None else outputs.sinks[head]
-        normalize, lse = finished(row_max, row_sum, values.exponent(self.problem), sink)
-        into = _piece(outputs.o[sequence.element, sequence.first + query, head, None], (), piece)
-        into.store((o.load() * normalize).to(into.element_type))
+        normalize, lse = finished(row_max, row_sum, seen.values.exponent(self.problem), sink)
         if cutlass.const_expr(outputs.lse is not None):
-            if piece == 0:
-                outputs.lse[sequence.element, head, sequence.first + query] = lse
+            if column == 0:
+                outputs.lse[seen.sequence.element, head, query] = lse
+        return outputs.o[seen.sequence.element, query, head, None], normalize
+
+    def _identity(self) -> cute.Tensor:
+        return cute.make_identity_tensor((self.config.tile_m, self.config.tile_dv))
 
 
-def _nothing():
-    """A row that has seen no key: maximum, sum, and columns of O."""
-    o = cute.make_rmem_tensor(PIECE, Float32)
-    o.fill(0.0)
-    return Float32(-Float32.inf), Float32(0.0), o
+def _floats(place, n, count: int) -> cute.Tensor:
+    """The n-th ``count`` floats from a place in shared memory on."""
+    return cute.make_tensor((place + n * count).align(4 * count), cute.make_layout(count))
 
 
-def _piece(m: cute.Tensor, where: tuple, piece) -> cute.Tensor:
-    """Where PIECE columns of a row of ``(…, columns)`` are."""
-    row = m[(*where, None)] if where else m
+def _piece(row: cute.Tensor, piece) -> cute.Tensor:
+    """Where PIECE columns of a row are."""
     begin = cute.local_tile(row, (PIECE,), (piece,)).iterator
     return cute.make_tensor(begin.align(PIECE * row.element_type.width // 8), cute.make_layout(PIECE))
 
 
-def _row(o: cute.Tensor, of_rows: cute.Tensor, where: tuple, piece):
-    """``(maximum, sum, columns of O)`` of a partial row."""
-    held = cute.make_rmem_tensor(PIECE, Float32)
-    cute.autovec_copy(_piece(o, where, piece), held)
-    return of_rows[(*where, 0)], of_rows[(*where, 1)], held
+@cute.jit
+def _store_pair(row: cute.Tensor, column, first: Float32, second: Float32, columns: cutlass.Constexpr[int]):
+    """Two neighbouring columns of a row in global memory, if it has them."""
+    if column < columns:
+        pair = cute.make_rmem_tensor(2, Float32)
+        pair[0], pair[1] = first, second
+        begin = cute.local_tile(row, (2,), (column // 2,)).iterator.align(2 * row.element_type.width // 8)
+        cute.make_tensor(begin, pair.layout).store(pair.load().to(row.element_type))
 
 
 @cute.jit
-def _merge(o: cute.Tensor, row_max, row_sum, more, exponent):
-    """A partial row of more keys to ``o`` in place; returns the maximum and the sum of both."""
-    max_of_more, sum_of_more, o_of_more = more
+def _weights(row_max: Float32, max_of_more: Float32, exponent: Float32):
+    """``(maximum, weight, weight of more)`` of a partial row and another of more keys."""
     new = cute.arch.fmax(row_max, max_of_more)
     anchor = Float32(0.0) if new == -Float32.inf else new  # −inf − −inf would make a NaN
-    weight, weight_of_more = (cute.math.exp2((x - anchor) * exponent, fastmath=True) for x in (row_max, max_of_more))
-    o.store(o.load() * weight + o_of_more.load() * weight_of_more)
-    return new, row_sum * weight + sum_of_more * weight_of_more
+    return new, *(cute.math.exp2((x - anchor) * exponent, fastmath=True) for x in (row_max, max_of_more))

@@ -23,8 +23,9 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from cute_attn.layouts.base import cute_layout
+from cute_attn.layouts.base import cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
+from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
@@ -121,8 +122,9 @@ class Backward(KeyBlocks):
             tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
         self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
-            grid=[tiles.count(), 1, 1],
+            grid=[tiles.count() * self.config.head_blocks, 1, 1],
             block=[self.config.threads, 1, 1],
+            cluster=[self.config.head_blocks, 1, 1] if self.config.head_blocks > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
         )
@@ -139,6 +141,8 @@ class Backward(KeyBlocks):
         shared, pipes = self._setup(signals)
         if cutlass.const_expr(self.problem.deterministic):
             tiles = replace(tiles, ticket=shared.ticket[0])
+        elif cutlass.const_expr(self.config.head_blocks > 1):
+            tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
         from_memory, into = (plain, rows, care), (gradients, signals)
         tiles.one(partial(self._key_tile, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv))
 
@@ -148,7 +152,7 @@ class Backward(KeyBlocks):
     ):
         """The block's tile: each warp its part."""
         plain, rows, care = from_memory
-        values, where = values.of(work), (work, heads_per_kv)
+        values, where = values.of(work), self.query_heads(work, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
@@ -197,10 +201,10 @@ class Backward(KeyBlocks):
         step = Int32(0)
         if mine == 0:
             self._offer()
-        work, heads_per_kv = where
+        work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        for member in cutlass.range(heads_per_kv, unroll=1):
-            head = work.head_kv * heads_per_kv + member
+        for member in cutlass.range(members, unroll=1):
+            head = work.head + member
             for i in cutlass.range(visited.count, unroll=1):
                 if step % ADDERS == mine:
                     m_block = visited.in_order(i, self.problem)
@@ -243,7 +247,7 @@ class Backward(KeyBlocks):
         me = self._worker()
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        work, heads_per_kv = where
+        work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
         frag = self._fragments(me, shared)
@@ -255,10 +259,10 @@ class Backward(KeyBlocks):
             sK, sV, hidden = shared.k[None, None, w], shared.v[None, None, w], shared.hidden[None, w]
             hides = self.hide_keys(sK, sV, hidden, w)
         i = Int32(0)
-        for j in cutlass.range(visited.count * heads_per_kv, unroll=1):
+        for j in cutlass.range(visited.count * members, unroll=1):
             m_block = visited.in_order(i, self.problem)
             tile = (m_block, visited.needs_mask(m_block), hides, j > 0)
-            of_head = values.of_head(work.head_kv * heads_per_kv + j // visited.count)
+            of_head = values.of_head(work.head + j // visited.count)
             state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
@@ -410,8 +414,31 @@ class Backward(KeyBlocks):
         values: Values,
         work: Work,
     ):
-        """dK and dV to global memory, by way of the shared memory of K and V: by now nothing reads a warpgroup's V but
-        itself, and its K only until all have met."""
+        """dK and dV to global memory. Where blocks share a key tile, the first one's are the sums of all."""
+        if cutlass.const_expr(self.config.head_blocks == 1):
+            self._store_from(me, frag, operands, shared, values, work)
+        else:
+            self._meet()
+            parts = []
+            if cutlass.const_expr(self.needs_v):
+                parts.append((frag.acc_dV, self._sums_over(shared.q, me, frag.acc_dV)))
+            if cutlass.const_expr(self.needs_k):
+                parts.append((frag.acc_dK, self._sums_over(shared.k, me, frag.acc_dK)))
+            sum_in_first_block(parts, self.config.head_blocks)
+            if cute.arch.block_in_cluster_idx()[0] == 0:
+                self._store_from(me, frag, operands, shared, values, work)
+
+    def _sums_over(self, operands: cute.Tensor, me: BackwardWorker, acc: cute.Tensor) -> cute.Tensor:
+        """A thread's accumulator in float32 in the shared memory of two operands, of which ``operands`` is the first."""
+        layout = in_turns(WARPGROUP, cute.size(acc), self.config.add_width, self.warpgroups)
+        sums = cute.make_tensor(cute.recast_ptr(operands.iterator, dtype=Float32), cute_layout(layout))
+        mine = sums[me.thread, None, me.warpgroup]
+        return cute.make_tensor(mine.iterator.align(16), mine.layout)
+
+    @cute.jit
+    def _store_from(self, me, frag, operands, shared, values, work: Work):
+        """By way of the shared memory of K and V: by now nothing reads a warpgroup's V but itself, and its K only until all
+        have met."""
         copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)

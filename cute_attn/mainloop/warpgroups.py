@@ -18,6 +18,7 @@ from cute_attn.mainloop.common import Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
 from cute_attn.mainloop.scores import Coordinates
 from cute_attn.mainloop.walk import QueryTiles
+from cute_attn.scheduler import Work
 from cute_attn.sequences import Span
 
 ENDLESS = 1 << 30  # rows
@@ -308,7 +309,16 @@ class TmaOperands:
 
 
 class KeyBlocks(Kernel):
-    """A kernel of the backward pass each of whose blocks owns a key tile and walks over query tiles."""
+    """A kernel of the backward pass each of whose blocks owns a key tile, or shares it with the others of its cluster, and
+    walks over query tiles."""
+
+    def query_heads(self, work: Work, heads_per_kv):
+        """``(work, members)``: the tile, with the first query head that this block takes, and how many there are."""
+        members = heads_per_kv // self.config.head_blocks
+        first = work.head_kv * heads_per_kv
+        if self.config.head_blocks > 1:
+            first += cute.arch.block_in_cluster_idx()[0] * members
+        return replace(work, head=first), members
 
     def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where):
         """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""
@@ -328,7 +338,7 @@ class KeyBlocks(Kernel):
 
         Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
         ``careful`` is None, or (Q or dO in global memory, the log-sum-exp that marks rows, whether there are such); ``where``
-        is (the tile, how many query heads share a key head).
+        is what :meth:`query_heads` says of the block.
         """
         k, sK, k_pipe = keys
         slots = cute.size(sK, mode=[2])
@@ -349,10 +359,10 @@ class KeyBlocks(Kernel):
 
     @cute.jit
     def _copy_queries(self, queries, row_values, visited: QueryTiles, where):
-        (q, sQ, q_pipe), (mRow, sRow), (work, heads_per_kv) = queries, row_values, where
+        (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        for member in cutlass.range(heads_per_kv, unroll=1):
-            head = work.head_kv * heads_per_kv + member
+        for member in cutlass.range(members, unroll=1):
+            head = work.head + member
             tQgQ, tQsQ = q.tiles(sQ, work.q, head)
             gRow = cute.local_tile(work.q.padded_row_values(mRow, head), (self.config.tile_m,), (None,))
             for i in cutlass.range(visited.count, unroll=1):
@@ -366,12 +376,12 @@ class KeyBlocks(Kernel):
     @cute.jit
     def _copy_queries_carefully(self, careful, queries, row_values, visited: QueryTiles, where):
         """The same by the warp's threads, with zeros for marked rows."""
-        (_, sQ, q_pipe), (mRow, sRow), (work, heads_per_kv) = queries, row_values, where
+        (_, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         mQ, lse_raw, _ = careful
         lane, step = cute.arch.lane_idx(), self.config.tile_m
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        for member in cutlass.range(heads_per_kv, unroll=1):
-            head = work.head_kv * heads_per_kv + member
+        for member in cutlass.range(members, unroll=1):
+            head = work.head + member
             gQ, gRow = work.q.rows(mQ, head), work.q.padded_row_values(mRow, head)
             unmarked = UnmarkedRows(work.q.padded_row_values(lse_raw, head))
             for i in cutlass.range(visited.count, unroll=1):

@@ -33,9 +33,9 @@ class DescribedOperands:
 class Forward(cp_async_cache.Forward):
     """The kernel of one (problem, config)."""
 
-    def _tensor(self, smem, name: str) -> cute.Tensor:
+    def _operand_at(self, place, name: str) -> cute.Tensor:
         layout = self.lay.smem_layout(name, self.config)
-        return smem.allocate_tensor(self.lay.element(self.config), layout.outer, self.lay.SMEM_ALIGN, layout.inner)
+        return cute.make_tensor(cute.recast_ptr(place, layout.inner), layout.outer)
 
     @cute.jit
     def _sync_group(self, block: CacheBlock):

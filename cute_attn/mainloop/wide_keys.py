@@ -90,7 +90,7 @@ class KeyGradients(KeyBlocks):
     def _key_tile(self, operands: TmaOperands, from_memory, shared: KeyShared, pipes, values: Values, heads_per_kv, work: Work):
         """The block's tile: each warp its part."""
         plain, rows, care, signals = from_memory
-        values, where = values.of(work), (work, heads_per_kv)
+        values, where = values.of(work), self.query_heads(work, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
@@ -148,7 +148,7 @@ class KeyGradients(KeyBlocks):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
-        work, heads_per_kv = where
+        work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         acc_dV = self.accumulator("dV", self.config.tile_dv)
         pipes.k.consumer_wait(k_state)
@@ -158,7 +158,7 @@ class KeyGradients(KeyBlocks):
             if hides:
                 signals.ask_for_care()
         i = Int32(0)
-        for j in cutlass.range(visited.count * heads_per_kv, unroll=1):
+        for j in cutlass.range(visited.count * members, unroll=1):
             pipes.q.consumer_wait(state)
             acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
             warpgroup.wait_group(0)
@@ -167,7 +167,7 @@ class KeyGradients(KeyBlocks):
             if cutlass.const_expr(hides is not None):
                 hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
             origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
-            of_head = values.of_head(work.head_kv * heads_per_kv + j // visited.count)
+            of_head = values.of_head(work.head + j // visited.count)
             scores = Scores(cS, of_head, self.problem, transposed=True)
             scores.apply_rules(acc_S, origin, visited.needs_mask(m_block), hidden)
             P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin)
@@ -202,14 +202,14 @@ class KeyGradients(KeyBlocks):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
-        work, heads_per_kv = where
+        work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         scores = Scores(None, values, self.problem, transposed=True)  # for gradients, which lie nowhere
         acc_dK = self.accumulator("dK", self.config.tile_d)
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
-        for _ in cutlass.range(visited.count * heads_per_kv, unroll=1):
+        for _ in cutlass.range(visited.count * members, unroll=1):
             pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
                 acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])

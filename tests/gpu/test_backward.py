@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cute_attn import attention
+from cute_attn import attention, launch
 from cute_attn.layouts.base import CAREFUL, TICKET
 from tests.gpu.test_forward import CAPS, KERNELS, LARGE
 from tests.support import SHAPES, assert_close, assert_gradients_close, make_gradients, make_qkv
@@ -56,6 +56,27 @@ def test_head_groups(heads, mechanism):
     for d, rules in ((128, {"causal": True}), (64, {}), (256, {"causal": True})):
         q, k, v, dout, _ = make(3, 300, 500, *heads, d)
         assert_gradients_close(run(q, k, v, mechanism, dout, **rules), q, k, v, dout, **rules)
+
+
+@pytest.mark.parametrize("head_blocks", [1, 2, 4])
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (96, 40)])
+def test_blocks_that_share_a_key_tile(d, dv, head_blocks, monkeypatch):
+    """Whatever the plan would have chosen; dK and dV have the same bits each time, and as many as the plan chooses from."""
+    monkeypatch.setattr(launch, "_head_blocks", lambda *_: head_blocks)
+    for rules in ({"causal": True}, {"window": (70, None), "softcap": 20.0}):
+        for heads in ((8, 2), (4, 1)):
+            q, k, v, dout, dlse = make(2, 300, 333, *heads, d, dv)
+            result = run(q, k, v, "tma_wgmma", dout, dlse, **rules)
+            assert_gradients_close(result, q, k, v, dout, dlse, **rules)
+            assert_same_bits((None, *run(q, k, v, "tma_wgmma", dout, dlse, **rules)[1:]), (None, *result[1:]))
+
+
+@pytest.mark.parametrize("needs", ["q", "k", "v", "kv"])
+def test_some_inputs_of_blocks_that_share_a_key_tile(needs, monkeypatch):
+    monkeypatch.setattr(launch, "_head_blocks", lambda *_: 2)
+    q, k, v, dout, _ = make(2, 300, 333, 8, 2, 128)
+    some = run(q, k, v, "tma_wgmma", dout, needs=needs, causal=True)
+    assert_gradients_close(some, q, k, v, dout, causal=True)
 
 
 @pytest.mark.parametrize(("d", "dv", "dtype", "rules"), [KERNELS[3], KERNELS[4], KERNELS[5], KERNELS[9]])

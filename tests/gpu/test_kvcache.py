@@ -200,8 +200,8 @@ def test_the_same_bits_a_thousand_times(invariant):
     for _ in range(1000):
         differ += (attention_kvcache(q, **places, batch_invariant=invariant) != expected).any()
     assert differ.item() == 0
-    for (_, _, floats, _), workspace in serve._workspaces.items():
-        assert not workspace[floats:].view(torch.int32).count_nonzero()
+    for workspace in serve._workspaces.values():
+        assert not workspace.words[: workspace.counters].view(torch.int32).count_nonzero()
 
 
 def test_graph_with_other_lengths_and_pages():

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-from cute_attn import serve
 from cute_attn import transformers as integration
 from cute_attn.transformers import register
 from tests import models
@@ -81,21 +80,6 @@ def test_steps_with_a_cache(name, cache):
     with torch.no_grad(), models.exact():
         true, plain = (logits("eager", dtype, True) for dtype in (torch.float64, BRAIN))
         models.assert_follows(logits(integration.IMPLEMENTATION, BRAIN, True), true, plain, times=TIMES)
-
-
-def test_compiled_generation(monkeypatch):
-    """Of a static cache, as Transformers compiles it: steps are attention to a cache, recorded in CUDA graphs."""
-    torch._dynamo.reset()
-    model, steps, forward = models.built("llama", integration.IMPLEMENTATION, BRAIN, "cuda"), [], serve.forward
-    monkeypatch.setattr(serve, "forward", lambda *given, **how: steps.append(given) or forward(*given, **how))
-    ids = models.symbols().cuda()
-    model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    how = {"cache_implementation": "static", "do_sample": False, "max_new_tokens": 12, "disable_compile": True}
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **how)
-    assert len(steps) >= 2
-    del model.forward  # the compiled one
-    for row in found.tolist():
-        models.assert_greedy(model, row[: models.LENGTH], row[models.LENGTH :], TIMES)
 
 
 def test_nothing_is_waited_for():

@@ -21,8 +21,8 @@ from cute_attn.stored import UNIT_TILES, UNITS_MAX
 
 # Copies of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.balance").origin)
-CachedKeys, Stretches, Places = module["CachedKeys"], module["Stretches"], module["Places"]
-part_of, place_of, block_of = module["part_of_stretch"].__wrapped__, Places.of.__wrapped__, Stretches.block_of.__wrapped__
+CachedKeys, Stretches, PartPlaces = module["CachedKeys"], module["Stretches"], module["PartPlaces"]
+part_of, place_of, block_of = module["part_of_stretch"].__wrapped__, PartPlaces.of.__wrapped__, Stretches.block_of.__wrapped__
 places_of = module["places_of"]
 sequence_of, row_of, find = CachedKeys.sequence.__wrapped__, CachedKeys.of_row.__wrapped__, CachedKeys.find.__wrapped__
 CONFIG = SimpleNamespace(tile_n=64, tile_m=16)

@@ -13,7 +13,7 @@ import pytest
 
 from cute_attn import cubin, layouts
 from cute_attn.layouts.base import Config
-from cute_attn.plan import plan
+from cute_attn.plan import configs, plan
 from cute_attn.problem import Problem
 from tests.host import machine_code
 from tests.host.test_cross_compile import FIRST, HEAD_DIMS, OTHERS, RULES, SAMPLE, WHOLE
@@ -37,6 +37,7 @@ class Case:
     dtype: str = "bfloat16"
     gradients: str = "qkv"
     deterministic: bool = False
+    head_blocks: int = 1
 
     @property
     def problem(self) -> Problem:
@@ -45,7 +46,8 @@ class Case:
 
     @property
     def config(self) -> Config:
-        return plan(self.problem, self.target, self.mechanism)
+        found = configs(self.problem, self.target, self.mechanism)
+        return next(config for config in found if config.head_blocks == self.head_blocks)
 
     @property
     def row(self) -> tuple[str, str, int]:
@@ -59,7 +61,7 @@ class Case:
 
     def __str__(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}-{self.head_dim_v}"
-        order = "-deterministic" if self.deterministic else ""
+        order = "-deterministic" if self.deterministic else f"-{self.head_blocks}-blocks" if self.head_blocks > 1 else ""
         return f"{self.target}-{self.mechanism}-{dims}-{self.rules.replace(' ', '_')}-{self.gradients}{order}"
 
 
@@ -103,6 +105,8 @@ CASES = [
     # Sequences of different lengths.
     *[Case("sm_90a", "tma_wgmma", d, d, rules) for d in (64, 128, 256) for rules in ("ragged", "in use")],
     Case("sm_80", "cp_async", 64, 64, "ragged"),
+    # Blocks that share a key tile.
+    *[Case("sm_90a", "tma_wgmma", d, d, "causal", head_blocks=blocks) for d, blocks in ((64, 4), (128, 2))],
     # Gradients that nobody asked for.
     *[Case("sm_90a", "tma_wgmma", d, d, "causal", gradients=names) for d in (64, 96, 128) for names in ("q", "k", "v", "kv")],
     *[Case("sm_80", "cp_async", d, d, "full", gradients=names) for d in (64, 128) for names in ("q", "k", "v", "kv")],
@@ -242,6 +246,12 @@ def test_instructions(case: Case, kernels: Kernels):
             assert code.count("HGMMA") == 0
             assert code.count("LDSM") > 0
             assert code.count("LDGSTS") > 0
+
+
+@every_case
+def test_clusters_where_blocks_share_a_key_tile(case: Case, kernels: Kernels):
+    for code in kernels.own.values():
+        assert (code.count("UCGABAR_WAIT") > 0) == (case.head_blocks > 1)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.mechanism == "cp_async"], ids=str)

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("cutlass.cute")
 
 from cute_attn import cubin
-from cute_attn.layouts import for_target, mma_sync_cache
+from cute_attn.layouts import family, for_target, mma_sync_cache
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 
@@ -20,9 +20,11 @@ SPILLED_MOST = {16: 0, 32: 16, 64: 32}
 def test_every_config_fits(rows, dims, target):
     """Which the plan looks at; and each group's keys are whole instructions."""
     config = plan(Problem("bfloat16", *dims, rows=rows), target)
-    assert (config.tile_m, config.cache) == (rows, "cp_async_cache")
-    assert config.mma_warps == config.key_warps * mma_sync_cache.row_warps(config)
-    assert mma_sync_cache.smem_bytes(config) <= for_target(target).GPU.smem_per_block
+    lay = family(config)
+    assert config.tile_m == rows
+    assert config.mma_warps == config.key_warps * lay.row_warps(config)
+    assert lay.smem_bytes(config) <= for_target(target).GPU.smem_per_block
+    assert config.cache == ("wgmma_cache" if rows == 64 and target == "sm_90a" else "cp_async_cache")
 
 
 @pytest.mark.parametrize(
@@ -31,15 +33,16 @@ def test_every_config_fits(rows, dims, target):
         (Problem("bfloat16", 128, 128, rows=16), "sm_90a"),
         (Problem("bfloat16", 128, 128, rows=32, **PAGED), "sm_90a"),
         (Problem("float16", 128, 128, rows=64, return_lse=True, invariant=True), "sm_90a"),
-        (Problem("bfloat16", 64, 64, rows=16, **PAGED), "sm_80"),
+        (Problem("bfloat16", 128, 128, rows=64, **PAGED), "sm_80"),
     ],
     ids=["decode", "pages", "many rows", "Ampere"],
 )
 def test_registers(problem, target):
-    code = cubin.inspect(problem, plan(problem, target))
+    config = plan(problem, target)
+    code = cubin.inspect(problem, config)
     assert code.spill_stores <= SPILLED_MOST[problem.rows]
     assert code.count("LDGSTS")
-    assert code.count("HMMA")
+    assert code.count("HGMMA" if config.cache == "wgmma_cache" else "HMMA")
 
 
 def test_new_keys():

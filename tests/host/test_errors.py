@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import FlopCounterMode
 
 from cute_attn import (
     PagedCache,
@@ -487,16 +486,6 @@ def large_pages() -> dict:
     return {"k_cache": pages, "v_cache": pages, "page_table": int32([0], [1])}
 
 
-def under_a_mode(call):
-    """Where every operator is seen, as torch.compile sees those that it traces."""
-
-    def called():
-        with FlopCounterMode(display=False):
-            call()
-
-    return called
-
-
 CACHES = [
     Row("cache a list", cached(k_cache=[1.0]), TypeError, "k_cache is a list", "torch.Tensor is needed"),
     Row("cache of 3 dimensions", cached(v_cache=CACHE[0]), ValueError, "v_cache has shape (10, 2, 16)", "(pages, page_size,"),
@@ -544,14 +533,6 @@ CACHES = [
     Row("rotary in float32", appended(rotary=(TURN, TURN.float())), ValueError, "sin is torch.float32", "equal", "sin.to(q)"),
     Row("rotary flag", appended(rotary_interleaved=1), TypeError, "rotary_interleaved is 1", "True or False is needed"),
     Row("gradients of a cache", cached(q=q.clone().requires_grad_()), NotImplementedError, "require a gradient", "no_grad"),
-    Row(
-        "new keys under a mode",
-        under_a_mode(appended()),
-        NotImplementedError,
-        "with k_new inside of torch.compile",
-        "a plain call is needed",
-        "torch.compiler.disable",
-    ),
     Row(
         "a cache under vmap",
         lambda: torch.vmap(lambda q: attention_kvcache(q, CACHE, CACHE, lengths=int32(3, 4)))(q[None]),

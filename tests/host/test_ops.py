@@ -12,9 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from cute_attn import attention, attention_varlen, launch, reference, stored
+from cute_attn import attention, attention_varlen, launch, reference
 from cute_attn.lengths import NAMES
-from tests.caches import Case
 from tests.support import make_gradients, make_qkv
 
 # Torch's own, of what it uses itself.
@@ -83,22 +82,6 @@ def test_opcheck_of_gradients(needs, overload):
     for of_lse in (None, dlse):
         inputs = (q, k, v, *RECTANGLE.values(), out, kept, dout, of_lse, *arguments[7:11], needs, *arguments[13:])
         torch.library.opcheck(getattr(OPS.attention_backward, overload), inputs)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("overload", NUMBERS)
-@pytest.mark.parametrize("where", ["paged", "contiguous"])
-def test_opcheck_of_a_cache(where, overload):
-    """Of packed queries and of a rectangle of them."""
-    case = Case([9, 0, 21], [2, 1, 4] if where == "paged" else [3, 3, 3])
-    places = case.paged(4) | case.packed_queries() if where == "paged" else case.contiguous(30, pads=[0, 1, 5])
-    queries = {"q": torch.stack(case.q)} if where == "contiguous" else {}
-    tensors = [(places | queries).get(name) for name in ("q", "k_cache", "v_cache", *stored.NAMES)]
-    rules = NUMBERS[overload](0.3), NUMBERS[overload](5.0), None, 0
-    torch.library.opcheck(getattr(OPS.attention_kvcache, overload), (*tensors, *rules, True, False, "auto", None))
-    found = OPS.attention_kvcache(*tensors, *rules, True, False, "auto", None)
-    case.check(found, where == "paged", scale=0.3, softcap=5.0, causal=True)
-    assert [x.numel() for x in OPS.attention_kvcache(*tensors, *rules, False, False, "auto", None)][1] == 0
 
 
 @pytest.mark.parametrize(("return_lse", "for_backward"), list(itertools.product([False, True], repeat=2)))

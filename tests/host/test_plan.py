@@ -11,7 +11,7 @@ import torch
 
 from cute_attn import layouts
 from cute_attn.layouts.base import KIB, Config, Gpu
-from cute_attn.plan import check, configs, explain, plan, registers_per_thread
+from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread
 from cute_attn.problem import Problem, check_call, problem_of
 
 HEAD_DIMS = range(8, 257, 8)
@@ -127,6 +127,7 @@ MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"tile_n": 32}, "32 keys a tile; 64 are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"mma_warps": 4, "mma_registers": 240}, "4 warps; 8 are needed"),
+    (BACKWARD, "tma_wgmma", {"head_blocks": 2, "stages": 1, "overlap_tiles": False}, "2 blocks to a key tile, whose sums"),
     (BACKWARD, "cp_async", {"stages": 0}, "0 stages; 1 at least is needed"),
     (BACKWARD, "cp_async", {"key_warps": 3}, "8 warps, of which 3 split the keys; a divisor is needed"),
     (BACKWARD, "cp_async", {"tile_n": 32}, "32 keys for 4 warps: try tile_n=64"),
@@ -247,6 +248,38 @@ def test_a_head_is_padded_no_further_than_it_must(target, mechanism):
             mirrored = plan(Problem("bfloat16", other, head_dim), target, mechanism)
             assert config.tile_d == mirrored.tile_dv
             assert config.tile_d <= max(64, head_dim + 63)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "heads_per_kv", "unequal", "blocks"),
+    [
+        (128, 4, True, 2),  # one wave of unequal tiles: the longest holds all others up
+        (60, 4, True, 4),
+        (60, 2, True, 2),
+        (60, 3, True, 1),  # nothing to share
+        (60, 1, True, 1),
+        (1000, 8, True, 1),  # many waves
+        (128, 4, False, 1),  # one wave of equal tiles
+        (140, 4, False, 4),  # a little more than one
+        (66, 8, False, 2),
+        (1000, 8, False, 1),
+    ],
+)
+def test_how_many_blocks_share_a_key_tile(tiles, heads_per_kv, unequal, blocks):
+    assert head_blocks((1, 2, 4), tiles, heads_per_kv, 132, unequal) == blocks
+    assert head_blocks((1,), tiles, heads_per_kv, 132, unequal) == 1
+
+
+def test_what_may_share_a_key_tile():
+    """In a fixed order of dQ's sums, in wide heads and on ``cp_async`` nothing does."""
+    ways = {128: (1, 2, 4), 256: (1,)}
+    for d, expected in ways.items():
+        problem = Problem("bfloat16", d, d, gradients="qkv")
+        found = configs(problem, "sm_90a")
+        assert tuple(config.head_blocks for config in found) == expected
+        assert all(("share a tile of keys" in explain(problem, config)) == (config.head_blocks > 1) for config in found)
+        assert len(configs(replace(problem, deterministic=True), "sm_90a")) == 1
+        assert [config.head_blocks for config in configs(problem, "sm_90a", "cp_async")] == [1]
 
 
 @ways
