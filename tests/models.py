@@ -7,6 +7,7 @@ dtype: the policy of :mod:`tests.support`, for all of a model's outputs and grad
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,6 +251,13 @@ def assert_follows(got: dict, true: dict, plain: dict, times: float) -> None:
 # ---- what is served --------------------------------------------------------------------------------------------------
 
 PROMPTS = [torch.randint(0, SYMBOLS, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 17, 5, 30)]
+
+
+def serves() -> bool:
+    """Whether Transformers has the continuous batching that ``register`` joins."""
+    from transformers import ContinuousBatchingConfig
+
+    return "page_size" in inspect.signature(ContinuousBatchingConfig).parameters
 
 
 def served(model, new: int = 12, **how) -> list[list[int]]:

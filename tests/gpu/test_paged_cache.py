@@ -42,6 +42,8 @@ def test_nothing_is_waited_for():
 def test_continuous_batching(name, graphs):
     """Steps of pages and of gathered keys, in CUDA graphs or not: the tokens are those of float64, but for rounding."""
     pytest.importorskip("transformers")
+    if not models.serves():
+        pytest.skip("Transformers' continuous batching, of 5.24 on, is not there")
     transformers.register()
     model = models.built(name, transformers.IMPLEMENTATION, BRAIN, "cuda")
     for prompt, found in zip(models.PROMPTS, models.served(model, use_cuda_graph=graphs), strict=True):

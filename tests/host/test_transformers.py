@@ -181,12 +181,16 @@ def test_whisper_generates_what_eager_does():
 
 # ---- continuous batching ---------------------------------------------------------------------------------------------
 
+needs_pages = pytest.mark.skipif(not models.serves(), reason="Transformers' continuous batching, of 5.24 on, is not there")
+
+
 def one_by_one(model, new: int = 12) -> list[list[int]]:
     how = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     asked = [torch.tensor([prompt]) for prompt in models.PROMPTS]
     return [model.generate(x, attention_mask=torch.ones_like(x), **how)[0, x.shape[1] :].tolist() for x in asked]
 
 
+@needs_pages
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_continuous_batching_generates_what_eager_does(name, calls):
     """Of full and sliding layers, softcaps, sinks; prompts in parts, beside sequences that get a token each."""
@@ -197,6 +201,7 @@ def test_continuous_batching_generates_what_eager_does(name, calls):
     assert ("attention_kvcache" in calls) is (name == "llama")  # Transformers' sliding layers have no tables of pages
 
 
+@needs_pages
 def test_steps_of_continuous_batching_write_to_the_pages(calls):
     """Without the path for these, Transformers copies all keys of a step; to ask for other pages changes no token."""
     model = models.built("llama", OURS, FLOAT64)
@@ -208,6 +213,7 @@ def test_steps_of_continuous_batching_write_to_the_pages(calls):
     assert "attention_kvcache" not in calls
 
 
+@needs_pages
 def test_steps_of_continuous_batching_are_filled_up(calls, monkeypatch):
     """As they are for graphs, of torch.compile or of CUDA: with sequences that there are not. Here nothing is compiled."""
     from transformers import CompileConfig
@@ -222,6 +228,7 @@ def test_steps_of_continuous_batching_are_filled_up(calls, monkeypatch):
     assert "attention_kvcache" in calls
 
 
+@needs_pages
 def test_what_is_greedy_enough():
     """The measure of what the GPU serves finds a wrong token, and no fault with those of another dtype."""
     model = models.built("llama", OURS, torch.bfloat16)
