@@ -44,9 +44,15 @@ def compile_for(target: str, options: str = ""):
     return cute.compile(_launch, words, sink, Int32(0), runtime.make_fake_stream(), options=options)
 
 
-def reader(size: int, target: str, multiprocessors: int) -> Callable[[], None]:
-    """What reads ``size`` bytes once, on the current device and its stream."""
+def reader(size: int, target: str, multiprocessors: int) -> Callable[[int, int], None]:
+    """What reads so many of ``size`` bytes once, from a multiple of as many on, on the current device and its stream."""
     function = compile_for(target)
     words = torch.zeros(size // (4 * WORDS), WORDS, dtype=torch.int32, device="cuda")
     sink = torch.zeros(1, dtype=torch.int32, device="cuda")
-    return lambda: function(words, sink, BLOCKS * multiprocessors, raw_stream(words.get_device()))
+
+    def read(count: int, place: int) -> None:
+        rows = count // (4 * WORDS)
+        first = place % max(len(words) // rows, 1) * rows
+        function(words[first : first + rows], sink, BLOCKS * multiprocessors, raw_stream(words.get_device()))
+
+    return read

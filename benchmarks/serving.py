@@ -106,22 +106,24 @@ def run(options: argparse.Namespace, console: Console) -> int:
         serve.ROWS = (options.tiles,)
     rows = [row for row in ROWS if not options.row or any(word in row.name for word in options.row)]
     rows += [row for row in ROWS if row not in rows and row.name in {other.base for other in rows}]
-    found, rates = {}, []
+    found, alone, rates = {}, {}, []
     read = reader()
     for row in rows:
         step = Steps(row)
-        seconds, read_seconds = [], []
+        as_many = Graph(lambda i, row=row: read(row.bytes, i), step.count)
+        seconds, read_seconds, all_seconds = [], [], []
         for _ in range(options.rounds):
-            seconds.append(step.seconds())
-            read_seconds.append(read())
-        found[row.name] = statistics.median(seconds)
-        rates.append(READ_BYTES / statistics.median(read_seconds))
-        del step
+            seconds.append(step.graph.seconds())
+            read_seconds.append(as_many.seconds())
+            all_seconds.append(timed(lambda: read(READ_BYTES, 0)))
+        found[row.name], alone[row.name] = statistics.median(seconds), statistics.median(read_seconds)
+        rates.append(READ_BYTES / statistics.median(all_seconds))
+        del step, as_many
     if any(row.base == "dense" for row in rows):
         found["dense"] = dense_seconds(options.rounds)
     rate = statistics.median(rates)
     host = host_seconds()
-    cells = [cell_of(row, found, rate) for row in rows]
+    cells = [cell_of(row, found, rate) | {"read_seconds": alone[row.name]} for row in rows]
     show(cells, rate, host, console)
     if options.json:
         about = {
@@ -157,15 +159,22 @@ class Steps:
         copies = min(COPIES_MAX, max(1, -(-COLD_BYTES // row.bytes)))
         self.count = -(-STEPS // copies) * copies
         calls = [call_of(row, seed) for seed in range(copies)]
-        calls[0]()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for i in range(self.count):
-                calls[i % copies]()
         self.calls = calls  # and their tensors, which the graph reads
+        self.graph = Graph(lambda i: calls[i % copies](), self.count)
+
+
+class Graph:
+    """A CUDA graph of so many calls, each with its number."""
+
+    def __init__(self, call: Callable[[int], Any], count: int) -> None:
+        call(0)
+        self.count, self.graph = count, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for i in range(count):
+                call(i)
 
     def seconds(self) -> float:
-        """Of one step."""
+        """Of one call."""
         return timed(self.graph.replay) / self.count
 
 
@@ -234,13 +243,12 @@ def host_seconds() -> float:
     return min(times)
 
 
-def reader() -> Callable[[], float]:
-    """Seconds of a kernel that reads :data:`READ_BYTES` and does nothing else."""
+def reader() -> Callable[[int, int], None]:
+    """A kernel that reads so many of :data:`READ_BYTES` and does nothing else."""
     from benchmarks import reading  # imports the DSL
 
     device = torch.cuda.current_device()
-    read = reading.reader(READ_BYTES, launch.device_target(device), launch.multiprocessors(device))
-    return lambda: timed(read)
+    return reading.reader(READ_BYTES, launch.device_target(device), launch.multiprocessors(device))
 
 
 def cell_of(row: Row, found: dict[str, float], rate: float) -> dict[str, Any]:
@@ -257,12 +265,13 @@ def cell_of(row: Row, found: dict[str, float], rate: float) -> dict[str, Any]:
 
 
 def show(cells: list[dict[str, Any]], rate: float, host: float, console: Console) -> None:
-    table = Table("step", "µs", "TB/s", "of R", "of its base", "needs", "")
+    table = Table("step", "µs", "to read alone", "TB/s", "of R", "of its base", "needs", "")
     for cell in cells:
         needs = f"≤ {cell['most_us']:g} µs" if cell["most_us"] else f"{cell['needs']:.2f}" if cell["needs"] else ""
         base = "" if cell["of_base"] is None else f"{cell['of_base']:.3f}"
         mark = {True: "met", False: "[bold red]missed[/]", None: ""}[cell["met"]]
         reads = f"{cell['of_read_rate'] * rate / 1e12:.2f}", f"{cell['of_read_rate']:.3f}"
-        table.add_row(cell["name"], f"{cell['seconds'] * 1e6:.1f}", *reads, base, needs, mark)
+        times = (f"{cell[name] * 1e6:.1f}" for name in ("seconds", "read_seconds"))
+        table.add_row(cell["name"], *times, *reads, base, needs, mark)
     console.print(table)
     console.print(f"R, a plain streaming read: {rate / 1e12:.2f} TB/s; the host's part of an eager call: {host * 1e6:.1f} µs")

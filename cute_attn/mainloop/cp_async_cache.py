@@ -206,8 +206,7 @@ class Forward:
         """All threads: start copying the rows of the tile; those that don't exist, and columns past head_dim, are zeros."""
         config, sQ, keys = self.config, self._rows_of_q(block), serving.keys
         vectors = config.tile_d // VECTOR
-        for at in cutlass.range_constexpr(config.tile_m * vectors // config.threads):
-            n = at * config.threads + cute.arch.thread_idx()[0]
+        for n in cutlass.range(cute.arch.thread_idx()[0], config.tile_m * vectors, config.threads, unroll=1):
             row, column = n // vectors, n % vectors
             query, head = divided(seen.part.row_tile * config.tile_m + row, keys.packed)
             head += seen.part.head_kv * keys.packed

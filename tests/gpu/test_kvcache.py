@@ -59,10 +59,30 @@ def test_rules(dtype, rows, rules):
 
 
 @pytest.mark.parametrize("queries", [1, 6, 17])
-@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (192, 128), (256, 256), (72, 40)], ids=str)
+@pytest.mark.parametrize("dims", [(16, 16), (32, 32), (64, 64), (96, 96), (192, 128), (256, 256), (72, 40)], ids=str)
 def test_head_dims(dims, queries):
     one = case(LENGTHS, queries, (4, 1), dims)
     one.check(one.attend(one.contiguous(2100), causal=True), False, causal=True)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_all_rows_of_a_tile(queries):
+    """16 and more of a key head, of heads whose tile of queries is no whole number of copies by all threads."""
+    one = case([300, 17], queries, (16, 1), (96, 96))
+    one.check(one.attend(one.contiguous(301), causal=True), False, causal=True)
+
+
+@pytest.mark.parametrize("pads", [None, [3, 0, 7]])
+@pytest.mark.parametrize("dims", [(16, 16), (128, 128)], ids=str)
+def test_strides(dims, pads):
+    """Heads before rows in memory, k otherwise than v, and q a part of something."""
+    one = case([40, 500, 1], 3, (8, 2), dims)
+    places = one.contiguous(520, pads)
+    places["k_cache"] = places["k_cache"].transpose(1, 2).contiguous().transpose(1, 2)
+    v_cache = torch.full((4, 530, 2, 3 * dims[1]), math.nan, dtype=BF16, device="cuda")[:3, 5:525, :, dims[1] : 2 * dims[1]]
+    places["v_cache"] = v_cache.copy_(places["v_cache"])
+    q = torch.stack(one.q).transpose(1, 2).contiguous().transpose(1, 2)
+    one.check(attention_kvcache(q, **places, causal=True, return_lse=True), False, causal=True)
 
 
 @pytest.mark.parametrize("invariant", [False, True])
