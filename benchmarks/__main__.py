@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks {attention,training,model,masks,parts,show,peers,docs} --help``."""
+"""The command line: ``python -m benchmarks {attention,training,model,masks,serving,parts,show,peers,docs} --help``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import ahead, documents, masks, model, report, training
+from benchmarks import ahead, documents, masks, model, report, serving, training
 from benchmarks import anchors as anchors_
 from benchmarks import compare as compare_
 from benchmarks import peers as peers_
@@ -201,7 +201,7 @@ def docs(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-COMMANDS = {"attention": measure, "training": training.run, "model": model.run, "masks": masks.run}
+COMMANDS = {"attention": measure, "training": training.run, "model": model.run, "masks": masks.run, "serving": serving.run}
 COMMANDS |= {"show": show, "peers": peers, "parts": parts.run, "docs": docs}
 
 
@@ -326,6 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_parser(commands)
     model.add_parser(commands)
     masks.add_parser(commands)
+    serving.add_parser(commands)
     parts.add_parser(commands)
     commands.add_parser("docs", help="write the figures in README.md and docs/ anew from benchmarks/results; needs no GPU")
     return parser

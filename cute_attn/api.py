@@ -141,7 +141,7 @@ def attention(
     """
     if any_autocast_enabled():
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
-    extras = _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
+    extras = extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     ragged = not (seqused_q is seqused_k is None)
@@ -168,7 +168,7 @@ def attention(
         call.blocks, mask = blocks.taken(block_mask, mask, call, q)
         extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
-        _take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
+        take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
     how = return_lse, deterministic, backend, mechanism
     if ragged:
         batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
@@ -271,7 +271,7 @@ def attention_varlen(
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    extras = _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
+    extras = extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
     plain = _are_plain(q, k, v, *lengths) and not transformed
@@ -286,13 +286,13 @@ def attention_varlen(
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
     call.lengths = check_lengths(q, None, lengths)
     if extras is not None:
-        _take_extras(call, q, extras, call.lengths.count)
+        take_extras(call, q, extras, call.lengths.count)
     how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
 
 
-def _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple | None:
+def extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple | None:
     """What a call has besides its usual rules; None where it has none of these."""
     none = mask is score is alibi_slopes is bias is sinks is None and type(tensors) is tuple and not tensors
     if none and type(dropout_p) in (int, float) and not dropout_p:  # an int as default: torch.compile begins anew for a float
@@ -300,11 +300,11 @@ def _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple
     return mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
 
 
-def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths: tuple[int, int] | None = None) -> None:
+def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths: tuple[int, int] | None = None) -> None:
     """Check and trace what a call has besides its usual rules; ``lengths`` are those of all sequences, if they have one."""
     mask, score, tensors, alibi_slopes, bias, sinks, dropout_p = extras
     call.dropout = _checked_dropout(dropout_p)
-    if _extras(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
+    if extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
         return
     _refuse_graphs(_is_traced(q))
     if sinks is not None:
@@ -312,7 +312,7 @@ def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths
     call.sinks = sinks
     if call.dropout:
         call.seed = dropout.draw_seed(q.device)
-    if _extras(mask, score, tensors, alibi_slopes, bias, None, 0.0):
+    if extras_of_call(mask, score, tensors, alibi_slopes, bias, None, 0.0):
         # Torch.compile, which has left this call out of its graph, would still look into what it calls.
         if "torch._dynamo" in sys.modules and not _UNSEEN:
             _UNSEEN.append(torch.compiler.disable(traced))

@@ -80,7 +80,7 @@ class Classify:
             side, step = (0, r * self.down) if name == "q_idx" else (1, c * self.ACROSS)
             return cutlass.min(first[side] + step, lengths[side] - 1)
 
-        return Elements(self.problem.expression, captured, leaf, "q_idx", "kv_idx")
+        return Elements(self.problem.expression, captured, leaf, {"q_idx"}, "kv_idx")
 
     def _seen(self, elements: Elements, i: int, j: int):
         """Whether a thread's rows see some of its columns, and whether they see all of them, in one of the warp's blocks."""

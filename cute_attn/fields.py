@@ -16,6 +16,7 @@ from cute_attn.layouts.base import Config
 from cute_attn.lengths import NAMES
 from cute_attn.plan import takes_tickets
 from cute_attn.problem import Problem
+from cute_attn.stored import CODE_NAMES
 
 
 class Field(NamedTuple):
@@ -25,7 +26,8 @@ class Field(NamedTuple):
     two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
     ``(n,)``, ``floats`` float32 ``(n,)``, ``lists`` int32 ``(batch, heads, tiles, n)``, ``kinds`` of blocks uint8 ``(batch,
     heads, rows, columns)``; ``captured`` are all tensors that functions read, ``of captured`` the gradients of some; and there
-    are numbers and the ``stream``."""
+    are numbers and the ``stream``. A ``cache`` is an operand of all its elements, ``tables`` int32 ``(batch, max_pages)``,
+    ``angles`` in the inputs' dtype, and a ``workspace`` float32 ``(n,)`` at a multiple of 16 bytes."""
 
     name: str
     kind: str
@@ -34,6 +36,10 @@ class Field(NamedTuple):
 
 def _given(name: str) -> Field:
     return Field(name, "words", lambda problem, config: name in problem.ragged.split())
+
+
+def _stored(name: str) -> Field:
+    return Field(name, "words", lambda problem, config: name in problem.stored.split())
 
 
 def _gradient(name: str) -> Field:
@@ -106,6 +112,38 @@ MERGE = (
     Field("more", "operand"),
     Field("lse_more", "row values"),
     Field("to_log2", "float32"),
+    Field("stream", "stream"),
+)
+_STORED = (
+    Field("lengths", "words"),
+    Field("page_table", "tables", lambda problem, config: "page_table" in problem.stored.split()),
+    *(_stored(name) for name in CODE_NAMES[1:]),
+    *(Field(name, "int32") for name in ("seqlen_new",)),
+)
+ATTEND = (
+    Field("q", "operand"),
+    *(Field(name, "cache") for name in ("k_cache", "v_cache")),
+    Field("out", "operand"),
+    Field("lse", "row values", lambda problem, config: problem.return_lse),
+    Field("workspace", "workspace"),
+    Field("counters", "int32"),
+    Field("sinks", "floats", lambda problem, config: problem.sinks),
+    Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
+    *_STORED,
+    *(Field(name, "int32") for name in ("units", "places", "rows_kept", "left", "right")),
+    *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
+    Field("blocks", "int32"),
+    Field("stream", "stream"),
+)
+
+_TURNED = "halves", "interleaved"
+APPEND = (
+    *(Field(name, "cache") for name in ("k_cache", "v_cache")),
+    *(Field(name, "operand") for name in ("k_new", "v_new")),
+    *(Field(name, "operand", lambda problem, config: problem.appends in _TURNED) for name in ("q", "q_turned")),
+    *(Field(name, "angles", lambda problem, config: problem.appends in _TURNED) for name in ("cos", "sin")),
+    _stored("rotary_begin"),
+    *_STORED,
     Field("stream", "stream"),
 )
 

@@ -131,11 +131,17 @@ def _stand_in(kind: str, problem, config):
     if kind == "of captured":
         of, tensors = problem.expression.derived, problem.expression.tensors
         return tuple(_captured(tensors[i][0] if alone else "float32", max(tensors[i][1], 1)) for i, alone in of.items())
-    if kind in ("operand", "exact operand"):
-        dims, dtype = 3 if problem.ragged else 4, element(problem) if kind == "operand" else Float32
+    if kind == "tables":
+        return runtime.make_fake_tensor(Int32, sizes(2), (*some(1), 1), assumed_align=4)
+    if kind == "angles":
+        return runtime.make_fake_tensor(element(problem), sizes(2, 8), (*some(1, 8), 1), assumed_align=16)
+    if kind == "workspace":
+        return runtime.make_fake_tensor(Float32, sizes(1), (1,), assumed_align=16)
+    if kind in ("operand", "exact operand", "cache"):
+        dims, dtype = 3 if problem.packed and kind != "cache" else 4, Float32 if kind == "exact operand" else element(problem)
         return runtime.make_fake_tensor(dtype, sizes(dims, 8), (*some(dims - 1, 8), 1), assumed_align=16)
     if kind == "row values":
-        dims = 2 if problem.ragged else 3
+        dims = 2 if problem.packed else 3
         return runtime.make_fake_tensor(Float32, sizes(dims), (*some(dims - 1), 1), assumed_align=4)
     if kind == "padded row values":
         shape, stride = (2, *sizes(3, ROW_PADDING)), (*some(3, ROW_PADDING), 1)

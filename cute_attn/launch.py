@@ -315,7 +315,7 @@ def classify(kinds: torch.Tensor, expression: Expression, captured: tuple, seqle
     """``blocks.classified`` by a kernel, on the current stream."""
     device = kinds.get_device()
     function, _ = prepared(_classifying(expression), None, device)
-    read = tuple(map(_as_read, captured)) if captured else None
+    read = tuple(map(as_read, captured)) if captured else None
     with torch.cuda.device(device):
         function(kinds, read, seqlen_q, seqlen_k, raw_stream(device))
 
@@ -325,7 +325,7 @@ def _classifying(expression: Expression) -> Problem:
     return Problem("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, expression=expression, blocks="classified")
 
 
-def _as_read(x: torch.Tensor) -> torch.Tensor:
+def as_read(x: torch.Tensor) -> torch.Tensor:
     """A captured tensor as the kernels take it: of one dimension or more, the last one contiguous, and bools as bytes. What is
     not contiguous there is copied."""
     x = x.detach().view(torch.uint8) if x.dtype == torch.bool else x.detach()
@@ -405,7 +405,7 @@ def _besides_tensors(call: Call, blocks: int) -> tuple:
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     lengths = call.lengths
     where = NO_LENGTHS if lengths is None else (*lengths.tensors, lengths.count)
-    captured = tuple(map(_as_read, call.captured)) if call.captured else None
+    captured = tuple(map(as_read, call.captured)) if call.captured else None
     drops: tuple = None, None, None
     if call.seed is not None:
         below = dropout.threshold(call.dropout)

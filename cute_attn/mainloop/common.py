@@ -33,6 +33,8 @@ class Values:
 
     Where there is a block mask, ``key_lists`` are those of the query tiles and ``query_lists`` those of the key tiles, as
     ``blocks.py`` says, ``(batch, heads, tile, …)``, and ``ranks`` the order in which dQ is added up, where it is fixed.
+
+    Where a tile's rows are ``packed``, each query is as many rows, one for each query head of a key head from ``head`` on.
     """
 
     seqlen_q: Int32
@@ -52,6 +54,15 @@ class Values:
     key_lists: cute.Tensor | None = None
     query_lists: cute.Tensor | None = None
     ranks: cute.Tensor | None = None
+    packed: Int32 | None = None
+
+    def query(self, row):
+        """The query that a row is of."""
+        return row if self.packed is None else row // self.packed
+
+    def head_of(self, row):
+        """Its head."""
+        return self.head if self.packed is None else self.head + row % self.packed
 
     def of(self, work: Work) -> Values:
         """The values of a tile's sequence and head."""

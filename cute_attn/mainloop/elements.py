@@ -122,13 +122,13 @@ def _words(m: cute.Tensor) -> cute.Tensor:
 
 
 class Elements:
-    """An expression in one tile, at (row, column) of a thread's scores. ``rows`` and ``columns`` name the leaves that differ
-    along each, and ``leaf(name, row, column)`` says what a position is."""
+    """An expression in one tile, at (row, column) of a thread's scores. ``rows`` are the leaves that differ along rows,
+    ``columns`` the one that does along columns, and ``leaf(name, row, column)`` says what a position is."""
 
-    def __init__(self, expression: Expression, tensors: tuple, leaf: Callable, rows: str, columns: str):
-        self.expression, self.ops, self.leaf, self.rows, self.columns = expression, ElementOps(tensors), leaf, rows, columns
+    def __init__(self, expression: Expression, tensors: tuple, leaf: Callable, rows: set[str], columns: str):
+        self.expression, self.ops, self.leaf, self.columns = expression, ElementOps(tensors), leaf, columns
         leaves = expression.leaves()
-        self.along_rows = [bool(names & {rows, "score"}) for names in leaves]
+        self.along_rows = [bool(names & (rows | {"score"})) for names in leaves]
         self.along_columns = [bool(names & {columns, "score"}) for names in leaves]
         self.known: dict[tuple, Any] = {}
 

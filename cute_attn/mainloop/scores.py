@@ -222,17 +222,19 @@ class Scores:
         """What the user's functions compute in a tile."""
         first = origin[1] + self.where.thread[0, 0][1]
         rows, columns = ("kv_idx", "q_idx") if self.transposed else ("q_idx", "kv_idx")
+        along_rows = {rows} if self.values.packed is None else {rows, "head"}
 
         def leaf(name: str, r: int, c: int):
             if name == columns:
                 return first + self.where.zero[0, c][1]
+            row = origin[0] + self.where.thread[r, 0][0]
             if name == rows:
-                return origin[0] + self.where.thread[r, 0][0]
+                return self.values.query(row)
             if name == "shift":
                 return self.values.seqlen_k - self.values.seqlen_q
-            return self.values.head if name == "head" else self.values.sequence
+            return self.values.head_of(row) if name == "head" else self.values.sequence
 
-        return Elements(self.problem.expression, self.values.captured, leaf, rows, columns)
+        return Elements(self.problem.expression, self.values.captured, leaf, along_rows, columns)
 
     def _each(self, scores: cute.Tensor):
         """(row, column) of a thread's scores, column by column: what is known of a column is needed twice and then no more."""
@@ -378,7 +380,7 @@ class Scores:
             band, columns, rows = band.transposed(), values.seqlen_q, values.seqlen_k
         column_first = origin[1] + self.where.thread[0, 0][1]
         for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
-            row = origin[0] + self.where.thread[r, 0][0]
+            row = self.values.query(origin[0] + self.where.thread[r, 0][0])
             begin, end = band.key_range(row, row, columns, DeviceOps)
             if cutlass.const_expr(rows is not None):
                 end = end if row < rows else 0
