@@ -233,7 +233,7 @@ class Forward:
         product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
 
         origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-        scores = Scores(tile.cS, tile.values, self.problem)
+        scores = Scores(tile.cS, tile.values, self.problem, unrolls=False)
         scores.apply_rules(acc_S, origin, masked)
         output.softmax.step(rows_columns(acc_S), output.rescale)
         if cutlass.const_expr(self.problem.dropout):

@@ -375,7 +375,7 @@ class Backward:
             kept = Scores(Coordinates.of(S, me.thread, shape), values, self.problem, transposed=True).kept(origin)
         acc_S.fill(0.0)
         product(S, acc_S, config.tile_d // MMA_K, x.tSrK.load, partial(x.tSrQ.load, slot=(slot,), row=row))
-        scores = Scores(Coordinates.of(S, me.thread, shape), values, self.problem, transposed=True)
+        scores = Scores(Coordinates.of(S, me.thread, shape), values, self.problem, transposed=True, unrolls=False)
         origin = (me.work.block * config.tile_n, m_block * config.tile_m + part * config.step_m)
         if cutlass.const_expr(masked and self.problem.masked):
             hidden = me.careful, of_keys(S, me.thread, me.shared.hidden, config.step_m)

@@ -94,12 +94,14 @@ class Coordinates:
 @dataclass(frozen=True)
 class Scores:
     """The scores of the tiles of one sequence, ``(queries, keys)``, or, ``transposed``, ``(keys, queries)``; ``where`` says
-    which of a tile a thread has. A rule that changes scores has its place in these methods, and nowhere else in the kernels."""
+    which of a tile a thread has. A rule that changes scores has its place in these methods, and nowhere else in the kernels.
+    ``unrolls``: a thread has the registers for two ways to mask a tile, of which the usual one is quick."""
 
     where: Coordinates
     values: Values
     problem: cutlass.Constexpr
     transposed: cutlass.Constexpr[bool] = False
+    unrolls: cutlass.Constexpr[bool] = True
 
     @cute.jit
     def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None):
@@ -340,7 +342,9 @@ class Scores:
     def _mask_listed(self, scores: cute.Tensor, origin):
         """A tile that a block mask's function cuts; there is no band beside it, but a last key."""
         columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
-        if origin[1] + self._tile_columns() <= columns:
+        if cutlass.const_expr(not self.unrolls):
+            self._mask_inside(scores, origin, False)
+        elif origin[1] + self._tile_columns() <= columns:
             self._mask_inside(scores, origin, True)
         else:
             self._mask_inside(scores, origin, False)
