@@ -290,8 +290,7 @@ def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tupl
     captured = tuple(map(_as_read, call.captured)) if call.captured else None
     drops: tuple = None, None, None
     if call.seed is not None:
-        below = dropout.threshold(call.dropout)
-        drops = call.seed.view(torch.int32), below - (below >> 31 << 32), dropout.kept_scale(call.dropout)
+        drops = call.seed.view(torch.int32), dropout.threshold(call.dropout), dropout.kept_scale(call.dropout)
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
     arguments = (*tensors, captured, *drops, *where, *numbers, raw_stream(device))
     if current_device() == device:
