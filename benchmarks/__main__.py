@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks {attention,training,model,parts,show,peers,docs} --help``."""
+"""The command line: ``python -m benchmarks {attention,training,model,masks,serving,parts,show,peers,docs} --help``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import ahead, documents, model, report, training
+from benchmarks import ahead, documents, masks, model, report, serving, training
 from benchmarks import anchors as anchors_
 from benchmarks import compare as compare_
 from benchmarks import peers as peers_
@@ -50,6 +50,7 @@ examples:
   python -m benchmarks attention --kind burst host memory first --json r.json
   python -m benchmarks training --json t.json --plot training   a small transformer, beside eager attention
   python -m benchmarks model --json m.json                      a training step of a Llama, by its attention
+  python -m benchmarks masks --json k.json                      users' masks and scores, beside FlexAttention
   python -m benchmarks show r.json --plot plots --compare old.json --anchors recorded.json
 
 {EXIT_STATUS}"""
@@ -200,8 +201,8 @@ def docs(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-COMMANDS = {"attention": measure, "training": training.run, "model": model.run, "show": show, "peers": peers}
-COMMANDS |= {"parts": parts.run, "docs": docs}
+COMMANDS = {"attention": measure, "training": training.run, "model": model.run, "masks": masks.run, "serving": serving.run}
+COMMANDS |= {"show": show, "peers": peers, "parts": parts.run, "docs": docs}
 
 
 def _show(record: Record, old: Record | None, recorded: Any, options: argparse.Namespace, console: Console) -> int:
@@ -324,6 +325,8 @@ def _parser() -> argparse.ArgumentParser:
 
     training.add_parser(commands)
     model.add_parser(commands)
+    masks.add_parser(commands)
+    serving.add_parser(commands)
     parts.add_parser(commands)
     commands.add_parser("docs", help="write the figures in README.md and docs/ anew from benchmarks/results; needs no GPU")
     return parser

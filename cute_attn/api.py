@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from cute_attn import autocast, dropout, launch, ops, reference, wrapped
+from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of, number, shown
 from cute_attn.autograd import Attention
 from cute_attn.expressions import traced
@@ -23,6 +23,10 @@ BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
+_NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})  # kinds whose equal values mean the same
+_kept: dict[tuple, Call] = {}
+KEPT_MAX = 1024  # calls; each of another shape or rule
+_UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
 
 
 def attention(
@@ -37,6 +41,7 @@ def attention(
     mask: Callable | None = None,
     score: Callable | None = None,
     tensors: tuple[torch.Tensor, ...] = (),
+    block_mask: Any = None,
     alibi_slopes: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -77,6 +82,10 @@ def attention(
             FlexAttention's ``score_mod``; :mod:`cute_attn.scores`. Gradients go through it, and into captured float tensors
             that require one, which are added up in float32.
         tensors: more arguments of the two functions.
+        block_mask: what :func:`cute_attn.block_mask` found out about ``mask``: tiles that it hides are not computed, and only
+            those that it cuts are masked. It must be of the same mask, and of what its tensors hold now; nobody looks whether
+            that is so. Or FlexAttention's ``BlockMask``, whose ``mask_mod`` is the mask where there is no other. Goes without
+            causal, window and sequences of different lengths.
         alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope · |i + seqlen_k − seqlen_q − j|`` is taken from s_ij,
             after all else.
         bias: added to s_ij, after all else: a tensor that broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``, of q's dtype or
@@ -132,13 +141,15 @@ def attention(
     """
     if any_autocast_enabled():
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
-    extras = _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
+    extras = extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     ragged = not (seqused_q is seqused_k is None)
     if ragged:
         plain = plain and _are_plain(seqused_q, seqused_k)
     if not plain and (handle := wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)):
+        if block_mask is not None:
+            _refuse_ragged_blocks()
         rules: dict = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         if extras is not None:
             rules |= _extras_of(handle, extras)
@@ -146,9 +157,18 @@ def attention(
         if ragged:
             others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
-    call = check_call(q, k, v, scale, causal, window, softcap)
+    if extras is None and plain and not ragged and block_mask is None:
+        call = _kept_call(q, k, v, scale, causal, window, softcap)
+    else:
+        call = check_call(q, k, v, scale, causal, window, softcap)
+    if block_mask is not None:
+        _refuse_graphs(_is_traced(q))
+        if ragged:
+            _refuse_ragged_blocks()
+        call.blocks, mask = blocks.taken(block_mask, mask, call, q)
+        extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
-        _take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
+        take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
     how = return_lse, deterministic, backend, mechanism
     if ragged:
         batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
@@ -162,11 +182,33 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = False) -> Call:
+    """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, dtypes and devices with the same rules,
+    so that these are checked and planned once."""
+    if (
+        not (q.is_cuda and type(causal) is bool and type(scale) in _NUMBER and type(softcap) in _NUMBER)
+        or not (window is None or (type(window) is tuple and _REACH.issuperset(map(type, window))))
+        or is_compiling()
+        or dispatch_modes()
+    ):
+        return check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
+    shapes, dtypes, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+    key = shapes, dtypes, devices, scale, causal, window, softcap, heads_first
+    call = _kept.get(key)
+    if call is None:
+        call = check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
+        call.plans = {}
+        if len(_kept) >= KEPT_MAX:
+            _kept.clear()
+        _kept[key] = call
+    return call
+
+
 def attention_heads_first(q, k, v, scale: float | None, causal: bool) -> torch.Tensor:
     """:func:`attention` by the kernels, of ``(batch, heads, seqlen, head_dim)``; the output is such a view of memory in which
     heads come after seqlen, and so are gradients. For eager calls of torch's own CUDA tensors, out of any transform, which
     spares them the views."""
-    call = check_call(q, k, v, scale, causal, None, None, heads_first=True)
+    call = _kept_call(q, k, v, scale, causal, None, None, heads_first=True)
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -229,7 +271,7 @@ def attention_varlen(
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    extras = _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
+    extras = extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
     plain = _are_plain(q, k, v, *lengths) and not transformed
@@ -244,13 +286,13 @@ def attention_varlen(
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
     call.lengths = check_lengths(q, None, lengths)
     if extras is not None:
-        _take_extras(call, q, extras, call.lengths.count)
+        take_extras(call, q, extras, call.lengths.count)
     how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
 
 
-def _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple | None:
+def extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple | None:
     """What a call has besides its usual rules; None where it has none of these."""
     none = mask is score is alibi_slopes is bias is sinks is None and type(tensors) is tuple and not tensors
     if none and type(dropout_p) in (int, float) and not dropout_p:  # an int as default: torch.compile begins anew for a float
@@ -258,21 +300,23 @@ def _extras(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple
     return mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
 
 
-def _take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths: tuple[int, int] | None = None) -> None:
+def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths: tuple[int, int] | None = None) -> None:
     """Check and trace what a call has besides its usual rules; ``lengths`` are those of all sequences, if they have one."""
     mask, score, tensors, alibi_slopes, bias, sinks, dropout_p = extras
     call.dropout = _checked_dropout(dropout_p)
-    if _extras(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
+    if extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
         return
-    _refuse_graphs(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
+    _refuse_graphs(_is_traced(q))
     if sinks is not None:
         check_sinks(sinks, q, call.heads)
     call.sinks = sinks
     if call.dropout:
         call.seed = dropout.draw_seed(q.device)
-    if _extras(mask, score, tensors, alibi_slopes, bias, None, 0.0):
+    if extras_of_call(mask, score, tensors, alibi_slopes, bias, None, 0.0):
         # Torch.compile, which has left this call out of its graph, would still look into what it calls.
-        trace = torch.compiler.disable(traced) if "torch._dynamo" in sys.modules else traced
+        if "torch._dynamo" in sys.modules and not _UNSEEN:
+            _UNSEEN.append(torch.compiler.disable(traced))
+        trace = _UNSEEN[0] if _UNSEEN else traced
         found = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths)
         call.expression, call.captured = found
 
@@ -284,6 +328,10 @@ def _checked_dropout(p: object) -> float:
     return found if dropout.threshold(found) else 0.0
 
 
+def _is_traced(q: torch.Tensor) -> bool:
+    return bool(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
+
+
 def _refuse_graphs(traced: bool = False) -> None:
     """The operators of ``ops.py`` know nothing of functions, sinks and dropout."""
     if traced or is_compiling() or dispatch_modes():
@@ -291,6 +339,13 @@ def _refuse_graphs(traced: bool = False) -> None:
             "mask, score, alibi_slopes, bias, sinks or dropout_p are given inside of torch.compile, torch.export, a transform "
             "of torch.func or a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
         )
+
+
+def _refuse_ragged_blocks() -> NoReturn:
+    raise NotImplementedError(
+        "block_mask is given with nested tensors, DTensors, results of collectives or seqused; plain tensors with sequences of "
+        "one length are needed: try mask= alone, or masks.document for sequences that are packed in one"
+    )
 
 
 def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        arguments = arguments_of_gradients(ctx, dout, dlse)
+        arguments: Any = arguments_of_gradients(ctx, dout, dlse)
         if arguments is None:
             return (None,) * len(ctx.needs_input_grad)
         call = ctx.call
@@ -51,7 +52,9 @@ class Attention(torch.autograd.Function):
             others = others[4:]
         if others:
             call = replace(call, sinks=others[0], captured=others[1:])
-        dq, dk, dv, *dothers = _Gradients.apply(*arguments, call, ctx.gradients)
+        # Without create_graph=True nobody can differentiate once more, and the function's own cost is spared.
+        apply: Callable = _Gradients.apply if torch.is_grad_enabled() else partial(computed, ctx)
+        dq, dk, dv, *dothers = apply(*arguments, call, ctx.gradients)
         return dq, dk, dv, None, None, None, *dothers
 
 

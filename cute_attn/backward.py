@@ -27,7 +27,7 @@ from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
 from cute_attn.layouts.fragments import rows_columns, vector
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import LOWEST, finite_row
-from cute_attn.scheduler import Tiles
+from cute_attn.scheduler import Tiles, write_zeros
 from cute_attn.sequences import Sequences, Span
 
 
@@ -56,14 +56,17 @@ def host_function(problem, config):
             k, v, dk, dv = (_rows_from(m, unseen) for m in (k, v, dk, dv))
             seqlen_k, lo, hi = seqlen_k - unseen, lo - unseen, hi - unseen
         rules = {"captured": captured_of(problem, given), "of_captured": given.of_captured, **dropout_of(given)}
-        values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap, **rules)
+        lists = {name: getattr(given, name) for name in ("key_lists", "query_lists", "ranks")}
+        values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap, **rules, **lists)
         # Where dQ is added in a fixed order heads are taken in groups, too: fewer key tiles of one then wait for one another.
-        long_first = problem.bounded_right or problem.deterministic
+        long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
+        if cutlass.const_expr(signals is not None):
+            write_zeros(signals.words, given.stream)
 
         row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, given.stream)
         mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from cute_attn import cache, layouts, sources
 from cute_attn.cache import cache_dir
-from cute_attn.fields import BACKWARD, FORWARD, MERGE
+from cute_attn.fields import APPEND, ATTEND, BACKWARD, CLASSIFY, FORWARD, MERGE, Field
 from cute_attn.layouts.base import Config
 from cute_attn.problem import Problem
 
@@ -49,11 +49,25 @@ def compile_only(problem: Problem, config: Config, options: str = ""):
     """Compile with the DSL and return its function, untouched by any cache. Needs no GPU."""
     dsl = _import_dsl()
     sources.hold()
-    forward, backward, merge = (importlib.import_module(f"cute_attn.{name}") for name in ("forward", "backward", "merge"))
-    host, fields = (merge, MERGE) if problem.merges else (backward, BACKWARD) if problem.gradients else (forward, FORWARD)
+    forward = importlib.import_module("cute_attn.forward")
+    name, fields = _host_of(problem)
+    host = importlib.import_module(f"cute_attn.{name}")
     arguments = forward.stand_ins(fields, problem, config)
     options = f"--enable-tvm-ffi --gpu-arch={config.target} {options}"
     return dsl.compile(host.host_function(problem, config), *arguments, options=options)
+
+
+def _host_of(problem: Problem) -> tuple[str, tuple[Field, ...]]:
+    """The module of a problem's host function, and the fields that it takes."""
+    if problem.merges:
+        return "merge", MERGE
+    if problem.appends:
+        return "append", APPEND
+    if problem.rows:
+        return "attend", ATTEND
+    if problem.blocks == "classified":
+        return "classify", CLASSIFY
+    return ("backward", BACKWARD) if problem.gradients else ("forward", FORWARD)
 
 
 def _from_disk_or_compiler(problem: Problem, config: Config) -> Callable:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from cute_attn import memo
 from cute_attn.arguments import check_layout, shown
 
 RANK_MAX = 4
@@ -197,6 +198,7 @@ class Graph:
         self.numbers: dict[tuple, int] = {}
         self.captured: list[torch.Tensor] = []
         self.slopes: dict[tuple[int, int], int | None] = {}
+        self.pure = True  # whether nothing is computed of tensors but what symbols say
 
     # ---- making nodes
 
@@ -387,6 +389,10 @@ _FLOATS = ("exp", "exp2", "log", "log2", "tanh", "sqrt")  # of one operand
 _ARITHMETIC = ("add", "sub", "mul", "div", "floordiv", "mod", "maximum", "minimum", "neg", "abs")
 _BINARY = (*_ARITHMETIC[:-2], "pow", *_COMPARISONS, *_LOGIC)
 _FILLED = {"new_ones": 1, "new_zeros": 0, "new_full": None, "ones_like": 1, "zeros_like": 0, "full_like": None}
+_METADATA = ("shape", "dtype", "device", "ndim", "dim", "size", "numel", "stride", "__len__")  # of tensors: memo.py compares it
+_KNOWN = frozenset(
+    (*_SYNONYMS, *_BINARY, *_FLOATS, *_FILLED, *_METADATA, *KINDS, *dir(torch.dtype), "neg", "abs", "where", "clamp", "to")
+) | {str(dtype).removeprefix("torch.") for dtype in LOADED}
 _INSTEAD = {
     "bool": "torch.where(condition, …, …) instead of if, & | ~ instead of and, or, not",
     "index": "a captured tensor, indexed, instead of a list",
@@ -404,9 +410,11 @@ class Tracing(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not any(isinstance(x, Symbol) for x in _flat((args, kwargs))):
-            return func(*args, **kwargs)
         name, graph = func.__name__, self.graph
+        if not any(isinstance(x, Symbol) for x in _flat((args, kwargs))):
+            asked = func.__self__.__name__ if name == "__get__" else name
+            graph.pure = graph.pure and asked in _METADATA
+            return func(*args, **kwargs)
         if name == "__get__":
             return self._attribute(func.__self__.__name__, args[0])
         if name == "__getitem__":
@@ -511,41 +519,58 @@ def traced(
 
     Raises ``TypeError``, ``ValueError`` and ``NotImplementedError`` for what a function can't do, or tensors that don't fit.
     """
-    graph = Graph(q.device)
     if not isinstance(tensors, (tuple, list)) or not all(isinstance(x, torch.Tensor) for x in tensors):
         raise TypeError(f"tensors is {shown(tensors)}; a tuple of tensors is needed: try tensors=(table,)")
     if tensors and mask is None and score is None:
         raise TypeError(
             "tensors are given without mask or score; a function that reads them is needed: try score=fn, or leave them out"
         )
+    if alibi_slopes is not None:
+        _check_slopes(alibi_slopes, q, heads, batch)
+    code = getattr(mask if mask is not None else score if score is not None else _alibi, "__code__", None)
+    sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
+    element = element_of(bias) if bias is not None and _is_bias(bias, q, sizes) else None
+    given = mask, score, tuple(tensors), alibi_slopes, element, q.device, torch.is_grad_enabled()
+    kept = memo.find(code, given, lambda trace, captured: _fits(trace, captured, sizes))
+    if kept is not None:
+        (expression, _), captured = kept
+        return expression, tuple(x if x.device == q.device else x.to(q.device) for x in captured)
+    matches, graph = memo.matcher(given, _KNOWN), Graph(q.device)
     batch_, head, q_idx, kv_idx, shift = map(graph.leaf, POSITIONS)
     seen = changed = slope = None
     if mask is not None:
         seen = graph.cast(_called(graph, "mask", mask, (batch_, head, q_idx, kv_idx, *tensors), "bool"), "bool")
-    scored = given = graph.leaf("score")
+    scored = before = graph.leaf("score")
     if score is not None:
         scored = graph.symbol(_called(graph, "score", score, (scored, batch_, head, q_idx, kv_idx, *tensors), "float"))
     if alibi_slopes is not None:
-        _check_slopes(alibi_slopes, q, heads, batch)
         arguments = (scored, batch_, head, q_idx, kv_idx, shift, alibi_slopes)
         scored = graph.symbol(_called(graph, "alibi_slopes", _alibi, arguments, "float"))
-    sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
-    if bias is not None and _is_bias(bias, q, sizes):
-        element = element_of(bias)
+    if element is not None:
         to_bias = (scored, batch_, head, q_idx, kv_idx)
         scored = graph.symbol(_called(graph, "bias", lambda score, *where: score + element(*where), to_bias, "float"))
     partials: tuple[Partial, ...] = ()
-    if scored.node != given.node:
+    if scored.node != before.node:
         assert scored.node is not None
-        assert given.node is not None
-        changed, slope = scored.node, graph.slope(scored.node, given.node)
+        assert before.node is not None
+        changed, slope = scored.node, graph.slope(scored.node, before.node)
         slope = graph.constant(0.0) if slope is None else None if slope == graph.constant(1.0) else slope
         partials = _partials(graph, changed, sizes) if torch.is_grad_enabled() else ()
     if seen is None and changed is None:
         return NOTHING, ()
     captured = tuple(x if x.device == q.device else x.to(q.device) for x in graph.captured)
     kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _is_paired(x, sizes["kv_idx"])) for x in captured)
-    return _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds, partials)), captured
+    expression = _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds, partials))
+    if matches is not None and graph.pure and code is not None:
+        memo.keep(code, given, matches, (expression, sizes if partials else None), tuple(graph.captured))
+    return expression, captured
+
+
+def _fits(trace: tuple, captured: tuple, sizes: dict[str, int | None]) -> bool:
+    """Whether a trace that is kept is right for these sizes and addresses."""
+    (expression, of_sizes), keys = trace, sizes["kv_idx"]
+    pairs = (is_paired == _is_paired(x, keys) for (_, _, is_paired), x in zip(expression.tensors, captured, strict=True))
+    return of_sizes in (None, sizes) and all(pairs)
 
 
 def _is_paired(x: torch.Tensor, keys: int | None) -> bool:
@@ -640,7 +665,7 @@ def element_of(x: torch.Tensor) -> Callable:
     """A function of positions that takes an element of ``x``, which broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``. It
     has an index for each dimension along which x differs, those that are closest in memory last."""
     strides = dict(zip(range(4 - x.dim(), 4), zip(x.shape, x.stride(), strict=True), strict=True))
-    dims = sorted((dim for dim, (size, stride) in strides.items() if size > 1 and stride), key=lambda dim: -strides[dim][1])
+    dims = tuple(sorted((n for n, (size, stride) in strides.items() if size > 1 and stride), key=lambda n: -strides[n][1]))
     part = x[tuple(slice(None) if dim in dims else 0 for dim in strides)]
     part = part.permute([sorted(dims).index(dim) for dim in dims])
     return lambda *where: part[tuple(where[dim] for dim in dims)]

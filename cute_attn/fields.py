@@ -16,6 +16,7 @@ from cute_attn.layouts.base import Config
 from cute_attn.lengths import NAMES
 from cute_attn.plan import takes_tickets
 from cute_attn.problem import Problem
+from cute_attn.stored import CODE_NAMES
 
 
 class Field(NamedTuple):
@@ -23,8 +24,10 @@ class Field(NamedTuple):
     if ``heads_first``, ``(batch, heads, seqlen, head_dim)``, and ``row values`` are a float32 for each of its rows, ``(batch,
     heads, seqlen)``; of ragged sequences both have no batch. An ``exact operand`` is one in float32. ``padded row values`` are
     two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
-    ``(n,)``, ``floats`` float32 ``(n,)``; ``captured`` are all tensors that functions read, ``of captured`` the gradients of
-    some; and there are numbers and the ``stream``."""
+    ``(n,)``, ``floats`` float32 ``(n,)``, ``lists`` int32 ``(batch, heads, tiles, n)``, ``kinds`` of blocks uint8 ``(batch,
+    heads, rows, columns)``; ``captured`` are all tensors that functions read, ``of captured`` the gradients of some; and there
+    are numbers and the ``stream``. A ``cache`` is an operand of all its elements, ``tables`` int32 ``(batch, max_pages)``,
+    ``angles`` in the inputs' dtype, and a ``workspace`` float32 ``(n,)`` at a multiple of 16 bytes."""
 
     name: str
     kind: str
@@ -35,6 +38,10 @@ def _given(name: str) -> Field:
     return Field(name, "words", lambda problem, config: name in problem.ragged.split())
 
 
+def _stored(name: str) -> Field:
+    return Field(name, "words", lambda problem, config: name in problem.stored.split())
+
+
 def _gradient(name: str) -> Field:
     return Field(f"d{name}", "operand", lambda problem, config: name in problem.gradients)
 
@@ -42,6 +49,15 @@ def _gradient(name: str) -> Field:
 def has_sums(problem: Problem, config: Config) -> bool:
     """Whether parts of dQ are added up in memory."""
     return "q" in problem.gradients and bool(layouts.family(config).pieces(config))
+
+
+def _is_listed(problem: Problem, config: Config) -> bool:
+    return problem.blocks == "listed"
+
+
+def walks_over_keys(problem: Problem, config: Config) -> bool:
+    """Whether a kernel of the backward pass takes query tiles and walks over keys, as dQ's does where it has no sums."""
+    return "q" in problem.gradients and not has_sums(problem, config)
 
 
 def _dropout(name: str, kind: str) -> Field:
@@ -64,6 +80,7 @@ FORWARD = (
     Field("lse_raw", "row values", lambda problem, config: problem.for_backward),
     Field("tickets", "words", takes_tickets),
     Field("sinks", "floats", lambda problem, config: problem.sinks),
+    Field("key_lists", "lists", _is_listed),
     *_CALL,
 )
 BACKWARD = (
@@ -74,8 +91,19 @@ BACKWARD = (
     Field("dq_sum", "sums", has_sums),
     Field("signals", "words", lambda problem, config: problem.masked or (problem.deterministic and has_sums(problem, config))),
     *map(_gradient, "qkv"),
+    Field("query_lists", "lists", _is_listed),
+    Field(
+        "key_lists", "lists", lambda problem, config: _is_listed(problem, config) and walks_over_keys(problem, config)
+    ),
+    Field("ranks", "lists", lambda problem, config: _is_listed(problem, config) and problem.deterministic),
     Field("of_captured", "of captured", lambda problem, config: bool(problem.expression.partials)),
     *_CALL,
+)
+CLASSIFY = (
+    Field("kinds", "kinds"),
+    Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
+    *(Field(name, "int32") for name in ("seqlen_q", "seqlen_k")),
+    Field("stream", "stream"),
 )
 MERGE = (
     Field("into", "exact operand"),
@@ -84,6 +112,38 @@ MERGE = (
     Field("more", "operand"),
     Field("lse_more", "row values"),
     Field("to_log2", "float32"),
+    Field("stream", "stream"),
+)
+_STORED = (
+    Field("lengths", "words"),
+    Field("page_table", "tables", lambda problem, config: "page_table" in problem.stored.split()),
+    *(_stored(name) for name in CODE_NAMES[1:]),
+    *(Field(name, "int32") for name in ("seqlen_new",)),
+)
+ATTEND = (
+    Field("q", "operand"),
+    *(Field(name, "cache") for name in ("k_cache", "v_cache")),
+    Field("out", "operand"),
+    Field("lse", "row values", lambda problem, config: problem.return_lse),
+    Field("workspace", "workspace"),
+    Field("counters", "int32"),
+    Field("sinks", "floats", lambda problem, config: problem.sinks),
+    Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
+    *_STORED,
+    *(Field(name, "int32") for name in ("units", "places", "rows_kept", "left", "right")),
+    *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
+    Field("blocks", "int32"),
+    Field("stream", "stream"),
+)
+
+_TURNED = "halves", "interleaved"
+APPEND = (
+    *(Field(name, "cache") for name in ("k_cache", "v_cache")),
+    *(Field(name, "operand") for name in ("k_new", "v_new")),
+    *(Field(name, "operand", lambda problem, config: problem.appends in _TURNED) for name in ("q", "q_turned")),
+    *(Field(name, "angles", lambda problem, config: problem.appends in _TURNED) for name in ("cos", "sin")),
+    _stored("rotary_begin"),
+    *_STORED,
     Field("stream", "stream"),
 )
 

@@ -9,20 +9,23 @@ module ``bert_padding``, ``pad_input``, ``unpad_input`` and ``index_first_axis``
 resolve to them, for code that can't be edited.
 
 Arguments mean what those of :func:`cute_attn.attention` do: ``softmax_scale`` is its ``scale``, ``window_size`` its ``window``,
-and its errors name them so. All functions that compute attention also take
+and its errors name them so; those of a cache are :func:`cute_attn.attention_kvcache`'s (``k`` is ``k_new``, ``cache_seqlens``
+``lengths``, ``cache_leftpad`` ``leftpad_k``, ``rotary_seqlens`` ``rotary_begin``).
+
+All functions that compute attention also take
 
 - ``return_lse``: return ``(out, softmax_lse)``;
 - by name, what FlashAttention-3 and -4 add: hints (``num_splits``, ``pack_gqa``, ``sm_margin``, …), of which nothing depends
-  here, are checked for their kind; ``learnable_sink``, ``(heads,)``, is ``sinks``; what isn't there yet (``qv``, …) is refused
-  unless it is None.
+  here, are checked for their kind; ``learnable_sink``, ``(heads,)``, is ``sinks``; ``page_table`` is ``block_table``; what
+  isn't there yet (``qv``, …) is refused unless it is None.
 
-What ``dropout_p`` drops is drawn from torch's generator, by another rule than flash-attn's: the same seed drops others. Not
-there yet is ``block_table``: ``NotImplementedError`` says what to do instead. What isn't in a function's signature it can't do:
-callers that look there, as Transformers does, find out before they call.
+What ``dropout_p`` drops is drawn from torch's generator, by another rule than flash-attn's: the same seed drops others. What
+isn't in a function's signature it can't do: callers that look there, as Transformers does, find out before they call.
 
-Where flash-attn says nothing, or less: head dims that are no multiple of 8 are padded with zeros, and tensors whose last
-dimension is not contiguous are copied, as it does; ``softmax_lse`` has a gradient, and is −inf, not inf, where a query sees no
-key; an empty batch is no error; a ``softcap`` below 0 and windows below −1 are errors; CPU tensors run the reference backend.
+Where flash-attn says nothing, or less: head dims that are no multiple of 8 are padded with zeros, except a cache's, and tensors
+whose last dimension is not contiguous are copied, as it does; ``softmax_lse`` has a gradient, and is −inf, not inf, where a
+query sees no key; an empty batch is no error; a ``softcap`` below 0 and windows below −1 are errors; CPU tensors run the
+reference backend.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from torch.compiler import is_compiling
 
 from cute_attn.api import attention, attention_varlen
 from cute_attn.arguments import check_layout, flag, integer, number, shown
+from cute_attn.kvcache import attention_kvcache
 from cute_attn.launch import packed_of
 from cute_attn.private import dispatch_modes, transforms_active
 from cute_attn.problem import HEAD_DIM_STEP
@@ -51,7 +55,6 @@ UNBOUNDED = (-1, -1)
 Window = tuple[int | None, int | None]
 _SDPA = "torch.nn.functional.scaled_dot_product_attention"
 _FLEX = "torch.nn.attention.flex_attention"
-_PAGES = "the pages gathered into one tensor, with seqused_k for how many rows are in use"
 # By name: what nothing here depends on, ints, flags, and what is not looked at.
 _INTS = ("num_splits", "sm_margin", "min_seqlen_k", "seqlen_k_per_split")
 _FLAGS = ("pack_gqa", "disable_scheduler_metadata")
@@ -64,19 +67,11 @@ _NEWER = {
     "v_descale": "v.to(torch.bfloat16) * v_descale",
     "attention_chunk": "a call for each chunk, or window_size",
     "num_heads_q": "q, k, v of qkv.split((num_heads_q, heads_kv, heads_kv), -2), and flash_attn_func",
-    "page_table": _PAGES,
     "gather_kv_indices": "k and v gathered before the call",
     **dict.fromkeys(("score_mod", "score_mod_bwd", "mask_mod", "aux_tensors", "aux_scalars"), _FLEX),
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd"), _FLEX),
 }
-_NOT_YET = {
-    **_NEWER,
-    "block_table": _PAGES,
-    **dict.fromkeys(("k", "v"), "the new rows written into k_cache and v_cache before the call"),
-    **dict.fromkeys(("rotary_cos", "rotary_sin"), "q and k rotated before the call"),
-    "cache_batch_idx": "k_cache[cache_batch_idx] and v_cache[cache_batch_idx]",
-    "cache_leftpad": "caches whose rows begin at 0",
-}
+_NOT_YET = dict(_NEWER)
 _NUMBERS = ("attention_chunk",)  # of these 0 is none, and not None
 
 
@@ -150,19 +145,22 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
     window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
     return_attn_probs: bool = False, block_table: Tensor | None = None,
-    *, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None, return_lse: bool = False, **others: Any,
+    *, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None, return_lse: bool = False,
+    page_table: Tensor | None = None, **others: Any,
 ) -> Any:  # fmt: skip
-    """:func:`flash_attn_func` of sequences one after another in the rows, by :func:`cute_attn.attention_varlen`.
+    """:func:`flash_attn_func` of sequences one after another in the rows, by :func:`cute_attn.attention_varlen`; where keys are
+    in pages, by :func:`cute_attn.attention_kvcache`, without gradients.
 
     Args:
         q: ``(total_q, nheads, headdim)``.
-        k: ``(total_k, nheads_k, headdim)``.
-        v: ``(total_k, nheads_k, headdim_v)``.
+        k: ``(total_k, nheads_k, headdim)``; with a ``block_table`` ``(pages, page_size, nheads_k, headdim)``.
+        v: ``(total_k, nheads_k, headdim_v)``, or pages of so many columns.
         cu_seqlens_q: int32 ``(batch + 1,)``: where in q each sequence begins and, at last, where the last one ends.
         cu_seqlens_k: the same for k and v.
         max_seqlen_q: a hint; nothing depends on it, and nothing reads it, if it is a tensor.
         max_seqlen_k: the same.
-        seqused_q: int32 ``(batch,)``, how many rows of each sequence are in use.
+        block_table: int32 ``(batch, max_pages)``: the pages of each sequence; ``cu_seqlens_k`` then says how many keys it has.
+        seqused_q: int32 ``(batch,)``, how many rows of each sequence are in use; without pages.
         seqused_k: the same for k and v.
 
     Returns:
@@ -172,12 +170,23 @@ def flash_attn_varlen_func(
         As :func:`flash_attn_func` does.
     """
     extras = {"alibi_slopes": alibi_slopes, "sinks": others.pop("learnable_sink", None), "dropout_p": dropout_p}
-    if not (block_table is None and not others and type(max_seqlen_q) is type(max_seqlen_k) is int):
+    if others or not type(max_seqlen_q) is type(max_seqlen_k) is int:
         _check_hint("max_seqlen_q", max_seqlen_q)
         _check_hint("max_seqlen_k", max_seqlen_k)
-        _check_others(others, block_table=block_table)
+        _check_others(others)
     if cu_seqlens_k is None:  # which attention_varlen would take for that of q
         raise TypeError("cu_seqlens_k is None; an int32 tensor is needed: try cu_seqlens_q, if k has the lengths of q")
+    if (table := _table_of(block_table, page_table)) is not None:
+        if seqused_q is not None:
+            raise NotImplementedError(
+                f"seqused_q is {shown(seqused_q)} beside pages; None is needed: try cu_seqlens_q of the rows in use"
+            )
+        used = cu_seqlens_k.diff() if seqused_k is None and isinstance(cu_seqlens_k, Tensor) else seqused_k
+        where = extras | {"page_table": table, "cu_seqlens_q": cu_seqlens_q}
+        probs, return_lse = flag("return_attn_probs", return_attn_probs), flag("return_lse", return_lse)
+        asked = probs or return_lse
+        found = _attend_to_cache(q, k, v, None, None, used, where, softmax_scale, causal, window_size, softcap, asked)
+        return (*found, q.new_empty(0)) if probs else found
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q, "seqused_k": seqused_k}
     rules = softmax_scale, causal, window_size, softcap, deterministic
     return _attend(attention_varlen, q, k, v, lengths | extras, *rules, return_attn_probs, return_lse)
@@ -217,17 +226,32 @@ def flash_attn_with_kvcache(
     cache_batch_idx: Tensor | None = None, cache_leftpad: Tensor | None = None, block_table: Tensor | None = None,
     softmax_scale: float | None = None, causal: bool = False, window_size: Window = UNBOUNDED, softcap: float = 0.0,
     rotary_interleaved: bool = True, alibi_slopes: Tensor | None = None, num_splits: int = 0,
-    return_softmax_lse: bool = False, **others: Any,
+    return_softmax_lse: bool = False,
+    *, page_table: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None, rotary_seqlens: Tensor | None = None, **others: Any,
 ) -> Any:  # fmt: skip
-    """:func:`flash_attn_func` of a cache of keys and values of which each sequence has filled ``cache_seqlens`` rows.
+    """:func:`flash_attn_func` of a cache of keys and values, by :func:`cute_attn.attention_kvcache`. There are no gradients.
 
     Args:
-        q: ``(batch, seqlen_q, nheads, headdim)``.
-        k_cache: ``(batch, seqlen_cache, nheads_k, headdim)``.
-        v_cache: ``(batch, seqlen_cache, nheads_k, headdim_v)``.
-        cache_seqlens: an int, or int32 ``(batch,)``; ``None`` is all rows.
-
-    Not there yet: new rows ``k`` and ``v``, rotary embeddings, ``cache_batch_idx``, ``cache_leftpad`` and ``block_table``.
+        q: ``(batch, seqlen_q, nheads, headdim)``; with ``cu_seqlens_q`` ``(total_q, nheads, headdim)``.
+        k_cache: ``(batch, seqlen_cache, nheads_k, headdim)``; with ``block_table`` ``(pages, page_size, nheads_k, headdim)``.
+        v_cache: the same with ``headdim_v``.
+        k: ``(batch, seqlen_new, nheads_k, headdim)``, or packed like q: new keys, written into the cache behind the others.
+        v: the same with ``headdim_v``.
+        rotary_cos: ``(positions, rotary_dim / 2)``, by which q and k are turned first.
+        rotary_sin: the same.
+        cache_seqlens: how many rows of the cache each sequence has, before ``k``: an int, or int32 ``(batch,)``; without ``k``
+            also ``None``, all there are.
+        cache_batch_idx: int32 ``(batch,)``: each sequence's element of the cache.
+        cache_leftpad: int32 ``(batch,)``: where in its rows each sequence begins.
+        block_table: int32 ``(batch, max_pages)``: the pages of each sequence, of 1 to 1024 rows.
+        rotary_interleaved: pairs are columns next to each other, and not half of rotary_dim apart.
+        num_splits: a hint; nothing depends on it.
+        page_table: FlashAttention-3's name of ``block_table``.
+        cu_seqlens_q: and what follows, FlashAttention-3's: int32 ``(batch + 1,)``, where in q each sequence begins.
+        cu_seqlens_k_new: the same of k and v; ``None`` is ``cu_seqlens_q``.
+        max_seqlen_q: a hint, as of :func:`flash_attn_varlen_func`.
+        rotary_seqlens: int32 ``(batch,)``: positions are counted from here, and not from ``cache_seqlens``.
 
     Returns:
         ``out``, or ``(out, softmax_lse)``, as of :func:`flash_attn_func`.
@@ -235,20 +259,46 @@ def flash_attn_with_kvcache(
     Raises:
         As :func:`flash_attn_func` does.
     """
-    unused = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "cache_batch_idx": cache_batch_idx}
-    unused |= {"cache_leftpad": cache_leftpad, "block_table": block_table}
     extras = {"alibi_slopes": alibi_slopes, "sinks": others.pop("learnable_sink", None)}
-    _check_others({**others, "num_splits": num_splits}, **unused)
-    flag("rotary_interleaved", rotary_interleaved)
-    lengths = {}
-    if cache_seqlens is not None:
-        if not isinstance(cache_seqlens, Tensor) and isinstance(q, Tensor):
-            rows = integer("cache_seqlens", cache_seqlens, "or an int32 tensor (batch,)")
-            cache_seqlens = torch.full(q.shape[:1], rows, dtype=torch.int32, device=q.device)
-        lengths["seqused_k"] = cache_seqlens
-    rules = softmax_scale, causal, window_size, softcap, False
-    asked = flag("return_softmax_lse", return_softmax_lse)
-    return _attend(attention, q, k_cache, v_cache, lengths | extras, *rules, False, asked)
+    _check_others({**others, "num_splits": num_splits})
+    _check_hint("max_seqlen_q", max_seqlen_q)
+    if (rotary_cos is None) is not (rotary_sin is None):
+        raise ValueError(
+            f"rotary_cos is {shown(rotary_cos)} and rotary_sin {shown(rotary_sin)}; both or none are needed: pass the other one"
+        )
+    where = {"cache_batch_idx": cache_batch_idx, "leftpad_k": cache_leftpad}
+    where |= {"page_table": _table_of(block_table, page_table), "rotary_begin": rotary_seqlens}
+    where |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new}
+    if k is not None and cache_seqlens is None:
+        raise ValueError(
+            "k is given and cache_seqlens is None; how many rows come before the new ones is needed: try cache_seqlens=0"
+        )
+    rotary = None if rotary_cos is None else (rotary_cos, rotary_sin)
+    more = extras | where | {"rotary": rotary, "rotary_interleaved": rotary_interleaved}
+    rules = softmax_scale, causal, window_size, softcap, flag("return_softmax_lse", return_softmax_lse)
+    return _attend_to_cache(q, k_cache, v_cache, k, v, cache_seqlens, more, *rules)
+
+
+def _table_of(block_table: Tensor | None, page_table: Tensor | None) -> Tensor | None:
+    """The one of the two names that is given."""
+    if block_table is not None and page_table is not None:
+        raise ValueError("block_table and page_table are given, two names of one argument; one is needed: leave page_table out")
+    return page_table if block_table is None else block_table
+
+
+def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal, window, softcap, return_lse: bool):
+    """:func:`~cute_attn.attention_kvcache` where ``used`` is a number of rows for all sequences, all there are, or a tensor."""
+    tensors = all(isinstance(x, Tensor) for x in (q, k_cache)) and k_cache.dim() == 4  # else there is an error to come
+    if tensors and not isinstance(used, Tensor):
+        bounds, table = more["cu_seqlens_q"], more["page_table"]
+        rows = k_cache.shape[1] * (1 if table is None else table.shape[-1])
+        rows = rows if used is None else integer("cache_seqlens", used, "or an int32 tensor (batch,)")
+        used = torch.full((len(q if bounds is None else bounds[1:]),), rows, dtype=torch.int32, device=q.device)
+    q, k, v = (x if _as_is(x, x, x) else x.contiguous() for x in (q, k, v))
+    window = None if window is UNBOUNDED else window
+    rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
+    with torch.no_grad():
+        return attention_kvcache(q, k_cache, v_cache, lengths=used, k_new=k, v_new=v, **more, **rules)
 
 
 def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, softcap, deterministic, probs, return_lse):

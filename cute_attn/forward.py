@@ -37,9 +37,11 @@ def host_function(problem, config, mainloop=None):
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         band = shift - given.left, shift + given.right
         rules = {"captured": captured_of(problem, given), "sinks": given.sinks, **dropout_of(given)}
-        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, **rules)
+        values = Values(
+            seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, **rules, key_lists=given.key_lists
+        )
         heads_per_kv = q.shape[2] // k.shape[2]
-        tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, given.blocks, problem.bounded_right, sequences)
+        tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, given.blocks, problem.unequal, sequences)
         if cutlass.const_expr(given.tickets is not None):
             tiles = replace(tiles, tickets=Tickets(given.tickets))
             tiles.tickets.reset(given.stream)
@@ -120,16 +122,26 @@ def _stand_in(kind: str, problem, config):
         return runtime.make_fake_tensor(Int32, sizes(1), (1,), assumed_align=4)
     if kind == "floats":
         return runtime.make_fake_tensor(Float32, sizes(1), (1,), assumed_align=4)
+    if kind == "lists":
+        return runtime.make_fake_tensor(Int32, sizes(4), (*some(3), 1), assumed_align=4)
+    if kind == "kinds":
+        return runtime.make_fake_tensor(cutlass.Uint8, sizes(4), (*some(3), 1), assumed_align=1)
     if kind == "captured":
         return tuple(_captured(dtype, max(rank, 1), paired) for dtype, rank, paired in problem.expression.tensors)
     if kind == "of captured":
         of, tensors = problem.expression.derived, problem.expression.tensors
         return tuple(_captured(tensors[i][0] if alone else "float32", max(tensors[i][1], 1)) for i, alone in of.items())
-    if kind in ("operand", "exact operand"):
-        dims, dtype = 3 if problem.ragged else 4, element(problem) if kind == "operand" else Float32
+    if kind == "tables":
+        return runtime.make_fake_tensor(Int32, sizes(2), (*some(1), 1), assumed_align=4)
+    if kind == "angles":
+        return runtime.make_fake_tensor(element(problem), sizes(2, 8), (*some(1, 8), 1), assumed_align=16)
+    if kind == "workspace":
+        return runtime.make_fake_tensor(Float32, sizes(1), (1,), assumed_align=16)
+    if kind in ("operand", "exact operand", "cache"):
+        dims, dtype = 3 if problem.packed and kind != "cache" else 4, Float32 if kind == "exact operand" else element(problem)
         return runtime.make_fake_tensor(dtype, sizes(dims, 8), (*some(dims - 1, 8), 1), assumed_align=16)
     if kind == "row values":
-        dims = 2 if problem.ragged else 3
+        dims = 2 if problem.packed else 3
         return runtime.make_fake_tensor(Float32, sizes(dims), (*some(dims - 1), 1), assumed_align=4)
     if kind == "padded row values":
         shape, stride = (2, *sizes(3, ROW_PADDING)), (*some(3, ROW_PADDING), 1)

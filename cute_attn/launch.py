@@ -11,17 +11,29 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 
 from cute_attn import dropout, rules
 from cute_attn.compile import compiled
-from cute_attn.fields import has_sums
+from cute_attn.expressions import Expression
+from cute_attn.fields import has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
+from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
 from cute_attn.plan import configs, head_blocks, plan, takes_tickets
 from cute_attn.private import current_device, raw_stream
-from cute_attn.problem import DTYPE_NAMES, Call, Problem, check_strides, check_tensors_for_gpu, is_aligned, problem_of
+from cute_attn.problem import (
+    DTYPE_NAMES,
+    HEAD_DIM_STEP,
+    Call,
+    Problem,
+    check_strides,
+    check_tensors_for_gpu,
+    is_aligned,
+    problem_of,
+)
 
 NO_LENGTHS = (None, None, None, None, 0)
 
@@ -67,6 +79,17 @@ def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, 
 
 
 @lru_cache(maxsize=4096)
+def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tuple[int, int, int]:
+    """``(tile_m, tile_n, rows)`` of the tiles that a block mask lists; ``rows`` are those of the query tiles that walk over
+    keys, in the backward pass 0 where none do."""
+    config = plan(problem, device_target(device), mechanism)
+    if not problem.gradients:
+        return config.tile_m, config.tile_n, config.tile_m
+    rows = family(config).warpgroups(config) * ROWS_PER_WARPGROUP if walks_over_keys(problem, config) else 0
+    return config.tile_m, config.tile_n, rows
+
+
+@lru_cache(maxsize=4096)
 def _sharing(problem: Problem, mechanism: str | None, device: int) -> tuple[int, tuple[int, ...]]:
     """``(rows of a key tile, how many blocks may share one)`` in the backward pass."""
     found = configs(problem, device_target(device), mechanism)
@@ -107,18 +130,14 @@ def passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tupl
 def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q, k, v):
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
     launch. Allocates these and, for ragged sequences with a right edge, an int32 a tile; nothing else."""
+    how = return_lse, for_backward, mechanism
+    if call.plans and (planned := call.plans.get(how)) is not None:
+        try:
+            return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
+        except (TypeError, ValueError, RuntimeError):
+            pass  # what the launcher refuses, before it launches anything, is looked at below
     q, k, v = check_tensors_for_gpu(q, k, v, call)
-    if call.heads_first:
-        out = _heads_first(q, call.batch, call.heads, call.seqlen_q, call.head_dim_v)
-        of_rows: tuple = call.batch, call.heads, call.seqlen_q
-    elif call.lengths is None:
-        out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
-        of_rows = call.batch, call.heads, call.seqlen_q
-    else:
-        out = q.new_empty(call.seqlen_q, call.heads, call.head_dim_v)
-        of_rows = call.heads, call.seqlen_q
-    lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
-    lse_raw = q.new_empty(of_rows, dtype=torch.float32) if for_backward else None
+    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
     if call.empty:  # the backward pass won't look at lse_raw either
         out.zero_()
         if lse is not None:
@@ -130,14 +149,48 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     tickets = None
     if call.lengths is not None and (tile := tile_of_tickets(problem, mechanism, device)):
         tickets = q.new_empty(1 + call.lengths.slots(call.seqlen_q, tile) * call.heads, dtype=torch.int32)
-    launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets)
+    key_lists = None
+    if call.blocks is not None:
+        tile_m, tile_n, _ = tiles_of_lists(problem, mechanism, device)
+        key_lists = call.blocks.key_lists(tile_m, tile_n, call.batch, call.heads)
+    launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets, key_lists)
+    if call.plans is not None:
+        call.plans[how] = function, device, _besides_tensors(call, blocks)
     return out, lse, lse_raw
 
 
-def launch(function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw, tickets=None) -> None:
+def _room_of_results(call: Call, return_lse: bool, for_backward: bool, q):
+    """Memory for ``(out, lse, lse_raw)``."""
+    if call.heads_first:
+        out = _heads_first(q, call.batch, call.heads, call.seqlen_q, call.head_dim_v)
+        of_rows: tuple = call.batch, call.heads, call.seqlen_q
+    elif call.lengths is None:
+        out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
+        of_rows = call.batch, call.heads, call.seqlen_q
+    else:
+        out = q.new_empty(call.seqlen_q, call.heads, call.head_dim_v)
+        of_rows = call.heads, call.seqlen_q
+    lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
+    lse_raw = q.new_empty(of_rows, dtype=torch.float32) if for_backward else None
+    return out, lse, lse_raw
+
+
+def _forward_as_planned(planned: tuple, call: Call, return_lse: bool, for_backward: bool, q, k, v):
+    """:func:`forward` of a kept call. The launcher looks at dtypes, devices, strides and alignment itself."""
+    if not (q.data_ptr() and k.data_ptr() and v.data_ptr()):
+        raise ValueError("a tensor without memory")
+    function, device, rest = planned
+    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
+    _call(function, device, (q, k, v, out, lse, lse_raw, None, None, None, *rest, raw_stream(device)))
+    return out, lse, lse_raw
+
+
+def launch(
+    function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw, tickets=None, key_lists=None
+) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks))
+    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks, key_lists))
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
@@ -158,43 +211,75 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
     lse_raw = lse_raw.contiguous()
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
-    device = q.get_device()
-    of_lse = dlse is not None
-    sums = sums_of(problem_of(q.dtype, call, of_lse, needs), mechanism, device)
-    ordered = deterministic and sums is not None  # without sums there is no order to fix
-    problem = problem_of(q.dtype, call, of_lse, needs, ordered)
-    function, blocks = prepared(problem, mechanism, device, _head_blocks(problem, mechanism, device, call))
-
-    rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
-    if call.lengths is not None:  # cute_attn.sequences says where each begins
-        rows_padded = call.lengths.slots(call.seqlen_q, ROW_PADDING) * ROW_PADDING
-    rows = q.new_empty((2, call.batch, call.heads, rows_padded), dtype=torch.float32)
-    dq_sum = signals = None
-    counters = 0
-    if sums is not None:
-        tile_m, pieces, values = sums
-        tiles = (call.batch, call.heads, rows_padded // tile_m)
-        dq_sum = q.new_empty((*tiles, pieces, values), dtype=torch.float32)
-        counters = math.prod(tiles) if ordered else 0
-    if ordered or problem.masked:
-        signals = q.new_zeros(COUNTERS + counters, dtype=torch.int32)
+    planned = _plan_gradients(call, mechanism, needs, deterministic, dlse is not None, q)
+    rows = q.new_empty(planned.rows, dtype=torch.float32)
+    dq_sum = None if planned.sums is None else q.new_empty(planned.sums, dtype=torch.float32)
+    signals = q.new_empty(planned.signals, dtype=torch.int32) if planned.signals else None
     # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
     if call.lengths is None and call.left is not None and call.shift > call.left:
         for x in (gradient["k"], gradient["v"]):
             if x is not None:
                 x[:, : call.shift - call.left].zero_()
     of_captured = _room_of_captured(call)
-    into = *gradient.values(), tuple(of_captured.values()) or None
-    _run(function, blocks, device, call, (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *into))
+    lists = None, None, None
+    if call.blocks is not None:
+        lists = _lists_of_gradients(call, planned.problem, mechanism, planned.device)
+    into = *gradient.values(), *lists, tuple(of_captured.values()) or None
+    tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *into
+    _call(planned.function, planned.device, (*tensors, *planned.rest, raw_stream(planned.device)))
     found = tuple(x if name in wanted else None for name, x in gradient.items())
     if not call.others:
         return found
     dsinks = None
     if call.sinks is not None and call.sinks.requires_grad:
-        unit = 1.0 if problem.expression.score is not None else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
+        natural = call.expression and call.expression.score is not None
+        unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
         weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
         dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
     return *found, dsinks, *map(partial(_of_captured, of_captured), range(len(call.captured)), call.captured)
+
+
+class _PlannedGradients(NamedTuple):
+    """How the backward pass of a call is computed: the kernels, the shapes of what they take besides the call's tensors (None
+    or 0 for what they don't), and the rest of their arguments."""
+
+    problem: Problem
+    function: Callable
+    device: int
+    rows: tuple[int, ...]
+    sums: tuple[int, ...] | None
+    signals: int
+    rest: tuple
+
+
+def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q) -> _PlannedGradients:
+    how = needs, deterministic, of_lse, mechanism
+    if call.plans and (planned := call.plans.get(how)) is not None:
+        return planned
+    device = q.get_device()
+    sums = sums_of(problem_of(q.dtype, call, of_lse, needs), mechanism, device)
+    ordered = deterministic and sums is not None  # without sums there is no order to fix
+    problem = problem_of(q.dtype, call, of_lse, needs, ordered)
+    function, blocks = prepared(problem, mechanism, device, _head_blocks(problem, mechanism, device, call))
+    rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
+    if call.lengths is not None:  # cute_attn.sequences says where each begins
+        rows_padded = call.lengths.slots(call.seqlen_q, ROW_PADDING) * ROW_PADDING
+    tiles: tuple[int, ...] = ()
+    if sums is not None:
+        tile_m, *of_tile = sums
+        tiles = call.batch, call.heads, rows_padded // tile_m
+    planned = _PlannedGradients(
+        problem,
+        function,
+        device,
+        rows=(2, call.batch, call.heads, rows_padded),
+        sums=None if sums is None else (*tiles, *of_tile),
+        signals=COUNTERS + (math.prod(tiles) if ordered else 0) if ordered or problem.masked else 0,
+        rest=_besides_tensors(call, blocks),
+    )
+    if call.plans is not None:
+        call.plans[how] = planned
+    return planned
 
 
 def _room_of_captured(call: Call) -> dict[int, torch.Tensor]:
@@ -216,7 +301,31 @@ def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> t
     return torch.zeros_like(x) if x.requires_grad else None
 
 
-def _as_read(x: torch.Tensor) -> torch.Tensor:
+def _lists_of_gradients(call: Call, problem: Problem, mechanism: str | None, device: int) -> tuple:
+    """A block mask's lists of query tiles and, where a kernel walks over them, of key tiles, and ranks."""
+    (tile_m, tile_n, rows), batch, heads = tiles_of_lists(problem, mechanism, device), call.batch, call.heads
+    return (
+        call.blocks.query_lists(tile_m, tile_n, batch, heads, call.heads_kv),
+        call.blocks.key_lists(rows, tile_n, batch, heads) if rows else None,
+        call.blocks.ranks(tile_m, tile_n, batch, heads) if problem.deterministic else None,
+    )
+
+
+def classify(kinds: torch.Tensor, expression: Expression, captured: tuple, seqlen_q: int, seqlen_k: int) -> None:
+    """``blocks.classified`` by a kernel, on the current stream."""
+    device = kinds.get_device()
+    function, _ = prepared(_classifying(expression), None, device)
+    read = tuple(map(as_read, captured)) if captured else None
+    with torch.cuda.device(device):
+        function(kinds, read, seqlen_q, seqlen_k, raw_stream(device))
+
+
+@lru_cache(maxsize=64)
+def _classifying(expression: Expression) -> Problem:
+    return Problem("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, expression=expression, blocks="classified")
+
+
+def as_read(x: torch.Tensor) -> torch.Tensor:
     """A captured tensor as the kernels take it: of one dimension or more, the last one contiguous, and bools as bytes. What is
     not contiguous there is copied."""
     x = x.detach().view(torch.uint8) if x.dtype == torch.bool else x.detach()
@@ -264,6 +373,8 @@ def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:
     """The tensor ``(…, parts, heads, head_dim)`` whose ``unbind(-3)`` the parts ``(…, heads, head_dim)`` are; None if there is
     none, since they lie elsewhere."""
     first = parts[0]
+    if first.storage_offset() == parts[1].storage_offset():  # the usual case of tensors by themselves
+        return None
     shape, strides = first.shape, first.stride()
     begin, step = first.storage_offset(), strides[-2] * shape[-2]
     for i, x in enumerate(parts):
@@ -276,6 +387,8 @@ def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
     """``x`` where 16-byte copies can read it in place (an expanded one can't always), else a copy."""
+    if all(x.stride()) and is_aligned(x):  # the usual case
+        return x
     expanded = any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True))
     with suppress(ValueError):
         if not expanded:
@@ -284,15 +397,24 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tuple) -> None:
+    _call(function, device, (*tensors, *_besides_tensors(call, blocks), raw_stream(device)))
+
+
+def _besides_tensors(call: Call, blocks: int) -> tuple:
+    """What a pass takes of a call behind its own tensors and before the stream."""
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     lengths = call.lengths
     where = NO_LENGTHS if lengths is None else (*lengths.tensors, lengths.count)
-    captured = tuple(map(_as_read, call.captured)) if call.captured else None
+    captured = tuple(map(as_read, call.captured)) if call.captured else None
     drops: tuple = None, None, None
     if call.seed is not None:
         drops = call.seed.view(torch.int32), dropout.threshold(call.dropout), dropout.kept_scale(call.dropout)
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    arguments = (*tensors, captured, *drops, *where, *numbers, raw_stream(device))
+    return captured, *drops, *where, *numbers
+
+
+def _call(function: Callable, device: int, arguments: tuple) -> None:
+    """On a device, whichever is current."""
     if current_device() == device:
         function(*arguments)
     else:

@@ -54,14 +54,14 @@ def given(seen: torch.Tensor) -> Callable:
 
 def and_masks(*masks: Callable) -> Callable:
     """What all of them let a query see."""
-    return lambda *where: reduce(operator.and_, (mask(*where) for mask in masks))
+    return lambda batch, head, q_idx, kv_idx: reduce(operator.and_, (mask(batch, head, q_idx, kv_idx) for mask in masks))
 
 
 def or_masks(*masks: Callable) -> Callable:
     """What any of them lets a query see."""
-    return lambda *where: reduce(operator.or_, (mask(*where) for mask in masks))
+    return lambda batch, head, q_idx, kv_idx: reduce(operator.or_, (mask(batch, head, q_idx, kv_idx) for mask in masks))
 
 
 def not_mask(mask: Callable) -> Callable:
     """What it hides."""
-    return lambda *where: ~mask(*where)
+    return lambda batch, head, q_idx, kv_idx: ~mask(batch, head, q_idx, kv_idx)

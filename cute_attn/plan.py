@@ -87,7 +87,15 @@ def configs(problem: Problem, target: str, mechanism: str | None = None) -> tupl
             f"{layouts.source(module)} has no backward pass: give it BACKWARD and a table, as layouts/sm80.py has them, "
             f"or use backend='reference'"
         )
-    found = tuple(module.configs(problem, mechanism, target))
+    if problem.rows and not hasattr(module, "CACHE"):
+        raise NotImplementedError(
+            f"{layouts.source(module)} has no kernel for caches: give it CACHE, as layouts/sm80.py has it, or use "
+            f"backend='reference'"
+        )
+    if problem.rows:
+        found = next(filter(None, (family.configs(problem, module.GPU, target) for family in module.CACHE.values())))
+    else:
+        found = tuple(module.configs(problem, mechanism, target))
     for config in found:
         check(config, module.GPU)
     return found
@@ -189,7 +197,8 @@ def _rules(problem: Problem) -> str:
     sides = [side for side in ("left", "right") if getattr(problem, f"bounded_{side}")]
     band = f"keys bounded on the {' and '.join(sides)}" if sides else "all keys"
     asked = {"softcap": problem.softcap, "sinks": problem.sinks, "dropout": problem.dropout}
-    asked |= {"a mask function": problem.masks_all, "a score function": problem.expression.score is not None}
+    asked |= {"a mask function": problem.expression.mask is not None, "a block mask": bool(problem.blocks)}
+    asked["a score function"] = problem.expression.score is not None
     asked["gradients of captured tensors"] = bool(problem.expression.partials)
     return ", ".join((band, *(name for name, there in asked.items() if there)))
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from cute_attn import stored
 from cute_attn.arguments import check_layout, check_memory, flag, integer, is_traced, number, shown
 from cute_attn.expressions import NOTHING, Expression
 from cute_attn.lengths import Lengths
@@ -56,6 +57,14 @@ class Problem:
 
     ``expression`` is what the user's functions compute, ``sinks`` says that each row's softmax has one more logit, and
     ``dropout`` that probabilities are dropped.
+
+    ``blocks`` is ``"listed"`` where a block mask says which tiles there are to visit, and ``"classified"`` makes it the kernel
+    that finds out which a mask hides (``classify.py``).
+
+    ``rows`` makes it attention to a cache, in tiles of so many rows; 0 is none. ``stored`` names what says where keys and
+    queries lie, a part of ``stored.CODE_NAMES``, with spaces between, and ``invariant`` that keys are split at fixed places.
+    ``appends`` makes it the kernel that writes new keys into a cache: ``"as they are"``, or turned, in ``"halves"`` or
+    ``"interleaved"``.
     """
 
     dtype: str
@@ -74,6 +83,11 @@ class Problem:
     expression: Expression = NOTHING
     merges: str = ""
     dropout: bool = False
+    blocks: str = ""
+    rows: int = 0
+    stored: str = ""
+    invariant: bool = False
+    appends: str = ""
 
     def __post_init__(self):
         """A value of another kind would be another key, even if it is equal."""
@@ -89,9 +103,14 @@ class Problem:
         return f"seqused_{side}" in self.ragged
 
     @property
+    def packed(self) -> bool:
+        """Whether the rows of all sequences are one after another, so that tensors have no batch."""
+        return bool(self.ragged) or "cu_seqlens_q" in self.stored
+
+    @property
     def masked(self) -> bool:
         """Whether a tile may hold keys that some of its rows see and others don't."""
-        return self.bounded_left or self.bounded_right or self.masks_all
+        return self.bounded_left or self.bounded_right or self.expression.mask is not None
 
     @property
     def has_places(self) -> bool:
@@ -101,7 +120,12 @@ class Problem:
     @property
     def masks_all(self) -> bool:
         """Whether any key may be hidden from any query, so that every tile has to mask."""
-        return self.expression.mask is not None
+        return self.expression.mask is not None and not self.blocks
+
+    @property
+    def unequal(self) -> bool:
+        """Whether tiles of a head cost unequal time, and those at an end of its sequence the most."""
+        return self.bounded_right or bool(self.blocks)
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -125,9 +149,15 @@ class Call:
     ``heads_first`` says that the tensors are ``(batch, heads, seqlen, head_dim)``, as torch's own attention takes them.
     ``packs`` says that gradients may be parts of one tensor, where q, k and v are: whoever unpacked these has them packed then.
 
+    ``plans`` is a place for how calls with tensors of the same shapes are computed (``launch.py``), where one is kept for all
+    of them.
+
     ``captured`` are the tensors that ``expression`` reads, ``sinks`` ``(heads,)``, ``dropout`` the probability of being dropped
     and ``seed`` what decides who is (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as
     functions get it.
+
+    ``stored`` says where keys and values lie in a cache; ``batch`` and ``seqlen_k`` are sequences and the most keys of one
+    then.
     """
 
     batch: int
@@ -148,8 +178,11 @@ class Call:
     captured: tuple[torch.Tensor, ...] = ()
     sinks: torch.Tensor | None = None
     sequence: int = 0
+    plans: dict[tuple, Any] | None = None
     dropout: float = 0.0
     seed: torch.Tensor | None = None
+    blocks: Any = None  # or a BlockMask
+    stored: stored.Stored | None = None
 
     @property
     def others(self) -> tuple[torch.Tensor | None, ...]:
@@ -214,6 +247,13 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
     if not fits:
         q, k, v = (x.transpose(1, 2) if heads_first else x for x in (q, k, v))
         _explain_misfit(q, k, v, packed)
+    sizes = batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v
+    return _with_rules(sizes, scale, causal, window, softcap, heads_first)
+
+
+def _with_rules(sizes: tuple, scale, causal, window, softcap, heads_first: bool = False) -> Call:
+    """The Call of these sizes, once the usual rules are checked."""
+    batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v = sizes
     if type(causal) is not bool:
         causal = flag("causal", causal)
     if window is None:
@@ -228,6 +268,64 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
         scale, softcap = _scores(head_dim**-0.5 if scale is None else scale, softcap)
     sizes = batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v
     return Call(*sizes, scale, left, right, softcap, heads_first=heads_first)
+
+
+def check_call_of_cache(q, k_cache, v_cache, where: tuple, scale, causal, window, softcap) -> Call:
+    """:func:`check_call` of queries ``(batch, seqlen_q, heads, head_dim)``, or packed ones, ``(rows, heads, head_dim)``, and a
+    cache; ``where`` are the tensors of ``stored.NAMES``."""
+    packed = where[stored.NAMES.index("cu_seqlens_q")] is not None
+    try:
+        seqlen_q, heads, head_dim = q.shape if packed else q.shape[1:]
+        elements, seqlen_k, heads_kv, head_dim_k = k_cache.shape
+        elements_v, seqlen_v, heads_v, head_dim_v = v_cache.shape
+        dtype, device = q.dtype, q.device
+        fits = (
+            dtype is k_cache.dtype
+            and dtype is v_cache.dtype
+            and dtype in ALL_DTYPES
+            and device == k_cache.device
+            and device == v_cache.device
+            and elements == elements_v
+            and seqlen_k == seqlen_v
+            and heads_kv == heads_v
+            and (heads == heads_kv or (heads_kv and not heads % heads_kv))
+            and head_dim == head_dim_k
+            and head_dim
+            and head_dim_v
+        )
+    except (AttributeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
+        fits = False
+    if not fits:
+        _explain_misfit_of_cache(q, k_cache, v_cache, packed)
+    keys = stored.check_stored(q, k_cache, where)
+    sizes = keys.batch, heads, heads_kv, seqlen_q, keys.capacity, head_dim, head_dim_v
+    call = _with_rules(sizes, scale, causal, window, softcap)
+    call.stored = keys
+    return call
+
+
+def _explain_misfit_of_cache(q, k_cache, v_cache, packed: bool) -> NoReturn:
+    """Say which of check_call_of_cache's conditions q and the cache break."""
+    _check_kinds({"q": q, "k_cache": k_cache, "v_cache": v_cache})
+    if q.dim() != (3 if packed else 4):
+        need = "3 dimensions (rows of all sequences" if packed else "4 dimensions (batch, seqlen"
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}; {need}, heads, head_dim) are needed: try "
+            + ("q.flatten(0, 1)" if packed else "q.unsqueeze(1) of one query each, or cu_seqlens_q")
+        )
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; 4 dimensions (batch, capacity, heads, head_dim) or (pages, page_size, "
+                f"heads, "
+                f"head_dim) are needed: check its layout"
+            )
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(
+            f"k_cache is {tuple(k_cache.shape)} and v_cache is {tuple(v_cache.shape)}; "
+            f"equal sizes are needed: only head_dim may differ"
+        )
+    _explain_misfit(q[:1][None] if packed else q[:1], k_cache[:1], v_cache[:1], False)  # what is left is said of any element
 
 
 def _check_kinds(tensors: dict[str, Any]) -> None:
@@ -307,6 +405,7 @@ def problem_of(
         (call.expression if gradients else call.expression.without_partials) if call.expression else NOTHING,
         "",
         call.dropout > 0.0,
+        "" if call.blocks is None else "listed",
     )
 
 

@@ -30,7 +30,8 @@ that ∂out/∂z = −p · out and ∂lse/∂z = p, and with dO·O − dLSE = de
 
     dz_h = −Σ_i p_i · delta_i,   over all rows i of head h.
 
-Ragged sequences are taken one after another, each as a batch of its own.
+Ragged sequences are taken one after another, each as a batch of its own. So are those whose keys lie in a cache; the rows of
+each are gathered first, once the new ones are in it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -47,6 +49,7 @@ from cute_attn.dropout import kept, kept_scale
 from cute_attn.expressions import TorchOps
 from cute_attn.problem import Call
 from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
+from cute_attn.stored import Stored
 
 
 @autocast.outside
@@ -256,6 +259,83 @@ def _scores(tQ, tK, m: int, n: int, call: Call):
 
 
 PASSES = attention, gradients  # as autograd.Attention calls them
+
+
+@autocast.outside
+def attention_kvcache(q, k_cache, v_cache, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out, lse)`` of a call that :func:`cute_attn.attention_kvcache` has checked, once the new keys and values are written
+    into the cache. Whatever lengths and tables say, they are cut to what there is."""
+    stored = call.stored
+    assert stored is not None
+    packed = stored.cu_seqlens_q is not None
+    out = q.new_zeros(*q.shape[:-1], call.head_dim_v)
+    of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
+    lse = q.new_full(of_rows, -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lengths = [min(max(n, 0), stored.capacity) for n in stored.lengths.tolist()]
+    pads = [0] * call.batch if stored.leftpad_k is None else stored.leftpad_k.tolist()
+    begins = lengths if stored.rotary_begin is None else stored.rotary_begin.tolist()
+    queries = _rows_of(stored.cu_seqlens_q, call.batch, q)
+    added = [slice(0, 0)] * call.batch
+    if stored.k_new is not None:
+        added = _rows_of(stored.cu_seqlens_k_new, call.batch, stored.k_new)
+    places, keys = [], []
+    for i in range(call.batch):  # all of them are written before any is read: sequences may share pages
+        new = 0 if stored.k_new is None else len(range(*added[i].indices(stored.k_new.shape[-3])))
+        total = min(lengths[i] + new, stored.capacity)
+        places.append(_rows_of_cache(stored, i, total, k_cache))
+        keys.append(slice(min(max(pads[i], 0), lengths[i]), total))
+        for cache, x in ((k_cache, stored.k_new), (v_cache, stored.v_new)):
+            if x is not None:
+                rows = (x if packed else x[i])[added[i]]
+                if x is stored.k_new:
+                    rows = _turned(rows, stored, range(begins[i], begins[i] + new))
+                cache[places[i][0][lengths[i] :], places[i][1][lengths[i] :]] = rows[: total - lengths[i]]
+    for i, of_q in enumerate(queries):
+        mine = (q if packed else q[i])[of_q]
+        n = mine.shape[0]
+        if stored.rotary is not None:
+            step = call.left is not None or call.right is not None
+            mine = _turned(mine, stored, range(begins[i], begins[i] + n) if step else [begins[i]] * n)
+        k, v = (cache[places[i][0][keys[i]], places[i][1][keys[i]]] for cache in (k_cache, v_cache))
+        one = replace(call, batch=1, seqlen_q=n, seqlen_k=k.shape[0], sequence=i, stored=None)
+        found, lse_of_it, _ = attention(mine[None], k[None], v[None], one)
+        (out if packed else out[i])[of_q] = found[0]
+        (lse if packed else lse[i])[:, of_q] = lse_of_it[0]
+    return out, lse
+
+
+def _rows_of(cu_seqlens, batch: int, x) -> list[slice]:
+    """Of each sequence its rows of x: all of its element, or those between bounds."""
+    if cu_seqlens is None:
+        return [slice(None)] * batch
+    bounds = [min(max(value, 0), x.shape[0]) for value in cu_seqlens.tolist()]
+    return [slice(first, max(first, past)) for first, past in pairwise(bounds)]
+
+
+def _rows_of_cache(stored: Stored, i: int, rows: int, cache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the first rows of sequence i lie in the cache: (element or page, row) of each."""
+    row = torch.arange(rows, device=cache.device)
+    last = cache.shape[0] - 1
+    if stored.page_table is not None:
+        size = stored.page_size
+        return stored.page_table[i].long()[row // size].clamp(0, last), row % size
+    element = i if stored.cache_batch_idx is None else min(max(int(stored.cache_batch_idx[i]), 0), last)
+    return torch.full_like(row, element), row
+
+
+def _turned(x, stored: Stored, positions) -> torch.Tensor:
+    """``x`` (rows, heads, head_dim) by the rotary tables' rows of its positions, rounded once."""
+    if stored.rotary is None:
+        return x
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    where = torch.as_tensor(list(positions), dtype=torch.int64, device=x.device).clamp(0, stored.rotary[0].shape[0] - 1)
+    cos, sin = (table[where][:, None].to(dtype) for table in stored.rotary)
+    half = cos.shape[-1]
+    head, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
+    even, odd = (head[..., 0::2], head[..., 1::2]) if stored.rotary_interleaved else head.split(half, -1)
+    pair = even * cos - odd * sin, even * sin + odd * cos
+    turned = torch.stack(pair, -1).flatten(-2) if stored.rotary_interleaved else torch.cat(pair, -1)
+    return torch.cat((turned.to(x.dtype), rest), -1)
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_more: torch.Tensor, to_log2: float) -> torch.Tensor:

@@ -31,6 +31,7 @@ from cutlass import Boolean, Int32, cute
 from cute_attn.sequences import Sequences, Span
 
 BLOCKS_PER_HEAD = 4  # that run at the same time, where groups are not small
+THREADS = 256  # of a block that writes zeros
 LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
 
 
@@ -58,7 +59,7 @@ class Tickets:
     @cute.jit
     def reset(self, stream):
         """Before the kernel whose blocks draw."""
-        _write_zero(self.words).launch(grid=[1, 1, 1], block=[1, 1, 1], stream=stream)
+        write_zeros(cute.make_tensor(self.words.iterator, cute.make_layout(1)), stream)
 
     @cute.jit
     def draw(self, first, last: Int32):
@@ -81,9 +82,18 @@ class Tickets:
         return cute.arch.shuffle_sync(number, 0)
 
 
+@cute.jit
+def write_zeros(words: cute.Tensor, stream):
+    """Zeros in int32 words, before the kernels that come next on the stream. One launch, as torch's would be, without what
+    torch's takes of the host."""
+    _write_zeros(words).launch(grid=[cute.ceil_div(words.shape[0], THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream)
+
+
 @cute.kernel
-def _write_zero(words: cute.Tensor):
-    words[0] = Int32(0)
+def _write_zeros(words: cute.Tensor):
+    i = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
+    if i < words.shape[0]:
+        words[i] = Int32(0)
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,23 @@ class Softmax:
             lse.raw[r] = raw if seen else Float32.inf
 
 
+@cute.jit
+def finished(row_max: Float32, row_sum: Float32, scale_log2: Float32, sink: Float32 | None = None):
+    """``(1 / l, log-sum-exp)`` of a row from its maximum of raw scores and its sum, as :meth:`Softmax.finish` has them; 0 and
+    −∞ of one that saw no key."""
+    seen = row_sum != 0.0
+    total = row_sum if seen else Float32(1.0)
+    unit_log2, unit = Float32(0.0), Float32(1.0)
+    if cutlass.const_expr(sink is not None):
+        ahead_log2 = sink * LOG2_E - row_max * scale_log2
+        unit_log2 = cutlass.max(ahead_log2, Float32(0.0))
+        unit = cute.math.exp2(-unit_log2, fastmath=True)
+        total = total * unit + cute.math.exp2(ahead_log2 - unit_log2, fastmath=True)
+    normalize = cute.arch.rcp_approx(total) * unit if seen else Float32(0.0)
+    lse = (row_max * scale_log2 + unit_log2 + cute.math.log2(total, fastmath=True)) * LN_2
+    return normalize, lse if seen else -Float32.inf
+
+
 def _fused(a: Float32, b: Float32, c: Float32) -> Float32:
     """``a · b + c`` with one rounding, whatever the compiler makes of the same expression elsewhere."""
     return cute.arch.inline_ptx("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])

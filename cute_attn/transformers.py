@@ -22,7 +22,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -33,11 +33,13 @@ from cute_attn import masks
 from cute_attn.api import attention, attention_varlen
 from cute_attn.arguments import name_of
 from cute_attn.expressions import traced
+from cute_attn.kvcache import attention_kvcache
 from cute_attn.lengths import NAMES
-from cute_attn.private import assert_on_device
+from cute_attn.private import any_autocast_enabled, assert_on_device, dispatch_modes, transforms_active
 
 IMPLEMENTATION = "cute_attn"
 FALLBACK = "sdpa"
+FEW = 16  # queries: so many read keys as those of a cache
 SHORTEST = 16  # rows: where no length can be read, packed sequences may be this short, on average
 UNREAD = (
     f"cute_attn: in a graph, where no length can be read, there is padding between keys under a window, or packed sequences "
@@ -111,11 +113,47 @@ def register(*, fallback: str | None = None) -> None:
         if "q_offset" in inspect.signature(masking_utils.sdpa_mask).parameters:
             for interface, ours in ((transformers.AttentionInterface, attend), (transformers.AttentionMaskInterface, mask)):
                 interface.register(IMPLEMENTATION, partial(ours, fallback=None if fallback is None else interface()[fallback]))
+            _join_continuous_batching()
             return
     raise ImportError(
         f"transformers is {transformers.__version__}, whose masks are made in another way; version 5 or newer, the newest of "
         f"those, is needed: try pip install -U transformers"
     )
+
+
+# ---- continuous batching ---------------------------------------------------------------------------------------------
+
+
+def _join_continuous_batching() -> None:
+    """Have Transformers' continuous batching treat ``"cute_attn"`` as it treats FlashAttention: with lengths in the place of
+    masks and, where each sequence gets one token, pages that attention reads and writes itself. It asks for the name alone, in
+    functions that can only be replaced; a release where they are others, as before 5.24, refuses ``"cute_attn"`` in words."""
+    try:
+        from transformers.generation.continuous_batching import cache, continuous_api, initialization
+
+        decided, allocators = initialization.ensure_decode_fast_path_is_available, initialization.ATTN_TYPE_TO_ALLOCATOR
+        modules: tuple[Any, ...] = cache, continuous_api, initialization
+        asked = [(module, module.is_flash_attention_requested) for module in modules]
+    except (AttributeError, ImportError):
+        return
+    if isinstance(asked[0][1], partial):  # registered before
+        return
+
+    @wraps(decided)
+    def ensure_decode_fast_path_is_available(config, cb_config, user_requested):
+        kinds = initialization.group_layers_by_attn_type(config)
+        ours = config._attn_implementation == IMPLEMENTATION
+        if not (ours and all(allocators[kind].supports_block_table for kind in kinds)):
+            decided(config, cb_config, user_requested)
+
+    initialization.ensure_decode_fast_path_is_available = ensure_decode_fast_path_is_available
+    for module, is_requested in asked:
+        module.is_flash_attention_requested = partial(_is_requested, is_requested)
+
+
+def _is_requested(otherwise: Callable, config=None, requested_attention_implementation=None, version=None) -> bool:
+    name = requested_attention_implementation if config is None else config._attn_implementation
+    return name == IMPLEMENTATION or otherwise(config, requested_attention_implementation, version)
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -129,7 +167,8 @@ class Mask:
     those of ``attention_varlen``, sequences lie in the rows of all elements of the batch, in the order that ``rows_q`` and
     ``rows_k`` say, or as they are. ``holds`` is whether the lengths are right, where only the device knows. ``function`` says
     all of it, as attention's ``mask``; where ``window`` is None, nothing else does. ``stand_in`` makes the mask that the
-    fallback takes; ``beyond`` is why it must.
+    fallback takes; ``beyond`` is why it must. ``stored`` are the ``lengths`` and ``leftpad_k`` by which a few
+    queries of each element of the batch, all of them in use, see its keys as those of a cache.
     """
 
     shape: tuple[int, int, int, int]
@@ -140,6 +179,7 @@ class Mask:
     holds: torch.Tensor | None = None
     packed: bool = False
     function: Callable | None = None
+    stored: dict[str, torch.Tensor] = field(default_factory=dict)
     stand_in: Callable[[], torch.Tensor] | None = None
     beyond: str | None = None
     ndim = 4  # which models ask a mask for: one of 2 dimensions is padding
@@ -148,7 +188,9 @@ class Mask:
         """On another device: what moves a layer's arguments to where the layer lies calls it."""
         tensors = {"rows_q": self.rows_q, "rows_k": self.rows_k, "holds": self.holds}
         moved: dict[str, Any] = {name: x.to(*where, **how) for name, x in tensors.items() if x is not None}
-        return replace(self, lengths={name: x.to(*where, **how) for name, x in self.lengths.items()}, **moved)
+        for name in ("lengths", "stored"):
+            moved[name] = {key: x.to(*where, **how) for key, x in getattr(self, name).items()}
+        return replace(self, **moved)
 
 
 def mask(
@@ -189,6 +231,8 @@ def mask(
             raise Beyond("a window past each query's own key where the last query's is not the last key")
         elif attention_mask is not None or not (aligned or seen.right is None):
             rows = _padded(seen, (batch_size, q_length, kv_length), past, kv_offset, attention_mask, device)
+        if not rows and q_length <= FEW:
+            rows = {"stored": {"lengths": torch.full((batch_size,), kv_length, dtype=torch.int32, device=device)}}
     except Beyond as beyond:
         if _is_traced(function, device):
             return Mask(shape, None, function=function, stand_in=stand_in)
@@ -254,19 +298,22 @@ def _padded(seen: _Seen, sizes: tuple, past: int | torch.Tensor, kv_offset: int,
         used_k = used_k & (place < past)
     used_q = used_k.index_select(1, place[:seqlen_q] + (past - seqlen_q)) if edged else used_k.new_ones(batch, seqlen_q)
     rows: dict[str, Any] = {}
-    in_place = True
+    in_place = answered = True
     if attention_mask is not None:
         one_stretch = (torch.diff(used_k.int(), dim=1) > 0).sum(1) + used_k[:, 0] <= 1
         if _is_unread(used_k):
-            in_place = windowed
+            in_place, answered = windowed, False
             if windowed:
                 rows["holds"] = one_stretch.all()
         else:
-            in_place, everything = torch.stack([one_stretch.all(), used_k.all()]).tolist()
+            in_place, everything, answered = torch.stack([one_stretch.all(), used_k.all(), used_q.all()]).tolist()
             if everything:
                 return {}
             if windowed and not in_place:
                 raise Beyond("padding between the keys of a sequence under a window")
+    if seqlen_q <= FEW and in_place and answered:
+        n, first = used_k.sum(1), (used_k.cumsum(1) == 0).sum(1)
+        rows["stored"] = {"lengths": (first + n).int()} | ({} if attention_mask is None else {"leftpad_k": first.int()})
     spans = _spans if in_place else _gathered
     (cu_q, n_q, rows_q), (cu_k, n_k, rows_k) = spans(used_q), spans(used_k)
     lengths = {name: x.int() for name, x in zip(NAMES, (cu_q, cu_k, n_q, n_k), strict=True) if x is not None}
@@ -455,7 +502,8 @@ def attend(
     ``(batch, seqlen, heads, head_dim_v)``, and no weights.
 
     Without a mask the layer says what is seen: ``is_causal`` and ``sliding_window``, how many keys up to the query's own. With
-    ``cu_seq_lens_q`` sequences are packed, whatever ``position_ids`` say."""
+    ``cu_seq_lens_q`` sequences are packed, whatever ``position_ids`` say. With ``block_table``, ``k_cache`` and ``v_cache``, of
+    continuous batching, their keys are in pages, to which those of the step are added."""
     sinks, bias = others.pop("s_aux", None), others.pop("position_bias", None)
     if sinks is None:
         sinks = others.pop("sinks", None)
@@ -504,6 +552,19 @@ def attend(
     rules["causal"] = right == 0
     if left is not None or right:
         rules["window"] = left, right
+    of_cache = {name: value for name, value in rules.items() if name not in ("dropout_p", "bias")}
+    if (table := others.get("block_table")) is not None:
+        if dropout:
+            raise Beyond(f"dropout of {dropout} beside pages", False)
+        assert cu_seq_lens_q is not None
+        assert cu_seq_lens_k is not None
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        before = (cu_seq_lens_k - cu_seq_lens_q).diff()  # of sequences that there aren't, behind the others: 0
+        step = {"lengths": before, "page_table": table, "cu_seqlens_q": cu_seq_lens_q, "k_new": k, "v_new": v}
+        # A graph that is being made ends before it, as it has ended before, where the pages were looked up.
+        call = torch.compiler.disable(attention_kvcache) if torch.compiler.is_compiling() else attention_kvcache
+        out = call(q, others["k_cache"], others["v_cache"], **step, **of_cache)
+        return out[None], None
     if cu_seq_lens_q is not None:
         if found.lengths and not found.packed:
             raise ValueError(
@@ -512,6 +573,9 @@ def attend(
         cu_seqlens = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         lengths = {n: x.int() if isinstance(x, torch.Tensor) else x for n, x in zip(NAMES, cu_seqlens, strict=False)}
         found = Mask(found.shape, found.window, lengths)
+    if found.stored and not dropout and bias is None and _read_as_stored(q, k, v, sinks):
+        out = attention_kvcache(q, k, v, **found.stored, **of_cache)
+        return out, None
     if not found.lengths:
         out = attention(q, k, v, **rules)
         return out, None
@@ -524,6 +588,15 @@ def attend(
     if found.rows_q is not None:
         out = torch.empty_like(out).index_copy(0, found.rows_q, out)
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _read_as_stored(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> bool:
+    """Whether attention to a cache takes these, which is for torch's own tensors, outside of graphs, and without gradients."""
+    if torch.compiler.is_compiling() or dispatch_modes() or transforms_active() or any_autocast_enabled():
+        return False
+    given = q, k, v, *(() if sinks is None else (sinks,))
+    plain = q.dtype == k.dtype == v.dtype and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in given)
+    return plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
 
 
 def _beyond(attention_mask: object, dropout: float, bias, own: bool, packed: bool, others: dict[str, Any]) -> Beyond | None:

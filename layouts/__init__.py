@@ -52,6 +52,8 @@ def modules() -> list[ModuleType]:
 def family(config: Config) -> ModuleType:
     """The family module that lays out a config's operands."""
     module = for_target(config.target)
+    if config.cache:
+        return module.CACHE[config.cache]
     return module.BACKWARD[config.backward] if config.backward else module.MECHANISMS[config.mechanism]
 
 

@@ -6,6 +6,9 @@ A **GPU module** (``sm80.py``, ``sm90.py``, …) is data. It defines
 - ``MECHANISMS``: the names of the mechanisms it can run, best first, each with the **family module** that lays out its
   operands (``mma_sync``, ``wgmma``);
 - ``BACKWARD``, if it has the backward pass: the names of its mainloops, each with the family module of that;
+- ``CACHE``, if it has attention to a cache: the names of its mainloops, best first, each with the family module of that, whose
+own
+  ``configs(problem, gpu, target)`` say which problems it serves;
 - ``configs(problem, mechanism, target)``: the configurations for a problem, best first, from the module's tables.
 
 A **family module** is the layouts of one family of instructions. It defines, as plain functions of a :class:`Config`,
@@ -52,9 +55,14 @@ KIB = 1024
 NAMED_BARRIERS = 16  # of a block
 SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
 ROW_PADDING = 128  # a multiple of every tile_m of the backward pass
-# Words of a backward call's int32 signals in global memory, zeros before it: copy carefully (mainloop/guard.py), the next
+# Words of a backward call's int32 signals in global memory, zeros at first: copy carefully (mainloop/guard.py), the next
 # block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
+BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it
+# A list of tiles there is HEADER words, and one for each tile: its number in the lower TILE_BITS, and more above.
+HEADER, TILE_BITS = 3, 20
+TILE_MASK = (1 << TILE_BITS) - 1
+UNSEEN_BIT, WHOLE_BIT, WARPGROUP_BITS = 0, 1, 2  # of a key tile for each warpgroup: it sees none of it, or all
 
 
 @dataclass(frozen=True)
@@ -94,11 +102,13 @@ class Config:
     blocks_per_multiprocessor: int = 1
     backward: str = ""  # the mainloop of the backward pass; "" is the forward pass, whose mainloop is the mechanism's
     overlap_tiles: bool = False  # backward, tma_wgmma: a query tile's last product runs into the next tile: takes registers
-    every_lane_arrives: bool = False  # at a pipeline's barriers, not one for its warp; for racecheck, which follows no warp
+    every_lane_arrives: bool = False  # at barriers, not one for its warp, or a warp by itself; racecheck follows no warp
     head_blocks: int = 1  # backward, tma_wgmma: blocks of a cluster share a key tile, each with a part of its query heads
     add_width: int = 4  # backward: floats of dQ's sums that a thread hands on at once, so the order in which they lie
-    # backward pass on cp_async only
+    cache: str = ""  # the mainloop of attention to a cache; "" is none
+    # backward pass and caches on cp_async only
     key_warps: int = 0  # of the computing warps, as many split the keys; the others split queries and columns
+    # backward pass on cp_async only
     step_m: int = 0  # queries whose scores a warp holds at once
     # tma_wgmma only
     mma_registers: int = 0  # registers a thread of a computing warpgroup has after setmaxnreg

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import mma_sync, mma_sync_backward, sm90
+from . import mma_sync, mma_sync_backward, mma_sync_cache, sm90
 from .base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -15,6 +15,7 @@ GPU = Gpu(
 
 MECHANISMS = {"cp_async": mma_sync}
 BACKWARD = {"cp_async_backward": mma_sync_backward}
+CACHE = {"cp_async_cache": mma_sync_cache}
 
 TABLE = sm90.MMA_SYNC_TABLE
 BACKWARD_TABLE = sm90.MMA_SYNC_BACKWARD_TABLE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import mma_sync, mma_sync_backward, sm86
+from . import mma_sync, mma_sync_backward, mma_sync_cache, sm86
 from .base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -14,6 +14,7 @@ GPU = Gpu(
 
 MECHANISMS = {"cp_async": mma_sync}
 BACKWARD = {"cp_async_backward": mma_sync_backward}
+CACHE = {"cp_async_cache": mma_sync_cache}
 
 # As much shared memory as sm_86 has, and its tables, until they are measured on this GPU.
 TABLE = sm86.TABLE

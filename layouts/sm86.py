@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import mma_sync, mma_sync_backward
+from . import mma_sync, mma_sync_backward, mma_sync_cache
 from .base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -16,6 +16,7 @@ GPU = Gpu(
 
 MECHANISMS = {"cp_async": mma_sync}
 BACKWARD = {"cp_async_backward": mma_sync_backward}
+CACHE = {"cp_async_cache": mma_sync_cache}
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
 TABLE = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import mma_sync, mma_sync_backward, wgmma, wgmma_backward, wgmma_wide
+from . import mma_sync, mma_sync_backward, mma_sync_cache, wgmma, wgmma_backward, wgmma_cache, wgmma_wide
 from .base import KIB, Config, Gpu
 
 GPU = Gpu(
@@ -20,6 +20,7 @@ BACKWARD = {
     "tma_wgmma_wide": wgmma_wide,
     "cp_async_backward": mma_sync_backward,
 }
+CACHE = {"wgmma_cache": wgmma_cache, "cp_async_cache": mma_sync_cache}
 
 # The wider of the two padded head dims -> the fields of Config that the table decides.
 # A computing warpgroup owns 64 rows. Two of them may have 240 registers a thread, three 160.

@@ -3,7 +3,7 @@ compute capability 9.0, gets ``sm_90a``."""
 
 from __future__ import annotations
 
-from . import mma_sync, mma_sync_backward, sm90
+from . import mma_sync, mma_sync_backward, mma_sync_cache, sm90
 from .base import Config, Gpu
 
 GPU = Gpu(
@@ -15,6 +15,7 @@ GPU = Gpu(
 
 MECHANISMS = {"cp_async": mma_sync}
 BACKWARD = {"cp_async_backward": mma_sync_backward}
+CACHE = {"cp_async_cache": mma_sync_cache}
 
 
 def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:

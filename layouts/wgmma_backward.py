@@ -39,14 +39,15 @@ def tile_dim(head_dim: int) -> int:
 def configs(problem, table, wide, registers: tuple[int, int], target: str) -> tuple[Config, ...]:
     """The configurations for ``problem`` from a GPU's table, the wider padded head dim -> fields of Config; for heads wider
     than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread. They
-    differ in how many blocks share a key tile; where dQ is added in a fixed order none do, since a tile is a ticket there."""
+    differ in how many blocks share a key tile; where dQ is added in a fixed order none do, since a tile is a ticket there, nor
+    where there is a list of all heads' query tiles."""
     head_blocks: tuple[int, ...] = (1,)
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):
         wider = tile_dim(wider)
         choice = {"tile_d": wider, "tile_dv": wider, "backward": "tma_wgmma_backward", **table[wider]}
         choice["mma_warps"] = choice["tile_n"] // ROWS_PER_WARPGROUP * 4
-        head_blocks = (1,) if problem.deterministic else HEAD_BLOCKS
+        head_blocks = (1,) if problem.deterministic or problem.blocks else HEAD_BLOCKS
     else:
         dims = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
         choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide}

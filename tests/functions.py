@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from cute_attn import attention, masks, scores
+from cute_attn import attention, block_mask, masks, scores
 from tests.support import assert_close, assert_gradients_close, make_gradients, make_qkv
 
 ROWS = 700  # captured tensors are of so many positions
@@ -102,11 +102,46 @@ CASES: dict[str, Callable[[int, int, object, int], Made]] = {
 }
 
 
-def check(case: str, sizes, heads, dims, dtype, device, of_lse: bool = True, kind: str = "gaussian", **options) -> None:
-    """Outputs and gradients, the sinks' among them, against the oracle. ``sizes`` are (batch, queries, keys)."""
+def of_each_head(batch, heads, device, dtype):
+    """A window of another width, and another document, for each head; in the last one of more than one nobody sees anything."""
+    ids, none = documents(heads, device), heads - 1 if heads > 1 else heads
+
+    def mask(batch, head, q_idx, kv_idx):
+        near = (q_idx - kv_idx < 30 + 50 * head) & (kv_idx - q_idx < 100 * batch)
+        return (near | (ids[head, q_idx] == ids[head, kv_idx])) & (head != none)
+
+    return mask
+
+
+def with_a_score_and_sinks(batch, heads, device, shift):
+    ids, bias, of_heads = documents(batch, device), table(heads, 401, device=device), table(heads, device=device)
+
+    def made(dtype):
+        relative = scores.relative(bias.to(dtype))
+        return {"mask": masks.document(ids), "score": relative, "sinks": of_heads, "softcap": 6.0}
+
+    return Made(made(torch.float32), made(torch.float64))
+
+
+# Those with a mask and no band, of which a block mask can be made.
+BLOCKED: dict[str, Callable[[int, int, object, int], Made]] = {
+    **{name: CASES[name] for name in ("causal", "window", "document", "prefix", "dilated", "nothing")},
+    "heads": _of("mask", of_each_head),
+    "score": with_a_score_and_sinks,
+}
+
+
+def check(
+    case: str, sizes, heads, dims, dtype, device, of_lse: bool = True, kind: str = "gaussian", blocks=False, **options
+) -> None:
+    """Outputs and gradients, the sinks' among them, against the oracle. ``sizes`` are (batch, queries, keys); with ``blocks``
+    attention gets a block mask as well."""
     batch, sq, sk = sizes
     q, k, v = make_qkv(batch, sq, sk, *heads, *dims, dtype, device, kind)
-    asked, oracle = CASES[case](batch, heads[0], q.device, sk - sq)
+    asked, oracle = (CASES | BLOCKED)[case](batch, heads[0], q.device, sk - sq)
+    if blocks:
+        of = (heads[0] if case in ("heads", "nothing") else None), sq, sk
+        options = {**options, "block_mask": block_mask(asked["mask"], batch, *of, device=device)}
     leaves = [x.requires_grad_() for x in (q, k, v)]
     of_sinks = asked.get("sinks")
     if of_sinks is not None:

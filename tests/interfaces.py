@@ -102,6 +102,54 @@ def check_varlen(form: str, option: str, *, dtype=torch.float32, device="cpu", d
         support.assert_gradients_close(parts, *one, dout[None, rows], dlse[None, :, rows], **rules)
 
 
+def turned(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """``x`` (rows, heads, columns), in float64: pairs of its first columns as complex numbers, each turned by its angle (rows,
+    pairs)."""
+    n, x = 2 * angles.shape[-1], x.double()
+    pairs = x[..., :n].unflatten(-1, (-1, 2)) if interleaved else x[..., :n].unflatten(-1, (2, -1)).mT
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * angles[:, None]))
+    return torch.cat(((pairs if interleaved else pairs.mT).flatten(-2), x[..., n:]), -1)
+
+
+def check_cache(where: str, interleaved: bool, *, dtype=torch.float64, device="cpu", dims=(24, 16)) -> None:
+    """``flash_attn_with_kvcache`` of new rows: turned, written in place behind those that there are, and seen, in ``"pages"``
+    of 4 rows or in ``"elements"`` of a cache with padding; NaN in all other rows. Turned by multiples of a quarter, so that no
+    rounding comes in between; with queries whose columns are no neighbours in memory."""
+    past, new = [5, 0, 11], 3
+    q, k, v = support.make_qkv(3, new, 14, 4, 2, *dims, dtype, device)
+    quarters = torch.randint(0, 4, (20, 8), generator=torch.Generator().manual_seed(3)).to(device)
+    angles = quarters.double() * torch.pi / 2
+    order, pads, sizes = torch.randperm(12, generator=torch.Generator().manual_seed(4)).view(3, 4), [0, 0, 0], (12, 4)
+    options: dict = {"block_table": order.int().to(device)}
+    if where == "elements":
+        order, pads, sizes = torch.tensor([[2], [0], [3]]), [2, 0, 1], (4, 16)
+        options = {"cache_batch_idx": order[:, 0].int(), "cache_leftpad": torch.tensor(pads, dtype=torch.int32)}
+        options = {name: x.to(device) for name, x in options.items()}
+    k_cache, v_cache = (x.new_full((*sizes, *x.shape[2:]), torch.nan) for x in (k, v))
+
+    def rows(cache, i):
+        """Those of sequence i, copied."""
+        return cache[order[i]].flatten(0, 1)[pads[i] : pads[i] + past[i] + new]
+
+    for i, n in enumerate(past):
+        for cache, x in ((k_cache, k), (v_cache, v)):
+            mine = cache[order[i]].flatten(0, 1)
+            mine[pads[i] : pads[i] + n] = x[i, :n]
+            cache[order[i]] = mine.unflatten(0, (len(order[i]), -1))
+    k_new, v_new = (torch.stack([x[i, n : n + new] for i, n in enumerate(past)]) for x in (k, v))
+    seqlens = torch.tensor([n + pad for n, pad in zip(past, pads, strict=True)], dtype=torch.int32, device=device)
+    options |= {"rotary_cos": angles.cos().round().to(dtype), "rotary_sin": angles.sin().round().to(dtype), "causal": True}
+    options |= {"cache_seqlens": seqlens, "rotary_interleaved": interleaved, "return_softmax_lse": True}
+    found = flash_attn.flash_attn_with_kvcache(q.mT.contiguous().mT, k_cache, v_cache, k_new, v_new, **options)
+    for i, n in enumerate(past):
+        at = angles[n + pads[i] : n + pads[i] + new]
+        keys = torch.cat((k[i, :n], turned(k_new[i], at, interleaved).to(dtype)))
+        torch.testing.assert_close(rows(k_cache, i), keys)
+        assert torch.equal(rows(v_cache, i), v[i, : n + new])
+        one = turned(q[i], at, interleaved).to(dtype)[None], keys[None], v[i : i + 1, : n + new]
+        support.assert_close((found[0][i : i + 1], found[1][i : i + 1]), *one, causal=True, lse_dtype=torch.float32)
+
+
 def check_sdpa(name: str, call: Callable = sdpa.scaled_dot_product_attention, *, dtype=torch.float32, device="cpu") -> None:
     """``scaled_dot_product_attention``, both passes, beside float64: what a query sees is written out here."""
     shape_q, shape_k, options = CALLS[name]

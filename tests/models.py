@@ -6,6 +6,8 @@ dtype: the policy of :mod:`tests.support`, for all of a model's outputs and grad
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,3 +258,42 @@ def assert_follows(got: dict, true: dict, plain: dict, times: float) -> None:
         other = name.replace("key.bias", "query.bias")
         allowed = times * (plain[other].double() - true[other]).abs()
         support._check(name, x, x.dtype, true[name].double(), allowed)
+
+
+# ---- what is served --------------------------------------------------------------------------------------------------
+
+PROMPTS = [torch.randint(0, SYMBOLS, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 17, 5, 30)]
+
+
+def serves() -> bool:
+    """Whether Transformers has the continuous batching that ``register`` joins."""
+    from transformers import ContinuousBatchingConfig
+
+    return "page_size" in inspect.signature(ContinuousBatchingConfig).parameters
+
+
+def served(model, new: int = 12, **how) -> list[list[int]]:
+    """What continuous batching makes of all prompts, in a cache of small pages, and parts of a prompt at a time."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    sampling = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(page_size=8, num_blocks=64, max_batch_tokens=24, **how)
+    found = model.generate_batch(PROMPTS, generation_config=sampling, continuous_batching_config=sizes, progress_bar=False)
+    assert not any(x.error for x in found.values())
+    return [found[name].generated_tokens for name in sorted(found)]
+
+
+def assert_greedy(model, prompt: list[int], found: list[int], times: float) -> None:
+    """That each token ``found`` after a prompt is the one that is most likely in float64, but for ``times`` the error of
+    the model's logits with eager attention, in its dtype."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    ids = torch.tensor([[*prompt, *found]], device=model.device)
+    logits = []
+    for dtype in (eager.dtype, torch.float64):
+        with exact(), torch.no_grad():
+            logits.append(eager.to(dtype)(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double())
+    plain, true = logits
+    short = true.max(-1).values - true.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+    allowed = times * 2 * (plain - true).abs().max()
+    assert short.max() <= allowed, f"{short.max():.3g} is missing to the best logit; {allowed:.3g} is rounding"

@@ -30,6 +30,11 @@ class Values:
     gradients of some. ``sinks`` is (heads), or None. Of dropout: the ``seed``, as two words in memory, and once these are
     :meth:`of` a sequence as words; up to which word a probability is dropped, and the scale of others. ``sequence`` and
     ``head`` are where functions and dropout are computed.
+
+    Where there is a block mask, ``key_lists`` are those of the query tiles and ``query_lists`` those of the key tiles, as
+    ``blocks.py`` says, ``(batch, heads, tile, …)``, and ``ranks`` the order in which dQ is added up, where it is fixed.
+
+    Where a tile's rows are ``packed``, each query is as many rows, one for each query head of a key head from ``head`` on.
     """
 
     seqlen_q: Int32
@@ -46,6 +51,18 @@ class Values:
     kept_scale: Float32 | None = None
     sequence: Int32 | None = None
     head: Int32 | None = None
+    key_lists: cute.Tensor | None = None
+    query_lists: cute.Tensor | None = None
+    ranks: cute.Tensor | None = None
+    packed: Int32 | None = None
+
+    def query(self, row):
+        """The query that a row is of."""
+        return row if self.packed is None else row // self.packed
+
+    def head_of(self, row):
+        """Its head."""
+        return self.head if self.packed is None else self.head + row % self.packed
 
     def of(self, work: Work) -> Values:
         """The values of a tile's sequence and head."""
@@ -124,7 +141,8 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Signals:
-    """How the kernels and blocks of a backward call tell one another something: int32 in global memory, zeros before it.
+    """How the kernels and blocks of a backward call tell one another something: int32 in global memory, which the call sets to
+    zero first.
     ``words`` are all of them, ``counters`` those of the query tiles, ``(m_block, head, batch)``: how many key tiles have added
     to each one's dQ, where their order is fixed."""
 

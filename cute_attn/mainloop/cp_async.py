@@ -164,12 +164,12 @@ class Forward:
         keys = tile.keys
         output.start()
         for slot in cutlass.range_constexpr(self.config.stages - 1):
-            self._copy_pair(tiles_of, keys, keys.count - 1 - slot, slot)
+            self._copy_pair(tiles_of, keys, keys.place(slot), slot)
         step = partial(self._step, operands, tiles_of, output, tile)
         # For the last tile and those that a right edge cuts.
-        slot, one_loop = Int32(0), self.problem.bounded_right or self.problem.masks_all
+        slot, one_loop = Int32(0), self.problem.unequal or self.problem.masks_all
         if cutlass.const_expr(not one_loop):
-            slot = step(slot, (keys.count - 1, keys.last_is_masked()))
+            slot = step(slot, (keys.place(0), keys.last_is_masked()))
         walk(step, slot, keys, self.problem, last=one_loop)
 
     # ---- setup -----------------------------------------------------------------------------------------------------
@@ -205,33 +205,34 @@ class Forward:
 
     @cute.jit
     def _copy_pair(self, tiles_of: Keys, keys: KeyTiles, n, slot):
-        """Start copying key tile ``n`` of K and V, if there is one, to a slot; one group either way."""
-        if n >= 0:
+        """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way."""
+        if keys.exists(n):
             for x in (tiles_of.k, tiles_of.v):
-                x.start(x.m, keys.begin + n * self.config.tile_n, keys.end, (slot,))
+                x.start(x.m, keys.begin + keys.tile(n) * self.config.tile_n, keys.end, (slot,))
         cute.arch.cp_async_commit_group()
 
     # ---- one key tile ----------------------------------------------------------------------------------------------
 
     @cute.jit
     def _step(self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile, slot: Int32, where):
-        """Scores, softmax and P·V of key tile ``n``, while tile ``n − stages + 1`` is on its way. Returns the next slot."""
+        """Scores, softmax and P·V of the key tile at place ``n``, while the one ``stages − 1`` after it is on its way. Returns
+        the next slot."""
         n, masked = where
         stages, acc_O = self.config.stages, output.acc_O
         cute.arch.cp_async_wait_group(stages - 2)
-        cute.arch.sync_threads()  # tile n has arrived for every thread; every thread is done with tile n + 1's slot
+        cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the slot of the one before
         if cutlass.const_expr(self.guarded and masked is not False):  # where every row sees every key, nothing is to be kept
             if tiles_of.careful:
                 tiles_of.poison(slot, self.config.threads)
         before = (slot + stages - 1) % stages
-        self._copy_pair(tiles_of, tile.keys, n - (stages - 1), before)
+        self._copy_pair(tiles_of, tile.keys, tile.keys.later(n, stages - 1), before)
 
         acc_S = cute.make_rmem_tensor(operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
         acc_S.fill(0.0)
         q, k, v = operands.q, operands.k, operands.v
         product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
 
-        origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
+        origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
         scores = Scores(tile.cS, tile.values, self.problem)
         scores.apply_rules(acc_S, origin, masked)
         output.softmax.step(rows_columns(acc_S), output.rescale)

@@ -229,7 +229,7 @@ class Backward:
             me = replace(me, careful=self._takes_care(me))
         count = me.visited.count
         lead, whole_end = self._whole(me.visited, me.careful)
-        for member in cutlass.range(me.heads_per_kv, unroll=1):
+        for member in cutlass.range(self._members(me), unroll=1):
             for i in cutlass.range(lead, unroll=1):
                 self._step(me, operands, member, i, True)
             if cutlass.const_expr(not self.problem.masks_all):
@@ -240,7 +240,7 @@ class Backward:
                 for i in cutlass.range(whole_end, count, unroll=1):
                     self._step(me, operands, member, i, True)
         if cutlass.const_expr(late_dq):
-            self._late_dq(me, operands, me.heads_per_kv, Int32(0))
+            self._late_dq(me, operands, Int32(self._members(me)), Int32(0))
 
     @cute.jit
     def _takes_care(self, me: Block):
@@ -258,7 +258,7 @@ class Backward:
         if cutlass.const_expr(careful is not None):
             whole = Int32(0) if careful else whole
         begin = visited.whole_begin - visited.begin
-        if cutlass.const_expr(self.problem.deterministic):
+        if cutlass.const_expr(self.problem.deterministic and not self.problem.blocks):
             begin = visited.count - begin - whole
         begin = begin if whole > 0 else visited.count
         return begin, begin + whole
@@ -286,7 +286,16 @@ class Backward:
         wraps = (i == 0) & (member > 0)
         member = member - 1 if wraps else member
         i = me.visited.count if wraps else i
-        return self._head(me, member), me.visited.in_order(cutlass.max(i - 1, 0), self.problem)
+        return self._tile(me, cutlass.max(i - 1, 0), member)
+
+    def _members(self, me: Block):
+        """How many times the block walks over its query tiles."""
+        return me.visited.members(me.heads_per_kv)
+
+    def _tile(self, me: Block, i, member):
+        """``(head, m_block)`` of the i-th tile of a walk."""
+        m_block, member = me.visited.tile(i, member, self.problem)
+        return self._head(me, member), m_block
 
     def _head(self, me: Block, member):
         return me.work.head_kv * me.heads_per_kv + member
@@ -296,8 +305,8 @@ class Backward:
         """Start copying a query tile of Q and dO with its rows' values to a slot, if there is such a tile; one group either
         way."""
         config = self.config
-        if member < me.heads_per_kv:
-            m_block, head = me.visited.in_order(i, self.problem), self._head(me, member)
+        if member < self._members(me):
+            head, m_block = self._tile(me, i, member)
             row, end = m_block * config.tile_m, me.values.seqlen_q
             for x in (me.q, me.do):
                 x.start(me.work.q.rows(x.m, head), row, end, (slot,))
@@ -344,12 +353,12 @@ class Backward:
                 tensors = [m[None, None, slot] for m in (me.shared.q, me.shared.do)]
                 clear_marked(tensors, me.shared.lse[None, slot], (me.thread, config.threads))
                 cute.arch.sync_threads()
-        m_block = me.visited.in_order(i, self.problem)
+        head, m_block = self._tile(me, i, member)
         slots = (slot, count % 2, (count + 1) % 2)
         for part in cutlass.range_constexpr(config.tile_m // config.step_m):
-            self._scores(me, operands, self._head(me, member), m_block, part, slots, masked)
+            self._scores(me, operands, head, m_block, part, slots, masked)
         if cutlass.const_expr(self.shares_p):
-            self._other_queries(me, operands, self._head(me, member), m_block, slots)
+            self._other_queries(me, operands, head, m_block, slots)
 
     @cute.jit
     def _scores(self, me: Block, operands: BackwardOperands, head, m_block, part: cutlass.Constexpr[int], slots, masked):
@@ -486,7 +495,7 @@ class Backward:
         nothing to add."""
         if cutlass.const_expr(self.problem.deterministic):
             if (me.thread == 0) & (count > 0):
-                rank = me.visited.rank(me.values, self.problem, m_block, self.config)
+                rank = me.visited.rank(me.values.of_head(head), self.problem, m_block, self.config)
                 me.signals.wait_for_turn(self._place(me, head, m_block), rank)
 
     # ---- epilogue --------------------------------------------------------------------------------------------------

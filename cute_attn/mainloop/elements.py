@@ -100,11 +100,17 @@ class ElementOps:
 def _cut(tensor: cute.Tensor, indices: list) -> Any:
     """Where in a captured tensor an element is. Indices are cut to what there is: scores past a sequence's end are computed,
     too."""
+    where = _cut_to(tensor, indices)
+    return tuple(where) if where else 0
+
+
+def _cut_to(tensor: cute.Tensor, indices: list) -> list:
+    """The first indices of an element's."""
     where = []
     for dim, (index, is_position) in enumerate(indices):
         index = cutlass.min(index, tensor.shape[dim] - 1)
         where.append(index if is_position else cutlass.max(index, 0))
-    return tuple(where) if where else 0
+    return where
 
 
 def _words(m: cute.Tensor) -> cute.Tensor:
@@ -116,15 +122,34 @@ def _words(m: cute.Tensor) -> cute.Tensor:
 
 
 class Elements:
-    """An expression in one tile, at (row, column) of a thread's scores. ``rows`` and ``columns`` name the leaves that differ
-    along each, and ``leaf(name, row, column)`` says what a position is."""
+    """An expression in one tile, at (row, column) of a thread's scores. ``rows`` are the leaves that differ along rows,
+    ``columns`` the one that does along columns, and ``leaf(name, row, column)`` says what a position is."""
 
-    def __init__(self, expression: Expression, tensors: tuple, leaf: Callable, rows: str, columns: str):
-        self.expression, self.ops, self.leaf, self.rows, self.columns = expression, ElementOps(tensors), leaf, rows, columns
+    def __init__(self, expression: Expression, tensors: tuple, leaf: Callable, rows: set[str], columns: str):
+        self.expression, self.ops, self.leaf, self.columns = expression, ElementOps(tensors), leaf, columns
         leaves = expression.leaves()
-        self.along_rows = [bool(names & {rows, "score"}) for names in leaves]
+        self.along_rows = [bool(names & (rows | {"score"})) for names in leaves]
         self.along_columns = [bool(names & {columns, "score"}) for names in leaves]
         self.known: dict[tuple, Any] = {}
+
+    def load_column(self, column: int, first: int, offset: int):
+        """Load what is loaded of a column whose position is ``offset`` past column ``first``'s, where no index reaches past the
+        end: from one address, and with numbers that are known at compile time."""
+        for node, (op, kind, *operands) in enumerate(self.expression.nodes):
+            if op != "load" or len(operands) < 2 or self.expression.nodes[operands[-1]][2:] != (self.columns,):
+                continue
+            if any(self.along_rows[i] or self.along_columns[i] for i in operands[1:-1]):
+                continue
+            leaf, place = self._at(0, first, None)
+            if (node, "first") not in self.known:
+                tensor = _words(self.ops.tensors[operands[0]])
+                *before, last = self.expression.indices(node, leaf, self.ops, self.known, place)
+                where = (*_cut_to(tensor, before), last[0])
+                self.known[node, "first"] = tensor.iterator + cute.crd2idx(where, tensor.layout), tensor.stride[-1]
+            begin, step = self.known[node, "first"]
+            value = cute.make_tensor(begin + offset * step, cute.make_layout(1))[0]
+            place = self._at(0, column, None)[1]
+            self.known[place(node)] = value != 0 if kind == "bool" else value.to(KINDS[kind])
 
     def value(self, node: int, row: int, column: int, score: Any = None) -> Any:
         """What a node is worth there."""

@@ -118,13 +118,14 @@ class Scores:
         if cutlass.const_expr(hidden is not None):
             if hidden[0]:
                 self._hide(scores, hidden[1])
+        mask = self._mask_listed if self.problem.blocks else self._mask
         if cutlass.const_expr(self.problem.masks_all):
             self._mask(scores, origin)
         elif cutlass.const_expr(not isinstance(masked, bool)):
             if masked:
-                self._mask(scores, origin)
+                mask(scores, origin)
         elif cutlass.const_expr(masked):
-            self._mask(scores, origin)
+            mask(scores, origin)
 
     def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None) -> cute.Tensor:
         """An accumulator's scores to P in place; returns it, for dV. Where a rule has a slope, to P ∘ the slopes, which is what
@@ -231,17 +232,19 @@ class Scores:
         """What the user's functions compute in a tile."""
         first = origin[1] + self.where.thread[0, 0][1]
         rows, columns = ("kv_idx", "q_idx") if self.transposed else ("q_idx", "kv_idx")
+        along_rows = {rows} if self.values.packed is None else {rows, "head"}
 
         def leaf(name: str, r: int, c: int):
             if name == columns:
                 return first + self.where.zero[0, c][1]
+            row = origin[0] + self.where.thread[r, 0][0]
             if name == rows:
-                return origin[0] + self.where.thread[r, 0][0]
+                return self.values.query(row)
             if name == "shift":
                 return self.values.seqlen_k - self.values.seqlen_q
-            return self.values.head if name == "head" else self.values.sequence
+            return self.values.head_of(row) if name == "head" else self.values.sequence
 
-        return Elements(self.problem.expression, self.values.captured, leaf, rows, columns)
+        return Elements(self.problem.expression, self.values.captured, leaf, along_rows, columns)
 
     def _each(self, scores: cute.Tensor):
         """(row, column) of a thread's scores, column by column: what is known of a column is needed twice and then no more."""
@@ -346,6 +349,34 @@ class Scores:
             scores[r, c] = _select(elements.value(self.problem.expression.mask, r, c), scores[r, c], Float32(-Float32.inf))
 
     @cute.jit
+    def _mask_listed(self, scores: cute.Tensor, origin):
+        """A tile that a block mask's function cuts; there is no band beside it, but a last key."""
+        columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
+        if origin[1] + self._tile_columns() <= columns:
+            self._mask_inside(scores, origin, True)
+        else:
+            self._mask_inside(scores, origin, False)
+
+    def _tile_columns(self) -> int:
+        """Columns of a tile: of eight neighbouring ones a thread has two."""
+        return -(-(self.where.zero[0, cute.size(self.where.zero, mode=[1]) - 1][1] + 1) // 8) * 8
+
+    def _mask_inside(self, scores: cute.Tensor, origin, inside: bool):
+        """By the function; ``inside``: no column is past the end."""
+        elements, last = self._elements(origin), self.values.seqlen_k - 1
+        first = origin[1] + self.where.thread[0, 0][1]
+        exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in range(cute.size(scores, mode=[0]))]
+        for r, c in self._each(scores):
+            if inside and not r:
+                elements.load_column(c, 0, self.where.zero[0, c][1] - self.where.zero[0, 0][1])
+            seen = elements.value(self.problem.expression.mask, r, c)
+            if self.transposed:
+                seen = seen & exist[r]
+            elif not inside:
+                seen = seen & (self.where.zero[0, c][1] <= last - first)
+            scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
+
+    @cute.jit
     def _mask(self, scores: cute.Tensor, origin):
         """One comparison an edge and score, against a compile-time column. Of keys by queries, rows past the last are masked as
         well: queries past theirs weigh nothing anyway."""
@@ -357,7 +388,7 @@ class Scores:
             band, columns, rows = band.transposed(), values.seqlen_q, values.seqlen_k
         column_first = origin[1] + self.where.thread[0, 0][1]
         for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
-            row = origin[0] + self.where.thread[r, 0][0]
+            row = self.values.query(origin[0] + self.where.thread[r, 0][0])
             begin, end = band.key_range(row, row, columns, DeviceOps)
             if cutlass.const_expr(rows is not None):
                 end = end if row < rows else 0

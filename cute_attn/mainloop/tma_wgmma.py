@@ -99,7 +99,8 @@ class Forward(Kernel):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         # float16 has no room for weights above 1, and what a function makes of scores may hide any key.
-        self.anchored = config.dtype == "bfloat16" and not problem.expression
+        unchanged = not problem.expression or (bool(problem.blocks) and problem.expression.score is None)
+        self.anchored = config.dtype == "bfloat16" and unchanged
         self.careful = problem.masked
         self.guarded = self.careful or self.anchored
         self.turn_barrier = self.first_barrier("turns")
@@ -271,11 +272,11 @@ class Forward(Kernel):
                     ask()
             if i < keys.count:
                 pipes.k.producer_acquire(k_state)
-                self._copy(k, tKgK[None, keys.count - 1 - i], tKsK, pipes.k, k_state)
+                self._copy(k, tKgK[None, keys.tile(keys.place(i))], tKsK, pipes.k, k_state)
                 k_state.advance()
             if i > 0:
                 pipes.v.producer_acquire(v_state)
-                self._copy(v, tVgV[None, keys.count - i], tVsV, pipes.v, v_state)
+                self._copy(v, tVgV[None, keys.tile(keys.place_before(i))], tVsV, pipes.v, v_state)
                 v_state.advance()
         return k_state
 
@@ -288,14 +289,14 @@ class Forward(Kernel):
         gK, gV = (work.k.rows(m, work.head_kv) for m in plain)
         finite = FiniteRows(gV)
         for i in cutlass.range(keys.count + 1, unroll=1):
-            first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
+            first = keys.begin + keys.tile(keys.place(i)) * self.config.tile_n
             if i < keys.count:
                 self.acquire_for_threads(pipes.k, k_state)
                 copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite, math.nan)
                 self.publish_by_threads(pipes.k, k_state)
                 k_state.advance()
             if i > 0:
-                first += self.config.tile_n
+                first = keys.first_before(first, i, self.config.tile_n)
                 self.acquire_for_threads(pipes.v, v_state)
                 copy_carefully(gV, shared.v[None, None, v_state.index], first, threads, finite, 0.0)
                 self.publish_by_threads(pipes.v, v_state)
@@ -416,7 +417,7 @@ class Forward(Kernel):
         for _ in cutlass.range(tile.skipped, unroll=1):
             kv_state = self._skip(me, pipes, kv_state)
         # The last tile comes first, and has nothing to overlap with yet.
-        top = keys.count - 1
+        top = keys.place(0)
         pipes.k.consumer_wait(kv_state)
         acc_S = self._scores(frag, kv_state)
         warpgroup.wait_group(0)
@@ -428,12 +429,13 @@ class Forward(Kernel):
 
         step = partial(self._step, me, frag, softmax, pipes, tile)
         if cutlass.const_expr(again):
-            for i in cutlass.range(top, unroll=1):
-                kv_state = step(kv_state, (top - 1 - i, True), again=True)
+            for i in cutlass.range(keys.count - 1, unroll=1):
+                kv_state = step(kv_state, (keys.later(keys.later(top, 1), i), True), again=True)
         else:
             before = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
             # The steps after whole tiles rescale l.
-            after = softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
+            several = self.problem.bounded_left or bool(self.problem.blocks)
+            after = softmax.note_growth if cutlass.const_expr(self.anchored and several) else None
             kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
         if cutlass.const_expr(self.config.separate_o):
@@ -445,6 +447,9 @@ class Forward(Kernel):
         warpgroup.wait_group(0)
         pipes.v.consumer_release(kv_state)
         kv_state.advance()
+        if cutlass.const_expr(self.problem.blocks):
+            for _ in cutlass.range(keys.left, unroll=1):
+                kv_state = self._skip(me, pipes, kv_state)
         return kv_state
 
     @cute.jit
@@ -469,10 +474,11 @@ class Forward(Kernel):
         v_state,
         where,
         again: cutlass.Constexpr[bool] = False,
+        anchored: cutlass.Constexpr[bool] = True,
     ):
         """Scores and softmax of a key tile, while the tensor cores add the tile before it to O."""
         n, masked = where
-        anchored = self.anchored and not masked
+        anchored = anchored and self.anchored and masked is False
         hold = tile.keys.is_whole(n) if cutlass.const_expr(self.anchored and again) else None
         k_state = v_state.clone()
         k_state.advance()
@@ -519,7 +525,7 @@ class Forward(Kernel):
         anchored: cutlass.Constexpr[bool] = False,
     ):
         n, masked = where
-        origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
+        origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
         Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
         if cutlass.const_expr(anchored):
             softmax.anchored_step(rows_columns(acc_S))

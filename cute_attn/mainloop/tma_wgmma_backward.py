@@ -118,7 +118,7 @@ class Backward(KeyBlocks):
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
-        if cutlass.const_expr(not (self.problem.deterministic and self.problem.bounded_right)):
+        if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
             tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
         self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
@@ -203,15 +203,16 @@ class Backward(KeyBlocks):
             self._offer()
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        for member in cutlass.range(members, unroll=1):
-            head = work.head + member
+        for member in cutlass.range(visited.members(members), unroll=1):
             for i in cutlass.range(visited.count, unroll=1):
                 if step % ADDERS == mine:
-                    m_block = visited.in_order(i, self.problem)
+                    m_block, of = visited.tile(i, member, self.problem)
+                    head = work.head + of
                     place = (work.q.padded_tile(m_block, self.config.tile_m), head, work.q.batch)
                     if cutlass.const_expr(self.problem.deterministic):
                         if lane == 0:
-                            signals.wait_for_turn(place, visited.rank(values, self.problem, m_block, self.config))
+                            of_head = values.of_head(head)
+                            signals.wait_for_turn(place, visited.rank(of_head, self.problem, m_block, self.config))
                             # What was acquired orders this thread's own accesses; the copy engine's, which add, are another
                             # proxy's (PTX ISA, "Async proxy"). The other way none is needed: a bulk operation that is
                             # complete is followed by such a fence (ibid.).
@@ -259,10 +260,10 @@ class Backward(KeyBlocks):
             sK, sV, hidden = shared.k[None, None, w], shared.v[None, None, w], shared.hidden[None, w]
             hides = self.hide_keys(sK, sV, hidden, w)
         i = Int32(0)
-        for j in cutlass.range(visited.count * members, unroll=1):
-            m_block = visited.in_order(i, self.problem)
-            tile = (m_block, visited.needs_mask(m_block), hides, j > 0)
-            of_head = values.of_head(work.head + j // visited.count)
+        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
+            m_block, member = visited.tile(i, j // visited.count, self.problem)
+            tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
+            of_head = values.of_head(work.head + member)
             state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):

@@ -2,6 +2,9 @@
 
 A walk has up to three segments, tiles cut by one edge of the band, whole tiles, tiles cut by the other, so that each loop knows
 at compile time whether it masks. Whoever copies and whoever computes take the same walk, each by itself.
+
+Where there is a block mask, the tiles are those of a list in global memory (:mod:`cute_attn.blocks`), whose segments are the
+same: tiles that a mask function cuts, whole ones, others that it cuts.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import cutlass
 from cutlass import Int32, cute
 
 from cute_attn.dropout import KEYS
+from cute_attn.layouts.base import HEADER, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
 
 
@@ -22,7 +26,8 @@ class KeyTiles:
     two are loaded at a time, at a multiple of these.
     ``end`` is past the last one any sees; a last tile that is not full reads on.
 
-    ``count`` tiles, walked from the last to the first; tiles ``whole_begin … whole_end − 1`` need no mask.
+    ``count`` tiles, walked from the last to the first; tiles ``whole_begin … whole_end − 1`` need no mask. A tile's *place* is
+    its number here, and in a list (:class:`ListedKeys`) where it stands there.
     """
 
     begin: Int32
@@ -32,7 +37,9 @@ class KeyTiles:
     whole_end: Int32
 
     @staticmethod
-    def of(values: Values, problem, m_block: Int32, config) -> KeyTiles:
+    def of(values: Values, problem, m_block: Int32, config) -> KeyTiles | ListedKeys:
+        if problem.blocks:
+            return ListedKeys.of(values, m_block)
         band, n = values.band(problem), config.tile_n
         row_first = m_block * config.tile_m
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
@@ -71,6 +78,33 @@ class KeyTiles:
         some = replace(self, count=count, whole_end=cutlass.min(self.whole_end, count))
         return some, self.count - count
 
+    def place(self, i):
+        """Of the i-th tile that is visited."""
+        return self.count - 1 - i
+
+    def place_before(self, i):
+        """Of the tile that is visited before the i-th."""
+        return self.count - i
+
+    def first_before(self, first, i, tile_n: int):
+        """The first key of the tile that is visited before the i-th, whose first one is ``first``."""
+        return first + tile_n
+
+    def later(self, n, steps):
+        """The place that is visited so many tiles after another."""
+        return n - steps
+
+    def exists(self, n):
+        """Whether there is a tile at a place from :meth:`later`."""
+        return n >= 0
+
+    def tile(self, n):
+        """The number of the tile at a place, from ``begin`` on."""
+        return n
+
+    def needs_mask(self, n):
+        return (n >= self.whole_end) | (n < self.whole_begin)
+
     def is_whole(self, n: Int32):
         """Whether a tile but the last is one of the whole ones."""
         return (n >= self.whole_begin) & (n < self.whole_end)
@@ -78,6 +112,87 @@ class KeyTiles:
     def last_is_masked(self):
         """Whether the last tile, which is the first to be computed, needs a mask."""
         return (self.count > self.whole_end) | (self.count <= self.whole_begin)
+
+
+@dataclass(frozen=True)
+class ListedKeys:
+    """The key tiles of one query tile as a list has them, what :class:`KeyTiles` is for a band: ``count`` of its ``entries``
+    from ``first`` on. Those at places ``masked … whole_end − 1`` need no mask; of the others a ``warpgroup`` may need none for
+    its own rows. Tiles begin at multiples of tile_n. Where it ``leads``, the first tile that needs no mask comes before those
+    that are anchored, and shows each row a key. ``left`` tiles more are other warpgroups'."""
+
+    entries: cute.Tensor  # (HEADER + tiles + 1)
+    end: Int32
+    first: Int32
+    count: Int32
+    masked: Int32
+    whole_end: Int32
+    left: Int32 | None = None
+    warpgroup: Int32 | None = None
+    begin: cutlass.Constexpr[int] = 0
+    leads: cutlass.Constexpr[bool] = False
+
+    @staticmethod
+    def of(values: Values, m_block: Int32) -> ListedKeys:
+        entries = values.key_lists[values.sequence, values.head, m_block, None]
+        return ListedKeys(entries, values.seqlen_k, Int32(0), entries[1], entries[0], entries[2])
+
+    def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> ListedKeys:
+        """The same walk, whose whole tiles come when each row has seen a key."""
+        return replace(self, leads=True)
+
+    @cute.jit
+    def of_rows(
+        self, values: Values, problem: cutlass.Constexpr, row_first: Int32, rows: cutlass.Constexpr, config: cutlass.Constexpr
+    ):
+        """``(walk, skipped)`` of a warpgroup's rows: the same walk without the tiles that come first, or last, and of which
+        none of them sees a key. At least one tile is left."""
+        mine = replace(self, warpgroup=row_first // rows % (config.tile_m // rows))
+        skipped, past = Int32(0), self.count
+        while (skipped < past - 1) & mine._says(skipped, UNSEEN_BIT):
+            skipped += 1
+        while (skipped < past - 1) & mine._says(past - 1, UNSEEN_BIT):
+            past -= 1
+        masked = cutlass.max(self.masked - skipped, 0)
+        whole_end = cutlass.min(cutlass.max(self.whole_end - skipped, 0), past - skipped)
+        mine = replace(mine, first=skipped, count=past - skipped, masked=masked, whole_end=whole_end, left=self.count - past)
+        return mine, skipped
+
+    def place(self, i):
+        return i
+
+    def place_before(self, i):
+        return i - 1
+
+    def first_before(self, first, i, tile_n: int):
+        return self.tile(i - 1) * tile_n
+
+    def later(self, i, steps):
+        return i + steps
+
+    def exists(self, i):
+        return i < self.count
+
+    def tile(self, i):
+        return self.entries[HEADER + self.first + i] & TILE_MASK
+
+    def needs_mask(self, i):
+        return (i < self.masked) | (i >= self.whole_end)
+
+    def is_cut(self, i):
+        """Whether the tile at a place outside of the whole ones needs a mask."""
+        return True if self.warpgroup is None else self._says(i, WHOLE_BIT) == False  # noqa: E712
+
+    def is_whole(self, i):
+        return (i >= self.masked + int(self.leads)) & (i < self.whole_end)
+
+    def last_is_masked(self):
+        return self.is_cut(0)
+
+    def _says(self, i, bit: int):
+        """What an entry says of the warpgroup's rows."""
+        shift = TILE_BITS + WARPGROUP_BITS * self.warpgroup + bit
+        return (self.entries[HEADER + self.first + i] >> shift) & 1 != 0
 
 
 @dataclass(frozen=True)
@@ -94,8 +209,14 @@ class QueryTiles:
     whole_end: Int32
 
     @staticmethod
+    def of(values: Values, problem, n_block: Int32, config) -> QueryTiles | ListedQueries:
+        if problem.blocks:
+            return ListedQueries.of(values, n_block)
+        return QueryTiles._in_band(values, problem, n_block, config)
+
+    @staticmethod
     @cute.jit
-    def of(values: Values, problem: cutlass.Constexpr, n_block: Int32, config: cutlass.Constexpr) -> QueryTiles:
+    def _in_band(values: Values, problem: cutlass.Constexpr, n_block: Int32, config: cutlass.Constexpr) -> QueryTiles:
         band, m = values.band(problem).transposed(), config.tile_m
         key_first = n_block * config.tile_n
         key_end = key_first + config.tile_n
@@ -120,7 +241,16 @@ class QueryTiles:
         first: with a right edge, key tile n then finds that tile n − 1 has just left each query tile that it comes to."""
         return self.begin + (self.count - 1 - i if problem.deterministic else i)
 
-    def needs_mask(self, m_block):
+    def members(self, heads_per_kv):
+        """How many times the tiles are walked over: once for each query head that shares the keys."""
+        return heads_per_kv
+
+    def tile(self, i, member, problem):
+        """``(m_block, member)`` of the i-th tile of a walk: which query head of those that share the keys it is of."""
+        return self.in_order(i, problem), member
+
+    def needs_mask(self, i, m_block):
+        """Of the i-th tile of a walk."""
         return (m_block < self.whole_begin) | (m_block >= self.whole_end)
 
     def rank(self, values: Values, problem, m_block: Int32, config):
@@ -133,39 +263,98 @@ class QueryTiles:
         return self.n_block - begin // config.tile_n
 
 
+@dataclass(frozen=True)
+class ListedQueries:
+    """The query tiles of one key tile as a list has them, what :class:`QueryTiles` is for a band. They are walked over once, of
+    all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first. An entry
+    names a tile of ``repeats`` neighbouring heads."""
+
+    entries: cute.Tensor  # (HEADER + tiles + 1)
+    n_block: Int32
+    count: Int32
+    masked: Int32
+    repeats: Int32
+    begin: cutlass.Constexpr[int] = 0
+
+    @property
+    def whole_begin(self):
+        return self.masked
+
+    @property
+    def whole_end(self):
+        return self.count
+
+    @staticmethod
+    def of(values: Values, n_block: Int32) -> ListedQueries:
+        entries = values.query_lists[values.sequence, values.head, n_block, None]
+        repeats = entries[2]
+        return ListedQueries(entries, n_block, entries[1] * repeats, entries[0] * repeats, repeats)
+
+    def members(self, heads_per_kv):
+        return 1
+
+    def tile(self, i, member, problem):
+        entry = self.entries[HEADER + i // self.repeats]
+        return entry & TILE_MASK, (entry >> TILE_BITS) + i % self.repeats
+
+    def needs_mask(self, i, m_block):
+        return i < self.masked
+
+    def rank(self, values: Values, problem, m_block: Int32, config):
+        return values.ranks[values.sequence, values.head, m_block, self.n_block]
+
+
 @cute.jit
 def walk(
     step: cutlass.Constexpr,
     state,
-    keys: KeyTiles,
+    keys: KeyTiles | ListedKeys,
     problem: cutlass.Constexpr,
     last: cutlass.Constexpr[bool],
     around_whole: cutlass.Constexpr[tuple] = (None, None),
 ):
-    """``state = step(state, (n, masked))`` over the key tiles, in descending order; with the ``last`` or without.
+    """``state = step(state, (place, masked))`` over the key tiles, in descending order; with the ``last`` or without.
 
     Three loops, so that each knows at compile time whether it masks: tiles cut by the right edge, whole tiles, tiles cut
     by the left edge. The last is among the first ones. ``around_whole`` are called before and after the second. There is one
     loop where every tile masks.
     """
-    top = keys.count - 1
-    whole_end = cutlass.min(top, keys.whole_end)
-    if cutlass.const_expr(last):
-        for i in cutlass.range(keys.count - whole_end, unroll=1):
-            state = step(state, (top - i, True))
-    elif cutlass.const_expr(problem.bounded_right or problem.masks_all):
-        for i in cutlass.range(top - keys.whole_end, unroll=1):
-            state = step(state, (top - 1 - i, True))
     before, after = around_whole
-    if cutlass.const_expr(before is not None):
-        before()
-    if cutlass.const_expr(not problem.masks_all):
-        for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
-            state = step(state, (whole_end - 1 - i, False))
-    if cutlass.const_expr(after is not None):
-        after()
-    if cutlass.const_expr(problem.bounded_left and not problem.masks_all):
-        left_end = cutlass.min(top, keys.whole_begin)
-        for i in cutlass.range(left_end, unroll=1):
-            state = step(state, (left_end - 1 - i, True))
+    if cutlass.const_expr(problem.blocks):
+        done = keys.masked if cutlass.const_expr(last) else cutlass.max(keys.masked, 1)
+        for i in cutlass.range(0 if last else 1, done, unroll=1):
+            state = step(state, (i, keys.is_cut(i)))
+        if cutlass.const_expr(keys.leads):
+            led = cutlass.min(keys.masked + 1, keys.whole_end)
+            for i in cutlass.range(done, led, unroll=1):
+                state = step(state, (i, False), anchored=False)
+            done = cutlass.max(done, led)
+        if cutlass.const_expr(before is not None):
+            before()
+        for i in cutlass.range(done, keys.whole_end, unroll=1):
+            state = step(state, (i, False))
+        if cutlass.const_expr(after is not None):
+            after()
+        for i in cutlass.range(cutlass.max(done, keys.whole_end), keys.count, unroll=1):
+            state = step(state, (i, keys.is_cut(i)))
+    else:
+        top = keys.count - 1
+        whole_end = cutlass.min(top, keys.whole_end)
+        if cutlass.const_expr(last):
+            for i in cutlass.range(keys.count - whole_end, unroll=1):
+                state = step(state, (top - i, True))
+        elif cutlass.const_expr(problem.bounded_right or problem.masks_all):
+            for i in cutlass.range(top - keys.whole_end, unroll=1):
+                state = step(state, (top - 1 - i, True))
+        if cutlass.const_expr(before is not None):
+            before()
+        if cutlass.const_expr(not problem.masks_all):
+            for i in cutlass.range(whole_end - keys.whole_begin, unroll=1):
+                state = step(state, (whole_end - 1 - i, False))
+        if cutlass.const_expr(after is not None):
+            after()
+        if cutlass.const_expr(problem.bounded_left and not problem.masks_all):
+            left_end = cutlass.min(top, keys.whole_begin)
+            for i in cutlass.range(left_end, unroll=1):
+                state = step(state, (left_end - 1 - i, True))
     return state

@@ -361,17 +361,23 @@ class KeyBlocks(Kernel):
     def _copy_queries(self, queries, row_values, visited: QueryTiles, where):
         (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        for member in cutlass.range(members, unroll=1):
-            head = work.head + member
-            tQgQ, tQsQ = q.tiles(sQ, work.q, head)
-            gRow = cute.local_tile(work.q.padded_row_values(mRow, head), (self.config.tile_m,), (None,))
+        for member in cutlass.range(visited.members(members), unroll=1):
+            of_head = self._queries_of(q, sQ, mRow, work, work.head + member)
             for i in cutlass.range(visited.count, unroll=1):
-                m_block = visited.in_order(i, self.problem)
+                m_block, of = visited.tile(i, member, self.problem)
+                tQgQ, tQsQ, gRow = of_head
+                if cutlass.const_expr(self.problem.blocks):
+                    tQgQ, tQsQ, gRow = self._queries_of(q, sQ, mRow, work, work.head + of)
                 q_pipe.producer_acquire(state)
                 barrier = q_pipe.producer_get_barrier(state)
                 cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
                 copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
                 state.advance()
+
+    def _queries_of(self, q, sQ: cute.Tensor, mRow: cute.Tensor, work: Work, head):
+        """The query tiles of a head, the slots that they come to, and the tiles of its rows' values."""
+        gRow = cute.local_tile(work.q.padded_row_values(mRow, head), (self.config.tile_m,), (None,))
+        return *q.tiles(sQ, work.q, head), gRow
 
     @cute.jit
     def _copy_queries_carefully(self, careful, queries, row_values, visited: QueryTiles, where):
@@ -380,12 +386,17 @@ class KeyBlocks(Kernel):
         mQ, lse_raw, _ = careful
         lane, step = cute.arch.lane_idx(), self.config.tile_m
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        for member in cutlass.range(members, unroll=1):
+        for member in cutlass.range(visited.members(members), unroll=1):
             head = work.head + member
             gQ, gRow = work.q.rows(mQ, head), work.q.padded_row_values(mRow, head)
             unmarked = UnmarkedRows(work.q.padded_row_values(lse_raw, head))
             for i in cutlass.range(visited.count, unroll=1):
-                first = visited.in_order(i, self.problem) * step
+                m_block, of = visited.tile(i, member, self.problem)
+                if cutlass.const_expr(self.problem.blocks):
+                    head = work.head + of
+                    gQ, gRow = work.q.rows(mQ, head), work.q.padded_row_values(mRow, head)
+                    unmarked = UnmarkedRows(work.q.padded_row_values(lse_raw, head))
+                first = m_block * step
                 self.acquire_for_threads(q_pipe, state)
                 into = sQ[None, None, state.index]
                 copy_carefully(gQ, into, first, (lane, WARP), unmarked, 0.0)

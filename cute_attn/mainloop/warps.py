@@ -59,6 +59,22 @@ class Stream:
                     if column < self.head_dim:
                         cute.copy(self.copy, source, into[None, i, j])
 
+    @cute.jit
+    def start_row(self, i: cutlass.Constexpr[int], place, head, slot):
+        """Start this thread's copies of its i-th row of a tile to a slot, from ``place`` = (element, row) of a cache
+        ``(elements, rows, heads, head_dim)``."""
+        source, into = self.m[place[0], place[1], head, None], self.tXsX[None, i, None, slot]
+        vector = cute.size(into, mode=[0])
+        for j in cutlass.range_constexpr(cute.size(into, mode=[1])):
+            column = self.tXcX[0, i, j][1]
+            begin = cute.local_tile(source, (vector,), (column // vector,)).iterator.align(16)
+            piece = cute.make_tensor(begin, into[None, j].layout)
+            if cutlass.const_expr((j + 1) * self.columns_at_once <= self.head_dim):
+                cute.copy(self.copy, piece, into[None, j])
+            elif cutlass.const_expr(j * self.columns_at_once < self.head_dim):
+                if column < self.head_dim:
+                    cute.copy(self.copy, piece, into[None, j])
+
 
 @dataclass(frozen=True)
 class LdmatrixOperand:

@@ -158,21 +158,20 @@ class KeyGradients(KeyBlocks):
             if hides:
                 signals.ask_for_care()
         i = Int32(0)
-        for j in cutlass.range(visited.count * members, unroll=1):
+        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             pipes.q.consumer_wait(state)
             acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
-            m_block, kept = visited.in_order(i, self.problem), None
+            m_block, member = visited.tile(i, j // visited.count, self.problem)
+            of_head, kept = values.of_head(work.head + member), None
             if cutlass.const_expr(self.problem.dropout):
-                of_head = values.of_head(work.head + j // visited.count)
                 kept = self._kept(cS, of_head, work, m_block)
             warpgroup.wait_group(0)
             hidden = None
             if cutlass.const_expr(hides is not None):
                 hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
             origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
-            of_head = values.of_head(work.head + j // visited.count)
             scores = Scores(cS, of_head, self.problem, transposed=True)
-            scores.apply_rules(acc_S, origin, visited.needs_mask(m_block), hidden)
+            scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
             P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
             rP = rounded_operand(P, self.element)
             if cutlass.const_expr(self.needs_k):
@@ -214,14 +213,14 @@ class KeyGradients(KeyBlocks):
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
-        for j in cutlass.range(visited.count * members, unroll=1):
+        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
                 acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
                 kept = None
                 if cutlass.const_expr(self.problem.dropout):
-                    of_head = values.of_head(work.head + j // visited.count)
-                    kept = self._kept(cS, of_head, work, visited.in_order(j % visited.count, self.problem))
+                    m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
+                    kept = self._kept(cS, values.of_head(work.head + member), work, m_block)
                 warpgroup.wait_group(0)
                 P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
                 delta = of_columns(dP, thread, shared.delta[None, state.index])

@@ -70,7 +70,7 @@ class QueryGradients(Kernel):
         """Make the TMA descriptors and launch a block for each query tile."""
         dq = self.operand("dQ", gradients.mdQ, self.lay.copy_out)
         heads_per_kv = inputs.q.shape[2] // inputs.k.shape[2]
-        tiles = Tiles.of(inputs.q.shape, heads_per_kv, self.block.tile_m, blocks, self.problem.bounded_right, sequences)
+        tiles = Tiles.of(inputs.q.shape, heads_per_kv, self.block.tile_m, blocks, self.problem.unequal, sequences)
         operands = QueryOperands(*self.input_operands(inputs, "q"), dq=dq)
         self.kernel(operands, inputs.if_masked(self.problem), rows, signals, values, tiles.in_small_groups(blocks)).launch(
             grid=[tiles.count(), 1, 1],
@@ -151,7 +151,7 @@ class QueryGradients(Kernel):
         tKgK, tKsK = operands.k.tiles(shared.k, work.k, work.head_kv, keys.begin)
         tVgV, tVsV = operands.v.tiles(shared.v, work.k, work.head_kv, keys.begin)
         for i in cutlass.range(keys.count, unroll=1):
-            n = keys.count - 1 - i
+            n = keys.tile(keys.place(i))
             pipes.k.producer_acquire(k_state)
             barrier = pipes.k.producer_get_barrier(k_state)
             cute.copy(operands.k.atom, tKgK[None, n], tKsK[None, k_state.index], tma_bar_ptr=barrier)
@@ -182,7 +182,7 @@ class QueryGradients(Kernel):
         gK, gV = (work.k.rows(m, work.head_kv) for m in (plain.k, plain.v))
         threads, finite_keys, finite_values = (cute.arch.lane_idx(), WARP), FiniteRows(gK), FiniteRows(gV)
         for i in cutlass.range(keys.count, unroll=1):
-            first = keys.begin + (keys.count - 1 - i) * self.config.tile_n
+            first = keys.begin + keys.tile(keys.place(i)) * self.config.tile_n
             self.acquire_for_threads(pipes.k, k_state)
             copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite_keys, 0.0)
             for r in cutlass.range(threads[0], self.config.tile_n, WARP, unroll=1):
@@ -221,7 +221,7 @@ class QueryGradients(Kernel):
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, Int32(0))
         pipes.q.consumer_wait(q_state)
         for i in cutlass.range(keys.count, unroll=1):
-            n = keys.count - 1 - i
+            n = keys.place(i)
             pipes.k.consumer_wait(k_state)
             acc_S = self.scores("qS", self.config.tile_n, tSrQ, tSrK[None, None, None, k_state.index])
             pipes.v.consumer_wait(v_state)
@@ -235,8 +235,8 @@ class QueryGradients(Kernel):
             hidden = None
             if cutlass.const_expr(care is not None):
                 hidden = care, of_columns(S, index % WARPGROUP, shared.hidden[None, k_state.index])
-            origin = (row_first, keys.begin + n * self.config.tile_n)
-            scores.apply_rules(acc_S, origin, (n >= keys.whole_end) | (n < keys.whole_begin), hidden)
+            origin = (row_first, keys.begin + keys.tile(n) * self.config.tile_n)
+            scores.apply_rules(acc_S, origin, keys.needs_mask(n), hidden)
             scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
             warpgroup.wait_group(0)
             pipes.v.consumer_release(v_state)

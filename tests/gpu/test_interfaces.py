@@ -40,6 +40,12 @@ def test_rows_in_use():
     interfaces.check_varlen("", "causal", dtype=BF16, device="cuda", dims=(64, 64), seqused=True)
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("where", ["pages", "elements"])
+def test_new_rows_of_a_cache(where, interleaved):
+    interfaces.check_cache(where, interleaved, dtype=BF16, device="cuda", dims=(64, 64))
+
+
 def test_nothing_is_read_back():
     """No function waits for the device but unpad_input, which says so."""
     qkv = torch.randn(20, 3, 4, 64, dtype=BF16, device="cuda", requires_grad=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cute_attn import attention, attention_varlen
+from tests.caches import Case
 from tests.support import assert_close, assert_gradients_close, make_gradients, make_qkv
 
 # At a pipeline's barriers one lane arrives for its warp. racecheck counts an arrival for that lane's reads and writes only: it
@@ -97,3 +98,22 @@ def test_sequences_of_different_lengths(bounds, d, rules, mechanism):
             assert_close(out[None, begin:end].cpu(), *alone, **rules)
             parts = [x[None, begin:end].cpu() for x in gradients]
             assert_gradients_close(parts, *alone, dout[None, begin:end], **rules)
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "d"), [((8, 2), 1, 128), ((8, 2), 5, 64), ((16, 1), 3, 128), ((4, 1), 3, 256)], ids=str
+)
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_cache(heads, queries, d, invariant, wrong):
+    """Walks that are whole and in parts, new keys; wrong lengths and pages give wrong results and no wrong access."""
+    lengths = [1000, 5, 77, 64, 6]
+    case = Case(lengths, [queries] * 5, heads, (d, d), torch.bfloat16, "cuda")
+    where = case.paged(16)
+    where["lengths"] -= queries if not wrong else -(2**20)
+    new = {f"{name}_new": torch.stack([x[-queries:] for x in held]) for name, held in (("k", case.k), ("v", case.v))}
+    if wrong:
+        where["page_table"][0, 3:9] = torch.tensor([2**31 - 1, -(2**31), -5, 99, 100_000, 7], device="cuda")
+    found = case.attend(where, causal=True, batch_invariant=invariant, **new)
+    if not wrong:
+        case.check(found, False, causal=True)

@@ -31,7 +31,7 @@ def backend(request, monkeypatch):
     return request.param
 
 
-def fake_launch(problem, blocks, device, call, q, k, v, out, lse, kept, tickets=None):
+def fake_launch(problem, blocks, device, call, q, k, v, out, lse, kept, tickets=None, key_lists=None):
     true_out, true_lse, true_kept = reference.attention(q, k, v, call)
     out.copy_(true_out)
     for x, true, asked in ((lse, true_lse, problem.return_lse), (kept, true_kept, problem.for_backward)):

@@ -3,6 +3,7 @@ what is captured is loaded."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -33,6 +34,8 @@ def expression(mask=None, score=None, alibi_slopes=None, bias=None) -> Expressio
 PROBLEMS = {
     "mask": Problem("bfloat16", 0, 0, return_lse=True, expression=expression(masks.causal)),
     "alibi": Problem("bfloat16", 0, 0, bounded_right=True, expression=expression(alibi_slopes=torch.zeros(2))),
+    "listed": Problem("bfloat16", 0, 0, expression=expression(masks.document(IDS)), blocks="listed"),
+    "classified": Problem("bfloat16", 0, 0, expression=expression(masks.document(IDS)), blocks="classified"),
     "bias": Problem("bfloat16", 0, 0, expression=expression(bias=BIAS)),
     "dropout": Problem("bfloat16", 0, 0, bounded_left=True, dropout=True),
     "all": Problem(
@@ -72,12 +75,13 @@ CASES = [
     FunctionCase("tma_wgmma", 64, "alibi"),
     *[FunctionCase("tma_wgmma", 128, "all", gradients) for gradients in ("", "qkv")],
     FunctionCase("cp_async", 128, "all"),
+    FunctionCase("tma_wgmma", 128, "listed", "qkv"),
     *[FunctionCase("tma_wgmma", 128, "bias", gradients) for gradients in ("", "qkv")],
     *[FunctionCase("tma_wgmma", 128, "dropout", gradients) for gradients in ("", "qkv")],
 ]
 # Bytes of a thread's stack: masks need none where warpgroups compute.
 ROOM = {"mask": {"tma_wgmma": 0, "cp_async": 64}, "alibi": {"tma_wgmma": 0}, "all": {"tma_wgmma": 96, "cp_async": 96}}
-ROOM |= {"bias": {"tma_wgmma": 64}, "dropout": {"tma_wgmma": 32}}
+ROOM |= {"bias": {"tma_wgmma": 64}, "dropout": {"tma_wgmma": 32}, "listed": {"tma_wgmma": 0}}
 
 
 def compile_kernels(problem: Problem, config: Config) -> list[cubin.Compiled]:
@@ -104,11 +108,49 @@ def test_kernels_with_functions(case: FunctionCase, kernels):
         assert sum(code.count("LDG") for code in kernels[case]) > 16
 
 
+def test_whole_tiles_of_a_list_compute_no_mask():
+    """One of the forward pass's loops over key tiles reads nothing and compares nothing: no entry, no position, no maximum."""
+    pytest.importorskip("cutlass")
+    case = FunctionCase("tma_wgmma", 64, "listed")
+    code = machine_code.compiled(case.problem, case.config)
+    parsed = cubin.parse(*code[:2])
+    assert parsed.stack_bytes + parsed.local_bytes <= 32
+    plain = [body for body in loops_of(code.sass) if not any(word in line for line in body for word in UNNEEDED)]
+    assert any(sum("MUFU.EX2" in line for line in body) >= 64 for body in plain)
+
+
+UNNEEDED = ("LDG", "FMNMX")
+
+
+def loops_of(sass: str) -> list[list[str]]:
+    """Stretches of instructions with products that a branch back repeats, the innermost ones."""
+    lines, begins, found = sass.splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if line.startswith(".L_x"):
+            begins[line.strip().rstrip(":")] = i
+        branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if branch and branch[1] in begins:
+            begin = begins[branch[1]]
+            if any("HGMMA" in inside for inside in lines[begin:i]) and not any(begin <= first for first, _ in found):
+                found.append((begin, i))
+    return [lines[begin:end] for begin, end in found]
+
+
+def test_blocks_are_classified_by_two_comparisons_a_pair():
+    case = FunctionCase("tma_wgmma", 64, "classified")
+    pytest.importorskip("cutlass")
+    code = cubin.parse(*machine_code.compiled(case.problem, case.config)[:2])
+    assert code.stack_bytes + code.local_bytes == 0
+    assert code.count("ISETP") < 2.5 * 128
+    assert code.count("LDG") == 8 + 16
+
+
 @pytest.mark.parametrize("what", PROBLEMS)
 def test_problems_are_explained(what):
     case = FunctionCase("tma_wgmma", 64, what)
     text = explain(case.problem, case.config)
-    assert ("a mask function" in text) == (what in ("mask", "all"))
+    assert ("a mask function" in text) == (what in ("mask", "listed", "classified", "all"))
+    assert ("a block mask" in text) == (what in ("listed", "classified"))
     assert ("a score function" in text) == (what in ("alibi", "bias", "all"))
     assert ("sinks" in text) == (what == "all")
     assert ("dropout" in text) == (what == "dropout")

@@ -18,10 +18,14 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.nn.attention.flex_attention import create_block_mask
 
 from cute_attn import (
+    PagedCache,
     attention,
+    attention_kvcache,
     attention_varlen,
+    block_mask,
     cache,
     compile,
     expressions,
@@ -29,9 +33,12 @@ from cute_attn import (
     launch,
     layouts,
     lengths,
+    masks,
+    paged_cache,
     plan,
     problem,
     sdpa,
+    stored,
     transformers,
 )
 
@@ -461,6 +468,95 @@ def used(**lengths):
     return lambda: attention(q, k, v, **lengths)
 
 
+CACHE = torch.zeros(2, 10, 2, 16, dtype=HALF)
+TURN = torch.zeros(20, 8, dtype=HALF)
+
+
+def cached(q=q, k_cache=CACHE, v_cache=CACHE, lengths=int32(3, 4), **options):  # noqa: B008
+    return lambda: attention_kvcache(q, k_cache, v_cache, lengths=lengths, **options)
+
+
+def appended(k_new=CACHE[:, :1], v_new=CACHE[:, :1], **options):
+    return cached(k_new=k_new, v_new=v_new, **options)
+
+
+PACKED = {"q": q[0], "cu_seqlens_q": int32(0, 2, 6)}
+ONE_EACH = "one element for each is needed"
+
+
+def large_pages() -> dict:
+    pages = torch.zeros(2, 1025, 2, 16, dtype=HALF)
+    return {"k_cache": pages, "v_cache": pages, "page_table": int32([0], [1])}
+
+
+CACHES = [
+    Row("cache a list", cached(k_cache=[1.0]), TypeError, "k_cache is a list", "torch.Tensor is needed"),
+    Row("cache of 3 dimensions", cached(v_cache=CACHE[0]), ValueError, "v_cache has shape (10, 2, 16)", "(pages, page_size,"),
+    Row("q of 3 dimensions", cached(q=q[0]), ValueError, "q has shape (6, 4, 16)", "4 dimensions (batch", "q.unsqueeze(1)"),
+    Row("packed q of 4", cached(**PACKED | {"q": q}), ValueError, "q has shape (2, 6", "3 dimensions", "q.flatten(0, 1)"),
+    Row("caches of two sizes", cached(v_cache=CACHE[:, 1:]), ValueError, "v_cache is (2, 9, 2, 16)", "equal sizes are needed"),
+    Row("cache of another dtype", cached(v_cache=CACHE.half()), ValueError, "torch.float16", "one dtype is needed"),
+    Row("cache elsewhere", cached(k_cache=CACHE.to("meta")), ValueError, "lie on cpu, meta, cpu", "one device is needed"),
+    Row("heads of the cache", cached(q=q[:, :, :3]), ValueError, "q has 3 heads and k has 2", "multiple"),
+    Row("lengths a number", cached(lengths=3), TypeError, "lengths is 3", "int32 tensor on cpu", "dtype=torch.int32"),
+    Row("lengths in 64 bits", cached(lengths=int32(3, 4).long()), ValueError, "lengths has dtype torch.int64", "lengths.int()"),
+    Row("lengths elsewhere", cached(lengths=int32(3, 4).to("meta")), ValueError, "lengths lies on meta", "one device"),
+    Row("one length of a cache", cached(lengths=int32(3)[0]), ValueError, "lengths has shape ()", "(batch,) is needed"),
+    Row("lengths of 3", cached(lengths=int32(3, 4, 5)), ValueError, "q is of 2 sequences where lengths is of 3", ONE_EACH),
+    Row("table of 3", cached(page_table=int32([0], [0], [0])), ValueError, "page_table is of 3", ONE_EACH),
+    Row("table of one", cached(page_table=int32(0, 1)), ValueError, "page_table has shape (2,)", "(batch, max_pages) is"),
+    Row("index a list", cached(cache_batch_idx=[0, 1]), TypeError, "cache_batch_idx is a list", "int32 tensor on cpu"),
+    Row("padding of 3", cached(leftpad_k=int32(0, 0, 0)), ValueError, "leftpad_k is of 3 sequences", ONE_EACH),
+    Row(
+        "a table and an index",
+        cached(page_table=int32([0], [1]), cache_batch_idx=int32(0, 1)),
+        ValueError,
+        "page_table and cache_batch_idx are given",
+        "one of them is needed",
+        "page_table[cache_batch_idx.long()]",
+    ),
+    Row("large pages", cached(**large_pages()), ValueError, "have 1025 rows", "from 1 to 1024 are needed", "unflatten"),
+    Row("elements", cached(k_cache=CACHE[:1], v_cache=CACHE[:1]), ValueError, "1 elements for 2", "one for each", "page_table"),
+    Row("new keys alone", appended(v_new=None), TypeError, "v_new is None", "new values", "pass k_new and v_new"),
+    Row("new heads", appended(CACHE[:, :1, :1]), ValueError, "k_new has shape (2, 1, 1, 16)", "(2, seqlen_new, 2, 16) is"),
+    Row("new floats", appended(v_new=CACHE[:, :1].float()), ValueError, "v_new is torch.float32", "equal", "v_new.to(k_cache)"),
+    Row("new of 1", appended(CACHE[:1, :1], CACHE[:1, :1]), ValueError, "k_new is of 1 sequences where", ONE_EACH),
+    Row("packed new", appended(**PACKED), ValueError, "k_new has shape (2, 1, 2, 16)", "(all new rows, 2, 16) is needed"),
+    Row(
+        "bounds of nothing new",
+        cached(**PACKED, cu_seqlens_k_new=int32(0, 1, 2)),
+        ValueError,
+        "cu_seqlens_k_new is given without k_new",
+        "both are needed",
+        "leave it out",
+    ),
+    Row("rotary of no keys", cached(rotary=(TURN, TURN)), ValueError, "rotary is given without k_new", "new keys are needed"),
+    Row("rotary a tensor", appended(rotary=TURN), TypeError, "rotary is a Tensor", "a pair of tensors (cos, sin) is needed"),
+    Row("rotary of 6", appended(rotary=(TURN[:, :6],) * 2), ValueError, "cos has shape (20, 6)", "multiple of 8 up to 8"),
+    Row("rotary in float32", appended(rotary=(TURN, TURN.float())), ValueError, "sin is torch.float32", "equal", "sin.to(q)"),
+    Row("rotary flag", appended(rotary_interleaved=1), TypeError, "rotary_interleaved is 1", "True or False is needed"),
+    Row("gradients of a cache", cached(q=q.clone().requires_grad_()), NotImplementedError, "require a gradient", "no_grad"),
+    Row(
+        "a cache under vmap",
+        lambda: torch.vmap(lambda q: attention_kvcache(q, CACHE, CACHE, lengths=int32(3, 4)))(q[None]),
+        NotImplementedError,
+        "a transform of torch.func",
+        "a plain call is needed",
+        "torch.compiler.disable",
+    ),
+    # With CUTE_ATTN_CHECK=1.
+    Row("length too large", cached(lengths=int32(3, 11)), ValueError, "lengths[1] is 11", "from 0 to 10 keys", "larger cache"),
+    Row("no room", appended(lengths=int32(10, 3)), ValueError, "lengths[0] is 10", "room for 1 new ones", "more pages"),
+    Row("length below 0", cached(lengths=int32(3, -1)), ValueError, "lengths[1] is -1", "from 0 to 10 keys"),
+    Row("too much padding", cached(leftpad_k=int32(0, 5)), ValueError, "leftpad_k[1] is 5", "from 0 to 4, the length"),
+    Row("no such element", cached(cache_batch_idx=int32(0, 2)), ValueError, "cache_batch_idx[1] is 2", "from 0 to 1"),
+    Row("no such page", cached(page_table=int32([0], [2])), ValueError, "page_table[1, 0] is 2", "from 0 to 1, the pages"),
+    Row("falling bounds of q", cached(**PACKED | {"cu_seqlens_q": int32(0, 4, 2)}), ValueError, "is [0, 4, 2]", "ascending"),
+    Row("no such position", appended(rotary=(TURN[:4],) * 2), ValueError, "rotary positions 4 to 4", "from 0 to 3", "more"),
+]
+
+
+
 CU, USED = "(batch + 1,), from 0 up to all rows, is needed", "(batch,) is needed"
 LENGTHS = [
     Row("packed q a list", packed(q=[1.0]), TypeError, "q is a list", "torch.Tensor is needed", "torch.as_tensor(q)"),
@@ -570,6 +666,10 @@ LENGTHS = [
 
 def scored(function, **options):
     return lambda: attention(q, k, v, score=function, **options)
+
+
+def blocked(batch=None, heads=None, seqlen_k=10):
+    return block_mask(masks.causal, batch, heads, 6, seqlen_k, device="cpu")
 
 
 def masked_by(function, **options):
@@ -790,6 +890,89 @@ FUNCTIONS = [
         ".float()",
     ),
     Row(
+        "a block mask of another kind",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=TABLE),
+        TypeError,
+        "block_mask is a Tensor",
+        "a BlockMask is",
+        "cute_attn.block_mask(mask, …)",
+    ),
+    Row(
+        "a block mask alone",
+        lambda: attention(q, k, v, block_mask=blocked()),
+        TypeError,
+        "without mask",
+        "the function that it was made of",
+        "mask=fn",
+    ),
+    Row(
+        "a block mask of other lengths",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked(seqlen_k=11)),
+        ValueError,
+        "6 queries × 11 keys",
+        "6 queries × 10 keys are",
+        "cute_attn.block_mask() for these lengths",
+    ),
+    Row(
+        "a block mask of another batch",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked(batch=3)),
+        ValueError,
+        "of batch 3",
+        "batch 2, or 1 for all",
+        "batch=2",
+    ),
+    Row(
+        "a block mask of key heads",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked(heads=2)),
+        ValueError,
+        "heads 2",
+        "heads 4, or 1 for all",
+        "heads=4",
+    ),
+    Row(
+        "a block mask elsewhere",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked().to("meta")),
+        ValueError,
+        "lies on meta",
+        "cpu, as q",
+        "block_mask.to(q.device)",
+    ),
+    Row(
+        "a block mask and causal",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked(), causal=True),
+        ValueError,
+        "with causal or window",
+        "the mask alone",
+        "masks.and_masks(mask, masks.causal)",
+    ),
+    Row(
+        "a block mask and rows in use",
+        lambda: attention(q, k, v, mask=masks.causal, block_mask=blocked(), seqused_k=torch.ones(2).int()),
+        NotImplementedError,
+        "with nested tensors, DTensors, results of collectives or seqused",
+        "sequences of one length are",
+        "mask= alone",
+    ),
+    Row("blocks of no mask", lambda: block_mask(None, 1, 1, 5, 5), TypeError, "mask is None", "a function is", "causal"),
+    Row(
+        "a block mask of very many heads",
+        lambda: attention(*tensors((1, 6, 4096, 8), (1, 10, 1, 8), (1, 10, 1, 8)), mask=masks.causal, block_mask=blocked()),
+        ValueError,
+        "4096 query heads share 1",
+        "at most 2048 are",
+        "no block_mask",
+    ),
+    Row("half a query", lambda: block_mask(len, 1, 1, 5.5, 5), TypeError, "seqlen_q is 5.5", "an int is", "int(seqlen_q)"),
+    Row("-1 heads", lambda: block_mask(len, 1, -1, 5, 5), ValueError, "heads is -1", "a number from 0", "of a part"),
+    Row(
+        "FlexAttention's block mask of odd blocks",
+        lambda: attention(q, k, v, block_mask=create_block_mask(masks.causal, None, None, 6, 10, device="cpu", BLOCK_SIZE=24)),
+        ValueError,
+        "blocks of 24 × 24",
+        "multiples of 32 are",
+        "BLOCK_SIZE=128",
+    ),
+    Row(
         "sinks a list",
         lambda: attention(q, k, v, sinks=LIST),
         TypeError,
@@ -904,17 +1087,32 @@ YET = "is needed, since it isn't there yet"
 FLASH_ATTN = [
     # Not there yet.
     Row("all dropped", flash(dropout_p=1.0), ValueError, "dropout_p is 1.0", "from 0 to below 1 is needed", "try 0.1"),
-    Row("pages", flash_varlen(block_table=torch.ones(2, 3)), NotImplementedError, "block_table is a Tensor", YET, "gathered"),
-    Row("pages of 3", flash_varlen(page_table=torch.ones(2, 3)), NotImplementedError, "page_table is", YET, "gathered"),
+    Row(
+        "pages and rows in use",
+        flash_varlen(page_table=int32([0], [1]), seqused_q=int32(1, 1)),
+        NotImplementedError,
+        "seqused_q is a Tensor of shape (2,) and dtype torch.int32 beside pages",
+        "None is needed",
+        "cu_seqlens_q of the rows in use",
+    ),
+    Row("packed pages", flash_varlen(block_table=int32([0], [1])), ValueError, "k_cache has shape (10, 2, 16)", "page_size"),
     Row("a sink a head", flash(learnable_sink=torch.ones(3)), ValueError, "a Tensor of shape (3,)", "(4,), one a head"),
     Row("qv", flash(qv=q), NotImplementedError, "qv is a Tensor of shape (2, 6, 4, 16)", YET, "torch.cat((q, qv), -1)"),
     Row("8-bit floats' scales", flash(k_descale=torch.ones(2, 2)), NotImplementedError, "k_descale is", YET, "* k_descale"),
     Row("chunks", flash(attention_chunk=64), NotImplementedError, "attention_chunk is 64", f"0 {YET}", "window_size"),
     Row("a user's score", flash(score_mod=len), NotImplementedError, "score_mod is a builtin_function", YET, "flex_attention"),
     Row("heads of q", flash(num_heads_q=4), NotImplementedError, "num_heads_q is 4", YET, "qkv.split"),
-    Row("new rows", kvcache(k=k, v=v), NotImplementedError, "k is a Tensor", YET, "written into k_cache"),
-    Row("rotation", kvcache(rotary_cos=q), NotImplementedError, "rotary_cos is a Tensor", YET, "rotated before the call"),
-    Row("rows of a cache", kvcache(cache_batch_idx=INDICES), NotImplementedError, "cache_batch_idx is", YET, "k_cache["),
+    Row("new rows", kvcache(k=k, v=v), ValueError, "k is given and cache_seqlens is None", "is needed", "cache_seqlens=0"),
+    Row("cosines", kvcache(rotary_cos=q), ValueError, "rotary_cos is a Tensor", "both or none", "pass the other"),
+    Row(
+        "two tables",
+        kvcache(block_table=int32([0], [1]), page_table=int32([0], [1])),
+        ValueError,
+        "block_table and page_table are given",
+        "one is needed",
+        "leave page_table out",
+    ),
+    Row("queries of a cache", kvcache(max_seqlen_q="6"), TypeError, "max_seqlen_q is a str", "an int is needed", "None"),
     # Kinds.
     Row("dropout a string", flash(dropout_p="0"), TypeError, "dropout_p is a str", "finite number is needed", "from 0 to"),
     Row("dropout a flag", flash(dropout_p=False), TypeError, "dropout_p is False", "finite number is needed", "from 0 to"),
@@ -1174,6 +1372,32 @@ TRANSFORMERS = [
     ),
 ]
 
+
+
+def pages(method, *arguments, **sizes):
+    """A method of a cache of two sequences, 0 of 8 tokens and 1 of none, that has a page left."""
+    cache = PagedCache(**{"pages": 3, "page_size": 4, "heads_kv": 1, "head_dim": 8, **sizes})
+    cache.append([cache.new(), cache.new()], [8, 0])
+    return getattr(cache, method)(*arguments)
+
+
+GIVEN_OUT = "one is needed that new() or fork() has returned"
+PAGED_CACHE = [
+    Row("no pages", lambda: pages("new", pages=0), ValueError, "pages is 0", "an int of 1 or more is needed", "check how"),
+    Row("half a layer", lambda: pages("new", layers=0.5), TypeError, "layers is 0.5", "an int is needed, of 1 or more"),
+    Row("another's sequence", lambda: pages("free", 2), ValueError, "sequence 2 is not among the 2", GIVEN_OUT, "was freed"),
+    Row("sequences in a tensor", lambda: pages("lengths", torch.tensor([0])), ValueError, "sequence a Tensor", GIVEN_OUT),
+    Row("a list for a sequence", lambda: pages("fork", [0]), ValueError, "sequence a list, [0]", GIVEN_OUT),
+    Row("a longer fork", lambda: pages("fork", 0, 9), ValueError, "length is 9, and sequence 0 has 8", "from 0 to", "try None"),
+    Row("a fork below 0", lambda: pages("fork", 0, -1), ValueError, "length is -1", "from 0 to as many are needed", "try None"),
+    Row("one number of two", lambda: pages("append", [0, 1], [1]), ValueError, "tokens a list, [1]", "as many numbers", "once"),
+    Row("a sequence twice", lambda: pages("append", [0, 0]), ValueError, "a list, [0, 0]", "sequences that differ", "once"),
+    Row("fewer tokens", lambda: pages("append", [0], -1), ValueError, "tokens -1", "numbers of 0 or more", "once"),
+    Row("half a token", lambda: pages("append", [0], 0.5), TypeError, "tokens is 0.5", "an int is needed, or one for each"),
+    Row("a full cache", lambda: pages("append", [0, 1], 1), MemoryError, "1 of 3 pages are free", "2 of 4 tokens", "free()"),
+    Row("few columns", lambda: pages("page_table", [1, 0], 1), ValueError, "columns is 1, and a sequence has 2", "as many are"),
+]
+
 A_PROBLEM = problem.Problem("bfloat16", 64, 64)
 
 # What `python -m cute_attn compile` and other callers reach without a tensor.
@@ -1289,6 +1513,12 @@ def test_lengths(row, monkeypatch):
     assert_raises(row)
 
 
+@table(CACHES)
+def test_caches(row, monkeypatch):
+    monkeypatch.setenv(lengths.CHECK, "1")
+    assert_raises(row)
+
+
 @table(FLASH_ATTN)
 def test_flash_attn_and_sdpa(row):
     assert_raises(row)
@@ -1296,6 +1526,11 @@ def test_flash_attn_and_sdpa(row):
 
 @table(TRANSFORMERS)
 def test_transformers(row):
+    assert_raises(row)
+
+
+@table(PAGED_CACHE)
+def test_paged_cache(row):
     assert_raises(row)
 
 
@@ -1342,8 +1577,10 @@ def raises(file: str) -> set[int]:
 def test_every_error_of_the_checks_has_a_row(monkeypatch):
     """Each ``raise`` in these files is reached by a row: whoever adds one adds a row."""
     monkeypatch.setenv(lengths.CHECK, "1")
-    for file in (problem.__file__, lengths.__file__, flash_attn.__file__, expressions.__file__):
-        missing = raises(file) - reached([*CHECKS, *LENGTHS, *FLASH_ATTN, *FUNCTIONS], file)
+    of_cache = sys.modules[attention_kvcache.__module__]
+    for module in (problem, lengths, stored, of_cache, flash_attn, expressions, paged_cache):
+        file = str(module.__file__)
+        missing = raises(file) - reached([*CHECKS, *LENGTHS, *CACHES, *FLASH_ATTN, *FUNCTIONS, *PAGED_CACHE], file)
         assert not missing, f"no row for {file}, lines {sorted(missing)}"
 
 

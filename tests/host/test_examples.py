@@ -13,8 +13,12 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def example(monkeypatch):
+def folder(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
+
+
+@pytest.fixture
+def example(folder):
     return import_module("train_transformers")
 
 
@@ -45,3 +49,22 @@ def test_documents_are_packed(example):
         assert torch.equal(batch["labels"][0][~hidden], batch["input_ids"][0][~hidden])
         counts.add(len(begins))
     assert len(counts) > 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("folder", "one_thread")
+def test_serving_finds_what_generate_finds(capsys):
+    """For one sequence at a time, also where the cache was full and sequences have had to wait; all pages come back."""
+    serve = import_module("serve")
+    server = serve.main(["--requests", "8", "--pages", "30"])
+    assert server.sent_back > 0
+    assert server.most_pages == 30
+    assert server.pages_in_use == -(-len(serve.PREFIX) // server.cache.page_size)
+    assert "8 requests" in capsys.readouterr().out
+    server.model.set_attn_implementation("eager")
+    for request in server.done:
+        ids = torch.tensor([[*serve.PREFIX, *request.tokens[: request.prompt]]])
+        how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        expected = server.model.generate(ids, max_new_tokens=request.new, **how)[0, ids.shape[1] :]
+        assert request.found == expected.tolist() == serve.alone(server.model, request)
+    assert len({token for request in server.done for token in request.found}) > 20

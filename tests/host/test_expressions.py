@@ -385,7 +385,7 @@ def test_the_kernels_operations(monkeypatch):
                 for n in cutlass.range_constexpr(len(TEXTS)):
                     expression = traced_ones[n][0]
                     here = elements.Elements(
-                        expression, tensors[n], lambda name, r, c, where=where: where[name], "q_idx", "kv_idx"
+                        expression, tensors[n], lambda name, r, c, where=where: where[name], {"q_idx"}, "kv_idx"
                     )
                     out[n, 0, q_idx, kv_idx] = here.value(expression.score, 0, 0, given[q_idx, kv_idx])
                     out[n, 1, q_idx, kv_idx] = here.value(expression.slope, 0, 0, given[q_idx, kv_idx])

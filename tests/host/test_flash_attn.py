@@ -62,6 +62,13 @@ SIGNATURES = {
 # By name only, what the newer interfaces add and functions here can do; the rest of theirs is in no signature.
 BY_NAME = {"return_lse": False}
 BY_NAME_VARLEN = {"seqused_q": None, "seqused_k": None, **BY_NAME}
+BY_NAME_OF = {
+    "flash_attn_varlen_func": {**BY_NAME_VARLEN, "page_table": None},
+    "flash_attn_varlen_kvpacked_func": BY_NAME_VARLEN,
+    "flash_attn_with_kvcache": dict.fromkeys(
+        ("page_table", "cu_seqlens_q", "cu_seqlens_k_new", "max_seqlen_q", "rotary_seqlens")
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -71,9 +78,7 @@ def test_signatures(name):
     found = kinds[inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert list(found.items()) == list(SIGNATURES[name].items())
     by_name = kinds[inspect.Parameter.KEYWORD_ONLY]
-    with_lengths = name in ("flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func")
-    expected = BY_NAME_VARLEN if with_lengths else BY_NAME if name.endswith("_func") else {}
-    assert by_name == expected
+    assert by_name == BY_NAME_OF.get(name, BY_NAME if name.endswith("_func") else {})
     assert not kinds[inspect.Parameter.POSITIONAL_ONLY]
     assert not kinds[inspect.Parameter.VAR_POSITIONAL]
 
@@ -209,6 +214,58 @@ def test_cache(given):
     for i, n in enumerate(lengths):
         one = [x[i : i + 1] for x in (q, k[:, :n], v[:, :n])]
         support.assert_close((out[i : i + 1], lse[i : i + 1]), *one, window=(20, 0), softcap=5.0, scale=0.2)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("where", ["pages", "elements"])
+def test_new_rows_of_a_cache(where, interleaved):
+    interfaces.check_cache(where, interleaved)
+
+
+def test_pages_of_packed_sequences():
+    """As engines that serve call ``flash_attn_varlen_func``: some with a prompt, some with a token each."""
+    sizes_q, sizes_k = (1, 6, 1), (9, 6, 4)
+    q, k, v = support.make_qkv(1, 8, 19, 4, 2, 16, 24)
+    q, table = q[0], torch.tensor([[4, 2, 0], [1, 5, -1], [3, -1, -1]], dtype=torch.int32)
+    k_pages, v_pages = (torch.full((6, 4, *x.shape[2:]), torch.nan) for x in (k, v))
+    for pages, keys, n in zip(table.tolist(), interfaces.spans(sizes_k), sizes_k, strict=True):
+        for t in range(n):
+            for cache, x in ((k_pages, k), (v_pages, v)):
+                cache[pages[t // 4], t % 4] = x[0, keys.start + t]
+    lengths = bounds(sizes_q), bounds(sizes_k), 6, 9
+    options = {"causal": True, "softcap": 3.0, "return_attn_probs": True}
+    out, lse, dropped = flash_attn.flash_attn_varlen_func(q, k_pages, v_pages, *lengths, **options, block_table=table)
+    assert dropped.numel() == 0
+    used = torch.tensor(sizes_k, dtype=torch.int32)
+    nowhere = bounds((12, 12, 12))
+    again = flash_attn.flash_attn_varlen_func(
+        q, k_pages, v_pages, lengths[0], nowhere, 6, 9, causal=True, softcap=3.0, page_table=table, seqused_k=used
+    )
+    assert torch.equal(again, out)
+    for rows, keys in zip(interfaces.spans(sizes_q), interfaces.spans(sizes_k), strict=True):
+        one = q[None, rows], k[:, keys], v[:, keys]
+        support.assert_close((out[None, rows], lse[None, :, rows]), *one, causal=True, softcap=3.0)
+
+
+def test_names_of_flash_attention_3():
+    """Packed queries of a cache, new rows of theirs, and positions that are counted from elsewhere."""
+    q, k, v = (x[0] for x in support.make_qkv(1, 5, 5, 4, 2, 16))
+    caches = [[torch.zeros(2, 8, 2, 16) for _ in range(2)] for _ in range(2)]
+    angles = torch.rand(30, 8, generator=torch.Generator().manual_seed(3))
+    options = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin(), "causal": True}
+    begins = torch.tensor([9, 20], dtype=torch.int32)
+    packed = flash_attn.flash_attn_with_kvcache(
+        q, *caches[0], k, v, cache_seqlens=2, cu_seqlens_q=bounds((2, 3)), cu_seqlens_k_new=bounds((2, 3)), max_seqlen_q=3,
+        rotary_seqlens=begins, **options
+    )  # fmt: skip
+    for i, rows in enumerate(interfaces.spans((2, 3))):
+        one = [x[i : i + 1] for x in caches[1]]
+        out = flash_attn.flash_attn_with_kvcache(
+            q[None, rows], *one, k[None, rows], v[None, rows], cache_seqlens=2, rotary_seqlens=begins[i : i + 1], **options
+        )
+        torch.testing.assert_close(packed[None, rows], out)
+    assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
+    assert caches[0][0][:, 2:4].count_nonzero()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cute_attn import api, block_mask, masks, reference
 from cute_attn import launch as launching
-from cute_attn import reference
 from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
 from cute_attn.launch import packed_of
 from cute_attn.lengths import NAMES, check_lengths
-from cute_attn.problem import Call, check_call
+from cute_attn.plan import plan
+from cute_attn.problem import Call, check_call, problem_of
 from cute_attn.rules import LOG2_E
 from tests.support import make_gradients, make_qkv
 
@@ -50,7 +51,7 @@ def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
 
 
 def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
-    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets")}
+    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets", "key_lists")}
     launching.launch(gpu.kernel, 132, 0, CALL, *tensors.values())
     ((_, arguments),) = gpu.log
     given = vars(named(FORWARD, arguments))
@@ -58,6 +59,29 @@ def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
     values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
     values |= dict.fromkeys(("sinks", "captured", "seed", "drop_below", "kept_scale"))
     assert given == {**tensors, **dict.fromkeys(NAMES), **values}
+
+
+@pytest.mark.parametrize(("d", "rows"), [(64, None), (256, 128)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, deterministic):
+    """For the tiles of the plan; of key tiles, where dQ's kernel walks over them, and ranks, where dQ's sums have an order."""
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
+    blocks = block_mask(masks.causal, None, None, 500, 600, device="cpu")
+    call = Call(1, 4, 2, 500, 600, d, d, 0.125, None, None, 0.0, blocks=blocks)
+    q, k, v = (torch.zeros(1, n, heads, d, dtype=torch.bfloat16) for n, heads in ((500, 4), (600, 2), (600, 2)))
+    config = plan(problem_of(q.dtype, call, False), "sm_90a")
+    launching.forward(call, None, False, False, q, k, v)
+    ((_, arguments),) = gpu.log
+    assert torch.equal(named(FORWARD, arguments).key_lists, blocks.key_lists(config.tile_m, config.tile_n, 1, 4))
+    gpu.log.clear()
+    launching.gradients(call, None, "qkv", deterministic, q, k, v, q, torch.zeros(1, 4, 500), q, None)
+    ((_, arguments),) = gpu.log
+    given, config = named(BACKWARD, arguments), plan(problem_of(q.dtype, call, False, "qkv"), "sm_90a")
+    assert torch.equal(given.query_lists, blocks.query_lists(config.tile_m, config.tile_n, 1, 4, 2))
+    assert (given.key_lists is None) == (rows is None)
+    assert rows is None or torch.equal(given.key_lists, blocks.key_lists(rows, config.tile_n, 1, 4))
+    assert (given.ranks is not None) == (deterministic and d == 64)
 
 
 def test_captured_tensors_and_sinks_are_arguments(gpu):
@@ -73,6 +97,89 @@ def test_captured_tensors_and_sinks_are_arguments(gpu):
     assert given.captured[0].data_ptr() == captured[0].data_ptr()
     assert given.sinks.dtype == torch.float32
     assert not given.sinks.requires_grad
+
+
+def kept(q, **changed):
+    """A call that is kept, of tensors that say that they lie on a GPU."""
+    rules = {"scale": None, "causal": True, "window": None, "softcap": None} | changed
+    stand_in = SimpleNamespace(shape=q.shape, dtype=q.dtype, device=torch.device("cuda:0"), is_cuda=True)
+    return api._kept_call(stand_in, stand_in, stand_in, *rules.values())
+
+
+def test_one_call_is_kept_for_all_that_are_alike(monkeypatch):
+    monkeypatch.setattr(api, "_kept", {})
+    q, other = torch.empty(2, 10, 4, 64, dtype=torch.float16), torch.empty(2, 11, 4, 64, dtype=torch.float16)
+    assert kept(q) is kept(q)
+    assert replace(kept(q), plans=None) == check_call(q, q, q, None, True, None, None)
+    rules = {"causal": False}, {"scale": 0.5}, {"window": (3, 0)}, {"softcap": 9.0}
+    differ = [kept(q), kept(other), kept(q.float()), *(kept(q, **changed) for changed in rules)]
+    assert len({id(call) for call in differ}) == len(differ)
+    assert all(call.plans == {} for call in differ)
+    for wrong in ({"causal": 2}, {"scale": "1"}, {"softcap": -1.0}, {"window": (True, "0")}):
+        with pytest.raises((TypeError, ValueError)):
+            kept(q, **wrong)
+
+
+def test_values_of_other_kinds_meet_no_kept_call(monkeypatch):
+    """They may be equal: 1.0 is True, and a NumPy number may be refused."""
+    monkeypatch.setattr(api, "_kept", {})
+    q = torch.empty(2, 10, 4, 64, dtype=torch.float16)
+    kept(q, scale=1.0, window=(1, 0))
+    assert kept(q, scale=1, window=(1, 0)).plans is None
+    with pytest.raises(TypeError):
+        kept(q, scale=True)
+    with pytest.raises(TypeError):
+        kept(q, window=(True, 0))
+
+
+def test_as_many_calls_are_kept_as_there_is_room_for(monkeypatch):
+    monkeypatch.setattr(api, "_kept", {})
+    monkeypatch.setattr(api, "KEPT_MAX", 3)
+    for seqlen in range(1, 9):
+        kept(torch.empty(1, seqlen, 2, 64, dtype=torch.float16))
+        assert len(api._kept) <= 3
+
+
+@pytest.mark.parametrize("for_backward", [False, True])
+def test_a_kept_call_is_planned_once_and_launched_alike(gpu, monkeypatch, for_backward):
+    planned = []
+    monkeypatch.setattr(launching, "prepared", lambda *key: planned.append(key) or (gpu.kernel, 132))
+    q, k, v = make_qkv(2, 10, 12, 4, 2, 64, 32, torch.float16)
+    call = replace(check_call(q, k, v, None, True, None, None), plans={})
+    first, again = (launching.forward(call, None, True, for_backward, q, k, v) for _ in range(2))
+    assert len(planned) == 1
+    (_, arguments), (_, as_planned) = gpu.log
+    assert arguments[:3] == as_planned[:3] == (q, k, v)
+    assert arguments[6:] == as_planned[6:]
+    for x, y in zip(first, again, strict=True):
+        assert (x is None) == (y is None) == (x is first[2] and not for_backward)
+        assert x is None or (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+
+
+def test_what_the_launcher_refuses_is_looked_at(gpu, monkeypatch):
+    """Strides and alignment belong to no plan: the launcher looks at them, and the words are those of a first call."""
+
+    def kernel(*arguments):
+        if len(gpu.log) == 1:
+            gpu.log.append(None)
+            raise ValueError("Misaligned Tensor data")
+        gpu.log.append(arguments)
+
+    monkeypatch.setattr(launching, "prepared", lambda *_: (kernel, 132))
+    q, k, v = make_qkv(2, 10, 12, 4, 2, 64, 32, torch.float16)
+    call = replace(check_call(q, k, v, None, True, None, None), plans={})
+    launching.forward(call, None, False, False, q, k, v)
+    out, _, _ = launching.forward(call, None, False, False, q, k, v)
+    assert len(gpu.log) == 3
+    assert gpu.log[2][3] is out
+    misaligned = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    gpu.log[1:] = []
+    with pytest.raises(ValueError, match="q starts at an address that is 2 past a multiple of 16 bytes"):
+        launching.forward(call, None, False, False, misaligned, k, v)
+    gone = q.clone()
+    gone.untyped_storage().resize_(0)
+    with pytest.raises((RuntimeError, ValueError), match="storage"):
+        launching.forward(call, None, False, False, gone, k, v)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

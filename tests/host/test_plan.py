@@ -377,7 +377,12 @@ def test_problem_and_config_have_no_field_for_a_size():
         "dropout",
         "large_cap",
         "ragged",
+        "rows",
+        "stored",
+        "invariant",
+        "appends",
         "merges",
+        "blocks",
     }
     for record in (Problem, Config):
         for field in dataclasses.fields(record):

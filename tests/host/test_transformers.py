@@ -46,6 +46,16 @@ def fallback():
     register(fallback="sdpa")
 
 
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The names of attention's functions as they are called."""
+    names: list[str] = []
+    for name in ("attention", "attention_varlen", "attention_kvcache"):
+        function = getattr(integration, name)
+        monkeypatch.setattr(integration, name, lambda *a, f=function, **k: names.append(f.__name__) or f(*a, **k))
+    return names
+
+
 def assert_case(case: str, model=None, run=None):
     """By the policy of all tests: beside float64, with the error of eager attention in float32 as the measure."""
     name, ask = models.CASES[case]
@@ -61,12 +71,8 @@ def test_logits_and_gradients(case):
     assert_case(case)
 
 
-def test_every_layer_calls_attention(monkeypatch):
+def test_every_layer_calls_attention(calls):
     """In whichever way: none falls back silently."""
-    calls = []
-    for name in ("attention", "attention_varlen"):
-        function = getattr(integration, name)
-        monkeypatch.setattr(integration, name, lambda *a, f=function, **k: calls.append(f) or f(*a, **k))
     for name, count in (("llama", 2), ("gemma3", 2), ("bert", 2), ("vit", 2), ("whisper", 1 + 2 * 2)):
         asked = next(ask for case, (model, ask) in models.CASES.items() if model == name)()
         models.built(name, OURS)(**asked.inputs)
@@ -129,12 +135,137 @@ def test_generates_what_eager_does(name, padding, cache):
     assert torch.equal(tokens(models.built(name, OURS, FLOAT64), used, **how), expected)
 
 
+@pytest.mark.parametrize(("padding", "cache"), [("none", None), ("left", None), ("left", "static"), ("between", "static")])
+def test_steps_read_keys_where_they_are(padding, cache, calls):
+    """A token at a time is attention to a cache, of which nothing is moved, but where padding is between the keys."""
+    used = None if padding == "none" else models.padded("left").inputs["attention_mask"]
+    if padding == "between":
+        used[:, 0] = 1
+    tokens(models.built("llama", OURS), used, **({} if cache is None else {"cache_implementation": cache}))
+    layers, steps = 2, 14
+    assert len(calls) == layers * steps
+    assert calls.count("attention_kvcache") == (0 if padding == "between" else layers * (steps - 1))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_several_queries_of_a_cache(name, calls):
+    """As speculative decoding asks: each sees the keys before its own; sequences begin after padding."""
+    from transformers import DynamicCache, StaticCache
+
+    asked, first, steps = models.padded("left"), 18, 3
+    ids, used = asked.inputs["input_ids"], asked.inputs["attention_mask"]
+    positions = (used.cumsum(1) - 1).clamp(min=0)
+
+    def logits(kind: str, made):
+        model, parts = models.built(name, kind, FLOAT64), []
+        cache = made(model.config)
+        for begin, end in zip([0, *range(first, models.LENGTH, steps)], range(first, models.LENGTH + 1, steps), strict=True):
+            where = {"attention_mask": used[:, :end], "position_ids": positions[:, begin:end]}
+            parts.append(model(ids[:, begin:end], past_key_values=cache, **where).logits[:, -steps:])
+        return torch.cat(parts, 1)
+
+    with models.exact(), torch.no_grad():
+        for made in (lambda config: DynamicCache(config=config), lambda config: StaticCache(config, max_cache_len=40)):
+            torch.testing.assert_close(logits(OURS, made), logits("eager", made))
+            assert calls.count("attention_kvcache") == 2 * 2
+            calls.clear()
+
+
 def test_whisper_generates_what_eager_does():
     features = models.speech().inputs["input_features"].double()
     how = {"max_new_tokens": 10, "do_sample": False}
     with torch.no_grad():
         eager, ours = (models.built("whisper", kind, FLOAT64).generate(features, **how) for kind in ("eager", OURS))
     assert torch.equal(ours, eager)
+
+
+# ---- continuous batching ---------------------------------------------------------------------------------------------
+
+needs_pages = pytest.mark.skipif(not models.serves(), reason="Transformers' continuous batching, of 5.24 on, is not there")
+
+
+def one_by_one(model, new: int = 12) -> list[list[int]]:
+    how = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    asked = [torch.tensor([prompt]) for prompt in models.PROMPTS]
+    return [model.generate(x, attention_mask=torch.ones_like(x), **how)[0, x.shape[1] :].tolist() for x in asked]
+
+
+@needs_pages
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_continuous_batching_generates_what_eager_does(name, calls):
+    """Of full and sliding layers, softcaps, sinks; prompts in parts, beside sequences that get a token each."""
+    with models.exact(), torch.no_grad():
+        expected = one_by_one(models.built(name, "eager", FLOAT64))
+        assert models.served(models.built(name, OURS, FLOAT64)) == expected
+    assert len({tuple(x) for x in expected}) == len(models.PROMPTS)
+    assert ("attention_kvcache" in calls) is (name == "llama")  # Transformers' sliding layers have no tables of pages
+
+
+@needs_pages
+def test_steps_of_continuous_batching_write_to_the_pages(calls):
+    """Without the path for these, Transformers copies all keys of a step; to ask for other pages changes no token."""
+    model = models.built("llama", OURS, FLOAT64)
+    tables = models.served(model)
+    steps = calls.count("attention_kvcache")
+    assert steps >= 2 * 8
+    calls.clear()
+    assert models.served(model, max_blocks_per_request=0) == tables
+    assert "attention_kvcache" not in calls
+
+
+@needs_pages
+def test_steps_of_continuous_batching_are_filled_up(calls, monkeypatch):
+    """As they are for graphs, of torch.compile or of CUDA: with sequences that there are not. Here nothing is compiled."""
+    from transformers import CompileConfig
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = models.built("llama", OURS, FLOAT64)
+    expected = models.served(model)
+    calls.clear()
+    filled = {"varlen_compile_config": CompileConfig(), "decode_compile_config": CompileConfig()}
+    how = {**filled, "max_requests_per_batch": 4, "use_cuda_graph": False}
+    assert models.served(model, **how) == expected
+    assert "attention_kvcache" in calls
+
+
+@needs_pages
+def test_what_is_greedy_enough():
+    """The measure of what the GPU serves finds a wrong token, and no fault with those of another dtype."""
+    model = models.built("llama", OURS, torch.bfloat16)
+    prompt, found = models.PROMPTS[1], models.served(model)[1]
+    models.assert_greedy(model, prompt, found, times=4)
+    with pytest.raises(AssertionError, match="is missing to the best logit"):
+        models.assert_greedy(model, prompt, [*found[:5], (found[5] + 1) % models.SYMBOLS, *found[6:]], times=4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sequences_that_there_are_not(compiled):
+    """Transformers fills a step up with sequences without queries, keys and pages: no row of theirs is written or read. A graph
+    of the model ends before a step, and begins anew after it."""
+    attend, counter = integration.attend, CompileCounterWithBackend("eager")
+    if compiled:
+        torch._dynamo.reset()
+        attend = torch.compile(attend, backend=counter)
+    q, k, v = (x.transpose(1, 2) for x in support.make_qkv(1, 4, 4, 4, 2, 8))
+    k_cache, v_cache = (torch.full((5, 2, 2, 8), math.nan) for _ in range(2))
+    table = torch.tensor([[3, -1], [1, 4], [-1, -1], [-1, -1]], dtype=torch.int32)
+    past = support.make_qkv(1, 2, 2, 4, 2, 8, seed=1)[1:]
+    for cache, x in zip((k_cache, v_cache), past, strict=True):
+        cache[1] = x[0]
+    before = k_cache.clone()
+    bounds_q, bounds_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 2, 2, 2], [0, 1, 4, 4, 4]))
+    step = {"block_table": table, "k_cache": k_cache, "v_cache": v_cache, "cu_seq_lens_q": bounds_q, "cu_seq_lens_k": bounds_k}
+    out, weights = attend(SimpleNamespace(), q, k, v, None, is_causal=True, **step)
+    assert (out.shape, weights, counter.frame_count) == ((1, 4, 4, 8), None, 2 if compiled else 0)
+    assert not out[:, 2:].count_nonzero()
+    assert torch.equal(k_cache[3, 0], k[0, :, 0])
+    assert torch.equal(k_cache[4, 0], k[0, :, 1])
+    changed = (k_cache.nan_to_num() != before.nan_to_num()).flatten(2).any(-1).nonzero().tolist()
+    assert changed == [[3, 0], [4, 0]]
+    for row, keys in ((0, k[:, :, :1]), (1, torch.cat((past[0].transpose(1, 2), k[:, :, 1:2]), 2))):
+        values = v[:, :, :1] if row == 0 else torch.cat((past[1].transpose(1, 2), v[:, :, 1:2]), 2)
+        one = (x.transpose(1, 2) for x in (q[:, :, row : row + 1], keys, values))
+        support.assert_close(out[:, row : row + 1], *one)
 
 
 # ---- graphs ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,303 @@
+"""Where the keys of sequences lie in a cache, and which block computes which of them: what the kernels know of caches.
+
+**Walks.** A walk is all key tiles that a tile of rows sees: of one sequence, one key head, and ``rows`` of its queries, each
+once for every query head of the key head, so that all of them share one read of the keys. Tiles begin at the first key that any
+query of the sequence sees. A walk without keys has one tile with none.
+
+**Balance.** All walks one after another are a line of tiles: sequence by sequence, key head by key head, row tile by row tile.
+It is cut into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
+nothing is planned and nothing allocated for it. A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in
+float32, in a workspace; the block that is last to finish one merges all of them, in the order of their keys, whoever it is.
+Which one is last a counter says, which that block sets back to 0: a call leaves them all as it found them.
+
+A block has two places for partial results at most, one of a walk that began before its stretch, one of a walk that goes on
+behind it, and the counter of a walk is that of the block in which it begins. So the workspace depends on the GPU and on nothing
+else.
+
+**Invariant.** Where a sequence's results must not depend on the others, a walk is cut into *units* of a length that follows
+from its own: as many as :data:`UNITS_MAX`, of :data:`UNIT_TILES` tiles at least. A block takes the units that begin in its
+stretch. Each unit has a place of its own, and each walk a counter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+from cutlass import Boolean, Int32, cute
+
+from cute_attn.layouts.base import WARP
+from cute_attn.stored import UNIT_TILES, UNITS_MAX
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence of a call: ``rows`` of q from row ``first`` of element ``element`` on, and the ``keys`` from row ``pad`` of
+    the cache on. ``begin`` is the first key that any query sees, and ``tiles`` a walk's key tiles; ``row_tiles`` of a key
+    head."""
+
+    number: Int32
+    element: Int32
+    first: Int32
+    queries: Int32
+    pad: Int32
+    keys: Int32
+    begin: Int32
+    end: Int32
+    tiles: Int32
+    row_tiles: Int32
+
+
+@dataclass(frozen=True)
+class CachedKeys:
+    """All sequences of a call, see ``stored.Stored``. ``seqlen_q`` is of each sequence or, packed, of all."""
+
+    count: Int32
+    capacity: Int32
+    elements: Int32  # of the cache
+    page_size: Int32
+    seqlen_q: Int32
+    seqlen_new: Int32
+    heads_kv: Int32
+    packed: Int32  # query heads of a key head
+    left: Int32
+    right: Int32
+    units: Int32  # places that a walk has for its units
+    lengths: cute.Tensor
+    page_table: Any
+    cache_batch_idx: Any
+    leftpad_k: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k_new: Any
+    problem: cutlass.Constexpr
+    config: cutlass.Constexpr
+
+    @property
+    def all_sequences(self):
+        """With the rows that come after the last packed sequence as one more, without keys."""
+        return self.count + 1 if self.cu_seqlens_q is not None else self.count
+
+    def bound(self, i):
+        """Row of packed queries at which sequence ``i`` begins."""
+        return cutlass.min(cutlass.max(self.cu_seqlens_q[i], 0), self.seqlen_q)
+
+    def old_and_new(self, i):
+        """``(rows in the cache before the new ones, new rows)`` of a sequence."""
+        old = cutlass.min(cutlass.max(self.lengths[i], 0), self.capacity)
+        new = self.seqlen_new
+        if self.cu_seqlens_k_new is not None:
+            new = cutlass.max(self.cu_seqlens_k_new[i + 1] - self.cu_seqlens_k_new[i], 0)
+        return old, new
+
+    @cute.jit
+    def of_row(self, bounds: Any, element, row):
+        """``(sequence, which of its rows)`` of a row of queries or of new keys; ``count`` or more where it is no sequence's."""
+        i, j = Int32(element), Int32(row)
+        if cutlass.const_expr(bounds is not None):
+            low, high = Int32(0), self.count
+            while low < high:
+                middle = (low + high) // 2
+                if bounds[middle + 1] <= row:
+                    low = middle + 1
+                else:
+                    high = middle
+            i = low
+            if i < self.count:
+                j = row - bounds[i]
+        return i, j
+
+    @cute.jit
+    def sequence(self, i) -> Sequence:
+        """Of a number below :attr:`all_sequences`."""
+        problem, config = self.problem, self.config
+        element, first, queries = Int32(i), Int32(0), self.seqlen_q
+        keys, pad, exists = Int32(0), Int32(0), i < self.count
+        if cutlass.const_expr(self.cu_seqlens_q is not None):
+            element, first = Int32(0), self.bound(i)
+            past = self.seqlen_q
+            if exists:
+                past = self.bound(i + 1)
+            queries = cutlass.max(past - first, 0)
+        if exists:
+            old, new = self.old_and_new(i)
+            if cutlass.const_expr(self.leftpad_k is not None):
+                pad = cutlass.min(cutlass.max(self.leftpad_k[i], 0), old)
+            keys = cutlass.min(old + new, self.capacity) - pad
+        shift, begin, end = keys - queries, Int32(0), keys
+        if cutlass.const_expr(problem.bounded_left):
+            begin = cutlass.min(cutlass.max(shift - self.left, 0), keys)
+        if cutlass.const_expr(problem.bounded_right):
+            end = cutlass.max(cutlass.min(keys + self.right, keys), begin)
+        tiles = cutlass.max((end - begin + config.tile_n - 1) // config.tile_n, 1)
+        row_tiles = (queries * self.packed + config.tile_m - 1) // config.tile_m
+        return Sequence(Int32(i), element, first, queries, pad, keys, begin, end, tiles, row_tiles)
+
+    def walks(self, sequence: Sequence):
+        """How many a sequence has."""
+        return sequence.row_tiles * self.heads_kv
+
+    def place(self, sequence_number, row):
+        """``(element or page of the cache, row there)`` of a row of a sequence, inside the cache whatever the table says."""
+        if self.page_table is not None:
+            place, row = divided(row, self.page_size)
+            page = self.page_table[sequence_number, place]
+            return cutlass.min(cutlass.max(page, 0), self.elements - 1), row
+        if self.cache_batch_idx is not None:
+            return cutlass.min(cutlass.max(self.cache_batch_idx[sequence_number], 0), self.elements - 1), row
+        return sequence_number, row
+
+    @cute.jit
+    def _tiles(self, i):
+        """Of all walks of sequence ``i``; 0 if there is none."""
+        tiles = Int32(0)
+        if i < self.all_sequences:
+            sequence = self.sequence(i)
+            tiles = sequence.tiles * self.walks(sequence)
+        return tiles
+
+    @cute.jit
+    def all_tiles(self):
+        """A whole warp: ``(how many tiles there are, those of this lane's sequence)``, for :meth:`find`."""
+        mine = self._tiles(cute.arch.lane_idx())
+        total = mine
+        for first in cutlass.range(WARP, self.all_sequences, WARP, unroll=1):
+            total += self._tiles(first + cute.arch.lane_idx())
+        for step in (1, 2, 4, 8, 16):
+            total += cute.arch.shuffle_sync_bfly(total, step)
+        return total, mine
+
+    @cute.jit
+    def find(self, tile, mine):
+        """A whole warp: ``(sequence, tiles before it)`` of a tile of all; the sequence is past the last if there is no such
+        tile. ``mine`` are the tiles of this lane's sequence."""
+        first, before, found = Int32(0), Int32(0), Boolean(False)
+        lane = cute.arch.lane_idx()
+        number = self.all_sequences
+        while (found == False) & (first < self.all_sequences):  # noqa: E712
+            passed = mine
+            for step in (1, 2, 4, 8, 16):
+                lower = cute.arch.shuffle_sync_up(passed, step)
+                passed = passed + lower * cutlass.min(lane // step, 1)
+            total = cute.arch.shuffle_sync(passed, WARP - 1)
+            if tile < before + total:
+                found = Boolean(True)
+                owner = cute.arch.popc(cute.arch.vote_ballot_sync(tile >= before + passed))
+                number = first + owner
+                before = before + cute.arch.shuffle_sync(passed - mine, owner)
+            else:
+                first, before = first + WARP, before + total
+                mine = self._tiles(first + lane)
+        return number, before
+
+
+def divided(x, n) -> tuple[Any, Any]:
+    """``(x // n, x % n)`` of numbers that are not negative, which takes a third of what floor division takes."""
+    quotient = Int32(cutlass.Uint32(x) // cutlass.Uint32(n))
+    return quotient, x - quotient * n
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """All tiles in equal parts: block b has those from ``begin(b)`` up to ``begin(b + 1)``."""
+
+    each: Int32
+    longer: Int32  # as many blocks, the first ones, have one more
+
+    @staticmethod
+    def of(tiles, blocks) -> Stretches:
+        return Stretches(*divided(tiles, blocks))
+
+    def begin(self, block):
+        return block * self.each + cutlass.min(block, self.longer)
+
+    @cute.jit
+    def block_of(self, tile):
+        """The block that has a tile."""
+        ahead = self.longer * (self.each + 1)
+        block = divided(tile, self.each + 1)[0]
+        if tile >= ahead:
+            block = self.longer + divided(tile - ahead, cutlass.max(self.each, 1))[0]
+        return block
+
+
+@dataclass(frozen=True)
+class WalkPart:
+    """Of a walk the tiles from ``begin`` up to ``end``, as a block computes them: the walk's key head and row tile. ``at`` is
+    the number of tile ``begin`` among all."""
+
+    head_kv: Int32
+    row_tile: Int32
+    begin: Int32
+    end: Int32
+    at: Int32
+
+
+@dataclass(frozen=True)
+class PartPlaces:
+    """The parts of a walk: how many there are, the ``number`` of this one, and where partial results lie: of part i in place
+    ``first`` (i = 0) or ``others + i · step``. ``counter`` is the walk's."""
+
+    parts: Int32
+    number: Int32
+    first: Int32
+    others: Int32
+    step: Int32
+    counter: Int32
+
+    @cute.jit
+    def of(self, i):
+        """Where the partial result of part ``i`` lies."""
+        return self.first if i == 0 else self.others + i * self.step
+
+
+@cute.jit
+def part_of_stretch(keys: CachedKeys, sequence: Sequence, before, at, end):
+    """``(part, tiles that a block has passed then)``: what comes first of a block's tiles ``at`` up to ``end``, of a sequence
+    before which there are ``before`` tiles. A part may have no tiles."""
+    walk, begin = divided(at - before, sequence.tiles)
+    head_kv, row_tile = divided(walk, sequence.row_tiles)
+    count: Any = cutlass.min(sequence.tiles - begin, end - at)
+    skipped: Any = Int32(0)
+    if cutlass.const_expr(keys.problem.invariant):
+        unit = unit_of(sequence)
+        ahead = divided(begin, unit)[1]
+        skipped = cutlass.min(unit - ahead, sequence.tiles - begin) if ahead > 0 else 0
+        count = cutlass.min(unit, sequence.tiles - begin - skipped) if at + skipped < end else 0
+    return WalkPart(head_kv, row_tile, begin + skipped, begin + skipped + count, at + skipped), skipped + count
+
+
+@cute.jit
+def next_part(keys: CachedKeys, i, before, at, end):
+    """``(sequence, tiles before it, tile)`` of the first part of a block's tiles ``at`` up to ``end``; the tile is ``end`` or
+    more if there is none."""
+    found = Boolean(False)
+    while (found == False) & (at < end):  # noqa: E712
+        sequence = keys.sequence(i)
+        tiles = sequence.tiles * keys.walks(sequence)
+        if at >= before + tiles:
+            i, before = i + 1, before + tiles
+        else:
+            part, passed = part_of_stretch(keys, sequence, before, at, end)
+            found = part.begin < part.end
+            at = part.at if found else at + passed
+    return i, before, at
+
+
+def unit_of(sequence: Sequence):
+    """Tiles of a unit of a sequence's walks."""
+    return cutlass.max((sequence.tiles + UNITS_MAX - 1) // UNITS_MAX, UNIT_TILES)
+
+
+def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: Stretches) -> PartPlaces:
+    """Where the partial results of a part's walk lie."""
+    if keys.problem.invariant:
+        unit = unit_of(sequence)
+        rows = sequence.first if keys.cu_seqlens_q is not None else sequence.number * sequence.queries
+        walk = divided(rows * keys.packed, keys.config.tile_m)[0] + sequence.number + part.row_tile
+        walk = walk * keys.heads_kv + part.head_kv
+        place, parts = walk * keys.units, divided(sequence.tiles + unit - 1, unit)[0]
+        return PartPlaces(parts, divided(part.begin, unit)[0], place, place, Int32(1), walk)
+    begin = part.at - part.begin
+    first, last, mine = (stretches.block_of(tile) for tile in (begin, begin + sequence.tiles - 1, part.at))
+    return PartPlaces(last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first)

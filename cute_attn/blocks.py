@@ -1,0 +1,349 @@
+"""Which tiles of the scores a mask hides, cuts or leaves whole: found out once, so that attention computes no hidden tile, and
+masks only those that are cut.
+
+A :class:`BlockMask` knows the *kind* of every block of 32 queries × 32 keys. A kernel's tiles are made of these, whatever their
+shape is; so one block mask serves the forward and the backward pass of every head dim and mechanism. The kernels read lists,
+which are made of the kinds when a tile shape first asks for them, and kept:
+
+    (cut tiles, all tiles, …, tile, tile, …, unused)     int32; HEADER words, then the tiles that are cut, then whole ones
+
+For each query tile a list of key tiles, last ones first, and for each key tile one of query tiles, of all query heads that
+share the keys. The lower TILE_BITS bits of an entry are the tile's number.
+
+- **Of key tiles** those that are cut and come before all whole ones, as a window's left edge does, are the last in the list;
+  the third word says where they begin. Above an entry's number are two bits for each 64 rows of the query tile: whether they
+  see none of its keys, or all.
+- **Of query tiles** an entry also has which member of the heads that share the keys it is of. Where all heads have the same
+  mask, there are entries of one, each for as many heads as the third word says.
+
+Memory is taken by blocks and tiles, never by pairs of a query and a key.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch.nn.functional import pad
+
+from cute_attn.arguments import shown
+from cute_attn.expressions import Expression, TorchOps, traced
+from cute_attn.layouts.base import BLOCK, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.private import raw_stream
+
+NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks and tiles
+ROWS_OF_WARPGROUP = 64
+LENGTH_MAX = BLOCK << TILE_BITS
+MEMBERS_MAX = 1 << (31 - TILE_BITS)
+PIECE = 1 << 22  # pairs of a query and a key that torch looks at at a time
+_SHADES = " ░█"
+_COLOURS = {CUT: "#9ecae1", WHOLE: "#08519c"}
+
+
+class BlockMask:
+    """What :func:`block_mask` returns: ``kinds``, uint8 ``(batch, heads, ⌈seqlen_q / 32⌉, ⌈seqlen_k / 32⌉)``, and lengths. It
+    can be pickled, saved by ``torch.save``, moved by :meth:`to` and used for every call of these lengths."""
+
+    def __init__(self, kinds: torch.Tensor, seqlen_q: int, seqlen_k: int):
+        self.kinds, self.seqlen_q, self.seqlen_k = kinds, seqlen_q, seqlen_k
+        self._kept: dict[tuple, tuple] = {}
+
+    def __getstate__(self) -> tuple:
+        return self.kinds, self.seqlen_q, self.seqlen_k
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    @property
+    def batch(self) -> int:
+        return self.kinds.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.kinds.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.kinds.device
+
+    def to(self, device: Any) -> BlockMask:
+        """The same on another device."""
+        return BlockMask(self.kinds.to(device), self.seqlen_q, self.seqlen_k)
+
+    @property
+    def density(self) -> float:
+        """The share of its blocks in which some query sees some key. Reads it from the device."""
+        return self.kinds.bool().double().mean().item() if self.kinds.numel() else 0.0
+
+    # ---- what kernels read
+
+    def tiles(self, tile_m: int, tile_n: int) -> torch.Tensor:
+        """The kinds of tiles of ``tile_m`` queries × ``tile_n`` keys, uint8 ``(batch, heads, m_blocks, n_blocks)``. A tile that
+        reaches past the last key is not whole."""
+        some, every = (self._parts(tile_m, tile_n, of_missing_rows) for of_missing_rows in (NONE, WHOLE))
+        return some.amax((3, 5)).ne(NONE).byte() + every.amin((3, 5)).eq(WHOLE).byte()
+
+    def key_lists(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
+        """A list of key tiles for each query tile, ``(batch, heads, m_blocks, HEADER + n_blocks + 1)``."""
+        return self._keep("keys", self._key_lists, tile_m, tile_n).expand(batch, heads, -1, -1)
+
+    def query_lists(self, tile_m: int, tile_n: int, batch: int, heads: int, heads_kv: int) -> torch.Tensor:
+        """A list of query tiles for each key tile, ``(batch, heads_kv, n_blocks, HEADER + …)``."""
+        lists = self._keep("queries", self._query_lists, tile_m, tile_n, heads // heads_kv)
+        return lists.expand(batch, heads_kv, -1, -1)
+
+    def ranks(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
+        """How many key tiles before each one a query tile visits, int32 ``(batch, heads, m_blocks, n_blocks)``."""
+        return self._keep("ranks", self._ranks, tile_m, tile_n).expand(batch, heads, -1, -1)
+
+    def _parts(self, tile_m: int, tile_n: int, of_missing_rows: int) -> torch.Tensor:
+        """The kinds of the blocks of each tile, ``(batch, heads, m_blocks, rows, n_blocks, columns)``."""
+        down, across = tile_m // BLOCK, tile_n // BLOCK
+        rows, columns = self.kinds.shape[2:]
+        whole = pad(pad(self.kinds, (0, -columns % across)), (0, 0, 0, -rows % down), value=of_missing_rows)
+        return whole.unflatten(3, (-1, across)).unflatten(2, (-1, down))
+
+    def _key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
+        kinds = self.tiles(tile_m, tile_n)
+        numbers = torch.arange(kinds.shape[3], dtype=torch.int32, device=kinds.device).expand(kinds.shape)
+        if tile_m % ROWS_OF_WARPGROUP == 0:
+            some, every = (
+                self._parts(tile_m, tile_n, missing).unflatten(3, (-1, ROWS_OF_WARPGROUP // BLOCK)) for missing in (NONE, WHOLE)
+            )
+            said = {UNSEEN_BIT: some.amax((4, 6)).eq(NONE), WHOLE_BIT: every.amin((4, 6)).eq(WHOLE)}
+            for bit, of_rows in said.items():
+                for w in range(tile_m // ROWS_OF_WARPGROUP):
+                    numbers = numbers | of_rows[:, :, :, w].int() << TILE_BITS + WARPGROUP_BITS * w + bit
+        kinds, numbers = kinds.flip(3), numbers.flip(3)
+        so_far, whole = kinds.eq(WHOLE).cumsum(3, dtype=torch.int32), kinds.eq(WHOLE).sum(3, keepdim=True)
+        after = kinds.eq(CUT) & (so_far == whole) & (whole > 0)
+        order = torch.where(after, 2, (kinds + 2) % 3).where(kinds != NONE, 3)
+        header = kinds.eq(CUT).sum(3) - after.sum(3), kinds.ne(NONE).sum(3), kinds.ne(NONE).sum(3) - after.sum(3)
+        return _listed(order, numbers, header)
+
+    def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
+        kinds = self.tiles(tile_m, tile_n).transpose(2, 3)
+        numbers = torch.arange(kinds.shape[3], dtype=torch.int32, device=kinds.device)
+        if self.heads == 1:
+            return self._cut_first(kinds, numbers, members)
+        numbers = numbers + (torch.arange(members, dtype=torch.int32, device=kinds.device) << TILE_BITS)[:, None]
+        kinds = kinds.unflatten(1, (-1, members)).transpose(2, 3).flatten(3)
+        return self._cut_first(kinds, numbers.flatten(), 1)
+
+    @staticmethod
+    def _cut_first(kinds: torch.Tensor, numbers: torch.Tensor, repeats: int) -> torch.Tensor:
+        header = kinds.eq(CUT).sum(3), kinds.ne(NONE).sum(3), torch.full_like(kinds[..., 0], repeats, dtype=torch.int64)
+        return _listed((kinds + 2) % 3, numbers.expand(kinds.shape), header)
+
+    def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
+        seen = self.tiles(tile_m, tile_n).ne(NONE).int()
+        return seen.cumsum(3, dtype=torch.int32) - seen
+
+    def _keep(self, name: str, make: Callable, *of: int) -> torch.Tensor:
+        """What ``make(*of)`` returns, made once. Another stream than the one that made it waits for it. What a CUDA graph
+        records is the graph's: it is not kept."""
+        found, on_gpu = self._kept.get((name, *of)), self.kinds.is_cuda
+        stream = raw_stream(self.kinds.get_device()) if on_gpu else 0
+        if found is not None and found[1] == stream:
+            return found[0]
+        recording = on_gpu and torch.cuda.is_current_stream_capturing()
+        if found is not None:
+            if not recording:
+                here = torch.cuda.current_stream(self.kinds.device)
+                here.wait_event(found[2])
+                found[0].record_stream(here)
+            return found[0]
+        made = make(*of)
+        if not recording:
+            event = torch.cuda.current_stream(self.kinds.device).record_event() if on_gpu else None
+            self._kept[name, *of] = made, stream, event
+        return made
+
+    # ---- for people
+
+    def __repr__(self) -> str:
+        sizes = f"batch {self.batch}, heads {self.heads}, {self.seqlen_q} queries × {self.seqlen_k} keys"
+        return f"BlockMask({sizes}, {self.density:.1%} of its blocks, on {self.device})"
+
+    def __str__(self) -> str:
+        """The first head as text: ``█`` is whole, ``░`` is cut."""
+        kinds = self._drawn(64, 32)
+        return "\n".join((repr(self), *("".join(_SHADES[kind] for kind in row) for row in kinds)))
+
+    def to_svg(self) -> str:
+        """The first head as a picture: dark is whole, light is cut."""
+        kinds, size = self._drawn(256, 256), 4
+        high, wide = len(kinds) * size, len(kinds[0]) * size if kinds else 0
+        shapes = []
+        for y, row in enumerate(kinds):
+            begin = 0
+            for x in range(1, len(row) + 1):
+                if x == len(row) or row[x] != row[begin]:
+                    if row[begin] != NONE:
+                        place = f'x="{begin * size}" y="{y * size}" width="{(x - begin) * size}" height="{size}"'
+                        shapes.append(f'<rect {place} fill="{_COLOURS[row[begin]]}"/>')
+                    begin = x
+        frame = f'<rect width="{wide}" height="{high}" fill="white" stroke="black"/>'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}"><title>{self!r}</title>'
+        return "\n".join((head, frame, *shapes, "</svg>"))
+
+    def _drawn(self, columns: int, rows: int) -> list[list[int]]:
+        """The kinds of the first head, of so many tiles at most."""
+        if not self.kinds.numel():
+            return []
+        high, wide = self.kinds.shape[2:]
+        tile = max(-(-wide // columns), -(-high // rows)) * BLOCK
+        tiles = BlockMask(self.kinds[:1, :1].cpu(), self.seqlen_q, self.seqlen_k).tiles(tile, tile)
+        return tiles[0, 0].tolist()
+
+
+def block_mask(
+    mask: Callable,
+    batch: int | None,
+    heads: int | None,
+    seqlen_q: int,
+    seqlen_k: int,
+    tensors: tuple[torch.Tensor, ...] = (),
+    device: Any = None,
+) -> BlockMask:
+    """Which tiles ``mask`` hides, cuts or leaves whole, for ``attention(…, mask=mask, block_mask=…)``.
+
+    Args:
+        mask: the function that attention gets: ``mask(batch, head, q_idx, kv_idx, *tensors) -> bool``.
+        batch: of the calls that it is for; ``None`` or 1 where the mask is the same for all of the batch.
+        heads: how many query heads; ``None`` or 1 where the mask is the same for all of them.
+        seqlen_q: rows of q.
+        seqlen_k: rows of k.
+        tensors: more arguments of the function.
+        device: where; that of the tensors, or else of CUDA, where there is a GPU.
+
+    Each pair of a query and a key is looked at, on the GPU by a kernel that is made from the function, and nothing is held of
+    them. What captured tensors hold is read now: after they have changed, a new block mask is needed.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: what :func:`cute_attn.attention` raises for a mask; sizes that are no ints.
+    """
+    batch, heads = (1 if n is None else n for n in (batch, heads))
+    sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    for name, n in sizes.items():
+        if type(n) is not int:
+            raise TypeError(f"{name} is {shown(n)}; an int is needed: try int({name})")
+        if not 0 <= n <= LENGTH_MAX:
+            raise ValueError(f"{name} is {n}; a number from 0 to {LENGTH_MAX} is needed: try a block mask of a part")
+    if device is None:
+        given = next((x.device for x in tensors if isinstance(x, torch.Tensor)), None)
+        device = given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    blank = torch.empty(0, device=device)
+    expression, captured = traced(mask, None, tensors, None, blank, heads, batch)
+    if expression.mask is None:
+        raise TypeError("mask is None; a function is needed: try mask=cute_attn.masks.causal")
+    kinds = blank.new_empty(batch, heads, -(-seqlen_q // BLOCK), -(-seqlen_k // BLOCK), dtype=torch.uint8)
+    if kinds.numel() and kinds.is_cuda:
+        from cute_attn import launch  # which imports what needs a GPU
+
+        launch.classify(kinds, expression, captured, seqlen_q, seqlen_k)
+    elif kinds.numel():
+        classified(kinds, expression, captured, seqlen_q, seqlen_k)
+    return BlockMask(kinds, seqlen_q, seqlen_k)
+
+
+def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seqlen_q: int, seqlen_k: int) -> None:
+    """Fill ``kinds`` in plain torch, a few rows of one head at a time."""
+    batch, heads, _, columns = kinds.shape
+    ops = TorchOps(captured, torch.float32, kinds.device)
+    rows = max(PIECE // (columns * BLOCK), 1) * BLOCK
+
+    def counted(first: int, past: int, *shape: int):
+        return torch.arange(first, past, dtype=torch.int32, device=kinds.device).view(shape)
+
+    keys = counted(0, seqlen_k, 1, -1)
+    for b in range(batch):
+        for h in range(heads):
+            for m in range(0, seqlen_q, rows):
+                queries = counted(m, min(m + rows, seqlen_q), -1, 1)
+                leaves = {"batch": counted(b, b + 1, 1, 1), "head": counted(h, h + 1, 1, 1), "q_idx": queries, "kv_idx": keys}
+                leaves["shift"] = counted(seqlen_k - seqlen_q, seqlen_k - seqlen_q + 1, 1, 1)
+                seen = expression.value(expression.mask, leaves.__getitem__, ops, {})  # type: ignore[arg-type]
+                seen = pad(seen.expand(len(queries), seqlen_k), (0, -seqlen_k % BLOCK))
+                some, every = (pad(seen, (0, 0, 0, -len(queries) % BLOCK), value=missing) for missing in (False, True))
+                some, every = (x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)) for x in (some, every))
+                first = m // BLOCK
+                kinds[b, h, first : first + len(some)] = some.any(3).any(1).byte() + every.all(3).all(1).byte()
+
+
+def _listed(order: torch.Tensor, numbers: torch.Tensor, header: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Lists of tiles ``(…, tiles)``, by ``order``, those of the same in their order here."""
+    words = torch.stack(header, -1).int()
+    return torch.cat((words, numbers.gather(-1, order.sort(dim=-1, stable=True).indices), words[..., :1]), -1)
+
+
+# ---- what attention is given -----------------------------------------------------------------------------------------
+
+_CONVERTED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def taken(given: Any, mask: Callable | None, call: Any, q: torch.Tensor) -> tuple[BlockMask, Callable]:
+    """``(block mask, mask function)`` of a checked call; FlexAttention's BlockMask is converted, and has a function of its own.
+
+    Raises ``TypeError`` and ``ValueError`` for what doesn't fit the call."""
+    blocks, of_its_own = (given, None) if isinstance(given, BlockMask) else _from_flex_attention(given)
+    mask = of_its_own if mask is None else mask
+    if mask is None:
+        raise TypeError("block_mask is given without mask; the function that it was made of is needed: try mask=fn as well")
+    got = f"block_mask is of batch {blocks.batch}, heads {blocks.heads}, {blocks.seqlen_q} queries × {blocks.seqlen_k} keys"
+    if (blocks.seqlen_q, blocks.seqlen_k) != (call.seqlen_q, call.seqlen_k):
+        _refuse(got, f"{call.seqlen_q} queries × {call.seqlen_k} keys are needed", "cute_attn.block_mask() for these lengths")
+    for name, n, of_call in (("batch", blocks.batch, call.batch), ("heads", blocks.heads, call.heads)):
+        if n not in (1, of_call):
+            _refuse(got, f"{name} {of_call}, or 1 for all, is needed", f"cute_attn.block_mask() with {name}={of_call}")
+    if blocks.device != q.device:
+        _refuse(f"block_mask lies on {blocks.device}", f"{q.device}, as q, is needed", "block_mask.to(q.device)")
+    if call.left is not None or call.right is not None:
+        _refuse(
+            "block_mask is given with causal or window", "the mask alone, of which it was made, is needed",
+            "masks.and_masks(mask, masks.causal) for both",
+        )  # fmt: skip
+    if call.heads // call.heads_kv > MEMBERS_MAX:
+        _refuse(f"{call.heads} query heads share {call.heads_kv}", f"at most {MEMBERS_MAX} are needed", "no block_mask")
+    return blocks, mask
+
+
+def _from_flex_attention(given: Any) -> tuple[BlockMask, Callable]:
+    if not all(hasattr(given, name) for name in ("kv_num_blocks", "full_kv_num_blocks", "BLOCK_SIZE", "mask_mod")):
+        raise TypeError(f"block_mask is {shown(given)}; a BlockMask is needed: try cute_attn.block_mask(mask, …)")
+    if given not in _CONVERTED:
+        (seqlen_q, seqlen_k), sides = given.seq_lengths, given.BLOCK_SIZE
+        if any(side % BLOCK for side in sides):
+            _refuse(f"block_mask has blocks of {sides[0]} × {sides[1]}", f"multiples of {BLOCK} are needed", "BLOCK_SIZE=128")
+        counts = given.kv_num_blocks
+        kinds = counts.new_zeros((*counts.shape, -(-seqlen_k // sides[1]) + 1), dtype=torch.uint8)
+        for kind, counts, columns in (
+            (CUT, given.kv_num_blocks, given.kv_indices), (WHOLE, given.full_kv_num_blocks, given.full_kv_indices)
+        ):  # fmt: skip
+            if counts is not None:
+                listed = torch.arange(columns.shape[-1], device=columns.device) < counts[..., None]
+                kinds.scatter_(-1, columns.long().where(listed, kinds.shape[-1] - 1), kind)
+        kinds = kinds[..., :-1].repeat_interleave(sides[0] // BLOCK, -2).repeat_interleave(sides[1] // BLOCK, -1)
+        kinds = kinds[..., : -(-seqlen_q // BLOCK), : -(-seqlen_k // BLOCK)].contiguous()
+        if seqlen_k % BLOCK:
+            kinds[..., -1].clamp_(max=CUT)
+        blocks = BlockMask(kinds, seqlen_q, seqlen_k)
+        _CONVERTED[given] = blocks, _function_of(given.mask_mod, blocks)
+    return _CONVERTED[given]
+
+
+def _function_of(mask_mod: Callable, blocks: BlockMask) -> Callable:
+    """The mask of FlexAttention's BlockMask; of one that was made of blocks alone, those."""
+    if getattr(mask_mod, "__name__", "") != "noop_mask":
+        return mask_mod
+    seen = blocks.kinds != NONE
+    several, per_head = blocks.batch > 1, blocks.heads > 1
+    return lambda batch, head, q_idx, kv_idx: seen[
+        batch * int(several), head * int(per_head), q_idx // BLOCK, kv_idx // BLOCK
+    ]
+
+
+def _refuse(got: str, needed: str, instead: str) -> NoReturn:
+    raise ValueError(f"{got}; {needed}: try {instead}")

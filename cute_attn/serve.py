@@ -1,0 +1,258 @@
+"""Attention to a cache by the kernels: one launch, or two where there are new keys; many queries go to the kernels of
+``launch.py``.
+
+Besides the output a call allocates nothing that it does not keep: a workspace for partial results (``balance.py``), one for
+each stream of a device, which grows with the largest call. What a CUDA graph records gets one of its own, so that graphs may be
+replayed on any streams. With rotary tables the turned queries are allocated, too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from cute_attn import launch, rules
+from cute_attn.launch import as_read, device_target, prepared
+from cute_attn.layouts import for_target
+from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
+from cute_attn.lengths import Lengths
+from cute_attn.plan import plan
+from cute_attn.private import current_device, raw_stream
+from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides, is_aligned
+from cute_attn.stored import UNIT_TILES, UNITS_MAX, Stored
+
+MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
+GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
+
+
+class StreamWorkspace:
+    """Memory on a tensor's device and the current stream: counters, zeros as every call leaves them, then room for partial
+    results."""
+
+    __slots__ = ("counters", "floats", "words")
+
+    def __init__(self, q: torch.Tensor, counters: int, floats: int):
+        self.counters, self.floats = -(-counters // 4) * 4, floats
+        self.words = q.new_empty(self.counters + floats, dtype=torch.float32)
+        self.words[: self.counters].zero_()
+
+    def holds(self, size: tuple[int, int]) -> bool:
+        return size[0] <= self.counters and size[1] <= self.floats
+
+
+_workspaces: dict[tuple[int, int], StreamWorkspace] = {}
+
+
+class Step:
+    """A call that has been checked and planned, for all calls with tensors of the same shapes and dtypes and with the same
+    rules: what the kernels are given besides tensors.
+
+    What else they need of tensors, which are on their device, strides and alignment, the launcher looks at itself; it raises
+    before it launches anything.
+    """
+
+    __slots__ = ("append", "device", "function", "lse_shape", "numbers", "out_shape", "size")
+
+    def __init__(self, call: Call, return_lse: bool, q):
+        stored = call.stored
+        assert stored is not None
+        self.device, self.out_shape = q.get_device(), (*q.shape[:-1], call.head_dim_v)
+        packed = stored.cu_seqlens_q is not None
+        right, group = call.right, call.heads // call.heads_kv
+        if right is not None and right >= call.seqlen_q - 1 and not packed:
+            right = None  # the last query sees the last key, and the first one, too
+        queries = -(-call.seqlen_q // max(stored.batch, 1)) if packed else call.seqlen_q
+        rows = next((n for n in ROWS if n >= queries * group), ROWS[-1])
+        edges = call.left is not None, right is not None
+        problem = Problem(
+            *(DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, *edges, call.softcap > 0.0, return_lse),
+            large_cap=call.softcap > USUAL_CAP,
+            sinks=call.sinks is not None,
+            expression=call.expression.without_partials if call.expression else NOTHING,
+            rows=rows,
+            stored=stored.names,
+            invariant=stored.batch_invariant,
+        )
+        self.function, blocks = prepared(problem, None, self.device)
+        units, places, counters = 0, 2 * blocks, blocks
+        if stored.batch_invariant:
+            units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
+        rows_kept = rows if packed else min(rows, queries * group)
+        self.size = counters, places * rows_kept * (call.head_dim_v + OF_ROW)
+        self.lse_shape = None
+        if return_lse:
+            self.lse_shape = (call.heads, call.seqlen_q) if packed else (call.batch, call.heads, call.seqlen_q)
+        scales = rules.score_scales(call.scale, call.softcap)
+        self.numbers = stored.seqlen_new, units, places, rows_kept, call.left or 0, right or 0, *scales, blocks
+        self.append = None if stored.k_new is None else _appending(call, q)
+
+    def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
+        """``(out, lse)``, on the current stream. ``where`` is as in ``stored.NAMES``, without the last, and ``new`` (k_new,
+        v_new, cos, sin, rotary_begin)."""
+        stream = raw_stream(self.device)
+        elsewhere = current_device() != self.device
+        if self.append is not None and new is not None:
+            q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
+        out = q.new_empty(self.out_shape)
+        lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
+        workspace = _workspaces.get((self.device, stream))
+        if workspace is None or not workspace.holds(self.size) or torch.cuda.is_current_stream_capturing():
+            workspace = self._workspace(q, stream)
+        if sinks is not None:
+            sinks = sinks.detach().float().contiguous()
+        room = workspace.words, workspace.counters
+        arguments = q, k_cache, v_cache, out, lse, *room, sinks, captured, *where, *self.numbers, stream
+        if elsewhere:
+            with torch.cuda.device(self.device):
+                self.function(*arguments)
+        else:
+            self.function(*arguments)
+        return out, lse
+
+    def _workspace(self, q, stream: int) -> StreamWorkspace:
+        """One that is large enough: the stream's, as soon as nothing that is being captured is to have it for itself."""
+        counters, floats = self.size
+        if torch.cuda.is_current_stream_capturing():
+            return StreamWorkspace(q, counters, floats)
+        old = _workspaces.get((self.device, stream))
+        if old is not None:
+            counters, floats = max(counters, old.counters), max(floats, old.floats)
+        found = _workspaces[self.device, stream] = StreamWorkspace(q, counters, floats)
+        return found
+
+
+def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):
+    """``(out, lse, step)`` of a checked call, on the current stream; lse is None if not asked for, and ``step`` what computes
+    calls like this one, if one launch for attention is all that there is to them."""
+    check_for_kernels(q.dtype, call)
+    q = q if is_aligned(q) else check_strides("q", q)
+    k_cache = k_cache if is_aligned(k_cache) else check_strides("k_cache", k_cache)
+    v_cache = v_cache if is_aligned(v_cache) else check_strides("v_cache", v_cache)
+    stored = call.stored
+    assert stored is not None
+    where = (
+        *(stored.lengths, stored.page_table, stored.cache_batch_idx, stored.leftpad_k),
+        *(stored.cu_seqlens_q, stored.cu_seqlens_k_new),
+    )
+    new = None
+    if stored.k_new is not None and stored.v_new is not None:
+        angles = stored.rotary or (None, None)
+        k_new = stored.k_new if is_aligned(stored.k_new) else check_strides("k_new", stored.k_new)
+        v_new = stored.v_new if is_aligned(stored.v_new) else check_strides("v_new", stored.v_new)
+        new = k_new, v_new, *angles, stored.rotary_begin if stored.rotary else None
+    device, packed = q.get_device(), stored.cu_seqlens_q is not None
+    nothing = not (q.numel() and k_cache.numel() and v_cache.numel())
+    if nothing or _goes_to_many(call, mechanism, k_cache, packed, device):
+        if new is not None and k_cache.numel() and v_cache.numel():
+            how = _appending(call, q), q, k_cache, v_cache, where, new, stored.seqlen_new, device, raw_stream(device)
+            with torch.cuda.device(device):
+                q = _append(*how)
+        if nothing:
+            return *_nothing_seen(call, return_lse, q, packed), None
+        return *_many(call, mechanism, return_lse, q, k_cache, v_cache), None
+    step = Step(call, return_lse, q)
+    captured = tuple(map(as_read, call.captured)) if call.captured else None
+    return *step(q, k_cache, v_cache, where, new, call.sinks, captured), step
+
+
+def _append(function: tuple, q, k_cache, v_cache, where: tuple, new: tuple, seqlen_new: int, device: int, stream: int):
+    """Write the new keys and values into the cache; returns q, or the turned one."""
+    launch_append, turns = function
+    k_new, v_new, cos, sin, rotary_begin = new
+    turned = torch.empty_like(q, memory_format=torch.contiguous_format) if turns else None
+    if k_new.numel() or (turns and q.numel()):
+        queries = (q, turned) if turns else (None, None)
+        arguments = k_cache, v_cache, k_new, v_new, *queries, cos, sin, rotary_begin, *where, seqlen_new, stream
+        if current_device() == device:
+            launch_append(*arguments)
+        else:
+            with torch.cuda.device(device):
+                launch_append(*arguments)
+    return turned if turns else q
+
+
+def _appending(call: Call, q) -> tuple:
+    """The compiled kernel that writes new keys, and whether it turns queries."""
+    stored = call.stored
+    assert stored is not None
+    turns = stored.rotary is not None
+    how = ("interleaved" if stored.rotary_interleaved else "halves") if turns else "as they are"
+    names = stored.names if not turns or stored.rotary_begin is None else f"{stored.names} rotary_begin"
+    edges = turns and call.left is not None, turns and call.right is not None
+    problem = Problem(DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, *edges, stored=names, appends=how)
+    return prepared(problem, None, q.get_device())[0], turns
+
+
+def _nothing_seen(call: Call, return_lse: bool, q, packed: bool):
+    out = q.new_zeros((*q.shape[:-1], call.head_dim_v))
+    of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
+    return out, q.new_full(of_rows, -math.inf, dtype=torch.float32) if return_lse else None
+
+
+def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, int]:
+    """Where keys are split at fixed places: ``(units of a walk at most, of all walks, walks)``, as ``balance.py`` counts
+    them."""
+    stored = call.stored
+    assert stored is not None
+    packed = stored.cu_seqlens_q is not None
+    all_rows = (call.seqlen_q if packed else call.seqlen_q * stored.batch) * group
+    walks = (all_rows // rows + stored.batch + 2) * call.heads_kv
+    units = min(UNITS_MAX, -(-max(-(-stored.capacity // tile_n), 1) // UNIT_TILES))
+    return units, walks * units, walks
+
+
+# ---- many queries ----------------------------------------------------------------------------------------------------
+
+
+def _goes_to_many(call: Call, mechanism: str | None, k_cache, packed: bool, device: int) -> bool:
+    """Whether the kernels for many queries compute: where the host knows that each sequence has many."""
+    if mechanism is not None or packed or call.seqlen_q < MANY_QUERIES:
+        return mechanism not in (None, "cp_async")
+    best = next(iter(for_target(device_target(device)).MECHANISMS))
+    row = k_cache.element_size() * call.heads_kv * (call.head_dim + call.head_dim_v)
+    return best != "cp_async" and call.batch * call.seqlen_k * row <= GATHERED_MAX
+
+
+def _many(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):
+    """The same by :func:`cute_attn.launch.forward`, of ragged sequences: what is not one sequence after another is gathered."""
+    stored = call.stored
+    assert stored is not None
+    packed, batch, capacity = stored.cu_seqlens_q is not None, stored.batch, stored.capacity
+    lengths = stored.lengths.clamp(0, capacity)
+    pads = None if stored.leftpad_k is None else torch.minimum(stored.leftpad_k.clamp(min=0), lengths)
+    if stored.k_new is not None:
+        new = stored.seqlen_new if stored.cu_seqlens_k_new is None else stored.cu_seqlens_k_new.diff()
+        lengths = (lengths + new).clamp(max=capacity)
+    bounds = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * capacity
+    if pads is not None:
+        lengths = lengths - pads
+        bounds[:batch] += pads
+    k, v = (_gathered(stored, cache) for cache in (k_cache, v_cache))
+    of_them = replace(
+        call,
+        batch=1,
+        seqlen_q=q.shape[0] if packed else batch * call.seqlen_q,
+        seqlen_k=k.shape[0],
+        lengths=Lengths(batch, (stored.cu_seqlens_q, bounds, None, lengths)),
+        stored=None,
+    )
+    out, lse, _ = launch.forward(of_them, mechanism, return_lse, False, q if packed else q.flatten(0, 1), k, v)
+    if packed:
+        return out, lse
+    if lse is not None:
+        lse = lse.unflatten(1, (batch, call.seqlen_q)).transpose(0, 1)
+    return out.unflatten(0, (batch, call.seqlen_q)), lse
+
+
+def _gathered(stored: Stored, cache: torch.Tensor) -> torch.Tensor:
+    """All rows of the sequences one after another: a view where they are so already."""
+    if stored.page_table is not None:
+        cache = cache[stored.page_table.clamp(0, cache.shape[0] - 1)].flatten(0, 1)
+    elif stored.cache_batch_idx is not None:
+        cache = cache[stored.cache_batch_idx.clamp(0, cache.shape[0] - 1)]
+    return cache.flatten(0, 1)
+
+
+

@@ -1,0 +1,279 @@
+"""Where keys and values lie in a cache, and how many of them a sequence has: what the host knows of it.
+
+That is little, as in ``lengths.py``: tensors on the device, whose values only the reference and checks read back. A cache holds
+``(elements, capacity, heads_kv, head_dim)``, an element for each sequence, or ``(pages, page_size, heads_kv, head_dim)``, of
+which a table names the pages of each sequence in their order. Whatever the tensors say, nothing outside the cache is read or
+written.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any, NoReturn
+
+import torch
+
+from cute_attn.arguments import check_layout, shown
+from cute_attn.lengths import CHECK
+
+PAGE_SIZE_MAX = 1024
+UNITS_MAX, UNIT_TILES = 64, 4  # where keys are split at fixed places: into so many parts at most, of so many tiles at least
+NAMES = ("lengths", "page_table", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_begin")
+CODE_NAMES = NAMES[1:6]  # of those that are None or not, which a kernel's code depends on
+_SHAPES = {
+    "page_table": "(batch, max_pages)",
+    "cu_seqlens_q": "(batch + 1,), from 0 up to all rows,",
+    "cu_seqlens_k_new": "(batch + 1,), from 0 up to all rows,",
+}
+
+
+@dataclass(slots=True)
+class Stored:
+    """The keys of a call, in a cache. Tensors of :data:`NAMES` are int32 on the device of q, and None where there is none.
+
+    Sequence i has the rows ``leftpad_k[i]`` up to ``lengths[i]`` of element ``cache_batch_idx[i]`` (or i) of the cache, or of
+    the pages ``page_table[i]`` one after another, ``page_size`` rows each (0 without pages), at most ``capacity`` of them. Rows
+    of ``k_new`` and ``v_new`` follow there: ``seqlen_new`` for each sequence, or those from ``cu_seqlens_k_new[i]`` up to
+    ``cu_seqlens_k_new[i + 1]``. Its queries are those of element i of q, or the rows from ``cu_seqlens_q[i]`` up to
+    ``cu_seqlens_q[i + 1]``.
+
+    ``rotary`` is (cos, sin), each ``(positions, rotary_dim / 2)``, by which the new keys and the queries are turned, counted
+    from ``rotary_begin[i]`` on, or from ``lengths[i]``.
+    """
+
+    batch: int
+    capacity: int
+    page_size: int
+    lengths: torch.Tensor
+    page_table: torch.Tensor | None = None
+    cache_batch_idx: torch.Tensor | None = None
+    leftpad_k: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k_new: torch.Tensor | None = None
+    rotary_begin: torch.Tensor | None = None
+    k_new: torch.Tensor | None = None
+    v_new: torch.Tensor | None = None
+    seqlen_new: int = 0
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotary_interleaved: bool = False
+    batch_invariant: bool = False
+
+    @property
+    def names(self) -> str:
+        """Which of :data:`CODE_NAMES` there are: what ``Problem.stored`` is."""
+        there = self.page_table, self.cache_batch_idx, self.leftpad_k, self.cu_seqlens_q, self.cu_seqlens_k_new
+        return _NAMES[tuple(x is not None for x in there)]
+
+    @property
+    def are_checked(self) -> bool:
+        return os.environ.get(CHECK) == "1"
+
+    def check_values(self, elements: int, rows: int) -> None:
+        """With ``CUTE_ATTN_CHECK=1`` read the tensors back and refuse wrong ones. ``elements`` are those of the cache (pages,
+        with a table), ``rows`` those of q where it is packed."""
+        if not self.are_checked:
+            return
+        new = [self.seqlen_new] * self.batch
+        for name, total in (("cu_seqlens_q", rows), ("cu_seqlens_k_new", 0 if self.k_new is None else self.k_new.shape[0])):
+            if (bounds := getattr(self, name)) is not None:
+                values = bounds.tolist()
+                if values[0] != 0 or values[-1] > total or any(after < before for before, after in pairwise(values)):
+                    raise ValueError(
+                        f"{name} is {values}; ascending bounds from 0 to at most {total}, the rows there are, are needed: try "
+                        f"torch.cumsum of the lengths, with a 0 before it"
+                    )
+                if name == "cu_seqlens_k_new":
+                    new = [after - before for before, after in pairwise(values)]
+        lengths = self.lengths.tolist()
+        for i, (length, more) in enumerate(zip(lengths, new, strict=True)):
+            if not 0 <= length <= self.capacity - more:
+                behind = f" and room for {more} new ones behind them" if more else ""
+                raise ValueError(
+                    f"lengths[{i}] is {length}; from 0 to {self.capacity} keys, as many as the cache has rows for a sequence"
+                    f"{behind}, are needed: check how lengths was made, or take a larger cache or more pages"
+                )
+        pads = [0] * self.batch if self.leftpad_k is None else self.leftpad_k.tolist()
+        for i, (pad, length) in enumerate(zip(pads, lengths, strict=True)):
+            if not 0 <= pad <= length:
+                raise ValueError(
+                    f"leftpad_k[{i}] is {pad}; from 0 to {length}, the length of that sequence, is needed: check how leftpad_k "
+                    f"was "
+                    f"made"
+                )
+        if self.cache_batch_idx is not None:
+            for i, element in enumerate(self.cache_batch_idx.tolist()):
+                if not 0 <= element < elements:
+                    raise ValueError(
+                        f"cache_batch_idx[{i}] is {element}; from 0 to {elements - 1}, the elements of the cache, is needed: "
+                        f"check "
+                        f"how cache_batch_idx was made"
+                    )
+        if self.page_table is not None:
+            for i, pages in enumerate(self.page_table.tolist()):
+                for place in range(pads[i] // self.page_size, -(-(lengths[i] + new[i]) // self.page_size)):
+                    if not 0 <= pages[place] < elements:
+                        raise ValueError(
+                            f"page_table[{i}, {place}] is {pages[place]}; from 0 to {elements - 1}, the pages of the cache, is "
+                            f"needed up to the sequence's length: check how page_table was made"
+                        )
+        if self.rotary is not None:
+            begins, positions = lengths if self.rotary_begin is None else self.rotary_begin.tolist(), self.rotary[0].shape[0]
+            for i, (begin, more) in enumerate(zip(begins, new, strict=True)):
+                if not 0 <= begin <= positions - more:
+                    raise ValueError(
+                        f"sequence {i} has the rotary positions {begin} to {begin + more - 1}; from 0 to {positions - 1}, "
+                        f"which cos "
+                        f"and sin have rows for, are needed: make these for more positions"
+                    )
+
+
+_NAMES: dict[tuple[bool, ...], str] = {
+    there: " ".join(name for name, is_there in zip(CODE_NAMES, there, strict=True) if is_there)
+    for there in product((False, True), repeat=len(CODE_NAMES))
+}
+
+
+def check_stored(q: torch.Tensor, k_cache: torch.Tensor, tensors: tuple[Any, ...]) -> Stored:
+    """Check what the host sees of where keys lie, in the order of :data:`NAMES`: kinds, dtypes, devices, shapes.
+
+    Raises ``TypeError`` and ``ValueError``.
+    """
+    lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin = tensors
+    device, batch = q.device, -1
+    try:
+        (batch,) = lengths.shape
+        fits = all(
+            x is None
+            or (isinstance(x, torch.Tensor) and x.dtype is torch.int32 and x.device == device and x.is_contiguous())
+            for x in tensors
+        )
+        size = q.shape[0] if cu_seqlens_q is None else batch
+        fits = fits and size == batch
+        for x, more in ((cache_batch_idx, 0), (leftpad_k, 0), (rotary_begin, 0), (cu_seqlens_q, 1), (cu_seqlens_k_new, 1)):
+            fits = fits and (x is None or x.shape == (batch + more,))
+        if page_table is not None:
+            fits = fits and page_table.dim() == 2 and page_table.shape[0] == batch
+    except (AttributeError, ValueError, RuntimeError, TypeError):
+        fits = False
+    if not fits:
+        tensors = _explain_misfit(q, batch, tensors)
+        lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin = tensors
+        batch = lengths.shape[0]
+    elements, capacity = k_cache.shape[:2]
+    page_size = 0
+    if page_table is not None:
+        if cache_batch_idx is not None:
+            raise ValueError(
+                "page_table and cache_batch_idx are given; one of them is needed, since a table says which pages are a "
+                "sequence's: "
+                "leave cache_batch_idx out, or try page_table[cache_batch_idx.long()]"
+            )
+        page_size = capacity
+        if not 1 <= page_size <= PAGE_SIZE_MAX:
+            raise ValueError(
+                f"pages of k_cache and v_cache have {page_size} rows; from 1 to {PAGE_SIZE_MAX} are needed: try "
+                f"k_cache.unflatten(1, "
+                f"(-1, 256)).flatten(0, 1), with a table of so many more pages"
+            )
+        capacity = page_table.shape[1] * page_size
+    elif cache_batch_idx is None and elements != batch:
+        raise ValueError(
+            f"k_cache has {elements} elements for {batch} sequences; one for each is needed: try cache_batch_idx, or "
+            f"page_table if "
+            f"these are pages"
+        )
+    return Stored(
+        batch, capacity, page_size, lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new,
+        rotary_begin
+    )
+
+
+def check_new(stored: Stored, k_cache: torch.Tensor, v_cache: torch.Tensor, k_new, v_new) -> None:
+    """Check the new keys and values, and note them."""
+    given = {"k_new": (k_new, k_cache), "v_new": (v_new, v_cache)}
+    for name, (x, _) in given.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"{name} is {shown(x)}; with new keys there are new values, both torch.Tensor: pass k_new and v_new"
+            )
+        check_layout(name, x)
+    packed = stored.cu_seqlens_k_new is not None
+    rows = k_new.shape[:-2]
+    for name, (x, cache) in given.items():
+        heads, columns = cache.shape[2:]
+        if x.dim() != (3 if packed else 4) or x.shape[-2:] != (heads, columns) or x.shape[:-2] != rows:
+            before = "all new rows" if packed else f"{stored.batch}, seqlen_new"
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; ({before}, {heads}, {columns}) is needed, with equal rows in k_new and "
+                f"v_new: "
+                f"check the cache's heads and head_dim"
+            )
+        if x.dtype != cache.dtype or x.device != cache.device:
+            raise ValueError(
+                f"{name} is {x.dtype} on {x.device} and the cache {cache.dtype} on {cache.device}; equal ones are needed: try "
+                f"{name}.to(k_cache)"
+            )
+    if not packed and rows[0] != stored.batch:
+        _refuse_count("k_new", rows[0], stored.batch)
+    stored.k_new, stored.v_new, stored.seqlen_new = k_new, v_new, 0 if packed else rows[1]
+
+
+def check_rotary(stored: Stored, q: torch.Tensor, rotary, interleaved: bool) -> None:
+    """Check the tables by which queries and new keys are turned, and note them."""
+    if stored.k_new is None:
+        raise ValueError(
+            "rotary is given without k_new; new keys are needed, whose positions those of the queries are: turn q yourself, or "
+            "pass k_new and v_new"
+        )
+    if not (isinstance(rotary, (tuple, list)) and len(rotary) == 2 and all(isinstance(x, torch.Tensor) for x in rotary)):
+        raise TypeError(f"rotary is {shown(rotary)}; a pair of tensors (cos, sin) is needed, each (positions, rotary_dim / 2)")
+    cos, sin = rotary
+    half = q.shape[-1] // 2
+    if cos.dim() != 2 or cos.shape != sin.shape or not cos.shape[0] or not 0 < cos.shape[1] <= half or cos.shape[1] % 8:
+        raise ValueError(
+            f"rotary's cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}; equal ones (positions, rotary_dim / 2) are "
+            f"needed, "
+            f"with 1 position at least and a multiple of 8 up to {half} columns: try cos[:, : rotary_dim // 2]"
+        )
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"rotary's {name} is {x.dtype} on {x.device} and q {q.dtype} on {q.device}; equal ones are needed: try "
+                f"{name}.to(q)"
+            )
+    stored.rotary, stored.rotary_interleaved = (cos.contiguous(), sin.contiguous()), interleaved
+
+
+def _explain_misfit(q: torch.Tensor, batch: int, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Say which of check_stored's conditions the tensors break; if there is none but that some aren't contiguous, they are made
+    so."""
+    for name, x in zip(NAMES, tensors, strict=True):
+        if x is None and name != "lengths":
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"{name} is {shown(x)}; an int32 tensor on {q.device} is needed: try torch.tensor(…, dtype=torch.int32)"
+            )
+        check_layout(name, x)
+        if x.dim() != (2 if name == "page_table" else 1):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; {_SHAPES.get(name, '(batch,)')} is needed: check how it was made"
+            )
+        if x.dtype != torch.int32:
+            raise ValueError(f"{name} has dtype {x.dtype}; torch.int32 is needed: try {name}.int()")
+        if x.device != q.device:
+            raise ValueError(f"{name} lies on {x.device} and q on {q.device}; one device is needed: try {name}.to(q.device)")
+        of = x.shape[0] - (1 if name.startswith("cu_seqlens") else 0)
+        if of != batch:
+            _refuse_count(name, of, batch)
+    if tensors[4] is None and q.shape[0] != batch:
+        _refuse_count("q", q.shape[0], batch)
+    return tuple(x if x is None else x.contiguous() for x in tensors)
+
+
+def _refuse_count(name: str, of: int, batch: int) -> NoReturn:
+    raise ValueError(
+        f"{name} is of {of} sequences where lengths is of {batch}; one element for each is needed: check how {name} was made"
+    )

@@ -1,0 +1,160 @@
+"""Layouts of attention to a cache: a block's warps in groups, each a small block of ``mma_sync`` with keys of its own.
+
+Few query rows, of which there is one tile, meet many keys. So the warps of a block split the keys of a tile among ``key_warps``
+groups; each group copies its own keys into a ring of its own and computes with them by itself, and what they found is merged
+where a sequence's keys, or the block's part of them, end. The warps of a group split the rows; a group of one warp waits for
+nobody else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from . import base, mma_sync
+from .base import BYTES, KIB, Config, Gpu, Layout, element
+
+TILE_DIMS, tile_dim = mma_sync.TILE_DIMS, mma_sync.tile_dim
+VECTOR, SMEM_ALIGN = mma_sync.VECTOR, mma_sync.SMEM_ALIGN
+WARPS = 4
+ROWS = (16, 32, 64)  # of a tile: what problems may ask for
+WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O of 32 rows
+STAGES_MAX = 6
+FLOAT, THREADS_OF_ROW = 4, 4  # bytes; of a quad, each of which has a sum of its own columns
+RESERVED = KIB  # what CUDA takes of each block's shared memory
+OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
+
+
+def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
+    """The configuration for ``problem``: two blocks a multiprocessor if there is memory for two tiles on their way each."""
+    tile_d, tile_dv = tile_dim(problem.head_dim), tile_dim(problem.head_dim_v)
+    rows_of_warp = 32 if problem.rows > 16 and tile_dv <= WIDE_ROWS_UP_TO else 16
+    rows = problem.rows // rows_of_warp
+    groups = WARPS // rows
+    for blocks, (key_warps, tile_n), stages in product((2, 1), ((groups, 64), (max(groups // 2, 1), 32)), range(STAGES_MAX, 1,
+    -1)):
+        config = Config(
+            target=target,
+            mechanism="cp_async",
+            dtype=problem.dtype,
+            tile_m=problem.rows,
+            tile_n=tile_n,
+            tile_d=tile_d,
+            tile_dv=tile_dv,
+            stages=stages,
+            mma_warps=rows * key_warps,
+            blocks_per_multiprocessor=blocks,
+            key_warps=key_warps,
+            cache="cp_async_cache",
+        )
+        if (key_warps == groups or blocks == 1) and smem_bytes(config) <= room(gpu, blocks):
+            break
+    return (config,)
+
+
+def room(gpu: Gpu, blocks: int) -> int:
+    """Bytes of shared memory that a block may take, with so many to a multiprocessor."""
+    return min(gpu.smem_per_block, gpu.smem_per_multiprocessor // blocks - RESERVED)
+
+
+def row_warps(config: Config) -> int:
+    """Warps of a group."""
+    return config.mma_warps // config.key_warps
+
+
+def group(config: Config) -> Config:
+    """A group of warps as a block of ``mma_sync``."""
+    return replace(config, mma_warps=row_warps(config), tile_n=config.tile_n // config.key_warps, key_warps=0, cache="")
+
+
+def smem_parts(config: Config) -> dict[str, int]:
+    """Bytes of shared memory by part. O of half of the groups, on its way to the other half, lies over the last stage of K and
+    V and what it takes beyond that, ``merged``; ``rows`` are maxima and sums that go with it."""
+    groups = config.key_warps // 2
+    stage = config.tile_n * (config.tile_d + config.tile_dv) * BYTES
+    return {
+        "Q": config.tile_m * config.tile_d * BYTES,
+        "K": config.stages * config.tile_n * config.tile_d * BYTES,
+        "V": config.stages * config.tile_n * config.tile_dv * BYTES,
+        "merged": max(groups * config.tile_m * config.tile_dv * FLOAT - stage, 0),
+        "rows": max(groups * config.tile_m * THREADS_OF_ROW * OF_ROW * FLOAT, FLOAT),
+        "word": 16,
+    }
+
+
+def smem_bytes(config: Config) -> int:
+    """Shared memory of a block."""
+    return sum(smem_parts(config).values())
+
+
+def accumulator_registers(config: Config) -> int:
+    """Registers a thread needs for S and O at once."""
+    return mma_sync.accumulator_registers(group(config))
+
+
+def barriers(config: Config) -> dict[str, int]:
+    """Named barriers by use, of the 16 a block has."""
+    return {"the block": 1} | ({"a group each": config.key_warps} if row_warps(config) > 1 else {})
+
+
+def misfit(config: Config) -> str:
+    """What the kernel can't do."""
+    warps, groups = config.mma_warps, config.key_warps
+    uneven = not groups or warps % groups > 0
+    if uneven:
+        return f"{groups} groups of {warps} warps: try key_warps=1, 2 or 4"
+    return mma_sync.misfit(group(config))
+
+
+def tile(operand: str, config: Config) -> tuple[int, int]:
+    """(rows, columns) of an operand's tile, of K and V a group's."""
+    return mma_sync.tile(operand, group(config))
+
+
+def smem(operand: str, config: Config) -> Layout:
+    """An operand in shared memory: K and V ``(keys of a group, columns, (group, stage))``; the V of a stage is behind its K."""
+    layout = mma_sync.smem(operand, group(config))
+    return in_ring(layout, config) if operand in "KV" else layout
+
+
+def in_ring(layout: Layout, config: Config) -> Layout:
+    """A slot's layout as that of all slots."""
+    (*shape, _), (*stride, of_group) = layout.shape, layout.stride  # type: ignore[misc]
+    stage = config.tile_n * (config.tile_d + config.tile_dv)
+    return replace(layout, shape=(*shape, (config.key_warps, config.stages)), stride=(*stride, (of_group, stage)))
+
+
+def smem_layout(operand: str, config: Config):
+    """:func:`smem` as the DSL's object."""
+    return base.cute_layout(smem(operand, config))
+
+
+def copies(config: Config):
+    return mma_sync.copies(group(config))
+
+
+def mma(role: str, config: Config):
+    return mma_sync.mma(role, group(config))
+
+
+def tiled_mma(role: str, config: Config):
+    return mma_sync.tiled_mma(role, group(config))
+
+
+def copy_in(operand: str, config: Config):
+    return mma_sync.copy_in(operand, group(config))
+
+
+def copy_out(operand: str, config: Config):
+    return mma_sync.copy_out(operand, group(config))
+
+
+def load_operand(operand: str, config: Config):
+    return mma_sync.load_operand(operand, group(config))
+
+
+def store_accumulator(config: Config):
+    return mma_sync.store_accumulator(group(config))
+
+
+__all__ = ["element"]

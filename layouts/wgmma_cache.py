@@ -1,0 +1,105 @@
+"""Layouts of attention to a cache where a tile has 64 rows and there is warpgroup MMA: one group, a warpgroup.
+
+Operands lie in shared memory as in ``wgmma``, and threads copy them there as in ``mma_sync``: both are rows of 64 elements with
+the same swizzle. The tensor cores read K and V once for all rows, where warps that load fragments read them once each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from . import mma_sync, mma_sync_cache, wgmma
+from .base import Config, Gpu, cute_layout, element
+from .tma import ROWS_PER_WARPGROUP
+
+TILE_DIMS, tile_dim = wgmma.TILE_DIMS, wgmma.tile_dim
+VECTOR, SMEM_ALIGN = mma_sync.VECTOR, wgmma.SMEM_ALIGN
+OF_ROW, ROWS = mma_sync_cache.OF_ROW, mma_sync_cache.ROWS
+WARPS = 4
+
+
+def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
+    """The configuration for ``problem``: two blocks a multiprocessor if there is memory for two tiles on their way each. None
+    for fewer rows, which ``mma_sync_cache`` serves."""
+    if problem.rows != ROWS_PER_WARPGROUP:
+        return ()
+    for blocks, tile_n, stages in product((2, 1), (64, 32), range(mma_sync_cache.STAGES_MAX, 1, -1)):
+        config = Config(
+            target=target,
+            mechanism="cp_async",
+            dtype=problem.dtype,
+            tile_m=problem.rows,
+            tile_n=tile_n,
+            tile_d=tile_dim(problem.head_dim),
+            tile_dv=tile_dim(problem.head_dim_v),
+            stages=stages,
+            mma_warps=WARPS,
+            blocks_per_multiprocessor=blocks,
+            key_warps=1,
+            cache="wgmma_cache",
+        )
+        if smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
+            break
+    return (config,)
+
+
+def row_warps(config: Config) -> int:
+    """Warps of the group."""
+    return config.mma_warps
+
+
+def smem_parts(config: Config) -> dict[str, int]:
+    """Bytes of shared memory by part."""
+    return mma_sync_cache.smem_parts(config)
+
+
+def smem_bytes(config: Config) -> int:
+    """Shared memory of a block."""
+    return mma_sync_cache.smem_bytes(config)
+
+
+def accumulator_registers(config: Config) -> int:
+    """Registers a thread needs for S, P and O at once."""
+    return wgmma.accumulator_registers(config)
+
+
+def barriers(config: Config) -> dict[str, int]:
+    """Named barriers by use, of the 16 a block has."""
+    return mma_sync_cache.barriers(config)
+
+
+def misfit(config: Config) -> str:
+    """What the kernel can't do."""
+    return wgmma.misfit(config) or mma_sync.misfit(_copied(config))
+
+
+def _copied(config: Config) -> Config:
+    """What copies operands: the block's threads as one of ``mma_sync``."""
+    return replace(config, key_warps=0, cache="")
+
+
+def tile(operand: str, config: Config) -> tuple[int, int]:
+    """(rows, columns) of an operand's tile."""
+    return mma_sync.tile(operand, _copied(config))
+
+
+def smem_layout(operand: str, config: Config):
+    """Where an operand lies, as the DSL's object: Q ``(64, columns, 1)``, K and V ``(keys, columns, (1, stage))``."""
+    layout = wgmma.smem(operand, config)
+    return cute_layout(mma_sync_cache.in_ring(layout, config) if operand in "KV" else layout)
+
+
+def copies(config: Config):
+    return mma_sync.copies(_copied(config))
+
+
+def tiled_mma(role: str, config: Config):
+    return wgmma.tiled_mma(role, config)
+
+
+def copy_in(operand: str, config: Config):
+    return mma_sync.copy_in(operand, _copied(config))
+
+
+__all__ = ["element"]

@@ -1,0 +1,293 @@
+"""Attention to a cache on a GPU, by the policy of all tests; whatever is in no sequence's rows doesn't count."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cute_attn import attention, attention_kvcache, serve
+from tests.caches import Case
+
+BF16 = torch.bfloat16
+LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 256, 1000, 3, 2049]
+UNEQUAL = [9000, 1, 700, 0, 30, 4097]
+RULES = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (100, 2)},
+    "softcap": {"causal": True, "softcap": 4.0},
+    "left": {"window": (70, None), "scale": 0.3},
+}
+
+
+def case(lengths, queries=1, heads=(8, 2), dims=(128, 128), dtype=BF16, kind="gaussian"):
+    queries = [queries] * len(lengths) if isinstance(queries, int) else queries
+    return Case(lengths, queries, heads, dims, dtype, "cuda", kind)
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 16, 32, 64, 128, 256, 7])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_page_sizes(queries, page_size):
+    one = case(LENGTHS, queries)
+    one.check(one.attend(one.paged(page_size) if page_size else one.contiguous(2300), causal=True), False, causal=True)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 4, 5, 8, 11, 16, 17])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 4), (16, 2), (16, 1)], ids=lambda heads: f"{heads[0]}/{heads[1]}")
+def test_queries_and_groups(heads, queries):
+    one = case(LENGTHS, queries, heads)
+    one.check(one.attend(one.paged(64), causal=True), False, causal=True)
+
+
+@pytest.mark.parametrize("mechanism", [None, "cp_async"])
+@pytest.mark.parametrize("where", ["contiguous", "paged", "padded"])
+def test_a_chunk_of_a_prompt(where, mechanism):
+    """Many queries: by the kernels for these, whose mechanisms get their keys gathered, and by the cache's own."""
+    one = case([300, 1300, 700], 300)
+    places = one.paged(32) if where == "paged" else one.contiguous(1400, [5, 0, 17] if where == "padded" else None)
+    one.check(one.attend(places, causal=True, mechanism=mechanism), False, causal=True)
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_rules(dtype, rows, rules):
+    one = case(LENGTHS, rows, (64, 16), dtype=dtype, kind="peaky")  # few elements may have no error by luck
+    one.check(one.attend(one.paged(16), **rules), False, **rules)
+
+
+@pytest.mark.parametrize("queries", [1, 6, 17])
+@pytest.mark.parametrize("dims", [(16, 16), (32, 32), (64, 64), (96, 96), (192, 128), (256, 256), (72, 40)], ids=str)
+def test_head_dims(dims, queries):
+    one = case(LENGTHS, queries, (4, 1), dims)
+    one.check(one.attend(one.contiguous(2100), causal=True), False, causal=True)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_all_rows_of_a_tile(queries):
+    """16 and more of a key head, of heads whose tile of queries is no whole number of copies by all threads."""
+    one = case([300, 17], queries, (16, 1), (96, 96))
+    one.check(one.attend(one.contiguous(301), causal=True), False, causal=True)
+
+
+@pytest.mark.parametrize("pads", [None, [3, 0, 7]])
+@pytest.mark.parametrize("dims", [(16, 16), (128, 128)], ids=str)
+def test_strides(dims, pads):
+    """Heads before rows in memory, k otherwise than v, and q a part of something."""
+    one = case([40, 500, 1], 3, (8, 2), dims)
+    places = one.contiguous(520, pads)
+    places["k_cache"] = places["k_cache"].transpose(1, 2).contiguous().transpose(1, 2)
+    v_cache = torch.full((4, 530, 2, 3 * dims[1]), math.nan, dtype=BF16, device="cuda")[:3, 5:525, :, dims[1] : 2 * dims[1]]
+    places["v_cache"] = v_cache.copy_(places["v_cache"])
+    q = torch.stack(one.q).transpose(1, 2).contiguous().transpose(1, 2)
+    one.check(attention_kvcache(q, **places, causal=True, return_lse=True), False, causal=True)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("heads", [(32, 8), (64, 1)], ids=lambda heads: f"{heads[0]}/{heads[1]}")
+def test_unequal_lengths(heads, invariant):
+    one = case(UNEQUAL, 1, heads)
+    one.check(one.attend(one.paged(64), batch_invariant=invariant), False)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("where", ["contiguous", "indexed", "padded", "pages"])
+def test_packed_queries(where, invariant):
+    one = case(LENGTHS, [1, 1, 0, 4, 17, 200, 3, 1, 1, 30, 1, 0, 1])
+    if where == "pages":
+        places = one.paged(16)
+    else:
+        places = one.contiguous(2100, [*range(13)] if where == "padded" else None, spare=2 if where == "indexed" else 0)
+    one.check(one.attend(places, packed=True, causal=True, batch_invariant=invariant), True, causal=True)
+
+
+def test_rows_of_no_sequence():
+    one = case([40, 500], [3, 5])
+    places = one.contiguous(600)
+    packed = one.packed_queries()
+    q = torch.cat((packed["q"], torch.full_like(packed["q"], math.nan)))
+    out, lse = attention_kvcache(q, **places, cu_seqlens_q=packed["cu_seqlens_q"], return_lse=True)
+    one.check((out[:8], lse[:, :8]), True)
+    assert not out[8:].count_nonzero()
+    assert (lse[:, 8:] == -math.inf).all()
+
+
+def test_functions_and_sinks():
+    one = case(LENGTHS, 3, (8, 2))
+    sinks, bias = torch.randn(8, device="cuda"), torch.randn(8, 4096, device="cuda")
+
+    def odd(batch, head, q_idx, kv_idx):
+        return (kv_idx + head + q_idx) % 3 != 1
+
+    def biased(score, batch, head, q_idx, kv_idx):
+        return score + bias[head, kv_idx]
+
+    rules = {"causal": True, "sinks": sinks, "mask": odd, "score": biased}
+    one.check(one.attend(one.paged(16), **rules), False, **rules)
+
+
+@pytest.mark.parametrize("rotary", [None, "halves", "interleaved"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("where", ["contiguous", "padded", "pages of 1", "pages of 16"])
+def test_append(where, packed, rotary):
+    """As the reference has it: the same rows in the cache, everything else untouched, and attention of the new rows, too."""
+    news = [0, 1, 3, 2, 17, 40, 1] if packed else [2] * 7
+    old = [0, 1, 15, 16, 17, 300, 64]
+    one = case([n + new for n, new in zip(old, news, strict=True)], news)
+    places = one.paged(int(where.split()[-1])) if where.startswith("pages") else one.contiguous(
+        400, [3, 0, 1, 0, 11, 0, 2] if where == "padded" else None
+    )
+    places["lengths"] -= one.int32(news)
+    gathered = torch.cat if packed else torch.stack
+    options: dict = {"causal": True}
+    for name, held in (("k_new", one.k), ("v_new", one.v)):
+        options[name] = gathered([x[len(x) - n :] for x, n in zip(held, news, strict=True)])
+    if rotary:
+        angles = torch.arange(400, device="cuda")[:, None] / 50.0 ** (torch.arange(16, device="cuda") / 16)
+        options |= {"rotary": (angles.cos().to(BF16), angles.sin().to(BF16)), "rotary_interleaved": rotary == "interleaved"}
+    caches = [{**places, **{name: places[name].clone() for name in ("k_cache", "v_cache")}} for _ in range(2)]
+    found = one.attend(caches[0], packed, **options)
+    expected = one.attend(caches[1], packed, backend="reference", **options)
+    for name in ("k_cache", "v_cache"):  # a product and a sum may be rounded once or twice
+        torch.testing.assert_close(caches[0][name], caches[1][name], equal_nan=True, rtol=2**-7, atol=2**-8 if rotary else 0.0)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=2**-6, atol=2**-6)
+    if not rotary:
+        one.check(found, packed, causal=True)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_nothing_else_counts(invariant):
+    """NaN or zeros in every other row and page, pages elsewhere, pages shared: the same bits."""
+    one = case(UNEQUAL, 3)
+    options = {"causal": True, "batch_invariant": invariant}
+    places = one.paged(16)
+    expected = one.attend(places, **options)
+    finite = {**places, **{name: places[name].nan_to_num(0.0) for name in ("k_cache", "v_cache")}}
+    contiguous = one.contiguous(9001)
+    for other in (finite, contiguous, one.paged(16, spare=50, unused=7), one.paged(256)):
+        for x, y in zip(one.attend(other, **options), expected, strict=True):
+            assert torch.equal(x, y)
+    shared = {**places, "page_table": places["page_table"][[0, 0]], "lengths": places["lengths"][[0, 0]]}
+    out = attention_kvcache(torch.stack([one.q[0], one.q[0]]), **shared, **options)
+    torch.testing.assert_close(out[0], expected[0][0], rtol=2**-6, atol=2**-7)
+    assert torch.equal(out[0], out[1]) or not invariant
+
+
+def test_a_value_that_is_not_finite_reaches_those_who_see_it():
+    """Of a step's queries, those before a key's own don't."""
+    one = case([500, 700], 4)
+    for v in one.v:
+        v[-2] = math.nan
+    out, _ = one.attend(one.paged(16), causal=True)
+    assert out[:, :2].isfinite().all()
+    assert out[:, 2:].isnan().all()
+
+
+def test_wrong_numbers_stay_inside():
+    """Out of the range of pages, elements and lengths: nothing fails, others are right. (memcheck looks at it, too.)"""
+    one = case([500, 700, 90], 1)
+    places = one.paged(16)
+    places["page_table"][0, 3:20] = torch.tensor([2**31 - 1, -(2**31), 10**6, -5] * 4 + [99999], device="cuda")
+    places["lengths"][0] = 2**31 - 1
+    out, _ = one.attend(places)
+    expected, _ = one.attend(one.paged(16))
+    torch.testing.assert_close(out[1:], expected[1:])
+
+
+def test_batch_invariance():
+    """A sequence has the same bits alone, among others, and elsewhere in the batch."""
+    one = case([5000, 64, 3000, 12_000, 1], 2, (8, 2))
+    places = one.paged(16)
+    expected = one.attend(places, causal=True, batch_invariant=True)
+    for order in ([0], [3], [3, 0, 1], [4, 2, 2, 0, 3, 1, 1]):
+        some = {**places, "page_table": places["page_table"][order], "lengths": places["lengths"][order]}
+        found = attention_kvcache(
+            torch.stack([one.q[i] for i in order]), **some, causal=True, batch_invariant=True, return_lse=True
+        )
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y[order])
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_the_same_bits_a_thousand_times(invariant):
+    one = case(UNEQUAL, 1, (32, 8))
+    places, q = one.paged(16), torch.stack(one.q)
+    expected = attention_kvcache(q, **places, batch_invariant=invariant)
+    differ = torch.zeros((), device="cuda", dtype=torch.int64)
+    for _ in range(1000):
+        differ += (attention_kvcache(q, **places, batch_invariant=invariant) != expected).any()
+    assert differ.item() == 0
+    for workspace in serve._workspaces.values():
+        assert not workspace.words[: workspace.counters].view(torch.int32).count_nonzero()
+
+
+def test_graph_with_other_lengths_and_pages():
+    """Captured once, replayed with other lengths, pages and new keys in the same tensors."""
+    first, second = case(UNEQUAL, 1, (32, 8)), case([4000, 8000, 2, 3000, 0, 77], 1, (32, 8))
+    places, q = first.paged(16), torch.stack(first.q)
+    pages = max(len(places["k_cache"]), len(second.paged(16)["k_cache"]))
+    static = {name: torch.full((pages, 16, 8, 128), math.nan, dtype=BF16, device="cuda") for name in ("k_cache", "v_cache")}
+    static["page_table"] = torch.zeros(6, 700, dtype=torch.int32, device="cuda")
+    static["lengths"] = torch.zeros(6, dtype=torch.int32, device="cuda")
+
+    def fill(one):
+        for name, x in one.paged(16).items():
+            if x.dim() == 1:
+                static[name].copy_(x)
+            elif x.dim() == 2:
+                static[name][:, : x.shape[1]] = x
+            else:
+                static[name][: len(x)] = x
+        q.copy_(torch.stack(one.q))
+
+    fill(first)
+    attention_kvcache(q, **static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attention_kvcache(q, **static, return_lse=True)
+    for one in (first, second, first):
+        fill(one)
+        graph.replay()
+        one.check((out, lse), False)
+
+
+def test_streams():
+    """Calls on two streams at a time have workspaces of their own."""
+    one = case(UNEQUAL, 1, (32, 8))
+    places, q = one.paged(16), torch.stack(one.q)
+    expected = attention_kvcache(q, **places)
+    streams, found = [torch.cuda.Stream() for _ in range(2)], []
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(attention_kvcache(q, **places))
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, expected) for x in found)
+
+
+def test_a_large_cache():
+    """Past 2³¹ elements."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("24 GiB of GPU memory are needed")
+    one = case([300], 1, (4, 1))
+    small = one.paged(256)
+    pages = 70_000
+    k_cache, v_cache = (torch.empty(pages, 256, 1, 128, dtype=BF16, device="cuda") for _ in range(2))
+    table = torch.tensor([[69_999, 69_000]], dtype=torch.int32, device="cuda")
+    for place in range(2):
+        for cache, name in ((k_cache, "k_cache"), (v_cache, "v_cache")):
+            cache[table[0, place]] = small[name][small["page_table"][0, place]]
+    one.check(one.attend({"k_cache": k_cache, "v_cache": v_cache, "page_table": table, "lengths": small["lengths"]}), False)
+
+
+def test_against_dense():
+    """One length for all is what attention computes."""
+    one = case([1000] * 3, 4)
+    found = one.attend(one.contiguous(1000), causal=True)
+    expected = attention(*(torch.stack(x) for x in (one.q, one.k, one.v)), causal=True, return_lse=True)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=2**-6, atol=2**-7)

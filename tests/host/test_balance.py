@@ -1,0 +1,173 @@
+"""How the key tiles of a cache are shared out, on the host: the kernel's own functions, on plain numbers."""
+
+import math
+import runpy
+from collections import defaultdict
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("cutlass.cute")
+
+import cutlass
+from cutlass import cute
+
+from cute_attn.stored import UNIT_TILES, UNITS_MAX
+
+# Copies of the module: once the DSL has traced a function, it is no longer what it was.
+module = runpy.run_path(find_spec("cute_attn.balance").origin)
+CachedKeys, Stretches, PartPlaces = module["CachedKeys"], module["Stretches"], module["PartPlaces"]
+part_of, place_of, block_of = module["part_of_stretch"].__wrapped__, PartPlaces.of.__wrapped__, Stretches.block_of.__wrapped__
+places_of = module["places_of"]
+sequence_of, row_of, find = CachedKeys.sequence.__wrapped__, CachedKeys.of_row.__wrapped__, CachedKeys.find.__wrapped__
+CONFIG = SimpleNamespace(tile_n=64, tile_m=16)
+lanes = np.arange(32)
+
+
+@contextmanager
+def plain_numbers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutlass, "min", np.minimum)
+        patch.setattr(cutlass, "max", np.maximum)
+        patch.setattr(cutlass, "const_expr", lambda x: x)
+        patch.setattr(cutlass, "Uint32", int)
+        for function in (part_of, sequence_of):
+            patch.setitem(function.__globals__, "Int32", int)
+        patch.setattr(Stretches, "block_of", block_of)
+        patch.setattr(CachedKeys, "sequence", sequence_of)
+        for name, function in {
+            "lane_idx": lambda: lanes,
+            "shuffle_sync_up": lambda x, step: x[np.maximum(lanes - step, 0)],
+            "shuffle_sync": lambda x, lane: x[lane],
+            "vote_ballot_sync": lambda x: sum(1 << int(lane) for lane in lanes[x]),
+            "popc": lambda x: (int(x) % 2**32).bit_count(),
+        }.items():
+            patch.setattr(cute.arch, name, function)
+        yield
+
+
+def cached(lengths, seqlen_q=1, heads_kv=2, packed=4, invariant=False, bounds=None, units=UNITS_MAX, left=None, right=None):
+    problem = SimpleNamespace(bounded_left=left is not None, bounded_right=right is not None, invariant=invariant)
+    sizes = len(lengths), 10**6, 1, 1, seqlen_q, 0, heads_kv, packed
+    return CachedKeys(*sizes, left, right, units, lengths, None, None, None, bounds, None, problem, CONFIG)
+
+
+def computed(keys, blocks):
+    """Of each walk (sequence, key head, row tile) the parts that blocks compute, as (part, places); tiles of each block."""
+    sequences = [keys.sequence(i) for i in range(int(keys.all_sequences))]
+    begins = np.cumsum([0, *(s.tiles * keys.walks(s) for s in sequences)])
+    stretches = Stretches.of(int(begins[-1]), blocks)
+    walks, taken = defaultdict(list), []
+    for block in range(blocks):
+        at, end, count = stretches.begin(block), stretches.begin(block + 1), 0
+        while at < end:
+            i = int(np.searchsorted(begins, at, side="right")) - 1
+            part, passed = part_of(keys, sequences[i], int(begins[i]), at, end)
+            assert passed > 0
+            at += passed
+            if part.begin < part.end:
+                places = places_of(keys, sequences[i], part, stretches)
+                walks[i, int(part.head_kv), int(part.row_tile)].append((part, places))
+                count += part.end - part.begin
+        taken.append(count)
+    for i, sequence in enumerate(sequences):
+        assert sum(walk[0] == i for walk in walks) == keys.walks(sequence)
+    return sequences, walks, taken
+
+
+lengths = st.lists(st.integers(0, 3000) | st.sampled_from([0, 1, 64, 65, 40_000]), min_size=1, max_size=12)
+
+
+@given(lengths, st.integers(1, 40), st.integers(1, 9), st.booleans())
+def test_every_tile_once_and_every_part_has_a_place_of_its_own(lengths, blocks, seqlen_q, invariant):
+    with plain_numbers():
+        sequences, walks, _ = computed(cached(lengths, seqlen_q, invariant=invariant), blocks)
+        places, counters = set(), set()
+        for (i, _, _), parts in walks.items():
+            ends = [0, *(int(part.end) for part, _ in parts)]
+            assert [int(part.begin) for part, _ in parts] == ends[:-1]
+            assert ends[-1] == sequences[i].tiles
+            assert {int(at.parts) for _, at in parts} == {len(parts)}
+            assert [int(at.number) for _, at in parts] == list(range(len(parts)))
+            if len(parts) > 1:
+                assert len({int(at.counter) for _, at in parts}) == 1
+                mine = {int(place_of(parts[0][1], n)) for n in range(len(parts))}
+                assert mine == {int(place_of(at, at.number)) for _, at in parts}
+                assert len(mine) == len(parts)
+                assert not mine & places
+                assert int(parts[0][1].counter) not in counters
+                places |= mine
+                counters.add(int(parts[0][1].counter))
+        if not invariant:
+            assert places <= set(range(2 * blocks))
+            assert counters <= set(range(blocks))
+
+
+@given(lengths, st.integers(1, 40))
+def test_blocks_have_as_much_to_do(lengths, blocks):
+    with plain_numbers():
+        _, _, taken = computed(cached(lengths), blocks)
+    assert max(taken) - min(taken) <= 1
+
+
+@given(lengths, st.integers(1, 40), st.integers(1, 40), st.integers(0, 5000))
+def test_units_depend_on_their_sequence_alone(lengths, blocks, others, more):
+    """And they are never more than there are places."""
+    with plain_numbers():
+        _, alone, _ = computed(cached(lengths[:1], invariant=True), blocks)
+        _, among, _ = computed(cached([*lengths, more], invariant=True), others)
+    ends = [[[int(part.end) for part, _ in walks[0, head, 0]] for head in range(2)] for walks in (alone, among)]
+    assert ends[0] == ends[1]
+    most = min(UNITS_MAX, math.ceil(max(lengths[0], 1) / (64 * UNIT_TILES)))
+    assert all(len(walk) <= most for walk in ends[0])
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 300)), min_size=1, max_size=9), st.integers(0, 20), st.booleans())
+def test_packed_queries(sequences, tail, invariant):
+    """Each row is in one tile of one walk of each key head, those behind the last sequence, too, which see no key."""
+    queries, keys = zip(*sequences, strict=True)
+    bounds = [0, *np.cumsum(queries).tolist()]
+    with plain_numbers():
+        given_keys = cached(list(keys), bounds[-1] + tail, invariant=invariant, bounds=bounds)
+        found, walks, _ = computed(given_keys, 7)
+        assert [int(s.queries) for s in found] == [*queries, tail]
+        assert [int(s.keys) for s in found] == [*keys, 0]
+        assert sum(int(s.row_tiles) for s in found) == sum(-(-4 * n // 16) for n in (*queries, tail))
+        if invariant:
+            counters = [int(parts[0][1].counter) for parts in walks.values()]
+            assert len(set(counters)) == len(counters)
+            assert max(counters, default=0) < ((bounds[-1] + tail) * 4 // 16 + len(keys) + 2) * 2
+        for row in range(bounds[-1] + tail):
+            i, j = row_of(given_keys, bounds, 0, row)
+            assert (i == len(keys)) == (row >= bounds[-1])
+            assert i == len(keys) or (bounds[i] + j == row and 0 <= j < queries[i])
+
+
+@given(st.integers(1, 9), st.integers(0, 2000), st.integers(0, 300), st.integers(0, 5))
+def test_tiles_of_a_band(queries, keys, left, right):
+    """From the first key that any query sees to the last one."""
+    with plain_numbers():
+        sequence = cached([keys], queries, left=left, right=right).sequence(0)
+    shift = keys - queries
+    seen = [j for j in range(keys) if any(i + shift - left <= j <= i + shift + right for i in range(queries))]
+    assert sequence.tiles == max(-(-len(seen) // 64), 1)
+    if seen:
+        assert (sequence.begin, sequence.end) == (seen[0], seen[-1] + 1)
+
+
+@given(st.lists(st.integers(0, 9), max_size=100), st.integers(0, 900))
+def test_a_warp_finds_a_tile(tiles, tile):
+    held = np.array([*tiles, *[0] * 64])
+    with plain_numbers(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CachedKeys, "_tiles", lambda self, i: held[np.minimum(i, len(held) - 1)])
+        i, before = find(cached([0] * len(tiles)), tile, held[lanes])
+    owners = np.repeat(np.arange(len(tiles)), tiles)
+    if tile < len(owners):
+        assert (i, before) == (owners[tile], sum(tiles[: owners[tile]]))
+    else:
+        assert i >= len(tiles)

@@ -1,0 +1,56 @@
+"""The benchmark of masks and scores: that both ways are timed, and that another result is told."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import masks
+from benchmarks.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def quick(one_thread, monkeypatch):
+    monkeypatch.setattr(masks, "BUSY_SECONDS", 0.001)
+    monkeypatch.setattr(masks, "IDLE_SECONDS", 0.0)
+
+
+def test_the_command(tmp_path, capsys):
+    asked = ["masks", "--rounds", "2", "--head-dim", "16", "--only", "expression", "sinks", "FA4", "block_mask"]
+    assert main([*asked, "--json", str(tmp_path / "k.json")]) == 0
+    found = json.loads((tmp_path / "k.json").read_text())
+    assert found["schema"] == masks.SCHEMA
+    assert found["complete"]
+    (made,) = found["block_masks"]
+    assert made["lists"] > 0
+    assert made["bytes"] < 256 * 256
+    cells = {(cell["row"].partition(" ÷")[0], cell["direction"]): cell for cell in found["cells"]}
+    assert len(cells) == 8
+    assert all("flash_attn" in cells[name, "forward"]["why_not"] for name in ("document", "window"))
+    for name in ("causal as an expression", "sinks"):
+        for direction in (masks.FORWARD, masks.BACKWARD):
+            cell = cells[name, direction]
+            assert len(cell["ours"]) == len(cell["other"]) == 2
+            assert min(cell["ours"]) > 0
+            assert (cell["alike"] is None) == (name == "sinks")
+    printed = capsys.readouterr().out
+    assert "causal as an expression" in printed
+    assert "block_mask of documents" in printed
+
+
+def test_another_result_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(masks.masks, "causal", lambda batch, head, q_idx, kv_idx: q_idx <= kv_idx)
+    masks.function.cache_clear()
+    assert main(["masks", "--rounds", "1", "--head-dim", "16", "--only", "expression"]) == 1
+    assert "two results: causal as an expression" in capsys.readouterr().out
+    masks.function.cache_clear()
+
+
+@pytest.mark.parametrize("seqlen", [16384, 131072])
+def test_documents(seqlen):
+    ids = masks.document_ids(seqlen, "cpu")
+    lengths = ids.bincount()
+    assert ids.dtype == torch.int32
+    assert len(lengths) == masks.DOCUMENTS
+    assert lengths.sum() == seqlen
+    assert lengths.max() < 3.1 * lengths.min()

@@ -1,0 +1,312 @@
+"""Block masks: which tiles a mask hides, cuts and leaves whole, the lists that kernels read, and attention with them."""
+
+import copy
+import io
+import pickle
+import xml.etree.ElementTree
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+from torch.nn.attention.flex_attention import create_block_mask
+
+from cute_attn import BlockMask, attention, block_mask, layouts, masks
+from cute_attn.blocks import CUT, NONE, WHOLE
+from cute_attn.layouts.base import BLOCK, HEADER, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.plan import plan
+from cute_attn.problem import Problem
+from tests.functions import BLOCKED, check
+from tests.support import make_qkv
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 300), st.integers(1, 300))
+
+
+def pairs(mask, batch, heads, sq, sk) -> torch.Tensor:
+    """Which query sees which key, (batch, heads, sq, sk)."""
+    places = torch.meshgrid(*(torch.arange(n) for n in (batch, heads, sq, sk)), indexing="ij")
+    return mask(*places).expand(batch, heads, sq, sk)
+
+
+def kinds_of(seen: torch.Tensor, tile_m: int, tile_n: int) -> torch.Tensor:
+    """The kinds of tiles by looking at all their pairs, one tile after another."""
+    batch, heads, sq, sk = seen.shape
+    kinds = torch.zeros(batch, heads, -(-sq // tile_m), -(-sk // tile_n), dtype=torch.uint8)
+    for m in range(kinds.shape[2]):
+        for n in range(kinds.shape[3]):
+            tile = seen[:, :, m * tile_m : (m + 1) * tile_m, n * tile_n : (n + 1) * tile_n].flatten(2)
+            whole = tile.all(2) & ((n + 1) * tile_n <= sk)
+            kinds[:, :, m, n] = tile.any(2).byte() + whole.byte()
+    return kinds
+
+
+def random_mask(seed: int):
+    """Some whole stretches, some holes."""
+    table = torch.rand(3, 4, 12, 12, generator=torch.Generator().manual_seed(seed))
+
+    def mask(batch, head, q_idx, kv_idx):
+        share = table[batch, head, q_idx // 32, kv_idx // 32]
+        return (share < 0.3) | ((share < 0.6) & ((q_idx + kv_idx) % 5 != 0))
+
+    return mask
+
+
+# ---- kinds -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=SIZES, seed=st.integers(0, 9), tile=st.sampled_from([(32, 32), (64, 64), (192, 128), (128, 96), (32, 256)]))
+def test_kinds_are_those_of_all_pairs(sizes, seed, tile):
+    mask = random_mask(seed)
+    found = block_mask(mask, *sizes)
+    assert torch.equal(found.tiles(*tile), kinds_of(pairs(mask, *sizes), *tile))
+    assert found.density == pytest.approx(found.tiles(BLOCK, BLOCK).ne(NONE).double().mean().item())
+
+
+@pytest.mark.parametrize("case", BLOCKED)
+def test_kinds_of_ready_made_masks(case):
+    mask = BLOCKED[case](2, 2, "cpu", 0).asked["mask"]
+    found = block_mask(mask, 2, 2, 333, 290)
+    assert torch.equal(found.kinds, kinds_of(pairs(mask, 2, 2, 333, 290), BLOCK, BLOCK))
+
+
+def test_many_pieces(monkeypatch):
+    """As torch looks at them, a few rows at a time."""
+    want = block_mask(masks.causal, 2, None, 300, 200).kinds
+    monkeypatch.setattr("cute_attn.blocks.PIECE", 1)
+    assert torch.equal(block_mask(masks.causal, 2, None, 300, 200).kinds, want)
+
+
+def test_arguments_of_the_function_and_sizes_of_0():
+    ids = torch.arange(100) // 40
+    by_argument = block_mask(lambda b, h, i, j, ids: ids[i] == ids[j], None, None, 100, 100, tensors=(ids,))
+    assert torch.equal(by_argument.kinds, block_mask(masks.document(ids), None, None, 100, 100, device="cpu").kinds)
+    for sizes in ((1, 1, 0, 5), (1, 1, 5, 0), (0, 1, 5, 5)):
+        empty = block_mask(masks.causal, *sizes)
+        assert empty.density == 0.0
+        assert "0 queries" in str(empty) or sizes[2]
+        assert empty.to_svg()
+
+
+# ---- lists -----------------------------------------------------------------------------------------------------------
+
+
+def entries(words: torch.Tensor) -> tuple[list[int], int, int, int]:
+    """``(entries, how many cut ones come first, how many there are, the third word)`` of a list."""
+    cut, total, third, *rest = words.tolist()
+    return rest[:total], cut, total, third
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=SIZES, seed=st.integers(0, 9), tile=st.sampled_from([(192, 128), (128, 64), (128, 96), (64, 32)]))
+def test_lists_of_keys(sizes, seed, tile):
+    batch, heads, *lengths = sizes
+    mask = random_mask(seed)
+    kinds, seen = kinds_of(pairs(mask, *sizes), *tile), pairs(mask, *sizes)
+    lists = block_mask(mask, *sizes).key_lists(*tile, batch, heads)
+    for b, h, m in torch.cartesian_prod(*(torch.arange(n) for n in kinds.shape[:3])).tolist():
+        listed, cut, _, whole_end = entries(lists[b, h, m])
+        parts = [[entry & TILE_MASK for entry in part] for part in (listed[:cut], listed[cut:whole_end], listed[whole_end:])]
+        assert all(part == sorted(part, reverse=True) for part in parts)
+        whole = kinds[b, h, m].eq(WHOLE).nonzero().flatten().tolist()
+        assert sorted(parts[1]) == whole
+        assert sorted(parts[0] + parts[2]) == kinds[b, h, m].eq(CUT).nonzero().flatten().tolist()
+        assert all(n < min(whole) for n in parts[2])
+        assert not whole or all(n > min(whole) for n in parts[0])
+        for entry in listed:
+            n = (entry & TILE_MASK) * tile[1]
+            for w in range(tile[0] // 64):
+                rows = slice(m * tile[0] + 64 * w, min(m * tile[0] + 64 * (w + 1), lengths[0]))
+                said = [(entry >> TILE_BITS + WARPGROUP_BITS * w + bit) & 1 for bit in (UNSEEN_BIT, WHOLE_BIT)]
+                part = seen[b, h, rows, n : n + tile[1]]
+                assert said == [not part.any(), part.all() and n + tile[1] <= lengths[1]] or not part.numel()
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=SIZES, seed=st.integers(0, 9), tile=st.sampled_from([(128, 128), (64, 128), (64, 96)]), alike=st.booleans())
+def test_lists_of_queries(sizes, seed, tile, alike):
+    """Each tile of each head that shares the keys once; ranks are the order of its key tiles."""
+    batch, heads, *lengths = sizes
+    mask = random_mask(seed)
+    of_heads = 1 if alike else heads
+    blocks = block_mask(mask, batch, of_heads, *lengths)
+    kinds = kinds_of(pairs(mask, batch, of_heads, *lengths), *tile).expand(-1, heads, -1, -1)
+    ranks = blocks.ranks(*tile, batch, heads)
+    for heads_kv in {1, heads, max(heads // 2, 1)}:
+        group = heads // heads_kv
+        lists = blocks.query_lists(*tile, batch, heads, heads_kv)
+        for b, h, n in torch.cartesian_prod(*(torch.arange(x) for x in (batch, heads_kv, kinds.shape[3]))).tolist():
+            listed, cut, _, repeats = entries(lists[b, h, n])
+            for kind, found in ((CUT, listed[:cut]), (WHOLE, listed[cut:])):
+                visited = [
+                    (h * group + (entry >> TILE_BITS) + r, entry & TILE_MASK) for entry in found for r in range(repeats)
+                ]
+                assert len(set(visited)) == len(visited)
+                want = kinds[b, h * group : (h + 1) * group, :, n].eq(kind).nonzero() + torch.tensor([h * group, 0])
+                assert sorted(visited) == sorted(map(tuple, want.tolist()))
+    before = kinds.ne(NONE).int().cumsum(3) - kinds.ne(NONE).int()
+    assert torch.equal(ranks, before.int())
+
+
+def test_every_tile_is_made_of_blocks():
+    """Of every GPU, mechanism, head dim and pass: tables of new ones, too."""
+    for target in layouts.known_targets():
+        for mechanism in layouts.for_target(target).MECHANISMS:
+            for d in (32, 64, 96, 128, 192, 256):
+                for gradients in ("", "qkv"):
+                    config = plan(Problem("bfloat16", d, d, gradients=gradients), target, mechanism)
+                    assert config.tile_m % BLOCK == config.tile_n % BLOCK == 0
+
+
+def test_lists_are_made_once(monkeypatch):
+    blocks = block_mask(masks.causal, None, None, 300, 300)
+    first = blocks.key_lists(128, 128, 2, 3)
+    assert first.shape == (2, 3, 3, HEADER + 4)
+    monkeypatch.setattr(BlockMask, "_key_lists", lambda *_: pytest.fail("made again"))
+    assert torch.equal(blocks.key_lists(128, 128, 2, 3), first)
+
+
+# ---- as an object ----------------------------------------------------------------------------------------------------
+
+
+def test_saved_moved_and_copied():
+    blocks = block_mask(masks.causal, None, 2, 300, 200)
+    blocks.key_lists(128, 128, 1, 2)
+    file = io.BytesIO()
+    torch.save(blocks, file)
+    file.seek(0)
+    for other in (
+        pickle.loads(pickle.dumps(blocks)), copy.deepcopy(blocks), blocks.to("cpu"), torch.load(file, weights_only=False)
+    ):  # fmt: skip
+        assert torch.equal(other.kinds, blocks.kinds)
+        assert (other.seqlen_q, other.seqlen_k, other.batch, other.heads) == (300, 200, 1, 2)
+        assert torch.equal(other.key_lists(128, 128, 1, 2), blocks.key_lists(128, 128, 1, 2))
+
+
+def test_drawn():
+    text = str(block_mask(masks.causal, None, None, 128, 128))
+    assert text.splitlines()[1:] == ["░   ", "█░  ", "██░ ", "███░"]
+    assert "62.5% of its blocks" in text
+    large = block_mask(masks.window(100), None, None, 10_000, 7_000)
+    rows = str(large).splitlines()[1:]
+    assert len(rows) <= 32
+    assert max(map(len, rows)) <= 64
+    picture = xml.etree.ElementTree.fromstring(large.to_svg())
+    assert len(picture) > 50
+    assert picture[0].text == repr(large)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", BLOCKED)
+def test_reference(case):
+    check(case, (2, 150, 170), (4, 2), (16, 24), torch.float64, "cpu", blocks=True, backend="reference")
+
+
+@pytest.mark.parametrize("case", ["causal", "document", "heads"])
+def test_the_mask_decides(case):
+    """With a block mask, one that several calls share, and without: the same bits."""
+    q, k, v = make_qkv(2, 150, 170, 4, 2, 16, 16)
+    mask = BLOCKED[case](2, 4, "cpu", 0).asked["mask"]
+    blocks = block_mask(mask, 2, 4, 150, 170)
+    for scale in (None, 0.3):
+        got = attention(q, k, v, mask=mask, block_mask=blocks, scale=scale)
+        assert torch.equal(got, attention(q, k, v, mask=mask, scale=scale))
+
+
+# Masks that attention-gym publishes, by their definition: https://github.com/meta-pytorch/attention-gym
+def natten(canvas: int, kernel: int):
+    """A query on a square canvas sees a square of keys around it, moved inside at the edges."""
+
+    def mask(batch, head, q_idx, kv_idx):
+        seen = None
+        for q, kv in ((q_idx // canvas, kv_idx // canvas), (q_idx % canvas, kv_idx % canvas)):
+            middle = torch.clamp(q, kernel // 2, canvas - 1 - kernel // 2)
+            near = (middle - kv).abs() <= kernel // 2
+            seen = near if seen is None else seen & near
+        return seen
+
+    return mask
+
+
+def dilated_window(width: int, step: int):
+    return lambda b, h, q_idx, kv_idx: ((q_idx - kv_idx).abs() <= width) & ((q_idx - kv_idx) % step == 0) & (q_idx >= kv_idx)
+
+
+def transfusion(begin: torch.Tensor, length: torch.Tensor):
+    """Causal, but that a stretch of each sequence sees itself."""
+
+    def mask(b, h, q_idx, kv_idx):
+        end = begin[b] + length[b]
+        return (q_idx >= kv_idx) | ((q_idx >= begin[b]) & (kv_idx >= begin[b]) & (q_idx < end) & (kv_idx < end))
+
+    return mask
+
+
+GYM = {
+    "document": masks.and_masks(masks.document(torch.arange(160) // 37), masks.causal),
+    "prefix": masks.prefix_lm(torch.tensor([20, 90])),
+    "sliding window": lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx <= 40),
+    "dilated": dilated_window(60, 3),
+    "natten": natten(12, 5),
+    "transfusion": transfusion(torch.tensor([10, 70]), torch.tensor([40, 64])),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", GYM)
+def test_published_masks(name):
+    """As FlexAttention takes them, in its block mask, in ours, and in none."""
+    mask, n = GYM[name], 144
+    q, k, v = make_qkv(2, n, n, 4, 2, 16, 16, torch.float64)
+    scores = torch.einsum("bmhd,bnhd->bhmn", q, k.repeat_interleave(2, 2)) / 4.0
+    P = scores.masked_fill(~pairs(mask, 2, 4, n, n), -torch.inf).softmax(-1)
+    want = torch.einsum("bhmn,bnhd->bmhd", P, v.repeat_interleave(2, 2))
+    flex = create_block_mask(mask, 2, None, n, n, device="cpu")
+    for asked in (
+        {"mask": mask}, {"mask": mask, "block_mask": block_mask(mask, 2, None, n, n)}, {"block_mask": flex},
+        {"mask": mask, "block_mask": flex},
+    ):  # fmt: skip
+        torch.testing.assert_close(attention(q, k, v, **asked), want)
+
+
+@pytest.mark.parametrize("side", [32, 128, (64, 32)])
+@pytest.mark.parametrize("sizes", [(300, 300), (100, 333)])
+def test_flex_attentions_block_masks(side, sizes):
+    mask = random_mask(1)
+    flex = create_block_mask(mask, 2, 4, *sizes, device="cpu", BLOCK_SIZE=side)
+    q, k, v = make_qkv(2, *sizes, 4, 2, 16, 16)
+    from cute_attn.blocks import _from_flex_attention
+
+    blocks, function = _from_flex_attention(flex)
+    assert function is mask
+    assert _from_flex_attention(flex)[0] is blocks
+    ours = block_mask(mask, 2, 4, *sizes)
+    assert (blocks.kinds.eq(NONE) <= ours.kinds.eq(NONE)).all()
+    assert (blocks.kinds.eq(WHOLE) <= ours.kinds.eq(WHOLE)).all()
+    assert torch.equal(attention(q, k, v, block_mask=flex), attention(q, k, v, mask=mask))
+
+
+def test_flex_attentions_block_mask_without_a_function():
+    """What it doesn't list is hidden."""
+    counts, columns = torch.tensor([[[1, 2]]]), torch.tensor([[[[1, 0], [0, 1]]]])
+    flex = FlexBlockMask.from_kv_blocks(counts, columns.int(), BLOCK_SIZE=32, seq_lengths=(64, 64))
+    q, k, v = make_qkv(2, 64, 64, 2, 2, 16, 16)
+    got = attention(q, k, v, block_mask=flex)
+    want = attention(q, k, v, mask=lambda b, h, i, j: (i >= 32) | (j >= 32))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_torch_compile_leaves_such_calls_out_of_its_graph():
+    q, k, v = make_qkv(1, 40, 40, 2, 2, 8, 8)
+    blocks = block_mask(masks.causal, None, None, 40, 40, device="cpu")
+
+    def program(q):
+        return attention(q * 2.0, k, v, mask=masks.causal, block_mask=blocks).square()
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(program, backend="eager")(q), program(q))

@@ -1,0 +1,151 @@
+"""Attention to a cache: the reference, and what is checked on the host."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cute_attn import attention, attention_kvcache
+from tests.caches import Case
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RULES = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (9, 2)},
+    "left": {"window": (40, None), "scale": 0.3},
+    "softcap": {"causal": True, "softcap": 4.0},
+}
+LENGTHS = [0, 1, 15, 16, 17, 300, 64]
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("where", ["contiguous", "indexed", "padded", "pages of 1", "pages of 16"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_is_attention_of_each_sequence(queries, where, rules):
+    case = Case(LENGTHS, [queries] * len(LENGTHS))
+    case.check(case.attend(made(case, where), **rules), False, **rules)
+
+
+def made(case, where):
+    if where.startswith("pages"):
+        return case.paged(int(where.split()[-1]))
+    return case.contiguous(351, [3, 0, 1, 0, 11, 0, 2] if where == "padded" else None, spare=2 if where == "indexed" else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("where", ["contiguous", "pages of 16"])
+def test_packed_queries(where, dtype):
+    case = Case(LENGTHS, [1, 1, 0, 4, 17, 200, 3], dtype=dtype)
+    case.check(case.attend(made(case, where), packed=True, causal=True), True, causal=True)
+
+
+def test_sinks_and_functions():
+    case = Case(LENGTHS, [3] * len(LENGTHS))
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+    def odd(batch, head, q_idx, kv_idx):
+        return (kv_idx + batch + q_idx) % 2 == 1
+
+    found = case.attend(case.paged(16), causal=True, sinks=sinks, mask=odd)
+    for i, (q, k, v) in enumerate(zip(case.q, case.k, case.v, strict=True)):
+        of_it = attention(
+            *(x[None] for x in (q, k, v)),
+            causal=True,
+            sinks=sinks,
+            mask=lambda batch, head, q_idx, kv_idx, i=i: (kv_idx + i + q_idx) % 2 == 1,
+            return_lse=True,
+        )
+        for got, expected in zip(found, of_it, strict=True):
+            torch.testing.assert_close(got[i], expected[0])
+
+
+@pytest.mark.parametrize("rotary", [None, "halves", "interleaved"])
+@pytest.mark.parametrize("where", ["contiguous", "indexed", "padded", "pages of 1", "pages of 16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_append(packed, where, rotary):
+    """The new keys are in the cache afterwards, and seen; everything else in the cache is as it was."""
+    news = [2, 2, 2, 2, 2, 2, 2] if not packed else [0, 1, 3, 2, 17, 40, 1]
+    case = Case([n + new for n, new in zip(LENGTHS, news, strict=True)], news, dims=(32, 24))
+    full = made(case, where)
+    before = {name: x.clone() for name, x in full.items()}
+    before["lengths"] -= torch.tensor(news)
+    new = [[x[len(x) - n :] for x, n in zip(held, news, strict=True)] for held in (case.k, case.v)]
+    options: dict = {}
+    if rotary:
+        angles = torch.arange(360)[:, None] / 50.0 ** (torch.arange(8) / 8)
+        options = {"rotary": (angles.cos(), angles.sin()), "rotary_interleaved": rotary == "interleaved"}
+        for i, n in enumerate(news):
+            begin = int(before["lengths"][i])
+            old, fresh = case.k[i].split((len(case.k[i]) - n, n))
+            case.q[i], turned = (by_hand(x, angles[begin : begin + n], rotary) for x in (case.q[i], fresh))
+            case.k[i] = torch.cat((old, turned))
+        full = made(case, where)
+    plain = Case(case.lengths, case.queries, dims=(32, 24))
+    for name in ("k_cache", "v_cache"):  # forget the new ones
+        for i, n in enumerate(news):
+            forget(before, name, i, n)
+    gathered = torch.cat if packed else torch.stack
+    found = plain.attend(before, packed, k_new=gathered(new[0]), v_new=gathered(new[1]), causal=True, **options)
+    case.check(found, packed, causal=True)
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(before[name], full[name], equal_nan=True)
+
+
+def forget(where, name, i, n):
+    for row in range(int(where["lengths"][i]), int(where["lengths"][i]) + n):
+        if "page_table" in where:
+            size = where[name].shape[1]
+            where[name][where["page_table"][i, row // size], row % size] = math.nan
+        else:
+            where[name][where.get("cache_batch_idx", range(99))[i], row] = math.nan
+
+
+def by_hand(x, angles, how):
+    """Columns as complex numbers, turned."""
+    head, rest = x[..., :16].double(), x[..., 16:]
+    pairs = head.unflatten(-1, (8, 2)) if how == "interleaved" else head.unflatten(-1, (2, 8)).transpose(-1, -2)
+    turned = torch.complex(pairs[..., 0], pairs[..., 1]) * torch.polar(torch.ones_like(angles), angles).cdouble()[:, None]
+    pairs = torch.view_as_real(turned)
+    head = pairs.flatten(-2) if how == "interleaved" else pairs.transpose(-1, -2).flatten(-2)
+    return torch.cat((head.to(x.dtype), rest), -1)
+
+
+def test_rotary_without_an_edge_is_at_one_position():
+    """As flash-attn has it; and positions may count from elsewhere."""
+    case = Case([9], [3])
+    angles = torch.rand(40, 8)
+    new = {"k_new": case.k[0][None, :3], "v_new": case.v[0][None, :3], "rotary": (angles.cos(), angles.sin())}
+    where = case.contiguous(20)
+    found, _ = case.attend(where, **new, rotary_begin=case.int32([7]))
+    plain = Case([12], [3])
+    plain.q[0] = by_hand(case.q[0], angles[[7, 7, 7]], "halves")
+    plain.k[0] = torch.cat((case.k[0], by_hand(case.k[0][:3], angles[7:10], "halves")))
+    plain.v[0] = torch.cat((case.v[0], case.v[0][:3]))
+    expected, _ = plain.attend(plain.contiguous(20))
+    torch.testing.assert_close(found, expected)
+
+
+def test_wrong_numbers_stay_inside():
+    """Without the check: lengths past the capacity, pages and elements that there are not."""
+    case = Case([20, 20], [1, 1])
+    where = case.paged(16)
+    where["page_table"][0, 1], where["lengths"][1] = 10_000, 10_000
+    new = {f"{name}_new": x[0][None, :1].expand(2, -1, -1, -1) for name, x in (("k", case.k), ("v", case.v))}
+    out, _ = case.attend(where, **new)
+    assert out.shape == (2, 1, 4, 24)
+    where = case.contiguous(20)
+    case.attend({**where, "cache_batch_idx": case.int32([7, -3]), "lengths": case.int32([-5, 30])})
+
+
+def test_no_sequences():
+    case = Case([3], [1])
+    out, lse = attention_kvcache(
+        case.q[0][None][:0],
+        *(x[None][:0] for x in (case.k[0], case.v[0])),
+        lengths=case.int32([]),
+        return_lse=True,
+    )
+    assert (out.shape, lse.shape) == ((0, 1, 4, 24), (0, 4, 1))
