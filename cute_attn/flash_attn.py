@@ -181,6 +181,10 @@ def flash_attn_varlen_func(
             raise NotImplementedError(
                 f"seqused_q is {shown(seqused_q)} beside pages; None is needed: try cu_seqlens_q of the rows in use"
             )
+        if number("dropout_p", extras.pop("dropout_p"), "from 0 to below 1"):
+            raise NotImplementedError(
+                f"dropout_p is {shown(dropout_p)} beside pages; 0 is needed, as model.eval() has it: leave it out"
+            )
         used = cu_seqlens_k.diff() if seqused_k is None and isinstance(cu_seqlens_k, Tensor) else seqused_k
         where = extras | {"page_table": table, "cu_seqlens_q": cu_seqlens_q}
         probs, return_lse = flag("return_attn_probs", return_attn_probs), flag("return_lse", return_lse)
