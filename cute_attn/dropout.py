@@ -6,9 +6,10 @@ key, the last two within their sequence) and on nothing else: so it is the same 
 of any size and shape, and for any mechanism.
 
 **Which.** Philox-4×32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the fewest that
-pass its tests) makes four words of 32 bits of a counter and a key of 64 bits, the seed. One counter serves four scores: rows
-i and i + 8 of 16, keys j and j + 8 of 16, which one thread has in every accumulator, transposed or not. A score is kept if its
-word is at least ``threshold(p)``: p is exact to 2⁻³².
+pass its tests) makes four words of 32 bits of a counter and a key of 64 bits, the seed. One counter serves eight scores, 16
+bits each: rows i and i + 8 of 16, and every eighth key of 32. One thread has them all in the accumulators of queries × keys,
+and a half of them in those of keys × queries, where a warp has 16 keys. A score is kept if its number is at least
+``threshold(p)``: p is exact to 2⁻¹⁶.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ ROUNDS = 7
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 INCREMENTS = 0x9E3779B9, 0xBB67AE85
 APART = 8  # rows, or keys, of the scores that share a counter
-TOGETHER = 2 * APART  # rows, or keys, from a multiple of this on, have all their counters to themselves
-WORD = 0xFFFFFFFF
+ROWS, KEYS = 2 * APART, 4 * APART  # so many from a multiple of these on have all their counters to themselves
+BITS, WORD = 16, 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """From which word on a probability is kept."""
-    return min(round(p * 2.0**32), WORD)
+    """From which number of 16 bits on a probability is kept."""
+    return min(round(p * 2.0**BITS), 2**BITS - 1)
 
 
 def kept_scale(p: float) -> float:
     """What kept probabilities are multiplied by, 1 / (1 − p)."""
-    return 1.0 / (1.0 - threshold(p) / 2.0**32)
+    return 1.0 / (1.0 - threshold(p) / 2.0**BITS)
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
@@ -55,13 +56,18 @@ def philox(counter: tuple, key: tuple, ops: Any) -> tuple:
 
 
 def counter(batch, head, row, key) -> tuple:
-    """Of the four scores of which this is the one of the lower row and key."""
+    """Of the eight scores of which this is the one of the lowest row and key."""
     return key, head, row, batch
 
 
-def number(of_row, of_key):
-    """Which of a counter's words is that of a score: whether its row, and its key, is the upper one of two (0 or 1)."""
-    return 2 * of_row + of_key
+def word_of(row, key):
+    """Which of a counter's words has the number of a score, 0 to 3."""
+    return key // ROWS % 2 * 2 + row // APART % 2
+
+
+def is_upper(key):
+    """Whether it is the word's upper half, 1, or its lower one, 0."""
+    return key // APART % 2
 
 
 class TensorWordOps:
@@ -81,9 +87,10 @@ class TensorWordOps:
 def kept(seed: torch.Tensor, p: float, batch, head, row, key) -> torch.Tensor:
     """Which probabilities are kept, bool: tensors of positions, int64, that broadcast against one another; ``seed`` is
     :func:`draw_seed`'s."""
-    place = counter(batch, head, row & ~APART, key & ~APART)
+    place = counter(batch, head, row - row % ROWS + row % APART, key - key % KEYS + key % APART)
     words = philox(place, (seed & WORD, (seed >> 32) & WORD), TensorWordOps)
-    which = number((row & APART) // APART, (key & APART) // APART)
-    lower = torch.where(which & 1 == 1, words[1], words[0])
-    upper = torch.where(which & 1 == 1, words[3], words[2])
-    return torch.where(which >= 2, upper, lower) >= threshold(p)
+    which = word_of(row, key)
+    lower = torch.where(which % 2 == 1, words[1], words[0])
+    upper = torch.where(which % 2 == 1, words[3], words[2])
+    word = torch.where(which >= 2, upper, lower)
+    return torch.where(is_upper(key) == 1, word >> BITS, word & (2**BITS - 1)) >= threshold(p)

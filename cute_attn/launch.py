@@ -408,8 +408,7 @@ def _besides_tensors(call: Call, blocks: int) -> tuple:
     captured = tuple(map(as_read, call.captured)) if call.captured else None
     drops: tuple = None, None, None
     if call.seed is not None:
-        below = dropout.threshold(call.dropout)
-        drops = call.seed.view(torch.int32), below - (below >> 31 << 32), dropout.kept_scale(call.dropout)
+        drops = call.seed.view(torch.int32), dropout.threshold(call.dropout), dropout.kept_scale(call.dropout)
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
     return captured, *drops, *where, *numbers
 

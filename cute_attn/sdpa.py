@@ -78,7 +78,7 @@ def scaled_dot_product_attention(
     There are first derivatives only: for those of gradients call torch's function.
     """
     if any_autocast_enabled():
-        query, key, value = autocast.cast(query), autocast.cast(key), autocast.cast(value)
+        query, key, value, attn_mask = map(autocast.cast, (query, key, value, attn_mask))
     arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     if _is_usual(*arguments, backend):
         try:  # what attention's own checks refuse is looked at afterwards
@@ -161,7 +161,7 @@ def why_not(
         TypeError, ValueError: a ``backend`` that there isn't; torch's function has no such argument.
     """
     if any_autocast_enabled():
-        query, key, value = autocast.cast(query), autocast.cast(key), autocast.cast(value)
+        query, key, value, attn_mask = map(autocast.cast, (query, key, value, attn_mask))
     return _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
 
 

@@ -168,8 +168,8 @@ class Scores:
                 P[r, None].store(P[r, None].load() * (dP[r, None].load() - delta[r]))
 
     def kept(self, origin) -> Kept:
-        """Which of a thread's probabilities dropout keeps in the tile at ``origin``, whose first row and column are multiples
-        of 16. It takes no scores, so that it may be asked for while these are computed."""
+        """Which of a thread's probabilities dropout keeps in the tile at ``origin``, whose first query is a multiple of 16, and
+        its first key of 32, or, transposed, 16. It takes no scores: it may be asked for while these are computed."""
         rows, columns = (cute.size(self.where.zero, mode=[mode]) for mode in range(2))
         bits = cute.make_rmem_tensor(-(-rows * columns // 32), Int32)
         bits.fill(0)
@@ -185,21 +185,33 @@ class Scores:
             P[r, c] = _select(is_kept, P[r, c], Float32(0.0))
 
     def _which_are_kept(self, origin):
-        """(row, column, whether it is kept) of a thread's probabilities, four of a counter at a time."""
+        """(row, column, whether it is kept) of a thread's probabilities, those of a counter together."""
         values, zero, thread, apart = self.values, self.where.zero, self.where.thread, dropout.APART
-        above = Uint32(values.drop_below)
+        above = Uint32(values.drop_below) << dropout.BITS  # as an upper half: what is below it decides nothing
         rows, columns = (range(cute.size(zero, mode=[mode])) for mode in range(2))
         at = {(zero[r, c][0], zero[r, c][1]): (r, c) for c in columns for r in rows}
+        known: dict[tuple, tuple] = {}
         for (row, column), (r, _) in at.items():
             if row & apart or column & apart:
                 continue
             position = Uint32(origin[0] + thread[r, 0][0]), Uint32(origin[1] + thread[0, 0][1] + column)
             q_idx, kv_idx = position[::-1] if self.transposed else position
-            counter = dropout.counter(Uint32(values.sequence), Uint32(values.head), q_idx, kv_idx)
-            words = dropout.philox(counter, values.seed, WordOps)
+            first = kv_idx & Uint32(~dropout.ROWS & dropout.WORD)  # the first of the counter's keys
+            shared = row, column if self.transposed else column & ~dropout.ROWS
+            if shared not in known:
+                counter = dropout.counter(Uint32(values.sequence), Uint32(values.head), q_idx, first)
+                known[shared] = dropout.philox(counter, values.seed, WordOps)
+            words = known[shared]
+            if self.transposed:
+                second = kv_idx & Uint32(dropout.ROWS) != 0
+                words = tuple(_select(second, words[i + 2], words[i]) for i in range(2))
+            elif column & dropout.ROWS:
+                words = words[2:]
             for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                word = words[dropout.number(j, i) if self.transposed else dropout.number(i, j)]
-                yield *at[row + i * apart, column + j * apart], word >= above
+                word = words[j if self.transposed else i]  # of the lower and the upper row
+                is_upper = i if self.transposed else j
+                number = word if is_upper else word << dropout.BITS
+                yield *at[row + i * apart, column + j * apart], number >= above
 
     @property
     def _takes_scores(self) -> bool:

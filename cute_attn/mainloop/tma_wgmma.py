@@ -536,7 +536,7 @@ class Forward(Kernel):
     def _drop(self, me: ForwardWorker, tile: WarpgroupTile, n, acc_S):
         """Dropout, once P·V of the tile before has left its registers."""
         if cutlass.const_expr(self.problem.dropout):
-            origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
+            origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
             Scores(me.cS, tile.values, self.problem).drop(acc_S, origin)
 
     @cute.jit

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import cutlass
 from cutlass import Int32, cute
 
-from cute_attn.dropout import TOGETHER
+from cute_attn.dropout import KEYS
 from cute_attn.layouts.base import HEADER, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
 
@@ -22,7 +22,7 @@ from cute_attn.mainloop.common import DeviceOps, Values
 @dataclass(frozen=True)
 class KeyTiles:
     """The key tiles of one query tile: they begin at the first key any of its rows sees, not at a multiple of tile_n,
-    so that no key before it is ever read; or, with dropout, which is decided for 16 keys at a time, and with biases, of which
+    so that no key before it is ever read; or, with dropout, which is decided for 32 keys at a time, and with biases, of which
     two are loaded at a time, at a multiple of these.
     ``end`` is past the last one any sees; a last tile that is not full reads on.
 
@@ -46,7 +46,7 @@ class KeyTiles:
         begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
         inner_begin, inner_end = band.whole_range(row_first, row_last, values.seqlen_k, DeviceOps)
         if (problem.dropout or problem.expression.pairs) and problem.bounded_left:
-            begin = begin // TOGETHER * TOGETHER
+            begin = begin // KEYS * KEYS
         if problem.ragged:  # a tile past its sequence's end sees nothing; a factor of 0 or 1, which no length makes overflow
             exists = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
             end = end * exists

@@ -228,7 +228,7 @@ class QueryGradients(Kernel):
             acc_dP = self.scores("qdP", self.config.tile_n, tPrdO, tPrV[None, None, None, v_state.index])
             kept = None
             if cutlass.const_expr(self.problem.dropout):
-                kept = scores.kept((row_first, keys.begin + n * self.config.tile_n))
+                kept = scores.kept((row_first, keys.begin + keys.tile(n) * self.config.tile_n))
             warpgroup.wait_group(1)
             if i > 0:
                 pipes.k.consumer_release(self.stage_before(k_state))

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from cute_attn import attention, attention_varlen, dropout
+from cute_attn import attention, attention_varlen, block_mask, dropout, masks
 from tests.captured import CASES, check, made, seeded
+from tests.functions import documents
 from tests.support import make_gradients, make_qkv
 
 BF16 = torch.bfloat16
@@ -209,3 +210,20 @@ def test_the_rate_of_dropout():
         places = [torch.arange(n, device="cuda").view(shape) for n, shape in ((4096, (-1, 1)), (4096, (-1,)))]
         rate = dropout.kept(seed, p, *(torch.zeros(1, dtype=torch.int64, device="cuda") for _ in range(2)), *places)
         assert abs(rate.double().mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / 4096**2)
+
+
+@kernels("document-64-tma_wgmma", "document-256-tma_wgmma", "document-64-cp_async")
+def test_beside_a_block_mask(case, d, mechanism):
+    """The same is dropped, and the same gradients are stored, whichever tiles are visited."""
+    q, k, v = make_qkv(1, 400, 400, 4, 2, d, d, BF16, "cuda")
+    dout, _ = make_gradients(q, v)
+    mask = masks.document(documents(1, "cuda")[0][:400])
+    bias, results = torch.randn(1, 4, 400, 400, device="cuda", dtype=BF16), []
+    for blocks in (None, block_mask(mask, 1, 4, 400, 400, device="cuda")):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, bias)]
+        with seeded(3, q.device):
+            how = {"mask": mask, "block_mask": blocks, "dropout_p": 0.3, "mechanism": mechanism}
+            out = attention(*leaves[:3], bias=leaves[3], **how)
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-2 * want.abs().max().item(), rtol=1e-2)

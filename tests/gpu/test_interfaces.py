@@ -82,13 +82,29 @@ def test_sdpa(name, torchs_calls):
 
 def test_sdpa_of_what_goes_to_torch(torchs_calls):
     q, k, v = (torch.randn(2, 4, 20, 64, dtype=BF16, device="cuda") for _ in range(3))
-    mask = torch.randn(20, 20, dtype=BF16, device="cuda")
     strided = torch.randn(2, 4, 64, 20, dtype=BF16, device="cuda").mT
-    for tensors, options in (((q, k, v), {"attn_mask": mask}), ((q, strided, v), {}), ((q.float(), k.float(), v.float()), {})):
-        assert sdpa.why_not(*tensors, **options) is not None
-        out = sdpa.scaled_dot_product_attention(*tensors, **options)
-        assert torch.equal(out, TORCHS(*tensors, **options))
-    assert len(torchs_calls) == 3
+    for tensors in ((q, strided, v), (q.float(), k.float(), v.float())):
+        assert sdpa.why_not(*tensors) is not None
+        assert torch.equal(sdpa.scaled_dot_product_attention(*tensors), TORCHS(*tensors))
+    assert len(torchs_calls) == 2
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_of_sdpa(kind, torchs_calls):
+    """Beside float32, with the gradient of one that is added."""
+    mask = torch.randn(2, 1, 130, 140, device="cuda")
+    mask = mask > -1.0 if kind == "bool" else mask.to(BF16)
+    results = []
+    for call, dtype in ((sdpa.scaled_dot_product_attention, BF16), (TORCHS, torch.float32)):
+        generator = torch.Generator("cuda").manual_seed(0)
+        leaves = [torch.randn(2, 4, n, 64, device="cuda", generator=generator).to(BF16).to(dtype) for n in (130, 140, 140)]
+        leaves += [] if kind == "bool" else [mask.to(dtype)]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out = call(*leaves[:3], attn_mask=mask if kind == "bool" else leaves[3])
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    assert not torchs_calls
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.float(), want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
 
 
 def test_a_model_in_a_block(torchs_calls):

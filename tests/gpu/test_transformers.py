@@ -29,6 +29,8 @@ CASES = [
     "gpt_oss, left padding",
     "bert, right padding",
     "whisper",
+    "t5, padding inside",
+    "llama, a mask that is added",
 ]
 
 

@@ -48,6 +48,18 @@ def test_what_each_score_has_of_its_own_is_stored():
     assert partials(lambda s, b, h, i, j: s + square[b, h, i, i], lengths=(6, 6))[1] == [False]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "keys", "fours"), [(torch.bfloat16, 12, True), (torch.float32, 12, False), (torch.float16, 10, False)]
+)
+def test_gradients_of_four_keys_are_stored_at_once(dtype, keys, fours):
+    table = zeros(2, 4, 6, keys, dtype=dtype)
+    expression, alone = partials(lambda s, b, h, i, j: s + table[b, h, i, j], lengths=(6, keys))
+    assert alone == [True]
+    assert expression.partials[0].fours == fours
+    other = zeros(2, 4, keys, 6, dtype=dtype)
+    assert not partials(lambda s, b, h, i, j: s + other[b, h, j, i], lengths=(6, keys))[0].partials[0].fours
+
+
 def test_dimensions_along_which_a_bias_is_the_same_have_no_index():
     """Strides of 0 are one; the others come in the order of memory, so that nothing is copied."""
     base = zeros(4, 10)
@@ -212,24 +224,28 @@ def test_the_rate_of_dropout(p):
     seeds = [dropout.draw_seed(torch.device("cpu")) for _ in range(2)]
     first, second = (dropout.kept(seed, p, *places(2, 3, 256, 256)) for seed in seeds)
 
+    p = dropout.threshold(p) / 2**16
+
     def assert_rate(kept, rate):
         assert abs(kept.double().mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / kept.numel())
 
     assert_rate(first, 1 - p)
-    for rows in (first[:, :, :8], first[:, :, 8:16], first[..., :8], first[..., 8:16]):
-        assert_rate(rows, 1 - p)
+    for n in range(0, 32, 8):
+        assert_rate(first[:, :, n : n + 8], 1 - p)
+        assert_rate(first.unflatten(3, (-1, 32))[..., n : n + 8], 1 - p)
     both = (1 - p) ** 2
-    for one, other in ((first, second), (first[..., 1:], first[..., :-1]), (first[..., 8:], first[..., :-8])):
+    keys = [(first[..., n:], first[..., :-n]) for n in (1, 8, 16)]
+    for one, other in ((first, second), *keys):
         assert_rate(one & other, both)
     for one, other in ((first[:, :, 8:], first[:, :, :-8]), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1])):
         assert_rate(one & other, both)
 
 
 def test_numbers_of_dropout():
-    assert [dropout.threshold(p) for p in (0.0, 1e-12, 0.5, 1.0 - 1e-12)] == [0, 0, 2**31, 2**32 - 1]
+    assert [dropout.threshold(p) for p in (0.0, 1e-6, 0.5, 1.0 - 1e-6)] == [0, 0, 2**15, 2**16 - 1]
     assert dropout.kept_scale(0.5) == 2.0
     q, k, v = make_qkv(1, 9, 9, 2, 2, 8, 8)
-    assert torch.equal(attention(q, k, v, dropout_p=1e-12), attention(q, k, v))
+    assert torch.equal(attention(q, k, v, dropout_p=1e-6), attention(q, k, v))
 
 
 @pytest.mark.parametrize("tiles", [(128, 128), (48, 80), (16, 200)])

@@ -118,7 +118,6 @@ def test_what_dropout_keeps_of_a_tile(transposed, mechanism, monkeypatch):
         shape = (config.tile_n, config.step_m)
     first, p, seed = (1040, 96), 0.3, torch.tensor([0x7EDCBA9876543210])
     found, words = torch.full((2, *shape), math.nan), seed.view(torch.int32)
-    below = dropout.threshold(p) - (2**32 if dropout.threshold(p) >= 2**31 else 0)
 
     @cute.jit
     def compute(found: cute.Tensor, words: cute.Tensor, below: Int32, thread: Int32):
@@ -136,7 +135,7 @@ def test_what_dropout_keeps_of_a_tile(transposed, mechanism, monkeypatch):
                 found[(0, *where.thread[r, c])] = held[r, c]
                 found[(1, *where.thread[r, c])] = kept.of(Float32(1.0), r, c)
 
-    arguments = from_dlpack(found), from_dlpack(words), Int32(below)
+    arguments = from_dlpack(found), from_dlpack(words), Int32(dropout.threshold(p))
     compiled = cute.compile(compute, *arguments, Int32(0))
     for thread in range(128 if mechanism == "tma_wgmma" else config.mma_threads):
         compiled(*arguments, Int32(thread))
