@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -260,6 +261,43 @@ def counters(record: CountersRecord) -> str:
     return "\n".join(lines) + f"\n\n{record.summary}.\n"
 
 
+def serving(record: dict[str, Any]) -> str:
+    """Steps of serving, and what was asked for: a part of R, of the time of another row's step, or microseconds at most."""
+    lines = [f"{_of_run(record['about'])}; R, a plain streaming read, {record['read_bytes_per_second'] / 1e12:.2f} TB/s; the"]
+    lines[0] += f" host's part of an eager call {record['host_seconds'] * 1e6:.1f} µs"
+    lines += ["", *_header(["batch × keys", "µs", "÷ R", "÷ its base", "asked for"])]
+    for row in record["rows"]:
+        asked = f"≤ {row['most_us']:g} µs" if row["most_us"] else f"{row['needs']:.2f}" if row["needs"] else ""
+        rates = (_number(row[name], 2) for name in ("of_read_rate", "of_base"))
+        lines.append(_row([row["name"], f"{row['seconds'] * 1e6:.1f}", *rates, asked]))
+    return "\n".join(lines) + "\n"
+
+
+def masks(record: dict[str, Any]) -> str:
+    """The other's time ÷ ours, by row, length and head dim; and what finding out blocks takes."""
+    rows: dict[tuple, dict[str, str]] = {}
+    for cell in record["cells"]:
+        found = rows.setdefault((cell["row"], cell["seqlen"], cell["head_dim"], cell["goal"]), {})
+        if cell["ours"]:
+            found[cell["direction"]] = f"{statistics.median(cell['other']) / statistics.median(cell['ours']):.2f}"
+    lines = [_of_run(record["about"]), "", *_header(["what ÷ what", "length", "d", "forward", "backward", "asked for"])]
+    for (name, seqlen, head_dim, goal), found in rows.items():
+        both = (found.get(direction, "–") for direction in ("forward", "backward"))
+        lines.append(_row([name, _length(seqlen), str(head_dim), *both, f"{goal:.2f}"]))
+    lines += [""] + [
+        f"`block_mask`, {_length(found['seqlen'])} × {_length(found['seqlen'])}: {found['seconds'] * 1e6:.0f} µs, "
+        f"{found['bytes'] / 2**20:.2f} MiB."
+        for found in record["block_masks"]
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _of_run(about: dict[str, Any]) -> str:
+    """The card, the date and the versions of what most depends on."""
+    versions = (f"{name} {about['versions'][name]}" for name in ("torch", "nvidia-cutlass-dsl", "cudnn", "triton"))
+    return f"{about['card']['name']}, {about['date']}; {', '.join(versions)}"
+
+
 def _counters(path: Path) -> CountersRecord:
     from benchmarks.counters import CountersRecord  # needs what proves layouts; the other documents don't
 
@@ -292,6 +330,8 @@ BLOCKS: dict[str, tuple[Callable, Callable[..., str]]] = {
     "context-parallel": (_json, _context_parallel),
     "model": (_json, model.figures),
     "serving": (_json, serving.figures),
+    "serving": (_json, serving),
+    "masks": (_json, masks),
     "first-call": (Record.load, first_call),
     "variants": (_json, variants),
     "whole": (PartsRecord.load, whole),
