@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import compare, model, training
+from benchmarks import compare, model, serving, training
 from benchmarks.anchors import geometric_mean
 from benchmarks.parts.catalogue import PARTS
 from benchmarks.parts.results import Figure, PartsRecord
@@ -329,6 +329,7 @@ BLOCKS: dict[str, tuple[Callable, Callable[..., str]]] = {
     "host": (Record.load, host),
     "context-parallel": (_json, _context_parallel),
     "model": (_json, model.figures),
+    "serving": (_json, serving.figures),
     "serving": (_json, serving),
     "masks": (_json, masks),
     "first-call": (Record.load, first_call),

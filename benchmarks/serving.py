@@ -265,14 +265,41 @@ def cell_of(row: Row, found: dict[str, float], rate: float) -> dict[str, Any]:
             "most_us": row.most_us, "met": met}  # fmt: skip
 
 
+HEADINGS = ("step", "µs", "to read alone", "TB/s", "of R", "of its base", "needs", "")
+
+
+def shown(cell: dict[str, Any], rate: float) -> list[str]:
+    """What was measured of a row, under :data:`HEADINGS`."""
+    needs = f"≤ {cell['most_us']:g} µs" if cell["most_us"] else f"{cell['needs']:.2f}" if cell["needs"] else ""
+    alone = cell.get("read_seconds")
+    return [
+        cell["name"],
+        f"{cell['seconds'] * 1e6:.1f}",
+        "" if alone is None else f"{alone * 1e6:.1f}",
+        f"{cell['of_read_rate'] * rate / 1e12:.2f}",
+        f"{cell['of_read_rate']:.3f}",
+        "" if cell["of_base"] is None else f"{cell['of_base']:.3f}",
+        needs,
+        {True: "met", False: "missed", None: ""}[cell["met"]],
+    ]
+
+
+def last_line(rate: float, host: float) -> str:
+    return f"R, a plain streaming read: {rate / 1e12:.2f} TB/s; the host's part of an eager call: {host * 1e6:.1f} µs"
+
+
 def show(cells: list[dict[str, Any]], rate: float, host: float, console: Console) -> None:
-    table = Table("step", "µs", "to read alone", "TB/s", "of R", "of its base", "needs", "")
+    table = Table(*HEADINGS)
     for cell in cells:
-        needs = f"≤ {cell['most_us']:g} µs" if cell["most_us"] else f"{cell['needs']:.2f}" if cell["needs"] else ""
-        base = "" if cell["of_base"] is None else f"{cell['of_base']:.3f}"
-        mark = {True: "met", False: "[bold red]missed[/]", None: ""}[cell["met"]]
-        reads = f"{cell['of_read_rate'] * rate / 1e12:.2f}", f"{cell['of_read_rate']:.3f}"
-        times = (f"{cell[name] * 1e6:.1f}" for name in ("seconds", "read_seconds"))
-        table.add_row(cell["name"], *times, *reads, base, needs, mark)
+        table.add_row(*shown(cell, rate))
     console.print(table)
-    console.print(f"R, a plain streaming read: {rate / 1e12:.2f} TB/s; the host's part of an eager call: {host * 1e6:.1f} µs")
+    console.print(last_line(rate, host))
+
+
+def figures(found: dict[str, Any]) -> str:
+    """The same of a file, for a document."""
+    about, rate = found["about"], found["read_bytes_per_second"]
+    lines = [f"{about['card']['name']}, {about['date']}; " + ", ".join(f"{n} {v}" for n, v in about["versions"].items()), ""]
+    lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    lines += ["| " + " | ".join(shown(cell, rate)) + " |" for cell in found["rows"]]
+    return "\n".join([*lines, "", last_line(rate, found["host_seconds"])]) + "\n"

@@ -127,6 +127,8 @@ class CachedKeys:
         shift, begin, end = keys - queries, Int32(0), keys
         if cutlass.const_expr(problem.bounded_left):
             begin = cutlass.min(cutlass.max(shift - self.left, 0), keys)
+            if cutlass.const_expr(bool(problem.expression.pairs)):
+                begin = begin // 2 * 2  # two neighbouring keys that are loaded for begin at an even one
         if cutlass.const_expr(problem.bounded_right):
             end = cutlass.max(cutlass.min(keys + self.right, keys), begin)
         tiles = cutlass.max((end - begin + config.tile_n - 1) // config.tile_n, 1)

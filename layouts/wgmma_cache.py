@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import product
 
 from . import mma_sync, mma_sync_cache, wgmma
-from .base import Config, Gpu, cute_layout, element
+from .base import Config, Gpu, Layout, cute_layout, element
 from .tma import ROWS_PER_WARPGROUP
 
 TILE_DIMS, tile_dim = wgmma.TILE_DIMS, wgmma.tile_dim
@@ -84,10 +84,16 @@ def tile(operand: str, config: Config) -> tuple[int, int]:
     return mma_sync.tile(operand, _copied(config))
 
 
-def smem_layout(operand: str, config: Config):
-    """Where an operand lies, as the DSL's object: Q ``(64, columns, 1)``, K and V ``(keys, columns, (1, stage))``."""
+def smem(operand: str, config: Config) -> Layout:
+    """An operand in shared memory: Q ``(64, columns, 1)``, K and V ``(keys, columns, (1, stage))``; the V of a stage is behind
+    its K."""
     layout = wgmma.smem(operand, config)
-    return cute_layout(mma_sync_cache.in_ring(layout, config) if operand in "KV" else layout)
+    return mma_sync_cache.in_ring(layout, config) if operand in "KV" else layout
+
+
+def smem_layout(operand: str, config: Config):
+    """:func:`smem` as the DSL's object."""
+    return cute_layout(smem(operand, config))
 
 
 def copies(config: Config):

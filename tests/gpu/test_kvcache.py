@@ -114,7 +114,8 @@ def test_rows_of_no_sequence():
     assert (lse[:, 8:] == -math.inf).all()
 
 
-def test_functions_and_sinks():
+@pytest.mark.parametrize("edges", [{"causal": True}, {"window": (101, 0)}], ids=str)
+def test_functions_and_sinks(edges):
     one = case(LENGTHS, 3, (8, 2))
     sinks, bias = torch.randn(8, device="cuda"), torch.randn(8, 4096, device="cuda")
 
@@ -124,7 +125,7 @@ def test_functions_and_sinks():
     def biased(score, batch, head, q_idx, kv_idx):
         return score + bias[head, kv_idx]
 
-    rules = {"causal": True, "sinks": sinks, "mask": odd, "score": biased}
+    rules = {**edges, "sinks": sinks, "mask": odd, "score": biased}
     one.check(one.attend(one.paged(16), **rules), False, **rules)
 
 

@@ -6,6 +6,7 @@ pytest.importorskip("cutlass.cute")
 
 from cute_attn import cubin
 from cute_attn.layouts import family, for_target, mma_sync_cache
+from cute_attn.layouts.tools import algebra
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 
@@ -50,3 +51,21 @@ def test_new_keys():
     code = cubin.inspect(problem, plan(problem, "sm_90a"))
     assert not code.local_bytes
     assert code.registers <= 64
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_80"])
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (32, 256)], ids=str)
+@pytest.mark.parametrize("rows", mma_sync_cache.ROWS)
+def test_every_place_of_the_ring_is_of_one_element(rows, dims, target):
+    config = plan(Problem("bfloat16", *dims, rows=rows), target)
+    lay, taken = family(config), set()
+    for operand, first in (("K", 0), ("V", config.tile_n * config.tile_d)):
+        layout = lay.smem(operand, config)
+        keys, columns = layout.shape[0], config.tile_d if operand == "K" else config.tile_dv
+        assert layout.shape[2] == (config.key_warps, config.stages)
+        assert keys * config.key_warps == config.tile_n
+        here = {first + offset for offset in algebra.table(layout).flat}
+        assert len(here) == keys * columns * config.key_warps * config.stages
+        assert not here & taken
+        taken |= here
+    assert taken == set(range(config.stages * config.tile_n * (config.tile_d + config.tile_dv)))
