@@ -554,8 +554,8 @@ def attend(
         rules["window"] = left, right
     of_cache = {name: value for name, value in rules.items() if name not in ("dropout_p", "bias")}
     if (table := others.get("block_table")) is not None:
-        if dropout:
-            raise Beyond(f"dropout of {dropout} beside pages", False)
+        if dropout or bias is not None:
+            raise Beyond(f"{f'dropout of {dropout}' if dropout else 'a bias of the scores'} beside pages", False)
         assert cu_seq_lens_q is not None
         assert cu_seq_lens_k is not None
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)

@@ -1338,6 +1338,13 @@ TRANSFORMERS = [
             ("block_indices", "blocks of keys that are chosen for each query", torch.zeros(1)),
         )
     ),
+    *(
+        Row(f"{name} beside pages", layer(block_table=int32([0], [1]), **asked), transformers.Beyond, got, BAND, "'eager'")
+        for name, got, asked in (
+            ("dropout", "dropout of 0.1 beside pages", {"dropout": 0.1}),
+            ("a bias", "a bias of the scores beside pages", {"position_bias": torch.zeros(1)}),
+        )
+    ),
     Row(
         "a mask of one's own",
         in_a_graph(masked(lambda batch, head, query, key: (key <= query) | (key < 3))),
