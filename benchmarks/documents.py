@@ -261,18 +261,6 @@ def counters(record: CountersRecord) -> str:
     return "\n".join(lines) + f"\n\n{record.summary}.\n"
 
 
-def serving(record: dict[str, Any]) -> str:
-    """Steps of serving, and what was asked for: a part of R, of the time of another row's step, or microseconds at most."""
-    lines = [f"{_of_run(record['about'])}; R, a plain streaming read, {record['read_bytes_per_second'] / 1e12:.2f} TB/s; the"]
-    lines[0] += f" host's part of an eager call {record['host_seconds'] * 1e6:.1f} µs"
-    lines += ["", *_header(["batch × keys", "µs", "÷ R", "÷ its base", "asked for"])]
-    for row in record["rows"]:
-        asked = f"≤ {row['most_us']:g} µs" if row["most_us"] else f"{row['needs']:.2f}" if row["needs"] else ""
-        rates = (_number(row[name], 2) for name in ("of_read_rate", "of_base"))
-        lines.append(_row([row["name"], f"{row['seconds'] * 1e6:.1f}", *rates, asked]))
-    return "\n".join(lines) + "\n"
-
-
 def masks(record: dict[str, Any]) -> str:
     """The other's time ÷ ours, by row, length and head dim; and what finding out blocks takes."""
     rows: dict[tuple, dict[str, str]] = {}
@@ -330,7 +318,6 @@ BLOCKS: dict[str, tuple[Callable, Callable[..., str]]] = {
     "context-parallel": (_json, _context_parallel),
     "model": (_json, model.figures),
     "serving": (_json, serving.figures),
-    "serving": (_json, serving),
     "masks": (_json, masks),
     "first-call": (Record.load, first_call),
     "variants": (_json, variants),
