@@ -174,7 +174,8 @@ def configs(
                     for bounded in (False, True):
                         problem = Problem(name, dim, head_dim_v or dim, bounded_right=bounded, gradients=gradients)
                         for config in module.configs(problem, mechanism, target):
-                            found.setdefault(config, head_dim)
+                            # Blocks that share a key tile have the layouts of one that doesn't.
+                            found.setdefault(replace(config, head_blocks=1), head_dim)
     return list(found.items())
 
 
