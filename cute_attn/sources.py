@@ -169,8 +169,8 @@ def _parts() -> dict[str, ModuleSpec | None]:
     """All that kernels consist of, imported."""
     _texts()
     mainloops = import_module("cute_attn.mainloop")
-    for name in ("cute_attn.forward", "cute_attn.backward", "cute_attn.merge", "cute_attn.attend", "cute_attn.append"):
-        import_module(name)
+    for name in ("forward", "backward", "merge", "attend", "append", "classify"):
+        import_module(f"cute_attn.{name}")
     for found in pkgutil.iter_modules(mainloops.__path__):
         import_module(f"{mainloops.__name__}.{found.name}")
     _check_unchanged()
