@@ -86,13 +86,13 @@ class Tickets:
 def write_zeros(words: cute.Tensor, stream):
     """Zeros in int32 words, before the kernels that come next on the stream. One launch, as torch's would be, without what
     torch's takes of the host."""
-    _write_zeros(words).launch(grid=[cute.ceil_div(words.shape[0], THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream)
+    _write_zeros(words).launch(grid=[cute.ceil_div(cute.size(words), THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
 @cute.kernel
 def _write_zeros(words: cute.Tensor):
     i = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
-    if i < words.shape[0]:
+    if i < cute.size(words):
         words[i] = Int32(0)
 
 
