@@ -35,7 +35,7 @@ class Size:
 
 
 SIZES = {
-    "cuda": Size(layers=8, heads=8, heads_kv=2, head_dim=64, tokens=16384, documents=64, steps=400),
+    "cuda": Size(layers=8, heads=8, heads_kv=2, head_dim=64, tokens=16384, documents=64, steps=300),
     "cpu": Size(layers=2, heads=4, heads_kv=2, head_dim=16, tokens=512, documents=4, steps=80),
 }
 
