@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_attn import block_mask, masks
+from cute_attn.blocks import CUT
 from tests.host.test_blocks import pairs, random_mask
 
 pytest.importorskip("cutlass")
@@ -98,6 +99,24 @@ def test_what_a_warpgroup_computes(what, sizes, tile, leads, scale):
                 so_far |= part.any(1)
             others = [name for name in range(-(-sk // tile[1])) if name not in names]
             assert not any(rows[:, name * tile[1] : (name + 1) * tile[1]].any() for name in others)
+
+
+@settings(max_examples=20, deadline=None)
+@given(what=st.sampled_from(sorted(MASKS)), n=st.integers(1, 380), tile=st.sampled_from([(128, 128), (128, 64)]))
+def test_a_walk_without_warpgroups_takes_all_tiles(what, n, tile):
+    """As ``cp_async`` does, and dQ's kernel of wide heads: each tile once, and no mask for whole ones."""
+    blocks = block_mask(MASKS[what], None, None, n, n, device="cpu")
+    kinds = blocks.tiles(*tile)[0, 0]
+    for m_block, words in enumerate(blocks.key_lists(*tile, 1, 1)[0, 0].tolist()):
+        keys, found = walks.ListedKeys(Words(words), n, 0, words[1], words[0], words[2]), []
+
+        def step(state, where, found=found, keys=keys):
+            found.append((keys.tile(where[0]), bool(where[1]), bool(keys.needs_mask(where[0]))))
+            return state
+
+        walks.walk.__wrapped__(step, None, keys, LISTED, last=True)
+        assert sorted(name for name, *_ in found) == kinds[m_block].nonzero().flatten().tolist()
+        assert all(masked == needed == (kinds[m_block, name] == CUT) for name, masked, needed in found)
 
 
 @pytest.mark.parametrize("what", ["causal", "window", "document"])
