@@ -76,7 +76,7 @@ def test_all_rows_of_a_tile(queries):
 @pytest.mark.parametrize("dims", [(16, 16), (128, 128)], ids=str)
 def test_strides(dims, pads):
     """Heads before rows in memory, k otherwise than v, and q a part of something."""
-    one = case([40, 500, 1], 3, (8, 2), dims)
+    one = case([40, 500, 33], 3, (8, 2), dims)  # of one key few log-sum-exps have an error beside which ours counts
     places = one.contiguous(520, pads)
     places["k_cache"] = places["k_cache"].transpose(1, 2).contiguous().transpose(1, 2)
     v_cache = torch.full((4, 530, 2, 3 * dims[1]), math.nan, dtype=BF16, device="cuda")[:3, 5:525, :, dims[1] : 2 * dims[1]]
