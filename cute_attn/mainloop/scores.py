@@ -356,7 +356,7 @@ class Scores:
         columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
         if cutlass.const_expr(not self.unrolls):
             self._mask_inside(scores, origin, False)
-        elif origin[1] + self._tile_columns() <= columns:
+        elif origin[1] + self._tile_columns() <= self._elements(origin).held(columns):
             self._mask_inside(scores, origin, True)
         else:
             self._mask_inside(scores, origin, False)
@@ -366,7 +366,7 @@ class Scores:
         return -(-(self.where.zero[0, cute.size(self.where.zero, mode=[1]) - 1][1] + 1) // 8) * 8
 
     def _mask_inside(self, scores: cute.Tensor, origin, inside: bool):
-        """By the function; ``inside``: no column is past the end."""
+        """By the function; ``inside``: no column is past an end, the sequence's or that of a tensor that is read."""
         elements, last = self._elements(origin), self.values.seqlen_k - 1
         first = origin[1] + self.where.thread[0, 0][1]
         exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in range(cute.size(scores, mode=[0]))]

@@ -153,9 +153,9 @@ class ListedKeys:
             skipped += 1
         while (skipped < past - 1) & mine._says(past - 1, UNSEEN_BIT):
             past -= 1
-        masked = cutlass.max(self.masked - skipped, 0)
-        whole_end = cutlass.min(cutlass.max(self.whole_end - skipped, 0), past - skipped)
-        mine = replace(mine, first=skipped, count=past - skipped, masked=masked, whole_end=whole_end, left=self.count - past)
+        count = past - skipped
+        masked, whole_end = (cutlass.min(cutlass.max(end - skipped, 0), count) for end in (self.masked, self.whole_end))
+        mine = replace(mine, first=skipped, count=count, masked=masked, whole_end=whole_end, left=self.count - past)
         return mine, skipped
 
     def place(self, i):

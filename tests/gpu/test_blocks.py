@@ -111,6 +111,34 @@ def test_scores_that_rise_from_tile_to_tile(d, jump, mechanism):
     assert_close(got, q, k, v, mask=masks.causal)
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_query_tiles_across_documents(d, mechanism):
+    """Warpgroups of one tile that see other documents leave tiles to one another, at either end."""
+    ids = torch.arange(2000, device="cuda") // 130 * (torch.arange(2000, device="cuda") % 2000 < 1700).int()
+    q, k, v = make_qkv(1, 2000, 2000, 2, 2, d, d, BF16, "cuda")
+    for mask in (masks.document(ids), masks.and_masks(masks.document(ids), masks.causal), masks.window(300, 20)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        blocks = block_mask(mask, None, None, 2000, 2000, device="cuda")
+        results = []
+        for given in (None, blocks):
+            out = attention(*leaves, mask=mask, block_mask=given, mechanism=mechanism)
+            results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
+def test_a_table_that_ends_before_the_keys(mechanism):
+    """Keys past its end read its last element, in tiles that are inside of the sequence, too."""
+    q, k, v = make_qkv(1, 700, 700, 2, 2, 64, 64, BF16, "cuda")
+    shown = torch.arange(300, device="cuda") % 7 != 3
+    mask = lambda batch, head, q_idx, kv_idx: shown[kv_idx] & (q_idx >= kv_idx)  # noqa: E731
+    blocks = block_mask(mask, None, None, 700, 700, device="cuda")
+    got = attention(q, k, v, mask=mask, block_mask=blocks, mechanism=mechanism)
+    whole = torch.cat((shown, shown[-1].expand(400)))
+    want = attention(q, k, v, mask=lambda batch, head, q_idx, kv_idx: whole[kv_idx] & (q_idx >= kv_idx), mechanism=mechanism)
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("dims", DIMS)
 def test_nothing_gets_out_of_a_masked_key(dims, mechanism):
     """NaN and infinities in keys and values that a function hides from some rows: the same bits in all results of those."""
