@@ -148,8 +148,8 @@ class Elements:
         return columns
 
     def load_column(self, column: int, first: int, offset: int):
-        """Load what is loaded of a column whose position is ``offset`` past column ``first``'s, where all are :meth:`held`: from
-        one address, and with numbers that are known at compile time."""
+        """Load what is loaded of a column whose position is ``offset`` past column ``first``'s, where all are :meth:`held`:
+        from one address, and with numbers that are known at compile time."""
         for node in self._of_columns():
             _, kind, *operands = self.expression.nodes[node]
             leaf, place = self._at(0, first, None)
