@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cute_attn import launch, layouts
+from cute_attn import api, kvcache, launch, layouts
 
 
 def pytest_collection_modifyitems(items):
@@ -15,6 +15,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def planned_anew(monkeypatch):
+    """How calls were planned is of each test alone: some change which kernels there are."""
+    monkeypatch.setattr(api, "_kept", {})
+    monkeypatch.setattr(kvcache, "_steps", {})
 
 
 @pytest.fixture(params=["tma_wgmma", "cp_async"])
