@@ -94,7 +94,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--rounds", type=command.positive, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--config", nargs="+", default=[], metavar="ROWS:FIELD=N,…",
                         help="other fields of the configs of tiles of so many rows, such as 64:stages=2")  # fmt: skip
-    parser.add_argument("--tiles", type=int, choices=serve.ROWS, metavar="ROWS", help="take tiles of so many rows always")
+    parser.add_argument("--tiles", type=command.positive, choices=serve.ROWS, metavar="ROWS",
+                        help="take tiles of so many rows always")  # fmt: skip
     parser.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here")
 
 

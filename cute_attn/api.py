@@ -192,7 +192,10 @@ def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = Fals
         or dispatch_modes()
     ):
         return check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
-    shapes, dtypes, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+    try:
+        shapes, dtypes, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+    except RuntimeError:  # a strided nested tensor
+        return check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
     key = shapes, dtypes, devices, scale, causal, window, softcap, heads_first
     call = _kept.get(key)
     if call is None:
