@@ -23,7 +23,7 @@ BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
-_NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})  # kinds whose equal values mean the same
+_NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
 _kept: dict[tuple, Call] = {}
 KEPT_MAX = 1024  # calls; each of another shape or rule
 _UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
@@ -182,15 +182,18 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def are_usual_kinds(scale, window, softcap, *flags) -> bool:
+    """Whether rules are of the kinds whose equal values mean the same, so that calls can be known by them: True is equal to 1,
+    and is no reach of a window."""
+    if not (type(scale) in _NUMBER and type(softcap) in _NUMBER and all(type(x) is bool for x in flags)):
+        return False
+    return window is None or (type(window) is tuple and _REACH.issuperset(map(type, window)))
+
+
 def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = False) -> Call:
     """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, dtypes and devices with the same rules,
     so that these are checked and planned once."""
-    if (
-        not (q.is_cuda and type(causal) is bool and type(scale) in _NUMBER and type(softcap) in _NUMBER)
-        or not (window is None or (type(window) is tuple and _REACH.issuperset(map(type, window))))
-        or is_compiling()
-        or dispatch_modes()
-    ):
+    if not (q.is_cuda and are_usual_kinds(scale, window, softcap, causal)) or is_compiling() or dispatch_modes():
         return check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
     try:
         shapes, dtypes, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)

@@ -156,8 +156,7 @@ def attention_kvcache(
     if differentiable:
         raise NotImplementedError(
             "q, the cache, new keys or sinks require a gradient, which attention to a cache has none of; a call that records "
-            "none "
-            "is needed: try torch.no_grad() around it, or attention()"
+            "none is needed: try torch.no_grad() around it, or attention()"
         )
     stored.check_values(k_cache.shape[0], call.seqlen_q)
     if on_reference:
@@ -174,13 +173,8 @@ def attention_kvcache(
 def _key(q, k_cache, v_cache, where: tuple, new: tuple, sinks, rules: tuple) -> tuple | None:
     """What a call's step depends on; None where that can't be told at first sight."""
     scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, _, _ = rules
-    if (
-        type(q) is type(k_cache) is type(v_cache) is torch.Tensor
-        and type(causal) is type(return_lse) is type(batch_invariant) is type(rotary_interleaved) is bool
-        and (scale is None or type(scale) is float)
-        and (window is None or type(window) is tuple)
-        and (softcap is None or type(softcap) is float)
-    ):
+    flags = causal, return_lse, batch_invariant, rotary_interleaved
+    if type(q) is type(k_cache) is type(v_cache) is torch.Tensor and api.are_usual_kinds(scale, window, softcap, *flags):
         lengths, table, *others = where
         more = (*others, *new, sinks)
         shapes = None if more == _NONE else tuple(x if x is None else x.shape for x in more)

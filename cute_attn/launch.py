@@ -181,7 +181,7 @@ def _forward_as_planned(planned: tuple, call: Call, return_lse: bool, for_backwa
         raise ValueError("a tensor without memory")
     function, device, rest = planned
     out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
-    _call(function, device, (q, k, v, out, lse, lse_raw, None, None, None, *rest, raw_stream(device)))
+    run_on(function, device, (q, k, v, out, lse, lse_raw, None, None, None, *rest, raw_stream(device)))
     return out, lse, lse_raw
 
 
@@ -226,7 +226,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
         lists = _lists_of_gradients(call, planned.problem, mechanism, planned.device)
     into = *gradient.values(), *lists, tuple(of_captured.values()) or None
     tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *into
-    _call(planned.function, planned.device, (*tensors, *planned.rest, raw_stream(planned.device)))
+    run_on(planned.function, planned.device, (*tensors, *planned.rest, raw_stream(planned.device)))
     found = tuple(x if name in wanted else None for name, x in gradient.items())
     if not call.others:
         return found
@@ -397,7 +397,7 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tuple) -> None:
-    _call(function, device, (*tensors, *_besides_tensors(call, blocks), raw_stream(device)))
+    run_on(function, device, (*tensors, *_besides_tensors(call, blocks), raw_stream(device)))
 
 
 def _besides_tensors(call: Call, blocks: int) -> tuple:
@@ -413,8 +413,8 @@ def _besides_tensors(call: Call, blocks: int) -> tuple:
     return captured, *drops, *where, *numbers
 
 
-def _call(function: Callable, device: int, arguments: tuple) -> None:
-    """On a device, whichever is current."""
+def run_on(function: Callable, device: int, arguments: tuple) -> None:
+    """Call a compiled kernel on a device, whichever is current."""
     if current_device() == device:
         function(*arguments)
     else:

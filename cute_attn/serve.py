@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 
 from cute_attn import launch, rules
-from cute_attn.launch import as_read, device_target, prepared
+from cute_attn.launch import as_read, device_target, prepared, run_on
 from cute_attn.layouts import for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
 from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
-from cute_attn.private import current_device, raw_stream
+from cute_attn.private import raw_stream
 from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides, is_aligned
 from cute_attn.stored import UNIT_TILES, UNITS_MAX, Stored
 
@@ -91,8 +91,10 @@ class Step:
     def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
         """``(out, lse)``, on the current stream. ``where`` is as in ``stored.NAMES``, without the last, and ``new`` (k_new,
         v_new, cos, sin, rotary_begin)."""
+        lacks = not (q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr())
+        if lacks or (new is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
+            raise ValueError("a tensor without memory")  # which one attention_kvcache says
         stream = raw_stream(self.device)
-        elsewhere = current_device() != self.device
         if self.append is not None and new is not None:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
         out = q.new_empty(self.out_shape)
@@ -104,11 +106,7 @@ class Step:
             sinks = sinks.detach().float().contiguous()
         room = workspace.words, workspace.counters
         arguments = q, k_cache, v_cache, out, lse, *room, sinks, captured, *where, *self.numbers, stream
-        if elsewhere:
-            with torch.cuda.device(self.device):
-                self.function(*arguments)
-        else:
-            self.function(*arguments)
+        run_on(self.function, self.device, arguments)
         return out, lse
 
     def _workspace(self, q, stream: int) -> StreamWorkspace:
@@ -165,11 +163,7 @@ def _append(function: tuple, q, k_cache, v_cache, where: tuple, new: tuple, seql
     if k_new.numel() or (turns and q.numel()):
         queries = (q, turned) if turns else (None, None)
         arguments = k_cache, v_cache, k_new, v_new, *queries, cos, sin, rotary_begin, *where, seqlen_new, stream
-        if current_device() == device:
-            launch_append(*arguments)
-        else:
-            with torch.cuda.device(device):
-                launch_append(*arguments)
+        run_on(launch_append, device, arguments)
     return turned if turns else q
 
 

@@ -556,8 +556,11 @@ def attend(
     if (table := others.get("block_table")) is not None:
         if dropout or bias is not None:
             raise Beyond(f"{f'dropout of {dropout}' if dropout else 'a bias of the scores'} beside pages", False)
-        assert cu_seq_lens_q is not None
-        assert cu_seq_lens_k is not None
+        if cu_seq_lens_q is None or cu_seq_lens_k is None:
+            raise ValueError(
+                "block_table is given without cu_seq_lens_q and cu_seq_lens_k; both are needed, since its keys are in pages: "
+                "pass them, as generate_batch does"
+            )
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         before = (cu_seq_lens_k - cu_seq_lens_q).diff()  # of sequences that there aren't, behind the others: 0
         step = {"lengths": before, "page_table": table, "cu_seqlens_q": cu_seq_lens_q, "k_new": k, "v_new": v}

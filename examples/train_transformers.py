@@ -2,7 +2,7 @@
 
 The documents are Python's own help topics, which every installation has; a byte is a token. Those of a step lie one after
 another in one row, without padding, and ``cu_seq_lens`` says where each begins: none sees another. The model is Transformers',
-with random weights, compiled by torch.compile into one graph. A minute on a GPU; without one a smaller model on the CPU.
+with random weights, compiled by torch.compile into one graph. About a minute on a GPU; without one a smaller model on the CPU.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cute_attn import api, block_mask, masks, reference
+from cute_attn import api, block_mask, kvcache, masks, reference, serve
 from cute_attn import launch as launching
 from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
@@ -130,6 +130,29 @@ def test_values_of_other_kinds_meet_no_kept_call(monkeypatch):
         kept(q, scale=True)
     with pytest.raises(TypeError):
         kept(q, window=(True, 0))
+
+
+def test_values_of_other_kinds_meet_no_step_of_a_cache():
+    q, cache, lengths = torch.empty(1, 1, 2, 64), torch.empty(1, 9, 2, 64), torch.empty(1)
+
+    def key(window=None, scale=None, causal=True):
+        rules = scale, window, None, causal, False, False, False, "auto", None
+        return kvcache._key(q, cache, cache, (lengths, *[None] * 5), (None,) * 5, None, rules)
+
+    assert key() == key() != key((1, 0))
+    assert None not in (key(), key((1, 0)), key(scale=1.0))
+    assert key((True, 0)) is key(scale=True) is key(causal=1) is None
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_no_step_of_a_cache_is_taken_without_memory(place):
+    """The launcher, which looks at all else, takes an address of 0."""
+    step = object.__new__(serve.Step)
+    tensors = [torch.ones(1, 1, 2, 64) for _ in range(5)]
+    tensors[place].untyped_storage().resize_(0)
+    q, k_cache, v_cache, k_new, v_new = tensors
+    with pytest.raises((RuntimeError, ValueError), match=r"memory|storage"):
+        step(q, k_cache, v_cache, (None,) * 6, (k_new, v_new, None, None, None), None, None)
 
 
 def test_as_many_calls_are_kept_as_there_is_room_for(monkeypatch):

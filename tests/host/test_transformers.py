@@ -255,6 +255,8 @@ def test_sequences_that_there_are_not(compiled):
     before = k_cache.clone()
     bounds_q, bounds_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 2, 2, 2], [0, 1, 4, 4, 4]))
     step = {"block_table": table, "k_cache": k_cache, "v_cache": v_cache, "cu_seq_lens_q": bounds_q, "cu_seq_lens_k": bounds_k}
+    with pytest.raises(ValueError, match="block_table is given without cu_seq_lens_q and cu_seq_lens_k; both are needed"):
+        integration.attend(SimpleNamespace(), q, k, v, None, is_causal=True, **(step | {"cu_seq_lens_k": None}))
     out, weights = attend(SimpleNamespace(), q, k, v, None, is_causal=True, **step)
     assert (out.shape, weights, counter.frame_count) == ((1, 4, 4, 8), None, 2 if compiled else 0)
     assert not out[:, 2:].count_nonzero()
