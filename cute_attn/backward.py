@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib
 from functools import partial
 
+from dataclasses import replace
+
 import cutlass
 from cutlass import Float32, Int32, cute
 
@@ -23,7 +25,7 @@ from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, named
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
-from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
+from cute_attn.layouts.base import IN_TURN, ROW_PADDING, VECTOR, cute_layout
 from cute_attn.layouts.fragments import rows_columns, vector
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import LOWEST, finite_row
@@ -62,6 +64,8 @@ def host_function(problem, config):
         long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
+        if cutlass.const_expr(given.query_lists is not None and not problem.deterministic):
+            tiles = replace(tiles, in_turn=given.query_lists[None, None, None, IN_TURN])
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)

@@ -12,7 +12,7 @@ from cutlass.cute import runtime
 
 from cute_attn import layouts
 from cute_attn.fields import FORWARD, Field, named
-from cute_attn.layouts.base import ROW_PADDING, VECTOR, element
+from cute_attn.layouts.base import IN_TURN, ROW_PADDING, VECTOR, element
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tickets, Tiles
 from cute_attn.sequences import Sequences, Side
@@ -45,6 +45,8 @@ def host_function(problem, config, mainloop=None):
         if cutlass.const_expr(given.tickets is not None):
             tiles = replace(tiles, tickets=Tickets(given.tickets))
             tiles.tickets.reset(given.stream)
+        if cutlass.const_expr(given.key_lists is not None):
+            tiles = replace(tiles, in_turn=given.key_lists[None, None, None, IN_TURN])
         mainloop.launch(q, k, v, o, lse, values, tiles, given.blocks, given.stream)
 
     return forward
