@@ -14,9 +14,8 @@ log-sum-exp enters through delta, since ∂LSE_i / ∂S_ij = P_ij):
 from __future__ import annotations
 
 import importlib
-from functools import partial
-
 from dataclasses import replace
+from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, cute

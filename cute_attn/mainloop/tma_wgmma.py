@@ -436,9 +436,8 @@ class Forward(Kernel):
                 kv_state = step(kv_state, (keys.later(keys.later(top, 1), i), True), again=True)
         else:
             before = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
-            # The steps after whole tiles rescale l.
-            several = self.problem.bounded_left or bool(self.problem.blocks)
-            after = softmax.note_growth if cutlass.const_expr(self.anchored and several) else None
+            # The steps after whole tiles rescale l; those of a list don't.
+            after = softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
             kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
         if cutlass.const_expr(self.config.separate_o):
@@ -477,12 +476,13 @@ class Forward(Kernel):
         v_state,
         where,
         again: cutlass.Constexpr[bool] = False,
-        anchored: cutlass.Constexpr[bool] = True,
+        anchored: cutlass.Constexpr = None,
     ):
-        """Scores and softmax of a key tile, while the tensor cores add the tile before it to O."""
+        """Scores and softmax of a key tile, while the tensor cores add the tile before it to O; ``anchored``, if not said, as
+        it is whole."""
         n, masked = where
-        anchored = anchored and self.anchored and masked is False
-        hold = tile.keys.is_whole(n) if cutlass.const_expr(self.anchored and again) else None
+        anchored = self.anchored and (masked is False if anchored is None else anchored)
+        hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
         k_state = v_state.clone()
         k_state.advance()
         pipes.k.consumer_wait(k_state)
