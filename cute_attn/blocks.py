@@ -31,10 +31,9 @@ from torch.nn.functional import pad
 
 from cute_attn.arguments import shown
 from cute_attn.expressions import Expression, TorchOps, traced
-from cute_attn.layouts.base import BLOCK, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import BLOCK, CUT, NONE, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE, WHOLE_BIT
 from cute_attn.private import raw_stream
 
-NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks and tiles
 ROWS_OF_WARPGROUP = 64
 LENGTH_MAX = BLOCK << TILE_BITS
 MEMBERS_MAX = 1 << (31 - TILE_BITS)

@@ -37,9 +37,8 @@ def host_function(problem, config, mainloop=None):
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         band = shift - given.left, shift + given.right
         rules = {"captured": captured_of(problem, given), "sinks": given.sinks, **dropout_of(given)}
-        values = Values(
-            seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, **rules, key_lists=given.key_lists
-        )
+        lists = {"key_lists": given.key_lists, "kinds": given.kinds}
+        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, **rules, **lists)
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, given.blocks, problem.unequal, sequences)
         if cutlass.const_expr(given.tickets is not None):

@@ -410,8 +410,9 @@ def _besides_tensors(call: Call, blocks: int) -> tuple:
     drops: tuple = None, None, None
     if call.seed is not None:
         drops = call.seed.view(torch.int32), dropout.threshold(call.dropout), dropout.kept_scale(call.dropout)
+    kinds = None if call.blocks is None else call.blocks.kinds.expand(call.batch, call.heads, -1, -1)
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    return captured, *drops, *where, *numbers
+    return kinds, captured, *drops, *where, *numbers
 
 
 def run_on(function: Callable, device: int, arguments: tuple) -> None:
