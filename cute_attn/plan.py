@@ -59,10 +59,13 @@ def head_blocks(choices: tuple[int, ...], tiles: int, heads_per_kv: int, at_once
     return best
 
 
+LISTS_DRAW = True  # whether tiles with lists are drawn by tickets in the forward pass
+
+
 def takes_tickets(problem: Problem, config: Config) -> bool:
     """Whether the forward pass needs memory for tickets, which persistent blocks draw for tiles whose costs are unequal and
     known on the device only (``scheduler.py``)."""
-    unequal = (bool(problem.ragged) and problem.bounded_right) or problem.blocks == "listed"
+    unequal = (bool(problem.ragged) and problem.bounded_right) or (problem.blocks == "listed" and LISTS_DRAW)
     return unequal and not problem.gradients and hasattr(layouts.family(config), "WORK_SLOTS")
 
 
