@@ -88,14 +88,14 @@ class Step:
         self.numbers = stored.seqlen_new, units, places, rows_kept, call.left or 0, right or 0, *scales, blocks
         self.append = None if stored.k_new is None else _appending(call, q)
 
-    def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
+    def __call__(self, q, k_cache, v_cache, where: tuple, new, sinks, captured):
         """``(out, lse)``, on the current stream. ``where`` is as in ``stored.NAMES``, without the last, and ``new`` (k_new,
-        v_new, cos, sin, rotary_begin)."""
+        v_new, cos, sin, rotary_begin), which is not looked at where there are no new keys."""
         lacks = not (q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr())
-        if lacks or (new is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
+        if lacks or (self.append is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
             raise ValueError("a tensor without memory")  # which one attention_kvcache says
         stream = raw_stream(self.device)
-        if self.append is not None and new is not None:
+        if self.append is not None:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
         out = q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
