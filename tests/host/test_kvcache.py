@@ -165,7 +165,8 @@ def test_the_same_step_is_planned_once(where, news, monkeypatch):
     monkeypatch.setattr(serve, "raw_stream", lambda _: 0)
     monkeypatch.setattr(serve, "run_on", lambda *how: launched.append(how))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    new = {f"{name}_new": torch.stack([x[:news] for x in held]) for name, held in (("k", case.k), ("v", case.v))} if news else {}
+    caches = {"k_new": case.k, "v_new": case.v} if news else {}
+    new = {name: torch.stack([x[:news] for x in held]) for name, held in caches.items()}
     given = made(case, where)
     for _ in range(3):
         case.attend(given, causal=True, **new)
