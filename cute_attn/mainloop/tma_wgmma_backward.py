@@ -281,9 +281,10 @@ class Backward(KeyBlocks):
         config, lay, w = self.config, self.lay, me.warpgroup
         S, dP, dV, dK, dQ = (lay.tiled_mma(role, config).get_slice(0) for role in ("S", "dP", "dV", "dK", "dQ"))
 
-        row_blocks = config.tile_m // lay.PIECE
-        sdS = cute.local_tile(transposed(shared.ds), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w % row_blocks, 0, None))
-        sKt = cute.local_tile(transposed(shared.k), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w // row_blocks, 0, None))
+        rows, columns = lay.piece_shape(config)
+        below = config.tile_m // rows
+        sdS = cute.local_tile(transposed(shared.ds), (rows, lay.ROWS_PER_WARPGROUP), (w % below, 0, None))
+        sKt = cute.local_tile(transposed(shared.k), (columns, lay.ROWS_PER_WARPGROUP), (w // below, 0, None))
         return BackwardFragments(
             tSrK=S.make_fragment_A(S.partition_A(shared.k[None, None, w])),
             tSrQ=S.make_fragment_B(S.partition_B(shared.q)),
@@ -295,7 +296,7 @@ class Backward(KeyBlocks):
             tQrK=dQ.make_fragment_B(dQ.partition_B(sKt)),
             acc_dV=self.accumulator("dV", config.tile_dv),
             acc_dK=self.accumulator("dK", config.tile_d),
-            acc_dQ=self.accumulator("dQ", lay.PIECE),
+            acc_dQ=self.accumulator("dQ", columns),
         )
 
     @cute.jit
