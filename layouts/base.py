@@ -254,7 +254,7 @@ def swizzle_atom(columns: int) -> tuple[int, int, int, int]:
 def row_width(layout: Layout) -> int:
     """The ``width`` of :func:`tiled_rows`."""
     columns = layout.shape[1]  # type: ignore[index]
-    return columns[0] if isinstance(columns, tuple) else columns
+    return columns[0] if isinstance(columns, tuple) else columns  # type: ignore[return-value]
 
 
 def element(config):

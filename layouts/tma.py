@@ -45,7 +45,7 @@ class Family:
     stored: dict[str, str]  # operands that come from registers, and the products whose accumulators' order they have there
     results: tuple[str, ...]  # those of them that go on to global memory
     over_rows: tuple[str, ...]  # products that sum over the rows of what they read from shared memory: it is MN-major
-    read_columns: Callable[[str, Config], int] | None = None  # of an operand by such a product, if not all; then rows are no wider
+    read_columns: Callable[[str, Config], int] | None = None  # that such a product reads at a time, if not all of an operand's
 
     def tile(self, operand: str, config: Config) -> tuple[int, int]:
         """(rows, columns) of one slot of an operand: what one TMA copy moves."""

@@ -127,8 +127,8 @@ def misfit(config: Config) -> str:
         (config.mma_warps != warps, f"{config.mma_warps} warps for {keys} keys; {warps} are needed: try mma_warps={warps}"),
         (
             not _in_pieces(config),
-            f"{warpgroups(config)} warpgroups for a {config.tile_m}×{config.tile_d} dQ, of which each takes {PIECE_ROWS} rows and a "
-            f"multiple of {PIECE_COLUMNS} columns: try tile_m={PIECE_ROWS}",
+            f"{warpgroups(config)} warpgroups for a {config.tile_m}×{config.tile_d} dQ, {PIECE_ROWS} rows and a multiple of "
+            f"{PIECE_COLUMNS} columns each: try tile_m={PIECE_ROWS}",
         ),
         (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
         (
