@@ -113,6 +113,7 @@ class Backward(KeyBlocks):
         banded = problem.bounded_left or problem.bounded_right
         narrow = config.tile_m < config.tile_n
         self.passes_over = banded and narrow and not (problem.masks_all or problem.blocks or problem.expression.pairs)
+        self.early_dv = config.tile_m // 32
         # A block may take one key tile after another, the next one's operands on their way while results leave.
         one_each = problem.ragged or problem.blocks or problem.deterministic or config.head_blocks > 1
         self.persistent = not one_each
@@ -389,6 +390,11 @@ class Backward(KeyBlocks):
         P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
+        tVrdO, steps, early = frag.tVrdO[None, None, None, stage], cute.size(rP, mode=[2]), 0
+        if cutlass.const_expr(self.needs_v and self.needs_ds and self.early_dv > 0):  # runs while dS is taken
+            early = self.early_dv
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early))
+            flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
             delta = of_columns(mma_S, me.thread, shared.delta[None, stage])
@@ -397,10 +403,11 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
         if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
-            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], accumulate=True)
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps))
             flight.issued("dV")
         if cutlass.const_expr(self.needs_ds):
             if cutlass.const_expr(self.needs_q):
+                cute.arch.fence_view_async_shared()
                 self._meet()
                 self._dq(frag, slot)
                 flight.issued("dQ")
@@ -436,6 +443,7 @@ class Backward(KeyBlocks):
             )
             none.fill(0.0)
             self._store_ds(me, none, shared.ds[None, None, slot + me.warpgroup])
+            cute.arch.fence_view_async_shared()
             self._meet()
             self._dq(frag, slot)
             cute.nvgpu.warpgroup.wait_group(0)
@@ -448,10 +456,9 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _store_ds(self, me: BackwardWorker, rdS: cute.Tensor, sdS: cute.Tensor):
-        """This warpgroup's dSᵀ to shared memory, for all of them once they have met."""
+        """This warpgroup's dSᵀ to shared memory, for all of them once they have met behind a fence, which is not waited for here."""
         copy = self.lay.store_accumulator("dS", self.config).get_slice(me.thread)
         cute.copy(copy, copy.retile(rdS), copy.partition_D(sdS))
-        cute.arch.fence_view_async_shared()
 
     @cute.jit
     def _dq(self, frag: BackwardFragments, slot):

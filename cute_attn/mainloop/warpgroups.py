@@ -208,12 +208,12 @@ class Kernel:
             cute.arch.mbarrier_arrive(pipe.producer_get_barrier(state))
 
     @cute.jit
-    def gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
-        """Issue ``acc (+)= A·B`` as one group of warpgroup MMAs; the caller waits."""
+    def gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool], steps: cutlass.Constexpr = None):
+        """Issue ``acc (+)= A·B``, or those of its ``steps`` of 16, as one group of warpgroup MMAs; the caller waits."""
         warpgroup.fence()
         atom = cute.make_mma_atom(mma.op)
         atom.set(warpgroup.Field.ACCUMULATE, accumulate)
-        for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
+        for k in range(cute.size(tA, mode=[2])) if cutlass.const_expr(steps is None) else steps:
             cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
             atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
