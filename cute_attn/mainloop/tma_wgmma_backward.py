@@ -109,10 +109,6 @@ class Backward(KeyBlocks):
         super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
-        # Where query tiles are lower than key tiles, some that an edge cuts see keys of one warpgroup only.
-        banded = problem.bounded_left or problem.bounded_right
-        narrow = config.tile_m < config.tile_n
-        self.passes_over = banded and narrow and not (problem.masks_all or problem.blocks or problem.expression.pairs)
         self.early_dv = config.tile_m // 32
         # A block may take one key tile after another, the next one's operands on their way while results leave.
         one_each = problem.ragged or problem.blocks or problem.deterministic or config.head_blocks > 1
@@ -291,20 +287,12 @@ class Backward(KeyBlocks):
             w = me.warpgroup
             sK, sV, hidden = shared.k[None, None, w], shared.v[None, None, w], shared.hidden[None, w]
             hides = self.hide_keys(sK, sV, hidden, w)
-        begin, end = Int32(0), visited.begin + visited.count
-        if cutlass.const_expr(self.passes_over):
-            begin, end = visited.of_keys(values, self.problem, key_first, self.lay.ROWS_PER_WARPGROUP, self.config)
         i = Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             m_block, member = visited.tile(i, j // visited.count, self.problem)
             tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
             of_head = values.of_head(work.head + member)
-            if cutlass.const_expr(not self.passes_over):  # noqa: SIM114
-                state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
-            elif (m_block >= begin) & (m_block < end):
-                state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
-            else:
-                state = self._pass_over(me, frag, shared, pipes, state, j > 0)
+            state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
@@ -421,35 +409,6 @@ class Backward(KeyBlocks):
             self._hand_over_dq(me, frag, shared, state.count % ADDERS)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
-            self.release_rows(pipes.q, state, met=self.needs_q)
-        state.advance()
-        return state
-
-    @cute.jit
-    def _pass_over(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, pipes, state, follows):
-        """The same of a query tile that sees none of this warpgroup's keys: its dS is zero, its piece of dQ of the others'
-        keys. Returns the pipelines' next state."""
-        pipes.q.consumer_wait(state)
-        pipes.do.consumer_wait(state)
-        if cutlass.const_expr(self.config.overlap_tiles):
-            cute.nvgpu.warpgroup.wait_group(0)
-            if follows:
-                self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
-        if cutlass.const_expr(self.needs_q):
-            slot = state.count % self.lay.DS_STAGES * self.warpgroups
-            none = cute.make_rmem_tensor(
-                self.lay.tiled_mma("S", self.config).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, self.config.tile_m)),
-                self.element,
-            )
-            none.fill(0.0)
-            self._store_ds(me, none, shared.ds[None, None, slot + me.warpgroup])
-            cute.arch.fence_view_async_shared()
-            self._meet()
-            self._dq(frag, slot)
-            cute.nvgpu.warpgroup.wait_group(0)
-            self._hand_over_dq(me, frag, shared, state.count % ADDERS)
-        self.release_rows(pipes.do, state)
-        if cutlass.const_expr(not self.config.overlap_tiles):
             self.release_rows(pipes.q, state, met=self.needs_q)
         state.advance()
         return state

@@ -236,12 +236,6 @@ class QueryTiles:
             whole_begin = whole_end = begin
         return QueryTiles(n_block, begin, end - begin, whole_begin, whole_end)
 
-    def of_keys(self, values: Values, problem, key_first: Int32, keys: int, config):
-        """``(begin, end)`` of the tiles that see any of some of the key tile's keys."""
-        last_key = cutlass.min(key_first + keys, values.seqlen_k) - 1
-        first, last = values.band(problem).transposed().key_range(key_first, last_key, values.seqlen_q, DeviceOps)
-        return first // config.tile_m, cute.ceil_div(last, config.tile_m)
-
     def in_order(self, i, problem):
         """The i-th tile without regard to masks. Where dQ is added in a fixed order, key tile by key tile, the last one comes
         first: with a right edge, key tile n then finds that tile n − 1 has just left each query tile that it comes to."""

@@ -20,7 +20,7 @@ from cutlass import cute
 
 from cute_attn.layouts.base import ROW_PADDING
 from cute_attn.mainloop.common import Values
-from cute_attn.mainloop.walk import KeyTiles, QueryTiles
+from cute_attn.mainloop.walk import KeyTiles
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 
@@ -254,16 +254,3 @@ def test_wrong_bounds_reach_no_other_rows(bounds, rows, data):
 def test_long_unequal_tiles_have_a_block_each(long_first, long, at_once, group):
     tiles, blocks = Tiles.launched.__wrapped__(Tiles(20, 6, 3, 1, 33, None, long_first), 132, long)
     assert (blocks, tiles.group) == (at_once, group)
-
-
-@given(st.integers(1, 400), st.integers(1, 400), st.integers(-300, 300), st.integers(0, 300), st.sampled_from([0, 64, 320]))
-def test_query_tiles_of_a_warpgroups_keys(seqlen_q, seqlen_k, lo, width, key_first):
-    """They reach from the first to the last that sees any of the keys, and no further."""
-    if key_first >= seqlen_k:
-        return
-    problem = Problem("bfloat16", 128, 128, bounded_left=True, bounded_right=True, gradients="qkv")
-    values, config = Values(seqlen_q, seqlen_k, lo, lo + width, 1.0, 0.0), SimpleNamespace(tile_m=64)
-    begin, end = QueryTiles.of_keys(None, values, problem, key_first, 64, config)
-    q, k = np.arange(seqlen_q)[:, None], np.arange(key_first, min(key_first + 64, seqlen_k))
-    seeing = np.flatnonzero(((k - q >= lo) & (k - q <= lo + width)).any(1)) // 64
-    assert list(range(begin, end)) == list(range(seeing[0], seeing[-1] + 1)) if len(seeing) else begin >= end
