@@ -245,10 +245,16 @@ def swizzle_atom(columns: int) -> tuple[int, int, int, int]:
 
     8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: ``bits`` bits of it from
     ``base + shift`` on are exclusive-ored into those from ``base`` on. Tiles repeat it down, then right. Rows of 64
-    elements are 128 bytes, all 32 banks; only a head that is 32 or 96 wide takes 32.
+    elements are 128 bytes, all 32 banks; a head that is 32 or 96 wide takes 32, and what is read in pieces of 48 takes 16.
     """
-    width = 64 if columns % 64 == 0 else 32
-    return {64: 3, 32: 2}[width], 3, 3, width
+    width = next(width for width in (64, 32, 16) if columns % width == 0)
+    return {64: 3, 32: 2, 16: 1}[width], 3, 3, width
+
+
+def row_width(layout: Layout) -> int:
+    """The ``width`` of :func:`tiled_rows`."""
+    columns = layout.shape[1]  # type: ignore[index]
+    return columns[0] if isinstance(columns, tuple) else columns  # type: ignore[return-value]
 
 
 def element(config):

@@ -42,6 +42,8 @@ from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
+LONG = 4096  # queries from which on a key tile's walk is so long that what a block's start costs is little
+NONE_DONE = (0, 0)  # key tiles, query tiles
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class BackwardShared:
     lse: cute.Tensor
     delta: cute.Tensor
     hidden: cute.Tensor | None
+    dk: cute.Tensor
+    dv: cute.Tensor
     ticket: cute.Tensor | None
 
 
@@ -105,6 +109,10 @@ class Backward(KeyBlocks):
         super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
+        self.early_dv = config.tile_m // 32
+        # A block may take one key tile after another, the next one's operands on their way while results leave.
+        one_each = problem.ragged or problem.blocks or problem.deterministic or config.head_blocks > 1
+        self.persistent = not one_each
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -113,16 +121,23 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
-        """Make the TMA descriptors and launch a block for each key tile."""
+        """Make the TMA descriptors and launch a block for each key tile, or, where walks are short, persistent ones."""
         q, k, v, do = self.input_operands(inputs)
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
-        # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
-        if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
-            tiles = tiles.in_small_groups(blocks)
+        if cutlass.const_expr(self.persistent):
+            long = False
+            if cutlass.const_expr(not self.problem.bounded_left):
+                long = inputs.q.shape[0] * tiles.heads_per_kv >= LONG
+            tiles, count = tiles.launched(blocks, long)
+        else:
+            count = tiles.count()
+            # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
+            if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
+                tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
         self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
-            grid=[tiles.count() * self.config.head_blocks, 1, 1],
+            grid=[count * self.config.head_blocks, 1, 1],
             block=[self.config.threads, 1, 1],
             cluster=[self.config.head_blocks, 1, 1] if self.config.head_blocks > 1 else None,
             stream=stream,
@@ -144,40 +159,54 @@ class Backward(KeyBlocks):
         elif cutlass.const_expr(self.config.head_blocks > 1):
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
         from_memory, into = (plain, rows, care), (gradients, signals)
-        tiles.one(partial(self._key_tile, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv))
+        roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
+        if cutlass.const_expr(self.persistent):
+            roles(tiles.each)
+        else:
+            tiles.one(lambda work: roles(lambda part, done: part(done, work)))
 
     @cute.jit
-    def _key_tile(
-        self, operands: TmaOperands, from_memory, into, shared: BackwardShared, pipes, values: Values, heads_per_kv, work: Work
+    def _roles(
+        self, operands: TmaOperands, from_memory, into, shared: BackwardShared, pipes, values: Values, heads_per_kv, each
     ):
-        """The block's tile: each warp its part."""
-        plain, rows, care = from_memory
-        values, where = values.of(work), self.query_heads(work, heads_per_kv)
+        """The block's tiles: each warp its part of them."""
+        (plain, rows, care), of_tile = from_memory, partial(self._key_tile, values, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, where)
+                each(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)), NONE_DONE)
             if warp == COPY_V_DO_WARP:
-                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, where)
+                each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)), NONE_DONE)
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    self._add_dq(*into, shared.dq, values, where, warp - ADD_DQ_WARP)
+                    each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)), NONE_DONE)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            self._compute(operands, shared, pipes, values, where)
+            each(partial(of_tile, partial(self._compute, operands, shared, pipes)), NONE_DONE)
+
+    @cute.jit
+    def _key_tile(self, values: Values, heads_per_kv, part: cutlass.Constexpr, done, work: Work):
+        """A warp's part of one tile. Returns how many key tiles and query tiles the block has had, ``done`` and this one."""
+        values, where = values.of(work), self.query_heads(work, heads_per_kv)
+        part(values, where, done)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        return done[0] + 1, done[1] + visited.count * visited.members(where[1])
 
     def _setup(self, signals: Signals | None):
         """Allocate shared memory, initialise the barriers and take a ticket."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
+        k, v, q, do, ds, dk = (self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS", "dK"))
         shared = BackwardShared(
-            *(self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS")),
+            *(k, v, q, do, ds),
             dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
+            dk=dk,
+            dv=self.over("dV", ds),
             ticket=self.take_ticket(smem, signals),
         )
         row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
@@ -194,12 +223,12 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, values: Values, where, mine: Int32):
+    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, values: Values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         lane = cute.arch.lane_idx()
-        step = Int32(0)
-        if mine == 0:
+        step = Int32(done[1])
+        if (mine == 0) & (done[0] == 0):
             self._offer()
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
@@ -243,11 +272,10 @@ class Backward(KeyBlocks):
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(self, operands: TmaOperands, shared: BackwardShared, pipes: BackwardPipelines, values: Values, where):
-        """One computing warpgroup: 64 keys of the block's tile."""
+    def _compute(self, operands: TmaOperands, shared: BackwardShared, pipes: BackwardPipelines, values: Values, where, done):
+        """One computing warpgroup: 64 keys of a tile."""
         me = self._worker()
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
@@ -268,6 +296,12 @@ class Backward(KeyBlocks):
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
+        if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
+            if cutlass.const_expr(self.config.overlap_tiles):
+                if visited.count * visited.members(members) > 0:
+                    self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
+            for pipe in (pipes.k, pipes.v):
+                pipe.consumer_release(k_state)
         self._store(me, frag, operands, shared, values, work)
 
     def _worker(self) -> BackwardWorker:
@@ -281,9 +315,10 @@ class Backward(KeyBlocks):
         config, lay, w = self.config, self.lay, me.warpgroup
         S, dP, dV, dK, dQ = (lay.tiled_mma(role, config).get_slice(0) for role in ("S", "dP", "dV", "dK", "dQ"))
 
-        row_blocks = config.tile_m // lay.PIECE
-        sdS = cute.local_tile(transposed(shared.ds), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w % row_blocks, 0, None))
-        sKt = cute.local_tile(transposed(shared.k), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w // row_blocks, 0, None))
+        rows, columns = lay.piece_shape(config)
+        below = config.tile_m // rows
+        sdS = cute.local_tile(transposed(shared.ds), (rows, lay.ROWS_PER_WARPGROUP), (w % below, 0, None))
+        sKt = cute.local_tile(transposed(shared.k), (columns, lay.ROWS_PER_WARPGROUP), (w // below, 0, None))
         return BackwardFragments(
             tSrK=S.make_fragment_A(S.partition_A(shared.k[None, None, w])),
             tSrQ=S.make_fragment_B(S.partition_B(shared.q)),
@@ -295,7 +330,7 @@ class Backward(KeyBlocks):
             tQrK=dQ.make_fragment_B(dQ.partition_B(sKt)),
             acc_dV=self.accumulator("dV", config.tile_dv),
             acc_dK=self.accumulator("dK", config.tile_d),
-            acc_dQ=self.accumulator("dQ", lay.PIECE),
+            acc_dQ=self.accumulator("dQ", columns),
         )
 
     @cute.jit
@@ -343,6 +378,11 @@ class Backward(KeyBlocks):
         P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
+        tVrdO, steps, early = frag.tVrdO[None, None, None, stage], cute.size(rP, mode=[2]), 0
+        if cutlass.const_expr(self.needs_v and self.needs_ds and self.early_dv > 0):  # runs while dS is taken
+            early = self.early_dv
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early))
+            flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
             delta = of_columns(mma_S, me.thread, shared.delta[None, stage])
@@ -351,10 +391,11 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
         if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
-            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], accumulate=True)
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps))
             flight.issued("dV")
         if cutlass.const_expr(self.needs_ds):
             if cutlass.const_expr(self.needs_q):
+                cute.arch.fence_view_async_shared()
                 self._meet()
                 self._dq(frag, slot)
                 flight.issued("dQ")
@@ -374,10 +415,9 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _store_ds(self, me: BackwardWorker, rdS: cute.Tensor, sdS: cute.Tensor):
-        """This warpgroup's dSᵀ to shared memory, for all of them once they have met."""
+        """This warpgroup's dSᵀ to shared memory, for all of them once they have met behind a fence, which is not waited for here."""
         copy = self.lay.store_accumulator("dS", self.config).get_slice(me.thread)
         cute.copy(copy, copy.retile(rdS), copy.partition_D(sdS))
-        cute.arch.fence_view_async_shared()
 
     @cute.jit
     def _dq(self, frag: BackwardFragments, slot):
@@ -442,21 +482,22 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _store_from(self, me, frag, operands, shared, values, work: Work):
-        """By way of the shared memory of K and V: by now nothing reads a warpgroup's V but itself, and its K only until all
-        have met."""
+        """By way of shared memory; that of dS is free once all have met."""
         copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
         if cutlass.const_expr(self.needs_v):
             self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
-            self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.v, me.warpgroup, me.warpgroup, where)
+            self._meet()
+            self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
         if cutlass.const_expr(self.needs_k):
             scale = Float32(values.scale(self.problem))
             frag.acc_dK.store(frag.acc_dK.load() * scale)
             self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
-            self._meet()
-            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.k, me.warpgroup, me.warpgroup, where)
+            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
         self.wait_for_store(me.warpgroup)
+        if cutlass.const_expr(self.persistent):  # dV has left the memory of all warpgroups' dS
+            self._meet()
 
 
 @cute.jit
