@@ -5,10 +5,11 @@ A :class:`BlockMask` knows the *kind* of every block of 32 queries × 32 keys. A
 shape is; so one block mask serves the forward and the backward pass of every head dim and mechanism. The kernels read lists,
 which are made of the kinds when a tile shape first asks for them, and kept:
 
-    (cut tiles, all tiles, …, tile, tile, …, unused)     int32; HEADER words, then the tiles that are cut, then whole ones
+    (cut tiles, all tiles, …, in turn, tile, tile, …, unused)     int32; HEADER words, the tiles that are cut, whole ones
 
 For each query tile a list of key tiles, last ones first, and for each key tile one of query tiles, of all query heads that
-share the keys. The lower TILE_BITS bits of an entry are the tile's number.
+share the keys. The lower TILE_BITS bits of an entry are the tile's number. Blocks take the lists with the most tiles first:
+``in turn``, in the i-th list of a head, is the number of the i-th list to be taken.
 
 - **Of key tiles** those that are cut and come before all whole ones, as a window's left edge does, are the last in the list;
   the third word says where they begin. Above an entry's number are two bits for each 64 rows of the query tile: whether they
@@ -30,10 +31,9 @@ from torch.nn.functional import pad
 
 from cute_attn.arguments import shown
 from cute_attn.expressions import Expression, TorchOps, traced
-from cute_attn.layouts.base import BLOCK, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import BLOCK, CUT, NONE, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE, WHOLE_BIT
 from cute_attn.private import raw_stream
 
-NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks and tiles
 ROWS_OF_WARPGROUP = 64
 LENGTH_MAX = BLOCK << TILE_BITS
 MEMBERS_MAX = 1 << (31 - TILE_BITS)
@@ -275,7 +275,8 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
 
 def _listed(order: torch.Tensor, numbers: torch.Tensor, header: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Lists of tiles ``(…, tiles)``, by ``order``, those of the same in their order here."""
-    words = torch.stack(header, -1).int()
+    in_turn = header[1].argsort(dim=-1, descending=True, stable=True)
+    words = torch.stack((*header, in_turn), -1).int()
     return torch.cat((words, numbers.gather(-1, order.sort(dim=-1, stable=True).indices), words[..., :1]), -1)
 
 

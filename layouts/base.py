@@ -59,8 +59,10 @@ ROW_PADDING = 128  # a multiple of every tile_m of the backward pass
 # block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
 BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it
+NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks, and of tiles: no query sees any key of it, some see some, each sees all
 # A list of tiles there is HEADER words, and one for each tile: its number in the lower TILE_BITS, and more above.
-HEADER, TILE_BITS = 3, 20
+HEADER, TILE_BITS = 4, 20
+IN_TURN = 3  # the word of the header that says which list's tile is computed when
 TILE_MASK = (1 << TILE_BITS) - 1
 UNSEEN_BIT, WHOLE_BIT, WARPGROUP_BITS = 0, 1, 2  # of a key tile for each warpgroup: it sees none of it, or all
 

@@ -7,12 +7,14 @@ outweighs all others.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import dropout
+from cute_attn.layouts.base import BLOCK, CUT, NONE
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop.captured import CapturedGradients
 from cute_attn.mainloop.common import DeviceOps, Values
@@ -353,32 +355,69 @@ class Scores:
     @cute.jit
     def _mask_listed(self, scores: cute.Tensor, origin):
         """A tile that a block mask's function cuts; there is no band beside it, but a last key."""
-        columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
+        every = range(cute.size(scores, mode=[1]))
         if cutlass.const_expr(not self.unrolls):
-            self._mask_inside(scores, origin, False)
-        elif origin[1] + self._tile_columns() <= self._elements(origin).held(columns):
-            self._mask_inside(scores, origin, True)
+            self._mask_columns(scores, origin, every, False)
         else:
-            self._mask_inside(scores, origin, False)
+            values, ends = self.values, origin[1] + len(self._blocks()) * BLOCK
+            if cutlass.const_expr(self.transposed):
+                rows_end = (origin[0] + self.where.thread[0, 0][0]) // BLOCK * BLOCK + BLOCK
+                inside = (ends <= self._elements(origin).held(values.seqlen_q)) & (rows_end <= values.seqlen_k)
+            else:
+                inside = ends <= self._elements(origin).held(values.seqlen_k)
+            if inside:
+                self._mask_blocks(scores, origin, True)
+            else:
+                self._mask_blocks(scores, origin, False)
 
-    def _tile_columns(self) -> int:
-        """Columns of a tile: of eight neighbouring ones a thread has two."""
-        return -(-(self.where.zero[0, cute.size(self.where.zero, mode=[1]) - 1][1] + 1) // 8) * 8
+    def _blocks(self) -> list[range]:
+        """A thread's columns, by the blocks of 32 that they are in."""
+        columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
+        return [range(*(bisect_left(columns, n) for n in (begin, begin + BLOCK))) for begin in range(0, columns[-1], BLOCK)]
 
-    def _mask_inside(self, scores: cute.Tensor, origin, inside: bool):
-        """By the function; ``inside``: no column is past an end, the sequence's or that of a tensor that is read."""
-        elements, last = self._elements(origin), self.values.seqlen_k - 1
+    def _kinds(self, origin, inside: bool) -> list[Int32]:
+        """Of the blocks that a warp's rows are in, which are 16 and in one row of blocks. What is past an end nobody sees."""
+        rows, columns = origin[0] + self.where.thread[0, 0][0], origin[1]
+        kinds, found = self.values.kinds[self.values.sequence, self.values.head, None, None], []
+        row, column = cute.arch.make_warp_uniform(rows // BLOCK), columns // BLOCK
+        if self.transposed:
+            kinds = cute.make_tensor(kinds.iterator, cute.select(kinds.layout, mode=[1, 0]))
+        row = cutlass.min(row, kinds.shape[0] - 1)  # a row past the end may be any other
+        first = cute.domain_offset((row, column), kinds)
+        for i in range(len(self._blocks())):
+            if inside:
+                found.append(Int32(first[0, i]))
+            else:
+                last = kinds.shape[1] - 1 - column
+                found.append(_select(last >= i, Int32(first[0, cutlass.min(i, last)]), Int32(NONE)))
+        return found
+
+    @cute.jit
+    def _mask_blocks(self, scores: cute.Tensor, origin, inside: cutlass.Constexpr):
+        """Each block as its kind asks."""
+        kinds = self._kinds(origin, inside)
+        for i in cutlass.range_constexpr(len(kinds)):
+            kind, columns = cute.arch.make_warp_uniform(kinds[i]), self._blocks()[i]
+            if kind == CUT:
+                self._mask_columns(scores, origin, columns, inside)
+            elif kind == NONE:
+                for c in columns:
+                    scores[None, c].fill(-Float32.inf)
+
+    def _mask_columns(self, scores: cute.Tensor, origin, columns: range, inside: bool):
+        """By the function; ``inside``: no key or column is past an end, the sequence's or that of a tensor that is read."""
+        elements, last, zero = self._elements(origin), self.values.seqlen_k - 1, self.where.zero
+        rows = range(cute.size(scores, mode=[0]))
         first = origin[1] + self.where.thread[0, 0][1]
-        exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in range(cute.size(scores, mode=[0]))]
-        for r, c in self._each(scores):
-            if inside and not r:
-                elements.load_column(c, 0, self.where.zero[0, c][1] - self.where.zero[0, 0][1])
-            seen = elements.value(self.problem.expression.mask, r, c)
-            if self.transposed:
-                seen = seen & exist[r]
-            elif not inside:
-                seen = seen & (self.where.zero[0, c][1] <= last - first)
-            scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
+        exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in rows]
+        for c in columns:
+            if inside:
+                elements.load_column(c, columns[0], zero[0, c][1] - zero[0, columns[0]][1])
+            for r in rows:
+                seen = elements.value(self.problem.expression.mask, r, c)
+                if not inside:
+                    seen = seen & (exist[r] if self.transposed else zero[0, c][1] <= last - first)
+                scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
 
     @cute.jit
     def _mask(self, scores: cute.Tensor, origin):

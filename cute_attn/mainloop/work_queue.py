@@ -31,6 +31,7 @@ class WorkQueue:
     asked: pipeline.PipelineAsync | None
     arrive: cutlass.Constexpr
     numbered: cutlass.Constexpr[bool] = False  # whether tiles say which sequence they are of: heads have 16 bits then
+    ragged: cutlass.Constexpr[bool] = True
 
     @staticmethod
     def slots_in(smem) -> cute.Tensor:
@@ -80,7 +81,10 @@ class WorkQueue:
     def _write(self, work: Work, slot: cute.Tensor):
         held = cute.make_rmem_tensor(WORK_FIELDS, Int32)
         block = work.block if work.exists else Int32(-1)
-        fields = (block, work.head, work.head_kv, work.q.first, work.q.length, work.q.capacity, work.k.first, work.k.length)
+        if cutlass.const_expr(work.q.first is None):
+            fields = (block, work.head, work.head_kv, work.q.batch, *(Int32(0) for _ in range(4)))
+        else:
+            fields = (block, work.head, work.head_kv, work.q.first, work.q.length, work.q.capacity, work.k.first, work.k.length)
         if cutlass.const_expr(self.numbered):
             fields = (block, work.head | (work.head_kv << 16), work.sequence, *fields[3:])
         for i in cutlass.range_constexpr(WORK_FIELDS):
@@ -124,6 +128,8 @@ class Taker:
         held = cute.make_rmem_tensor(WORK_FIELDS, Int32)
         cute.autovec_copy(self._slot(), held)
         block, head, head_kv, q_first, q_length, q_capacity, k_first, k_length = (held[i] for i in range(WORK_FIELDS))
+        if not self.queue.ragged:
+            return Work(block, head, head_kv, Span(q_first), Span(q_first))
         sequence = None
         if self.queue.numbered:
             head, head_kv, sequence = head & 0xFFFF, head >> 16, head_kv
