@@ -52,11 +52,13 @@ ALLOWED = (
 
 class Partial(NamedTuple):
     """The derivative of the score by what a node loads: ``slope`` is its node, None where it is 1. ``alone`` says that no two
-    scores of a call load the same element, so that a gradient is stored and not added."""
+    scores of a call load the same element, so that a gradient is stored and not added, ``fours`` that those of four
+    neighbouring keys, 16 bits each, can be stored at once."""
 
     load: int
     slope: int | None
     alone: bool
+    fours: bool = False
 
 
 @dataclass(frozen=True)
@@ -591,7 +593,11 @@ def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[P
                 one = slope == graph.constant(1.0)
                 found.append(Partial(load, None if one else slope, _is_alone(graph, load, sizes)))
     slots = [graph.nodes[partial.load][2] for partial in found]
-    return tuple(x._replace(alone=x.alone and slots.count(slot) == 1) for x, slot in zip(found, slots, strict=True))
+    for i, (partial, slot) in enumerate(zip(found, slots, strict=True)):
+        alone, x = partial.alone and slots.count(slot) == 1, graph.captured[slot]
+        by_key = graph.nodes[graph.nodes[partial.load][-1]] == ("leaf", "int", "kv_idx") and not x.shape[-1] % 4
+        found[i] = partial._replace(alone=alone, fours=alone and by_key and x.element_size() == 2)
+    return tuple(found)
 
 
 def _is_alone(graph: Graph, load: int, sizes: dict[str, int | None]) -> bool:
@@ -638,7 +644,7 @@ def _trimmed(whole: Expression) -> Expression:
             operands = [place[i] for i in operands]
         nodes.append((op, kind, *operands))
     place[None] = None
-    partials = tuple(Partial(place[x.load], place[x.slope], x.alone) for x in whole.partials)  # type: ignore[arg-type]
+    partials = tuple(x._replace(load=place[x.load], slope=place[x.slope]) for x in whole.partials)  # type: ignore[arg-type]
     return Expression(tuple(nodes), place[whole.mask], place[whole.score], place[whole.slope], whole.tensors, partials)
 
 

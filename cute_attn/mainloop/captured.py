@@ -31,7 +31,8 @@ class CapturedGradients:
             slot, *where = expression.nodes[partial.load][2:]
             by_row, by_column = (along[partial.load] for along in (elements.along_rows, elements.along_columns))
             names = [expression.nodes[i][2] if expression.nodes[i][0] == "leaf" else "" for i in where]
-            self.directions.append(_Direction(partial, into[slot], by_row, by_column, names))
+            fours = partial.fours and elements.columns == "q_idx"
+            self.directions.append(_Direction(partial, into[slot], by_row, by_column, names, fours))
 
     def add(self, row: int, column: int, dS: Float32, score: Float32 | None = None):
         """Of one score; ``score`` as a function gets it, where a derivative depends on it."""
@@ -44,6 +45,9 @@ class CapturedGradients:
                 d.sums[place] = value + d.sums[place] if place in d.sums else value
                 if place not in d.offsets or not d.by_row:
                     d.offsets[place] = self.elements.offset(partial.load, d.into, row, column, score)
+                continue
+            if d.fours:
+                d.sums[row, column] = value
                 continue
             if partial.alone:
                 self._store(d, row, column, value)
@@ -59,7 +63,9 @@ class CapturedGradients:
     def end_column(self):
         """All rows of a column are added."""
         for d in self.directions:
-            if d.by_column and not d.by_row:
+            if d.fours:
+                self._store_fours(d)
+            elif d.by_column and not d.by_row:
                 _add_of_lanes(d.into, d.offsets.pop(None), d.sums.pop(None), (THREADS_PER_ROW, 8, 16))
 
     def finish(self):
@@ -86,6 +92,33 @@ class CapturedGradients:
         exists = elements.leaf("q_idx", row, column) < self.values.seqlen_q
         _store(place, value.to(d.into.element_type), exists & self._is_key(row, column))
 
+    def _store_fours(self, d: _Direction):
+        """The same of four neighbouring keys at once, once there are two columns, queries, of keys × queries. Matrices of 8 × 8
+        are transposed, so that a lane has two keys of one query; of two matrices, 16 keys, two lanes exchange the halves."""
+        (first, column), *more = d.sums
+        if column == max(c for _, c in more):
+            return
+        elements, lane = self.elements, cute.arch.lane_idx()
+        odd = lane & 1
+        for row in range(first, 1 + max(r for r, _ in more), 2):
+            rows = [[d.sums.pop((row + i, column + j)) for j in range(2)] for i in range(2)]
+            low, high = (_transposed(*pair, d.into.element_type) for pair in rows)
+            other = cute.arch.shuffle_sync_bfly(_select(odd != 0, low, high), 1)
+            low, high = _select(odd != 0, other, low), _select(odd != 0, high, other)
+            where = {name: elements.leaf(name, row, column) for name in (*d.names, "q_idx", "kv_idx")}
+            where["q_idx"] += lane // 4 - lane % 4 * 2
+            where["kv_idx"] += lane % 4 * 2 + odd * 6 - lane // 4
+            if row not in d.offsets:
+                place = d.into.iterator.toint() + cute.crd2idx(tuple(where[name] for name in d.names), d.into.layout) * 2
+            else:
+                place, before = d.offsets[row]
+                step = d.into.stride[d.names.index("q_idx")] * 2
+                place = place + (self.zero[0, column][1] - self.zero[0, before][1]) * step
+            d.offsets[row] = place, column
+            exists = (where["q_idx"] < self.values.seqlen_q) & (where["kv_idx"] < self.values.seqlen_k)
+            code = "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};"
+            cute.arch.inline_ptx(code, read_only_args=[place, low, high], predicate=exists)
+
     def _is_key(self, row: int, column: int) -> Boolean:
         return self.elements.leaf("kv_idx", row, column) < self.values.seqlen_k
 
@@ -94,8 +127,9 @@ class _Direction:
     """One of the derivatives, the memory of its tensor's gradient, and offsets and sums of elements by what they depend on.
     ``names`` are of the indices that are positions; with both positions of a score no other of a head loads the same."""
 
-    def __init__(self, partial, into: cute.Tensor, by_row: bool, by_column: bool, names: list[str]):
+    def __init__(self, partial, into: cute.Tensor, by_row: bool, by_column: bool, names: list[str], fours: bool):
         self.partial, self.into, self.by_row, self.by_column, self.names = partial, into, by_row, by_column, names
+        self.fours = fours
         self.each = {"q_idx", "kv_idx"} <= set(names)
         self.offsets: dict[Any, Int64] = {}
         self.sums: dict[Any, Float32] = {}
@@ -120,6 +154,19 @@ def _store(place: Int64, value, exists: Boolean):
     words = cute.recast_tensor(held, {16: Int16, 32: Int32, 64: Int64}[value.dtype.width])
     code = f"st.global.b{value.dtype.width} [{{$r0}}], {{$r1}};"
     cute.arch.inline_ptx(code, read_only_args=[place, words[0]], predicate=exists)
+
+
+def _transposed(first: Float32, second: Float32, dtype) -> Int32:
+    """A thread's two neighbours in a row of a warp's 8 × 8 matrix, in 16 bits, to those of the transposed matrix."""
+    pair = cute.make_rmem_tensor(2, dtype)
+    pair[0], pair[1] = first.to(dtype), second.to(dtype)
+    code = "movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};"
+    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[cute.recast_tensor(pair, Int32)[0]])
+
+
+@cute.jit
+def _select(condition, x, y):
+    return x if condition else y
 
 
 @cute.jit

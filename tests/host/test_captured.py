@@ -48,6 +48,18 @@ def test_what_each_score_has_of_its_own_is_stored():
     assert partials(lambda s, b, h, i, j: s + square[b, h, i, i], lengths=(6, 6))[1] == [False]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "keys", "fours"), [(torch.bfloat16, 12, True), (torch.float32, 12, False), (torch.float16, 10, False)]
+)
+def test_gradients_of_four_keys_are_stored_at_once(dtype, keys, fours):
+    table = zeros(2, 4, 6, keys, dtype=dtype)
+    expression, alone = partials(lambda s, b, h, i, j: s + table[b, h, i, j], lengths=(6, keys))
+    assert alone == [True]
+    assert expression.partials[0].fours == fours
+    other = zeros(2, 4, keys, 6, dtype=dtype)
+    assert not partials(lambda s, b, h, i, j: s + other[b, h, j, i], lengths=(6, keys))[0].partials[0].fours
+
+
 def test_dimensions_along_which_a_bias_is_the_same_have_no_index():
     """Strides of 0 are one; the others come in the order of memory, so that nothing is copied."""
     base = zeros(4, 10)
