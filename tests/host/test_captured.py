@@ -224,7 +224,8 @@ def test_the_rate_of_dropout(p):
     seeds = [dropout.draw_seed(torch.device("cpu")) for _ in range(2)]
     first, second = (dropout.kept(seed, p, *places(2, 3, 256, 256)) for seed in seeds)
 
-    p = dropout.threshold(p) / 2**16
+    assert abs(dropout.rate(p) - p) <= 2**-16
+    p = dropout.rate(p)
 
     def assert_rate(kept, rate):
         assert abs(kept.double().mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / kept.numel())
@@ -242,8 +243,8 @@ def test_the_rate_of_dropout(p):
 
 
 def test_numbers_of_dropout():
-    assert [dropout.threshold(p) for p in (0.0, 1e-6, 0.5, 1.0 - 1e-6)] == [0, 0, 2**15, 2**16 - 1]
-    assert dropout.kept_scale(0.5) == 2.0
+    assert [dropout.threshold(p) for p in (0.0, 1e-6, 0.5, 0.75, 1.0 - 1e-6)] == [0, 0, 2**14, ~(2**13), ~1]
+    assert [dropout.kept_scale(p) for p in (0.5, 0.75, 1.0 - 1e-6)] == [2.0, 4.0, 2**15]
     q, k, v = make_qkv(1, 9, 9, 2, 2, 8, 8)
     assert torch.equal(attention(q, k, v, dropout_p=1e-6), attention(q, k, v))
 
