@@ -64,7 +64,7 @@ def philox(counter: tuple, key: tuple, ops: Any) -> tuple:
 
 def counter(batch, head, row, key) -> tuple:
     """Of the eight scores of which this is the one of the lowest row and key."""
-    return key, head, row, batch
+    return row, key, head, batch
 
 
 def word_of(row, key):
