@@ -67,7 +67,7 @@ class Expression:
 
     ``mask``, ``score`` and ``slope`` are numbers of nodes: whether a query sees a key; the score; its derivative by the score
     it was given, ``None`` where that is 1. ``tensors`` is of each captured one its dtype, as torch names it, its rank, and
-    whether two neighbours can be loaded at once; ``partials`` are the derivatives by those that require a gradient.
+    how many neighbours can be loaded at once; ``partials`` are the derivatives by those that require a gradient.
     """
 
     nodes: tuple = ()
@@ -120,12 +120,11 @@ class Expression:
         where = self.nodes[node][3:]
         return [(self.value(i, leaf, ops, known, place), self.nodes[i][2] in POSITIONS) for i in where]
 
-    @cached_property
-    def pairs(self) -> tuple[int, ...]:
-        """The nodes that load two neighbours at once where a thread has two neighbouring keys: their last index is the key."""
+    def neighbours(self, n: int) -> tuple[int, ...]:
+        """The nodes that load ``n`` neighbouring keys at once, if a thread asks for these: their last index is the key."""
         found = []
         for node, (op, _, *operands) in enumerate(self.nodes):
-            if op == "load" and self.tensors[operands[0]][2]:
+            if op == "load" and self.tensors[operands[0]][2] >= n:
                 *before, last = operands[1:]
                 names = set().union(*(self.leaves()[i] for i in before))
                 if self.nodes[last] == ("leaf", "int", "kv_idx") and not names & {"kv_idx", "score"}:
@@ -559,7 +558,7 @@ def traced(
     if seen is None and changed is None:
         return NOTHING, ()
     captured = tuple(x if x.device == q.device else x.to(q.device) for x in graph.captured)
-    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _is_paired(x, sizes["kv_idx"])) for x in captured)
+    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _neighbours(x, sizes["kv_idx"])) for x in captured)
     expression = _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds, partials))
     if matches is not None and graph.pure and code is not None:
         memo.keep(code, given, matches, (expression, sizes if partials else None), tuple(graph.captured))
@@ -569,17 +568,20 @@ def traced(
 def _fits(trace: tuple, captured: tuple, sizes: dict[str, int | None]) -> bool:
     """Whether a trace that is kept is right for these sizes and addresses."""
     (expression, of_sizes), keys = trace, sizes["kv_idx"]
-    pairs = (is_paired == _is_paired(x, keys) for (_, _, is_paired), x in zip(expression.tensors, captured, strict=True))
-    return of_sizes in (None, sizes) and all(pairs)
+    alike = (n == _neighbours(x, keys) for (_, _, n), x in zip(expression.tensors, captured, strict=True))
+    return of_sizes in (None, sizes) and all(alike)
 
 
-def _is_paired(x: torch.Tensor, keys: int | None) -> bool:
-    """Whether elements of even index and the next one are at an address that is a multiple of both, for all of so many keys."""
+def _neighbours(x: torch.Tensor, keys: int | None) -> int:
+    """How many elements, of 8 bytes at most, are at an address that is a multiple of all, from each multiple of so many on, for
+    all of so many keys."""
     if not x.dim() or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or keys is None or x.shape[-1] < keys:
-        return False
+        return 1
     *strides, last = x.stride()
-    whole = last == 1 and not x.shape[-1] % 2 and not any(stride % 2 for stride in strides)
-    return whole and not x.data_ptr() % (2 * x.element_size())
+    n = 8 // x.element_size()
+    while n > 1 and any(size % n for size in (x.shape[-1], *strides, x.data_ptr() // x.element_size())):
+        n //= 2
+    return n if last == 1 else 1
 
 
 def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[Partial, ...]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from cutlass import Boolean, Float32, Int16, Int32, Int64, cute
+from cutlass import Boolean, Float32, Int16, Int32, Int64, Uint32, cute
 
 from cute_attn.layouts.base import WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW
+from cute_attn.mainloop import fours
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.elements import Elements
 
@@ -23,7 +24,8 @@ class CapturedGradients:
     """What the scores of a thread, at (row, column), add: :meth:`add` of all rows of a column, :meth:`end_column`, and so on,
     and :meth:`finish`. All threads of a warp do it together."""
 
-    def __init__(self, elements: Elements, values: Values, zero: cute.Tensor):
+    def __init__(self, elements: Elements, values: Values, zero: cute.Tensor, whole: bool):
+        """``whole``: the keys are all that the captured tensors have, and not some that are in use."""
         self.elements, self.values, self.zero, self.directions = elements, values, zero, []
         expression = elements.expression
         into = dict(zip(expression.derived, values.of_captured, strict=True))
@@ -31,7 +33,7 @@ class CapturedGradients:
             slot, *where = expression.nodes[partial.load][2:]
             by_row, by_column = (along[partial.load] for along in (elements.along_rows, elements.along_columns))
             names = [expression.nodes[i][2] if expression.nodes[i][0] == "leaf" else "" for i in where]
-            fours = partial.fours and elements.columns == "q_idx"
+            fours = partial.fours and elements.columns == "q_idx" and whole
             self.directions.append(_Direction(partial, into[slot], by_row, by_column, names, fours))
 
     def add(self, row: int, column: int, dS: Float32, score: Float32 | None = None):
@@ -93,21 +95,17 @@ class CapturedGradients:
         _store(place, value.to(d.into.element_type), exists & self._is_key(row, column))
 
     def _store_fours(self, d: _Direction):
-        """The same of four neighbouring keys at once, once there are two columns, queries, of keys × queries. Matrices of 8 × 8
-        are transposed, so that a lane has two keys of one query; of two matrices, 16 keys, two lanes exchange the halves."""
+        """The same of four neighbouring keys at once, once there are two columns, queries, of keys × queries."""
         (first, column), *more = d.sums
         if column == max(c for _, c in more):
             return
-        elements, lane = self.elements, cute.arch.lane_idx()
-        odd = lane & 1
         for row in range(first, 1 + max(r for r, _ in more), 2):
-            rows = [[d.sums.pop((row + i, column + j)) for j in range(2)] for i in range(2)]
-            low, high = (_transposed(*pair, d.into.element_type) for pair in rows)
-            other = cute.arch.shuffle_sync_bfly(_select(odd != 0, low, high), 1)
-            low, high = _select(odd != 0, other, low), _select(odd != 0, high, other)
-            where = {name: elements.leaf(name, row, column) for name in (*d.names, "q_idx", "kv_idx")}
-            where["q_idx"] += lane // 4 - lane % 4 * 2
-            where["kv_idx"] += lane % 4 * 2 + odd * 6 - lane // 4
+            pair = cute.make_rmem_tensor((2, 2), d.into.element_type)
+            for i, j in ((0, 0), (1, 0), (0, 1), (1, 1)):
+                pair[i, j] = d.sums.pop((row + j, column + i)).to(d.into.element_type)
+            words = cute.recast_tensor(pair, Uint32)
+            first_word, second_word = fours.to_memory(words[0], words[1])
+            where = {name: self.elements.leaf_of_four(name, row, column) for name in (*d.names, "q_idx", "kv_idx")}
             if row not in d.offsets:
                 place = d.into.iterator.toint() + cute.crd2idx(tuple(where[name] for name in d.names), d.into.layout) * 2
             else:
@@ -117,7 +115,7 @@ class CapturedGradients:
             d.offsets[row] = place, column
             exists = (where["q_idx"] < self.values.seqlen_q) & (where["kv_idx"] < self.values.seqlen_k)
             code = "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};"
-            cute.arch.inline_ptx(code, read_only_args=[place, low, high], predicate=exists)
+            cute.arch.inline_ptx(code, read_only_args=[place, first_word, second_word], predicate=exists)
 
     def _is_key(self, row: int, column: int) -> Boolean:
         return self.elements.leaf("kv_idx", row, column) < self.values.seqlen_k
@@ -154,19 +152,6 @@ def _store(place: Int64, value, exists: Boolean):
     words = cute.recast_tensor(held, {16: Int16, 32: Int32, 64: Int64}[value.dtype.width])
     code = f"st.global.b{value.dtype.width} [{{$r0}}], {{$r1}};"
     cute.arch.inline_ptx(code, read_only_args=[place, words[0]], predicate=exists)
-
-
-def _transposed(first: Float32, second: Float32, dtype) -> Int32:
-    """A thread's two neighbours in a row of a warp's 8 × 8 matrix, in 16 bits, to those of the transposed matrix."""
-    pair = cute.make_rmem_tensor(2, dtype)
-    pair[0], pair[1] = first.to(dtype), second.to(dtype)
-    code = "movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};"
-    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[cute.recast_tensor(pair, Int32)[0]])
-
-
-@cute.jit
-def _select(condition, x, y):
-    return x if condition else y
 
 
 @cute.jit

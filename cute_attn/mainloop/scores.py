@@ -14,6 +14,7 @@ from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import dropout
 from cute_attn.layouts.fragments import rows_columns
+from cute_attn.mainloop import fours
 from cute_attn.mainloop.captured import CapturedGradients
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.elements import Elements
@@ -68,12 +69,6 @@ class WordOps:
         numbers are NaNs."""
         code = "{ .reg .b32 x; abs.f16x2 x, {$r0}; set.geu.u32.f16x2 {$w0}, x, {$r1}; }"
         return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[x, least])
-
-    @staticmethod
-    def transposed(x):
-        """A thread's two neighbours in a row of a warp's 8 × 8 matrix of halves to those of the transposed matrix."""
-        code = "movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};"
-        return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[x])
 
     @staticmethod
     def signs(x):
@@ -210,7 +205,7 @@ class Scores:
             bits[word] = bits[word] | (at_least & Uint32((1 + (1 << dropout.HALF)) << bit))
         for word in range(cute.size(bits)):
             found = bits[word] ^ inverted
-            bits[word] = WordOps.transposed(found) if self.transposed else found
+            bits[word] = fours.transposed(found) if self.transposed else found
         return kept
 
     def drop(self, P: cute.Tensor, origin):
@@ -295,10 +290,9 @@ class Scores:
     def _load_pairs(self, scores: cute.Tensor, elements: Elements, first: int):
         """Begin to load what some columns from the first on will take, so that many loads are on their way at the same time."""
         rows, columns = (cute.size(scores, mode=[mode]) for mode in range(2))
-        if self.problem.expression.pairs and not self.transposed:
-            for c in range(first, min(first + PAIRS_AHEAD, columns), 2):
-                for r in range(rows):
-                    elements.load_pairs(r, c)
+        for c in range(first, min(first + PAIRS_AHEAD, columns), 2):
+            for r in range(0, rows, 1 + self.transposed):
+                (elements.load_fours if self.transposed else elements.load_pairs)(r, c)
 
     def _changed_probabilities(
         self, scores: cute.Tensor, lse_raw: cute.Tensor, origin, rounded: cute.Tensor | None, kept: Kept | None
@@ -341,7 +335,7 @@ class Scores:
         natural, elements, captured = self.values.scale_log2 * LN_2, None, None
         if self.problem.expression.partials:
             elements = self._elements(origin)
-            captured = CapturedGradients(elements, self.values, self.where.zero)
+            captured = CapturedGradients(elements, self.values, self.where.zero, whole=not self.problem.ragged)
         for c, of_query, *lse in self._by_query(P, delta, *([lse_raw] if self._takes_scores else [])):
             for i in range(2):
                 for r in range(cute.size(P, mode=[0])):

@@ -45,7 +45,7 @@ class KeyTiles:
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
         begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
         inner_begin, inner_end = band.whole_range(row_first, row_last, values.seqlen_k, DeviceOps)
-        if (problem.dropout or problem.expression.pairs) and problem.bounded_left:
+        if (problem.dropout or problem.expression.neighbours(2)) and problem.bounded_left:
             begin = begin // SIDE * SIDE
         if problem.ragged:  # a tile past its sequence's end sees nothing; a factor of 0 or 1, which no length makes overflow
             exists = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)

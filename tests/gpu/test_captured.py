@@ -77,6 +77,28 @@ def test_what_dropout_keeps(case, d, mechanism):
         assert torch.equal(out[..., :here] > 0, want)
 
 
+@kernels(
+    *("264 264 0-64-tma_wgmma", "264 268 4-64-tma_wgmma", "264 266 0-64-tma_wgmma", "264 264 1-64-tma_wgmma"),
+    *("262 262 0-64-tma_wgmma", "261 264 3-128-tma_wgmma", "264 264 0-256-tma_wgmma", "264 264 0-64-cp_async"),
+)
+def test_addresses_of_a_bias(case, d, mechanism):
+    """So many keys, elements from a row to the next one, and before the first: what is loaded and stored at once."""
+    keys, row, first = map(int, case.split())
+    q, k, v = make_qkv(2, 150, keys, 4, 2, d, d, BF16, "cuda")
+    dout, _ = make_gradients(q, v)
+    base = torch.randn(2 * 4 * 150 * row + first, device="cuda", dtype=BF16)
+    used = torch.tensor([keys, 190], dtype=torch.int32, device="cuda")  # 190 is no multiple of 4
+    for rules in ({}, {"causal": True}, {"seqused_k": used})[: 1 if mechanism == "cp_async" else 3]:
+        results = []
+        for how in ({"backend": "cute", "mechanism": mechanism}, {"backend": "reference"}):
+            leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, base)]
+            bias = leaves[3][first:].view(2, 4, 150, row)[..., :keys]
+            out = attention(*leaves[:3], bias=bias, **rules, **how)
+            results.append((out, *torch.autograd.grad(out, leaves, dout)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
+
+
 LENGTHS = [(0, 0), (64, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (257, 512), (3, 600)]
 
 

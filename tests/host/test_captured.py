@@ -74,10 +74,25 @@ def test_dimensions_along_which_a_bias_is_the_same_have_no_index():
         assert captured.is_contiguous()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "keys", "row", "first", "n"),
+    [
+        *((torch.bfloat16, 12, 12, 0, 4), (torch.float16, 12, 16, 4, 4), (torch.bfloat16, 12, 14, 0, 2)),
+        *((torch.bfloat16, 12, 12, 2, 2), (torch.bfloat16, 12, 13, 0, 1), (torch.bfloat16, 12, 12, 1, 1)),
+        *((torch.bfloat16, 10, 12, 0, 2), (torch.bfloat16, 11, 12, 0, 1), (torch.float32, 12, 12, 0, 2)),
+    ],
+)
+def test_how_many_keys_are_loaded_at_once(dtype, keys, row, first, n):
+    """As many as rows are long, apart and at addresses that are multiples of, 8 bytes at most."""
+    x = torch.zeros(6 * row + first, dtype=dtype)[first:].view(6, row)[:, :keys]
+    expression, _ = partials(lambda s, b, h, i, j: s + x[i, j], lengths=(6, keys))
+    assert [len(expression.neighbours(many)) for many in (2, 4)] == [n >= 2, n >= 4]
+
+
 def test_what_is_loaded_in_pairs():
     """A score's key is the last index, and there is room for all keys at addresses of two."""
     def pairs(x, score=None, lengths=(6, 10)):
-        return len(partials(score, None if score else x, 2, 4, lengths)[0].pairs)
+        return len(partials(score, None if score else x, 2, 4, lengths)[0].neighbours(2))
 
     assert pairs(zeros(2, 4, 6, 10)) == 1
     assert pairs(zeros(10)) == 1

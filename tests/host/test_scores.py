@@ -20,7 +20,7 @@ from cutlass.cute.nvgpu import warpgroup  # noqa: E402
 from cutlass.cute.runtime import from_dlpack  # noqa: E402
 
 from cute_attn.layouts.fragments import rows_columns  # noqa: E402
-from cute_attn.mainloop import elements  # noqa: E402
+from cute_attn.mainloop import elements, fours  # noqa: E402
 from cute_attn.mainloop.common import Values  # noqa: E402
 from cute_attn.mainloop.scores import Coordinates, Scores, WordOps  # noqa: E402
 from cute_attn.softmax import LogSumExp, Softmax  # noqa: E402
@@ -131,7 +131,7 @@ def test_what_dropout_keeps_of_a_tile(transposed, p, mechanism, monkeypatch):
             exchanged[0, thread, len(asked) - 1] = Int32(x)
             return Uint32(exchanged[1, thread, len(asked) - 1])
 
-        monkeypatch.setattr(WordOps, "transposed", staticmethod(transposed_by_warp))
+        monkeypatch.setattr(fours, "transposed", transposed_by_warp)
         where = Coordinates.of(lay.tiled_mma("S", config), thread, shape)
         key = tuple(Uint32(words[i]) for i in range(2))
         place = {"seed": key, "drop_below": below, "kept_scale": Float32(1.0), "sequence": Int32(SEQUENCE), "head": Int32(HEAD)}
