@@ -100,7 +100,7 @@ def attention(
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
             same inputs, same bits. ``torch.use_deterministic_algorithms(True)`` has the same effect. Everything else,
             and all of the reference, is deterministic anyway, but for gradients of captured tensors and of a bias: these are
-            refused here, unless each score has an element of its own.
+            refused here, unless at most 8 elements of the batch and heads share an element, and no two scores of these.
         backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device), or
             ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
         mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.
@@ -419,8 +419,8 @@ def _check_captured(call: Call, on_reference: bool, deterministic: bool) -> None
     fixed = torch.are_deterministic_algorithms_enabled()
     if not call.expression or not (deterministic or fixed) or (on_reference and fixed):
         return
-    for slot, alone in call.expression.derived.items():
-        if not alone or on_reference:
+    for slot, by in call.expression.derived.items():
+        if not by.alone or on_reference:
             raise NotImplementedError(
                 f"a bias or a captured tensor, {shown(call.captured[slot])}, requires a gradient, which is added up in any "
                 f"order, and deterministic is True; False is needed: leave it out, or try backend='reference' and "

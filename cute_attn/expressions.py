@@ -36,6 +36,7 @@ from cute_attn import memo
 from cute_attn.arguments import check_layout, shown
 
 RANK_MAX = 4
+COPIES_MAX = 8  # of a gradient
 KINDS = {"bool": torch.bool, "int": torch.int32, "float": torch.float32}
 _BLANK = {kind: torch.empty((), dtype=dtype, device="meta") for kind, dtype in KINDS.items()}
 POSITIONS = ("batch", "head", "q_idx", "kv_idx", "shift")  # shift: of the key that query 0 is aligned with
@@ -52,12 +53,14 @@ ALLOWED = (
 
 class Partial(NamedTuple):
     """The derivative of the score by what a node loads: ``slope`` is its node, None where it is 1. ``alone`` says that no two
-    scores of a call load the same element, so that a gradient is stored and not added, ``fours`` that those of four
-    neighbouring keys, 16 bits each, can be stored at once."""
+    scores of a batch element and head load the same element, so that a gradient is stored and not added: in a copy for each
+    value of the positions ``copied``, of which a sum is taken afterwards. ``fours`` says that those of four neighbouring keys,
+    16 bits each, can be stored at once."""
 
     load: int
     slope: int | None
     alone: bool
+    copied: tuple[str, ...] = ()
     fours: bool = False
 
 
@@ -93,10 +96,10 @@ class Expression:
         return _trimmed(replace(self, partials=())) if self.partials else self
 
     @cached_property
-    def derived(self) -> dict[int, bool]:
-        """The numbers of the captured tensors that have gradients, in order, and whether these are stored and not added."""
+    def derived(self) -> dict[int, Partial]:
+        """The numbers of the captured tensors that have gradients, in order, and a derivative by each."""
         slots = [self.nodes[partial.load][2] for partial in self.partials]
-        return {slot: self.partials[slots.index(slot)].alone for slot in sorted(set(slots))}
+        return {slot: self.partials[slots.index(slot)] for slot in sorted(set(slots))}
 
     def value(self, node: int, leaf: Callable, ops: Any, known: dict, place: Callable = lambda node: node) -> Any:
         """What a node is worth. ``leaf(name)`` is a position's or the score's value; ``known`` has what was computed before, at
@@ -593,22 +596,27 @@ def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[P
             slope = graph.slope(score, load)
             if slope is not None:
                 one = slope == graph.constant(1.0)
-                found.append(Partial(load, None if one else slope, _is_alone(graph, load, sizes)))
+                found.append(Partial(load, None if one else slope, False))
     slots = [graph.nodes[partial.load][2] for partial in found]
     for i, (partial, slot) in enumerate(zip(found, slots, strict=True)):
-        alone, x = partial.alone and slots.count(slot) == 1, graph.captured[slot]
-        by_key = graph.nodes[graph.nodes[partial.load][-1]] == ("leaf", "int", "kv_idx") and not x.shape[-1] % 4
-        found[i] = partial._replace(alone=alone, fours=alone and by_key and x.element_size() == 2)
+        copied, x = _copied(graph, partial.load, sizes), graph.captured[slot]
+        if copied is not None and slots.count(slot) == 1:
+            by_key = graph.nodes[graph.nodes[partial.load][-1]] == ("leaf", "int", "kv_idx") and not x.shape[-1] % 4
+            found[i] = partial._replace(alone=True, copied=copied, fours=by_key and x.element_size() == 2)
     return tuple(found)
 
 
-def _is_alone(graph: Graph, load: int, sizes: dict[str, int | None]) -> bool:
-    """Whether each score loads an element of its own: there is an index for its row, its key, and all else that differs."""
+def _copied(graph: Graph, load: int, sizes: dict[str, int | None]) -> tuple[str, ...] | None:
+    """For which positions a gradient has to have copies, a few at most, so that each score has an element of its own: there are
+    indices for its row, its key, and all else that differs. None if it can't have them."""
     slot, *where = graph.nodes[load][2:]
     names = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else "" for i in where]
     fits = all(sizes.get(name) == size for name, size in zip(names, graph.captured[slot].shape, strict=True))
-    differs = {name for name, size in sizes.items() if size != 1} | {"q_idx", "kv_idx"}
-    return fits and differs <= set(names) and len(set(names)) == len(names)
+    if not fits or len(set(names)) != len(names) or not {"q_idx", "kv_idx"} <= set(names):
+        return None
+    missing = {name: size for name, size in sizes.items() if size != 1 and name not in names}
+    copies = math.prod(size if size is not None else COPIES_MAX + 1 for size in missing.values())
+    return tuple(missing) if copies <= COPIES_MAX else None
 
 
 def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:

@@ -130,7 +130,9 @@ def _stand_in(kind: str, problem, config):
         return tuple(_captured(dtype, max(rank, 1), together) for dtype, rank, together in problem.expression.tensors)
     if kind == "of captured":
         of, tensors = problem.expression.derived, problem.expression.tensors
-        return tuple(_captured(tensors[i][0] if alone else "float32", max(tensors[i][1], 1)) for i, alone in of.items())
+        return tuple(
+            _captured(tensors[i][0] if by.alone else "float32", max(tensors[i][1], 1) + len(by.copied)) for i, by in of.items()
+        )
     if kind == "tables":
         return runtime.make_fake_tensor(Int32, sizes(2), (*some(1), 1), assumed_align=4)
     if kind == "angles":

@@ -4,7 +4,8 @@ Each node that loads an element is a direction of its own: dS' · ∂s'/∂eleme
 function made of a score. Where the index doesn't depend on a score's row, its column or either, a warp adds up what it has of
 each element before that goes to memory. Where it depends on both, but is not the two positions themselves (a distance, a
 bucket), neighbours in a row often load the same element: a thread adds these up as long as they do. Sums are float32, in any
-order. Where each score has an element of its own, its gradient is stored, in the tensor's own dtype.
+order. Where each score has an element of its own, its gradient is stored, in the tensor's own dtype; where it is that of a few
+batch elements or heads, each of these has a copy.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class CapturedGradients:
             slot, *where = expression.nodes[partial.load][2:]
             by_row, by_column = (along[partial.load] for along in (elements.along_rows, elements.along_columns))
             names = [expression.nodes[i][2] if expression.nodes[i][0] == "leaf" else "" for i in where]
+            names = [*partial.copied, *names]
             fours = partial.fours and elements.columns == "q_idx" and whole
             self.directions.append(_Direction(partial, into[slot], by_row, by_column, names, fours))
 

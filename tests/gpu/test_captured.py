@@ -77,6 +77,12 @@ def test_what_dropout_keeps(case, d, mechanism):
         assert torch.equal(out[..., :here] > 0, want)
 
 
+@kernels("shared-64-tma_wgmma", "shared-64-cp_async")
+def test_a_bias_that_many_share(case, d, mechanism):
+    """More than have copies of the gradient."""
+    check(case, (9, 130, 140), (2, 1), (d, d), BF16, "cuda", of=BF16, backend="cute", mechanism=mechanism)
+
+
 @kernels(
     *("264 264 0-64-tma_wgmma", "264 268 4-64-tma_wgmma", "264 266 0-64-tma_wgmma", "264 264 1-64-tma_wgmma"),
     *("262 262 0-64-tma_wgmma", "261 264 3-128-tma_wgmma", "264 264 0-256-tma_wgmma", "264 264 0-64-cp_async"),
@@ -156,9 +162,10 @@ def test_strides_of_a_bias(case, d, mechanism):
         torch.testing.assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
 
 
-@kernels("causal-64-tma_wgmma")
+@kernels("1-64-tma_wgmma", "2-64-tma_wgmma")
 def test_a_bias_of_its_own_for_each_score_has_the_same_bits(case, d, mechanism):
-    q, k, v = make_qkv(1, 500, 500, 4, 2, 64, 64, BF16, "cuda")
+    """And one that two elements of the batch share."""
+    q, k, v = make_qkv(int(case), 500, 500, 4, 2, 64, 64, BF16, "cuda")
     dout, _ = make_gradients(q, v)
     bias = torch.randn(1, 4, 500, 500, device="cuda", requires_grad=True)
     results = []
