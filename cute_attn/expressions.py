@@ -36,7 +36,7 @@ from cute_attn import memo
 from cute_attn.arguments import check_layout, shown
 
 RANK_MAX = 4
-COPIES_MAX = 8  # of a gradient
+COPIES, COPIES_BYTES = 8, 1 << 30  # of a gradient: so many at least, and as many as take so much memory
 KINDS = {"bool": torch.bool, "int": torch.int32, "float": torch.float32}
 _BLANK = {kind: torch.empty((), dtype=dtype, device="meta") for kind, dtype in KINDS.items()}
 POSITIONS = ("batch", "head", "q_idx", "kv_idx", "shift")  # shift: of the key that query 0 is aligned with
@@ -607,16 +607,16 @@ def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[P
 
 
 def _copied(graph: Graph, load: int, sizes: dict[str, int | None]) -> tuple[str, ...] | None:
-    """For which positions a gradient has to have copies, a few at most, so that each score has an element of its own: there are
-    indices for its row, its key, and all else that differs. None if it can't have them."""
+    """For which positions a gradient has to have copies, so that each score has an element of its own: there are indices for
+    its row, its key, and all else that differs. None if it can't have them, or not so many."""
     slot, *where = graph.nodes[load][2:]
-    names = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else "" for i in where]
-    fits = all(sizes.get(name) == size for name, size in zip(names, graph.captured[slot].shape, strict=True))
+    names, x = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else "" for i in where], graph.captured[slot]
+    fits = all(sizes.get(name) == size for name, size in zip(names, x.shape, strict=True))
     if not fits or len(set(names)) != len(names) or not {"q_idx", "kv_idx"} <= set(names):
         return None
-    missing = {name: size for name, size in sizes.items() if size != 1 and name not in names}
-    copies = math.prod(size if size is not None else COPIES_MAX + 1 for size in missing.values())
-    return tuple(missing) if copies <= COPIES_MAX else None
+    missing = {name: size for name, size in sizes.items() if name not in names and size not in (None, 1)}
+    copies = math.prod(missing.values())
+    return tuple(missing) if copies <= max(COPIES, COPIES_BYTES // max(x.numel() * x.element_size(), 1)) else None
 
 
 def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:

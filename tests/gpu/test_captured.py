@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cute_attn import attention, attention_varlen, block_mask, dropout, masks
+from cute_attn import attention, attention_varlen, block_mask, dropout, expressions, masks
 from tests.captured import CASES, check, made, seeded
 from tests.functions import documents
 from tests.support import make_gradients, make_qkv
@@ -39,7 +39,7 @@ def test_other_lengths(case, d, mechanism):
 @kernels("bias-64-tma_wgmma", "bias-40-cp_async", "bias-104-tma_wgmma")
 def test_a_bias_of_each_score(case, d, mechanism):
     """Stored, in 16 bits: of odd lengths, of even ones, and where there is one row or key."""
-    for sizes in ((1, 300, 301), (1, 130, 300), (1, 1, 1)):
+    for sizes in ((1, 300, 301), (1, 130, 300), (1, 1, 1), (3, 1, 4), (1, 37, 68)):
         check(case, sizes, (2, 2), (d, 72), torch.float16, "cuda", of=torch.float16, backend="cute", mechanism=mechanism)
 
 
@@ -78,8 +78,9 @@ def test_what_dropout_keeps(case, d, mechanism):
 
 
 @kernels("shared-64-tma_wgmma", "shared-64-cp_async")
-def test_a_bias_that_many_share(case, d, mechanism):
+def test_a_bias_that_many_share(case, d, mechanism, monkeypatch):
     """More than have copies of the gradient."""
+    monkeypatch.setattr(expressions, "COPIES_BYTES", 0)
     check(case, (9, 130, 140), (2, 1), (d, d), BF16, "cuda", of=BF16, backend="cute", mechanism=mechanism)
 
 

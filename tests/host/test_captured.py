@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cute_attn import attention, attention_varlen, dropout, flash_attn, sdpa
-from cute_attn.expressions import COPIES_MAX, traced
+from cute_attn import attention, attention_varlen, dropout, expressions, flash_attn, sdpa
+from cute_attn.expressions import COPIES, traced
 from tests.captured import CASES, check, seeded
 from tests.support import make_gradients, make_qkv
 
@@ -36,21 +36,29 @@ def zeros(*shape, dtype=torch.float32):
 
 def test_what_each_score_has_of_its_own_is_stored():
     assert partials(bias=zeros(2, 4, 6, 10))[1] == [True]
-    assert partials(bias=zeros(1, 4, 6, 10), batch=COPIES_MAX + 1)[1] == [False]
-    assert partials(bias=zeros(6, 10), batch=3)[1] == [False]
     assert partials(bias=zeros(1, 4, 6, 10), batch=1)[1] == [True]
     assert partials(bias=zeros(6, 10), batch=1, heads=1)[1] == [True]
     assert partials(bias=zeros(2, 4, 6, 10), lengths=None)[1] == [False]
-    for bias, copied in ((zeros(1, 4, 6, 10), ("batch",)), (zeros(2, 1, 6, 10), ("head",)), (zeros(6, 10), ("batch", "head"))):
-        expression, alone = partials(bias=bias)
-        assert alone == [True]
-        assert expression.partials[0].copied == copied
     table = zeros(2, 4, 7, 10)  # of which one row is not loaded
     assert partials(lambda s, b, h, i, j: s + table[b, h, i, j])[1] == [False]
     square = zeros(2, 4, 6, 6)
     assert partials(lambda s, b, h, i, j: s + square[b, h, i, j], lengths=(6, 6))[1] == [True]
     assert partials(lambda s, b, h, i, j: s + square[b, h, i, j] + square[b, h, j, i], lengths=(6, 6))[1] == [False] * 2
     assert partials(lambda s, b, h, i, j: s + square[b, h, i, i], lengths=(6, 6))[1] == [False]
+
+
+def test_what_a_few_share_has_copies(monkeypatch):
+    """As many as take some memory, and a few of any size."""
+    for bias, copied in ((zeros(1, 4, 6, 10), ("batch",)), (zeros(2, 1, 6, 10), ("head",)), (zeros(6, 10), ("batch", "head"))):
+        expression, alone = partials(bias=bias)
+        assert alone == [True]
+        assert expression.partials[0].copied == copied
+    many = {"bias": zeros(1, 4, 6, 10), "batch": COPIES + 1}
+    assert partials(**many)[1] == [True]
+    monkeypatch.setattr(expressions, "COPIES_BYTES", 4 * 240 * (COPIES + 2) - 1)
+    assert partials(**many | {"batch": COPIES + 2})[1] == [False]
+    assert partials(**many | {"batch": COPIES})[1] == [True]
+    assert partials(bias=zeros(6, 10), lengths=None)[1] == [False]
 
 
 @pytest.mark.parametrize(
