@@ -102,6 +102,27 @@ def test_how_many_keys_are_loaded_at_once(dtype, keys, row, first, n):
     assert [len(expression.neighbours(many)) for many in (2, 4)] == [n >= 2, n >= 4]
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.tuples(*[st.integers(1, 5)] * 2, st.integers(1, 24)),
+    st.tuples(*[st.integers(0, 60)] * 2),
+    st.integers(0, 9),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_neighbours_lie_together(shape, strides, first, dtype):
+    """Each so many of any row are at a multiple of their size, and twice as many are not, or of more than 8 bytes."""
+    x, bytes_ = torch.zeros(700, dtype=dtype).as_strided(shape, (*strides, 1), first), dtype.itemsize
+    rows = [[x[i, j, k:].data_ptr() for k in range(shape[2])] for i in range(shape[0]) for j in range(shape[1])]
+
+    def together(n):
+        return shape[2] % n == 0 and all(row[k] % (n * bytes_) == 0 for row in rows for k in range(0, shape[2], n))
+
+    n = expressions._neighbours(x, shape[2])
+    assert together(n)
+    used = all(size > 1 or stride % (2 * n) == 0 for size, stride in zip(shape, strides, strict=False))
+    assert 2 * n * bytes_ > 8 or not (used and together(2 * n))
+
+
 def test_what_is_loaded_in_pairs():
     """A score's key is the last index, and there is room for all keys at addresses of two."""
     def pairs(x, score=None, lengths=(6, 10)):
@@ -240,6 +261,40 @@ def test_philox_is_the_published_one(word, words):
     """The known answers of 7 rounds that come with its authors' code."""
     x = torch.tensor([word])
     assert [int(found) for found in dropout.philox((x,) * 4, (x,) * 2, dropout.TensorWordOps)] == list(words)
+
+
+def _philox(counter: list[int], key: list[int]) -> list[int]:
+    """As its authors write it down, in Python's numbers."""
+    for n in range(7):
+        if n:
+            key = [(k + step) % 2**32 for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)]
+        (high_0, low_0), (high_1, low_1) = divmod(0xD2511F53 * counter[0], 2**32), divmod(0xCD9E8D57 * counter[2], 2**32)
+        counter = [high_1 ^ counter[1] ^ key[0], low_1, high_0 ^ counter[3] ^ key[1], low_0]
+    return counter
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.integers(-(2**63), 2**63 - 1), st.floats(0.0, 1.0, exclude_max=True), st.integers(0, 2**20), st.integers(0, 2**10),
+    st.tuples(*[st.integers(0, 2**31 - 40)] * 2),
+)  # fmt: skip
+def test_which_probabilities_are_kept(seed, p, batch, head, place):
+    """Of any call, 32 × 32 scores from anywhere on."""
+    rows, keys = (torch.arange(n, n + 32) for n in place)
+    where = (torch.tensor(batch), torch.tensor(head), rows[:, None], keys)
+    found, least = dropout.kept(torch.tensor([seed]), p, *where), round(min(p, 1.0 - p) * 2**15)
+    for row, key in ((0, 0), (9, 3), (31, 31), (17, 24), (24, 17)):
+        i, j = int(rows[row]), int(keys[key])
+        words = _philox([i & ~8, j & ~9, head, batch], [seed % 2**32, (seed >> 32) % 2**32])
+        word = words[(j & 8) // 4 + (i & 8) // 8]
+        number = (word >> 16 if j % 2 else word) % 2**15
+        assert found[row, key] == (number >= least if p <= 0.5 else number < max(least, 1))
+
+
+@given(st.floats(0.0, 1.0, exclude_max=True))
+def test_the_rate_that_is_met(p):
+    assert abs(dropout.rate(p) - p) <= 2**-15 if p > 1.0 - 2**-16 else abs(dropout.rate(p) - p) <= 2**-16
+    assert dropout.kept_scale(p) <= 2**15
 
 
 def places(*sizes: int) -> list[torch.Tensor]:
