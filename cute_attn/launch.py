@@ -287,18 +287,21 @@ def _room_of_captured(call: Call) -> dict[int, torch.Tensor]:
     """Memory for the captured tensors' gradients by their numbers: zeros, but where each element is stored."""
     if not call.expression:
         return {}
-    room = {}
-    for slot, alone in call.expression.derived.items():
+    room, copies = {}, {"batch": call.batch, "head": call.heads}
+    for slot, by in call.expression.derived.items():
         x = call.captured[slot]
-        make = torch.empty if alone and call.lengths is None and not call.masked else torch.zeros
-        room[slot] = make(x.shape or (1,), dtype=x.dtype if alone else torch.float32, device=x.device)
+        make = torch.empty if by.alone and call.lengths is None and not call.masked else torch.zeros
+        shape = *(copies[name] for name in by.copied), *(x.shape or (1,))
+        room[slot] = make(shape, dtype=x.dtype if by.alone else torch.float32, device=x.device)
     return room
 
 
 def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> torch.Tensor | None:
     """The gradient of a captured tensor; zeros of one that no score depends on."""
     if slot in room:
-        return room[slot].to(x.dtype).view(x.shape)
+        copies = room[slot].dim() - max(x.dim(), 1)
+        found = room[slot].sum(tuple(range(copies))) if copies else room[slot]
+        return found.to(x.dtype).view(x.shape)
     return torch.zeros_like(x) if x.requires_grad else None
 
 

@@ -166,7 +166,7 @@ def test_a_kernel_takes_what_its_functions_read():
     asked = {field.name: field.asked(problem, config) for field in FORWARD}
     assert asked["captured"]
     assert asked["sinks"]
-    assert problem.expression.tensors == (("int64", 2, False), ("bfloat16", 2, False), ("float32", 1, False))
+    assert problem.expression.tensors == (("int64", 2, 1), ("bfloat16", 2, 1), ("float32", 1, 1))
     plain = replace(problem, expression=expression(masks.causal), sinks=False)
     assert not any(field.asked(plain, config) for field in FORWARD if field.name in ("captured", "sinks"))
     assert layouts.family(config) is not None
