@@ -15,7 +15,7 @@ behind it, and the counter of a walk is that of the block in which it begins. So
 else.
 
 **Invariant.** Where a sequence's results must not depend on the others, a walk is cut into *units* of a length that follows
-from its own: as many as :data:`UNITS_MAX`, of :data:`UNIT_TILES` tiles at least. A block takes the units that begin in its
+from its own: as many as :data:`UNITS_MAX`, of :func:`unit_tiles` tiles at least. A block takes the units that begin in its
 stretch. Each unit has a place of its own, and each walk a counter.
 """
 
@@ -28,7 +28,7 @@ import cutlass
 from cutlass import Boolean, Int32, cute
 
 from cute_attn.layouts.base import WARP
-from cute_attn.stored import UNIT_TILES, UNITS_MAX
+from cute_attn.stored import UNITS_MAX, unit_tiles
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def part_of_stretch(keys: CachedKeys, sequence: Sequence, before, at, end):
     count: Any = cutlass.min(sequence.tiles - begin, end - at)
     skipped: Any = Int32(0)
     if cutlass.const_expr(keys.problem.invariant):
-        unit = unit_of(sequence)
+        unit = unit_of(keys, sequence)
         ahead = divided(begin, unit)[1]
         skipped = cutlass.min(unit - ahead, sequence.tiles - begin) if ahead > 0 else 0
         count = cutlass.min(unit, sequence.tiles - begin - skipped) if at + skipped < end else 0
@@ -286,15 +286,15 @@ def next_part(keys: CachedKeys, i, before, at, end):
     return i, before, at
 
 
-def unit_of(sequence: Sequence):
+def unit_of(keys: CachedKeys, sequence: Sequence):
     """Tiles of a unit of a sequence's walks."""
-    return cutlass.max((sequence.tiles + UNITS_MAX - 1) // UNITS_MAX, UNIT_TILES)
+    return cutlass.max((sequence.tiles + UNITS_MAX - 1) // UNITS_MAX, unit_tiles(keys.config.tile_m))
 
 
 def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: Stretches) -> PartPlaces:
     """Where the partial results of a part's walk lie."""
     if keys.problem.invariant:
-        unit = unit_of(sequence)
+        unit = unit_of(keys, sequence)
         rows = sequence.first if keys.cu_seqlens_q is not None else sequence.number * sequence.queries
         walk = divided(rows * keys.packed, keys.config.tile_m)[0] + sequence.number + part.row_tile
         walk = walk * keys.heads_kv + part.head_kv

@@ -21,7 +21,7 @@ from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
 from cute_attn.private import raw_stream
 from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides, is_aligned
-from cute_attn.stored import UNIT_TILES, UNITS_MAX, Stored
+from cute_attn.stored import UNITS_MAX, Stored, unit_tiles
 
 MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
 GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
@@ -193,7 +193,7 @@ def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, in
     packed = stored.cu_seqlens_q is not None
     all_rows = (call.seqlen_q if packed else call.seqlen_q * stored.batch) * group
     walks = (all_rows // rows + stored.batch + 2) * call.heads_kv
-    units = min(UNITS_MAX, -(-max(-(-stored.capacity // tile_n), 1) // UNIT_TILES))
+    units = min(UNITS_MAX, -(-max(-(-stored.capacity // tile_n), 1) // unit_tiles(rows)))
     return units, walks * units, walks
 
 

@@ -20,7 +20,7 @@ WARPS = 4
 ROWS = (16, 32, 64)  # of a tile: what problems may ask for
 WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O of 32 rows
 STAGES_MAX = 6
-FLOAT, THREADS_OF_ROW = 4, 4  # bytes; of a quad, each of which has a sum of its own columns
+FLOAT, BANKS = 4, 32  # bytes; of shared memory, a float wide each
 RESERVED = KIB  # what CUDA takes of each block's shared memory
 OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
 
@@ -46,6 +46,7 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
             blocks_per_multiprocessor=blocks,
             key_warps=key_warps,
             cache="cp_async_cache",
+            dependent_launch=gpu.dependent_launch,
         )
         if (key_warps == groups or blocks == 1) and smem_bytes(config) <= room(gpu, blocks):
             break
@@ -67,19 +68,29 @@ def group(config: Config) -> Config:
     return replace(config, mma_warps=row_warps(config), tile_n=config.tile_n // config.key_warps, key_warps=0, cache="")
 
 
+def exchanged_columns(config: Config) -> int:
+    """Columns of O that all groups put into shared memory at a time: as many as there is room for in a stage of K and V."""
+    row = config.key_warps * config.tile_m * FLOAT
+    fits = _stage_bytes(config) // row
+    return next((n for n in range(config.tile_dv, 0, -BANKS) if n <= fits and config.tile_dv % n == 0), BANKS)
+
+
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. O of half of the groups, on its way to the other half, lies over the last stage of K and
-    V and what it takes beyond that, ``merged``; ``rows`` are maxima and sums that go with it."""
-    groups = config.key_warps // 2
-    stage = config.tile_n * (config.tile_d + config.tile_dv) * BYTES
+    """Bytes of shared memory by part. What the groups found of O lies over the last stage of K and V and what it takes beyond
+    that, ``merged``; ``rows`` are maxima and sums that go with it."""
+    of_columns = config.key_warps * config.tile_m * FLOAT
     return {
         "Q": config.tile_m * config.tile_d * BYTES,
         "K": config.stages * config.tile_n * config.tile_d * BYTES,
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
-        "merged": max(groups * config.tile_m * config.tile_dv * FLOAT - stage, 0),
-        "rows": max(groups * config.tile_m * THREADS_OF_ROW * OF_ROW * FLOAT, FLOAT),
+        "merged": max(of_columns * exchanged_columns(config) - _stage_bytes(config), 0),
+        "rows": of_columns * OF_ROW,
         "word": 16,
     }
+
+
+def _stage_bytes(config: Config) -> int:
+    return config.tile_n * (config.tile_d + config.tile_dv) * BYTES
 
 
 def smem_bytes(config: Config) -> int:

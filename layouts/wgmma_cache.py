@@ -38,6 +38,7 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
             blocks_per_multiprocessor=blocks,
             key_warps=1,
             cache="wgmma_cache",
+            dependent_launch=gpu.dependent_launch,
         )
         if smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
             break
@@ -52,6 +53,11 @@ def row_warps(config: Config) -> int:
 def smem_parts(config: Config) -> dict[str, int]:
     """Bytes of shared memory by part."""
     return mma_sync_cache.smem_parts(config)
+
+
+def exchanged_columns(config: Config) -> int:
+    """Columns of O that are in shared memory at a time."""
+    return mma_sync_cache.exchanged_columns(config)
 
 
 def smem_bytes(config: Config) -> int:

@@ -33,6 +33,7 @@ from cute_attn.balance import (
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
+from cute_attn.layouts.mma_sync_cache import BANKS, ROWS
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.guard import poison_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
@@ -41,28 +42,31 @@ from cute_attn.softmax import Softmax, finished, scale_rows
 
 PIECE = 4  # columns of O that a thread merges at a time
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
-AT_ONCE = 16  # partial results whose loads are on their way at the same time
+AT_ONCE, FEW = 16, 8  # partial results that a thread has on their way at the same time, and as many that it asks for or not
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Partial results in global memory, of each place ``(columns, rows)`` of O and ``(2, rows)``, a maximum and a sum, and
-    counters."""
+    """Partial results in global memory, of each place O ``(rows, columns)``, and all maxima and sums ``(places, rows, 2)``
+    behind them; and counters ahead."""
 
-    o: cute.Tensor  # (places, rows, columns)
-    of_rows: cute.Tensor  # (places, rows, 2)
     counters: cute.Tensor
+    o: cute.Pointer
+    of_rows: cute.Pointer
+    rows: Int32
+    columns: cutlass.Constexpr[int]
 
     @staticmethod
     def of(m: cute.Tensor, counters: Int32, places: Int32, rows: Int32, columns: int) -> Workspace:
-        """The three in one piece of memory, ``counters`` words first, a multiple of 4."""
-        per_place = cutlass.Int64(rows) * columns
-        after = m.iterator + cute.assume(counters, 4)
-        o = cute.make_tensor(after, cute.make_layout((places, rows, columns), stride=(per_place, columns, 1)))
-        of_rows = cute.make_layout((places, rows, 2), stride=(rows * 2, 2, 1))
-        of_rows = cute.make_tensor(after + places * per_place, of_rows)
+        """All in one piece of memory, ``counters`` words first, a multiple of 4."""
         words = cute.make_tensor(cute.recast_ptr(m.iterator, dtype=Int32), cute.make_layout(counters))
-        return Workspace(o, of_rows, words)
+        after = m.iterator + cute.assume(counters, 4)
+        return Workspace(words, after, after + cutlass.Int64(places * rows) * columns, rows, columns)
+
+    def of_row(self, place, row) -> tuple[Any, Any]:
+        """Where a row of O is, and where its maximum and its sum."""
+        number = cutlass.Int64(place * self.rows + row)
+        return self.o + number * cutlass.Int64(self.columns), self.of_rows + number * cutlass.Int64(2)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,43 @@ class LoadedOperands:
 
 
 @dataclass(frozen=True)
+class Exchanged:
+    """What all groups found, in shared memory: columns of O over the last stage, and (maximum, sum) of each row."""
+
+    o: cute.Pointer  # (groups, rows, columns)
+    of_rows: cute.Pointer  # (groups, rows, 2)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Of the same columns of a row of O as much as some groups, or some parts, found, and (maximum, sum) of their rows."""
+
+    o: cute.Tensor  # (columns, how many)
+    of_rows: cute.Tensor  # (2, how many)
+
+    @staticmethod
+    def of(count: int) -> Pieces:
+        """Registers for as many."""
+        return Pieces(*(cute.make_rmem_tensor((n, count), Float32) for n in (PIECE, 2)))
+
+    @cute.jit
+    def merge(self, exponent: Float32, first: cutlass.Constexpr[int], count: cutlass.Constexpr[int]):
+        """To the very first one ``count`` others, from number ``first`` on; ``exponent`` is what makes one of 2 of a
+        maximum."""
+        row_max, row_sum = self.of_rows[0, 0], Float32(0.0)
+        for j in cutlass.range_constexpr(first, first + count):
+            row_max = cute.arch.fmax(row_max, self.of_rows[0, j])
+        anchor = Float32(0.0) if row_max == -Float32.inf else row_max  # −inf − −inf would make a NaN
+        for j in cutlass.range_constexpr(first - 1, first + count):
+            i = 0 if j < first else j
+            weight = cute.math.exp2((self.of_rows[0, i] - anchor) * exponent, fastmath=True)
+            row_sum += self.of_rows[1, i] * weight
+            weighted = self.o[None, i].load() * weight
+            self.o[None, 0].store(weighted if j < first else self.o[None, 0].load() + weighted)
+        self.of_rows[0, 0], self.of_rows[1, 0] = row_max, row_sum
+
+
+@dataclass(frozen=True)
 class CacheBlock:
     """A block's shared memory, and this thread's part of its group's."""
 
@@ -96,7 +137,7 @@ class CacheBlock:
     operands: Any
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
-    exchange: tuple  # O on its way from one half of the groups to the other, over the last stage; maxima and sums with it
+    exchanged: Exchanged
     word: cute.Tensor
     group: Int32
     thread: Int32  # in the group
@@ -146,11 +187,15 @@ class Forward:
             stream=stream,
             min_blocks_per_mp=self.config.blocks_per_multiprocessor,
             preferred_smem_carveout=100,
+            use_pdl=self.config.dependent_launch,
         )
 
     @cute.kernel
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
+        if cutlass.const_expr(self.config.dependent_launch):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         number = cute.arch.block_idx()[0]
         tiles, of_lane = keys.all_tiles()
         stretches = Stretches.of(tiles, cute.arch.grid_dim()[0])
@@ -185,8 +230,8 @@ class Forward:
         k, v = stream("K", mK, sK, thread, self.problem.head_dim), stream("V", mV, sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         operands = self._operands((sQ, sK, sV), (mma_S, mma_O), thread)
-        exchange = cute.recast_ptr(last, dtype=Float32), floats.iterator
-        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, exchange, word, group, thread)
+        exchanged = Exchanged(cute.recast_ptr(last, dtype=Float32), floats.iterator)
+        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, exchanged, word, group, thread)
 
     def _operand_at(self, place, name: str) -> cute.Tensor:
         """An operand in shared memory, from a place on."""
@@ -324,7 +369,6 @@ class Forward:
         following = next_part(keys, i, before, seen.part.at + seen.part.end - seen.part.begin, end)
         if following[2] < end:
             self._begin(block, serving, *following, end)
-        self._gather(block, acc_O, softmax)
         self._finish(block, serving, seen, rows, softmax)
         return following
 
@@ -386,73 +430,24 @@ class Forward:
     # ---- the end of a part -------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _gather(self, block: CacheBlock, acc_O: cute.Tensor, softmax: Softmax):
-        """What all groups found to the first one's registers: half of the groups hand theirs to the other half, until there is
-        one."""
-        o, of_rows = block.exchange
-        flat = cute.make_tensor(acc_O.iterator, cute.make_layout((PIECE, cute.size(acc_O) // PIECE)))
-        threads, pieces, held = self.group_threads, cute.size(flat, mode=[1]), cute.size(softmax.row_max)
-        half = self.config.key_warps // 2
-        while cutlass.const_expr(half > 0):
-            if (block.group >= half) & (block.group < 2 * half):
-                place = (block.group - half) * threads + block.thread
-                for r in cutlass.range_constexpr(held):
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    pair[0], pair[1] = softmax.row_max[r], softmax.row_sum[r]
-                    cute.autovec_copy(pair, _floats(of_rows, place * held + r, 2))
-                for c in cutlass.range_constexpr(pieces):
-                    where = ((block.group - half) * pieces + c) * threads + block.thread
-                    cute.autovec_copy(flat[None, c], _floats(o, where, PIECE))
-            cute.arch.sync_threads()
-            if block.group < half:
-                place, weights = block.group * threads + block.thread, cute.make_rmem_tensor((2, held), Float32)
-                for r in cutlass.range_constexpr(held):
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    cute.autovec_copy(_floats(of_rows, place * held + r, 2), pair)
-                    found = _weights(softmax.row_max[r], pair[0], softmax.scale_log2)
-                    softmax.row_max[r], weights[0, r], weights[1, r] = found
-                    softmax.row_sum[r] = softmax.row_sum[r] * weights[0, r] + pair[1] * weights[1, r]
-                for c in cutlass.range_constexpr(pieces):  # of each, two columns of two rows
-                    more = cute.make_rmem_tensor(PIECE, Float32)
-                    cute.autovec_copy(_floats(o, (block.group * pieces + c) * threads + block.thread, PIECE), more)
-                    for j in cutlass.range_constexpr(PIECE):
-                        r = j // 2 + 2 * (c % (held // 2))
-                        flat[j, c] = flat[j, c] * weights[0, r] + more[j] * weights[1, r]
-            cute.arch.sync_threads()
-            half = half // 2
-
-    @cute.jit
     def _finish(self, block: CacheBlock, serving: Serving, seen: SeenTiles, rows: cute.Tensor, softmax: Softmax):
-        """What the first group has: to the outputs if it is all of the walk, else to the workspace; and if all other parts are
-        there, these, merged. ``rows`` are those of O."""
-        config, problem = self.config, self.problem
-        sequence, part, workspace = seen.sequence, seen.part, serving.workspace
-        places = places_of(serving.keys, sequence, part, serving.stretches)
-        exist = cutlass.min(sequence.queries * serving.keys.packed - part.row_tile * config.tile_m, config.tile_m)
-        thread = cute.arch.thread_idx()[0]
-        if block.group == 0:
-            cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(self._identity()))
-            for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
-                row_max = softmax.row_max[r]
-                row_sum = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
-                row, column = cO[r, 0]
-                if row < exist:
-                    if places.parts == 1:
-                        of_row, normalize = self._store_lse(serving, seen, row, column, row_max, row_sum)
-                        for c in cutlass.range_constexpr(0, cute.size(rows, mode=[1]), 2):
-                            pair = rows[r, c] * normalize, rows[r, c + 1] * normalize
-                            _store_pair(of_row, cO[r, c][1], *pair, problem.head_dim_v)
-                    else:
-                        place = places.of(places.number)
-                        if column == 0:
-                            workspace.of_rows[place, row, 0] = row_max
-                            workspace.of_rows[place, row, 1] = row_sum
-                        for c in cutlass.range_constexpr(0, cute.size(rows, mode=[1]), 2):
-                            into = workspace.o[place, row, None]
-                            _store_pair(into, cO[r, c][1], rows[r, c], rows[r, c + 1], problem.head_dim_v)
+        """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace; and if
+        all other parts are there, these, merged. ``rows`` are those of O."""
+        config, columns = self.config, self.lay.exchanged_columns(self.config)
+        part, workspace = seen.part, serving.workspace
+        places = places_of(serving.keys, seen.sequence, part, serving.stretches)
+        exist = cutlass.min(seen.sequence.queries * serving.keys.packed - part.row_tile * config.tile_m, config.tile_m)
+        for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
+            softmax.row_sum[r] = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
+        for first in cutlass.range_constexpr(0, self.problem.head_dim_v, columns):
+            if cutlass.const_expr(first > 0):
+                cute.arch.sync_threads()
+            self._hand_over(block, rows, softmax, exist, first)
+            cute.arch.sync_threads()
+            self._merge_groups(block, serving, seen, places, exist, first)
         if places.parts > 1:
             cute.arch.sync_threads()  # what all have written is there for whoever sees that this one has arrived
-            if thread == 0:
+            if cute.arch.thread_idx()[0] == 0:
                 counter = workspace.counters.iterator + places.counter
                 arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
                 if arrived == places.parts - 1:
@@ -463,30 +458,90 @@ class Forward:
                 self._merge_parts(serving, seen, places, exist)
 
     @cute.jit
+    def _hand_over(self, block: CacheBlock, rows: cute.Tensor, softmax: Softmax, exist, first: cutlass.Constexpr[int]):
+        """What this thread found of the rows that exist to shared memory, of O the columns from ``first`` on for which there is
+        room."""
+        columns, each = self.lay.exchanged_columns(self.config), BANKS // THREADS_PER_ROW
+        cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(self._identity()))
+        for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
+            row = cO[r, 0][0]
+            if row < exist:
+                place = block.group * self.config.tile_m + row
+                if cutlass.const_expr(first == 0):
+                    if cO[r, 0][1] == 0:
+                        _store_pair(block.exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
+                o = block.exchanged.o + place * columns
+                for c in cutlass.range_constexpr(columns // THREADS_PER_ROW // 2):
+                    column = _column(row, cO[r, 2 * c % each][1]) + 2 * c // each * BANKS
+                    mine = first // THREADS_PER_ROW + 2 * c
+                    _store_pair(o, column // 2, rows[r, mine], rows[r, mine + 1])
+
+    @cute.jit
+    def _merge_groups(
+        self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist, first: cutlass.Constexpr[int]
+    ):
+        """All threads: what the groups have handed over, to the outputs or to the workspace."""
+        config, workspace, columns = self.config, serving.workspace, self.lay.exchanged_columns(self.config)
+        pieces = min(columns, self.problem.head_dim_v - first) // PIECE
+        for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, config.threads, unroll=1):
+            row, piece = divided(n, pieces)
+            found = Pieces.of(config.key_warps)
+            for group in cutlass.range_constexpr(config.key_warps):
+                place = group * config.tile_m + row
+                cute.autovec_copy(_floats(block.exchanged.of_rows, place, 2), found.of_rows[None, group])
+                handed = block.exchanged.o + place * columns
+                cute.autovec_copy(_floats(handed, _column(row, piece * PIECE) // PIECE, PIECE), found.o[None, group])
+            found.merge(seen.values.exponent(self.problem), 1, config.key_warps - 1)
+            piece += first // PIECE
+            if places.parts == 1:
+                self._store(serving, seen, row, piece, found)
+            else:
+                o, of_row = workspace.of_row(places.of(places.number), row)
+                if piece == 0:
+                    cute.autovec_copy(found.of_rows[None, 0], _floats(of_row, 0, 2))
+                cute.autovec_copy(found.o[None, 0], _floats(o, piece, PIECE))
+
+    @cute.jit
     def _merge_parts(self, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
         """All threads: all parts of a walk, in the order of their keys, to the outputs."""
-        workspace, exponent = serving.workspace, seen.values.exponent(self.problem)
-        pieces = self.problem.head_dim_v // PIECE
-        for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, self.config.threads, unroll=1):
-            row, piece = n // pieces, n % pieces
-            row_max, row_sum = Float32(-Float32.inf), Float32(0.0)
-            o = cute.make_rmem_tensor(PIECE, Float32)
-            o.fill(0.0)
-            for first in cutlass.range(0, places.parts, AT_ONCE, unroll=1):
-                many = []
-                for j in cutlass.range_constexpr(AT_ONCE):  # past the last one that one again, without weight
-                    place = places.of(cutlass.min(first + j, places.parts - 1))
-                    held = cute.make_rmem_tensor(PIECE, Float32)
-                    cute.autovec_copy(_piece(workspace.o[place, row, None], piece), held)
-                    found_max = workspace.of_rows[place, row, 0]
-                    found_max = found_max if first + j < places.parts else -Float32.inf
-                    many.append((found_max, workspace.of_rows[place, row, 1], held))
-                for found_max, found_sum, held in many:
-                    row_max, weight, weight_of_more = _weights(row_max, found_max, exponent)
-                    o.store(o.load() * weight + held.load() * weight_of_more)
-                    row_sum = row_sum * weight + found_sum * weight_of_more
-            of_row, normalize = self._store_lse(serving, seen, row, piece, row_max, row_sum)
-            _piece(of_row, piece).store((o.load() * normalize).to(of_row.element_type))
+        threads, workspace, pieces = self.config.threads, serving.workspace, self.problem.head_dim_v // PIECE
+        together = self.config.tile_m // ROWS[0]  # pieces of a thread at the same time
+        at_once, step = AT_ONCE // together, FEW // together
+        for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, threads * together, unroll=1):
+            found, where = [Pieces.of(1 + at_once) for _ in range(together)], []
+            for j in cutlass.range_constexpr(together):
+                found[j].o[None, 0].fill(0.0)
+                found[j].of_rows[1, 0] = Float32(0.0)
+                for i in cutlass.range_constexpr(1 + at_once):
+                    found[j].of_rows[0, i] = -Float32.inf
+                where.append(divided(cutlass.min(n + j * threads, exist * pieces - 1), pieces))
+            for first in cutlass.range(0, places.parts, at_once, unroll=1):
+                for few in cutlass.range_constexpr(0, at_once, step):  # whose loads are on their way when the next ones start
+                    if first + few < places.parts:
+                        for j in cutlass.range_constexpr(together):
+                            row, piece = where[j]
+                            for i in cutlass.range_constexpr(few, few + step):  # past the last one that one again
+                                part = cutlass.min(first + i, places.parts - 1)
+                                place = places.of(part) if i == 0 else places.others + part * places.step
+                                o, of_row = workspace.of_row(place, row)
+                                cute.autovec_copy(_floats(of_row, 0, 2), found[j].of_rows[None, 1 + i])
+                                cute.autovec_copy(_floats(o, piece, PIECE), found[j].o[None, 1 + i])
+                for few in cutlass.range_constexpr(0, at_once, step):
+                    if first + few < places.parts:
+                        for j in cutlass.range_constexpr(together):
+                            for i in cutlass.range_constexpr(few, few + step):  # past the last one without weight
+                                of_rows = found[j].of_rows
+                                of_rows[0, 1 + i] = of_rows[0, 1 + i] if first + i < places.parts else -Float32.inf
+                            found[j].merge(seen.values.exponent(self.problem), few + 1, step)
+            for j in cutlass.range_constexpr(together):
+                if n + j * threads < exist * pieces:
+                    self._store(serving, seen, *where[j], found[j])
+
+    @cute.jit
+    def _store(self, serving: Serving, seen: SeenTiles, row, piece, found: Pieces):
+        """The first of some pieces, of all keys, to the outputs; with piece 0 the row's log-sum-exp."""
+        of_row, normalize = self._store_lse(serving, seen, row, piece, found.of_rows[0, 0], found.of_rows[1, 0])
+        _piece(of_row, piece).store((found.o[None, 0].load() * normalize).to(of_row.element_type))
 
     @cute.jit
     def _store_lse(self, serving: Serving, seen: SeenTiles, row, column, row_max, row_sum):
@@ -508,7 +563,7 @@ class Forward:
 
 
 def _floats(place, n, count: int) -> cute.Tensor:
-    """The n-th ``count`` floats from a place in shared memory on."""
+    """The n-th ``count`` floats from a place on."""
     return cute.make_tensor((place + n * count).align(4 * count), cute.make_layout(count))
 
 
@@ -518,19 +573,13 @@ def _piece(row: cute.Tensor, piece) -> cute.Tensor:
     return cute.make_tensor(begin.align(PIECE * row.element_type.width // 8), cute.make_layout(PIECE))
 
 
-@cute.jit
-def _store_pair(row: cute.Tensor, column, first: Float32, second: Float32, columns: cutlass.Constexpr[int]):
-    """Two neighbouring columns of a row in global memory, if it has them."""
-    if column < columns:
-        pair = cute.make_rmem_tensor(2, Float32)
-        pair[0], pair[1] = first, second
-        begin = cute.local_tile(row, (2,), (column // 2,)).iterator.align(2 * row.element_type.width // 8)
-        cute.make_tensor(begin, pair.layout).store(pair.load().to(row.element_type))
+def _store_pair(place, n, first: Float32, second: Float32):
+    """To the n-th two floats from a place in shared memory on."""
+    pair = cute.make_rmem_tensor(2, Float32)
+    pair[0], pair[1] = first, second
+    cute.autovec_copy(pair, _floats(place, n, 2))
 
 
-@cute.jit
-def _weights(row_max: Float32, max_of_more: Float32, exponent: Float32):
-    """``(maximum, weight, weight of more)`` of a partial row and another of more keys."""
-    new = cute.arch.fmax(row_max, max_of_more)
-    anchor = Float32(0.0) if new == -Float32.inf else new  # −inf − −inf would make a NaN
-    return new, *(cute.math.exp2((x - anchor) * exponent, fastmath=True) for x in (row_max, max_of_more))
+def _column(row, column):
+    """Where a column of a row of O lies in shared memory: the rows that a warp writes at once are on other banks each."""
+    return column ^ (row % 4 * (BANKS // 4))

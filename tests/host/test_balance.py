@@ -17,7 +17,7 @@ pytest.importorskip("cutlass.cute")
 import cutlass
 from cutlass import cute
 
-from cute_attn.stored import UNIT_TILES, UNITS_MAX
+from cute_attn.stored import UNITS_MAX, unit_tiles
 
 # Copies of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.balance").origin)
@@ -124,7 +124,7 @@ def test_units_depend_on_their_sequence_alone(lengths, blocks, others, more):
         _, among, _ = computed(cached([*lengths, more], invariant=True), others)
     ends = [[[int(part.end) for part, _ in walks[0, head, 0]] for head in range(2)] for walks in (alone, among)]
     assert ends[0] == ends[1]
-    most = min(UNITS_MAX, math.ceil(max(lengths[0], 1) / (64 * UNIT_TILES)))
+    most = min(UNITS_MAX, math.ceil(max(lengths[0], 1) / (64 * unit_tiles(16))))
     assert all(len(walk) <= most for walk in ends[0])
 
 
