@@ -16,6 +16,7 @@ from .base import BYTES, FRAGMENT_A, FRAGMENT_C, FRAGMENT_THREADS, Box, Config, 
 ROWS_PER_WARPGROUP = 64
 WARPGROUP = 128  # threads
 BARRIER_BYTES = 8
+WORK_SLOTS, WORK_FIELDS = 4, 8  # tiles that a block's warps are told of ahead of time, and int32 that say what one is
 SMEM_ALIGN = 1024  # a swizzle atom is 8 rows of 128 bytes
 
 

@@ -14,7 +14,18 @@ from dataclasses import replace
 
 from . import base, wgmma_wide
 from .base import BYTES, Config, Layout, Mma, element
-from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Family, copy_in, copy_out, warpgroup_mma
+from .tma import (
+    BARRIER_BYTES,
+    ROWS_PER_WARPGROUP,
+    SMEM_ALIGN,
+    WARPGROUP,
+    WORK_FIELDS,
+    WORK_SLOTS,
+    Family,
+    copy_in,
+    copy_out,
+    warpgroup_mma,
+)
 
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
@@ -22,7 +33,6 @@ TILE_DIMS = (64, 96, 128)
 OPERANDS = ("K", "V", "Q", "dO", "dS", "dK", "dV")
 ROLES = ("S", "dP", "dV", "dK", "dQ")
 READS = {"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q"), "dQ": ("dS", "K")}
-TICKET_BYTES = 4  # this block's place in the order in which blocks have started
 PIECE_ROWS, PIECE_COLUMNS = 64, 16  # of the dQ that a warpgroup computes: so many rows, a multiple of so many columns
 ACCUMULATOR_BYTES = 4
 HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of its query heads; the plan chooses
@@ -104,7 +114,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
         "barriers": BARRIER_BYTES * 2 * (2 + 2 * config.stages),
         "hidden": config.tile_n,  # keys, a byte each
-        "ticket": TICKET_BYTES,
+        "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES),
     }
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, cute, pipeline
+from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from cute_attn.layouts.base import cute_layout, in_turns
@@ -38,11 +38,11 @@ from cute_attn.mainloop.warpgroups import (
     of_columns,
     rounded_operand,
 )
+from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
-LONG = 4096  # queries from which on a key tile's walk is so long that what a block's start costs is little
 NONE_DONE = (0, 0)  # key tiles, query tiles
 
 
@@ -54,6 +54,7 @@ class BackwardPipelines:
     v: pipeline.PipelineTmaAsync
     q: pipeline.PipelineTmaAsync
     do: pipeline.PipelineTmaAsync
+    work: pipeline.PipelineAsync
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class BackwardShared:
     hidden: cute.Tensor | None
     dk: cute.Tensor
     dv: cute.Tensor
-    ticket: cute.Tensor | None
+    work: cute.Tensor
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,11 @@ class Backward(KeyBlocks):
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.early_dv = config.tile_m // 32
-        # A block may take one key tile after another, the next one's operands on their way while results leave.
-        one_each = problem.ragged or problem.blocks or problem.deterministic or config.head_blocks > 1
-        self.persistent = not one_each
+        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal tiles it
+        # draws tickets. Only where blocks share a tile has each of them but one.
+        self.persistent = config.head_blocks == 1
+        self.draws = problem.masked or problem.deterministic
+        self.skips_unseen = bool(problem.ragged)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -121,17 +124,14 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
-        """Make the TMA descriptors and launch a block for each key tile, or, where walks are short, persistent ones."""
+        """Make the TMA descriptors and launch persistent blocks, or, where some share a key tile, those of each."""
         q, k, v, do = self.input_operands(inputs)
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
-        if cutlass.const_expr(self.persistent):
-            long = False
-            if cutlass.const_expr(not self.problem.bounded_left):
-                long = inputs.q.shape[0] * tiles.heads_per_kv >= LONG
-            tiles, count = tiles.launched(blocks, long)
+        if cutlass.const_expr(self.persistent and not self.draws):
+            tiles, count = tiles.launched(blocks, long=False)
         else:
-            count = tiles.count()
+            count = cutlass.min(tiles.count(), blocks) if cutlass.const_expr(self.persistent) else tiles.count()
             # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
             if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
                 tiles = tiles.in_small_groups(blocks)
@@ -153,37 +153,63 @@ class Backward(KeyBlocks):
         if warp == 0:
             for operand in (operands.q, operands.k, operands.v, operands.do):
                 cpasync.prefetch_descriptor(operand.atom)
-        shared, pipes = self._setup(signals)
-        if cutlass.const_expr(self.problem.deterministic):
-            tiles = replace(tiles, ticket=shared.ticket[0])
-        elif cutlass.const_expr(self.config.head_blocks > 1):
-            tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
+        shared, pipes = self._setup()
         from_memory, into = (plain, rows, care), (gradients, signals)
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
-            roles(tiles.each)
+            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
+            roles(partial(self._lead, queue, tiles, signals), lambda part: queue.taker().each(part, NONE_DONE))
         else:
-            tiles.one(lambda work: roles(lambda part, done: part(done, work)))
+            tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
+            tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
+
+    def _lead(self, queue: WorkQueue, tiles, signals, part):
+        """The warp that finds the block's tiles: its part of each."""
+        first, following = cute.arch.block_idx()[0], tiles.position
+        if self.draws:
+            skipped = 0 if self.problem.deterministic else cute.arch.grid_dim()[0]
+            following = lambda _: skipped + self._ticket(signals)  # noqa: E731
+            first = following(0) if self.problem.deterministic else first
+        queue.lead(tiles, first, following, part, NONE_DONE)
+
+    @cute.jit
+    def _ticket(self, signals: Signals):
+        """A whole warp: one ticket."""
+        drawn = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            drawn = signals.ticket()
+        return cute.arch.shuffle_sync(drawn, 0)
 
     @cute.jit
     def _roles(
-        self, operands: TmaOperands, from_memory, into, shared: BackwardShared, pipes, values: Values, heads_per_kv, each
+        self,
+        operands: TmaOperands,
+        from_memory,
+        into,
+        shared: BackwardShared,
+        pipes,
+        values: Values,
+        heads_per_kv,
+        lead: cutlass.Constexpr,
+        each: cutlass.Constexpr,
     ):
-        """The block's tiles: each warp its part of them."""
+        """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``."""
         (plain, rows, care), of_tile = from_memory, partial(self._key_tile, values, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                each(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)), NONE_DONE)
+                lead(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)))
             if warp == COPY_V_DO_WARP:
-                each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)), NONE_DONE)
+                each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)), NONE_DONE)
+                    if warp == ADD_DQ_WARP:
+                        self._offer()
+                    each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            each(partial(of_tile, partial(self._compute, operands, shared, pipes)), NONE_DONE)
+            each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
 
     @cute.jit
     def _key_tile(self, values: Values, heads_per_kv, part: cutlass.Constexpr, done, work: Work):
@@ -191,10 +217,11 @@ class Backward(KeyBlocks):
         values, where = values.of(work), self.query_heads(work, heads_per_kv)
         part(values, where, done)
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        return done[0] + 1, done[1] + visited.count * visited.members(where[1])
+        keys = cutlass.min(visited.count, 1) if cutlass.const_expr(self.skips_unseen) else 1
+        return done[0] + keys, done[1] + visited.count * visited.members(where[1])
 
-    def _setup(self, signals: Signals | None):
-        """Allocate shared memory, initialise the barriers and take a ticket."""
+    def _setup(self):
+        """Allocate shared memory and initialise the barriers."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
@@ -207,7 +234,7 @@ class Backward(KeyBlocks):
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
             dk=dk,
             dv=self.over("dV", ds),
-            ticket=self.take_ticket(smem, signals),
+            work=WorkQueue.slots_in(smem),
         )
         row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
         pipes = BackwardPipelines(
@@ -215,6 +242,7 @@ class Backward(KeyBlocks):
             v=self.pipe(smem, 1, warps, self.warpgroups * lay.slot_bytes("V", config)),
             q=self.pipe(smem, config.stages, warps, lay.slot_bytes("Q", config) + row_bytes),
             do=self.pipe(smem, config.stages, warps, lay.slot_bytes("dO", config) + row_bytes),
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * ADDERS + warps),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -228,8 +256,6 @@ class Backward(KeyBlocks):
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         lane = cute.arch.lane_idx()
         step = Int32(done[1])
-        if (mine == 0) & (done[0] == 0):
-            self._offer()
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         for member in cutlass.range(visited.members(members), unroll=1):
@@ -280,13 +306,15 @@ class Backward(KeyBlocks):
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
         frag = self._fragments(me, shared)
-        for pipe in (pipes.k, pipes.v):
-            pipe.consumer_wait(k_state)
-        hides = None
-        if cutlass.const_expr(self.problem.masked):
-            w = me.warpgroup
-            sK, sV, hidden = shared.k[None, None, w], shared.v[None, None, w], shared.hidden[None, w]
-            hides = self.hide_keys(sK, sV, hidden, w)
+        hides = Boolean(False) if cutlass.const_expr(self.problem.masked) else None
+        if cutlass.const_expr(not self.skips_unseen):
+            hides = self._wait_for_keys(me, shared, pipes, k_state)
+        elif cutlass.const_expr(hides is None):
+            if visited.count > 0:
+                self._wait_for_keys(me, shared, pipes, k_state)
+        else:
+            if visited.count > 0:
+                hides = self._wait_for_keys(me, shared, pipes, k_state)
         i = Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             m_block, member = visited.tile(i, j // visited.count, self.problem)
@@ -300,9 +328,27 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(self.config.overlap_tiles):
                 if visited.count * visited.members(members) > 0:
                     self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
-            for pipe in (pipes.k, pipes.v):
-                pipe.consumer_release(k_state)
+            if cutlass.const_expr(not self.skips_unseen):
+                self._release_keys(pipes, k_state)
+            elif visited.count > 0:
+                self._release_keys(pipes, k_state)
         self._store(me, frag, operands, shared, values, work)
+
+    @cute.jit
+    def _wait_for_keys(self, me: BackwardWorker, shared: BackwardShared, pipes: BackwardPipelines, state):
+        """Until K and V are there. Where some may be masked, whether any is hidden: see ``guard.py``."""
+        for pipe in (pipes.k, pipes.v):
+            pipe.consumer_wait(state)
+        hides = None
+        if cutlass.const_expr(self.problem.masked):
+            w = me.warpgroup
+            hides = self.hide_keys(shared.k[None, None, w], shared.v[None, None, w], shared.hidden[None, w], w)
+        return hides
+
+    @cute.jit
+    def _release_keys(self, pipes: BackwardPipelines, state):
+        for pipe in (pipes.k, pipes.v):
+            pipe.consumer_release(state)
 
     def _worker(self) -> BackwardWorker:
         index = cute.arch.thread_idx()[0]
@@ -415,7 +461,7 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _store_ds(self, me: BackwardWorker, rdS: cute.Tensor, sdS: cute.Tensor):
-        """This warpgroup's dSᵀ to shared memory, for all of them once they have met behind a fence, which is not waited for here."""
+        """This warpgroup's dSᵀ to shared memory; the caller fences before all meet."""
         copy = self.lay.store_accumulator("dS", self.config).get_slice(me.thread)
         cute.copy(copy, copy.retile(rdS), copy.partition_D(sdS))
 

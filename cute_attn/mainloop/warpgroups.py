@@ -4,6 +4,7 @@ of a block that owns keys."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
@@ -87,12 +88,6 @@ def rounded_operand(acc: cute.Tensor, dtype, out: cute.Tensor | None = None) -> 
     return out
 
 
-@cute.jit
-def _first_thread_writes(place: cute.Tensor, signals: Signals):
-    if cute.arch.thread_idx()[0] == 0:
-        place[0] = signals.ticket()
-
-
 class InFlight:
     """The groups of warpgroup MMAs a warpgroup has issued and not waited for, in order, by name; known at compile time.
 
@@ -167,14 +162,6 @@ class Kernel:
     def hidden_keys(self, smem, *shape):
         """Shared memory for which keys are hidden (``guard.py``), where some may be."""
         return smem.allocate_tensor(cutlass.Int8, cute.make_layout(shape), 16) if self.problem.masked else None
-
-    def take_ticket(self, smem, signals: Signals | None) -> cute.Tensor | None:
-        """This block's ticket in shared memory, once all threads have met, where the order of blocks matters."""
-        if not self.problem.deterministic:
-            return None
-        place = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout(1))
-        _first_thread_writes(place, signals)
-        return place
 
     def pipe(self, smem, stages: int, warps: int, bytes: int):
         """A pipeline whose stages each bring ``bytes``, which ``warps`` read."""
@@ -320,6 +307,8 @@ class KeyBlocks(Kernel):
     """A kernel of the backward pass each of whose blocks owns a key tile, or shares it with the others of its cluster, and
     walks over query tiles."""
 
+    skips_unseen = False  # whether keys that no query sees aren't copied
+
     def query_heads(self, work: Work, heads_per_kv):
         """``(work, members)``: the tile, with the first query head that this block takes, and how many there are."""
         members = heads_per_kv // self.config.head_blocks
@@ -354,16 +343,25 @@ class KeyBlocks(Kernel):
         work, _ = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         tKgK, tKsK = k.tiles(sK, work.k, work.head_kv)
-        k_pipe.producer_acquire(k_state)
-        for w in cutlass.range_constexpr(slots):
-            barrier = k_pipe.producer_get_barrier(k_state)
-            cute.copy(k.atom, tKgK[None, work.block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
+        copy_keys = partial(self._copy_keys, keys, tKgK, tKsK, work.block * slots, k_state)
+        if cutlass.const_expr(self.skips_unseen):
+            if visited.count > 0:
+                copy_keys()
+        else:
+            copy_keys()
         if cutlass.const_expr(careful is None):
             self._copy_queries(queries, row_values, visited, where, state)
         elif careful[2]:
             self._copy_queries_carefully(careful, queries, row_values, visited, where, state)
         else:
             self._copy_queries(queries, row_values, visited, where, state)
+
+    @cute.jit
+    def _copy_keys(self, keys, tKgK, tKsK, first, state):
+        k, _, pipe = keys
+        pipe.producer_acquire(state)
+        for w in cutlass.range_constexpr(cute.size(tKsK, mode=[1])):
+            cute.copy(k.atom, tKgK[None, first + w], tKsK[None, w], tma_bar_ptr=pipe.producer_get_barrier(state))
 
     @cute.jit
     def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state):
