@@ -99,8 +99,7 @@ class Forward(Kernel):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         # float16 has no room for weights above 1, and what a function makes of scores may hide any key.
-        unchanged = not problem.expression or (bool(problem.blocks) and problem.expression.score is None)
-        self.anchored = config.dtype == "bfloat16" and unchanged
+        self.anchored = config.dtype == "bfloat16" and not problem.masks_all and not problem.expression.natural
         self.careful = problem.masked
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
@@ -529,11 +528,11 @@ class Forward(Kernel):
     ):
         n, masked = where
         origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-        Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
+        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True)
         if cutlass.const_expr(anchored):
-            softmax.anchored_step(rows_columns(acc_S))
+            softmax.anchored_step(rows_columns(acc_S), begins)
         else:
-            softmax.step(rows_columns(acc_S), frag.rescale, hold)
+            softmax.step(rows_columns(acc_S), frag.rescale, hold, begins)
 
     @cute.jit
     def _drop(self, me: ForwardWorker, frag: ForwardFragments, tile: WarpgroupTile, n):

@@ -295,14 +295,24 @@ class ListedQueries:
         return 1
 
     def tile(self, i, member, problem):
-        entry = self.entries[HEADER + i // self.repeats]
-        return entry & TILE_MASK, (entry >> TILE_BITS) + i % self.repeats
+        place, repeat = _divided(i, self.repeats)
+        entry = self.entries[HEADER + place]
+        return entry & TILE_MASK, (entry >> TILE_BITS) + repeat
 
     def needs_mask(self, i, m_block):
         return i < self.masked
 
     def rank(self, values: Values, problem, m_block: Int32, config):
         return values.ranks[values.sequence, values.head, m_block, self.n_block]
+
+
+@cute.jit
+def _divided(i, n):
+    """``divmod(i, n)``, which is quick where n is 1: whoever computes takes a step for each tile."""
+    quotient, rest = i, i * 0
+    if n != 1:
+        quotient, rest = i // n, i % n
+    return quotient, rest
 
 
 @cute.jit
