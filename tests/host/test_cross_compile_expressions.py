@@ -18,10 +18,11 @@ from tests.host import machine_code
 from tests.host.test_cross_compile_backward import KERNELS
 
 RAGGED = "cu_seqlens_q cu_seqlens_k"
-Q, IDS, TABLE = torch.zeros(2, 4, 2, 8), torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.bfloat16)
+Q, TABLE = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((2, 4, 2, 8), (2, 9)))
+IDS = torch.zeros(2, 9, dtype=torch.int64)
 
 SLOPES = torch.zeros(2)
-BIAS = torch.zeros(2, 2, 4, 10, requires_grad=True)
+BIAS = torch.zeros(2, 2, 4, 12, dtype=torch.bfloat16, requires_grad=True)
 
 
 def _score(score, batch, head, q_idx, kv_idx):
@@ -33,7 +34,7 @@ def _ramp(score, batch, head, q_idx, kv_idx):
 
 
 def expression(mask=None, score=None, alibi_slopes=None, bias=None) -> Expression:
-    return traced(mask, score, (), alibi_slopes, Q, 2, 2, bias, (4, 10))[0]
+    return traced(mask, score, (), alibi_slopes, Q, 2, 2, bias, (4, 12))[0]
 
 
 PROBLEMS = {
@@ -87,7 +88,7 @@ CASES = [
 ]
 # Bytes of a thread's stack: masks need none where warpgroups compute.
 ROOM = {"mask": {"tma_wgmma": 0, "cp_async": 64}, "alibi": {"tma_wgmma": 0}, "all": {"tma_wgmma": 96, "cp_async": 96}}
-ROOM |= {"bias": {"tma_wgmma": 64}, "dropout": {"tma_wgmma": 32}, "listed": {"tma_wgmma": 0}}
+ROOM |= {what: {"tma_wgmma": 0} for what in ("bias", "dropout", "listed")}
 
 
 def compile_kernels(problem: Problem, config: Config) -> list[cubin.Compiled]:
@@ -112,6 +113,12 @@ def test_kernels_with_functions(case: FunctionCase, kernels):
         assert code.count("HGMMA" if case.mechanism == "tma_wgmma" else "HMMA") > 0
     if case.what == "all":
         assert sum(code.count("LDG") for code in kernels[case]) > 16
+    if case.what == "bias" and case.gradients:  # of a thread's 32 scores four keys at once, and nothing narrower
+        (code,) = kernels[case]
+        assert {name: n for name, n in code.instructions.items() if name.startswith(("LDG", "STG"))} == {
+            "LDG.E.64": 8,
+            "STG.E.64": 8,
+        }
 
 
 @pytest.mark.parametrize(("what", "unneeded"), [("listed", ("LDG", "FMNMX")), ("ramp", ("FMNMX",))])
