@@ -82,8 +82,7 @@ class BlockMask:
     def tiles(self, tile_m: int, tile_n: int) -> torch.Tensor:
         """The kinds of tiles of ``tile_m`` queries × ``tile_n`` keys, uint8 ``(batch, heads, m_blocks, n_blocks)``. A tile that
         reaches past the last key is not whole."""
-        some, every = (self._parts(tile_m, tile_n, of_missing_rows) for of_missing_rows in (NONE, WHOLE))
-        return some.amax((3, 5)).ne(NONE).byte() + every.amin((3, 5)).eq(WHOLE).byte()
+        return _kinds_of_all(*self._seen(tile_m, tile_n, tile_m))
 
     def key_lists(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
         """A list of key tiles for each query tile, ``(batch, heads, m_blocks, HEADER + n_blocks + 1)``."""
@@ -98,30 +97,32 @@ class BlockMask:
         """How many key tiles before each one a query tile visits, int32 ``(batch, heads, m_blocks, n_blocks)``."""
         return self._keep("ranks", self._ranks, tile_m, tile_n).expand(batch, heads, -1, -1)
 
-    def _parts(self, tile_m: int, tile_n: int, of_missing_rows: int) -> torch.Tensor:
-        """The kinds of the blocks of each tile, ``(batch, heads, m_blocks, rows, n_blocks, columns)``."""
-        down, across = tile_m // BLOCK, tile_n // BLOCK
-        rows, columns = self.kinds.shape[2:]
-        whole = pad(pad(self.kinds, (0, -columns % across)), (0, 0, 0, -rows % down), value=of_missing_rows)
-        return whole.unflatten(3, (-1, across)).unflatten(2, (-1, down))
+    def _seen(self, tile_m: int, tile_n: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether no key of a tile is seen, and whether all of them are, by each ``rows`` of its rows, bool ``(batch, heads,
+        m_blocks, tile_m / rows, n_blocks)``. Rows that there aren't see none and all."""
+        down, across = rows // BLOCK, tile_n // BLOCK
+        missing, past = -self.kinds.shape[2] % (tile_m // BLOCK), -self.kinds.shape[3] % across
+        kinds = pad(self.kinds, (0, past)) if past else self.kinds
+        each = [pad(kinds, (0, 0, 0, missing), value=value) if missing else kinds for value in (NONE, WHOLE)]
+        high, low = (x.unflatten(3, (-1, across)).unflatten(2, (-1, tile_m // rows, down)) for x in each)
+        return high.amax((4, 6)).eq(NONE), low.amin((4, 6)).eq(WHOLE)
 
     def _key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
-        kinds = self.tiles(tile_m, tile_n)
-        numbers = torch.arange(kinds.shape[3], dtype=torch.int32, device=kinds.device).expand(kinds.shape)
-        if tile_m % ROWS_OF_WARPGROUP == 0:
-            some, every = (
-                self._parts(tile_m, tile_n, missing).unflatten(3, (-1, ROWS_OF_WARPGROUP // BLOCK)) for missing in (NONE, WHOLE)
-            )
-            said = {UNSEEN_BIT: some.amax((4, 6)).eq(NONE), WHOLE_BIT: every.amin((4, 6)).eq(WHOLE)}
-            for bit, of_rows in said.items():
-                for w in range(tile_m // ROWS_OF_WARPGROUP):
-                    numbers = numbers | of_rows[:, :, :, w].int() << TILE_BITS + WARPGROUP_BITS * w + bit
-        kinds, numbers = kinds.flip(3), numbers.flip(3)
-        so_far, whole = kinds.eq(WHOLE).cumsum(3, dtype=torch.int32), kinds.eq(WHOLE).sum(3, keepdim=True)
-        after = kinds.eq(CUT) & (so_far == whole) & (whole > 0)
-        order = torch.where(after, 2, (kinds + 2) % 3).where(kinds != NONE, 3)
-        header = kinds.eq(CUT).sum(3) - after.sum(3), kinds.ne(NONE).sum(3), kinds.ne(NONE).sum(3) - after.sum(3)
-        return _listed(order, numbers, header)
+        by_warpgroup = tile_m % ROWS_OF_WARPGROUP == 0
+        none, every = self._seen(tile_m, tile_n, ROWS_OF_WARPGROUP if by_warpgroup else tile_m)
+        kinds, tiles = _kinds_of_all(none, every), none.shape[-1]
+        numbers = torch.arange(tiles, dtype=torch.int32, device=kinds.device)
+        # Those that are cut and come before all whole ones; where there is none of these, none.
+        after = numbers < kinds.eq(WHOLE).byte().argmax(3, keepdim=True)
+        entries = numbers.expand(kinds.shape)
+        if by_warpgroup:
+            said = none.int() << UNSEEN_BIT | every.int() << WHOLE_BIT
+            bits = TILE_BITS + WARPGROUP_BITS * torch.arange(said.shape[3], dtype=torch.int32, device=kinds.device)
+            entries = numbers | (said << bits[:, None]).sum(3, dtype=torch.int32)
+        order = (kinds - CUT) | (after.byte() << 1)  # 0, 1 if whole, 2 at the end; and 255
+        order, where = order.flip(3).sort(dim=-1, stable=True)
+        cut, whole_end, total = ((order < past).sum(3) for past in (1, 2, 3))
+        return _listed(entries.flip(3).gather(3, where), cut, total, whole_end)
 
     def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
         kinds = self.tiles(tile_m, tile_n).transpose(2, 3)
@@ -134,8 +135,9 @@ class BlockMask:
 
     @staticmethod
     def _cut_first(kinds: torch.Tensor, numbers: torch.Tensor, repeats: int) -> torch.Tensor:
-        header = kinds.eq(CUT).sum(3), kinds.ne(NONE).sum(3), torch.full_like(kinds[..., 0], repeats, dtype=torch.int64)
-        return _listed((kinds + 2) % 3, numbers.expand(kinds.shape), header)
+        order, where = (kinds - CUT).sort(dim=-1, stable=True)  # 0, 1 if whole, and 255
+        cut, total = (order < 1).sum(3), (order < 2).sum(3)
+        return _listed(numbers.expand(kinds.shape).gather(3, where), cut, total, torch.full_like(cut, repeats))
 
     def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
         seen = self.tiles(tile_m, tile_n).ne(NONE).int()
@@ -273,11 +275,15 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
                 kinds[b, h, first : first + len(some)] = some.any(3).any(1).byte() + every.all(3).all(1).byte()
 
 
-def _listed(order: torch.Tensor, numbers: torch.Tensor, header: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Lists of tiles ``(…, tiles)``, by ``order``, those of the same in their order here."""
-    in_turn = header[1].argsort(dim=-1, descending=True, stable=True)
-    words = torch.stack((*header, in_turn), -1).int()
-    return torch.cat((words, numbers.gather(-1, order.sort(dim=-1, stable=True).indices), words[..., :1]), -1)
+def _kinds_of_all(none: torch.Tensor, every: torch.Tensor) -> torch.Tensor:
+    """The kinds of tiles from what :meth:`BlockMask._seen` says of their parts."""
+    return every.all(3).byte() + none.all(3).logical_not()
+
+
+def _listed(entries: torch.Tensor, cut: torch.Tensor, total: torch.Tensor, third: torch.Tensor) -> torch.Tensor:
+    """Lists of entries ``(…, tiles)`` with their headers."""
+    in_turn = total.argsort(dim=-1, descending=True, stable=True)
+    return torch.cat((torch.stack((cut, total, third, in_turn), -1).int(), entries, entries[..., :1]), -1)
 
 
 # ---- what attention is given -----------------------------------------------------------------------------------------

@@ -208,7 +208,8 @@ class Forward(Kernel):
 
     def _queue(self, shared: ForwardShared, pipes: ForwardPipelines) -> WorkQueue:
         ragged = bool(self.problem.ragged)
-        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, ragged and self.problem.has_places, ragged)
+        numbered = ragged and self.problem.has_places
+        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, numbered=numbered, ragged=ragged)
 
     @cute.jit
     def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
