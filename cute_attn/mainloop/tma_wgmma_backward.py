@@ -111,7 +111,7 @@ class Backward(KeyBlocks):
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.early_dv = config.tile_m // 32
-        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal tiles it
+        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones it
         # draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
         self.draws = problem.masked or problem.deterministic
@@ -328,7 +328,7 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(self.config.overlap_tiles):
                 if visited.count * visited.members(members) > 0:
                     self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
-            if cutlass.const_expr(not self.skips_unseen):
+            if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
                 self._release_keys(pipes, k_state)
             elif visited.count > 0:
                 self._release_keys(pipes, k_state)

@@ -15,7 +15,7 @@ from cute_attn.epilogue import clear_rows_past, converted
 from cute_attn.layouts.base import WARP
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
-from cute_attn.mainloop.common import Inputs, Rows, Signals, Values
+from cute_attn.mainloop.common import Inputs, Rows, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
 from cute_attn.mainloop.scores import Coordinates
 from cute_attn.mainloop.walk import QueryTiles
@@ -337,17 +337,16 @@ class KeyBlocks(Kernel):
         ``careful`` is None, or (Q or dO in global memory, the log-sum-exp that marks rows, whether there are such); ``where``
         is what :meth:`query_heads` says of the block, and ``done`` how many key tiles and query tiles it has had before.
         """
-        k, sK, k_pipe = keys
+        k, sK, _ = keys
         slots = cute.size(sK, mode=[2])
         k_state, state = self.filling(1, done[0]), self.filling(self.config.stages, done[1])
         work, _ = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         tKgK, tKsK = k.tiles(sK, work.k, work.head_kv)
         copy_keys = partial(self._copy_keys, keys, tKgK, tKsK, work.block * slots, k_state)
-        if cutlass.const_expr(self.skips_unseen):
-            if visited.count > 0:
-                copy_keys()
-        else:
+        if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
+            copy_keys()
+        elif visited.count > 0:
             copy_keys()
         if cutlass.const_expr(careful is None):
             self._copy_queries(queries, row_values, visited, where, state)
