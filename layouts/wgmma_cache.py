@@ -38,7 +38,6 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
             blocks_per_multiprocessor=blocks,
             key_warps=1,
             cache="wgmma_cache",
-            dependent_launch=gpu.dependent_launch,
         )
         if smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
             break

@@ -187,15 +187,11 @@ class Forward:
             stream=stream,
             min_blocks_per_mp=self.config.blocks_per_multiprocessor,
             preferred_smem_carveout=100,
-            use_pdl=self.config.dependent_launch,
         )
 
     @cute.kernel
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
-        if cutlass.const_expr(self.config.dependent_launch):
-            cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()
         number = cute.arch.block_idx()[0]
         tiles, of_lane = keys.all_tiles()
         stretches = Stretches.of(tiles, cute.arch.grid_dim()[0])
