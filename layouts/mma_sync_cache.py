@@ -67,6 +67,11 @@ def group(config: Config) -> Config:
     return replace(config, mma_warps=row_warps(config), tile_n=config.tile_n // config.key_warps, key_warps=0, cache="")
 
 
+def short_sections(config: Config) -> int:
+    """Of a block's stretch (``balance.py``): the fewer, the more there is to write of each."""
+    return 2 if config.tile_m == ROWS[-1] else 4
+
+
 def exchanged_columns(config: Config) -> int:
     """Columns of O that all groups put into shared memory at a time: as many as there is room for in a stage of K and V."""
     row = config.key_warps * config.tile_m * FLOAT

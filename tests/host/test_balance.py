@@ -22,9 +22,10 @@ from cute_attn.stored import UNITS_MAX, unit_tiles
 # Copies of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.balance").origin)
 CachedKeys, Stretches, PartPlaces = module["CachedKeys"], module["Stretches"], module["PartPlaces"]
-part_of, place_of, block_of = module["part_of_stretch"].__wrapped__, PartPlaces.of.__wrapped__, Stretches.block_of.__wrapped__
+part_of, place_of, section_of = module["part_of_stretch"].__wrapped__, PartPlaces.of.__wrapped__, Stretches.section_of.__wrapped__
 places_of = module["places_of"]
 sequence_of, row_of, find = CachedKeys.sequence.__wrapped__, CachedKeys.of_row.__wrapped__, CachedKeys.find.__wrapped__
+SHORTS = 4
 CONFIG = SimpleNamespace(tile_n=64, tile_m=16)
 lanes = np.arange(32)
 
@@ -38,7 +39,7 @@ def plain_numbers():
         patch.setattr(cutlass, "Uint32", int)
         for function in (part_of, sequence_of):
             patch.setitem(function.__globals__, "Int32", int)
-        patch.setattr(Stretches, "block_of", block_of)
+        patch.setattr(Stretches, "section_of", section_of)
         patch.setattr(CachedKeys, "sequence", sequence_of)
         for name, function in {
             "lane_idx": lambda: lanes,
@@ -59,13 +60,14 @@ def cached(lengths, seqlen_q=1, heads_kv=2, packed=4, invariant=False, bounds=No
 
 
 def computed(keys, blocks):
-    """Of each walk (sequence, key head, row tile) the parts that blocks compute, as (part, places); tiles of each block."""
+    """Of each walk (sequence, key head, row tile) the parts that blocks compute, as (part, places); tiles of each section."""
     sequences = [keys.sequence(i) for i in range(int(keys.all_sequences))]
     begins = np.cumsum([0, *(s.tiles * keys.walks(s) for s in sequences)])
-    stretches = Stretches.of(int(begins[-1]), blocks)
+    stretches = Stretches.of(int(begins[-1]), blocks, SHORTS, unit_tiles(16) if keys.problem.invariant else 1)
     walks, taken = defaultdict(list), []
-    for block in range(blocks):
-        at, end, count = stretches.begin(block), stretches.begin(block + 1), 0
+    sections = [stretches.long(block) for block in range(blocks)] + [stretches.drawn(n) for n in range(stretches.count)]
+    for at, end in sorted(sections):
+        count = 0
         while at < end:
             i = int(np.searchsorted(begins, at, side="right")) - 1
             part, passed = part_of(keys, sequences[i], int(begins[i]), at, end)
@@ -105,15 +107,20 @@ def test_every_tile_once_and_every_part_has_a_place_of_its_own(lengths, blocks, 
                 places |= mine
                 counters.add(int(parts[0][1].counter))
         if not invariant:
-            assert places <= set(range(2 * blocks))
-            assert counters <= set(range(blocks))
+            assert places <= set(range(2 * blocks * (1 + SHORTS)))
+            assert counters <= set(range(blocks * (1 + SHORTS)))
 
 
 @given(lengths, st.integers(1, 40))
-def test_blocks_have_as_much_to_do(lengths, blocks):
+def test_sections(lengths, blocks):
+    """Blocks begin with as much to do, and between a seventh and a quarter is left to draw where there is enough for that."""
     with plain_numbers():
         _, _, taken = computed(cached(lengths), blocks)
-    assert max(taken) - min(taken) <= 1
+    assert sorted(taken)[-1] - sorted(taken)[-blocks] <= 1
+    if min(sum(taken) // blocks, len(taken) - blocks) > 0:
+        assert sum(sorted(taken)[:-blocks]) <= sum(taken) / 6
+    else:
+        assert sum(taken) // blocks < 6 * SHORTS
 
 
 @given(lengths, st.integers(1, 40), st.integers(1, 40), st.integers(0, 5000))
