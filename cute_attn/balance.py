@@ -6,13 +6,13 @@ query of the sequence sees. A walk without keys has one tile with none.
 
 **Balance.** All walks one after another are a line of tiles: sequence by sequence, key head by key head, row tile by row tile.
 It is cut into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
-nothing is planned and nothing allocated for it. But multiprocessors don't read equally fast. So the last eighth or so of each
+nothing is planned and nothing allocated for it. But multiprocessors don't read equally fast. So the last eighth or so of a
 stretch is in short sections, and a block that is done with the rest of its own draws one after another of these, whosever, until
 there are none. Who computes a section doesn't change what comes out.
 
-A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in float32, in a workspace; the block that is last to
-finish one merges all of them, in the order of their keys, whoever it is. Which one is last a counter says, which that block sets
-back to 0, and so does who draws last with the counter of draws: a call leaves them all as it found them.
+A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in float32, in a workspace; the block that is the last
+to finish one merges all of them, in the order of their keys, whoever it is. Which one is last a counter says, which that block
+sets back to 0, as who draws last does with the counter of draws: a call leaves them all as it found them.
 
 A section has two places for partial results at most, one of a walk that began before it, one of a walk that goes on behind it,
 and the counter of a walk is that of the section in which it begins. So the workspace depends on the GPU and on nothing else.
@@ -163,33 +163,39 @@ class CachedKeys:
             tiles = sequence.tiles * self.walks(sequence)
         return tiles
 
-    def tiles_of_lane(self):
-        """Those of this lane's sequence, for :meth:`find`."""
-        return self._tiles(cute.arch.lane_idx())
+    @cute.jit
+    def tiles_of_lanes(self, first):
+        """A whole warp: ``(tiles of the sequence first + lane, those of all sequences from first up to it)``."""
+        lane = cute.arch.lane_idx()
+        mine = self._tiles(first + lane)
+        passed = mine
+        for step in (1, 2, 4, 8, 16):
+            lower = cute.arch.shuffle_sync_up(passed, step)
+            passed = passed + lower * cutlass.min(lane // step, 1)
+        return mine, passed
 
     @cute.jit
     def all_tiles(self):
-        """A whole warp: ``(how many tiles there are, those of this lane's sequence)``, for :meth:`find`."""
-        mine = self.tiles_of_lane()
-        total = mine
-        for first in cutlass.range(WARP, self.all_sequences, WARP, unroll=1):
-            total += self._tiles(first + cute.arch.lane_idx())
-        for step in (1, 2, 4, 8, 16):
-            total += cute.arch.shuffle_sync_bfly(total, step)
-        return total, mine
+        """A whole warp: ``(how many tiles there are, tiles_of_lanes(0))``, for :meth:`find`."""
+        lanes = self.tiles_of_lanes(Int32(0))
+        total = cute.arch.shuffle_sync(lanes[1], WARP - 1)
+        if self.all_sequences > WARP:
+            more = Int32(0)
+            for first in cutlass.range(WARP, self.all_sequences, WARP, unroll=1):
+                more += self._tiles(first + cute.arch.lane_idx())
+            for step in (1, 2, 4, 8, 16):
+                more += cute.arch.shuffle_sync_bfly(more, step)
+            total += more
+        return total, lanes
 
     @cute.jit
-    def find(self, tile, mine):
+    def find(self, tile, lanes):
         """A whole warp: ``(sequence, tiles before it)`` of a tile of all; the sequence is past the last if there is no such
-        tile. ``mine`` are the tiles of this lane's sequence."""
+        tile. ``lanes`` is what :meth:`tiles_of_lanes` has of the first ones."""
         first, before, found = Int32(0), Int32(0), Boolean(False)
-        lane = cute.arch.lane_idx()
         number = self.all_sequences
+        mine, passed = lanes
         while (found == False) & (first < self.all_sequences):  # noqa: E712
-            passed = mine
-            for step in (1, 2, 4, 8, 16):
-                lower = cute.arch.shuffle_sync_up(passed, step)
-                passed = passed + lower * cutlass.min(lane // step, 1)
             total = cute.arch.shuffle_sync(passed, WARP - 1)
             if tile < before + total:
                 found = Boolean(True)
@@ -198,7 +204,7 @@ class CachedKeys:
                 before = before + cute.arch.shuffle_sync(passed - mine, owner)
             else:
                 first, before = first + WARP, before + total
-                mine = self._tiles(first + lane)
+                mine, passed = self.tiles_of_lanes(first)
         return number, before
 
 

@@ -25,8 +25,8 @@ OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
 
 
 def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
-    """The configuration for ``problem``: one block a multiprocessor, whose parts of walks are the longest, if there is memory for
-    two tiles on their way, or two, or one with fewer warps."""
+    """The configuration for ``problem``: one block a multiprocessor, whose parts of walks are the longest, if there is memory
+    for two tiles on their way, or two, or one with fewer warps."""
     tile_d, tile_dv = tile_dim(problem.head_dim), tile_dim(problem.head_dim_v)
     rows_of_warp = 32 if problem.rows > 16 and tile_dv <= WIDE_ROWS_UP_TO else 16
     rows = problem.rows // rows_of_warp

@@ -6,7 +6,6 @@ the same swizzle. The tensor cores read K and V once for all rows, where warps t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 from . import mma_sync, mma_sync_cache, wgmma
@@ -20,8 +19,8 @@ WARPS_PER_WARPGROUP = 4
 
 
 def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
-    """The configuration for ``problem``: one block of two groups a multiprocessor if there is memory for two tiles on their way,
-    or two blocks, or one of one group. None for fewer rows, which ``mma_sync_cache`` serves."""
+    """The configuration for ``problem``: one block of two groups a multiprocessor if there is memory for two tiles on their
+    way, or two blocks, or one of one group. None for fewer rows, which ``mma_sync_cache`` serves."""
     if problem.rows != ROWS_PER_WARPGROUP:
         return ()
     choices = (1, 2, 128, 3), (2, 1, 64, 2), (2, 1, 32, 2), (1, 1, 64, 2), (1, 1, 32, 2)

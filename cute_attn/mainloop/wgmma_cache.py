@@ -1,8 +1,8 @@
 """Attention to a cache with cp.async copies and warpgroup MMA: many query rows of one key head, as multi-query attention has
 them.
 
-The kernel is that of ``cp_async_cache.py`` whose groups are warpgroups, and with other products: the tensor cores read K and V from
-shared memory themselves. What threads copy there they announce before they meet.
+The kernel is that of ``cp_async_cache.py`` with warpgroups for groups, and with other products: the tensor cores read K and V
+from shared memory themselves. What threads copy there they announce before they meet.
 """
 
 from __future__ import annotations

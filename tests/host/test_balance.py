@@ -22,9 +22,11 @@ from cute_attn.stored import UNITS_MAX, unit_tiles
 # Copies of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.balance").origin)
 CachedKeys, Stretches, PartPlaces = module["CachedKeys"], module["Stretches"], module["PartPlaces"]
-part_of, place_of, section_of = module["part_of_stretch"].__wrapped__, PartPlaces.of.__wrapped__, Stretches.section_of.__wrapped__
+part_of, place_of = module["part_of_stretch"].__wrapped__, PartPlaces.of.__wrapped__
+section_of = Stretches.section_of.__wrapped__
 places_of = module["places_of"]
 sequence_of, row_of, find = CachedKeys.sequence.__wrapped__, CachedKeys.of_row.__wrapped__, CachedKeys.find.__wrapped__
+tiles_of_lanes = CachedKeys.tiles_of_lanes.__wrapped__
 SHORTS = 4
 CONFIG = SimpleNamespace(tile_n=64, tile_m=16)
 lanes = np.arange(32)
@@ -37,6 +39,7 @@ def plain_numbers():
         patch.setattr(cutlass, "max", np.maximum)
         patch.setattr(cutlass, "const_expr", lambda x: x)
         patch.setattr(cutlass, "Uint32", int)
+        patch.setattr(CachedKeys, "tiles_of_lanes", tiles_of_lanes)
         for function in (part_of, sequence_of):
             patch.setitem(function.__globals__, "Int32", int)
         patch.setattr(Stretches, "section_of", section_of)
@@ -173,7 +176,8 @@ def test_a_warp_finds_a_tile(tiles, tile):
     held = np.array([*tiles, *[0] * 64])
     with plain_numbers(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(CachedKeys, "_tiles", lambda self, i: held[np.minimum(i, len(held) - 1)])
-        i, before = find(cached([0] * len(tiles)), tile, held[lanes])
+        keys = cached([0] * len(tiles))
+        i, before = find(keys, tile, keys.tiles_of_lanes(0))
     owners = np.repeat(np.arange(len(tiles)), tiles)
     if tile < len(owners):
         assert (i, before) == (owners[tile], sum(tiles[: owners[tile]]))
