@@ -21,6 +21,7 @@ from cute_attn.stored import UNITS_MAX, unit_tiles
 
 # Copies of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.balance").origin)
+mainloop = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)
 CachedKeys, Stretches, PartPlaces = module["CachedKeys"], module["Stretches"], module["PartPlaces"]
 part_of, place_of = module["part_of_stretch"].__wrapped__, PartPlaces.of.__wrapped__
 section_of = Stretches.section_of.__wrapped__
@@ -183,3 +184,59 @@ def test_a_warp_finds_a_tile(tiles, tile):
         assert (i, before) == (owners[tile], sum(tiles[: owners[tile]]))
     else:
         assert i >= len(tiles)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@given(lengths, st.integers(1, 9), st.randoms(use_true_random=False))
+def test_blocks_draw_sections_until_there_are_none(invariant, lengths, blocks, random):
+    """In whatever order, every part is computed once, and in the end nobody has drawn."""
+    following = mainloop["Forward"]._following.__wrapped__
+    keys, draws, computed_parts = cached(lengths, 1, invariant=invariant), [0], []
+
+    def draw():
+        draws[0] += 1
+        return draws[0] - 1
+
+    def run(block):
+        shared = SimpleNamespace(word=[None])
+        at, end = stretches.long(block)
+        i, before = keys.find(at, None)
+        if invariant:
+            i, before, at, end = following(forward, shared, serving, -1, i, before, at, end)
+        while at < end:
+            yield
+            part, _ = part_of(keys, keys.sequence(i), before, at, end)
+            part_end = int(part.at + part.end - part.begin)
+            computed_parts.append((int(part.at), part_end))
+            early = part_end >= end and stretches.short > 0 and random.random() < 0.5
+            drawn = draw() if early else -1
+            yield
+            i, before, at, end = following(forward, shared, serving, drawn, i, before, part_end, end)
+
+    with plain_numbers(), pytest.MonkeyPatch.context() as patch:
+        begins = np.cumsum([0, *(s.tiles * keys.walks(s) for s in map(keys.sequence, range(len(lengths))))])
+        stretches = Stretches.of(int(begins[-1]), blocks, SHORTS, unit_tiles(16) if invariant else 1)
+        found = [int(np.searchsorted(begins, at, side="right")) - 1 for at in range(int(begins[-1]) + 1)]
+        patch.setattr(CachedKeys, "find", lambda self, at, _: (found[at], int(begins[found[at]])))
+        patch.setattr(CachedKeys, "tiles_of_lanes", lambda self, first: None)
+        patch.setattr(cute.arch, "thread_idx", lambda: (0,))
+        patch.setattr(cute.arch, "sync_threads", lambda: None)
+        for name in ("next_part", "part_of_stretch"):
+            patch.setitem(following.__globals__, name, module[name].__wrapped__)
+        for name, plain in {"part_of_stretch": part_of, "Boolean": bool}.items():
+            patch.setitem(module["next_part"].__wrapped__.__globals__, name, plain)
+        serving = SimpleNamespace(
+            keys=keys,
+            stretches=stretches,
+            workspace=SimpleNamespace(draw=draw, stop_drawing=lambda: draws.__setitem__(0, 0)),
+        )
+        forward = SimpleNamespace(problem=keys.problem)
+        running = [run(block) for block in range(blocks)]
+        while running:
+            block = random.choice(running)
+            if next(block, "done") == "done":
+                running.remove(block)
+    assert draws == [0]
+    ends = [0, *(end for _, end in sorted(computed_parts))]
+    assert [begin for begin, _ in sorted(computed_parts)] == ends[:-1]
+    assert ends[-1] == begins[-1]
