@@ -137,7 +137,7 @@ _NAMES: dict[tuple[bool, ...], str] = {
 
 def unit_tiles(rows: int) -> int:
     """Tiles of such a part at least, whose results are of so many ``rows``: little to write beside what is read."""
-    return rows // 4
+    return max(rows // 8, 4)
 
 
 def check_stored(q: torch.Tensor, k_cache: torch.Tensor, tensors: tuple[Any, ...]) -> Stored:

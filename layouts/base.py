@@ -82,7 +82,6 @@ class Gpu:
     registers_per_multiprocessor: int = 65536
     registers_per_thread: int = 255
     threads_per_block: int = 1024
-    dependent_launch: bool = False  # a kernel may start before the one ahead of it in the stream has ended
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,6 @@ class Config:
     head_blocks: int = 1  # backward, tma_wgmma: blocks of a cluster share a key tile, each with a part of its query heads
     add_width: int = 4  # backward: floats of dQ's sums that a thread hands on at once, so the order in which they lie
     cache: str = ""  # the mainloop of attention to a cache; "" is none
-    dependent_launch: bool = False  # of caches: blocks start while the kernel ahead ends, and wait for its results only then
     # backward pass and caches on cp_async only
     key_warps: int = 0  # of the computing warps, as many split the keys; the others split queries and columns
     # backward pass on cp_async only

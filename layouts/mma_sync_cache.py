@@ -16,7 +16,6 @@ from .base import BYTES, KIB, Config, Gpu, Layout, element
 
 TILE_DIMS, tile_dim = mma_sync.TILE_DIMS, mma_sync.tile_dim
 VECTOR, SMEM_ALIGN = mma_sync.VECTOR, mma_sync.SMEM_ALIGN
-WARPS = 4
 ROWS = (16, 32, 64)  # of a tile: what problems may ask for
 WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O of 32 rows
 STAGES_MAX = 6
@@ -26,13 +25,14 @@ OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
 
 
 def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
-    """The configuration for ``problem``: two blocks a multiprocessor if there is memory for two tiles on their way each."""
+    """The configuration for ``problem``: one block a multiprocessor, whose parts of walks are the longest, if there is memory
+    for two tiles on their way, or two, or one with fewer warps."""
     tile_d, tile_dv = tile_dim(problem.head_dim), tile_dim(problem.head_dim_v)
     rows_of_warp = 32 if problem.rows > 16 and tile_dv <= WIDE_ROWS_UP_TO else 16
     rows = problem.rows // rows_of_warp
-    groups = WARPS // rows
-    for blocks, (key_warps, tile_n), stages in product((2, 1), ((groups, 64), (max(groups // 2, 1), 32)), range(STAGES_MAX, 1,
-    -1)):
+    groups = 4 // rows
+    choices = (1, 2 * groups, 128, 3), (2, groups, 64, 2), (1, groups, 64, 2), (1, max(groups // 2, 1), 32, 2)
+    for (blocks, key_warps, tile_n, least), stages in product(choices, range(STAGES_MAX, 1, -1)):
         config = Config(
             target=target,
             mechanism="cp_async",
@@ -46,9 +46,8 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
             blocks_per_multiprocessor=blocks,
             key_warps=key_warps,
             cache="cp_async_cache",
-            dependent_launch=gpu.dependent_launch,
         )
-        if (key_warps == groups or blocks == 1) and smem_bytes(config) <= room(gpu, blocks):
+        if stages >= least and smem_bytes(config) <= room(gpu, blocks):
             break
     return (config,)
 
@@ -66,6 +65,11 @@ def row_warps(config: Config) -> int:
 def group(config: Config) -> Config:
     """A group of warps as a block of ``mma_sync``."""
     return replace(config, mma_warps=row_warps(config), tile_n=config.tile_n // config.key_warps, key_warps=0, cache="")
+
+
+def short_sections(config: Config) -> int:
+    """Of a block's stretch (``balance.py``): the fewer, the more there is to write of each."""
+    return 2 if config.tile_m == ROWS[-1] else 4
 
 
 def exchanged_columns(config: Config) -> int:

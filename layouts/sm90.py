@@ -12,7 +12,6 @@ GPU = Gpu(
     targets={(9, 0): "sm_90a"},
     smem_per_block=227 * KIB,
     smem_per_multiprocessor=228 * KIB,
-    dependent_launch=True,
 )
 
 MECHANISMS = {"tma_wgmma": wgmma, "cp_async": mma_sync}

@@ -39,16 +39,18 @@ from cute_attn.mainloop.guard import poison_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.softmax import Softmax, finished, scale_rows
+from cute_attn.stored import unit_tiles
 
 PIECE = 4  # columns of O that a thread merges at a time
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
-AT_ONCE, FEW = 16, 8  # partial results that a thread has on their way at the same time, and as many that it asks for or not
+NOT_DRAWN = -1  # no number of a section
+AT_ONCE = 32  # pieces of partial results that a thread has on their way at the same time
 
 
 @dataclass(frozen=True)
 class Workspace:
     """Partial results in global memory, of each place O ``(rows, columns)``, and all maxima and sums ``(places, rows, 2)``
-    behind them; and counters ahead."""
+    behind them; and counters ahead, the last of which is that of draws."""
 
     counters: cute.Tensor
     o: cute.Pointer
@@ -62,6 +64,18 @@ class Workspace:
         words = cute.make_tensor(cute.recast_ptr(m.iterator, dtype=Int32), cute.make_layout(counters))
         after = m.iterator + cute.assume(counters, 4)
         return Workspace(words, after, after + cutlass.Int64(places * rows) * columns, rows, columns)
+
+    @property
+    def _draws(self) -> cute.Pointer:
+        return self.counters.iterator + (cute.size(self.counters) - 1)
+
+    def draw(self) -> Int32:
+        """A number that nobody else draws."""
+        return cute.arch.atomic_add(self._draws, Int32(1), sem="relaxed", scope="gpu")
+
+    def stop_drawing(self):
+        """As before the first draw."""
+        self.counters[cute.size(self.counters) - 1] = Int32(0)
 
     def of_row(self, place, row) -> tuple[Any, Any]:
         """Where a row of O is, and where its maximum and its sum."""
@@ -94,35 +108,6 @@ class Exchanged:
 
     o: cute.Pointer  # (groups, rows, columns)
     of_rows: cute.Pointer  # (groups, rows, 2)
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Of the same columns of a row of O as much as some groups, or some parts, found, and (maximum, sum) of their rows."""
-
-    o: cute.Tensor  # (columns, how many)
-    of_rows: cute.Tensor  # (2, how many)
-
-    @staticmethod
-    def of(count: int) -> Pieces:
-        """Registers for as many."""
-        return Pieces(*(cute.make_rmem_tensor((n, count), Float32) for n in (PIECE, 2)))
-
-    @cute.jit
-    def merge(self, exponent: Float32, first: cutlass.Constexpr[int], count: cutlass.Constexpr[int]):
-        """To the very first one ``count`` others, from number ``first`` on; ``exponent`` is what makes one of 2 of a
-        maximum."""
-        row_max, row_sum = self.of_rows[0, 0], Float32(0.0)
-        for j in cutlass.range_constexpr(first, first + count):
-            row_max = cute.arch.fmax(row_max, self.of_rows[0, j])
-        anchor = Float32(0.0) if row_max == -Float32.inf else row_max  # −inf − −inf would make a NaN
-        for j in cutlass.range_constexpr(first - 1, first + count):
-            i = 0 if j < first else j
-            weight = cute.math.exp2((self.of_rows[0, i] - anchor) * exponent, fastmath=True)
-            row_sum += self.of_rows[1, i] * weight
-            weighted = self.o[None, i].load() * weight
-            self.o[None, 0].store(weighted if j < first else self.o[None, 0].load() + weighted)
-        self.of_rows[0, 0], self.of_rows[1, 0] = row_max, row_sum
 
 
 @dataclass(frozen=True)
@@ -187,26 +172,23 @@ class Forward:
             stream=stream,
             min_blocks_per_mp=self.config.blocks_per_multiprocessor,
             preferred_smem_carveout=100,
-            use_pdl=self.config.dependent_launch,
         )
 
     @cute.kernel
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
-        if cutlass.const_expr(self.config.dependent_launch):
-            cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()
-        number = cute.arch.block_idx()[0]
-        tiles, of_lane = keys.all_tiles()
-        stretches = Stretches.of(tiles, cute.arch.grid_dim()[0])
+        tiles, lanes = keys.all_tiles()
+        least = unit_tiles(self.config.tile_m) if self.problem.invariant else 1
+        stretches = Stretches.of(tiles, cute.arch.grid_dim()[0], self.lay.short_sections(self.config), least)
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
-        at, end = stretches.begin(number), stretches.begin(number + 1)
-        i, before = keys.find(at, of_lane)
-        i, before, at = next_part(keys, i, before, at, end)
+        at, end = stretches.long(cute.arch.block_idx()[0])
+        i, before = keys.find(at, lanes)
+        if cutlass.const_expr(self.problem.invariant):  # or there is a part there
+            i, before, at, end = self._following(block, serving, NOT_DRAWN, i, before, at, end)
         if at < end:
             self._begin(block, serving, i, before, at, end)
         while at < end:
-            i, before, at = self._part(block, serving, i, before, at, end)
+            i, before, at, end = self._part(block, serving, i, before, at, end)
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -264,8 +246,7 @@ class Forward:
 
     @cute.jit
     def _copy(self, block: CacheBlock, keys: CachedKeys, seen: SeenTiles, tile, stage):
-        """A group: start copying its keys of a tile, if there is one, to a stage of its ring; one group of copies either
-        way."""
+        """A group: start copying its keys of a tile, if there is one, to a stage of its ring."""
         sequence, slot = seen.sequence, (block.group, stage)
         if tile < seen.end:
             first = sequence.begin + tile * self.config.tile_n + block.group * self.keys_of_group
@@ -280,7 +261,6 @@ class Forward:
                 for i in cutlass.range_constexpr(cute.size(v.tXcX, mode=[1])):
                     key = cutlass.min(first + v.tXcX[0, i, 0][0], sequence.keys - 1)
                     v.start_row(i, keys.place(sequence.number, sequence.pad + key), seen.part.head_kv, slot)
-        cute.arch.cp_async_commit_group()
 
     @property
     def same_rows(self) -> bool:
@@ -318,15 +298,41 @@ class Forward:
 
     @cute.jit
     def _begin(self, block: CacheBlock, serving: Serving, i, before, at, end):
-        """Start a part's first copies: those of its queries, and all stages but the last."""
+        """Start a part's first copies: those of all stages but the last, and with the first those of its queries."""
         seen = self._seen(serving, i, before, at, end)
-        self._copy_q(block, serving, seen)
         for stage in cutlass.range(self.config.stages - 1, unroll=1):  # code that has come once comes sooner again
             self._copy(block, serving.keys, seen, seen.begin + stage, stage)
+            if stage == 0:
+                self._copy_q(block, serving, seen)
+            cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def _following(self, block: CacheBlock, serving: Serving, drawn, i, before, at, end):
+        """All threads: ``(sequence, tiles before it, tile, end of its section)`` of the next part from tile ``at`` on, in this
+        section or in those that this block draws; the tile is the end or more if there is none. ``drawn`` is the first thread's
+        number of a section."""
+        keys, stretches = serving.keys, serving.stretches
+        i, before, at = next_part(keys, i, before, at, end)
+        more = stretches.short > 0
+        while (at >= end) & more:
+            if cute.arch.thread_idx()[0] == 0:
+                block.word[0] = serving.workspace.draw() if drawn == NOT_DRAWN else drawn
+            cute.arch.sync_threads()
+            number = block.word[0]
+            more, drawn = number < stretches.count, NOT_DRAWN
+            if more:
+                at, end = stretches.drawn(number)
+                i, before = keys.find(at, keys.tiles_of_lanes(Int32(0)))
+                i, before, at = next_part(keys, i, before, at, end)
+            elif (number == stretches.count + stretches.blocks - 1) & (cute.arch.thread_idx()[0] == 0):
+                serving.workspace.stop_drawing()
+            if cutlass.const_expr(self.problem.invariant):
+                cute.arch.sync_threads()  # all have read the word
+        return i, before, at, end
 
     @cute.jit
     def _part(self, block: CacheBlock, serving: Serving, i, before, at, end):
-        """A part whose first copies have started. Returns the next one."""
+        """A part whose first copies have started. Returns the next one, as :meth:`_following` does."""
         config, keys = self.config, serving.keys
         seen = self._seen(serving, i, before, at, end)
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
@@ -343,8 +349,12 @@ class Forward:
         cute.arch.sync_threads()
         of_q = self._queries(block)
 
-        stage = Int32(0)
+        stage, drawn, thread = Int32(0), NOT_DRAWN, cute.arch.thread_idx()[0]
+        ends = seen.part.at + seen.part.end - seen.part.begin  # where the part does
+        draws = seen.end - 1 if (ends >= end) & (serving.stretches.short > 0) & (thread == 0) else -1
         for tile in cutlass.range(seen.begin, seen.end, unroll=1):
+            if tile == draws:  # the last one here: the answer is there when it is done
+                drawn = serving.workspace.draw()
             cute.arch.cp_async_wait_group(config.stages - 2)
             self._sync_group(block)
             masked = (tile < seen.whole_begin) | (tile >= seen.whole_end)
@@ -355,6 +365,7 @@ class Forward:
                 if masked:
                     self._poison(block, slot)
             self._copy(block, keys, seen, tile + config.stages - 1, (stage + config.stages - 1) % config.stages)
+            cute.arch.cp_async_commit_group()
 
             acc_S = self._scores(block, of_q, slot)
             first = seen.sequence.begin + tile * config.tile_n + block.group * self.keys_of_group
@@ -366,9 +377,9 @@ class Forward:
             stage = (stage + 1) % config.stages
 
         cute.arch.sync_threads()  # all groups are done with Q and with all stages
-        following = next_part(keys, i, before, seen.part.at + seen.part.end - seen.part.begin, end)
-        if following[2] < end:
-            self._begin(block, serving, *following, end)
+        following = self._following(block, serving, drawn, i, before, ends, end)
+        if following[2] < following[3]:
+            self._begin(block, serving, *following)
         self._finish(block, serving, seen, rows, softmax)
         return following
 
@@ -485,63 +496,92 @@ class Forward:
         pieces = min(columns, self.problem.head_dim_v - first) // PIECE
         for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, config.threads, unroll=1):
             row, piece = divided(n, pieces)
-            found = Pieces.of(config.key_warps)
+            of_rows, o = (cute.make_rmem_tensor((n, config.key_warps), Float32) for n in (2, PIECE))
             for group in cutlass.range_constexpr(config.key_warps):
                 place = group * config.tile_m + row
-                cute.autovec_copy(_floats(block.exchanged.of_rows, place, 2), found.of_rows[None, group])
+                cute.autovec_copy(_floats(block.exchanged.of_rows, place, 2), of_rows[None, group])
                 handed = block.exchanged.o + place * columns
-                cute.autovec_copy(_floats(handed, _column(row, piece * PIECE) // PIECE, PIECE), found.o[None, group])
-            found.merge(seen.values.exponent(self.problem), 1, config.key_warps - 1)
+                cute.autovec_copy(_floats(handed, _column(row, piece * PIECE) // PIECE, PIECE), o[None, group])
+            row_max, row_sum, merged = -Float32.inf, Float32(0.0), cute.make_rmem_tensor(PIECE, Float32)
+            for group in cutlass.range_constexpr(config.key_warps):
+                row_max = cute.arch.fmax(row_max, of_rows[0, group])
+            merged.fill(0.0)
+            for group in cutlass.range_constexpr(config.key_warps):
+                exponent = (of_rows[0, group] - _anchor(row_max)) * seen.values.exponent(self.problem)
+                weight = cute.math.exp2(exponent, fastmath=True)
+                row_sum += of_rows[1, group] * weight
+                merged.store(merged.load() + o[None, group].load() * weight)
             piece += first // PIECE
             if places.parts == 1:
-                self._store(serving, seen, row, piece, found)
+                self._store(serving, seen, (row, piece), (row_max, row_sum), merged)
             else:
-                o, of_row = workspace.of_row(places.of(places.number), row)
+                into, of_row = workspace.of_row(places.of(places.number), row)
                 if piece == 0:
-                    cute.autovec_copy(found.of_rows[None, 0], _floats(of_row, 0, 2))
-                cute.autovec_copy(found.o[None, 0], _floats(o, piece, PIECE))
+                    of_rows[0, 0], of_rows[1, 0] = row_max, row_sum
+                    cute.autovec_copy(of_rows[None, 0], _floats(of_row, 0, 2))
+                cute.autovec_copy(merged, _floats(into, piece, PIECE))
 
     @cute.jit
     def _merge_parts(self, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
-        """All threads: all parts of a walk, in the order of their keys, to the outputs."""
-        threads, workspace, pieces = self.config.threads, serving.workspace, self.problem.head_dim_v // PIECE
-        together = self.config.tile_m // ROWS[0]  # pieces of a thread at the same time
-        at_once, step = AT_ONCE // together, FEW // together
-        for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, threads * together, unroll=1):
-            found, where = [Pieces.of(1 + at_once) for _ in range(together)], []
+        """All warps, each of rows of its own: all parts of a walk, in the order of their keys, to the outputs. A lane has the
+        maximum and the sum of one of 32 parts, and pieces of O of all of them."""
+        workspace, exponent, parts = serving.workspace, seen.values.exponent(self.problem), places.parts
+        pieces, warps, lane = self.problem.head_dim_v // PIECE, self.config.mma_warps, cute.arch.lane_idx()
+        together, of_lane = self.config.tile_m // ROWS[0], -(-pieces // WARP)  # rows at the same time, and pieces of each
+        at_once = AT_ONCE // together // of_lane
+        for first_row in cutlass.range(cute.arch.thread_idx()[0] // WARP, exist, warps * together, unroll=1):
+            rows = [cutlass.min(first_row + j * warps, exist - 1) for j in range(together)]
+            mine = [cutlass.min(lane + k * WARP, pieces - 1) for k in range(of_lane)]
+            merged = cute.make_rmem_tensor((PIECE, of_lane, together), Float32)
+            merged.fill(0.0)
+            held = cute.make_rmem_tensor((PIECE, of_lane, together, at_once), Float32)
+            of_rows, more = (cute.make_rmem_tensor((2, together), Float32) for _ in range(2))
+            weights = cute.make_rmem_tensor(together, Float32)
             for j in cutlass.range_constexpr(together):
-                found[j].o[None, 0].fill(0.0)
-                found[j].of_rows[1, 0] = Float32(0.0)
-                for i in cutlass.range_constexpr(1 + at_once):
-                    found[j].of_rows[0, i] = -Float32.inf
-                where.append(divided(cutlass.min(n + j * threads, exist * pieces - 1), pieces))
-            for first in cutlass.range(0, places.parts, at_once, unroll=1):
-                for few in cutlass.range_constexpr(0, at_once, step):  # whose loads are on their way when the next ones start
-                    if first + few < places.parts:
-                        for j in cutlass.range_constexpr(together):
-                            row, piece = where[j]
-                            for i in cutlass.range_constexpr(few, few + step):  # past the last one that one again
-                                part = cutlass.min(first + i, places.parts - 1)
-                                place = places.of(part) if i == 0 else places.others + part * places.step
-                                o, of_row = workspace.of_row(place, row)
-                                cute.autovec_copy(_floats(of_row, 0, 2), found[j].of_rows[None, 1 + i])
-                                cute.autovec_copy(_floats(o, piece, PIECE), found[j].o[None, 1 + i])
-                for few in cutlass.range_constexpr(0, at_once, step):
-                    if first + few < places.parts:
-                        for j in cutlass.range_constexpr(together):
-                            for i in cutlass.range_constexpr(few, few + step):  # past the last one without weight
-                                of_rows = found[j].of_rows
-                                of_rows[0, 1 + i] = of_rows[0, 1 + i] if first + i < places.parts else -Float32.inf
-                            found[j].merge(seen.values.exponent(self.problem), few + 1, step)
+                of_rows[0, j], of_rows[1, j] = -Float32.inf, Float32(0.0)
+            for part in cutlass.range(0, parts, at_once, unroll=1):
+                first = part % WARP  # among as many parts as there are lanes
+                if first == 0:
+                    place = places.of(cutlass.min(part + lane, parts - 1))
+                    for j in cutlass.range_constexpr(together):
+                        cute.autovec_copy(_floats(workspace.of_row(place, rows[j])[1], 0, 2), more[None, j])
+                for i in cutlass.range_constexpr(at_once):  # past the last one that one again, without weight
+                    place = places.of(cutlass.min(part + i, parts - 1))
+                    for j in cutlass.range_constexpr(together):
+                        o = workspace.of_row(place, rows[j])[0]
+                        for k in cutlass.range_constexpr(of_lane):
+                            cute.autovec_copy(_floats(o, mine[k], PIECE), held[None, k, j, i])
+                if first == 0:
+                    for j in cutlass.range_constexpr(together):
+                        found = more[0, j] if part + lane < parts else -Float32.inf
+                        row_max = cute.arch.fmax(of_rows[0, j], cute.arch.warp_reduction_max(found))
+                        anchor = _anchor(row_max)
+                        old = cute.math.exp2((of_rows[0, j] - anchor) * exponent, fastmath=True)
+                        weight = cute.math.exp2((found - anchor) * exponent, fastmath=True)
+                        row_sum = cute.arch.warp_reduction_sum(more[1, j] * weight)
+                        of_rows[0, j], of_rows[1, j] = row_max, of_rows[1, j] * old + row_sum
+                        weights[j] = weight
+                        for k in cutlass.range_constexpr(of_lane):
+                            merged[None, k, j].store(merged[None, k, j].load() * old)
+                for i in cutlass.range_constexpr(at_once):
+                    for j in cutlass.range_constexpr(together):
+                        weight = cute.arch.shuffle_sync(weights[j], first + i)
+                        for k in cutlass.range_constexpr(of_lane):
+                            weighted = held[None, k, j, i].load() * weight
+                            merged[None, k, j].store(merged[None, k, j].load() + weighted)
             for j in cutlass.range_constexpr(together):
-                if n + j * threads < exist * pieces:
-                    self._store(serving, seen, *where[j], found[j])
+                if first_row + j * warps < exist:
+                    for k in cutlass.range_constexpr(of_lane):
+                        if lane + k * WARP < pieces:
+                            of_row = of_rows[0, j], of_rows[1, j]
+                            self._store(serving, seen, (rows[j], mine[k]), of_row, merged[None, k, j])
 
     @cute.jit
-    def _store(self, serving: Serving, seen: SeenTiles, row, piece, found: Pieces):
-        """The first of some pieces, of all keys, to the outputs; with piece 0 the row's log-sum-exp."""
-        of_row, normalize = self._store_lse(serving, seen, row, piece, found.of_rows[0, 0], found.of_rows[1, 0])
-        _piece(of_row, piece).store((found.o[None, 0].load() * normalize).to(of_row.element_type))
+    def _store(self, serving: Serving, seen: SeenTiles, where: tuple, found: tuple, o: cute.Tensor):
+        """A piece of O of all keys to the outputs, and with piece 0 the row's log-sum-exp. ``where`` is (row, piece), ``found``
+        (maximum, sum)."""
+        of_row, normalize = self._store_lse(serving, seen, *where, *found)
+        _piece(of_row, where[1]).store((o.load() * normalize).to(of_row.element_type))
 
     @cute.jit
     def _store_lse(self, serving: Serving, seen: SeenTiles, row, column, row_max, row_sum):
@@ -571,6 +611,12 @@ def _piece(row: cute.Tensor, piece) -> cute.Tensor:
     """Where PIECE columns of a row are."""
     begin = cute.local_tile(row, (PIECE,), (piece,)).iterator
     return cute.make_tensor(begin.align(PIECE * row.element_type.width // 8), cute.make_layout(PIECE))
+
+
+@cute.jit
+def _anchor(row_max: Float32):
+    """What weights are counted from: −inf − −inf would make a NaN."""
+    return Float32(0.0) if row_max == -Float32.inf else row_max
 
 
 def _store_pair(place, n, first: Float32, second: Float32):

@@ -1,7 +1,8 @@
 """How the groups of a block hand on what they found, and how that and the parts of a walk are merged, on the host: the kernel's
-own functions, of each thread in turn."""
+own functions, of each thread in turn, or a Python thread for each lane of a warp."""
 
 import runpy
+import threading
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from cutlass import cute
 
 # A copy of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)
-Forward, Pieces, Workspace = module["Forward"], module["Pieces"], module["Workspace"]
+Forward, Workspace = module["Forward"], module["Workspace"]
 EXPONENT, HEAD_DIM_V, UNTOUCHED = 0.7, 88, np.nan
 
 
@@ -44,18 +45,62 @@ class Memory:
 
     def __getitem__(self, where):
         places = self._places(where)
-        return self.floats[places] if np.ndim(places) == 0 else Memory(self.floats, places[0], places.shape)
+        return self.floats[places] if np.ndim(places) == 0 else Memory(self.floats, places.flat[0], places.shape)
 
     def __setitem__(self, where, value):
         self.floats[self._places(where)] = value
 
     def load(self):
-        return self.floats[self.place : self.place + np.prod(self.shape)]
+        return self.floats[self.place : self.place + np.prod(self.shape)].copy()
 
     def store(self, values):
-        self.load()[:] = values
+        self.floats[self.place : self.place + np.prod(self.shape)] = values
 
     fill = store
+
+
+class Warp:
+    """32 threads that hand each other values."""
+
+    def __init__(self, number):
+        self.number, self.here, self.values = number, threading.local(), [0.0] * 32
+        self.barrier = threading.Barrier(32, timeout=20)
+
+    def run(self, function):
+        failed = []
+
+        def of_lane(lane):
+            self.here.lane = lane
+            try:
+                function()
+            except Exception as error:
+                failed.append(error)
+                self.barrier.abort()
+
+        lanes = [threading.Thread(target=of_lane, args=(lane,)) for lane in range(32)]
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
+        if failed:
+            raise failed[0]
+
+    def all_values(self, mine):
+        self.values[self.here.lane] = mine
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+    def patch(self, monkeypatch):
+        for name, function in {
+            "lane_idx": lambda: self.here.lane,
+            "thread_idx": lambda: (32 * self.number + self.here.lane,),
+            "shuffle_sync": lambda x, lane: self.all_values(x)[lane],
+            "warp_reduction_max": lambda x: max(self.all_values(x)),
+            "warp_reduction_sum": lambda x: sum(self.all_values(x)),
+        }.items():
+            monkeypatch.setattr(cute.arch, name, function)
 
 
 @pytest.fixture
@@ -76,8 +121,8 @@ def plain(monkeypatch):
     monkeypatch.setattr(cutlass, "const_expr", lambda x: x)
     monkeypatch.setattr(cutlass, "min", min)
     monkeypatch.setattr(cutlass, "Int64", int)
-    monkeypatch.setattr(Pieces, "merge", Pieces.merge.__wrapped__)
-    for name, plainly in {"divided": divmod, "Float32": Float}.items():
+    anchor = module["_anchor"].__wrapped__
+    for name, plainly in {"divided": divmod, "Float32": Float, "_anchor": anchor}.items():
         monkeypatch.setitem(Forward._merge_parts.__wrapped__.__globals__, name, plainly)
 
 
@@ -90,19 +135,20 @@ def expected(found):
 
 
 def some(rng, rows, columns):
+    """As one finds it, of whose rows the first has seen no key."""
     o, row_max, row_sum = rng.standard_normal((rows, columns)), rng.standard_normal(rows), rng.random(rows) + 0.1
-    o[0], row_max[0], row_sum[0] = 0.0, -np.inf, 0.0  # has seen no key
+    o[0], row_max[0], row_sum[0] = 0.0, -np.inf, 0.0
     return o, row_max, row_sum
 
 
 def kernel(groups, rows, columns, threads, stored):
     """What the functions take of theirs; ``stored`` gets ``(row, piece): (O, maximum, sum)``."""
 
-    def store(serving, seen, row, piece, found):
-        assert (row, piece) not in stored
-        stored[row, piece] = found.o[None, 0].load(), found.of_rows[0, 0], found.of_rows[1, 0]
+    def store(serving, seen, where, of_row, o):
+        assert where not in stored
+        stored[where] = o.load(), *of_row
 
-    config = SimpleNamespace(tile_m=rows, key_warps=groups, threads=threads)
+    config = SimpleNamespace(tile_m=rows, key_warps=groups, threads=threads, mma_warps=threads // 32)
     problem = SimpleNamespace(head_dim_v=HEAD_DIM_V)
     lay = SimpleNamespace(exchanged_columns=lambda config: columns)
     return SimpleNamespace(config=config, problem=problem, lay=lay, _identity=lambda: None, _store=store)
@@ -182,9 +228,10 @@ def test_parts(plain, monkeypatch, parts, exist, rows):
     stored = {}
     forward = kernel(4, rows, HEAD_DIM_V, 128, stored)
     serving = SimpleNamespace(workspace=Workspace(None, *written, exist, HEAD_DIM_V))
-    for thread in range(128):
-        monkeypatch.setattr(cute.arch, "thread_idx", lambda thread=thread: (thread,))
-        Forward._merge_parts.__wrapped__(forward, serving, seen_by(), places, exist)
+    for number in range(4):
+        warp = Warp(number)
+        warp.patch(monkeypatch)
+        warp.run(lambda: Forward._merge_parts.__wrapped__(forward, serving, seen_by(), places, exist))
     o, row_max, row_sum = expected(found)
     assert set(stored) == {(r, p) for r in range(exist) for p in range(HEAD_DIM_V // 4)}
     for (r, p), (got, *of_row) in stored.items():
