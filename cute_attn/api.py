@@ -24,7 +24,7 @@ BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
-_NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
+_NUMBER, _REACH, _FLAG = frozenset({float, type(None)}), frozenset({int, type(None)}), frozenset({bool})
 _kept: dict[tuple, Call] = {}
 LEAST_SCALE_OF_RAMPS = 2.0**-40  # they are divided by the scale, and must stay far from infinity
 KEPT_MAX = 1024  # calls; each of another shape or rule
@@ -188,7 +188,7 @@ def attention(
 def are_usual_kinds(scale, window, softcap, *flags) -> bool:
     """Whether rules are of the kinds whose equal values mean the same, so that calls can be known by them: True is equal to 1,
     and is no reach of a window."""
-    if not (type(scale) in _NUMBER and type(softcap) in _NUMBER and all(type(x) is bool for x in flags)):
+    if not (type(scale) in _NUMBER and type(softcap) in _NUMBER and _FLAG.issuperset(map(type, flags))):
         return False
     return window is None or (type(window) is tuple and _REACH.issuperset(map(type, window)))
 

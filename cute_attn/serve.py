@@ -53,12 +53,13 @@ class Step:
     before it launches anything.
     """
 
-    __slots__ = ("append", "device", "function", "lse_shape", "numbers", "out_shape", "size")
+    __slots__ = ("append", "as_wide", "device", "function", "lse_shape", "numbers", "out_shape", "size")
 
     def __init__(self, call: Call, return_lse: bool, q):
         stored = call.stored
         assert stored is not None
         self.device, self.out_shape = q.get_device(), (*q.shape[:-1], call.head_dim_v)
+        self.as_wide = call.head_dim_v == call.head_dim
         packed = stored.cu_seqlens_q is not None
         right, group = call.right, call.heads // call.heads_kv
         if right is not None and right >= call.seqlen_q - 1 and not packed:
@@ -90,16 +91,16 @@ class Step:
         self.numbers = stored.seqlen_new, units, places, rows_kept, call.left or 0, right or 0, *scales, blocks
         self.append = None if stored.k_new is None else _appending(call, q)
 
-    def __call__(self, q, k_cache, v_cache, where: tuple, new, sinks, captured):
+    def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
         """``(out, lse)``, on the current stream. ``where`` is as in ``stored.NAMES``, without the last, and ``new`` (k_new,
-        v_new, cos, sin, rotary_begin), which is not looked at where there are no new keys."""
-        lacks = not (q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr())
-        if lacks or (self.append is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
+        v_new, cos, sin, rotary_begin)."""
+        has_memory = q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr()
+        if not has_memory or (new is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
             raise ValueError("a tensor without memory")  # which one attention_kvcache says
         stream = raw_stream(self.device)
-        if self.append is not None:
+        if self.append is not None and new is not None:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
-        out = q.new_empty(self.out_shape)
+        out = torch.empty_like(q) if self.as_wide and q.is_contiguous() else q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
         workspace = _workspaces.get((self.device, stream))
         if workspace is None or not workspace.holds(self.size) or torch.cuda.is_current_stream_capturing():
