@@ -12,7 +12,7 @@ from cutlass.cute import runtime
 
 from cute_attn import layouts
 from cute_attn.fields import FORWARD, Field, named
-from cute_attn.layouts.base import ROW_PADDING, VECTOR, element
+from cute_attn.layouts.base import IN_TURN, ROW_PADDING, VECTOR, element
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tickets, Tiles
 from cute_attn.sequences import Sequences, Side
@@ -37,14 +37,15 @@ def host_function(problem, config, mainloop=None):
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         band = shift - given.left, shift + given.right
         rules = {"captured": captured_of(problem, given), "sinks": given.sinks, **dropout_of(given)}
-        values = Values(
-            seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, **rules, key_lists=given.key_lists
-        )
+        lists = {"key_lists": given.key_lists, "kinds": given.kinds}
+        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, **rules, **lists)
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, given.blocks, problem.unequal, sequences)
         if cutlass.const_expr(given.tickets is not None):
             tiles = replace(tiles, tickets=Tickets(given.tickets))
             tiles.tickets.reset(given.stream)
+        if cutlass.const_expr(given.key_lists is not None):
+            tiles = replace(tiles, in_turn=given.key_lists[None, None, None, IN_TURN])
         mainloop.launch(q, k, v, o, lse, values, tiles, given.blocks, given.stream)
 
     return forward

@@ -138,7 +138,7 @@ def passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tupl
 
 def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q, k, v):
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
-    launch. Allocates these and, for ragged sequences with a right edge, an int32 a tile; nothing else."""
+    launch. Allocates these and, where tiles' costs are known on the device only, an int32 a tile; nothing else."""
     how = return_lse, for_backward, mechanism
     if call.plans and (planned := call.plans.get(how)) is not None:
         try:
@@ -156,8 +156,9 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
     function, blocks = prepared(problem, mechanism, device, 1, _is_short(problem, mechanism, device, call))
     tickets = None
-    if call.lengths is not None and (tile := tile_of_tickets(problem, mechanism, device)):
-        tickets = q.new_empty(1 + call.lengths.slots(call.seqlen_q, tile) * call.heads, dtype=torch.int32)
+    if (call.lengths or call.blocks) is not None and (tile := tile_of_tickets(problem, mechanism, device)):
+        slots = -(-call.seqlen_q // tile) * call.batch if call.lengths is None else call.lengths.slots(call.seqlen_q, tile)
+        tickets = q.new_empty(1 + slots * call.heads, dtype=torch.int32)
     key_lists = None
     if call.blocks is not None:
         tile_m, tile_n, _ = tiles_of_lists(problem, mechanism, device)
@@ -241,7 +242,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
         return found
     dsinks = None
     if call.sinks is not None and call.sinks.requires_grad:
-        natural = call.expression and call.expression.score is not None
+        natural = call.expression and call.expression.natural
         unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
         weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
         dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
@@ -421,8 +422,9 @@ def _besides_tensors(call: Call, blocks: int) -> tuple:
     drops: tuple = None, None, None
     if call.seed is not None:
         drops = call.seed.view(torch.int32), dropout.threshold(call.dropout), dropout.kept_scale(call.dropout)
+    kinds = None if call.blocks is None else call.blocks.kinds.expand(call.batch, call.heads, -1, -1)
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    return captured, *drops, *where, *numbers
+    return kinds, captured, *drops, *where, *numbers
 
 
 def run_on(function: Callable, device: int, arguments: tuple) -> None:

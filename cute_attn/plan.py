@@ -70,7 +70,8 @@ def takes_short(found: tuple[Config, ...], keys: int, unequal: bool) -> bool:
 def takes_tickets(problem: Problem, config: Config) -> bool:
     """Whether the forward pass needs memory for tickets, which persistent blocks draw for tiles whose costs are unequal and
     known on the device only (``scheduler.py``)."""
-    return bool(problem.ragged) and problem.bounded_right and hasattr(layouts.family(config), "WORK_SLOTS")
+    unequal = (bool(problem.ragged) and problem.bounded_right) or problem.blocks == "listed"
+    return unequal and not problem.gradients and hasattr(layouts.family(config), "WORK_SLOTS")
 
 
 def mechanism_name(mechanism: object) -> str | None:

@@ -15,13 +15,13 @@ import torch
 
 from cute_attn import launch, rules
 from cute_attn.launch import as_read, device_target, prepared, run_on
-from cute_attn.layouts import for_target
+from cute_attn.layouts import family, for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
 from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
 from cute_attn.private import raw_stream
 from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides, is_aligned
-from cute_attn.stored import UNIT_TILES, UNITS_MAX, Stored
+from cute_attn.stored import UNITS_MAX, Stored, unit_tiles
 
 MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
 GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
@@ -76,11 +76,13 @@ class Step:
             invariant=stored.batch_invariant,
         )
         self.function, blocks = prepared(problem, None, self.device)
-        units, places, counters = 0, 2 * blocks, blocks
+        config = plan(problem, device_target(self.device))
+        sections = blocks * (1 + family(config).short_sections(config))
+        units, places, counters = 0, 2 * sections, sections
         if stored.batch_invariant:
-            units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
+            units, places, counters = _units(call, rows, group, config.tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
-        self.size = counters, places * rows_kept * (call.head_dim_v + OF_ROW)
+        self.size = counters + 1, places * rows_kept * (call.head_dim_v + OF_ROW)
         self.lse_shape = None
         if return_lse:
             self.lse_shape = (call.heads, call.seqlen_q) if packed else (call.batch, call.heads, call.seqlen_q)
@@ -88,14 +90,14 @@ class Step:
         self.numbers = stored.seqlen_new, units, places, rows_kept, call.left or 0, right or 0, *scales, blocks
         self.append = None if stored.k_new is None else _appending(call, q)
 
-    def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
+    def __call__(self, q, k_cache, v_cache, where: tuple, new, sinks, captured):
         """``(out, lse)``, on the current stream. ``where`` is as in ``stored.NAMES``, without the last, and ``new`` (k_new,
-        v_new, cos, sin, rotary_begin)."""
+        v_new, cos, sin, rotary_begin), which is not looked at where there are no new keys."""
         lacks = not (q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr())
-        if lacks or (new is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
+        if lacks or (self.append is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
             raise ValueError("a tensor without memory")  # which one attention_kvcache says
         stream = raw_stream(self.device)
-        if self.append is not None and new is not None:
+        if self.append is not None:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
         out = q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
@@ -193,7 +195,7 @@ def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, in
     packed = stored.cu_seqlens_q is not None
     all_rows = (call.seqlen_q if packed else call.seqlen_q * stored.batch) * group
     walks = (all_rows // rows + stored.batch + 2) * call.heads_kv
-    units = min(UNITS_MAX, -(-max(-(-stored.capacity // tile_n), 1) // UNIT_TILES))
+    units = min(UNITS_MAX, -(-max(-(-stored.capacity // tile_n), 1) // unit_tiles(rows)))
     return units, walks * units, walks
 
 

@@ -59,8 +59,10 @@ ROW_PADDING = 128  # a multiple of every tile_m of the backward pass
 # block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
 BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it
+NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks, and of tiles: no query sees any key of it, some see some, each sees all
 # A list of tiles there is HEADER words, and one for each tile: its number in the lower TILE_BITS, and more above.
-HEADER, TILE_BITS = 3, 20
+HEADER, TILE_BITS = 4, 20
+IN_TURN = 3  # the word of the header that says which list's tile is computed when
 TILE_MASK = (1 << TILE_BITS) - 1
 UNSEEN_BIT, WHOLE_BIT, WARPGROUP_BITS = 0, 1, 2  # of a key tile for each warpgroup: it sees none of it, or all
 
@@ -245,10 +247,16 @@ def swizzle_atom(columns: int) -> tuple[int, int, int, int]:
 
     8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: ``bits`` bits of it from
     ``base + shift`` on are exclusive-ored into those from ``base`` on. Tiles repeat it down, then right. Rows of 64
-    elements are 128 bytes, all 32 banks; only a head that is 32 or 96 wide takes 32.
+    elements are 128 bytes, all 32 banks; a head that is 32 or 96 wide takes 32, and what is read in pieces of 48 takes 16.
     """
-    width = 64 if columns % 64 == 0 else 32
-    return {64: 3, 32: 2}[width], 3, 3, width
+    width = next(width for width in (64, 32, 16) if columns % width == 0)
+    return {64: 3, 32: 2, 16: 1}[width], 3, 3, width
+
+
+def row_width(layout: Layout) -> int:
+    """The ``width`` of :func:`tiled_rows`."""
+    columns = layout.shape[1]  # type: ignore[index]
+    return columns[0] if isinstance(columns, tuple) else columns  # type: ignore[return-value]
 
 
 def element(config):

@@ -43,6 +43,7 @@ REGISTERS_OF_DQ = (232, 40)  # dQ alone leaves a computing thread with some to s
 # The same for the backward pass. Up to 128, a computing warpgroup owns 64 keys, and both head dims are padded to the wider.
 WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
     64: {"tile_m": 128, "tile_n": 128, "stages": 2},
+    96: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
     128: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
 }
 

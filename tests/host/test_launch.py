@@ -58,7 +58,7 @@ def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
     given = vars(named(FORWARD, arguments))
     assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
     values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
-    values |= dict.fromkeys(("sinks", "captured", "seed", "drop_below", "kept_scale"))
+    values |= dict.fromkeys(("sinks", "kinds", "captured", "seed", "drop_below", "kept_scale"))
     assert given == {**tensors, **dict.fromkeys(NAMES), **values}
 
 
@@ -74,7 +74,10 @@ def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, determinis
     config = plan(problem_of(q.dtype, call, False), "sm_90a")
     launching.forward(call, None, False, False, q, k, v)
     ((_, arguments),) = gpu.log
-    assert torch.equal(named(FORWARD, arguments).key_lists, blocks.key_lists(config.tile_m, config.tile_n, 1, 4))
+    given = named(FORWARD, arguments)
+    assert torch.equal(given.key_lists, blocks.key_lists(config.tile_m, config.tile_n, 1, 4))
+    assert torch.equal(given.kinds, blocks.kinds.expand(1, 4, -1, -1))
+    assert given.tickets.shape == (1 + 4 * -(-500 // config.tile_m),)
     gpu.log.clear()
     launching.gradients(call, None, "qkv", deterministic, q, k, v, q, torch.zeros(1, 4, 500), q, None)
     ((_, arguments),) = gpu.log

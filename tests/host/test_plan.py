@@ -122,7 +122,7 @@ MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, gradients=""), "cp_async", {"tile_n": 80, "mma_warps": 8}, "8 warps can't copy in whole passes"),
     (BACKWARD, "tma_wgmma", {"tile_n": 96}, "96 keys a tile; a multiple of 64 is needed"),
     (BACKWARD, "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 keys; 8 are needed"),
-    (BACKWARD, "tma_wgmma", {"tile_m": 32}, "2 warpgroups for 1 pieces of a 32×128 dQ, one each: try tile_m=64"),
+    (BACKWARD, "tma_wgmma", {"tile_m": 32}, "2 warpgroups for a 32×128 dQ, 64 rows and a multiple of 16 columns each"),
     (BACKWARD, "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"tile_n": 32}, "32 keys a tile; 64 are needed"),
