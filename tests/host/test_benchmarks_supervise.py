@@ -100,7 +100,7 @@ def test_a_run_on_the_cpu_with_faulty_peers(tmp_path, capsys):
 
 def test_jobs_apart(tmp_path):
     """One that takes its process down, or longer than it may, loses its own result; with it ends what it had started."""
-    found = dict(supervise.apart(fakes.job, ["one", "dies", "two", "hangs", "three"], 0.5, str(tmp_path)))
+    found = dict(supervise.apart(fakes.job, ["one", "dies", "two", "hangs", "three"], 2.0, str(tmp_path)))
     assert {job: found[job] for job in ("one", "two", "three")} == {"one": "ONE", "two": "TWO", "three": "THREE"}
     assert "exit status 7" in str(found["dies"])
     assert "no result within" in str(found["hangs"])
