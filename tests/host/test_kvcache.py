@@ -155,7 +155,7 @@ def test_no_sequences():
 @pytest.mark.parametrize("where", ["contiguous", "pages of 16"])
 def test_the_same_step_is_planned_once(where, news, monkeypatch):
     """The kernels stand in: what is counted is how often a call is planned. A step that fails is planned again, in silence."""
-    case, planned, launched = Case([40, 7], [1, 1]), [], []
+    case, planned, launched = Case([40, 7], [1, 1], dtype=torch.bfloat16), [], []
     monkeypatch.setattr(kvcache, "_steps", {})
     monkeypatch.setattr(serve, "_workspaces", {})
     monkeypatch.setattr(api, "computed_by_reference", lambda *_: False)
