@@ -144,7 +144,7 @@ class Signals:
     """How the kernels and blocks of a backward call tell one another something: int32 in global memory, which the call sets to
     zero first.
     ``words`` are all of them, ``counters`` those of the query tiles, ``(m_block, head, batch)``: how many key tiles have added
-    to each one's dQ, where their order is fixed; else how many have come while nothing was stored, and ``STORED`` once it is."""
+    to each one's dQ, where their order is fixed; else how many have come while nothing was stored, and ``STORED`` then."""
 
     words: cute.Tensor
     counters: cute.Tensor
