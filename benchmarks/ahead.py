@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as LateError
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.peers import REGISTRY, Peer
@@ -49,12 +50,12 @@ def _kernel(peer: Peer, case: Case) -> tuple:
 
 
 def compile_ahead(
-    work: Sequence[Task],
+    work: Sequence[tuple[str, Any]],
     jobs: int,
     modules: Sequence[str],
     limit_s: float,
     done: Callable[[str], None] = lambda _: None,
-    first_call: Callable[[str, Case, Sequence[str]], float] | None = None,
+    first_call: Callable[[str, Any, Sequence[str]], float] | None = None,
 ) -> float:
     """Make the first call of every task, ``jobs`` at a time, for at most ``limit_s``; the seconds it took.
 

@@ -4,6 +4,9 @@ Each row is ours beside one other way to the same result, in turns: the built-in
 FlexAttention (compiled), FlashAttention-4 where it is installed, torch's memory-efficient attention, FlashAttention-2. A ratio
 is how many times as fast ours is, and stands beside what it should be at least. Forward passes note what a backward pass needs,
 on both sides. That both compute the same is seen by their outputs and by the gradients of q, except under dropout.
+
+On a GPU kernels are compiled ahead, by several processes, and rows are measured in one that can be ended whatever it does. A
+row is printed and in the file as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import dataclasses
 import datetime
 import inspect
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -22,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import card, timing
+from benchmarks import ahead, card, supervise, timing
 from benchmarks.peers import only
 from cute_attn import attention, block_mask, command, masks, scores
 from cute_attn.command import write_whole
@@ -30,6 +35,7 @@ from cute_attn.command import write_whole
 SCHEMA = "masks 1"
 ABOUT = "time masks, scores, biases, sinks and dropout beside other ways to the same results"
 WIDTH, TOKENS = 2048, 16384  # heads · head_dim, and queries of a call
+SMALL = {"seqlen": 64, "head_dim": 16, "tokens": 128, "width": 32}  # without a GPU
 DOCUMENTS, WINDOW, P_DROPOUT = 16, 1024, 0.1
 ALIKE = 0.99  # the cosine of two results, at least
 BUSY_SECONDS, IDLE_SECONDS = 0.03, 0.05
@@ -257,50 +263,75 @@ class Cell:
         return None if self.ratio is None else self.ratio >= self.goal
 
 
+@dataclass(frozen=True)
+class Job:
+    """A row at one size; without one, ``block_mask`` by itself."""
+
+    name: str
+    seqlen: int = 0
+    head_dim: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.seqlen}, d{self.head_dim}"
+
+    @property
+    def row(self) -> Row:
+        return next(row for row in ROWS if row.name == self.name)
+
+    def size(self, device: str) -> Size:
+        return Size(self.seqlen, self.head_dim, TOKENS, WIDTH) if device == "cuda" else Size(**SMALL)
+
+    def cells(self, directions: Sequence[str]) -> list[Cell]:
+        return [Cell(self.name, self.seqlen, self.head_dim, direction, self.row.goal) for direction in directions]
+
+
+BLOCK_MASK = Job("block_mask")
+
+
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser("masks", help=ABOUT, description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    names = [row.name for row in ROWS] + ["block_mask"]
+    names = [row.name for row in ROWS] + [BLOCK_MASK.name]
     parser.add_argument("--only", nargs="+", metavar="WORD", help=f"rows with one of these words: {', '.join(names)}")
+    parser.add_argument("--seqlen", type=command.length, nargs="+", help="of rows with several (4k 16k)")
     parser.add_argument("--head-dim", type=command.positive, nargs="+", default=[64, 128], help="(64 128)")
     parser.add_argument("--direction", choices=(FORWARD, BACKWARD), nargs="+", default=[FORWARD, BACKWARD], help="both")
     parser.add_argument("--rounds", type=command.positive, default=5, help="turns of each (%(default)s)")
-    parser.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here")
+    parser.add_argument("--compile-jobs", type=command.positive, default=min(16, os.cpu_count() or 1),
+                        help="processes that compile ahead on a GPU; 1: each when its turn comes (%(default)s)")  # fmt: skip
+    parser.add_argument("--limit", type=command.seconds, default=120.0, help="seconds for a row, and to compile ahead (120)")
+    parser.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here, after every row")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """``masks``: exit status 1 where two ways to the same result differ. An interrupt keeps what was measured."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    clock: timing.Clock = timing.CudaClock() if device == "cuda" else timing.HostClock()
+    about = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), "versions": card.versions()}
+    about["card"] = card.describe(card.open_source() if device == "cuda" else None)
     cells: list[Cell] = []
+    made: list[dict[str, Any]] = []
     stopped = 0
 
-    def asked(name: str) -> bool:
-        return not options.only or any(word.lower() in name.lower() for word in options.only)
+    def save(complete: bool) -> None:
+        if options.json:
+            found: dict[str, Any] = {"schema": SCHEMA, "complete": complete, "about": about, "block_masks": made}
+            write_whole(options.json, json.dumps(found | {"cells": [*map(dataclasses.asdict, cells)]}, indent=1) + "\n")
 
     try:
-        for row in (row for row in ROWS if asked(row.name)):
-            for seqlen in row.seqlens:
-                for head_dim in options.head_dim:
-                    size = Size(seqlen, head_dim, TOKENS, WIDTH) if device == "cuda" else Size(64, 16, 128, 32)
-                    found = measure(row, size, device, clock, options)
+        with closing(_results(_jobs(options, device), device, options, console)) as results:
+            for job, found in results:
+                if job == BLOCK_MASK:
+                    made += found
+                else:
                     cells += found
                     for cell in found if not console.is_terminal else ():
                         console.print(*rows_of([cell])[0], highlight=False)
-                if device == "cpu":
-                    break
-        made = block_mask_times(device, clock, options.rounds) if asked("block_mask") else []
+                save(complete=False)
     except KeyboardInterrupt as error:
-        stopped, made = command.interrupted(error), []
+        stopped = command.interrupted(error)
         console.print("not completed", style="red")
-    about = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "card": card.describe(card.open_source() if device == "cuda" else None),
-        "versions": card.versions(),
-    }
-    if options.json:
-        found_: dict[str, Any] = {"schema": SCHEMA, "complete": not stopped, "about": about, "block_masks": made}
-        write_whole(options.json, json.dumps(found_ | {"cells": [*map(dataclasses.asdict, cells)]}, indent=1) + "\n")
+    save(complete=not stopped)
     console.print(table(cells))
     for one in made:
         text = f"{one['seconds'] * 1e6:,.0f} µs (at most {one['goal'] * 1e6:,.0f}), its lists {one['lists'] * 1e6:,.0f} µs"
@@ -311,34 +342,101 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return stopped or int(bool(others))
 
 
-def measure(row: Row, size: Size, device: str, clock: timing.Clock, options: argparse.Namespace) -> list[Cell]:
-    """A cell a direction."""
-    cells = [Cell(row.name, size.seqlen, size.head_dim, direction, row.goal) for direction in options.direction]
+def _jobs(options: argparse.Namespace, device: str) -> list[Job]:
+    def asked(name: str) -> bool:
+        return not options.only or any(word.lower() in name.lower() for word in options.only)
+
+    def sizes(row: Row) -> list[tuple[int, int]]:
+        if device != "cuda":
+            return [(SMALL["seqlen"], SMALL["head_dim"])]
+        lengths = [n for n in row.seqlens if not options.seqlen or n in options.seqlen] or row.seqlens
+        return [(n, d) for n in lengths for d in options.head_dim]
+
+    jobs = [Job(row.name, *size) for row in ROWS if asked(row.name) for size in sizes(row)]
+    return jobs + ([BLOCK_MASK] if asked(BLOCK_MASK.name) else [])
+
+
+def _results(jobs: list[Job], device: str, options: argparse.Namespace, console: Console) -> Generator[tuple[Job, list]]:
+    """Of each job what :func:`result` finds."""
+    if device != "cuda":
+        yield from ((job, result(job, device, options.direction, options.rounds)) for job in jobs)
+        return
+    ahead.switch_caches_on()
+    work = [(job.name, job) for job in jobs if job != BLOCK_MASK]
+    if options.compile_jobs > 1 and len(work) > 1:
+
+        def note(line: str) -> None:
+            console.print(line, highlight=False)
+
+        ahead.compile_ahead(work, options.compile_jobs, options.direction, options.limit, note, first_calls)
+    for job, found in supervise.apart(result, jobs, options.limit, device, options.direction, options.rounds):
+        if isinstance(found, supervise.WorkerError):
+            lost = [] if job == BLOCK_MASK else job.cells(options.direction)
+            found = [dataclasses.replace(cell, why_not=str(found)) for cell in lost]
+        yield job, found
+
+
+def first_calls(name: str, job: Job, directions: Sequence[str]) -> float:
+    """Compile what a row takes; seconds. Runs in a process of a pool."""
+    began = timing.HostClock.now()
+    prepared = prepare(job.row, job.size("cuda"), "cuda")
+    torch.cuda.synchronize()
+    if isinstance(prepared, str):
+        raise RuntimeError(prepared)
+    return timing.HostClock.now() - began
+
+
+def result(job: Job, device: str, directions: Sequence[str], rounds: int) -> list:
+    """The cells of a row, one a direction; of ``block_mask``, what :func:`block_mask_times` finds."""
+    clock: timing.Clock = timing.CudaClock() if device == "cuda" else timing.HostClock()
+    if job == BLOCK_MASK:
+        return block_mask_times(device, clock, rounds)
+    return measure(job, device, clock, directions, rounds)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Both ways of a row, ours first: what is called in each direction, and what it returned."""
+
+    calls: dict[str, list[Callable[[], Any]]]
+    results: dict[str, list[torch.Tensor]]
+
+
+def prepare(row: Row, size: Size, device: str) -> Prepared | str:
+    """Make and call both ways in both directions; or why that can't be."""
     try:
         both = [of(size, device) for of in (row.ours, row.other)]
     except Absent as why:
-        return [dataclasses.replace(cell, why_not=str(why)) for cell in cells]
+        return str(why)
     generator = torch.Generator(device).manual_seed(0)
     dtype, shape = torch.bfloat16 if device == "cuda" else torch.float32, (size.batch, size.seqlen, size.heads, size.head_dim)
     q, k, v, dout = (torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    forward = [partial(attend, *leaves, *more) for attend, more in both]
+    forward: list[Callable[[], Any]] = [partial(attend, *leaves, *more) for attend, more in both]
     try:
         outs = [call() for call in forward]
-        backward = [
+        backward: list[Callable[[], Any]] = [
             partial(torch.autograd.grad, out, [*leaves, *more], dout, retain_graph=True)
             for out, (_, more) in zip(outs, both, strict=True)
         ]
-        results = [(out.detach(), call()[0]) for out, call in zip(outs, backward, strict=True)]
+        grads = [call()[0] for call in backward]
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        return [dataclasses.replace(cell, why_not=f"{type(error).__name__}: {error}".partition("\n")[0]) for cell in cells]
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return Prepared({FORWARD: forward, BACKWARD: backward}, {FORWARD: [out.detach() for out in outs], BACKWARD: grads})
+
+
+def measure(job: Job, device: str, clock: timing.Clock, directions: Sequence[str], rounds: int) -> list[Cell]:
+    """A cell a direction."""
+    cells, prepared = job.cells(directions), prepare(job.row, job.size(device), device)
+    if isinstance(prepared, str):
+        return [dataclasses.replace(cell, why_not=prepared) for cell in cells]
     for cell in cells:
-        calls: list[Callable[[], Any]] = [*(forward if cell.direction == FORWARD else backward)]
-        if row.same:
-            one, two = (found[cell.direction == BACKWARD].float().flatten() for found in results)
+        calls = prepared.calls[cell.direction]
+        if job.row.same:
+            one, two = (found.float().flatten() for found in prepared.results[cell.direction])
             cell.alike = torch.nn.functional.cosine_similarity(one, two, dim=0).item()
         per_call = [timing.estimate(clock, call) for call in calls]
-        for _ in range(options.rounds):
+        for _ in range(rounds):
             for call, once, into in zip(calls, per_call, (cell.ours, cell.other), strict=True):
                 into.append(timing.burst(clock, call, once, busy=BUSY_SECONDS, idle=IDLE_SECONDS).samples[0])
     return cells

@@ -1,14 +1,17 @@
 """Keeps a measuring process at work: gives it jobs, watches whose turn it is, replaces it when a peer hangs.
 
 A hung kernel or a crashed library can't be cleaned up from inside its process, so the measuring is done in a child, and
-the peer that took it down loses its cell and nothing else.
+the peer that took it down loses its cell and nothing else. Nor can a process be interrupted in which torch.compile works on a
+backward pass: that is a thread of autograd's, for which the main thread waits outside of Python (:func:`apart`).
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,7 @@ from benchmarks.cases import Case
 from benchmarks.results import Cell, Measurement
 from benchmarks.settings import Crew, Settings
 from benchmarks.worker import main
+from cute_attn.command import leave_interrupts_to_parent
 
 START_SECONDS = 300.0  # imports from a cold disk, the CUDA context, and whatever belongs to no peer
 GRACE_SECONDS = 5.0  # past its limit a peer is stopped between two turns, and only after this in the middle of one
@@ -136,3 +140,47 @@ class Supervisor:
             self._process.join()
         self._connection.close()  # not before: the process would end in a traceback if it just sends something
         self._process = self._connection = None
+
+
+def apart(work: Callable[..., Any], jobs: Sequence[Any], limit_s: float, *arguments: Any) -> Generator[tuple[Any, Any]]:
+    """``(job, work(job, *arguments))`` of each job, from another process; after a job that takes it down, or takes longer
+    than ``limit_s``, from a new one, and that job's result is a :class:`WorkerError`. When this generator is closed the process
+    ends, whatever it does, and so does all that it has started."""
+    done, context = 0, multiprocessing.get_context("spawn")
+    while done < len(jobs):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, work, jobs[done:], arguments))
+        process.start()
+        theirs.close()
+        try:
+            limit = START_SECONDS
+            for job in jobs[done:]:
+                done += 1
+                try:
+                    answered = ours.poll(limit)
+                    result = ours.recv() if answered else WorkerError(f"no result within {limit:.0f} s; its process was ended")
+                except (EOFError, OSError):
+                    process.join(timeout=GRACE_SECONDS)
+                    answered, result = False, WorkerError(f"its process died with exit status {process.exitcode}")
+                yield job, result
+                if not answered:
+                    break
+                limit = limit_s
+        finally:
+            _end_group(process)
+            ours.close()
+
+
+def _work(connection: Any, work: Callable[..., Any], jobs: Sequence[Any], arguments: tuple) -> None:
+    os.setpgid(0, 0)  # what it starts is of the same group, and ends with it
+    leave_interrupts_to_parent()
+    for job in jobs:
+        connection.send(work(job, *arguments))
+
+
+def _end_group(process: Any) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # it has no group yet, or has ended
+        process.kill()
+    process.join()

@@ -5,10 +5,11 @@ A :class:`BlockMask` knows the *kind* of every block of 32 queries × 32 keys. A
 shape is; so one block mask serves the forward and the backward pass of every head dim and mechanism. The kernels read lists,
 which are made of the kinds when a tile shape first asks for them, and kept:
 
-    (cut tiles, all tiles, …, tile, tile, …, unused)     int32; HEADER words, then the tiles that are cut, then whole ones
+    (cut tiles, all tiles, …, in turn, tile, tile, …, unused)     int32; HEADER words, the tiles that are cut, whole ones
 
 For each query tile a list of key tiles, last ones first, and for each key tile one of query tiles, of all query heads that
-share the keys. The lower TILE_BITS bits of an entry are the tile's number.
+share the keys. The lower TILE_BITS bits of an entry are the tile's number. Blocks take the lists with the most tiles first:
+``in turn``, in the i-th list of a head, is the number of the i-th list to be taken.
 
 - **Of key tiles** those that are cut and come before all whole ones, as a window's left edge does, are the last in the list;
   the third word says where they begin. Above an entry's number are two bits for each 64 rows of the query tile: whether they
@@ -30,10 +31,9 @@ from torch.nn.functional import pad
 
 from cute_attn.arguments import shown
 from cute_attn.expressions import Expression, TorchOps, traced
-from cute_attn.layouts.base import BLOCK, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import BLOCK, CUT, NONE, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE, WHOLE_BIT
 from cute_attn.private import raw_stream
 
-NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks and tiles
 ROWS_OF_WARPGROUP = 64
 LENGTH_MAX = BLOCK << TILE_BITS
 MEMBERS_MAX = 1 << (31 - TILE_BITS)
@@ -82,8 +82,7 @@ class BlockMask:
     def tiles(self, tile_m: int, tile_n: int) -> torch.Tensor:
         """The kinds of tiles of ``tile_m`` queries × ``tile_n`` keys, uint8 ``(batch, heads, m_blocks, n_blocks)``. A tile that
         reaches past the last key is not whole."""
-        some, every = (self._parts(tile_m, tile_n, of_missing_rows) for of_missing_rows in (NONE, WHOLE))
-        return some.amax((3, 5)).ne(NONE).byte() + every.amin((3, 5)).eq(WHOLE).byte()
+        return _kinds_of_all(*self._seen(tile_m, tile_n, tile_m))
 
     def key_lists(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
         """A list of key tiles for each query tile, ``(batch, heads, m_blocks, HEADER + n_blocks + 1)``."""
@@ -98,30 +97,32 @@ class BlockMask:
         """How many key tiles before each one a query tile visits, int32 ``(batch, heads, m_blocks, n_blocks)``."""
         return self._keep("ranks", self._ranks, tile_m, tile_n).expand(batch, heads, -1, -1)
 
-    def _parts(self, tile_m: int, tile_n: int, of_missing_rows: int) -> torch.Tensor:
-        """The kinds of the blocks of each tile, ``(batch, heads, m_blocks, rows, n_blocks, columns)``."""
-        down, across = tile_m // BLOCK, tile_n // BLOCK
-        rows, columns = self.kinds.shape[2:]
-        whole = pad(pad(self.kinds, (0, -columns % across)), (0, 0, 0, -rows % down), value=of_missing_rows)
-        return whole.unflatten(3, (-1, across)).unflatten(2, (-1, down))
+    def _seen(self, tile_m: int, tile_n: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether no key of a tile is seen, and whether all of them are, by each ``rows`` of its rows, bool ``(batch, heads,
+        m_blocks, tile_m / rows, n_blocks)``. Rows that there aren't see none and all."""
+        down, across = rows // BLOCK, tile_n // BLOCK
+        missing, past = -self.kinds.shape[2] % (tile_m // BLOCK), -self.kinds.shape[3] % across
+        kinds = pad(self.kinds, (0, past)) if past else self.kinds
+        each = [pad(kinds, (0, 0, 0, missing), value=value) if missing else kinds for value in (NONE, WHOLE)]
+        high, low = (x.unflatten(3, (-1, across)).unflatten(2, (-1, tile_m // rows, down)) for x in each)
+        return high.amax((4, 6)).eq(NONE), low.amin((4, 6)).eq(WHOLE)
 
     def _key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
-        kinds = self.tiles(tile_m, tile_n)
-        numbers = torch.arange(kinds.shape[3], dtype=torch.int32, device=kinds.device).expand(kinds.shape)
-        if tile_m % ROWS_OF_WARPGROUP == 0:
-            some, every = (
-                self._parts(tile_m, tile_n, missing).unflatten(3, (-1, ROWS_OF_WARPGROUP // BLOCK)) for missing in (NONE, WHOLE)
-            )
-            said = {UNSEEN_BIT: some.amax((4, 6)).eq(NONE), WHOLE_BIT: every.amin((4, 6)).eq(WHOLE)}
-            for bit, of_rows in said.items():
-                for w in range(tile_m // ROWS_OF_WARPGROUP):
-                    numbers = numbers | of_rows[:, :, :, w].int() << TILE_BITS + WARPGROUP_BITS * w + bit
-        kinds, numbers = kinds.flip(3), numbers.flip(3)
-        so_far, whole = kinds.eq(WHOLE).cumsum(3, dtype=torch.int32), kinds.eq(WHOLE).sum(3, keepdim=True)
-        after = kinds.eq(CUT) & (so_far == whole) & (whole > 0)
-        order = torch.where(after, 2, (kinds + 2) % 3).where(kinds != NONE, 3)
-        header = kinds.eq(CUT).sum(3) - after.sum(3), kinds.ne(NONE).sum(3), kinds.ne(NONE).sum(3) - after.sum(3)
-        return _listed(order, numbers, header)
+        by_warpgroup = tile_m % ROWS_OF_WARPGROUP == 0
+        none, every = self._seen(tile_m, tile_n, ROWS_OF_WARPGROUP if by_warpgroup else tile_m)
+        kinds, tiles = _kinds_of_all(none, every), none.shape[-1]
+        numbers = torch.arange(tiles, dtype=torch.int32, device=kinds.device)
+        # Those that are cut and come before all whole ones; where there is none of these, none.
+        after = numbers < kinds.eq(WHOLE).byte().argmax(3, keepdim=True)
+        entries = numbers.expand(kinds.shape)
+        if by_warpgroup:
+            said = none.int() << UNSEEN_BIT | every.int() << WHOLE_BIT
+            bits = TILE_BITS + WARPGROUP_BITS * torch.arange(said.shape[3], dtype=torch.int32, device=kinds.device)
+            entries = numbers | (said << bits[:, None]).sum(3, dtype=torch.int32)
+        order = (kinds - CUT) | (after.byte() << 1)  # 0, 1 if whole, 2 at the end; and 255
+        order, where = order.flip(3).sort(dim=-1, stable=True)
+        cut, whole_end, total = ((order < past).sum(3) for past in (1, 2, 3))
+        return _listed(entries.flip(3).gather(3, where), cut, total, whole_end)
 
     def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
         kinds = self.tiles(tile_m, tile_n).transpose(2, 3)
@@ -134,8 +135,9 @@ class BlockMask:
 
     @staticmethod
     def _cut_first(kinds: torch.Tensor, numbers: torch.Tensor, repeats: int) -> torch.Tensor:
-        header = kinds.eq(CUT).sum(3), kinds.ne(NONE).sum(3), torch.full_like(kinds[..., 0], repeats, dtype=torch.int64)
-        return _listed((kinds + 2) % 3, numbers.expand(kinds.shape), header)
+        order, where = (kinds - CUT).sort(dim=-1, stable=True)  # 0, 1 if whole, and 255
+        cut, total = (order < 1).sum(3), (order < 2).sum(3)
+        return _listed(numbers.expand(kinds.shape).gather(3, where), cut, total, torch.full_like(cut, repeats))
 
     def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
         seen = self.tiles(tile_m, tile_n).ne(NONE).int()
@@ -273,10 +275,15 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
                 kinds[b, h, first : first + len(some)] = some.any(3).any(1).byte() + every.all(3).all(1).byte()
 
 
-def _listed(order: torch.Tensor, numbers: torch.Tensor, header: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Lists of tiles ``(…, tiles)``, by ``order``, those of the same in their order here."""
-    words = torch.stack(header, -1).int()
-    return torch.cat((words, numbers.gather(-1, order.sort(dim=-1, stable=True).indices), words[..., :1]), -1)
+def _kinds_of_all(none: torch.Tensor, every: torch.Tensor) -> torch.Tensor:
+    """The kinds of tiles from what :meth:`BlockMask._seen` says of their parts."""
+    return every.all(3).byte() + none.all(3).logical_not()
+
+
+def _listed(entries: torch.Tensor, cut: torch.Tensor, total: torch.Tensor, third: torch.Tensor) -> torch.Tensor:
+    """Lists of entries ``(…, tiles)`` with their headers."""
+    in_turn = total.argsort(dim=-1, descending=True, stable=True)
+    return torch.cat((torch.stack((cut, total, third, in_turn), -1).int(), entries, entries[..., :1]), -1)
 
 
 # ---- what attention is given -----------------------------------------------------------------------------------------

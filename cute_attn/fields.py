@@ -70,6 +70,7 @@ def _dropout(name: str, kind: str) -> Field:
 
 
 _CALL = (
+    Field("kinds", "kinds", _is_listed),
     Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
     *map(_dropout, ("seed", "drop_below", "kept_scale"), ("words", "int32", "float32")),
     *map(_given, NAMES),

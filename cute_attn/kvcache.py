@@ -15,7 +15,7 @@ from cute_attn.problem import check_call_of_cache
 from cute_attn.stored import check_new, check_rotary
 
 STEPS_MAX = 1024
-_NONE = (None,) * 10
+_NONE = [None] * 4
 _steps: dict[tuple | None, serve.Step] = {}
 
 
@@ -125,7 +125,9 @@ def attention_kvcache(
     if mask is score is alibi_slopes is None and type(tensors) is tuple and not tensors and not differentiable:
         cos, sin = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, None)
         where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new
-        new = k_new, v_new, cos, sin, rotary_begin
+        new = None
+        if not k_new is v_new is rotary is rotary_begin is None:
+            new = k_new, v_new, cos, sin, rotary_begin
         rules = scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, backend, mechanism
         try:  # whatever is wrong is said below
             key = _key(q, k_cache, v_cache, where, new, sinks, rules)
@@ -170,14 +172,15 @@ def attention_kvcache(
     return (out, lse) if return_lse else out
 
 
-def _key(q, k_cache, v_cache, where: tuple, new: tuple, sinks, rules: tuple) -> tuple | None:
+def _key(q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, rules: tuple) -> tuple | None:
     """What a call's step depends on; None where that can't be told at first sight."""
     scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, _, _ = rules
     flags = causal, return_lse, batch_invariant, rotary_interleaved
     if type(q) is type(k_cache) is type(v_cache) is torch.Tensor and api.are_usual_kinds(scale, window, softcap, *flags):
         lengths, table, *others = where
-        more = (*others, *new, sinks)
-        shapes = None if more == _NONE else tuple(x if x is None else x.shape for x in more)
+        shapes = None
+        if new is not None or sinks is not None or others != _NONE:
+            shapes = tuple(x if x is None else x.shape for x in (*others, *(new or ()), sinks))
         pages = table if table is None else table.shape
         return q.shape, q.dtype, q.get_device(), k_cache.shape, v_cache.shape, lengths.shape, pages, shapes, rules
     return None

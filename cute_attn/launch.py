@@ -20,9 +20,9 @@ from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
 from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
-from cute_attn.layouts.base import COUNTERS, ROW_PADDING
+from cute_attn.layouts.base import COUNTERS, ROW_PADDING, Config
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
-from cute_attn.plan import configs, head_blocks, plan, takes_tickets
+from cute_attn.plan import configs, head_blocks, plan, takes_short, takes_tickets
 from cute_attn.private import current_device, raw_stream
 from cute_attn.problem import (
     DTYPE_NAMES,
@@ -61,9 +61,11 @@ def device_target(device: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def prepared(problem: Problem, mechanism: str | None, device: int, head_blocks: int = 1) -> tuple[Callable, int]:
+def prepared(
+    problem: Problem, mechanism: str | None, device: int, head_blocks: int = 1, short: bool = False
+) -> tuple[Callable, int]:
     """The compiled kernel of a problem on a device, and how many of its blocks the device holds at once."""
-    config = plan(problem, device_target(device), mechanism)
+    config = configs(problem, device_target(device), mechanism)[int(short)]
     if head_blocks != config.head_blocks:
         config = replace(config, head_blocks=head_blocks)
     return compiled(problem, config), multiprocessors(device) * config.blocks_per_multiprocessor
@@ -96,17 +98,24 @@ def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tupl
 
 
 @lru_cache(maxsize=4096)
-def _sharing(problem: Problem, mechanism: str | None, device: int) -> tuple[int, tuple[int, ...]]:
-    """``(rows of a key tile, how many blocks may share one)`` in the backward pass."""
-    found = configs(problem, device_target(device), mechanism)
-    return found[0].tile_n, tuple(config.head_blocks for config in found)
+def _choices(problem: Problem, mechanism: str | None, device: int) -> tuple[Config, ...]:
+    return configs(problem, device_target(device), mechanism)
+
+
+def _is_short(problem: Problem, mechanism: str | None, device: int, call: Call) -> bool:
+    """Whether the forward pass of ``call`` takes the configuration for few keys."""
+    if call.lengths is not None:  # of which the host knows totals only
+        return False
+    window = call.seqlen_k if call.left is None or call.right is None else call.left + call.right + 1
+    return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window), problem.unequal)
 
 
 def _head_blocks(problem: Problem, mechanism: str | None, device: int, call: Call) -> int:
     """How many blocks share a key tile of the backward pass of ``call``."""
     if call.heads == call.heads_kv:
         return 1
-    tile, choices = _sharing(problem, mechanism, device)
+    found = _choices(problem, mechanism, device)
+    tile, choices = found[0].tile_n, tuple(config.head_blocks for config in found)
     tiles = -(-call.seqlen_k // tile) if call.lengths is None else call.lengths.slots(call.seqlen_k, tile)
     unequal = problem.bounded_right and not problem.bounded_left
     heads_per_kv = call.heads // call.heads_kv
@@ -135,7 +144,7 @@ def passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tupl
 
 def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q, k, v):
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
-    launch. Allocates these and, for ragged sequences with a right edge, an int32 a tile; nothing else."""
+    launch. Allocates these and, where tiles' costs are known on the device only, an int32 a tile; nothing else."""
     how = return_lse, for_backward, mechanism
     if call.plans and (planned := call.plans.get(how)) is not None:
         try:
@@ -151,10 +160,11 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
         return out, lse, lse_raw
     device = q.get_device()
     problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
-    function, blocks = prepared(problem, mechanism, device)
+    function, blocks = prepared(problem, mechanism, device, 1, _is_short(problem, mechanism, device, call))
     tickets = None
-    if call.lengths is not None and (tile := tile_of_tickets(problem, mechanism, device)):
-        tickets = q.new_empty(1 + call.lengths.slots(call.seqlen_q, tile) * call.heads, dtype=torch.int32)
+    if (call.lengths or call.blocks) is not None and (tile := tile_of_tickets(problem, mechanism, device)):
+        slots = -(-call.seqlen_q // tile) * call.batch if call.lengths is None else call.lengths.slots(call.seqlen_q, tile)
+        tickets = q.new_empty(1 + slots * call.heads, dtype=torch.int32)
     key_lists = None
     if call.blocks is not None:
         tile_m, tile_n, _ = tiles_of_lists(problem, mechanism, device)
@@ -238,7 +248,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
         return found
     dsinks = None
     if call.sinks is not None and call.sinks.requires_grad:
-        natural = call.expression and call.expression.score is not None
+        natural = call.expression and call.expression.natural
         unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
         weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
         dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
@@ -293,18 +303,21 @@ def _room_of_captured(call: Call) -> dict[int, torch.Tensor]:
     """Memory for the captured tensors' gradients by their numbers: zeros, but where each element is stored."""
     if not call.expression:
         return {}
-    room = {}
-    for slot, alone in call.expression.derived.items():
+    room, copies = {}, {"batch": call.batch, "head": call.heads}
+    for slot, by in call.expression.derived.items():
         x = call.captured[slot]
-        make = torch.empty if alone and call.lengths is None and not call.masked else torch.zeros
-        room[slot] = make(x.shape or (1,), dtype=x.dtype if alone else torch.float32, device=x.device)
+        make = torch.empty if by.alone and call.lengths is None and not call.masked else torch.zeros
+        shape = *(copies[name] for name in by.copied), *(x.shape or (1,))
+        room[slot] = make(shape, dtype=x.dtype if by.alone else torch.float32, device=x.device)
     return room
 
 
 def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> torch.Tensor | None:
     """The gradient of a captured tensor; zeros of one that no score depends on."""
     if slot in room:
-        return room[slot].to(x.dtype).view(x.shape)
+        copies = room[slot].dim() - max(x.dim(), 1)
+        found = room[slot].sum(tuple(range(copies))) if copies else room[slot]
+        return found.to(x.dtype).view(x.shape)
     return torch.zeros_like(x) if x.requires_grad else None
 
 
@@ -416,8 +429,9 @@ def _besides_tensors(call: Call, blocks: int) -> tuple:
     drops: tuple = None, None, None
     if call.seed is not None:
         drops = call.seed.view(torch.int32), dropout.threshold(call.dropout), dropout.kept_scale(call.dropout)
+    kinds = None if call.blocks is None else call.blocks.kinds.expand(call.batch, call.heads, -1, -1)
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    return captured, *drops, *where, *numbers
+    return kinds, captured, *drops, *where, *numbers
 
 
 def run_on(function: Callable, device: int, arguments: tuple) -> None:

@@ -19,6 +19,8 @@ sequence by themselves, so nothing is communicated and nothing is allocated.
   short, and less where they are long.
 - Of ragged sequences nothing evens out by arithmetic. Where tiles cost the same within a sequence, rounds still give every
   block as many of each; where they don't, persistent blocks draw tickets (:class:`Tickets`).
+- What a tile costs that has a list is known on the device only. There the lists say in which order a head's tiles are taken,
+  and persistent blocks draw tickets, too.
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ class Tiles:
     tile: cutlass.Constexpr[int] = 0  # rows of a tile
     of_k: cutlass.Constexpr[bool] = False  # tiles of keys
     small: Int32 | None = None  # of ragged sequences, if groups are small: how many blocks the GPU holds
-    tickets: Tickets | None = None  # of ragged sequences' tiles whose costs are unequal
+    tickets: Tickets | None = None  # of tiles whose costs are unequal, and known on the device only
+    in_turn: cute.Tensor | None = None  # (batch, heads, tiles): which of a head's is taken when, where lists say so
 
     @staticmethod
     def of(shape, heads_per_kv, tile: int, blocks: Int32, long_first: bool, sequences=None, of_k: bool = False) -> Tiles:
@@ -140,9 +143,9 @@ class Tiles:
     @cute.jit
     def launched(self, blocks: Int32, long):
         """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``. Of
-        ragged sequences they always are."""
+        ragged sequences, and where they draw tickets, they always are."""
         at_once, group, lacking = cutlass.min(blocks, self.count()), self.group, Int32(0)
-        if cutlass.const_expr(self.sequences is not None):
+        if cutlass.const_expr(self.sequences is not None or self.tickets is not None):
             return self.in_small_groups(blocks), at_once
         if cutlass.const_expr(self.long_first):
             small = self.in_small_groups(blocks)
@@ -191,7 +194,9 @@ class Tiles:
         if cutlass.const_expr(self.sequences is not None):
             return self._ragged(position)
         block, head, batch = self._coordinates(position)
-        if cutlass.const_expr(self.of_k and self.long_first):
+        if cutlass.const_expr(self.in_turn is not None):
+            block = self.in_turn[batch, head, self.m_blocks - 1 - block]
+        elif cutlass.const_expr(self.of_k and self.long_first):
             block = self.m_blocks - 1 - block
         span = Span(batch)
         return Work(block, head, self._head_kv(head), span, span)
@@ -207,8 +212,12 @@ class Tiles:
 
     @cute.jit
     def seek(self, position: Int32, first: Int32, before: Int32, unused: cutlass.Constexpr[bool] = False):
-        """A whole warp: the ragged tile at a position, if only those count that have rows in use, or, ``unused``, only the
-        others: ``(work, first, before)``, the last two to go on from with a later position (:meth:`Sequences.seek`)."""
+        """A whole warp: the tile at a position, of ragged ones if only those count that have rows in use, or, ``unused``, only
+        the others: ``(work, first, before)``, the last two to go on from with a later position (:meth:`Sequences.seek`)."""
+        if cutlass.const_expr(self.sequences is None):
+            exists = position < self.count()
+            work = self.work(cutlass.min(position, self.count() - 1))
+            return replace(work, exists=exists), first, before
         side, wanted, kind = self._side(), position // self.heads, int(unused)
         exists, i, begin, first, before = self.sequences.seek(wanted, first, before, (side, self.tile, kind))
         held = side.tiles(i, self.sequences.count, self.tile)

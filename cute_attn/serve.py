@@ -15,13 +15,13 @@ import torch
 
 from cute_attn import launch, rules
 from cute_attn.launch import as_read, device_target, prepared, run_on
-from cute_attn.layouts import for_target
+from cute_attn.layouts import family, for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
 from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
 from cute_attn.private import raw_stream
 from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides, is_aligned
-from cute_attn.stored import UNIT_TILES, UNITS_MAX, Stored
+from cute_attn.stored import UNITS_MAX, Stored, unit_tiles
 
 MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
 GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
@@ -53,12 +53,13 @@ class Step:
     before it launches anything.
     """
 
-    __slots__ = ("append", "device", "function", "lse_shape", "numbers", "out_shape", "size")
+    __slots__ = ("append", "as_wide", "device", "function", "lse_shape", "numbers", "out_shape", "size")
 
     def __init__(self, call: Call, return_lse: bool, q):
         stored = call.stored
         assert stored is not None
         self.device, self.out_shape = q.get_device(), (*q.shape[:-1], call.head_dim_v)
+        self.as_wide = call.head_dim_v == call.head_dim
         packed = stored.cu_seqlens_q is not None
         right, group = call.right, call.heads // call.heads_kv
         if right is not None and right >= call.seqlen_q - 1 and not packed:
@@ -76,11 +77,13 @@ class Step:
             invariant=stored.batch_invariant,
         )
         self.function, blocks = prepared(problem, None, self.device)
-        units, places, counters = 0, 2 * blocks, blocks
+        config = plan(problem, device_target(self.device))
+        sections = blocks * (1 + family(config).short_sections(config))
+        units, places, counters = 0, 2 * sections, sections
         if stored.batch_invariant:
-            units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
+            units, places, counters = _units(call, rows, group, config.tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
-        self.size = counters, places * rows_kept * (call.head_dim_v + OF_ROW)
+        self.size = counters + 1, places * rows_kept * (call.head_dim_v + OF_ROW)
         self.lse_shape = None
         if return_lse:
             self.lse_shape = (call.heads, call.seqlen_q) if packed else (call.batch, call.heads, call.seqlen_q)
@@ -91,13 +94,13 @@ class Step:
     def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
         """``(out, lse)``, on the current stream. ``where`` is as in ``stored.NAMES``, without the last, and ``new`` (k_new,
         v_new, cos, sin, rotary_begin)."""
-        lacks = not (q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr())
-        if lacks or (new is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
+        has_memory = q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr()
+        if not has_memory or (new is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
             raise ValueError("a tensor without memory")  # which one attention_kvcache says
         stream = raw_stream(self.device)
         if self.append is not None and new is not None:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
-        out = q.new_empty(self.out_shape)
+        out = torch.empty_like(q) if self.as_wide and q.is_contiguous() else q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
         workspace = _workspaces.get((self.device, stream))
         if workspace is None or not workspace.holds(self.size) or torch.cuda.is_current_stream_capturing():
@@ -193,7 +196,7 @@ def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, in
     packed = stored.cu_seqlens_q is not None
     all_rows = (call.seqlen_q if packed else call.seqlen_q * stored.batch) * group
     walks = (all_rows // rows + stored.batch + 2) * call.heads_kv
-    units = min(UNITS_MAX, -(-max(-(-stored.capacity // tile_n), 1) // UNIT_TILES))
+    units = min(UNITS_MAX, -(-max(-(-stored.capacity // tile_n), 1) // unit_tiles(rows)))
     return units, walks * units, walks
 
 

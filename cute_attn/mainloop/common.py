@@ -32,7 +32,8 @@ class Values:
     ``head`` are where functions and dropout are computed.
 
     Where there is a block mask, ``key_lists`` are those of the query tiles and ``query_lists`` those of the key tiles, as
-    ``blocks.py`` says, ``(batch, heads, tile, …)``, and ``ranks`` the order in which dQ is added up, where it is fixed.
+    ``blocks.py`` says, ``(batch, heads, tile, …)``, ``ranks`` the order in which dQ is added up, where it is fixed, and
+    ``kinds`` those of blocks of 32 × 32, ``(batch, heads, …)``.
 
     Where a tile's rows are ``packed``, each query is as many rows, one for each query head of a key head from ``head`` on.
     """
@@ -54,6 +55,7 @@ class Values:
     key_lists: cute.Tensor | None = None
     query_lists: cute.Tensor | None = None
     ranks: cute.Tensor | None = None
+    kinds: cute.Tensor | None = None
     packed: Int32 | None = None
 
     def query(self, row):
@@ -89,9 +91,14 @@ class Values:
         """The logit of a tile's head that has no value."""
         return None if self.sinks is None else self.sinks[work.head]
 
+    def scale_kept(self, acc: cute.Tensor):
+        """A sum over kept probabilities, in place: times dropout's scale, if there is dropout."""
+        if self.kept_scale is not None:
+            acc.store(acc.load() * self.kept_scale)
+
     def exponent(self, problem):
         """What makes an exponent of 2 of a score as the rules leave it: a function's are natural logarithms."""
-        return Float32(LOG2_E) if problem.expression.score is not None else self.scale_log2
+        return Float32(LOG2_E) if problem.expression.natural else self.scale_log2
 
     def band(self, problem) -> Band:
         return Band(self.lo if problem.bounded_left else None, self.hi if problem.bounded_right else None)

@@ -7,13 +7,16 @@ outweighs all others.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import dropout
+from cute_attn.layouts.base import BLOCK, CUT, NONE
 from cute_attn.layouts.fragments import rows_columns
+from cute_attn.mainloop import fours
 from cute_attn.mainloop.captured import CapturedGradients
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.elements import Elements
@@ -62,10 +65,23 @@ class WordOps:
     def sum(x, constant):
         return x + Uint32(constant)
 
+    @staticmethod
+    def at_least(x, least):
+        """Ones in those halves of a word whose number is at least that of ``least``: not less as floats, of which the largest
+        numbers are NaNs."""
+        code = "{ .reg .b32 x; abs.f16x2 x, {$r0}; set.geu.u32.f16x2 {$w0}, x, {$r1}; }"
+        return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[x, least])
+
+    @staticmethod
+    def signs(x):
+        """Each half of a word as its upper bit, 16 times."""
+        return cute.arch.inline_ptx("prmt.b32 {$w0}, {$r0}, 0, 0xBB99;", write_only_types=[Uint32], read_only_args=[x])
+
 
 @dataclass(frozen=True)
 class Kept:
-    """Which of a thread's probabilities dropout keeps, a bit each, column by column; and what these are multiplied by."""
+    """Which of a thread's probabilities dropout keeps, a bit each: of two neighbours in a row in the halves of a word. And what
+    these are multiplied by."""
 
     bits: cute.Tensor
     rows: cutlass.Constexpr[int]
@@ -73,8 +89,16 @@ class Kept:
 
     def of(self, x: Float32, row: int, column: int) -> Float32:
         """A value at (row, column), 0 where the probability is dropped."""
-        n = column * self.rows + row
-        return _select(self.bits[n // 32] & Int32(_bit(n)) != 0, x, Float32(0.0))
+        word, bit = self._place(row, column)
+        return _select(self.bits[word] & Uint32(1 << bit + column % 2 * dropout.HALF) != 0, x, Float32(0.0))
+
+    def of_pair(self, row: int, column: int) -> Uint32:
+        """Ones in those halves of a word whose probability is kept, of an even column and the next one."""
+        word, bit = self._place(row, column)
+        return WordOps.signs(self.bits[word] << (dropout.HALF - 1 - bit))
+
+    def _place(self, row: int, column: int) -> tuple[int, int]:
+        return divmod(column // 2 * self.rows + row, dropout.HALF)
 
 
 @dataclass(frozen=True)
@@ -104,7 +128,7 @@ class Scores:
     unrolls: cutlass.Constexpr[bool] = True
 
     @cute.jit
-    def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None):
+    def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None, apart: cutlass.Constexpr[bool] = False):
         """An accumulator's products to scores, in place, −inf where a query does not see a key.
 
         ``origin`` is the tile's first row and column in the sequence. ``masked`` is a Python bool where the loop knows it, a
@@ -112,10 +136,14 @@ class Scores:
         thread's keys are): see ``guard.py``.
 
         A user's score is computed here in the forward pass, and in the backward pass in :meth:`probabilities`, with its slope.
+        What a ramp adds in a tile's first column is a number for each of a thread's rows, which is returned where it is to stay
+        ``apart``; None where there is no ramp, or none apart.
         """
-        scores = rows_columns(acc)
+        scores, begins = rows_columns(acc), None
         self._cap(scores)
-        if cutlass.const_expr(self.problem.expression.score is not None and not self.problem.gradients):
+        if cutlass.const_expr(self.problem.expression.ramp is not None and not self._ramp_is_late):
+            begins = self._add_ramp(scores, origin, apart)
+        elif cutlass.const_expr(self.problem.expression.natural and not self.problem.gradients):
             self._score(scores, self._elements(origin))
         if cutlass.const_expr(hidden is not None):
             if hidden[0]:
@@ -128,6 +156,12 @@ class Scores:
                 mask(scores, origin)
         elif cutlass.const_expr(masked):
             mask(scores, origin)
+        return begins
+
+    @property
+    def _ramp_is_late(self) -> bool:
+        """Whether a ramp is added with the log-sum-exp, which takes less of the columns, where there are two rows."""
+        return self.transposed and bool(self.problem.gradients) and not self.problem.dropout
 
     def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None) -> cute.Tensor:
         """An accumulator's scores to P in place; returns it, for dV. Where a rule has a slope, to P ∘ the slopes, which is what
@@ -135,16 +169,18 @@ class Scores:
         more registers than there are. ``lse_raw`` is the log-sum-exp of a thread's queries, in shared memory if transposed.
 
         Where a captured tensor's gradient takes a score, scores stay as they are until :meth:`gradients`. ``kept`` is of
-        dropout: what dV takes of P, and P is as it was for dS."""
+        dropout: what dV takes of P, without its scale, and P is as it was for dS."""
         scale_log2, softcap, scores = self.values.scale_log2, self.problem.softcap, rows_columns(acc)
         apart = self.problem.dropout or softcap or self.problem.expression.slope is not None or self._takes_scores
-        if self.problem.expression.score is not None or (self.problem.dropout and self.transposed):
+        if self.problem.expression.natural or (self.problem.dropout and self.transposed):
             rounded = cute.make_rmem_tensor_like(acc, dtype) if self.transposed and apart else acc
             if self.transposed or not self._takes_scores:
                 self._changed_probabilities(scores, lse_raw, origin, None if rounded is acc else rows_columns(rounded), kept)
             return rounded
         if not self.transposed:
             _probabilities_by_row(scores, lse_raw, scale_log2, softcap)
+        elif self.problem.expression.ramp is not None:
+            _probabilities_on_ramp(scores, lse_raw, scale_log2, self._ramp(origin))
         elif softcap:
             rounded = cute.make_rmem_tensor_like(acc, dtype)
             _capped_probabilities(scores, lse_raw, scale_log2, rows_columns(rounded))
@@ -169,49 +205,53 @@ class Scores:
 
     def kept(self, origin) -> Kept:
         """Which of a thread's probabilities dropout keeps in the tile at ``origin``, whose first query is a multiple of 16, and
-        its first key of 32, or, transposed, 16. It takes no scores: it may be asked for while these are computed."""
+        its first key, too. It takes no scores: it may be asked for while these are computed.
+
+        Where scores are keys × queries, a thread finds out for a warp's 16 × 16 what it would have if they were queries × keys:
+        it takes one transposition for all of a word's bits."""
         rows, columns = (cute.size(self.where.zero, mode=[mode]) for mode in range(2))
-        bits = cute.make_rmem_tensor(-(-rows * columns // 32), Int32)
+        bits = cute.make_rmem_tensor(-(-rows * columns // 32), Uint32)
         bits.fill(0)
-        for r, c, is_kept in self._which_are_kept(origin):
-            n = c * rows + r
-            bits[n // 32] = bits[n // 32] | _select(is_kept, Int32(_bit(n)), Int32(0))
-        return Kept(bits, rows, self.values.kept_scale)
+        kept = Kept(bits, rows, self.values.kept_scale)
+        inverted = self._inverted()
+        for r, c, at_least in self._at_least(origin):
+            word, bit = kept._place(r, c)
+            bits[word] = bits[word] | (at_least & Uint32((1 + (1 << dropout.HALF)) << bit))
+        for word in range(cute.size(bits)):
+            found = bits[word] ^ inverted
+            bits[word] = fours.transposed(found) if self.transposed else found
+        return kept
 
-    def drop(self, acc: cute.Tensor, origin):
-        """P of the forward pass to what P·V takes of it, without the scale."""
-        P = rows_columns(acc)
-        for r, c, is_kept in self._which_are_kept(origin):
-            P[r, c] = _select(is_kept, P[r, c], Float32(0.0))
+    def drop(self, P: cute.Tensor, origin):
+        """P of the forward pass, rounded, to what P·V takes of it, without the scale."""
+        inverted, halves = self._inverted(), rows_columns(P)
+        for r, c, at_least in self._at_least(origin):
+            _keep(halves, r, c, at_least ^ inverted)
 
-    def _which_are_kept(self, origin):
-        """(row, column, whether it is kept) of a thread's probabilities, those of a counter together."""
+    def _inverted(self) -> Uint32:
+        """All ones where numbers below a threshold are kept."""
+        return Uint32(self.values.drop_below >> 31)
+
+    def _at_least(self, origin):
+        """(row, column, ones in those halves of a word whose number is at least the threshold) of a thread's neighbours in a
+        row of queries × keys; (row, column), if scores are transposed, is where their bits come to be."""
         values, zero, thread, apart = self.values, self.where.zero, self.where.thread, dropout.APART
-        above = Uint32(values.drop_below) << dropout.BITS  # as an upper half: what is below it decides nothing
+        n = Uint32(values.drop_below ^ (values.drop_below >> 31))
+        least, low = n | (n << dropout.HALF), Uint32(apart - 1)
         rows, columns = (range(cute.size(zero, mode=[mode])) for mode in range(2))
         at = {(zero[r, c][0], zero[r, c][1]): (r, c) for c in columns for r in rows}
-        known: dict[tuple, tuple] = {}
         for (row, column), (r, _) in at.items():
-            if row & apart or column & apart:
+            if row & apart or column & apart or column % 2:
                 continue
-            position = Uint32(origin[0] + thread[r, 0][0]), Uint32(origin[1] + thread[0, 0][1] + column)
-            q_idx, kv_idx = position[::-1] if self.transposed else position
-            first = kv_idx & Uint32(~dropout.ROWS & dropout.WORD)  # the first of the counter's keys
-            shared = row, column if self.transposed else column & ~dropout.ROWS
-            if shared not in known:
-                counter = dropout.counter(Uint32(values.sequence), Uint32(values.head), q_idx, first)
-                known[shared] = dropout.philox(counter, values.seed, WordOps)
-            words = known[shared]
-            if self.transposed:
-                second = kv_idx & Uint32(dropout.ROWS) != 0
-                words = tuple(_select(second, words[i + 2], words[i]) for i in range(2))
-            elif column & dropout.ROWS:
-                words = words[2:]
-            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                word = words[j if self.transposed else i]  # of the lower and the upper row
-                is_upper = i if self.transposed else j
-                number = word if is_upper else word << dropout.BITS
-                yield *at[row + i * apart, column + j * apart], number >= above
+            q_idx, kv_idx = Uint32(origin[0] + thread[r, 0][0]), Uint32(origin[1] + thread[0, 0][1] + column)
+            if self.transposed:  # the same place in a warp's 8 × 8 queries × keys
+                q_idx, kv_idx = (kv_idx & ~low) | (q_idx & low), (q_idx & ~low) | (kv_idx & low)
+            counter = dropout.counter(Uint32(values.sequence), Uint32(values.head), q_idx, kv_idx)
+            words = dropout.philox(counter, values.seed, WordOps)
+            for i, j in ((0, 0), (1, 0), (0, 1), (1, 1)):
+                of_query, of_key = (j, i) if self.transposed else (i, j)
+                word = words[dropout.word_of(of_query * apart, of_key * apart)]
+                yield *at[row + i * apart, column + j * apart], WordOps.at_least(word, least)
 
     @property
     def _takes_scores(self) -> bool:
@@ -261,13 +301,36 @@ class Scores:
                 self._load_pairs(scores, elements, c)
             scores[r, c] = elements.value(self.problem.expression.score, r, c, scores[r, c] * natural)
 
+    def _ramp(self, origin):
+        """What a ramp adds to scores in their own unit: ``(begins, steps)``, of each of a thread's rows what it adds in the
+        tile's first column, and functions of a column that say how much more it is there: a multiple known at compile time."""
+        ramp, elements, values = self.problem.expression.ramp, self._elements(origin), self.values
+        along_row, along_column = ("kv_idx", "q_idx") if self.transposed else ("q_idx", "kv_idx")
+        to_raw = cute.arch.rcp_approx(values.scale_log2 * LN_2) * ramp.sign
+        fixed = (values.seqlen_k - values.seqlen_q) * ramp.of("shift") + ramp.constant
+        first = origin[1] + self.where.thread[0, 0][1]
+        begins, steps = cute.make_rmem_tensor(cute.size(self.where.zero, mode=[0]), Float32), []
+        for r in range(cute.size(begins)):
+            factor = elements.value(ramp.factor, r, 0) * to_raw
+            row = values.query(origin[0] + self.where.thread[r, 0][0])
+            begins[r] = factor * Float32(row * ramp.of(along_row) + first * ramp.of(along_column) + fixed)
+            steps.append(lambda c, factor=factor: factor * Float32(ramp.of(along_column) * self.where.zero[0, c][1]))
+        return begins, steps
+
+    def _add_ramp(self, scores: cute.Tensor, origin, apart: bool) -> cute.Tensor | None:
+        begins, steps = self._ramp(origin)
+        for r in range(cute.size(begins)):
+            for c in range(cute.size(scores, mode=[1])):
+                here = scores[r, c] + steps[r](c)
+                scores[r, c] = here if apart else here + begins[r]
+        return begins if apart else None
+
     def _load_pairs(self, scores: cute.Tensor, elements: Elements, first: int):
         """Begin to load what some columns from the first on will take, so that many loads are on their way at the same time."""
         rows, columns = (cute.size(scores, mode=[mode]) for mode in range(2))
-        if self.problem.expression.pairs and not self.transposed:
-            for c in range(first, min(first + PAIRS_AHEAD, columns), 2):
-                for r in range(rows):
-                    elements.load_pairs(r, c)
+        for c in range(first, min(first + PAIRS_AHEAD, columns), 2):
+            for r in range(0, rows, 1 + self.transposed):
+                (elements.load_fours if self.transposed else elements.load_pairs)(r, c)
 
     def _changed_probabilities(
         self, scores: cute.Tensor, lse_raw: cute.Tensor, origin, rounded: cute.Tensor | None, kept: Kept | None
@@ -284,18 +347,18 @@ class Scores:
                     P[i], slopes = self._probability(elements, scores[r, c + i], lse(r, i), r, c + i)
                     if not self._takes_scores:
                         scores[r, c + i] = P[i] if slopes is None else P[i] * slopes
-                    if kept is not None:
-                        P[i] = kept.of(P[i], r, c + i) * kept.scale
                 if rounded is not None:
                     place = rounded.iterator + rounded.layout((r, c))
                     cute.make_tensor(place, P.layout).store(P.load().to(rounded.element_type))
+                    if kept is not None:
+                        _keep(rounded, r, c, kept.of_pair(r, c))
 
     def _probability(self, elements: Elements, score: Float32, lse: Float32, r: int, c: int):
         """``(P, slopes)`` of a score before the user's function; slopes are None where they are 1."""
         expression, natural, slopes = self.problem.expression, self.values.scale_log2 * LN_2, None
         if self.problem.softcap:
             slopes = _slope(score)
-        if expression.score is None:
+        if not expression.natural:
             return cute.math.exp2((score - lse) * self.values.scale_log2, fastmath=True), slopes
         counts = score > HIDDEN
         changed = _select(counts, elements.value(expression.score, r, c, score * natural), score)
@@ -310,7 +373,7 @@ class Scores:
         natural, elements, captured = self.values.scale_log2 * LN_2, None, None
         if self.problem.expression.partials:
             elements = self._elements(origin)
-            captured = CapturedGradients(elements, self.values, self.where.zero)
+            captured = CapturedGradients(elements, self.values, self.where.zero, whole=not self.problem.ragged)
         for c, of_query, *lse in self._by_query(P, delta, *([lse_raw] if self._takes_scores else [])):
             for i in range(2):
                 for r in range(cute.size(P, mode=[0])):
@@ -353,32 +416,69 @@ class Scores:
     @cute.jit
     def _mask_listed(self, scores: cute.Tensor, origin):
         """A tile that a block mask's function cuts; there is no band beside it, but a last key."""
-        columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
+        every = range(cute.size(scores, mode=[1]))
         if cutlass.const_expr(not self.unrolls):
-            self._mask_inside(scores, origin, False)
-        elif origin[1] + self._tile_columns() <= self._elements(origin).held(columns):
-            self._mask_inside(scores, origin, True)
+            self._mask_columns(scores, origin, every, False)
         else:
-            self._mask_inside(scores, origin, False)
+            values, ends = self.values, origin[1] + len(self._blocks()) * BLOCK
+            if cutlass.const_expr(self.transposed):
+                rows_end = (origin[0] + self.where.thread[0, 0][0]) // BLOCK * BLOCK + BLOCK
+                inside = (ends <= self._elements(origin).held(values.seqlen_q)) & (rows_end <= values.seqlen_k)
+            else:
+                inside = ends <= self._elements(origin).held(values.seqlen_k)
+            if inside:
+                self._mask_blocks(scores, origin, True)
+            else:
+                self._mask_blocks(scores, origin, False)
 
-    def _tile_columns(self) -> int:
-        """Columns of a tile: of eight neighbouring ones a thread has two."""
-        return -(-(self.where.zero[0, cute.size(self.where.zero, mode=[1]) - 1][1] + 1) // 8) * 8
+    def _blocks(self) -> list[range]:
+        """A thread's columns, by the blocks of 32 that they are in."""
+        columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
+        return [range(*(bisect_left(columns, n) for n in (begin, begin + BLOCK))) for begin in range(0, columns[-1], BLOCK)]
 
-    def _mask_inside(self, scores: cute.Tensor, origin, inside: bool):
-        """By the function; ``inside``: no column is past an end, the sequence's or that of a tensor that is read."""
-        elements, last = self._elements(origin), self.values.seqlen_k - 1
+    def _kinds(self, origin, inside: bool) -> list[Int32]:
+        """Of the blocks that a warp's rows are in, which are 16 and in one row of blocks. What is past an end nobody sees."""
+        rows, columns = origin[0] + self.where.thread[0, 0][0], origin[1]
+        kinds, found = self.values.kinds[self.values.sequence, self.values.head, None, None], []
+        row, column = cute.arch.make_warp_uniform(rows // BLOCK), columns // BLOCK
+        if self.transposed:
+            kinds = cute.make_tensor(kinds.iterator, cute.select(kinds.layout, mode=[1, 0]))
+        row = cutlass.min(row, kinds.shape[0] - 1)  # a row past the end may be any other
+        first = cute.domain_offset((row, column), kinds)
+        for i in range(len(self._blocks())):
+            if inside:
+                found.append(Int32(first[0, i]))
+            else:
+                last = kinds.shape[1] - 1 - column
+                found.append(_select(last >= i, Int32(first[0, cutlass.min(i, last)]), Int32(NONE)))
+        return found
+
+    @cute.jit
+    def _mask_blocks(self, scores: cute.Tensor, origin, inside: cutlass.Constexpr):
+        """Each block as its kind asks."""
+        kinds = self._kinds(origin, inside)
+        for i in cutlass.range_constexpr(len(kinds)):
+            kind, columns = cute.arch.make_warp_uniform(kinds[i]), self._blocks()[i]
+            if kind == CUT:
+                self._mask_columns(scores, origin, columns, inside)
+            elif kind == NONE:
+                for c in columns:
+                    scores[None, c].fill(-Float32.inf)
+
+    def _mask_columns(self, scores: cute.Tensor, origin, columns: range, inside: bool):
+        """By the function; ``inside``: no key or column is past an end, the sequence's or that of a tensor that is read."""
+        elements, last, zero = self._elements(origin), self.values.seqlen_k - 1, self.where.zero
+        rows = range(cute.size(scores, mode=[0]))
         first = origin[1] + self.where.thread[0, 0][1]
-        exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in range(cute.size(scores, mode=[0]))]
-        for r, c in self._each(scores):
-            if inside and not r:
-                elements.load_column(c, 0, self.where.zero[0, c][1] - self.where.zero[0, 0][1])
-            seen = elements.value(self.problem.expression.mask, r, c)
-            if self.transposed:
-                seen = seen & exist[r]
-            elif not inside:
-                seen = seen & (self.where.zero[0, c][1] <= last - first)
-            scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
+        exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in rows]
+        for c in columns:
+            if inside:
+                elements.load_column(c, columns[0], zero[0, c][1] - zero[0, columns[0]][1])
+            for r in rows:
+                seen = elements.value(self.problem.expression.mask, r, c)
+                if not inside:
+                    seen = seen & (exist[r] if self.transposed else zero[0, c][1] <= last - first)
+                scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
 
     @cute.jit
     def _mask(self, scores: cute.Tensor, origin):
@@ -411,6 +511,17 @@ def _probabilities(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float3
         for r in range(cute.size(scores, mode=[0])):
             for i in range(2):
                 scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2, fastmath=True)
+
+
+def _probabilities_on_ramp(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, ramp: tuple):
+    """The same of scores to which a ramp is yet to be added, whose steps are the same for all of a thread's rows."""
+    begins, steps = ramp
+    for c, lse in _pairs(lse_raw):
+        for i in range(2):
+            less = lse[i] - steps[0](c + i)
+            for r in range(cute.size(scores, mode=[0])):
+                exponent = (scores[r, c + i] - less) * scale_log2 + begins[r] * scale_log2
+                scores[r, c + i] = cute.math.exp2(exponent, fastmath=True)
 
 
 def _capped_probabilities(t: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, rounded: cute.Tensor):
@@ -469,6 +580,8 @@ def _pair(values: cute.Tensor, c: int) -> cute.Tensor:
     return pair
 
 
-def _bit(n: int) -> int:
-    """The n-th bit of words of 32, as an int32."""
-    return (1 << n % 32) - (1 << 32) * (n % 32 == 31)
+def _keep(halves: cute.Tensor, row: int, column: int, ones: Uint32):
+    """Of two neighbours in a row, 16 bits each in registers, those where ``ones`` has ones; others become 0."""
+    place = cute.recast_ptr(halves.iterator + halves.layout((row, column)), dtype=Uint32)
+    word = cute.make_tensor(place, cute.make_layout(1))
+    word[0] = word[0] & ones

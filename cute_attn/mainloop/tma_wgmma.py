@@ -99,10 +99,10 @@ class Forward(Kernel):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         # float16 has no room for weights above 1, and what a function makes of scores may hide any key.
-        unchanged = not problem.expression or (bool(problem.blocks) and problem.expression.score is None)
-        self.anchored = config.dtype == "bfloat16" and unchanged
+        self.anchored = config.dtype == "bfloat16" and not problem.masks_all and not problem.expression.natural
         self.careful = problem.masked
         self.guarded = self.careful or self.anchored
+        self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
         self.turn_barrier = self.first_barrier("turns")
 
     # ---- host ------------------------------------------------------------------------------------------------------
@@ -150,8 +150,9 @@ class Forward(Kernel):
             if cutlass.const_expr(shared.work is not None):
                 if warp == FIND_WORK_WARP:
                     self._find_work(shared, pipes, tiles)
-                if warp == CLEAR_WARP:
-                    self._clear_unused_tiles(plain_o, mLSE, tiles)
+                if cutlass.const_expr(plain_o is not None):
+                    if warp == CLEAR_WARP:
+                        self._clear_unused_tiles(plain_o, mLSE, tiles)
             if warp == COPY_K_V_WARP:
                 walk_over = self._walker(shared, pipes, tiles)
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
@@ -189,10 +190,10 @@ class Forward(Kernel):
             k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
             verdict=self.hand_over_pipe(smem, 1, config.mma_warps) if self.guarded else None,
-            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 2 + config.mma_warps) if self.problem.ragged else None,
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 2 + config.mma_warps) if self.queued else None,
             asked=self.hand_over_pipe(smem, 1, 1) if draws else None,
         )
-        work = WorkQueue.slots_in(smem) if self.problem.ragged else None
+        work = WorkQueue.slots_in(smem) if self.queued else None
         verdict = None
         if cutlass.const_expr(self.guarded):
             verdict = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout(1))
@@ -206,7 +207,9 @@ class Forward(Kernel):
         return tiles if shared.work is None else self._queue(shared, pipes).taker()
 
     def _queue(self, shared: ForwardShared, pipes: ForwardPipelines) -> WorkQueue:
-        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, self.problem.has_places)
+        ragged = bool(self.problem.ragged)
+        numbered = ragged and self.problem.has_places
+        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, numbered=numbered, ragged=ragged)
 
     @cute.jit
     def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
@@ -423,8 +426,8 @@ class Forward(Kernel):
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
         self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()))
-        self._drop(me, tile, top, acc_S)
         self._probabilities(frag, acc_S)
+        self._drop(me, frag, tile, top)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
         step = partial(self._step, me, frag, softmax, pipes, tile)
@@ -433,9 +436,8 @@ class Forward(Kernel):
                 kv_state = step(kv_state, (keys.later(keys.later(top, 1), i), True), again=True)
         else:
             before = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
-            # The steps after whole tiles rescale l.
-            several = self.problem.bounded_left or bool(self.problem.blocks)
-            after = softmax.note_growth if cutlass.const_expr(self.anchored and several) else None
+            # The steps after whole tiles rescale l; those of a list don't.
+            after = softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
             kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
         if cutlass.const_expr(self.config.separate_o):
@@ -474,12 +476,13 @@ class Forward(Kernel):
         v_state,
         where,
         again: cutlass.Constexpr[bool] = False,
-        anchored: cutlass.Constexpr[bool] = True,
+        anchored: cutlass.Constexpr = None,
     ):
-        """Scores and softmax of a key tile, while the tensor cores add the tile before it to O."""
+        """Scores and softmax of a key tile, while the tensor cores add the tile before it to O; ``anchored``, if not said, as
+        it is whole."""
         n, masked = where
-        anchored = anchored and self.anchored and masked is False
-        hold = tile.keys.is_whole(n) if cutlass.const_expr(self.anchored and again) else None
+        anchored = self.anchored and (masked is False if anchored is None else anchored)
+        hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
         k_state = v_state.clone()
         k_state.advance()
         pipes.k.consumer_wait(k_state)
@@ -496,8 +499,8 @@ class Forward(Kernel):
         self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
-        self._drop(me, tile, n, acc_S)
         self._probabilities(frag, acc_S)
+        self._drop(me, frag, tile, n)
         if cutlass.const_expr(not (self.config.rescale_early or anchored)):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         return k_state
@@ -526,18 +529,18 @@ class Forward(Kernel):
     ):
         n, masked = where
         origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-        Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
+        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True)
         if cutlass.const_expr(anchored):
-            softmax.anchored_step(rows_columns(acc_S))
+            softmax.anchored_step(rows_columns(acc_S), begins)
         else:
-            softmax.step(rows_columns(acc_S), frag.rescale, hold)
+            softmax.step(rows_columns(acc_S), frag.rescale, hold, begins)
 
     @cute.jit
-    def _drop(self, me: ForwardWorker, tile: WarpgroupTile, n, acc_S):
-        """Dropout, once P·V of the tile before has left its registers."""
+    def _drop(self, me: ForwardWorker, frag: ForwardFragments, tile: WarpgroupTile, n):
+        """Dropout of P."""
         if cutlass.const_expr(self.problem.dropout):
             origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-            Scores(me.cS, tile.values, self.problem).drop(acc_S, origin)
+            Scores(me.cS, tile.values, self.problem).drop(frag.tOrP, origin)
 
     @cute.jit
     def _exponentials_begin(self, positive: Float32):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import cutlass
 from cutlass import Int32, cute
 
-from cute_attn.dropout import KEYS
+from cute_attn.dropout import SIDE
 from cute_attn.layouts.base import HEADER, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
 
@@ -45,8 +45,8 @@ class KeyTiles:
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
         begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
         inner_begin, inner_end = band.whole_range(row_first, row_last, values.seqlen_k, DeviceOps)
-        if (problem.dropout or problem.expression.pairs) and problem.bounded_left:
-            begin = begin // KEYS * KEYS
+        if (problem.dropout or problem.expression.neighbours(2)) and problem.bounded_left:
+            begin = begin // SIDE * SIDE
         if problem.ragged:  # a tile past its sequence's end sees nothing; a factor of 0 or 1, which no length makes overflow
             exists = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
             end = end * exists
@@ -105,8 +105,8 @@ class KeyTiles:
     def needs_mask(self, n):
         return (n >= self.whole_end) | (n < self.whole_begin)
 
-    def is_whole(self, n: Int32):
-        """Whether a tile but the last is one of the whole ones."""
+    def is_anchored(self, n: Int32):
+        """Whether a tile but the last takes no maximum, where some don't: it is one of the whole ones."""
         return (n >= self.whole_begin) & (n < self.whole_end)
 
     def last_is_masked(self):
@@ -183,8 +183,9 @@ class ListedKeys:
         """Whether the tile at a place outside of the whole ones needs a mask."""
         return True if self.warpgroup is None else self._says(i, WHOLE_BIT) == False  # noqa: E712
 
-    def is_whole(self, i):
-        return (i >= self.masked + int(self.leads)) & (i < self.whole_end)
+    def is_anchored(self, i):
+        """The same: each row has seen a key, since a whole tile has come before."""
+        return i >= self.masked + int(self.leads)
 
     def last_is_masked(self):
         return self.is_cut(0)
@@ -294,14 +295,24 @@ class ListedQueries:
         return 1
 
     def tile(self, i, member, problem):
-        entry = self.entries[HEADER + i // self.repeats]
-        return entry & TILE_MASK, (entry >> TILE_BITS) + i % self.repeats
+        place, repeat = _divided(i, self.repeats)
+        entry = self.entries[HEADER + place]
+        return entry & TILE_MASK, (entry >> TILE_BITS) + repeat
 
     def needs_mask(self, i, m_block):
         return i < self.masked
 
     def rank(self, values: Values, problem, m_block: Int32, config):
         return values.ranks[values.sequence, values.head, m_block, self.n_block]
+
+
+@cute.jit
+def _divided(i, n):
+    """``divmod(i, n)``, which is quick where n is 1: whoever computes takes a step for each tile."""
+    quotient, rest = i, i * 0
+    if n != 1:
+        quotient, rest = i // n, i % n
+    return quotient, rest
 
 
 @cute.jit
@@ -336,7 +347,10 @@ def walk(
         if cutlass.const_expr(after is not None):
             after()
         for i in cutlass.range(cutlass.max(done, keys.whole_end), keys.count, unroll=1):
-            state = step(state, (i, keys.is_cut(i)))
+            if cutlass.const_expr(keys.leads):
+                state = step(state, (i, keys.is_cut(i)), anchored=True)
+            else:
+                state = step(state, (i, keys.is_cut(i)))
     else:
         top = keys.count - 1
         whole_end = cutlass.min(top, keys.whole_end)

@@ -122,9 +122,13 @@ class WorkQueue:
             fields = (work.block, work.head, work.sequence, q.first, q.length, k.first, k.length, k.capacity)
         else:
             block = work.block if work.exists else Int32(-1)
-            fields = (block, work.head, work.head_kv, q.first, q.length, q.capacity, k.first, k.length)
-            if cutlass.const_expr(self.numbered):
-                fields = (block, work.head | (work.head_kv << 16), work.sequence, *fields[3:])
+            if cutlass.const_expr(not self.ragged):
+                fields = (block, work.head, work.head_kv, q.batch)
+            elif cutlass.const_expr(self.numbered):
+                heads = work.head | (work.head_kv << 16)
+                fields = (block, heads, work.sequence, q.first, q.length, q.capacity, k.first, k.length)
+            else:
+                fields = (block, work.head, work.head_kv, q.first, q.length, q.capacity, k.first, k.length)
         for i in cutlass.range_constexpr(len(fields)):
             held[i] = fields[i]
         with cute.arch.elect_one():
@@ -168,6 +172,8 @@ class Taker:
         if self.queue.of_k:
             return self._key_tile(*(cute.arch.make_warp_uniform(held[i]) for i in range(WORK_FIELDS)))
         block, head, head_kv, q_first, q_length, q_capacity, k_first, k_length = (held[i] for i in range(WORK_FIELDS))
+        if not self.queue.ragged:
+            return Work(block, head, head_kv, Span(q_first), Span(q_first))
         sequence = None
         if self.queue.numbered:
             head, head_kv, sequence = head & 0xFFFF, head >> 16, head_kv

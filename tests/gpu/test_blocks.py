@@ -103,12 +103,13 @@ def rising(rows: int, d: int, jump: float):
 
 @pytest.mark.parametrize("jump", [10.0, 100.0, 160.0, 1e4])
 @pytest.mark.parametrize("d", [64, 128, 256])
-def test_scores_that_rise_from_tile_to_tile(d, jump, mechanism):
-    """Whole tiles look for no maximum; where scores rise far, a block does its tiles again."""
+@pytest.mark.parametrize("mask", [masks.causal, masks.window(700)], ids=["causal", "window"])
+def test_scores_that_rise_from_tile_to_tile(mask, d, jump, mechanism):
+    """Whole tiles look for no maximum, nor do those after them; where scores rise far, a block does its tiles again."""
     q, k, v = rising(1500, d, jump)
-    blocks = block_mask(masks.causal, None, None, 1500, 1500, device="cuda")
-    got = attention(q, k, v, mask=masks.causal, block_mask=blocks, mechanism=mechanism, return_lse=True)
-    assert_close(got, q, k, v, mask=masks.causal)
+    blocks = block_mask(mask, None, None, 1500, 1500, device="cuda")
+    got = attention(q, k, v, mask=mask, block_mask=blocks, mechanism=mechanism, return_lse=True)
+    assert_close(got, q, k, v, mask=mask)
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])

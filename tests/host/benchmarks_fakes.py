@@ -3,7 +3,9 @@
 Also a module for ``--peers-from``: importing it registers the peers.
 """
 
+import ctypes
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -162,3 +164,16 @@ def record_of(*cells, **about):
     return Record(
         {"card": {"name": "A Card", "driver": "1.2"}, "versions": {"torch": "2.13"}, **about}, list(cells), True
     )
+
+
+def job(what: str, folder: str) -> str:
+    """For ``supervise.apart``. One that hangs is deaf to signals, as a process is while another of its threads compiles, and
+    has started a process of its own."""
+    if what == "hangs":
+        other = subprocess.Popen(["sleep", "1000"])
+        Path(folder, "hangs.part").write_text(f"{os.getpid()} {other.pid}")
+        Path(folder, "hangs.part").rename(Path(folder, "hangs"))
+        ctypes.PyDLL(None).sleep(1000)
+    if what == "dies":
+        os._exit(7)
+    return what.upper()

@@ -1,6 +1,7 @@
 """The benchmark of masks and scores: that both ways are timed, and that another result is told."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def quick(one_thread, monkeypatch):
 
 
 def test_the_command(tmp_path, capsys):
-    asked = ["masks", "--rounds", "2", "--head-dim", "16", "--only", "expression", "sinks", "FA4", "block_mask"]
+    asked = ["masks", "--rounds", "2", "--only", "expression", "sinks", "FA4", "block_mask"]
     assert main([*asked, "--json", str(tmp_path / "k.json")]) == 0
     found = json.loads((tmp_path / "k.json").read_text())
     assert found["schema"] == masks.SCHEMA
@@ -30,6 +31,7 @@ def test_the_command(tmp_path, capsys):
     for name in ("causal as an expression", "sinks"):
         for direction in (masks.FORWARD, masks.BACKWARD):
             cell = cells[name, direction]
+            assert (cell["seqlen"], cell["head_dim"]) == (masks.SMALL["seqlen"], masks.SMALL["head_dim"])
             assert len(cell["ours"]) == len(cell["other"]) == 2
             assert min(cell["ours"]) > 0
             assert (cell["alike"] is None) == (name == "sinks")
@@ -41,9 +43,26 @@ def test_the_command(tmp_path, capsys):
 def test_another_result_is_told(monkeypatch, capsys):
     monkeypatch.setattr(masks.masks, "causal", lambda batch, head, q_idx, kv_idx: q_idx <= kv_idx)
     masks.function.cache_clear()
-    assert main(["masks", "--rounds", "1", "--head-dim", "16", "--only", "expression"]) == 1
+    assert main(["masks", "--rounds", "1", "--only", "expression"]) == 1
     assert "two results: causal as an expression" in capsys.readouterr().out
     masks.function.cache_clear()
+
+
+def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+    measure = masks.measure
+
+    def interrupted(job, *more):
+        if "FA4" in job.name:
+            raise KeyboardInterrupt(signal.SIGTERM)
+        return measure(job, *more)
+
+    monkeypatch.setattr(masks, "measure", interrupted)
+    path = tmp_path / "k.json"
+    asked = ["masks", "--rounds", "1", "--only", "expression", "FA4", "--json", str(path)]
+    assert main(asked) == 128 + signal.SIGTERM
+    found = json.loads(path.read_text())
+    assert not found["complete"]
+    assert {cell["row"] for cell in found["cells"]} == {"causal as an expression ÷ built in"}
 
 
 @pytest.mark.parametrize("seqlen", [16384, 131072])

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import subprocess
+import threading
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,6 +96,37 @@ def test_a_run_on_the_cpu_with_faulty_peers(tmp_path, capsys):
     assert all(f"fake_{name} in 2 of its cells" in failed for name in ("wrong", "failing", "crashing"))
     assert "fake_right" not in failed
     assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".svg", ".png"}
+
+
+def test_jobs_apart(tmp_path):
+    """One that takes its process down, or longer than it may, loses its own result; with it ends what it had started."""
+    found = dict(supervise.apart(fakes.job, ["one", "dies", "two", "hangs", "three"], 2.0, str(tmp_path)))
+    assert {job: found[job] for job in ("one", "two", "three")} == {"one": "ONE", "two": "TWO", "three": "THREE"}
+    assert "exit status 7" in str(found["dies"])
+    assert "no result within" in str(found["hangs"])
+    until(lambda: not any(map(_runs, (tmp_path / "hangs").read_text().split())), 10)
+
+
+def test_jobs_apart_end_with_an_interrupt(tmp_path):
+    """Even where the process hears no signal."""
+
+    here = threading.get_ident()
+
+    def interrupt():
+        until((tmp_path / "hangs").exists)
+        signal.pthread_kill(here, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt), closing(supervise.apart(fakes.job, ["hangs"], 60.0, str(tmp_path))) as results:
+        next(results)
+    until(lambda: not any(map(_runs, (tmp_path / "hangs").read_text().split())), 10)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 INTERRUPTS = [  # as a terminal sends it: to the whole group; and as a supervisor ends a job

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from cute_attn import BlockMask, attention, block_mask, layouts, masks
 from cute_attn.blocks import CUT, NONE, WHOLE
-from cute_attn.layouts.base import BLOCK, HEADER, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import BLOCK, HEADER, IN_TURN, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 from tests.functions import BLOCKED, check
@@ -95,8 +95,15 @@ def test_arguments_of_the_function_and_sizes_of_0():
 
 def entries(words: torch.Tensor) -> tuple[list[int], int, int, int]:
     """``(entries, how many cut ones come first, how many there are, the third word)`` of a list."""
-    cut, total, third, *rest = words.tolist()
-    return rest[:total], cut, total, third
+    cut, total, third, *_ = words.tolist()
+    return words.tolist()[HEADER:][:total], cut, total, third
+
+
+def check_turns(lists: torch.Tensor):
+    """Each list of a head has its turn, none before a longer one."""
+    turns, counts = lists[..., IN_TURN].long(), lists[..., 1]
+    assert torch.equal(turns.sort(-1).values, torch.arange(turns.shape[-1]).expand(turns.shape))
+    assert counts.gather(-1, turns).diff().le(0).all()
 
 
 @settings(max_examples=20, deadline=None)
@@ -106,6 +113,7 @@ def test_lists_of_keys(sizes, seed, tile):
     mask = random_mask(seed)
     kinds, seen = kinds_of(pairs(mask, *sizes), *tile), pairs(mask, *sizes)
     lists = block_mask(mask, *sizes).key_lists(*tile, batch, heads)
+    check_turns(lists)
     for b, h, m in torch.cartesian_prod(*(torch.arange(n) for n in kinds.shape[:3])).tolist():
         listed, cut, _, whole_end = entries(lists[b, h, m])
         parts = [[entry & TILE_MASK for entry in part] for part in (listed[:cut], listed[cut:whole_end], listed[whole_end:])]
@@ -137,6 +145,7 @@ def test_lists_of_queries(sizes, seed, tile, alike):
     for heads_kv in {1, heads, max(heads // 2, 1)}:
         group = heads // heads_kv
         lists = blocks.query_lists(*tile, batch, heads, heads_kv)
+        check_turns(lists)
         for b, h, n in torch.cartesian_prod(*(torch.arange(x) for x in (batch, heads_kv, kinds.shape[3]))).tolist():
             listed, cut, _, repeats = entries(lists[b, h, n])
             for kind, found in ((CUT, listed[:cut]), (WHOLE, listed[cut:])):

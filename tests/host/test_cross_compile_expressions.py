@@ -18,22 +18,29 @@ from tests.host import machine_code
 from tests.host.test_cross_compile_backward import KERNELS
 
 RAGGED = "cu_seqlens_q cu_seqlens_k"
-Q, IDS, TABLE = torch.zeros(2, 4, 2, 8), torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.bfloat16)
+Q, TABLE = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((2, 4, 2, 8), (2, 9)))
+IDS = torch.zeros(2, 9, dtype=torch.int64)
 
-BIAS = torch.zeros(2, 2, 4, 10, requires_grad=True)
+SLOPES = torch.zeros(2)
+BIAS = torch.zeros(2, 2, 4, 12, dtype=torch.bfloat16, requires_grad=True)
 
 
 def _score(score, batch, head, q_idx, kv_idx):
     return 20.0 * torch.tanh(score * TABLE[head, kv_idx] / 20.0)
 
 
+def _ramp(score, batch, head, q_idx, kv_idx):
+    return score - SLOPES[head] * (q_idx - kv_idx)
+
+
 def expression(mask=None, score=None, alibi_slopes=None, bias=None) -> Expression:
-    return traced(mask, score, (), alibi_slopes, Q, 2, 2, bias, (4, 10))[0]
+    return traced(mask, score, (), alibi_slopes, Q, 2, 2, bias, (4, 12))[0]
 
 
 PROBLEMS = {
     "mask": Problem("bfloat16", 0, 0, return_lse=True, expression=expression(masks.causal)),
     "alibi": Problem("bfloat16", 0, 0, bounded_right=True, expression=expression(alibi_slopes=torch.zeros(2))),
+    "ramp": Problem("bfloat16", 0, 0, bounded_right=True, expression=expression(score=_ramp)),
     "listed": Problem("bfloat16", 0, 0, expression=expression(masks.document(IDS)), blocks="listed"),
     "classified": Problem("bfloat16", 0, 0, expression=expression(masks.document(IDS)), blocks="classified"),
     "bias": Problem("bfloat16", 0, 0, expression=expression(bias=BIAS)),
@@ -82,7 +89,7 @@ CASES = [
 # Bytes of a thread's stack: masks need none where warpgroups compute. With lists copying warps, with 24 registers a thread,
 # set a few addresses aside, once for each key tile.
 ROOM = {"mask": {"tma_wgmma": 0, "cp_async": 64}, "alibi": {"tma_wgmma": 0}, "all": {"tma_wgmma": 96, "cp_async": 96}}
-ROOM |= {"bias": {"tma_wgmma": 64}, "dropout": {"tma_wgmma": 32}, "listed": {"tma_wgmma": 24}}
+ROOM |= {"bias": {"tma_wgmma": 0}, "dropout": {"tma_wgmma": 0}, "listed": {"tma_wgmma": 24}}
 
 
 def compile_kernels(problem: Problem, config: Config) -> list[cubin.Compiled]:
@@ -107,20 +114,27 @@ def test_kernels_with_functions(case: FunctionCase, kernels):
         assert code.count("HGMMA" if case.mechanism == "tma_wgmma" else "HMMA") > 0
     if case.what == "all":
         assert sum(code.count("LDG") for code in kernels[case]) > 16
+    if case.what == "bias" and case.gradients:  # of a thread's 32 scores four keys at once, and nothing narrower
+        (code,) = kernels[case]
+        assert {name: n for name, n in code.instructions.items() if name.startswith(("LDG", "STG"))} == {
+            "LDG.E.64": 8,
+            "STG.E.64": 8,
+        }
 
 
-def test_whole_tiles_of_a_list_compute_no_mask():
-    """One of the forward pass's loops over key tiles reads nothing and compares nothing: no entry, no position, no maximum."""
+@pytest.mark.parametrize(("what", "unneeded"), [("listed", ("LDG", "FMNMX")), ("ramp", ("FMNMX",))])
+def test_whole_tiles_compute_no_mask(what, unneeded):
+    """One of the forward pass's loops over key tiles looks for no maximum, and reads no entry of a list. A
+    ramp is one more multiply-add for each score."""
     pytest.importorskip("cutlass")
-    case = FunctionCase("tma_wgmma", 64, "listed")
+    case = FunctionCase("tma_wgmma", 64, what)
     code = machine_code.compiled(case.problem, case.config)
-    parsed = cubin.parse(*code[:2])
+    parsed = cubin.parse(*code[:2], kernel="Forward")
     assert parsed.stack_bytes + parsed.local_bytes <= 32
-    plain = [body for body in loops_of(code.sass) if not any(word in line for line in body for word in UNNEEDED)]
-    assert any(sum("MUFU.EX2" in line for line in body) >= 64 for body in plain)
-
-
-UNNEEDED = ("LDG", "FMNMX")
+    plain = [body for body in loops_of(code.sass) if not any(word in line for line in body for word in unneeded)]
+    whole = [body for body in plain if sum("MUFU.EX2" in line for line in body) >= 64]
+    assert whole
+    assert min(sum("FFMA" in line for line in body) for body in whole) <= 64 * (1 + (what == "ramp")) + 4
 
 
 def loops_of(sass: str) -> list[list[str]]:
@@ -152,7 +166,7 @@ def test_problems_are_explained(what):
     text = explain(case.problem, case.config)
     assert ("a mask function" in text) == (what in ("mask", "listed", "classified", "all"))
     assert ("a block mask" in text) == (what in ("listed", "classified"))
-    assert ("a score function" in text) == (what in ("alibi", "bias", "all"))
+    assert ("a score function" in text) == (what in ("alibi", "ramp", "bias", "all"))
     assert ("sinks" in text) == (what == "all")
     assert ("dropout" in text) == (what == "dropout")
     case = FunctionCase("tma_wgmma", 64, what, "qkv")
@@ -167,7 +181,7 @@ def test_a_kernel_takes_what_its_functions_read():
     asked = {field.name: field.asked(problem, config) for field in FORWARD}
     assert asked["captured"]
     assert asked["sinks"]
-    assert problem.expression.tensors == (("int64", 2, False), ("bfloat16", 2, False), ("float32", 1, False))
+    assert problem.expression.tensors == (("int64", 2, 1), ("bfloat16", 2, 1), ("float32", 1, 1))
     plain = replace(problem, expression=expression(masks.causal), sinks=False)
     assert not any(field.asked(plain, config) for field in FORWARD if field.name in ("captured", "sinks"))
     assert layouts.family(config) is not None

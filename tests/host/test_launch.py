@@ -34,6 +34,7 @@ def gpu(monkeypatch):
         state.current = before
 
     monkeypatch.setattr(launching, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launching, "_is_short", lambda *_: False)
     monkeypatch.setattr(launching, "current_device", lambda: state.current)
     monkeypatch.setattr(launching, "raw_stream", lambda index: 1000 + index)
     monkeypatch.setattr(torch.cuda, "device", device)
@@ -57,7 +58,7 @@ def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
     given = vars(named(FORWARD, arguments))
     assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
     values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
-    values |= dict.fromkeys(("sinks", "captured", "seed", "drop_below", "kept_scale"))
+    values |= dict.fromkeys(("sinks", "kinds", "captured", "seed", "drop_below", "kept_scale"))
     assert given == {**tensors, **dict.fromkeys(NAMES), **values}
 
 
@@ -73,7 +74,10 @@ def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, determinis
     config = plan(problem_of(q.dtype, call, False), "sm_90a")
     launching.forward(call, None, False, False, q, k, v)
     ((_, arguments),) = gpu.log
-    assert torch.equal(named(FORWARD, arguments).key_lists, blocks.key_lists(config.tile_m, config.tile_n, 1, 4))
+    given = named(FORWARD, arguments)
+    assert torch.equal(given.key_lists, blocks.key_lists(config.tile_m, config.tile_n, 1, 4))
+    assert torch.equal(given.kinds, blocks.kinds.expand(1, 4, -1, -1))
+    assert given.tickets.shape == (1 + 4 * -(-500 // config.tile_m),)
     gpu.log.clear()
     launching.gradients(call, None, "qkv", deterministic, q, k, v, q, torch.zeros(1, 4, 500), q, None)
     ((_, arguments),) = gpu.log
@@ -137,11 +141,30 @@ def test_values_of_other_kinds_meet_no_step_of_a_cache():
 
     def key(window=None, scale=None, causal=True):
         rules = scale, window, None, causal, False, False, False, "auto", None
-        return kvcache._key(q, cache, cache, (lengths, *[None] * 5), (None,) * 5, None, rules)
+        return kvcache._key(q, cache, cache, (lengths, *[None] * 5), None, None, rules)
 
     assert key() == key() != key((1, 0))
     assert None not in (key(), key((1, 0)), key(scale=1.0))
     assert key((True, 0)) is key(scale=True) is key(causal=1) is None
+
+
+def test_a_call_like_one_before_takes_its_step(monkeypatch):
+    q, cache, lengths = torch.empty(1, 1, 2, 64), torch.empty(1, 9, 2, 64), torch.ones(1, dtype=torch.int32)
+    step = object.__new__(serve.Step)
+    step.device, step.as_wide, step.append, step.lse_shape, step.size, step.numbers = 0, True, None, None, (1, 1), (0,)
+    launched = []
+    step.function = lambda *arguments: launched.append(arguments)
+    monkeypatch.setattr(serve, "raw_stream", lambda device: 5)
+    monkeypatch.setattr(launching, "current_device", lambda: 0)
+    monkeypatch.setattr(serve, "_workspaces", {(0, 5): serve.StreamWorkspace(q, 4, 4)})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    rules = None, None, None, False, False, False, False, "auto", None
+    key = kvcache._key(q, cache, cache, (lengths, *[None] * 5), None, None, rules)
+    monkeypatch.setattr(kvcache, "_steps", {key: step})
+    out = kvcache.attention_kvcache(q, cache, cache, lengths=lengths)
+    ((*tensors, stream),) = launched
+    assert out is tensors[3]
+    assert stream == 5
 
 
 @pytest.mark.parametrize("place", range(5))

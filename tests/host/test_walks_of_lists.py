@@ -59,9 +59,9 @@ def visits(keys, leads: bool) -> list[tuple]:
     """``(tile, masked, anchored)`` of each that is computed, as ``tma_wgmma.Forward._attend`` takes them."""
     found = []
 
-    def step(state, where, anchored=True):
+    def step(state, where, anchored=None):
         place, masked = where
-        found.append((keys.tile(place), masked, place, leads and anchored and masked is False))
+        found.append((keys.tile(place), masked, place, leads and (masked is False if anchored is None else anchored)))
         return state
 
     if keys.count > 0:
@@ -100,7 +100,7 @@ def test_what_a_warpgroup_computes(what, sizes, tile, leads, scale):
             for name, masked, place, anchored in computed:
                 part = rows[:, name * tile[1] : (name + 1) * tile[1]]
                 assert masked or (part.all() and (name + 1) * tile[1] <= sk)
-                assert anchored == (leads and place > 0 and keys.is_whole(place))
+                assert anchored == (leads and place > 0 and keys.is_anchored(place))
                 assert so_far.all() or not anchored
                 so_far |= part.any(1)
             others = [name for name in range(-(-sk // tile[1])) if name not in names]
