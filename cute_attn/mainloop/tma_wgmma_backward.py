@@ -293,9 +293,10 @@ class Backward(KeyBlocks):
                         if cutlass.const_expr(self.problem.deterministic):
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
                             signals.pass_turn(place)
-                        elif first:
-                            cute.arch.cp_async_bulk_wait_group(0, read=False)
-                            signals.pass_turn(place, STORED)
+                        elif cutlass.const_expr(self.lay.FIRST_STORES):
+                            if first:
+                                cute.arch.cp_async_bulk_wait_group(0, read=False)
+                                signals.pass_turn(place, STORED)
                 step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
