@@ -74,7 +74,7 @@ def host_function(problem, config):
         row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, given.stream)
         mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)
         if cutlass.const_expr(dq_sum is not None):
-            cast.launch(dq_sum, dq, values, sequences, given.stream)
+            cast.launch(dq_sum, dq, values, signals, sequences, given.stream)
 
     return backward
 
@@ -111,6 +111,7 @@ class RowValues:
 
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
+        self.first_stores = layouts.family(config).FIRST_STORES
         self.threads_per_row = 4
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
@@ -167,7 +168,7 @@ class RowValues:
             padded = group * self.rows + thread // self.threads_per_row
             rows.lse_raw[padded, head, batch] = lse
             rows.delta[padded, head, batch] = delta
-        if cutlass.const_expr(dq_sum is not None):
+        if cutlass.const_expr(dq_sum is not None and not self.first_stores):
             clear = partial(self._clear, dq_sum[None, None, None, head, batch], group, thread)
             if cutlass.const_expr(span.length is None):  # noqa: SIM114
                 clear()
@@ -208,22 +209,27 @@ class CastQueries:
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
         self.pieces = self.lay.pieces(config)
+        # Whether a query tile's sums may be nothing yet: no key tile has come to it.
+        self.may_be_unseen = self.lay.FIRST_STORES and (problem.masked or bool(problem.ragged))
         self.threads = config.mma_threads // max(len(self.pieces), 1)
 
     @cute.jit
-    def launch(self, dq_sum, mdQ, values: Values, sequences, stream):
+    def launch(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences, stream):
+        counters = None if signals is None or not self.may_be_unseen else signals.counters
         _, pieces, m_blocks, heads, batch = dq_sum.shape
-        self.kernel(dq_sum, mdQ, values, sequences).launch(
+        self.kernel(dq_sum, mdQ, values, counters, sequences).launch(
             grid=[m_blocks * pieces * heads * batch, 1, 1], block=[self.threads, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(self, dq_sum, mdQ, values: Values, sequences):
+    def kernel(self, dq_sum, mdQ, values: Values, counters: cute.Tensor | None, sequences):
         count = len(self.pieces)
         block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
         m_block, piece = block // count, block % count
         span, row_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
         in_use = None if span.first is None else row_first < span.length
+        if cutlass.const_expr(counters is not None):
+            in_use = counters[m_block, head, batch] != 0
         mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
         column_first = Int32(0)
         for p in cutlass.range_constexpr(count):

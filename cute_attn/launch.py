@@ -18,7 +18,7 @@ import torch
 from cute_attn import dropout, rules
 from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
-from cute_attn.fields import has_sums, walks_over_keys
+from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING, Config
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
@@ -78,6 +78,12 @@ def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, 
     if not has_sums(problem, config):
         return None
     return config.tile_m, len(family(config).pieces(config)), math.prod(family(config).piece_shape(config))
+
+
+@lru_cache(maxsize=4096)
+def _counts(problem: Problem, mechanism: str | None, device: int) -> bool:
+    """Whether each query tile has a counter in memory."""
+    return counts_tiles(problem, plan(problem, device_target(device), mechanism))
 
 
 @lru_cache(maxsize=4096)
@@ -275,6 +281,7 @@ def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic
     if call.lengths is not None:  # cute_attn.sequences says where each begins
         rows_padded = call.lengths.slots(call.seqlen_q, ROW_PADDING) * ROW_PADDING
     tiles: tuple[int, ...] = ()
+    counts = _counts(problem, mechanism, device)
     if sums is not None:
         tile_m, *of_tile = sums
         tiles = call.batch, call.heads, rows_padded // tile_m
@@ -284,7 +291,7 @@ def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic
         device,
         rows=(2, call.batch, call.heads, rows_padded),
         sums=None if sums is None else (*tiles, *of_tile),
-        signals=COUNTERS + (math.prod(tiles) if ordered else 0) if ordered or problem.masked else 0,
+        signals=COUNTERS + (math.prod(tiles) if counts else 0) if counts or problem.masked else 0,
         rest=_besides_tensors(call, blocks),
     )
     if call.plans is not None:

@@ -23,7 +23,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from cute_attn.layouts.base import cute_layout, in_turns
+from cute_attn.layouts.base import STORED, cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
@@ -264,30 +264,47 @@ class Backward(KeyBlocks):
                     m_block, of = visited.tile(i, member, self.problem)
                     head = work.head + of
                     place = (work.q.padded_tile(m_block, self.config.tile_m), head, work.q.batch)
+                    before = Int32(0)
                     if cutlass.const_expr(self.problem.deterministic):
+                        before = visited.rank(values.of_head(head), self.problem, m_block, self.config)
                         if lane == 0:
-                            of_head = values.of_head(head)
-                            signals.wait_for_turn(place, visited.rank(of_head, self.problem, m_block, self.config))
+                            signals.wait_for_turn(place, before)
+                        cute.arch.sync_warp()
+                    elif cutlass.const_expr(self.lay.FIRST_STORES):
+                        before = signals.count(place)
+                    for w in cutlass.range_constexpr(self.warpgroups):
+                        barrier = self.full_barrier + ADDERS * w + mine
+                        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
+                    first = before == 0 if cutlass.const_expr(self.lay.FIRST_STORES) else Boolean(False)
+                    if lane == 0:
+                        if cutlass.const_expr(self.lay.FIRST_STORES and not self.problem.deterministic):
+                            first = signals.comes_first(place, before)
+                        if first:
+                            self._hand_on(_store, gradients.mdQ, place, sdQ)
+                        else:
                             # What was acquired orders this thread's own accesses; the copy engine's, which add, are another
                             # proxy's (PTX ISA, "Async proxy"). The other way none is needed: a bulk operation that is
                             # complete is followed by such a fence (ibid.).
                             cute.arch.fence_proxy("async.global")
-                        cute.arch.sync_warp()
-                    for w in cutlass.range_constexpr(self.warpgroups):
-                        barrier = self.full_barrier + ADDERS * w + mine
-                        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
-                    if lane == 0:
-                        for w in cutlass.range_constexpr(self.warpgroups):
-                            _reduce_add(gradients.mdQ[(None, w, *place)], sdQ[None, None, w])
-                        cute.arch.cp_async_bulk_commit_group()
-                        cute.arch.cp_async_bulk_wait_group(0, read=True)
+                            self._hand_on(_reduce_add, gradients.mdQ, place, sdQ)
                     cute.arch.sync_warp()
                     self._offer()
-                    if cutlass.const_expr(self.problem.deterministic):
-                        if lane == 0:
+                    if lane == 0:
+                        if cutlass.const_expr(self.problem.deterministic):
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
                             signals.pass_turn(place)
+                        elif cutlass.const_expr(self.lay.FIRST_STORES):
+                            if first:
+                                cute.arch.cp_async_bulk_wait_group(0, read=False)
+                                signals.pass_turn(place, STORED)
                 step += 1
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor):
+        """One thread: a tile's dQ to global memory by the copy engine, until it has been read."""
+        for w in range(self.warpgroups):
+            how(mdQ[(None, w, *place)], sdQ[None, None, w])
+        cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _offer(self):
@@ -552,5 +569,14 @@ def _reduce_add(into: cute.Tensor, source: cute.Tensor):
     """Add a contiguous float32 tensor in shared memory to global memory, by the copy engine; ends with its bulk group."""
     cute.arch.inline_ptx(
         "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
+        read_only_args=[into.iterator.toint(), source.iterator.toint(), Int32(cute.size(source) * 4)],
+    )
+
+
+@cute.jit
+def _store(into: cute.Tensor, source: cute.Tensor):
+    """The same, stored."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};",
         read_only_args=[into.iterator.toint(), source.iterator.toint(), Int32(cute.size(source) * 4)],
     )
