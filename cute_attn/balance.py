@@ -7,8 +7,8 @@ query of the sequence sees. A walk without keys has one tile with none.
 **Balance.** All walks one after another are a line of tiles: sequence by sequence, key head by key head, row tile by row tile.
 It is cut into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
 nothing is planned and nothing allocated for it. But multiprocessors don't read equally fast. So the last eighth or so of a
-stretch is in short sections, and a block that is done with the rest of its own draws one after another of these, whosever, until
-there are none. Who computes a section doesn't change what comes out.
+stretch is in short sections, and a block that is done with the rest of its own draws one after another of these, whosever,
+until there are none. Who computes a section doesn't change what comes out.
 
 A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in float32, in a workspace; the block that is the last
 to finish one merges all of them, in the order of their keys, whoever it is. Which one is last a counter says, which that block

@@ -38,8 +38,8 @@ class StreamWorkspace:
         self.words = q.new_empty(self.counters + floats, dtype=torch.float32)
         self.words[: self.counters].zero_()
 
-    def holds(self, size: tuple[int, int]) -> bool:
-        return size[0] <= self.counters and size[1] <= self.floats
+    def holds(self, counters: int, floats: int) -> bool:
+        return counters <= self.counters and floats <= self.floats
 
 
 _workspaces: dict[tuple[int, int], StreamWorkspace] = {}
@@ -103,7 +103,7 @@ class Step:
         out = torch.empty_like(q) if self.as_wide and q.is_contiguous() else q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
         workspace = _workspaces.get((self.device, stream))
-        if workspace is None or not workspace.holds(self.size) or torch.cuda.is_current_stream_capturing():
+        if workspace is None or not workspace.holds(*self.size) or torch.cuda.is_current_stream_capturing():
             workspace = self._workspace(q, stream)
         if sinks is not None:
             sinks = sinks.detach().float().contiguous()
