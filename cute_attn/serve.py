@@ -15,7 +15,7 @@ import torch
 
 from cute_attn import launch, rules
 from cute_attn.launch import as_read, device_target, prepared, run_on
-from cute_attn.layouts import family, for_target
+from cute_attn.layouts import for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
 from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
@@ -77,11 +77,9 @@ class Step:
             invariant=stored.batch_invariant,
         )
         self.function, blocks = prepared(problem, None, self.device)
-        config = plan(problem, device_target(self.device))
-        sections = blocks * (1 + family(config).short_sections(config))
-        units, places, counters = 0, 2 * sections, sections
+        units, places, counters = 0, 4 * blocks, 2 * blocks
         if stored.batch_invariant:
-            units, places, counters = _units(call, rows, group, config.tile_n)
+            units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
         self.size = counters + 1, places * rows_kept * (call.head_dim_v + OF_ROW)
         self.lse_shape = None

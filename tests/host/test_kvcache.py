@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cute_attn import api, attention, attention_kvcache, kvcache, serve
-from cute_attn.layouts import mma_sync_cache
 from tests.caches import Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,9 +161,6 @@ def test_the_same_step_is_planned_once(where, news, monkeypatch):
     monkeypatch.setattr(api, "computed_by_reference", lambda *_: False)
     monkeypatch.setattr(serve, "check_for_kernels", lambda *_: None)
     monkeypatch.setattr(serve, "prepared", lambda problem, *_: planned.append(problem) or ("kernel", 4))
-    monkeypatch.setattr(serve, "device_target", lambda _: "sm_90a")
-    monkeypatch.setattr(serve, "plan", lambda *_: SimpleNamespace(tile_m=16))
-    monkeypatch.setattr(serve, "family", lambda _: mma_sync_cache)
     monkeypatch.setattr(serve, "_goes_to_many", lambda *_: False)
     monkeypatch.setattr(serve, "raw_stream", lambda _: 0)
     monkeypatch.setattr(serve, "run_on", lambda *how: launched.append(how))
