@@ -2,8 +2,9 @@
 ``launch.py``.
 
 Besides the output a call allocates nothing that it does not keep: a workspace for partial results (``balance.py``), one for
-each stream of a device, which grows with the largest call. What a CUDA graph records gets one of its own, so that graphs may be
-replayed on any streams. With rotary tables the turned queries are allocated, too.
+each stream of a device, which grows with the largest call. A CUDA graph gets one of its own for each stream that it records, so
+that graphs may be replayed on any streams; its counters are cleared once, not for each call. With rotary tables the turned
+queries are allocated, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from cute_attn import launch, rules
-from cute_attn.launch import as_read, device_target, prepared, run_on
+from cute_attn.launch import as_read, capture_of, device_target, prepared, run_on
 from cute_attn.layouts import for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
 from cute_attn.lengths import Lengths
@@ -43,6 +44,7 @@ class StreamWorkspace:
 
 
 _workspaces: dict[tuple[int, int], StreamWorkspace] = {}
+_recorded: dict[tuple[int, int, int], StreamWorkspace] = {}  # of what was captured last: device, stream, which capture
 
 
 class Step:
@@ -111,15 +113,20 @@ class Step:
         return out, lse
 
     def _workspace(self, q, stream: int) -> StreamWorkspace:
-        """One that is large enough: the stream's, as soon as nothing that is being captured is to have it for itself."""
-        counters, floats = self.size
+        """One that is large enough: the stream's, or that of the stream in what is being captured."""
+        held: dict[tuple, StreamWorkspace] = _workspaces  # type: ignore[assignment]
+        key: tuple[int, ...] = (self.device, stream)
         if torch.cuda.is_current_stream_capturing():
-            return StreamWorkspace(q, counters, floats)
-        old = _workspaces.get((self.device, stream))
+            held, key = _recorded, (*key, capture_of(stream))  # type: ignore[assignment]
+            for other in [x for x in held if x[2] != key[2]]:
+                del held[other]
+        old, (counters, floats) = held.get(key), self.size
         if old is not None:
+            if old.holds(counters, floats):
+                return old
             counters, floats = max(counters, old.counters), max(floats, old.floats)
-        found = _workspaces[self.device, stream] = StreamWorkspace(q, counters, floats)
-        return found
+        held[key] = StreamWorkspace(q, counters, floats)
+        return held[key]
 
 
 def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):

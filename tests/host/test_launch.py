@@ -155,6 +155,24 @@ def test_no_step_of_a_cache_is_taken_without_memory(place):
         step(q, k_cache, v_cache, (None,) * 6, (k_new, v_new, None, None, None), None, None)
 
 
+def test_a_capture_has_a_workspace_for_each_stream(monkeypatch):
+    step, q, capture = object.__new__(serve.Step), torch.empty(1), [7]
+    step.device, step.size = 0, (4, 100)
+    monkeypatch.setattr(serve, "_workspaces", {(0, 5): serve.StreamWorkspace(q, 4, 100)})
+    monkeypatch.setattr(serve, "_recorded", {})
+    monkeypatch.setattr(serve, "capture_of", lambda stream: capture[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    first, other = step._workspace(q, 5), step._workspace(q, 6)
+    assert step._workspace(q, 5) is first is not other
+    step.size = 8, 50
+    larger = step._workspace(q, 5)
+    assert larger is not first
+    assert (larger.counters, larger.floats) == (8, 100)
+    capture[0] = 8
+    assert step._workspace(q, 5) is not larger
+    assert len(serve._recorded) == 1
+
+
 def test_as_many_calls_are_kept_as_there_is_room_for(monkeypatch):
     monkeypatch.setattr(api, "_kept", {})
     monkeypatch.setattr(api, "KEPT_MAX", 3)
