@@ -103,8 +103,9 @@ class Step:
         out = torch.empty_like(q) if self.as_wide and q.is_contiguous() else q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
         workspace = _workspaces.get((self.device, stream))
-        if workspace is None or not workspace.holds(*self.size) or torch.cuda.is_current_stream_capturing():
-            workspace = self._workspace(q, stream)
+        recorded = stream != 0 and torch.cuda.is_current_stream_capturing()  # which the stream 0 can't be
+        if recorded or workspace is None or not workspace.holds(*self.size):
+            workspace = self._workspace(q, stream, recorded)
         if sinks is not None:
             sinks = sinks.detach().float().contiguous()
         room = workspace.words, workspace.counters
@@ -112,11 +113,11 @@ class Step:
         run_on(self.function, self.device, arguments)
         return out, lse
 
-    def _workspace(self, q, stream: int) -> StreamWorkspace:
+    def _workspace(self, q, stream: int, recorded: bool) -> StreamWorkspace:
         """One that is large enough: the stream's, or that of the stream in what is being captured."""
         held: dict[tuple, StreamWorkspace] = _workspaces  # type: ignore[assignment]
         key: tuple[int, ...] = (self.device, stream)
-        if torch.cuda.is_current_stream_capturing():
+        if recorded:
             held, key = _recorded, (*key, capture_of(stream))  # type: ignore[assignment]
             for other in [x for x in held if x[2] != key[2]]:
                 del held[other]

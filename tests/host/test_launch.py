@@ -161,15 +161,14 @@ def test_a_capture_has_a_workspace_for_each_stream(monkeypatch):
     monkeypatch.setattr(serve, "_workspaces", {(0, 5): serve.StreamWorkspace(q, 4, 100)})
     monkeypatch.setattr(serve, "_recorded", {})
     monkeypatch.setattr(serve, "capture_of", lambda stream: capture[0])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    first, other = step._workspace(q, 5), step._workspace(q, 6)
-    assert step._workspace(q, 5) is first is not other
+    first, other = step._workspace(q, 5, True), step._workspace(q, 6, True)
+    assert step._workspace(q, 5, True) is first is not other
     step.size = 8, 50
-    larger = step._workspace(q, 5)
+    larger = step._workspace(q, 5, True)
     assert larger is not first
     assert (larger.counters, larger.floats) == (8, 100)
     capture[0] = 8
-    assert step._workspace(q, 5) is not larger
+    assert step._workspace(q, 5, True) is not larger
     assert len(serve._recorded) == 1
 
 
