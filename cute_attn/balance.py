@@ -132,7 +132,7 @@ class CachedKeys:
         shift, begin, end = keys - queries, Int32(0), keys
         if cutlass.const_expr(problem.bounded_left):
             begin = cutlass.min(cutlass.max(shift - self.left, 0), keys)
-            if cutlass.const_expr(bool(problem.expression.pairs)):
+            if cutlass.const_expr(bool(problem.expression.neighbours(2))):
                 begin = begin // 2 * 2  # two neighbouring keys that are loaded for begin at an even one
         if cutlass.const_expr(problem.bounded_right):
             end = cutlass.max(cutlass.min(keys + self.right, keys), begin)
