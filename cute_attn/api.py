@@ -24,7 +24,7 @@ BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
-_NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
+_NUMBER, _REACH, _FLAG = frozenset({float, type(None)}), frozenset({int, type(None)}), frozenset({bool})
 _kept: dict[tuple, Call] = {}
 LEAST_SCALE_OF_RAMPS = 2.0**-40  # they are divided by the scale, and must stay far from infinity
 KEPT_MAX = 1024  # calls; each of another shape or rule
@@ -91,7 +91,8 @@ def attention(
         alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope · |i + seqlen_k − seqlen_q − j|`` is taken from s_ij,
             after all else.
         bias: added to s_ij, after all else: a tensor that broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``, of q's dtype or
-            float32, with any strides. Its gradient has its shape. −inf hides a key.
+            float32, with any strides. Its gradient has its shape; where elements of the batch or heads share it, each has a
+            copy of the gradient for a while, if these take 1 GiB at most or are 8. −inf hides a key.
         sinks: floats ``(heads,)``: one more logit in the softmax of each row, without a value. The lse counts it, except in a
             row that sees no key.
         dropout_p: each ``exp(s_ij − lse_i)`` becomes 0 with this probability, from 0 to below 1, and else is divided by
@@ -102,7 +103,7 @@ def attention(
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
             same inputs, same bits. ``torch.use_deterministic_algorithms(True)`` has the same effect. Everything else,
             and all of the reference, is deterministic anyway, but for gradients of captured tensors and of a bias: these are
-            refused here, unless each score has an element of its own.
+            refused here, unless each score of a head has an element of its own, and memory can be had for each head's.
         backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device), or
             ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
         mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.
@@ -187,7 +188,7 @@ def attention(
 def are_usual_kinds(scale, window, softcap, *flags) -> bool:
     """Whether rules are of the kinds whose equal values mean the same, so that calls can be known by them: True is equal to 1,
     and is no reach of a window."""
-    if not (type(scale) in _NUMBER and type(softcap) in _NUMBER and all(type(x) is bool for x in flags)):
+    if not (type(scale) in _NUMBER and type(softcap) in _NUMBER and _FLAG.issuperset(map(type, flags))):
         return False
     return window is None or (type(window) is tuple and _REACH.issuperset(map(type, window)))
 
@@ -424,8 +425,8 @@ def _check_captured(call: Call, on_reference: bool, deterministic: bool) -> None
     fixed = torch.are_deterministic_algorithms_enabled()
     if not call.expression or not (deterministic or fixed) or (on_reference and fixed):
         return
-    for slot, alone in call.expression.derived.items():
-        if not alone or on_reference:
+    for slot, by in call.expression.derived.items():
+        if not by.alone or on_reference:
             raise NotImplementedError(
                 f"a bias or a captured tensor, {shown(call.captured[slot])}, requires a gradient, which is added up in any "
                 f"order, and deterministic is True; False is needed: leave it out, or try backend='reference' and "

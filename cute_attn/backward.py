@@ -25,7 +25,7 @@ from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, named
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
 from cute_attn.layouts.base import IN_TURN, ROW_PADDING, VECTOR, cute_layout
-from cute_attn.layouts.fragments import rows_columns, vector
+from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import LOWEST, finite_row
 from cute_attn.scheduler import Tiles, write_zeros
@@ -74,7 +74,7 @@ def host_function(problem, config):
         row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, given.stream)
         mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)
         if cutlass.const_expr(dq_sum is not None):
-            cast.launch(dq_sum, dq, values, sequences, given.stream)
+            cast.launch(dq_sum, dq, values, signals, sequences, given.stream)
 
     return backward
 
@@ -111,6 +111,7 @@ class RowValues:
 
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
+        self.first_stores = layouts.family(config).FIRST_STORES
         self.threads_per_row = 4
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
@@ -136,8 +137,9 @@ class RowValues:
             self._rows(inputs, rows, dq_sum, signals, Span(batch), where, block * self.rows, block)
         else:
             span, row = _padded_span(sequences, block * ROW_PADDING, batch)
-            for step in cutlass.range(self.steps, unroll=1):
-                self._rows(inputs, rows, dq_sum, signals, span, where, row + step * self.rows, block * self.steps + step)
+            if row < span.length:  # nobody reads those of other tiles
+                for step in cutlass.range(self.steps, unroll=1):
+                    self._rows(inputs, rows, dq_sum, signals, span, where, row + step * self.rows, block * self.steps + step)
 
     @cute.jit
     def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group):
@@ -166,7 +168,7 @@ class RowValues:
             padded = group * self.rows + thread // self.threads_per_row
             rows.lse_raw[padded, head, batch] = lse
             rows.delta[padded, head, batch] = delta
-        if cutlass.const_expr(dq_sum is not None):
+        if cutlass.const_expr(dq_sum is not None and not self.first_stores):
             clear = partial(self._clear, dq_sum[None, None, None, head, batch], group, thread)
             if cutlass.const_expr(span.length is None):  # noqa: SIM114
                 clear()
@@ -207,23 +209,27 @@ class CastQueries:
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
         self.pieces = self.lay.pieces(config)
+        # Whether a query tile's sums may be nothing yet: no key tile has come to it.
+        self.may_be_unseen = self.lay.FIRST_STORES and (problem.masked or bool(problem.ragged))
         self.threads = config.mma_threads // max(len(self.pieces), 1)
 
     @cute.jit
-    def launch(self, dq_sum, mdQ, values: Values, sequences, stream):
+    def launch(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences, stream):
+        counters = None if signals is None or not self.may_be_unseen else signals.counters
         _, pieces, m_blocks, heads, batch = dq_sum.shape
-        self.kernel(dq_sum, mdQ, values, sequences).launch(
+        self.kernel(dq_sum, mdQ, values, counters, sequences).launch(
             grid=[m_blocks * pieces * heads * batch, 1, 1], block=[self.threads, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(self, dq_sum, mdQ, values: Values, sequences):
+    def kernel(self, dq_sum, mdQ, values: Values, counters: cute.Tensor | None, sequences):
         count = len(self.pieces)
         block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
-        thread = cute.arch.thread_idx()[0]
         m_block, piece = block // count, block % count
         span, row_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
         in_use = None if span.first is None else row_first < span.length
+        if cutlass.const_expr(counters is not None):
+            in_use = counters[m_block, head, batch] != 0
         mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
         column_first = Int32(0)
         for p in cutlass.range_constexpr(count):
@@ -231,17 +237,36 @@ class CastQueries:
                 row_first += self.pieces[p][0]
                 column_first += self.pieces[p][1]
 
+        if cutlass.const_expr(in_use is None):  # noqa: SIM114
+            self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
+        elif in_use:
+            self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
+        else:
+            self._clear(mdQ, length, (row_first, column_first))
+
+    @cute.jit
+    def _clear(self, mdQ: cute.Tensor, length, first):
+        """Zeros for a piece that has no row in use."""
+        rows, columns = self.lay.piece_shape(self.config)
+        across = columns // VECTOR
+        zeros = cute.make_rmem_tensor(VECTOR, mdQ.element_type)
+        zeros.fill(0.0)
+        for i in cutlass.range_constexpr(-(-rows * across // self.threads)):
+            place = i * self.threads + cute.arch.thread_idx()[0]
+            row, column = first[0] + place // across, first[1] // VECTOR + place % across
+            if (place < rows * across) & (row < length) & (column * VECTOR < self.problem.head_dim):
+                cute.autovec_copy(zeros, vector_at(mdQ, row, column))
+
+    @cute.jit
+    def _cast(self, sums: cute.Tensor, mdQ: cute.Tensor, values: Values, span: Span, length, first):
+        """A piece's sums, scaled and rounded."""
+        row_first, column_first = first
+        thread = cute.arch.thread_idx()[0]
         mma = self.lay.tiled_mma("dQ", self.config)
         acc = cute.make_rmem_tensor(mma.partition_shape_C(self.lay.piece_shape(self.config)), Float32)
-        source = dq_sum[None, piece, m_block, head, batch].iterator
-        mine = cute.make_tensor(source, cute_layout(self.lay.sums(self.config)))[thread, None, 0]
+        mine = cute.make_tensor(sums.iterator, cute_layout(self.lay.sums(self.config)))[thread, None, 0]
         held = cute.make_tensor(acc.iterator, cute.make_layout(mine.shape))
-        if cutlass.const_expr(in_use is None):
-            cute.autovec_copy(mine, held)
-        else:
-            acc.fill(0.0)
-            if in_use:
-                cute.autovec_copy(mine, held)
+        cute.autovec_copy(mine, held)
         acc.store(acc.load() * Float32(values.scale(self.problem)))
 
         identity = cute.make_identity_tensor(self.lay.piece_shape(self.config))

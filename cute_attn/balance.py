@@ -6,17 +6,20 @@ query of the sequence sees. A walk without keys has one tile with none.
 
 **Balance.** All walks one after another are a line of tiles: sequence by sequence, key head by key head, row tile by row tile.
 It is cut into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
-nothing is planned and nothing allocated for it. A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in
-float32, in a workspace; the block that is last to finish one merges all of them, in the order of their keys, whoever it is.
-Which one is last a counter says, which that block sets back to 0: a call leaves them all as it found them.
+nothing is planned and nothing allocated for it. But multiprocessors don't read equally fast. So the last few tiles of a stretch
+are a section by themselves, and a block that is done with the rest of its own draws one after another of these, whosever, until
+there are none. Who computes a section doesn't change what comes out.
 
-A block has two places for partial results at most, one of a walk that began before its stretch, one of a walk that goes on
-behind it, and the counter of a walk is that of the block in which it begins. So the workspace depends on the GPU and on nothing
-else.
+A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in float32, in a workspace; the block that is the last
+to finish one merges all of them, in the order of their keys, whoever it is. Which one is last a counter says, which that block
+sets back to 0, as who draws last does with the counter of draws: a call leaves them all as it found them.
+
+A section has two places for partial results at most, one of a walk that began before it, one of a walk that goes on behind it,
+and the counter of a walk is that of the section in which it begins. So the workspace depends on the GPU and on nothing else.
 
 **Invariant.** Where a sequence's results must not depend on the others, a walk is cut into *units* of a length that follows
-from its own: as many as :data:`UNITS_MAX`, of :data:`UNIT_TILES` tiles at least. A block takes the units that begin in its
-stretch. Each unit has a place of its own, and each walk a counter.
+from its own: as many as :data:`UNITS_MAX`, of :func:`unit_tiles` tiles at least. A block takes the units that begin in its
+section. Each unit has a place of its own, and each walk a counter.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ import cutlass
 from cutlass import Boolean, Int32, cute
 
 from cute_attn.layouts.base import WARP
-from cute_attn.stored import UNIT_TILES, UNITS_MAX
+from cute_attn.stored import UNITS_MAX, unit_tiles
+
+LONG_OF_SHORT = 6  # short sections that a stretch is as long as at least
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class CachedKeys:
         shift, begin, end = keys - queries, Int32(0), keys
         if cutlass.const_expr(problem.bounded_left):
             begin = cutlass.min(cutlass.max(shift - self.left, 0), keys)
-            if cutlass.const_expr(bool(problem.expression.pairs)):
+            if cutlass.const_expr(bool(problem.expression.neighbours(2))):
                 begin = begin // 2 * 2  # two neighbouring keys that are loaded for begin at an even one
         if cutlass.const_expr(problem.bounded_right):
             end = cutlass.max(cutlass.min(keys + self.right, keys), begin)
@@ -159,28 +164,38 @@ class CachedKeys:
         return tiles
 
     @cute.jit
-    def all_tiles(self):
-        """A whole warp: ``(how many tiles there are, those of this lane's sequence)``, for :meth:`find`."""
-        mine = self._tiles(cute.arch.lane_idx())
-        total = mine
-        for first in cutlass.range(WARP, self.all_sequences, WARP, unroll=1):
-            total += self._tiles(first + cute.arch.lane_idx())
+    def tiles_of_lanes(self, first):
+        """A whole warp: ``(tiles of the sequence first + lane, those of all sequences from first up to it)``."""
+        lane = cute.arch.lane_idx()
+        mine = self._tiles(first + lane)
+        passed = mine
         for step in (1, 2, 4, 8, 16):
-            total += cute.arch.shuffle_sync_bfly(total, step)
-        return total, mine
+            lower = cute.arch.shuffle_sync_up(passed, step)
+            passed = passed + lower * cutlass.min(lane // step, 1)
+        return mine, passed
 
     @cute.jit
-    def find(self, tile, mine):
-        """A whole warp: ``(sequence, tiles before it)`` of a tile of all; the sequence is past the last if there is no such
-        tile. ``mine`` are the tiles of this lane's sequence."""
-        first, before, found = Int32(0), Int32(0), Boolean(False)
-        lane = cute.arch.lane_idx()
-        number = self.all_sequences
-        while (found == False) & (first < self.all_sequences):  # noqa: E712
-            passed = mine
+    def all_tiles(self):
+        """A whole warp: ``(how many tiles there are, tiles_of_lanes(0))``, for :meth:`find`."""
+        lanes = self.tiles_of_lanes(Int32(0))
+        total = cute.arch.shuffle_sync(lanes[1], WARP - 1)
+        if self.all_sequences > WARP:
+            more = Int32(0)
+            for first in cutlass.range(WARP, self.all_sequences, WARP, unroll=1):
+                more += self._tiles(first + cute.arch.lane_idx())
             for step in (1, 2, 4, 8, 16):
-                lower = cute.arch.shuffle_sync_up(passed, step)
-                passed = passed + lower * cutlass.min(lane // step, 1)
+                more += cute.arch.shuffle_sync_bfly(more, step)
+            total += more
+        return total, lanes
+
+    @cute.jit
+    def find(self, tile, lanes):
+        """A whole warp: ``(sequence, tiles before it)`` of a tile of all; the sequence is past the last if there is no such
+        tile. ``lanes`` is what :meth:`tiles_of_lanes` has of the first ones."""
+        first, before, found = Int32(0), Int32(0), Boolean(False)
+        number = self.all_sequences
+        mine, passed = lanes
+        while (found == False) & (first < self.all_sequences):  # noqa: E712
             total = cute.arch.shuffle_sync(passed, WARP - 1)
             if tile < before + total:
                 found = Boolean(True)
@@ -189,7 +204,7 @@ class CachedKeys:
                 before = before + cute.arch.shuffle_sync(passed - mine, owner)
             else:
                 first, before = first + WARP, before + total
-                mine = self._tiles(first + lane)
+                mine, passed = self.tiles_of_lanes(first)
         return number, before
 
 
@@ -201,26 +216,46 @@ def divided(x, n) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Stretches:
-    """All tiles in equal parts: block b has those from ``begin(b)`` up to ``begin(b + 1)``."""
+    """All tiles in equal parts, one a block: block b has those from ``begin(b)`` up to ``begin(b + 1)``, of which the last
+    ``short`` ones are a section by themselves, unless there are too few."""
 
     each: Int32
     longer: Int32  # as many blocks, the first ones, have one more
+    blocks: Int32
+    short: Int32
 
     @staticmethod
-    def of(tiles, blocks) -> Stretches:
-        return Stretches(*divided(tiles, blocks))
+    def of(tiles, blocks, short: int) -> Stretches:
+        """With such short sections, or with 0 without any."""
+        each, longer = divided(tiles, blocks)
+        enough = cutlass.min(divided(each, LONG_OF_SHORT * short)[0], 1) if short else 0
+        return Stretches(each, longer, blocks, Int32(enough * short))
 
     def begin(self, block):
         return block * self.each + cutlass.min(block, self.longer)
 
+    def long(self, block):
+        """``(first tile, the one after the last)`` of a block's own section."""
+        return self.begin(block), self.begin(block + 1) - self.short
+
+    def drawn(self, block):
+        """The same of the short one."""
+        end = self.begin(block + 1)
+        return end - self.short, end
+
     @cute.jit
-    def block_of(self, tile):
-        """The block that has a tile."""
+    def section_of(self, tile):
+        """Which section has a tile, all of them counted in the order of their tiles."""
         ahead = self.longer * (self.each + 1)
         block = divided(tile, self.each + 1)[0]
         if tile >= ahead:
             block = self.longer + divided(tile - ahead, cutlass.max(self.each, 1))[0]
-        return block
+        section = block
+        if self.short > 0:
+            section = 2 * block
+            if tile >= self.begin(block + 1) - self.short:
+                section += 1
+        return section
 
 
 @dataclass(frozen=True)
@@ -262,7 +297,7 @@ def part_of_stretch(keys: CachedKeys, sequence: Sequence, before, at, end):
     count: Any = cutlass.min(sequence.tiles - begin, end - at)
     skipped: Any = Int32(0)
     if cutlass.const_expr(keys.problem.invariant):
-        unit = unit_of(sequence)
+        unit = unit_of(keys, sequence)
         ahead = divided(begin, unit)[1]
         skipped = cutlass.min(unit - ahead, sequence.tiles - begin) if ahead > 0 else 0
         count = cutlass.min(unit, sequence.tiles - begin - skipped) if at + skipped < end else 0
@@ -286,20 +321,20 @@ def next_part(keys: CachedKeys, i, before, at, end):
     return i, before, at
 
 
-def unit_of(sequence: Sequence):
+def unit_of(keys: CachedKeys, sequence: Sequence):
     """Tiles of a unit of a sequence's walks."""
-    return cutlass.max((sequence.tiles + UNITS_MAX - 1) // UNITS_MAX, UNIT_TILES)
+    return cutlass.max((sequence.tiles + UNITS_MAX - 1) // UNITS_MAX, unit_tiles(keys.config.tile_m))
 
 
 def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: Stretches) -> PartPlaces:
     """Where the partial results of a part's walk lie."""
     if keys.problem.invariant:
-        unit = unit_of(sequence)
+        unit = unit_of(keys, sequence)
         rows = sequence.first if keys.cu_seqlens_q is not None else sequence.number * sequence.queries
         walk = divided(rows * keys.packed, keys.config.tile_m)[0] + sequence.number + part.row_tile
         walk = walk * keys.heads_kv + part.head_kv
         place, parts = walk * keys.units, divided(sequence.tiles + unit - 1, unit)[0]
         return PartPlaces(parts, divided(part.begin, unit)[0], place, place, Int32(1), walk)
     begin = part.at - part.begin
-    first, last, mine = (stretches.block_of(tile) for tile in (begin, begin + sequence.tiles - 1, part.at))
+    first, last, mine = (stretches.section_of(tile) for tile in (begin, begin + sequence.tiles - 1, part.at))
     return PartPlaces(last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first)

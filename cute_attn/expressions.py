@@ -39,6 +39,7 @@ from cute_attn import memo
 from cute_attn.arguments import check_layout, shown
 
 RANK_MAX = 4
+COPIES, COPIES_BYTES = 8, 1 << 30  # of a gradient: so many at least, and as many as take so much memory
 KINDS = {"bool": torch.bool, "int": torch.int32, "float": torch.float32}
 _BLANK = {kind: torch.empty((), dtype=dtype, device="meta") for kind, dtype in KINDS.items()}
 POSITIONS = ("batch", "head", "q_idx", "kv_idx", "shift")  # shift: of the key that query 0 is aligned with
@@ -55,11 +56,15 @@ ALLOWED = (
 
 class Partial(NamedTuple):
     """The derivative of the score by what a node loads: ``slope`` is its node, None where it is 1. ``alone`` says that no two
-    scores of a call load the same element, so that a gradient is stored and not added."""
+    scores of a batch element and head load the same element, so that a gradient is stored and not added: in a copy for each
+    value of the positions ``copied``, of which a sum is taken afterwards. ``fours`` says that those of four neighbouring keys,
+    16 bits each, can be stored at once."""
 
     load: int
     slope: int | None
     alone: bool
+    copied: tuple[str, ...] = ()
+    fours: bool = False
 
 
 class Ramp(NamedTuple):
@@ -82,7 +87,7 @@ class Expression:
 
     ``mask``, ``score`` and ``slope`` are numbers of nodes: whether a query sees a key; the score; its derivative by the score
     it was given, ``None`` where that is 1. ``tensors`` is of each captured one its dtype, as torch names it, its rank, and
-    whether two neighbours can be loaded at once; ``partials`` are the derivatives by those that require a gradient. ``ramp`` is
+    how many neighbours can be loaded at once; ``partials`` are the derivatives by those that require a gradient. ``ramp`` is
     what the score is, if it is one that the kernels may take as such.
     """
 
@@ -115,10 +120,10 @@ class Expression:
         return _trimmed(replace(self, partials=())) if self.partials else self
 
     @cached_property
-    def derived(self) -> dict[int, bool]:
-        """The numbers of the captured tensors that have gradients, in order, and whether these are stored and not added."""
+    def derived(self) -> dict[int, Partial]:
+        """The numbers of the captured tensors that have gradients, in order, and a derivative by each."""
         slots = [self.nodes[partial.load][2] for partial in self.partials]
-        return {slot: self.partials[slots.index(slot)].alone for slot in sorted(set(slots))}
+        return {slot: self.partials[slots.index(slot)] for slot in sorted(set(slots))}
 
     def value(self, node: int, leaf: Callable, ops: Any, known: dict, place: Callable = lambda node: node) -> Any:
         """What a node is worth. ``leaf(name)`` is a position's or the score's value; ``known`` has what was computed before, at
@@ -142,12 +147,11 @@ class Expression:
         where = self.nodes[node][3:]
         return [(self.value(i, leaf, ops, known, place), self.nodes[i][2] in POSITIONS) for i in where]
 
-    @cached_property
-    def pairs(self) -> tuple[int, ...]:
-        """The nodes that load two neighbours at once where a thread has two neighbouring keys: their last index is the key."""
+    def neighbours(self, n: int) -> tuple[int, ...]:
+        """The nodes that load ``n`` neighbouring keys at once, if a thread asks for these: their last index is the key."""
         found = []
         for node, (op, _, *operands) in enumerate(self.nodes):
-            if op == "load" and self.tensors[operands[0]][2]:
+            if op == "load" and self.tensors[operands[0]][2] >= n:
                 *before, last = operands[1:]
                 names = set().union(*(self.leaves()[i] for i in before))
                 if self.nodes[last] == ("leaf", "int", "kv_idx") and not names & {"kv_idx", "score"}:
@@ -581,7 +585,7 @@ def traced(
     if seen is None and changed is None:
         return NOTHING, ()
     captured = tuple(x if x.device == q.device else x.to(q.device) for x in graph.captured)
-    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _is_paired(x, sizes["kv_idx"])) for x in captured)
+    kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _neighbours(x, sizes["kv_idx"])) for x in captured)
     expression = _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds, partials))
     if changed is not None and not partials:
         expression = replace(expression, ramp=_ramp(expression))
@@ -593,17 +597,20 @@ def traced(
 def _fits(trace: tuple, captured: tuple, sizes: dict[str, int | None]) -> bool:
     """Whether a trace that is kept is right for these sizes and addresses."""
     (expression, of_sizes), keys = trace, sizes["kv_idx"]
-    pairs = (is_paired == _is_paired(x, keys) for (_, _, is_paired), x in zip(expression.tensors, captured, strict=True))
-    return of_sizes in (None, sizes) and all(pairs)
+    alike = (n == _neighbours(x, keys) for (_, _, n), x in zip(expression.tensors, captured, strict=True))
+    return of_sizes in (None, sizes) and all(alike)
 
 
-def _is_paired(x: torch.Tensor, keys: int | None) -> bool:
-    """Whether elements of even index and the next one are at an address that is a multiple of both, for all of so many keys."""
+def _neighbours(x: torch.Tensor, keys: int | None) -> int:
+    """How many elements, of 8 bytes at most, are at an address that is a multiple of all, from each multiple of so many on, for
+    all of so many keys."""
     if not x.dim() or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or keys is None or x.shape[-1] < keys:
-        return False
+        return 1
     *strides, last = x.stride()
-    whole = last == 1 and not x.shape[-1] % 2 and not any(stride % 2 for stride in strides)
-    return whole and not x.data_ptr() % (2 * x.element_size())
+    n = 8 // x.element_size()
+    while n > 1 and any(size % n for size in (x.shape[-1], *strides, x.data_ptr() // x.element_size())):
+        n //= 2
+    return n if last == 1 else 1
 
 
 def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[Partial, ...]:
@@ -615,18 +622,27 @@ def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[P
             slope = graph.slope(score, load)
             if slope is not None:
                 one = slope == graph.constant(1.0)
-                found.append(Partial(load, None if one else slope, _is_alone(graph, load, sizes)))
+                found.append(Partial(load, None if one else slope, False))
     slots = [graph.nodes[partial.load][2] for partial in found]
-    return tuple(x._replace(alone=x.alone and slots.count(slot) == 1) for x, slot in zip(found, slots, strict=True))
+    for i, (partial, slot) in enumerate(zip(found, slots, strict=True)):
+        copied, x = _copied(graph, partial.load, sizes), graph.captured[slot]
+        if copied is not None and slots.count(slot) == 1:
+            by_key = graph.nodes[graph.nodes[partial.load][-1]] == ("leaf", "int", "kv_idx") and not x.shape[-1] % 4
+            found[i] = partial._replace(alone=True, copied=copied, fours=by_key and x.element_size() == 2)
+    return tuple(found)
 
 
-def _is_alone(graph: Graph, load: int, sizes: dict[str, int | None]) -> bool:
-    """Whether each score loads an element of its own: there is an index for its row, its key, and all else that differs."""
+def _copied(graph: Graph, load: int, sizes: dict[str, int | None]) -> tuple[str, ...] | None:
+    """For which positions a gradient has to have copies, so that each score has an element of its own: there are indices for
+    its row, its key, and all else that differs. None if it can't have them, or not so many."""
     slot, *where = graph.nodes[load][2:]
-    names = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else "" for i in where]
-    fits = all(sizes.get(name) == size for name, size in zip(names, graph.captured[slot].shape, strict=True))
-    differs = {name for name, size in sizes.items() if size != 1} | {"q_idx", "kv_idx"}
-    return fits and differs <= set(names) and len(set(names)) == len(names)
+    names, x = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else "" for i in where], graph.captured[slot]
+    fits = all(sizes.get(name) == size for name, size in zip(names, x.shape, strict=True))
+    if not fits or len(set(names)) != len(names) or not {"q_idx", "kv_idx"} <= set(names):
+        return None
+    missing = {name: size for name, size in sizes.items() if name not in names and size not in (None, 1)}
+    copies = math.prod(missing.values())
+    return tuple(missing) if copies <= max(COPIES, COPIES_BYTES // max(x.numel() * x.element_size(), 1)) else None
 
 
 def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:
@@ -664,7 +680,7 @@ def _trimmed(whole: Expression) -> Expression:
             operands = [place[i] for i in operands]
         nodes.append((op, kind, *operands))
     place[None] = None
-    partials = tuple(Partial(place[x.load], place[x.slope], x.alone) for x in whole.partials)  # type: ignore[arg-type]
+    partials = tuple(x._replace(load=place[x.load], slope=place[x.slope]) for x in whole.partials)  # type: ignore[arg-type]
     return Expression(tuple(nodes), place[whole.mask], place[whole.score], place[whole.slope], whole.tensors, partials)
 
 

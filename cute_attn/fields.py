@@ -51,6 +51,11 @@ def has_sums(problem: Problem, config: Config) -> bool:
     return "q" in problem.gradients and bool(layouts.family(config).pieces(config))
 
 
+def counts_tiles(problem: Problem, config: Config) -> bool:
+    """Whether each query tile has a counter of the key tiles that have added to its dQ."""
+    return has_sums(problem, config) and (problem.deterministic or layouts.family(config).FIRST_STORES)
+
+
 def _is_listed(problem: Problem, config: Config) -> bool:
     return problem.blocks == "listed"
 
@@ -90,7 +95,7 @@ BACKWARD = (
     Field("dlse", "row values", lambda problem, config: problem.return_lse),
     Field("rows", "padded row values"),
     Field("dq_sum", "sums", has_sums),
-    Field("signals", "words", lambda problem, config: problem.masked or (problem.deterministic and has_sums(problem, config))),
+    Field("signals", "words", lambda problem, config: problem.masked or counts_tiles(problem, config)),
     *map(_gradient, "qkv"),
     Field("query_lists", "lists", _is_listed),
     Field(

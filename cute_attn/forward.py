@@ -128,10 +128,12 @@ def _stand_in(kind: str, problem, config):
     if kind == "kinds":
         return runtime.make_fake_tensor(cutlass.Uint8, sizes(4), (*some(3), 1), assumed_align=1)
     if kind == "captured":
-        return tuple(_captured(dtype, max(rank, 1), paired) for dtype, rank, paired in problem.expression.tensors)
+        return tuple(_captured(dtype, max(rank, 1), together) for dtype, rank, together in problem.expression.tensors)
     if kind == "of captured":
         of, tensors = problem.expression.derived, problem.expression.tensors
-        return tuple(_captured(tensors[i][0] if alone else "float32", max(tensors[i][1], 1)) for i, alone in of.items())
+        return tuple(
+            _captured(tensors[i][0] if by.alone else "float32", max(tensors[i][1], 1) + len(by.copied)) for i, by in of.items()
+        )
     if kind == "tables":
         return runtime.make_fake_tensor(Int32, sizes(2), (*some(1), 1), assumed_align=4)
     if kind == "angles":
@@ -153,11 +155,10 @@ def _stand_in(kind: str, problem, config):
     return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
 
 
-def _captured(dtype: str, rank: int, paired: bool = False):
-    """Any tensor of a dtype whose last dimension is contiguous; bools are bytes. If ``paired``, elements of even index in it
-    are at multiples of two elements."""
+def _captured(dtype: str, rank: int, together: int = 1):
+    """Any tensor of a dtype whose last dimension is contiguous and begins at multiples of so many elements; bools are bytes."""
     names = {"bool": "Uint8", "uint8": "Uint8", "bfloat16": "BFloat16"}
-    of, even = getattr(cutlass, names.get(dtype, dtype.capitalize())), 1 + paired
-    shape = *(cute.sym_int() for _ in range(rank - 1)), cute.sym_int(divisibility=even)
-    stride = tuple(cute.sym_int64(divisibility=even) for _ in range(rank - 1))
-    return runtime.make_fake_tensor(of, shape, (*stride, 1), assumed_align=even * of.width // 8)
+    of = getattr(cutlass, names.get(dtype, dtype.capitalize()))
+    shape = *(cute.sym_int() for _ in range(rank - 1)), cute.sym_int(divisibility=together)
+    stride = tuple(cute.sym_int64(divisibility=together) for _ in range(rank - 1))
+    return runtime.make_fake_tensor(of, shape, (*stride, 1), assumed_align=together * of.width // 8)

@@ -15,7 +15,7 @@ from cute_attn.problem import check_call_of_cache
 from cute_attn.stored import check_new, check_rotary
 
 STEPS_MAX = 1024
-_NONE = (None,) * 10
+_NONE = [None] * 4
 _steps: dict[tuple | None, serve.Step] = {}
 
 
@@ -119,13 +119,16 @@ def attention_kvcache(
         )
     if packed and k_new is not None and cu_seqlens_k_new is None:
         cu_seqlens_k_new = cu_seqlens_q
-    inputs = q, k_cache, v_cache, k_new, v_new, sinks
-    differentiable = torch.is_grad_enabled() and any(x is not None and getattr(x, "requires_grad", False) for x in inputs)
+    differentiable = torch.is_grad_enabled() and any(
+        getattr(x, "requires_grad", False) for x in (q, k_cache, v_cache, k_new, v_new, sinks)
+    )
     key = None
     if mask is score is alibi_slopes is None and type(tensors) is tuple and not tensors and not differentiable:
         cos, sin = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, None)
         where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new
-        new = k_new, v_new, cos, sin, rotary_begin
+        new = None
+        if not k_new is v_new is rotary is rotary_begin is None:
+            new = k_new, v_new, cos, sin, rotary_begin
         rules = scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, backend, mechanism
         try:  # whatever is wrong is said below
             key = _key(q, k_cache, v_cache, where, new, sinks, rules)
@@ -170,14 +173,16 @@ def attention_kvcache(
     return (out, lse) if return_lse else out
 
 
-def _key(q, k_cache, v_cache, where: tuple, new: tuple, sinks, rules: tuple) -> tuple | None:
+def _key(q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, rules: tuple) -> tuple | None:
     """What a call's step depends on; None where that can't be told at first sight."""
     scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, _, _ = rules
-    flags = causal, return_lse, batch_invariant, rotary_interleaved
-    if type(q) is type(k_cache) is type(v_cache) is torch.Tensor and api.are_usual_kinds(scale, window, softcap, *flags):
+    are_flags = type(causal) is type(return_lse) is type(batch_invariant) is type(rotary_interleaved) is bool
+    usual = are_flags and (scale is window is softcap is None or api.are_usual_kinds(scale, window, softcap))
+    if usual and type(q) is type(k_cache) is type(v_cache) is torch.Tensor:
         lengths, table, *others = where
-        more = (*others, *new, sinks)
-        shapes = None if more == _NONE else tuple(x if x is None else x.shape for x in more)
+        shapes = None
+        if new is not None or sinks is not None or others != _NONE:
+            shapes = tuple(x if x is None else x.shape for x in (*others, *(new or ()), sinks))
         pages = table if table is None else table.shape
         return q.shape, q.dtype, q.get_device(), k_cache.shape, v_cache.shape, lengths.shape, pages, shapes, rules
     return None

@@ -18,11 +18,11 @@ import torch
 from cute_attn import dropout, rules
 from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
-from cute_attn.fields import has_sums, walks_over_keys
+from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
-from cute_attn.layouts.base import COUNTERS, ROW_PADDING
+from cute_attn.layouts.base import COUNTERS, ROW_PADDING, Config
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
-from cute_attn.plan import configs, head_blocks, plan, takes_tickets
+from cute_attn.plan import configs, head_blocks, plan, takes_short, takes_tickets
 from cute_attn.private import current_device, raw_stream
 from cute_attn.problem import (
     DTYPE_NAMES,
@@ -54,6 +54,16 @@ def multiprocessors(device: int) -> int:
     return count
 
 
+def capture_of(stream: int) -> int:
+    """The number of the capture that records a stream, which no other capture of the process has."""
+    from cuda.bindings import runtime
+
+    error, _, number, *_ = runtime.cudaStreamGetCaptureInfo(stream)
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise RuntimeError(f"CUDA can't tell which capture records the current stream ({error.name}): is it still going on?")
+    return int(number)
+
+
 @lru_cache(maxsize=64)
 def device_target(device: int) -> str:
     """The compiler's target of a device. Raises ``NotImplementedError`` for a GPU that no layouts module serves."""
@@ -61,9 +71,11 @@ def device_target(device: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def prepared(problem: Problem, mechanism: str | None, device: int, head_blocks: int = 1) -> tuple[Callable, int]:
+def prepared(
+    problem: Problem, mechanism: str | None, device: int, head_blocks: int = 1, short: bool = False
+) -> tuple[Callable, int]:
     """The compiled kernel of a problem on a device, and how many of its blocks the device holds at once."""
-    config = plan(problem, device_target(device), mechanism)
+    config = configs(problem, device_target(device), mechanism)[int(short)]
     if head_blocks != config.head_blocks:
         config = replace(config, head_blocks=head_blocks)
     return compiled(problem, config), multiprocessors(device) * config.blocks_per_multiprocessor
@@ -79,6 +91,12 @@ def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, 
 
 
 @lru_cache(maxsize=4096)
+def _counts(problem: Problem, mechanism: str | None, device: int) -> bool:
+    """Whether each query tile has a counter in memory."""
+    return counts_tiles(problem, plan(problem, device_target(device), mechanism))
+
+
+@lru_cache(maxsize=4096)
 def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tuple[int, int, int]:
     """``(tile_m, tile_n, rows)`` of the tiles that a block mask lists; ``rows`` are those of the query tiles that walk over
     keys, in the backward pass 0 where none do."""
@@ -90,17 +108,24 @@ def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tupl
 
 
 @lru_cache(maxsize=4096)
-def _sharing(problem: Problem, mechanism: str | None, device: int) -> tuple[int, tuple[int, ...]]:
-    """``(rows of a key tile, how many blocks may share one)`` in the backward pass."""
-    found = configs(problem, device_target(device), mechanism)
-    return found[0].tile_n, tuple(config.head_blocks for config in found)
+def _choices(problem: Problem, mechanism: str | None, device: int) -> tuple[Config, ...]:
+    return configs(problem, device_target(device), mechanism)
+
+
+def _is_short(problem: Problem, mechanism: str | None, device: int, call: Call) -> bool:
+    """Whether the forward pass of ``call`` takes the configuration for few keys."""
+    if call.lengths is not None:  # of which the host knows totals only
+        return False
+    window = call.seqlen_k if call.left is None or call.right is None else call.left + call.right + 1
+    return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window), problem.unequal)
 
 
 def _head_blocks(problem: Problem, mechanism: str | None, device: int, call: Call) -> int:
     """How many blocks share a key tile of the backward pass of ``call``."""
     if call.heads == call.heads_kv:
         return 1
-    tile, choices = _sharing(problem, mechanism, device)
+    found = _choices(problem, mechanism, device)
+    tile, choices = found[0].tile_n, tuple(config.head_blocks for config in found)
     tiles = -(-call.seqlen_k // tile) if call.lengths is None else call.lengths.slots(call.seqlen_k, tile)
     unequal = problem.bounded_right and not problem.bounded_left
     heads_per_kv = call.heads // call.heads_kv
@@ -145,7 +170,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
         return out, lse, lse_raw
     device = q.get_device()
     problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
-    function, blocks = prepared(problem, mechanism, device)
+    function, blocks = prepared(problem, mechanism, device, 1, _is_short(problem, mechanism, device, call))
     tickets = None
     if (call.lengths or call.blocks) is not None and (tile := tile_of_tickets(problem, mechanism, device)):
         slots = -(-call.seqlen_q // tile) * call.batch if call.lengths is None else call.lengths.slots(call.seqlen_q, tile)
@@ -266,6 +291,7 @@ def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic
     if call.lengths is not None:  # cute_attn.sequences says where each begins
         rows_padded = call.lengths.slots(call.seqlen_q, ROW_PADDING) * ROW_PADDING
     tiles: tuple[int, ...] = ()
+    counts = _counts(problem, mechanism, device)
     if sums is not None:
         tile_m, *of_tile = sums
         tiles = call.batch, call.heads, rows_padded // tile_m
@@ -275,7 +301,7 @@ def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic
         device,
         rows=(2, call.batch, call.heads, rows_padded),
         sums=None if sums is None else (*tiles, *of_tile),
-        signals=COUNTERS + (math.prod(tiles) if ordered else 0) if ordered or problem.masked else 0,
+        signals=COUNTERS + (math.prod(tiles) if counts else 0) if counts or problem.masked else 0,
         rest=_besides_tensors(call, blocks),
     )
     if call.plans is not None:
@@ -287,18 +313,21 @@ def _room_of_captured(call: Call) -> dict[int, torch.Tensor]:
     """Memory for the captured tensors' gradients by their numbers: zeros, but where each element is stored."""
     if not call.expression:
         return {}
-    room = {}
-    for slot, alone in call.expression.derived.items():
+    room, copies = {}, {"batch": call.batch, "head": call.heads}
+    for slot, by in call.expression.derived.items():
         x = call.captured[slot]
-        make = torch.empty if alone and call.lengths is None and not call.masked else torch.zeros
-        room[slot] = make(x.shape or (1,), dtype=x.dtype if alone else torch.float32, device=x.device)
+        make = torch.empty if by.alone and call.lengths is None and not call.masked else torch.zeros
+        shape = *(copies[name] for name in by.copied), *(x.shape or (1,))
+        room[slot] = make(shape, dtype=x.dtype if by.alone else torch.float32, device=x.device)
     return room
 
 
 def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> torch.Tensor | None:
     """The gradient of a captured tensor; zeros of one that no score depends on."""
     if slot in room:
-        return room[slot].to(x.dtype).view(x.shape)
+        copies = room[slot].dim() - max(x.dim(), 1)
+        found = room[slot].sum(tuple(range(copies))) if copies else room[slot]
+        return found.to(x.dtype).view(x.shape)
     return torch.zeros_like(x) if x.requires_grad else None
 
 

@@ -19,7 +19,7 @@ from cute_attn.arguments import check_layout, shown
 from cute_attn.lengths import CHECK
 
 PAGE_SIZE_MAX = 1024
-UNITS_MAX, UNIT_TILES = 64, 4  # where keys are split at fixed places: into so many parts at most, of so many tiles at least
+UNITS_MAX = 64  # where keys are split at fixed places: into so many parts at most
 NAMES = ("lengths", "page_table", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_begin")
 CODE_NAMES = NAMES[1:6]  # of those that are None or not, which a kernel's code depends on
 _SHAPES = {
@@ -133,6 +133,11 @@ _NAMES: dict[tuple[bool, ...], str] = {
     there: " ".join(name for name, is_there in zip(CODE_NAMES, there, strict=True) if is_there)
     for there in product((False, True), repeat=len(CODE_NAMES))
 }
+
+
+def unit_tiles(rows: int) -> int:
+    """Tiles of such a part at least, whose results are of so many ``rows``: little to write beside what is read."""
+    return max(rows // 8, 4)
 
 
 def check_stored(q: torch.Tensor, k_cache: torch.Tensor, tensors: tuple[Any, ...]) -> Stored:

@@ -31,10 +31,10 @@ A **family module** is the layouts of one family of instructions. It defines, as
 A family module of the backward pass defines the same, with names of its own: ``OPERANDS``, ``ROLES`` and ``READS``, from a
 role to the operands A and B that its MMA reads from shared memory (``""`` for one in registers); ``store_accumulator(operand,
 config)`` and, where warps load operands, ``load_operand(role, operand, config)``; and for dQ, where parts of it are added up
-in global memory, ``pieces(config)``, (row, column) of each, ``piece_shape(config)`` and ``sums(config)``, the layout of the
-sums. For the pictures of a block it says besides ``stages(operand, config)``, ``OVER``, from an operand to the one whose
-memory it takes, and, where warps do nothing but copy, ``WARPS``, from an operand to theirs; with several kernels,
-``KERNELS``, from a kernel's name to its operands.
+in global memory, ``pieces(config)``, (row, column) of each, ``piece_shape(config)``, ``sums(config)``, the layout of the
+sums, and ``FIRST_STORES``, whether the first that is added is stored. For the pictures of a block it says besides
+``stages(operand, config)``, ``OVER``, from an operand to the one whose memory it takes, and, where warps do nothing but copy,
+``WARPS``, from an operand to theirs; with several kernels, ``KERNELS``, from a kernel's name to its operands.
 
 Only those from ``element`` on import the DSL, and only when called.
 """
@@ -58,6 +58,7 @@ ROW_PADDING = 128  # a multiple of every tile_m of the backward pass
 # Words of a backward call's int32 signals in global memory, zeros at first: copy carefully (mainloop/guard.py), the next
 # block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
+STORED = 1 << 24  # what a counter is at least once dQ has been stored, where the first to come stores; below, who has come
 BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it
 NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks, and of tiles: no query sees any key of it, some see some, each sees all
 # A list of tiles there is HEADER words, and one for each tile: its number in the lower TILE_BITS, and more above.
@@ -247,10 +248,16 @@ def swizzle_atom(columns: int) -> tuple[int, int, int, int]:
 
     8 rows of ``width`` elements one after another, then the swizzle on the offset in elements: ``bits`` bits of it from
     ``base + shift`` on are exclusive-ored into those from ``base`` on. Tiles repeat it down, then right. Rows of 64
-    elements are 128 bytes, all 32 banks; only a head that is 32 or 96 wide takes 32.
+    elements are 128 bytes, all 32 banks; a head that is 32 or 96 wide takes 32, and what is read in pieces of 48 takes 16.
     """
-    width = 64 if columns % 64 == 0 else 32
-    return {64: 3, 32: 2}[width], 3, 3, width
+    width = next(width for width in (64, 32, 16) if columns % width == 0)
+    return {64: 3, 32: 2, 16: 1}[width], 3, 3, width
+
+
+def row_width(layout: Layout) -> int:
+    """The ``width`` of :func:`tiled_rows`."""
+    columns = layout.shape[1]  # type: ignore[index]
+    return columns[0] if isinstance(columns, tuple) else columns  # type: ignore[return-value]
 
 
 def element(config):

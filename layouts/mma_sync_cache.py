@@ -16,23 +16,24 @@ from .base import BYTES, KIB, Config, Gpu, Layout, element
 
 TILE_DIMS, tile_dim = mma_sync.TILE_DIMS, mma_sync.tile_dim
 VECTOR, SMEM_ALIGN = mma_sync.VECTOR, mma_sync.SMEM_ALIGN
-WARPS = 4
 ROWS = (16, 32, 64)  # of a tile: what problems may ask for
 WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O of 32 rows
 STAGES_MAX = 6
-FLOAT, THREADS_OF_ROW = 4, 4  # bytes; of a quad, each of which has a sum of its own columns
+FLOAT, BANKS = 4, 32  # bytes; of shared memory, a float wide each
 RESERVED = KIB  # what CUDA takes of each block's shared memory
+SHORT = 0  # tiles: what is to be read takes twice as long as all that comes with a section
 OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
 
 
 def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
-    """The configuration for ``problem``: two blocks a multiprocessor if there is memory for two tiles on their way each."""
+    """The configuration for ``problem``: one block a multiprocessor, whose parts of walks are the longest, if there is memory
+    for two tiles on their way, or two, or one with fewer warps."""
     tile_d, tile_dv = tile_dim(problem.head_dim), tile_dim(problem.head_dim_v)
     rows_of_warp = 32 if problem.rows > 16 and tile_dv <= WIDE_ROWS_UP_TO else 16
     rows = problem.rows // rows_of_warp
-    groups = WARPS // rows
-    for blocks, (key_warps, tile_n), stages in product((2, 1), ((groups, 64), (max(groups // 2, 1), 32)), range(STAGES_MAX, 1,
-    -1)):
+    groups = 4 // rows
+    choices = (1, 2 * groups, 128, 3), (2, groups, 64, 2), (1, groups, 64, 2), (1, max(groups // 2, 1), 32, 2)
+    for (blocks, key_warps, tile_n, least), stages in product(choices, range(STAGES_MAX, 1, -1)):
         config = Config(
             target=target,
             mechanism="cp_async",
@@ -47,7 +48,7 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
             key_warps=key_warps,
             cache="cp_async_cache",
         )
-        if (key_warps == groups or blocks == 1) and smem_bytes(config) <= room(gpu, blocks):
+        if stages >= least and smem_bytes(config) <= room(gpu, blocks):
             break
     return (config,)
 
@@ -67,19 +68,34 @@ def group(config: Config) -> Config:
     return replace(config, mma_warps=row_warps(config), tile_n=config.tile_n // config.key_warps, key_warps=0, cache="")
 
 
+def short_tiles(config: Config, least: int) -> int:
+    """Tiles of a short section (``balance.py``), ``least`` of them at least; 0 if there are none."""
+    return max(SHORT, least) if SHORT else 0
+
+
+def exchanged_columns(config: Config) -> int:
+    """Columns of O that all groups put into shared memory at a time: as many as there is room for in a stage of K and V."""
+    row = config.key_warps * config.tile_m * FLOAT
+    fits = _stage_bytes(config) // row
+    return next((n for n in range(config.tile_dv, 0, -BANKS) if n <= fits and config.tile_dv % n == 0), BANKS)
+
+
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. O of half of the groups, on its way to the other half, lies over the last stage of K and
-    V and what it takes beyond that, ``merged``; ``rows`` are maxima and sums that go with it."""
-    groups = config.key_warps // 2
-    stage = config.tile_n * (config.tile_d + config.tile_dv) * BYTES
+    """Bytes of shared memory by part. What the groups found of O lies over the last stage of K and V and what it takes beyond
+    that, ``merged``; ``rows`` are maxima and sums that go with it."""
+    of_columns = config.key_warps * config.tile_m * FLOAT
     return {
         "Q": config.tile_m * config.tile_d * BYTES,
         "K": config.stages * config.tile_n * config.tile_d * BYTES,
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
-        "merged": max(groups * config.tile_m * config.tile_dv * FLOAT - stage, 0),
-        "rows": max(groups * config.tile_m * THREADS_OF_ROW * OF_ROW * FLOAT, FLOAT),
+        "merged": max(of_columns * exchanged_columns(config) - _stage_bytes(config), 0),
+        "rows": of_columns * OF_ROW,
         "word": 16,
     }
+
+
+def _stage_bytes(config: Config) -> int:
+    return config.tile_n * (config.tile_d + config.tile_dv) * BYTES
 
 
 def smem_bytes(config: Config) -> int:

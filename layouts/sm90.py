@@ -43,6 +43,7 @@ REGISTERS_OF_DQ = (232, 40)  # dQ alone leaves a computing thread with some to s
 # The same for the backward pass. Up to 128, a computing warpgroup owns 64 keys, and both head dims are padded to the wider.
 WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
     64: {"tile_m": 128, "tile_n": 128, "stages": 2},
+    96: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
     128: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
 }
 
@@ -58,6 +59,9 @@ MMA_SYNC_TABLE = {
     192: (128, 64, 2, 8, 1),
     256: (128, 64, 2, 8, 1),
 }
+
+# Two blocks of half the rows read K and V twice, but begin and end while the other computes, and are cut less by edges.
+MMA_SYNC_SHORT = {256: (64, 32, 2, 4, 2)}
 
 # The same for the backward pass.
 ADD_WIDTH = 4  # red.global.add.v4.f32
@@ -84,7 +88,7 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     if mechanism == "cp_async" and problem.gradients:
         return mma_sync_backward.configs(problem, MMA_SYNC_BACKWARD_TABLE, target, ADD_WIDTH)
     if mechanism == "cp_async":
-        return mma_sync.configs(problem, MMA_SYNC_TABLE, target)
+        return mma_sync.configs(problem, MMA_SYNC_TABLE, target, MMA_SYNC_SHORT)
     if problem.gradients:
         registers = REGISTERS_OF_DQ if problem.gradients == "q" else REGISTERS[2]
         return wgmma_backward.configs(problem, WGMMA_BACKWARD_TABLE, WGMMA_WIDE, registers, target)

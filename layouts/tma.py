@@ -1,7 +1,8 @@
 """What the families of warpgroup MMA share: operands in swizzled shared memory, copied by TMA.
 
-Shared memory is cut into 128-byte rows of 64 elements (64-byte rows of 32 where a head is 96 wide), swizzled as WGMMA's
-descriptors and TMA's boxes both understand: ``Sw<3,4,3>`` (or ``Sw<2,4,3>``) over 8 rows.
+Shared memory is cut into 128-byte rows of 64 elements (64-byte rows of 32 where a head is 96 wide, 32-byte ones of 16 where
+a product reads it in pieces of 48 columns), swizzled as WGMMA's descriptors and TMA's boxes both understand: ``Sw<3,4,3>``
+(or ``Sw<2,4,3>``, ``Sw<1,4,3>``) over 8 rows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .base import BYTES, FRAGMENT_A, FRAGMENT_C, FRAGMENT_THREADS, Box, Config, 
 ROWS_PER_WARPGROUP = 64
 WARPGROUP = 128  # threads
 BARRIER_BYTES = 8
+WORK_SLOTS, WORK_FIELDS = 4, 8  # tiles that a block's warps are told of ahead of time, and int32 that say what one is
 SMEM_ALIGN = 1024  # a swizzle atom is 8 rows of 128 bytes
 
 
@@ -44,6 +46,7 @@ class Family:
     stored: dict[str, str]  # operands that come from registers, and the products whose accumulators' order they have there
     results: tuple[str, ...]  # those of them that go on to global memory
     over_rows: tuple[str, ...]  # products that sum over the rows of what they read from shared memory: it is MN-major
+    read_columns: Callable[[str, Config], int] | None = None  # that such a product reads at a time, if not all of an operand's
 
     def tile(self, operand: str, config: Config) -> tuple[int, int]:
         """(rows, columns) of one slot of an operand: what one TMA copy moves."""
@@ -61,9 +64,13 @@ class Family:
     def smem(self, operand: str, config: Config) -> Layout:
         """An operand in shared memory, ``(rows, columns, slot)``. The swizzle goes into a pointer: it acts on the address
         in bytes."""
-        bits, lowest, shift, width = swizzle_atom(self.tile(operand, config)[1])
+        bits, lowest, shift, width = self._swizzle_atom(operand, config)
         on_bytes = (bits, lowest + BYTES.bit_length() - 1, shift)
         return base.tiled_rows(self.shape(operand, config), width, on_bytes, 1)
+
+    def _swizzle_atom(self, operand: str, config: Config) -> tuple[int, int, int, int]:
+        columns = self.tile(operand, config)[1] if self.read_columns is None else self.read_columns(operand, config)
+        return swizzle_atom(columns)
 
     def copies(self, config: Config) -> dict[tuple[str, str], Copy | Box]:
         """Every copy by (step, operand): ``in`` from global memory and ``out`` to it by TMA, ``store`` from an accumulator
@@ -75,8 +82,8 @@ class Family:
         return found | {("out", name): self._box(name, config, store=True) for name in self.results}
 
     def _box(self, operand: str, config: Config, store: bool = False) -> Box:
-        rows, columns = self.tile(operand, config)
-        width = swizzle_atom(columns)[3]
+        rows, _ = self.tile(operand, config)
+        width = self._swizzle_atom(operand, config)[3]
         return Box(operand, rows, width, width * BYTES, store)
 
     def tiled_mma(self, role: str, config: Config):

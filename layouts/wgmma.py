@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from . import base
 from .base import BYTES, Config, Mma, element
-from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Family, copy_in, copy_out, warpgroup_mma
+from .tma import (
+    BARRIER_BYTES,
+    ROWS_PER_WARPGROUP,
+    SMEM_ALIGN,
+    WARPGROUP,
+    WORK_FIELDS,
+    WORK_SLOTS,
+    Family,
+    copy_in,
+    copy_out,
+    warpgroup_mma,
+)
 
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 96, 128, 192, 256)
-WORK_SLOTS, WORK_FIELDS = 4, 8  # tiles of ragged sequences that are found ahead of time, and int32 that say what one is
 VERDICT_BYTES = 4 + 2 * BARRIER_BYTES  # whether a block has seen an output that is not finite, and that all have looked
 
 

@@ -14,20 +14,31 @@ from dataclasses import replace
 
 from . import base, wgmma_wide
 from .base import BYTES, Config, Layout, Mma, element
-from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Family, copy_in, copy_out, warpgroup_mma
+from .tma import (
+    BARRIER_BYTES,
+    ROWS_PER_WARPGROUP,
+    SMEM_ALIGN,
+    WARPGROUP,
+    WORK_FIELDS,
+    WORK_SLOTS,
+    Family,
+    copy_in,
+    copy_out,
+    warpgroup_mma,
+)
 
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
-TILE_DIMS = (64, 128)
+TILE_DIMS = (64, 96, 128)
 OPERANDS = ("K", "V", "Q", "dO", "dS", "dK", "dV")
 ROLES = ("S", "dP", "dV", "dK", "dQ")
 READS = {"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q"), "dQ": ("dS", "K")}
-TICKET_BYTES = 4  # this block's place in the order in which blocks have started
-PIECE = 64  # rows and columns of the dQ that a warpgroup computes
+PIECE_ROWS, PIECE_COLUMNS = 64, 16  # of the dQ that a warpgroup computes: so many rows, a multiple of so many columns
 ACCUMULATOR_BYTES = 4
 HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of its query heads; the plan chooses
+FIRST_STORES = True  # of the key tiles that add to a query tile's dQ, the first to come stores: its memory needs no zeros
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
-OVER = {"dK": "K", "dV": "V"}  # whose shared memory an operand takes
+OVER = {"dV": "dS"}  # whose shared memory an operand takes
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 
 
@@ -69,13 +80,14 @@ def warpgroups(config: Config) -> int:
 
 def pieces(config: Config) -> list[tuple[int, int]]:
     """(row, column) within a query tile where each warpgroup's piece of dQ begins."""
-    rows = config.tile_m // PIECE
-    return [(w % rows * PIECE, w // rows * PIECE) for w in range(warpgroups(config))]
+    rows, columns = piece_shape(config)
+    below = config.tile_m // rows
+    return [(w % below * rows, w // below * columns) for w in range(warpgroups(config))]
 
 
 def piece_shape(config: Config) -> tuple[int, int]:
     """(rows, columns) of such a piece."""
-    return PIECE, PIECE
+    return PIECE_ROWS, config.tile_m * config.tile_d // (PIECE_ROWS * warpgroups(config))
 
 
 def stages(operand: str, config: Config) -> int:
@@ -85,11 +97,12 @@ def stages(operand: str, config: Config) -> int:
 
 def sums(config: Config) -> Layout:
     """dQ in float32 on its way to global memory and there, ``(thread, value, warpgroup)``."""
-    return base.in_turns(WARPGROUP, PIECE * PIECE // WARPGROUP, config.add_width, warpgroups(config))
+    rows, columns = piece_shape(config)
+    return base.in_turns(WARPGROUP, rows * columns // WARPGROUP, config.add_width, warpgroups(config))
 
 
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. dK lies over K and dV over V, once their products are done."""
+    """Bytes of shared memory by part. dV lies over dS, once nothing reads it; a next tile's K and V come while both leave."""
     warps_rows = warpgroups(config) * ROWS_PER_WARPGROUP
     return {
         "K": warps_rows * config.tile_d * BYTES,
@@ -97,11 +110,12 @@ def smem_parts(config: Config) -> dict[str, int]:
         "Q": config.stages * config.tile_m * config.tile_d * BYTES,
         "dO": config.stages * config.tile_m * config.tile_dv * BYTES,
         "dS": DS_STAGES * warps_rows * config.tile_m * BYTES,
-        "dQ": warpgroups(config) * PIECE * PIECE * ACCUMULATOR_BYTES,
+        "dK": warps_rows * config.tile_d * BYTES,
+        "dQ": config.tile_m * config.tile_d * ACCUMULATOR_BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
         "barriers": BARRIER_BYTES * 2 * (2 + 2 * config.stages),
         "hidden": config.tile_n,  # keys, a byte each
-        "ticket": TICKET_BYTES,
+        "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES),
     }
 
 
@@ -113,7 +127,7 @@ def accumulator_registers(config: Config) -> int:
 def misfit(config: Config) -> str:
     """What the kernel can't do: a warpgroup owns 64 keys and computes one piece of dQ, and where a product runs into the next
     tile, that one's operands must have a slot of their own."""
-    keys, warps, parts = config.tile_n, 4 * warpgroups(config), config.tile_m * config.tile_d / PIECE**2
+    keys, warps = config.tile_n, 4 * warpgroups(config)
     least = 2 if config.overlap_tiles else 1
     parts_bytes, sums_bytes = smem_parts(config), keys * ACCUMULATOR_BYTES
     room = {
@@ -124,9 +138,14 @@ def misfit(config: Config) -> str:
         (keys % ROWS_PER_WARPGROUP > 0, f"{keys} keys a tile; a multiple of {ROWS_PER_WARPGROUP} is needed: try tile_n=128"),
         (config.mma_warps != warps, f"{config.mma_warps} warps for {keys} keys; {warps} are needed: try mma_warps={warps}"),
         (
-            parts != warpgroups(config),
-            f"{warpgroups(config)} warpgroups for {parts:g} pieces of a {config.tile_m}×{config.tile_d} dQ, one each: "
-            f"try tile_m={PIECE**2 * warpgroups(config) // config.tile_d}",
+            not _in_pieces(config),
+            f"{warpgroups(config)} warpgroups for a {config.tile_m}×{config.tile_d} dQ, {PIECE_ROWS} rows and a multiple of "
+            f"{PIECE_COLUMNS} columns each: try tile_m={PIECE_ROWS}",
+        ),
+        (
+            config.tile_dv > DS_STAGES * config.tile_m,
+            f"dV is {config.tile_dv} columns wide and would lie over dS, which has room for {DS_STAGES * config.tile_m}: "
+            f"try tile_m={config.tile_m * 2}",
         ),
         (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
         (
@@ -137,14 +156,22 @@ def misfit(config: Config) -> str:
     )
 
 
+def _in_pieces(config: Config) -> bool:
+    """Whether the warpgroups' pieces are a query tile's dQ."""
+    rows, of_warpgroups = config.tile_m // PIECE_ROWS, warpgroups(config)
+    whole = config.tile_m % PIECE_ROWS == 0 and of_warpgroups % rows == 0
+    return whole and config.tile_d * rows % (of_warpgroups * PIECE_COLUMNS) == 0
+
+
 def mma(role: str, config: Config) -> Mma:
     """The warpgroup MMA of a role, named after what it computes.
 
     ``"S"``: Sᵀ = K·Qᵀ and ``"dP"``: dPᵀ = V·dOᵀ, both operands from shared memory; ``"dV"``: Pᵀ·dO and ``"dK"``: dSᵀ·Q,
     A from registers; ``"dQ"``: a piece of dS·K, both from shared memory, dS transposed on the way.
     """
-    n = {"S": config.tile_m, "dP": config.tile_m, "dV": config.tile_dv, "dK": config.tile_d, "dQ": PIECE}[role]
-    return warpgroup_mma(n, in_registers=role in ("dV", "dK"))
+    n = {"S": config.tile_m, "dP": config.tile_m, "dV": config.tile_dv, "dK": config.tile_d}
+    n["dQ"] = piece_shape(config)[1]
+    return warpgroup_mma(n[role], in_registers=role in ("dV", "dK"))
 
 
 def barriers(config: Config) -> dict[str, int]:
@@ -166,6 +193,11 @@ def _shape(operand: str, config: Config) -> tuple[int, int, int]:
     }[operand]
 
 
+def _read_columns(operand: str, config: Config) -> int:
+    """The columns of an operand that a product reads at a time: of K, those of a piece of dQ."""
+    return piece_shape(config)[1] if operand == "K" else _shape(operand, config)[1]
+
+
 # From that, the rest of the contract.
 _family = Family(
     _shape,
@@ -175,6 +207,7 @@ _family = Family(
     stored={"dS": "S", "dK": "dK", "dV": "dV"},
     results=("dK", "dV"),
     over_rows=("dV", "dK", "dQ"),
+    read_columns=_read_columns,
 )
 tile, slot_bytes, smem, smem_layout = _family.tile, _family.slot_bytes, _family.smem, _family.smem_layout
 smem_bytes, copies, tiled_mma = _family.smem_bytes, _family.copies, _family.tiled_mma

@@ -1,4 +1,4 @@
-"""Layouts of attention to a cache where a tile has 64 rows and there is warpgroup MMA: one group, a warpgroup.
+"""Layouts of attention to a cache where a tile has 64 rows and there is warpgroup MMA: groups are warpgroups.
 
 Operands lie in shared memory as in ``wgmma``, and threads copy them there as in ``mma_sync``: both are rows of 64 elements with
 the same swizzle. The tensor cores read K and V once for all rows, where warps that load fragments read them once each.
@@ -6,7 +6,6 @@ the same swizzle. The tensor cores read K and V once for all rows, where warps t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 
 from . import mma_sync, mma_sync_cache, wgmma
@@ -16,15 +15,16 @@ from .tma import ROWS_PER_WARPGROUP
 TILE_DIMS, tile_dim = wgmma.TILE_DIMS, wgmma.tile_dim
 VECTOR, SMEM_ALIGN = mma_sync.VECTOR, wgmma.SMEM_ALIGN
 OF_ROW, ROWS = mma_sync_cache.OF_ROW, mma_sync_cache.ROWS
-WARPS = 4
+WARPS_PER_WARPGROUP = 4
 
 
 def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
-    """The configuration for ``problem``: two blocks a multiprocessor if there is memory for two tiles on their way each. None
-    for fewer rows, which ``mma_sync_cache`` serves."""
+    """The configuration for ``problem``: one block of two groups a multiprocessor if there is memory for two tiles on their
+    way, or two blocks, or one of one group. None for fewer rows, which ``mma_sync_cache`` serves."""
     if problem.rows != ROWS_PER_WARPGROUP:
         return ()
-    for blocks, tile_n, stages in product((2, 1), (64, 32), range(mma_sync_cache.STAGES_MAX, 1, -1)):
+    choices = (1, 2, 128, 3), (2, 1, 64, 2), (2, 1, 32, 2), (1, 1, 64, 2), (1, 1, 32, 2)
+    for (blocks, groups, tile_n, least), stages in product(choices, range(mma_sync_cache.STAGES_MAX, 1, -1)):
         config = Config(
             target=target,
             mechanism="cp_async",
@@ -34,24 +34,34 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
             tile_d=tile_dim(problem.head_dim),
             tile_dv=tile_dim(problem.head_dim_v),
             stages=stages,
-            mma_warps=WARPS,
+            mma_warps=WARPS_PER_WARPGROUP * groups,
             blocks_per_multiprocessor=blocks,
-            key_warps=1,
+            key_warps=groups,
             cache="wgmma_cache",
         )
-        if smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
+        if stages >= least and smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
             break
     return (config,)
 
 
 def row_warps(config: Config) -> int:
-    """Warps of the group."""
-    return config.mma_warps
+    """Warps of a group."""
+    return WARPS_PER_WARPGROUP
 
 
 def smem_parts(config: Config) -> dict[str, int]:
     """Bytes of shared memory by part."""
     return mma_sync_cache.smem_parts(config)
+
+
+def short_tiles(config: Config, least: int) -> int:
+    """Tiles of a short section."""
+    return mma_sync_cache.short_tiles(config, least)
+
+
+def exchanged_columns(config: Config) -> int:
+    """Columns of O that are in shared memory at a time."""
+    return mma_sync_cache.exchanged_columns(config)
 
 
 def smem_bytes(config: Config) -> int:
@@ -61,7 +71,7 @@ def smem_bytes(config: Config) -> int:
 
 def accumulator_registers(config: Config) -> int:
     """Registers a thread needs for S, P and O at once."""
-    return wgmma.accumulator_registers(config)
+    return wgmma.accumulator_registers(group(config))
 
 
 def barriers(config: Config) -> dict[str, int]:
@@ -71,23 +81,23 @@ def barriers(config: Config) -> dict[str, int]:
 
 def misfit(config: Config) -> str:
     """What the kernel can't do."""
-    return wgmma.misfit(config) or mma_sync.misfit(_copied(config))
+    return wgmma.misfit(group(config)) or mma_sync.misfit(group(config))
 
 
-def _copied(config: Config) -> Config:
-    """What copies operands: the block's threads as one of ``mma_sync``."""
-    return replace(config, key_warps=0, cache="")
+def group(config: Config) -> Config:
+    """A group as a block of ``wgmma``, or where operands are copied of ``mma_sync``."""
+    return mma_sync_cache.group(config)
 
 
 def tile(operand: str, config: Config) -> tuple[int, int]:
-    """(rows, columns) of an operand's tile."""
-    return mma_sync.tile(operand, _copied(config))
+    """(rows, columns) of an operand's tile, of K and V a group's."""
+    return mma_sync.tile(operand, group(config))
 
 
 def smem(operand: str, config: Config) -> Layout:
-    """An operand in shared memory: Q ``(64, columns, 1)``, K and V ``(keys, columns, (1, stage))``; the V of a stage is behind
-    its K."""
-    layout = wgmma.smem(operand, config)
+    """An operand in shared memory: Q ``(64, columns, 1)``, K and V ``(keys of a group, columns, (group, stage))``; the V of a
+    stage is behind its K."""
+    layout = wgmma.smem(operand, group(config))
     return mma_sync_cache.in_ring(layout, config) if operand in "KV" else layout
 
 
@@ -97,15 +107,15 @@ def smem_layout(operand: str, config: Config):
 
 
 def copies(config: Config):
-    return mma_sync.copies(_copied(config))
+    return mma_sync.copies(group(config))
 
 
 def tiled_mma(role: str, config: Config):
-    return wgmma.tiled_mma(role, config)
+    return wgmma.tiled_mma(role, group(config))
 
 
 def copy_in(operand: str, config: Config):
-    return mma_sync.copy_in(operand, _copied(config))
+    return mma_sync.copy_in(operand, group(config))
 
 
 __all__ = ["element"]

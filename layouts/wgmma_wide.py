@@ -29,6 +29,7 @@ READS = {
 ACCUMULATOR_BYTES = 4
 P_STAGES = 2  # P's of query tiles on their way from one warpgroup to the other
 V_STAGES = 1  # of the second kernel: a tile of V is done with long before its K
+FIRST_STORES = False  # there are no sums of dQ
 KERNELS = {"keys": ("K", "V", "Q", "dO", "dK", "dV"), "queries": ("qQ", "qdO", "qK", "qV", "dQ")}
 OVER = {"dK": "V", "dV": "K", "dQ": "qQ"}  # whose shared memory an operand takes
 WARPS = {  # that copy it

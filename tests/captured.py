@@ -74,23 +74,26 @@ def made(case: str, sizes: tuple, device, dtype=torch.float32) -> list[torch.Ten
     return [table(*shape, device=device, seed=i).to(dtype) for i, shape in enumerate(CASES[case].shapes(*sizes))]
 
 
-def check(case: str, sizes, heads, dims, dtype, device, kind="gaussian", of=torch.float32, p: float = 0.0, **options) -> None:
+def check(
+    case: str, sizes, heads, dims, dtype, device, kind="gaussian", of=torch.float32, p: float = 0.0, expected_on="", **options
+) -> None:
     """Outputs and all gradients of a case against the oracle. ``sizes`` are (batch, queries, keys), ``of`` the dtype of
-    captured tensors; with ``p`` probabilities are dropped."""
+    captured tensors; with ``p`` probabilities are dropped. The oracle computes on ``device``, or ``expected_on``."""
     batch, sq, sk = sizes
-    q, k, v = make_qkv(batch, sq, sk, *heads, *dims, dtype, device, kind)
+    q, k, v = make_qkv(batch, sq, sk, *heads, *dims, dtype, expected_on or device, kind)
     dout, dlse = make_gradients(q, v)
     tensors, case_ = made(case, (batch, heads[0], sq, sk), q.device, of), CASES[case]
-    inputs, leaves = ([x.detach().clone().requires_grad_() for x in xs] for xs in ((q, k, v), tensors))
+    inputs, leaves = ([x.detach().to(device, copy=True).requires_grad_() for x in xs] for xs in ((q, k, v), tensors))
     rules = dict(case_.rules)
     with seeded(7 if p else None, q.device) as weight:
         out, lse = attention(*inputs, return_lse=True, dropout_p=p, **case_.asked(*leaves), **rules, **options)
     if p:
         rules["weight"] = weight(p)
-    dlse = torch.where(lse == -math.inf, 0.0, dlse)
-    found = torch.autograd.grad([out, lse], [*inputs, *leaves], [dout, dlse])
+    dlse = torch.where(lse.to(q.device) == -math.inf, 0.0, dlse)
+    found = torch.autograd.grad([out, lse], [*inputs, *leaves], [dout.to(device), dlse.to(device)])
+    out, lse, *found = (x.detach().to(q.device) for x in (out, lse, *found))
     oracle = {**rules, **case_.oracle(*(x.double() for x in tensors))}
-    assert_close((out.detach(), lse.detach()), q, k, v, **oracle)
+    assert_close((out, lse), q, k, v, **oracle)
     assert_gradients_close(found[:3], q, k, v, dout, dlse, **oracle)
     assert_captured_gradients_close(found[3:], tensors, case_.oracle, q, k, v, dout, dlse, **rules)
 

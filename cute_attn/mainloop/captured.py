@@ -4,17 +4,19 @@ Each node that loads an element is a direction of its own: dS' · ∂s'/∂eleme
 function made of a score. Where the index doesn't depend on a score's row, its column or either, a warp adds up what it has of
 each element before that goes to memory. Where it depends on both, but is not the two positions themselves (a distance, a
 bucket), neighbours in a row often load the same element: a thread adds these up as long as they do. Sums are float32, in any
-order. Where each score has an element of its own, its gradient is stored, in the tensor's own dtype.
+order. Where each score has an element of its own, its gradient is stored, in the tensor's own dtype; where it is that of a few
+batch elements or heads, each of these has a copy.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from cutlass import Boolean, Float32, Int16, Int32, Int64, cute
+from cutlass import Boolean, Float32, Int16, Int32, Int64, Uint32, cute
 
 from cute_attn.layouts.base import WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW
+from cute_attn.mainloop import fours
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.elements import Elements
 
@@ -23,7 +25,8 @@ class CapturedGradients:
     """What the scores of a thread, at (row, column), add: :meth:`add` of all rows of a column, :meth:`end_column`, and so on,
     and :meth:`finish`. All threads of a warp do it together."""
 
-    def __init__(self, elements: Elements, values: Values, zero: cute.Tensor):
+    def __init__(self, elements: Elements, values: Values, zero: cute.Tensor, whole: bool):
+        """``whole``: the keys are all that the captured tensors have, and not some that are in use."""
         self.elements, self.values, self.zero, self.directions = elements, values, zero, []
         expression = elements.expression
         into = dict(zip(expression.derived, values.of_captured, strict=True))
@@ -31,7 +34,9 @@ class CapturedGradients:
             slot, *where = expression.nodes[partial.load][2:]
             by_row, by_column = (along[partial.load] for along in (elements.along_rows, elements.along_columns))
             names = [expression.nodes[i][2] if expression.nodes[i][0] == "leaf" else "" for i in where]
-            self.directions.append(_Direction(partial, into[slot], by_row, by_column, names))
+            names = [*partial.copied, *names]
+            fours = partial.fours and elements.columns == "q_idx" and whole
+            self.directions.append(_Direction(partial, into[slot], by_row, by_column, names, fours))
 
     def add(self, row: int, column: int, dS: Float32, score: Float32 | None = None):
         """Of one score; ``score`` as a function gets it, where a derivative depends on it."""
@@ -44,6 +49,9 @@ class CapturedGradients:
                 d.sums[place] = value + d.sums[place] if place in d.sums else value
                 if place not in d.offsets or not d.by_row:
                     d.offsets[place] = self.elements.offset(partial.load, d.into, row, column, score)
+                continue
+            if d.fours:
+                d.sums[row, column] = value
                 continue
             if partial.alone:
                 self._store(d, row, column, value)
@@ -59,7 +67,9 @@ class CapturedGradients:
     def end_column(self):
         """All rows of a column are added."""
         for d in self.directions:
-            if d.by_column and not d.by_row:
+            if d.fours:
+                self._store_fours(d)
+            elif d.by_column and not d.by_row:
                 _add_of_lanes(d.into, d.offsets.pop(None), d.sums.pop(None), (THREADS_PER_ROW, 8, 16))
 
     def finish(self):
@@ -86,6 +96,29 @@ class CapturedGradients:
         exists = elements.leaf("q_idx", row, column) < self.values.seqlen_q
         _store(place, value.to(d.into.element_type), exists & self._is_key(row, column))
 
+    def _store_fours(self, d: _Direction):
+        """The same of four neighbouring keys at once, once there are two columns, queries, of keys × queries."""
+        (first, column), *more = d.sums
+        if column == max(c for _, c in more):
+            return
+        for row in range(first, 1 + max(r for r, _ in more), 2):
+            pair = cute.make_rmem_tensor((2, 2), d.into.element_type)
+            for i, j in ((0, 0), (1, 0), (0, 1), (1, 1)):
+                pair[i, j] = d.sums.pop((row + j, column + i)).to(d.into.element_type)
+            words = cute.recast_tensor(pair, Uint32)
+            first_word, second_word = fours.to_memory(words[0], words[1])
+            where = {name: self.elements.leaf_of_four(name, row, column) for name in (*d.names, "q_idx", "kv_idx")}
+            if row not in d.offsets:
+                place = d.into.iterator.toint() + cute.crd2idx(tuple(where[name] for name in d.names), d.into.layout) * 2
+            else:
+                place, before = d.offsets[row]
+                step = d.into.stride[d.names.index("q_idx")] * 2
+                place = place + (self.zero[0, column][1] - self.zero[0, before][1]) * step
+            d.offsets[row] = place, column
+            exists = (where["q_idx"] < self.values.seqlen_q) & (where["kv_idx"] < self.values.seqlen_k)
+            code = "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};"
+            cute.arch.inline_ptx(code, read_only_args=[place, first_word, second_word], predicate=exists)
+
     def _is_key(self, row: int, column: int) -> Boolean:
         return self.elements.leaf("kv_idx", row, column) < self.values.seqlen_k
 
@@ -94,8 +127,9 @@ class _Direction:
     """One of the derivatives, the memory of its tensor's gradient, and offsets and sums of elements by what they depend on.
     ``names`` are of the indices that are positions; with both positions of a score no other of a head loads the same."""
 
-    def __init__(self, partial, into: cute.Tensor, by_row: bool, by_column: bool, names: list[str]):
+    def __init__(self, partial, into: cute.Tensor, by_row: bool, by_column: bool, names: list[str], fours: bool):
         self.partial, self.into, self.by_row, self.by_column, self.names = partial, into, by_row, by_column, names
+        self.fours = fours
         self.each = {"q_idx", "kv_idx"} <= set(names)
         self.offsets: dict[Any, Int64] = {}
         self.sums: dict[Any, Float32] = {}

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
-from cutlass import Float32, Int32, Uint32, cute
+from cutlass import Boolean, Float32, Int32, Uint32, cute
 
-from cute_attn.layouts.base import CAREFUL, COUNTERS, TICKET
+from cute_attn.layouts.base import CAREFUL, COUNTERS, STORED, TICKET
 from cute_attn.rules import LN_2, LOG2_E, Band
 from cute_attn.scheduler import Work
 
@@ -91,6 +91,11 @@ class Values:
         """The logit of a tile's head that has no value."""
         return None if self.sinks is None else self.sinks[work.head]
 
+    def scale_kept(self, acc: cute.Tensor):
+        """A sum over kept probabilities, in place: times dropout's scale, if there is dropout."""
+        if self.kept_scale is not None:
+            acc.store(acc.load() * self.kept_scale)
+
     def exponent(self, problem):
         """What makes an exponent of 2 of a score as the rules leave it: a function's are natural logarithms."""
         return Float32(LOG2_E) if problem.expression.natural else self.scale_log2
@@ -146,7 +151,7 @@ class Signals:
     """How the kernels and blocks of a backward call tell one another something: int32 in global memory, which the call sets to
     zero first.
     ``words`` are all of them, ``counters`` those of the query tiles, ``(m_block, head, batch)``: how many key tiles have added
-    to each one's dQ, where their order is fixed."""
+    to each one's dQ, where their order is fixed; else how many have come while nothing was stored, and ``STORED`` then."""
 
     words: cute.Tensor
     counters: cute.Tensor
@@ -181,7 +186,21 @@ class Signals:
         while arrived < rank:
             arrived = cute.arch.load(self._counter(where), Int32, sem="acquire", scope="gpu")
 
-    @cute.jit
-    def pass_turn(self, where):
+    def pass_turn(self, where, turns: int = 1):
         """One thread: what it added is complete, the next key tile may add its own."""
-        cute.arch.red(self._counter(where), Int32(1), op="add", dtype="s32", sem="release", scope="gpu")
+        cute.arch.red(self._counter(where), Int32(turns), op="add", dtype="s32", sem="release", scope="gpu")
+
+    def count(self, where):
+        """What the query tile's counter is by now."""
+        return cute.arch.load(self._counter(where), Int32, sem="acquire", scope="gpu")
+
+    @cute.jit
+    def comes_first(self, where, count: Int32):
+        """One thread, whose tile's dQ is there: whether to store it, as the first; else what was is stored by now. ``count`` is
+        what the counter was before. Whoever waits waits for one that waits for nobody."""
+        first = Boolean(False)
+        if count < STORED:
+            first = cute.arch.atomic_add(self._counter(where), Int32(1), sem="relaxed", scope="gpu") == 0
+            if first == False:  # noqa: E712
+                self.wait_for_turn(where, STORED)
+        return first

@@ -34,6 +34,8 @@ from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.scheduler import Tiles, Work
 
+WAITER, PASSER = 0, 32  # threads that take turns for their block, where dQ's parts come in a fixed order
+
 
 @dataclass(frozen=True)
 class BlockShared:
@@ -97,6 +99,7 @@ class Backward:
         self.shares_p = self.lay.p_is_shared(config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
+        self.ordered = problem.deterministic and self.needs_q
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
@@ -240,7 +243,10 @@ class Backward:
                 for i in cutlass.range(whole_end, count, unroll=1):
                     self._step(me, operands, member, i, True)
         if cutlass.const_expr(late_dq):
-            self._late_dq(me, operands, Int32(self._members(me)), Int32(0))
+            self._late_dq(me, operands, Int32(self._members(me)), Int32(0), last=True)
+        if cutlass.const_expr(self.ordered):
+            cute.arch.sync_threads()  # every thread has added
+            self._pass_turn(me, Int32(self._members(me)), Int32(0), 1)
 
     @cute.jit
     def _takes_care(self, me: Block):
@@ -281,12 +287,14 @@ class Backward:
         return member, i
 
     @cute.jit
-    def _before(self, me: Block, member, i):
-        """``(head, m_block)`` of the tile before this one; of itself, where it is the first."""
-        wraps = (i == 0) & (member > 0)
-        member = member - 1 if wraps else member
-        i = me.visited.count if wraps else i
-        return self._tile(me, cutlass.max(i - 1, 0), member)
+    def _before(self, me: Block, member, i, steps: cutlass.Constexpr[int] = 1):
+        """``(head, m_block)`` of the tile ``steps`` before this one; of the first, where there is none."""
+        for _ in cutlass.range_constexpr(steps):
+            wraps = (i == 0) & (member > 0)
+            member = member - 1 if wraps else member
+            i = me.visited.count if wraps else i
+            i = cutlass.max(i - 1, 0)
+        return self._tile(me, i, member)
 
     def _members(self, me: Block):
         """How many times the block walks over its query tiles."""
@@ -346,6 +354,7 @@ class Backward:
             self._late_dq(me, operands, member, i)
         else:
             cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the one before
+            self._take_turns(me, member, i, 1)
         if cutlass.const_expr(stages > 1):
             self._copy_queries(me, *self._after(me, member, i, stages - 1), (count + stages - 1) % stages)
         if cutlass.const_expr(masked and self.problem.masked):
@@ -414,15 +423,13 @@ class Backward:
     def _other_queries(self, me: Block, x: BackwardOperands, head, m_block, slots):
         """What those queries add to dV and dK whose scores the other warps with the same keys hold; and dQ."""
         slot, ds_slot, p_slot = slots
-        if cutlass.const_expr(self.needs_q):
-            self._wait_for_turn(me, head, m_block, Int32(1))
         cute.arch.sync_threads()  # P and dS are there
         if cutlass.const_expr(self.needs_v):
             self._add_others("dV", me.acc_dV, partial(x.tVrP.load, slot=(p_slot,)), partial(x.tVrdO.load, slot=(slot,)))
         if cutlass.const_expr(self.needs_k):
             self._add_others("dK", me.acc_dK, partial(x.tKrdS.load, slot=(ds_slot,)), partial(x.tKrQ.load, slot=(slot,)))
         if cutlass.const_expr(self.needs_q):
-            self._dq(me, x, head, m_block, ds_slot, Int32(1))
+            self._dq(me, x, head, m_block, ds_slot)
 
     def _add_others(self, role: str, acc: cute.Tensor, a, b):
         steps = self.config.tile_m // MMA_K // self.across
@@ -459,16 +466,17 @@ class Backward:
     # ---- dQ --------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _late_dq(self, me: Block, operands: BackwardOperands, member, i):
-        """The barrier at the start of a tile, and the dQ of the tile before it."""
+    def _late_dq(self, me: Block, operands: BackwardOperands, member, i, last: cutlass.Constexpr[bool] = False):
+        """The barrier at the start of a tile, or behind the last one, and the dQ of the tile before it; of itself, zeros, where
+        it is the first."""
         head, m_block = self._before(me, member, i)
         count = member * me.visited.count + i
-        self._wait_for_turn(me, head, m_block, count)
         cute.arch.sync_threads()  # the tile, and dS of the one before, are there; every thread is done with the one before
-        self._dq(me, operands, head, m_block, (count + 1) % 2, count)
+        self._take_turns(me, member, i, 2, last)
+        self._dq(me, operands, head, m_block, (count + 1) % 2)
 
     @cute.jit
-    def _dq(self, me: Block, x: BackwardOperands, head, m_block, slot, count):
+    def _dq(self, me: Block, x: BackwardOperands, head, m_block, slot):
         """Add dQ = dS·K of one tile to global memory, each thread its accumulator."""
         config = self.config
         mma = self.lay.tiled_mma("dQ", config)
@@ -479,24 +487,31 @@ class Backward:
         into = me.gradients.mdQ[(None, 0, *self._place(me, head, m_block))].iterator + sums.stride[0] * me.thread
         for n in cutlass.range_constexpr(0, cute.size(acc), width):
             add(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
-        if cutlass.const_expr(self.problem.deterministic):
-            cute.arch.sync_threads()  # every thread has added
-            if (me.thread == 0) & (count > 0):
-                cute.arch.fence_acq_rel_gpu()
-                me.signals.pass_turn(self._place(me, head, m_block))
 
     def _place(self, me: Block, head, m_block):
         """A query tile in what is padded."""
         return me.work.q.padded_tile(m_block, self.config.tile_m), head, me.work.q.batch
 
     @cute.jit
-    def _wait_for_turn(self, me: Block, head, m_block, count):
-        """One thread: until it is this block's turn to add to a tile's dQ. Before the first tile (``count = 0``) there is
-        nothing to add."""
-        if cutlass.const_expr(self.problem.deterministic):
-            if (me.thread == 0) & (count > 0):
-                rank = me.visited.rank(me.values.of_head(head), self.problem, m_block, self.config)
-                me.signals.wait_for_turn(self._place(me, head, m_block), rank)
+    def _take_turns(self, me: Block, member, i, added: cutlass.Constexpr[int], last: cutlass.Constexpr[bool] = False):
+        """Right behind the barrier of a tile: all threads have added to the dQ of the one ``added`` before it, and behind the
+        next barrier they may add to its own. One thread says so, one waits, in warps of their own, while the others begin the
+        tile's products."""
+        if cutlass.const_expr(self.ordered):
+            if member * me.visited.count + i >= added:
+                self._pass_turn(me, member, i, added)
+            if cutlass.const_expr(not last):
+                if me.thread == WAITER:
+                    head, m_block = self._tile(me, i, member)
+                    rank = me.visited.rank(me.values.of_head(head), self.problem, m_block, self.config)
+                    me.signals.wait_for_turn(self._place(me, head, m_block), rank)
+
+    @cute.jit
+    def _pass_turn(self, me: Block, member, i, added: cutlass.Constexpr[int]):
+        """One thread, behind a barrier: all have added to the dQ of the tile ``added`` before this one."""
+        if me.thread == PASSER:
+            head, m_block = self._before(me, member, i, added)
+            me.signals.pass_turn(self._place(me, head, m_block))
 
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
@@ -509,6 +524,7 @@ class Backward:
             self._clear("dK", me, me.acc_dK)
             self._to_shared("dK", me, me.acc_dK, me.shared.k)
         if cutlass.const_expr(self.needs_v):
+            me.values.scale_kept(me.acc_dV)
             self._clear("dV", me, me.acc_dV)
             self._to_shared("dV", me, me.acc_dV, me.shared.v)
         cute.arch.sync_threads()

@@ -33,36 +33,54 @@ from cute_attn.balance import (
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
+from cute_attn.layouts.mma_sync_cache import BANKS, ROWS
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.guard import poison_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.softmax import Softmax, finished, scale_rows
+from cute_attn.stored import unit_tiles
 
 PIECE = 4  # columns of O that a thread merges at a time
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
-AT_ONCE = 16  # partial results whose loads are on their way at the same time
+NOT_DRAWN = -1  # no number of a section
+AT_ONCE = 32  # pieces of partial results that a thread has on their way at the same time
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Partial results in global memory, of each place ``(columns, rows)`` of O and ``(2, rows)``, a maximum and a sum, and
-    counters."""
+    """Partial results in global memory, of each place O ``(rows, columns)``, and all maxima and sums ``(places, rows, 2)``
+    behind them; and counters ahead, the last of which is that of draws."""
 
-    o: cute.Tensor  # (places, rows, columns)
-    of_rows: cute.Tensor  # (places, rows, 2)
     counters: cute.Tensor
+    o: cute.Pointer
+    of_rows: cute.Pointer
+    rows: Int32
+    columns: cutlass.Constexpr[int]
 
     @staticmethod
     def of(m: cute.Tensor, counters: Int32, places: Int32, rows: Int32, columns: int) -> Workspace:
-        """The three in one piece of memory, ``counters`` words first, a multiple of 4."""
-        per_place = cutlass.Int64(rows) * columns
-        after = m.iterator + cute.assume(counters, 4)
-        o = cute.make_tensor(after, cute.make_layout((places, rows, columns), stride=(per_place, columns, 1)))
-        of_rows = cute.make_layout((places, rows, 2), stride=(rows * 2, 2, 1))
-        of_rows = cute.make_tensor(after + places * per_place, of_rows)
+        """All in one piece of memory, ``counters`` words first, a multiple of 4."""
         words = cute.make_tensor(cute.recast_ptr(m.iterator, dtype=Int32), cute.make_layout(counters))
-        return Workspace(o, of_rows, words)
+        after = m.iterator + cute.assume(counters, 4)
+        return Workspace(words, after, after + cutlass.Int64(places * rows) * columns, rows, columns)
+
+    @property
+    def _draws(self) -> cute.Pointer:
+        return self.counters.iterator + (cute.size(self.counters) - 1)
+
+    def draw(self) -> Int32:
+        """A number that nobody else draws."""
+        return cute.arch.atomic_add(self._draws, Int32(1), sem="relaxed", scope="gpu")
+
+    def stop_drawing(self):
+        """As before the first draw."""
+        self.counters[cute.size(self.counters) - 1] = Int32(0)
+
+    def of_row(self, place, row) -> tuple[Any, Any]:
+        """Where a row of O is, and where its maximum and its sum."""
+        number = cutlass.Int64(place * self.rows + row)
+        return self.o + number * cutlass.Int64(self.columns), self.of_rows + number * cutlass.Int64(2)
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,14 @@ class LoadedOperands:
 
 
 @dataclass(frozen=True)
+class Exchanged:
+    """What all groups found, in shared memory: columns of O over the last stage, and (maximum, sum) of each row."""
+
+    o: cute.Pointer  # (groups, rows, columns)
+    of_rows: cute.Pointer  # (groups, rows, 2)
+
+
+@dataclass(frozen=True)
 class CacheBlock:
     """A block's shared memory, and this thread's part of its group's."""
 
@@ -96,7 +122,7 @@ class CacheBlock:
     operands: Any
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
-    exchange: tuple  # O on its way from one half of the groups to the other, over the last stage; maxima and sums with it
+    exchanged: Exchanged
     word: cute.Tensor
     group: Int32
     thread: Int32  # in the group
@@ -136,6 +162,7 @@ class Forward:
         self.lay = layouts.family(config)
         self.group_threads = WARP * self.lay.row_warps(config)
         self.keys_of_group = self.lay.tile("K", config)[0]
+        self.short = self.lay.short_tiles(config, unit_tiles(config.tile_m) if problem.invariant else 1)
         self.holds_q = config.tile_m // self.lay.row_warps(config) == self.lay.ROWS[0]  # in registers
 
     @cute.jit
@@ -151,17 +178,17 @@ class Forward:
     @cute.kernel
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
-        number = cute.arch.block_idx()[0]
-        tiles, of_lane = keys.all_tiles()
-        stretches = Stretches.of(tiles, cute.arch.grid_dim()[0])
+        tiles, lanes = keys.all_tiles()
+        stretches = Stretches.of(tiles, cute.arch.grid_dim()[0], self.short)
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
-        at, end = stretches.begin(number), stretches.begin(number + 1)
-        i, before = keys.find(at, of_lane)
-        i, before, at = next_part(keys, i, before, at, end)
+        at, end = stretches.long(cute.arch.block_idx()[0])
+        i, before = keys.find(at, lanes)
+        if cutlass.const_expr(self.problem.invariant):  # or there is a part there
+            i, before, at, end = self._following(block, serving, NOT_DRAWN, i, before, at, end)
         if at < end:
             self._begin(block, serving, i, before, at, end)
         while at < end:
-            i, before, at = self._part(block, serving, i, before, at, end)
+            i, before, at, end = self._part(block, serving, i, before, at, end)
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -185,8 +212,8 @@ class Forward:
         k, v = stream("K", mK, sK, thread, self.problem.head_dim), stream("V", mV, sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         operands = self._operands((sQ, sK, sV), (mma_S, mma_O), thread)
-        exchange = cute.recast_ptr(last, dtype=Float32), floats.iterator
-        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, exchange, word, group, thread)
+        exchanged = Exchanged(cute.recast_ptr(last, dtype=Float32), floats.iterator)
+        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, exchanged, word, group, thread)
 
     def _operand_at(self, place, name: str) -> cute.Tensor:
         """An operand in shared memory, from a place on."""
@@ -219,8 +246,7 @@ class Forward:
 
     @cute.jit
     def _copy(self, block: CacheBlock, keys: CachedKeys, seen: SeenTiles, tile, stage):
-        """A group: start copying its keys of a tile, if there is one, to a stage of its ring; one group of copies either
-        way."""
+        """A group: start copying its keys of a tile, if there is one, to a stage of its ring."""
         sequence, slot = seen.sequence, (block.group, stage)
         if tile < seen.end:
             first = sequence.begin + tile * self.config.tile_n + block.group * self.keys_of_group
@@ -235,7 +261,6 @@ class Forward:
                 for i in cutlass.range_constexpr(cute.size(v.tXcX, mode=[1])):
                     key = cutlass.min(first + v.tXcX[0, i, 0][0], sequence.keys - 1)
                     v.start_row(i, keys.place(sequence.number, sequence.pad + key), seen.part.head_kv, slot)
-        cute.arch.cp_async_commit_group()
 
     @property
     def same_rows(self) -> bool:
@@ -273,15 +298,42 @@ class Forward:
 
     @cute.jit
     def _begin(self, block: CacheBlock, serving: Serving, i, before, at, end):
-        """Start a part's first copies: those of its queries, and all stages but the last."""
+        """Start a part's first copies: those of all stages but the last, and with the first those of its queries."""
         seen = self._seen(serving, i, before, at, end)
-        self._copy_q(block, serving, seen)
         for stage in cutlass.range(self.config.stages - 1, unroll=1):  # code that has come once comes sooner again
             self._copy(block, serving.keys, seen, seen.begin + stage, stage)
+            if stage == 0:
+                self._copy_q(block, serving, seen)
+            cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def _following(self, block: CacheBlock, serving: Serving, drawn, i, before, at, end):
+        """All threads: ``(sequence, tiles before it, tile, end of its section)`` of the next part from tile ``at`` on, in this
+        section or in those that this block draws; the tile is the end or more if there is none. ``drawn`` is the first thread's
+        number of a section."""
+        keys, stretches = serving.keys, serving.stretches
+        i, before, at = next_part(keys, i, before, at, end)
+        if cutlass.const_expr(self.short > 0):
+            more = stretches.short > 0
+            while (at >= end) & more:
+                if cute.arch.thread_idx()[0] == 0:
+                    block.word[0] = serving.workspace.draw() if drawn == NOT_DRAWN else drawn
+                cute.arch.sync_threads()
+                number = block.word[0]
+                more, drawn = number < stretches.blocks, NOT_DRAWN
+                if more:
+                    at, end = stretches.drawn(number)
+                    i, before = keys.find(at, keys.tiles_of_lanes(Int32(0)))
+                    i, before, at = next_part(keys, i, before, at, end)
+                elif (number == 2 * stretches.blocks - 1) & (cute.arch.thread_idx()[0] == 0):
+                    serving.workspace.stop_drawing()
+                if cutlass.const_expr(self.problem.invariant):
+                    cute.arch.sync_threads()  # all have read the word
+        return i, before, at, end
 
     @cute.jit
     def _part(self, block: CacheBlock, serving: Serving, i, before, at, end):
-        """A part whose first copies have started. Returns the next one."""
+        """A part whose first copies have started. Returns the next one, as :meth:`_following` does."""
         config, keys = self.config, serving.keys
         seen = self._seen(serving, i, before, at, end)
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
@@ -298,8 +350,13 @@ class Forward:
         cute.arch.sync_threads()
         of_q = self._queries(block)
 
-        stage = Int32(0)
+        stage, drawn, thread = Int32(0), NOT_DRAWN, cute.arch.thread_idx()[0]
+        ends = seen.part.at + seen.part.end - seen.part.begin  # where the part does
+        draws = seen.end - 1 if (ends >= end) & (serving.stretches.short > 0) & (thread == 0) else -1
         for tile in cutlass.range(seen.begin, seen.end, unroll=1):
+            if cutlass.const_expr(self.short > 0):
+                if tile == draws:  # the last one here: the answer is there when it is done
+                    drawn = serving.workspace.draw()
             cute.arch.cp_async_wait_group(config.stages - 2)
             self._sync_group(block)
             masked = (tile < seen.whole_begin) | (tile >= seen.whole_end)
@@ -310,6 +367,7 @@ class Forward:
                 if masked:
                     self._poison(block, slot)
             self._copy(block, keys, seen, tile + config.stages - 1, (stage + config.stages - 1) % config.stages)
+            cute.arch.cp_async_commit_group()
 
             acc_S = self._scores(block, of_q, slot)
             first = seen.sequence.begin + tile * config.tile_n + block.group * self.keys_of_group
@@ -321,10 +379,9 @@ class Forward:
             stage = (stage + 1) % config.stages
 
         cute.arch.sync_threads()  # all groups are done with Q and with all stages
-        following = next_part(keys, i, before, seen.part.at + seen.part.end - seen.part.begin, end)
-        if following[2] < end:
-            self._begin(block, serving, *following, end)
-        self._gather(block, acc_O, softmax)
+        following = self._following(block, serving, drawn, i, before, ends, end)
+        if following[2] < following[3]:
+            self._begin(block, serving, *following)
         self._finish(block, serving, seen, rows, softmax)
         return following
 
@@ -386,73 +443,24 @@ class Forward:
     # ---- the end of a part -------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _gather(self, block: CacheBlock, acc_O: cute.Tensor, softmax: Softmax):
-        """What all groups found to the first one's registers: half of the groups hand theirs to the other half, until there is
-        one."""
-        o, of_rows = block.exchange
-        flat = cute.make_tensor(acc_O.iterator, cute.make_layout((PIECE, cute.size(acc_O) // PIECE)))
-        threads, pieces, held = self.group_threads, cute.size(flat, mode=[1]), cute.size(softmax.row_max)
-        half = self.config.key_warps // 2
-        while cutlass.const_expr(half > 0):
-            if (block.group >= half) & (block.group < 2 * half):
-                place = (block.group - half) * threads + block.thread
-                for r in cutlass.range_constexpr(held):
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    pair[0], pair[1] = softmax.row_max[r], softmax.row_sum[r]
-                    cute.autovec_copy(pair, _floats(of_rows, place * held + r, 2))
-                for c in cutlass.range_constexpr(pieces):
-                    where = ((block.group - half) * pieces + c) * threads + block.thread
-                    cute.autovec_copy(flat[None, c], _floats(o, where, PIECE))
-            cute.arch.sync_threads()
-            if block.group < half:
-                place, weights = block.group * threads + block.thread, cute.make_rmem_tensor((2, held), Float32)
-                for r in cutlass.range_constexpr(held):
-                    pair = cute.make_rmem_tensor(2, Float32)
-                    cute.autovec_copy(_floats(of_rows, place * held + r, 2), pair)
-                    found = _weights(softmax.row_max[r], pair[0], softmax.scale_log2)
-                    softmax.row_max[r], weights[0, r], weights[1, r] = found
-                    softmax.row_sum[r] = softmax.row_sum[r] * weights[0, r] + pair[1] * weights[1, r]
-                for c in cutlass.range_constexpr(pieces):  # of each, two columns of two rows
-                    more = cute.make_rmem_tensor(PIECE, Float32)
-                    cute.autovec_copy(_floats(o, (block.group * pieces + c) * threads + block.thread, PIECE), more)
-                    for j in cutlass.range_constexpr(PIECE):
-                        r = j // 2 + 2 * (c % (held // 2))
-                        flat[j, c] = flat[j, c] * weights[0, r] + more[j] * weights[1, r]
-            cute.arch.sync_threads()
-            half = half // 2
-
-    @cute.jit
     def _finish(self, block: CacheBlock, serving: Serving, seen: SeenTiles, rows: cute.Tensor, softmax: Softmax):
-        """What the first group has: to the outputs if it is all of the walk, else to the workspace; and if all other parts are
-        there, these, merged. ``rows`` are those of O."""
-        config, problem = self.config, self.problem
-        sequence, part, workspace = seen.sequence, seen.part, serving.workspace
-        places = places_of(serving.keys, sequence, part, serving.stretches)
-        exist = cutlass.min(sequence.queries * serving.keys.packed - part.row_tile * config.tile_m, config.tile_m)
-        thread = cute.arch.thread_idx()[0]
-        if block.group == 0:
-            cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(self._identity()))
-            for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
-                row_max = softmax.row_max[r]
-                row_sum = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
-                row, column = cO[r, 0]
-                if row < exist:
-                    if places.parts == 1:
-                        of_row, normalize = self._store_lse(serving, seen, row, column, row_max, row_sum)
-                        for c in cutlass.range_constexpr(0, cute.size(rows, mode=[1]), 2):
-                            pair = rows[r, c] * normalize, rows[r, c + 1] * normalize
-                            _store_pair(of_row, cO[r, c][1], *pair, problem.head_dim_v)
-                    else:
-                        place = places.of(places.number)
-                        if column == 0:
-                            workspace.of_rows[place, row, 0] = row_max
-                            workspace.of_rows[place, row, 1] = row_sum
-                        for c in cutlass.range_constexpr(0, cute.size(rows, mode=[1]), 2):
-                            into = workspace.o[place, row, None]
-                            _store_pair(into, cO[r, c][1], rows[r, c], rows[r, c + 1], problem.head_dim_v)
+        """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace; and if
+        all other parts are there, these, merged. ``rows`` are those of O."""
+        config, columns = self.config, self.lay.exchanged_columns(self.config)
+        part, workspace = seen.part, serving.workspace
+        places = places_of(serving.keys, seen.sequence, part, serving.stretches)
+        exist = cutlass.min(seen.sequence.queries * serving.keys.packed - part.row_tile * config.tile_m, config.tile_m)
+        for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
+            softmax.row_sum[r] = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
+        for first in cutlass.range_constexpr(0, self.problem.head_dim_v, columns):
+            if cutlass.const_expr(first > 0):
+                cute.arch.sync_threads()
+            self._hand_over(block, rows, softmax, exist, first)
+            cute.arch.sync_threads()
+            self._merge_groups(block, serving, seen, places, exist, first)
         if places.parts > 1:
             cute.arch.sync_threads()  # what all have written is there for whoever sees that this one has arrived
-            if thread == 0:
+            if cute.arch.thread_idx()[0] == 0:
                 counter = workspace.counters.iterator + places.counter
                 arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
                 if arrived == places.parts - 1:
@@ -463,30 +471,119 @@ class Forward:
                 self._merge_parts(serving, seen, places, exist)
 
     @cute.jit
+    def _hand_over(self, block: CacheBlock, rows: cute.Tensor, softmax: Softmax, exist, first: cutlass.Constexpr[int]):
+        """What this thread found of the rows that exist to shared memory, of O the columns from ``first`` on for which there is
+        room."""
+        columns, each = self.lay.exchanged_columns(self.config), BANKS // THREADS_PER_ROW
+        cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(self._identity()))
+        for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
+            row = cO[r, 0][0]
+            if row < exist:
+                place = block.group * self.config.tile_m + row
+                if cutlass.const_expr(first == 0):
+                    if cO[r, 0][1] == 0:
+                        _store_pair(block.exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
+                o = block.exchanged.o + place * columns
+                for c in cutlass.range_constexpr(columns // THREADS_PER_ROW // 2):
+                    column = _column(row, cO[r, 2 * c % each][1]) + 2 * c // each * BANKS
+                    mine = first // THREADS_PER_ROW + 2 * c
+                    _store_pair(o, column // 2, rows[r, mine], rows[r, mine + 1])
+
+    @cute.jit
+    def _merge_groups(
+        self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist, first: cutlass.Constexpr[int]
+    ):
+        """All threads: what the groups have handed over, to the outputs or to the workspace."""
+        config, workspace, columns = self.config, serving.workspace, self.lay.exchanged_columns(self.config)
+        pieces = min(columns, self.problem.head_dim_v - first) // PIECE
+        for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, config.threads, unroll=1):
+            row, piece = divided(n, pieces)
+            of_rows, o = (cute.make_rmem_tensor((n, config.key_warps), Float32) for n in (2, PIECE))
+            for group in cutlass.range_constexpr(config.key_warps):
+                place = group * config.tile_m + row
+                cute.autovec_copy(_floats(block.exchanged.of_rows, place, 2), of_rows[None, group])
+                handed = block.exchanged.o + place * columns
+                cute.autovec_copy(_floats(handed, _column(row, piece * PIECE) // PIECE, PIECE), o[None, group])
+            row_max, row_sum, merged = -Float32.inf, Float32(0.0), cute.make_rmem_tensor(PIECE, Float32)
+            for group in cutlass.range_constexpr(config.key_warps):
+                row_max = cute.arch.fmax(row_max, of_rows[0, group])
+            merged.fill(0.0)
+            for group in cutlass.range_constexpr(config.key_warps):
+                exponent = (of_rows[0, group] - _anchor(row_max)) * seen.values.exponent(self.problem)
+                weight = cute.math.exp2(exponent, fastmath=True)
+                row_sum += of_rows[1, group] * weight
+                merged.store(merged.load() + o[None, group].load() * weight)
+            piece += first // PIECE
+            if places.parts == 1:
+                self._store(serving, seen, (row, piece), (row_max, row_sum), merged)
+            else:
+                into, of_row = workspace.of_row(places.of(places.number), row)
+                if piece == 0:
+                    of_rows[0, 0], of_rows[1, 0] = row_max, row_sum
+                    cute.autovec_copy(of_rows[None, 0], _floats(of_row, 0, 2))
+                cute.autovec_copy(merged, _floats(into, piece, PIECE))
+
+    @cute.jit
     def _merge_parts(self, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
-        """All threads: all parts of a walk, in the order of their keys, to the outputs."""
-        workspace, exponent = serving.workspace, seen.values.exponent(self.problem)
-        pieces = self.problem.head_dim_v // PIECE
-        for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, self.config.threads, unroll=1):
-            row, piece = n // pieces, n % pieces
-            row_max, row_sum = Float32(-Float32.inf), Float32(0.0)
-            o = cute.make_rmem_tensor(PIECE, Float32)
-            o.fill(0.0)
-            for first in cutlass.range(0, places.parts, AT_ONCE, unroll=1):
-                many = []
-                for j in cutlass.range_constexpr(AT_ONCE):  # past the last one that one again, without weight
-                    place = places.of(cutlass.min(first + j, places.parts - 1))
-                    held = cute.make_rmem_tensor(PIECE, Float32)
-                    cute.autovec_copy(_piece(workspace.o[place, row, None], piece), held)
-                    found_max = workspace.of_rows[place, row, 0]
-                    found_max = found_max if first + j < places.parts else -Float32.inf
-                    many.append((found_max, workspace.of_rows[place, row, 1], held))
-                for found_max, found_sum, held in many:
-                    row_max, weight, weight_of_more = _weights(row_max, found_max, exponent)
-                    o.store(o.load() * weight + held.load() * weight_of_more)
-                    row_sum = row_sum * weight + found_sum * weight_of_more
-            of_row, normalize = self._store_lse(serving, seen, row, piece, row_max, row_sum)
-            _piece(of_row, piece).store((o.load() * normalize).to(of_row.element_type))
+        """All warps, each of rows of its own: all parts of a walk, in the order of their keys, to the outputs. A lane has the
+        maximum and the sum of one of 32 parts, and pieces of O of all of them."""
+        workspace, exponent, parts = serving.workspace, seen.values.exponent(self.problem), places.parts
+        pieces, warps, lane = self.problem.head_dim_v // PIECE, self.config.mma_warps, cute.arch.lane_idx()
+        together, of_lane = self.config.tile_m // ROWS[0], -(-pieces // WARP)  # rows at the same time, and pieces of each
+        at_once = AT_ONCE // together // of_lane
+        for first_row in cutlass.range(cute.arch.thread_idx()[0] // WARP, exist, warps * together, unroll=1):
+            rows = [cutlass.min(first_row + j * warps, exist - 1) for j in range(together)]
+            mine = [cutlass.min(lane + k * WARP, pieces - 1) for k in range(of_lane)]
+            merged = cute.make_rmem_tensor((PIECE, of_lane, together), Float32)
+            merged.fill(0.0)
+            held = cute.make_rmem_tensor((PIECE, of_lane, together, at_once), Float32)
+            of_rows, more = (cute.make_rmem_tensor((2, together), Float32) for _ in range(2))
+            weights = cute.make_rmem_tensor(together, Float32)
+            for j in cutlass.range_constexpr(together):
+                of_rows[0, j], of_rows[1, j] = -Float32.inf, Float32(0.0)
+            for part in cutlass.range(0, parts, at_once, unroll=1):
+                first = part % WARP  # among as many parts as there are lanes
+                if first == 0:
+                    place = places.of(cutlass.min(part + lane, parts - 1))
+                    for j in cutlass.range_constexpr(together):
+                        cute.autovec_copy(_floats(workspace.of_row(place, rows[j])[1], 0, 2), more[None, j])
+                for i in cutlass.range_constexpr(at_once):  # past the last one that one again, without weight
+                    place = places.of(cutlass.min(part + i, parts - 1))
+                    for j in cutlass.range_constexpr(together):
+                        o = workspace.of_row(place, rows[j])[0]
+                        for k in cutlass.range_constexpr(of_lane):
+                            cute.autovec_copy(_floats(o, mine[k], PIECE), held[None, k, j, i])
+                if first == 0:
+                    for j in cutlass.range_constexpr(together):
+                        found = more[0, j] if part + lane < parts else -Float32.inf
+                        row_max = cute.arch.fmax(of_rows[0, j], cute.arch.warp_reduction_max(found))
+                        anchor = _anchor(row_max)
+                        old = cute.math.exp2((of_rows[0, j] - anchor) * exponent, fastmath=True)
+                        weight = cute.math.exp2((found - anchor) * exponent, fastmath=True)
+                        row_sum = cute.arch.warp_reduction_sum(more[1, j] * weight)
+                        of_rows[0, j], of_rows[1, j] = row_max, of_rows[1, j] * old + row_sum
+                        weights[j] = weight
+                        for k in cutlass.range_constexpr(of_lane):
+                            merged[None, k, j].store(merged[None, k, j].load() * old)
+                for i in cutlass.range_constexpr(at_once):
+                    for j in cutlass.range_constexpr(together):
+                        weight = cute.arch.shuffle_sync(weights[j], first + i)
+                        for k in cutlass.range_constexpr(of_lane):
+                            weighted = held[None, k, j, i].load() * weight
+                            merged[None, k, j].store(merged[None, k, j].load() + weighted)
+            for j in cutlass.range_constexpr(together):
+                if first_row + j * warps < exist:
+                    for k in cutlass.range_constexpr(of_lane):
+                        if lane + k * WARP < pieces:
+                            of_row = of_rows[0, j], of_rows[1, j]
+                            self._store(serving, seen, (rows[j], mine[k]), of_row, merged[None, k, j])
+
+    @cute.jit
+    def _store(self, serving: Serving, seen: SeenTiles, where: tuple, found: tuple, o: cute.Tensor):
+        """A piece of O of all keys to the outputs, and with piece 0 the row's log-sum-exp. ``where`` is (row, piece), ``found``
+        (maximum, sum)."""
+        of_row, normalize = self._store_lse(serving, seen, *where, *found)
+        _piece(of_row, where[1]).store((o.load() * normalize).to(of_row.element_type))
 
     @cute.jit
     def _store_lse(self, serving: Serving, seen: SeenTiles, row, column, row_max, row_sum):
@@ -508,7 +605,7 @@ class Forward:
 
 
 def _floats(place, n, count: int) -> cute.Tensor:
-    """The n-th ``count`` floats from a place in shared memory on."""
+    """The n-th ``count`` floats from a place on."""
     return cute.make_tensor((place + n * count).align(4 * count), cute.make_layout(count))
 
 
@@ -519,18 +616,18 @@ def _piece(row: cute.Tensor, piece) -> cute.Tensor:
 
 
 @cute.jit
-def _store_pair(row: cute.Tensor, column, first: Float32, second: Float32, columns: cutlass.Constexpr[int]):
-    """Two neighbouring columns of a row in global memory, if it has them."""
-    if column < columns:
-        pair = cute.make_rmem_tensor(2, Float32)
-        pair[0], pair[1] = first, second
-        begin = cute.local_tile(row, (2,), (column // 2,)).iterator.align(2 * row.element_type.width // 8)
-        cute.make_tensor(begin, pair.layout).store(pair.load().to(row.element_type))
+def _anchor(row_max: Float32):
+    """What weights are counted from: −inf − −inf would make a NaN."""
+    return Float32(0.0) if row_max == -Float32.inf else row_max
 
 
-@cute.jit
-def _weights(row_max: Float32, max_of_more: Float32, exponent: Float32):
-    """``(maximum, weight, weight of more)`` of a partial row and another of more keys."""
-    new = cute.arch.fmax(row_max, max_of_more)
-    anchor = Float32(0.0) if new == -Float32.inf else new  # −inf − −inf would make a NaN
-    return new, *(cute.math.exp2((x - anchor) * exponent, fastmath=True) for x in (row_max, max_of_more))
+def _store_pair(place, n, first: Float32, second: Float32):
+    """To the n-th two floats from a place in shared memory on."""
+    pair = cute.make_rmem_tensor(2, Float32)
+    pair[0], pair[1] = first, second
+    cute.autovec_copy(pair, _floats(place, n, 2))
+
+
+def _column(row, column):
+    """Where a column of a row of O lies in shared memory: the rows that a warp writes at once are on other banks each."""
+    return column ^ (row % 4 * (BANKS // 4))

@@ -13,6 +13,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, cute
 
 from cute_attn.expressions import Expression
+from cute_attn.mainloop import fours
 from cute_attn.rules import LN_2, LOG2_E
 
 KINDS = {"bool": Boolean, "int": Int32, "float": Float32}
@@ -33,17 +34,17 @@ class ElementOps:
         value = tensor[_cut(tensor, indices)]
         return value != 0 if kind == "bool" else value.to(KINDS[kind])
 
-    def load_pair(self, slot: int, indices: list):
-        """An element at an even index and the next one; of tensors of an even size."""
+    def load_neighbours(self, slot: int, indices: list, n: int):
+        """``n`` elements, of 4 or 8 bytes together, from a multiple of ``n`` on; of tensors whose size is one."""
         tensor = self.tensors[slot]
         *where, _ = _cut(tensor, indices)
-        words = cute.recast_ptr(tensor.iterator, dtype=Int32 if tensor.element_type.width == 16 else Int64)
-        rows = cute.make_layout(tensor.shape[:-1], stride=tuple(stride // 2 for stride in tensor.stride[:-1]))
+        words = cute.recast_ptr(tensor.iterator, dtype=Int32 if tensor.element_type.width * n == 32 else Int64)
+        rows = cute.make_layout(tensor.shape[:-1], stride=tuple(stride // n for stride in tensor.stride[:-1]))
         first = words + cute.crd2idx(tuple(where), rows) if where else words
-        last = Uint32(cutlass.min(indices[-1][0], tensor.shape[-1] - 2)) // 2
-        pair = cute.make_rmem_tensor(2, tensor.element_type)
-        cute.recast_tensor(pair, words.dtype)[0] = cute.make_tensor(first + Int64(last), cute.make_layout(1))[0]
-        return pair
+        last = Uint32(cutlass.min(indices[-1][0], tensor.shape[-1] - n)) // n
+        found = cute.make_rmem_tensor(n, tensor.element_type)
+        cute.recast_tensor(found, words.dtype)[0] = cute.make_tensor(first + Int64(last), cute.make_layout(1))[0]
+        return found
 
     def compute(self, op: str, kind: str, *values):
         return getattr(self, f"_{op}")(kind, *values)
@@ -171,13 +172,31 @@ class Elements:
     def load_pairs(self, row: int, column: int):
         """Load at once what is loaded for a thread's two neighbouring keys, at an even column and the next one."""
         expression, (leaf, place) = self.expression, self._at(row, column, None)
-        for node in expression.pairs:
-            if (self.columns == "kv_idx") and place(node) not in self.known:
+        for node in expression.neighbours(2):
+            if place(node) not in self.known:
                 slot = expression.nodes[node][2]
                 indices = expression.indices(node, leaf, self.ops, self.known, place)
-                pair = self.ops.load_pair(slot, indices)
+                pair = self.ops.load_neighbours(slot, indices, 2)
                 for i in range(2):
                     self.known[self._at(row, column + i, None)[1](node)] = pair[i].to(Float32)
+
+    def load_fours(self, row: int, column: int):
+        """The same of keys × queries, for two rows, keys, from an even one on, and two columns: by ``fours.py``."""
+        expression, known = self.expression, {}
+        for node in expression.neighbours(fours.FOUR):
+            slot = expression.nodes[node][2]
+            indices = expression.indices(node, lambda name: self.leaf_of_four(name, row, column), self.ops, known)
+            words = cute.recast_tensor(self.ops.load_neighbours(slot, indices, fours.FOUR), Uint32)
+            for j, word in enumerate(fours.from_memory(words[0], words[1])):
+                pair = cute.make_rmem_tensor(2, self.ops.tensors[slot].element_type)
+                cute.recast_tensor(pair, Uint32)[0] = word
+                for i in range(2):
+                    self.known[self._at(row + j, column + i, None)[1](node)] = pair[i].to(Float32)
+
+    def leaf_of_four(self, name: str, row: int, column: int):
+        """What a position is for the first of a thread's four keys."""
+        where = dict(zip(("q_idx", "kv_idx"), fours.offsets(), strict=True))
+        return self.leaf(name, row, column) + where[name] if name in where else self.leaf(name, row, column)
 
     def offset(self, load: int, into: cute.Tensor, row: int, column: int, score: Any = None) -> Int64:
         """Where in ``into``, of a captured tensor's shape, lies the element that a node loads there."""

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, cute, pipeline
+from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from cute_attn.layouts.base import cute_layout, in_turns
+from cute_attn.layouts.base import STORED, cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
@@ -38,10 +38,12 @@ from cute_attn.mainloop.warpgroups import (
     of_columns,
     rounded_operand,
 )
+from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
+NONE_DONE = (0, 0)  # key tiles, query tiles
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class BackwardPipelines:
     v: pipeline.PipelineTmaAsync
     q: pipeline.PipelineTmaAsync
     do: pipeline.PipelineTmaAsync
+    work: pipeline.PipelineAsync
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class BackwardShared:
     lse: cute.Tensor
     delta: cute.Tensor
     hidden: cute.Tensor | None
-    ticket: cute.Tensor | None
+    dk: cute.Tensor
+    dv: cute.Tensor
+    work: cute.Tensor
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,12 @@ class Backward(KeyBlocks):
         super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
+        self.early_dv = config.tile_m // 32
+        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones it
+        # draws tickets. Only where blocks share a tile has each of them but one.
+        self.persistent = config.head_blocks == 1
+        self.draws = problem.masked or problem.deterministic
+        self.skips_unseen = bool(problem.ragged)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -113,16 +124,20 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
-        """Make the TMA descriptors and launch a block for each key tile."""
+        """Make the TMA descriptors and launch persistent blocks, or, where some share a key tile, those of each."""
         q, k, v, do = self.input_operands(inputs)
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
-        # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
-        if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
-            tiles = tiles.in_small_groups(blocks)
+        if cutlass.const_expr(self.persistent and not self.draws):
+            tiles, count = tiles.launched(blocks, long=False)
+        else:
+            count = cutlass.min(tiles.count(), blocks) if cutlass.const_expr(self.persistent) else tiles.count()
+            # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
+            if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
+                tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
         self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
-            grid=[tiles.count() * self.config.head_blocks, 1, 1],
+            grid=[count * self.config.head_blocks, 1, 1],
             block=[self.config.threads, 1, 1],
             cluster=[self.config.head_blocks, 1, 1] if self.config.head_blocks > 1 else None,
             stream=stream,
@@ -138,47 +153,88 @@ class Backward(KeyBlocks):
         if warp == 0:
             for operand in (operands.q, operands.k, operands.v, operands.do):
                 cpasync.prefetch_descriptor(operand.atom)
-        shared, pipes = self._setup(signals)
-        if cutlass.const_expr(self.problem.deterministic):
-            tiles = replace(tiles, ticket=shared.ticket[0])
-        elif cutlass.const_expr(self.config.head_blocks > 1):
-            tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
+        shared, pipes = self._setup()
         from_memory, into = (plain, rows, care), (gradients, signals)
-        tiles.one(partial(self._key_tile, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv))
+        roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
+        if cutlass.const_expr(self.persistent):
+            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
+            roles(partial(self._lead, queue, tiles, signals), lambda part: queue.taker().each(part, NONE_DONE))
+        else:
+            tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
+            tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
+
+    def _lead(self, queue: WorkQueue, tiles, signals, part):
+        """The warp that finds the block's tiles: its part of each."""
+        first, following = cute.arch.block_idx()[0], tiles.position
+        if self.draws:
+            skipped = 0 if self.problem.deterministic else cute.arch.grid_dim()[0]
+            following = lambda _: skipped + self._ticket(signals)  # noqa: E731
+            first = following(0) if self.problem.deterministic else first
+        queue.lead(tiles, first, following, part, NONE_DONE)
 
     @cute.jit
-    def _key_tile(
-        self, operands: TmaOperands, from_memory, into, shared: BackwardShared, pipes, values: Values, heads_per_kv, work: Work
+    def _ticket(self, signals: Signals):
+        """A whole warp: one ticket."""
+        drawn = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            drawn = signals.ticket()
+        return cute.arch.shuffle_sync(drawn, 0)
+
+    @cute.jit
+    def _roles(
+        self,
+        operands: TmaOperands,
+        from_memory,
+        into,
+        shared: BackwardShared,
+        pipes,
+        values: Values,
+        heads_per_kv,
+        lead: cutlass.Constexpr,
+        each: cutlass.Constexpr,
     ):
-        """The block's tile: each warp its part."""
-        plain, rows, care = from_memory
-        values, where = values.of(work), self.query_heads(work, heads_per_kv)
+        """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``."""
+        (plain, rows, care), of_tile = from_memory, partial(self._key_tile, values, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, where)
+                lead(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)))
             if warp == COPY_V_DO_WARP:
-                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, where)
+                each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    self._add_dq(*into, shared.dq, values, where, warp - ADD_DQ_WARP)
+                    if warp == ADD_DQ_WARP:
+                        self._offer()
+                    each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            self._compute(operands, shared, pipes, values, where)
+            each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
 
-    def _setup(self, signals: Signals | None):
-        """Allocate shared memory, initialise the barriers and take a ticket."""
+    @cute.jit
+    def _key_tile(self, values: Values, heads_per_kv, part: cutlass.Constexpr, done, work: Work):
+        """A warp's part of one tile. Returns how many key tiles and query tiles the block has had, ``done`` and this one."""
+        values, where = values.of(work), self.query_heads(work, heads_per_kv)
+        part(values, where, done)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        keys = cutlass.min(visited.count, 1) if cutlass.const_expr(self.skips_unseen) else 1
+        return done[0] + keys, done[1] + visited.count * visited.members(where[1])
+
+    def _setup(self):
+        """Allocate shared memory and initialise the barriers."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
+        k, v, q, do, ds, dk = (self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS", "dK"))
         shared = BackwardShared(
-            *(self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS")),
+            *(k, v, q, do, ds),
             dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
-            ticket=self.take_ticket(smem, signals),
+            dk=dk,
+            dv=self.over("dV", ds),
+            work=WorkQueue.slots_in(smem),
         )
         row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
         pipes = BackwardPipelines(
@@ -186,6 +242,7 @@ class Backward(KeyBlocks):
             v=self.pipe(smem, 1, warps, self.warpgroups * lay.slot_bytes("V", config)),
             q=self.pipe(smem, config.stages, warps, lay.slot_bytes("Q", config) + row_bytes),
             do=self.pipe(smem, config.stages, warps, lay.slot_bytes("dO", config) + row_bytes),
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * ADDERS + warps),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -194,13 +251,11 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, values: Values, where, mine: Int32):
+    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, values: Values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         lane = cute.arch.lane_idx()
-        step = Int32(0)
-        if mine == 0:
-            self._offer()
+        step = Int32(done[1])
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         for member in cutlass.range(visited.members(members), unroll=1):
@@ -209,30 +264,47 @@ class Backward(KeyBlocks):
                     m_block, of = visited.tile(i, member, self.problem)
                     head = work.head + of
                     place = (work.q.padded_tile(m_block, self.config.tile_m), head, work.q.batch)
+                    before = Int32(0)
                     if cutlass.const_expr(self.problem.deterministic):
+                        before = visited.rank(values.of_head(head), self.problem, m_block, self.config)
                         if lane == 0:
-                            of_head = values.of_head(head)
-                            signals.wait_for_turn(place, visited.rank(of_head, self.problem, m_block, self.config))
+                            signals.wait_for_turn(place, before)
+                        cute.arch.sync_warp()
+                    elif cutlass.const_expr(self.lay.FIRST_STORES):
+                        before = signals.count(place)
+                    for w in cutlass.range_constexpr(self.warpgroups):
+                        barrier = self.full_barrier + ADDERS * w + mine
+                        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
+                    first = before == 0 if cutlass.const_expr(self.lay.FIRST_STORES) else Boolean(False)
+                    if lane == 0:
+                        if cutlass.const_expr(self.lay.FIRST_STORES and not self.problem.deterministic):
+                            first = signals.comes_first(place, before)
+                        if first:
+                            self._hand_on(_store, gradients.mdQ, place, sdQ)
+                        else:
                             # What was acquired orders this thread's own accesses; the copy engine's, which add, are another
                             # proxy's (PTX ISA, "Async proxy"). The other way none is needed: a bulk operation that is
                             # complete is followed by such a fence (ibid.).
                             cute.arch.fence_proxy("async.global")
-                        cute.arch.sync_warp()
-                    for w in cutlass.range_constexpr(self.warpgroups):
-                        barrier = self.full_barrier + ADDERS * w + mine
-                        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
-                    if lane == 0:
-                        for w in cutlass.range_constexpr(self.warpgroups):
-                            _reduce_add(gradients.mdQ[(None, w, *place)], sdQ[None, None, w])
-                        cute.arch.cp_async_bulk_commit_group()
-                        cute.arch.cp_async_bulk_wait_group(0, read=True)
+                            self._hand_on(_reduce_add, gradients.mdQ, place, sdQ)
                     cute.arch.sync_warp()
                     self._offer()
-                    if cutlass.const_expr(self.problem.deterministic):
-                        if lane == 0:
+                    if lane == 0:
+                        if cutlass.const_expr(self.problem.deterministic):
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
                             signals.pass_turn(place)
+                        elif cutlass.const_expr(self.lay.FIRST_STORES):
+                            if first:
+                                cute.arch.cp_async_bulk_wait_group(0, read=False)
+                                signals.pass_turn(place, STORED)
                 step += 1
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor):
+        """One thread: a tile's dQ to global memory by the copy engine, until it has been read."""
+        for w in range(self.warpgroups):
+            how(mdQ[(None, w, *place)], sdQ[None, None, w])
+        cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _offer(self):
@@ -243,22 +315,23 @@ class Backward(KeyBlocks):
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(self, operands: TmaOperands, shared: BackwardShared, pipes: BackwardPipelines, values: Values, where):
-        """One computing warpgroup: 64 keys of the block's tile."""
+    def _compute(self, operands: TmaOperands, shared: BackwardShared, pipes: BackwardPipelines, values: Values, where, done):
+        """One computing warpgroup: 64 keys of a tile."""
         me = self._worker()
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
+        k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
         frag = self._fragments(me, shared)
-        for pipe in (pipes.k, pipes.v):
-            pipe.consumer_wait(k_state)
-        hides = None
-        if cutlass.const_expr(self.problem.masked):
-            w = me.warpgroup
-            sK, sV, hidden = shared.k[None, None, w], shared.v[None, None, w], shared.hidden[None, w]
-            hides = self.hide_keys(sK, sV, hidden, w)
+        hides = Boolean(False) if cutlass.const_expr(self.problem.masked) else None
+        if cutlass.const_expr(not self.skips_unseen):
+            hides = self._wait_for_keys(me, shared, pipes, k_state)
+        elif cutlass.const_expr(hides is None):
+            if visited.count > 0:
+                self._wait_for_keys(me, shared, pipes, k_state)
+        else:
+            if visited.count > 0:
+                hides = self._wait_for_keys(me, shared, pipes, k_state)
         i = Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             m_block, member = visited.tile(i, j // visited.count, self.problem)
@@ -268,7 +341,31 @@ class Backward(KeyBlocks):
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
+        if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
+            if cutlass.const_expr(self.config.overlap_tiles):
+                if visited.count * visited.members(members) > 0:
+                    self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
+            if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
+                self._release_keys(pipes, k_state)
+            elif visited.count > 0:
+                self._release_keys(pipes, k_state)
         self._store(me, frag, operands, shared, values, work)
+
+    @cute.jit
+    def _wait_for_keys(self, me: BackwardWorker, shared: BackwardShared, pipes: BackwardPipelines, state):
+        """Until K and V are there. Where some may be masked, whether any is hidden: see ``guard.py``."""
+        for pipe in (pipes.k, pipes.v):
+            pipe.consumer_wait(state)
+        hides = None
+        if cutlass.const_expr(self.problem.masked):
+            w = me.warpgroup
+            hides = self.hide_keys(shared.k[None, None, w], shared.v[None, None, w], shared.hidden[None, w], w)
+        return hides
+
+    @cute.jit
+    def _release_keys(self, pipes: BackwardPipelines, state):
+        for pipe in (pipes.k, pipes.v):
+            pipe.consumer_release(state)
 
     def _worker(self) -> BackwardWorker:
         index = cute.arch.thread_idx()[0]
@@ -281,9 +378,10 @@ class Backward(KeyBlocks):
         config, lay, w = self.config, self.lay, me.warpgroup
         S, dP, dV, dK, dQ = (lay.tiled_mma(role, config).get_slice(0) for role in ("S", "dP", "dV", "dK", "dQ"))
 
-        row_blocks = config.tile_m // lay.PIECE
-        sdS = cute.local_tile(transposed(shared.ds), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w % row_blocks, 0, None))
-        sKt = cute.local_tile(transposed(shared.k), (lay.PIECE, lay.ROWS_PER_WARPGROUP), (w // row_blocks, 0, None))
+        rows, columns = lay.piece_shape(config)
+        below = config.tile_m // rows
+        sdS = cute.local_tile(transposed(shared.ds), (rows, lay.ROWS_PER_WARPGROUP), (w % below, 0, None))
+        sKt = cute.local_tile(transposed(shared.k), (columns, lay.ROWS_PER_WARPGROUP), (w // below, 0, None))
         return BackwardFragments(
             tSrK=S.make_fragment_A(S.partition_A(shared.k[None, None, w])),
             tSrQ=S.make_fragment_B(S.partition_B(shared.q)),
@@ -295,7 +393,7 @@ class Backward(KeyBlocks):
             tQrK=dQ.make_fragment_B(dQ.partition_B(sKt)),
             acc_dV=self.accumulator("dV", config.tile_dv),
             acc_dK=self.accumulator("dK", config.tile_d),
-            acc_dQ=self.accumulator("dQ", lay.PIECE),
+            acc_dQ=self.accumulator("dQ", columns),
         )
 
     @cute.jit
@@ -343,6 +441,11 @@ class Backward(KeyBlocks):
         P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
+        tVrdO, steps, early = frag.tVrdO[None, None, None, stage], cute.size(rP, mode=[2]), 0
+        if cutlass.const_expr(self.needs_v and self.needs_ds and self.early_dv > 0):  # runs while dS is taken
+            early = self.early_dv
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early))
+            flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
             delta = of_columns(mma_S, me.thread, shared.delta[None, stage])
@@ -351,10 +454,11 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
         if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
-            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], accumulate=True)
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps))
             flight.issued("dV")
         if cutlass.const_expr(self.needs_ds):
             if cutlass.const_expr(self.needs_q):
+                cute.arch.fence_view_async_shared()
                 self._meet()
                 self._dq(frag, slot)
                 flight.issued("dQ")
@@ -374,10 +478,9 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _store_ds(self, me: BackwardWorker, rdS: cute.Tensor, sdS: cute.Tensor):
-        """This warpgroup's dSᵀ to shared memory, for all of them once they have met."""
+        """This warpgroup's dSᵀ to shared memory; the caller fences before all meet."""
         copy = self.lay.store_accumulator("dS", self.config).get_slice(me.thread)
         cute.copy(copy, copy.retile(rdS), copy.partition_D(sdS))
-        cute.arch.fence_view_async_shared()
 
     @cute.jit
     def _dq(self, frag: BackwardFragments, slot):
@@ -442,21 +545,23 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _store_from(self, me, frag, operands, shared, values, work: Work):
-        """By way of the shared memory of K and V: by now nothing reads a warpgroup's V but itself, and its K only until all
-        have met."""
+        """By way of shared memory; that of dS is free once all have met."""
         copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
         if cutlass.const_expr(self.needs_v):
+            values.scale_kept(frag.acc_dV)
             self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
-            self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.v, me.warpgroup, me.warpgroup, where)
+            self._meet()
+            self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
         if cutlass.const_expr(self.needs_k):
             scale = Float32(values.scale(self.problem))
             frag.acc_dK.store(frag.acc_dK.load() * scale)
             self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
-            self._meet()
-            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.k, me.warpgroup, me.warpgroup, where)
+            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
         self.wait_for_store(me.warpgroup)
+        if cutlass.const_expr(self.persistent):  # dV has left the memory of all warpgroups' dS
+            self._meet()
 
 
 @cute.jit
@@ -464,5 +569,14 @@ def _reduce_add(into: cute.Tensor, source: cute.Tensor):
     """Add a contiguous float32 tensor in shared memory to global memory, by the copy engine; ends with its bulk group."""
     cute.arch.inline_ptx(
         "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
+        read_only_args=[into.iterator.toint(), source.iterator.toint(), Int32(cute.size(source) * 4)],
+    )
+
+
+@cute.jit
+def _store(into: cute.Tensor, source: cute.Tensor):
+    """The same, stored."""
+    cute.arch.inline_ptx(
+        "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};",
         read_only_args=[into.iterator.toint(), source.iterator.toint(), Int32(cute.size(source) * 4)],
     )

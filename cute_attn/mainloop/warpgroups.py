@@ -4,6 +4,7 @@ of a block that owns keys."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
@@ -14,7 +15,7 @@ from cute_attn.epilogue import clear_rows_past, converted
 from cute_attn.layouts.base import WARP
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
-from cute_attn.mainloop.common import Inputs, Rows, Signals, Values
+from cute_attn.mainloop.common import Inputs, Rows, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
 from cute_attn.mainloop.scores import Coordinates
 from cute_attn.mainloop.walk import QueryTiles
@@ -85,12 +86,6 @@ def rounded_operand(acc: cute.Tensor, dtype, out: cute.Tensor | None = None) -> 
     for k in range(cute.size(a, mode=[2])):
         out[None, None, k].store(a[None, None, k].load().to(dtype))
     return out
-
-
-@cute.jit
-def _first_thread_writes(place: cute.Tensor, signals: Signals):
-    if cute.arch.thread_idx()[0] == 0:
-        place[0] = signals.ticket()
 
 
 class InFlight:
@@ -168,14 +163,6 @@ class Kernel:
         """Shared memory for which keys are hidden (``guard.py``), where some may be."""
         return smem.allocate_tensor(cutlass.Int8, cute.make_layout(shape), 16) if self.problem.masked else None
 
-    def take_ticket(self, smem, signals: Signals | None) -> cute.Tensor | None:
-        """This block's ticket in shared memory, once all threads have met, where the order of blocks matters."""
-        if not self.problem.deterministic:
-            return None
-        place = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout(1))
-        _first_thread_writes(place, signals)
-        return place
-
     def pipe(self, smem, stages: int, warps: int, bytes: int):
         """A pipeline whose stages each bring ``bytes``, which ``warps`` read."""
         pipe = pipeline.PipelineTmaAsync.create(
@@ -187,6 +174,14 @@ class Kernel:
             defer_sync=True,
         )
         return pipe if self.arrivals == 1 else replace(pipe, is_signaling_thread=cutlass.Boolean(True))
+
+    def emptying(self, stages: int, done) -> pipeline.PipelineState:
+        """A consumer's state of a pipeline of which so many stages have been released."""
+        return pipeline.PipelineState(stages, Int32(done), Int32(done % stages), Int32(done // stages % 2))
+
+    def filling(self, stages: int, done) -> pipeline.PipelineState:
+        """A producer's, of which so many have been filled."""
+        return pipeline.PipelineState(stages, Int32(done), Int32(done % stages), Int32(1 - done // stages % 2))
 
     def acquire_for_threads(self, pipe: pipeline.PipelineTmaAsync, state):
         """Wait until a stage is free that a warp's threads will fill, not TMA: no bytes are expected."""
@@ -200,12 +195,12 @@ class Kernel:
             cute.arch.mbarrier_arrive(pipe.producer_get_barrier(state))
 
     @cute.jit
-    def gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
-        """Issue ``acc (+)= A·B`` as one group of warpgroup MMAs; the caller waits."""
+    def gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool], steps: cutlass.Constexpr = None):
+        """Issue ``acc (+)= A·B``, or those of its ``steps`` of 16, as one group of warpgroup MMAs; the caller waits."""
         warpgroup.fence()
         atom = cute.make_mma_atom(mma.op)
         atom.set(warpgroup.Field.ACCUMULATE, accumulate)
-        for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
+        for k in range(cute.size(tA, mode=[2])) if cutlass.const_expr(steps is None) else steps:
             cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
             atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
@@ -312,6 +307,8 @@ class KeyBlocks(Kernel):
     """A kernel of the backward pass each of whose blocks owns a key tile, or shares it with the others of its cluster, and
     walks over query tiles."""
 
+    skips_unseen = False  # whether keys that no query sees aren't copied
+
     def query_heads(self, work: Work, heads_per_kv):
         """``(work, members)``: the tile, with the first query head that this block takes, and how many there are."""
         members = heads_per_kv // self.config.head_blocks
@@ -320,47 +317,54 @@ class KeyBlocks(Kernel):
             first += cute.arch.block_in_cluster_idx()[0] * members
         return replace(work, head=first), members
 
-    def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where):
+    def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done=(0, 0)):
         """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""
         keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
         careful = None if plain is None else (plain.q, rows.lse_raw, care)
-        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where)
+        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where, done)
 
-    def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where):
+    def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done=(0, 0)):
         """One warp: V, and dO with the rows' delta."""
         keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
         careful = None if plain is None else (plain.do, rows.lse_raw, care)
-        self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, where)
+        self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, where, done)
 
     @cute.jit
-    def copy_tiles(self, keys, queries, row_values, careful, values: Values, where):
+    def copy_tiles(self, keys, queries, row_values, careful, values: Values, where, done):
         """One warp: the key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
 
         Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
         ``careful`` is None, or (Q or dO in global memory, the log-sum-exp that marks rows, whether there are such); ``where``
-        is what :meth:`query_heads` says of the block.
+        is what :meth:`query_heads` says of the block, and ``done`` how many key tiles and query tiles it has had before.
         """
-        k, sK, k_pipe = keys
+        k, sK, _ = keys
         slots = cute.size(sK, mode=[2])
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        k_state, state = self.filling(1, done[0]), self.filling(self.config.stages, done[1])
         work, _ = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         tKgK, tKsK = k.tiles(sK, work.k, work.head_kv)
-        k_pipe.producer_acquire(k_state)
-        for w in cutlass.range_constexpr(slots):
-            barrier = k_pipe.producer_get_barrier(k_state)
-            cute.copy(k.atom, tKgK[None, work.block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
+        copy_keys = partial(self._copy_keys, keys, tKgK, tKsK, work.block * slots, k_state)
+        if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
+            copy_keys()
+        elif visited.count > 0:
+            copy_keys()
         if cutlass.const_expr(careful is None):
-            self._copy_queries(queries, row_values, visited, where)
+            self._copy_queries(queries, row_values, visited, where, state)
         elif careful[2]:
-            self._copy_queries_carefully(careful, queries, row_values, visited, where)
+            self._copy_queries_carefully(careful, queries, row_values, visited, where, state)
         else:
-            self._copy_queries(queries, row_values, visited, where)
+            self._copy_queries(queries, row_values, visited, where, state)
 
     @cute.jit
-    def _copy_queries(self, queries, row_values, visited: QueryTiles, where):
+    def _copy_keys(self, keys, tKgK, tKsK, first, state):
+        k, _, pipe = keys
+        pipe.producer_acquire(state)
+        for w in cutlass.range_constexpr(cute.size(tKsK, mode=[1])):
+            cute.copy(k.atom, tKgK[None, first + w], tKsK[None, w], tma_bar_ptr=pipe.producer_get_barrier(state))
+
+    @cute.jit
+    def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state):
         (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         for member in cutlass.range(visited.members(members), unroll=1):
             of_head = self._queries_of(q, sQ, mRow, work, work.head + member)
             for i in cutlass.range(visited.count, unroll=1):
@@ -380,12 +384,11 @@ class KeyBlocks(Kernel):
         return *q.tiles(sQ, work.q, head), gRow
 
     @cute.jit
-    def _copy_queries_carefully(self, careful, queries, row_values, visited: QueryTiles, where):
+    def _copy_queries_carefully(self, careful, queries, row_values, visited: QueryTiles, where, state):
         """The same by the warp's threads, with zeros for marked rows."""
         (_, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         mQ, lse_raw, _ = careful
         lane, step = cute.arch.lane_idx(), self.config.tile_m
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         for member in cutlass.range(visited.members(members), unroll=1):
             head = work.head + member
             gQ, gRow = work.q.rows(mQ, head), work.q.padded_row_values(mRow, head)

@@ -1,8 +1,8 @@
 """Attention to a cache with cp.async copies and warpgroup MMA: many query rows of one key head, as multi-query attention has
 them.
 
-The kernel is that of ``cp_async_cache.py`` with one group, a warpgroup, and other products: the tensor cores read K and V from
-shared memory themselves. What threads copy there they announce before they meet.
+The kernel is that of ``cp_async_cache.py`` with warpgroups for groups, and with other products: the tensor cores read K and V
+from shared memory themselves. What threads copy there they announce before they meet.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Forward(cp_async_cache.Forward):
     @cute.jit
     def _sync_group(self, block: CacheBlock):
         self._publish()
-        cute.arch.barrier(barrier_id=cp_async_cache.GROUP_BARRIER, number_of_threads=self.group_threads)
+        cute.arch.barrier(barrier_id=cp_async_cache.GROUP_BARRIER + block.group, number_of_threads=self.group_threads)
 
     def _publish(self):
         cute.arch.fence_view_async_shared()
@@ -60,7 +60,7 @@ class Forward(cp_async_cache.Forward):
         return None
 
     def _scores(self, block: CacheBlock, of_q, slot) -> cute.Tensor:
-        acc = cute.make_rmem_tensor(block.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
+        acc = cute.make_rmem_tensor(block.mma_S.partition_shape_C((self.config.tile_m, self.keys_of_group)), Float32)
         self._multiply(block.mma_S, acc, block.operands.q, block.operands.k[None, None, None, slot], accumulate=False)
         return acc
 

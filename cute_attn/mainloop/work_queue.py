@@ -5,7 +5,8 @@ for it before every tile; so a warp that has nothing else to do searches, and pu
 memory. The others take each tile from there when they come to it; a tile with a negative ``block`` says that there are no more.
 
 Where blocks draw tickets for tiles, one that a block holds and hasn't begun is one that another might have finished: such a
-block is given its next tile only once it has asked for it, as late as will do.
+block is given its next tile only once it has asked for it, as late as will do; or a warp that copies draws it when it has asked
+for all that the tile before takes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Boolean, Int32, cute, pipeline
 
-from cute_attn.layouts.wgmma import WORK_FIELDS, WORK_SLOTS
+from cute_attn.layouts.base import ROW_PADDING
+from cute_attn.layouts.tma import WORK_FIELDS, WORK_SLOTS
 from cute_attn.scheduler import Work
 from cute_attn.sequences import Span
 
@@ -31,6 +33,7 @@ class WorkQueue:
     asked: pipeline.PipelineAsync | None
     arrive: cutlass.Constexpr
     numbered: cutlass.Constexpr[bool] = False  # whether tiles say which sequence they are of: heads have 16 bits then
+    of_k: cutlass.Constexpr[bool] = False  # tiles of keys; ``ragged``, if of ragged sequences
     ragged: cutlass.Constexpr[bool] = True
 
     @staticmethod
@@ -73,6 +76,38 @@ class WorkQueue:
         return state, begun
 
     @cute.jit
+    def lead(self, tiles: cutlass.Constexpr, first, following: cutlass.Constexpr, body: cutlass.Constexpr, state):
+        """One warp, which tells the others of each tile of the block and then takes its own part in it: ``state = body(state,
+        work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all."""
+        ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
+        turn, position = Int32(0), Int32(first)
+        while position < tiles.count():
+            work = tiles.work(position)
+            if cutlass.const_expr(work.exists is None):
+                ring = self._tell(work, ring)
+                state = body(state, work)
+            else:
+                if work.exists:
+                    ring = self._tell(work, ring)
+                    state = body(state, work)
+            turn += 1
+            position = following(turn)
+        self._tell(None, ring)
+
+    @cute.jit
+    def _tell(self, work: cutlass.Constexpr, state):
+        """Of a tile, or, None, that there are no more. Returns the ring's next state."""
+        self.pipe.producer_acquire(state)
+        slot = self.slots[None, state.index]
+        if cutlass.const_expr(work is None):
+            slot[0] = Int32(-1)
+        else:
+            self._write(work, slot)
+        self.arrive(self.pipe.producer_commit, state)
+        state.advance()
+        return state
+
+    @cute.jit
     def ask(self):
         """One warp, once for each tile: the next one is wanted."""
         self.arrive(self.asked.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
@@ -80,14 +115,21 @@ class WorkQueue:
     @cute.jit
     def _write(self, work: Work, slot: cute.Tensor):
         held = cute.make_rmem_tensor(WORK_FIELDS, Int32)
-        block = work.block if work.exists else Int32(-1)
-        if cutlass.const_expr(work.q.first is None):
-            fields = (block, work.head, work.head_kv, work.q.batch, *(Int32(0) for _ in range(4)))
+        q, k = work.q, work.k
+        if cutlass.const_expr(self.of_k and not self.ragged):
+            fields = (work.block, work.head, k.batch)
+        elif cutlass.const_expr(self.of_k):
+            fields = (work.block, work.head, work.sequence, q.first, q.length, k.first, k.length, k.capacity)
         else:
-            fields = (block, work.head, work.head_kv, work.q.first, work.q.length, work.q.capacity, work.k.first, work.k.length)
-        if cutlass.const_expr(self.numbered):
-            fields = (block, work.head | (work.head_kv << 16), work.sequence, *fields[3:])
-        for i in cutlass.range_constexpr(WORK_FIELDS):
+            block = work.block if work.exists else Int32(-1)
+            if cutlass.const_expr(not self.ragged):
+                fields = (block, work.head, work.head_kv, q.batch)
+            elif cutlass.const_expr(self.numbered):
+                heads = work.head | (work.head_kv << 16)
+                fields = (block, heads, work.sequence, q.first, q.length, q.capacity, k.first, k.length)
+            else:
+                fields = (block, work.head, work.head_kv, q.first, q.length, q.capacity, k.first, k.length)
+        for i in cutlass.range_constexpr(len(fields)):
             held[i] = fields[i]
         with cute.arch.elect_one():
             cute.autovec_copy(held, slot)
@@ -127,6 +169,8 @@ class Taker:
     def _work(self) -> Work:
         held = cute.make_rmem_tensor(WORK_FIELDS, Int32)
         cute.autovec_copy(self._slot(), held)
+        if self.queue.of_k:
+            return self._key_tile(*(cute.arch.make_warp_uniform(held[i]) for i in range(WORK_FIELDS)))
         block, head, head_kv, q_first, q_length, q_capacity, k_first, k_length = (held[i] for i in range(WORK_FIELDS))
         if not self.queue.ragged:
             return Work(block, head, head_kv, Span(q_first), Span(q_first))
@@ -135,6 +179,14 @@ class Taker:
             head, head_kv, sequence = head & 0xFFFF, head >> 16, head_kv
         q, k = Span(Int32(0), q_first, q_length, q_capacity), Span(Int32(0), k_first, k_length, k_length)
         return Work(block, head, head_kv, q, k, sequence=sequence)
+
+    def _key_tile(self, block, head, sequence, q_first, q_length, k_first, k_length, k_capacity) -> Work:
+        if not self.queue.ragged:
+            span = Span(sequence)
+            return Work(block, head, head, span, span)
+        padded = [(first // ROW_PADDING + sequence) * ROW_PADDING for first in (q_first, k_first)]
+        q = Span(Int32(0), q_first, q_length, None, padded[0])
+        return Work(block, head, head, q, Span(Int32(0), k_first, k_length, k_capacity, padded[1]), sequence=sequence)
 
     def _release(self):
         self.queue.arrive(self.queue.pipe.consumer_release, self._state())

@@ -215,9 +215,11 @@ def _one_kernel(config: Config) -> Walk:
     groups = f"{lay.warpgroups(config)} warpgroups"
     late = config.overlap_tiles
     adders = lay.WARPS["dQ"]
-    lanes: Lanes = {"K": _kept("K", config, "dK"), "V": _kept("V", config, "dV")}
+    lanes: Lanes = {name: [*_kept(name, config)[:-1], (f"copy the next {name}", COPIED)] for name in "KV"}
     lanes |= _ring("Q", config, n, n, lingers=late) | _ring("dO", config, n, n)
-    lanes |= _alternating("dS", config, lay.DS_STAGES, "write, read")
+    ds = _alternating("dS", config, lay.DS_STAGES, "write, read")
+    lanes |= {name: [*cells[:-1], ("dV copied out", COPIED)] for name, cells in ds.items()}
+    lanes["dK"] = [*[("", WAITS)] * len(_steps(config)), ("", WAITS), ("dK copied out", COPIED)]
     lanes["dQ"] = [("", WAITS), *[(f"write dQ{i}", MADE) for i in _steps(config)], ("…", WAITS)]
     lanes |= _walking(config)
     for k, warp in enumerate(adders):

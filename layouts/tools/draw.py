@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape, quoteattr
 from rich.text import Text
 
 from .. import family
-from ..base import BYTES, Config, swizzle_atom
+from ..base import BYTES, Config, row_width, swizzle_atom
 
 BANKS, BANK_BYTES, CHUNK_BYTES = 32, 4, 16
 GROUP_BANKS = CHUNK_BYTES // BANK_BYTES
@@ -77,7 +77,7 @@ def picture(operand: str, config: Config, rows: int = ROWS_AT_ONCE) -> Text:
     number in it the first of the chunk's 4 banks."""
     groups = bank_groups(operand, config, rows)
     tile_rows, columns = family(config).tile(operand, config)
-    bits, base, shift, width = swizzle_atom(family(config).tile(operand, config)[1])
+    bits, base, shift, width = swizzle_atom(row_width(family(config).smem(operand, config)))
     shown = min(len(groups[0]), CHUNKS_SHOWN)
     text = Text(no_wrap=True)
     text.append(f"{operand}: {tile_rows} × {columns} {config.dtype}, ")

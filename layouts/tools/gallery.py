@@ -15,7 +15,7 @@ DTYPE = "bfloat16"
 # dim, of what the forward pass has nothing like.
 GRADIENTS = {
     ("sm_80", "cp_async"): ((128, 64), (("P", "store"), ("dS", "load-dQ"), ("Q", "load-dK"))),
-    ("sm_90a", "tma_wgmma"): ((128, 64, 256), (("dS", MEMORY), ("dS", "store"))),
+    ("sm_90a", "tma_wgmma"): ((128, 96, 64, 256), (("dS", MEMORY), ("dS", "store"))),
 }
 README = """\
 # The shipped layouts, drawn

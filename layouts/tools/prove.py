@@ -251,7 +251,7 @@ def bank_findings(where: str, layout: Layout, counted: Banks) -> list[Finding]:
         f"{counted.conflicts} bank conflicts in {counted.instructions} instructions: "
         f"{counted.accesses} accesses where {counted.least} would do, in {layout}"
     )
-    change = "swizzle rows of 128 bytes by Sw<3,4,3> on bytes, rows of 64 by Sw<2,4,3>"
+    change = "swizzle rows of 128 bytes by Sw<3,4,3> on bytes, rows of 64 by Sw<2,4,3>, of 32 by Sw<1,4,3>"
     return [Finding("bank conflicts", where, text, counted.conflicts, change)]
 
 
@@ -470,10 +470,11 @@ def tensor_cores_get(where: str, mma: Mma, role: str, operand: str, layout: Layo
         if extent != rows:
             text = f"an MMA takes {extent} rows of an operand that has {rows}"
             found.append(Finding("WGMMA", where, text, abs(extent - rows), "make the MMA as tall as the tile"))
-    else:  # MN-major: n along the columns, k along the rows
+    else:  # MN-major: n along the columns, of which there may be several MMAs' worth, k along the rows
         n, k = np.indices((mma.shape[1], k_size))
         local = n % width * BYTES + n // width * lbo + k % 8 * span + k // 8 * sbo
-        steps = [(start(first, 0), (first + k) * columns + n) for first in range(0, rows - rows % k_size, k_size)]
+        firsts = [(row, n) for row in range(0, rows - rows % k_size, k_size) for n in range(0, columns, mma.shape[1])]
+        steps = [(start(row, column), (row + k) * columns + column + n) for row, column in firsts]
         if rows % k_size:
             text = f"{rows} keys are no multiple of the {k_size} that an MMA takes"
             found.append(Finding("WGMMA", where, text, rows % k_size, "choose a tile_n that is a multiple of 16"))

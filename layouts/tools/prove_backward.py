@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
-from ..base import BYTES, Box, Config, Layout, Mma, swizzle_atom
+from ..base import BYTES, Box, Config, Layout, Mma, row_width
 from . import algebra, prove
 from .prove import Finding, Row
 
@@ -52,7 +52,7 @@ def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, 
         for letter, name in zip("AB", operands, strict=True):
             if name != operand or letter not in mma.from_shared:
                 continue
-            width = swizzle_atom(family.tile(operand, config)[1])[3]
+            width = row_width(layout)
             box = Box(operand, family.tile(operand, config)[0], width, width * BYTES)
             k_major = mma.from_shared == "AB" and role != "dQ"
             read = mma if letter == "B" or k_major else replace(mma, shape=(mma.shape[0], mma.shape[0], mma.shape[2]))

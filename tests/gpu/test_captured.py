@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cute_attn import attention, attention_varlen, block_mask, dropout, masks
+from cute_attn import attention, attention_varlen, block_mask, dropout, expressions, masks
 from tests.captured import CASES, check, made, seeded
 from tests.functions import documents
 from tests.support import make_gradients, make_qkv
@@ -39,7 +39,7 @@ def test_other_lengths(case, d, mechanism):
 @kernels("bias-64-tma_wgmma", "bias-40-cp_async", "bias-104-tma_wgmma")
 def test_a_bias_of_each_score(case, d, mechanism):
     """Stored, in 16 bits: of odd lengths, of even ones, and where there is one row or key."""
-    for sizes in ((1, 300, 301), (1, 130, 300), (1, 1, 1)):
+    for sizes in ((1, 300, 301), (1, 130, 300), (1, 1, 1), (3, 1, 4), (1, 37, 68)):
         check(case, sizes, (2, 2), (d, 72), torch.float16, "cuda", of=torch.float16, backend="cute", mechanism=mechanism)
 
 
@@ -75,6 +75,35 @@ def test_what_dropout_keeps(case, d, mechanism):
         kept = weight(0.3)(batch[:, None, None, None], head[:, None, None], row, key) > 0
         want = (kept & seen)[..., first : first + here].permute(0, 2, 1, 3)
         assert torch.equal(out[..., :here] > 0, want)
+
+
+@kernels("shared-64-tma_wgmma", "shared-64-cp_async")
+def test_a_bias_that_many_share(case, d, mechanism, monkeypatch):
+    """More than have copies of the gradient."""
+    monkeypatch.setattr(expressions, "COPIES_BYTES", 0)
+    check(case, (9, 130, 140), (2, 1), (d, d), BF16, "cuda", of=BF16, backend="cute", mechanism=mechanism)
+
+
+@kernels(
+    *("264 264 0-64-tma_wgmma", "264 268 4-64-tma_wgmma", "264 266 0-64-tma_wgmma", "264 264 1-64-tma_wgmma"),
+    *("262 262 0-64-tma_wgmma", "261 264 3-128-tma_wgmma", "264 264 0-256-tma_wgmma", "264 264 0-64-cp_async"),
+)
+def test_addresses_of_a_bias(case, d, mechanism):
+    """So many keys, elements from a row to the next one, and before the first: what is loaded and stored at once."""
+    keys, row, first = map(int, case.split())
+    q, k, v = make_qkv(2, 150, keys, 4, 2, d, d, BF16, "cuda")
+    dout, _ = make_gradients(q, v)
+    base = torch.randn(2 * 4 * 150 * row + first, device="cuda", dtype=BF16)
+    used = torch.tensor([keys, 190], dtype=torch.int32, device="cuda")  # 190 is no multiple of 4
+    for rules in ({}, {"causal": True}, {"seqused_k": used})[: 1 if mechanism == "cp_async" else 3]:
+        results = []
+        for how in ({"backend": "cute", "mechanism": mechanism}, {"backend": "reference"}):
+            leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, base)]
+            bias = leaves[3][first:].view(2, 4, 150, row)[..., :keys]
+            out = attention(*leaves[:3], bias=bias, **rules, **how)
+            results.append((out, *torch.autograd.grad(out, leaves, dout)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
 
 
 LENGTHS = [(0, 0), (64, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (257, 512), (3, 600)]
@@ -134,9 +163,10 @@ def test_strides_of_a_bias(case, d, mechanism):
         torch.testing.assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
 
 
-@kernels("causal-64-tma_wgmma")
+@kernels("1-64-tma_wgmma", "2-64-tma_wgmma")
 def test_a_bias_of_its_own_for_each_score_has_the_same_bits(case, d, mechanism):
-    q, k, v = make_qkv(1, 500, 500, 4, 2, 64, 64, BF16, "cuda")
+    """And one that two elements of the batch share."""
+    q, k, v = make_qkv(int(case), 500, 500, 4, 2, 64, 64, BF16, "cuda")
     dout, _ = make_gradients(q, v)
     bias = torch.randn(1, 4, 500, 500, device="cuda", requires_grad=True)
     results = []

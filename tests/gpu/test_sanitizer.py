@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from cute_attn import attention, attention_varlen
+from cute_attn import attention, attention_varlen, block_mask, launch
+from tests import captured
 from tests.caches import Case
 from tests.support import assert_close, assert_gradients_close, make_gradients, make_qkv
 
@@ -117,3 +118,39 @@ def test_cache(heads, queries, d, invariant, wrong):
     found = case.attend(where, causal=True, batch_invariant=invariant, **new)
     if not wrong:
         case.check(found, False, causal=True)
+
+
+def in_blocks(batch, head, q_idx, kv_idx):
+    """A mask that cuts tiles and leaves some out."""
+    return (q_idx // 50 == kv_idx // 100) & (kv_idx % 7 != head)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_block_mask(d, mechanism):
+    """Made by a kernel, and walked over by both passes."""
+    q, k, v = make_qkv(1, 150, 300, 4, 2, d, d, torch.bfloat16)
+    dout, dlse = make_gradients(q, v)
+    blocks = block_mask(in_blocks, 1, 4, 150, 300, device="cuda")
+    leaves, options = [x.requires_grad_() for x in on_gpu(q, k, v)], {"backend": "cute", "mechanism": mechanism}
+    out, lse = attention(*leaves, mask=in_blocks, block_mask=blocks, return_lse=True, **options)
+    gradients = torch.autograd.grad([out, lse], leaves, on_gpu(dout, dlse))
+    assert_close((out.detach().cpu(), lse.detach().cpu()), q, k, v, mask=in_blocks)
+    assert_gradients_close([x.cpu() for x in gradients], q, k, v, dout, dlse, mask=in_blocks)
+
+
+@pytest.mark.parametrize(("case", "d", "of"), [("bias", 64, torch.bfloat16), ("gated", 128, torch.float32)])
+@pytest.mark.parametrize("p", [0.0, 0.2], ids=["all", "dropout"])
+def test_captured_gradients_and_dropout(case, d, of, p, mechanism):
+    options = {"backend": "cute", "mechanism": mechanism, "expected_on": "cpu"}
+    captured.check(case, (1, 130, 200), (4, 2), (d, d), torch.bfloat16, "cuda", of=of, p=p, **options)
+
+
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_blocks_that_share_a_key_tile(d, monkeypatch):
+    monkeypatch.setattr(launch, "_head_blocks", lambda *_: 2)
+    q, k, v = make_qkv(1, 130, 200, 8, 2, d, d, torch.bfloat16)
+    dout, dlse = make_gradients(q, v)
+    leaves = [x.requires_grad_() for x in on_gpu(q, k, v)]
+    result = attention(*leaves, causal=True, backend="cute", mechanism="tma_wgmma", return_lse=True)
+    gradients = torch.autograd.grad(result, leaves, on_gpu(dout, dlse))
+    assert_gradients_close([x.cpu() for x in gradients], q, k, v, dout, dlse, causal=True)

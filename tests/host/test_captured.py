@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cute_attn import attention, attention_varlen, dropout, flash_attn, sdpa
-from cute_attn.expressions import traced
+from cute_attn import attention, attention_varlen, dropout, expressions, flash_attn, sdpa
+from cute_attn.expressions import COPIES, traced
 from tests.captured import CASES, check, seeded
 from tests.support import make_gradients, make_qkv
 
@@ -36,7 +36,6 @@ def zeros(*shape, dtype=torch.float32):
 
 def test_what_each_score_has_of_its_own_is_stored():
     assert partials(bias=zeros(2, 4, 6, 10))[1] == [True]
-    assert partials(bias=zeros(1, 4, 6, 10))[1] == [False]
     assert partials(bias=zeros(1, 4, 6, 10), batch=1)[1] == [True]
     assert partials(bias=zeros(6, 10), batch=1, heads=1)[1] == [True]
     assert partials(bias=zeros(2, 4, 6, 10), lengths=None)[1] == [False]
@@ -46,6 +45,32 @@ def test_what_each_score_has_of_its_own_is_stored():
     assert partials(lambda s, b, h, i, j: s + square[b, h, i, j], lengths=(6, 6))[1] == [True]
     assert partials(lambda s, b, h, i, j: s + square[b, h, i, j] + square[b, h, j, i], lengths=(6, 6))[1] == [False] * 2
     assert partials(lambda s, b, h, i, j: s + square[b, h, i, i], lengths=(6, 6))[1] == [False]
+
+
+def test_what_a_few_share_has_copies(monkeypatch):
+    """As many as take some memory, and a few of any size."""
+    for bias, copied in ((zeros(1, 4, 6, 10), ("batch",)), (zeros(2, 1, 6, 10), ("head",)), (zeros(6, 10), ("batch", "head"))):
+        expression, alone = partials(bias=bias)
+        assert alone == [True]
+        assert expression.partials[0].copied == copied
+    many = {"bias": zeros(1, 4, 6, 10), "batch": COPIES + 1}
+    assert partials(**many)[1] == [True]
+    monkeypatch.setattr(expressions, "COPIES_BYTES", 4 * 240 * (COPIES + 2) - 1)
+    assert partials(**many | {"batch": COPIES + 2})[1] == [False]
+    assert partials(**many | {"batch": COPIES})[1] == [True]
+    assert partials(bias=zeros(6, 10), lengths=None)[1] == [False]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "fours"), [(torch.bfloat16, 12, True), (torch.float32, 12, False), (torch.float16, 10, False)]
+)
+def test_gradients_of_four_keys_are_stored_at_once(dtype, keys, fours):
+    table = zeros(2, 4, 6, keys, dtype=dtype)
+    expression, alone = partials(lambda s, b, h, i, j: s + table[b, h, i, j], lengths=(6, keys))
+    assert alone == [True]
+    assert expression.partials[0].fours == fours
+    other = zeros(2, 4, keys, 6, dtype=dtype)
+    assert not partials(lambda s, b, h, i, j: s + other[b, h, j, i], lengths=(6, keys))[0].partials[0].fours
 
 
 def test_dimensions_along_which_a_bias_is_the_same_have_no_index():
@@ -62,10 +87,46 @@ def test_dimensions_along_which_a_bias_is_the_same_have_no_index():
         assert captured.is_contiguous()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "keys", "row", "first", "n"),
+    [
+        *((torch.bfloat16, 12, 12, 0, 4), (torch.float16, 12, 16, 4, 4), (torch.bfloat16, 12, 14, 0, 2)),
+        *((torch.bfloat16, 12, 12, 2, 2), (torch.bfloat16, 12, 13, 0, 1), (torch.bfloat16, 12, 12, 1, 1)),
+        *((torch.bfloat16, 10, 12, 0, 2), (torch.bfloat16, 11, 12, 0, 1), (torch.float32, 12, 12, 0, 2)),
+    ],
+)
+def test_how_many_keys_are_loaded_at_once(dtype, keys, row, first, n):
+    """As many as rows are long, apart and at addresses that are multiples of, 8 bytes at most."""
+    x = torch.zeros(6 * row + first, dtype=dtype)[first:].view(6, row)[:, :keys]
+    expression, _ = partials(lambda s, b, h, i, j: s + x[i, j], lengths=(6, keys))
+    assert [len(expression.neighbours(many)) for many in (2, 4)] == [n >= 2, n >= 4]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.tuples(*[st.integers(1, 5)] * 2, st.integers(1, 24)),
+    st.tuples(*[st.integers(0, 60)] * 2),
+    st.integers(0, 9),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_neighbours_lie_together(shape, strides, first, dtype):
+    """Each so many of any row are at a multiple of their size, and twice as many are not, or of more than 8 bytes."""
+    x, bytes_ = torch.zeros(700, dtype=dtype).as_strided(shape, (*strides, 1), first), dtype.itemsize
+    rows = [[x[i, j, k:].data_ptr() for k in range(shape[2])] for i in range(shape[0]) for j in range(shape[1])]
+
+    def together(n):
+        return shape[2] % n == 0 and all(row[k] % (n * bytes_) == 0 for row in rows for k in range(0, shape[2], n))
+
+    n = expressions._neighbours(x, shape[2])
+    assert together(n)
+    used = all(size > 1 or stride % (2 * n) == 0 for size, stride in zip(shape, strides, strict=False))
+    assert 2 * n * bytes_ > 8 or not (used and together(2 * n))
+
+
 def test_what_is_loaded_in_pairs():
     """A score's key is the last index, and there is room for all keys at addresses of two."""
     def pairs(x, score=None, lengths=(6, 10)):
-        return len(partials(score, None if score else x, 2, 4, lengths)[0].pairs)
+        return len(partials(score, None if score else x, 2, 4, lengths)[0].neighbours(2))
 
     assert pairs(zeros(2, 4, 6, 10)) == 1
     assert pairs(zeros(10)) == 1
@@ -202,6 +263,40 @@ def test_philox_is_the_published_one(word, words):
     assert [int(found) for found in dropout.philox((x,) * 4, (x,) * 2, dropout.TensorWordOps)] == list(words)
 
 
+def _philox(counter: list[int], key: list[int]) -> list[int]:
+    """As its authors write it down, in Python's numbers."""
+    for n in range(7):
+        if n:
+            key = [(k + step) % 2**32 for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)]
+        (high_0, low_0), (high_1, low_1) = divmod(0xD2511F53 * counter[0], 2**32), divmod(0xCD9E8D57 * counter[2], 2**32)
+        counter = [high_1 ^ counter[1] ^ key[0], low_1, high_0 ^ counter[3] ^ key[1], low_0]
+    return counter
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.integers(-(2**63), 2**63 - 1), st.floats(0.0, 1.0, exclude_max=True), st.integers(0, 2**20), st.integers(0, 2**10),
+    st.tuples(*[st.integers(0, 2**31 - 40)] * 2),
+)  # fmt: skip
+def test_which_probabilities_are_kept(seed, p, batch, head, place):
+    """Of any call, 32 × 32 scores from anywhere on."""
+    rows, keys = (torch.arange(n, n + 32) for n in place)
+    where = (torch.tensor(batch), torch.tensor(head), rows[:, None], keys)
+    found, least = dropout.kept(torch.tensor([seed]), p, *where), round(min(p, 1.0 - p) * 2**15)
+    for row, key in ((0, 0), (9, 3), (31, 31), (17, 24), (24, 17)):
+        i, j = int(rows[row]), int(keys[key])
+        words = _philox([i & ~8, j & ~9, head, batch], [seed % 2**32, (seed >> 32) % 2**32])
+        word = words[(j & 8) // 4 + (i & 8) // 8]
+        number = (word >> 16 if j % 2 else word) % 2**15
+        assert found[row, key] == (number >= least if p <= 0.5 else number < max(least, 1))
+
+
+@given(st.floats(0.0, 1.0, exclude_max=True))
+def test_the_rate_that_is_met(p):
+    assert abs(dropout.rate(p) - p) <= 2**-15 if p > 1.0 - 2**-16 else abs(dropout.rate(p) - p) <= 2**-16
+    assert dropout.kept_scale(p) <= 2**15
+
+
 def places(*sizes: int) -> list[torch.Tensor]:
     return [torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate(sizes)]
 
@@ -212,7 +307,8 @@ def test_the_rate_of_dropout(p):
     seeds = [dropout.draw_seed(torch.device("cpu")) for _ in range(2)]
     first, second = (dropout.kept(seed, p, *places(2, 3, 256, 256)) for seed in seeds)
 
-    p = dropout.threshold(p) / 2**16
+    assert abs(dropout.rate(p) - p) <= 2**-16
+    p = dropout.rate(p)
 
     def assert_rate(kept, rate):
         assert abs(kept.double().mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / kept.numel())
@@ -230,8 +326,8 @@ def test_the_rate_of_dropout(p):
 
 
 def test_numbers_of_dropout():
-    assert [dropout.threshold(p) for p in (0.0, 1e-6, 0.5, 1.0 - 1e-6)] == [0, 0, 2**15, 2**16 - 1]
-    assert dropout.kept_scale(0.5) == 2.0
+    assert [dropout.threshold(p) for p in (0.0, 1e-6, 0.5, 0.75, 1.0 - 1e-6)] == [0, 0, 2**14, ~(2**13), ~1]
+    assert [dropout.kept_scale(p) for p in (0.5, 0.75, 1.0 - 1e-6)] == [2.0, 4.0, 2**15]
     q, k, v = make_qkv(1, 9, 9, 2, 2, 8, 8)
     assert torch.equal(attention(q, k, v, dropout_p=1e-6), attention(q, k, v))
 

@@ -136,7 +136,6 @@ EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
     ("sm_90a", "cp_async_backward", 128): (64, FULL),
     ("sm_90a", "cp_async_backward", 192): (32, FULL),
     ("sm_90a", "cp_async_backward", 256): (96, FULL),
-    ("sm_90a", "tma_wgmma_backward", 64): (32, CAREFUL),
     ("sm_90a", "tma_wgmma_backward", 128): (32, CAREFUL),
     ("sm_100", "cp_async_backward", 128): (32, FULL),
     ("sm_120", "cp_async_backward", 256): (64, FULL),

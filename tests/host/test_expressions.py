@@ -290,7 +290,7 @@ def test_tensors_and_closures_are_one():
     )
     assert len(captured) == 1
     assert captured[0] is table
-    assert expression.tensors == (("float32", 2, False),)
+    assert expression.tensors == (("float32", 2, 1),)
 
 
 def test_a_value_that_changes_between_calls():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cute_attn import attention, attention_kvcache
+from cute_attn import api, attention, attention_kvcache, kvcache, serve
 from tests.caches import Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,3 +149,27 @@ def test_no_sequences():
         return_lse=True,
     )
     assert (out.shape, lse.shape) == ((0, 1, 4, 24), (0, 4, 1))
+
+
+@pytest.mark.parametrize("news", [0, 2], ids=["nothing new", "new keys"])
+@pytest.mark.parametrize("where", ["contiguous", "pages of 16"])
+def test_the_same_step_is_planned_once(where, news, monkeypatch):
+    """The kernels stand in: what is counted is how often a call is planned. A step that fails is planned again, in silence."""
+    case, planned, launched = Case([40, 7], [1, 1], dtype=torch.bfloat16), [], []
+    monkeypatch.setattr(kvcache, "_steps", {})
+    monkeypatch.setattr(serve, "_workspaces", {})
+    monkeypatch.setattr(api, "computed_by_reference", lambda *_: False)
+    monkeypatch.setattr(serve, "check_for_kernels", lambda *_: None)
+    monkeypatch.setattr(serve, "prepared", lambda problem, *_: planned.append(problem) or ("kernel", 4))
+    monkeypatch.setattr(serve, "_goes_to_many", lambda *_: False)
+    monkeypatch.setattr(serve, "device_target", lambda _: "sm_90a")
+    monkeypatch.setattr(serve, "raw_stream", lambda _: 0)
+    monkeypatch.setattr(serve, "run_on", lambda *how: launched.append(how))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    caches = {"k_new": case.k, "v_new": case.v} if news else {}
+    new = {name: torch.stack([x[:news] for x in held]) for name, held in caches.items()}
+    given = made(case, where)
+    for _ in range(3):
+        case.attend(given, causal=True, **new)
+    assert len(planned) == (2 if news else 1)
+    assert len(launched) == 3 * len(planned)

@@ -34,6 +34,7 @@ def gpu(monkeypatch):
         state.current = before
 
     monkeypatch.setattr(launching, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launching, "_is_short", lambda *_: False)
     monkeypatch.setattr(launching, "current_device", lambda: state.current)
     monkeypatch.setattr(launching, "raw_stream", lambda index: 1000 + index)
     monkeypatch.setattr(torch.cuda, "device", device)
@@ -140,7 +141,7 @@ def test_values_of_other_kinds_meet_no_step_of_a_cache():
 
     def key(window=None, scale=None, causal=True):
         rules = scale, window, None, causal, False, False, False, "auto", None
-        return kvcache._key(q, cache, cache, (lengths, *[None] * 5), (None,) * 5, None, rules)
+        return kvcache._key(q, cache, cache, (lengths, *[None] * 5), None, None, rules)
 
     assert key() == key() != key((1, 0))
     assert None not in (key(), key((1, 0)), key(scale=1.0))
@@ -156,6 +157,23 @@ def test_no_step_of_a_cache_is_taken_without_memory(place):
     q, k_cache, v_cache, k_new, v_new = tensors
     with pytest.raises((RuntimeError, ValueError), match=r"memory|storage"):
         step(q, k_cache, v_cache, (None,) * 6, (k_new, v_new, None, None, None), None, None)
+
+
+def test_a_capture_has_a_workspace_for_each_stream(monkeypatch):
+    step, q, capture = object.__new__(serve.Step), torch.empty(1), [7]
+    step.device, step.size = 0, (4, 100)
+    monkeypatch.setattr(serve, "_workspaces", {(0, 5): serve.StreamWorkspace(q, 4, 100)})
+    monkeypatch.setattr(serve, "_recorded", {})
+    monkeypatch.setattr(serve, "capture_of", lambda stream: capture[0])
+    first, other = step._workspace(q, 5, True), step._workspace(q, 6, True)
+    assert step._workspace(q, 5, True) is first is not other
+    step.size = 8, 50
+    larger = step._workspace(q, 5, True)
+    assert larger is not first
+    assert (larger.counters, larger.floats) == (8, 100)
+    capture[0] = 8
+    assert step._workspace(q, 5, True) is not larger
+    assert len(serve._recorded) == 1
 
 
 def test_as_many_calls_are_kept_as_there_is_room_for(monkeypatch):
