@@ -98,7 +98,7 @@ class Values:
 
     def exponent(self, problem):
         """What makes an exponent of 2 of a score as the rules leave it: a function's are natural logarithms."""
-        return Float32(LOG2_E) if problem.expression.natural else self.scale_log2
+        return Float32(LOG2_E) if problem.expression.score is not None else self.scale_log2
 
     def band(self, problem) -> Band:
         return Band(self.lo if problem.bounded_left else None, self.hi if problem.bounded_right else None)

@@ -99,7 +99,8 @@ class Forward(Kernel):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         # float16 has no room for weights above 1, and what a function makes of scores may hide any key.
-        self.anchored = config.dtype == "bfloat16" and not problem.masks_all and not problem.expression.natural
+        unchanged = not problem.expression or (bool(problem.blocks) and problem.expression.score is None)
+        self.anchored = config.dtype == "bfloat16" and unchanged
         self.careful = problem.masked
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
@@ -529,11 +530,11 @@ class Forward(Kernel):
     ):
         n, masked = where
         origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True)
+        Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
         if cutlass.const_expr(anchored):
-            softmax.anchored_step(rows_columns(acc_S), begins)
+            softmax.anchored_step(rows_columns(acc_S))
         else:
-            softmax.step(rows_columns(acc_S), frag.rescale, hold, begins)
+            softmax.step(rows_columns(acc_S), frag.rescale, hold)
 
     @cute.jit
     def _drop(self, me: ForwardWorker, frag: ForwardFragments, tile: WarpgroupTile, n):
