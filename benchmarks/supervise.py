@@ -150,9 +150,9 @@ def apart(work: Callable[..., Any], jobs: Sequence[Any], limit_s: float, *argume
     while done < len(jobs):
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, work, jobs[done:], arguments))
-        process.start()
-        theirs.close()
         try:
+            process.start()
+            theirs.close()
             limit = START_SECONDS
             for job in jobs[done:]:
                 done += 1
@@ -179,6 +179,8 @@ def _work(connection: Any, work: Callable[..., Any], jobs: Sequence[Any], argume
 
 
 def _end_group(process: Any) -> None:
+    if process.pid is None:
+        return
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):  # it has no group yet, or has ended

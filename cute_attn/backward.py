@@ -14,7 +14,6 @@ log-sum-exp enters through delta, since ∂LSE_i / ∂S_ij = P_ij):
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
 from functools import partial
 
 import cutlass
@@ -24,7 +23,7 @@ from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, named
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
-from cute_attn.layouts.base import IN_TURN, ROW_PADDING, VECTOR, cute_layout
+from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
 from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import LOWEST, finite_row
@@ -57,14 +56,12 @@ def host_function(problem, config):
             k, v, dk, dv = (_rows_from(m, unseen) for m in (k, v, dk, dv))
             seqlen_k, lo, hi = seqlen_k - unseen, lo - unseen, hi - unseen
         rules = {"captured": captured_of(problem, given), "of_captured": given.of_captured, **dropout_of(given)}
-        lists = {name: getattr(given, name) for name in ("key_lists", "query_lists", "ranks", "kinds")}
+        lists = {name: getattr(given, name) for name in ("key_lists", "query_lists", "ranks")}
         values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap, **rules, **lists)
         # Where dQ is added in a fixed order heads are taken in groups, too: fewer key tiles of one then wait for one another.
         long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
-        if cutlass.const_expr(given.query_lists is not None and not problem.deterministic):
-            tiles = replace(tiles, in_turn=given.query_lists[None, None, None, IN_TURN])
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)

@@ -8,10 +8,10 @@ which are made of the kinds when a tile shape first asks for them, and kept:
     (cut tiles, all tiles, …, in turn, tile, tile, …, unused)     int32; HEADER words, the tiles that are cut, whole ones
 
 For each query tile a list of key tiles, last ones first, and for each key tile one of query tiles, of all query heads that
-share the keys. The lower TILE_BITS bits of an entry are the tile's number. Blocks take the lists with the most tiles first:
-``in turn``, in the i-th list of a head, is the number of the i-th list to be taken.
+share the keys. The lower TILE_BITS bits of an entry are the tile's number.
 
-- **Of key tiles** those that are cut and come before all whole ones, as a window's left edge does, are the last in the list;
+- **Of key tiles** lists with the most of them are taken first: ``in turn``, in the i-th list of a head, is the number of the i-th
+  list to be taken. Those that are cut and come before all whole ones, as a window's left edge does, are the last in the list;
   the third word says where they begin. Above an entry's number are two bits for each 64 rows of the query tile: whether they
   see none of its keys, or all.
 - **Of query tiles** an entry also has which member of the heads that share the keys it is of. Where all heads have the same
@@ -122,7 +122,8 @@ class BlockMask:
         order = (kinds - CUT) | (after.byte() << 1)  # 0, 1 if whole, 2 at the end; and 255
         order, where = order.flip(3).sort(dim=-1, stable=True)
         cut, whole_end, total = ((order < past).sum(3) for past in (1, 2, 3))
-        return _listed(entries.flip(3).gather(3, where), cut, total, whole_end)
+        in_turn = total.argsort(dim=-1, descending=True, stable=True)
+        return _listed(entries.flip(3).gather(3, where), cut, total, whole_end, in_turn)
 
     def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
         kinds = self.tiles(tile_m, tile_n).transpose(2, 3)
@@ -137,7 +138,8 @@ class BlockMask:
     def _cut_first(kinds: torch.Tensor, numbers: torch.Tensor, repeats: int) -> torch.Tensor:
         order, where = (kinds - CUT).sort(dim=-1, stable=True)  # 0, 1 if whole, and 255
         cut, total = (order < 1).sum(3), (order < 2).sum(3)
-        return _listed(numbers.expand(kinds.shape).gather(3, where), cut, total, torch.full_like(cut, repeats))
+        header = cut, total, torch.full_like(cut, repeats), torch.zeros_like(cut)
+        return _listed(numbers.expand(kinds.shape).gather(3, where), *header)
 
     def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
         seen = self.tiles(tile_m, tile_n).ne(NONE).int()
@@ -280,10 +282,9 @@ def _kinds_of_all(none: torch.Tensor, every: torch.Tensor) -> torch.Tensor:
     return every.all(3).byte() + none.all(3).logical_not()
 
 
-def _listed(entries: torch.Tensor, cut: torch.Tensor, total: torch.Tensor, third: torch.Tensor) -> torch.Tensor:
+def _listed(entries: torch.Tensor, *header: torch.Tensor) -> torch.Tensor:
     """Lists of entries ``(…, tiles)`` with their headers."""
-    in_turn = total.argsort(dim=-1, descending=True, stable=True)
-    return torch.cat((torch.stack((cut, total, third, in_turn), -1).int(), entries, entries[..., :1]), -1)
+    return torch.cat((torch.stack(header, -1).int(), entries, entries[..., :1]), -1)
 
 
 # ---- what attention is given -----------------------------------------------------------------------------------------

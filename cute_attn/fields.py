@@ -70,7 +70,6 @@ def _dropout(name: str, kind: str) -> Field:
 
 
 _CALL = (
-    Field("kinds", "kinds", _is_listed),
     Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
     *map(_dropout, ("seed", "drop_below", "kept_scale"), ("words", "int32", "float32")),
     *map(_given, NAMES),
@@ -87,6 +86,7 @@ FORWARD = (
     Field("tickets", "words", takes_tickets),
     Field("sinks", "floats", lambda problem, config: problem.sinks),
     Field("key_lists", "lists", _is_listed),
+    Field("kinds", "kinds", _is_listed),
     *_CALL,
 )
 BACKWARD = (

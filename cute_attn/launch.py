@@ -207,7 +207,7 @@ def _forward_as_planned(planned: tuple, call: Call, return_lse: bool, for_backwa
         raise ValueError("a tensor without memory")
     function, device, rest = planned
     out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
-    run_on(function, device, (q, k, v, out, lse, lse_raw, None, None, None, *rest, raw_stream(device)))
+    run_on(function, device, (q, k, v, out, lse, lse_raw, None, None, None, None, *rest, raw_stream(device)))
     return out, lse, lse_raw
 
 
@@ -216,7 +216,8 @@ def launch(
 ) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks, key_lists))
+    kinds = None if call.blocks is None else call.blocks.kinds.expand(call.batch, call.heads, -1, -1)
+    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks, key_lists, kinds))
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
@@ -439,9 +440,8 @@ def _besides_tensors(call: Call, blocks: int) -> tuple:
     drops: tuple = None, None, None
     if call.seed is not None:
         drops = call.seed.view(torch.int32), dropout.threshold(call.dropout), dropout.kept_scale(call.dropout)
-    kinds = None if call.blocks is None else call.blocks.kinds.expand(call.batch, call.heads, -1, -1)
     numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    return kinds, captured, *drops, *where, *numbers
+    return captured, *drops, *where, *numbers
 
 
 def run_on(function: Callable, device: int, arguments: tuple) -> None:

@@ -19,8 +19,8 @@ sequence by themselves, so nothing is communicated and nothing is allocated.
   short, and less where they are long.
 - Of ragged sequences nothing evens out by arithmetic. Where tiles cost the same within a sequence, rounds still give every
   block as many of each; where they don't, persistent blocks draw tickets (:class:`Tickets`).
-- What a tile costs that has a list is known on the device only. There the lists say in which order a head's tiles are taken,
-  and persistent blocks draw tickets, too.
+- What a query tile costs that has a list is known on the device only. There the lists say in which order a head's tiles are
+  taken, and persistent blocks draw tickets, too. Key tiles with lists are taken as under a right edge, a block each.
 """
 
 from __future__ import annotations

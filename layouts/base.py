@@ -63,7 +63,7 @@ BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every t
 NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks, and of tiles: no query sees any key of it, some see some, each sees all
 # A list of tiles there is HEADER words, and one for each tile: its number in the lower TILE_BITS, and more above.
 HEADER, TILE_BITS = 4, 20
-IN_TURN = 3  # the word of the header that says which list's tile is computed when
+IN_TURN = 3  # the word of a header of key tiles that says whose list is taken when
 TILE_MASK = (1 << TILE_BITS) - 1
 UNSEEN_BIT, WHOLE_BIT, WARPGROUP_BITS = 0, 1, 2  # of a key tile for each warpgroup: it sees none of it, or all
 

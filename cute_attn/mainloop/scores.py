@@ -380,20 +380,21 @@ class Scores:
     @cute.jit
     def _mask_listed(self, scores: cute.Tensor, origin):
         """A tile that a block mask's function cuts; there is no band beside it, but a last key."""
-        every = range(cute.size(scores, mode=[1]))
+        every, ends = range(cute.size(scores, mode=[1])), origin[1] + len(self._blocks()) * BLOCK
+        columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
         if cutlass.const_expr(not self.unrolls):
             self._mask_columns(scores, origin, every, False)
+        elif ends <= self._elements(origin).held(columns):
+            self._mask_inside(scores, origin, every, True)
         else:
-            values, ends = self.values, origin[1] + len(self._blocks()) * BLOCK
-            if cutlass.const_expr(self.transposed):
-                rows_end = (origin[0] + self.where.thread[0, 0][0]) // BLOCK * BLOCK + BLOCK
-                inside = (ends <= self._elements(origin).held(values.seqlen_q)) & (rows_end <= values.seqlen_k)
-            else:
-                inside = ends <= self._elements(origin).held(values.seqlen_k)
-            if inside:
-                self._mask_blocks(scores, origin, True)
-            else:
-                self._mask_blocks(scores, origin, False)
+            self._mask_inside(scores, origin, every, False)
+
+    def _mask_inside(self, scores: cute.Tensor, origin, every: range, inside: bool):
+        """Block by block in the forward pass; the loop of the backward pass is quicker without so many branches."""
+        if self.problem.gradients:
+            self._mask_columns(scores, origin, every, inside)
+        else:
+            self._mask_blocks(scores, origin, inside)
 
     def _blocks(self) -> list[range]:
         """A thread's columns, by the blocks of 32 that they are in."""
@@ -402,11 +403,8 @@ class Scores:
 
     def _kinds(self, origin, inside: bool) -> list[Int32]:
         """Of the blocks that a warp's rows are in, which are 16 and in one row of blocks. What is past an end nobody sees."""
-        rows, columns = origin[0] + self.where.thread[0, 0][0], origin[1]
         kinds, found = self.values.kinds[self.values.sequence, self.values.head, None, None], []
-        row, column = cute.arch.make_warp_uniform(rows // BLOCK), columns // BLOCK
-        if self.transposed:
-            kinds = cute.make_tensor(kinds.iterator, cute.select(kinds.layout, mode=[1, 0]))
+        row, column = cute.arch.make_warp_uniform((origin[0] + self.where.thread[0, 0][0]) // BLOCK), origin[1] // BLOCK
         row = cutlass.min(row, kinds.shape[0] - 1)  # a row past the end may be any other
         first = cute.domain_offset((row, column), kinds)
         for i in range(len(self._blocks())):
@@ -430,7 +428,7 @@ class Scores:
                     scores[None, c].fill(-Float32.inf)
 
     def _mask_columns(self, scores: cute.Tensor, origin, columns: range, inside: bool):
-        """By the function; ``inside``: no key or column is past an end, the sequence's or that of a tensor that is read."""
+        """By the function; ``inside``: no column is past an end, the sequence's or that of a tensor that is read."""
         elements, last, zero = self._elements(origin), self.values.seqlen_k - 1, self.where.zero
         rows = range(cute.size(scores, mode=[0]))
         first = origin[1] + self.where.thread[0, 0][1]
@@ -440,8 +438,10 @@ class Scores:
                 elements.load_column(c, columns[0], zero[0, c][1] - zero[0, columns[0]][1])
             for r in rows:
                 seen = elements.value(self.problem.expression.mask, r, c)
-                if not inside:
-                    seen = seen & (exist[r] if self.transposed else zero[0, c][1] <= last - first)
+                if self.transposed:
+                    seen = seen & exist[r]
+                elif not inside:
+                    seen = seen & (zero[0, c][1] <= last - first)
                 scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
 
     @cute.jit

@@ -100,26 +100,30 @@ def test_a_run_on_the_cpu_with_faulty_peers(tmp_path, capsys):
 
 def test_jobs_apart(tmp_path):
     """One that takes its process down, or longer than it may, loses its own result; with it ends what it had started."""
-    found = dict(supervise.apart(fakes.job, ["one", "dies", "two", "hangs", "three"], 2.0, str(tmp_path)))
-    assert {job: found[job] for job in ("one", "two", "three")} == {"one": "ONE", "two": "TWO", "three": "THREE"}
+    found = dict(supervise.apart(fakes.job, ["one", "dies", "two"], 120.0, str(tmp_path)))
+    assert (found["one"], found["two"]) == ("ONE", "TWO")
     assert "exit status 7" in str(found["dies"])
+    found = dict(supervise.apart(fakes.job, ["one", "hangs", "two"], 1.0, str(tmp_path)))
+    assert (found["one"], found["two"]) == ("ONE", "TWO")
     assert "no result within" in str(found["hangs"])
-    until(lambda: not any(map(_runs, (tmp_path / "hangs").read_text().split())), 10)
+    if (tmp_path / "hangs").exists():  # a busy machine may not have come so far
+        until(lambda: not any(map(_runs, (tmp_path / "hangs").read_text().split())))
 
 
 def test_jobs_apart_end_with_an_interrupt(tmp_path):
     """Even where the process hears no signal."""
-
     here = threading.get_ident()
 
     def interrupt():
         until((tmp_path / "hangs").exists)
         signal.pthread_kill(here, signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt), closing(supervise.apart(fakes.job, ["hangs"], 60.0, str(tmp_path))) as results:
+    with closing(supervise.apart(fakes.job, ["one", "hangs"], 300.0, str(tmp_path))) as results:
         next(results)
-    until(lambda: not any(map(_runs, (tmp_path / "hangs").read_text().split())), 10)
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+    until(lambda: not any(map(_runs, (tmp_path / "hangs").read_text().split())))
 
 
 def _runs(pid: str) -> bool:

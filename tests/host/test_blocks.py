@@ -145,7 +145,6 @@ def test_lists_of_queries(sizes, seed, tile, alike):
     for heads_kv in {1, heads, max(heads // 2, 1)}:
         group = heads // heads_kv
         lists = blocks.query_lists(*tile, batch, heads, heads_kv)
-        check_turns(lists)
         for b, h, n in torch.cartesian_prod(*(torch.arange(x) for x in (batch, heads_kv, kinds.shape[3]))).tolist():
             listed, cut, _, repeats = entries(lists[b, h, n])
             for kind, found in ((CUT, listed[:cut]), (WHOLE, listed[cut:])):
