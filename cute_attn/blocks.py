@@ -11,9 +11,9 @@ For each query tile a list of key tiles, last ones first, and for each key tile 
 share the keys. The lower TILE_BITS bits of an entry are the tile's number.
 
 - **Of key tiles** lists with the most of them are taken first: ``in turn``, in the i-th list of a head, is the number of the
-  i-th list to be taken. Those that are cut and come before all whole ones, as a window's left edge does, are the last in the list;
-  the third word says where they begin. Above an entry's number are two bits for each 64 rows of the query tile: whether they
-  see none of its keys, or all.
+  i-th list to be taken. Those that are cut and come before all whole ones, as a window's left edge does, are the last in a
+  list; the third word says where they begin. Above an entry's number are two bits for each 64 rows of the query tile: whether
+  they see none of its keys, or all.
 - **Of query tiles** an entry also has which member of the heads that share the keys it is of. Where all heads have the same
   mask, there are entries of one, each for as many heads as the third word says.
 
