@@ -1,17 +1,17 @@
 """Backward attention with TMA copies and warpgroup MMA (Hopper), for heads up to 128 wide: all gradients in one kernel.
 
-A block owns a tile of keys, 64 for each of its computing warpgroups, and walks over the query tiles that see any of them
+A block owns a tile of keys at a time, 64 for each computing warpgroup, and walks over the query tiles that see any of them
 (FlashAttention-2, arXiv:2307.08691, algorithm 2; on Hopper, FlashAttention-3, arXiv:2407.08608). Five products a tile:
 
     Sᵀ = K·Qᵀ,   dPᵀ = V·dOᵀ,   dV += Pᵀ·dO,   dK += dSᵀ·Q,   dQ = dS·K
 
 The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the operands that dV and dK take, and only dS goes
-through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, dV while
-dS is taken and shared, dK while dQ is handed over and until the next tile's Sᵀ begins.
+through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, one half of
+dV while dS is taken, the other while it is shared, dK while dQ is handed over and until the next tile's Sᵀ begins.
 
-Four warps copy: one K, Q and the rows' LSE; one V, dO and the rows' delta; two take turns with dQ, which the copy engine
-adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's registers, which costs no
-bank conflict.
+Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
+with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
+registers, which costs no bank conflict.
 """
 
 from __future__ import annotations
