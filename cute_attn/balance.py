@@ -6,9 +6,9 @@ query of the sequence sees. A walk without keys has one tile with none.
 
 **Balance.** All walks one after another are a line of tiles: sequence by sequence, key head by key head, row tile by row tile.
 It is cut into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
-nothing is planned and nothing allocated for it. But multiprocessors don't read equally fast. So the last eighth or so of a
-stretch is in short sections, and a block that is done with the rest of its own draws one after another of these, whosever,
-until there are none. Who computes a section doesn't change what comes out.
+nothing is planned and nothing allocated for it. But multiprocessors don't read equally fast. So the last few tiles of a stretch
+are a section by themselves, and a block that is done with the rest of its own draws one after another of these, whosever, until
+there are none. Who computes a section doesn't change what comes out.
 
 A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in float32, in a workspace; the block that is the last
 to finish one merges all of them, in the order of their keys, whoever it is. Which one is last a counter says, which that block
@@ -33,7 +33,7 @@ from cutlass import Boolean, Int32, cute
 from cute_attn.layouts.base import WARP
 from cute_attn.stored import UNITS_MAX, unit_tiles
 
-SHORT_PART = 6  # of a stretch, so many times as long as a short section for each that it has
+LONG_OF_SHORT = 6  # short sections that a stretch is as long as at least
 
 
 @dataclass(frozen=True)
@@ -216,40 +216,32 @@ def divided(x, n) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Stretches:
-    """All tiles in equal parts, one a block: block b has those from ``begin(b)`` up to ``begin(b + 1)``. The last ones of each
-    are in ``shorts`` sections of ``short`` tiles; where blocks have few tiles there are none."""
+    """All tiles in equal parts, one a block: block b has those from ``begin(b)`` up to ``begin(b + 1)``, of which the last
+    ``short`` ones are a section by themselves, unless there are too few."""
 
     each: Int32
     longer: Int32  # as many blocks, the first ones, have one more
     blocks: Int32
     short: Int32
-    shorts: cutlass.Constexpr[int]
 
     @staticmethod
-    def of(tiles, blocks, shorts: int, least: int) -> Stretches:
-        """With short sections of ``least`` tiles or more, half of a stretch at most."""
+    def of(tiles, blocks, short: int) -> Stretches:
+        """With such short sections, or with 0 without any."""
         each, longer = divided(tiles, blocks)
-        short = cutlass.max(divided(each, SHORT_PART * shorts)[0], least)
-        enough = divided(each, shorts * max(SHORT_PART, 2 * least))[0]
-        return Stretches(each, longer, blocks, short * cutlass.min(enough, 1), shorts)
+        enough = cutlass.min(divided(each, LONG_OF_SHORT * short)[0], 1) if short else 0
+        return Stretches(each, longer, blocks, Int32(enough * short))
 
     def begin(self, block):
         return block * self.each + cutlass.min(block, self.longer)
 
-    @property
-    def count(self):
-        """How many short sections there are, of all blocks."""
-        return self.blocks * self.shorts * cutlass.min(self.short, 1)
-
     def long(self, block):
-        """``(first tile, the one after the last)`` of a block's first section."""
-        return self.begin(block), self.begin(block + 1) - self.short * self.shorts
+        """``(first tile, the one after the last)`` of a block's own section."""
+        return self.begin(block), self.begin(block + 1) - self.short
 
-    def drawn(self, number):
-        """The same of a short section."""
-        which, block = divided(number, self.blocks)
-        begin = self.begin(block + 1) - (self.shorts - which) * self.short
-        return begin, begin + self.short
+    def drawn(self, block):
+        """The same of the short one."""
+        end = self.begin(block + 1)
+        return end - self.short, end
 
     @cute.jit
     def section_of(self, tile):
@@ -260,8 +252,9 @@ class Stretches:
             block = self.longer + divided(tile - ahead, cutlass.max(self.each, 1))[0]
         section = block
         if self.short > 0:
-            behind = divided(self.begin(block + 1) - 1 - tile, self.short)[0]
-            section = (block + 1) * (1 + self.shorts) - 1 - cutlass.min(behind, self.shorts)
+            section = 2 * block
+            if tile >= self.begin(block + 1) - self.short:
+                section += 1
         return section
 
 

@@ -119,8 +119,9 @@ def attention_kvcache(
         )
     if packed and k_new is not None and cu_seqlens_k_new is None:
         cu_seqlens_k_new = cu_seqlens_q
-    inputs = q, k_cache, v_cache, k_new, v_new, sinks
-    differentiable = torch.is_grad_enabled() and any(x is not None and getattr(x, "requires_grad", False) for x in inputs)
+    differentiable = torch.is_grad_enabled() and any(
+        getattr(x, "requires_grad", False) for x in (q, k_cache, v_cache, k_new, v_new, sinks)
+    )
     key = None
     if mask is score is alibi_slopes is None and type(tensors) is tuple and not tensors and not differentiable:
         cos, sin = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, None)
@@ -175,8 +176,9 @@ def attention_kvcache(
 def _key(q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, rules: tuple) -> tuple | None:
     """What a call's step depends on; None where that can't be told at first sight."""
     scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, _, _ = rules
-    flags = causal, return_lse, batch_invariant, rotary_interleaved
-    if type(q) is type(k_cache) is type(v_cache) is torch.Tensor and api.are_usual_kinds(scale, window, softcap, *flags):
+    are_flags = type(causal) is type(return_lse) is type(batch_invariant) is type(rotary_interleaved) is bool
+    usual = are_flags and (scale is window is softcap is None or api.are_usual_kinds(scale, window, softcap))
+    if usual and type(q) is type(k_cache) is type(v_cache) is torch.Tensor:
         lengths, table, *others = where
         shapes = None
         if new is not None or sinks is not None or others != _NONE:

@@ -54,6 +54,16 @@ def multiprocessors(device: int) -> int:
     return count
 
 
+def capture_of(stream: int) -> int:
+    """The number of the capture that records a stream, which no other capture of the process has."""
+    from cuda.bindings import runtime
+
+    error, _, number, *_ = runtime.cudaStreamGetCaptureInfo(stream)
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise RuntimeError(f"CUDA can't tell which capture records the current stream ({error.name}): is it still going on?")
+    return int(number)
+
+
 @lru_cache(maxsize=64)
 def device_target(device: int) -> str:
     """The compiler's target of a device. Raises ``NotImplementedError`` for a GPU that no layouts module serves."""

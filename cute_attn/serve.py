@@ -2,8 +2,9 @@
 ``launch.py``.
 
 Besides the output a call allocates nothing that it does not keep: a workspace for partial results (``balance.py``), one for
-each stream of a device, which grows with the largest call. What a CUDA graph records gets one of its own, so that graphs may be
-replayed on any streams. With rotary tables the turned queries are allocated, too.
+each stream of a device, which grows with the largest call. A CUDA graph gets one of its own for each stream that it records, so
+that graphs may be replayed on any streams; its counters are cleared once, not for each call. With rotary tables the turned
+queries are allocated, too.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import replace
 import torch
 
 from cute_attn import launch, rules
-from cute_attn.launch import as_read, device_target, prepared, run_on
-from cute_attn.layouts import family, for_target
+from cute_attn.launch import as_read, capture_of, device_target, prepared, run_on
+from cute_attn.layouts import for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
 from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
@@ -38,11 +39,12 @@ class StreamWorkspace:
         self.words = q.new_empty(self.counters + floats, dtype=torch.float32)
         self.words[: self.counters].zero_()
 
-    def holds(self, size: tuple[int, int]) -> bool:
-        return size[0] <= self.counters and size[1] <= self.floats
+    def holds(self, counters: int, floats: int) -> bool:
+        return counters <= self.counters and floats <= self.floats
 
 
 _workspaces: dict[tuple[int, int], StreamWorkspace] = {}
+_recorded: dict[tuple[int, int, int], StreamWorkspace] = {}  # of what was captured last: device, stream, which capture
 
 
 class Step:
@@ -77,11 +79,9 @@ class Step:
             invariant=stored.batch_invariant,
         )
         self.function, blocks = prepared(problem, None, self.device)
-        config = plan(problem, device_target(self.device))
-        sections = blocks * (1 + family(config).short_sections(config))
-        units, places, counters = 0, 2 * sections, sections
+        units, places, counters = 0, 4 * blocks, 2 * blocks
         if stored.batch_invariant:
-            units, places, counters = _units(call, rows, group, config.tile_n)
+            units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
         self.size = counters + 1, places * rows_kept * (call.head_dim_v + OF_ROW)
         self.lse_shape = None
@@ -103,8 +103,9 @@ class Step:
         out = torch.empty_like(q) if self.as_wide and q.is_contiguous() else q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
         workspace = _workspaces.get((self.device, stream))
-        if workspace is None or not workspace.holds(self.size) or torch.cuda.is_current_stream_capturing():
-            workspace = self._workspace(q, stream)
+        recorded = stream != 0 and torch.cuda.is_current_stream_capturing()  # which the stream 0 can't be
+        if recorded or workspace is None or not workspace.holds(*self.size):
+            workspace = self._workspace(q, stream, recorded)
         if sinks is not None:
             sinks = sinks.detach().float().contiguous()
         room = workspace.words, workspace.counters
@@ -112,16 +113,21 @@ class Step:
         run_on(self.function, self.device, arguments)
         return out, lse
 
-    def _workspace(self, q, stream: int) -> StreamWorkspace:
-        """One that is large enough: the stream's, as soon as nothing that is being captured is to have it for itself."""
-        counters, floats = self.size
-        if torch.cuda.is_current_stream_capturing():
-            return StreamWorkspace(q, counters, floats)
-        old = _workspaces.get((self.device, stream))
+    def _workspace(self, q, stream: int, recorded: bool) -> StreamWorkspace:
+        """One that is large enough: the stream's, or that of the stream in what is being captured."""
+        held: dict[tuple, StreamWorkspace] = _workspaces  # type: ignore[assignment]
+        key: tuple[int, ...] = (self.device, stream)
+        if recorded:
+            held, key = _recorded, (*key, capture_of(stream))  # type: ignore[assignment]
+            for other in [x for x in held if x[2] != key[2]]:
+                del held[other]
+        old, (counters, floats) = held.get(key), self.size
         if old is not None:
+            if old.holds(counters, floats):
+                return old
             counters, floats = max(counters, old.counters), max(floats, old.floats)
-        found = _workspaces[self.device, stream] = StreamWorkspace(q, counters, floats)
-        return found
+        held[key] = StreamWorkspace(q, counters, floats)
+        return held[key]
 
 
 def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):

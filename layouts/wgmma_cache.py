@@ -54,9 +54,9 @@ def smem_parts(config: Config) -> dict[str, int]:
     return mma_sync_cache.smem_parts(config)
 
 
-def short_sections(config: Config) -> int:
-    """Of a block's stretch."""
-    return mma_sync_cache.short_sections(config)
+def short_tiles(config: Config, least: int) -> int:
+    """Tiles of a short section."""
+    return mma_sync_cache.short_tiles(config, least)
 
 
 def exchanged_columns(config: Config) -> int:

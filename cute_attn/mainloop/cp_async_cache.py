@@ -162,6 +162,7 @@ class Forward:
         self.lay = layouts.family(config)
         self.group_threads = WARP * self.lay.row_warps(config)
         self.keys_of_group = self.lay.tile("K", config)[0]
+        self.short = self.lay.short_tiles(config, unit_tiles(config.tile_m) if problem.invariant else 1)
         self.holds_q = config.tile_m // self.lay.row_warps(config) == self.lay.ROWS[0]  # in registers
 
     @cute.jit
@@ -178,8 +179,7 @@ class Forward:
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
         tiles, lanes = keys.all_tiles()
-        least = unit_tiles(self.config.tile_m) if self.problem.invariant else 1
-        stretches = Stretches.of(tiles, cute.arch.grid_dim()[0], self.lay.short_sections(self.config), least)
+        stretches = Stretches.of(tiles, cute.arch.grid_dim()[0], self.short)
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         at, end = stretches.long(cute.arch.block_idx()[0])
         i, before = keys.find(at, lanes)
@@ -313,21 +313,22 @@ class Forward:
         number of a section."""
         keys, stretches = serving.keys, serving.stretches
         i, before, at = next_part(keys, i, before, at, end)
-        more = stretches.short > 0
-        while (at >= end) & more:
-            if cute.arch.thread_idx()[0] == 0:
-                block.word[0] = serving.workspace.draw() if drawn == NOT_DRAWN else drawn
-            cute.arch.sync_threads()
-            number = block.word[0]
-            more, drawn = number < stretches.count, NOT_DRAWN
-            if more:
-                at, end = stretches.drawn(number)
-                i, before = keys.find(at, keys.tiles_of_lanes(Int32(0)))
-                i, before, at = next_part(keys, i, before, at, end)
-            elif (number == stretches.count + stretches.blocks - 1) & (cute.arch.thread_idx()[0] == 0):
-                serving.workspace.stop_drawing()
-            if cutlass.const_expr(self.problem.invariant):
-                cute.arch.sync_threads()  # all have read the word
+        if cutlass.const_expr(self.short > 0):
+            more = stretches.short > 0
+            while (at >= end) & more:
+                if cute.arch.thread_idx()[0] == 0:
+                    block.word[0] = serving.workspace.draw() if drawn == NOT_DRAWN else drawn
+                cute.arch.sync_threads()
+                number = block.word[0]
+                more, drawn = number < stretches.blocks, NOT_DRAWN
+                if more:
+                    at, end = stretches.drawn(number)
+                    i, before = keys.find(at, keys.tiles_of_lanes(Int32(0)))
+                    i, before, at = next_part(keys, i, before, at, end)
+                elif (number == 2 * stretches.blocks - 1) & (cute.arch.thread_idx()[0] == 0):
+                    serving.workspace.stop_drawing()
+                if cutlass.const_expr(self.problem.invariant):
+                    cute.arch.sync_threads()  # all have read the word
         return i, before, at, end
 
     @cute.jit
@@ -353,8 +354,9 @@ class Forward:
         ends = seen.part.at + seen.part.end - seen.part.begin  # where the part does
         draws = seen.end - 1 if (ends >= end) & (serving.stretches.short > 0) & (thread == 0) else -1
         for tile in cutlass.range(seen.begin, seen.end, unroll=1):
-            if tile == draws:  # the last one here: the answer is there when it is done
-                drawn = serving.workspace.draw()
+            if cutlass.const_expr(self.short > 0):
+                if tile == draws:  # the last one here: the answer is there when it is done
+                    drawn = serving.workspace.draw()
             cute.arch.cp_async_wait_group(config.stages - 2)
             self._sync_group(block)
             masked = (tile < seen.whole_begin) | (tile >= seen.whole_end)

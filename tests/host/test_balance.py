@@ -28,7 +28,7 @@ section_of = Stretches.section_of.__wrapped__
 places_of = module["places_of"]
 sequence_of, row_of, find = CachedKeys.sequence.__wrapped__, CachedKeys.of_row.__wrapped__, CachedKeys.find.__wrapped__
 tiles_of_lanes = CachedKeys.tiles_of_lanes.__wrapped__
-SHORTS = 4
+SHORT = 4
 CONFIG = SimpleNamespace(tile_n=64, tile_m=16)
 lanes = np.arange(32)
 
@@ -41,7 +41,7 @@ def plain_numbers():
         patch.setattr(cutlass, "const_expr", lambda x: x)
         patch.setattr(cutlass, "Uint32", int)
         patch.setattr(CachedKeys, "tiles_of_lanes", tiles_of_lanes)
-        for function in (part_of, sequence_of):
+        for function in (part_of, sequence_of, Stretches.of):
             patch.setitem(function.__globals__, "Int32", int)
         patch.setattr(Stretches, "section_of", section_of)
         patch.setattr(CachedKeys, "sequence", sequence_of)
@@ -67,9 +67,9 @@ def computed(keys, blocks):
     """Of each walk (sequence, key head, row tile) the parts that blocks compute, as (part, places); tiles of each section."""
     sequences = [keys.sequence(i) for i in range(int(keys.all_sequences))]
     begins = np.cumsum([0, *(s.tiles * keys.walks(s) for s in sequences)])
-    stretches = Stretches.of(int(begins[-1]), blocks, SHORTS, unit_tiles(16) if keys.problem.invariant else 1)
+    stretches = Stretches.of(int(begins[-1]), blocks, SHORT)
     walks, taken = defaultdict(list), []
-    sections = [stretches.long(block) for block in range(blocks)] + [stretches.drawn(n) for n in range(stretches.count)]
+    sections = [stretches.long(block) for block in range(blocks)] + [stretches.drawn(n) for n in range(blocks)]
     for at, end in sorted(sections):
         count = 0
         while at < end:
@@ -111,20 +111,17 @@ def test_every_tile_once_and_every_part_has_a_place_of_its_own(lengths, blocks, 
                 places |= mine
                 counters.add(int(parts[0][1].counter))
         if not invariant:
-            assert places <= set(range(2 * blocks * (1 + SHORTS)))
-            assert counters <= set(range(blocks * (1 + SHORTS)))
+            assert places <= set(range(4 * blocks))
+            assert counters <= set(range(2 * blocks))
 
 
 @given(lengths, st.integers(1, 40))
 def test_sections(lengths, blocks):
-    """Blocks begin with as much to do, and between a seventh and a quarter is left to draw where there is enough for that."""
+    """Blocks begin with as much to do, and where there is enough for that, some is left to draw."""
     with plain_numbers():
         _, _, taken = computed(cached(lengths), blocks)
     assert sorted(taken)[-1] - sorted(taken)[-blocks] <= 1
-    if min(sum(taken) // blocks, len(taken) - blocks) > 0:
-        assert sum(sorted(taken)[:-blocks]) <= sum(taken) / 6
-    else:
-        assert sum(taken) // blocks < 6 * SHORTS
+    assert set(sorted(taken)[:-blocks]) == {SHORT if sum(taken) // blocks >= 6 * SHORT else 0}
 
 
 @given(lengths, st.integers(1, 40), st.integers(1, 40), st.integers(0, 5000))
@@ -215,7 +212,7 @@ def test_blocks_draw_sections_until_there_are_none(invariant, lengths, blocks, r
 
     with plain_numbers(), pytest.MonkeyPatch.context() as patch:
         begins = np.cumsum([0, *(s.tiles * keys.walks(s) for s in map(keys.sequence, range(len(lengths))))])
-        stretches = Stretches.of(int(begins[-1]), blocks, SHORTS, unit_tiles(16) if invariant else 1)
+        stretches = Stretches.of(int(begins[-1]), blocks, SHORT)
         found = [int(np.searchsorted(begins, at, side="right")) - 1 for at in range(int(begins[-1]) + 1)]
         patch.setattr(CachedKeys, "find", lambda self, at, _: (found[at], int(begins[found[at]])))
         patch.setattr(CachedKeys, "tiles_of_lanes", lambda self, first: None)
@@ -230,7 +227,7 @@ def test_blocks_draw_sections_until_there_are_none(invariant, lengths, blocks, r
             stretches=stretches,
             workspace=SimpleNamespace(draw=draw, stop_drawing=lambda: draws.__setitem__(0, 0)),
         )
-        forward = SimpleNamespace(problem=keys.problem)
+        forward = SimpleNamespace(problem=keys.problem, short=SHORT)
         running = [run(block) for block in range(blocks)]
         while running:
             block = random.choice(running)

@@ -148,25 +148,6 @@ def test_values_of_other_kinds_meet_no_step_of_a_cache():
     assert key((True, 0)) is key(scale=True) is key(causal=1) is None
 
 
-def test_a_call_like_one_before_takes_its_step(monkeypatch):
-    q, cache, lengths = torch.empty(1, 1, 2, 64), torch.empty(1, 9, 2, 64), torch.ones(1, dtype=torch.int32)
-    step = object.__new__(serve.Step)
-    step.device, step.as_wide, step.append, step.lse_shape, step.size, step.numbers = 0, True, None, None, (1, 1), (0,)
-    launched = []
-    step.function = lambda *arguments: launched.append(arguments)
-    monkeypatch.setattr(serve, "raw_stream", lambda device: 5)
-    monkeypatch.setattr(launching, "current_device", lambda: 0)
-    monkeypatch.setattr(serve, "_workspaces", {(0, 5): serve.StreamWorkspace(q, 4, 4)})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    rules = None, None, None, False, False, False, False, "auto", None
-    key = kvcache._key(q, cache, cache, (lengths, *[None] * 5), None, None, rules)
-    monkeypatch.setattr(kvcache, "_steps", {key: step})
-    out = kvcache.attention_kvcache(q, cache, cache, lengths=lengths)
-    ((*tensors, stream),) = launched
-    assert out is tensors[3]
-    assert stream == 5
-
-
 @pytest.mark.parametrize("place", range(5))
 def test_no_step_of_a_cache_is_taken_without_memory(place):
     """The launcher, which looks at all else, takes an address of 0."""
@@ -176,6 +157,23 @@ def test_no_step_of_a_cache_is_taken_without_memory(place):
     q, k_cache, v_cache, k_new, v_new = tensors
     with pytest.raises((RuntimeError, ValueError), match=r"memory|storage"):
         step(q, k_cache, v_cache, (None,) * 6, (k_new, v_new, None, None, None), None, None)
+
+
+def test_a_capture_has_a_workspace_for_each_stream(monkeypatch):
+    step, q, capture = object.__new__(serve.Step), torch.empty(1), [7]
+    step.device, step.size = 0, (4, 100)
+    monkeypatch.setattr(serve, "_workspaces", {(0, 5): serve.StreamWorkspace(q, 4, 100)})
+    monkeypatch.setattr(serve, "_recorded", {})
+    monkeypatch.setattr(serve, "capture_of", lambda stream: capture[0])
+    first, other = step._workspace(q, 5, True), step._workspace(q, 6, True)
+    assert step._workspace(q, 5, True) is first is not other
+    step.size = 8, 50
+    larger = step._workspace(q, 5, True)
+    assert larger is not first
+    assert (larger.counters, larger.floats) == (8, 100)
+    capture[0] = 8
+    assert step._workspace(q, 5, True) is not larger
+    assert len(serve._recorded) == 1
 
 
 def test_as_many_calls_are_kept_as_there_is_room_for(monkeypatch):
