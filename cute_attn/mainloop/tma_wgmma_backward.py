@@ -270,14 +270,14 @@ class Backward(KeyBlocks):
                         if lane == 0:
                             signals.wait_for_turn(place, before)
                         cute.arch.sync_warp()
-                    elif cutlass.const_expr(self.lay.FIRST_STORES):
+                    else:
                         before = signals.count(place)
                     for w in cutlass.range_constexpr(self.warpgroups):
                         barrier = self.full_barrier + ADDERS * w + mine
                         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
-                    first = before == 0 if cutlass.const_expr(self.lay.FIRST_STORES) else Boolean(False)
+                    first = before == 0
                     if lane == 0:
-                        if cutlass.const_expr(self.lay.FIRST_STORES and not self.problem.deterministic):
+                        if cutlass.const_expr(not self.problem.deterministic):
                             first = signals.comes_first(place, before)
                         if first:
                             self._hand_on(_store, gradients.mdQ, place, sdQ)
@@ -293,10 +293,9 @@ class Backward(KeyBlocks):
                         if cutlass.const_expr(self.problem.deterministic):
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
                             signals.pass_turn(place)
-                        elif cutlass.const_expr(self.lay.FIRST_STORES):
-                            if first:
-                                cute.arch.cp_async_bulk_wait_group(0, read=False)
-                                signals.pass_turn(place, STORED)
+                        elif first:
+                            cute.arch.cp_async_bulk_wait_group(0, read=False)
+                            signals.pass_turn(place, STORED)
                 step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
