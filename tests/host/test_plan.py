@@ -124,6 +124,7 @@ MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (BACKWARD, "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 keys; 8 are needed"),
     (BACKWARD, "tma_wgmma", {"tile_m": 32}, "2 warpgroups for a 32×128 dQ, 64 rows and a multiple of 16 columns each"),
     (BACKWARD, "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
+    (Problem("bfloat16", 64, 64, gradients="qkv"), "tma_wgmma", {"tile_m": 64, "tile_dv": 192}, "dV is 192 columns wide"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"tile_n": 32}, "32 keys a tile; 64 are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"mma_warps": 4, "mma_registers": 240}, "4 warps; 8 are needed"),
