@@ -304,14 +304,15 @@ def places(*sizes: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_the_rate_of_dropout(p):
     """Within 4 σ: of all, of each word of a counter, of neighbours, and of two seeds together."""
+    torch.manual_seed(0)
     seeds = [dropout.draw_seed(torch.device("cpu")) for _ in range(2)]
     first, second = (dropout.kept(seed, p, *places(2, 3, 256, 256)) for seed in seeds)
 
     assert abs(dropout.rate(p) - p) <= 2**-16
     p = dropout.rate(p)
 
-    def assert_rate(kept, rate):
-        assert abs(kept.double().mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / kept.numel())
+    def assert_rate(kept, rate, times=1):
+        assert abs(kept.double().mean() - rate) < 4 * math.sqrt(times * rate * (1 - rate) / kept.numel())
 
     assert_rate(first, 1 - p)
     for n in range(0, 32, 8):
@@ -319,10 +320,10 @@ def test_the_rate_of_dropout(p):
         assert_rate(first.unflatten(3, (-1, 32))[..., n : n + 8], 1 - p)
     both = (1 - p) ** 2
     keys = [(first[..., n:], first[..., :-n]) for n in (1, 8, 16)]
-    for one, other in ((first, second), *keys):
-        assert_rate(one & other, both)
-    for one, other in ((first[:, :, 8:], first[:, :, :-8]), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1])):
-        assert_rate(one & other, both)
+    assert_rate(first & second, both)
+    neighbours = *keys, (first[:, :, 8:], first[:, :, :-8]), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1])
+    for one, other in neighbours:  # most scores are in two pairs, so that the variance is up to twice that of pairs apart
+        assert_rate(one & other, both, times=2)
 
 
 def test_numbers_of_dropout():
