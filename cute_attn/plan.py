@@ -19,6 +19,7 @@ from cute_attn.layouts.base import (
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 SHORT_WALK = 8  # key tiles
+LISTS_DRAW = True  # whether tiles with lists are drawn by tickets in the forward pass
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
 
 
@@ -70,7 +71,7 @@ def takes_short(found: tuple[Config, ...], keys: int, unequal: bool) -> bool:
 def takes_tickets(problem: Problem, config: Config) -> bool:
     """Whether the forward pass needs memory for tickets, which persistent blocks draw for tiles whose costs are unequal and
     known on the device only (``scheduler.py``)."""
-    unequal = (bool(problem.ragged) and problem.bounded_right) or problem.blocks == "listed"
+    unequal = (bool(problem.ragged) and problem.bounded_right) or (problem.blocks == "listed" and LISTS_DRAW)
     return unequal and not problem.gradients and hasattr(layouts.family(config), "WORK_SLOTS")
 
 

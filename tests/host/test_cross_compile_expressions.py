@@ -116,7 +116,8 @@ def test_kernels_with_functions(case: FunctionCase, kernels):
         assert sum(code.count("LDG") for code in kernels[case]) > 16
     if case.what == "bias" and case.gradients:  # of a thread's 32 scores four keys at once, and nothing narrower
         (code,) = kernels[case]
-        assert {name: n for name, n in code.instructions.items() if name.startswith(("LDG", "STG"))} == {
+        found = {name: n for name, n in code.instructions.items() if name.startswith(("LDG", "STG"))}
+        assert {name: n for name, n in found.items() if "STRONG" not in name} == {  # those are of signals
             "LDG.E.64": 8,
             "STG.E.64": 8,
         }
