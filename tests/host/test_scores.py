@@ -20,7 +20,7 @@ from cutlass.cute.nvgpu import warpgroup  # noqa: E402
 from cutlass.cute.runtime import from_dlpack  # noqa: E402
 
 from cute_attn.layouts.fragments import rows_columns  # noqa: E402
-from cute_attn.mainloop import elements  # noqa: E402
+from cute_attn.mainloop import captured, elements  # noqa: E402
 from cute_attn.mainloop.common import Values  # noqa: E402
 from cute_attn.mainloop.scores import Coordinates, Scores, WordOps  # noqa: E402
 from cute_attn.softmax import LogSumExp, Softmax  # noqa: E402
@@ -100,6 +100,64 @@ def test_a_tile(kind, softcap):
     if transposed:
         torch.testing.assert_close(found[1][there], P, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(found[2][there], P * slope[there].float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 4), (2, 1), (1, 1)])
+def test_where_a_biass_gradient_is_stored(shape, monkeypatch):
+    """Each score's in the copy for its batch element and head, where others share the bias, and nowhere else."""
+    monkeypatch.setattr(captured, "_store", _store_on_the_processor)
+    bias = torch.zeros(*shape, SEQLEN_Q, SEQLEN_K, requires_grad=True)
+    q = torch.zeros(2, SEQLEN_Q, 4, 8)
+    expression, read = traced(None, None, (), None, q, 4, 2, bias, (SEQLEN_Q, SEQLEN_K))
+    assert expression.partials[0].copied == tuple(x for x, n in zip(("batch", "head"), shape, strict=True) if n == 1)
+    problem = Problem("bfloat16", 64, 64, gradients="qkv", expression=expression)
+    config = plan(problem, "sm_80", "cp_async")
+    lay, tile = layouts.family(config), (config.tile_n, config.step_m)
+    generator = torch.Generator().manual_seed(0)
+    given, dP = (torch.randn(tile, generator=generator) for _ in range(2))
+    lse, delta = (torch.randn(tile[1], generator=generator) for _ in range(2))
+    copies = [n for n, mine in zip((2, 4), shape, strict=True) if mine == 1]
+    names = [n for n in shape if n > 1]
+    found = torch.full((*copies, *names, SEQLEN_Q, SEQLEN_K), math.nan)
+
+    @cute.jit
+    def compute(found: cute.Tensor, given: cute.Tensor, dP: cute.Tensor, rows, tensors, thread: Int32):
+        mma = lay.tiled_mma("S", config)
+        where = Coordinates.of(mma, thread, tile)
+        acc, acc_dP = (cute.make_rmem_tensor(mma.partition_shape_C(tile), Float32) for _ in range(2))
+        for x, source in ((acc, given), (acc_dP, dP)):
+            held = rows_columns(x)
+            for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
+                for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
+                    held[r, c] = source[where.thread[r, c]]
+        lengths = Int32(SEQLEN_Q), Int32(SEQLEN_K), Int32(0), Int32(SEQLEN_K - SEQLEN_Q)
+        place = {"captured": tensors, "of_captured": (found,), "sequence": Int32(SEQUENCE), "head": Int32(HEAD)}
+        scores = Scores(where, Values(*lengths, Float32(math.log2(math.e)), Float32(0.0), **place), problem, True)
+        along = [
+            rows_columns(mma.get_slice(thread).partition_C(cute.make_tensor(x.iterator, cute.make_layout(tile, stride=(0, 1)))))
+            for x in rows
+        ]
+        scores.probabilities(acc, along[0][0, None], cutlass.Float16, (256, 256))
+        scores.gradients(acc, acc_dP, along[1][0, None], along[0][0, None], (256, 256))
+
+    arguments = *map(from_dlpack, (found, given, dP)), tuple(map(from_dlpack, (lse, delta)))
+    arguments = *arguments, tuple(from_dlpack(x.detach()) for x in read)
+    compiled = cute.compile(compute, *arguments, Int32(0))
+    for thread in range(config.mma_threads):
+        compiled(*arguments, Int32(thread))
+    dS = ((given - lse).exp() * (dP - delta)).T
+    rows, keys = min(SEQLEN_Q - 256, tile[1]), min(SEQLEN_K - 256, tile[0])
+    want = torch.full((2, 4, SEQLEN_Q, SEQLEN_K), math.nan)
+    want[SEQUENCE, HEAD, 256 : 256 + rows, 256 : 256 + keys] = dS[:rows, :keys]
+    by_batch_and_head = found.reshape(2, 4, SEQLEN_Q, SEQLEN_K) if shape != (2, 1) else found.transpose(0, 1)
+    torch.testing.assert_close(by_batch_and_head, want, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@cute.jit
+def _store_on_the_processor(place, value, exists):
+    if exists:
+        into = cute.make_ptr(value.dtype, place, cute.AddressSpace.generic)
+        cute.make_tensor(into, cute.make_layout(1))[0] = value
 
 
 @pytest.mark.parametrize("mechanism", ["cp_async", "tma_wgmma"])
