@@ -6,20 +6,17 @@ query of the sequence sees. A walk without keys has one tile with none.
 
 **Balance.** All walks one after another are a line of tiles: sequence by sequence, key head by key head, row tile by row tile.
 It is cut into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
-nothing is planned and nothing allocated for it. But multiprocessors don't read equally fast. So the last few tiles of a stretch
-are a section by themselves, and a block that is done with the rest of its own draws one after another of these, whosever, until
-there are none. Who computes a section doesn't change what comes out.
+nothing is planned and nothing allocated for it. A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in
+float32, in a workspace; the block that is last to finish one merges all of them, in the order of their keys, whoever it is.
+Which one is last a counter says, which that block sets back to 0: a call leaves them all as it found them.
 
-A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in float32, in a workspace; the block that is the last
-to finish one merges all of them, in the order of their keys, whoever it is. Which one is last a counter says, which that block
-sets back to 0, as who draws last does with the counter of draws: a call leaves them all as it found them.
-
-A section has two places for partial results at most, one of a walk that began before it, one of a walk that goes on behind it,
-and the counter of a walk is that of the section in which it begins. So the workspace depends on the GPU and on nothing else.
+A block has two places for partial results at most, one of a walk that began before its stretch, one of a walk that goes on
+behind it, and the counter of a walk is that of the block in which it begins. So the workspace depends on the GPU and on nothing
+else.
 
 **Invariant.** Where a sequence's results must not depend on the others, a walk is cut into *units* of a length that follows
 from its own: as many as :data:`UNITS_MAX`, of :func:`unit_tiles` tiles at least. A block takes the units that begin in its
-section. Each unit has a place of its own, and each walk a counter.
+stretch. Each unit has a place of its own, and each walk a counter.
 """
 
 from __future__ import annotations
@@ -32,8 +29,6 @@ from cutlass import Boolean, Int32, cute
 
 from cute_attn.layouts.base import WARP
 from cute_attn.stored import UNITS_MAX, unit_tiles
-
-LONG_OF_SHORT = 6  # short sections that a stretch is as long as at least
 
 
 @dataclass(frozen=True)
@@ -216,46 +211,26 @@ def divided(x, n) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Stretches:
-    """All tiles in equal parts, one a block: block b has those from ``begin(b)`` up to ``begin(b + 1)``, of which the last
-    ``short`` ones are a section by themselves, unless there are too few."""
+    """All tiles in equal parts: block b has those from ``begin(b)`` up to ``begin(b + 1)``."""
 
     each: Int32
     longer: Int32  # as many blocks, the first ones, have one more
-    blocks: Int32
-    short: Int32
 
     @staticmethod
-    def of(tiles, blocks, short: int) -> Stretches:
-        """With such short sections, or with 0 without any."""
-        each, longer = divided(tiles, blocks)
-        enough = cutlass.min(divided(each, LONG_OF_SHORT * short)[0], 1) if short else 0
-        return Stretches(each, longer, blocks, Int32(enough * short))
+    def of(tiles, blocks) -> Stretches:
+        return Stretches(*divided(tiles, blocks))
 
     def begin(self, block):
         return block * self.each + cutlass.min(block, self.longer)
 
-    def long(self, block):
-        """``(first tile, the one after the last)`` of a block's own section."""
-        return self.begin(block), self.begin(block + 1) - self.short
-
-    def drawn(self, block):
-        """The same of the short one."""
-        end = self.begin(block + 1)
-        return end - self.short, end
-
     @cute.jit
-    def section_of(self, tile):
-        """Which section has a tile, all of them counted in the order of their tiles."""
+    def block_of(self, tile):
+        """The block that has a tile."""
         ahead = self.longer * (self.each + 1)
         block = divided(tile, self.each + 1)[0]
         if tile >= ahead:
             block = self.longer + divided(tile - ahead, cutlass.max(self.each, 1))[0]
-        section = block
-        if self.short > 0:
-            section = 2 * block
-            if tile >= self.begin(block + 1) - self.short:
-                section += 1
-        return section
+        return block
 
 
 @dataclass(frozen=True)
@@ -336,5 +311,5 @@ def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: S
         place, parts = walk * keys.units, divided(sequence.tiles + unit - 1, unit)[0]
         return PartPlaces(parts, divided(part.begin, unit)[0], place, place, Int32(1), walk)
     begin = part.at - part.begin
-    first, last, mine = (stretches.section_of(tile) for tile in (begin, begin + sequence.tiles - 1, part.at))
+    first, last, mine = (stretches.block_of(tile) for tile in (begin, begin + sequence.tiles - 1, part.at))
     return PartPlaces(last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first)

@@ -79,11 +79,11 @@ class Step:
             invariant=stored.batch_invariant,
         )
         self.function, blocks = prepared(problem, None, self.device)
-        units, places, counters = 0, 4 * blocks, 2 * blocks
+        units, places, counters = 0, 2 * blocks, blocks
         if stored.batch_invariant:
             units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
-        self.size = counters + 1, places * rows_kept * (call.head_dim_v + OF_ROW)
+        self.size = counters, places * rows_kept * (call.head_dim_v + OF_ROW)
         self.lse_shape = None
         if return_lse:
             self.lse_shape = (call.heads, call.seqlen_q) if packed else (call.batch, call.heads, call.seqlen_q)

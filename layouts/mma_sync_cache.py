@@ -21,7 +21,6 @@ WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O
 STAGES_MAX = 6
 FLOAT, BANKS = 4, 32  # bytes; of shared memory, a float wide each
 RESERVED = KIB  # what CUDA takes of each block's shared memory
-SHORT = 0  # tiles: what is to be read takes twice as long as all that comes with a section
 OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
 
 
@@ -66,11 +65,6 @@ def row_warps(config: Config) -> int:
 def group(config: Config) -> Config:
     """A group of warps as a block of ``mma_sync``."""
     return replace(config, mma_warps=row_warps(config), tile_n=config.tile_n // config.key_warps, key_warps=0, cache="")
-
-
-def short_tiles(config: Config, least: int) -> int:
-    """Tiles of a short section (``balance.py``), ``least`` of them at least; 0 if there are none."""
-    return max(SHORT, least) if SHORT else 0
 
 
 def exchanged_columns(config: Config) -> int:

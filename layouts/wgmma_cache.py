@@ -54,11 +54,6 @@ def smem_parts(config: Config) -> dict[str, int]:
     return mma_sync_cache.smem_parts(config)
 
 
-def short_tiles(config: Config, least: int) -> int:
-    """Tiles of a short section."""
-    return mma_sync_cache.short_tiles(config, least)
-
-
 def exchanged_columns(config: Config) -> int:
     """Columns of O that are in shared memory at a time."""
     return mma_sync_cache.exchanged_columns(config)

@@ -39,18 +39,16 @@ from cute_attn.mainloop.guard import poison_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.softmax import Softmax, finished, scale_rows
-from cute_attn.stored import unit_tiles
 
 PIECE = 4  # columns of O that a thread merges at a time
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
-NOT_DRAWN = -1  # no number of a section
 AT_ONCE = 32  # pieces of partial results that a thread has on their way at the same time
 
 
 @dataclass(frozen=True)
 class Workspace:
     """Partial results in global memory, of each place O ``(rows, columns)``, and all maxima and sums ``(places, rows, 2)``
-    behind them; and counters ahead, the last of which is that of draws."""
+    behind them; and counters ahead."""
 
     counters: cute.Tensor
     o: cute.Pointer
@@ -64,18 +62,6 @@ class Workspace:
         words = cute.make_tensor(cute.recast_ptr(m.iterator, dtype=Int32), cute.make_layout(counters))
         after = m.iterator + cute.assume(counters, 4)
         return Workspace(words, after, after + cutlass.Int64(places * rows) * columns, rows, columns)
-
-    @property
-    def _draws(self) -> cute.Pointer:
-        return self.counters.iterator + (cute.size(self.counters) - 1)
-
-    def draw(self) -> Int32:
-        """A number that nobody else draws."""
-        return cute.arch.atomic_add(self._draws, Int32(1), sem="relaxed", scope="gpu")
-
-    def stop_drawing(self):
-        """As before the first draw."""
-        self.counters[cute.size(self.counters) - 1] = Int32(0)
 
     def of_row(self, place, row) -> tuple[Any, Any]:
         """Where a row of O is, and where its maximum and its sum."""
@@ -162,7 +148,6 @@ class Forward:
         self.lay = layouts.family(config)
         self.group_threads = WARP * self.lay.row_warps(config)
         self.keys_of_group = self.lay.tile("K", config)[0]
-        self.short = self.lay.short_tiles(config, unit_tiles(config.tile_m) if problem.invariant else 1)
         self.holds_q = config.tile_m // self.lay.row_warps(config) == self.lay.ROWS[0]  # in registers
 
     @cute.jit
@@ -179,16 +164,16 @@ class Forward:
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
         tiles, lanes = keys.all_tiles()
-        stretches = Stretches.of(tiles, cute.arch.grid_dim()[0], self.short)
+        stretches, number = Stretches.of(tiles, cute.arch.grid_dim()[0]), cute.arch.block_idx()[0]
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
-        at, end = stretches.long(cute.arch.block_idx()[0])
+        at, end = stretches.begin(number), stretches.begin(number + 1)
         i, before = keys.find(at, lanes)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
-            i, before, at, end = self._following(block, serving, NOT_DRAWN, i, before, at, end)
+            i, before, at = next_part(keys, i, before, at, end)
         if at < end:
             self._begin(block, serving, i, before, at, end)
         while at < end:
-            i, before, at, end = self._part(block, serving, i, before, at, end)
+            i, before, at = self._part(block, serving, i, before, at, end)
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -307,33 +292,8 @@ class Forward:
             cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def _following(self, block: CacheBlock, serving: Serving, drawn, i, before, at, end):
-        """All threads: ``(sequence, tiles before it, tile, end of its section)`` of the next part from tile ``at`` on, in this
-        section or in those that this block draws; the tile is the end or more if there is none. ``drawn`` is the first thread's
-        number of a section."""
-        keys, stretches = serving.keys, serving.stretches
-        i, before, at = next_part(keys, i, before, at, end)
-        if cutlass.const_expr(self.short > 0):
-            more = stretches.short > 0
-            while (at >= end) & more:
-                if cute.arch.thread_idx()[0] == 0:
-                    block.word[0] = serving.workspace.draw() if drawn == NOT_DRAWN else drawn
-                cute.arch.sync_threads()
-                number = block.word[0]
-                more, drawn = number < stretches.blocks, NOT_DRAWN
-                if more:
-                    at, end = stretches.drawn(number)
-                    i, before = keys.find(at, keys.tiles_of_lanes(Int32(0)))
-                    i, before, at = next_part(keys, i, before, at, end)
-                elif (number == 2 * stretches.blocks - 1) & (cute.arch.thread_idx()[0] == 0):
-                    serving.workspace.stop_drawing()
-                if cutlass.const_expr(self.problem.invariant):
-                    cute.arch.sync_threads()  # all have read the word
-        return i, before, at, end
-
-    @cute.jit
     def _part(self, block: CacheBlock, serving: Serving, i, before, at, end):
-        """A part whose first copies have started. Returns the next one, as :meth:`_following` does."""
+        """A part whose first copies have started. Returns the next one."""
         config, keys = self.config, serving.keys
         seen = self._seen(serving, i, before, at, end)
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
@@ -350,13 +310,8 @@ class Forward:
         cute.arch.sync_threads()
         of_q = self._queries(block)
 
-        stage, drawn, thread = Int32(0), NOT_DRAWN, cute.arch.thread_idx()[0]
-        ends = seen.part.at + seen.part.end - seen.part.begin  # where the part does
-        draws = seen.end - 1 if (ends >= end) & (serving.stretches.short > 0) & (thread == 0) else -1
+        stage, ends = Int32(0), seen.part.at + seen.part.end - seen.part.begin  # where the part does
         for tile in cutlass.range(seen.begin, seen.end, unroll=1):
-            if cutlass.const_expr(self.short > 0):
-                if tile == draws:  # the last one here: the answer is there when it is done
-                    drawn = serving.workspace.draw()
             cute.arch.cp_async_wait_group(config.stages - 2)
             self._sync_group(block)
             masked = (tile < seen.whole_begin) | (tile >= seen.whole_end)
@@ -379,9 +334,9 @@ class Forward:
             stage = (stage + 1) % config.stages
 
         cute.arch.sync_threads()  # all groups are done with Q and with all stages
-        following = self._following(block, serving, drawn, i, before, ends, end)
-        if following[2] < following[3]:
-            self._begin(block, serving, *following)
+        following = next_part(keys, i, before, ends, end)
+        if following[2] < end:
+            self._begin(block, serving, *following, end)
         self._finish(block, serving, seen, rows, softmax)
         return following
 

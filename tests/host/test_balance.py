@@ -21,14 +21,12 @@ from cute_attn.stored import UNITS_MAX, unit_tiles
 
 # Copies of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.balance").origin)
-mainloop = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)
 CachedKeys, Stretches, PartPlaces = module["CachedKeys"], module["Stretches"], module["PartPlaces"]
 part_of, place_of = module["part_of_stretch"].__wrapped__, PartPlaces.of.__wrapped__
-section_of = Stretches.section_of.__wrapped__
+block_of = Stretches.block_of.__wrapped__
 places_of = module["places_of"]
 sequence_of, row_of, find = CachedKeys.sequence.__wrapped__, CachedKeys.of_row.__wrapped__, CachedKeys.find.__wrapped__
 tiles_of_lanes = CachedKeys.tiles_of_lanes.__wrapped__
-SHORT = 4
 CONFIG = SimpleNamespace(tile_n=64, tile_m=16)
 lanes = np.arange(32)
 
@@ -41,9 +39,9 @@ def plain_numbers():
         patch.setattr(cutlass, "const_expr", lambda x: x)
         patch.setattr(cutlass, "Uint32", int)
         patch.setattr(CachedKeys, "tiles_of_lanes", tiles_of_lanes)
-        for function in (part_of, sequence_of, Stretches.of):
+        for function in (part_of, sequence_of):
             patch.setitem(function.__globals__, "Int32", int)
-        patch.setattr(Stretches, "section_of", section_of)
+        patch.setattr(Stretches, "block_of", block_of)
         patch.setattr(CachedKeys, "sequence", sequence_of)
         for name, function in {
             "lane_idx": lambda: lanes,
@@ -64,14 +62,13 @@ def cached(lengths, seqlen_q=1, heads_kv=2, packed=4, invariant=False, bounds=No
 
 
 def computed(keys, blocks):
-    """Of each walk (sequence, key head, row tile) the parts that blocks compute, as (part, places); tiles of each section."""
+    """Of each walk (sequence, key head, row tile) the parts that blocks compute, as (part, places); tiles of each block."""
     sequences = [keys.sequence(i) for i in range(int(keys.all_sequences))]
     begins = np.cumsum([0, *(s.tiles * keys.walks(s) for s in sequences)])
-    stretches = Stretches.of(int(begins[-1]), blocks, SHORT)
+    stretches = Stretches.of(int(begins[-1]), blocks)
     walks, taken = defaultdict(list), []
-    sections = [stretches.long(block) for block in range(blocks)] + [stretches.drawn(n) for n in range(blocks)]
-    for at, end in sorted(sections):
-        count = 0
+    for block in range(blocks):
+        at, end, count = stretches.begin(block), stretches.begin(block + 1), 0
         while at < end:
             i = int(np.searchsorted(begins, at, side="right")) - 1
             part, passed = part_of(keys, sequences[i], int(begins[i]), at, end)
@@ -111,17 +108,15 @@ def test_every_tile_once_and_every_part_has_a_place_of_its_own(lengths, blocks, 
                 places |= mine
                 counters.add(int(parts[0][1].counter))
         if not invariant:
-            assert places <= set(range(4 * blocks))
-            assert counters <= set(range(2 * blocks))
+            assert places <= set(range(2 * blocks))
+            assert counters <= set(range(blocks))
 
 
 @given(lengths, st.integers(1, 40))
-def test_sections(lengths, blocks):
-    """Blocks begin with as much to do, and where there is enough for that, some is left to draw."""
+def test_blocks_have_as_much_to_do(lengths, blocks):
     with plain_numbers():
         _, _, taken = computed(cached(lengths), blocks)
-    assert sorted(taken)[-1] - sorted(taken)[-blocks] <= 1
-    assert set(sorted(taken)[:-blocks]) == {SHORT if sum(taken) // blocks >= 6 * SHORT else 0}
+    assert max(taken) - min(taken) <= 1
 
 
 @given(lengths, st.integers(1, 40), st.integers(1, 40), st.integers(0, 5000))
@@ -181,59 +176,3 @@ def test_a_warp_finds_a_tile(tiles, tile):
         assert (i, before) == (owners[tile], sum(tiles[: owners[tile]]))
     else:
         assert i >= len(tiles)
-
-
-@pytest.mark.parametrize("invariant", [False, True])
-@given(lengths, st.integers(1, 9), st.randoms(use_true_random=False))
-def test_blocks_draw_sections_until_there_are_none(invariant, lengths, blocks, random):
-    """In whatever order, every part is computed once, and in the end nobody has drawn."""
-    following = mainloop["Forward"]._following.__wrapped__
-    keys, draws, computed_parts = cached(lengths, 1, invariant=invariant), [0], []
-
-    def draw():
-        draws[0] += 1
-        return draws[0] - 1
-
-    def run(block):
-        shared = SimpleNamespace(word=[None])
-        at, end = stretches.long(block)
-        i, before = keys.find(at, None)
-        if invariant:
-            i, before, at, end = following(forward, shared, serving, -1, i, before, at, end)
-        while at < end:
-            yield
-            part, _ = part_of(keys, keys.sequence(i), before, at, end)
-            part_end = int(part.at + part.end - part.begin)
-            computed_parts.append((int(part.at), part_end))
-            early = part_end >= end and stretches.short > 0 and random.random() < 0.5
-            drawn = draw() if early else -1
-            yield
-            i, before, at, end = following(forward, shared, serving, drawn, i, before, part_end, end)
-
-    with plain_numbers(), pytest.MonkeyPatch.context() as patch:
-        begins = np.cumsum([0, *(s.tiles * keys.walks(s) for s in map(keys.sequence, range(len(lengths))))])
-        stretches = Stretches.of(int(begins[-1]), blocks, SHORT)
-        found = [int(np.searchsorted(begins, at, side="right")) - 1 for at in range(int(begins[-1]) + 1)]
-        patch.setattr(CachedKeys, "find", lambda self, at, _: (found[at], int(begins[found[at]])))
-        patch.setattr(CachedKeys, "tiles_of_lanes", lambda self, first: None)
-        patch.setattr(cute.arch, "thread_idx", lambda: (0,))
-        patch.setattr(cute.arch, "sync_threads", lambda: None)
-        for name in ("next_part", "part_of_stretch"):
-            patch.setitem(following.__globals__, name, module[name].__wrapped__)
-        for name, plain in {"part_of_stretch": part_of, "Boolean": bool}.items():
-            patch.setitem(module["next_part"].__wrapped__.__globals__, name, plain)
-        serving = SimpleNamespace(
-            keys=keys,
-            stretches=stretches,
-            workspace=SimpleNamespace(draw=draw, stop_drawing=lambda: draws.__setitem__(0, 0)),
-        )
-        forward = SimpleNamespace(problem=keys.problem, short=SHORT)
-        running = [run(block) for block in range(blocks)]
-        while running:
-            block = random.choice(running)
-            if next(block, "done") == "done":
-                running.remove(block)
-    assert draws == [0]
-    ends = [0, *(end for _, end in sorted(computed_parts))]
-    assert [begin for begin, _ in sorted(computed_parts)] == ends[:-1]
-    assert ends[-1] == begins[-1]
