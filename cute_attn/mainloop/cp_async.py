@@ -236,12 +236,11 @@ class Forward:
         scores = Scores(tile.cS, tile.values, self.problem, unrolls=False)
         scores.apply_rules(acc_S, origin, masked)
         output.softmax.step(rows_columns(acc_S), output.rescale)
-        scale_rows(rows_columns(acc_O), output.rescale)
-        P = acc_S
         if cutlass.const_expr(self.problem.dropout):
-            P = converted(acc_S, v.fragment.element_type)
-            scores.drop(P, origin)
-        p = as_operand_a(P)
+            scores.drop(acc_S, origin)
+        scale_rows(rows_columns(acc_O), output.rescale)
+
+        p = as_operand_a(acc_S)
 
         def rounded(step):  # just in time: frees two registers for each it takes
             return converted(p[None, None, step], v.fragment.element_type)

@@ -1,17 +1,17 @@
 """Backward attention with TMA copies and warpgroup MMA (Hopper), for heads up to 128 wide: all gradients in one kernel.
 
-A block owns a tile of keys, 64 for each of its computing warpgroups, and walks over the query tiles that see any of them
+A block owns a tile of keys at a time, 64 for each computing warpgroup, and walks over the query tiles that see any of them
 (FlashAttention-2, arXiv:2307.08691, algorithm 2; on Hopper, FlashAttention-3, arXiv:2407.08608). Five products a tile:
 
     Sᵀ = K·Qᵀ,   dPᵀ = V·dOᵀ,   dV += Pᵀ·dO,   dK += dSᵀ·Q,   dQ = dS·K
 
 The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the operands that dV and dK take, and only dS goes
-through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, dV while
-dS is taken and shared, dK while dQ is handed over and until the next tile's Sᵀ begins.
+through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, one half of
+dV while dS is taken, the other while it is shared, dK while dQ is handed over and until the next tile's Sᵀ begins.
 
-Four warps copy: one K, Q and the rows' LSE; one V, dO and the rows' delta; two take turns with dQ, which the copy engine
-adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's registers, which costs no
-bank conflict.
+Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
+with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
+registers, which costs no bank conflict.
 """
 
 from __future__ import annotations
@@ -270,14 +270,14 @@ class Backward(KeyBlocks):
                         if lane == 0:
                             signals.wait_for_turn(place, before)
                         cute.arch.sync_warp()
-                    elif cutlass.const_expr(self.lay.FIRST_STORES):
+                    else:
                         before = signals.count(place)
                     for w in cutlass.range_constexpr(self.warpgroups):
                         barrier = self.full_barrier + ADDERS * w + mine
                         cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
-                    first = before == 0 if cutlass.const_expr(self.lay.FIRST_STORES) else Boolean(False)
+                    first = before == 0
                     if lane == 0:
-                        if cutlass.const_expr(self.lay.FIRST_STORES and not self.problem.deterministic):
+                        if cutlass.const_expr(not self.problem.deterministic):
                             first = signals.comes_first(place, before)
                         if first:
                             self._hand_on(_store, gradients.mdQ, place, sdQ)
@@ -293,10 +293,9 @@ class Backward(KeyBlocks):
                         if cutlass.const_expr(self.problem.deterministic):
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
                             signals.pass_turn(place)
-                        elif cutlass.const_expr(self.lay.FIRST_STORES):
-                            if first:
-                                cute.arch.cp_async_bulk_wait_group(0, read=False)
-                                signals.pass_turn(place, STORED)
+                        elif first:
+                            cute.arch.cp_async_bulk_wait_group(0, read=False)
+                            signals.pass_turn(place, STORED)
                 step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
@@ -550,7 +549,6 @@ class Backward(KeyBlocks):
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
         if cutlass.const_expr(self.needs_v):
-            values.scale_kept(frag.acc_dV)
             self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
             self._meet()
             self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)

@@ -282,19 +282,12 @@ def test_which_probabilities_are_kept(seed, p, batch, head, place):
     """Of any call, 32 × 32 scores from anywhere on."""
     rows, keys = (torch.arange(n, n + 32) for n in place)
     where = (torch.tensor(batch), torch.tensor(head), rows[:, None], keys)
-    found, least = dropout.kept(torch.tensor([seed]), p, *where), round(min(p, 1.0 - p) * 2**15)
+    found = dropout.kept(torch.tensor([seed]), p, *where)
     for row, key in ((0, 0), (9, 3), (31, 31), (17, 24), (24, 17)):
         i, j = int(rows[row]), int(keys[key])
-        words = _philox([i & ~8, j & ~9, head, batch], [seed % 2**32, (seed >> 32) % 2**32])
-        word = words[(j & 8) // 4 + (i & 8) // 8]
-        number = (word >> 16 if j % 2 else word) % 2**15
-        assert found[row, key] == (number >= least if p <= 0.5 else number < max(least, 1))
-
-
-@given(st.floats(0.0, 1.0, exclude_max=True))
-def test_the_rate_that_is_met(p):
-    assert abs(dropout.rate(p) - p) <= 2**-15 if p > 1.0 - 2**-16 else abs(dropout.rate(p) - p) <= 2**-16
-    assert dropout.kept_scale(p) <= 2**15
+        words = _philox([j & ~24, head, i & ~8, batch], [seed % 2**32, (seed >> 32) % 2**32])
+        word = words[(j & 16) // 8 + (i & 8) // 8]
+        assert found[row, key] == (word >> (16 if j & 8 else 0) & 0xFFFF >= dropout.threshold(p))
 
 
 def places(*sizes: int) -> list[torch.Tensor]:
@@ -304,14 +297,14 @@ def places(*sizes: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_the_rate_of_dropout(p):
     """Within 4 σ: of all, of each word of a counter, of neighbours, and of two seeds together."""
+    torch.manual_seed(0)
     seeds = [dropout.draw_seed(torch.device("cpu")) for _ in range(2)]
     first, second = (dropout.kept(seed, p, *places(2, 3, 256, 256)) for seed in seeds)
 
-    assert abs(dropout.rate(p) - p) <= 2**-16
-    p = dropout.rate(p)
+    p = dropout.threshold(p) / 2**16
 
-    def assert_rate(kept, rate):
-        assert abs(kept.double().mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / kept.numel())
+    def assert_rate(kept, rate, times=1):
+        assert abs(kept.double().mean() - rate) < 4 * math.sqrt(times * rate * (1 - rate) / kept.numel())
 
     assert_rate(first, 1 - p)
     for n in range(0, 32, 8):
@@ -319,15 +312,15 @@ def test_the_rate_of_dropout(p):
         assert_rate(first.unflatten(3, (-1, 32))[..., n : n + 8], 1 - p)
     both = (1 - p) ** 2
     keys = [(first[..., n:], first[..., :-n]) for n in (1, 8, 16)]
-    for one, other in ((first, second), *keys):
-        assert_rate(one & other, both)
-    for one, other in ((first[:, :, 8:], first[:, :, :-8]), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1])):
-        assert_rate(one & other, both)
+    assert_rate(first & second, both)
+    neighbours = *keys, (first[:, :, 8:], first[:, :, :-8]), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1])
+    for one, other in neighbours:  # most scores are in two pairs, so that the variance is up to twice that of pairs apart
+        assert_rate(one & other, both, times=2)
 
 
 def test_numbers_of_dropout():
-    assert [dropout.threshold(p) for p in (0.0, 1e-6, 0.5, 0.75, 1.0 - 1e-6)] == [0, 0, 2**14, ~(2**13), ~1]
-    assert [dropout.kept_scale(p) for p in (0.5, 0.75, 1.0 - 1e-6)] == [2.0, 4.0, 2**15]
+    assert [dropout.threshold(p) for p in (0.0, 1e-6, 0.5, 1.0 - 1e-6)] == [0, 0, 2**15, 2**16 - 1]
+    assert dropout.kept_scale(0.5) == 2.0
     q, k, v = make_qkv(1, 9, 9, 2, 2, 8, 8)
     assert torch.equal(attention(q, k, v, dropout_p=1e-6), attention(q, k, v))
 
