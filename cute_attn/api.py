@@ -90,7 +90,7 @@ def attention(
             after all else.
         bias: added to s_ij, after all else: a tensor that broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``, of q's dtype or
             float32, with any strides. Its gradient has its shape; where elements of the batch or heads share it, each has a
-            copy of the gradient for a while, if these take 1 GiB at most or are 8. −inf hides a key.
+            copy of the gradient for a while, if these take 1 GiB at most, or 8 bytes an element of it. −inf hides a key.
         sinks: floats ``(heads,)``: one more logit in the softmax of each row, without a value. The lse counts it, except in a
             row that sees no key.
         dropout_p: each ``exp(s_ij − lse_i)`` becomes 0 with this probability, from 0 to below 1, and else is divided by
@@ -425,7 +425,7 @@ def _check_captured(call: Call, on_reference: bool, deterministic: bool) -> None
             raise NotImplementedError(
                 f"a bias or a captured tensor, {shown(call.captured[slot])}, requires a gradient, which is added up in any "
                 f"order, and deterministic is True; False is needed: leave it out, or try backend='reference' and "
-                f"torch.use_deterministic_algorithms(True)"
+                f"torch.use_deterministic_algorithms(True), or, of a bias, bias.expand(batch, heads, -1, -1).contiguous()"
             )
 
 

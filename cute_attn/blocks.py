@@ -113,7 +113,7 @@ class BlockMask:
         kinds, tiles = _kinds_of_all(none, every), none.shape[-1]
         numbers = torch.arange(tiles, dtype=torch.int32, device=kinds.device)
         # Those that are cut and come before all whole ones; where there is none of these, none.
-        after = numbers < kinds.eq(WHOLE).byte().argmax(3, keepdim=True)
+        after = numbers < kinds.eq(WHOLE).byte().argmax(3, keepdim=True) if tiles else numbers.bool()
         entries = numbers.expand(kinds.shape)
         if by_warpgroup:
             said = none.int() << UNSEEN_BIT | every.int() << WHOLE_BIT
@@ -157,7 +157,8 @@ class BlockMask:
             if not recording:
                 here = torch.cuda.current_stream(self.kinds.device)
                 here.wait_event(found[2])
-                found[0].record_stream(here)
+                for x in (found[0], self.kinds):  # kernels read both
+                    x.record_stream(here)
             return found[0]
         made = make(*of)
         if not recording:

@@ -36,7 +36,8 @@ from cute_attn import memo
 from cute_attn.arguments import check_layout, shown
 
 RANK_MAX = 4
-COPIES, COPIES_BYTES = 8, 1 << 30  # of a gradient: so many at least, and as many as take so much memory
+# Copies of a gradient may take so much memory, or so many bytes an element; what is added up takes 4.
+COPIES_BYTES, COPIES_OF_ELEMENT = 1 << 30, 8
 KINDS = {"bool": torch.bool, "int": torch.int32, "float": torch.float32}
 _BLANK = {kind: torch.empty((), dtype=dtype, device="meta") for kind, dtype in KINDS.items()}
 POSITIONS = ("batch", "head", "q_idx", "kv_idx", "shift")  # shift: of the key that query 0 is aligned with
@@ -616,7 +617,8 @@ def _copied(graph: Graph, load: int, sizes: dict[str, int | None]) -> tuple[str,
         return None
     missing = {name: size for name, size in sizes.items() if name not in names and size not in (None, 1)}
     copies = math.prod(missing.values())
-    return tuple(missing) if copies <= max(COPIES, COPIES_BYTES // max(x.numel() * x.element_size(), 1)) else None
+    many = max(COPIES_OF_ELEMENT, COPIES_BYTES // max(x.numel(), 1)) // x.element_size()
+    return tuple(missing) if copies <= many else None
 
 
 def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:

@@ -1,7 +1,8 @@
 """From torch's tensors to a kernel on the caller's device and stream.
 
 tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
-Nothing here synchronises, and the forward pass allocates nothing but its outputs, and tickets where sequences are ragged.
+Nothing here synchronises, and the forward pass allocates nothing but its outputs, and tickets where sequences are ragged or
+have block masks.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
     place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts
     are added up in memory, their float32 sums; of both the rows are a multiple of 128, and of the sums the columns those that
-    a head takes in shared memory.
+    a head takes in shared memory; an int32 a query tile, for signals; and where a bias is shared, copies of its gradient.
     """
     wanted = needs
     if not needs or (call.expression and call.expression.partials and "q" not in needs):
@@ -231,6 +232,8 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
     planned = _plan_gradients(call, mechanism, needs, deterministic, dlse is not None, q)
     rows = q.new_empty(planned.rows, dtype=torch.float32)
+    if call.lengths is not None and call.sinks is not None and call.sinks.requires_grad:
+        rows[0].fill_(math.inf), rows[1].zero_()  # all are summed below, and the kernels write those alone that are in use
     dq_sum = None if planned.sums is None else q.new_empty(planned.sums, dtype=torch.float32)
     signals = q.new_empty(planned.signals, dtype=torch.int32) if planned.signals else None
     # Keys that no query sees, which the kernels never touch where a batch is a rectangle.

@@ -20,7 +20,8 @@ sequence by themselves, so nothing is communicated and nothing is allocated.
 - Of ragged sequences nothing evens out by arithmetic. Where tiles cost the same within a sequence, rounds still give every
   block as many of each; where they don't, persistent blocks draw tickets (:class:`Tickets`).
 - What a query tile costs that has a list is known on the device only. There the lists say in which order a head's tiles are
-  taken, and persistent blocks draw tickets, too. Key tiles with lists are taken as under a right edge, a block each.
+  taken, and persistent blocks draw tickets, too. Key tiles with lists are taken as under a right edge, a block each, or, in a
+  fixed order, by tickets.
 """
 
 from __future__ import annotations
@@ -168,8 +169,8 @@ class Tiles:
 
     @cute.jit
     def each(self, body: cutlass.Constexpr, state):
-        """``state = body(state, work)`` for every tile of a persistent block; returns the last state. (Of ragged sequences
-        another warp finds them: ``mainloop/work_queue.py``.)"""
+        """``state = body(state, work)`` for every tile of a persistent block; returns the last state. (Of ragged sequences,
+        with lists, and in the backward pass another warp finds them: ``mainloop/work_queue.py``.)"""
         turn = Int32(0)
         position = self.position(turn)
         while position < self.count():

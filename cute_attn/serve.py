@@ -119,15 +119,15 @@ class Step:
         key: tuple[int, ...] = (self.device, stream)
         if recorded:
             held, key = _recorded, (*key, capture_of(stream))  # type: ignore[assignment]
-            for other in [x for x in held if x[2] != key[2]]:
-                del held[other]
+            for other in [x for x in tuple(held) if x[0] == key[0] and x[2] != key[2]]:
+                held.pop(other, None)
         old, (counters, floats) = held.get(key), self.size
         if old is not None:
             if old.holds(counters, floats):
                 return old
             counters, floats = max(counters, old.counters), max(floats, old.floats)
-        held[key] = StreamWorkspace(q, counters, floats)
-        return held[key]
+        found = held[key] = StreamWorkspace(q, counters, floats)
+        return found
 
 
 def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):

@@ -303,8 +303,10 @@ class Forward:
         softmax = Softmax.start(cute.size(rescale), seen.values.exponent(self.problem), fused=False)
         cS = Coordinates.of(block.mma_S, block.thread, (config.tile_m, self.keys_of_group))
 
-        for x in (block.k, block.v):
-            x.clear_padding()  # where groups exchange something, too
+        if cutlass.const_expr((config.tile_d, config.tile_dv) != (self.problem.head_dim, self.problem.head_dim_v)):
+            cute.arch.sync_threads()  # what groups exchanged lies where padding is cleared, and some may still read it
+            for x in (block.k, block.v):
+                x.clear_padding()
         cute.arch.cp_async_wait_group(config.stages - 2)
         self._publish()
         cute.arch.sync_threads()

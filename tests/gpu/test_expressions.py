@@ -105,6 +105,38 @@ def test_each_sequence_as_alone(case, d, causal, mechanism):
             torch.testing.assert_close(got, x[0], msg=lambda text, i=i: f"sequence {i}: {text}")
 
 
+@pytest.mark.parametrize("d", [64, 256])
+def test_gradient_of_sinks_of_ragged_sequences(d, mechanism, monkeypatch):
+    """A sum over rows in use, whatever memory held before."""
+    sq, sk = (sum(side) for side in zip(*LENGTHS, strict=True))
+    q, k, v = (x[0] for x in make_qkv(1, sq, sk, 4, 2, d, d, BF16, "cuda"))
+    bounds = [
+        torch.tensor([0, *itertools.accumulate(side)], dtype=torch.int32, device="cuda") for side in zip(*LENGTHS, strict=True)
+    ]
+    sinks, dout, found = torch.tensor([0.5, -1.0, 3.0, 0.0], device="cuda"), torch.randn_like(q), []
+    new_empty = torch.Tensor.new_empty
+    for fill in (0.0, math.nan):
+        with monkeypatch.context() as patch:
+            filling = lambda *size, fill=fill, **how: _filled(new_empty(*size, **how), fill)  # noqa: E731
+            patch.setattr(torch.Tensor, "new_empty", filling)
+            leaf = sinks.clone().requires_grad_()
+            options = {"backend": "cute", "mechanism": mechanism, "deterministic": True}
+            out = attention_varlen(q, k, v, *bounds, sinks=leaf, **options)
+            found.append(torch.autograd.grad(out, leaf, dout)[0])
+    each = torch.zeros_like(sinks)
+    for i in range(len(LENGTHS)):
+        leaf = sinks.clone().requires_grad_()
+        rows, keys = (slice(*bound[i : i + 2].tolist()) for bound in bounds)
+        out = attention(q[None, rows], k[None, keys], v[None, keys], sinks=leaf, **options)
+        each += torch.autograd.grad(out, leaf, dout[None, rows])[0]
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[1], each)
+
+
+def _filled(x: torch.Tensor, value: float) -> torch.Tensor:
+    return x.fill_(value) if x.is_floating_point() else x
+
+
 def alone_as(made: dict, i: int) -> dict:
     """The same functions for a batch of one that is number ``i``."""
     alone = dict(made)

@@ -72,6 +72,16 @@ def test_all_rows_of_a_tile(queries):
     one.check(one.attend(one.contiguous(301), causal=True), False, causal=True)
 
 
+def test_many_walks_of_padded_heads():
+    """Blocks have many walks, each of one tile, and clear the columns past the head for each: the same bits each time."""
+    one = case([128] * 64, 1, (64, 4), (80, 80))
+    where = one.contiguous(128)
+    first = one.attend(where)
+    one.check(first, False)
+    for _ in range(50):
+        assert all(torch.equal(x, y) for x, y in zip(one.attend(where), first, strict=True))
+
+
 @pytest.mark.parametrize("pads", [None, [3, 0, 7]])
 @pytest.mark.parametrize("dims", [(16, 16), (128, 128)], ids=str)
 def test_strides(dims, pads):

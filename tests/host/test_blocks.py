@@ -318,3 +318,9 @@ def test_torch_compile_leaves_such_calls_out_of_its_graph():
 
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(program, backend="eager")(q), program(q))
+
+
+def test_lists_of_no_keys():
+    found = block_mask(masks.causal, None, None, 64, 0)
+    assert found.key_lists(128, 128, 1, 1).shape[:3] == (1, 1, 1)
+    assert found.query_lists(128, 128, 1, 1, 1).shape[2] == 0

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_attn import attention, attention_varlen, dropout, expressions, flash_attn, sdpa
-from cute_attn.expressions import COPIES, traced
+from cute_attn.expressions import COPIES_OF_ELEMENT, traced
 from tests.captured import CASES, check, seeded
 from tests.support import make_gradients, make_qkv
 
@@ -53,11 +53,13 @@ def test_what_a_few_share_has_copies(monkeypatch):
         expression, alone = partials(bias=bias)
         assert alone == [True]
         assert expression.partials[0].copied == copied
-    many = {"bias": zeros(1, 4, 6, 10), "batch": COPIES + 1}
-    assert partials(**many)[1] == [True]
-    monkeypatch.setattr(expressions, "COPIES_BYTES", 4 * 240 * (COPIES + 2) - 1)
-    assert partials(**many | {"batch": COPIES + 2})[1] == [False]
-    assert partials(**many | {"batch": COPIES})[1] == [True]
+    many, size = {"bias": zeros(1, 4, 6, 10)}, 4 * 240
+    monkeypatch.setattr(expressions, "COPIES_BYTES", 9 * size)
+    assert partials(**many, batch=9)[1] == [True]
+    assert partials(**many, batch=10)[1] == [False]
+    monkeypatch.setattr(expressions, "COPIES_BYTES", 0)
+    assert partials(**many, batch=COPIES_OF_ELEMENT // 4)[1] == [True]
+    assert partials(**many, batch=COPIES_OF_ELEMENT // 4 + 1)[1] == [False]
     assert partials(bias=zeros(6, 10), lengths=None)[1] == [False]
 
 

@@ -1,5 +1,6 @@
 """The launch on the host: which device and stream a kernel is given, with the GPU played by fakes."""
 
+import itertools
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -317,6 +318,32 @@ def test_gradient_of_sinks(gpu, monkeypatch, score, softcap):
     monkeypatch.setattr(launching, "prepared", lambda *_: (kernel, 132))
     found = launching.gradients(call, None, "", False, q, k, v, out, lse, dout, dlse)
     assert len(found) == 4
+    torch.testing.assert_close(found[3], want[3])
+
+
+def test_gradient_of_sinks_of_ragged_sequences(gpu, monkeypatch):
+    """Memory holds NaN at first, and kernels write the rows in use alone, of each sequence from a multiple of 128 on."""
+    ends = torch.tensor([0, 5, 5, 20], dtype=torch.int32)
+    q, k, v = (x[0] for x in make_qkv(1, 20, 20, 4, 2, 16, 16, torch.bfloat16))
+    call = Call(1, 4, 2, 20, 20, 16, 16, 0.25, None, None, 0.0, sinks=torch.tensor([0.5, -1.0, 3.0, 0.0], requires_grad=True))
+    call.lengths = check_lengths(torch.empty(0), None, (ends, ends, None, None))
+    out, lse, lse_log2 = (x.detach() for x in reference.attention(q, k, v, call))
+    dout = make_gradients(q[None], v[None])[0][0]
+    with torch.no_grad():
+        want = reference.gradients(q, k, v, out, lse_log2, dout, None, call)
+
+    def kernel(*arguments):
+        rows = named(BACKWARD, arguments).rows
+        for i, (begin, end) in enumerate(itertools.pairwise(ends.tolist())):
+            there = slice((begin // 128 + i) * 128, (begin // 128 + i) * 128 + end - begin)
+            rows[0, 0, :, there] = lse[:, begin:end] / call.scale
+            rows[1, 0, :, there] = (dout.float() * out).sum(-1).T[:, begin:end]
+
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *size, **how: new_empty(*size, **how).fill_(math.nan))
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *_: (kernel, 132))
+    found = launching.gradients(call, "cp_async", "", False, q, k, v, out, lse, dout, None)
     torch.testing.assert_close(found[3], want[3])
 
 
