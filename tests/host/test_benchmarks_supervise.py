@@ -123,7 +123,7 @@ def test_jobs_apart_end_with_an_interrupt(tmp_path):
     with closing(supervise.apart(fakes.job, ["one", "hangs"], 300.0, str(tmp_path))) as results:
         next(results)
         try:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
                 threading.Thread(target=interrupt).start()
                 next(results)
         finally:
