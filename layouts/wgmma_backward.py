@@ -27,7 +27,7 @@ PIECE_ROWS, PIECE_COLUMNS = 64, 16  # of the dQ that a warpgroup computes: so ma
 ACCUMULATOR_BYTES = 4
 HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of its query heads; the plan chooses
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
-OVER = {"dV": "dS"}  # whose shared memory an operand takes
+OVER = {"dK": "K", "dV": "V"}  # whose shared memory an operand takes
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 
 
@@ -91,7 +91,7 @@ def sums(config: Config) -> Layout:
 
 
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. dV lies over dS, once nothing reads it; a next tile's K and V come while both leave."""
+    """Bytes of shared memory by part. dK lies over K and dV over V, once their products are done."""
     warps_rows = warpgroups(config) * ROWS_PER_WARPGROUP
     return {
         "K": warps_rows * config.tile_d * BYTES,
@@ -99,7 +99,6 @@ def smem_parts(config: Config) -> dict[str, int]:
         "Q": config.stages * config.tile_m * config.tile_d * BYTES,
         "dO": config.stages * config.tile_m * config.tile_dv * BYTES,
         "dS": DS_STAGES * warps_rows * config.tile_m * BYTES,
-        "dK": warps_rows * config.tile_d * BYTES,
         "dQ": config.tile_m * config.tile_d * ACCUMULATOR_BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
         "barriers": BARRIER_BYTES * 2 * (2 + 2 * config.stages),
@@ -130,11 +129,6 @@ def misfit(config: Config) -> str:
             not _in_pieces(config),
             f"{warpgroups(config)} warpgroups for a {config.tile_m}×{config.tile_d} dQ, {PIECE_ROWS} rows and a multiple of "
             f"{PIECE_COLUMNS} columns each: try tile_m={PIECE_ROWS}",
-        ),
-        (
-            config.tile_dv > DS_STAGES * config.tile_m,
-            f"dV is {config.tile_dv} columns wide and would lie over dS, which has room for {DS_STAGES * config.tile_m}: "
-            f"try tile_m={config.tile_m * 2}",
         ),
         (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
         (
@@ -183,8 +177,8 @@ def _shape(operand: str, config: Config) -> tuple[int, int, int]:
 
 
 def _read_columns(operand: str, config: Config) -> int:
-    """The columns of an operand that a product reads at a time: of K, those of a piece of dQ."""
-    return piece_shape(config)[1] if operand == "K" else _shape(operand, config)[1]
+    """The columns of an operand that a product reads at a time: of K, over which dK lies, those of a piece of dQ."""
+    return piece_shape(config)[1] if operand in ("K", "dK") else _shape(operand, config)[1]
 
 
 # From that, the rest of the contract.

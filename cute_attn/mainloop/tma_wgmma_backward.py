@@ -42,8 +42,6 @@ from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
-LONG = 4096  # queries from which on a key tile's walk is so long that what a block's start costs is little
-NONE_DONE = (0, 0)  # key tiles, query tiles
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,6 @@ class BackwardShared:
     lse: cute.Tensor
     delta: cute.Tensor
     hidden: cute.Tensor | None
-    dk: cute.Tensor
-    dv: cute.Tensor
     ticket: cute.Tensor | None
 
 
@@ -113,9 +109,6 @@ class Backward(KeyBlocks):
         banded = problem.bounded_left or problem.bounded_right
         narrow = config.tile_m < config.tile_n
         self.passes_over = banded and narrow and not (problem.masks_all or problem.blocks or problem.expression.pairs)
-        # A block may take one key tile after another, the next one's operands on their way while results leave.
-        one_each = problem.ragged or problem.blocks or problem.deterministic or config.head_blocks > 1
-        self.persistent = not one_each
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -124,23 +117,16 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
-        """Make the TMA descriptors and launch a block for each key tile, or, where walks are short, persistent ones."""
+        """Make the TMA descriptors and launch a block for each key tile."""
         q, k, v, do = self.input_operands(inputs)
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
-        if cutlass.const_expr(self.persistent):
-            long = False
-            if cutlass.const_expr(not self.problem.bounded_left):
-                long = inputs.q.shape[0] * tiles.heads_per_kv >= LONG
-            tiles, count = tiles.launched(blocks, long)
-        else:
-            count = tiles.count()
-            # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
-            if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
-                tiles = tiles.in_small_groups(blocks)
+        # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
+        if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
+            tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
         self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
-            grid=[count * self.config.head_blocks, 1, 1],
+            grid=[tiles.count() * self.config.head_blocks, 1, 1],
             block=[self.config.threads, 1, 1],
             cluster=[self.config.head_blocks, 1, 1] if self.config.head_blocks > 1 else None,
             stream=stream,
@@ -162,54 +148,40 @@ class Backward(KeyBlocks):
         elif cutlass.const_expr(self.config.head_blocks > 1):
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
         from_memory, into = (plain, rows, care), (gradients, signals)
-        roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
-        if cutlass.const_expr(self.persistent):
-            roles(tiles.each)
-        else:
-            tiles.one(lambda work: roles(lambda part, done: part(done, work)))
+        tiles.one(partial(self._key_tile, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv))
 
     @cute.jit
-    def _roles(
-        self, operands: TmaOperands, from_memory, into, shared: BackwardShared, pipes, values: Values, heads_per_kv, each
+    def _key_tile(
+        self, operands: TmaOperands, from_memory, into, shared: BackwardShared, pipes, values: Values, heads_per_kv, work: Work
     ):
-        """The block's tiles: each warp its part of them."""
-        (plain, rows, care), of_tile = from_memory, partial(self._key_tile, values, heads_per_kv)
+        """The block's tile: each warp its part."""
+        plain, rows, care = from_memory
+        values, where = values.of(work), self.query_heads(work, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                each(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)), NONE_DONE)
+                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, where)
             if warp == COPY_V_DO_WARP:
-                each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)), NONE_DONE)
+                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, where)
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)), NONE_DONE)
+                    self._add_dq(*into, shared.dq, values, where, warp - ADD_DQ_WARP)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            each(partial(of_tile, partial(self._compute, operands, shared, pipes)), NONE_DONE)
-
-    @cute.jit
-    def _key_tile(self, values: Values, heads_per_kv, part: cutlass.Constexpr, done, work: Work):
-        """A warp's part of one tile. Returns how many key tiles and query tiles the block has had, ``done`` and this one."""
-        values, where = values.of(work), self.query_heads(work, heads_per_kv)
-        part(values, where, done)
-        visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        return done[0] + 1, done[1] + visited.count * visited.members(where[1])
+            self._compute(operands, shared, pipes, values, where)
 
     def _setup(self, signals: Signals | None):
         """Allocate shared memory, initialise the barriers and take a ticket."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        k, v, q, do, ds, dk = (self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS", "dK"))
         shared = BackwardShared(
-            *(k, v, q, do, ds),
+            *(self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS")),
             dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
-            dk=dk,
-            dv=self.over("dV", ds),
             ticket=self.take_ticket(smem, signals),
         )
         row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
@@ -226,12 +198,12 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, values: Values, where, done):
+    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, values: Values, where, mine: Int32):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         lane = cute.arch.lane_idx()
-        step = Int32(done[1])
-        if (mine == 0) & (done[0] == 0):
+        step = Int32(0)
+        if mine == 0:
             self._offer()
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
@@ -275,10 +247,11 @@ class Backward(KeyBlocks):
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(self, operands: TmaOperands, shared: BackwardShared, pipes: BackwardPipelines, values: Values, where, done):
-        """One computing warpgroup: 64 keys of a tile."""
+    def _compute(self, operands: TmaOperands, shared: BackwardShared, pipes: BackwardPipelines, values: Values, where):
+        """One computing warpgroup: 64 keys of the block's tile."""
         me = self._worker()
-        k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
@@ -307,12 +280,6 @@ class Backward(KeyBlocks):
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
-        if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
-            if cutlass.const_expr(self.config.overlap_tiles):
-                if visited.count * visited.members(members) > 0:
-                    self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
-            for pipe in (pipes.k, pipes.v):
-                pipe.consumer_release(k_state)
         self._store(me, frag, operands, shared, values, work)
 
     def _worker(self) -> BackwardWorker:
@@ -516,22 +483,21 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _store_from(self, me, frag, operands, shared, values, work: Work):
-        """By way of shared memory; that of dS is free once all have met."""
+        """By way of the shared memory of K and V: by now nothing reads a warpgroup's V but itself, and its K only until all
+        have met."""
         copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
         if cutlass.const_expr(self.needs_v):
             self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
-            self._meet()
-            self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
+            self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.v, me.warpgroup, me.warpgroup, where)
         if cutlass.const_expr(self.needs_k):
             scale = Float32(values.scale(self.problem))
             frag.acc_dK.store(frag.acc_dK.load() * scale)
             self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
-            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
-        self.wait_for_store(me.warpgroup)
-        if cutlass.const_expr(self.persistent):  # dV has left the memory of all warpgroups' dS
             self._meet()
+            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.k, me.warpgroup, me.warpgroup, where)
+        self.wait_for_store(me.warpgroup)
 
 
 @cute.jit

@@ -188,14 +188,6 @@ class Kernel:
         )
         return pipe if self.arrivals == 1 else replace(pipe, is_signaling_thread=cutlass.Boolean(True))
 
-    def emptying(self, stages: int, done) -> pipeline.PipelineState:
-        """A consumer's state of a pipeline of which so many stages have been released."""
-        return pipeline.PipelineState(stages, Int32(done), Int32(done % stages), Int32(done // stages % 2))
-
-    def filling(self, stages: int, done) -> pipeline.PipelineState:
-        """A producer's, of which so many have been filled."""
-        return pipeline.PipelineState(stages, Int32(done), Int32(done % stages), Int32(1 - done // stages % 2))
-
     def acquire_for_threads(self, pipe: pipeline.PipelineTmaAsync, state):
         """Wait until a stage is free that a warp's threads will fill, not TMA: no bytes are expected."""
         pipe.sync_object_empty.wait(state.index, state.phase)
@@ -328,29 +320,29 @@ class KeyBlocks(Kernel):
             first += cute.arch.block_in_cluster_idx()[0] * members
         return replace(work, head=first), members
 
-    def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done=(0, 0)):
+    def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where):
         """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""
         keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
         careful = None if plain is None else (plain.q, rows.lse_raw, care)
-        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where, done)
+        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where)
 
-    def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done=(0, 0)):
+    def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where):
         """One warp: V, and dO with the rows' delta."""
         keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
         careful = None if plain is None else (plain.do, rows.lse_raw, care)
-        self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, where, done)
+        self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, where)
 
     @cute.jit
-    def copy_tiles(self, keys, queries, row_values, careful, values: Values, where, done):
+    def copy_tiles(self, keys, queries, row_values, careful, values: Values, where):
         """One warp: the key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
 
         Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
         ``careful`` is None, or (Q or dO in global memory, the log-sum-exp that marks rows, whether there are such); ``where``
-        is what :meth:`query_heads` says of the block, and ``done`` how many key tiles and query tiles it has had before.
+        is what :meth:`query_heads` says of the block.
         """
         k, sK, k_pipe = keys
         slots = cute.size(sK, mode=[2])
-        k_state, state = self.filling(1, done[0]), self.filling(self.config.stages, done[1])
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         work, _ = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         tKgK, tKsK = k.tiles(sK, work.k, work.head_kv)
@@ -359,15 +351,16 @@ class KeyBlocks(Kernel):
             barrier = k_pipe.producer_get_barrier(k_state)
             cute.copy(k.atom, tKgK[None, work.block * slots + w], tKsK[None, w], tma_bar_ptr=barrier)
         if cutlass.const_expr(careful is None):
-            self._copy_queries(queries, row_values, visited, where, state)
+            self._copy_queries(queries, row_values, visited, where)
         elif careful[2]:
-            self._copy_queries_carefully(careful, queries, row_values, visited, where, state)
+            self._copy_queries_carefully(careful, queries, row_values, visited, where)
         else:
-            self._copy_queries(queries, row_values, visited, where, state)
+            self._copy_queries(queries, row_values, visited, where)
 
     @cute.jit
-    def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state):
+    def _copy_queries(self, queries, row_values, visited: QueryTiles, where):
         (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         for member in cutlass.range(visited.members(members), unroll=1):
             of_head = self._queries_of(q, sQ, mRow, work, work.head + member)
             for i in cutlass.range(visited.count, unroll=1):
@@ -387,11 +380,12 @@ class KeyBlocks(Kernel):
         return *q.tiles(sQ, work.q, head), gRow
 
     @cute.jit
-    def _copy_queries_carefully(self, careful, queries, row_values, visited: QueryTiles, where, state):
+    def _copy_queries_carefully(self, careful, queries, row_values, visited: QueryTiles, where):
         """The same by the warp's threads, with zeros for marked rows."""
         (_, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         mQ, lse_raw, _ = careful
         lane, step = cute.arch.lane_idx(), self.config.tile_m
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
         for member in cutlass.range(visited.members(members), unroll=1):
             head = work.head + member
             gQ, gRow = work.q.rows(mQ, head), work.q.padded_row_values(mRow, head)
