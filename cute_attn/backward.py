@@ -229,7 +229,7 @@ class CastQueries:
                 column_first += self.pieces[p][1]
 
         mma = self.lay.tiled_mma("dQ", self.config)
-        acc = cute.make_rmem_tensor(mma.partition_shape_C(self.lay.piece_shape(self.config)), Float32)
+        acc = cute.make_rmem_tensor(mma.partition_shape_C(self.lay.piece_shape(self.config)[::-1]), Float32)
         source = dq_sum[None, piece, m_block, head, batch].iterator
         mine = cute.make_tensor(source, cute_layout(self.lay.sums(self.config)))[thread, None, 0]
         held = cute.make_tensor(acc.iterator, cute.make_layout(mine.shape))
@@ -241,7 +241,7 @@ class CastQueries:
                 cute.autovec_copy(mine, held)
         acc.store(acc.load() * Float32(values.scale(self.problem)))
 
-        identity = cute.make_identity_tensor(self.lay.piece_shape(self.config))
+        identity = cute.make_identity_tensor(self.lay.piece_shape(self.config)[::-1])
         where = rows_columns(mma.get_slice(thread).partition_C(identity))
         of_piece = rows_columns(acc)
         if cutlass.const_expr(self.problem.has_unused("q")):

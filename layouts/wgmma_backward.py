@@ -67,6 +67,11 @@ def warpgroups(config: Config) -> int:
     return config.tile_n // ROWS_PER_WARPGROUP
 
 
+def turned(config: Config) -> bool:
+    """Whether dQ is computed as its transpose, Kᵀ·dSᵀ: a product has 64 rows, and a query tile isn't a multiple of that."""
+    return config.tile_m % PIECE_ROWS > 0
+
+
 def pieces(config: Config) -> list[tuple[int, int]]:
     """(row, column) within a query tile where each warpgroup's piece of dQ begins."""
     rows, columns = piece_shape(config)
@@ -76,6 +81,8 @@ def pieces(config: Config) -> list[tuple[int, int]]:
 
 def piece_shape(config: Config) -> tuple[int, int]:
     """(rows, columns) of such a piece."""
+    if turned(config):
+        return config.tile_m, PIECE_ROWS
     return PIECE_ROWS, config.tile_m * config.tile_d // (PIECE_ROWS * warpgroups(config))
 
 
@@ -153,7 +160,7 @@ def mma(role: str, config: Config) -> Mma:
     A from registers; ``"dQ"``: a piece of dS·K, both from shared memory, dS transposed on the way.
     """
     n = {"S": config.tile_m, "dP": config.tile_m, "dV": config.tile_dv, "dK": config.tile_d}
-    n["dQ"] = piece_shape(config)[1]
+    n["dQ"] = config.tile_m if turned(config) else piece_shape(config)[1]
     return warpgroup_mma(n[role], in_registers=role in ("dV", "dK"))
 
 

@@ -91,8 +91,8 @@ class BackwardFragments:
     tPrdO: cute.Tensor  # (MMA, 1, K, stage)
     tVrdO: cute.Tensor  # (MMA, 1, K, stage): as the B operand of dV
     tKrQ: cute.Tensor  # (MMA, 1, K, stage): as the B operand of dK
-    tQrdS: cute.Tensor  # (MMA, 1, K, warpgroup + warpgroups · stage)
-    tQrK: cute.Tensor  # (MMA, 1, K, warpgroup)
+    tQrA: cute.Tensor  # (MMA, 1, K, slot): dS of each warpgroup and stage, and K of each warpgroup, or, turned, the other way
+    tQrB: cute.Tensor
     acc_dV: cute.Tensor
     acc_dK: cute.Tensor
     acc_dQ: cute.Tensor
@@ -304,11 +304,11 @@ class Backward(KeyBlocks):
             tPrdO=dP.make_fragment_B(dP.partition_B(shared.do)),
             tVrdO=dV.make_fragment_B(dV.partition_B(transposed(shared.do))),
             tKrQ=dK.make_fragment_B(dK.partition_B(transposed(shared.q))),
-            tQrdS=dQ.make_fragment_A(dQ.partition_A(sdS)),
-            tQrK=dQ.make_fragment_B(dQ.partition_B(sKt)),
+            tQrA=dQ.make_fragment_A(dQ.partition_A(sKt if lay.turned(config) else sdS)),
+            tQrB=dQ.make_fragment_B(dQ.partition_B(sdS if lay.turned(config) else sKt)),
             acc_dV=self.accumulator("dV", config.tile_dv),
             acc_dK=self.accumulator("dK", config.tile_d),
-            acc_dQ=self.accumulator("dQ", columns),
+            acc_dQ=self.accumulator("dQ", rows if lay.turned(config) else columns),
         )
 
     @cute.jit
@@ -428,8 +428,9 @@ class Backward(KeyBlocks):
         atom = cute.make_mma_atom(mma.op)
         atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, False)
         for w in cutlass.range_constexpr(self.warpgroups):
-            for k in cutlass.range_constexpr(cute.size(frag.tQrK, mode=[2])):
-                cute.gemm(atom, frag.acc_dQ, frag.tQrdS[None, None, k, slot + w], frag.tQrK[None, None, k, w], frag.acc_dQ)
+            a, b = (w, slot + w) if self.lay.turned(self.config) else (slot + w, w)
+            for k in cutlass.range_constexpr(cute.size(frag.tQrA, mode=[2])):
+                cute.gemm(atom, frag.acc_dQ, frag.tQrA[None, None, k, a], frag.tQrB[None, None, k, b], frag.acc_dQ)
                 atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, True)
         cute.nvgpu.warpgroup.commit_group()
 
