@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cute_attn.arguments import check_layout, shown
+from cute_attn.arguments import check_int32
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 _MORE = (1, 1, 0, 0)  # how many values there are of each besides one for each sequence
@@ -128,20 +128,12 @@ def _explain_misfit(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]
     for name, more, x in zip(NAMES, _MORE, tensors, strict=True):
         if x is None:
             continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(
-                f"{name} is {shown(x)}; an int32 tensor on {q.device} is needed: try torch.tensor(…, dtype=torch.int32)"
-            )
-        check_layout(name, x)
+        check_int32(name, x, q.device)
         if x.dim() != 1 or x.shape[0] < more:
             need = "(batch + 1,), from 0 up to all rows," if more else "(batch,)"
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; {need} is needed: try {name}.flatten(), or check how it was made"
             )
-        if x.dtype != torch.int32:
-            raise ValueError(f"{name} has dtype {x.dtype}; torch.int32 is needed: try {name}.int()")
-        if x.device != q.device:
-            raise ValueError(f"{name} lies on {x.device} and q on {q.device}; one device is needed: try {name}.to(q.device)")
         if count is None:
             count = x.shape[0] - more
         if x.shape[0] - more != count:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cute_attn.arguments import check_layout, shown
+from cute_attn.arguments import check_int32, check_layout, shown
 from cute_attn.lengths import CHECK
 
 PAGE_SIZE_MAX = 1024
@@ -98,17 +98,15 @@ class Stored:
         for i, (pad, length) in enumerate(zip(pads, lengths, strict=True)):
             if not 0 <= pad <= length:
                 raise ValueError(
-                    f"leftpad_k[{i}] is {pad}; from 0 to {length}, the length of that sequence, is needed: check how leftpad_k "
-                    f"was "
-                    f"made"
+                    f"leftpad_k[{i}] is {pad}; from 0 to {length}, the length of that sequence, is needed: check how "
+                    f"leftpad_k was made"
                 )
         if self.cache_batch_idx is not None:
             for i, element in enumerate(self.cache_batch_idx.tolist()):
                 if not 0 <= element < elements:
                     raise ValueError(
                         f"cache_batch_idx[{i}] is {element}; from 0 to {elements - 1}, the elements of the cache, is needed: "
-                        f"check "
-                        f"how cache_batch_idx was made"
+                        f"check how cache_batch_idx was made"
                     )
         if self.page_table is not None:
             for i, pages in enumerate(self.page_table.tolist()):
@@ -212,8 +210,7 @@ def check_new(stored: Stored, k_cache: torch.Tensor, v_cache: torch.Tensor, k_ne
             before = "all new rows" if packed else f"{stored.batch}, seqlen_new"
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; ({before}, {heads}, {columns}) is needed, with equal rows in k_new and "
-                f"v_new: "
-                f"check the cache's heads and head_dim"
+                f"v_new: check the cache's heads and head_dim"
             )
         if x.dtype != cache.dtype or x.device != cache.device:
             raise ValueError(
@@ -257,19 +254,11 @@ def _explain_misfit(q: torch.Tensor, batch: int, tensors: tuple[Any, ...]) -> tu
     for name, x in zip(NAMES, tensors, strict=True):
         if x is None and name != "lengths":
             continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(
-                f"{name} is {shown(x)}; an int32 tensor on {q.device} is needed: try torch.tensor(…, dtype=torch.int32)"
-            )
-        check_layout(name, x)
+        check_int32(name, x, q.device)
         if x.dim() != (2 if name == "page_table" else 1):
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; {_SHAPES.get(name, '(batch,)')} is needed: check how it was made"
             )
-        if x.dtype != torch.int32:
-            raise ValueError(f"{name} has dtype {x.dtype}; torch.int32 is needed: try {name}.int()")
-        if x.device != q.device:
-            raise ValueError(f"{name} lies on {x.device} and q on {q.device}; one device is needed: try {name}.to(q.device)")
         of = x.shape[0] - (1 if name.startswith("cu_seqlens") else 0)
         if of != batch:
             _refuse_count(name, of, batch)

@@ -10,6 +10,7 @@ from itertools import product
 
 from . import mma_sync, mma_sync_cache, wgmma
 from .base import Config, Gpu, Layout, cute_layout, element
+from .mma_sync_cache import barriers, exchanged_columns, group, row_warps, smem_bytes, smem_parts
 from .tma import ROWS_PER_WARPGROUP
 
 TILE_DIMS, tile_dim = wgmma.TILE_DIMS, wgmma.tile_dim
@@ -44,44 +45,14 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
     return (config,)
 
 
-def row_warps(config: Config) -> int:
-    """Warps of a group."""
-    return WARPS_PER_WARPGROUP
-
-
-def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part."""
-    return mma_sync_cache.smem_parts(config)
-
-
-def exchanged_columns(config: Config) -> int:
-    """Columns of O that are in shared memory at a time."""
-    return mma_sync_cache.exchanged_columns(config)
-
-
-def smem_bytes(config: Config) -> int:
-    """Shared memory of a block."""
-    return mma_sync_cache.smem_bytes(config)
-
-
 def accumulator_registers(config: Config) -> int:
     """Registers a thread needs for S, P and O at once."""
     return wgmma.accumulator_registers(group(config))
 
 
-def barriers(config: Config) -> dict[str, int]:
-    """Named barriers by use, of the 16 a block has."""
-    return mma_sync_cache.barriers(config)
-
-
 def misfit(config: Config) -> str:
     """What the kernel can't do."""
     return wgmma.misfit(group(config)) or mma_sync.misfit(group(config))
-
-
-def group(config: Config) -> Config:
-    """A group as a block of ``wgmma``, or where operands are copied of ``mma_sync``."""
-    return mma_sync_cache.group(config)
 
 
 def tile(operand: str, config: Config) -> tuple[int, int]:
@@ -113,4 +84,5 @@ def copy_in(operand: str, config: Config):
     return mma_sync.copy_in(operand, group(config))
 
 
-__all__ = ["element"]
+# A group is a block of ``wgmma``, or where operands are copied of ``mma_sync``; blocks are as in ``mma_sync_cache``.
+__all__ = ["barriers", "element", "exchanged_columns", "group", "row_warps", "smem_bytes", "smem_parts"]

@@ -157,10 +157,14 @@ def check(
     assert_gradients_close(found[:3], q, k, v, dout, dlse, **oracle)
     if of_sinks is not None:
         expected = gradient_of_sinks(q, k, v, dout, dlse, oracle)
-        error = (found[3].double() - expected).abs().max()
-        # Sums of a product of out, which is rounded, with dout.
-        allowed = 4 * torch.finfo(dtype).eps * math.sqrt(batch * sq * dims[1]) + 1e-5 * expected.abs().max()
-        assert error <= allowed, f"the sinks' gradient is off by {error:.3g}; {allowed:.3g} is allowed"
+        assert_sinks_gradient_close(found[3], expected, dtype, batch * sq * dims[1])
+
+
+def assert_sinks_gradient_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, terms: int) -> None:
+    """Sums of so many products of out, which is rounded to ``dtype``, with dout."""
+    error = (found.double() - expected).abs().max()
+    allowed = 4 * torch.finfo(dtype).eps * math.sqrt(terms) + 1e-5 * expected.abs().max()
+    assert error <= allowed, f"the sinks' gradient is off by {error:.3g}; {allowed:.3g} is allowed"
 
 
 def gradient_of_sinks(q, k, v, dout, dlse, oracle) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from cute_attn import attention, attention_varlen, block_mask, dropout, expressions, masks
 from tests.captured import CASES, check, made, seeded
 from tests.functions import documents
-from tests.support import make_gradients, make_qkv
+from tests.support import assert_captured_gradients_close, assert_close, assert_gradients_close, make_gradients, make_qkv
 
 BF16 = torch.bfloat16
 
@@ -96,14 +96,29 @@ def test_addresses_of_a_bias(case, d, mechanism):
     base = torch.randn(2 * 4 * 150 * row + first, device="cuda", dtype=BF16)
     used = torch.tensor([keys, 190], dtype=torch.int32, device="cuda")  # 190 is no multiple of 4
     for rules in ({}, {"causal": True}, {"seqused_k": used})[: 1 if mechanism == "cp_async" else 3]:
-        results = []
-        for how in ({"backend": "cute", "mechanism": mechanism}, {"backend": "reference"}):
-            leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, base)]
-            bias = leaves[3][first:].view(2, 4, 150, row)[..., :keys]
-            out = attention(*leaves[:3], bias=bias, **rules, **how)
-            results.append((out, *torch.autograd.grad(out, leaves, dout)))
-        for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, base)]
+
+        def places(x):
+            return x[first:].view(2, 4, 150, row)[..., :keys]
+
+        out = attention(*leaves[:3], bias=places(leaves[3]), backend="cute", mechanism=mechanism, **rules)
+        found = torch.autograd.grad(out, leaves, dout)
+        for b, n in enumerate(used.tolist() if "seqused_k" in rules else [keys] * 2):
+            alone, bias = [q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n]], places(base)[b : b + 1, ..., :n]
+            of_it, causal = dout[b : b + 1], {"causal": True} if "causal" in rules else {}
+
+            def added(bias):
+                return {"score": lambda s, _, head, q_idx, kv_idx: s + bias[0, head, q_idx, kv_idx]}
+
+            asked = {**causal, **added(bias.double())}
+            assert_close(out[b : b + 1].detach(), *alone, **asked)
+            of_b = [x[b : b + 1, : y.shape[1]] for x, y in zip(found[:3], alone, strict=True)]
+            assert_gradients_close(of_b, *alone, of_it, **asked)
+            by_bias = places(found[3])[b : b + 1, ..., :n]
+            assert_captured_gradients_close([by_bias], [bias], added, *alone, of_it, **causal)
+        elsewhere = found[3].clone()
+        places(elsewhere).zero_()
+        assert not elsewhere.count_nonzero()
 
 
 LENGTHS = [(0, 0), (64, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (257, 512), (3, 600)]
