@@ -181,14 +181,3 @@ def check_memory(name: str, x: torch.Tensor) -> None:
 def computes_in_its_own_way(kind: type) -> bool:
     """Whether a class of tensors has a ``__torch_dispatch__``: whether it has memory, and what that means, it alone knows."""
     return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
-
-
-def check_int32(name: str, x: object, device: torch.device) -> None:
-    """Refuse what is no int32 tensor on q's device."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} is {shown(x)}; an int32 tensor on {device} is needed: try torch.tensor(…, dtype=torch.int32)")
-    check_layout(name, x)
-    if x.dtype != torch.int32:
-        raise ValueError(f"{name} has dtype {x.dtype}; torch.int32 is needed: try {name}.int()")
-    if x.device != device:
-        raise ValueError(f"{name} lies on {x.device} and q on {device}; one device is needed: try {name}.to(q.device)")

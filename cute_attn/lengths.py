@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cute_attn.arguments import check_int32
+from cute_attn.arguments import check_layout, shown
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 _MORE = (1, 1, 0, 0)  # how many values there are of each besides one for each sequence
@@ -121,6 +121,17 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) 
         whole, before = whole and x.is_contiguous(), x if more else None
     assert count is not None
     return Lengths(count, tensors if whole else tuple(x if x is None else x.contiguous() for x in tensors))
+
+
+def check_int32(name: str, x: object, device: torch.device) -> None:
+    """Refuse what is no int32 tensor on q's device."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is {shown(x)}; an int32 tensor on {device} is needed: try torch.tensor(…, dtype=torch.int32)")
+    check_layout(name, x)
+    if x.dtype != torch.int32:
+        raise ValueError(f"{name} has dtype {x.dtype}; torch.int32 is needed: try {name}.int()")
+    if x.device != device:
+        raise ValueError(f"{name} lies on {x.device} and q on {device}; one device is needed: try {name}.to(q.device)")
 
 
 def _explain_misfit(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) -> NoReturn:

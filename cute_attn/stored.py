@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from cute_attn.arguments import check_int32, check_layout, shown
-from cute_attn.lengths import CHECK
+from cute_attn.arguments import check_layout, shown
+from cute_attn.lengths import CHECK, check_int32
 
 PAGE_SIZE_MAX = 1024
 UNITS_MAX = 64  # where keys are split at fixed places: into so many parts at most
