@@ -14,18 +14,20 @@ log-sum-exp enters through delta, since ∂LSE_i / ∂S_ij = P_ij):
 from __future__ import annotations
 
 import importlib
+import math
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, named
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
-from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
+from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout, row_padding
 from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
+from cute_attn.mainloop.fours import FOUR, offsets, to_memory
 from cute_attn.mainloop.guard import LOWEST, finite_row
 from cute_attn.scheduler import Tiles, write_zeros
 from cute_attn.sequences import Sequences, Span
@@ -102,7 +104,8 @@ def _place(blocks, heads):
 
 class RowValues:
     """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums. A block takes as many
-    rows as it has threads for; of ragged sequences, for each of which it has to search, as many as are padded together."""
+    rows as it has threads for and padding is a multiple of; of ragged sequences, for each of which it has to search, as many as
+    are padded together."""
 
     THREADS = 256
 
@@ -112,7 +115,8 @@ class RowValues:
         self.threads_per_row = 4
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
-        self.rows = self.THREADS // self.threads_per_row
+        self.rows = math.gcd(self.THREADS // self.threads_per_row, row_padding(config))
+        self.threads = self.rows * self.threads_per_row
         self.steps = ROW_PADDING // self.rows if problem.ragged else 1
 
     @cute.jit
@@ -121,7 +125,7 @@ class RowValues:
         mQ = mQ if self.problem.masked else None
         self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals, sequences).launch(
             grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
-            block=[self.THREADS, 1, 1],
+            block=[self.threads, 1, 1],
             stream=stream,
         )
 
@@ -192,8 +196,8 @@ class RowValues:
         begin = cute.make_tensor((dq_sum.iterator + cutlass.Int64(group) * floats).align(16), cute.make_layout(floats))
         zeros = cute.make_rmem_tensor(4, Float32)
         zeros.fill(0.0)
-        for i in cutlass.range_constexpr(-(-floats // (4 * self.THREADS))):
-            place = i * self.THREADS + thread
+        for i in cutlass.range_constexpr(-(-floats // (4 * self.threads))):
+            place = i * self.threads + thread
             if place < floats // 4:
                 cute.autovec_copy(zeros, cute.local_tile(begin, (4,), (place,)))
 
@@ -257,18 +261,42 @@ class CastQueries:
     @cute.jit
     def _cast(self, sums: cute.Tensor, mdQ: cute.Tensor, values: Values, span: Span, length, first):
         """A piece's sums, scaled and rounded."""
-        row_first, column_first = first
         thread = cute.arch.thread_idx()[0]
         mma = self.lay.tiled_mma("dQ", self.config)
-        acc = cute.make_rmem_tensor(mma.partition_shape_C(self.lay.piece_shape(self.config)), Float32)
+        shape, turned = self.lay.piece_shape(self.config), self.lay.turned(self.config)
+        shape = shape[::-1] if turned else shape
+        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
         mine = cute.make_tensor(sums.iterator, cute_layout(self.lay.sums(self.config)))[thread, None, 0]
         held = cute.make_tensor(acc.iterator, cute.make_layout(mine.shape))
         cute.autovec_copy(mine, held)
         acc.store(acc.load() * Float32(values.scale(self.problem)))
 
-        identity = cute.make_identity_tensor(self.lay.piece_shape(self.config))
-        where = rows_columns(mma.get_slice(thread).partition_C(identity))
+        where = rows_columns(mma.get_slice(thread).partition_C(cute.make_identity_tensor(shape)))
         of_piece = rows_columns(acc)
+        if cutlass.const_expr(turned):
+            self._store_transposed(mdQ, length, first, where, of_piece)
+        else:
+            self._store(mdQ, span, length, first, where, of_piece)
+
+    @cute.jit
+    def _store_transposed(self, mdQ: cute.Tensor, length, first, where: cute.Tensor, of_piece: cute.Tensor):
+        """A piece of dQᵀ, (columns, rows), whose rows are those of a rectangle."""
+        row_on, column_on = offsets()
+        for i in cutlass.range_constexpr(0, cute.size(of_piece, mode=[1]), 2):
+            held = cute.make_rmem_tensor(FOUR, mdQ.element_type)
+            for j in cutlass.range_constexpr(FOUR):
+                held[j] = of_piece[j // 2, i + j % 2].to(mdQ.element_type)
+            pairs = cute.recast_tensor(held, Uint32)
+            pairs[0], pairs[1] = to_memory(pairs[0], pairs[1])
+            column, row = first[1] + where[0, i][0] + column_on, first[0] + where[0, i][1] + row_on
+            if row < length and column < self.problem.head_dim:
+                into = cute.local_tile(mdQ, (1, FOUR), (row, column // FOUR))
+                cute.autovec_copy(held, cute.make_tensor(into.iterator.align(8), held.layout))
+
+    @cute.jit
+    def _store(self, mdQ: cute.Tensor, span: Span, length, first, where: cute.Tensor, of_piece: cute.Tensor):
+        row_first, column_first = first
+        thread = cute.arch.thread_idx()[0]
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(span.length, row_first, where, of_piece)
         # Of two neighbours one stores 4 columns of one MMA's 8, the other 4 of the next one's: whole sectors of memory.

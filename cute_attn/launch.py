@@ -21,9 +21,9 @@ from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
 from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
-from cute_attn.layouts.base import COUNTERS, ROW_PADDING
+from cute_attn.layouts.base import COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
-from cute_attn.plan import configs, head_blocks, plan, takes_tickets
+from cute_attn.plan import configs, head_blocks, plan, rows_of_query_tile, takes_tickets
 from cute_attn.private import current_device, raw_stream
 from cute_attn.problem import (
     DTYPE_NAMES,
@@ -72,27 +72,18 @@ def device_target(device: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def prepared(problem: Problem, mechanism: str | None, device: int, head_blocks: int = 1) -> tuple[Callable, int]:
-    """The compiled kernel of a problem on a device, and how many of its blocks the device holds at once."""
-    config = plan(problem, device_target(device), mechanism)
-    if head_blocks != config.head_blocks:
-        config = replace(config, head_blocks=head_blocks)
+def prepared(problem: Problem, mechanism: str | None, device: int, config: Config | None = None) -> tuple[Callable, int]:
+    """The compiled kernel of a problem on a device, and how many of its blocks the device holds at once; in the best
+    configuration, or in ``config``."""
+    config = plan(problem, device_target(device), mechanism) if config is None else config
     return compiled(problem, config), multiprocessors(device) * config.blocks_per_multiprocessor
 
 
-@lru_cache(maxsize=4096)
-def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, int, int] | None:
+def sums_of(problem: Problem, config: Config) -> tuple[int, int, int] | None:
     """``(rows of a tile, its pieces, values of a piece)`` of dQ's float32 sums in memory; ``None`` where there are none."""
-    config = plan(problem, device_target(device), mechanism)
     if not has_sums(problem, config):
         return None
     return config.tile_m, len(family(config).pieces(config)), math.prod(family(config).piece_shape(config))
-
-
-@lru_cache(maxsize=4096)
-def _counts(problem: Problem, mechanism: str | None, device: int) -> bool:
-    """Whether each query tile has a counter in memory."""
-    return counts_tiles(problem, plan(problem, device_target(device), mechanism))
 
 
 @lru_cache(maxsize=4096)
@@ -106,18 +97,20 @@ def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tupl
     return config.tile_m, config.tile_n, rows
 
 
-@lru_cache(maxsize=4096)
-def _sharing(problem: Problem, mechanism: str | None, device: int) -> tuple[int, tuple[int, ...]]:
-    """``(rows of a key tile, how many blocks may share one)`` in the backward pass."""
+def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, call: Call) -> Config:
+    """In which of a problem's configurations the gradients of ``call`` are computed."""
     found = configs(problem, device_target(device), mechanism)
-    return found[0].tile_n, tuple(config.head_blocks for config in found)
+    blocks = _head_blocks(found, problem, device, call)
+    shared = tuple(config for config in found if config.head_blocks == blocks)
+    rows = rows_of_query_tile(tuple(config.tile_m for config in shared), call.seqlen_q)
+    return next(config for config in shared if config.tile_m == rows)
 
 
-def _head_blocks(problem: Problem, mechanism: str | None, device: int, call: Call) -> int:
+def _head_blocks(found: tuple[Config, ...], problem: Problem, device: int, call: Call) -> int:
     """How many blocks share a key tile of the backward pass of ``call``."""
     if call.heads == call.heads_kv:
         return 1
-    tile, choices = _sharing(problem, mechanism, device)
+    tile, choices = found[0].tile_n, tuple(dict.fromkeys(config.head_blocks for config in found))
     tiles = -(-call.seqlen_k // tile) if call.lengths is None else call.lengths.slots(call.seqlen_k, tile)
     unequal = problem.bounded_right and not problem.bounded_left
     heads_per_kv = call.heads // call.heads_kv
@@ -219,7 +212,8 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
     All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
     place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts
-    are added up in memory, their float32 sums; of both the rows are a multiple of 128, and of the sums the columns those that
+    are added up in memory, their float32 sums; of both the rows are a multiple of 128, or of higher
+    query tiles, and of the sums the columns those that
     a head takes in shared memory; an int32 a query tile, for signals; and where a bias is shared, copies of its gradient.
     """
     wanted = needs
@@ -278,15 +272,17 @@ def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic
     if call.plans and (planned := call.plans.get(how)) is not None:
         return planned
     device = q.get_device()
-    sums = sums_of(problem_of(q.dtype, call, of_lse, needs), mechanism, device)
-    ordered = deterministic and sums is not None  # without sums there is no order to fix
+    problem = problem_of(q.dtype, call, of_lse, needs)
+    ordered = deterministic and has_sums(problem, plan(problem, device_target(device), mechanism))  # else there is no order
     problem = problem_of(q.dtype, call, of_lse, needs, ordered)
-    function, blocks = prepared(problem, mechanism, device, _head_blocks(problem, mechanism, device, call))
-    rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
+    config = _config_of_gradients(problem, mechanism, device, call)
+    function, blocks = prepared(problem, mechanism, device, config)
+    sums, padding = sums_of(problem, config), row_padding(config)
+    rows_padded = -(-call.seqlen_q // padding) * padding
     if call.lengths is not None:  # cute_attn.sequences says where each begins
-        rows_padded = call.lengths.slots(call.seqlen_q, ROW_PADDING) * ROW_PADDING
+        rows_padded = call.lengths.slots(call.seqlen_q, padding) * padding
     tiles: tuple[int, ...] = ()
-    counts = _counts(problem, mechanism, device)
+    counts = counts_tiles(problem, config)
     if sums is not None:
         tile_m, *of_tile = sums
         tiles = call.batch, call.heads, rows_padded // tile_m

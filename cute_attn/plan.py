@@ -59,6 +59,12 @@ def head_blocks(choices: tuple[int, ...], tiles: int, heads_per_kv: int, at_once
     return best
 
 
+def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int) -> int:
+    """How many rows a query tile of the backward pass is to have: of ``choices``, the usual number and higher ones, the highest
+    with which at most one in 32 of a sequence's tiles' rows is padding."""
+    return max((rows for rows in choices[1:] if -seqlen_q % rows * 32 <= seqlen_q), default=choices[0])
+
+
 def takes_tickets(problem: Problem, config: Config) -> bool:
     """Whether the forward pass needs memory for tickets, which persistent blocks draw for tiles whose costs are unequal and
     known on the device only (``scheduler.py``)."""
@@ -98,12 +104,12 @@ def configs(problem: Problem, target: str, mechanism: str | None = None) -> tupl
     else:
         found = tuple(module.configs(problem, mechanism, target))
     for config in found:
-        check(config, module.GPU)
+        check(config, module.GPU, bool(problem.ragged))
     return found
 
 
-def check(config: Config, gpu: Gpu) -> None:
-    """Refuse a configuration that can't run on ``gpu``, before anything is compiled."""
+def check(config: Config, gpu: Gpu, ragged: bool = True) -> None:
+    """Refuse a configuration that can't run on ``gpu``, or not for ``ragged`` sequences, before anything is compiled."""
     module, family = layouts.for_target(config.target), layouts.family(config)
     table = f"{layouts.source(module)}'s table"
     blocks = config.blocks_per_multiprocessor
@@ -128,10 +134,10 @@ def check(config: Config, gpu: Gpu) -> None:
             f"{config.mechanism} asks for {config.threads} threads a block; {gpu.name} has {gpu.threads_per_block}: "
             f"try a smaller tile_m"
         )
-    if config.backward and ROW_PADDING % config.tile_m:
+    if config.backward and ragged and ROW_PADDING % config.tile_m:
         raise ValueError(
-            f"{config.backward} takes {config.tile_m} queries at a time; values of rows are padded to a multiple of "
-            f"{ROW_PADDING}, which a tile must divide: try tile_m=64 in {table}"
+            f"{config.backward} takes {config.tile_m} queries at a time; values of rows of ragged sequences are padded to a "
+            f"multiple of {ROW_PADDING}, which a tile must divide: try tile_m=64 in {table}"
         )
     copy_threads = config.threads - config.mma_threads
     total = config.mma_threads * config.mma_registers + copy_threads * config.copy_registers

@@ -78,6 +78,11 @@ def pieces(config: Config) -> list[tuple[int, int]]:
     return [(0, 0)]
 
 
+def turned(config: Config) -> bool:
+    """dQ is never computed as its transpose."""
+    return False
+
+
 def piece_shape(config: Config) -> tuple[int, int]:
     """(rows, columns) of such a piece."""
     return config.tile_m, config.tile_d

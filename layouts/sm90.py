@@ -47,6 +47,10 @@ WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
     128: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
 }
 
+# The fields of higher query tiles, where all keys count and few rows of the last tile are padding: K and V are read from shared
+# memory fewer times. No registers are left for a product that runs into the next tile.
+WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {128: {"tile_m": 80, "overlap_tiles": False}}
+
 # Beyond, where the gradients of keys and of queries have a kernel each.
 WGMMA_WIDE: dict[str, Any] = {"tile_m": 64, "tile_n": 64, "stages": 2}
 
@@ -88,7 +92,7 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
         return mma_sync.configs(problem, MMA_SYNC_TABLE, target)
     if problem.gradients:
         registers = REGISTERS_OF_DQ if problem.gradients == "q" else REGISTERS[2]
-        return wgmma_backward.configs(problem, WGMMA_BACKWARD_TABLE, WGMMA_WIDE, registers, target)
+        return wgmma_backward.configs(problem, WGMMA_BACKWARD_TABLE, WGMMA_BACKWARD_TALL, WGMMA_WIDE, registers, target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)
     wider = max(tile_d, tile_dv)
     choice = WGMMA_TABLE[wider] | (WGMMA_MIXED.get(wider, {}) if tile_d != tile_dv else {})

@@ -53,6 +53,11 @@ def pieces(config: Config) -> list[tuple[int, int]]:
     return []
 
 
+def turned(config: Config) -> bool:
+    """dQ is never computed as its transpose."""
+    return False
+
+
 def stages(operand: str, config: Config) -> int:
     """Tiles of an operand that shared memory has room for."""
     return {"Q": config.stages, "dO": config.stages, "P": P_STAGES, "qK": config.stages, "qV": V_STAGES}.get(operand, 1)

@@ -72,7 +72,6 @@ class BackwardShared:
     lse: cute.Tensor
     delta: cute.Tensor
     hidden: cute.Tensor | None
-    dk: cute.Tensor
     dv: cute.Tensor
     work: cute.Tensor
 
@@ -96,8 +95,8 @@ class BackwardFragments:
     tPrdO: cute.Tensor  # (MMA, 1, K, stage)
     tVrdO: cute.Tensor  # (MMA, 1, K, stage): as the B operand of dV
     tKrQ: cute.Tensor  # (MMA, 1, K, stage): as the B operand of dK
-    tQrdS: cute.Tensor  # (MMA, 1, K, warpgroup + warpgroups · stage)
-    tQrK: cute.Tensor  # (MMA, 1, K, warpgroup)
+    tQrdS: cute.Tensor  # (MMA, 1, K, warpgroup + warpgroups · stage): an operand of dQ, A or, of its transpose, B
+    tQrK: cute.Tensor  # (MMA, 1, K, warpgroup): the other one
     acc_dV: cute.Tensor
     acc_dK: cute.Tensor
     acc_dQ: cute.Tensor
@@ -204,12 +203,11 @@ class Backward(KeyBlocks):
                 each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    if warp == ADD_DQ_WARP:
-                        self._offer()
                     each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the last tile's results have left shared memory
 
     @cute.jit
     def _key_tile(self, values: Values, heads_per_kv, part: cutlass.Constexpr, done, work: Work):
@@ -225,14 +223,13 @@ class Backward(KeyBlocks):
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        k, v, q, do, ds, dk = (self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS", "dK"))
+        k, v, q, do, ds = (self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS"))
         shared = BackwardShared(
             *(k, v, q, do, ds),
-            dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), 128),
+            dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), lay.SMEM_ALIGN),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
-            dk=dk,
             dv=self.over("dV", ds),
             work=WorkQueue.slots_in(smem),
         )
@@ -331,8 +328,8 @@ class Backward(KeyBlocks):
         else:
             if visited.count > 0:
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
-        i = Int32(0)
-        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
+        i, steps = Int32(0), visited.count * visited.members(members)
+        for j in cutlass.range(steps, unroll=1):
             m_block, member = visited.tile(i, j // visited.count, self.problem)
             tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
             of_head = values.of_head(work.head + member)
@@ -342,13 +339,13 @@ class Backward(KeyBlocks):
             cute.nvgpu.warpgroup.wait_group(0)
         if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
             if cutlass.const_expr(self.config.overlap_tiles):
-                if visited.count * visited.members(members) > 0:
+                if steps > 0:
                     self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
             if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
                 self._release_keys(pipes, k_state)
             elif visited.count > 0:
                 self._release_keys(pipes, k_state)
-        self._store(me, frag, operands, shared, values, work)
+        self._store(me, frag, operands, shared, values, work, steps)
 
     @cute.jit
     def _wait_for_keys(self, me: BackwardWorker, shared: BackwardShared, pipes: BackwardPipelines, state):
@@ -377,7 +374,7 @@ class Backward(KeyBlocks):
         config, lay, w = self.config, self.lay, me.warpgroup
         S, dP, dV, dK, dQ = (lay.tiled_mma(role, config).get_slice(0) for role in ("S", "dP", "dV", "dK", "dQ"))
 
-        rows, columns = lay.piece_shape(config)
+        (rows, columns), turned = lay.piece_shape(config), lay.turned(config)
         below = config.tile_m // rows
         sdS = cute.local_tile(transposed(shared.ds), (rows, lay.ROWS_PER_WARPGROUP), (w % below, 0, None))
         sKt = cute.local_tile(transposed(shared.k), (columns, lay.ROWS_PER_WARPGROUP), (w // below, 0, None))
@@ -388,11 +385,11 @@ class Backward(KeyBlocks):
             tPrdO=dP.make_fragment_B(dP.partition_B(shared.do)),
             tVrdO=dV.make_fragment_B(dV.partition_B(transposed(shared.do))),
             tKrQ=dK.make_fragment_B(dK.partition_B(transposed(shared.q))),
-            tQrdS=dQ.make_fragment_A(dQ.partition_A(sdS)),
-            tQrK=dQ.make_fragment_B(dQ.partition_B(sKt)),
+            tQrdS=dQ.make_fragment_B(dQ.partition_B(sdS)) if turned else dQ.make_fragment_A(dQ.partition_A(sdS)),
+            tQrK=dQ.make_fragment_A(dQ.partition_A(sKt)) if turned else dQ.make_fragment_B(dQ.partition_B(sKt)),
             acc_dV=self.accumulator("dV", config.tile_dv),
             acc_dK=self.accumulator("dK", config.tile_d),
-            acc_dQ=self.accumulator("dQ", columns),
+            acc_dQ=self.accumulator("dQ", rows if turned else columns),
         )
 
     @cute.jit
@@ -429,9 +426,7 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.problem.dropout):
             kept = scores.kept((key_first, m_block * config.tile_m))
         flight.wait("S")
-        if cutlass.const_expr(config.overlap_tiles):
-            if follows:
-                self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
+        self._after_tile_before(me, pipes, state, follows)
         if cutlass.const_expr(hides is not None):
             hidden = hides, of_keys(mma_S, me.thread, shared.hidden[None, me.warpgroup], config.tile_m)
         origin = (key_first, m_block * config.tile_m)
@@ -490,20 +485,43 @@ class Backward(KeyBlocks):
         atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, False)
         for w in cutlass.range_constexpr(self.warpgroups):
             for k in cutlass.range_constexpr(cute.size(frag.tQrK, mode=[2])):
-                cute.gemm(atom, frag.acc_dQ, frag.tQrdS[None, None, k, slot + w], frag.tQrK[None, None, k, w], frag.acc_dQ)
+                a, b = frag.tQrdS[None, None, k, slot + w], frag.tQrK[None, None, k, w]
+                if cutlass.const_expr(self.lay.turned(self.config)):
+                    a, b = b, a
+                cute.gemm(atom, frag.acc_dQ, a, b, frag.acc_dQ)
                 atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, True)
         cute.nvgpu.warpgroup.commit_group()
 
     @cute.jit
     def _hand_over_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, adder):
         """This warpgroup's piece of dQ to shared memory, in the order of its registers, for the warp that adds it."""
-        cute.arch.barrier(barrier_id=self.empty_barrier + me.warpgroup, number_of_threads=WARPGROUP + 32)
+        self._wait_for_adder(me)
         sdQ = shared.dq[None, None, me.warpgroup]
         into = cute.make_tensor(sdQ.iterator + sdQ.stride[0] * me.thread, cute.select(sdQ.layout, mode=[1]))
         cute.autovec_copy(cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout(into.shape)), into)
         cute.arch.fence_view_async_shared()
         barrier = self.full_barrier + ADDERS * me.warpgroup + adder
         cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
+
+    def _wait_for_adder(self, me: BackwardWorker):
+        """Until the warpgroup's piece of dQ has been read, or what was there before a key tile's first."""
+        cute.arch.barrier(barrier_id=self.empty_barrier + me.warpgroup, number_of_threads=WARPGROUP + 32)
+
+    @cute.jit
+    def _after_tile_before(self, me: BackwardWorker, pipes: BackwardPipelines, state, follows):
+        """Once all products of the query tile before have ended: its slot of Q is free. Where there is none, those of dS and dQ
+        are, once dK and dV of the key tile before have left them. As a warp shouldn't arrive twice at a barrier, each
+        warpgroup tells the next."""
+        if follows:
+            if cutlass.const_expr(self.config.overlap_tiles):
+                self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
+        elif cutlass.const_expr(self.needs_q):
+            if cutlass.const_expr(self.persistent):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+                self._meet()
+            if cute.arch.thread_idx()[0] % WARPGROUP < 32:
+                w = (me.warpgroup + 1) % self.warpgroups
+                cute.arch.barrier_arrive(barrier_id=self.empty_barrier + w, number_of_threads=WARPGROUP + 32)
 
     def _meet(self):
         """All computing warpgroups."""
@@ -520,10 +538,11 @@ class Backward(KeyBlocks):
         shared: BackwardShared,
         values: Values,
         work: Work,
+        steps,
     ):
         """dK and dV to global memory. Where blocks share a key tile, the first one's are the sums of all."""
         if cutlass.const_expr(self.config.head_blocks == 1):
-            self._store_from(me, frag, operands, shared, values, work)
+            self._store_from(me, frag, operands, shared, values, work, steps)
         else:
             self._meet()
             parts = []
@@ -533,7 +552,7 @@ class Backward(KeyBlocks):
                 parts.append((frag.acc_dK, self._sums_over(shared.k, me, frag.acc_dK)))
             sum_in_first_block(parts, self.config.head_blocks)
             if cute.arch.block_in_cluster_idx()[0] == 0:
-                self._store_from(me, frag, operands, shared, values, work)
+                self._store_from(me, frag, operands, shared, values, work, steps)
 
     def _sums_over(self, operands: cute.Tensor, me: BackwardWorker, acc: cute.Tensor) -> cute.Tensor:
         """A thread's accumulator in float32 in the shared memory of two operands, of which ``operands`` is the first."""
@@ -543,23 +562,33 @@ class Backward(KeyBlocks):
         return cute.make_tensor(mine.iterator.align(16), mine.layout)
 
     @cute.jit
-    def _store_from(self, me, frag, operands, shared, values, work: Work):
-        """By way of shared memory; that of dS is free once all have met."""
+    def _store_from(self, me, frag, operands, shared, values, work: Work, steps):
+        """By way of shared memory: dV by that of dS, which is free once all have met, dK by that of the warpgroup's dQ, once it
+        is added. The next key tile's first query tile waits until both have left; one without query tiles waits here."""
         copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
+        waits_here = not (self.persistent and self.needs_q)
+        if cutlass.const_expr(not waits_here):
+            if steps == 0:
+                self.wait_for_store(me.warpgroup)
         if cutlass.const_expr(self.needs_v):
             self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
             self._meet()
             self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
+        if cutlass.const_expr(self.needs_q):
+            if steps > 0:
+                self._wait_for_adder(me)
         if cutlass.const_expr(self.needs_k):
             scale = Float32(values.scale(self.problem))
             frag.acc_dK.store(frag.acc_dK.load() * scale)
             self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
-            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
-        self.wait_for_store(me.warpgroup)
-        if cutlass.const_expr(self.persistent):  # dV has left the memory of all warpgroups' dS
-            self._meet()
+            dk = self.over("dK", shared.dq[None, None, me.warpgroup])
+            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
+        if cutlass.const_expr(waits_here):
+            self.wait_for_store(me.warpgroup)
+            if cutlass.const_expr(self.persistent):
+                self._meet()
 
 
 @cute.jit

@@ -49,6 +49,8 @@ def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, 
     the other products sum over rows of what they read from shared memory."""
     for role, operands in family.READS.items():
         mma = family.mma(role, config)
+        if role == "dQ" and family.turned(config):
+            operands = operands[::-1]
         for letter, name in zip("AB", operands, strict=True):
             if name != operand or letter not in mma.from_shared:
                 continue

@@ -119,7 +119,7 @@ def test_every_gpu_has_the_backward_pass(module: ModuleType):
 
 @every_backward_family
 def test_a_family_module_of_the_backward_pass(family: ModuleType):
-    of_gradients = {"store_accumulator": ["operand", "config"], "pieces": ["config"]}
+    of_gradients = {"store_accumulator": ["operand", "config"], "pieces": ["config"], "turned": ["config"]}
     if family.__name__.endswith("mma_sync_backward"):
         of_gradients["load_operand"] = ["role", "operand", "config"]
     for function, parameters in (CONTRACT | of_gradients).items():
@@ -135,7 +135,7 @@ def test_the_pieces_of_dq_are_the_whole(config: Config):
     """Pieces cover a query tile's dQ once, each thread a multiple of what it adds at once, and a row's padding holds whole
     tiles: what the host allocates is what the kernels fill."""
     family = layouts.family(config)
-    assert base.ROW_PADDING % config.tile_m == 0
+    assert base.row_padding(config) % config.tile_m == 0
     if pieces := family.pieces(config):
         rows, columns = family.piece_shape(config)
         covered = np.zeros((config.tile_m, config.tile_d), dtype=int)

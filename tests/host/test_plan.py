@@ -11,7 +11,7 @@ import torch
 
 from cute_attn import layouts
 from cute_attn.layouts.base import KIB, Config, Gpu
-from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread
+from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread, rows_of_query_tile
 from cute_attn.problem import Problem, check_call, problem_of
 
 HEAD_DIMS = range(8, 257, 8)
@@ -112,6 +112,7 @@ def test_more_barriers_than_a_block_has():
 
 
 BACKWARD = Problem("bfloat16", 128, 128, gradients="qkv")
+THREE = {"tile_m": 64, "tile_n": 192, "mma_warps": 12, "mma_registers": 160}  # warpgroups
 MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"tile_m": 96}, "96 queries a tile; a multiple of 64 is needed"),
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 queries; 8 are needed"),
@@ -122,7 +123,8 @@ MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, gradients=""), "cp_async", {"tile_n": 80, "mma_warps": 8}, "8 warps can't copy in whole passes"),
     (BACKWARD, "tma_wgmma", {"tile_n": 96}, "96 keys a tile; a multiple of 64 is needed"),
     (BACKWARD, "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 keys; 8 are needed"),
-    (BACKWARD, "tma_wgmma", {"tile_m": 32}, "2 warpgroups for a 32×128 dQ, 64 rows and a multiple of 16 columns each"),
+    (replace(BACKWARD, head_dim=64, head_dim_v=64), "tma_wgmma", THREE, "3 warpgroups for a 64×64 dQ, 64 rows and a multiple"),
+    (BACKWARD, "tma_wgmma", {"tile_m": 32}, "32 queries a tile, whose dQ has no room for 128 rows of dK: try tile_m=64"),
     (BACKWARD, "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
     (Problem("bfloat16", 64, 64, gradients="qkv"), "tma_wgmma", {"tile_m": 64, "tile_dv": 192}, "dV is 192 columns wide"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
@@ -277,10 +279,34 @@ def test_what_may_share_a_key_tile():
     for d, expected in ways.items():
         problem = Problem("bfloat16", d, d, gradients="qkv")
         found = configs(problem, "sm_90a")
-        assert tuple(config.head_blocks for config in found) == expected
+        shared = found[: len(expected)]
+        assert tuple(config.head_blocks for config in shared) == expected
+        assert all(config.head_blocks == 1 for config in found[len(expected) :])
         assert all(("share a tile of keys" in explain(problem, config)) == (config.head_blocks > 1) for config in found)
-        assert len(configs(replace(problem, deterministic=True), "sm_90a")) == 1
+        assert all(config.head_blocks == 1 for config in configs(replace(problem, deterministic=True), "sm_90a"))
         assert [config.head_blocks for config in configs(problem, "sm_90a", "cp_async")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "rows"), [(1, 64), (64, 64), (79, 80), (80, 80), (81, 64), (512, 64), (775, 64), (776, 80), (1024, 80), (8192, 80)]
+)
+def test_how_many_rows_a_query_tile_has(seqlen_q, rows):
+    """As many as waste few of the last tile's."""
+    assert rows_of_query_tile((64, 80), seqlen_q) == rows
+    assert rows_of_query_tile((64,), seqlen_q) == 64
+
+
+def test_higher_query_tiles():
+    """Where every key counts, and the sequences are a rectangle."""
+
+    def rows(**changed):
+        return {config.tile_m for config in configs(replace(BACKWARD, **changed), "sm_90a")}
+
+    assert rows() == rows(deterministic=True) == rows(softcap=True) == {64, 80}
+    ragged = "seqused_q seqused_k"
+    for changed in ({"bounded_right": True}, {"ragged": ragged}, {"dropout": True}, {"gradients": "kv"}, {"head_dim": 256}):
+        assert rows(**changed) == {64}
+    assert rows(head_dim=64, head_dim_v=64) == {128}
 
 
 @ways
