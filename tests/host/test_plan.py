@@ -288,7 +288,8 @@ def test_what_may_share_a_key_tile():
 
 
 @pytest.mark.parametrize(
-    ("seqlen_q", "rows"), [(1, 64), (64, 64), (79, 80), (80, 80), (81, 64), (512, 64), (775, 64), (776, 80), (1024, 80), (8192, 80)]
+    ("seqlen_q", "rows"),
+    [(1, 64), (64, 64), (79, 80), (80, 80), (81, 64), (512, 64), (775, 64), (776, 80), (1024, 80), (8192, 80)],
 )
 def test_how_many_rows_a_query_tile_has(seqlen_q, rows):
     """As many as waste few of the last tile's."""
