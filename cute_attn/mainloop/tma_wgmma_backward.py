@@ -331,20 +331,17 @@ class Backward(KeyBlocks):
         i, steps = Int32(0), visited.count * visited.members(members)
         for j in cutlass.range(steps, unroll=1):
             m_block, member = visited.tile(i, j // visited.count, self.problem)
-            tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
+            tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0, j == steps - 1)
             of_head = values.of_head(work.head + member)
-            state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
+            state = self._step(me, frag, shared, pipes, of_head, key_first, (k_state, state), tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
-        if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
+        if cutlass.const_expr(self.persistent):
             if cutlass.const_expr(self.config.overlap_tiles):
                 if steps > 0:
                     self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
-            if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
-                self._release_keys(pipes, k_state)
-            elif visited.count > 0:
-                self._release_keys(pipes, k_state)
+            self._release_rest(pipes, k_state, steps)
         self._store(me, frag, operands, shared, values, work, steps)
 
     @cute.jit
@@ -359,9 +356,22 @@ class Backward(KeyBlocks):
         return hides
 
     @cute.jit
-    def _release_keys(self, pipes: BackwardPipelines, state):
-        for pipe in (pipes.k, pipes.v):
-            pipe.consumer_release(state)
+    def _release_after_last(self, pipe: pipeline.PipelineTmaAsync, state, last):
+        """K or V, as soon as the last product of a key tile that reads it has ended: the next tile's is on its way while what
+        follows that runs, and while results leave."""
+        if cutlass.const_expr(self.persistent):
+            if last:
+                pipe.consumer_release(state)
+
+    @cute.jit
+    def _release_rest(self, pipes: BackwardPipelines, state, steps):
+        """K and V that no query tile has released."""
+        for pipe, released in ((pipes.k, self.needs_q), (pipes.v, self.needs_ds)):
+            left = steps == 0 if released else steps >= 0
+            if cutlass.const_expr(self.skips_unseen):  # without query tiles none was copied
+                left = left & (steps > 0)
+            if left:
+                pipe.consumer_release(state)
 
     def _worker(self) -> BackwardWorker:
         index = cute.arch.thread_idx()[0]
@@ -401,7 +411,7 @@ class Backward(KeyBlocks):
         pipes: BackwardPipelines,
         values: Values,
         key_first,
-        state,
+        states,
         tile,
     ):
         """One query tile. Returns the pipelines' next state.
@@ -410,7 +420,8 @@ class Backward(KeyBlocks):
         tile's scores are issued; the next step releases Q's slot. Only an accumulator that the loop never reads can stay in
         flight like this, and the operand keeps its registers.
         """
-        m_block, masked, hides, follows = tile
+        m_block, masked, hides, follows, last = tile
+        k_state, state = states
         config, lay, stage = self.config, self.lay, state.index
         mma_S = lay.tiled_mma("S", config)
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
@@ -442,6 +453,7 @@ class Backward(KeyBlocks):
             flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
+            self._release_after_last(pipes.v, k_state, last)
             delta = of_columns(mma_S, me.thread, shared.delta[None, stage])
             scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             rdS = rounded_operand(acc_S, self.element)
@@ -463,6 +475,7 @@ class Backward(KeyBlocks):
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
         if cutlass.const_expr(self.needs_q):
             flight.wait("dQ")
+            self._release_after_last(pipes.k, k_state, last)
             self._hand_over_dq(me, frag, shared, state.count % ADDERS)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
