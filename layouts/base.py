@@ -108,6 +108,7 @@ class Config:
     overlap_tiles: bool = False  # backward, tma_wgmma: a query tile's last product runs into the next tile: takes registers
     every_lane_arrives: bool = False  # at barriers, not one for its warp, or a warp by itself; racecheck follows no warp
     head_blocks: int = 1  # backward, tma_wgmma: blocks of a cluster share a key tile, each with a part of its query heads
+    dq_stages: int = 1  # backward, tma_wgmma: query tiles whose dQ has shared memory on its way to memory
     add_width: int = 4  # backward: floats of dQ's sums that a thread hands on at once, so the order in which they lie
     cache: str = ""  # the mainloop of attention to a cache; "" is none
     # backward pass and caches on cp_async only

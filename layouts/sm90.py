@@ -42,14 +42,14 @@ REGISTERS_OF_DQ = (232, 40)  # dQ alone leaves a computing thread with some to s
 
 # The same for the backward pass. Up to 128, a computing warpgroup owns 64 keys, and both head dims are padded to the wider.
 WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
-    64: {"tile_m": 128, "tile_n": 128, "stages": 2},
-    96: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
-    128: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
+    64: {"tile_m": 128, "tile_n": 128, "stages": 2, "dq_stages": 2},
+    96: {"tile_m": 64, "tile_n": 128, "stages": 2, "dq_stages": 2, "overlap_tiles": True},
+    128: {"tile_m": 64, "tile_n": 128, "stages": 2, "dq_stages": 2, "overlap_tiles": True},
 }
 
 # The fields of higher query tiles, where all keys count and few rows of the last tile are padding: K and V are read from shared
 # memory fewer times. No registers are left for a product that runs into the next tile.
-WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {128: {"tile_m": 80, "overlap_tiles": False}}
+WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {128: {"tile_m": 80, "dq_stages": 1, "overlap_tiles": False}}
 
 # Beyond, where the gradients of keys and of queries have a kernel each.
 WGMMA_WIDE: dict[str, Any] = {"tile_m": 64, "tile_n": 64, "stages": 2}

@@ -104,13 +104,13 @@ def piece_shape(config: Config) -> tuple[int, int]:
 
 def stages(operand: str, config: Config) -> int:
     """Tiles of an operand that shared memory has room for."""
-    return {"Q": config.stages, "dO": config.stages, "dS": DS_STAGES}.get(operand, 1)
+    return {"Q": config.stages, "dO": config.stages, "dS": DS_STAGES, "dQ": config.dq_stages}.get(operand, 1)
 
 
 def sums(config: Config) -> Layout:
-    """dQ in float32 on its way to global memory and there, ``(thread, value, warpgroup)``."""
+    """dQ in float32 on its way to global memory and there, ``(thread, value, warpgroup)``, with one stage after another."""
     rows, columns = piece_shape(config)
-    return base.in_turns(WARPGROUP, rows * columns // WARPGROUP, config.add_width, warpgroups(config))
+    return base.in_turns(WARPGROUP, rows * columns // WARPGROUP, config.add_width, warpgroups(config) * config.dq_stages)
 
 
 def smem_parts(config: Config) -> dict[str, int]:
@@ -123,7 +123,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "Q": config.stages * config.tile_m * config.tile_d * BYTES,
         "dO": config.stages * config.tile_m * config.tile_dv * BYTES,
         "dS": DS_STAGES * warps_rows * config.tile_m * BYTES,
-        "dQ": config.tile_m * config.tile_d * ACCUMULATOR_BYTES,
+        "dQ": config.dq_stages * config.tile_m * config.tile_d * ACCUMULATOR_BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
         "barriers": BARRIER_BYTES * 2 * (2 + 2 * config.stages),
         "hidden": config.tile_n,  # keys, a byte each
@@ -164,6 +164,10 @@ def misfit(config: Config) -> str:
             f"dV is {config.tile_dv} columns wide and would lie over dS, which has room for {DS_STAGES * config.tile_m}: "
             f"try tile_m={config.tile_m * 2}",
         ),
+        (
+            config.dq_stages not in (1, len(WARPS["dQ"])),
+            f"{config.dq_stages} stages of dQ, which {len(WARPS['dQ'])} warps add in turns: try dq_stages=1",
+        ),
         (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
         (
             config.head_blocks > 1 and min(room.values()) < 0,
@@ -195,7 +199,8 @@ def mma(role: str, config: Config) -> Mma:
 
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
-    return {"the block": 1, "dS": 1, "dQ": (len(WARPS["dQ"]) + 1) * warpgroups(config), "epilogues": warpgroups(config)}
+    of_warpgroup = len(WARPS["dQ"]) + config.dq_stages
+    return {"the block": 1, "dS": 1, "dQ": of_warpgroup * warpgroups(config), "epilogues": warpgroups(config)}
 
 
 def _shape(operand: str, config: Config) -> tuple[int, int, int]:
@@ -229,5 +234,9 @@ _family = Family(
     read_columns=_read_columns,
 )
 tile, slot_bytes, smem, smem_layout = _family.tile, _family.slot_bytes, _family.smem, _family.smem_layout
-smem_bytes, copies, tiled_mma = _family.smem_bytes, _family.copies, _family.tiled_mma
-store_accumulator = _family.store_accumulator
+copies, tiled_mma, store_accumulator = _family.copies, _family.tiled_mma, _family.store_accumulator
+
+
+def smem_bytes(config: Config) -> int:
+    """Shared memory of a block: operands come first, each of whole swizzle atoms, so that no part needs padding."""
+    return sum(smem_parts(config).values())

@@ -61,7 +61,7 @@ class BackwardPipelines:
 class BackwardShared:
     """The operands in shared memory: ``(64, columns, warpgroup)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
     ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(thread, value,
-    warpgroup)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``)."""
+    warpgroup + warpgroups · stage)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``)."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -115,7 +115,8 @@ class Backward(KeyBlocks):
         self.persistent = config.head_blocks == 1 and (not problem.blocks or problem.deterministic)
         self.draws = problem.masked or problem.deterministic
         self.skips_unseen = bool(problem.ragged)
-        # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that their memory is free again.
+        # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again, one
+        # for each.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
 
@@ -203,6 +204,9 @@ class Backward(KeyBlocks):
                 each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
+                    if cutlass.const_expr(self.config.dq_stages > 1):
+                        if warp > ADD_DQ_WARP:  # what is handed over first to another stage than a block's first
+                            self._offer(warp - ADD_DQ_WARP)
                     each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
@@ -252,7 +256,7 @@ class Backward(KeyBlocks):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         lane = cute.arch.lane_idx()
-        step = Int32(done[1])
+        step, stages = Int32(done[1]), self.config.dq_stages
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         for member in cutlass.range(visited.members(members), unroll=1):
@@ -276,16 +280,17 @@ class Backward(KeyBlocks):
                     if lane == 0:
                         if cutlass.const_expr(not self.problem.deterministic):
                             first = signals.comes_first(place, before)
+                        stage = step % stages
                         if first:
-                            self._hand_on(_store, gradients.mdQ, place, sdQ)
+                            self._hand_on(_store, gradients.mdQ, place, sdQ, stage)
                         else:
                             # What was acquired orders this thread's own accesses; the copy engine's, which add, are another
                             # proxy's (PTX ISA, "Async proxy"). The other way none is needed: a bulk operation that is
                             # complete is followed by such a fence (ibid.).
                             cute.arch.fence_proxy("async.global")
-                            self._hand_on(_reduce_add, gradients.mdQ, place, sdQ)
+                            self._hand_on(_reduce_add, gradients.mdQ, place, sdQ, stage)
                     cute.arch.sync_warp()
-                    self._offer()
+                    self._offer(step % stages)
                     if lane == 0:
                         if cutlass.const_expr(self.problem.deterministic):
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
@@ -296,17 +301,21 @@ class Backward(KeyBlocks):
                 step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor):
+    def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor, stage):
         """One thread: a tile's dQ to global memory by the copy engine, until it has been read."""
         for w in range(self.warpgroups):
-            how(mdQ[(None, w, *place)], sdQ[None, None, w])
+            how(mdQ[(None, w, *place)], sdQ[None, None, stage * self.warpgroups + w])
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def _offer(self):
-        """dQ's shared memory to the computing warpgroups, for the next tile."""
+    def _offer(self, stage):
+        """A stage of dQ's shared memory to the computing warpgroups."""
         for w in range(self.warpgroups):
-            cute.arch.barrier_arrive(barrier_id=self.empty_barrier + w, number_of_threads=WARPGROUP + 32)
+            cute.arch.barrier_arrive(barrier_id=self._empty(stage, w), number_of_threads=WARPGROUP + 32)
+
+    def _empty(self, stage, warpgroup):
+        """The barrier of a warpgroup's part of it."""
+        return self.empty_barrier + stage * self.warpgroups + warpgroup
 
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
@@ -342,7 +351,7 @@ class Backward(KeyBlocks):
                 if steps > 0:
                     self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
             self._release_rest(pipes, k_state, steps)
-        self._store(me, frag, operands, shared, values, work, steps)
+        self._store(me, frag, operands, shared, values, work, (steps, state.count))
 
     @cute.jit
     def _wait_for_keys(self, me: BackwardWorker, shared: BackwardShared, pipes: BackwardPipelines, state):
@@ -476,7 +485,7 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.needs_q):
             flight.wait("dQ")
             self._release_after_last(pipes.k, k_state, last)
-            self._hand_over_dq(me, frag, shared, state.count % ADDERS)
+            self._hand_over_dq(me, frag, shared, state.count)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
             self.release_rows(pipes.q, state, met=self.needs_q)
@@ -506,25 +515,27 @@ class Backward(KeyBlocks):
         cute.nvgpu.warpgroup.commit_group()
 
     @cute.jit
-    def _hand_over_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, adder):
+    def _hand_over_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, step):
         """This warpgroup's piece of dQ to shared memory, in the order of its registers, for the warp that adds it."""
-        self._wait_for_adder(me)
-        sdQ = shared.dq[None, None, me.warpgroup]
+        sdQ = self._empty_dq(me, shared, step)
         into = cute.make_tensor(sdQ.iterator + sdQ.stride[0] * me.thread, cute.select(sdQ.layout, mode=[1]))
         cute.autovec_copy(cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout(into.shape)), into)
         cute.arch.fence_view_async_shared()
-        barrier = self.full_barrier + ADDERS * me.warpgroup + adder
+        barrier = self.full_barrier + ADDERS * me.warpgroup + step % ADDERS
         cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
 
-    def _wait_for_adder(self, me: BackwardWorker):
-        """Until the warpgroup's piece of dQ has been read, or what was there before a key tile's first."""
-        cute.arch.barrier(barrier_id=self.empty_barrier + me.warpgroup, number_of_threads=WARPGROUP + 32)
+    def _empty_dq(self, me: BackwardWorker, shared: BackwardShared, step, wait: bool = True):
+        """Where the warpgroup's piece of a step's dQ is handed over, once what was there has been read, or at once."""
+        stage = step % self.config.dq_stages
+        if wait:
+            cute.arch.barrier(barrier_id=self._empty(stage, me.warpgroup), number_of_threads=WARPGROUP + 32)
+        return shared.dq[None, None, stage * self.warpgroups + me.warpgroup]
 
     @cute.jit
     def _after_tile_before(self, me: BackwardWorker, pipes: BackwardPipelines, state, follows):
-        """Once all products of the query tile before have ended: its slot of Q is free. Where there is none, those of dS and dQ
-        are, once dK and dV of the key tile before have left them. As a warp shouldn't arrive twice at a barrier, each
-        warpgroup tells the next."""
+        """Once all products of the query tile before have ended: its slot of Q is free. Where there is none, the slots of dS and
+        this step's of dQ are, once dV and dK of the key tile before have left them. As a warp shouldn't arrive twice at a
+        barrier, each warpgroup tells the next."""
         if follows:
             if cutlass.const_expr(self.config.overlap_tiles):
                 self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
@@ -533,8 +544,8 @@ class Backward(KeyBlocks):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
                 self._meet()
             if cute.arch.thread_idx()[0] % WARPGROUP < 32:
-                w = (me.warpgroup + 1) % self.warpgroups
-                cute.arch.barrier_arrive(barrier_id=self.empty_barrier + w, number_of_threads=WARPGROUP + 32)
+                empty = self._empty(state.count % self.config.dq_stages, (me.warpgroup + 1) % self.warpgroups)
+                cute.arch.barrier_arrive(barrier_id=empty, number_of_threads=WARPGROUP + 32)
 
     def _meet(self):
         """All computing warpgroups."""
@@ -576,27 +587,28 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _store_from(self, me, frag, operands, shared, values, work: Work, steps):
-        """By way of shared memory: dV by that of dS, which is free once all have met, dK by that of the warpgroup's dQ, once it
-        is added. The next key tile's first query tile waits until both have left; one without query tiles waits here."""
+        """By way of shared memory: dV by that of dS, which is free once all have met, dK by that of the next dQ. The next key
+        tile's first query tile waits until both have left; one without query tiles waits here. ``steps`` are how many query
+        tiles there were, and how many the block has had."""
         copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
         waits_here = not (self.persistent and self.needs_q)
         if cutlass.const_expr(not waits_here):
-            if steps == 0:
+            if steps[0] == 0:
                 self.wait_for_store(me.warpgroup)
         if cutlass.const_expr(self.needs_v):
             self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
             self._meet()
             self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
         if cutlass.const_expr(self.needs_q):
-            if steps > 0:
-                self._wait_for_adder(me)
+            if steps[0] > 0:
+                self._empty_dq(me, shared, steps[1])
         if cutlass.const_expr(self.needs_k):
             scale = Float32(values.scale(self.problem))
             frag.acc_dK.store(frag.acc_dK.load() * scale)
             self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
-            dk = self.over("dK", shared.dq[None, None, me.warpgroup])
+            dk = self.over("dK", self._empty_dq(me, shared, steps[1], wait=False))
             self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
         if cutlass.const_expr(waits_here):
             self.wait_for_store(me.warpgroup)
