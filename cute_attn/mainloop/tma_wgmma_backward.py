@@ -115,8 +115,7 @@ class Backward(KeyBlocks):
         self.persistent = config.head_blocks == 1 and (not problem.blocks or problem.deterministic)
         self.draws = problem.masked or problem.deterministic
         self.skips_unseen = bool(problem.ragged)
-        # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again, one
-        # for each.
+        # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
 
@@ -533,8 +532,8 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _after_tile_before(self, me: BackwardWorker, pipes: BackwardPipelines, state, follows):
-        """Once all products of the query tile before have ended: its slot of Q is free. Where there is none, the slots of dS and
-        this step's of dQ are, once dV and dK of the key tile before have left them. As a warp shouldn't arrive twice at a
+        """Once all products of the query tile before have ended: its slot of Q is free. Where there is none, the slots of dS
+        and this step's of dQ are, once dV and dK of the key tile before have left them. As a warp shouldn't arrive twice at a
         barrier, each warpgroup tells the next."""
         if follows:
             if cutlass.const_expr(self.config.overlap_tiles):

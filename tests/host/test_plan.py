@@ -112,7 +112,8 @@ def test_more_barriers_than_a_block_has():
 
 
 BACKWARD = Problem("bfloat16", 128, 128, gradients="qkv")
-THREE = {"tile_m": 64, "tile_n": 192, "mma_warps": 12, "mma_registers": 160}  # warpgroups
+NARROW = replace(BACKWARD, head_dim=64, head_dim_v=64)
+THREE = {"tile_m": 64, "tile_n": 192, "mma_warps": 12, "mma_registers": 160, "dq_stages": 1}  # warpgroups
 MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"tile_m": 96}, "96 queries a tile; a multiple of 64 is needed"),
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 queries; 8 are needed"),
@@ -123,10 +124,11 @@ MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, gradients=""), "cp_async", {"tile_n": 80, "mma_warps": 8}, "8 warps can't copy in whole passes"),
     (BACKWARD, "tma_wgmma", {"tile_n": 96}, "96 keys a tile; a multiple of 64 is needed"),
     (BACKWARD, "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 keys; 8 are needed"),
-    (replace(BACKWARD, head_dim=64, head_dim_v=64), "tma_wgmma", THREE, "3 warpgroups for a 64×64 dQ, 64 rows and a multiple"),
+    (NARROW, "tma_wgmma", THREE, "3 warpgroups for a 64×64 dQ, 64 rows and a multiple"),
     (BACKWARD, "tma_wgmma", {"tile_m": 32}, "32 queries a tile, whose dQ has no room for 128 rows of dK: try tile_m=64"),
+    (NARROW, "tma_wgmma", {"tile_m": 64, "dq_stages": 3}, "3 stages of dQ, which 2 warps"),
     (BACKWARD, "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
-    (Problem("bfloat16", 64, 64, gradients="qkv"), "tma_wgmma", {"tile_m": 64, "tile_dv": 192}, "dV is 192 columns wide"),
+    (NARROW, "tma_wgmma", {"tile_m": 64, "tile_dv": 192}, "dV is 192 columns wide"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"tile_n": 32}, "32 keys a tile; 64 are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"mma_warps": 4, "mma_registers": 240}, "4 warps; 8 are needed"),
