@@ -219,8 +219,9 @@ def _one_kernel(config: Config) -> Walk:
     lanes |= _ring("Q", config, n, n, lingers=late) | _ring("dO", config, n, n)
     ds = _alternating("dS", config, lay.DS_STAGES, "write, read")
     lanes |= {name: [*cells[:-1], ("dV copied out", COPIED)] for name, cells in ds.items()}
-    lanes["dK"] = [*[("", WAITS)] * len(_steps(config)), ("", WAITS), ("dK copied out", COPIED)]
-    lanes["dQ"] = [("", WAITS), *[(f"write dQ{i}", MADE) for i in _steps(config)], ("…", WAITS)]
+    dqs = list(_alternating("dQ", config, config.dq_stages, "write").values())
+    dqs[len(_steps(config)) % len(dqs)][-1] = ("dK copied out", COPIED)
+    lanes |= {f"dQ, slot {slot}" if len(dqs) > 1 else "dQ": cells for slot, cells in enumerate(dqs)}
     lanes |= _walking(config)
     for k, warp in enumerate(adders):
         mine = [i > 0 and (i - 1) % len(adders) == k for i in _steps(config)]
