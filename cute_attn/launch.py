@@ -102,7 +102,7 @@ def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, c
     found = configs(problem, device_target(device), mechanism)
     blocks = _head_blocks(found, problem, device, call)
     shared = tuple(config for config in found if config.head_blocks == blocks)
-    rows = rows_of_query_tile(tuple(config.tile_m for config in shared), call.seqlen_q)
+    rows = rows_of_query_tile(tuple(config.tile_m for config in shared), call.seqlen_q, int(problem.bounded_right))
     return next(config for config in shared if config.tile_m == rows)
 
 

@@ -59,10 +59,11 @@ def head_blocks(choices: tuple[int, ...], tiles: int, heads_per_kv: int, at_once
     return best
 
 
-def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int) -> int:
+def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int, edges: int) -> int:
     """How many rows a query tile of the backward pass is to have: of ``choices``, the usual number and higher ones, the highest
-    with which at most one in 32 of a sequence's tiles' rows is padding."""
-    return max((rows for rows in choices[1:] if -seqlen_q % rows * 32 <= seqlen_q), default=choices[0])
+    with which at most one row in 32 is for nothing: padding of a sequence's last tile, or the two tiles' worth, of the half of
+    all that a key tile visits, that each of ``edges`` cuts."""
+    return max((rows for rows in choices[1:] if 32 * (-seqlen_q % rows + 2 * edges * rows) <= seqlen_q), default=choices[0])
 
 
 def takes_tickets(problem: Problem, config: Config) -> bool:

@@ -47,8 +47,8 @@ WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
     128: {"tile_m": 64, "tile_n": 128, "stages": 2, "dq_stages": 2, "overlap_tiles": True},
 }
 
-# The fields of higher query tiles, where all keys count and few rows of the last tile are padding: K and V are read from shared
-# memory fewer times. No registers are left for a product that runs into the next tile.
+# The fields of higher query tiles, where few of their rows are padding or hidden: K and V are read from shared memory fewer
+# times. No registers are left for a product that runs into the next tile.
 WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {128: {"tile_m": 80, "dq_stages": 1, "overlap_tiles": False}}
 
 # Beyond, where the gradients of keys and of queries have a kernel each.

@@ -52,9 +52,11 @@ def configs(problem, table, tall, wide, registers: tuple[int, int], target: str)
     than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread. They
     differ in how many blocks share a key tile; where dQ is added in a fixed order none do, since a tile is a ticket there, nor
     where there is a list of all heads' query tiles. ``tall``, keyed like the table, has what is different with a higher query
-    tile, for rectangles in which every key counts: an edge would cut more of it."""
+    tile, for rectangles without a window: its edges would cut most of a tile."""
     head_blocks: tuple[int, ...] = (1,)
-    plain = problem.gradients == "qkv" and not (problem.masked or problem.ragged or problem.blocks or problem.has_places)
+    plain = problem.gradients == "qkv" and not (
+        problem.bounded_left or problem.ragged or problem.blocks or problem.has_places
+    )
     higher: tuple[dict, ...] = ()
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):

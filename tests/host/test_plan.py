@@ -290,24 +290,28 @@ def test_what_may_share_a_key_tile():
 
 
 @pytest.mark.parametrize(
-    ("seqlen_q", "rows"),
-    [(1, 64), (64, 64), (79, 80), (80, 80), (81, 64), (512, 64), (775, 64), (776, 80), (1024, 80), (8192, 80)],
+    ("seqlen_q", "edges", "rows"),
+    [
+        *((79, 0, 80), (80, 0, 80), (775, 0, 64), (776, 0, 80), (1024, 0, 80), (8192, 0, 80)),
+        *((1, 0, 64), (64, 0, 64), (81, 0, 64), (512, 0, 64)),
+        *((4096, 1, 64), (5120, 1, 80), (5130, 1, 64), (8192, 1, 80), (16384, 1, 80)),
+    ],
 )
-def test_how_many_rows_a_query_tile_has(seqlen_q, rows):
-    """As many as waste few of the last tile's."""
-    assert rows_of_query_tile((64, 80), seqlen_q) == rows
-    assert rows_of_query_tile((64,), seqlen_q) == 64
+def test_how_many_rows_a_query_tile_has(seqlen_q, edges, rows):
+    """As many as waste few of them."""
+    assert rows_of_query_tile((64, 80), seqlen_q, edges) == rows
+    assert rows_of_query_tile((64,), seqlen_q, edges) == 64
 
 
 def test_higher_query_tiles():
-    """Where every key counts, and the sequences are a rectangle."""
+    """Where there is no window, and the sequences are a rectangle."""
 
     def rows(**changed):
         return {config.tile_m for config in configs(replace(BACKWARD, **changed), "sm_90a")}
 
-    assert rows() == rows(deterministic=True) == rows(softcap=True) == {64, 80}
+    assert rows() == rows(deterministic=True) == rows(softcap=True) == rows(bounded_right=True) == {64, 80}
     ragged = "seqused_q seqused_k"
-    for changed in ({"bounded_right": True}, {"ragged": ragged}, {"dropout": True}, {"gradients": "kv"}, {"head_dim": 256}):
+    for changed in ({"bounded_left": True}, {"ragged": ragged}, {"dropout": True}, {"gradients": "kv"}, {"head_dim": 256}):
         assert rows(**changed) == {64}
     assert rows(head_dim=64, head_dim_v=64) == {128}
 
