@@ -34,8 +34,8 @@ config)`` and, where warps load operands, ``load_operand(role, operand, config)`
 in global memory, ``pieces(config)``, (row, column) of each, ``piece_shape(config)``, ``sums(config)``, the layout of the
 sums, ``turned(config)``, whether they are of dQ's transpose, whose operands A and B are the other way round, and
 ``FIRST_STORES``, whether the first that is added is stored. For the pictures of a block it says besides
-``stages(operand, config)``, ``OVER``, from an operand to the one whose memory it takes, and, where warps do nothing but copy,
-``WARPS``, from an operand to theirs; with several kernels, ``KERNELS``, from a kernel's name to its operands.
+``stages(operand, config)``, ``over(config)``, from an operand to the one whose memory it takes, and, where warps do nothing but
+copy, ``WARPS``, from an operand to theirs; with several kernels, ``KERNELS``, from a kernel's name to its operands.
 
 Only those from ``element`` on import the DSL, and only when called.
 """
@@ -108,7 +108,8 @@ class Config:
     overlap_tiles: bool = False  # backward, tma_wgmma: a query tile's last product runs into the next tile: takes registers
     every_lane_arrives: bool = False  # at barriers, not one for its warp, or a warp by itself; racecheck follows no warp
     head_blocks: int = 1  # backward, tma_wgmma: blocks of a cluster share a key tile, each with a part of its query heads
-    dq_stages: int = 1  # backward, tma_wgmma: query tiles whose dQ has shared memory on its way to memory
+    separate_dk: bool = False  # backward, tma_wgmma: dK has shared memory of its own, and need not wait for dQ's
+    dq_stages: int = 1  # and query tiles whose dQ has some on its way to global memory
     add_width: int = 4  # backward: floats of dQ's sums that a thread hands on at once, so the order in which they lie
     cache: str = ""  # the mainloop of attention to a cache; "" is none
     # backward pass and caches on cp_async only

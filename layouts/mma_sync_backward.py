@@ -31,7 +31,6 @@ ACCUMULATOR_BYTES = 4
 FIRST_STORES = False  # dQ's sums are zeros at first
 TICKET_BYTES = 4  # this block's place in the order in which blocks have started
 DS_STAGES = 2  # dS and that of the tile before, whose dQ is being computed; or dS and P
-OVER = {"dK": "K", "dV": "V", "P": "dS"}  # whose shared memory an operand takes
 
 
 def configs(problem, table, target: str, add_width: int) -> tuple[Config, ...]:
@@ -66,6 +65,11 @@ def _columns(head_dim: int, tile_m: int, tile_n: int, mma_warps: int, key_warps:
 def p_is_shared(config: Config) -> bool:
     """Whether P goes through shared memory, since a warp needs other warps' for its columns of dV and dK."""
     return config.key_warps < config.mma_warps
+
+
+def over(config: Config) -> dict[str, str]:
+    """From an operand to the one whose shared memory it takes."""
+    return {"dK": "K", "dV": "V", "P": "dS"}
 
 
 def stages(operand: str, config: Config) -> int:

@@ -38,7 +38,6 @@ ACCUMULATOR_BYTES = 4
 HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of its query heads; the plan chooses
 FIRST_STORES = True  # of the key tiles that add to a query tile's dQ, the first to come stores: its memory needs no zeros
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
-OVER = {"dV": "dS", "dK": "dQ"}  # whose shared memory an operand takes
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 
 
@@ -47,12 +46,12 @@ def tile_dim(head_dim: int) -> int:
     return next(d for d in TILE_DIMS if d >= head_dim)
 
 
-def configs(problem, table, tall, wide, registers: tuple[int, int], target: str) -> tuple[Config, ...]:
+def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], target: str) -> tuple[Config, ...]:
     """The configurations for ``problem`` from a GPU's table, the wider padded head dim -> fields of Config; for heads wider
     than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread. They
     differ in how many blocks share a key tile; where dQ is added in a fixed order none do, since a tile is a ticket there, nor
-    where there is a list of all heads' query tiles. ``tall``, keyed like the table, has what is different with a higher query
-    tile, for rectangles without a window: its edges would cut most of a tile."""
+    where there is a list of all heads' query tiles. ``ordered`` is what is different in a fixed order; ``tall``, keyed like the
+    table, what is with a higher query tile, for rectangles without a window: its edges would cut most of a tile."""
     head_blocks: tuple[int, ...] = (1,)
     plain = problem.gradients == "qkv" and not (
         problem.bounded_left or problem.ragged or problem.blocks or problem.has_places
@@ -62,12 +61,13 @@ def configs(problem, table, tall, wide, registers: tuple[int, int], target: str)
     if wider <= max(table):
         wider = tile_dim(wider)
         choice = {"tile_d": wider, "tile_dv": wider, "backward": "tma_wgmma_backward", **table[wider]}
+        choice |= ordered if problem.deterministic else {}
         choice["mma_warps"] = choice["tile_n"] // ROWS_PER_WARPGROUP * 4
         head_blocks = (1,) if problem.deterministic or problem.blocks else HEAD_BLOCKS
         higher = (tall[wider],) if plain and wider in tall else ()
     else:
         dims = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
-        choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide}
+        choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide[max(dims)]}
     base_config = Config(
         target=target,
         mechanism="tma_wgmma",
@@ -104,6 +104,11 @@ def piece_shape(config: Config) -> tuple[int, int]:
     return PIECE_ROWS, config.tile_m * config.tile_d // (PIECE_ROWS * warpgroups(config))
 
 
+def over(config: Config) -> dict[str, str]:
+    """From an operand to the one whose shared memory it takes."""
+    return {"dV": "dS"} if config.separate_dk else {"dV": "dS", "dK": "dQ"}
+
+
 def stages(operand: str, config: Config) -> int:
     """Tiles of an operand that shared memory has room for."""
     return {"Q": config.stages, "dO": config.stages, "dS": DS_STAGES, "dQ": config.dq_stages}.get(operand, 1)
@@ -116,8 +121,8 @@ def sums(config: Config) -> Layout:
 
 
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. dV lies over dS and dK over dQ, once nothing reads them; a next tile's K and V come while
-    both leave."""
+    """Bytes of shared memory by part. What lies over another part does once nothing reads that; a next tile's K and V come
+    while results leave."""
     warps_rows = warpgroups(config) * ROWS_PER_WARPGROUP
     return {
         "K": warps_rows * config.tile_d * BYTES,
@@ -125,6 +130,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "Q": config.stages * config.tile_m * config.tile_d * BYTES,
         "dO": config.stages * config.tile_m * config.tile_dv * BYTES,
         "dS": DS_STAGES * warps_rows * config.tile_m * BYTES,
+        **({"dK": warps_rows * config.tile_d * BYTES} if config.separate_dk else {}),
         "dQ": config.dq_stages * config.tile_m * config.tile_d * ACCUMULATOR_BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
         "barriers": BARRIER_BYTES * 2 * (2 + 2 * config.stages),
@@ -157,7 +163,7 @@ def misfit(config: Config) -> str:
             f"{PIECE_COLUMNS} columns each, or all rows and {PIECE_ROWS} columns: try tile_m={PIECE_ROWS}",
         ),
         (
-            keys * BYTES > config.tile_m * ACCUMULATOR_BYTES,
+            not config.separate_dk and keys * BYTES > config.tile_m * ACCUMULATOR_BYTES,
             f"{config.tile_m} queries a tile, whose dQ has no room for {keys} rows of dK: "
             f"try tile_m={keys * BYTES // ACCUMULATOR_BYTES}",
         ),
@@ -211,7 +217,7 @@ def _shape(operand: str, config: Config) -> tuple[int, int, int]:
     return {
         "K": (ROWS_PER_WARPGROUP, config.tile_d, w),
         "V": (ROWS_PER_WARPGROUP, config.tile_dv, w),
-        "dK": (ROWS_PER_WARPGROUP, config.tile_d, 1),  # in a warpgroup's piece of dQ's memory
+        "dK": (ROWS_PER_WARPGROUP, config.tile_d, w if config.separate_dk else 1),  # else in a warpgroup's part of dQ's
         "dV": (ROWS_PER_WARPGROUP, config.tile_dv, w),
         "Q": (config.tile_m, config.tile_d, config.stages),
         "dO": (config.tile_m, config.tile_dv, config.stages),

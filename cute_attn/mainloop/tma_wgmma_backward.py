@@ -72,6 +72,7 @@ class BackwardShared:
     lse: cute.Tensor
     delta: cute.Tensor
     hidden: cute.Tensor | None
+    dk: cute.Tensor | None  # None where it lies over dQ
     dv: cute.Tensor
     work: cute.Tensor
 
@@ -203,14 +204,13 @@ class Backward(KeyBlocks):
                 each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    if cutlass.const_expr(self.config.dq_stages > 1):
-                        if warp > ADD_DQ_WARP:  # what is handed over first to another stage than a block's first
-                            self._offer(warp - ADD_DQ_WARP)
+                    for stage in cutlass.range_constexpr(self.config.dq_stages):
+                        if warp == ADD_DQ_WARP + stage:
+                            self._offer(stage)
                     each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
-            cute.arch.cp_async_bulk_wait_group(0, read=True)  # the last tile's results have left shared memory
 
     @cute.jit
     def _key_tile(self, values: Values, heads_per_kv, part: cutlass.Constexpr, done, work: Work):
@@ -227,12 +227,14 @@ class Backward(KeyBlocks):
         smem = cutlass.memory.SmemAllocator()
 
         k, v, q, do, ds = (self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS"))
+        dk = self.tensor(smem, "dK") if config.separate_dk else None
         shared = BackwardShared(
             *(k, v, q, do, ds),
             dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), lay.SMEM_ALIGN),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
+            dk=dk,
             dv=self.over("dV", ds),
             work=WorkQueue.slots_in(smem),
         )
@@ -279,15 +281,14 @@ class Backward(KeyBlocks):
                     if lane == 0:
                         if cutlass.const_expr(not self.problem.deterministic):
                             first = signals.comes_first(place, before)
-                        stage = step % stages
                         if first:
-                            self._hand_on(_store, gradients.mdQ, place, sdQ, stage)
+                            self._hand_on(_store, gradients.mdQ, place, sdQ, step % stages)
                         else:
                             # What was acquired orders this thread's own accesses; the copy engine's, which add, are another
                             # proxy's (PTX ISA, "Async proxy"). The other way none is needed: a bulk operation that is
                             # complete is followed by such a fence (ibid.).
                             cute.arch.fence_proxy("async.global")
-                            self._hand_on(_reduce_add, gradients.mdQ, place, sdQ, stage)
+                            self._hand_on(_reduce_add, gradients.mdQ, place, sdQ, step % stages)
                     cute.arch.sync_warp()
                     self._offer(step % stages)
                     if lane == 0:
@@ -308,7 +309,7 @@ class Backward(KeyBlocks):
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _offer(self, stage):
-        """A stage of dQ's shared memory to the computing warpgroups."""
+        """A stage of dQ's shared memory to the computing warpgroups, for the next tile."""
         for w in range(self.warpgroups):
             cute.arch.barrier_arrive(barrier_id=self._empty(stage, w), number_of_threads=WARPGROUP + 32)
 
@@ -336,21 +337,25 @@ class Backward(KeyBlocks):
         else:
             if visited.count > 0:
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
-        i, steps = Int32(0), visited.count * visited.members(members)
-        for j in cutlass.range(steps, unroll=1):
+        i = Int32(0)
+        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             m_block, member = visited.tile(i, j // visited.count, self.problem)
-            tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0, j == steps - 1)
+            tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
             of_head = values.of_head(work.head + member)
-            state = self._step(me, frag, shared, pipes, of_head, key_first, (k_state, state), tile)
+            state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
-        if cutlass.const_expr(self.persistent):
+        if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
             if cutlass.const_expr(self.config.overlap_tiles):
-                if steps > 0:
+                if visited.count * visited.members(members) > 0:
                     self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
-            self._release_rest(pipes, k_state, steps)
-        self._store(me, frag, operands, shared, values, work, (steps, state.count))
+            if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
+                self._release_keys(pipes, k_state)
+            elif visited.count > 0:
+                self._release_keys(pipes, k_state)
+        steps = done[1] + visited.count * visited.members(members)
+        self._store(me, frag, operands, shared, values, work, steps)
 
     @cute.jit
     def _wait_for_keys(self, me: BackwardWorker, shared: BackwardShared, pipes: BackwardPipelines, state):
@@ -364,22 +369,9 @@ class Backward(KeyBlocks):
         return hides
 
     @cute.jit
-    def _release_after_last(self, pipe: pipeline.PipelineTmaAsync, state, last):
-        """K or V, as soon as the last product of a key tile that reads it has ended: the next tile's is on its way while what
-        follows that runs, and while results leave."""
-        if cutlass.const_expr(self.persistent):
-            if last:
-                pipe.consumer_release(state)
-
-    @cute.jit
-    def _release_rest(self, pipes: BackwardPipelines, state, steps):
-        """K and V that no query tile has released."""
-        for pipe, released in ((pipes.k, self.needs_q), (pipes.v, self.needs_ds)):
-            left = steps == 0 if released else steps >= 0
-            if cutlass.const_expr(self.skips_unseen):  # without query tiles none was copied
-                left = left & (steps > 0)
-            if left:
-                pipe.consumer_release(state)
+    def _release_keys(self, pipes: BackwardPipelines, state):
+        for pipe in (pipes.k, pipes.v):
+            pipe.consumer_release(state)
 
     def _worker(self) -> BackwardWorker:
         index = cute.arch.thread_idx()[0]
@@ -419,7 +411,7 @@ class Backward(KeyBlocks):
         pipes: BackwardPipelines,
         values: Values,
         key_first,
-        states,
+        state,
         tile,
     ):
         """One query tile. Returns the pipelines' next state.
@@ -428,8 +420,7 @@ class Backward(KeyBlocks):
         tile's scores are issued; the next step releases Q's slot. Only an accumulator that the loop never reads can stay in
         flight like this, and the operand keeps its registers.
         """
-        m_block, masked, hides, follows, last = tile
-        k_state, state = states
+        m_block, masked, hides, follows = tile
         config, lay, stage = self.config, self.lay, state.index
         mma_S = lay.tiled_mma("S", config)
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
@@ -445,7 +436,9 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.problem.dropout):
             kept = scores.kept((key_first, m_block * config.tile_m))
         flight.wait("S")
-        self._after_tile_before(me, pipes, state, follows)
+        if cutlass.const_expr(config.overlap_tiles):
+            if follows:
+                self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
         if cutlass.const_expr(hides is not None):
             hidden = hides, of_keys(mma_S, me.thread, shared.hidden[None, me.warpgroup], config.tile_m)
         origin = (key_first, m_block * config.tile_m)
@@ -461,7 +454,6 @@ class Backward(KeyBlocks):
             flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
-            self._release_after_last(pipes.v, k_state, last)
             delta = of_columns(mma_S, me.thread, shared.delta[None, stage])
             scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             rdS = rounded_operand(acc_S, self.element)
@@ -483,7 +475,6 @@ class Backward(KeyBlocks):
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
         if cutlass.const_expr(self.needs_q):
             flight.wait("dQ")
-            self._release_after_last(pipes.k, k_state, last)
             self._hand_over_dq(me, frag, shared, state.count)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
@@ -523,28 +514,11 @@ class Backward(KeyBlocks):
         barrier = self.full_barrier + ADDERS * me.warpgroup + step % ADDERS
         cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
 
-    def _empty_dq(self, me: BackwardWorker, shared: BackwardShared, step, wait: bool = True):
-        """Where the warpgroup's piece of a step's dQ is handed over, once what was there has been read, or at once."""
+    def _empty_dq(self, me: BackwardWorker, shared: BackwardShared, step):
+        """The warpgroup's part of a step's stage of dQ's memory, once it is free."""
         stage = step % self.config.dq_stages
-        if wait:
-            cute.arch.barrier(barrier_id=self._empty(stage, me.warpgroup), number_of_threads=WARPGROUP + 32)
+        cute.arch.barrier(barrier_id=self._empty(stage, me.warpgroup), number_of_threads=WARPGROUP + 32)
         return shared.dq[None, None, stage * self.warpgroups + me.warpgroup]
-
-    @cute.jit
-    def _after_tile_before(self, me: BackwardWorker, pipes: BackwardPipelines, state, follows):
-        """Once all products of the query tile before have ended: its slot of Q is free. Where there is none, the slots of dS
-        and this step's of dQ are, once dV and dK of the key tile before have left them. As a warp shouldn't arrive twice at a
-        barrier, each warpgroup tells the next."""
-        if follows:
-            if cutlass.const_expr(self.config.overlap_tiles):
-                self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
-        elif cutlass.const_expr(self.needs_q):
-            if cutlass.const_expr(self.persistent):
-                cute.arch.cp_async_bulk_wait_group(0, read=True)
-                self._meet()
-            if cute.arch.thread_idx()[0] % WARPGROUP < 32:
-                empty = self._empty(state.count % self.config.dq_stages, (me.warpgroup + 1) % self.warpgroups)
-                cute.arch.barrier_arrive(barrier_id=empty, number_of_threads=WARPGROUP + 32)
 
     def _meet(self):
         """All computing warpgroups."""
@@ -586,33 +560,37 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _store_from(self, me, frag, operands, shared, values, work: Work, steps):
-        """By way of shared memory: dV by that of dS, which is free once all have met, dK by that of the next dQ. The next key
-        tile's first query tile waits until both have left; one without query tiles waits here. ``steps`` are how many query
-        tiles there were, and how many the block has had."""
+        """By way of shared memory; that of dS is free once all have met, that of the next dQ, after ``steps`` of the block's,
+        once an adder has offered it."""
         copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
-        waits_here = not (self.persistent and self.needs_q)
-        if cutlass.const_expr(not waits_here):
-            if steps[0] == 0:
-                self.wait_for_store(me.warpgroup)
         if cutlass.const_expr(self.needs_v):
             self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
             self._meet()
             self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
-        if cutlass.const_expr(self.needs_q):
-            if steps[0] > 0:
-                self._empty_dq(me, shared, steps[1])
         if cutlass.const_expr(self.needs_k):
             scale = Float32(values.scale(self.problem))
             frag.acc_dK.store(frag.acc_dK.load() * scale)
             self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
-            dk = self.over("dK", self._empty_dq(me, shared, steps[1], wait=False))
-            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
-        if cutlass.const_expr(waits_here):
-            self.wait_for_store(me.warpgroup)
-            if cutlass.const_expr(self.persistent):
-                self._meet()
+            if cutlass.const_expr(self.config.separate_dk):
+                self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
+            else:
+                dk = self.over("dK", self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup])
+                self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
+        self.wait_for_store(me.warpgroup)
+        if cutlass.const_expr(self.persistent):  # dV has left the memory of all warpgroups' dS
+            self._meet()
+            if cutlass.const_expr(self.needs_q and self.needs_k and not self.config.separate_dk):
+                self._offer_to_next(me, steps)
+
+    @cute.jit
+    def _offer_to_next(self, me: BackwardWorker, steps):
+        """The memory of dQ that dK has left, all of it by now, as an adder would: of the next warpgroup, since a warp shouldn't
+        arrive twice at a barrier."""
+        if cute.arch.thread_idx()[0] % WARPGROUP < 32:
+            empty = self._empty(steps % self.config.dq_stages, (me.warpgroup + 1) % self.warpgroups)
+            cute.arch.barrier_arrive(barrier_id=empty, number_of_threads=WARPGROUP + 32)
 
 
 @cute.jit

@@ -69,7 +69,7 @@ def block(config: Config, kernel: str) -> Canvas:
     canvas = titled(
         f"One block{of}, stage by stage · {described(config)}", f"{operands[0]} {lay.smem(operands[0], config)}", walk.line
     )
-    over = [f"{name} lies over {_plain(lay.OVER[name])}" for name in operands if name in lay.OVER]
+    over = [f"{name} lies over {_plain(lay.over(config)[name])}" for name in operands if name in lay.over(config)]
     y = shares(canvas, config, _parts(config, kernel), over, 86)
     copied = [name for name in operands if ("in", name) in lay.copies(config)]
     made = [*walk.made, *(_way(name, config) for name in operands if name not in copied)]
@@ -116,7 +116,8 @@ def _way(operand: str, config: Config) -> Way:
     layout, size = lies(operand, config)
     first = moved(copies.get(("in", operand), copies.get(("store", operand))), config, groups, warps)
     last = moved(copies["out", operand], config, groups) if ("out", operand) in copies else _fed(operand, config)
-    over = f", over {_plain(lay.OVER[operand])}" if operand in lay.OVER else ""
+    under = lay.over(config).get(operand)
+    over = f", over {_plain(under)}" if under else ""
     return Way(_plain(operand), COLOURS[_plain(operand)], (first, (layout, size + over), last))
 
 
@@ -220,7 +221,10 @@ def _one_kernel(config: Config) -> Walk:
     ds = _alternating("dS", config, lay.DS_STAGES, "write, read")
     lanes |= {name: [*cells[:-1], ("dV copied out", COPIED)] for name, cells in ds.items()}
     dqs = list(_alternating("dQ", config, config.dq_stages, "write").values())
-    dqs[len(_steps(config)) % len(dqs)][-1] = ("dK copied out", COPIED)
+    if config.separate_dk:
+        lanes["dK"] = [*[("", WAITS)] * len(_steps(config)), ("", WAITS), ("dK copied out", COPIED)]
+    else:
+        dqs[len(_steps(config)) % len(dqs)][-1] = ("dK copied out", COPIED)
     lanes |= {f"dQ, slot {slot}" if len(dqs) > 1 else "dQ": cells for slot, cells in enumerate(dqs)}
     lanes |= _walking(config)
     for k, warp in enumerate(adders):
