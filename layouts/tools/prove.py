@@ -583,6 +583,7 @@ def title(config: Config) -> str:
 
     dims = f"d{config.tile_d}" + (f"/{config.tile_dv}" if config.tile_dv != config.tile_d else "")
     dims += f" {config.tile_m}×{config.tile_n}" if config.backward and family_of(config).turned(config) else ""
+    dims += f" {config.dq_stages} stages of dQ" if config.dq_stages > 1 else ""
     return f"{config.target} {config.backward or config.mechanism} {dims} {config.dtype}"
 
 

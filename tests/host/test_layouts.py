@@ -22,7 +22,7 @@ import cute_attn
 from cute_attn import layouts
 from cute_attn.layouts import base
 from cute_attn.layouts.base import Config, Gpu
-from cute_attn.plan import plan
+from cute_attn.plan import configs, plan
 from cute_attn.problem import Problem
 
 FAMILIES = {family.__name__: family for module in layouts.MODULES for family in module.MECHANISMS.values()}
@@ -34,12 +34,16 @@ BANKS = 128  # bytes that shared memory delivers at a time
 
 
 def shipped(gradients: str = "") -> list[Config]:
-    """A config for each GPU, mechanism and head dims, equal ones once; with ``gradients``, of the backward pass."""
+    """The configs of each GPU, mechanism and head dims, equal ones once; with ``gradients``, of the backward pass, in any order
+    of dQ's sums and in a fixed one."""
     found = (
-        plan(Problem("bfloat16", d, dv, gradients=gradients), target, mechanism)
+        config
         for target in layouts.known_targets()
         for mechanism in layouts.for_target(target).MECHANISMS
         for d, dv in HEAD_DIMS
+        for ordered in ((False, True) if gradients else (False,))
+        for config in configs(Problem("bfloat16", d, dv, gradients=gradients, deterministic=ordered), target, mechanism)
+        if config.head_blocks == 1
     )
     return list(dict.fromkeys(found))
 
