@@ -21,9 +21,9 @@ from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
 from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
-from cute_attn.layouts.base import COUNTERS, ROW_PADDING
+from cute_attn.layouts.base import COUNTERS, ROW_PADDING, Config
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
-from cute_attn.plan import configs, head_blocks, plan, takes_tickets
+from cute_attn.plan import configs, head_blocks, plan, takes_short, takes_tickets
 from cute_attn.private import current_device, raw_stream
 from cute_attn.problem import (
     DTYPE_NAMES,
@@ -72,9 +72,11 @@ def device_target(device: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def prepared(problem: Problem, mechanism: str | None, device: int, head_blocks: int = 1) -> tuple[Callable, int]:
+def prepared(
+    problem: Problem, mechanism: str | None, device: int, head_blocks: int = 1, short: bool = False
+) -> tuple[Callable, int]:
     """The compiled kernel of a problem on a device, and how many of its blocks the device holds at once."""
-    config = plan(problem, device_target(device), mechanism)
+    config = configs(problem, device_target(device), mechanism)[int(short)]
     if head_blocks != config.head_blocks:
         config = replace(config, head_blocks=head_blocks)
     return compiled(problem, config), multiprocessors(device) * config.blocks_per_multiprocessor
@@ -107,17 +109,24 @@ def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tupl
 
 
 @lru_cache(maxsize=4096)
-def _sharing(problem: Problem, mechanism: str | None, device: int) -> tuple[int, tuple[int, ...]]:
-    """``(rows of a key tile, how many blocks may share one)`` in the backward pass."""
-    found = configs(problem, device_target(device), mechanism)
-    return found[0].tile_n, tuple(config.head_blocks for config in found)
+def _choices(problem: Problem, mechanism: str | None, device: int) -> tuple[Config, ...]:
+    return configs(problem, device_target(device), mechanism)
+
+
+def _is_short(problem: Problem, mechanism: str | None, device: int, call: Call) -> bool:
+    """Whether the forward pass of ``call`` takes the configuration for few keys."""
+    if call.lengths is not None:  # of which the host knows totals only
+        return False
+    window = call.seqlen_k if call.left is None or call.right is None else call.left + call.right + 1
+    return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window), problem.unequal)
 
 
 def _head_blocks(problem: Problem, mechanism: str | None, device: int, call: Call) -> int:
     """How many blocks share a key tile of the backward pass of ``call``."""
     if call.heads == call.heads_kv:
         return 1
-    tile, choices = _sharing(problem, mechanism, device)
+    found = _choices(problem, mechanism, device)
+    tile, choices = found[0].tile_n, tuple(config.head_blocks for config in found)
     tiles = -(-call.seqlen_k // tile) if call.lengths is None else call.lengths.slots(call.seqlen_k, tile)
     unequal = problem.bounded_right and not problem.bounded_left
     heads_per_kv = call.heads // call.heads_kv
@@ -162,7 +171,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
         return out, lse, lse_raw
     device = q.get_device()
     problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
-    function, blocks = prepared(problem, mechanism, device)
+    function, blocks = prepared(problem, mechanism, device, 1, _is_short(problem, mechanism, device, call))
     tickets = None
     if (call.lengths or call.blocks) is not None and (tile := tile_of_tickets(problem, mechanism, device)):
         slots = -(-call.seqlen_q // tile) * call.batch if call.lengths is None else call.lengths.slots(call.seqlen_q, tile)

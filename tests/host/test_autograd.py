@@ -25,7 +25,8 @@ def backend(request, monkeypatch):
     """The name of a backend; ``"cute"`` runs on tensors that say they lie on a GPU."""
     if request.param == "cute":
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-        monkeypatch.setattr(launch, "prepared", lambda problem, mechanism, device: (problem, 1))
+        monkeypatch.setattr(launch, "_is_short", lambda *_: False)
+        monkeypatch.setattr(launch, "prepared", lambda problem, *_: (problem, 1))
         monkeypatch.setattr(launch, "launch", fake_launch)
         monkeypatch.setattr(launch, "gradients", FakeGradients())
     return request.param

@@ -35,6 +35,7 @@ def gpu(monkeypatch):
         state.current = before
 
     monkeypatch.setattr(launching, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launching, "_is_short", lambda *_: False)
     monkeypatch.setattr(launching, "current_device", lambda: state.current)
     monkeypatch.setattr(launching, "raw_stream", lambda index: 1000 + index)
     monkeypatch.setattr(torch.cuda, "device", device)

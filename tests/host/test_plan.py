@@ -11,7 +11,7 @@ import torch
 
 from cute_attn import layouts
 from cute_attn.layouts.base import KIB, Config, Gpu
-from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread
+from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread, takes_short
 from cute_attn.problem import Problem, check_call, problem_of
 
 HEAD_DIMS = range(8, 257, 8)
@@ -269,6 +269,18 @@ def test_a_head_is_padded_no_further_than_it_must(target, mechanism):
 def test_how_many_blocks_share_a_key_tile(tiles, heads_per_kv, unequal, blocks):
     assert head_blocks((1, 2, 4), tiles, heads_per_kv, 132, unequal) == blocks
     assert head_blocks((1,), tiles, heads_per_kv, 132, unequal) == 1
+
+
+def test_few_keys_have_smaller_tiles():
+    """On cp_async, of the widest heads: where a query tile visits 8 tiles of 64 keys, on average if they are cut."""
+    for bounded, least in ((False, 513), (True, 1025)):
+        problem = Problem("bfloat16", 256, 256, bounded_right=bounded)
+        found = configs(problem, "sm_90a", "cp_async")
+        assert [(x.tile_m, x.tile_n, x.blocks_per_multiprocessor) for x in found] == [(128, 64, 1), (64, 32, 2)]
+        assert [takes_short(found, keys, bounded) for keys in (1, least - 1, least)] == [True, True, False]
+        assert "; 64 × 32 where a query tile visits 8 tiles of keys at most" in explain(problem, found[0])
+        assert len(configs(replace(problem, gradients="qkv"), "sm_90a", "cp_async")) == 1
+    assert not takes_short(configs(Problem("bfloat16", 128, 128), "sm_90a", "cp_async"), 1, False)
 
 
 def test_what_may_share_a_key_tile():
