@@ -88,6 +88,8 @@ class Forward:
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
         self.guarded = problem.masked
+        whole = not (problem.masks_all or problem.expression.natural or problem.blocks)
+        self.anchored = config.dtype == "bfloat16" and whole  # whole tiles look for no maximum (softmax.py)
 
     @cute.jit
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
@@ -111,6 +113,8 @@ class Forward:
         thread = cute.arch.thread_idx()[0]
         values = values.of(work)
         keys = KeyTiles.of(values, self.problem, work.block, config)
+        if cutlass.const_expr(self.anchored):
+            keys = keys.after_a_seen_key(values, self.problem, work.block, config)
         row_first = work.block * config.tile_m
 
         sQ, sK, sV, sO = self._shared()
@@ -141,13 +145,15 @@ class Forward:
             self._copy_q(q, row_first, values.seqlen_q)
             output, tile = Output(acc_O, rescale, softmax), BlockTile(row_first, cS, keys, values)
             tiles_of = Keys(k, v, sK, sV)
-            if cutlass.const_expr(not self.guarded):
+            if cutlass.const_expr(not (self.guarded or self.anchored)):
                 self._attend(operands, tiles_of, output, tile)
             else:
                 careful, again = Boolean(False), Boolean(True)
                 while again:
                     self._attend(operands, replace(tiles_of, careful=careful), output, tile)
-                    again = any_of(not_finite(acc_O) & (not careful), 0, config.threads)
+                    softmax.note_growth()
+                    failed = not_finite(acc_O) | (softmax.grown[0] != 0)
+                    again = any_of(failed & (not careful), 0, config.threads)
                     careful = Boolean(True)
 
         if cutlass.const_expr(self.problem.has_unused("q")):
@@ -170,7 +176,9 @@ class Forward:
         slot, one_loop = Int32(0), self.problem.unequal or self.problem.masks_all
         if cutlass.const_expr(not one_loop):
             slot = step(slot, (keys.place(0), keys.last_is_masked()))
-        walk(step, slot, keys, self.problem, last=one_loop)
+        # The steps after whole tiles rescale l.
+        after = output.softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
+        walk(step, slot, keys, self.problem, last=one_loop, around_whole=(None, after))
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -235,10 +243,9 @@ class Forward:
         origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
         scores = Scores(tile.cS, tile.values, self.problem, unrolls=False)
         scores.apply_rules(acc_S, origin, masked)
-        output.softmax.step(rows_columns(acc_S), output.rescale)
+        self._softmax(output, acc_S, tiles_of.careful, self.anchored and masked is False)
         if cutlass.const_expr(self.problem.dropout):
             scores.drop(acc_S, origin)
-        scale_rows(rows_columns(acc_O), output.rescale)
 
         p = as_operand_a(acc_S)
 
@@ -247,6 +254,20 @@ class Forward:
 
         product(operands.mma_O, acc_O, self.config.tile_n // MMA_K, rounded, partial(v.load, slot=(slot,)))
         return (slot + 1) % stages
+
+    @cute.jit
+    def _softmax(self, output: Output, acc_S: cute.Tensor, again, anchored: cutlass.Constexpr[bool]):
+        """Scores to P in place; ``anchored``, from the maximum of the tiles before, or, ``again``, from one that stays if it
+        can."""
+        scores = rows_columns(acc_S)
+        if cutlass.const_expr(not anchored):
+            output.softmax.step(scores, output.rescale)
+            scale_rows(rows_columns(output.acc_O), output.rescale)
+        elif again:
+            output.softmax.step(scores, output.rescale, Boolean(True))
+            scale_rows(rows_columns(output.acc_O), output.rescale)
+        else:
+            output.softmax.anchored_step(scores)
 
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
