@@ -133,29 +133,19 @@ TALL = (
     "a warp owns 32 rows, so that each ldmatrix feeds two MMAs; S and O then take 128 to 192 of the 255 registers, and "
     "their operands most of the rest"
 )
-WIDE = "O takes 128 registers; what is spilled is set aside before the loop over key tiles, and not read in it"
 CAPPED = (
     "with a softcap and both edges, where a tanh for each score takes what registers there are, four values of the loop over "
     "whole tiles; it is faster than one without spills that looks for maxima"
 )
 EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
-    ("sm_80", "cp_async", 64): (96, TALL),
-    ("sm_80", "cp_async", 96): (224, TALL),
     ("sm_80", "cp_async", 128): (96, TALL),
-    ("sm_80", "cp_async", 256): (32, WIDE),
-    ("sm_86", "cp_async", 64): (96, TALL),
-    ("sm_86", "cp_async", 96): (224, TALL),
     ("sm_86", "cp_async", 128): (96, TALL),
-    ("sm_86", "cp_async", 256): (32, WIDE),
-    ("sm_90", "cp_async", 128): (64, TALL),
-    ("sm_90a", "cp_async", 64): (32, TALL),
-    ("sm_90a", "cp_async", 96): (160, TALL),
+    ("sm_90", "cp_async", 128): (32, TALL),
+    ("sm_90a", "cp_async", 64): (256, TALL),
     ("sm_90a", "cp_async", 128): (96, TALL),
     ("sm_90a", "tma_wgmma", 64): (32, CAPPED),
-    ("sm_100", "cp_async", 128): (160, TALL),
-    ("sm_120", "cp_async", 64): (128, TALL),
-    ("sm_120", "cp_async", 96): (160, TALL),
-    ("sm_120", "cp_async", 128): (160, TALL),
+    ("sm_100", "cp_async", 128): (288, TALL),
+    ("sm_120", "cp_async", 128): (64, TALL),
 }
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
