@@ -54,7 +54,7 @@ class Case:
     @property
     def anchored(self) -> bool:
         """Whether whole tiles look for no maximum (``softmax.py``)."""
-        return self.mechanism == "tma_wgmma" and self.dtype == "bfloat16"
+        return self.dtype == "bfloat16"
 
     @property
     def has_second_pass(self) -> bool:
