@@ -11,11 +11,11 @@ they weigh 0. So no copy needs a predicate on its row, and a key that no row of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, cute
+from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted, store_lse
@@ -42,13 +42,12 @@ class ForwardOperands:
 
 @dataclass(frozen=True)
 class Keys:
-    """K and V on their way to shared memory and there, ``(tile_n, columns, stage)``; whether with care (``guard.py``)."""
+    """K and V on their way to shared memory and there, ``(tile_n, columns, stage)``."""
 
     k: Stream
     v: Stream
     sK: cute.Tensor
     sV: cute.Tensor
-    careful: Boolean | None = None
 
     @cute.jit
     def poison(self, slot, threads: cutlass.Constexpr[int]):
@@ -87,10 +86,11 @@ class Forward:
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
-        self.guarded = problem.masked
+        self.careful = problem.masked  # whether a second pass takes care of keys that aren't finite (guard.py)
         # Whole tiles look for no maximum. float16 has no room for weights above 1, and what a function makes of scores may hide
         # any key, as may a list of tiles.
         self.anchored = config.dtype == "bfloat16" and not problem.expression
+        self.fused = self.anchored  # there are registers for it where no maximum is looked for
 
     @cute.jit
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
@@ -128,7 +128,7 @@ class Forward:
         acc_O.fill(0.0)  # of a tile that sees no key
         rows = rows_columns(acc_O)
         rescale = cute.make_rmem_tensor(cute.size(rows, mode=[0]), Float32)
-        softmax = Softmax.start(cute.size(rescale), values.exponent(self.problem), fused=True)
+        softmax = Softmax.start(cute.size(rescale), values.exponent(self.problem), fused=self.fused)
         cS = Coordinates.of(mma_S, thread, (config.tile_m, config.tile_n))
         cO = Coordinates.of(mma_O, thread, (config.tile_m, config.tile_dv))
 
@@ -141,21 +141,19 @@ class Forward:
                 mma_O=mma_O,
             )
             # V's padding only reaches columns of O that are not stored; but all of them are looked at, where that is done.
-            for x in (q, k, v) if cutlass.const_expr(self.guarded) else (q, k):
+            for x in (q, k, v) if cutlass.const_expr(self.careful or self.anchored) else (q, k):
                 x.clear_padding()
             self._copy_q(q, row_first, values.seqlen_q)
             output, tile = Output(acc_O, rescale, softmax), BlockTile(row_first, cS, keys, values)
             tiles_of = Keys(k, v, sK, sV)
-            if cutlass.const_expr(not (self.guarded or self.anchored)):
-                self._attend(operands, tiles_of, output, tile)
-            else:
-                careful, again = Boolean(False), Boolean(True)
-                while again:
-                    self._attend(operands, replace(tiles_of, careful=careful), output, tile)
+            self._attend(operands, tiles_of, output, tile, again=False)
+            if cutlass.const_expr(self.careful or self.anchored):
+                failed = not_finite(acc_O)
+                if cutlass.const_expr(self.anchored):
                     softmax.note_growth()
-                    failed = not_finite(acc_O) | (softmax.grown[0] != 0)
-                    again = any_of(failed & (not careful), 0, config.threads)
-                    careful = Boolean(True)
+                    failed = failed | (softmax.grown[0] != 0)
+                if any_of(failed, 0, config.threads):
+                    self._attend(operands, tiles_of, output, tile, again=True)
 
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(values.seqlen_q, row_first, cO.thread, rows, softmax)
@@ -166,20 +164,26 @@ class Forward:
         self._store_o(acc_O, sO, work.q.stored.rows(mO, work.head), row_first)
 
     @cute.jit
-    def _attend(self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile):
-        """All key tiles, from the last to the first, once Q is on its way."""
+    def _attend(
+        self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile, again: cutlass.Constexpr[bool]
+    ):
+        """All key tiles, from the last to the first, once Q is on its way; ``again`` in one loop."""
         keys = tile.keys
         output.start()
         for slot in cutlass.range_constexpr(self.config.stages - 1):
             self._copy_pair(tiles_of, keys, keys.place(slot), slot)
-        step = partial(self._step, operands, tiles_of, output, tile)
-        # For the last tile and those that a right edge cuts.
+        step = partial(self._step, operands, tiles_of, output, tile, again)
         slot, one_loop = Int32(0), self.problem.unequal or self.problem.masks_all
-        if cutlass.const_expr(not one_loop):
-            slot = step(slot, (keys.place(0), keys.last_is_masked()))
-        # The steps after whole tiles rescale l.
-        after = output.softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
-        walk(step, slot, keys, self.problem, last=one_loop, around_whole=(None, after))
+        if cutlass.const_expr(again):
+            for i in cutlass.range(keys.count, unroll=1):
+                slot = step(slot, (keys.place(i), True))
+        else:
+            # For the last tile and those that a right edge cuts.
+            if cutlass.const_expr(not one_loop):
+                slot = step(slot, (keys.place(0), keys.last_is_masked()))
+            # The steps after whole tiles rescale l.
+            after = output.softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
+            walk(step, slot, keys, self.problem, last=one_loop, around_whole=(None, after))
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -223,16 +227,24 @@ class Forward:
     # ---- one key tile ----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _step(self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile, slot: Int32, where):
+    def _step(
+        self,
+        operands: ForwardOperands,
+        tiles_of: Keys,
+        output: Output,
+        tile: BlockTile,
+        again: cutlass.Constexpr[bool],
+        slot: Int32,
+        where,
+    ):
         """Scores, softmax and P·V of the key tile at place ``n``, while the one ``stages − 1`` after it is on its way. Returns
         the next slot."""
         n, masked = where
         stages, acc_O = self.config.stages, output.acc_O
         cute.arch.cp_async_wait_group(stages - 2)
         cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the slot of the one before
-        if cutlass.const_expr(self.guarded and masked is not False):  # where every row sees every key, nothing is to be kept
-            if tiles_of.careful:
-                tiles_of.poison(slot, self.config.threads)
+        if cutlass.const_expr(self.careful and again):
+            tiles_of.poison(slot, self.config.threads)
         before = (slot + stages - 1) % stages
         self._copy_pair(tiles_of, tile.keys, tile.keys.later(n, stages - 1), before)
 
@@ -244,7 +256,12 @@ class Forward:
         origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
         scores = Scores(tile.cS, tile.values, self.problem, unrolls=False)
         scores.apply_rules(acc_S, origin, masked)
-        self._softmax(output, acc_S, tiles_of.careful, self.anchored and masked is False)
+        if cutlass.const_expr(self.anchored and masked is False):
+            output.softmax.anchored_step(rows_columns(acc_S))
+        else:
+            hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
+            output.softmax.step(rows_columns(acc_S), output.rescale, hold)
+            scale_rows(rows_columns(acc_O), output.rescale)
         if cutlass.const_expr(self.problem.dropout):
             scores.drop(acc_S, origin)
 
@@ -255,20 +272,6 @@ class Forward:
 
         product(operands.mma_O, acc_O, self.config.tile_n // MMA_K, rounded, partial(v.load, slot=(slot,)))
         return (slot + 1) % stages
-
-    @cute.jit
-    def _softmax(self, output: Output, acc_S: cute.Tensor, again, anchored: cutlass.Constexpr[bool]):
-        """Scores to P in place; ``anchored``, from the maximum of the tiles before, or, ``again``, from one that stays if it
-        can."""
-        scores = rows_columns(acc_S)
-        if cutlass.const_expr(not anchored):
-            output.softmax.step(scores, output.rescale)
-            scale_rows(rows_columns(output.acc_O), output.rescale)
-        elif again:
-            output.softmax.step(scores, output.rescale, Boolean(True))
-            scale_rows(rows_columns(output.acc_O), output.rescale)
-        else:
-            output.softmax.anchored_step(scores)
 
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
