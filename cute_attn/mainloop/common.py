@@ -91,6 +91,11 @@ class Values:
         """The logit of a tile's head that has no value."""
         return None if self.sinks is None else self.sinks[work.head]
 
+    def scale_kept(self, acc: cute.Tensor):
+        """A sum over kept probabilities, in place: times dropout's scale, if there is dropout."""
+        if self.kept_scale is not None:
+            acc.store(acc.load() * self.kept_scale)
+
     def exponent(self, problem):
         """What makes an exponent of 2 of a score as the rules leave it: a function's are natural logarithms."""
         return Float32(LOG2_E) if problem.expression.score is not None else self.scale_log2

@@ -262,10 +262,11 @@ class Forward:
             hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
             output.softmax.step(rows_columns(acc_S), output.rescale, hold)
             scale_rows(rows_columns(acc_O), output.rescale)
+        P = acc_S
         if cutlass.const_expr(self.problem.dropout):
-            scores.drop(acc_S, origin)
-
-        p = as_operand_a(acc_S)
+            P = converted(acc_S, v.fragment.element_type)
+            scores.drop(P, origin)
+        p = as_operand_a(P)
 
         def rounded(step):  # just in time: frees two registers for each it takes
             return converted(p[None, None, step], v.fragment.element_type)

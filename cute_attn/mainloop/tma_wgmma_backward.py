@@ -549,6 +549,7 @@ class Backward(KeyBlocks):
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
         if cutlass.const_expr(self.needs_v):
+            values.scale_kept(frag.acc_dV)
             self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
             self._meet()
             self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
