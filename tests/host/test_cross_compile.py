@@ -18,7 +18,7 @@ import pytest
 
 from cute_attn import cubin, layouts
 from cute_attn.layouts.base import Config
-from cute_attn.plan import plan, takes_tickets
+from cute_attn.plan import configs, plan, takes_tickets
 from cute_attn.problem import Problem
 from tests.host import machine_code
 
@@ -242,6 +242,16 @@ def test_spills(case: Case, kernel: Kernel):
 def test_an_exception_is_needed(row, kernels):
     spilled = [spilled_bytes(kernels[case].code) for case in CASES if case.exception == row]
     machine_code.assert_exception_is_needed(EXCEPTIONS[row], spilled)
+
+
+@pytest.mark.parametrize("rules", ["full", "all rules"])
+def test_smaller_tiles(rules):
+    """Those for few keys: nothing is spilled, and as many blocks as the config promises fit a multiprocessor."""
+    case = Case("sm_90a", "cp_async", 256, 256, rules)
+    config = configs(case.problem, case.target, case.mechanism)[1]
+    code = compile_kernel(case.problem, config).code
+    assert spilled_bytes(code) == code.spill_stores == code.spill_loads == 0
+    assert -(-code.registers // 8) * 8 * config.threads * config.blocks_per_multiprocessor <= 65536
 
 
 @every_case
