@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/performance.md", "docs/counters.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/performance.md", "docs/counters.md", "docs/context-parallelism.md")
 BLOCK = re.compile(
     r"(?P<mark><!-- figures: (?P<name>[\w-]+) (?P<files>[\w.-]+(?: [\w.-]+)*) -->\n).*?(?P<end><!-- end of figures -->)",
     re.DOTALL,
