@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,7 @@ from torch.compiler import is_compiling
 
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of, number, shown
-from cute_attn.autograd import Attention
+from cute_attn.autograd import Attention, differentiable
 from cute_attn.expressions import traced
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.plan import mechanism_name
@@ -23,7 +24,8 @@ BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
-_NUMBER, _REACH, _FLAG = frozenset({float, type(None)}), frozenset({int, type(None)}), frozenset({bool})
+_ON_GPU = frozenset({"auto", "cute"})
+_NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
 _kept: dict[tuple, Call] = {}
 KEPT_MAX = 1024  # calls; each of another shape or rule
 _UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
@@ -160,6 +162,9 @@ def attention(
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
     if extras is None and plain and not ragged and block_mask is None:
         call = _kept_call(q, k, v, scale, causal, window, softcap)
+        if call.plans is not None and _are_kernels(return_lse, deterministic, backend, mechanism):
+            out, lse = _by_kernels(q, k, v, call, return_lse, deterministic, mechanism)
+            return (out, lse) if return_lse else out
     else:
         call = check_call(q, k, v, scale, causal, window, softcap)
     if block_mask is not None:
@@ -183,27 +188,35 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def are_usual_kinds(scale, window, softcap, *flags) -> bool:
+def are_usual_kinds(scale, window, softcap) -> bool:
     """Whether rules are of the kinds whose equal values mean the same, so that calls can be known by them: True is equal to 1,
     and is no reach of a window."""
-    if not (type(scale) in _NUMBER and type(softcap) in _NUMBER and _FLAG.issuperset(map(type, flags))):
+    if scale is window is softcap is None:
+        return True
+    if not (type(scale) in _NUMBER and type(softcap) in _NUMBER):
         return False
     return window is None or (type(window) is tuple and _REACH.issuperset(map(type, window)))
 
 
+def _are_kernels(return_lse, deterministic, backend, mechanism) -> bool:
+    """Whether how to compute a call on a GPU is said in the usual kinds, and means the kernels."""
+    usual = type(return_lse) is type(deterministic) is bool and (mechanism is None or type(mechanism) is str)
+    return usual and type(backend) is str and backend in _ON_GPU
+
+
 def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = False) -> Call:
-    """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, dtypes and devices with the same rules,
-    so that these are checked and planned once."""
-    if not (q.is_cuda and are_usual_kinds(scale, window, softcap, causal)) or is_compiling() or dispatch_modes():
-        return check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
-    try:
-        shapes, dtypes, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
-    except RuntimeError:  # a strided nested tensor
-        return check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
-    key = shapes, dtypes, devices, scale, causal, window, softcap, heads_first
+    """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, of q's dtype and device, with the same
+    rules, so that these are checked and planned once. The dtypes and devices of k and v the launcher looks at."""
+    rules = scale, causal, window, softcap
+    key, usual = None, q.is_cuda and type(causal) is bool and are_usual_kinds(scale, window, softcap)
+    if usual and not (is_compiling() or dispatch_modes()):
+        with suppress(RuntimeError):  # a strided nested tensor
+            key = q.shape, k.shape, v.shape, q.dtype, q.get_device(), *rules, heads_first
+    if key is None:
+        return check_call(q, k, v, *rules, heads_first=heads_first)
     call = _kept.get(key)
     if call is None:
-        call = check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
+        call = check_call(q, k, v, *rules, heads_first=heads_first)
         call.plans = {}
         if len(_kept) >= KEPT_MAX:
             _kept.clear()
@@ -215,12 +228,16 @@ def attention_heads_first(q, k, v, scale: float | None, causal: bool) -> torch.T
     """:func:`attention` by the kernels, of ``(batch, heads, seqlen, head_dim)``; the output is such a view of memory in which
     heads come after seqlen, and so are gradients. For eager calls of torch's own CUDA tensors, out of any transform, which
     spares them the views."""
-    call = _kept_call(q, k, v, scale, causal, None, None, heads_first=True)
+    return _by_kernels(q, k, v, _kept_call(q, k, v, scale, causal, None, None, heads_first=True), False, False, None)[0]
+
+
+def _by_kernels(q, k, v, call: Call, return_lse: bool, deterministic: bool, mechanism: str | None):
+    """``(out, lse)`` of a checked eager call of torch's own CUDA tensors without captured ones, out of any transform."""
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return Attention.apply(q, k, v, call, *launch.passes(False, None, False))[0]
-    return launch.forward(call, None, False, False, q, k, v)[0]
+        return differentiable(q, k, v, call, *launch.passes(return_lse, mechanism, deterministic))
+    return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
 
 
 def attention_varlen(

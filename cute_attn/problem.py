@@ -353,14 +353,7 @@ def _explain_misfit(q, k, v, packed: bool) -> NoReturn:
             )
     *batch, _, heads, head_dim = q.shape
     heads_kv = k.shape[-2]
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; one dtype is needed: try k.to(q.dtype), v.to(q.dtype)"
-        )
-    if q.dtype not in ALL_DTYPES:
-        raise ValueError(f"dtype is {q.dtype}; float16, bfloat16, float32 or float64 is needed: try .to(torch.bfloat16)")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; one device is needed: try k.to(q.device)")
+    check_alike(q, k, v)
     if batch and not batch[0] == k.shape[0] == v.shape[0]:
         raise ValueError(
             f"batch sizes of q, k, v are {batch[0]}, {k.shape[0]}, {v.shape[0]}; equal ones are needed: expand k and v"
@@ -377,6 +370,18 @@ def _explain_misfit(q, k, v, packed: bool) -> NoReturn:
             f"repeat k's and v's heads or check that the last dimension but one is the heads"
         )
     raise ValueError(f"head_dim is {head_dim} and head_dim_v is {v.shape[-1]}; at least 1 is needed: check the last dimension")
+
+
+def check_alike(q, k, v) -> None:
+    """Refuse tensors that differ in dtype or device, or whose dtype no backend takes."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; one dtype is needed: try k.to(q.dtype), v.to(q.dtype)"
+        )
+    if q.dtype not in ALL_DTYPES:
+        raise ValueError(f"dtype is {q.dtype}; float16, bfloat16, float32 or float64 is needed: try .to(torch.bfloat16)")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; one device is needed: try k.to(q.device)")
 
 
 def problem_of(

@@ -44,7 +44,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("device", [0, 1])
 def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
-    launching.launch(gpu.kernel, 132, device, CALL, "q", "k", "v", "out", "lse", "lse_raw")
+    launching.launch(gpu.kernel, device, CALL, ("q", "k", "v"), launching.besides_tensors(CALL, 132))
     ((ran_on, arguments),) = gpu.log
     assert ran_on == device
     assert arguments[-1] == 1000 + device
@@ -52,13 +52,13 @@ def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
 
 
 def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
-    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets", "key_lists")}
-    launching.launch(gpu.kernel, 132, 0, CALL, *tensors.values())
+    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets", "sinks", "key_lists", "kinds")}
+    launching.launch(gpu.kernel, 0, CALL, tuple(tensors.values()), launching.besides_tensors(CALL, 132))
     ((_, arguments),) = gpu.log
     given = vars(named(FORWARD, arguments))
     assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
     values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
-    values |= dict.fromkeys(("sinks", "kinds", "captured", "seed", "drop_below", "kept_scale"))
+    values |= dict.fromkeys(("captured", "seed", "drop_below", "kept_scale"))
     assert given == {**tensors, **dict.fromkeys(NAMES), **values}
 
 
@@ -88,11 +88,12 @@ def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, determinis
     assert (given.ranks is not None) == (deterministic and d == 64)
 
 
-def test_captured_tensors_and_sinks_are_arguments(gpu):
+def test_captured_tensors_and_sinks_are_arguments(gpu, monkeypatch):
     """As kernels take them: sinks in float32, bools as bytes, numbers as tensors of one; whatever they require."""
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
     captured = torch.ones(2, 3, dtype=torch.bool), torch.tensor(2.0), torch.ones(4, 6)[:, ::2]
     call = replace(CALL, captured=captured, sinks=torch.ones(4, dtype=torch.bfloat16).requires_grad_())
-    launching.launch(gpu.kernel, 132, 0, call, "q", "k", "v", "out", "lse", "lse_raw")
+    launching.forward(call, None, True, True, *make_qkv(1, 10, 12, 2, 2, 64, 64, torch.bfloat16))
     ((_, arguments),) = gpu.log
     given = named(FORWARD, arguments)
     expected = [(torch.uint8, (2, 3)), (torch.float32, (1,)), (torch.float32, (4, 3))]
@@ -106,7 +107,7 @@ def test_captured_tensors_and_sinks_are_arguments(gpu):
 def kept(q, **changed):
     """A call that is kept, of tensors that say that they lie on a GPU."""
     rules = {"scale": None, "causal": True, "window": None, "softcap": None} | changed
-    stand_in = SimpleNamespace(shape=q.shape, dtype=q.dtype, device=torch.device("cuda:0"), is_cuda=True)
+    stand_in = SimpleNamespace(shape=q.shape, dtype=q.dtype, device=torch.device("cuda:0"), is_cuda=True, get_device=lambda: 0)
     return api._kept_call(stand_in, stand_in, stand_in, *rules.values())
 
 
@@ -340,7 +341,12 @@ def test_gradient_of_sinks_of_ragged_sequences(gpu, monkeypatch):
             rows[1, 0, :, there] = (dout.float() * out).sum(-1).T[:, begin:end]
 
     new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *size, **how: new_empty(*size, **how).fill_(math.nan))
+
+    def full_of_nans(*size, **how):
+        x = new_empty(*size, **how)
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nans)
     monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
     monkeypatch.setattr(launching, "prepared", lambda *_: (kernel, 132))
     found = launching.gradients(call, "cp_async", "", False, q, k, v, out, lse, dout, None)
@@ -365,7 +371,7 @@ def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     with pytest.raises(RuntimeError, match="launch failed"):
-        launching.launch(fails, 132, 1, CALL, "q", "k", "v", "out", None, None)
+        launching.launch(fails, 1, CALL, ("q", "k", "v", "out"), launching.besides_tensors(CALL, 132))
     assert entered == [1, "left"]
 
 
