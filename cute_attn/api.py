@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of, number, shown
 from cute_attn.autograd import Attention, differentiable
 from cute_attn.expressions import traced
-from cute_attn.lengths import NAMES, check_lengths
+from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
 from cute_attn.problem import Call, check_call
@@ -26,7 +27,7 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _ON_GPU = frozenset({"auto", "cute"})
 _NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
-_kept: dict[tuple, Call] = {}
+_kept: dict[tuple, Any] = {}  # a Call, or, of ragged sequences, what one is made of
 KEPT_MAX = 1024  # calls; each of another shape or rule
 _UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
 
@@ -207,20 +208,51 @@ def _are_kernels(return_lse, deterministic, backend, mechanism) -> bool:
 def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = False) -> Call:
     """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, of q's dtype and device, with the same
     rules, so that these are checked and planned once. The dtypes and devices of k and v the launcher looks at."""
-    rules = scale, causal, window, softcap
-    key, usual = None, q.is_cuda and type(causal) is bool and are_usual_kinds(scale, window, softcap)
+    key = _key(q, k, v, scale, causal, window, softcap, heads_first)
+    call = None if key is None else _kept.get(key)
+    if call is None:
+        call = check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
+        if key is not None:
+            call.plans = {}
+            _keep(key, call)
+    return call
+
+
+def _kept_call_of_lengths(q, k, v, lengths: tuple, *rules) -> Call:
+    """The same of ragged sequences, as many of them: a call of its own, which has its lengths, with the plans of all alike. The
+    lengths' dtypes and devices the launcher looks at, too."""
+    key = _key(q, k, v, *rules, *(None if x is None else x.numel() for x in lengths))
+    kept = None if key is None else _kept.get(key)
+    if kept is not None:
+        make, count = kept
+        return make(lengths=Lengths(count, lengths))
+    call = _call_of_lengths(q, k, v, lengths, *rules)
+    if key is not None and call.lengths is not None and not are_checked():
+        sizes = call.batch, call.heads, call.heads_kv, call.seqlen_q, call.seqlen_k, call.head_dim, call.head_dim_v
+        call.plans = {}
+        make = partial(Call, *sizes, call.scale, call.left, call.right, call.softcap, plans=call.plans)
+        _keep(key, (make, call.lengths.count))
+    return call
+
+
+def _key(q, k, v, scale, causal, window, softcap, *more) -> tuple | None:
+    """What an eager call on CUDA tensors is known by; None of any other, and where that can't be told at first sight."""
+    usual = q.is_cuda and type(causal) is bool and are_usual_kinds(scale, window, softcap)
     if usual and not (is_compiling() or dispatch_modes()):
         with suppress(RuntimeError):  # a strided nested tensor
-            key = q.shape, k.shape, v.shape, q.dtype, q.get_device(), *rules, heads_first
-    if key is None:
-        return check_call(q, k, v, *rules, heads_first=heads_first)
-    call = _kept.get(key)
-    if call is None:
-        call = check_call(q, k, v, *rules, heads_first=heads_first)
-        call.plans = {}
-        if len(_kept) >= KEPT_MAX:
-            _kept.clear()
-        _kept[key] = call
+            return q.shape, k.shape, v.shape, q.dtype, q.get_device(), scale, causal, window, softcap, *more
+    return None
+
+
+def _keep(key: tuple, kept: Call | tuple) -> None:
+    if len(_kept) >= KEPT_MAX:
+        _kept.clear()
+    _kept[key] = kept
+
+
+def _call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softcap) -> Call:
+    call = check_call(q, k, v, scale, causal, window, softcap, packed=True)
+    call.lengths = check_lengths(q, None, lengths)
     return call
 
 
@@ -282,8 +314,8 @@ def attention_varlen(
         seqused_k: the same for k and v.
 
     All others are those of :func:`attention`; a ``bias`` is ``(batch, heads, rows, keys)`` with as many rows and keys as
-    the longest sequence has, or more. With ``CUTE_ATTN_CHECK=1`` in the environment the lengths are read back and checked;
-    without it, wrong ones give wrong results, but nothing is written outside of these.
+    the longest sequence has, or more. With ``CUTE_ATTN_CHECK=1`` in the environment, from the process's first call on, the
+    lengths are read back and checked; without it, wrong ones give wrong results, but nothing is written outside of these.
 
     Returns:
         ``out``, ``(total_q, heads, head_dim_v)`` in q's dtype; with ``return_lse`` also ``lse``, ``(heads, total_q)``.
@@ -305,11 +337,18 @@ def attention_varlen(
             rules |= _extras_of(handle, extras)
         others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
         return handle(attention_varlen, q, k, v, rules, {**others, **named})
-    call = check_call(q, k, v, scale, causal, window, softcap, packed=True)
     if cu_seqlens_q is None:
+        check_call(q, k, v, scale, causal, window, softcap, packed=True)
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
-    call.lengths = check_lengths(q, None, lengths)
+    if extras is None and plain:
+        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
+        if call.plans is not None and _are_kernels(return_lse, deterministic, backend, mechanism):
+            out, lse = _by_kernels(q, k, v, call, return_lse, deterministic, mechanism)
+            return (out, lse) if return_lse else out
+    else:
+        call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
     if extras is not None:
+        assert call.lengths is not None
         take_extras(call, q, extras, call.lengths.count)
     how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)

@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 
 from cute_attn import api, autocast, reference, serve
 from cute_attn.arguments import flag
+from cute_attn.lengths import are_checked
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, transforms_active
 from cute_attn.problem import check_call_of_cache
@@ -89,9 +90,9 @@ def attention_kvcache(
             gathers pages first; or ``None`` for what is best for so many queries.
 
     All others are those of :func:`~cute_attn.attention`. A function's ``q_idx`` and ``kv_idx`` count the queries of the call
-    and the keys of a sequence (behind ``leftpad_k``) from 0 on. With ``CUTE_ATTN_CHECK=1`` in the environment lengths, pages
-    and the others are read back and checked; without it, wrong ones give wrong results, but nothing outside the cache is read
-    or written.
+    and the keys of a sequence (behind ``leftpad_k``) from 0 on. With ``CUTE_ATTN_CHECK=1`` in the environment, from the
+    process's first call on, lengths, pages and the others are read back and checked; without it, wrong ones give wrong
+    results, but nothing outside the cache is read or written.
 
     Returns:
         ``out``, as q with ``head_dim_v`` columns; with ``return_lse`` also ``lse``, ``(batch, heads, seqlen_q)`` or ``(heads,
@@ -166,7 +167,7 @@ def attention_kvcache(
         out, lse = reference.attention_kvcache(q, k_cache, v_cache, call)
     else:
         out, lse, step = serve.forward(call, mechanism, return_lse, q, k_cache, v_cache)
-        if key is not None and step is not None and not stored.are_checked:
+        if key is not None and step is not None and not are_checked():
             if len(_steps) >= STEPS_MAX:
                 _steps.clear()
             _steps[key] = step

@@ -23,7 +23,7 @@ from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, ROW_PADDING
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
-from cute_attn.lengths import NAMES
+from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.plan import configs, head_blocks, plan, takes_tickets
 from cute_attn.private import current_device, raw_stream
 from cute_attn.problem import (
@@ -160,6 +160,8 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
         except (TypeError, ValueError, RuntimeError):
             pass
         check_alike(q, k, v)  # what the launcher refuses, before it launches anything, is looked at here and below
+        if call.lengths is not None:
+            call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
     q, k, v = check_tensors_for_gpu(q, k, v, call)
     if call.empty:  # the backward pass won't look at lse_raw either
         out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, q.new_empty(0, dtype=torch.float32))

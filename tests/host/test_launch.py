@@ -14,7 +14,7 @@ from cute_attn import launch as launching
 from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
 from cute_attn.launch import packed_of
-from cute_attn.lengths import NAMES, check_lengths
+from cute_attn.lengths import CHECK, NAMES, check_lengths
 from cute_attn.plan import plan
 from cute_attn.problem import Call, check_call, problem_of
 from cute_attn.rules import LOG2_E
@@ -175,6 +175,33 @@ def test_a_capture_has_a_workspace_for_each_stream(monkeypatch):
     capture[0] = 8
     assert step._workspace(q, 5, True) is not larger
     assert len(serve._recorded) == 1
+
+
+def test_calls_of_as_many_sequences_share_their_plans_and_no_lengths(gpu, monkeypatch):
+    """Which may be one tensor for both sides, or two; and nothing is kept where their values are to be checked."""
+    planned = []
+    monkeypatch.setattr(api, "_kept", {})
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *key: planned.append(key) or (gpu.kernel, 132))
+    q, k, v = (x[0].requires_grad_() for x in make_qkv(1, 10, 12, 4, 2, 64, 64, torch.float16))
+    ends = [torch.tensor([0, i, 10], dtype=torch.int32) for i in range(4)]
+    for cu_seqlens_q in ends[:3]:
+        out = api.attention_varlen(q, k, v, cu_seqlens_q, ends[3], causal=True)
+        out.backward(torch.zeros_like(out))
+        (_, forward), (_, backward) = gpu.log[-2:]
+        for given in (named(FORWARD, forward), named(BACKWARD, backward)):
+            assert given.cu_seqlens_q is cu_seqlens_q
+            assert given.cu_seqlens_k is ends[3]
+            assert given.count == 2
+    assert len(planned) == 2
+    api.attention_varlen(q, k, v, ends[0][:2], ends[0][:2])
+    api.attention_varlen(q, k, v, ends[0], seqused_k=ends[0][:2])
+    assert len(planned) == 4
+    monkeypatch.setenv(CHECK, "1")
+    monkeypatch.setattr(api, "_kept", {})
+    api.attention_varlen(q, k, v, ends[0])
+    assert not api._kept
 
 
 def test_as_many_calls_are_kept_as_there_is_room_for(monkeypatch):
