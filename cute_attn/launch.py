@@ -154,12 +154,10 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     launch. Allocates these and, where tiles' costs are known on the device only, an int32 a tile; nothing else."""
     how = return_lse, for_backward, mechanism
     if call.plans and (planned := call.plans.get(how)) is not None:
-        try:
+        with suppress(Refused):
             if q.data_ptr() and k.data_ptr() and v.data_ptr():
                 return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
-        except (TypeError, ValueError, RuntimeError):
-            pass
-        check_alike(q, k, v)  # what the launcher refuses, before it launches anything, is looked at here and below
+        check_alike(q, k, v)  # what is refused is looked at here and below
         if call.lengths is not None:
             call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
     q, k, v = check_tensors_for_gpu(q, k, v, call)
@@ -242,10 +240,8 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     """
     how = needs, deterministic, dlse is not None, mechanism
     if call.plans and (planned := call.plans.get(how)) is not None and 0 not in dout.stride():
-        try:
+        with suppress(Refused):  # what is refused is copied below
             return _gradients_as_planned(planned, call, needs, q, k, v, out, lse_raw, dout, dlse)
-        except (TypeError, ValueError, RuntimeError):
-            pass  # what the launcher refuses, before it launches anything, is copied below
     # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise.
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
@@ -467,10 +463,17 @@ def launch(function: Callable, device: int, call: Call, tensors: tuple, rest: tu
     run_on(function, device, (*tensors, *before, *lengths, *behind, raw_stream(device)))
 
 
+class Refused(RuntimeError):  # noqa: N818
+    """The launcher takes no such tensors: their dtype, device, strides or alignment. Nothing was launched."""
+
+
 def run_on(function: Callable, device: int, arguments: tuple) -> None:
-    """Call a compiled kernel on a device, whichever is current."""
-    if current_device() == device:
-        function(*arguments)
-    else:
-        with torch.cuda.device(device):
+    """Call a compiled kernel on a device, whichever is current. Raises :class:`Refused`."""
+    try:
+        if current_device() == device:
             function(*arguments)
+        else:
+            with torch.cuda.device(device):
+                function(*arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Refused(str(error)) from error

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from cute_attn import api, block_mask, kvcache, masks, reference, serve
 from cute_attn import launch as launching
 from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
-from cute_attn.launch import packed_of
+from cute_attn.launch import Refused, packed_of
 from cute_attn.lengths import CHECK, NAMES, check_lengths
 from cute_attn.plan import plan
 from cute_attn.problem import Call, check_call, problem_of
@@ -158,6 +158,31 @@ def test_no_step_of_a_cache_is_taken_without_memory(place):
     q, k_cache, v_cache, k_new, v_new = tensors
     with pytest.raises((RuntimeError, ValueError), match=r"memory|storage"):
         step(q, k_cache, v_cache, (None,) * 6, (k_new, v_new, None, None, None), None, None)
+
+
+@pytest.mark.parametrize("error", [Refused, AttributeError])
+def test_a_kept_step_is_looked_at_again_if_it_is_refused_and_for_nothing_else(gpu, monkeypatch, error):
+    """Any other error would make each call slow, unnoticed."""
+    made, q, cache = [], torch.zeros(2, 1, 4, 64, dtype=torch.bfloat16), torch.zeros(2, 9, 2, 64, dtype=torch.bfloat16)
+
+    class Step:
+        def __init__(self, *_):
+            made.append(self)
+
+        def __call__(self, q, *_):
+            if len(made) == 1 and len(gpu.log) == 1:
+                raise error("said by the launcher")
+            gpu.log.append(q)
+            return q, None
+
+    monkeypatch.setattr(kvcache, "_steps", {})
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr(serve, "Step", Step)
+    lengths = torch.ones(2, dtype=torch.int32)
+    kvcache.attention_kvcache(q, cache, cache, lengths=lengths)
+    with pytest.raises(AttributeError, match="said by") if error is AttributeError else nullcontext():
+        kvcache.attention_kvcache(q, cache, cache, lengths=lengths)
+    assert len(made) == (1 if error is AttributeError else 2)
 
 
 def test_a_capture_has_a_workspace_for_each_stream(monkeypatch):
