@@ -121,7 +121,8 @@ def attention_kvcache(
         )
     if packed and k_new is not None and cu_seqlens_k_new is None:
         cu_seqlens_k_new = cu_seqlens_q
-    differentiable = torch.is_grad_enabled() and _any_requires_grad(q, k_cache, v_cache, k_new, v_new, sinks)
+    inputs = q, k_cache, v_cache, k_new, v_new, sinks
+    differentiable = torch.is_grad_enabled() and True in [getattr(x, "requires_grad", False) for x in inputs]
     key = None
     if mask is score is alibi_slopes is None and type(tensors) is tuple and not tensors and not differentiable:
         cos, sin = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, None)
@@ -169,13 +170,6 @@ def attention_kvcache(
                 _steps.clear()
             _steps[key] = step
     return (out, lse) if return_lse else out
-
-
-def _any_requires_grad(*tensors) -> bool:
-    for x in tensors:
-        if x is not None and getattr(x, "requires_grad", False):
-            return True
-    return False
 
 
 def _key(q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, rules: tuple) -> tuple | None:
