@@ -162,7 +162,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
             call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
     q, k, v = check_tensors_for_gpu(q, k, v, call)
     if call.empty:  # the backward pass won't look at lse_raw either
-        out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, q.new_empty(0, dtype=torch.float32))
+        out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, _of_dtype(torch.float32, q))
         out.zero_()
         if lse is not None:
             lse.fill_(-math.inf)
@@ -196,7 +196,7 @@ def _plan_forward(call: Call, mechanism: str | None, return_lse: bool, for_backw
         tickets = 1 + slots * call.heads
     if call.blocks is not None:
         tile = tiles_of_lists(problem, mechanism, device)[:2]
-    of_dtypes = q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.int32)
+    of_dtypes = _of_dtype(torch.float32, q), _of_dtype(torch.int32, q)
     return _PlannedForward(function, device, *of_dtypes, tickets, tile, besides_tensors(call, blocks))
 
 
@@ -213,6 +213,11 @@ def _forward_as_planned(planned: _PlannedForward, call: Call, return_lse: bool, 
     drawn = words.new_empty(tickets) if tickets else None
     launch(function, device, call, (q, k, v, out, lse, lse_raw, drawn, sinks, key_lists, kinds), rest)
     return out, lse, lse_raw
+
+
+def _of_dtype(dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of nothing, from which others of its dtype are made."""
+    return torch.empty(0, dtype=dtype, device=like.device)
 
 
 def _room_of_results(call: Call, return_lse: bool, for_backward: bool, q, floats):
@@ -318,8 +323,8 @@ def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic
         mechanism,
         function,
         device,
-        q.new_empty(0, dtype=torch.float32),
-        q.new_empty(0, dtype=torch.int32),
+        _of_dtype(torch.float32, q),
+        _of_dtype(torch.int32, q),
         rows=(2, call.batch, call.heads, rows_padded),
         sums=None if sums is None else (*tiles, *of_tile),
         signals=COUNTERS + (math.prod(tiles) if counts else 0) if counts or problem.masked else 0,
