@@ -23,6 +23,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
+from cute_attn.epilogue import store_zeros
 from cute_attn.layouts.base import STORED, cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
@@ -158,19 +159,27 @@ class Backward(KeyBlocks):
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
             queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
-            roles(partial(self._lead, queue, tiles, signals), lambda part: queue.taker().each(part, NONE_DONE))
+            alone = partial(self._clear_unused, gradients) if self.problem.has_unused("k") else None
+            roles(partial(self._lead, queue, tiles, signals, alone), lambda part: queue.taker().each(part, NONE_DONE))
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
             tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
 
-    def _lead(self, queue: WorkQueue, tiles, signals, part):
-        """The warp that finds the block's tiles: its part of each."""
+    def _lead(self, queue: WorkQueue, tiles, signals, alone, part):
+        """The warp that finds the block's tiles: its part of each. What is ``alone`` its own it does while others compute."""
         first, following = cute.arch.block_idx()[0], tiles.position
         if self.draws:
             skipped = 0 if self.problem.deterministic else cute.arch.grid_dim()[0]
             following = lambda _: skipped + self._ticket(signals)  # noqa: E731
             first = following(0) if self.problem.deterministic else first
-        queue.lead(tiles, first, following, part, NONE_DONE)
+        queue.lead(tiles, first, following, part, NONE_DONE, alone)
+
+    @cute.jit
+    def _clear_unused(self, gradients: Gradients, work: Work):
+        """One warp: dK and dV of a tile without a row in use."""
+        for m, columns in ((gradients.mdK, self.config.tile_d), (gradients.mdV, self.config.tile_dv)):
+            if cutlass.const_expr(m is not None):
+                store_zeros(work.k.stored.rows(m, work.head), work.block, (self.config.tile_n, columns))
 
     @cute.jit
     def _ticket(self, signals: Signals):
