@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from cute_attn import launch, rules
-from cute_attn.launch import as_read, capture_of, device_target, prepared, run_on
+from cute_attn.launch import Refused, as_read, capture_of, device_target, prepared, run_on
 from cute_attn.layouts import for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
 from cute_attn.lengths import Lengths
@@ -96,7 +96,7 @@ class Step:
         v_new, cos, sin, rotary_begin)."""
         has_memory = q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr()
         if not has_memory or (new is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
-            raise ValueError("a tensor without memory")  # which one attention_kvcache says
+            raise Refused("a tensor without memory")  # which one attention_kvcache says
         stream = raw_stream(self.device)
         if self.append is not None and new is not None:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
