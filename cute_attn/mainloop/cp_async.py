@@ -28,8 +28,6 @@ from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
-HOLDS_Q_UP_TO = 160  # registers of a thread, with those of S and O: then Q is read from shared memory once
-
 
 @dataclass(frozen=True)
 class ForwardOperands:
@@ -92,8 +90,6 @@ class Forward:
         # Whole tiles look for no maximum. float16 has no room for weights above 1, and what a function makes of scores may hide
         # any key, as may a list of tiles.
         self.anchored = config.dtype == "bfloat16" and not problem.expression
-        of_q = config.tile_m * config.tile_d // (2 * config.threads)
-        self.holds_q = self.lay.accumulator_registers(config) + of_q <= HOLDS_Q_UP_TO
         self.fused = self.anchored  # there are registers for it where no maximum is looked for
 
     @cute.jit
@@ -176,12 +172,7 @@ class Forward:
         output.start()
         for slot in cutlass.range_constexpr(self.config.stages - 1):
             self._copy_pair(tiles_of, keys, keys.place(slot), slot)
-        q = operands.q.load
-        if cutlass.const_expr(self.holds_q and not again):
-            cute.arch.cp_async_wait_group(self.config.stages - 2)
-            cute.arch.sync_threads()
-            q = operands.q.held(self.config.tile_d // MMA_K)
-        step = partial(self._step, operands, q, tiles_of, output, tile, again)
+        step = partial(self._step, operands, tiles_of, output, tile, again)
         slot, one_loop = Int32(0), self.problem.unequal or self.problem.masks_all
         if cutlass.const_expr(again):
             for i in cutlass.range(keys.count, unroll=1):
@@ -239,7 +230,6 @@ class Forward:
     def _step(
         self,
         operands: ForwardOperands,
-        q: cutlass.Constexpr,
         tiles_of: Keys,
         output: Output,
         tile: BlockTile,
@@ -260,8 +250,8 @@ class Forward:
 
         acc_S = cute.make_rmem_tensor(operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
         acc_S.fill(0.0)
-        k, v = operands.k, operands.v
-        product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q, partial(k.load, slot=(slot,)))
+        q, k, v = operands.q, operands.k, operands.v
+        product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
 
         origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
         scores = Scores(tile.cS, tile.values, self.problem, unrolls=False)

@@ -99,13 +99,6 @@ class LdmatrixOperand:
             cute.copy(self.copy, self.source[(None, row + r, step, *slot)], self.into[None, r])
         return self.fragment
 
-    def held(self, steps: int):
-        """All steps in registers of their own, from now on; returns what gives a step's."""
-        fragments = [cute.make_rmem_tensor_like(self.fragment) for _ in range(steps)]
-        for k, fragment in enumerate(fragments):
-            fragment.store(self.load(k).load())
-        return fragments.__getitem__
-
 
 def product(mma: cute.TiledMma, acc: cute.Tensor, steps: int, a, b) -> None:
     """``acc += A·B``; ``a`` and ``b`` give the operands' registers of a step, just in time."""
