@@ -120,7 +120,7 @@ def _is_short(problem: Problem, mechanism: str | None, device: int, call: Call) 
     if call.lengths is not None:  # of which the host knows totals only
         return False
     window = call.seqlen_k if call.left is None or call.right is None else call.left + call.right + 1
-    return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window), problem.unequal)
+    return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window))
 
 
 def _head_blocks(problem: Problem, mechanism: str | None, device: int, call: Call) -> int:

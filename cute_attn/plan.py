@@ -19,7 +19,7 @@ from cute_attn.layouts.base import (
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 LISTS_DRAW = True  # whether tiles with lists are drawn by tickets in the forward pass
-SHORT_WALK = 8  # key tiles
+SHORT_WALK = 16  # key tiles
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
 
 
@@ -61,11 +61,10 @@ def head_blocks(choices: tuple[int, ...], tiles: int, heads_per_kv: int, at_once
     return best
 
 
-def takes_short(found: tuple[Config, ...], keys: int, unequal: bool) -> bool:
-    """Whether the forward pass is to take the second of its configurations, if there is one: smaller tiles, for query tiles
-    that visit 8 of the first one's key tiles at most. ``keys`` are those that a query sees, half of them on average where
-    these are ``unequal``."""
-    return len(found) > 1 and keys <= SHORT_WALK * found[0].tile_n * (1 + unequal)
+def takes_short(found: tuple[Config, ...], keys: int) -> bool:
+    """Whether the forward pass is to take the second of its configurations, if there is one: smaller tiles, where a query sees
+    16 of the first one's key tiles at most, half of them on average, which are ``keys``."""
+    return len(found) > 1 and keys <= SHORT_WALK * found[0].tile_n
 
 
 def takes_tickets(problem: Problem, config: Config) -> bool:
@@ -191,7 +190,7 @@ def explain(problem: Problem, config: Config) -> str:
         ),
         f"tiles       {config.tile_m} queries × {config.tile_n} keys, from {layouts.source(module)}; "
         f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})"
-        + "".join(f"; {x.tile_m} × {x.tile_n} where a query tile visits {SHORT_WALK} tiles of keys at most" for x in others),
+        + "".join(f"; {x.tile_m} × {x.tile_n} where a query sees {SHORT_WALK} tiles of keys at most" for x in others),
         f"pipeline    {config.stages} tiles of {'Q and of dO' if config.backward else 'K and of V'} in flight; "
         f"{config.mma_warps} warps compute"
         + (", 4 more copy" if config.threads > config.mma_threads else " and copy")

@@ -60,7 +60,7 @@ MMA_SYNC_TABLE = {
     256: (128, 64, 2, 8, 1),
 }
 
-# Two blocks of half the rows read K and V twice, but begin and end while the other computes, and are cut less by edges.
+# For few keys under a right edge: two blocks of half the rows read K and V twice, but less of them is cut.
 MMA_SYNC_SHORT = {256: (64, 32, 2, 4, 2)}
 
 # The same for the backward pass.

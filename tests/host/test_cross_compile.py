@@ -244,7 +244,7 @@ def test_an_exception_is_needed(row, kernels):
     machine_code.assert_exception_is_needed(EXCEPTIONS[row], spilled)
 
 
-@pytest.mark.parametrize("rules", ["full", "all rules"])
+@pytest.mark.parametrize("rules", ["causal", "all rules"])
 def test_smaller_tiles(rules):
     """Those for few keys: nothing is spilled, and as many blocks as the config promises fit a multiprocessor."""
     case = Case("sm_90a", "cp_async", 256, 256, rules)
