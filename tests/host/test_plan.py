@@ -278,9 +278,8 @@ def test_few_keys_have_smaller_tiles():
     assert [(x.tile_m, x.tile_n, x.blocks_per_multiprocessor) for x in found] == [(128, 64, 1), (64, 32, 2)]
     assert [takes_short(found, keys) for keys in (1, 1024, 1025)] == [True, True, False]
     assert "; 64 × 32 where a query sees 16 tiles of keys at most" in explain(problem, found[0])
-    others = replace(problem, gradients="qkv"), replace(problem, bounded_right=False), replace(problem, head_dim=128, head_dim_v=128)
-    for other in others:
-        assert not takes_short(configs(other, "sm_90a", "cp_async"), 1)
+    for changed in ({"gradients": "qkv"}, {"bounded_right": False}, {"head_dim": 128, "head_dim_v": 128}):
+        assert not takes_short(configs(replace(problem, **changed), "sm_90a", "cp_async"), 1)
 
 
 def test_what_may_share_a_key_tile():
