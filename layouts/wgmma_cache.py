@@ -61,10 +61,9 @@ def tile(operand: str, config: Config) -> tuple[int, int]:
 
 
 def smem(operand: str, config: Config) -> Layout:
-    """An operand in shared memory: Q ``(64, columns, 1)``, K and V ``(keys of a group, columns, (group, stage))``; the V of a
-    stage is behind its K."""
-    layout = wgmma.smem(operand, group(config))
-    return mma_sync_cache.in_ring(layout, config) if operand in "KV" else layout
+    """An operand in shared memory: Q ``(64, columns, place)``, K and V ``(keys of a group, columns, (group, stage))``; the V of
+    a stage is behind its K."""
+    return mma_sync_cache.in_slots(operand, wgmma.smem(operand, group(config)), config)
 
 
 def smem_layout(operand: str, config: Config):

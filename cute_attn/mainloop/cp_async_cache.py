@@ -3,7 +3,10 @@
 A block computes its stretch of all key tiles (``balance.py``), part of a walk after part of a walk. Its warps are groups, each
 of which copies keys of its own into a ring of its own and takes its rows' softmax of them by itself, so that nothing is waited
 for but memory; a part's end merges what the groups found. If that is all of a walk, it is the result. If not, it goes to the
-workspace, and the block that comes last merges all parts. The next part's first copies start before a part's end.
+workspace, and the block that comes last merges all parts.
+
+The ring goes on over the ends of parts: the last tiles of one start the copies of the next one's first tiles and queries, which
+therefore have two places, and what the groups exchange at an end lies in the one slot that no copy is on its way to.
 
 Rows of K and V past the last key are read as that key instead, as in ``cp_async.py``. Where some rows see keys that others
 don't, tiles that are masked are looked through for values that are not finite (``guard.py``), always: they are few.
@@ -90,7 +93,7 @@ class LoadedOperands:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """What all groups found, in shared memory: columns of O over the last stage, and (maximum, sum) of each row."""
+    """What all groups found, in shared memory: columns of O, and (maximum, sum) of each row."""
 
     o: cute.Pointer  # (groups, rows, columns)
     of_rows: cute.Pointer  # (groups, rows, 2)
@@ -108,7 +111,8 @@ class CacheBlock:
     operands: Any
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
-    exchanged: Exchanged
+    ring: cute.Pointer
+    of_rows: cute.Pointer
     word: cute.Tensor
     group: Int32
     thread: Int32  # in the group
@@ -128,16 +132,29 @@ class Serving:
 
 @dataclass(frozen=True)
 class SeenTiles:
-    """A part of a walk: of its tiles, those from ``begin`` up to ``end`` that any row of its tile sees, of which
+    """A part of a walk: of its tiles, the ``count`` from ``begin`` on that any row of its tile sees, of which those from
     ``whole_begin`` up to ``whole_end`` need no mask, and the values there."""
 
     sequence: Sequence
     part: WalkPart
     values: Values
     begin: Int32
-    end: Int32
+    count: Int32
     whole_begin: Int32
     whole_end: Int32
+
+
+@dataclass(frozen=True)
+class KeySource:
+    """Where a part's keys are copied from: of a sequence, rows from ``first`` up to ``last`` at most."""
+
+    number: Int32
+    first: Int32
+    last: Int32
+    head_kv: Int32
+
+    def all(self) -> tuple:
+        return self.number, self.first, self.last, self.head_kv
 
 
 class Forward:
@@ -172,8 +189,10 @@ class Forward:
             i, before, at = next_part(keys, i, before, at, end)
         if at < end:
             self._begin(block, serving, i, before, at, end)
+        stage, parity = Int32(0), Int32(0)
         while at < end:
-            i, before, at = self._part(block, serving, i, before, at, end)
+            i, before, at, stage = self._part(block, serving, i, before, at, end, stage, parity)
+            parity = 1 - parity
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -190,15 +209,13 @@ class Forward:
         )
         sQ, sK = self._operand_at(of_q, "Q"), self._operand_at(ring, "K")
         sV = self._operand_at(ring + config.tile_n * config.tile_d, "V")
-        last = ring + (config.stages - 1) * config.tile_n * (config.tile_d + config.tile_dv)
         floats = smem.allocate_tensor(Float32, cute.make_layout(parts["rows"] // 4), 16)
         word = smem.allocate_tensor(Int32, cute.make_layout(4), 16)
         stream = partial(Stream.of, lay, config)
         k, v = stream("K", mK, sK, thread, self.problem.head_dim), stream("V", mV, sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         operands = self._operands((sQ, sK, sV), (mma_S, mma_O), thread)
-        exchanged = Exchanged(cute.recast_ptr(last, dtype=Float32), floats.iterator)
-        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, exchanged, word, group, thread)
+        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, ring, floats.iterator, word, group, thread)
 
     def _operand_at(self, place, name: str) -> cute.Tensor:
         """An operand in shared memory, from a place on."""
@@ -214,9 +231,9 @@ class Forward:
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _copy_q(self, block: CacheBlock, serving: Serving, seen: SeenTiles):
+    def _copy_q(self, block: CacheBlock, serving: Serving, seen: SeenTiles, parity):
         """All threads: start copying the rows of the tile; those that don't exist, and columns past head_dim, are zeros."""
-        config, sQ, keys = self.config, self._rows_of_q(block), serving.keys
+        config, sQ, keys = self.config, block.sQ[None, None, parity], serving.keys
         vectors = config.tile_d // VECTOR
         for n in cutlass.range(cute.arch.thread_idx()[0], config.tile_m * vectors, config.threads, unroll=1):
             row, column = n // vectors, n % vectors
@@ -230,22 +247,41 @@ class Forward:
                 into.fill(0.0)
 
     @cute.jit
-    def _copy(self, block: CacheBlock, keys: CachedKeys, seen: SeenTiles, tile, stage):
-        """A group: start copying its keys of a tile, if there is one, to a stage of its ring."""
-        sequence, slot = seen.sequence, (block.group, stage)
-        if tile < seen.end:
-            first = sequence.begin + tile * self.config.tile_n + block.group * self.keys_of_group
-            k, v = block.k, block.v
-            for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
-                key = cutlass.min(first + k.tXcX[0, i, 0][0], sequence.keys - 1)
-                place = keys.place(sequence.number, sequence.pad + key)
-                k.start_row(i, place, seen.part.head_kv, slot)
-                if cutlass.const_expr(self.same_rows):
-                    v.start_row(i, place, seen.part.head_kv, slot)
-            if cutlass.const_expr(not self.same_rows):
-                for i in cutlass.range_constexpr(cute.size(v.tXcX, mode=[1])):
-                    key = cutlass.min(first + v.tXcX[0, i, 0][0], sequence.keys - 1)
-                    v.start_row(i, keys.place(sequence.number, sequence.pad + key), seen.part.head_kv, slot)
+    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage):
+        """A group: start copying its keys of a part's tile n to a stage of its ring."""
+        slot, first = (block.group, stage), source.first + n * self.config.tile_n + block.group * self.keys_of_group
+        k, v = block.k, block.v
+        for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
+            key = cutlass.min(first + k.tXcX[0, i, 0][0], source.last)
+            place = keys.place(source.number, key)
+            k.start_row(i, place, source.head_kv, slot)
+            if cutlass.const_expr(self.same_rows):
+                v.start_row(i, place, source.head_kv, slot)
+        if cutlass.const_expr(not self.same_rows):
+            for i in cutlass.range_constexpr(cute.size(v.tXcX, mode=[1])):
+                key = cutlass.min(first + v.tXcX[0, i, 0][0], source.last)
+                v.start_row(i, keys.place(source.number, key), source.head_kv, slot)
+
+    @cute.jit
+    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity):
+        """Start copying tile n from a part's first one on, which past its end is one of the part behind it; the first one of
+        that with its queries."""
+        n_then = n - seen.count
+        here = n_then < 0
+        if (n_then == 0) & (then.count > 0):
+            self._copy_q(block, serving, then, 1 - parity)
+        if n_then < then.count:
+            source = KeySource(
+                *(_either(here, x, y) for x, y in zip(self._source(seen).all(), self._source(then).all(), strict=True))
+            )
+            self._copy(block, serving.keys, source, _either(here, n, n_then), stage)
+        cute.arch.cp_async_commit_group()
+
+    def _source(self, seen: SeenTiles) -> KeySource:
+        """Of a part's tiles."""
+        sequence = seen.sequence
+        first = sequence.pad + sequence.begin + seen.begin * self.config.tile_n
+        return KeySource(sequence.number, first, sequence.pad + sequence.keys - 1, seen.part.head_kv)
 
     @property
     def same_rows(self) -> bool:
@@ -273,29 +309,37 @@ class Forward:
         last = cutlass.min(divided(row_first + config.tile_m - 1, keys.packed)[0], sequence.queries - 1)
         begin, past = band.key_range(first, last, sequence.keys, DeviceOps)
         whole_begin, whole_end = band.whole_range(first, last, sequence.keys, DeviceOps)
+        seen_begin = cutlass.max(part.begin, (begin - sequence.begin) // n)
+        seen_end = cutlass.min(part.end, (past - sequence.begin + n - 1) // n)
         return SeenTiles(
             *(sequence, part, values),
-            begin=cutlass.max(part.begin, (begin - sequence.begin) // n),
-            end=cutlass.min(part.end, (past - sequence.begin + n - 1) // n),
+            begin=seen_begin,
+            count=cutlass.max(seen_end - seen_begin, 0),
             whole_begin=(whole_begin - sequence.begin + n - 1) // n,
             whole_end=cutlass.max(whole_end - sequence.begin, 0) // n,
         )
 
     @cute.jit
     def _begin(self, block: CacheBlock, serving: Serving, i, before, at, end):
-        """Start a part's first copies: those of all stages but the last, and with the first those of its queries."""
+        """Start the first part's first copies: those of all stages but the last, and with the first those of its queries."""
         seen = self._seen(serving, i, before, at, end)
-        for stage in cutlass.range(self.config.stages - 1, unroll=1):  # code that has come once comes sooner again
-            self._copy(block, serving.keys, seen, seen.begin + stage, stage)
-            if stage == 0:
-                self._copy_q(block, serving, seen)
+        source = self._source(seen)
+        for n in cutlass.range(self.config.stages - 1, unroll=1):  # code that has come once comes sooner again
+            if n < seen.count:
+                self._copy(block, serving.keys, source, n, n)
+            if n == 0:
+                self._copy_q(block, serving, seen, 0)
             cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def _part(self, block: CacheBlock, serving: Serving, i, before, at, end):
-        """A part whose first copies have started. Returns the next one."""
-        config, keys = self.config, serving.keys
+    def _part(self, block: CacheBlock, serving: Serving, i, before, at, end, stage, parity):
+        """A part whose first copies have started, the first to ``stage``, and those of its queries to the place ``parity``.
+        Returns the next one, and its stage."""
+        config, keys, ahead = self.config, serving.keys, self.config.stages - 1
         seen = self._seen(serving, i, before, at, end)
+        following = next_part(keys, i, before, seen.part.at + seen.part.end - seen.part.begin, end)
+        then = self._seen(serving, *following, end)
+        then = replace(then, count=_either(following[2] < end, then.count, Int32(0)))
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)
         rows = rows_columns(acc_O)
@@ -307,24 +351,24 @@ class Forward:
             cute.arch.sync_threads()  # what groups exchanged lies where padding is cleared, and some may still read it
             for x in (block.k, block.v):
                 x.clear_padding()
-        cute.arch.cp_async_wait_group(config.stages - 2)
+        cute.arch.cp_async_wait_group(ahead - 1)
         self._publish()
         cute.arch.sync_threads()
-        of_q = self._queries(block)
+        of_q = self._queries(block, parity)
 
-        stage, ends = Int32(0), seen.part.at + seen.part.end - seen.part.begin  # where the part does
-        for tile in cutlass.range(seen.begin, seen.end, unroll=1):
-            cute.arch.cp_async_wait_group(config.stages - 2)
+        for n in cutlass.range(seen.count, ahead, unroll=1):  # tiles that a longer part would have started itself
+            self._copy_ahead(block, serving, seen, then, n, (stage + n) % config.stages, parity)
+        for n in cutlass.range(seen.count, unroll=1):
+            cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
+            tile, slot = seen.begin + n, (block.group, stage)
             masked = (tile < seen.whole_begin) | (tile >= seen.whole_end)
-            slot = (block.group, stage)
             if cutlass.const_expr(self.problem.masks_all):
                 self._poison(block, slot)
             elif cutlass.const_expr(self.problem.masked):
                 if masked:
                     self._poison(block, slot)
-            self._copy(block, keys, seen, tile + config.stages - 1, (stage + config.stages - 1) % config.stages)
-            cute.arch.cp_async_commit_group()
+            self._copy_ahead(block, serving, seen, then, n + ahead, (stage + ahead) % config.stages, parity)
 
             acc_S = self._scores(block, of_q, slot)
             first = seen.sequence.begin + tile * config.tile_n + block.group * self.keys_of_group
@@ -335,12 +379,10 @@ class Forward:
             self._add(block, acc_S, acc_O, slot)
             stage = (stage + 1) % config.stages
 
-        cute.arch.sync_threads()  # all groups are done with Q and with all stages
-        following = next_part(keys, i, before, ends, end)
-        if following[2] < end:
-            self._begin(block, serving, *following, end)
-        self._finish(block, serving, seen, rows, softmax)
-        return following
+        cute.arch.sync_threads()  # all groups are done with Q and with the slot that no copy is on its way to
+        exchanged = self._exchanged(block, (stage + ahead) % config.stages)
+        self._finish(block, serving, seen, rows, softmax, exchanged)
+        return *following, stage
 
     @cute.jit
     def _poison(self, block: CacheBlock, slot):
@@ -365,20 +407,18 @@ class Forward:
             operand("V", O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV)),
         )
 
-    def _rows_of_q(self, block: CacheBlock) -> cute.Tensor:
-        return block.sQ
-
     def _publish(self):
         """What this thread has written to shared memory is for the products; they read as threads do."""
 
-    def _queries(self, block: CacheBlock):
+    def _queries(self, block: CacheBlock, parity):
         """What gives Q's registers of a step: all of them are held, or each is loaded again for every tile."""
+        load = partial(block.operands.q.load, slot=(parity,))
         if not self.holds_q:
-            return block.operands.q.load
+            return load
         held = []
         for step in range(self.config.tile_d // MMA_K):
             held.append(cute.make_rmem_tensor_like(block.operands.q.fragment))
-            held[step].store(block.operands.q.load(step).load())
+            held[step].store(load(step).load())
         return held.__getitem__
 
     def _scores(self, block: CacheBlock, of_q, slot) -> cute.Tensor:
@@ -399,8 +439,18 @@ class Forward:
 
     # ---- the end of a part -------------------------------------------------------------------------------------------
 
+    def _exchanged(self, block: CacheBlock, stage) -> Exchanged:
+        """Where the groups exchange what they found: over a stage of K and V, or behind all of them if there is no room."""
+        config = self.config
+        of_stage = config.tile_n * (config.tile_d + config.tile_dv)
+        inside = self.lay.smem_parts(config)["merged"] == 0
+        place = block.ring + (stage if inside else config.stages) * of_stage
+        return Exchanged(cute.recast_ptr(place, dtype=Float32), block.of_rows)
+
     @cute.jit
-    def _finish(self, block: CacheBlock, serving: Serving, seen: SeenTiles, rows: cute.Tensor, softmax: Softmax):
+    def _finish(
+        self, block: CacheBlock, serving: Serving, seen: SeenTiles, rows: cute.Tensor, softmax: Softmax, exchanged: Exchanged
+    ):
         """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace; and if
         all other parts are there, these, merged. ``rows`` are those of O."""
         config, columns = self.config, self.lay.exchanged_columns(self.config)
@@ -412,9 +462,9 @@ class Forward:
         for first in cutlass.range_constexpr(0, self.problem.head_dim_v, columns):
             if cutlass.const_expr(first > 0):
                 cute.arch.sync_threads()
-            self._hand_over(block, rows, softmax, exist, first)
+            self._hand_over(block, exchanged, (rows, softmax), exist, first)
             cute.arch.sync_threads()
-            self._merge_groups(block, serving, seen, places, exist, first)
+            self._merge_groups(exchanged, serving, seen, (places, exist), first)
         if places.parts > 1:
             cute.arch.sync_threads()  # what all have written is there for whoever sees that this one has arrived
             if cute.arch.thread_idx()[0] == 0:
@@ -428,9 +478,10 @@ class Forward:
                 self._merge_parts(serving, seen, places, exist)
 
     @cute.jit
-    def _hand_over(self, block: CacheBlock, rows: cute.Tensor, softmax: Softmax, exist, first: cutlass.Constexpr[int]):
+    def _hand_over(self, block: CacheBlock, exchanged: Exchanged, found: tuple, exist, first: cutlass.Constexpr[int]):
         """What this thread found of the rows that exist to shared memory, of O the columns from ``first`` on for which there is
-        room."""
+        room. ``found`` is (rows of O, softmax)."""
+        rows, softmax = found
         columns, each = self.lay.exchanged_columns(self.config), BANKS // THREADS_PER_ROW
         cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(self._identity()))
         for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
@@ -439,8 +490,8 @@ class Forward:
                 place = block.group * self.config.tile_m + row
                 if cutlass.const_expr(first == 0):
                     if cO[r, 0][1] == 0:
-                        _store_pair(block.exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
-                o = block.exchanged.o + place * columns
+                        _store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
+                o = exchanged.o + place * columns
                 for c in cutlass.range_constexpr(columns // THREADS_PER_ROW // 2):
                     column = _column(row, cO[r, 2 * c % each][1]) + 2 * c // each * BANKS
                     mine = first // THREADS_PER_ROW + 2 * c
@@ -448,9 +499,11 @@ class Forward:
 
     @cute.jit
     def _merge_groups(
-        self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist, first: cutlass.Constexpr[int]
+        self, exchanged: Exchanged, serving: Serving, seen: SeenTiles, where: tuple, first: cutlass.Constexpr[int]
     ):
-        """All threads: what the groups have handed over, to the outputs or to the workspace."""
+        """All threads: what the groups have handed over, to the outputs or to the workspace. ``where`` is (the part's places,
+        how many rows exist)."""
+        places, exist = where
         config, workspace, columns = self.config, serving.workspace, self.lay.exchanged_columns(self.config)
         pieces = min(columns, self.problem.head_dim_v - first) // PIECE
         for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, config.threads, unroll=1):
@@ -458,8 +511,8 @@ class Forward:
             of_rows, o = (cute.make_rmem_tensor((n, config.key_warps), Float32) for n in (2, PIECE))
             for group in cutlass.range_constexpr(config.key_warps):
                 place = group * config.tile_m + row
-                cute.autovec_copy(_floats(block.exchanged.of_rows, place, 2), of_rows[None, group])
-                handed = block.exchanged.o + place * columns
+                cute.autovec_copy(_floats(exchanged.of_rows, place, 2), of_rows[None, group])
+                handed = exchanged.o + place * columns
                 cute.autovec_copy(_floats(handed, _column(row, piece * PIECE) // PIECE, PIECE), o[None, group])
             row_max, row_sum, merged = -Float32.inf, Float32(0.0), cute.make_rmem_tensor(PIECE, Float32)
             for group in cutlass.range_constexpr(config.key_warps):
@@ -570,6 +623,12 @@ def _piece(row: cute.Tensor, piece) -> cute.Tensor:
     """Where PIECE columns of a row are."""
     begin = cute.local_tile(row, (PIECE,), (piece,)).iterator
     return cute.make_tensor(begin.align(PIECE * row.element_type.width // 8), cute.make_layout(PIECE))
+
+
+@cute.jit
+def _either(condition, x, y):
+    """``x`` where a condition holds, else ``y``."""
+    return x if condition else y
 
 
 @cute.jit
