@@ -36,7 +36,7 @@ from cute_attn.balance import (
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
-from cute_attn.layouts.mma_sync_cache import BANKS, ROWS
+from cute_attn.layouts.mma_sync_cache import BANKS
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.guard import poison_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
@@ -46,6 +46,7 @@ from cute_attn.softmax import Softmax, finished, scale_rows
 PIECE = 4  # columns of O that a thread merges at a time
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
 AT_ONCE = 32  # pieces of partial results that a thread has on their way at the same time
+ROWS_MERGED = {16: 1, 32: 2, 64: 8}  # by a warp at a time: of few rows fewer exist, and their walks have more parts
 
 
 @dataclass(frozen=True)
@@ -539,7 +540,7 @@ class Forward:
         maximum and the sum of one of 32 parts, and pieces of O of all of them."""
         workspace, exponent, parts = serving.workspace, seen.values.exponent(self.problem), places.parts
         pieces, warps, lane = self.problem.head_dim_v // PIECE, self.config.mma_warps, cute.arch.lane_idx()
-        together, of_lane = self.config.tile_m // ROWS[0], -(-pieces // WARP)  # rows at the same time, and pieces of each
+        together, of_lane = ROWS_MERGED[self.config.tile_m], -(-pieces // WARP)  # rows at the same time, and pieces of each
         at_once = AT_ONCE // together // of_lane
         for first_row in cutlass.range(cute.arch.thread_idx()[0] // WARP, exist, warps * together, unroll=1):
             rows = [cutlass.min(first_row + j * warps, exist - 1) for j in range(together)]
