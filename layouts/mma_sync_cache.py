@@ -76,6 +76,11 @@ def exchanged_columns(config: Config) -> int:
     return next((n for n in range(config.tile_dv, 0, -BANKS) if n <= fits and config.tile_dv % n == 0), BANKS)
 
 
+def rows_merged(config: Config) -> int:
+    """Rows of a walk of which a warp merges all parts at a time."""
+    return config.tile_m // ROWS[0]
+
+
 def smem_parts(config: Config) -> dict[str, int]:
     """Bytes of shared memory by part. What the groups found of O lies over a stage of K and V that is free then, or where that
     is too small in a place of its own, ``merged``; ``rows`` are maxima and sums that go with it."""

@@ -46,7 +46,6 @@ from cute_attn.softmax import Softmax, finished, scale_rows
 PIECE = 4  # columns of O that a thread merges at a time
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
 AT_ONCE = 32  # pieces of partial results that a thread has on their way at the same time
-ROWS_MERGED = {16: 1, 32: 2, 64: 8}  # by a warp at a time: of few rows fewer exist, and their walks have more parts
 
 
 @dataclass(frozen=True)
@@ -540,7 +539,7 @@ class Forward:
         maximum and the sum of one of 32 parts, and pieces of O of all of them."""
         workspace, exponent, parts = serving.workspace, seen.values.exponent(self.problem), places.parts
         pieces, warps, lane = self.problem.head_dim_v // PIECE, self.config.mma_warps, cute.arch.lane_idx()
-        together, of_lane = ROWS_MERGED[self.config.tile_m], -(-pieces // WARP)  # rows at the same time, and pieces of each
+        together, of_lane = self.lay.rows_merged(self.config), -(-pieces // WARP)  # rows at the same time, and pieces of each
         at_once = AT_ONCE // together // of_lane
         for first_row in cutlass.range(cute.arch.thread_idx()[0] // WARP, exist, warps * together, unroll=1):
             rows = [cutlass.min(first_row + j * warps, exist - 1) for j in range(together)]
