@@ -462,9 +462,9 @@ class Forward:
         for first in cutlass.range_constexpr(0, self.problem.head_dim_v, columns):
             if cutlass.const_expr(first > 0):
                 cute.arch.sync_threads()
-            self._hand_over(block, exchanged, (rows, softmax), exist, first)
+            self._hand_over(block, exchanged, rows, softmax, exist, first)
             cute.arch.sync_threads()
-            self._merge_groups(exchanged, serving, seen, (places, exist), first)
+            self._merge_groups(exchanged, serving, seen, places, exist, first)
         if places.parts > 1:
             cute.arch.sync_threads()  # what all have written is there for whoever sees that this one has arrived
             if cute.arch.thread_idx()[0] == 0:
@@ -478,10 +478,17 @@ class Forward:
                 self._merge_parts(serving, seen, places, exist)
 
     @cute.jit
-    def _hand_over(self, block: CacheBlock, exchanged: Exchanged, found: tuple, exist, first: cutlass.Constexpr[int]):
+    def _hand_over(
+        self,
+        block: CacheBlock,
+        exchanged: Exchanged,
+        rows: cute.Tensor,
+        softmax: Softmax,
+        exist,
+        first: cutlass.Constexpr[int],
+    ):
         """What this thread found of the rows that exist to shared memory, of O the columns from ``first`` on for which there is
-        room. ``found`` is (rows of O, softmax)."""
-        rows, softmax = found
+        room."""
         columns, each = self.lay.exchanged_columns(self.config), BANKS // THREADS_PER_ROW
         cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(self._identity()))
         for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
@@ -499,11 +506,15 @@ class Forward:
 
     @cute.jit
     def _merge_groups(
-        self, exchanged: Exchanged, serving: Serving, seen: SeenTiles, where: tuple, first: cutlass.Constexpr[int]
+        self,
+        exchanged: Exchanged,
+        serving: Serving,
+        seen: SeenTiles,
+        places: PartPlaces,
+        exist,
+        first: cutlass.Constexpr[int],
     ):
-        """All threads: what the groups have handed over, to the outputs or to the workspace. ``where`` is (the part's places,
-        how many rows exist)."""
-        places, exist = where
+        """All threads: what the groups have handed over, to the outputs or to the workspace."""
         config, workspace, columns = self.config, serving.workspace, self.lay.exchanged_columns(self.config)
         pieces = min(columns, self.problem.head_dim_v - first) // PIECE
         for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, config.threads, unroll=1):

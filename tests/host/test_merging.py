@@ -150,7 +150,7 @@ def kernel(groups, rows, columns, threads, stored):
 
     config = SimpleNamespace(tile_m=rows, key_warps=groups, threads=threads, mma_warps=threads // 32)
     problem = SimpleNamespace(head_dim_v=HEAD_DIM_V)
-    lay = SimpleNamespace(exchanged_columns=lambda config: columns)
+    lay = SimpleNamespace(exchanged_columns=lambda config: columns, rows_merged=lambda config: {16: 1, 32: 2, 64: 8}[rows])
     return SimpleNamespace(config=config, problem=problem, lay=lay, _identity=lambda: None, _store=store)
 
 
@@ -168,6 +168,7 @@ def test_groups(plain, monkeypatch, groups, columns, exist, parts):
     stored = {}
     forward = kernel(groups, rows, columns, lanes * groups, stored)
     shared = [Memory(np.full(groups * rows * n, UNTOUCHED)) for n in (columns, 2)]
+    exchanged = SimpleNamespace(o=shared[0], of_rows=shared[1])
     written = Memory(np.full(3 * exist * HEAD_DIM_V, UNTOUCHED)), Memory(np.full(3 * exist * 2, UNTOUCHED))
     workspace = Workspace(None, *written, exist, HEAD_DIM_V)
     places = SimpleNamespace(parts=parts, number=1, of=lambda number: 2)
@@ -190,15 +191,14 @@ def test_groups(plain, monkeypatch, groups, columns, exist, parts):
                 block = SimpleNamespace(
                     group=group,
                     thread=lane,
-                    exchanged=SimpleNamespace(o=shared[0], of_rows=shared[1]),
                     mma_O=SimpleNamespace(get_slice=lambda t: SimpleNamespace(partition_C=lambda _: t)),
                 )
                 softmax = SimpleNamespace(row_max=row_max[mine], row_sum=row_sum[mine])
-                Forward._hand_over.__wrapped__(forward, block, held, softmax, exist, first)
+                Forward._hand_over.__wrapped__(forward, block, exchanged, held, softmax, exist, first)
         for thread in range(lanes * groups):
             monkeypatch.setattr(cute.arch, "thread_idx", lambda thread=thread: (thread,))
             Forward._merge_groups.__wrapped__(
-                forward, block, SimpleNamespace(workspace=workspace), seen_by(), places, exist, first
+                forward, exchanged, SimpleNamespace(workspace=workspace), seen_by(), places, exist, first
             )
     o, row_max, row_sum = (x[:exist] for x in expected(found))
     if parts == 1:
