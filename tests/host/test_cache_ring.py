@@ -1,5 +1,5 @@
-"""Which tiles a block of attention to a cache copies when, and to where, on the host: the kernel's own loop over the parts of its
-stretch, with copies that only say what they copy."""
+"""Which tiles a block of attention to a cache copies when, and to where, on the host: the kernel's own loop over the parts of
+its stretch, with copies that only say what they copy."""
 
 import runpy
 from collections import namedtuple
@@ -30,6 +30,9 @@ class Scale:
         return 1.0
 
 
+NOWHERE, SCALE = Sequence(0), Scale()
+
+
 @dataclass(frozen=True)
 class Seen:
     part: Part
@@ -37,8 +40,8 @@ class Seen:
     begin: int = 5
     whole_begin: int = 0
     whole_end: int = 0
-    sequence: Sequence = Sequence(0)
-    values: Scale = Scale()
+    sequence: Sequence = NOWHERE
+    values: Scale = SCALE
 
 
 class Block:
