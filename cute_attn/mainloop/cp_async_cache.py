@@ -64,12 +64,14 @@ class Workspace:
         """All in one piece of memory, ``counters`` words first, a multiple of 4."""
         words = cute.make_tensor(cute.recast_ptr(m.iterator, dtype=Int32), cute.make_layout(counters))
         after = m.iterator + cute.assume(counters, 4)
-        return Workspace(words, after, after + cutlass.Int64(places * rows) * columns, rows, columns)
+        of_rows = after + cute.assume(cutlass.Int64(places * rows) * columns, 4)
+        return Workspace(words, after, of_rows, rows, columns)
 
     def of_row(self, place, row) -> tuple[Any, Any]:
         """Where a row of O is, and where its maximum and its sum."""
         number = cutlass.Int64(place * self.rows + row)
-        return self.o + number * cutlass.Int64(self.columns), self.of_rows + number * cutlass.Int64(2)
+        o, of_row = number * cutlass.Int64(self.columns), number * cutlass.Int64(2)
+        return self.o + cute.assume(o, 4), self.of_rows + cute.assume(of_row, 2)
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,7 @@ class Forward:
         following = next_part(keys, i, before, seen.part.at + seen.part.end - seen.part.begin, end)
         then = self._seen(serving, *following, end)
         then = replace(then, count=_either(following[2] < end, then.count, Int32(0)))
+        places = places_of(keys, seen.sequence, seen.part, serving.stretches)  # while copies are on their way
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)
         rows = rows_columns(acc_O)
@@ -381,7 +384,7 @@ class Forward:
 
         cute.arch.sync_threads()  # all groups are done with Q and with the slot that no copy is on its way to
         exchanged = self._exchanged(block, (stage + ahead) % config.stages)
-        self._finish(block, serving, seen, rows, softmax, exchanged)
+        self._finish(block, serving, seen, places, rows, softmax, exchanged)
         return *following, stage
 
     @cute.jit
@@ -444,18 +447,24 @@ class Forward:
         config = self.config
         of_stage = config.tile_n * (config.tile_d + config.tile_dv)
         inside = self.lay.smem_parts(config)["merged"] == 0
-        place = block.ring + (stage if inside else config.stages) * of_stage
+        place = block.ring + cute.assume((stage if inside else config.stages) * of_stage, of_stage)
         return Exchanged(cute.recast_ptr(place, dtype=Float32), block.of_rows)
 
     @cute.jit
     def _finish(
-        self, block: CacheBlock, serving: Serving, seen: SeenTiles, rows: cute.Tensor, softmax: Softmax, exchanged: Exchanged
+        self,
+        block: CacheBlock,
+        serving: Serving,
+        seen: SeenTiles,
+        places: PartPlaces,
+        rows: cute.Tensor,
+        softmax: Softmax,
+        exchanged: Exchanged,
     ):
         """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace; and if
         all other parts are there, these, merged. ``rows`` are those of O."""
         config, columns = self.config, self.lay.exchanged_columns(self.config)
         part, workspace = seen.part, serving.workspace
-        places = places_of(serving.keys, seen.sequence, part, serving.stretches)
         exist = cutlass.min(seen.sequence.queries * serving.keys.packed - part.row_tile * config.tile_m, config.tile_m)
         for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
             softmax.row_sum[r] = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
@@ -498,7 +507,7 @@ class Forward:
                 if cutlass.const_expr(first == 0):
                     if cO[r, 0][1] == 0:
                         _store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
-                o = exchanged.o + place * columns
+                o = exchanged.o + cute.assume(place * columns, columns)
                 for c in cutlass.range_constexpr(columns // THREADS_PER_ROW // 2):
                     column = _column(row, cO[r, 2 * c % each][1]) + 2 * c // each * BANKS
                     mine = first // THREADS_PER_ROW + 2 * c
@@ -523,7 +532,7 @@ class Forward:
             for group in cutlass.range_constexpr(config.key_warps):
                 place = group * config.tile_m + row
                 cute.autovec_copy(_floats(exchanged.of_rows, place, 2), of_rows[None, group])
-                handed = exchanged.o + place * columns
+                handed = exchanged.o + cute.assume(place * columns, columns)
                 cute.autovec_copy(_floats(handed, _column(row, piece * PIECE) // PIECE, PIECE), o[None, group])
             row_max, row_sum, merged = -Float32.inf, Float32(0.0), cute.make_rmem_tensor(PIECE, Float32)
             for group in cutlass.range_constexpr(config.key_warps):
@@ -627,7 +636,7 @@ class Forward:
 
 def _floats(place, n, count: int) -> cute.Tensor:
     """The n-th ``count`` floats from a place on."""
-    return cute.make_tensor((place + n * count).align(4 * count), cute.make_layout(count))
+    return cute.make_tensor((place + cute.assume(n * count, count)).align(4 * count), cute.make_layout(count))
 
 
 def _piece(row: cute.Tensor, piece) -> cute.Tensor:

@@ -30,7 +30,7 @@ class Scale:
         return 1.0
 
 
-NOWHERE, SCALE = Sequence(0), Scale()
+NOWHERE, SCALE, SERVING = Sequence(0), Scale(), SimpleNamespace(keys=None, stretches=None)
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class Block:
     def run(self):
         """All parts; the numbers of parts are their places, too."""
         self.part, stage, parity, end = 0, 0, 0, len(self.counts)
-        Kernel._begin.__wrapped__(self, self, SimpleNamespace(keys=None), 0, 0, 0, end)
+        Kernel._begin.__wrapped__(self, self, SERVING, 0, 0, 0, end)
         while self.part < end:
             following = Kernel._part.__wrapped__(
-                self, self, SimpleNamespace(keys=None), self.part, 0, self.part, end, stage, parity
+                self, self, SERVING, self.part, 0, self.part, end, stage, parity
             )
             assert following[:3] == (self.part + 1, 0, self.part + 1)
             self.part, stage, parity = following[0], following[3], 1 - parity
@@ -123,6 +123,7 @@ def test_every_tile_is_there_when_it_is_computed_with(counts, stages):
     plainly = {
         "next_part": lambda keys, i, before, at, end: (i + 1, 0, i + 1),
         "_either": lambda condition, x, y: x if condition else y,
+        "places_of": MagicMock(),
         "KeySource": lambda number, *_: SimpleNamespace(number=number),
         "Int32": int,
         **{name: MagicMock() for name in ("Softmax", "Scores", "Coordinates", "rows_columns", "scale_rows")},
