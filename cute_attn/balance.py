@@ -131,8 +131,8 @@ class CachedKeys:
                 begin = begin // 2 * 2  # two neighbouring keys that are loaded for begin at an even one
         if cutlass.const_expr(problem.bounded_right):
             end = cutlass.max(cutlass.min(keys + self.right, keys), begin)
-        tiles = cutlass.max((end - begin + config.tile_n - 1) // config.tile_n, 1)
-        row_tiles = (queries * self.packed + config.tile_m - 1) // config.tile_m
+        tiles = cutlass.max(divided(end - begin + config.tile_n - 1, config.tile_n)[0], 1)
+        row_tiles = divided(queries * self.packed + config.tile_m - 1, config.tile_m)[0]
         return Sequence(Int32(i), element, first, queries, pad, keys, begin, end, tiles, row_tiles)
 
     def walks(self, sequence: Sequence):
