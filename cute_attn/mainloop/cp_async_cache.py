@@ -5,8 +5,9 @@ of which copies keys of its own into a ring of its own and takes its rows' softm
 for but memory; a part's end merges what the groups found. If that is all of a walk, it is the result. If not, it goes to the
 workspace, and the block that comes last merges all parts.
 
-The ring goes on over the ends of parts: the last tiles of one start the copies of the next one's first tiles and queries, which
-therefore have two places, and what the groups exchange at an end lies in the one slot that no copy is on its way to.
+A slot of a ring is filled again as soon as its group is done with it, over the ends of parts: the last tiles of one start the
+copies of the next one's first tiles and queries, which therefore have two places. Only the last tile's slot waits until the
+groups have exchanged there what they found.
 
 Rows of K and V past the last key are read as that key instead, as in ``cp_async.py``. Where some rows see keys that others
 don't, tiles that are masked are looked through for values that are not finite (``guard.py``), always: they are few.
@@ -323,10 +324,10 @@ class Forward:
 
     @cute.jit
     def _begin(self, block: CacheBlock, serving: Serving, i, before, at, end):
-        """Start the first part's first copies: those of all stages but the last, and with the first those of its queries."""
+        """Start the first part's first copies: those of all stages, and with the first those of its queries."""
         seen = self._seen(serving, i, before, at, end)
         source = self._source(seen)
-        for n in cutlass.range(self.config.stages - 1, unroll=1):  # code that has come once comes sooner again
+        for n in cutlass.range(self.config.stages, unroll=1):  # code that has come once comes sooner again
             if n < seen.count:
                 self._copy(block, serving.keys, source, n, n)
             if n == 0:
@@ -335,9 +336,9 @@ class Forward:
 
     @cute.jit
     def _part(self, block: CacheBlock, serving: Serving, i, before, at, end, stage, parity):
-        """A part whose first copies have started, the first to ``stage``, and those of its queries to the place ``parity``.
-        Returns the next one, and its stage."""
-        config, keys, ahead = self.config, serving.keys, self.config.stages - 1
+        """A part whose first copies have started, as many as there are stages, the first to ``stage``, and those of its queries
+        to the place ``parity``. Returns the next one, and its stage."""
+        config, keys, ahead = self.config, serving.keys, self.config.stages
         seen = self._seen(serving, i, before, at, end)
         following = next_part(keys, i, before, seen.part.at + seen.part.end - seen.part.begin, end)
         then = self._seen(serving, *following, end)
@@ -351,16 +352,16 @@ class Forward:
         cS = Coordinates.of(block.mma_S, block.thread, (config.tile_m, self.keys_of_group))
 
         if cutlass.const_expr((config.tile_d, config.tile_dv) != (self.problem.head_dim, self.problem.head_dim_v)):
-            cute.arch.sync_threads()  # what groups exchanged lies where padding is cleared, and some may still read it
-            for x in (block.k, block.v):
+            for x in (block.k, block.v):  # again for each part: what groups exchange lies there, too
                 x.clear_padding()
         cute.arch.cp_async_wait_group(ahead - 1)
         self._publish()
         cute.arch.sync_threads()
         of_q = self._queries(block, parity)
 
-        for n in cutlass.range(seen.count, ahead, unroll=1):  # tiles that a longer part would have started itself
-            self._copy_ahead(block, serving, seen, then, n, (stage + n) % config.stages, parity)
+        primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
+        for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
+            self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
         for n in cutlass.range(seen.count, unroll=1):
             cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
@@ -371,7 +372,6 @@ class Forward:
             elif cutlass.const_expr(self.problem.masked):
                 if masked:
                     self._poison(block, slot)
-            self._copy_ahead(block, serving, seen, then, n + ahead, (stage + ahead) % config.stages, parity)
 
             acc_S = self._scores(block, of_q, slot)
             first = seen.sequence.begin + tile * config.tile_n + block.group * self.keys_of_group
@@ -380,11 +380,17 @@ class Forward:
             softmax.step(rows_columns(acc_S), rescale)
             scale_rows(rows, rescale)
             self._add(block, acc_S, acc_O, slot)
-            stage = (stage + 1) % config.stages
+            if n + 1 < seen.count:
+                self._sync_group(block)
+                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity)
+            stage = (stage + 1) % ahead
 
-        cute.arch.sync_threads()  # all groups are done with Q and with the slot that no copy is on its way to
-        exchanged = self._exchanged(block, (stage + ahead) % config.stages)
-        self._finish(block, serving, seen, places, rows, softmax, exchanged)
+        cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to
+        free = (stage + ahead - 1) % ahead
+        self._merge(block, serving, seen, places, rows, softmax, self._exchanged(block, free))
+        cute.arch.sync_threads()  # the slot is free, and what all have written is there for whoever sees that they have arrived
+        self._copy_ahead(block, serving, seen, then, seen.count + ahead - 1, free, parity)
+        self._arrive(block, serving, seen, places)
         return *following, stage
 
     @cute.jit
@@ -451,7 +457,7 @@ class Forward:
         return Exchanged(cute.recast_ptr(place, dtype=Float32), block.of_rows)
 
     @cute.jit
-    def _finish(
+    def _merge(
         self,
         block: CacheBlock,
         serving: Serving,
@@ -461,11 +467,9 @@ class Forward:
         softmax: Softmax,
         exchanged: Exchanged,
     ):
-        """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace; and if
-        all other parts are there, these, merged. ``rows`` are those of O."""
-        config, columns = self.config, self.lay.exchanged_columns(self.config)
-        part, workspace = seen.part, serving.workspace
-        exist = cutlass.min(seen.sequence.queries * serving.keys.packed - part.row_tile * config.tile_m, config.tile_m)
+        """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace.
+        ``rows`` are those of O."""
+        columns, exist = self.lay.exchanged_columns(self.config), self._exist(serving, seen)
         for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
             softmax.row_sum[r] = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
         for first in cutlass.range_constexpr(0, self.problem.head_dim_v, columns):
@@ -474,8 +478,17 @@ class Forward:
             self._hand_over(block, exchanged, rows, softmax, exist, first)
             cute.arch.sync_threads()
             self._merge_groups(exchanged, serving, seen, places, exist, first)
+
+    def _exist(self, serving: Serving, seen: SeenTiles):
+        """How many rows of the tile there are."""
+        first = seen.part.row_tile * self.config.tile_m
+        return cutlass.min(seen.sequence.queries * serving.keys.packed - first, self.config.tile_m)
+
+    @cute.jit
+    def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces):
+        """What all threads found is written: if it is the last part of its walk to be, merge all parts."""
+        workspace = serving.workspace
         if places.parts > 1:
-            cute.arch.sync_threads()  # what all have written is there for whoever sees that this one has arrived
             if cute.arch.thread_idx()[0] == 0:
                 counter = workspace.counters.iterator + places.counter
                 arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
@@ -484,7 +497,7 @@ class Forward:
                 block.word[0] = arrived
             cute.arch.sync_threads()
             if block.word[0] == places.parts - 1:
-                self._merge_parts(serving, seen, places, exist)
+                self._merge_parts(serving, seen, places, self._exist(serving, seen))
 
     @cute.jit
     def _hand_over(

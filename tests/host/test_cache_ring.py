@@ -101,7 +101,7 @@ class Block:
     def _copy_ahead(self, *what):
         Kernel._copy_ahead.__wrapped__(self, *what)
 
-    _publish = _sync_group = _finish = lambda self, *_: None
+    _publish = _sync_group = _merge = _arrive = lambda self, *_: None
 
     def run(self):
         """All parts; the numbers of parts are their places, too."""
