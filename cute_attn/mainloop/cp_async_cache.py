@@ -26,13 +26,16 @@ from cute_attn import layouts
 from cute_attn.balance import (
     CachedKeys,
     PartPlaces,
+    PartStart,
     Sequence,
     Stretches,
     WalkPart,
     divided,
     next_part,
+    part_from,
     part_of_stretch,
     places_of,
+    start_after,
 )
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
@@ -190,11 +193,14 @@ class Forward:
         i, before = keys.find(at, lanes)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
             i, before, at = next_part(keys, i, before, at, end)
+        head_kv, row_tile, begin, stage, parity = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
         if at < end:
-            self._begin(block, serving, i, before, at, end)
-        stage, parity = Int32(0), Int32(0)
+            part, _ = part_of_stretch(keys, keys.sequence(i), before, at, end)
+            head_kv, row_tile, begin = part.head_kv, part.row_tile, part.begin
+            self._begin(block, serving, PartStart(i, head_kv, row_tile, begin, at), end)
         while at < end:
-            i, before, at, stage = self._part(block, serving, i, before, at, end, stage, parity)
+            start = PartStart(i, head_kv, row_tile, begin, at)
+            i, head_kv, row_tile, begin, at, stage = self._part(block, serving, start, end, stage, parity)
             parity = 1 - parity
 
     # ---- setup -----------------------------------------------------------------------------------------------------
@@ -295,12 +301,11 @@ class Forward:
     # ---- a part of a walk --------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _seen(self, serving: Serving, i, before, at, end) -> SeenTiles:
-        """The part that begins at tile ``at`` of a block's, which go up to ``end``: of sequence i, before which there are
-        ``before`` tiles."""
+    def _seen(self, serving: Serving, start: PartStart, end) -> SeenTiles:
+        """The part that begins there, of a block whose tiles go up to ``end``."""
         config, keys = self.config, serving.keys
-        sequence = keys.sequence(i)
-        part, _ = part_of_stretch(keys, sequence, before, at, end)
+        sequence = keys.sequence(start.sequence)
+        part = part_from(keys, sequence, start, end)
         shift = sequence.keys - sequence.queries
         values = replace(serving.values, seqlen_q=sequence.queries, seqlen_k=sequence.keys, packed=keys.packed)
         values = replace(values, lo=shift - keys.left, hi=shift + keys.right)
@@ -323,9 +328,9 @@ class Forward:
         )
 
     @cute.jit
-    def _begin(self, block: CacheBlock, serving: Serving, i, before, at, end):
+    def _begin(self, block: CacheBlock, serving: Serving, start: PartStart, end):
         """Start the first part's first copies: those of all stages, and with the first those of its queries."""
-        seen = self._seen(serving, i, before, at, end)
+        seen = self._seen(serving, start, end)
         source = self._source(seen)
         for n in cutlass.range(self.config.stages, unroll=1):  # code that has come once comes sooner again
             if n < seen.count:
@@ -335,14 +340,14 @@ class Forward:
             cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def _part(self, block: CacheBlock, serving: Serving, i, before, at, end, stage, parity):
+    def _part(self, block: CacheBlock, serving: Serving, start: PartStart, end, stage, parity):
         """A part whose first copies have started, as many as there are stages, the first to ``stage``, and those of its queries
-        to the place ``parity``. Returns the next one, and its stage."""
+        to the place ``parity``. Returns the next one's start, and its stage."""
         config, keys, ahead = self.config, serving.keys, self.config.stages
-        seen = self._seen(serving, i, before, at, end)
-        following = next_part(keys, i, before, seen.part.at + seen.part.end - seen.part.begin, end)
-        then = self._seen(serving, *following, end)
-        then = replace(then, count=_either(following[2] < end, then.count, Int32(0)))
+        seen = self._seen(serving, start, end)
+        after = start_after(keys, seen.sequence, seen.part)
+        then = self._seen(serving, after, end)
+        then = replace(then, count=_either(after.at < end, then.count, Int32(0)))
         places = places_of(keys, seen.sequence, seen.part, serving.stretches)  # while copies are on their way
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)
@@ -391,7 +396,7 @@ class Forward:
         cute.arch.sync_threads()  # the slot is free, and what all have written is there for whoever sees that they have arrived
         self._copy_ahead(block, serving, seen, then, seen.count + ahead - 1, free, parity)
         self._arrive(block, serving, seen, places)
-        return *following, stage
+        return after.sequence, after.head_kv, after.row_tile, after.begin, after.at, stage
 
     @cute.jit
     def _poison(self, block: CacheBlock, slot):

@@ -22,6 +22,7 @@ from cutlass import cute
 module = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)
 Kernel = module["Forward"]
 Part = namedtuple("Part", "number at begin end row_tile", defaults=(0, 0, 1, 0))
+Start = namedtuple("Start", "at sequence head_kv row_tile begin", defaults=(0, 0, 0, 0))
 Sequence = namedtuple("Sequence", "begin")
 
 
@@ -80,9 +81,9 @@ class Block:
     def _source(self, seen):
         return SimpleNamespace(number=seen.part.number, all=lambda: (seen.part.number, 0, 0, 0))
 
-    def _seen(self, serving, number, before, at, end):
-        count = self.counts[number] if number < len(self.counts) else 7  # of a part that there isn't
-        return Seen(Part(number), count)
+    def _seen(self, serving, start, end):
+        count = self.counts[start.at] if start.at < len(self.counts) else 7  # of a part that there isn't
+        return Seen(Part(start.at), count)
 
     def _queries(self, block, parity):
         assert self.counts[self.part] == 0 or self.queries[parity] == self.part
@@ -106,13 +107,11 @@ class Block:
     def run(self):
         """All parts; the numbers of parts are their places, too."""
         self.part, stage, parity, end = 0, 0, 0, len(self.counts)
-        Kernel._begin.__wrapped__(self, self, SERVING, 0, 0, 0, end)
+        Kernel._begin.__wrapped__(self, self, SERVING, Start(0), end)
         while self.part < end:
-            following = Kernel._part.__wrapped__(
-                self, self, SERVING, self.part, 0, self.part, end, stage, parity
-            )
-            assert following[:3] == (self.part + 1, 0, self.part + 1)
-            self.part, stage, parity = following[0], following[3], 1 - parity
+            *_, at, stage = Kernel._part.__wrapped__(self, self, SERVING, Start(self.part), end, stage, parity)
+            assert at == self.part + 1
+            self.part, parity = at, 1 - parity
         self.wait(0)
 
 
@@ -121,7 +120,7 @@ def test_every_tile_is_there_when_it_is_computed_with(counts, stages):
     block = Block(counts, stages)
     names = Kernel._part.__wrapped__.__globals__
     plainly = {
-        "next_part": lambda keys, i, before, at, end: (i + 1, 0, i + 1),
+        "start_after": lambda keys, sequence, part: Start(part.number + 1),
         "_either": lambda condition, x, y: x if condition else y,
         "places_of": MagicMock(),
         "KeySource": lambda number, *_: SimpleNamespace(number=number),
