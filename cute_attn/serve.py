@@ -197,7 +197,7 @@ def _nothing_seen(call: Call, return_lse: bool, q, packed: bool):
 
 def even_blocks(blocks: int, walks: int) -> int:
     """The most blocks, of so many or up to a sixteenth fewer, on which ``walks`` of one length come out even: blocks have whole
-    ones, or walks whole blocks. Fewer results are partial then; and memory is the limit, which a few blocks fewer reach, too."""
+    ones, or walks whole blocks. Fewer results are partial then; and memory is the limit, which fewer blocks reach, too."""
     fewer = range(blocks, blocks - blocks // 16 - 1, -1)
     return next((n for n in fewer if walks and (n % walks == 0 or walks % n == 0)), blocks)
 

@@ -563,7 +563,8 @@ class Forward:
                 merged.store(merged.load() + o[None, group].load() * weight)
             piece += first // PIECE
             if places.parts == 1:
-                self._store(serving, seen, (row, piece), (row_max, row_sum), merged)
+                of_row = self._end_row(serving, seen, row, piece == 0, row_max, row_sum)
+                self._store(serving, seen, of_row, piece, merged)
             else:
                 into, of_row = workspace.of_row(places.of(places.number), row)
                 if piece == 0:
@@ -574,69 +575,57 @@ class Forward:
     @cute.jit
     def _merge_parts(self, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
         """All warps, each of rows of its own: all parts of a walk, in the order of their keys, to the outputs. A lane has the
-        maximum and the sum of one of 32 parts, and pieces of O of all of them."""
+        maximum and the sum of a row in one of the parts that are merged at once, and pieces of O of all of these."""
         workspace, exponent, parts = serving.workspace, seen.values.exponent(self.problem), places.parts
         pieces, warps, lane = self.problem.head_dim_v // PIECE, self.config.mma_warps, cute.arch.lane_idx()
         together, of_lane = self.lay.rows_merged(self.config), -(-pieces // WARP)  # rows at the same time, and pieces of each
         at_once = AT_ONCE // together // of_lane
         for first_row in cutlass.range(cute.arch.thread_idx()[0] // WARP, exist, warps * together, unroll=1):
             rows = [cutlass.min(first_row + j * warps, exist - 1) for j in range(together)]
+            my_row = cutlass.min(first_row + lane // at_once % together * warps, exist - 1)
             mine = [cutlass.min(lane + k * WARP, pieces - 1) for k in range(of_lane)]
             merged = cute.make_rmem_tensor((PIECE, of_lane, together), Float32)
             merged.fill(0.0)
             held = cute.make_rmem_tensor((PIECE, of_lane, together, at_once), Float32)
-            of_rows, more = (cute.make_rmem_tensor((2, together), Float32) for _ in range(2))
-            weights = cute.make_rmem_tensor(together, Float32)
-            for j in cutlass.range_constexpr(together):
-                of_rows[0, j], of_rows[1, j] = -Float32.inf, Float32(0.0)
+            of_row = cute.make_rmem_tensor(2, Float32)
+            row_max, row_sum = -Float32.inf, Float32(0.0)
             for part in cutlass.range(0, parts, at_once, unroll=1):
-                first = part % WARP  # among as many parts as there are lanes
-                if first == 0:
-                    place = places.of(cutlass.min(part + lane, parts - 1))
-                    for j in cutlass.range_constexpr(together):
-                        cute.autovec_copy(_floats(workspace.of_row(place, rows[j])[1], 0, 2), more[None, j])
-                for i in cutlass.range_constexpr(at_once):  # past the last one that one again, without weight
+                my_part = part + lane % at_once  # past the last one that one again, without weight
+                place = places.of(cutlass.min(my_part, parts - 1))
+                cute.autovec_copy(_floats(workspace.of_row(place, my_row)[1], 0, 2), of_row)
+                for i in cutlass.range_constexpr(at_once):
                     place = places.of(cutlass.min(part + i, parts - 1))
                     for j in cutlass.range_constexpr(together):
                         o = workspace.of_row(place, rows[j])[0]
                         for k in cutlass.range_constexpr(of_lane):
                             cute.autovec_copy(_floats(o, mine[k], PIECE), held[None, k, j, i])
-                if first == 0:
-                    for j in cutlass.range_constexpr(together):
-                        found = more[0, j] if part + lane < parts else -Float32.inf
-                        row_max = cute.arch.fmax(of_rows[0, j], cute.arch.warp_reduction_max(found))
-                        anchor = _anchor(row_max)
-                        old = cute.math.exp2((of_rows[0, j] - anchor) * exponent, fastmath=True)
-                        weight = cute.math.exp2((found - anchor) * exponent, fastmath=True)
-                        row_sum = cute.arch.warp_reduction_sum(more[1, j] * weight)
-                        of_rows[0, j], of_rows[1, j] = row_max, of_rows[1, j] * old + row_sum
-                        weights[j] = weight
+                found = of_row[0] if my_part < parts else -Float32.inf
+                old_max = row_max
+                row_max = cute.arch.fmax(row_max, cute.arch.warp_reduction_max(found, threads_in_group=at_once))
+                anchor = _anchor(row_max)
+                old = cute.math.exp2((old_max - anchor) * exponent, fastmath=True)
+                weight = cute.math.exp2((found - anchor) * exponent, fastmath=True)
+                row_sum = row_sum * old + cute.arch.warp_reduction_sum(of_row[1] * weight, threads_in_group=at_once)
+                for j in cutlass.range_constexpr(together):
+                    scale = cute.arch.shuffle_sync(old, j * at_once)
+                    for k in cutlass.range_constexpr(of_lane):
+                        merged[None, k, j].store(merged[None, k, j].load() * scale)
+                    for i in cutlass.range_constexpr(at_once):
+                        scale = cute.arch.shuffle_sync(weight, j * at_once + i)
                         for k in cutlass.range_constexpr(of_lane):
-                            merged[None, k, j].store(merged[None, k, j].load() * old)
-                for i in cutlass.range_constexpr(at_once):
-                    for j in cutlass.range_constexpr(together):
-                        weight = cute.arch.shuffle_sync(weights[j], first + i)
-                        for k in cutlass.range_constexpr(of_lane):
-                            weighted = held[None, k, j, i].load() * weight
+                            weighted = held[None, k, j, i].load() * scale
                             merged[None, k, j].store(merged[None, k, j].load() + weighted)
+            query, head, normalize = self._end_row(serving, seen, my_row, lane % at_once == 0, row_max, row_sum)
             for j in cutlass.range_constexpr(together):
+                of_row_j = [cute.arch.shuffle_sync(x, j * at_once) for x in (query, head, normalize)]
                 if first_row + j * warps < exist:
                     for k in cutlass.range_constexpr(of_lane):
                         if lane + k * WARP < pieces:
-                            of_row = of_rows[0, j], of_rows[1, j]
-                            self._store(serving, seen, (rows[j], mine[k]), of_row, merged[None, k, j])
+                            self._store(serving, seen, of_row_j, mine[k], merged[None, k, j])
 
     @cute.jit
-    def _store(self, serving: Serving, seen: SeenTiles, where: tuple, found: tuple, o: cute.Tensor):
-        """A piece of O of all keys to the outputs, and with piece 0 the row's log-sum-exp. ``where`` is (row, piece), ``found``
-        (maximum, sum)."""
-        of_row, normalize = self._store_lse(serving, seen, *where, *found)
-        _piece(of_row, where[1]).store((o.load() * normalize).to(of_row.element_type))
-
-    @cute.jit
-    def _store_lse(self, serving: Serving, seen: SeenTiles, row, column, row_max, row_sum):
-        """Of a row of all keys the log-sum-exp, by whoever has column 0; returns where its O goes, and what that is scaled
-        by."""
+    def _end_row(self, serving: Serving, seen: SeenTiles, row, writes, row_max, row_sum):
+        """Of a row of all keys ``(query, head, what its O is scaled by)``, and by whoever ``writes`` the log-sum-exp."""
         keys, outputs = serving.keys, serving.outputs
         query, head = divided(seen.part.row_tile * self.config.tile_m + row, keys.packed)
         head += seen.part.head_kv * keys.packed
@@ -644,9 +633,16 @@ class Forward:
         sink = None if outputs.sinks is None else outputs.sinks[head]
         normalize, lse = finished(row_max, row_sum, seen.values.exponent(self.problem), sink)
         if cutlass.const_expr(outputs.lse is not None):
-            if column == 0:
+            if writes:
                 outputs.lse[seen.sequence.element, head, query] = lse
-        return outputs.o[seen.sequence.element, query, head, None], normalize
+        return query, head, normalize
+
+    @cute.jit
+    def _store(self, serving: Serving, seen: SeenTiles, of_row: tuple, piece, o: cute.Tensor):
+        """A piece of O of all keys to the outputs; ``of_row`` is what :meth:`_end_row` gave."""
+        query, head, normalize = of_row
+        row = serving.outputs.o[seen.sequence.element, query, head, None]
+        _piece(row, piece).store((o.load() * normalize).to(row.element_type))
 
     def _identity(self) -> cute.Tensor:
         return cute.make_identity_tensor((self.config.tile_m, self.config.tile_dv))
