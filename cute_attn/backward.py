@@ -36,7 +36,8 @@ from cute_attn.sequences import Sequences, Span
 def host_function(problem, config):
     """The function of :data:`~cute_attn.fields.BACKWARD`'s values to compile."""
     mainloop = importlib.import_module(f"cute_attn.mainloop.{config.backward}").Backward(problem, config)
-    row_values, cast = RowValues(problem, config), CastQueries(problem, config)
+    row_values = RowValues(problem, config)
+    cast = CastQueries(problem, config, skips_unused=getattr(mainloop, "clears_queries", False))
 
     @cute.jit
     def backward(*arguments):
@@ -64,7 +65,7 @@ def host_function(problem, config):
         long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
-        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
+        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, dq if cast.skips_unused else None)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
         if cutlass.const_expr(signals is not None):
@@ -103,11 +104,11 @@ def _place(blocks, heads):
 
 
 class RowValues:
-    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums. A block takes as many
-    rows as it has threads for and padding is a multiple of; of ragged sequences, for each of which it has to search, as many as
-    are padded together."""
+    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums. A block takes twice as
+    many rows as it has threads for, and padding is a multiple of them; of ragged sequences, for each of which it has to search,
+    as many as are padded together."""
 
-    THREADS = 256
+    THREADS, AT_ONCE = 256, 2
 
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
@@ -115,8 +116,10 @@ class RowValues:
         self.threads_per_row = 4
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
-        self.rows = math.gcd(self.THREADS // self.threads_per_row, row_padding(config))
-        self.threads = self.rows * self.threads_per_row
+        at_once = row_padding(config) // self.AT_ONCE
+        self.apart = math.gcd(self.THREADS // self.threads_per_row, at_once)  # rows of a thread
+        self.threads = self.apart * self.threads_per_row
+        self.rows = self.AT_ONCE * self.apart
         self.steps = ROW_PADDING // self.rows if problem.ragged else 1
 
     @cute.jit
@@ -127,6 +130,7 @@ class RowValues:
             grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
             block=[self.threads, 1, 1],
             stream=stream,
+            preferred_smem_carveout=100,  # as the kernel that comes next has it
         )
 
     @cute.kernel
@@ -144,37 +148,51 @@ class RowValues:
 
     @cute.jit
     def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group):
-        """As many rows of a sequence as there are threads for, from ``first`` on: ``group`` of all."""
-        mQ, mO, mdO, mLSE_raw, mdLSE = inputs
-        head, batch = where
+        """As many rows of a sequence as a block takes at once, from ``first`` on: ``group`` of all. All that is read is asked
+        for before any of it is used."""
+        mO, mdO = (span.rows(m, where[0]) for m in inputs[1:3])
+        mLSE_raw = span.row_values(inputs[3], where[0])
         thread = cute.arch.thread_idx()[0]
         row, place = first + thread // self.threads_per_row, thread % self.threads_per_row
-        mO, mdO = (span.rows(m, head) for m in (mO, mdO))
-        exists = row < mO.shape[0]
-        total = Float32(0.0)
-        if exists and place * VECTOR < self.problem.head_dim_v:
-            o, do = (vector(m, row, place).load().to(Float32) for m in (mO, mdO))
-            total = (o * do).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
-        total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
-        if place == 0:
-            lse, delta = Float32.inf, Float32(0.0)
-            if exists:
-                lse = span.row_values(mLSE_raw, head)[row]
-                if lse != Float32.inf:
-                    delta = total
-                    if cutlass.const_expr(mdLSE is not None):
-                        delta = total - span.row_values(mdLSE, head)[row]
-                if cutlass.const_expr(self.problem.masked):
-                    lse, delta = self._marked(span.rows(mQ, head), row, total, lse, delta, signals)
-            padded = group * self.rows + thread // self.threads_per_row
-            rows.lse_raw[padded, head, batch] = lse
-            rows.delta[padded, head, batch] = delta
+        asked = []
+        for j in cutlass.range_constexpr(self.AT_ONCE):
+            o, do = (cute.make_rmem_tensor(VECTOR, m.element_type) for m in (mO, mdO))
+            o.fill(0.0), do.fill(0.0)
+            lse = Float32.inf
+            if row + j * self.apart < mO.shape[0]:
+                lse = mLSE_raw[row + j * self.apart]
+                if place * VECTOR < self.problem.head_dim_v:
+                    cute.autovec_copy(vector(mO, row + j * self.apart, place), o)
+                    cute.autovec_copy(vector(mdO, row + j * self.apart, place), do)
+            asked.append((o, do, lse))
+        for j, (o, do, lse) in enumerate(asked):
+            total = (o.load().to(Float32) * do.load().to(Float32)).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+            total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
+            if place == 0:
+                padded = group * self.rows + j * self.apart + thread // self.threads_per_row
+                self._row(inputs, rows, signals, span, where, row + j * self.apart, padded, lse, total)
         if cutlass.const_expr(dq_sum is not None and not self.first_stores):
-            clear = partial(self._clear, dq_sum[None, None, None, head, batch], group, thread)
+            clear = partial(self._clear, dq_sum[None, None, None, *where], group, thread)
             if cutlass.const_expr(span.length is None):  # noqa: SIM114
                 clear()
             elif first // self.config.tile_m * self.config.tile_m < span.length:  # nobody reads the sums of other tiles
                 clear()
+
+    @cute.jit
+    def _row(self, inputs, rows: Rows, signals: Signals | None, span: Span, where, row, padded, lse, total):
+        """Of one row, whose dO · O is ``total``, to its place in what is padded."""
+        mQ, mO, _, _, mdLSE = inputs
+        head, batch = where
+        delta = Float32(0.0)
+        if row < span.rows(mO, head).shape[0]:
+            if lse != Float32.inf:
+                delta = total
+                if cutlass.const_expr(mdLSE is not None):
+                    delta = total - span.row_values(mdLSE, head)[row]
+            if cutlass.const_expr(self.problem.masked):
+                lse, delta = self._marked(span.rows(mQ, head), row, total, lse, delta, signals)
+        rows.lse_raw[padded, head, batch] = lse
+        rows.delta[padded, head, batch] = delta
 
     @cute.jit
     def _marked(self, mQ: cute.Tensor, row, total, lse, delta, signals: Signals):
@@ -206,8 +224,9 @@ class CastQueries:
     """dQ = scale · its sums, in the inputs' dtype. A block takes the piece of one group of computing threads, each thread
     what it holds of it as an accumulator."""
 
-    def __init__(self, problem, config):
+    def __init__(self, problem, config, skips_unused: bool):
         self.problem, self.config = problem, config
+        self.skips_unused = skips_unused  # what has no row in use: the mainloop writes zeros there, beside its products
         self.lay = layouts.family(config)
         self.pieces = self.lay.pieces(config)
         # Whether a query tile's sums may be nothing yet: no key tile has come to it.
@@ -227,8 +246,9 @@ class CastQueries:
         count = len(self.pieces)
         block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
         m_block, piece = block // count, block % count
-        span, row_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
-        in_use = None if span.first is None else row_first < span.length
+        span, tile_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
+        row_first = tile_first
+        in_use = None if span.first is None else tile_first < span.length
         if cutlass.const_expr(counters is not None):
             in_use = counters[m_block, head, batch] != 0
         mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
@@ -242,7 +262,9 @@ class CastQueries:
             self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
         elif in_use:
             self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
-        else:
+        elif cutlass.const_expr(not self.skips_unused):  # noqa: SIM114
+            self._clear(mdQ, length, (row_first, column_first))
+        elif tile_first < span.length:  # rows in use that no key tile has come to
             self._clear(mdQ, length, (row_first, column_first))
 
     @cute.jit

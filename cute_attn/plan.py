@@ -18,6 +18,8 @@ from cute_attn.layouts.base import (
 )
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
+LISTS_DRAW = True  # whether tiles with lists are drawn by tickets in the forward pass
+SHORT_WALK = 16  # key tiles
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
 
 
@@ -64,6 +66,12 @@ def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int, edges: int) -> i
     with which at most one row in 32 is for nothing: padding of a sequence's last tile, or the two tiles' worth, of the half of
     all that a key tile visits, that each of ``edges`` cuts."""
     return max((rows for rows in choices[1:] if 32 * (-seqlen_q % rows + 2 * edges * rows) <= seqlen_q), default=choices[0])
+
+
+def takes_short(found: tuple[Config, ...], keys: int) -> bool:
+    """Whether the forward pass is to take the second of its configurations, if there is one: smaller tiles, where a query sees
+    16 of the first one's key tiles at most, half of them on average, which are ``keys``."""
+    return len(found) > 1 and keys <= SHORT_WALK * found[0].tile_n
 
 
 def takes_tickets(problem: Problem, config: Config) -> bool:
@@ -172,6 +180,8 @@ def explain(problem: Problem, config: Config) -> str:
     module = layouts.for_target(config.target)
     gpu, family = module.GPU, layouts.family(config)
     parts = family.smem_parts(config)
+    known = () if config.backward or config.cache else configs(problem, config.target, config.mechanism)
+    others = known[1:] if known[:1] == (config,) else ()
     lines = [
         f"problem     {problem.dtype}, head_dim {problem.head_dim} (V: {problem.head_dim_v}), {_rules(problem)}, "
         + (f"gradients of {', '.join(problem.gradients)}" if problem.gradients else "")
@@ -186,7 +196,8 @@ def explain(problem: Problem, config: Config) -> str:
             + f" of {', '.join(module.MECHANISMS)}"
         ),
         f"tiles       {config.tile_m} queries × {config.tile_n} keys, from {layouts.source(module)}; "
-        f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})",
+        f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})"
+        + "".join(f"; {x.tile_m} × {x.tile_n} where a query sees {SHORT_WALK} tiles of keys at most" for x in others),
         f"pipeline    {config.stages} tiles of {'Q and of dO' if config.backward else 'K and of V'} in flight; "
         f"{config.mma_warps} warps compute"
         + (", 4 more copy" if config.threads > config.mma_threads else " and copy")

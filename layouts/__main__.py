@@ -173,8 +173,8 @@ def configs(
             for dim in (head_dim,) if head_dim else operands.TILE_DIMS:
                 for name in dtypes:
                     for bounded, ordered in product((False, True), (False, True) if gradients else (False,)):
-                        asked = {"bounded_right": bounded, "gradients": gradients, "deterministic": ordered}
-                        problem = Problem(name, dim, head_dim_v or dim, **asked)
+                        problem = Problem(name, dim, head_dim_v or dim, bounded_right=bounded, gradients=gradients)
+                        problem = replace(problem, deterministic=ordered)
                         for config in module.configs(problem, mechanism, target):
                             # Blocks that share a key tile have the layouts of one that doesn't.
                             found.setdefault(replace(config, head_blocks=1), head_dim)

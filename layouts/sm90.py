@@ -71,6 +71,9 @@ MMA_SYNC_TABLE = {
     256: (128, 64, 2, 8, 1),
 }
 
+# For few keys under a right edge: two blocks of half the rows read K and V twice, but less of them is cut.
+MMA_SYNC_SHORT = {256: (64, 32, 2, 4, 2)}
+
 # The same for the backward pass.
 ADD_WIDTH = 4  # red.global.add.v4.f32
 MMA_SYNC_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
@@ -96,7 +99,7 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     if mechanism == "cp_async" and problem.gradients:
         return mma_sync_backward.configs(problem, MMA_SYNC_BACKWARD_TABLE, target, ADD_WIDTH)
     if mechanism == "cp_async":
-        return mma_sync.configs(problem, MMA_SYNC_TABLE, target)
+        return mma_sync.configs(problem, MMA_SYNC_TABLE, target, MMA_SYNC_SHORT)
     if problem.gradients:
         registers = REGISTERS_OF_DQ if problem.gradients == "q" else REGISTERS[2]
         tables = WGMMA_BACKWARD_TABLE, WGMMA_BACKWARD_ORDERED, WGMMA_BACKWARD_TALL, WGMMA_WIDE

@@ -23,7 +23,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_nothing_seen
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
-from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
+from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import KeyTiles, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
@@ -427,8 +427,8 @@ class Forward(Kernel):
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
         self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()))
-        self._drop(me, tile, top, acc_S)
         self._probabilities(frag, acc_S)
+        self._drop(me, frag, tile, top)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
         step = partial(self._step, me, frag, softmax, pipes, tile)
@@ -500,8 +500,8 @@ class Forward(Kernel):
         self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
-        self._drop(me, tile, n, acc_S)
         self._probabilities(frag, acc_S)
+        self._drop(me, frag, tile, n)
         if cutlass.const_expr(not (self.config.rescale_early or anchored)):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         return k_state
@@ -537,11 +537,12 @@ class Forward(Kernel):
             softmax.step(rows_columns(acc_S), frag.rescale, hold)
 
     @cute.jit
-    def _drop(self, me: ForwardWorker, tile: WarpgroupTile, n, acc_S):
-        """Dropout, once P·V of the tile before has left its registers."""
+    def _drop(self, me: ForwardWorker, frag: ForwardFragments, tile: WarpgroupTile, n):
+        """Dropout of P."""
         if cutlass.const_expr(self.problem.dropout):
-            origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-            Scores(me.cS, tile.values, self.problem).drop(acc_S, origin)
+            # Numbers that are drawn ahead would take registers that scores still have.
+            origin = (used_here(tile.row_first), tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
+            Scores(me.cS, tile.values, self.problem).drop(frag.tOrP, origin)
 
     @cute.jit
     def _exponentials_begin(self, positive: Float32):

@@ -23,6 +23,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
+from cute_attn.epilogue import store_zeros
 from cute_attn.layouts.base import STORED, cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
@@ -39,7 +40,7 @@ from cute_attn.mainloop.warpgroups import (
     rounded_operand,
 )
 from cute_attn.mainloop.work_queue import WorkQueue
-from cute_attn.scheduler import Work
+from cute_attn.scheduler import Tiles, Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
@@ -111,11 +112,14 @@ class Backward(KeyBlocks):
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.early_dv = config.tile_m // 32
-        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones it
-        # draws tickets. Only where blocks share a tile has each of them but one; and with lists, unless dQ has a fixed order.
+        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones,
+        # and of ragged sequences, where some positions have none, it draws tickets. Only where blocks share a tile has each of
+        # them but one; and with lists, unless dQ has a fixed order.
         self.persistent = config.head_blocks == 1 and (not problem.blocks or problem.deterministic)
-        self.draws = problem.masked or problem.deterministic
+        self.draws = problem.masked or problem.deterministic or bool(problem.ragged)
         self.skips_unseen = bool(problem.ragged)
+        # Heads of 96 columns leave the copying warps no registers to find queries' tiles by.
+        self.clears_queries = self.persistent and self.needs_q and problem.has_unused("q") and config.tile_d != 96
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -136,7 +140,10 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
                 tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
-        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
+        queries = None
+        if cutlass.const_expr(self.clears_queries):
+            queries = Tiles.of(inputs.q.shape, tiles.heads_per_kv, self.config.tile_m, blocks, False, tiles.sequences)
+        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles, queries).launch(
             grid=[count * self.config.head_blocks, 1, 1],
             block=[self.config.threads, 1, 1],
             cluster=[self.config.head_blocks, 1, 1] if self.config.head_blocks > 1 else None,
@@ -147,7 +154,9 @@ class Backward(KeyBlocks):
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles):
+    def kernel(
+        self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles: Tiles, queries
+    ):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -155,22 +164,56 @@ class Backward(KeyBlocks):
                 cpasync.prefetch_descriptor(operand.atom)
         shared, pipes = self._setup()
         from_memory, into = (plain, rows, care), (gradients, signals)
-        roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
+        roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv, queries)
         if cutlass.const_expr(self.persistent):
             queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
-            roles(partial(self._lead, queue, tiles, signals), lambda part: queue.taker().each(part, NONE_DONE))
+            alone = partial(self._clear_keys, gradients) if self.problem.has_unused("k") else None
+            roles(partial(self._lead, queue, tiles, signals, alone), lambda part: queue.taker().each(part, NONE_DONE))
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
             tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
 
-    def _lead(self, queue: WorkQueue, tiles, signals, part):
-        """The warp that finds the block's tiles: its part of each."""
+    def _lead(self, queue: WorkQueue, tiles, signals, alone, part):
+        """The warp that finds the block's tiles: its part of each, and what it does ``alone``, while others compute."""
         first, following = cute.arch.block_idx()[0], tiles.position
         if self.draws:
             skipped = 0 if self.problem.deterministic else cute.arch.grid_dim()[0]
             following = lambda _: skipped + self._ticket(signals)  # noqa: E731
             first = following(0) if self.problem.deterministic else first
-        queue.lead(tiles, first, following, part, NONE_DONE)
+        queue.lead(tiles, first, following, part, NONE_DONE, alone)
+
+    @cute.jit
+    def _each_and_clear(self, mdQ: cute.Tensor, queries: Tiles, each: cutlass.Constexpr, part: cutlass.Constexpr):
+        """One warp: its part of each tile, and after each dQ of one of the block's tiles of queries without a row in use, while
+        others compute; in the end of those that are left."""
+        place = cute.make_rmem_tensor(3, Int32)  # how many of these there were, and where to go on (Tiles.seek)
+        place.fill(0)
+        each(partial(self._and_clear, mdQ, queries, place, part))
+        while place[0] >= 0:
+            self._clear_queries(mdQ, queries, place)
+
+    @cute.jit
+    def _and_clear(self, mdQ: cute.Tensor, queries: Tiles, place: cute.Tensor, part: cutlass.Constexpr, done, work: Work):
+        done = part(done, work)
+        if place[0] >= 0:
+            self._clear_queries(mdQ, queries, place)
+        return done
+
+    @cute.jit
+    def _clear_queries(self, mdQ: cute.Tensor, queries: Tiles, place: cute.Tensor):
+        """One warp: dQ of the next of these tiles; a negative ``place`` if there is none."""
+        turn = place[0]
+        work, first, before = queries.seek(queries.position(turn), place[1], place[2], unused=True)
+        if work.exists:
+            store_zeros(work.q.stored.rows(mdQ, work.head), work.block, (self.config.tile_m, self.config.tile_d))
+        place[0], place[1], place[2] = turn + 1 if work.exists else Int32(-1), first, before
+
+    @cute.jit
+    def _clear_keys(self, gradients: Gradients, work: Work):
+        """One warp: dK and dV of a tile without a row in use."""
+        for m, columns in ((gradients.mdK, self.config.tile_d), (gradients.mdV, self.config.tile_dv)):
+            if cutlass.const_expr(m is not None):
+                store_zeros(work.k.stored.rows(m, work.head), work.block, (self.config.tile_n, columns))
 
     @cute.jit
     def _ticket(self, signals: Signals):
@@ -190,6 +233,7 @@ class Backward(KeyBlocks):
         pipes,
         values: Values,
         heads_per_kv,
+        queries: Tiles | None,
         lead: cutlass.Constexpr,
         each: cutlass.Constexpr,
     ):
@@ -201,7 +245,11 @@ class Backward(KeyBlocks):
             if warp == COPY_K_Q_WARP:
                 lead(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)))
             if warp == COPY_V_DO_WARP:
-                each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
+                copy = partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care))
+                if cutlass.const_expr(queries is None):
+                    each(copy)
+                else:
+                    self._each_and_clear(into[0].rounded, queries, each, copy)
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
                     for stage in cutlass.range_constexpr(self.config.dq_stages):
@@ -566,6 +614,7 @@ class Backward(KeyBlocks):
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
         if cutlass.const_expr(self.needs_v):
+            values.scale_kept(frag.acc_dV)
             self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
             self._meet()
             self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)

@@ -180,6 +180,7 @@ class KeyGradients(KeyBlocks):
         acc_dV = side.acc
         if cutlass.const_expr(self.needs_v):
             shape = (self.config.tile_n, self.config.tile_dv)
+            values.scale_kept(acc_dV)
             self.clear_unused("dV", shape, "k", values.seqlen_k, work.block, acc_dV)
             group, copy = self.group(), self.lay.store_accumulator("dV", self.config)
             self.store(copy, acc_dV, operands.dv, shared.dv, group, 0, (work.block, work.head_kv, work.k))

@@ -220,7 +220,7 @@ def _one_kernel(config: Config) -> Walk:
     lanes |= _ring("Q", config, n, n, lingers=late) | _ring("dO", config, n, n)
     ds = _alternating("dS", config, lay.DS_STAGES, "write, read")
     lanes |= {name: [*cells[:-1], ("dV copied out", COPIED)] for name, cells in ds.items()}
-    dqs = list(_alternating("dQ", config, config.dq_stages, "write").values())
+    dqs = [list(cells) for cells in _alternating("dQ", config, config.dq_stages, "write").values()]
     if config.separate_dk:
         lanes["dK"] = [*[("", WAITS)] * len(_steps(config)), ("", WAITS), ("dK copied out", COPIED)]
     else:

@@ -45,6 +45,8 @@ def every_lane_arrives(request, monkeypatch):
     monkeypatch.setattr(launch, "plan", lambda *asked: replace(plan(*asked), every_lane_arrives=arrive))
     changed = lambda *asked: tuple(replace(config, every_lane_arrives=arrive) for config in configs(*asked))  # noqa: E731
     monkeypatch.setattr(launch, "configs", changed)
-    launch.prepared.cache_clear()
+    for cached in (launch.prepared, launch._choices):
+        cached.cache_clear()
     yield
-    launch.prepared.cache_clear()
+    for cached in (launch.prepared, launch._choices):
+        cached.cache_clear()

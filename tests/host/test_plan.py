@@ -11,7 +11,7 @@ import torch
 
 from cute_attn import layouts
 from cute_attn.layouts.base import KIB, Config, Gpu
-from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread, rows_of_query_tile
+from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread, rows_of_query_tile, takes_short
 from cute_attn.problem import Problem, check_call, problem_of
 
 HEAD_DIMS = range(8, 257, 8)
@@ -273,6 +273,17 @@ def test_a_head_is_padded_no_further_than_it_must(target, mechanism):
 def test_how_many_blocks_share_a_key_tile(tiles, heads_per_kv, unequal, blocks):
     assert head_blocks((1, 2, 4), tiles, heads_per_kv, 132, unequal) == blocks
     assert head_blocks((1,), tiles, heads_per_kv, 132, unequal) == 1
+
+
+def test_few_keys_have_smaller_tiles():
+    """On cp_async, of the widest heads under a right edge, where a query sees up to 16 tiles of 64 keys."""
+    problem = Problem("bfloat16", 256, 256, bounded_right=True)
+    found = configs(problem, "sm_90a", "cp_async")
+    assert [(x.tile_m, x.tile_n, x.blocks_per_multiprocessor) for x in found] == [(128, 64, 1), (64, 32, 2)]
+    assert [takes_short(found, keys) for keys in (1, 1024, 1025)] == [True, True, False]
+    assert "; 64 × 32 where a query sees 16 tiles of keys at most" in explain(problem, found[0])
+    for changed in ({"gradients": "qkv"}, {"bounded_right": False}, {"head_dim": 128, "head_dim_v": 128}):
+        assert not takes_short(configs(replace(problem, **changed), "sm_90a", "cp_async"), 1)
 
 
 def test_what_may_share_a_key_tile():
