@@ -52,7 +52,7 @@ WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
 WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {
     128: {"tile_m": 80, "separate_dk": False, "dq_stages": 1, "overlap_tiles": False},
 }
-# Where dQ is added in a fixed order, which makes those who add it wait.
+# Where dQ is added in a fixed order by unequal tiles, which makes those who add it wait.
 WGMMA_BACKWARD_ORDERED: dict[str, Any] = {"separate_dk": False, "dq_stages": 2}
 
 # Beyond, where the gradients of keys and of queries have a kernel each.

@@ -402,7 +402,7 @@ class Backward(KeyBlocks):
                 self._release_keys(pipes, k_state)
             elif visited.count > 0:
                 self._release_keys(pipes, k_state)
-        steps = done[1] + visited.count * visited.members(members)
+        steps = cute.arch.make_warp_uniform(done[1] + visited.count * visited.members(members))
         self._store(me, frag, operands, shared, values, work, steps)
 
     @cute.jit
