@@ -50,9 +50,9 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
     """The configurations for ``problem`` from a GPU's table, the wider padded head dim -> fields of Config; for heads wider
     than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread. They
     differ in how many blocks share a key tile; where dQ is added in a fixed order none do, since a tile is a ticket there, nor
-    where there is a list of all heads' query tiles. ``ordered`` is what is different in a fixed order of unequal tiles; ``tall``,
-    keyed like the table, what is with a higher query tile, for rectangles without a window: its edges would cut most of a
-    tile."""
+    where there is a list of all heads' query tiles. ``ordered`` is what is different in a fixed order of unequal tiles, and
+    ``tall``, keyed like the table, what is with a higher query tile, for rectangles without a window: its edges would cut most
+    of a tile."""
     head_blocks: tuple[int, ...] = (1,)
     plain = problem.gradients == "qkv" and not (
         problem.bounded_left or problem.ragged or problem.blocks or problem.has_places
