@@ -102,10 +102,10 @@ def _place(blocks, heads):
 
 
 class RowValues:
-    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums. A block takes as many
-    rows as it has threads for; of ragged sequences, for each of which it has to search, as many as are padded together."""
+    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums. A block takes twice as
+    many rows as it has threads for; of ragged sequences, for each of which it has to search, as many as are padded together."""
 
-    THREADS = 256
+    THREADS, AT_ONCE = 256, 2
 
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
@@ -113,7 +113,8 @@ class RowValues:
         self.threads_per_row = 4
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
-        self.rows = self.THREADS // self.threads_per_row
+        self.apart = self.THREADS // self.threads_per_row  # rows of a thread
+        self.rows = self.AT_ONCE * self.apart
         self.steps = ROW_PADDING // self.rows if problem.ragged else 1
 
     @cute.jit
@@ -124,6 +125,7 @@ class RowValues:
             grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
             block=[self.THREADS, 1, 1],
             stream=stream,
+            preferred_smem_carveout=100,  # as the kernel that comes next has it
         )
 
     @cute.kernel
@@ -141,37 +143,51 @@ class RowValues:
 
     @cute.jit
     def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group):
-        """As many rows of a sequence as there are threads for, from ``first`` on: ``group`` of all."""
-        mQ, mO, mdO, mLSE_raw, mdLSE = inputs
-        head, batch = where
+        """As many rows of a sequence as a block takes at once, from ``first`` on: ``group`` of all. All that is read is asked
+        for before any of it is used."""
+        mO, mdO = (span.rows(m, where[0]) for m in inputs[1:3])
+        mLSE_raw = span.row_values(inputs[3], where[0])
         thread = cute.arch.thread_idx()[0]
         row, place = first + thread // self.threads_per_row, thread % self.threads_per_row
-        mO, mdO = (span.rows(m, head) for m in (mO, mdO))
-        exists = row < mO.shape[0]
-        total = Float32(0.0)
-        if exists and place * VECTOR < self.problem.head_dim_v:
-            o, do = (vector(m, row, place).load().to(Float32) for m in (mO, mdO))
-            total = (o * do).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
-        total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
-        if place == 0:
-            lse, delta = Float32.inf, Float32(0.0)
-            if exists:
-                lse = span.row_values(mLSE_raw, head)[row]
-                if lse != Float32.inf:
-                    delta = total
-                    if cutlass.const_expr(mdLSE is not None):
-                        delta = total - span.row_values(mdLSE, head)[row]
-                if cutlass.const_expr(self.problem.masked):
-                    lse, delta = self._marked(span.rows(mQ, head), row, total, lse, delta, signals)
-            padded = group * self.rows + thread // self.threads_per_row
-            rows.lse_raw[padded, head, batch] = lse
-            rows.delta[padded, head, batch] = delta
+        asked = []
+        for j in cutlass.range_constexpr(self.AT_ONCE):
+            o, do = (cute.make_rmem_tensor(VECTOR, m.element_type) for m in (mO, mdO))
+            o.fill(0.0), do.fill(0.0)
+            lse = Float32.inf
+            if row + j * self.apart < mO.shape[0]:
+                lse = mLSE_raw[row + j * self.apart]
+                if place * VECTOR < self.problem.head_dim_v:
+                    cute.autovec_copy(vector(mO, row + j * self.apart, place), o)
+                    cute.autovec_copy(vector(mdO, row + j * self.apart, place), do)
+            asked.append((o, do, lse))
+        for j, (o, do, lse) in enumerate(asked):
+            total = (o.load().to(Float32) * do.load().to(Float32)).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+            total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
+            if place == 0:
+                padded = group * self.rows + j * self.apart + thread // self.threads_per_row
+                self._row(inputs, rows, signals, span, where, row + j * self.apart, padded, lse, total)
         if cutlass.const_expr(dq_sum is not None and not self.first_stores):
-            clear = partial(self._clear, dq_sum[None, None, None, head, batch], group, thread)
+            clear = partial(self._clear, dq_sum[None, None, None, *where], group, thread)
             if cutlass.const_expr(span.length is None):  # noqa: SIM114
                 clear()
             elif first // self.config.tile_m * self.config.tile_m < span.length:  # nobody reads the sums of other tiles
                 clear()
+
+    @cute.jit
+    def _row(self, inputs, rows: Rows, signals: Signals | None, span: Span, where, row, padded, lse, total):
+        """Of one row, whose dO · O is ``total``, to its place in what is padded."""
+        mQ, mO, _, _, mdLSE = inputs
+        head, batch = where
+        delta = Float32(0.0)
+        if row < span.rows(mO, head).shape[0]:
+            if lse != Float32.inf:
+                delta = total
+                if cutlass.const_expr(mdLSE is not None):
+                    delta = total - span.row_values(mdLSE, head)[row]
+            if cutlass.const_expr(self.problem.masked):
+                lse, delta = self._marked(span.rows(mQ, head), row, total, lse, delta, signals)
+        rows.lse_raw[padded, head, batch] = lse
+        rows.delta[padded, head, batch] = delta
 
     @cute.jit
     def _marked(self, mQ: cute.Tensor, row, total, lse, delta, signals: Signals):

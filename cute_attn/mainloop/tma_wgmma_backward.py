@@ -112,10 +112,11 @@ class Backward(KeyBlocks):
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.early_dv = config.tile_m // 32
-        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones it
-        # draws tickets. Only where blocks share a tile has each of them but one; and with lists, unless dQ has a fixed order.
+        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones,
+        # and of ragged sequences, where some positions have none, it draws tickets. Only where blocks share a tile has each of
+        # them but one; and with lists, unless dQ has a fixed order.
         self.persistent = config.head_blocks == 1 and (not problem.blocks or problem.deterministic)
-        self.draws = problem.masked or problem.deterministic
+        self.draws = problem.masked or problem.deterministic or bool(problem.ragged)
         self.skips_unseen = bool(problem.ragged)
         # Heads of 96 columns leave the copying warps no registers to find queries' tiles by.
         self.clears_queries = self.persistent and self.needs_q and problem.has_unused("q") and config.tile_d != 96
