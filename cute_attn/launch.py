@@ -160,12 +160,13 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     launch. Allocates these and, where tiles' costs are known on the device only, an int32 a tile; nothing else."""
     how = return_lse, for_backward, mechanism
     if call.plans and (planned := call.plans.get(how)) is not None:
-        with suppress(Refused):
+        try:
             if q.data_ptr() and k.data_ptr() and v.data_ptr():
                 return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
-        check_alike(q, k, v)  # what is refused is looked at here and below
-        if call.lengths is not None:
-            call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
+        except Refused:  # why is looked at here and below
+            check_alike(q, k, v)
+            if call.lengths is not None:
+                call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
     q, k, v = check_tensors_for_gpu(q, k, v, call)
     if call.empty:  # the backward pass won't look at lse_raw either
         out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, _of_dtype(torch.float32, q))
@@ -255,8 +256,10 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     """
     how = needs, deterministic, dlse is not None, mechanism
     if call.plans and (planned := call.plans.get(how)) is not None and 0 not in dout.stride():
-        with suppress(Refused):  # what is refused is copied below
+        try:
             return _gradients_as_planned(planned, call, needs, q, k, v, out, lse_raw, dout, dlse)
+        except Refused:  # suppress() would take longer; what is refused is copied below
+            pass
     # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise.
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
