@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -238,9 +237,11 @@ def _kept_call_of_lengths(q, k, v, lengths: tuple, *rules) -> Call:
 def _key(q, k, v, scale, causal, window, softcap, *more) -> tuple | None:
     """What an eager call on CUDA tensors is known by; None of any other, and where that can't be told at first sight."""
     usual = q.is_cuda and type(causal) is bool and are_usual_kinds(scale, window, softcap)
-    if usual and not (is_compiling() or dispatch_modes()):
-        with suppress(RuntimeError):  # a strided nested tensor
+    try:
+        if usual and not (is_compiling() or dispatch_modes()):
             return q.shape, k.shape, v.shape, q.dtype, q.get_device(), scale, causal, window, softcap, *more
+    except RuntimeError:  # a strided nested tensor
+        return None
     return None
 
 

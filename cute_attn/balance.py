@@ -30,6 +30,8 @@ from cutlass import Boolean, Int32, cute
 from cute_attn.layouts.base import WARP
 from cute_attn.stored import UNITS_MAX, unit_tiles
 
+COUNTED = 4  # warps' worth of sequences whose lengths are on their way at the same time
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -172,12 +174,14 @@ class CachedKeys:
     @cute.jit
     def all_tiles(self):
         """A whole warp: ``(how many tiles there are, tiles_of_lanes(0))``, for :meth:`find`."""
+        lane, more = cute.arch.lane_idx(), Int32(0)
+        for i in cutlass.range_constexpr(1, COUNTED):
+            more += self._tiles(i * WARP + lane)
         lanes = self.tiles_of_lanes(Int32(0))
         total = cute.arch.shuffle_sync(lanes[1], WARP - 1)
         if self.all_sequences > WARP:
-            more = Int32(0)
-            for first in cutlass.range(WARP, self.all_sequences, WARP, unroll=1):
-                more += self._tiles(first + cute.arch.lane_idx())
+            for first in cutlass.range(COUNTED * WARP, self.all_sequences, WARP, unroll=1):
+                more += self._tiles(first + lane)
             for step in (1, 2, 4, 8, 16):
                 more += cute.arch.shuffle_sync_bfly(more, step)
             total += more

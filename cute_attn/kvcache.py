@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 from torch.compiler import is_compiling
@@ -133,9 +132,11 @@ def attention_kvcache(
         rules = scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, backend, mechanism
         key = _key(q, k_cache, v_cache, where, new, sinks, rules)
         if (step := _steps.get(key)) is not None:
-            with suppress(launch.Refused):  # why is said below, or how they can be read
+            try:
                 out, lse = step(q, k_cache, v_cache, where, new, sinks, None)
                 return (out, lse) if return_lse else out
+            except launch.Refused:  # suppress() would take longer; why is said below, or how they can be read
+                pass
     of_sequences = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin
     call = check_call_of_cache(q, k_cache, v_cache, of_sequences, scale, causal, window, softcap)
     stored = call.stored

@@ -195,9 +195,10 @@ class Forward:
             i, before, at = next_part(keys, i, before, at, end)
         head_kv, row_tile, begin, stage, parity = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
         if at < end:
-            part, _ = part_of_stretch(keys, keys.sequence(i), before, at, end)
+            sequence = keys.sequence(i)
+            part, _ = part_of_stretch(keys, sequence, before, at, end)
             head_kv, row_tile, begin = part.head_kv, part.row_tile, part.begin
-            self._begin(block, serving, PartStart(i, head_kv, row_tile, begin, at), end)
+            self._begin(block, serving, self._seen(serving, sequence, part))
         while at < end:
             start = PartStart(i, head_kv, row_tile, begin, at)
             i, head_kv, row_tile, begin, at, stage = self._part(block, serving, start, end, stage, parity)
@@ -301,11 +302,15 @@ class Forward:
     # ---- a part of a walk --------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _seen(self, serving: Serving, start: PartStart, end) -> SeenTiles:
+    def _part_from(self, serving: Serving, start: PartStart, end) -> SeenTiles:
         """The part that begins there, of a block whose tiles go up to ``end``."""
+        sequence = serving.keys.sequence(start.sequence)
+        return self._seen(serving, sequence, part_from(serving.keys, sequence, start, end))
+
+    @cute.jit
+    def _seen(self, serving: Serving, sequence: Sequence, part: WalkPart) -> SeenTiles:
+        """What of a part its rows see."""
         config, keys = self.config, serving.keys
-        sequence = keys.sequence(start.sequence)
-        part = part_from(keys, sequence, start, end)
         shift = sequence.keys - sequence.queries
         values = replace(serving.values, seqlen_q=sequence.queries, seqlen_k=sequence.keys, packed=keys.packed)
         values = replace(values, lo=shift - keys.left, hi=shift + keys.right)
@@ -317,20 +322,24 @@ class Forward:
         last = cutlass.min(divided(row_first + config.tile_m - 1, keys.packed)[0], sequence.queries - 1)
         begin, past = band.key_range(first, last, sequence.keys, DeviceOps)
         whole_begin, whole_end = band.whole_range(first, last, sequence.keys, DeviceOps)
-        seen_begin = cutlass.max(part.begin, (begin - sequence.begin) // n)
-        seen_end = cutlass.min(part.end, (past - sequence.begin + n - 1) // n)
+
+        def tiles(key, and_begun: bool):
+            """Tiles up to a key: those that end before it, or all that have begun."""
+            return divided(cutlass.max(key - sequence.begin, 0) + and_begun * (n - 1), n)[0]
+
+        seen_begin = cutlass.max(part.begin, tiles(begin, False))
+        seen_end = cutlass.min(part.end, tiles(past, True))
         return SeenTiles(
             *(sequence, part, values),
             begin=seen_begin,
             count=cutlass.max(seen_end - seen_begin, 0),
-            whole_begin=(whole_begin - sequence.begin + n - 1) // n,
-            whole_end=cutlass.max(whole_end - sequence.begin, 0) // n,
+            whole_begin=tiles(whole_begin, True),
+            whole_end=tiles(whole_end, False),
         )
 
     @cute.jit
-    def _begin(self, block: CacheBlock, serving: Serving, start: PartStart, end):
+    def _begin(self, block: CacheBlock, serving: Serving, seen: SeenTiles):
         """Start the first part's first copies: those of all stages, and with the first those of its queries."""
-        seen = self._seen(serving, start, end)
         source = self._source(seen)
         for n in cutlass.range(self.config.stages, unroll=1):  # code that has come once comes sooner again
             if n < seen.count:
@@ -344,9 +353,9 @@ class Forward:
         """A part whose first copies have started, as many as there are stages, the first to ``stage``, and those of its queries
         to the place ``parity``. Returns the next one's start, and its stage."""
         config, keys, ahead = self.config, serving.keys, self.config.stages
-        seen = self._seen(serving, start, end)
+        seen = self._part_from(serving, start, end)
         after = start_after(keys, seen.sequence, seen.part)
-        then = self._seen(serving, after, end)
+        then = self._part_from(serving, after, end)
         then = replace(then, count=_either(after.at < end, then.count, Int32(0)))
         places = places_of(keys, seen.sequence, seen.part, serving.stretches)  # while copies are on their way
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)

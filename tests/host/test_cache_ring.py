@@ -81,7 +81,7 @@ class Block:
     def _source(self, seen):
         return SimpleNamespace(number=seen.part.number, all=lambda: (seen.part.number, 0, 0, 0))
 
-    def _seen(self, serving, start, end):
+    def _part_from(self, serving, start, end):
         count = self.counts[start.at] if start.at < len(self.counts) else 7  # of a part that there isn't
         return Seen(Part(start.at), count)
 
@@ -107,7 +107,7 @@ class Block:
     def run(self):
         """All parts; the numbers of parts are their places, too."""
         self.part, stage, parity, end = 0, 0, 0, len(self.counts)
-        Kernel._begin.__wrapped__(self, self, SERVING, Start(0), end)
+        Kernel._begin.__wrapped__(self, self, SERVING, self._part_from(SERVING, Start(0), end))
         while self.part < end:
             *_, at, stage = Kernel._part.__wrapped__(self, self, SERVING, Start(self.part), end, stage, parity)
             assert at == self.part + 1

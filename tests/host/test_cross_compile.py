@@ -138,18 +138,18 @@ CAPPED = (
     "whole tiles; it is faster than one without spills that looks for maxima"
 )
 EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
-    ("sm_80", "cp_async", 64): (128, TALL),
-    ("sm_80", "cp_async", 96): (192, TALL),
+    ("sm_80", "cp_async", 64): (96, TALL),
+    ("sm_80", "cp_async", 96): (160, TALL),
     ("sm_80", "cp_async", 128): (128, TALL),
-    ("sm_86", "cp_async", 64): (128, TALL),
-    ("sm_86", "cp_async", 96): (192, TALL),
+    ("sm_86", "cp_async", 64): (96, TALL),
+    ("sm_86", "cp_async", 96): (160, TALL),
     ("sm_86", "cp_async", 128): (128, TALL),
-    ("sm_90", "cp_async", 128): (32, TALL),
+    ("sm_90", "cp_async", 128): (64, TALL),
     ("sm_90a", "cp_async", 64): (160, TALL),
     ("sm_90a", "cp_async", 96): (160, TALL),
-    ("sm_90a", "cp_async", 128): (128, TALL),
+    ("sm_90a", "cp_async", 128): (160, TALL),
     ("sm_90a", "tma_wgmma", 64): (32, CAPPED),
-    ("sm_100", "cp_async", 128): (128, TALL),
+    ("sm_100", "cp_async", 128): (160, TALL),
     ("sm_120", "cp_async", 64): (160, TALL),
     ("sm_120", "cp_async", 96): (160, TALL),
     ("sm_120", "cp_async", 128): (128, TALL),
@@ -171,7 +171,7 @@ class Kernel(NamedTuple):
 
 
 def compile_kernel(problem: Problem, config: Config) -> Kernel:
-    """The mainloop's; one that resets tickets may come before it."""
+    """The mainloop's."""
     code = machine_code.compiled(problem, config)
     (smem_bytes,) = code.smem_bytes or [0]
     sass = cubin.code_of(code.sass, "mainloop")
