@@ -2,7 +2,8 @@
 
 A block owns 64 keys; two warpgroups walk over the query tiles side by side. The first takes Sᵀ = K·Qᵀ, P, and dV += Pᵀ·dO; the
 second dPᵀ = V·dOᵀ, dS, and dK += dSᵀ·Q. P passes from the first to the second in the operands' dtype, as it lies in registers.
-Each has its own pace: while one multiplies, the other takes exponentials or differences.
+Each has its own pace: while one multiplies, the other takes exponentials or differences. With ``overlap_tiles`` a tile's dV and
+dK run while the next one's P and dS are taken, and a third stage of Q and dO is on its way.
 
 What comes with a stage for each row (log-sum-exp, delta) has gone into a product before the stage is released. A read of shared
 memory that is merely issued before is not enough: where the release follows at once, the next tile's values have been seen to
