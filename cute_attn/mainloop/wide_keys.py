@@ -289,7 +289,9 @@ class KeyGradients(KeyBlocks):
         return state, p_state
 
     @cute.jit
-    def _keys_step(self, frag: KeyFragments, shared, pipes, values, work, visited, follows: cutlass.Constexpr, j, state, p_state):
+    def _keys_step(
+        self, frag: KeyFragments, shared, pipes, values, work, visited, follows: cutlass.Constexpr, j, state, p_state
+    ):
         """dS of a query tile, and dK, in the same way."""
         thread, dP = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("dP", self.config)
         pipes.do.consumer_wait(state)
