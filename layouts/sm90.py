@@ -47,13 +47,11 @@ WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
     128: {"tile_m": 64, "tile_n": 128, "stages": 2, "separate_dk": True, "overlap_tiles": True},
 }
 
-# The fields of higher query tiles, where few of their rows are padding or hidden: K and V are read from shared memory fewer
-# times. No registers are left for a product that runs into the next tile.
-WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {
-    128: {"tile_m": 80, "separate_dk": False, "dq_stages": 1, "overlap_tiles": False},
-}
+# The fields of higher query tiles, where few rows of the last one are padding: K and V are read from shared memory fewer times.
+# No registers are left for a product that runs into the next tile, nor memory for dK by itself.
+WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {128: {"tile_m": 80, "separate_dk": False, "overlap_tiles": False}}
 # Where dQ is added in a fixed order by unequal tiles, which makes those who add it wait.
-WGMMA_BACKWARD_ORDERED: dict[str, Any] = {"separate_dk": False, "dq_stages": 2}
+WGMMA_BACKWARD_ORDERED: dict[int, dict[str, Any]] = {64: {"separate_dk": False, "dq_stages": 2}}
 
 # Beyond, where the gradients of keys and of queries have a kernel each.
 WGMMA_WIDE: dict[int, dict[str, Any]] = {
