@@ -107,8 +107,6 @@ def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, c
 
 def _is_short(problem: Problem, mechanism: str | None, device: int, call: Call) -> bool:
     """Whether the forward pass of ``call`` takes the configuration for few keys."""
-    if call.lengths is not None:  # of which the host knows totals only
-        return False
     window = call.seqlen_k if call.left is None or call.right is None else call.left + call.right + 1
     return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window))
 

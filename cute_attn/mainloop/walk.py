@@ -22,7 +22,7 @@ from cute_attn.mainloop.common import DeviceOps, Values
 @dataclass(frozen=True)
 class KeyTiles:
     """The key tiles of one query tile: they begin at the first key any of its rows sees, not at a multiple of tile_n,
-    so that no key before it is ever read; or, with dropout, which is decided for 32 keys at a time, and with biases, of which
+    so that no key before it is ever read; or, with dropout, which is decided for 16 keys at a time, and with biases, of which
     two are loaded at a time, at a multiple of these.
     ``end`` is past the last one any sees; a last tile that is not full reads on.
 
