@@ -36,8 +36,7 @@ from cute_attn.sequences import Sequences, Span
 def host_function(problem, config):
     """The function of :data:`~cute_attn.fields.BACKWARD`'s values to compile."""
     mainloop = importlib.import_module(f"cute_attn.mainloop.{config.backward}").Backward(problem, config)
-    row_values = RowValues(problem, config)
-    cast = CastQueries(problem, config, skips_unused=getattr(mainloop, "clears_queries", False))
+    row_values, cast = RowValues(problem, config), CastQueries(problem, config)
 
     @cute.jit
     def backward(*arguments):
@@ -65,7 +64,7 @@ def host_function(problem, config):
         long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
-        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, dq if cast.skips_unused else None)
+        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
         if cutlass.const_expr(signals is not None):
@@ -130,7 +129,6 @@ class RowValues:
             grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
             block=[self.threads, 1, 1],
             stream=stream,
-            preferred_smem_carveout=100,  # as the kernel that comes next has it
         )
 
     @cute.kernel
@@ -224,9 +222,8 @@ class CastQueries:
     """dQ = scale · its sums, in the inputs' dtype. A block takes the piece of one group of computing threads, each thread
     what it holds of it as an accumulator."""
 
-    def __init__(self, problem, config, skips_unused: bool):
+    def __init__(self, problem, config):
         self.problem, self.config = problem, config
-        self.skips_unused = skips_unused  # what has no row in use: the mainloop writes zeros there, beside its products
         self.lay = layouts.family(config)
         self.pieces = self.lay.pieces(config)
         # Whether a query tile's sums may be nothing yet: no key tile has come to it.
@@ -246,9 +243,8 @@ class CastQueries:
         count = len(self.pieces)
         block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
         m_block, piece = block // count, block % count
-        span, tile_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
-        row_first = tile_first
-        in_use = None if span.first is None else tile_first < span.length
+        span, row_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
+        in_use = None if span.first is None else row_first < span.length
         if cutlass.const_expr(counters is not None):
             in_use = counters[m_block, head, batch] != 0
         mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
@@ -262,9 +258,7 @@ class CastQueries:
             self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
         elif in_use:
             self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
-        elif cutlass.const_expr(not self.skips_unused):  # noqa: SIM114
-            self._clear(mdQ, length, (row_first, column_first))
-        elif tile_first < span.length:  # rows in use that no key tile has come to
+        else:
             self._clear(mdQ, length, (row_first, column_first))
 
     @cute.jit

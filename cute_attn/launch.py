@@ -1,8 +1,8 @@
 """From torch's tensors to a kernel on the caller's device and stream.
 
 tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
-Nothing here synchronises, and the forward pass allocates nothing but its outputs; memory for tickets, where sequences are
-ragged or have block masks, stays (``workspace.py``).
+Nothing here synchronises, and the forward pass allocates nothing but its outputs, and tickets where sequences are ragged or
+have block masks; those of kept calls stay (``workspace.py``).
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
         try:
             if q.data_ptr() and k.data_ptr() and v.data_ptr():
                 return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
-        except Refused:  # why is looked at here and below
+        except RuntimeError:  # Refused, or one has no address: why is looked at here and below
             check_alike(q, k, v)
             if call.lengths is not None:
                 call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
@@ -209,7 +209,11 @@ def _forward_as_planned(planned: _PlannedForward, call: Call, return_lse: bool, 
     if tile is not None:
         key_lists = call.blocks.key_lists(*tile, call.batch, call.heads)
         kinds = call.blocks.kinds.expand(call.batch, call.heads, -1, -1)
-    drawn = _tickets.of(q, device, raw_stream(device), TICKET_COUNTERS, tickets).words if tickets else None
+    drawn = None
+    if tickets and call.plans is None:  # memory that stays is for eager calls: where torch makes graphs, it counts what is left
+        drawn = q.new_zeros(TICKET_COUNTERS + tickets, dtype=torch.int32)
+    elif tickets:
+        drawn = _tickets.of(q, device, raw_stream(device), TICKET_COUNTERS, tickets).words
     launch(function, device, call, (q, k, v, out, lse, lse_raw, drawn, sinks, key_lists, kinds), rest)
     return out, lse, lse_raw
 

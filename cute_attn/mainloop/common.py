@@ -138,14 +138,12 @@ class Gradients:
     """Where the main kernel of the backward pass puts the gradients; what is not asked for is ``None``.
 
     ``mdQ`` is float32 sums, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block,
-    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``. Where there are sums,
-    ``rounded`` is dQ itself for zeros in its tiles without a row in use, if the kernel writes these.
+    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``.
     """
 
     mdQ: cute.Tensor | None
     mdK: cute.Tensor | None
     mdV: cute.Tensor | None
-    rounded: cute.Tensor | None = None
 
 
 @dataclass(frozen=True)
