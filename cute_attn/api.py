@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -25,6 +26,7 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _NUMBER, _REACH, _FLAG = frozenset({float, type(None)}), frozenset({int, type(None)}), frozenset({bool})
 _kept: dict[tuple, Call] = {}
+LEAST_SCALE_OF_RAMPS = 2.0**-40  # they are divided by the scale, and must stay far from infinity
 KEPT_MAX = 1024  # calls; each of another shape or rule
 _UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
 
@@ -324,8 +326,11 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
         if "torch._dynamo" in sys.modules and not _UNSEEN:
             _UNSEEN.append(torch.compiler.disable(traced))
         trace = _UNSEEN[0] if _UNSEEN else traced
-        found = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths)
-        call.expression, call.captured = found
+        behind = call.right is not None and call.right <= 0
+        expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths, behind)
+        if expression.ramp is not None and (call.softcap or call.scale < LEAST_SCALE_OF_RAMPS):
+            expression = replace(expression, ramp=None)
+        call.expression = expression
 
 
 def _checked_dropout(p: object) -> float:

@@ -253,7 +253,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
         return found
     dsinks = None
     if call.sinks is not None and call.sinks.requires_grad:
-        natural = call.expression and call.expression.score is not None
+        natural = call.expression and call.expression.natural
         unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
         weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
         dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)

@@ -8,7 +8,7 @@ outweighs all others.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 from cutlass import Float32, Int32, Uint32, cute
@@ -106,7 +106,7 @@ class Scores:
     unrolls: cutlass.Constexpr[bool] = True
 
     @cute.jit
-    def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None):
+    def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None, apart: cutlass.Constexpr[bool] = False):
         """An accumulator's products to scores, in place, −inf where a query does not see a key.
 
         ``origin`` is the tile's first row and column in the sequence. ``masked`` is a Python bool where the loop knows it, a
@@ -114,10 +114,14 @@ class Scores:
         thread's keys are): see ``guard.py``.
 
         A user's score is computed here in the forward pass, and in the backward pass in :meth:`probabilities`, with its slope.
+        What a ramp adds in a tile's first column is a number for each of a thread's rows, which is returned where it is to stay
+        ``apart``; None where there is no ramp, or none apart.
         """
-        scores = rows_columns(acc)
+        scores, begins = rows_columns(acc), None
         self._cap(scores)
-        if cutlass.const_expr(self.problem.expression.score is not None and not self.problem.gradients):
+        if cutlass.const_expr(self.problem.expression.ramp is not None and not self._ramp_is_late):
+            begins = self._add_ramp(scores, origin, apart)
+        elif cutlass.const_expr(self.problem.expression.natural and not self.problem.gradients):
             self._score(scores, self._elements(origin))
         if cutlass.const_expr(hidden is not None):
             if hidden[0]:
@@ -130,6 +134,12 @@ class Scores:
                 mask(scores, origin)
         elif cutlass.const_expr(masked):
             mask(scores, origin)
+        return begins
+
+    @property
+    def _ramp_is_late(self) -> bool:
+        """Whether a ramp is added with the log-sum-exp, which takes less of the columns, where there are two rows."""
+        return self.transposed and bool(self.problem.gradients) and not self.problem.dropout
 
     def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None) -> cute.Tensor:
         """An accumulator's scores to P in place; returns it, for dV. Where a rule has a slope, to P ∘ the slopes, which is what
@@ -140,13 +150,15 @@ class Scores:
         dropout: what dV takes of P, and P is as it was for dS."""
         scale_log2, softcap, scores = self.values.scale_log2, self.problem.softcap, rows_columns(acc)
         apart = self.problem.dropout or softcap or self.problem.expression.slope is not None or self._takes_scores
-        if self.problem.expression.score is not None or (self.problem.dropout and self.transposed):
+        if self.problem.expression.natural or (self.problem.dropout and self.transposed):
             rounded = cute.make_rmem_tensor_like(acc, dtype) if self.transposed and apart else acc
             if self.transposed or not self._takes_scores:
                 self._changed_probabilities(scores, lse_raw, origin, None if rounded is acc else rows_columns(rounded), kept)
             return rounded
         if not self.transposed:
             _probabilities_by_row(scores, lse_raw, scale_log2, softcap)
+        elif self.problem.expression.ramp is not None:
+            _probabilities_on_ramp(scores, lse_raw, scale_log2, self._ramp(origin))
         elif softcap:
             rounded = cute.make_rmem_tensor_like(acc, dtype)
             _capped_probabilities(scores, lse_raw, scale_log2, rows_columns(rounded))
@@ -263,6 +275,29 @@ class Scores:
                 self._load_pairs(scores, elements, c)
             scores[r, c] = elements.value(self.problem.expression.score, r, c, scores[r, c] * natural)
 
+    def _ramp(self, origin):
+        """What a ramp adds to scores in their own unit: ``(begins, steps)``, of each of a thread's rows what it adds in the
+        tile's first column, and functions of a column that say how much more it is there: a multiple known at compile time."""
+        ramp, elements, values = self.problem.expression.ramp, self._elements(origin), self.values
+        along_row, along_column = ("kv_idx", "q_idx") if self.transposed else ("q_idx", "kv_idx")
+        fixed = (values.seqlen_k - values.seqlen_q) * ramp.of("shift") + ramp.constant
+        first = origin[1] + self.where.thread[0, 0][1]
+        begins, steps = cute.make_rmem_tensor(cute.size(self.where.zero, mode=[0]), Float32), []
+        for r in range(cute.size(begins)):
+            rise = _rise(ramp, elements, values, r) if values.rise is None else values.rise
+            row = values.query(origin[0] + self.where.thread[r, 0][0])
+            begins[r] = rise * Float32(row * ramp.of(along_row) + first * ramp.of(along_column) + fixed)
+            steps.append(lambda c, rise=rise: rise * Float32(ramp.of(along_column) * self.where.zero[0, c][1]))
+        return begins, steps
+
+    def _add_ramp(self, scores: cute.Tensor, origin, apart: bool) -> cute.Tensor | None:
+        begins, steps = self._ramp(origin)
+        for r in range(cute.size(begins)):
+            for c in range(cute.size(scores, mode=[1])):
+                here = scores[r, c] + steps[r](c)
+                scores[r, c] = here if apart else here + begins[r]
+        return begins if apart else None
+
     def _load_pairs(self, scores: cute.Tensor, elements: Elements, first: int):
         """Begin to load what some columns from the first on will take, so that many loads are on their way at the same time."""
         rows, columns = (cute.size(scores, mode=[mode]) for mode in range(2))
@@ -296,7 +331,7 @@ class Scores:
         expression, natural, slopes = self.problem.expression, self.values.scale_log2 * LN_2, None
         if self.problem.softcap:
             slopes = _slope(score)
-        if expression.score is None:
+        if not expression.natural:
             return cute.math.exp2((score - lse) * self.values.scale_log2, fastmath=True), slopes
         counts = score > HIDDEN
         changed = _select(counts, elements.value(expression.score, r, c, score * natural), score)
@@ -443,12 +478,37 @@ class Scores:
                 scores[r, c] = scores[r, c] if visible else -Float32.inf
 
 
+def with_rise(values: Values, problem) -> Values:
+    """The values of a head with what is the same in all of its tiles, so that it is loaded and computed once."""
+    ramp = problem.expression.ramp
+    if ramp is None or values.packed is not None:
+        return values
+    place = {"batch": values.sequence, "head": values.head}
+    elements = Elements(problem.expression, values.captured, lambda name, row, column: place[name], set(), "")
+    return replace(values, rise=_rise(ramp, elements, values, 0))
+
+
+def _rise(ramp, elements: Elements, values: Values, row: int) -> Float32:
+    return elements.value(ramp.factor, row, 0) * (cute.arch.rcp_approx(values.scale_log2 * LN_2) * ramp.sign)
+
+
 def _probabilities(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32):
     """``scores`` (keys, queries) to P in place, with the log-sum-exp of each query in shared memory."""
     for c, lse in _pairs(lse_raw):
         for r in range(cute.size(scores, mode=[0])):
             for i in range(2):
                 scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2, fastmath=True)
+
+
+def _probabilities_on_ramp(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, ramp: tuple):
+    """The same of scores to which a ramp is yet to be added, whose steps are the same for all of a thread's rows."""
+    begins, steps = ramp
+    for c, lse in _pairs(lse_raw):
+        for i in range(2):
+            less = lse[i] - steps[0](c + i)
+            for r in range(cute.size(scores, mode=[0])):
+                exponent = (scores[r, c + i] - less) * scale_log2 + begins[r] * scale_log2
+                scores[r, c + i] = cute.math.exp2(exponent, fastmath=True)
 
 
 def _capped_probabilities(t: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, rounded: cute.Tensor):

@@ -24,7 +24,7 @@ from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_noth
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
-from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import KeyTiles, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
@@ -99,8 +99,7 @@ class Forward(Kernel):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         # float16 has no room for weights above 1, and what a function makes of scores may hide any key.
-        unchanged = not problem.expression or (bool(problem.blocks) and problem.expression.score is None)
-        self.anchored = config.dtype == "bfloat16" and unchanged
+        self.anchored = config.dtype == "bfloat16" and not problem.masks_all and not problem.expression.natural
         self.careful = problem.masked
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
@@ -347,7 +346,7 @@ class Forward(Kernel):
         o, mLSE = into
         q_phase, kv_state = state
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
-        values = values.of(work)
+        values = with_rise(values.of(work), self.problem)
         block = work.block * self.warpgroups + me.warpgroup
         keys = KeyTiles.of(values, self.problem, work.block, config)
         if cutlass.const_expr(self.anchored):
@@ -530,11 +529,11 @@ class Forward(Kernel):
     ):
         n, masked = where
         origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-        Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
+        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True)
         if cutlass.const_expr(anchored):
-            softmax.anchored_step(rows_columns(acc_S))
+            softmax.anchored_step(rows_columns(acc_S), begins)
         else:
-            softmax.step(rows_columns(acc_S), frag.rescale, hold)
+            softmax.step(rows_columns(acc_S), frag.rescale, hold, begins)
 
     @cute.jit
     def _drop(self, me: ForwardWorker, tile: WarpgroupTile, n, acc_S):

@@ -28,7 +28,7 @@ from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import of_keys
-from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
@@ -331,13 +331,14 @@ class Backward(KeyBlocks):
         else:
             if visited.count > 0:
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
-        i = Int32(0)
+        i, round = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
-            m_block, member = visited.tile(i, j // visited.count, self.problem)
+            m_block, member = visited.tile(i, round, self.problem)
             tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
-            of_head = values.of_head(work.head + member)
+            of_head = with_rise(values.of_head(work.head + member), self.problem)
             state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
+            round = round + 1 if i == 0 else round
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
         if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
