@@ -14,8 +14,7 @@ share the keys. The lower TILE_BITS bits of an entry are the tile's number.
   i-th list to be taken. Those that are cut and come before all whole ones, as a window's left edge does, are the last in a
   list; the third word says where they begin. Above an entry's number are two bits for each 64 rows of the query tile: whether
   they see none of its keys, or all.
-- **Of query tiles** an entry also has which member of the heads that share the keys it is of. Where all heads have the same
-  mask, there are entries of one, each for as many heads as the third word says.
+- **Of query tiles** an entry also has which member of the heads that share the keys it is of.
 
 Memory is taken by blocks and tiles, never by pairs of a query and a key.
 """
@@ -31,7 +30,7 @@ from torch.nn.functional import pad
 
 from cute_attn.arguments import shown
 from cute_attn.expressions import Expression, TorchOps, traced
-from cute_attn.layouts.base import BLOCK, CUT, NONE, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE, WHOLE_BIT
+from cute_attn.layouts.base import BLOCK, CUT, KIND_BITS, NONE, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE, WHOLE_BIT
 from cute_attn.private import raw_stream
 
 ROWS_OF_WARPGROUP = 64
@@ -97,6 +96,16 @@ class BlockMask:
         """How many key tiles before each one a query tile visits, int32 ``(batch, heads, m_blocks, n_blocks)``."""
         return self._keep("ranks", self._ranks, tile_m, tile_n).expand(batch, heads, -1, -1)
 
+    def kinds_in_a_row(self, batch: int, heads: int) -> torch.Tensor:
+        """Of each block the kinds of it and the next ones in its row, two bits each from the lowest on, uint8, as ``kinds``."""
+        return self._keep("kinds", self._kinds_in_a_row).expand(batch, heads, -1, -1)
+
+    def _kinds_in_a_row(self) -> torch.Tensor:
+        found = self.kinds.clone()
+        for i in range(1, 8 // KIND_BITS):
+            found[..., :-i] |= self.kinds[..., i:] << i * KIND_BITS
+        return found
+
     def _seen(self, tile_m: int, tile_n: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Whether no key of a tile is seen, and whether all of them are, by each ``rows`` of its rows, bool ``(batch, heads,
         m_blocks, tile_m / rows, n_blocks)``. Rows that there aren't see none and all."""
@@ -127,19 +136,14 @@ class BlockMask:
 
     def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
         kinds = self.tiles(tile_m, tile_n).transpose(2, 3)
+        kinds = kinds.expand(-1, members, -1, -1) if self.heads == 1 else kinds
         numbers = torch.arange(kinds.shape[3], dtype=torch.int32, device=kinds.device)
-        if self.heads == 1:
-            return self._cut_first(kinds, numbers, members)
         numbers = numbers + (torch.arange(members, dtype=torch.int32, device=kinds.device) << TILE_BITS)[:, None]
         kinds = kinds.unflatten(1, (-1, members)).transpose(2, 3).flatten(3)
-        return self._cut_first(kinds, numbers.flatten(), 1)
-
-    @staticmethod
-    def _cut_first(kinds: torch.Tensor, numbers: torch.Tensor, repeats: int) -> torch.Tensor:
         order, where = (kinds - CUT).sort(dim=-1, stable=True)  # 0, 1 if whole, and 255
         cut, total = (order < 1).sum(3), (order < 2).sum(3)
-        header = cut, total, torch.full_like(cut, repeats), torch.zeros_like(cut)
-        return _listed(numbers.expand(kinds.shape).gather(3, where), *header)
+        entries = numbers.flatten().expand(kinds.shape).gather(3, where)
+        return _listed(entries, cut, total, torch.zeros_like(cut), torch.zeros_like(cut))
 
     def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
         seen = self.tiles(tile_m, tile_n).ne(NONE).int()

@@ -208,7 +208,7 @@ def launch(
 ) -> None:
     """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    kinds = None if call.blocks is None else call.blocks.kinds.expand(call.batch, call.heads, -1, -1)
+    kinds = None if call.blocks is None else call.blocks.kinds_in_a_row(call.batch, call.heads)
     _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks, key_lists, kinds))
 
 

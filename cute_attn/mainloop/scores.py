@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import dropout
-from cute_attn.layouts.base import BLOCK, CUT, NONE
+from cute_attn.layouts.base import BLOCK, CUT, KIND_BITS, NONE
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop.captured import CapturedGradients
 from cute_attn.mainloop.common import DeviceOps, Values
@@ -23,6 +24,7 @@ from cute_attn.mainloop.guard import HIDDEN
 from cute_attn.rules import LN_2, LOG2_E, rational_tanh, softcap_slope, softcap_tanh
 
 PAIRS_AHEAD = 16  # columns
+ROWS = 64  # of a tile, or of a warpgroup's part of it, at most where masks are unrolled
 
 
 class UsualCapOps:
@@ -106,7 +108,7 @@ class Scores:
     unrolls: cutlass.Constexpr[bool] = True
 
     @cute.jit
-    def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None, apart: cutlass.Constexpr[bool] = False):
+    def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None, apart: cutlass.Constexpr[bool] = False, kinds=None):
         """An accumulator's products to scores, in place, −inf where a query does not see a key.
 
         ``origin`` is the tile's first row and column in the sequence. ``masked`` is a Python bool where the loop knows it, a
@@ -115,7 +117,7 @@ class Scores:
 
         A user's score is computed here in the forward pass, and in the backward pass in :meth:`probabilities`, with its slope.
         What a ramp adds in a tile's first column is a number for each of a thread's rows, which is returned where it is to stay
-        ``apart``; None where there is no ramp, or none apart.
+        ``apart``; None where there is no ramp, or none apart. ``kinds`` are the tile's :meth:`kinds`.
         """
         scores, begins = rows_columns(acc), None
         self._cap(scores)
@@ -126,7 +128,7 @@ class Scores:
         if cutlass.const_expr(hidden is not None):
             if hidden[0]:
                 self._hide(scores, hidden[1])
-        mask = self._mask_listed if self.problem.blocks else self._mask
+        mask = partial(self._mask_listed, kinds=kinds) if self.problem.blocks else self._mask
         if cutlass.const_expr(self.problem.masks_all):
             self._mask(scores, origin)
         elif cutlass.const_expr(not isinstance(masked, bool)):
@@ -387,49 +389,48 @@ class Scores:
             scores[r, c] = _select(elements.value(self.problem.expression.mask, r, c), scores[r, c], Float32(-Float32.inf))
 
     @cute.jit
-    def _mask_listed(self, scores: cute.Tensor, origin):
-        """A tile that a block mask's function cuts; there is no band beside it, but a last key."""
+    def _mask_listed(self, scores: cute.Tensor, origin, kinds=None):
+        """A tile that a block mask's function cuts; there is no band beside it, but a last key. With ``kinds`` block by block: the
+        loop of the backward pass is quicker without so many branches."""
         every, ends = range(cute.size(scores, mode=[1])), origin[1] + len(self._blocks()) * BLOCK
-        columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
+        columns, rows_end = self.values.seqlen_k, 0
+        if cutlass.const_expr(self.transposed):
+            columns, rows_end = self.values.seqlen_q, origin[0] + ROWS - self.values.seqlen_k
         if cutlass.const_expr(not self.unrolls):
             self._mask_columns(scores, origin, every, False)
-        elif ends <= self._elements(origin).held(columns):
-            self._mask_inside(scores, origin, every, True)
+        elif (ends <= self._elements(origin).held(columns)) & (rows_end <= 0):
+            self._mask_inside(scores, origin, kinds, every, True)
         else:
-            self._mask_inside(scores, origin, every, False)
+            self._mask_inside(scores, origin, kinds, every, False)
 
-    def _mask_inside(self, scores: cute.Tensor, origin, every: range, inside: bool):
-        """Block by block in the forward pass; the loop of the backward pass is quicker without so many branches."""
-        if self.problem.gradients:
+    @cute.jit
+    def _mask_inside(self, scores: cute.Tensor, origin, kinds, every: cutlass.Constexpr, inside: cutlass.Constexpr):
+        if cutlass.const_expr(kinds is None):
             self._mask_columns(scores, origin, every, inside)
         else:
-            self._mask_blocks(scores, origin, inside)
+            self._mask_blocks(scores, origin, kinds, inside)
+
+    def kinds(self, origin) -> Int32 | None:
+        """Those of a tile's blocks that a warp's rows are in, which are 16 and in one row of blocks, where there is a block mask.
+        Ask early: they come from global memory, as what the mask reads of keys, which is fetched, too."""
+        if self.values.kinds is None:
+            return None
+        self._elements(origin).fetch_columns(origin[1] + cute.arch.lane_idx() * len(self._blocks()))
+        kinds = self.values.kinds[self.values.sequence, self.values.head, None, None]
+        row = (origin[0] + self.where.thread[0, 0][0]) // BLOCK
+        return Int32(kinds[cutlass.min(row, kinds.shape[0] - 1), origin[1] // BLOCK])  # a row past the end may be any other
 
     def _blocks(self) -> list[range]:
         """A thread's columns, by the blocks of 32 that they are in."""
         columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
         return [range(*(bisect_left(columns, n) for n in (begin, begin + BLOCK))) for begin in range(0, columns[-1], BLOCK)]
 
-    def _kinds(self, origin, inside: bool) -> list[Int32]:
-        """Of the blocks that a warp's rows are in, which are 16 and in one row of blocks. What is past an end nobody sees."""
-        kinds, found = self.values.kinds[self.values.sequence, self.values.head, None, None], []
-        row, column = cute.arch.make_warp_uniform((origin[0] + self.where.thread[0, 0][0]) // BLOCK), origin[1] // BLOCK
-        row = cutlass.min(row, kinds.shape[0] - 1)  # a row past the end may be any other
-        first = cute.domain_offset((row, column), kinds)
-        for i in range(len(self._blocks())):
-            if inside:
-                found.append(Int32(first[0, i]))
-            else:
-                last = kinds.shape[1] - 1 - column
-                found.append(_select(last >= i, Int32(first[0, cutlass.min(i, last)]), Int32(NONE)))
-        return found
-
     @cute.jit
-    def _mask_blocks(self, scores: cute.Tensor, origin, inside: cutlass.Constexpr):
+    def _mask_blocks(self, scores: cute.Tensor, origin, kinds, inside: cutlass.Constexpr):
         """Each block as its kind asks."""
-        kinds = self._kinds(origin, inside)
-        for i in cutlass.range_constexpr(len(kinds)):
-            kind, columns = cute.arch.make_warp_uniform(kinds[i]), self._blocks()[i]
+        kinds = cute.arch.make_warp_uniform(kinds)
+        for i in cutlass.range_constexpr(len(self._blocks())):
+            kind, columns = (kinds >> i * KIND_BITS) & ((1 << KIND_BITS) - 1), self._blocks()[i]
             if kind == CUT:
                 self._mask_columns(scores, origin, columns, inside)
             elif kind == NONE:
@@ -437,7 +438,7 @@ class Scores:
                     scores[None, c].fill(-Float32.inf)
 
     def _mask_columns(self, scores: cute.Tensor, origin, columns: range, inside: bool):
-        """By the function; ``inside``: no column is past an end, the sequence's or that of a tensor that is read."""
+        """By the function; ``inside``: no key is past an end, and no column past that of a tensor that is read."""
         elements, last, zero = self._elements(origin), self.values.seqlen_k - 1, self.where.zero
         rows = range(cute.size(scores, mode=[0]))
         first = origin[1] + self.where.thread[0, 0][1]
@@ -447,10 +448,8 @@ class Scores:
                 elements.load_column(c, columns[0], zero[0, c][1] - zero[0, columns[0]][1])
             for r in rows:
                 seen = elements.value(self.problem.expression.mask, r, c)
-                if self.transposed:
-                    seen = seen & exist[r]
-                elif not inside:
-                    seen = seen & (zero[0, c][1] <= last - first)
+                if not inside:
+                    seen = seen & (exist[r] if self.transposed else zero[0, c][1] <= last - first)
                 scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
 
     @cute.jit

@@ -421,11 +421,12 @@ class Forward(Kernel):
             kv_state = self._skip(me, pipes, kv_state)
         # The last tile comes first, and has nothing to overlap with yet.
         top = keys.place(0)
+        masking = self._masking(me, tile, top, keys.last_is_masked())
         pipes.k.consumer_wait(kv_state)
         acc_S = self._scores(frag, kv_state)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
-        self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()))
+        self._softmax(me, frag, softmax, acc_S, tile, masking)
         self._drop(me, tile, top, acc_S)
         self._probabilities(frag, acc_S)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
@@ -483,6 +484,7 @@ class Forward(Kernel):
         n, masked = where
         anchored = self.anchored and (masked is False if anchored is None else anchored)
         hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
+        masking = self._masking(me, tile, n, masked)
         k_state = v_state.clone()
         k_state.advance()
         pipes.k.consumer_wait(k_state)
@@ -495,7 +497,7 @@ class Forward(Kernel):
         self._pass_turn(me)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
-        self._softmax(me, frag, softmax, acc_S, tile, where, hold, anchored)
+        self._softmax(me, frag, softmax, acc_S, tile, masking, hold, anchored)
         self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
@@ -515,6 +517,12 @@ class Forward(Kernel):
         """Issue S = Q·Kᵀ; the caller waits."""
         return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index])
 
+    def _masking(self, me: ForwardWorker, tile: WarpgroupTile, n, masked):
+        """``(origin, whether to mask, kinds of blocks)`` of the key tile at a place."""
+        origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
+        kinds = Scores(me.cS, tile.values, self.problem).kinds(origin) if masked is not False else None
+        return origin, masked, kinds
+
     @cute.jit
     def _softmax(
         self,
@@ -523,13 +531,12 @@ class Forward(Kernel):
         softmax: Softmax,
         acc_S,
         tile: WarpgroupTile,
-        where,
+        masking,
         hold=None,
         anchored: cutlass.Constexpr[bool] = False,
     ):
-        n, masked = where
-        origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True)
+        origin, masked, kinds = masking
+        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True, kinds=kinds)
         if cutlass.const_expr(anchored):
             softmax.anchored_step(rows_columns(acc_S), begins)
         else:

@@ -112,8 +112,8 @@ class Backward(KeyBlocks):
         self.needs_ds = self.needs_q or self.needs_k
         self.early_dv = config.tile_m // 32
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones it
-        # draws tickets. Only where blocks share a tile has each of them but one; and with lists, unless dQ has a fixed order.
-        self.persistent = config.head_blocks == 1 and (not problem.blocks or problem.deterministic)
+        # draws tickets. Only where blocks share a tile has each of them but one.
+        self.persistent = config.head_blocks == 1
         self.draws = problem.masked or problem.deterministic
         self.skips_unseen = bool(problem.ragged)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that their memory is free again.

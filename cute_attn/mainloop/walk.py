@@ -267,14 +267,12 @@ class QueryTiles:
 @dataclass(frozen=True)
 class ListedQueries:
     """The query tiles of one key tile as a list has them, what :class:`QueryTiles` is for a band. They are walked over once, of
-    all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first. An entry
-    names a tile of ``repeats`` neighbouring heads."""
+    all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     n_block: Int32
     count: Int32
     masked: Int32
-    repeats: Int32
     begin: cutlass.Constexpr[int] = 0
 
     @property
@@ -288,31 +286,20 @@ class ListedQueries:
     @staticmethod
     def of(values: Values, n_block: Int32) -> ListedQueries:
         entries = values.query_lists[values.sequence, values.head, n_block, None]
-        repeats = entries[2]
-        return ListedQueries(entries, n_block, entries[1] * repeats, entries[0] * repeats, repeats)
+        return ListedQueries(entries, n_block, entries[1], entries[0])
 
     def members(self, heads_per_kv):
         return 1
 
     def tile(self, i, member, problem):
-        place, repeat = _divided(i, self.repeats)
-        entry = self.entries[HEADER + place]
-        return entry & TILE_MASK, (entry >> TILE_BITS) + repeat
+        entry = self.entries[HEADER + i]
+        return entry & TILE_MASK, entry >> TILE_BITS
 
     def needs_mask(self, i, m_block):
         return i < self.masked
 
     def rank(self, values: Values, problem, m_block: Int32, config):
         return values.ranks[values.sequence, values.head, m_block, self.n_block]
-
-
-@cute.jit
-def _divided(i, n):
-    """``divmod(i, n)``, which is quick where n is 1: whoever computes takes a step for each tile."""
-    quotient, rest = i, i * 0
-    if n != 1:
-        quotient, rest = i // n, i % n
-    return quotient, rest
 
 
 @cute.jit

@@ -132,6 +132,15 @@ def test_lists_of_keys(sizes, seed, tile):
                 assert said == [not part.any(), part.all() and n + tile[1] <= lengths[1]] or not part.numel()
 
 
+def test_kinds_in_a_row():
+    """Of a block and the next three; there is none past the last key."""
+    blocks = block_mask(random_mask(3), 2, 1, 300, 270)
+    kinds, rows = torch.nn.functional.pad(blocks.kinds, (0, 3), value=NONE), blocks.kinds_in_a_row(2, 4)
+    assert rows.shape == (2, 4, 10, 9)
+    for i in range(4):
+        assert torch.equal((rows >> 2 * i) & 3, kinds[..., i : i + 9].expand(-1, 4, -1, -1))
+
+
 @settings(max_examples=20, deadline=None)
 @given(sizes=SIZES, seed=st.integers(0, 9), tile=st.sampled_from([(128, 128), (64, 128), (64, 96)]), alike=st.booleans())
 def test_lists_of_queries(sizes, seed, tile, alike):
@@ -146,11 +155,9 @@ def test_lists_of_queries(sizes, seed, tile, alike):
         group = heads // heads_kv
         lists = blocks.query_lists(*tile, batch, heads, heads_kv)
         for b, h, n in torch.cartesian_prod(*(torch.arange(x) for x in (batch, heads_kv, kinds.shape[3]))).tolist():
-            listed, cut, _, repeats = entries(lists[b, h, n])
+            listed, cut, _, _ = entries(lists[b, h, n])
             for kind, found in ((CUT, listed[:cut]), (WHOLE, listed[cut:])):
-                visited = [
-                    (h * group + (entry >> TILE_BITS) + r, entry & TILE_MASK) for entry in found for r in range(repeats)
-                ]
+                visited = [(h * group + (entry >> TILE_BITS), entry & TILE_MASK) for entry in found]
                 assert len(set(visited)) == len(visited)
                 want = kinds[b, h * group : (h + 1) * group, :, n].eq(kind).nonzero() + torch.tensor([h * group, 0])
                 assert sorted(visited) == sorted(map(tuple, want.tolist()))
