@@ -169,7 +169,8 @@ class Elements:
         for node in self._of_columns():
             tensor = _words(self.ops.tensors[self.expression.nodes[node][2]])
             leaf = lambda name: position if name == self.columns else self.leaf(name, 0, 0)  # noqa: E731
-            place = tensor.iterator + cute.crd2idx(_cut(tensor, self.expression.indices(node, leaf, self.ops, {})), tensor.layout)
+            where = _cut(tensor, self.expression.indices(node, leaf, self.ops, {}))
+            place = tensor.iterator + cute.crd2idx(where, tensor.layout)
             cute.arch.inline_ptx("prefetch.global.L1 [{$r0}];", read_only_args=[place.toint()])
 
     def value(self, node: int, row: int, column: int, score: Any = None) -> Any:

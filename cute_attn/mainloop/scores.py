@@ -390,8 +390,8 @@ class Scores:
 
     @cute.jit
     def _mask_listed(self, scores: cute.Tensor, origin, kinds=None):
-        """A tile that a block mask's function cuts; there is no band beside it, but a last key. With ``kinds`` block by block: the
-        loop of the backward pass is quicker without so many branches."""
+        """A tile that a block mask's function cuts; there is no band beside it, but a last key. With ``kinds`` block by block:
+        the loop of the backward pass is quicker without so many branches."""
         every, ends = range(cute.size(scores, mode=[1])), origin[1] + len(self._blocks()) * BLOCK
         columns, rows_end = self.values.seqlen_k, 0
         if cutlass.const_expr(self.transposed):
@@ -411,8 +411,8 @@ class Scores:
             self._mask_blocks(scores, origin, kinds, inside)
 
     def kinds(self, origin) -> Int32 | None:
-        """Those of a tile's blocks that a warp's rows are in, which are 16 and in one row of blocks, where there is a block mask.
-        Ask early: they come from global memory, as what the mask reads of keys, which is fetched, too."""
+        """Those of a tile's blocks that a warp's rows are in, which are 16 and in one row of blocks, where there is a block
+        mask. Ask early: they come from global memory, as does what the mask reads of keys, which is fetched, too."""
         if self.values.kinds is None:
             return None
         self._elements(origin).fetch_columns(origin[1] + cute.arch.lane_idx() * len(self._blocks()))
