@@ -14,7 +14,8 @@ share the keys. The lower TILE_BITS bits of an entry are the tile's number.
   i-th list to be taken. Those that are cut and come before all whole ones, as a window's left edge does, are the last in a
   list; the third word says where they begin. Above an entry's number are two bits for each 64 rows of the query tile: whether
   they see none of its keys, or all.
-- **Of query tiles** an entry also has which member of the heads that share the keys it is of.
+- **Of query tiles** an entry also has which member of the heads that share the keys it is of, and below that a bit for each 64
+  keys of two: whether all of the tile's queries see them.
 
 Memory is taken by blocks and tiles, never by pairs of a query and a key.
 """
@@ -30,12 +31,23 @@ from torch.nn.functional import pad
 
 from cute_attn.arguments import shown
 from cute_attn.expressions import Expression, TorchOps, traced
-from cute_attn.layouts.base import BLOCK, CUT, KIND_BITS, NONE, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE, WHOLE_BIT
+from cute_attn.layouts.base import (
+    BLOCK,
+    CUT,
+    KIND_BITS,
+    MEMBER_BIT,
+    NONE,
+    TILE_BITS,
+    UNSEEN_BIT,
+    WARPGROUP_BITS,
+    WHOLE,
+    WHOLE_BIT,
+)
 from cute_attn.private import raw_stream
 
 ROWS_OF_WARPGROUP = 64
 LENGTH_MAX = BLOCK << TILE_BITS
-MEMBERS_MAX = 1 << (31 - TILE_BITS)
+MEMBERS_MAX = 1 << (31 - MEMBER_BIT)
 PIECE = 1 << 22  # pairs of a query and a key that torch looks at at a time
 _SHADES = " ░█"
 _COLOURS = {CUT: "#9ecae1", WHOLE: "#08519c"}
@@ -135,14 +147,22 @@ class BlockMask:
         return _listed(entries.flip(3).gather(3, where), cut, total, whole_end, in_turn)
 
     def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
-        kinds = self.tiles(tile_m, tile_n).transpose(2, 3)
-        kinds = kinds.expand(-1, members, -1, -1) if self.heads == 1 else kinds
-        numbers = torch.arange(kinds.shape[3], dtype=torch.int32, device=kinds.device)
-        numbers = numbers + (torch.arange(members, dtype=torch.int32, device=kinds.device) << TILE_BITS)[:, None]
-        kinds = kinds.unflatten(1, (-1, members)).transpose(2, 3).flatten(3)
-        order, where = (kinds - CUT).sort(dim=-1, stable=True)  # 0, 1 if whole, and 255
+        kinds = self.tiles(tile_m, tile_n)
+        numbers = torch.arange(kinds.shape[2], dtype=torch.int32, device=kinds.device)[:, None].expand(kinds.shape)
+        if tile_n == 2 * ROWS_OF_WARPGROUP:
+            halves = self.tiles(tile_m, ROWS_OF_WARPGROUP)
+            every = pad(halves, (0, halves.shape[3] % 2)).eq(WHOLE).int().unflatten(3, (-1, 2))
+            numbers = numbers | every[..., 0] << TILE_BITS | every[..., 1] << TILE_BITS + 1
+        of_members = torch.arange(members, dtype=torch.int32, device=kinds.device) << MEMBER_BIT
+
+        def of_key_tiles(x: torch.Tensor) -> torch.Tensor:
+            """(batch, key heads, n_blocks, member · query tile) of (batch, heads, m_blocks, n_blocks)."""
+            x = x.expand(-1, members, -1, -1) if self.heads == 1 else x
+            return x.unflatten(1, (-1, members)).permute(0, 1, 4, 2, 3)
+
+        order, where = (of_key_tiles(kinds) - CUT).flatten(3).sort(dim=-1, stable=True)  # 0, 1 if whole, and 255
         cut, total = (order < 1).sum(3), (order < 2).sum(3)
-        entries = numbers.flatten().expand(kinds.shape).gather(3, where)
+        entries = (of_key_tiles(numbers) | of_members[:, None]).flatten(3).gather(3, where)
         return _listed(entries, cut, total, torch.zeros_like(cut), torch.zeros_like(cut))
 
     def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:

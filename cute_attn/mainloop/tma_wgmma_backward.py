@@ -319,7 +319,7 @@ class Backward(KeyBlocks):
         me = self._worker()
         k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
         work, members = where
-        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config).of_warpgroup(me.warpgroup)
         key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
         frag = self._fragments(me, shared)
         hides = Boolean(False) if cutlass.const_expr(self.problem.masked) else None

@@ -15,7 +15,7 @@ import cutlass
 from cutlass import Int32, cute
 
 from cute_attn.dropout import KEYS
-from cute_attn.layouts.base import HEADER, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
 
 
@@ -237,6 +237,10 @@ class QueryTiles:
             whole_begin = whole_end = begin
         return QueryTiles(n_block, begin, end - begin, whole_begin, whole_end)
 
+    def of_warpgroup(self, warpgroup):
+        """The same walk of some of the keys: a band's edges cut all of a tile or none."""
+        return self
+
     def in_order(self, i, problem):
         """The i-th tile without regard to masks. Where dQ is added in a fixed order, key tile by key tile, the last one comes
         first: with a right edge, key tile n then finds that tile n − 1 has just left each query tile that it comes to."""
@@ -267,12 +271,14 @@ class QueryTiles:
 @dataclass(frozen=True)
 class ListedQueries:
     """The query tiles of one key tile as a list has them, what :class:`QueryTiles` is for a band. They are walked over once, of
-    all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first."""
+    all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first; of these a
+    ``warpgroup``'s keys may need none."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     n_block: Int32
     count: Int32
     masked: Int32
+    warpgroup: Int32 | None = None
     begin: cutlass.Constexpr[int] = 0
 
     @property
@@ -293,10 +299,14 @@ class ListedQueries:
 
     def tile(self, i, member, problem):
         entry = self.entries[HEADER + i]
-        return entry & TILE_MASK, entry >> TILE_BITS
+        return entry & TILE_MASK, entry >> MEMBER_BIT
+
+    def of_warpgroup(self, warpgroup):
+        return replace(self, warpgroup=warpgroup)
 
     def needs_mask(self, i, m_block):
-        return i < self.masked
+        cut = i < self.masked
+        return cut if self.warpgroup is None else cut & (self.entries[HEADER + i] >> TILE_BITS + self.warpgroup & 1 == 0)
 
     def rank(self, values: Values, problem, m_block: Int32, config):
         return values.ranks[values.sequence, values.head, m_block, self.n_block]

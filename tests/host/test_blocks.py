@@ -14,7 +14,17 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from cute_attn import BlockMask, attention, block_mask, layouts, masks
 from cute_attn.blocks import CUT, NONE, WHOLE
-from cute_attn.layouts.base import BLOCK, HEADER, IN_TURN, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import (
+    BLOCK,
+    HEADER,
+    IN_TURN,
+    MEMBER_BIT,
+    TILE_BITS,
+    TILE_MASK,
+    UNSEEN_BIT,
+    WARPGROUP_BITS,
+    WHOLE_BIT,
+)
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 from tests.functions import BLOCKED, check
@@ -149,7 +159,8 @@ def test_lists_of_queries(sizes, seed, tile, alike):
     mask = random_mask(seed)
     of_heads = 1 if alike else heads
     blocks = block_mask(mask, batch, of_heads, *lengths)
-    kinds = kinds_of(pairs(mask, batch, of_heads, *lengths), *tile).expand(-1, heads, -1, -1)
+    seen = pairs(mask, batch, of_heads, *lengths)
+    kinds = kinds_of(seen, *tile).expand(-1, heads, -1, -1)
     ranks = blocks.ranks(*tile, batch, heads)
     for heads_kv in {1, heads, max(heads // 2, 1)}:
         group = heads // heads_kv
@@ -157,7 +168,12 @@ def test_lists_of_queries(sizes, seed, tile, alike):
         for b, h, n in torch.cartesian_prod(*(torch.arange(x) for x in (batch, heads_kv, kinds.shape[3]))).tolist():
             listed, cut, _, _ = entries(lists[b, h, n])
             for kind, found in ((CUT, listed[:cut]), (WHOLE, listed[cut:])):
-                visited = [(h * group + (entry >> TILE_BITS), entry & TILE_MASK) for entry in found]
+                visited = [(h * group + (entry >> MEMBER_BIT), entry & TILE_MASK) for entry in found]
+                for entry, (head, m) in zip(found, visited, strict=True):
+                    for w in range(2 * (tile[1] == 128)):
+                        first, rows = n * tile[1] + 64 * w, slice(m * tile[0], (m + 1) * tile[0])
+                        part = seen[b, head % of_heads, rows, first : first + 64]
+                        assert entry >> TILE_BITS + w & 1 == int(part.all() and first + 64 <= lengths[1])
                 assert len(set(visited)) == len(visited)
                 want = kinds[b, h * group : (h + 1) * group, :, n].eq(kind).nonzero() + torch.tensor([h * group, 0])
                 assert sorted(visited) == sorted(map(tuple, want.tolist()))
