@@ -67,7 +67,7 @@ HEADER, TILE_BITS = 4, 20
 IN_TURN = 3  # the word of a header of key tiles that says whose list is taken when
 TILE_MASK = (1 << TILE_BITS) - 1
 UNSEEN_BIT, WHOLE_BIT, WARPGROUP_BITS = 0, 1, 2  # of a key tile for each warpgroup: it sees none of it, or all
-MEMBER_BIT = TILE_BITS + 2  # of a query tile, the lowest of its member; below, a bit for each warpgroup: its keys are seen by all
+MEMBER_BIT = TILE_BITS + 2  # of a query tile, the lowest of its member; below, a bit for each warpgroup: all see its keys
 
 
 @dataclass(frozen=True)

@@ -412,13 +412,18 @@ class Scores:
 
     def kinds(self, origin) -> Int32 | None:
         """Those of a tile's blocks that a warp's rows are in, which are 16 and in one row of blocks, where there is a block
-        mask. Ask early: they come from global memory, as does what the mask reads of keys, which is fetched, too."""
+        mask. Ask early: they come from global memory."""
         if self.values.kinds is None:
             return None
-        self._elements(origin).fetch_columns(origin[1] + cute.arch.lane_idx() * len(self._blocks()))
         kinds = self.values.kinds[self.values.sequence, self.values.head, None, None]
         row = (origin[0] + self.where.thread[0, 0][0]) // BLOCK
         return Int32(kinds[cutlass.min(row, kinds.shape[0] - 1), origin[1] // BLOCK])  # a row past the end may be any other
+
+    def fetch(self, origin):
+        """Have what the mask reads of a tile's columns brought to the L1 cache before it asks."""
+        if self.problem.blocks:
+            columns = self.where.zero[0, cute.size(self.where.zero, mode=[1]) - 1][1] // 32 + 1  # of each lane
+            self._elements(origin).fetch_columns(origin[1] + cute.arch.lane_idx() * columns)
 
     def _blocks(self) -> list[range]:
         """A thread's columns, by the blocks of 32 that they are in."""

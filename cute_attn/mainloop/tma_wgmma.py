@@ -520,8 +520,11 @@ class Forward(Kernel):
     def _masking(self, me: ForwardWorker, tile: WarpgroupTile, n, masked):
         """``(origin, whether to mask, kinds of blocks)`` of the key tile at a place."""
         origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-        kinds = Scores(me.cS, tile.values, self.problem).kinds(origin) if masked is not False else None
-        return origin, masked, kinds
+        if masked is False:
+            return origin, masked, None
+        scores = Scores(me.cS, tile.values, self.problem)
+        scores.fetch(origin)
+        return origin, masked, scores.kinds(origin)
 
     @cute.jit
     def _softmax(
