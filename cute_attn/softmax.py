@@ -88,14 +88,14 @@ class Softmax:
     @cute.jit
     def step(self, scores: cute.Tensor, rescale: cute.Tensor, hold: Boolean | None = None, begins: cute.Tensor | None = None):
         """One tile: turns ``scores`` (rows, columns) into P in place and writes each row's factor a to ``rescale``. With
-        ``hold`` m stays if it can. ``begins`` is what all scores of a row lack in this tile."""
+        ``hold`` m stays if it can. ``begins`` is what all of a thread's scores of a row lack in this tile."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             row = scores[r, None]
             old = self.row_max[r]
             if cutlass.const_expr(begins is None):
                 new = _quad_max(_tree(row, cute.arch.fmax, old))
-            else:
-                new = cute.arch.fmax(old, _quad_max(_tree(row, cute.arch.fmax, -Float32.inf)) + begins[r])
+            else:  # which is another number in each thread of a quad
+                new = cute.arch.fmax(old, _quad_max(_tree(row, cute.arch.fmax, -Float32.inf) + begins[r]))
             if cutlass.const_expr(hold is not None):
                 new = old if hold & ((new - old) * self._scale(old) <= GROWTH_LOG2 + 1) else new
             # A row that has seen no key yet has m = −inf; 0 in its place keeps −inf − −inf from making a NaN.
