@@ -8,7 +8,8 @@ which are made of the kinds when a tile shape first asks for them, and kept:
     (cut tiles, all tiles, …, in turn, tile, tile, …, unused)     int32; HEADER words, the tiles that are cut, whole ones
 
 For each query tile a list of key tiles, last ones first, and for each key tile one of query tiles, of all query heads that
-share the keys. The lower TILE_BITS bits of an entry are the tile's number.
+share the keys. The lower TILE_BITS bits of an entry are a query tile's number, or that of a key tile's first block: key tiles
+begin at the first block that the query tile sees, and anew behind a gap.
 
 - **Of key tiles** lists with the most of them are taken first: ``in turn``, in the i-th list of a head, is the number of the
   i-th list to be taken. Those that are cut and come before all whole ones, as a window's left edge does, are the last in a
@@ -129,22 +130,25 @@ class BlockMask:
         return high.amax((4, 6)).eq(NONE), low.amin((4, 6)).eq(WHOLE)
 
     def _key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
-        by_warpgroup = tile_m % ROWS_OF_WARPGROUP == 0
-        none, every = self._seen(tile_m, tile_n, ROWS_OF_WARPGROUP if by_warpgroup else tile_m)
-        kinds, tiles = _kinds_of_all(none, every), none.shape[-1]
-        numbers = torch.arange(tiles, dtype=torch.int32, device=kinds.device)
+        across, by_warpgroup = tile_n // BLOCK, tile_m % ROWS_OF_WARPGROUP == 0
+        none, every = self._seen(tile_m, BLOCK, ROWS_OF_WARPGROUP if by_warpgroup else tile_m)
+        begins = _tiles_from_seen(none.all(3).logical_not(), across)
+        none, every = (_of_tiles(x, across, past) for x, past in ((none, True), (every, False)))
+        numbers = torch.arange(begins.shape[3], dtype=torch.int32, device=begins.device)
+        kinds = _kinds_of_all(none, every) * begins
         # Those that are cut and come before all whole ones; where there is none of these, none.
-        after = numbers < kinds.eq(WHOLE).byte().argmax(3, keepdim=True) if tiles else numbers.bool()
+        after = numbers < kinds.eq(WHOLE).byte().argmax(3, keepdim=True) if len(numbers) else begins
         entries = numbers.expand(kinds.shape)
         if by_warpgroup:
             said = none.int() << UNSEEN_BIT | every.int() << WHOLE_BIT
             bits = TILE_BITS + WARPGROUP_BITS * torch.arange(said.shape[3], dtype=torch.int32, device=kinds.device)
             entries = numbers | (said << bits[:, None]).sum(3, dtype=torch.int32)
-        order = (kinds - CUT) | (after.byte() << 1)  # 0, 1 if whole, 2 at the end; and 255
+        order = (kinds - CUT) | (after.byte() << 1)  # 0, 1 if whole, 2 at the end; and 253 or more
         order, where = order.flip(3).sort(dim=-1, stable=True)
         cut, whole_end, total = ((order < past).sum(3) for past in (1, 2, 3))
         in_turn = total.argsort(dim=-1, descending=True, stable=True)
-        return _listed(entries.flip(3).gather(3, where), cut, total, whole_end, in_turn)
+        entries = entries.flip(3).gather(3, where[..., : -(-len(numbers) // across)])
+        return _listed(entries, cut, total, whole_end, in_turn)
 
     def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
         kinds = self.tiles(tile_m, tile_n)
@@ -300,6 +304,25 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
                 some, every = (x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)) for x in (some, every))
                 first = m // BLOCK
                 kinds[b, h, first : first + len(some)] = some.any(3).any(1).byte() + every.all(3).all(1).byte()
+
+
+def _tiles_from_seen(seen: torch.Tensor, across: int) -> torch.Tensor:
+    """Of columns of blocks, whether a tile of ``across`` begins there, so that each that is ``seen`` is in one tile: one after
+    another from the first seen one on, and anew from the next one where so many aren't."""
+    columns = torch.arange(seen.shape[3], device=seen.device).expand(seen.shape)
+    if not seen.numel():
+        return seen
+    last = columns.where(seen, -across - 1).cummax(3).values
+    before = pad(last[..., :-1], (1, 0), value=-across - 1)
+    first = columns.where(seen & (columns - before > across), 0).cummax(3).values
+    begin = first + (columns - first) // across * across
+    return torch.zeros_like(seen, dtype=torch.uint8).scatter_reduce_(3, begin, seen.byte(), "amax").bool()
+
+
+def _of_tiles(x: torch.Tensor, across: int, past: bool) -> torch.Tensor:
+    """Of tiles that begin at each column of blocks, whether ``x`` is true of all their columns; past the end it is ``past``."""
+    held = pad(x, (0, across - 1), value=past)
+    return held.unfold(-1, across, 1).all(-1) if x.numel() else x
 
 
 def _kinds_of_all(none: torch.Tensor, every: torch.Tensor) -> torch.Tensor:

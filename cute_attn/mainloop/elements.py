@@ -164,15 +164,6 @@ class Elements:
             place = self._at(0, column, None)[1]
             self.known[place(node)] = value != 0 if kind == "bool" else value.to(KINDS[kind])
 
-    def fetch_columns(self, position: Int32):
-        """Have what is loaded of the column at a position, another of each lane, brought to the L1 cache."""
-        for node in self._of_columns():
-            tensor = _words(self.ops.tensors[self.expression.nodes[node][2]])
-            leaf = lambda name: position if name == self.columns else self.leaf(name, 0, 0)  # noqa: E731
-            where = _cut(tensor, self.expression.indices(node, leaf, self.ops, {}))
-            place = tensor.iterator + cute.crd2idx(where, tensor.layout)
-            cute.arch.inline_ptx("prefetch.global.L1 [{$r0}];", read_only_args=[place.toint()])
-
     def value(self, node: int, row: int, column: int, score: Any = None) -> Any:
         """What a node is worth there."""
         leaf, place = self._at(row, column, score)

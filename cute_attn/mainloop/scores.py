@@ -419,12 +419,6 @@ class Scores:
         row = (origin[0] + self.where.thread[0, 0][0]) // BLOCK
         return Int32(kinds[cutlass.min(row, kinds.shape[0] - 1), origin[1] // BLOCK])  # a row past the end may be any other
 
-    def fetch(self, origin):
-        """Have what the mask reads of a tile's columns brought to the L1 cache before it asks."""
-        if self.problem.blocks:
-            columns = self.where.zero[0, cute.size(self.where.zero, mode=[1]) - 1][1] // 32 + 1  # of each lane
-            self._elements(origin).fetch_columns(origin[1] + cute.arch.lane_idx() * columns)
-
     def _blocks(self) -> list[range]:
         """A thread's columns, by the blocks of 32 that they are in."""
         columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]

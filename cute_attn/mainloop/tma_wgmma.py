@@ -26,7 +26,7 @@ from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
 from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import KeyTiles, walk
-from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
+from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, key_tile, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
@@ -275,11 +275,11 @@ class Forward(Kernel):
                     ask()
             if i < keys.count:
                 pipes.k.producer_acquire(k_state)
-                self._copy(k, tKgK[None, keys.tile(keys.place(i))], tKsK, pipes.k, k_state)
+                self._copy(k, key_tile(k, tKgK, shared.k, work, keys, keys.place(i)), tKsK, pipes.k, k_state)
                 k_state.advance()
             if i > 0:
                 pipes.v.producer_acquire(v_state)
-                self._copy(v, tVgV[None, keys.tile(keys.place_before(i))], tVsV, pipes.v, v_state)
+                self._copy(v, key_tile(v, tVgV, shared.v, work, keys, keys.place_before(i)), tVsV, pipes.v, v_state)
                 v_state.advance()
         return k_state
 
@@ -292,7 +292,7 @@ class Forward(Kernel):
         gK, gV = (work.k.rows(m, work.head_kv) for m in plain)
         finite = FiniteRows(gV)
         for i in cutlass.range(keys.count + 1, unroll=1):
-            first = keys.begin + keys.tile(keys.place(i)) * self.config.tile_n
+            first = keys.first_key(keys.place(i), self.config.tile_n)
             if i < keys.count:
                 self.acquire_for_threads(pipes.k, k_state)
                 copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite, math.nan)
@@ -519,12 +519,10 @@ class Forward(Kernel):
 
     def _masking(self, me: ForwardWorker, tile: WarpgroupTile, n, masked):
         """``(origin, whether to mask, kinds of blocks)`` of the key tile at a place."""
-        origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
+        origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
         if masked is False:
             return origin, masked, None
-        scores = Scores(me.cS, tile.values, self.problem)
-        scores.fetch(origin)
-        return origin, masked, scores.kinds(origin)
+        return origin, masked, Scores(me.cS, tile.values, self.problem).kinds(origin)
 
     @cute.jit
     def _softmax(
@@ -549,7 +547,7 @@ class Forward(Kernel):
     def _drop(self, me: ForwardWorker, tile: WarpgroupTile, n, acc_S):
         """Dropout, once P·V of the tile before has left its registers."""
         if cutlass.const_expr(self.problem.dropout):
-            origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
+            origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
             Scores(me.cS, tile.values, self.problem).drop(acc_S, origin)
 
     @cute.jit

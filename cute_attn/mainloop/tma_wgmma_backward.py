@@ -419,10 +419,6 @@ class Backward(KeyBlocks):
         mma_S = lay.tiled_mma("S", config)
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
 
-        scores = Scores(me.cS, values, self.problem, transposed=True)
-        if cutlass.const_expr(self.problem.blocks):
-            if masked:
-                scores.fetch((key_first, m_block * config.tile_m))
         pipes.q.consumer_wait(state)
         acc_S = self.scores("S", config.tile_m, frag.tSrK, frag.tSrQ[None, None, None, stage])
         flight.issued("S")
@@ -430,7 +426,7 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.needs_ds):
             acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage])
             flight.issued("dP")
-        kept = hidden = None
+        scores, kept, hidden = Scores(me.cS, values, self.problem, transposed=True), None, None
         if cutlass.const_expr(self.problem.dropout):
             kept = scores.kept((key_first, m_block * config.tile_m))
         flight.wait("S")

@@ -15,7 +15,7 @@ import cutlass
 from cutlass import Int32, cute
 
 from cute_attn.dropout import KEYS
-from cute_attn.layouts.base import HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import BLOCK, HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
 
 
@@ -102,6 +102,10 @@ class KeyTiles:
         """The number of the tile at a place, from ``begin`` on."""
         return n
 
+    def first_key(self, n, tile_n: int):
+        """Of the tile at a place."""
+        return self.begin + n * tile_n
+
     def needs_mask(self, n):
         return (n >= self.whole_end) | (n < self.whole_begin)
 
@@ -118,7 +122,7 @@ class KeyTiles:
 class ListedKeys:
     """The key tiles of one query tile as a list has them, what :class:`KeyTiles` is for a band: ``count`` of its ``entries``
     from ``first`` on. Those at places ``masked … whole_end − 1`` need no mask; of the others a ``warpgroup`` may need none for
-    its own rows. Tiles begin at multiples of tile_n. Where it ``leads``, the first tile that needs no mask comes before those
+    its own rows. Tiles begin at any block. Where it ``leads``, the first tile that needs no mask comes before those
     that are anchored, and shows each row a key. ``left`` tiles more are other warpgroups'."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
@@ -165,7 +169,7 @@ class ListedKeys:
         return i - 1
 
     def first_before(self, first, i, tile_n: int):
-        return self.tile(i - 1) * tile_n
+        return self.first_key(i - 1)
 
     def later(self, i, steps):
         return i + steps
@@ -173,8 +177,8 @@ class ListedKeys:
     def exists(self, i):
         return i < self.count
 
-    def tile(self, i):
-        return self.entries[HEADER + self.first + i] & TILE_MASK
+    def first_key(self, i, tile_n: int = 0):
+        return (self.entries[HEADER + self.first + i] & TILE_MASK) * BLOCK
 
     def needs_mask(self, i):
         return (i < self.masked) | (i >= self.whole_end)

@@ -18,7 +18,7 @@ from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
 from cute_attn.mainloop.common import Inputs, Rows, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
 from cute_attn.mainloop.scores import Coordinates
-from cute_attn.mainloop.walk import QueryTiles
+from cute_attn.mainloop.walk import KeyTiles, ListedKeys, QueryTiles
 from cute_attn.scheduler import Work
 from cute_attn.sequences import Span
 
@@ -60,6 +60,13 @@ class TmaOperand:
             self.atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
         )
         return tXgX, tXsX
+
+
+def key_tile(operand: TmaOperand, tXgX: cute.Tensor, s: cute.Tensor, work: Work, keys: KeyTiles | ListedKeys, n):
+    """What to copy of the key tile at a place: of ``tXgX``, the tiles from the first key on, or, of a list, from any block."""
+    if isinstance(keys, ListedKeys):
+        return operand.tiles(s, work.k, work.head_kv, keys.first_key(n))[0][None, 0]
+    return tXgX[None, keys.tile(n)]
 
 
 @cute.jit

@@ -121,20 +121,29 @@ def check_turns(lists: torch.Tensor):
 def test_lists_of_keys(sizes, seed, tile):
     batch, heads, *lengths = sizes
     mask = random_mask(seed)
-    kinds, seen = kinds_of(pairs(mask, *sizes), *tile), pairs(mask, *sizes)
+    seen = pairs(mask, *sizes)
     lists = block_mask(mask, *sizes).key_lists(*tile, batch, heads)
     check_turns(lists)
-    for b, h, m in torch.cartesian_prod(*(torch.arange(n) for n in kinds.shape[:3])).tolist():
+    for b, h, m in torch.cartesian_prod(*(torch.arange(n) for n in lists.shape[:3])).tolist():
         listed, cut, _, whole_end = entries(lists[b, h, m])
-        parts = [[entry & TILE_MASK for entry in part] for part in (listed[:cut], listed[cut:whole_end], listed[whole_end:])]
+        parts = [
+            [(entry & TILE_MASK) * BLOCK for entry in part]
+            for part in (listed[:cut], listed[cut:whole_end], listed[whole_end:])
+        ]
         assert all(part == sorted(part, reverse=True) for part in parts)
-        whole = kinds[b, h, m].eq(WHOLE).nonzero().flatten().tolist()
-        assert sorted(parts[1]) == whole
-        assert sorted(parts[0] + parts[2]) == kinds[b, h, m].eq(CUT).nonzero().flatten().tolist()
-        assert all(n < min(whole) for n in parts[2])
-        assert not whole or all(n > min(whole) for n in parts[0])
+        rows, times = seen[b, h, m * tile[0] : (m + 1) * tile[0]], torch.zeros(lengths[1] + tile[1], dtype=torch.int32)
+        for part, is_whole in zip(parts, (False, True, False), strict=True):
+            for n in part:
+                times[n : n + tile[1]] += 1
+                assert rows[:, n : n + tile[1]].any()
+                assert is_whole == bool(rows[:, n : n + tile[1]].all() and n + tile[1] <= lengths[1])
+        assert times.max() <= 1
+        assert not rows[:, times[: lengths[1]] == 0].any()
+        assert len(listed) <= -(-lengths[1] // tile[1])
+        assert all(n < min(parts[1]) for n in parts[2])
+        assert not parts[1] or all(n > min(parts[1]) for n in parts[0])
         for entry in listed:
-            n = (entry & TILE_MASK) * tile[1]
+            n = (entry & TILE_MASK) * BLOCK
             for w in range(tile[0] // 64):
                 rows = slice(m * tile[0] + 64 * w, min(m * tile[0] + 64 * (w + 1), lengths[0]))
                 said = [(entry >> TILE_BITS + WARPGROUP_BITS * w + bit) & 1 for bit in (UNSEEN_BIT, WHOLE_BIT)]
