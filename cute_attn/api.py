@@ -328,7 +328,8 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
         trace = _UNSEEN[0] if _UNSEEN else traced
         behind = call.right is not None and call.right <= 0
         expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths, behind)
-        if expression.ramp is not None and (call.softcap or call.scale < LEAST_SCALE_OF_RAMPS):
+        # The sinks' gradient takes the log-sum-exp, of which the backward pass takes off a part of a ramp.
+        if expression.ramp is not None and (call.softcap or call.sinks is not None or call.scale < LEAST_SCALE_OF_RAMPS):
             expression = replace(expression, ramp=None)
         call.expression = expression
 

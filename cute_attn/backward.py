@@ -14,6 +14,7 @@ log-sum-exp enters through delta, since ∂LSE_i / ∂S_ij = P_ij):
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from functools import partial
 
 import cutlass
@@ -27,6 +28,7 @@ from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
 from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import LOWEST, finite_row
+from cute_attn.mainloop.scores import rise_in_block, with_rise
 from cute_attn.scheduler import Tiles, write_zeros
 from cute_attn.sequences import Sequences, Span
 
@@ -68,7 +70,8 @@ def host_function(problem, config):
         if cutlass.const_expr(signals is not None):
             write_zeros(signals.words, given.stream)
 
-        row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, given.stream)
+        of_ramp = values if cutlass.const_expr(problem.expression.ramp is not None) else None
+        row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, of_ramp, given.stream)
         mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)
         if cutlass.const_expr(dq_sum is not None):
             cast.launch(dq_sum, dq, values, signals, sequences, given.stream)
@@ -85,13 +88,13 @@ def _rows_from(m: cute.Tensor | None, first: Int32) -> cute.Tensor | None:
 
 
 def _padded_span(sequences: Sequences | None, row, batch):
-    """The queries of the sequence that a row of what is padded belongs to, ``(span, row within it)``."""
+    """The queries of the sequence that a row of what is padded belongs to, ``(span, row within it, number)``."""
     if sequences is None:
-        return Span(batch), row
+        return Span(batch), row, batch
     q = sequences.q
     i, _, _ = q.at(row // ROW_PADDING, sequences.count, ROW_PADDING)
     span = q.span(i, sequences.count)
-    return span, row - span.padded
+    return span, row - span.padded, i
 
 
 def _place(blocks, heads):
@@ -116,31 +119,34 @@ class RowValues:
         self.steps = ROW_PADDING // self.rows if problem.ragged else 1
 
     @cute.jit
-    def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, stream):
+    def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp, stream):
         padded, heads, batch = rows.delta.shape
         mQ = mQ if self.problem.masked else None
-        self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals, sequences).launch(
+        self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals, sequences, of_ramp).launch(
             grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
             block=[self.THREADS, 1, 1],
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences):
+    def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp):
         block, head, batch = _place(cute.ceil_div(rows.delta.shape[0], self.rows * self.steps), rows.delta.shape[1])
         where = head, batch
         inputs = mQ, mO, mdO, mLSE_raw, mdLSE
+        of_place = lambda number: None if of_ramp is None else replace(of_ramp, head=head, sequence=number)  # noqa: E731
         if cutlass.const_expr(sequences is None):
-            self._rows(inputs, rows, dq_sum, signals, Span(batch), where, block * self.rows, block)
+            self._rows(inputs, rows, dq_sum, signals, Span(batch), where, block * self.rows, block, of_place(batch))
         else:
-            span, row = _padded_span(sequences, block * ROW_PADDING, batch)
+            span, row, number = _padded_span(sequences, block * ROW_PADDING, batch)
             if row < span.length:  # nobody reads those of other tiles
                 for step in cutlass.range(self.steps, unroll=1):
-                    self._rows(inputs, rows, dq_sum, signals, span, where, row + step * self.rows, block * self.steps + step)
+                    group = block * self.steps + step
+                    self._rows(inputs, rows, dq_sum, signals, span, where, row + step * self.rows, group, of_place(number))
 
     @cute.jit
-    def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group):
-        """As many rows of a sequence as there are threads for, from ``first`` on: ``group`` of all."""
+    def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group, of_ramp):
+        """As many rows of a sequence as there are threads for, from ``first`` on: ``group`` of all. ``of_ramp`` are the values
+        of the sequence and head, where there is a ramp."""
         mQ, mO, mdO, mLSE_raw, mdLSE = inputs
         head, batch = where
         thread = cute.arch.thread_idx()[0]
@@ -156,6 +162,8 @@ class RowValues:
             lse, delta = Float32.inf, Float32(0.0)
             if exists:
                 lse = span.row_values(mLSE_raw, head)[row]
+                if cutlass.const_expr(of_ramp is not None):
+                    lse = lse - rise_in_block(with_rise(of_ramp, self.problem), self.problem, row)
                 if lse != Float32.inf:
                     delta = total
                     if cutlass.const_expr(mdLSE is not None):
@@ -223,7 +231,7 @@ class CastQueries:
         count = len(self.pieces)
         block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
         m_block, piece = block // count, block % count
-        span, row_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
+        span, row_first, _ = _padded_span(sequences, m_block * self.config.tile_m, batch)
         in_use = None if span.first is None else row_first < span.length
         if cutlass.const_expr(counters is not None):
             in_use = counters[m_block, head, batch] != 0

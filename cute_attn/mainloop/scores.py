@@ -108,7 +108,7 @@ class Scores:
     unrolls: cutlass.Constexpr[bool] = True
 
     @cute.jit
-    def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None, apart: cutlass.Constexpr[bool] = False, kinds=None):
+    def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None, apart: cutlass.Constexpr[bool] = False, seen=None):
         """An accumulator's products to scores, in place, −inf where a query does not see a key.
 
         ``origin`` is the tile's first row and column in the sequence. ``masked`` is a Python bool where the loop knows it, a
@@ -117,7 +117,8 @@ class Scores:
 
         A user's score is computed here in the forward pass, and in the backward pass in :meth:`probabilities`, with its slope.
         What a ramp adds in a tile's first column is a number for each of a thread's rows, which is returned where it is to stay
-        ``apart``; None where there is no ramp, or none apart. ``kinds`` are the tile's :meth:`kinds`.
+        ``apart``, the rest having :meth:`started`; None where there is no ramp, or none apart. ``seen`` is what :meth:`seen`
+        says of the tile, if asked.
         """
         scores, begins = rows_columns(acc), None
         self._cap(scores)
@@ -128,7 +129,9 @@ class Scores:
         if cutlass.const_expr(hidden is not None):
             if hidden[0]:
                 self._hide(scores, hidden[1])
-        mask = partial(self._mask_listed, kinds=kinds) if self.problem.blocks else self._mask
+        mask = self._mask_listed if self.problem.blocks else self._mask
+        if cutlass.const_expr(seen is not None):
+            mask = partial(self._hide_unseen, seen=seen)
         if cutlass.const_expr(self.problem.masks_all):
             self._mask(scores, origin)
         elif cutlass.const_expr(not isinstance(masked, bool)):
@@ -140,7 +143,7 @@ class Scores:
 
     @property
     def _ramp_is_late(self) -> bool:
-        """Whether a ramp is added with the log-sum-exp, which takes less of the columns, where there are two rows."""
+        """Whether a ramp is added with the scale, which takes no instruction more."""
         return self.transposed and bool(self.problem.gradients) and not self.problem.dropout
 
     def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None) -> cute.Tensor:
@@ -160,7 +163,7 @@ class Scores:
         if not self.transposed:
             _probabilities_by_row(scores, lse_raw, scale_log2, softcap)
         elif self.problem.expression.ramp is not None:
-            _probabilities_on_ramp(scores, lse_raw, scale_log2, self._ramp(origin))
+            _probabilities_on_ramp(scores, lse_raw, scale_log2, self._ramp(origin, scale_log2))
         elif softcap:
             rounded = cute.make_rmem_tensor_like(acc, dtype)
             _capped_probabilities(scores, lse_raw, scale_log2, rows_columns(rounded))
@@ -277,28 +280,44 @@ class Scores:
                 self._load_pairs(scores, elements, c)
             scores[r, c] = elements.value(self.problem.expression.score, r, c, scores[r, c] * natural)
 
-    def _ramp(self, origin):
-        """What a ramp adds to scores in their own unit: ``(begins, steps)``, of each of a thread's rows what it adds in the
-        tile's first column, and functions of a column that say how much more it is there: a multiple known at compile time."""
+    def _ramp(self, origin, scale=1.0):
+        """What a ramp adds to scores in their own unit times ``scale``: ``(begins, steps)``, of each of a thread's rows what it
+        adds in the tile's first column, and functions of a column that say how much more it is there: a multiple known at
+        compile time. In the backward pass without what :func:`rise_in_block` has taken off the log-sum-exp."""
         ramp, elements, values = self.problem.expression.ramp, self._elements(origin), self.values
         along_row, along_column = ("kv_idx", "q_idx") if self.transposed else ("q_idx", "kv_idx")
         fixed = (values.seqlen_k - values.seqlen_q) * ramp.of("shift") + ramp.constant
-        first = origin[1] + self.where.thread[0, 0][1]
+        first, begins_of = origin[1] + self.where.thread[0, 0][1], lambda row: row
+        steps_of = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
+        if self.problem.gradients and self.transposed:
+            first, steps_of = origin[1], [column // BLOCK * BLOCK for column in steps_of]
+        elif self.problem.gradients:
+            begins_of = lambda row: row // BLOCK * BLOCK  # noqa: E731
         begins, steps = cute.make_rmem_tensor(cute.size(self.where.zero, mode=[0]), Float32), []
         for r in range(cute.size(begins)):
-            rise = _rise(ramp, elements, values, r) if values.rise is None else values.rise
-            row = values.query(origin[0] + self.where.thread[r, 0][0])
+            rise = (_rise(ramp, elements, values, r) if values.rise is None else values.rise) * scale
+            row = begins_of(values.query(origin[0] + self.where.thread[r, 0][0]))
             begins[r] = rise * Float32(row * ramp.of(along_row) + first * ramp.of(along_column) + fixed)
-            steps.append(lambda c, rise=rise: rise * Float32(ramp.of(along_column) * self.where.zero[0, c][1]))
+            steps.append(lambda c, rise=rise: rise * Float32(ramp.of(along_column) * steps_of[c]))
         return begins, steps
+
+    def started(self, acc: cute.Tensor) -> cute.Tensor | None:
+        """An accumulator to which the products are to be added, where a ramp adds to them: what that is more in each column
+        than in the first one. Made while there is time, before they are there."""
+        if self.problem.expression.ramp is None:
+            return None
+        scores, (_, steps) = rows_columns(acc), self._ramp((0, 0))
+        for r, c in self._each(scores):
+            scores[r, c] = steps[r](c)
+        return acc
 
     def _add_ramp(self, scores: cute.Tensor, origin, apart: bool) -> cute.Tensor | None:
         begins, steps = self._ramp(origin)
-        for r in range(cute.size(begins)):
-            for c in range(cute.size(scores, mode=[1])):
-                here = scores[r, c] + steps[r](c)
-                scores[r, c] = here if apart else here + begins[r]
-        return begins if apart else None
+        if apart:
+            return begins
+        for r, c in self._each(scores):
+            scores[r, c] = scores[r, c] + steps[r](c) + begins[r]
+        return None
 
     def _load_pairs(self, scores: cute.Tensor, elements: Elements, first: int):
         """Begin to load what some columns from the first on will take, so that many loads are on their way at the same time."""
@@ -389,26 +408,23 @@ class Scores:
             scores[r, c] = _select(elements.value(self.problem.expression.mask, r, c), scores[r, c], Float32(-Float32.inf))
 
     @cute.jit
-    def _mask_listed(self, scores: cute.Tensor, origin, kinds=None):
-        """A tile that a block mask's function cuts; there is no band beside it, but a last key. With ``kinds`` block by block:
-        the loop of the backward pass is quicker without so many branches."""
-        every, ends = range(cute.size(scores, mode=[1])), origin[1] + len(self._blocks()) * BLOCK
-        columns, rows_end = self.values.seqlen_k, 0
-        if cutlass.const_expr(self.transposed):
-            columns, rows_end = self.values.seqlen_q, origin[0] + ROWS - self.values.seqlen_k
+    def _mask_listed(self, scores: cute.Tensor, origin):
+        """A tile that a block mask's function cuts; there is no band beside it, but a last key."""
+        every = range(cute.size(scores, mode=[1]))
         if cutlass.const_expr(not self.unrolls):
             self._mask_columns(scores, origin, every, False)
-        elif (ends <= self._elements(origin).held(columns)) & (rows_end <= 0):
-            self._mask_inside(scores, origin, kinds, every, True)
+        elif self._is_inside(origin):
+            self._mask_columns(scores, origin, every, True)
         else:
-            self._mask_inside(scores, origin, kinds, every, False)
+            self._mask_columns(scores, origin, every, False)
 
-    @cute.jit
-    def _mask_inside(self, scores: cute.Tensor, origin, kinds, every: cutlass.Constexpr, inside: cutlass.Constexpr):
-        if cutlass.const_expr(kinds is None):
-            self._mask_columns(scores, origin, every, inside)
-        else:
-            self._mask_blocks(scores, origin, kinds, inside)
+    def _is_inside(self, origin):
+        """Whether no key of a tile is past an end, and no column past that of a tensor that the functions read."""
+        ends = origin[1] + len(self._blocks()) * BLOCK
+        if self.transposed:
+            of_rows = origin[0] + ROWS - self.values.seqlen_k
+            return (ends <= self._elements(origin).held(self.values.seqlen_q)) & (of_rows <= 0)
+        return ends <= self._elements(origin).held(self.values.seqlen_k)
 
     def kinds(self, origin) -> Int32 | None:
         """Those of a tile's blocks that a warp's rows are in, which are 16 and in one row of blocks, where there is a block
@@ -419,27 +435,64 @@ class Scores:
         row = (origin[0] + self.where.thread[0, 0][0]) // BLOCK
         return Int32(kinds[cutlass.min(row, kinds.shape[0] - 1), origin[1] // BLOCK])  # a row past the end may be any other
 
+    @cute.jit
+    def seen(self, origin, masked, kinds):
+        """``(kinds, which of a thread's scores in blocks that are cut are seen, a bit each)``, for a tile that a block mask's
+        function cuts; None where there is none. It takes no scores: it may be asked for while these are computed."""
+        found = None
+        if cutlass.const_expr(kinds is not None):
+            bits = cute.make_rmem_tensor(-(-cute.size(self.where.zero) // 32), Int32)
+            kinds = cute.arch.make_warp_uniform(kinds)
+            if cutlass.const_expr(isinstance(masked, bool)) or masked:
+                self._see(bits, origin, kinds)
+            found = kinds, bits
+        return found
+
+    @cute.jit
+    def _see(self, bits: cute.Tensor, origin, kinds):
+        bits.fill(0)
+        if self._is_inside(origin):
+            self._see_blocks(bits, origin, kinds, True)
+        else:
+            self._see_blocks(bits, origin, kinds, False)
+
+    @cute.jit
+    def _see_blocks(self, bits: cute.Tensor, origin, kinds, inside: cutlass.Constexpr):
+        rows = cute.size(self.where.zero, mode=[0])
+        for i in cutlass.range_constexpr(len(self._blocks())):
+            if _kind(kinds, i) == CUT:
+                for r, c, seen in self._seen(origin, self._blocks()[i], inside):
+                    n = c * rows + r
+                    bits[n // 32] = bits[n // 32] | _select(seen, Int32(_bit(n)), Int32(0))
+
+    @cute.jit
+    def _hide_unseen(self, scores: cute.Tensor, origin, seen):
+        """The scores of a tile by :meth:`seen`."""
+        (kinds, bits), rows = seen, cute.size(scores, mode=[0])
+        for i in cutlass.range_constexpr(len(self._blocks())):
+            kind = _kind(kinds, i)
+            if kind == CUT:
+                for c in self._blocks()[i]:
+                    for r in range(rows):
+                        n = c * rows + r
+                        scores[r, c] = _select(bits[n // 32] & Int32(_bit(n)) != 0, scores[r, c], Float32(-Float32.inf))
+            elif kind == NONE:
+                for c in self._blocks()[i]:
+                    scores[None, c].fill(-Float32.inf)
+
     def _blocks(self) -> list[range]:
         """A thread's columns, by the blocks of 32 that they are in."""
         columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
         return [range(*(bisect_left(columns, n) for n in (begin, begin + BLOCK))) for begin in range(0, columns[-1], BLOCK)]
 
-    @cute.jit
-    def _mask_blocks(self, scores: cute.Tensor, origin, kinds, inside: cutlass.Constexpr):
-        """Each block as its kind asks."""
-        kinds = cute.arch.make_warp_uniform(kinds)
-        for i in cutlass.range_constexpr(len(self._blocks())):
-            kind, columns = (kinds >> i * KIND_BITS) & ((1 << KIND_BITS) - 1), self._blocks()[i]
-            if kind == CUT:
-                self._mask_columns(scores, origin, columns, inside)
-            elif kind == NONE:
-                for c in columns:
-                    scores[None, c].fill(-Float32.inf)
-
     def _mask_columns(self, scores: cute.Tensor, origin, columns: range, inside: bool):
-        """By the function; ``inside``: no key is past an end, and no column past that of a tensor that is read."""
+        for r, c, seen in self._seen(origin, columns, inside):
+            scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
+
+    def _seen(self, origin, columns: range, inside: bool):
+        """(row, column, whether it is seen) of a thread's scores, by the function. ``inside``: see :meth:`_is_inside`."""
         elements, last, zero = self._elements(origin), self.values.seqlen_k - 1, self.where.zero
-        rows = range(cute.size(scores, mode=[0]))
+        rows = range(cute.size(zero, mode=[0]))
         first = origin[1] + self.where.thread[0, 0][1]
         exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in rows]
         for c in columns:
@@ -449,7 +502,7 @@ class Scores:
                 seen = elements.value(self.problem.expression.mask, r, c)
                 if not inside:
                     seen = seen & (exist[r] if self.transposed else zero[0, c][1] <= last - first)
-                scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
+                yield r, c, seen
 
     @cute.jit
     def _mask(self, scores: cute.Tensor, origin):
@@ -476,6 +529,11 @@ class Scores:
                 scores[r, c] = scores[r, c] if visible else -Float32.inf
 
 
+def _kind(kinds: Int32, i: int) -> Int32:
+    """Of the i-th block of :meth:`Scores.kinds`."""
+    return (kinds >> i * KIND_BITS) & ((1 << KIND_BITS) - 1)
+
+
 def with_rise(values: Values, problem) -> Values:
     """The values of a head with what is the same in all of its tiles, so that it is loaded and computed once."""
     ramp = problem.expression.ramp
@@ -484,6 +542,11 @@ def with_rise(values: Values, problem) -> Values:
     place = {"batch": values.sequence, "head": values.head}
     elements = Elements(problem.expression, values.captured, lambda name, row, column: place[name], set(), "")
     return replace(values, rise=_rise(ramp, elements, values, 0))
+
+
+def rise_in_block(values: Values, problem, row):
+    """What a ramp adds to a query's scores for its place among 32: the same for all keys, and so a part of the log-sum-exp."""
+    return values.rise * Float32(row % BLOCK * problem.expression.ramp.of("q_idx"))
 
 
 def _rise(ramp, elements: Elements, values: Values, row: int) -> Float32:
@@ -499,14 +562,13 @@ def _probabilities(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float3
 
 
 def _probabilities_on_ramp(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, ramp: tuple):
-    """The same of scores to which a ramp is yet to be added, whose steps are the same for all of a thread's rows."""
+    """The same of scores to which a ramp is yet to be added, of the exponents a number for each row and 32 columns."""
     begins, steps = ramp
     for c, lse in _pairs(lse_raw):
-        for i in range(2):
-            less = lse[i] - steps[0](c + i)
-            for r in range(cute.size(scores, mode=[0])):
-                exponent = (scores[r, c + i] - less) * scale_log2 + begins[r] * scale_log2
-                scores[r, c + i] = cute.math.exp2(exponent, fastmath=True)
+        for r in range(cute.size(scores, mode=[0])):
+            added = begins[r] + steps[r](c)
+            for i in range(2):
+                scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2 + added, fastmath=True)
 
 
 def _capped_probabilities(t: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, rounded: cute.Tensor):

@@ -421,9 +421,10 @@ class Forward(Kernel):
             kv_state = self._skip(me, pipes, kv_state)
         # The last tile comes first, and has nothing to overlap with yet.
         top = keys.place(0)
-        masking = self._masking(me, tile, top, keys.last_is_masked())
+        masking, started = self._masking(me, tile, top, keys.last_is_masked()), self._started(me, tile)
         pipes.k.consumer_wait(kv_state)
-        acc_S = self._scores(frag, kv_state)
+        acc_S = self._scores(frag, kv_state, started)
+        masking = self._mask_ahead(me, tile, masking)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
         self._softmax(me, frag, softmax, acc_S, tile, masking)
@@ -484,17 +485,18 @@ class Forward(Kernel):
         n, masked = where
         anchored = self.anchored and (masked is False if anchored is None else anchored)
         hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
-        masking = self._masking(me, tile, n, masked)
+        masking, started = self._masking(me, tile, n, masked), self._started(me, tile)
         k_state = v_state.clone()
         k_state.advance()
         pipes.k.consumer_wait(k_state)
         self._wait_for_turn(me)
-        acc_S = self._scores(frag, k_state)
+        acc_S = self._scores(frag, k_state, started)
         if cutlass.const_expr(self.config.rescale_early and not anchored):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         pipes.v.consumer_wait(v_state)
         self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
         self._pass_turn(me)
+        masking = self._mask_ahead(me, tile, masking)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
         self._softmax(me, frag, softmax, acc_S, tile, masking, hold, anchored)
@@ -513,9 +515,13 @@ class Forward(Kernel):
         scale_rows(rows_columns(frag.acc_O), frag.rescale)
         frag.rescale.fill(1.0)
 
-    def _scores(self, frag: ForwardFragments, k_state):
+    def _started(self, me: ForwardWorker, tile: WarpgroupTile):
+        """What Q·Kᵀ is to be added to, if anything."""
+        return Scores(me.cS, tile.values, self.problem).started(self.registers("S", self.config.tile_n))
+
+    def _scores(self, frag: ForwardFragments, k_state, started):
         """Issue S = Q·Kᵀ; the caller waits."""
-        return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index])
+        return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], started)
 
     def _masking(self, me: ForwardWorker, tile: WarpgroupTile, n, masked):
         """``(origin, whether to mask, kinds of blocks)`` of the key tile at a place."""
@@ -523,6 +529,10 @@ class Forward(Kernel):
         if masked is False:
             return origin, masked, None
         return origin, masked, Scores(me.cS, tile.values, self.problem).kinds(origin)
+
+    def _mask_ahead(self, me: ForwardWorker, tile: WarpgroupTile, masking):
+        """The same with what is seen in blocks that are cut, while the tensor cores are at the scores."""
+        return *masking[:2], Scores(me.cS, tile.values, self.problem).seen(*masking)
 
     @cute.jit
     def _softmax(
@@ -536,8 +546,8 @@ class Forward(Kernel):
         hold=None,
         anchored: cutlass.Constexpr[bool] = False,
     ):
-        origin, masked, kinds = masking
-        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True, kinds=kinds)
+        origin, masked, seen = masking
+        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True, seen=seen)
         if cutlass.const_expr(anchored):
             softmax.anchored_step(rows_columns(acc_S), begins)
         else:

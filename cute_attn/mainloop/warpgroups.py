@@ -212,19 +212,22 @@ class Kernel:
             atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
 
-    def scores(self, role: str, columns: int, tA, tB):
-        """Issue a product of two operands in shared memory; the caller waits."""
-        mma = self.lay.tiled_mma(role, self.config)
-        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((ROWS_PER_WARPGROUP, columns)), Float32)
-        self.gemm(mma, acc, tA, tB, accumulate=False)
+    def scores(self, role: str, columns: int, tA, tB, started=None):
+        """Issue a product of two operands in shared memory, added to what has ``started``, if anything; the caller waits."""
+        acc = self.registers(role, columns) if started is None else started
+        self.gemm(self.lay.tiled_mma(role, self.config), acc, tA, tB, accumulate=started is not None)
         return acc
 
     def accumulator(self, role: str, columns: int):
         """64 rows of zeros."""
-        mma = self.lay.tiled_mma(role, self.config)
-        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((ROWS_PER_WARPGROUP, columns)), Float32)
+        acc = self.registers(role, columns)
         acc.fill(0.0)
         return acc
+
+    def registers(self, role: str, columns: int):
+        """Those of a product of 64 rows."""
+        mma = self.lay.tiled_mma(role, self.config)
+        return cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((ROWS_PER_WARPGROUP, columns)), Float32)
 
     def hand_over_pipe(self, smem, stages: int, warps: int, consumers: int | None = None):
         """A pipeline from ``warps`` warps to as many others, or to ``consumers`` of them; see :meth:`arrive`."""

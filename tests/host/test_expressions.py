@@ -110,6 +110,7 @@ def test_ramps():
 @pytest.mark.parametrize(("rules", "natural"), [
     ({}, True), ({"causal": True}, False), ({"window": (50, 0)}, False), ({"window": (50, 3)}, True),
     ({"causal": True, "softcap": 5.0}, True), ({"causal": True, "scale": 1e-20}, True),
+    ({"causal": True, "sinks": torch.zeros(2)}, True),
 ])  # fmt: skip
 def test_alibi_is_a_ramp_where_no_key_is_ahead(rules, natural, monkeypatch):
     calls = []
