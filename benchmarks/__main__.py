@@ -21,7 +21,7 @@ from benchmarks import anchors as anchors_
 from benchmarks import compare as compare_
 from benchmarks import peers as peers_
 from benchmarks import plot as plot_
-from benchmarks.cases import DIRECTIONS, DTYPE_BYTES, GRIDS, Case, Grid, single_cases
+from benchmarks.cases import DIRECTIONS, DTYPE_BYTES, GRIDS, SUITES, Case, Grid, cases_of, single_cases
 from benchmarks.parts import command as parts
 from benchmarks.results import KINDS, RATES, Keeper, Record, is_ours
 from benchmarks.schedule import Schedule
@@ -46,6 +46,7 @@ examples:
   python -m benchmarks attention --quick                        eight cells, under a minute
   python -m benchmarks attention --json r.json                  the whole grid, forward and backward, in bursts
   python -m benchmarks attention --backward --budget 150 --json r.json
+  python -m benchmarks attention --suite models --json m.json    what models have and the grid does not; or --suite ragged
   python -m benchmarks attention --kind sustained --head-dim 128 --causal --seqlen 8k
   python -m benchmarks attention --kind burst host memory first --json r.json
   python -m benchmarks training --json t.json --plot training   a small transformer, beside eager attention
@@ -261,6 +262,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _check_cases(options: argparse.Namespace, crew: Crew) -> None:
     """Refuse, before anything starts, sizes that can't be, and cases that our own peers can't compute where they take part."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_suite(options)
     _jobs(options, "cuda")  # the sizes of a run without a GPU are smaller
     names = peers_.REGISTRY if crew.names is None else crew.names
     if ours := [peers_.REGISTRY[name] for name in names if is_ours(name)]:
@@ -269,11 +271,22 @@ def _check_cases(options: argparse.Namespace, crew: Crew) -> None:
             peers_.check_ours(case, on_gpu)
 
 
+def _check_suite(options: argparse.Namespace) -> None:
+    """A suite's cases are its own: of the grid's axes only the direction says something about them."""
+    given = [option for axis, option in AXES.items() if axis != "directions" and getattr(options, option) is not None]
+    if options.suite is not None and (given or options.quick):
+        raise ValueError(
+            f"--suite {options.suite} is given with {', '.join(given or ['quick'])}, of the grid; one of both is needed: leave "
+            f"out the one or the other"
+        )
+
+
 def _jobs(options: argparse.Namespace, device: str) -> list[tuple[str, Case]]:
     """What to measure, in the order of ``KINDS``: the rates of a grid, the rest of a case or two."""
     size = "cpu" if device != "cuda" else "quick" if options.quick else "full"
     grid = _grid(options, size)
-    cases = {kind: grid.cases() if kind in RATES else single_cases(kind, grid.directions) for kind in KINDS}
+    rates = grid.cases() if options.suite is None else cases_of(options.suite, grid.directions, 64 if size == "cpu" else 1)
+    cases = {kind: rates if kind in RATES else single_cases(kind, grid.directions) for kind in KINDS}
     return [(kind, case) for kind in KINDS if kind in options.kind for case in cases[kind]]
 
 
@@ -334,6 +347,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_axes(group: Any) -> None:
     grid = Grid()
+    group.add_argument("--suite", choices=SUITES, help="cases of models, or of packed sequences, in the place of the grid")
     group.add_argument("--head-dim", type=command.positive, nargs="+", help=f"default: {_words(grid.head_dims)}")
     group.add_argument("--head-dim-v", type=command.positive, help="default: as --head-dim")
     group.add_argument("--seqlen", type=command.length, nargs="+", help="of queries, 8192 or 8k; default: 512 1k 2k 8k 16k")

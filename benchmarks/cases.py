@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import asdict, dataclass, replace
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -14,8 +15,9 @@ class Case:
     """One attention problem with its sizes.
 
     ``window`` is ``(left, right)`` in keys to either side of a query's aligned position, −1 for an unbounded side; the
-    last query is aligned with the last key. ``direction`` is what is timed: the forward pass, the backward pass alone,
-    or ``both``, one after the other.
+    last query is aligned with the last key. ``packed`` are the lengths of sequences that lie one after another, queries and
+    keys alike: of the one batch element, whose length is their sum. ``direction`` is what is timed: the forward pass, the
+    backward pass alone, or ``both``, one after the other.
     """
 
     batch: int
@@ -30,6 +32,7 @@ class Case:
     softcap: float = 0.0
     dtype: str = "bfloat16"
     direction: str = "forward"
+    packed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "head_dim_v"):
@@ -44,6 +47,11 @@ class Case:
             raise ValueError(f"dtype is {self.dtype!r}; known: {', '.join(DTYPE_BYTES)}")
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction is {self.direction!r}; known: {', '.join(DIRECTIONS)}")
+        if self.packed and (self.batch, self.seqlen_q, self.seqlen_k) != (1, sum(self.packed), sum(self.packed)):
+            raise ValueError(
+                f"packed sequences have {sum(self.packed)} rows in all, and the case has {self.batch} times {self.seqlen_q} "
+                f"queries and {self.seqlen_k} keys; once as many of both are needed"
+            )
 
     @property
     def edges(self) -> tuple[int | None, int | None]:
@@ -53,9 +61,11 @@ class Case:
 
     @property
     def label(self) -> str:
-        """A short name that tells the cases of one grid apart: ``forward d128 causal 8k``."""
+        """A short name that tells the cases of a run apart: ``forward d128 causal 8k``."""
         dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         parts = [self.direction, dims, "causal" if self.causal else "full", self.lengths]
+        if self.packed:
+            parts.append("packed")
         if self.heads != self.heads_kv:
             parts.append(f"gqa{self.heads // self.heads_kv}")
         if self.window is not None:
@@ -68,7 +78,11 @@ class Case:
 
     @property
     def lengths(self) -> str:
-        """The sequence length in words, ``8k``; ``1×8k`` where queries and keys differ."""
+        """The sequence length in words, ``8k``; ``1×8k`` where queries and keys differ; of packed ones ``512×128``, or
+        ``64×70…4k``, their number and the shortest and the longest."""
+        if self.packed:
+            least, most = (short(of(self.packed)) for of in (min, max))
+            return f"{len(self.packed)}×{least}" + ("" if least == most else f"…{most}")
         q, k = short(self.seqlen_q), short(self.seqlen_k)
         return q if q == k else f"{q}×{k}"
 
@@ -77,8 +91,8 @@ class Case:
 
     @staticmethod
     def from_dict(fields: dict) -> Case:
-        window = fields.get("window")
-        return Case(**{**fields, "window": None if window is None else tuple(window)})
+        window, packed = fields.get("window"), fields.get("packed", ())
+        return Case(**{**fields, "window": None if window is None else tuple(window), "packed": tuple(packed)})
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,51 @@ GRIDS = {
     # Without a GPU only the runner itself is tested, so the cases are as small as still means something.
     "cpu": Grid(head_dims=(64,), seqlens=(128, 256), tokens=256, width=256),
 }
+
+
+def _models() -> list[Case]:
+    """What models have and the grid doesn't: grouped heads, other head dims, a window, few queries."""
+    grouped = [
+        Case(batch, seqlen, seqlen, 32, 8, 128, 128, causal=True)
+        for batch, seqlen in ((1, 2048), (1, 16384), (4, 4096), (16, 1024))
+    ]
+    dims = [Case(4, 4096, 4096, 16, 16, d, dv, causal=True) for d, dv in ((96, 96), (192, 128))]
+    return [
+        *grouped,
+        *dims,
+        Case(1, 16384, 16384, 16, 16, 128, 128, causal=True, window=(512, 0)),
+        *(Case(16, sq, sk, 16, 16, 128, 128) for sq, sk in ((1024, 16384), (16384, 1024))),
+    ]
+
+
+def _ragged() -> list[Case]:
+    """Packed sequences: lengths of a log-normal distribution with mean 1k, one long among short ones, many short ones; and of
+    equal lengths, to be held against the grid's cases of as many tokens."""
+    draw = random.Random(0)
+    drawn = [draw.lognormvariate(0.0, 0.8) for _ in range(64)]
+    log_normal = tuple(max(1, round(x * 65536 / sum(drawn))) for x in drawn)
+    mixes = [log_normal, (16384, *[256] * 63), (128,) * 512]
+    equal = [(seqlen,) * (16384 // seqlen) for seqlen in (512, 1024, 2048, 8192, 16384)]
+    return [Case(1, sum(x), sum(x), 16, 16, 128, 128, causal=True, packed=x) for x in (*mixes, *equal)]
+
+
+SUITES = {"models": _models, "ragged": _ragged}
+
+
+def cases_of(suite: str, directions: tuple[str, ...], smaller: int = 1) -> list[Case]:
+    """A suite's cases, their lengths divided by ``smaller``: without a GPU only the runner itself is tested."""
+
+    def less(seqlen: int) -> int:
+        return max(1, seqlen // smaller)
+
+    found = []
+    for case in SUITES[suite]():
+        packed = tuple(map(less, case.packed))
+        rows = (sum(packed),) * 2 if packed else (less(case.seqlen_q), less(case.seqlen_k))
+        found.append(replace(case, batch=less(case.batch), seqlen_q=rows[0], seqlen_k=rows[1], packed=packed))
+    return [replace(case, direction=direction) for direction in directions for case in found]
+
+
 # Small tensors: the device is done long before the host has queued the next call.
 HOST_CASE = Case(batch=1, seqlen_q=128, seqlen_k=128, heads=4, heads_kv=4, head_dim=64, head_dim_v=64, causal=True)
 # Four times the length is four times the memory, and sixteen times where a score matrix is kept.

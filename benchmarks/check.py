@@ -60,7 +60,7 @@ def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
     if case.softcap:
         scores = case.softcap * torch.tanh(scores / case.softcap)
     left, right = case.edges
-    if left is None and right is None:
+    if left is None and right is None and not case.packed:
         return torch.softmax(scores, -1) @ v
     key = torch.arange(case.seqlen_k, device=q.device)
     aligned = rows[:, None] + (case.seqlen_k - case.seqlen_q)
@@ -69,6 +69,9 @@ def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
         visible &= key >= aligned - left
     if right is not None:
         visible &= key <= aligned + right
+    if case.packed:
+        sequence = torch.arange(len(case.packed)).repeat_interleave(torch.tensor(case.packed)).to(q.device)
+        visible &= sequence[rows][:, None] == sequence
     # A query that sees nothing gives zeros; masking all of its scores would give NaN, in the gradients too.
     sighted = visible.any(-1, keepdim=True)
     probabilities = torch.softmax(scores.masked_fill(~visible & sighted, -math.inf), -1)

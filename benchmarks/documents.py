@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import compare, model, serving, training
 from benchmarks.anchors import geometric_mean
+from benchmarks.cases import short
 from benchmarks.parts.catalogue import PARTS
 from benchmarks.parts.results import Figure, PartsRecord
 from benchmarks.parts.show import MARKED, SHIPPED, number
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/performance.md", "docs/counters.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/performance.md", "docs/counters.md", "docs/context-parallelism.md")
 BLOCK = re.compile(
     r"(?P<mark><!-- figures: (?P<name>[\w-]+) (?P<files>[\w.-]+(?: [\w.-]+)*) -->\n).*?(?P<end><!-- end of figures -->)",
     re.DOTALL,
@@ -73,7 +74,7 @@ def overview(record: Record, direction: str = "forward") -> str:
     """A row per head dim and mask: our rate at each length and, in brackets, the ratio to the best peer."""
     cells = record.of("burst", direction)
     lengths = sorted({cell.case.seqlen_q for cell in cells})
-    lines = _header(["TFLOP/s (÷ best peer)", *(_length(n) for n in lengths)])
+    lines = _header(["TFLOP/s (÷ best peer)", *(short(n) for n in lengths)])
     rows = dict.fromkeys((cell.case.head_dim, cell.case.causal) for cell in cells)
     for head_dim, causal in rows:
         row = {c.case.seqlen_q: c for c in cells if (c.case.head_dim, c.case.causal) == (head_dim, causal)}
@@ -203,7 +204,7 @@ def variants(runs: dict) -> str:
         names = list(dict.fromkeys(name for row in run["rows"] for name in row["tflops"]))
         lines = _header([run["title"], *names, "cuDNN"])
         for row in run["rows"]:
-            case = f"d{row['head_dim']} {'causal' if row['causal'] else 'full'} {_length(row['seqlen'])}"
+            case = f"d{row['head_dim']} {'causal' if row['causal'] else 'full'} {short(row['seqlen'])}"
             rates = [str(row["tflops"].get(name, "")) for name in names]
             lines.append(_row([case, *rates, str(row["torch_cudnn"])]))
         text.append("\n".join(lines) + "\n")
@@ -271,9 +272,9 @@ def masks(record: dict[str, Any]) -> str:
     lines = [_of_run(record["about"]), "", *_header(["what ÷ what", "length", "d", "forward", "backward", "asked for"])]
     for (name, seqlen, head_dim, goal), found in rows.items():
         both = (found.get(direction, "–") for direction in ("forward", "backward"))
-        lines.append(_row([name, _length(seqlen), str(head_dim), *both, f"{goal:.2f}"]))
+        lines.append(_row([name, short(seqlen), str(head_dim), *both, f"{goal:.2f}"]))
     lines += [""] + [
-        f"`block_mask`, {_length(found['seqlen'])} × {_length(found['seqlen'])}: {found['seconds'] * 1e6:.0f} µs, "
+        f"`block_mask`, {short(found['seqlen'])} × {short(found['seqlen'])}: {found['seconds'] * 1e6:.0f} µs, "
         f"{found['bytes'] / 2**20:.2f} MiB."
         for found in record["block_masks"]
     ]
@@ -335,12 +336,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _name(cell: Cell) -> str:
-    case = cell.case
-    return f"d{case.head_dim} {'causal' if case.causal else 'full'} {_length(case.seqlen_q)}"
-
-
-def _length(seqlen: int) -> str:
-    return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
+    return cell.case.label.partition(" ")[2]
 
 
 def _row(cells: list[str]) -> str:

@@ -5,13 +5,16 @@ counts as nothing. Forward: ``batch · heads · pairs · 2 · (head_dim + head_d
 square problems. Backward runs five products of that kind instead of two: 2.5 times the forward. ``both`` is their sum.
 
 **Pairs.** ``seqlen_q · seqlen_k`` where everything is seen. A causal square counts exactly half of that (the field's
-convention; the diagonal makes it ``s/2`` more). Every other band is counted pair by pair.
+convention; the diagonal makes it ``s/2`` more). Every other band is counted pair by pair; packed sequences one by one.
 
 **Bytes.** Each tensor once, as if caches were perfect: forward reads Q, K, V and writes O. Backward reads Q, K, V, O,
 dO and the log-sum-exp (float32, one per query and head) and writes dQ, dK, dV.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
 
 from benchmarks.cases import DTYPE_BYTES, Case
 
@@ -20,6 +23,9 @@ DIRECTION_FACTOR = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 
 def pairs(case: Case) -> float:
     """Query–key pairs that are seen, for one head of one batch entry."""
+    if case.packed:
+        one = replace(case, packed=())
+        return sum(count * pairs(replace(one, seqlen_q=n, seqlen_k=n)) for n, count in Counter(case.packed).items())
     left, right = case.edges
     sq, sk = case.seqlen_q, case.seqlen_k
     if left is None and right is None:

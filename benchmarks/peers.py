@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 from benchmarks.cases import DIRECTIONS, Case
@@ -128,13 +129,15 @@ def check_ours(case: Case, on_gpu: bool) -> None:
     q = tensor(case.heads, case.seqlen_q, case.head_dim)
     k = tensor(case.heads_kv, case.seqlen_k, case.head_dim)
     v = tensor(case.heads_kv, case.seqlen_k, case.head_dim_v)
-    call = check_call(q, k, v, scale=None, **_rules(case))
+    if case.packed:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    call = check_call(q, k, v, scale=None, **_rules(case), packed=bool(case.packed))
     if on_gpu:
         check_tensors_for_gpu(q, k, v, call)
 
 
 def _ours(case: Case, q, k, v, **how):
-    from cute_attn import attention, layouts
+    from cute_attn import attention, attention_varlen, layouts
 
     if q.is_cuda and "mechanism" in how:
         import torch
@@ -143,7 +146,22 @@ def _ours(case: Case, q, k, v, **how):
         if how["mechanism"] not in layouts.for_target(target).MECHANISMS:
             raise UnsupportedError(f"{target} has no {how['mechanism']}")
     rules = _rules(case) | how
+    if case.packed:
+        bounds = bounds_of(case, q.device)
+        return lambda: _output(attention_varlen(q[0], k[0], v[0], bounds, **rules)).unsqueeze(0)
     return lambda: attention(q, k, v, **rules)
+
+
+def _output(result) -> Any:
+    """Of what some functions, or versions of them, return with the log-sum-exp."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def bounds_of(case: Case, device) -> Any:
+    """``cu_seqlens`` of packed sequences: where each begins, and where the last ends."""
+    import torch
+
+    return torch.tensor([0, *accumulate(case.packed)], dtype=torch.int32, device=device)
 
 
 OURS: dict[str, Any] = {"needs": "cute_attn:attention", "compiles": "rules"}
@@ -196,10 +214,16 @@ def only(backend: str) -> Callable[[], AbstractContextManager]:
     return around
 
 
+def _refuse_packed(case: Case) -> None:
+    if case.packed:
+        raise UnsupportedError("it takes rectangles, and the case has packed sequences")
+
+
 def _sdpa(case: Case, q, k, v):
     """torch's scaled_dot_product_attention, which is heads-first and knows no window or softcap."""
     from torch.nn.functional import scaled_dot_product_attention
 
+    _refuse_packed(case)
     if case.window is not None or case.softcap:
         raise UnsupportedError("scaled_dot_product_attention has no window and no softcap")
     if case.causal and case.seqlen_q != case.seqlen_k:
@@ -237,11 +261,26 @@ def torch_cpu(case, q, k, v):
     return _sdpa(case, q, k, v)
 
 
+@peer("torch_varlen", "torch varlen_attn, FlashAttention-2", needs="torch.nn.attention.varlen:varlen_attn")
+def torch_varlen(case, q, k, v):
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not case.packed or case.softcap:
+        raise UnsupportedError("it is here for packed sequences, and has no softcap")
+    left, right = (-1 if edge is None else edge for edge in case.edges)
+    bounds, longest = bounds_of(case, q.device), max(case.packed)
+    rules: dict[str, Any] = {"window_size": (left, right)}
+    if case.heads != case.heads_kv:
+        rules["enable_gqa"] = True
+    return lambda: _output(varlen_attn(q[0], k[0], v[0], bounds, bounds, longest, longest, **rules)).unsqueeze(0)
+
+
 FLEX = "torch.nn.attention.flex_attention:flex_attention"
 
 
 @peer("torch_flex", "torch FlexAttention, compiled", needs=FLEX, heads_first=True, slow_start=True, compiles="case")
 def torch_flex(case, q, k, v):
+    _refuse_packed(case)
     attend = _compiled_flex(case, str(q.device))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return lambda: attend(q, k, v)
@@ -284,34 +323,37 @@ def _compiled_flex(case: Case, device: str) -> Callable[..., Any]:
 # --- FlashAttention --------------------------------------------------------------------------------------------------
 
 
-def _flash(attention, case: Case, q, k, v, unbounded):
+def _flash(module, case: Case, q, k, v, unbounded):
     """The three packages share their names: softmax_scale, causal, window_size (aligned as ours is), softcap."""
+    attention = module.flash_attn_func
     window = tuple(unbounded if reach < 0 else reach for reach in case.window or (-1, -1))
     rules = {"causal": case.causal, "window_size": window, "softcap": case.softcap}
+    if case.packed:
+        bounds, longest = bounds_of(case, q.device), max(case.packed)
+        rules |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
-    def call():
-        out = attention(q, k, v, **rules)
-        return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp as well
+        def attention(q, k, v, **rules):
+            return _output(module.flash_attn_varlen_func(q[0], k[0], v[0], **rules)).unsqueeze(0)
 
-    return call
+    return lambda: _output(attention(q, k, v, **rules))
 
 
 @peer("flash_attn", "flash_attn, FlashAttention-2", needs="flash_attn:flash_attn_func")
 def flash_attn(case, q, k, v):
-    from flash_attn import flash_attn_func
+    import flash_attn as package
 
-    return _flash(flash_attn_func, case, q, k, v, unbounded=-1)
+    return _flash(package, case, q, k, v, unbounded=-1)
 
 
 @peer("fa3", "flash_attn_interface, FlashAttention-3", needs="flash_attn_interface:flash_attn_func")
 def fa3(case, q, k, v):
-    from flash_attn_interface import flash_attn_func
+    import flash_attn_interface
 
-    return _flash(flash_attn_func, case, q, k, v, unbounded=-1)
+    return _flash(flash_attn_interface, case, q, k, v, unbounded=-1)
 
 
 @peer("fa4", "flash_attn.cute, FlashAttention-4", needs="flash_attn.cute:flash_attn_func", compiles="rules")
 def fa4(case, q, k, v):
-    from flash_attn.cute import flash_attn_func
+    from flash_attn import cute
 
-    return _flash(flash_attn_func, case, q, k, v, unbounded=None)
+    return _flash(cute, case, q, k, v, unbounded=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -13,9 +14,9 @@ from torch.compiler import is_compiling
 
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import flag, name_of, number, shown
-from cute_attn.autograd import Attention
+from cute_attn.autograd import Attention, differentiable
 from cute_attn.expressions import traced
-from cute_attn.lengths import NAMES, check_lengths
+from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
 from cute_attn.problem import Call, check_call
@@ -24,8 +25,9 @@ BACKENDS = ("auto", "cute", "reference")
 _ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
-_NUMBER, _REACH, _FLAG = frozenset({float, type(None)}), frozenset({int, type(None)}), frozenset({bool})
-_kept: dict[tuple, Call] = {}
+_ON_GPU = frozenset({"auto", "cute"})
+_NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
+_kept: dict[tuple, Any] = {}  # a Call, or, of ragged sequences, what one is made of
 LEAST_SCALE_OF_RAMPS = 2.0**-40  # they are divided by the scale, and must stay far from infinity
 KEPT_MAX = 1024  # calls; each of another shape or rule
 _UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
@@ -162,6 +164,9 @@ def attention(
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
     if extras is None and plain and not ragged and block_mask is None:
         call = _kept_call(q, k, v, scale, causal, window, softcap)
+        if call.plans is not None and _are_kernels(return_lse, deterministic, backend, mechanism):
+            out, lse = _by_kernels(q, k, v, call, return_lse, deterministic, mechanism)
+            return (out, lse) if return_lse else out
     else:
         call = check_call(q, k, v, scale, causal, window, softcap)
     if block_mask is not None:
@@ -185,31 +190,72 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def are_usual_kinds(scale, window, softcap, *flags) -> bool:
+def are_usual_kinds(scale, window, softcap) -> bool:
     """Whether rules are of the kinds whose equal values mean the same, so that calls can be known by them: True is equal to 1,
     and is no reach of a window."""
-    if not (type(scale) in _NUMBER and type(softcap) in _NUMBER and _FLAG.issuperset(map(type, flags))):
+    if scale is window is softcap is None:
+        return True
+    if not (type(scale) in _NUMBER and type(softcap) in _NUMBER):
         return False
     return window is None or (type(window) is tuple and _REACH.issuperset(map(type, window)))
 
 
+def _are_kernels(return_lse, deterministic, backend, mechanism) -> bool:
+    """Whether how to compute a call on a GPU is said in the usual kinds, and means the kernels."""
+    usual = type(return_lse) is type(deterministic) is bool and (mechanism is None or type(mechanism) is str)
+    return usual and type(backend) is str and backend in _ON_GPU
+
+
 def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = False) -> Call:
-    """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, dtypes and devices with the same rules,
-    so that these are checked and planned once."""
-    if not (q.is_cuda and are_usual_kinds(scale, window, softcap, causal)) or is_compiling() or dispatch_modes():
-        return check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
-    try:
-        shapes, dtypes, devices = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
-    except RuntimeError:  # a strided nested tensor
-        return check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
-    key = shapes, dtypes, devices, scale, causal, window, softcap, heads_first
-    call = _kept.get(key)
+    """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, of q's dtype and device, with the same
+    rules, so that these are checked and planned once. The dtypes and devices of k and v the launcher looks at."""
+    key = _key(q, k, v, scale, causal, window, softcap, heads_first)
+    call = None if key is None else _kept.get(key)
     if call is None:
         call = check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
+        if key is not None:
+            call.plans = {}
+            _keep(key, call)
+    return call
+
+
+def _kept_call_of_lengths(q, k, v, lengths: tuple, *rules) -> Call:
+    """The same of ragged sequences, as many of them: a call of its own, which has its lengths, with the plans of all alike. The
+    lengths' dtypes and devices the launcher looks at, too."""
+    key = _key(q, k, v, *rules, *(None if x is None else x.numel() for x in lengths))
+    kept = None if key is None else _kept.get(key)
+    if kept is not None:
+        make, count = kept
+        return make(lengths=Lengths(count, lengths))
+    call = _call_of_lengths(q, k, v, lengths, *rules)
+    if key is not None and call.lengths is not None and not are_checked():
+        sizes = call.batch, call.heads, call.heads_kv, call.seqlen_q, call.seqlen_k, call.head_dim, call.head_dim_v
         call.plans = {}
-        if len(_kept) >= KEPT_MAX:
-            _kept.clear()
-        _kept[key] = call
+        make = partial(Call, *sizes, call.scale, call.left, call.right, call.softcap, plans=call.plans)
+        _keep(key, (make, call.lengths.count))
+    return call
+
+
+def _key(q, k, v, scale, causal, window, softcap, *more) -> tuple | None:
+    """What an eager call on CUDA tensors is known by; None of any other, and where that can't be told at first sight."""
+    usual = q.is_cuda and type(causal) is bool and are_usual_kinds(scale, window, softcap)
+    try:
+        if usual and not (is_compiling() or dispatch_modes()):
+            return q.shape, k.shape, v.shape, q.dtype, q.get_device(), scale, causal, window, softcap, *more
+    except RuntimeError:  # a strided nested tensor
+        return None
+    return None
+
+
+def _keep(key: tuple, kept: Call | tuple) -> None:
+    if len(_kept) >= KEPT_MAX:
+        _kept.clear()
+    _kept[key] = kept
+
+
+def _call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softcap) -> Call:
+    call = check_call(q, k, v, scale, causal, window, softcap, packed=True)
+    call.lengths = check_lengths(q, None, lengths)
     return call
 
 
@@ -217,12 +263,16 @@ def attention_heads_first(q, k, v, scale: float | None, causal: bool) -> torch.T
     """:func:`attention` by the kernels, of ``(batch, heads, seqlen, head_dim)``; the output is such a view of memory in which
     heads come after seqlen, and so are gradients. For eager calls of torch's own CUDA tensors, out of any transform, which
     spares them the views."""
-    call = _kept_call(q, k, v, scale, causal, None, None, heads_first=True)
+    return _by_kernels(q, k, v, _kept_call(q, k, v, scale, causal, None, None, heads_first=True), False, False, None)[0]
+
+
+def _by_kernels(q, k, v, call: Call, return_lse: bool, deterministic: bool, mechanism: str | None):
+    """``(out, lse)`` of a checked eager call of torch's own CUDA tensors without captured ones, out of any transform."""
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return Attention.apply(q, k, v, call, *launch.passes(False, None, False))[0]
-    return launch.forward(call, None, False, False, q, k, v)[0]
+        return differentiable(q, k, v, call, *launch.passes(return_lse, mechanism, deterministic))
+    return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
 
 
 def attention_varlen(
@@ -267,8 +317,8 @@ def attention_varlen(
         seqused_k: the same for k and v.
 
     All others are those of :func:`attention`; a ``bias`` is ``(batch, heads, rows, keys)`` with as many rows and keys as
-    the longest sequence has, or more. With ``CUTE_ATTN_CHECK=1`` in the environment the lengths are read back and checked;
-    without it, wrong ones give wrong results, but nothing is written outside of these.
+    the longest sequence has, or more. With ``CUTE_ATTN_CHECK=1`` in the environment, from the process's first call on, the
+    lengths are read back and checked; without it, wrong ones give wrong results, but nothing is written outside of these.
 
     Returns:
         ``out``, ``(total_q, heads, head_dim_v)`` in q's dtype; with ``return_lse`` also ``lse``, ``(heads, total_q)``.
@@ -290,11 +340,18 @@ def attention_varlen(
             rules |= _extras_of(handle, extras)
         others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
         return handle(attention_varlen, q, k, v, rules, {**others, **named})
-    call = check_call(q, k, v, scale, causal, window, softcap, packed=True)
     if cu_seqlens_q is None:
+        check_call(q, k, v, scale, causal, window, softcap, packed=True)
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
-    call.lengths = check_lengths(q, None, lengths)
+    if extras is None and plain:
+        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
+        if call.plans is not None and _are_kernels(return_lse, deterministic, backend, mechanism):
+            out, lse = _by_kernels(q, k, v, call, return_lse, deterministic, mechanism)
+            return (out, lse) if return_lse else out
+    else:
+        call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
     if extras is not None:
+        assert call.lengths is not None
         take_extras(call, q, extras, call.lengths.count)
     how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from itertools import compress, product
 from typing import Any
 
 import torch
 
 from cute_attn.problem import Call
 from cute_attn.wrapped import gradient
+
+_NEEDS = {needed: "".join(compress("qkv", needed)) for needed in product((False, True), repeat=3)}
 
 
 class Attention(torch.autograd.Function):
@@ -42,20 +44,27 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[override]
-        arguments: Any = arguments_of_gradients(ctx, dout, dlse)
+        arguments = arguments_of_gradients(ctx, dout, dlse)
         if arguments is None:
             return (None,) * len(ctx.needs_input_grad)
         call = ctx.call
-        arguments, others = arguments[:8], arguments[8:]
-        if call.lengths is not None:
-            call = replace(call, lengths=replace(call.lengths, tensors=others[:4]))
-            others = others[4:]
-        if others:
-            call = replace(call, sinks=others[0], captured=others[1:])
-        # Without create_graph=True nobody can differentiate once more, and the function's own cost is spared.
-        apply: Callable = _Gradients.apply if torch.is_grad_enabled() else partial(computed, ctx)
-        dq, dk, dv, *dothers = apply(*arguments, call, ctx.gradients)
+        if call.lengths is not None or call.others:
+            arguments, others = arguments[:8], arguments[8:]
+            if call.lengths is not None:
+                saved, others = others[:4], others[4:]
+                if any(x is not was for x, was in zip(saved, call.lengths.tensors, strict=True)):
+                    call = replace(call, lengths=replace(call.lengths, tensors=saved))
+            if others:
+                call = replace(call, sinks=others[0], captured=others[1:])
+        compute: Callable = _Gradients.apply
+        if not torch.is_grad_enabled():  # nobody can differentiate once more, and the function's own cost is spared
+            compute, arguments = computed, (ctx, *arguments)
+        dq, dk, dv, *dothers = compute(*arguments, call, ctx.gradients)
         return dq, dk, dv, None, None, None, *dothers
+
+
+# Attention.apply without torch's look for transforms of torch.func: for calls that are in none.
+differentiable = super(torch.autograd.Function, Attention).apply
 
 
 def keep(ctx, *tensors) -> None:
@@ -63,22 +72,22 @@ def keep(ctx, *tensors) -> None:
     knows not to be changed in place."""
     ctx.set_materialize_grads(False)  # an output that nobody used has None for its gradient, not a tensor of zeros
     ctx.save_for_backward(*tensors)
-    ctx.were = [None if x is None else (x.device, x.dtype) for x in tensors]
+    ctx.were = tensors[0].device, [x if x is None else x.dtype for x in tensors]
 
 
-def arguments_of_gradients(ctx, dout, dlse) -> tuple | None:
+def arguments_of_gradients(ctx, dout, dlse) -> Any:
     """``(q, k, v, out, kept, dout, dlse, needs, *lengths)``, or None where no gradient is needed or all are zeros."""
-    needs = "".join(name for name, needed in zip("qkv", ctx.needs_input_grad, strict=False) if needed)
-    if not any(ctx.needs_input_grad) or (dout is None and dlse is None):
+    needed, (device, dtypes) = ctx.needs_input_grad, ctx.were
+    if not any(needed) or (dout is None and dlse is None):
         return None
-    q, k, v, out, kept, *lengths = map(_restored, ctx.saved_tensors, ctx.were)
+    needs = _NEEDS[needed[:3]]
+    # Hooks that offload or compress what is saved may bring it back elsewhere, or as something else.
+    q, k, v, out, kept, *lengths = [
+        x if x is None or (x.dtype is dtype and x.device == device) else x.to(device, dtype)
+        for x, dtype in zip(ctx.saved_tensors, dtypes, strict=True)
+    ]
     dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
     return q, k, v, out, kept, torch.zeros_like(out) if dout is None else dout, dlse, needs, *lengths
-
-
-def _restored(x: Any, was: Any) -> Any:
-    """A saved tensor where and as it was: hooks that offload or compress what is saved may bring it back otherwise."""
-    return x if x is None or (x.device, x.dtype) == was else x.to(*was)
 
 
 def computed(ctx, q, k, v, out, kept, dout, dlse, needs: str, call: Call, gradients: Callable):

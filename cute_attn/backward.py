@@ -14,19 +14,21 @@ log-sum-exp enters through delta, since ∂LSE_i / ∂S_ij = P_ij):
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import replace
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, named
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
-from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout
+from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout, row_padding
 from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
+from cute_attn.mainloop.fours import FOUR, offsets, to_memory
 from cute_attn.mainloop.guard import LOWEST, finite_row
 from cute_attn.mainloop.scores import rise_in_block, with_rise
 from cute_attn.scheduler import Tiles, write_zeros
@@ -36,7 +38,8 @@ from cute_attn.sequences import Sequences, Span
 def host_function(problem, config):
     """The function of :data:`~cute_attn.fields.BACKWARD`'s values to compile."""
     mainloop = importlib.import_module(f"cute_attn.mainloop.{config.backward}").Backward(problem, config)
-    row_values, cast = RowValues(problem, config), CastQueries(problem, config)
+    row_values = RowValues(problem, config)
+    cast = CastQueries(problem, config, skips_unused=getattr(mainloop, "clears_queries", False))
 
     @cute.jit
     def backward(*arguments):
@@ -64,7 +67,7 @@ def host_function(problem, config):
         long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
-        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
+        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, dq if cast.skips_unused else None)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
         if cutlass.const_expr(signals is not None):
@@ -104,10 +107,11 @@ def _place(blocks, heads):
 
 
 class RowValues:
-    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums. A block takes as many
-    rows as it has threads for; of ragged sequences, for each of which it has to search, as many as are padded together."""
+    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums. A block takes twice as
+    many rows as it has threads for, and padding is a multiple of them; of ragged sequences, for each of which it has to search,
+    as many as are padded together."""
 
-    THREADS = 256
+    THREADS, AT_ONCE = 256, 2
 
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
@@ -115,7 +119,10 @@ class RowValues:
         self.threads_per_row = 4
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
-        self.rows = self.THREADS // self.threads_per_row
+        at_once = row_padding(config) // self.AT_ONCE
+        self.apart = math.gcd(self.THREADS // self.threads_per_row, at_once)  # rows of a thread
+        self.threads = self.apart * self.threads_per_row
+        self.rows = self.AT_ONCE * self.apart
         self.steps = ROW_PADDING // self.rows if problem.ragged else 1
 
     @cute.jit
@@ -124,8 +131,9 @@ class RowValues:
         mQ = mQ if self.problem.masked else None
         self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals, sequences, of_ramp).launch(
             grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
-            block=[self.THREADS, 1, 1],
+            block=[self.threads, 1, 1],
             stream=stream,
+            preferred_smem_carveout=100,  # as the kernel that comes next has it
         )
 
     @cute.kernel
@@ -145,40 +153,53 @@ class RowValues:
 
     @cute.jit
     def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group, of_ramp):
-        """As many rows of a sequence as there are threads for, from ``first`` on: ``group`` of all. ``of_ramp`` are the values
-        of the sequence and head, where there is a ramp."""
-        mQ, mO, mdO, mLSE_raw, mdLSE = inputs
-        head, batch = where
+        """As many rows of a sequence as a block takes at once, from ``first`` on: ``group`` of all. All that is read is asked
+        for before any of it is used. ``of_ramp`` are the values of the sequence and head, where there is a ramp."""
+        mO, mdO = (span.rows(m, where[0]) for m in inputs[1:3])
+        mLSE_raw = span.row_values(inputs[3], where[0])
         thread = cute.arch.thread_idx()[0]
         row, place = first + thread // self.threads_per_row, thread % self.threads_per_row
-        mO, mdO = (span.rows(m, head) for m in (mO, mdO))
-        exists = row < mO.shape[0]
-        total = Float32(0.0)
-        if exists and place * VECTOR < self.problem.head_dim_v:
-            o, do = (vector(m, row, place).load().to(Float32) for m in (mO, mdO))
-            total = (o * do).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
-        total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
-        if place == 0:
-            lse, delta = Float32.inf, Float32(0.0)
-            if exists:
-                lse = span.row_values(mLSE_raw, head)[row]
+        asked = []
+        for j in cutlass.range_constexpr(self.AT_ONCE):
+            o, do = (cute.make_rmem_tensor(VECTOR, m.element_type) for m in (mO, mdO))
+            o.fill(0.0), do.fill(0.0)
+            lse = Float32.inf
+            if row + j * self.apart < mO.shape[0]:
+                lse = mLSE_raw[row + j * self.apart]
+                if place * VECTOR < self.problem.head_dim_v:
+                    cute.autovec_copy(vector(mO, row + j * self.apart, place), o)
+                    cute.autovec_copy(vector(mdO, row + j * self.apart, place), do)
+            asked.append((o, do, lse))
+        for j, (o, do, lse) in enumerate(asked):
+            total = (o.load().to(Float32) * do.load().to(Float32)).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+            total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
+            if place == 0:
+                padded = group * self.rows + j * self.apart + thread // self.threads_per_row
                 if cutlass.const_expr(of_ramp is not None):
-                    lse = lse - rise_in_block(with_rise(of_ramp, self.problem), self.problem, row)
-                if lse != Float32.inf:
-                    delta = total
-                    if cutlass.const_expr(mdLSE is not None):
-                        delta = total - span.row_values(mdLSE, head)[row]
-                if cutlass.const_expr(self.problem.masked):
-                    lse, delta = self._marked(span.rows(mQ, head), row, total, lse, delta, signals)
-            padded = group * self.rows + thread // self.threads_per_row
-            rows.lse_raw[padded, head, batch] = lse
-            rows.delta[padded, head, batch] = delta
+                    lse = lse - rise_in_block(with_rise(of_ramp, self.problem), self.problem, row + j * self.apart)
+                self._row(inputs, rows, signals, span, where, row + j * self.apart, padded, lse, total)
         if cutlass.const_expr(dq_sum is not None and not self.first_stores):
-            clear = partial(self._clear, dq_sum[None, None, None, head, batch], group, thread)
+            clear = partial(self._clear, dq_sum[None, None, None, *where], group, thread)
             if cutlass.const_expr(span.length is None):  # noqa: SIM114
                 clear()
             elif first // self.config.tile_m * self.config.tile_m < span.length:  # nobody reads the sums of other tiles
                 clear()
+
+    @cute.jit
+    def _row(self, inputs, rows: Rows, signals: Signals | None, span: Span, where, row, padded, lse, total):
+        """Of one row, whose dO · O is ``total``, to its place in what is padded."""
+        mQ, mO, _, _, mdLSE = inputs
+        head, batch = where
+        delta = Float32(0.0)
+        if row < span.rows(mO, head).shape[0]:
+            if lse != Float32.inf:
+                delta = total
+                if cutlass.const_expr(mdLSE is not None):
+                    delta = total - span.row_values(mdLSE, head)[row]
+            if cutlass.const_expr(self.problem.masked):
+                lse, delta = self._marked(span.rows(mQ, head), row, total, lse, delta, signals)
+        rows.lse_raw[padded, head, batch] = lse
+        rows.delta[padded, head, batch] = delta
 
     @cute.jit
     def _marked(self, mQ: cute.Tensor, row, total, lse, delta, signals: Signals):
@@ -200,8 +221,8 @@ class RowValues:
         begin = cute.make_tensor((dq_sum.iterator + cutlass.Int64(group) * floats).align(16), cute.make_layout(floats))
         zeros = cute.make_rmem_tensor(4, Float32)
         zeros.fill(0.0)
-        for i in cutlass.range_constexpr(-(-floats // (4 * self.THREADS))):
-            place = i * self.THREADS + thread
+        for i in cutlass.range_constexpr(-(-floats // (4 * self.threads))):
+            place = i * self.threads + thread
             if place < floats // 4:
                 cute.autovec_copy(zeros, cute.local_tile(begin, (4,), (place,)))
 
@@ -210,8 +231,9 @@ class CastQueries:
     """dQ = scale · its sums, in the inputs' dtype. A block takes the piece of one group of computing threads, each thread
     what it holds of it as an accumulator."""
 
-    def __init__(self, problem, config):
+    def __init__(self, problem, config, skips_unused: bool):
         self.problem, self.config = problem, config
+        self.skips_unused = skips_unused  # what has no row in use: the mainloop writes zeros there, beside its products
         self.lay = layouts.family(config)
         self.pieces = self.lay.pieces(config)
         # Whether a query tile's sums may be nothing yet: no key tile has come to it.
@@ -231,8 +253,9 @@ class CastQueries:
         count = len(self.pieces)
         block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
         m_block, piece = block // count, block % count
-        span, row_first, _ = _padded_span(sequences, m_block * self.config.tile_m, batch)
-        in_use = None if span.first is None else row_first < span.length
+        span, tile_first, _ = _padded_span(sequences, m_block * self.config.tile_m, batch)
+        row_first = tile_first
+        in_use = None if span.first is None else tile_first < span.length
         if cutlass.const_expr(counters is not None):
             in_use = counters[m_block, head, batch] != 0
         mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
@@ -246,7 +269,9 @@ class CastQueries:
             self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
         elif in_use:
             self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
-        else:
+        elif cutlass.const_expr(not self.skips_unused):  # noqa: SIM114
+            self._clear(mdQ, length, (row_first, column_first))
+        elif tile_first < span.length:  # rows in use that no key tile has come to
             self._clear(mdQ, length, (row_first, column_first))
 
     @cute.jit
@@ -265,18 +290,42 @@ class CastQueries:
     @cute.jit
     def _cast(self, sums: cute.Tensor, mdQ: cute.Tensor, values: Values, span: Span, length, first):
         """A piece's sums, scaled and rounded."""
-        row_first, column_first = first
         thread = cute.arch.thread_idx()[0]
         mma = self.lay.tiled_mma("dQ", self.config)
-        acc = cute.make_rmem_tensor(mma.partition_shape_C(self.lay.piece_shape(self.config)), Float32)
+        shape, turned = self.lay.piece_shape(self.config), self.lay.turned(self.config)
+        shape = shape[::-1] if turned else shape
+        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
         mine = cute.make_tensor(sums.iterator, cute_layout(self.lay.sums(self.config)))[thread, None, 0]
         held = cute.make_tensor(acc.iterator, cute.make_layout(mine.shape))
         cute.autovec_copy(mine, held)
         acc.store(acc.load() * Float32(values.scale(self.problem)))
 
-        identity = cute.make_identity_tensor(self.lay.piece_shape(self.config))
-        where = rows_columns(mma.get_slice(thread).partition_C(identity))
+        where = rows_columns(mma.get_slice(thread).partition_C(cute.make_identity_tensor(shape)))
         of_piece = rows_columns(acc)
+        if cutlass.const_expr(turned):
+            self._store_transposed(mdQ, length, first, where, of_piece)
+        else:
+            self._store(mdQ, span, length, first, where, of_piece)
+
+    @cute.jit
+    def _store_transposed(self, mdQ: cute.Tensor, length, first, where: cute.Tensor, of_piece: cute.Tensor):
+        """A piece of dQᵀ, (columns, rows), whose rows are those of a rectangle."""
+        row_on, column_on = offsets()
+        for i in cutlass.range_constexpr(0, cute.size(of_piece, mode=[1]), 2):
+            held = cute.make_rmem_tensor(FOUR, mdQ.element_type)
+            for j in cutlass.range_constexpr(FOUR):
+                held[j] = of_piece[j // 2, i + j % 2].to(mdQ.element_type)
+            pairs = cute.recast_tensor(held, Uint32)
+            pairs[0], pairs[1] = to_memory(pairs[0], pairs[1])
+            column, row = first[1] + where[0, i][0] + column_on, first[0] + where[0, i][1] + row_on
+            if row < length and column < self.problem.head_dim:
+                into = cute.local_tile(mdQ, (1, FOUR), (row, column // FOUR))
+                cute.autovec_copy(held, cute.make_tensor(into.iterator.align(8), held.layout))
+
+    @cute.jit
+    def _store(self, mdQ: cute.Tensor, span: Span, length, first, where: cute.Tensor, of_piece: cute.Tensor):
+        row_first, column_first = first
+        thread = cute.arch.thread_idx()[0]
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(span.length, row_first, where, of_piece)
         # Of two neighbours one stores 4 columns of one MMA's 8, the other 4 of the next one's: whole sectors of memory.

@@ -30,6 +30,8 @@ from cutlass import Boolean, Int32, cute
 from cute_attn.layouts.base import WARP
 from cute_attn.stored import UNITS_MAX, unit_tiles
 
+COUNTED = 4  # warps' worth of sequences whose lengths are on their way at the same time
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -131,8 +133,8 @@ class CachedKeys:
                 begin = begin // 2 * 2  # two neighbouring keys that are loaded for begin at an even one
         if cutlass.const_expr(problem.bounded_right):
             end = cutlass.max(cutlass.min(keys + self.right, keys), begin)
-        tiles = cutlass.max((end - begin + config.tile_n - 1) // config.tile_n, 1)
-        row_tiles = (queries * self.packed + config.tile_m - 1) // config.tile_m
+        tiles = cutlass.max(divided(end - begin + config.tile_n - 1, config.tile_n)[0], 1)
+        row_tiles = divided(queries * self.packed + config.tile_m - 1, config.tile_m)[0]
         return Sequence(Int32(i), element, first, queries, pad, keys, begin, end, tiles, row_tiles)
 
     def walks(self, sequence: Sequence):
@@ -172,12 +174,14 @@ class CachedKeys:
     @cute.jit
     def all_tiles(self):
         """A whole warp: ``(how many tiles there are, tiles_of_lanes(0))``, for :meth:`find`."""
+        lane, more = cute.arch.lane_idx(), Int32(0)
+        for i in cutlass.range_constexpr(1, COUNTED):
+            more += self._tiles(i * WARP + lane)
         lanes = self.tiles_of_lanes(Int32(0))
         total = cute.arch.shuffle_sync(lanes[1], WARP - 1)
         if self.all_sequences > WARP:
-            more = Int32(0)
-            for first in cutlass.range(WARP, self.all_sequences, WARP, unroll=1):
-                more += self._tiles(first + cute.arch.lane_idx())
+            for first in cutlass.range(COUNTED * WARP, self.all_sequences, WARP, unroll=1):
+                more += self._tiles(first + lane)
             for step in (1, 2, 4, 8, 16):
                 more += cute.arch.shuffle_sync_bfly(more, step)
             total += more
@@ -246,6 +250,18 @@ class WalkPart:
 
 
 @dataclass(frozen=True)
+class PartStart:
+    """Where a part of a walk begins: the walk's sequence, key head and row tile, its key tile ``begin``, which is number ``at``
+    of all."""
+
+    sequence: Int32
+    head_kv: Int32
+    row_tile: Int32
+    begin: Int32
+    at: Int32
+
+
+@dataclass(frozen=True)
 class PartPlaces:
     """The parts of a walk: how many there are, the ``number`` of this one, and where partial results lie: of part i in place
     ``first`` (i = 0) or ``others + i · step``. ``counter`` is the walk's."""
@@ -294,6 +310,31 @@ def next_part(keys: CachedKeys, i, before, at, end):
             found = part.begin < part.end
             at = part.at if found else at + passed
     return i, before, at
+
+
+@cute.jit
+def part_from(keys: CachedKeys, sequence: Sequence, start: PartStart, end) -> WalkPart:
+    """The part that begins there, of a block whose tiles go up to ``end``."""
+    count: Any = cutlass.min(sequence.tiles - start.begin, end - start.at)
+    if cutlass.const_expr(keys.problem.invariant):
+        count = cutlass.min(sequence.tiles - start.begin, unit_of(keys, sequence))
+    return WalkPart(start.head_kv, start.row_tile, start.begin, start.begin + count, start.at)
+
+
+@cute.jit
+def start_after(keys: CachedKeys, sequence: Sequence, part: WalkPart) -> PartStart:
+    """Where the next part begins, if there are tiles after this one's: what :func:`next_part` finds without dividing."""
+    i, head_kv, row_tile, begin = sequence.number, part.head_kv, part.row_tile, part.end
+    if begin >= sequence.tiles:
+        row_tile, begin = row_tile + 1, Int32(0)
+    if row_tile >= sequence.row_tiles:
+        head_kv, row_tile = head_kv + 1, Int32(0)
+    if head_kv >= keys.heads_kv:
+        i, head_kv = cutlass.min(i + 1, keys.all_sequences - 1), Int32(0)
+        if cutlass.const_expr(keys.cu_seqlens_q is not None):  # some may have no rows
+            while (keys.sequence(i).row_tiles == 0) & (i < keys.all_sequences - 1):
+                i += 1
+    return PartStart(i, head_kv, row_tile, begin, part.at + part.end - part.begin)
 
 
 def unit_of(keys: CachedKeys, sequence: Sequence):

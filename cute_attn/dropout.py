@@ -6,10 +6,11 @@ key, the last two within their sequence) and on nothing else: so it is the same 
 of any size and shape, and for any mechanism.
 
 **Which.** Philox-4×32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the fewest that
-pass its tests) makes four words of 32 bits of a counter and a key of 64 bits, the seed. One counter serves eight scores, 16
-bits each: rows i and i + 8 of 16, and every eighth key of 32. One thread has them all in the accumulators of queries × keys,
-and a half of them in those of keys × queries, where a warp has 16 keys. A score is kept if its number is at least
-``threshold(p)``: p is exact to 2⁻¹⁶.
+pass its tests) makes four words of 32 bits of a counter and a key of 64 bits, the seed. One counter serves the eight scores of
+16 rows and 16 keys that one thread has in an accumulator: rows i and i + 8, keys j, j + 1, j + 8 and j + 9, j even. A word is
+two neighbouring keys', 15 bits each, of which a number from 0 on is made; a score is kept if it is at least p · 2¹⁵, or, for p
+above 1/2, below (1 − p) · 2¹⁵: p is exact to 2⁻¹⁶. So numbers can be compared as floats of 16 bits, two at a time: these are in
+the same order, as far as what they are compared with, at most 2.0.
 """
 
 from __future__ import annotations
@@ -22,18 +23,24 @@ ROUNDS = 7
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 INCREMENTS = 0x9E3779B9, 0xBB67AE85
 APART = 8  # rows, or keys, of the scores that share a counter
-ROWS, KEYS = 2 * APART, 4 * APART  # so many from a multiple of these on have all their counters to themselves
-BITS, WORD = 16, 0xFFFFFFFF
+SIDE = 2 * APART  # so many rows and keys from multiples of it on have all their counters to themselves
+HALF, BITS, WORD = 16, 15, 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """From which number of 16 bits on a probability is kept."""
-    return min(round(p * 2.0**BITS), 2**BITS - 1)
+    """From which number n ≥ 0 on a probability is kept, or, as ~n, below which."""
+    return round(p * 2.0**BITS) if p <= 0.5 else ~max(round((1.0 - p) * 2.0**BITS), 1)
+
+
+def rate(p: float) -> float:
+    """The share of probabilities that are dropped, p as it is met."""
+    n = threshold(p)
+    return n / 2.0**BITS if n >= 0 else 1.0 - ~n / 2.0**BITS
 
 
 def kept_scale(p: float) -> float:
     """What kept probabilities are multiplied by, 1 / (1 − p)."""
-    return 1.0 / (1.0 - threshold(p) / 2.0**BITS)
+    return 1.0 / (1.0 - rate(p))
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
@@ -57,17 +64,12 @@ def philox(counter: tuple, key: tuple, ops: Any) -> tuple:
 
 def counter(batch, head, row, key) -> tuple:
     """Of the eight scores of which this is the one of the lowest row and key."""
-    return key, head, row, batch
+    return row, key, head, batch
 
 
 def word_of(row, key):
     """Which of a counter's words has the number of a score, 0 to 3."""
-    return key // ROWS % 2 * 2 + row // APART % 2
-
-
-def is_upper(key):
-    """Whether it is the word's upper half, 1, or its lower one, 0."""
-    return key // APART % 2
+    return key // APART % 2 * 2 + row // APART % 2
 
 
 class TensorWordOps:
@@ -87,10 +89,11 @@ class TensorWordOps:
 def kept(seed: torch.Tensor, p: float, batch, head, row, key) -> torch.Tensor:
     """Which probabilities are kept, bool: tensors of positions, int64, that broadcast against one another; ``seed`` is
     :func:`draw_seed`'s."""
-    place = counter(batch, head, row - row % ROWS + row % APART, key - key % KEYS + key % APART)
+    place = counter(batch, head, row - row // APART % 2 * APART, key - key // APART % 2 * APART - key % 2)
     words = philox(place, (seed & WORD, (seed >> 32) & WORD), TensorWordOps)
     which = word_of(row, key)
     lower = torch.where(which % 2 == 1, words[1], words[0])
     upper = torch.where(which % 2 == 1, words[3], words[2])
     word = torch.where(which >= 2, upper, lower)
-    return torch.where(is_upper(key) == 1, word >> BITS, word & (2**BITS - 1)) >= threshold(p)
+    number, n = torch.where(key % 2 == 1, word >> HALF, word) & (2**BITS - 1), threshold(p)
+    return number >= n if n >= 0 else number < ~n

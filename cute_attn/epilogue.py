@@ -43,18 +43,25 @@ def store_nothing_seen(mO: cute.Tensor, mLSE: LogSumExp, work: Work, shape: cutl
     """One warp: the results of a tile (rows, columns) of queries none of which sees a key, as if it had been computed."""
     gO, first, lane = work.q.stored.rows(mO, work.head), work.block * shape[0], cute.arch.lane_idx()
     last = cutlass.min(first + shape[0], gO.shape[0])
-    pieces = min(shape[1] // VECTOR, WARP)  # of a row, one for each lane
-    row, piece = lane // pieces, lane % pieces
-    zeros = cute.make_rmem_tensor(VECTOR, gO.element_type)
-    zeros.fill(0.0)
-    for r in cutlass.range(first + row, last, WARP // pieces, unroll=4):
-        if piece * VECTOR < gO.shape[1]:
-            cute.autovec_copy(zeros, vector_at(gO, r, piece))
+    store_zeros(gO, work.block, shape)
     for m, nothing in ((mLSE.natural, -Float32.inf), (mLSE.raw, Float32.inf)):
         if cutlass.const_expr(m is not None):
             of_rows = work.q.stored.row_values(m, work.head)
             for r in cutlass.range(first + lane, last, WARP, unroll=1):
                 of_rows[r] = nothing
+
+
+@cute.jit
+def store_zeros(m: cute.Tensor, block: Int32, shape: cutlass.Constexpr[tuple]):
+    """One warp: a tile (rows, columns) of a tensor in global memory, as far as that has rows and columns."""
+    first, lane = block * shape[0], cute.arch.lane_idx()
+    pieces = min(shape[1] // VECTOR, WARP)  # of a row, one for each lane
+    row, piece = lane // pieces, lane % pieces
+    zeros = cute.make_rmem_tensor(VECTOR, m.element_type)
+    zeros.fill(0.0)
+    for r in cutlass.range(first + row, cutlass.min(first + shape[0], m.shape[0]), WARP // pieces, unroll=4):
+        if piece * VECTOR < m.shape[1]:
+            cute.autovec_copy(zeros, vector_at(m, r, piece))
 
 
 def converted(acc: cute.Tensor, dtype) -> cute.Tensor:

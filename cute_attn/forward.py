@@ -12,7 +12,7 @@ from cutlass.cute import runtime
 
 from cute_attn import layouts
 from cute_attn.fields import FORWARD, Field, named
-from cute_attn.layouts.base import IN_TURN, ROW_PADDING, VECTOR, element
+from cute_attn.layouts.base import IN_TURN, VECTOR, element, row_padding
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tickets, Tiles
 from cute_attn.sequences import Sequences, Side
@@ -147,7 +147,7 @@ def _stand_in(kind: str, problem, config):
         dims = 2 if problem.packed else 3
         return runtime.make_fake_tensor(Float32, sizes(dims), (*some(dims - 1), 1), assumed_align=4)
     if kind == "padded row values":
-        shape, stride = (2, *sizes(3, ROW_PADDING)), (*some(3, ROW_PADDING), 1)
+        shape, stride = (2, *sizes(3, row_padding(config))), (*some(3, row_padding(config)), 1)
         return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
     family = layouts.family(config)
     pieces, size = len(family.pieces(config)), math.prod(family.piece_shape(config))

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch.compiler import is_compiling
 
-from cute_attn import api, autocast, reference, serve
+from cute_attn import api, autocast, launch, reference, serve
 from cute_attn.arguments import flag
+from cute_attn.lengths import are_checked
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, transforms_active
 from cute_attn.problem import check_call_of_cache
@@ -89,9 +90,9 @@ def attention_kvcache(
             gathers pages first; or ``None`` for what is best for so many queries.
 
     All others are those of :func:`~cute_attn.attention`. A function's ``q_idx`` and ``kv_idx`` count the queries of the call
-    and the keys of a sequence (behind ``leftpad_k``) from 0 on. With ``CUTE_ATTN_CHECK=1`` in the environment lengths, pages
-    and the others are read back and checked; without it, wrong ones give wrong results, but nothing outside the cache is read
-    or written.
+    and the keys of a sequence (behind ``leftpad_k``) from 0 on. With ``CUTE_ATTN_CHECK=1`` in the environment, from the
+    process's first call on, lengths, pages and the others are read back and checked; without it, wrong ones give wrong
+    results, but nothing outside the cache is read or written.
 
     Returns:
         ``out``, as q with ``head_dim_v`` columns; with ``return_lse`` also ``lse``, ``(batch, heads, seqlen_q)`` or ``(heads,
@@ -119,9 +120,8 @@ def attention_kvcache(
         )
     if packed and k_new is not None and cu_seqlens_k_new is None:
         cu_seqlens_k_new = cu_seqlens_q
-    differentiable = torch.is_grad_enabled() and any(
-        getattr(x, "requires_grad", False) for x in (q, k_cache, v_cache, k_new, v_new, sinks)
-    )
+    inputs = q, k_cache, v_cache, k_new, v_new, sinks
+    differentiable = torch.is_grad_enabled() and True in [getattr(x, "requires_grad", False) for x in inputs]
     key = None
     if mask is score is alibi_slopes is None and type(tensors) is tuple and not tensors and not differentiable:
         cos, sin = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, None)
@@ -130,13 +130,13 @@ def attention_kvcache(
         if not k_new is v_new is rotary is rotary_begin is None:
             new = k_new, v_new, cos, sin, rotary_begin
         rules = scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, backend, mechanism
-        try:  # whatever is wrong is said below
-            key = _key(q, k_cache, v_cache, where, new, sinks, rules)
-            if (step := _steps.get(key)) is not None:
+        key = _key(q, k_cache, v_cache, where, new, sinks, rules)
+        if (step := _steps.get(key)) is not None:
+            try:
                 out, lse = step(q, k_cache, v_cache, where, new, sinks, None)
                 return (out, lse) if return_lse else out
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            key = None
+            except launch.Refused:  # suppress() would take longer; why is said below, or how they can be read
+                pass
     of_sequences = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin
     call = check_call_of_cache(q, k_cache, v_cache, of_sequences, scale, causal, window, softcap)
     stored = call.stored
@@ -166,7 +166,7 @@ def attention_kvcache(
         out, lse = reference.attention_kvcache(q, k_cache, v_cache, call)
     else:
         out, lse, step = serve.forward(call, mechanism, return_lse, q, k_cache, v_cache)
-        if key is not None and step is not None and not stored.are_checked:
+        if key is not None and step is not None and not are_checked():
             if len(_steps) >= STEPS_MAX:
                 _steps.clear()
             _steps[key] = step
@@ -175,14 +175,19 @@ def attention_kvcache(
 
 def _key(q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, rules: tuple) -> tuple | None:
     """What a call's step depends on; None where that can't be told at first sight."""
-    scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, _, _ = rules
+    scale, window, softcap, causal, return_lse, batch_invariant, rotary_interleaved, backend, mechanism = rules
     are_flags = type(causal) is type(return_lse) is type(batch_invariant) is type(rotary_interleaved) is bool
-    usual = are_flags and (scale is window is softcap is None or api.are_usual_kinds(scale, window, softcap))
-    if usual and type(q) is type(k_cache) is type(v_cache) is torch.Tensor:
-        lengths, table, *others = where
-        shapes = None
+    named = type(backend) is str and (mechanism is None or type(mechanism) is str)
+    if not (are_flags and named and api.are_usual_kinds(scale, window, softcap)):
+        return None
+    if not type(q) is type(k_cache) is type(v_cache) is torch.Tensor:
+        return None
+    lengths, table, *others = where
+    more: tuple = ()
+    try:
         if new is not None or sinks is not None or others != _NONE:
-            shapes = tuple(x if x is None else x.shape for x in (*others, *(new or ()), sinks))
+            more = tuple([x if x is None else x.shape for x in (*others, *(new or ()), sinks)])
         pages = table if table is None else table.shape
-        return q.shape, q.dtype, q.get_device(), k_cache.shape, v_cache.shape, lengths.shape, pages, shapes, rules
-    return None
+        return q.shape, q.dtype, q.get_device(), k_cache.shape, v_cache.shape, lengths.shape, pages, more, rules
+    except (AttributeError, RuntimeError):  # no tensors, or nested ones: which, is said later
+        return None

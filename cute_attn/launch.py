@@ -21,22 +21,24 @@ from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
 from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
-from cute_attn.layouts.base import COUNTERS, ROW_PADDING
+from cute_attn.layouts.base import COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
-from cute_attn.plan import configs, head_blocks, plan, takes_tickets
+from cute_attn.lengths import NAMES, check_lengths
+from cute_attn.plan import configs, head_blocks, plan, rows_of_query_tile, takes_short, takes_tickets
 from cute_attn.private import current_device, raw_stream
 from cute_attn.problem import (
     DTYPE_NAMES,
     HEAD_DIM_STEP,
     Call,
     Problem,
+    check_alike,
     check_strides,
     check_tensors_for_gpu,
     is_aligned,
     problem_of,
 )
 
-NO_LENGTHS = (None, None, None, None, 0)
+NO_LENGTHS, _NO_LISTS = (None,) * len(NAMES), (None,) * 3
 
 
 @lru_cache(maxsize=64)
@@ -72,27 +74,18 @@ def device_target(device: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def prepared(problem: Problem, mechanism: str | None, device: int, head_blocks: int = 1) -> tuple[Callable, int]:
-    """The compiled kernel of a problem on a device, and how many of its blocks the device holds at once."""
-    config = plan(problem, device_target(device), mechanism)
-    if head_blocks != config.head_blocks:
-        config = replace(config, head_blocks=head_blocks)
+def prepared(problem: Problem, mechanism: str | None, device: int, config: Config | None = None) -> tuple[Callable, int]:
+    """The compiled kernel of a problem on a device, and how many of its blocks the device holds at once; in the best
+    configuration, or in ``config``."""
+    config = plan(problem, device_target(device), mechanism) if config is None else config
     return compiled(problem, config), multiprocessors(device) * config.blocks_per_multiprocessor
 
 
-@lru_cache(maxsize=4096)
-def sums_of(problem: Problem, mechanism: str | None, device: int) -> tuple[int, int, int] | None:
+def sums_of(problem: Problem, config: Config) -> tuple[int, int, int] | None:
     """``(rows of a tile, its pieces, values of a piece)`` of dQ's float32 sums in memory; ``None`` where there are none."""
-    config = plan(problem, device_target(device), mechanism)
     if not has_sums(problem, config):
         return None
     return config.tile_m, len(family(config).pieces(config)), math.prod(family(config).piece_shape(config))
-
-
-@lru_cache(maxsize=4096)
-def _counts(problem: Problem, mechanism: str | None, device: int) -> bool:
-    """Whether each query tile has a counter in memory."""
-    return counts_tiles(problem, plan(problem, device_target(device), mechanism))
 
 
 @lru_cache(maxsize=4096)
@@ -107,17 +100,32 @@ def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tupl
 
 
 @lru_cache(maxsize=4096)
-def _sharing(problem: Problem, mechanism: str | None, device: int) -> tuple[int, tuple[int, ...]]:
-    """``(rows of a key tile, how many blocks may share one)`` in the backward pass."""
-    found = configs(problem, device_target(device), mechanism)
-    return found[0].tile_n, tuple(config.head_blocks for config in found)
+def _choices(problem: Problem, mechanism: str | None, device: int) -> tuple[Config, ...]:
+    return configs(problem, device_target(device), mechanism)
 
 
-def _head_blocks(problem: Problem, mechanism: str | None, device: int, call: Call) -> int:
+def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, call: Call) -> Config:
+    """In which of a problem's configurations the gradients of ``call`` are computed."""
+    found = _choices(problem, mechanism, device)
+    blocks = _head_blocks(found, problem, device, call)
+    shared = tuple(config for config in found if config.head_blocks == blocks)
+    rows = rows_of_query_tile(tuple(config.tile_m for config in shared), call.seqlen_q, int(problem.bounded_right))
+    return next(config for config in shared if config.tile_m == rows)
+
+
+def _is_short(problem: Problem, mechanism: str | None, device: int, call: Call) -> bool:
+    """Whether the forward pass of ``call`` takes the configuration for few keys."""
+    if call.lengths is not None:  # of which the host knows totals only
+        return False
+    window = call.seqlen_k if call.left is None or call.right is None else call.left + call.right + 1
+    return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window))
+
+
+def _head_blocks(found: tuple[Config, ...], problem: Problem, device: int, call: Call) -> int:
     """How many blocks share a key tile of the backward pass of ``call``."""
     if call.heads == call.heads_kv:
         return 1
-    tile, choices = _sharing(problem, mechanism, device)
+    tile, choices = found[0].tile_n, tuple(dict.fromkeys(config.head_blocks for config in found))
     tiles = -(-call.seqlen_k // tile) if call.lengths is None else call.lengths.slots(call.seqlen_k, tile)
     unequal = problem.bounded_right and not problem.bounded_left
     heads_per_kv = call.heads // call.heads_kv
@@ -133,8 +141,11 @@ def tile_of_tickets(problem: Problem, mechanism: str | None, device: int) -> int
 
 def passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tuple[Callable, Callable]:
     """The kernels' forward and backward pass, as :class:`cute_attn.autograd.Attention` calls them."""
-    deterministic = bool(deterministic or torch.are_deterministic_algorithms_enabled())
+    return _passes(return_lse, mechanism, deterministic or torch.are_deterministic_algorithms_enabled())
 
+
+@lru_cache(maxsize=64)
+def _passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tuple[Callable, Callable]:
     def forward_pass(q, k, v, call):
         return forward(call, mechanism, return_lse, True, q, k, v)
 
@@ -150,66 +161,86 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     how = return_lse, for_backward, mechanism
     if call.plans and (planned := call.plans.get(how)) is not None:
         try:
-            return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
-        except (TypeError, ValueError, RuntimeError):
-            pass  # what the launcher refuses, before it launches anything, is looked at below
+            if q.data_ptr() and k.data_ptr() and v.data_ptr():
+                return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
+        except Refused:  # why is looked at here and below
+            check_alike(q, k, v)
+            if call.lengths is not None:
+                call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
     q, k, v = check_tensors_for_gpu(q, k, v, call)
-    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
     if call.empty:  # the backward pass won't look at lse_raw either
+        out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, _of_dtype(torch.float32, q))
         out.zero_()
         if lse is not None:
             lse.fill_(-math.inf)
         return out, lse, lse_raw
+    planned = _plan_forward(call, mechanism, return_lse, for_backward, q)
+    if call.plans is not None:
+        call.plans[how] = planned
+    return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
+
+
+class _PlannedForward(NamedTuple):
+    """How the forward pass of a call is computed: the kernel, tensors of the dtypes of what it takes besides the call's, how
+    many tickets, the size of the tiles in a block mask's lists, and the rest of its arguments."""
+
+    function: Callable
+    device: int
+    floats: torch.Tensor
+    words: torch.Tensor
+    tickets: int
+    tile: tuple[int, int] | None
+    rest: tuple[tuple, tuple]
+
+
+def _plan_forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q) -> _PlannedForward:
     device = q.get_device()
     problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
-    function, blocks = prepared(problem, mechanism, device)
-    tickets = None
-    if (call.lengths or call.blocks) is not None and (tile := tile_of_tickets(problem, mechanism, device)):
-        slots = -(-call.seqlen_q // tile) * call.batch if call.lengths is None else call.lengths.slots(call.seqlen_q, tile)
-        tickets = q.new_empty(1 + slots * call.heads, dtype=torch.int32)
-    key_lists = None
+    config = None
+    if _is_short(problem, mechanism, device, call):
+        config = _choices(problem, mechanism, device)[1]
+    function, blocks = prepared(problem, mechanism, device, config)
+    tickets, tile = 0, None
+    if (call.lengths or call.blocks) is not None and (rows := tile_of_tickets(problem, mechanism, device)):
+        slots = -(-call.seqlen_q // rows) * call.batch if call.lengths is None else call.lengths.slots(call.seqlen_q, rows)
+        tickets = 1 + slots * call.heads
     if call.blocks is not None:
-        tile_m, tile_n, _ = tiles_of_lists(problem, mechanism, device)
-        key_lists = call.blocks.key_lists(tile_m, tile_n, call.batch, call.heads)
-    launch(function, blocks, device, call, q, k, v, out, lse, lse_raw, tickets, key_lists)
-    if call.plans is not None:
-        call.plans[how] = function, device, _besides_tensors(call, blocks)
-    return out, lse, lse_raw
+        tile = tiles_of_lists(problem, mechanism, device)[:2]
+    of_dtypes = _of_dtype(torch.float32, q), _of_dtype(torch.int32, q)
+    return _PlannedForward(function, device, *of_dtypes, tickets, tile, besides_tensors(call, blocks))
 
 
-def _room_of_results(call: Call, return_lse: bool, for_backward: bool, q):
-    """Memory for ``(out, lse, lse_raw)``."""
-    if call.heads_first:
-        out = _heads_first(q, call.batch, call.heads, call.seqlen_q, call.head_dim_v)
-        of_rows: tuple = call.batch, call.heads, call.seqlen_q
-    elif call.lengths is None:
-        out = q.new_empty(call.batch, call.seqlen_q, call.heads, call.head_dim_v)  # a tuple of sizes would take 0.5 µs more
-        of_rows = call.batch, call.heads, call.seqlen_q
-    else:
-        out = q.new_empty(call.seqlen_q, call.heads, call.head_dim_v)
-        of_rows = call.heads, call.seqlen_q
-    lse = q.new_empty(of_rows, dtype=torch.float32) if return_lse else None
-    lse_raw = q.new_empty(of_rows, dtype=torch.float32) if for_backward else None
-    return out, lse, lse_raw
-
-
-def _forward_as_planned(planned: tuple, call: Call, return_lse: bool, for_backward: bool, q, k, v):
-    """:func:`forward` of a kept call. The launcher looks at dtypes, devices, strides and alignment itself."""
-    if not (q.data_ptr() and k.data_ptr() and v.data_ptr()):
-        raise ValueError("a tensor without memory")
-    function, device, rest = planned
-    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q)
-    run_on(function, device, (q, k, v, out, lse, lse_raw, None, None, None, None, *rest, raw_stream(device)))
-    return out, lse, lse_raw
-
-
-def launch(
-    function: Callable, blocks: int, device: int, call: Call, q, k, v, out, lse, lse_raw, tickets=None, key_lists=None
-) -> None:
-    """Run a compiled kernel on the current stream of the tensors' device, whichever device is current."""
+def _forward_as_planned(planned: _PlannedForward, call: Call, return_lse: bool, for_backward: bool, q, k, v):
+    """:func:`forward` of what the kernels can read in place. The launcher looks at dtypes, devices, strides and alignment
+    itself."""
+    function, device, floats, words, tickets, tile, rest = planned
+    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, floats)
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    kinds = None if call.blocks is None else call.blocks.kinds_in_a_row(call.batch, call.heads)
-    _run(function, blocks, device, call, (q, k, v, out, lse, lse_raw, tickets, sinks, key_lists, kinds))
+    key_lists = kinds = None
+    if tile is not None:
+        key_lists = call.blocks.key_lists(*tile, call.batch, call.heads)
+        kinds = call.blocks.kinds_in_a_row(call.batch, call.heads)
+    drawn = words.new_empty(tickets) if tickets else None
+    launch(function, device, call, (q, k, v, out, lse, lse_raw, drawn, sinks, key_lists, kinds), rest)
+    return out, lse, lse_raw
+
+
+def _of_dtype(dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of nothing, from which others of its dtype are made."""
+    return torch.empty(0, dtype=dtype, device=like.device)
+
+
+def _room_of_results(call: Call, return_lse: bool, for_backward: bool, q, floats):
+    """Memory for ``(out, lse, lse_raw)``. To take the dtype from ``floats`` and sizes one by one, not as an argument and in a
+    tuple, spares 0.5 µs each."""
+    heads, rows, columns = call.heads, call.seqlen_q, call.head_dim_v
+    batch = () if call.lengths is not None else (call.batch,)
+    if call.heads_first:
+        out = _heads_first(q, call.batch, heads, rows, columns)
+    else:
+        out = q.new_empty(*batch, rows, heads, columns)
+    lse = floats.new_empty(*batch, heads, rows) if return_lse else None
+    return out, lse, floats.new_empty(*batch, heads, rows) if for_backward else None
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
@@ -219,38 +250,46 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
     All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
     place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts
-    are added up in memory, their float32 sums; of both the rows are a multiple of 128, and of the sums the columns those that
+    are added up in memory, their float32 sums; of both the rows are a multiple of 128, or of higher
+    query tiles, and of the sums the columns those that
     a head takes in shared memory; an int32 a query tile, for signals; and where a bias is shared, copies of its gradient.
     """
-    wanted = needs
-    if not needs or (call.expression and call.expression.partials and "q" not in needs):
-        needs = f"q{needs}"  # for the sinks alone; and whoever adds to dQ knows dS
-    gradient = _room(call, needs, q, k, v)
+    how = needs, deterministic, dlse is not None, mechanism
+    if call.plans and (planned := call.plans.get(how)) is not None and 0 not in dout.stride():
+        try:
+            return _gradients_as_planned(planned, call, needs, q, k, v, out, lse_raw, dout, dlse)
+        except Refused:  # suppress() would take longer; what is refused is copied below
+            pass
     # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise.
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
-    lse_raw = lse_raw.contiguous()
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
     planned = _plan_gradients(call, mechanism, needs, deterministic, dlse is not None, q)
-    rows = q.new_empty(planned.rows, dtype=torch.float32)
+    if call.plans is not None:
+        call.plans[how] = planned
+    return _gradients_as_planned(planned, call, needs, q, k, v, out, lse_raw.contiguous(), dout, dlse)
+
+
+def _gradients_as_planned(planned: _PlannedGradients, call: Call, wanted: str, q, k, v, out, lse_raw, dout, dlse):
+    """:func:`gradients` of what the kernels can read in place."""
+    gradient = _room(call, planned.problem.gradients, q, k, v)
+    rows = planned.floats.new_empty(*planned.rows)
     if call.lengths is not None and call.sinks is not None and call.sinks.requires_grad:
         rows[0].fill_(math.inf), rows[1].zero_()  # all are summed below, and the kernels write those alone that are in use
-    dq_sum = None if planned.sums is None else q.new_empty(planned.sums, dtype=torch.float32)
-    signals = q.new_empty(planned.signals, dtype=torch.int32) if planned.signals else None
+    dq_sum = None if planned.sums is None else planned.floats.new_empty(*planned.sums)
+    signals = planned.words.new_empty(planned.signals) if planned.signals else None
     # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
     if call.lengths is None and call.left is not None and call.shift > call.left:
         for x in (gradient["k"], gradient["v"]):
             if x is not None:
                 x[:, : call.shift - call.left].zero_()
-    of_captured = _room_of_captured(call)
-    lists = None, None, None
-    if call.blocks is not None:
-        lists = _lists_of_gradients(call, planned.problem, mechanism, planned.device)
+    of_captured = _room_of_captured(call) if call.expression else {}
+    lists = _NO_LISTS if call.blocks is None else _lists_of_gradients(call, planned)
     into = *gradient.values(), *lists, tuple(of_captured.values()) or None
     tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *into
-    run_on(planned.function, planned.device, (*tensors, *planned.rest, raw_stream(planned.device)))
-    found = tuple(x if name in wanted else None for name, x in gradient.items())
+    launch(planned.function, planned.device, call, tensors, planned.rest)
     if not call.others:
-        return found
+        return tuple(gradient.values())
+    found = tuple(x if name in wanted else None for name, x in gradient.items())
     dsinks = None
     if call.sinks is not None and call.sinks.requires_grad:
         natural = call.expression and call.expression.natural
@@ -262,52 +301,54 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
 class _PlannedGradients(NamedTuple):
     """How the backward pass of a call is computed: the kernels, the shapes of what they take besides the call's tensors (None
-    or 0 for what they don't), and the rest of their arguments."""
+    or 0 for what they don't) with tensors of their dtypes, and the rest of their arguments."""
 
     problem: Problem
+    mechanism: str | None
     function: Callable
     device: int
+    floats: torch.Tensor
+    words: torch.Tensor
     rows: tuple[int, ...]
     sums: tuple[int, ...] | None
     signals: int
-    rest: tuple
+    rest: tuple[tuple, tuple]
 
 
 def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q) -> _PlannedGradients:
-    how = needs, deterministic, of_lse, mechanism
-    if call.plans and (planned := call.plans.get(how)) is not None:
-        return planned
+    if not needs or (call.expression and call.expression.partials and "q" not in needs):
+        needs = f"q{needs}"  # for the sinks alone; and whoever adds to dQ knows dS
     device = q.get_device()
-    sums = sums_of(problem_of(q.dtype, call, of_lse, needs), mechanism, device)
-    ordered = deterministic and sums is not None  # without sums there is no order to fix
+    problem = problem_of(q.dtype, call, of_lse, needs)
+    ordered = deterministic and has_sums(problem, plan(problem, device_target(device), mechanism))  # else there is no order
     problem = problem_of(q.dtype, call, of_lse, needs, ordered)
-    function, blocks = prepared(problem, mechanism, device, _head_blocks(problem, mechanism, device, call))
-    rows_padded = -(-call.seqlen_q // ROW_PADDING) * ROW_PADDING
+    config = _config_of_gradients(problem, mechanism, device, call)
+    function, blocks = prepared(problem, mechanism, device, config)
+    sums, padding = sums_of(problem, config), row_padding(config)
+    rows_padded = -(-call.seqlen_q // padding) * padding
     if call.lengths is not None:  # cute_attn.sequences says where each begins
-        rows_padded = call.lengths.slots(call.seqlen_q, ROW_PADDING) * ROW_PADDING
+        rows_padded = call.lengths.slots(call.seqlen_q, padding) * padding
     tiles: tuple[int, ...] = ()
-    counts = _counts(problem, mechanism, device)
+    counts = counts_tiles(problem, config)
     if sums is not None:
         tile_m, *of_tile = sums
         tiles = call.batch, call.heads, rows_padded // tile_m
-    planned = _PlannedGradients(
+    return _PlannedGradients(
         problem,
+        mechanism,
         function,
         device,
+        _of_dtype(torch.float32, q),
+        _of_dtype(torch.int32, q),
         rows=(2, call.batch, call.heads, rows_padded),
         sums=None if sums is None else (*tiles, *of_tile),
         signals=COUNTERS + (math.prod(tiles) if counts else 0) if counts or problem.masked else 0,
-        rest=_besides_tensors(call, blocks),
+        rest=besides_tensors(call, blocks),
     )
-    if call.plans is not None:
-        call.plans[how] = planned
-    return planned
 
 
 def _room_of_captured(call: Call) -> dict[int, torch.Tensor]:
     """Memory for the captured tensors' gradients by their numbers: zeros, but where each element is stored."""
-    if not call.expression:
-        return {}
     room, copies = {}, {"batch": call.batch, "head": call.heads}
     for slot, by in call.expression.derived.items():
         x = call.captured[slot]
@@ -326,9 +367,10 @@ def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> t
     return torch.zeros_like(x) if x.requires_grad else None
 
 
-def _lists_of_gradients(call: Call, problem: Problem, mechanism: str | None, device: int) -> tuple:
+def _lists_of_gradients(call: Call, planned: _PlannedGradients) -> tuple:
     """A block mask's lists of query tiles and, where a kernel walks over them, of key tiles, and ranks."""
-    (tile_m, tile_n, rows), batch, heads = tiles_of_lists(problem, mechanism, device), call.batch, call.heads
+    problem, batch, heads = planned.problem, call.batch, call.heads
+    tile_m, tile_n, rows = tiles_of_lists(problem, planned.mechanism, planned.device)
     return (
         call.blocks.query_lists(tile_m, tile_n, batch, heads, call.heads_kv),
         call.blocks.key_lists(rows, tile_n, batch, heads) if rows else None,
@@ -421,27 +463,37 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _run(function: Callable, blocks: int, device: int, call: Call, tensors: tuple) -> None:
-    run_on(function, device, (*tensors, *_besides_tensors(call, blocks), raw_stream(device)))
-
-
-def _besides_tensors(call: Call, blocks: int) -> tuple:
-    """What a pass takes of a call behind its own tensors and before the stream."""
+def besides_tensors(call: Call, blocks: int) -> tuple[tuple, tuple]:
+    """What a pass takes of a call behind its own tensors, before and behind the lengths."""
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
-    lengths = call.lengths
-    where = NO_LENGTHS if lengths is None else (*lengths.tensors, lengths.count)
     captured = tuple(map(as_read, call.captured)) if call.captured else None
     drops: tuple = None, None, None
     if call.seed is not None:
         drops = call.seed.view(torch.int32), dropout.threshold(call.dropout), dropout.kept_scale(call.dropout)
-    numbers = call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    return captured, *drops, *where, *numbers
+    count = 0 if call.lengths is None else call.lengths.count
+    numbers = count, call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
+    return (captured, *drops), numbers
+
+
+def launch(function: Callable, device: int, call: Call, tensors: tuple, rest: tuple[tuple, tuple]) -> None:
+    """Run a compiled kernel on the current stream of the tensors' device, whichever device is current. ``tensors`` are a pass's
+    own, ``rest`` what :func:`besides_tensors` has of the call."""
+    before, behind = rest
+    lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
+    run_on(function, device, (*tensors, *before, *lengths, *behind, raw_stream(device)))
+
+
+class Refused(RuntimeError):  # noqa: N818
+    """The launcher takes no such tensors: their dtype, device, strides or alignment. Nothing was launched."""
 
 
 def run_on(function: Callable, device: int, arguments: tuple) -> None:
-    """Call a compiled kernel on a device, whichever is current."""
-    if current_device() == device:
-        function(*arguments)
-    else:
-        with torch.cuda.device(device):
+    """Call a compiled kernel on a device, whichever is current. Raises :class:`Refused`."""
+    try:
+        if current_device() == device:
             function(*arguments)
+        else:
+            with torch.cuda.device(device):
+                function(*arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Refused(str(error)) from error

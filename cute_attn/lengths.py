@@ -59,7 +59,7 @@ class Lengths:
 
     def check_values(self, rows: tuple[int, int]) -> None:
         """With ``CUTE_ATTN_CHECK=1`` read the lengths back and refuse wrong ones; ``rows`` are all of q and of k."""
-        if os.environ.get(CHECK) == "1":
+        if are_checked():
             for side in (0, 1):
                 self._check_side(side, rows[side])
 
@@ -91,6 +91,11 @@ _NAMES: dict[tuple[bool, ...], str] = {
     there: " ".join(name for name, is_there in zip(NAMES, there, strict=True) if is_there)
     for there in product((False, True), repeat=len(NAMES))
 }
+
+
+def are_checked() -> bool:
+    """Whether lengths are to be read back and checked."""
+    return os.environ.get(CHECK) == "1"
 
 
 def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) -> Lengths:

@@ -18,6 +18,8 @@ from cute_attn.layouts.base import (
 )
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
+LISTS_DRAW = True  # whether tiles with lists are drawn by tickets in the forward pass
+SHORT_WALK = 16  # key tiles
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
 
 
@@ -59,6 +61,19 @@ def head_blocks(choices: tuple[int, ...], tiles: int, heads_per_kv: int, at_once
     return best
 
 
+def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int, edges: int) -> int:
+    """How many rows a query tile of the backward pass is to have: of ``choices``, the usual number and higher ones, the highest
+    with which at most one row in 32 is for nothing: padding of a sequence's last tile, or the two tiles' worth, of the half of
+    all that a key tile visits, that each of ``edges`` cuts."""
+    return max((rows for rows in choices[1:] if 32 * (-seqlen_q % rows + 2 * edges * rows) <= seqlen_q), default=choices[0])
+
+
+def takes_short(found: tuple[Config, ...], keys: int) -> bool:
+    """Whether the forward pass is to take the second of its configurations, if there is one: smaller tiles, where a query sees
+    16 of the first one's key tiles at most, half of them on average, which are ``keys``."""
+    return len(found) > 1 and keys <= SHORT_WALK * found[0].tile_n
+
+
 def takes_tickets(problem: Problem, config: Config) -> bool:
     """Whether the forward pass needs memory for tickets, which persistent blocks draw for tiles whose costs are unequal and
     known on the device only (``scheduler.py``)."""
@@ -98,12 +113,12 @@ def configs(problem: Problem, target: str, mechanism: str | None = None) -> tupl
     else:
         found = tuple(module.configs(problem, mechanism, target))
     for config in found:
-        check(config, module.GPU)
+        check(config, module.GPU, bool(problem.ragged))
     return found
 
 
-def check(config: Config, gpu: Gpu) -> None:
-    """Refuse a configuration that can't run on ``gpu``, before anything is compiled."""
+def check(config: Config, gpu: Gpu, ragged: bool = True) -> None:
+    """Refuse a configuration that can't run on ``gpu``, or not for ``ragged`` sequences, before anything is compiled."""
     module, family = layouts.for_target(config.target), layouts.family(config)
     table = f"{layouts.source(module)}'s table"
     blocks = config.blocks_per_multiprocessor
@@ -128,10 +143,10 @@ def check(config: Config, gpu: Gpu) -> None:
             f"{config.mechanism} asks for {config.threads} threads a block; {gpu.name} has {gpu.threads_per_block}: "
             f"try a smaller tile_m"
         )
-    if config.backward and ROW_PADDING % config.tile_m:
+    if config.backward and ragged and ROW_PADDING % config.tile_m:
         raise ValueError(
-            f"{config.backward} takes {config.tile_m} queries at a time; values of rows are padded to a multiple of "
-            f"{ROW_PADDING}, which a tile must divide: try tile_m=64 in {table}"
+            f"{config.backward} takes {config.tile_m} queries at a time; values of rows of ragged sequences are padded to a "
+            f"multiple of {ROW_PADDING}, which a tile must divide: try tile_m=64 in {table}"
         )
     copy_threads = config.threads - config.mma_threads
     total = config.mma_threads * config.mma_registers + copy_threads * config.copy_registers
@@ -165,6 +180,8 @@ def explain(problem: Problem, config: Config) -> str:
     module = layouts.for_target(config.target)
     gpu, family = module.GPU, layouts.family(config)
     parts = family.smem_parts(config)
+    known = () if config.backward or config.cache else configs(problem, config.target, config.mechanism)
+    others = known[1:] if known[:1] == (config,) else ()
     lines = [
         f"problem     {problem.dtype}, head_dim {problem.head_dim} (V: {problem.head_dim_v}), {_rules(problem)}, "
         + (f"gradients of {', '.join(problem.gradients)}" if problem.gradients else "")
@@ -179,7 +196,8 @@ def explain(problem: Problem, config: Config) -> str:
             + f" of {', '.join(module.MECHANISMS)}"
         ),
         f"tiles       {config.tile_m} queries × {config.tile_n} keys, from {layouts.source(module)}; "
-        f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})",
+        f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})"
+        + "".join(f"; {x.tile_m} × {x.tile_n} where a query sees {SHORT_WALK} tiles of keys at most" for x in others),
         f"pipeline    {config.stages} tiles of {'Q and of dO' if config.backward else 'K and of V'} in flight; "
         f"{config.mma_warps} warps compute"
         + (", 4 more copy" if config.threads > config.mma_threads else " and copy")

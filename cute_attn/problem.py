@@ -227,21 +227,8 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
             batch, seqlen_q, heads, head_dim = q.shape
             batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
             batch_v, seqlen_v, heads_v, head_dim_v = v.shape
-        dtype, device = q.dtype, q.device
-        fits = (
-            dtype is k.dtype
-            and dtype is v.dtype
-            and dtype in ALL_DTYPES
-            and device == k.device
-            and device == v.device
-            and batch == batch_k == batch_v
-            and seqlen_k == seqlen_v
-            and heads_kv == heads_v
-            and (heads == heads_kv or (heads_kv and not heads % heads_kv))
-            and head_dim == head_dim_k
-            and head_dim
-            and head_dim_v
-        )
+        fits = batch == batch_k == batch_v and seqlen_k == seqlen_v and heads_kv == heads_v
+        fits = fits and _are_of_one_kind(q, k, v) and _go_together(heads, heads_kv, head_dim, head_dim_k, head_dim_v)
     except (AttributeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
         fits = False
     if not fits:
@@ -249,6 +236,18 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
         _explain_misfit(q, k, v, packed)
     sizes = batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v
     return _with_rules(sizes, scale, causal, window, softcap, heads_first)
+
+
+def _are_of_one_kind(q, k, v) -> bool:
+    """Whether no dtype or device differs, and the dtype is one that a backend takes."""
+    dtype, device = q.dtype, q.device
+    return dtype is k.dtype is v.dtype and dtype in ALL_DTYPES and device == k.device == v.device
+
+
+def _go_together(heads, heads_kv, head_dim, head_dim_k, head_dim_v) -> bool:
+    """Whether heads are a multiple of the key heads, and q's as wide as k's."""
+    are_multiple = heads == heads_kv or (heads_kv and not heads % heads_kv)
+    return are_multiple and head_dim == head_dim_k and head_dim and head_dim_v
 
 
 def _with_rules(sizes: tuple, scale, causal, window, softcap, heads_first: bool = False) -> Call:
@@ -278,21 +277,9 @@ def check_call_of_cache(q, k_cache, v_cache, where: tuple, scale, causal, window
         seqlen_q, heads, head_dim = q.shape if packed else q.shape[1:]
         elements, seqlen_k, heads_kv, head_dim_k = k_cache.shape
         elements_v, seqlen_v, heads_v, head_dim_v = v_cache.shape
-        dtype, device = q.dtype, q.device
-        fits = (
-            dtype is k_cache.dtype
-            and dtype is v_cache.dtype
-            and dtype in ALL_DTYPES
-            and device == k_cache.device
-            and device == v_cache.device
-            and elements == elements_v
-            and seqlen_k == seqlen_v
-            and heads_kv == heads_v
-            and (heads == heads_kv or (heads_kv and not heads % heads_kv))
-            and head_dim == head_dim_k
-            and head_dim
-            and head_dim_v
-        )
+        fits = elements == elements_v and seqlen_k == seqlen_v and heads_kv == heads_v
+        fits = fits and _are_of_one_kind(q, k_cache, v_cache)
+        fits = fits and _go_together(heads, heads_kv, head_dim, head_dim_k, head_dim_v)
     except (AttributeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
         fits = False
     if not fits:
@@ -353,14 +340,7 @@ def _explain_misfit(q, k, v, packed: bool) -> NoReturn:
             )
     *batch, _, heads, head_dim = q.shape
     heads_kv = k.shape[-2]
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; one dtype is needed: try k.to(q.dtype), v.to(q.dtype)"
-        )
-    if q.dtype not in ALL_DTYPES:
-        raise ValueError(f"dtype is {q.dtype}; float16, bfloat16, float32 or float64 is needed: try .to(torch.bfloat16)")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; one device is needed: try k.to(q.device)")
+    check_alike(q, k, v)
     if batch and not batch[0] == k.shape[0] == v.shape[0]:
         raise ValueError(
             f"batch sizes of q, k, v are {batch[0]}, {k.shape[0]}, {v.shape[0]}; equal ones are needed: expand k and v"
@@ -377,6 +357,18 @@ def _explain_misfit(q, k, v, packed: bool) -> NoReturn:
             f"repeat k's and v's heads or check that the last dimension but one is the heads"
         )
     raise ValueError(f"head_dim is {head_dim} and head_dim_v is {v.shape[-1]}; at least 1 is needed: check the last dimension")
+
+
+def check_alike(q, k, v) -> None:
+    """Refuse tensors that differ in dtype or device, or whose dtype no backend takes."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; one dtype is needed: try k.to(q.dtype), v.to(q.dtype)"
+        )
+    if q.dtype not in ALL_DTYPES:
+        raise ValueError(f"dtype is {q.dtype}; float16, bfloat16, float32 or float64 is needed: try .to(torch.bfloat16)")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; one device is needed: try k.to(q.device)")
 
 
 def problem_of(

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from cute_attn import launch, rules
-from cute_attn.launch import as_read, capture_of, device_target, prepared, run_on
+from cute_attn.launch import Refused, as_read, capture_of, device_target, prepared, run_on
 from cute_attn.layouts import for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
 from cute_attn.lengths import Lengths
@@ -79,6 +79,7 @@ class Step:
             invariant=stored.batch_invariant,
         )
         self.function, blocks = prepared(problem, None, self.device)
+        blocks = even_blocks(blocks, stored.batch * call.heads_kv * -(-queries * group // rows))
         units, places, counters = 0, 2 * blocks, blocks
         if stored.batch_invariant:
             units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
@@ -96,7 +97,7 @@ class Step:
         v_new, cos, sin, rotary_begin)."""
         has_memory = q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr()
         if not has_memory or (new is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
-            raise ValueError("a tensor without memory")  # which one attention_kvcache says
+            raise Refused("a tensor without memory")  # which one attention_kvcache says
         stream = raw_stream(self.device)
         if self.append is not None and new is not None:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
@@ -192,6 +193,13 @@ def _nothing_seen(call: Call, return_lse: bool, q, packed: bool):
     out = q.new_zeros((*q.shape[:-1], call.head_dim_v))
     of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
     return out, q.new_full(of_rows, -math.inf, dtype=torch.float32) if return_lse else None
+
+
+def even_blocks(blocks: int, walks: int) -> int:
+    """The most blocks, of so many or up to a sixteenth fewer, on which ``walks`` of one length come out even: blocks have whole
+    ones, or walks whole blocks. Fewer results are partial then; and memory is the limit, which fewer blocks reach, too."""
+    fewer = range(blocks, blocks - blocks // 16 - 1, -1)
+    return next((n for n in fewer if walks and (n % walks == 0 or walks % n == 0)), blocks)
 
 
 def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, int]:

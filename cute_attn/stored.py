@@ -8,7 +8,6 @@ written.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any, NoReturn
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from cute_attn.arguments import check_layout, shown
-from cute_attn.lengths import CHECK, check_int32
+from cute_attn.lengths import are_checked, check_int32
 
 PAGE_SIZE_MAX = 1024
 UNITS_MAX = 64  # where keys are split at fixed places: into so many parts at most
@@ -66,14 +65,10 @@ class Stored:
         there = self.page_table, self.cache_batch_idx, self.leftpad_k, self.cu_seqlens_q, self.cu_seqlens_k_new
         return _NAMES[tuple(x is not None for x in there)]
 
-    @property
-    def are_checked(self) -> bool:
-        return os.environ.get(CHECK) == "1"
-
     def check_values(self, elements: int, rows: int) -> None:
         """With ``CUTE_ATTN_CHECK=1`` read the tensors back and refuse wrong ones. ``elements`` are those of the cache (pages,
         with a table), ``rows`` those of q where it is packed."""
-        if not self.are_checked:
+        if not are_checked():
             return
         new = [self.seqlen_new] * self.batch
         for name, total in (("cu_seqlens_q", rows), ("cu_seqlens_k_new", 0 if self.k_new is None else self.k_new.shape[0])):

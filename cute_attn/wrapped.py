@@ -52,7 +52,8 @@ def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
     """The gradient of an output as the backward pass can read it: it may come from a collective, too."""
     if x is None or torch.compiler.is_compiling() or x.is_meta or isinstance(x, TRACED):
         return x
-    x = finished(x)
+    if type(x) is not torch.Tensor:
+        x = finished(x)
     try:
         check_memory(name, x)
     except NotImplementedError as error:

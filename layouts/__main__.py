@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -171,8 +172,9 @@ def configs(
         for mechanism, operands in module.MECHANISMS.items():
             for dim in (head_dim,) if head_dim else operands.TILE_DIMS:
                 for name in dtypes:
-                    for bounded in (False, True):
+                    for bounded, ordered in product((False, True), (False, True) if gradients else (False,)):
                         problem = Problem(name, dim, head_dim_v or dim, bounded_right=bounded, gradients=gradients)
+                        problem = replace(problem, deterministic=ordered)
                         for config in module.configs(problem, mechanism, target):
                             # Blocks that share a key tile have the layouts of one that doesn't.
                             found.setdefault(replace(config, head_blocks=1), head_dim)

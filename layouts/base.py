@@ -32,9 +32,10 @@ A family module of the backward pass defines the same, with names of its own: ``
 role to the operands A and B that its MMA reads from shared memory (``""`` for one in registers); ``store_accumulator(operand,
 config)`` and, where warps load operands, ``load_operand(role, operand, config)``; and for dQ, where parts of it are added up
 in global memory, ``pieces(config)``, (row, column) of each, ``piece_shape(config)``, ``sums(config)``, the layout of the
-sums, and ``FIRST_STORES``, whether the first that is added is stored. For the pictures of a block it says besides
-``stages(operand, config)``, ``OVER``, from an operand to the one whose memory it takes, and, where warps do nothing but copy,
-``WARPS``, from an operand to theirs; with several kernels, ``KERNELS``, from a kernel's name to its operands.
+sums, ``turned(config)``, whether they are of dQ's transpose, whose operands A and B are the other way round, and
+``FIRST_STORES``, whether the first that is added is stored. For the pictures of a block it says besides
+``stages(operand, config)``, ``over(config)``, from an operand to the one whose memory it takes, and, where warps do nothing but
+copy, ``WARPS``, from an operand to theirs; with several kernels, ``KERNELS``, from a kernel's name to its operands.
 
 Only those from ``element`` on import the DSL, and only when called.
 """
@@ -54,7 +55,7 @@ Modes: TypeAlias = tuple[tuple[int, int, int], ...]
 KIB = 1024
 NAMED_BARRIERS = 16  # of a block
 SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
-ROW_PADDING = 128  # a multiple of every tile_m of the backward pass
+ROW_PADDING = 128  # rows that those of ragged sequences are padded to in the backward pass, a multiple of their tiles'
 # Words of a backward call's int32 signals in global memory, zeros at first: copy carefully (mainloop/guard.py), the next
 # block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
@@ -109,6 +110,8 @@ class Config:
     overlap_tiles: bool = False  # backward, tma_wgmma: a query tile's last product runs into the next tile: takes registers
     every_lane_arrives: bool = False  # at barriers, not one for its warp, or a warp by itself; racecheck follows no warp
     head_blocks: int = 1  # backward, tma_wgmma: blocks of a cluster share a key tile, each with a part of its query heads
+    separate_dk: bool = False  # backward, tma_wgmma: dK has shared memory of its own, and need not wait for dQ's
+    dq_stages: int = 1  # and query tiles whose dQ has some on its way to global memory
     add_width: int = 4  # backward: floats of dQ's sums that a thread hands on at once, so the order in which they lie
     cache: str = ""  # the mainloop of attention to a cache; "" is none
     # backward pass and caches on cp_async only
@@ -130,6 +133,11 @@ class Config:
     def threads(self) -> int:
         """Threads of a block: the computing warps, and one more warpgroup where copies have warps of their own."""
         return self.mma_threads + (128 if self.mechanism == "tma_wgmma" else 0)
+
+
+def row_padding(config: Config) -> int:
+    """Values of query rows in memory are a multiple of so many, whole tiles, in the backward pass."""
+    return config.tile_m if ROW_PADDING % config.tile_m else ROW_PADDING
 
 
 def registers_per_thread(config: Config, gpu: Gpu) -> int:

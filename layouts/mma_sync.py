@@ -21,28 +21,34 @@ def tile_dim(head_dim: int) -> int:
     return next(d for d in TILE_DIMS if d >= head_dim)
 
 
-def configs(problem, table, target: str) -> tuple[Config, ...]:
+def configs(problem, table, target: str, short: dict | None = None) -> tuple[Config, ...]:
     """The configuration for ``problem`` from a GPU's table: the wider padded head dim
-    -> (tile_m, tile_n, stages, warps, blocks a multiprocessor)."""
+    -> (tile_m, tile_n, stages, warps, blocks a multiprocessor). Where the same of ``short`` has one, it comes second, for few
+    keys and query tiles that a right edge cuts."""
     wider = tile_dim(max(problem.head_dim, problem.head_dim_v))
-    tile_m, tile_n, stages, warps, blocks = table[next(d for d in sorted(table) if d >= wider)]
+    rows = [table[next(d for d in sorted(table) if d >= wider)]]
+    if short and wider in short and problem.bounded_right:
+        rows.append(short[wider])
+    return tuple(_config(problem, row, target) for row in rows)
+
+
+def _config(problem, row: tuple[int, int, int, int, int], target: str) -> Config:
+    tile_m, tile_n, stages, warps, blocks = row
     tile_d, tile_dv = (
         next(d for d in TILE_DIMS if d >= head_dim and in_whole_passes(d, tile_m, tile_n, warps))
         for head_dim in (problem.head_dim, problem.head_dim_v)
     )
-    return (
-        Config(
-            target=target,
-            mechanism="cp_async",
-            dtype=problem.dtype,
-            tile_m=tile_m,
-            tile_n=tile_n,
-            tile_d=tile_d,
-            tile_dv=tile_dv,
-            stages=stages,
-            mma_warps=warps,
-            blocks_per_multiprocessor=blocks,
-        ),
+    return Config(
+        target=target,
+        mechanism="cp_async",
+        dtype=problem.dtype,
+        tile_m=tile_m,
+        tile_n=tile_n,
+        tile_d=tile_d,
+        tile_dv=tile_dv,
+        stages=stages,
+        mma_warps=warps,
+        blocks_per_multiprocessor=blocks,
     )
 
 

@@ -31,7 +31,6 @@ ACCUMULATOR_BYTES = 4
 FIRST_STORES = False  # dQ's sums are zeros at first
 TICKET_BYTES = 4  # this block's place in the order in which blocks have started
 DS_STAGES = 2  # dS and that of the tile before, whose dQ is being computed; or dS and P
-OVER = {"dK": "K", "dV": "V", "P": "dS"}  # whose shared memory an operand takes
 
 
 def configs(problem, table, target: str, add_width: int) -> tuple[Config, ...]:
@@ -68,6 +67,11 @@ def p_is_shared(config: Config) -> bool:
     return config.key_warps < config.mma_warps
 
 
+def over(config: Config) -> dict[str, str]:
+    """From an operand to the one whose shared memory it takes."""
+    return {"dK": "K", "dV": "V", "P": "dS"}
+
+
 def stages(operand: str, config: Config) -> int:
     """Tiles of an operand that shared memory has room for; P takes turns with dS."""
     return {"Q": config.stages, "dO": config.stages, "P": DS_STAGES, "dS": DS_STAGES}.get(operand, 1)
@@ -76,6 +80,11 @@ def stages(operand: str, config: Config) -> int:
 def pieces(config: Config) -> list[tuple[int, int]]:
     """(row, column) within a query tile where each piece of dQ begins: all warps' together is one."""
     return [(0, 0)]
+
+
+def turned(config: Config) -> bool:
+    """dQ is never computed as its transpose."""
+    return False
 
 
 def piece_shape(config: Config) -> tuple[int, int]:

@@ -21,6 +21,7 @@ WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O
 STAGES_MAX = 6
 FLOAT, BANKS = 4, 32  # bytes; of shared memory, a float wide each
 RESERVED = KIB  # what CUDA takes of each block's shared memory
+QUERIES = 2  # tiles of them in shared memory: those of a part of a walk, and of the next one
 OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
 
 
@@ -31,7 +32,8 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
     rows_of_warp = 32 if problem.rows > 16 and tile_dv <= WIDE_ROWS_UP_TO else 16
     rows = problem.rows // rows_of_warp
     groups = 4 // rows
-    choices = (1, 2 * groups, 128, 3), (2, groups, 64, 2), (1, groups, 64, 2), (1, max(groups // 2, 1), 32, 2)
+    fewest = max(groups // 2, 1)
+    choices = (1, 2 * groups, 128, 3), (2, groups, 64, 2), (1, groups, 64, 2), (1, fewest, 32, 2), (1, 1, 16, 2)
     for (blocks, key_warps, tile_n, least), stages in product(choices, range(STAGES_MAX, 1, -1)):
         config = Config(
             target=target,
@@ -74,15 +76,21 @@ def exchanged_columns(config: Config) -> int:
     return next((n for n in range(config.tile_dv, 0, -BANKS) if n <= fits and config.tile_dv % n == 0), BANKS)
 
 
+def rows_merged(config: Config) -> int:
+    """Rows of a walk of which a warp merges all parts at a time."""
+    return config.tile_m // ROWS[0]
+
+
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. What the groups found of O lies over the last stage of K and V and what it takes beyond
-    that, ``merged``; ``rows`` are maxima and sums that go with it."""
+    """Bytes of shared memory by part. What the groups found of O lies over a stage of K and V that is free then, or where that
+    is too small in a place of its own, ``merged``; ``rows`` are maxima and sums that go with it."""
     of_columns = config.key_warps * config.tile_m * FLOAT
+    of_o = of_columns * exchanged_columns(config)
     return {
-        "Q": config.tile_m * config.tile_d * BYTES,
+        "Q": QUERIES * config.tile_m * config.tile_d * BYTES,
         "K": config.stages * config.tile_n * config.tile_d * BYTES,
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
-        "merged": max(of_columns * exchanged_columns(config) - _stage_bytes(config), 0),
+        "merged": of_o if of_o > _stage_bytes(config) else 0,
         "rows": of_columns * OF_ROW,
         "word": 16,
     }
@@ -122,16 +130,18 @@ def tile(operand: str, config: Config) -> tuple[int, int]:
 
 
 def smem(operand: str, config: Config) -> Layout:
-    """An operand in shared memory: K and V ``(keys of a group, columns, (group, stage))``; the V of a stage is behind its K."""
-    layout = mma_sync.smem(operand, group(config))
-    return in_ring(layout, config) if operand in "KV" else layout
+    """An operand in shared memory: Q ``(rows, columns, place)``, K and V ``(keys of a group, columns, (group, stage))``; the V
+    of a stage is behind its K."""
+    return in_slots(operand, mma_sync.smem(operand, group(config)), config)
 
 
-def in_ring(layout: Layout, config: Config) -> Layout:
+def in_slots(operand: str, layout: Layout, config: Config) -> Layout:
     """A slot's layout as that of all slots."""
-    (*shape, _), (*stride, of_group) = layout.shape, layout.stride  # type: ignore[misc]
-    stage = config.tile_n * (config.tile_d + config.tile_dv)
-    return replace(layout, shape=(*shape, (config.key_warps, config.stages)), stride=(*stride, (of_group, stage)))
+    (rows, columns, *_), (of_row, of_column, *of_slot) = layout.shape, layout.stride  # type: ignore[misc]
+    if operand == "Q":
+        return replace(layout, shape=(rows, columns, QUERIES), stride=(of_row, of_column, config.tile_m * config.tile_d))
+    slots, of_stage = (config.key_warps, config.stages), config.tile_n * (config.tile_d + config.tile_dv)
+    return replace(layout, shape=(rows, columns, slots), stride=(of_row, of_column, (of_slot[0], of_stage)))
 
 
 def smem_layout(operand: str, config: Config):

@@ -44,13 +44,24 @@ REGISTERS_TO_COPY = (232, 40)
 
 # The same for the backward pass. Up to 128, a computing warpgroup owns 64 keys, and both head dims are padded to the wider.
 WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
-    64: {"tile_m": 128, "tile_n": 128, "stages": 2},
-    96: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
-    128: {"tile_m": 64, "tile_n": 128, "stages": 2, "overlap_tiles": True},
+    64: {"tile_m": 128, "tile_n": 128, "stages": 2, "separate_dk": True},
+    96: {"tile_m": 64, "tile_n": 128, "stages": 2, "separate_dk": True, "overlap_tiles": True},
+    128: {"tile_m": 64, "tile_n": 128, "stages": 2, "separate_dk": True, "overlap_tiles": True},
 }
 
+# The fields of higher query tiles, where few of their rows are padding or hidden: K and V are read from shared memory fewer
+# times. No registers are left for a product that runs into the next tile.
+WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {
+    128: {"tile_m": 80, "separate_dk": False, "dq_stages": 1, "overlap_tiles": False},
+}
+# Where dQ is added in a fixed order, which makes those who add it wait.
+WGMMA_BACKWARD_ORDERED: dict[str, Any] = {"separate_dk": False, "dq_stages": 2}
+
 # Beyond, where the gradients of keys and of queries have a kernel each.
-WGMMA_WIDE: dict[str, Any] = {"tile_m": 64, "tile_n": 64, "stages": 2}
+WGMMA_WIDE: dict[int, dict[str, Any]] = {
+    192: {"tile_m": 64, "tile_n": 64, "stages": 3, "overlap_tiles": True},
+    256: {"tile_m": 64, "tile_n": 64, "stages": 2},
+}
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
 MMA_SYNC_TABLE = {
@@ -61,6 +72,9 @@ MMA_SYNC_TABLE = {
     192: (128, 64, 2, 8, 1),
     256: (128, 64, 2, 8, 1),
 }
+
+# For few keys under a right edge: two blocks of half the rows read K and V twice, but less of them is cut.
+MMA_SYNC_SHORT = {256: (64, 32, 2, 4, 2)}
 
 # The same for the backward pass.
 ADD_WIDTH = 4  # red.global.add.v4.f32
@@ -87,11 +101,12 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     if mechanism == "cp_async" and problem.gradients:
         return mma_sync_backward.configs(problem, MMA_SYNC_BACKWARD_TABLE, target, ADD_WIDTH)
     if mechanism == "cp_async":
-        return mma_sync.configs(problem, MMA_SYNC_TABLE, target)
+        return mma_sync.configs(problem, MMA_SYNC_TABLE, target, MMA_SYNC_SHORT)
     if problem.gradients:
         narrow = max(problem.head_dim, problem.head_dim_v) <= 64
         registers = REGISTERS_TO_COPY if problem.gradients == "q" or (problem.blocks and narrow) else REGISTERS[2]
-        return wgmma_backward.configs(problem, WGMMA_BACKWARD_TABLE, WGMMA_WIDE, registers, target)
+        tables = WGMMA_BACKWARD_TABLE, WGMMA_BACKWARD_ORDERED, WGMMA_BACKWARD_TALL, WGMMA_WIDE
+        return wgmma_backward.configs(problem, *tables, registers, target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)
     wider = max(tile_d, tile_dv)
     choice = WGMMA_TABLE[wider] | (WGMMA_MIXED.get(wider, {}) if tile_d != tile_dv else {})

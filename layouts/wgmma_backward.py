@@ -38,7 +38,6 @@ ACCUMULATOR_BYTES = 4
 HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of its query heads; the plan chooses
 FIRST_STORES = True  # of the key tiles that add to a query tile's dQ, the first to come stores: its memory needs no zeros
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
-OVER = {"dV": "dS"}  # whose shared memory an operand takes
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 
 
@@ -47,21 +46,28 @@ def tile_dim(head_dim: int) -> int:
     return next(d for d in TILE_DIMS if d >= head_dim)
 
 
-def configs(problem, table, wide, registers: tuple[int, int], target: str) -> tuple[Config, ...]:
+def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], target: str) -> tuple[Config, ...]:
     """The configurations for ``problem`` from a GPU's table, the wider padded head dim -> fields of Config; for heads wider
     than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread. They
     differ in how many blocks share a key tile; where dQ is added in a fixed order none do, since a tile is a ticket there, nor
-    where there is a list of all heads' query tiles."""
+    where there is a list of all heads' query tiles. ``ordered`` is what is different in a fixed order; ``tall``, keyed like the
+    table, what is with a higher query tile, for rectangles without a window: its edges would cut most of a tile."""
     head_blocks: tuple[int, ...] = (1,)
+    plain = problem.gradients == "qkv" and not (
+        problem.bounded_left or problem.ragged or problem.blocks or problem.has_places
+    )
+    higher: tuple[dict, ...] = ()
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):
         wider = tile_dim(wider)
         choice = {"tile_d": wider, "tile_dv": wider, "backward": "tma_wgmma_backward", **table[wider]}
+        choice |= ordered if problem.deterministic else {}
         choice["mma_warps"] = choice["tile_n"] // ROWS_PER_WARPGROUP * 4
         head_blocks = (1,) if problem.deterministic or problem.blocks else HEAD_BLOCKS
+        higher = (tall[wider],) if plain and wider in tall else ()
     else:
         dims = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
-        choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide}
+        choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide[max(dims)]}
     base_config = Config(
         target=target,
         mechanism="tma_wgmma",
@@ -70,12 +76,18 @@ def configs(problem, table, wide, registers: tuple[int, int], target: str) -> tu
         copy_registers=registers[1],
         **choice,
     )
-    return tuple(replace(base_config, head_blocks=blocks) for blocks in head_blocks)
+    shared = tuple(replace(base_config, head_blocks=blocks) for blocks in head_blocks)
+    return *shared, *(replace(base_config, **fields) for fields in higher)
 
 
 def warpgroups(config: Config) -> int:
     """Warpgroups that compute."""
     return config.tile_n // ROWS_PER_WARPGROUP
+
+
+def turned(config: Config) -> bool:
+    """Whether dQ is computed as its transpose, Kᵀ·dSᵀ: a product has 64 rows, which not every query tile is a multiple of."""
+    return config.tile_m % PIECE_ROWS > 0
 
 
 def pieces(config: Config) -> list[tuple[int, int]]:
@@ -87,22 +99,30 @@ def pieces(config: Config) -> list[tuple[int, int]]:
 
 def piece_shape(config: Config) -> tuple[int, int]:
     """(rows, columns) of such a piece."""
+    if turned(config):
+        return config.tile_m, config.tile_d // warpgroups(config)
     return PIECE_ROWS, config.tile_m * config.tile_d // (PIECE_ROWS * warpgroups(config))
+
+
+def over(config: Config) -> dict[str, str]:
+    """From an operand to the one whose shared memory it takes."""
+    return {"dV": "dS"} if config.separate_dk else {"dV": "dS", "dK": "dQ"}
 
 
 def stages(operand: str, config: Config) -> int:
     """Tiles of an operand that shared memory has room for."""
-    return {"Q": config.stages, "dO": config.stages, "dS": DS_STAGES}.get(operand, 1)
+    return {"Q": config.stages, "dO": config.stages, "dS": DS_STAGES, "dQ": config.dq_stages}.get(operand, 1)
 
 
 def sums(config: Config) -> Layout:
-    """dQ in float32 on its way to global memory and there, ``(thread, value, warpgroup)``."""
+    """dQ in float32 on its way to global memory and there, ``(thread, value, warpgroup)``, with one stage after another."""
     rows, columns = piece_shape(config)
-    return base.in_turns(WARPGROUP, rows * columns // WARPGROUP, config.add_width, warpgroups(config))
+    return base.in_turns(WARPGROUP, rows * columns // WARPGROUP, config.add_width, warpgroups(config) * config.dq_stages)
 
 
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. dV lies over dS, once nothing reads it; a next tile's K and V come while both leave."""
+    """Bytes of shared memory by part. What lies over another part does once nothing reads that; a next tile's K and V come
+    while results leave."""
     warps_rows = warpgroups(config) * ROWS_PER_WARPGROUP
     return {
         "K": warps_rows * config.tile_d * BYTES,
@@ -110,8 +130,8 @@ def smem_parts(config: Config) -> dict[str, int]:
         "Q": config.stages * config.tile_m * config.tile_d * BYTES,
         "dO": config.stages * config.tile_m * config.tile_dv * BYTES,
         "dS": DS_STAGES * warps_rows * config.tile_m * BYTES,
-        "dK": warps_rows * config.tile_d * BYTES,
-        "dQ": config.tile_m * config.tile_d * ACCUMULATOR_BYTES,
+        **({"dK": warps_rows * config.tile_d * BYTES} if config.separate_dk else {}),
+        "dQ": config.dq_stages * config.tile_m * config.tile_d * ACCUMULATOR_BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
         "barriers": BARRIER_BYTES * 2 * (2 + 2 * config.stages),
         "hidden": config.tile_n,  # keys, a byte each
@@ -140,12 +160,21 @@ def misfit(config: Config) -> str:
         (
             not _in_pieces(config),
             f"{warpgroups(config)} warpgroups for a {config.tile_m}×{config.tile_d} dQ, {PIECE_ROWS} rows and a multiple of "
-            f"{PIECE_COLUMNS} columns each: try tile_m={PIECE_ROWS}",
+            f"{PIECE_COLUMNS} columns each, or all rows and {PIECE_ROWS} columns: try tile_m={PIECE_ROWS}",
+        ),
+        (
+            not config.separate_dk and keys * BYTES > config.tile_m * ACCUMULATOR_BYTES,
+            f"{config.tile_m} queries a tile, whose dQ has no room for {keys} rows of dK: "
+            f"try tile_m={keys * BYTES // ACCUMULATOR_BYTES}",
         ),
         (
             config.tile_dv > DS_STAGES * config.tile_m,
             f"dV is {config.tile_dv} columns wide and would lie over dS, which has room for {DS_STAGES * config.tile_m}: "
             f"try tile_m={config.tile_m * 2}",
+        ),
+        (
+            config.dq_stages not in (1, len(WARPS["dQ"])),
+            f"{config.dq_stages} stages of dQ, which {len(WARPS['dQ'])} warps add in turns: try dq_stages=1",
         ),
         (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
         (
@@ -159,6 +188,8 @@ def misfit(config: Config) -> str:
 def _in_pieces(config: Config) -> bool:
     """Whether the warpgroups' pieces are a query tile's dQ."""
     rows, of_warpgroups = config.tile_m // PIECE_ROWS, warpgroups(config)
+    if turned(config):
+        return config.tile_m % PIECE_COLUMNS == 0 and config.tile_d == PIECE_ROWS * of_warpgroups
     whole = config.tile_m % PIECE_ROWS == 0 and of_warpgroups % rows == 0
     return whole and config.tile_d * rows % (of_warpgroups * PIECE_COLUMNS) == 0
 
@@ -170,13 +201,14 @@ def mma(role: str, config: Config) -> Mma:
     A from registers; ``"dQ"``: a piece of dS·K, both from shared memory, dS transposed on the way.
     """
     n = {"S": config.tile_m, "dP": config.tile_m, "dV": config.tile_dv, "dK": config.tile_d}
-    n["dQ"] = piece_shape(config)[1]
+    n["dQ"] = piece_shape(config)[0 if turned(config) else 1]
     return warpgroup_mma(n[role], in_registers=role in ("dV", "dK"))
 
 
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
-    return {"the block": 1, "dS": 1, "dQ": (len(WARPS["dQ"]) + 1) * warpgroups(config), "epilogues": warpgroups(config)}
+    of_warpgroup = len(WARPS["dQ"]) + config.dq_stages
+    return {"the block": 1, "dS": 1, "dQ": of_warpgroup * warpgroups(config), "epilogues": warpgroups(config)}
 
 
 def _shape(operand: str, config: Config) -> tuple[int, int, int]:
@@ -185,7 +217,7 @@ def _shape(operand: str, config: Config) -> tuple[int, int, int]:
     return {
         "K": (ROWS_PER_WARPGROUP, config.tile_d, w),
         "V": (ROWS_PER_WARPGROUP, config.tile_dv, w),
-        "dK": (ROWS_PER_WARPGROUP, config.tile_d, w),
+        "dK": (ROWS_PER_WARPGROUP, config.tile_d, w if config.separate_dk else 1),  # else in a warpgroup's part of dQ's
         "dV": (ROWS_PER_WARPGROUP, config.tile_dv, w),
         "Q": (config.tile_m, config.tile_d, config.stages),
         "dO": (config.tile_m, config.tile_dv, config.stages),
@@ -210,5 +242,9 @@ _family = Family(
     read_columns=_read_columns,
 )
 tile, slot_bytes, smem, smem_layout = _family.tile, _family.slot_bytes, _family.smem, _family.smem_layout
-smem_bytes, copies, tiled_mma = _family.smem_bytes, _family.copies, _family.tiled_mma
-store_accumulator = _family.store_accumulator
+copies, tiled_mma, store_accumulator = _family.copies, _family.tiled_mma, _family.store_accumulator
+
+
+def smem_bytes(config: Config) -> int:
+    """Shared memory of a block: operands come first, each of whole swizzle atoms, so that no part needs padding."""
+    return sum(smem_parts(config).values())

@@ -45,6 +45,11 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
     return (config,)
 
 
+def rows_merged(config: Config) -> int:
+    """Rows of a walk of which a warp merges all parts at a time: many rows have few parts, and narrow heads leave registers."""
+    return (2 if config.tile_dv <= mma_sync_cache.WIDE_ROWS_UP_TO else 1) * mma_sync_cache.rows_merged(config)
+
+
 def accumulator_registers(config: Config) -> int:
     """Registers a thread needs for S, P and O at once."""
     return wgmma.accumulator_registers(group(config))
@@ -61,10 +66,9 @@ def tile(operand: str, config: Config) -> tuple[int, int]:
 
 
 def smem(operand: str, config: Config) -> Layout:
-    """An operand in shared memory: Q ``(64, columns, 1)``, K and V ``(keys of a group, columns, (group, stage))``; the V of a
-    stage is behind its K."""
-    layout = wgmma.smem(operand, group(config))
-    return mma_sync_cache.in_ring(layout, config) if operand in "KV" else layout
+    """An operand in shared memory: Q ``(64, columns, place)``, K and V ``(keys of a group, columns, (group, stage))``; the V of
+    a stage is behind its K."""
+    return mma_sync_cache.in_slots(operand, wgmma.smem(operand, group(config)), config)
 
 
 def smem_layout(operand: str, config: Config):

@@ -31,7 +31,6 @@ P_STAGES = 2  # P's of query tiles on their way from one warpgroup to the other
 V_STAGES = 1  # of the second kernel: a tile of V is done with long before its K
 FIRST_STORES = False  # there are no sums of dQ
 KERNELS = {"keys": ("K", "V", "Q", "dO", "dK", "dV"), "queries": ("qQ", "qdO", "qK", "qV", "dQ")}
-OVER = {"dK": "V", "dV": "K", "dQ": "qQ"}  # whose shared memory an operand takes
 WARPS = {  # that copy it
     **{"K": (0,), "Q": (0,), "V": (1,), "dO": (1,)},
     **{"qK": (0,), "qV": (0,), "qQ": (1,), "qdO": (1,)},
@@ -51,6 +50,16 @@ def warpgroups(config: Config) -> int:
 def pieces(config: Config) -> list[tuple[int, int]]:
     """dQ has no sums in global memory."""
     return []
+
+
+def turned(config: Config) -> bool:
+    """dQ is never computed as its transpose."""
+    return False
+
+
+def over(config: Config) -> dict[str, str]:
+    """From an operand to the one whose shared memory it takes."""
+    return {"dK": "V", "dV": "K", "dQ": "qQ"}
 
 
 def stages(operand: str, config: Config) -> int:

@@ -29,7 +29,7 @@ class Staged(Forward):
         super().__init__(problem, config)
         self.stages = stages
         if stages != Stages():  # what a variant leaves in O need not be finite, and is not to be done again
-            self.guarded = False
+            self.careful = self.anchored = False
         self.kept: Any = None  # scores, where no product makes them
 
     def _shared(self):
@@ -50,8 +50,9 @@ class Staged(Forward):
             Forward._copy_pair(self, tiles_of, keys, n, self.config.stages - 1)
 
     @cute.jit
-    def _step(self, operands, tiles_of, output, tile, slot: Int32, where):
+    def _step(self, operands, tiles_of, output, tile, again: cutlass.Constexpr, slot: Int32, where):
         n, masked = where
+        anchored = self.anchored and masked is False
         stages, acc_O = self.config.stages, output.acc_O
         cute.arch.cp_async_wait_group(stages - 2)
         cute.arch.sync_threads()
@@ -63,8 +64,13 @@ class Staged(Forward):
             origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
             for _ in cutlass.range_constexpr(self.stages.softmax):
                 Scores(tile.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
-                output.softmax.step(rows_columns(acc_S), output.rescale)
-            scale_rows(rows_columns(acc_O), output.rescale)
+                if cutlass.const_expr(anchored):
+                    output.softmax.anchored_step(rows_columns(acc_S))
+                else:
+                    hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
+                    output.softmax.step(rows_columns(acc_S), output.rescale, hold)
+            if cutlass.const_expr(not anchored):
+                scale_rows(rows_columns(acc_O), output.rescale)
         if cutlass.const_expr(self.stages.products or self.stages.softmax):
             self._accumulate(operands, acc_S, acc_O, slot)
         return (slot + 1) % stages

@@ -93,6 +93,11 @@ class Values:
         """The logit of a tile's head that has no value."""
         return None if self.sinks is None else self.sinks[work.head]
 
+    def scale_kept(self, acc: cute.Tensor):
+        """A sum over kept probabilities, in place: times dropout's scale, if there is dropout."""
+        if self.kept_scale is not None:
+            acc.store(acc.load() * self.kept_scale)
+
     def exponent(self, problem):
         """What makes an exponent of 2 of a score as the rules leave it: a function's are natural logarithms."""
         return Float32(LOG2_E) if problem.expression.natural else self.scale_log2
@@ -135,12 +140,14 @@ class Gradients:
     """Where the main kernel of the backward pass puts the gradients; what is not asked for is ``None``.
 
     ``mdQ`` is float32 sums, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block,
-    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``.
+    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``. Where there are sums,
+    ``rounded`` is dQ itself for zeros in its tiles without a row in use, if the kernel writes these.
     """
 
     mdQ: cute.Tensor | None
     mdK: cute.Tensor | None
     mdV: cute.Tensor | None
+    rounded: cute.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ they weigh 0. So no copy needs a predicate on its row, and a key that no row of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, cute
+from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted, store_lse
@@ -42,13 +42,12 @@ class ForwardOperands:
 
 @dataclass(frozen=True)
 class Keys:
-    """K and V on their way to shared memory and there, ``(tile_n, columns, stage)``; whether with care (``guard.py``)."""
+    """K and V on their way to shared memory and there, ``(tile_n, columns, stage)``."""
 
     k: Stream
     v: Stream
     sK: cute.Tensor
     sV: cute.Tensor
-    careful: Boolean | None = None
 
     @cute.jit
     def poison(self, slot, threads: cutlass.Constexpr[int]):
@@ -87,7 +86,10 @@ class Forward:
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
-        self.guarded = problem.masked
+        self.careful = problem.masked  # whether a second pass takes care of keys that aren't finite (guard.py)
+        # Whole tiles look for no maximum. float16 has no room for weights above 1, and what a function makes of scores may hide
+        # any key, as may a list of tiles.
+        self.anchored = config.dtype == "bfloat16" and not problem.expression
 
     @cute.jit
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
@@ -111,6 +113,8 @@ class Forward:
         thread = cute.arch.thread_idx()[0]
         values = values.of(work)
         keys = KeyTiles.of(values, self.problem, work.block, config)
+        if cutlass.const_expr(self.anchored):
+            keys = keys.after_a_seen_key(values, self.problem, work.block, config)
         row_first = work.block * config.tile_m
 
         sQ, sK, sV, sO = self._shared()
@@ -136,19 +140,19 @@ class Forward:
                 mma_O=mma_O,
             )
             # V's padding only reaches columns of O that are not stored; but all of them are looked at, where that is done.
-            for x in (q, k, v) if cutlass.const_expr(self.guarded) else (q, k):
+            for x in (q, k, v) if cutlass.const_expr(self.careful or self.anchored) else (q, k):
                 x.clear_padding()
             self._copy_q(q, row_first, values.seqlen_q)
             output, tile = Output(acc_O, rescale, softmax), BlockTile(row_first, cS, keys, values)
             tiles_of = Keys(k, v, sK, sV)
-            if cutlass.const_expr(not self.guarded):
-                self._attend(operands, tiles_of, output, tile)
-            else:
-                careful, again = Boolean(False), Boolean(True)
-                while again:
-                    self._attend(operands, replace(tiles_of, careful=careful), output, tile)
-                    again = any_of(not_finite(acc_O) & (not careful), 0, config.threads)
-                    careful = Boolean(True)
+            self._attend(operands, tiles_of, output, tile, again=False)
+            if cutlass.const_expr(self.careful or self.anchored):
+                failed = not_finite(acc_O)
+                if cutlass.const_expr(self.anchored):
+                    softmax.note_growth()
+                    failed = failed | (softmax.grown[0] != 0)
+                if any_of(failed, 0, config.threads):
+                    self._attend(operands, tiles_of, output, tile, again=True)
 
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(values.seqlen_q, row_first, cO.thread, rows, softmax)
@@ -159,18 +163,26 @@ class Forward:
         self._store_o(acc_O, sO, work.q.stored.rows(mO, work.head), row_first)
 
     @cute.jit
-    def _attend(self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile):
-        """All key tiles, from the last to the first, once Q is on its way."""
+    def _attend(
+        self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile, again: cutlass.Constexpr[bool]
+    ):
+        """All key tiles, from the last to the first, once Q is on its way; ``again`` in one loop."""
         keys = tile.keys
         output.start()
         for slot in cutlass.range_constexpr(self.config.stages - 1):
             self._copy_pair(tiles_of, keys, keys.place(slot), slot)
-        step = partial(self._step, operands, tiles_of, output, tile)
-        # For the last tile and those that a right edge cuts.
+        step = partial(self._step, operands, tiles_of, output, tile, again)
         slot, one_loop = Int32(0), self.problem.unequal or self.problem.masks_all
-        if cutlass.const_expr(not one_loop):
-            slot = step(slot, (keys.place(0), keys.last_is_masked()))
-        walk(step, slot, keys, self.problem, last=one_loop)
+        if cutlass.const_expr(again):
+            for i in cutlass.range(keys.count, unroll=1):
+                slot = step(slot, (keys.place(i), True))
+        else:
+            # For the last tile and those that a right edge cuts.
+            if cutlass.const_expr(not one_loop):
+                slot = step(slot, (keys.place(0), keys.last_is_masked()))
+            # The steps after whole tiles rescale l.
+            after = output.softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
+            walk(step, slot, keys, self.problem, last=one_loop, around_whole=(None, after))
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -214,16 +226,24 @@ class Forward:
     # ---- one key tile ----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _step(self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile, slot: Int32, where):
+    def _step(
+        self,
+        operands: ForwardOperands,
+        tiles_of: Keys,
+        output: Output,
+        tile: BlockTile,
+        again: cutlass.Constexpr[bool],
+        slot: Int32,
+        where,
+    ):
         """Scores, softmax and P·V of the key tile at place ``n``, while the one ``stages − 1`` after it is on its way. Returns
         the next slot."""
         n, masked = where
         stages, acc_O = self.config.stages, output.acc_O
         cute.arch.cp_async_wait_group(stages - 2)
         cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the slot of the one before
-        if cutlass.const_expr(self.guarded and masked is not False):  # where every row sees every key, nothing is to be kept
-            if tiles_of.careful:
-                tiles_of.poison(slot, self.config.threads)
+        if cutlass.const_expr(self.careful and again):
+            tiles_of.poison(slot, self.config.threads)
         before = (slot + stages - 1) % stages
         self._copy_pair(tiles_of, tile.keys, tile.keys.later(n, stages - 1), before)
 
@@ -235,12 +255,17 @@ class Forward:
         origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
         scores = Scores(tile.cS, tile.values, self.problem, unrolls=False)
         scores.apply_rules(acc_S, origin, masked)
-        output.softmax.step(rows_columns(acc_S), output.rescale)
+        if cutlass.const_expr(self.anchored and masked is False):
+            output.softmax.anchored_step(rows_columns(acc_S))
+        else:
+            hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
+            output.softmax.step(rows_columns(acc_S), output.rescale, hold)
+            scale_rows(rows_columns(acc_O), output.rescale)
+        P = acc_S
         if cutlass.const_expr(self.problem.dropout):
-            scores.drop(acc_S, origin)
-        scale_rows(rows_columns(acc_O), output.rescale)
-
-        p = as_operand_a(acc_S)
+            P = converted(acc_S, v.fragment.element_type)
+            scores.drop(P, origin)
+        p = as_operand_a(P)
 
         def rounded(step):  # just in time: frees two registers for each it takes
             return converted(p[None, None, step], v.fragment.element_type)

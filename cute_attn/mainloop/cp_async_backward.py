@@ -524,6 +524,7 @@ class Backward:
             self._clear("dK", me, me.acc_dK)
             self._to_shared("dK", me, me.acc_dK, me.shared.k)
         if cutlass.const_expr(self.needs_v):
+            me.values.scale_kept(me.acc_dV)
             self._clear("dV", me, me.acc_dV)
             self._to_shared("dV", me, me.acc_dV, me.shared.v)
         cute.arch.sync_threads()

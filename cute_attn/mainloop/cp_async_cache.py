@@ -3,7 +3,11 @@
 A block computes its stretch of all key tiles (``balance.py``), part of a walk after part of a walk. Its warps are groups, each
 of which copies keys of its own into a ring of its own and takes its rows' softmax of them by itself, so that nothing is waited
 for but memory; a part's end merges what the groups found. If that is all of a walk, it is the result. If not, it goes to the
-workspace, and the block that comes last merges all parts. The next part's first copies start before a part's end.
+workspace, and the block that comes last merges all parts.
+
+A slot of a ring is filled again as soon as its group is done with it, over the ends of parts: the last tiles of one start the
+copies of the next one's first tiles and queries, which therefore have two places. Only the last tile's slot waits until the
+groups have exchanged there what they found.
 
 Rows of K and V past the last key are read as that key instead, as in ``cp_async.py``. Where some rows see keys that others
 don't, tiles that are masked are looked through for values that are not finite (``guard.py``), always: they are few.
@@ -22,18 +26,21 @@ from cute_attn import layouts
 from cute_attn.balance import (
     CachedKeys,
     PartPlaces,
+    PartStart,
     Sequence,
     Stretches,
     WalkPart,
     divided,
     next_part,
+    part_from,
     part_of_stretch,
     places_of,
+    start_after,
 )
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
-from cute_attn.layouts.mma_sync_cache import BANKS, ROWS
+from cute_attn.layouts.mma_sync_cache import BANKS
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.guard import poison_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
@@ -61,12 +68,14 @@ class Workspace:
         """All in one piece of memory, ``counters`` words first, a multiple of 4."""
         words = cute.make_tensor(cute.recast_ptr(m.iterator, dtype=Int32), cute.make_layout(counters))
         after = m.iterator + cute.assume(counters, 4)
-        return Workspace(words, after, after + cutlass.Int64(places * rows) * columns, rows, columns)
+        of_rows = after + cute.assume(cutlass.Int64(places * rows) * columns, 4)
+        return Workspace(words, after, of_rows, rows, columns)
 
     def of_row(self, place, row) -> tuple[Any, Any]:
         """Where a row of O is, and where its maximum and its sum."""
         number = cutlass.Int64(place * self.rows + row)
-        return self.o + number * cutlass.Int64(self.columns), self.of_rows + number * cutlass.Int64(2)
+        o, of_row = number * cutlass.Int64(self.columns), number * cutlass.Int64(2)
+        return self.o + cute.assume(o, 4), self.of_rows + cute.assume(of_row, 2)
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class LoadedOperands:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """What all groups found, in shared memory: columns of O over the last stage, and (maximum, sum) of each row."""
+    """What all groups found, in shared memory: columns of O, and (maximum, sum) of each row."""
 
     o: cute.Pointer  # (groups, rows, columns)
     of_rows: cute.Pointer  # (groups, rows, 2)
@@ -108,7 +117,8 @@ class CacheBlock:
     operands: Any
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
-    exchanged: Exchanged
+    ring: cute.Pointer
+    of_rows: cute.Pointer
     word: cute.Tensor
     group: Int32
     thread: Int32  # in the group
@@ -128,16 +138,29 @@ class Serving:
 
 @dataclass(frozen=True)
 class SeenTiles:
-    """A part of a walk: of its tiles, those from ``begin`` up to ``end`` that any row of its tile sees, of which
+    """A part of a walk: of its tiles, the ``count`` from ``begin`` on that any row of its tile sees, of which those from
     ``whole_begin`` up to ``whole_end`` need no mask, and the values there."""
 
     sequence: Sequence
     part: WalkPart
     values: Values
     begin: Int32
-    end: Int32
+    count: Int32
     whole_begin: Int32
     whole_end: Int32
+
+
+@dataclass(frozen=True)
+class KeySource:
+    """Where a part's keys are copied from: of a sequence, rows from ``first`` up to ``last`` at most."""
+
+    number: Int32
+    first: Int32
+    last: Int32
+    head_kv: Int32
+
+    def all(self) -> tuple:
+        return self.number, self.first, self.last, self.head_kv
 
 
 class Forward:
@@ -170,10 +193,16 @@ class Forward:
         i, before = keys.find(at, lanes)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
             i, before, at = next_part(keys, i, before, at, end)
+        head_kv, row_tile, begin, stage, parity = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
         if at < end:
-            self._begin(block, serving, i, before, at, end)
+            sequence = keys.sequence(i)
+            part, _ = part_of_stretch(keys, sequence, before, at, end)
+            head_kv, row_tile, begin = part.head_kv, part.row_tile, part.begin
+            self._begin(block, serving, self._seen(serving, sequence, part))
         while at < end:
-            i, before, at = self._part(block, serving, i, before, at, end)
+            start = PartStart(i, head_kv, row_tile, begin, at)
+            i, head_kv, row_tile, begin, at, stage = self._part(block, serving, start, end, stage, parity)
+            parity = 1 - parity
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -190,15 +219,13 @@ class Forward:
         )
         sQ, sK = self._operand_at(of_q, "Q"), self._operand_at(ring, "K")
         sV = self._operand_at(ring + config.tile_n * config.tile_d, "V")
-        last = ring + (config.stages - 1) * config.tile_n * (config.tile_d + config.tile_dv)
         floats = smem.allocate_tensor(Float32, cute.make_layout(parts["rows"] // 4), 16)
         word = smem.allocate_tensor(Int32, cute.make_layout(4), 16)
         stream = partial(Stream.of, lay, config)
         k, v = stream("K", mK, sK, thread, self.problem.head_dim), stream("V", mV, sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         operands = self._operands((sQ, sK, sV), (mma_S, mma_O), thread)
-        exchanged = Exchanged(cute.recast_ptr(last, dtype=Float32), floats.iterator)
-        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, exchanged, word, group, thread)
+        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, ring, floats.iterator, word, group, thread)
 
     def _operand_at(self, place, name: str) -> cute.Tensor:
         """An operand in shared memory, from a place on."""
@@ -214,9 +241,9 @@ class Forward:
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _copy_q(self, block: CacheBlock, serving: Serving, seen: SeenTiles):
+    def _copy_q(self, block: CacheBlock, serving: Serving, seen: SeenTiles, parity):
         """All threads: start copying the rows of the tile; those that don't exist, and columns past head_dim, are zeros."""
-        config, sQ, keys = self.config, self._rows_of_q(block), serving.keys
+        config, sQ, keys = self.config, block.sQ[None, None, parity], serving.keys
         vectors = config.tile_d // VECTOR
         for n in cutlass.range(cute.arch.thread_idx()[0], config.tile_m * vectors, config.threads, unroll=1):
             row, column = n // vectors, n % vectors
@@ -230,22 +257,41 @@ class Forward:
                 into.fill(0.0)
 
     @cute.jit
-    def _copy(self, block: CacheBlock, keys: CachedKeys, seen: SeenTiles, tile, stage):
-        """A group: start copying its keys of a tile, if there is one, to a stage of its ring."""
-        sequence, slot = seen.sequence, (block.group, stage)
-        if tile < seen.end:
-            first = sequence.begin + tile * self.config.tile_n + block.group * self.keys_of_group
-            k, v = block.k, block.v
-            for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
-                key = cutlass.min(first + k.tXcX[0, i, 0][0], sequence.keys - 1)
-                place = keys.place(sequence.number, sequence.pad + key)
-                k.start_row(i, place, seen.part.head_kv, slot)
-                if cutlass.const_expr(self.same_rows):
-                    v.start_row(i, place, seen.part.head_kv, slot)
-            if cutlass.const_expr(not self.same_rows):
-                for i in cutlass.range_constexpr(cute.size(v.tXcX, mode=[1])):
-                    key = cutlass.min(first + v.tXcX[0, i, 0][0], sequence.keys - 1)
-                    v.start_row(i, keys.place(sequence.number, sequence.pad + key), seen.part.head_kv, slot)
+    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage):
+        """A group: start copying its keys of a part's tile n to a stage of its ring."""
+        slot, first = (block.group, stage), source.first + n * self.config.tile_n + block.group * self.keys_of_group
+        k, v = block.k, block.v
+        for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
+            key = cutlass.min(first + k.tXcX[0, i, 0][0], source.last)
+            place = keys.place(source.number, key)
+            k.start_row(i, place, source.head_kv, slot)
+            if cutlass.const_expr(self.same_rows):
+                v.start_row(i, place, source.head_kv, slot)
+        if cutlass.const_expr(not self.same_rows):
+            for i in cutlass.range_constexpr(cute.size(v.tXcX, mode=[1])):
+                key = cutlass.min(first + v.tXcX[0, i, 0][0], source.last)
+                v.start_row(i, keys.place(source.number, key), source.head_kv, slot)
+
+    @cute.jit
+    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity):
+        """Start copying tile n from a part's first one on, which past its end is one of the part behind it; the first one of
+        that with its queries."""
+        n_then = n - seen.count
+        here = n_then < 0
+        if (n_then == 0) & (then.count > 0):
+            self._copy_q(block, serving, then, 1 - parity)
+        if n_then < then.count:
+            source = KeySource(
+                *(_either(here, x, y) for x, y in zip(self._source(seen).all(), self._source(then).all(), strict=True))
+            )
+            self._copy(block, serving.keys, source, _either(here, n, n_then), stage)
+        cute.arch.cp_async_commit_group()
+
+    def _source(self, seen: SeenTiles) -> KeySource:
+        """Of a part's tiles."""
+        sequence = seen.sequence
+        first = sequence.pad + sequence.begin + seen.begin * self.config.tile_n
+        return KeySource(sequence.number, first, sequence.pad + sequence.keys - 1, seen.part.head_kv)
 
     @property
     def same_rows(self) -> bool:
@@ -256,12 +302,15 @@ class Forward:
     # ---- a part of a walk --------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _seen(self, serving: Serving, i, before, at, end) -> SeenTiles:
-        """The part that begins at tile ``at`` of a block's, which go up to ``end``: of sequence i, before which there are
-        ``before`` tiles."""
+    def _part_from(self, serving: Serving, start: PartStart, end) -> SeenTiles:
+        """The part that begins there, of a block whose tiles go up to ``end``."""
+        sequence = serving.keys.sequence(start.sequence)
+        return self._seen(serving, sequence, part_from(serving.keys, sequence, start, end))
+
+    @cute.jit
+    def _seen(self, serving: Serving, sequence: Sequence, part: WalkPart) -> SeenTiles:
+        """What of a part its rows see."""
         config, keys = self.config, serving.keys
-        sequence = keys.sequence(i)
-        part, _ = part_of_stretch(keys, sequence, before, at, end)
         shift = sequence.keys - sequence.queries
         values = replace(serving.values, seqlen_q=sequence.queries, seqlen_k=sequence.keys, packed=keys.packed)
         values = replace(values, lo=shift - keys.left, hi=shift + keys.right)
@@ -273,29 +322,42 @@ class Forward:
         last = cutlass.min(divided(row_first + config.tile_m - 1, keys.packed)[0], sequence.queries - 1)
         begin, past = band.key_range(first, last, sequence.keys, DeviceOps)
         whole_begin, whole_end = band.whole_range(first, last, sequence.keys, DeviceOps)
+
+        def tiles(key, and_begun: bool):
+            """Tiles up to a key: those that end before it, or all that have begun."""
+            return divided(cutlass.max(key - sequence.begin, 0) + and_begun * (n - 1), n)[0]
+
+        seen_begin = cutlass.max(part.begin, tiles(begin, False))
+        seen_end = cutlass.min(part.end, tiles(past, True))
         return SeenTiles(
             *(sequence, part, values),
-            begin=cutlass.max(part.begin, (begin - sequence.begin) // n),
-            end=cutlass.min(part.end, (past - sequence.begin + n - 1) // n),
-            whole_begin=(whole_begin - sequence.begin + n - 1) // n,
-            whole_end=cutlass.max(whole_end - sequence.begin, 0) // n,
+            begin=seen_begin,
+            count=cutlass.max(seen_end - seen_begin, 0),
+            whole_begin=tiles(whole_begin, True),
+            whole_end=tiles(whole_end, False),
         )
 
     @cute.jit
-    def _begin(self, block: CacheBlock, serving: Serving, i, before, at, end):
-        """Start a part's first copies: those of all stages but the last, and with the first those of its queries."""
-        seen = self._seen(serving, i, before, at, end)
-        for stage in cutlass.range(self.config.stages - 1, unroll=1):  # code that has come once comes sooner again
-            self._copy(block, serving.keys, seen, seen.begin + stage, stage)
-            if stage == 0:
-                self._copy_q(block, serving, seen)
+    def _begin(self, block: CacheBlock, serving: Serving, seen: SeenTiles):
+        """Start the first part's first copies: those of all stages, and with the first those of its queries."""
+        source = self._source(seen)
+        for n in cutlass.range(self.config.stages, unroll=1):  # code that has come once comes sooner again
+            if n < seen.count:
+                self._copy(block, serving.keys, source, n, n)
+            if n == 0:
+                self._copy_q(block, serving, seen, 0)
             cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def _part(self, block: CacheBlock, serving: Serving, i, before, at, end):
-        """A part whose first copies have started. Returns the next one."""
-        config, keys = self.config, serving.keys
-        seen = self._seen(serving, i, before, at, end)
+    def _part(self, block: CacheBlock, serving: Serving, start: PartStart, end, stage, parity):
+        """A part whose first copies have started, as many as there are stages, the first to ``stage``, and those of its queries
+        to the place ``parity``. Returns the next one's start, and its stage."""
+        config, keys, ahead = self.config, serving.keys, self.config.stages
+        seen = self._part_from(serving, start, end)
+        after = start_after(keys, seen.sequence, seen.part)
+        then = self._part_from(serving, after, end)
+        then = replace(then, count=_either(after.at < end, then.count, Int32(0)))
+        places = places_of(keys, seen.sequence, seen.part, serving.stretches)  # while copies are on their way
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)
         rows = rows_columns(acc_O)
@@ -304,27 +366,26 @@ class Forward:
         cS = Coordinates.of(block.mma_S, block.thread, (config.tile_m, self.keys_of_group))
 
         if cutlass.const_expr((config.tile_d, config.tile_dv) != (self.problem.head_dim, self.problem.head_dim_v)):
-            cute.arch.sync_threads()  # what groups exchanged lies where padding is cleared, and some may still read it
-            for x in (block.k, block.v):
+            for x in (block.k, block.v):  # again for each part: what groups exchange lies there, too
                 x.clear_padding()
-        cute.arch.cp_async_wait_group(config.stages - 2)
+        cute.arch.cp_async_wait_group(ahead - 1)
         self._publish()
         cute.arch.sync_threads()
-        of_q = self._queries(block)
+        of_q = self._queries(block, parity)
 
-        stage, ends = Int32(0), seen.part.at + seen.part.end - seen.part.begin  # where the part does
-        for tile in cutlass.range(seen.begin, seen.end, unroll=1):
-            cute.arch.cp_async_wait_group(config.stages - 2)
+        primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
+        for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
+            self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
+        for n in cutlass.range(seen.count, unroll=1):
+            cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
+            tile, slot = seen.begin + n, (block.group, stage)
             masked = (tile < seen.whole_begin) | (tile >= seen.whole_end)
-            slot = (block.group, stage)
             if cutlass.const_expr(self.problem.masks_all):
                 self._poison(block, slot)
             elif cutlass.const_expr(self.problem.masked):
                 if masked:
                     self._poison(block, slot)
-            self._copy(block, keys, seen, tile + config.stages - 1, (stage + config.stages - 1) % config.stages)
-            cute.arch.cp_async_commit_group()
 
             acc_S = self._scores(block, of_q, slot)
             first = seen.sequence.begin + tile * config.tile_n + block.group * self.keys_of_group
@@ -333,14 +394,18 @@ class Forward:
             softmax.step(rows_columns(acc_S), rescale)
             scale_rows(rows, rescale)
             self._add(block, acc_S, acc_O, slot)
-            stage = (stage + 1) % config.stages
+            if n + 1 < seen.count:
+                self._sync_group(block)
+                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity)
+            stage = (stage + 1) % ahead
 
-        cute.arch.sync_threads()  # all groups are done with Q and with all stages
-        following = next_part(keys, i, before, ends, end)
-        if following[2] < end:
-            self._begin(block, serving, *following, end)
-        self._finish(block, serving, seen, rows, softmax)
-        return following
+        cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to
+        free = (stage + ahead - 1) % ahead
+        self._merge(block, serving, seen, places, rows, softmax, self._exchanged(block, free))
+        cute.arch.sync_threads()  # the slot is free, and what all have written is there for whoever sees that they have arrived
+        self._copy_ahead(block, serving, seen, then, seen.count + ahead - 1, free, parity)
+        self._arrive(block, serving, seen, places)
+        return after.sequence, after.head_kv, after.row_tile, after.begin, after.at, stage
 
     @cute.jit
     def _poison(self, block: CacheBlock, slot):
@@ -365,20 +430,18 @@ class Forward:
             operand("V", O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV)),
         )
 
-    def _rows_of_q(self, block: CacheBlock) -> cute.Tensor:
-        return block.sQ
-
     def _publish(self):
         """What this thread has written to shared memory is for the products; they read as threads do."""
 
-    def _queries(self, block: CacheBlock):
+    def _queries(self, block: CacheBlock, parity):
         """What gives Q's registers of a step: all of them are held, or each is loaded again for every tile."""
+        load = partial(block.operands.q.load, slot=(parity,))
         if not self.holds_q:
-            return block.operands.q.load
+            return load
         held = []
         for step in range(self.config.tile_d // MMA_K):
             held.append(cute.make_rmem_tensor_like(block.operands.q.fragment))
-            held[step].store(block.operands.q.load(step).load())
+            held[step].store(load(step).load())
         return held.__getitem__
 
     def _scores(self, block: CacheBlock, of_q, slot) -> cute.Tensor:
@@ -399,24 +462,47 @@ class Forward:
 
     # ---- the end of a part -------------------------------------------------------------------------------------------
 
+    def _exchanged(self, block: CacheBlock, stage) -> Exchanged:
+        """Where the groups exchange what they found: over a stage of K and V, or behind all of them if there is no room."""
+        config = self.config
+        of_stage = config.tile_n * (config.tile_d + config.tile_dv)
+        inside = self.lay.smem_parts(config)["merged"] == 0
+        place = block.ring + cute.assume((stage if inside else config.stages) * of_stage, of_stage)
+        return Exchanged(cute.recast_ptr(place, dtype=Float32), block.of_rows)
+
     @cute.jit
-    def _finish(self, block: CacheBlock, serving: Serving, seen: SeenTiles, rows: cute.Tensor, softmax: Softmax):
-        """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace; and if
-        all other parts are there, these, merged. ``rows`` are those of O."""
-        config, columns = self.config, self.lay.exchanged_columns(self.config)
-        part, workspace = seen.part, serving.workspace
-        places = places_of(serving.keys, seen.sequence, part, serving.stretches)
-        exist = cutlass.min(seen.sequence.queries * serving.keys.packed - part.row_tile * config.tile_m, config.tile_m)
+    def _merge(
+        self,
+        block: CacheBlock,
+        serving: Serving,
+        seen: SeenTiles,
+        places: PartPlaces,
+        rows: cute.Tensor,
+        softmax: Softmax,
+        exchanged: Exchanged,
+    ):
+        """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace.
+        ``rows`` are those of O."""
+        columns, exist = self.lay.exchanged_columns(self.config), self._exist(serving, seen)
         for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
             softmax.row_sum[r] = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
         for first in cutlass.range_constexpr(0, self.problem.head_dim_v, columns):
             if cutlass.const_expr(first > 0):
                 cute.arch.sync_threads()
-            self._hand_over(block, rows, softmax, exist, first)
+            self._hand_over(block, exchanged, rows, softmax, exist, first)
             cute.arch.sync_threads()
-            self._merge_groups(block, serving, seen, places, exist, first)
+            self._merge_groups(exchanged, serving, seen, places, exist, first)
+
+    def _exist(self, serving: Serving, seen: SeenTiles):
+        """How many rows of the tile there are."""
+        first = seen.part.row_tile * self.config.tile_m
+        return cutlass.min(seen.sequence.queries * serving.keys.packed - first, self.config.tile_m)
+
+    @cute.jit
+    def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces):
+        """What all threads found is written: if it is the last part of its walk to be, merge all parts."""
+        workspace = serving.workspace
         if places.parts > 1:
-            cute.arch.sync_threads()  # what all have written is there for whoever sees that this one has arrived
             if cute.arch.thread_idx()[0] == 0:
                 counter = workspace.counters.iterator + places.counter
                 arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
@@ -425,10 +511,18 @@ class Forward:
                 block.word[0] = arrived
             cute.arch.sync_threads()
             if block.word[0] == places.parts - 1:
-                self._merge_parts(serving, seen, places, exist)
+                self._merge_parts(serving, seen, places, self._exist(serving, seen))
 
     @cute.jit
-    def _hand_over(self, block: CacheBlock, rows: cute.Tensor, softmax: Softmax, exist, first: cutlass.Constexpr[int]):
+    def _hand_over(
+        self,
+        block: CacheBlock,
+        exchanged: Exchanged,
+        rows: cute.Tensor,
+        softmax: Softmax,
+        exist,
+        first: cutlass.Constexpr[int],
+    ):
         """What this thread found of the rows that exist to shared memory, of O the columns from ``first`` on for which there is
         room."""
         columns, each = self.lay.exchanged_columns(self.config), BANKS // THREADS_PER_ROW
@@ -439,8 +533,8 @@ class Forward:
                 place = block.group * self.config.tile_m + row
                 if cutlass.const_expr(first == 0):
                     if cO[r, 0][1] == 0:
-                        _store_pair(block.exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
-                o = block.exchanged.o + place * columns
+                        _store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
+                o = exchanged.o + cute.assume(place * columns, columns)
                 for c in cutlass.range_constexpr(columns // THREADS_PER_ROW // 2):
                     column = _column(row, cO[r, 2 * c % each][1]) + 2 * c // each * BANKS
                     mine = first // THREADS_PER_ROW + 2 * c
@@ -448,7 +542,13 @@ class Forward:
 
     @cute.jit
     def _merge_groups(
-        self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist, first: cutlass.Constexpr[int]
+        self,
+        exchanged: Exchanged,
+        serving: Serving,
+        seen: SeenTiles,
+        places: PartPlaces,
+        exist,
+        first: cutlass.Constexpr[int],
     ):
         """All threads: what the groups have handed over, to the outputs or to the workspace."""
         config, workspace, columns = self.config, serving.workspace, self.lay.exchanged_columns(self.config)
@@ -458,8 +558,8 @@ class Forward:
             of_rows, o = (cute.make_rmem_tensor((n, config.key_warps), Float32) for n in (2, PIECE))
             for group in cutlass.range_constexpr(config.key_warps):
                 place = group * config.tile_m + row
-                cute.autovec_copy(_floats(block.exchanged.of_rows, place, 2), of_rows[None, group])
-                handed = block.exchanged.o + place * columns
+                cute.autovec_copy(_floats(exchanged.of_rows, place, 2), of_rows[None, group])
+                handed = exchanged.o + cute.assume(place * columns, columns)
                 cute.autovec_copy(_floats(handed, _column(row, piece * PIECE) // PIECE, PIECE), o[None, group])
             row_max, row_sum, merged = -Float32.inf, Float32(0.0), cute.make_rmem_tensor(PIECE, Float32)
             for group in cutlass.range_constexpr(config.key_warps):
@@ -472,7 +572,8 @@ class Forward:
                 merged.store(merged.load() + o[None, group].load() * weight)
             piece += first // PIECE
             if places.parts == 1:
-                self._store(serving, seen, (row, piece), (row_max, row_sum), merged)
+                of_row = self._end_row(serving, seen, row, piece == 0, row_max, row_sum)
+                self._store(serving, seen, of_row, piece, merged)
             else:
                 into, of_row = workspace.of_row(places.of(places.number), row)
                 if piece == 0:
@@ -483,69 +584,57 @@ class Forward:
     @cute.jit
     def _merge_parts(self, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
         """All warps, each of rows of its own: all parts of a walk, in the order of their keys, to the outputs. A lane has the
-        maximum and the sum of one of 32 parts, and pieces of O of all of them."""
+        maximum and the sum of a row in one of the parts that are merged at once, and pieces of O of all of these."""
         workspace, exponent, parts = serving.workspace, seen.values.exponent(self.problem), places.parts
         pieces, warps, lane = self.problem.head_dim_v // PIECE, self.config.mma_warps, cute.arch.lane_idx()
-        together, of_lane = self.config.tile_m // ROWS[0], -(-pieces // WARP)  # rows at the same time, and pieces of each
+        together, of_lane = self.lay.rows_merged(self.config), -(-pieces // WARP)  # rows at the same time, and pieces of each
         at_once = AT_ONCE // together // of_lane
         for first_row in cutlass.range(cute.arch.thread_idx()[0] // WARP, exist, warps * together, unroll=1):
             rows = [cutlass.min(first_row + j * warps, exist - 1) for j in range(together)]
+            my_row = cutlass.min(first_row + lane // at_once % together * warps, exist - 1)
             mine = [cutlass.min(lane + k * WARP, pieces - 1) for k in range(of_lane)]
             merged = cute.make_rmem_tensor((PIECE, of_lane, together), Float32)
             merged.fill(0.0)
             held = cute.make_rmem_tensor((PIECE, of_lane, together, at_once), Float32)
-            of_rows, more = (cute.make_rmem_tensor((2, together), Float32) for _ in range(2))
-            weights = cute.make_rmem_tensor(together, Float32)
-            for j in cutlass.range_constexpr(together):
-                of_rows[0, j], of_rows[1, j] = -Float32.inf, Float32(0.0)
+            of_row = cute.make_rmem_tensor(2, Float32)
+            row_max, row_sum = -Float32.inf, Float32(0.0)
             for part in cutlass.range(0, parts, at_once, unroll=1):
-                first = part % WARP  # among as many parts as there are lanes
-                if first == 0:
-                    place = places.of(cutlass.min(part + lane, parts - 1))
-                    for j in cutlass.range_constexpr(together):
-                        cute.autovec_copy(_floats(workspace.of_row(place, rows[j])[1], 0, 2), more[None, j])
-                for i in cutlass.range_constexpr(at_once):  # past the last one that one again, without weight
+                my_part = part + lane % at_once  # past the last one that one again, without weight
+                place = places.of(cutlass.min(my_part, parts - 1))
+                cute.autovec_copy(_floats(workspace.of_row(place, my_row)[1], 0, 2), of_row)
+                for i in cutlass.range_constexpr(at_once):
                     place = places.of(cutlass.min(part + i, parts - 1))
                     for j in cutlass.range_constexpr(together):
                         o = workspace.of_row(place, rows[j])[0]
                         for k in cutlass.range_constexpr(of_lane):
                             cute.autovec_copy(_floats(o, mine[k], PIECE), held[None, k, j, i])
-                if first == 0:
-                    for j in cutlass.range_constexpr(together):
-                        found = more[0, j] if part + lane < parts else -Float32.inf
-                        row_max = cute.arch.fmax(of_rows[0, j], cute.arch.warp_reduction_max(found))
-                        anchor = _anchor(row_max)
-                        old = cute.math.exp2((of_rows[0, j] - anchor) * exponent, fastmath=True)
-                        weight = cute.math.exp2((found - anchor) * exponent, fastmath=True)
-                        row_sum = cute.arch.warp_reduction_sum(more[1, j] * weight)
-                        of_rows[0, j], of_rows[1, j] = row_max, of_rows[1, j] * old + row_sum
-                        weights[j] = weight
+                found = of_row[0] if my_part < parts else -Float32.inf
+                old_max = row_max
+                row_max = cute.arch.fmax(row_max, cute.arch.warp_reduction_max(found, threads_in_group=at_once))
+                anchor = _anchor(row_max)
+                old = cute.math.exp2((old_max - anchor) * exponent, fastmath=True)
+                weight = cute.math.exp2((found - anchor) * exponent, fastmath=True)
+                row_sum = row_sum * old + cute.arch.warp_reduction_sum(of_row[1] * weight, threads_in_group=at_once)
+                for j in cutlass.range_constexpr(together):
+                    scale = cute.arch.shuffle_sync(old, j * at_once)
+                    for k in cutlass.range_constexpr(of_lane):
+                        merged[None, k, j].store(merged[None, k, j].load() * scale)
+                    for i in cutlass.range_constexpr(at_once):
+                        scale = cute.arch.shuffle_sync(weight, j * at_once + i)
                         for k in cutlass.range_constexpr(of_lane):
-                            merged[None, k, j].store(merged[None, k, j].load() * old)
-                for i in cutlass.range_constexpr(at_once):
-                    for j in cutlass.range_constexpr(together):
-                        weight = cute.arch.shuffle_sync(weights[j], first + i)
-                        for k in cutlass.range_constexpr(of_lane):
-                            weighted = held[None, k, j, i].load() * weight
+                            weighted = held[None, k, j, i].load() * scale
                             merged[None, k, j].store(merged[None, k, j].load() + weighted)
+            query, head, normalize = self._end_row(serving, seen, my_row, lane % at_once == 0, row_max, row_sum)
             for j in cutlass.range_constexpr(together):
+                of_row_j = [cute.arch.shuffle_sync(x, j * at_once) for x in (query, head, normalize)]
                 if first_row + j * warps < exist:
                     for k in cutlass.range_constexpr(of_lane):
                         if lane + k * WARP < pieces:
-                            of_row = of_rows[0, j], of_rows[1, j]
-                            self._store(serving, seen, (rows[j], mine[k]), of_row, merged[None, k, j])
+                            self._store(serving, seen, of_row_j, mine[k], merged[None, k, j])
 
     @cute.jit
-    def _store(self, serving: Serving, seen: SeenTiles, where: tuple, found: tuple, o: cute.Tensor):
-        """A piece of O of all keys to the outputs, and with piece 0 the row's log-sum-exp. ``where`` is (row, piece), ``found``
-        (maximum, sum)."""
-        of_row, normalize = self._store_lse(serving, seen, *where, *found)
-        _piece(of_row, where[1]).store((o.load() * normalize).to(of_row.element_type))
-
-    @cute.jit
-    def _store_lse(self, serving: Serving, seen: SeenTiles, row, column, row_max, row_sum):
-        """Of a row of all keys the log-sum-exp, by whoever has column 0; returns where its O goes, and what that is scaled
-        by."""
+    def _end_row(self, serving: Serving, seen: SeenTiles, row, writes, row_max, row_sum):
+        """Of a row of all keys ``(query, head, what its O is scaled by)``, and by whoever ``writes`` the log-sum-exp."""
         keys, outputs = serving.keys, serving.outputs
         query, head = divided(seen.part.row_tile * self.config.tile_m + row, keys.packed)
         head += seen.part.head_kv * keys.packed
@@ -553,9 +642,16 @@ class Forward:
         sink = None if outputs.sinks is None else outputs.sinks[head]
         normalize, lse = finished(row_max, row_sum, seen.values.exponent(self.problem), sink)
         if cutlass.const_expr(outputs.lse is not None):
-            if column == 0:
+            if writes:
                 outputs.lse[seen.sequence.element, head, query] = lse
-        return outputs.o[seen.sequence.element, query, head, None], normalize
+        return query, head, normalize
+
+    @cute.jit
+    def _store(self, serving: Serving, seen: SeenTiles, of_row: tuple, piece, o: cute.Tensor):
+        """A piece of O of all keys to the outputs; ``of_row`` is what :meth:`_end_row` gave."""
+        query, head, normalize = of_row
+        row = serving.outputs.o[seen.sequence.element, query, head, None]
+        _piece(row, piece).store((o.load() * normalize).to(row.element_type))
 
     def _identity(self) -> cute.Tensor:
         return cute.make_identity_tensor((self.config.tile_m, self.config.tile_dv))
@@ -563,13 +659,19 @@ class Forward:
 
 def _floats(place, n, count: int) -> cute.Tensor:
     """The n-th ``count`` floats from a place on."""
-    return cute.make_tensor((place + n * count).align(4 * count), cute.make_layout(count))
+    return cute.make_tensor((place + cute.assume(n * count, count)).align(4 * count), cute.make_layout(count))
 
 
 def _piece(row: cute.Tensor, piece) -> cute.Tensor:
     """Where PIECE columns of a row are."""
     begin = cute.local_tile(row, (PIECE,), (piece,)).iterator
     return cute.make_tensor(begin.align(PIECE * row.element_type.width // 8), cute.make_layout(PIECE))
+
+
+@cute.jit
+def _either(condition, x, y):
+    """``x`` where a condition holds, else ``y``."""
+    return x if condition else y
 
 
 @cute.jit

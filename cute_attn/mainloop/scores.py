@@ -17,6 +17,7 @@ from cutlass import Float32, Int32, Uint32, cute
 from cute_attn import dropout
 from cute_attn.layouts.base import BLOCK, CUT, KIND_BITS, NONE
 from cute_attn.layouts.fragments import rows_columns
+from cute_attn.mainloop import fours
 from cute_attn.mainloop.captured import CapturedGradients
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.elements import Elements
@@ -66,10 +67,23 @@ class WordOps:
     def sum(x, constant):
         return x + Uint32(constant)
 
+    @staticmethod
+    def at_least(x, least):
+        """Ones in those halves of a word whose number is at least that of ``least``: not less as floats, of which the largest
+        numbers are NaNs."""
+        code = "{ .reg .b32 x; abs.f16x2 x, {$r0}; set.geu.u32.f16x2 {$w0}, x, {$r1}; }"
+        return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=[x, least])
+
+    @staticmethod
+    def signs(x):
+        """Each half of a word as its upper bit, 16 times."""
+        return cute.arch.inline_ptx("prmt.b32 {$w0}, {$r0}, 0, 0xBB99;", write_only_types=[Uint32], read_only_args=[x])
+
 
 @dataclass(frozen=True)
 class Kept:
-    """Which of a thread's probabilities dropout keeps, a bit each, column by column; and what these are multiplied by."""
+    """Which of a thread's probabilities dropout keeps, a bit each: of two neighbours in a row in the halves of a word. And what
+    these are multiplied by."""
 
     bits: cute.Tensor
     rows: cutlass.Constexpr[int]
@@ -77,8 +91,16 @@ class Kept:
 
     def of(self, x: Float32, row: int, column: int) -> Float32:
         """A value at (row, column), 0 where the probability is dropped."""
-        n = column * self.rows + row
-        return _select(self.bits[n // 32] & Int32(_bit(n)) != 0, x, Float32(0.0))
+        word, bit = self._place(row, column)
+        return _select(self.bits[word] & Uint32(1 << bit + column % 2 * dropout.HALF) != 0, x, Float32(0.0))
+
+    def of_pair(self, row: int, column: int) -> Uint32:
+        """Ones in those halves of a word whose probability is kept, of an even column and the next one."""
+        word, bit = self._place(row, column)
+        return WordOps.signs(self.bits[word] << (dropout.HALF - 1 - bit))
+
+    def _place(self, row: int, column: int) -> tuple[int, int]:
+        return divmod(column // 2 * self.rows + row, dropout.HALF)
 
 
 @dataclass(frozen=True)
@@ -152,7 +174,7 @@ class Scores:
         more registers than there are. ``lse_raw`` is the log-sum-exp of a thread's queries, in shared memory if transposed.
 
         Where a captured tensor's gradient takes a score, scores stay as they are until :meth:`gradients`. ``kept`` is of
-        dropout: what dV takes of P, and P is as it was for dS."""
+        dropout: what dV takes of P, without its scale, and P is as it was for dS."""
         scale_log2, softcap, scores = self.values.scale_log2, self.problem.softcap, rows_columns(acc)
         apart = self.problem.dropout or softcap or self.problem.expression.slope is not None or self._takes_scores
         if self.problem.expression.natural or (self.problem.dropout and self.transposed):
@@ -188,49 +210,53 @@ class Scores:
 
     def kept(self, origin) -> Kept:
         """Which of a thread's probabilities dropout keeps in the tile at ``origin``, whose first query is a multiple of 16, and
-        its first key of 32, or, transposed, 16. It takes no scores: it may be asked for while these are computed."""
+        its first key, too. It takes no scores: it may be asked for while these are computed.
+
+        Where scores are keys × queries, a thread finds out for a warp's 16 × 16 what it would have if they were queries × keys:
+        it takes one transposition for all of a word's bits."""
         rows, columns = (cute.size(self.where.zero, mode=[mode]) for mode in range(2))
-        bits = cute.make_rmem_tensor(-(-rows * columns // 32), Int32)
+        bits = cute.make_rmem_tensor(-(-rows * columns // 32), Uint32)
         bits.fill(0)
-        for r, c, is_kept in self._which_are_kept(origin):
-            n = c * rows + r
-            bits[n // 32] = bits[n // 32] | _select(is_kept, Int32(_bit(n)), Int32(0))
-        return Kept(bits, rows, self.values.kept_scale)
+        kept = Kept(bits, rows, self.values.kept_scale)
+        inverted = self._inverted()
+        for r, c, at_least in self._at_least(origin):
+            word, bit = kept._place(r, c)
+            bits[word] = bits[word] | (at_least & Uint32((1 + (1 << dropout.HALF)) << bit))
+        for word in range(cute.size(bits)):
+            found = bits[word] ^ inverted
+            bits[word] = fours.transposed(found) if self.transposed else found
+        return kept
 
-    def drop(self, acc: cute.Tensor, origin):
-        """P of the forward pass to what P·V takes of it, without the scale."""
-        P = rows_columns(acc)
-        for r, c, is_kept in self._which_are_kept(origin):
-            P[r, c] = _select(is_kept, P[r, c], Float32(0.0))
+    def drop(self, P: cute.Tensor, origin):
+        """P of the forward pass, rounded, to what P·V takes of it, without the scale."""
+        inverted, halves = self._inverted(), rows_columns(P)
+        for r, c, at_least in self._at_least(origin):
+            _keep(halves, r, c, at_least ^ inverted)
 
-    def _which_are_kept(self, origin):
-        """(row, column, whether it is kept) of a thread's probabilities, those of a counter together."""
+    def _inverted(self) -> Uint32:
+        """All ones where numbers below a threshold are kept."""
+        return Uint32(self.values.drop_below >> 31)
+
+    def _at_least(self, origin):
+        """(row, column, ones in those halves of a word whose number is at least the threshold) of a thread's neighbours in a
+        row of queries × keys; (row, column), if scores are transposed, is where their bits come to be."""
         values, zero, thread, apart = self.values, self.where.zero, self.where.thread, dropout.APART
-        above = Uint32(values.drop_below) << dropout.BITS  # as an upper half: what is below it decides nothing
+        n = Uint32(values.drop_below ^ (values.drop_below >> 31))
+        least, low = n | (n << dropout.HALF), Uint32(apart - 1)
         rows, columns = (range(cute.size(zero, mode=[mode])) for mode in range(2))
         at = {(zero[r, c][0], zero[r, c][1]): (r, c) for c in columns for r in rows}
-        known: dict[tuple, tuple] = {}
         for (row, column), (r, _) in at.items():
-            if row & apart or column & apart:
+            if row & apart or column & apart or column % 2:
                 continue
-            position = Uint32(origin[0] + thread[r, 0][0]), Uint32(origin[1] + thread[0, 0][1] + column)
-            q_idx, kv_idx = position[::-1] if self.transposed else position
-            first = kv_idx & Uint32(~dropout.ROWS & dropout.WORD)  # the first of the counter's keys
-            shared = row, column if self.transposed else column & ~dropout.ROWS
-            if shared not in known:
-                counter = dropout.counter(Uint32(values.sequence), Uint32(values.head), q_idx, first)
-                known[shared] = dropout.philox(counter, values.seed, WordOps)
-            words = known[shared]
-            if self.transposed:
-                second = kv_idx & Uint32(dropout.ROWS) != 0
-                words = tuple(_select(second, words[i + 2], words[i]) for i in range(2))
-            elif column & dropout.ROWS:
-                words = words[2:]
-            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                word = words[j if self.transposed else i]  # of the lower and the upper row
-                is_upper = i if self.transposed else j
-                number = word if is_upper else word << dropout.BITS
-                yield *at[row + i * apart, column + j * apart], number >= above
+            q_idx, kv_idx = Uint32(origin[0] + thread[r, 0][0]), Uint32(origin[1] + thread[0, 0][1] + column)
+            if self.transposed:  # the same place in a warp's 8 × 8 queries × keys
+                q_idx, kv_idx = (kv_idx & ~low) | (q_idx & low), (q_idx & ~low) | (kv_idx & low)
+            counter = dropout.counter(Uint32(values.sequence), Uint32(values.head), q_idx, kv_idx)
+            words = dropout.philox(counter, values.seed, WordOps)
+            for i, j in ((0, 0), (1, 0), (0, 1), (1, 1)):
+                of_query, of_key = (j, i) if self.transposed else (i, j)
+                word = words[dropout.word_of(of_query * apart, of_key * apart)]
+                yield *at[row + i * apart, column + j * apart], WordOps.at_least(word, least)
 
     @property
     def _takes_scores(self) -> bool:
@@ -341,11 +367,11 @@ class Scores:
                     P[i], slopes = self._probability(elements, scores[r, c + i], lse(r, i), r, c + i)
                     if not self._takes_scores:
                         scores[r, c + i] = P[i] if slopes is None else P[i] * slopes
-                    if kept is not None:
-                        P[i] = kept.of(P[i], r, c + i) * kept.scale
                 if rounded is not None:
                     place = rounded.iterator + rounded.layout((r, c))
                     cute.make_tensor(place, P.layout).store(P.load().to(rounded.element_type))
+                    if kept is not None:
+                        _keep(rounded, r, c, kept.of_pair(r, c))
 
     def _probability(self, elements: Elements, score: Float32, lse: Float32, r: int, c: int):
         """``(P, slopes)`` of a score before the user's function; slopes are None where they are 1."""
@@ -625,6 +651,13 @@ def _pair(values: cute.Tensor, c: int) -> cute.Tensor:
     first = cute.make_tensor(values.iterator + values.layout(c), pair.layout)
     cute.autovec_copy(first, pair)
     return pair
+
+
+def _keep(halves: cute.Tensor, row: int, column: int, ones: Uint32):
+    """Of two neighbours in a row, 16 bits each in registers, those where ``ones`` has ones; others become 0."""
+    place = cute.recast_ptr(halves.iterator + halves.layout((row, column)), dtype=Uint32)
+    word = cute.make_tensor(place, cute.make_layout(1))
+    word[0] = word[0] & ones
 
 
 def _bit(n: int) -> int:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, cute, pipeline
+from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_nothing_seen
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
-from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite
+from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
 from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import KeyTiles, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, key_tile, rounded_operand
@@ -103,6 +103,7 @@ class Forward(Kernel):
         self.careful = problem.masked
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
+        self.clears_in_turns = problem.has_unused("q")
         self.turn_barrier = self.first_barrier("turns")
 
     # ---- host ------------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class Forward(Kernel):
                     self._find_work(shared, pipes, tiles)
                 if cutlass.const_expr(plain_o is not None):
                     if warp == CLEAR_WARP:
-                        self._clear_unused_tiles(plain_o, mLSE, tiles)
+                        self._clear_unused_tiles(partial(self._clear_next, plain_o, mLSE, tiles), shared, pipes, tiles)
             if warp == COPY_K_V_WARP:
                 walk_over = self._walker(shared, pipes, tiles)
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
@@ -185,12 +186,13 @@ class Forward(Kernel):
         sO = self.tensor(smem, "O") if config.separate_o else self.over("O", sQ)
 
         slot = {name: lay.slot_bytes(name, config) for name in "QKV"}
+        takers = 2 + self.clears_in_turns + config.mma_warps
         pipes = ForwardPipelines(
             q=self.pipe(smem, self.warpgroups, WARPGROUP // 32, slot["Q"]),
             k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
             verdict=self.hand_over_pipe(smem, 1, config.mma_warps) if self.guarded else None,
-            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 2 + config.mma_warps) if self.queued else None,
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, takers) if self.queued else None,
             asked=self.hand_over_pipe(smem, 1, 1) if draws else None,
         )
         work = WorkQueue.slots_in(smem) if self.queued else None
@@ -222,15 +224,30 @@ class Forward(Kernel):
                 queue.hand_out(tiles, state, begin)
 
     @cute.jit
-    def _clear_unused_tiles(self, mO: cute.Tensor, mLSE: LogSumExp, tiles: Tiles):
-        """One warp: the results of tiles without a row in use, as many for each block."""
-        turn, first, before, more = Int32(0), Int32(0), Int32(0), Boolean(True)
-        while more:
-            work, first, before = tiles.seek(tiles.position(turn), first, before, unused=True)
-            if work.exists:
-                store_nothing_seen(mO, mLSE, work, (self.config.tile_m, self.config.tile_dv))
-            turn += 1
-            more = work.exists
+    def _clear_unused_tiles(self, clear_next: cutlass.Constexpr, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
+        """One warp: the results of tiles without a row in use, as many for each block. Where there may be many, one for each
+        tile that the block computes, since all at once would keep others' copies from memory; in the end what is left."""
+        place = cute.make_rmem_tensor(3, Int32)  # how many there were, and where to go on (Tiles.seek)
+        place.fill(0)
+        walk_over = self._walker(shared, pipes, tiles)
+        if cutlass.const_expr(self.clears_in_turns):
+            walk_over.each(partial(clear_next, place), Int32(0))
+        while place[0] >= 0:
+            clear_next(place)
+        if cutlass.const_expr(self.clears_in_turns and self.guarded):
+            if self._is_done_again(shared, pipes):
+                walk_over.each(lambda state, work: state, Int32(0))
+
+    @cute.jit
+    def _clear_next(self, mO: cute.Tensor, mLSE: LogSumExp, tiles: Tiles, place: cute.Tensor, state=0, computed=None):
+        """One warp: the results of the next of these tiles; a negative ``place`` if there is none. Returns ``state``."""
+        if place[0] >= 0:
+            turn = place[0]
+            unused, first, before = tiles.seek(tiles.position(turn), place[1], place[2], unused=True)
+            if unused.exists:
+                store_nothing_seen(mO, mLSE, unused, (self.config.tile_m, self.config.tile_dv))
+            place[0], place[1], place[2] = turn + 1 if unused.exists else Int32(-1), first, before
+        return state
 
     @cute.jit
     def _is_done_again(self, shared: ForwardShared, pipes: ForwardPipelines):
@@ -428,8 +445,8 @@ class Forward(Kernel):
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
         self._softmax(me, frag, softmax, acc_S, tile, masking)
-        self._drop(me, tile, top, acc_S)
         self._probabilities(frag, acc_S)
+        self._drop(me, frag, tile, top)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
         step = partial(self._step, me, frag, softmax, pipes, tile)
@@ -503,8 +520,8 @@ class Forward(Kernel):
         self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
-        self._drop(me, tile, n, acc_S)
         self._probabilities(frag, acc_S)
+        self._drop(me, frag, tile, n)
         if cutlass.const_expr(not (self.config.rescale_early or anchored)):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         return k_state
@@ -554,11 +571,12 @@ class Forward(Kernel):
             softmax.step(rows_columns(acc_S), frag.rescale, hold, begins)
 
     @cute.jit
-    def _drop(self, me: ForwardWorker, tile: WarpgroupTile, n, acc_S):
-        """Dropout, once P·V of the tile before has left its registers."""
+    def _drop(self, me: ForwardWorker, frag: ForwardFragments, tile: WarpgroupTile, n):
+        """Dropout of P."""
         if cutlass.const_expr(self.problem.dropout):
-            origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
-            Scores(me.cS, tile.values, self.problem).drop(acc_S, origin)
+            # Numbers that are drawn ahead would take registers that scores still have.
+            origin = (used_here(tile.row_first), tile.keys.first_key(n, self.config.tile_n))
+            Scores(me.cS, tile.values, self.problem).drop(frag.tOrP, origin)
 
     @cute.jit
     def _exponentials_begin(self, positive: Float32):

@@ -23,6 +23,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
+from cute_attn.epilogue import store_zeros
 from cute_attn.layouts.base import STORED, cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
@@ -39,7 +40,7 @@ from cute_attn.mainloop.warpgroups import (
     rounded_operand,
 )
 from cute_attn.mainloop.work_queue import WorkQueue
-from cute_attn.scheduler import Work
+from cute_attn.scheduler import Tiles, Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
@@ -61,7 +62,7 @@ class BackwardPipelines:
 class BackwardShared:
     """The operands in shared memory: ``(64, columns, warpgroup)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
     ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(thread, value,
-    warpgroup)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``)."""
+    warpgroup + warpgroups · stage)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``)."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -72,7 +73,7 @@ class BackwardShared:
     lse: cute.Tensor
     delta: cute.Tensor
     hidden: cute.Tensor | None
-    dk: cute.Tensor
+    dk: cute.Tensor | None  # None where it lies over dQ
     dv: cute.Tensor
     work: cute.Tensor
 
@@ -96,8 +97,8 @@ class BackwardFragments:
     tPrdO: cute.Tensor  # (MMA, 1, K, stage)
     tVrdO: cute.Tensor  # (MMA, 1, K, stage): as the B operand of dV
     tKrQ: cute.Tensor  # (MMA, 1, K, stage): as the B operand of dK
-    tQrdS: cute.Tensor  # (MMA, 1, K, warpgroup + warpgroups · stage)
-    tQrK: cute.Tensor  # (MMA, 1, K, warpgroup)
+    tQrdS: cute.Tensor  # (MMA, 1, K, warpgroup + warpgroups · stage): an operand of dQ, A or, of its transpose, B
+    tQrK: cute.Tensor  # (MMA, 1, K, warpgroup): the other one
     acc_dV: cute.Tensor
     acc_dK: cute.Tensor
     acc_dQ: cute.Tensor
@@ -111,12 +112,15 @@ class Backward(KeyBlocks):
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.early_dv = config.tile_m // 32
-        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones it
-        # draws tickets. Only where blocks share a tile has each of them but one.
+        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones,
+        # and of ragged sequences, where some positions have none, it draws tickets. Only where blocks share a tile has each of
+        # them but one.
         self.persistent = config.head_blocks == 1
-        self.draws = problem.masked or problem.deterministic
+        self.draws = problem.masked or problem.deterministic or bool(problem.ragged)
         self.skips_unseen = bool(problem.ragged)
-        # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that their memory is free again.
+        # Heads of 96 columns leave the copying warps no registers to find queries' tiles by.
+        self.clears_queries = self.persistent and self.needs_q and problem.has_unused("q") and config.tile_d != 96
+        # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
 
@@ -136,7 +140,10 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
                 tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
-        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
+        queries = None
+        if cutlass.const_expr(self.clears_queries):
+            queries = Tiles.of(inputs.q.shape, tiles.heads_per_kv, self.config.tile_m, blocks, False, tiles.sequences)
+        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles, queries).launch(
             grid=[count * self.config.head_blocks, 1, 1],
             block=[self.config.threads, 1, 1],
             cluster=[self.config.head_blocks, 1, 1] if self.config.head_blocks > 1 else None,
@@ -147,7 +154,9 @@ class Backward(KeyBlocks):
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles):
+    def kernel(
+        self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles: Tiles, queries
+    ):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -155,22 +164,56 @@ class Backward(KeyBlocks):
                 cpasync.prefetch_descriptor(operand.atom)
         shared, pipes = self._setup()
         from_memory, into = (plain, rows, care), (gradients, signals)
-        roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
+        roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv, queries)
         if cutlass.const_expr(self.persistent):
             queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
-            roles(partial(self._lead, queue, tiles, signals), lambda part: queue.taker().each(part, NONE_DONE))
+            alone = partial(self._clear_keys, gradients) if self.problem.has_unused("k") else None
+            roles(partial(self._lead, queue, tiles, signals, alone), lambda part: queue.taker().each(part, NONE_DONE))
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
             tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
 
-    def _lead(self, queue: WorkQueue, tiles, signals, part):
-        """The warp that finds the block's tiles: its part of each."""
+    def _lead(self, queue: WorkQueue, tiles, signals, alone, part):
+        """The warp that finds the block's tiles: its part of each, and what it does ``alone``, while others compute."""
         first, following = cute.arch.block_idx()[0], tiles.position
         if self.draws:
             skipped = 0 if self.problem.deterministic else cute.arch.grid_dim()[0]
             following = lambda _: skipped + self._ticket(signals)  # noqa: E731
             first = following(0) if self.problem.deterministic else first
-        queue.lead(tiles, first, following, part, NONE_DONE)
+        queue.lead(tiles, first, following, part, NONE_DONE, alone)
+
+    @cute.jit
+    def _each_and_clear(self, mdQ: cute.Tensor, queries: Tiles, each: cutlass.Constexpr, part: cutlass.Constexpr):
+        """One warp: its part of each tile, and after each dQ of one of the block's tiles of queries without a row in use, while
+        others compute; in the end of those that are left."""
+        place = cute.make_rmem_tensor(3, Int32)  # how many of these there were, and where to go on (Tiles.seek)
+        place.fill(0)
+        each(partial(self._and_clear, mdQ, queries, place, part))
+        while place[0] >= 0:
+            self._clear_queries(mdQ, queries, place)
+
+    @cute.jit
+    def _and_clear(self, mdQ: cute.Tensor, queries: Tiles, place: cute.Tensor, part: cutlass.Constexpr, done, work: Work):
+        done = part(done, work)
+        if place[0] >= 0:
+            self._clear_queries(mdQ, queries, place)
+        return done
+
+    @cute.jit
+    def _clear_queries(self, mdQ: cute.Tensor, queries: Tiles, place: cute.Tensor):
+        """One warp: dQ of the next of these tiles; a negative ``place`` if there is none."""
+        turn = place[0]
+        work, first, before = queries.seek(queries.position(turn), place[1], place[2], unused=True)
+        if work.exists:
+            store_zeros(work.q.stored.rows(mdQ, work.head), work.block, (self.config.tile_m, self.config.tile_d))
+        place[0], place[1], place[2] = turn + 1 if work.exists else Int32(-1), first, before
+
+    @cute.jit
+    def _clear_keys(self, gradients: Gradients, work: Work):
+        """One warp: dK and dV of a tile without a row in use."""
+        for m, columns in ((gradients.mdK, self.config.tile_d), (gradients.mdV, self.config.tile_dv)):
+            if cutlass.const_expr(m is not None):
+                store_zeros(work.k.stored.rows(m, work.head), work.block, (self.config.tile_n, columns))
 
     @cute.jit
     def _ticket(self, signals: Signals):
@@ -190,6 +233,7 @@ class Backward(KeyBlocks):
         pipes,
         values: Values,
         heads_per_kv,
+        queries: Tiles | None,
         lead: cutlass.Constexpr,
         each: cutlass.Constexpr,
     ):
@@ -201,11 +245,16 @@ class Backward(KeyBlocks):
             if warp == COPY_K_Q_WARP:
                 lead(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)))
             if warp == COPY_V_DO_WARP:
-                each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
+                copy = partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care))
+                if cutlass.const_expr(queries is None):
+                    each(copy)
+                else:
+                    self._each_and_clear(into[0].rounded, queries, each, copy)
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    if warp == ADD_DQ_WARP:
-                        self._offer()
+                    for stage in cutlass.range_constexpr(self.config.dq_stages):
+                        if warp == ADD_DQ_WARP + stage:
+                            self._offer(stage)
                     each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
@@ -225,10 +274,11 @@ class Backward(KeyBlocks):
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        k, v, q, do, ds, dk = (self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS", "dK"))
+        k, v, q, do, ds = (self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS"))
+        dk = self.tensor(smem, "dK") if config.separate_dk else None
         shared = BackwardShared(
             *(k, v, q, do, ds),
-            dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), 128),
+            dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), lay.SMEM_ALIGN),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
@@ -255,7 +305,7 @@ class Backward(KeyBlocks):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         lane = cute.arch.lane_idx()
-        step = Int32(done[1])
+        step, stages = Int32(done[1]), self.config.dq_stages
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         for member in cutlass.range(visited.members(members), unroll=1):
@@ -280,15 +330,15 @@ class Backward(KeyBlocks):
                         if cutlass.const_expr(not self.problem.deterministic):
                             first = signals.comes_first(place, before)
                         if first:
-                            self._hand_on(_store, gradients.mdQ, place, sdQ)
+                            self._hand_on(_store, gradients.mdQ, place, sdQ, step % stages)
                         else:
                             # What was acquired orders this thread's own accesses; the copy engine's, which add, are another
                             # proxy's (PTX ISA, "Async proxy"). The other way none is needed: a bulk operation that is
                             # complete is followed by such a fence (ibid.).
                             cute.arch.fence_proxy("async.global")
-                            self._hand_on(_reduce_add, gradients.mdQ, place, sdQ)
+                            self._hand_on(_reduce_add, gradients.mdQ, place, sdQ, step % stages)
                     cute.arch.sync_warp()
-                    self._offer()
+                    self._offer(step % stages)
                     if lane == 0:
                         if cutlass.const_expr(self.problem.deterministic):
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
@@ -299,17 +349,21 @@ class Backward(KeyBlocks):
                 step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor):
+    def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor, stage):
         """One thread: a tile's dQ to global memory by the copy engine, until it has been read."""
         for w in range(self.warpgroups):
-            how(mdQ[(None, w, *place)], sdQ[None, None, w])
+            how(mdQ[(None, w, *place)], sdQ[None, None, stage * self.warpgroups + w])
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
-    def _offer(self):
-        """dQ's shared memory to the computing warpgroups, for the next tile."""
+    def _offer(self, stage):
+        """A stage of dQ's shared memory to the computing warpgroups, for the next tile."""
         for w in range(self.warpgroups):
-            cute.arch.barrier_arrive(barrier_id=self.empty_barrier + w, number_of_threads=WARPGROUP + 32)
+            cute.arch.barrier_arrive(barrier_id=self._empty(stage, w), number_of_threads=WARPGROUP + 32)
+
+    def _empty(self, stage, warpgroup):
+        """The barrier of a warpgroup's part of it."""
+        return self.empty_barrier + stage * self.warpgroups + warpgroup
 
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
@@ -349,7 +403,8 @@ class Backward(KeyBlocks):
                 self._release_keys(pipes, k_state)
             elif visited.count > 0:
                 self._release_keys(pipes, k_state)
-        self._store(me, frag, operands, shared, values, work)
+        steps = done[1] + visited.count * visited.members(members)
+        self._store(me, frag, operands, shared, values, work, steps)
 
     @cute.jit
     def _wait_for_keys(self, me: BackwardWorker, shared: BackwardShared, pipes: BackwardPipelines, state):
@@ -378,7 +433,7 @@ class Backward(KeyBlocks):
         config, lay, w = self.config, self.lay, me.warpgroup
         S, dP, dV, dK, dQ = (lay.tiled_mma(role, config).get_slice(0) for role in ("S", "dP", "dV", "dK", "dQ"))
 
-        rows, columns = lay.piece_shape(config)
+        (rows, columns), turned = lay.piece_shape(config), lay.turned(config)
         below = config.tile_m // rows
         sdS = cute.local_tile(transposed(shared.ds), (rows, lay.ROWS_PER_WARPGROUP), (w % below, 0, None))
         sKt = cute.local_tile(transposed(shared.k), (columns, lay.ROWS_PER_WARPGROUP), (w // below, 0, None))
@@ -389,11 +444,11 @@ class Backward(KeyBlocks):
             tPrdO=dP.make_fragment_B(dP.partition_B(shared.do)),
             tVrdO=dV.make_fragment_B(dV.partition_B(transposed(shared.do))),
             tKrQ=dK.make_fragment_B(dK.partition_B(transposed(shared.q))),
-            tQrdS=dQ.make_fragment_A(dQ.partition_A(sdS)),
-            tQrK=dQ.make_fragment_B(dQ.partition_B(sKt)),
+            tQrdS=dQ.make_fragment_B(dQ.partition_B(sdS)) if turned else dQ.make_fragment_A(dQ.partition_A(sdS)),
+            tQrK=dQ.make_fragment_A(dQ.partition_A(sKt)) if turned else dQ.make_fragment_B(dQ.partition_B(sKt)),
             acc_dV=self.accumulator("dV", config.tile_dv),
             acc_dK=self.accumulator("dK", config.tile_d),
-            acc_dQ=self.accumulator("dQ", columns),
+            acc_dQ=self.accumulator("dQ", rows if turned else columns),
         )
 
     @cute.jit
@@ -469,7 +524,7 @@ class Backward(KeyBlocks):
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
         if cutlass.const_expr(self.needs_q):
             flight.wait("dQ")
-            self._hand_over_dq(me, frag, shared, state.count % ADDERS)
+            self._hand_over_dq(me, frag, shared, state.count)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
             self.release_rows(pipes.q, state, met=self.needs_q)
@@ -491,20 +546,28 @@ class Backward(KeyBlocks):
         atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, False)
         for w in cutlass.range_constexpr(self.warpgroups):
             for k in cutlass.range_constexpr(cute.size(frag.tQrK, mode=[2])):
-                cute.gemm(atom, frag.acc_dQ, frag.tQrdS[None, None, k, slot + w], frag.tQrK[None, None, k, w], frag.acc_dQ)
+                a, b = frag.tQrdS[None, None, k, slot + w], frag.tQrK[None, None, k, w]
+                if cutlass.const_expr(self.lay.turned(self.config)):
+                    a, b = b, a
+                cute.gemm(atom, frag.acc_dQ, a, b, frag.acc_dQ)
                 atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, True)
         cute.nvgpu.warpgroup.commit_group()
 
     @cute.jit
-    def _hand_over_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, adder):
+    def _hand_over_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, step):
         """This warpgroup's piece of dQ to shared memory, in the order of its registers, for the warp that adds it."""
-        cute.arch.barrier(barrier_id=self.empty_barrier + me.warpgroup, number_of_threads=WARPGROUP + 32)
-        sdQ = shared.dq[None, None, me.warpgroup]
+        sdQ = self._empty_dq(me, shared, step)
         into = cute.make_tensor(sdQ.iterator + sdQ.stride[0] * me.thread, cute.select(sdQ.layout, mode=[1]))
         cute.autovec_copy(cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout(into.shape)), into)
         cute.arch.fence_view_async_shared()
-        barrier = self.full_barrier + ADDERS * me.warpgroup + adder
+        barrier = self.full_barrier + ADDERS * me.warpgroup + step % ADDERS
         cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
+
+    def _empty_dq(self, me: BackwardWorker, shared: BackwardShared, step):
+        """The warpgroup's part of a step's stage of dQ's memory, once it is free."""
+        stage = step % self.config.dq_stages
+        cute.arch.barrier(barrier_id=self._empty(stage, me.warpgroup), number_of_threads=WARPGROUP + 32)
+        return shared.dq[None, None, stage * self.warpgroups + me.warpgroup]
 
     def _meet(self):
         """All computing warpgroups."""
@@ -521,10 +584,11 @@ class Backward(KeyBlocks):
         shared: BackwardShared,
         values: Values,
         work: Work,
+        steps,
     ):
         """dK and dV to global memory. Where blocks share a key tile, the first one's are the sums of all."""
         if cutlass.const_expr(self.config.head_blocks == 1):
-            self._store_from(me, frag, operands, shared, values, work)
+            self._store_from(me, frag, operands, shared, values, work, steps)
         else:
             self._meet()
             parts = []
@@ -534,7 +598,7 @@ class Backward(KeyBlocks):
                 parts.append((frag.acc_dK, self._sums_over(shared.k, me, frag.acc_dK)))
             sum_in_first_block(parts, self.config.head_blocks)
             if cute.arch.block_in_cluster_idx()[0] == 0:
-                self._store_from(me, frag, operands, shared, values, work)
+                self._store_from(me, frag, operands, shared, values, work, steps)
 
     def _sums_over(self, operands: cute.Tensor, me: BackwardWorker, acc: cute.Tensor) -> cute.Tensor:
         """A thread's accumulator in float32 in the shared memory of two operands, of which ``operands`` is the first."""
@@ -544,12 +608,14 @@ class Backward(KeyBlocks):
         return cute.make_tensor(mine.iterator.align(16), mine.layout)
 
     @cute.jit
-    def _store_from(self, me, frag, operands, shared, values, work: Work):
-        """By way of shared memory; that of dS is free once all have met."""
+    def _store_from(self, me, frag, operands, shared, values, work: Work, steps):
+        """By way of shared memory; that of dS is free once all have met, that of the next dQ, after ``steps`` of the block's,
+        once an adder has offered it."""
         copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
         if cutlass.const_expr(self.needs_v):
+            values.scale_kept(frag.acc_dV)
             self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
             self._meet()
             self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
@@ -557,10 +623,24 @@ class Backward(KeyBlocks):
             scale = Float32(values.scale(self.problem))
             frag.acc_dK.store(frag.acc_dK.load() * scale)
             self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
-            self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
+            if cutlass.const_expr(self.config.separate_dk):
+                self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
+            else:
+                dk = self.over("dK", self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup])
+                self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
         self.wait_for_store(me.warpgroup)
         if cutlass.const_expr(self.persistent):  # dV has left the memory of all warpgroups' dS
             self._meet()
+            if cutlass.const_expr(self.needs_q and self.needs_k and not self.config.separate_dk):
+                self._offer_to_next(me, steps)
+
+    @cute.jit
+    def _offer_to_next(self, me: BackwardWorker, steps):
+        """The memory of dQ that dK has left, all of it by now, as an adder would: of the next warpgroup, since a warp shouldn't
+        arrive twice at a barrier."""
+        if cute.arch.thread_idx()[0] % WARPGROUP < 32:
+            empty = self._empty(steps % self.config.dq_stages, (me.warpgroup + 1) % self.warpgroups)
+            cute.arch.barrier_arrive(barrier_id=empty, number_of_threads=WARPGROUP + 32)
 
 
 @cute.jit

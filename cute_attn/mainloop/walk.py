@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import cutlass
 from cutlass import Int32, cute
 
-from cute_attn.dropout import KEYS
+from cute_attn.dropout import SIDE
 from cute_attn.layouts.base import BLOCK, HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
 
@@ -46,7 +46,7 @@ class KeyTiles:
         begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
         inner_begin, inner_end = band.whole_range(row_first, row_last, values.seqlen_k, DeviceOps)
         if (problem.dropout or problem.expression.neighbours(2)) and problem.bounded_left:
-            begin = begin // KEYS * KEYS
+            begin = begin // SIDE * SIDE
         if problem.ragged:  # a tile past its sequence's end sees nothing; a factor of 0 or 1, which no length makes overflow
             exists = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
             end = end * exists

@@ -160,7 +160,8 @@ class Kernel:
     def over(self, name: str, other: cute.Tensor):
         """An operand in the shared memory of another."""
         layout = self.lay.smem_layout(name, self.config)
-        return cute.make_tensor(cute.recast_ptr(other.iterator, layout.inner), layout.outer)
+        place = other.iterator.align(self.lay.SMEM_ALIGN)
+        return cute.make_tensor(cute.recast_ptr(place, layout.inner, dtype=self.element), layout.outer)
 
     def floats(self, smem, *shape):
         """Shared memory of float32."""

@@ -48,20 +48,17 @@ class Forward(cp_async_cache.Forward):
     def _operands(self, shared: tuple, mmas: tuple, thread):
         (sQ, sK, sV), (S, O) = shared, (mma.get_slice(0) for mma in mmas)  # noqa: E741
         return DescribedOperands(
-            S.make_fragment_A(S.partition_A(sQ[None, None, 0])),
+            S.make_fragment_A(S.partition_A(sQ)),
             S.make_fragment_B(S.partition_B(sK)),
             O.make_fragment_B(O.partition_B(transposed(sV))),
         )
 
-    def _rows_of_q(self, block: CacheBlock) -> cute.Tensor:
-        return block.sQ[None, None, 0]
-
-    def _queries(self, block: CacheBlock):
-        return None
+    def _queries(self, block: CacheBlock, parity):
+        return block.operands.q[None, None, None, parity]
 
     def _scores(self, block: CacheBlock, of_q, slot) -> cute.Tensor:
         acc = cute.make_rmem_tensor(block.mma_S.partition_shape_C((self.config.tile_m, self.keys_of_group)), Float32)
-        self._multiply(block.mma_S, acc, block.operands.q, block.operands.k[None, None, None, slot], accumulate=False)
+        self._multiply(block.mma_S, acc, of_q, block.operands.k[None, None, None, slot], accumulate=False)
         return acc
 
     def _add(self, block: CacheBlock, acc_S: cute.Tensor, acc_O: cute.Tensor, slot):

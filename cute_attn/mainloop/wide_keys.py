@@ -59,6 +59,19 @@ class KeyShared:
     hidden: cute.Tensor | None
 
 
+@dataclass(frozen=True)
+class Side:
+    """What a thread of one of the two computing warpgroups holds through the query tiles: the operands of its two products, the
+    accumulator of the second, and, with ``overlap_tiles``, that one's operand of the tile before."""
+
+    tA: cute.Tensor  # K or V
+    tB: cute.Tensor  # Q or dO
+    tRows: cute.Tensor  # dO or Q, as the B operand of dV or dK
+    acc: cute.Tensor
+    held: cute.Tensor
+    cS: Coordinates
+
+
 class KeyGradients(KeyBlocks):
     """The kernel of dK and dV of one (problem, config)."""
 
@@ -139,55 +152,35 @@ class KeyGradients(KeyBlocks):
     @cute.jit
     def _values_warpgroup(self, operands: TmaOperands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, where):
         """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
-        S, dV = self.lay.tiled_mma("S", self.config).get_slice(0), self.lay.tiled_mma("dV", self.config).get_slice(0)
-        tSrK = S.make_fragment_A(S.partition_A(shared.k[None, None, 0]))
-        tSrQ = S.make_fragment_B(S.partition_B(shared.q))
-        tVrdO = dV.make_fragment_B(dV.partition_B(transposed(shared.do)))
-        cS = Coordinates.of(self.lay.tiled_mma("S", self.config), thread, (self.config.tile_n, self.config.tile_m))
+        side = self._side("S", (shared.k, shared.q), "dV", shared.do, self.config.tile_dv)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        acc_dV = self.accumulator("dV", self.config.tile_dv)
         pipes.k.consumer_wait(k_state)
         hides = None
         if cutlass.const_expr(self.problem.masked):
             hides = self.hide_keys(shared.k[None, None, 0], None, shared.hidden, self.group())
             if hides:
                 signals.ask_for_care()
-        i = Int32(0)
-        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
-            pipes.q.consumer_wait(state)
-            acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
-            m_block, member = visited.tile(i, j // visited.count, self.problem)
-            of_head, kept = values.of_head(work.head + member), None
-            if cutlass.const_expr(self.problem.dropout):
-                kept = self._kept(cS, of_head, work, m_block)
-            warpgroup.wait_group(0)
-            hidden = None
-            if cutlass.const_expr(hides is not None):
-                hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
-            origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
-            scores = Scores(cS, of_head, self.problem, transposed=True)
-            scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
-            P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
-            rP = rounded_operand(P, self.element)
-            if cutlass.const_expr(self.needs_k):
-                of_ds = rP if cutlass.const_expr(P is acc_S) else rounded_operand(acc_S, self.element)
-                p_state = self._hand_over(of_ds, shared, pipes, thread, p_state)
-            pipes.do.consumer_wait(state)
-            if cutlass.const_expr(self.needs_v):
-                mma, tB = self.lay.tiled_mma("dV", self.config), tVrdO[None, None, None, state.index]
-                self.gemm(mma, acc_dV, rP, tB, accumulate=True)
-            self.release_rows(pipes.q, state)
-            warpgroup.wait_group(0)
-            pipes.do.consumer_release(state)
-            state.advance()
+        i, first, steps = Int32(0), Int32(0), visited.count * visited.members(members)
+        step = partial(self._values_step, side, shared, pipes, values, work, visited, hides)
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                state, p_state = step(False, (i, first), state, p_state)
+                i, first = Int32(1) if visited.count > 1 else Int32(0), Int32(1)
+        for j in cutlass.range(first, steps, unroll=1):
+            state, p_state = step(self.config.overlap_tiles, (i, j), state, p_state)
             i = i + 1 if i + 1 < visited.count else Int32(0)
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                self._multiply("dV", side, side.held, pipes.q, self.stage_before(state))
+                self._multiplied(pipes.do, self.stage_before(state))
+        acc_dV = side.acc
         if cutlass.const_expr(self.needs_v):
             shape = (self.config.tile_n, self.config.tile_dv)
+            values.scale_kept(acc_dV)
             self.clear_unused("dV", shape, "k", values.seqlen_k, work.block, acc_dV)
             group, copy = self.group(), self.lay.store_accumulator("dV", self.config)
             self.store(copy, acc_dV, operands.dv, shared.dv, group, 0, (work.block, work.head_kv, work.k))
@@ -196,44 +189,28 @@ class KeyGradients(KeyBlocks):
     @cute.jit
     def _keys_warpgroup(self, operands: TmaOperands, shared: KeyShared, pipes: KeyPipelines, values: Values, where):
         """The warpgroup of dS and dK."""
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
-        dP, dK = self.lay.tiled_mma("dP", self.config).get_slice(0), self.lay.tiled_mma("dK", self.config).get_slice(0)
-        tPrV = dP.make_fragment_A(dP.partition_A(shared.v[None, None, 0]))
-        tPrdO = dP.make_fragment_B(dP.partition_B(shared.do))
-        tKrQ = dK.make_fragment_B(dK.partition_B(transposed(shared.q)))
+        side = self._side("dP", (shared.v, shared.do), "dK", shared.q, self.config.tile_d)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        scores = Scores(None, values, self.problem, transposed=True)  # for gradients, which lie nowhere
-        if cutlass.const_expr(self.problem.dropout):
-            cS = Coordinates.of(self.lay.tiled_mma("dP", self.config), thread, (self.config.tile_n, self.config.tile_m))
-        acc_dK = self.accumulator("dK", self.config.tile_d)
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
-        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
-            pipes.do.consumer_wait(state)
-            if cutlass.const_expr(self.needs_k):
-                acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
-                kept = None
-                if cutlass.const_expr(self.problem.dropout):
-                    m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
-                    kept = self._kept(cS, values.of_head(work.head + member), work, m_block)
-                warpgroup.wait_group(0)
-                P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
-                delta = of_columns(dP, thread, shared.delta[None, state.index])
-                scores.gradients(P, acc_dP, delta, kept=kept)
-            pipes.q.consumer_wait(state)
-            if cutlass.const_expr(self.needs_k):
-                rdS = rounded_operand(P, self.element)
-                mma, tB = self.lay.tiled_mma("dK", self.config), tKrQ[None, None, None, state.index]
-                self.gemm(mma, acc_dK, rdS, tB, accumulate=True)
-            self.release_rows(pipes.do, state)
-            warpgroup.wait_group(0)
-            pipes.q.consumer_release(state)
-            state.advance()
+        first, steps = Int32(0), visited.count * visited.members(members)
+        step = partial(self._keys_step, side, shared, pipes, values, work, visited)
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                state, p_state = step(False, first, state, p_state)
+                first = Int32(1)
+        for j in cutlass.range(first, steps, unroll=1):
+            state, p_state = step(self.config.overlap_tiles, j, state, p_state)
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                self._multiply("dK", side, side.held, pipes.do, self.stage_before(state))
+                self._multiplied(pipes.q, self.stage_before(state))
+        acc_dK = side.acc
         if cutlass.const_expr(self.needs_k):
             acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
             shape = (self.config.tile_n, self.config.tile_d)
@@ -242,17 +219,118 @@ class KeyGradients(KeyBlocks):
             self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (work.block, work.head_kv, work.k))
             self.wait_for_store(group)
 
+    def _side(self, scores: str, operands, gradient: str, rows: cute.Tensor, columns: int) -> Side:
+        """Of the warpgroup whose products are ``scores`` and ``gradient``."""
+        thread, shape = cute.arch.thread_idx()[0] % WARPGROUP, (self.config.tile_n, self.config.tile_m)
+        mma, of_rows = (self.lay.tiled_mma(role, self.config).get_slice(0) for role in (scores, gradient))
+        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
+        return Side(
+            tA=mma.make_fragment_A(mma.partition_A(operands[0][None, None, 0])),
+            tB=mma.make_fragment_B(mma.partition_B(operands[1])),
+            tRows=of_rows.make_fragment_B(of_rows.partition_B(transposed(rows))),
+            acc=self.accumulator(gradient, columns),
+            held=cute.make_rmem_tensor(as_operand_a(acc).shape, self.element),
+            cS=Coordinates.of(self.lay.tiled_mma(scores, self.config), thread, shape),
+        )
+
+    def _multiply(self, role: str, side: Side, operand: cute.Tensor, rows_pipe, state):
+        """Issue a query tile's dV or dK. From here on its values of rows are needed no more, and what they came with isn't."""
+        if self.needs_v if role == "dV" else self.needs_k:
+            self.gemm(self.lay.tiled_mma(role, self.config), side.acc, operand, side.tRows[None, None, None, state.index], True)
+        self.release_rows(rows_pipe, state)
+
+    def _multiplied(self, pipe, state):
+        """Once it has ended, which frees the slot that it read."""
+        warpgroup.wait_group(0)
+        pipe.consumer_release(state)
+
+    @cute.jit
+    def _values_step(
+        self, side: Side, shared, pipes, values, work, visited, hides, follows: cutlass.Constexpr, place, state, p_state
+    ):
+        """P of a query tile, and dV; if it ``follows`` one whose dV is still to come, that runs while P is taken, and its own
+        comes later."""
+        i, j = place
+        thread, S = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("S", self.config)
+        pipes.q.consumer_wait(state)
+        acc_S = self.scores("S", self.config.tile_m, side.tA, side.tB[None, None, None, state.index])
+        if cutlass.const_expr(follows):
+            self._multiply("dV", side, side.held, pipes.q, self.stage_before(state))
+        m_block, member = visited.tile(i, j // visited.count, self.problem)
+        of_head, kept = values.of_head(work.head + member), None
+        if cutlass.const_expr(self.problem.dropout):
+            kept = self._kept(side.cS, of_head, work, m_block)
+        warpgroup.wait_group(int(follows and self.needs_v))
+        hidden = None
+        if cutlass.const_expr(hides is not None):
+            hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
+        origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
+        scores = Scores(side.cS, of_head, self.problem, transposed=True)
+        scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
+        P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
+        rounded, slot = None, p_state.index
+        if cutlass.const_expr(self.needs_k):
+            rounded = rounded_operand(acc_S, self.element)
+            p_state = self._hand_over(rounded, shared, pipes, thread, p_state)
+        if cutlass.const_expr(follows):
+            self._multiplied(pipes.do, self.stage_before(state))
+        pipes.do.consumer_wait(state)
+        if cutlass.const_expr(not self.config.overlap_tiles):
+            rP = rounded if cutlass.const_expr(P is acc_S and self.needs_k) else rounded_operand(P, self.element)
+            self._multiply("dV", side, rP, pipes.q, state)
+            self._multiplied(pipes.do, state)
+        elif cutlass.const_expr(P is acc_S and self.needs_k):
+            # Not what was handed over itself: where the operand of a product is made while another runs, ptxas has all wait.
+            cute.autovec_copy(shared.p[thread, None, slot], self._in_turn(side.held, shared))
+        else:
+            rounded_operand(P, self.element, side.held)
+        state.advance()
+        return state, p_state
+
+    @cute.jit
+    def _keys_step(self, side: Side, shared, pipes, values, work, visited, follows: cutlass.Constexpr, j, state, p_state):
+        """dS of a query tile, and dK, in the same way."""
+        thread, dP = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("dP", self.config)
+        pipes.do.consumer_wait(state)
+        if cutlass.const_expr(self.needs_k):
+            acc_dP = self.scores("dP", self.config.tile_m, side.tA, side.tB[None, None, None, state.index])
+        if cutlass.const_expr(follows):
+            self._multiply("dK", side, side.held, pipes.do, self.stage_before(state))
+        if cutlass.const_expr(self.needs_k):
+            kept = None
+            if cutlass.const_expr(self.problem.dropout):
+                m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
+                kept = self._kept(side.cS, values.of_head(work.head + member), work, m_block)
+            warpgroup.wait_group(int(follows))
+            P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
+            delta = of_columns(dP, thread, shared.delta[None, state.index])
+            Scores(None, values, self.problem, transposed=True).gradients(P, acc_dP, delta, kept=kept)  # which lie nowhere
+        if cutlass.const_expr(follows):
+            self._multiplied(pipes.q, self.stage_before(state))
+        pipes.q.consumer_wait(state)
+        rdS = None
+        if cutlass.const_expr(self.needs_k):
+            rdS = rounded_operand(P, self.element, side.held if self.config.overlap_tiles else None)
+        if cutlass.const_expr(not self.config.overlap_tiles):
+            self._multiply("dK", side, rdS, pipes.do, state)
+            self._multiplied(pipes.q, state)
+        state.advance()
+        return state, p_state
+
     def _kept(self, cS: Coordinates, values: Values, work: Work, m_block) -> Kept:
         """What dropout keeps in a query tile, which each of the two warpgroups finds out by itself."""
         scores = Scores(cS, values, self.problem, transposed=True)
         return scores.kept((work.block * self.config.tile_n, m_block * self.config.tile_m))
 
+    def _in_turn(self, rP: cute.Tensor, shared: KeyShared) -> cute.Tensor:
+        """A thread's P in the order of its registers, as it is handed over."""
+        return cute.make_tensor(rP.iterator, cute.make_layout(shared.p[0, None, 0].shape))
+
     @cute.jit
     def _hand_over(self, rP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):
         """P to the other warpgroup, each thread's registers as they are: the same thread there has the same scores."""
         pipes.p.producer_acquire(p_state)
-        into = shared.p[thread, None, p_state.index]
-        cute.autovec_copy(cute.make_tensor(rP.iterator, cute.make_layout(into.shape)), into)
+        cute.autovec_copy(self._in_turn(rP, shared), shared.p[thread, None, p_state.index])
         self.arrive(pipes.p.producer_commit, p_state)
         p_state.advance()
         return p_state

@@ -76,9 +76,18 @@ class WorkQueue:
         return state, begun
 
     @cute.jit
-    def lead(self, tiles: cutlass.Constexpr, first, following: cutlass.Constexpr, body: cutlass.Constexpr, state):
+    def lead(
+        self,
+        tiles: cutlass.Constexpr,
+        first,
+        following: cutlass.Constexpr,
+        body: cutlass.Constexpr,
+        state,
+        alone: cutlass.Constexpr = None,
+    ):
         """One warp, which tells the others of each tile of the block and then takes its own part in it: ``state = body(state,
-        work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all."""
+        work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all. With ``alone(work)`` nobody
+        is told of tiles of keys without a row in use: the warp does them by itself."""
         ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
         turn, position = Int32(0), Int32(first)
         while position < tiles.count():
@@ -87,7 +96,12 @@ class WorkQueue:
                 ring = self._tell(work, ring)
                 state = body(state, work)
             else:
-                if work.exists:
+                told = work.exists
+                if cutlass.const_expr(alone is not None):
+                    told = told & (work.block * tiles.tile < work.k.length)
+                    if work.exists & (told == False):  # noqa: E712
+                        alone(work)
+                if told:
                     ring = self._tell(work, ring)
                     state = body(state, work)
             turn += 1

@@ -69,7 +69,7 @@ def block(config: Config, kernel: str) -> Canvas:
     canvas = titled(
         f"One block{of}, stage by stage · {described(config)}", f"{operands[0]} {lay.smem(operands[0], config)}", walk.line
     )
-    over = [f"{name} lies over {_plain(lay.OVER[name])}" for name in operands if name in lay.OVER]
+    over = [f"{name} lies over {_plain(lay.over(config)[name])}" for name in operands if name in lay.over(config)]
     y = shares(canvas, config, _parts(config, kernel), over, 86)
     copied = [name for name in operands if ("in", name) in lay.copies(config)]
     made = [*walk.made, *(_way(name, config) for name in operands if name not in copied)]
@@ -116,7 +116,8 @@ def _way(operand: str, config: Config) -> Way:
     layout, size = lies(operand, config)
     first = moved(copies.get(("in", operand), copies.get(("store", operand))), config, groups, warps)
     last = moved(copies["out", operand], config, groups) if ("out", operand) in copies else _fed(operand, config)
-    over = f", over {_plain(lay.OVER[operand])}" if operand in lay.OVER else ""
+    under = lay.over(config).get(operand)
+    over = f", over {_plain(under)}" if under else ""
     return Way(_plain(operand), COLOURS[_plain(operand)], (first, (layout, size + over), last))
 
 
@@ -219,8 +220,12 @@ def _one_kernel(config: Config) -> Walk:
     lanes |= _ring("Q", config, n, n, lingers=late) | _ring("dO", config, n, n)
     ds = _alternating("dS", config, lay.DS_STAGES, "write, read")
     lanes |= {name: [*cells[:-1], ("dV copied out", COPIED)] for name, cells in ds.items()}
-    lanes["dK"] = [*[("", WAITS)] * len(_steps(config)), ("", WAITS), ("dK copied out", COPIED)]
-    lanes["dQ"] = [("", WAITS), *[(f"write dQ{i}", MADE) for i in _steps(config)], ("…", WAITS)]
+    dqs = [list(cells) for cells in _alternating("dQ", config, config.dq_stages, "write").values()]
+    if config.separate_dk:
+        lanes["dK"] = [*[("", WAITS)] * len(_steps(config)), ("", WAITS), ("dK copied out", COPIED)]
+    else:
+        dqs[len(_steps(config)) % len(dqs)][-1] = ("dK copied out", COPIED)
+    lanes |= {f"dQ, slot {slot}" if len(dqs) > 1 else "dQ": cells for slot, cells in enumerate(dqs)}
     lanes |= _walking(config)
     for k, warp in enumerate(adders):
         mine = [i > 0 and (i - 1) % len(adders) == k for i in _steps(config)]

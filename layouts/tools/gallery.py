@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .. import MODULES, for_target
+from .. import MODULES, family, for_target
 from ..base import OPERANDS, Config
 from .blocks import block, kernels
 from .pictures import BLOCK, MEMORY, MMA, STEPS, drawn, figure, known, title
@@ -73,7 +73,7 @@ def gallery() -> dict[str, str]:
             text.append(f"\n### {heading}\n\n![{heading}]({name})\n")
     for (target, mechanism), (head_dims, wanted_here) in GRADIENTS.items():
         text.append(f"\n## The backward pass: {target}, `{mechanism}`\n")
-        chosen = [_gradients(target, mechanism, head_dim) for head_dim in head_dims]
+        chosen = [config for head_dim in head_dims for config in _gradients(target, mechanism, head_dim)]
         canvases = {_file(BLOCK, kernel, config): block(config, kernel) for config in chosen for kernel in kernels(config)}
         canvases |= {_file(*shown, chosen[0]): drawn(*shown, chosen[0]) for shown in wanted_here}
         for name, canvas in canvases.items():
@@ -85,15 +85,18 @@ def gallery() -> dict[str, str]:
     return files
 
 
-def _gradients(target: str, mechanism: str, head_dim: int) -> Config:
+def _gradients(target: str, mechanism: str, head_dim: int) -> list[Config]:
+    """Blocks that share a key tile have the layouts of one that doesn't."""
     from cute_attn.problem import Problem  # it brings torch
 
-    return for_target(target).configs(Problem(DTYPE, head_dim, head_dim, gradients="qkv"), mechanism, target)[0]
+    found = for_target(target).configs(Problem(DTYPE, head_dim, head_dim, gradients="qkv"), mechanism, target)
+    return [config for config in found if config.head_blocks == 1]
 
 
 def _file(operand: str, picture: str, config: Config) -> str:
     mainloop = config.backward or config.mechanism
-    return "-".join(filter(None, (config.target, mainloop, str(config.tile_d), operand, picture))) + ".svg"
+    higher = f"{config.tile_m}-queries" if config.backward and family(config).turned(config) else ""
+    return "-".join(filter(None, (config.target, mainloop, str(config.tile_d), higher, operand, picture))) + ".svg"
 
 
 def _shown_configs() -> Iterator[list[Config]]:

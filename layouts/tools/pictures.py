@@ -94,6 +94,8 @@ def roles(operand: str, config: Config) -> list[str]:
 
 def product(role: str, config: Config) -> str:
     """A product as an equation."""
+    if role == "dQ" and family(config).turned(config):
+        return "dQᵀ = Kᵀ·dSᵀ"
     return (BACKWARD_PRODUCTS if config.backward else FORWARD_PRODUCTS)[role]
 
 
@@ -320,7 +322,8 @@ def _columns_are(operand: str) -> str:
 def described(config: Config) -> str:
     """A config in a few words."""
     dims = str(config.tile_d) if config.tile_d == config.tile_dv else f"{config.tile_d}/{config.tile_dv}"
-    return f"{config.target} {config.backward or config.mechanism}, {config.dtype}, head dim {dims}"
+    higher = f" and {config.tile_m} queries" if config.backward and family(config).turned(config) else ""
+    return f"{config.target} {config.backward or config.mechanism}, {config.dtype}, head dim {dims}{higher}"
 
 
 # ---- in a terminal ---------------------------------------------------------------------------------------------------

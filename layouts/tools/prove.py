@@ -579,7 +579,11 @@ def budget_findings(config: Config, gpu: Gpu, family: ModuleType) -> list[Findin
 
 def title(config: Config) -> str:
     """A config in a few words."""
+    from .. import family as family_of
+
     dims = f"d{config.tile_d}" + (f"/{config.tile_dv}" if config.tile_dv != config.tile_d else "")
+    dims += f" {config.tile_m}×{config.tile_n}" if config.backward and family_of(config).turned(config) else ""
+    dims += f" {config.dq_stages} stages of dQ" if config.dq_stages > 1 else ""
     return f"{config.target} {config.backward or config.mechanism} {dims} {config.dtype}"
 
 

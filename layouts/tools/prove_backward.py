@@ -36,7 +36,7 @@ def _held(where: str, operand: str, layout: Layout, config: Config, family: Modu
     parts = family.smem_parts(config)
     if hasattr(family, "smem_parts_of"):  # two kernels
         parts = family.smem_parts_of(next(name for name, held in family.KERNELS.items() if operand in held), config)
-    name = family.OVER.get(operand, operand).removeprefix("q")
+    name = family.over(config).get(operand, operand).removeprefix("q")
     have, need = parts[name], algebra.cosize(layout) * BYTES
     if need <= have:
         return []
@@ -49,6 +49,8 @@ def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, 
     the other products sum over rows of what they read from shared memory."""
     for role, operands in family.READS.items():
         mma = family.mma(role, config)
+        if role == "dQ" and family.turned(config):
+            operands = operands[::-1]
         for letter, name in zip("AB", operands, strict=True):
             if name != operand or letter not in mma.from_shared:
                 continue

@@ -41,8 +41,12 @@ def every_lane_arrives(request, monkeypatch):
     """Kernels all of whose lanes arrive at a pipeline's barriers, not one for its warp; parametrized with False, the shipped
     ones. Either way they are of this test alone."""
     arrive = getattr(request, "param", True)
-    plain = launch.plan
-    monkeypatch.setattr(launch, "plan", lambda *asked: replace(plain(*asked), every_lane_arrives=arrive))
-    launch.prepared.cache_clear()
+    plan, configs = launch.plan, launch.configs
+    monkeypatch.setattr(launch, "plan", lambda *asked: replace(plan(*asked), every_lane_arrives=arrive))
+    changed = lambda *asked: tuple(replace(config, every_lane_arrives=arrive) for config in configs(*asked))  # noqa: E731
+    monkeypatch.setattr(launch, "configs", changed)
+    for cached in (launch.prepared, launch._choices):
+        cached.cache_clear()
     yield
-    launch.prepared.cache_clear()
+    for cached in (launch.prepared, launch._choices):
+        cached.cache_clear()

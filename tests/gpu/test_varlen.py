@@ -163,6 +163,42 @@ def test_rows_in_use(d, rules, mechanism):
                 assert torch.equal(x, y[0])
 
 
+@pytest.mark.parametrize("rules", ["full", "causal"])
+@pytest.mark.parametrize(("d", "deterministic"), [(64, False), (96, False), (128, False), (128, True)])
+def test_many_tiles_without_a_row_in_use(d, deterministic, rules, monkeypatch):
+    """More than there are blocks, several in succession, among others and alone; memory that nobody writes to holds NaN."""
+    batch, rows = 40, 1000
+    used = [(n * 97) % (rows + 1) if n % 5 else (n % 10 != 0) * 1 for n in range(batch)]  # 0 and 1 often
+    q, k, v = make_qkv(batch, rows, rows, 8, 8, d, d, BF16, "cuda")
+    dout, new_empty = torch.randn_like(q), torch.Tensor.new_empty
+    past = torch.arange(rows)[None] >= torch.tensor(used)[:, None]
+    past = past.cuda()
+    for x in (q, k, v, dout):
+        x[past] = math.nan
+    seqused = torch.tensor(used, dtype=torch.int32, device="cuda")
+
+    def poison(*size, **how):
+        x = new_empty(*size, **how)
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    options = {"mechanism": "tma_wgmma", "deterministic": deterministic, **RULES[rules][0]}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", poison)
+        (out, lse), gradients = run(q, k, v, dout, call=attention, seqused_q=seqused, seqused_k=seqused, **options)
+    for x in (out, *gradients):
+        assert not x[past].count_nonzero()
+    assert (lse.transpose(1, 2)[past] == -math.inf).all()
+    for b in (3, 6, 7, 39):
+        n = used[b]
+        alone = [x[b : b + 1, :n] for x in (q, k, v)]
+        (want, _), want_gradients = run(*alone, dout[b : b + 1, :n], call=attention, **options)
+        assert torch.equal(out[b, :n], want[0])
+        if deterministic:
+            assert all(torch.equal(x[b, :n], y[0]) for x, y in zip(gradients, want_gradients, strict=True))
+        else:
+            assert_gradients_close([x[b : b + 1, :n] for x in gradients], *alone, dout[b : b + 1, :n], None, **RULES[rules][0])
+
+
 def test_one_side_in_use(mechanism):
     q, k, v = make_qkv(3, 70, 300, 4, 2, 64, 64, BF16, "cuda")
     used = torch.tensor([300, 17, 130], dtype=torch.int32, device="cuda")

@@ -23,6 +23,7 @@ from cute_attn.stored import UNITS_MAX, unit_tiles
 module = runpy.run_path(find_spec("cute_attn.balance").origin)
 CachedKeys, Stretches, PartPlaces = module["CachedKeys"], module["Stretches"], module["PartPlaces"]
 part_of, place_of = module["part_of_stretch"].__wrapped__, PartPlaces.of.__wrapped__
+part_from, start_after, PartStart = module["part_from"].__wrapped__, module["start_after"].__wrapped__, module["PartStart"]
 block_of = Stretches.block_of.__wrapped__
 places_of = module["places_of"]
 sequence_of, row_of, find = CachedKeys.sequence.__wrapped__, CachedKeys.of_row.__wrapped__, CachedKeys.find.__wrapped__
@@ -39,8 +40,7 @@ def plain_numbers():
         patch.setattr(cutlass, "const_expr", lambda x: x)
         patch.setattr(cutlass, "Uint32", int)
         patch.setattr(CachedKeys, "tiles_of_lanes", tiles_of_lanes)
-        for function in (part_of, sequence_of):
-            patch.setitem(function.__globals__, "Int32", int)
+        patch.setitem(sequence_of.__globals__, "Int32", int)
         patch.setattr(Stretches, "block_of", block_of)
         patch.setattr(CachedKeys, "sequence", sequence_of)
         for name, function in {
@@ -68,13 +68,17 @@ def computed(keys, blocks):
     stretches = Stretches.of(int(begins[-1]), blocks)
     walks, taken = defaultdict(list), []
     for block in range(blocks):
-        at, end, count = stretches.begin(block), stretches.begin(block + 1), 0
+        at, end, count, start = stretches.begin(block), stretches.begin(block + 1), 0, None
         while at < end:
             i = int(np.searchsorted(begins, at, side="right")) - 1
             part, passed = part_of(keys, sequences[i], int(begins[i]), at, end)
             assert passed > 0
             at += passed
             if part.begin < part.end:
+                if start is not None:
+                    assert start.sequence == i
+                    assert part_from(keys, sequences[i], start, end) == part
+                start = start_after(keys, sequences[i], part)
                 places = places_of(keys, sequences[i], part, stretches)
                 walks[i, int(part.head_kv), int(part.row_tile)].append((part, places))
                 count += part.end - part.begin

@@ -15,10 +15,12 @@ from rich.console import Console
 
 from benchmarks import ahead, anchors, compare, documents, report
 from benchmarks.__main__ import main
-from benchmarks.cases import GRIDS, Case, Grid, short, single_cases
+from benchmarks.cases import GRIDS, SUITES, Case, Grid, cases_of, short, single_cases
+from benchmarks.check import Judge, WrongError, make_inputs
 from benchmarks.flops import bytes_moved, flops, pairs
 from benchmarks.peers import REGISTRY, Peer, UnsupportedError, choose
 from benchmarks.results import Cell, Measurement, Record
+from benchmarks.runner import Step
 from benchmarks.schedule import Schedule
 from benchmarks.settings import Settings
 from benchmarks.timing import scatter
@@ -60,6 +62,42 @@ def test_every_label_of_a_grid_is_different():
     assert "forward d128 causal 8k" in labels
 
 
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_case_of_a_suite_has_a_name_of_its_own(suite):
+    """And is small where there is no GPU."""
+    labels = [case.label for case in cases_of(suite, ("forward", "backward"))]
+    assert len(set(labels)) == len(labels)
+    smaller = cases_of(suite, ("forward",), 64)
+    assert len(smaller) * 2 == len(labels)
+    assert max(case.batch * case.seqlen_q for case in smaller) <= 1024
+
+
+def test_packed_sequences():
+    case = replace(BIG, batch=1, seqlen_q=7, seqlen_k=7, heads_kv=16, causal=True, packed=(2, 4, 1))
+    assert case.label == "forward d128 causal 3×1…4 packed"
+    assert pairs(case) == (4 + 16 + 1) / 2
+    assert bytes_moved(case) == bytes_moved(replace(case, packed=()))
+    assert Case.from_dict(json.loads(json.dumps(case.to_dict()))) == case
+    lengths = next(case for case in cases_of("ragged", ("forward",)) if "64×" in case.label).packed
+    assert abs(sum(lengths) / 64 - 1024) < 1
+
+
+@pytest.mark.parametrize("window", [None, (3, 1)])
+def test_packed_sequences_are_checked_as_each_alone(window):
+    """By the judge, for which ours passes and attention of all rows to all rows doesn't."""
+    lengths = {"seqlen_q": 97, "seqlen_k": 97, "packed": (30, 1, 66)}
+    case = replace(BIG, batch=1, heads=4, heads_kv=2, window=window, dtype="float32", **lengths)
+    for direction in ("forward", "backward"):
+        one = replace(case, direction=direction)
+        inputs = make_inputs(one, "cpu", 0)
+        judge = Judge(one, inputs)
+        step = Step(one, REGISTRY["ours_reference"], inputs)
+        assert judge.verdict(step.outputs(step.call())) < 1e-5
+        step = Step(replace(one, packed=()), REGISTRY["ours_reference"], inputs)
+        with pytest.raises(WrongError, match="is off by"):
+            judge.verdict(step.outputs(step.call()))
+
+
 def test_a_label_names_what_is_unusual():
     case = replace(BIG, seqlen_q=1, heads_kv=4, head_dim_v=64, window=(128, -1), softcap=30.0, dtype="float16")
     assert case.label == "forward d128/64 full 1×8k gqa4 window128:-1 softcap30 float16"
@@ -96,6 +134,7 @@ def test_a_case_survives_json():
         ({"heads_kv": 3}, "16 query heads"),
         ({"dtype": "int8"}, "known: bfloat16"),
         ({"direction": "up"}, "known: forward"),
+        ({"packed": (3, 4)}, "packed sequences have 7 rows in all"),
     ],
 )
 def test_an_impossible_case_says_why(change, words):
@@ -676,6 +715,8 @@ def test_an_unfinished_run_says_so():
         (["attention", "--head-dim", "0"], "--head-dim: got '0'; a whole number of at least 1"),
         (["attention", "--compare", "missing.json"], "missing.json can't be read"),
         (["attention", "--gqa", "3"], "--heads"),
+        (["attention", "--suite", "models", "--seqlen", "1k"], "--suite models is given with seqlen, of the grid"),
+        (["attention", "--suite", "ragged", "--quick"], "--suite ragged is given with quick"),
         (["attention", "--head-dim-v", "0"], "--head-dim-v: got '0'"),
         (["attention", "--batch", "0"], "--batch: got '0'"),
         (["attention", "--seqlen-k", "0"], "--seqlen-k: got '0'"),

@@ -284,12 +284,19 @@ def test_which_probabilities_are_kept(seed, p, batch, head, place):
     """Of any call, 32 × 32 scores from anywhere on."""
     rows, keys = (torch.arange(n, n + 32) for n in place)
     where = (torch.tensor(batch), torch.tensor(head), rows[:, None], keys)
-    found = dropout.kept(torch.tensor([seed]), p, *where)
+    found, least = dropout.kept(torch.tensor([seed]), p, *where), round(min(p, 1.0 - p) * 2**15)
     for row, key in ((0, 0), (9, 3), (31, 31), (17, 24), (24, 17)):
         i, j = int(rows[row]), int(keys[key])
-        words = _philox([j & ~24, head, i & ~8, batch], [seed % 2**32, (seed >> 32) % 2**32])
-        word = words[(j & 16) // 8 + (i & 8) // 8]
-        assert found[row, key] == (word >> (16 if j & 8 else 0) & 0xFFFF >= dropout.threshold(p))
+        words = _philox([i & ~8, j & ~9, head, batch], [seed % 2**32, (seed >> 32) % 2**32])
+        word = words[(j & 8) // 4 + (i & 8) // 8]
+        number = (word >> 16 if j % 2 else word) % 2**15
+        assert found[row, key] == (number >= least if p <= 0.5 else number < max(least, 1))
+
+
+@given(st.floats(0.0, 1.0, exclude_max=True))
+def test_the_rate_that_is_met(p):
+    assert abs(dropout.rate(p) - p) <= 2**-15 if p > 1.0 - 2**-16 else abs(dropout.rate(p) - p) <= 2**-16
+    assert dropout.kept_scale(p) <= 2**15
 
 
 def places(*sizes: int) -> list[torch.Tensor]:
@@ -303,7 +310,8 @@ def test_the_rate_of_dropout(p):
     seeds = [dropout.draw_seed(torch.device("cpu")) for _ in range(2)]
     first, second = (dropout.kept(seed, p, *places(2, 3, 256, 256)) for seed in seeds)
 
-    p = dropout.threshold(p) / 2**16
+    assert abs(dropout.rate(p) - p) <= 2**-16
+    p = dropout.rate(p)
 
     def assert_rate(kept, rate, times=1):
         assert abs(kept.double().mean() - rate) < 4 * math.sqrt(times * rate * (1 - rate) / kept.numel())
@@ -321,8 +329,8 @@ def test_the_rate_of_dropout(p):
 
 
 def test_numbers_of_dropout():
-    assert [dropout.threshold(p) for p in (0.0, 1e-6, 0.5, 1.0 - 1e-6)] == [0, 0, 2**15, 2**16 - 1]
-    assert dropout.kept_scale(0.5) == 2.0
+    assert [dropout.threshold(p) for p in (0.0, 1e-6, 0.5, 0.75, 1.0 - 1e-6)] == [0, 0, 2**14, ~(2**13), ~1]
+    assert [dropout.kept_scale(p) for p in (0.5, 0.75, 1.0 - 1e-6)] == [2.0, 4.0, 2**15]
     q, k, v = make_qkv(1, 9, 9, 2, 2, 8, 8)
     assert torch.equal(attention(q, k, v, dropout_p=1e-6), attention(q, k, v))
 

@@ -38,6 +38,7 @@ class Case:
     gradients: str = "qkv"
     deterministic: bool = False
     head_blocks: int = 1
+    tile_m: int = 0  # 0 is the plan's first
 
     @property
     def problem(self) -> Problem:
@@ -47,7 +48,8 @@ class Case:
     @property
     def config(self) -> Config:
         found = configs(self.problem, self.target, self.mechanism)
-        return next(config for config in found if config.head_blocks == self.head_blocks)
+        wanted = self.head_blocks, self.tile_m or found[0].tile_m
+        return next(config for config in found if (config.head_blocks, config.tile_m) == wanted)
 
     @property
     def row(self) -> tuple[str, str, int]:
@@ -62,6 +64,7 @@ class Case:
     def __str__(self) -> str:
         dims = f"d{self.head_dim}" if self.head_dim == self.head_dim_v else f"d{self.head_dim}-{self.head_dim_v}"
         order = "-deterministic" if self.deterministic else f"-{self.head_blocks}-blocks" if self.head_blocks > 1 else ""
+        order += f"-{self.tile_m}-queries" * bool(self.tile_m)
         return f"{self.target}-{self.mechanism}-{dims}-{self.rules.replace(' ', '_')}-{self.gradients}{order}"
 
 
@@ -107,6 +110,9 @@ CASES = [
     Case("sm_80", "cp_async", 64, 64, "ragged"),
     # Blocks that share a key tile.
     *[Case("sm_90a", "tma_wgmma", d, d, "causal", head_blocks=blocks) for d, blocks in ((64, 4), (128, 2))],
+    # Higher query tiles.
+    *[Case("sm_90a", "tma_wgmma", 128, 128, rules, tile_m=80) for rules in ("full", "causal")],
+    Case("sm_90a", "tma_wgmma", 128, 128, "causal", tile_m=80, deterministic=True),
     # Gradients that nobody asked for.
     *[Case("sm_90a", "tma_wgmma", d, d, "causal", gradients=names) for d in (64, 96, 128) for names in ("q", "k", "v", "kv")],
     *[Case("sm_80", "cp_async", d, d, "full", gradients=names) for d in (64, 128) for names in ("q", "k", "v", "kv")],

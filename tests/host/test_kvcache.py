@@ -151,6 +151,14 @@ def test_no_sequences():
     assert (out.shape, lse.shape) == ((0, 1, 4, 24), (0, 4, 1))
 
 
+@pytest.mark.parametrize(
+    ("blocks", "walks", "even"),
+    [(132, 8, 128), (132, 512, 128), (132, 4, 132), (264, 128, 256), (132, 80, 132), (4, 3, 4), (132, 0, 132)],
+)
+def test_blocks_on_which_walks_come_out_even(blocks, walks, even):
+    assert serve.even_blocks(blocks, walks) == even
+
+
 @pytest.mark.parametrize("news", [0, 2], ids=["nothing new", "new keys"])
 @pytest.mark.parametrize("where", ["contiguous", "pages of 16"])
 def test_the_same_step_is_planned_once(where, news, monkeypatch):

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,8 +13,8 @@ from cute_attn import api, block_mask, kvcache, masks, reference, serve
 from cute_attn import launch as launching
 from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
-from cute_attn.launch import packed_of
-from cute_attn.lengths import NAMES, check_lengths
+from cute_attn.launch import Refused, packed_of
+from cute_attn.lengths import CHECK, NAMES, check_lengths
 from cute_attn.plan import plan
 from cute_attn.problem import Call, check_call, problem_of
 from cute_attn.rules import LOG2_E
@@ -35,6 +35,7 @@ def gpu(monkeypatch):
         state.current = before
 
     monkeypatch.setattr(launching, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launching, "_is_short", lambda *_: False)
     monkeypatch.setattr(launching, "current_device", lambda: state.current)
     monkeypatch.setattr(launching, "raw_stream", lambda index: 1000 + index)
     monkeypatch.setattr(torch.cuda, "device", device)
@@ -44,7 +45,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("device", [0, 1])
 def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
-    launching.launch(gpu.kernel, 132, device, CALL, "q", "k", "v", "out", "lse", "lse_raw")
+    launching.launch(gpu.kernel, device, CALL, ("q", "k", "v"), launching.besides_tensors(CALL, 132))
     ((ran_on, arguments),) = gpu.log
     assert ran_on == device
     assert arguments[-1] == 1000 + device
@@ -52,13 +53,13 @@ def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
 
 
 def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
-    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets", "key_lists")}
-    launching.launch(gpu.kernel, 132, 0, CALL, *tensors.values())
+    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets", "sinks", "key_lists", "kinds")}
+    launching.launch(gpu.kernel, 0, CALL, tuple(tensors.values()), launching.besides_tensors(CALL, 132))
     ((_, arguments),) = gpu.log
     given = vars(named(FORWARD, arguments))
     assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
     values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
-    values |= dict.fromkeys(("sinks", "kinds", "captured", "seed", "drop_below", "kept_scale"))
+    values |= dict.fromkeys(("captured", "seed", "drop_below", "kept_scale"))
     assert given == {**tensors, **dict.fromkeys(NAMES), **values}
 
 
@@ -88,11 +89,12 @@ def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, determinis
     assert (given.ranks is not None) == (deterministic and d == 64)
 
 
-def test_captured_tensors_and_sinks_are_arguments(gpu):
+def test_captured_tensors_and_sinks_are_arguments(gpu, monkeypatch):
     """As kernels take them: sinks in float32, bools as bytes, numbers as tensors of one; whatever they require."""
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
     captured = torch.ones(2, 3, dtype=torch.bool), torch.tensor(2.0), torch.ones(4, 6)[:, ::2]
     call = replace(CALL, captured=captured, sinks=torch.ones(4, dtype=torch.bfloat16).requires_grad_())
-    launching.launch(gpu.kernel, 132, 0, call, "q", "k", "v", "out", "lse", "lse_raw")
+    launching.forward(call, None, True, True, *make_qkv(1, 10, 12, 2, 2, 64, 64, torch.bfloat16))
     ((_, arguments),) = gpu.log
     given = named(FORWARD, arguments)
     expected = [(torch.uint8, (2, 3)), (torch.float32, (1,)), (torch.float32, (4, 3))]
@@ -106,7 +108,7 @@ def test_captured_tensors_and_sinks_are_arguments(gpu):
 def kept(q, **changed):
     """A call that is kept, of tensors that say that they lie on a GPU."""
     rules = {"scale": None, "causal": True, "window": None, "softcap": None} | changed
-    stand_in = SimpleNamespace(shape=q.shape, dtype=q.dtype, device=torch.device("cuda:0"), is_cuda=True)
+    stand_in = SimpleNamespace(shape=q.shape, dtype=q.dtype, device=torch.device("cuda:0"), is_cuda=True, get_device=lambda: 0)
     return api._kept_call(stand_in, stand_in, stand_in, *rules.values())
 
 
@@ -159,6 +161,31 @@ def test_no_step_of_a_cache_is_taken_without_memory(place):
         step(q, k_cache, v_cache, (None,) * 6, (k_new, v_new, None, None, None), None, None)
 
 
+@pytest.mark.parametrize("error", [Refused, AttributeError])
+def test_a_kept_step_is_looked_at_again_if_it_is_refused_and_for_nothing_else(gpu, monkeypatch, error):
+    """Any other error would make each call slow, unnoticed."""
+    made, q, cache = [], torch.zeros(2, 1, 4, 64, dtype=torch.bfloat16), torch.zeros(2, 9, 2, 64, dtype=torch.bfloat16)
+
+    class Step:
+        def __init__(self, *_):
+            made.append(self)
+
+        def __call__(self, q, *_):
+            if len(made) == 1 and len(gpu.log) == 1:
+                raise error("said by the launcher")
+            gpu.log.append(q)
+            return q, None
+
+    monkeypatch.setattr(kvcache, "_steps", {})
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr(serve, "Step", Step)
+    lengths = torch.ones(2, dtype=torch.int32)
+    kvcache.attention_kvcache(q, cache, cache, lengths=lengths)
+    with pytest.raises(AttributeError, match="said by") if error is AttributeError else nullcontext():
+        kvcache.attention_kvcache(q, cache, cache, lengths=lengths)
+    assert len(made) == (1 if error is AttributeError else 2)
+
+
 def test_a_capture_has_a_workspace_for_each_stream(monkeypatch):
     step, q, capture = object.__new__(serve.Step), torch.empty(1), [7]
     step.device, step.size = 0, (4, 100)
@@ -174,6 +201,33 @@ def test_a_capture_has_a_workspace_for_each_stream(monkeypatch):
     capture[0] = 8
     assert step._workspace(q, 5, True) is not larger
     assert len(serve._recorded) == 1
+
+
+def test_calls_of_as_many_sequences_share_their_plans_and_no_lengths(gpu, monkeypatch):
+    """Which may be one tensor for both sides, or two; and nothing is kept where their values are to be checked."""
+    planned = []
+    monkeypatch.setattr(api, "_kept", {})
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *key: planned.append(key) or (gpu.kernel, 132))
+    q, k, v = (x[0].requires_grad_() for x in make_qkv(1, 10, 12, 4, 2, 64, 64, torch.float16))
+    ends = [torch.tensor([0, i, 10], dtype=torch.int32) for i in range(4)]
+    for cu_seqlens_q in ends[:3]:
+        out = api.attention_varlen(q, k, v, cu_seqlens_q, ends[3], causal=True)
+        out.backward(torch.zeros_like(out))
+        (_, forward), (_, backward) = gpu.log[-2:]
+        for given in (named(FORWARD, forward), named(BACKWARD, backward)):
+            assert given.cu_seqlens_q is cu_seqlens_q
+            assert given.cu_seqlens_k is ends[3]
+            assert given.count == 2
+    assert len(planned) == 2
+    api.attention_varlen(q, k, v, ends[0][:2], ends[0][:2])
+    api.attention_varlen(q, k, v, ends[0], seqused_k=ends[0][:2])
+    assert len(planned) == 4
+    monkeypatch.setenv(CHECK, "1")
+    monkeypatch.setattr(api, "_kept", {})
+    api.attention_varlen(q, k, v, ends[0])
+    assert not api._kept
 
 
 def test_as_many_calls_are_kept_as_there_is_room_for(monkeypatch):
@@ -340,7 +394,12 @@ def test_gradient_of_sinks_of_ragged_sequences(gpu, monkeypatch):
             rows[1, 0, :, there] = (dout.float() * out).sum(-1).T[:, begin:end]
 
     new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *size, **how: new_empty(*size, **how).fill_(math.nan))
+
+    def full_of_nans(*size, **how):
+        x = new_empty(*size, **how)
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nans)
     monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
     monkeypatch.setattr(launching, "prepared", lambda *_: (kernel, 132))
     found = launching.gradients(call, "cp_async", "", False, q, k, v, out, lse, dout, None)
@@ -365,7 +424,7 @@ def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     with pytest.raises(RuntimeError, match="launch failed"):
-        launching.launch(fails, 132, 1, CALL, "q", "k", "v", "out", None, None)
+        launching.launch(fails, 1, CALL, ("q", "k", "v", "out"), launching.besides_tensors(CALL, 132))
     assert entered == [1, "left"]
 
 

@@ -22,7 +22,7 @@ import cute_attn
 from cute_attn import layouts
 from cute_attn.layouts import base
 from cute_attn.layouts.base import Config, Gpu
-from cute_attn.plan import plan
+from cute_attn.plan import configs, plan
 from cute_attn.problem import Problem
 
 FAMILIES = {family.__name__: family for module in layouts.MODULES for family in module.MECHANISMS.values()}
@@ -34,12 +34,16 @@ BANKS = 128  # bytes that shared memory delivers at a time
 
 
 def shipped(gradients: str = "") -> list[Config]:
-    """A config for each GPU, mechanism and head dims, equal ones once; with ``gradients``, of the backward pass."""
+    """The configs of each GPU, mechanism and head dims, equal ones once; with ``gradients``, of the backward pass, in any order
+    of dQ's sums and in a fixed one."""
     found = (
-        plan(Problem("bfloat16", d, dv, gradients=gradients), target, mechanism)
+        config
         for target in layouts.known_targets()
         for mechanism in layouts.for_target(target).MECHANISMS
         for d, dv in HEAD_DIMS
+        for ordered in ((False, True) if gradients else (False,))
+        for config in configs(Problem("bfloat16", d, dv, gradients=gradients, deterministic=ordered), target, mechanism)
+        if config.head_blocks == 1
     )
     return list(dict.fromkeys(found))
 
@@ -119,7 +123,7 @@ def test_every_gpu_has_the_backward_pass(module: ModuleType):
 
 @every_backward_family
 def test_a_family_module_of_the_backward_pass(family: ModuleType):
-    of_gradients = {"store_accumulator": ["operand", "config"], "pieces": ["config"]}
+    of_gradients = {"store_accumulator": ["operand", "config"], "pieces": ["config"], "turned": ["config"]}
     if family.__name__.endswith("mma_sync_backward"):
         of_gradients["load_operand"] = ["role", "operand", "config"]
     for function, parameters in (CONTRACT | of_gradients).items():
@@ -135,7 +139,7 @@ def test_the_pieces_of_dq_are_the_whole(config: Config):
     """Pieces cover a query tile's dQ once, each thread a multiple of what it adds at once, and a row's padding holds whole
     tiles: what the host allocates is what the kernels fill."""
     family = layouts.family(config)
-    assert base.ROW_PADDING % config.tile_m == 0
+    assert base.row_padding(config) % config.tile_m == 0
     if pieces := family.pieces(config):
         rows, columns = family.piece_shape(config)
         covered = np.zeros((config.tile_m, config.tile_d), dtype=int)

@@ -92,13 +92,17 @@ class Warp:
         self.barrier.wait()
         return values
 
+    def of_group(self, mine, lanes):
+        first = self.here.lane // lanes * lanes
+        return self.all_values(mine)[first : first + lanes]
+
     def patch(self, monkeypatch):
         for name, function in {
             "lane_idx": lambda: self.here.lane,
             "thread_idx": lambda: (32 * self.number + self.here.lane,),
             "shuffle_sync": lambda x, lane: self.all_values(x)[lane],
-            "warp_reduction_max": lambda x: max(self.all_values(x)),
-            "warp_reduction_sum": lambda x: sum(self.all_values(x)),
+            "warp_reduction_max": lambda x, threads_in_group: max(self.of_group(x, threads_in_group)),
+            "warp_reduction_sum": lambda x, threads_in_group: sum(self.of_group(x, threads_in_group)),
         }.items():
             monkeypatch.setattr(cute.arch, name, function)
 
@@ -107,6 +111,7 @@ class Warp:
 def plain(monkeypatch):
     """The kernel's functions compute with plain numbers."""
     for name, function in {
+        "assume": lambda x, _: x,
         "make_layout": lambda shape: (shape,) if isinstance(shape, int) else shape,
         "make_tensor": lambda m, shape: Memory(m.floats, m.place, shape),
         "make_rmem_tensor": lambda shape, _: Memory(np.full(np.prod(shape), UNTOUCHED), 0, np.atleast_1d(shape)),
@@ -142,16 +147,30 @@ def some(rng, rows, columns):
 
 
 def kernel(groups, rows, columns, threads, stored):
-    """What the functions take of theirs; ``stored`` gets ``(row, piece): (O, maximum, sum)``."""
+    """What the functions take of theirs; ``stored`` gets ``(row, piece): O`` and ``row: (maximum, sum)``."""
 
-    def store(serving, seen, where, of_row, o):
-        assert where not in stored
-        stored[where] = o.load(), *of_row
+    def end_row(serving, seen, row, writes, row_max, row_sum):
+        if writes:
+            assert stored.setdefault(row, (row_max, row_sum)) == (row_max, row_sum)
+        return row, 0, 1.0
+
+    def store(serving, seen, of_row, piece, o):
+        row, _, normalize = of_row
+        assert (row, piece) not in stored
+        stored[row, piece] = o.load() * normalize
 
     config = SimpleNamespace(tile_m=rows, key_warps=groups, threads=threads, mma_warps=threads // 32)
     problem = SimpleNamespace(head_dim_v=HEAD_DIM_V)
-    lay = SimpleNamespace(exchanged_columns=lambda config: columns)
-    return SimpleNamespace(config=config, problem=problem, lay=lay, _identity=lambda: None, _store=store)
+    lay = SimpleNamespace(exchanged_columns=lambda config: columns, rows_merged=lambda config: {16: 1, 32: 2, 64: 8}[rows])
+    return SimpleNamespace(config=config, problem=problem, lay=lay, _identity=lambda: None, _end_row=end_row, _store=store)
+
+
+def compare(stored, o, row_max, row_sum):
+    rows, pieces = range(len(o)), range(HEAD_DIM_V // 4)
+    assert set(stored) == {*rows, *((r, p) for r in rows for p in pieces)}
+    for r in rows:
+        np.testing.assert_allclose(stored[r], (row_max[r], row_sum[r]))
+        np.testing.assert_allclose(np.concatenate([stored[r, p] for p in pieces]), o[r, :HEAD_DIM_V])
 
 
 def seen_by(exponent=EXPONENT):
@@ -168,6 +187,7 @@ def test_groups(plain, monkeypatch, groups, columns, exist, parts):
     stored = {}
     forward = kernel(groups, rows, columns, lanes * groups, stored)
     shared = [Memory(np.full(groups * rows * n, UNTOUCHED)) for n in (columns, 2)]
+    exchanged = SimpleNamespace(o=shared[0], of_rows=shared[1])
     written = Memory(np.full(3 * exist * HEAD_DIM_V, UNTOUCHED)), Memory(np.full(3 * exist * 2, UNTOUCHED))
     workspace = Workspace(None, *written, exist, HEAD_DIM_V)
     places = SimpleNamespace(parts=parts, number=1, of=lambda number: 2)
@@ -190,22 +210,18 @@ def test_groups(plain, monkeypatch, groups, columns, exist, parts):
                 block = SimpleNamespace(
                     group=group,
                     thread=lane,
-                    exchanged=SimpleNamespace(o=shared[0], of_rows=shared[1]),
                     mma_O=SimpleNamespace(get_slice=lambda t: SimpleNamespace(partition_C=lambda _: t)),
                 )
                 softmax = SimpleNamespace(row_max=row_max[mine], row_sum=row_sum[mine])
-                Forward._hand_over.__wrapped__(forward, block, held, softmax, exist, first)
+                Forward._hand_over.__wrapped__(forward, block, exchanged, held, softmax, exist, first)
         for thread in range(lanes * groups):
             monkeypatch.setattr(cute.arch, "thread_idx", lambda thread=thread: (thread,))
             Forward._merge_groups.__wrapped__(
-                forward, block, SimpleNamespace(workspace=workspace), seen_by(), places, exist, first
+                forward, exchanged, SimpleNamespace(workspace=workspace), seen_by(), places, exist, first
             )
     o, row_max, row_sum = (x[:exist] for x in expected(found))
     if parts == 1:
-        assert set(stored) == {(r, p) for r in range(exist) for p in range(HEAD_DIM_V // 4)}
-        for (r, p), (got, *of_row) in stored.items():
-            np.testing.assert_allclose(got, o[r, 4 * p : 4 * p + 4])
-            np.testing.assert_allclose(of_row, (row_max[r], row_sum[r]))
+        compare(stored, o, row_max, row_sum)
     else:
         into, of_rows = (x.floats.reshape(3, exist, -1) for x in written)
         np.testing.assert_allclose(into[2], o[:, :HEAD_DIM_V])
@@ -233,7 +249,4 @@ def test_parts(plain, monkeypatch, parts, exist, rows):
         warp.patch(monkeypatch)
         warp.run(lambda: Forward._merge_parts.__wrapped__(forward, serving, seen_by(), places, exist))
     o, row_max, row_sum = expected(found)
-    assert set(stored) == {(r, p) for r in range(exist) for p in range(HEAD_DIM_V // 4)}
-    for (r, p), (got, *of_row) in stored.items():
-        np.testing.assert_allclose(got, o[r, 4 * p : 4 * p + 4])
-        np.testing.assert_allclose(of_row, (row_max[r], row_sum[r]))
+    compare(stored, o, row_max, row_sum)

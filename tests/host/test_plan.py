@@ -11,7 +11,7 @@ import torch
 
 from cute_attn import layouts
 from cute_attn.layouts.base import KIB, Config, Gpu
-from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread
+from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread, rows_of_query_tile, takes_short
 from cute_attn.problem import Problem, check_call, problem_of
 
 HEAD_DIMS = range(8, 257, 8)
@@ -112,6 +112,8 @@ def test_more_barriers_than_a_block_has():
 
 
 BACKWARD = Problem("bfloat16", 128, 128, gradients="qkv")
+NARROW = replace(BACKWARD, head_dim=64, head_dim_v=64)
+THREE = {"tile_m": 64, "tile_n": 192, "mma_warps": 12, "mma_registers": 160, "dq_stages": 1}  # warpgroups
 MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"tile_m": 96}, "96 queries a tile; a multiple of 64 is needed"),
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 queries; 8 are needed"),
@@ -122,9 +124,11 @@ MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, gradients=""), "cp_async", {"tile_n": 80, "mma_warps": 8}, "8 warps can't copy in whole passes"),
     (BACKWARD, "tma_wgmma", {"tile_n": 96}, "96 keys a tile; a multiple of 64 is needed"),
     (BACKWARD, "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 keys; 8 are needed"),
-    (BACKWARD, "tma_wgmma", {"tile_m": 32}, "2 warpgroups for a 32×128 dQ, 64 rows and a multiple of 16 columns each"),
+    (NARROW, "tma_wgmma", THREE, "3 warpgroups for a 64×64 dQ, 64 rows and a multiple"),
+    (BACKWARD, "tma_wgmma", {"tile_m": 32, "separate_dk": False}, "32 queries a tile, whose dQ has no room for 128 rows of dK"),
+    (NARROW, "tma_wgmma", {"tile_m": 64, "dq_stages": 3}, "3 stages of dQ, which 2 warps"),
     (BACKWARD, "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
-    (Problem("bfloat16", 64, 64, gradients="qkv"), "tma_wgmma", {"tile_m": 64, "tile_dv": 192}, "dV is 192 columns wide"),
+    (NARROW, "tma_wgmma", {"tile_m": 64, "tile_dv": 192}, "dV is 192 columns wide"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"tile_n": 32}, "32 keys a tile; 64 are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"mma_warps": 4, "mma_registers": 240}, "4 warps; 8 are needed"),
@@ -271,16 +275,56 @@ def test_how_many_blocks_share_a_key_tile(tiles, heads_per_kv, unequal, blocks):
     assert head_blocks((1,), tiles, heads_per_kv, 132, unequal) == 1
 
 
+def test_few_keys_have_smaller_tiles():
+    """On cp_async, of the widest heads under a right edge, where a query sees up to 16 tiles of 64 keys."""
+    problem = Problem("bfloat16", 256, 256, bounded_right=True)
+    found = configs(problem, "sm_90a", "cp_async")
+    assert [(x.tile_m, x.tile_n, x.blocks_per_multiprocessor) for x in found] == [(128, 64, 1), (64, 32, 2)]
+    assert [takes_short(found, keys) for keys in (1, 1024, 1025)] == [True, True, False]
+    assert "; 64 × 32 where a query sees 16 tiles of keys at most" in explain(problem, found[0])
+    for changed in ({"gradients": "qkv"}, {"bounded_right": False}, {"head_dim": 128, "head_dim_v": 128}):
+        assert not takes_short(configs(replace(problem, **changed), "sm_90a", "cp_async"), 1)
+
+
 def test_what_may_share_a_key_tile():
     """In a fixed order of dQ's sums, in wide heads and on ``cp_async`` nothing does."""
     ways = {128: (1, 2, 4), 256: (1,)}
     for d, expected in ways.items():
         problem = Problem("bfloat16", d, d, gradients="qkv")
         found = configs(problem, "sm_90a")
-        assert tuple(config.head_blocks for config in found) == expected
+        shared = found[: len(expected)]
+        assert tuple(config.head_blocks for config in shared) == expected
+        assert all(config.head_blocks == 1 for config in found[len(expected) :])
         assert all(("share a tile of keys" in explain(problem, config)) == (config.head_blocks > 1) for config in found)
-        assert len(configs(replace(problem, deterministic=True), "sm_90a")) == 1
+        assert all(config.head_blocks == 1 for config in configs(replace(problem, deterministic=True), "sm_90a"))
         assert [config.head_blocks for config in configs(problem, "sm_90a", "cp_async")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "edges", "rows"),
+    [
+        *((79, 0, 80), (80, 0, 80), (775, 0, 64), (776, 0, 80), (1024, 0, 80), (8192, 0, 80)),
+        *((1, 0, 64), (64, 0, 64), (81, 0, 64), (512, 0, 64)),
+        *((4096, 1, 64), (5120, 1, 80), (5130, 1, 64), (8192, 1, 80), (16384, 1, 80)),
+    ],
+)
+def test_how_many_rows_a_query_tile_has(seqlen_q, edges, rows):
+    """As many as waste few of them."""
+    assert rows_of_query_tile((64, 80), seqlen_q, edges) == rows
+    assert rows_of_query_tile((64,), seqlen_q, edges) == 64
+
+
+def test_higher_query_tiles():
+    """Where there is no window, and the sequences are a rectangle."""
+
+    def rows(**changed):
+        return {config.tile_m for config in configs(replace(BACKWARD, **changed), "sm_90a")}
+
+    assert rows() == rows(deterministic=True) == rows(softcap=True) == rows(bounded_right=True) == {64, 80}
+    ragged = "seqused_q seqused_k"
+    for changed in ({"bounded_left": True}, {"ragged": ragged}, {"dropout": True}, {"gradients": "kv"}, {"head_dim": 256}):
+        assert rows(**changed) == {64}
+    assert rows(head_dim=64, head_dim_v=64) == {128}
 
 
 @ways

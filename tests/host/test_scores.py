@@ -20,7 +20,7 @@ from cutlass.cute.nvgpu import warpgroup  # noqa: E402
 from cutlass.cute.runtime import from_dlpack  # noqa: E402
 
 from cute_attn.layouts.fragments import rows_columns  # noqa: E402
-from cute_attn.mainloop import captured, elements  # noqa: E402
+from cute_attn.mainloop import captured, elements, fours  # noqa: E402
 from cute_attn.mainloop.common import Values  # noqa: E402
 from cute_attn.mainloop.scores import Coordinates, Scores, WordOps  # noqa: E402
 from cute_attn.softmax import LogSumExp, Softmax  # noqa: E402
@@ -161,10 +161,11 @@ def _store_on_the_processor(place, value, exists):
 
 
 @pytest.mark.parametrize("mechanism", ["cp_async", "tma_wgmma"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_what_dropout_keeps_of_a_tile(transposed, mechanism, monkeypatch):
-    """Bit for bit what the reference does, whichever scores a thread has, at once or as bits."""
-    monkeypatch.setattr(WordOps, "product", staticmethod(_product_of_words))
+@pytest.mark.parametrize(("transposed", "p"), [(False, 0.3), (True, 0.3), (False, 0.8), (True, 0.9)])
+def test_what_dropout_keeps_of_a_tile(transposed, p, mechanism, monkeypatch):
+    """Bit for bit what the reference does, whichever scores a thread has, at once or as bits, and however it asks for them."""
+    for name in ("product", "at_least", "signs"):
+        monkeypatch.setattr(WordOps, name, staticmethod(globals()[f"_{name}_of_words"]))
     monkeypatch.setattr(warpgroup.MmaF16BF16Op, "__post_init__", lambda self: None)  # which asks for a GPU that has it
     problem = Problem("bfloat16", 64, 64, gradients="qkv" if transposed else "", dropout=True)
     config = plan(problem, "sm_90a", mechanism)
@@ -174,40 +175,72 @@ def test_what_dropout_keeps_of_a_tile(transposed, mechanism, monkeypatch):
         shape = (lay.ROWS_PER_WARPGROUP, shape[1])
     elif transposed:
         shape = (config.tile_n, config.step_m)
-    first, p, seed = (1040, 96), 0.3, torch.tensor([0x7EDCBA9876543210])
-    found, words = torch.full((2, *shape), math.nan), seed.view(torch.int32)
+    first, seed = (1040, 112), torch.tensor([0x7EDCBA9876543210])
+    threads = 128 if mechanism == "tma_wgmma" else config.mma_threads
+    found, words = torch.full((3, *shape), math.nan), seed.view(torch.int32)
+    exchanged = torch.zeros(2, threads, shape[0] * shape[1] // threads // 32, dtype=torch.int32)
 
     @cute.jit
-    def compute(found: cute.Tensor, words: cute.Tensor, below: Int32, thread: Int32):
+    def compute(found: cute.Tensor, words: cute.Tensor, exchanged: cute.Tensor, below: Int32, thread: Int32):
+        asked = []
+
+        def transposed_by_warp(x):
+            asked.append(x)
+            exchanged[0, thread, len(asked) - 1] = Int32(x)
+            return Uint32(exchanged[1, thread, len(asked) - 1])
+
+        monkeypatch.setattr(fours, "transposed", transposed_by_warp)
         where = Coordinates.of(lay.tiled_mma("S", config), thread, shape)
         key = tuple(Uint32(words[i]) for i in range(2))
         place = {"seed": key, "drop_below": below, "kept_scale": Float32(1.0), "sequence": Int32(SEQUENCE), "head": Int32(HEAD)}
         numbers = (Int32(0), Int32(0), Int32(0), Int32(0), Float32(1.0), Float32(0.0))
         scores = Scores(where, Values(*numbers, **place), problem, transposed)
-        acc = cute.make_rmem_tensor(lay.tiled_mma("S", config).partition_shape_C(shape), Float32)
+        acc = cute.make_rmem_tensor(lay.tiled_mma("S", config).partition_shape_C(shape), cutlass.Float16)
         acc.fill(1.0)
-        scores.drop(acc, first)
         kept, held = scores.kept(first), rows_columns(acc)
-        for r in range(cute.size(held, mode=[0])):
-            for c in range(cute.size(held, mode=[1])):
-                found[(0, *where.thread[r, c])] = held[r, c]
-                found[(1, *where.thread[r, c])] = kept.of(Float32(1.0), r, c)
+        if cutlass.const_expr(not transposed):
+            scores.drop(acc, first)
+        for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
+            for c in cutlass.range_constexpr(0, cute.size(held, mode=[1]), 2):
+                pair = kept.of_pair(r, c)
+                for i in cutlass.range_constexpr(2):
+                    place = where.thread[r, c + i]
+                    one = kept.of(Float32(1.0), r, c + i)
+                    found[(0, *place)] = one if transposed else held[r, c + i].to(Float32)
+                    found[(1, *place)] = one
+                    found[(2, *place)] = Float32((pair >> 16 * i) & Uint32(0xFFFF)) / 65535.0
 
-    arguments = from_dlpack(found), from_dlpack(words), Int32(dropout.threshold(p))
+    arguments = from_dlpack(found), from_dlpack(words), from_dlpack(exchanged), Int32(dropout.threshold(p))
     compiled = cute.compile(compute, *arguments, Int32(0))
-    for thread in range(128 if mechanism == "tma_wgmma" else config.mma_threads):
-        compiled(*arguments, Int32(thread))
+    for _ in range(1 + transposed):
+        for thread in range(threads):
+            compiled(*arguments, Int32(thread))
+        number = exchanged.shape[2]
+        halves = exchanged[0].view(torch.int16).view(-1, 8, 4, number, 2)  # (warp, row, its threads, word, half)
+        matrices = halves.permute(0, 3, 2, 4, 1).reshape(-1, number, 8, 8)  # (warp, word, column, row)
+        exchanged[1] = matrices.unflatten(3, (4, 2)).permute(0, 2, 3, 1, 4).reshape(threads, -1).contiguous().view(torch.int32)
     rows, columns = (torch.arange(n) + start for n, start in zip(shape, first, strict=True))
     q_idx, kv_idx = (columns, rows[:, None]) if transposed else (rows[:, None], columns)
     want = dropout.kept(seed, p, torch.tensor(SEQUENCE), torch.tensor(HEAD), q_idx, kv_idx)
-    assert abs(want.float().mean() - 0.7) < 0.05
-    assert torch.equal(found, want.float().expand(2, -1, -1))
+    assert abs(want.float().mean() + p - 1.0) < 0.05
+    assert torch.equal(found, want.float().expand(3, -1, -1))
 
 
 def _product_of_words(x, constant):
-    """As the GPU's instruction does it."""
+    """As the GPU's instruction does it; so the others."""
     whole = Uint64(x) * Uint64(constant)
     return Uint32(whole >> 32), Uint32(whole)
+
+
+def _at_least_of_words(x, least):
+    halves = (((x >> i) & Uint32(0x7FFF)) >= ((least >> i) & Uint32(0x7FFF)) for i in (0, 16))
+    lower, upper = (elements._select(is_one, Uint32(0xFFFF), Uint32(0)) for is_one in halves)
+    return lower | (upper << 16)
+
+
+def _signs_of_words(x):
+    lower, upper = (elements._select((x >> i) & Uint32(1) != 0, Uint32(0xFFFF), Uint32(0)) for i in (15, 31))
+    return lower | (upper << 16)
 
 
 @pytest.mark.parametrize("scale_log2", [1.0, 0.3])

@@ -38,7 +38,7 @@ def kernels(monkeypatch):
     """Tensors say they lie on a GPU. What its kernels are given, each time: every tensor has memory. They do nothing."""
     given = []
 
-    def launched(function, blocks, device, call, *tensors):
+    def launched(function, device, call, tensors, rest):
         tensors = [x for x in tensors if x is not None]
         assert all(x.data_ptr() for x in tensors), "a null pointer"
         given.append(tensors)
@@ -51,7 +51,8 @@ def kernels(monkeypatch):
         return tuple(torch.zeros_like(x) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-    monkeypatch.setattr(launch, "prepared", lambda problem, mechanism, device: (problem, 1))
+    monkeypatch.setattr(launch, "_is_short", lambda *_: False)
+    monkeypatch.setattr(launch, "prepared", lambda problem, *_: (problem, 1))
     monkeypatch.setattr(launch, "launch", launched)
     monkeypatch.setattr(launch, "gradients", gradients)
     return given

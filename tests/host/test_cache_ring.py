@@ -1,0 +1,138 @@
+"""Which tiles a block of attention to a cache copies when, and to where, on the host: the kernel's own loop over the parts of
+its stretch, with copies that only say what they copy."""
+
+import runpy
+from collections import namedtuple
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("cutlass.cute")
+
+import cutlass
+from cutlass import cute
+
+# A copy of the module: once the DSL has traced a function, it is no longer what it was.
+module = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)
+Kernel = module["Forward"]
+Part = namedtuple("Part", "number at begin end row_tile", defaults=(0, 0, 1, 0))
+Start = namedtuple("Start", "at sequence head_kv row_tile begin", defaults=(0, 0, 0, 0))
+Sequence = namedtuple("Sequence", "begin")
+
+
+class Scale:
+    def exponent(self, problem):
+        return 1.0
+
+
+NOWHERE, SCALE, SERVING = Sequence(0), Scale(), SimpleNamespace(keys=None, stretches=None)
+
+
+@dataclass(frozen=True)
+class Seen:
+    part: Part
+    count: int
+    begin: int = 5
+    whole_begin: int = 0
+    whole_end: int = 0
+    sequence: Sequence = NOWHERE
+    values: Scale = SCALE
+
+
+class Block:
+    """A block, of one group, that computes parts of so many tiles, and what its shared memory holds."""
+
+    def __init__(self, counts, stages):
+        self.counts, self.config = counts, SimpleNamespace(stages=stages, tile_d=1, tile_dv=1, tile_m=16, tile_n=1)
+        self.problem = SimpleNamespace(head_dim=1, head_dim_v=1, masks_all=False, masked=False)
+        self.group = self.keys_of_group = self.thread = 0
+        self.mma_O = self.mma_S = MagicMock()
+        self.slots, self.queries = [None] * stages, [None, None]
+        self.pending, self.groups, self.exchanged, self.computed = [], [], [], []
+
+    def commit(self):
+        self.groups.append(self.pending)
+        self.pending = []
+
+    def wait(self, most):
+        """For the copies of all groups but the last ``most``."""
+        while len(self.groups) > most:
+            for memory, place, what in self.groups.pop(0):
+                memory[place] = what
+
+    def on_its_way(self, memory, place):
+        return any(m is memory and p == place for group in (*self.groups, self.pending) for m, p, _ in group)
+
+    def _copy(self, block, keys, source, n, stage):
+        assert not self.on_its_way(self.slots, stage)
+        assert self.slots[stage] in (None, "done"), "a tile that nobody has computed with"
+        self.pending.append((self.slots, stage, (source.number, n)))
+
+    def _copy_q(self, block, serving, seen, parity):
+        assert self.queries[parity] != self.part, "of the part that is being computed"
+        self.pending.append((self.queries, parity, seen.part.number))
+
+    def _source(self, seen):
+        return SimpleNamespace(number=seen.part.number, all=lambda: (seen.part.number, 0, 0, 0))
+
+    def _part_from(self, serving, start, end):
+        count = self.counts[start.at] if start.at < len(self.counts) else 7  # of a part that there isn't
+        return Seen(Part(start.at), count)
+
+    def _queries(self, block, parity):
+        assert self.counts[self.part] == 0 or self.queries[parity] == self.part
+        return None
+
+    def _scores(self, block, of_q, slot):
+        self.computed.append(self.slots[slot[1]])
+
+    def _add(self, block, acc_S, acc_O, slot):
+        self.slots[slot[1]] = "done"
+
+    def _exchanged(self, block, stage):
+        assert not self.on_its_way(self.slots, stage)
+        assert self.slots[stage] in (None, "done")
+
+    def _copy_ahead(self, *what):
+        Kernel._copy_ahead.__wrapped__(self, *what)
+
+    _publish = _sync_group = _merge = _arrive = lambda self, *_: None
+
+    def run(self):
+        """All parts; the numbers of parts are their places, too."""
+        self.part, stage, parity, end = 0, 0, 0, len(self.counts)
+        Kernel._begin.__wrapped__(self, self, SERVING, self._part_from(SERVING, Start(0), end))
+        while self.part < end:
+            *_, at, stage = Kernel._part.__wrapped__(self, self, SERVING, Start(self.part), end, stage, parity)
+            assert at == self.part + 1
+            self.part, parity = at, 1 - parity
+        self.wait(0)
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=9), st.integers(2, 6))
+def test_every_tile_is_there_when_it_is_computed_with(counts, stages):
+    block = Block(counts, stages)
+    names = Kernel._part.__wrapped__.__globals__
+    plainly = {
+        "start_after": lambda keys, sequence, part: Start(part.number + 1),
+        "_either": lambda condition, x, y: x if condition else y,
+        "places_of": MagicMock(),
+        "KeySource": lambda number, *_: SimpleNamespace(number=number),
+        "Int32": int,
+        **{name: MagicMock() for name in ("Softmax", "Scores", "Coordinates", "rows_columns", "scale_rows")},
+    }
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(names, plainly))
+        stack.enter_context(patch.multiple(cutlass, range=lambda *of, unroll: range(*of), const_expr=lambda x: x))
+        stack.enter_context(patch.multiple(cute, make_rmem_tensor=MagicMock(), size=MagicMock()))
+        arch = {"cp_async_commit_group": block.commit, "cp_async_wait_group": block.wait, "sync_threads": lambda: None}
+        stack.enter_context(patch.multiple(cute.arch, **arch))
+        block.run()
+    assert block.computed == [(part, n) for part, count in enumerate(counts) for n in range(count)]
+    assert not block.pending
