@@ -77,7 +77,7 @@ def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, determinis
     ((_, arguments),) = gpu.log
     given = named(FORWARD, arguments)
     assert torch.equal(given.key_lists, blocks.key_lists(config.tile_m, config.tile_n, 1, 4))
-    assert torch.equal(given.kinds, blocks.kinds.expand(1, 4, -1, -1))
+    assert torch.equal(given.kinds, blocks.kinds_in_a_row(1, 4))
     assert given.tickets.shape == (1 + 4 * -(-500 // config.tile_m),)
     gpu.log.clear()
     launching.gradients(call, None, "qkv", deterministic, q, k, v, q, torch.zeros(1, 4, 500), q, None)
