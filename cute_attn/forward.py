@@ -43,7 +43,6 @@ def host_function(problem, config, mainloop=None):
         tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, given.blocks, problem.unequal, sequences)
         if cutlass.const_expr(given.tickets is not None):
             tiles = replace(tiles, tickets=Tickets(given.tickets))
-            tiles.tickets.reset(given.stream)
         if cutlass.const_expr(given.key_lists is not None):
             tiles = replace(tiles, in_turn=given.key_lists[None, None, None, IN_TURN])
         mainloop.launch(q, k, v, o, lse, values, tiles, given.blocks, given.stream)

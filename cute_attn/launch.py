@@ -1,8 +1,8 @@
 """From torch's tensors to a kernel on the caller's device and stream.
 
 tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
-Nothing here synchronises, and the forward pass allocates nothing but its outputs, and tickets where sequences are ragged or
-have block masks.
+Nothing here synchronises, and the forward pass allocates nothing but its outputs; memory for tickets, where sequences are
+ragged or have block masks, stays (``workspace.py``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
 from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
-from cute_attn.layouts.base import COUNTERS, Config, row_padding
+from cute_attn.layouts.base import COUNTERS, TICKET_COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.plan import configs, head_blocks, plan, rows_of_query_tile, takes_short, takes_tickets
@@ -37,7 +37,9 @@ from cute_attn.problem import (
     is_aligned,
     problem_of,
 )
+from cute_attn.workspace import Workspaces
 
+_tickets = Workspaces(torch.int32)
 NO_LENGTHS, _NO_LISTS = (None,) * len(NAMES), (None,) * 3
 
 
@@ -55,16 +57,6 @@ def multiprocessors(device: int) -> int:
     if error != runtime.cudaError_t.cudaSuccess:
         raise RuntimeError(f"CUDA can't tell device {device}'s multiprocessors ({error.name}): is it visible to the process?")
     return count
-
-
-def capture_of(stream: int) -> int:
-    """The number of the capture that records a stream, which no other capture of the process has."""
-    from cuda.bindings import runtime
-
-    error, _, number, *_ = runtime.cudaStreamGetCaptureInfo(stream)
-    if error != runtime.cudaError_t.cudaSuccess:
-        raise RuntimeError(f"CUDA can't tell which capture records the current stream ({error.name}): is it still going on?")
-    return int(number)
 
 
 @lru_cache(maxsize=64)
@@ -157,7 +149,7 @@ def _passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tup
 
 def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q, k, v):
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
-    launch. Allocates these and, where tiles' costs are known on the device only, an int32 a tile; nothing else."""
+    launch. Allocates these and nothing else that it doesn't keep."""
     how = return_lse, for_backward, mechanism
     if call.plans and (planned := call.plans.get(how)) is not None:
         try:
@@ -181,13 +173,12 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
 
 
 class _PlannedForward(NamedTuple):
-    """How the forward pass of a call is computed: the kernel, tensors of the dtypes of what it takes besides the call's, how
-    many tickets, the size of the tiles in a block mask's lists, and the rest of its arguments."""
+    """How the forward pass of a call is computed: the kernel, a tensor of the dtype of row values, how many tickets, the size
+    of the tiles in a block mask's lists, and the rest of its arguments."""
 
     function: Callable
     device: int
     floats: torch.Tensor
-    words: torch.Tensor
     tickets: int
     tile: tuple[int, int] | None
     rest: tuple[tuple, tuple]
@@ -203,24 +194,24 @@ def _plan_forward(call: Call, mechanism: str | None, return_lse: bool, for_backw
     tickets, tile = 0, None
     if (call.lengths or call.blocks) is not None and (rows := tile_of_tickets(problem, mechanism, device)):
         slots = -(-call.seqlen_q // rows) * call.batch if call.lengths is None else call.lengths.slots(call.seqlen_q, rows)
-        tickets = 1 + slots * call.heads
+        tickets = slots * call.heads
     if call.blocks is not None:
         tile = tiles_of_lists(problem, mechanism, device)[:2]
-    of_dtypes = _of_dtype(torch.float32, q), _of_dtype(torch.int32, q)
-    return _PlannedForward(function, device, *of_dtypes, tickets, tile, besides_tensors(call, blocks))
+    floats = _of_dtype(torch.float32, q)
+    return _PlannedForward(function, device, floats, tickets, tile, besides_tensors(call, blocks))
 
 
 def _forward_as_planned(planned: _PlannedForward, call: Call, return_lse: bool, for_backward: bool, q, k, v):
     """:func:`forward` of what the kernels can read in place. The launcher looks at dtypes, devices, strides and alignment
     itself."""
-    function, device, floats, words, tickets, tile, rest = planned
+    function, device, floats, tickets, tile, rest = planned
     out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, floats)
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
     key_lists = kinds = None
     if tile is not None:
         key_lists = call.blocks.key_lists(*tile, call.batch, call.heads)
         kinds = call.blocks.kinds_in_a_row(call.batch, call.heads)
-    drawn = words.new_empty(tickets) if tickets else None
+    drawn = _tickets.of(q, device, raw_stream(device), TICKET_COUNTERS, tickets).words if tickets else None
     launch(function, device, call, (q, k, v, out, lse, lse_raw, drawn, sinks, key_lists, kinds), rest)
     return out, lse, lse_raw
 

@@ -180,8 +180,9 @@ def explain(problem: Problem, config: Config) -> str:
     module = layouts.for_target(config.target)
     gpu, family = module.GPU, layouts.family(config)
     parts = family.smem_parts(config)
-    known = () if config.backward or config.cache else configs(problem, config.target, config.mechanism)
-    others = known[1:] if known[:1] == (config,) else ()
+    known = () if config.cache else configs(problem, config.target, config.mechanism)
+    others = [x for x in known[1:] if x.head_blocks == 1] if known[:1] == (config,) else []
+    where = f"a query sees {SHORT_WALK} tiles of keys at most" if not config.backward else "few rows are padding or hidden"
     lines = [
         f"problem     {problem.dtype}, head_dim {problem.head_dim} (V: {problem.head_dim_v}), {_rules(problem)}, "
         + (f"gradients of {', '.join(problem.gradients)}" if problem.gradients else "")
@@ -197,7 +198,7 @@ def explain(problem: Problem, config: Config) -> str:
         ),
         f"tiles       {config.tile_m} queries × {config.tile_n} keys, from {layouts.source(module)}; "
         f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})"
-        + "".join(f"; {x.tile_m} × {x.tile_n} where a query sees {SHORT_WALK} tiles of keys at most" for x in others),
+        + "".join(f"; {x.tile_m} × {x.tile_n} where {where}" for x in others),
         f"pipeline    {config.stages} tiles of {'Q and of dO' if config.backward else 'K and of V'} in flight; "
         f"{config.mma_warps} warps compute"
         + (", 4 more copy" if config.threads > config.mma_threads else " and copy")

@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 import cutlass
 from cutlass import Boolean, Int32, cute
 
+from cute_attn.layouts.base import TICKET_COUNTERS
 from cute_attn.sequences import Sequences, Span
 
 BLOCKS_PER_HEAD = 4  # that run at the same time, where groups are not small
@@ -54,14 +55,10 @@ class Work:
 @dataclass(frozen=True)
 class Tickets:
     """Numbers that persistent blocks draw for their tiles, so that the next one is always whose block is free first. In global
-    memory, int32: how many have been drawn; then, for each number, which one its block drew next."""
+    memory, int32: how many have been drawn, and how many blocks draw no more, zeros as every kernel leaves them
+    (``workspace.py``); then, for each number, which one its block drew next."""
 
     words: cute.Tensor
-
-    @cute.jit
-    def reset(self, stream):
-        """Before the kernel whose blocks draw."""
-        write_zeros(cute.make_tensor(self.words.iterator, cute.make_layout(1)), stream)
 
     @cute.jit
     def draw(self, first, last: Int32):
@@ -70,17 +67,26 @@ class Tickets:
         number = Int32(0)
         if cute.arch.lane_idx() == 0:
             number = cute.arch.atomic_add(self.words.iterator, Int32(1), sem="relaxed", scope="gpu")
-        number = cutlass.min(cute.arch.shuffle_sync(number, 0), self.words.shape[0] - 1)  # so many tiles at most
+        most = self.words.shape[0] - TICKET_COUNTERS  # tiles
+        number = cutlass.min(cute.arch.shuffle_sync(number, 0), most)
         if (cute.arch.lane_idx() == 0) & (first == False):  # noqa: E712
-            self.words[1 + last] = number
+            self.words[TICKET_COUNTERS + last] = number
         return number
+
+    @cute.jit
+    def end(self):
+        """A whole warp: this block draws no more. The last one leaves zeros."""
+        if cute.arch.lane_idx() == 0:
+            ended = cute.arch.atomic_add(self.words.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
+            if ended == cute.arch.grid_dim()[0] - 1:
+                self.words[0], self.words[1] = Int32(0), Int32(0)
 
     @cute.jit
     def after(self, last: Int32):
         """A whole warp: which number this block has drawn after ``last``."""
         number = Int32(0)
         if cute.arch.lane_idx() == 0:
-            number = self.words[1 + last]
+            number = self.words[TICKET_COUNTERS + last]
         return cute.arch.shuffle_sync(number, 0)
 
 

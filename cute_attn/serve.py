@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from cute_attn import launch, rules
-from cute_attn.launch import Refused, as_read, capture_of, device_target, prepared, run_on
+from cute_attn.launch import Refused, as_read, device_target, prepared, run_on
 from cute_attn.layouts import for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
 from cute_attn.lengths import Lengths
@@ -23,28 +23,13 @@ from cute_attn.plan import plan
 from cute_attn.private import raw_stream
 from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides, is_aligned
 from cute_attn.stored import UNITS_MAX, Stored, unit_tiles
+from cute_attn.workspace import Workspaces
 
 MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
 GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
 
 
-class StreamWorkspace:
-    """Memory on a tensor's device and the current stream: counters, zeros as every call leaves them, then room for partial
-    results."""
-
-    __slots__ = ("counters", "floats", "words")
-
-    def __init__(self, q: torch.Tensor, counters: int, floats: int):
-        self.counters, self.floats = -(-counters // 4) * 4, floats
-        self.words = q.new_empty(self.counters + floats, dtype=torch.float32)
-        self.words[: self.counters].zero_()
-
-    def holds(self, counters: int, floats: int) -> bool:
-        return counters <= self.counters and floats <= self.floats
-
-
-_workspaces: dict[tuple[int, int], StreamWorkspace] = {}
-_recorded: dict[tuple[int, int, int], StreamWorkspace] = {}  # of what was captured last: device, stream, which capture
+_workspaces = Workspaces(torch.float32)
 
 
 class Step:
@@ -103,32 +88,13 @@ class Step:
             q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
         out = torch.empty_like(q) if self.as_wide and q.is_contiguous() else q.new_empty(self.out_shape)
         lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
-        workspace = _workspaces.get((self.device, stream))
-        recorded = stream != 0 and torch.cuda.is_current_stream_capturing()  # which the stream 0 can't be
-        if recorded or workspace is None or not workspace.holds(*self.size):
-            workspace = self._workspace(q, stream, recorded)
+        workspace = _workspaces.of(q, self.device, stream, *self.size)
         if sinks is not None:
             sinks = sinks.detach().float().contiguous()
         room = workspace.words, workspace.counters
         arguments = q, k_cache, v_cache, out, lse, *room, sinks, captured, *where, *self.numbers, stream
         run_on(self.function, self.device, arguments)
         return out, lse
-
-    def _workspace(self, q, stream: int, recorded: bool) -> StreamWorkspace:
-        """One that is large enough: the stream's, or that of the stream in what is being captured."""
-        held: dict[tuple, StreamWorkspace] = _workspaces  # type: ignore[assignment]
-        key: tuple[int, ...] = (self.device, stream)
-        if recorded:
-            held, key = _recorded, (*key, capture_of(stream))  # type: ignore[assignment]
-            for other in [x for x in tuple(held) if x[0] == key[0] and x[2] != key[2]]:
-                held.pop(other, None)
-        old, (counters, floats) = held.get(key), self.size
-        if old is not None:
-            if old.holds(counters, floats):
-                return old
-            counters, floats = max(counters, old.counters), max(floats, old.floats)
-        found = held[key] = StreamWorkspace(q, counters, floats)
-        return found
 
 
 def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):

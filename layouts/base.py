@@ -59,6 +59,7 @@ ROW_PADDING = 128  # rows that those of ragged sequences are padded to in the ba
 # Words of a backward call's int32 signals in global memory, zeros at first: copy carefully (mainloop/guard.py), the next
 # block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
+TICKET_COUNTERS = 4  # words before the forward pass's tickets, of which two count (scheduler.py)
 STORED = 1 << 24  # what a counter is at least once dQ has been stored, where the first to come stores; below, who has come
 BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it
 NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks, and of tiles: no query sees any key of it, some see some, each sees all

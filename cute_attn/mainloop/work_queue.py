@@ -73,6 +73,8 @@ class WorkQueue:
             state.advance()
             turn += 1
             more = work.exists
+        if cutlass.const_expr(tiles.tickets is not None and begin is None):
+            tiles.tickets.end()
         return state, begun
 
     @cute.jit

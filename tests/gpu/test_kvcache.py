@@ -231,7 +231,7 @@ def test_the_same_bits_a_thousand_times(invariant):
     for _ in range(1000):
         differ += (attention_kvcache(q, **places, batch_invariant=invariant) != expected).any()
     assert differ.item() == 0
-    for workspace in serve._workspaces.values():
+    for workspace in serve._workspaces.of_streams.values():
         assert not workspace.words[: workspace.counters].view(torch.int32).count_nonzero()
 
 

@@ -47,12 +47,13 @@ def test_small(sq, sk, d, rules, mechanism):
         (200, 130, 128, 128, {"causal": True}),
         (70, 300, 96, 40, {"window": (50, 20), "softcap": 10.0}),
         (129, 161, 256, 256, {}),
+        (200, 300, 192, 128, {"causal": True}),
         (70, 4300, 128, 128, {}),
         (70, 2200, 256, 256, {"causal": True}),
         (2200, 70, 256, 256, {"causal": True}),
     ],
     ids=[
-        *("d64", "d64-causal", "d128-causal", "d96-dv40-window-softcap", "d256"),
+        *("d64", "d64-causal", "d128-causal", "d96-dv40-window-softcap", "d256", "d192-dv128"),
         *("d128-many-key-tiles", "d256-many-key-tiles", "d256-many-query-tiles"),  # more blocks than an H200 holds at once
     ],
 )
@@ -64,6 +65,19 @@ def test_small_backward(sq, sk, d, dv, rules, deterministic, mechanism):
     options = {"backend": "cute", "mechanism": mechanism, "deterministic": deterministic, "return_lse": True}
     result = torch.autograd.grad(attention(*leaves, **options, **rules), leaves, on_gpu(dout, dlse))
     assert_gradients_close([x.cpu() for x in result], q, k, v, dout, dlse, **rules)
+
+
+@pytest.mark.parametrize("rules", [{}, {"causal": True}], ids=["full", "causal"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_higher_query_tiles(rules, deterministic, monkeypatch):
+    """Several key tiles a block, so that results leave while the next tile's operands come."""
+    monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: max(choices))
+    q, k, v = make_qkv(1, 200, 4400, 4, 4, 128, 128, torch.bfloat16)
+    dout, dlse = make_gradients(q, v)
+    leaves = [x.requires_grad_() for x in on_gpu(q, k, v)]
+    result = attention(*leaves, backend="cute", mechanism="tma_wgmma", deterministic=deterministic, return_lse=True, **rules)
+    gradients = torch.autograd.grad(result, leaves, on_gpu(dout, dlse))
+    assert_gradients_close([x.cpu() for x in gradients], q, k, v, dout, dlse, **rules)
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])

@@ -171,7 +171,7 @@ class Kernel(NamedTuple):
 
 
 def compile_kernel(problem: Problem, config: Config) -> Kernel:
-    """The mainloop's; one that resets tickets may come before it."""
+    """The mainloop's."""
     code = machine_code.compiled(problem, config)
     (smem_bytes,) = code.smem_bytes or [0]
     sass = cubin.code_of(code.sass, "mainloop")

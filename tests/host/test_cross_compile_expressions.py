@@ -87,7 +87,7 @@ CASES = [
     *[FunctionCase("tma_wgmma", 128, "dropout", gradients) for gradients in ("", "qkv")],
 ]
 # Bytes of a thread's stack: masks need none where warpgroups compute.
-ROOM = {"mask": {"tma_wgmma": 0, "cp_async": 64}, "alibi": {"tma_wgmma": 0}, "all": {"tma_wgmma": 96, "cp_async": 96}}
+ROOM = {"mask": {"tma_wgmma": 0, "cp_async": 64}, "alibi": {"tma_wgmma": 0}, "all": {"tma_wgmma": 96, "cp_async": 176}}
 ROOM |= {"bias": {"tma_wgmma": 0}, "dropout": {"tma_wgmma": 0}, "listed": {"tma_wgmma": 0}}
 
 

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cute_attn import api, block_mask, kvcache, masks, reference, serve
+from cute_attn import api, block_mask, kvcache, masks, reference, serve, workspace
 from cute_attn import launch as launching
 from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
 from cute_attn.launch import Refused, packed_of
+from cute_attn.layouts.base import TICKET_COUNTERS
 from cute_attn.lengths import CHECK, NAMES, check_lengths
 from cute_attn.plan import plan
 from cute_attn.problem import Call, check_call, problem_of
@@ -35,6 +36,8 @@ def gpu(monkeypatch):
         state.current = before
 
     monkeypatch.setattr(launching, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launching, "_tickets", workspace.Workspaces(torch.int32))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launching, "_is_short", lambda *_: False)
     monkeypatch.setattr(launching, "current_device", lambda: state.current)
     monkeypatch.setattr(launching, "raw_stream", lambda index: 1000 + index)
@@ -78,7 +81,8 @@ def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, determinis
     given = named(FORWARD, arguments)
     assert torch.equal(given.key_lists, blocks.key_lists(config.tile_m, config.tile_n, 1, 4))
     assert torch.equal(given.kinds, blocks.kinds_in_a_row(1, 4))
-    assert given.tickets.shape == (1 + 4 * -(-500 // config.tile_m),)
+    assert given.tickets.numel() >= TICKET_COUNTERS + 4 * -(-500 // config.tile_m)
+    assert not given.tickets[:TICKET_COUNTERS].count_nonzero()
     gpu.log.clear()
     launching.gradients(call, None, "qkv", deterministic, q, k, v, q, torch.zeros(1, 4, 500), q, None)
     ((_, arguments),) = gpu.log
@@ -187,20 +191,22 @@ def test_a_kept_step_is_looked_at_again_if_it_is_refused_and_for_nothing_else(gp
 
 
 def test_a_capture_has_a_workspace_for_each_stream(monkeypatch):
-    step, q, capture = object.__new__(serve.Step), torch.empty(1), [7]
-    step.device, step.size = 0, (4, 100)
-    monkeypatch.setattr(serve, "_workspaces", {(0, 5): serve.StreamWorkspace(q, 4, 100)})
-    monkeypatch.setattr(serve, "_recorded", {})
-    monkeypatch.setattr(serve, "capture_of", lambda stream: capture[0])
-    first, other = step._workspace(q, 5, True), step._workspace(q, 6, True)
-    assert step._workspace(q, 5, True) is first is not other
-    step.size = 8, 50
-    larger = step._workspace(q, 5, True)
+    held, q, capture, capturing = workspace.Workspaces(torch.float32), torch.empty(1), [7], [False]
+    monkeypatch.setattr(workspace, "capture_of", lambda stream: capture[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    plain = held.of(q, 0, 5, 4, 100)
+    assert held.of(q, 0, 5, 3, 90) is plain is not held.of(q, 0, 6, 3, 90)
+    assert not plain.words[: plain.counters].count_nonzero()
+    capturing[0] = True
+    first, other = held.of(q, 0, 5, 4, 100), held.of(q, 0, 6, 4, 100)
+    assert held.of(q, 0, 5, 4, 100) is first is not other
+    assert first is not plain
+    larger = held.of(q, 0, 5, 8, 50)
     assert larger is not first
-    assert (larger.counters, larger.floats) == (8, 100)
+    assert (larger.counters, larger.room) == (8, 100)
     capture[0] = 8
-    assert step._workspace(q, 5, True) is not larger
-    assert len(serve._recorded) == 1
+    assert held.of(q, 0, 5, 8, 50) is not larger
+    assert len(held.recorded) == 1
 
 
 def test_calls_of_as_many_sequences_share_their_plans_and_no_lengths(gpu, monkeypatch):

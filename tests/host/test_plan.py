@@ -325,6 +325,7 @@ def test_higher_query_tiles():
     for changed in ({"bounded_left": True}, {"ragged": ragged}, {"dropout": True}, {"gradients": "kv"}, {"head_dim": 256}):
         assert rows(**changed) == {64}
     assert rows(head_dim=64, head_dim_v=64) == {128}
+    assert "; 80 × 128 where few rows are padding or hidden" in explain(BACKWARD, plan(BACKWARD, "sm_90a"))
 
 
 @ways
