@@ -315,8 +315,10 @@ def _tiles_from_seen(seen: torch.Tensor, across: int) -> torch.Tensor:
     last = columns.where(seen, -across - 1).cummax(3).values
     before = pad(last[..., :-1], (1, 0), value=-across - 1)
     first = columns.where(seen & (columns - before > across), 0).cummax(3).values
-    begin = first + (columns - first) // across * across
-    return torch.zeros_like(seen, dtype=torch.uint8).scatter_reduce_(3, begin, seen.byte(), "amax").bool()
+    begin, begins = first + (columns - first) // across * across, torch.zeros_like(seen)
+    for i in range(min(across, seen.shape[3])):
+        begins[..., : seen.shape[3] - i] |= seen[..., i:] & (begin[..., i:] == columns[..., : seen.shape[3] - i])
+    return begins
 
 
 def _of_tiles(x: torch.Tensor, across: int, past: bool) -> torch.Tensor:
