@@ -274,8 +274,8 @@ def test_masks_that_are_computed_ahead(origin, monkeypatch):
 @pytest.mark.parametrize("rises", [False, True])
 @pytest.mark.parametrize("kind", ["forward", "keys of a block", "queries of a block"])
 def test_ramps(kind, rises, monkeypatch):
-    """Scores with what their row lacks, and P by a log-sum-exp from which a query's part is off. A maximum that a quad shares is
-    the same in all of its threads, whose columns begin elsewhere."""
+    """Scores with what their row lacks, and P by a log-sum-exp from which a query's part is off. A maximum that a quad shares
+    is the same in all of its threads, whose columns begin elsewhere."""
     largest = 400.0  # of the quad, somewhere else in it
     monkeypatch.setattr(cute.arch, "warp_reduction_max", lambda x, threads_in_group: cute.arch.fmax(x, Float32(largest)))
     transposed, gradients, sign = kind == "keys of a block", "" if kind == "forward" else "qkv", 1.0 if rises else -1.0
