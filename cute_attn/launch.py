@@ -208,7 +208,7 @@ def _forward_as_planned(planned: _PlannedForward, call: Call, return_lse: bool, 
     key_lists = kinds = None
     if tile is not None:
         key_lists = call.blocks.key_lists(*tile, call.batch, call.heads)
-        kinds = call.blocks.kinds.expand(call.batch, call.heads, -1, -1)
+        kinds = call.blocks.kinds_in_a_row(call.batch, call.heads)
     drawn = None
     if tickets and call.plans is None:  # memory that stays is for eager calls: where torch makes graphs, it counts what is left
         drawn = q.new_zeros(TICKET_COUNTERS + tickets, dtype=torch.int32)
@@ -285,7 +285,7 @@ def _gradients_as_planned(planned: _PlannedGradients, call: Call, wanted: str, q
     found = tuple(x if name in wanted else None for name, x in gradient.items())
     dsinks = None
     if call.sinks is not None and call.sinks.requires_grad:
-        natural = call.expression and call.expression.score is not None
+        natural = call.expression and call.expression.natural
         unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
         weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
         dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)

@@ -24,9 +24,9 @@ from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_noth
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
-from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import KeyTiles, walk
-from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
+from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, key_tile, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
@@ -99,8 +99,7 @@ class Forward(Kernel):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         # float16 has no room for weights above 1, and what a function makes of scores may hide any key.
-        unchanged = not problem.expression or (bool(problem.blocks) and problem.expression.score is None)
-        self.anchored = config.dtype == "bfloat16" and unchanged
+        self.anchored = config.dtype == "bfloat16" and not problem.masks_all and not problem.expression.natural
         self.careful = problem.masked
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
@@ -276,11 +275,11 @@ class Forward(Kernel):
                     ask()
             if i < keys.count:
                 pipes.k.producer_acquire(k_state)
-                self._copy(k, tKgK[None, keys.tile(keys.place(i))], tKsK, pipes.k, k_state)
+                self._copy(k, key_tile(k, tKgK, shared.k, work, keys, keys.place(i)), tKsK, pipes.k, k_state)
                 k_state.advance()
             if i > 0:
                 pipes.v.producer_acquire(v_state)
-                self._copy(v, tVgV[None, keys.tile(keys.place_before(i))], tVsV, pipes.v, v_state)
+                self._copy(v, key_tile(v, tVgV, shared.v, work, keys, keys.place_before(i)), tVsV, pipes.v, v_state)
                 v_state.advance()
         return k_state
 
@@ -293,7 +292,7 @@ class Forward(Kernel):
         gK, gV = (work.k.rows(m, work.head_kv) for m in plain)
         finite = FiniteRows(gV)
         for i in cutlass.range(keys.count + 1, unroll=1):
-            first = keys.begin + keys.tile(keys.place(i)) * self.config.tile_n
+            first = keys.first_key(keys.place(i), self.config.tile_n)
             if i < keys.count:
                 self.acquire_for_threads(pipes.k, k_state)
                 copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite, math.nan)
@@ -347,7 +346,7 @@ class Forward(Kernel):
         o, mLSE = into
         q_phase, kv_state = state
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
-        values = values.of(work)
+        values = with_rise(values.of(work), self.problem)
         block = work.block * self.warpgroups + me.warpgroup
         keys = KeyTiles.of(values, self.problem, work.block, config)
         if cutlass.const_expr(self.anchored):
@@ -422,11 +421,13 @@ class Forward(Kernel):
             kv_state = self._skip(me, pipes, kv_state)
         # The last tile comes first, and has nothing to overlap with yet.
         top = keys.place(0)
+        masking, started = self._masking(me, tile, top, keys.last_is_masked()), self._started(me, tile)
         pipes.k.consumer_wait(kv_state)
-        acc_S = self._scores(frag, kv_state)
+        acc_S = self._scores(frag, kv_state, started)
+        masking = self._mask_ahead(me, tile, masking)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
-        self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()))
+        self._softmax(me, frag, softmax, acc_S, tile, masking)
         self._probabilities(frag, acc_S)
         self._drop(me, frag, tile, top)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
@@ -484,19 +485,21 @@ class Forward(Kernel):
         n, masked = where
         anchored = self.anchored and (masked is False if anchored is None else anchored)
         hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
+        masking, started = self._masking(me, tile, n, masked), self._started(me, tile)
         k_state = v_state.clone()
         k_state.advance()
         pipes.k.consumer_wait(k_state)
         self._wait_for_turn(me)
-        acc_S = self._scores(frag, k_state)
+        acc_S = self._scores(frag, k_state, started)
         if cutlass.const_expr(self.config.rescale_early and not anchored):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         pipes.v.consumer_wait(v_state)
         self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
         self._pass_turn(me)
+        masking = self._mask_ahead(me, tile, masking)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
-        self._softmax(me, frag, softmax, acc_S, tile, where, hold, anchored)
+        self._softmax(me, frag, softmax, acc_S, tile, masking, hold, anchored)
         self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
@@ -512,9 +515,24 @@ class Forward(Kernel):
         scale_rows(rows_columns(frag.acc_O), frag.rescale)
         frag.rescale.fill(1.0)
 
-    def _scores(self, frag: ForwardFragments, k_state):
+    def _started(self, me: ForwardWorker, tile: WarpgroupTile):
+        """What Q·Kᵀ is to be added to, if anything."""
+        return Scores(me.cS, tile.values, self.problem).started(self.registers("S", self.config.tile_n))
+
+    def _scores(self, frag: ForwardFragments, k_state, started):
         """Issue S = Q·Kᵀ; the caller waits."""
-        return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index])
+        return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], started)
+
+    def _masking(self, me: ForwardWorker, tile: WarpgroupTile, n, masked):
+        """``(origin, whether to mask, kinds of blocks)`` of the key tile at a place."""
+        origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
+        if masked is False:
+            return origin, masked, None
+        return origin, masked, Scores(me.cS, tile.values, self.problem).kinds(origin)
+
+    def _mask_ahead(self, me: ForwardWorker, tile: WarpgroupTile, masking):
+        """The same with what is seen in blocks that are cut, while the tensor cores are at the scores."""
+        return *masking[:2], Scores(me.cS, tile.values, self.problem).seen(*masking)
 
     @cute.jit
     def _softmax(
@@ -524,24 +542,23 @@ class Forward(Kernel):
         softmax: Softmax,
         acc_S,
         tile: WarpgroupTile,
-        where,
+        masking,
         hold=None,
         anchored: cutlass.Constexpr[bool] = False,
     ):
-        n, masked = where
-        origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-        Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
+        origin, masked, seen = masking
+        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True, seen=seen)
         if cutlass.const_expr(anchored):
-            softmax.anchored_step(rows_columns(acc_S))
+            softmax.anchored_step(rows_columns(acc_S), begins)
         else:
-            softmax.step(rows_columns(acc_S), frag.rescale, hold)
+            softmax.step(rows_columns(acc_S), frag.rescale, hold, begins)
 
     @cute.jit
     def _drop(self, me: ForwardWorker, frag: ForwardFragments, tile: WarpgroupTile, n):
         """Dropout of P."""
         if cutlass.const_expr(self.problem.dropout):
             # Numbers that are drawn ahead would take registers that scores still have.
-            origin = (used_here(tile.row_first), tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
+            origin = (used_here(tile.row_first), tile.keys.first_key(n, self.config.tile_n))
             Scores(me.cS, tile.values, self.problem).drop(frag.tOrP, origin)
 
     @cute.jit

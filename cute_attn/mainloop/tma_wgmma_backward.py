@@ -29,7 +29,7 @@ from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import of_keys
-from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
@@ -114,8 +114,8 @@ class Backward(KeyBlocks):
         self.early_dv = config.tile_m // 32
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones,
         # and of ragged sequences, where some positions have none, it draws tickets. Only where blocks share a tile has each of
-        # them but one; and with lists, unless dQ has a fixed order.
-        self.persistent = config.head_blocks == 1 and (not problem.blocks or problem.deterministic)
+        # them but one.
+        self.persistent = config.head_blocks == 1
         self.draws = problem.masked or problem.deterministic or bool(problem.ragged)
         self.skips_unseen = bool(problem.ragged)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
@@ -335,7 +335,7 @@ class Backward(KeyBlocks):
         me = self._worker()
         k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
         work, members = where
-        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config).of_warpgroup(me.warpgroup)
         key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
         frag = self._fragments(me, shared)
         hides = Boolean(False) if cutlass.const_expr(self.problem.masked) else None
@@ -347,13 +347,14 @@ class Backward(KeyBlocks):
         else:
             if visited.count > 0:
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
-        i = Int32(0)
+        i, round = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
-            m_block, member = visited.tile(i, j // visited.count, self.problem)
+            m_block, member = visited.tile(i, round, self.problem)
             tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
-            of_head = values.of_head(work.head + member)
+            of_head = with_rise(values.of_head(work.head + member), self.problem)
             state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
+            round = round + 1 if i == 0 else round
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
         if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on

@@ -80,7 +80,7 @@ def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, determinis
     ((_, arguments),) = gpu.log
     given = named(FORWARD, arguments)
     assert torch.equal(given.key_lists, blocks.key_lists(config.tile_m, config.tile_n, 1, 4))
-    assert torch.equal(given.kinds, blocks.kinds.expand(1, 4, -1, -1))
+    assert torch.equal(given.kinds, blocks.kinds_in_a_row(1, 4))
     assert given.tickets.numel() >= TICKET_COUNTERS + 4 * -(-500 // config.tile_m)
     assert not given.tickets[:TICKET_COUNTERS].count_nonzero()
     assert not launching._tickets.of_streams, "memory that stays, of a call that isn't kept"
