@@ -250,7 +250,7 @@ class CastQueries:
         count = len(self.pieces)
         block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
         m_block, piece = block // count, block % count
-        span, row_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
+        span, row_first, _ = _padded_span(sequences, m_block * self.config.tile_m, batch)
         in_use = None if span.first is None else row_first < span.length
         if cutlass.const_expr(counters is not None):
             in_use = counters[m_block, head, batch] != 0
