@@ -38,7 +38,9 @@ WGMMA_MIXED: dict[int, dict[str, Any]] = {
     256: {"separate_o": True},
 }
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -> registers of a computing, copying thread
-REGISTERS_OF_DQ = (232, 40)  # dQ alone leaves a computing thread with some to spare, and a copying one needs more than 24
+# dQ alone leaves a computing thread with some to spare, and a copying one needs more than 24; so do lists of tiles for heads
+# of up to 64 columns.
+REGISTERS_TO_COPY = (232, 40)
 
 # The same for the backward pass. Up to 128, a computing warpgroup owns 64 keys, and both head dims are padded to the wider.
 WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
@@ -96,7 +98,8 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     if mechanism == "cp_async":
         return mma_sync.configs(problem, MMA_SYNC_TABLE, target, MMA_SYNC_SHORT)
     if problem.gradients:
-        registers = REGISTERS_OF_DQ if problem.gradients == "q" else REGISTERS[2]
+        narrow = max(problem.head_dim, problem.head_dim_v) <= 64
+        registers = REGISTERS_TO_COPY if problem.gradients == "q" or (problem.blocks and narrow) else REGISTERS[2]
         tables = WGMMA_BACKWARD_TABLE, WGMMA_BACKWARD_ORDERED, WGMMA_BACKWARD_TALL, WGMMA_WIDE
         return wgmma_backward.configs(problem, *tables, registers, target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)

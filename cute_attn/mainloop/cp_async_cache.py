@@ -193,7 +193,8 @@ class Forward:
         i, before = keys.find(at, lanes)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
             i, before, at = next_part(keys, i, before, at, end)
-        head_kv, row_tile, begin, stage, parity = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
+        head_kv, row_tile, begin = Int32(0), Int32(0), Int32(0)
+        stage, parity, written = Int32(0), Int32(0), Int32(0)
         if at < end:
             sequence = keys.sequence(i)
             part, _ = part_of_stretch(keys, sequence, before, at, end)
@@ -201,7 +202,7 @@ class Forward:
             self._begin(block, serving, self._seen(serving, sequence, part))
         while at < end:
             start = PartStart(i, head_kv, row_tile, begin, at)
-            i, head_kv, row_tile, begin, at, stage = self._part(block, serving, start, end, stage, parity)
+            i, head_kv, row_tile, begin, at, stage, written = self._part(block, serving, start, end, stage, parity, written)
             parity = 1 - parity
 
     # ---- setup -----------------------------------------------------------------------------------------------------
@@ -349,9 +350,10 @@ class Forward:
             cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def _part(self, block: CacheBlock, serving: Serving, start: PartStart, end, stage, parity):
+    def _part(self, block: CacheBlock, serving: Serving, start: PartStart, end, stage, parity, written):
         """A part whose first copies have started, as many as there are stages, the first to ``stage``, and those of its queries
-        to the place ``parity``. Returns the next one's start, and its stage."""
+        to the place ``parity``. ``written`` parts of the same walk that the block has computed before it are in no counter yet.
+        Returns the next one's start, its stage, and how many are written by then."""
         config, keys, ahead = self.config, serving.keys, self.config.stages
         seen = self._part_from(serving, start, end)
         after = start_after(keys, seen.sequence, seen.part)
@@ -404,8 +406,14 @@ class Forward:
         self._merge(block, serving, seen, places, rows, softmax, self._exchanged(block, free))
         cute.arch.sync_threads()  # the slot is free, and what all have written is there for whoever sees that they have arrived
         self._copy_ahead(block, serving, seen, then, seen.count + ahead - 1, free, parity)
-        self._arrive(block, serving, seen, places)
-        return after.sequence, after.head_kv, after.row_tile, after.begin, after.at, stage
+        if cutlass.const_expr(not self.problem.invariant):
+            self._arrive(block, serving, seen, places, 1)
+        else:
+            written += 1
+            if (after.at >= end) | (after.begin == 0):  # the block's last part of this walk: one fence for all of them
+                self._arrive(block, serving, seen, places, written)
+                written = Int32(0)
+        return after.sequence, after.head_kv, after.row_tile, after.begin, after.at, stage, written
 
     @cute.jit
     def _poison(self, block: CacheBlock, slot):
@@ -499,18 +507,19 @@ class Forward:
         return cutlass.min(seen.sequence.queries * serving.keys.packed - first, self.config.tile_m)
 
     @cute.jit
-    def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces):
-        """What all threads found is written: if it is the last part of its walk to be, merge all parts."""
+    def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
+        """What all threads found of this part is written, and of ``written`` parts in all of its walk since the block last said
+        so: if these are the last ones, merge all parts."""
         workspace = serving.workspace
         if places.parts > 1:
             if cute.arch.thread_idx()[0] == 0:
                 counter = workspace.counters.iterator + places.counter
-                arrived = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
-                if arrived == places.parts - 1:
+                arrived = cute.arch.atomic_add(counter, Int32(written), sem="acq_rel", scope="gpu")
+                if arrived == places.parts - written:
                     workspace.counters[places.counter] = Int32(0)
                 block.word[0] = arrived
             cute.arch.sync_threads()
-            if block.word[0] == places.parts - 1:
+            if block.word[0] == places.parts - written:
                 self._merge_parts(serving, seen, places, self._exist(serving, seen))
 
     @cute.jit

@@ -6,6 +6,7 @@ from collections import namedtuple
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import accumulate, groupby
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
@@ -46,15 +47,16 @@ class Seen:
 
 
 class Block:
-    """A block, of one group, that computes parts of so many tiles, and what its shared memory holds."""
+    """A block, of one group, that computes parts of so many tiles, of these ``walks``, and what its shared memory holds."""
 
-    def __init__(self, counts, stages):
-        self.counts, self.config = counts, SimpleNamespace(stages=stages, tile_d=1, tile_dv=1, tile_m=16, tile_n=1)
-        self.problem = SimpleNamespace(head_dim=1, head_dim_v=1, masks_all=False, masked=False)
+    def __init__(self, counts, walks, stages, invariant):
+        self.counts, self.walks = counts, walks
+        self.config = SimpleNamespace(stages=stages, tile_d=1, tile_dv=1, tile_m=16, tile_n=1)
+        self.problem = SimpleNamespace(head_dim=1, head_dim_v=1, masks_all=False, masked=False, invariant=invariant)
         self.group = self.keys_of_group = self.thread = 0
         self.mma_O = self.mma_S = MagicMock()
         self.slots, self.queries = [None] * stages, [None, None]
-        self.pending, self.groups, self.exchanged, self.computed = [], [], [], []
+        self.pending, self.groups, self.computed, self.arrived = [], [], [], []
 
     def commit(self):
         self.groups.append(self.pending)
@@ -102,25 +104,37 @@ class Block:
     def _copy_ahead(self, *what):
         Kernel._copy_ahead.__wrapped__(self, *what)
 
-    _publish = _sync_group = _merge = _arrive = lambda self, *_: None
+    def start_after(self, keys, sequence, part):
+        """Of the same walk, it begins behind that one's first tile."""
+        following = part.number + 1
+        return Start(following, begin=int(self.walks[part.number : following + 1].count(self.walks[part.number]) > 1))
+
+    def _arrive(self, block, serving, seen, places, written):
+        self.arrived.append([*range(self.part - written + 1, self.part + 1)])
+
+    _publish = _sync_group = _merge = lambda self, *_: None
 
     def run(self):
         """All parts; the numbers of parts are their places, too."""
-        self.part, stage, parity, end = 0, 0, 0, len(self.counts)
+        self.part, stage, parity, written, end = 0, 0, 0, 0, len(self.counts)
         Kernel._begin.__wrapped__(self, self, SERVING, self._part_from(SERVING, Start(0), end))
         while self.part < end:
-            *_, at, stage = Kernel._part.__wrapped__(self, self, SERVING, Start(self.part), end, stage, parity)
+            start = Start(self.part)
+            *_, at, stage, written = Kernel._part.__wrapped__(self, self, SERVING, start, end, stage, parity, written)
             assert at == self.part + 1
             self.part, parity = at, 1 - parity
         self.wait(0)
 
 
-@given(st.lists(st.integers(0, 7), min_size=1, max_size=9), st.integers(2, 6))
-def test_every_tile_is_there_when_it_is_computed_with(counts, stages):
-    block = Block(counts, stages)
+@given(st.lists(st.tuples(st.integers(0, 7), st.booleans()), min_size=1, max_size=9), st.integers(2, 6), st.booleans())
+def test_every_tile_is_there_when_it_is_computed_with(parts, stages, invariant):
+    """And each part is said to be written once, with others of its walk if its keys are split at fixed places."""
+    counts = [count for count, _ in parts]
+    walks = [*accumulate(int(first) for _, first in parts)]
+    block = Block(counts, walks, stages, invariant)
     names = Kernel._part.__wrapped__.__globals__
     plainly = {
-        "start_after": lambda keys, sequence, part: Start(part.number + 1),
+        "start_after": block.start_after,
         "_either": lambda condition, x, y: x if condition else y,
         "places_of": MagicMock(),
         "KeySource": lambda number, *_: SimpleNamespace(number=number),
@@ -136,3 +150,5 @@ def test_every_tile_is_there_when_it_is_computed_with(counts, stages):
         block.run()
     assert block.computed == [(part, n) for part, count in enumerate(counts) for n in range(count)]
     assert not block.pending
+    together = groupby(range(len(counts)), key=walks.__getitem__ if invariant else None)
+    assert block.arrived == [[*of_walk] for _, of_walk in together]
