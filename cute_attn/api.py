@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _ON_GPU = frozenset({"auto", "cute"})
 _NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
 _kept: dict[tuple, Any] = {}  # a Call, or, of ragged sequences, what one is made of
+LEAST_SCALE_OF_RAMPS = 2.0**-40  # they are divided by the scale, and must stay far from infinity
 KEPT_MAX = 1024  # calls; each of another shape or rule
 _UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
 
@@ -381,8 +383,12 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
         if "torch._dynamo" in sys.modules and not _UNSEEN:
             _UNSEEN.append(torch.compiler.disable(traced))
         trace = _UNSEEN[0] if _UNSEEN else traced
-        found = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths)
-        call.expression, call.captured = found
+        behind = call.right is not None and call.right <= 0
+        expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths, behind)
+        # The sinks' gradient takes the log-sum-exp, of which the backward pass takes off a part of a ramp.
+        if expression.ramp is not None and (call.softcap or call.sinks is not None or call.scale < LEAST_SCALE_OF_RAMPS):
+            expression = replace(expression, ramp=None)
+        call.expression = expression
 
 
 def _checked_dropout(p: object) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 from functools import partial
 
 import cutlass
@@ -29,6 +30,7 @@ from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.fours import FOUR, offsets, to_memory
 from cute_attn.mainloop.guard import LOWEST, finite_row
+from cute_attn.mainloop.scores import rise_in_block, with_rise
 from cute_attn.scheduler import Tiles, write_zeros
 from cute_attn.sequences import Sequences, Span
 
@@ -36,8 +38,7 @@ from cute_attn.sequences import Sequences, Span
 def host_function(problem, config):
     """The function of :data:`~cute_attn.fields.BACKWARD`'s values to compile."""
     mainloop = importlib.import_module(f"cute_attn.mainloop.{config.backward}").Backward(problem, config)
-    row_values = RowValues(problem, config)
-    cast = CastQueries(problem, config, skips_unused=getattr(mainloop, "clears_queries", False))
+    row_values, cast = RowValues(problem, config), CastQueries(problem, config)
 
     @cute.jit
     def backward(*arguments):
@@ -65,13 +66,14 @@ def host_function(problem, config):
         long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
-        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, dq if cast.skips_unused else None)
+        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
         if cutlass.const_expr(signals is not None):
             write_zeros(signals.words, given.stream)
 
-        row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, given.stream)
+        of_ramp = values if cutlass.const_expr(problem.expression.ramp is not None) else None
+        row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, of_ramp, given.stream)
         mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)
         if cutlass.const_expr(dq_sum is not None):
             cast.launch(dq_sum, dq, values, signals, sequences, given.stream)
@@ -88,13 +90,13 @@ def _rows_from(m: cute.Tensor | None, first: Int32) -> cute.Tensor | None:
 
 
 def _padded_span(sequences: Sequences | None, row, batch):
-    """The queries of the sequence that a row of what is padded belongs to, ``(span, row within it)``."""
+    """The queries of the sequence that a row of what is padded belongs to, ``(span, row within it, number)``."""
     if sequences is None:
-        return Span(batch), row
+        return Span(batch), row, batch
     q = sequences.q
     i, _, _ = q.at(row // ROW_PADDING, sequences.count, ROW_PADDING)
     span = q.span(i, sequences.count)
-    return span, row - span.padded
+    return span, row - span.padded, i
 
 
 def _place(blocks, heads):
@@ -123,33 +125,34 @@ class RowValues:
         self.steps = ROW_PADDING // self.rows if problem.ragged else 1
 
     @cute.jit
-    def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, stream):
+    def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp, stream):
         padded, heads, batch = rows.delta.shape
         mQ = mQ if self.problem.masked else None
-        self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals, sequences).launch(
+        self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals, sequences, of_ramp).launch(
             grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
             block=[self.threads, 1, 1],
             stream=stream,
-            preferred_smem_carveout=100,  # as the kernel that comes next has it
         )
 
     @cute.kernel
-    def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences):
+    def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp):
         block, head, batch = _place(cute.ceil_div(rows.delta.shape[0], self.rows * self.steps), rows.delta.shape[1])
         where = head, batch
         inputs = mQ, mO, mdO, mLSE_raw, mdLSE
+        of_place = lambda number: None if of_ramp is None else replace(of_ramp, head=head, sequence=number)  # noqa: E731
         if cutlass.const_expr(sequences is None):
-            self._rows(inputs, rows, dq_sum, signals, Span(batch), where, block * self.rows, block)
+            self._rows(inputs, rows, dq_sum, signals, Span(batch), where, block * self.rows, block, of_place(batch))
         else:
-            span, row = _padded_span(sequences, block * ROW_PADDING, batch)
+            span, row, number = _padded_span(sequences, block * ROW_PADDING, batch)
             if row < span.length:  # nobody reads those of other tiles
                 for step in cutlass.range(self.steps, unroll=1):
-                    self._rows(inputs, rows, dq_sum, signals, span, where, row + step * self.rows, block * self.steps + step)
+                    group = block * self.steps + step
+                    self._rows(inputs, rows, dq_sum, signals, span, where, row + step * self.rows, group, of_place(number))
 
     @cute.jit
-    def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group):
+    def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group, of_ramp):
         """As many rows of a sequence as a block takes at once, from ``first`` on: ``group`` of all. All that is read is asked
-        for before any of it is used."""
+        for before any of it is used. ``of_ramp`` are the values of the sequence and head, where there is a ramp."""
         mO, mdO = (span.rows(m, where[0]) for m in inputs[1:3])
         mLSE_raw = span.row_values(inputs[3], where[0])
         thread = cute.arch.thread_idx()[0]
@@ -170,6 +173,8 @@ class RowValues:
             total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
             if place == 0:
                 padded = group * self.rows + j * self.apart + thread // self.threads_per_row
+                if cutlass.const_expr(of_ramp is not None):
+                    lse = lse - rise_in_block(with_rise(of_ramp, self.problem), self.problem, row + j * self.apart)
                 self._row(inputs, rows, signals, span, where, row + j * self.apart, padded, lse, total)
         if cutlass.const_expr(dq_sum is not None and not self.first_stores):
             clear = partial(self._clear, dq_sum[None, None, None, *where], group, thread)
@@ -224,9 +229,8 @@ class CastQueries:
     """dQ = scale · its sums, in the inputs' dtype. A block takes the piece of one group of computing threads, each thread
     what it holds of it as an accumulator."""
 
-    def __init__(self, problem, config, skips_unused: bool):
+    def __init__(self, problem, config):
         self.problem, self.config = problem, config
-        self.skips_unused = skips_unused  # what has no row in use: the mainloop writes zeros there, beside its products
         self.lay = layouts.family(config)
         self.pieces = self.lay.pieces(config)
         # Whether a query tile's sums may be nothing yet: no key tile has come to it.
@@ -246,9 +250,8 @@ class CastQueries:
         count = len(self.pieces)
         block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
         m_block, piece = block // count, block % count
-        span, tile_first = _padded_span(sequences, m_block * self.config.tile_m, batch)
-        row_first = tile_first
-        in_use = None if span.first is None else tile_first < span.length
+        span, row_first, _ = _padded_span(sequences, m_block * self.config.tile_m, batch)
+        in_use = None if span.first is None else row_first < span.length
         if cutlass.const_expr(counters is not None):
             in_use = counters[m_block, head, batch] != 0
         mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
@@ -262,9 +265,7 @@ class CastQueries:
             self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
         elif in_use:
             self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
-        elif cutlass.const_expr(not self.skips_unused):  # noqa: SIM114
-            self._clear(mdQ, length, (row_first, column_first))
-        elif tile_first < span.length:  # rows in use that no key tile has come to
+        else:
             self._clear(mdQ, length, (row_first, column_first))
 
     @cute.jit

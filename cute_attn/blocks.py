@@ -8,14 +8,15 @@ which are made of the kinds when a tile shape first asks for them, and kept:
     (cut tiles, all tiles, …, in turn, tile, tile, …, unused)     int32; HEADER words, the tiles that are cut, whole ones
 
 For each query tile a list of key tiles, last ones first, and for each key tile one of query tiles, of all query heads that
-share the keys. The lower TILE_BITS bits of an entry are the tile's number.
+share the keys. The lower TILE_BITS bits of an entry are a query tile's number, or that of a key tile's first block: key tiles
+begin at the first block that the query tile sees, and anew behind a gap.
 
 - **Of key tiles** lists with the most of them are taken first: ``in turn``, in the i-th list of a head, is the number of the
   i-th list to be taken. Those that are cut and come before all whole ones, as a window's left edge does, are the last in a
   list; the third word says where they begin. Above an entry's number are two bits for each 64 rows of the query tile: whether
   they see none of its keys, or all.
-- **Of query tiles** an entry also has which member of the heads that share the keys it is of. Where all heads have the same
-  mask, there are entries of one, each for as many heads as the third word says.
+- **Of query tiles** an entry also has which member of the heads that share the keys it is of, and below that a bit for each 64
+  keys of two: whether all of the tile's queries see them.
 
 Memory is taken by blocks and tiles, never by pairs of a query and a key.
 """
@@ -31,12 +32,23 @@ from torch.nn.functional import pad
 
 from cute_attn.arguments import shown
 from cute_attn.expressions import Expression, TorchOps, traced
-from cute_attn.layouts.base import BLOCK, CUT, NONE, TILE_BITS, UNSEEN_BIT, WARPGROUP_BITS, WHOLE, WHOLE_BIT
+from cute_attn.layouts.base import (
+    BLOCK,
+    CUT,
+    KIND_BITS,
+    MEMBER_BIT,
+    NONE,
+    TILE_BITS,
+    UNSEEN_BIT,
+    WARPGROUP_BITS,
+    WHOLE,
+    WHOLE_BIT,
+)
 from cute_attn.private import raw_stream
 
 ROWS_OF_WARPGROUP = 64
 LENGTH_MAX = BLOCK << TILE_BITS
-MEMBERS_MAX = 1 << (31 - TILE_BITS)
+MEMBERS_MAX = 1 << (31 - MEMBER_BIT)
 PIECE = 1 << 22  # pairs of a query and a key that torch looks at at a time
 _SHADES = " ░█"
 _COLOURS = {CUT: "#9ecae1", WHOLE: "#08519c"}
@@ -97,6 +109,16 @@ class BlockMask:
         """How many key tiles before each one a query tile visits, int32 ``(batch, heads, m_blocks, n_blocks)``."""
         return self._keep("ranks", self._ranks, tile_m, tile_n).expand(batch, heads, -1, -1)
 
+    def kinds_in_a_row(self, batch: int, heads: int) -> torch.Tensor:
+        """Of each block the kinds of it and the next ones in its row, two bits each from the lowest on, uint8, as ``kinds``."""
+        return self._keep("kinds", self._kinds_in_a_row).expand(batch, heads, -1, -1)
+
+    def _kinds_in_a_row(self) -> torch.Tensor:
+        found = self.kinds.clone()
+        for i in range(1, 8 // KIND_BITS):
+            found[..., :-i] |= self.kinds[..., i:] << i * KIND_BITS
+        return found
+
     def _seen(self, tile_m: int, tile_n: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Whether no key of a tile is seen, and whether all of them are, by each ``rows`` of its rows, bool ``(batch, heads,
         m_blocks, tile_m / rows, n_blocks)``. Rows that there aren't see none and all."""
@@ -108,38 +130,44 @@ class BlockMask:
         return high.amax((4, 6)).eq(NONE), low.amin((4, 6)).eq(WHOLE)
 
     def _key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
-        by_warpgroup = tile_m % ROWS_OF_WARPGROUP == 0
-        none, every = self._seen(tile_m, tile_n, ROWS_OF_WARPGROUP if by_warpgroup else tile_m)
-        kinds, tiles = _kinds_of_all(none, every), none.shape[-1]
-        numbers = torch.arange(tiles, dtype=torch.int32, device=kinds.device)
+        across, by_warpgroup = tile_n // BLOCK, tile_m % ROWS_OF_WARPGROUP == 0
+        none, every = self._seen(tile_m, BLOCK, ROWS_OF_WARPGROUP if by_warpgroup else tile_m)
+        begins = _tiles_from_seen(none.all(3).logical_not(), across)
+        none, every = (_of_tiles(x, across, past) for x, past in ((none, True), (every, False)))
+        numbers = torch.arange(begins.shape[3], dtype=torch.int32, device=begins.device)
+        kinds = _kinds_of_all(none, every) * begins
         # Those that are cut and come before all whole ones; where there is none of these, none.
-        after = numbers < kinds.eq(WHOLE).byte().argmax(3, keepdim=True) if tiles else numbers.bool()
+        after = numbers < kinds.eq(WHOLE).byte().argmax(3, keepdim=True) if len(numbers) else begins
         entries = numbers.expand(kinds.shape)
         if by_warpgroup:
             said = none.int() << UNSEEN_BIT | every.int() << WHOLE_BIT
             bits = TILE_BITS + WARPGROUP_BITS * torch.arange(said.shape[3], dtype=torch.int32, device=kinds.device)
             entries = numbers | (said << bits[:, None]).sum(3, dtype=torch.int32)
-        order = (kinds - CUT) | (after.byte() << 1)  # 0, 1 if whole, 2 at the end; and 255
+        order = (kinds - CUT) | (after.byte() << 1)  # 0, 1 if whole, 2 at the end; and 253 or more
         order, where = order.flip(3).sort(dim=-1, stable=True)
         cut, whole_end, total = ((order < past).sum(3) for past in (1, 2, 3))
         in_turn = total.argsort(dim=-1, descending=True, stable=True)
-        return _listed(entries.flip(3).gather(3, where), cut, total, whole_end, in_turn)
+        entries = entries.flip(3).gather(3, where[..., : -(-len(numbers) // across)])
+        return _listed(entries, cut, total, whole_end, in_turn)
 
     def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
-        kinds = self.tiles(tile_m, tile_n).transpose(2, 3)
-        numbers = torch.arange(kinds.shape[3], dtype=torch.int32, device=kinds.device)
-        if self.heads == 1:
-            return self._cut_first(kinds, numbers, members)
-        numbers = numbers + (torch.arange(members, dtype=torch.int32, device=kinds.device) << TILE_BITS)[:, None]
-        kinds = kinds.unflatten(1, (-1, members)).transpose(2, 3).flatten(3)
-        return self._cut_first(kinds, numbers.flatten(), 1)
+        kinds = self.tiles(tile_m, tile_n)
+        numbers = torch.arange(kinds.shape[2], dtype=torch.int32, device=kinds.device)[:, None].expand(kinds.shape)
+        if tile_n == 2 * ROWS_OF_WARPGROUP:
+            halves = self.tiles(tile_m, ROWS_OF_WARPGROUP)
+            every = pad(halves, (0, halves.shape[3] % 2)).eq(WHOLE).int().unflatten(3, (-1, 2))
+            numbers = numbers | every[..., 0] << TILE_BITS | every[..., 1] << TILE_BITS + 1
+        of_members = torch.arange(members, dtype=torch.int32, device=kinds.device) << MEMBER_BIT
 
-    @staticmethod
-    def _cut_first(kinds: torch.Tensor, numbers: torch.Tensor, repeats: int) -> torch.Tensor:
-        order, where = (kinds - CUT).sort(dim=-1, stable=True)  # 0, 1 if whole, and 255
+        def of_key_tiles(x: torch.Tensor) -> torch.Tensor:
+            """(batch, key heads, n_blocks, member · query tile) of (batch, heads, m_blocks, n_blocks)."""
+            x = x.expand(-1, members, -1, -1) if self.heads == 1 else x
+            return x.unflatten(1, (-1, members)).permute(0, 1, 4, 2, 3)
+
+        order, where = (of_key_tiles(kinds) - CUT).flatten(3).sort(dim=-1, stable=True)  # 0, 1 if whole, and 255
         cut, total = (order < 1).sum(3), (order < 2).sum(3)
-        header = cut, total, torch.full_like(cut, repeats), torch.zeros_like(cut)
-        return _listed(numbers.expand(kinds.shape).gather(3, where), *header)
+        entries = (of_key_tiles(numbers) | of_members[:, None]).flatten(3).gather(3, where)
+        return _listed(entries, cut, total, torch.zeros_like(cut), torch.zeros_like(cut))
 
     def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
         seen = self.tiles(tile_m, tile_n).ne(NONE).int()
@@ -276,6 +304,27 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
                 some, every = (x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)) for x in (some, every))
                 first = m // BLOCK
                 kinds[b, h, first : first + len(some)] = some.any(3).any(1).byte() + every.all(3).all(1).byte()
+
+
+def _tiles_from_seen(seen: torch.Tensor, across: int) -> torch.Tensor:
+    """Of columns of blocks, whether a tile of ``across`` begins there, so that each that is ``seen`` is in one tile: one after
+    another from the first seen one on, and anew from the next one where so many aren't."""
+    columns = torch.arange(seen.shape[3], device=seen.device).expand(seen.shape)
+    if not seen.numel():
+        return seen
+    last = columns.where(seen, -across - 1).cummax(3).values
+    before = pad(last[..., :-1], (1, 0), value=-across - 1)
+    first = columns.where(seen & (columns - before > across), 0).cummax(3).values
+    begin, begins = first + (columns - first) // across * across, torch.zeros_like(seen)
+    for i in range(min(across, seen.shape[3])):
+        begins[..., : seen.shape[3] - i] |= seen[..., i:] & (begin[..., i:] == columns[..., : seen.shape[3] - i])
+    return begins
+
+
+def _of_tiles(x: torch.Tensor, across: int, past: bool) -> torch.Tensor:
+    """Of tiles that begin at each column of blocks, whether ``x`` is true of all their columns; past the end it is ``past``."""
+    held = pad(x, (0, across - 1), value=past)
+    return held.unfold(-1, across, 1).all(-1) if x.numel() else x
 
 
 def _kinds_of_all(none: torch.Tensor, every: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,9 @@ gradient's factor ds'/ds is one more output of the same graph, and where it is 1
 with an element of a captured tensor in the place of s gives that tensor's gradient: each node that loads one which requires a
 gradient is a direction of its own.
 
+**A ramp** is a score to which a multiple of positions is added, and nothing else is done (ALiBi, where all keys that are seen
+come before the query). Kernels need no conversion of each distance then, and scores keep the unit that products have.
+
 **Indices** that are too large read a dimension's last element, and those below 0 its first one: a score is computed before the
 mask hides it, and where it is hidden an index may be anything.
 """
@@ -65,13 +68,28 @@ class Partial(NamedTuple):
     fours: bool = False
 
 
+class Ramp(NamedTuple):
+    """``score + sign · factor · (Σ coefficient · position + constant)``: ``factor`` is a node that depends on the batch and the
+    head alone, and coefficients are ints."""
+
+    factor: int
+    sign: int
+    coefficients: tuple[tuple[str, int], ...]
+    constant: int
+
+    def of(self, name: str) -> int:
+        """The coefficient of a position."""
+        return dict(self.coefficients).get(name, 0)
+
+
 @dataclass(frozen=True)
 class Expression:
     """What a mask and a score compute. Without functions it is empty, and false.
 
     ``mask``, ``score`` and ``slope`` are numbers of nodes: whether a query sees a key; the score; its derivative by the score
     it was given, ``None`` where that is 1. ``tensors`` is of each captured one its dtype, as torch names it, its rank, and
-    how many neighbours can be loaded at once; ``partials`` are the derivatives by those that require a gradient.
+    how many neighbours can be loaded at once; ``partials`` are the derivatives by those that require a gradient. ``ramp`` is
+    what the score is, if it is one that the kernels may take as such.
     """
 
     nodes: tuple = ()
@@ -80,6 +98,7 @@ class Expression:
     slope: int | None = None
     tensors: tuple = ()
     partials: tuple[Partial, ...] = ()
+    ramp: Ramp | None = None
 
     def __bool__(self) -> bool:
         return bool(self.nodes)
@@ -89,7 +108,12 @@ class Expression:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.nodes, self.mask, self.score, self.slope, self.tensors, self.partials))
+        return hash((self.nodes, self.mask, self.score, self.slope, self.tensors, self.partials, self.ramp))
+
+    @property
+    def natural(self) -> bool:
+        """Whether kernels compute the score, in natural logarithms."""
+        return self.score is not None and self.ramp is None
 
     @cached_property
     def without_partials(self) -> Expression:
@@ -514,11 +538,11 @@ class Tracing(TorchFunctionMode):
 
 def traced(
     mask: Callable | None, score: Callable | None, tensors: Any, alibi_slopes, q: torch.Tensor, heads: int, batch: int,
-    bias: torch.Tensor | None = None, lengths: tuple[int, int] | None = None,
+    bias: torch.Tensor | None = None, lengths: tuple[int, int] | None = None, behind: bool = False,
 ):  # fmt: skip
     """``(expression, captured tensors)`` of what a user passes: a mask and a score, what they get beside positions, and the
     slopes of ALiBi and a bias, which are added last. Calls each function once. ``lengths`` are (seqlen_q, seqlen_k), None where
-    sequences have their own.
+    sequences have their own. ``behind``: no query sees a key that comes after the one it is aligned with.
 
     Raises ``TypeError``, ``ValueError`` and ``NotImplementedError`` for what a function can't do, or tensors that don't fit.
     """
@@ -533,7 +557,7 @@ def traced(
     code = getattr(mask if mask is not None else score if score is not None else _alibi, "__code__", None)
     sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
     element = element_of(bias) if bias is not None and _is_bias(bias, q, sizes) else None
-    given = mask, score, tuple(tensors), alibi_slopes, element, q.device, torch.is_grad_enabled()
+    given = mask, score, tuple(tensors), alibi_slopes, element, q.device, torch.is_grad_enabled(), behind
     kept = memo.find(code, given, lambda trace, captured: _fits(trace, captured, sizes))
     if kept is not None:
         (expression, _), captured = kept
@@ -548,7 +572,7 @@ def traced(
         scored = graph.symbol(_called(graph, "score", score, (scored, batch_, head, q_idx, kv_idx, *tensors), "float"))
     if alibi_slopes is not None:
         arguments = (scored, batch_, head, q_idx, kv_idx, shift, alibi_slopes)
-        scored = graph.symbol(_called(graph, "alibi_slopes", _alibi, arguments, "float"))
+        scored = graph.symbol(_called(graph, "alibi_slopes", _alibi_behind if behind else _alibi, arguments, "float"))
     if element is not None:
         to_bias = (scored, batch_, head, q_idx, kv_idx)
         scored = graph.symbol(_called(graph, "bias", lambda score, *where: score + element(*where), to_bias, "float"))
@@ -564,6 +588,8 @@ def traced(
     captured = tuple(x if x.device == q.device else x.to(q.device) for x in graph.captured)
     kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _neighbours(x, sizes["kv_idx"])) for x in captured)
     expression = _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds, partials))
+    if changed is not None and not partials:
+        expression = replace(expression, ramp=_ramp(expression))
     if matches is not None and graph.pure and code is not None:
         memo.keep(code, given, matches, (expression, sizes if partials else None), tuple(graph.captured))
     return expression, captured
@@ -660,9 +686,53 @@ def _trimmed(whole: Expression) -> Expression:
     return Expression(tuple(nodes), place[whole.mask], place[whole.score], place[whole.slope], whole.tensors, partials)
 
 
+def _ramp(expression: Expression) -> Ramp | None:
+    """What the score is, if it is a ramp along the keys."""
+    nodes, leaves = expression.nodes, expression.leaves()
+    op, _, *terms = nodes[expression.score]  # type: ignore[index]
+    before = [nodes[i] == ("leaf", "float", "score") for i in terms]
+    if op not in ("add", "sub") or sum(before) != 1 or (op == "sub" and before[1]):
+        return None
+    added = nodes[terms[before.index(False)]]
+    if added[0] != "mul":
+        return None
+    for factor, positions in (added[2:], added[:1:-1]):
+        if leaves[factor] <= {"batch", "head"} and nodes[positions][0] == "cast":
+            found = _sum_of_positions(nodes, nodes[positions][2])
+            if found is not None and found.get("kv_idx"):
+                constant = found.pop("", 0)
+                return Ramp(factor, 1 if op == "add" else -1, tuple(sorted(found.items())), constant)
+    return None
+
+
+def _sum_of_positions(nodes: tuple, node: int) -> dict[str, int] | None:
+    """The coefficients of positions in a sum of them, and of ``""`` its constant."""
+    op, kind, *x = nodes[node]
+    if kind != "int" or op not in ("leaf", "constant", "neg", "add", "sub") or x[0] in ("batch", "head"):
+        return None
+    if op in ("leaf", "constant"):
+        return {x[0]: 1} if op == "leaf" else {"": int(x[0])}
+    parts = [_sum_of_positions(nodes, i) for i in x]
+    signs = (-1,) if op == "neg" else (1, 1 if op == "add" else -1)
+    found: dict[str, int] = {}
+    for part, sign in zip(parts, signs, strict=True):
+        if part is None:
+            return None
+        for name, n in part.items():
+            found[name] = found.get(name, 0) + sign * n
+    return found
+
+
 def _alibi(score, batch, head, q_idx, kv_idx, shift, slopes):
-    slope = slopes[head] if slopes.dim() == 1 else slopes[batch, head]
-    return score - slope * torch.abs(q_idx + shift - kv_idx)
+    return score - _slope_of(slopes, batch, head) * torch.abs(q_idx + shift - kv_idx)
+
+
+def _alibi_behind(score, batch, head, q_idx, kv_idx, shift, slopes):
+    return score - _slope_of(slopes, batch, head) * (q_idx + shift - kv_idx)
+
+
+def _slope_of(slopes, batch, head):
+    return slopes[head] if slopes.dim() == 1 else slopes[batch, head]
 
 
 def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:

@@ -1,8 +1,8 @@
 """From torch's tensors to a kernel on the caller's device and stream.
 
 tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
-Nothing here synchronises, and the forward pass allocates nothing but its outputs; memory for tickets, where sequences are
-ragged or have block masks, stays (``workspace.py``).
+Nothing here synchronises, and the forward pass allocates nothing but its outputs, and tickets where sequences are ragged or
+have block masks; those of kept calls stay (``workspace.py``).
 """
 
 from __future__ import annotations
@@ -101,14 +101,12 @@ def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, c
     found = _choices(problem, mechanism, device)
     blocks = _head_blocks(found, problem, device, call)
     shared = tuple(config for config in found if config.head_blocks == blocks)
-    rows = rows_of_query_tile(tuple(config.tile_m for config in shared), call.seqlen_q, int(problem.bounded_right))
+    rows = rows_of_query_tile(tuple(config.tile_m for config in shared), call.seqlen_q)
     return next(config for config in shared if config.tile_m == rows)
 
 
 def _is_short(problem: Problem, mechanism: str | None, device: int, call: Call) -> bool:
     """Whether the forward pass of ``call`` takes the configuration for few keys."""
-    if call.lengths is not None:  # of which the host knows totals only
-        return False
     window = call.seqlen_k if call.left is None or call.right is None else call.left + call.right + 1
     return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window))
 
@@ -155,7 +153,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
         try:
             if q.data_ptr() and k.data_ptr() and v.data_ptr():
                 return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
-        except Refused:  # why is looked at here and below
+        except RuntimeError:  # Refused, or one has no address: why is looked at here and below
             check_alike(q, k, v)
             if call.lengths is not None:
                 call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
@@ -210,8 +208,12 @@ def _forward_as_planned(planned: _PlannedForward, call: Call, return_lse: bool, 
     key_lists = kinds = None
     if tile is not None:
         key_lists = call.blocks.key_lists(*tile, call.batch, call.heads)
-        kinds = call.blocks.kinds.expand(call.batch, call.heads, -1, -1)
-    drawn = _tickets.of(q, device, raw_stream(device), TICKET_COUNTERS, tickets).words if tickets else None
+        kinds = call.blocks.kinds_in_a_row(call.batch, call.heads)
+    drawn = None
+    if tickets and call.plans is None:  # memory that stays is for eager calls: where torch makes graphs, it counts what is left
+        drawn = q.new_zeros(TICKET_COUNTERS + tickets, dtype=torch.int32)
+    elif tickets:
+        drawn = _tickets.of(q, device, raw_stream(device), TICKET_COUNTERS, tickets).words
     launch(function, device, call, (q, k, v, out, lse, lse_raw, drawn, sinks, key_lists, kinds), rest)
     return out, lse, lse_raw
 
@@ -283,7 +285,7 @@ def _gradients_as_planned(planned: _PlannedGradients, call: Call, wanted: str, q
     found = tuple(x if name in wanted else None for name, x in gradient.items())
     dsinks = None
     if call.sinks is not None and call.sinks.requires_grad:
-        natural = call.expression and call.expression.score is not None
+        natural = call.expression and call.expression.natural
         unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
         weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
         dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)

@@ -61,11 +61,10 @@ def head_blocks(choices: tuple[int, ...], tiles: int, heads_per_kv: int, at_once
     return best
 
 
-def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int, edges: int) -> int:
+def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int) -> int:
     """How many rows a query tile of the backward pass is to have: of ``choices``, the usual number and higher ones, the highest
-    with which at most one row in 32 is for nothing: padding of a sequence's last tile, or the two tiles' worth, of the half of
-    all that a key tile visits, that each of ``edges`` cuts."""
-    return max((rows for rows in choices[1:] if 32 * (-seqlen_q % rows + 2 * edges * rows) <= seqlen_q), default=choices[0])
+    with which the padding of a sequence's last tile is at most one row in 32."""
+    return max((rows for rows in choices[1:] if 32 * (-seqlen_q % rows) <= seqlen_q), default=choices[0])
 
 
 def takes_short(found: tuple[Config, ...], keys: int) -> bool:
@@ -182,7 +181,7 @@ def explain(problem: Problem, config: Config) -> str:
     parts = family.smem_parts(config)
     known = () if config.cache else configs(problem, config.target, config.mechanism)
     others = [x for x in known[1:] if x.head_blocks == 1] if known[:1] == (config,) else []
-    where = f"a query sees {SHORT_WALK} tiles of keys at most" if not config.backward else "few rows are padding or hidden"
+    where = f"a query sees {SHORT_WALK} tiles of keys at most" if not config.backward else "few rows are padding"
     lines = [
         f"problem     {problem.dtype}, head_dim {problem.head_dim} (V: {problem.head_dim_v}), {_rules(problem)}, "
         + (f"gradients of {', '.join(problem.gradients)}" if problem.gradients else "")

@@ -20,8 +20,7 @@ sequence by themselves, so nothing is communicated and nothing is allocated.
 - Of ragged sequences nothing evens out by arithmetic. Where tiles cost the same within a sequence, rounds still give every
   block as many of each; where they don't, persistent blocks draw tickets (:class:`Tickets`).
 - What a query tile costs that has a list is known on the device only. There the lists say in which order a head's tiles are
-  taken, and persistent blocks draw tickets, too. Key tiles with lists are taken as under a right edge, a block each, or, in a
-  fixed order, by tickets.
+  taken, and persistent blocks draw tickets, too. Key tiles with lists are taken as under a right edge.
 """
 
 from __future__ import annotations

@@ -86,30 +86,35 @@ class Softmax:
         self.grown.fill(0)
 
     @cute.jit
-    def step(self, scores: cute.Tensor, rescale: cute.Tensor, hold: Boolean | None = None):
+    def step(self, scores: cute.Tensor, rescale: cute.Tensor, hold: Boolean | None = None, begins: cute.Tensor | None = None):
         """One tile: turns ``scores`` (rows, columns) into P in place and writes each row's factor a to ``rescale``. With
-        ``hold`` m stays if it can."""
+        ``hold`` m stays if it can. ``begins`` is what all of a thread's scores of a row lack in this tile."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             row = scores[r, None]
             old = self.row_max[r]
-            new = _quad_max(_tree(row, cute.arch.fmax, old))
+            if cutlass.const_expr(begins is None):
+                new = _quad_max(_tree(row, cute.arch.fmax, old))
+            else:  # which is another number in each thread of a quad
+                new = cute.arch.fmax(old, _quad_max(_tree(row, cute.arch.fmax, -Float32.inf) + begins[r]))
             if cutlass.const_expr(hold is not None):
                 new = old if hold & ((new - old) * self._scale(old) <= GROWTH_LOG2 + 1) else new
             # A row that has seen no key yet has m = −inf; 0 in its place keeps −inf − −inf from making a NaN.
             anchor = Float32(0.0) if new == -Float32.inf else new
             scale = self._scale(anchor)
-            row.store(cute.math.exp2(self._exponents(row.load(), anchor, scale), fastmath=True))
+            of_tile = anchor if begins is None else anchor - begins[r]
+            row.store(cute.math.exp2(self._exponents(row.load(), of_tile, scale), fastmath=True))
             a = cute.math.exp2((old - anchor) * scale, fastmath=True)
             self.row_max[r] = new
             self.row_sum[r] = _tree(row, lambda x, y: x + y, self.row_sum[r] * a)
             rescale[r] = a
 
     @cute.jit
-    def anchored_step(self, scores: cute.Tensor):
+    def anchored_step(self, scores: cute.Tensor, begins: cute.Tensor | None = None):
         """The same from the maximum of the tiles before, which stays. All rows must have seen a key."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             row, anchor = scores[r, None], self.row_max[r]
-            row.store(cute.math.exp2(self._exponents(row.load(), anchor, self._scale(anchor)), fastmath=True))
+            of_tile = anchor if begins is None else anchor - begins[r]
+            row.store(cute.math.exp2(self._exponents(row.load(), of_tile, self._scale(anchor)), fastmath=True))
             self.row_sum[r] = _tree(row, lambda x, y: x + y, self.row_sum[r])
 
     @cute.jit

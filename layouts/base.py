@@ -63,11 +63,13 @@ TICKET_COUNTERS = 4  # words before the forward pass's tickets, of which two cou
 STORED = 1 << 24  # what a counter is at least once dQ has been stored, where the first to come stores; below, who has come
 BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it
 NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks, and of tiles: no query sees any key of it, some see some, each sees all
+KIND_BITS = 2
 # A list of tiles there is HEADER words, and one for each tile: its number in the lower TILE_BITS, and more above.
 HEADER, TILE_BITS = 4, 20
 IN_TURN = 3  # the word of a header of key tiles that says whose list is taken when
 TILE_MASK = (1 << TILE_BITS) - 1
 UNSEEN_BIT, WHOLE_BIT, WARPGROUP_BITS = 0, 1, 2  # of a key tile for each warpgroup: it sees none of it, or all
+MEMBER_BIT = TILE_BITS + 2  # of a query tile, the lowest of its member; below, a bit for each warpgroup: all see its keys
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ def tile_dim(head_dim: int) -> int:
 def configs(problem, table, target: str, short: dict | None = None) -> tuple[Config, ...]:
     """The configuration for ``problem`` from a GPU's table: the wider padded head dim
     -> (tile_m, tile_n, stages, warps, blocks a multiprocessor). Where the same of ``short`` has one, it comes second, for few
-    keys and query tiles that a right edge cuts."""
+    keys and query tiles that a right edge cuts; not where lengths are known on the device only."""
     wider = tile_dim(max(problem.head_dim, problem.head_dim_v))
     rows = [table[next(d for d in sorted(table) if d >= wider)]]
-    if short and wider in short and problem.bounded_right:
+    if short and wider in short and problem.bounded_right and not problem.ragged:
         rows.append(short[wider])
     return tuple(_config(problem, row, target) for row in rows)
 

@@ -38,7 +38,9 @@ WGMMA_MIXED: dict[int, dict[str, Any]] = {
     256: {"separate_o": True},
 }
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -> registers of a computing, copying thread
-REGISTERS_OF_DQ = (232, 40)  # dQ alone leaves a computing thread with some to spare, and a copying one needs more than 24
+# dQ alone leaves a computing thread with some to spare, and a copying one needs more than 24; so do lists of tiles for heads
+# of up to 64 columns.
+REGISTERS_TO_COPY = (232, 40)
 
 # The same for the backward pass. Up to 128, a computing warpgroup owns 64 keys, and both head dims are padded to the wider.
 WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
@@ -47,13 +49,11 @@ WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
     128: {"tile_m": 64, "tile_n": 128, "stages": 2, "separate_dk": True, "overlap_tiles": True},
 }
 
-# The fields of higher query tiles, where few of their rows are padding or hidden: K and V are read from shared memory fewer
-# times. No registers are left for a product that runs into the next tile.
-WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {
-    128: {"tile_m": 80, "separate_dk": False, "dq_stages": 1, "overlap_tiles": False},
-}
-# Where dQ is added in a fixed order, which makes those who add it wait.
-WGMMA_BACKWARD_ORDERED: dict[str, Any] = {"separate_dk": False, "dq_stages": 2}
+# The fields of higher query tiles, where few rows of the last one are padding: K and V are read from shared memory fewer times.
+# No registers are left for a product that runs into the next tile, nor memory for dK by itself.
+WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {128: {"tile_m": 80, "separate_dk": False, "overlap_tiles": False}}
+# Where dQ is added in a fixed order by unequal tiles, which makes those who add it wait.
+WGMMA_BACKWARD_ORDERED: dict[int, dict[str, Any]] = {64: {"separate_dk": False, "dq_stages": 2}}
 
 # Beyond, where the gradients of keys and of queries have a kernel each.
 WGMMA_WIDE: dict[int, dict[str, Any]] = {
@@ -101,7 +101,8 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     if mechanism == "cp_async":
         return mma_sync.configs(problem, MMA_SYNC_TABLE, target, MMA_SYNC_SHORT)
     if problem.gradients:
-        registers = REGISTERS_OF_DQ if problem.gradients == "q" else REGISTERS[2]
+        narrow = max(problem.head_dim, problem.head_dim_v) <= 64
+        registers = REGISTERS_TO_COPY if problem.gradients == "q" or (problem.blocks and narrow) else REGISTERS[2]
         tables = WGMMA_BACKWARD_TABLE, WGMMA_BACKWARD_ORDERED, WGMMA_BACKWARD_TALL, WGMMA_WIDE
         return wgmma_backward.configs(problem, *tables, registers, target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)

@@ -50,21 +50,20 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
     """The configurations for ``problem`` from a GPU's table, the wider padded head dim -> fields of Config; for heads wider
     than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread. They
     differ in how many blocks share a key tile; where dQ is added in a fixed order none do, since a tile is a ticket there, nor
-    where there is a list of all heads' query tiles. ``ordered`` is what is different in a fixed order; ``tall``, keyed like the
-    table, what is with a higher query tile, for rectangles without a window: its edges would cut most of a tile."""
+    where there is a list of all heads' query tiles. ``ordered`` and ``tall``, keyed like the table, are what is different in a
+    fixed order of unequal tiles, and with a higher query tile, for rectangles in which every key counts."""
     head_blocks: tuple[int, ...] = (1,)
-    plain = problem.gradients == "qkv" and not (
-        problem.bounded_left or problem.ragged or problem.blocks or problem.has_places
-    )
+    plain = not (problem.masked or problem.ragged or problem.blocks or problem.has_places or problem.deterministic)
     higher: tuple[dict, ...] = ()
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):
         wider = tile_dim(wider)
         choice = {"tile_d": wider, "tile_dv": wider, "backward": "tma_wgmma_backward", **table[wider]}
-        choice |= ordered if problem.deterministic else {}
+        if problem.deterministic and problem.bounded_right and not problem.blocks:
+            choice |= ordered.get(wider, {})
         choice["mma_warps"] = choice["tile_n"] // ROWS_PER_WARPGROUP * 4
         head_blocks = (1,) if problem.deterministic or problem.blocks else HEAD_BLOCKS
-        higher = (tall[wider],) if plain and wider in tall else ()
+        higher = (tall[wider],) if plain and problem.gradients == "qkv" and wider in tall else ()
     else:
         dims = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
         choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide[max(dims)]}

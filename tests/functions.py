@@ -65,6 +65,18 @@ def alibi(batch, heads, device, shift):
     return Made({"alibi_slopes": slopes}, {"score": score})
 
 
+def alibi_behind(batch, heads, device, shift):
+    """A ramp: no key is ahead of its query."""
+    made = alibi(batch, heads, device, shift)
+    return Made({**made.asked, "causal": True}, {**made.oracle, "causal": True})
+
+
+def ramp(batch, heads, device, dtype):
+    """Up to later keys in one head, to earlier ones in the next."""
+    rises = (table(heads, device=device) * 0.05).to(dtype)
+    return lambda score, batch, head, q_idx, kv_idx: (3 + kv_idx - q_idx) * rises[head] + score
+
+
 def sinks(batch, heads, device, shift):
     rules = {"sinks": table(heads, device=device) * 2.0, "causal": True}
     return Made(rules, rules)
@@ -97,6 +109,8 @@ CASES: dict[str, Callable[[int, int, object, int], Made]] = {
     "hidden": _of("score", hidden_by_the_score),
     "slope": _of("score", with_a_slope),
     "alibi": alibi,
+    "alibi behind": alibi_behind,
+    "ramp": _of("score", ramp),
     "sinks": sinks,
     "everything": everything,
 }

@@ -36,6 +36,7 @@ class Values:
     ``kinds`` those of blocks of 32 × 32, ``(batch, heads, …)``.
 
     Where a tile's rows are ``packed``, each query is as many rows, one for each query head of a key head from ``head`` on.
+    ``rise`` is what a ramp adds from one position to the next, in raw units, where it has been computed for all of a tile.
     """
 
     seqlen_q: Int32
@@ -57,6 +58,7 @@ class Values:
     ranks: cute.Tensor | None = None
     kinds: cute.Tensor | None = None
     packed: Int32 | None = None
+    rise: Float32 | None = None
 
     def query(self, row):
         """The query that a row is of."""
@@ -98,7 +100,7 @@ class Values:
 
     def exponent(self, problem):
         """What makes an exponent of 2 of a score as the rules leave it: a function's are natural logarithms."""
-        return Float32(LOG2_E) if problem.expression.score is not None else self.scale_log2
+        return Float32(LOG2_E) if problem.expression.natural else self.scale_log2
 
     def band(self, problem) -> Band:
         return Band(self.lo if problem.bounded_left else None, self.hi if problem.bounded_right else None)
@@ -138,14 +140,12 @@ class Gradients:
     """Where the main kernel of the backward pass puts the gradients; what is not asked for is ``None``.
 
     ``mdQ`` is float32 sums, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block,
-    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``. Where there are sums,
-    ``rounded`` is dQ itself for zeros in its tiles without a row in use, if the kernel writes these.
+    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``.
     """
 
     mdQ: cute.Tensor | None
     mdK: cute.Tensor | None
     mdV: cute.Tensor | None
-    rounded: cute.Tensor | None = None
 
 
 @dataclass(frozen=True)

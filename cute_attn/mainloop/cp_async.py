@@ -220,7 +220,7 @@ class Forward:
         """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way."""
         if keys.exists(n):
             for x in (tiles_of.k, tiles_of.v):
-                x.start(x.m, keys.begin + keys.tile(n) * self.config.tile_n, keys.end, (slot,))
+                x.start(x.m, keys.first_key(n, self.config.tile_n), keys.end, (slot,))
         cute.arch.cp_async_commit_group()
 
     # ---- one key tile ----------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class Forward:
         q, k, v = operands.q, operands.k, operands.v
         product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
 
-        origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
+        origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
         scores = Scores(tile.cS, tile.values, self.problem, unrolls=False)
         scores.apply_rules(acc_S, origin, masked)
         if cutlass.const_expr(self.anchored and masked is False):

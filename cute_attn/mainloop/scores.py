@@ -8,13 +8,14 @@ outweighs all others.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import dropout
-from cute_attn.layouts.base import BLOCK, CUT, NONE
+from cute_attn.layouts.base import BLOCK, CUT, KIND_BITS, NONE
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop import fours
 from cute_attn.mainloop.captured import CapturedGradients
@@ -24,6 +25,7 @@ from cute_attn.mainloop.guard import HIDDEN
 from cute_attn.rules import LN_2, LOG2_E, rational_tanh, softcap_slope, softcap_tanh
 
 PAIRS_AHEAD = 16  # columns
+ROWS = 64  # of a tile, or of a warpgroup's part of it, at most where masks are unrolled
 
 
 class UsualCapOps:
@@ -128,7 +130,7 @@ class Scores:
     unrolls: cutlass.Constexpr[bool] = True
 
     @cute.jit
-    def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None):
+    def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None, apart: cutlass.Constexpr[bool] = False, seen=None):
         """An accumulator's products to scores, in place, −inf where a query does not see a key.
 
         ``origin`` is the tile's first row and column in the sequence. ``masked`` is a Python bool where the loop knows it, a
@@ -136,15 +138,22 @@ class Scores:
         thread's keys are): see ``guard.py``.
 
         A user's score is computed here in the forward pass, and in the backward pass in :meth:`probabilities`, with its slope.
+        What a ramp adds in a tile's first column is a number for each of a thread's rows, which is returned where it is to stay
+        ``apart``, the rest having :meth:`started`; None where there is no ramp, or none apart. ``seen`` is what :meth:`seen`
+        says of the tile, if asked.
         """
-        scores = rows_columns(acc)
+        scores, begins = rows_columns(acc), None
         self._cap(scores)
-        if cutlass.const_expr(self.problem.expression.score is not None and not self.problem.gradients):
+        if cutlass.const_expr(self.problem.expression.ramp is not None and not self._ramp_is_late):
+            begins = self._add_ramp(scores, origin, apart)
+        elif cutlass.const_expr(self.problem.expression.natural and not self.problem.gradients):
             self._score(scores, self._elements(origin))
         if cutlass.const_expr(hidden is not None):
             if hidden[0]:
                 self._hide(scores, hidden[1])
         mask = self._mask_listed if self.problem.blocks else self._mask
+        if cutlass.const_expr(seen is not None):
+            mask = partial(self._hide_unseen, seen=seen)
         if cutlass.const_expr(self.problem.masks_all):
             self._mask(scores, origin)
         elif cutlass.const_expr(not isinstance(masked, bool)):
@@ -152,6 +161,12 @@ class Scores:
                 mask(scores, origin)
         elif cutlass.const_expr(masked):
             mask(scores, origin)
+        return begins
+
+    @property
+    def _ramp_is_late(self) -> bool:
+        """Whether a ramp is added with the scale, which takes no instruction more."""
+        return self.transposed and bool(self.problem.gradients) and not self.problem.dropout
 
     def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None) -> cute.Tensor:
         """An accumulator's scores to P in place; returns it, for dV. Where a rule has a slope, to P ∘ the slopes, which is what
@@ -162,13 +177,15 @@ class Scores:
         dropout: what dV takes of P, without its scale, and P is as it was for dS."""
         scale_log2, softcap, scores = self.values.scale_log2, self.problem.softcap, rows_columns(acc)
         apart = self.problem.dropout or softcap or self.problem.expression.slope is not None or self._takes_scores
-        if self.problem.expression.score is not None or (self.problem.dropout and self.transposed):
+        if self.problem.expression.natural or (self.problem.dropout and self.transposed):
             rounded = cute.make_rmem_tensor_like(acc, dtype) if self.transposed and apart else acc
             if self.transposed or not self._takes_scores:
                 self._changed_probabilities(scores, lse_raw, origin, None if rounded is acc else rows_columns(rounded), kept)
             return rounded
         if not self.transposed:
             _probabilities_by_row(scores, lse_raw, scale_log2, softcap)
+        elif self.problem.expression.ramp is not None:
+            _probabilities_on_ramp(scores, lse_raw, scale_log2, self._ramp(origin, scale_log2))
         elif softcap:
             rounded = cute.make_rmem_tensor_like(acc, dtype)
             _capped_probabilities(scores, lse_raw, scale_log2, rows_columns(rounded))
@@ -289,6 +306,45 @@ class Scores:
                 self._load_pairs(scores, elements, c)
             scores[r, c] = elements.value(self.problem.expression.score, r, c, scores[r, c] * natural)
 
+    def _ramp(self, origin, scale=1.0):
+        """What a ramp adds to scores in their own unit times ``scale``: ``(begins, steps)``, of each of a thread's rows what it
+        adds in the tile's first column, and functions of a column that say how much more it is there: a multiple known at
+        compile time. In the backward pass without what :func:`rise_in_block` has taken off the log-sum-exp."""
+        ramp, elements, values = self.problem.expression.ramp, self._elements(origin), self.values
+        along_row, along_column = ("kv_idx", "q_idx") if self.transposed else ("q_idx", "kv_idx")
+        fixed = (values.seqlen_k - values.seqlen_q) * ramp.of("shift") + ramp.constant
+        first, begins_of = origin[1] + self.where.thread[0, 0][1], lambda row: row
+        steps_of = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
+        if self.problem.gradients and self.transposed:
+            first, steps_of = origin[1], [column // BLOCK * BLOCK for column in steps_of]
+        elif self.problem.gradients:
+            begins_of = lambda row: row // BLOCK * BLOCK  # noqa: E731
+        begins, steps = cute.make_rmem_tensor(cute.size(self.where.zero, mode=[0]), Float32), []
+        for r in range(cute.size(begins)):
+            rise = (_rise(ramp, elements, values, r) if values.rise is None else values.rise) * scale
+            row = begins_of(values.query(origin[0] + self.where.thread[r, 0][0]))
+            begins[r] = rise * Float32(row * ramp.of(along_row) + first * ramp.of(along_column) + fixed)
+            steps.append(lambda c, rise=rise: rise * Float32(ramp.of(along_column) * steps_of[c]))
+        return begins, steps
+
+    def started(self, acc: cute.Tensor) -> cute.Tensor | None:
+        """An accumulator to which the products are to be added, where a ramp adds to them: what that is more in each column
+        than in the first one. Made while there is time, before they are there."""
+        if self.problem.expression.ramp is None:
+            return None
+        scores, (_, steps) = rows_columns(acc), self._ramp((0, 0))
+        for r, c in self._each(scores):
+            scores[r, c] = steps[r](c)
+        return acc
+
+    def _add_ramp(self, scores: cute.Tensor, origin, apart: bool) -> cute.Tensor | None:
+        begins, steps = self._ramp(origin)
+        if apart:
+            return begins
+        for r, c in self._each(scores):
+            scores[r, c] = scores[r, c] + steps[r](c) + begins[r]
+        return None
+
     def _load_pairs(self, scores: cute.Tensor, elements: Elements, first: int):
         """Begin to load what some columns from the first on will take, so that many loads are on their way at the same time."""
         rows, columns = (cute.size(scores, mode=[mode]) for mode in range(2))
@@ -322,7 +378,7 @@ class Scores:
         expression, natural, slopes = self.problem.expression, self.values.scale_log2 * LN_2, None
         if self.problem.softcap:
             slopes = _slope(score)
-        if expression.score is None:
+        if not expression.natural:
             return cute.math.exp2((score - lse) * self.values.scale_log2, fastmath=True), slopes
         counts = score > HIDDEN
         changed = _select(counts, elements.value(expression.score, r, c, score * natural), score)
@@ -380,57 +436,89 @@ class Scores:
     @cute.jit
     def _mask_listed(self, scores: cute.Tensor, origin):
         """A tile that a block mask's function cuts; there is no band beside it, but a last key."""
-        every, ends = range(cute.size(scores, mode=[1])), origin[1] + len(self._blocks()) * BLOCK
-        columns = self.values.seqlen_q if cutlass.const_expr(self.transposed) else self.values.seqlen_k
+        every = range(cute.size(scores, mode=[1]))
         if cutlass.const_expr(not self.unrolls):
             self._mask_columns(scores, origin, every, False)
-        elif ends <= self._elements(origin).held(columns):
-            self._mask_inside(scores, origin, every, True)
+        elif self._is_inside(origin):
+            self._mask_columns(scores, origin, every, True)
         else:
-            self._mask_inside(scores, origin, every, False)
+            self._mask_columns(scores, origin, every, False)
 
-    def _mask_inside(self, scores: cute.Tensor, origin, every: range, inside: bool):
-        """Block by block in the forward pass; the loop of the backward pass is quicker without so many branches."""
-        if self.problem.gradients:
-            self._mask_columns(scores, origin, every, inside)
+    def _is_inside(self, origin):
+        """Whether no key of a tile is past an end, and no column past that of a tensor that the functions read."""
+        ends = origin[1] + len(self._blocks()) * BLOCK
+        if self.transposed:
+            of_rows = origin[0] + ROWS - self.values.seqlen_k
+            return (ends <= self._elements(origin).held(self.values.seqlen_q)) & (of_rows <= 0)
+        return ends <= self._elements(origin).held(self.values.seqlen_k)
+
+    def kinds(self, origin) -> Int32 | None:
+        """Those of a tile's blocks that a warp's rows are in, which are 16 and in one row of blocks, where there is a block
+        mask. Ask early: they come from global memory."""
+        if self.values.kinds is None:
+            return None
+        kinds = self.values.kinds[self.values.sequence, self.values.head, None, None]
+        row = (origin[0] + self.where.thread[0, 0][0]) // BLOCK
+        return Int32(kinds[cutlass.min(row, kinds.shape[0] - 1), origin[1] // BLOCK])  # a row past the end may be any other
+
+    @cute.jit
+    def seen(self, origin, masked, kinds):
+        """``(kinds, which of a thread's scores in blocks that are cut are seen, a bit each)``, for a tile that a block mask's
+        function cuts; None where there is none. It takes no scores: it may be asked for while these are computed."""
+        found = None
+        if cutlass.const_expr(kinds is not None):
+            bits = cute.make_rmem_tensor(-(-cute.size(self.where.zero) // 32), Int32)
+            kinds = cute.arch.make_warp_uniform(kinds)
+            if cutlass.const_expr(isinstance(masked, bool)) or masked:
+                self._see(bits, origin, kinds)
+            found = kinds, bits
+        return found
+
+    @cute.jit
+    def _see(self, bits: cute.Tensor, origin, kinds):
+        bits.fill(0)
+        if self._is_inside(origin):
+            self._see_blocks(bits, origin, kinds, True)
         else:
-            self._mask_blocks(scores, origin, inside)
+            self._see_blocks(bits, origin, kinds, False)
+
+    @cute.jit
+    def _see_blocks(self, bits: cute.Tensor, origin, kinds, inside: cutlass.Constexpr):
+        rows = cute.size(self.where.zero, mode=[0])
+        for i in cutlass.range_constexpr(len(self._blocks())):
+            if _kind(kinds, i) == CUT:
+                for r, c, seen in self._seen(origin, self._blocks()[i], inside):
+                    n = c * rows + r
+                    bits[n // 32] = bits[n // 32] | _select(seen, Int32(_bit(n)), Int32(0))
+
+    @cute.jit
+    def _hide_unseen(self, scores: cute.Tensor, origin, seen):
+        """The scores of a tile by :meth:`seen`."""
+        (kinds, bits), rows = seen, cute.size(scores, mode=[0])
+        for i in cutlass.range_constexpr(len(self._blocks())):
+            kind = _kind(kinds, i)
+            if kind == CUT:
+                for c in self._blocks()[i]:
+                    for r in range(rows):
+                        n = c * rows + r
+                        scores[r, c] = _select(bits[n // 32] & Int32(_bit(n)) != 0, scores[r, c], Float32(-Float32.inf))
+            elif kind == NONE:
+                for c in self._blocks()[i]:
+                    scores[None, c].fill(-Float32.inf)
 
     def _blocks(self) -> list[range]:
         """A thread's columns, by the blocks of 32 that they are in."""
         columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
         return [range(*(bisect_left(columns, n) for n in (begin, begin + BLOCK))) for begin in range(0, columns[-1], BLOCK)]
 
-    def _kinds(self, origin, inside: bool) -> list[Int32]:
-        """Of the blocks that a warp's rows are in, which are 16 and in one row of blocks. What is past an end nobody sees."""
-        kinds, found = self.values.kinds[self.values.sequence, self.values.head, None, None], []
-        row, column = cute.arch.make_warp_uniform((origin[0] + self.where.thread[0, 0][0]) // BLOCK), origin[1] // BLOCK
-        row = cutlass.min(row, kinds.shape[0] - 1)  # a row past the end may be any other
-        first = cute.domain_offset((row, column), kinds)
-        for i in range(len(self._blocks())):
-            if inside:
-                found.append(Int32(first[0, i]))
-            else:
-                last = kinds.shape[1] - 1 - column
-                found.append(_select(last >= i, Int32(first[0, cutlass.min(i, last)]), Int32(NONE)))
-        return found
-
-    @cute.jit
-    def _mask_blocks(self, scores: cute.Tensor, origin, inside: cutlass.Constexpr):
-        """Each block as its kind asks."""
-        kinds = self._kinds(origin, inside)
-        for i in cutlass.range_constexpr(len(kinds)):
-            kind, columns = cute.arch.make_warp_uniform(kinds[i]), self._blocks()[i]
-            if kind == CUT:
-                self._mask_columns(scores, origin, columns, inside)
-            elif kind == NONE:
-                for c in columns:
-                    scores[None, c].fill(-Float32.inf)
-
     def _mask_columns(self, scores: cute.Tensor, origin, columns: range, inside: bool):
-        """By the function; ``inside``: no column is past an end, the sequence's or that of a tensor that is read."""
+        for r, c, seen in self._seen(origin, columns, inside):
+            scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
+
+    def _seen(self, origin, columns: range, inside: bool):
+        """(row, column, whether it is seen) of a thread's scores, by the function. ``inside``: see :meth:`_is_inside`."""
         elements, last, zero = self._elements(origin), self.values.seqlen_k - 1, self.where.zero
-        rows = range(cute.size(scores, mode=[0]))
+        rows = range(cute.size(zero, mode=[0]))
         first = origin[1] + self.where.thread[0, 0][1]
         exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in rows]
         for c in columns:
@@ -438,11 +526,9 @@ class Scores:
                 elements.load_column(c, columns[0], zero[0, c][1] - zero[0, columns[0]][1])
             for r in rows:
                 seen = elements.value(self.problem.expression.mask, r, c)
-                if self.transposed:
-                    seen = seen & exist[r]
-                elif not inside:
-                    seen = seen & (zero[0, c][1] <= last - first)
-                scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
+                if not inside:
+                    seen = seen & (exist[r] if self.transposed else zero[0, c][1] <= last - first)
+                yield r, c, seen
 
     @cute.jit
     def _mask(self, scores: cute.Tensor, origin):
@@ -469,12 +555,46 @@ class Scores:
                 scores[r, c] = scores[r, c] if visible else -Float32.inf
 
 
+def _kind(kinds: Int32, i: int) -> Int32:
+    """Of the i-th block of :meth:`Scores.kinds`."""
+    return (kinds >> i * KIND_BITS) & ((1 << KIND_BITS) - 1)
+
+
+def with_rise(values: Values, problem) -> Values:
+    """The values of a head with what is the same in all of its tiles, so that it is loaded and computed once."""
+    ramp = problem.expression.ramp
+    if ramp is None or values.packed is not None:
+        return values
+    place = {"batch": values.sequence, "head": values.head}
+    elements = Elements(problem.expression, values.captured, lambda name, row, column: place[name], set(), "")
+    return replace(values, rise=_rise(ramp, elements, values, 0))
+
+
+def rise_in_block(values: Values, problem, row):
+    """What a ramp adds to a query's scores for its place among 32: the same for all keys, and so a part of the log-sum-exp."""
+    return values.rise * Float32(row % BLOCK * problem.expression.ramp.of("q_idx"))
+
+
+def _rise(ramp, elements: Elements, values: Values, row: int) -> Float32:
+    return elements.value(ramp.factor, row, 0) * (cute.arch.rcp_approx(values.scale_log2 * LN_2) * ramp.sign)
+
+
 def _probabilities(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32):
     """``scores`` (keys, queries) to P in place, with the log-sum-exp of each query in shared memory."""
     for c, lse in _pairs(lse_raw):
         for r in range(cute.size(scores, mode=[0])):
             for i in range(2):
                 scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2, fastmath=True)
+
+
+def _probabilities_on_ramp(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, ramp: tuple):
+    """The same of scores to which a ramp is yet to be added, of the exponents a number for each row and 32 columns."""
+    begins, steps = ramp
+    for c, lse in _pairs(lse_raw):
+        for r in range(cute.size(scores, mode=[0])):
+            added = begins[r] + steps[r](c)
+            for i in range(2):
+                scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2 + added, fastmath=True)
 
 
 def _capped_probabilities(t: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, rounded: cute.Tensor):
@@ -538,3 +658,8 @@ def _keep(halves: cute.Tensor, row: int, column: int, ones: Uint32):
     place = cute.recast_ptr(halves.iterator + halves.layout((row, column)), dtype=Uint32)
     word = cute.make_tensor(place, cute.make_layout(1))
     word[0] = word[0] & ones
+
+
+def _bit(n: int) -> int:
+    """The n-th bit of words of 32, as an int32."""
+    return (1 << n % 32) - (1 << 32) * (n % 32 == 31)

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, cute, pipeline
+from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_nothing_seen
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
-from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import KeyTiles, walk
-from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, rounded_operand
+from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, key_tile, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
@@ -99,12 +99,10 @@ class Forward(Kernel):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         # float16 has no room for weights above 1, and what a function makes of scores may hide any key.
-        unchanged = not problem.expression or (bool(problem.blocks) and problem.expression.score is None)
-        self.anchored = config.dtype == "bfloat16" and unchanged
+        self.anchored = config.dtype == "bfloat16" and not problem.masks_all and not problem.expression.natural
         self.careful = problem.masked
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
-        self.clears_in_turns = problem.has_unused("q")
         self.turn_barrier = self.first_barrier("turns")
 
     # ---- host ------------------------------------------------------------------------------------------------------
@@ -154,7 +152,7 @@ class Forward(Kernel):
                     self._find_work(shared, pipes, tiles)
                 if cutlass.const_expr(plain_o is not None):
                     if warp == CLEAR_WARP:
-                        self._clear_unused_tiles(partial(self._clear_next, plain_o, mLSE, tiles), shared, pipes, tiles)
+                        self._clear_unused_tiles(plain_o, mLSE, tiles)
             if warp == COPY_K_V_WARP:
                 walk_over = self._walker(shared, pipes, tiles)
                 state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
@@ -187,13 +185,12 @@ class Forward(Kernel):
         sO = self.tensor(smem, "O") if config.separate_o else self.over("O", sQ)
 
         slot = {name: lay.slot_bytes(name, config) for name in "QKV"}
-        takers = 2 + self.clears_in_turns + config.mma_warps
         pipes = ForwardPipelines(
             q=self.pipe(smem, self.warpgroups, WARPGROUP // 32, slot["Q"]),
             k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
             verdict=self.hand_over_pipe(smem, 1, config.mma_warps) if self.guarded else None,
-            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, takers) if self.queued else None,
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 2 + config.mma_warps) if self.queued else None,
             asked=self.hand_over_pipe(smem, 1, 1) if draws else None,
         )
         work = WorkQueue.slots_in(smem) if self.queued else None
@@ -225,30 +222,15 @@ class Forward(Kernel):
                 queue.hand_out(tiles, state, begin)
 
     @cute.jit
-    def _clear_unused_tiles(self, clear_next: cutlass.Constexpr, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
-        """One warp: the results of tiles without a row in use, as many for each block. Where there may be many, one for each
-        tile that the block computes, since all at once would keep others' copies from memory; in the end what is left."""
-        place = cute.make_rmem_tensor(3, Int32)  # how many there were, and where to go on (Tiles.seek)
-        place.fill(0)
-        walk_over = self._walker(shared, pipes, tiles)
-        if cutlass.const_expr(self.clears_in_turns):
-            walk_over.each(partial(clear_next, place), Int32(0))
-        while place[0] >= 0:
-            clear_next(place)
-        if cutlass.const_expr(self.clears_in_turns and self.guarded):
-            if self._is_done_again(shared, pipes):
-                walk_over.each(lambda state, work: state, Int32(0))
-
-    @cute.jit
-    def _clear_next(self, mO: cute.Tensor, mLSE: LogSumExp, tiles: Tiles, place: cute.Tensor, state=0, computed=None):
-        """One warp: the results of the next of these tiles; a negative ``place`` if there is none. Returns ``state``."""
-        if place[0] >= 0:
-            turn = place[0]
-            unused, first, before = tiles.seek(tiles.position(turn), place[1], place[2], unused=True)
-            if unused.exists:
-                store_nothing_seen(mO, mLSE, unused, (self.config.tile_m, self.config.tile_dv))
-            place[0], place[1], place[2] = turn + 1 if unused.exists else Int32(-1), first, before
-        return state
+    def _clear_unused_tiles(self, mO: cute.Tensor, mLSE: LogSumExp, tiles: Tiles):
+        """One warp: the results of tiles without a row in use, as many for each block."""
+        turn, first, before, more = Int32(0), Int32(0), Int32(0), Boolean(True)
+        while more:
+            work, first, before = tiles.seek(tiles.position(turn), first, before, unused=True)
+            if work.exists:
+                store_nothing_seen(mO, mLSE, work, (self.config.tile_m, self.config.tile_dv))
+            turn += 1
+            more = work.exists
 
     @cute.jit
     def _is_done_again(self, shared: ForwardShared, pipes: ForwardPipelines):
@@ -293,11 +275,11 @@ class Forward(Kernel):
                     ask()
             if i < keys.count:
                 pipes.k.producer_acquire(k_state)
-                self._copy(k, tKgK[None, keys.tile(keys.place(i))], tKsK, pipes.k, k_state)
+                self._copy(k, key_tile(k, tKgK, shared.k, work, keys, keys.place(i)), tKsK, pipes.k, k_state)
                 k_state.advance()
             if i > 0:
                 pipes.v.producer_acquire(v_state)
-                self._copy(v, tVgV[None, keys.tile(keys.place_before(i))], tVsV, pipes.v, v_state)
+                self._copy(v, key_tile(v, tVgV, shared.v, work, keys, keys.place_before(i)), tVsV, pipes.v, v_state)
                 v_state.advance()
         return k_state
 
@@ -310,7 +292,7 @@ class Forward(Kernel):
         gK, gV = (work.k.rows(m, work.head_kv) for m in plain)
         finite = FiniteRows(gV)
         for i in cutlass.range(keys.count + 1, unroll=1):
-            first = keys.begin + keys.tile(keys.place(i)) * self.config.tile_n
+            first = keys.first_key(keys.place(i), self.config.tile_n)
             if i < keys.count:
                 self.acquire_for_threads(pipes.k, k_state)
                 copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite, math.nan)
@@ -364,7 +346,7 @@ class Forward(Kernel):
         o, mLSE = into
         q_phase, kv_state = state
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
-        values = values.of(work)
+        values = with_rise(values.of(work), self.problem)
         block = work.block * self.warpgroups + me.warpgroup
         keys = KeyTiles.of(values, self.problem, work.block, config)
         if cutlass.const_expr(self.anchored):
@@ -439,11 +421,13 @@ class Forward(Kernel):
             kv_state = self._skip(me, pipes, kv_state)
         # The last tile comes first, and has nothing to overlap with yet.
         top = keys.place(0)
+        masking, started = self._masking(me, tile, top, keys.last_is_masked()), self._started(me, tile)
         pipes.k.consumer_wait(kv_state)
-        acc_S = self._scores(frag, kv_state)
+        acc_S = self._scores(frag, kv_state, started)
+        masking = self._mask_ahead(me, tile, masking)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
-        self._softmax(me, frag, softmax, acc_S, tile, (top, keys.last_is_masked()))
+        self._softmax(me, frag, softmax, acc_S, tile, masking)
         self._probabilities(frag, acc_S)
         self._drop(me, frag, tile, top)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
@@ -501,19 +485,21 @@ class Forward(Kernel):
         n, masked = where
         anchored = self.anchored and (masked is False if anchored is None else anchored)
         hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
+        masking, started = self._masking(me, tile, n, masked), self._started(me, tile)
         k_state = v_state.clone()
         k_state.advance()
         pipes.k.consumer_wait(k_state)
         self._wait_for_turn(me)
-        acc_S = self._scores(frag, k_state)
+        acc_S = self._scores(frag, k_state, started)
         if cutlass.const_expr(self.config.rescale_early and not anchored):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         pipes.v.consumer_wait(v_state)
         self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
         self._pass_turn(me)
+        masking = self._mask_ahead(me, tile, masking)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
-        self._softmax(me, frag, softmax, acc_S, tile, where, hold, anchored)
+        self._softmax(me, frag, softmax, acc_S, tile, masking, hold, anchored)
         self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
@@ -529,9 +515,24 @@ class Forward(Kernel):
         scale_rows(rows_columns(frag.acc_O), frag.rescale)
         frag.rescale.fill(1.0)
 
-    def _scores(self, frag: ForwardFragments, k_state):
+    def _started(self, me: ForwardWorker, tile: WarpgroupTile):
+        """What Q·Kᵀ is to be added to, if anything."""
+        return Scores(me.cS, tile.values, self.problem).started(self.registers("S", self.config.tile_n))
+
+    def _scores(self, frag: ForwardFragments, k_state, started):
         """Issue S = Q·Kᵀ; the caller waits."""
-        return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index])
+        return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], started)
+
+    def _masking(self, me: ForwardWorker, tile: WarpgroupTile, n, masked):
+        """``(origin, whether to mask, kinds of blocks)`` of the key tile at a place."""
+        origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
+        if masked is False:
+            return origin, masked, None
+        return origin, masked, Scores(me.cS, tile.values, self.problem).kinds(origin)
+
+    def _mask_ahead(self, me: ForwardWorker, tile: WarpgroupTile, masking):
+        """The same with what is seen in blocks that are cut, while the tensor cores are at the scores."""
+        return *masking[:2], Scores(me.cS, tile.values, self.problem).seen(*masking)
 
     @cute.jit
     def _softmax(
@@ -541,24 +542,23 @@ class Forward(Kernel):
         softmax: Softmax,
         acc_S,
         tile: WarpgroupTile,
-        where,
+        masking,
         hold=None,
         anchored: cutlass.Constexpr[bool] = False,
     ):
-        n, masked = where
-        origin = (tile.row_first, tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
-        Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
+        origin, masked, seen = masking
+        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True, seen=seen)
         if cutlass.const_expr(anchored):
-            softmax.anchored_step(rows_columns(acc_S))
+            softmax.anchored_step(rows_columns(acc_S), begins)
         else:
-            softmax.step(rows_columns(acc_S), frag.rescale, hold)
+            softmax.step(rows_columns(acc_S), frag.rescale, hold, begins)
 
     @cute.jit
     def _drop(self, me: ForwardWorker, frag: ForwardFragments, tile: WarpgroupTile, n):
         """Dropout of P."""
         if cutlass.const_expr(self.problem.dropout):
             # Numbers that are drawn ahead would take registers that scores still have.
-            origin = (used_here(tile.row_first), tile.keys.begin + tile.keys.tile(n) * self.config.tile_n)
+            origin = (used_here(tile.row_first), tile.keys.first_key(n, self.config.tile_n))
             Scores(me.cS, tile.values, self.problem).drop(frag.tOrP, origin)
 
     @cute.jit

@@ -29,7 +29,7 @@ from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import of_keys
-from cute_attn.mainloop.scores import Coordinates, Scores
+from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
@@ -40,7 +40,7 @@ from cute_attn.mainloop.warpgroups import (
     rounded_operand,
 )
 from cute_attn.mainloop.work_queue import WorkQueue
-from cute_attn.scheduler import Tiles, Work
+from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
@@ -114,12 +114,10 @@ class Backward(KeyBlocks):
         self.early_dv = config.tile_m // 32
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones,
         # and of ragged sequences, where some positions have none, it draws tickets. Only where blocks share a tile has each of
-        # them but one; and with lists, unless dQ has a fixed order.
-        self.persistent = config.head_blocks == 1 and (not problem.blocks or problem.deterministic)
+        # them but one.
+        self.persistent = config.head_blocks == 1
         self.draws = problem.masked or problem.deterministic or bool(problem.ragged)
         self.skips_unseen = bool(problem.ragged)
-        # Heads of 96 columns leave the copying warps no registers to find queries' tiles by.
-        self.clears_queries = self.persistent and self.needs_q and problem.has_unused("q") and config.tile_d != 96
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -140,10 +138,7 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
                 tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
-        queries = None
-        if cutlass.const_expr(self.clears_queries):
-            queries = Tiles.of(inputs.q.shape, tiles.heads_per_kv, self.config.tile_m, blocks, False, tiles.sequences)
-        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles, queries).launch(
+        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
             grid=[count * self.config.head_blocks, 1, 1],
             block=[self.config.threads, 1, 1],
             cluster=[self.config.head_blocks, 1, 1] if self.config.head_blocks > 1 else None,
@@ -154,9 +149,7 @@ class Backward(KeyBlocks):
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(
-        self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles: Tiles, queries
-    ):
+    def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -164,7 +157,7 @@ class Backward(KeyBlocks):
                 cpasync.prefetch_descriptor(operand.atom)
         shared, pipes = self._setup()
         from_memory, into = (plain, rows, care), (gradients, signals)
-        roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv, queries)
+        roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
             queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
             alone = partial(self._clear_keys, gradients) if self.problem.has_unused("k") else None
@@ -181,32 +174,6 @@ class Backward(KeyBlocks):
             following = lambda _: skipped + self._ticket(signals)  # noqa: E731
             first = following(0) if self.problem.deterministic else first
         queue.lead(tiles, first, following, part, NONE_DONE, alone)
-
-    @cute.jit
-    def _each_and_clear(self, mdQ: cute.Tensor, queries: Tiles, each: cutlass.Constexpr, part: cutlass.Constexpr):
-        """One warp: its part of each tile, and after each dQ of one of the block's tiles of queries without a row in use, while
-        others compute; in the end of those that are left."""
-        place = cute.make_rmem_tensor(3, Int32)  # how many of these there were, and where to go on (Tiles.seek)
-        place.fill(0)
-        each(partial(self._and_clear, mdQ, queries, place, part))
-        while place[0] >= 0:
-            self._clear_queries(mdQ, queries, place)
-
-    @cute.jit
-    def _and_clear(self, mdQ: cute.Tensor, queries: Tiles, place: cute.Tensor, part: cutlass.Constexpr, done, work: Work):
-        done = part(done, work)
-        if place[0] >= 0:
-            self._clear_queries(mdQ, queries, place)
-        return done
-
-    @cute.jit
-    def _clear_queries(self, mdQ: cute.Tensor, queries: Tiles, place: cute.Tensor):
-        """One warp: dQ of the next of these tiles; a negative ``place`` if there is none."""
-        turn = place[0]
-        work, first, before = queries.seek(queries.position(turn), place[1], place[2], unused=True)
-        if work.exists:
-            store_zeros(work.q.stored.rows(mdQ, work.head), work.block, (self.config.tile_m, self.config.tile_d))
-        place[0], place[1], place[2] = turn + 1 if work.exists else Int32(-1), first, before
 
     @cute.jit
     def _clear_keys(self, gradients: Gradients, work: Work):
@@ -233,7 +200,6 @@ class Backward(KeyBlocks):
         pipes,
         values: Values,
         heads_per_kv,
-        queries: Tiles | None,
         lead: cutlass.Constexpr,
         each: cutlass.Constexpr,
     ):
@@ -245,11 +211,7 @@ class Backward(KeyBlocks):
             if warp == COPY_K_Q_WARP:
                 lead(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)))
             if warp == COPY_V_DO_WARP:
-                copy = partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care))
-                if cutlass.const_expr(queries is None):
-                    each(copy)
-                else:
-                    self._each_and_clear(into[0].rounded, queries, each, copy)
+                each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
                     for stage in cutlass.range_constexpr(self.config.dq_stages):
@@ -373,7 +335,7 @@ class Backward(KeyBlocks):
         me = self._worker()
         k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
         work, members = where
-        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config).of_warpgroup(me.warpgroup)
         key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
         frag = self._fragments(me, shared)
         hides = Boolean(False) if cutlass.const_expr(self.problem.masked) else None
@@ -385,13 +347,14 @@ class Backward(KeyBlocks):
         else:
             if visited.count > 0:
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
-        i = Int32(0)
+        i, round = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
-            m_block, member = visited.tile(i, j // visited.count, self.problem)
+            m_block, member = visited.tile(i, round, self.problem)
             tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
-            of_head = values.of_head(work.head + member)
+            of_head = with_rise(values.of_head(work.head + member), self.problem)
             state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
+            round = round + 1 if i == 0 else round
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
         if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
@@ -402,7 +365,7 @@ class Backward(KeyBlocks):
                 self._release_keys(pipes, k_state)
             elif visited.count > 0:
                 self._release_keys(pipes, k_state)
-        steps = done[1] + visited.count * visited.members(members)
+        steps = cute.arch.make_warp_uniform(done[1] + visited.count * visited.members(members))
         self._store(me, frag, operands, shared, values, work, steps)
 
     @cute.jit

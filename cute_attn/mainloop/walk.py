@@ -15,14 +15,14 @@ import cutlass
 from cutlass import Int32, cute
 
 from cute_attn.dropout import SIDE
-from cute_attn.layouts.base import HEADER, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import BLOCK, HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
 
 
 @dataclass(frozen=True)
 class KeyTiles:
     """The key tiles of one query tile: they begin at the first key any of its rows sees, not at a multiple of tile_n,
-    so that no key before it is ever read; or, with dropout, which is decided for 32 keys at a time, and with biases, of which
+    so that no key before it is ever read; or, with dropout, which is decided for 16 keys at a time, and with biases, of which
     two are loaded at a time, at a multiple of these.
     ``end`` is past the last one any sees; a last tile that is not full reads on.
 
@@ -102,6 +102,10 @@ class KeyTiles:
         """The number of the tile at a place, from ``begin`` on."""
         return n
 
+    def first_key(self, n, tile_n: int):
+        """Of the tile at a place."""
+        return self.begin + n * tile_n
+
     def needs_mask(self, n):
         return (n >= self.whole_end) | (n < self.whole_begin)
 
@@ -118,7 +122,7 @@ class KeyTiles:
 class ListedKeys:
     """The key tiles of one query tile as a list has them, what :class:`KeyTiles` is for a band: ``count`` of its ``entries``
     from ``first`` on. Those at places ``masked … whole_end − 1`` need no mask; of the others a ``warpgroup`` may need none for
-    its own rows. Tiles begin at multiples of tile_n. Where it ``leads``, the first tile that needs no mask comes before those
+    its own rows. Tiles begin at any block. Where it ``leads``, the first tile that needs no mask comes before those
     that are anchored, and shows each row a key. ``left`` tiles more are other warpgroups'."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
@@ -165,7 +169,7 @@ class ListedKeys:
         return i - 1
 
     def first_before(self, first, i, tile_n: int):
-        return self.tile(i - 1) * tile_n
+        return self.first_key(i - 1)
 
     def later(self, i, steps):
         return i + steps
@@ -173,8 +177,8 @@ class ListedKeys:
     def exists(self, i):
         return i < self.count
 
-    def tile(self, i):
-        return self.entries[HEADER + self.first + i] & TILE_MASK
+    def first_key(self, i, tile_n: int = 0):
+        return (self.entries[HEADER + self.first + i] & TILE_MASK) * BLOCK
 
     def needs_mask(self, i):
         return (i < self.masked) | (i >= self.whole_end)
@@ -237,6 +241,10 @@ class QueryTiles:
             whole_begin = whole_end = begin
         return QueryTiles(n_block, begin, end - begin, whole_begin, whole_end)
 
+    def of_warpgroup(self, warpgroup):
+        """The same walk of some of the keys: a band's edges cut all of a tile or none."""
+        return self
+
     def in_order(self, i, problem):
         """The i-th tile without regard to masks. Where dQ is added in a fixed order, key tile by key tile, the last one comes
         first: with a right edge, key tile n then finds that tile n − 1 has just left each query tile that it comes to."""
@@ -267,14 +275,14 @@ class QueryTiles:
 @dataclass(frozen=True)
 class ListedQueries:
     """The query tiles of one key tile as a list has them, what :class:`QueryTiles` is for a band. They are walked over once, of
-    all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first. An entry
-    names a tile of ``repeats`` neighbouring heads."""
+    all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first; of these a
+    ``warpgroup``'s keys may need none."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     n_block: Int32
     count: Int32
     masked: Int32
-    repeats: Int32
+    warpgroup: Int32 | None = None
     begin: cutlass.Constexpr[int] = 0
 
     @property
@@ -288,31 +296,24 @@ class ListedQueries:
     @staticmethod
     def of(values: Values, n_block: Int32) -> ListedQueries:
         entries = values.query_lists[values.sequence, values.head, n_block, None]
-        repeats = entries[2]
-        return ListedQueries(entries, n_block, entries[1] * repeats, entries[0] * repeats, repeats)
+        return ListedQueries(entries, n_block, entries[1], entries[0])
 
     def members(self, heads_per_kv):
         return 1
 
     def tile(self, i, member, problem):
-        place, repeat = _divided(i, self.repeats)
-        entry = self.entries[HEADER + place]
-        return entry & TILE_MASK, (entry >> TILE_BITS) + repeat
+        entry = self.entries[HEADER + i]
+        return entry & TILE_MASK, entry >> MEMBER_BIT
+
+    def of_warpgroup(self, warpgroup):
+        return replace(self, warpgroup=warpgroup)
 
     def needs_mask(self, i, m_block):
-        return i < self.masked
+        cut = i < self.masked
+        return cut if self.warpgroup is None else cut & (self.entries[HEADER + i] >> TILE_BITS + self.warpgroup & 1 == 0)
 
     def rank(self, values: Values, problem, m_block: Int32, config):
         return values.ranks[values.sequence, values.head, m_block, self.n_block]
-
-
-@cute.jit
-def _divided(i, n):
-    """``divmod(i, n)``, which is quick where n is 1: whoever computes takes a step for each tile."""
-    quotient, rest = i, i * 0
-    if n != 1:
-        quotient, rest = i // n, i % n
-    return quotient, rest
 
 
 @cute.jit

@@ -18,7 +18,7 @@ from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
 from cute_attn.mainloop.common import Inputs, Rows, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
 from cute_attn.mainloop.scores import Coordinates
-from cute_attn.mainloop.walk import QueryTiles
+from cute_attn.mainloop.walk import KeyTiles, ListedKeys, QueryTiles
 from cute_attn.scheduler import Work
 from cute_attn.sequences import Span
 
@@ -60,6 +60,13 @@ class TmaOperand:
             self.atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
         )
         return tXgX, tXsX
+
+
+def key_tile(operand: TmaOperand, tXgX: cute.Tensor, s: cute.Tensor, work: Work, keys: KeyTiles | ListedKeys, n):
+    """What to copy of the key tile at a place: of ``tXgX``, the tiles from the first key on, or, of a list, from any block."""
+    if isinstance(keys, ListedKeys):
+        return operand.tiles(s, work.k, work.head_kv, keys.first_key(n))[0][None, 0]
+    return tXgX[None, keys.tile(n)]
 
 
 @cute.jit
@@ -206,19 +213,22 @@ class Kernel:
             atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
 
-    def scores(self, role: str, columns: int, tA, tB):
-        """Issue a product of two operands in shared memory; the caller waits."""
-        mma = self.lay.tiled_mma(role, self.config)
-        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((ROWS_PER_WARPGROUP, columns)), Float32)
-        self.gemm(mma, acc, tA, tB, accumulate=False)
+    def scores(self, role: str, columns: int, tA, tB, started=None):
+        """Issue a product of two operands in shared memory, added to what has ``started``, if anything; the caller waits."""
+        acc = self.registers(role, columns) if started is None else started
+        self.gemm(self.lay.tiled_mma(role, self.config), acc, tA, tB, accumulate=started is not None)
         return acc
 
     def accumulator(self, role: str, columns: int):
         """64 rows of zeros."""
-        mma = self.lay.tiled_mma(role, self.config)
-        acc = cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((ROWS_PER_WARPGROUP, columns)), Float32)
+        acc = self.registers(role, columns)
         acc.fill(0.0)
         return acc
+
+    def registers(self, role: str, columns: int):
+        """Those of a product of 64 rows."""
+        mma = self.lay.tiled_mma(role, self.config)
+        return cute.make_rmem_tensor(mma.get_slice(0).partition_shape_C((ROWS_PER_WARPGROUP, columns)), Float32)
 
     def hand_over_pipe(self, smem, stages: int, warps: int, consumers: int | None = None):
         """A pipeline from ``warps`` warps to as many others, or to ``consumers`` of them; see :meth:`arrive`."""

@@ -2,7 +2,8 @@
 
 A block owns 64 keys; two warpgroups walk over the query tiles side by side. The first takes Sᵀ = K·Qᵀ, P, and dV += Pᵀ·dO; the
 second dPᵀ = V·dOᵀ, dS, and dK += dSᵀ·Q. P passes from the first to the second in the operands' dtype, as it lies in registers.
-Each has its own pace: while one multiplies, the other takes exponentials or differences.
+Each has its own pace: while one multiplies, the other takes exponentials or differences. With ``overlap_tiles`` a tile's dV and
+dK run while the next one's P and dS are taken, and a third stage of Q and dO is on its way.
 
 What comes with a stage for each row (log-sum-exp, delta) has gone into a product before the stage is released. A read of shared
 memory that is merely issued before is not enough: where the release follows at once, the next tile's values have been seen to
@@ -60,7 +61,7 @@ class KeyShared:
 
 
 @dataclass(frozen=True)
-class Side:
+class KeyFragments:
     """What a thread of one of the two computing warpgroups holds through the query tiles: the operands of its two products, the
     accumulator of the second, and, with ``overlap_tiles``, that one's operand of the tile before."""
 
@@ -152,7 +153,7 @@ class KeyGradients(KeyBlocks):
     @cute.jit
     def _values_warpgroup(self, operands: TmaOperands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, where):
         """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
-        side = self._side("S", (shared.k, shared.q), "dV", shared.do, self.config.tile_dv)
+        frag = self._fragments("S", (shared.k, shared.q), "dV", shared.do, self.config.tile_dv)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
@@ -165,7 +166,7 @@ class KeyGradients(KeyBlocks):
             if hides:
                 signals.ask_for_care()
         i, first, steps = Int32(0), Int32(0), visited.count * visited.members(members)
-        step = partial(self._values_step, side, shared, pipes, values, work, visited, hides)
+        step = partial(self._values_step, frag, shared, pipes, values, work, visited, hides)
         if cutlass.const_expr(self.config.overlap_tiles):
             if steps > 0:
                 state, p_state = step(False, (i, first), state, p_state)
@@ -175,9 +176,9 @@ class KeyGradients(KeyBlocks):
             i = i + 1 if i + 1 < visited.count else Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             if steps > 0:
-                self._multiply("dV", side, side.held, pipes.q, self.stage_before(state))
+                self._multiply("dV", frag, frag.held, pipes.q, self.stage_before(state))
                 self._multiplied(pipes.do, self.stage_before(state))
-        acc_dV = side.acc
+        acc_dV = frag.acc
         if cutlass.const_expr(self.needs_v):
             shape = (self.config.tile_n, self.config.tile_dv)
             values.scale_kept(acc_dV)
@@ -189,7 +190,7 @@ class KeyGradients(KeyBlocks):
     @cute.jit
     def _keys_warpgroup(self, operands: TmaOperands, shared: KeyShared, pipes: KeyPipelines, values: Values, where):
         """The warpgroup of dS and dK."""
-        side = self._side("dP", (shared.v, shared.do), "dK", shared.q, self.config.tile_d)
+        frag = self._fragments("dP", (shared.v, shared.do), "dK", shared.q, self.config.tile_d)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
@@ -199,7 +200,7 @@ class KeyGradients(KeyBlocks):
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
         first, steps = Int32(0), visited.count * visited.members(members)
-        step = partial(self._keys_step, side, shared, pipes, values, work, visited)
+        step = partial(self._keys_step, frag, shared, pipes, values, work, visited)
         if cutlass.const_expr(self.config.overlap_tiles):
             if steps > 0:
                 state, p_state = step(False, first, state, p_state)
@@ -208,9 +209,9 @@ class KeyGradients(KeyBlocks):
             state, p_state = step(self.config.overlap_tiles, j, state, p_state)
         if cutlass.const_expr(self.config.overlap_tiles):
             if steps > 0:
-                self._multiply("dK", side, side.held, pipes.do, self.stage_before(state))
+                self._multiply("dK", frag, frag.held, pipes.do, self.stage_before(state))
                 self._multiplied(pipes.q, self.stage_before(state))
-        acc_dK = side.acc
+        acc_dK = frag.acc
         if cutlass.const_expr(self.needs_k):
             acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
             shape = (self.config.tile_n, self.config.tile_d)
@@ -219,12 +220,12 @@ class KeyGradients(KeyBlocks):
             self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (work.block, work.head_kv, work.k))
             self.wait_for_store(group)
 
-    def _side(self, scores: str, operands, gradient: str, rows: cute.Tensor, columns: int) -> Side:
+    def _fragments(self, scores: str, operands, gradient: str, rows: cute.Tensor, columns: int) -> KeyFragments:
         """Of the warpgroup whose products are ``scores`` and ``gradient``."""
         thread, shape = cute.arch.thread_idx()[0] % WARPGROUP, (self.config.tile_n, self.config.tile_m)
         mma, of_rows = (self.lay.tiled_mma(role, self.config).get_slice(0) for role in (scores, gradient))
         acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
-        return Side(
+        return KeyFragments(
             tA=mma.make_fragment_A(mma.partition_A(operands[0][None, None, 0])),
             tB=mma.make_fragment_B(mma.partition_B(operands[1])),
             tRows=of_rows.make_fragment_B(of_rows.partition_B(transposed(rows))),
@@ -233,10 +234,10 @@ class KeyGradients(KeyBlocks):
             cS=Coordinates.of(self.lay.tiled_mma(scores, self.config), thread, shape),
         )
 
-    def _multiply(self, role: str, side: Side, operand: cute.Tensor, rows_pipe, state):
+    def _multiply(self, role: str, frag: KeyFragments, operand: cute.Tensor, rows_pipe, state):
         """Issue a query tile's dV or dK. From here on its values of rows are needed no more, and what they came with isn't."""
         if self.needs_v if role == "dV" else self.needs_k:
-            self.gemm(self.lay.tiled_mma(role, self.config), side.acc, operand, side.tRows[None, None, None, state.index], True)
+            self.gemm(self.lay.tiled_mma(role, self.config), frag.acc, operand, frag.tRows[None, None, None, state.index], True)
         self.release_rows(rows_pipe, state)
 
     def _multiplied(self, pipe, state):
@@ -246,26 +247,26 @@ class KeyGradients(KeyBlocks):
 
     @cute.jit
     def _values_step(
-        self, side: Side, shared, pipes, values, work, visited, hides, follows: cutlass.Constexpr, place, state, p_state
+        self, frag: KeyFragments, shared, pipes, values, work, visited, hides, follows: cutlass.Constexpr, place, state, p_state
     ):
         """P of a query tile, and dV; if it ``follows`` one whose dV is still to come, that runs while P is taken, and its own
         comes later."""
         i, j = place
         thread, S = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("S", self.config)
         pipes.q.consumer_wait(state)
-        acc_S = self.scores("S", self.config.tile_m, side.tA, side.tB[None, None, None, state.index])
+        acc_S = self.scores("S", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index])
         if cutlass.const_expr(follows):
-            self._multiply("dV", side, side.held, pipes.q, self.stage_before(state))
+            self._multiply("dV", frag, frag.held, pipes.q, self.stage_before(state))
         m_block, member = visited.tile(i, j // visited.count, self.problem)
         of_head, kept = values.of_head(work.head + member), None
         if cutlass.const_expr(self.problem.dropout):
-            kept = self._kept(side.cS, of_head, work, m_block)
+            kept = self._kept(frag.cS, of_head, work, m_block)
         warpgroup.wait_group(int(follows and self.needs_v))
         hidden = None
         if cutlass.const_expr(hides is not None):
             hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
         origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
-        scores = Scores(side.cS, of_head, self.problem, transposed=True)
+        scores = Scores(frag.cS, of_head, self.problem, transposed=True)
         scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
         P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
         rounded, slot = None, p_state.index
@@ -277,30 +278,32 @@ class KeyGradients(KeyBlocks):
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(not self.config.overlap_tiles):
             rP = rounded if cutlass.const_expr(P is acc_S and self.needs_k) else rounded_operand(P, self.element)
-            self._multiply("dV", side, rP, pipes.q, state)
+            self._multiply("dV", frag, rP, pipes.q, state)
             self._multiplied(pipes.do, state)
         elif cutlass.const_expr(P is acc_S and self.needs_k):
             # Not what was handed over itself: where the operand of a product is made while another runs, ptxas has all wait.
-            cute.autovec_copy(shared.p[thread, None, slot], self._in_turn(side.held, shared))
+            cute.autovec_copy(shared.p[thread, None, slot], self._in_turn(frag.held, shared))
         else:
-            rounded_operand(P, self.element, side.held)
+            rounded_operand(P, self.element, frag.held)
         state.advance()
         return state, p_state
 
     @cute.jit
-    def _keys_step(self, side: Side, shared, pipes, values, work, visited, follows: cutlass.Constexpr, j, state, p_state):
+    def _keys_step(
+        self, frag: KeyFragments, shared, pipes, values, work, visited, follows: cutlass.Constexpr, j, state, p_state
+    ):
         """dS of a query tile, and dK, in the same way."""
         thread, dP = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("dP", self.config)
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_k):
-            acc_dP = self.scores("dP", self.config.tile_m, side.tA, side.tB[None, None, None, state.index])
+            acc_dP = self.scores("dP", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index])
         if cutlass.const_expr(follows):
-            self._multiply("dK", side, side.held, pipes.do, self.stage_before(state))
+            self._multiply("dK", frag, frag.held, pipes.do, self.stage_before(state))
         if cutlass.const_expr(self.needs_k):
             kept = None
             if cutlass.const_expr(self.problem.dropout):
                 m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
-                kept = self._kept(side.cS, values.of_head(work.head + member), work, m_block)
+                kept = self._kept(frag.cS, values.of_head(work.head + member), work, m_block)
             warpgroup.wait_group(int(follows))
             P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
             delta = of_columns(dP, thread, shared.delta[None, state.index])
@@ -310,9 +313,9 @@ class KeyGradients(KeyBlocks):
         pipes.q.consumer_wait(state)
         rdS = None
         if cutlass.const_expr(self.needs_k):
-            rdS = rounded_operand(P, self.element, side.held if self.config.overlap_tiles else None)
+            rdS = rounded_operand(P, self.element, frag.held if self.config.overlap_tiles else None)
         if cutlass.const_expr(not self.config.overlap_tiles):
-            self._multiply("dK", side, rdS, pipes.do, state)
+            self._multiply("dK", frag, rdS, pipes.do, state)
             self._multiplied(pipes.q, state)
         state.advance()
         return state, p_state

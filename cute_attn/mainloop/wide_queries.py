@@ -18,7 +18,7 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import KeyTiles
-from cute_attn.mainloop.warpgroups import WARP, WARPGROUP, Kernel, TmaOperand, of_columns, rounded_operand
+from cute_attn.mainloop.warpgroups import WARP, WARPGROUP, Kernel, TmaOperand, key_tile, of_columns, rounded_operand
 from cute_attn.scheduler import Tiles, Work
 
 COPY_KEYS_WARP, COPY_QUERIES_WARP = 0, 1
@@ -151,14 +151,16 @@ class QueryGradients(Kernel):
         tKgK, tKsK = operands.k.tiles(shared.k, work.k, work.head_kv, keys.begin)
         tVgV, tVsV = operands.v.tiles(shared.v, work.k, work.head_kv, keys.begin)
         for i in cutlass.range(keys.count, unroll=1):
-            n = keys.tile(keys.place(i))
+            n = keys.place(i)
             pipes.k.producer_acquire(k_state)
             barrier = pipes.k.producer_get_barrier(k_state)
-            cute.copy(operands.k.atom, tKgK[None, n], tKsK[None, k_state.index], tma_bar_ptr=barrier)
+            source = key_tile(operands.k, tKgK, shared.k, work, keys, n)
+            cute.copy(operands.k.atom, source, tKsK[None, k_state.index], tma_bar_ptr=barrier)
             k_state.advance()
             pipes.v.producer_acquire(v_state)
             barrier = pipes.v.producer_get_barrier(v_state)
-            cute.copy(operands.v.atom, tVgV[None, n], tVsV[None, v_state.index], tma_bar_ptr=barrier)
+            source = key_tile(operands.v, tVgV, shared.v, work, keys, n)
+            cute.copy(operands.v.atom, source, tVsV[None, v_state.index], tma_bar_ptr=barrier)
             v_state.advance()
 
     @cute.jit
@@ -182,7 +184,7 @@ class QueryGradients(Kernel):
         gK, gV = (work.k.rows(m, work.head_kv) for m in (plain.k, plain.v))
         threads, finite_keys, finite_values = (cute.arch.lane_idx(), WARP), FiniteRows(gK), FiniteRows(gV)
         for i in cutlass.range(keys.count, unroll=1):
-            first = keys.begin + keys.tile(keys.place(i)) * self.config.tile_n
+            first = keys.first_key(keys.place(i), self.config.tile_n)
             self.acquire_for_threads(pipes.k, k_state)
             copy_carefully(gK, shared.k[None, None, k_state.index], first, threads, finite_keys, 0.0)
             for r in cutlass.range(threads[0], self.config.tile_n, WARP, unroll=1):
@@ -228,14 +230,14 @@ class QueryGradients(Kernel):
             acc_dP = self.scores("qdP", self.config.tile_n, tPrdO, tPrV[None, None, None, v_state.index])
             kept = None
             if cutlass.const_expr(self.problem.dropout):
-                kept = scores.kept((row_first, keys.begin + keys.tile(n) * self.config.tile_n))
+                kept = scores.kept((row_first, keys.first_key(n, self.config.tile_n)))
             warpgroup.wait_group(1)
             if i > 0:
                 pipes.k.consumer_release(self.stage_before(k_state))
             hidden = None
             if cutlass.const_expr(care is not None):
                 hidden = care, of_columns(S, index % WARPGROUP, shared.hidden[None, k_state.index])
-            origin = (row_first, keys.begin + keys.tile(n) * self.config.tile_n)
+            origin = (row_first, keys.first_key(n, self.config.tile_n))
             scores.apply_rules(acc_S, origin, keys.needs_mask(n), hidden)
             scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
             warpgroup.wait_group(0)

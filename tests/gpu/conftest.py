@@ -37,6 +37,14 @@ def mechanism(request):
 
 
 @pytest.fixture
+def in_one_configuration(monkeypatch):
+    """A rectangle's length may choose other tiles, and with them other last bits; ragged sequences, whose lengths the host does
+    not know, have the first configuration."""
+    monkeypatch.setattr(launch, "takes_short", lambda *_: False)
+    monkeypatch.setattr(launch, "rows_of_query_tile", lambda rows, *_: rows[0])
+
+
+@pytest.fixture
 def every_lane_arrives(request, monkeypatch):
     """Kernels all of whose lanes arrive at a pipeline's barriers, not one for its warp; parametrized with False, the shipped
     ones. Either way they are of this test alone."""

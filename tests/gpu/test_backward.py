@@ -80,23 +80,19 @@ def test_some_inputs_of_blocks_that_share_a_key_tile(needs, monkeypatch):
 
 
 @pytest.mark.parametrize(("d", "dv", "dtype"), [(128, 128, BF16), (104, 40, torch.float16)])
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("rules", [{}, {"causal": True}, {"causal": True, "softcap": 20.0}], ids=["full", "causal", "softcap"])
-def test_query_tiles_of_80_rows(d, dv, dtype, rules, deterministic, monkeypatch):
+@pytest.mark.parametrize("rules", [{}, {"softcap": 20.0}], ids=["full", "softcap"])
+def test_query_tiles_of_80_rows(d, dv, dtype, rules, monkeypatch):
     """Of lengths that cross their edges, where the plan would have chosen them and where not; NaN in memory behind the rows
-    doesn't show. In a fixed order the bits are the same each time."""
+    doesn't show."""
     chosen = []
     monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: chosen.append(max(choices)) or chosen[-1])
     monkeypatch.setattr(launch, "_head_blocks", lambda *_: 1)
     for sq, sk in ((1, 70), (79, 128), (80, 65), (81, 300), (240, 257), (1030, 513), (700, 700)):
         for heads in ((2, 2), (6, 2)):
             q, k, v, dout, dlse = make(16 if sq == 1 else 3, sq, sk, *heads, d, dv, dtype)
-            result = run(q, k, v, "tma_wgmma", dout, dlse, deterministic=deterministic, **rules)
+            beyond = [torch.cat((x, torch.full_like(x, math.nan)), 1)[:, : x.shape[1]] for x in (q, k, v, dout)]
+            result = run(*beyond[:3], "tma_wgmma", beyond[3], dlse, **rules)
             assert_gradients_close(result, q, k, v, dout, dlse, **rules)
-            if deterministic:
-                beyond = [torch.cat((x, torch.full_like(x, math.nan)), 1)[:, : x.shape[1]] for x in (q, k, v, dout)]
-                again = run(*beyond[:3], "tma_wgmma", beyond[3], dlse, deterministic=True, **rules)
-                assert_same_bits(again, result)
     assert set(chosen) == {80}
 
 

@@ -74,6 +74,7 @@ LENGTHS = [(0, 0), (64, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("case", ["document", "nothing", "slope", "alibi", "sinks", "everything"])
+@pytest.mark.usefixtures("in_one_configuration")
 def test_each_sequence_as_alone(case, d, causal, mechanism):
     """Positions are a sequence's own, ``batch`` is its number, and blocks that draw tickets know it, too."""
     batch, heads = len(LENGTHS), 4

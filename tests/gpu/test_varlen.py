@@ -9,6 +9,7 @@ import torch
 from cute_attn import attention, attention_varlen, launch
 from tests.support import assert_gradients_close, make_qkv
 
+pytestmark = pytest.mark.usefixtures("in_one_configuration")
 BF16 = torch.bfloat16
 # (queries, keys) of each sequence: empty ones anywhere, one tile and a row more or less, many tiles.
 LENGTHS = [(0, 0), (64, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (257, 512)]
@@ -21,14 +22,6 @@ RULES = {
     "window": ({"window": (100, 20)}, False),
     "softcap": ({"causal": True, "softcap": 20.0}, True),
 }
-
-
-@pytest.fixture(autouse=True)
-def in_one_configuration(monkeypatch):
-    """A rectangle's length may choose other tiles, and with them other last bits; ragged sequences, whose lengths the host does
-    not know, have the first configuration."""
-    monkeypatch.setattr(launch, "takes_short", lambda *_: False)
-    monkeypatch.setattr(launch, "rows_of_query_tile", lambda rows, *_: rows[0])
 
 
 def bounds(lengths):

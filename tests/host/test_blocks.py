@@ -14,7 +14,17 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from cute_attn import BlockMask, attention, block_mask, layouts, masks
 from cute_attn.blocks import CUT, NONE, WHOLE
-from cute_attn.layouts.base import BLOCK, HEADER, IN_TURN, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import (
+    BLOCK,
+    HEADER,
+    IN_TURN,
+    MEMBER_BIT,
+    TILE_BITS,
+    TILE_MASK,
+    UNSEEN_BIT,
+    WARPGROUP_BITS,
+    WHOLE_BIT,
+)
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 from tests.functions import BLOCKED, check
@@ -111,25 +121,43 @@ def check_turns(lists: torch.Tensor):
 def test_lists_of_keys(sizes, seed, tile):
     batch, heads, *lengths = sizes
     mask = random_mask(seed)
-    kinds, seen = kinds_of(pairs(mask, *sizes), *tile), pairs(mask, *sizes)
+    seen = pairs(mask, *sizes)
     lists = block_mask(mask, *sizes).key_lists(*tile, batch, heads)
     check_turns(lists)
-    for b, h, m in torch.cartesian_prod(*(torch.arange(n) for n in kinds.shape[:3])).tolist():
+    for b, h, m in torch.cartesian_prod(*(torch.arange(n) for n in lists.shape[:3])).tolist():
         listed, cut, _, whole_end = entries(lists[b, h, m])
-        parts = [[entry & TILE_MASK for entry in part] for part in (listed[:cut], listed[cut:whole_end], listed[whole_end:])]
+        parts = [
+            [(entry & TILE_MASK) * BLOCK for entry in part]
+            for part in (listed[:cut], listed[cut:whole_end], listed[whole_end:])
+        ]
         assert all(part == sorted(part, reverse=True) for part in parts)
-        whole = kinds[b, h, m].eq(WHOLE).nonzero().flatten().tolist()
-        assert sorted(parts[1]) == whole
-        assert sorted(parts[0] + parts[2]) == kinds[b, h, m].eq(CUT).nonzero().flatten().tolist()
-        assert all(n < min(whole) for n in parts[2])
-        assert not whole or all(n > min(whole) for n in parts[0])
+        rows, times = seen[b, h, m * tile[0] : (m + 1) * tile[0]], torch.zeros(lengths[1] + tile[1], dtype=torch.int32)
+        for part, is_whole in zip(parts, (False, True, False), strict=True):
+            for n in part:
+                times[n : n + tile[1]] += 1
+                assert rows[:, n : n + tile[1]].any()
+                assert is_whole == bool(rows[:, n : n + tile[1]].all() and n + tile[1] <= lengths[1])
+        assert times.max() <= 1
+        assert not rows[:, times[: lengths[1]] == 0].any()
+        assert len(listed) <= -(-lengths[1] // tile[1])
+        assert all(n < min(parts[1]) for n in parts[2])
+        assert not parts[1] or all(n > min(parts[1]) for n in parts[0])
         for entry in listed:
-            n = (entry & TILE_MASK) * tile[1]
+            n = (entry & TILE_MASK) * BLOCK
             for w in range(tile[0] // 64):
                 rows = slice(m * tile[0] + 64 * w, min(m * tile[0] + 64 * (w + 1), lengths[0]))
                 said = [(entry >> TILE_BITS + WARPGROUP_BITS * w + bit) & 1 for bit in (UNSEEN_BIT, WHOLE_BIT)]
                 part = seen[b, h, rows, n : n + tile[1]]
                 assert said == [not part.any(), part.all() and n + tile[1] <= lengths[1]] or not part.numel()
+
+
+def test_kinds_in_a_row():
+    """Of a block and the next three; there is none past the last key."""
+    blocks = block_mask(random_mask(3), 2, 1, 300, 270)
+    kinds, rows = torch.nn.functional.pad(blocks.kinds, (0, 3), value=NONE), blocks.kinds_in_a_row(2, 4)
+    assert rows.shape == (2, 4, 10, 9)
+    for i in range(4):
+        assert torch.equal((rows >> 2 * i) & 3, kinds[..., i : i + 9].expand(-1, 4, -1, -1))
 
 
 @settings(max_examples=20, deadline=None)
@@ -140,17 +168,21 @@ def test_lists_of_queries(sizes, seed, tile, alike):
     mask = random_mask(seed)
     of_heads = 1 if alike else heads
     blocks = block_mask(mask, batch, of_heads, *lengths)
-    kinds = kinds_of(pairs(mask, batch, of_heads, *lengths), *tile).expand(-1, heads, -1, -1)
+    seen = pairs(mask, batch, of_heads, *lengths)
+    kinds = kinds_of(seen, *tile).expand(-1, heads, -1, -1)
     ranks = blocks.ranks(*tile, batch, heads)
     for heads_kv in {1, heads, max(heads // 2, 1)}:
         group = heads // heads_kv
         lists = blocks.query_lists(*tile, batch, heads, heads_kv)
         for b, h, n in torch.cartesian_prod(*(torch.arange(x) for x in (batch, heads_kv, kinds.shape[3]))).tolist():
-            listed, cut, _, repeats = entries(lists[b, h, n])
+            listed, cut, _, _ = entries(lists[b, h, n])
             for kind, found in ((CUT, listed[:cut]), (WHOLE, listed[cut:])):
-                visited = [
-                    (h * group + (entry >> TILE_BITS) + r, entry & TILE_MASK) for entry in found for r in range(repeats)
-                ]
+                visited = [(h * group + (entry >> MEMBER_BIT), entry & TILE_MASK) for entry in found]
+                for entry, (head, m) in zip(found, visited, strict=True):
+                    for w in range(2 * (tile[1] == 128)):
+                        first, rows = n * tile[1] + 64 * w, slice(m * tile[0], (m + 1) * tile[0])
+                        part = seen[b, head % of_heads, rows, first : first + 64]
+                        assert entry >> TILE_BITS + w & 1 == int(part.all() and first + 64 <= lengths[1])
                 assert len(set(visited)) == len(visited)
                 want = kinds[b, h * group : (h + 1) * group, :, n].eq(kind).nonzero() + torch.tensor([h * group, 0])
                 assert sorted(visited) == sorted(map(tuple, want.tolist()))

@@ -21,11 +21,16 @@ RAGGED = "cu_seqlens_q cu_seqlens_k"
 Q, TABLE = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((2, 4, 2, 8), (2, 9)))
 IDS = torch.zeros(2, 9, dtype=torch.int64)
 
+SLOPES = torch.zeros(2)
 BIAS = torch.zeros(2, 2, 4, 12, dtype=torch.bfloat16, requires_grad=True)
 
 
 def _score(score, batch, head, q_idx, kv_idx):
     return 20.0 * torch.tanh(score * TABLE[head, kv_idx] / 20.0)
+
+
+def _ramp(score, batch, head, q_idx, kv_idx):
+    return score - SLOPES[head] * (q_idx - kv_idx)
 
 
 def expression(mask=None, score=None, alibi_slopes=None, bias=None) -> Expression:
@@ -35,6 +40,7 @@ def expression(mask=None, score=None, alibi_slopes=None, bias=None) -> Expressio
 PROBLEMS = {
     "mask": Problem("bfloat16", 0, 0, return_lse=True, expression=expression(masks.causal)),
     "alibi": Problem("bfloat16", 0, 0, bounded_right=True, expression=expression(alibi_slopes=torch.zeros(2))),
+    "ramp": Problem("bfloat16", 0, 0, bounded_right=True, expression=expression(score=_ramp)),
     "listed": Problem("bfloat16", 0, 0, expression=expression(masks.document(IDS)), blocks="listed"),
     "classified": Problem("bfloat16", 0, 0, expression=expression(masks.document(IDS)), blocks="classified"),
     "bias": Problem("bfloat16", 0, 0, expression=expression(bias=BIAS)),
@@ -116,18 +122,19 @@ def test_kernels_with_functions(case: FunctionCase, kernels):
         }
 
 
-def test_whole_tiles_of_a_list_compute_no_mask():
-    """One of the forward pass's loops over key tiles reads nothing and compares nothing: no entry, no position, no maximum."""
+@pytest.mark.parametrize(("what", "unneeded"), [("listed", ("LDG", "FMNMX")), ("ramp", ("FMNMX",))])
+def test_whole_tiles_compute_no_mask(what, unneeded):
+    """One of the forward pass's loops over key tiles looks for no maximum, and reads no entry of a list. To what a ramp adds
+    products are added: it takes no multiply-add once they are there."""
     pytest.importorskip("cutlass")
-    case = FunctionCase("tma_wgmma", 64, "listed")
+    case = FunctionCase("tma_wgmma", 64, what)
     code = machine_code.compiled(case.problem, case.config)
     parsed = cubin.parse(*code[:2], kernel="Forward")
     assert parsed.stack_bytes + parsed.local_bytes <= 32
-    plain = [body for body in loops_of(code.sass) if not any(word in line for line in body for word in UNNEEDED)]
-    assert any(sum("MUFU.EX2" in line for line in body) >= 64 for body in plain)
-
-
-UNNEEDED = ("LDG", "FMNMX")
+    plain = [body for body in loops_of(code.sass) if not any(word in line for line in body for word in unneeded)]
+    whole = [body for body in plain if sum("MUFU.EX2" in line for line in body) >= 64]
+    assert whole
+    assert min(sum("FFMA" in line for line in body) for body in whole) <= 64 + 4
 
 
 def loops_of(sass: str) -> list[list[str]]:
@@ -159,7 +166,7 @@ def test_problems_are_explained(what):
     text = explain(case.problem, case.config)
     assert ("a mask function" in text) == (what in ("mask", "listed", "classified", "all"))
     assert ("a block mask" in text) == (what in ("listed", "classified"))
-    assert ("a score function" in text) == (what in ("alibi", "bias", "all"))
+    assert ("a score function" in text) == (what in ("alibi", "ramp", "bias", "all"))
     assert ("sinks" in text) == (what == "all")
     assert ("dropout" in text) == (what == "dropout")
     case = FunctionCase("tma_wgmma", 64, what, "qkv")

@@ -75,6 +75,51 @@ def reference_call(q, k, v, made: dict, batch: int):
     return call
 
 
+def test_ramps():
+    """What is one: a multiple of a sum of positions, added to the score; the multiple may be another for each head."""
+    slopes = torch.rand(2)
+    forms = {
+        lambda s, b, h, i, j: s - slopes[h] * (i - j): (-1, {"q_idx": 1, "kv_idx": -1}, 0),
+        lambda s, b, h, i, j: (3 - (j - 2 - i)) * (2.0 * slopes[h]) + s: (1, {"q_idx": 1, "kv_idx": -1}, 5),
+        lambda s, b, h, i, j: s + slopes[h] * (j + j): (1, {"kv_idx": 2}, 0),
+    }
+    for score, (sign, coefficients, constant) in forms.items():
+        expression, _ = graph(score=score)
+        assert expression.ramp[1:] == (sign, tuple(sorted(coefficients.items())), constant)
+        assert not expression.natural
+    others = (
+        lambda s, b, h, i, j: s - slopes[h] * torch.abs(i - j),
+        lambda s, b, h, i, j: slopes[h] * (i - j) - s,
+        lambda s, b, h, i, j: 2.0 * s + slopes[h] * (i - j),
+        lambda s, b, h, i, j: s + slopes[i % 2] * (i - j),
+        lambda s, b, h, i, j: s + slopes[h] * i,
+        lambda s, b, h, i, j: s + slopes[h] * (i * j),
+        lambda s, b, h, i, j: s + slopes[h] * (h - j),
+        scores.softcap(3.0),
+    )
+    for score in others:
+        expression, _ = graph(score=score)
+        assert expression.natural
+    assert graph(masks.causal)[0].ramp is None
+    asked = (None, None, (), slopes, Q, 2, 2, None, None)
+    assert [traced(*asked, behind)[0].natural for behind in (False, True)] == [True, False]
+    with_a_gradient = slopes.clone().requires_grad_()
+    assert graph(score=lambda s, b, h, i, j: s + with_a_gradient[h] * (i - j))[0].natural
+
+
+@pytest.mark.parametrize(("rules", "natural"), [
+    ({}, True), ({"causal": True}, False), ({"window": (50, 0)}, False), ({"window": (50, 3)}, True),
+    ({"causal": True, "softcap": 5.0}, True), ({"causal": True, "scale": 1e-20}, True),
+    ({"causal": True, "sinks": torch.zeros(2)}, True),
+])  # fmt: skip
+def test_alibi_is_a_ramp_where_no_key_is_ahead(rules, natural, monkeypatch):
+    calls = []
+    monkeypatch.setattr(reference, "attention", lambda q, k, v, call: calls.append(call) or (q, None, None))
+    q, k, v = make_qkv(1, 8, 8, 2, 2, 8, 8, torch.float32)
+    attention(q, k, v, alibi_slopes=torch.rand(2), **rules)
+    assert calls[0].expression.natural == natural
+
+
 def test_gradients_of_captured_tensors():
     """Of any rank, whether they are arguments or in a closure, in both layouts; a tensor that requires none has none."""
     q, k, v = make_qkv(2, 40, 30, 4, 2, 8, 8, torch.float64)

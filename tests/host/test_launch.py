@@ -80,9 +80,10 @@ def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, determinis
     ((_, arguments),) = gpu.log
     given = named(FORWARD, arguments)
     assert torch.equal(given.key_lists, blocks.key_lists(config.tile_m, config.tile_n, 1, 4))
-    assert torch.equal(given.kinds, blocks.kinds.expand(1, 4, -1, -1))
+    assert torch.equal(given.kinds, blocks.kinds_in_a_row(1, 4))
     assert given.tickets.numel() >= TICKET_COUNTERS + 4 * -(-500 // config.tile_m)
     assert not given.tickets[:TICKET_COUNTERS].count_nonzero()
+    assert not launching._tickets.of_streams, "memory that stays, of a call that isn't kept"
     gpu.log.clear()
     launching.gradients(call, None, "qkv", deterministic, q, k, v, q, torch.zeros(1, 4, 500), q, None)
     ((_, arguments),) = gpu.log
@@ -226,6 +227,7 @@ def test_calls_of_as_many_sequences_share_their_plans_and_no_lengths(gpu, monkey
             assert given.cu_seqlens_q is cu_seqlens_q
             assert given.cu_seqlens_k is ends[3]
             assert given.count == 2
+        assert named(FORWARD, forward).tickets is launching._tickets.of_streams[-1, 999].words
     assert len(planned) == 2
     api.attention_varlen(q, k, v, ends[0][:2], ends[0][:2])
     api.attention_varlen(q, k, v, ends[0], seqused_k=ends[0][:2])

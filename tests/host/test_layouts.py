@@ -42,7 +42,9 @@ def shipped(gradients: str = "") -> list[Config]:
         for mechanism in layouts.for_target(target).MECHANISMS
         for d, dv in HEAD_DIMS
         for ordered in ((False, True) if gradients else (False,))
-        for config in configs(Problem("bfloat16", d, dv, gradients=gradients, deterministic=ordered), target, mechanism)
+        for config in configs(
+            Problem("bfloat16", d, dv, bounded_right=ordered, gradients=gradients, deterministic=ordered), target, mechanism
+        )
         if config.head_blocks == 1
     )
     return list(dict.fromkeys(found))

@@ -4,11 +4,12 @@ Two of the GPU's instructions that a processor hasn't are replaced by its arithm
 positions those are and what becomes of them is the kernels' own code."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from cute_attn import dropout, layouts, masks
+from cute_attn import block_mask, dropout, layouts, masks
 from cute_attn.expressions import traced
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
@@ -22,7 +23,7 @@ from cutlass.cute.runtime import from_dlpack  # noqa: E402
 from cute_attn.layouts.fragments import rows_columns  # noqa: E402
 from cute_attn.mainloop import captured, elements, fours  # noqa: E402
 from cute_attn.mainloop.common import Values  # noqa: E402
-from cute_attn.mainloop.scores import Coordinates, Scores, WordOps  # noqa: E402
+from cute_attn.mainloop.scores import Coordinates, Scores, WordOps, rise_in_block, with_rise  # noqa: E402
 from cute_attn.softmax import LogSumExp, Softmax  # noqa: E402
 
 SEQUENCE, HEAD, SEQLEN_Q, SEQLEN_K, SCALE = 1, 3, 290, 303, 0.25
@@ -224,6 +225,122 @@ def test_what_dropout_keeps_of_a_tile(transposed, p, mechanism, monkeypatch):
     want = dropout.kept(seed, p, torch.tensor(SEQUENCE), torch.tensor(HEAD), q_idx, kv_idx)
     assert abs(want.float().mean() + p - 1.0) < 0.05
     assert torch.equal(found, want.float().expand(3, -1, -1))
+
+
+def _on_tensor_cores(monkeypatch, problem, rows_of_scores):
+    """``(layouts, tiled MMA's maker, shape)`` of a warpgroup's scores on ``tma_wgmma``."""
+    monkeypatch.setattr(warpgroup.MmaF16BF16Op, "__post_init__", lambda self: None)  # which asks for a GPU that has it
+    monkeypatch.setattr(cute.arch, "make_warp_uniform", lambda x: x)
+    config = plan(problem, "sm_90a", "tma_wgmma")
+    lay = layouts.family(config)
+    return partial(lay.tiled_mma, "S", config), (lay.ROWS_PER_WARPGROUP, getattr(config, rows_of_scores))
+
+
+@pytest.mark.parametrize("origin", [(64, 0), (128, 32), (192, 160), (256, 224), (0, 288)])
+def test_masks_that_are_computed_ahead(origin, monkeypatch):
+    """Of a list's cut tiles, block by block, before there are scores; inside of the tensors, and past either end."""
+    blocks = block_mask(masks.document(IDS), 2, None, SEQLEN_Q, SEQLEN_K, (), "cpu")
+    expression, captured = traced(masks.document(IDS), None, (), None, torch.zeros(2, 4, 4, 8), 4, 2)
+    problem = Problem("bfloat16", 64, 64, expression=expression, blocks="listed")
+    tiled_mma, shape = _on_tensor_cores(monkeypatch, problem, "tile_n")
+    found, kinds = torch.full(shape, math.nan), blocks.kinds_in_a_row(2, 1).contiguous()
+
+    @cute.jit
+    def compute(found: cute.Tensor, kinds: cute.Tensor, tensors, thread: Int32):
+        where = Coordinates.of(tiled_mma(), thread, shape)
+        lengths = Int32(SEQLEN_Q), Int32(SEQLEN_K), Int32(0), Int32(0), Float32(1.0), Float32(0.0)
+        values = Values(*lengths, captured=tensors, sequence=Int32(SEQUENCE), head=Int32(0), kinds=kinds)
+        scores = Scores(where, values, problem)
+        acc = cute.make_rmem_tensor(tiled_mma().partition_shape_C(shape), Float32)
+        acc.fill(1.0)
+        place, held = (Int32(origin[0]), Int32(origin[1])), rows_columns(acc)
+        scores.apply_rules(acc, place, True, seen=scores.seen(place, True, scores.kinds(place)))
+        for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
+            for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
+                found[where.thread[r, c]] = held[r, c]
+
+    arguments = from_dlpack(found), from_dlpack(kinds), tuple(map(from_dlpack, captured))
+    compiled = cute.compile(compute, *arguments, Int32(0))
+    for thread in range(128):
+        compiled(*arguments, Int32(thread))
+    rows, columns = torch.arange(shape[0])[:, None] + origin[0], torch.arange(shape[1]) + origin[1]
+    held = tuple(x.clamp(max=IDS.shape[1] - 1) for x in (rows, columns))
+    seen = (IDS[SEQUENCE, held[0]] == IDS[SEQUENCE, held[1]]) & (columns < SEQLEN_K)
+    there = (rows < SEQLEN_Q).expand(shape)
+    assert torch.equal((found == 1.0)[there], seen[there])
+    assert torch.equal((found == -math.inf)[there], ~seen[there])
+
+
+@pytest.mark.parametrize("rises", [False, True])
+@pytest.mark.parametrize("kind", ["forward", "keys of a block", "queries of a block"])
+def test_ramps(kind, rises, monkeypatch):
+    """Scores with what their row lacks, and P by a log-sum-exp from which a query's part is off. A maximum that a quad shares
+    is the same in all of its threads, whose columns begin elsewhere."""
+    largest = 400.0  # of the quad, somewhere else in it
+    monkeypatch.setattr(cute.arch, "warp_reduction_max", lambda x, threads_in_group: cute.arch.fmax(x, Float32(largest)))
+    transposed, gradients, sign = kind == "keys of a block", "" if kind == "forward" else "qkv", 1.0 if rises else -1.0
+    slopes = torch.tensor([0.0, 0.0, 0.0, 0.25])
+    ramp = lambda score, batch, head, q_idx, kv_idx: score + (3 + q_idx + q_idx - kv_idx) * (sign * slopes[head])  # noqa: E731
+    expression, captured = traced(None, ramp, (), None, torch.zeros(2, 4, 4, 8), 4, 2)
+    assert not expression.natural
+    problem = Problem("bfloat16", 64, 64, gradients=gradients, expression=expression, bounded_right=True)
+    tiled_mma, shape = _on_tensor_cores(monkeypatch, problem, "tile_m" if gradients else "tile_n")
+    origin, scale_log2 = (128, 128), SCALE * math.log2(math.e)
+    rows, columns = torch.arange(shape[0])[:, None] + origin[0], torch.arange(shape[1]) + origin[1]
+    q_idx, kv_idx = (x.expand(shape) for x in ((columns, rows) if transposed else (rows, columns)))
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 4.0
+    want = given.double() + sign * 0.25 / SCALE * (3 + 2 * q_idx - kv_idx)
+    seen = kv_idx <= q_idx + SEQLEN_K - SEQLEN_Q
+    lse = want.masked_fill(~seen, -math.inf).logsumexp(0 if transposed else 1).float()
+    found, begun = torch.full((2, *shape), math.nan), torch.full((128, 2), math.nan)
+
+    @cute.jit
+    def compute(found: cute.Tensor, begun: cute.Tensor, given: cute.Tensor, lse: cute.Tensor, tensors, thread: Int32):
+        where = Coordinates.of(tiled_mma(), thread, shape)
+        lengths = Int32(SEQLEN_Q), Int32(SEQLEN_K), Int32(0), Int32(SEQLEN_K - SEQLEN_Q), Float32(scale_log2), Float32(0.0)
+        values = Values(*lengths, captured=tensors, sequence=Int32(SEQUENCE), head=Int32(HEAD))
+        values = with_rise(values, problem)
+        scores, place = Scores(where, values, problem, transposed), (Int32(origin[0]), Int32(origin[1]))
+        acc = cute.make_rmem_tensor(tiled_mma().partition_shape_C(shape), Float32)
+        acc.fill(0.0)
+        held = rows_columns(acc)
+        if cutlass.const_expr(gradients == ""):
+            scores.started(acc)
+        for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
+            for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
+                held[r, c] = held[r, c] + given[where.thread[r, c]]
+        begins = scores.apply_rules(acc, place, True, apart=gradients == "")
+        if cutlass.const_expr(gradients == ""):
+            for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
+                for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
+                    found[(0, *where.thread[r, c])] = held[r, c] + begins[r]
+            softmax = Softmax.start(2, Float32(scale_log2), fused=True)
+            softmax.step(held, cute.make_rmem_tensor(2, Float32), None, begins)
+            for r in cutlass.range_constexpr(2):
+                begun[thread, r] = softmax.row_max[r]
+        else:
+            less = cute.make_rmem_tensor(cute.size(held, mode=[1 if transposed else 0]), Float32)
+            for i in cutlass.range_constexpr(cute.size(less)):
+                of = where.thread[(0, i) if transposed else (i, 0)][1 if transposed else 0]
+                query = of + origin[1 if transposed else 0]
+                less[i] = lse[of] - rise_in_block(values, problem, query)
+            scores.probabilities(acc, less, cutlass.Float16, place)
+        for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
+            for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
+                found[(1, *where.thread[r, c])] = held[r, c]
+
+    arguments = *map(from_dlpack, (found, begun, given, lse)), tuple(map(from_dlpack, captured))
+    compiled = cute.compile(compute, *arguments, Int32(0))
+    for thread in range(128):
+        compiled(*arguments, Int32(thread))
+    if gradients:
+        along = lse.double() if transposed else lse.double()[:, None]
+        P = ((want - along) * SCALE).exp() * seen
+        torch.testing.assert_close(found[1], P.float(), rtol=1e-3, atol=1e-6)
+        return
+    torch.testing.assert_close(found[0][seen], want[seen].float(), rtol=1e-5, atol=1e-3)
+    assert begun.eq(largest).all()
+    torch.testing.assert_close(found[1], (((want - largest) * SCALE).exp() * seen).float(), rtol=1e-3, atol=1e-30)
 
 
 def _product_of_words(x, constant):

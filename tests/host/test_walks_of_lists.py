@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_attn import block_mask, masks
-from cute_attn.blocks import CUT
 from tests.host.test_blocks import pairs, random_mask
 
 pytest.importorskip("cutlass")
@@ -61,11 +60,11 @@ def visits(keys, leads: bool) -> list[tuple]:
 
     def step(state, where, anchored=None):
         place, masked = where
-        found.append((keys.tile(place), masked, place, leads and (masked is False if anchored is None else anchored)))
+        found.append((keys.first_key(place), masked, place, leads and (masked is False if anchored is None else anchored)))
         return state
 
     if keys.count > 0:
-        found.append((keys.tile(keys.place(0)), keys.last_is_masked(), keys.place(0), False))
+        found.append((keys.first_key(keys.place(0)), keys.last_is_masked(), keys.place(0), False))
         walks.walk.__wrapped__(step, None, keys, LISTED, last=False)
     return found
 
@@ -83,7 +82,7 @@ def test_what_a_warpgroup_computes(what, sizes, tile, leads, scale):
         entries = Words(words)
         of_all = walks.ListedKeys(entries, sk, 0, entries[1], entries[0], entries[2])
         of_all = of_all.after_a_seen_key(None, LISTED, m_block, None) if leads else of_all
-        listed = [of_all.tile(of_all.place(i)) for i in range(of_all.count)]
+        listed = [of_all.first_key(of_all.place(i)) for i in range(of_all.count)]
         for w in range(tile[0] // 64):
             first = m_block * tile[0] + w * 64
             rows = seen[first : first + 64]
@@ -98,31 +97,38 @@ def test_what_a_warpgroup_computes(what, sizes, tile, leads, scale):
                 continue
             so_far = torch.zeros(len(rows), dtype=torch.bool)
             for name, masked, place, anchored in computed:
-                part = rows[:, name * tile[1] : (name + 1) * tile[1]]
-                assert masked or (part.all() and (name + 1) * tile[1] <= sk)
+                part = rows[:, name : name + tile[1]]
+                assert masked or (part.all() and name + tile[1] <= sk)
                 assert anchored == (leads and place > 0 and keys.is_anchored(place))
                 assert so_far.all() or not anchored
                 so_far |= part.any(1)
-            others = [name for name in range(-(-sk // tile[1])) if name not in names]
-            assert not any(rows[:, name * tile[1] : (name + 1) * tile[1]].any() for name in others)
+            times = torch.zeros(sk + tile[1], dtype=torch.int32)
+            for name in names:
+                times[name : name + tile[1]] += 1
+            assert times.max() <= 1
+            assert not rows[:, times[:sk] == 0].any()
 
 
 @settings(max_examples=20, deadline=None)
 @given(what=st.sampled_from(sorted(MASKS)), n=st.integers(1, 380), tile=st.sampled_from([(128, 128), (128, 64)]))
 def test_a_walk_without_warpgroups_takes_all_tiles(what, n, tile):
     """As ``cp_async`` does, and dQ's kernel of wide heads: each tile once, and no mask for whole ones."""
-    blocks = block_mask(MASKS[what], None, None, n, n, device="cpu")
-    kinds = blocks.tiles(*tile)[0, 0]
+    blocks, seen = block_mask(MASKS[what], None, None, n, n, device="cpu"), pairs(MASKS[what], 1, 1, n, n)[0, 0]
     for m_block, words in enumerate(blocks.key_lists(*tile, 1, 1)[0, 0].tolist()):
         keys, found = walks.ListedKeys(Words(words), n, 0, words[1], words[0], words[2]), []
 
         def step(state, where, found=found, keys=keys):
-            found.append((keys.tile(where[0]), bool(where[1]), bool(keys.needs_mask(where[0]))))
+            found.append((keys.first_key(where[0]), bool(where[1]), bool(keys.needs_mask(where[0]))))
             return state
 
         walks.walk.__wrapped__(step, None, keys, LISTED, last=True)
-        assert sorted(name for name, *_ in found) == kinds[m_block].nonzero().flatten().tolist()
-        assert all(masked == needed == (kinds[m_block, name] == CUT) for name, masked, needed in found)
+        rows, times = seen[m_block * tile[0] : (m_block + 1) * tile[0]], torch.zeros(n + tile[1], dtype=torch.int32)
+        for name, masked, needed in found:
+            times[name : name + tile[1]] += 1
+            assert rows[:, name : name + tile[1]].any()
+            assert masked == needed == (not rows[:, name : name + tile[1]].all() or name + tile[1] > n)
+        assert times.max() <= 1
+        assert not rows[:, times[:n] == 0].any()
 
 
 @pytest.mark.parametrize("what", ["causal", "window", "document"])
@@ -137,7 +143,7 @@ def test_little_is_masked(what):
         for first in range(m_block * 192, min(m_block * 192 + 192, n), 64):
             keys, _ = walks.ListedKeys.of_rows.__wrapped__(of_all, None, LISTED, first, 64, SimpleNamespace(tile_m=192))
             for name, masked, *_ in visits(keys, leads=False):
-                part = seen[first : first + 64, name * 128 : (name + 1) * 128]
-                assert bool(masked) == bool(not part.all() or (name + 1) * 128 > n)
+                part = seen[first : first + 64, name : name + 128]
+                assert bool(masked) == bool(not part.all() or name + 128 > n)
                 unneeded += int(not part.any())
     assert unneeded <= 2
