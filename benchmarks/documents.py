@@ -70,9 +70,10 @@ def conditions(record: Any) -> str:
     return headline(record).replace("\n", "; ") + "\n"
 
 
-def overview(record: Record, direction: str = "forward") -> str:
-    """A row per head dim and mask: our rate at each length and, in brackets, the ratio to the best peer."""
-    cells = record.of("burst", direction)
+def overview(*records: Record, direction: str = "forward") -> str:
+    """A row per head dim and mask: our rate at each length and, in brackets, the ratio to the best peer. Of a case that several
+    records have, the last one's."""
+    cells = list({cell.case: cell for record in records for cell in record.of("burst", direction)}.values())
     lengths = sorted({cell.case.seqlen_q for cell in cells})
     lines = _header(["TFLOP/s (÷ best peer)", *(short(n) for n in lengths)])
     rows = dict.fromkeys((cell.case.head_dim, cell.case.causal) for cell in cells)
