@@ -131,7 +131,8 @@ CASES = [
 # nothing.
 TALL = (
     "a warp owns 32 rows, so that each ldmatrix feeds two MMAs; S and O then take 128 to 192 of the 255 registers, and "
-    "their operands most of the rest"
+    "their operands most of the rest; of bfloat16 more is spilled where a block's second pass is a loop of its own, since "
+    "whole tiles look for no maximum, which is 3 to 14 % faster all the same (docs/performance.md, 'Anchors on cp_async')"
 )
 CAPPED = (
     "with a softcap and both edges, where a tanh for each score takes what registers there are, four values of the loop over "
