@@ -57,8 +57,8 @@ def attention_kvcache(
     chunk of a prompt) each sees, with ``causal=True``, the keys before it and those of the step up to its own.
 
     Nothing is read back from the device, and nothing need be planned: the work is balanced there, from ``lengths``. So a call
-    can be captured in a CUDA graph and replayed with other lengths, pages and numbers of queries in the same tensors. It is one
-    launch, or two with new keys.
+    can be captured in a CUDA graph and replayed with other lengths, pages and numbers of queries in the same tensors. With few
+    queries it is one launch, or two with new keys.
 
     Args:
         q: ``(batch, seqlen_q, heads, head_dim)``; with ``cu_seqlens_q`` ``(total_q, heads, head_dim)``, of numbers of queries
