@@ -8,7 +8,9 @@ Who does what, from the command down:
 - ``cases``, ``peers``, ``flops``: what is measured, against whom, how it is counted.
 - ``timing``, ``card``, ``check``: clocks, the card's own readings, the float64 oracle.
 - ``results``: the result file; ``report``, ``plot``, ``compare``, ``anchors``, ``documents``: what is made of it.
-- ``training``, ``transformer``: a small model trained with ours and with eager attention.
+- ``training``, ``transformer``: a small model trained with ours and with eager attention. ``model``: a step of a Llama.
+- ``masks``, ``serving``: users' functions beside other ways, attention to caches; ``context_parallel``: several cards.
+- ``parts``: of the kernels, against the hardware's limits; ``layouts``, ``counters``: proofs against hardware counters.
 
 A *cell* is one case under one *kind* of measurement: ``burst``, ``sustained``, ``host``, ``memory`` or ``first``. It takes
 several *rounds*, in which every peer has a turn, spread over a few *visits*.
