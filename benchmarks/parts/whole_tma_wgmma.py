@@ -65,9 +65,9 @@ class Staged(Forward):
             ramp(frag.acc_O, noise(cute.arch.clock()))  # not of the thread: numbers that never change are stored early
         return frag
 
-    def _scores(self, frag, k_state):
+    def _scores(self, frag, k_state, *started):
         self._leave_rescale(frag)
-        return Forward._scores(self, frag, k_state) if self.stages.products else self.kept
+        return Forward._scores(self, frag, k_state, *started) if self.stages.products else self.kept
 
     def _scores_shape(self, me):
         return me.mma_S.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, self.config.tile_n))
