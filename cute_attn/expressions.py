@@ -690,8 +690,10 @@ def _ramp(expression: Expression) -> Ramp | None:
     """What the score is, if it is a ramp along the keys."""
     nodes, leaves = expression.nodes, expression.leaves()
     op, _, *terms = nodes[expression.score]  # type: ignore[index]
+    if op not in ("add", "sub"):
+        return None
     before = [nodes[i] == ("leaf", "float", "score") for i in terms]
-    if op not in ("add", "sub") or sum(before) != 1 or (op == "sub" and before[1]):
+    if sum(before) != 1 or (op == "sub" and before[1]):
         return None
     added = nodes[terms[before.index(False)]]
     if added[0] != "mul":

@@ -153,10 +153,12 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
         try:
             if q.data_ptr() and k.data_ptr() and v.data_ptr():
                 return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
-        except RuntimeError:  # Refused, or one has no address: why is looked at here and below
-            check_alike(q, k, v)
-            if call.lengths is not None:
-                call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
+        except RuntimeError:  # Refused, or one has no address: why is looked at below
+            pass
+    if call.plans is not None:  # a kept call, of which these may be others' tensors
+        check_alike(q, k, v)
+        if call.lengths is not None:
+            call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
     q, k, v = check_tensors_for_gpu(q, k, v, call)
     if call.empty:  # the backward pass won't look at lse_raw either
         out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, _of_dtype(torch.float32, q))

@@ -116,7 +116,7 @@ class Backward(KeyBlocks):
         # and of ragged sequences, where some positions have none, it draws tickets. Only where blocks share a tile has each of
         # them but one.
         self.persistent = config.head_blocks == 1
-        self.draws = problem.masked or problem.deterministic or bool(problem.ragged)
+        self.draws = problem.masked or problem.deterministic or (bool(problem.ragged) and self.needs_q)
         self.skips_unseen = bool(problem.ragged)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")

@@ -97,6 +97,20 @@ def test_gradients_in_any_order_and_of_the_lse(d, rules, mechanism):
         assert_gradients_close(got, *alone, dout[None, rows], dlse[None, :, rows], **rules)
 
 
+@pytest.mark.parametrize("rules", ["full", "causal"])
+@pytest.mark.parametrize("needs", ["k", "v", "kv"])
+def test_some_inputs_only(needs, rules, mechanism):
+    """Without dQ nothing counts what is added to it; dK and dV have the bits that they have when all are asked for."""
+    rules, _ = RULES[rules]
+    q, k, v, dout, *cu = make(LENGTHS, 64)
+    _, every = run(q, k, v, dout, *cu, mechanism=mechanism, **rules)
+    leaves = [x.detach().requires_grad_(name in needs) for name, x in zip("qkv", (q, k, v), strict=True)]
+    out = attention_varlen(*leaves, *cu, backend="cute", mechanism=mechanism, **rules)
+    some = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], dout)
+    for name, x in zip(needs, some, strict=True):
+        assert torch.equal(x, every["qkv".index(name)])
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("rules", ["full", "causal", "window"])
 def test_nothing_comes_from_a_neighbour(rules, d, mechanism):

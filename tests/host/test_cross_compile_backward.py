@@ -114,6 +114,7 @@ CASES = [
     Case("sm_90a", "tma_wgmma", 128, 128, "full", tile_m=80),
     # Gradients that nobody asked for.
     *[Case("sm_90a", "tma_wgmma", d, d, "causal", gradients=names) for d in (64, 96, 128) for names in ("q", "k", "v", "kv")],
+    *[Case("sm_90a", "tma_wgmma", 64, 64, "in use", gradients=names) for names in ("q", "k", "v", "kv")],
     *[Case("sm_80", "cp_async", d, d, "full", gradients=names) for d in (64, 128) for names in ("q", "k", "v", "kv")],
 ]
 

@@ -95,6 +95,8 @@ def test_ramps():
         lambda s, b, h, i, j: s + slopes[h] * i,
         lambda s, b, h, i, j: s + slopes[h] * (i * j),
         lambda s, b, h, i, j: s + slopes[h] * (h - j),
+        lambda s, b, h, i, j: 1.0,
+        lambda s, b, h, i, j: slopes[h],
         scores.softcap(3.0),
     )
     for score in others:

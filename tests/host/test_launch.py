@@ -232,6 +232,13 @@ def test_calls_of_as_many_sequences_share_their_plans_and_no_lengths(gpu, monkey
     api.attention_varlen(q, k, v, ends[0][:2], ends[0][:2])
     api.attention_varlen(q, k, v, ends[0], seqused_k=ends[0][:2])
     assert len(planned) == 4
+    # What a kept call is first planned for is looked at as in a first call.
+    apart = torch.stack((ends[0], ends[0]), 1)[:, 0]
+    api.attention_varlen(q, k, v, apart, ends[3], causal=True, return_lse=True)
+    assert named(FORWARD, gpu.log[-1][1]).cu_seqlens_q.is_contiguous()
+    for k_given, bounds, words in ((k, ends[0].long(), "int32 is needed"), (k.float(), ends[0], "one dtype is needed")):
+        with pytest.raises(ValueError, match=words):
+            api.attention_varlen(q, k_given, v, bounds, ends[3], causal=True, mechanism="tma_wgmma")
     monkeypatch.setenv(CHECK, "1")
     monkeypatch.setattr(api, "_kept", {})
     api.attention_varlen(q, k, v, ends[0])
