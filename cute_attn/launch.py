@@ -149,11 +149,10 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
     launch. Allocates these and nothing else that it doesn't keep."""
     how = return_lse, for_backward, mechanism
-    if call.plans and (planned := call.plans.get(how)) is not None:
+    if call.plans and (planned := call.plans.get(how)) is not None and _have_memory(q, k, v):
         try:
-            if q.data_ptr() and k.data_ptr() and v.data_ptr():
-                return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
-        except RuntimeError:  # Refused, or one has no address: why is looked at below
+            return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
+        except Refused:  # why is looked at below
             pass
     if call.plans is not None:  # a kept call, of which these may be others' tensors
         check_alike(q, k, v)
@@ -170,6 +169,14 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
     if call.plans is not None:
         call.plans[how] = planned
     return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
+
+
+def _have_memory(q, k, v) -> bool:
+    """Whether all have an address, for which torch raises where there is no storage."""
+    try:
+        return bool(q.data_ptr() and k.data_ptr() and v.data_ptr())
+    except RuntimeError:
+        return False
 
 
 class _PlannedForward(NamedTuple):
@@ -244,9 +251,8 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     must not be empty.
 
     All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
-    place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts
-    are added up in memory, their float32 sums; of both the rows are a multiple of 128, or of higher
-    query tiles, and of the sums the columns those that
+    place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts are added up in memory,
+    their float32 sums; of both the rows are a multiple of 128, or of higher query tiles, and of the sums the columns those that
     a head takes in shared memory; an int32 a query tile, for signals; and where a bias is shared, copies of its gradient.
     """
     how = needs, deterministic, dlse is not None, mechanism

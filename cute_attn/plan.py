@@ -18,7 +18,6 @@ from cute_attn.layouts.base import (
 )
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
-LISTS_DRAW = True  # whether tiles with lists are drawn by tickets in the forward pass
 SHORT_WALK = 16  # key tiles
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
 

@@ -295,6 +295,23 @@ def test_what_the_launcher_refuses_is_looked_at(gpu, monkeypatch):
         launching.forward(call, None, False, False, gone, k, v)
 
 
+def test_a_kept_call_is_looked_at_again_for_nothing_else(gpu, monkeypatch):
+    """Where there is no memory for the results, there is none a moment later."""
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
+    q, k, v = make_qkv(2, 10, 12, 4, 2, 64, 32, torch.float16)
+    call, asked = replace(check_call(q, k, v, None, True, None, None), plans={}), []
+    launching.forward(call, None, False, False, q, k, v)
+
+    def none_left(*_):
+        asked.append(1)
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(launching, "_room_of_results", none_left)
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        launching.forward(call, None, False, False, q, k, v)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_arguments_of_the_backward_pass_are_in_the_order_of_the_table(gpu, monkeypatch, ragged):
     """Each is known by its shape, or is the very tensor that was passed."""
