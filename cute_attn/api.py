@@ -27,7 +27,7 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _ON_GPU = frozenset({"auto", "cute"})
 _NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
-_kept: dict[tuple, Any] = {}  # a Call, or, of ragged sequences, what one is made of
+_kept: dict[tuple | None, Any] = {}  # a Call, or, of ragged sequences, what one is made of
 LEAST_SCALE_OF_RAMPS = 2.0**-40  # they are divided by the scale, and must stay far from infinity
 KEPT_MAX = 1024  # calls; each of another shape or rule
 _UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
@@ -210,41 +210,44 @@ def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = Fals
     """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, of q's dtype and device, with the same
     rules, so that these are checked and planned once. The dtypes and devices of k and v the launcher looks at."""
     key = _key(q, k, v, scale, causal, window, softcap, heads_first)
-    call = None if key is None else _kept.get(key)
+    call = _kept.get(key)
     if call is None:
         call = check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
         if key is not None:
-            call.plans = {}
+            call.plans, call.kept_for = {}, (q.device, q.dtype)
             _keep(key, call)
     return call
 
 
-def _kept_call_of_lengths(q, k, v, lengths: tuple, *rules) -> Call:
+def _kept_call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softcap) -> Call:
     """The same of ragged sequences, as many of them: a call of its own, which has its lengths, with the plans of all alike. The
     lengths' dtypes and devices the launcher looks at, too."""
-    key = _key(q, k, v, *rules, *(None if x is None else x.numel() for x in lengths))
+    sizes = tuple([None if x is None else x.numel() for x in lengths])
+    key = _key(q, k, v, scale, causal, window, softcap, sizes)
     kept = None if key is None else _kept.get(key)
     if kept is not None:
         make, count = kept
         return make(lengths=Lengths(count, lengths))
-    call = _call_of_lengths(q, k, v, lengths, *rules)
+    call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
     if key is not None and call.lengths is not None and not are_checked():
-        sizes = call.batch, call.heads, call.heads_kv, call.seqlen_q, call.seqlen_k, call.head_dim, call.head_dim_v
-        call.plans = {}
-        make = partial(Call, *sizes, call.scale, call.left, call.right, call.softcap, plans=call.plans)
+        shape = call.batch, call.heads, call.heads_kv, call.seqlen_q, call.seqlen_k, call.head_dim, call.head_dim_v
+        call.plans, call.kept_for = {}, (q.device, q.dtype)
+        rules = call.scale, call.left, call.right, call.softcap
+        make = partial(Call, *shape, *rules, plans=call.plans, kept_for=call.kept_for)
         _keep(key, (make, call.lengths.count))
     return call
 
 
-def _key(q, k, v, scale, causal, window, softcap, *more) -> tuple | None:
+def _key(q, k, v, scale, causal, window, softcap, more: object) -> tuple | None:
     """What an eager call on CUDA tensors is known by; None of any other, and where that can't be told at first sight."""
-    usual = q.is_cuda and type(causal) is bool and are_usual_kinds(scale, window, softcap)
+    if not (q.is_cuda and type(causal) is bool) or is_compiling() or dispatch_modes():
+        return None
+    if not (scale is window is softcap is None or are_usual_kinds(scale, window, softcap)):
+        return None
     try:
-        if usual and not (is_compiling() or dispatch_modes()):
-            return q.shape, k.shape, v.shape, q.dtype, q.get_device(), scale, causal, window, softcap, *more
+        return q.shape, k.shape, v.shape, q.dtype, q.get_device(), scale, causal, window, softcap, more
     except RuntimeError:  # a strided nested tensor
         return None
-    return None
 
 
 def _keep(key: tuple, kept: Call | tuple) -> None:
@@ -271,7 +274,8 @@ def _by_kernels(q, k, v, call: Call, return_lse: bool, deterministic: bool, mech
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return differentiable(q, k, v, call, *launch.passes(return_lse, mechanism, deterministic))
+        found = differentiable(q, k, v, call, *launch.passes(return_lse, mechanism, deterministic))
+        return found if return_lse else (found, None)
     return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
 
 
@@ -472,7 +476,8 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     if differentiated:
         passes = reference.PASSES if on_reference else launch.passes(return_lse, mechanism, deterministic)
         _check_captured(call, on_reference, deterministic)
-        return Attention.apply(q, k, v, call, *passes, *others)
+        found = Attention.apply(q, k, v, call, *passes, *others)
+        return found if type(found) is tuple else (found, None)
     if on_reference:
         return reference.attention(q, k, v, call)[:2]
     return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]

@@ -7,12 +7,13 @@ have block masks; those of kept calls stay (``workspace.py``).
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -148,10 +149,9 @@ def _passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tup
 def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q, k, v):
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
     launch. Allocates these and nothing else that it doesn't keep."""
-    how = return_lse, for_backward, mechanism
-    if call.plans and (planned := call.plans.get(how)) is not None and _have_memory(q, k, v):
+    if call.plans and (planned := call.plans.get((return_lse, for_backward, mechanism))) is not None:
         try:
-            return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
+            return planned(call, q, k, v)
         except Refused:  # why is looked at below
             pass
     if call.plans is not None:  # a kept call, of which these may be others' tensors
@@ -165,66 +165,66 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
         if lse is not None:
             lse.fill_(-math.inf)
         return out, lse, lse_raw
-    planned = _plan_forward(call, mechanism, return_lse, for_backward, q)
+    planned = _PlannedForward(call, mechanism, return_lse, for_backward, q)
     if call.plans is not None:
-        call.plans[how] = planned
-    return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
+        call.plans[return_lse, for_backward, mechanism] = planned
+    return planned(call, q, k, v)
 
 
-def _have_memory(q, k, v) -> bool:
-    """Whether all have an address, for which torch raises where there is no storage."""
-    try:
-        return bool(q.data_ptr() and k.data_ptr() and v.data_ptr())
-    except RuntimeError:
-        return False
+class _PlannedForward:
+    """How the forward pass of calls that are alike is computed: the kernel, a tensor of the dtype of row values, how many
+    tickets, the size of the tiles in a block mask's lists, whether there is anything of what most calls have nothing of, and
+    what these calls have in common."""
 
+    __slots__ = ("alike", "device", "floats", "for_backward", "function", "return_lse", "tickets", "tile", "usual")
 
-class _PlannedForward(NamedTuple):
-    """How the forward pass of a call is computed: the kernel, a tensor of the dtype of row values, how many tickets, the size
-    of the tiles in a block mask's lists, and the rest of its arguments."""
+    def __init__(self, call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q):
+        self.return_lse, self.for_backward, self.device = return_lse, for_backward, q.get_device()
+        problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
+        config = None
+        if _is_short(problem, mechanism, self.device, call):
+            config = _choices(problem, mechanism, self.device)[1]
+        self.function, blocks = prepared(problem, mechanism, self.device, config)
+        self.tickets = 0
+        self.tile: tuple[int, int] | None = None
+        if (call.lengths or call.blocks) is not None and (rows := tile_of_tickets(problem, mechanism, self.device)):
+            slots = -(-call.seqlen_q // rows) * call.batch
+            if call.lengths is not None:
+                slots = call.lengths.slots(call.seqlen_q, rows)
+            self.tickets = slots * call.heads
+        if call.blocks is not None:
+            self.tile = tiles_of_lists(problem, mechanism, self.device)[:2]
+        self.usual = call.lengths is call.blocks is call.sinks is None
+        self.floats = _of_dtype(torch.float32, q)
+        self.alike = what_is_alike(call, blocks)
 
-    function: Callable
-    device: int
-    floats: torch.Tensor
-    tickets: int
-    tile: tuple[int, int] | None
-    rest: tuple[tuple, tuple]
+    def __call__(self, call: Call, q, k, v):
+        """:func:`forward` of what the kernels can read in place. The launcher looks at dtypes, devices, strides and alignment
+        itself; whether there is memory it doesn't ask."""
+        try:
+            has_memory = q.data_ptr() and k.data_ptr() and v.data_ptr()
+        except RuntimeError:  # torch says so itself where there is no storage
+            has_memory = False
+        if not has_memory:
+            raise Refused("a tensor without memory")
+        out, lse, lse_raw = _room_of_results(call, self.return_lse, self.for_backward, q, self.floats)
+        given = None if self.usual else self._given(call, q)
+        run_on(self.function, self.device, (q, k, v, out, lse, lse_raw, given, self.alike, raw_stream(self.device)))
+        return out, lse, lse_raw
 
-
-def _plan_forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q) -> _PlannedForward:
-    device = q.get_device()
-    problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
-    config = None
-    if _is_short(problem, mechanism, device, call):
-        config = _choices(problem, mechanism, device)[1]
-    function, blocks = prepared(problem, mechanism, device, config)
-    tickets, tile = 0, None
-    if (call.lengths or call.blocks) is not None and (rows := tile_of_tickets(problem, mechanism, device)):
-        slots = -(-call.seqlen_q // rows) * call.batch if call.lengths is None else call.lengths.slots(call.seqlen_q, rows)
-        tickets = slots * call.heads
-    if call.blocks is not None:
-        tile = tiles_of_lists(problem, mechanism, device)[:2]
-    floats = _of_dtype(torch.float32, q)
-    return _PlannedForward(function, device, floats, tickets, tile, besides_tensors(call, blocks))
-
-
-def _forward_as_planned(planned: _PlannedForward, call: Call, return_lse: bool, for_backward: bool, q, k, v):
-    """:func:`forward` of what the kernels can read in place. The launcher looks at dtypes, devices, strides and alignment
-    itself."""
-    function, device, floats, tickets, tile, rest = planned
-    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, floats)
-    sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    key_lists = kinds = None
-    if tile is not None:
-        key_lists = call.blocks.key_lists(*tile, call.batch, call.heads)
-        kinds = call.blocks.kinds_in_a_row(call.batch, call.heads)
-    drawn = None
-    if tickets and call.plans is None:  # memory that stays is for eager calls: where torch makes graphs, it counts what is left
-        drawn = q.new_zeros(TICKET_COUNTERS + tickets, dtype=torch.int32)
-    elif tickets:
-        drawn = _tickets.of(q, device, raw_stream(device), TICKET_COUNTERS, tickets).words
-    launch(function, device, call, (q, k, v, out, lse, lse_raw, drawn, sinks, key_lists, kinds), rest)
-    return out, lse, lse_raw
+    def _given(self, call: Call, q) -> tuple:
+        """Tickets, sinks, a block mask's lists, lengths."""
+        sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
+        key_lists = kinds = None
+        if self.tile is not None:
+            key_lists = call.blocks.key_lists(*self.tile, call.batch, call.heads)
+            kinds = call.blocks.kinds_in_a_row(call.batch, call.heads)
+        drawn = None
+        if self.tickets and call.plans is None:  # where torch makes graphs, it counts the memory that stays as a leak
+            drawn = q.new_zeros(TICKET_COUNTERS + self.tickets, dtype=torch.int32)
+        elif self.tickets:
+            drawn = _tickets.of(q, self.device, raw_stream(self.device), TICKET_COUNTERS, self.tickets).words
+        return drawn, sinks, key_lists, kinds, *(NO_LENGTHS if call.lengths is None else call.lengths.tensors)
 
 
 def _of_dtype(dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
@@ -234,15 +234,20 @@ def _of_dtype(dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
 
 def _room_of_results(call: Call, return_lse: bool, for_backward: bool, q, floats):
     """Memory for ``(out, lse, lse_raw)``. To take the dtype from ``floats`` and sizes one by one, not as an argument and in a
-    tuple, spares 0.5 µs each."""
-    heads, rows, columns = call.heads, call.seqlen_q, call.head_dim_v
-    batch = () if call.lengths is not None else (call.batch,)
+    tuple, spares 0.5 µs each, and to take all from q 0.3."""
     if call.heads_first:
-        out = _heads_first(q, call.batch, heads, rows, columns)
+        out = _heads_first(q, call.batch, call.heads, call.seqlen_q, call.head_dim_v)
+    elif call.head_dim_v == call.head_dim and q.is_contiguous():
+        out = torch.empty_like(q)
     else:
-        out = q.new_empty(*batch, rows, heads, columns)
-    lse = floats.new_empty(*batch, heads, rows) if return_lse else None
-    return out, lse, floats.new_empty(*batch, heads, rows) if for_backward else None
+        out = q.new_empty(*q.shape[:-1], call.head_dim_v)
+    if not (return_lse or for_backward):
+        return out, None, None
+    rows = call.heads, call.seqlen_q
+    if call.lengths is None:
+        rows = call.batch, *rows
+    lse = floats.new_empty(*rows) if return_lse else None
+    return out, lse, floats.new_empty(*rows) if for_backward else None
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
@@ -261,7 +266,14 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
             return _gradients_as_planned(planned, call, needs, q, k, v, out, lse_raw, dout, dlse)
         except Refused:  # suppress() would take longer; what is refused is copied below
             pass
-    # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise.
+    # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise, or elsewhere,
+    # or be something else; of calls that aren't kept the last two were looked at before.
+    if call.kept_for is not None:
+        q, k, v, out = (x.to(*call.kept_for) for x in (q, k, v, out))
+        lse_raw = lse_raw.to(q.device, torch.float32)
+        if call.lengths is not None:
+            lengths = (None if x is None else x.to(q.device, torch.int32) for x in call.lengths.tensors)
+            call = replace(call, lengths=replace(call.lengths, tensors=tuple(lengths)))
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
     planned = _plan_gradients(call, mechanism, needs, deterministic, dlse is not None, q)
@@ -285,9 +297,12 @@ def _gradients_as_planned(planned: _PlannedGradients, call: Call, wanted: str, q
                 x[:, : call.shift - call.left].zero_()
     of_captured = _room_of_captured(call) if call.expression else {}
     lists = _NO_LISTS if call.blocks is None else _lists_of_gradients(call, planned)
-    into = *gradient.values(), *lists, tuple(of_captured.values()) or None
-    tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *into
-    launch(planned.function, planned.device, call, tensors, planned.rest)
+    given: tuple | None = None
+    if call.lengths is not None or call.blocks is not None or of_captured:
+        lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
+        given = *lists, tuple(of_captured.values()) or None, *lengths
+    tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *gradient.values()
+    run_on(planned.function, planned.device, (*tensors, given, planned.alike, raw_stream(planned.device)))
     if not call.others:
         return tuple(gradient.values())
     found = tuple(x if name in wanted else None for name, x in gradient.items())
@@ -313,7 +328,7 @@ class _PlannedGradients(NamedTuple):
     rows: tuple[int, ...]
     sums: tuple[int, ...] | None
     signals: int
-    rest: tuple[tuple, tuple]
+    alike: Any
 
 
 def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q) -> _PlannedGradients:
@@ -344,7 +359,7 @@ def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic
         rows=(2, call.batch, call.heads, rows_padded),
         sums=None if sums is None else (*tiles, *of_tile),
         signals=COUNTERS + (math.prod(tiles) if counts else 0) if counts or problem.masked else 0,
-        rest=besides_tensors(call, blocks),
+        alike=what_is_alike(call, blocks),
     )
 
 
@@ -429,12 +444,18 @@ def _room(call: Call, needs: str, q, k, v) -> dict[str, torch.Tensor | None]:
     if call.heads_first:
         room = _room(replace(call, heads_first=False), needs, *(x.transpose(1, 2) for x in inputs.values()))
         return {name: None if x is None else x.transpose(1, 2) for name, x in room.items()}
-    room = dict.fromkeys(inputs)
-    for names in ("qkv", "kv") if call.packs else ():
-        if names in needs and (packed := packed_of(*(inputs[name] for name in names))) is not None:
-            room |= zip(names, packed.new_empty(packed.shape).unbind(-3), strict=True)
-            break
-    return {name: x.new_empty(x.shape) if name in needs and room[name] is None else room[name] for name, x in inputs.items()}
+    room = {}
+    if call.packs and k.storage_offset() != v.storage_offset():  # not as those of tensors by themselves usually are
+        for names in ("qkv", "kv"):
+            if names in needs and (packed := packed_of(*(inputs[name] for name in names))) is not None:
+                room = dict(zip(names, packed.new_empty(packed.shape).unbind(-3), strict=True))
+                break
+    return {name: (room[name] if name in room else _like(x)) if name in needs else None for name, x in inputs.items()}
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous memory of its shape."""
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
 def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:
@@ -464,8 +485,9 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def besides_tensors(call: Call, blocks: int) -> tuple[tuple, tuple]:
-    """What a pass takes of a call behind its own tensors, before and behind the lengths."""
+def what_is_alike(call: Call, blocks: int) -> Any:
+    """What the passes of all calls that are alike take, as one argument; of kept calls in the launcher's own form, which takes
+    no time to pass."""
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     captured = tuple(map(as_read, call.captured)) if call.captured else None
     drops: tuple = None, None, None
@@ -473,15 +495,8 @@ def besides_tensors(call: Call, blocks: int) -> tuple[tuple, tuple]:
         drops = call.seed.view(torch.int32), dropout.threshold(call.dropout), dropout.kept_scale(call.dropout)
     count = 0 if call.lengths is None else call.lengths.count
     numbers = count, call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    return (captured, *drops), numbers
-
-
-def launch(function: Callable, device: int, call: Call, tensors: tuple, rest: tuple[tuple, tuple]) -> None:
-    """Run a compiled kernel on the current stream of the tensors' device, whichever device is current. ``tensors`` are a pass's
-    own, ``rest`` what :func:`besides_tensors` has of the call."""
-    before, behind = rest
-    lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
-    run_on(function, device, (*tensors, *before, *lengths, *behind, raw_stream(device)))
+    values = captured, *drops, *numbers
+    return values if call.plans is None else importlib.import_module("tvm_ffi").convert(values)
 
 
 class Refused(RuntimeError):  # noqa: N818

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import tvm_ffi
 
 from cute_attn import api, block_mask, kvcache, masks, reference, serve, workspace
 from cute_attn import launch as launching
 from cute_attn.expressions import traced
-from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
+from cute_attn.fields import BACKWARD, FORWARD, MERGE, each, named
 from cute_attn.launch import Refused, packed_of
 from cute_attn.layouts.base import TICKET_COUNTERS
 from cute_attn.lengths import CHECK, NAMES, check_lengths
@@ -48,22 +49,30 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("device", [0, 1])
 def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
-    launching.launch(gpu.kernel, device, CALL, ("q", "k", "v"), launching.besides_tensors(CALL, 132))
+    launching.run_on(gpu.kernel, device, ("q", "k", "v", launching.raw_stream(device)))
     ((ran_on, arguments),) = gpu.log
     assert ran_on == device
     assert arguments[-1] == 1000 + device
     assert gpu.current == 0, "the caller's current device has changed"
 
 
-def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
-    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets", "sinks", "key_lists", "kinds")}
-    launching.launch(gpu.kernel, 0, CALL, tuple(tensors.values()), launching.besides_tensors(CALL, 132))
+@pytest.mark.parametrize("plans", [None, {}])
+def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu, monkeypatch, plans):
+    """What kept calls have in common is one value of the launcher's own; of what most have nothing of there is nothing."""
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
+    q, k, v = make_qkv(1, 10, 12, 2, 2, 64, 64, torch.bfloat16)
+    out, lse, lse_raw = launching.forward(replace(CALL, plans=plans), None, True, True, q, k, v)
     ((_, arguments),) = gpu.log
+    assert type(arguments[-2]) is (tuple if plans is None else tvm_ffi.Array)
+    assert arguments[-3] is None
     given = vars(named(FORWARD, arguments))
+    assert [field.name for field in each(FORWARD)] == list(given)
+    for name, x in {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lse_raw": lse_raw}.items():
+        assert given.pop(name) is x
     assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
-    values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
-    values |= dict.fromkeys(("captured", "seed", "drop_below", "kept_scale"))
-    assert given == {**tensors, **dict.fromkeys(NAMES), **values}
+    values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 999}
+    values |= dict.fromkeys(("captured", "seed", "drop_below", "kept_scale", "tickets", "sinks", "key_lists", "kinds"))
+    assert given == {**values, **dict.fromkeys(NAMES)}
 
 
 @pytest.mark.parametrize(("d", "rows"), [(64, None), (256, 128)])
@@ -121,7 +130,7 @@ def test_one_call_is_kept_for_all_that_are_alike(monkeypatch):
     monkeypatch.setattr(api, "_kept", {})
     q, other = torch.empty(2, 10, 4, 64, dtype=torch.float16), torch.empty(2, 11, 4, 64, dtype=torch.float16)
     assert kept(q) is kept(q)
-    assert replace(kept(q), plans=None) == check_call(q, q, q, None, True, None, None)
+    assert replace(kept(q), plans=None, kept_for=None) == check_call(q, q, q, None, True, None, None)
     rules = {"causal": False}, {"scale": 0.5}, {"window": (3, 0)}, {"softcap": 9.0}
     differ = [kept(q), kept(other), kept(q.float()), *(kept(q, **changed) for changed in rules)]
     assert len({id(call) for call in differ}) == len(differ)
@@ -456,7 +465,7 @@ def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     with pytest.raises(RuntimeError, match="launch failed"):
-        launching.launch(fails, 1, CALL, ("q", "k", "v", "out"), launching.besides_tensors(CALL, 132))
+        launching.run_on(fails, 1, ("q", "k", "v", "out"))
     assert entered == [1, "left"]
 
 
