@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -26,7 +26,7 @@ from cute_attn.layouts.base import COUNTERS, TICKET_COUNTERS, Config, row_paddin
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.plan import configs, head_blocks, plan, rows_of_query_tile, takes_short, takes_tickets
-from cute_attn.private import current_device, raw_stream
+from cute_attn.private import current_device, empty_strided, raw_stream
 from cute_attn.problem import (
     DTYPE_NAMES,
     HEAD_DIM_STEP,
@@ -160,11 +160,10 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
             call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
     q, k, v = check_tensors_for_gpu(q, k, v, call)
     if call.empty:  # the backward pass won't look at lse_raw either
-        out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, _of_dtype(torch.float32, q))
-        out.zero_()
-        if lse is not None:
-            lse.fill_(-math.inf)
-        return out, lse, lse_raw
+        rooms = _rooms_of_results(call, q.dtype)
+        out, rows = (torch.empty_strided(sizes, strides, dtype=dtype, device=q.device) for sizes, strides, dtype in rooms)
+        lse = rows.fill_(-math.inf)
+        return out.zero_(), lse if return_lse else None, lse.clone() if for_backward else None
     planned = _PlannedForward(call, mechanism, return_lse, for_backward, q)
     if call.plans is not None:
         call.plans[return_lse, for_backward, mechanism] = planned
@@ -172,11 +171,11 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
 
 
 class _PlannedForward:
-    """How the forward pass of calls that are alike is computed: the kernel, a tensor of the dtype of row values, how many
+    """How the forward pass of calls that are alike is computed: the kernel, what memory ``out`` and row values take, how many
     tickets, the size of the tiles in a block mask's lists, whether there is anything of what most calls have nothing of, and
     what these calls have in common."""
 
-    __slots__ = ("alike", "device", "floats", "for_backward", "function", "return_lse", "tickets", "tile", "usual")
+    __slots__ = ("alike", "device", "for_backward", "function", "out", "return_lse", "rows", "tickets", "tile", "usual")
 
     def __init__(self, call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q):
         self.return_lse, self.for_backward, self.device = return_lse, for_backward, q.get_device()
@@ -185,6 +184,7 @@ class _PlannedForward:
         if _is_short(problem, mechanism, self.device, call):
             config = _choices(problem, mechanism, self.device)[1]
         self.function, blocks = prepared(problem, mechanism, self.device, config)
+        self.out, self.rows = _rooms_of_results(call, q.dtype)
         self.tickets = 0
         self.tile: tuple[int, int] | None = None
         if (call.lengths or call.blocks) is not None and (rows := tile_of_tickets(problem, mechanism, self.device)):
@@ -195,7 +195,6 @@ class _PlannedForward:
         if call.blocks is not None:
             self.tile = tiles_of_lists(problem, mechanism, self.device)[:2]
         self.usual = call.lengths is call.blocks is call.sinks is None
-        self.floats = _of_dtype(torch.float32, q)
         self.alike = what_is_alike(call, blocks)
 
     def __call__(self, call: Call, q, k, v):
@@ -207,9 +206,14 @@ class _PlannedForward:
             has_memory = False
         if not has_memory:
             raise Refused("a tensor without memory")
-        out, lse, lse_raw = _room_of_results(call, self.return_lse, self.for_backward, q, self.floats)
+        if current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self(call, q, k, v)
+        out = empty_strided(*self.out)
+        lse = empty_strided(*self.rows) if self.return_lse else None
+        lse_raw = empty_strided(*self.rows) if self.for_backward else None
         given = None if self.usual else self._given(call, q)
-        run_on(self.function, self.device, (q, k, v, out, lse, lse_raw, given, self.alike, raw_stream(self.device)))
+        run(self.function, (q, k, v, out, lse, lse_raw, given, self.alike, raw_stream(self.device)))
         return out, lse, lse_raw
 
     def _given(self, call: Call, q) -> tuple:
@@ -227,27 +231,28 @@ class _PlannedForward:
         return drawn, sinks, key_lists, kinds, *(NO_LENGTHS if call.lengths is None else call.lengths.tensors)
 
 
-def _of_dtype(dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of nothing, from which others of its dtype are made."""
-    return torch.empty(0, dtype=dtype, device=like.device)
+Room = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # sizes, strides, dtype: what empty_strided takes
 
 
-def _room_of_results(call: Call, return_lse: bool, for_backward: bool, q, floats):
-    """Memory for ``(out, lse, lse_raw)``. To take the dtype from ``floats`` and sizes one by one, not as an argument and in a
-    tuple, spares 0.5 µs each, and to take all from q 0.3."""
-    if call.heads_first:
-        out = _heads_first(q, call.batch, call.heads, call.seqlen_q, call.head_dim_v)
-    elif call.head_dim_v == call.head_dim and q.is_contiguous():
-        out = torch.empty_like(q)
-    else:
-        out = q.new_empty(*q.shape[:-1], call.head_dim_v)
-    if not (return_lse or for_backward):
-        return out, None, None
-    rows = call.heads, call.seqlen_q
-    if call.lengths is None:
-        rows = call.batch, *rows
-    lse = floats.new_empty(*rows) if return_lse else None
-    return out, lse, floats.new_empty(*rows) if for_backward else None
+def contiguous(dtype: torch.dtype, *sizes: int) -> Room:
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    return sizes, tuple(strides), dtype
+
+
+def _of_operand(call: Call, dtype: torch.dtype, rows: int, heads: int, columns: int) -> Room:
+    """``(batch, rows, heads, columns)``, contiguous, or a view of such memory with the heads first."""
+    if call.lengths is not None:
+        return contiguous(dtype, rows, heads, columns)
+    (batch, rows, heads, columns), strides, _ = contiguous(dtype, call.batch, rows, heads, columns)
+    if not call.heads_first:
+        return (batch, rows, heads, columns), strides, dtype
+    return (batch, heads, rows, columns), (strides[0], strides[2], strides[1], strides[3]), dtype
+
+
+def _rooms_of_results(call: Call, dtype: torch.dtype) -> tuple[Room, Room]:
+    """Of ``out``, and of a float32 for each of its rows."""
+    rows = contiguous(torch.float32, *(() if call.lengths is not None else (call.batch,)), call.heads, call.seqlen_q)
+    return _of_operand(call, dtype, call.seqlen_q, call.heads, call.head_dim_v), rows
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
@@ -263,7 +268,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     how = needs, deterministic, dlse is not None, mechanism
     if call.plans and (planned := call.plans.get(how)) is not None and 0 not in dout.stride():
         try:
-            return _gradients_as_planned(planned, call, needs, q, k, v, out, lse_raw, dout, dlse)
+            return planned(call, needs, q, k, v, out, lse_raw, dout, dlse)
         except Refused:  # suppress() would take longer; what is refused is copied below
             pass
     # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise, or elsewhere,
@@ -276,91 +281,108 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
             call = replace(call, lengths=replace(call.lengths, tensors=tuple(lengths)))
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
-    planned = _plan_gradients(call, mechanism, needs, deterministic, dlse is not None, q)
+    planned = _PlannedGradients(call, mechanism, needs, deterministic, dlse is not None, q)
     if call.plans is not None:
         call.plans[how] = planned
-    return _gradients_as_planned(planned, call, needs, q, k, v, out, lse_raw.contiguous(), dout, dlse)
+    return planned(call, needs, q, k, v, out, lse_raw.contiguous(), dout, dlse)
 
 
-def _gradients_as_planned(planned: _PlannedGradients, call: Call, wanted: str, q, k, v, out, lse_raw, dout, dlse):
-    """:func:`gradients` of what the kernels can read in place."""
-    gradient = _room(call, planned.problem.gradients, q, k, v)
-    rows = planned.floats.new_empty(*planned.rows)
-    if call.lengths is not None and call.sinks is not None and call.sinks.requires_grad:
-        rows[0].fill_(math.inf), rows[1].zero_()  # all are summed below, and the kernels write those alone that are in use
-    dq_sum = None if planned.sums is None else planned.floats.new_empty(*planned.sums)
-    signals = planned.words.new_empty(planned.signals) if planned.signals else None
-    # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
-    if call.lengths is None and call.left is not None and call.shift > call.left:
-        for x in (gradient["k"], gradient["v"]):
-            if x is not None:
-                x[:, : call.shift - call.left].zero_()
-    of_captured = _room_of_captured(call) if call.expression else {}
-    lists = _NO_LISTS if call.blocks is None else _lists_of_gradients(call, planned)
-    given: tuple | None = None
-    if call.lengths is not None or call.blocks is not None or of_captured:
+class _PlannedGradients:
+    """How the backward pass of calls that are alike is computed: the kernels, what memory they take besides the call's tensors
+    (None for what they don't), how many keys at the beginning no query sees, and what these calls have in common."""
+
+    __slots__ = ("alike", "device", "dk", "dq", "dv", "function", "mechanism", "problem", "rows", "signals", "sums", "unseen")
+
+    def __init__(self, call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q):
+        if not needs or (call.expression and call.expression.partials and "q" not in needs):
+            needs = f"q{needs}"  # for the sinks alone; and whoever adds to dQ knows dS
+        self.mechanism, self.device = mechanism, q.get_device()
+        problem = problem_of(q.dtype, call, of_lse, needs)
+        # Without sums there is no order.
+        ordered = deterministic and has_sums(problem, plan(problem, device_target(self.device), mechanism))
+        self.problem = problem = problem_of(q.dtype, call, of_lse, needs, ordered)
+        config = _config_of_gradients(problem, mechanism, self.device, call)
+        self.function, blocks = prepared(problem, mechanism, self.device, config)
+        padding = row_padding(config)
+        rows_padded = -(-call.seqlen_q // padding) * padding
+        if call.lengths is not None:  # cute_attn.sequences says where each begins
+            rows_padded = call.lengths.slots(call.seqlen_q, padding) * padding
+        self.rows = contiguous(torch.float32, 2, call.batch, call.heads, rows_padded)
+        self.sums = self.signals = None
+        counts, tiles = counts_tiles(problem, config), 0
+        if (sums := sums_of(problem, config)) is not None:
+            tile_m, *of_tile = sums
+            self.sums = contiguous(torch.float32, call.batch, call.heads, rows_padded // tile_m, *of_tile)
+            tiles = call.batch * call.heads * (rows_padded // tile_m) if counts else 0
+        if counts or problem.masked:
+            self.signals = contiguous(torch.int32, COUNTERS + tiles)
+        of_q = _of_operand(call, q.dtype, call.seqlen_q, call.heads, call.head_dim)
+        of_k = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim)
+        of_v = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim_v)
+        self.dq, self.dk, self.dv = (x if name in needs else None for name, x in zip("qkv", (of_q, of_k, of_v), strict=True))
+        # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
+        self.unseen = 0
+        if call.lengths is None and call.left is not None:
+            self.unseen = max(call.shift - call.left, 0)
+        self.alike = what_is_alike(call, blocks)
+
+    def __call__(self, call: Call, wanted: str, q, k, v, out, lse_raw, dout, dlse):
+        """:func:`gradients` of what the kernels can read in place."""
+        if current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self(call, wanted, q, k, v, out, lse_raw, dout, dlse)
+        dq, dk, dv = self._room(call, q, k, v)
+        rows = empty_strided(*self.rows)
+        dq_sum = None if self.sums is None else empty_strided(*self.sums)
+        signals = None if self.signals is None else empty_strided(*self.signals)
+        if self.unseen:
+            for x in (dk, dv):
+                if x is not None:
+                    x.narrow(2 if call.heads_first else 1, 0, self.unseen).zero_()
+        given, of_captured, others = None, {}, call.others
+        if others or not call.lengths is call.blocks is None:
+            given, of_captured = self._given(call, rows)
+        tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, dq, dk, dv
+        run(self.function, (*tensors, given, self.alike, raw_stream(self.device)))
+        if not others:
+            return dq, dk, dv
+        found = (x if name in wanted else None for name, x in zip("qkv", (dq, dk, dv), strict=True))
+        dsinks = None
+        if call.sinks is not None and call.sinks.requires_grad:
+            natural = call.expression and call.expression.natural
+            unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
+            weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
+            dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
+        return *found, dsinks, *map(partial(_of_captured, of_captured), range(len(call.captured)), call.captured)
+
+    def _room(self, call: Call, q, k, v) -> tuple:
+        """Memory for dq, dk, dv: parts of one tensor where q, k, v, or k, v, are, and ``call.packs``."""
+        packed: tuple = ()
+        if call.packs and k.storage_offset() != v.storage_offset():  # not as those of tensors by themselves usually are
+            packed = self._packed_room(call.heads_first, q, k, v)
+        rooms = (self.dq, self.dk, self.dv)[: 3 - len(packed)]
+        return *[None if room is None else empty_strided(*room) for room in rooms], *packed
+
+    def _packed_room(self, heads_first: bool, q, k, v) -> tuple:
+        """That of all three, or of dk and dv, if it is one tensor; else nothing."""
+        for names, parts in (("qkv", (q, k, v)), ("kv", (k, v))):
+            if names in self.problem.gradients:
+                whole = packed_of(*(x.transpose(1, 2) for x in parts) if heads_first else parts)
+                if whole is not None:
+                    made = whole.new_empty(whole.shape).unbind(-3)
+                    return tuple(x.transpose(1, 2) for x in made) if heads_first else made
+        return ()
+
+    def _given(self, call: Call, rows) -> tuple[tuple | None, dict]:
+        """A block mask's lists, memory for the gradients of captured tensors, lengths; and that memory by their numbers."""
+        if call.lengths is not None and call.sinks is not None and call.sinks.requires_grad:
+            rows[0].fill_(math.inf), rows[1].zero_()  # all are summed, and the kernels write those alone that are in use
+        of_captured = _room_of_captured(call) if call.expression else {}
+        lists = _NO_LISTS if call.blocks is None else _lists_of_gradients(call, self)
+        if call.lengths is call.blocks is None and not of_captured:
+            return None, of_captured
         lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
-        given = *lists, tuple(of_captured.values()) or None, *lengths
-    tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *gradient.values()
-    run_on(planned.function, planned.device, (*tensors, given, planned.alike, raw_stream(planned.device)))
-    if not call.others:
-        return tuple(gradient.values())
-    found = tuple(x if name in wanted else None for name, x in gradient.items())
-    dsinks = None
-    if call.sinks is not None and call.sinks.requires_grad:
-        natural = call.expression and call.expression.natural
-        unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
-        weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
-        dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
-    return *found, dsinks, *map(partial(_of_captured, of_captured), range(len(call.captured)), call.captured)
-
-
-class _PlannedGradients(NamedTuple):
-    """How the backward pass of a call is computed: the kernels, the shapes of what they take besides the call's tensors (None
-    or 0 for what they don't) with tensors of their dtypes, and the rest of their arguments."""
-
-    problem: Problem
-    mechanism: str | None
-    function: Callable
-    device: int
-    floats: torch.Tensor
-    words: torch.Tensor
-    rows: tuple[int, ...]
-    sums: tuple[int, ...] | None
-    signals: int
-    alike: Any
-
-
-def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q) -> _PlannedGradients:
-    if not needs or (call.expression and call.expression.partials and "q" not in needs):
-        needs = f"q{needs}"  # for the sinks alone; and whoever adds to dQ knows dS
-    device = q.get_device()
-    problem = problem_of(q.dtype, call, of_lse, needs)
-    ordered = deterministic and has_sums(problem, plan(problem, device_target(device), mechanism))  # else there is no order
-    problem = problem_of(q.dtype, call, of_lse, needs, ordered)
-    config = _config_of_gradients(problem, mechanism, device, call)
-    function, blocks = prepared(problem, mechanism, device, config)
-    sums, padding = sums_of(problem, config), row_padding(config)
-    rows_padded = -(-call.seqlen_q // padding) * padding
-    if call.lengths is not None:  # cute_attn.sequences says where each begins
-        rows_padded = call.lengths.slots(call.seqlen_q, padding) * padding
-    tiles: tuple[int, ...] = ()
-    counts = counts_tiles(problem, config)
-    if sums is not None:
-        tile_m, *of_tile = sums
-        tiles = call.batch, call.heads, rows_padded // tile_m
-    return _PlannedGradients(
-        problem,
-        mechanism,
-        function,
-        device,
-        _of_dtype(torch.float32, q),
-        _of_dtype(torch.int32, q),
-        rows=(2, call.batch, call.heads, rows_padded),
-        sums=None if sums is None else (*tiles, *of_tile),
-        signals=COUNTERS + (math.prod(tiles) if counts else 0) if counts or problem.masked else 0,
-        alike=what_is_alike(call, blocks),
-    )
+        return (*lists, tuple(of_captured.values()) or None, *lengths), of_captured
 
 
 def _room_of_captured(call: Call) -> dict[int, torch.Tensor]:
@@ -416,12 +438,6 @@ def as_read(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _heads_first(x: torch.Tensor, batch: int, heads: int, seqlen: int, columns: int) -> torch.Tensor:
-    """Memory like ``x`` in which heads come after seqlen, as ``(batch, heads, seqlen, columns)``."""
-    strides = seqlen * heads * columns, columns, heads * columns, 1
-    return x.new_empty_strided((batch, heads, seqlen, columns), strides)
-
-
 def merge(out, lse, more, lse_of_more, to_log2: float):
     """``reference.merge`` in one kernel, on the current stream: ``out`` is in float32 or in the dtype of ``more``."""
     into, so_far = (out, None) if out.dtype is torch.float32 else (torch.empty_like(out, dtype=torch.float32), out)
@@ -436,26 +452,6 @@ def merge(out, lse, more, lse_of_more, to_log2: float):
 @lru_cache(maxsize=64)
 def _merging(dtype: str, head_dim_v: int, so_far: str) -> Problem:
     return Problem(dtype, head_dim_v, head_dim_v, merges=so_far)
-
-
-def _room(call: Call, needs: str, q, k, v) -> dict[str, torch.Tensor | None]:
-    """Memory for the gradients that are needed: parts of one tensor where q, k, v, or k, v, are, and ``call.packs``."""
-    inputs = {"q": q, "k": k, "v": v}
-    if call.heads_first:
-        room = _room(replace(call, heads_first=False), needs, *(x.transpose(1, 2) for x in inputs.values()))
-        return {name: None if x is None else x.transpose(1, 2) for name, x in room.items()}
-    room = {}
-    if call.packs and k.storage_offset() != v.storage_offset():  # not as those of tensors by themselves usually are
-        for names in ("qkv", "kv"):
-            if names in needs and (packed := packed_of(*(inputs[name] for name in names))) is not None:
-                room = dict(zip(names, packed.new_empty(packed.shape).unbind(-3), strict=True))
-                break
-    return {name: (room[name] if name in room else _like(x)) if name in needs else None for name, x in inputs.items()}
-
-
-def _like(x: torch.Tensor) -> torch.Tensor:
-    """Contiguous memory of its shape."""
-    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
 def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:
@@ -503,13 +499,9 @@ class Refused(RuntimeError):  # noqa: N818
     """The launcher takes no such tensors: their dtype, device, strides or alignment. Nothing was launched."""
 
 
-def run_on(function: Callable, device: int, arguments: tuple) -> None:
-    """Call a compiled kernel on a device, whichever is current. Raises :class:`Refused`."""
+def run(function: Callable, arguments: tuple) -> None:
+    """Call a compiled kernel of the current device. Raises :class:`Refused`."""
     try:
-        if current_device() == device:
-            function(*arguments)
-        else:
-            with torch.cuda.device(device):
-                function(*arguments)
+        function(*arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise Refused(str(error)) from error
