@@ -240,9 +240,8 @@ def _kept_call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softca
 
 def _key(q, k, v, scale, causal, window, softcap, more: object) -> tuple | None:
     """What an eager call on CUDA tensors is known by; None of any other, and where that can't be told at first sight."""
-    if not (q.is_cuda and type(causal) is bool) or is_compiling() or dispatch_modes():
-        return None
-    if not (scale is window is softcap is None or are_usual_kinds(scale, window, softcap)):
+    usual = q.is_cuda and type(causal) is bool and (scale is window is softcap is None or are_usual_kinds(scale, window, softcap))
+    if not usual or is_compiling() or dispatch_modes():
         return None
     try:
         return q.shape, k.shape, v.shape, q.dtype, q.get_device(), scale, causal, window, softcap, more

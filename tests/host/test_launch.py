@@ -47,13 +47,21 @@ def gpu(monkeypatch):
     return state
 
 
-@pytest.mark.parametrize("device", [0, 1])
-def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
-    launching.run_on(gpu.kernel, device, ("q", "k", "v", launching.raw_stream(device)))
-    ((ran_on, arguments),) = gpu.log
-    assert ran_on == device
-    assert arguments[-1] == 1000 + device
-    assert gpu.current == 0, "the caller's current device has changed"
+@pytest.mark.parametrize("current", [-1, 0])
+def test_kernels_run_on_the_tensors_device_and_its_stream(gpu, monkeypatch, current):
+    """Whichever is current; what they are given is made there, too. (Tensors on the CPU have the number −1.)"""
+    made, made_on, gpu.current = launching.empty_strided, [], current
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
+    monkeypatch.setattr(launching, "empty_strided", lambda *room: made_on.append(gpu.current) or made(*room))
+    q, k, v = make_qkv(1, 10, 12, 2, 2, 64, 64, torch.bfloat16)
+    out, _, lse_raw = launching.forward(CALL, None, False, True, q, k, v)
+    launching.gradients(CALL, None, "qkv", False, q, k, v, out, lse_raw, torch.ones_like(out), None)
+    for ran_on, arguments in gpu.log:
+        assert ran_on == -1
+        assert arguments[-1] == 999
+    assert set(made_on) == {-1}
+    assert gpu.current == current, "the caller's current device has changed"
 
 
 @pytest.mark.parametrize("plans", [None, {}])
@@ -315,7 +323,7 @@ def test_a_kept_call_is_looked_at_again_for_nothing_else(gpu, monkeypatch):
         asked.append(1)
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(launching, "_room_of_results", none_left)
+    monkeypatch.setattr(launching, "empty_strided", none_left)
     with pytest.raises(torch.OutOfMemoryError, match="none left"):
         launching.forward(call, None, False, False, q, k, v)
     assert len(asked) == 1
@@ -434,13 +442,13 @@ def test_gradient_of_sinks_of_ragged_sequences(gpu, monkeypatch):
             rows[0, 0, :, there] = lse[:, begin:end] / call.scale
             rows[1, 0, :, there] = (dout.float() * out).sum(-1).T[:, begin:end]
 
-    new_empty = torch.Tensor.new_empty
+    made = launching.empty_strided
 
-    def full_of_nans(*size, **how):
-        x = new_empty(*size, **how)
+    def full_of_nans(*room):
+        x = made(*room)
         return x.fill_(math.nan) if x.is_floating_point() else x
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nans)
+    monkeypatch.setattr(launching, "empty_strided", full_of_nans)
     monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
     monkeypatch.setattr(launching, "prepared", lambda *_: (kernel, 132))
     found = launching.gradients(call, "cp_async", "", False, q, k, v, out, lse, dout, None)
@@ -458,15 +466,16 @@ def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):
             entered.append(index)
 
         def __enter__(self):
-            return self
+            gpu.current = -1
 
         def __exit__(self, *_):
             entered.append("left")
 
     monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(launching, "prepared", lambda *_: (fails, 132))
     with pytest.raises(RuntimeError, match="launch failed"):
-        launching.run_on(fails, 1, ("q", "k", "v", "out"))
-    assert entered == [1, "left"]
+        launching.forward(CALL, None, False, False, *make_qkv(1, 10, 12, 2, 2, 64, 64, torch.bfloat16))
+    assert entered == [-1, "left"]
 
 
 @pytest.mark.parametrize(("head_dim", "needs", "ordered"), [(128, "qkv", True), (128, "kv", False), (256, "qkv", False)])
