@@ -240,7 +240,8 @@ def _kept_call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softca
 
 def _key(q, k, v, scale, causal, window, softcap, more: object) -> tuple | None:
     """What an eager call on CUDA tensors is known by; None of any other, and where that can't be told at first sight."""
-    usual = q.is_cuda and type(causal) is bool and (scale is window is softcap is None or are_usual_kinds(scale, window, softcap))
+    unruled = scale is window is softcap is None or are_usual_kinds(scale, window, softcap)
+    usual = q.is_cuda and type(causal) is bool and unruled
     if not usual or is_compiling() or dispatch_modes():
         return None
     try:

@@ -235,7 +235,7 @@ Room = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # sizes, strides, d
 
 
 def contiguous(dtype: torch.dtype, *sizes: int) -> Room:
-    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    strides = (math.prod(max(n, 1) for n in sizes[i + 1 :]) for i in range(len(sizes)))
     return sizes, tuple(strides), dtype
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cute_attn import cache, compile, launch, serve
+from cute_attn import api, cache, compile, kvcache, launch, serve
 from cute_attn.sources import fingerprint
 from tests.host.compile_cache import CONFIG, NAME, PROBLEM, Cache, files, works
 from tests.host.processes import quick
@@ -30,7 +30,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def memory_of_the_cpu(monkeypatch):
-    """For whoever says that a tensor lies on a GPU: tensors' number is −1 here, and so is that of the current device."""
+    """For whoever says that a tensor lies on a GPU: tensors' number is −1 here, and so is that of the current device. How such
+    calls were planned is of each test alone."""
+    monkeypatch.setattr(api, "_kept", {})
+    monkeypatch.setattr(kvcache, "_steps", {})
     for module in (launch, serve):
         monkeypatch.setattr(module, "current_device", lambda: -1)
         monkeypatch.setattr(module, "raw_stream", lambda device: 0)
