@@ -339,7 +339,9 @@ class _PlannedGradients:
             for x in (dk, dv):
                 if x is not None:
                     x.narrow(2 if call.heads_first else 1, 0, self.unseen).zero_()
-        given, of_captured, others = None, {}, call.others
+        given: tuple | None = None
+        of_captured: dict[int, torch.Tensor] = {}
+        others = call.others
         if others or not call.lengths is call.blocks is None:
             given, of_captured = self._given(call, rows)
         tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, dq, dk, dv
