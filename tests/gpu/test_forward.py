@@ -244,6 +244,18 @@ def test_nan_in_a_seen_key_shows(mechanism):
     assert lse.isnan().all()
 
 
+def test_outputs_are_tensors_as_torch_makes_them(mechanism):
+    """Of the mode and the device that there are, whether a call is planned or was before."""
+    q, k, v = make_qkv(2, 257, 129, 3, 3, 96, 40, torch.float16, "cuda")
+    for inference in (False, False, True, True):
+        with torch.inference_mode(inference):
+            for x in run(q, k, v, mechanism):
+                assert x.is_inference() == inference
+                assert (x.device, x.is_contiguous(), x.requires_grad) == (q.device, True, False)
+                assert inference or x._version == 0
+                x.add_(1)
+
+
 def test_outputs_are_all_written(mechanism, monkeypatch):
     """Outputs that start as NaN end without one."""
     made, poisoned = launch.empty_strided, []
