@@ -174,6 +174,18 @@ def named(fields: Fields, values: Sequence) -> Any:
     return found
 
 
+def in_order(fields: Fields, values: dict[str, Any]) -> tuple:
+    """The values as a compiled pass takes them, None for what isn't among them."""
+    found: list[Any] = []
+    for field in fields:
+        if isinstance(field, Field):
+            found.append(values.get(field.name))
+        else:
+            group = in_order(field, values)
+            found.append(None if all(x is None for x in group) else group)
+    return tuple(found)
+
+
 def each(fields: Fields) -> Iterator[Field]:
     """Those of groups, too."""
     for field in fields:

@@ -13,7 +13,7 @@ import tvm_ffi
 from cute_attn import api, block_mask, kvcache, masks, reference, serve, workspace
 from cute_attn import launch as launching
 from cute_attn.expressions import traced
-from cute_attn.fields import BACKWARD, FORWARD, MERGE, each, named
+from cute_attn.fields import BACKWARD, FORWARD, MERGE, each, in_order, named
 from cute_attn.launch import Refused, packed_of
 from cute_attn.layouts.base import TICKET_COUNTERS
 from cute_attn.lengths import CHECK, NAMES, check_lengths
@@ -75,6 +75,7 @@ def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu, monkeypat
     assert arguments[-3] is None
     given = vars(named(FORWARD, arguments))
     assert [field.name for field in each(FORWARD)] == list(given)
+    assert in_order(FORWARD, given) == (*arguments[:-2], tuple(arguments[-2]), arguments[-1])
     for name, x in {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lse_raw": lse_raw}.items():
         assert given.pop(name) is x
     assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
