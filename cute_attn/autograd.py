@@ -23,18 +23,19 @@ class Attention(torch.autograd.Function):
     """``(out, lse)`` of q, k, v, both of them differentiable, or out alone where nobody asked for the other; ``others`` are the
     call's sinks and captured tensors.
 
-    ``forward(q, k, v, call)`` returns ``(out, lse, kept)``, where lse may be None if nobody asked for it, and ``kept`` is each
-    row's log-sum-exp once more, in the form in which the backend's backward pass uses it: taken there from another, it would
-    be off by a rounding, which large scores turn into probabilities above 1. ``gradients(q, k, v, out, kept, dout, dlse, call,
-    needs)`` returns ``(dq, dk, dv, *dothers)``, None for what the string ``needs``, part of ``"qkv"``, does not name, and for
-    others that require none; without others it may leave these out. ``dlse`` is None
-    where the log-sum-exp was not used; ``dout`` has the dtype of ``out`` and any strides. Needed is what has
+    ``call.passes`` are two functions. ``forward(q, k, v, call)`` returns ``(out, lse, kept)``, where lse may be None if nobody
+    asked for it, and ``kept`` is each row's log-sum-exp once more, in the form in which the backend's backward pass uses it:
+    taken there from another, it would be off by a rounding, which large scores turn into probabilities above 1.
+    ``gradients(q, k, v, out, kept, dout, dlse, call, needs)`` returns ``(dq, dk, dv, *dothers)``, None for what the string
+    ``needs``, part of ``"qkv"``, does not name, and for others that require none; without others it may leave these out.
+    ``dlse`` is None where the log-sum-exp was not used; ``dout`` has the dtype of ``out`` and any strides. Needed is what has
     ``requires_grad``: torch doesn't tell which of these inputs ``torch.autograd.grad`` was asked for.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, call: Call, forward: Callable, gradients: Callable, *others):  # type: ignore[override]
-        out, lse, kept = forward(q, k, v, call)
+    def forward(ctx, q, k, v, call: Call, *others):  # type: ignore[override]
+        assert call.passes is not None
+        out, lse, kept = call.passes[0](q, k, v, call)
         lengths = () if call.lengths is None else call.lengths.tensors
         if call.plans is None:
             keep(ctx, q, k, v, out, kept, *lengths, *others)
@@ -42,7 +43,7 @@ class Attention(torch.autograd.Function):
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(q, k, v, out, kept, *lengths)
         call.packs = True  # an operator's results are memory of their own; these needn't be
-        ctx.call, ctx.gradients = call, gradients
+        ctx.call = call
         return out if lse is None else (out, lse)
 
     @staticmethod
@@ -62,8 +63,8 @@ class Attention(torch.autograd.Function):
         compute: Callable = _Gradients.apply
         if not torch.is_grad_enabled():  # nobody can differentiate once more, and the function's own cost is spared
             compute, arguments = computed, (ctx, *arguments)
-        dq, dk, dv, *dothers = compute(*arguments, call, ctx.gradients)
-        return dq, dk, dv, None, None, None, *dothers
+        dq, dk, dv, *dothers = compute(*arguments, call, call.passes[1])
+        return dq, dk, dv, None, *dothers
 
 
 # Attention.apply without torch's look for transforms of torch.func: for calls that are in none.

@@ -150,7 +150,8 @@ class Call:
     ``packs`` says that gradients may be parts of one tensor, where q, k and v are: whoever unpacked these has them packed then.
 
     ``plans`` is a place for how calls with tensors of the same shapes are computed (``launch.py``), where one is kept for all
-    of them; ``kept_for`` is the device and the dtype of these then.
+    of them; ``kept_for`` is the device and the dtype of these then. ``passes`` are a backend's, as ``autograd.Attention`` takes
+    them.
 
     ``captured`` are the tensors that ``expression`` reads, ``sinks`` ``(heads,)``, ``dropout`` the probability of being dropped
     and ``seed`` what decides who is (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as
@@ -180,6 +181,7 @@ class Call:
     sequence: int = 0
     plans: dict[tuple, Any] | None = None
     kept_for: tuple[torch.device, torch.dtype] | None = None
+    passes: tuple[Any, Any] | None = None
     dropout: float = 0.0
     seed: torch.Tensor | None = None
     blocks: Any = None  # or a BlockMask

@@ -132,14 +132,14 @@ def kept(q, **changed):
     """A call that is kept, of tensors that say that they lie on a GPU."""
     rules = {"scale": None, "causal": True, "window": None, "softcap": None} | changed
     stand_in = SimpleNamespace(shape=q.shape, dtype=q.dtype, device=torch.device("cuda:0"), is_cuda=True, get_device=lambda: 0)
-    return api._kept_call(stand_in, stand_in, stand_in, *rules.values())
+    return api._kept_call(stand_in, stand_in, stand_in, *rules.values(), False, False, None)
 
 
 def test_one_call_is_kept_for_all_that_are_alike(monkeypatch):
     monkeypatch.setattr(api, "_kept", {})
     q, other = torch.empty(2, 10, 4, 64, dtype=torch.float16), torch.empty(2, 11, 4, 64, dtype=torch.float16)
     assert kept(q) is kept(q)
-    assert replace(kept(q), plans=None, kept_for=None) == check_call(q, q, q, None, True, None, None)
+    assert replace(kept(q), plans=None, kept_for=None, passes=None) == check_call(q, q, q, None, True, None, None)
     rules = {"causal": False}, {"scale": 0.5}, {"window": (3, 0)}, {"softcap": 9.0}
     differ = [kept(q), kept(other), kept(q.float()), *(kept(q, **changed) for changed in rules)]
     assert len({id(call) for call in differ}) == len(differ)
