@@ -171,10 +171,10 @@ def test_saved_tensors_may_come_back_otherwise(how, mechanism):
 def test_blocks_take_tickets(mechanism, monkeypatch):
     """Where dQ has a fixed order, as many as there are key tiles; then it does not matter in which order blocks start. Those
     that are persistent draw one more each, which no tile is left for."""
-    made, new_empty = [], torch.Tensor.new_empty
+    made, empty_strided = [], launch.empty_strided
     q, k, v, dout, _ = make(3, 300, 700, 4, 2, 128)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", lambda *args, **options: made.append(new_empty(*args, **options)) or made[-1])
+        patch.setattr(launch, "empty_strided", lambda *room: made.append(empty_strided(*room)) or made[-1])
         run(q, k, v, mechanism, dout, causal=True, deterministic=True)
     (signals,) = (x for x in made if x.dtype == torch.int32)
     tiles = 3 * 2 * -(-700 // 128)
@@ -364,8 +364,8 @@ def test_buffers_that_start_as_nan_leave_none(deterministic, d, dv, mechanism, m
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
-        for name in ("empty", "empty_like", "empty_strided"):
-            patch.setattr(torch, name, poisoning(getattr(torch, name)))
+        for module, name in ((launch, "empty_strided"), (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")):
+            patch.setattr(module, name, poisoning(getattr(module, name)))
         result = run(q, k, v, mechanism, dout, dlse, **rules)
     assert len(poisoned) >= 5  # out, lse and three gradients
     assert_gradients_close(result, q, k, v, dout, dlse, causal=True)
