@@ -151,6 +151,12 @@ class CachedKeys:
             return cutlass.min(cutlass.max(self.cache_batch_idx[sequence_number], 0), self.elements - 1), row
         return sequence_number, row
 
+    def prefetch_place(self, sequence_number, row):
+        """Ask for what :meth:`place` is going to read of a row."""
+        if self.page_table is not None:
+            page = divided(row, self.page_size)[0]
+            cute.arch.prefetch(self.page_table[sequence_number, None].iterator.__add__(page).llvm_ptr, cache_level="L1")
+
     @cute.jit
     def _tiles(self, i):
         """Of all walks of sequence ``i``; 0 if there is none."""

@@ -271,6 +271,9 @@ class Forward:
             for i in cutlass.range_constexpr(cute.size(v.tXcX, mode=[1])):
                 key = cutlass.min(first + v.tXcX[0, i, 0][0], source.last)
                 v.start_row(i, keys.place(source.number, key), source.head_kv, slot)
+        if cutlass.const_expr(keys.page_table is not None):  # of the tile after it: a page number is nowhere near, most often
+            key = first + self.config.tile_n + block.thread % self.keys_of_group
+            keys.prefetch_place(source.number, cutlass.min(key, source.last))
 
     @cute.jit
     def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity):
