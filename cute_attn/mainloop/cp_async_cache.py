@@ -542,7 +542,8 @@ class Forward:
             if row < exist:
                 if cutlass.const_expr(first == 0):
                     if column == 0:
-                        _store_pair(exchanged.of_rows, block.group * self.config.tile_m + row, softmax.row_max[r], softmax.row_sum[r])
+                        place = block.group * self.config.tile_m + row
+                        _store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
                 for n in cutlass.range_constexpr(pieces):
                     piece, begin = cute.make_rmem_tensor(PIECE, Float32), first // THREADS_PER_ROW + n * PIECE
                     for c in cutlass.range_constexpr(PIECE):
@@ -612,18 +613,21 @@ class Forward:
         return condition & (block.group == 0) & (block.thread % THREADS_PER_ROW == 0)
 
     def _written(self, block: CacheBlock, row, n) -> cute.Tensor:
-        """Where this thread's n-th piece of a row of O is in the workspace: as threads hold them, not in the order of columns."""
+        """Where this thread's n-th piece of a row of O is in the workspace: in the order in which threads hold columns."""
         return _floats(row, n * THREADS_PER_ROW + block.thread % THREADS_PER_ROW, PIECE)
 
     @cute.jit
     def _merge_parts(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
         """All parts of a walk, in the order of their keys, to the outputs: the pieces that :meth:`_merge_groups` wrote of each,
         by the same threads."""
-        workspace, exponent, parts, groups = serving.workspace, seen.values.exponent(self.problem), places.parts, self.config.key_warps
+        workspace, exponent, parts = serving.workspace, seen.values.exponent(self.problem), places.parts
+        groups = self.config.key_warps
         pieces, cO = -(-self.problem.head_dim_v // PIECE_COLUMNS), self._coordinates(block)
         together, of_row = cute.size(cO, mode=[0]), -(-pieces // groups)  # rows of a thread, and its pieces of each
         at_once = max(AT_ONCE // together // of_row, 1)
-        mine = [k * groups + block.group if pieces % groups == 0 else cutlass.min(k * groups + block.group, pieces - 1) for k in range(of_row)]
+        mine = [k * groups + block.group for k in range(of_row)]
+        if pieces % groups > 0:
+            mine = [cutlass.min(n, pieces - 1) for n in mine]
         rows = [cutlass.min(cO[r, 0][0], exist - 1) for r in range(together)]
         merged, held = (cute.make_rmem_tensor((PIECE, of_row, together, n), Float32) for n in (1, at_once))
         found = cute.make_rmem_tensor((2, together, at_once), Float32)

@@ -101,7 +101,8 @@ def some(rng, rows, columns):
 
 
 class Kernel:
-    """What the functions take of theirs, for groups of a warp; ``stored`` gets ``(row, column): O`` and ``row: (maximum, sum)``."""
+    """What the functions take of theirs, for groups of a warp; ``stored`` gets ``(row, column): O`` and, of a row, its maximum
+    and its sum."""
 
     def __init__(self, groups, rows, columns, tile_dv):
         self.config = SimpleNamespace(tile_m=rows, tile_dv=tile_dv, key_warps=groups)
@@ -134,7 +135,7 @@ class Kernel:
 
     def blocks(self):
         """Its threads' views of it."""
-        return [SimpleNamespace(group=group, thread=lane, mma_O=None) for group in range(self.config.key_warps) for lane in range(32)]
+        return [SimpleNamespace(group=group, thread=lane) for group in range(self.config.key_warps) for lane in range(32)]
 
     def compare(self, o, row_max, row_sum):
         rows, columns = range(len(o)), range(HEAD_DIM_V)
