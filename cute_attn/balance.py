@@ -141,21 +141,24 @@ class CachedKeys:
         """How many a sequence has."""
         return sequence.row_tiles * self.heads_kv
 
-    def place(self, sequence_number, row):
-        """``(element or page of the cache, row there)`` of a row of a sequence, inside the cache whatever the table says."""
+    def named_place(self, sequence_number, row):
+        """``(element or page of the cache, row there)`` of a row of a sequence, as the table says; :meth:`inside` is for that."""
         if self.page_table is not None:
             place, row = divided(row, self.page_size)
-            page = self.page_table[sequence_number, place]
-            return cutlass.min(cutlass.max(page, 0), self.elements - 1), row
+            return self.page_table[sequence_number, place], row
         if self.cache_batch_idx is not None:
-            return cutlass.min(cutlass.max(self.cache_batch_idx[sequence_number], 0), self.elements - 1), row
+            return self.cache_batch_idx[sequence_number], row
         return sequence_number, row
 
-    def prefetch_place(self, sequence_number, row):
-        """Ask for what :meth:`place` is going to read of a row."""
-        if self.page_table is not None:
-            page = divided(row, self.page_size)[0]
-            cute.arch.prefetch(self.page_table[sequence_number, None].iterator.__add__(page).llvm_ptr, cache_level="L1")
+    def inside(self, named: tuple) -> tuple:
+        """A place in the cache, whatever the table says."""
+        if self.page_table is None and self.cache_batch_idx is None:
+            return named
+        return cutlass.min(cutlass.max(named[0], 0), self.elements - 1), named[1]
+
+    def place(self, sequence_number, row) -> tuple:
+        """Where a row of a sequence is."""
+        return self.inside(self.named_place(sequence_number, row))
 
     @cute.jit
     def _tiles(self, i):

@@ -48,7 +48,7 @@ from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.softmax import Softmax, finished, scale_rows
 
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
-AT_ONCE = 16  # pieces of partial results that a thread has on their way at the same time
+AT_ONCE = 32  # pieces of partial results that a thread has on their way at the same time
 
 
 @dataclass(frozen=True)
@@ -257,13 +257,13 @@ class Forward:
                 into.fill(0.0)
 
     @cute.jit
-    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage):
-        """A group: start copying its keys of a part's tile n to a stage of its ring."""
+    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, places: tuple = ()):
+        """A group: start copying its keys of a part's tile n to a stage of its ring. ``places`` are those of its rows of K, if
+        they are known already."""
         slot, first = (block.group, stage), source.first + n * self.config.tile_n + block.group * self.keys_of_group
         k, v = block.k, block.v
         for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
-            key = cutlass.min(first + k.tXcX[0, i, 0][0], source.last)
-            place = keys.place(source.number, key)
+            place = keys.inside(places[i] if len(places) > 0 else self._named_place(block, keys, source, n, i))
             k.start_row(i, place, source.head_kv, slot)
             if cutlass.const_expr(self.same_rows):
                 v.start_row(i, place, source.head_kv, slot)
@@ -271,24 +271,39 @@ class Forward:
             for i in cutlass.range_constexpr(cute.size(v.tXcX, mode=[1])):
                 key = cutlass.min(first + v.tXcX[0, i, 0][0], source.last)
                 v.start_row(i, keys.place(source.number, key), source.head_kv, slot)
-        if cutlass.const_expr(keys.page_table is not None):  # of the tile after it: a page number is nowhere near, most often
-            key = first + self.config.tile_n + block.thread % self.keys_of_group
-            keys.prefetch_place(source.number, cutlass.min(key, source.last))
+
+    def _named_place(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, i: int):
+        """Where this thread's i-th row of K of a part's tile n is, as the table says."""
+        first = source.first + n * self.config.tile_n + block.group * self.keys_of_group
+        return keys.named_place(source.number, cutlass.min(first + block.k.tXcX[0, i, 0][0], source.last))
 
     @cute.jit
-    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity):
+    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity, places=()):
         """Start copying tile n from a part's first one on, which past its end is one of the part behind it; the first one of
         that with its queries."""
-        n_then = n - seen.count
-        here = n_then < 0
-        if (n_then == 0) & (then.count > 0):
+        if (n == seen.count) & (then.count > 0):
             self._copy_q(block, serving, then, 1 - parity)
-        if n_then < then.count:
-            source = KeySource(
-                *(_either(here, x, y) for x, y in zip(self._source(seen).all(), self._source(then).all(), strict=True))
-            )
-            self._copy(block, serving.keys, source, _either(here, n, n_then), stage)
+        if n - seen.count < then.count:
+            source, tile = self._ahead(seen, then, n)
+            self._copy(block, serving.keys, source, tile, stage, places)
         cute.arch.cp_async_commit_group()
+
+    def _ahead(self, seen: SeenTiles, then: SeenTiles, n) -> tuple[KeySource, Any]:
+        """Of whom tile n from a part's first one on is, and which of its tiles."""
+        here, sources = n < seen.count, zip(self._source(seen).all(), self._source(then).all(), strict=True)
+        return KeySource(*(_either(here, x, y) for x, y in sources)), _either(here, n, n - seen.count)
+
+    @cute.jit
+    def _places_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n) -> tuple:
+        """Where this thread's rows of that tile are, of pages: their numbers are read a tile before anything is done with them."""
+        places: tuple = ()
+        if cutlass.const_expr(serving.keys.page_table is not None):
+            rows = cute.size(block.k.tXcX, mode=[1])
+            places = tuple((Int32(0), Int32(0)) for _ in range(rows))
+            if n - seen.count < then.count:
+                source, tile = self._ahead(seen, then, n)
+                places = tuple(self._named_place(block, serving.keys, source, tile, i) for i in range(rows))
+        return places
 
     def _source(self, seen: SeenTiles) -> KeySource:
         """Of a part's tiles."""
@@ -380,6 +395,7 @@ class Forward:
         primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
         for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
             self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
+        next_places = self._places_ahead(block, serving, seen, then, ahead)
         for n in cutlass.range(seen.count, unroll=1):
             cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
@@ -400,7 +416,8 @@ class Forward:
             self._add(block, acc_S, acc_O, slot)
             if n + 1 < seen.count:
                 self._sync_group(block)
-                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity)
+                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity, next_places)
+                next_places = self._places_ahead(block, serving, seen, then, n + 1 + ahead)
             stage = (stage + 1) % ahead
 
         cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to
@@ -555,6 +572,12 @@ class Forward:
         each = self.config.tile_m * self.lay.exchanged_columns(self.config) // (PIECE * self.group_threads)
         return _floats(exchanged.o, (group * each + n) * self.group_threads + block.thread, PIECE)
 
+    @property
+    def shares(self) -> tuple[int, int]:
+        """``(rows, groups)``: of the rows that a thread has of O its group merges so many, and as many groups their columns."""
+        of_thread = self.config.tile_m * THREADS_PER_ROW // self.group_threads
+        return max(of_thread // self.config.key_warps, 1), max(self.config.key_warps // of_thread, 1)
+
     @cute.jit
     def _merge_groups(
         self,
@@ -566,13 +589,13 @@ class Forward:
         exist,
         first: cutlass.Constexpr[int],
     ):
-        """What the groups have handed over, to the outputs or to the workspace: a thread merges what those of its number in all
-        groups hold, of whose pieces each group has its share."""
-        config, workspace, groups = self.config, serving.workspace, self.config.key_warps
-        pieces, cO = self.lay.exchanged_columns(config) // PIECE_COLUMNS, self._coordinates(block)
-        of_row = -(-pieces // groups)
-        for r in cutlass.range_constexpr(cute.size(cO, mode=[0])):
-            row = cO[r, 0][0]
+        """What the groups have handed over, to the outputs or to the workspace: a thread merges its share of what those of its
+        number hold in all groups."""
+        config, (rows, sharing), groups = self.config, self.shares, self.config.key_warps
+        pieces, begin = self.lay.exchanged_columns(config) // PIECE_COLUMNS, first // PIECE_COLUMNS
+        for j in cutlass.range_constexpr(rows):
+            r = block.group // sharing * rows + j
+            row = self._coordinates(block)[r, 0][0]
             if row < exist:
                 of_rows, weights = cute.make_rmem_tensor((2, groups), Float32), cute.make_rmem_tensor(groups, Float32)
                 for group in cutlass.range_constexpr(groups):
@@ -584,33 +607,36 @@ class Forward:
                     exponent = (of_rows[0, group] - _anchor(row_max)) * seen.values.exponent(self.problem)
                     weights[group] = cute.math.exp2(exponent, fastmath=True)
                     row_sum += of_rows[1, group] * weights[group]
-                merged, handed = (cute.make_rmem_tensor((PIECE, n), Float32) for n in (of_row, 1))
+                merged, handed = (cute.make_rmem_tensor((PIECE, n), Float32) for n in (-(-pieces // sharing), 1))
                 merged.fill(0.0)
-                for k in cutlass.range_constexpr(of_row):
-                    n = k * groups + block.group
-                    if _below(n, pieces, groups):
+                for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                    n = self._mine(block, k)
+                    if _below(n, pieces, sharing):
                         for group in cutlass.range_constexpr(groups):
                             cute.autovec_copy(self._handed(block, exchanged, group, r * pieces + n), handed[None, 0])
                             merged[None, k].store(merged[None, k].load() + handed[None, 0].load() * weights[group])
-                writes = self._writes(block, first == 0)
                 if places.parts == 1:
-                    ended = self._end_row(serving, seen, row, writes, row_max, row_sum)
-                    for k in cutlass.range_constexpr(of_row):
-                        n = k * groups + block.group
-                        if _below(n, pieces, groups):
-                            self._store(block, serving, seen, ended, n + first // PIECE_COLUMNS, merged[None, k])
+                    of_row = self._end_row(serving, seen, row, self._writes(block, first == 0), row_max, row_sum)
+                    for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                        n = self._mine(block, k)
+                        if _below(n, pieces, sharing):
+                            self._store(block, serving, seen, of_row, begin + n, merged[None, k])
                 else:
-                    o, of = workspace.of_row(places.of(places.number), row)
-                    if writes:
+                    o, of = serving.workspace.of_row(places.of(places.number), row)
+                    if self._writes(block, first == 0):
                         _store_pair(of, 0, row_max, row_sum)
-                    for k in cutlass.range_constexpr(of_row):
-                        n = k * groups + block.group + first // PIECE_COLUMNS
-                        if _below(k * groups + block.group, pieces, groups) and n * PIECE_COLUMNS < self.problem.head_dim_v:
-                            cute.autovec_copy(merged[None, k], self._written(block, o, n))
+                    for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                        n = self._mine(block, k)
+                        if _below(n, pieces, sharing) and (begin + n) * PIECE_COLUMNS < self.problem.head_dim_v:
+                            cute.autovec_copy(merged[None, k], self._written(block, o, begin + n))
+
+    def _mine(self, block: CacheBlock, k: int):
+        """The k-th piece of a row that this thread merges."""
+        return k * self.shares[1] + block.group % self.shares[1]
 
     def _writes(self, block: CacheBlock, condition):
         """Whether of the threads that have a row this is the one that writes what there is once."""
-        return condition & (block.group == 0) & (block.thread % THREADS_PER_ROW == 0)
+        return condition & (block.group % self.shares[1] == 0) & (block.thread % THREADS_PER_ROW == 0)
 
     def _written(self, block: CacheBlock, row, n) -> cute.Tensor:
         """Where this thread's n-th piece of a row of O is in the workspace: in the order in which threads hold columns."""
@@ -618,55 +644,57 @@ class Forward:
 
     @cute.jit
     def _merge_parts(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
-        """All parts of a walk, in the order of their keys, to the outputs: the pieces that :meth:`_merge_groups` wrote of each,
-        by the same threads."""
-        workspace, exponent, parts = serving.workspace, seen.values.exponent(self.problem), places.parts
-        groups = self.config.key_warps
-        pieces, cO = -(-self.problem.head_dim_v // PIECE_COLUMNS), self._coordinates(block)
-        together, of_row = cute.size(cO, mode=[0]), -(-pieces // groups)  # rows of a thread, and its pieces of each
-        at_once = max(AT_ONCE // together // of_row, 1)
-        mine = [k * groups + block.group for k in range(of_row)]
-        if pieces % groups > 0:
-            mine = [cutlass.min(n, pieces - 1) for n in mine]
-        rows = [cutlass.min(cO[r, 0][0], exist - 1) for r in range(together)]
-        merged, held = (cute.make_rmem_tensor((PIECE, of_row, together, n), Float32) for n in (1, at_once))
-        found = cute.make_rmem_tensor((2, together, at_once), Float32)
-        row_max, row_sum = (cute.make_rmem_tensor(together, Float32) for _ in range(2))
+        """All parts of a walk, in the order of their keys, to the outputs: of rows and columns as :meth:`_merge_groups`."""
+        (rows, sharing), pieces = self.shares, -(-self.problem.head_dim_v // PIECE_COLUMNS)
+        for j in cutlass.range_constexpr(rows):
+            row = self._coordinates(block)[block.group // sharing * rows + j, 0][0]
+            if row < exist:
+                self._merge_row(block, serving, seen, places, row, -(-pieces // sharing))
+
+    @cute.jit
+    def _merge_row(
+        self,
+        block: CacheBlock,
+        serving: Serving,
+        seen: SeenTiles,
+        places: PartPlaces,
+        row,
+        pieces: cutlass.Constexpr[int],
+    ):
+        """All parts' ``pieces`` that this thread has of a row."""
+        exponent, parts, at_once = seen.values.exponent(self.problem), places.parts, max(AT_ONCE // pieces, 1)
+        all_pieces = -(-self.problem.head_dim_v // PIECE_COLUMNS)
+        merged, held = (cute.make_rmem_tensor((PIECE, pieces, n), Float32) for n in (1, at_once))
+        found = cute.make_rmem_tensor((2, at_once), Float32)
         merged.fill(0.0)
-        row_max.fill(-Float32.inf)
-        row_sum.fill(0.0)
+        row_max, row_sum = -Float32.inf, Float32(0.0)
         for part in cutlass.range(0, parts, at_once, unroll=1):
             for i in cutlass.range_constexpr(at_once):
                 place = places.of(cutlass.min(part + i, parts - 1))  # past the last one that one again, without weight
-                for r in cutlass.range_constexpr(together):
-                    o, of = workspace.of_row(place, rows[r])
-                    cute.autovec_copy(_floats(of, 0, 2), found[None, r, i])
-                    for k in cutlass.range_constexpr(of_row):
-                        cute.autovec_copy(self._written(block, o, mine[k]), held[None, k, r, i])
-            for r in cutlass.range_constexpr(together):
-                old = row_max[r]
-                for i in cutlass.range_constexpr(at_once):
-                    if part + i >= parts:
-                        found[0, r, i] = -Float32.inf
-                    row_max[r] = cute.arch.fmax(row_max[r], found[0, r, i])
-                anchor = _anchor(row_max[r])
-                weight = cute.math.exp2((old - anchor) * exponent, fastmath=True)
-                row_sum[r] = row_sum[r] * weight
-                for k in cutlass.range_constexpr(of_row):
-                    merged[None, k, r, 0].store(merged[None, k, r, 0].load() * weight)
-                for i in cutlass.range_constexpr(at_once):
-                    weight = cute.math.exp2((found[0, r, i] - anchor) * exponent, fastmath=True)
-                    row_sum[r] = row_sum[r] + found[1, r, i] * weight
-                    for k in cutlass.range_constexpr(of_row):
-                        weighted = held[None, k, r, i].load() * weight
-                        merged[None, k, r, 0].store(merged[None, k, r, 0].load() + weighted)
-        for r in cutlass.range_constexpr(together):
-            if cO[r, 0][0] < exist:
-                ended = self._end_row(serving, seen, rows[r], self._writes(block, True), row_max[r], row_sum[r])
-                for k in cutlass.range_constexpr(of_row):
-                    n = k * groups + block.group
-                    if _below(n, pieces, groups):
-                        self._store(block, serving, seen, ended, n, merged[None, k, r, 0])
+                o, of_row = serving.workspace.of_row(place, row)
+                cute.autovec_copy(_floats(of_row, 0, 2), found[None, i])
+                for k in cutlass.range_constexpr(pieces):
+                    n = cutlass.min(self._mine(block, k), all_pieces - 1)
+                    cute.autovec_copy(self._written(block, o, n), held[None, k, i])
+            old_max = row_max
+            for i in cutlass.range_constexpr(at_once):
+                if part + i >= parts:
+                    found[0, i] = -Float32.inf
+                row_max = cute.arch.fmax(row_max, found[0, i])
+            anchor = _anchor(row_max)
+            old = cute.math.exp2((old_max - anchor) * exponent, fastmath=True)
+            row_sum *= old
+            for k in cutlass.range_constexpr(pieces):
+                merged[None, k, 0].store(merged[None, k, 0].load() * old)
+            for i in cutlass.range_constexpr(at_once):
+                weight = cute.math.exp2((found[0, i] - anchor) * exponent, fastmath=True)
+                row_sum += found[1, i] * weight
+                for k in cutlass.range_constexpr(pieces):
+                    merged[None, k, 0].store(merged[None, k, 0].load() + held[None, k, i].load() * weight)
+        of_row = self._end_row(serving, seen, row, self._writes(block, True), row_max, row_sum)
+        for k in cutlass.range_constexpr(pieces):
+            if _below(self._mine(block, k), all_pieces, self.shares[1]):
+                self._store(block, serving, seen, of_row, self._mine(block, k), merged[None, k, 0])
 
     @cute.jit
     def _end_row(self, serving: Serving, seen: SeenTiles, row, writes, row_max, row_sum):
@@ -712,9 +740,9 @@ def _pair(row: cute.Tensor, column) -> cute.Tensor:
     return cute.make_tensor(begin.align(2 * row.element_type.width // 8), cute.make_layout(2))
 
 
-def _below(n, pieces: int, groups: int):
+def _below(n, pieces: int, sharing: int):
     """Whether there is an n-th of so many pieces, which as many groups share."""
-    return pieces % groups == 0 or n < pieces
+    return pieces % sharing == 0 or n < pieces
 
 
 @cute.jit
