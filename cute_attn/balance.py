@@ -142,7 +142,7 @@ class CachedKeys:
         return sequence.row_tiles * self.heads_kv
 
     def named_place(self, sequence_number, row):
-        """``(element or page of the cache, row there)`` of a row of a sequence, as the table says; :meth:`inside` is for that."""
+        """``(element or page of the cache, row there)`` of a row of a sequence, as the table says."""
         if self.page_table is not None:
             place, row = divided(row, self.page_size)
             return self.page_table[sequence_number, place], row

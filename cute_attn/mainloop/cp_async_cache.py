@@ -295,7 +295,7 @@ class Forward:
 
     @cute.jit
     def _places_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n) -> tuple:
-        """Where this thread's rows of that tile are, of pages: their numbers are read a tile before anything is done with them."""
+        """Where this thread's rows of that tile are, of pages, whose numbers are read a tile before they are needed."""
         places: tuple = ()
         if cutlass.const_expr(serving.keys.page_table is not None):
             rows = cute.size(block.k.tXcX, mode=[1])
