@@ -111,6 +111,8 @@ class Kernel:
 
     def __getattr__(self, name):
         function = vars(Forward)[name]
+        if isinstance(function, property):
+            return function.fget(self)
         return partial(getattr(function, "__wrapped__", function), self)
 
     def _coordinates(self, block):
@@ -182,7 +184,7 @@ def merged_by_groups(kernel, found, exist, workspace, places):
         (1, 16, 96, 96, 16, 1),
         (2, 16, 32, 96, 5, 3),
         (4, 16, 96, 96, 1, 1),
-        (8, 16, 32, 96, 4, 9),
+        (8, 16, 32, 96, 4, 5),
         (2, 64, 128, 128, 16, 2),
         (4, 32, 64, 128, 3, 4),
     ],
