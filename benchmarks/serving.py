@@ -4,7 +4,7 @@ Every row is a step of serving: sequences of some keys each, one query each unle
 steps is timed, each with a cache of its own, so that the L2 cache holds nothing of it and the host takes no part. A step is
 given as the rate at which it reads keys and values, and as the part of **R**, the card's read rate: that of a kernel which does
 nothing but read memory once, timed in turns with the steps. Rows with a base are given as its time over theirs, in turns, too.
-Of the host it is what an eager call takes there, and of a call how many kernels it launches."""
+Of the host it is what an eager call takes there, and of a call how much it launches."""
 
 from __future__ import annotations
 
@@ -259,24 +259,21 @@ def host_seconds() -> float:
 
 
 def launches(row: Row) -> int:
-    """Kernels of a call: of one more in a graph, the first of which clears counters."""
+    """What a call launches: of one more in a graph, the first of which clears counters."""
     from cuda.bindings import runtime
 
-    call, kernels = call_of(row, 0), []
+    call, counts = call_of(row, 0), []
     call()
-    for count in (1, 2):
+    for calls in (1, 2):
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph):
-            for _ in range(count):
+            for _ in range(calls):
                 call()
-        captured = runtime.cudaGraph_t(graph.raw_cuda_graph())
-        error, _, number = runtime.cudaGraphGetNodes(captured)
-        error, nodes, _ = runtime.cudaGraphGetNodes(captured, number)
+        error, _, count = runtime.cudaGraphGetNodes(runtime.cudaGraph_t(graph.raw_cuda_graph()))
         if error != runtime.cudaError_t.cudaSuccess:
             raise RuntimeError(f"CUDA doesn't say what a graph holds ({error.name})")
-        is_kernel = runtime.cudaGraphNodeType.cudaGraphNodeTypeKernel
-        kernels.append(sum(runtime.cudaGraphNodeGetType(node)[1] == is_kernel for node in nodes))
-    return kernels[1] - kernels[0]
+        counts.append(count)
+    return counts[1] - counts[0]
 
 
 def reader() -> Callable[[int, int], None]:
@@ -320,9 +317,9 @@ def shown(cell: dict[str, Any], rate: float) -> list[str]:
 
 
 def last_line(rate: float, host: float, launched: list[int] | None = None) -> str:
-    """``launched`` are kernels of a call without and with new keys."""
+    """``launched`` is of a call without and with new keys."""
     text = f"R, a plain streaming read: {rate / 1e12:.2f} TB/s; the host's part of an eager call: {host * 1e6:.1f} µs"
-    return text if launched is None else f"{text}; kernels a call: {launched[0]}, with new keys {launched[1]}"
+    return text if launched is None else f"{text}; launches a call: {launched[0]}, with new keys {launched[1]}"
 
 
 def show(cells: list[dict[str, Any]], rate: float, host: float, launched: list[int], console: Console) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from benchmarks import serving
 from cute_attn import attention, attention_kvcache, serve
 from tests.caches import Case
 
@@ -265,6 +267,25 @@ def test_graph_with_other_lengths_and_pages():
         graph.replay()
         assert torch.equal(again, out)
         one.check((out, lse), False)
+
+
+@pytest.mark.parametrize("appends", [False, True])
+def test_one_launch_or_two(appends):
+    """New keys are written by a kernel of their own; nothing is copied or cleared."""
+    assert serving.launches(dataclasses.replace(serving.HOST_ROW, appends=appends)) == 1 + appends
+
+
+def test_nothing_is_waited_for():
+    one = case([300, 4000], 2)
+    places, new = one.paged(16), {f"{name}_new": torch.stack([x[-2:] for x in held]) for name, held in (("k", one.k), ("v", one.v))}
+    places["lengths"] -= 2
+    one.attend(places, causal=True, **new)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one.attend(places, causal=True, **new)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_streams():

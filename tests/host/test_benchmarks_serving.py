@@ -39,7 +39,7 @@ def test_it_is_shown():
     text = console.export_text()
     assert "missed" not in text
     assert "9.0 µs" in text
-    assert "kernels a call: 1, with new keys 2" in text
+    assert "launches a call: 1, with new keys 2" in text
     json.dumps(serving.cell_of(row, {"a": 1e-6}, 1e12))
 
 
