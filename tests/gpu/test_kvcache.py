@@ -277,7 +277,7 @@ def test_one_launch_or_two(appends):
 
 def test_nothing_is_waited_for():
     one = case([300, 4000], 2)
-    places, new = one.paged(16), {f"{name}_new": torch.stack([x[-2:] for x in held]) for name, held in (("k", one.k), ("v", one.v))}
+    places, new = one.paged(16), {name: torch.stack([x[-2:] for x in held]) for name, held in (("k_new", one.k), ("v_new", one.v))}
     places["lengths"] -= 2
     one.attend(places, causal=True, **new)
     torch.cuda.synchronize()
