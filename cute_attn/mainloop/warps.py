@@ -79,12 +79,12 @@ class Stream:
 
 
 def swizzled_by(pointer: cute.Pointer) -> Any:
-    """How far from where a pointer to shared memory says that it points it does: 16-byte pieces of 8 rows change places."""
-    found = re.search(r"S<(\d),4,3>", str(pointer.type))
+    """How far from where a pointer to shared memory says that it points it does: pieces of 16 bytes change places in a row."""
+    found = re.search(r"S<(\d+),(\d+),(\d+)>", str(pointer.type))
     if found is None:
         return 0
-    address = pointer.toint()
-    return (address ^ (address >> 3 & (2 ** int(found[1]) - 1) << 4)) - address
+    address, (bits, lowest, shift) = pointer.toint(), map(int, found.groups())
+    return (address ^ (address >> shift & (2**bits - 1) << lowest)) - address
 
 
 def copy_once(source: Any, into: Any) -> None:

@@ -277,8 +277,9 @@ def test_one_launch_or_two(appends):
 
 def test_nothing_is_waited_for():
     one = case([300, 4000], 2)
-    places, new = one.paged(16), {name: torch.stack([x[-2:] for x in held]) for name, held in (("k_new", one.k), ("v_new", one.v))}
+    places = one.paged(16)
     places["lengths"] -= 2
+    new = {name: torch.stack([x[-2:] for x in held]) for name, held in (("k_new", one.k), ("v_new", one.v))}
     one.attend(places, causal=True, **new)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
