@@ -17,7 +17,7 @@ import torch
 from cute_attn import launch, rules
 from cute_attn.launch import Refused, as_read, contiguous, device_target, prepared, run
 from cute_attn.layouts import for_target
-from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
+from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS, columns_written
 from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
 from cute_attn.private import current_device, empty_strided, raw_stream
@@ -68,7 +68,7 @@ class Step:
         if stored.batch_invariant:
             units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
-        self.size = counters, places * rows_kept * (call.head_dim_v + OF_ROW)
+        self.size = counters, places * rows_kept * (columns_written(call.head_dim_v) + OF_ROW)
         self.rows = None
         if return_lse:
             self.rows = contiguous(torch.float32, *(() if packed else (call.batch,)), call.heads, call.seqlen_q)
