@@ -343,7 +343,7 @@ def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic
         _of_dtype(torch.int32, q),
         rows=(2, call.batch, call.heads, rows_padded),
         sums=None if sums is None else (*tiles, *of_tile),
-        signals=COUNTERS + (math.prod(tiles) if counts else 0) if counts or problem.masked else 0,
+        signals=COUNTERS + (math.prod(tiles) if counts else 1) if counts or problem.masked else 0,
         rest=besides_tensors(call, blocks),
     )
 

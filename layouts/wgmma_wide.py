@@ -15,7 +15,18 @@ from __future__ import annotations
 
 from . import base
 from .base import BYTES, Config, Layout, Mma, element
-from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Family, copy_in, copy_out, warpgroup_mma
+from .tma import (
+    BARRIER_BYTES,
+    ROWS_PER_WARPGROUP,
+    SMEM_ALIGN,
+    WARPGROUP,
+    WORK_FIELDS,
+    WORK_SLOTS,
+    Family,
+    copy_in,
+    copy_out,
+    warpgroup_mma,
+)
 
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
@@ -90,7 +101,8 @@ def smem_parts_of(kernel: str, config: Config) -> dict[str, int]:
         parts = {name: size(f"q{name}") for name in ("Q", "dO", "K", "V")}
         parts["hidden"] = config.tile_n * config.stages
         stages = warpgroups(config) + config.stages + V_STAGES  # Q and dO come together
-    return {**parts, "barriers": BARRIER_BYTES * 2 * stages}
+    work = WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES)
+    return {**parts, "barriers": BARRIER_BYTES * 2 * stages, "work": work}
 
 
 def smem_parts(config: Config) -> dict[str, int]:

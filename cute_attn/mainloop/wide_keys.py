@@ -24,7 +24,8 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Kept, Scores
 from cute_attn.mainloop.walk import QueryTiles
-from cute_attn.mainloop.warpgroups import WARPGROUP, KeyBlocks, TmaOperands, of_columns, rounded_operand
+from cute_attn.mainloop.warpgroups import NONE_DONE, WARPGROUP, KeyBlocks, TmaOperands, of_columns, rounded_operand
+from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP = 0, 1
@@ -40,23 +41,23 @@ class KeyPipelines:
     q: pipeline.PipelineTmaAsync
     do: pipeline.PipelineTmaAsync
     p: pipeline.PipelineAsync
+    work: pipeline.PipelineAsync
 
 
 @dataclass(frozen=True)
 class KeyShared:
     """Shared memory: ``(rows, columns, slot)`` for the operands, ``(thread, value, slot)`` for P, ``(tile_m, stage)`` for
-    a row's values, ``(tile_n)`` for which keys are hidden (``guard.py``). dV lies over K, dK over V."""
+    a row's values, ``(tile_n)`` for which keys are hidden (``guard.py``), and the block's tiles."""
 
     k: cute.Tensor
     v: cute.Tensor
     q: cute.Tensor
     do: cute.Tensor
-    dk: cute.Tensor
-    dv: cute.Tensor
     p: cute.Tensor
     lse: cute.Tensor
     delta: cute.Tensor
     hidden: cute.Tensor | None
+    work: cute.Tensor
 
 
 class KeyGradients(KeyBlocks):
@@ -65,63 +66,58 @@ class KeyGradients(KeyBlocks):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         self.needs_k, self.needs_v = "k" in problem.gradients, "v" in problem.gradients
+        self.draws = problem.masked
 
     @cute.jit
-    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, stream):
-        """Make the TMA descriptors and launch a block for each key tile."""
-        dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
-        dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
-        operands = TmaOperands(*self.input_operands(inputs), dk=dk, dv=dv)
-        self.kernel(operands, inputs.if_masked(self.problem), rows, signals, values, tiles).launch(
-            grid=[tiles.count(), 1, 1],
+    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, blocks, stream):
+        """Make the TMA descriptors and launch persistent blocks."""
+        operands = TmaOperands(*self.input_operands(inputs), dk=None, dv=None)
+        if cutlass.const_expr(self.draws):
+            tiles, count = tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
+        else:
+            tiles, count = tiles.launched(blocks, long=False)
+        self.kernel(operands, inputs.if_masked(self.problem), rows, gradients, signals, values, tiles).launch(
+            grid=[count, 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )
 
     @cute.kernel
-    def kernel(self, operands: TmaOperands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
+    def kernel(self, operands: TmaOperands, plain: Inputs | None, rows: Rows, gradients, signals, values: Values, tiles: Tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         shared, pipes = self._setup()
-        from_memory = (plain, rows, care, signals)
-        tiles.one(partial(self._key_tile, operands, from_memory, shared, pipes, values, tiles.heads_per_kv))
-
-    @cute.jit
-    def _key_tile(self, operands: TmaOperands, from_memory, shared: KeyShared, pipes, values: Values, heads_per_kv, work: Work):
-        """The block's tile: each warp its part."""
-        plain, rows, care, signals = from_memory
-        values, where = values.of(work), self.query_heads(work, heads_per_kv)
+        queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
+        of_tile = partial(self.key_tile, values, tiles.heads_per_kv)
+        each = lambda part: queue.taker().each(partial(of_tile, part), NONE_DONE)  # noqa: E731
+        alone = partial(self.clear_keys, gradients) if self.problem.has_unused("k") else None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, where)
+                part = partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care))
+                self.lead(queue, tiles, signals.ticket if self.draws else None, NONE_DONE, part, alone)
             if warp == COPY_V_DO_WARP:
-                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, where)
+                each(partial(self.copy_v_do, operands, plain, shared, pipes, rows, care))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             if warp < 2 * WARPGROUP // 32:
-                self._values_warpgroup(operands, shared, pipes, signals, values, where)
+                each(partial(self._values_warpgroup, gradients, shared, pipes, signals))
             else:
-                self._keys_warpgroup(operands, shared, pipes, values, where)
+                each(partial(self._keys_warpgroup, gradients, shared, pipes))
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        sK, sV = self.tensor(smem, "K", "V"), self.tensor(smem, "V", "K")
         shared = KeyShared(
-            k=sK,
-            v=sV,
-            q=self.tensor(smem, "Q"),
-            do=self.tensor(smem, "dO"),
-            dk=self.over("dK", sV),
-            dv=self.over("dV", sK),
+            *(self.tensor(smem, name) for name in ("K", "V", "Q", "dO")),
             p=smem.allocate_tensor(self.element, cute_layout(lay.handed_over(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, config.tile_n),
+            work=WorkQueue.slots_in(smem),
         )
         row_bytes = config.tile_m * lay.ACCUMULATOR_BYTES
         half = config.mma_warps // 2
@@ -131,13 +127,14 @@ class KeyGradients(KeyBlocks):
             q=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("Q", config) + row_bytes),
             do=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("dO", config) + row_bytes),
             p=self.hand_over_pipe(smem, lay.P_STAGES, half),
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + config.mma_warps),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return shared, pipes
 
     @cute.jit
-    def _values_warpgroup(self, operands: TmaOperands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, where):
+    def _values_warpgroup(self, gradients: Gradients, shared: KeyShared, pipes: KeyPipelines, signals, values, where, done):
         """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         S, dV = self.lay.tiled_mma("S", self.config).get_slice(0), self.lay.tiled_mma("dV", self.config).get_slice(0)
@@ -145,9 +142,8 @@ class KeyGradients(KeyBlocks):
         tSrQ = S.make_fragment_B(S.partition_B(shared.q))
         tVrdO = dV.make_fragment_B(dV.partition_B(transposed(shared.do)))
         cS = Coordinates.of(self.lay.tiled_mma("S", self.config), thread, (self.config.tile_n, self.config.tile_m))
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
+        k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
+        p_state = self.filling(self.lay.P_STAGES, done[1])
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         acc_dV = self.accumulator("dV", self.config.tile_dv)
@@ -157,8 +153,8 @@ class KeyGradients(KeyBlocks):
             hides = self.hide_keys(shared.k[None, None, 0], None, shared.hidden, self.group())
             if hides:
                 signals.ask_for_care()
-        i = Int32(0)
-        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
+        i, steps = Int32(0), visited.count * visited.members(members)
+        for j in cutlass.range(steps, unroll=1):
             pipes.q.consumer_wait(state)
             acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
             m_block, member = visited.tile(i, j // visited.count, self.problem)
@@ -182,29 +178,30 @@ class KeyGradients(KeyBlocks):
                 mma, tB = self.lay.tiled_mma("dV", self.config), tVrdO[None, None, None, state.index]
                 self.gemm(mma, acc_dV, rP, tB, accumulate=True)
             self.release_rows(pipes.q, state)
+            if j + 1 == steps:
+                pipes.k.consumer_release(k_state)
             warpgroup.wait_group(0)
             pipes.do.consumer_release(state)
             state.advance()
             i = i + 1 if i + 1 < visited.count else Int32(0)
+        if steps == 0:
+            pipes.k.consumer_release(k_state)
         if cutlass.const_expr(self.needs_v):
             shape = (self.config.tile_n, self.config.tile_dv)
             values.scale_kept(acc_dV)
             self.clear_unused("dV", shape, "k", values.seqlen_k, work.block, acc_dV)
-            group, copy = self.group(), self.lay.store_accumulator("dV", self.config)
-            self.store(copy, acc_dV, operands.dv, shared.dv, group, 0, (work.block, work.head_kv, work.k))
-            self.wait_for_store(group)
+            self.store_rows("dV", acc_dV, gradients.mdV, work.k, work.head_kv, work.block)
 
     @cute.jit
-    def _keys_warpgroup(self, operands: TmaOperands, shared: KeyShared, pipes: KeyPipelines, values: Values, where):
+    def _keys_warpgroup(self, gradients: Gradients, shared: KeyShared, pipes: KeyPipelines, values: Values, where, done):
         """The warpgroup of dS and dK."""
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         dP, dK = self.lay.tiled_mma("dP", self.config).get_slice(0), self.lay.tiled_mma("dK", self.config).get_slice(0)
         tPrV = dP.make_fragment_A(dP.partition_A(shared.v[None, None, 0]))
         tPrdO = dP.make_fragment_B(dP.partition_B(shared.do))
         tKrQ = dK.make_fragment_B(dK.partition_B(transposed(shared.q)))
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
+        k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
+        p_state = self.emptying(self.lay.P_STAGES, done[1])
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         scores = Scores(None, values, self.problem, transposed=True)  # for gradients, which lie nowhere
@@ -214,7 +211,8 @@ class KeyGradients(KeyBlocks):
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
-        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
+        steps = visited.count * visited.members(members)
+        for j in cutlass.range(steps, unroll=1):
             pipes.do.consumer_wait(state)
             if cutlass.const_expr(self.needs_k):
                 acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
@@ -232,16 +230,18 @@ class KeyGradients(KeyBlocks):
                 mma, tB = self.lay.tiled_mma("dK", self.config), tKrQ[None, None, None, state.index]
                 self.gemm(mma, acc_dK, rdS, tB, accumulate=True)
             self.release_rows(pipes.do, state)
+            if j + 1 == steps:
+                pipes.v.consumer_release(k_state)
             warpgroup.wait_group(0)
             pipes.q.consumer_release(state)
             state.advance()
+        if steps == 0:
+            pipes.v.consumer_release(k_state)
         if cutlass.const_expr(self.needs_k):
             acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
             shape = (self.config.tile_n, self.config.tile_d)
             self.clear_unused("dK", shape, "k", values.seqlen_k, work.block, acc_dK)
-            group, copy = self.group(), self.lay.store_accumulator("dK", self.config)
-            self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (work.block, work.head_kv, work.k))
-            self.wait_for_store(group)
+            self.store_rows("dK", acc_dK, gradients.mdK, work.k, work.head_kv, work.block)
 
     def _kept(self, cS: Coordinates, values: Values, work: Work, m_block) -> Kept:
         """What dropout keeps in a query tile, which each of the two warpgroups finds out by itself."""

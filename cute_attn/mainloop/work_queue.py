@@ -137,7 +137,9 @@ class WorkQueue:
         elif cutlass.const_expr(self.of_k):
             fields = (work.block, work.head, work.sequence, q.first, q.length, k.first, k.length, k.capacity)
         else:
-            block = work.block if work.exists else Int32(-1)
+            block = work.block
+            if cutlass.const_expr(work.exists is not None):
+                block = work.block if work.exists else Int32(-1)
             if cutlass.const_expr(not self.ragged):
                 fields = (block, work.head, work.head_kv, q.batch)
             elif cutlass.const_expr(self.numbered):
@@ -190,10 +192,11 @@ class Taker:
         block, head, head_kv, q_first, q_length, q_capacity, k_first, k_length = (held[i] for i in range(WORK_FIELDS))
         if not self.queue.ragged:
             return Work(block, head, head_kv, Span(q_first), Span(q_first))
-        sequence = None
+        sequence, padded = None, None
         if self.queue.numbered:
             head, head_kv, sequence = head & 0xFFFF, head >> 16, head_kv
-        q, k = Span(Int32(0), q_first, q_length, q_capacity), Span(Int32(0), k_first, k_length, k_length)
+            padded = (q_first // ROW_PADDING + sequence) * ROW_PADDING
+        q, k = Span(Int32(0), q_first, q_length, q_capacity, padded), Span(Int32(0), k_first, k_length, k_length)
         return Work(block, head, head_kv, q, k, sequence=sequence)
 
     def _key_tile(self, block, head, sequence, q_first, q_length, k_first, k_length, k_capacity) -> Work:
