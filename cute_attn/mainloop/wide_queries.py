@@ -66,6 +66,7 @@ class QueryGradients(Kernel):
         rows = self.warpgroups * self.lay.ROWS_PER_WARPGROUP
         self.block = replace(config, tile_m=rows)  # for what counts a block's queries
         self.draws = problem.masked
+        self.skips_unseen = problem.bounded_right or bool(problem.blocks)  # a warpgroup leaves keys that only others see to them
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, sequences, blocks, stream):
@@ -236,6 +237,10 @@ class QueryGradients(Kernel):
         by_row = (work.q.padded_row_values(m, work.head) for m in (rows.lse_raw, rows.delta))
         lse_raw, delta = (self._of_rows(m, cS, row_first) for m in by_row)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, Int32(done[0] % 2))
+        if cutlass.const_expr(self.skips_unseen):
+            keys, skipped = keys.of_rows(values, self.problem, row_first, self.lay.ROWS_PER_WARPGROUP, self.block)
+            for _ in cutlass.range(skipped, unroll=1):
+                k_state, v_state = self._pass_over(pipes, k_state, v_state)
         pipes.q.consumer_wait(q_state)
         for i in cutlass.range(keys.count, unroll=1):
             n = keys.place(i)
@@ -270,10 +275,23 @@ class QueryGradients(Kernel):
             pipes.k.consumer_release(self.stage_before(k_state))
         else:
             pipes.q.consumer_release(q_state)
+        if cutlass.const_expr(self.problem.blocks):
+            for _ in cutlass.range(keys.left, unroll=1):
+                k_state, v_state = self._pass_over(pipes, k_state, v_state)
         acc_dQ.store(acc_dQ.load() * Float32(values.scale(self.problem)))
         dq_shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_d)
         self.clear_unused("dQ", dq_shape, "q", values.seqlen_q, block, acc_dQ)
         self.store_rows("dQ", acc_dQ, mdQ, work.q, work.head, block)
+
+    @cute.jit
+    def _pass_over(self, pipes: QueryPipelines, k_state, v_state):
+        """A key tile that none of the warpgroup's rows sees."""
+        for pipe, state in ((pipes.k, k_state), (pipes.v, v_state)):
+            pipe.consumer_wait(state)
+            pipe.consumer_release(state)
+        k_state.advance()
+        v_state.advance()
+        return k_state, v_state
 
     def _of_rows(self, mRow: cute.Tensor, cS: Coordinates, row_first) -> cute.Tensor:
         """A value of each of this thread's rows."""
