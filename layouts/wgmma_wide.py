@@ -100,7 +100,7 @@ def smem_parts_of(kernel: str, config: Config) -> dict[str, int]:
     else:
         parts = {name: size(f"q{name}") for name in ("Q", "dO", "K", "V")}
         parts["hidden"] = config.tile_n * config.stages
-        stages = warpgroups(config) + config.stages + V_STAGES  # Q and dO come together
+        stages = 2 * warpgroups(config) + config.stages + V_STAGES
     work = WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES)
     return {**parts, "barriers": BARRIER_BYTES * 2 * stages, "work": work}
 

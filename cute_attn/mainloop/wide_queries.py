@@ -37,9 +37,10 @@ class QueryOperands:
 
 @dataclass(frozen=True)
 class QueryPipelines:
-    """Q and dO have one stage for each computing warpgroup, in one pipeline; K has several stages, V its own."""
+    """Q and dO have one stage for each computing warpgroup; K has several stages, V its own."""
 
     q: pipeline.PipelineTmaAsync
+    do: pipeline.PipelineTmaAsync
     k: pipeline.PipelineTmaAsync
     v: pipeline.PipelineTmaAsync
     work: pipeline.PipelineAsync
@@ -120,7 +121,8 @@ class QueryGradients(Kernel):
         operands = [self.tensor(smem, name) for name in ("qQ", "qdO", "qK", "qV")]
         shared = QueryShared(*operands, self.hidden_keys(smem, config.tile_n, config.stages), WorkQueue.slots_in(smem))
         pipes = QueryPipelines(
-            q=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qQ", config) + lay.slot_bytes("qdO", config)),
+            q=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qQ", config)),
+            do=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qdO", config)),
             k=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("qK", config)),
             v=self.pipe(smem, lay.V_STAGES, config.mma_warps, lay.slot_bytes("qV", config)),
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + config.mma_warps),
@@ -142,16 +144,13 @@ class QueryGradients(Kernel):
     @cute.jit
     def _copy_queries_at_once(self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, work: Work, done):
         """By TMA."""
-        state = self.filling(self.warpgroups, done[0] * self.warpgroups)
-        tQgQ, tQsQ = operands.q.tiles(shared.q, work.q, work.head)
-        tOgdO, tOsdO = operands.do.tiles(shared.do, work.q, work.head)
-        for w in cutlass.range_constexpr(self.warpgroups):
-            pipes.q.producer_acquire(state)
-            barrier = pipes.q.producer_get_barrier(state)
-            block = work.block * self.warpgroups + w
-            cute.copy(operands.q.atom, tQgQ[None, block], tQsQ[None, w], tma_bar_ptr=barrier)
-            cute.copy(operands.do.atom, tOgdO[None, block], tOsdO[None, w], tma_bar_ptr=barrier)
-            state.advance()
+        for operand, s, pipe in ((operands.q, shared.q, pipes.q), (operands.do, shared.do, pipes.do)):
+            tXgX, tXsX = operand.tiles(s, work.q, work.head)
+            for w in cutlass.range_constexpr(self.warpgroups):
+                state = self.filling(self.warpgroups, done[0] * self.warpgroups + w)
+                pipe.producer_acquire(state)
+                barrier = pipe.producer_get_barrier(state)
+                cute.copy(operand.atom, tXgX[None, work.block * self.warpgroups + w], tXsX[None, w], tma_bar_ptr=barrier)
 
     @cute.jit
     def _copy_keys(self, operands, plain: Inputs | None, care, shared, pipes, values, keys: KeyTiles, work: Work, done):
@@ -186,15 +185,14 @@ class QueryGradients(Kernel):
     @cute.jit
     def _copy_queries_carefully(self, plain: Inputs, rows: Rows, shared: QueryShared, pipes: QueryPipelines, work, done):
         """The same by the warp's threads: see ``guard.py``."""
-        state = self.filling(self.warpgroups, done[0] * self.warpgroups)
         threads, unmarked = (cute.arch.lane_idx(), WARP), UnmarkedRows(work.q.padded_row_values(rows.lse_raw, work.head))
-        for w in cutlass.range_constexpr(self.warpgroups):
-            self.acquire_for_threads(pipes.q, state)
-            first = (work.block * self.warpgroups + w) * self.lay.ROWS_PER_WARPGROUP
-            for m, s in ((plain.q, shared.q), (plain.do, shared.do)):
+        for m, s, pipe in ((plain.q, shared.q, pipes.q), (plain.do, shared.do, pipes.do)):
+            for w in cutlass.range_constexpr(self.warpgroups):
+                state = self.filling(self.warpgroups, done[0] * self.warpgroups + w)
+                self.acquire_for_threads(pipe, state)
+                first = (work.block * self.warpgroups + w) * self.lay.ROWS_PER_WARPGROUP
                 copy_carefully(work.q.rows(m, work.head), s[None, None, w], first, threads, unmarked, 0.0)
-            self.publish_by_threads(pipes.q, state)
-            state.advance()
+                self.publish_by_threads(pipe, state)
 
     @cute.jit
     def _copy_keys_carefully(self, plain: Inputs, shared: QueryShared, pipes: QueryPipelines, keys, work: Work, states):
@@ -242,6 +240,7 @@ class QueryGradients(Kernel):
             for _ in cutlass.range(skipped, unroll=1):
                 k_state, v_state = self._pass_over(pipes, k_state, v_state)
         pipes.q.consumer_wait(q_state)
+        pipes.do.consumer_wait(q_state)
         for i in cutlass.range(keys.count, unroll=1):
             n = keys.place(i)
             pipes.k.consumer_wait(k_state)
@@ -254,6 +253,8 @@ class QueryGradients(Kernel):
             warpgroup.wait_group(1)
             if i > 0:
                 pipes.k.consumer_release(self.stage_before(k_state))
+            if i + 1 == keys.count:
+                pipes.q.consumer_release(q_state)
             hidden = None
             if cutlass.const_expr(care is not None):
                 hidden = care, of_columns(S, index % WARPGROUP, shared.hidden[None, k_state.index])
@@ -262,12 +263,12 @@ class QueryGradients(Kernel):
             scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
             warpgroup.wait_group(0)
             pipes.v.consumer_release(v_state)
+            if i + 1 == keys.count:
+                pipes.do.consumer_release(q_state)
             scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             rdS = rounded_operand(acc_S, self.element)
             mma, tB = self.lay.tiled_mma("dQ", self.config), tQrK[None, None, None, k_state.index]
             self.gemm(mma, acc_dQ, rdS, tB, accumulate=True)
-            if i + 1 == keys.count:
-                pipes.q.consumer_release(q_state)
             k_state.advance()
             v_state.advance()
         warpgroup.wait_group(0)
@@ -275,6 +276,7 @@ class QueryGradients(Kernel):
             pipes.k.consumer_release(self.stage_before(k_state))
         else:
             pipes.q.consumer_release(q_state)
+            pipes.do.consumer_release(q_state)
         if cutlass.const_expr(self.problem.blocks):
             for _ in cutlass.range(keys.left, unroll=1):
                 k_state, v_state = self._pass_over(pipes, k_state, v_state)
