@@ -11,7 +11,7 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn import layouts
-from cute_attn.epilogue import clear_rows_past, converted, store_from_registers, store_zeros
+from cute_attn.epilogue import clear_rows_past, converted, store_vectors, store_zeros
 from cute_attn.layouts.base import WARP
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
@@ -293,7 +293,7 @@ class Kernel:
         into, thread = span.stored.rows(m, head), cute.arch.thread_idx()[0] % WARPGROUP
         shape = ROWS_PER_WARPGROUP, self.lay.mma(role, self.config).tile[1]
         where = Coordinates.of(self.lay.tiled_mma(role, self.config), thread, shape).thread
-        store_from_registers(into, into.shape[1], into.shape[0], (block * ROWS_PER_WARPGROUP, 0), where, rows_columns(acc))
+        store_vectors(into, into.shape[0], block * ROWS_PER_WARPGROUP, where, rows_columns(acc))
 
     def wait_for_store(self, group):
         """Until the warpgroup's last store has read its shared memory, for all its threads."""

@@ -168,6 +168,8 @@ class KeyGradients(KeyBlocks):
             origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
             scores = Scores(cS, of_head, self.problem, transposed=True)
             scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
+            if j + 1 == steps:
+                pipes.k.consumer_release(k_state)
             P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
             rP = rounded_operand(P, self.element)
             if cutlass.const_expr(self.needs_k):
@@ -178,8 +180,6 @@ class KeyGradients(KeyBlocks):
                 mma, tB = self.lay.tiled_mma("dV", self.config), tVrdO[None, None, None, state.index]
                 self.gemm(mma, acc_dV, rP, tB, accumulate=True)
             self.release_rows(pipes.q, state)
-            if j + 1 == steps:
-                pipes.k.consumer_release(k_state)
             warpgroup.wait_group(0)
             pipes.do.consumer_release(state)
             state.advance()
@@ -221,6 +221,8 @@ class KeyGradients(KeyBlocks):
                     m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
                     kept = self._kept(cS, values.of_head(work.head + member), work, m_block)
                 warpgroup.wait_group(0)
+                if j + 1 == steps:
+                    pipes.v.consumer_release(k_state)
                 P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
                 delta = of_columns(dP, thread, shared.delta[None, state.index])
                 scores.gradients(P, acc_dP, delta, kept=kept)
@@ -230,12 +232,13 @@ class KeyGradients(KeyBlocks):
                 mma, tB = self.lay.tiled_mma("dK", self.config), tKrQ[None, None, None, state.index]
                 self.gemm(mma, acc_dK, rdS, tB, accumulate=True)
             self.release_rows(pipes.do, state)
-            if j + 1 == steps:
-                pipes.v.consumer_release(k_state)
             warpgroup.wait_group(0)
             pipes.q.consumer_release(state)
             state.advance()
-        if steps == 0:
+        if cutlass.const_expr(self.needs_k):
+            if steps == 0:
+                pipes.v.consumer_release(k_state)
+        else:
             pipes.v.consumer_release(k_state)
         if cutlass.const_expr(self.needs_k):
             acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
