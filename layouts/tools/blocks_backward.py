@@ -290,6 +290,13 @@ def _straight(role: str, who: str, config: Config) -> Way:
     )
 
 
+def _two_products(scores: str, made: str, gradient: str, config: Config) -> list[str]:
+    """What a warpgroup of the kernel for keys does in each step: its gradient may come a step later."""
+    if config.overlap_tiles:
+        return [f"{scores}{i}, {made}{i}" + (f",\n{gradient}{i - 1}" if i else "") for i in _steps(config)]
+    return [f"{scores}{i}, {made}{i}, {gradient}{i}" for i in _steps(config)]
+
+
 def _keys(config: Config) -> Walk:
     """``tma_wgmma_wide``, dK and dV."""
     lay, n = family(config), config.stages
@@ -297,8 +304,9 @@ def _keys(config: Config) -> Walk:
     lanes |= _ring("Q", config, n, n) | _ring("dO", config, n, n)
     lanes |= _alternating("P", config, lay.P_STAGES, "write, read")
     lanes |= _walking(config)
-    lanes["warpgroup 1"] = _working((f"S{i}, P{i}, dV{i}" for i in _steps(config)), "dV")
-    lanes["warpgroup 2"] = _working((f"dP{i}, dS{i}, dK{i}" for i in _steps(config)), "dK")
+    late = config.overlap_tiles
+    lanes["warpgroup 1"] = _working(_two_products("S", "P", "dV", config), "dV")
+    lanes["warpgroup 2"] = _working(_two_products("dP", "dS", "dK", config), "dK")
     size = lay.smem_parts_of("keys", config)["P"]
     p = Way(
         "P",
@@ -315,6 +323,13 @@ def _keys(config: Config) -> Walk:
         lanes,
         ("1: tensor cores", "1: warps", "2: tensor cores", "2: warps"),
         [
+            (product("S", config), "wait for S", product("dP", config), "wait for dP"),
+            (_sum("dV", config), SOFTMAX, _sum("dK", config), "take P over"),
+            ("of the step before", "hand P over", "of the step before", DIFFERENCES),
+            ("", "wait for dV, which frees\nthe Q and dO before", "", "wait for dK, which frees\nthe dO and Q before"),
+        ]
+        if late
+        else [
             (product("S", config), "wait for S", product("dP", config), "wait for dP"),
             ("", SOFTMAX, "", "take P over"),
             ("", "free Q, hand P over", "", f"{DIFFERENCES};\nfree dO"),
