@@ -22,7 +22,7 @@ import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import layouts
-from cute_attn.epilogue import clear_rows_past, store_from_registers
+from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, named
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
 from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout, row_padding
@@ -318,6 +318,26 @@ class CastQueries:
 
     @cute.jit
     def _store(self, mdQ: cute.Tensor, span: Span, length, first, where: cute.Tensor, of_piece: cute.Tensor):
+        row_first, column_first = first
+        thread = cute.arch.thread_idx()[0]
         if cutlass.const_expr(self.problem.has_unused("q")):
-            clear_rows_past(span.length, first[0], where, of_piece)
-        store_from_registers(mdQ, self.problem.head_dim, length, first, where, of_piece)
+            clear_rows_past(span.length, row_first, where, of_piece)
+        # Of two neighbours one stores 4 columns of one MMA's 8, the other 4 of the next one's: whole sectors of memory.
+        even = thread % 2 == 0
+        for r in cutlass.range_constexpr(cute.size(of_piece, mode=[0])):
+            row = row_first + where[r, 0][0]
+            for c in cutlass.range_constexpr(0, cute.size(of_piece, mode=[1]), 4):
+                held = cute.make_rmem_tensor(4, mdQ.element_type)
+                for i in cutlass.range_constexpr(4):
+                    held[i] = of_piece[r, c + i].to(mdQ.element_type)
+                pairs = cute.recast_tensor(held, Int32)
+                theirs = cute.arch.shuffle_sync_bfly(pairs[1] if even else pairs[0], 1)
+                column = column_first + where[r, c][1]
+                if even:
+                    pairs[1] = theirs
+                else:
+                    pairs[0] = theirs
+                    column = column_first + where[r, c + 2][1] - 2
+                if row < length and column < self.problem.head_dim:
+                    into = cute.local_tile(mdQ, (1, 4), (row, column // 4))
+                    cute.autovec_copy(held, cute.make_tensor(into.iterator.align(8), held.layout))

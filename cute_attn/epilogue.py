@@ -65,35 +65,10 @@ def store_zeros(m: cute.Tensor, block: Int32, shape: cutlass.Constexpr[tuple]):
 
 
 @cute.jit
-def store_from_registers(m: cute.Tensor, columns, length, first, where: cute.Tensor, acc: cute.Tensor):
-    """An accumulator (rows, columns) of a warp's or more threads, rounded, to a tensor ``(rows, columns)`` in global memory that
-    has ``length`` rows and so many ``columns``, from ``first`` = (row, column) on. ``where`` is the (row, column) of what the
-    thread holds. Of two neighbours one stores 4 columns of one MMA's 8, the other 4 of the next one's: whole sectors of memory."""
-    even = cute.arch.thread_idx()[0] % 2 == 0
-    for r in cutlass.range_constexpr(cute.size(acc, mode=[0])):
-        row = first[0] + where[r, 0][0]
-        for c in cutlass.range_constexpr(0, cute.size(acc, mode=[1]), 4):
-            held = cute.make_rmem_tensor(4, m.element_type)
-            for i in cutlass.range_constexpr(4):
-                held[i] = acc[r, c + i].to(m.element_type)
-            pairs = cute.recast_tensor(held, Int32)
-            theirs = cute.arch.shuffle_sync_bfly(pairs[1] if even else pairs[0], 1)
-            column = first[1] + where[r, c][1]
-            if even:
-                pairs[1] = theirs
-            else:
-                pairs[0] = theirs
-                column = first[1] + where[r, c + 2][1] - 2
-            if row < length and column < columns:
-                into = cute.local_tile(m, (1, 4), (row, column // 4))
-                cute.autovec_copy(held, cute.make_tensor(into.iterator.align(8), held.layout))
-
-
-@cute.jit
 def store_vectors(m: cute.Tensor, length, first, where: cute.Tensor, acc: cute.Tensor):
-    """An accumulator (rows, columns) of a warp's or more threads, rounded, to a tensor ``(rows, columns)`` in global memory of
-    which ``length`` rows are written, from row ``first`` on. ``where`` is the (row, column) of what the thread holds. Four
-    neighbours have 8 columns of an MMA together, and exchange those of four MMAs: each stores 16 bytes, all of them 64."""
+    """An accumulator (rows, columns) of whole warps, rounded, to a tensor ``(rows, columns)`` in global memory, of which
+    ``length`` rows are written, from row ``first`` on. ``where`` is the (row, column) of what the thread holds. Four neighbours
+    have 8 columns of an MMA together, and exchange those of four MMAs: each stores 16 bytes, all of them 64."""
     lane = cute.arch.lane_idx()
     odd, late = lane % 2 != 0, lane % 4 >= 2
     for r in cutlass.range_constexpr(cute.size(acc, mode=[0])):

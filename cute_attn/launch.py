@@ -19,7 +19,7 @@ import torch
 from cute_attn import dropout, rules
 from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
-from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
+from cute_attn.fields import counts_tiles, has_signals, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, TICKET_COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
@@ -343,7 +343,7 @@ def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic
         _of_dtype(torch.int32, q),
         rows=(2, call.batch, call.heads, rows_padded),
         sums=None if sums is None else (*tiles, *of_tile),
-        signals=COUNTERS + (math.prod(tiles) if counts else 1) if counts or problem.masked else 0,
+        signals=COUNTERS + (math.prod(tiles) if counts else 1) if has_signals(problem, config) else 0,  # 1: a kernel's tickets
         rest=besides_tensors(call, blocks),
     )
 

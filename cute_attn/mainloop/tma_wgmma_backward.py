@@ -26,7 +26,7 @@ from cutlass.cute.nvgpu import cpasync
 from cute_attn.layouts.base import STORED, cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
-from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
+from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import QueryTiles

@@ -288,8 +288,8 @@ class Kernel:
             clear_rows_past(length, block * ROWS_PER_WARPGROUP, where.thread, rows_columns(acc))
 
     def store_rows(self, role: str, acc, m: cute.Tensor, span: Span, head, block):
-        """A computing warpgroup: an accumulator of 64 rows, the ``block``-th of a sequence, to global memory by the threads that
-        hold it. Nobody waits for that, and it takes no shared memory."""
+        """A computing warpgroup: an accumulator of 64 rows, the ``block``-th of a sequence, to global memory by the threads
+        that hold it. Nobody waits for that, and it takes no shared memory."""
         into, thread = span.stored.rows(m, head), cute.arch.thread_idx()[0] % WARPGROUP
         shape = ROWS_PER_WARPGROUP, self.lay.mma(role, self.config).tile[1]
         where = Coordinates.of(self.lay.tiled_mma(role, self.config), thread, shape).thread

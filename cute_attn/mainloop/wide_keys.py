@@ -80,7 +80,7 @@ class KeyGradients(KeyBlocks):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         self.needs_k, self.needs_v = "k" in problem.gradients, "v" in problem.gradients
-        self.draws = problem.masked
+        self.draws = problem.masked or bool(problem.ragged)
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, blocks, stream):

@@ -18,7 +18,17 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import KeyTiles
-from cute_attn.mainloop.warpgroups import NONE_DONE, WARP, WARPGROUP, Kernel, TmaOperand, key_tile, of_columns, prefetch, rounded_operand
+from cute_attn.mainloop.warpgroups import (
+    NONE_DONE,
+    WARP,
+    WARPGROUP,
+    Kernel,
+    TmaOperand,
+    key_tile,
+    of_columns,
+    prefetch,
+    rounded_operand,
+)
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 
@@ -66,8 +76,9 @@ class QueryGradients(Kernel):
         super().__init__(problem, config)
         rows = self.warpgroups * self.lay.ROWS_PER_WARPGROUP
         self.block = replace(config, tile_m=rows)  # for what counts a block's queries
-        self.draws = problem.masked
-        self.skips_unseen = problem.bounded_right or bool(problem.blocks)  # a warpgroup leaves keys that only others see to them
+        self.draws = problem.masked or bool(problem.ragged)
+        # A warpgroup passes over keys that others alone see.
+        self.skips_unseen = problem.bounded_right or bool(problem.blocks)
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, sequences, blocks, stream):
@@ -99,7 +110,7 @@ class QueryGradients(Kernel):
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_KEYS_WARP:
                 part = partial(of_tile, partial(self._copy_keys, operands, plain, care, shared, pipes))
-                self.lead(queue, tiles, signals.other_ticket if self.draws else None, NONE_DONE, part, ahead=True)
+                self.lead(queue, tiles, signals.ticket_of_next if self.draws else None, NONE_DONE, part, ahead=True)
             if warp == COPY_QUERIES_WARP:
                 each(partial(self._copy_queries, operands, plain, care, rows, shared, pipes))
             if warp == PREFETCH_WARP:

@@ -90,8 +90,8 @@ class WorkQueue:
     ):
         """One warp, which tells the others of each tile of the block and then takes its own part in it: ``state = body(state,
         work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all. With ``alone(work)`` nobody
-        is told of tiles of keys without a row in use: the warp does them by itself. ``ahead``: the others are told of a tile before
-        this warp takes its part in the one before, and not after."""
+        is told of tiles of keys without a row in use: the warp does them by itself. ``ahead``: the others are told of a tile
+        before this warp takes its part in the one before, and not after."""
         ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
         turn, position = Int32(0), Int32(first)
         if cutlass.const_expr(ahead):
