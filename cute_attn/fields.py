@@ -59,6 +59,13 @@ def counts_tiles(problem: Problem, config: Config) -> bool:
     return has_sums(problem, config) and (problem.deterministic or layouts.family(config).FIRST_STORES)
 
 
+def has_signals(problem: Problem, config: Config) -> bool:
+    """Whether the kernels and their blocks tell one another something: that keys or rows are masked, who has added to dQ, and,
+    where a kernel each draws tickets, which tiles of ragged sequences have been drawn."""
+    draws = bool(problem.ragged) and not layouts.family(config).pieces(config)
+    return problem.masked or counts_tiles(problem, config) or draws
+
+
 def _is_listed(problem: Problem, config: Config) -> bool:
     return problem.blocks == "listed"
 
@@ -102,7 +109,7 @@ BACKWARD: Fields = (
     Field("dlse", "row values", lambda problem, config: problem.return_lse),
     Field("rows", "padded row values"),
     Field("dq_sum", "sums", has_sums),
-    Field("signals", "words", lambda problem, config: problem.masked or counts_tiles(problem, config)),
+    Field("signals", "words", has_signals),
     *map(_gradient, "qkv"),
     (
         Field("query_lists", "lists", _is_listed),

@@ -20,7 +20,7 @@ import torch
 from cute_attn import dropout, rules
 from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
-from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
+from cute_attn.fields import counts_tiles, has_signals, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, TICKET_COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
@@ -309,12 +309,12 @@ class _PlannedGradients:
             rows_padded = call.lengths.slots(call.seqlen_q, padding) * padding
         self.rows = contiguous(torch.float32, 2, call.batch, call.heads, rows_padded)
         self.sums = self.signals = None
-        counts, tiles = counts_tiles(problem, config), 0
+        counts, tiles = counts_tiles(problem, config), 1  # of a kernel that draws tickets, where no tile is counted
         if (sums := sums_of(problem, config)) is not None:
             tile_m, *of_tile = sums
             self.sums = contiguous(torch.float32, call.batch, call.heads, rows_padded // tile_m, *of_tile)
-            tiles = call.batch * call.heads * (rows_padded // tile_m) if counts else 0
-        if counts or problem.masked:
+            tiles = call.batch * call.heads * (rows_padded // tile_m) if counts else 1
+        if has_signals(problem, config):
             self.signals = contiguous(torch.int32, COUNTERS + tiles)
         of_q = _of_operand(call, q.dtype, call.seqlen_q, call.heads, call.head_dim)
         of_k = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim)

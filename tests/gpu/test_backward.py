@@ -187,7 +187,10 @@ SUBSETS = ["".join(names) for n in (1, 2, 3) for names in itertools.combinations
 ASKED = [
     *((needs, 128, 128, (4, 2)) for needs in SUBSETS),
     ("q", 64, 64, (3, 3)),
+    ("k", 256, 256, (4, 2)),
+    ("v", 256, 256, (4, 4)),
     ("kv", 256, 256, (4, 4)),
+    *((needs, 192, 128, (4, 2)) for needs in ("q", "k", "v", "kv")),
     ("qv", 96, 40, (4, 1)),
 ]
 
@@ -382,6 +385,11 @@ MANY_TILES = [
     pytest.param(96, 96, (1300, 1024), (3, 8, 2), {"causal": True}, id="d96-causal-gqa"),
     pytest.param(80, 72, (1024, 1300), (3, 8, 8), {}, id="d80-dv72"),
     pytest.param(256, 256, (1024, 2048), (5, 12, 12), {"causal": True}, id="d256-causal"),
+    pytest.param(256, 256, (1300, 700), (5, 12, 6), {}, id="d256-gqa"),
+    pytest.param(256, 256, (1300, 700), (8, 12, 12), {"causal": True}, id="d256-rows-that-see-nothing"),
+    pytest.param(256, 256, (300, 2048), (8, 8, 8), {"window": (100, 0)}, id="d256-keys-that-nobody-sees"),
+    pytest.param(192, 128, (1300, 1024), (3, 16, 8), {"causal": True}, id="d192-dv128-causal-gqa"),
+    pytest.param(160, 136, (700, 1024), (3, 16, 16), {}, id="d160-dv136"),
     pytest.param(256, 192, (1024, 1024), (4, 16, 16), {"window": (200, 0)}, id="d256-dv192-window"),
     pytest.param(192, 256, (512, 1024), (4, 16, 4), {"causal": True}, id="d192-dv256-causal"),
 ]
