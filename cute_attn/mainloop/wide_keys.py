@@ -81,7 +81,6 @@ class KeyGradients(KeyBlocks):
         super().__init__(problem, config)
         self.needs_k, self.needs_v = "k" in problem.gradients, "v" in problem.gradients
         self.draws = problem.masked or bool(problem.ragged)
-        self.prefetches = not problem.ragged  # which takes more registers to find
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, blocks, stream):
@@ -111,12 +110,11 @@ class KeyGradients(KeyBlocks):
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
                 part = partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care))
-                self.lead(queue, tiles, signals.ticket if self.draws else None, NONE_DONE, part, alone, ahead=self.prefetches)
+                self.lead(queue, tiles, signals.ticket if self.draws else None, NONE_DONE, part, alone, ahead=True)
             if warp == COPY_V_DO_WARP:
                 each(partial(self.copy_v_do, operands, plain, shared, pipes, rows, care))
-            if cutlass.const_expr(self.prefetches):
-                if warp == PREFETCH_WARP:
-                    each(partial(self._prefetch, operands, shared))
+            if warp == PREFETCH_WARP:
+                each(partial(self._prefetch, operands, shared))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             if warp < 2 * WARPGROUP // 32:
@@ -145,7 +143,7 @@ class KeyGradients(KeyBlocks):
             q=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("Q", config) + row_bytes),
             do=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("dO", config) + row_bytes),
             p=self.hand_over_pipe(smem, lay.P_STAGES, half),
-            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.prefetches + config.mma_warps),
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 2 + config.mma_warps),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()

@@ -77,7 +77,6 @@ class QueryGradients(Kernel):
         rows = self.warpgroups * self.lay.ROWS_PER_WARPGROUP
         self.block = replace(config, tile_m=rows)  # for what counts a block's queries
         self.draws = problem.masked or bool(problem.ragged)
-        self.prefetches = not problem.ragged  # which takes more registers to find
         # A warpgroup passes over keys that others alone see.
         self.skips_unseen = problem.bounded_right or bool(problem.blocks)
 
@@ -111,12 +110,11 @@ class QueryGradients(Kernel):
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_KEYS_WARP:
                 part = partial(of_tile, partial(self._copy_keys, operands, plain, care, shared, pipes))
-                self.lead(queue, tiles, signals.ticket_of_next if self.draws else None, NONE_DONE, part, ahead=self.prefetches)
+                self.lead(queue, tiles, signals.ticket_of_next if self.draws else None, NONE_DONE, part, ahead=True)
             if warp == COPY_QUERIES_WARP:
                 each(partial(self._copy_queries, operands, plain, care, rows, shared, pipes))
-            if cutlass.const_expr(self.prefetches):
-                if warp == PREFETCH_WARP:
-                    each(partial(self._prefetch, operands, shared))
+            if warp == PREFETCH_WARP:
+                each(partial(self._prefetch, operands, shared))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(self._compute, mdQ, shared, pipes, rows, care))
@@ -140,7 +138,7 @@ class QueryGradients(Kernel):
             do=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qdO", config)),
             k=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("qK", config)),
             v=self.pipe(smem, lay.V_STAGES, config.mma_warps, lay.slot_bytes("qV", config)),
-            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.prefetches + config.mma_warps),
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 2 + config.mma_warps),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
