@@ -254,6 +254,12 @@ class Kernel:
             with cute.arch.elect_one():
                 arrival(state)
 
+    def launched(self, tiles, blocks, draws: bool):
+        """``(tiles, blocks)`` to launch where blocks are persistent, and draw tickets or not."""
+        if draws:
+            return tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
+        return tiles.launched(blocks, long=False)
+
     def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False):
         """The warp that finds a persistent block's tiles: its ``part`` of each, from ``state`` on, and what it does ``alone``,
         while others compute. One thread draws a ``ticket`` for each but, unless tiles are to begin ``in_order``, the first;

@@ -86,10 +86,7 @@ class KeyGradients(KeyBlocks):
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, blocks, stream):
         """Make the TMA descriptors and launch persistent blocks."""
         operands = TmaOperands(*self.input_operands(inputs), dk=None, dv=None)
-        if cutlass.const_expr(self.draws):
-            tiles, count = tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
-        else:
-            tiles, count = tiles.launched(blocks, long=False)
+        tiles, count = self.launched(tiles, blocks, self.draws)
         self.kernel(operands, inputs.if_masked(self.problem), rows, gradients, signals, values, tiles).launch(
             grid=[count, 1, 1],
             block=[self.config.threads, 1, 1],

@@ -76,10 +76,7 @@ class QueryGradients(Kernel):
         heads_per_kv = inputs.q.shape[2] // inputs.k.shape[2]
         tiles = Tiles.of(inputs.q.shape, heads_per_kv, self.block.tile_m, blocks, self.problem.unequal, sequences)
         operands = QueryOperands(*self.input_operands(inputs, "q"))
-        if cutlass.const_expr(self.draws):
-            tiles, count = tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
-        else:
-            tiles, count = tiles.launched(blocks, long=False)
+        tiles, count = self.launched(tiles, blocks, self.draws)
         self.kernel(operands, inputs.if_masked(self.problem), rows, gradients.mdQ, signals, values, tiles).launch(
             grid=[count, 1, 1],
             block=[self.config.threads, 1, 1],
