@@ -254,7 +254,13 @@ class Kernel:
             with cute.arch.elect_one():
                 arrival(state)
 
-    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, ahead: bool = False):
+    def launched(self, tiles, blocks, draws: bool):
+        """``(tiles, blocks)`` to launch where blocks are persistent, and draw tickets or not."""
+        if draws:
+            return tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
+        return tiles.launched(blocks, long=False)
+
+    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False):
         """The warp that finds a persistent block's tiles: its ``part`` of each, from ``state`` on, and what it does ``alone``,
         while others compute. One thread draws a ``ticket`` for each but, unless tiles are to begin ``in_order``, the first;
         None: they come in rounds."""
@@ -263,7 +269,7 @@ class Kernel:
             skipped = 0 if in_order else cute.arch.grid_dim()[0]
             following = lambda _: skipped + of_first_lane(ticket)  # noqa: E731
             first = following(0) if in_order else first
-        queue.lead(tiles, first, following, part, state, alone, ahead)
+        queue.lead(tiles, first, following, part, state, alone)
 
     @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: TmaOperand, s: cute.Tensor, group, slot, where):
@@ -320,13 +326,6 @@ class Kernel:
         return pipeline.PipelineState(
             self.config.stages, state.count, (state.index + self.config.stages - 1) % self.config.stages, state.phase
         )
-
-
-@cute.jit
-def prefetch(operand: TmaOperand, tile: cute.Tensor):
-    """One warp: a tile to the L2 cache."""
-    with cute.arch.elect_one():
-        cute.prefetch(operand.atom, tile)
 
 
 @cute.jit

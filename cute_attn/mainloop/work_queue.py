@@ -86,25 +86,16 @@ class WorkQueue:
         body: cutlass.Constexpr,
         state,
         alone: cutlass.Constexpr = None,
-        ahead: cutlass.Constexpr[bool] = False,
     ):
         """One warp, which tells the others of each tile of the block and then takes its own part in it: ``state = body(state,
         work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all. With ``alone(work)`` nobody
-        is told of tiles of keys without a row in use: the warp does them by itself. ``ahead``: the others are told of a tile
-        before this warp takes its part in the one before, and not after."""
+        is told of tiles of keys without a row in use: the warp does them by itself."""
         ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
         turn, position = Int32(0), Int32(first)
-        if cutlass.const_expr(ahead):
-            ring = self._tell_of(tiles, position, ring, alone)
         while position < tiles.count():
-            after = position
-            if cutlass.const_expr(ahead):
-                after = following(turn + 1)
-                ring = self._tell_of(tiles, after, ring, alone)
             work = tiles.work(position)
             if cutlass.const_expr(work.exists is None):
-                if cutlass.const_expr(not ahead):
-                    ring = self._tell(work, ring)
+                ring = self._tell(work, ring)
                 state = body(state, work)
             else:
                 told = work.exists
@@ -113,27 +104,11 @@ class WorkQueue:
                     if work.exists & (told == False):  # noqa: E712
                         alone(work)
                 if told:
-                    if cutlass.const_expr(not ahead):
-                        ring = self._tell(work, ring)
+                    ring = self._tell(work, ring)
                     state = body(state, work)
             turn += 1
-            position = after if cutlass.const_expr(ahead) else following(turn)
+            position = following(turn)
         self._tell(None, ring)
-
-    @cute.jit
-    def _tell_of(self, tiles: cutlass.Constexpr, position, state, alone: cutlass.Constexpr):
-        """Of the tile at a position, if there is one for the others."""
-        if position < tiles.count():
-            work = tiles.work(position)
-            if cutlass.const_expr(work.exists is None):
-                state = self._tell(work, state)
-            else:
-                told = work.exists
-                if cutlass.const_expr(alone is not None):
-                    told = told & (work.block * tiles.tile < work.k.length)
-                if told:
-                    state = self._tell(work, state)
-        return state
 
     @cute.jit
     def _tell(self, work: cutlass.Constexpr, state):
