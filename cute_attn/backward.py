@@ -250,10 +250,14 @@ class CastQueries:
         count = len(self.pieces)
         block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
         m_block, piece = block // count, block % count
-        span, row_first, _ = _padded_span(sequences, m_block * self.config.tile_m, batch)
-        in_use = None if span.first is None else row_first < span.length
-        if cutlass.const_expr(counters is not None):
+        sums, acc, in_use = dq_sum[None, piece, m_block, head, batch], None, None
+        if cutlass.const_expr(counters is not None):  # sums are on their way while it is looked for whose they are
             in_use = counters[m_block, head, batch] != 0
+            acc = self._sums(sums, in_use)
+        span, row_first, _ = _padded_span(sequences, m_block * self.config.tile_m, batch)
+        if cutlass.const_expr(acc is None):
+            in_use = None if sequences is None else row_first < span.length
+            acc = self._sums(sums, in_use)
         mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
         column_first = Int32(0)
         for p in cutlass.range_constexpr(count):
@@ -262,11 +266,29 @@ class CastQueries:
                 column_first += self.pieces[p][1]
 
         if cutlass.const_expr(in_use is None):  # noqa: SIM114
-            self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
+            self._cast(acc, mdQ, values, span, length, (row_first, column_first))
         elif in_use:
-            self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
+            self._cast(acc, mdQ, values, span, length, (row_first, column_first))
         else:
             self._clear(mdQ, length, (row_first, column_first))
+
+    def _product(self):
+        """dQ's product, and the shape of a piece of it."""
+        mma, shape = self.lay.tiled_mma("dQ", self.config), self.lay.piece_shape(self.config)
+        return mma, shape[::-1] if self.lay.turned(self.config) else shape
+
+    @cute.jit
+    def _sums(self, sums: cute.Tensor, in_use):
+        """A thread's sums of a piece, as an accumulator; nothing of one that is known not to be in use."""
+        mma, shape = self._product()
+        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
+        mine = cute.make_tensor(sums.iterator, cute_layout(self.lay.sums(self.config)))[cute.arch.thread_idx()[0], None, 0]
+        held = cute.make_tensor(acc.iterator, cute.make_layout(mine.shape))
+        if cutlass.const_expr(in_use is None):  # noqa: SIM114
+            cute.autovec_copy(mine, held)
+        elif in_use:
+            cute.autovec_copy(mine, held)
+        return acc
 
     @cute.jit
     def _clear(self, mdQ: cute.Tensor, length, first):
@@ -282,21 +304,14 @@ class CastQueries:
                 cute.autovec_copy(zeros, vector_at(mdQ, row, column))
 
     @cute.jit
-    def _cast(self, sums: cute.Tensor, mdQ: cute.Tensor, values: Values, span: Span, length, first):
+    def _cast(self, acc: cute.Tensor, mdQ: cute.Tensor, values: Values, span: Span, length, first):
         """A piece's sums, scaled and rounded."""
-        thread = cute.arch.thread_idx()[0]
-        mma = self.lay.tiled_mma("dQ", self.config)
-        shape, turned = self.lay.piece_shape(self.config), self.lay.turned(self.config)
-        shape = shape[::-1] if turned else shape
-        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
-        mine = cute.make_tensor(sums.iterator, cute_layout(self.lay.sums(self.config)))[thread, None, 0]
-        held = cute.make_tensor(acc.iterator, cute.make_layout(mine.shape))
-        cute.autovec_copy(mine, held)
+        mma, shape = self._product()
         acc.store(acc.load() * Float32(values.scale(self.problem)))
 
-        where = rows_columns(mma.get_slice(thread).partition_C(cute.make_identity_tensor(shape)))
+        where = rows_columns(mma.get_slice(cute.arch.thread_idx()[0]).partition_C(cute.make_identity_tensor(shape)))
         of_piece = rows_columns(acc)
-        if cutlass.const_expr(turned):
+        if cutlass.const_expr(self.lay.turned(self.config)):
             self._store_transposed(mdQ, length, first, where, of_piece)
         else:
             self._store(mdQ, span, length, first, where, of_piece)
