@@ -39,11 +39,12 @@ from cute_attn.mainloop.warpgroups import (
     of_columns,
     rounded_operand,
 )
-from cute_attn.mainloop.work_queue import WorkQueue
+from cute_attn.mainloop.work_queue import UnusedTiles, WorkQueue
 from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
+CLEAR_WARP = ADD_DQ_WARP + 1  # the one of them whose first dQ comes later
 NONE_DONE = (0, 0)  # key tiles, query tiles
 
 
@@ -160,20 +161,22 @@ class Backward(KeyBlocks):
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
             queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
-            alone = partial(self._clear_keys, gradients) if self.problem.has_unused("k") else None
-            roles(partial(self._lead, queue, tiles, signals, alone), lambda part: queue.taker().each(part, NONE_DONE))
+            unused = None
+            if cutlass.const_expr(self.problem.has_unused("k")):
+                unused = UnusedTiles.of(tiles, partial(self._clear_keys, gradients))
+            roles(partial(self._lead, queue, tiles, signals), lambda part: queue.taker().each(part, NONE_DONE), unused)
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
             tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
 
-    def _lead(self, queue: WorkQueue, tiles, signals, alone, part):
-        """The warp that finds the block's tiles: its part of each, and what it does ``alone``, while others compute."""
+    def _lead(self, queue: WorkQueue, tiles, signals, part):
+        """The warp that finds the block's tiles, and its part of each."""
         first, following = cute.arch.block_idx()[0], tiles.position
         if self.draws:
             skipped = 0 if self.problem.deterministic else cute.arch.grid_dim()[0]
             following = lambda _: skipped + self._ticket(signals)  # noqa: E731
             first = following(0) if self.problem.deterministic else first
-        queue.lead(tiles, first, following, part, NONE_DONE, alone)
+        queue.lead(tiles, first, following, part, NONE_DONE)
 
     @cute.jit
     def _clear_keys(self, gradients: Gradients, work: Work):
@@ -202,8 +205,10 @@ class Backward(KeyBlocks):
         heads_per_kv,
         lead: cutlass.Constexpr,
         each: cutlass.Constexpr,
+        unused: cutlass.Constexpr = None,
     ):
-        """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``."""
+        """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``; and
+        ``unused`` ones of keys, if there may be any, which a warp that adds dQ clears while a tile's first one is computed."""
         (plain, rows, care), of_tile = from_memory, partial(self._key_tile, values, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
@@ -217,7 +222,10 @@ class Backward(KeyBlocks):
                     for stage in cutlass.range_constexpr(self.config.dq_stages):
                         if warp == ADD_DQ_WARP + stage:
                             self._offer(stage)
-                    each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)))
+                    each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused)))
+            if cutlass.const_expr(unused is not None):
+                if warp == CLEAR_WARP:
+                    unused.rest()
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
@@ -263,9 +271,12 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, values: Values, where, done):
+    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, unused, values: Values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
+        if cutlass.const_expr(unused is not None):
+            if mine == CLEAR_WARP - ADD_DQ_WARP:
+                unused.next()
         lane = cute.arch.lane_idx()
         step, stages = Int32(done[1]), self.config.dq_stages
         work, members = where

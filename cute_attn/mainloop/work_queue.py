@@ -18,7 +18,7 @@ from cutlass import Boolean, Int32, cute, pipeline
 
 from cute_attn.layouts.base import ROW_PADDING
 from cute_attn.layouts.tma import WORK_FIELDS, WORK_SLOTS
-from cute_attn.scheduler import Work
+from cute_attn.scheduler import Tiles, Work
 from cute_attn.sequences import Span
 
 
@@ -78,36 +78,29 @@ class WorkQueue:
         return state, begun
 
     @cute.jit
-    def lead(
-        self,
-        tiles: cutlass.Constexpr,
-        first,
-        following: cutlass.Constexpr,
-        body: cutlass.Constexpr,
-        state,
-        alone: cutlass.Constexpr = None,
-    ):
+    def lead(self, tiles: cutlass.Constexpr, first, following: cutlass.Constexpr, body: cutlass.Constexpr, state):
         """One warp, which tells the others of each tile of the block and then takes its own part in it: ``state = body(state,
-        work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all. With ``alone(work)`` nobody
-        is told of tiles of keys without a row in use: the warp does them by itself."""
+        work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all; of ragged ones those alone
+        count that have rows in use."""
         ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
         turn, position = Int32(0), Int32(first)
-        while position < tiles.count():
-            work = tiles.work(position)
-            if cutlass.const_expr(work.exists is None):
+        if cutlass.const_expr(tiles.sequences is None):
+            while position < tiles.count():
+                work = tiles.work(position)
                 ring = self._tell(work, ring)
                 state = body(state, work)
-            else:
-                told = work.exists
-                if cutlass.const_expr(alone is not None):
-                    told = told & (work.block * tiles.tile < work.k.length)
-                    if work.exists & (told == False):  # noqa: E712
-                        alone(work)
-                if told:
+                turn += 1
+                position = following(turn)
+        else:
+            sequence, before, more = Int32(0), Int32(0), Boolean(True)
+            while more:
+                work, sequence, before = tiles.seek(position, sequence, before)
+                more = work.exists
+                if more:
                     ring = self._tell(work, ring)
                     state = body(state, work)
-            turn += 1
-            position = following(turn)
+                    turn += 1
+                    position = following(turn)
         self._tell(None, ring)
 
     @cute.jit
@@ -149,6 +142,42 @@ class WorkQueue:
             held[i] = fields[i]
         with cute.arch.elect_one():
             cute.autovec_copy(held, slot)
+
+
+@dataclass(frozen=True)
+class UnusedTiles:
+    """Of ragged ``tiles`` those without a row in use, as many for each block, which one of its warps clears by ``clear(work)``
+    while it has nothing else to do: where it is among them, ``(turn, sequence, before, whether there are more)``, is in
+    registers."""
+
+    tiles: Tiles
+    clear: cutlass.Constexpr
+    place: cute.Tensor
+
+    @staticmethod
+    def of(tiles: Tiles, clear) -> UnusedTiles:
+        """Of all tiles of a call."""
+        place = cute.make_rmem_tensor(4, Int32)
+        place.fill(0)
+        place[3] = Int32(1)
+        return UnusedTiles(tiles, clear, place)
+
+    @cute.jit
+    def next(self):
+        """The whole warp: one of them, if there are more."""
+        if self.place[3] != 0:
+            turn, sequence, before = (self.place[i] for i in range(3))
+            work, sequence, before = self.tiles.seek(self.tiles.position(turn), sequence, before, unused=True)
+            if work.exists:
+                self.clear(work)
+            self.place[0], self.place[1], self.place[2] = turn + 1, sequence, before
+            self.place[3] = Int32(work.exists)
+
+    @cute.jit
+    def rest(self):
+        """All that are left."""
+        while self.place[3] != 0:
+            self.next()
 
 
 @dataclass(frozen=True)
