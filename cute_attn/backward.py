@@ -66,7 +66,7 @@ def host_function(problem, config):
         long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
-        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
+        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, dq if cutlass.const_expr(cast.leaves_unused) else None)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
         if cutlass.const_expr(signals is not None):
@@ -235,6 +235,9 @@ class CastQueries:
         self.pieces = self.lay.pieces(config)
         # Whether a query tile's sums may be nothing yet: no key tile has come to it.
         self.may_be_unseen = self.lay.FIRST_STORES and (problem.masked or bool(problem.ragged))
+        # Whether somebody else clears queries that aren't in use, as far as they are padded together.
+        self.leaves_unused = self.lay.CLEARS_QUERIES and problem.has_unused("q") and "q" in problem.gradients
+        self.leaves_unused = self.leaves_unused and config.head_blocks == 1
         self.threads = config.mma_threads // max(len(self.pieces), 1)
 
     @cute.jit
@@ -269,7 +272,9 @@ class CastQueries:
             self._cast(acc, mdQ, values, span, length, (row_first, column_first))
         elif in_use:
             self._cast(acc, mdQ, values, span, length, (row_first, column_first))
-        else:
+        elif cutlass.const_expr(not self.leaves_unused):  # noqa: SIM114
+            self._clear(mdQ, length, (row_first, column_first))
+        elif row_first // ROW_PADDING * ROW_PADDING < span.length:
             self._clear(mdQ, length, (row_first, column_first))
 
     def _product(self):

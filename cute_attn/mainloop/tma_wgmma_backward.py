@@ -24,7 +24,7 @@ from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from cute_attn.epilogue import store_zeros
-from cute_attn.layouts.base import STORED, cute_layout, in_turns
+from cute_attn.layouts.base import ROW_PADDING, STORED, cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
@@ -161,9 +161,7 @@ class Backward(KeyBlocks):
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
             queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
-            unused = None
-            if cutlass.const_expr(self.problem.has_unused("k")):
-                unused = UnusedTiles.of(tiles, partial(self._clear_keys, gradients))
+            unused = self._unused(gradients, tiles)
             roles(partial(self._lead, queue, tiles, signals), lambda part: queue.taker().each(part, NONE_DONE), unused)
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
@@ -178,12 +176,26 @@ class Backward(KeyBlocks):
             first = following(0) if self.problem.deterministic else first
         queue.lead(tiles, first, following, part, NONE_DONE)
 
+    def _unused(self, gradients: Gradients, tiles) -> list[UnusedTiles]:
+        """The tiles without a row in use that a block is to clear."""
+        found = []
+        if self.problem.has_unused("k"):
+            found.append(UnusedTiles.of(tiles, partial(self._clear_keys, gradients)))
+        if gradients.unused_dq is not None:
+            found.append(UnusedTiles.of(tiles.of_queries(ROW_PADDING), partial(self._clear_queries, gradients)))
+        return found
+
     @cute.jit
     def _clear_keys(self, gradients: Gradients, work: Work):
         """One warp: dK and dV of a tile without a row in use."""
         for m, columns in ((gradients.mdK, self.config.tile_d), (gradients.mdV, self.config.tile_dv)):
             if cutlass.const_expr(m is not None):
                 store_zeros(work.k.stored.rows(m, work.head), work.block, (self.config.tile_n, columns))
+
+    @cute.jit
+    def _clear_queries(self, gradients: Gradients, work: Work):
+        """One warp: the same of dQ."""
+        store_zeros(work.q.stored.rows(gradients.unused_dq, work.head), work.block, (ROW_PADDING, self.config.tile_d))
 
     @cute.jit
     def _ticket(self, signals: Signals):
@@ -205,10 +217,10 @@ class Backward(KeyBlocks):
         heads_per_kv,
         lead: cutlass.Constexpr,
         each: cutlass.Constexpr,
-        unused: cutlass.Constexpr = None,
+        unused: cutlass.Constexpr = (),
     ):
         """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``; and
-        ``unused`` ones of keys, if there may be any, which a warp that adds dQ clears while a tile's first one is computed."""
+        ``unused`` ones, if there may be any, which a warp that adds dQ clears while a tile's first one is computed."""
         (plain, rows, care), of_tile = from_memory, partial(self._key_tile, values, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
@@ -223,9 +235,10 @@ class Backward(KeyBlocks):
                         if warp == ADD_DQ_WARP + stage:
                             self._offer(stage)
                     each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused)))
-            if cutlass.const_expr(unused is not None):
+            if cutlass.const_expr(len(unused) > 0):
                 if warp == CLEAR_WARP:
-                    unused.rest()
+                    for tiles in unused:
+                        tiles.rest()
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
@@ -271,12 +284,13 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, unused, values: Values, where, done):
+    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, unused: list, values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
-        if cutlass.const_expr(unused is not None):
+        if cutlass.const_expr(len(unused) > 0):
             if mine == CLEAR_WARP - ADD_DQ_WARP:
-                unused.next()
+                for tiles in unused:
+                    tiles.next()
         lane = cute.arch.lane_idx()
         step, stages = Int32(done[1]), self.config.dq_stages
         work, members = where
