@@ -179,7 +179,7 @@ class Backward(KeyBlocks):
     def _unused(self, gradients: Gradients, tiles) -> list[UnusedTiles]:
         """The tiles without a row in use that a block is to clear."""
         found = []
-        if self.problem.has_unused("k"):
+        if self.problem.has_unused("k") and (self.needs_k or self.needs_v):
             found.append(UnusedTiles.of(tiles, partial(self._clear_keys, gradients)))
         if gradients.unused_dq is not None:
             found.append(UnusedTiles.of(tiles.of_queries(ROW_PADDING), partial(self._clear_queries, gradients)))
