@@ -162,7 +162,12 @@ def attention(
         if ragged:
             others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
-    if extras is None and plain and not ragged and block_mask is None:
+    if ragged:
+        return _attention_to_rows_in_use(
+            *(q, k, v, (None, None, seqused_q, seqused_k), (scale, causal, window, softcap), extras, block_mask),
+            *((return_lse, deterministic, backend, mechanism), plain, transformed),
+        )
+    if extras is None and plain and block_mask is None:
         call = _kept_call(q, k, v, scale, causal, window, softcap)
         if call.plans is not None and _are_kernels(return_lse, deterministic, backend, mechanism):
             out, lse = _by_kernels(q, k, v, call, return_lse, deterministic, mechanism)
@@ -171,23 +176,33 @@ def attention(
         call = check_call(q, k, v, scale, causal, window, softcap)
     if block_mask is not None:
         _refuse_graphs(_is_traced(q))
-        if ragged:
-            _refuse_ragged_blocks()
         call.blocks, mask = blocks.taken(block_mask, mask, call, q)
         extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
         take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
     how = return_lse, deterministic, backend, mechanism
-    if ragged:
-        batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
-        call.lengths = check_lengths(q, batch, (None, None, seqused_q, seqused_k))
-        call.batch, call.seqlen_q, call.seqlen_k = 1, batch * seqlen_q, batch * seqlen_k
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
-        out = out.view(batch, seqlen_q, *out.shape[1:])
-        return (out, lse.view(call.heads, batch, seqlen_q).transpose(0, 1)) if return_lse else out
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
+
+
+def _attention_to_rows_in_use(q, k, v, lengths: tuple, rules: tuple, extras, block_mask, how: tuple, plain, transformed):
+    """:func:`attention` of rectangles of which some rows aren't in use: sequences of different lengths to whatever computes."""
+    kept = extras is None and plain and block_mask is None
+    call = (_kept_call_of_lengths if kept else _call_of_lengths)(q, k, v, lengths, *rules)
+    if block_mask is not None:
+        _refuse_graphs(_is_traced(q))
+        _refuse_ragged_blocks()
+    batch, seqlen_q, seqlen_k = *q.shape[:2], k.shape[1]
+    if extras is not None:
+        take_extras(call, q, extras, batch, (seqlen_q, seqlen_k))
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if kept and call.plans is not None and _are_kernels(*how):
+        return_lse, deterministic, _, mechanism = how
+        out, lse = _by_kernels(q, k, v, call, return_lse, deterministic, mechanism)
+    else:
+        out, lse = _computed(q, k, v, call, rules[0], how, plain, transformed)
+    out = out.view(batch, seqlen_q, *out.shape[1:])
+    return (out, lse.view(call.heads, batch, seqlen_q).transpose(0, 1)) if how[0] else out
 
 
 def are_usual_kinds(scale, window, softcap) -> bool:
@@ -221,7 +236,7 @@ def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = Fals
 
 def _kept_call_of_lengths(q, k, v, lengths: tuple, *rules) -> Call:
     """The same of ragged sequences, as many of them: a call of its own, which has its lengths, with the plans of all alike. The
-    lengths' dtypes and devices the launcher looks at, too."""
+    lengths' dtypes and devices the launcher looks at, too. As for :func:`_call_of_lengths`."""
     key = _key(q, k, v, *rules, *(None if x is None else x.numel() for x in lengths))
     kept = None if key is None else _kept.get(key)
     if kept is not None:
@@ -254,8 +269,12 @@ def _keep(key: tuple, kept: Call | tuple) -> None:
 
 
 def _call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softcap) -> Call:
-    call = check_call(q, k, v, scale, causal, window, softcap, packed=True)
-    call.lengths = check_lengths(q, None, lengths)
+    """That of packed sequences, or, without bounds of queries, of rectangles some of whose rows are in use."""
+    packed = lengths[0] is not None
+    call = check_call(q, k, v, scale, causal, window, softcap, packed=packed)
+    call.lengths = check_lengths(q, None if packed else call.batch, lengths)
+    if not packed:
+        call.seqlen_q, call.seqlen_k, call.batch = call.batch * call.seqlen_q, call.batch * call.seqlen_k, 1
     return call
 
 

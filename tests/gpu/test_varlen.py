@@ -234,6 +234,23 @@ def test_many_tiles_without_a_row_in_use(d, deterministic, rules, monkeypatch):
             assert_gradients_close([x[b : b + 1, :n] for x in gradients], *alone, dout[b : b + 1, :n], None, **RULES[rules][0])
 
 
+def test_rows_in_use_are_planned_once(mechanism, monkeypatch):
+    """Calls that are alike share what was planned for the first, whatever their lengths; others are refused in words."""
+    q, k, v = make_qkv(3, 200, 300, 4, 2, 64, 64, BF16, "cuda")
+    dout, used = torch.randn_like(q), torch.tensor([200, 17, 130], dtype=torch.int32, device="cuda")
+    options = {"call": attention, "mechanism": mechanism, "deterministic": True}
+    run(q, k, v, dout, seqused_q=used, seqused_k=used, **options)
+    with monkeypatch.context() as patch:
+        for name in ("_plan_forward", "_plan_gradients"):
+            patch.setattr(launch, name, None)
+        (out, _), (dq, _, _) = run(q, k, v, dout, seqused_q=used - 10, seqused_k=used, **options)
+    assert not torch.cat([x[b, n - 10 :].flatten() for x in (out, dq) for b, n in enumerate(used.tolist())]).count_nonzero()
+    with pytest.raises(ValueError, match=r"seqused_k has dtype torch\.int64"):
+        run(q, k, v, dout, seqused_q=used, seqused_k=used.long(), **options)
+    with pytest.raises(ValueError, match="k has batch|k has shape|batch"):
+        run(q, *(x.reshape(6, 150, 2, 64) for x in (k, v)), dout, seqused_q=used, seqused_k=used, **options)
+
+
 def test_one_side_in_use(mechanism):
     q, k, v = make_qkv(3, 70, 300, 4, 2, 64, 64, BF16, "cuda")
     used = torch.tensor([300, 17, 130], dtype=torch.int32, device="cuda")
