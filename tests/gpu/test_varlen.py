@@ -247,7 +247,7 @@ def test_rows_in_use_are_planned_once(mechanism, monkeypatch):
     assert not torch.cat([x[b, n - 10 :].flatten() for x in (out, dq) for b, n in enumerate(used.tolist())]).count_nonzero()
     with pytest.raises(ValueError, match=r"seqused_k has dtype torch\.int64"):
         run(q, k, v, dout, seqused_q=used, seqused_k=used.long(), **options)
-    with pytest.raises(ValueError, match="k has batch|k has shape|batch"):
+    with pytest.raises(ValueError, match="batch sizes of q, k, v"):
         run(q, *(x.reshape(6, 150, 2, 64) for x in (k, v)), dout, seqused_q=used, seqused_k=used, **options)
 
 
