@@ -44,7 +44,6 @@ from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
-CLEAR_WARP = ADD_DQ_WARP + 1  # the one of them whose first dQ comes later
 NONE_DONE = (0, 0)  # key tiles, query tiles
 
 
@@ -176,14 +175,14 @@ class Backward(KeyBlocks):
             first = following(0) if self.problem.deterministic else first
         queue.lead(tiles, first, following, part, NONE_DONE)
 
-    def _unused(self, gradients: Gradients, tiles) -> list[UnusedTiles]:
-        """The tiles without a row in use that a block is to clear."""
-        found = []
-        if self.problem.has_unused("k") and (self.needs_k or self.needs_v):
-            found.append(UnusedTiles.of(tiles, partial(self._clear_keys, gradients)))
+    def _unused(self, gradients: Gradients, tiles) -> tuple[UnusedTiles | None, ...]:
+        """The tiles without a row in use that each of the warps that add is to clear."""
+        of_queries = of_keys = None
         if gradients.unused_dq is not None:
-            found.append(UnusedTiles.of(tiles.of_queries(ROW_PADDING), partial(self._clear_queries, gradients)))
-        return found
+            of_queries = UnusedTiles.of(tiles.of_queries(ROW_PADDING), partial(self._clear_queries, gradients))
+        if self.problem.has_unused("k") and (self.needs_k or self.needs_v):
+            of_keys = UnusedTiles.of(tiles, partial(self._clear_keys, gradients))
+        return of_queries, of_keys  # the second warp's first dQ comes later, and these are twice as much
 
     @cute.jit
     def _clear_keys(self, gradients: Gradients, work: Work):
@@ -220,7 +219,7 @@ class Backward(KeyBlocks):
         unused: cutlass.Constexpr = (),
     ):
         """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``; and
-        ``unused`` ones, if there may be any, which a warp that adds dQ clears while a tile's first one is computed."""
+        ``unused`` ones, if there may be any, which the warps that add dQ clear while a tile's first one is computed."""
         (plain, rows, care), of_tile = from_memory, partial(self._key_tile, values, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
@@ -235,9 +234,9 @@ class Backward(KeyBlocks):
                         if warp == ADD_DQ_WARP + stage:
                             self._offer(stage)
                     each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused)))
-            if cutlass.const_expr(len(unused) > 0):
-                if warp == CLEAR_WARP:
-                    for tiles in unused:
+            for adder, tiles in enumerate(unused):
+                if cutlass.const_expr(tiles is not None):
+                    if warp == ADD_DQ_WARP + adder:
                         tiles.rest()
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
@@ -284,12 +283,12 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, unused: list, values, where, done):
+    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, unused: tuple, values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
-        if cutlass.const_expr(len(unused) > 0):
-            if mine == CLEAR_WARP - ADD_DQ_WARP:
-                for tiles in unused:
+        for adder, tiles in enumerate(unused):
+            if cutlass.const_expr(tiles is not None):
+                if mine == adder:
                     tiles.next()
         lane = cute.arch.lane_idx()
         step, stages = Int32(done[1]), self.config.dq_stages
