@@ -100,9 +100,10 @@ def _padded_span(sequences: Sequences | None, row, batch):
 
 
 def _place(blocks, heads):
-    """``(block, head, batch)`` of this block, of ``blocks`` for each head. A grid's other dimensions end at 65,535."""
+    """``(block, head, batch)`` of this block, of ``blocks`` for each head. A grid's other dimensions end at 65,535. Heads come
+    one after another: most often a row of all of them is one piece of memory."""
     index = cute.arch.block_idx()[0]
-    return index % blocks, index // blocks % heads, index // blocks // heads
+    return index // heads % blocks, index % heads, index // heads // blocks
 
 
 class RowValues:
@@ -251,8 +252,8 @@ class CastQueries:
     @cute.kernel
     def kernel(self, dq_sum, mdQ, values: Values, counters: cute.Tensor | None, sequences):
         count = len(self.pieces)
-        block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
-        m_block, piece = block // count, block % count
+        m_block, place, batch = _place(dq_sum.shape[2], dq_sum.shape[3] * count)
+        head, piece = place // count, place % count
         sums, acc, in_use = dq_sum[None, piece, m_block, head, batch], None, None
         if cutlass.const_expr(counters is not None):  # sums are on their way while it is looked for whose they are
             in_use = counters[m_block, head, batch] != 0
