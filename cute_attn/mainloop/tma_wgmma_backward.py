@@ -11,7 +11,7 @@ dV while dS is taken, the other while it is shared, dK while dQ is handed over a
 
 Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
 with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
-registers, which costs no bank conflict.
+registers, which costs no bank conflict. Of sequences with rows that aren't in use these two also write the zeros.
 """
 
 from __future__ import annotations
@@ -112,9 +112,8 @@ class Backward(KeyBlocks):
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.early_dv = config.tile_m // 32
-        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones,
-        # and of ragged sequences, where some positions have none, it draws tickets. Only where blocks share a tile has each of
-        # them but one.
+        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
+        # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
         self.draws = problem.masked or problem.deterministic or (bool(problem.ragged) and self.needs_q)
         self.skips_unseen = bool(problem.ragged)
