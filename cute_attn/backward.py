@@ -99,10 +99,12 @@ def _padded_span(sequences: Sequences | None, row, batch):
     return span, row - span.padded, i
 
 
-def _place(blocks, heads):
+def _place(blocks, heads, last_first: bool = False):
     """``(block, head, batch)`` of this block, of ``blocks`` for each head. A grid's other dimensions end at 65,535. Heads come
     one after another: most often a row of all of them is one piece of memory."""
     index = cute.arch.block_idx()[0]
+    if last_first:
+        index = cute.arch.grid_dim()[0] - 1 - index
     return index // heads % blocks, index % heads, index // heads // blocks
 
 
@@ -252,7 +254,8 @@ class CastQueries:
     @cute.kernel
     def kernel(self, dq_sum, mdQ, values: Values, counters: cute.Tensor | None, sequences):
         count = len(self.pieces)
-        m_block, place, batch = _place(dq_sum.shape[2], dq_sum.shape[3] * count)
+        # What was added last is in the L2 cache still.
+        m_block, place, batch = _place(dq_sum.shape[2], dq_sum.shape[3] * count, last_first=True)
         head, piece = place // count, place % count
         sums, acc, in_use = dq_sum[None, piece, m_block, head, batch], None, None
         if cutlass.const_expr(counters is not None):  # sums are on their way while it is looked for whose they are
