@@ -115,11 +115,11 @@ def test_gradient_of_sinks_of_ragged_sequences(d, mechanism, monkeypatch):
         torch.tensor([0, *itertools.accumulate(side)], dtype=torch.int32, device="cuda") for side in zip(*LENGTHS, strict=True)
     ]
     sinks, dout, found = torch.tensor([0.5, -1.0, 3.0, 0.0], device="cuda"), torch.randn_like(q), []
-    new_empty = torch.Tensor.new_empty
+    made = launch.empty_strided
     for fill in (0.0, math.nan):
         with monkeypatch.context() as patch:
-            filling = lambda *size, fill=fill, **how: _filled(new_empty(*size, **how), fill)  # noqa: E731
-            patch.setattr(torch.Tensor, "new_empty", filling)
+            filling = lambda *room, fill=fill: _filled(made(*room), fill)  # noqa: E731
+            patch.setattr(launch, "empty_strided", filling)
             leaf = sinks.clone().requires_grad_()
             options = {"backend": "cute", "mechanism": mechanism, "deterministic": True}
             out = attention_varlen(q, k, v, *bounds, sinks=leaf, **options)
@@ -212,7 +212,8 @@ def test_what_is_seen_shows(dims, mechanism):
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_captured_data_that_changes_is_no_other_kernel(d, mechanism, monkeypatch):
-    """In place, of other sizes and strides: nothing is compiled anew, and results are right."""
+    """In place, of other sizes and strides: nothing is compiled anew, and results are right. But a bias whose keys aren't
+    neighbours can't be read two at a time, which is another kernel."""
     q, k, v = make_qkv(2, 200, 300, 2, 2, d, d, BF16, "cuda")
     check_data = []
 
@@ -227,11 +228,15 @@ def test_captured_data_that_changes_is_no_other_kernel(d, mechanism, monkeypatch
     how = [("cute", mechanism), ("reference", None)]
     ids, bias = documents(2, "cuda"), table(2, 400, device="cuda")
     run(ids, bias)
-    monkeypatch.setattr(launch, "compiled", lambda *_: pytest.fail("compiled again"))
+    compile_kernel, asked = launch.compiled, []
+    monkeypatch.setattr(launch, "compiled", lambda *how: (asked.append(how), compile_kernel(*how))[1])
     ids.copy_(documents(2, "cuda", seed=5))
     run(ids, bias)
-    run(documents(2, "cuda", seed=7)[:, :350].contiguous(), table(800, 2, device="cuda").t())
+    run(documents(2, "cuda", seed=7)[:, :350].contiguous(), table(2, 800, device="cuda")[:, 100:480])
+    assert not asked
     assert not torch.equal(check_data[0], check_data[1])
+    run(ids, table(800, 2, device="cuda").t())
+    assert len(asked) == 1
 
 
 def test_captured_tensors_of_all_kinds(mechanism):
