@@ -162,8 +162,16 @@ def attention(
         if ragged:
             others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
-    kept = extras is None and plain and _are_kernels(return_lse, deterministic, backend, mechanism)
-    if kept and not ragged and block_mask is None:
+    kept = extras is None and plain and block_mask is None and _are_kernels(return_lse, deterministic, backend, mechanism)
+    if ragged:
+        how = return_lse, deterministic, backend, mechanism
+        rules_of_call, lengths = (scale, causal, window, softcap), (None, None, seqused_q, seqused_k)
+        if block_mask is not None:
+            check_call(q, k, v, *rules_of_call)
+            _refuse_graphs(_is_traced(q))
+            _refuse_ragged_blocks()
+        return _attention_to_rows_in_use(q, k, v, lengths, rules_of_call, extras, how, kept, plain, transformed)
+    if kept:
         call = _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism)
         if call.plans is not None:
             return _by_kernels(q, k, v, call, return_lse, mechanism)
@@ -171,23 +179,36 @@ def attention(
         call = check_call(q, k, v, scale, causal, window, softcap)
     if block_mask is not None:
         _refuse_graphs(_is_traced(q))
-        if ragged:
-            _refuse_ragged_blocks()
         call.blocks, mask = blocks.taken(block_mask, mask, call, q)
         extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
         take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
     how = return_lse, deterministic, backend, mechanism
-    if ragged:
-        batch, seqlen_q, seqlen_k = call.batch, call.seqlen_q, call.seqlen_k
-        call.lengths = check_lengths(q, batch, (None, None, seqused_q, seqused_k))
-        call.batch, call.seqlen_q, call.seqlen_k = 1, batch * seqlen_q, batch * seqlen_k
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
-        out = out.view(batch, seqlen_q, *out.shape[1:])
-        return (out, lse.view(call.heads, batch, seqlen_q).transpose(0, 1)) if return_lse else out
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
+
+
+def _attention_to_rows_in_use(q, k, v, lengths: tuple, rules: tuple, extras, how: tuple, kept: bool, plain, transformed):
+    """:func:`attention` of rectangles of which some rows aren't in use: sequences of different lengths to whatever computes."""
+    (scale, causal, window, softcap), (return_lse, deterministic, _, mechanism) = rules, how
+    if kept:
+        by = return_lse, mechanism, deterministic or torch.are_deterministic_algorithms_enabled()
+        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, by)
+    else:
+        call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
+    batch, seqlen_q, _, _ = q.shape
+    if extras is not None:
+        take_extras(call, q, extras, batch, (seqlen_q, k.shape[1]))
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    lse: Any = None
+    if call.plans is None:
+        out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
+    elif return_lse:
+        out, lse = _by_kernels(q, k, v, call, True, mechanism)
+    else:
+        out = _by_kernels(q, k, v, call, False, mechanism)
+    out = out.view(batch, seqlen_q, *out.shape[1:])
+    return (out, lse.view(call.heads, batch, seqlen_q).transpose(0, 1)) if return_lse else out
 
 
 def are_usual_kinds(scale, window, softcap) -> bool:
@@ -223,7 +244,7 @@ def _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministi
 
 def _kept_call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softcap, how: tuple) -> Call:
     """The same of ragged sequences, as many of them: a call of its own, which has its lengths, with the plans of all alike. The
-    lengths' dtypes and devices the launcher looks at, too."""
+    lengths' dtypes and devices the launcher looks at, too. As for :func:`_call_of_lengths`."""
     first, second, used_q, used_k = lengths  # a loop takes twice as long
     of_used = None if used_q is None else used_q.numel(), None if used_k is None else used_k.numel()
     sizes = None if first is None else first.numel(), None if second is None else second.numel(), of_used
@@ -262,8 +283,12 @@ def _keep(key: tuple, kept: Call | tuple) -> None:
 
 
 def _call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softcap) -> Call:
-    call = check_call(q, k, v, scale, causal, window, softcap, packed=True)
-    call.lengths = check_lengths(q, None, lengths)
+    """That of packed sequences, or, without bounds of queries, of rectangles some of whose rows are in use."""
+    packed = lengths[0] is not None
+    call = check_call(q, k, v, scale, causal, window, softcap, packed=packed)
+    call.lengths = check_lengths(q, None if packed else call.batch, lengths)
+    if not packed:
+        call.seqlen_q, call.seqlen_k, call.batch = call.batch * call.seqlen_q, call.batch * call.seqlen_k, 1
     return call
 
 

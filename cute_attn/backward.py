@@ -66,7 +66,7 @@ def host_function(problem, config):
         long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
-        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv)
+        gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, dq if cutlass.const_expr(cast.leaves_unused) else None)
         padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
         if cutlass.const_expr(signals is not None):
@@ -99,10 +99,13 @@ def _padded_span(sequences: Sequences | None, row, batch):
     return span, row - span.padded, i
 
 
-def _place(blocks, heads):
-    """``(block, head, batch)`` of this block, of ``blocks`` for each head. A grid's other dimensions end at 65,535."""
+def _place(blocks, heads, last_first: bool = False):
+    """``(block, head, batch)`` of this block, of ``blocks`` for each head. A grid's other dimensions end at 65,535. Heads come
+    one after another: most often a row of all of them is one piece of memory."""
     index = cute.arch.block_idx()[0]
-    return index % blocks, index // blocks % heads, index // blocks // heads
+    if last_first:
+        index = cute.arch.grid_dim()[0] - 1 - index
+    return index // heads % blocks, index % heads, index // heads // blocks
 
 
 class RowValues:
@@ -235,6 +238,9 @@ class CastQueries:
         self.pieces = self.lay.pieces(config)
         # Whether a query tile's sums may be nothing yet: no key tile has come to it.
         self.may_be_unseen = self.lay.FIRST_STORES and (problem.masked or bool(problem.ragged))
+        # Whether somebody else clears queries that aren't in use, as far as they are padded together.
+        self.leaves_unused = self.lay.CLEARS_QUERIES and problem.has_unused("q") and "q" in problem.gradients
+        self.leaves_unused = self.leaves_unused and config.head_blocks == 1
         self.threads = config.mma_threads // max(len(self.pieces), 1)
 
     @cute.jit
@@ -248,12 +254,17 @@ class CastQueries:
     @cute.kernel
     def kernel(self, dq_sum, mdQ, values: Values, counters: cute.Tensor | None, sequences):
         count = len(self.pieces)
-        block, head, batch = _place(dq_sum.shape[2] * count, dq_sum.shape[3])
-        m_block, piece = block // count, block % count
-        span, row_first, _ = _padded_span(sequences, m_block * self.config.tile_m, batch)
-        in_use = None if span.first is None else row_first < span.length
-        if cutlass.const_expr(counters is not None):
+        # What was added last is in the L2 cache still.
+        m_block, place, batch = _place(dq_sum.shape[2], dq_sum.shape[3] * count, last_first=True)
+        head, piece = place // count, place % count
+        sums, acc, in_use = dq_sum[None, piece, m_block, head, batch], None, None
+        if cutlass.const_expr(counters is not None):  # sums are on their way while it is looked for whose they are
             in_use = counters[m_block, head, batch] != 0
+            acc = self._sums(sums, in_use)
+        span, row_first, _ = _padded_span(sequences, m_block * self.config.tile_m, batch)
+        if cutlass.const_expr(acc is None):
+            in_use = None if sequences is None else row_first < span.length
+            acc = self._sums(sums, in_use)
         mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
         column_first = Int32(0)
         for p in cutlass.range_constexpr(count):
@@ -262,11 +273,31 @@ class CastQueries:
                 column_first += self.pieces[p][1]
 
         if cutlass.const_expr(in_use is None):  # noqa: SIM114
-            self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
+            self._cast(acc, mdQ, values, span, length, (row_first, column_first))
         elif in_use:
-            self._cast(dq_sum[None, piece, m_block, head, batch], mdQ, values, span, length, (row_first, column_first))
-        else:
+            self._cast(acc, mdQ, values, span, length, (row_first, column_first))
+        elif cutlass.const_expr(not self.leaves_unused):  # noqa: SIM114
             self._clear(mdQ, length, (row_first, column_first))
+        elif row_first // ROW_PADDING * ROW_PADDING < span.length:
+            self._clear(mdQ, length, (row_first, column_first))
+
+    def _product(self):
+        """dQ's product, and the shape of a piece of it."""
+        mma, shape = self.lay.tiled_mma("dQ", self.config), self.lay.piece_shape(self.config)
+        return mma, shape[::-1] if self.lay.turned(self.config) else shape
+
+    @cute.jit
+    def _sums(self, sums: cute.Tensor, in_use):
+        """A thread's sums of a piece, as an accumulator; nothing of one that is known not to be in use."""
+        mma, shape = self._product()
+        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
+        mine = cute.make_tensor(sums.iterator, cute_layout(self.lay.sums(self.config)))[cute.arch.thread_idx()[0], None, 0]
+        held = cute.make_tensor(acc.iterator, cute.make_layout(mine.shape))
+        if cutlass.const_expr(in_use is None):  # noqa: SIM114
+            cute.autovec_copy(mine, held)
+        elif in_use:
+            cute.autovec_copy(mine, held)
+        return acc
 
     @cute.jit
     def _clear(self, mdQ: cute.Tensor, length, first):
@@ -282,21 +313,14 @@ class CastQueries:
                 cute.autovec_copy(zeros, vector_at(mdQ, row, column))
 
     @cute.jit
-    def _cast(self, sums: cute.Tensor, mdQ: cute.Tensor, values: Values, span: Span, length, first):
+    def _cast(self, acc: cute.Tensor, mdQ: cute.Tensor, values: Values, span: Span, length, first):
         """A piece's sums, scaled and rounded."""
-        thread = cute.arch.thread_idx()[0]
-        mma = self.lay.tiled_mma("dQ", self.config)
-        shape, turned = self.lay.piece_shape(self.config), self.lay.turned(self.config)
-        shape = shape[::-1] if turned else shape
-        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
-        mine = cute.make_tensor(sums.iterator, cute_layout(self.lay.sums(self.config)))[thread, None, 0]
-        held = cute.make_tensor(acc.iterator, cute.make_layout(mine.shape))
-        cute.autovec_copy(mine, held)
+        mma, shape = self._product()
         acc.store(acc.load() * Float32(values.scale(self.problem)))
 
-        where = rows_columns(mma.get_slice(thread).partition_C(cute.make_identity_tensor(shape)))
+        where = rows_columns(mma.get_slice(cute.arch.thread_idx()[0]).partition_C(cute.make_identity_tensor(shape)))
         of_piece = rows_columns(acc)
-        if cutlass.const_expr(turned):
+        if cutlass.const_expr(self.lay.turned(self.config)):
             self._store_transposed(mdQ, length, first, where, of_piece)
         else:
             self._store(mdQ, span, length, first, where, of_piece)

@@ -57,11 +57,15 @@ def store_zeros(m: cute.Tensor, block: Int32, shape: cutlass.Constexpr[tuple]):
     first, lane = block * shape[0], cute.arch.lane_idx()
     pieces = min(shape[1] // VECTOR, WARP)  # of a row, one for each lane
     row, piece = lane // pieces, lane % pieces
-    zeros = cute.make_rmem_tensor(VECTOR, m.element_type)
-    zeros.fill(0.0)
-    for r in cutlass.range(first + row, cutlass.min(first + shape[0], m.shape[0]), WARP // pieces, unroll=4):
-        if piece * VECTOR < m.shape[1]:
-            cute.autovec_copy(zeros, vector_at(m, r, piece))
+    rows = WARP // pieces
+    into = vector_at(m, first + row, piece).iterator.toint()
+    step = cutlass.Int64(m.stride[0]) * (rows * m.element_type.width // 8)
+    if piece * VECTOR < m.shape[1]:
+        for _ in cutlass.range(first + row, cutlass.min(first + shape[0], m.shape[0]), rows, unroll=4):
+            cute.arch.inline_ptx(
+                "st.global.cs.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};", read_only_args=[into, Int32(0)]
+            )
+            into += step
 
 
 @cute.jit

@@ -37,6 +37,7 @@ PIECE_ROWS, PIECE_COLUMNS = 64, 16  # of the dQ that a warpgroup computes: so ma
 ACCUMULATOR_BYTES = 4
 HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of its query heads; the plan chooses
 FIRST_STORES = True  # of the key tiles that add to a query tile's dQ, the first to come stores: its memory needs no zeros
+CLEARS_QUERIES = True  # of queries that aren't in use dQ's zeros are written while others are computed
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 

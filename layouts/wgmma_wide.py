@@ -42,6 +42,7 @@ ACCUMULATOR_BYTES = 4
 P_STAGES = 2  # P's of query tiles on their way from one warpgroup to the other
 V_STAGES = 1  # of the second kernel: a tile of V is done with long before its K
 FIRST_STORES = False  # there are no sums of dQ
+CLEARS_QUERIES = False
 KERNELS = {"keys": ("K", "V", "Q", "dO"), "queries": ("qQ", "qdO", "qK", "qV")}
 WARPS = {  # that copy it
     **{"K": (0,), "Q": (0,), "V": (1,), "dO": (1,)},

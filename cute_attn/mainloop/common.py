@@ -140,12 +140,14 @@ class Gradients:
     """Where the main kernel of the backward pass puts the gradients; what is not asked for is ``None``.
 
     ``mdQ`` is float32 sums, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block,
-    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``.
+    head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``. ``unused_dq`` is dQ
+    where this kernel writes the zeros of queries that aren't in use, as far as they are a multiple of 128.
     """
 
     mdQ: cute.Tensor | None
     mdK: cute.Tensor | None
     mdV: cute.Tensor | None
+    unused_dq: cute.Tensor | None = None
 
 
 @dataclass(frozen=True)

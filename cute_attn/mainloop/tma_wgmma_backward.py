@@ -11,7 +11,7 @@ dV while dS is taken, the other while it is shared, dK while dQ is handed over a
 
 Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
 with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
-registers, which costs no bank conflict.
+registers, which costs no bank conflict. Of sequences with rows that aren't in use these two also write the zeros.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from cute_attn.layouts.base import STORED, cute_layout, in_turns
+from cute_attn.epilogue import store_zeros
+from cute_attn.layouts.base import ROW_PADDING, STORED, cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
@@ -39,7 +40,7 @@ from cute_attn.mainloop.warpgroups import (
     of_columns,
     rounded_operand,
 )
-from cute_attn.mainloop.work_queue import WorkQueue
+from cute_attn.mainloop.work_queue import UnusedTiles, WorkQueue
 from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
@@ -111,9 +112,8 @@ class Backward(KeyBlocks):
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.early_dv = config.tile_m // 32
-        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones,
-        # and of ragged sequences, where some positions have none, it draws tickets. Only where blocks share a tile has each of
-        # them but one.
+        # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
+        # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
         self.draws = problem.masked or problem.deterministic or (bool(problem.ragged) and self.needs_q)
         self.skips_unseen = bool(problem.ragged)
@@ -159,13 +159,27 @@ class Backward(KeyBlocks):
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
             queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
-            alone = partial(self.clear_keys, gradients) if self.problem.has_unused("k") else None
-            ticket = signals.ticket if self.draws else None
-            lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, alone=alone, in_order=self.problem.deterministic)
-            roles(lead, lambda part: queue.taker().each(part, NONE_DONE))
+            unused, ticket = self._unused(gradients, tiles), signals.ticket if self.draws else None
+            counted = bool(self.problem.ragged)
+            lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, in_order=self.problem.deterministic, counted=counted)
+            roles(lead, lambda part: queue.taker().each(part, NONE_DONE), unused)
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
             tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
+
+    def _unused(self, gradients: Gradients, tiles) -> tuple[UnusedTiles | None, ...]:
+        """The tiles without a row in use that each of the warps that add is to clear."""
+        of_queries = of_keys = None
+        if gradients.unused_dq is not None:
+            of_queries = UnusedTiles.of(tiles.of_queries(ROW_PADDING), partial(self._clear_queries, gradients))
+        if self.problem.has_unused("k") and (self.needs_k or self.needs_v):
+            of_keys = UnusedTiles.of(tiles, partial(self.clear_keys, gradients))
+        return of_queries, of_keys  # the second warp's first dQ comes later, and these are twice as much
+
+    @cute.jit
+    def _clear_queries(self, gradients: Gradients, work: Work):
+        """One warp: the same of dQ."""
+        store_zeros(work.q.stored.rows(gradients.unused_dq, work.head), work.block, (ROW_PADDING, self.config.tile_d))
 
     @cute.jit
     def _roles(
@@ -179,8 +193,10 @@ class Backward(KeyBlocks):
         heads_per_kv,
         lead: cutlass.Constexpr,
         each: cutlass.Constexpr,
+        unused: cutlass.Constexpr = (),
     ):
-        """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``."""
+        """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``; and
+        ``unused`` ones, if there may be any, which the warps that add dQ clear while a tile's first one is computed."""
         (plain, rows, care), of_tile = from_memory, partial(self.key_tile, values, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
@@ -194,7 +210,11 @@ class Backward(KeyBlocks):
                     for stage in cutlass.range_constexpr(self.config.dq_stages):
                         if warp == ADD_DQ_WARP + stage:
                             self._offer(stage)
-                    each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP)))
+                    each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused)))
+            for adder, tiles in enumerate(unused):
+                if cutlass.const_expr(tiles is not None):
+                    if warp == ADD_DQ_WARP + adder:
+                        tiles.rest()
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
@@ -231,9 +251,13 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, values: Values, where, done):
+    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, unused: tuple, values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
+        for adder, tiles in enumerate(unused):
+            if cutlass.const_expr(tiles is not None):
+                if mine == adder:
+                    tiles.next()
         lane = cute.arch.lane_idx()
         step, stages = Int32(done[1]), self.config.dq_stages
         work, members = where

@@ -260,16 +260,19 @@ class Kernel:
             return tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
         return tiles.launched(blocks, long=False)
 
-    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False):
+    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, counted: bool = False):
         """The warp that finds a persistent block's tiles: its ``part`` of each, from ``state`` on, and what it does ``alone``,
         while others compute. One thread draws a ``ticket`` for each but, unless tiles are to begin ``in_order``, the first;
-        None: they come in rounds."""
+        None: they come in rounds. ``counted``: those of ragged ones that have rows in use, and no others."""
         first, following = cute.arch.block_idx()[0], tiles.position
         if ticket is not None:
             skipped = 0 if in_order else cute.arch.grid_dim()[0]
             following = lambda _: skipped + of_first_lane(ticket)  # noqa: E731
             first = following(0) if in_order else first
-        queue.lead(tiles, first, following, part, state, alone)
+        if counted:
+            queue.lead_counted(tiles, first, following, part, state)
+        else:
+            queue.lead(tiles, first, following, part, state, alone)
 
     @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: TmaOperand, s: cute.Tensor, group, slot, where):

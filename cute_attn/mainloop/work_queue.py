@@ -18,7 +18,7 @@ from cutlass import Boolean, Int32, cute, pipeline
 
 from cute_attn.layouts.base import ROW_PADDING
 from cute_attn.layouts.tma import WORK_FIELDS, WORK_SLOTS
-from cute_attn.scheduler import Work
+from cute_attn.scheduler import Tiles, Work
 from cute_attn.sequences import Span
 
 
@@ -111,6 +111,22 @@ class WorkQueue:
         self._tell(None, ring)
 
     @cute.jit
+    def lead_counted(self, tiles: cutlass.Constexpr, first, following: cutlass.Constexpr, body: cutlass.Constexpr, state):
+        """The same of ragged tiles, of which those alone count that have rows in use."""
+        ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
+        turn, position = Int32(0), Int32(first)
+        sequence, before, more = Int32(0), Int32(0), Boolean(True)
+        while more:
+            work, sequence, before = tiles.seek(position, sequence, before)
+            more = work.exists
+            if more:
+                ring = self._tell(work, ring)
+                state = body(state, work)
+                turn += 1
+                position = following(turn)
+        self._tell(None, ring)
+
+    @cute.jit
     def _tell(self, work: cutlass.Constexpr, state):
         """Of a tile, or, None, that there are no more. Returns the ring's next state."""
         self.pipe.producer_acquire(state)
@@ -151,6 +167,42 @@ class WorkQueue:
             held[i] = fields[i]
         with cute.arch.elect_one():
             cute.autovec_copy(held, slot)
+
+
+@dataclass(frozen=True)
+class UnusedTiles:
+    """Of ragged ``tiles`` those without a row in use, as many for each block, which one of its warps clears by ``clear(work)``
+    while it has nothing else to do: where it is among them, ``(turn, sequence, before, whether there are more)``, is in
+    registers."""
+
+    tiles: Tiles
+    clear: cutlass.Constexpr
+    place: cute.Tensor
+
+    @staticmethod
+    def of(tiles: Tiles, clear) -> UnusedTiles:
+        """Of all tiles of a call."""
+        place = cute.make_rmem_tensor(4, Int32)
+        place.fill(0)
+        place[3] = Int32(1)
+        return UnusedTiles(tiles, clear, place)
+
+    @cute.jit
+    def next(self):
+        """The whole warp: one of them, if there are more."""
+        if self.place[3] != 0:
+            turn, sequence, before = (self.place[i] for i in range(3))
+            work, sequence, before = self.tiles.seek(self.tiles.position(turn), sequence, before, unused=True)
+            if work.exists:
+                self.clear(work)
+            self.place[0], self.place[1], self.place[2] = turn + 1, sequence, before
+            self.place[3] = Int32(work.exists)
+
+    @cute.jit
+    def rest(self):
+        """All that are left."""
+        while self.place[3] != 0:
+            self.next()
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,26 @@ def test_some_inputs_only(needs, rules, mechanism):
         assert torch.equal(x, every["qkv".index(name)])
 
 
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("rules", ["full", "causal"])
+@pytest.mark.parametrize("needs", ["q", "k", "v", "kv"])
+def test_some_inputs_of_which_few_rows_are_in_use(needs, rules, d, mechanism):
+    """Zeros are written by warps that have something else to do only where that gradient is asked for."""
+    rules, _ = RULES[rules]
+    q, k, v = make_qkv(20, 600, 600, 4, 2, d, d, BF16, "cuda")
+    dout = torch.randn_like(q)
+    used = torch.tensor([600, 0, 1, 300, 30] * 4, dtype=torch.int32, device="cuda")
+    options = {"seqused_q": used, "seqused_k": used, "mechanism": mechanism, **rules}
+    _, every = run(q, k, v, dout, call=attention, deterministic=True, **options)
+    leaves = [x.detach().requires_grad_(name in needs) for name, x in zip("qkv", (q, k, v), strict=True)]
+    out = attention(*leaves, backend="cute", deterministic=True, **options)
+    some = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], dout)
+    past = torch.arange(600, device="cuda")[None] >= used[:, None]
+    for name, x in zip(needs, some, strict=True):
+        assert torch.equal(x, every["qkv".index(name)])
+        assert not x[past].count_nonzero()
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("rules", ["full", "causal", "window"])
 def test_nothing_comes_from_a_neighbour(rules, d, mechanism):
@@ -214,6 +234,23 @@ def test_many_tiles_without_a_row_in_use(d, deterministic, rules, monkeypatch):
             assert_gradients_close([x[b : b + 1, :n] for x in gradients], *alone, dout[b : b + 1, :n], None, **RULES[rules][0])
 
 
+def test_rows_in_use_are_planned_once(mechanism, monkeypatch):
+    """Calls that are alike share what was planned for the first, whatever their lengths; others are refused in words."""
+    q, k, v = make_qkv(3, 200, 300, 4, 2, 64, 64, BF16, "cuda")
+    dout, used = torch.randn_like(q), torch.tensor([200, 17, 130], dtype=torch.int32, device="cuda")
+    options = {"call": attention, "mechanism": mechanism, "deterministic": True}
+    run(q, k, v, dout, seqused_q=used, seqused_k=used, **options)
+    with monkeypatch.context() as patch:
+        for name in ("_plan_forward", "_plan_gradients"):
+            patch.setattr(launch, name, None)
+        (out, _), (dq, _, _) = run(q, k, v, dout, seqused_q=used - 10, seqused_k=used, **options)
+    assert not torch.cat([x[b, n - 10 :].flatten() for x in (out, dq) for b, n in enumerate(used.tolist())]).count_nonzero()
+    with pytest.raises(ValueError, match=r"seqused_k has dtype torch\.int64"):
+        run(q, k, v, dout, seqused_q=used, seqused_k=used.long(), **options)
+    with pytest.raises(ValueError, match="batch sizes of q, k, v"):
+        run(q, *(x.reshape(6, 150, 2, 64) for x in (k, v)), dout, seqused_q=used, seqused_k=used, **options)
+
+
 def test_one_side_in_use(mechanism):
     q, k, v = make_qkv(3, 70, 300, 4, 2, 64, 64, BF16, "cuda")
     used = torch.tensor([300, 17, 130], dtype=torch.int32, device="cuda")
@@ -249,13 +286,31 @@ def test_q_k_and_v_in_one_tensor(mechanism):
 
 def test_another_batch_compiles_nothing(mechanism):
     generator = torch.Generator().manual_seed(0)
-    for step in range(50):
-        lengths = torch.randint(0, 300, (int(torch.randint(1, 40, (), generator=generator)),), generator=generator).tolist()
+    for step in range(1000):
+        lengths = torch.randint(0, 100, (int(torch.randint(1, 40, (), generator=generator)),), generator=generator).tolist()
         q, k, v, dout, cu, _ = make([(n, n) for n in lengths], 64)
         run(q, k, v, dout, cu, causal=True, mechanism=mechanism)
         if step == 0:
             before = launch.prepared.cache_info().misses
     assert launch.prepared.cache_info().misses == before
+
+
+def test_nested(mechanism):
+    """Jagged tensors, other lengths of keys than of queries, narrowed or not, are what they are packed."""
+    lengths = [(300, 129), (0, 0), (64, 64), (257, 512)]
+    q, k, v, dout, *cu = make(lengths, 64, tail=0)
+    used = [torch.tensor([n // 2 for n in side], device="cuda") for side in zip(*lengths, strict=True)]
+    options = {"causal": True, "mechanism": mechanism, "deterministic": True}
+    nested, (offsets_q, offsets_k) = torch.nested.nested_tensor_from_jagged, (x.long() for x in cu)
+    for of_q, of_k in ((None, None), used):
+        leaves = [nested(q, offsets_q, of_q), *(nested(x, offsets_k, of_k) for x in (k, v))]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out = attention(*leaves, backend="cute", **options)
+        gradients = torch.autograd.grad(out, leaves, nested(dout, leaves[0].offsets(), of_q))
+        counts = {} if of_q is None else {"seqused_q": of_q.int(), "seqused_k": of_k.int()}
+        (want, _), want_gradients = run(q, k, v, dout, *cu, **counts, **options)
+        for x, y in zip((out, *gradients), (want, *want_gradients), strict=True):
+            assert torch.equal(x.values(), y)
 
 
 def test_a_graph_replayed_with_other_lengths(mechanism):
