@@ -25,7 +25,7 @@ from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
 from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
-from cute_attn.mainloop.walk import KeyTiles, walk
+from cute_attn.mainloop.walk import KeyTiles, ListedKeys, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, key_tile, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
@@ -149,7 +149,7 @@ class Forward(Kernel):
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if cutlass.const_expr(shared.work is not None):
                 if warp == FIND_WORK_WARP:
-                    self._find_work(shared, pipes, tiles)
+                    self._find_work(shared, pipes, values, tiles)
                 if cutlass.const_expr(plain_o is not None):
                     if warp == CLEAR_WARP:
                         self._clear_unused_tiles(plain_o, mLSE, tiles)
@@ -212,14 +212,15 @@ class Forward(Kernel):
         return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, numbered=numbered, ragged=ragged)
 
     @cute.jit
-    def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
+    def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, values: Values, tiles: Tiles):
         """One warp: the tiles of the block for the others."""
         queue = self._queue(shared, pipes)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.WORK_SLOTS)
-        state, begin = queue.hand_out(tiles, state)
+        header = partial(ListedKeys.announced, values, self.config.tile_m) if self.problem.blocks else None
+        state, begin = queue.hand_out(tiles, state, header=header)
         if cutlass.const_expr(self.guarded):
             if self._is_done_again(shared, pipes):
-                queue.hand_out(tiles, state, begin)
+                queue.hand_out(tiles, state, begin, header)
 
     @cute.jit
     def _clear_unused_tiles(self, mO: cute.Tensor, mLSE: LogSumExp, tiles: Tiles):

@@ -15,8 +15,9 @@ import cutlass
 from cutlass import Int32, cute
 
 from cute_attn.dropout import SIDE
-from cute_attn.layouts.base import BLOCK, HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import BLOCK, HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARP, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
+from cute_attn.scheduler import Work
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,26 @@ class ListedKeys:
     @staticmethod
     def of(values: Values, m_block: Int32) -> ListedKeys:
         entries = values.key_lists[values.sequence, values.head, m_block, None]
-        return ListedKeys(entries, values.seqlen_k, Int32(0), entries[1], entries[0], entries[2])
+        masked, count, whole_end = [entries[i] for i in range(3)] if values.header is None else values.header
+        return ListedKeys(entries, values.seqlen_k, Int32(0), count, masked, whole_end)
+
+    @staticmethod
+    @cute.jit
+    def announced(values: Values, rows: cutlass.Constexpr[int], work: Work):
+        """A whole warp, ahead of those that take a query tile: the first three words of its list. What they will read of the
+        list and of kinds comes to the L1 cache."""
+        values, lane = values.of(work), cute.arch.lane_idx()
+        entries = values.key_lists[values.sequence, values.head, work.block, None]
+        word = entries[cutlass.min(lane, entries.shape[0] - 1)]
+        header = tuple(cute.arch.shuffle_sync(word, i) for i in range(3))
+        if cutlass.const_expr(values.kinds is not None):
+            kinds = values.kinds[values.sequence, values.head, None, None]
+            last = cutlass.max(header[1] - 1, 0) if lane >= WARP // 2 else 0
+            column = (entries[HEADER + last] & TILE_MASK)
+            row = work.block * (rows // BLOCK) + lane % (WARP // 2) % (rows // BLOCK)
+            kind = kinds[cutlass.min(row, kinds.shape[0] - 1), column]
+            cute.arch.inline_ptx("{ .reg .b32 read; mov.b32 read, {$r0}; }", read_only_args=[Int32(kind)])
+        return header
 
     def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> ListedKeys:
         """The same walk, whose whole tiles come when each row has seen a key."""
