@@ -142,6 +142,11 @@ class Elements:
                     found.append(node)
         return found
 
+    def of_rows(self) -> list[int]:
+        """The nodes that load an element for each row."""
+        nodes = enumerate(self.expression.nodes)
+        return [i for i, (op, *_) in nodes if op == "load" and self.along_rows[i] and not self.along_columns[i]]
+
     def held(self, columns: Int32) -> Int32:
         """So many of the columns have an element of their own in all tensors that :meth:`load_column` reads."""
         for node in self._of_columns():

@@ -25,6 +25,7 @@ from cute_attn.mainloop.guard import HIDDEN
 from cute_attn.rules import LN_2, LOG2_E, rational_tanh, softcap_slope, softcap_tanh
 
 PAIRS_AHEAD = 16  # columns
+HELD = 2  # registers for what a mask loads of rows
 ROWS = 64  # of a tile, or of a warpgroup's part of it, at most where masks are unrolled
 
 
@@ -128,6 +129,7 @@ class Scores:
     problem: cutlass.Constexpr
     transposed: cutlass.Constexpr[bool] = False
     unrolls: cutlass.Constexpr[bool] = True
+    loaded: tuple = ()
 
     @cute.jit
     def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None, apart: cutlass.Constexpr[bool] = False, seen=None):
@@ -291,7 +293,23 @@ class Scores:
                 return self.values.seqlen_k - self.values.seqlen_q
             return self.values.head_of(row) if name == "head" else self.values.sequence
 
-        return Elements(self.problem.expression, self.values.captured, leaf, along_rows, columns)
+        elements = Elements(self.problem.expression, self.values.captured, leaf, along_rows, columns)
+        if self.loaded:
+            elements.known |= dict(zip(self._of_rows(elements), self.loaded, strict=True))
+        return elements
+
+    def _of_rows(self, elements: Elements) -> list[tuple]:
+        rows = range(cute.size(self.where.zero, mode=[0]))
+        return [(node, r, None) for node in elements.of_rows() for r in rows]
+
+    def loaded_of_rows(self, row_first) -> tuple:
+        """What a mask loads for a thread's rows, where that is little enough to be held for all of a query tile's keys:
+        ``loaded`` of its other tiles."""
+        elements = self._elements((row_first, 0))
+        places = self._of_rows(elements)
+        if len(places) > HELD:
+            return ()
+        return tuple(elements.value(node, r, 0) for node, r, _ in places)
 
     def _each(self, scores: cute.Tensor):
         """(row, column) of a thread's scores, column by column: what is known of a column is needed twice and then no more."""

@@ -79,6 +79,7 @@ class WarpgroupTile:
     keys: KeyTiles
     skipped: Int32
     values: Values
+    loaded: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,10 @@ class Forward(Kernel):
         keys = KeyTiles.of(values, self.problem, work.block, config)
         if cutlass.const_expr(self.anchored):
             keys = keys.after_a_seen_key(values, self.problem, work.block, config)
-        tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values)
+        loaded = ()
+        if cutlass.const_expr(self.problem.blocks):
+            loaded = Scores(me.cS, values, self.problem).loaded_of_rows(block * rows)
+        tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values, loaded)
         frag = self._fragments(me, shared)
         softmax = Softmax.start(cute.size(frag.rescale), values.exponent(self.problem), fused=True)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
@@ -533,7 +537,7 @@ class Forward(Kernel):
 
     def _mask_ahead(self, me: ForwardWorker, tile: WarpgroupTile, masking):
         """The same with what is seen in blocks that are cut, while the tensor cores are at the scores."""
-        return *masking[:2], Scores(me.cS, tile.values, self.problem).seen(*masking)
+        return *masking[:2], Scores(me.cS, tile.values, self.problem, loaded=tile.loaded).seen(*masking)
 
     @cute.jit
     def _softmax(
