@@ -15,7 +15,7 @@ import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import dropout
-from cute_attn.layouts.base import BLOCK, CUT, KIND_BITS, NONE
+from cute_attn.layouts.base import BLOCK, BY_ROWS, CUT, KIND_BITS, NONE
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop import fours
 from cute_attn.mainloop.captured import CapturedGradients
@@ -495,10 +495,25 @@ class Scores:
     @cute.jit
     def _see(self, bits: cute.Tensor, origin, kinds):
         bits.fill(0)
+        lower = sum(1 << i * KIND_BITS for i in range(len(self._blocks())))
+        if (kinds & (kinds >> 1) & lower) != 0:
+            self._see_rows(bits, origin, kinds)
         if self._is_inside(origin):
             self._see_blocks(bits, origin, kinds, True)
         else:
             self._see_blocks(bits, origin, kinds, False)
+
+    @cute.jit
+    def _see_rows(self, bits: cute.Tensor, origin, kinds):
+        """Of blocks that are cut by rows, what their first columns show; of all at once, so that what they load is on its way at
+        the same time."""
+        elements, rows = self._elements(origin), cute.size(self.where.zero, mode=[0])
+        for i in cutlass.range_constexpr(len(self._blocks())):
+            by_rows = _kind(kinds, i) == BY_ROWS
+            for r in cutlass.range_constexpr(rows):
+                n = self._blocks()[i][0] * rows + r
+                seen = elements.value(self.problem.expression.mask, r, self._blocks()[i][0])
+                bits[n // 32] = bits[n // 32] | _select(seen & by_rows, Int32(_bit(n)), Int32(0))
 
     @cute.jit
     def _see_blocks(self, bits: cute.Tensor, origin, kinds, inside: cutlass.Constexpr):
@@ -520,6 +535,12 @@ class Scores:
                     for r in range(rows):
                         n = c * rows + r
                         scores[r, c] = _select(bits[n // 32] & Int32(_bit(n)) != 0, scores[r, c], Float32(-Float32.inf))
+            elif kind == BY_ROWS:
+                for r in range(rows):
+                    n = self._blocks()[i][0] * rows + r
+                    seen_by_row = bits[n // 32] & Int32(_bit(n)) != 0
+                    for c in self._blocks()[i]:
+                        scores[r, c] = _select(seen_by_row, scores[r, c], Float32(-Float32.inf))
             elif kind == NONE:
                 for c in self._blocks()[i]:
                     scores[None, c].fill(-Float32.inf)
