@@ -217,7 +217,7 @@ class Forward(Kernel):
         """One warp: the tiles of the block for the others."""
         queue = self._queue(shared, pipes)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.WORK_SLOTS)
-        header = partial(ListedKeys.announced, values, self.config.tile_m) if self.problem.blocks else None
+        header = partial(ListedKeys.announced, values, self.config.tile_m, self.problem, self.config.tile_n) if self.problem.blocks else None
         state, begin = queue.hand_out(tiles, state, header=header)
         if cutlass.const_expr(self.guarded):
             if self._is_done_again(shared, pipes):

@@ -17,6 +17,7 @@ from cutlass import Int32, cute
 from cute_attn.dropout import SIDE
 from cute_attn.layouts.base import BLOCK, HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARP, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
+from cute_attn.mainloop.elements import Elements
 from cute_attn.scheduler import Work
 
 
@@ -140,12 +141,12 @@ class ListedKeys:
     @staticmethod
     def of(values: Values, m_block: Int32) -> ListedKeys:
         entries = values.key_lists[values.sequence, values.head, m_block, None]
-        masked, count, whole_end = [entries[i] for i in range(3)] if values.header is None else values.header
+        masked, count, whole_end = [entries[i] for i in range(3)] if values.header is None else values.header[:3]
         return ListedKeys(entries, values.seqlen_k, Int32(0), count, masked, whole_end)
 
     @staticmethod
     @cute.jit
-    def announced(values: Values, rows: cutlass.Constexpr[int], work: Work):
+    def announced(values: Values, rows: cutlass.Constexpr[int], problem: cutlass.Constexpr, tile_n: cutlass.Constexpr[int], work: Work):
         """A whole warp, ahead of those that take a query tile: the first three words of its list. What they will read of the
         list and of kinds comes to the L1 cache."""
         values, lane = values.of(work), cute.arch.lane_idx()
@@ -158,7 +159,14 @@ class ListedKeys:
             column = (entries[HEADER + last] & TILE_MASK)
             row = work.block * (rows // BLOCK) + lane % (WARP // 2) % (rows // BLOCK)
             kind = kinds[cutlass.min(row, kinds.shape[0] - 1), column]
-            cute.arch.inline_ptx("{ .reg .b32 read; mov.b32 read, {$r0}; }", read_only_args=[Int32(kind)])
+            word = Int32(kind)
+            key = column * BLOCK + lane % (WARP // 2) * (tile_n // (WARP // 2))
+            place = {"kv_idx": key, "q_idx": work.block * rows, "batch": values.sequence, "head": values.head}
+            place["shift"] = values.seqlen_k - values.seqlen_q
+            elements = Elements(problem.expression, values.captured, lambda name, r, c: place[name], {"q_idx"}, "kv_idx")
+            for node in elements._of_columns():
+                word = word ^ Int32(elements.value(node, 0, 0))
+            header = (*header, Int32(cute.arch.vote_any_sync(word == -1)))
         return header
 
     def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> ListedKeys:
