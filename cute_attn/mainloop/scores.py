@@ -358,11 +358,25 @@ class Scores:
             steps.append(lambda c, rise=rise: rise * Float32(ramp.of(along_column) * steps_of[c]))
         return begins, steps
 
-    def started(self, acc: cute.Tensor) -> cute.Tensor | None:
+    @cute.jit
+    def write_ramp(self, into: cute.Tensor, lane: Int32):
+        """One warp: what an accumulator of a head's is :meth:`started` with, in shared memory of the warp's own."""
+        along, n = self.problem.expression.ramp.of("kv_idx"), cute.size(into)
+        cute.arch.sync_warp()  # all have read what was there
+        for i in cutlass.range_constexpr(-(-n // 32)):
+            at = i * 32 + lane
+            if at < n:
+                into[at] = self.values.rise * Float32(along * (at // 4 * 8 + at % 2))
+        cute.arch.sync_warp()
+
+    def started(self, acc: cute.Tensor, ramp=None) -> cute.Tensor | None:
         """An accumulator to which the products are to be added, where a ramp adds to them: what that is more in each column
         than in the first one. Made while there is time, before they are there."""
         if self.problem.expression.ramp is None:
             return None
+        if ramp is not None:
+            cute.autovec_copy(ramp, cute.make_tensor(acc.iterator, cute.make_layout(cute.size(acc))))
+            return acc
         scores, (_, steps) = rows_columns(acc), self._ramp((0, 0))
         for r, c in self._each(scores):
             scores[r, c] = steps[r](c)

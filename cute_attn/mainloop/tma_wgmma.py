@@ -58,6 +58,7 @@ class ForwardShared:
     o: cute.Tensor
     verdict: cute.Tensor | None  # not 0 once an output was not finite
     work: cute.Tensor | None = None
+    ramp: cute.Tensor | None = None  # (values of an accumulator, warp)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class WarpgroupTile:
     keys: KeyTiles
     skipped: Int32
     values: Values
-    loaded: tuple = ()
+    loaded: tuple = ()  # what a mask loads for a thread's rows
+    ramp: cute.Tensor | None = None  # what a ramp starts a thread's accumulators with
 
 
 @dataclass(frozen=True)
@@ -195,13 +197,16 @@ class Forward(Kernel):
             asked=self.hand_over_pipe(smem, 1, 1) if draws else None,
         )
         work = WorkQueue.slots_in(smem) if self.queued else None
+        ramp = None
+        if cutlass.const_expr(self.problem.expression.ramp is not None):
+            ramp = smem.allocate_tensor(Float32, cute.make_layout((config.tile_n // 2, config.mma_warps)), 16)
         verdict = None
         if cutlass.const_expr(self.guarded):
             verdict = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout(1))
             verdict[0] = Int32(0)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return ForwardShared(sQ, sK, sV, sO, verdict, work), pipes
+        return ForwardShared(sQ, sK, sV, sO, verdict, work, ramp), pipes
 
     def _walker(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
         """What gives a warp the tiles of the block, one after another: :meth:`Tiles.each`, or those another finds."""
@@ -353,10 +358,8 @@ class Forward(Kernel):
         keys = KeyTiles.of(values, self.problem, work.block, config)
         if cutlass.const_expr(self.anchored):
             keys = keys.after_a_seen_key(values, self.problem, work.block, config)
-        loaded = ()
-        if cutlass.const_expr(self.problem.blocks):
-            loaded = Scores(me.cS, values, self.problem).loaded_of_rows(block * rows)
-        tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values, loaded)
+        held = self._held(me, shared, values, block * rows)
+        tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values, *held)
         frag = self._fragments(me, shared)
         softmax = Softmax.start(cute.size(frag.rescale), values.exponent(self.problem), fused=True)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
@@ -379,6 +382,17 @@ class Forward(Kernel):
             self.wait_for_store(me.warpgroup)  # O lies over Q
             pipes.q.consumer_release(q_state)
         return q_phase ^ 1, kv_state
+
+    @cute.jit
+    def _held(self, me: ForwardWorker, shared: ForwardShared, values: Values, row_first):
+        """``loaded`` and ``ramp`` of a warpgroup's rows."""
+        scores, loaded, ramp = Scores(me.cS, values, self.problem), (), None
+        if cutlass.const_expr(self.problem.blocks):
+            loaded = scores.loaded_of_rows(row_first)
+        if cutlass.const_expr(shared.ramp is not None):
+            ramp = shared.ramp[None, cute.arch.make_warp_uniform(cute.arch.warp_idx()) - WARPGROUP // 32]
+            scores.write_ramp(ramp, cute.arch.lane_idx())
+        return loaded, ramp
 
     def _worker(self) -> ForwardWorker:
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
@@ -522,7 +536,7 @@ class Forward(Kernel):
 
     def _started(self, me: ForwardWorker, tile: WarpgroupTile):
         """What Q·Kᵀ is to be added to, if anything."""
-        return Scores(me.cS, tile.values, self.problem).started(self.registers("S", self.config.tile_n))
+        return Scores(me.cS, tile.values, self.problem).started(self.registers("S", self.config.tile_n), tile.ramp)
 
     def _scores(self, frag: ForwardFragments, k_state, started):
         """Issue S = Q·Kᵀ; the caller waits."""
