@@ -347,7 +347,9 @@ class Scores:
         first, begins_of = origin[1] + self.where.thread[0, 0][1], lambda row: row
         steps_of = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
         if self.problem.gradients and self.transposed:
-            first, steps_of = origin[1], [column // BLOCK * BLOCK for column in steps_of]
+            # Of a tile's blocks of 32: the one that the thread's columns begin in, of several warps beside each other, and on.
+            first = origin[1] + self.where.thread[0, 0][1] // BLOCK * BLOCK
+            steps_of = [column // BLOCK * BLOCK for column in steps_of]
         elif self.problem.gradients:
             begins_of = lambda row: row // BLOCK * BLOCK  # noqa: E731
         begins, steps = cute.make_rmem_tensor(cute.size(self.where.zero, mode=[0]), Float32), []

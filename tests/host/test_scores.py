@@ -272,19 +272,26 @@ def test_masks_that_are_computed_ahead(origin, monkeypatch):
 
 
 @pytest.mark.parametrize("rises", [False, True])
-@pytest.mark.parametrize("kind", ["forward", "keys of a block", "queries of a block"])
+@pytest.mark.parametrize("kind", ["forward", "keys of a block", "queries of a block", "queries over warps"])
 def test_ramps(kind, rises, monkeypatch):
     """Scores with what their row lacks, and P by a log-sum-exp from which a query's part is off. A maximum that a quad shares
     is the same in all of its threads, whose columns begin elsewhere."""
     largest = 400.0  # of the quad, somewhere else in it
     monkeypatch.setattr(cute.arch, "warp_reduction_max", lambda x, threads_in_group: cute.arch.fmax(x, Float32(largest)))
-    transposed, gradients, sign = kind == "keys of a block", "" if kind == "forward" else "qkv", 1.0 if rises else -1.0
+    over_warps, gradients, sign = kind == "queries over warps", "" if kind == "forward" else "qkv", 1.0 if rises else -1.0
+    transposed = over_warps or kind == "keys of a block"
     slopes = torch.tensor([0.0, 0.0, 0.0, 0.25])
     ramp = lambda score, batch, head, q_idx, kv_idx: score + (3 + q_idx + q_idx - kv_idx) * (sign * slopes[head])  # noqa: E731
     expression, captured = traced(None, ramp, (), None, torch.zeros(2, 4, 4, 8), 4, 2)
     assert not expression.natural
-    problem = Problem("bfloat16", 64, 64, gradients=gradients, expression=expression, bounded_right=True)
-    tiled_mma, shape = _on_tensor_cores(monkeypatch, problem, "tile_m" if gradients else "tile_n")
+    d = 256 if over_warps else 64
+    problem = Problem("bfloat16", d, d, gradients=gradients, expression=expression, bounded_right=True)
+    if over_warps:
+        config = plan(problem, "sm_90a", "cp_async")
+        tiled_mma, shape = partial(layouts.family(config).tiled_mma, "S", config), (config.tile_n, config.step_m)
+    else:
+        tiled_mma, shape = _on_tensor_cores(monkeypatch, problem, "tile_m" if gradients else "tile_n")
+    threads = config.threads if over_warps else 128
     origin, scale_log2 = (128, 128), SCALE * math.log2(math.e)
     rows, columns = torch.arange(shape[0])[:, None] + origin[0], torch.arange(shape[1]) + origin[1]
     q_idx, kv_idx = (x.expand(shape) for x in ((columns, rows) if transposed else (rows, columns)))
@@ -331,7 +338,7 @@ def test_ramps(kind, rises, monkeypatch):
 
     arguments = *map(from_dlpack, (found, begun, given, lse)), tuple(map(from_dlpack, captured))
     compiled = cute.compile(compute, *arguments, Int32(0))
-    for thread in range(128):
+    for thread in range(threads):
         compiled(*arguments, Int32(thread))
     if gradients:
         along = lse.double() if transposed else lse.double()[:, None]
