@@ -15,7 +15,7 @@ import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import dropout
-from cute_attn.layouts.base import BLOCK, BY_ROWS, CUT, KIND_BITS, NONE
+from cute_attn.layouts.base import BLOCK, BY_ROWS, CUT, KIND_BITS, NONE, WARP
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop import fours
 from cute_attn.mainloop.captured import CapturedGradients
@@ -26,6 +26,7 @@ from cute_attn.rules import LN_2, LOG2_E, rational_tanh, softcap_slope, softcap_
 
 PAIRS_AHEAD = 16  # columns
 HELD = 2  # registers for what a mask loads of rows
+SECTOR = 8  # elements of 4 bytes that come to the L1 cache together
 ROWS = 64  # of a tile, or of a warpgroup's part of it, at most where masks are unrolled
 
 
@@ -362,26 +363,23 @@ class Scores:
 
     @cute.jit
     def write_ramp(self, into: cute.Tensor, lane: Int32):
-        """One warp: what an accumulator of a head's is :meth:`started` with, in shared memory of the warp's own."""
+        """One warp: what a warpgroup's accumulators of a head are :meth:`started` with, the same in all of its threads, in shared
+        memory of the warp's own: to load it takes a quarter of the instructions that computing it does."""
         along, n = self.problem.expression.ramp.of("kv_idx"), cute.size(into)
         cute.arch.sync_warp()  # all have read what was there
-        for i in cutlass.range_constexpr(-(-n // 32)):
-            at = i * 32 + lane
+        for i in cutlass.range_constexpr(-(-n // WARP)):
+            at = i * WARP + lane
             if at < n:
+                # Of every eight columns an accumulator has two neighbours, for each of two rows.
                 into[at] = self.values.rise * Float32(along * (at // 4 * 8 + at % 2))
         cute.arch.sync_warp()
 
-    def started(self, acc: cute.Tensor, ramp=None) -> cute.Tensor | None:
+    def started(self, acc: cute.Tensor, ramp: cute.Tensor | None) -> cute.Tensor | None:
         """An accumulator to which the products are to be added, where a ramp adds to them: what that is more in each column
         than in the first one. Made while there is time, before they are there."""
-        if self.problem.expression.ramp is None:
+        if ramp is None:
             return None
-        if ramp is not None:
-            cute.autovec_copy(ramp, cute.make_tensor(acc.iterator, cute.make_layout(cute.size(acc))))
-            return acc
-        scores, (_, steps) = rows_columns(acc), self._ramp((0, 0))
-        for r, c in self._each(scores):
-            scores[r, c] = steps[r](c)
+        cute.autovec_copy(ramp, cute.make_tensor(acc.iterator, cute.make_layout(cute.size(acc))))
         return acc
 
     def _add_ramp(self, scores: cute.Tensor, origin, apart: bool) -> cute.Tensor | None:
@@ -534,8 +532,8 @@ class Scores:
 
     @cute.jit
     def _see_rows(self, bits: cute.Tensor, origin, kinds):
-        """Of blocks that are cut by rows, what their first columns show; of all at once, so that what they load is on its way at
-        the same time."""
+        """Of blocks that are cut by rows, what their first columns show; of all at once, so that what they load is on its way
+        at the same time."""
         elements, rows = self._elements(origin), cute.size(self.where.zero, mode=[0])
         for i in cutlass.range_constexpr(len(self._blocks())):
             by_rows = _kind(kinds, i) == BY_ROWS
@@ -626,6 +624,22 @@ class Scores:
 def _kind(kinds: Int32, i: int) -> Int32:
     """Of the i-th block of :meth:`Scores.kinds`."""
     return (kinds >> i * KIND_BITS) & ((1 << KIND_BITS) - 1)
+
+
+@cute.jit
+def read_ahead(values: Values, problem: cutlass.Constexpr, block: Int32, rows: cutlass.Constexpr, keys: Int32):
+    """A whole warp: bring to the L1 cache what masks of a query tile of so many ``rows`` read of its two tiles of 128 keys at
+    most, of which ``keys`` is the first block, in half of the lanes of one and in the others of the other. Returns a word of no
+    meaning, for which all of it has to be read."""
+    lane, kinds = cute.arch.lane_idx() % (WARP // 2), values.kinds[values.sequence, values.head, None, None]
+    row = cutlass.min(block * (rows // BLOCK) + lane % (rows // BLOCK), kinds.shape[0] - 1)
+    place = {"batch": values.sequence, "head": values.head, "q_idx": block * rows, "shift": values.seqlen_k - values.seqlen_q}
+    place["kv_idx"] = keys * BLOCK + lane * SECTOR
+    elements = Elements(problem.expression, values.captured, lambda name, r, c: place[name], {"q_idx"}, "kv_idx")
+    word = Int32(kinds[row, keys])
+    for node in elements.of_columns():
+        word = word ^ Int32(elements.value(node, 0, 0))
+    return Int32(cute.arch.vote_any_sync(word == -1))
 
 
 def with_rise(values: Values, problem) -> Values:

@@ -24,7 +24,7 @@ from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_noth
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
-from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
+from cute_attn.mainloop.scores import Coordinates, Scores, read_ahead, with_rise
 from cute_attn.mainloop.walk import KeyTiles, ListedKeys, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, key_tile, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
@@ -222,11 +222,18 @@ class Forward(Kernel):
         """One warp: the tiles of the block for the others."""
         queue = self._queue(shared, pipes)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.WORK_SLOTS)
-        header = partial(ListedKeys.announced, values, self.config.tile_m, self.problem, self.config.tile_n) if self.problem.blocks else None
+        header = partial(self._header, values) if self.problem.blocks else None
         state, begin = queue.hand_out(tiles, state, header=header)
         if cutlass.const_expr(self.guarded):
             if self._is_done_again(shared, pipes):
                 queue.hand_out(tiles, state, begin, header)
+
+    @cute.jit
+    def _header(self, values: Values, work: Work):
+        """Of the list of a tile's keys the first three words, and one that stands for what has been read ahead."""
+        values = values.of(work)
+        header, keys = ListedKeys.ahead(values, work.block)
+        return *header, read_ahead(values, self.problem, work.block, self.config.tile_m, keys)
 
     @cute.jit
     def _clear_unused_tiles(self, mO: cute.Tensor, mLSE: LogSumExp, tiles: Tiles):

@@ -17,8 +17,6 @@ from cutlass import Int32, cute
 from cute_attn.dropout import SIDE
 from cute_attn.layouts.base import BLOCK, HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARP, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
-from cute_attn.mainloop.elements import Elements
-from cute_attn.scheduler import Work
 
 
 @dataclass(frozen=True)
@@ -146,28 +144,14 @@ class ListedKeys:
 
     @staticmethod
     @cute.jit
-    def announced(values: Values, rows: cutlass.Constexpr[int], problem: cutlass.Constexpr, tile_n: cutlass.Constexpr[int], work: Work):
-        """A whole warp, ahead of those that take a query tile: the first three words of its list. What they will read of the
-        list and of kinds comes to the L1 cache."""
-        values, lane = values.of(work), cute.arch.lane_idx()
-        entries = values.key_lists[values.sequence, values.head, work.block, None]
+    def ahead(values: Values, m_block: Int32):
+        """A whole warp, ahead of those that take the list: its first three words, and blocks of keys, in half of the lanes its
+        first tile's and in the others its last one's, where most often the cut ones are."""
+        entries, lane = values.key_lists[values.sequence, values.head, m_block, None], cute.arch.lane_idx()
         word = entries[cutlass.min(lane, entries.shape[0] - 1)]
         header = tuple(cute.arch.shuffle_sync(word, i) for i in range(3))
-        if cutlass.const_expr(values.kinds is not None):
-            kinds = values.kinds[values.sequence, values.head, None, None]
-            last = cutlass.max(header[1] - 1, 0) if lane >= WARP // 2 else 0
-            column = (entries[HEADER + last] & TILE_MASK)
-            row = work.block * (rows // BLOCK) + lane % (WARP // 2) % (rows // BLOCK)
-            kind = kinds[cutlass.min(row, kinds.shape[0] - 1), column]
-            word = Int32(kind)
-            key = column * BLOCK + lane % (WARP // 2) * (tile_n // (WARP // 2))
-            place = {"kv_idx": key, "q_idx": work.block * rows, "batch": values.sequence, "head": values.head}
-            place["shift"] = values.seqlen_k - values.seqlen_q
-            elements = Elements(problem.expression, values.captured, lambda name, r, c: place[name], {"q_idx"}, "kv_idx")
-            for node in elements._of_columns():
-                word = word ^ Int32(elements.value(node, 0, 0))
-            header = (*header, Int32(cute.arch.vote_any_sync(word == -1)))
-        return header
+        place = cutlass.max(header[1] - 1, 0) if lane >= WARP // 2 else 0
+        return header, entries[HEADER + place] & TILE_MASK
 
     def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> ListedKeys:
         """The same walk, whose whole tiles come when each row has seen a key."""

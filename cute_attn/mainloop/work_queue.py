@@ -194,8 +194,7 @@ class Taker:
             return self._key_tile(*(cute.arch.make_warp_uniform(held[i]) for i in range(WORK_FIELDS)))
         block, head, head_kv, q_first, q_length, q_capacity, k_first, k_length = (held[i] for i in range(WORK_FIELDS))
         if not self.queue.ragged:
-            header = held[4], held[5], held[6], held[7]
-            return Work(block, head, head_kv, Span(q_first), Span(q_first), header=header)
+            return Work(block, head, head_kv, Span(q_first), Span(q_first), header=tuple(held[i] for i in range(4, 8)))
         sequence = None
         if self.queue.numbered:
             head, head_kv, sequence = head & 0xFFFF, head >> 16, head_kv
