@@ -67,11 +67,6 @@ def used_here(x: Int32) -> Int32:
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
 
 
-def computed_by_now(x: Float32) -> Float32:
-    """``x``, which is computed before what comes next waits."""
-    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x])
-
-
 @cute.jit
 def finite_row(m: cute.Tensor, row: Int32, unroll: cutlass.Constexpr[int] = 1) -> Boolean:
     """Whether a row of ``(rows, columns)`` in global or shared memory is finite."""

@@ -21,7 +21,7 @@ from cute_attn.mainloop import fours
 from cute_attn.mainloop.captured import CapturedGradients
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.elements import Elements
-from cute_attn.mainloop.guard import HIDDEN, computed_by_now
+from cute_attn.mainloop.guard import HIDDEN
 from cute_attn.rules import LN_2, LOG2_E, rational_tanh, softcap_slope, softcap_tanh
 
 PAIRS_AHEAD = 16  # columns
@@ -171,19 +171,7 @@ class Scores:
         """Whether a ramp is added with the scale, which takes no instruction more."""
         return self.transposed and bool(self.problem.gradients) and not self.problem.dropout
 
-    def ramp_begins(self, origin) -> cute.Tensor | None:
-        """What a ramp that is added with the scale adds in the tile's first column to each of a thread's rows, so that it is
-        there when scores are: nothing else is between them and P."""
-        if self.problem.expression.ramp is None or not self._ramp_is_late:
-            return None
-        begins, _ = self._ramp(origin, self.values.scale_log2)
-        for r in range(cute.size(begins)):
-            begins[r] = computed_by_now(begins[r])
-        return begins
-
-    def probabilities(
-        self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None, begins=None
-    ) -> cute.Tensor:
+    def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None) -> cute.Tensor:
         """An accumulator's scores to P in place; returns it, for dV. Where a rule has a slope, to P ∘ the slopes, which is what
         dS takes, and P itself, which is returned, is in ``dtype``. Both at once, since P, its slopes and dP together would take
         more registers than there are. ``lse_raw`` is the log-sum-exp of a thread's queries, in shared memory if transposed.
@@ -200,8 +188,7 @@ class Scores:
         if not self.transposed:
             _probabilities_by_row(scores, lse_raw, scale_log2, softcap)
         elif self.problem.expression.ramp is not None:
-            of_tile, steps = self._ramp(origin, scale_log2)
-            _probabilities_on_ramp(scores, lse_raw, scale_log2, (of_tile if begins is None else begins, steps))
+            _probabilities_on_ramp(scores, lse_raw, scale_log2, self._ramp(origin, scale_log2))
         elif softcap:
             rounded = cute.make_rmem_tensor_like(acc, dtype)
             _capped_probabilities(scores, lse_raw, scale_log2, rows_columns(rounded))

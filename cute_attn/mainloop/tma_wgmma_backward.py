@@ -348,16 +348,10 @@ class Backward(KeyBlocks):
             if visited.count > 0:
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
         i, round = Int32(0), Int32(0)
-        of_head = with_rise(values.of_head(work.head), self.problem)
-        rise = of_head.rise
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             m_block, member = visited.tile(i, round, self.problem)
             tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
-            of_head = values.of_head(work.head + member)
-            if cutlass.const_expr(rise is not None):
-                if (i == 0) & (j > 0):
-                    rise = with_rise(of_head, self.problem).rise
-                of_head = replace(of_head, rise=rise)
+            of_head = with_rise(values.of_head(work.head + member), self.problem)
             state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
             i = i + 1 if i + 1 < visited.count else Int32(0)
             round = round + 1 if i == 0 else round
@@ -452,17 +446,16 @@ class Backward(KeyBlocks):
         scores, kept, hidden = Scores(me.cS, values, self.problem, transposed=True), None, None
         if cutlass.const_expr(self.problem.dropout):
             kept = scores.kept((key_first, m_block * config.tile_m))
-        origin = (key_first, m_block * config.tile_m)
-        begins = scores.ramp_begins(origin)
         flight.wait("S")
         if cutlass.const_expr(config.overlap_tiles):
             if follows:
                 self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
         if cutlass.const_expr(hides is not None):
             hidden = hides, of_keys(mma_S, me.thread, shared.hidden[None, me.warpgroup], config.tile_m)
+        origin = (key_first, m_block * config.tile_m)
         scores.apply_rules(acc_S, origin, masked, hidden)
         lse_raw = of_columns(mma_S, me.thread, shared.lse[None, stage])
-        P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept, begins)
+        P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
         tVrdO, steps, early = frag.tVrdO[None, None, None, stage], cute.size(rP, mode=[2]), 0
