@@ -92,9 +92,8 @@ class Classify:
         """Of each of a thread's rows whether it sees some of its columns, and whether all of them, in one of the warp's
         blocks."""
         rows, columns = (range(BLOCK // side) for side in (self.down, self.ACROSS))
-        seen = [
-            [elements.value(self.problem.expression.mask, i * len(rows) + r, j * len(columns) + c) for c in columns] for r in rows
-        ]
+        at = lambda r, c: (i * len(rows) + r, j * len(columns) + c)  # noqa: E731
+        seen = [[elements.value(self.problem.expression.mask, *at(r, c)) for c in columns] for r in rows]
         return [reduce(or_, row) for row in seen], [reduce(and_, row) for row in seen]
 
     def _is_by_rows(self, some, every):

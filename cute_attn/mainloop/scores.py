@@ -350,8 +350,8 @@ class Scores:
 
     @cute.jit
     def write_ramp(self, into: cute.Tensor, lane: Int32):
-        """One warp: what a warpgroup's accumulators of a head are :meth:`started` with, the same in all of its threads, in shared
-        memory of the warp's own: to load it takes a quarter of the instructions that computing it does."""
+        """One warp: what a warpgroup's accumulators of a head are :meth:`started` with, the same in all of its threads, in
+        shared memory of the warp's own: to load it takes a quarter of the instructions that computing it does."""
         along, n = self.problem.expression.ramp.of("kv_idx"), cute.size(into)
         cute.arch.sync_warp()  # all have read what was there
         for i in cutlass.range_constexpr(-(-n // WARP)):
