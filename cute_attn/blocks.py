@@ -57,7 +57,10 @@ _COLOURS = {CUT: "#9ecae1", WHOLE: "#08519c"}
 
 class BlockMask:
     """What :func:`block_mask` returns: ``kinds``, uint8 ``(batch, heads, ⌈seqlen_q / 32⌉, ⌈seqlen_k / 32⌉)``, and lengths. It
-    can be pickled, saved by ``torch.save``, moved by :meth:`to` and used for every call of these lengths."""
+    can be pickled, saved by ``torch.save``, moved by :meth:`to` and used for every call of these lengths.
+
+    A kind is 0 where no query of a block sees any of its keys, 2 where each sees all, else 1, or 3 where each sees all or
+    none."""
 
     def __init__(self, kinds: torch.Tensor, seqlen_q: int, seqlen_k: int):
         self.kinds, self.seqlen_q, self.seqlen_k = kinds, seqlen_q, seqlen_k
