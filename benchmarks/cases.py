@@ -6,7 +6,7 @@ import itertools
 import random
 from dataclasses import asdict, dataclass, replace
 
-DIRECTIONS = ("forward", "backward", "both")
+DIRECTIONS = ("forward", "recorded", "backward", "both")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}  # float64 is the oracle's: nothing says how far one may be off
 
 
@@ -17,7 +17,7 @@ class Case:
     ``window`` is ``(left, right)`` in keys to either side of a query's aligned position, −1 for an unbounded side; the
     last query is aligned with the last key. ``packed`` are the lengths of sequences that lie one after another, queries and
     keys alike: of the one batch element, whose length is their sum. ``direction`` is what is timed: the forward pass, the
-    backward pass alone, or ``both``, one after the other.
+    same where gradients are recorded, the backward pass alone, or ``both``, one after the other.
     """
 
     batch: int
@@ -52,6 +52,11 @@ class Case:
                 f"packed sequences have {sum(self.packed)} rows in all, and the case has {self.batch} times {self.seqlen_q} "
                 f"queries and {self.seqlen_k} keys; once as many of both are needed"
             )
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether there are some among what is computed."""
+        return self.direction in ("backward", "both")
 
     @property
     def edges(self) -> tuple[int | None, int | None]:
@@ -200,16 +205,18 @@ def cases_of(suite: str, directions: tuple[str, ...], smaller: int = 1) -> list[
 
 # Small tensors: the device is done long before the host has queued the next call.
 HOST_CASE = Case(batch=1, seqlen_q=128, seqlen_k=128, heads=4, heads_kv=4, head_dim=64, head_dim_v=64, causal=True)
+RAGGED_HOST_CASE = replace(HOST_CASE, packed=(64, 64))
 # Four times the length is four times the memory, and sixteen times where a score matrix is kept.
 MEMORY_CASES = Grid(head_dims=(128,), causal=(True,), seqlens=(16384, 65536), batch=1)
 
 
 def single_cases(kind: str, directions: tuple[str, ...]) -> list[Case]:
-    """The cases of a kind that measures no grid: a call with gradients is one with the backward pass in it."""
+    """The cases of a kind that measures no grid. The host's cost of a call with gradients is that of each pass, and of both."""
     if kind == "memory":
         return replace(MEMORY_CASES, directions=directions).cases()
-    if kind == "host" and directions != ("forward",):
-        return [HOST_CASE, replace(HOST_CASE, direction="both")]
+    if kind == "host":
+        found = ("forward",) if directions == ("forward",) else DIRECTIONS
+        return [*(replace(HOST_CASE, direction=direction) for direction in found), RAGGED_HOST_CASE]
     return [HOST_CASE]
 
 

@@ -50,7 +50,7 @@ def make_inputs(case: Case, device: str, seed: int) -> Inputs:
         gaussian(case.seqlen_q, case.heads, case.head_dim),
         gaussian(case.seqlen_k, case.heads_kv, case.head_dim),
         gaussian(case.seqlen_k, case.heads_kv, case.head_dim_v),
-        None if case.direction == "forward" else gaussian(case.seqlen_q, case.heads, case.head_dim_v),
+        gaussian(case.seqlen_q, case.heads, case.head_dim_v) if case.has_gradients else None,
     )
 
 
@@ -108,7 +108,7 @@ class Judge:
                 group = case.heads // case.heads_kv
                 head = head_kv * group + int(torch.randint(group, (), generator=draw))
                 self._expect_output(inputs, batch, head, self._rows(draw).to(inputs.q.device))
-        if case.direction != "forward":
+        if case.has_gradients:
             for batch, head_kv in self._pairs(GRADIENT_PAIRS, draw):
                 self._expect_gradients(inputs, batch, head_kv)
 

@@ -151,10 +151,11 @@ def sustained(record: Record, direction: str = "forward") -> str:
 
 
 def host(record: Record) -> str:
-    """Microseconds of host time for an eager call, and for one with its backward pass where that was measured."""
+    """Microseconds of host time for an eager call: without gradients, where they are recorded, the backward pass, a call with
+    its backward pass, and one of packed sequences, as far as these were measured."""
     cells = record.of_kind("host")
-    titles = {"forward": "µs a call", "both": "µs a call with its backward pass"}
-    lines = _header(["peer", *(titles[cell.case.direction] for cell in cells)])
+    titles = {"forward": "µs a call", "recorded": "with gradients", "backward": "backward", "both": "with its backward pass"}
+    lines = _header(["peer", *("packed" if cell.case.packed else titles[cell.case.direction] for cell in cells)])
     for peer in record.peer_names(cells):
         found = [cell.results.get(peer) for cell in cells]
         lines.append(_row([peer, *(f"{m.seconds * 1e6:.1f}" if m and m.ok and m.seconds else "" for m in found)]))

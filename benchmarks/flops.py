@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from benchmarks.cases import DTYPE_BYTES, Case
 
-DIRECTION_FACTOR = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+DIRECTION_FACTOR = {"forward": 1.0, "recorded": 1.0, "backward": 2.5, "both": 3.5}
 
 
 def pairs(case: Case) -> float:
@@ -57,4 +57,5 @@ def bytes_moved(case: Case) -> int:
     lse = case.batch * case.heads * case.seqlen_q * 4
     forward = q + k + v + o
     backward = (q + k + v + o + o + lse) + (q + k + v)
-    return {"forward": forward, "backward": backward, "both": forward + lse + backward}[case.direction]
+    recorded = forward + lse
+    return {"forward": forward, "recorded": recorded, "backward": backward, "both": recorded + backward}[case.direction]

@@ -315,6 +315,9 @@ class Step:
             return
         leaves = tuple(x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
         attend = peer.build(case, *leaves)
+        if case.direction == "recorded":
+            self.call = attend
+            return
         dout = peer.to_bshd(inputs.dout)
         if case.direction == "both":
             self.call = lambda: (out := attend(), *torch.autograd.grad(out, leaves, dout))
@@ -326,7 +329,7 @@ class Step:
 
     def outputs(self, result: Any) -> dict[str, Any]:
         """The result's tensors by name, each ``(batch, seqlen, heads, head_dim)``."""
-        if self._case.direction == "forward":
+        if not self._case.has_gradients:
             return {"out": self._peer.to_bshd(result)}
         names = ("dq", "dk", "dv") if self._case.direction == "backward" else ("out", "dq", "dk", "dv")
         named = dict(zip(names, result, strict=True))
@@ -340,7 +343,7 @@ class Step:
         case, dtype = self._case, getattr(torch, self._case.dtype)
         queries, keys = (case.batch, case.seqlen_q, case.heads), (case.batch, case.seqlen_k, case.heads_kv)
         shapes = [((*queries, case.head_dim_v), dtype)]
-        if case.direction != "forward":
+        if case.has_gradients:
             gradients = ((*queries, case.head_dim), (*keys, case.head_dim), (*keys, case.head_dim_v))
             shapes += [*((shape, dtype) for shape in gradients), (gradients[0], torch.float32)]
         poisoned = [torch.full(shape, math.nan, dtype=kind, device=self._device) for shape, kind in shapes]

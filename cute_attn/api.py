@@ -27,7 +27,7 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _ON_GPU = frozenset({"auto", "cute"})
 _NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
-_kept: dict[tuple, Any] = {}  # a Call, or, of ragged sequences, what one is made of
+_kept: dict[tuple | None, Any] = {}  # a Call, or, of ragged sequences, what one is made of
 LEAST_SCALE_OF_RAMPS = 2.0**-40  # they are divided by the scale, and must stay far from infinity
 KEPT_MAX = 1024  # calls; each of another shape or rule
 _UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
@@ -151,7 +151,7 @@ def attention(
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     ragged = not (seqused_q is seqused_k is None)
     if ragged:
-        plain = plain and _are_plain(seqused_q, seqused_k)
+        plain = plain and _are_plain((seqused_q, seqused_k))
     if not plain and (handle := wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)):
         if block_mask is not None:
             _refuse_ragged_blocks()
@@ -162,11 +162,11 @@ def attention(
         if ragged:
             others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
         return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
-    if extras is None and plain and not ragged and block_mask is None:
-        call = _kept_call(q, k, v, scale, causal, window, softcap)
-        if call.plans is not None and _are_kernels(return_lse, deterministic, backend, mechanism):
-            out, lse = _by_kernels(q, k, v, call, return_lse, deterministic, mechanism)
-            return (out, lse) if return_lse else out
+    kept = extras is None and plain and _are_kernels(return_lse, deterministic, backend, mechanism)
+    if kept and not ragged and block_mask is None:
+        call = _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism)
+        if call.plans is not None:
+            return _by_kernels(q, k, v, call, return_lse, mechanism)
     else:
         call = check_call(q, k, v, scale, causal, window, softcap)
     if block_mask is not None:
@@ -206,45 +206,53 @@ def _are_kernels(return_lse, deterministic, backend, mechanism) -> bool:
     return usual and type(backend) is str and backend in _ON_GPU
 
 
-def _kept_call(q, k, v, scale, causal, window, softcap, heads_first: bool = False) -> Call:
+def _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism, heads_first=False) -> Call:
     """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, of q's dtype and device, with the same
-    rules, so that these are checked and planned once. The dtypes and devices of k and v the launcher looks at."""
-    key = _key(q, k, v, scale, causal, window, softcap, heads_first)
-    call = None if key is None else _kept.get(key)
+    rules, and by the same kernels, so that these are checked and planned once. The dtypes and devices of k and v the launcher
+    looks at."""
+    how = return_lse, mechanism, deterministic or torch.are_deterministic_algorithms_enabled(), heads_first
+    key = _key(q, k, v, scale, causal, window, softcap, how)
+    call = _kept.get(key)
     if call is None:
         call = check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
         if key is not None:
-            call.plans = {}
+            call.plans, call.kept_for, call.passes = {}, (q.device, q.dtype), launch.passes(*how[:3])
             _keep(key, call)
     return call
 
 
-def _kept_call_of_lengths(q, k, v, lengths: tuple, *rules) -> Call:
+def _kept_call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softcap, how: tuple) -> Call:
     """The same of ragged sequences, as many of them: a call of its own, which has its lengths, with the plans of all alike. The
     lengths' dtypes and devices the launcher looks at, too."""
-    key = _key(q, k, v, *rules, *(None if x is None else x.numel() for x in lengths))
+    first, second, used_q, used_k = lengths  # a loop takes twice as long
+    of_used = None if used_q is None else used_q.numel(), None if used_k is None else used_k.numel()
+    sizes = None if first is None else first.numel(), None if second is None else second.numel(), of_used
+    key = _key(q, k, v, scale, causal, window, softcap, (how, sizes))
     kept = None if key is None else _kept.get(key)
     if kept is not None:
         make, count = kept
         return make(lengths=Lengths(count, lengths))
-    call = _call_of_lengths(q, k, v, lengths, *rules)
+    call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
     if key is not None and call.lengths is not None and not are_checked():
-        sizes = call.batch, call.heads, call.heads_kv, call.seqlen_q, call.seqlen_k, call.head_dim, call.head_dim_v
-        call.plans = {}
-        make = partial(Call, *sizes, call.scale, call.left, call.right, call.softcap, plans=call.plans)
+        shape = call.batch, call.heads, call.heads_kv, call.seqlen_q, call.seqlen_k, call.head_dim, call.head_dim_v
+        call.plans, call.kept_for = {}, (q.device, q.dtype)
+        call.passes = launch.passes(*how)
+        rules = call.scale, call.left, call.right, call.softcap
+        make = partial(Call, *shape, *rules, plans=call.plans, kept_for=call.kept_for, passes=call.passes)
         _keep(key, (make, call.lengths.count))
     return call
 
 
-def _key(q, k, v, scale, causal, window, softcap, *more) -> tuple | None:
+def _key(q, k, v, scale, causal, window, softcap, more: tuple) -> tuple | None:
     """What an eager call on CUDA tensors is known by; None of any other, and where that can't be told at first sight."""
-    usual = q.is_cuda and type(causal) is bool and are_usual_kinds(scale, window, softcap)
+    unruled = scale is window is softcap is None or are_usual_kinds(scale, window, softcap)
+    usual = q.is_cuda and type(causal) is bool and unruled
+    if not usual or is_compiling() or dispatch_modes():
+        return None
     try:
-        if usual and not (is_compiling() or dispatch_modes()):
-            return q.shape, k.shape, v.shape, q.dtype, q.get_device(), scale, causal, window, softcap, *more
+        return q.shape, k.shape, v.shape, q.dtype, q.get_device(), scale, causal, window, softcap, more
     except RuntimeError:  # a strided nested tensor
         return None
-    return None
 
 
 def _keep(key: tuple, kept: Call | tuple) -> None:
@@ -263,16 +271,18 @@ def attention_heads_first(q, k, v, scale: float | None, causal: bool) -> torch.T
     """:func:`attention` by the kernels, of ``(batch, heads, seqlen, head_dim)``; the output is such a view of memory in which
     heads come after seqlen, and so are gradients. For eager calls of torch's own CUDA tensors, out of any transform, which
     spares them the views."""
-    return _by_kernels(q, k, v, _kept_call(q, k, v, scale, causal, None, None, heads_first=True), False, False, None)[0]
+    call = _kept_call(q, k, v, scale, causal, None, None, False, False, None, heads_first=True)
+    return _by_kernels(q, k, v, call, False, None)
 
 
-def _by_kernels(q, k, v, call: Call, return_lse: bool, deterministic: bool, mechanism: str | None):
-    """``(out, lse)`` of a checked eager call of torch's own CUDA tensors without captured ones, out of any transform."""
+def _by_kernels(q, k, v, call: Call, return_lse: bool, mechanism: str | None):
+    """What a kept call returns, of torch's own CUDA tensors without captured ones, out of any transform."""
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return differentiable(q, k, v, call, *launch.passes(return_lse, mechanism, deterministic))
-    return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
+        return differentiable(q, k, v, call)
+    out, lse, _ = launch.forward(call, mechanism, return_lse, False, q, k, v)
+    return (out, lse) if return_lse else out
 
 
 def attention_varlen(
@@ -333,7 +343,7 @@ def attention_varlen(
     extras = extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
-    plain = _are_plain(q, k, v, *lengths) and not transformed
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed and _are_plain(lengths)
     if not plain and (handle := wrapped.handler(q, k, v, **(named := dict(zip(NAMES, lengths, strict=True))))):
         rules: dict = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         if extras is not None:
@@ -343,11 +353,11 @@ def attention_varlen(
     if cu_seqlens_q is None:
         check_call(q, k, v, scale, causal, window, softcap, packed=True)
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
-    if extras is None and plain:
-        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
-        if call.plans is not None and _are_kernels(return_lse, deterministic, backend, mechanism):
-            out, lse = _by_kernels(q, k, v, call, return_lse, deterministic, mechanism)
-            return (out, lse) if return_lse else out
+    if extras is None and plain and _are_kernels(return_lse, deterministic, backend, mechanism):
+        by = return_lse, mechanism, deterministic or torch.are_deterministic_algorithms_enabled()
+        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, by)
+        if call.plans is not None:
+            return _by_kernels(q, k, v, call, return_lse, mechanism)
     else:
         call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
     if extras is not None:
@@ -439,7 +449,7 @@ def _extras_of(handle: Callable, extras: tuple) -> dict:
     return dict(zip(names, extras, strict=True))
 
 
-def _are_plain(*tensors) -> bool:
+def _are_plain(tensors: tuple) -> bool:
     return _PLAIN_OR_NONE.issuperset(map(type, tensors))
 
 
@@ -470,9 +480,10 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     if call.lengths is not None:
         call.lengths.check_values((call.seqlen_q, call.seqlen_k))
     if differentiated:
-        passes = reference.PASSES if on_reference else launch.passes(return_lse, mechanism, deterministic)
+        call.passes = reference.PASSES if on_reference else launch.passes(return_lse, mechanism, deterministic)
         _check_captured(call, on_reference, deterministic)
-        return Attention.apply(q, k, v, call, *passes, *others)
+        found = Attention.apply(q, k, v, call, *others)
+        return found if type(found) is tuple else (found, None)
     if on_reference:
         return reference.attention(q, k, v, call)[:2]
     return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]

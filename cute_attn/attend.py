@@ -11,6 +11,7 @@ from cutlass import Int32, cute
 from cute_attn.balance import CachedKeys
 from cute_attn.fields import ATTEND, named
 from cute_attn.forward import captured_of
+from cute_attn.layouts.mma_sync_cache import columns_written
 from cute_attn.mainloop.common import Values
 
 
@@ -29,7 +30,7 @@ def host_function(problem, config):
         numbers = given.scale_log2, given.scale_by_cap
         values = Values(nowhere, nowhere, nowhere, nowhere, *numbers, captured_of(problem, given))
         outputs = mainloop.Outputs(out, lse, given.sinks)
-        sizes = given.counters, given.places, given.rows_kept, problem.head_dim_v
+        sizes = given.counters, given.places, given.rows_kept, columns_written(problem.head_dim_v)
         workspace = mainloop.Workspace.of(given.workspace, *sizes)
         kernel.launch(q, given.k_cache, given.v_cache, outputs, values, keys, workspace, given.blocks, given.stream)
 

@@ -20,30 +20,34 @@ _NEEDS = {needed: "".join(compress("qkv", needed)) for needed in product((False,
 
 
 class Attention(torch.autograd.Function):
-    """``(out, lse)`` of q, k, v, both of them differentiable; ``others`` are the call's sinks and captured tensors.
+    """``(out, lse)`` of q, k, v, both of them differentiable, or out alone where nobody asked for the other; ``others`` are the
+    call's sinks and captured tensors.
 
-    ``forward(q, k, v, call)`` returns ``(out, lse, kept)``, where lse may be None if nobody asked for it, and ``kept`` is each
-    row's log-sum-exp once more, in the form in which the backend's backward pass uses it: taken there from another, it would
-    be off by a rounding, which large scores turn into probabilities above 1. ``gradients(q, k, v, out, kept, dout, dlse, call,
-    needs)`` returns ``(dq, dk, dv, *dothers)``, None for what the string ``needs``, part of ``"qkv"``, does not name, and for
-    others that require none; without others it may leave these out. ``dlse`` is None
-    where the log-sum-exp was not used; ``dout`` has the dtype of ``out`` and any strides. Needed is what has
+    ``call.passes`` are two functions. ``forward(q, k, v, call)`` returns ``(out, lse, kept)``, where lse may be None if nobody
+    asked for it, and ``kept`` is each row's log-sum-exp once more, in the form in which the backend's backward pass uses it:
+    taken there from another, it would be off by a rounding, which large scores turn into probabilities above 1.
+    ``gradients(q, k, v, out, kept, dout, dlse, call, needs)`` returns ``(dq, dk, dv, *dothers)``, None for what the string
+    ``needs``, part of ``"qkv"``, does not name, and for others that require none; without others it may leave these out.
+    ``dlse`` is None where the log-sum-exp was not used; ``dout`` has the dtype of ``out`` and any strides. Needed is what has
     ``requires_grad``: torch doesn't tell which of these inputs ``torch.autograd.grad`` was asked for.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, call: Call, forward: Callable, gradients: Callable, *others):  # type: ignore[override]
-        out, lse, kept = forward(q, k, v, call)
-        if call.lengths is None:
-            keep(ctx, q, k, v, out, kept, *others)
-        else:
-            keep(ctx, q, k, v, out, kept, *call.lengths.tensors, *others)
+    def forward(ctx, q, k, v, call: Call, *others):  # type: ignore[override]
+        assert call.passes is not None
+        out, lse, kept = call.passes[0](q, k, v, call)
+        lengths = () if call.lengths is None else call.lengths.tensors
+        if call.plans is None:
+            keep(ctx, q, k, v, out, kept, *lengths, *others)
+        else:  # what comes back otherwise, those notice who compute
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(q, k, v, out, kept, *lengths)
         call.packs = True  # an operator's results are memory of their own; these needn't be
-        ctx.call, ctx.gradients = call, gradients
-        return out, lse
+        ctx.call = call
+        return out if lse is None else (out, lse)
 
     @staticmethod
-    def backward(ctx, dout, dlse):  # type: ignore[override]
+    def backward(ctx, dout, dlse=None):  # type: ignore[override]
         arguments = arguments_of_gradients(ctx, dout, dlse)
         if arguments is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -59,33 +63,38 @@ class Attention(torch.autograd.Function):
         compute: Callable = _Gradients.apply
         if not torch.is_grad_enabled():  # nobody can differentiate once more, and the function's own cost is spared
             compute, arguments = computed, (ctx, *arguments)
-        dq, dk, dv, *dothers = compute(*arguments, call, ctx.gradients)
-        return dq, dk, dv, None, None, None, *dothers
+        dq, dk, dv, *dothers = compute(*arguments, call, call.passes[1])
+        return dq, dk, dv, None, *dothers
 
 
 # Attention.apply without torch's look for transforms of torch.func: for calls that are in none.
 differentiable = super(torch.autograd.Function, Attention).apply
 
 
-def keep(ctx, *tensors) -> None:
-    """What :func:`arguments_of_gradients` will need: q, k, v, out, kept, and the lengths of ragged sequences, which torch then
-    knows not to be changed in place."""
+def keep(ctx, q, k, v, out, kept, *lengths) -> None:
+    """What :func:`arguments_of_gradients` will need: these, and of ragged sequences the lengths, which torch then knows not to
+    be changed in place."""
     ctx.set_materialize_grads(False)  # an output that nobody used has None for its gradient, not a tensor of zeros
-    ctx.save_for_backward(*tensors)
-    ctx.were = tensors[0].device, [x if x is None else x.dtype for x in tensors]
+    ctx.save_for_backward(q, k, v, out, kept, *lengths)
+    dtype = q.dtype  # and k's, v's and out's
+    ctx.were = q.device, (dtype, dtype, dtype, dtype, kept.dtype, *[x if x is None else x.dtype for x in lengths])
 
 
 def arguments_of_gradients(ctx, dout, dlse) -> Any:
     """``(q, k, v, out, kept, dout, dlse, needs, *lengths)``, or None where no gradient is needed or all are zeros."""
-    needed, (device, dtypes) = ctx.needs_input_grad, ctx.were
+    needed = ctx.needs_input_grad
     if not any(needed) or (dout is None and dlse is None):
         return None
+    saved = ctx.saved_tensors
+    if (were := getattr(ctx, "were", None)) is not None:
+        # Hooks that offload or compress what is saved may bring it back elsewhere, or as something else.
+        device, dtypes = were
+        saved = [
+            x if x is None or (x.dtype is dtype and x.device == device) else x.to(device, dtype)
+            for x, dtype in zip(saved, dtypes, strict=True)
+        ]
+    q, k, v, out, kept, *lengths = saved
     needs = _NEEDS[needed[:3]]
-    # Hooks that offload or compress what is saved may bring it back elsewhere, or as something else.
-    q, k, v, out, kept, *lengths = [
-        x if x is None or (x.dtype is dtype and x.device == device) else x.to(device, dtype)
-        for x, dtype in zip(ctx.saved_tensors, dtypes, strict=True)
-    ]
     dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
     return q, k, v, out, kept, torch.zeros_like(out) if dout is None else dout, dlse, needs, *lengths
 

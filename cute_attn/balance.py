@@ -30,7 +30,7 @@ from cutlass import Boolean, Int32, cute
 from cute_attn.layouts.base import WARP
 from cute_attn.stored import UNITS_MAX, unit_tiles
 
-COUNTED = 4  # warps' worth of sequences whose lengths are on their way at the same time
+COUNTED = 4  # sequences of a lane, whose lengths are on their way at the same time
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,24 @@ class CachedKeys:
         """How many a sequence has."""
         return sequence.row_tiles * self.heads_kv
 
-    def place(self, sequence_number, row):
-        """``(element or page of the cache, row there)`` of a row of a sequence, inside the cache whatever the table says."""
+    def named_place(self, sequence_number, row):
+        """``(element or page of the cache, row there)`` of a row of a sequence, as the table says."""
         if self.page_table is not None:
             place, row = divided(row, self.page_size)
-            page = self.page_table[sequence_number, place]
-            return cutlass.min(cutlass.max(page, 0), self.elements - 1), row
+            return self.page_table[sequence_number, place], row
         if self.cache_batch_idx is not None:
-            return cutlass.min(cutlass.max(self.cache_batch_idx[sequence_number], 0), self.elements - 1), row
+            return self.cache_batch_idx[sequence_number], row
         return sequence_number, row
+
+    def inside(self, named: tuple) -> tuple:
+        """A place in the cache, whatever the table says."""
+        if self.page_table is None and self.cache_batch_idx is None:
+            return named
+        return cutlass.min(cutlass.max(named[0], 0), self.elements - 1), named[1]
+
+    def place(self, sequence_number, row) -> tuple:
+        """Where a row of a sequence is."""
+        return self.inside(self.named_place(sequence_number, row))
 
     @cute.jit
     def _tiles(self, i):
@@ -162,10 +171,11 @@ class CachedKeys:
 
     @cute.jit
     def tiles_of_lanes(self, first):
-        """A whole warp: ``(tiles of the sequence first + lane, those of all sequences from first up to it)``."""
+        """A whole warp, of which each lane has :data:`COUNTED` sequences, one after another from ``first`` on: ``(tiles of each
+        of them, those of all sequences from first up to the lane's last)``."""
         lane = cute.arch.lane_idx()
-        mine = self._tiles(first + lane)
-        passed = mine
+        mine = tuple(self._tiles(first + lane * COUNTED + j) for j in range(COUNTED))  # loads on their way at the same time
+        passed = sum(mine)
         for step in (1, 2, 4, 8, 16):
             lower = cute.arch.shuffle_sync_up(passed, step)
             passed = passed + lower * cutlass.min(lane // step, 1)
@@ -174,17 +184,10 @@ class CachedKeys:
     @cute.jit
     def all_tiles(self):
         """A whole warp: ``(how many tiles there are, tiles_of_lanes(0))``, for :meth:`find`."""
-        lane, more = cute.arch.lane_idx(), Int32(0)
-        for i in cutlass.range_constexpr(1, COUNTED):
-            more += self._tiles(i * WARP + lane)
         lanes = self.tiles_of_lanes(Int32(0))
         total = cute.arch.shuffle_sync(lanes[1], WARP - 1)
-        if self.all_sequences > WARP:
-            for first in cutlass.range(COUNTED * WARP, self.all_sequences, WARP, unroll=1):
-                more += self._tiles(first + lane)
-            for step in (1, 2, 4, 8, 16):
-                more += cute.arch.shuffle_sync_bfly(more, step)
-            total += more
+        for first in cutlass.range(COUNTED * WARP, self.all_sequences, COUNTED * WARP, unroll=1):
+            total += cute.arch.shuffle_sync(self.tiles_of_lanes(first)[1], WARP - 1)
         return total, lanes
 
     @cute.jit
@@ -199,10 +202,16 @@ class CachedKeys:
             if tile < before + total:
                 found = Boolean(True)
                 owner = cute.arch.popc(cute.arch.vote_ballot_sync(tile >= before + passed))
-                number = first + owner
-                before = before + cute.arch.shuffle_sync(passed - mine, owner)
+                begin = before + passed - sum(mine)
+                mine_before, skipped = begin, 0  # of a lane's sequences; the owner's count
+                for tiles in mine[:-1]:
+                    begin = begin + tiles
+                    past = cutlass.min(cutlass.max(tile + 1 - begin, 0), 1)
+                    mine_before, skipped = mine_before + past * tiles, skipped + past
+                number = first + owner * COUNTED + cute.arch.shuffle_sync(skipped, owner)
+                before = cute.arch.shuffle_sync(mine_before, owner)
             else:
-                first, before = first + WARP, before + total
+                first, before = first + COUNTED * WARP, before + total
                 mine, passed = self.tiles_of_lanes(first)
         return number, before
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from cute_attn import cache, layouts, sources
 from cute_attn.cache import cache_dir
-from cute_attn.fields import APPEND, ATTEND, BACKWARD, CLASSIFY, FORWARD, MERGE, Field
+from cute_attn.fields import APPEND, ATTEND, BACKWARD, CLASSIFY, FORWARD, MERGE, Fields
 from cute_attn.layouts.base import Config
 from cute_attn.problem import Problem
 
@@ -57,7 +57,7 @@ def compile_only(problem: Problem, config: Config, options: str = ""):
     return dsl.compile(host.host_function(problem, config), *arguments, options=options)
 
 
-def _host_of(problem: Problem) -> tuple[str, tuple[Field, ...]]:
+def _host_of(problem: Problem) -> tuple[str, Fields]:
     """The module of a problem's host function, and the fields that it takes."""
     if problem.merges:
         return "merge", MERGE

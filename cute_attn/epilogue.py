@@ -64,6 +64,39 @@ def store_zeros(m: cute.Tensor, block: Int32, shape: cutlass.Constexpr[tuple]):
             cute.autovec_copy(zeros, vector_at(m, r, piece))
 
 
+@cute.jit
+def store_vectors(m: cute.Tensor, length, first, where: cute.Tensor, acc: cute.Tensor):
+    """An accumulator (rows, columns) of whole warps, rounded, to a tensor ``(rows, columns)`` in global memory, of which
+    ``length`` rows are written, from row ``first`` on. ``where`` is the (row, column) of what the thread holds. Four neighbours
+    have 8 columns of an MMA together, and exchange those of four MMAs: each stores 16 bytes, all of them 64."""
+    lane = cute.arch.lane_idx()
+    odd, late = lane % 2 != 0, lane % 4 >= 2
+    for r in cutlass.range_constexpr(cute.size(acc, mode=[0])):
+        row = first + where[r, 0][0]
+        for c in cutlass.range_constexpr(0, cute.size(acc, mode=[1]), 8):
+            held = cute.make_rmem_tensor(8, m.element_type)
+            for i in cutlass.range_constexpr(8):
+                held[i] = acc[r, c + i].to(m.element_type)
+            words = cute.recast_tensor(held, Int32)
+            w = [words[i] for i in range(4)]
+            for a in (0, 2):
+                theirs = cute.arch.shuffle_sync_bfly(_select(odd, w[a], w[a + 1]), 1)
+                w[a], w[a + 1] = _select(odd, theirs, w[a]), _select(odd, w[a + 1], theirs)
+            for a in (0, 1):
+                theirs = cute.arch.shuffle_sync_bfly(_select(late, w[a], w[a + 2]), 2)
+                w[a], w[a + 2] = _select(late, theirs, w[a]), _select(late, w[a + 2], theirs)
+            for i in cutlass.range_constexpr(4):
+                words[i] = w[i]
+            column = where[r, c][1] + lane % 4 * 6  # of the MMA with the thread's number among the four
+            if row < length and column < m.shape[1]:
+                cute.autovec_copy(held, vector_at(m, row, column // VECTOR))
+
+
+@cute.jit
+def _select(condition, x, y):
+    return x if condition else y
+
+
 def converted(acc: cute.Tensor, dtype) -> cute.Tensor:
     """A copy of an fp32 fragment in the output's dtype, in the same layout."""
     out = cute.make_rmem_tensor_like(acc, dtype)

@@ -7,7 +7,7 @@ hasn't is ``None``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -34,6 +34,9 @@ class Field(NamedTuple):
     asked: Callable[[Problem, Config], bool] = lambda problem, config: True
 
 
+Fields = tuple["Field | tuple[Field, ...]", ...]
+
+
 def _given(name: str) -> Field:
     return Field(name, "words", lambda problem, config: name in problem.ragged.split())
 
@@ -56,6 +59,13 @@ def counts_tiles(problem: Problem, config: Config) -> bool:
     return has_sums(problem, config) and (problem.deterministic or layouts.family(config).FIRST_STORES)
 
 
+def has_signals(problem: Problem, config: Config) -> bool:
+    """Whether the kernels and their blocks tell one another something: that keys or rows are masked, who has added to dQ, and,
+    where a kernel each draws tickets, which tiles of ragged sequences have been drawn."""
+    draws = bool(problem.ragged) and not layouts.family(config).pieces(config)
+    return problem.masked or counts_tiles(problem, config) or draws
+
+
 def _is_listed(problem: Problem, config: Config) -> bool:
     return problem.blocks == "listed"
 
@@ -69,49 +79,55 @@ def _dropout(name: str, kind: str) -> Field:
     return Field(name, kind, lambda problem, config: problem.dropout)
 
 
-_CALL = (
+_LENGTHS = *map(_given, NAMES),
+_ALIKE = (
     Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
     *map(_dropout, ("seed", "drop_below", "kept_scale"), ("words", "int32", "float32")),
-    *map(_given, NAMES),
     *(Field(name, "int32") for name in ("count", "left", "right")),
     *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
     Field("heads_first", "int32"),
     Field("blocks", "int32"),
-    Field("stream", "stream"),
 )
-FORWARD = (
+_STREAM = Field("stream", "stream")
+FORWARD: Fields = (
     *(Field(name, "operand") for name in ("q", "k", "v", "out")),
     Field("lse", "row values", lambda problem, config: problem.return_lse),
     Field("lse_raw", "row values", lambda problem, config: problem.for_backward),
-    Field("tickets", "words", takes_tickets),
-    Field("sinks", "floats", lambda problem, config: problem.sinks),
-    Field("key_lists", "lists", _is_listed),
-    Field("kinds", "kinds", _is_listed),
-    *_CALL,
+    (
+        Field("tickets", "words", takes_tickets),
+        Field("sinks", "floats", lambda problem, config: problem.sinks),
+        Field("key_lists", "lists", _is_listed),
+        Field("kinds", "kinds", _is_listed),
+        *_LENGTHS,
+    ),
+    _ALIKE,
+    _STREAM,
 )
-BACKWARD = (
+BACKWARD: Fields = (
     *(Field(name, "operand") for name in ("q", "k", "v", "out", "dout")),
     Field("lse_raw", "row values"),
     Field("dlse", "row values", lambda problem, config: problem.return_lse),
     Field("rows", "padded row values"),
     Field("dq_sum", "sums", has_sums),
-    Field("signals", "words", lambda problem, config: problem.masked or counts_tiles(problem, config)),
+    Field("signals", "words", has_signals),
     *map(_gradient, "qkv"),
-    Field("query_lists", "lists", _is_listed),
-    Field(
-        "key_lists", "lists", lambda problem, config: _is_listed(problem, config) and walks_over_keys(problem, config)
+    (
+        Field("query_lists", "lists", _is_listed),
+        Field("key_lists", "lists", lambda problem, config: _is_listed(problem, config) and walks_over_keys(problem, config)),
+        Field("ranks", "lists", lambda problem, config: _is_listed(problem, config) and problem.deterministic),
+        Field("of_captured", "of captured", lambda problem, config: bool(problem.expression.partials)),
+        *_LENGTHS,
     ),
-    Field("ranks", "lists", lambda problem, config: _is_listed(problem, config) and problem.deterministic),
-    Field("of_captured", "of captured", lambda problem, config: bool(problem.expression.partials)),
-    *_CALL,
+    _ALIKE,
+    _STREAM,
 )
-CLASSIFY = (
+CLASSIFY: Fields = (
     Field("kinds", "kinds"),
     Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
     *(Field(name, "int32") for name in ("seqlen_q", "seqlen_k")),
     Field("stream", "stream"),
 )
-MERGE = (
+MERGE: Fields = (
     Field("into", "exact operand"),
     Field("so_far", "operand", lambda problem, config: problem.merges == problem.dtype),
     Field("lse", "row values"),
@@ -126,7 +142,7 @@ _STORED = (
     *(_stored(name) for name in CODE_NAMES[1:]),
     *(Field(name, "int32") for name in ("seqlen_new",)),
 )
-ATTEND = (
+ATTEND: Fields = (
     Field("q", "operand"),
     *(Field(name, "cache") for name in ("k_cache", "v_cache")),
     Field("out", "operand"),
@@ -143,7 +159,7 @@ ATTEND = (
 )
 
 _TURNED = "halves", "interleaved"
-APPEND = (
+APPEND: Fields = (
     *(Field(name, "cache") for name in ("k_cache", "v_cache")),
     *(Field(name, "operand") for name in ("k_new", "v_new")),
     *(Field(name, "operand", lambda problem, config: problem.appends in _TURNED) for name in ("q", "q_turned")),
@@ -154,6 +170,30 @@ APPEND = (
 )
 
 
-def named(fields: tuple[Field, ...], values: tuple) -> Any:
+def named(fields: Fields, values: Sequence) -> Any:
     """The values by the fields' names."""
-    return SimpleNamespace(**{field.name: value for field, value in zip(fields, values, strict=True)})
+    found = SimpleNamespace()
+    for field, value in zip(fields, values, strict=True):
+        if isinstance(field, Field):
+            setattr(found, field.name, value)
+        else:
+            vars(found).update(vars(named(field, (None,) * len(field) if value is None else value)))
+    return found
+
+
+def in_order(fields: Fields, values: dict[str, Any]) -> tuple:
+    """The values as a compiled pass takes them, None for what isn't among them."""
+    found: list[Any] = []
+    for field in fields:
+        if isinstance(field, Field):
+            found.append(values.get(field.name))
+        else:
+            group = in_order(field, values)
+            found.append(None if all(x is None for x in group) else group)
+    return tuple(found)
+
+
+def each(fields: Fields) -> Iterator[Field]:
+    """Those of groups, too."""
+    for field in fields:
+        yield from (field,) if isinstance(field, Field) else each(field)

@@ -11,7 +11,7 @@ from cutlass import Float32, Int32, cute
 from cutlass.cute import runtime
 
 from cute_attn import layouts
-from cute_attn.fields import FORWARD, Field, named
+from cute_attn.fields import FORWARD, Field, Fields, named
 from cute_attn.layouts.base import IN_TURN, VECTOR, element, row_padding
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tickets, Tiles
@@ -99,9 +99,16 @@ def select_modes(m: cute.Tensor | None, modes: list) -> cute.Tensor | None:
     return cute.make_tensor(m.iterator, layout)
 
 
-def stand_ins(fields: tuple[Field, ...], problem, config) -> tuple:
+def stand_ins(fields: Fields, problem, config) -> tuple:
     """For the values of a pass, with every size and stride unknown: the kernels fit all of them."""
-    return tuple(_stand_in(field.kind, problem, config) if field.asked(problem, config) else None for field in fields)
+
+    def of(field: Field | tuple[Field, ...]):
+        if not isinstance(field, Field):
+            group = stand_ins(field, problem, config)
+            return group if any(x is not None for x in group) else None
+        return _stand_in(field.kind, problem, config) if field.asked(problem, config) else None
+
+    return tuple(map(of, fields))
 
 
 def _stand_in(kind: str, problem, config):

@@ -7,25 +7,26 @@ have block masks; those of kept calls stay (``workspace.py``).
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 from cute_attn import dropout, rules
 from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
-from cute_attn.fields import counts_tiles, has_sums, walks_over_keys
+from cute_attn.fields import counts_tiles, has_signals, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, TICKET_COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.plan import configs, head_blocks, plan, rows_of_query_tile, takes_short, takes_tickets
-from cute_attn.private import current_device, raw_stream
+from cute_attn.private import current_device, empty_strided, raw_stream
 from cute_attn.problem import (
     DTYPE_NAMES,
     HEAD_DIM_STEP,
@@ -148,10 +149,9 @@ def _passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tup
 def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q, k, v):
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
     launch. Allocates these and nothing else that it doesn't keep."""
-    how = return_lse, for_backward, mechanism
-    if call.plans and (planned := call.plans.get(how)) is not None and _have_memory(q, k, v):
+    if call.plans and (planned := call.plans.get((return_lse, for_backward, mechanism))) is not None:
         try:
-            return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
+            return planned(call, q, k, v)
         except Refused:  # why is looked at below
             pass
     if call.plans is not None:  # a kept call, of which these may be others' tensors
@@ -160,89 +160,99 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
             call.lengths = check_lengths(q, call.lengths.count, call.lengths.tensors)
     q, k, v = check_tensors_for_gpu(q, k, v, call)
     if call.empty:  # the backward pass won't look at lse_raw either
-        out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, _of_dtype(torch.float32, q))
-        out.zero_()
-        if lse is not None:
-            lse.fill_(-math.inf)
-        return out, lse, lse_raw
-    planned = _plan_forward(call, mechanism, return_lse, for_backward, q)
+        rooms = _rooms_of_results(call, q.dtype)
+        out, rows = (torch.empty_strided(sizes, strides, dtype=dtype, device=q.device) for sizes, strides, dtype in rooms)
+        lse = rows.fill_(-math.inf)
+        return out.zero_(), lse if return_lse else None, lse.clone() if for_backward else None
+    planned = _PlannedForward(call, mechanism, return_lse, for_backward, q)
     if call.plans is not None:
-        call.plans[how] = planned
-    return _forward_as_planned(planned, call, return_lse, for_backward, q, k, v)
+        call.plans[return_lse, for_backward, mechanism] = planned
+    return planned(call, q, k, v)
 
 
-def _have_memory(q, k, v) -> bool:
-    """Whether all have an address, for which torch raises where there is no storage."""
-    try:
-        return bool(q.data_ptr() and k.data_ptr() and v.data_ptr())
-    except RuntimeError:
-        return False
+class _PlannedForward:
+    """How the forward pass of calls that are alike is computed: the kernel, what memory ``out`` and row values take, how many
+    tickets, the size of the tiles in a block mask's lists, whether there is anything of what most calls have nothing of, and
+    what these calls have in common."""
+
+    __slots__ = ("alike", "device", "for_backward", "function", "out", "return_lse", "rows", "tickets", "tile", "usual")
+
+    def __init__(self, call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q):
+        self.return_lse, self.for_backward, self.device = return_lse, for_backward, q.get_device()
+        problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
+        config = None
+        if _is_short(problem, mechanism, self.device, call):
+            config = _choices(problem, mechanism, self.device)[1]
+        self.function, blocks = prepared(problem, mechanism, self.device, config)
+        self.out, self.rows = _rooms_of_results(call, q.dtype)
+        self.tickets = 0
+        self.tile: tuple[int, int] | None = None
+        if (call.lengths or call.blocks) is not None and (rows := tile_of_tickets(problem, mechanism, self.device)):
+            slots = -(-call.seqlen_q // rows) * call.batch
+            if call.lengths is not None:
+                slots = call.lengths.slots(call.seqlen_q, rows)
+            self.tickets = slots * call.heads
+        if call.blocks is not None:
+            self.tile = tiles_of_lists(problem, mechanism, self.device)[:2]
+        self.usual = call.lengths is call.blocks is call.sinks is None
+        self.alike = what_is_alike(call, blocks)
+
+    def __call__(self, call: Call, q, k, v):
+        """:func:`forward` of what the kernels can read in place. The launcher looks at dtypes, devices, strides and alignment
+        itself; whether there is memory it doesn't ask."""
+        try:
+            has_memory = q.data_ptr() and k.data_ptr() and v.data_ptr()
+        except RuntimeError:  # torch says so itself where there is no storage
+            has_memory = False
+        if not has_memory:
+            raise Refused("a tensor without memory")
+        if current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self(call, q, k, v)
+        out = empty_strided(*self.out)
+        lse = empty_strided(*self.rows) if self.return_lse else None
+        lse_raw = empty_strided(*self.rows) if self.for_backward else None
+        given = None if self.usual else self._given(call, q)
+        run(self.function, (q, k, v, out, lse, lse_raw, given, self.alike, raw_stream(self.device)))
+        return out, lse, lse_raw
+
+    def _given(self, call: Call, q) -> tuple:
+        """Tickets, sinks, a block mask's lists, lengths."""
+        sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
+        key_lists = kinds = None
+        if self.tile is not None:
+            key_lists = call.blocks.key_lists(*self.tile, call.batch, call.heads)
+            kinds = call.blocks.kinds_in_a_row(call.batch, call.heads)
+        drawn = None
+        if self.tickets and call.plans is None:  # where torch makes graphs, it counts the memory that stays as a leak
+            drawn = q.new_zeros(TICKET_COUNTERS + self.tickets, dtype=torch.int32)
+        elif self.tickets:
+            drawn = _tickets.of(q, self.device, raw_stream(self.device), TICKET_COUNTERS, self.tickets).words
+        return drawn, sinks, key_lists, kinds, *(NO_LENGTHS if call.lengths is None else call.lengths.tensors)
 
 
-class _PlannedForward(NamedTuple):
-    """How the forward pass of a call is computed: the kernel, a tensor of the dtype of row values, how many tickets, the size
-    of the tiles in a block mask's lists, and the rest of its arguments."""
-
-    function: Callable
-    device: int
-    floats: torch.Tensor
-    tickets: int
-    tile: tuple[int, int] | None
-    rest: tuple[tuple, tuple]
+Room = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # sizes, strides, dtype: what empty_strided takes
 
 
-def _plan_forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q) -> _PlannedForward:
-    device = q.get_device()
-    problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
-    config = None
-    if _is_short(problem, mechanism, device, call):
-        config = _choices(problem, mechanism, device)[1]
-    function, blocks = prepared(problem, mechanism, device, config)
-    tickets, tile = 0, None
-    if (call.lengths or call.blocks) is not None and (rows := tile_of_tickets(problem, mechanism, device)):
-        slots = -(-call.seqlen_q // rows) * call.batch if call.lengths is None else call.lengths.slots(call.seqlen_q, rows)
-        tickets = slots * call.heads
-    if call.blocks is not None:
-        tile = tiles_of_lists(problem, mechanism, device)[:2]
-    floats = _of_dtype(torch.float32, q)
-    return _PlannedForward(function, device, floats, tickets, tile, besides_tensors(call, blocks))
+def contiguous(dtype: torch.dtype, *sizes: int) -> Room:
+    strides = (math.prod(max(n, 1) for n in sizes[i + 1 :]) for i in range(len(sizes)))
+    return sizes, tuple(strides), dtype
 
 
-def _forward_as_planned(planned: _PlannedForward, call: Call, return_lse: bool, for_backward: bool, q, k, v):
-    """:func:`forward` of what the kernels can read in place. The launcher looks at dtypes, devices, strides and alignment
-    itself."""
-    function, device, floats, tickets, tile, rest = planned
-    out, lse, lse_raw = _room_of_results(call, return_lse, for_backward, q, floats)
-    sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    key_lists = kinds = None
-    if tile is not None:
-        key_lists = call.blocks.key_lists(*tile, call.batch, call.heads)
-        kinds = call.blocks.kinds_in_a_row(call.batch, call.heads)
-    drawn = None
-    if tickets and call.plans is None:  # memory that stays is for eager calls: where torch makes graphs, it counts what is left
-        drawn = q.new_zeros(TICKET_COUNTERS + tickets, dtype=torch.int32)
-    elif tickets:
-        drawn = _tickets.of(q, device, raw_stream(device), TICKET_COUNTERS, tickets).words
-    launch(function, device, call, (q, k, v, out, lse, lse_raw, drawn, sinks, key_lists, kinds), rest)
-    return out, lse, lse_raw
+def _of_operand(call: Call, dtype: torch.dtype, rows: int, heads: int, columns: int) -> Room:
+    """``(batch, rows, heads, columns)``, contiguous, or a view of such memory with the heads first."""
+    if call.lengths is not None:
+        return contiguous(dtype, rows, heads, columns)
+    (batch, rows, heads, columns), strides, _ = contiguous(dtype, call.batch, rows, heads, columns)
+    if not call.heads_first:
+        return (batch, rows, heads, columns), strides, dtype
+    return (batch, heads, rows, columns), (strides[0], strides[2], strides[1], strides[3]), dtype
 
 
-def _of_dtype(dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of nothing, from which others of its dtype are made."""
-    return torch.empty(0, dtype=dtype, device=like.device)
-
-
-def _room_of_results(call: Call, return_lse: bool, for_backward: bool, q, floats):
-    """Memory for ``(out, lse, lse_raw)``. To take the dtype from ``floats`` and sizes one by one, not as an argument and in a
-    tuple, spares 0.5 µs each."""
-    heads, rows, columns = call.heads, call.seqlen_q, call.head_dim_v
-    batch = () if call.lengths is not None else (call.batch,)
-    if call.heads_first:
-        out = _heads_first(q, call.batch, heads, rows, columns)
-    else:
-        out = q.new_empty(*batch, rows, heads, columns)
-    lse = floats.new_empty(*batch, heads, rows) if return_lse else None
-    return out, lse, floats.new_empty(*batch, heads, rows) if for_backward else None
+def _rooms_of_results(call: Call, dtype: torch.dtype) -> tuple[Room, Room]:
+    """Of ``out``, and of a float32 for each of its rows."""
+    rows = contiguous(torch.float32, *(() if call.lengths is not None else (call.batch,)), call.heads, call.seqlen_q)
+    return _of_operand(call, dtype, call.seqlen_q, call.heads, call.head_dim_v), rows
 
 
 def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, q, k, v, out, lse_raw, dout, dlse):
@@ -258,94 +268,123 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     how = needs, deterministic, dlse is not None, mechanism
     if call.plans and (planned := call.plans.get(how)) is not None and 0 not in dout.stride():
         try:
-            return _gradients_as_planned(planned, call, needs, q, k, v, out, lse_raw, dout, dlse)
+            return planned(call, needs, q, k, v, out, lse_raw, dout, dlse)
         except Refused:  # suppress() would take longer; what is refused is copied below
             pass
-    # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise.
+    # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise, or elsewhere,
+    # or be something else; of calls that aren't kept the last two were looked at before.
+    if call.kept_for is not None:
+        q, k, v, out = (x.to(*call.kept_for) for x in (q, k, v, out))
+        lse_raw = lse_raw.to(q.device, torch.float32)
+        if call.lengths is not None:
+            lengths = (None if x is None else x.to(q.device, torch.int32) for x in call.lengths.tensors)
+            call = replace(call, lengths=replace(call.lengths, tensors=tuple(lengths)))
     q, k, v, out = (x if is_aligned(x) else _readable(x) for x in (q, k, v, out))
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
-    planned = _plan_gradients(call, mechanism, needs, deterministic, dlse is not None, q)
+    planned = _PlannedGradients(call, mechanism, needs, deterministic, dlse is not None, q)
     if call.plans is not None:
         call.plans[how] = planned
-    return _gradients_as_planned(planned, call, needs, q, k, v, out, lse_raw.contiguous(), dout, dlse)
+    return planned(call, needs, q, k, v, out, lse_raw.contiguous(), dout, dlse)
 
 
-def _gradients_as_planned(planned: _PlannedGradients, call: Call, wanted: str, q, k, v, out, lse_raw, dout, dlse):
-    """:func:`gradients` of what the kernels can read in place."""
-    gradient = _room(call, planned.problem.gradients, q, k, v)
-    rows = planned.floats.new_empty(*planned.rows)
-    if call.lengths is not None and call.sinks is not None and call.sinks.requires_grad:
-        rows[0].fill_(math.inf), rows[1].zero_()  # all are summed below, and the kernels write those alone that are in use
-    dq_sum = None if planned.sums is None else planned.floats.new_empty(*planned.sums)
-    signals = planned.words.new_empty(planned.signals) if planned.signals else None
-    # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
-    if call.lengths is None and call.left is not None and call.shift > call.left:
-        for x in (gradient["k"], gradient["v"]):
-            if x is not None:
-                x[:, : call.shift - call.left].zero_()
-    of_captured = _room_of_captured(call) if call.expression else {}
-    lists = _NO_LISTS if call.blocks is None else _lists_of_gradients(call, planned)
-    into = *gradient.values(), *lists, tuple(of_captured.values()) or None
-    tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, *into
-    launch(planned.function, planned.device, call, tensors, planned.rest)
-    if not call.others:
-        return tuple(gradient.values())
-    found = tuple(x if name in wanted else None for name, x in gradient.items())
-    dsinks = None
-    if call.sinks is not None and call.sinks.requires_grad:
-        natural = call.expression and call.expression.natural
-        unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
-        weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
-        dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
-    return *found, dsinks, *map(partial(_of_captured, of_captured), range(len(call.captured)), call.captured)
+class _PlannedGradients:
+    """How the backward pass of calls that are alike is computed: the kernels, what memory they take besides the call's tensors
+    (None for what they don't), how many keys at the beginning no query sees, and what these calls have in common."""
 
+    __slots__ = ("alike", "device", "dk", "dq", "dv", "function", "mechanism", "problem", "rows", "signals", "sums", "unseen")
 
-class _PlannedGradients(NamedTuple):
-    """How the backward pass of a call is computed: the kernels, the shapes of what they take besides the call's tensors (None
-    or 0 for what they don't) with tensors of their dtypes, and the rest of their arguments."""
+    def __init__(self, call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q):
+        if not needs or (call.expression and call.expression.partials and "q" not in needs):
+            needs = f"q{needs}"  # for the sinks alone; and whoever adds to dQ knows dS
+        self.mechanism, self.device = mechanism, q.get_device()
+        problem = problem_of(q.dtype, call, of_lse, needs)
+        # Without sums there is no order.
+        ordered = deterministic and has_sums(problem, plan(problem, device_target(self.device), mechanism))
+        self.problem = problem = problem_of(q.dtype, call, of_lse, needs, ordered)
+        config = _config_of_gradients(problem, mechanism, self.device, call)
+        self.function, blocks = prepared(problem, mechanism, self.device, config)
+        padding = row_padding(config)
+        rows_padded = -(-call.seqlen_q // padding) * padding
+        if call.lengths is not None:  # cute_attn.sequences says where each begins
+            rows_padded = call.lengths.slots(call.seqlen_q, padding) * padding
+        self.rows = contiguous(torch.float32, 2, call.batch, call.heads, rows_padded)
+        self.sums = self.signals = None
+        counts, tiles = counts_tiles(problem, config), 1  # of a kernel that draws tickets, where no tile is counted
+        if (sums := sums_of(problem, config)) is not None:
+            tile_m, *of_tile = sums
+            self.sums = contiguous(torch.float32, call.batch, call.heads, rows_padded // tile_m, *of_tile)
+            tiles = call.batch * call.heads * (rows_padded // tile_m) if counts else 1
+        if has_signals(problem, config):
+            self.signals = contiguous(torch.int32, COUNTERS + tiles)
+        of_q = _of_operand(call, q.dtype, call.seqlen_q, call.heads, call.head_dim)
+        of_k = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim)
+        of_v = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim_v)
+        self.dq, self.dk, self.dv = (x if name in needs else None for name, x in zip("qkv", (of_q, of_k, of_v), strict=True))
+        # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
+        self.unseen = 0
+        if call.lengths is None and call.left is not None:
+            self.unseen = max(call.shift - call.left, 0)
+        self.alike = what_is_alike(call, blocks)
 
-    problem: Problem
-    mechanism: str | None
-    function: Callable
-    device: int
-    floats: torch.Tensor
-    words: torch.Tensor
-    rows: tuple[int, ...]
-    sums: tuple[int, ...] | None
-    signals: int
-    rest: tuple[tuple, tuple]
+    def __call__(self, call: Call, wanted: str, q, k, v, out, lse_raw, dout, dlse):
+        """:func:`gradients` of what the kernels can read in place."""
+        if current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self(call, wanted, q, k, v, out, lse_raw, dout, dlse)
+        dq, dk, dv = self._room(call, q, k, v)
+        rows = empty_strided(*self.rows)
+        dq_sum = None if self.sums is None else empty_strided(*self.sums)
+        signals = None if self.signals is None else empty_strided(*self.signals)
+        if self.unseen:
+            for x in (dk, dv):
+                if x is not None:
+                    x.narrow(2 if call.heads_first else 1, 0, self.unseen).zero_()
+        given: tuple | None = None
+        of_captured: dict[int, torch.Tensor] = {}
+        others = call.others
+        if others or not call.lengths is call.blocks is None:
+            given, of_captured = self._given(call, rows)
+        tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, dq, dk, dv
+        run(self.function, (*tensors, given, self.alike, raw_stream(self.device)))
+        if not others:
+            return dq, dk, dv
+        found = (x if name in wanted else None for name, x in zip("qkv", (dq, dk, dv), strict=True))
+        dsinks = None
+        if call.sinks is not None and call.sinks.requires_grad:
+            natural = call.expression and call.expression.natural
+            unit = 1.0 if natural else rules.score_scales(call.scale, call.softcap)[0] * rules.LN_2
+            weight = (call.sinks.detach().float()[:, None] - rows[0] * unit).exp_()
+            dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
+        return *found, dsinks, *map(partial(_of_captured, of_captured), range(len(call.captured)), call.captured)
 
+    def _room(self, call: Call, q, k, v) -> tuple:
+        """Memory for dq, dk, dv: parts of one tensor where q, k, v, or k, v, are, and ``call.packs``."""
+        packed: tuple = ()
+        if call.packs and k.storage_offset() != v.storage_offset():  # not as those of tensors by themselves usually are
+            packed = self._packed_room(call.heads_first, q, k, v)
+        rooms = (self.dq, self.dk, self.dv)[: 3 - len(packed)]
+        return *[None if room is None else empty_strided(*room) for room in rooms], *packed
 
-def _plan_gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q) -> _PlannedGradients:
-    if not needs or (call.expression and call.expression.partials and "q" not in needs):
-        needs = f"q{needs}"  # for the sinks alone; and whoever adds to dQ knows dS
-    device = q.get_device()
-    problem = problem_of(q.dtype, call, of_lse, needs)
-    ordered = deterministic and has_sums(problem, plan(problem, device_target(device), mechanism))  # else there is no order
-    problem = problem_of(q.dtype, call, of_lse, needs, ordered)
-    config = _config_of_gradients(problem, mechanism, device, call)
-    function, blocks = prepared(problem, mechanism, device, config)
-    sums, padding = sums_of(problem, config), row_padding(config)
-    rows_padded = -(-call.seqlen_q // padding) * padding
-    if call.lengths is not None:  # cute_attn.sequences says where each begins
-        rows_padded = call.lengths.slots(call.seqlen_q, padding) * padding
-    tiles: tuple[int, ...] = ()
-    counts = counts_tiles(problem, config)
-    if sums is not None:
-        tile_m, *of_tile = sums
-        tiles = call.batch, call.heads, rows_padded // tile_m
-    return _PlannedGradients(
-        problem,
-        mechanism,
-        function,
-        device,
-        _of_dtype(torch.float32, q),
-        _of_dtype(torch.int32, q),
-        rows=(2, call.batch, call.heads, rows_padded),
-        sums=None if sums is None else (*tiles, *of_tile),
-        signals=COUNTERS + (math.prod(tiles) if counts else 0) if counts or problem.masked else 0,
-        rest=besides_tensors(call, blocks),
-    )
+    def _packed_room(self, heads_first: bool, q, k, v) -> tuple:
+        """That of all three, or of dk and dv, if it is one tensor; else nothing."""
+        for names, parts in (("qkv", (q, k, v)), ("kv", (k, v))):
+            if names in self.problem.gradients:
+                whole = packed_of(*(x.transpose(1, 2) for x in parts) if heads_first else parts)
+                if whole is not None:
+                    made = whole.new_empty(whole.shape).unbind(-3)
+                    return tuple(x.transpose(1, 2) for x in made) if heads_first else made
+        return ()
+
+    def _given(self, call: Call, rows) -> tuple[tuple | None, dict]:
+        """A block mask's lists, memory for the gradients of captured tensors, lengths; and that memory by their numbers."""
+        if call.lengths is not None and call.sinks is not None and call.sinks.requires_grad:
+            rows[0].fill_(math.inf), rows[1].zero_()  # all are summed, and the kernels write those alone that are in use
+        of_captured = _room_of_captured(call) if call.expression else {}
+        lists = _NO_LISTS if call.blocks is None else _lists_of_gradients(call, self)
+        if call.lengths is call.blocks is None and not of_captured:
+            return None, of_captured
+        lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
+        return (*lists, tuple(of_captured.values()) or None, *lengths), of_captured
 
 
 def _room_of_captured(call: Call) -> dict[int, torch.Tensor]:
@@ -401,12 +440,6 @@ def as_read(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _heads_first(x: torch.Tensor, batch: int, heads: int, seqlen: int, columns: int) -> torch.Tensor:
-    """Memory like ``x`` in which heads come after seqlen, as ``(batch, heads, seqlen, columns)``."""
-    strides = seqlen * heads * columns, columns, heads * columns, 1
-    return x.new_empty_strided((batch, heads, seqlen, columns), strides)
-
-
 def merge(out, lse, more, lse_of_more, to_log2: float):
     """``reference.merge`` in one kernel, on the current stream: ``out`` is in float32 or in the dtype of ``more``."""
     into, so_far = (out, None) if out.dtype is torch.float32 else (torch.empty_like(out, dtype=torch.float32), out)
@@ -421,20 +454,6 @@ def merge(out, lse, more, lse_of_more, to_log2: float):
 @lru_cache(maxsize=64)
 def _merging(dtype: str, head_dim_v: int, so_far: str) -> Problem:
     return Problem(dtype, head_dim_v, head_dim_v, merges=so_far)
-
-
-def _room(call: Call, needs: str, q, k, v) -> dict[str, torch.Tensor | None]:
-    """Memory for the gradients that are needed: parts of one tensor where q, k, v, or k, v, are, and ``call.packs``."""
-    inputs = {"q": q, "k": k, "v": v}
-    if call.heads_first:
-        room = _room(replace(call, heads_first=False), needs, *(x.transpose(1, 2) for x in inputs.values()))
-        return {name: None if x is None else x.transpose(1, 2) for name, x in room.items()}
-    room = dict.fromkeys(inputs)
-    for names in ("qkv", "kv") if call.packs else ():
-        if names in needs and (packed := packed_of(*(inputs[name] for name in names))) is not None:
-            room |= zip(names, packed.new_empty(packed.shape).unbind(-3), strict=True)
-            break
-    return {name: x.new_empty(x.shape) if name in needs and room[name] is None else room[name] for name, x in inputs.items()}
 
 
 def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:
@@ -464,8 +483,9 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def besides_tensors(call: Call, blocks: int) -> tuple[tuple, tuple]:
-    """What a pass takes of a call behind its own tensors, before and behind the lengths."""
+def what_is_alike(call: Call, blocks: int) -> Any:
+    """What the passes of all calls that are alike take, as one argument; of kept calls in the launcher's own form, which takes
+    no time to pass."""
     scale_log2, scale_by_cap = rules.score_scales(call.scale, call.softcap)
     captured = tuple(map(as_read, call.captured)) if call.captured else None
     drops: tuple = None, None, None
@@ -473,28 +493,17 @@ def besides_tensors(call: Call, blocks: int) -> tuple[tuple, tuple]:
         drops = call.seed.view(torch.int32), dropout.threshold(call.dropout), dropout.kept_scale(call.dropout)
     count = 0 if call.lengths is None else call.lengths.count
     numbers = count, call.left or 0, call.right or 0, scale_log2, scale_by_cap, int(call.heads_first), blocks
-    return (captured, *drops), numbers
-
-
-def launch(function: Callable, device: int, call: Call, tensors: tuple, rest: tuple[tuple, tuple]) -> None:
-    """Run a compiled kernel on the current stream of the tensors' device, whichever device is current. ``tensors`` are a pass's
-    own, ``rest`` what :func:`besides_tensors` has of the call."""
-    before, behind = rest
-    lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
-    run_on(function, device, (*tensors, *before, *lengths, *behind, raw_stream(device)))
+    values = captured, *drops, *numbers
+    return values if call.plans is None else importlib.import_module("tvm_ffi").convert(values)
 
 
 class Refused(RuntimeError):  # noqa: N818
     """The launcher takes no such tensors: their dtype, device, strides or alignment. Nothing was launched."""
 
 
-def run_on(function: Callable, device: int, arguments: tuple) -> None:
-    """Call a compiled kernel on a device, whichever is current. Raises :class:`Refused`."""
+def run(function: Callable, arguments: tuple) -> None:
+    """Call a compiled kernel of the current device. Raises :class:`Refused`."""
     try:
-        if current_device() == device:
-            function(*arguments)
-        else:
-            with torch.cuda.device(device):
-                function(*arguments)
+        function(*arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise Refused(str(error)) from error

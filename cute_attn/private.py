@@ -61,6 +61,11 @@ FunctionalTensor: Any = _bound("torch._subclasses.functional_tensor.FunctionalTe
 dispatch_modes: Callable[[], int] = _bound("torch._C._len_torch_dispatch_stack", "whether a mode sees every operator")
 current_device: Callable[[], int] = _of_cuda("torch._C._cuda_getDevice", "which device is current")
 raw_stream: Callable[[int], int] = _of_cuda("torch._C._cuda_getCurrentRawStream", "a device's current stream")
+# (sizes, strides, dtype), on the current device: half of the time that torch.empty and its like take goes into a look for
+# whoever wants to see operators, which calls that come this far have none of.
+empty_strided: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = _of_cuda(
+    "torch._C._dynamo.guards._empty_strided_cuda", "where there is memory on the current device"
+)
 assert_on_device: Callable[[torch.Tensor, str], None] = _bound(
     "torch._assert_async", "that what is checked on the device need not be waited for"
 )

@@ -150,7 +150,8 @@ class Call:
     ``packs`` says that gradients may be parts of one tensor, where q, k and v are: whoever unpacked these has them packed then.
 
     ``plans`` is a place for how calls with tensors of the same shapes are computed (``launch.py``), where one is kept for all
-    of them.
+    of them; ``kept_for`` is the device and the dtype of these then. ``passes`` are a backend's, as ``autograd.Attention`` takes
+    them.
 
     ``captured`` are the tensors that ``expression`` reads, ``sinks`` ``(heads,)``, ``dropout`` the probability of being dropped
     and ``seed`` what decides who is (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as
@@ -179,6 +180,8 @@ class Call:
     sinks: torch.Tensor | None = None
     sequence: int = 0
     plans: dict[tuple, Any] | None = None
+    kept_for: tuple[torch.device, torch.dtype] | None = None
+    passes: tuple[Any, Any] | None = None
     dropout: float = 0.0
     seed: torch.Tensor | None = None
     blocks: Any = None  # or a BlockMask
@@ -443,6 +446,14 @@ def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
         f"{name} is {value}; the GPU kernels take one from {SCALE_MIN:g} to {SCALE_MAX:g}, since they divide by it: "
         f"scale q instead, or use backend='reference'"
     )
+
+
+def have_memory(*tensors: torch.Tensor) -> bool:
+    """Whether all have an address, for which torch raises where there is no storage."""
+    try:
+        return 0 not in [x.data_ptr() for x in tensors]
+    except RuntimeError:
+        return False
 
 
 def is_aligned(x: torch.Tensor) -> bool:

@@ -15,12 +15,12 @@ from dataclasses import replace
 import torch
 
 from cute_attn import launch, rules
-from cute_attn.launch import Refused, as_read, device_target, prepared, run_on
+from cute_attn.launch import Refused, as_read, contiguous, device_target, prepared, run
 from cute_attn.layouts import for_target
-from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS
+from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS, columns_written
 from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
-from cute_attn.private import raw_stream
+from cute_attn.private import current_device, empty_strided, raw_stream
 from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides, is_aligned
 from cute_attn.stored import UNITS_MAX, Stored, unit_tiles
 from cute_attn.workspace import Workspaces
@@ -40,13 +40,12 @@ class Step:
     before it launches anything.
     """
 
-    __slots__ = ("append", "as_wide", "device", "function", "lse_shape", "numbers", "out_shape", "size")
+    __slots__ = ("append", "device", "function", "numbers", "out", "rows", "size")
 
     def __init__(self, call: Call, return_lse: bool, q):
         stored = call.stored
         assert stored is not None
-        self.device, self.out_shape = q.get_device(), (*q.shape[:-1], call.head_dim_v)
-        self.as_wide = call.head_dim_v == call.head_dim
+        self.device, self.out = q.get_device(), contiguous(q.dtype, *q.shape[:-1], call.head_dim_v)
         packed = stored.cu_seqlens_q is not None
         right, group = call.right, call.heads // call.heads_kv
         if right is not None and right >= call.seqlen_q - 1 and not packed:
@@ -69,10 +68,10 @@ class Step:
         if stored.batch_invariant:
             units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
-        self.size = counters, places * rows_kept * (call.head_dim_v + OF_ROW)
-        self.lse_shape = None
+        self.size = counters, places * rows_kept * (columns_written(call.head_dim_v) + OF_ROW)
+        self.rows = None
         if return_lse:
-            self.lse_shape = (call.heads, call.seqlen_q) if packed else (call.batch, call.heads, call.seqlen_q)
+            self.rows = contiguous(torch.float32, *(() if packed else (call.batch,)), call.heads, call.seqlen_q)
         scales = rules.score_scales(call.scale, call.softcap)
         self.numbers = stored.seqlen_new, units, places, rows_kept, call.left or 0, right or 0, *scales, blocks
         self.append = None if stored.k_new is None else _appending(call, q)
@@ -83,17 +82,20 @@ class Step:
         has_memory = q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr()
         if not has_memory or (new is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
             raise Refused("a tensor without memory")  # which one attention_kvcache says
+        if current_device() != self.device:
+            with torch.cuda.device(self.device):
+                return self(q, k_cache, v_cache, where, new, sinks, captured)
         stream = raw_stream(self.device)
         if self.append is not None and new is not None:
-            q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], self.device, stream)
-        out = torch.empty_like(q) if self.as_wide and q.is_contiguous() else q.new_empty(self.out_shape)
-        lse = None if self.lse_shape is None else q.new_empty(self.lse_shape, dtype=torch.float32)
+            q = _append(self.append, q, k_cache, v_cache, where, new, self.numbers[0], stream)
+        out = empty_strided(*self.out)
+        lse = None if self.rows is None else empty_strided(*self.rows)
         workspace = _workspaces.of(q, self.device, stream, *self.size)
         if sinks is not None:
             sinks = sinks.detach().float().contiguous()
         room = workspace.words, workspace.counters
         arguments = q, k_cache, v_cache, out, lse, *room, sinks, captured, *where, *self.numbers, stream
-        run_on(self.function, self.device, arguments)
+        run(self.function, arguments)
         return out, lse
 
 
@@ -120,7 +122,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
     nothing = not (q.numel() and k_cache.numel() and v_cache.numel())
     if nothing or _goes_to_many(call, mechanism, k_cache, packed, device):
         if new is not None and k_cache.numel() and v_cache.numel():
-            how = _appending(call, q), q, k_cache, v_cache, where, new, stored.seqlen_new, device, raw_stream(device)
+            how = _appending(call, q), q, k_cache, v_cache, where, new, stored.seqlen_new, raw_stream(device)
             with torch.cuda.device(device):
                 q = _append(*how)
         if nothing:
@@ -131,7 +133,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
     return *step(q, k_cache, v_cache, where, new, call.sinks, captured), step
 
 
-def _append(function: tuple, q, k_cache, v_cache, where: tuple, new: tuple, seqlen_new: int, device: int, stream: int):
+def _append(function: tuple, q, k_cache, v_cache, where: tuple, new: tuple, seqlen_new: int, stream: int):
     """Write the new keys and values into the cache; returns q, or the turned one."""
     launch_append, turns = function
     k_new, v_new, cos, sin, rotary_begin = new
@@ -139,7 +141,7 @@ def _append(function: tuple, q, k_cache, v_cache, where: tuple, new: tuple, seql
     if k_new.numel() or (turns and q.numel()):
         queries = (q, turned) if turns else (None, None)
         arguments = k_cache, v_cache, k_new, v_new, *queries, cos, sin, rotary_begin, *where, seqlen_new, stream
-        run_on(launch_append, device, arguments)
+        run(launch_append, arguments)
     return turned if turns else q
 
 

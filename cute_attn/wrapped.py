@@ -17,7 +17,7 @@ import torch
 from cute_attn.arguments import check_memory, computes_in_its_own_way, shown
 from cute_attn.lengths import NAMES, Lengths
 from cute_attn.private import COLLECTIVES, FakeTensor, FunctionalTensor, is_batched, is_transformed, ragged_dim
-from cute_attn.problem import Call, check_call
+from cute_attn.problem import Call, check_call, have_memory
 
 TRACED = (FakeTensor, FunctionalTensor)  # torch's own, with which it finds out what is computed
 DTENSORS = "torch.distributed.tensor"
@@ -50,7 +50,11 @@ def handler(q, k, v, **lengths) -> Callable | None:
 
 def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
     """The gradient of an output as the backward pass can read it: it may come from a collective, too."""
-    if x is None or torch.compiler.is_compiling() or x.is_meta or isinstance(x, TRACED):
+    if x is None or torch.compiler.is_compiling():
+        return x
+    if type(x) is torch.Tensor and x.is_cuda and not is_transformed(x) and have_memory(x):  # the usual case
+        return x
+    if x.is_meta or isinstance(x, TRACED):
         return x
     if type(x) is not torch.Tensor:
         x = finished(x)

@@ -23,6 +23,8 @@ FLOAT, BANKS = 4, 32  # bytes; of shared memory, a float wide each
 RESERVED = KIB  # what CUDA takes of each block's shared memory
 QUERIES = 2  # tiles of them in shared memory: those of a part of a walk, and of the next one
 OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
+PIECE = 4  # columns of a row of O that a thread merges at a time, of those that its quad has
+PIECE_COLUMNS = PIECE * 4
 
 
 def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
@@ -76,9 +78,9 @@ def exchanged_columns(config: Config) -> int:
     return next((n for n in range(config.tile_dv, 0, -BANKS) if n <= fits and config.tile_dv % n == 0), BANKS)
 
 
-def rows_merged(config: Config) -> int:
-    """Rows of a walk of which a warp merges all parts at a time."""
-    return config.tile_m // ROWS[0]
+def columns_written(head_dim_v: int) -> int:
+    """Floats of a partial row of O: whole pieces of all threads of a quad."""
+    return -(-head_dim_v // PIECE_COLUMNS) * PIECE_COLUMNS
 
 
 def smem_parts(config: Config) -> dict[str, int]:

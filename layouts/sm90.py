@@ -56,7 +56,10 @@ WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {128: {"tile_m": 80, "separate_
 WGMMA_BACKWARD_ORDERED: dict[int, dict[str, Any]] = {64: {"separate_dk": False, "dq_stages": 2}}
 
 # Beyond, where the gradients of keys and of queries have a kernel each.
-WGMMA_WIDE: dict[str, Any] = {"tile_m": 64, "tile_n": 64, "stages": 2}
+WGMMA_WIDE: dict[int, dict[str, Any]] = {
+    192: {"tile_m": 64, "tile_n": 64, "stages": 3, "overlap_tiles": True},
+    256: {"tile_m": 64, "tile_n": 64, "stages": 2},
+}
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
 MMA_SYNC_TABLE = {

@@ -66,7 +66,7 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
         higher = (tall[wider],) if plain and problem.gradients == "qkv" and wider in tall else ()
     else:
         dims = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
-        choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide}
+        choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide[max(dims)]}
     base_config = Config(
         target=target,
         mechanism="tma_wgmma",

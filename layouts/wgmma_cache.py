@@ -45,11 +45,6 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
     return (config,)
 
 
-def rows_merged(config: Config) -> int:
-    """Rows of a walk of which a warp merges all parts at a time: many rows have few parts, and narrow heads leave registers."""
-    return (2 if config.tile_dv <= mma_sync_cache.WIDE_ROWS_UP_TO else 1) * mma_sync_cache.rows_merged(config)
-
-
 def accumulator_registers(config: Config) -> int:
     """Registers a thread needs for S, P and O at once."""
     return wgmma.accumulator_registers(group(config))

@@ -4,9 +4,10 @@ dK and dV of 128 keys and 256 columns would take all registers of a multiprocess
 have a kernel each, which computes the scores anew. Each operand is named after what it is; those of the second kernel,
 where they differ in shape, have a ``q`` in front.
 
-- **Keys**: a block owns 64 keys. One warpgroup takes P and dV, the other dS and dK; P passes from one to the other. dV
-  lies over K and dK over V, which nobody else reads any more.
-- **Queries**: a block owns 128 queries, 64 for each computing warpgroup, as in the forward pass. dQ lies over Q.
+- **Keys**: a block owns 64 keys. One warpgroup takes P and dV, the other dS and dK; P passes from one to the other.
+- **Queries**: a block owns 128 queries, 64 for each computing warpgroup, as in the forward pass.
+
+Results go from registers to global memory, so that the operands of a block's next tile can come meanwhile.
 
 What all families of such operands share, the swizzle first, is in ``tma``.
 """
@@ -15,12 +16,23 @@ from __future__ import annotations
 
 from . import base
 from .base import BYTES, Config, Layout, Mma, element
-from .tma import BARRIER_BYTES, ROWS_PER_WARPGROUP, SMEM_ALIGN, WARPGROUP, Family, copy_in, copy_out, warpgroup_mma
+from .tma import (
+    BARRIER_BYTES,
+    ROWS_PER_WARPGROUP,
+    SMEM_ALIGN,
+    WARPGROUP,
+    WORK_FIELDS,
+    WORK_SLOTS,
+    Family,
+    copy_in,
+    copy_out,
+    warpgroup_mma,
+)
 
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 128, 192, 256)  # of the two heads, the wider has one of the last two
-OPERANDS = ("K", "V", "Q", "dO", "dK", "dV", "qQ", "qdO", "qK", "qV", "dQ")
+OPERANDS = ("K", "V", "Q", "dO", "qQ", "qdO", "qK", "qV")
 ROLES = ("S", "dP", "dV", "dK", "qS", "qdP", "dQ")
 READS = {
     **{"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q")},
@@ -30,7 +42,7 @@ ACCUMULATOR_BYTES = 4
 P_STAGES = 2  # P's of query tiles on their way from one warpgroup to the other
 V_STAGES = 1  # of the second kernel: a tile of V is done with long before its K
 FIRST_STORES = False  # there are no sums of dQ
-KERNELS = {"keys": ("K", "V", "Q", "dO", "dK", "dV"), "queries": ("qQ", "qdO", "qK", "qV", "dQ")}
+KERNELS = {"keys": ("K", "V", "Q", "dO"), "queries": ("qQ", "qdO", "qK", "qV")}
 WARPS = {  # that copy it
     **{"K": (0,), "Q": (0,), "V": (1,), "dO": (1,)},
     **{"qK": (0,), "qV": (0,), "qQ": (1,), "qdO": (1,)},
@@ -59,7 +71,7 @@ def turned(config: Config) -> bool:
 
 def over(config: Config) -> dict[str, str]:
     """From an operand to the one whose shared memory it takes."""
-    return {"dK": "V", "dV": "K", "dQ": "qQ"}
+    return {}
 
 
 def stages(operand: str, config: Config) -> int:
@@ -81,7 +93,6 @@ def smem_parts_of(kernel: str, config: Config) -> dict[str, int]:
 
     if kernel == "keys":
         parts = {name: size(name) for name in ("K", "V", "Q", "dO")}
-        parts["K"] = parts["V"] = max(parts["K"], parts["V"])  # each has room for the other's gradient
         parts["P"] = P_STAGES * ROWS_PER_WARPGROUP * config.tile_m * BYTES
         parts["rows"] = config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES
         parts["hidden"] = config.tile_n  # keys, a byte each
@@ -89,8 +100,9 @@ def smem_parts_of(kernel: str, config: Config) -> dict[str, int]:
     else:
         parts = {name: size(f"q{name}") for name in ("Q", "dO", "K", "V")}
         parts["hidden"] = config.tile_n * config.stages
-        stages = warpgroups(config) + config.stages + V_STAGES  # Q and dO come together
-    return {**parts, "barriers": BARRIER_BYTES * 2 * stages}
+        stages = 2 * warpgroups(config) + config.stages + V_STAGES
+    work = WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES)
+    return {**parts, "barriers": BARRIER_BYTES * 2 * stages, "work": work}
 
 
 def smem_parts(config: Config) -> dict[str, int]:
@@ -137,12 +149,9 @@ def _shape(operand: str, config: Config) -> tuple[int, int, int]:
     return {
         "K": (config.tile_n, config.tile_d, 1),
         "V": (config.tile_n, config.tile_dv, 1),
-        "dK": (config.tile_n, config.tile_d, 1),
-        "dV": (config.tile_n, config.tile_dv, 1),
         "Q": (config.tile_m, config.tile_d, config.stages),
         "dO": (config.tile_m, config.tile_dv, config.stages),
         "qQ": (ROWS_PER_WARPGROUP, config.tile_d, w),
-        "dQ": (ROWS_PER_WARPGROUP, config.tile_d, w),
         "qdO": (ROWS_PER_WARPGROUP, config.tile_dv, w),
         "qK": (config.tile_n, config.tile_d, config.stages),
         "qV": (config.tile_n, config.tile_dv, V_STAGES),
@@ -155,10 +164,10 @@ _family = Family(
     smem_parts,
     mma,
     loaded=("K", "V", "Q", "dO", "qQ", "qdO", "qK", "qV"),
-    stored={"dK": "dK", "dV": "dV", "dQ": "dQ"},
-    results=("dK", "dV", "dQ"),
+    stored={},
+    results=(),
     over_rows=("dV", "dK", "dQ"),
 )
 tile, slot_bytes, smem, smem_layout = _family.tile, _family.slot_bytes, _family.smem, _family.smem_layout
 smem_bytes, copies, tiled_mma = _family.smem_bytes, _family.copies, _family.tiled_mma
-store_accumulator = _family.store_accumulator
+store_accumulator = _family.store_accumulator  # of nothing: results leave from registers

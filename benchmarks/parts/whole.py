@@ -14,7 +14,7 @@ from benchmarks.parts import shapes
 from benchmarks.parts.launch import HOST
 from benchmarks.parts.stages import VARIANTS, Stages
 from cute_attn import forward, rules
-from cute_attn.fields import FORWARD
+from cute_attn.fields import FORWARD, in_order
 
 
 def expects(kernel) -> tuple[str, ...]:
@@ -66,5 +66,7 @@ def launcher(compiled, config, case, device) -> Any:
     scale_log2, scale_by_cap = rules.score_scales(case.head_dim**-0.5, 0.0)
     out = device.like(q)
     blocks = device.sm_count * config.blocks_per_multiprocessor
-    numbers = (0, 0, scale_log2, scale_by_cap, blocks)
-    return lambda: compiled(q, k, v, out, None, *numbers, device.stream())
+    values = {"q": q, "k": k, "v": v, "out": out, "scale_log2": scale_log2, "scale_by_cap": scale_by_cap, "blocks": blocks}
+    values |= dict.fromkeys(("count", "left", "right", "heads_first"), 0)
+    *arguments, _ = in_order(FORWARD, values)
+    return lambda: compiled(*arguments, device.stream())

@@ -180,6 +180,10 @@ class Signals:
         have started, and may wait for them, in whatever order the hardware starts blocks."""
         return cute.arch.atomic_add(self.words.iterator + TICKET, Int32(1), sem="relaxed", scope="gpu")
 
+    def ticket_of_next(self):
+        """The same of a kernel that follows on one which draws tickets, too, where query tiles have no counters."""
+        return cute.arch.atomic_add(self.words.iterator + COUNTERS, Int32(1), sem="relaxed", scope="gpu")
+
     def _counter(self, where):
         return self.counters.iterator + cute.crd2idx(where, self.counters.layout)
 

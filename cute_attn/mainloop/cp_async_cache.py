@@ -40,14 +40,13 @@ from cute_attn.balance import (
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
-from cute_attn.layouts.mma_sync_cache import BANKS
+from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.guard import poison_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.softmax import Softmax, finished, scale_rows
 
-PIECE = 4  # columns of O that a thread merges at a time
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
 AT_ONCE = 32  # pieces of partial results that a thread has on their way at the same time
 
@@ -258,13 +257,13 @@ class Forward:
                 into.fill(0.0)
 
     @cute.jit
-    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage):
-        """A group: start copying its keys of a part's tile n to a stage of its ring."""
+    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, places: tuple = ()):
+        """A group: start copying its keys of a part's tile n to a stage of its ring. ``places`` are those of its rows of K, if
+        they are known already."""
         slot, first = (block.group, stage), source.first + n * self.config.tile_n + block.group * self.keys_of_group
         k, v = block.k, block.v
         for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
-            key = cutlass.min(first + k.tXcX[0, i, 0][0], source.last)
-            place = keys.place(source.number, key)
+            place = keys.inside(places[i] if len(places) > 0 else self._named_place(block, keys, source, n, i))
             k.start_row(i, place, source.head_kv, slot)
             if cutlass.const_expr(self.same_rows):
                 v.start_row(i, place, source.head_kv, slot)
@@ -273,20 +272,38 @@ class Forward:
                 key = cutlass.min(first + v.tXcX[0, i, 0][0], source.last)
                 v.start_row(i, keys.place(source.number, key), source.head_kv, slot)
 
+    def _named_place(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, i: int):
+        """Where this thread's i-th row of K of a part's tile n is, as the table says."""
+        first = source.first + n * self.config.tile_n + block.group * self.keys_of_group
+        return keys.named_place(source.number, cutlass.min(first + block.k.tXcX[0, i, 0][0], source.last))
+
     @cute.jit
-    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity):
+    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity, places=()):
         """Start copying tile n from a part's first one on, which past its end is one of the part behind it; the first one of
         that with its queries."""
-        n_then = n - seen.count
-        here = n_then < 0
-        if (n_then == 0) & (then.count > 0):
+        if (n == seen.count) & (then.count > 0):
             self._copy_q(block, serving, then, 1 - parity)
-        if n_then < then.count:
-            source = KeySource(
-                *(_either(here, x, y) for x, y in zip(self._source(seen).all(), self._source(then).all(), strict=True))
-            )
-            self._copy(block, serving.keys, source, _either(here, n, n_then), stage)
+        if n - seen.count < then.count:
+            source, tile = self._ahead(seen, then, n)
+            self._copy(block, serving.keys, source, tile, stage, places)
         cute.arch.cp_async_commit_group()
+
+    def _ahead(self, seen: SeenTiles, then: SeenTiles, n) -> tuple[KeySource, Any]:
+        """Of whom tile n from a part's first one on is, and which of its tiles."""
+        here, sources = n < seen.count, zip(self._source(seen).all(), self._source(then).all(), strict=True)
+        return KeySource(*(_either(here, x, y) for x, y in sources)), _either(here, n, n - seen.count)
+
+    @cute.jit
+    def _places_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n) -> tuple:
+        """Where this thread's rows of that tile are, of pages, whose numbers are read a tile before they are needed."""
+        places: tuple = ()
+        if cutlass.const_expr(serving.keys.page_table is not None):
+            rows = cute.size(block.k.tXcX, mode=[1])
+            places = tuple((Int32(0), Int32(0)) for _ in range(rows))
+            if n - seen.count < then.count:
+                source, tile = self._ahead(seen, then, n)
+                places = tuple(self._named_place(block, serving.keys, source, tile, i) for i in range(rows))
+        return places
 
     def _source(self, seen: SeenTiles) -> KeySource:
         """Of a part's tiles."""
@@ -378,6 +395,7 @@ class Forward:
         primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
         for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
             self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
+        next_places = self._places_ahead(block, serving, seen, then, ahead)
         for n in cutlass.range(seen.count, unroll=1):
             cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
@@ -398,7 +416,8 @@ class Forward:
             self._add(block, acc_S, acc_O, slot)
             if n + 1 < seen.count:
                 self._sync_group(block)
-                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity)
+                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity, next_places)
+                next_places = self._places_ahead(block, serving, seen, then, n + 1 + ahead)
             stage = (stage + 1) % ahead
 
         cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to
@@ -499,7 +518,7 @@ class Forward:
                 cute.arch.sync_threads()
             self._hand_over(block, exchanged, rows, softmax, exist, first)
             cute.arch.sync_threads()
-            self._merge_groups(exchanged, serving, seen, places, exist, first)
+            self._merge_groups(block, exchanged, serving, seen, places, exist, first)
 
     def _exist(self, serving: Serving, seen: SeenTiles):
         """How many rows of the tile there are."""
@@ -520,7 +539,7 @@ class Forward:
                 block.word[0] = arrived
             cute.arch.sync_threads()
             if block.word[0] == places.parts - written:
-                self._merge_parts(serving, seen, places, self._exist(serving, seen))
+                self._merge_parts(block, serving, seen, places, self._exist(serving, seen))
 
     @cute.jit
     def _hand_over(
@@ -533,25 +552,36 @@ class Forward:
         first: cutlass.Constexpr[int],
     ):
         """What this thread found of the rows that exist to shared memory, of O the columns from ``first`` on for which there is
-        room."""
-        columns, each = self.lay.exchanged_columns(self.config), BANKS // THREADS_PER_ROW
-        cO = rows_columns(block.mma_O.get_slice(block.thread).partition_C(self._identity()))
+        room: as it holds them, 4 at a time."""
+        pieces, cO = self.lay.exchanged_columns(self.config) // PIECE_COLUMNS, self._coordinates(block)
         for r in cutlass.range_constexpr(cute.size(rows, mode=[0])):
-            row = cO[r, 0][0]
+            row, column = cO[r, 0]
             if row < exist:
-                place = block.group * self.config.tile_m + row
                 if cutlass.const_expr(first == 0):
-                    if cO[r, 0][1] == 0:
+                    if column == 0:
+                        place = block.group * self.config.tile_m + row
                         _store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
-                o = exchanged.o + cute.assume(place * columns, columns)
-                for c in cutlass.range_constexpr(columns // THREADS_PER_ROW // 2):
-                    column = _column(row, cO[r, 2 * c % each][1]) + 2 * c // each * BANKS
-                    mine = first // THREADS_PER_ROW + 2 * c
-                    _store_pair(o, column // 2, rows[r, mine], rows[r, mine + 1])
+                for n in cutlass.range_constexpr(pieces):
+                    piece, begin = cute.make_rmem_tensor(PIECE, Float32), first // THREADS_PER_ROW + n * PIECE
+                    for c in cutlass.range_constexpr(PIECE):
+                        piece[c] = rows[r, begin + c]
+                    cute.autovec_copy(piece, self._handed(block, exchanged, block.group, r * pieces + n))
+
+    def _handed(self, block: CacheBlock, exchanged: Exchanged, group, n) -> cute.Tensor:
+        """Where the n-th piece is that a group's thread of this one's number has handed over."""
+        each = self.config.tile_m * self.lay.exchanged_columns(self.config) // (PIECE * self.group_threads)
+        return _floats(exchanged.o, (group * each + n) * self.group_threads + block.thread, PIECE)
+
+    @property
+    def shares(self) -> tuple[int, int]:
+        """``(rows, groups)``: of the rows that a thread has of O its group merges so many, and as many groups their columns."""
+        of_thread = self.config.tile_m * THREADS_PER_ROW // self.group_threads
+        return max(of_thread // self.config.key_warps, 1), max(self.config.key_warps // of_thread, 1)
 
     @cute.jit
     def _merge_groups(
         self,
+        block: CacheBlock,
         exchanged: Exchanged,
         serving: Serving,
         seen: SeenTiles,
@@ -559,87 +589,112 @@ class Forward:
         exist,
         first: cutlass.Constexpr[int],
     ):
-        """All threads: what the groups have handed over, to the outputs or to the workspace."""
-        config, workspace, columns = self.config, serving.workspace, self.lay.exchanged_columns(self.config)
-        pieces = min(columns, self.problem.head_dim_v - first) // PIECE
-        for n in cutlass.range(cute.arch.thread_idx()[0], exist * pieces, config.threads, unroll=1):
-            row, piece = divided(n, pieces)
-            of_rows, o = (cute.make_rmem_tensor((n, config.key_warps), Float32) for n in (2, PIECE))
-            for group in cutlass.range_constexpr(config.key_warps):
-                place = group * config.tile_m + row
-                cute.autovec_copy(_floats(exchanged.of_rows, place, 2), of_rows[None, group])
-                handed = exchanged.o + cute.assume(place * columns, columns)
-                cute.autovec_copy(_floats(handed, _column(row, piece * PIECE) // PIECE, PIECE), o[None, group])
-            row_max, row_sum, merged = -Float32.inf, Float32(0.0), cute.make_rmem_tensor(PIECE, Float32)
-            for group in cutlass.range_constexpr(config.key_warps):
-                row_max = cute.arch.fmax(row_max, of_rows[0, group])
-            merged.fill(0.0)
-            for group in cutlass.range_constexpr(config.key_warps):
-                exponent = (of_rows[0, group] - _anchor(row_max)) * seen.values.exponent(self.problem)
-                weight = cute.math.exp2(exponent, fastmath=True)
-                row_sum += of_rows[1, group] * weight
-                merged.store(merged.load() + o[None, group].load() * weight)
-            piece += first // PIECE
-            if places.parts == 1:
-                of_row = self._end_row(serving, seen, row, piece == 0, row_max, row_sum)
-                self._store(serving, seen, of_row, piece, merged)
-            else:
-                into, of_row = workspace.of_row(places.of(places.number), row)
-                if piece == 0:
-                    of_rows[0, 0], of_rows[1, 0] = row_max, row_sum
-                    cute.autovec_copy(of_rows[None, 0], _floats(of_row, 0, 2))
-                cute.autovec_copy(merged, _floats(into, piece, PIECE))
+        """What the groups have handed over, to the outputs or to the workspace: a thread merges its share of what those of its
+        number hold in all groups."""
+        config, (rows, sharing), groups = self.config, self.shares, self.config.key_warps
+        pieces, begin = self.lay.exchanged_columns(config) // PIECE_COLUMNS, first // PIECE_COLUMNS
+        for j in cutlass.range_constexpr(rows):
+            r = block.group // sharing * rows + j
+            row = self._coordinates(block)[r, 0][0]
+            if row < exist:
+                of_rows, weights = cute.make_rmem_tensor((2, groups), Float32), cute.make_rmem_tensor(groups, Float32)
+                for group in cutlass.range_constexpr(groups):
+                    cute.autovec_copy(_floats(exchanged.of_rows, group * config.tile_m + row, 2), of_rows[None, group])
+                row_max, row_sum = -Float32.inf, Float32(0.0)
+                for group in cutlass.range_constexpr(groups):
+                    row_max = cute.arch.fmax(row_max, of_rows[0, group])
+                for group in cutlass.range_constexpr(groups):
+                    exponent = (of_rows[0, group] - _anchor(row_max)) * seen.values.exponent(self.problem)
+                    weights[group] = cute.math.exp2(exponent, fastmath=True)
+                    row_sum += of_rows[1, group] * weights[group]
+                merged, handed = (cute.make_rmem_tensor((PIECE, n), Float32) for n in (-(-pieces // sharing), 1))
+                merged.fill(0.0)
+                for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                    n = self._mine(block, k)
+                    if _below(n, pieces, sharing):
+                        for group in cutlass.range_constexpr(groups):
+                            cute.autovec_copy(self._handed(block, exchanged, group, r * pieces + n), handed[None, 0])
+                            merged[None, k].store(merged[None, k].load() + handed[None, 0].load() * weights[group])
+                if places.parts == 1:
+                    of_row = self._end_row(serving, seen, row, self._writes(block, first == 0), row_max, row_sum)
+                    for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                        n = self._mine(block, k)
+                        if _below(n, pieces, sharing):
+                            self._store(block, serving, seen, of_row, begin + n, merged[None, k])
+                else:
+                    o, of = serving.workspace.of_row(places.of(places.number), row)
+                    if self._writes(block, first == 0):
+                        _store_pair(of, 0, row_max, row_sum)
+                    for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                        n = self._mine(block, k)
+                        if _below(n, pieces, sharing) and (begin + n) * PIECE_COLUMNS < self.problem.head_dim_v:
+                            cute.autovec_copy(merged[None, k], self._written(block, o, begin + n))
+
+    def _mine(self, block: CacheBlock, k: int):
+        """The k-th piece of a row that this thread merges."""
+        return k * self.shares[1] + block.group % self.shares[1]
+
+    def _writes(self, block: CacheBlock, condition):
+        """Whether of the threads that have a row this is the one that writes what there is once."""
+        return condition & (block.group % self.shares[1] == 0) & (block.thread % THREADS_PER_ROW == 0)
+
+    def _written(self, block: CacheBlock, row, n) -> cute.Tensor:
+        """Where this thread's n-th piece of a row of O is in the workspace: in the order in which threads hold columns."""
+        return _floats(row, n * THREADS_PER_ROW + block.thread % THREADS_PER_ROW, PIECE)
 
     @cute.jit
-    def _merge_parts(self, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
-        """All warps, each of rows of its own: all parts of a walk, in the order of their keys, to the outputs. A lane has the
-        maximum and the sum of a row in one of the parts that are merged at once, and pieces of O of all of these."""
-        workspace, exponent, parts = serving.workspace, seen.values.exponent(self.problem), places.parts
-        pieces, warps, lane = self.problem.head_dim_v // PIECE, self.config.mma_warps, cute.arch.lane_idx()
-        together, of_lane = self.lay.rows_merged(self.config), -(-pieces // WARP)  # rows at the same time, and pieces of each
-        at_once = AT_ONCE // together // of_lane
-        for first_row in cutlass.range(cute.arch.thread_idx()[0] // WARP, exist, warps * together, unroll=1):
-            rows = [cutlass.min(first_row + j * warps, exist - 1) for j in range(together)]
-            my_row = cutlass.min(first_row + lane // at_once % together * warps, exist - 1)
-            mine = [cutlass.min(lane + k * WARP, pieces - 1) for k in range(of_lane)]
-            merged = cute.make_rmem_tensor((PIECE, of_lane, together), Float32)
-            merged.fill(0.0)
-            held = cute.make_rmem_tensor((PIECE, of_lane, together, at_once), Float32)
-            of_row = cute.make_rmem_tensor(2, Float32)
-            row_max, row_sum = -Float32.inf, Float32(0.0)
-            for part in cutlass.range(0, parts, at_once, unroll=1):
-                my_part = part + lane % at_once  # past the last one that one again, without weight
-                place = places.of(cutlass.min(my_part, parts - 1))
-                cute.autovec_copy(_floats(workspace.of_row(place, my_row)[1], 0, 2), of_row)
-                for i in cutlass.range_constexpr(at_once):
-                    place = places.of(cutlass.min(part + i, parts - 1))
-                    for j in cutlass.range_constexpr(together):
-                        o = workspace.of_row(place, rows[j])[0]
-                        for k in cutlass.range_constexpr(of_lane):
-                            cute.autovec_copy(_floats(o, mine[k], PIECE), held[None, k, j, i])
-                found = of_row[0] if my_part < parts else -Float32.inf
-                old_max = row_max
-                row_max = cute.arch.fmax(row_max, cute.arch.warp_reduction_max(found, threads_in_group=at_once))
-                anchor = _anchor(row_max)
-                old = cute.math.exp2((old_max - anchor) * exponent, fastmath=True)
-                weight = cute.math.exp2((found - anchor) * exponent, fastmath=True)
-                row_sum = row_sum * old + cute.arch.warp_reduction_sum(of_row[1] * weight, threads_in_group=at_once)
-                for j in cutlass.range_constexpr(together):
-                    scale = cute.arch.shuffle_sync(old, j * at_once)
-                    for k in cutlass.range_constexpr(of_lane):
-                        merged[None, k, j].store(merged[None, k, j].load() * scale)
-                    for i in cutlass.range_constexpr(at_once):
-                        scale = cute.arch.shuffle_sync(weight, j * at_once + i)
-                        for k in cutlass.range_constexpr(of_lane):
-                            weighted = held[None, k, j, i].load() * scale
-                            merged[None, k, j].store(merged[None, k, j].load() + weighted)
-            query, head, normalize = self._end_row(serving, seen, my_row, lane % at_once == 0, row_max, row_sum)
-            for j in cutlass.range_constexpr(together):
-                of_row_j = [cute.arch.shuffle_sync(x, j * at_once) for x in (query, head, normalize)]
-                if first_row + j * warps < exist:
-                    for k in cutlass.range_constexpr(of_lane):
-                        if lane + k * WARP < pieces:
-                            self._store(serving, seen, of_row_j, mine[k], merged[None, k, j])
+    def _merge_parts(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
+        """All parts of a walk, in the order of their keys, to the outputs: of rows and columns as :meth:`_merge_groups`."""
+        (rows, sharing), pieces = self.shares, -(-self.problem.head_dim_v // PIECE_COLUMNS)
+        for j in cutlass.range_constexpr(rows):
+            row = self._coordinates(block)[block.group // sharing * rows + j, 0][0]
+            if row < exist:
+                self._merge_row(block, serving, seen, places, row, -(-pieces // sharing))
+
+    @cute.jit
+    def _merge_row(
+        self,
+        block: CacheBlock,
+        serving: Serving,
+        seen: SeenTiles,
+        places: PartPlaces,
+        row,
+        pieces: cutlass.Constexpr[int],
+    ):
+        """All parts' ``pieces`` that this thread has of a row."""
+        exponent, parts, at_once = seen.values.exponent(self.problem), places.parts, max(AT_ONCE // pieces, 1)
+        all_pieces = -(-self.problem.head_dim_v // PIECE_COLUMNS)
+        merged, held = (cute.make_rmem_tensor((PIECE, pieces, n), Float32) for n in (1, at_once))
+        found = cute.make_rmem_tensor((2, at_once), Float32)
+        merged.fill(0.0)
+        row_max, row_sum = -Float32.inf, Float32(0.0)
+        for part in cutlass.range(0, parts, at_once, unroll=1):
+            for i in cutlass.range_constexpr(at_once):
+                place = places.of(cutlass.min(part + i, parts - 1))  # past the last one that one again, without weight
+                o, of_row = serving.workspace.of_row(place, row)
+                cute.autovec_copy(_floats(of_row, 0, 2), found[None, i])
+                for k in cutlass.range_constexpr(pieces):
+                    n = cutlass.min(self._mine(block, k), all_pieces - 1)
+                    cute.autovec_copy(self._written(block, o, n), held[None, k, i])
+            old_max = row_max
+            for i in cutlass.range_constexpr(at_once):
+                if part + i >= parts:
+                    found[0, i] = -Float32.inf
+                row_max = cute.arch.fmax(row_max, found[0, i])
+            anchor = _anchor(row_max)
+            old = cute.math.exp2((old_max - anchor) * exponent, fastmath=True)
+            row_sum *= old
+            for k in cutlass.range_constexpr(pieces):
+                merged[None, k, 0].store(merged[None, k, 0].load() * old)
+            for i in cutlass.range_constexpr(at_once):
+                weight = cute.math.exp2((found[0, i] - anchor) * exponent, fastmath=True)
+                row_sum += found[1, i] * weight
+                for k in cutlass.range_constexpr(pieces):
+                    merged[None, k, 0].store(merged[None, k, 0].load() + held[None, k, i].load() * weight)
+        of_row = self._end_row(serving, seen, row, self._writes(block, True), row_max, row_sum)
+        for k in cutlass.range_constexpr(pieces):
+            if _below(self._mine(block, k), all_pieces, self.shares[1]):
+                self._store(block, serving, seen, of_row, self._mine(block, k), merged[None, k, 0])
 
     @cute.jit
     def _end_row(self, serving: Serving, seen: SeenTiles, row, writes, row_max, row_sum):
@@ -656,14 +711,22 @@ class Forward:
         return query, head, normalize
 
     @cute.jit
-    def _store(self, serving: Serving, seen: SeenTiles, of_row: tuple, piece, o: cute.Tensor):
-        """A piece of O of all keys to the outputs; ``of_row`` is what :meth:`_end_row` gave."""
+    def _store(self, block: CacheBlock, serving: Serving, seen: SeenTiles, of_row: tuple, n, o: cute.Tensor):
+        """This thread's n-th piece of O of all keys to the outputs; ``of_row`` is what :meth:`_end_row` gave."""
         query, head, normalize = of_row
         row = serving.outputs.o[seen.sequence.element, query, head, None]
-        _piece(row, piece).store((o.load() * normalize).to(row.element_type))
+        for pair in cutlass.range_constexpr(2):
+            column = n * PIECE_COLUMNS + pair * (PIECE_COLUMNS // 2) + block.thread % THREADS_PER_ROW * 2
+            if column < self.problem.head_dim_v:
+                of_pair = cute.make_rmem_tensor(2, row.element_type)
+                for c in cutlass.range_constexpr(2):
+                    of_pair[c] = (o[2 * pair + c] * normalize).to(row.element_type)
+                cute.autovec_copy(of_pair, _pair(row, column))
 
-    def _identity(self) -> cute.Tensor:
-        return cute.make_identity_tensor((self.config.tile_m, self.config.tile_dv))
+    def _coordinates(self, block: CacheBlock) -> cute.Tensor:
+        """(row, column) of what this thread has of O, ``(rows, columns)``."""
+        identity = cute.make_identity_tensor((self.config.tile_m, self.config.tile_dv))
+        return rows_columns(block.mma_O.get_slice(block.thread).partition_C(identity))
 
 
 def _floats(place, n, count: int) -> cute.Tensor:
@@ -671,10 +734,15 @@ def _floats(place, n, count: int) -> cute.Tensor:
     return cute.make_tensor((place + cute.assume(n * count, count)).align(4 * count), cute.make_layout(count))
 
 
-def _piece(row: cute.Tensor, piece) -> cute.Tensor:
-    """Where PIECE columns of a row are."""
-    begin = cute.local_tile(row, (PIECE,), (piece,)).iterator
-    return cute.make_tensor(begin.align(PIECE * row.element_type.width // 8), cute.make_layout(PIECE))
+def _pair(row: cute.Tensor, column) -> cute.Tensor:
+    """Where two columns of a row are."""
+    begin = cute.local_tile(row, (2,), (column // 2,)).iterator
+    return cute.make_tensor(begin.align(2 * row.element_type.width // 8), cute.make_layout(2))
+
+
+def _below(n, pieces: int, sharing: int):
+    """Whether there is an n-th of so many pieces, which as many groups share."""
+    return pieces % sharing == 0 or n < pieces
 
 
 @cute.jit
@@ -694,8 +762,3 @@ def _store_pair(place, n, first: Float32, second: Float32):
     pair = cute.make_rmem_tensor(2, Float32)
     pair[0], pair[1] = first, second
     cute.autovec_copy(pair, _floats(place, n, 2))
-
-
-def _column(row, column):
-    """Where a column of a row of O lies in shared memory: the rows that a warp writes at once are on other banks each."""
-    return column ^ (row % 4 * (BANKS // 4))

@@ -215,7 +215,8 @@ class Forward(Kernel):
     def _queue(self, shared: ForwardShared, pipes: ForwardPipelines) -> WorkQueue:
         ragged = bool(self.problem.ragged)
         numbered = ragged and self.problem.has_places
-        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, numbered=numbered, ragged=ragged)
+        of = {"numbered": numbered, "ragged": ragged, "headed": bool(self.problem.blocks)}
+        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, **of)
 
     @cute.jit
     def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, values: Values, tiles: Tiles):

@@ -23,15 +23,15 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from cute_attn.epilogue import store_zeros
 from cute_attn.layouts.base import STORED, cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
-from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
+from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warpgroups import (
+    NONE_DONE,
     WARPGROUP,
     InFlight,
     KeyBlocks,
@@ -44,7 +44,6 @@ from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
-NONE_DONE = (0, 0)  # key tiles, query tiles
 
 
 @dataclass(frozen=True)
@@ -160,35 +159,13 @@ class Backward(KeyBlocks):
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
             queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
-            alone = partial(self._clear_keys, gradients) if self.problem.has_unused("k") else None
-            roles(partial(self._lead, queue, tiles, signals, alone), lambda part: queue.taker().each(part, NONE_DONE))
+            alone = partial(self.clear_keys, gradients) if self.problem.has_unused("k") else None
+            ticket = signals.ticket if self.draws else None
+            lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, alone=alone, in_order=self.problem.deterministic)
+            roles(lead, lambda part: queue.taker().each(part, NONE_DONE))
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
             tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
-
-    def _lead(self, queue: WorkQueue, tiles, signals, alone, part):
-        """The warp that finds the block's tiles: its part of each, and what it does ``alone``, while others compute."""
-        first, following = cute.arch.block_idx()[0], tiles.position
-        if self.draws:
-            skipped = 0 if self.problem.deterministic else cute.arch.grid_dim()[0]
-            following = lambda _: skipped + self._ticket(signals)  # noqa: E731
-            first = following(0) if self.problem.deterministic else first
-        queue.lead(tiles, first, following, part, NONE_DONE, alone)
-
-    @cute.jit
-    def _clear_keys(self, gradients: Gradients, work: Work):
-        """One warp: dK and dV of a tile without a row in use."""
-        for m, columns in ((gradients.mdK, self.config.tile_d), (gradients.mdV, self.config.tile_dv)):
-            if cutlass.const_expr(m is not None):
-                store_zeros(work.k.stored.rows(m, work.head), work.block, (self.config.tile_n, columns))
-
-    @cute.jit
-    def _ticket(self, signals: Signals):
-        """A whole warp: one ticket."""
-        drawn = Int32(0)
-        if cute.arch.lane_idx() == 0:
-            drawn = signals.ticket()
-        return cute.arch.shuffle_sync(drawn, 0)
 
     @cute.jit
     def _roles(
@@ -204,7 +181,7 @@ class Backward(KeyBlocks):
         each: cutlass.Constexpr,
     ):
         """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``."""
-        (plain, rows, care), of_tile = from_memory, partial(self._key_tile, values, heads_per_kv)
+        (plain, rows, care), of_tile = from_memory, partial(self.key_tile, values, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
@@ -221,15 +198,6 @@ class Backward(KeyBlocks):
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
-
-    @cute.jit
-    def _key_tile(self, values: Values, heads_per_kv, part: cutlass.Constexpr, done, work: Work):
-        """A warp's part of one tile. Returns how many key tiles and query tiles the block has had, ``done`` and this one."""
-        values, where = values.of(work), self.query_heads(work, heads_per_kv)
-        part(values, where, done)
-        visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        keys = cutlass.min(visited.count, 1) if cutlass.const_expr(self.skips_unseen) else 1
-        return done[0] + keys, done[1] + visited.count * visited.members(where[1])
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""

@@ -31,7 +31,7 @@ class Backward:
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
         """Launch the kernels whose gradients are asked for."""
         if cutlass.const_expr(gradients.mdK is not None or gradients.mdV is not None):
-            self.keys.launch(inputs, rows, gradients, signals, values, tiles.in_small_groups(blocks), stream)
+            self.keys.launch(inputs, rows, gradients, signals, values, tiles, blocks, stream)
         elif cutlass.const_expr(self.queries.problem.masked):
             LookAtKeys().launch(inputs.k, signals, stream)
         if cutlass.const_expr(gradients.mdQ is not None):

@@ -11,11 +11,11 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn import layouts
-from cute_attn.epilogue import clear_rows_past, converted
+from cute_attn.epilogue import clear_rows_past, converted, store_vectors, store_zeros
 from cute_attn.layouts.base import WARP
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP, WARPGROUP
-from cute_attn.mainloop.common import Inputs, Rows, Values
+from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import UnmarkedRows, any_of, copy_carefully, hide_keys
 from cute_attn.mainloop.scores import Coordinates
 from cute_attn.mainloop.walk import KeyTiles, ListedKeys, QueryTiles
@@ -23,6 +23,7 @@ from cute_attn.scheduler import Work
 from cute_attn.sequences import Span
 
 ENDLESS = 1 << 30  # rows
+NONE_DONE = (0, 0)  # by a persistent block: key tiles, query tiles
 AROUND = 1 << 33  # elements of 16 bits: ENDLESS · AROUND of them are 2⁶⁴ bytes, which is once around all addresses
 
 
@@ -253,6 +254,17 @@ class Kernel:
             with cute.arch.elect_one():
                 arrival(state)
 
+    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, ahead: bool = False):
+        """The warp that finds a persistent block's tiles: its ``part`` of each, from ``state`` on, and what it does ``alone``,
+        while others compute. One thread draws a ``ticket`` for each but, unless tiles are to begin ``in_order``, the first;
+        None: they come in rounds."""
+        first, following = cute.arch.block_idx()[0], tiles.position
+        if ticket is not None:
+            skipped = 0 if in_order else cute.arch.grid_dim()[0]
+            following = lambda _: skipped + of_first_lane(ticket)  # noqa: E731
+            first = following(0) if in_order else first
+        queue.lead(tiles, first, following, part, state, alone, ahead)
+
     @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: TmaOperand, s: cute.Tensor, group, slot, where):
         """Computing warpgroup ``group``: its accumulator by ``copy`` to a slot of shared memory, from there to global memory
@@ -274,6 +286,14 @@ class Kernel:
         if cutlass.const_expr(self.problem.has_unused(side)):
             where = Coordinates.of(self.lay.tiled_mma(role, self.config), cute.arch.thread_idx()[0] % WARPGROUP, shape)
             clear_rows_past(length, block * ROWS_PER_WARPGROUP, where.thread, rows_columns(acc))
+
+    def store_rows(self, role: str, acc, m: cute.Tensor, span: Span, head, block):
+        """A computing warpgroup: an accumulator of 64 rows, the ``block``-th of a sequence, to global memory by the threads
+        that hold it. Nobody waits for that, and it takes no shared memory."""
+        into, thread = span.stored.rows(m, head), cute.arch.thread_idx()[0] % WARPGROUP
+        shape = ROWS_PER_WARPGROUP, self.lay.mma(role, self.config).tile[1]
+        where = Coordinates.of(self.lay.tiled_mma(role, self.config), thread, shape).thread
+        store_vectors(into, into.shape[0], block * ROWS_PER_WARPGROUP, where, rows_columns(acc))
 
     def wait_for_store(self, group):
         """Until the warpgroup's last store has read its shared memory, for all its threads."""
@@ -302,6 +322,22 @@ class Kernel:
         )
 
 
+@cute.jit
+def prefetch(operand: TmaOperand, tile: cute.Tensor):
+    """One warp: a tile to the L2 cache."""
+    with cute.arch.elect_one():
+        cute.prefetch(operand.atom, tile)
+
+
+@cute.jit
+def of_first_lane(value: cutlass.Constexpr) -> Int32:
+    """A whole warp: what ``value()`` is to its first lane."""
+    found = Int32(0)
+    if cute.arch.lane_idx() == 0:
+        found = value()
+    return cute.arch.shuffle_sync(found, 0)
+
+
 @dataclass(frozen=True)
 class TmaOperands:
     """The tensors that TMA copies for a kernel whose blocks own keys; a gradient that is not asked for is ``None``."""
@@ -327,6 +363,22 @@ class KeyBlocks(Kernel):
         if self.config.head_blocks > 1:
             first += cute.arch.block_in_cluster_idx()[0] * members
         return replace(work, head=first), members
+
+    @cute.jit
+    def key_tile(self, values: Values, heads_per_kv, part: cutlass.Constexpr, done, work: Work):
+        """A warp's part of one tile. Returns how many key tiles and query tiles the block has had, ``done`` and this one."""
+        values, where = values.of(work), self.query_heads(work, heads_per_kv)
+        part(values, where, done)
+        visited = QueryTiles.of(values, self.problem, work.block, self.config)
+        keys = cutlass.min(visited.count, 1) if cutlass.const_expr(self.skips_unseen) else 1
+        return done[0] + keys, done[1] + visited.count * visited.members(where[1])
+
+    @cute.jit
+    def clear_keys(self, gradients: Gradients, work: Work):
+        """One warp: dK and dV of a tile without a row in use."""
+        for m, columns in ((gradients.mdK, self.config.tile_d), (gradients.mdV, self.config.tile_dv)):
+            if cutlass.const_expr(m is not None):
+                store_zeros(work.k.stored.rows(m, work.head), work.block, (self.config.tile_n, columns))
 
     def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done=(0, 0)):
         """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""

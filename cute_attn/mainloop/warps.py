@@ -3,7 +3,9 @@ registers of ``mma.sync``."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 from cutlass import cute
@@ -62,18 +64,34 @@ class Stream:
     @cute.jit
     def start_row(self, i: cutlass.Constexpr[int], place, head, slot):
         """Start this thread's copies of its i-th row of a tile to a slot, from ``place`` = (element, row) of a cache
-        ``(elements, rows, heads, head_dim)``."""
+        ``(elements, rows, heads, head_dim)``, which is read once: first to leave the L2 cache, where instructions and page
+        numbers stay."""
         source, into = self.m[place[0], place[1], head, None], self.tXsX[None, i, None, slot]
-        vector = cute.size(into, mode=[0])
+        vector, moved = cute.size(into, mode=[0]), swizzled_by(self.tXsX.iterator)  # rows and slots are whole patterns apart
         for j in cutlass.range_constexpr(cute.size(into, mode=[1])):
-            column = self.tXcX[0, i, j][1]
-            begin = cute.local_tile(source, (vector,), (column // vector,)).iterator.align(16)
-            piece = cute.make_tensor(begin, into[None, j].layout)
+            column, there = self.tXcX[0, i, j][1], into[None, j].iterator.toint() + moved
+            begin = cute.local_tile(source, (vector,), (column // vector,)).iterator.toint()
             if cutlass.const_expr((j + 1) * self.columns_at_once <= self.head_dim):
-                cute.copy(self.copy, piece, into[None, j])
+                copy_once(begin, there)
             elif cutlass.const_expr(j * self.columns_at_once < self.head_dim):
                 if column < self.head_dim:
-                    cute.copy(self.copy, piece, into[None, j])
+                    copy_once(begin, there)
+
+
+def swizzled_by(pointer: cute.Pointer) -> Any:
+    """How far from where a pointer to shared memory says that it points it does: pieces of 16 bytes change places in a row."""
+    found = re.search(r"S<(\d+),(\d+),(\d+)>", str(pointer.type))
+    if found is None:
+        return 0
+    address, (bits, lowest, shift) = pointer.toint(), map(int, found.groups())
+    return (address ^ (address >> shift & (2**bits - 1) << lowest)) - address
+
+
+def copy_once(source: Any, into: Any) -> None:
+    """Start copying 16 bytes from an address in global to one in shared memory, for which nobody asks the L2 cache again."""
+    policy = cute.arch.inline_ptx("createpolicy.fractional.L2::evict_first.b64 {$w0}, 1.0;", write_only_types=[cutlass.Int64])
+    ptx = "cp.async.cg.shared.global.L2::cache_hint [{$r0}], [{$r1}], 16, {$r2};"
+    cute.arch.inline_ptx(ptx, read_only_args=[into, source, policy])
 
 
 @dataclass(frozen=True)

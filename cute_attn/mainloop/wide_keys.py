@@ -2,7 +2,8 @@
 
 A block owns 64 keys; two warpgroups walk over the query tiles side by side. The first takes Sᵀ = K·Qᵀ, P, and dV += Pᵀ·dO; the
 second dPᵀ = V·dOᵀ, dS, and dK += dSᵀ·Q. P passes from the first to the second in the operands' dtype, as it lies in registers.
-Each has its own pace: while one multiplies, the other takes exponentials or differences.
+Each has its own pace: while one multiplies, the other takes exponentials or differences. With ``overlap_tiles`` a tile's dV and
+dK run while the next one's P and dS are taken.
 
 What comes with a stage for each row (log-sum-exp, delta) has gone into a product before the stage is released. A read of shared
 memory that is merely issued before is not enough: where the release follows at once, the next tile's values have been seen to
@@ -24,10 +25,11 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Kept, Scores
 from cute_attn.mainloop.walk import QueryTiles
-from cute_attn.mainloop.warpgroups import WARPGROUP, KeyBlocks, TmaOperands, of_columns, rounded_operand
+from cute_attn.mainloop.warpgroups import NONE_DONE, WARPGROUP, KeyBlocks, TmaOperands, of_columns, prefetch, rounded_operand
+from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 
-COPY_K_Q_WARP, COPY_V_DO_WARP = 0, 1
+COPY_K_Q_WARP, COPY_V_DO_WARP, PREFETCH_WARP = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,36 @@ class KeyPipelines:
     q: pipeline.PipelineTmaAsync
     do: pipeline.PipelineTmaAsync
     p: pipeline.PipelineAsync
+    work: pipeline.PipelineAsync
 
 
 @dataclass(frozen=True)
 class KeyShared:
     """Shared memory: ``(rows, columns, slot)`` for the operands, ``(thread, value, slot)`` for P, ``(tile_m, stage)`` for
-    a row's values, ``(tile_n)`` for which keys are hidden (``guard.py``). dV lies over K, dK over V."""
+    a row's values, ``(tile_n)`` for which keys are hidden (``guard.py``), and the block's tiles."""
 
     k: cute.Tensor
     v: cute.Tensor
     q: cute.Tensor
     do: cute.Tensor
-    dk: cute.Tensor
-    dv: cute.Tensor
     p: cute.Tensor
     lse: cute.Tensor
     delta: cute.Tensor
     hidden: cute.Tensor | None
+    work: cute.Tensor
+
+
+@dataclass(frozen=True)
+class KeyFragments:
+    """What a thread of one of the two computing warpgroups holds through the query tiles: the operands of its two products, the
+    accumulator of the second, and, with ``overlap_tiles``, that one's operand of the tile before."""
+
+    tA: cute.Tensor  # K or V
+    tB: cute.Tensor  # Q or dO
+    tRows: cute.Tensor  # dO or Q, as the B operand of dV or dK
+    acc: cute.Tensor
+    held: cute.Tensor
+    cS: Coordinates
 
 
 class KeyGradients(KeyBlocks):
@@ -65,63 +80,62 @@ class KeyGradients(KeyBlocks):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         self.needs_k, self.needs_v = "k" in problem.gradients, "v" in problem.gradients
+        self.draws = problem.masked or bool(problem.ragged)
+        self.prefetches = not problem.ragged  # which takes more registers to find
 
     @cute.jit
-    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, stream):
-        """Make the TMA descriptors and launch a block for each key tile."""
-        dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
-        dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
-        operands = TmaOperands(*self.input_operands(inputs), dk=dk, dv=dv)
-        self.kernel(operands, inputs.if_masked(self.problem), rows, signals, values, tiles).launch(
-            grid=[tiles.count(), 1, 1],
+    def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, blocks, stream):
+        """Make the TMA descriptors and launch persistent blocks."""
+        operands = TmaOperands(*self.input_operands(inputs), dk=None, dv=None)
+        if cutlass.const_expr(self.draws):
+            tiles, count = tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
+        else:
+            tiles, count = tiles.launched(blocks, long=False)
+        self.kernel(operands, inputs.if_masked(self.problem), rows, gradients, signals, values, tiles).launch(
+            grid=[count, 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )
 
     @cute.kernel
-    def kernel(self, operands: TmaOperands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
+    def kernel(self, operands: TmaOperands, plain: Inputs | None, rows: Rows, gradients, signals, values: Values, tiles: Tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         shared, pipes = self._setup()
-        from_memory = (plain, rows, care, signals)
-        tiles.one(partial(self._key_tile, operands, from_memory, shared, pipes, values, tiles.heads_per_kv))
-
-    @cute.jit
-    def _key_tile(self, operands: TmaOperands, from_memory, shared: KeyShared, pipes, values: Values, heads_per_kv, work: Work):
-        """The block's tile: each warp its part."""
-        plain, rows, care, signals = from_memory
-        values, where = values.of(work), self.query_heads(work, heads_per_kv)
+        queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
+        of_tile = partial(self.key_tile, values, tiles.heads_per_kv)
+        each = lambda part: queue.taker().each(partial(of_tile, part), NONE_DONE)  # noqa: E731
+        alone = partial(self.clear_keys, gradients) if self.problem.has_unused("k") else None
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                self.copy_k_q(operands, plain, shared, pipes, rows, care, values, where)
+                part = partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care))
+                self.lead(queue, tiles, signals.ticket if self.draws else None, NONE_DONE, part, alone, ahead=self.prefetches)
             if warp == COPY_V_DO_WARP:
-                self.copy_v_do(operands, plain, shared, pipes, rows, care, values, where)
+                each(partial(self.copy_v_do, operands, plain, shared, pipes, rows, care))
+            if cutlass.const_expr(self.prefetches):
+                if warp == PREFETCH_WARP:
+                    each(partial(self._prefetch, operands, shared))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             if warp < 2 * WARPGROUP // 32:
-                self._values_warpgroup(operands, shared, pipes, signals, values, where)
+                each(partial(self._values_warpgroup, gradients, shared, pipes, signals))
             else:
-                self._keys_warpgroup(operands, shared, pipes, values, where)
+                each(partial(self._keys_warpgroup, gradients, shared, pipes))
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        sK, sV = self.tensor(smem, "K", "V"), self.tensor(smem, "V", "K")
         shared = KeyShared(
-            k=sK,
-            v=sV,
-            q=self.tensor(smem, "Q"),
-            do=self.tensor(smem, "dO"),
-            dk=self.over("dK", sV),
-            dv=self.over("dV", sK),
+            *(self.tensor(smem, name) for name in ("K", "V", "Q", "dO")),
             p=smem.allocate_tensor(self.element, cute_layout(lay.handed_over(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
             delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, config.tile_n),
+            work=WorkQueue.slots_in(smem),
         )
         row_bytes = config.tile_m * lay.ACCUMULATOR_BYTES
         half = config.mma_warps // 2
@@ -131,129 +145,230 @@ class KeyGradients(KeyBlocks):
             q=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("Q", config) + row_bytes),
             do=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("dO", config) + row_bytes),
             p=self.hand_over_pipe(smem, lay.P_STAGES, half),
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.prefetches + config.mma_warps),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return shared, pipes
 
     @cute.jit
-    def _values_warpgroup(self, operands: TmaOperands, shared: KeyShared, pipes: KeyPipelines, signals, values: Values, where):
+    def _prefetch(self, operands: TmaOperands, shared: KeyShared, values: Values, where, done):
+        """One warp: a tile's K and V to the L2 cache while the tile before is computed, and, of what it shares with others, the
+        query tile of its own number: of all that begin together each brings another one."""
+        work, members = where
+        for operand, s in ((operands.k, shared.k), (operands.v, shared.v)):
+            tXgX, _ = operand.tiles(s, work.k, work.head_kv)
+            prefetch(operand, tXgX[None, work.block])
+        if cutlass.const_expr(not self.problem.blocks):
+            visited = QueryTiles.of(values, self.problem, work.block, self.config)
+            if visited.count > 0:
+                number = cutlass.max(work.block * self.config.tile_n // self.config.tile_m, visited.begin)
+                number = cutlass.min(number, visited.begin + visited.count - 1)
+                for member in cutlass.range(members, unroll=1):
+                    for operand, s in ((operands.q, shared.q), (operands.do, shared.do)):
+                        tiles, _ = operand.tiles(s, work.q, work.head + member)
+                        prefetch(operand, tiles[None, number])
+
+    @cute.jit
+    def _values_warpgroup(self, gradients: Gradients, shared: KeyShared, pipes: KeyPipelines, signals, values, where, done):
         """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
-        S, dV = self.lay.tiled_mma("S", self.config).get_slice(0), self.lay.tiled_mma("dV", self.config).get_slice(0)
-        tSrK = S.make_fragment_A(S.partition_A(shared.k[None, None, 0]))
-        tSrQ = S.make_fragment_B(S.partition_B(shared.q))
-        tVrdO = dV.make_fragment_B(dV.partition_B(transposed(shared.do)))
-        cS = Coordinates.of(self.lay.tiled_mma("S", self.config), thread, (self.config.tile_n, self.config.tile_m))
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.P_STAGES)
+        frag = self._fragments("S", (shared.k, shared.q), "dV", shared.do, self.config.tile_dv)
+        k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
+        p_state = self.filling(self.lay.P_STAGES, done[1])
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        acc_dV = self.accumulator("dV", self.config.tile_dv)
         pipes.k.consumer_wait(k_state)
         hides = None
         if cutlass.const_expr(self.problem.masked):
             hides = self.hide_keys(shared.k[None, None, 0], None, shared.hidden, self.group())
             if hides:
                 signals.ask_for_care()
-        i = Int32(0)
-        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
-            pipes.q.consumer_wait(state)
-            acc_S = self.scores("S", self.config.tile_m, tSrK, tSrQ[None, None, None, state.index])
-            m_block, member = visited.tile(i, j // visited.count, self.problem)
-            of_head, kept = values.of_head(work.head + member), None
-            if cutlass.const_expr(self.problem.dropout):
-                kept = self._kept(cS, of_head, work, m_block)
-            warpgroup.wait_group(0)
-            hidden = None
-            if cutlass.const_expr(hides is not None):
-                hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
-            origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
-            scores = Scores(cS, of_head, self.problem, transposed=True)
-            scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
-            P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
-            rP = rounded_operand(P, self.element)
-            if cutlass.const_expr(self.needs_k):
-                of_ds = rP if cutlass.const_expr(P is acc_S) else rounded_operand(acc_S, self.element)
-                p_state = self._hand_over(of_ds, shared, pipes, thread, p_state)
-            pipes.do.consumer_wait(state)
-            if cutlass.const_expr(self.needs_v):
-                mma, tB = self.lay.tiled_mma("dV", self.config), tVrdO[None, None, None, state.index]
-                self.gemm(mma, acc_dV, rP, tB, accumulate=True)
-            self.release_rows(pipes.q, state)
-            warpgroup.wait_group(0)
-            pipes.do.consumer_release(state)
-            state.advance()
+        i, first, steps = Int32(0), Int32(0), visited.count * visited.members(members)
+        step = partial(self._values_step, frag, shared, pipes, values, work, visited, hides, (k_state, steps))
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                state, p_state = step(False, (i, first), state, p_state)
+                i, first = Int32(1) if visited.count > 1 else Int32(0), Int32(1)
+        for j in cutlass.range(first, steps, unroll=1):
+            state, p_state = step(self.config.overlap_tiles, (i, j), state, p_state)
             i = i + 1 if i + 1 < visited.count else Int32(0)
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                self._multiply("dV", frag, frag.held, pipes.q, self.stage_before(state))
+                self._multiplied(pipes.do, self.stage_before(state))
+        if steps == 0:
+            pipes.k.consumer_release(k_state)
+        acc_dV = frag.acc
         if cutlass.const_expr(self.needs_v):
             shape = (self.config.tile_n, self.config.tile_dv)
             values.scale_kept(acc_dV)
             self.clear_unused("dV", shape, "k", values.seqlen_k, work.block, acc_dV)
-            group, copy = self.group(), self.lay.store_accumulator("dV", self.config)
-            self.store(copy, acc_dV, operands.dv, shared.dv, group, 0, (work.block, work.head_kv, work.k))
-            self.wait_for_store(group)
+            self.store_rows("dV", acc_dV, gradients.mdV, work.k, work.head_kv, work.block)
 
     @cute.jit
-    def _keys_warpgroup(self, operands: TmaOperands, shared: KeyShared, pipes: KeyPipelines, values: Values, where):
+    def _keys_warpgroup(self, gradients: Gradients, shared: KeyShared, pipes: KeyPipelines, values: Values, where, done):
         """The warpgroup of dS and dK."""
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
-        dP, dK = self.lay.tiled_mma("dP", self.config).get_slice(0), self.lay.tiled_mma("dK", self.config).get_slice(0)
-        tPrV = dP.make_fragment_A(dP.partition_A(shared.v[None, None, 0]))
-        tPrdO = dP.make_fragment_B(dP.partition_B(shared.do))
-        tKrQ = dK.make_fragment_B(dK.partition_B(transposed(shared.q)))
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        p_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.P_STAGES)
+        frag = self._fragments("dP", (shared.v, shared.do), "dK", shared.q, self.config.tile_d)
+        k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
+        p_state = self.emptying(self.lay.P_STAGES, done[1])
         work, members = where
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        scores = Scores(None, values, self.problem, transposed=True)  # for gradients, which lie nowhere
-        if cutlass.const_expr(self.problem.dropout):
-            cS = Coordinates.of(self.lay.tiled_mma("dP", self.config), thread, (self.config.tile_n, self.config.tile_m))
-        acc_dK = self.accumulator("dK", self.config.tile_d)
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
-        for j in cutlass.range(visited.count * visited.members(members), unroll=1):
-            pipes.do.consumer_wait(state)
-            if cutlass.const_expr(self.needs_k):
-                acc_dP = self.scores("dP", self.config.tile_m, tPrV, tPrdO[None, None, None, state.index])
-                kept = None
-                if cutlass.const_expr(self.problem.dropout):
-                    m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
-                    kept = self._kept(cS, values.of_head(work.head + member), work, m_block)
-                warpgroup.wait_group(0)
-                P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
-                delta = of_columns(dP, thread, shared.delta[None, state.index])
-                scores.gradients(P, acc_dP, delta, kept=kept)
-            pipes.q.consumer_wait(state)
-            if cutlass.const_expr(self.needs_k):
-                rdS = rounded_operand(P, self.element)
-                mma, tB = self.lay.tiled_mma("dK", self.config), tKrQ[None, None, None, state.index]
-                self.gemm(mma, acc_dK, rdS, tB, accumulate=True)
-            self.release_rows(pipes.do, state)
-            warpgroup.wait_group(0)
-            pipes.q.consumer_release(state)
-            state.advance()
+        first, steps = Int32(0), visited.count * visited.members(members)
+        step = partial(self._keys_step, frag, shared, pipes, values, work, visited, (k_state, steps))
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                state, p_state = step(False, first, state, p_state)
+                first = Int32(1)
+        for j in cutlass.range(first, steps, unroll=1):
+            state, p_state = step(self.config.overlap_tiles, j, state, p_state)
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                self._multiply("dK", frag, frag.held, pipes.do, self.stage_before(state))
+                self._multiplied(pipes.q, self.stage_before(state))
+        if steps == 0:
+            pipes.v.consumer_release(k_state)
+        acc_dK = frag.acc
         if cutlass.const_expr(self.needs_k):
             acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
             shape = (self.config.tile_n, self.config.tile_d)
             self.clear_unused("dK", shape, "k", values.seqlen_k, work.block, acc_dK)
-            group, copy = self.group(), self.lay.store_accumulator("dK", self.config)
-            self.store(copy, acc_dK, operands.dk, shared.dk, group, 0, (work.block, work.head_kv, work.k))
-            self.wait_for_store(group)
+            self.store_rows("dK", acc_dK, gradients.mdK, work.k, work.head_kv, work.block)
+
+    def _fragments(self, scores: str, operands, gradient: str, rows: cute.Tensor, columns: int) -> KeyFragments:
+        """Of the warpgroup whose products are ``scores`` and ``gradient``."""
+        thread, shape = cute.arch.thread_idx()[0] % WARPGROUP, (self.config.tile_n, self.config.tile_m)
+        mma, of_rows = (self.lay.tiled_mma(role, self.config).get_slice(0) for role in (scores, gradient))
+        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
+        return KeyFragments(
+            tA=mma.make_fragment_A(mma.partition_A(operands[0][None, None, 0])),
+            tB=mma.make_fragment_B(mma.partition_B(operands[1])),
+            tRows=of_rows.make_fragment_B(of_rows.partition_B(transposed(rows))),
+            acc=self.accumulator(gradient, columns),
+            held=cute.make_rmem_tensor(as_operand_a(acc).shape, self.element),
+            cS=Coordinates.of(self.lay.tiled_mma(scores, self.config), thread, shape),
+        )
+
+    def _multiply(self, role: str, frag: KeyFragments, operand: cute.Tensor, rows_pipe, state):
+        """Issue a query tile's dV or dK. From here on its values of rows are needed no more, and what they came with isn't."""
+        if self.needs_v if role == "dV" else self.needs_k:
+            self.gemm(self.lay.tiled_mma(role, self.config), frag.acc, operand, frag.tRows[None, None, None, state.index], True)
+        self.release_rows(rows_pipe, state)
+
+    def _multiplied(self, pipe, state):
+        """Once it has ended, which frees the slot that it read."""
+        warpgroup.wait_group(0)
+        pipe.consumer_release(state)
+
+    @cute.jit
+    def _values_step(
+        self,
+        frag: KeyFragments,
+        shared,
+        pipes,
+        values,
+        work,
+        visited,
+        hides,
+        keys,
+        follows: cutlass.Constexpr,
+        place,
+        state,
+        p_state,
+    ):
+        """P of a query tile, and dV; if it ``follows`` one whose dV is still to come, that runs while P is taken, and its own
+        comes later. ``keys`` are the state of K's pipeline and how many steps read it."""
+        (i, j), (k_state, steps) = place, keys
+        thread, S = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("S", self.config)
+        pipes.q.consumer_wait(state)
+        acc_S = self.scores("S", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index])
+        if cutlass.const_expr(follows):
+            self._multiply("dV", frag, frag.held, pipes.q, self.stage_before(state))
+        m_block, member = visited.tile(i, j // visited.count, self.problem)
+        of_head, kept = values.of_head(work.head + member), None
+        if cutlass.const_expr(self.problem.dropout):
+            kept = self._kept(frag.cS, of_head, work, m_block)
+        warpgroup.wait_group(int(follows and self.needs_v))
+        hidden = None
+        if cutlass.const_expr(hides is not None):
+            hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
+        origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
+        scores = Scores(frag.cS, of_head, self.problem, transposed=True)
+        scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
+        if j + 1 == steps:
+            pipes.k.consumer_release(k_state)
+        P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
+        rounded, slot = None, p_state.index
+        if cutlass.const_expr(self.needs_k):
+            rounded = rounded_operand(acc_S, self.element)
+            p_state = self._hand_over(rounded, shared, pipes, thread, p_state)
+        if cutlass.const_expr(follows):
+            self._multiplied(pipes.do, self.stage_before(state))
+        pipes.do.consumer_wait(state)
+        if cutlass.const_expr(not self.config.overlap_tiles):
+            rP = rounded if cutlass.const_expr(P is acc_S and self.needs_k) else rounded_operand(P, self.element)
+            self._multiply("dV", frag, rP, pipes.q, state)
+            self._multiplied(pipes.do, state)
+        elif cutlass.const_expr(P is acc_S and self.needs_k):
+            # Not what was handed over itself: where the operand of a product is made while another runs, ptxas has all wait.
+            cute.autovec_copy(shared.p[thread, None, slot], self._in_turn(frag.held, shared))
+        else:
+            rounded_operand(P, self.element, frag.held)
+        state.advance()
+        return state, p_state
+
+    @cute.jit
+    def _keys_step(
+        self, frag: KeyFragments, shared, pipes, values, work, visited, keys, follows: cutlass.Constexpr, j, state, p_state
+    ):
+        """dS of a query tile, and dK, in the same way."""
+        k_state, steps = keys
+        thread, dP = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("dP", self.config)
+        pipes.do.consumer_wait(state)
+        if cutlass.const_expr(self.needs_k):
+            acc_dP = self.scores("dP", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index])
+        if cutlass.const_expr(follows):
+            self._multiply("dK", frag, frag.held, pipes.do, self.stage_before(state))
+        if cutlass.const_expr(self.needs_k):
+            kept = None
+            if cutlass.const_expr(self.problem.dropout):
+                m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
+                kept = self._kept(frag.cS, values.of_head(work.head + member), work, m_block)
+            warpgroup.wait_group(int(follows))
+        if j + 1 == steps:
+            pipes.v.consumer_release(k_state)
+        if cutlass.const_expr(self.needs_k):
+            P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
+            delta = of_columns(dP, thread, shared.delta[None, state.index])
+            Scores(None, values, self.problem, transposed=True).gradients(P, acc_dP, delta, kept=kept)  # which lie nowhere
+        if cutlass.const_expr(follows):
+            self._multiplied(pipes.q, self.stage_before(state))
+        pipes.q.consumer_wait(state)
+        rdS = None
+        if cutlass.const_expr(self.needs_k):
+            rdS = rounded_operand(P, self.element, frag.held if self.config.overlap_tiles else None)
+        if cutlass.const_expr(not self.config.overlap_tiles):
+            self._multiply("dK", frag, rdS, pipes.do, state)
+            self._multiplied(pipes.q, state)
+        state.advance()
+        return state, p_state
 
     def _kept(self, cS: Coordinates, values: Values, work: Work, m_block) -> Kept:
         """What dropout keeps in a query tile, which each of the two warpgroups finds out by itself."""
         scores = Scores(cS, values, self.problem, transposed=True)
         return scores.kept((work.block * self.config.tile_n, m_block * self.config.tile_m))
 
+    def _in_turn(self, rP: cute.Tensor, shared: KeyShared) -> cute.Tensor:
+        """A thread's P in the order of its registers, as it is handed over."""
+        return cute.make_tensor(rP.iterator, cute.make_layout(shared.p[0, None, 0].shape))
+
     @cute.jit
     def _hand_over(self, rP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):
         """P to the other warpgroup, each thread's registers as they are: the same thread there has the same scores."""
         pipes.p.producer_acquire(p_state)
-        into = shared.p[thread, None, p_state.index]
-        cute.autovec_copy(cute.make_tensor(rP.iterator, cute.make_layout(into.shape)), into)
+        cute.autovec_copy(self._in_turn(rP, shared), shared.p[thread, None, p_state.index])
         self.arrive(pipes.p.producer_commit, p_state)
         p_state.advance()
         return p_state

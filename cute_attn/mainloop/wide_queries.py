@@ -18,10 +18,21 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import KeyTiles
-from cute_attn.mainloop.warpgroups import WARP, WARPGROUP, Kernel, TmaOperand, key_tile, of_columns, rounded_operand
+from cute_attn.mainloop.warpgroups import (
+    NONE_DONE,
+    WARP,
+    WARPGROUP,
+    Kernel,
+    TmaOperand,
+    key_tile,
+    of_columns,
+    prefetch,
+    rounded_operand,
+)
+from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 
-COPY_KEYS_WARP, COPY_QUERIES_WARP = 0, 1
+COPY_KEYS_WARP, COPY_QUERIES_WARP, PREFETCH_WARP = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -32,29 +43,30 @@ class QueryOperands:
     k: TmaOperand
     v: TmaOperand
     do: TmaOperand
-    dq: TmaOperand
 
 
 @dataclass(frozen=True)
 class QueryPipelines:
-    """Q and dO have one stage for each computing warpgroup, in one pipeline; K has several stages, V its own."""
+    """Q and dO have one stage for each computing warpgroup; K has several stages, V its own."""
 
     q: pipeline.PipelineTmaAsync
+    do: pipeline.PipelineTmaAsync
     k: pipeline.PipelineTmaAsync
     v: pipeline.PipelineTmaAsync
+    work: pipeline.PipelineAsync
 
 
 @dataclass(frozen=True)
 class QueryShared:
-    """Shared memory, ``(rows, columns, slot)``, and ``(tile_n, stage)`` for which keys are hidden (``guard.py``). dQ lies over
-    Q."""
+    """Shared memory, ``(rows, columns, slot)``, and ``(tile_n, stage)`` for which keys are hidden (``guard.py``), and the
+    block's tiles."""
 
     q: cute.Tensor
     do: cute.Tensor
     k: cute.Tensor
     v: cute.Tensor
-    dq: cute.Tensor
     hidden: cute.Tensor | None
+    work: cute.Tensor
 
 
 class QueryGradients(Kernel):
@@ -64,90 +76,128 @@ class QueryGradients(Kernel):
         super().__init__(problem, config)
         rows = self.warpgroups * self.lay.ROWS_PER_WARPGROUP
         self.block = replace(config, tile_m=rows)  # for what counts a block's queries
+        self.draws = problem.masked or bool(problem.ragged)
+        self.prefetches = not problem.ragged  # which takes more registers to find
+        # A warpgroup passes over keys that others alone see.
+        self.skips_unseen = problem.bounded_right or bool(problem.blocks)
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, sequences, blocks, stream):
-        """Make the TMA descriptors and launch a block for each query tile."""
-        dq = self.operand("dQ", gradients.mdQ, self.lay.copy_out)
+        """Make the TMA descriptors and launch persistent blocks."""
         heads_per_kv = inputs.q.shape[2] // inputs.k.shape[2]
         tiles = Tiles.of(inputs.q.shape, heads_per_kv, self.block.tile_m, blocks, self.problem.unequal, sequences)
-        operands = QueryOperands(*self.input_operands(inputs, "q"), dq=dq)
-        self.kernel(operands, inputs.if_masked(self.problem), rows, signals, values, tiles.in_small_groups(blocks)).launch(
-            grid=[tiles.count(), 1, 1],
+        operands = QueryOperands(*self.input_operands(inputs, "q"))
+        if cutlass.const_expr(self.draws):
+            tiles, count = tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
+        else:
+            tiles, count = tiles.launched(blocks, long=False)
+        self.kernel(operands, inputs.if_masked(self.problem), rows, gradients.mdQ, signals, values, tiles).launch(
+            grid=[count, 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )
 
     @cute.kernel
-    def kernel(self, operands: QueryOperands, plain: Inputs | None, rows: Rows, signals, values: Values, tiles: Tiles):
+    def kernel(self, operands: QueryOperands, plain: Inputs | None, rows: Rows, mdQ, signals, values: Values, tiles: Tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         shared, pipes = self._setup()
-        tiles.one(partial(self._query_tile, operands, (plain, rows, care), shared, pipes, values))
-
-    @cute.jit
-    def _query_tile(self, operands: QueryOperands, from_memory, shared: QueryShared, pipes, values: Values, work: Work):
-        """The block's tile: each warp its part."""
-        plain, rows, care = from_memory
-        values = values.of(work)
-        keys = KeyTiles.of(values, self.problem, work.block, self.block)
+        ragged = bool(self.problem.ragged)
+        queue = WorkQueue(shared.work, pipes.work, None, self.arrive, numbered=ragged, ragged=ragged)
+        of_tile = partial(self._query_tile, values)
+        each = lambda part: queue.taker().each(partial(of_tile, part), NONE_DONE)  # noqa: E731
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_KEYS_WARP:
-                if cutlass.const_expr(plain is None):
-                    self._copy_keys(operands, shared, pipes, keys, work)
-                elif care:
-                    self._copy_keys_carefully(plain, shared, pipes, keys, work)
-                else:
-                    self._copy_keys(operands, shared, pipes, keys, work)
+                part = partial(of_tile, partial(self._copy_keys, operands, plain, care, shared, pipes))
+                self.lead(queue, tiles, signals.ticket_of_next if self.draws else None, NONE_DONE, part, ahead=self.prefetches)
             if warp == COPY_QUERIES_WARP:
-                if cutlass.const_expr(plain is None):
-                    self._copy_queries(operands, shared, pipes, work)
-                elif care:
-                    self._copy_queries_carefully(plain, rows, shared, pipes, work)
-                else:
-                    self._copy_queries(operands, shared, pipes, work)
+                each(partial(self._copy_queries, operands, plain, care, rows, shared, pipes))
+            if cutlass.const_expr(self.prefetches):
+                if warp == PREFETCH_WARP:
+                    each(partial(self._prefetch, operands, shared))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            self._compute(operands, shared, pipes, rows, care, values, keys, work)
+            each(partial(self._compute, mdQ, shared, pipes, rows, care))
+
+    @cute.jit
+    def _query_tile(self, values: Values, part: cutlass.Constexpr, done, work: Work):
+        """A warp's part of one tile. Returns how many query tiles and key tiles the block has had, ``done`` and this one."""
+        values = values.of(work)
+        keys = KeyTiles.of(values, self.problem, work.block, self.block)
+        part(values, keys, work, done)
+        return done[0] + 1, done[1] + keys.count
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
-        sQ = self.tensor(smem, "qQ")
-        rest = [self.tensor(smem, name) for name in ("qdO", "qK", "qV")]
-        hidden = self.hidden_keys(smem, config.tile_n, config.stages)
-        shared = QueryShared(sQ, *rest, dq=self.over("dQ", sQ), hidden=hidden)
+        operands = [self.tensor(smem, name) for name in ("qQ", "qdO", "qK", "qV")]
+        shared = QueryShared(*operands, self.hidden_keys(smem, config.tile_n, config.stages), WorkQueue.slots_in(smem))
         pipes = QueryPipelines(
-            q=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qQ", config) + lay.slot_bytes("qdO", config)),
+            q=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qQ", config)),
+            do=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qdO", config)),
             k=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("qK", config)),
             v=self.pipe(smem, lay.V_STAGES, config.mma_warps, lay.slot_bytes("qV", config)),
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.prefetches + config.mma_warps),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return shared, pipes
 
     @cute.jit
-    def _copy_queries(self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, work: Work):
-        """One warp: Q and dO, 64 rows for each computing warpgroup."""
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
-        tQgQ, tQsQ = operands.q.tiles(shared.q, work.q, work.head)
-        tOgdO, tOsdO = operands.do.tiles(shared.do, work.q, work.head)
-        for w in cutlass.range_constexpr(self.warpgroups):
-            pipes.q.producer_acquire(state)
-            barrier = pipes.q.producer_get_barrier(state)
-            block = work.block * self.warpgroups + w
-            cute.copy(operands.q.atom, tQgQ[None, block], tQsQ[None, w], tma_bar_ptr=barrier)
-            cute.copy(operands.do.atom, tOgdO[None, block], tOsdO[None, w], tma_bar_ptr=barrier)
-            state.advance()
+    def _prefetch(self, operands: QueryOperands, shared: QueryShared, values, keys, work: Work, done):
+        """One warp: a tile's Q and dO to the L2 cache while the tile before is computed, and, of the keys that it shares with
+        others, as many, of its own number."""
+        for operand, s in ((operands.q, shared.q), (operands.do, shared.do)):
+            tXgX, _ = operand.tiles(s, work.q, work.head)
+            for w in cutlass.range_constexpr(self.warpgroups):
+                prefetch(operand, tXgX[None, work.block * self.warpgroups + w])
+        if cutlass.const_expr(not self.problem.blocks):
+            if keys.count > 0:
+                for operand, s in ((operands.k, shared.k), (operands.v, shared.v)):
+                    tiles, _ = operand.tiles(s, work.k, work.head_kv, keys.begin)
+                    for w in cutlass.range_constexpr(self.block.tile_m // self.config.tile_n):
+                        number = cutlass.min(work.block * (self.block.tile_m // self.config.tile_n) + w, keys.count - 1)
+                        prefetch(operand, tiles[None, number])
 
     @cute.jit
-    def _copy_keys(self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, keys: KeyTiles, work: Work):
+    def _copy_queries(self, operands, plain: Inputs | None, care, rows: Rows, shared, pipes, values, keys, work: Work, done):
+        """One warp: Q and dO, 64 rows for each computing warpgroup."""
+        if cutlass.const_expr(plain is None):
+            self._copy_queries_at_once(operands, shared, pipes, work, done)
+        elif care:
+            self._copy_queries_carefully(plain, rows, shared, pipes, work, done)
+        else:
+            self._copy_queries_at_once(operands, shared, pipes, work, done)
+
+    @cute.jit
+    def _copy_queries_at_once(self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, work: Work, done):
+        """By TMA."""
+        for operand, s, pipe in ((operands.q, shared.q, pipes.q), (operands.do, shared.do, pipes.do)):
+            tXgX, tXsX = operand.tiles(s, work.q, work.head)
+            for w in cutlass.range_constexpr(self.warpgroups):
+                state = self.filling(self.warpgroups, done[0] * self.warpgroups + w)
+                pipe.producer_acquire(state)
+                barrier = pipe.producer_get_barrier(state)
+                cute.copy(operand.atom, tXgX[None, work.block * self.warpgroups + w], tXsX[None, w], tma_bar_ptr=barrier)
+
+    @cute.jit
+    def _copy_keys(self, operands, plain: Inputs | None, care, shared, pipes, values, keys: KeyTiles, work: Work, done):
         """One warp: K and V of the key tiles, last keys first."""
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
+        states = self.filling(self.config.stages, done[1]), self.filling(self.lay.V_STAGES, done[1])
+        if cutlass.const_expr(plain is None):
+            self._copy_keys_at_once(operands, shared, pipes, keys, work, states)
+        elif care:
+            self._copy_keys_carefully(plain, shared, pipes, keys, work, states)
+        else:
+            self._copy_keys_at_once(operands, shared, pipes, keys, work, states)
+
+    @cute.jit
+    def _copy_keys_at_once(self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, keys, work: Work, states):
+        """By TMA."""
+        k_state, v_state = states
         tKgK, tKsK = operands.k.tiles(shared.k, work.k, work.head_kv, keys.begin)
         tVgV, tVsV = operands.v.tiles(shared.v, work.k, work.head_kv, keys.begin)
         for i in cutlass.range(keys.count, unroll=1):
@@ -164,23 +214,21 @@ class QueryGradients(Kernel):
             v_state.advance()
 
     @cute.jit
-    def _copy_queries_carefully(self, plain: Inputs, rows: Rows, shared: QueryShared, pipes: QueryPipelines, work: Work):
+    def _copy_queries_carefully(self, plain: Inputs, rows: Rows, shared: QueryShared, pipes: QueryPipelines, work, done):
         """The same by the warp's threads: see ``guard.py``."""
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
         threads, unmarked = (cute.arch.lane_idx(), WARP), UnmarkedRows(work.q.padded_row_values(rows.lse_raw, work.head))
-        for w in cutlass.range_constexpr(self.warpgroups):
-            self.acquire_for_threads(pipes.q, state)
-            first = (work.block * self.warpgroups + w) * self.lay.ROWS_PER_WARPGROUP
-            for m, s in ((plain.q, shared.q), (plain.do, shared.do)):
+        for m, s, pipe in ((plain.q, shared.q, pipes.q), (plain.do, shared.do, pipes.do)):
+            for w in cutlass.range_constexpr(self.warpgroups):
+                state = self.filling(self.warpgroups, done[0] * self.warpgroups + w)
+                self.acquire_for_threads(pipe, state)
+                first = (work.block * self.warpgroups + w) * self.lay.ROWS_PER_WARPGROUP
                 copy_carefully(work.q.rows(m, work.head), s[None, None, w], first, threads, unmarked, 0.0)
-            self.publish_by_threads(pipes.q, state)
-            state.advance()
+                self.publish_by_threads(pipe, state)
 
     @cute.jit
-    def _copy_keys_carefully(self, plain: Inputs, shared: QueryShared, pipes: QueryPipelines, keys: KeyTiles, work: Work):
+    def _copy_keys_carefully(self, plain: Inputs, shared: QueryShared, pipes: QueryPipelines, keys, work: Work, states):
         """The same by the warp's threads: see ``guard.py``."""
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.V_STAGES)
+        k_state, v_state = states
         gK, gV = (work.k.rows(m, work.head_kv) for m in (plain.k, plain.v))
         threads, finite_keys, finite_values = (cute.arch.lane_idx(), WARP), FiniteRows(gK), FiniteRows(gV)
         for i in cutlass.range(keys.count, unroll=1):
@@ -197,9 +245,7 @@ class QueryGradients(Kernel):
             v_state.advance()
 
     @cute.jit
-    def _compute(
-        self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, rows: Rows, care, values: Values, keys, work
-    ):
+    def _compute(self, mdQ, shared: QueryShared, pipes: QueryPipelines, rows: Rows, care, values: Values, keys, work, done):
         """One computing warpgroup: its 64 rows of the block's tile."""
         index = cute.arch.thread_idx()[0]
         w = self.group()
@@ -213,15 +259,19 @@ class QueryGradients(Kernel):
         cS = Coordinates.of(self.lay.tiled_mma("qS", self.config), index % WARPGROUP, shape)
         scores = Scores(cS, values, self.problem)
 
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.lay.V_STAGES)
+        k_state, v_state = self.emptying(self.config.stages, done[1]), self.emptying(self.lay.V_STAGES, done[1])
         block = work.block * self.warpgroups + w
         row_first = block * self.lay.ROWS_PER_WARPGROUP
         acc_dQ = self.accumulator("dQ", self.config.tile_d)
         by_row = (work.q.padded_row_values(m, work.head) for m in (rows.lse_raw, rows.delta))
         lse_raw, delta = (self._of_rows(m, cS, row_first) for m in by_row)
-        q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, Int32(0))
+        q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, Int32(done[0] % 2))
+        if cutlass.const_expr(self.skips_unseen):
+            keys, skipped = keys.of_rows(values, self.problem, row_first, self.lay.ROWS_PER_WARPGROUP, self.block)
+            for _ in cutlass.range(skipped, unroll=1):
+                k_state, v_state = self._pass_over(pipes, k_state, v_state)
         pipes.q.consumer_wait(q_state)
+        pipes.do.consumer_wait(q_state)
         for i in cutlass.range(keys.count, unroll=1):
             n = keys.place(i)
             pipes.k.consumer_wait(k_state)
@@ -234,6 +284,8 @@ class QueryGradients(Kernel):
             warpgroup.wait_group(1)
             if i > 0:
                 pipes.k.consumer_release(self.stage_before(k_state))
+            if i + 1 == keys.count:
+                pipes.q.consumer_release(q_state)
             hidden = None
             if cutlass.const_expr(care is not None):
                 hidden = care, of_columns(S, index % WARPGROUP, shared.hidden[None, k_state.index])
@@ -242,6 +294,8 @@ class QueryGradients(Kernel):
             scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
             warpgroup.wait_group(0)
             pipes.v.consumer_release(v_state)
+            if i + 1 == keys.count:
+                pipes.do.consumer_release(q_state)
             scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             rdS = rounded_operand(acc_S, self.element)
             mma, tB = self.lay.tiled_mma("dQ", self.config), tQrK[None, None, None, k_state.index]
@@ -249,12 +303,28 @@ class QueryGradients(Kernel):
             k_state.advance()
             v_state.advance()
         warpgroup.wait_group(0)
+        if keys.count > 0:
+            pipes.k.consumer_release(self.stage_before(k_state))
+        else:
+            pipes.q.consumer_release(q_state)
+            pipes.do.consumer_release(q_state)
+        if cutlass.const_expr(self.problem.blocks):
+            for _ in cutlass.range(keys.left, unroll=1):
+                k_state, v_state = self._pass_over(pipes, k_state, v_state)
         acc_dQ.store(acc_dQ.load() * Float32(values.scale(self.problem)))
         dq_shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_d)
         self.clear_unused("dQ", dq_shape, "q", values.seqlen_q, block, acc_dQ)
-        copy, where = self.lay.store_accumulator("dQ", self.config), (block, work.head, work.q)
-        self.store(copy, acc_dQ, operands.dq, shared.dq, w, w, where)
-        self.wait_for_store(w)
+        self.store_rows("dQ", acc_dQ, mdQ, work.q, work.head, block)
+
+    @cute.jit
+    def _pass_over(self, pipes: QueryPipelines, k_state, v_state):
+        """A key tile that none of the warpgroup's rows sees."""
+        for pipe, state in ((pipes.k, k_state), (pipes.v, v_state)):
+            pipe.consumer_wait(state)
+            pipe.consumer_release(state)
+        k_state.advance()
+        v_state.advance()
+        return k_state, v_state
 
     def _of_rows(self, mRow: cute.Tensor, cS: Coordinates, row_first) -> cute.Tensor:
         """A value of each of this thread's rows."""

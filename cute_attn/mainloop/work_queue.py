@@ -35,6 +35,7 @@ class WorkQueue:
     numbered: cutlass.Constexpr[bool] = False  # whether tiles say which sequence they are of: heads have 16 bits then
     of_k: cutlass.Constexpr[bool] = False  # tiles of keys; ``ragged``, if of ragged sequences
     ragged: cutlass.Constexpr[bool] = True
+    headed: cutlass.Constexpr[bool] = False  # tiles that come with what the lists of their keys begin with
 
     @staticmethod
     def slots_in(smem) -> cute.Tensor:
@@ -89,16 +90,25 @@ class WorkQueue:
         body: cutlass.Constexpr,
         state,
         alone: cutlass.Constexpr = None,
+        ahead: cutlass.Constexpr[bool] = False,
     ):
         """One warp, which tells the others of each tile of the block and then takes its own part in it: ``state = body(state,
         work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all. With ``alone(work)`` nobody
-        is told of tiles of keys without a row in use: the warp does them by itself."""
+        is told of tiles of keys without a row in use: the warp does them by itself. ``ahead``: the others are told of a tile
+        before this warp takes its part in the one before, and not after."""
         ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
         turn, position = Int32(0), Int32(first)
+        if cutlass.const_expr(ahead):
+            ring = self._tell_of(tiles, position, ring, alone)
         while position < tiles.count():
+            after = position
+            if cutlass.const_expr(ahead):
+                after = following(turn + 1)
+                ring = self._tell_of(tiles, after, ring, alone)
             work = tiles.work(position)
             if cutlass.const_expr(work.exists is None):
-                ring = self._tell(work, ring)
+                if cutlass.const_expr(not ahead):
+                    ring = self._tell(work, ring)
                 state = body(state, work)
             else:
                 told = work.exists
@@ -107,11 +117,27 @@ class WorkQueue:
                     if work.exists & (told == False):  # noqa: E712
                         alone(work)
                 if told:
-                    ring = self._tell(work, ring)
+                    if cutlass.const_expr(not ahead):
+                        ring = self._tell(work, ring)
                     state = body(state, work)
             turn += 1
-            position = following(turn)
+            position = after if cutlass.const_expr(ahead) else following(turn)
         self._tell(None, ring)
+
+    @cute.jit
+    def _tell_of(self, tiles: cutlass.Constexpr, position, state, alone: cutlass.Constexpr):
+        """Of the tile at a position, if there is one for the others."""
+        if position < tiles.count():
+            work = tiles.work(position)
+            if cutlass.const_expr(work.exists is None):
+                state = self._tell(work, state)
+            else:
+                told = work.exists
+                if cutlass.const_expr(alone is not None):
+                    told = told & (work.block * tiles.tile < work.k.length)
+                if told:
+                    state = self._tell(work, state)
+        return state
 
     @cute.jit
     def _tell(self, work: cutlass.Constexpr, state):
@@ -140,7 +166,9 @@ class WorkQueue:
         elif cutlass.const_expr(self.of_k):
             fields = (work.block, work.head, work.sequence, q.first, q.length, k.first, k.length, k.capacity)
         else:
-            block = work.block if work.exists else Int32(-1)
+            block = work.block
+            if cutlass.const_expr(work.exists is not None):
+                block = work.block if work.exists else Int32(-1)
             if cutlass.const_expr(not self.ragged):
                 fields = (block, work.head, work.head_kv, q.batch)
                 if cutlass.const_expr(work.header is not None):
@@ -194,11 +222,13 @@ class Taker:
             return self._key_tile(*(cute.arch.make_warp_uniform(held[i]) for i in range(WORK_FIELDS)))
         block, head, head_kv, q_first, q_length, q_capacity, k_first, k_length = (held[i] for i in range(WORK_FIELDS))
         if not self.queue.ragged:
-            return Work(block, head, head_kv, Span(q_first), Span(q_first), header=tuple(held[i] for i in range(4, 8)))
-        sequence = None
+            header = tuple(held[i] for i in range(4, WORK_FIELDS)) if self.queue.headed else None
+            return Work(block, head, head_kv, Span(q_first), Span(q_first), header=header)
+        sequence, padded = None, None
         if self.queue.numbered:
             head, head_kv, sequence = head & 0xFFFF, head >> 16, head_kv
-        q, k = Span(Int32(0), q_first, q_length, q_capacity), Span(Int32(0), k_first, k_length, k_length)
+            padded = (q_first // ROW_PADDING + sequence) * ROW_PADDING
+        q, k = Span(Int32(0), q_first, q_length, q_capacity, padded), Span(Int32(0), k_first, k_length, k_length)
         return Work(block, head, head_kv, q, k, sequence=sequence)
 
     def _key_tile(self, block, head, sequence, q_first, q_length, k_first, k_length, k_capacity) -> Work:

@@ -146,6 +146,11 @@ def _kept(name: str, config: Config, end: str = "") -> list[Cell]:
     return [(f"copy {name}", COPIED), *[(f"read {name}", READ)] * len(_steps(config)), out]
 
 
+def _kept_until_next(names: Iterable[str], config: Config) -> Lanes:
+    """Operands that stay through the loop, of a block whose next tile's come while results leave."""
+    return {name: [*_kept(name, config)[:-1], (f"copy the next {name}", COPIED)] for name in names}
+
+
 def _ring(name: str, config: Config, before: int, stages: int, lingers: bool = False) -> Lanes:
     """An operand whose tiles come one after another; ``lingers``: a step still reads the one before its own, first."""
     lanes: Lanes = {}
@@ -216,7 +221,7 @@ def _one_kernel(config: Config) -> Walk:
     groups = f"{lay.warpgroups(config)} warpgroups"
     late = config.overlap_tiles
     adders = lay.WARPS["dQ"]
-    lanes: Lanes = {name: [*_kept(name, config)[:-1], (f"copy the next {name}", COPIED)] for name in "KV"}
+    lanes: Lanes = _kept_until_next("KV", config)
     lanes |= _ring("Q", config, n, n, lingers=late) | _ring("dO", config, n, n)
     ds = _alternating("dS", config, lay.DS_STAGES, "write, read")
     lanes |= {name: [*cells[:-1], ("dV copied out", COPIED)] for name, cells in ds.items()}
@@ -270,15 +275,38 @@ def _one_kernel(config: Config) -> Walk:
     )
 
 
+def _straight(role: str, who: str, config: Config) -> Way:
+    """A result that goes from registers to global memory."""
+    mma = family(config).mma(role, config)
+    size = "×".join(map(str, mma.tile[:2]))
+    return Way(
+        role,
+        COLOURS[role],
+        (
+            ("in registers, float32", f"{size}; {who}"),
+            (str(mma.c), "not there: four threads exchange theirs"),
+            ("st.global, 16 bytes each", "nobody waits"),
+        ),
+    )
+
+
+def _two_products(scores: str, made: str, gradient: str, config: Config) -> list[str]:
+    """What a warpgroup of the kernel for keys does in each step: its gradient may come a step later."""
+    if config.overlap_tiles:
+        return [f"{scores}{i}, {made}{i}" + (f",\n{gradient}{i - 1}" if i else "") for i in _steps(config)]
+    return [f"{scores}{i}, {made}{i}, {gradient}{i}" for i in _steps(config)]
+
+
 def _keys(config: Config) -> Walk:
     """``tma_wgmma_wide``, dK and dV."""
     lay, n = family(config), config.stages
-    lanes: Lanes = {"K": _kept("K", config, "dV"), "V": _kept("V", config, "dK")}
+    lanes: Lanes = _kept_until_next("KV", config)
     lanes |= _ring("Q", config, n, n) | _ring("dO", config, n, n)
     lanes |= _alternating("P", config, lay.P_STAGES, "write, read")
     lanes |= _walking(config)
-    lanes["warpgroup 1"] = _working((f"S{i}, P{i}, dV{i}" for i in _steps(config)), "dV")
-    lanes["warpgroup 2"] = _working((f"dP{i}, dS{i}, dK{i}" for i in _steps(config)), "dK")
+    late = config.overlap_tiles
+    lanes["warpgroup 1"] = _working(_two_products("S", "P", "dV", config), "dV")
+    lanes["warpgroup 2"] = _working(_two_products("dP", "dS", "dK", config), "dK")
     size = lay.smem_parts_of("keys", config)["P"]
     p = Way(
         "P",
@@ -296,6 +324,13 @@ def _keys(config: Config) -> Walk:
         ("1: tensor cores", "1: warps", "2: tensor cores", "2: warps"),
         [
             (product("S", config), "wait for S", product("dP", config), "wait for dP"),
+            (_sum("dV", config), SOFTMAX, _sum("dK", config), "take P over"),
+            ("of the step before", "hand P over", "of the step before", DIFFERENCES),
+            ("", "wait for dV, which frees\nthe Q and dO before", "", "wait for dK, which frees\nthe dO and Q before"),
+        ]
+        if late
+        else [
+            (product("S", config), "wait for S", product("dP", config), "wait for dP"),
             ("", SOFTMAX, "", "take P over"),
             ("", "free Q, hand P over", "", f"{DIFFERENCES};\nfree dO"),
             (_sum("dV", config), "wait for dV, free dO", _sum("dK", config), "wait for dK, free Q"),
@@ -304,7 +339,7 @@ def _keys(config: Config) -> Walk:
             "A step is one tile of queries; steps are not drawn to scale. With Q comes the rows' LSE, with dO their delta.",
             "Each warpgroup has its own pace: what one is done with, the other may still read.",
         ],
-        [p],
+        [p, _straight("dV", "warpgroup 1", config), _straight("dK", "warpgroup 2", config)],
     )
 
 
@@ -312,7 +347,7 @@ def _queries(config: Config) -> Walk:
     """``tma_wgmma_wide``, dQ."""
     lay, n = family(config), config.stages
     groups = f"{lay.warpgroups(config)} warpgroups"
-    lanes: Lanes = {"Q": _kept("Q", config, "dQ"), "dO": _kept("dO", config)}
+    lanes: Lanes = _kept_until_next(("Q", "dO"), config)
     lanes |= _ring("K", config, n, n, lingers=True) | _ring("V", config, lay.V_STAGES, lay.V_STAGES)
     key_warp, query_warp = lay.WARPS["qK"][0], lay.WARPS["qQ"][0]
     first = ", ".join(("K0, V0", *(f"K{i}" for i in range(1, n))))
@@ -331,6 +366,7 @@ def _queries(config: Config) -> Walk:
             (f"{_sum('dQ', config)},\nuntil the next S is there", "the next step"),
         ],
         ["A step is one tile of keys, the last ones first; steps are not drawn to scale. LSE and delta lie in registers."],
+        [_straight("dQ", f"each of {groups}", config)],
     )
 
 

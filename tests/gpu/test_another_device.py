@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cute_attn import attention, attention_kvcache, attention_varlen, flash_attn, sdpa
+from cute_attn import attention, attention_kvcache, attention_varlen, flash_attn, sdpa, serve
+from cute_attn.workspace import Workspaces
 from tests import caches, captured, functions
 from tests.support import assert_close, assert_gradients_close, make_gradients, make_qkv
 
@@ -115,8 +116,11 @@ def test_captured_gradients_and_dropout(p, mechanism):
     captured.check("gated", (2, 334, 422), (4, 2), (64, 64), BF16, OTHER, p=p, backend="cute", mechanism=mechanism)
 
 
-def test_a_graph_captured_there():
-    """The workspace of a captured call is its device's."""
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_graph_captured_there(current, monkeypatch):
+    """The workspace of a captured call is its device's, and the graph's own, whichever device is current then."""
+    workspaces = Workspaces(torch.float32)
+    monkeypatch.setattr(serve, "_workspaces", workspaces)
     q, k, v, _ = inputs()
     bounds = torch.tensor([0, 300], dtype=torch.int32, device=OTHER)
     used = torch.tensor([300], dtype=torch.int32, device=OTHER)
@@ -131,8 +135,9 @@ def test_a_graph_captured_there():
         with torch.cuda.stream(stream):
             both()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph), torch.cuda.device(current):
             found = both()
+    assert {device for device, *_ in workspaces.recorded} == {1}
     for x in found:
         x.fill_(torch.nan)
     with torch.cuda.device(1):

@@ -171,10 +171,10 @@ def test_saved_tensors_may_come_back_otherwise(how, mechanism):
 def test_blocks_take_tickets(mechanism, monkeypatch):
     """Where dQ has a fixed order, as many as there are key tiles; then it does not matter in which order blocks start. Those
     that are persistent draw one more each, which no tile is left for."""
-    made, new_empty = [], torch.Tensor.new_empty
+    made, empty_strided = [], launch.empty_strided
     q, k, v, dout, _ = make(3, 300, 700, 4, 2, 128)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", lambda *args, **options: made.append(new_empty(*args, **options)) or made[-1])
+        patch.setattr(launch, "empty_strided", lambda *room: made.append(empty_strided(*room)) or made[-1])
         run(q, k, v, mechanism, dout, causal=True, deterministic=True)
     (signals,) = (x for x in made if x.dtype == torch.int32)
     tiles = 3 * 2 * -(-700 // 128)
@@ -187,7 +187,10 @@ SUBSETS = ["".join(names) for n in (1, 2, 3) for names in itertools.combinations
 ASKED = [
     *((needs, 128, 128, (4, 2)) for needs in SUBSETS),
     ("q", 64, 64, (3, 3)),
+    ("k", 256, 256, (4, 2)),
+    ("v", 256, 256, (4, 4)),
     ("kv", 256, 256, (4, 4)),
+    *((needs, 192, 128, (4, 2)) for needs in ("q", "k", "v", "kv")),
     ("qv", 96, 40, (4, 1)),
 ]
 
@@ -364,8 +367,8 @@ def test_buffers_that_start_as_nan_leave_none(deterministic, d, dv, mechanism, m
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
-        for name in ("empty", "empty_like", "empty_strided"):
-            patch.setattr(torch, name, poisoning(getattr(torch, name)))
+        for module, name in ((launch, "empty_strided"), (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")):
+            patch.setattr(module, name, poisoning(getattr(module, name)))
         result = run(q, k, v, mechanism, dout, dlse, **rules)
     assert len(poisoned) >= 5  # out, lse and three gradients
     assert_gradients_close(result, q, k, v, dout, dlse, causal=True)
@@ -382,6 +385,11 @@ MANY_TILES = [
     pytest.param(96, 96, (1300, 1024), (3, 8, 2), {"causal": True}, id="d96-causal-gqa"),
     pytest.param(80, 72, (1024, 1300), (3, 8, 8), {}, id="d80-dv72"),
     pytest.param(256, 256, (1024, 2048), (5, 12, 12), {"causal": True}, id="d256-causal"),
+    pytest.param(256, 256, (1300, 700), (5, 12, 6), {}, id="d256-gqa"),
+    pytest.param(256, 256, (1300, 700), (8, 12, 12), {"causal": True}, id="d256-rows-that-see-nothing"),
+    pytest.param(256, 256, (300, 2048), (8, 8, 8), {"window": (100, 0)}, id="d256-keys-that-nobody-sees"),
+    pytest.param(192, 128, (1300, 1024), (3, 16, 8), {"causal": True}, id="d192-dv128-causal-gqa"),
+    pytest.param(160, 136, (700, 1024), (3, 16, 16), {}, id="d160-dv136"),
     pytest.param(256, 192, (1024, 1024), (4, 16, 16), {"window": (200, 0)}, id="d256-dv192-window"),
     pytest.param(192, 256, (512, 1024), (4, 16, 4), {"causal": True}, id="d192-dv256-causal"),
 ]

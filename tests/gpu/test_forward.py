@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cute_attn import attention
+from cute_attn import attention, launch
 from cute_attn.rules import GROWTH_LOG2
 from tests.support import SHAPES, assert_close, make_qkv
 
@@ -244,16 +244,28 @@ def test_nan_in_a_seen_key_shows(mechanism):
     assert lse.isnan().all()
 
 
+def test_outputs_are_tensors_as_torch_makes_them(mechanism):
+    """Of the mode and the device that there are, whether a call is planned or was before."""
+    q, k, v = make_qkv(2, 257, 129, 3, 3, 96, 40, torch.float16, "cuda")
+    for inference in (False, False, True, True):
+        with torch.inference_mode(inference):
+            for x in run(q, k, v, mechanism):
+                assert x.is_inference() == inference
+                assert (x.device, x.is_contiguous(), x.requires_grad) == (q.device, True, False)
+                assert inference or x._version == 0
+                x.add_(1)
+
+
 def test_outputs_are_all_written(mechanism, monkeypatch):
     """Outputs that start as NaN end without one."""
-    new_empty, poisoned = torch.Tensor.new_empty, []
+    made, poisoned = launch.empty_strided, []
 
-    def poison(*args, **kwargs):
-        poisoned.append(new_empty(*args, **kwargs).fill_(math.nan))
+    def poison(*room):
+        poisoned.append(made(*room).fill_(math.nan))
         return poisoned[-1]
 
     q, k, v = make_qkv(2, 257, 129, 3, 3, 96, 40, torch.float16, "cuda")
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+    monkeypatch.setattr(launch, "empty_strided", poison)
     out, lse = run(q, k, v, mechanism)
     assert len(poisoned) == 2
     assert not out.isnan().any()

@@ -87,3 +87,23 @@ def test_many_tiles_a_block_are_done_again(mechanism):
     assert torch.equal(got[1::2], want[1::2])
     assert torch.equal(got[::2, :500], want[::2, :500])
     assert got[::2, 500:].isnan().all()
+
+
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_gradients_of_many_tiles_a_block(d, dv, mechanism):
+    """Persistent blocks with several tiles each: what is noted of one tile's keys isn't taken for the next one's."""
+    q, k, v = make_qkv(8, 1000, 1000, 8, 4, d, dv, BF16, "cuda")
+    dout = make_gradients(q, v)[0]
+
+    def gradients(k, v):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, causal=True, mechanism=mechanism, deterministic=True)
+        return torch.autograd.grad(out, leaves, dout)
+
+    want = gradients(k, v)
+    k, v = k.clone(), v.clone()
+    k[::2, 500:], v[::2, 700:] = math.nan, math.inf
+    got = gradients(k, v)
+    assert all(torch.equal(x[1::2], y[1::2]) for x, y in zip(got, want, strict=True))
+    assert torch.equal(got[0][::2, :500], want[0][::2, :500])
+    assert got[0][::2, 500:].isnan().all()

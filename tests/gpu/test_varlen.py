@@ -185,20 +185,20 @@ def test_many_tiles_without_a_row_in_use(d, deterministic, rules, monkeypatch):
     batch, rows = 40, 1000
     used = [(n * 97) % (rows + 1) if n % 5 else (n % 10 != 0) * 1 for n in range(batch)]  # 0 and 1 often
     q, k, v = make_qkv(batch, rows, rows, 8, 8, d, d, BF16, "cuda")
-    dout, new_empty = torch.randn_like(q), torch.Tensor.new_empty
+    dout, made = torch.randn_like(q), launch.empty_strided
     past = torch.arange(rows)[None] >= torch.tensor(used)[:, None]
     past = past.cuda()
     for x in (q, k, v, dout):
         x[past] = math.nan
     seqused = torch.tensor(used, dtype=torch.int32, device="cuda")
 
-    def poison(*size, **how):
-        x = new_empty(*size, **how)
+    def poison(*room):
+        x = made(*room)
         return x.fill_(math.nan) if x.is_floating_point() else x
 
     options = {"mechanism": "tma_wgmma", "deterministic": deterministic, **RULES[rules][0]}
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", poison)
+        patch.setattr(launch, "empty_strided", poison)
         (out, lse), gradients = run(q, k, v, dout, call=attention, seqused_q=seqused, seqused_k=seqused, **options)
     for x in (out, *gradients):
         assert not x[past].count_nonzero()

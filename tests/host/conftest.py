@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cute_attn import cache, compile
+from cute_attn import api, cache, compile, kvcache, launch, serve
 from cute_attn.sources import fingerprint
 from tests.host.compile_cache import CONFIG, NAME, PROBLEM, Cache, files, works
 from tests.host.processes import quick
@@ -26,6 +26,18 @@ def pytest_collection_modifyitems(items):
         return item if case is None or not {"kernel", "kernels"} & set(item.fixturenames) else (item.path, str(case))
 
     items.sort(key=lambda item: place.setdefault(group(item), len(place)))
+
+
+@pytest.fixture(autouse=True)
+def memory_of_the_cpu(monkeypatch):
+    """For whoever says that a tensor lies on a GPU: tensors' number is −1 here, and so is that of the current device. How such
+    calls were planned is of each test alone."""
+    monkeypatch.setattr(api, "_kept", {})
+    monkeypatch.setattr(kvcache, "_steps", {})
+    for module in (launch, serve):
+        monkeypatch.setattr(module, "current_device", lambda: -1)
+        monkeypatch.setattr(module, "raw_stream", lambda device: 0)
+        monkeypatch.setattr(module, "empty_strided", lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks import ahead, anchors, compare, documents, report
 from benchmarks.__main__ import main
-from benchmarks.cases import GRIDS, SUITES, Case, Grid, cases_of, short, single_cases
+from benchmarks.cases import DIRECTIONS, GRIDS, SUITES, Case, Grid, cases_of, short, single_cases
 from benchmarks.check import Judge, WrongError, make_inputs
 from benchmarks.flops import bytes_moved, flops, pairs
 from benchmarks.peers import REGISTRY, Peer, UnsupportedError, choose
@@ -50,8 +50,10 @@ def test_the_cases_that_are_no_grid():
     assert (short_one.seqlen_q, long_one.seqlen_q) == (16384, 65536)
     assert {case.direction for case in (short_one, long_one)} == {"backward"}
     assert long_one.batch == 1
-    assert [case.direction for case in single_cases("host", ("forward",))] == ["forward"]
-    assert [case.direction for case in single_cases("host", ("backward",))] == ["forward", "both"]
+    ragged = single_cases("host", ("forward",))[-1]
+    assert ragged.packed
+    assert [case.direction for case in single_cases("host", ("forward",))] == ["forward", "forward"]
+    assert [case.direction for case in single_cases("host", ("backward",))] == [*DIRECTIONS, "forward"]
     assert [case.direction for case in single_cases("first", ("forward", "backward"))] == ["forward"]
 
 
@@ -159,6 +161,7 @@ def test_causal_counts_half_and_backward_two_and_a_half():
     assert flops(causal) == flops(BIG) / 2
     assert flops(replace(BIG, direction="backward")) == 2.5 * flops(BIG)
     assert flops(replace(BIG, direction="both")) == 3.5 * flops(BIG)
+    assert flops(replace(BIG, direction="recorded")) == flops(BIG)
 
 
 def test_flops_by_hand_with_another_head_dim_for_v():
@@ -187,6 +190,7 @@ def test_bytes_by_hand():
     q, k, v, o, lse = 3 * 4 * 8 * 2, 5 * 2 * 8 * 2, 5 * 2 * 16 * 2, 3 * 4 * 16 * 2, 4 * 3 * 4
     assert bytes_moved(case) == q + k + v + o
     assert bytes_moved(replace(case, direction="backward")) == 2 * (q + k + v) + 2 * o + lse
+    assert bytes_moved(replace(case, direction="recorded")) == q + k + v + o + lse
     assert bytes_moved(replace(case, direction="both")) == 3 * (q + k + v) + 3 * o + 2 * lse
     assert bytes_moved(replace(case, dtype="float32")) == 2 * (q + k + v + o)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import card, timing
+from benchmarks.cases import DIRECTIONS
 from benchmarks.check import Judge, WrongError, make_inputs
 from benchmarks.flops import bytes_moved
 from benchmarks.peers import REGISTRY, Peer
@@ -146,7 +147,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_oracle_agrees_with_a_right_peer(case, direction):
     case = replace(case, direction=direction)
@@ -157,7 +158,7 @@ def test_the_oracle_agrees_with_a_right_peer(case, direction):
 
 
 @pytest.mark.parametrize("name", ["ours_reference", "torch_math", "torch_cpu"])
-@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("direction", ["forward", "recorded", "both"])
 def test_the_peers_of_the_cpu_are_right(name, direction):
     peer = REGISTRY[name]
     if (why := peer.why_not()) is not None:

@@ -35,10 +35,11 @@ def test_what_times_are_judged_by():
 def test_it_is_shown():
     row = serving.Row("a", (1024,), needs=0.9)
     console = Console(record=True, width=120)
-    serving.show([serving.cell_of(row, {"a": 1e-6}, 1e12) | {"read_seconds": 0.7e-6}], 1e12, 9e-6, console)
+    serving.show([serving.cell_of(row, {"a": 1e-6}, 1e12) | {"read_seconds": 0.7e-6}], 1e12, 9e-6, [1, 2], console)
     text = console.export_text()
     assert "missed" not in text
     assert "9.0 µs" in text
+    assert "launches a call: 1, with new keys 2" in text
     json.dumps(serving.cell_of(row, {"a": 1e-6}, 1e12))
 
 

@@ -71,7 +71,8 @@ class Block:
     def on_its_way(self, memory, place):
         return any(m is memory and p == place for group in (*self.groups, self.pending) for m, p, _ in group)
 
-    def _copy(self, block, keys, source, n, stage):
+    def _copy(self, block, keys, source, n, stage, places=()):
+        assert places in ((), (source.number, n)), "places of another tile"
         assert not self.on_its_way(self.slots, stage)
         assert self.slots[stage] in (None, "done"), "a tile that nobody has computed with"
         self.pending.append((self.slots, stage, (source.number, n)))
@@ -103,6 +104,13 @@ class Block:
 
     def _copy_ahead(self, *what):
         Kernel._copy_ahead.__wrapped__(self, *what)
+
+    def _ahead(self, *what):
+        return Kernel._ahead(self, *what)
+
+    def _places_ahead(self, block, serving, seen, then, n):
+        source, tile = self._ahead(seen, then, n)
+        return source.number, tile
 
     def start_after(self, keys, sequence, part):
         """Of the same walk, it begins behind that one's first tile."""

@@ -172,8 +172,7 @@ def test_the_same_step_is_planned_once(where, news, monkeypatch):
     monkeypatch.setattr(serve, "prepared", lambda problem, *_: planned.append(problem) or ("kernel", 4))
     monkeypatch.setattr(serve, "_goes_to_many", lambda *_: False)
     monkeypatch.setattr(serve, "device_target", lambda _: "sm_90a")
-    monkeypatch.setattr(serve, "raw_stream", lambda _: 0)
-    monkeypatch.setattr(serve, "run_on", lambda *how: launched.append(how))
+    monkeypatch.setattr(serve, "run", lambda *how: launched.append(how))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     caches = {"k_new": case.k, "v_new": case.v} if news else {}
     new = {name: torch.stack([x[:news] for x in held]) for name, held in caches.items()}

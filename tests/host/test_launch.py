@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import tvm_ffi
 
 from cute_attn import api, block_mask, kvcache, masks, reference, serve, workspace
 from cute_attn import launch as launching
 from cute_attn.expressions import traced
-from cute_attn.fields import BACKWARD, FORWARD, MERGE, named
+from cute_attn.fields import BACKWARD, FORWARD, MERGE, each, in_order, named
 from cute_attn.launch import Refused, packed_of
 from cute_attn.layouts.base import TICKET_COUNTERS
 from cute_attn.lengths import CHECK, NAMES, check_lengths
@@ -46,24 +47,41 @@ def gpu(monkeypatch):
     return state
 
 
-@pytest.mark.parametrize("device", [0, 1])
-def test_kernel_runs_on_the_tensors_device_and_its_stream(gpu, device):
-    launching.launch(gpu.kernel, device, CALL, ("q", "k", "v"), launching.besides_tensors(CALL, 132))
-    ((ran_on, arguments),) = gpu.log
-    assert ran_on == device
-    assert arguments[-1] == 1000 + device
-    assert gpu.current == 0, "the caller's current device has changed"
+@pytest.mark.parametrize("current", [-1, 0])
+def test_kernels_run_on_the_tensors_device_and_its_stream(gpu, monkeypatch, current):
+    """Whichever is current; what they are given is made there, too. (Tensors on the CPU have the number −1.)"""
+    made, made_on, gpu.current = launching.empty_strided, [], current
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
+    monkeypatch.setattr(launching, "empty_strided", lambda *room: made_on.append(gpu.current) or made(*room))
+    q, k, v = make_qkv(1, 10, 12, 2, 2, 64, 64, torch.bfloat16)
+    out, _, lse_raw = launching.forward(CALL, None, False, True, q, k, v)
+    launching.gradients(CALL, None, "qkv", False, q, k, v, out, lse_raw, torch.ones_like(out), None)
+    for ran_on, arguments in gpu.log:
+        assert ran_on == -1
+        assert arguments[-1] == 999
+    assert set(made_on) == {-1}
+    assert gpu.current == current, "the caller's current device has changed"
 
 
-def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu):
-    tensors = {name: name for name in ("q", "k", "v", "out", "lse", "lse_raw", "tickets", "sinks", "key_lists", "kinds")}
-    launching.launch(gpu.kernel, 0, CALL, tuple(tensors.values()), launching.besides_tensors(CALL, 132))
+@pytest.mark.parametrize("plans", [None, {}])
+def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu, monkeypatch, plans):
+    """What kept calls have in common is one value of the launcher's own; of what most have nothing of there is nothing."""
+    monkeypatch.setattr(launching, "prepared", lambda *_: (gpu.kernel, 132))
+    q, k, v = make_qkv(1, 10, 12, 2, 2, 64, 64, torch.bfloat16)
+    out, lse, lse_raw = launching.forward(replace(CALL, plans=plans), None, True, True, q, k, v)
     ((_, arguments),) = gpu.log
+    assert type(arguments[-2]) is (tuple if plans is None else tvm_ffi.Array)
+    assert arguments[-3] is None
     given = vars(named(FORWARD, arguments))
+    assert [field.name for field in each(FORWARD)] == list(given)
+    assert in_order(FORWARD, given) == (*arguments[:-2], tuple(arguments[-2]), arguments[-1])
+    for name, x in {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lse_raw": lse_raw}.items():
+        assert given.pop(name) is x
     assert math.isclose(given.pop("scale_log2"), 0.125 * LOG2_E)
-    values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 1000}
-    values |= dict.fromkeys(("captured", "seed", "drop_below", "kept_scale"))
-    assert given == {**tensors, **dict.fromkeys(NAMES), **values}
+    values = {"count": 0, "left": 0, "right": 3, "scale_by_cap": 0.0, "heads_first": 0, "blocks": 132, "stream": 999}
+    values |= dict.fromkeys(("captured", "seed", "drop_below", "kept_scale", "tickets", "sinks", "key_lists", "kinds"))
+    assert given == {**values, **dict.fromkeys(NAMES)}
 
 
 @pytest.mark.parametrize(("d", "rows"), [(64, None), (256, 128)])
@@ -114,14 +132,14 @@ def kept(q, **changed):
     """A call that is kept, of tensors that say that they lie on a GPU."""
     rules = {"scale": None, "causal": True, "window": None, "softcap": None} | changed
     stand_in = SimpleNamespace(shape=q.shape, dtype=q.dtype, device=torch.device("cuda:0"), is_cuda=True, get_device=lambda: 0)
-    return api._kept_call(stand_in, stand_in, stand_in, *rules.values())
+    return api._kept_call(stand_in, stand_in, stand_in, *rules.values(), False, False, None)
 
 
 def test_one_call_is_kept_for_all_that_are_alike(monkeypatch):
     monkeypatch.setattr(api, "_kept", {})
     q, other = torch.empty(2, 10, 4, 64, dtype=torch.float16), torch.empty(2, 11, 4, 64, dtype=torch.float16)
     assert kept(q) is kept(q)
-    assert replace(kept(q), plans=None) == check_call(q, q, q, None, True, None, None)
+    assert replace(kept(q), plans=None, kept_for=None, passes=None) == check_call(q, q, q, None, True, None, None)
     rules = {"causal": False}, {"scale": 0.5}, {"window": (3, 0)}, {"softcap": 9.0}
     differ = [kept(q), kept(other), kept(q.float()), *(kept(q, **changed) for changed in rules)]
     assert len({id(call) for call in differ}) == len(differ)
@@ -306,7 +324,7 @@ def test_a_kept_call_is_looked_at_again_for_nothing_else(gpu, monkeypatch):
         asked.append(1)
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(launching, "_room_of_results", none_left)
+    monkeypatch.setattr(launching, "empty_strided", none_left)
     with pytest.raises(torch.OutOfMemoryError, match="none left"):
         launching.forward(call, None, False, False, q, k, v)
     assert len(asked) == 1
@@ -425,13 +443,13 @@ def test_gradient_of_sinks_of_ragged_sequences(gpu, monkeypatch):
             rows[0, 0, :, there] = lse[:, begin:end] / call.scale
             rows[1, 0, :, there] = (dout.float() * out).sum(-1).T[:, begin:end]
 
-    new_empty = torch.Tensor.new_empty
+    made = launching.empty_strided
 
-    def full_of_nans(*size, **how):
-        x = new_empty(*size, **how)
+    def full_of_nans(*room):
+        x = made(*room)
         return x.fill_(math.nan) if x.is_floating_point() else x
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nans)
+    monkeypatch.setattr(launching, "empty_strided", full_of_nans)
     monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
     monkeypatch.setattr(launching, "prepared", lambda *_: (kernel, 132))
     found = launching.gradients(call, "cp_async", "", False, q, k, v, out, lse, dout, None)
@@ -449,15 +467,16 @@ def test_device_is_restored_when_the_launch_fails(gpu, monkeypatch):
             entered.append(index)
 
         def __enter__(self):
-            return self
+            gpu.current = -1
 
         def __exit__(self, *_):
             entered.append("left")
 
     monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(launching, "prepared", lambda *_: (fails, 132))
     with pytest.raises(RuntimeError, match="launch failed"):
-        launching.launch(fails, 1, CALL, ("q", "k", "v", "out"), launching.besides_tensors(CALL, 132))
-    assert entered == [1, "left"]
+        launching.forward(CALL, None, False, False, *make_qkv(1, 10, 12, 2, 2, 64, 64, torch.bfloat16))
+    assert entered == [-1, "left"]
 
 
 @pytest.mark.parametrize(("head_dim", "needs", "ordered"), [(128, "qkv", True), (128, "kv", False), (256, "qkv", False)])

@@ -1,8 +1,8 @@
 """How the groups of a block hand on what they found, and how that and the parts of a walk are merged, on the host: the kernel's
-own functions, of each thread in turn, or a Python thread for each lane of a warp."""
+own functions, of each thread in turn."""
 
 import runpy
-import threading
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -13,6 +13,8 @@ pytest.importorskip("cutlass.cute")
 
 import cutlass
 from cutlass import cute
+
+from cute_attn.layouts.mma_sync_cache import columns_written
 
 # A copy of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)
@@ -59,54 +61,6 @@ class Memory:
     fill = store
 
 
-class Warp:
-    """32 threads that hand each other values."""
-
-    def __init__(self, number):
-        self.number, self.here, self.values = number, threading.local(), [0.0] * 32
-        self.barrier = threading.Barrier(32, timeout=20)
-
-    def run(self, function):
-        failed = []
-
-        def of_lane(lane):
-            self.here.lane = lane
-            try:
-                function()
-            except Exception as error:
-                failed.append(error)
-                self.barrier.abort()
-
-        lanes = [threading.Thread(target=of_lane, args=(lane,)) for lane in range(32)]
-        for lane in lanes:
-            lane.start()
-        for lane in lanes:
-            lane.join()
-        if failed:
-            raise failed[0]
-
-    def all_values(self, mine):
-        self.values[self.here.lane] = mine
-        self.barrier.wait()
-        values = list(self.values)
-        self.barrier.wait()
-        return values
-
-    def of_group(self, mine, lanes):
-        first = self.here.lane // lanes * lanes
-        return self.all_values(mine)[first : first + lanes]
-
-    def patch(self, monkeypatch):
-        for name, function in {
-            "lane_idx": lambda: self.here.lane,
-            "thread_idx": lambda: (32 * self.number + self.here.lane,),
-            "shuffle_sync": lambda x, lane: self.all_values(x)[lane],
-            "warp_reduction_max": lambda x, threads_in_group: max(self.of_group(x, threads_in_group)),
-            "warp_reduction_sum": lambda x, threads_in_group: sum(self.of_group(x, threads_in_group)),
-        }.items():
-            monkeypatch.setattr(cute.arch, name, function)
-
-
 @pytest.fixture
 def plain(monkeypatch):
     """The kernel's functions compute with plain numbers."""
@@ -114,7 +68,7 @@ def plain(monkeypatch):
         "assume": lambda x, _: x,
         "make_layout": lambda shape: (shape,) if isinstance(shape, int) else shape,
         "make_tensor": lambda m, shape: Memory(m.floats, m.place, shape),
-        "make_rmem_tensor": lambda shape, _: Memory(np.full(np.prod(shape), UNTOUCHED), 0, np.atleast_1d(shape)),
+        "make_rmem_tensor": lambda shape, _: Memory(np.full(np.prod(shape), UNTOUCHED), 0, tuple(np.atleast_1d(shape))),
         "size": lambda x, mode: x.shape[mode[0]],
         "autovec_copy": lambda source, into: into.store(source.load()),
     }.items():
@@ -127,7 +81,7 @@ def plain(monkeypatch):
     monkeypatch.setattr(cutlass, "min", min)
     monkeypatch.setattr(cutlass, "Int64", int)
     anchor = module["_anchor"].__wrapped__
-    for name, plainly in {"divided": divmod, "Float32": Float, "_anchor": anchor}.items():
+    for name, plainly in {"divided": divmod, "Float32": Float, "Int32": int, "_anchor": anchor}.items():
         monkeypatch.setitem(Forward._merge_parts.__wrapped__.__globals__, name, plainly)
 
 
@@ -146,107 +100,116 @@ def some(rng, rows, columns):
     return o, row_max, row_sum
 
 
-def kernel(groups, rows, columns, threads, stored):
-    """What the functions take of theirs; ``stored`` gets ``(row, piece): O`` and ``row: (maximum, sum)``."""
+class Kernel:
+    """What the functions take of theirs, for groups of a warp; ``stored`` gets ``(row, column): O`` and, of a row, its maximum
+    and its sum."""
 
-    def end_row(serving, seen, row, writes, row_max, row_sum):
+    def __init__(self, groups, rows, columns, tile_dv):
+        self.config = SimpleNamespace(tile_m=rows, tile_dv=tile_dv, key_warps=groups)
+        self.problem, self.group_threads = SimpleNamespace(head_dim_v=HEAD_DIM_V), 32
+        self.lay, self.stored = SimpleNamespace(exchanged_columns=lambda config: columns), {}
+
+    def __getattr__(self, name):
+        function = vars(Forward)[name]
+        if isinstance(function, property):
+            return function.fget(self)
+        return partial(getattr(function, "__wrapped__", function), self)
+
+    def _coordinates(self, block):
+        rows, columns = range(self.config.tile_m // 8), range(self.config.tile_dv // 4)
+        lane = block.thread
+        where = {(r, c): (lane // 4 + 8 * r, 2 * (lane % 4) + 8 * (c // 2) + c % 2) for r in rows for c in columns}
+        return Coordinates(where, (len(rows), len(columns)))
+
+    def _end_row(self, serving, seen, row, writes, row_max, row_sum):
         if writes:
-            assert stored.setdefault(row, (row_max, row_sum)) == (row_max, row_sum)
+            assert row not in self.stored
+            self.stored[row] = row_max, row_sum
         return row, 0, 1.0
 
-    def store(serving, seen, of_row, piece, o):
+    def _store(self, block, serving, seen, of_row, n, o):
         row, _, normalize = of_row
-        assert (row, piece) not in stored
-        stored[row, piece] = o.load() * normalize
+        for i, x in enumerate(o.load() * normalize):
+            column = 16 * n + 8 * (i // 2) + 2 * (block.thread % 4) + i % 2
+            if column < HEAD_DIM_V:
+                assert (row, column) not in self.stored
+                self.stored[row, column] = x
 
-    config = SimpleNamespace(tile_m=rows, key_warps=groups, threads=threads, mma_warps=threads // 32)
-    problem = SimpleNamespace(head_dim_v=HEAD_DIM_V)
-    lay = SimpleNamespace(exchanged_columns=lambda config: columns, rows_merged=lambda config: {16: 1, 32: 2, 64: 8}[rows])
-    return SimpleNamespace(config=config, problem=problem, lay=lay, _identity=lambda: None, _end_row=end_row, _store=store)
+    def blocks(self):
+        """Its threads' views of it."""
+        return [SimpleNamespace(group=group, thread=lane) for group in range(self.config.key_warps) for lane in range(32)]
+
+    def compare(self, o, row_max, row_sum):
+        rows, columns = range(len(o)), range(HEAD_DIM_V)
+        assert set(self.stored) == {*rows, *((r, c) for r in rows for c in columns)}
+        for r in rows:
+            np.testing.assert_allclose(self.stored[r], (row_max[r], row_sum[r]))
+            np.testing.assert_allclose([self.stored[r, c] for c in columns], o[r, :HEAD_DIM_V])
 
 
-def compare(stored, o, row_max, row_sum):
-    rows, pieces = range(len(o)), range(HEAD_DIM_V // 4)
-    assert set(stored) == {*rows, *((r, p) for r in rows for p in pieces)}
-    for r in rows:
-        np.testing.assert_allclose(stored[r], (row_max[r], row_sum[r]))
-        np.testing.assert_allclose(np.concatenate([stored[r, p] for p in pieces]), o[r, :HEAD_DIM_V])
+class Coordinates(dict):
+    """With the shape of a tensor."""
+
+    def __init__(self, of, shape):
+        super().__init__(of)
+        self.shape = shape
 
 
 def seen_by(exponent=EXPONENT):
     return SimpleNamespace(values=SimpleNamespace(exponent=lambda problem: exponent))
 
 
-@pytest.mark.parametrize(
-    ("groups", "columns", "exist", "parts"), [(1, 96, 16, 1), (2, 32, 5, 3), (4, 96, 4, 3), (4, 32, 1, 1)], ids=str
-)
-def test_groups(plain, monkeypatch, groups, columns, exist, parts):
-    rows, lanes, tile_dv = 16, 32, 96
-    rng = np.random.default_rng(groups)
-    found = [some(rng, rows, tile_dv) for _ in range(groups)]
-    stored = {}
-    forward = kernel(groups, rows, columns, lanes * groups, stored)
-    shared = [Memory(np.full(groups * rows * n, UNTOUCHED)) for n in (columns, 2)]
-    exchanged = SimpleNamespace(o=shared[0], of_rows=shared[1])
-    written = Memory(np.full(3 * exist * HEAD_DIM_V, UNTOUCHED)), Memory(np.full(3 * exist * 2, UNTOUCHED))
-    workspace = Workspace(None, *written, exist, HEAD_DIM_V)
-    places = SimpleNamespace(parts=parts, number=1, of=lambda number: 2)
-    lane_rows, lane_columns = (0, 8), [8 * (c // 2) + c % 2 for c in range(tile_dv // 4)]
-    monkeypatch.setitem(
-        Forward._hand_over.__wrapped__.__globals__,
-        "rows_columns",
-        lambda lane: {
-            (r, c): (lane // 4 + lane_rows[r], 2 * (lane % 4) + lane_columns[c])
-            for r in range(2)
-            for c in range(len(lane_columns))
-        },
+def merged_by_groups(kernel, found, exist, workspace, places):
+    """What each group has ``found`` of all rows, handed over and merged."""
+    groups, rows, columns = kernel.config.key_warps, kernel.config.tile_m, kernel.lay.exchanged_columns(None)
+    exchanged = SimpleNamespace(
+        o=Memory(np.full(groups * rows * columns, UNTOUCHED)), of_rows=Memory(np.full(groups * rows * 2, UNTOUCHED))
     )
     for first in range(0, HEAD_DIM_V, columns):
-        for group in range(groups):
-            for lane in range(lanes):
-                o, row_max, row_sum = found[group]
-                mine = [lane // 4, lane // 4 + 8]
-                held = Memory(o[np.ix_(mine, [2 * (lane % 4) + c for c in lane_columns])].T.ravel(), 0, (2, len(lane_columns)))
-                block = SimpleNamespace(
-                    group=group,
-                    thread=lane,
-                    mma_O=SimpleNamespace(get_slice=lambda t: SimpleNamespace(partition_C=lambda _: t)),
-                )
-                softmax = SimpleNamespace(row_max=row_max[mine], row_sum=row_sum[mine])
-                Forward._hand_over.__wrapped__(forward, block, exchanged, held, softmax, exist, first)
-        for thread in range(lanes * groups):
-            monkeypatch.setattr(cute.arch, "thread_idx", lambda thread=thread: (thread,))
-            Forward._merge_groups.__wrapped__(
-                forward, exchanged, SimpleNamespace(workspace=workspace), seen_by(), places, exist, first
-            )
-    o, row_max, row_sum = (x[:exist] for x in expected(found))
-    if parts == 1:
-        compare(stored, o, row_max, row_sum)
-    else:
-        into, of_rows = (x.floats.reshape(3, exist, -1) for x in written)
-        np.testing.assert_allclose(into[2], o[:, :HEAD_DIM_V])
-        np.testing.assert_allclose(of_rows[2], np.stack((row_max, row_sum), 1))
-        assert np.isnan(into[:2]).all()
+        for block in kernel.blocks():
+            o, row_max, row_sum = found[block.group]
+            where = kernel._coordinates(block)
+            shape = where.shape
+            held = Memory(np.array([o[where[r, c]] for c in range(shape[1]) for r in range(shape[0])]), 0, shape)
+            mine = [where[r, 0][0] for r in range(shape[0])]
+            softmax = SimpleNamespace(row_max=row_max[mine], row_sum=row_sum[mine])
+            kernel._hand_over(block, exchanged, held, softmax, exist, first)
+        for block in kernel.blocks():
+            kernel._merge_groups(block, exchanged, SimpleNamespace(workspace=workspace), seen_by(), places, exist, first)
 
 
 @pytest.mark.parametrize(
-    ("parts", "exist", "rows"), [(2, 16, 64), (8, 3, 16), (9, 6, 32), (16, 4, 16), (17, 6, 64), (41, 3, 16)], ids=str
+    ("groups", "rows", "columns", "tile_dv", "exist", "parts"),
+    [
+        (1, 16, 96, 96, 16, 1),
+        (2, 16, 32, 96, 5, 3),
+        (4, 16, 96, 96, 1, 1),
+        (8, 16, 32, 96, 4, 5),
+        (2, 64, 128, 128, 16, 2),
+        (4, 32, 64, 128, 3, 4),
+    ],
+    ids=str,
 )
-def test_parts(plain, monkeypatch, parts, exist, rows):
-    rng = np.random.default_rng(parts)
-    found = [some(rng, exist, HEAD_DIM_V) for _ in range(parts)]
-    first, others, step = 3, 10, 2
-    places = SimpleNamespace(parts=parts, others=others, step=step, of=lambda i: first if i == 0 else others + i * step)
-    written = Memory(np.full(100 * exist * HEAD_DIM_V, UNTOUCHED)), Memory(np.full(100 * exist * 2, UNTOUCHED))
-    for i, (o, row_max, row_sum) in enumerate(found):
-        into, of_rows = (x.floats.reshape(100, exist, -1) for x in written)
-        into[places.of(i)], of_rows[places.of(i)] = o, np.stack((row_max, row_sum), 1)
-    stored = {}
-    forward = kernel(4, rows, HEAD_DIM_V, 128, stored)
-    serving = SimpleNamespace(workspace=Workspace(None, *written, exist, HEAD_DIM_V))
-    for number in range(4):
-        warp = Warp(number)
-        warp.patch(monkeypatch)
-        warp.run(lambda: Forward._merge_parts.__wrapped__(forward, serving, seen_by(), places, exist))
-    o, row_max, row_sum = expected(found)
-    compare(stored, o, row_max, row_sum)
+def test_groups_and_parts(plain, groups, rows, columns, tile_dv, exist, parts):
+    """Of one part its result; of several what all of them found, from a workspace of which nothing else is touched."""
+    rng = np.random.default_rng(groups)
+    found = [[some(rng, rows, tile_dv) for _ in range(groups)] for _ in range(parts)]
+    kernel, first, others, step, width = Kernel(groups, rows, columns, tile_dv), 3, 10, 2, columns_written(HEAD_DIM_V)
+    written = Memory(np.full(100 * exist * width, UNTOUCHED)), Memory(np.full(100 * exist * 2, UNTOUCHED))
+    workspace = Workspace(None, *written, exist, width)
+
+    def of(i):
+        return first if i == 0 else others + i * step
+
+    for number in range(parts):
+        places = SimpleNamespace(parts=parts, number=number, of=of)
+        merged_by_groups(kernel, found[number], exist, workspace, places)
+    if parts > 1:
+        assert not kernel.stored
+        touched = {of(i) for i in range(parts)}
+        assert {i for i, x in enumerate(written[1].floats.reshape(100, -1)) if not np.isnan(x).all()} == touched
+        for block in kernel.blocks():
+            kernel._merge_parts(block, SimpleNamespace(workspace=workspace), seen_by(), places, exist)
+    else:
+        assert all(np.isnan(x.floats).all() for x in written)
+    kernel.compare(*(x[:exist] for x in expected([of_group for part in found for of_group in part])))

@@ -291,7 +291,7 @@ def test_show_writes_files(capsys, tmp_path):
     assert command.main(["show", "sm_90a", "block", "--gradients"]) == 0
     assert "cp.reduce.async.bulk" in capsys.readouterr().out
     assert command.main(["show", "sm_90a", "block", "--gradients", "--head-dim", "256", "--picture", "queries"]) == 0
-    assert "dQ lies over Q" in capsys.readouterr().out
+    assert "st.global, 16 bytes each" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

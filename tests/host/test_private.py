@@ -45,7 +45,7 @@ def with_cuda(monkeypatch):
 def test_this_torch_has_them_all(with_cuda):
     """The import says which one a release lacks; what is left is that each is what it is taken for."""
     module = imported_anew()
-    assert len(module.NAMES) == len(set(module.NAMES)) == 11
+    assert len(module.NAMES) == len(set(module.NAMES)) == 12
     assert module.any_autocast_enabled() is False
     assert module.dispatch_modes() == 0
     assert module.transforms_active() is False
@@ -72,6 +72,7 @@ def test_this_torch_has_them_all(with_cuda):
         "torch._C._len_torch_dispatch_stack",
         "torch._C._cuda_getDevice",
         "torch._C._cuda_getCurrentRawStream",
+        "torch._C._dynamo.guards._empty_strided_cuda",
     ],
 )
 def test_a_release_of_torch_that_lacks_one_is_told(path, with_cuda, monkeypatch):
@@ -86,7 +87,7 @@ def test_a_torch_without_cuda_lacks_nothing(monkeypatch):
         monkeypatch.delattr(torch._C, name, raising=False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     module = imported_anew()
-    for function in (module.current_device, module.raw_stream):
+    for function in (module.current_device, module.raw_stream, module.empty_strided):
         with pytest.raises(NotImplementedError, match="built without CUDA"):
             function(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,8 +37,9 @@ KINDS = ["gaussian", "peaky"]
 
 def attend(q, k, v, *, tile_m=128, tile_n=128, scale=None, causal=False, window=None, softcap=0.0):
     call = check_call(q, k, v, scale=scale, causal=causal, window=window, softcap=softcap)
-    passes = (partial(function, tile_m=tile_m, tile_n=tile_n) for function in (reference.attention, reference.gradients))
-    return Attention.apply(q, k, v, call, *passes)
+    functions = reference.attention, reference.gradients
+    passes = tuple(partial(function, tile_m=tile_m, tile_n=tile_n) for function in functions)
+    return Attention.apply(q, k, v, replace(call, passes=passes))
 
 
 def gradients(q, k, v, dout, dlse=None, **rules):
