@@ -273,7 +273,7 @@ class KeyGradients(KeyBlocks):
         scores = Scores(frag.cS, of_head, self.problem, transposed=True)
         scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
         if j + 1 == steps:
-            pipes.k.consumer_release(k_state)
+            self.release_rows(pipes.k, k_state, met=not self.problem.masked)  # and with it what is noted of its keys
         P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
         rounded, slot = None, p_state.index
         if cutlass.const_expr(self.needs_k):
