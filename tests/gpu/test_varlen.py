@@ -241,7 +241,7 @@ def test_rows_in_use_are_planned_once(mechanism, monkeypatch):
     options = {"call": attention, "mechanism": mechanism, "deterministic": True}
     run(q, k, v, dout, seqused_q=used, seqused_k=used, **options)
     with monkeypatch.context() as patch:
-        for name in ("_plan_forward", "_plan_gradients"):
+        for name in ("_PlannedForward", "_PlannedGradients"):
             patch.setattr(launch, name, None)
         (out, _), (dq, _, _) = run(q, k, v, dout, seqused_q=used - 10, seqused_k=used, **options)
     assert not torch.cat([x[b, n - 10 :].flatten() for x in (out, dq) for b, n in enumerate(used.tolist())]).count_nonzero()
