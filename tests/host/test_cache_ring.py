@@ -154,8 +154,7 @@ def test_every_tile_is_there_when_it_is_computed_with(parts, stages, invariant):
     }
     with ExitStack() as stack:
         stack.enter_context(patch.dict(names, plainly))
-        loops = {"range": lambda *of, unroll: range(*of), "range_constexpr": range, "const_expr": lambda x: x}
-        stack.enter_context(patch.multiple(cutlass, **loops))
+        stack.enter_context(patch.multiple(cutlass, range=lambda *of, unroll: range(*of), const_expr=lambda x: x, range_constexpr=range))
         stack.enter_context(patch.multiple(cute, make_rmem_tensor=MagicMock(), size=MagicMock()))
         arch = {"cp_async_commit_group": block.commit, "cp_async_wait_group": block.wait, "sync_threads": lambda: None}
         stack.enter_context(patch.multiple(cute.arch, **arch))
