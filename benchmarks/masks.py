@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -301,6 +302,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--compile-jobs", type=command.positive, default=min(16, os.cpu_count() or 1),
                         help="processes that compile ahead on a GPU; 1: each when its turn comes (%(default)s)")  # fmt: skip
     parser.add_argument("--limit", type=command.seconds, default=120.0, help="seconds for a row, and to compile ahead (120)")
+    parser.add_argument("--budget", type=command.seconds, metavar="SECONDS", help="begin no row later than this")
     parser.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here, after every row")
 
 
@@ -311,7 +313,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     about["card"] = card.describe(card.open_source() if device == "cuda" else None)
     cells: list[Cell] = []
     made: list[dict[str, Any]] = []
-    stopped = 0
+    stopped, late, began = 0, False, timing.HostClock.now()
 
     def save(complete: bool) -> None:
         if options.json:
@@ -319,8 +321,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
             write_whole(options.json, json.dumps(found | {"cells": [*map(dataclasses.asdict, cells)]}, indent=1) + "\n")
 
     try:
-        with closing(_results(_jobs(options, device), device, options, console)) as results:
-            for job, found in results:
+        jobs = _jobs(options, device)
+        with closing(_results(jobs, device, options, console)) as results:
+            for done, (job, found) in enumerate(results, 1):
                 if job == BLOCK_MASK:
                     made += found
                 else:
@@ -328,10 +331,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
                     for cell in found if not console.is_terminal else ():
                         console.print(*rows_of([cell])[0], highlight=False)
                 save(complete=False)
+                late = done < len(jobs) and timing.HostClock.now() - began > (options.budget or math.inf)
+                if late:
+                    break
     except KeyboardInterrupt as error:
         stopped = command.interrupted(error)
+    if stopped or late:
         console.print("not completed", style="red")
-    save(complete=not stopped)
+    save(complete=not (stopped or late))
     console.print(table(cells))
     for one in made:
         text = f"{one['seconds'] * 1e6:,.0f} µs (at most {one['goal'] * 1e6:,.0f}), its lists {one['lists'] * 1e6:,.0f} µs"

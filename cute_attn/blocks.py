@@ -34,6 +34,7 @@ from cute_attn.arguments import shown
 from cute_attn.expressions import Expression, TorchOps, traced
 from cute_attn.layouts.base import (
     BLOCK,
+    BY_ROWS,
     CUT,
     KIND_BITS,
     MEMBER_BIT,
@@ -56,7 +57,10 @@ _COLOURS = {CUT: "#9ecae1", WHOLE: "#08519c"}
 
 class BlockMask:
     """What :func:`block_mask` returns: ``kinds``, uint8 ``(batch, heads, ⌈seqlen_q / 32⌉, ⌈seqlen_k / 32⌉)``, and lengths. It
-    can be pickled, saved by ``torch.save``, moved by :meth:`to` and used for every call of these lengths."""
+    can be pickled, saved by ``torch.save``, moved by :meth:`to` and used for every call of these lengths.
+
+    A kind is 0 where no query of a block sees any of its keys, 2 where each sees all, else 1, or 3 where each sees all or
+    none."""
 
     def __init__(self, kinds: torch.Tensor, seqlen_q: int, seqlen_k: int):
         self.kinds, self.seqlen_q, self.seqlen_k = kinds, seqlen_q, seqlen_k
@@ -124,7 +128,8 @@ class BlockMask:
         m_blocks, tile_m / rows, n_blocks)``. Rows that there aren't see none and all."""
         down, across = rows // BLOCK, tile_n // BLOCK
         missing, past = -self.kinds.shape[2] % (tile_m // BLOCK), -self.kinds.shape[3] % across
-        kinds = pad(self.kinds, (0, past)) if past else self.kinds
+        kinds = self.kinds.masked_fill(self.kinds.eq(BY_ROWS), CUT)
+        kinds = pad(kinds, (0, past)) if past else kinds
         each = [pad(kinds, (0, 0, 0, missing), value=value) if missing else kinds for value in (NONE, WHOLE)]
         high, low = (x.unflatten(3, (-1, across)).unflatten(2, (-1, tile_m // rows, down)) for x in each)
         return high.amax((4, 6)).eq(NONE), low.amin((4, 6)).eq(WHOLE)
@@ -302,8 +307,10 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
                 seen = pad(seen.expand(len(queries), seqlen_k), (0, -seqlen_k % BLOCK))
                 some, every = (pad(seen, (0, 0, 0, -len(queries) % BLOCK), value=missing) for missing in (False, True))
                 some, every = (x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)) for x in (some, every))
-                first = m // BLOCK
-                kinds[b, h, first : first + len(some)] = some.any(3).any(1).byte() + every.all(3).all(1).byte()
+                some, every, first = some.any(3), every.all(3), m // BLOCK
+                found = some.any(1).byte() + every.all(1).byte()
+                by_rows = found.eq(CUT) & (every | ~some).all(1)
+                kinds[b, h, first : first + len(some)] = found.masked_fill(by_rows, BY_ROWS)
 
 
 def _tiles_from_seen(seen: torch.Tensor, across: int) -> torch.Tensor:

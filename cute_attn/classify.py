@@ -7,12 +7,15 @@ one position alone, such as the document of a query, is computed once for each r
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import and_, or_
+
 import cutlass
 from cutlass import Int32, cute
 
 from cute_attn.fields import CLASSIFY, named
 from cute_attn.forward import captured_of
-from cute_attn.layouts.base import BLOCK, WARP
+from cute_attn.layouts.base import BLOCK, BY_ROWS, CUT, WARP
 from cute_attn.mainloop.elements import Elements
 
 ALL_LANES = -1
@@ -63,11 +66,14 @@ class Classify:
         elements = self._elements(captured, (batch, head), first, (seqlen_q, seqlen_k))
         for i in cutlass.range_constexpr(self.PAIRED):
             for j in cutlass.range_constexpr(self.PAIRED):
-                some, every = self._seen(elements, i, j)
-                some, every = (cute.arch.vote_ballot_sync(x) for x in (some, every))
-                full = (every == ALL_LANES) & ((column + j + 1) * BLOCK <= seqlen_k)
+                of_rows = self._seen(elements, i, j)
+                some, every = (cute.arch.vote_ballot_sync(reduce(by, x)) for by, x in zip((or_, and_), of_rows, strict=True))
+                inside = (column + j + 1) * BLOCK <= seqlen_k
+                kind = Int32(some != 0) + Int32((every == ALL_LANES) & inside)
+                if (kind == CUT) & inside:
+                    if self._is_by_rows(*of_rows):
+                        kind = Int32(BY_ROWS)
                 if (lane == 0) & (row + i < rows) & (column + j < columns):
-                    kind = Int32(some != 0) + Int32(full)
                     mKinds[batch, head, row + i, column + j] = kind.to(cutlass.Uint8)
 
     def _elements(self, captured, where, first, lengths) -> Elements:
@@ -83,11 +89,18 @@ class Classify:
         return Elements(self.problem.expression, captured, leaf, {"q_idx"}, "kv_idx")
 
     def _seen(self, elements: Elements, i: int, j: int):
-        """Whether a thread's rows see some of its columns, and whether they see all of them, in one of the warp's blocks."""
-        some = every = None
-        for c in range(BLOCK // self.ACROSS):
-            for r in range(BLOCK // self.down):
-                at = i * (BLOCK // self.down) + r, j * (BLOCK // self.ACROSS) + c
-                seen = elements.value(self.problem.expression.mask, *at)
-                some, every = (seen, seen) if some is None else (some | seen, every & seen)
-        return some, every
+        """Of each of a thread's rows whether it sees some of its columns, and whether all of them, in one of the warp's
+        blocks."""
+        rows, columns = (range(BLOCK // side) for side in (self.down, self.ACROSS))
+        at = lambda r, c: (i * len(rows) + r, j * len(columns) + c)  # noqa: E731
+        seen = [[elements.value(self.problem.expression.mask, *at(r, c)) for c in columns] for r in rows]
+        return [reduce(or_, row) for row in seen], [reduce(and_, row) for row in seen]
+
+    def _is_by_rows(self, some, every):
+        """A whole warp: whether each row of a block sees all of its columns, or none."""
+        word, n = Int32(0), len(some)
+        for r in range(n):
+            word = word | Int32(some[r]) << r | Int32(every[r] == False) << (n + r)  # noqa: E712
+        for lanes in (1, 2):  # those that share rows
+            word = word | cute.arch.shuffle_sync_bfly(word, lanes)
+        return cute.arch.vote_any_sync((word & (word >> n) & ((1 << n) - 1)) != 0) == False  # noqa: E712

@@ -234,7 +234,9 @@ class _PlannedForward:
 Room = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # sizes, strides, dtype: what empty_strided takes
 
 
+@lru_cache(maxsize=4096)  # for calls that aren't kept, and are planned each time
 def contiguous(dtype: torch.dtype, *sizes: int) -> Room:
+    """Memory of these sizes, of one piece."""
     strides = (math.prod(max(n, 1) for n in sizes[i + 1 :]) for i in range(len(sizes)))
     return sizes, tuple(strides), dtype
 

@@ -64,6 +64,7 @@ TICKET_COUNTERS = 4  # words before the forward pass's tickets, of which two cou
 STORED = 1 << 24  # what a counter is at least once dQ has been stored, where the first to come stores; below, who has come
 BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it
 NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks, and of tiles: no query sees any key of it, some see some, each sees all
+BY_ROWS = 3  # of blocks that are cut: each query sees all keys or none
 KIND_BITS = 2
 # A list of tiles there is HEADER words, and one for each tile: its number in the lower TILE_BITS, and more above.
 HEADER, TILE_BITS = 4, 20

@@ -58,6 +58,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "verdict": VERDICT_BYTES,
         "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES),
         "asked": 2 * BARRIER_BYTES,
+        "ramp": 4 * config.mma_warps * config.tile_n // 2,
     }
 
 

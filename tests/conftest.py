@@ -9,11 +9,14 @@ import gc
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # before torch is imported, here and in the processes that tests start: threads of many would take turns
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+hypothesis.settings.register_profile("busy", deadline=None)  # a machine may be busy: no example is too slow
+hypothesis.settings.load_profile("busy")
 
 
 def pytest_collection_finish():

@@ -4,12 +4,15 @@ oracle does, which calls the same function with whole tensors of positions."""
 from __future__ import annotations
 
 import math
+import random
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from cute_attn import attention, block_mask, masks, scores
+from cute_attn import attention, attention_varlen, block_mask, masks, scores
 from tests.support import assert_close, assert_gradients_close, make_gradients, make_qkv
 
 ROWS = 700  # captured tensors are of so many positions
@@ -145,14 +148,107 @@ BLOCKED: dict[str, Callable[[int, int, object, int], Made]] = {
 }
 
 
+# ---- random expressions ----------------------------------------------------------------------------------------------
+
+LEAVES = {
+    "int": ["batch", "head", "q_idx", "kv_idx", "1", "-3", "ids[q_idx]", "ids[kv_idx]"],
+    "float": ["score", "score", "0.5", "-1.25", "table[head, q_idx]", "table[batch, kv_idx]", "scalar"],
+    "bool": ["(q_idx >= kv_idx)", "(ids[q_idx] == ids[kv_idx])"],
+}
+# Of each kind, texts with the kinds that stand in them.
+DEEPER = {
+    "int": [
+        "({int} + {int})",
+        "({int} - {int})",
+        "({int} * {int})",
+        "({int} // 3)",
+        "({int} % -4)",
+        "torch.clamp({int} + 0 * q_idx, -2, 9)",
+    ],
+    "float": [
+        *(
+            "({float} + {float})",
+            "({float} - {int})",
+            "({float} * {float})",
+            "({float} / (1.5 + torch.abs({float} + 0.0 * scalar)))",
+        ),
+        *(
+            "torch.where({bool}, {float}, {float})",
+            "torch.where({bool}, {int}, {float})",
+            "1.0 / (1.0 + torch.exp(-torch.abs({float} + 0.0 * scalar)))",
+        ),
+        *("torch.minimum({float} * scalar, {float} * scalar)", "torch.maximum({float} * scalar, {float} * scalar)"),
+        *("torch.exp(torch.clamp({float} * scalar, -3.0, 2.0))", "torch.tanh({float} * scalar)", "torch.abs({float} * scalar)"),
+        *(
+            "torch.log(1.0 + torch.abs({float} * scalar))",
+            "torch.sqrt(1.0 + torch.abs({float} * scalar))",
+            "(0.5 * {float}) ** 2",
+        ),
+    ],
+    "bool": [
+        "({float} < {int} + 0 * kv_idx)",
+        "({int} + 0 * kv_idx <= {float})",
+        "({int} + 0 * kv_idx != {int})",
+        "({bool} & {bool})",
+        "({bool} | {bool})",
+        "(~{bool})",
+    ],
+}
+
+
+def random_text(chance: random.Random, kind: str, depth: int = 4, of_score: bool = True) -> str:
+    """Of an expression of a kind; ``of_score``: comparisons may be of scores."""
+    if depth == 0 or chance.randint(0, 4) == 0:
+        return chance.choice([leaf for leaf in LEAVES[kind] if of_score or leaf != "score"])
+    form = chance.choice(DEEPER[kind])
+    inside = of_score or kind == "float"
+    return re.sub(r"{(\w+)}", lambda found: random_text(chance, found[1], depth - 1, inside and found[1] != "bool"), form)
+
+
+def random_functions(seed: int) -> tuple[str, str]:
+    """Texts of a mask and of a score that is continuous in a score, and neither it nor its slope large."""
+    chance, n = random.Random(seed), ROWS // 2
+    places = torch.meshgrid(torch.arange(2), torch.arange(4), torch.arange(0, n, 31), torch.arange(0, n, 29), indexing="ij")
+    drawn = torch.randn(places[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4.0
+    while True:
+        texts = random_text(chance, "bool", of_score=False), random_text(chance, "float", of_score=False)
+        made = of_texts(texts, torch.device("cpu"), torch.float64)
+        given = drawn.clone().requires_grad_()
+        found = made["score"](given, *places)
+        if found.requires_grad and found.abs().max() < 50.0:
+            (slope,) = torch.autograd.grad(found.sum(), given)
+            if slope.isfinite().all() and slope.abs().max() < 10.0 and slope.any() and "score" not in texts[0]:
+                return texts
+
+
+def of_texts(texts: tuple[str, str], device, dtype) -> dict[str, Callable]:
+    """The mask and the score."""
+    space = {"torch": torch, "ids": documents(1, device)[0], "table": table(4, ROWS, device=device).to(dtype)}
+    space["scalar"] = torch.tensor(0.75, dtype=dtype, device=device)
+    mask, score = (f"({text}) & (kv_idx >= 0)" if i == 0 else f"({text}) + 0.0 * score" for i, text in enumerate(texts))
+    return {
+        "mask": eval(f"lambda batch, head, q_idx, kv_idx: {mask}", space),
+        "score": eval(f"lambda score, batch, head, q_idx, kv_idx: {score}", space),
+    }
+
+
+def random_case(batch, heads, device, shift, seed: int) -> Made:
+    texts = random_functions(seed)
+    return Made(of_texts(texts, device, torch.float32), of_texts(texts, device, torch.float64))
+
+
+RANDOM = {f"random {i}": partial(random_case, seed=i) for i in range(30)}
+
+
 def check(
-    case: str, sizes, heads, dims, dtype, device, of_lse: bool = True, kind: str = "gaussian", blocks=False, **options
+    case: str, sizes, heads, dims, dtype, device, of_lse: bool = True, kind: str = "gaussian", blocks=False, packed=False,
+    **options,
 ) -> None:
     """Outputs and gradients, the sinks' among them, against the oracle. ``sizes`` are (batch, queries, keys); with ``blocks``
-    attention gets a block mask as well."""
+    attention gets a block mask as well, and ``packed`` it gets the batch as sequences, one after another."""
     batch, sq, sk = sizes
     q, k, v = make_qkv(batch, sq, sk, *heads, *dims, dtype, device, kind)
-    asked, oracle = (CASES | BLOCKED)[case](batch, heads[0], q.device, sk - sq)
+    asked, oracle = (CASES | BLOCKED | RANDOM)[case](batch, heads[0], q.device, sk - sq)
     if blocks:
         of = (heads[0] if case in ("heads", "nothing") else None), sq, sk
         options = {**options, "block_mask": block_mask(asked["mask"], batch, *of, device=device)}
@@ -160,7 +256,13 @@ def check(
     of_sinks = asked.get("sinks")
     if of_sinks is not None:
         asked = {**asked, "sinks": of_sinks.clone().requires_grad_()}
-    out, lse = attention(*leaves, return_lse=True, **asked, **options)
+    if packed:
+        bounds = (torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=device) for n in (sq, sk))
+        rows = (x.flatten(0, 1) for x in leaves)
+        out, lse = attention_varlen(*rows, *bounds, return_lse=True, **asked, **options)
+        out, lse = out.unflatten(0, (batch, sq)), lse.unflatten(1, (batch, sq)).transpose(0, 1)
+    else:
+        out, lse = attention(*leaves, return_lse=True, **asked, **options)
     dout, dlse = make_gradients(q, v)
     dlse = torch.where(lse == -math.inf, 0.0, dlse) if of_lse else None
     outputs = [out, lse] if of_lse else [out]

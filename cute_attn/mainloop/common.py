@@ -59,6 +59,7 @@ class Values:
     kinds: cute.Tensor | None = None
     packed: Int32 | None = None
     rise: Float32 | None = None
+    header: tuple | None = None
 
     def query(self, row):
         """The query that a row is of."""
@@ -75,6 +76,8 @@ class Values:
             here = replace(here, seed=tuple(Uint32(self.seed[i]) for i in range(2)))
         if self.has_place:
             here = replace(here, sequence=work.q.batch if work.sequence is None else work.sequence, head=work.head)
+        if work.header is not None:
+            here = replace(here, header=work.header)
         if work.q.length is None:
             return here
         shift = work.k.length - work.q.length

@@ -133,7 +133,7 @@ class Elements:
         self.along_columns = [bool(names & {columns, "score"}) for names in leaves]
         self.known: dict[tuple, Any] = {}
 
-    def _of_columns(self) -> list[int]:
+    def of_columns(self) -> list[int]:
         """The nodes that load an element for each column: its position is their last index, others are the same for all."""
         found, nodes = [], self.expression.nodes
         for node, (op, _, *operands) in enumerate(nodes):
@@ -142,16 +142,21 @@ class Elements:
                     found.append(node)
         return found
 
+    def of_rows(self) -> list[int]:
+        """The nodes that load an element for each row."""
+        nodes = enumerate(self.expression.nodes)
+        return [i for i, (op, *_) in nodes if op == "load" and self.along_rows[i] and not self.along_columns[i]]
+
     def held(self, columns: Int32) -> Int32:
         """So many of the columns have an element of their own in all tensors that :meth:`load_column` reads."""
-        for node in self._of_columns():
+        for node in self.of_columns():
             columns = cutlass.min(columns, self.ops.tensors[self.expression.nodes[node][2]].shape[-1])
         return columns
 
     def load_column(self, column: int, first: int, offset: int):
         """Load what is loaded of a column whose position is ``offset`` past column ``first``'s, where all are :meth:`held`:
         from one address, and with numbers that are known at compile time."""
-        for node in self._of_columns():
+        for node in self.of_columns():
             _, kind, *operands = self.expression.nodes[node]
             leaf, place = self._at(0, first, None)
             if (node, "first") not in self.known:

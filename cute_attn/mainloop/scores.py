@@ -15,7 +15,7 @@ import cutlass
 from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import dropout
-from cute_attn.layouts.base import BLOCK, CUT, KIND_BITS, NONE
+from cute_attn.layouts.base import BLOCK, BY_ROWS, CUT, KIND_BITS, NONE, WARP
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop import fours
 from cute_attn.mainloop.captured import CapturedGradients
@@ -25,6 +25,8 @@ from cute_attn.mainloop.guard import HIDDEN
 from cute_attn.rules import LN_2, LOG2_E, rational_tanh, softcap_slope, softcap_tanh
 
 PAIRS_AHEAD = 16  # columns
+HELD = 2  # registers for what a mask loads of rows
+SECTOR = 8  # elements of 4 bytes that come to the L1 cache together
 ROWS = 64  # of a tile, or of a warpgroup's part of it, at most where masks are unrolled
 
 
@@ -128,6 +130,7 @@ class Scores:
     problem: cutlass.Constexpr
     transposed: cutlass.Constexpr[bool] = False
     unrolls: cutlass.Constexpr[bool] = True
+    loaded: tuple = ()
 
     @cute.jit
     def apply_rules(self, acc: cute.Tensor, origin, masked, hidden=None, apart: cutlass.Constexpr[bool] = False, seen=None):
@@ -291,7 +294,23 @@ class Scores:
                 return self.values.seqlen_k - self.values.seqlen_q
             return self.values.head_of(row) if name == "head" else self.values.sequence
 
-        return Elements(self.problem.expression, self.values.captured, leaf, along_rows, columns)
+        elements = Elements(self.problem.expression, self.values.captured, leaf, along_rows, columns)
+        if self.loaded:
+            elements.known |= dict(zip(self._of_rows(elements), self.loaded, strict=True))
+        return elements
+
+    def _of_rows(self, elements: Elements) -> list[tuple]:
+        rows = range(cute.size(self.where.zero, mode=[0]))
+        return [(node, r, None) for node in elements.of_rows() for r in rows]
+
+    def loaded_of_rows(self, row_first) -> tuple:
+        """What a mask loads for a thread's rows, where that is little enough to be held for all of a query tile's keys:
+        ``loaded`` of its other tiles."""
+        elements = self._elements((row_first, 0))
+        places = self._of_rows(elements)
+        if len(places) > HELD:
+            return ()
+        return tuple(elements.value(node, r, 0) for node, r, _ in places)
 
     def _each(self, scores: cute.Tensor):
         """(row, column) of a thread's scores, column by column: what is known of a column is needed twice and then no more."""
@@ -329,14 +348,25 @@ class Scores:
             steps.append(lambda c, rise=rise: rise * Float32(ramp.of(along_column) * steps_of[c]))
         return begins, steps
 
-    def started(self, acc: cute.Tensor) -> cute.Tensor | None:
+    @cute.jit
+    def write_ramp(self, into: cute.Tensor, lane: Int32):
+        """One warp: what a warpgroup's accumulators of a head are :meth:`started` with, the same in all of its threads, in
+        shared memory of the warp's own: to load it takes a quarter of the instructions that computing it does."""
+        along, n = self.problem.expression.ramp.of("kv_idx"), cute.size(into)
+        cute.arch.sync_warp()  # all have read what was there
+        for i in cutlass.range_constexpr(-(-n // WARP)):
+            at = i * WARP + lane
+            if at < n:
+                # Of every eight columns an accumulator has two neighbours, for each of two rows.
+                into[at] = self.values.rise * Float32(along * (at // 4 * 8 + at % 2))
+        cute.arch.sync_warp()
+
+    def started(self, acc: cute.Tensor, ramp: cute.Tensor | None) -> cute.Tensor | None:
         """An accumulator to which the products are to be added, where a ramp adds to them: what that is more in each column
         than in the first one. Made while there is time, before they are there."""
-        if self.problem.expression.ramp is None:
+        if ramp is None:
             return None
-        scores, (_, steps) = rows_columns(acc), self._ramp((0, 0))
-        for r, c in self._each(scores):
-            scores[r, c] = steps[r](c)
+        cute.autovec_copy(ramp, cute.make_tensor(acc.iterator, cute.make_layout(cute.size(acc))))
         return acc
 
     def _add_ramp(self, scores: cute.Tensor, origin, apart: bool) -> cute.Tensor | None:
@@ -479,10 +509,25 @@ class Scores:
     @cute.jit
     def _see(self, bits: cute.Tensor, origin, kinds):
         bits.fill(0)
+        lower = sum(1 << i * KIND_BITS for i in range(len(self._blocks())))
+        if (kinds & (kinds >> 1) & lower) != 0:
+            self._see_rows(bits, origin, kinds)
         if self._is_inside(origin):
             self._see_blocks(bits, origin, kinds, True)
         else:
             self._see_blocks(bits, origin, kinds, False)
+
+    @cute.jit
+    def _see_rows(self, bits: cute.Tensor, origin, kinds):
+        """Of blocks that are cut by rows, what their first columns show; of all at once, so that what they load is on its way
+        at the same time."""
+        elements, rows = self._elements(origin), cute.size(self.where.zero, mode=[0])
+        for i in cutlass.range_constexpr(len(self._blocks())):
+            by_rows = _kind(kinds, i) == BY_ROWS
+            for r in cutlass.range_constexpr(rows):
+                n = self._blocks()[i][0] * rows + r
+                seen = elements.value(self.problem.expression.mask, r, self._blocks()[i][0])
+                bits[n // 32] = bits[n // 32] | _select(seen & by_rows, Int32(_bit(n)), Int32(0))
 
     @cute.jit
     def _see_blocks(self, bits: cute.Tensor, origin, kinds, inside: cutlass.Constexpr):
@@ -504,6 +549,12 @@ class Scores:
                     for r in range(rows):
                         n = c * rows + r
                         scores[r, c] = _select(bits[n // 32] & Int32(_bit(n)) != 0, scores[r, c], Float32(-Float32.inf))
+            elif kind == BY_ROWS:
+                for r in range(rows):
+                    n = self._blocks()[i][0] * rows + r
+                    seen_by_row = bits[n // 32] & Int32(_bit(n)) != 0
+                    for c in self._blocks()[i]:
+                        scores[r, c] = _select(seen_by_row, scores[r, c], Float32(-Float32.inf))
             elif kind == NONE:
                 for c in self._blocks()[i]:
                     scores[None, c].fill(-Float32.inf)
@@ -560,6 +611,22 @@ class Scores:
 def _kind(kinds: Int32, i: int) -> Int32:
     """Of the i-th block of :meth:`Scores.kinds`."""
     return (kinds >> i * KIND_BITS) & ((1 << KIND_BITS) - 1)
+
+
+@cute.jit
+def read_ahead(values: Values, problem: cutlass.Constexpr, block: Int32, rows: cutlass.Constexpr, keys: Int32):
+    """A whole warp: bring to the L1 cache what masks of a query tile of so many ``rows`` read of its two tiles of 128 keys at
+    most, of which ``keys`` is the first block, in half of the lanes of one and in the others of the other. Returns a word of no
+    meaning, for which all of it has to be read."""
+    lane, kinds = cute.arch.lane_idx() % (WARP // 2), values.kinds[values.sequence, values.head, None, None]
+    row = cutlass.min(block * (rows // BLOCK) + lane % (rows // BLOCK), kinds.shape[0] - 1)
+    place = {"batch": values.sequence, "head": values.head, "q_idx": block * rows, "shift": values.seqlen_k - values.seqlen_q}
+    place["kv_idx"] = keys * BLOCK + lane * SECTOR
+    elements = Elements(problem.expression, values.captured, lambda name, r, c: place[name], {"q_idx"}, "kv_idx")
+    word = Int32(kinds[row, keys])
+    for node in elements.of_columns():
+        word = word ^ Int32(elements.value(node, 0, 0))
+    return Int32(cute.arch.vote_any_sync(word == -1))
 
 
 def with_rise(values: Values, problem) -> Values:

@@ -24,8 +24,8 @@ from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_noth
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
-from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
-from cute_attn.mainloop.walk import KeyTiles, walk
+from cute_attn.mainloop.scores import Coordinates, Scores, read_ahead, with_rise
+from cute_attn.mainloop.walk import KeyTiles, ListedKeys, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, key_tile, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
@@ -58,6 +58,7 @@ class ForwardShared:
     o: cute.Tensor
     verdict: cute.Tensor | None  # not 0 once an output was not finite
     work: cute.Tensor | None = None
+    ramp: cute.Tensor | None = None  # (values of an accumulator, warp)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class WarpgroupTile:
     keys: KeyTiles
     skipped: Int32
     values: Values
+    loaded: tuple = ()  # what a mask loads for a thread's rows
+    ramp: cute.Tensor | None = None  # what a ramp starts a thread's accumulators with
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Forward(Kernel):
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if cutlass.const_expr(shared.work is not None):
                 if warp == FIND_WORK_WARP:
-                    self._find_work(shared, pipes, tiles)
+                    self._find_work(shared, pipes, values, tiles)
                 if cutlass.const_expr(plain_o is not None):
                     if warp == CLEAR_WARP:
                         self._clear_unused_tiles(plain_o, mLSE, tiles)
@@ -194,13 +197,16 @@ class Forward(Kernel):
             asked=self.hand_over_pipe(smem, 1, 1) if draws else None,
         )
         work = WorkQueue.slots_in(smem) if self.queued else None
+        ramp = None
+        if cutlass.const_expr(self.problem.expression.ramp is not None):
+            ramp = smem.allocate_tensor(Float32, cute.make_layout((config.tile_n // 2, config.mma_warps)), 16)
         verdict = None
         if cutlass.const_expr(self.guarded):
             verdict = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout(1))
             verdict[0] = Int32(0)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return ForwardShared(sQ, sK, sV, sO, verdict, work), pipes
+        return ForwardShared(sQ, sK, sV, sO, verdict, work, ramp), pipes
 
     def _walker(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
         """What gives a warp the tiles of the block, one after another: :meth:`Tiles.each`, or those another finds."""
@@ -209,17 +215,26 @@ class Forward(Kernel):
     def _queue(self, shared: ForwardShared, pipes: ForwardPipelines) -> WorkQueue:
         ragged = bool(self.problem.ragged)
         numbered = ragged and self.problem.has_places
-        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, numbered=numbered, ragged=ragged)
+        of = {"numbered": numbered, "ragged": ragged, "headed": bool(self.problem.blocks)}
+        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, **of)
 
     @cute.jit
-    def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
+    def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, values: Values, tiles: Tiles):
         """One warp: the tiles of the block for the others."""
         queue = self._queue(shared, pipes)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.WORK_SLOTS)
-        state, begin = queue.hand_out(tiles, state)
+        header = partial(self._header, values) if self.problem.blocks else None
+        state, begin = queue.hand_out(tiles, state, header=header)
         if cutlass.const_expr(self.guarded):
             if self._is_done_again(shared, pipes):
-                queue.hand_out(tiles, state, begin)
+                queue.hand_out(tiles, state, begin, header)
+
+    @cute.jit
+    def _header(self, values: Values, work: Work):
+        """Of the list of a tile's keys the first three words, and one that stands for what has been read ahead."""
+        values = values.of(work)
+        header, keys = ListedKeys.ahead(values, work.block)
+        return *header, read_ahead(values, self.problem, work.block, self.config.tile_m, keys)
 
     @cute.jit
     def _clear_unused_tiles(self, mO: cute.Tensor, mLSE: LogSumExp, tiles: Tiles):
@@ -351,7 +366,8 @@ class Forward(Kernel):
         keys = KeyTiles.of(values, self.problem, work.block, config)
         if cutlass.const_expr(self.anchored):
             keys = keys.after_a_seen_key(values, self.problem, work.block, config)
-        tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values)
+        held = self._held(me, shared, values, block * rows)
+        tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values, *held)
         frag = self._fragments(me, shared)
         softmax = Softmax.start(cute.size(frag.rescale), values.exponent(self.problem), fused=True)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
@@ -374,6 +390,17 @@ class Forward(Kernel):
             self.wait_for_store(me.warpgroup)  # O lies over Q
             pipes.q.consumer_release(q_state)
         return q_phase ^ 1, kv_state
+
+    @cute.jit
+    def _held(self, me: ForwardWorker, shared: ForwardShared, values: Values, row_first):
+        """``loaded`` and ``ramp`` of a warpgroup's rows."""
+        scores, loaded, ramp = Scores(me.cS, values, self.problem), (), None
+        if cutlass.const_expr(self.problem.blocks):
+            loaded = scores.loaded_of_rows(row_first)
+        if cutlass.const_expr(shared.ramp is not None):
+            ramp = shared.ramp[None, cute.arch.make_warp_uniform(cute.arch.warp_idx()) - WARPGROUP // 32]
+            scores.write_ramp(ramp, cute.arch.lane_idx())
+        return loaded, ramp
 
     def _worker(self) -> ForwardWorker:
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
@@ -517,7 +544,7 @@ class Forward(Kernel):
 
     def _started(self, me: ForwardWorker, tile: WarpgroupTile):
         """What Q·Kᵀ is to be added to, if anything."""
-        return Scores(me.cS, tile.values, self.problem).started(self.registers("S", self.config.tile_n))
+        return Scores(me.cS, tile.values, self.problem).started(self.registers("S", self.config.tile_n), tile.ramp)
 
     def _scores(self, frag: ForwardFragments, k_state, started):
         """Issue S = Q·Kᵀ; the caller waits."""
@@ -532,7 +559,7 @@ class Forward(Kernel):
 
     def _mask_ahead(self, me: ForwardWorker, tile: WarpgroupTile, masking):
         """The same with what is seen in blocks that are cut, while the tensor cores are at the scores."""
-        return *masking[:2], Scores(me.cS, tile.values, self.problem).seen(*masking)
+        return *masking[:2], Scores(me.cS, tile.values, self.problem, loaded=tile.loaded).seen(*masking)
 
     @cute.jit
     def _softmax(

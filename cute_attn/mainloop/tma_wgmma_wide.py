@@ -3,7 +3,8 @@
 dK and dV of 128 keys and 256 columns would fill a multiprocessor's registers, and with fewer keys a block the float32 sums
 of dQ would go to memory too often. So the gradients of keys and of queries have a kernel each (``wide_keys.py``,
 ``wide_queries.py``), which computes the scores anew: seven products instead of five, but no sums in global memory, nothing to
-clear or to cast, and the same bits each time.
+clear or to cast, and the same bits each time. Blocks of both are persistent, and draw tickets where tiles are unequal: the next
+tile's operands come while results leave, straight from registers.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import cutlass
 from cutlass import Int32, cute
 
 from cute_attn.dropout import SIDE
-from cute_attn.layouts.base import BLOCK, HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARPGROUP_BITS, WHOLE_BIT
+from cute_attn.layouts.base import BLOCK, HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARP, WARPGROUP_BITS, WHOLE_BIT
 from cute_attn.mainloop.common import DeviceOps, Values
 
 
@@ -139,7 +139,19 @@ class ListedKeys:
     @staticmethod
     def of(values: Values, m_block: Int32) -> ListedKeys:
         entries = values.key_lists[values.sequence, values.head, m_block, None]
-        return ListedKeys(entries, values.seqlen_k, Int32(0), entries[1], entries[0], entries[2])
+        masked, count, whole_end = [entries[i] for i in range(3)] if values.header is None else values.header[:3]
+        return ListedKeys(entries, values.seqlen_k, Int32(0), count, masked, whole_end)
+
+    @staticmethod
+    @cute.jit
+    def ahead(values: Values, m_block: Int32):
+        """A whole warp, ahead of those that take the list: its first three words, and blocks of keys, in half of the lanes its
+        first tile's and in the others its last one's, where most often the cut ones are."""
+        entries, lane = values.key_lists[values.sequence, values.head, m_block, None], cute.arch.lane_idx()
+        word = entries[cutlass.min(lane, entries.shape[0] - 1)]
+        header = tuple(cute.arch.shuffle_sync(word, i) for i in range(3))
+        place = cutlass.max(header[1] - 1, 0) if lane >= WARP // 2 else 0
+        return header, entries[HEADER + place] & TILE_MASK
 
     def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> ListedKeys:
         """The same walk, whose whole tiles come when each row has seen a key."""

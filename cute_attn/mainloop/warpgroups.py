@@ -254,9 +254,13 @@ class Kernel:
             with cute.arch.elect_one():
                 arrival(state)
 
-    def lead(
-        self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, ahead: bool = False, counted: bool = False
-    ):
+    def launched(self, tiles, blocks, draws: bool):
+        """``(tiles, blocks)`` to launch where blocks are persistent, and draw tickets or not."""
+        if draws:
+            return tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
+        return tiles.launched(blocks, long=False)
+
+    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, counted: bool = False):
         """The warp that finds a persistent block's tiles: its ``part`` of each, from ``state`` on, and what it does ``alone``,
         while others compute. One thread draws a ``ticket`` for each but, unless tiles are to begin ``in_order``, the first;
         None: they come in rounds. ``counted``: those of ragged ones that have rows in use, and no others."""
@@ -268,7 +272,7 @@ class Kernel:
         if counted:
             queue.lead_counted(tiles, first, following, part, state)
         else:
-            queue.lead(tiles, first, following, part, state, alone, ahead)
+            queue.lead(tiles, first, following, part, state, alone)
 
     @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: TmaOperand, s: cute.Tensor, group, slot, where):
@@ -325,13 +329,6 @@ class Kernel:
         return pipeline.PipelineState(
             self.config.stages, state.count, (state.index + self.config.stages - 1) % self.config.stages, state.phase
         )
-
-
-@cute.jit
-def prefetch(operand: TmaOperand, tile: cute.Tensor):
-    """One warp: a tile to the L2 cache."""
-    with cute.arch.elect_one():
-        cute.prefetch(operand.atom, tile)
 
 
 @cute.jit

@@ -25,11 +25,11 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Kept, Scores
 from cute_attn.mainloop.walk import QueryTiles
-from cute_attn.mainloop.warpgroups import NONE_DONE, WARPGROUP, KeyBlocks, TmaOperands, of_columns, prefetch, rounded_operand
+from cute_attn.mainloop.warpgroups import NONE_DONE, WARPGROUP, KeyBlocks, TmaOperands, of_columns, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 
-COPY_K_Q_WARP, COPY_V_DO_WARP, PREFETCH_WARP = 0, 1, 2
+COPY_K_Q_WARP, COPY_V_DO_WARP = 0, 1
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,12 @@ class KeyGradients(KeyBlocks):
         super().__init__(problem, config)
         self.needs_k, self.needs_v = "k" in problem.gradients, "v" in problem.gradients
         self.draws = problem.masked or bool(problem.ragged)
-        self.prefetches = not problem.ragged  # which takes more registers to find
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, blocks, stream):
         """Make the TMA descriptors and launch persistent blocks."""
         operands = TmaOperands(*self.input_operands(inputs), dk=None, dv=None)
-        if cutlass.const_expr(self.draws):
-            tiles, count = tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
-        else:
-            tiles, count = tiles.launched(blocks, long=False)
+        tiles, count = self.launched(tiles, blocks, self.draws)
         self.kernel(operands, inputs.if_masked(self.problem), rows, gradients, signals, values, tiles).launch(
             grid=[count, 1, 1],
             block=[self.config.threads, 1, 1],
@@ -111,12 +107,9 @@ class KeyGradients(KeyBlocks):
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
                 part = partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care))
-                self.lead(queue, tiles, signals.ticket if self.draws else None, NONE_DONE, part, alone, ahead=self.prefetches)
+                self.lead(queue, tiles, signals.ticket if self.draws else None, NONE_DONE, part, alone)
             if warp == COPY_V_DO_WARP:
                 each(partial(self.copy_v_do, operands, plain, shared, pipes, rows, care))
-            if cutlass.const_expr(self.prefetches):
-                if warp == PREFETCH_WARP:
-                    each(partial(self._prefetch, operands, shared))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             if warp < 2 * WARPGROUP // 32:
@@ -145,29 +138,11 @@ class KeyGradients(KeyBlocks):
             q=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("Q", config) + row_bytes),
             do=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("dO", config) + row_bytes),
             p=self.hand_over_pipe(smem, lay.P_STAGES, half),
-            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.prefetches + config.mma_warps),
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + config.mma_warps),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return shared, pipes
-
-    @cute.jit
-    def _prefetch(self, operands: TmaOperands, shared: KeyShared, values: Values, where, done):
-        """One warp: a tile's K and V to the L2 cache while the tile before is computed, and, of what it shares with others, the
-        query tile of its own number: of all that begin together each brings another one."""
-        work, members = where
-        for operand, s in ((operands.k, shared.k), (operands.v, shared.v)):
-            tXgX, _ = operand.tiles(s, work.k, work.head_kv)
-            prefetch(operand, tXgX[None, work.block])
-        if cutlass.const_expr(not self.problem.blocks):
-            visited = QueryTiles.of(values, self.problem, work.block, self.config)
-            if visited.count > 0:
-                number = cutlass.max(work.block * self.config.tile_n // self.config.tile_m, visited.begin)
-                number = cutlass.min(number, visited.begin + visited.count - 1)
-                for member in cutlass.range(members, unroll=1):
-                    for operand, s in ((operands.q, shared.q), (operands.do, shared.do)):
-                        tiles, _ = operand.tiles(s, work.q, work.head + member)
-                        prefetch(operand, tiles[None, number])
 
     @cute.jit
     def _values_warpgroup(self, gradients: Gradients, shared: KeyShared, pipes: KeyPipelines, signals, values, where, done):
@@ -298,7 +273,7 @@ class KeyGradients(KeyBlocks):
         scores = Scores(frag.cS, of_head, self.problem, transposed=True)
         scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
         if j + 1 == steps:
-            pipes.k.consumer_release(k_state)
+            self.release_rows(pipes.k, k_state, met=not self.problem.masked)  # and with it what is noted of its keys
         P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
         rounded, slot = None, p_state.index
         if cutlass.const_expr(self.needs_k):

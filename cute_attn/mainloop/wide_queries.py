@@ -18,21 +18,11 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import KeyTiles
-from cute_attn.mainloop.warpgroups import (
-    NONE_DONE,
-    WARP,
-    WARPGROUP,
-    Kernel,
-    TmaOperand,
-    key_tile,
-    of_columns,
-    prefetch,
-    rounded_operand,
-)
+from cute_attn.mainloop.warpgroups import NONE_DONE, WARP, WARPGROUP, Kernel, TmaOperand, key_tile, of_columns, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 
-COPY_KEYS_WARP, COPY_QUERIES_WARP, PREFETCH_WARP = 0, 1, 2
+COPY_KEYS_WARP, COPY_QUERIES_WARP = 0, 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,6 @@ class QueryGradients(Kernel):
         rows = self.warpgroups * self.lay.ROWS_PER_WARPGROUP
         self.block = replace(config, tile_m=rows)  # for what counts a block's queries
         self.draws = problem.masked or bool(problem.ragged)
-        self.prefetches = not problem.ragged  # which takes more registers to find
         # A warpgroup passes over keys that others alone see.
         self.skips_unseen = problem.bounded_right or bool(problem.blocks)
 
@@ -87,10 +76,7 @@ class QueryGradients(Kernel):
         heads_per_kv = inputs.q.shape[2] // inputs.k.shape[2]
         tiles = Tiles.of(inputs.q.shape, heads_per_kv, self.block.tile_m, blocks, self.problem.unequal, sequences)
         operands = QueryOperands(*self.input_operands(inputs, "q"))
-        if cutlass.const_expr(self.draws):
-            tiles, count = tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
-        else:
-            tiles, count = tiles.launched(blocks, long=False)
+        tiles, count = self.launched(tiles, blocks, self.draws)
         self.kernel(operands, inputs.if_masked(self.problem), rows, gradients.mdQ, signals, values, tiles).launch(
             grid=[count, 1, 1],
             block=[self.config.threads, 1, 1],
@@ -111,12 +97,9 @@ class QueryGradients(Kernel):
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_KEYS_WARP:
                 part = partial(of_tile, partial(self._copy_keys, operands, plain, care, shared, pipes))
-                self.lead(queue, tiles, signals.ticket_of_next if self.draws else None, NONE_DONE, part, ahead=self.prefetches)
+                self.lead(queue, tiles, signals.ticket_of_next if self.draws else None, NONE_DONE, part)
             if warp == COPY_QUERIES_WARP:
                 each(partial(self._copy_queries, operands, plain, care, rows, shared, pipes))
-            if cutlass.const_expr(self.prefetches):
-                if warp == PREFETCH_WARP:
-                    each(partial(self._prefetch, operands, shared))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(self._compute, mdQ, shared, pipes, rows, care))
@@ -140,27 +123,11 @@ class QueryGradients(Kernel):
             do=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qdO", config)),
             k=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("qK", config)),
             v=self.pipe(smem, lay.V_STAGES, config.mma_warps, lay.slot_bytes("qV", config)),
-            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.prefetches + config.mma_warps),
+            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + config.mma_warps),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return shared, pipes
-
-    @cute.jit
-    def _prefetch(self, operands: QueryOperands, shared: QueryShared, values, keys, work: Work, done):
-        """One warp: a tile's Q and dO to the L2 cache while the tile before is computed, and, of the keys that it shares with
-        others, as many, of its own number."""
-        for operand, s in ((operands.q, shared.q), (operands.do, shared.do)):
-            tXgX, _ = operand.tiles(s, work.q, work.head)
-            for w in cutlass.range_constexpr(self.warpgroups):
-                prefetch(operand, tXgX[None, work.block * self.warpgroups + w])
-        if cutlass.const_expr(not self.problem.blocks):
-            if keys.count > 0:
-                for operand, s in ((operands.k, shared.k), (operands.v, shared.v)):
-                    tiles, _ = operand.tiles(s, work.k, work.head_kv, keys.begin)
-                    for w in cutlass.range_constexpr(self.block.tile_m // self.config.tile_n):
-                        number = cutlass.min(work.block * (self.block.tile_m // self.config.tile_n) + w, keys.count - 1)
-                        prefetch(operand, tiles[None, number])
 
     @cute.jit
     def _copy_queries(self, operands, plain: Inputs | None, care, rows: Rows, shared, pipes, values, keys, work: Work, done):

@@ -11,7 +11,7 @@ for all that the tile before takes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
 from cutlass import Boolean, Int32, cute, pipeline
@@ -35,6 +35,7 @@ class WorkQueue:
     numbered: cutlass.Constexpr[bool] = False  # whether tiles say which sequence they are of: heads have 16 bits then
     of_k: cutlass.Constexpr[bool] = False  # tiles of keys; ``ragged``, if of ragged sequences
     ragged: cutlass.Constexpr[bool] = True
+    headed: cutlass.Constexpr[bool] = False  # tiles that come with what the lists of their keys begin with
 
     @staticmethod
     def slots_in(smem) -> cute.Tensor:
@@ -48,9 +49,10 @@ class WorkQueue:
         return Taker(self, turn)
 
     @cute.jit
-    def hand_out(self, tiles: cutlass.Constexpr, state, begin=None):
+    def hand_out(self, tiles: cutlass.Constexpr, state, begin=None, header: cutlass.Constexpr = None):
         """One warp: every tile of this block, and that there are no more. Returns the ring's next state and the position of the
-        first tile, with which, as ``begin``, the same tiles are handed out again."""
+        first tile, with which, as ``begin``, the same tiles are handed out again. ``header(work)`` finds out what its list of
+        key tiles begins with."""
         turn, position, begun = Int32(0), Int32(0), Int32(0)
         first, before, more = Int32(0), Int32(0), Boolean(True)
         while more:
@@ -67,6 +69,8 @@ class WorkQueue:
             if turn == 0:
                 begun = position
             work, first, before = tiles.seek(position, first, before)
+            if cutlass.const_expr(header is not None):
+                work = replace(work, header=header(work))
             self.pipe.producer_acquire(state)
             self._write(work, self.slots[None, state.index])
             self.arrive(self.pipe.producer_commit, state)
@@ -86,25 +90,16 @@ class WorkQueue:
         body: cutlass.Constexpr,
         state,
         alone: cutlass.Constexpr = None,
-        ahead: cutlass.Constexpr[bool] = False,
     ):
         """One warp, which tells the others of each tile of the block and then takes its own part in it: ``state = body(state,
         work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all. With ``alone(work)`` nobody
-        is told of tiles of keys without a row in use: the warp does them by itself. ``ahead``: the others are told of a tile
-        before this warp takes its part in the one before, and not after."""
+        is told of tiles of keys without a row in use: the warp does them by itself."""
         ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
         turn, position = Int32(0), Int32(first)
-        if cutlass.const_expr(ahead):
-            ring = self._tell_of(tiles, position, ring, alone)
         while position < tiles.count():
-            after = position
-            if cutlass.const_expr(ahead):
-                after = following(turn + 1)
-                ring = self._tell_of(tiles, after, ring, alone)
             work = tiles.work(position)
             if cutlass.const_expr(work.exists is None):
-                if cutlass.const_expr(not ahead):
-                    ring = self._tell(work, ring)
+                ring = self._tell(work, ring)
                 state = body(state, work)
             else:
                 told = work.exists
@@ -113,11 +108,10 @@ class WorkQueue:
                     if work.exists & (told == False):  # noqa: E712
                         alone(work)
                 if told:
-                    if cutlass.const_expr(not ahead):
-                        ring = self._tell(work, ring)
+                    ring = self._tell(work, ring)
                     state = body(state, work)
             turn += 1
-            position = after if cutlass.const_expr(ahead) else following(turn)
+            position = following(turn)
         self._tell(None, ring)
 
     @cute.jit
@@ -135,21 +129,6 @@ class WorkQueue:
                 turn += 1
                 position = following(turn)
         self._tell(None, ring)
-
-    @cute.jit
-    def _tell_of(self, tiles: cutlass.Constexpr, position, state, alone: cutlass.Constexpr):
-        """Of the tile at a position, if there is one for the others."""
-        if position < tiles.count():
-            work = tiles.work(position)
-            if cutlass.const_expr(work.exists is None):
-                state = self._tell(work, state)
-            else:
-                told = work.exists
-                if cutlass.const_expr(alone is not None):
-                    told = told & (work.block * tiles.tile < work.k.length)
-                if told:
-                    state = self._tell(work, state)
-        return state
 
     @cute.jit
     def _tell(self, work: cutlass.Constexpr, state):
@@ -183,6 +162,8 @@ class WorkQueue:
                 block = work.block if work.exists else Int32(-1)
             if cutlass.const_expr(not self.ragged):
                 fields = (block, work.head, work.head_kv, q.batch)
+                if cutlass.const_expr(work.header is not None):
+                    fields = (*fields, *work.header)
             elif cutlass.const_expr(self.numbered):
                 heads = work.head | (work.head_kv << 16)
                 fields = (block, heads, work.sequence, q.first, q.length, q.capacity, k.first, k.length)
@@ -268,7 +249,8 @@ class Taker:
             return self._key_tile(*(cute.arch.make_warp_uniform(held[i]) for i in range(WORK_FIELDS)))
         block, head, head_kv, q_first, q_length, q_capacity, k_first, k_length = (held[i] for i in range(WORK_FIELDS))
         if not self.queue.ragged:
-            return Work(block, head, head_kv, Span(q_first), Span(q_first))
+            header = tuple(held[i] for i in range(4, WORK_FIELDS)) if self.queue.headed else None
+            return Work(block, head, head_kv, Span(q_first), Span(q_first), header=header)
         sequence, padded = None, None
         if self.queue.numbered:
             head, head_kv, sequence = head & 0xFFFF, head >> 16, head_kv

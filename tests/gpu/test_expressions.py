@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cute_attn import attention, attention_varlen, launch, masks
-from tests.functions import CASES, assert_sinks_gradient_close, check, documents, gradient_of_sinks, table
+from tests.functions import CASES, RANDOM, assert_sinks_gradient_close, check, documents, gradient_of_sinks, table
 from tests.planted import plant
 from tests.support import make_gradients, make_qkv
 
@@ -27,6 +27,15 @@ def test_results_and_gradients(case, dims, kind, mechanism):
 @pytest.mark.parametrize("case", ["causal", "nothing", "slope", "sinks", "everything"])
 def test_other_lengths(case, sizes, mechanism):
     check(case, sizes, (2, 1), (64, 64), BF16, "cuda", backend="cute", mechanism=mechanism)
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+@pytest.mark.parametrize("case", RANDOM)
+def test_random_functions(case, mechanism):
+    """Dense and packed, of all kinds: each is one of them on one mechanism, and another on the other."""
+    i = list(RANDOM).index(case) + (mechanism == "cp_async")
+    how = {"kind": ("gaussian", "peaky")[i // 3 % 2], "packed": i // 6 % 2 == 1, "mechanism": mechanism}
+    check(case, (2, 333, 321), (4, 2), DIMS[i % 3], BF16, "cuda", backend="cute", **how)
 
 
 @pytest.mark.parametrize("dims", [(96, 40), (192, 128), (40, 104)])

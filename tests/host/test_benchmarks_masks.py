@@ -65,6 +65,17 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     assert {cell["row"] for cell in found["cells"]} == {"causal as an expression ÷ built in"}
 
 
+@pytest.mark.parametrize(("budget", "rows"), [("0.001", 1), ("3600", 2)])
+def test_no_row_begins_after_the_budget(budget, rows, tmp_path, capsys):
+    path = tmp_path / "k.json"
+    asked = ["masks", "--rounds", "1", "--only", "expression", "sinks", "--direction", "forward", "--budget", budget]
+    assert main([*asked, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert len(found["cells"]) == rows
+    assert found["complete"] == (rows == 2)
+    assert ("not completed" in capsys.readouterr().out) == (rows == 1)
+
+
 @pytest.mark.parametrize("seqlen", [16384, 131072])
 def test_documents(seqlen):
     ids = masks.document_ids(seqlen, "cpu")

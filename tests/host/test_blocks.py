@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import create_block_mask
 
 from cute_attn import BlockMask, attention, block_mask, layouts, masks
-from cute_attn.blocks import CUT, NONE, WHOLE
+from cute_attn.blocks import BY_ROWS, CUT, NONE, WHOLE
 from cute_attn.layouts.base import (
     BLOCK,
     HEADER,
@@ -52,6 +52,17 @@ def kinds_of(seen: torch.Tensor, tile_m: int, tile_n: int) -> torch.Tensor:
     return kinds
 
 
+def kinds_of_blocks(seen: torch.Tensor) -> torch.Tensor:
+    """Those of a block mask: where each row of one that is cut sees all of it or none, it says so."""
+    kinds, sk = kinds_of(seen, BLOCK, BLOCK), seen.shape[3]
+    for m in range(kinds.shape[2]):
+        for n in range(sk // BLOCK):
+            block = seen[:, :, m * BLOCK : (m + 1) * BLOCK, n * BLOCK : (n + 1) * BLOCK]
+            alike = (block.all(3) == block.any(3)).all(2) & kinds[:, :, m, n].eq(CUT)
+            kinds[:, :, m, n] = kinds[:, :, m, n].masked_fill(alike, BY_ROWS)
+    return kinds
+
+
 def random_mask(seed: int):
     """Some whole stretches, some holes."""
     table = torch.rand(3, 4, 12, 12, generator=torch.Generator().manual_seed(seed))
@@ -79,7 +90,8 @@ def test_kinds_are_those_of_all_pairs(sizes, seed, tile):
 def test_kinds_of_ready_made_masks(case):
     mask = BLOCKED[case](2, 2, "cpu", 0).asked["mask"]
     found = block_mask(mask, 2, 2, 333, 290)
-    assert torch.equal(found.kinds, kinds_of(pairs(mask, 2, 2, 333, 290), BLOCK, BLOCK))
+    assert torch.equal(found.kinds, kinds_of_blocks(pairs(mask, 2, 2, 333, 290)))
+    assert found.kinds.eq(BY_ROWS).any() == (case in ("document", "nothing", "heads", "score"))
 
 
 def test_many_pieces(monkeypatch):
@@ -327,6 +339,7 @@ def test_flex_attentions_block_masks(side, sizes):
     ours = block_mask(mask, 2, 4, *sizes)
     assert (blocks.kinds.eq(NONE) <= ours.kinds.eq(NONE)).all()
     assert (blocks.kinds.eq(WHOLE) <= ours.kinds.eq(WHOLE)).all()
+    assert not blocks.kinds.eq(BY_ROWS).any()
     assert torch.equal(attention(q, k, v, block_mask=flex), attention(q, k, v, mask=mask))
 
 

@@ -260,6 +260,7 @@ def test_shared_memory(case: Case, kernel: Kernel):
     """The kernel allocates what the plan counted, but for padding."""
     family, config = layouts.family(case.config), case.config
     needed = {"verdict": case.has_second_pass, "work": case.problem.ragged, "asked": takes_tickets(case.problem, config)}
+    needed["ramp"] = case.problem.expression.ramp is not None
     parts = machine_code.allocated(family.smem_parts(config), **needed)
     assert parts <= kernel.smem_bytes <= family.smem_bytes(config)
     assert kernel.code.static_smem_bytes <= 1024  # what CUDA takes for itself, on GPUs where it is counted here

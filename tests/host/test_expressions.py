@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -308,66 +307,12 @@ def test_a_value_that_changes_between_calls():
 
 # ---- random expressions ----------------------------------------------------------------------------------------------
 
-LEAVES = {
-    "int": ["batch", "head", "q_idx", "kv_idx", "1", "-3", "ids[q_idx]", "ids[kv_idx]"],
-    "float": ["score", "score", "0.5", "-1.25", "table[head, q_idx]", "table[batch, kv_idx]", "scalar"],
-    "bool": ["(q_idx >= kv_idx)", "(ids[q_idx] == ids[kv_idx])"],
-}
-# Of each kind, texts with the kinds that stand in them.
-DEEPER = {
-    "int": [
-        "({int} + {int})",
-        "({int} - {int})",
-        "({int} * {int})",
-        "({int} // 3)",
-        "({int} % -4)",
-        "torch.clamp({int} + 0 * q_idx, -2, 9)",
-    ],
-    "float": [
-        *(
-            "({float} + {float})",
-            "({float} - {int})",
-            "({float} * {float})",
-            "({float} / (1.5 + torch.abs({float} + 0.0 * scalar)))",
-        ),
-        *(
-            "torch.where({bool}, {float}, {float})",
-            "torch.where({bool}, {int}, {float})",
-            "1.0 / (1.0 + torch.exp(-torch.abs({float})))",
-        ),
-        *("torch.minimum({float} * scalar, {float} * scalar)", "torch.maximum({float} * scalar, {float} * scalar)"),
-        *("torch.exp(torch.clamp({float} * scalar, -3.0, 2.0))", "torch.tanh({float} * scalar)", "torch.abs({float} * scalar)"),
-        *(
-            "torch.log(1.0 + torch.abs({float} * scalar))",
-            "torch.sqrt(1.0 + torch.abs({float} * scalar))",
-            "(0.5 * {float}) ** 2",
-        ),
-    ],
-    "bool": [
-        "({float} < {int})",
-        "({int} <= {float})",
-        "({int} != {int})",
-        "({bool} & {bool})",
-        "({bool} | {bool})",
-        "(~{bool})",
-    ],
-}
-
-
-@st.composite
-def texts(draw, kind: str, depth: int = 4) -> str:
-    """Of an expression of a kind."""
-    if depth == 0 or draw(st.integers(0, 4)) == 0:
-        return draw(st.sampled_from(LEAVES[kind]))
-    form = draw(st.sampled_from(DEEPER[kind]))
-    return re.sub(r"{(\w+)}", lambda found: draw(texts(found[1], depth - 1)), form)
-
-
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(texts("bool"), texts("float"))
-def test_random_expressions(mask_text, score_text):
+@given(st.randoms(use_true_random=False))
+def test_random_expressions(chance):
     """Values and dual numbers against torch's operations and autograd, in float64."""
+    mask_text, score_text = functions.random_text(chance, "bool"), functions.random_text(chance, "float")
     ids, table, scalar = functions.documents(1, "cpu")[0], torch.randn(4, functions.ROWS).double(), torch.tensor(0.75).double()
     space = {"torch": torch, "ids": ids, "table": table, "scalar": scalar}
     mask = eval(f"lambda batch, head, q_idx, kv_idx: {mask_text} & (kv_idx >= 0)", space)
@@ -393,6 +338,13 @@ def test_random_expressions(mask_text, score_text):
     if mask is not None:
         seen = mask(batch, head, q_idx, kv_idx)
         assert torch.equal(value[expression.mask].expand_as(seen), seen)
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+@pytest.mark.parametrize("case", list(functions.RANDOM)[:6])
+def test_random_functions(case):
+    """Attention with some, in the reference; in the kernels with all (``tests/gpu/test_expressions.py``)."""
+    functions.check(case, (2, 90, 70), (4, 2), (16, 8), torch.float32, "cpu", packed=case == "random 5")
 
 
 # ---- the kernels' operations -----------------------------------------------------------------------------------------

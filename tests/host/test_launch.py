@@ -16,7 +16,7 @@ from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, each, in_order, named
 from cute_attn.launch import Refused, packed_of
 from cute_attn.layouts.base import TICKET_COUNTERS
-from cute_attn.lengths import CHECK, NAMES, check_lengths
+from cute_attn.lengths import CHECK, NAMES, Lengths, check_lengths
 from cute_attn.plan import plan
 from cute_attn.problem import Call, check_call, problem_of
 from cute_attn.rules import LOG2_E
@@ -328,6 +328,34 @@ def test_a_kept_call_is_looked_at_again_for_nothing_else(gpu, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError, match="none left"):
         launching.forward(call, None, False, False, q, k, v)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_what_hooks_bring_back_to_a_kept_call_is_made_what_it_was(gpu, monkeypatch, ragged):
+    """Before it is planned, and then once the launcher has refused it: nobody notes dtypes and devices of such a call's."""
+
+    def kernel(*arguments):
+        given = named(BACKWARD, arguments)
+        if given.q.dtype != torch.float16 or (ragged and given.cu_seqlens_q.dtype != torch.int32):
+            raise ValueError("Mismatched Tensor")
+        gpu.log.append(given)
+
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *_: (kernel, 132))
+    monkeypatch.setattr(launching, "tile_of_tickets", lambda *_: 0)
+    wider, bounds = [x.double() for x in make_qkv(1, 10, 10, 2, 2, 64, 64, torch.float16)], torch.tensor([0, 4, 10])
+    call = Call(1, 2, 2, 10, 10, 64, 64, 0.125, None, 0, 0.0, plans={}, kept_for=(torch.device("cpu"), torch.float16))
+    if ragged:
+        call.lengths, wider = Lengths(2, (bounds, bounds, None, None)), [x[0] for x in wider]
+    rows, dout = torch.zeros(wider[0].shape[:-1], dtype=torch.float64).transpose(-1, -2), wider[0].half()
+    for _ in range(2):
+        launching.gradients(call, None, "qkv", False, *wider, wider[0], rows, dout, None)
+    for given in gpu.log:
+        assert {x.dtype for x in (given.q, given.k, given.v, given.out, given.dq)} == {torch.float16}
+        assert given.lse_raw.dtype == torch.float32
+        assert not ragged or {given.cu_seqlens_q.dtype, given.cu_seqlens_k.dtype} == {torch.int32}
+    assert len(gpu.log) == 2
+    assert torch.equal(gpu.log[1].q, dout)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

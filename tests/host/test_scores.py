@@ -4,6 +4,7 @@ Two of the GPU's instructions that a processor hasn't are replaced by its arithm
 positions those are and what becomes of them is the kernels' own code."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -238,7 +239,8 @@ def _on_tensor_cores(monkeypatch, problem, rows_of_scores):
 
 @pytest.mark.parametrize("origin", [(64, 0), (128, 32), (192, 160), (256, 224), (0, 288)])
 def test_masks_that_are_computed_ahead(origin, monkeypatch):
-    """Of a list's cut tiles, block by block, before there are scores; inside of the tensors, and past either end."""
+    """Of a list's cut tiles, block by block, before there are scores; inside of the tensors, and past either end. Some are cut
+    by rows, and what is loaded of rows is loaded before."""
     blocks = block_mask(masks.document(IDS), 2, None, SEQLEN_Q, SEQLEN_K, (), "cpu")
     expression, captured = traced(masks.document(IDS), None, (), None, torch.zeros(2, 4, 4, 8), 4, 2)
     problem = Problem("bfloat16", 64, 64, expression=expression, blocks="listed")
@@ -251,6 +253,8 @@ def test_masks_that_are_computed_ahead(origin, monkeypatch):
         lengths = Int32(SEQLEN_Q), Int32(SEQLEN_K), Int32(0), Int32(0), Float32(1.0), Float32(0.0)
         values = Values(*lengths, captured=tensors, sequence=Int32(SEQUENCE), head=Int32(0), kinds=kinds)
         scores = Scores(where, values, problem)
+        scores = replace(scores, loaded=scores.loaded_of_rows(Int32(origin[0])))
+        assert len(scores.loaded) == 2
         acc = cute.make_rmem_tensor(tiled_mma().partition_shape_C(shape), Float32)
         acc.fill(1.0)
         place, held = (Int32(origin[0]), Int32(origin[1])), rows_columns(acc)
@@ -300,9 +304,11 @@ def test_ramps(kind, rises, monkeypatch):
     seen = kv_idx <= q_idx + SEQLEN_K - SEQLEN_Q
     lse = want.masked_fill(~seen, -math.inf).logsumexp(0 if transposed else 1).float()
     found, begun = torch.full((2, *shape), math.nan), torch.full((128, 2), math.nan)
+    monkeypatch.setattr(cute.arch, "sync_warp", lambda: None)
+    shared = torch.full((shape[1] // 2,), math.nan)
 
     @cute.jit
-    def compute(found: cute.Tensor, begun: cute.Tensor, given: cute.Tensor, lse: cute.Tensor, tensors, thread: Int32):
+    def compute(found: cute.Tensor, begun: cute.Tensor, given: cute.Tensor, lse: cute.Tensor, shared, tensors, thread: Int32):
         where = Coordinates.of(tiled_mma(), thread, shape)
         lengths = Int32(SEQLEN_Q), Int32(SEQLEN_K), Int32(0), Int32(SEQLEN_K - SEQLEN_Q), Float32(scale_log2), Float32(0.0)
         values = Values(*lengths, captured=tensors, sequence=Int32(SEQUENCE), head=Int32(HEAD))
@@ -312,7 +318,9 @@ def test_ramps(kind, rises, monkeypatch):
         acc.fill(0.0)
         held = rows_columns(acc)
         if cutlass.const_expr(gradients == ""):
-            scores.started(acc)
+            for lane in cutlass.range_constexpr(32):
+                scores.write_ramp(shared, Int32(lane))
+            scores.started(acc, shared)
         for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
             for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
                 held[r, c] = held[r, c] + given[where.thread[r, c]]
@@ -336,7 +344,7 @@ def test_ramps(kind, rises, monkeypatch):
             for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
                 found[(1, *where.thread[r, c])] = held[r, c]
 
-    arguments = *map(from_dlpack, (found, begun, given, lse)), tuple(map(from_dlpack, captured))
+    arguments = *map(from_dlpack, (found, begun, given, lse, shared)), tuple(map(from_dlpack, captured))
     compiled = cute.compile(compute, *arguments, Int32(0))
     for thread in range(threads):
         compiled(*arguments, Int32(thread))
