@@ -111,9 +111,9 @@ def _place(blocks, heads, last_first: bool = False):
 class RowValues:
     """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums. A block takes twice as
     many rows as it has threads for, and padding is a multiple of them; of ragged sequences, for each of which it has to search,
-    as many as are padded together."""
+    as many as are padded together, one after another: so more blocks have room at the same time."""
 
-    THREADS, AT_ONCE = 256, 2
+    THREADS = 256
 
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
@@ -121,10 +121,10 @@ class RowValues:
         self.threads_per_row = 4
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
-        at_once = row_padding(config) // self.AT_ONCE
-        self.apart = math.gcd(self.THREADS // self.threads_per_row, at_once)  # rows of a thread
+        self.at_once = 1 if problem.ragged else 2  # rows of a thread
+        self.apart = math.gcd(self.THREADS // self.threads_per_row, row_padding(config) // self.at_once)
         self.threads = self.apart * self.threads_per_row
-        self.rows = self.AT_ONCE * self.apart
+        self.rows = self.at_once * self.apart
         self.steps = ROW_PADDING // self.rows if problem.ragged else 1
 
     @cute.jit
@@ -161,7 +161,7 @@ class RowValues:
         thread = cute.arch.thread_idx()[0]
         row, place = first + thread // self.threads_per_row, thread % self.threads_per_row
         asked = []
-        for j in cutlass.range_constexpr(self.AT_ONCE):
+        for j in cutlass.range_constexpr(self.at_once):
             o, do = (cute.make_rmem_tensor(VECTOR, m.element_type) for m in (mO, mdO))
             o.fill(0.0), do.fill(0.0)
             lse = Float32.inf
