@@ -168,11 +168,12 @@ class Backward(KeyBlocks):
             tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
 
     def _unused(self, gradients: Gradients, tiles) -> tuple[UnusedTiles | None, ...]:
-        """The tiles without a row in use that each of the warps that add is to clear."""
+        """The tiles without a row in use that each of the warps that add is to clear. Of keys there are some always: the rows
+        after the last sequence."""
         of_queries = of_keys = None
         if gradients.unused_dq is not None:
             of_queries = UnusedTiles.of(tiles.of_queries(ROW_PADDING), partial(self._clear_queries, gradients))
-        if self.problem.has_unused("k") and (self.needs_k or self.needs_v):
+        if self.problem.ragged and (self.needs_k or self.needs_v):
             of_keys = UnusedTiles.of(tiles, partial(self.clear_keys, gradients))
         return of_queries, of_keys  # the second warp's first dQ comes later, and these are twice as much
 

@@ -115,15 +115,16 @@ def test_some_inputs_only(needs, rules, mechanism):
 @pytest.mark.parametrize("rules", ["full", "causal"])
 @pytest.mark.parametrize("needs", ["q", "k", "v", "kv"])
 def test_some_inputs_of_which_few_rows_are_in_use(needs, rules, d, mechanism):
-    """Zeros are written by warps that have something else to do only where that gradient is asked for."""
+    """Zeros are written by warps that have something else to do only where that gradient is asked for. Without dQ there is no
+    order to be fixed, and key tiles take their queries from the first on."""
     rules, _ = RULES[rules]
     q, k, v = make_qkv(20, 600, 600, 4, 2, d, d, BF16, "cuda")
     dout = torch.randn_like(q)
     used = torch.tensor([600, 0, 1, 300, 30] * 4, dtype=torch.int32, device="cuda")
-    options = {"seqused_q": used, "seqused_k": used, "mechanism": mechanism, **rules}
-    _, every = run(q, k, v, dout, call=attention, deterministic=True, **options)
+    options = {"seqused_q": used, "seqused_k": used, "mechanism": mechanism, "deterministic": "q" in needs, **rules}
+    _, every = run(q, k, v, dout, call=attention, **options)
     leaves = [x.detach().requires_grad_(name in needs) for name, x in zip("qkv", (q, k, v), strict=True)]
-    out = attention(*leaves, backend="cute", deterministic=True, **options)
+    out = attention(*leaves, backend="cute", **options)
     some = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], dout)
     past = torch.arange(600, device="cuda")[None] >= used[:, None]
     for name, x in zip(needs, some, strict=True):
@@ -241,7 +242,7 @@ def test_rows_in_use_are_planned_once(mechanism, monkeypatch):
     options = {"call": attention, "mechanism": mechanism, "deterministic": True}
     run(q, k, v, dout, seqused_q=used, seqused_k=used, **options)
     with monkeypatch.context() as patch:
-        for name in ("_plan_forward", "_plan_gradients"):
+        for name in ("_PlannedForward", "_PlannedGradients"):
             patch.setattr(launch, name, None)
         (out, _), (dq, _, _) = run(q, k, v, dout, seqused_q=used - 10, seqused_k=used, **options)
     assert not torch.cat([x[b, n - 10 :].flatten() for x in (out, dq) for b, n in enumerate(used.tolist())]).count_nonzero()
