@@ -48,9 +48,7 @@ from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
 from cute_attn.softmax import Softmax, finished, scale_rows
 
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
-# Pieces of partial results that a thread has on their way at the same time, of tiles of up to 32 rows and of more, whose walks
-# have few parts.
-AT_ONCE, AT_ONCE_OF_MANY = 32, 16
+AT_ONCE = 32  # pieces of partial results that a thread has on their way at the same time
 
 
 @dataclass(frozen=True)
@@ -664,8 +662,7 @@ class Forward:
         pieces: cutlass.Constexpr[int],
     ):
         """All parts' ``pieces`` that this thread has of a row."""
-        exponent, parts = seen.values.exponent(self.problem), places.parts
-        at_once = max((AT_ONCE if self.config.tile_m <= 32 else AT_ONCE_OF_MANY) // pieces, 1)
+        exponent, parts, at_once = seen.values.exponent(self.problem), places.parts, max(AT_ONCE // pieces, 1)
         all_pieces = -(-self.problem.head_dim_v // PIECE_COLUMNS)
         merged, held = (cute.make_rmem_tensor((PIECE, pieces, n), Float32) for n in (1, at_once))
         found = cute.make_rmem_tensor((2, at_once), Float32)
