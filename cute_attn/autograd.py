@@ -71,13 +71,13 @@ class Attention(torch.autograd.Function):
 differentiable = super(torch.autograd.Function, Attention).apply
 
 
-def keep(ctx, q, k, v, out, kept, *lengths) -> None:
-    """What :func:`arguments_of_gradients` will need: these, and of ragged sequences the lengths, which torch then knows not to
-    be changed in place."""
+def keep(ctx, q, k, v, out, kept, *others) -> None:
+    """What :func:`arguments_of_gradients` will need: these, and the lengths of ragged sequences, sinks and captured tensors,
+    which torch then knows not to be changed in place."""
     ctx.set_materialize_grads(False)  # an output that nobody used has None for its gradient, not a tensor of zeros
-    ctx.save_for_backward(q, k, v, out, kept, *lengths)
+    ctx.save_for_backward(q, k, v, out, kept, *others)
     dtype = q.dtype  # and k's, v's and out's
-    ctx.were = q.device, (dtype, dtype, dtype, dtype, kept.dtype, *[x if x is None else x.dtype for x in lengths])
+    ctx.were = q.device, (dtype, dtype, dtype, dtype, kept.dtype, *[x if x is None else x.dtype for x in others])
 
 
 def arguments_of_gradients(ctx, dout, dlse) -> Any:
@@ -102,6 +102,8 @@ def arguments_of_gradients(ctx, dout, dlse) -> Any:
 def computed(ctx, q, k, v, out, kept, dout, dlse, needs: str, call: Call, gradients: Callable):
     """``gradients(…)`` of :class:`Attention`; zeros where no score was computed."""
     if call.empty:
+        if call.kept_for is not None:  # nobody has looked yet at what hooks on saved tensors bring back
+            q, k, v = (x.to(*call.kept_for) for x in (q, k, v))
         of_inputs = (x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
         return *of_inputs, *(torch.zeros_like(x) if x is not None and x.requires_grad else None for x in call.others)
     return gradients(q, k, v, out, kept, dout, dlse, call, needs)

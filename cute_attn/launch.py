@@ -276,7 +276,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     # The forward pass has checked these. But what hooks on saved tensors bring back may lie in memory otherwise, or elsewhere,
     # or be something else; of calls that aren't kept the last two were looked at before.
     if call.kept_for is not None:
-        q, k, v, out = (x.to(*call.kept_for) for x in (q, k, v, out))
+        q, k, v, out, dout = (x.to(*call.kept_for) for x in (q, k, v, out, dout))  # dout, where zeros were made like out
         lse_raw = lse_raw.to(q.device, torch.float32)
         if call.lengths is not None:
             lengths = (None if x is None else x.to(q.device, torch.int32) for x in call.lengths.tensors)

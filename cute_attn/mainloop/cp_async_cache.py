@@ -53,8 +53,8 @@ AT_ONCE = 32  # pieces of partial results that a thread has on their way at the 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Partial results in global memory, of each place O ``(rows, columns)``, and all maxima and sums ``(places, rows, 2)``
-    behind them; and counters ahead."""
+    """Partial results in global memory, of each place O ``(rows, columns)``, a row's columns in the order in which four threads
+    hold them, and all maxima and sums ``(places, rows, 2)`` behind them; and counters ahead."""
 
     counters: cute.Tensor
     o: cute.Pointer
@@ -100,7 +100,7 @@ class LoadedOperands:
 class Exchanged:
     """What all groups found, in shared memory: columns of O, and (maximum, sum) of each row."""
 
-    o: cute.Pointer  # (groups, rows, columns)
+    o: cute.Pointer  # (group, piece of a thread, thread, 4): as threads hold it
     of_rows: cute.Pointer  # (groups, rows, 2)
 
 

@@ -151,13 +151,10 @@ class Kernel:
         named = (("Q", inputs.q), ("K", inputs.k), ("V", inputs.v), ("dO", inputs.do))
         return tuple(self.operand(prefix + name, m, self.lay.copy_in) for name, m in named)
 
-    def tensor(self, smem, name: str, like: str = ""):
-        """Shared memory of an operand; of the size of ``like`` where that is larger."""
-        layout, config = self.lay.smem_layout(name, self.config), self.config
-        sizes = [self.lay.slot_bytes(x, config) for x in (name, like or name)]
-        if sizes[1] <= sizes[0]:
-            return smem.allocate_tensor(self.element, layout.outer, self.lay.SMEM_ALIGN, layout.inner)
-        return self.over(name, self.tensor(smem, like))
+    def tensor(self, smem, name: str):
+        """Shared memory of an operand."""
+        layout = self.lay.smem_layout(name, self.config)
+        return smem.allocate_tensor(self.element, layout.outer, self.lay.SMEM_ALIGN, layout.inner)
 
     def over(self, name: str, other: cute.Tensor):
         """An operand in the shared memory of another."""
@@ -343,7 +340,8 @@ def of_first_lane(value: cutlass.Constexpr) -> Int32:
 
 @dataclass(frozen=True)
 class TmaOperands:
-    """The tensors that TMA copies for a kernel whose blocks own keys; a gradient that is not asked for is ``None``."""
+    """The tensors that TMA copies for a kernel whose blocks own keys. A gradient that is not asked for is ``None``, or one that
+    leaves from registers."""
 
     q: TmaOperand
     k: TmaOperand
@@ -383,13 +381,13 @@ class KeyBlocks(Kernel):
             if cutlass.const_expr(m is not None):
                 store_zeros(work.k.stored.rows(m, work.head), work.block, (self.config.tile_n, columns))
 
-    def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done=(0, 0)):
+    def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done):
         """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""
         keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
         careful = None if plain is None else (plain.q, rows.lse_raw, care)
         self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where, done)
 
-    def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done=(0, 0)):
+    def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done):
         """One warp: V, and dO with the rows' delta."""
         keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
         careful = None if plain is None else (plain.do, rows.lse_raw, care)

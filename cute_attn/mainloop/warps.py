@@ -67,7 +67,7 @@ class Stream:
         ``(elements, rows, heads, head_dim)``, which is read once: first to leave the L2 cache, where instructions and page
         numbers stay."""
         source, into = self.m[place[0], place[1], head, None], self.tXsX[None, i, None, slot]
-        vector, moved = cute.size(into, mode=[0]), swizzled_by(self.tXsX.iterator)  # rows and slots are whole patterns apart
+        vector, moved = cute.size(into, mode=[0]), swizzled_by(self.tXsX.iterator)  # the rest of it is in the rows' strides
         for j in cutlass.range_constexpr(cute.size(into, mode=[1])):
             column, there = self.tXcX[0, i, j][1], into[None, j].iterator.toint() + moved
             begin = cute.local_tile(source, (vector,), (column // vector,)).iterator.toint()
