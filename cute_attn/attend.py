@@ -44,11 +44,9 @@ def cached_keys(problem, config, given, q: Any, heads_kv, others: tuple = (0, 0,
     table = given.page_table
     capacity = rows if cutlass.const_expr(table is None) else rows * table.shape[1]
     left, right, units = map(Int32, others)
-    inverse = cutlass.Uint32(0) if cutlass.const_expr(table is None) else cutlass.Uint32(2**32 - 1) // cutlass.Uint32(rows)
-    sizes = given.lengths.shape[0], capacity, elements, rows, inverse
-    queries = q.shape[1], given.seqlen_new, heads_kv, q.shape[2] // heads_kv
+    sizes = given.lengths.shape[0], capacity, elements, rows, q.shape[1], given.seqlen_new, heads_kv, q.shape[2] // heads_kv
     where = given.lengths, table, given.cache_batch_idx, given.leftpad_k, given.cu_seqlens_q, given.cu_seqlens_k_new
-    return CachedKeys(*sizes, *queries, left, right, units, *where, problem, config)
+    return CachedKeys(*sizes, left, right, units, *where, problem, config)
 
 
 def with_elements(m: Any, problem) -> Any:

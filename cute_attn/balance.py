@@ -59,7 +59,6 @@ class CachedKeys:
     capacity: Int32
     elements: Int32  # of the cache
     page_size: Int32
-    page_inverse: cutlass.Uint32  # (2³² − 1) // page_size
     seqlen_q: Int32
     seqlen_new: Int32
     heads_kv: Int32
@@ -145,9 +144,8 @@ class CachedKeys:
     def named_place(self, sequence_number, row):
         """``(element or page of the cache, row there)`` of a row of a sequence, as the table says."""
         if self.page_table is not None:
-            place = Int32((cutlass.Uint64(row) * cutlass.Uint64(self.page_inverse)) >> 32)  # or one less
-            place += cutlass.min(cutlass.max(row - place * self.page_size - self.page_size + 1, 0), 1)
-            return self.page_table[sequence_number, place], row - place * self.page_size
+            place, row = divided(row, self.page_size)
+            return self.page_table[sequence_number, place], row
         if self.cache_batch_idx is not None:
             return self.cache_batch_idx[sequence_number], row
         return sequence_number, row

@@ -50,6 +50,11 @@ def rows_that_see_nothing(batch, heads, device, dtype):
     return lambda batch, head, q_idx, kv_idx: ~blind[q_idx] & (q_idx + head >= kv_idx)
 
 
+def quotients_of_negative_numbers(batch, head, q_idx, kv_idx):
+    """Rounded down: to zero, every fourth key would be seen, and others wouldn't."""
+    return ((kv_idx - 1) % -4 // 3 > 0) | ((q_idx - kv_idx) // 5 % 3 == 1)
+
+
 def hidden_by_the_score(batch, heads, device, dtype):
     return lambda score, batch, head, q_idx, kv_idx: torch.where(q_idx >= kv_idx, 1.5 * score, -math.inf)
 
@@ -104,6 +109,7 @@ CASES: dict[str, Callable[[int, int, object, int], Made]] = {
     "prefix": _of("mask", lambda batch, heads, device, dtype: masks.prefix_lm(torch.arange(batch, device=device) * 111 + 50)),
     "dilated": _of("mask", lambda batch, heads, device, dtype: masks.or_masks(masks.dilated(3), masks.block_diagonal(50))),
     "nothing": _of("mask", rows_that_see_nothing),
+    "quotients": _of("mask", lambda batch, heads, device, dtype: quotients_of_negative_numbers),
     "relative": _of("score", lambda batch, heads, device, dtype: scores.relative(table(heads, 401, device=device).to(dtype))),
     "bucketed": _of(
         "score", lambda batch, heads, device, dtype: scores.bucketed(table(heads, 32, device=device).to(dtype), 128)

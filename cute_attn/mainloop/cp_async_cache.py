@@ -358,22 +358,13 @@ class Forward:
     @cute.jit
     def _begin(self, block: CacheBlock, serving: Serving, seen: SeenTiles):
         """Start the first part's first copies: those of all stages, and with the first those of its queries."""
-        if cutlass.const_expr(serving.keys.page_table is None):
-            for n in cutlass.range(self.config.stages, unroll=1):  # code that has come once comes sooner again
-                self._begin_tile(block, serving, seen, n, ())
-        else:  # all page numbers are on their way before any is needed
-            places = [self._places_ahead(block, serving, seen, seen, n) for n in range(self.config.stages)]
-            for n in cutlass.range_constexpr(self.config.stages):
-                self._begin_tile(block, serving, seen, n, places[n])
-
-    @cute.jit
-    def _begin_tile(self, block: CacheBlock, serving: Serving, seen: SeenTiles, n, places: tuple):
-        """Start the first part's copies to stage n."""
-        if n < seen.count:
-            self._copy(block, serving.keys, self._source(seen), n, n, places)
-        if n == 0:
-            self._copy_q(block, serving, seen, 0)
-        cute.arch.cp_async_commit_group()
+        source = self._source(seen)
+        for n in cutlass.range(self.config.stages, unroll=1):  # code that has come once comes sooner again
+            if n < seen.count:
+                self._copy(block, serving.keys, source, n, n)
+            if n == 0:
+                self._copy_q(block, serving, seen, 0)
+            cute.arch.cp_async_commit_group()
 
     @cute.jit
     def _part(self, block: CacheBlock, serving: Serving, start: PartStart, end, stage, parity, written):
@@ -404,7 +395,7 @@ class Forward:
         primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
         for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
             self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
-        next_places = self._places_ahead(block, serving, seen, then, primed)
+        next_places = self._places_ahead(block, serving, seen, then, ahead)
         for n in cutlass.range(seen.count, unroll=1):
             cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
@@ -433,7 +424,7 @@ class Forward:
         free = (stage + ahead - 1) % ahead
         self._merge(block, serving, seen, places, rows, softmax, self._exchanged(block, free))
         cute.arch.sync_threads()  # the slot is free, and what all have written is there for whoever sees that they have arrived
-        self._copy_ahead(block, serving, seen, then, seen.count + ahead - 1, free, parity, next_places)
+        self._copy_ahead(block, serving, seen, then, seen.count + ahead - 1, free, parity)
         if cutlass.const_expr(not self.problem.invariant):
             self._arrive(block, serving, seen, places, 1)
         else:

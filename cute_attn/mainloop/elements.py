@@ -73,10 +73,14 @@ class ElementOps:
         return x * cute.arch.rcp_approx(y)
 
     def _floordiv(self, kind, x, y):
-        return x // y
+        """Rounded down, whatever the signs are, by a division of what has none: of the DSL's own, what makes it round down has
+        been seen to be lost in compilation."""
+        x, y = _select(y < 0, -x, x), _select(y < 0, -y, y)
+        sign = x >> 31
+        return Int32(Uint32(x ^ sign) // Uint32(y)) ^ sign
 
     def _mod(self, kind, x, y):
-        return x - x // y * y
+        return x - self._floordiv(kind, x, y) * y
 
     def _exp(self, kind, x):
         return cute.math.exp2(x * LOG2_E, fastmath=True)

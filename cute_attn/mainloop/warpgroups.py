@@ -86,9 +86,10 @@ def of_columns(mma: cute.TiledMma, thread, sRow: cute.Tensor) -> cute.Tensor:
 
 
 def rounded_operand(acc: cute.Tensor, dtype, out: cute.Tensor | None = None) -> cute.Tensor:
-    """An accumulator as an A operand in ``dtype``, one MMA's worth at a time so that conversions pair up."""
+    """An accumulator as an A operand in ``dtype``, one MMA's worth at a time so that conversions pair up; in registers of its
+    own, ``out``, where these are given, else perhaps in the accumulator's."""
     a = as_operand_a(acc)
-    if acc.element_type is dtype:
+    if acc.element_type is dtype and out is None:
         return a
     out = cute.make_rmem_tensor(a.shape, dtype) if out is None else out
     for k in range(cute.size(a, mode=[2])):

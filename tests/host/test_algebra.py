@@ -12,7 +12,7 @@ pytest.importorskip("pycute")
 from cute_attn.layouts.base import Copy, Layout, by_modes
 from cute_attn.layouts.tools import algebra
 
-QUICKLY = settings(deadline=None, max_examples=60)
+QUICKLY = settings(max_examples=60)
 EXTENTS = (1, 2, 4, 8)
 SWIZZLES = st.tuples(st.integers(1, 3), st.integers(0, 4), st.integers(3, 5))
 

@@ -57,7 +57,7 @@ def plain_numbers():
 def cached(lengths, seqlen_q=1, heads_kv=2, packed=4, invariant=False, bounds=None, units=UNITS_MAX, left=None, right=None):
     edges = {"bounded_left": left is not None, "bounded_right": right is not None}
     problem = SimpleNamespace(**edges, invariant=invariant, expression=SimpleNamespace(neighbours=lambda _: ()))
-    sizes = len(lengths), 10**6, 1, 1, 0, seqlen_q, 0, heads_kv, packed
+    sizes = len(lengths), 10**6, 1, 1, seqlen_q, 0, heads_kv, packed
     return CachedKeys(*sizes, left, right, units, lengths, None, None, None, bounds, None, problem, CONFIG)
 
 

@@ -77,7 +77,7 @@ def random_mask(seed: int):
 # ---- kinds -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=SIZES, seed=st.integers(0, 9), tile=st.sampled_from([(32, 32), (64, 64), (192, 128), (128, 96), (32, 256)]))
 def test_kinds_are_those_of_all_pairs(sizes, seed, tile):
     mask = random_mask(seed)
@@ -128,7 +128,7 @@ def check_turns(lists: torch.Tensor):
     assert counts.gather(-1, turns).diff().le(0).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(sizes=SIZES, seed=st.integers(0, 9), tile=st.sampled_from([(192, 128), (128, 64), (128, 96), (64, 32)]))
 def test_lists_of_keys(sizes, seed, tile):
     batch, heads, *lengths = sizes
@@ -172,7 +172,7 @@ def test_kinds_in_a_row():
         assert torch.equal((rows >> 2 * i) & 3, kinds[..., i : i + 9].expand(-1, 4, -1, -1))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(sizes=SIZES, seed=st.integers(0, 9), tile=st.sampled_from([(128, 128), (64, 128), (64, 96)]), alike=st.booleans())
 def test_lists_of_queries(sizes, seed, tile, alike):
     """Each tile of each head that shares the keys once; ranks are the order of its key tiles."""

@@ -32,7 +32,7 @@ class Scale:
         return 1.0
 
 
-NOWHERE, SCALE, SERVING = Sequence(0), Scale(), SimpleNamespace(keys=SimpleNamespace(page_table=None), stretches=None)
+NOWHERE, SCALE, SERVING = Sequence(0), Scale(), SimpleNamespace(keys=None, stretches=None)
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,6 @@ class Block:
     def _copy_ahead(self, *what):
         Kernel._copy_ahead.__wrapped__(self, *what)
 
-    def _begin_tile(self, *what):
-        Kernel._begin_tile.__wrapped__(self, *what)
-
     def _ahead(self, *what):
         return Kernel._ahead(self, *what)
 
@@ -154,8 +151,7 @@ def test_every_tile_is_there_when_it_is_computed_with(parts, stages, invariant):
     }
     with ExitStack() as stack:
         stack.enter_context(patch.dict(names, plainly))
-        loops = {"range": lambda *of, unroll: range(*of), "range_constexpr": range, "const_expr": lambda x: x}
-        stack.enter_context(patch.multiple(cutlass, **loops))
+        stack.enter_context(patch.multiple(cutlass, range=lambda *of, unroll: range(*of), const_expr=lambda x: x))
         stack.enter_context(patch.multiple(cute, make_rmem_tensor=MagicMock(), size=MagicMock()))
         arch = {"cp_async_commit_group": block.commit, "cp_async_wait_group": block.wait, "sync_threads": lambda: None}
         stack.enter_context(patch.multiple(cute.arch, **arch))

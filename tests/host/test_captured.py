@@ -104,7 +104,7 @@ def test_how_many_keys_are_loaded_at_once(dtype, keys, row, first, n):
     assert [len(expression.neighbours(many)) for many in (2, 4)] == [n >= 2, n >= 4]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     st.tuples(*[st.integers(1, 5)] * 2, st.integers(1, 24)),
     st.tuples(*[st.integers(0, 60)] * 2),
@@ -174,7 +174,7 @@ def texts(draw, depth=3) -> str:
     return draw(st.sampled_from(FORMS)).format(draw(texts(depth - 1)), draw(texts(depth - 1)))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(texts())
 def test_partials_of_random_expressions(text):
     """Dual numbers, in the place of what is loaded, against autograd."""
@@ -275,7 +275,7 @@ def _philox(counter: list[int], key: list[int]) -> list[int]:
     return counter
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(
     st.integers(-(2**63), 2**63 - 1), st.floats(0.0, 1.0, exclude_max=True), st.integers(0, 2**20), st.integers(0, 2**10),
     st.tuples(*[st.integers(0, 2**31 - 40)] * 2),

@@ -308,7 +308,7 @@ def test_a_value_that_changes_between_calls():
 # ---- random expressions ----------------------------------------------------------------------------------------------
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(st.randoms(use_true_random=False))
 def test_random_expressions(chance):
     """Values and dual numbers against torch's operations and autograd, in float64."""

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cute_attn import api, attention, attention_kvcache, kvcache, serve
+from cute_attn import api, attention, attention_kvcache, serve
 from cute_attn.workspace import Workspaces
 from tests.caches import Case
 
@@ -165,7 +165,6 @@ def test_blocks_on_which_walks_come_out_even(blocks, walks, even):
 def test_the_same_step_is_planned_once(where, news, monkeypatch):
     """The kernels stand in: what is counted is how often a call is planned. A step that fails is planned again, in silence."""
     case, planned, launched = Case([40, 7], [1, 1], dtype=torch.bfloat16), [], []
-    monkeypatch.setattr(kvcache, "_steps", {})
     monkeypatch.setattr(serve, "_workspaces", Workspaces(torch.float32))
     monkeypatch.setattr(api, "computed_by_reference", lambda *_: False)
     monkeypatch.setattr(serve, "check_for_kernels", lambda *_: None)

@@ -135,8 +135,7 @@ def kept(q, **changed):
     return api._kept_call(stand_in, stand_in, stand_in, *rules.values(), False, False, None)
 
 
-def test_one_call_is_kept_for_all_that_are_alike(monkeypatch):
-    monkeypatch.setattr(api, "_kept", {})
+def test_one_call_is_kept_for_all_that_are_alike():
     q, other = torch.empty(2, 10, 4, 64, dtype=torch.float16), torch.empty(2, 11, 4, 64, dtype=torch.float16)
     assert kept(q) is kept(q)
     assert replace(kept(q), plans=None, kept_for=None, passes=None) == check_call(q, q, q, None, True, None, None)
@@ -149,9 +148,8 @@ def test_one_call_is_kept_for_all_that_are_alike(monkeypatch):
             kept(q, **wrong)
 
 
-def test_values_of_other_kinds_meet_no_kept_call(monkeypatch):
+def test_values_of_other_kinds_meet_no_kept_call():
     """They may be equal: 1.0 is True, and a NumPy number may be refused."""
-    monkeypatch.setattr(api, "_kept", {})
     q = torch.empty(2, 10, 4, 64, dtype=torch.float16)
     kept(q, scale=1.0, window=(1, 0))
     assert kept(q, scale=1, window=(1, 0)).plans is None
@@ -199,7 +197,6 @@ def test_a_kept_step_is_looked_at_again_if_it_is_refused_and_for_nothing_else(gp
             gpu.log.append(q)
             return q, None
 
-    monkeypatch.setattr(kvcache, "_steps", {})
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
     monkeypatch.setattr(serve, "Step", Step)
     lengths = torch.ones(2, dtype=torch.int32)
@@ -231,7 +228,6 @@ def test_a_capture_has_a_workspace_for_each_stream(monkeypatch):
 def test_calls_of_as_many_sequences_share_their_plans_and_no_lengths(gpu, monkeypatch):
     """Which may be one tensor for both sides, or two; and nothing is kept where their values are to be checked."""
     planned = []
-    monkeypatch.setattr(api, "_kept", {})
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
     monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
     monkeypatch.setattr(launching, "prepared", lambda *key: planned.append(key) or (gpu.kernel, 132))
@@ -264,7 +260,6 @@ def test_calls_of_as_many_sequences_share_their_plans_and_no_lengths(gpu, monkey
 
 
 def test_as_many_calls_are_kept_as_there_is_room_for(monkeypatch):
-    monkeypatch.setattr(api, "_kept", {})
     monkeypatch.setattr(api, "KEPT_MAX", 3)
     for seqlen in range(1, 9):
         kept(torch.empty(1, seqlen, 2, 64, dtype=torch.float16))

@@ -184,14 +184,16 @@ def merged_by_groups(kernel, found, exist, workspace, places):
         (1, 16, 96, 96, 16, 1),
         (2, 16, 32, 96, 5, 3),
         (4, 16, 96, 96, 1, 1),
-        (8, 16, 32, 96, 4, 5),
+        (8, 16, 32, 96, 4, 17),
         (2, 64, 128, 128, 16, 2),
-        (4, 32, 64, 128, 3, 4),
+        (1, 16, 96, 96, 2, 10),
+        (4, 32, 64, 128, 3, 11),
     ],
     ids=str,
 )
 def test_groups_and_parts(plain, groups, rows, columns, tile_dv, exist, parts):
-    """Of one part its result; of several what all of them found, from a workspace of which nothing else is touched."""
+    """Of one part its result; of several what all of them found, from a workspace of which nothing else is touched. Some are
+    more than a thread has on their way at once, which is 16 or 5, and some of these no multiple."""
     rng = np.random.default_rng(groups)
     found = [[some(rng, rows, tile_dv) for _ in range(groups)] for _ in range(parts)]
     kernel, first, others, step, width = Kernel(groups, rows, columns, tile_dv), 3, 10, 2, columns_written(HEAD_DIM_V)

@@ -125,7 +125,7 @@ class Operations(RuleBasedStateMachine):
 
 
 TestOperations = pytest.mark.filterwarnings("ignore::pytest.PytestCollectionWarning")(Operations.TestCase)
-TestOperations.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestOperations.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def test_a_hundred_thousand_operations():

@@ -294,7 +294,7 @@ def test_inputs_are_not_written():
 SIDE = st.none() | st.integers(0, 40)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     sq=st.integers(1, 60),
     sk=st.integers(1, 60),
@@ -377,7 +377,7 @@ def test_gradients_at_any_finite_scale(scale, dtype):
     support.assert_gradients_close(gradients(q, k, v, dout, dlse, **rules, tile_n=32), q, k, v, dout, dlse, **rules)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     sq=st.integers(1, 60),
     sk=st.integers(1, 60),

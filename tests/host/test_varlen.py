@@ -125,7 +125,7 @@ def batches(draw):
 
 
 @given(batches(), st.sampled_from(list(RULES.values())))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 def test_any_lengths(batch, rules):
     (sizes_q, used_q), (sizes_k, used_k), tail_q, tail_k = batch
     tensors = packed(sum(sizes_q) + tail_q, sum(sizes_k) + tail_k)

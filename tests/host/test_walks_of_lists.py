@@ -69,7 +69,7 @@ def visits(keys, leads: bool) -> list[tuple]:
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     what=st.sampled_from(sorted(MASKS)), sizes=st.tuples(st.integers(1, 380), st.integers(1, 380)),
     tile=st.sampled_from([(192, 128), (128, 128), (128, 96), (128, 64)]), leads=st.booleans(), scale=st.sampled_from([1, 2]),
@@ -109,7 +109,7 @@ def test_what_a_warpgroup_computes(what, sizes, tile, leads, scale):
             assert not rows[:, times[:sk] == 0].any()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(what=st.sampled_from(sorted(MASKS)), n=st.integers(1, 380), tile=st.sampled_from([(128, 128), (128, 64)]))
 def test_a_walk_without_warpgroups_takes_all_tiles(what, n, tile):
     """As ``cp_async`` does, and dQ's kernel of wide heads: each tile once, and no mask for whole ones."""
