@@ -195,8 +195,9 @@ def test_every_kind_is_measured_in_order_and_each_cell_is_saved(scripted, tmp_pa
     kinds = ["--kind", "first", "host", "sustained", "burst"]
     case = ["--seqlen", "64", "--batch", "1", "--forward", "--rounds", "3", "--passes", "2"]
     assert main(["attention", *kinds, *case, "--json", str(tmp_path / "r.json")]) == 0
-    # Full and causal for each regime, one host case, one first call; the same once more but for the first call; the end.
-    assert saved == [1, 2, 3, 4, 5, 6] + [6] * 5 + [6]
+    # Full and causal for each regime, the host's forward and packed calls, one first call; the same once more but for the first
+    # call; the end.
+    assert saved == [1, 2, 3, 4, 5, 6, 7] + [7] * 6 + [7]
 
 
 def test_each_pass_can_have_a_process_of_its_own(monkeypatch):
