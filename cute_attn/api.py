@@ -192,21 +192,18 @@ def _attention_to_rows_in_use(q, k, v, lengths: tuple, rules: tuple, extras, how
     """:func:`attention` of rectangles of which some rows aren't in use: sequences of different lengths to whatever computes."""
     (scale, causal, window, softcap), (return_lse, deterministic, _, mechanism) = rules, how
     if kept:
-        by = return_lse, mechanism, deterministic or torch.are_deterministic_algorithms_enabled()
-        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, by)
+        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, return_lse, deterministic, mechanism)
     else:
         call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
     batch, seqlen_q, _, _ = q.shape
     if extras is not None:
         take_extras(call, q, extras, batch, (seqlen_q, k.shape[1]))
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    lse: Any = None
     if call.plans is None:
-        out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
-    elif return_lse:
-        out, lse = _by_kernels(q, k, v, call, True, mechanism)
+        found = _computed(q, k, v, call, scale, how, plain, transformed)
     else:
-        out = _by_kernels(q, k, v, call, False, mechanism)
+        found = _by_kernels(q, k, v, call, return_lse, mechanism)
+    out, lse = found if type(found) is tuple else (found, None)
     out = out.view(batch, seqlen_q, *out.shape[1:])
     return (out, lse.view(call.heads, batch, seqlen_q).transpose(0, 1)) if return_lse else out
 
@@ -242,12 +239,15 @@ def _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministi
     return call
 
 
-def _kept_call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softcap, how: tuple) -> Call:
+def _kept_call_of_lengths(
+    q, k, v, lengths: tuple, scale, causal, window, softcap, return_lse, deterministic, mechanism
+) -> Call:
     """The same of ragged sequences, as many of them: a call of its own, which has its lengths, with the plans of all alike. The
     lengths' dtypes and devices the launcher looks at, too. As for :func:`_call_of_lengths`."""
     first, second, used_q, used_k = lengths  # a loop takes twice as long
     of_used = None if used_q is None else used_q.numel(), None if used_k is None else used_k.numel()
     sizes = None if first is None else first.numel(), None if second is None else second.numel(), of_used
+    how = return_lse, mechanism, deterministic or torch.are_deterministic_algorithms_enabled()
     key = _key(q, k, v, scale, causal, window, softcap, (how, sizes))
     kept = None if key is None else _kept.get(key)
     if kept is not None:
@@ -379,8 +379,7 @@ def attention_varlen(
         check_call(q, k, v, scale, causal, window, softcap, packed=True)
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
     if extras is None and plain and _are_kernels(return_lse, deterministic, backend, mechanism):
-        by = return_lse, mechanism, deterministic or torch.are_deterministic_algorithms_enabled()
-        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, by)
+        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, return_lse, deterministic, mechanism)
         if call.plans is not None:
             return _by_kernels(q, k, v, call, return_lse, mechanism)
     else:
