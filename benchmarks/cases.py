@@ -177,13 +177,14 @@ def _models() -> list[Case]:
 
 def _ragged() -> list[Case]:
     """Packed sequences: lengths of a log-normal distribution with mean 1k, one long among short ones, many short ones; and of
-    equal lengths, to be held against the grid's cases of as many tokens."""
+    equal lengths, to be held against rectangles of as many tokens."""
     draw = random.Random(0)
     drawn = [draw.lognormvariate(0.0, 0.8) for _ in range(64)]
     log_normal = tuple(max(1, round(x * 65536 / sum(drawn))) for x in drawn)
     mixes = [log_normal, (16384, *[256] * 63), (128,) * 512]
     equal = [(seqlen,) * (16384 // seqlen) for seqlen in (512, 1024, 2048, 8192, 16384)]
-    return [Case(1, sum(x), sum(x), 16, 16, 128, 128, causal=True, packed=x) for x in (*mixes, *equal)]
+    lengths = [*((x, True) for x in (*mixes, *equal)), *((x, False) for x in equal)]
+    return [Case(1, sum(x), sum(x), 16, 16, 128, 128, causal=causal, packed=x) for x, causal in lengths]
 
 
 SUITES = {"models": _models, "ragged": _ragged}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
@@ -177,6 +177,17 @@ def ours(case, q, k, v):
 @peer("ours_tma_wgmma", "cute_attn, mechanism tma_wgmma", **OURS)
 def ours_tma_wgmma(case, q, k, v):
     return _ours(case, q, k, v, mechanism="tma_wgmma")
+
+
+@peer("ours_rectangle", "cute_attn, mechanism tma_wgmma, packed sequences of one length as a rectangle", **OURS, devices=())
+def ours_rectangle(case, q, k, v):
+    if len(set(case.packed)) != 1:
+        raise UnsupportedError("it is here for packed sequences of one length")
+    length = case.packed[0]
+    q, k, v = (x[0].unflatten(0, (-1, length)) for x in (q, k, v))
+    case = replace(case, batch=len(case.packed), seqlen_q=length, seqlen_k=length, packed=())
+    rectangle = _ours(case, q, k, v, mechanism="tma_wgmma")
+    return lambda: rectangle().flatten(0, 1).unsqueeze(0)
 
 
 @peer("ours_cp_async", "cute_attn, mechanism cp_async", **OURS)

@@ -22,6 +22,7 @@ PAIRS = (
     ("ours_tma_wgmma", "torch_cudnn", "ours ÷ cuDNN"),
     ("ours_cp_async", "torch_flash2", "cp_async ÷ FlashAttention-2"),
     ("ours_deterministic", "ours_tma_wgmma", "deterministic ÷ default"),
+    ("ours_tma_wgmma", "ours_rectangle", "packed ÷ rectangle"),
     ("ours_cp_async_deterministic", "ours_cp_async", "deterministic ÷ default, cp_async"),
 )
 

@@ -24,6 +24,7 @@ from benchmarks.runner import Step
 from benchmarks.schedule import Schedule
 from benchmarks.settings import Settings
 from benchmarks.timing import scatter
+from cute_attn import attention
 from cute_attn.command import length
 from tests.host import benchmarks_fakes as fakes
 from tests.host.processes import until
@@ -98,6 +99,22 @@ def test_packed_sequences_are_checked_as_each_alone(window):
         step = Step(replace(one, packed=()), REGISTRY["ours_reference"], inputs)
         with pytest.raises(WrongError, match="is off by"):
             judge.verdict(step.outputs(step.call()))
+
+
+def test_packed_sequences_of_one_length_as_a_rectangle(monkeypatch):
+    """The same outputs and gradients; other lengths have no rectangle."""
+    monkeypatch.setattr("benchmarks.peers._ours", lambda case, q, k, v, **how: lambda: attention(q, k, v, causal=case.causal))
+    lengths = {"seqlen_q": 60, "seqlen_k": 60, "packed": (20, 20, 20)}
+    case = replace(BIG, batch=1, heads=2, heads_kv=2, causal=True, dtype="float32", **lengths)
+    for direction in ("forward", "backward"):
+        one = replace(case, direction=direction)
+        inputs = make_inputs(one, "cpu", 0)
+        step = Step(one, REGISTRY["ours_rectangle"], inputs)
+        assert Judge(one, inputs).verdict(step.outputs(step.call())) < 1e-5
+    q = make_inputs(case, "cpu", 0).q
+    for packed in ((), (20, 40)):
+        with pytest.raises(UnsupportedError, match="of one length"):
+            REGISTRY["ours_rectangle"].build(replace(case, packed=packed), q, q, q)
 
 
 def test_a_label_names_what_is_unusual():
