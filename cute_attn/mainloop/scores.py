@@ -326,9 +326,9 @@ class Scores:
             scores[r, c] = elements.value(self.problem.expression.score, r, c, scores[r, c] * natural)
 
     def ramp_of_rows(self, origin) -> cute.Tensor | None:
-        """What a ramp adds to each of a thread's rows: in the forward pass to scores in the tile's first column, the rest having
-        :meth:`started`; in the backward pass to exponents. None where :meth:`apply_rules` adds it. It takes no scores: it may be
-        asked for while these are computed."""
+        """What a ramp adds to each of a thread's rows: in the forward pass to scores in the tile's first column, the rest
+        having :meth:`started`; in the backward pass to exponents. None where :meth:`apply_rules` adds it. It takes no scores:
+        it may be asked for while these are computed."""
         if self.problem.expression.ramp is None or (self.problem.gradients and not self._ramp_is_late):
             return None
         return self._begins(origin, self.values.scale_log2 if self.problem.gradients else 1.0)[0]
