@@ -161,7 +161,7 @@ class RowValues:
         mLSE_raw = span.row_values(inputs[3], where[0])
         thread = cute.arch.thread_idx()[0]
         row, place = first + thread // self.threads_per_row, thread % self.threads_per_row
-        asked = []
+        asked, of_ramp = [], None if of_ramp is None else with_rise(of_ramp, self.problem)
         for j in cutlass.range_constexpr(self.at_once):
             o, do = (cute.make_rmem_tensor(VECTOR, m.element_type) for m in (mO, mdO))
             o.fill(0.0), do.fill(0.0)
@@ -178,8 +178,7 @@ class RowValues:
             if place == 0:
                 padded = group * self.rows + j * self.apart + thread // self.threads_per_row
                 if cutlass.const_expr(of_ramp is not None):
-                    here = with_rise(of_ramp, self.problem)
-                    lse = lse - rise_in_tile(here, self.problem, row + j * self.apart, self.queries_at_once)
+                    lse = lse - rise_in_tile(of_ramp, self.problem, row + j * self.apart, self.queries_at_once)
                 self._row(inputs, rows, signals, span, where, row + j * self.apart, padded, lse, total)
         if cutlass.const_expr(dq_sum is not None and not self.first_stores):
             clear = partial(self._clear, dq_sum[None, None, None, *where], group, thread)
