@@ -23,7 +23,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_nothing_seen
 from cute_attn.layouts.fragments import rows_columns, transposed
 from cute_attn.mainloop.common import Values
-from cute_attn.mainloop.guard import FiniteRows, copy_carefully, known_here, not_finite, used_here
+from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
 from cute_attn.mainloop.scores import Coordinates, Scores, read_ahead, with_rise
 from cute_attn.mainloop.walk import KeyTiles, ListedKeys, walk
 from cute_attn.mainloop.warpgroups import WARPGROUP, Kernel, TmaOperand, key_tile, rounded_operand
@@ -451,8 +451,7 @@ class Forward(Kernel):
         masking, started = self._masking(me, tile, top, keys.last_is_masked()), self._started(me, tile)
         pipes.k.consumer_wait(kv_state)
         acc_S = self._scores(frag, kv_state, started)
-        ramp = self._ramp_of_rows(me, tile, masking)
-        masking = *self._mask_ahead(me, tile, masking), ramp
+        masking = self._mask_ahead(me, tile, masking)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
         self._softmax(me, frag, softmax, acc_S, tile, masking)
@@ -519,13 +518,12 @@ class Forward(Kernel):
         pipes.k.consumer_wait(k_state)
         self._wait_for_turn(me)
         acc_S = self._scores(frag, k_state, started)
-        ramp = self._ramp_of_rows(me, tile, masking)
         if cutlass.const_expr(self.config.rescale_early and not anchored):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         pipes.v.consumer_wait(v_state)
         self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
         self._pass_turn(me)
-        masking = *self._mask_ahead(me, tile, masking), ramp
+        masking = self._mask_ahead(me, tile, masking)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
         self._softmax(me, frag, softmax, acc_S, tile, masking, hold, anchored)
@@ -559,10 +557,6 @@ class Forward(Kernel):
             return origin, masked, None
         return origin, masked, Scores(me.cS, tile.values, self.problem).kinds(origin)
 
-    def _ramp_of_rows(self, me: ForwardWorker, tile: WarpgroupTile, masking):
-        """What a ramp adds to a thread's rows, while the tensor cores are at the scores."""
-        return known_here(Scores(me.cS, tile.values, self.problem).ramp_of_rows(masking[0]))
-
     def _mask_ahead(self, me: ForwardWorker, tile: WarpgroupTile, masking):
         """The same with what is seen in blocks that are cut, while the tensor cores are at the scores."""
         return *masking[:2], Scores(me.cS, tile.values, self.problem, loaded=tile.loaded).seen(*masking)
@@ -579,8 +573,10 @@ class Forward(Kernel):
         hold=None,
         anchored: cutlass.Constexpr[bool] = False,
     ):
-        origin, masked, seen, ramp = masking
-        Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True, seen=seen)
+        origin, masked, seen = masking
+        scores = Scores(me.cS, tile.values, self.problem)
+        ramp = scores.ramp_of_rows(origin)
+        scores.apply_rules(acc_S, origin, masked, apart=True, seen=seen)
         if cutlass.const_expr(anchored):
             softmax.anchored_step(rows_columns(acc_S), ramp)
         else:
