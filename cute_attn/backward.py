@@ -30,7 +30,7 @@ from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.fours import FOUR, offsets, to_memory
 from cute_attn.mainloop.guard import LOWEST, finite_row
-from cute_attn.mainloop.scores import rise_in_block, with_rise
+from cute_attn.mainloop.scores import rise_in_tile, with_rise
 from cute_attn.scheduler import Tiles, write_zeros
 from cute_attn.sequences import Sequences, Span
 
@@ -122,6 +122,7 @@ class RowValues:
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
         self.at_once = 1 if problem.ragged else 2  # rows of a thread
+        self.queries_at_once = config.step_m or config.tile_m  # whose scores the mainloop takes
         self.apart = math.gcd(self.THREADS // self.threads_per_row, row_padding(config) // self.at_once)
         self.threads = self.apart * self.threads_per_row
         self.rows = self.at_once * self.apart
@@ -160,7 +161,7 @@ class RowValues:
         mLSE_raw = span.row_values(inputs[3], where[0])
         thread = cute.arch.thread_idx()[0]
         row, place = first + thread // self.threads_per_row, thread % self.threads_per_row
-        asked = []
+        asked, of_ramp = [], None if of_ramp is None else with_rise(of_ramp, self.problem)
         for j in cutlass.range_constexpr(self.at_once):
             o, do = (cute.make_rmem_tensor(VECTOR, m.element_type) for m in (mO, mdO))
             o.fill(0.0), do.fill(0.0)
@@ -177,7 +178,7 @@ class RowValues:
             if place == 0:
                 padded = group * self.rows + j * self.apart + thread // self.threads_per_row
                 if cutlass.const_expr(of_ramp is not None):
-                    lse = lse - rise_in_block(with_rise(of_ramp, self.problem), self.problem, row + j * self.apart)
+                    lse = lse - rise_in_tile(of_ramp, self.problem, row + j * self.apart, self.queries_at_once)
                 self._row(inputs, rows, signals, span, where, row + j * self.apart, padded, lse, total)
         if cutlass.const_expr(dq_sum is not None and not self.first_stores):
             clear = partial(self._clear, dq_sum[None, None, None, *where], group, thread)

@@ -28,7 +28,7 @@ from cute_attn.epilogue import clear_rows_past, converted
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
-from cute_attn.mainloop.guard import any_of, clear_marked, hide_keys, of_keys
+from cute_attn.mainloop.guard import any_of, clear_marked, hide_keys, known_here, of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
@@ -378,10 +378,13 @@ class Backward:
         S, dP, dV, dK = (lay.tiled_mma(role, config) for role in ("S", "dP", "dV", "dK"))
         acc_S, acc_dP = (cute.make_rmem_tensor(S.partition_shape_C(shape), Float32) for _ in range(2))
         row, values = part * cute.size(x.tSrQ.into, mode=[1]), me.values.of_head(head)
-        kept = hidden = None
-        if cutlass.const_expr(self.problem.dropout):
+        kept = hidden = ramp = None
+        if cutlass.const_expr(self.problem.dropout or self.problem.expression.ramp is not None):
             origin = (me.work.block * config.tile_n, m_block * config.tile_m + part * config.step_m)
-            kept = Scores(Coordinates.of(S, me.thread, shape), values, self.problem, transposed=True).kept(origin)
+            ahead = Scores(Coordinates.of(S, me.thread, shape), values, self.problem, transposed=True)
+            ramp = known_here(ahead.ramp_of_rows(origin))
+            if cutlass.const_expr(self.problem.dropout):
+                kept = ahead.kept(origin)
         acc_S.fill(0.0)
         product(S, acc_S, config.tile_d // MMA_K, x.tSrK.load, partial(x.tSrQ.load, slot=(slot,), row=row))
         scores = Scores(Coordinates.of(S, me.thread, shape), values, self.problem, transposed=True, unrolls=False)
@@ -394,7 +397,7 @@ class Backward:
             product(dP, acc_dP, config.tile_dv // MMA_K, x.tPrV.load, partial(x.tPrdO.load, slot=(slot,), row=row))
 
         lse_raw = self._of_columns(me, me.shared.lse[None, slot], part)
-        P = scores.probabilities(acc_S, lse_raw, lay.element(config), origin, kept)
+        P = scores.probabilities(acc_S, lse_raw, lay.element(config), origin, kept, ramp)
         if cutlass.const_expr(self.needs_v):
             if cutlass.const_expr(self.shares_p):
                 self._share("P", me, P, me.shared.ds[None, None, p_slot], part)

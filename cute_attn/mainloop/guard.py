@@ -67,6 +67,14 @@ def used_here(x: Int32) -> Int32:
     return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
 
 
+def known_here(values: cute.Tensor | None) -> cute.Tensor | None:
+    """``values`` in registers, computed by now and not where they are used, while others wait for them."""
+    for i in range(0 if values is None else cute.size(values)):
+        code = "mov.b32 {$w0}, {$r0};"
+        values[i] = cute.arch.inline_ptx(code, write_only_types=[values.element_type], read_only_args=[values[i]])
+    return values
+
+
 @cute.jit
 def finite_row(m: cute.Tensor, row: Int32, unroll: cutlass.Constexpr[int] = 1) -> Boolean:
     """Whether a row of ``(rows, columns)`` in global or shared memory is finite."""

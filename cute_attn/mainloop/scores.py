@@ -141,14 +141,12 @@ class Scores:
         thread's keys are): see ``guard.py``.
 
         A user's score is computed here in the forward pass, and in the backward pass in :meth:`probabilities`, with its slope.
-        What a ramp adds in a tile's first column is a number for each of a thread's rows, which is returned where it is to stay
-        ``apart``, the rest having :meth:`started`; None where there is no ramp, or none apart. ``seen`` is what :meth:`seen`
-        says of the tile, if asked.
+        With ``apart`` :meth:`ramp_of_rows` is left to the caller. ``seen`` is what :meth:`seen` says of the tile, if asked.
         """
-        scores, begins = rows_columns(acc), None
+        scores = rows_columns(acc)
         self._cap(scores)
-        if cutlass.const_expr(self.problem.expression.ramp is not None and not self._ramp_is_late):
-            begins = self._add_ramp(scores, origin, apart)
+        if cutlass.const_expr(self.problem.expression.ramp is not None and not (apart or self._ramp_is_late)):
+            self._add_ramp(scores, origin)
         elif cutlass.const_expr(self.problem.expression.natural and not self.problem.gradients):
             self._score(scores, self._elements(origin))
         if cutlass.const_expr(hidden is not None):
@@ -164,20 +162,22 @@ class Scores:
                 mask(scores, origin)
         elif cutlass.const_expr(masked):
             mask(scores, origin)
-        return begins
 
     @property
     def _ramp_is_late(self) -> bool:
         """Whether a ramp is added with the scale, which takes no instruction more."""
         return self.transposed and bool(self.problem.gradients) and not self.problem.dropout
 
-    def probabilities(self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None) -> cute.Tensor:
+    def probabilities(
+        self, acc: cute.Tensor, lse_raw: cute.Tensor, dtype, origin, kept: Kept | None = None, ramp=None
+    ) -> cute.Tensor:
         """An accumulator's scores to P in place; returns it, for dV. Where a rule has a slope, to P ∘ the slopes, which is what
         dS takes, and P itself, which is returned, is in ``dtype``. Both at once, since P, its slopes and dP together would take
         more registers than there are. ``lse_raw`` is the log-sum-exp of a thread's queries, in shared memory if transposed.
 
         Where a captured tensor's gradient takes a score, scores stay as they are until :meth:`gradients`. ``kept`` is of
-        dropout: what dV takes of P, without its scale, and P is as it was for dS."""
+        dropout: what dV takes of P, without its scale, and P is as it was for dS. ``ramp`` is :meth:`ramp_of_rows`, if it was
+        asked for."""
         scale_log2, softcap, scores = self.values.scale_log2, self.problem.softcap, rows_columns(acc)
         apart = self.problem.dropout or softcap or self.problem.expression.slope is not None or self._takes_scores
         if self.problem.expression.natural or (self.problem.dropout and self.transposed):
@@ -188,7 +188,7 @@ class Scores:
         if not self.transposed:
             _probabilities_by_row(scores, lse_raw, scale_log2, softcap)
         elif self.problem.expression.ramp is not None:
-            _probabilities_on_ramp(scores, lse_raw, scale_log2, self._ramp(origin, scale_log2))
+            _probabilities_on_ramp(scores, lse_raw, scale_log2, self.ramp_of_rows(origin) if ramp is None else ramp)
         elif softcap:
             rounded = cute.make_rmem_tensor_like(acc, dtype)
             _capped_probabilities(scores, lse_raw, scale_log2, rows_columns(rounded))
@@ -325,28 +325,28 @@ class Scores:
                 self._load_pairs(scores, elements, c)
             scores[r, c] = elements.value(self.problem.expression.score, r, c, scores[r, c] * natural)
 
-    def _ramp(self, origin, scale=1.0):
-        """What a ramp adds to scores in their own unit times ``scale``: ``(begins, steps)``, of each of a thread's rows what it
-        adds in the tile's first column, and functions of a column that say how much more it is there: a multiple known at
-        compile time. In the backward pass without what :func:`rise_in_block` has taken off the log-sum-exp."""
-        ramp, elements, values = self.problem.expression.ramp, self._elements(origin), self.values
+    def ramp_of_rows(self, origin) -> cute.Tensor | None:
+        """What a ramp adds to each of a thread's rows: in the forward pass to scores in the tile's first column, the rest
+        having :meth:`started`; in the backward pass to exponents. None where :meth:`apply_rules` adds it. It takes no scores:
+        it may be asked for while these are computed."""
+        if self.problem.expression.ramp is None or (self.problem.gradients and not self._ramp_is_late):
+            return None
+        return self._begins(origin, self.values.scale_log2 if self.problem.gradients else 1.0)[0]
+
+    def _begins(self, origin, scale=1.0) -> tuple[cute.Tensor, list]:
+        """What a ramp adds in the tile's first column in each of a thread's rows, and from one position to the next, in scores'
+        own unit times ``scale``. In the backward pass without what :func:`rise_in_tile` has taken off the log-sum-exp."""
+        ramp, elements, values, where = self.problem.expression.ramp, self._elements(origin), self.values, self.where
         along_row, along_column = ("kv_idx", "q_idx") if self.transposed else ("q_idx", "kv_idx")
         fixed = (values.seqlen_k - values.seqlen_q) * ramp.of("shift") + ramp.constant
-        first, begins_of = origin[1] + self.where.thread[0, 0][1], lambda row: row
-        steps_of = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
-        if self.problem.gradients and self.transposed:
-            # Of a tile's blocks of 32: the one that the thread's columns begin in, of several warps beside each other, and on.
-            first = origin[1] + self.where.thread[0, 0][1] // BLOCK * BLOCK
-            steps_of = [column // BLOCK * BLOCK for column in steps_of]
-        elif self.problem.gradients:
-            begins_of = lambda row: row // BLOCK * BLOCK  # noqa: E731
-        begins, steps = cute.make_rmem_tensor(cute.size(self.where.zero, mode=[0]), Float32), []
+        first = origin[1] if self.problem.gradients and self.transposed else origin[1] + where.thread[0, 0][1]
+        begins, rises = cute.make_rmem_tensor(cute.size(where.zero, mode=[0]), Float32), []
         for r in range(cute.size(begins)):
-            rise = (_rise(ramp, elements, values, r) if values.rise is None else values.rise) * scale
-            row = begins_of(values.query(origin[0] + self.where.thread[r, 0][0]))
-            begins[r] = rise * Float32(row * ramp.of(along_row) + first * ramp.of(along_column) + fixed)
-            steps.append(lambda c, rise=rise: rise * Float32(ramp.of(along_column) * steps_of[c]))
-        return begins, steps
+            rises.append((_rise(ramp, elements, values, r) if values.rise is None else values.rise) * scale)
+            of_tile = self.problem.gradients and not self.transposed
+            row = values.query(origin[0] if of_tile else origin[0] + where.thread[r, 0][0])
+            begins[r] = rises[r] * Float32(row * ramp.of(along_row) + first * ramp.of(along_column) + fixed)
+        return begins, rises
 
     @cute.jit
     def write_ramp(self, into: cute.Tensor, lane: Int32):
@@ -369,13 +369,13 @@ class Scores:
         cute.autovec_copy(ramp, cute.make_tensor(acc.iterator, cute.make_layout(cute.size(acc))))
         return acc
 
-    def _add_ramp(self, scores: cute.Tensor, origin, apart: bool) -> cute.Tensor | None:
-        begins, steps = self._ramp(origin)
-        if apart:
-            return begins
+    def _add_ramp(self, scores: cute.Tensor, origin):
+        begins, rises = self._begins(origin)
+        along = self.problem.expression.ramp.of("q_idx" if self.transposed else "kv_idx")
         for r, c in self._each(scores):
-            scores[r, c] = scores[r, c] + steps[r](c) + begins[r]
-        return None
+            if not (self.problem.gradients and self.transposed):
+                scores[r, c] = scores[r, c] + rises[r] * Float32(along * self.where.zero[0, c][1])
+            scores[r, c] = scores[r, c] + begins[r]
 
     def _load_pairs(self, scores: cute.Tensor, elements: Elements, first: int):
         """Begin to load what some columns from the first on will take, so that many loads are on their way at the same time."""
@@ -639,9 +639,10 @@ def with_rise(values: Values, problem) -> Values:
     return replace(values, rise=_rise(ramp, elements, values, 0))
 
 
-def rise_in_block(values: Values, problem, row):
-    """What a ramp adds to a query's scores for its place among 32: the same for all keys, and so a part of the log-sum-exp."""
-    return values.rise * Float32(row % BLOCK * problem.expression.ramp.of("q_idx"))
+def rise_in_tile(values: Values, problem, row, rows: int):
+    """What a ramp adds to a query's scores for its place in a tile of so many rows: the same for all keys, and so a part of the
+    log-sum-exp."""
+    return values.rise * Float32(row % rows * problem.expression.ramp.of("q_idx"))
 
 
 def _rise(ramp, elements: Elements, values: Values, row: int) -> Float32:
@@ -656,14 +657,12 @@ def _probabilities(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float3
                 scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2, fastmath=True)
 
 
-def _probabilities_on_ramp(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, ramp: tuple):
-    """The same of scores to which a ramp is yet to be added, of the exponents a number for each row and 32 columns."""
-    begins, steps = ramp
+def _probabilities_on_ramp(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, added: cute.Tensor):
+    """The same of scores to which a ramp is yet to be added, of the exponents a number for each row."""
     for c, lse in _pairs(lse_raw):
         for r in range(cute.size(scores, mode=[0])):
-            added = begins[r] + steps[r](c)
             for i in range(2):
-                scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2 + added, fastmath=True)
+                scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2 + added[r], fastmath=True)
 
 
 def _capped_probabilities(t: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, rounded: cute.Tensor):

@@ -574,11 +574,13 @@ class Forward(Kernel):
         anchored: cutlass.Constexpr[bool] = False,
     ):
         origin, masked, seen = masking
-        begins = Scores(me.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked, apart=True, seen=seen)
+        scores = Scores(me.cS, tile.values, self.problem)
+        ramp = scores.ramp_of_rows(origin)
+        scores.apply_rules(acc_S, origin, masked, apart=True, seen=seen)
         if cutlass.const_expr(anchored):
-            softmax.anchored_step(rows_columns(acc_S), begins)
+            softmax.anchored_step(rows_columns(acc_S), ramp)
         else:
-            softmax.step(rows_columns(acc_S), frag.rescale, hold, begins)
+            softmax.step(rows_columns(acc_S), frag.rescale, hold, ramp)
 
     @cute.jit
     def _drop(self, me: ForwardWorker, frag: ForwardFragments, tile: WarpgroupTile, n):

@@ -28,7 +28,7 @@ from cute_attn.layouts.base import ROW_PADDING, STORED, cute_layout, in_turns
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
-from cute_attn.mainloop.guard import of_keys
+from cute_attn.mainloop.guard import known_here, of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
 from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warpgroups import (
@@ -432,11 +432,13 @@ class Backward(KeyBlocks):
         pipes.q.consumer_wait(state)
         acc_S = self.scores("S", config.tile_m, frag.tSrK, frag.tSrQ[None, None, None, stage])
         flight.issued("S")
+        scores = Scores(me.cS, values, self.problem, transposed=True)
+        ramp = known_here(scores.ramp_of_rows((key_first, m_block * config.tile_m)))
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_ds):
             acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage])
             flight.issued("dP")
-        scores, kept, hidden = Scores(me.cS, values, self.problem, transposed=True), None, None
+        kept = hidden = None
         if cutlass.const_expr(self.problem.dropout):
             kept = scores.kept((key_first, m_block * config.tile_m))
         flight.wait("S")
@@ -448,7 +450,7 @@ class Backward(KeyBlocks):
         origin = (key_first, m_block * config.tile_m)
         scores.apply_rules(acc_S, origin, masked, hidden)
         lse_raw = of_columns(mma_S, me.thread, shared.lse[None, stage])
-        P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept)
+        P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept, ramp)
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
         tVrdO, steps, early = frag.tVrdO[None, None, None, stage], cute.size(rP, mode=[2]), 0

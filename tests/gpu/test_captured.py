@@ -53,6 +53,20 @@ def test_dropout(case, d, mechanism):
         check(case, (2, 333, 421), (4, 2), (d, d), BF16, "cuda", kind, p=0.2, backend="cute", mechanism=mechanism)
 
 
+@kernels("causal-64-tma_wgmma", "causal-128-tma_wgmma", "causal-256-tma_wgmma", "causal-64-cp_async")
+def test_dropout_beside_a_ramp(case, d, mechanism):
+    """Which is added to scores then, and not to exponents."""
+    q, k, v = make_qkv(1, 300, 421, 4, 2, d, d, BF16, "cuda")
+    dout, slopes, results = torch.randn_like(q), torch.rand(4, device="cuda"), []
+    for how in ({"backend": "cute", "mechanism": mechanism}, {"backend": "reference"}):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with seeded(3, q.device):
+            out = attention(*leaves, alibi_slopes=slopes, dropout_p=0.3, causal=True, **how)
+        results.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-2 * want.abs().max().item(), rtol=2e-2)
+
+
 @kernels(
     *("full-64-tma_wgmma", "window-64-tma_wgmma", "full-64-cp_async", "window-64-cp_async"),
     *("causal-128-tma_wgmma", "window-128-cp_async", "window-256-tma_wgmma"),

@@ -29,6 +29,13 @@ def test_other_lengths(case, sizes, mechanism):
     check(case, sizes, (2, 1), (64, 64), BF16, "cuda", backend="cute", mechanism=mechanism)
 
 
+@pytest.mark.parametrize("dims", [*DIMS, (96, 72)])
+@pytest.mark.parametrize(("case", "sizes"), [("ramp", (1, 400, 421)), ("alibi behind", (1, 1500, 1700))])
+def test_ramps_over_many_tiles(case, sizes, dims, mechanism):
+    """In full attention with higher query tiles, too, of which 400 rows are five."""
+    check(case, sizes, (4, 2), dims, BF16, "cuda", backend="cute", mechanism=mechanism)
+
+
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @pytest.mark.parametrize("case", RANDOM)
 def test_random_functions(case, mechanism):

@@ -168,6 +168,8 @@ FLEX_SCORES = [
     scores.alibi(torch.rand(4)),
     scores.bucketed(functions.table(4, 32, device="cpu"), 64),
     scores.bucketed(functions.table(4, 32, device="cpu"), 64, both_sides=False),
+    # ALiBi as attention-gym publishes it, by its definition: https://github.com/meta-pytorch/attention-gym
+    lambda score, b, h, q_idx, kv_idx: score + (kv_idx - q_idx) * torch.exp2(-((h + 1) * 8.0 / 4)),
 ]
 
 

@@ -24,7 +24,7 @@ from cutlass.cute.runtime import from_dlpack  # noqa: E402
 from cute_attn.layouts.fragments import rows_columns  # noqa: E402
 from cute_attn.mainloop import captured, elements, fours  # noqa: E402
 from cute_attn.mainloop.common import Values  # noqa: E402
-from cute_attn.mainloop.scores import Coordinates, Scores, WordOps, rise_in_block, with_rise  # noqa: E402
+from cute_attn.mainloop.scores import Coordinates, Scores, WordOps, rise_in_tile, with_rise  # noqa: E402
 from cute_attn.softmax import LogSumExp, Softmax  # noqa: E402
 
 SEQUENCE, HEAD, SEQLEN_Q, SEQLEN_K, SCALE = 1, 3, 290, 303, 0.25
@@ -324,7 +324,8 @@ def test_ramps(kind, rises, monkeypatch):
         for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
             for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
                 held[r, c] = held[r, c] + given[where.thread[r, c]]
-        begins = scores.apply_rules(acc, place, True, apart=gradients == "")
+        begins = scores.ramp_of_rows(place)
+        scores.apply_rules(acc, place, True, apart=gradients == "")
         if cutlass.const_expr(gradients == ""):
             for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
                 for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
@@ -338,7 +339,7 @@ def test_ramps(kind, rises, monkeypatch):
             for i in cutlass.range_constexpr(cute.size(less)):
                 of = where.thread[(0, i) if transposed else (i, 0)][1 if transposed else 0]
                 query = of + origin[1 if transposed else 0]
-                less[i] = lse[of] - rise_in_block(values, problem, query)
+                less[i] = lse[of] - rise_in_tile(values, problem, query, shape[transposed])
             scores.probabilities(acc, less, cutlass.Float16, place)
         for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
             for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
