@@ -186,18 +186,21 @@ class Forward:
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
         tiles, lanes = keys.all_tiles()
-        stretches, number = Stretches.of(tiles, cute.arch.grid_dim()[0]), cute.arch.block_idx()[0]
+        stretches = Stretches.of(tiles * keys.heads_kv, cute.arch.grid_dim()[0])
+        number = cute.arch.block_idx()[0]
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         at, end = stretches.begin(number), stretches.begin(number + 1)
-        i, before = keys.find(at, lanes)
+        head_kv, of_head = divided(at, cutlass.max(tiles, 1))
+        i, before = keys.find(of_head, lanes)
+        before += at - of_head
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
-            i, before, at = next_part(keys, i, before, at, end)
-        head_kv, row_tile, begin = Int32(0), Int32(0), Int32(0)
+            i, head_kv, before, at = next_part(keys, i, head_kv, before, at, end)
+        row_tile, begin = Int32(0), Int32(0)
         stage, parity, written = Int32(0), Int32(0), Int32(0)
         if at < end:
             sequence = keys.sequence(i)
-            part, _ = part_of_stretch(keys, sequence, before, at, end)
-            head_kv, row_tile, begin = part.head_kv, part.row_tile, part.begin
+            part, _ = part_of_stretch(keys, sequence, head_kv, before, at, end)
+            row_tile, begin = part.row_tile, part.begin
             self._begin(block, serving, self._seen(serving, sequence, part))
         while at < end:
             start = PartStart(i, head_kv, row_tile, begin, at)
