@@ -5,7 +5,8 @@ once for every query head of the key head, so that all of them share one read of
 query of the sequence sees. A walk without keys has one tile with none.
 
 **Balance.** All walks one after another are a line of tiles: key head by key head, sequence by sequence, row tile by row tile.
-So blocks that are as far in different key heads read what lies side by side in memory at about the same time. The line is cut into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
+So blocks that are as far in different key heads read what lies side by side in memory at about the same time. The line is cut
+into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
 nothing is planned and nothing allocated for it. A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in
 float32, in a workspace; the block that is last to finish one merges all of them, in the order of their keys, whoever it is.
 Which one is last a counter says, which that block sets back to 0: a call leaves them all as it found them.
@@ -192,8 +193,8 @@ class CachedKeys:
 
     @cute.jit
     def find(self, tile, lanes):
-        """A whole warp: ``(sequence, tiles before it)`` of a tile of a key head; the sequence is past the last if there is no such
-        tile. ``lanes`` is what :meth:`tiles_of_lanes` has of the first ones."""
+        """A whole warp: ``(sequence, tiles before it)`` of a tile of a key head; the sequence is past the last if there is no
+        such tile. ``lanes`` is what :meth:`tiles_of_lanes` has of the first ones."""
         first, before, found = Int32(0), Int32(0), Boolean(False)
         number = self.all_sequences
         mine, passed = lanes

@@ -2,10 +2,14 @@
 
 Operands lie in shared memory as in ``wgmma``, and threads copy them there as in ``mma_sync``: both are rows of 64 elements with
 the same swizzle. The tensor cores read K and V once for all rows, where warps that load fragments read them once each.
+
+Where a block has two groups, two blocks are a cluster: with partial results of so many rows, a walk that both have a half of
+ends sooner if they merge it over shared memory than by way of global memory.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 from . import mma_sync, mma_sync_cache, wgmma
@@ -42,6 +46,8 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
         )
         if stages >= least and smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
             break
+    if groups == 2 and exchanged_columns(config) == config.tile_dv and not problem.invariant:
+        config = replace(config, walk_blocks=2)
     return (config,)
 
 

@@ -177,6 +177,7 @@ class Forward:
         self.kernel(mQ, mK, mV, outputs, values, keys, workspace).launch(
             grid=[blocks, 1, 1],
             block=[self.config.threads, 1, 1],
+            cluster=[self.config.walk_blocks, 1, 1] if self.config.walk_blocks > 1 else None,
             stream=stream,
             min_blocks_per_mp=self.config.blocks_per_multiprocessor,
             preferred_smem_carveout=100,
@@ -563,7 +564,7 @@ class Forward:
                 if cutlass.const_expr(first == 0):
                     if column == 0:
                         place = block.group * self.config.tile_m + row
-                        _store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
+                        store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
                 for n in cutlass.range_constexpr(pieces):
                     piece, begin = cute.make_rmem_tensor(PIECE, Float32), first // THREADS_PER_ROW + n * PIECE
                     for c in cutlass.range_constexpr(PIECE):
@@ -573,7 +574,7 @@ class Forward:
     def _handed(self, block: CacheBlock, exchanged: Exchanged, group, n) -> cute.Tensor:
         """Where the n-th piece is that a group's thread of this one's number has handed over."""
         each = self.config.tile_m * self.lay.exchanged_columns(self.config) // (PIECE * self.group_threads)
-        return _floats(exchanged.o, (group * each + n) * self.group_threads + block.thread, PIECE)
+        return floats(exchanged.o, (group * each + n) * self.group_threads + block.thread, PIECE)
 
     @property
     def shares(self) -> tuple[int, int]:
@@ -595,19 +596,19 @@ class Forward:
         """What the groups have handed over, to the outputs or to the workspace: a thread merges its share of what those of its
         number hold in all groups."""
         config, (rows, sharing), groups = self.config, self.shares, self.config.key_warps
-        pieces, begin = self.lay.exchanged_columns(config) // PIECE_COLUMNS, first // PIECE_COLUMNS
+        pieces = self.lay.exchanged_columns(config) // PIECE_COLUMNS
         for j in cutlass.range_constexpr(rows):
             r = block.group // sharing * rows + j
             row = self._coordinates(block)[r, 0][0]
             if row < exist:
                 of_rows, weights = cute.make_rmem_tensor((2, groups), Float32), cute.make_rmem_tensor(groups, Float32)
                 for group in cutlass.range_constexpr(groups):
-                    cute.autovec_copy(_floats(exchanged.of_rows, group * config.tile_m + row, 2), of_rows[None, group])
+                    cute.autovec_copy(floats(exchanged.of_rows, group * config.tile_m + row, 2), of_rows[None, group])
                 row_max, row_sum = -Float32.inf, Float32(0.0)
                 for group in cutlass.range_constexpr(groups):
                     row_max = cute.arch.fmax(row_max, of_rows[0, group])
                 for group in cutlass.range_constexpr(groups):
-                    exponent = (of_rows[0, group] - _anchor(row_max)) * seen.values.exponent(self.problem)
+                    exponent = (of_rows[0, group] - anchor(row_max)) * seen.values.exponent(self.problem)
                     weights[group] = cute.math.exp2(exponent, fastmath=True)
                     row_sum += of_rows[1, group] * weights[group]
                 merged, handed = (cute.make_rmem_tensor((PIECE, n), Float32) for n in (-(-pieces // sharing), 1))
@@ -618,20 +619,37 @@ class Forward:
                         for group in cutlass.range_constexpr(groups):
                             cute.autovec_copy(self._handed(block, exchanged, group, r * pieces + n), handed[None, 0])
                             merged[None, k].store(merged[None, k].load() + handed[None, 0].load() * weights[group])
-                if places.parts == 1:
-                    of_row = self._end_row(serving, seen, row, self._writes(block, first == 0), row_max, row_sum)
-                    for k in cutlass.range_constexpr(-(-pieces // sharing)):
-                        n = self._mine(block, k)
-                        if _below(n, pieces, sharing):
-                            self._store(block, serving, seen, of_row, begin + n, merged[None, k])
-                else:
-                    o, of = serving.workspace.of_row(places.of(places.number), row)
-                    if self._writes(block, first == 0):
-                        _store_pair(of, 0, row_max, row_sum)
-                    for k in cutlass.range_constexpr(-(-pieces // sharing)):
-                        n = self._mine(block, k)
-                        if _below(n, pieces, sharing) and (begin + n) * PIECE_COLUMNS < self.problem.head_dim_v:
-                            cute.autovec_copy(merged[None, k], self._written(block, o, begin + n))
+                self._pass_on(block, exchanged, serving, seen, places, (r, row, first), (row_max, row_sum, merged))
+
+    @cute.jit
+    def _pass_on(
+        self,
+        block: CacheBlock,
+        exchanged: Exchanged,
+        serving: Serving,
+        seen: SeenTiles,
+        places: PartPlaces,
+        where: tuple,
+        found: tuple,
+    ):
+        """What all groups found of a row, ``(maximum, sum, this thread's pieces)``, to the outputs or to the workspace.
+        ``where`` is (which of the thread's rows it is, which of the tile's, its first column)."""
+        (_, row, first), (row_max, row_sum, merged), sharing = where, found, self.shares[1]
+        pieces, begin = self.lay.exchanged_columns(self.config) // PIECE_COLUMNS, first // PIECE_COLUMNS
+        if places.parts == 1:
+            of_row = self._end_row(serving, seen, row, self._writes(block, first == 0), row_max, row_sum)
+            for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                n = self._mine(block, k)
+                if _below(n, pieces, sharing):
+                    self._store(block, serving, seen, of_row, begin + n, merged[None, k])
+        else:
+            o, of = serving.workspace.of_row(places.of(places.number), row)
+            if self._writes(block, first == 0):
+                store_pair(of, 0, row_max, row_sum)
+            for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                n = self._mine(block, k)
+                if _below(n, pieces, sharing) and (begin + n) * PIECE_COLUMNS < self.problem.head_dim_v:
+                    cute.autovec_copy(merged[None, k], self._written(block, o, begin + n))
 
     def _mine(self, block: CacheBlock, k: int):
         """The k-th piece of a row that this thread merges."""
@@ -643,7 +661,7 @@ class Forward:
 
     def _written(self, block: CacheBlock, row, n) -> cute.Tensor:
         """Where this thread's n-th piece of a row of O is in the workspace: in the order in which threads hold columns."""
-        return _floats(row, n * THREADS_PER_ROW + block.thread % THREADS_PER_ROW, PIECE)
+        return floats(row, n * THREADS_PER_ROW + block.thread % THREADS_PER_ROW, PIECE)
 
     @cute.jit
     def _merge_parts(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
@@ -675,7 +693,7 @@ class Forward:
             for i in cutlass.range_constexpr(at_once):
                 place = places.of(cutlass.min(part + i, parts - 1))  # past the last one that one again, without weight
                 o, of_row = serving.workspace.of_row(place, row)
-                cute.autovec_copy(_floats(of_row, 0, 2), found[None, i])
+                cute.autovec_copy(floats(of_row, 0, 2), found[None, i])
                 for k in cutlass.range_constexpr(pieces):
                     n = cutlass.min(self._mine(block, k), all_pieces - 1)
                     cute.autovec_copy(self._written(block, o, n), held[None, k, i])
@@ -684,13 +702,13 @@ class Forward:
                 if part + i >= parts:
                     found[0, i] = -Float32.inf
                 row_max = cute.arch.fmax(row_max, found[0, i])
-            anchor = _anchor(row_max)
-            old = cute.math.exp2((old_max - anchor) * exponent, fastmath=True)
+            new_anchor = anchor(row_max)
+            old = cute.math.exp2((old_max - new_anchor) * exponent, fastmath=True)
             row_sum *= old
             for k in cutlass.range_constexpr(pieces):
                 merged[None, k, 0].store(merged[None, k, 0].load() * old)
             for i in cutlass.range_constexpr(at_once):
-                weight = cute.math.exp2((found[0, i] - anchor) * exponent, fastmath=True)
+                weight = cute.math.exp2((found[0, i] - new_anchor) * exponent, fastmath=True)
                 row_sum += found[1, i] * weight
                 for k in cutlass.range_constexpr(pieces):
                     merged[None, k, 0].store(merged[None, k, 0].load() + held[None, k, i].load() * weight)
@@ -732,7 +750,7 @@ class Forward:
         return rows_columns(block.mma_O.get_slice(block.thread).partition_C(identity))
 
 
-def _floats(place, n, count: int) -> cute.Tensor:
+def floats(place, n, count: int) -> cute.Tensor:
     """The n-th ``count`` floats from a place on."""
     return cute.make_tensor((place + cute.assume(n * count, count)).align(4 * count), cute.make_layout(count))
 
@@ -755,13 +773,13 @@ def _either(condition, x, y):
 
 
 @cute.jit
-def _anchor(row_max: Float32):
+def anchor(row_max: Float32):
     """What weights are counted from: −inf − −inf would make a NaN."""
     return Float32(0.0) if row_max == -Float32.inf else row_max
 
 
-def _store_pair(place, n, first: Float32, second: Float32):
+def store_pair(place, n, first: Float32, second: Float32):
     """To the n-th two floats from a place in shared memory on."""
     pair = cute.make_rmem_tensor(2, Float32)
     pair[0], pair[1] = first, second
-    cute.autovec_copy(pair, _floats(place, n, 2))
+    cute.autovec_copy(pair, floats(place, n, 2))
