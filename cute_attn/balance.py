@@ -4,9 +4,8 @@
 once for every query head of the key head, so that all of them share one read of the keys. Tiles begin at the first key that any
 query of the sequence sees. A walk without keys has one tile with none.
 
-**Balance.** All walks one after another are a line of tiles: key head by key head, sequence by sequence, row tile by row tile.
-So blocks that are as far in different key heads read what lies side by side in memory at about the same time. The line is cut
-into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
+**Balance.** All walks one after another are a line of tiles: sequence by sequence, key head by key head, row tile by row tile.
+It is cut into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
 nothing is planned and nothing allocated for it. A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in
 float32, in a workspace; the block that is last to finish one merges all of them, in the order of their keys, whoever it is.
 Which one is last a counter says, which that block sets back to 0: a call leaves them all as it found them.
@@ -163,11 +162,11 @@ class CachedKeys:
 
     @cute.jit
     def _tiles(self, i):
-        """Of a key head's walks of sequence ``i``; 0 if there is none."""
+        """Of all walks of sequence ``i``; 0 if there is none."""
         tiles = Int32(0)
         if i < self.all_sequences:
             sequence = self.sequence(i)
-            tiles = sequence.tiles * sequence.row_tiles
+            tiles = sequence.tiles * self.walks(sequence)
         return tiles
 
     @cute.jit
@@ -184,7 +183,7 @@ class CachedKeys:
 
     @cute.jit
     def all_tiles(self):
-        """A whole warp: ``(how many tiles a key head has, tiles_of_lanes(0))``, for :meth:`find`."""
+        """A whole warp: ``(how many tiles there are, tiles_of_lanes(0))``, for :meth:`find`."""
         lanes = self.tiles_of_lanes(Int32(0))
         total = cute.arch.shuffle_sync(lanes[1], WARP - 1)
         for first in cutlass.range(COUNTED * WARP, self.all_sequences, COUNTED * WARP, unroll=1):
@@ -193,8 +192,8 @@ class CachedKeys:
 
     @cute.jit
     def find(self, tile, lanes):
-        """A whole warp: ``(sequence, tiles before it)`` of a tile of a key head; the sequence is past the last if there is no
-        such tile. ``lanes`` is what :meth:`tiles_of_lanes` has of the first ones."""
+        """A whole warp: ``(sequence, tiles before it)`` of a tile of all; the sequence is past the last if there is no such
+        tile. ``lanes`` is what :meth:`tiles_of_lanes` has of the first ones."""
         first, before, found = Int32(0), Int32(0), Boolean(False)
         number = self.all_sequences
         mine, passed = lanes
@@ -290,10 +289,11 @@ class PartPlaces:
 
 
 @cute.jit
-def part_of_stretch(keys: CachedKeys, sequence: Sequence, head_kv, before, at, end):
-    """``(part, tiles that a block has passed then)``: what comes first of a block's tiles ``at`` up to ``end``, of a key head
-    and of a sequence before which there are ``before`` tiles. A part may have no tiles."""
-    row_tile, begin = divided(at - before, sequence.tiles)
+def part_of_stretch(keys: CachedKeys, sequence: Sequence, before, at, end):
+    """``(part, tiles that a block has passed then)``: what comes first of a block's tiles ``at`` up to ``end``, of a sequence
+    before which there are ``before`` tiles. A part may have no tiles."""
+    walk, begin = divided(at - before, sequence.tiles)
+    head_kv, row_tile = divided(walk, sequence.row_tiles)
     count: Any = cutlass.min(sequence.tiles - begin, end - at)
     skipped: Any = Int32(0)
     if cutlass.const_expr(keys.problem.invariant):
@@ -305,22 +305,20 @@ def part_of_stretch(keys: CachedKeys, sequence: Sequence, head_kv, before, at, e
 
 
 @cute.jit
-def next_part(keys: CachedKeys, i, head_kv, before, at, end):
-    """``(sequence, key head, tiles before them, tile)`` of the first part of a block's tiles ``at`` up to ``end``; the tile is
-    ``end`` or more if there is none."""
+def next_part(keys: CachedKeys, i, before, at, end):
+    """``(sequence, tiles before it, tile)`` of the first part of a block's tiles ``at`` up to ``end``; the tile is ``end`` or
+    more if there is none."""
     found = Boolean(False)
     while (found == False) & (at < end):  # noqa: E712
         sequence = keys.sequence(i)
-        tiles = sequence.tiles * sequence.row_tiles
+        tiles = sequence.tiles * keys.walks(sequence)
         if at >= before + tiles:
             i, before = i + 1, before + tiles
-            if i >= keys.all_sequences:
-                i, head_kv = Int32(0), head_kv + 1
         else:
-            part, passed = part_of_stretch(keys, sequence, head_kv, before, at, end)
+            part, passed = part_of_stretch(keys, sequence, before, at, end)
             found = part.begin < part.end
             at = part.at if found else at + passed
-    return i, head_kv, before, at
+    return i, before, at
 
 
 @cute.jit
@@ -339,15 +337,12 @@ def start_after(keys: CachedKeys, sequence: Sequence, part: WalkPart) -> PartSta
     if begin >= sequence.tiles:
         row_tile, begin = row_tile + 1, Int32(0)
     if row_tile >= sequence.row_tiles:
-        i, row_tile = i + 1, Int32(0)
-        if i >= keys.all_sequences:
-            i, head_kv = Int32(0), head_kv + 1
+        head_kv, row_tile = head_kv + 1, Int32(0)
+    if head_kv >= keys.heads_kv:
+        i, head_kv = cutlass.min(i + 1, keys.all_sequences - 1), Int32(0)
         if cutlass.const_expr(keys.cu_seqlens_q is not None):  # some may have no rows
-            passed = Int32(0)
-            while (keys.sequence(i).row_tiles == 0) & (passed < keys.all_sequences):
-                i, passed = i + 1, passed + 1
-                if i >= keys.all_sequences:
-                    i, head_kv = Int32(0), head_kv + 1
+            while (keys.sequence(i).row_tiles == 0) & (i < keys.all_sequences - 1):
+                i += 1
     return PartStart(i, head_kv, row_tile, begin, part.at + part.end - part.begin)
 
 

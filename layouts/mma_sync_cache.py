@@ -85,8 +85,7 @@ def columns_written(head_dim_v: int) -> int:
 
 def smem_parts(config: Config) -> dict[str, int]:
     """Bytes of shared memory by part. What the groups found of O lies over a stage of K and V that is free then, or where that
-    is too small in a place of its own, ``merged``; ``rows`` are maxima and sums that go with it, and those of all
-    groups where other blocks read them."""
+    is too small in a place of its own, ``merged``; ``rows`` are maxima and sums that go with it."""
     of_columns = config.key_warps * config.tile_m * FLOAT
     of_o = of_columns * exchanged_columns(config)
     return {
@@ -94,7 +93,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "K": config.stages * config.tile_n * config.tile_d * BYTES,
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
         "merged": of_o if of_o > _stage_bytes(config) else 0,
-        "rows": of_columns * OF_ROW + (config.walk_blocks - 1) * config.tile_m * FLOAT * OF_ROW,
+        "rows": of_columns * OF_ROW,
         "word": 16,
     }
 

@@ -187,21 +187,18 @@ class Forward:
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
         tiles, lanes = keys.all_tiles()
-        stretches = Stretches.of(tiles * keys.heads_kv, cute.arch.grid_dim()[0])
-        number = cute.arch.block_idx()[0]
+        stretches, number = Stretches.of(tiles, cute.arch.grid_dim()[0]), cute.arch.block_idx()[0]
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         at, end = stretches.begin(number), stretches.begin(number + 1)
-        head_kv, of_head = divided(at, cutlass.max(tiles, 1))
-        i, before = keys.find(of_head, lanes)
-        before += at - of_head
+        i, before = keys.find(at, lanes)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
-            i, head_kv, before, at = next_part(keys, i, head_kv, before, at, end)
-        row_tile, begin = Int32(0), Int32(0)
+            i, before, at = next_part(keys, i, before, at, end)
+        head_kv, row_tile, begin = Int32(0), Int32(0), Int32(0)
         stage, parity, written = Int32(0), Int32(0), Int32(0)
         if at < end:
             sequence = keys.sequence(i)
-            part, _ = part_of_stretch(keys, sequence, head_kv, before, at, end)
-            row_tile, begin = part.row_tile, part.begin
+            part, _ = part_of_stretch(keys, sequence, before, at, end)
+            head_kv, row_tile, begin = part.head_kv, part.row_tile, part.begin
             self._begin(block, serving, self._seen(serving, sequence, part))
         while at < end:
             start = PartStart(i, head_kv, row_tile, begin, at)
@@ -515,14 +512,19 @@ class Forward:
         """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace.
         ``rows`` are those of O."""
         columns, exist = self.lay.exchanged_columns(self.config), self._exist(serving, seen)
-        for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
-            softmax.row_sum[r] = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
+        self._sum_rows(softmax)
         for first in cutlass.range_constexpr(0, self.problem.head_dim_v, columns):
             if cutlass.const_expr(first > 0):
                 cute.arch.sync_threads()
             self._hand_over(block, exchanged, rows, softmax, exist, first)
             cute.arch.sync_threads()
             self._merge_groups(block, exchanged, serving, seen, places, exist, first)
+
+    @cute.jit
+    def _sum_rows(self, softmax: Softmax):
+        """Rows' sums over all threads that have some of them."""
+        for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
+            softmax.row_sum[r] = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
 
     def _exist(self, serving: Serving, seen: SeenTiles):
         """How many rows of the tile there are."""
@@ -564,7 +566,7 @@ class Forward:
                 if cutlass.const_expr(first == 0):
                     if column == 0:
                         place = block.group * self.config.tile_m + row
-                        store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
+                        _store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
                 for n in cutlass.range_constexpr(pieces):
                     piece, begin = cute.make_rmem_tensor(PIECE, Float32), first // THREADS_PER_ROW + n * PIECE
                     for c in cutlass.range_constexpr(PIECE):
@@ -596,7 +598,7 @@ class Forward:
         """What the groups have handed over, to the outputs or to the workspace: a thread merges its share of what those of its
         number hold in all groups."""
         config, (rows, sharing), groups = self.config, self.shares, self.config.key_warps
-        pieces = self.lay.exchanged_columns(config) // PIECE_COLUMNS
+        pieces, begin = self.lay.exchanged_columns(config) // PIECE_COLUMNS, first // PIECE_COLUMNS
         for j in cutlass.range_constexpr(rows):
             r = block.group // sharing * rows + j
             row = self._coordinates(block)[r, 0][0]
@@ -619,37 +621,20 @@ class Forward:
                         for group in cutlass.range_constexpr(groups):
                             cute.autovec_copy(self._handed(block, exchanged, group, r * pieces + n), handed[None, 0])
                             merged[None, k].store(merged[None, k].load() + handed[None, 0].load() * weights[group])
-                self._pass_on(block, exchanged, serving, seen, places, (r, row, first), (row_max, row_sum, merged))
-
-    @cute.jit
-    def _pass_on(
-        self,
-        block: CacheBlock,
-        exchanged: Exchanged,
-        serving: Serving,
-        seen: SeenTiles,
-        places: PartPlaces,
-        where: tuple,
-        found: tuple,
-    ):
-        """What all groups found of a row, ``(maximum, sum, this thread's pieces)``, to the outputs or to the workspace.
-        ``where`` is (which of the thread's rows it is, which of the tile's, its first column)."""
-        (_, row, first), (row_max, row_sum, merged), sharing = where, found, self.shares[1]
-        pieces, begin = self.lay.exchanged_columns(self.config) // PIECE_COLUMNS, first // PIECE_COLUMNS
-        if places.parts == 1:
-            of_row = self._end_row(serving, seen, row, self._writes(block, first == 0), row_max, row_sum)
-            for k in cutlass.range_constexpr(-(-pieces // sharing)):
-                n = self._mine(block, k)
-                if _below(n, pieces, sharing):
-                    self._store(block, serving, seen, of_row, begin + n, merged[None, k])
-        else:
-            o, of = serving.workspace.of_row(places.of(places.number), row)
-            if self._writes(block, first == 0):
-                store_pair(of, 0, row_max, row_sum)
-            for k in cutlass.range_constexpr(-(-pieces // sharing)):
-                n = self._mine(block, k)
-                if _below(n, pieces, sharing) and (begin + n) * PIECE_COLUMNS < self.problem.head_dim_v:
-                    cute.autovec_copy(merged[None, k], self._written(block, o, begin + n))
+                if places.parts == 1:
+                    of_row = self._end_row(serving, seen, row, self._writes(block, first == 0), row_max, row_sum)
+                    for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                        n = self._mine(block, k)
+                        if _below(n, pieces, sharing):
+                            self._store(block, serving, seen, of_row, begin + n, merged[None, k])
+                else:
+                    o, of = serving.workspace.of_row(places.of(places.number), row)
+                    if self._writes(block, first == 0):
+                        _store_pair(of, 0, row_max, row_sum)
+                    for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                        n = self._mine(block, k)
+                        if _below(n, pieces, sharing) and (begin + n) * PIECE_COLUMNS < self.problem.head_dim_v:
+                            cute.autovec_copy(merged[None, k], self._written(block, o, begin + n))
 
     def _mine(self, block: CacheBlock, k: int):
         """The k-th piece of a row that this thread merges."""
@@ -702,13 +687,13 @@ class Forward:
                 if part + i >= parts:
                     found[0, i] = -Float32.inf
                 row_max = cute.arch.fmax(row_max, found[0, i])
-            new_anchor = anchor(row_max)
-            old = cute.math.exp2((old_max - new_anchor) * exponent, fastmath=True)
+            from_here = anchor(row_max)
+            old = cute.math.exp2((old_max - from_here) * exponent, fastmath=True)
             row_sum *= old
             for k in cutlass.range_constexpr(pieces):
                 merged[None, k, 0].store(merged[None, k, 0].load() * old)
             for i in cutlass.range_constexpr(at_once):
-                weight = cute.math.exp2((found[0, i] - new_anchor) * exponent, fastmath=True)
+                weight = cute.math.exp2((found[0, i] - from_here) * exponent, fastmath=True)
                 row_sum += found[1, i] * weight
                 for k in cutlass.range_constexpr(pieces):
                     merged[None, k, 0].store(merged[None, k, 0].load() + held[None, k, i].load() * weight)
@@ -778,7 +763,7 @@ def anchor(row_max: Float32):
     return Float32(0.0) if row_max == -Float32.inf else row_max
 
 
-def store_pair(place, n, first: Float32, second: Float32):
+def _store_pair(place, n, first: Float32, second: Float32):
     """To the n-th two floats from a place in shared memory on."""
     pair = cute.make_rmem_tensor(2, Float32)
     pair[0], pair[1] = first, second

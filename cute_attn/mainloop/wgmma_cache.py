@@ -15,22 +15,12 @@ from cutlass.cute.nvgpu import warpgroup
 
 from cute_attn.balance import PartPlaces
 from cute_attn.layouts.fragments import transposed
+from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
 from cute_attn.mainloop import cp_async_cache
 from cute_attn.mainloop.cluster import meet, stay
-from cute_attn.mainloop.cp_async_cache import (
-    PIECE,
-    PIECE_COLUMNS,
-    CacheBlock,
-    Exchanged,
-    Outputs,
-    SeenTiles,
-    Serving,
-    Workspace,
-    anchor,
-    floats,
-    store_pair,
-)
+from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, Outputs, SeenTiles, Serving, Workspace, anchor, floats
 from cute_attn.mainloop.warpgroups import rounded_operand
+from cute_attn.softmax import Softmax
 
 __all__ = ["Forward", "Outputs", "Workspace"]
 
@@ -89,38 +79,27 @@ class Forward(cp_async_cache.Forward):
         return (part.at - part.begin == begin) & (seen.sequence.tiles == end - begin) & (places.parts == blocks)
 
     @cute.jit
-    def _merge(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, rows, softmax, exchanged):
-        super()._merge(block, serving, seen, places, rows, softmax, exchanged)
-        if cutlass.const_expr(self.config.walk_blocks > 1):
-            if self._is_shared(serving, seen, places):
-                meet()
-                self._merge_blocks(block, serving, seen, exchanged)
-                stay()  # nobody ends whose memory is being read
-
-    @cute.jit
-    def _pass_on(
+    def _merge(
         self,
         block: CacheBlock,
-        exchanged: Exchanged,
         serving: Serving,
         seen: SeenTiles,
         places: PartPlaces,
-        where: tuple,
-        found: tuple,
+        rows: cute.Tensor,
+        softmax: Softmax,
+        exchanged: Exchanged,
     ):
-        """As there, or, if the other block of the cluster has more, back to where it was handed over."""
-        plain = super()._pass_on
+        merge = super()._merge
         if cutlass.const_expr(self.config.walk_blocks == 1):
-            plain(block, exchanged, serving, seen, places, where, found)
+            merge(block, serving, seen, places, rows, softmax, exchanged)
         elif self._is_shared(serving, seen, places):
-            (r, row, _), (row_max, row_sum, merged) = where, found
-            if self._writes(block, True):
-                store_pair(exchanged.of_rows, self.config.key_warps * self.config.tile_m + row, row_max, row_sum)
-            pieces = self.config.tile_dv // PIECE_COLUMNS
-            for n in cutlass.range_constexpr(pieces):
-                cute.autovec_copy(merged[None, n], self._handed(block, exchanged, block.group, r * pieces + n))
+            self._sum_rows(softmax)
+            self._hand_over(block, exchanged, rows, softmax, self._exist(serving, seen), 0)
+            meet()
+            self._merge_blocks(block, serving, seen, exchanged)
+            stay()  # nobody ends whose memory is being read
         else:
-            plain(block, exchanged, serving, seen, places, where, found)
+            merge(block, serving, seen, places, rows, softmax, exchanged)
 
     @cute.jit
     def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
@@ -131,31 +110,33 @@ class Forward(cp_async_cache.Forward):
 
     @cute.jit
     def _merge_blocks(self, block: CacheBlock, serving: Serving, seen: SeenTiles, exchanged: Exchanged):
-        """What all groups of both blocks found, to the outputs: each block half of the columns, a thread those of the row that
-        it has merged before."""
-        blocks, row = self.config.walk_blocks, self._coordinates(block)[block.group, 0][0]
-        pieces = self.config.tile_dv // PIECE_COLUMNS
-        each = pieces // blocks
-        begin = cute.arch.block_in_cluster_idx()[0] * each
+        """What all groups of both blocks have handed over, to the outputs. Of the two rows that threads of one number have, a
+        block merges one, and of its columns each group some: what is here first, then what is there."""
+        config, rank = self.config, cute.arch.block_in_cluster_idx()[0]
+        pieces, each = config.tile_dv // PIECE_COLUMNS, config.tile_dv // PIECE_COLUMNS // config.key_warps
+        begin, row = block.group * each, self._coordinates(block)[rank, 0][0]
+        there = Exchanged(*(cute.arch.map_dsmem_ptr(place, 1 - rank) for place in (exchanged.o, exchanged.of_rows)))
+        sources = [(source, group) for source in (exchanged, there) for group in range(config.key_warps)]
         if row < self._exist(serving, seen):
-            held, found = cute.make_rmem_tensor((PIECE, each, blocks), Float32), cute.make_rmem_tensor((2, blocks), Float32)
-            for i in cutlass.range_constexpr(blocks):
-                there = Exchanged(*(cute.arch.map_dsmem_ptr(place, i) for place in (exchanged.o, exchanged.of_rows)))
-                cute.autovec_copy(floats(there.of_rows, self.config.key_warps * self.config.tile_m + row, 2), found[None, i])
+            held = cute.make_rmem_tensor((PIECE, each, len(sources)), Float32)
+            found = cute.make_rmem_tensor((2, len(sources)), Float32)
+            for i in cutlass.range_constexpr(len(sources)):
+                source, group = sources[i]
+                cute.autovec_copy(floats(source.of_rows, group * config.tile_m + row, 2), found[None, i])
                 for k in cutlass.range_constexpr(each):
-                    piece = self._handed(block, there, block.group, block.group * pieces + begin + k)
+                    piece = self._handed(block, source, group, rank * pieces + begin + k)
                     cute.autovec_copy(piece, held[None, k, i])
             row_max = -Float32.inf
-            for i in cutlass.range_constexpr(blocks):
+            for i in cutlass.range_constexpr(len(sources)):
                 row_max = cute.arch.fmax(row_max, found[0, i])
             row_sum, merged = Float32(0.0), cute.make_rmem_tensor((PIECE, each), Float32)
             merged.fill(0.0)
-            for i in cutlass.range_constexpr(blocks):
+            for i in cutlass.range_constexpr(len(sources)):
                 weight = cute.math.exp2((found[0, i] - anchor(row_max)) * seen.values.exponent(self.problem), fastmath=True)
                 row_sum += found[1, i] * weight
                 for k in cutlass.range_constexpr(each):
                     merged[None, k].store(merged[None, k].load() + held[None, k, i].load() * weight)
-            of_row = self._end_row(serving, seen, row, self._writes(block, begin == 0), row_max, row_sum)
+            of_row = self._end_row(serving, seen, row, (block.group == 0) & self._writes(block, True), row_max, row_sum)
             for k in cutlass.range_constexpr(each):
                 self._store(block, serving, seen, of_row, begin + k, merged[None, k])
 

@@ -64,24 +64,23 @@ def cached(lengths, seqlen_q=1, heads_kv=2, packed=4, invariant=False, bounds=No
 def computed(keys, blocks):
     """Of each walk (sequence, key head, row tile) the parts that blocks compute, as (part, places); tiles of each block."""
     sequences = [keys.sequence(i) for i in range(int(keys.all_sequences))]
-    begins = np.cumsum([0, *([s.tiles * s.row_tiles for s in sequences] * keys.heads_kv)])
+    begins = np.cumsum([0, *(s.tiles * keys.walks(s) for s in sequences)])
     stretches = Stretches.of(int(begins[-1]), blocks)
     walks, taken = defaultdict(list), []
     for block in range(blocks):
         at, end, count, start = stretches.begin(block), stretches.begin(block + 1), 0, None
         while at < end:
-            number = int(np.searchsorted(begins, at, side="right")) - 1
-            head_kv, i = divmod(number, len(sequences))
-            part, passed = part_of(keys, sequences[i], head_kv, int(begins[number]), at, end)
+            i = int(np.searchsorted(begins, at, side="right")) - 1
+            part, passed = part_of(keys, sequences[i], int(begins[i]), at, end)
             assert passed > 0
             at += passed
             if part.begin < part.end:
                 if start is not None:
-                    assert (start.sequence, start.head_kv) == (i, head_kv)
+                    assert start.sequence == i
                     assert part_from(keys, sequences[i], start, end) == part
                 start = start_after(keys, sequences[i], part)
                 places = places_of(keys, sequences[i], part, stretches)
-                walks[i, head_kv, int(part.row_tile)].append((part, places))
+                walks[i, int(part.head_kv), int(part.row_tile)].append((part, places))
                 count += part.end - part.begin
         taken.append(count)
     for i, sequence in enumerate(sequences):
