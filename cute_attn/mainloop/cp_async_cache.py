@@ -317,7 +317,7 @@ class Forward:
 
     @cute.jit
     def _places_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n) -> tuple:
-        """Where rows of that tile are, of pages, whose numbers are read a tile before they are needed."""
+        """Where rows of that tile are, of pages, whose numbers are read two tiles before they are needed."""
         places: tuple = ()
         if cutlass.const_expr(serving.keys.page_table is not None):
             places = Int32(0), Int32(0)
@@ -416,7 +416,7 @@ class Forward:
         primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
         for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
             self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
-        next_places = self._places_ahead(block, serving, seen, then, ahead)
+        next_places, places_behind = (self._places_ahead(block, serving, seen, then, n) for n in (ahead, ahead + 1))
         for n in cutlass.range(seen.count, unroll=1):
             cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
@@ -438,7 +438,8 @@ class Forward:
             if n + 1 < seen.count:
                 self._sync_group(block)
                 self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity, next_places)
-                next_places = self._places_ahead(block, serving, seen, then, n + 1 + ahead)
+                next_places = places_behind
+                places_behind = self._places_ahead(block, serving, seen, then, n + 2 + ahead)
             stage = (stage + 1) % ahead
 
         cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to
