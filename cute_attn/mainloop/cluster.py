@@ -1,7 +1,7 @@
-"""Sums over the blocks of a cluster, through one another's shared memory (Hopper's thread block clusters, CUDA C++ programming
-guide, "Distributed shared memory").
+"""What blocks of a cluster do together, through one another's shared memory (Hopper's thread block clusters, CUDA C++
+programming guide, "Distributed shared memory"): they meet, and add up what each has a part of.
 
-Every thread holds a part of the sum that the same thread of the other blocks holds in the same registers. All blocks but the
+Of a sum every thread holds a part, and the same thread of the other blocks others in the same registers. All blocks but the
 first lay theirs down in shared memory, and the first adds them in the order of the blocks: the same bits each time.
 """
 

@@ -3,6 +3,9 @@ them.
 
 The kernel is that of ``cp_async_cache.py`` with warpgroups for groups, and with other products: the tensor cores read K and V
 from shared memory themselves. What threads copy there they announce before they meet.
+
+Two blocks may be a cluster. A walk that is all that both have, each a part of it, they merge over shared memory, all groups of
+both at once; other walks that are cut go by way of the workspace.
 """
 
 from __future__ import annotations
