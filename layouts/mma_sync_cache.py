@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 from . import base, mma_sync
-from .base import BYTES, KIB, WARP, Config, Gpu, Layout, element
+from .base import BYTES, KIB, Config, Gpu, Layout, element
 
 TILE_DIMS, tile_dim = mma_sync.TILE_DIMS, mma_sync.tile_dim
 VECTOR, SMEM_ALIGN = mma_sync.VECTOR, mma_sync.SMEM_ALIGN
@@ -123,13 +123,7 @@ def misfit(config: Config) -> str:
     uneven = not groups or warps % groups > 0
     if uneven:
         return f"{groups} groups of {warps} warps: try key_warps=1, 2 or 4"
-    return too_many_keys(config) or mma_sync.misfit(group(config))
-
-
-def too_many_keys(config: Config) -> str:
-    """Whether a warp copies more keys of a tile than it has lanes, each of which asks for the place of one."""
-    most = WARP * config.mma_warps
-    return f"{config.tile_n} keys a tile, of which {config.mma_warps} warps copy {most}" if config.tile_n > most else ""
+    return mma_sync.misfit(group(config))
 
 
 def tile(operand: str, config: Config) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from itertools import product
 
 from . import mma_sync, mma_sync_cache, wgmma
 from .base import Config, Gpu, Layout, cute_layout, element
-from .mma_sync_cache import barriers, exchanged_columns, group, row_warps, smem_bytes, smem_parts, too_many_keys
+from .mma_sync_cache import barriers, exchanged_columns, group, row_warps, smem_bytes, smem_parts
 from .tma import ROWS_PER_WARPGROUP
 
 TILE_DIMS, tile_dim = wgmma.TILE_DIMS, wgmma.tile_dim
@@ -58,7 +58,7 @@ def accumulator_registers(config: Config) -> int:
 
 def misfit(config: Config) -> str:
     """What the kernel can't do."""
-    return too_many_keys(config) or wgmma.misfit(group(config)) or mma_sync.misfit(group(config))
+    return wgmma.misfit(group(config)) or mma_sync.misfit(group(config))
 
 
 def tile(operand: str, config: Config) -> tuple[int, int]:

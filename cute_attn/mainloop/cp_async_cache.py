@@ -259,18 +259,12 @@ class Forward:
 
     @cute.jit
     def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, places: tuple = ()):
-        """A group: start copying its keys of a part's tile n to a stage of its ring. ``places`` are what :meth:`_places` has
-        of it, if that is known already."""
+        """A group: start copying its keys of a part's tile n to a stage of its ring. ``places`` are those of its rows of K, if
+        they are known already."""
         slot, first = (block.group, stage), source.first + n * self.config.tile_n + block.group * self.keys_of_group
-        k, v, of_lanes = block.k, block.v, keys.page_table is not None
-        if cutlass.const_expr(of_lanes):
-            places = keys.inside(places if len(places) > 0 else self._places(block, keys, source, n))
+        k, v = block.k, block.v
         for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
-            place: Any = ()
-            if cutlass.const_expr(of_lanes):
-                place = tuple(cute.arch.shuffle_sync(x, self._lane_of_row(i)) for x in places)
-            else:
-                place = keys.place(source.number, cutlass.min(first + k.tXcX[0, i, 0][0], source.last))
+            place = keys.inside(places[i] if len(places) > 0 else self._named_place(block, keys, source, n, i))
             k.start_row(i, place, source.head_kv, slot)
             if cutlass.const_expr(self.same_rows):
                 v.start_row(i, place, source.head_kv, slot)
@@ -279,25 +273,10 @@ class Forward:
                 key = cutlass.min(first + v.tXcX[0, i, 0][0], source.last)
                 v.start_row(i, keys.place(source.number, key), source.head_kv, slot)
 
-    def _places(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n) -> tuple:
-        """Where rows of K of a part's tile n are, as the table says: each lane has one of those that its warp copies, and asks
-        for its place once for all threads that need it."""
-        rows, lanes = self._rows_at_once
-        lane, warp = cute.arch.lane_idx() % (self.keys_of_group * lanes // rows), block.thread // WARP
-        row = lane // lanes * rows + warp * lanes + lane % lanes
+    def _named_place(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, i: int):
+        """Where this thread's i-th row of K of a part's tile n is, as the table says."""
         first = source.first + n * self.config.tile_n + block.group * self.keys_of_group
-        return keys.named_place(source.number, cutlass.min(first + row, source.last))
-
-    def _lane_of_row(self, i: int):
-        """The lane that has the place of this thread's i-th row of K."""
-        lanes = self._rows_at_once[1]
-        return i * lanes + cute.arch.lane_idx() // (WARP // lanes)
-
-    @property
-    def _rows_at_once(self) -> tuple[int, int]:
-        """How many rows of K a group copies at a time, and each of its warps."""
-        rows = self.lay.copies(self.config)["in", "K"].tile[0]
-        return rows, rows * WARP // self.group_threads
+        return keys.named_place(source.number, cutlass.min(first + block.k.tXcX[0, i, 0][0], source.last))
 
     @cute.jit
     def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity, places=()):
@@ -317,13 +296,14 @@ class Forward:
 
     @cute.jit
     def _places_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n) -> tuple:
-        """Where rows of that tile are, of pages, whose numbers are read two tiles before they are needed."""
+        """Where this thread's rows of that tile are, of pages, whose numbers are read a tile before they are needed."""
         places: tuple = ()
         if cutlass.const_expr(serving.keys.page_table is not None):
-            places = Int32(0), Int32(0)
+            rows = cute.size(block.k.tXcX, mode=[1])
+            places = tuple((Int32(0), Int32(0)) for _ in range(rows))
             if n - seen.count < then.count:
                 source, tile = self._ahead(seen, then, n)
-                places = self._places(block, serving.keys, source, tile)
+                places = tuple(self._named_place(block, serving.keys, source, tile, i) for i in range(rows))
         return places
 
     def _source(self, seen: SeenTiles) -> KeySource:
@@ -416,7 +396,7 @@ class Forward:
         primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
         for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
             self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
-        next_places, places_behind = (self._places_ahead(block, serving, seen, then, n) for n in (ahead, ahead + 1))
+        next_places = self._places_ahead(block, serving, seen, then, ahead)
         for n in cutlass.range(seen.count, unroll=1):
             cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
@@ -438,8 +418,7 @@ class Forward:
             if n + 1 < seen.count:
                 self._sync_group(block)
                 self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity, next_places)
-                next_places = places_behind
-                places_behind = self._places_ahead(block, serving, seen, then, n + 2 + ahead)
+                next_places = self._places_ahead(block, serving, seen, then, n + 1 + ahead)
             stage = (stage + 1) % ahead
 
         cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to

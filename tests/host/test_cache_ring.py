@@ -19,11 +19,6 @@ pytest.importorskip("cutlass.cute")
 import cutlass
 from cutlass import cute
 
-from cute_attn.layouts import mma_sync_cache
-from cute_attn.layouts.base import WARP
-from cute_attn.plan import plan
-from cute_attn.problem import Problem
-
 # A copy of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)
 Kernel = module["Forward"]
@@ -165,30 +160,3 @@ def test_every_tile_is_there_when_it_is_computed_with(parts, stages, invariant):
     assert not block.pending
     together = groupby(range(len(counts)), key=walks.__getitem__ if invariant else None)
     assert block.arrived == [[*of_walk] for _, of_walk in together]
-
-
-@pytest.mark.parametrize("target", ["sm_90a", "sm_80"])
-@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (32, 256), (16, 16)], ids=str)
-@pytest.mark.parametrize("rows", mma_sync_cache.ROWS)
-def test_every_thread_finds_the_places_of_its_rows(rows, dims, target):
-    """Of pages, whose numbers lanes ask for: a lane has one row, and a thread copies some from the lanes of its warp."""
-    config = plan(Problem("bfloat16", *dims, rows=rows, stored="page_table"), target)
-    kernel = Kernel(None, config)
-    keys = SimpleNamespace(named_place=lambda number, row: (number, row))
-    first, last, n = 7, 7 + 2 * config.tile_n - 3, 1
-    source = SimpleNamespace(number=5, first=first, last=last)
-    at_once = kernel.lay.copies(config)["in", "K"].tile[0]
-    threads_of_row = kernel.group_threads // at_once
-    for group in range(config.key_warps):
-        begin = first + n * config.tile_n + group * kernel.keys_of_group
-        for warp in range(kernel.group_threads // WARP):
-            held = []
-            for lane in range(WARP):
-                with patch.object(cute.arch, "lane_idx", lambda lane=lane: lane), patch.object(cutlass, "min", min):
-                    block = SimpleNamespace(group=group, thread=warp * WARP + lane)
-                    held.append(kernel._places(block, keys, source, n))
-            for lane in range(WARP):
-                with patch.object(cute.arch, "lane_idx", lambda lane=lane: lane):
-                    lanes = [kernel._lane_of_row(i) for i in range(kernel.keys_of_group // at_once)]
-                row = (warp * WARP + lane) // threads_of_row
-                assert [held[x] for x in lanes] == [(5, min(begin + row + i * at_once, last)) for i in range(len(lanes))]
