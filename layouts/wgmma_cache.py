@@ -46,9 +46,14 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
         )
         if stages >= least and smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
             break
-    if groups == 2 and exchanged_columns(config) == config.tile_dv and not problem.invariant:
+    if can_share_walks(config) and not problem.invariant:
         config = replace(config, walk_blocks=2)
     return (config,)
+
+
+def can_share_walks(config: Config) -> bool:
+    """Whether two blocks may be a cluster: each has two groups, which exchange all columns at once."""
+    return config.key_warps == 2 and exchanged_columns(config) == config.tile_dv
 
 
 def accumulator_registers(config: Config) -> int:
@@ -58,6 +63,8 @@ def accumulator_registers(config: Config) -> int:
 
 def misfit(config: Config) -> str:
     """What the kernel can't do."""
+    if config.walk_blocks not in ((1, 2) if can_share_walks(config) else (1,)):
+        return f"walk_blocks={config.walk_blocks}: try 1; 2 take two groups in a block, which exchange all columns at once"
     return wgmma.misfit(group(config)) or mma_sync.misfit(group(config))
 
 

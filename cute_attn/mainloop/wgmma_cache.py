@@ -74,6 +74,10 @@ class Forward(cp_async_cache.Forward):
 
     # ---- a walk that two blocks share --------------------------------------------------------------------------------
 
+    @property
+    def shares_walks(self) -> bool:
+        return self.config.walk_blocks > 1 and not self.problem.invariant
+
     def _is_shared(self, serving: Serving, seen: SeenTiles, places: PartPlaces):
         """Whether a part's walk is all that the blocks of the cluster have, each of which has one part of it then."""
         blocks, part = self.config.walk_blocks, seen.part
@@ -93,7 +97,7 @@ class Forward(cp_async_cache.Forward):
         exchanged: Exchanged,
     ):
         merge = super()._merge
-        if cutlass.const_expr(self.config.walk_blocks == 1):
+        if cutlass.const_expr(not self.shares_walks):
             merge(block, serving, seen, places, rows, softmax, exchanged)
         elif self._is_shared(serving, seen, places):
             self._sum_rows(softmax)
@@ -106,7 +110,7 @@ class Forward(cp_async_cache.Forward):
 
     @cute.jit
     def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
-        if cutlass.const_expr(self.config.walk_blocks > 1):  # nobody counts parts that the blocks have merged already
+        if cutlass.const_expr(self.shares_walks):  # nobody counts parts that the blocks have merged already
             if self._is_shared(serving, seen, places):
                 places = replace(places, parts=Int32(0))
         super()._arrive(block, serving, seen, places, written)

@@ -55,6 +55,8 @@ def test_blocks_that_share_walks_read_one_anothers_memory(dims):
     config, invariant = plan(problem, "sm_90a"), plan(replace(problem, invariant=True), "sm_90a")
     assert (config.walk_blocks, invariant.walk_blocks) == (2, 1)
     assert plan(problem, "sm_80").walk_blocks == 1
+    for changed in (replace(config, walk_blocks=4), replace(plan(problem, "sm_80"), walk_blocks=2)):
+        assert "try 1" in family(changed).misfit(changed)
     if dims == (128, 128):
         code = cubin.inspect(problem, config)
         assert code.count("UCGABAR_ARV") == 2
