@@ -180,6 +180,7 @@ def explain(problem: Problem, config: Config) -> str:
     parts = family.smem_parts(config)
     known = () if config.cache else configs(problem, config.target, config.mechanism)
     others = [x for x in known[1:] if x.head_blocks == 1] if known[:1] == (config,) else []
+    held = (config.q_in_registers, "Q"), (config.k_in_registers, "K and V")
     where = f"a query sees {SHORT_WALK} tiles of keys at most" if not config.backward else "few rows are padding"
     lines = [
         f"problem     {problem.dtype}, head_dim {problem.head_dim} (V: {problem.head_dim_v}), {_rules(problem)}, "
@@ -202,7 +203,8 @@ def explain(problem: Problem, config: Config) -> str:
         + (", 4 more copy" if config.threads > config.mma_threads else " and copy")
         + (", taking turns on the tensor cores" if config.ping_pong else "")
         + (f"; {config.head_blocks} blocks share a tile of keys" if config.head_blocks > 1 else ""),
-        f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold accumulators",
+        f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold accumulators"
+        + "".join(f" and {columns} columns of {name}" for columns, name in held if columns),
         "shared      "
         + ", ".join(f"{name} {size / KIB:.1f}" for name, size in parts.items() if size >= KIB)
         + f" KiB: {family.smem_bytes(config) / KIB:.1f} with alignment"

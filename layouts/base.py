@@ -26,7 +26,9 @@ A **family module** is the layouts of one family of instructions. It defines, as
 - ``tiled_mma(role, config)``: role ``"S"`` (Q·Kᵀ) or ``"O"`` (P·V);
 - ``smem_layout(operand, config)``: where an operand's elements lie, aligned to ``SMEM_ALIGN`` bytes;
 - ``copy_in(operand, config)``, ``copy_out(operand, config)``: global → shared and shared → global copies;
-- ``store_accumulator(config)``: O from the MMA's registers to shared memory.
+- ``store_accumulator(config)``: O from the MMA's registers to shared memory;
+- of warpgroup MMA, ``columns_in_registers(role, config)``: the first columns of a product's operand A that threads hold. The
+  role of these has an ``r`` in front, and ``load_operand(role, operand, config)`` brings them from shared memory.
 
 A family module of the backward pass defines the same, with names of its own: ``OPERANDS``, ``ROLES`` and ``READS``, from a
 role to the operands A and B that its MMA reads from shared memory (``""`` for one in registers); ``store_accumulator(operand,
@@ -123,6 +125,8 @@ class Config:
     # backward pass on cp_async only
     step_m: int = 0  # queries whose scores a warp holds at once
     # tma_wgmma only
+    q_in_registers: int = 0  # forward: columns of Q that computing threads hold while a query tile lasts
+    k_in_registers: int = 0  # backward, heads wider than 128: columns of K and V, while a key tile does
     mma_registers: int = 0  # registers a thread of a computing warpgroup has after setmaxnreg
     copy_registers: int = 0  # and of the copying one
     ping_pong: bool = False  # warpgroups take turns on the tensor cores

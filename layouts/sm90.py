@@ -27,9 +27,9 @@ CACHE = {"wgmma_cache": wgmma_cache, "cp_async_cache": mma_sync_cache}
 WGMMA_TABLE: dict[int, dict[str, Any]] = {
     64: {"tile_m": 192, "tile_n": 128, "stages": 3, "ping_pong": True, "separate_o": True},
     96: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True},
-    128: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True},
+    128: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True, "q_in_registers": 128},
     192: {"tile_m": 128, "tile_n": 96, "stages": 2, "rescale_early": True},
-    256: {"tile_m": 128, "tile_n": 64, "stages": 2, "rescale_early": True},
+    256: {"tile_m": 128, "tile_n": 64, "stages": 2, "rescale_early": True, "q_in_registers": 128},
 }
 # O may lie over Q only where both are equally wide: else a warpgroup's rows of O would reach into another's rows of Q.
 # Heads of different widths leave the room that a memory of its own takes.
@@ -57,8 +57,8 @@ WGMMA_BACKWARD_ORDERED: dict[int, dict[str, Any]] = {64: {"separate_dk": False, 
 
 # Beyond, where the gradients of keys and of queries have a kernel each.
 WGMMA_WIDE: dict[int, dict[str, Any]] = {
-    192: {"tile_m": 64, "tile_n": 64, "stages": 3, "overlap_tiles": True},
-    256: {"tile_m": 64, "tile_n": 64, "stages": 2},
+    192: {"tile_m": 64, "tile_n": 64, "stages": 3, "overlap_tiles": True, "k_in_registers": 192},
+    256: {"tile_m": 64, "tile_n": 64, "stages": 2, "k_in_registers": 192},
 }
 
 # The wider of the two padded head dims -> tile_m, tile_n, stages, warps, blocks a multiprocessor.
@@ -108,6 +108,8 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)
     wider = max(tile_d, tile_dv)
     choice = WGMMA_TABLE[wider] | (WGMMA_MIXED.get(wider, {}) if tile_d != tile_dv else {})
+    if problem.has_places or problem.softcap:  # functions, dropout and a tanh take the registers
+        choice["q_in_registers"] = 0
     warpgroups = choice["tile_m"] // wgmma.ROWS_PER_WARPGROUP
     mma_registers, copy_registers = REGISTERS[warpgroups]
     return (

@@ -47,6 +47,9 @@ class Family:
     results: tuple[str, ...]  # those of them that go on to global memory
     over_rows: tuple[str, ...]  # products that sum over the rows of what they read from shared memory: it is MN-major
     read_columns: Callable[[str, Config], int] | None = None  # that such a product reads at a time, if not all of an operand's
+    # (product, operand) -> the first columns of an operand A that threads hold through a loop, for that product. One of 64
+    # columns with both operands from shared memory asks for all that can be read of it.
+    first_columns: Callable[[Config], dict[tuple[str, str], int]] = lambda config: {}
 
     def tile(self, operand: str, config: Config) -> tuple[int, int]:
         """(rows, columns) of one slot of an operand: what one TMA copy moves."""
@@ -74,12 +77,20 @@ class Family:
 
     def copies(self, config: Config) -> dict[tuple[str, str], Copy | Box]:
         """Every copy by (step, operand): ``in`` from global memory and ``out`` to it by TMA, ``store`` from an accumulator
-        to shared memory."""
+        to shared memory, ``load`` and the product of columns that threads hold."""
         found: dict[tuple[str, str], Copy | Box] = {("in", name): self._box(name, config) for name in self.loaded}
         for name, role in self.stored.items():
             what = self.mma(role, config)
             found["store", name] = Copy("stmatrix", name, what.tile[:2], what.c)
+        for (role, name), columns in self.first_columns(config).items():
+            if columns:
+                what = self.mma(role, config)
+                found[f"load {role}", name] = Copy("ldmatrix", name, (what.tile[0], what.tile[2]), what.a)
         return found | {("out", name): self._box(name, config, store=True) for name in self.results}
+
+    def columns_in_registers(self, role: str, config: Config) -> int:
+        """The first columns of a product's operand A that threads hold."""
+        return next((columns for (first, _), columns in self.first_columns(config).items() if first == f"r{role}"), 0)
 
     def _box(self, operand: str, config: Config, store: bool = False) -> Box:
         rows, _ = self.tile(operand, config)
@@ -104,6 +115,15 @@ class Family:
     def smem_layout(self, operand: str, config: Config):
         """:meth:`smem` as the DSL's object."""
         return base.cute_layout(self.smem(operand, config))
+
+    def load_operand(self, role: str, operand: str, config: Config):
+        """Shared memory → registers, 16 columns of what threads hold: ``ldmatrix`` of four 8×8 tiles."""
+        from cutlass import cute
+        from cutlass.cute.nvgpu import warp
+
+        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4), element(config))
+        what = self.mma(role, config)
+        return cute.make_tiled_copy(atom, base.cute_layout(what.a), (what.tile[0], what.tile[2]))
 
     def store_accumulator(self, operand: str, config: Config):
         """Registers → shared memory: ``stmatrix`` of four 8×8 tiles, in the order of the accumulator."""

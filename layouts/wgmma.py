@@ -63,8 +63,8 @@ def smem_parts(config: Config) -> dict[str, int]:
 
 
 def accumulator_registers(config: Config) -> int:
-    """Registers a computing thread needs for S, P and O at once; addresses and the softmax's state come on top."""
-    return config.tile_n // 2 + config.tile_n // 4 + config.tile_dv // 2
+    """Registers a computing thread needs for S, P, O and what it holds of Q; addresses and the softmax's state come on top."""
+    return config.tile_n // 2 + config.tile_n // 4 + config.tile_dv // 2 + first_columns(config)["rS", "Q"] // 4
 
 
 def misfit(config: Config) -> str:
@@ -73,13 +73,23 @@ def misfit(config: Config) -> str:
     return base.first_misfit(
         (rows % ROWS_PER_WARPGROUP > 0, f"{rows} queries a tile; a multiple of {ROWS_PER_WARPGROUP} is needed: try tile_m=128"),
         (config.mma_warps != warps, f"{config.mma_warps} warps for {rows} queries; {warps} are needed: try mma_warps={warps}"),
+        (
+            config.q_in_registers % 16 > 0,
+            f"{config.q_in_registers} columns of Q in registers; a multiple of 16 is needed: try q_in_registers=64",
+        ),
         (config.stages < 1, f"{config.stages} stages; 1 at least is needed: try stages=2"),
     )
 
 
 def mma(role: str, config: Config) -> Mma:
-    """The warpgroup MMA of Q·Kᵀ (``"S"``: both from shared memory) or P·V (``"O"``: P from registers)."""
-    return warpgroup_mma(config.tile_n if role == "S" else config.tile_dv, in_registers=role == "O")
+    """The warpgroup MMA of Q·Kᵀ (``"S"``: both from shared memory; ``"rS"``, of the first columns: Q from registers) or P·V
+    (``"O"``: P from registers)."""
+    return warpgroup_mma(config.tile_dv if role == "O" else config.tile_n, in_registers=role != "S")
+
+
+def first_columns(config: Config) -> dict[tuple[str, str], int]:
+    """Columns of Q that threads hold, for the product that reads them there."""
+    return {("rS", "Q"): min(config.q_in_registers, config.tile_d)}
 
 
 def barriers(config: Config) -> dict[str, int]:
@@ -98,9 +108,17 @@ def _shape(operand: str, config: Config) -> tuple[int, int, int]:
 
 
 # From that, the rest of the contract.
-_family = Family(_shape, smem_parts, mma, loaded=("Q", "K", "V"), stored={"O": "O"}, results=("O",), over_rows=("O",))
+_family = Family(
+    *(_shape, smem_parts, mma),
+    loaded=("Q", "K", "V"),
+    stored={"O": "O"},
+    results=("O",),
+    over_rows=("O",),
+    first_columns=first_columns,
+)
 tile, slot_bytes, smem, smem_layout = _family.tile, _family.slot_bytes, _family.smem, _family.smem_layout
 smem_bytes, copies, tiled_mma = _family.smem_bytes, _family.copies, _family.tiled_mma
+columns_in_registers, load_operand = _family.columns_in_registers, _family.load_operand
 
 
 def store_accumulator(config: Config):

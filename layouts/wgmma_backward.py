@@ -68,6 +68,8 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
     else:
         dims = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
         choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide[max(dims)]}
+        if problem.has_places:  # functions and dropout take the registers
+            choice["k_in_registers"] = 0
     base_config = Config(
         target=target,
         mechanism="tma_wgmma",

@@ -33,8 +33,10 @@ __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 128, 192, 256)  # of the two heads, the wider has one of the last two
 OPERANDS = ("K", "V", "Q", "dO", "qQ", "qdO", "qK", "qV")
-ROLES = ("S", "dP", "dV", "dK", "qS", "qdP", "dQ")
+FIRST = ("rS", "rdP")  # with an r in front: of the first columns, where A is in registers
+ROLES = ("S", "dP", "dV", "dK", "qS", "qdP", "dQ", *FIRST)
 READS = {
+    **{"rS": ("K", "Q"), "rdP": ("V", "dO")},
     **{"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q")},
     **{"qS": ("qQ", "qK"), "qdP": ("qdO", "qV"), "dQ": ("", "qK")},
 }
@@ -112,8 +114,11 @@ def smem_parts(config: Config) -> dict[str, int]:
 
 
 def accumulator_registers(config: Config) -> int:
-    """Registers a computing thread needs at once: in the second kernel, for dQ, P, dP and dS in the operands' dtype."""
-    return max(config.tile_d, config.tile_dv) // 2 + config.tile_n + config.tile_n // 4
+    """Registers a computing thread needs at once: in the first kernel for dV or dK, Sᵀ, P in the operands' dtype and columns of
+    K or V; in the second for dQ, P and dP."""
+    wider, columns = max(config.tile_d, config.tile_dv), first_columns(config)
+    keys = wider // 2 + config.tile_m // 2 * 3 // 2 + max(columns["rS", "K"], columns["rdP", "V"]) // 4
+    return max(keys, config.tile_d // 2 + config.tile_n)
 
 
 def misfit(config: Config) -> str:
@@ -122,6 +127,10 @@ def misfit(config: Config) -> str:
     return base.first_misfit(
         (config.mma_warps != 8, f"{config.mma_warps} warps; 8 are needed, a warpgroup for dV and one for dK: try mma_warps=8"),
         (config.tile_n != ROWS_PER_WARPGROUP, f"{config.tile_n} keys a tile; 64 are needed: try tile_n=64"),
+        (
+            config.k_in_registers % 16 > 0,
+            f"{config.k_in_registers} columns of K in registers; a multiple of 16 is needed: try k_in_registers=64",
+        ),
         (config.stages < 2, f"{config.stages} stages; 2 at least are needed: try stages=2"),
     )
 
@@ -135,8 +144,13 @@ def mma(role: str, config: Config) -> Mma:
     n = {
         **{"S": config.tile_m, "dP": config.tile_m, "dV": config.tile_dv, "dK": config.tile_d},
         **{"qS": config.tile_n, "qdP": config.tile_n, "dQ": config.tile_d},
-    }[role]
-    return warpgroup_mma(n, in_registers=role in ("dV", "dK", "dQ"))
+    }[role.removeprefix("r")]
+    return warpgroup_mma(n, in_registers=role in ("dV", "dK", "dQ", *FIRST))
+
+
+def first_columns(config: Config) -> dict[tuple[str, str], int]:
+    """Columns of K and V that threads of the first kernel hold, for the products that read them there."""
+    return {("rS", "K"): min(config.k_in_registers, config.tile_d), ("rdP", "V"): min(config.k_in_registers, config.tile_dv)}
 
 
 def barriers(config: Config) -> dict[str, int]:
@@ -168,7 +182,9 @@ _family = Family(
     stored={},
     results=(),
     over_rows=("dV", "dK", "dQ"),
+    first_columns=first_columns,
 )
 tile, slot_bytes, smem, smem_layout = _family.tile, _family.slot_bytes, _family.smem, _family.smem_layout
 smem_bytes, copies, tiled_mma = _family.smem_bytes, _family.copies, _family.tiled_mma
+columns_in_registers, load_operand = _family.columns_in_registers, _family.load_operand
 store_accumulator = _family.store_accumulator  # of nothing: results leave from registers

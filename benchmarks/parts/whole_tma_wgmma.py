@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import cutlass
 from cutlass import Float32, cute
-from cutlass.cute.nvgpu import warpgroup
 
 from benchmarks.parts.common import fill_noise, fill_registers_noise, keep_alive, noise, ramp, use_bits
 from benchmarks.parts.stages import Stages
@@ -72,25 +70,16 @@ class Staged(Forward):
     def _scores_shape(self, me):
         return me.mma_S.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, self.config.tile_n))
 
-    def gemm(self, mma, acc, tA, tB, accumulate):
-        if self.stages.products == 1:
-            Forward.gemm(self, mma, acc, tA, tB, accumulate)
-        elif self.stages.products:
-            self._gemms(mma, acc, tA, tB, accumulate)
+    def gemm(self, mma, acc, tA, tB, accumulate, **how):
+        if self.stages.products:
+            Forward.gemm(self, mma, acc, tA, tB, accumulate, **how)
         elif accumulate and self.stages.softmax:
             use_bits(tA, acc)  # P, which no product reads
 
-    @cute.jit
-    def _gemms(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool]):
-        """A product several times, as one group: two groups would be waited for differently."""
-        warpgroup.fence()
-        atom = cute.make_mma_atom(mma.op)
-        atom.set(warpgroup.Field.ACCUMULATE, accumulate)
-        for _ in cutlass.range_constexpr(self.stages.products):
-            for k in cutlass.range_constexpr(cute.size(tA, mode=[2])):
-                cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
-                atom.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.commit_group()
+    def issue(self, mma, acc, tA, tB, accumulate, *how):
+        """A product, or several times the same as one group: two groups would be waited for differently."""
+        for again in range(self.stages.products):
+            Forward.issue(self, mma, acc, tA, tB, accumulate or again > 0, *how)
 
     def _softmax(self, me, frag, softmax, acc_S, *how):
         for _ in range(self.stages.softmax):

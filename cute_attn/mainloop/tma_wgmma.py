@@ -88,6 +88,7 @@ class WarpgroupTile:
 class ForwardFragments:
     """What a computing thread holds or points to through the key tiles of one query tile."""
 
+    rQ: cute.Tensor | None  # the first columns of Q
     tSrQ: cute.Tensor  # (MMA, 1, K)
     tSrK: cute.Tensor  # (MMA, 1, K, stage)
     tOrV: cute.Tensor  # (MMA, 1, K, stage)
@@ -372,6 +373,7 @@ class Forward(Kernel):
         softmax = Softmax.start(cute.size(frag.rescale), values.exponent(self.problem), fused=True)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
         pipes.q.consumer_wait(q_state)
+        self.load_first_columns("S", "Q", frag.rQ, shared.q[None, None, me.warpgroup])
         if tile.keys.count > 0:
             kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile, again)
         else:
@@ -416,6 +418,7 @@ class Forward(Kernel):
         acc_O = cute.make_rmem_tensor(O.partition_shape_C((rows, config.tile_dv)), Float32)
         acc_O.fill(0.0)
         return ForwardFragments(
+            rQ=self.first_columns("S"),
             tSrQ=S.make_fragment_A(S.partition_A(shared.q[None, None, me.warpgroup])),
             tSrK=S.make_fragment_B(S.partition_B(shared.k)),
             tOrV=O.make_fragment_B(O.partition_B(transposed(shared.v))),
@@ -548,7 +551,7 @@ class Forward(Kernel):
 
     def _scores(self, frag: ForwardFragments, k_state, started):
         """Issue S = Q·Kᵀ; the caller waits."""
-        return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], started)
+        return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], started, frag.rQ)
 
     def _masking(self, me: ForwardWorker, tile: WarpgroupTile, n, masked):
         """``(origin, whether to mask, kinds of blocks)`` of the key tile at a place."""

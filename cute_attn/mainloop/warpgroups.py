@@ -201,21 +201,42 @@ class Kernel:
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(pipe.producer_get_barrier(state))
 
-    @cute.jit
-    def gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: cutlass.Constexpr[bool], steps: cutlass.Constexpr = None):
-        """Issue ``acc (+)= A·B``, or those of its ``steps`` of 16, as one group of warpgroup MMAs; the caller waits."""
+    def gemm(self, mma: cute.TiledMma, acc, tA, tB, accumulate: bool, steps=None, first=None):
+        """Issue ``acc (+)= A·B``, or those of its ``steps`` of 16, as one group of warpgroup MMAs; the caller waits. ``first``
+        are the MMA and the operand A of the first steps, where these are in registers."""
         warpgroup.fence()
-        atom = cute.make_mma_atom(mma.op)
-        atom.set(warpgroup.Field.ACCUMULATE, accumulate)
-        for k in range(cute.size(tA, mode=[2])) if cutlass.const_expr(steps is None) else steps:
-            cute.gemm(atom, acc, tA[None, None, k], tB[None, None, k], acc)
-            atom.set(warpgroup.Field.ACCUMULATE, True)
+        self.issue(mma, acc, tA, tB, accumulate, steps, first)
         warpgroup.commit_group()
 
-    def scores(self, role: str, columns: int, tA, tB, started=None):
-        """Issue a product of two operands in shared memory, added to what has ``started``, if anything; the caller waits."""
+    def issue(self, mma: cute.TiledMma, acc, tA, tB, accumulate: bool, steps=None, first=None):
+        """The same, neither fenced nor a group."""
+        held = 0 if first is None else cute.size(first[1], mode=[2])
+        for k in range(cute.size(tA, mode=[2])) if steps is None else steps:
+            of, a = first if k < held else (mma, tA)
+            atom = cute.make_mma_atom(of.op)
+            atom.set(warpgroup.Field.ACCUMULATE, accumulate)
+            cute.gemm(atom, acc, a[None, None, k], tB[None, None, k], acc)
+            accumulate = True
+
+    def first_columns(self, role: str) -> cute.Tensor | None:
+        """Registers for a thread's part of as many columns of a product's operand A as the layouts say."""
+        steps = self.lay.columns_in_registers(role, self.config) // 16
+        return cute.make_rmem_tensor(cute.make_layout(((2, 2, 2), 1, steps)), self.element) if steps else None
+
+    def load_first_columns(self, role: str, operand: str, rA: cute.Tensor | None, s: cute.Tensor):
+        """A warpgroup: bring them from shared memory."""
+        if rA is not None:
+            part = self.lay.load_operand(f"r{role}", operand, self.config).get_slice(cute.arch.thread_idx()[0] % WARPGROUP)
+            source, into = part.partition_S(s), part.retile(rA)
+            for k in range(cute.size(rA, mode=[2])):
+                cute.copy(part, source[None, None, k], into[None, None, k])
+
+    def scores(self, role: str, columns: int, tA, tB, started=None, rA=None):
+        """Issue a product of two operands in shared memory, but for A's first columns where there is ``rA``, added to what has
+        ``started``, if anything; the caller waits."""
         acc = self.registers(role, columns) if started is None else started
-        self.gemm(self.lay.tiled_mma(role, self.config), acc, tA, tB, accumulate=started is not None)
+        first = None if rA is None else (self.lay.tiled_mma(f"r{role}", self.config), rA)
+        self.gemm(self.lay.tiled_mma(role, self.config), acc, tA, tB, accumulate=started is not None, first=first)
         return acc
 
     def accumulator(self, role: str, columns: int):

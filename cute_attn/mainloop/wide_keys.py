@@ -3,7 +3,7 @@
 A block owns 64 keys; two warpgroups walk over the query tiles side by side. The first takes Sᵀ = K·Qᵀ, P, and dV += Pᵀ·dO; the
 second dPᵀ = V·dOᵀ, dS, and dK += dSᵀ·Q. P passes from the first to the second in the operands' dtype, as it lies in registers.
 Each has its own pace: while one multiplies, the other takes exponentials or differences. With ``overlap_tiles`` a tile's dV and
-dK run while the next one's P and dS are taken.
+dK run while the next one's P and dS are taken. Of K and V, which stay, each holds the first columns in registers.
 
 What comes with a stage for each row (log-sum-exp, delta) has gone into a product before the stage is released. A read of shared
 memory that is merely issued before is not enough: where the release follows at once, the next tile's values have been seen to
@@ -66,6 +66,7 @@ class KeyFragments:
     """What a thread of one of the two computing warpgroups holds through the query tiles: the operands of its two products, the
     accumulator of the second, and, with ``overlap_tiles``, that one's operand of the tile before."""
 
+    rA: cute.Tensor | None  # the first columns of K or V
     tA: cute.Tensor  # K or V
     tB: cute.Tensor  # Q or dO
     tRows: cute.Tensor  # dO or Q, as the B operand of dV or dK
@@ -158,6 +159,7 @@ class KeyGradients(KeyBlocks):
             hides = self.hide_keys(shared.k[None, None, 0], None, shared.hidden, self.group())
             if hides:
                 signals.ask_for_care()
+        self.load_first_columns("S", "K", frag.rA, shared.k[None, None, 0])
         i, first, steps = Int32(0), Int32(0), visited.count * visited.members(members)
         step = partial(self._values_step, frag, shared, pipes, values, work, visited, hides, (k_state, steps))
         if cutlass.const_expr(self.config.overlap_tiles):
@@ -191,6 +193,7 @@ class KeyGradients(KeyBlocks):
         pipes.v.consumer_wait(k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
+        self.load_first_columns("dP", "V", frag.rA, shared.v[None, None, 0])
         first, steps = Int32(0), visited.count * visited.members(members)
         step = partial(self._keys_step, frag, shared, pipes, values, work, visited, (k_state, steps))
         if cutlass.const_expr(self.config.overlap_tiles):
@@ -218,6 +221,7 @@ class KeyGradients(KeyBlocks):
         mma, of_rows = (self.lay.tiled_mma(role, self.config).get_slice(0) for role in (scores, gradient))
         acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
         return KeyFragments(
+            rA=self.first_columns(scores),
             tA=mma.make_fragment_A(mma.partition_A(operands[0][None, None, 0])),
             tB=mma.make_fragment_B(mma.partition_B(operands[1])),
             tRows=of_rows.make_fragment_B(of_rows.partition_B(transposed(rows))),
@@ -258,7 +262,7 @@ class KeyGradients(KeyBlocks):
         (i, j), (k_state, steps) = place, keys
         thread, S = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("S", self.config)
         pipes.q.consumer_wait(state)
-        acc_S = self.scores("S", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index])
+        acc_S = self.scores("S", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index], rA=frag.rA)
         if cutlass.const_expr(follows):
             self._multiply("dV", frag, frag.held, pipes.q, self.stage_before(state))
         m_block, member = visited.tile(i, j // visited.count, self.problem)
@@ -303,7 +307,7 @@ class KeyGradients(KeyBlocks):
         thread, dP = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("dP", self.config)
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_k):
-            acc_dP = self.scores("dP", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index])
+            acc_dP = self.scores("dP", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index], rA=frag.rA)
         if cutlass.const_expr(follows):
             self._multiply("dK", frag, frag.held, pipes.do, self.stage_before(state))
         if cutlass.const_expr(self.needs_k):

@@ -1,7 +1,8 @@
 """dQ of heads wider than 128, with TMA copies and warpgroup MMA (Hopper): see ``tma_wgmma_wide.py``.
 
 A block owns 128 queries, 64 for each warpgroup, and walks over key tiles as the forward pass does: S = Q·Kᵀ, dP = dO·Vᵀ,
-dQ += dS·K. The last product of a tile runs into the next tile; its operand is released there.
+dQ += dS·K. The last product of a tile runs until the next tile's scores have been issued: then K is released, and dP is issued,
+whose registers dS had.
 """
 
 from __future__ import annotations
@@ -243,14 +244,15 @@ class QueryGradients(Kernel):
             n = keys.place(i)
             pipes.k.consumer_wait(k_state)
             acc_S = self.scores("qS", self.config.tile_n, tSrQ, tSrK[None, None, None, k_state.index])
+            warpgroup.wait_group(1)
+            if i > 0:
+                pipes.k.consumer_release(self.stage_before(k_state))
             pipes.v.consumer_wait(v_state)
             acc_dP = self.scores("qdP", self.config.tile_n, tPrdO, tPrV[None, None, None, v_state.index])
             kept = None
             if cutlass.const_expr(self.problem.dropout):
                 kept = scores.kept((row_first, keys.first_key(n, self.config.tile_n)))
             warpgroup.wait_group(1)
-            if i > 0:
-                pipes.k.consumer_release(self.stage_before(k_state))
             if i + 1 == keys.count:
                 pipes.q.consumer_release(q_state)
             hidden = None

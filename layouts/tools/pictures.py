@@ -96,7 +96,7 @@ def product(role: str, config: Config) -> str:
     """A product as an equation."""
     if role == "dQ" and family(config).turned(config):
         return "dQᵀ = Kᵀ·dSᵀ"
-    return (BACKWARD_PRODUCTS if config.backward else FORWARD_PRODUCTS)[role]
+    return (BACKWARD_PRODUCTS if config.backward else FORWARD_PRODUCTS)[role.removeprefix("r")]
 
 
 def first(operand: str, config: Config) -> str:

@@ -684,6 +684,7 @@ def in_registers(step: str, operand: str, config: Config, family: ModuleType) ->
     verb, _, role = step.partition(" ")
     if not config.backward:
         forward = {("load", "Q"): ("S", "A"), ("load", "K"): ("S", "B"), ("load", "V"): ("O", "B"), ("store", "O"): ("O", "C")}
+        forward["load rS", "Q"] = "rS", "A"
         return forward.get((step, operand))
     if verb == "store":
         return "S" if operand in ("P", "dS") else operand, "C"

@@ -118,6 +118,7 @@ MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"tile_m": 96}, "96 queries a tile; a multiple of 64 is needed"),
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 queries; 8 are needed"),
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"stages": 0}, "0 stages; 1 at least is needed"),
+    (replace(BACKWARD, gradients=""), "tma_wgmma", {"q_in_registers": 24}, "24 columns of Q in registers; a multiple of 16"),
     (replace(BACKWARD, gradients=""), "cp_async", {"stages": 1}, "1 stages; 2 at least are needed"),
     (replace(BACKWARD, gradients=""), "cp_async", {"tile_m": 80}, "80 queries for 4 warps: try tile_m=64"),
     (replace(BACKWARD, gradients=""), "cp_async", {"tile_n": 56}, "56 keys a tile; a multiple of 16 is needed"),
@@ -132,6 +133,7 @@ MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"tile_n": 32}, "32 keys a tile; 64 are needed"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"mma_warps": 4, "mma_registers": 240}, "4 warps; 8 are needed"),
+    (replace(BACKWARD, head_dim=256), "tma_wgmma", {"k_in_registers": 40}, "40 columns of K in registers; a multiple of 16"),
     (BACKWARD, "tma_wgmma", {"head_blocks": 2, "stages": 1, "overlap_tiles": False}, "2 blocks to a key tile, whose sums"),
     (BACKWARD, "cp_async", {"stages": 0}, "0 stages; 1 at least is needed"),
     (BACKWARD, "cp_async", {"key_warps": 3}, "8 warps, of which 3 split the keys; a divisor is needed"),
@@ -462,6 +464,19 @@ def test_explain(target, mechanism, head_dim):
     assert ("taking turns" in words) == config.ping_pong
     assert (f"{config.blocks_per_multiprocessor} blocks a multiprocessor" in words) == (config.blocks_per_multiprocessor > 1)
     assert f"layouts/{layouts.for_target(target).__name__.rsplit('.', 1)[1]}.py" in words
+
+
+@pytest.mark.parametrize(("gradients", "field", "name"), [("", "q_in_registers", "Q"), ("qkv", "k_in_registers", "K and V")])
+def test_operands_leave_registers_to_functions_and_dropout(gradients, field, name):
+    problem = Problem("bfloat16", 256, 256, gradients=gradients)
+    config = plan(problem, "sm_90a", "tma_wgmma")
+    assert getattr(config, field) > 0
+    assert f"hold accumulators and {getattr(config, field)} columns of {name}" in explain(problem, config)
+    dropping = replace(problem, dropout=True)
+    bare = plan(dropping, "sm_90a", "tma_wgmma")
+    assert getattr(bare, field) == 0
+    assert bare == replace(config, **{field: 0})
+    assert "columns of" not in explain(dropping, bare).partition("registers")[2].partition("shared")[0]
 
 
 def test_explain_the_plain_problem():
