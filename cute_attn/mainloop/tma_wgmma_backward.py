@@ -116,6 +116,7 @@ class Backward(KeyBlocks):
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
         self.draws = problem.masked or problem.deterministic or (bool(problem.ragged) and self.needs_q)
+        self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
@@ -133,8 +134,11 @@ class Backward(KeyBlocks):
             tiles, count = tiles.launched(blocks, long=False)
         else:
             count = cutlass.min(tiles.count(), blocks) if cutlass.const_expr(self.persistent) else tiles.count()
+            if cutlass.const_expr(self.in_turns):
+                steps = cute.ceil_div(values.seqlen_q, self.config.tile_m) * tiles.heads_per_kv
+                tiles = tiles.in_turns(blocks, steps, both_ways=self.problem.unequal)
             # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
-            if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
+            elif cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
                 tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
         self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
@@ -158,7 +162,8 @@ class Backward(KeyBlocks):
         from_memory, into = (plain, rows, care), (gradients, signals)
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
-            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
+            of = {"of_k": True, "ragged": bool(self.problem.ragged), "both_ways": tiles.both_ways}
+            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, **of)
             unused, ticket = self._unused(gradients, tiles), signals.ticket if self.draws else None
             counted = bool(self.problem.ragged)
             lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, in_order=self.problem.deterministic, counted=counted)

@@ -216,7 +216,8 @@ class ListedKeys:
 class QueryTiles:
     """The query tiles that see any key of one key tile, for the backward pass. They begin at multiples of tile_m.
 
-    ``count`` tiles from ``begin`` on, of which all but ``whole_begin … whole_end − 1`` need a mask.
+    ``count`` tiles from ``begin`` on, of which all but ``whole_begin … whole_end − 1`` need a mask. ``from_last`` says which
+    way they are walked, where it isn't the same for all key tiles.
     """
 
     n_block: Int32
@@ -224,6 +225,7 @@ class QueryTiles:
     count: Int32
     whole_begin: Int32
     whole_end: Int32
+    from_last: Int32 | None = None
 
     @staticmethod
     def of(values: Values, problem, n_block: Int32, config) -> QueryTiles | ListedQueries:
@@ -251,7 +253,7 @@ class QueryTiles:
         whole_end = cutlass.max(whole_end, whole_begin)
         if cutlass.const_expr(problem.masks_all):
             whole_begin = whole_end = begin
-        return QueryTiles(n_block, begin, end - begin, whole_begin, whole_end)
+        return QueryTiles(n_block, begin, end - begin, whole_begin, whole_end, values.from_last)
 
     def of_warpgroup(self, warpgroup):
         """The same walk of some of the keys: a band's edges cut all of a tile or none."""
@@ -259,7 +261,10 @@ class QueryTiles:
 
     def in_order(self, i, problem):
         """The i-th tile without regard to masks. Where dQ is added in a fixed order, key tile by key tile, the last one comes
-        first: with a right edge, key tile n then finds that tile n − 1 has just left each query tile that it comes to."""
+        first: with a right edge, key tile n then finds that tile n − 1 has just left each query tile that it comes to. In the
+        other order, in which the last key tile adds first, the first one does, and has been left by tile n + 1."""
+        if self.from_last is not None:
+            return self.begin + i + self.from_last * (self.count - 1 - 2 * i)
         return self.begin + (self.count - 1 - i if problem.deterministic else i)
 
     def members(self, heads_per_kv):
@@ -276,12 +281,16 @@ class QueryTiles:
 
     def rank(self, values: Values, problem, m_block: Int32, config):
         """How many key tiles come before this one in the fixed order in which a query tile's dQ is added up: from the
-        first key that it sees on."""
+        first key that it sees on, or, where key tiles don't walk from the last query tile, from the last key."""
         band = values.band(problem)
         row_first = m_block * config.tile_m
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
-        begin, _ = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
-        return self.n_block - begin // config.tile_n
+        begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        before = self.n_block - begin // config.tile_n
+        if self.from_last is None:
+            return before
+        after = (end - 1) // config.tile_n - self.n_block
+        return after + self.from_last * (before - after)
 
 
 @dataclass(frozen=True)
