@@ -539,6 +539,13 @@ class Scores:
                     bits[n // 32] = bits[n // 32] | _select(seen, Int32(_bit(n)), Int32(0))
 
     @cute.jit
+    @property
+    def _has_bits_of_columns(self) -> bool:
+        """Whether a band's two edges are a word of bits for each row."""
+        columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
+        two_edges = self.problem.bounded_left and self.problem.bounded_right
+        return two_edges and len(columns) <= 32 and columns == [c // 2 * 8 + c % 2 for c in range(len(columns))]
+
     def _hide_unseen(self, scores: cute.Tensor, origin, seen):
         """The scores of a tile by :meth:`seen`."""
         (kinds, bits), rows = seen, cute.size(scores, mode=[0])
@@ -600,12 +607,27 @@ class Scores:
             if cutlass.const_expr(rows is not None):
                 end = end if row < rows else 0
             begin, end = begin - column_first, end - column_first
+            if cutlass.const_expr(self._has_bits_of_columns):
+                seen = _ones_from(_columns_below(begin)) & ~_ones_from(_columns_below(end))
+                for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+                    scores[r, c] = _select(seen & Int32(_bit(c)) != 0, scores[r, c], Float32(-Float32.inf))
+                continue
             for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
                 column = self.where.zero[0, c][1]
                 visible = column < end
                 if cutlass.const_expr(band.lo is not None):
                     visible = visible & (column >= begin)
                 scores[r, c] = scores[r, c] if visible else -Float32.inf
+
+
+def _columns_below(column: Int32) -> Int32:
+    """How many columns of an accumulator's first thread lie below one: it has two neighbours of each eight."""
+    return cutlass.max((column >> 3) * 2 + cutlass.min(column & 7, 2), 0)
+
+
+def _ones_from(bit: Int32) -> Int32:
+    """A word's bits from one on; none past the last."""
+    return cute.arch.inline_ptx("shl.b32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[Int32(-1), bit])
 
 
 def _kind(kinds: Int32, i: int) -> Int32:
