@@ -543,8 +543,8 @@ class Scores:
     def _has_bits_of_columns(self) -> bool:
         """Whether a band's two edges are a word of bits for each row."""
         columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
-        two_edges = self.problem.bounded_left and self.problem.bounded_right
-        return two_edges and len(columns) <= 32 and columns == [c // 2 * 8 + c % 2 for c in range(len(columns))]
+        bounded = self.problem.bounded_left or self.problem.bounded_right
+        return bounded and len(columns) <= 32 and columns == [c // 2 * 8 + c % 2 for c in range(len(columns))]
 
     def _hide_unseen(self, scores: cute.Tensor, origin, seen):
         """The scores of a tile by :meth:`seen`."""
@@ -608,7 +608,9 @@ class Scores:
                 end = end if row < rows else 0
             begin, end = begin - column_first, end - column_first
             if cutlass.const_expr(self._has_bits_of_columns):
-                seen = _ones_from(_columns_below(begin)) & ~_ones_from(_columns_below(end))
+                seen = ~_ones_from(_columns_below(end))
+                if cutlass.const_expr(band.lo is not None):
+                    seen = seen & _ones_from(_columns_below(begin))
                 for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
                     scores[r, c] = _select(seen & Int32(_bit(c)) != 0, scores[r, c], Float32(-Float32.inf))
                 continue
