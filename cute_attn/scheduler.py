@@ -157,8 +157,8 @@ class Tiles:
         return replace(self, group=group, lacking=(group - self.heads * self.batch % group) % group)
 
     def in_turns(self, blocks: Int32, steps: Int32, both_ways: bool) -> Tiles:
-        """The same key tiles of rectangles, where those of a head take turns at each query tile's dQ, and walk over ``steps`` of
-        these: in groups of so many heads that a head's next one is begun two steps later, if tiles are equal.
+        """The same key tiles of rectangles, where those of a head take turns at each query tile's dQ, and walk over ``steps``
+        of these: in groups of so many heads that a head's next one is begun two steps later, if tiles are equal.
 
         With ``both_ways`` they are unequal, and those of a head whose queries end first, the short ones, come first; each walks
         from its first query tile, which the tile before has left already, to its last, and is never held up. The last group

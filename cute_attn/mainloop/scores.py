@@ -123,7 +123,7 @@ class Coordinates:
 class Scores:
     """The scores of the tiles of one sequence, ``(queries, keys)``, or, ``transposed``, ``(keys, queries)``; ``where`` says
     which of a tile a thread has. A rule that changes scores has its place in these methods, and nowhere else in the kernels.
-    ``unrolls``: a thread has the registers for two ways to mask a tile, of which the usual one is quick, and for words of bits."""
+    ``unrolls``: a thread has the registers for two ways to mask a tile, of which the usual one is quick, and for words."""
 
     where: Coordinates
     values: Values
@@ -593,8 +593,8 @@ class Scores:
 
     @cute.jit
     def _mask(self, scores: cute.Tensor, origin):
-        """By a word for each row, or else by one comparison an edge and score, against a compile-time column. Of keys by queries,
-        rows past the last are masked as well: queries past theirs weigh nothing anyway."""
+        """By a word for each row, or else by one comparison an edge and score, against a compile-time column. Of keys by
+        queries, rows past the last are masked as well: queries past theirs weigh nothing anyway."""
         band, values = self.values.band(self.problem), self.values
         if cutlass.const_expr(self.problem.masks_all):
             self._mask_by_function(scores, self._elements(origin))
