@@ -286,7 +286,8 @@ def test_without_a_maximum_only_where_each_row_has_seen_a_key(q, k, left, right,
             for n in range(walked.count - 1):
                 assert walked.needs_mask(n) or not whole.needs_mask(n)
                 if walked.is_anchored(n):
-                    assert all(end > max(row + values.lo, keys.begin + (n + 1) * 128) for row, end in zip(rows, ends, strict=True))
+                    seen_from = [max(row + values.lo, keys.begin + (n + 1) * 128) for row in rows]
+                    assert all(begin < end for begin, end in zip(seen_from, ends, strict=True))
                 else:
                     assert n >= walked.whole_end
 
