@@ -42,7 +42,8 @@ LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
 class Work:
     """One tile to compute: which ``block`` of rows of which head, of which sequence's queries ``q`` and keys ``k``. Where some
     are past their sequence's end, ``exists`` says whether this one has any rows. ``sequence`` is the number of a ragged one,
-    ``header`` what the list of its key tiles begins with, where another warp has read that."""
+    ``header`` what the list of its key tiles begins with, where another warp has read that. ``from_last`` says of a key tile
+    whether it walks from its last query tile to its first, where some do and some don't (:meth:`Tiles.in_turns`)."""
 
     block: Int32
     head: Int32
@@ -52,6 +53,7 @@ class Work:
     exists: Boolean | None = None
     sequence: Int32 | None = None
     header: tuple | None = None
+    from_last: Int32 | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Tiles:
     small: Int32 | None = None  # of ragged sequences, if groups are small: how many blocks the GPU holds
     tickets: Tickets | None = None  # of tiles whose costs are unequal, and known on the device only
     in_turn: cute.Tensor | None = None  # (batch, heads, tiles): which of a head's is taken when, where lists say so
+    both_ways: cutlass.Constexpr[bool] = False  # whether all groups but the last take the short tiles first
 
     @staticmethod
     def of(shape, heads_per_kv, tile: int, blocks: Int32, long_first: bool, sequences=None, of_k: bool = False) -> Tiles:
@@ -152,6 +155,18 @@ class Tiles:
             return replace(self, small=blocks)
         group = cutlass.min(cute.ceil_div(2 * blocks, self.m_blocks), cutlass.max(blocks // LEAST_BLOCKS_PER_HEAD, 1))
         return replace(self, group=group, lacking=(group - self.heads * self.batch % group) % group)
+
+    def in_turns(self, blocks: Int32, steps: Int32, both_ways: bool) -> Tiles:
+        """The same key tiles of rectangles, where those of a head take turns at each query tile's dQ, and walk over ``steps``
+        of these: in groups of so many heads that a head's next one is begun two steps later, if tiles are equal.
+
+        With ``both_ways`` they are unequal, and those of a head whose queries end first, the short ones, come first; each walks
+        from its first query tile, which the tile before has left already, to its last, and is never held up. The last group
+        begins with the long ones, so that short ones are left for the uneven end. It finds the blocks at work on long ones, so
+        that its own don't begin at the same time. There tile n walks from its last query tile, behind tile n − 1."""
+        small, slices = self.in_small_groups(blocks), self.heads * self.batch
+        group = cutlass.max(small.group, cute.ceil_div(2 * blocks, cutlass.max(steps, 1)))
+        return replace(small, group=group, lacking=(group - slices % group) % group, both_ways=both_ways)
 
     @cute.jit
     def launched(self, blocks: Int32, long):
@@ -211,8 +226,12 @@ class Tiles:
             block = self.in_turn[batch, head, self.m_blocks - 1 - block]
         elif cutlass.const_expr(self.of_k and self.long_first):
             block = self.m_blocks - 1 - block
+        from_last = None
+        if cutlass.const_expr(self.both_ways):
+            from_last = Int32(batch * self.heads + head >= self.heads * self.batch - self.group)
+            block = block if from_last != 0 else self.m_blocks - 1 - block
         span = Span(batch)
-        return Work(block, head, self._head_kv(head), span, span)
+        return Work(block, head, self._head_kv(head), span, span, from_last=from_last)
 
     @cute.jit
     def _ragged(self, position: Int32) -> Work:

@@ -37,6 +37,7 @@ class Values:
 
     Where a tile's rows are ``packed``, each query is as many rows, one for each query head of a key head from ``head`` on.
     ``rise`` is what a ramp adds from one position to the next, in raw units, where it has been computed for all of a tile.
+    ``from_last`` is a key tile's, if it has one (:class:`Work <cute_attn.scheduler.Work>`).
     """
 
     seqlen_q: Int32
@@ -60,6 +61,7 @@ class Values:
     packed: Int32 | None = None
     rise: Float32 | None = None
     header: tuple | None = None
+    from_last: Int32 | None = None
 
     def query(self, row):
         """The query that a row is of."""
@@ -78,6 +80,8 @@ class Values:
             here = replace(here, sequence=work.q.batch if work.sequence is None else work.sequence, head=work.head)
         if work.header is not None:
             here = replace(here, header=work.header)
+        if work.from_last is not None:
+            here = replace(here, from_last=work.from_last)
         if work.q.length is None:
             return here
         shift = work.k.length - work.q.length

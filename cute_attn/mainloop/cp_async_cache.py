@@ -411,7 +411,7 @@ class Forward:
             acc_S = self._scores(block, of_q, slot)
             first = seen.sequence.begin + tile * config.tile_n + block.group * self.keys_of_group
             origin = (seen.part.row_tile * config.tile_m, first)
-            Scores(cS, seen.values, self.problem).apply_rules(acc_S, origin, masked)
+            Scores(cS, seen.values, self.problem, unrolls=False).apply_rules(acc_S, origin, masked)
             softmax.step(rows_columns(acc_S), rescale)
             scale_rows(rows, rescale)
             self._add(block, acc_S, acc_O, slot)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, Uint32, cute
+from cutlass import Float32, Int32, Int64, Uint32, cute
 
 from cute_attn import dropout
 from cute_attn.layouts.base import BLOCK, BY_ROWS, CUT, KIND_BITS, NONE, WARP
@@ -123,7 +123,7 @@ class Coordinates:
 class Scores:
     """The scores of the tiles of one sequence, ``(queries, keys)``, or, ``transposed``, ``(keys, queries)``; ``where`` says
     which of a tile a thread has. A rule that changes scores has its place in these methods, and nowhere else in the kernels.
-    ``unrolls``: a thread has the registers for two ways to mask a tile, of which the usual one is quick."""
+    ``unrolls``: a thread has the registers for two ways to mask a tile, of which the usual one is quick, and for words."""
 
     where: Coordinates
     values: Values
@@ -583,10 +583,18 @@ class Scores:
                     seen = seen & (exist[r] if self.transposed else zero[0, c][1] <= last - first)
                 yield r, c, seen
 
+    @property
+    def _masks_by_words(self) -> bool:
+        """Whether what a band shows of a thread's row is found as a word of bits, one a column, of which predicates are made
+        seven at a time: its columns are two of each eight."""
+        columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
+        bounded = self.problem.bounded_left or self.problem.bounded_right
+        return self.unrolls and bounded and len(columns) <= 32 and columns == [c // 2 * 8 + c % 2 for c in range(len(columns))]
+
     @cute.jit
     def _mask(self, scores: cute.Tensor, origin):
-        """One comparison an edge and score, against a compile-time column. Of keys by queries, rows past the last are masked as
-        well: queries past theirs weigh nothing anyway."""
+        """By a word for each row, or else by one comparison an edge and score, against a compile-time column. Of keys by
+        queries, rows past the last are masked as well: queries past theirs weigh nothing anyway."""
         band, values = self.values.band(self.problem), self.values
         if cutlass.const_expr(self.problem.masks_all):
             self._mask_by_function(scores, self._elements(origin))
@@ -600,12 +608,26 @@ class Scores:
             if cutlass.const_expr(rows is not None):
                 end = end if row < rows else 0
             begin, end = begin - column_first, end - column_first
-            for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-                column = self.where.zero[0, c][1]
-                visible = column < end
+            if cutlass.const_expr(self._masks_by_words):
+                word = ~_from_column(end)
                 if cutlass.const_expr(band.lo is not None):
-                    visible = visible & (column >= begin)
+                    word = word & _from_column(begin)
+            for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+                if cutlass.const_expr(self._masks_by_words):
+                    visible = word & Int32(_bit(c)) != 0
+                else:
+                    column = self.where.zero[0, c][1]
+                    visible = column < end
+                    if cutlass.const_expr(band.lo is not None):
+                        visible = visible & (column >= begin)
                 scores[r, c] = scores[r, c] if visible else -Float32.inf
+
+
+def _from_column(column: Int32) -> Int32:
+    """Ones in a word for those columns of an accumulator's first thread that are at least ``column``: it has two neighbours of
+    each eight."""
+    before = cutlass.min(cutlass.max((column >> 3) * 2 + cutlass.min(column & 7, 2), 0), 32)
+    return Int32(Int64(-1) << Int64(before))
 
 
 def _kind(kinds: Int32, i: int) -> Int32:

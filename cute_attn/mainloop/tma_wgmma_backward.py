@@ -115,7 +115,10 @@ class Backward(KeyBlocks):
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
+        # The next tile's K and V are waited for and looked at before these have left.
+        self.leaves_results = self.persistent and config.separate_dk
         self.draws = problem.masked or problem.deterministic or (bool(problem.ragged) and self.needs_q)
+        self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
@@ -133,8 +136,11 @@ class Backward(KeyBlocks):
             tiles, count = tiles.launched(blocks, long=False)
         else:
             count = cutlass.min(tiles.count(), blocks) if cutlass.const_expr(self.persistent) else tiles.count()
+            if cutlass.const_expr(self.in_turns):
+                steps = cute.ceil_div(values.seqlen_q, self.config.tile_m) * tiles.heads_per_kv
+                tiles = tiles.in_turns(blocks, steps, both_ways=self.problem.unequal)
             # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
-            if cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
+            elif cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
                 tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
         self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
@@ -158,7 +164,8 @@ class Backward(KeyBlocks):
         from_memory, into = (plain, rows, care), (gradients, signals)
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
-            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
+            of = {"of_k": True, "ragged": bool(self.problem.ragged), "both_ways": tiles.both_ways}
+            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, **of)
             unused, ticket = self._unused(gradients, tiles), signals.ticket if self.draws else None
             counted = bool(self.problem.ragged)
             lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, in_order=self.problem.deterministic, counted=counted)
@@ -219,6 +226,8 @@ class Backward(KeyBlocks):
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
+            if cutlass.const_expr(self.leaves_results):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
@@ -340,6 +349,8 @@ class Backward(KeyBlocks):
         else:
             if visited.count > 0:
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
+        if cutlass.const_expr(self.leaves_results):
+            self._results_have_left(me)
         i, round = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             m_block, member = visited.tile(i, round, self.problem)
@@ -585,11 +596,19 @@ class Backward(KeyBlocks):
             else:
                 dk = self.over("dK", self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup])
                 self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
-        self.wait_for_store(me.warpgroup)
-        if cutlass.const_expr(self.persistent):  # dV has left the memory of all warpgroups' dS
-            self._meet()
-            if cutlass.const_expr(self.needs_q and self.needs_k and not self.config.separate_dk):
+        if cutlass.const_expr(not self.leaves_results):
+            self._results_have_left(me)
+            if cutlass.const_expr(self.persistent and self.needs_q and self.needs_k):
                 self._offer_to_next(me, steps)
+
+    @cute.jit
+    def _results_have_left(self, me: BackwardWorker):
+        """Until dK and dV have left shared memory; dV, that of all warpgroups' dS, where another tile comes."""
+        if cutlass.const_expr(self.persistent):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            self._meet()
+        else:
+            self.wait_for_store(me.warpgroup)
 
     @cute.jit
     def _offer_to_next(self, me: BackwardWorker, steps):

@@ -27,7 +27,8 @@ class KeyTiles:
     ``end`` is past the last one any sees; a last tile that is not full reads on.
 
     ``count`` tiles, walked from the last to the first; tiles ``whole_begin … whole_end − 1`` need no mask. A tile's *place* is
-    its number here, and in a list (:class:`ListedKeys`) where it stands there.
+    its number here, and in a list (:class:`ListedKeys`) where it stands there. ``to_left``: where tiles come that the left edge
+    cuts, each row has seen a key, as where whole ones do.
     """
 
     begin: Int32
@@ -35,6 +36,7 @@ class KeyTiles:
     count: Int32
     whole_begin: Int32
     whole_end: Int32
+    to_left: cutlass.Constexpr[bool] = False
 
     @staticmethod
     def of(values: Values, problem, m_block: Int32, config) -> KeyTiles | ListedKeys:
@@ -57,13 +59,20 @@ class KeyTiles:
         whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)
         return KeyTiles(begin, end, count, whole_begin, cutlass.max(whole_end, whole_begin))
 
-    def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> KeyTiles:
+    def after_a_seen_key(self, values: Values, problem, m_block: Int32, config, to_left: bool = False) -> KeyTiles:
         """The same walk, whose whole tiles come when each row has seen a key: where the first row sees none in the tiles that
-        the right edge cuts, one more counts as such."""
+        the right edge cuts, one more counts as such. With ``to_left`` as many more as it takes, so that all that follow come
+        when each row has, where both edges cut tiles."""
         if not problem.bounded_right:
             return self
         row = m_block * config.tile_m
         _, row_end = values.band(problem).key_range(row, row, values.seqlen_k, DeviceOps)
+        if to_left and problem.bounded_left:
+            seen_by_all = cutlass.max(cute.ceil_div(row_end - self.begin, config.tile_n) - 1, 0)
+            # 0 where the tile's last row, which need not exist, sees none at all
+            seen_by_all *= cutlass.min(cutlass.max(values.seqlen_k - (row + config.tile_m - 1 + values.lo), 0), 1)
+            whole_end = cutlass.min(self.whole_end, seen_by_all)
+            return replace(self, whole_begin=cutlass.min(self.whole_begin, whole_end), whole_end=whole_end, to_left=True)
         unseen = (row_end <= self.begin + self.whole_end * config.tile_n) & (self.whole_end < self.count)
         return replace(self, whole_end=cutlass.max(self.whole_end - cutlass.Int32(unseen), self.whole_begin))
 
@@ -111,6 +120,8 @@ class KeyTiles:
 
     def is_anchored(self, n: Int32):
         """Whether a tile but the last takes no maximum, where some don't: it is one of the whole ones."""
+        if self.to_left:
+            return n < self.whole_end
         return (n >= self.whole_begin) & (n < self.whole_end)
 
     def last_is_masked(self):
@@ -153,7 +164,7 @@ class ListedKeys:
         place = cutlass.max(header[1] - 1, 0) if lane >= WARP // 2 else 0
         return header, entries[HEADER + place] & TILE_MASK
 
-    def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> ListedKeys:
+    def after_a_seen_key(self, values: Values, problem, m_block: Int32, config, to_left: bool = False) -> ListedKeys:
         """The same walk, whose whole tiles come when each row has seen a key."""
         return replace(self, leads=True)
 
@@ -216,7 +227,8 @@ class ListedKeys:
 class QueryTiles:
     """The query tiles that see any key of one key tile, for the backward pass. They begin at multiples of tile_m.
 
-    ``count`` tiles from ``begin`` on, of which all but ``whole_begin … whole_end − 1`` need a mask.
+    ``count`` tiles from ``begin`` on, of which all but ``whole_begin … whole_end − 1`` need a mask. ``from_last`` says which
+    way they are walked, where it isn't the same for all key tiles.
     """
 
     n_block: Int32
@@ -224,6 +236,7 @@ class QueryTiles:
     count: Int32
     whole_begin: Int32
     whole_end: Int32
+    from_last: Int32 | None = None
 
     @staticmethod
     def of(values: Values, problem, n_block: Int32, config) -> QueryTiles | ListedQueries:
@@ -251,7 +264,7 @@ class QueryTiles:
         whole_end = cutlass.max(whole_end, whole_begin)
         if cutlass.const_expr(problem.masks_all):
             whole_begin = whole_end = begin
-        return QueryTiles(n_block, begin, end - begin, whole_begin, whole_end)
+        return QueryTiles(n_block, begin, end - begin, whole_begin, whole_end, values.from_last)
 
     def of_warpgroup(self, warpgroup):
         """The same walk of some of the keys: a band's edges cut all of a tile or none."""
@@ -259,7 +272,10 @@ class QueryTiles:
 
     def in_order(self, i, problem):
         """The i-th tile without regard to masks. Where dQ is added in a fixed order, key tile by key tile, the last one comes
-        first: with a right edge, key tile n then finds that tile n − 1 has just left each query tile that it comes to."""
+        first: with a right edge, key tile n then finds that tile n − 1 has just left each query tile that it comes to. In the
+        other order, in which the last key tile adds first, the first one does, and has been left by tile n + 1."""
+        if self.from_last is not None:
+            return self.begin + i + self.from_last * (self.count - 1 - 2 * i)
         return self.begin + (self.count - 1 - i if problem.deterministic else i)
 
     def members(self, heads_per_kv):
@@ -276,12 +292,16 @@ class QueryTiles:
 
     def rank(self, values: Values, problem, m_block: Int32, config):
         """How many key tiles come before this one in the fixed order in which a query tile's dQ is added up: from the
-        first key that it sees on."""
+        first key that it sees on, or, where key tiles don't walk from the last query tile, from the last key."""
         band = values.band(problem)
         row_first = m_block * config.tile_m
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
-        begin, _ = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
-        return self.n_block - begin // config.tile_n
+        begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        before = self.n_block - begin // config.tile_n
+        if self.from_last is None:
+            return before
+        after = (end - 1) // config.tile_n - self.n_block
+        return after + self.from_last * (before - after)
 
 
 @dataclass(frozen=True)
@@ -383,5 +403,8 @@ def walk(
         if cutlass.const_expr(problem.bounded_left and not problem.masks_all):
             left_end = cutlass.min(top, keys.whole_begin)
             for i in cutlass.range(left_end, unroll=1):
-                state = step(state, (left_end - 1 - i, True))
+                if cutlass.const_expr(keys.to_left):
+                    state = step(state, (left_end - 1 - i, True), anchored=True)
+                else:
+                    state = step(state, (left_end - 1 - i, True))
     return state

@@ -36,6 +36,7 @@ class WorkQueue:
     of_k: cutlass.Constexpr[bool] = False  # tiles of keys; ``ragged``, if of ragged sequences
     ragged: cutlass.Constexpr[bool] = True
     headed: cutlass.Constexpr[bool] = False  # tiles that come with what the lists of their keys begin with
+    both_ways: cutlass.Constexpr[bool] = False  # tiles of keys that say from which end they walk
 
     @staticmethod
     def slots_in(smem) -> cute.Tensor:
@@ -153,7 +154,7 @@ class WorkQueue:
         held = cute.make_rmem_tensor(WORK_FIELDS, Int32)
         q, k = work.q, work.k
         if cutlass.const_expr(self.of_k and not self.ragged):
-            fields = (work.block, work.head, k.batch)
+            fields = (work.block, work.head, k.batch) + ((work.from_last,) if self.both_ways else ())
         elif cutlass.const_expr(self.of_k):
             fields = (work.block, work.head, work.sequence, q.first, q.length, k.first, k.length, k.capacity)
         else:
@@ -261,7 +262,7 @@ class Taker:
     def _key_tile(self, block, head, sequence, q_first, q_length, k_first, k_length, k_capacity) -> Work:
         if not self.queue.ragged:
             span = Span(sequence)
-            return Work(block, head, head, span, span)
+            return Work(block, head, head, span, span, from_last=q_first if self.queue.both_ways else None)
         padded = [(first // ROW_PADDING + sequence) * ROW_PADDING for first in (q_first, k_first)]
         q = Span(Int32(0), q_first, q_length, None, padded[0])
         return Work(block, head, head, q, Span(Int32(0), k_first, k_length, k_capacity, padded[1]), sequence=sequence)

@@ -1,7 +1,7 @@
 """The order of tiles on the host: the scheduler's functions, before the DSL traces them, work on plain numbers as well."""
 
 import runpy
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -26,6 +26,7 @@ from cute_attn.problem import Problem
 
 # Copies of the modules: once the DSL has traced a function, it is no longer what it was.
 Tiles = runpy.run_path(find_spec("cute_attn.scheduler").origin)["Tiles"]
+query_tiles = runpy.run_path(find_spec("cute_attn.mainloop.walk").origin)["QueryTiles"]._in_band.__wrapped__
 sequences_module = runpy.run_path(find_spec("cute_attn.sequences").origin)
 Side, Sequences = sequences_module["Side"], sequences_module["Sequences"]
 
@@ -108,6 +109,52 @@ def test_key_tiles_of_a_head_in_ascending_order(tiles, blocks, small):
             assert work.head_kv == work.head
             assert work.block == following[head]
             following[head] += 1
+
+
+@given(
+    *(st.integers(1, n) for n in (900, 900, 5, 3, 3, 40)),
+    st.sampled_from([(64, 128), (128, 128)]),
+    *(st.booleans(), st.booleans(), st.data()),
+)
+def test_in_a_fixed_order_one_block_is_enough(q, k, heads, per_kv, batch, blocks, tile, left, right, data):
+    """A block alone takes all tickets one after another and finds it to be its turn at every query tile: nobody waits for a
+    tile that comes later. Other tiles of a head, begun at the same time, find each query tile left by the one before."""
+    (tile_m, tile_n), shift = tile, k - q
+    lo, hi = shift - data.draw(st.integers(0, 700)), shift + data.draw(st.just(0) | st.integers(0, 300))
+    problem = SimpleNamespace(
+        bounded_left=left, bounded_right=right, deterministic=True, unequal=right, blocks="", ragged="", masks_all=False
+    )
+    values = Values(q, k, lo, hi, 1.0, 0.0)
+    config = SimpleNamespace(tile_m=tile_m, tile_n=tile_n)
+    tiles = Tiles(-(-k // tile_n), heads, batch, per_kv, 33, None, True, of_k=True)
+    tiles = tiles.in_turns(blocks, -(-q // tile_m) * per_kv, both_ways=right)
+    turns, seen, of_heads = Counter(), set(), defaultdict(list)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tiles, "_coordinates", coordinates)
+        patch.setitem(work_at.__globals__, "Int32", int)
+        for ticket in range(tiles.count()):
+            work = work_at(tiles, ticket)
+            seen.add((work.block, work.head, work.q.batch))
+            values = replace(values, from_last=work.from_last)
+            walk = query_tiles(values, problem, work.block, config)
+            order = [walk.in_order(i, problem) for i in range(walk.count)]
+            assert sorted(order) == list(range(walk.begin, walk.begin + walk.count))
+            ranks = [walk.rank(values, problem, m_block, config) for m_block in order]
+            for m_block, rank in zip(order, ranks, strict=True):
+                at = work.head, work.q.batch, m_block
+                assert turns[at] == rank
+                turns[at] += 1
+            of_heads[work.q.batch * heads + work.head].append((work.from_last, order, ranks))
+    assert len(seen) == tiles.count()
+    both_ways = sum(walks[0][0] == 0 for walks in of_heads.values())
+    assert both_ways == (max(heads * batch - tiles.group, 0) if right else 0)
+    for walks in of_heads.values():
+        if walks[0][0] == 0 and shift == 0 and not left and values.hi == 0:
+            left_behind = Counter()
+            for step in range(max(len(order) for _, order, _ in walks)):
+                here = [(order[step], ranks[step]) for _, order, ranks in walks if step < len(order)]
+                assert all(left_behind[m_block] == rank for m_block, rank in here)
+                left_behind.update(m_block for m_block, _ in here)
 
 
 lengths = st.lists(st.integers(0, 500), max_size=12) | st.lists(st.integers(0, 3), max_size=150)
@@ -218,6 +265,31 @@ def test_a_tile_past_its_sequences_end_sees_nothing(seqlen_q, seqlen_k, m_block)
         for problem in (Problem("bfloat16", 128, 128, ragged="cu_seqlens_q"), Problem("bfloat16", 128, 128))
     )
     assert ragged.count == (rectangle.count if m_block * config.tile_m < seqlen_q else 0)
+
+
+@given(
+    *(st.integers(1, 700), st.integers(1, 700), st.integers(0, 500), st.just(0) | st.integers(0, 300)),
+    st.sampled_from([64, 128, 192]),
+)
+def test_without_a_maximum_only_where_each_row_has_seen_a_key(q, k, left, right, tile_m):
+    """Of a window's tiles, rows past the last included, and walked by all of a query tile or by some of its rows."""
+    problem = Problem("bfloat16", 128, 128, bounded_left=True, bounded_right=True)
+    config = SimpleNamespace(tile_m=tile_m, tile_n=128)
+    values = Values(q, k, k - q - left, k - q + right, 1.0, 0.0)
+    for m_block in range(-(-q // tile_m)):
+        whole = KeyTiles.of(values, problem, m_block, config)
+        keys = whole.after_a_seen_key(values, problem, m_block, config, to_left=True)
+        some = [keys.of_rows(values, problem, m_block * tile_m + first, 64, config)[0] for first in range(0, tile_m, 64)]
+        for first, walked in zip((0, *range(0, tile_m, 64)), (keys, *some), strict=True):
+            rows = range(m_block * tile_m + first, m_block * tile_m + (tile_m if walked is keys else first + 64))
+            ends = [min(row + values.hi + 1, k) for row in rows]
+            for n in range(walked.count - 1):
+                assert walked.needs_mask(n) or not whole.needs_mask(n)
+                if walked.is_anchored(n):
+                    seen_from = [max(row + values.lo, keys.begin + (n + 1) * 128) for row in rows]
+                    assert all(begin < end for begin, end in zip(seen_from, ends, strict=True))
+                else:
+                    assert n >= walked.whole_end
 
 
 class Small(int):

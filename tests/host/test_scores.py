@@ -104,6 +104,45 @@ def test_a_tile(kind, softcap):
     torch.testing.assert_close(found[2][there], P * slope[there].float(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("left", "right"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_a_band_shows(left, right, transposed):
+    """Of tiles that an edge cuts anywhere, and of such that it doesn't."""
+    problem = Problem("bfloat16", 64, 64, bounded_left=left, bounded_right=right, gradients="qkv" if transposed else "")
+    config = plan(problem, "sm_80", "cp_async")
+    lay = layouts.family(config)
+    shape = (config.tile_n, config.step_m) if transposed else (config.tile_m, config.tile_n)
+
+    @cute.jit
+    def compute(found: cute.Tensor, first: Int32, lo: Int32, hi: Int32, thread: Int32):
+        mma = lay.tiled_mma("S", config)
+        where = Coordinates.of(mma, thread, shape)
+        scores = Scores(where, Values(Int32(290), Int32(303), lo, hi, Float32(1.0), Float32(0.0)), problem, transposed)
+        assert scores._masks_by_words
+        acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
+        acc.fill(1.0)
+        scores.apply_rules(acc, (128, first), True)
+        held = rows_columns(acc)
+        for r in range(cute.size(held, mode=[0])):
+            for c in range(cute.size(held, mode=[1])):
+                found[where.thread[r, c]] = held[r, c]
+
+    found = torch.zeros(shape)
+    arguments = from_dlpack(found), *(Int32(0) for _ in range(4))
+    compiled = cute.compile(compute, *arguments)
+    for first in (0, 128, 229, 256):
+        rows, columns = torch.arange(shape[0])[:, None] + 128, torch.arange(shape[1]) + first
+        q_idx, kv_idx = (columns, rows) if transposed else (rows, columns)
+        for lo, hi in ((-300, 300), (-77, 13), (-7, -5), (-1, 0), (0, 0), (40, 100), (200, 300), (-300, -200)):
+            for thread in range(config.threads):
+                compiled(arguments[0], Int32(first), Int32(lo), Int32(hi), Int32(thread))
+            visible = (kv_idx >= q_idx + lo) | (not left)
+            visible = visible & ((kv_idx <= q_idx + hi) | (not right)) & (kv_idx < 303)
+            there = (q_idx < 290).expand(shape)
+            assert torch.equal((found == 1.0)[there], visible.expand(shape)[there])
+            assert torch.equal((found == -math.inf)[there], ~visible.expand(shape)[there])
+
+
 @pytest.mark.parametrize("shape", [(2, 4), (1, 4), (2, 1), (1, 1)])
 def test_where_a_biass_gradient_is_stored(shape, monkeypatch):
     """Each score's in the copy for its batch element and head, where others share the bias, and nowhere else."""
