@@ -288,13 +288,14 @@ class QueryTiles:
 class ListedQueries:
     """The query tiles of one key tile as a list has them, what :class:`QueryTiles` is for a band. They are walked over once, of
     all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first; of these a
-    ``warpgroup``'s keys may need none."""
+    ``warpgroup``'s keys may need none. It has a tile's entry and the next one's in registers, ``held``."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     n_block: Int32
     count: Int32
     masked: Int32
     warpgroup: Int32 | None = None
+    held: cute.Tensor | None = None
     begin: cutlass.Constexpr[int] = 0
 
     @property
@@ -314,15 +315,23 @@ class ListedQueries:
         return 1
 
     def tile(self, i, member, problem):
-        entry = self.entries[HEADER + i]
+        if self.held is None:
+            entry = self.entries[HEADER + i]
+        else:
+            entry = self.held[0] = self.held[1]
+            self.held[1] = self.entries[HEADER + i + 1]
         return entry & TILE_MASK, entry >> MEMBER_BIT
 
     def of_warpgroup(self, warpgroup):
-        return replace(self, warpgroup=warpgroup)
+        """The same walk of some of the keys, tile after tile. Entries are read a tile ahead: the warps that add dQ acquire, which
+        empties the L1 cache, and a product must not wait for the L2 cache."""
+        held = cute.make_rmem_tensor(2, Int32)
+        held[1] = self.entries[HEADER]
+        return replace(self, warpgroup=warpgroup, held=held)
 
     def needs_mask(self, i, m_block):
         cut = i < self.masked
-        return cut if self.warpgroup is None else cut & (self.entries[HEADER + i] >> TILE_BITS + self.warpgroup & 1 == 0)
+        return cut if self.held is None else cut & (self.held[0] >> TILE_BITS + self.warpgroup & 1 == 0)
 
     def rank(self, values: Values, problem, m_block: Int32, config):
         return values.ranks[values.sequence, values.head, m_block, self.n_block]
