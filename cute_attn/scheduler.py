@@ -42,7 +42,7 @@ LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
 class Work:
     """One tile to compute: which ``block`` of rows of which head, of which sequence's queries ``q`` and keys ``k``. Where some
     are past their sequence's end, ``exists`` says whether this one has any rows. ``sequence`` is the number of a ragged one,
-    ``header`` what the list of its key tiles begins with, where another warp has read that."""
+    ``header`` what its list begins with, where another warp has read that."""
 
     block: Int32
     head: Int32

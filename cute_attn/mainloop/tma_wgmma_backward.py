@@ -30,7 +30,7 @@ from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
-from cute_attn.mainloop.walk import QueryTiles
+from cute_attn.mainloop.walk import ListedQueries, QueryTiles
 from cute_attn.mainloop.warpgroups import (
     NONE_DONE,
     WARPGROUP,
@@ -158,10 +158,13 @@ class Backward(KeyBlocks):
         from_memory, into = (plain, rows, care), (gradients, signals)
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
-            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
+            of = {"of_k": True, "ragged": bool(self.problem.ragged), "headed": bool(self.problem.blocks)}
+            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, **of)
             unused, ticket = self._unused(gradients, tiles), signals.ticket if self.draws else None
             counted = bool(self.problem.ragged)
-            lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, in_order=self.problem.deterministic, counted=counted)
+            header = (lambda work: ListedQueries.ahead(values.of(work), work.block)) if self.problem.blocks else None
+            how = {"in_order": self.problem.deterministic, "counted": counted, "header": header}
+            lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, **how)
             roles(lead, lambda part: queue.taker().each(part, NONE_DONE), unused)
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])

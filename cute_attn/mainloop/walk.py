@@ -288,12 +288,14 @@ class QueryTiles:
 class ListedQueries:
     """The query tiles of one key tile as a list has them, what :class:`QueryTiles` is for a band. They are walked over once, of
     all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first; of these a
-    ``warpgroup``'s keys may need none. It has a tile's entry and the next one's in registers, ``held``."""
+    ``warpgroup``'s keys may need none. It has a tile's entry and the next one's in registers, ``held``; ``first`` is that of the
+    first tile, where another warp has read it."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     n_block: Int32
-    count: Int32
     masked: Int32
+    count: Int32
+    first: Int32 | None = None
     warpgroup: Int32 | None = None
     held: cute.Tensor | None = None
     begin: cutlass.Constexpr[int] = 0
@@ -309,7 +311,14 @@ class ListedQueries:
     @staticmethod
     def of(values: Values, n_block: Int32) -> ListedQueries:
         entries = values.query_lists[values.sequence, values.head, n_block, None]
-        return ListedQueries(entries, n_block, entries[1], entries[0])
+        said = (entries[0], entries[1]) if values.header is None else values.header
+        return ListedQueries(entries, n_block, *said)
+
+    @staticmethod
+    def ahead(values: Values, n_block: Int32):
+        """A whole warp, ahead of those that take the list: what they begin with."""
+        entries = values.query_lists[values.sequence, values.head, n_block, None]
+        return entries[0], entries[1], entries[HEADER]
 
     def members(self, heads_per_kv):
         return 1
@@ -326,7 +335,7 @@ class ListedQueries:
         """The same walk of some of the keys, tile after tile. Entries are read a tile ahead: the warps that add dQ acquire, which
         empties the L1 cache, and a product must not wait for the L2 cache."""
         held = cute.make_rmem_tensor(2, Int32)
-        held[1] = self.entries[HEADER]
+        held[1] = self.entries[HEADER] if self.first is None else self.first
         return replace(self, warpgroup=warpgroup, held=held)
 
     def needs_mask(self, i, m_block):

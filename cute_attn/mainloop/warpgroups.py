@@ -258,10 +258,11 @@ class Kernel:
             return tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
         return tiles.launched(blocks, long=False)
 
-    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, counted: bool = False):
+    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, counted: bool = False, header=None):
         """The warp that finds a persistent block's tiles: its ``part`` of each, from ``state`` on, and what it does ``alone``,
         while others compute. One thread draws a ``ticket`` for each but, unless tiles are to begin ``in_order``, the first;
-        None: they come in rounds. ``counted``: those of ragged ones that have rows in use, and no others."""
+        None: they come in rounds. ``counted``: those of ragged ones that have rows in use, and no others. ``header(work)`` is what
+        a tile's list begins with."""
         first, following = cute.arch.block_idx()[0], tiles.position
         if ticket is not None:
             skipped = 0 if in_order else cute.arch.grid_dim()[0]
@@ -270,7 +271,7 @@ class Kernel:
         if counted:
             queue.lead_counted(tiles, first, following, part, state)
         else:
-            queue.lead(tiles, first, following, part, state, alone)
+            queue.lead(tiles, first, following, part, state, alone, header)
 
     @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: TmaOperand, s: cute.Tensor, group, slot, where):
