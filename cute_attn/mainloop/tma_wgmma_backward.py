@@ -348,7 +348,8 @@ class Backward(KeyBlocks):
             m_block, member = visited.tile(i, round, self.problem)
             tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
             of_head = with_rise(values.of_head(work.head + member), self.problem)
-            state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
+            ahead = partial(visited.read, i + 1) if self.problem.blocks else None
+            state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile, ahead)
             i = i + 1 if i + 1 < visited.count else Int32(0)
             round = round + 1 if i == 0 else round
         if cutlass.const_expr(self.config.overlap_tiles):
@@ -420,8 +421,9 @@ class Backward(KeyBlocks):
         key_first,
         state,
         tile,
+        ahead: cutlass.Constexpr,
     ):
-        """One query tile. Returns the pipelines' next state.
+        """One query tile. Returns the pipelines' next state. ``ahead()``, if any, is done while products run.
 
         With ``overlap_tiles``, dK's product is in flight when it ends, so that the tensor cores have work until the next
         tile's scores are issued; the next step releases Q's slot. Only an accumulator that the loop never reads can stay in
@@ -439,6 +441,8 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.needs_ds):
             acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage])
             flight.issued("dP")
+        if cutlass.const_expr(ahead is not None):
+            ahead()
         scores, kept, hidden = Scores(me.cS, values, self.problem, transposed=True), None, None
         if cutlass.const_expr(self.problem.dropout):
             kept = scores.kept((key_first, m_block * config.tile_m))

@@ -328,12 +328,15 @@ class ListedQueries:
             entry = self.entries[HEADER + i]
         else:
             entry = self.held[0] = self.held[1]
-            self.held[1] = self.entries[HEADER + i + 1]
         return entry & TILE_MASK, entry >> MEMBER_BIT
 
+    def read(self, i):
+        """The entry of the i-th tile, the next one, while there is time: the warps that add dQ acquire, which empties the L1
+        cache, and a product must not wait for the L2 cache."""
+        self.held[1] = self.entries[HEADER + i]
+
     def of_warpgroup(self, warpgroup):
-        """The same walk of some of the keys, tile after tile. Entries are read a tile ahead: the warps that add dQ acquire, which
-        empties the L1 cache, and a product must not wait for the L2 cache."""
+        """The same walk of some of the keys, tile after tile, for whoever reads the next one's entry in each."""
         held = cute.make_rmem_tensor(2, Int32)
         held[1] = self.entries[HEADER] if self.first is None else self.first
         return replace(self, warpgroup=warpgroup, held=held)
