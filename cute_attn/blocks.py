@@ -316,7 +316,7 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
 def _tiles_from_seen(seen: torch.Tensor, across: int) -> torch.Tensor:
     """Of columns of blocks, whether a tile of ``across`` begins there, so that each that is ``seen`` is in one tile: one after
     another from the first seen one on, and anew from the next one where so many aren't."""
-    columns = torch.arange(seen.shape[3], device=seen.device).expand(seen.shape)
+    columns = torch.arange(seen.shape[3], dtype=torch.int32, device=seen.device).expand(seen.shape)
     if not seen.numel():
         return seen
     last = columns.where(seen, -across - 1).cummax(3).values
