@@ -288,8 +288,8 @@ class QueryTiles:
 class ListedQueries:
     """The query tiles of one key tile as a list has them, what :class:`QueryTiles` is for a band. They are walked over once, of
     all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first; of these a
-    ``warpgroup``'s keys may need none. It has a tile's entry and the next one's in registers, ``held``; ``first`` is that of the
-    first tile, where another warp has read it."""
+    ``warpgroup``'s keys may need none. It has a tile's entry and the next one's in registers, ``held``; ``first`` is the first
+    tile's, where another warp has read it."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     n_block: Int32

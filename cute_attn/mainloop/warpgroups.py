@@ -261,8 +261,8 @@ class Kernel:
     def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, counted: bool = False, header=None):
         """The warp that finds a persistent block's tiles: its ``part`` of each, from ``state`` on, and what it does ``alone``,
         while others compute. One thread draws a ``ticket`` for each but, unless tiles are to begin ``in_order``, the first;
-        None: they come in rounds. ``counted``: those of ragged ones that have rows in use, and no others. ``header(work)`` is what
-        a tile's list begins with."""
+        None: they come in rounds. ``counted``: those of ragged ones that have rows in use, and no others. ``header``: see
+        :meth:`WorkQueue.hand_out`."""
         first, following = cute.arch.block_idx()[0], tiles.position
         if ticket is not None:
             skipped = 0 if in_order else cute.arch.grid_dim()[0]

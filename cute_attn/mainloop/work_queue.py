@@ -51,8 +51,8 @@ class WorkQueue:
     @cute.jit
     def hand_out(self, tiles: cutlass.Constexpr, state, begin=None, header: cutlass.Constexpr = None):
         """One warp: every tile of this block, and that there are no more. Returns the ring's next state and the position of the
-        first tile, with which, as ``begin``, the same tiles are handed out again. ``header(work)`` finds out what its list begins
-        with."""
+        first tile, with which, as ``begin``, the same tiles are handed out again. ``header(work)`` finds out what a tile's list
+        begins with."""
         turn, position, begun = Int32(0), Int32(0), Int32(0)
         first, before, more = Int32(0), Int32(0), Boolean(True)
         while more:
