@@ -293,8 +293,8 @@ class ListedQueries:
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     n_block: Int32
-    masked: Int32
     count: Int32
+    masked: Int32
     first: Int32 | None = None
     warpgroup: Int32 | None = None
     held: cute.Tensor | None = None
@@ -311,14 +311,14 @@ class ListedQueries:
     @staticmethod
     def of(values: Values, n_block: Int32) -> ListedQueries:
         entries = values.query_lists[values.sequence, values.head, n_block, None]
-        said = (entries[0], entries[1]) if values.header is None else values.header
+        said = (entries[1], entries[0]) if values.header is None else values.header
         return ListedQueries(entries, n_block, *said)
 
     @staticmethod
     def ahead(values: Values, n_block: Int32):
         """A whole warp, ahead of those that take the list: what they begin with."""
         entries = values.query_lists[values.sequence, values.head, n_block, None]
-        return entries[0], entries[1], entries[HEADER]
+        return entries[1], entries[0], entries[HEADER]
 
     def members(self, heads_per_kv):
         return 1
