@@ -62,7 +62,8 @@ class BackwardPipelines:
 class BackwardShared:
     """The operands in shared memory: ``(64, columns, warpgroup)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
     ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(thread, value,
-    warpgroup + warpgroups · stage)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``)."""
+    warpgroup + warpgroups · stage)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``), ``(stage)`` for what
+    a list says of a query tile."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -75,6 +76,7 @@ class BackwardShared:
     hidden: cute.Tensor | None
     dk: cute.Tensor | None  # None where it lies over dQ
     dv: cute.Tensor
+    entries: cute.Tensor | None
     work: cute.Tensor
 
 
@@ -238,6 +240,7 @@ class Backward(KeyBlocks):
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
             dk=dk,
             dv=self.over("dV", ds),
+            entries=smem.allocate_tensor(Int32, cute.make_layout(config.stages), 16) if self.problem.blocks else None,
             work=WorkQueue.slots_in(smem),
         )
         row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
@@ -345,11 +348,14 @@ class Backward(KeyBlocks):
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
         i, round = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
-            m_block, member = visited.tile(i, round, self.problem)
-            tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
-            of_head = with_rise(values.of_head(work.head + member), self.problem)
-            ahead = partial(visited.read, i + 1) if self.problem.blocks else None
-            state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile, ahead)
+            if cutlass.const_expr(self.problem.blocks):
+                of_tile = partial(self._of_listed, shared.entries, values, work.head, visited, i)
+            else:
+                m_block, member = visited.tile(i, round, self.problem)
+                needs_mask = visited.needs_mask(i, m_block)
+                of_head = with_rise(values.of_head(work.head + member), self.problem)
+                of_tile = partial(_same, (of_head, m_block, needs_mask))
+            state = self._step(me, frag, shared, pipes, of_tile, key_first, state, (hides, j > 0))
             i = i + 1 if i + 1 < visited.count else Int32(0)
             round = round + 1 if i == 0 else round
         if cutlass.const_expr(self.config.overlap_tiles):
@@ -364,6 +370,12 @@ class Backward(KeyBlocks):
                 self._release_keys(pipes, k_state)
         steps = cute.arch.make_warp_uniform(done[1] + visited.count * visited.members(members))
         self._store(me, frag, operands, shared, values, work, steps)
+
+    def _of_listed(self, entries: cute.Tensor, values: Values, head, visited: ListedQueries, i, stage):
+        """What :meth:`_step` takes of the i-th tile of a list, which the warp that copies Q has put beside it."""
+        m_block, member = visited.tile_of(entries[stage])
+        of_head = with_rise(values.of_head(head + member), self.problem)
+        return of_head, m_block, visited.entry_needs_mask(i, entries[stage])
 
     @cute.jit
     def _wait_for_keys(self, me: BackwardWorker, shared: BackwardShared, pipes: BackwardPipelines, state):
@@ -417,19 +429,19 @@ class Backward(KeyBlocks):
         frag: BackwardFragments,
         shared: BackwardShared,
         pipes: BackwardPipelines,
-        values: Values,
+        of_tile: cutlass.Constexpr,
         key_first,
         state,
         tile,
-        ahead: cutlass.Constexpr,
     ):
-        """One query tile. Returns the pipelines' next state. ``ahead()``, if any, is done while products run.
+        """One query tile, of which ``of_tile(stage)`` says (values, number, whether it needs a mask), once it is there. Returns
+        the pipelines' next state.
 
         With ``overlap_tiles``, dK's product is in flight when it ends, so that the tensor cores have work until the next
         tile's scores are issued; the next step releases Q's slot. Only an accumulator that the loop never reads can stay in
         flight like this, and the operand keeps its registers.
         """
-        m_block, masked, hides, follows = tile
+        hides, follows = tile
         config, lay, stage = self.config, self.lay, state.index
         mma_S = lay.tiled_mma("S", config)
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
@@ -441,8 +453,7 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.needs_ds):
             acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage])
             flight.issued("dP")
-        if cutlass.const_expr(ahead is not None):
-            ahead()
+        values, m_block, masked = of_tile(stage)
         scores, kept, hidden = Scores(me.cS, values, self.problem, transposed=True), None, None
         if cutlass.const_expr(self.problem.dropout):
             kept = scores.kept((key_first, m_block * config.tile_m))
@@ -603,6 +614,11 @@ class Backward(KeyBlocks):
         if cute.arch.thread_idx()[0] % WARPGROUP < 32:
             empty = self._empty(steps % self.config.dq_stages, (me.warpgroup + 1) % self.warpgroups)
             cute.arch.barrier_arrive(barrier_id=empty, number_of_threads=WARPGROUP + 32)
+
+
+def _same(what, stage):
+    """What was known before."""
+    return what
 
 
 @cute.jit

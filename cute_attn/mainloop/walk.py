@@ -288,16 +288,13 @@ class QueryTiles:
 class ListedQueries:
     """The query tiles of one key tile as a list has them, what :class:`QueryTiles` is for a band. They are walked over once, of
     all query heads that share the keys: ``count`` of them, and the ``masked`` ones, which need a mask, come first; of these a
-    ``warpgroup``'s keys may need none. It has a tile's entry and the next one's in registers, ``held``; ``first`` is the first
-    tile's, where another warp has read it."""
+    ``warpgroup``'s keys may need none."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     n_block: Int32
     count: Int32
     masked: Int32
-    first: Int32 | None = None
     warpgroup: Int32 | None = None
-    held: cute.Tensor | None = None
     begin: cutlass.Constexpr[int] = 0
 
     @property
@@ -316,34 +313,33 @@ class ListedQueries:
 
     @staticmethod
     def ahead(values: Values, n_block: Int32):
-        """A whole warp, ahead of those that take the list: what they begin with."""
+        """A whole warp, ahead of those that take the list: what it begins with."""
         entries = values.query_lists[values.sequence, values.head, n_block, None]
-        return entries[1], entries[0], entries[HEADER]
+        return entries[1], entries[0]
 
     def members(self, heads_per_kv):
         return 1
 
     def tile(self, i, member, problem):
-        if self.held is None:
-            entry = self.entries[HEADER + i]
-        else:
-            entry = self.held[0] = self.held[1]
+        return self.tile_of(self.entry(i))
+
+    def entry(self, i):
+        """What the list says of the i-th tile."""
+        return self.entries[HEADER + i]
+
+    def tile_of(self, entry):
+        """``(m_block, member)`` of an entry."""
         return entry & TILE_MASK, entry >> MEMBER_BIT
 
-    def read(self, i):
-        """The entry of the i-th tile, the next one, while there is time: the warps that add dQ acquire, which empties the L1
-        cache, and a product must not wait for the L2 cache."""
-        self.held[1] = self.entries[HEADER + i]
-
     def of_warpgroup(self, warpgroup):
-        """The same walk of some of the keys, tile after tile, for whoever reads the next one's entry in each."""
-        held = cute.make_rmem_tensor(2, Int32)
-        held[1] = self.entries[HEADER] if self.first is None else self.first
-        return replace(self, warpgroup=warpgroup, held=held)
+        return replace(self, warpgroup=warpgroup)
 
     def needs_mask(self, i, m_block):
-        cut = i < self.masked
-        return cut if self.held is None else cut & (self.held[0] >> TILE_BITS + self.warpgroup & 1 == 0)
+        return i < self.masked if self.warpgroup is None else self.entry_needs_mask(i, self.entry(i))
+
+    def entry_needs_mask(self, i, entry):
+        """The same of a warpgroup's keys, of an entry that is known."""
+        return (i < self.masked) & (entry >> TILE_BITS + self.warpgroup & 1 == 0)
 
     def rank(self, values: Values, problem, m_block: Int32, config):
         return values.ranks[values.sequence, values.head, m_block, self.n_block]

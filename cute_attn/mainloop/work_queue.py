@@ -266,7 +266,7 @@ class Taker:
     def _key_tile(self, block, head, sequence, q_first, q_length, k_first, k_length, k_capacity) -> Work:
         if not self.queue.ragged:
             span = Span(sequence)
-            return Work(block, head, head, span, span, header=(q_first, q_length, k_first) if self.queue.headed else None)
+            return Work(block, head, head, span, span, header=(q_first, q_length) if self.queue.headed else None)
         padded = [(first // ROW_PADDING + sequence) * ROW_PADDING for first in (q_first, k_first)]
         q = Span(Int32(0), q_first, q_length, None, padded[0])
         return Work(block, head, head, q, Span(Int32(0), k_first, k_length, k_capacity, padded[1]), sequence=sequence)
