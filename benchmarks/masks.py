@@ -139,9 +139,9 @@ def flex(what: str, kind: str, size: Size, device: str) -> Made:
     of = function(what, size.seqlen, size.heads, device)
     asked: dict[str, Any] = {"score_mod": of}
     if kind == "score" and size.head_dim <= 64:
-        # Its own choice for such heads on Hopper (128 × 128, three stages) takes 240 KiB of shared memory with what a table's
-        # values take; a block has 227. Two are what its error says to try.
-        asked["kernel_options"] = {"fwd_num_stages": 2}
+        # Its own choice for such heads on Hopper (128 keys, three stages) takes 240 KiB of shared memory where a table is read,
+        # and a block has 227. Half as many keys fit; two stages do, too, and are slower.
+        asked["kernel_options"] = {"fwd_BLOCK_N": 64}
     if kind == "mask":
         batch = size.batch if what == "prefix-LM" else None
         asked = {"block_mask": create_block_mask(of, batch, None, size.seqlen, size.seqlen, device=device)}
