@@ -40,7 +40,7 @@ def host_function(problem, config):
     return enlist
 
 
-def _place(lists: cute.Tensor, index):
+def _place(lists, index):
     """``(batch, head, tile)`` of the list of this number."""
     _, heads, tiles, _ = lists.shape
     return index // tiles // heads, index // tiles % heads, index % tiles
@@ -71,7 +71,7 @@ class ListsOfKeys:
             entries[0], entries[1], entries[2] = cut, led + whole + cut, whole + cut
 
     @cute.jit
-    def _walk(self, kinds: cute.Tensor, rows, across: Int32, ends, passed: Int32, into: cutlass.Constexpr):
+    def _walk(self, kinds, rows, across: Int32, ends, passed: Int32, into: cutlass.Constexpr):
         """The tiles of some ``rows`` (first, number) of blocks, each from the first block on that is seen and in no tile before
         it: how many are cut and before all whole ones, whole, and cut elsewhere, ``ends`` and these. Or their entries, ``into``
         a list, from these ``ends`` down; then a whole one may be said to have ``passed`` already."""
@@ -102,7 +102,7 @@ class ListsOfKeys:
             begin = following
         return led, whole, cut
 
-    def _look(self, kinds: cute.Tensor, rows, column: Int32):
+    def _look(self, kinds, rows, column: Int32):
         """A whole warp, a column of blocks each: of each 64 rows whether they see nothing of it, and all of it, a bit each; and
         whether any sees some."""
         (first, count), (blocks, columns) = rows, kinds.shape
@@ -175,7 +175,7 @@ class ListsOfQueries:
         return cut, whole
 
     @cute.jit
-    def _kind(self, kinds: cute.Tensor, tile: Int32, key_tile: Int32, sides):
+    def _kind(self, kinds, tile: Int32, key_tile: Int32, sides):
         """``(the kind of a tile, whether each query sees all of 64 keys of two, a bit each)``; no bits where a tile has not 128
         keys."""
         (rows, columns), (down, across) = kinds.shape, sides
