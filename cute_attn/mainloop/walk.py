@@ -335,7 +335,7 @@ class ListedQueries:
         return replace(self, warpgroup=warpgroup)
 
     def needs_mask(self, i, m_block):
-        return i < self.masked if self.warpgroup is None else self.entry_needs_mask(i, self.entry(i))
+        return i < self.masked
 
     def entry_needs_mask(self, i, entry):
         """The same of a warpgroup's keys, of an entry that is known."""
