@@ -76,8 +76,8 @@ class BackwardShared:
     hidden: cute.Tensor | None
     dk: cute.Tensor | None  # None where it lies over dQ
     dv: cute.Tensor
-    entries: cute.Tensor | None
     work: cute.Tensor
+    entries: cute.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,6 @@ class Backward(KeyBlocks):
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
             dk=dk,
             dv=self.over("dV", ds),
-            entries=smem.allocate_tensor(Int32, cute.make_layout(config.stages), 16) if self.problem.blocks else None,
             work=WorkQueue.slots_in(smem),
         )
         row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
@@ -251,6 +250,9 @@ class Backward(KeyBlocks):
             do=self.pipe(smem, config.stages, warps, lay.slot_bytes("dO", config) + row_bytes),
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * ADDERS + warps),
         )
+        entries = smem.allocate_tensor(Int32, cute.make_layout(config.stages), 4)
+        if self.problem.blocks:
+            shared = replace(shared, entries=entries)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return shared, pipes
