@@ -138,6 +138,10 @@ def flex(what: str, kind: str, size: Size, device: str) -> Made:
 
     of = function(what, size.seqlen, size.heads, device)
     asked: dict[str, Any] = {"score_mod": of}
+    if kind == "score" and size.head_dim <= 64:
+        # Its own choice for such heads on Hopper (128 keys, three stages) takes 240 KiB of shared memory where a table is read,
+        # and a block has 227. Half as many keys fit; two stages do, too, and are slower.
+        asked["kernel_options"] = {"fwd_BLOCK_N": 64}
     if kind == "mask":
         batch = size.batch if what == "prefix-LM" else None
         asked = {"block_mask": create_block_mask(of, batch, None, size.seqlen, size.seqlen, device=device)}

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import product
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +37,8 @@ from cute_attn.layouts.base import (
     BLOCK,
     BY_ROWS,
     CUT,
+    HEADER,
+    IN_TURN,
     KIND_BITS,
     MEMBER_BIT,
     NONE,
@@ -135,44 +138,46 @@ class BlockMask:
         return high.amax((4, 6)).eq(NONE), low.amin((4, 6)).eq(WHOLE)
 
     def _key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
-        across, by_warpgroup = tile_n // BLOCK, tile_m % ROWS_OF_WARPGROUP == 0
-        none, every = self._seen(tile_m, BLOCK, ROWS_OF_WARPGROUP if by_warpgroup else tile_m)
-        begins = _tiles_from_seen(none.all(3).logical_not(), across)
-        none, every = (_of_tiles(x, across, past) for x, past in ((none, True), (every, False)))
-        numbers = torch.arange(begins.shape[3], dtype=torch.int32, device=begins.device)
-        kinds = _kinds_of_all(none, every) * begins
-        # Those that are cut and come before all whole ones; where there is none of these, none.
-        after = numbers < kinds.eq(WHOLE).byte().argmax(3, keepdim=True) if len(numbers) else begins
-        entries = numbers.expand(kinds.shape)
-        if by_warpgroup:
-            said = none.int() << UNSEEN_BIT | every.int() << WHOLE_BIT
-            bits = TILE_BITS + WARPGROUP_BITS * torch.arange(said.shape[3], dtype=torch.int32, device=kinds.device)
-            entries = numbers | (said << bits[:, None]).sum(3, dtype=torch.int32)
-        order = (kinds - CUT) | (after.byte() << 1)  # 0, 1 if whole, 2 at the end; and 253 or more
-        order, where = order.flip(3).sort(dim=-1, stable=True)
-        cut, whole_end, total = ((order < past).sum(3) for past in (1, 2, 3))
-        in_turn = total.argsort(dim=-1, descending=True, stable=True)
-        entries = entries.flip(3).gather(3, where[..., : -(-len(numbers) // across)])
-        return _listed(entries, cut, total, whole_end, in_turn)
+        across, (batch, heads, rows, columns) = tile_n // BLOCK, self.kinds.shape
+        sizes = batch, heads, -(-rows * BLOCK // tile_m), HEADER - (-columns // across) + 1
+        lists = self.kinds.new_zeros(sizes, dtype=torch.int32)
+        if self.kinds.is_cuda:
+            return self._enlisted("key lists", lists, tile_m, tile_n)
+        none, every = self._seen(tile_m, BLOCK, ROWS_OF_WARPGROUP)
+        for place in product(*map(range, sizes[:3])):
+            header, entries = _list_of_keys(none[place].tolist(), every[place].tolist(), across)
+            lists[place][: HEADER + len(entries)] = torch.tensor([*header, 0, *entries])
+        lists[..., IN_TURN] = lists[..., 1].argsort(dim=-1, descending=True, stable=True)
+        return lists
 
     def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
-        kinds = self.tiles(tile_m, tile_n)
-        numbers = torch.arange(kinds.shape[2], dtype=torch.int32, device=kinds.device)[:, None].expand(kinds.shape)
+        batch, heads, rows, columns = self.kinds.shape
+        tiles, lists_of = -(-rows * BLOCK // tile_m), max(heads // members, 1)
+        sizes = batch, lists_of, -(-columns * BLOCK // tile_n), HEADER + members * tiles + 1
+        lists = self.kinds.new_zeros(sizes, dtype=torch.int32)
+        if self.kinds.is_cuda:
+            return self._enlisted("query lists", lists, tile_m, tile_n, members)
+        kinds, halves = self.tiles(tile_m, tile_n), None
         if tile_n == 2 * ROWS_OF_WARPGROUP:
-            halves = self.tiles(tile_m, ROWS_OF_WARPGROUP)
-            every = pad(halves, (0, halves.shape[3] % 2)).eq(WHOLE).int().unflatten(3, (-1, 2))
-            numbers = numbers | every[..., 0] << TILE_BITS | every[..., 1] << TILE_BITS + 1
-        of_members = torch.arange(members, dtype=torch.int32, device=kinds.device) << MEMBER_BIT
+            halves = pad(self.tiles(tile_m, ROWS_OF_WARPGROUP), (0, 1)).eq(WHOLE).int()
+        for b, h, n in product(*map(range, sizes[:3])):
+            found: dict[int, list[int]] = {NONE: [], CUT: [], WHOLE: []}
+            for member, m in product(range(members), range(tiles)):
+                head, entry = (h * members + member) % heads, m | member << MEMBER_BIT
+                if halves is not None:
+                    entry |= sum(int(halves[b, head, m, 2 * n + w]) << TILE_BITS + w for w in range(2))
+                found[int(kinds[b, head, m, n])].append(entry)
+            entries = found[CUT] + found[WHOLE]
+            lists[b, h, n, : HEADER + len(entries)] = torch.tensor([len(found[CUT]), len(entries), 0, 0, *entries])
+        return lists
 
-        def of_key_tiles(x: torch.Tensor) -> torch.Tensor:
-            """(batch, key heads, n_blocks, member · query tile) of (batch, heads, m_blocks, n_blocks)."""
-            x = x.expand(-1, members, -1, -1) if self.heads == 1 else x
-            return x.unflatten(1, (-1, members)).permute(0, 1, 4, 2, 3)
+    def _enlisted(self, which: str, lists: torch.Tensor, tile_m: int, tile_n: int, members: int = 1) -> torch.Tensor:
+        """Zeros to lists, by a kernel."""
+        if lists.numel() and self.kinds.numel():
+            from cute_attn import launch  # which imports what needs a GPU
 
-        order, where = (of_key_tiles(kinds) - CUT).flatten(3).sort(dim=-1, stable=True)  # 0, 1 if whole, and 255
-        cut, total = (order < 1).sum(3), (order < 2).sum(3)
-        entries = (of_key_tiles(numbers) | of_members[:, None]).flatten(3).gather(3, where)
-        return _listed(entries, cut, total, torch.zeros_like(cut), torch.zeros_like(cut))
+            launch.enlist(which, self.kinds, lists, tile_m // BLOCK, tile_n // BLOCK, members)
+        return lists
 
     def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
         seen = self.tiles(tile_m, tile_n).ne(NONE).int()
@@ -313,35 +318,31 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
                 kinds[b, h, first : first + len(some)] = found.masked_fill(by_rows, BY_ROWS)
 
 
-def _tiles_from_seen(seen: torch.Tensor, across: int) -> torch.Tensor:
-    """Of columns of blocks, whether a tile of ``across`` begins there, so that each that is ``seen`` is in one tile: one after
-    another from the first seen one on, and anew from the next one where so many aren't."""
-    columns = torch.arange(seen.shape[3], device=seen.device).expand(seen.shape)
-    if not seen.numel():
-        return seen
-    last = columns.where(seen, -across - 1).cummax(3).values
-    before = pad(last[..., :-1], (1, 0), value=-across - 1)
-    first = columns.where(seen & (columns - before > across), 0).cummax(3).values
-    begin, begins = first + (columns - first) // across * across, torch.zeros_like(seen)
-    for i in range(min(across, seen.shape[3])):
-        begins[..., : seen.shape[3] - i] |= seen[..., i:] & (begin[..., i:] == columns[..., : seen.shape[3] - i])
-    return begins
-
-
-def _of_tiles(x: torch.Tensor, across: int, past: bool) -> torch.Tensor:
-    """Of tiles that begin at each column of blocks, whether ``x`` is true of all their columns; past the end it is ``past``."""
-    held = pad(x, (0, across - 1), value=past)
-    return held.unfold(-1, across, 1).all(-1) if x.numel() else x
+def _list_of_keys(none: list[list[bool]], every: list[list[bool]], across: int) -> tuple[tuple[int, int, int], list[int]]:
+    """``(header, entries)`` of the list of a query tile, of each 64 of whose rows it is known which columns of blocks they see
+    nothing of, and which all of. A tile begins at each column that is seen and in no tile before it."""
+    led: list[int] = []
+    whole: list[int] = []
+    cut: list[int] = []
+    begin, columns = 0, len(none[0])
+    while begin < columns:
+        if all(row[begin] for row in none):
+            begin += 1
+            continue
+        held, entry, full = slice(begin, begin + across), begin, begin + across <= columns
+        of_rows = [(all(x[held]), full and all(y[held])) for x, y in zip(none, every, strict=True)]
+        for w, (unseen, seen) in enumerate(of_rows):
+            entry |= (unseen << UNSEEN_BIT | seen << WHOLE_BIT) << TILE_BITS + WARPGROUP_BITS * w
+        (whole if all(seen for _, seen in of_rows) else cut if whole else led).append(entry)
+        begin += across
+    if not whole:
+        led, cut = cut, led
+    return (len(cut), len(led) + len(whole) + len(cut), len(whole) + len(cut)), [*cut[::-1], *whole[::-1], *led[::-1]]
 
 
 def _kinds_of_all(none: torch.Tensor, every: torch.Tensor) -> torch.Tensor:
     """The kinds of tiles from what :meth:`BlockMask._seen` says of their parts."""
     return every.all(3).byte() + none.all(3).logical_not()
-
-
-def _listed(entries: torch.Tensor, *header: torch.Tensor) -> torch.Tensor:
-    """Lists of entries ``(…, tiles)`` with their headers."""
-    return torch.cat((torch.stack(header, -1).int(), entries, entries[..., :1]), -1)
 
 
 # ---- what attention is given -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from cute_attn import cache, layouts, sources
 from cute_attn.cache import cache_dir
-from cute_attn.fields import APPEND, ATTEND, BACKWARD, CLASSIFY, FORWARD, MERGE, Fields
+from cute_attn.fields import APPEND, ATTEND, BACKWARD, CLASSIFY, ENLIST, FORWARD, MERGE, Fields
 from cute_attn.layouts.base import Config
 from cute_attn.problem import Problem
 
@@ -67,6 +67,8 @@ def _host_of(problem: Problem) -> tuple[str, Fields]:
         return "attend", ATTEND
     if problem.blocks == "classified":
         return "classify", CLASSIFY
+    if problem.blocks in ("key lists", "query lists"):
+        return "enlist", ENLIST
     return ("backward", BACKWARD) if problem.gradients else ("forward", FORWARD)
 
 

@@ -127,6 +127,12 @@ CLASSIFY: Fields = (
     *(Field(name, "int32") for name in ("seqlen_q", "seqlen_k")),
     Field("stream", "stream"),
 )
+ENLIST: Fields = (
+    Field("kinds", "kinds"),
+    Field("lists", "lists"),
+    *(Field(name, "int32") for name in ("down", "across", "members")),
+    Field("stream", "stream"),
+)
 MERGE: Fields = (
     Field("into", "exact operand"),
     Field("so_far", "operand", lambda problem, config: problem.merges == problem.dtype),

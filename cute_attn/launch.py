@@ -434,6 +434,20 @@ def _classifying(expression: Expression) -> Problem:
     return Problem("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, expression=expression, blocks="classified")
 
 
+def enlist(which: str, kinds: torch.Tensor, lists: torch.Tensor, down: int, across: int, members: int) -> None:
+    """Zeros to a block mask's ``"key lists"`` or ``"query lists"`` of tiles of ``down`` × ``across`` blocks, on the current
+    stream."""
+    device = kinds.get_device()
+    function, _ = prepared(_enlisting(which), None, device)
+    with torch.cuda.device(device):
+        function(kinds, lists, down, across, members, raw_stream(device))
+
+
+@lru_cache(maxsize=2)
+def _enlisting(which: str) -> Problem:
+    return Problem("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, blocks=which)
+
+
 def as_read(x: torch.Tensor) -> torch.Tensor:
     """A captured tensor as the kernels take it: of one dimension or more, the last one contiguous, and bools as bytes. What is
     not contiguous there is copied."""

@@ -137,6 +137,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
         "barriers": BARRIER_BYTES * 2 * (2 + 2 * config.stages),
         "hidden": config.tile_n,  # keys, a byte each
+        "entries": config.stages * 4,  # of lists
         "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES),
     }
 

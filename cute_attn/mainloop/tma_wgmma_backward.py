@@ -30,7 +30,7 @@ from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import known_here, of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores, with_rise
-from cute_attn.mainloop.walk import QueryTiles
+from cute_attn.mainloop.walk import ListedQueries, QueryTiles
 from cute_attn.mainloop.warpgroups import (
     NONE_DONE,
     WARPGROUP,
@@ -62,7 +62,8 @@ class BackwardPipelines:
 class BackwardShared:
     """The operands in shared memory: ``(64, columns, warpgroup)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
     ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(thread, value,
-    warpgroup + warpgroups · stage)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``)."""
+    warpgroup + warpgroups · stage)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``), ``(stage)`` for what
+    a list says of a query tile."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -76,6 +77,7 @@ class BackwardShared:
     dk: cute.Tensor | None  # None where it lies over dQ
     dv: cute.Tensor
     work: cute.Tensor
+    entries: cute.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -164,11 +166,14 @@ class Backward(KeyBlocks):
         from_memory, into = (plain, rows, care), (gradients, signals)
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
-            of = {"of_k": True, "ragged": bool(self.problem.ragged), "both_ways": tiles.both_ways}
+            ragged, headed = bool(self.problem.ragged), bool(self.problem.blocks)
+            of = {"of_k": True, "ragged": ragged, "headed": headed, "both_ways": tiles.both_ways}
             queue = WorkQueue(shared.work, pipes.work, None, self.arrive, **of)
             unused, ticket = self._unused(gradients, tiles), signals.ticket if self.draws else None
             counted = bool(self.problem.ragged)
-            lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, in_order=self.problem.deterministic, counted=counted)
+            header = (lambda work: ListedQueries.ahead(values.of(work), work.block)) if self.problem.blocks else None
+            how = {"in_order": self.problem.deterministic, "counted": counted, "header": header}
+            lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, **how)
             roles(lead, lambda part: queue.taker().each(part, NONE_DONE), unused)
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
@@ -254,6 +259,9 @@ class Backward(KeyBlocks):
             do=self.pipe(smem, config.stages, warps, lay.slot_bytes("dO", config) + row_bytes),
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * ADDERS + warps),
         )
+        entries = smem.allocate_tensor(Int32, cute.make_layout(config.stages), 4)
+        if self.problem.blocks:
+            shared = replace(shared, entries=entries)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return shared, pipes
@@ -353,10 +361,14 @@ class Backward(KeyBlocks):
             self._results_have_left(me)
         i, round = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
-            m_block, member = visited.tile(i, round, self.problem)
-            tile = (m_block, visited.needs_mask(i, m_block), hides, j > 0)
-            of_head = with_rise(values.of_head(work.head + member), self.problem)
-            state = self._step(me, frag, shared, pipes, of_head, key_first, state, tile)
+            if cutlass.const_expr(self.problem.blocks):
+                of_tile = partial(self._of_listed, shared.entries, values, work.head, visited, i)
+            else:
+                m_block, member = visited.tile(i, round, self.problem)
+                needs_mask = visited.needs_mask(i, m_block)
+                of_head = with_rise(values.of_head(work.head + member), self.problem)
+                of_tile = partial(_same, (of_head, m_block, needs_mask))
+            state = self._step(me, frag, shared, pipes, of_tile, key_first, state, (hides, j > 0))
             i = i + 1 if i + 1 < visited.count else Int32(0)
             round = round + 1 if i == 0 else round
         if cutlass.const_expr(self.config.overlap_tiles):
@@ -371,6 +383,12 @@ class Backward(KeyBlocks):
                 self._release_keys(pipes, k_state)
         steps = cute.arch.make_warp_uniform(done[1] + visited.count * visited.members(members))
         self._store(me, frag, operands, shared, values, work, steps)
+
+    def _of_listed(self, entries: cute.Tensor, values: Values, head, visited: ListedQueries, i, stage):
+        """What :meth:`_step` takes of the i-th tile of a list, which the warp that copies Q has put beside it."""
+        m_block, member = visited.tile_of(entries[stage])
+        of_head = with_rise(values.of_head(head + member), self.problem)
+        return of_head, m_block, visited.entry_needs_mask(i, entries[stage])
 
     @cute.jit
     def _wait_for_keys(self, me: BackwardWorker, shared: BackwardShared, pipes: BackwardPipelines, state):
@@ -424,18 +442,19 @@ class Backward(KeyBlocks):
         frag: BackwardFragments,
         shared: BackwardShared,
         pipes: BackwardPipelines,
-        values: Values,
+        of_tile: cutlass.Constexpr,
         key_first,
         state,
         tile,
     ):
-        """One query tile. Returns the pipelines' next state.
+        """One query tile, of which ``of_tile(stage)`` says (values, number, whether it needs a mask), once it is there. Returns
+        the pipelines' next state.
 
         With ``overlap_tiles``, dK's product is in flight when it ends, so that the tensor cores have work until the next
         tile's scores are issued; the next step releases Q's slot. Only an accumulator that the loop never reads can stay in
         flight like this, and the operand keeps its registers.
         """
-        m_block, masked, hides, follows = tile
+        hides, follows = tile
         config, lay, stage = self.config, self.lay, state.index
         mma_S = lay.tiled_mma("S", config)
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
@@ -443,6 +462,7 @@ class Backward(KeyBlocks):
         pipes.q.consumer_wait(state)
         acc_S = self.scores("S", config.tile_m, frag.tSrK, frag.tSrQ[None, None, None, stage])
         flight.issued("S")
+        values, m_block, masked = of_tile(stage)
         scores = Scores(me.cS, values, self.problem, transposed=True)
         ramp = known_here(scores.ramp_of_rows((key_first, m_block * config.tile_m)))
         pipes.do.consumer_wait(state)
@@ -617,6 +637,11 @@ class Backward(KeyBlocks):
         if cute.arch.thread_idx()[0] % WARPGROUP < 32:
             empty = self._empty(steps % self.config.dq_stages, (me.warpgroup + 1) % self.warpgroups)
             cute.arch.barrier_arrive(barrier_id=empty, number_of_threads=WARPGROUP + 32)
+
+
+def _same(what, stage):
+    """What was known before."""
+    return what
 
 
 @cute.jit

@@ -328,21 +328,38 @@ class ListedQueries:
     @staticmethod
     def of(values: Values, n_block: Int32) -> ListedQueries:
         entries = values.query_lists[values.sequence, values.head, n_block, None]
-        return ListedQueries(entries, n_block, entries[1], entries[0])
+        said = (entries[1], entries[0]) if values.header is None else values.header
+        return ListedQueries(entries, n_block, *said)
+
+    @staticmethod
+    def ahead(values: Values, n_block: Int32):
+        """A whole warp, ahead of those that take the list: what it begins with."""
+        entries = values.query_lists[values.sequence, values.head, n_block, None]
+        return entries[1], entries[0]
 
     def members(self, heads_per_kv):
         return 1
 
     def tile(self, i, member, problem):
-        entry = self.entries[HEADER + i]
+        return self.tile_of(self.entry(i))
+
+    def entry(self, i):
+        """What the list says of the i-th tile."""
+        return self.entries[HEADER + i]
+
+    def tile_of(self, entry):
+        """``(m_block, member)`` of an entry."""
         return entry & TILE_MASK, entry >> MEMBER_BIT
 
     def of_warpgroup(self, warpgroup):
         return replace(self, warpgroup=warpgroup)
 
     def needs_mask(self, i, m_block):
-        cut = i < self.masked
-        return cut if self.warpgroup is None else cut & (self.entries[HEADER + i] >> TILE_BITS + self.warpgroup & 1 == 0)
+        return i < self.masked
+
+    def entry_needs_mask(self, i, entry):
+        """The same of a warpgroup's keys, of an entry that is known."""
+        return (i < self.masked) & (entry >> TILE_BITS + self.warpgroup & 1 == 0)
 
     def rank(self, values: Values, problem, m_block: Int32, config):
         return values.ranks[values.sequence, values.head, m_block, self.n_block]

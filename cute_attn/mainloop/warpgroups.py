@@ -279,10 +279,11 @@ class Kernel:
             return tiles.in_small_groups(blocks), cutlass.min(tiles.count(), blocks)
         return tiles.launched(blocks, long=False)
 
-    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, counted: bool = False):
+    def lead(self, queue, tiles, ticket, state, part, alone=None, in_order: bool = False, counted: bool = False, header=None):
         """The warp that finds a persistent block's tiles: its ``part`` of each, from ``state`` on, and what it does ``alone``,
         while others compute. One thread draws a ``ticket`` for each but, unless tiles are to begin ``in_order``, the first;
-        None: they come in rounds. ``counted``: those of ragged ones that have rows in use, and no others."""
+        None: they come in rounds. ``counted``: those of ragged ones that have rows in use, and no others. ``header``: see
+        :meth:`WorkQueue.hand_out`."""
         first, following = cute.arch.block_idx()[0], tiles.position
         if ticket is not None:
             skipped = 0 if in_order else cute.arch.grid_dim()[0]
@@ -291,7 +292,7 @@ class Kernel:
         if counted:
             queue.lead_counted(tiles, first, following, part, state)
         else:
-            queue.lead(tiles, first, following, part, state, alone)
+            queue.lead(tiles, first, following, part, state, alone, header)
 
     @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: TmaOperand, s: cute.Tensor, group, slot, where):
@@ -406,7 +407,7 @@ class KeyBlocks(Kernel):
         """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""
         keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
         careful = None if plain is None else (plain.q, rows.lse_raw, care)
-        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where, done)
+        self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where, done, shared.entries)
 
     def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done):
         """One warp: V, and dO with the rows' delta."""
@@ -415,12 +416,14 @@ class KeyBlocks(Kernel):
         self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, where, done)
 
     @cute.jit
-    def copy_tiles(self, keys, queries, row_values, careful, values: Values, where, done):
+    def copy_tiles(self, keys, queries, row_values, careful, values: Values, where, done, entries=None):
         """One warp: the key tile of one operand (K or V), then the query tiles of another (Q or dO) with a value of each row.
 
         Each of ``keys`` and ``queries`` is (operand, shared memory, pipeline); ``row_values`` is (global, shared) memory.
         ``careful`` is None, or (Q or dO in global memory, the log-sum-exp that marks rows, whether there are such); ``where``
-        is what :meth:`query_heads` says of the block, and ``done`` how many key tiles and query tiles it has had before.
+        is what :meth:`query_heads` says of the block, and ``done`` how many key tiles and query tiles it has had before. What a
+        list says of each tile goes to shared memory, too, to those ``entries``, if any, for whoever computes: they would wait
+        for it, since the warps that add dQ acquire, which empties the L1 cache.
         """
         k, sK, _ = keys
         slots = cute.size(sK, mode=[2])
@@ -434,11 +437,11 @@ class KeyBlocks(Kernel):
         elif visited.count > 0:
             copy_keys()
         if cutlass.const_expr(careful is None):
-            self._copy_queries(queries, row_values, visited, where, state)
+            self._copy_queries(queries, row_values, visited, where, state, entries)
         elif careful[2]:
-            self._copy_queries_carefully(careful, queries, row_values, visited, where, state)
+            self._copy_queries_carefully(careful, queries, row_values, visited, where, state, entries)
         else:
-            self._copy_queries(queries, row_values, visited, where, state)
+            self._copy_queries(queries, row_values, visited, where, state, entries)
 
     @cute.jit
     def _copy_keys(self, keys, tKgK, tKsK, first, state):
@@ -448,7 +451,7 @@ class KeyBlocks(Kernel):
             cute.copy(k.atom, tKgK[None, first + w], tKsK[None, w], tma_bar_ptr=pipe.producer_get_barrier(state))
 
     @cute.jit
-    def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state):
+    def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state, entries):
         (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         for member in cutlass.range(visited.members(members), unroll=1):
             of_head = self._queries_of(q, sQ, mRow, work, work.head + member)
@@ -457,11 +460,23 @@ class KeyBlocks(Kernel):
                 tQgQ, tQsQ, gRow = of_head
                 if cutlass.const_expr(self.problem.blocks):
                     tQgQ, tQsQ, gRow = self._queries_of(q, sQ, mRow, work, work.head + of)
-                q_pipe.producer_acquire(state)
+                if cutlass.const_expr(entries is None):
+                    q_pipe.producer_acquire(state)
+                else:
+                    self.acquire_for_threads(q_pipe, state)
+                    self._write_entry(entries, state, visited.entry(i))
+                    q_pipe.sync_object_full.arrive(state.index, q_pipe.producer_mask)
                 barrier = q_pipe.producer_get_barrier(state)
                 cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
                 copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
                 state.advance()
+
+    @cute.jit
+    def _write_entry(self, entries: cute.Tensor, state, entry: Int32):
+        """A whole warp: to the stage's place, before it arrives."""
+        if cute.arch.lane_idx() == 0:
+            entries[state.index] = entry
+        cute.arch.sync_warp()
 
     def _queries_of(self, q, sQ: cute.Tensor, mRow: cute.Tensor, work: Work, head):
         """The query tiles of a head, the slots that they come to, and the tiles of its rows' values."""
@@ -469,7 +484,7 @@ class KeyBlocks(Kernel):
         return *q.tiles(sQ, work.q, head), gRow
 
     @cute.jit
-    def _copy_queries_carefully(self, careful, queries, row_values, visited: QueryTiles, where, state):
+    def _copy_queries_carefully(self, careful, queries, row_values, visited: QueryTiles, where, state, entries):
         """The same by the warp's threads, with zeros for marked rows."""
         (_, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         mQ, lse_raw, _ = careful
@@ -490,6 +505,8 @@ class KeyBlocks(Kernel):
                 copy_carefully(gQ, into, first, (lane, WARP), unmarked, 0.0)
                 for r in cutlass.range(lane, step, WARP, unroll=1):
                     sRow[r, state.index] = gRow[first + r]
+                if cutlass.const_expr(entries is not None):
+                    self._write_entry(entries, state, visited.entry(i))
                 self.publish_by_threads(q_pipe, state)
                 state.advance()
 

@@ -59,6 +59,7 @@ class KeyShared:
     delta: cute.Tensor
     hidden: cute.Tensor | None
     work: cute.Tensor
+    entries = None  # of lists come from global memory: nobody here acquires
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class WorkQueue:
     numbered: cutlass.Constexpr[bool] = False  # whether tiles say which sequence they are of: heads have 16 bits then
     of_k: cutlass.Constexpr[bool] = False  # tiles of keys; ``ragged``, if of ragged sequences
     ragged: cutlass.Constexpr[bool] = True
-    headed: cutlass.Constexpr[bool] = False  # tiles that come with what the lists of their keys begin with
+    headed: cutlass.Constexpr[bool] = False  # tiles that come with what their lists begin with
     both_ways: cutlass.Constexpr[bool] = False  # tiles of keys that say from which end they walk
 
     @staticmethod
@@ -52,8 +52,8 @@ class WorkQueue:
     @cute.jit
     def hand_out(self, tiles: cutlass.Constexpr, state, begin=None, header: cutlass.Constexpr = None):
         """One warp: every tile of this block, and that there are no more. Returns the ring's next state and the position of the
-        first tile, with which, as ``begin``, the same tiles are handed out again. ``header(work)`` finds out what its list of
-        key tiles begins with."""
+        first tile, with which, as ``begin``, the same tiles are handed out again. ``header(work)`` finds out what a tile's list
+        begins with."""
         turn, position, begun = Int32(0), Int32(0), Int32(0)
         first, before, more = Int32(0), Int32(0), Boolean(True)
         while more:
@@ -91,14 +91,17 @@ class WorkQueue:
         body: cutlass.Constexpr,
         state,
         alone: cutlass.Constexpr = None,
+        header: cutlass.Constexpr = None,
     ):
         """One warp, which tells the others of each tile of the block and then takes its own part in it: ``state = body(state,
         work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all. With ``alone(work)`` nobody
-        is told of tiles of keys without a row in use: the warp does them by itself."""
+        is told of tiles of keys without a row in use: the warp does them by itself. ``header``: see :meth:`hand_out`."""
         ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
         turn, position = Int32(0), Int32(first)
         while position < tiles.count():
             work = tiles.work(position)
+            if cutlass.const_expr(header is not None):
+                work = replace(work, header=header(work))
             if cutlass.const_expr(work.exists is None):
                 ring = self._tell(work, ring)
                 state = body(state, work)
@@ -154,7 +157,11 @@ class WorkQueue:
         held = cute.make_rmem_tensor(WORK_FIELDS, Int32)
         q, k = work.q, work.k
         if cutlass.const_expr(self.of_k and not self.ragged):
-            fields = (work.block, work.head, k.batch) + ((work.from_last,) if self.both_ways else ())
+            fields = (work.block, work.head, k.batch)
+            if cutlass.const_expr(work.header is not None):
+                fields = (*fields, *work.header)
+            if cutlass.const_expr(self.both_ways):
+                fields = (*fields, work.from_last)
         elif cutlass.const_expr(self.of_k):
             fields = (work.block, work.head, work.sequence, q.first, q.length, k.first, k.length, k.capacity)
         else:
@@ -262,7 +269,9 @@ class Taker:
     def _key_tile(self, block, head, sequence, q_first, q_length, k_first, k_length, k_capacity) -> Work:
         if not self.queue.ragged:
             span = Span(sequence)
-            return Work(block, head, head, span, span, from_last=q_first if self.queue.both_ways else None)
+            header = (q_first, q_length) if self.queue.headed else None
+            from_last = (k_first if self.queue.headed else q_first) if self.queue.both_ways else None
+            return Work(block, head, head, span, span, header=header, from_last=from_last)
         padded = [(first // ROW_PADDING + sequence) * ROW_PADDING for first in (q_first, k_first)]
         q = Span(Int32(0), q_first, q_length, None, padded[0])
         return Work(block, head, head, q, Span(Int32(0), k_first, k_length, k_capacity, padded[1]), sequence=sequence)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cute_attn import attention, block_mask, launch, masks
-from cute_attn.blocks import BlockMask, classified
+from cute_attn.blocks import WHOLE, BlockMask, classified
 from cute_attn.expressions import traced
 from tests.functions import BLOCKED, check, documents
 from tests.planted import plant
@@ -25,6 +25,25 @@ def test_the_kernel_finds_what_torch_finds(case, sizes):
     expression, captured = traced(made.asked["mask"], None, (), None, want, 2, 3)
     classified(want, expression, captured, *sizes)
     assert torch.equal(found.kinds, want)
+
+
+@pytest.mark.parametrize("tile", [(192, 128), (128, 128), (64, 64), (128, 96), (64, 32)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 4, 1, 70), (1, 2, 70, 1), (3, 4, 37, 41), (1, 2, 130, 140)])
+@pytest.mark.parametrize("empty", [0.1, 0.8, 0.99])
+def test_the_kernel_lists_what_python_lists(sizes, tile, empty):
+    """Of any kinds, whatever gaps there are."""
+    *heads, rows, columns = sizes
+    generator = torch.Generator().manual_seed(rows)
+    kinds = torch.randint(1, 4, sizes, generator=generator) * torch.rand(sizes, generator=generator).gt(empty)
+    coarse = torch.randint(0, 4, (*heads, -(-rows // 9), -(-columns // 9)), generator=generator)
+    coarse = coarse.repeat_interleave(9, 2).repeat_interleave(9, 3)[:, :, :rows, :columns]
+    kinds = kinds.where(coarse > WHOLE, coarse.clamp(max=WHOLE) // WHOLE * WHOLE).byte()
+    of_cpu = BlockMask(kinds, rows * 32, columns * 32)
+    of_gpu = of_cpu.to("cuda")
+    assert torch.equal(of_gpu.key_lists(*tile, *heads).cpu(), of_cpu.key_lists(*tile, *heads))
+    for heads_kv in {1, heads[1]}:
+        asked = *tile, *heads, heads_kv
+        assert torch.equal(of_gpu.query_lists(*asked).cpu(), of_cpu.query_lists(*asked))
 
 
 def test_a_large_one():

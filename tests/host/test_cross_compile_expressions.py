@@ -138,6 +138,16 @@ def test_whole_tiles_compute_no_mask(what, unneeded):
     assert min(sum("FFMA" in line for line in body) for body in whole) <= 64 + 4
 
 
+def test_no_product_waits_for_a_list():
+    """In the backward pass what a list says of a tile comes while another one is computed."""
+    pytest.importorskip("cutlass")
+    case = FunctionCase("tma_wgmma", 64, "listed", "qkv")
+    code = machine_code.compiled(case.problem, case.config)
+    body = min(loops_of(cubin.code_of(code.sass, "mainloop")), key=len)
+    first = {word: next(i for i, line in enumerate(body) if word in line) for word in ("LDG", "HGMMA")}
+    assert first["LDG"] > first["HGMMA"]
+
+
 def loops_of(sass: str) -> list[list[str]]:
     """Stretches of instructions with products that a branch back repeats, the innermost ones."""
     lines, begins, found = sass.splitlines(), {}, []
@@ -159,6 +169,17 @@ def test_blocks_are_classified_by_two_comparisons_a_pair():
     assert code.stack_bytes + code.local_bytes == 0
     assert code.count("ISETP") < 2.5 * 128
     assert code.count("LDG") == 8 + 16
+
+
+@pytest.mark.parametrize(("which", "kernels"), [("key lists", ("kernel", "order")), ("query lists", ("kernel",))])
+def test_kernels_that_make_lists(which, kernels):
+    pytest.importorskip("cutlass")
+    problem = Problem("bfloat16", 8, 8, blocks=which)
+    code = machine_code.compiled(problem, plan(problem, "sm_90a"))
+    for name in kernels:
+        made = cubin.parse(*code[:2], kernel=f"cutlass_{name}")
+        assert made.stack_bytes + made.local_bytes == 0
+        assert made.registers <= 64
 
 
 @pytest.mark.parametrize("what", PROBLEMS)
