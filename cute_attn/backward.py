@@ -1,7 +1,7 @@
 """The backward pass on the host: what is compiled is three kernels that follow one another on a stream.
 
 1. :class:`RowValues`: for each query row, delta = Σ_c dO_c · O_c − dLSE, once for all key tiles that will read it, beside its
-   log-sum-exp; it also clears the memory in which dQ is added up.
+   log-sum-exp; it also clears the memory in which dQ is added up, or counted who adds to it.
 2. the mainloop's ``Backward``: dK, dV, and dQ in float32.
 3. :class:`CastQueries`: dQ scaled and rounded to the inputs' dtype.
 

@@ -159,8 +159,8 @@ class Signals:
     zero first.
     ``words`` are all of them, ``counters`` those of the query tiles, ``(m_block, head, batch)``: how many key tiles have added
     to each one's dQ, where their order is fixed; else how many have come while nothing was stored, and ``STORED`` then.
-    ``cleared_late`` says that nothing is zero before the first kernel, which clears all but what it may ask for: that is
-    ``CARE`` then, and whatever else lies there asks for nothing. Where it is ``CARE`` by chance, more care is taken than needed.
+    ``cleared_late`` says that nothing is zero before the first kernel, which clears all but what it may ask for itself: that is
+    ``CARE``, and anything else that lies there asks for nothing. Where it is ``CARE`` by chance, needless care is taken.
     """
 
     words: cute.Tensor
