@@ -336,7 +336,7 @@ class _PlannedGradients:
         packed: tuple = ()  # dq, dk, dv, or dk, dv: parts of one tensor where q, k, v, or k, v, are
         if call.packs and k.storage_offset() != v.storage_offset():  # not as those of tensors by themselves usually are
             packed = self._packed_room(call.heads_first, q, k, v)
-        made = [None if room is None else empty_strided(*room) for room in self.rooms[: 6 - len(packed)]]
+        made: list[Any] = [None if room is None else empty_strided(*room) for room in self.rooms[: 6 - len(packed)]]
         rows, dq_sum, signals, dq, dk, dv = *made, *packed
         if self.unseen:
             for x in (dk, dv):

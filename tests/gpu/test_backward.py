@@ -191,7 +191,7 @@ def test_blocks_take_tickets(mechanism, monkeypatch):
 @pytest.mark.parametrize("rules", [{}, {"causal": True}, {"window": (70, 30)}], ids=["full", "causal", "window"])
 @pytest.mark.parametrize("word", [-1, 7, STORED, CARE], ids=["-1", "7", "stored", "care"])
 def test_memory_of_signals_may_hold_anything(word, rules, mechanism, monkeypatch):
-    """The kernels clear what they need, and leave nothing that asks for care: a graph, whose memory is the same each time, is as
+    """The kernels clear what they need, and leave nothing that asks for care: a graph, which always has the same memory, is as
     fast after NaN as before."""
     made, empty_strided = [], launch.empty_strided
     q, k, v, dout, dlse = make(3, 300, 700, 4, 2, 128)
