@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from cute_attn.private import keep_for_backward
 from cute_attn.problem import Call
 from cute_attn.wrapped import gradient
 
@@ -41,7 +40,8 @@ class Attention(torch.autograd.Function):
         if call.plans is None:
             keep(ctx, q, k, v, out, kept, *lengths, *others)
         else:  # what comes back otherwise, those notice who compute
-            keep_for_backward(ctx, q, k, v, out, kept, *lengths)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(q, k, v, out, kept, *lengths)
         call.packs = True  # an operator's results are memory of their own; these needn't be
         ctx.call = call
         return out if lse is None else (out, lse)

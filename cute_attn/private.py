@@ -71,12 +71,6 @@ assert_on_device: Callable[[torch.Tensor, str], None] = _bound(
 )
 
 
-def keep_for_backward(ctx, *tensors: torch.Tensor | None) -> None:
-    """What ``ctx.set_materialize_grads(False)`` and ``ctx.save_for_backward`` do to a context of torch's own in half the time:
-    others, as transforms of ``torch.func`` have them, do more."""
-    ctx.to_save, ctx.materialize_grads = tensors, False
-
-
 def version_of(x: torch.Tensor) -> int | None:
     """What changes whenever a tensor is written to; ``None`` where torch doesn't count."""
     return None if x.is_inference() else x._version

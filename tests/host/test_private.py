@@ -59,36 +59,6 @@ def test_this_torch_has_them_all(with_cuda):
         assert module.dispatch_modes() == 1
 
 
-def test_what_is_kept_for_the_backward_pass():
-    """Tensors are torch's to watch and None is None, and outputs that nobody used have no gradient."""
-    found = []
-
-    class Both(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            out = x * 2, x * 3
-            private.keep_for_backward(ctx, x, None, out[0])
-            return out
-
-        @staticmethod
-        def backward(ctx, *gradients):
-            found.append((ctx.saved_tensors, gradients))
-            return gradients[1]
-
-    x = torch.ones(2, requires_grad=True)
-    first, second = Both.apply(x)
-    assert torch.equal(torch.autograd.grad(second.sum(), x, retain_graph=True)[0], torch.ones(2))
-    (((kept, none, output), gradients),) = found
-    assert kept is x
-    assert none is None
-    assert torch.equal(output, first)
-    assert gradients[0] is None
-    with torch.no_grad():
-        first.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(second.sum(), x)
-
-
 @pytest.mark.parametrize(
     "path",
     [
