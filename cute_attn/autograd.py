@@ -95,8 +95,9 @@ def arguments_of_gradients(ctx, dout, dlse) -> Any:
         ]
     q, k, v, out, kept, *lengths = saved
     needs = _NEEDS[needed[:3]]
-    dout, dlse = gradient("the gradient of out", dout), gradient("the gradient of lse", dlse)
-    return q, k, v, out, kept, torch.zeros_like(out) if dout is None else dout, dlse, needs, *lengths
+    dout = torch.zeros_like(out) if dout is None else gradient("the gradient of out", dout)
+    dlse = None if dlse is None else gradient("the gradient of lse", dlse)
+    return q, k, v, out, kept, dout, dlse, needs, *lengths
 
 
 def computed(ctx, q, k, v, out, kept, dout, dlse, needs: str, call: Call, gradients: Callable):

@@ -1,7 +1,7 @@
 """The backward pass on the host: what is compiled is three kernels that follow one another on a stream.
 
 1. :class:`RowValues`: for each query row, delta = Σ_c dO_c · O_c − dLSE, once for all key tiles that will read it, beside its
-   log-sum-exp; it also clears the memory in which dQ is added up.
+   log-sum-exp; it also clears the memory in which dQ is added up, or counted who adds to it.
 2. the mainloop's ``Backward``: dK, dV, and dQ in float32.
 3. :class:`CastQueries`: dQ scaled and rounded to the inputs' dtype.
 
@@ -23,7 +23,7 @@ from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
-from cute_attn.fields import BACKWARD, named
+from cute_attn.fields import BACKWARD, has_sums, named
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
 from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout, row_padding
 from cute_attn.layouts.fragments import rows_columns, vector, vector_at
@@ -68,8 +68,8 @@ def host_function(problem, config):
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, dq if cutlass.const_expr(cast.leaves_unused) else None)
         padded, heads, batch = rows.delta.shape
-        signals = Signals.of(given.signals, padded // config.tile_m, heads, batch)
-        if cutlass.const_expr(signals is not None):
+        signals = Signals.of(given.signals, padded // config.tile_m, heads, batch, row_values.clears)
+        if cutlass.const_expr(signals is not None and not row_values.clears):
             write_zeros(signals.words, given.stream)
 
         of_ramp = values if cutlass.const_expr(problem.expression.ramp is not None) else None
@@ -127,6 +127,9 @@ class RowValues:
         self.threads = self.apart * self.threads_per_row
         self.rows = self.at_once * self.apart
         self.steps = ROW_PADDING // self.rows if problem.ragged else 1
+        # Whether it clears the signals, too, where the kernel that rounds dQ comes last; and how many words a block of it does.
+        self.clears = self.first_stores and has_sums(problem, config)
+        self.words = -(-self.rows * self.steps // config.tile_m) + 1
 
     @cute.jit
     def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp, stream):
@@ -141,6 +144,8 @@ class RowValues:
     @cute.kernel
     def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp):
         block, head, batch = _place(cute.ceil_div(rows.delta.shape[0], self.rows * self.steps), rows.delta.shape[1])
+        if cutlass.const_expr(self.clears):
+            signals.clear(self.words)
         where = head, batch
         inputs = mQ, mO, mdO, mLSE_raw, mdLSE
         of_place = lambda number: None if of_ramp is None else replace(of_ramp, head=head, sequence=number)  # noqa: E731
@@ -238,6 +243,7 @@ class CastQueries:
         self.lay = layouts.family(config)
         self.pieces = self.lay.pieces(config)
         # Whether a query tile's sums may be nothing yet: no key tile has come to it.
+        self.clears = self.lay.FIRST_STORES and problem.masked
         self.may_be_unseen = self.lay.FIRST_STORES and (problem.masked or bool(problem.ragged))
         # Whether somebody else clears queries that aren't in use, as far as they are padded together.
         self.leaves_unused = self.lay.CLEARS_QUERIES and problem.has_unused("q") and "q" in problem.gradients
@@ -246,21 +252,23 @@ class CastQueries:
 
     @cute.jit
     def launch(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences, stream):
-        counters = None if signals is None or not self.may_be_unseen else signals.counters
+        signals = signals if self.clears or self.may_be_unseen else None
         _, pieces, m_blocks, heads, batch = dq_sum.shape
-        self.kernel(dq_sum, mdQ, values, counters, sequences).launch(
+        self.kernel(dq_sum, mdQ, values, signals, sequences).launch(
             grid=[m_blocks * pieces * heads * batch, 1, 1], block=[self.threads, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(self, dq_sum, mdQ, values: Values, counters: cute.Tensor | None, sequences):
+    def kernel(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences):
+        if cutlass.const_expr(self.clears):
+            signals.care_no_more()
         count = len(self.pieces)
         # What was added last is in the L2 cache still.
         m_block, place, batch = _place(dq_sum.shape[2], dq_sum.shape[3] * count, last_first=True)
         head, piece = place // count, place % count
         sums, acc, in_use = dq_sum[None, piece, m_block, head, batch], None, None
-        if cutlass.const_expr(counters is not None):  # sums are on their way while it is looked for whose they are
-            in_use = counters[m_block, head, batch] != 0
+        if cutlass.const_expr(self.may_be_unseen):  # sums are on their way while it is looked for whose they are
+            in_use = signals.counters[m_block, head, batch] != 0
             acc = self._sums(sums, in_use)
         span, row_first, _ = _padded_span(sequences, m_block * self.config.tile_m, batch)
         if cutlass.const_expr(acc is None):

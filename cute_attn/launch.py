@@ -293,7 +293,7 @@ class _PlannedGradients:
     """How the backward pass of calls that are alike is computed: the kernels, what memory they take besides the call's tensors
     (None for what they don't), how many keys at the beginning no query sees, and what these calls have in common."""
 
-    __slots__ = ("alike", "device", "dk", "dq", "dv", "function", "mechanism", "problem", "rows", "signals", "sums", "unseen")
+    __slots__ = ("alike", "device", "function", "mechanism", "problem", "rooms", "unseen")
 
     def __init__(self, call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q):
         if not needs or (call.expression and call.expression.partials and "q" not in needs):
@@ -309,19 +309,19 @@ class _PlannedGradients:
         rows_padded = -(-call.seqlen_q // padding) * padding
         if call.lengths is not None:  # cute_attn.sequences says where each begins
             rows_padded = call.lengths.slots(call.seqlen_q, padding) * padding
-        self.rows = contiguous(torch.float32, 2, call.batch, call.heads, rows_padded)
-        self.sums = self.signals = None
+        rows, sums, signals = contiguous(torch.float32, 2, call.batch, call.heads, rows_padded), None, None
         counts, tiles = counts_tiles(problem, config), 1  # of a kernel that draws tickets, where no tile is counted
-        if (sums := sums_of(problem, config)) is not None:
-            tile_m, *of_tile = sums
-            self.sums = contiguous(torch.float32, call.batch, call.heads, rows_padded // tile_m, *of_tile)
+        if (found := sums_of(problem, config)) is not None:
+            tile_m, *of_tile = found
+            sums = contiguous(torch.float32, call.batch, call.heads, rows_padded // tile_m, *of_tile)
             tiles = call.batch * call.heads * (rows_padded // tile_m) if counts else 1
         if has_signals(problem, config):
-            self.signals = contiguous(torch.int32, COUNTERS + tiles)
+            signals = contiguous(torch.int32, COUNTERS + tiles)
         of_q = _of_operand(call, q.dtype, call.seqlen_q, call.heads, call.head_dim)
         of_k = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim)
         of_v = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim_v)
-        self.dq, self.dk, self.dv = (x if name in needs else None for name, x in zip("qkv", (of_q, of_k, of_v), strict=True))
+        gradients = (x if name in needs else None for name, x in zip("qkv", (of_q, of_k, of_v), strict=True))
+        self.rooms: tuple[Room | None, ...] = rows, sums, signals, *gradients
         # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
         self.unseen = 0
         if call.lengths is None and call.left is not None:
@@ -333,10 +333,11 @@ class _PlannedGradients:
         if current_device() != self.device:
             with torch.cuda.device(self.device):
                 return self(call, wanted, q, k, v, out, lse_raw, dout, dlse)
-        dq, dk, dv = self._room(call, q, k, v)
-        rows = empty_strided(*self.rows)
-        dq_sum = None if self.sums is None else empty_strided(*self.sums)
-        signals = None if self.signals is None else empty_strided(*self.signals)
+        packed: tuple = ()  # dq, dk, dv, or dk, dv: parts of one tensor where q, k, v, or k, v, are
+        if call.packs and k.storage_offset() != v.storage_offset():  # not as those of tensors by themselves usually are
+            packed = self._packed_room(call.heads_first, q, k, v)
+        made: list[Any] = [None if room is None else empty_strided(*room) for room in self.rooms[: 6 - len(packed)]]
+        rows, dq_sum, signals, dq, dk, dv = *made, *packed
         if self.unseen:
             for x in (dk, dv):
                 if x is not None:
@@ -359,16 +360,8 @@ class _PlannedGradients:
             dsinks = -(weight * rows[1]).sum((0, 2)).to(call.sinks.dtype)
         return *found, dsinks, *map(partial(_of_captured, of_captured), range(len(call.captured)), call.captured)
 
-    def _room(self, call: Call, q, k, v) -> tuple:
-        """Memory for dq, dk, dv: parts of one tensor where q, k, v, or k, v, are, and ``call.packs``."""
-        packed: tuple = ()
-        if call.packs and k.storage_offset() != v.storage_offset():  # not as those of tensors by themselves usually are
-            packed = self._packed_room(call.heads_first, q, k, v)
-        rooms = (self.dq, self.dk, self.dv)[: 3 - len(packed)]
-        return *[None if room is None else empty_strided(*room) for room in rooms], *packed
-
     def _packed_room(self, heads_first: bool, q, k, v) -> tuple:
-        """That of all three, or of dk and dv, if it is one tensor; else nothing."""
+        """Memory for all three gradients, or for dk and dv, if that of q, k, v, or of k, v, is one tensor; else nothing."""
         for names, parts in (("qkv", (q, k, v)), ("kv", (k, v))):
             if names in self.problem.gradients:
                 whole = packed_of(*(x.transpose(1, 2) for x in parts) if heads_first else parts)

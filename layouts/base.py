@@ -59,9 +59,10 @@ KIB = 1024
 NAMED_BARRIERS = 16  # of a block
 SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
 ROW_PADDING = 128  # rows that those of ragged sequences are padded to in the backward pass, a multiple of their tiles'
-# Words of a backward call's int32 signals in global memory, zeros at first: copy carefully (mainloop/guard.py), the next
-# block's ticket; behind them, a counter of each query tile.
+# Words of a backward call's int32 signals in global memory: whether to copy carefully (mainloop/guard.py), which CARE says, and
+# the next block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
+CARE = 0x5CA1AB1E  # no small number, and as a float a large one: what other tensors left in this memory is hardly ever that
 TICKET_COUNTERS = 4  # words before the forward pass's tickets, of which two count (scheduler.py)
 STORED = 1 << 24  # what a counter is at least once dQ has been stored, where the first to come stores; below, who has come
 BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it

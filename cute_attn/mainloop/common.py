@@ -8,7 +8,7 @@ from typing import Any
 import cutlass
 from cutlass import Boolean, Float32, Int32, Uint32, cute
 
-from cute_attn.layouts.base import CAREFUL, COUNTERS, STORED, TICKET
+from cute_attn.layouts.base import CARE, CAREFUL, COUNTERS, STORED, TICKET
 from cute_attn.rules import LN_2, LOG2_E, Band
 from cute_attn.scheduler import Work
 
@@ -162,24 +162,44 @@ class Signals:
     """How the kernels and blocks of a backward call tell one another something: int32 in global memory, which the call sets to
     zero first.
     ``words`` are all of them, ``counters`` those of the query tiles, ``(m_block, head, batch)``: how many key tiles have added
-    to each one's dQ, where their order is fixed; else how many have come while nothing was stored, and ``STORED`` then."""
+    to each one's dQ, where their order is fixed; else how many have come while nothing was stored, and ``STORED`` then.
+    ``cleared_late`` says that nothing is zero before the first kernel, which clears all but what it may ask for itself: that is
+    ``CARE``, and anything else that lies there asks for nothing. Where it is ``CARE`` by chance, needless care is taken.
+    """
 
     words: cute.Tensor
     counters: cute.Tensor
+    cleared_late: cutlass.Constexpr[bool]
 
     @staticmethod
-    def of(words: cute.Tensor | None, m_blocks: Int32, heads: Int32, batch: Int32) -> Signals | None:
+    def of(words: cute.Tensor | None, m_blocks: Int32, heads: Int32, batch: Int32, cleared_late: bool) -> Signals | None:
         if words is None:
             return None
-        return Signals(words, cute.make_tensor(words.iterator + COUNTERS, cute.make_layout((m_blocks, heads, batch))))
+        counters = cute.make_tensor(words.iterator + COUNTERS, cute.make_layout((m_blocks, heads, batch)))
+        return Signals(words, counters, cleared_late)
 
     def ask_for_care(self):
         """The kernels that follow are to copy carefully."""
-        self.words[CAREFUL] = Int32(1)
+        self.words[CAREFUL] = Int32(CARE if self.cleared_late else 1)
 
     def care(self):
         """Whether to copy carefully."""
-        return self.words[CAREFUL] != 0
+        word = self.words[CAREFUL]
+        return word == CARE if self.cleared_late else word != 0
+
+    @cute.jit
+    def care_no_more(self):
+        """In the last kernel: the same memory is the next call's, if a graph is replayed."""
+        if (cute.arch.block_idx()[0] == 0) & (cute.arch.thread_idx()[0] == 0):
+            self.words[CAREFUL] = Int32(0)
+
+    @cute.jit
+    def clear(self, each: cutlass.Constexpr[int]):
+        """In the first kernel, ``each`` words a block, which are enough for all but what it may ask for."""
+        thread = cute.arch.thread_idx()[0]
+        place = TICKET + cute.arch.block_idx()[0] * each + thread
+        if (thread < each) & (place < cute.size(self.words)):
+            self.words[place] = Int32(0)
 
     def ticket(self):
         """One thread: how many blocks have asked before this one. So a block with a ticket knows that those with lower ones

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cute_attn import api, attention, launch
-from cute_attn.layouts.base import CAREFUL, TICKET
+from cute_attn.layouts.base import CARE, CAREFUL, STORED, TICKET
 from tests.gpu.test_forward import CAPS, KERNELS, LARGE
 from tests.support import SHAPES, assert_close, assert_gradients_close, make_gradients, make_qkv
 
@@ -186,6 +186,31 @@ def test_blocks_take_tickets(mechanism, monkeypatch):
     blocks = min(tiles, torch.cuda.get_device_properties(0).multi_processor_count) if mechanism == "tma_wgmma" else 0
     assert signals[TICKET].item() == tiles + blocks
     assert signals[CAREFUL].item() == 0
+
+
+@pytest.mark.parametrize("rules", [{}, {"causal": True}, {"window": (70, 30)}], ids=["full", "causal", "window"])
+@pytest.mark.parametrize("word", [-1, 7, STORED, CARE], ids=["-1", "7", "stored", "care"])
+def test_memory_of_signals_may_hold_anything(word, rules, mechanism, monkeypatch):
+    """The kernels clear what they need, and leave nothing that asks for care: a graph, which always has the same memory, is as
+    fast after NaN as before."""
+    made, empty_strided = [], launch.empty_strided
+    q, k, v, dout, dlse = make(3, 300, 700, 4, 2, 128)
+    other, expected = torch.full_like(k, math.nan), run(q, k, v, mechanism, dout, dlse, deterministic=True, **rules)
+
+    def filled(sizes, strides, dtype):
+        x = empty_strided(sizes, strides, dtype)
+        if dtype == torch.int32:
+            made.append(x.fill_(word))
+        return x
+
+    monkeypatch.setattr(launch, "empty_strided", filled)
+    assert_same_bits(run(q, k, v, mechanism, dout, dlse, deterministic=True, **rules), expected)
+    assert_gradients_close(run(q, k, v, mechanism, dout, dlse, **rules), q, k, v, dout, dlse, **rules)
+    other[:, :-1] = k[:, :-1]  # NaN in the last key alone
+    run(q, other, v, mechanism, dout, dlse, **rules)
+    if mechanism == "tma_wgmma":
+        assert len(made) == 3
+        assert not rules or not any(x[CAREFUL].item() for x in made)
 
 
 SUBSETS = ["".join(names) for n in (1, 2, 3) for names in itertools.combinations("qkv", n)]

@@ -15,10 +15,10 @@ from cute_attn import launch as launching
 from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, each, in_order, named
 from cute_attn.launch import Refused, packed_of
-from cute_attn.layouts.base import TICKET_COUNTERS
+from cute_attn.layouts.base import COUNTERS, TICKET, TICKET_COUNTERS, row_padding
 from cute_attn.lengths import CHECK, NAMES, Lengths, check_lengths
-from cute_attn.plan import plan
-from cute_attn.problem import Call, check_call, problem_of
+from cute_attn.plan import configs, plan
+from cute_attn.problem import Call, Problem, check_call, problem_of
 from cute_attn.rules import LOG2_E
 from tests.support import make_gradients, make_qkv
 
@@ -378,6 +378,27 @@ def test_arguments_of_the_backward_pass_are_in_the_order_of_the_table(gpu, monke
     assert given["dq_sum"].shape[:3] == (1, 4, given["rows"].shape[3] // 128)
     assert given["signals"].dtype == torch.int32
     assert (given["count"], given["blocks"], given["stream"]) == (int(ragged), 132, 999)
+
+
+@pytest.mark.parametrize("ragged", ["", "cu_seqlens_q cu_seqlens_k"], ids=["rectangle", "ragged"])
+def test_all_signals_are_cleared_where_the_first_kernel_does(ragged):
+    """By so many words a block, but for the one that this kernel itself may set."""
+    pytest.importorskip("cutlass.cute")
+    from cute_attn.backward import RowValues
+
+    seen = set()
+    for target, d in itertools.product(("sm_80", "sm_90a"), range(8, 257, 8)):
+        problem = Problem("bfloat16", d, d, bounded_right=True, gradients="qkv", ragged=ragged)
+        for config in configs(problem, target, None):
+            kernel = RowValues(problem, config)
+            assert kernel.clears == (config.backward == "tma_wgmma_backward")
+            for tiles in range(1, 40) if kernel.clears else ():
+                padded = tiles * row_padding(config)
+                blocks = -(-padded // (kernel.rows * kernel.steps))
+                assert blocks * kernel.words >= COUNTERS - TICKET + padded // config.tile_m
+                assert kernel.words <= kernel.threads
+                seen.add(config.tile_m)
+    assert len(seen) > 1
 
 
 def test_heads_may_come_first(gpu, monkeypatch):

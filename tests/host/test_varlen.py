@@ -184,7 +184,7 @@ def test_views_of_one_tensor():
 
 def test_gradcheck():
     sizes_q, sizes_k, used_k = (4, 0, 3, 2), (5, 2, 3, 3), (3, 2, 0, 3)
-    q, k, v, *_ = packed(11, 14, dtype=torch.float64)
+    q, k, v = (x.squeeze(0) for x in support.make_qkv(1, 11, 14, 4, 2, 3, 2, torch.float64))  # each element is two calls
     given = {"cu_seqlens_q": bounds(sizes_q), "cu_seqlens_k": bounds(sizes_k), "seqused_k": int32(used_k)}
 
     def function(*tensors):
