@@ -19,7 +19,7 @@ from cutlass import Boolean, Int32, cute, pipeline
 from cute_attn.layouts.base import ROW_PADDING
 from cute_attn.layouts.tma import WORK_FIELDS, WORK_SLOTS
 from cute_attn.scheduler import Tiles, Work
-from cute_attn.sequences import Span
+from cute_attn.sequences import Span, padded_first
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class WorkQueue:
     of_k: cutlass.Constexpr[bool] = False  # tiles of keys; ``ragged``, if of ragged sequences
     ragged: cutlass.Constexpr[bool] = True
     headed: cutlass.Constexpr[bool] = False  # tiles that come with what the lists of their keys begin with
+    padding: cutlass.Constexpr[int] = ROW_PADDING  # of what is padded
 
     @staticmethod
     def slots_in(smem) -> cute.Tensor:
@@ -254,7 +255,7 @@ class Taker:
         sequence, padded = None, None
         if self.queue.numbered:
             head, head_kv, sequence = head & 0xFFFF, head >> 16, head_kv
-            padded = (q_first // ROW_PADDING + sequence) * ROW_PADDING
+            padded = padded_first(q_first, sequence, self.queue.padding)
         q, k = Span(Int32(0), q_first, q_length, q_capacity, padded), Span(Int32(0), k_first, k_length, k_length)
         return Work(block, head, head_kv, q, k, sequence=sequence)
 
@@ -262,7 +263,7 @@ class Taker:
         if not self.queue.ragged:
             span = Span(sequence)
             return Work(block, head, head, span, span)
-        padded = [(first // ROW_PADDING + sequence) * ROW_PADDING for first in (q_first, k_first)]
+        padded = [padded_first(first, sequence, self.queue.padding) for first in (q_first, k_first)]
         q = Span(Int32(0), q_first, q_length, None, padded[0])
         return Work(block, head, head, q, Span(Int32(0), k_first, k_length, k_capacity, padded[1]), sequence=sequence)
 
