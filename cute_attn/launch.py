@@ -305,6 +305,10 @@ class _PlannedGradients:
         ordered = deterministic and has_sums(problem, plan(problem, device_target(self.device), mechanism))
         self.problem = problem = problem_of(q.dtype, call, of_lse, needs, ordered)
         config = _config_of_gradients(problem, mechanism, self.device, call)
+        if call.lengths is not None:  # another batch's mean length may choose another query tile, and is to compile nothing
+            for other in _choices(problem, mechanism, self.device):
+                if other.head_blocks == config.head_blocks == 1:
+                    prepared(problem, mechanism, self.device, other)
         self.function, blocks = prepared(problem, mechanism, self.device, config)
         padding = row_padding(config)
         rows_padded = -(-call.seqlen_q // padding) * padding

@@ -21,7 +21,6 @@ from cute_attn.layouts.tma import WORK_FIELDS, WORK_SLOTS
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.sequences import Span, padded_first
 
-
 CLEARED_PARTS = 4  # of a tile without a row in use
 
 
@@ -181,9 +180,9 @@ class WorkQueue:
 
 @dataclass(frozen=True)
 class UnusedTiles:
-    """Of ragged ``tiles`` those without a row in use, as many for each block, which one of its warps clears a part at a time, by
+    """Of ragged ``tiles`` those without a row in use, as many for each block, which one of its warps clears part by part, by
     ``clear(work, part)``, while it has nothing else to do. In registers are where it is among them, ``(turn, sequence, before,
-    whether there are more)``, and the one that it clears, ``(next part, block, head, first row, capacity)``."""
+    whether there are more)``, and the one it clears, ``(next part, block, head, first row, capacity)``."""
 
     tiles: Tiles
     clear: cutlass.Constexpr
