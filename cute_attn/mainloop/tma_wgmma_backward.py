@@ -40,7 +40,7 @@ from cute_attn.mainloop.warpgroups import (
     of_columns,
     rounded_operand,
 )
-from cute_attn.mainloop.work_queue import CLEARED_PARTS, UnusedTiles, WorkQueue
+from cute_attn.mainloop.work_queue import UnusedTiles, WorkQueue
 from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
@@ -174,22 +174,14 @@ class Backward(KeyBlocks):
         if gradients.unused_dq is not None:
             of_queries = UnusedTiles.of(tiles.of_queries(row_padding(self.config)), partial(self._clear_queries, gradients))
         if self.problem.ragged and (self.needs_k or self.needs_v):
-            of_keys = UnusedTiles.of(tiles, partial(self.clear_keys, gradients, parts=CLEARED_PARTS))
+            of_keys = UnusedTiles.of(tiles, partial(self.clear_keys, gradients))
         return of_queries, of_keys  # the second warp's first dQ comes later, and these are twice as much
 
     @cute.jit
-    def _clear_queries(self, gradients: Gradients, work: Work, part):
-        """One warp: a part of such a tile of dQ."""
-        shape = row_padding(self.config) // CLEARED_PARTS, self.config.tile_d
-        store_zeros(work.q.stored.rows(gradients.unused_dq, work.head), work.block * CLEARED_PARTS + part, shape)
-
-    @cute.jit
-    def _of_unused(self, unused: tuple, mine: Int32, what: cutlass.Constexpr):
-        """``what(tiles)`` of those that a warp that adds is to clear, if there may be any."""
-        for adder, tiles in enumerate(unused):
-            if cutlass.const_expr(tiles is not None):
-                if mine == adder:
-                    what(tiles)
+    def _clear_queries(self, gradients: Gradients, work: Work):
+        """One warp: the same of dQ."""
+        shape = row_padding(self.config), self.config.tile_d
+        store_zeros(work.q.stored.rows(gradients.unused_dq, work.head), work.block, shape)
 
     @cute.jit
     def _roles(
@@ -264,7 +256,10 @@ class Backward(KeyBlocks):
     def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, unused: tuple, values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
-        self._of_unused(unused, mine, lambda tiles: tiles.find())
+        for adder, tiles in enumerate(unused):
+            if cutlass.const_expr(tiles is not None):
+                if mine == adder:
+                    tiles.next()
         lane = cute.arch.lane_idx()
         step, stages = Int32(done[1]), self.config.dq_stages
         work, members = where
@@ -307,9 +302,7 @@ class Backward(KeyBlocks):
                         elif first:
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
                             signals.pass_turn(place, STORED)
-                    self._of_unused(unused, mine, lambda tiles: tiles.part())
                 step += 1
-        self._of_unused(unused, mine, lambda tiles: tiles.finish())
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor, stage):

@@ -375,12 +375,11 @@ class KeyBlocks(Kernel):
         return done[0] + keys, done[1] + visited.count * visited.members(where[1])
 
     @cute.jit
-    def clear_keys(self, gradients: Gradients, work: Work, part=0, parts: cutlass.Constexpr[int] = 1):
-        """One warp: dK and dV of a tile without a row in use, or of a part of it."""
+    def clear_keys(self, gradients: Gradients, work: Work):
+        """One warp: dK and dV of a tile without a row in use."""
         for m, columns in ((gradients.mdK, self.config.tile_d), (gradients.mdV, self.config.tile_dv)):
             if cutlass.const_expr(m is not None):
-                of_head = work.k.stored.rows(m, work.head)
-                store_zeros(of_head, work.block * parts + part, (self.config.tile_n // parts, columns))
+                store_zeros(work.k.stored.rows(m, work.head), work.block, (self.config.tile_n, columns))
 
     def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done):
         """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""

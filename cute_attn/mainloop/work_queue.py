@@ -21,8 +21,6 @@ from cute_attn.layouts.tma import WORK_FIELDS, WORK_SLOTS
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.sequences import Span, padded_first
 
-CLEARED_PARTS = 4  # of a tile without a row in use
-
 
 @dataclass(frozen=True)
 class WorkQueue:
@@ -180,9 +178,9 @@ class WorkQueue:
 
 @dataclass(frozen=True)
 class UnusedTiles:
-    """Of ragged ``tiles`` those without a row in use, as many for each block, which one of its warps clears part by part, by
-    ``clear(work, part)``, while it has nothing else to do. In registers are where it is among them, ``(turn, sequence, before,
-    whether there are more)``, and the one it clears, ``(next part, block, head, first row, capacity)``."""
+    """Of ragged ``tiles`` those without a row in use, as many for each block, which one of its warps clears by ``clear(work)``
+    while it has nothing else to do: where it is among them, ``(turn, sequence, before, whether there are more)``, is in
+    registers."""
 
     tiles: Tiles
     clear: cutlass.Constexpr
@@ -191,44 +189,27 @@ class UnusedTiles:
     @staticmethod
     def of(tiles: Tiles, clear) -> UnusedTiles:
         """Of all tiles of a call."""
-        place = cute.make_rmem_tensor(9, Int32)
+        place = cute.make_rmem_tensor(4, Int32)
         place.fill(0)
-        place[3], place[4] = Int32(1), Int32(CLEARED_PARTS)
+        place[3] = Int32(1)
         return UnusedTiles(tiles, clear, place)
 
     @cute.jit
-    def find(self):
-        """The whole warp: the next of them, if there are more."""
-        place = self.place
-        if place[3] != 0:
-            work, sequence, before = self.tiles.seek(self.tiles.position(place[0]), place[1], place[2], unused=True)
-            span = work.k if self.tiles.of_k else work.q
-            place[0], place[1], place[2], place[3] = place[0] + 1, sequence, before, Int32(work.exists)
+    def next(self):
+        """The whole warp: one of them, if there are more."""
+        if self.place[3] != 0:
+            turn, sequence, before = (self.place[i] for i in range(3))
+            work, sequence, before = self.tiles.seek(self.tiles.position(turn), sequence, before, unused=True)
             if work.exists:
-                place[4], place[5], place[6], place[7], place[8] = Int32(0), work.block, work.head, span.first, span.capacity
-
-    @cute.jit
-    def part(self):
-        """A part of the one that was found."""
-        place = self.place
-        part = place[4]
-        if part < CLEARED_PARTS:
-            place[4] = part + 1
-            span = Span(Int32(0), place[7], place[8], place[8])
-            self.clear(Work(place[5], place[6], place[6], span, span), part)
-
-    @cute.jit
-    def finish(self):
-        """What is left of it."""
-        while self.place[4] < CLEARED_PARTS:
-            self.part()
+                self.clear(work)
+            self.place[0], self.place[1], self.place[2] = turn + 1, sequence, before
+            self.place[3] = Int32(work.exists)
 
     @cute.jit
     def rest(self):
         """All that are left."""
         while self.place[3] != 0:
-            self.find()
-            self.finish()
+            self.next()
 
 
 @dataclass(frozen=True)
