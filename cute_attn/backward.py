@@ -25,7 +25,7 @@ from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, has_sums, named
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
-from cute_attn.layouts.base import ROW_PADDING, VECTOR, cute_layout, row_padding
+from cute_attn.layouts.base import VECTOR, cute_layout, row_padding
 from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.fours import FOUR, offsets, to_memory
@@ -49,7 +49,7 @@ def host_function(problem, config):
         dq_sum = select_modes(given.dq_sum, [4, 3, 2, 1, 0])  # (values, piece, m_block, heads, batch)
         rows = Rows(*(select_modes(given.rows, [0, 3, 2, 1])[i, None, None, None] for i in range(2)))  # (rows, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
-        sequences = sequences_of(problem, q, k, given)
+        sequences = sequences_of(problem, q, k, given, row_padding(config))
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         lo, hi = shift - given.left, shift + given.right
         if cutlass.const_expr(problem.bounded_left and sequences is None and not problem.has_places):
@@ -94,7 +94,7 @@ def _padded_span(sequences: Sequences | None, row, batch):
     if sequences is None:
         return Span(batch), row, batch
     q = sequences.q
-    i, _, _ = q.at(row // ROW_PADDING, sequences.count, ROW_PADDING)
+    i, _, _ = q.at(row // q.padding, sequences.count, q.padding)
     span = q.span(i, sequences.count)
     return span, row - span.padded, i
 
@@ -126,7 +126,7 @@ class RowValues:
         self.apart = math.gcd(self.THREADS // self.threads_per_row, row_padding(config) // self.at_once)
         self.threads = self.apart * self.threads_per_row
         self.rows = self.at_once * self.apart
-        self.steps = ROW_PADDING // self.rows if problem.ragged else 1
+        self.steps = row_padding(config) // self.rows if problem.ragged else 1
         # Whether it clears the signals, too, where the kernel that rounds dQ comes last; and how many words a block of it does.
         self.clears = self.first_stores and has_sums(problem, config)
         self.words = -(-self.rows * self.steps // config.tile_m) + 1
@@ -152,7 +152,7 @@ class RowValues:
         if cutlass.const_expr(sequences is None):
             self._rows(inputs, rows, dq_sum, signals, Span(batch), where, block * self.rows, block, of_place(batch))
         else:
-            span, row, number = _padded_span(sequences, block * ROW_PADDING, batch)
+            span, row, number = _padded_span(sequences, block * sequences.q.padding, batch)
             if row < span.length:  # nobody reads those of other tiles
                 for step in cutlass.range(self.steps, unroll=1):
                     group = block * self.steps + step
@@ -287,7 +287,7 @@ class CastQueries:
             self._cast(acc, mdQ, values, span, length, (row_first, column_first))
         elif cutlass.const_expr(not self.leaves_unused):  # noqa: SIM114
             self._clear(mdQ, length, (row_first, column_first))
-        elif row_first // ROW_PADDING * ROW_PADDING < span.length:
+        elif row_first // sequences.q.padding * sequences.q.padding < span.length:
             self._clear(mdQ, length, (row_first, column_first))
 
     def _product(self):
@@ -330,14 +330,18 @@ class CastQueries:
         where = rows_columns(mma.get_slice(cute.arch.thread_idx()[0]).partition_C(cute.make_identity_tensor(shape)))
         of_piece = rows_columns(acc)
         if cutlass.const_expr(self.lay.turned(self.config)):
-            self._store_transposed(mdQ, length, first, where, of_piece)
+            self._store_transposed(mdQ, span, length, first, where, of_piece)
         else:
             self._store(mdQ, span, length, first, where, of_piece)
 
     @cute.jit
-    def _store_transposed(self, mdQ: cute.Tensor, length, first, where: cute.Tensor, of_piece: cute.Tensor):
-        """A piece of dQᵀ, (columns, rows), whose rows are those of a rectangle."""
+    def _store_transposed(self, mdQ: cute.Tensor, span: Span, length, first, where: cute.Tensor, of_piece: cute.Tensor):
+        """A piece of dQᵀ, (columns, rows)."""
         row_on, column_on = offsets()
+        if cutlass.const_expr(self.problem.has_unused("q")):
+            for i in cutlass.range_constexpr(cute.size(of_piece, mode=[1])):
+                if first[0] + where[0, i][1] >= span.length:
+                    of_piece[None, i].fill(0.0)
         for i in cutlass.range_constexpr(0, cute.size(of_piece, mode=[1]), 2):
             held = cute.make_rmem_tensor(FOUR, mdQ.element_type)
             for j in cutlass.range_constexpr(FOUR):

@@ -12,7 +12,7 @@ from cutlass.cute import runtime
 
 from cute_attn import layouts
 from cute_attn.fields import FORWARD, Field, Fields, named
-from cute_attn.layouts.base import IN_TURN, VECTOR, element, row_padding
+from cute_attn.layouts.base import IN_TURN, ROW_PADDING, VECTOR, element, row_padding
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tickets, Tiles
 from cute_attn.sequences import Sequences, Side
@@ -50,14 +50,14 @@ def host_function(problem, config, mainloop=None):
     return forward
 
 
-def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, given) -> Sequences | None:
-    """Where ``given.count`` ragged sequences lie in q and k ``(rows, …)``. Without bounds rows are equally many for each;
-    without counts of those in use, all are."""
+def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, given, padding: int = ROW_PADDING) -> Sequences | None:
+    """Where ``given.count`` ragged sequences lie in q and k ``(rows, …)``, and in what is padded to a multiple of ``padding``
+    rows. Without bounds rows are equally many for each; without counts of those in use, all are."""
     if not problem.ragged:
         return None
     rows_q, rows_k, each = q.shape[0], k.shape[0], cutlass.max(given.count, 1)
-    queries = Side(rows_q, rows_q // each, given.cu_seqlens_q, given.seqused_q)
-    return Sequences(given.count, queries, Side(rows_k, rows_k // each, given.cu_seqlens_k, given.seqused_k))
+    queries = Side(rows_q, rows_q // each, given.cu_seqlens_q, given.seqused_q, padding)
+    return Sequences(given.count, queries, Side(rows_k, rows_k // each, given.cu_seqlens_k, given.seqused_k, padding))
 
 
 def captured_of(problem, given) -> tuple | None:

@@ -102,7 +102,8 @@ def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, c
     found = _choices(problem, mechanism, device)
     blocks = _head_blocks(found, problem, device, call)
     shared = tuple(config for config in found if config.head_blocks == blocks)
-    rows = rows_of_query_tile(tuple(config.tile_m for config in shared), call.seqlen_q)
+    rows = call.seqlen_q if call.lengths is None else call.seqlen_q // max(call.lengths.count, 1)
+    rows = rows_of_query_tile(tuple(config.tile_m for config in shared), rows)
     return next(config for config in shared if config.tile_m == rows)
 
 
@@ -304,6 +305,10 @@ class _PlannedGradients:
         ordered = deterministic and has_sums(problem, plan(problem, device_target(self.device), mechanism))
         self.problem = problem = problem_of(q.dtype, call, of_lse, needs, ordered)
         config = _config_of_gradients(problem, mechanism, self.device, call)
+        if call.lengths is not None:  # another batch's mean length may choose another query tile, and is to compile nothing
+            for other in _choices(problem, mechanism, self.device):
+                if other.head_blocks == config.head_blocks == 1:
+                    prepared(problem, mechanism, self.device, other)
         self.function, blocks = prepared(problem, mechanism, self.device, config)
         padding = row_padding(config)
         rows_padded = -(-call.seqlen_q // padding) * padding

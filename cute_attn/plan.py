@@ -141,7 +141,7 @@ def check(config: Config, gpu: Gpu, ragged: bool = True) -> None:
             f"{config.mechanism} asks for {config.threads} threads a block; {gpu.name} has {gpu.threads_per_block}: "
             f"try a smaller tile_m"
         )
-    if config.backward and ragged and ROW_PADDING % config.tile_m:
+    if config.backward and ragged and ROW_PADDING % config.tile_m and 2 * config.tile_m < ROW_PADDING:
         raise ValueError(
             f"{config.backward} takes {config.tile_m} queries at a time; values of rows of ragged sequences are padded to a "
             f"multiple of {ROW_PADDING}, which a tile must divide: try tile_m=64 in {table}"

@@ -6,7 +6,8 @@ another in the rows of tensors whose batch is 1; where each begins and how many 
 
 **Tiles of ragged sequences.** With tiles of t rows, sequence i is given the slots from ``first(i) // t + i`` on, up to the
 next one's. That is a closed form, so nothing has to be summed up, and it is enough of them: at least ⌈length / t⌉, at most one
-more. The same with t = 128 says where its rows begin in what is padded (:attr:`Span.padded`). A slot without a tile is a tile
+more. The same with t = 128, or a tile that doesn't divide it, says where its rows begin in what is padded
+(:attr:`Span.padded`). A slot without a tile is a tile
 past its sequence's end: it sees nothing, and nothing of it is stored. A warp can also count the tiles that there really are
 (:meth:`Sequences.seek`), 128 sequences at a time; blocks that walk over many tiles have one do that ahead of the others, and
 another for tiles without any row in use, whose results are zeros.
@@ -34,7 +35,7 @@ class Span:
 
     In a rectangle all that is known is ``batch``. Of a ragged one, ``first`` is the row of the tensors at which it begins,
     ``length`` how many it has, ``capacity`` how many there are up to the next sequence, and ``padded`` where it begins in
-    tensors whose sequences have a multiple of 128 rows.
+    tensors whose sequences have a multiple of :attr:`Side.padding` rows.
     """
 
     batch: Int32
@@ -57,7 +58,7 @@ class Span:
         return self._of(m[None, head, self.batch])
 
     def padded_row_values(self, m: Any, head) -> Any:
-        """``(rows)`` of a value of each row, padded, ``(rows, heads, batch)``; a multiple of 128 rows from the first on."""
+        """``(rows)`` of a value of each row, padded, ``(rows, heads, batch)``; a multiple of the padding from the first on."""
         m = m[None, head, self.batch]
         if self.padded is None:
             return m
@@ -76,16 +77,22 @@ class Span:
         return cute.make_tensor(begin, cute.make_layout((self.length, *m.shape[1:]), stride=m.stride))
 
 
+def padded_first(first, i, padding: int):
+    """Where sequence ``i``, which begins at row ``first``, begins in what is padded."""
+    return (first // padding + i) * padding
+
+
 @dataclass(frozen=True)
 class Side:
     """One side of ragged sequences, queries or keys: ``rows`` are those of the tensors. Sequence i begins at ``bounds[i]`` or,
     without them, at ``i · pitch``, and has ``used[i]`` rows or, without them, all up to the next one. Whatever these say, no
-    span reaches past ``rows``."""
+    span reaches past ``rows``. In what is padded, a sequence has a multiple of ``padding`` rows."""
 
     rows: Int32
     pitch: Int32
     bounds: Any  # cute.Tensor (count + 1), or None
     used: Any  # cute.Tensor (count), or None
+    padding: cutlass.Constexpr[int] = ROW_PADDING
 
     def first(self, i):
         """The row at which sequence ``i`` begins."""
@@ -102,7 +109,7 @@ class Side:
             length = past - first
             if cutlass.const_expr(self.used is not None):
                 length = cutlass.min(cutlass.max(self.used[i], 0), length)
-        return Span(Int32(0), first, length, past - first, (first // ROW_PADDING + i) * ROW_PADDING)
+        return Span(Int32(0), first, length, past - first, padded_first(first, i, self.padding))
 
     @cute.jit
     def tiles(self, i, count, tile: cutlass.Constexpr[int]):

@@ -24,7 +24,7 @@ from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from cute_attn.epilogue import store_zeros
-from cute_attn.layouts.base import ROW_PADDING, STORED, cute_layout, in_turns
+from cute_attn.layouts.base import STORED, cute_layout, in_turns, row_padding
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
@@ -166,12 +166,11 @@ class Backward(KeyBlocks):
         from_memory, into = (plain, rows, care), (gradients, signals)
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
-            ragged, headed = bool(self.problem.ragged), bool(self.problem.blocks)
-            of = {"of_k": True, "ragged": ragged, "headed": headed, "both_ways": tiles.both_ways}
-            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, **of)
+            counted, headed = bool(self.problem.ragged), bool(self.problem.blocks)
+            kinds = {"ragged": counted, "headed": headed, "both_ways": tiles.both_ways, "padding": row_padding(self.config)}
+            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, **kinds)
             unused, ticket = self._unused(gradients, tiles), signals.ticket if self.draws else None
-            counted = bool(self.problem.ragged)
-            header = (lambda work: ListedQueries.ahead(values.of(work), work.block)) if self.problem.blocks else None
+            header = (lambda work: ListedQueries.ahead(values.of(work), work.block)) if headed else None
             how = {"in_order": self.problem.deterministic, "counted": counted, "header": header}
             lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, **how)
             roles(lead, lambda part: queue.taker().each(part, NONE_DONE), unused)
@@ -184,7 +183,7 @@ class Backward(KeyBlocks):
         after the last sequence."""
         of_queries = of_keys = None
         if gradients.unused_dq is not None:
-            of_queries = UnusedTiles.of(tiles.of_queries(ROW_PADDING), partial(self._clear_queries, gradients))
+            of_queries = UnusedTiles.of(tiles.of_queries(row_padding(self.config)), partial(self._clear_queries, gradients))
         if self.problem.ragged and (self.needs_k or self.needs_v):
             of_keys = UnusedTiles.of(tiles, partial(self.clear_keys, gradients))
         return of_queries, of_keys  # the second warp's first dQ comes later, and these are twice as much
@@ -192,7 +191,8 @@ class Backward(KeyBlocks):
     @cute.jit
     def _clear_queries(self, gradients: Gradients, work: Work):
         """One warp: the same of dQ."""
-        store_zeros(work.q.stored.rows(gradients.unused_dq, work.head), work.block, (ROW_PADDING, self.config.tile_d))
+        shape = row_padding(self.config), self.config.tile_d
+        store_zeros(work.q.stored.rows(gradients.unused_dq, work.head), work.block, shape)
 
     @cute.jit
     def _roles(

@@ -19,7 +19,7 @@ from cutlass import Boolean, Int32, cute, pipeline
 from cute_attn.layouts.base import ROW_PADDING
 from cute_attn.layouts.tma import WORK_FIELDS, WORK_SLOTS
 from cute_attn.scheduler import Tiles, Work
-from cute_attn.sequences import Span
+from cute_attn.sequences import Span, padded_first
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class WorkQueue:
     ragged: cutlass.Constexpr[bool] = True
     headed: cutlass.Constexpr[bool] = False  # tiles that come with what their lists begin with
     both_ways: cutlass.Constexpr[bool] = False  # tiles of keys that say from which end they walk
+    padding: cutlass.Constexpr[int] = ROW_PADDING  # of what is padded
 
     @staticmethod
     def slots_in(smem) -> cute.Tensor:
@@ -262,7 +263,7 @@ class Taker:
         sequence, padded = None, None
         if self.queue.numbered:
             head, head_kv, sequence = head & 0xFFFF, head >> 16, head_kv
-            padded = (q_first // ROW_PADDING + sequence) * ROW_PADDING
+            padded = padded_first(q_first, sequence, self.queue.padding)
         q, k = Span(Int32(0), q_first, q_length, q_capacity, padded), Span(Int32(0), k_first, k_length, k_length)
         return Work(block, head, head_kv, q, k, sequence=sequence)
 
@@ -272,7 +273,7 @@ class Taker:
             header = (q_first, q_length) if self.queue.headed else None
             from_last = (k_first if self.queue.headed else q_first) if self.queue.both_ways else None
             return Work(block, head, head, span, span, header=header, from_last=from_last)
-        padded = [(first // ROW_PADDING + sequence) * ROW_PADDING for first in (q_first, k_first)]
+        padded = [padded_first(first, sequence, self.queue.padding) for first in (q_first, k_first)]
         q = Span(Int32(0), q_first, q_length, None, padded[0])
         return Work(block, head, head, q, Span(Int32(0), k_first, k_length, k_capacity, padded[1]), sequence=sequence)
 

@@ -38,8 +38,7 @@ def mechanism(request):
 
 @pytest.fixture
 def in_one_configuration(monkeypatch):
-    """A rectangle's length may choose other tiles, and with them other last bits; ragged sequences, whose lengths the host does
-    not know, have the first configuration."""
+    """A rectangle's length, or the mean of ragged sequences', may choose other tiles, and with them other last bits."""
     monkeypatch.setattr(launch, "takes_short", lambda *_: False)
     monkeypatch.setattr(launch, "rows_of_query_tile", lambda rows, *_: rows[0])
 

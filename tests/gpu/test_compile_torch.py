@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from cute_attn import attention, launch
+from cute_attn import attention, attention_varlen, launch
 from tests.support import make_gradients, make_qkv
 
 OPS = torch.ops.cute_attn
@@ -117,6 +117,28 @@ def test_a_window_that_changes_under_cuda_graphs(mechanism):
     for left in (10, 20, 40, 20, 40, 10, 40):
         torch.compiler.cudagraph_mark_step_begin()
         torch.testing.assert_close(fast(q, k, v, left).clone(), function(q, k, v, left))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_other_lengths_in_a_graph(mode, mechanism):
+    """Packed sequences, both passes; a recorded launch reads the lengths anew."""
+
+    def function(q, k, v, cu_seqlens):
+        q, k, v = (2.0 * x for x in (q, k, v))
+        out = attention_varlen(q, k, v, cu_seqlens, causal=True, mechanism=mechanism, backend="cute", deterministic=True)
+        return out + 1.0
+
+    fast = torch.compile(function, mode=mode, fullgraph=True)
+    q, k, v = (x[0].detach().requires_grad_() for x in leaves(batch=1, sq=300, sk=300))
+    dout = torch.randn_like(q)
+    for ends in ([0, 100, 300, 300], [0, 1, 299, 300], [0, 0, 130, 257], [0, 300, 300, 300], [0, 64, 128, 192]):
+        cu_seqlens, results = torch.tensor(ends, dtype=torch.int32, device="cuda"), []
+        for f in (fast, function):
+            torch.compiler.cudagraph_mark_step_begin()
+            out = f(q, k, v, cu_seqlens)
+            results.append([x.clone() for x in (out, *torch.autograd.grad(out, (q, k, v), dout))])
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted)
 
 
 def test_autocast(mechanism):

@@ -78,6 +78,22 @@ def test_higher_query_tiles(monkeypatch):
     assert_gradients_close([x.cpu() for x in gradients], q, k, v, dout, dlse)
 
 
+@pytest.mark.parametrize("used", [[0, 190, 1, 400], [2**30, -7, 90, 80]], ids=["in-use", "wrong"])
+def test_higher_query_tiles_of_different_lengths(used, monkeypatch):
+    """And zeros for what isn't in use, a part after each query tile; wrong lengths give wrong results and no wrong access."""
+    monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: max(choices))
+    q, k, v = make_qkv(4, 400, 400, 12, 12, 128, 128, torch.bfloat16)
+    dout = torch.ones(4, 400, 12, 128, dtype=torch.bfloat16)
+    leaves, seqused = [x.requires_grad_() for x in on_gpu(q, k, v)], torch.tensor(used, dtype=torch.int32, device="cuda")
+    out = attention(*leaves, seqused_q=seqused, seqused_k=seqused, backend="cute", mechanism="tma_wgmma")
+    gradients = [x.cpu() for x in torch.autograd.grad(out, leaves, dout.cuda())]
+    for b, n in enumerate(used):
+        if used[0] == 0 and n:
+            parts = [x[b : b + 1, :n] for x in gradients]
+            assert_gradients_close(parts, *(x[b : b + 1, :n] for x in (q, k, v, dout)))
+            assert not any(x[b, n:].count_nonzero() for x in gradients)
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_careful_copies(d, mechanism):
     """What is not finite where some rows don't look, in both passes. (Not for racecheck: a warp's lanes write a stage, and one

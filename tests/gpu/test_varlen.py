@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from cute_attn import attention, attention_varlen, launch
+from cute_attn import attention, attention_varlen, launch, plan
 from tests.support import assert_gradients_close, make_qkv
 
 pytestmark = pytest.mark.usefixtures("in_one_configuration")
 BF16 = torch.bfloat16
+config_of = launch._config_of_gradients
 # (queries, keys) of each sequence: empty ones anywhere, one tile and a row more or less, many tiles.
 LENGTHS = [(0, 0), (64, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (257, 512)]
 LENGTHS += [(128, 128), (3, 1000), (700, 700), (0, 0)]
@@ -233,6 +234,64 @@ def test_many_tiles_without_a_row_in_use(d, deterministic, rules, monkeypatch):
             assert all(torch.equal(x[b, :n], y[0]) for x, y in zip(gradients, want_gradients, strict=True))
         else:
             assert_gradients_close([x[b : b + 1, :n] for x in gradients], *alone, dout[b : b + 1, :n], None, **RULES[rules][0])
+
+
+@pytest.mark.parametrize(("d", "dv", "dtype"), [(128, 128, BF16), (104, 40, torch.float16)])
+@pytest.mark.parametrize("rules", [{}, {"softcap": 20.0}], ids=["full", "softcap"])
+@pytest.mark.parametrize("rectangle", [False, True], ids=["packed", "in-use"])
+def test_query_tiles_of_80_rows(rectangle, d, dv, dtype, rules, monkeypatch):
+    """Of lengths that cross their edges; memory that nobody writes to holds NaN, and so do rows that aren't in use."""
+    chosen, made = [], launch.empty_strided
+    monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: chosen.append(max(choices)) or chosen[-1])
+    monkeypatch.setattr(launch, "_head_blocks", lambda *_: 1)
+    lengths = [(0, 0), (80, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (81, 512), (79, 128), (3, 1000), (700, 700)]
+    used = [torch.tensor(side, dtype=torch.int32, device="cuda") for side in zip(*lengths, strict=True)]
+    batch, heads = len(lengths), (6, 2)
+    q, k, v = make_qkv(batch, 700, 1000, *heads, d, dv, dtype, "cuda")
+    dout, dlse = torch.randn(*q.shape[:3], dv, dtype=dtype, device="cuda"), torch.randn(batch, heads[0], 700, device="cuda")
+    keep_q, keep_k = (torch.arange(x.shape[1], device="cuda") < n[:, None] for x, n in zip((q, k), used, strict=True))
+    for x, keep in ((q, keep_q), (dout, keep_q), (k, keep_k), (v, keep_k)):
+        x[~keep] = math.nan
+
+    def poison(*room):
+        x = made(*room)
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(launch, "empty_strided", poison)
+    options = {"mechanism": "tma_wgmma", **rules}
+    if rectangle:
+        options |= {"call": attention, "seqused_q": used[0], "seqused_k": used[1]}
+        _, (dq, dk, dv) = run(q, k, v, dout, dlse=dlse, **options)
+        for x, keep in ((dq, keep_q), (dk, keep_k), (dv, keep_k)):
+            assert not x[~keep].count_nonzero()
+    else:
+        packed = (x[keep] for x, keep in ((q, keep_q), (k, keep_k), (v, keep_k), (dout, keep_q)))
+        of_lse = dlse.transpose(1, 2)[keep_q].T.contiguous()
+        _, got = run(*packed, *(bounds(n.tolist()) for n in used), dlse=of_lse, **options)
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        for x, keep, y in zip((dq, dk, dv), (keep_q, keep_k, keep_k), got, strict=True):
+            x[keep] = y
+    assert set(chosen) == {80}
+    for b, (n, m) in enumerate(lengths):
+        alone = [x[b : b + 1, :rows] for x, rows in ((q, n), (k, m), (v, m))]
+        got = [x[b : b + 1, :rows] for x, rows in ((dq, n), (dk, m), (dv, m))]
+        if n * m:
+            assert_gradients_close(got, *alone, dout[b : b + 1, :n], dlse[b : b + 1, :, :n], **rules)
+        else:
+            assert not any(x.count_nonzero() for x in got)
+
+
+def test_another_mean_length_compiles_nothing(monkeypatch):
+    """Though it takes other query tiles."""
+    monkeypatch.setattr(launch, "rows_of_query_tile", plan.rows_of_query_tile)
+    chosen, misses = [], []
+    monkeypatch.setattr(launch, "_config_of_gradients", lambda *of: chosen.append(config_of(*of)) or chosen[-1])
+    for lengths in ([(300, 300), (700, 700)], [(1080, 1080), (1000, 1000)]):
+        q, k, v, dout, *cu = make(lengths, 128, heads=(2, 2), tail=0)
+        run(q, k, v, dout, *cu, mechanism="tma_wgmma")
+        misses.append(launch.prepared.cache_info().misses)
+    assert [config.tile_m for config in chosen] == [64, 80]
+    assert misses[0] == misses[1]
 
 
 def test_rows_in_use_are_planned_once(mechanism, monkeypatch):

@@ -244,16 +244,16 @@ def test_tiles_in_use_and_others(lengths, tile, tail, data):
                 assert with_rows == -(-in_use // tile)
 
 
-@given(lengths, st.integers(0, 300))
-def test_padded_rows_of_sequences_do_not_meet(lengths, tail):
+@given(lengths, st.integers(0, 300), st.sampled_from([ROW_PADDING, 80]))
+def test_padded_rows_of_sequences_do_not_meet(lengths, tail, padding):
     for side in sides(lengths, tail):
-        end, count = 0, len(lengths)
+        side, end, count = replace(side, padding=padding), 0, len(lengths)
         for i in range(count + 1):
             span = span_of(side, i, count)
-            assert span.padded % ROW_PADDING == 0
+            assert span.padded % padding == 0
             assert span.padded >= end
             end = span.padded + span.capacity
-        assert end <= side.all_slots(count, ROW_PADDING) * ROW_PADDING
+        assert end <= side.all_slots(count, padding) * padding
 
 
 @given(st.integers(0, 2**24), st.integers(0, 2**27), st.integers(0, 2**17))
