@@ -42,8 +42,8 @@ LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
 class Work:
     """One tile to compute: which ``block`` of rows of which head, of which sequence's queries ``q`` and keys ``k``. Where some
     are past their sequence's end, ``exists`` says whether this one has any rows. ``sequence`` is the number of a ragged one,
-    ``header`` what its list begins with, where another warp has read that. ``from_last`` says of a key tile whether it walks from
-    its last query tile to its first, where some do and some don't (:meth:`Tiles.in_turns`)."""
+    ``header`` what its list begins with, where another warp has read that. ``from_last`` says of a key tile whether it walks
+    from its last query tile to its first, where some do and some don't (:meth:`Tiles.in_turns`)."""
 
     block: Int32
     head: Int32
