@@ -366,7 +366,7 @@ class Forward(Kernel):
         block = work.block * self.warpgroups + me.warpgroup
         keys = KeyTiles.of(values, self.problem, work.block, config)
         if cutlass.const_expr(self.anchored):
-            keys = keys.after_a_seen_key(values, self.problem, work.block, config, to_left=True)
+            keys = keys.after_a_seen_key(values, self.problem, work.block, config)
         held = self._held(me, shared, values, block * rows)
         tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values, *held)
         frag = self._fragments(me, shared)
@@ -468,9 +468,8 @@ class Forward(Kernel):
                 kv_state = step(kv_state, (keys.later(keys.later(top, 1), i), True), again=True)
         else:
             before = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
-            # Steps that look for a maximum after whole tiles rescale l; behind a right edge none does, nor in a list.
-            rescales = self.problem.bounded_left and not self.problem.bounded_right
-            after = softmax.note_growth if cutlass.const_expr(self.anchored and rescales) else None
+            # The steps after whole tiles rescale l; those of a list don't.
+            after = softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
             kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
         if cutlass.const_expr(self.config.separate_o):

@@ -267,31 +267,6 @@ def test_a_tile_past_its_sequences_end_sees_nothing(seqlen_q, seqlen_k, m_block)
     assert ragged.count == (rectangle.count if m_block * config.tile_m < seqlen_q else 0)
 
 
-@given(
-    *(st.integers(1, 700), st.integers(1, 700), st.integers(0, 500), st.just(0) | st.integers(0, 300)),
-    st.sampled_from([64, 128, 192]),
-)
-def test_without_a_maximum_only_where_each_row_has_seen_a_key(q, k, left, right, tile_m):
-    """Of a window's tiles, rows past the last included, and walked by all of a query tile or by some of its rows."""
-    problem = Problem("bfloat16", 128, 128, bounded_left=True, bounded_right=True)
-    config = SimpleNamespace(tile_m=tile_m, tile_n=128)
-    values = Values(q, k, k - q - left, k - q + right, 1.0, 0.0)
-    for m_block in range(-(-q // tile_m)):
-        whole = KeyTiles.of(values, problem, m_block, config)
-        keys = whole.after_a_seen_key(values, problem, m_block, config, to_left=True)
-        some = [keys.of_rows(values, problem, m_block * tile_m + first, 64, config)[0] for first in range(0, tile_m, 64)]
-        for first, walked in zip((0, *range(0, tile_m, 64)), (keys, *some), strict=True):
-            rows = range(m_block * tile_m + first, m_block * tile_m + (tile_m if walked is keys else first + 64))
-            ends = [min(row + values.hi + 1, k) for row in rows]
-            for n in range(walked.count - 1):
-                assert walked.needs_mask(n) or not whole.needs_mask(n)
-                if walked.is_anchored(n):
-                    seen_from = [max(row + values.lo, keys.begin + (n + 1) * 128) for row in rows]
-                    assert all(begin < end for begin, end in zip(seen_from, ends, strict=True))
-                else:
-                    assert n >= walked.whole_end
-
-
 class Small(int):
     """A number whose products must fit in 32 bits."""
 
