@@ -127,7 +127,7 @@ class Config:
     step_m: int = 0  # queries whose scores a warp holds at once
     # tma_wgmma only
     q_in_registers: int = 0  # forward: columns of Q that computing threads hold while a query tile lasts
-    k_in_registers: int = 0  # backward, heads wider than 128: columns of K and V, while a key tile does
+    k_in_registers: int = 0  # backward: columns of K and V, while a key tile does
     mma_registers: int = 0  # registers a thread of a computing warpgroup has after setmaxnreg
     copy_registers: int = 0  # and of the copying one
     ping_pong: bool = False  # warpgroups take turns on the tensor cores

@@ -45,7 +45,7 @@ REGISTERS_TO_COPY = (232, 40)
 # The same for the backward pass. Up to 128, a computing warpgroup owns 64 keys, and both head dims are padded to the wider.
 WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
     64: {"tile_m": 128, "tile_n": 128, "stages": 2, "separate_dk": True},
-    96: {"tile_m": 64, "tile_n": 128, "stages": 2, "separate_dk": True, "overlap_tiles": True},
+    96: {"tile_m": 64, "tile_n": 128, "stages": 2, "separate_dk": True, "k_in_registers": 96},
     128: {"tile_m": 64, "tile_n": 128, "stages": 2, "separate_dk": True, "overlap_tiles": True},
 }
 

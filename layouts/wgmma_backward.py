@@ -31,8 +31,12 @@ __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 96, 128)
 OPERANDS = ("K", "V", "Q", "dO", "dS", "dK", "dV")
-ROLES = ("S", "dP", "dV", "dK", "dQ")
-READS = {"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q"), "dQ": ("dS", "K")}
+FIRST = ("rS", "rdP")  # with an r in front: of the first columns, where A is in registers
+ROLES = ("S", "dP", "dV", "dK", "dQ", *FIRST)
+READS = {
+    **{"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q"), "dQ": ("dS", "K")},
+    **{"rS": ("K", "Q"), "rdP": ("V", "dO")},
+}
 PIECE_ROWS, PIECE_COLUMNS = 64, 16  # of the dQ that a warpgroup computes: so many rows, a multiple of so many columns
 ACCUMULATOR_BYTES = 4
 HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of its query heads; the plan chooses
@@ -143,8 +147,9 @@ def smem_parts(config: Config) -> dict[str, int]:
 
 
 def accumulator_registers(config: Config) -> int:
-    """Registers a computing thread needs for dK, dV, P, dP and P in the operands' dtype at once."""
-    return (config.tile_d + config.tile_dv) // 2 + config.tile_m + config.tile_m // 4
+    """Registers a computing thread needs for dK, dV, P, dP, P in the operands' dtype and columns of K and V at once."""
+    held = sum(first_columns(config).values()) // 4
+    return (config.tile_d + config.tile_dv) // 2 + config.tile_m + config.tile_m // 4 + held
 
 
 def misfit(config: Config) -> str:
@@ -179,6 +184,10 @@ def misfit(config: Config) -> str:
             config.dq_stages not in (1, len(WARPS["dQ"])),
             f"{config.dq_stages} stages of dQ, which {len(WARPS['dQ'])} warps add in turns: try dq_stages=1",
         ),
+        (
+            config.k_in_registers % 16 > 0,
+            f"{config.k_in_registers} columns of K in registers; a multiple of 16 is needed: try k_in_registers=64",
+        ),
         (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
         (
             config.head_blocks > 1 and min(room.values()) < 0,
@@ -205,7 +214,12 @@ def mma(role: str, config: Config) -> Mma:
     """
     n = {"S": config.tile_m, "dP": config.tile_m, "dV": config.tile_dv, "dK": config.tile_d}
     n["dQ"] = piece_shape(config)[0 if turned(config) else 1]
-    return warpgroup_mma(n[role], in_registers=role in ("dV", "dK"))
+    return warpgroup_mma(n[role.removeprefix("r")], in_registers=role in ("dV", "dK", *FIRST))
+
+
+def first_columns(config: Config) -> dict[tuple[str, str], int]:
+    """Columns of K and V that threads hold, for the products that read them there."""
+    return {("rS", "K"): min(config.k_in_registers, config.tile_d), ("rdP", "V"): min(config.k_in_registers, config.tile_dv)}
 
 
 def barriers(config: Config) -> dict[str, int]:
@@ -243,9 +257,11 @@ _family = Family(
     results=("dK", "dV"),
     over_rows=("dV", "dK", "dQ"),
     read_columns=_read_columns,
+    first_columns=first_columns,
 )
 tile, slot_bytes, smem, smem_layout = _family.tile, _family.slot_bytes, _family.smem, _family.smem_layout
 copies, tiled_mma, store_accumulator = _family.copies, _family.tiled_mma, _family.store_accumulator
+columns_in_registers, load_operand = _family.columns_in_registers, _family.load_operand
 
 
 def smem_bytes(config: Config) -> int:

@@ -45,6 +45,7 @@ from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
+LONG_WALK = 16  # query tiles, from which on a card's power, not memory, is what a block lacks
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class BackwardWorker:
 class BackwardFragments:
     """What a computing thread holds or points to through the query tiles."""
 
+    rK: cute.Tensor | None  # the first columns of K
+    rV: cute.Tensor | None  # and of V
     tSrK: cute.Tensor  # (MMA, 1, K)
     tSrQ: cute.Tensor  # (MMA, 1, K, stage)
     tPrV: cute.Tensor  # (MMA, 1, K)
@@ -134,6 +137,8 @@ class Backward(KeyBlocks):
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         if cutlass.const_expr(self.persistent and not self.draws):
             tiles, count = tiles.launched(blocks, long=False)
+            if cute.ceil_div(values.seqlen_q, self.config.tile_m) >= LONG_WALK:  # no more blocks than as many rounds take
+                count = cute.ceil_div(tiles.count(), cute.ceil_div(tiles.count(), count))
         else:
             count = cutlass.min(tiles.count(), blocks) if cutlass.const_expr(self.persistent) else tiles.count()
             if cutlass.const_expr(self.in_turns):
@@ -353,6 +358,8 @@ class Backward(KeyBlocks):
         else:
             if visited.count > 0:
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
+        self.load_first_columns("S", "K", frag.rK, shared.k[None, None, me.warpgroup])
+        self.load_first_columns("dP", "V", frag.rV, shared.v[None, None, me.warpgroup])
         i, round = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             if cutlass.const_expr(self.problem.blocks):
@@ -416,6 +423,8 @@ class Backward(KeyBlocks):
         sdS = cute.local_tile(transposed(shared.ds), (rows, lay.ROWS_PER_WARPGROUP), (w % below, 0, None))
         sKt = cute.local_tile(transposed(shared.k), (columns, lay.ROWS_PER_WARPGROUP), (w // below, 0, None))
         return BackwardFragments(
+            rK=self.first_columns("S"),
+            rV=self.first_columns("dP"),
             tSrK=S.make_fragment_A(S.partition_A(shared.k[None, None, w])),
             tSrQ=S.make_fragment_B(S.partition_B(shared.q)),
             tPrV=dP.make_fragment_A(dP.partition_A(shared.v[None, None, w])),
@@ -454,14 +463,14 @@ class Backward(KeyBlocks):
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
 
         pipes.q.consumer_wait(state)
-        acc_S = self.scores("S", config.tile_m, frag.tSrK, frag.tSrQ[None, None, None, stage])
+        acc_S = self.scores("S", config.tile_m, frag.tSrK, frag.tSrQ[None, None, None, stage], rA=frag.rK)
         flight.issued("S")
         values, m_block, masked = of_tile(stage)
         scores = Scores(me.cS, values, self.problem, transposed=True)
         ramp = known_here(scores.ramp_of_rows((key_first, m_block * config.tile_m)))
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_ds):
-            acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage])
+            acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage], rA=frag.rV)
             flight.issued("dP")
         kept = hidden = None
         if cutlass.const_expr(self.problem.dropout):

@@ -134,7 +134,7 @@ def _fed(operand: str, config: Config) -> tuple[str, str]:
             loads.append(f"{copy.instruction} for {result}")
         if copy is not None or "AB"[read.index(operand)] in mma.from_shared:
             shapes.append(f"{result} {'×'.join(map(str, mma.shape))}")
-    return ", ".join(loads) or "read where it lies", ", ".join(shapes)
+    return ", ".join(loads) or "read where it lies", ", ".join(dict.fromkeys(shapes))
 
 
 # ---- lanes -----------------------------------------------------------------------------------------------------------

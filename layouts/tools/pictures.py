@@ -76,7 +76,8 @@ def operands(config: Config) -> tuple[str, ...]:
     """What there are pictures of."""
     if not config.backward:
         return OPERANDS
-    return tuple(dict.fromkeys((*family(config).OPERANDS, *family(config).ROLES)))
+    products = (role for role in family(config).ROLES if not role.startswith("r"))  # of first columns, the same
+    return tuple(dict.fromkeys((*family(config).OPERANDS, *products)))
 
 
 def known(operand: str, config: Config) -> list[str]:
@@ -86,10 +87,10 @@ def known(operand: str, config: Config) -> list[str]:
 
 
 def roles(operand: str, config: Config) -> list[str]:
-    """The products that read an operand from shared memory, or make it."""
+    """The products that read an operand from shared memory, or make it; those of first columns in registers are these, too."""
     if not config.backward:
         return ["S" if operand in "QK" else "O"]
-    return [role for role, read in family(config).READS.items() if operand in (role, *read)]
+    return [role for role, read in family(config).READS.items() if operand in (role, *read) and not role.startswith("r")]
 
 
 def product(role: str, config: Config) -> str:
