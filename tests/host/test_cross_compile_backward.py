@@ -259,6 +259,18 @@ def test_clusters_where_blocks_share_a_key_tile(case: Case, kernels: Kernels):
         assert (code.count("UCGABAR_WAIT") > 0) == (case.head_blocks > 1)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.config.backward == "tma_wgmma_wide"], ids=str)
+def test_operands_in_registers(case: Case, kernels: Kernels):
+    """Columns of K and V are loaded once a tile, 16 at a time, and registers are enough for them: else ptxas waits after each
+    product. Under a softcap it does where products run into the next tile, whatever is in registers."""
+    columns = layouts.family(case.config).first_columns(case.config).values()
+    assert min(columns) > 0
+    assert kernels.own["KeyGradients"].count("LDSM") == sum(columns) // 16
+    for code in kernels.own.values():
+        waits = sum(count for name, count in code.instructions.items() if name.startswith("WARPGROUP.DEPBAR"))
+        assert 0 < waits < code.hgmma / 2 or (case.problem.softcap and case.config.overlap_tiles)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.mechanism == "cp_async"], ids=str)
 def test_no_product_that_nobody_asked_for(case: Case, kernels: Kernels):
     """The products of a tile, in every copy of the loop: one that masks, one that does not, one for the other edge; and dQ once
