@@ -64,6 +64,8 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
     if wider <= max(table):
         wider = tile_dim(wider)
         choice = {"tile_d": wider, "tile_dv": wider, "backward": "tma_wgmma_backward", **table[wider]}
+        if problem.has_places and "k_in_registers" in choice:  # as below; dK's product may run into the next query tile then
+            choice |= {"k_in_registers": 0, "overlap_tiles": True}
         if problem.deterministic and problem.bounded_right and not problem.blocks:
             choice |= ordered.get(wider, {})
         choice["mma_warps"] = choice["tile_n"] // ROWS_PER_WARPGROUP * 4
