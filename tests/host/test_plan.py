@@ -76,11 +76,11 @@ def test_blocks_that_do_not_fit_side_by_side():
 
 def test_more_accumulators_than_a_thread_has_registers():
     message = refusal(replace(planned("sm_90a"), tile_n=256, stages=1))
-    assert "tma_wgmma with tiles 128×256 keeps 256 registers a thread" in message
+    assert "tma_wgmma with tiles 128×256 keeps 288 registers a thread" in message
     assert "sm_90a gives it 240" in message
     assert "try a smaller tile_n" in message
     message = refusal(replace(planned("sm_80"), tile_n=128))
-    assert "cp_async with tiles 128×128 keeps 256 registers a thread" in message
+    assert "cp_async with tiles 128×128 keeps 288 registers a thread" in message
     assert "sm_80 gives it 255" in message
 
 
