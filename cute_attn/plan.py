@@ -133,7 +133,7 @@ def check(config: Config, gpu: Gpu, ragged: bool = True) -> None:
     need, have = family.accumulator_registers(config), registers_per_thread(config, gpu)
     if need > have:
         raise ValueError(
-            f"{config.mechanism} with tiles {config.tile_m}×{config.tile_n} keeps {need} registers a thread for Q, S, P and O; "
+            f"{config.mechanism} with tiles {config.tile_m}×{config.tile_n} keeps {need} registers a thread for accumulators and operands; "
             f"{gpu.name} gives it {have}: try a smaller tile_n"
         )
     if config.threads > gpu.threads_per_block:

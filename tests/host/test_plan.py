@@ -80,7 +80,7 @@ def test_more_accumulators_than_a_thread_has_registers():
     assert "sm_90a gives it 240" in message
     assert "try a smaller tile_n" in message
     message = refusal(replace(planned("sm_80"), tile_n=128))
-    assert "cp_async with tiles 128×128 keeps 288 registers a thread" in message
+    assert "cp_async with tiles 128×128 keeps 256 registers a thread" in message
     assert "sm_80 gives it 255" in message
 
 
