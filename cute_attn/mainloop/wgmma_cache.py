@@ -100,6 +100,7 @@ class Forward(cp_async_cache.Forward):
         if cutlass.const_expr(not self.shares_walks):
             merge(block, serving, seen, places, rows, softmax, exchanged)
         elif self._is_shared(serving, seen, places):
+            exchanged = self._exchanged(block, 0)  # a place that both know: each is at a tile of its own when its part ends
             self._sum_rows(softmax)
             self._hand_over(block, exchanged, rows, softmax, self._exist(serving, seen), 0)
             meet()

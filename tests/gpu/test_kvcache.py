@@ -119,6 +119,13 @@ def test_a_walk_that_two_blocks_share(dims, group):
             assert all(torch.equal(x, y) for x, y in zip(one.attend(where), first, strict=True))
 
 
+@pytest.mark.parametrize(("lengths", "queries"), [([1100] + [1024] * 63, 1), ([897] * 32, 2)], ids=["odd", "hidden"])
+def test_blocks_that_share_a_walk_may_have_other_numbers_of_tiles(lengths, queries):
+    """On 132 multiprocessors: one block has a tile more than the other, or sees one more, and ends at another slot of its ring."""
+    one = case(lengths, queries, (64, 1), (128, 128))
+    one.check(one.attend(one.contiguous(max(lengths)), causal=True), False, causal=True)
+
+
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("where", ["contiguous", "indexed", "padded", "pages"])
 def test_packed_queries(where, invariant):
