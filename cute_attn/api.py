@@ -103,9 +103,9 @@ def attention(
         return_lse: return ``(out, lse)``.
         deterministic: of the gradients. The kernels' backward pass adds the parts of dQ in an order that differs from run
             to run (atomically), and with it the last bits of q's gradient; ``True`` fixes the order, which takes longer:
-            same inputs, same bits. ``torch.use_deterministic_algorithms(True)`` has the same effect. Everything else,
-            and all of the reference, is deterministic anyway, but for gradients of captured tensors and of a bias: these are
-            refused here, unless each score of a head has an element of its own, and memory can be had for each head's.
+            same inputs on the same GPU, same bits. ``torch.use_deterministic_algorithms(True)`` has the same effect. Everything
+            else, and all of the reference, is deterministic anyway, but for gradients of captured tensors and of a bias: these
+            are refused here, unless each score of a head has an element of its own, and memory can be had for each head's.
         backend: ``"cute"`` (the fused kernels), ``"reference"`` (the same algorithm in plain torch, on any device), or
             ``"auto"``: ``"cute"`` for CUDA tensors, ``"reference"`` for others.
         mechanism: of the kernels: ``"tma_wgmma"``, ``"cp_async"``, or ``None`` for the GPU's best.

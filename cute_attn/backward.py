@@ -1,7 +1,7 @@
 """The backward pass on the host: what is compiled is three kernels that follow one another on a stream.
 
 1. :class:`RowValues`: for each query row, delta = Σ_c dO_c · O_c − dLSE, once for all key tiles that will read it, beside its
-   log-sum-exp; it also clears the memory in which dQ is added up, or counted who adds to it.
+   log-sum-exp; it also clears the memory in which dQ is added up, or in which is counted who adds to it.
 2. the mainloop's ``Backward``: dK, dV, and dQ in float32.
 3. :class:`CastQueries`: dQ scaled and rounded to the inputs' dtype.
 
@@ -109,9 +109,9 @@ def _place(blocks, heads, last_first: bool = False):
 
 
 class RowValues:
-    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums. A block takes twice as
-    many rows as it has threads for, and padding is a multiple of them; of ragged sequences, for each of which it has to search,
-    as many as are padded together, one after another: so more blocks have room at the same time."""
+    """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums, or in the signals.
+    A block takes twice as many rows as it has threads for, and padding is a multiple of them; of ragged sequences, for each of
+    which it has to search, as many as are padded together, one after another: so more blocks have room at the same time."""
 
     THREADS = 256
 
@@ -242,8 +242,9 @@ class CastQueries:
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
         self.pieces = self.lay.pieces(config)
-        # Whether a query tile's sums may be nothing yet: no key tile has come to it.
+        # Whether signals may ask for care, which is asked for no more then.
         self.clears = self.lay.FIRST_STORES and problem.masked
+        # Whether a query tile's sums may be nothing yet: no key tile has come to it.
         self.may_be_unseen = self.lay.FIRST_STORES and (problem.masked or bool(problem.ragged))
         # Whether somebody else clears queries that aren't in use, as far as they are padded together.
         self.leaves_unused = self.lay.CLEARS_QUERIES and problem.has_unused("q") and "q" in problem.gradients
@@ -252,7 +253,7 @@ class CastQueries:
 
     @cute.jit
     def launch(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences, stream):
-        signals = signals if self.clears or self.may_be_unseen else None
+        signals = signals if self.may_be_unseen else None
         _, pieces, m_blocks, heads, batch = dq_sum.shape
         self.kernel(dq_sum, mdQ, values, signals, sequences).launch(
             grid=[m_blocks * pieces * heads * batch, 1, 1], block=[self.threads, 1, 1], stream=stream

@@ -40,6 +40,7 @@ from cute_attn.layouts.base import (
     HEADER,
     IN_TURN,
     KIND_BITS,
+    LISTED_ROWS,
     MEMBER_BIT,
     NONE,
     TILE_BITS,
@@ -138,6 +139,11 @@ class BlockMask:
         return high.amax((4, 6)).eq(NONE), low.amin((4, 6)).eq(WHOLE)
 
     def _key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
+        if tile_m % ROWS_OF_WARPGROUP or tile_m > LISTED_ROWS:
+            raise NotImplementedError(
+                f"a list of key tiles is of a query tile of {ROWS_OF_WARPGROUP} rows or a multiple of it up to {LISTED_ROWS}; "
+                f"got tile_m={tile_m}: try {LISTED_ROWS} or fewer"
+            )
         across, (batch, heads, rows, columns) = tile_n // BLOCK, self.kinds.shape
         sizes = batch, heads, -(-rows * BLOCK // tile_m), HEADER - (-columns // across) + 1
         lists = self.kinds.new_zeros(sizes, dtype=torch.int32)
@@ -172,7 +178,7 @@ class BlockMask:
         return lists
 
     def _enlisted(self, which: str, lists: torch.Tensor, tile_m: int, tile_n: int, members: int = 1) -> torch.Tensor:
-        """Zeros to lists, by a kernel."""
+        """Fills lists, zeros so far, by a kernel."""
         if lists.numel() and self.kinds.numel():
             from cute_attn import launch  # which imports what needs a GPU
 

@@ -1,6 +1,7 @@
-"""The lists of tiles that kernels read, made of the kinds of blocks in one launch: what ``blocks.py`` does in Python for a CPU.
+"""The lists of tiles that kernels read, made of the kinds of blocks: what ``blocks.py`` does in Python for a CPU.
 
-A warp makes a list, and goes through its tiles twice: it counts them, and writes each where it belongs.
+A warp makes a list, and goes through its tiles twice: it counts them, and writes each where it belongs. Of key lists a second
+kernel says which is taken when.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from cute_attn.layouts.base import (
     CUT,
     HEADER,
     IN_TURN,
+    LISTED_ROWS,
     MEMBER_BIT,
     NONE,
     TILE_BITS,
@@ -23,7 +25,7 @@ from cute_attn.layouts.base import (
     WHOLE_BIT,
 )
 
-GROUPS = 3  # of 64 rows, at most, in a query tile
+GROUPS = LISTED_ROWS // 64  # of 64 rows, at most, in a query tile
 PAIRED = 2  # blocks of each
 THREADS = 128
 

@@ -433,8 +433,8 @@ def _classifying(expression: Expression) -> Problem:
 
 
 def enlist(which: str, kinds: torch.Tensor, lists: torch.Tensor, down: int, across: int, members: int) -> None:
-    """Zeros to a block mask's ``"key lists"`` or ``"query lists"`` of tiles of ``down`` × ``across`` blocks, on the current
-    stream."""
+    """Fills ``lists``, zeros so far, with a block mask's ``"key lists"`` or ``"query lists"`` of tiles of ``down`` × ``across``
+    blocks, on the current stream."""
     device = kinds.get_device()
     function, _ = prepared(_enlisting(which), None, device)
     with torch.cuda.device(device):

@@ -133,8 +133,9 @@ def check(config: Config, gpu: Gpu, ragged: bool = True) -> None:
     need, have = family.accumulator_registers(config), registers_per_thread(config, gpu)
     if need > have:
         raise ValueError(
-            f"{config.mechanism} with tiles {config.tile_m}×{config.tile_n} keeps {need} registers a thread for accumulators and operands; "
-            f"{gpu.name} gives it {have}: try a smaller tile_n"
+            f"{config.mechanism} with tiles {config.tile_m}×{config.tile_n} keeps {need} registers a thread for accumulators "
+            f"and operands; {gpu.name} gives it {have}: try a smaller "
+            f"{'tile_m, or k_in_registers=0' if config.backward else 'tile_n'}"
         )
     if config.threads > gpu.threads_per_block:
         raise ValueError(
@@ -143,8 +144,8 @@ def check(config: Config, gpu: Gpu, ragged: bool = True) -> None:
         )
     if config.backward and ragged and ROW_PADDING % config.tile_m and 2 * config.tile_m < ROW_PADDING:
         raise ValueError(
-            f"{config.backward} takes {config.tile_m} queries at a time; values of rows of ragged sequences are padded to a "
-            f"multiple of {ROW_PADDING}, which a tile must divide: try tile_m=64 in {table}"
+            f"{config.backward} takes {config.tile_m} queries at a time; for ragged sequences a tile of fewer than "
+            f"{ROW_PADDING // 2} must divide {ROW_PADDING}: try tile_m=64 in {table}"
         )
     copy_threads = config.threads - config.mma_threads
     total = config.mma_threads * config.mma_registers + copy_threads * config.copy_registers

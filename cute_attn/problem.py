@@ -59,8 +59,8 @@ class Problem:
     ``dropout`` that probabilities are dropped.
 
     ``blocks`` is ``"listed"`` where a block mask says which tiles there are to visit, and ``"classified"`` makes it the kernel
-    that finds out which a mask hides (``classify.py``), ``"key lists"`` and ``"query lists"`` one that makes lists of that
-    (``enlist.py``).
+    that finds out which a mask hides (``classify.py``), ``"key lists"`` and ``"query lists"`` the kernels that make such lists
+    of tiles (``enlist.py``).
 
     ``rows`` makes it attention to a cache, in tiles of so many rows; 0 is none. ``stored`` names what says where keys and
     queries lie, a part of ``stored.CODE_NAMES``, with spaces between, and ``invariant`` that keys are split at fixed places.

@@ -7,10 +7,9 @@ another in the rows of tensors whose batch is 1; where each begins and how many 
 **Tiles of ragged sequences.** With tiles of t rows, sequence i is given the slots from ``first(i) // t + i`` on, up to the
 next one's. That is a closed form, so nothing has to be summed up, and it is enough of them: at least ⌈length / t⌉, at most one
 more. The same with t = 128, or a tile that doesn't divide it, says where its rows begin in what is padded
-(:attr:`Span.padded`). A slot without a tile is a tile
-past its sequence's end: it sees nothing, and nothing of it is stored. A warp can also count the tiles that there really are
-(:meth:`Sequences.seek`), 128 sequences at a time; blocks that walk over many tiles have one do that ahead of the others, and
-another for tiles without any row in use, whose results are zeros.
+(:attr:`Span.padded`). A slot without a tile is a tile past its sequence's end: it sees nothing, and nothing of it is stored. A
+warp can also count the tiles that there really are (:meth:`Sequences.seek`), 128 sequences at a time; blocks that walk over
+many tiles have one do that ahead of the others, and another for tiles without any row in use, whose results are zeros.
 
 What follows the last sequence, and what follows each one's rows in use, belongs to a sequence too, but is none of its rows: the
 results there are zeros.

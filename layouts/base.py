@@ -58,9 +58,10 @@ Modes: TypeAlias = tuple[tuple[int, int, int], ...]
 KIB = 1024
 NAMED_BARRIERS = 16  # of a block
 SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
-ROW_PADDING = 128  # rows that those of ragged sequences are padded to in the backward pass, a multiple of their tiles'
-# Words of a backward call's int32 signals in global memory: whether to copy carefully (mainloop/guard.py), which CARE says, and
-# the next block's ticket; behind them, a counter of each query tile.
+LISTED_ROWS = 192  # of a query tile that has a list of key tiles, at most
+ROW_PADDING = 128  # rows that those of ragged sequences are padded to in the backward pass, if their tile divides it
+# Words of a backward call's int32 signals in global memory: whether to copy carefully (mainloop/guard.py: ``CARE``, or 1 where
+# a kernel of zeros comes first), and the next block's ticket; behind them, a counter of each query tile.
 CAREFUL, TICKET, COUNTERS = 0, 1, 2
 CARE = 0x5CA1AB1E  # no small number, and as a float a large one: what other tensors left in this memory is hardly ever that
 TICKET_COUNTERS = 4  # words before the forward pass's tickets, of which two count (scheduler.py)

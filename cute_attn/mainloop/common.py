@@ -148,7 +148,7 @@ class Gradients:
 
     ``mdQ`` is float32 sums, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block,
     head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``. ``unused_dq`` is dQ
-    where this kernel writes the zeros of queries that aren't in use, as far as they are a multiple of 128.
+    where this kernel writes the zeros of queries that aren't in use, as far as they are padded together (``row_padding``).
     """
 
     mdQ: cute.Tensor | None
@@ -159,8 +159,8 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Signals:
-    """How the kernels and blocks of a backward call tell one another something: int32 in global memory, which the call sets to
-    zero first.
+    """How the kernels and blocks of a backward call tell one another something: int32 in global memory, zeros at first, which
+    a kernel of its own writes or, ``cleared_late``, the first one.
     ``words`` are all of them, ``counters`` those of the query tiles, ``(m_block, head, batch)``: how many key tiles have added
     to each one's dQ, where their order is fixed; else how many have come while nothing was stored, and ``STORED`` then.
     ``cleared_late`` says that nothing is zero before the first kernel, which clears all but what it may ask for itself: that is

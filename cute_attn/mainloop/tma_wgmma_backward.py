@@ -137,7 +137,8 @@ class Backward(KeyBlocks):
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         if cutlass.const_expr(self.persistent and not self.draws):
             tiles, count = tiles.launched(blocks, long=False)
-            if cute.ceil_div(values.seqlen_q, self.config.tile_m) >= LONG_WALK:  # no more blocks than as many rounds take
+            steps = 0 if cutlass.const_expr(self.problem.ragged) else cute.ceil_div(values.seqlen_q, self.config.tile_m)
+            if steps >= LONG_WALK:  # no more blocks than as many rounds take
                 count = cute.ceil_div(tiles.count(), cute.ceil_div(tiles.count(), count))
         else:
             count = cutlass.min(tiles.count(), blocks) if cutlass.const_expr(self.persistent) else tiles.count()

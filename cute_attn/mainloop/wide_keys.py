@@ -3,7 +3,8 @@
 A block owns 64 keys; two warpgroups walk over the query tiles side by side. The first takes Sᵀ = K·Qᵀ, P, and dV += Pᵀ·dO; the
 second dPᵀ = V·dOᵀ, dS, and dK += dSᵀ·Q. P passes from the first to the second in the operands' dtype, as it lies in registers.
 Each has its own pace: while one multiplies, the other takes exponentials or differences. With ``overlap_tiles`` a tile's dV and
-dK run while the next one's P and dS are taken. Of K and V, which stay, each holds the first columns in registers.
+dK run while the next one's P and dS are taken. Of K and V, which stay, each holds
+the first columns in registers, if there is room.
 
 What comes with a stage for each row (log-sum-exp, delta) has gone into a product before the stage is released. A read of shared
 memory that is merely issued before is not enough: where the release follows at once, the next tile's values have been seen to
@@ -19,7 +20,7 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 
-from cute_attn.layouts.base import cute_layout
+from cute_attn.layouts.base import cute_layout, row_padding
 from cute_attn.layouts.fragments import as_operand_a, transposed
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
@@ -100,7 +101,9 @@ class KeyGradients(KeyBlocks):
     def kernel(self, operands: TmaOperands, plain: Inputs | None, rows: Rows, gradients, signals, values: Values, tiles: Tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         shared, pipes = self._setup()
-        queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, ragged=bool(self.problem.ragged))
+        ragged = bool(self.problem.ragged)
+        ragged_tiles = {"ragged": ragged, "padding": row_padding(self.config)}
+        queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, **ragged_tiles)
         of_tile = partial(self.key_tile, values, tiles.heads_per_kv)
         each = lambda part: queue.taker().each(partial(of_tile, part), NONE_DONE)  # noqa: E731
         alone = partial(self.clear_keys, gradients) if self.problem.has_unused("k") else None

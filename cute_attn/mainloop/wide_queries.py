@@ -14,6 +14,7 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 
+from cute_attn.layouts.base import row_padding
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
@@ -90,7 +91,8 @@ class QueryGradients(Kernel):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         shared, pipes = self._setup()
         ragged = bool(self.problem.ragged)
-        queue = WorkQueue(shared.work, pipes.work, None, self.arrive, numbered=ragged, ragged=ragged)
+        ragged_tiles = {"numbered": ragged, "ragged": ragged, "padding": row_padding(self.config)}
+        queue = WorkQueue(shared.work, pipes.work, None, self.arrive, **ragged_tiles)
         of_tile = partial(self._query_tile, values)
         each = lambda part: queue.taker().each(partial(of_tile, part), NONE_DONE)  # noqa: E731
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())

@@ -52,7 +52,7 @@ def test_a_large_one():
     before = torch.cuda.memory_allocated()
     found = block_mask(masks.causal, None, None, 40_000, 40_000, device="cuda")
     found.key_lists(128, 128, 1, 1)
-    assert torch.cuda.max_memory_allocated() - before < 2**24
+    assert torch.cuda.max_memory_allocated() - before < 2**22
     row = torch.arange(1250, device="cuda")
     want = torch.where(row[:, None] > row, 2, torch.where(row[:, None] == row, 1, 0)).byte()
     assert torch.equal(found.kinds[0, 0], want)

@@ -387,8 +387,8 @@ def test_all_signals_are_cleared_where_the_first_kernel_does(ragged):
     from cute_attn.backward import RowValues
 
     seen = set()
-    for target, d in itertools.product(("sm_80", "sm_90a"), range(8, 257, 8)):
-        problem = Problem("bfloat16", d, d, bounded_right=True, gradients="qkv", ragged=ragged)
+    for target, d, causal in itertools.product(("sm_80", "sm_90a"), range(8, 257, 8), (False, True)):
+        problem = Problem("bfloat16", d, d, bounded_right=causal, gradients="qkv", ragged=ragged)
         for config in configs(problem, target, None):
             kernel = RowValues(problem, config)
             assert kernel.clears == (config.backward == "tma_wgmma_backward")

@@ -159,11 +159,11 @@ def test_too_many_threads():
 
 @pytest.mark.parametrize("mechanism", ["tma_wgmma", "cp_async"])
 def test_query_tiles_that_the_padding_of_rows_does_not_hold(mechanism):
-    """The last tile's copies of the rows' values would read past them."""
+    """Rows of ragged sequences are padded together, by whole tiles, of which none is to be taken for another's."""
     config = plan(Problem("bfloat16", 64, 64, gradients="qkv"), "sm_90a", mechanism)
     message = refusal(replace(config, tile_m=48))
     assert f"{mechanism}_backward takes 48 queries at a time" in message
-    assert "padded to a multiple of 128, which a tile must divide: try tile_m=64 in layouts/sm90.py's table" in message
+    assert "a tile of fewer than 64 must divide 128: try tile_m=64 in layouts/sm90.py's table" in message
 
 
 @pytest.mark.parametrize("target", ["sm_75", "sm_90b", "", "9.0"])
