@@ -586,9 +586,9 @@ class Scores:
     @property
     def _masks_by_words(self) -> bool:
         """Whether what a band shows of a thread's row is found as a word of bits, one a column, of which predicates are made
-        seven at a time: its columns are two of each eight."""
+        seven at a time: its columns are two of each eight. Not under a softcap, whose tanh takes the registers."""
         columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
-        bounded = self.problem.bounded_left or self.problem.bounded_right
+        bounded = (self.problem.bounded_left or self.problem.bounded_right) and not self.problem.softcap
         return self.unrolls and bounded and len(columns) <= 32 and columns == [c // 2 * 8 + c % 2 for c in range(len(columns))]
 
     @cute.jit

@@ -45,7 +45,7 @@ def _held(where: str, operand: str, layout: Layout, config: Config, family: Modu
 
 
 def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> Iterator[Row]:
-    """What warpgroup MMAs read through descriptors. Scores and dP sum over a head's columns: both operands are K-major;
+    """What warpgroup MMAs read through descriptors. Scores and dP sum over a head's columns: what they read is K-major;
     the other products sum over rows of what they read from shared memory."""
     for role, operands in family.READS.items():
         mma = family.mma(role, config)
@@ -56,7 +56,7 @@ def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, 
                 continue
             width = row_width(layout)
             box = Box(operand, family.tile(operand, config)[0], width, width * BYTES)
-            k_major = mma.from_shared == "AB" and role != "dQ"
+            k_major = role in family.FIRST or mma.from_shared == "AB" and role != "dQ"
             read = mma if letter == "B" or k_major else replace(mma, shape=(mma.shape[0], mma.shape[0], mma.shape[2]))
             found = prove.tensor_cores_get(
                 f"{where}, {role}", read, "S" if k_major else "O", "Q" if letter == "A" else "K", layout, box

@@ -510,7 +510,7 @@ def test_one_arch_and_head_dim_is_shown_step_by_step(capsys):
         title = f"sm_90a {mainloop} d128 float16 and bfloat16"
         assert said.count(f"{title} ") == said.count(f"{title}: what takes what") == 1
     assert said.count("sm_90a tma_wgmma_backward d128 80×128 float16 and bfloat16") == 2
-    assert "10 configs, 234 steps: everything holds" in said
+    assert "10 configs, 252 steps: everything holds" in said
     assert main(["check", "sm_90a", "--head-dim", "64"]) == 0
     assert capsys.readouterr().out.count("sm_90a tma_wgmma_backward d64 2 stages of dQ float16 and bfloat16") == 2
 
