@@ -56,7 +56,7 @@ def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, 
                 continue
             width = row_width(layout)
             box = Box(operand, family.tile(operand, config)[0], width, width * BYTES)
-            k_major = role in family.FIRST or mma.from_shared == "AB" and role != "dQ"
+            k_major = role in family.FIRST or (mma.from_shared == "AB" and role != "dQ")
             read = mma if letter == "B" or k_major else replace(mma, shape=(mma.shape[0], mma.shape[0], mma.shape[2]))
             found = prove.tensor_cores_get(
                 f"{where}, {role}", read, "S" if k_major else "O", "Q" if letter == "A" else "K", layout, box
