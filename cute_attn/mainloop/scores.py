@@ -586,10 +586,12 @@ class Scores:
     @property
     def _masks_by_words(self) -> bool:
         """Whether what a band shows of a thread's row is found as a word of bits, one a column, of which predicates are made
-        seven at a time: its columns are two of each eight. Not under a softcap, whose tanh takes the registers."""
+        seven at a time: its columns are two of each eight. Not in the forward pass under a softcap, whose tanh takes the
+        registers."""
         columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
-        bounded = (self.problem.bounded_left or self.problem.bounded_right) and not self.problem.softcap
-        return self.unrolls and bounded and len(columns) <= 32 and columns == [c // 2 * 8 + c % 2 for c in range(len(columns))]
+        bounded = self.problem.bounded_left or self.problem.bounded_right
+        has_room = self.unrolls and (self.transposed or not self.problem.softcap)
+        return has_room and bounded and len(columns) <= 32 and columns == [c // 2 * 8 + c % 2 for c in range(len(columns))]
 
     @cute.jit
     def _mask(self, scores: cute.Tensor, origin):
