@@ -161,7 +161,7 @@ class WorkQueue:
             fields = (work.block, work.head, k.batch)
             if cutlass.const_expr(work.header is not None):
                 fields = (*fields, *work.header)
-            if cutlass.const_expr(self.both_ways):
+            elif cutlass.const_expr(self.both_ways):
                 fields = (*fields, work.from_last)
         elif cutlass.const_expr(self.of_k):
             fields = (work.block, work.head, work.sequence, q.first, q.length, k.first, k.length, k.capacity)
@@ -271,7 +271,7 @@ class Taker:
         if not self.queue.ragged:
             span = Span(sequence)
             header = (q_first, q_length) if self.queue.headed else None
-            from_last = (k_first if self.queue.headed else q_first) if self.queue.both_ways else None
+            from_last = q_first if self.queue.both_ways else None  # listed tiles all walk one way
             return Work(block, head, head, span, span, header=header, from_last=from_last)
         padded = [padded_first(first, sequence, self.queue.padding) for first in (q_first, k_first)]
         q = Span(Int32(0), q_first, q_length, None, padded[0])
