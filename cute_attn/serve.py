@@ -63,10 +63,11 @@ class Step:
             invariant=stored.batch_invariant,
         )
         self.function, blocks = prepared(problem, None, self.device)
-        blocks = even_blocks(blocks, stored.batch * call.heads_kv * -(-queries * group // rows))
+        config = plan(problem, device_target(self.device))
+        blocks = even_blocks(blocks, stored.batch * call.heads_kv * -(-queries * group // rows), config.walk_blocks)
         units, places, counters = 0, 2 * blocks, blocks
         if stored.batch_invariant:
-            units, places, counters = _units(call, rows, group, plan(problem, device_target(self.device)).tile_n)
+            units, places, counters = _units(call, rows, group, config.tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
         self.size = counters, places * rows_kept * (columns_written(call.head_dim_v) + OF_ROW)
         self.rows = None
@@ -163,10 +164,12 @@ def _nothing_seen(call: Call, return_lse: bool, q, packed: bool):
     return out, q.new_full(of_rows, -math.inf, dtype=torch.float32) if return_lse else None
 
 
-def even_blocks(blocks: int, walks: int) -> int:
+def even_blocks(blocks: int, walks: int, of_cluster: int = 1) -> int:
     """The most blocks, of so many or up to a sixteenth fewer, on which ``walks`` of one length come out even: blocks have whole
-    ones, or walks whole blocks. Fewer results are partial then; and memory is the limit, which fewer blocks reach, too."""
-    fewer = range(blocks, blocks - blocks // 16 - 1, -1)
+    ones, or walks whole blocks. Fewer results are partial then; and memory is the limit, which fewer blocks reach, too. They
+    are whole clusters."""
+    blocks -= blocks % of_cluster
+    fewer = range(blocks, blocks - blocks // 16 - 1, -of_cluster)
     return next((n for n in fewer if walks and (n % walks == 0 or walks % n == 0)), blocks)
 
 

@@ -123,6 +123,8 @@ def misfit(config: Config) -> str:
     uneven = not groups or warps % groups > 0
     if uneven:
         return f"{groups} groups of {warps} warps: try key_warps=1, 2 or 4"
+    if config.walk_blocks != 1:
+        return f"walk_blocks={config.walk_blocks}: only blocks of wgmma_cache share walks, try 1"
     return mma_sync.misfit(group(config))
 
 

@@ -2,10 +2,14 @@
 
 Operands lie in shared memory as in ``wgmma``, and threads copy them there as in ``mma_sync``: both are rows of 64 elements with
 the same swizzle. The tensor cores read K and V once for all rows, where warps that load fragments read them once each.
+
+Where a block has two groups, two blocks are a cluster: with partial results of so many rows, a walk that both have a half of
+ends sooner if they merge it over shared memory than by way of global memory.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 from . import mma_sync, mma_sync_cache, wgmma
@@ -42,7 +46,14 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
         )
         if stages >= least and smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
             break
+    if can_share_walks(config) and not problem.invariant:
+        config = replace(config, walk_blocks=2)
     return (config,)
+
+
+def can_share_walks(config: Config) -> bool:
+    """Whether two blocks may be a cluster: each has two groups, which exchange all columns at once."""
+    return config.key_warps == 2 and exchanged_columns(config) == config.tile_dv
 
 
 def accumulator_registers(config: Config) -> int:
@@ -52,6 +63,8 @@ def accumulator_registers(config: Config) -> int:
 
 def misfit(config: Config) -> str:
     """What the kernel can't do."""
+    if config.walk_blocks not in ((1, 2) if can_share_walks(config) else (1,)):
+        return f"walk_blocks={config.walk_blocks}: try 1; 2 take two groups in a block, which exchange all columns at once"
     return wgmma.misfit(group(config)) or mma_sync.misfit(group(config))
 
 

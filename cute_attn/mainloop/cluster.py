@@ -1,7 +1,7 @@
-"""Sums over the blocks of a cluster, through one another's shared memory (Hopper's thread block clusters, CUDA C++ programming
-guide, "Distributed shared memory").
+"""What blocks of a cluster do together, through one another's shared memory (Hopper's thread block clusters, CUDA C++
+programming guide, "Distributed shared memory"): they meet, and add up what each has a part of.
 
-Every thread holds a part of the sum that the same thread of the other blocks holds in the same registers. All blocks but the
+Of a sum every thread holds a part, and the same thread of the other blocks others in the same registers. All blocks but the
 first lay theirs down in shared memory, and the first adds them in the order of the blocks: the same bits each time.
 """
 
@@ -20,7 +20,7 @@ def sum_in_first_block(parts, blocks: cutlass.Constexpr[int]):
     if rank > 0:
         for acc, place in parts:
             cute.autovec_copy(cute.make_tensor(acc.iterator, cute.make_layout(place.shape)), place)
-    _meet()
+    meet()
     if rank == 0:
         for block in cutlass.range_constexpr(1, blocks):
             for acc, place in parts:
@@ -29,10 +29,17 @@ def sum_in_first_block(parts, blocks: cutlass.Constexpr[int]):
                 cute.autovec_copy(cute.make_tensor(there, place.layout), theirs)
                 held = cute.make_tensor(acc.iterator, cute.make_layout(place.shape))
                 held.store(held.load() + theirs.load())
-    _meet()
+    meet()
 
 
-def _meet():
+def meet():
     """All threads of the cluster; what they have written is there for all."""
     cute.arch.cluster_arrive()
+    cute.arch.cluster_wait()
+
+
+def stay():
+    """Until all threads of the cluster have come here, which have used then what they read of one another's memory. It says
+    nothing of what they have written, and so waits for none of it."""
+    cute.arch.cluster_arrive_relaxed()
     cute.arch.cluster_wait()

@@ -177,6 +177,7 @@ class Forward:
         self.kernel(mQ, mK, mV, outputs, values, keys, workspace).launch(
             grid=[blocks, 1, 1],
             block=[self.config.threads, 1, 1],
+            cluster=[self.config.walk_blocks, 1, 1] if self.config.walk_blocks > 1 else None,
             stream=stream,
             min_blocks_per_mp=self.config.blocks_per_multiprocessor,
             preferred_smem_carveout=100,
@@ -511,14 +512,19 @@ class Forward:
         """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace.
         ``rows`` are those of O."""
         columns, exist = self.lay.exchanged_columns(self.config), self._exist(serving, seen)
-        for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
-            softmax.row_sum[r] = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
+        self._sum_rows(softmax)
         for first in cutlass.range_constexpr(0, self.problem.head_dim_v, columns):
             if cutlass.const_expr(first > 0):
                 cute.arch.sync_threads()
             self._hand_over(block, exchanged, rows, softmax, exist, first)
             cute.arch.sync_threads()
             self._merge_groups(block, exchanged, serving, seen, places, exist, first)
+
+    @cute.jit
+    def _sum_rows(self, softmax: Softmax):
+        """Rows' sums over all threads that have some of them."""
+        for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
+            softmax.row_sum[r] = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
 
     def _exist(self, serving: Serving, seen: SeenTiles):
         """How many rows of the tile there are."""
@@ -570,7 +576,7 @@ class Forward:
     def _handed(self, block: CacheBlock, exchanged: Exchanged, group, n) -> cute.Tensor:
         """Where the n-th piece is that a group's thread of this one's number has handed over."""
         each = self.config.tile_m * self.lay.exchanged_columns(self.config) // (PIECE * self.group_threads)
-        return _floats(exchanged.o, (group * each + n) * self.group_threads + block.thread, PIECE)
+        return floats(exchanged.o, (group * each + n) * self.group_threads + block.thread, PIECE)
 
     @property
     def shares(self) -> tuple[int, int]:
@@ -599,12 +605,12 @@ class Forward:
             if row < exist:
                 of_rows, weights = cute.make_rmem_tensor((2, groups), Float32), cute.make_rmem_tensor(groups, Float32)
                 for group in cutlass.range_constexpr(groups):
-                    cute.autovec_copy(_floats(exchanged.of_rows, group * config.tile_m + row, 2), of_rows[None, group])
+                    cute.autovec_copy(floats(exchanged.of_rows, group * config.tile_m + row, 2), of_rows[None, group])
                 row_max, row_sum = -Float32.inf, Float32(0.0)
                 for group in cutlass.range_constexpr(groups):
                     row_max = cute.arch.fmax(row_max, of_rows[0, group])
                 for group in cutlass.range_constexpr(groups):
-                    exponent = (of_rows[0, group] - _anchor(row_max)) * seen.values.exponent(self.problem)
+                    exponent = (of_rows[0, group] - anchor(row_max)) * seen.values.exponent(self.problem)
                     weights[group] = cute.math.exp2(exponent, fastmath=True)
                     row_sum += of_rows[1, group] * weights[group]
                 merged, handed = (cute.make_rmem_tensor((PIECE, n), Float32) for n in (-(-pieces // sharing), 1))
@@ -640,7 +646,7 @@ class Forward:
 
     def _written(self, block: CacheBlock, row, n) -> cute.Tensor:
         """Where this thread's n-th piece of a row of O is in the workspace: in the order in which threads hold columns."""
-        return _floats(row, n * THREADS_PER_ROW + block.thread % THREADS_PER_ROW, PIECE)
+        return floats(row, n * THREADS_PER_ROW + block.thread % THREADS_PER_ROW, PIECE)
 
     @cute.jit
     def _merge_parts(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
@@ -672,7 +678,7 @@ class Forward:
             for i in cutlass.range_constexpr(at_once):
                 place = places.of(cutlass.min(part + i, parts - 1))  # past the last one that one again, without weight
                 o, of_row = serving.workspace.of_row(place, row)
-                cute.autovec_copy(_floats(of_row, 0, 2), found[None, i])
+                cute.autovec_copy(floats(of_row, 0, 2), found[None, i])
                 for k in cutlass.range_constexpr(pieces):
                     n = cutlass.min(self._mine(block, k), all_pieces - 1)
                     cute.autovec_copy(self._written(block, o, n), held[None, k, i])
@@ -681,13 +687,13 @@ class Forward:
                 if part + i >= parts:
                     found[0, i] = -Float32.inf
                 row_max = cute.arch.fmax(row_max, found[0, i])
-            anchor = _anchor(row_max)
-            old = cute.math.exp2((old_max - anchor) * exponent, fastmath=True)
+            from_here = anchor(row_max)
+            old = cute.math.exp2((old_max - from_here) * exponent, fastmath=True)
             row_sum *= old
             for k in cutlass.range_constexpr(pieces):
                 merged[None, k, 0].store(merged[None, k, 0].load() * old)
             for i in cutlass.range_constexpr(at_once):
-                weight = cute.math.exp2((found[0, i] - anchor) * exponent, fastmath=True)
+                weight = cute.math.exp2((found[0, i] - from_here) * exponent, fastmath=True)
                 row_sum += found[1, i] * weight
                 for k in cutlass.range_constexpr(pieces):
                     merged[None, k, 0].store(merged[None, k, 0].load() + held[None, k, i].load() * weight)
@@ -729,7 +735,7 @@ class Forward:
         return rows_columns(block.mma_O.get_slice(block.thread).partition_C(identity))
 
 
-def _floats(place, n, count: int) -> cute.Tensor:
+def floats(place, n, count: int) -> cute.Tensor:
     """The n-th ``count`` floats from a place on."""
     return cute.make_tensor((place + cute.assume(n * count, count)).align(4 * count), cute.make_layout(count))
 
@@ -752,7 +758,7 @@ def _either(condition, x, y):
 
 
 @cute.jit
-def _anchor(row_max: Float32):
+def anchor(row_max: Float32):
     """What weights are counted from: −inf − −inf would make a NaN."""
     return Float32(0.0) if row_max == -Float32.inf else row_max
 
@@ -761,4 +767,4 @@ def _store_pair(place, n, first: Float32, second: Float32):
     """To the n-th two floats from a place in shared memory on."""
     pair = cute.make_rmem_tensor(2, Float32)
     pair[0], pair[1] = first, second
-    cute.autovec_copy(pair, _floats(place, n, 2))
+    cute.autovec_copy(pair, floats(place, n, 2))

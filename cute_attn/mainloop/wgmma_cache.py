@@ -3,20 +3,27 @@ them.
 
 The kernel is that of ``cp_async_cache.py`` with warpgroups for groups, and with other products: the tensor cores read K and V
 from shared memory themselves. What threads copy there they announce before they meet.
+
+Two blocks may be a cluster. A walk that is all that both have, each a part of it, they merge over shared memory, all groups of
+both at once; other walks that are cut go by way of the workspace.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cutlass
-from cutlass import Float32, cute
+from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import warpgroup
 
+from cute_attn.balance import PartPlaces
 from cute_attn.layouts.fragments import transposed
+from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
 from cute_attn.mainloop import cp_async_cache
-from cute_attn.mainloop.cp_async_cache import CacheBlock, Outputs, Workspace
+from cute_attn.mainloop.cluster import meet, stay
+from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, Outputs, SeenTiles, Serving, Workspace, anchor, floats
 from cute_attn.mainloop.warpgroups import rounded_operand
+from cute_attn.softmax import Softmax
 
 __all__ = ["Forward", "Outputs", "Workspace"]
 
@@ -64,6 +71,84 @@ class Forward(cp_async_cache.Forward):
     def _add(self, block: CacheBlock, acc_S: cute.Tensor, acc_O: cute.Tensor, slot):
         p = rounded_operand(acc_S, block.sV.element_type)
         self._multiply(block.mma_O, acc_O, p, block.operands.v[None, None, None, slot], accumulate=True)
+
+    # ---- a walk that two blocks share --------------------------------------------------------------------------------
+
+    @property
+    def shares_walks(self) -> bool:
+        return self.config.walk_blocks > 1 and not self.problem.invariant
+
+    def _is_shared(self, serving: Serving, seen: SeenTiles, places: PartPlaces):
+        """Whether a part's walk is all that the blocks of the cluster have, each of which has one part of it then."""
+        blocks, part = self.config.walk_blocks, seen.part
+        first = cute.arch.block_idx()[0] // blocks * blocks
+        begin, end = (serving.stretches.begin(block) for block in (first, first + blocks))
+        return (part.at - part.begin == begin) & (seen.sequence.tiles == end - begin) & (places.parts == blocks)
+
+    @cute.jit
+    def _merge(
+        self,
+        block: CacheBlock,
+        serving: Serving,
+        seen: SeenTiles,
+        places: PartPlaces,
+        rows: cute.Tensor,
+        softmax: Softmax,
+        exchanged: Exchanged,
+    ):
+        merge = super()._merge
+        if cutlass.const_expr(not self.shares_walks):
+            merge(block, serving, seen, places, rows, softmax, exchanged)
+        elif self._is_shared(serving, seen, places):
+            exchanged = self._exchanged(block, 0)  # a place that both know: each is at a tile of its own when its part ends
+            self._sum_rows(softmax)
+            self._hand_over(block, exchanged, rows, softmax, self._exist(serving, seen), 0)
+            meet()
+            self._merge_blocks(block, serving, seen, exchanged)
+            stay()  # nobody ends whose memory is being read
+        else:
+            merge(block, serving, seen, places, rows, softmax, exchanged)
+
+    @cute.jit
+    def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
+        if cutlass.const_expr(self.shares_walks):  # nobody counts parts that the blocks have merged already
+            if self._is_shared(serving, seen, places):
+                places = replace(places, parts=Int32(0))
+        super()._arrive(block, serving, seen, places, written)
+
+    @cute.jit
+    def _merge_blocks(self, block: CacheBlock, serving: Serving, seen: SeenTiles, exchanged: Exchanged):
+        """What all groups of both blocks have handed over, to the outputs. Of the two rows that threads of one number have, a
+        block merges one, and of its columns each group some: what is here first, then what is there."""
+        config, rank = self.config, cute.arch.block_in_cluster_idx()[0]
+        pieces, each = config.tile_dv // PIECE_COLUMNS, config.tile_dv // PIECE_COLUMNS // config.key_warps
+        begin, row = block.group * each, self._coordinates(block)[rank, 0][0]
+        there = Exchanged(*(cute.arch.map_dsmem_ptr(place, 1 - rank) for place in (exchanged.o, exchanged.of_rows)))
+        sources = [(source, group) for source in (exchanged, there) for group in range(config.key_warps)]
+        if row < self._exist(serving, seen):
+            held = cute.make_rmem_tensor((PIECE, each, len(sources)), Float32)
+            found = cute.make_rmem_tensor((2, len(sources)), Float32)
+            for i in cutlass.range_constexpr(len(sources)):
+                source, group = sources[i]
+                cute.autovec_copy(floats(source.of_rows, group * config.tile_m + row, 2), found[None, i])
+                for k in cutlass.range_constexpr(each):
+                    piece = self._handed(block, source, group, rank * pieces + begin + k)
+                    cute.autovec_copy(piece, held[None, k, i])
+            row_max = -Float32.inf
+            for i in cutlass.range_constexpr(len(sources)):
+                row_max = cute.arch.fmax(row_max, found[0, i])
+            row_sum, merged = Float32(0.0), cute.make_rmem_tensor((PIECE, each), Float32)
+            merged.fill(0.0)
+            for i in cutlass.range_constexpr(len(sources)):
+                weight = cute.math.exp2((found[0, i] - anchor(row_max)) * seen.values.exponent(self.problem), fastmath=True)
+                row_sum += found[1, i] * weight
+                for k in cutlass.range_constexpr(each):
+                    merged[None, k].store(merged[None, k].load() + held[None, k, i].load() * weight)
+            of_row = self._end_row(serving, seen, row, (block.group == 0) & self._writes(block, True), row_max, row_sum)
+            for k in cutlass.range_constexpr(each):
+                self._store(block, serving, seen, of_row, begin + k, merged[None, k])
+
+    # ---- products ----------------------------------------------------------------------------------------------------
 
     @cute.jit
     def _multiply(self, mma: cute.TiledMma, acc: cute.Tensor, a, b, accumulate: cutlass.Constexpr[bool]):

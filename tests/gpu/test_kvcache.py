@@ -104,6 +104,28 @@ def test_unequal_lengths(heads, invariant):
     one.check(one.attend(one.paged(64), batch_invariant=invariant), False)
 
 
+@pytest.mark.parametrize("group", [40, 64, 128])
+@pytest.mark.parametrize("dims", [(64, 64), (96, 32), (96, 96), (128, 128)], ids=str)
+def test_a_walk_that_two_blocks_share(dims, group):
+    """As many walks of one length as pairs of blocks, of few rows or of all, each in two parts of unequal lengths: over shared
+    memory, where a GPU has clusters; and with one sequence more over global memory. The same bits each time."""
+    pairs = torch.cuda.get_device_properties(0).multi_processor_count // 2
+    for count in (pairs // -(-group // 64), pairs // -(-group // 64) + 1):
+        one = case([400] * count, 1, (group, 1), dims)
+        where = one.contiguous(400)
+        first = one.attend(where)
+        one.check(first, False)
+        for _ in range(20):
+            assert all(torch.equal(x, y) for x, y in zip(one.attend(where), first, strict=True))
+
+
+@pytest.mark.parametrize(("lengths", "queries"), [([1100] + [1024] * 63, 1), ([897] * 32, 2)], ids=["odd", "hidden"])
+def test_blocks_that_share_a_walk_may_have_other_numbers_of_tiles(lengths, queries):
+    """On 132 multiprocessors: one block has a tile more than the other, or sees one more, and ends at another slot of its ring."""
+    one = case(lengths, queries, (64, 1), (128, 128))
+    one.check(one.attend(one.contiguous(max(lengths)), causal=True), False, causal=True)
+
+
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("where", ["contiguous", "indexed", "padded", "pages"])
 def test_packed_queries(where, invariant):

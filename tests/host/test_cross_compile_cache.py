@@ -1,5 +1,7 @@
 """The kernels of attention to a cache, compiled for GPUs that need not be there."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("cutlass.cute")
@@ -44,6 +46,21 @@ def test_registers(problem, target):
     assert code.spill_stores <= SPILLED_MOST[problem.rows]
     assert code.count("LDGSTS")
     assert code.count("HGMMA" if config.cache == "wgmma_cache" else "HMMA")
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (96, 32), (96, 96), (128, 128)], ids=str)
+def test_blocks_that_share_walks_read_one_anothers_memory(dims):
+    """Where partial results are of many rows, and not where results must not depend on how walks are cut."""
+    problem = Problem("bfloat16", *dims, rows=64)
+    config, invariant = plan(problem, "sm_90a"), plan(replace(problem, invariant=True), "sm_90a")
+    assert (config.walk_blocks, invariant.walk_blocks) == (2, 1)
+    assert plan(problem, "sm_80").walk_blocks == 1
+    for changed in (replace(config, walk_blocks=4), replace(plan(problem, "sm_80"), walk_blocks=2)):
+        assert "try 1" in family(changed).misfit(changed)
+    if dims == (128, 128):
+        code = cubin.inspect(problem, config)
+        assert code.count("UCGABAR_ARV") == 2
+        assert not code.spill_stores
 
 
 def test_new_keys():

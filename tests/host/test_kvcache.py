@@ -160,6 +160,11 @@ def test_blocks_on_which_walks_come_out_even(blocks, walks, even):
     assert serve.even_blocks(blocks, walks) == even
 
 
+@pytest.mark.parametrize(("blocks", "walks", "even"), [(132, 64, 128), (133, 66, 132), (131, 5, 130), (131, 0, 130)])
+def test_blocks_are_whole_clusters(blocks, walks, even):
+    assert serve.even_blocks(blocks, walks, 2) == even
+
+
 @pytest.mark.parametrize("news", [0, 2], ids=["nothing new", "new keys"])
 @pytest.mark.parametrize("where", ["contiguous", "pages of 16"])
 def test_the_same_step_is_planned_once(where, news, monkeypatch):
