@@ -312,6 +312,7 @@ BLOCKS: dict[str, tuple[Callable, Callable[..., str]]] = {
     "overview-backward": (Record.load, partial(overview, direction="backward")),
     "every-rate": (Record.load, every_rate),
     "every-rate-backward": (Record.load, partial(every_rate, direction="backward")),
+    "every-rate-both": (Record.load, partial(every_rate, direction="both")),
     "agreement": (Record.load, agreement),
     "sustained": (Record.load, sustained),
     "sustained-backward": (Record.load, partial(sustained, direction="backward")),
