@@ -111,7 +111,18 @@ def built(name: str, implementation: str, dtype=torch.float32, device="cpu", **c
         getattr(transformers, config)(**(values | changed)), dtype=torch.float32, **how
     )
     assert made.config._attn_implementation == implementation
-    return made.to(device, dtype).eval()
+    return in_dtype(made.to(device), dtype).eval()
+
+
+def in_dtype(model, dtype):
+    """The model in a dtype, but for the frequencies of its rotary embeddings, which Transformers keeps in float32: rounded to
+    bfloat16 they would be those of another model, a radian off after some hundred tokens."""
+    kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    model.to(dtype)
+    for name, buffer in kept.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, buffer)
+    return model
 
 
 # ---- what a model is asked -------------------------------------------------------------------------------------------
@@ -285,15 +296,15 @@ def served(model, new: int = 12, **how) -> list[list[int]]:
 
 def assert_greedy(model, prompt: list[int], found: list[int], times: float) -> None:
     """That each token ``found`` after a prompt is the one that is most likely in float64, but for ``times`` the error of
-    the model's logits with eager attention, in its dtype."""
+    the model's logits with eager attention, in its dtype: of each token's largest one the mean."""
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     ids = torch.tensor([[*prompt, *found]], device=model.device)
     logits = []
     for dtype in (eager.dtype, torch.float64):
         with exact(), torch.no_grad():
-            logits.append(eager.to(dtype)(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double())
+            logits.append(in_dtype(eager, dtype)(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double())
     plain, true = logits
     short = true.max(-1).values - true.gather(-1, ids[0, len(prompt) :, None])[:, 0]
-    allowed = times * 2 * (plain - true).abs().max()
+    allowed = times * 2 * (plain - true).abs().amax(-1).mean()
     assert short.max() <= allowed, f"{short.max():.3g} is missing to the best logit; {allowed:.3g} is rounding"
