@@ -111,18 +111,7 @@ def built(name: str, implementation: str, dtype=torch.float32, device="cpu", **c
         getattr(transformers, config)(**(values | changed)), dtype=torch.float32, **how
     )
     assert made.config._attn_implementation == implementation
-    return in_dtype(made.to(device), dtype).eval()
-
-
-def in_dtype(model, dtype):
-    """The model in a dtype, but for the frequencies of its rotary embeddings, which Transformers keeps in float32: rounded to
-    bfloat16 they would be those of another model, a radian off after some hundred tokens."""
-    kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
-    model.to(dtype)
-    for name, buffer in kept.items():
-        module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, buffer)
-    return model
+    return made.to(device, dtype).eval()
 
 
 # ---- what a model is asked -------------------------------------------------------------------------------------------
@@ -292,6 +281,17 @@ def served(model, new: int = 12, **how) -> list[list[int]]:
     found = model.generate_batch(PROMPTS, generation_config=sampling, continuous_batching_config=sizes, progress_bar=False)
     assert not any(x.error for x in found.values())
     return [found[name].generated_tokens for name in sorted(found)]
+
+
+def in_dtype(model, dtype):
+    """The model in a dtype, but for the frequencies of its rotary embeddings, which Transformers keeps in float32: rounded to
+    bfloat16 they are those of another model, a radian off after some hundred tokens."""
+    kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    model.to(dtype)
+    for name, buffer in kept.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, buffer)
+    return model
 
 
 def assert_greedy(model, prompt: list[int], found: list[int], times: float) -> None:
