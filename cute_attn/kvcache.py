@@ -85,7 +85,8 @@ def attention_kvcache(
         rotary_begin: int32 ``(batch,)``: positions are counted from here instead of from ``lengths``.
         batch_invariant: a sequence has the same bits whatever else is in the batch, and wherever it is in it. Without it how
             its keys are split among blocks, and so the order of sums, depends on all lengths; the same call has the same bits
-            always.
+            always. Packed queries take tiles for many rows with it, and the keys of 256 queries and more of each sequence are
+            gathered, if in pages, whatever memory that takes.
         mechanism: of the kernels: ``"cp_async"``, one for few queries that shares out the keys; ``"tma_wgmma"`` for many, which
             gathers pages first; or ``None`` for what is best for so many queries.
 

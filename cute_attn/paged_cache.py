@@ -77,7 +77,7 @@ class PagedCache:
                 raise ValueError(f"{name} is {size}; an int of 1 or more is needed: check how the cache is made")
         if not (dtype is None or isinstance(dtype, torch.dtype)):
             raise TypeError(f"dtype is {shown(dtype)}; a torch.dtype is needed, or None: try torch.bfloat16")
-        if not (device is None or isinstance(device, (torch.device, str))):
+        if not (device is None or isinstance(device, (torch.device, str, int))):
             raise TypeError(f"device is {shown(device)}; a torch.device or its name is needed, or None: try 'cuda'")
         *shape, head_dim, head_dim_v = sizes.values()
         self.k = torch.empty(*shape, head_dim, dtype=dtype, device=device)

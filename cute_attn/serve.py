@@ -52,6 +52,8 @@ class Step:
             right = None  # the last query sees the last key, and the first one, too
         queries = -(-call.seqlen_q // max(stored.batch, 1)) if packed else call.seqlen_q
         rows = next((n for n in ROWS if n >= queries * group), ROWS[-1])
+        if packed and stored.batch_invariant:  # how many queries a sequence has says the device; the mean is the batch's
+            rows = ROWS[-1]
         edges = call.left is not None, right is not None
         problem = Problem(
             *(DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, *edges, call.softcap > 0.0, return_lse),
@@ -192,9 +194,14 @@ def _goes_to_many(call: Call, mechanism: str | None, k_cache, packed: bool, devi
     """Whether the kernels for many queries compute: where the host knows that each sequence has many."""
     if mechanism is not None or packed or call.seqlen_q < MANY_QUERIES:
         return mechanism not in (None, "cp_async")
-    best = next(iter(for_target(device_target(device)).MECHANISMS))
+    if next(iter(for_target(device_target(device)).MECHANISMS)) == "cp_async":
+        return False
+    stored = call.stored
+    assert stored is not None
+    if stored.batch_invariant or stored.page_table is stored.cache_batch_idx is None:  # whatever the batch; nothing is gathered
+        return True
     row = k_cache.element_size() * call.heads_kv * (call.head_dim + call.head_dim_v)
-    return best != "cp_async" and call.batch * call.seqlen_k * row <= GATHERED_MAX
+    return call.batch * call.seqlen_k * row <= GATHERED_MAX
 
 
 def _many(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from cute_attn import api, attention, attention_kvcache, serve
+from cute_attn import api, attention, attention_kvcache, serve, stored
+from cute_attn.problem import check_call_of_cache
 from cute_attn.workspace import Workspaces
 from tests.caches import Case
 
@@ -163,6 +164,34 @@ def test_blocks_on_which_walks_come_out_even(blocks, walks, even):
 @pytest.mark.parametrize(("blocks", "walks", "even"), [(132, 64, 128), (133, 66, 132), (131, 5, 130), (131, 0, 130)])
 def test_blocks_are_whole_clusters(blocks, walks, even):
     assert serve.even_blocks(blocks, walks, 2) == even
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_what_an_invariant_step_is_planned_by(invariant, monkeypatch):
+    """The sequence's own number of queries, not the batch's mean; nor how much there is to gather for all."""
+    planned: list = []
+    monkeypatch.setattr(serve, "prepared", lambda problem, *_: planned.append(problem) or ("kernel", 132))
+    monkeypatch.setattr(serve, "device_target", lambda _: "sm_90a")
+    for queries in ([1, 1, 1], [1, 30, 1], [1, 200, 1]):
+        case = Case([70, 300, 16], queries, dtype=torch.bfloat16)
+        serve.Step(call_of(case.paged(16), case.packed_queries(), invariant), False, case.packed_queries()["q"])
+    assert len({problem.rows for problem in planned}) == (1 if invariant else 3)
+    many, case = [], Case([300, 300], [260] * 2, dtype=torch.bfloat16)
+    for most in (1 << 30, 0):
+        monkeypatch.setattr(serve, "GATHERED_MAX", most)
+        for where in (case.paged(16), case.contiguous(300)):
+            call = call_of(where, {"q": torch.stack(case.q)}, invariant)
+            many.append(serve._goes_to_many(call, None, where["k_cache"], False, 0))
+    assert many == [True, True, invariant, True]
+
+
+def call_of(where: dict, queries: dict, invariant: bool):
+    """As :func:`attention_kvcache` checks it."""
+    given = {**where, "cu_seqlens_q": None, **queries}
+    tensors = [given.get(name) for name in stored.NAMES]
+    call = check_call_of_cache(given["q"], given["k_cache"], given["v_cache"], tensors, None, True, None, None)
+    call.stored.batch_invariant = invariant
+    return call
 
 
 @pytest.mark.parametrize("news", [0, 2], ids=["nothing new", "new keys"])
