@@ -307,6 +307,7 @@ def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal,
     """:func:`~cute_attn.attention_kvcache` where ``used`` is a number of rows for all sequences, all there are, or a tensor."""
     tensors = all(isinstance(x, Tensor) for x in (q, k_cache)) and k_cache.dim() == 4  # else there is an error to come
     if tensors and not isinstance(used, Tensor):
+        check_layout("q", q)
         bounds, table = more["cu_seqlens_q"], more["page_table"]
         rows = k_cache.shape[1] * (1 if table is None else table.shape[-1])
         given = rows if used is None else integer("cache_seqlens", used, "or an int32 tensor (batch,)")

@@ -73,8 +73,8 @@ class PagedCache:
         sizes |= {"head_dim": head_dim, "head_dim_v": head_dim_v}
         for name, size in sizes.items():
             sizes[name] = integer(name, size, "of 1 or more")
-            if sizes[name] < 1:
-                raise ValueError(f"{name} is {size}; an int of 1 or more is needed: check how the cache is made")
+            if not 1 <= sizes[name] < 1 << 31:
+                raise ValueError(f"{name} is {shown(size)}; an int of 1 or more is needed, of 32 bits: check how it was made")
         if not (dtype is None or isinstance(dtype, torch.dtype)):
             raise TypeError(f"dtype is {shown(dtype)}; a torch.dtype is needed, or None: try torch.bfloat16")
         if not (device is None or isinstance(device, (torch.device, str, int))):

@@ -1187,6 +1187,13 @@ FLASH_ATTN = [
         "cu_seqlens_k.int()",
     ),
     Row("too many rows", kvcache(cache_seqlens=10**30), ValueError, "cache_seqlens is 1", "from 0 to 10 rows", "more pages"),
+    Row(
+        "nested queries of a cache",
+        lambda: flash_attn.flash_attn_with_kvcache(nested(torch.jagged), k, v),
+        TypeError,
+        "q is a nested tensor",
+        "a plain one is needed",
+    ),
     Row("rows below 0", kvcache(cache_seqlens=-1), ValueError, "cache_seqlens is -1", "from 0 to 10 rows", "larger cache"),
     Row("sparse odd rows", flash(q=q[..., :12].to_sparse()), TypeError, "q has layout torch.sparse_coo", "strided is needed"),
     Row(
@@ -1493,6 +1500,7 @@ def pages(method, *arguments, **sizes):
 GIVEN_OUT = "one is needed that new() or fork() has returned"
 PAGED_CACHE = [
     Row("no pages", lambda: pages("new", pages=0), ValueError, "pages is 0", "an int of 1 or more is needed", "check how"),
+    Row("very many pages", lambda: pages("new", pages=10**400), ValueError, "an int of about 401 digits", "of 1 or more is"),
     Row("half a layer", lambda: pages("new", layers=0.5), TypeError, "layers is 0.5", "an int is needed, of 1 or more"),
     Row("no dtype", lambda: pages("new", dtype="half"), TypeError, "dtype is a str, 'half'", "a torch.dtype is", "bfloat16"),
     Row("no device", lambda: pages("new", device=0.5), TypeError, "device is 0.5", "a torch.device or its name", "'cuda'"),
