@@ -284,6 +284,20 @@ def test_wrong_numbers_stay_inside():
     torch.testing.assert_close(out[1:], expected[1:])
 
 
+@pytest.mark.parametrize("pages", [(0, 16), (3, 16)], ids=["no page", "no column"])
+@pytest.mark.parametrize("queries", [1, 300])
+def test_a_cache_of_no_pages(queries, pages):
+    """Nothing is seen, and nothing is written, whatever lengths say."""
+    q, new = (torch.randn(2, queries, heads, 128, dtype=BF16, device="cuda") for heads in (8, 2))
+    caches = [torch.full((*pages, 2, 128), 7.0, dtype=BF16, device="cuda") for _ in range(2)]
+    table = torch.zeros(2, 0 if pages[0] else 2, dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([20, 3], dtype=torch.int32, device="cuda")
+    out, lse = attention_kvcache(q, *caches, lengths=lengths, page_table=table, k_new=new, v_new=new, return_lse=True)
+    assert not out.count_nonzero()
+    assert (lse == -math.inf).all()
+    assert all((x == 7.0).all() for x in caches)
+
+
 def test_batch_invariance():
     """A sequence has the same bits alone, among others, and elsewhere in the batch."""
     one = case([5000, 64, 3000, 12_000, 1], 2, (8, 2))

@@ -142,6 +142,21 @@ def test_wrong_numbers_stay_inside():
     case.attend({**where, "cache_batch_idx": case.int32([7, -3]), "lengths": case.int32([-5, 30])})
 
 
+@pytest.mark.parametrize("pages", [(0, 16), (3, 16)], ids=["no page", "no column"])
+def test_a_cache_of_no_pages(pages):
+    """Nothing is seen, and nothing is written, whatever lengths say."""
+    case = Case([20, 20], [1, 1])
+    caches = [torch.full((*pages, *x.shape[1:]), 7.0) for x in (case.k[0], case.v[0])]
+    new = [torch.stack([x[:1] for x in held]) for held in (case.k, case.v)]
+    table = torch.zeros(2, 0 if pages[0] else 2, dtype=torch.int32)
+    out, lse = attention_kvcache(
+        torch.stack(case.q), *caches, lengths=case.int32([20, 3]), page_table=table, k_new=new[0], v_new=new[1], return_lse=True
+    )
+    assert not out.count_nonzero()
+    assert (lse == -math.inf).all()
+    assert all((x == 7.0).all() for x in caches)
+
+
 def test_no_sequences():
     case = Case([3], [1])
     out, lse = attention_kvcache(
