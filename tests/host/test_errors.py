@@ -1632,6 +1632,7 @@ def test_lengths(row, monkeypatch):
     assert_raises(row)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first forward-mode call
 @table(CACHES)
 def test_caches(row, monkeypatch):
     monkeypatch.setenv(lengths.CHECK, "1")
