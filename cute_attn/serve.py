@@ -123,7 +123,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
         new = k_new, v_new, *angles, stored.rotary_begin if stored.rotary else None
     device, packed = q.get_device(), stored.cu_seqlens_q is not None
     nothing = not (q.numel() and k_cache.numel() and v_cache.numel())
-    if nothing or _goes_to_many(call, mechanism, k_cache, packed, device):
+    if nothing or _goes_to_many(call, mechanism, (k_cache, v_cache), packed, device):
         if new is not None and k_cache.numel() and v_cache.numel():
             how = _appending(call, q), q, k_cache, v_cache, where, new, stored.seqlen_new, raw_stream(device)
             with torch.cuda.device(device):
@@ -190,7 +190,7 @@ def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, in
 # ---- many queries ----------------------------------------------------------------------------------------------------
 
 
-def _goes_to_many(call: Call, mechanism: str | None, k_cache, packed: bool, device: int) -> bool:
+def _goes_to_many(call: Call, mechanism: str | None, caches: tuple, packed: bool, device: int) -> bool:
     """Whether the kernels for many queries compute: where the host knows that each sequence has many."""
     if mechanism is not None or packed or call.seqlen_q < MANY_QUERIES:
         return mechanism not in (None, "cp_async")
@@ -198,10 +198,11 @@ def _goes_to_many(call: Call, mechanism: str | None, k_cache, packed: bool, devi
         return False
     stored = call.stored
     assert stored is not None
-    if stored.batch_invariant or stored.page_table is stored.cache_batch_idx is None:  # whatever the batch; nothing is gathered
-        return True
-    row = k_cache.element_size() * call.heads_kv * (call.head_dim + call.head_dim_v)
-    return call.batch * call.seqlen_k * row <= GATHERED_MAX
+    gathers = not stored.page_table is stored.cache_batch_idx is None
+    gathers = gathers or any(x.stride(0) != x.shape[1] * x.stride(1) for x in caches)
+    row = caches[0].element_size() * call.heads_kv * (call.head_dim + call.head_dim_v)
+    # An invariant step may not depend on how much there is to gather for the others.
+    return not gathers or stored.batch_invariant or call.batch * call.seqlen_k * row <= GATHERED_MAX
 
 
 def _many(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):

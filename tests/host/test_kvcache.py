@@ -194,10 +194,14 @@ def test_what_an_invariant_step_is_planned_by(invariant, monkeypatch):
     many, case = [], Case([300, 300], [260] * 2, dtype=torch.bfloat16)
     for most in (1 << 30, 0):
         monkeypatch.setattr(serve, "GATHERED_MAX", most)
-        for where in (case.paged(16), case.contiguous(300)):
+        for where in (case.paged(16), case.contiguous(300), heads_first(case.contiguous(300))):
             call = call_of(where, {"q": torch.stack(case.q)}, invariant)
-            many.append(serve._goes_to_many(call, None, where["k_cache"], False, 0))
-    assert many == [True, True, invariant, True]
+            many.append(serve._goes_to_many(call, None, (where["k_cache"], where["v_cache"]), False, 0))
+    assert many == [True, True, True, invariant, True, invariant]
+
+
+def heads_first(where: dict) -> dict:
+    return where | {name: where[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("k_cache", "v_cache")}
 
 
 def call_of(where: dict, queries: dict, invariant: bool):
