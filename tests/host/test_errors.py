@@ -1506,6 +1506,7 @@ PAGED_CACHE = [
     Row("no device", lambda: pages("new", device=0.5), TypeError, "device is 0.5", "a torch.device or its name", "'cuda'"),
     Row("another's sequence", lambda: pages("free", 2), ValueError, "sequence 2 is not among the 2", GIVEN_OUT, "was freed"),
     Row("sequences in a tensor", lambda: pages("lengths", torch.tensor([0])), ValueError, "sequence a Tensor", GIVEN_OUT),
+    Row("a sequence alone", lambda: pages("append", 0), TypeError, "sequences is 0", "a list of what new()", "try [sequence]"),
     Row("a list for a sequence", lambda: pages("fork", [0]), ValueError, "sequence a list, [0]", GIVEN_OUT),
     Row("a longer fork", lambda: pages("fork", 0, 9), ValueError, "length is 9, and sequence 0 has 8", "from 0 to", "try None"),
     Row("a fork below 0", lambda: pages("fork", 0, -1), ValueError, "length is -1", "from 0 to as many are needed", "try None"),
