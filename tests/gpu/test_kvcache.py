@@ -96,7 +96,7 @@ def test_combinations(number):
         rows = slice(i * made["queries"], (i + 1) * made["queries"])
         found = (out[None, rows], lse[None, :, rows]) if made["packed"] else (out[i : i + 1], lse[i : i + 1])
         tensors = [x[None] for x in (q, k, v)]
-        if len(k) >= 64 and q.numel() >= 512:
+        if len(k) >= 64 and q[..., 0].numel() >= 32:
             assert_close(found, *tensors, lse_dtype=torch.float32, **made["rules"])
         else:  # of few elements plain attention may have no error, by luck
             expected = oracle(*tensors, **made["rules"])
