@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
-from cute_attn.arguments import flag, name_of, number, shown
+from cute_attn.arguments import check_layout, flag, name_of, number, shown, unscriptable
 from cute_attn.autograd import Attention, differentiable
 from cute_attn.expressions import traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
@@ -33,6 +33,7 @@ KEPT_MAX = 1024  # calls; each of another shape or rule
 _UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
 
 
+@unscriptable
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -303,13 +304,14 @@ def attention_heads_first(q, k, v, scale: float | None, causal: bool) -> torch.T
 def _by_kernels(q, k, v, call: Call, return_lse: bool, mechanism: str | None):
     """What a kept call returns, of torch's own CUDA tensors without captured ones, out of any transform."""
     if dual_level() >= 0:
-        _refuse_tangents(q, k, v)
+        refuse_tangents(q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return differentiable(q, k, v, call)
     out, lse, _ = launch.forward(call, mechanism, return_lse, False, q, k, v)
     return (out, lse) if return_lse else out
 
 
+@unscriptable
 def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -441,7 +443,8 @@ def _refuse_graphs(traced: bool = False) -> None:
     if traced or is_compiling() or dispatch_modes():
         raise NotImplementedError(
             "mask, score, alibi_slopes, bias, sinks or dropout_p are given inside of torch.compile, torch.export, a transform "
-            "of torch.func or a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
+            "of torch.func or a mode that sees every operator, or with tensors without values; a plain call is needed: try "
+            "torch.compiler.disable around it"
         )
 
 
@@ -455,6 +458,7 @@ def _refuse_ragged_blocks() -> NoReturn:
 def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
     if not isinstance(sinks, torch.Tensor):
         raise TypeError(f"sinks is {shown(sinks)}; floats ({heads},), one a head, are needed: try torch.tensor(sinks)")
+    check_layout("sinks", sinks)
     if sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device:
         raise ValueError(
             f"sinks is {shown(sinks)} on {sinks.device}; floats ({heads},), one a head, on {q.device} are needed: try "
@@ -489,7 +493,7 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
         mechanism = mechanism_name(mechanism)
     on_reference = computed_by_reference(backend, mechanism, q)
     if dual_level() >= 0:
-        _refuse_tangents(q, k, v)
+        refuse_tangents(q, k, v)
     others = call.others
     differentiated = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or any(x is not None and x.requires_grad for x in others)
@@ -527,16 +531,6 @@ def _check_captured(call: Call, on_reference: bool, deterministic: bool) -> None
             )
 
 
-def _refuse_scripting() -> NoReturn:
-    raise NotImplementedError(
-        "torch.jit.script compiles attention, which is Python that TorchScript has no words for: "
-        "try torch.compile, or torch.export.export for a graph that can be saved"
-    )
-
-
-attention.__prepare_scriptable__ = _refuse_scripting  # type: ignore[attr-defined]  # torch.jit.script calls it
-
-
 def backend_name(backend: object) -> str:
     """One of :data:`BACKENDS`, as a plain ``str``."""
     backend = name_of("backend", backend, _ONE_BACKEND)
@@ -561,8 +555,8 @@ def computed_by_reference(backend: str, mechanism: str | None, q: torch.Tensor) 
     return on_reference
 
 
-def _refuse_tangents(*tensors: torch.Tensor) -> None:
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+def refuse_tangents(*tensors) -> None:
+    if any(isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "an input carries a tangent of forward-mode differentiation; attention has gradients in reverse mode only: "
             "try .backward(), or torch.nn.functional.scaled_dot_product_attention under "

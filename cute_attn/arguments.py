@@ -11,7 +11,9 @@ import math
 import numbers
 import operator
 import reprlib
+from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,21 @@ MASKS = (
     "True or False is needed, and no argument takes a mask in a tensor: try mask=, a function, which may index one, or "
     "torch.nn.functional.scaled_dot_product_attention with attn_mask"
 )
+
+_F = TypeVar("_F", bound=Callable)
+
+
+def unscriptable(function: _F) -> _F:
+    """``function``, which torch.jit.script is told in words not to compile."""
+
+    def refuse() -> NoReturn:
+        raise NotImplementedError(
+            f"torch.jit.script compiles {function.__name__}, which is Python that TorchScript has no words for: "
+            f"try torch.compile, or torch.export.export for a graph that can be saved"
+        )
+
+    function.__prepare_scriptable__ = refuse  # type: ignore[attr-defined]  # torch.jit.script calls it
+    return function
 
 
 # ---- flags, numbers, names -------------------------------------------------------------------------------------------

@@ -741,6 +741,7 @@ def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:
     need = f"float32 ({heads},) or ({batch}, {heads}), (heads,) or (batch, heads), on {q.device}"
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"alibi_slopes is {shown(x)}; a tensor, {need}, is needed: try torch.tensor(alibi_slopes)")
+    check_layout("alibi_slopes", x)
     if x.dtype != torch.float32 or x.device != q.device or x.shape not in ((heads,), (batch, heads)):
         raise ValueError(f"alibi_slopes is {shown(x)} on {x.device}; {need}, is needed: try .float() and .to(q.device)")
 

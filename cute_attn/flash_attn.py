@@ -44,11 +44,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from cute_attn.api import attention, attention_varlen
-from cute_attn.arguments import check_layout, flag, integer, number, shown
+from cute_attn.arguments import check_layout, flag, integer, number, shown, unscriptable
 from cute_attn.kvcache import attention_kvcache
 from cute_attn.launch import packed_of
+from cute_attn.lengths import check_int32
 from cute_attn.private import dispatch_modes, transforms_active
 from cute_attn.problem import HEAD_DIM_STEP
+from cute_attn.wrapped import check_read
 
 __version__ = "2.8.4"  # of the flash-attn whose interface this is
 UNBOUNDED = (-1, -1)
@@ -78,6 +80,7 @@ _NUMBERS = ("attention_chunk",)  # of these 0 is none, and not None
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
+@unscriptable
 def flash_attn_func(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
     window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
@@ -118,6 +121,7 @@ def flash_attn_func(
     return _attend(attention, q, k, v, extras, *rules, return_attn_probs, return_lse)
 
 
+@unscriptable
 def flash_attn_kvpacked_func(
     q: Tensor, kv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
     window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
@@ -129,6 +133,7 @@ def flash_attn_kvpacked_func(
     return flash_attn_func(q, k, v, *rules, return_lse=return_lse, **others)
 
 
+@unscriptable
 def flash_attn_qkvpacked_func(
     qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
     window_size: Window = UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
@@ -140,6 +145,7 @@ def flash_attn_qkvpacked_func(
     return flash_attn_func(q, k, v, *rules, return_lse=return_lse, **others)
 
 
+@unscriptable
 def flash_attn_varlen_func(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
@@ -185,7 +191,11 @@ def flash_attn_varlen_func(
             raise NotImplementedError(
                 f"dropout_p is {shown(dropout_p)} beside pages; 0 is needed, as model.eval() has it: leave it out"
             )
-        used = cu_seqlens_k.diff() if seqused_k is None and isinstance(cu_seqlens_k, Tensor) else seqused_k
+        used = seqused_k
+        if used is None:
+            check_int32("cu_seqlens_k", cu_seqlens_k, getattr(q, "device", torch.device("cpu")))
+            check_read(cu_seqlens_k=cu_seqlens_k)
+            used = cu_seqlens_k.flatten().diff()
         where = extras | {"page_table": table, "cu_seqlens_q": cu_seqlens_q}
         probs, return_lse = flag("return_attn_probs", return_attn_probs), flag("return_lse", return_lse)
         asked = probs or return_lse
@@ -196,6 +206,7 @@ def flash_attn_varlen_func(
     return _attend(attention_varlen, q, k, v, lengths | extras, *rules, return_attn_probs, return_lse)
 
 
+@unscriptable
 def flash_attn_varlen_kvpacked_func(
     q: Tensor, kv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
@@ -211,6 +222,7 @@ def flash_attn_varlen_kvpacked_func(
     return flash_attn_varlen_func(q, k, v, *lengths, *rules, **others)
 
 
+@unscriptable
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
@@ -224,6 +236,7 @@ def flash_attn_varlen_qkvpacked_func(
     return flash_attn_varlen_func(q, k, v, *lengths, *rules, return_lse=return_lse, **others)
 
 
+@unscriptable
 def flash_attn_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
     rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None, cache_seqlens: int | Tensor | None = None,
@@ -294,11 +307,17 @@ def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal,
     """:func:`~cute_attn.attention_kvcache` where ``used`` is a number of rows for all sequences, all there are, or a tensor."""
     tensors = all(isinstance(x, Tensor) for x in (q, k_cache)) and k_cache.dim() == 4  # else there is an error to come
     if tensors and not isinstance(used, Tensor):
+        check_layout("q", q)
         bounds, table = more["cu_seqlens_q"], more["page_table"]
         rows = k_cache.shape[1] * (1 if table is None else table.shape[-1])
-        rows = rows if used is None else integer("cache_seqlens", used, "or an int32 tensor (batch,)")
-        used = torch.full((len(q if bounds is None else bounds[1:]),), rows, dtype=torch.int32, device=q.device)
-    q, k, v = (x if _as_is(x, x, x) else x.contiguous() for x in (q, k, v))
+        given = rows if used is None else integer("cache_seqlens", used, "or an int32 tensor (batch,)")
+        if not 0 <= given <= rows:
+            raise ValueError(
+                f"cache_seqlens is {shown(given)}; from 0 to {rows} rows, as many as the cache has for a sequence, are needed: "
+                f"check how it was made, or take a larger cache or more pages"
+            )
+        used = torch.full((len(q if bounds is None else bounds[1:]),), given, dtype=torch.int32, device=q.device)
+    q, k, v = (x if _as_is(x, x, x) or not _are_dense(x) else x.contiguous() for x in (q, k, v))
     window = None if window is UNBOUNDED else window
     rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
     with torch.no_grad():
@@ -336,10 +355,18 @@ def _as_is(q, k, v) -> bool:
 
 def _readable(q, k, v, scale) -> tuple:
     """Tensors q, k, v as 16-byte copies can read their rows; the scale of q; how many columns of v count."""
-    if q.shape[-1] != k.shape[-1]:  # attention says so; padded they might be equal
+    if q.shape[-1] != k.shape[-1] or not _are_dense(q, k, v):  # attention says so; padded they might be equal
         return q, k, v, scale, None
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     return _padded(q), _padded(k), _padded(v), scale, v.shape[-1]
+
+
+def _are_dense(*tensors: Tensor) -> bool:
+    """Whether torch can copy them: what is sparse, or freed, it copies with a message of its own, or none."""
+    if not all(x.layout is torch.strided for x in tensors):
+        return False
+    traced = is_compiling() or transforms_active() or dispatch_modes()
+    return bool(traced) or all(type(x) is not Tensor or x.untyped_storage().size() or not x.numel() for x in tensors)
 
 
 def _padded(x: Tensor) -> Tensor:

@@ -7,19 +7,19 @@ from collections.abc import Callable
 import torch
 from torch.compiler import is_compiling
 
-from cute_attn import api, autocast, launch, reference, serve
-from cute_attn.arguments import flag
+from cute_attn import api, autocast, launch, reference, serve, stored, wrapped
+from cute_attn.arguments import flag, unscriptable
 from cute_attn.lengths import are_checked
 from cute_attn.plan import mechanism_name
-from cute_attn.private import any_autocast_enabled, dispatch_modes, transforms_active
+from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
 from cute_attn.problem import check_call_of_cache
-from cute_attn.stored import check_new, check_rotary
 
 STEPS_MAX = 1024
 _NONE = [None] * 4
 _steps: dict[tuple | None, serve.Step] = {}
 
 
+@unscriptable
 def attention_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -85,7 +85,8 @@ def attention_kvcache(
         rotary_begin: int32 ``(batch,)``: positions are counted from here instead of from ``lengths``.
         batch_invariant: a sequence has the same bits whatever else is in the batch, and wherever it is in it. Without it how
             its keys are split among blocks, and so the order of sums, depends on all lengths; the same call has the same bits
-            always.
+            always. Packed queries take tiles for many rows with it, and the keys of 256 queries and more of each sequence are
+            gathered, if in pages, whatever memory that takes.
         mechanism: of the kernels: ``"cp_async"``, one for few queries that shares out the keys; ``"tma_wgmma"`` for many, which
             gathers pages first; or ``None`` for what is best for so many queries.
 
@@ -112,6 +113,8 @@ def attention_kvcache(
             "attention_kvcache is called inside of torch.compile, torch.export, a transform of torch.func or a mode that sees "
             "every operator; a plain call is needed: try torch.compiler.disable around it"
         )
+    if dual_level() >= 0:
+        api.refuse_tangents(q, k_cache, v_cache, k_new, v_new, sinks)
     packed = cu_seqlens_q is not None
     if cu_seqlens_k_new is not None and (k_new is None or not packed):
         raise ValueError(
@@ -139,18 +142,20 @@ def attention_kvcache(
                 pass
     of_sequences = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin
     call = check_call_of_cache(q, k_cache, v_cache, of_sequences, scale, causal, window, softcap)
-    stored = call.stored
-    assert stored is not None
+    keys = call.stored
+    assert keys is not None
     if not type(return_lse) is type(batch_invariant) is type(rotary_interleaved) is bool:
         return_lse, batch_invariant = flag("return_lse", return_lse), flag("batch_invariant", batch_invariant)
         rotary_interleaved = flag("rotary_interleaved", rotary_interleaved)
-    stored.batch_invariant = batch_invariant
+    keys.batch_invariant = batch_invariant
     if k_new is not None or v_new is not None:
-        check_new(stored, k_cache, v_cache, k_new, v_new)
+        stored.check_new(keys, k_cache, v_cache, k_new, v_new)
     if rotary is not None:
-        check_rotary(stored, q, rotary, rotary_interleaved)
+        stored.check_rotary(keys, q, rotary, rotary_interleaved)
+    named = dict(zip(stored.NAMES, of_sequences, strict=True))
+    wrapped.check_read(q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, **named)
     if (extras := api.extras_of_call(mask, score, tensors, alibi_slopes, None, sinks, 0)) is not None:
-        api.take_extras(call, q, extras, stored.batch)
+        api.take_extras(call, q, extras, keys.batch)
     if type(backend) is not str or backend not in api.BACKENDS:
         backend = api.backend_name(backend)
     if mechanism is not None and type(mechanism) is not str:
@@ -161,7 +166,7 @@ def attention_kvcache(
             "q, the cache, new keys or sinks require a gradient, which attention to a cache has none of; a call that records "
             "none is needed: try torch.no_grad() around it, or attention()"
         )
-    stored.check_values(k_cache.shape[0], call.seqlen_q)
+    keys.check_values(k_cache.shape[0], call.seqlen_q)
     if on_reference:
         out, lse = reference.attention_kvcache(q, k_cache, v_cache, call)
     else:
@@ -189,5 +194,5 @@ def _key(q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, rules: tup
             more = tuple([x if x is None else x.shape for x in (*others, *(new or ()), sinks)])
         pages = table if table is None else table.shape
         return q.shape, q.dtype, q.get_device(), k_cache.shape, v_cache.shape, lengths.shape, pages, more, rules
-    except (AttributeError, RuntimeError):  # no tensors, or nested ones: which, is said later
+    except (AttributeError, RuntimeError, ValueError):  # no tensors, arrays, or nested ones: which, is said later
         return None

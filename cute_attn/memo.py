@@ -156,6 +156,8 @@ class _Walk:
 
 
 def _tensor(value: torch.Tensor) -> Matches:
+    if value.is_nested:  # of some, nobody may ask for the shape
+        raise Uncertain
     kind, shape, dtype, strides, device = type(value), value.shape, value.dtype, value.stride(), value.device
     differentiated = value.requires_grad
 

@@ -73,8 +73,12 @@ class PagedCache:
         sizes |= {"head_dim": head_dim, "head_dim_v": head_dim_v}
         for name, size in sizes.items():
             sizes[name] = integer(name, size, "of 1 or more")
-            if sizes[name] < 1:
-                raise ValueError(f"{name} is {size}; an int of 1 or more is needed: check how the cache is made")
+            if not 1 <= sizes[name] < 1 << 31:
+                raise ValueError(f"{name} is {shown(size)}; an int of 1 or more is needed, of 32 bits: check how it was made")
+        if not (dtype is None or isinstance(dtype, torch.dtype)):
+            raise TypeError(f"dtype is {shown(dtype)}; a torch.dtype is needed, or None: try torch.bfloat16")
+        if not (device is None or isinstance(device, (torch.device, str, int))):
+            raise TypeError(f"device is {shown(device)}; a torch.device or its name is needed, or None: try 'cuda'")
         *shape, head_dim, head_dim_v = sizes.values()
         self.k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
         self.v = torch.empty(*shape, head_dim_v, dtype=dtype, device=device)
@@ -122,6 +126,7 @@ class PagedCache:
         Raises:
             MemoryError: there are not enough pages. No sequence has changed, and none of the others is lost.
         """
+        sequences = _listed(sequences)
         counts = list(tokens) if isinstance(tokens, Sequence) else [tokens] * len(sequences)
         counts = [integer("tokens", n, "or one for each sequence") for n in counts]
         grown = list(zip(map(self._of, sequences), counts, strict=False))
@@ -157,7 +162,7 @@ class PagedCache:
 
     def lengths(self, sequences: Sequence[int]) -> torch.Tensor:
         """int32 ``(len(sequences),)`` on the device: how many tokens each sequence has."""
-        return self._on_device(np.array([self._of(sequence).length for sequence in sequences], dtype=np.int32))
+        return self._on_device(np.array([self._of(sequence).length for sequence in _listed(sequences)], dtype=np.int32))
 
     def page_table(self, sequences: Sequence[int], columns: int | None = None) -> torch.Tensor:
         """int32 ``(len(sequences), columns)`` on the device: the pages of each sequence in order, then −1.
@@ -165,7 +170,7 @@ class PagedCache:
         ``columns=None`` is as many as the longest has. A fixed number is for tables that are copied to one place, as a CUDA
         graph reads them.
         """
-        held = [self._of(sequence).pages for sequence in sequences]
+        held = [self._of(sequence).pages for sequence in _listed(sequences)]
         longest = max(map(len, held), default=0)
         columns = longest if columns is None else integer("columns", columns, "or None")
         if columns < longest:
@@ -203,3 +208,12 @@ class PagedCache:
         """On a GPU without waiting for it: the copy is made in the stream's order."""
         host = torch.from_numpy(values)
         return host.pin_memory().to(self.k.device, non_blocking=True) if self.k.is_cuda else host.to(self.k.device)
+
+
+def _listed(sequences: Sequence[int]) -> list[int]:
+    try:
+        return list(sequences)
+    except TypeError:
+        raise TypeError(
+            f"sequences is {shown(sequences)}; a list of what new() or fork() has returned is needed: try [sequence]"
+        ) from None

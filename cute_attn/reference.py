@@ -271,7 +271,8 @@ def attention_kvcache(q, k_cache, v_cache, call: Call) -> tuple[torch.Tensor, to
     out = q.new_zeros(*q.shape[:-1], call.head_dim_v)
     of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
     lse = q.new_full(of_rows, -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    lengths = [min(max(n, 0), stored.capacity) for n in stored.lengths.tolist()]
+    capacity = stored.capacity if k_cache.shape[0] else 0  # a table may name pages where there are none
+    lengths = [min(max(n, 0), capacity) for n in stored.lengths.tolist()]
     pads = [0] * call.batch if stored.leftpad_k is None else stored.leftpad_k.tolist()
     begins = lengths if stored.rotary_begin is None else stored.rotary_begin.tolist()
     queries = _rows_of(stored.cu_seqlens_q, call.batch, q)
@@ -281,7 +282,7 @@ def attention_kvcache(q, k_cache, v_cache, call: Call) -> tuple[torch.Tensor, to
     places, keys = [], []
     for i in range(call.batch):  # all of them are written before any is read: sequences may share pages
         new = 0 if stored.k_new is None else len(range(*added[i].indices(stored.k_new.shape[-3])))
-        total = min(lengths[i] + new, stored.capacity)
+        total = min(lengths[i] + new, capacity)
         places.append(_rows_of_cache(stored, i, total, k_cache))
         keys.append(slice(min(max(pads[i], 0), lengths[i]), total))
         for cache, x in ((k_cache, stored.k_new), (v_cache, stored.v_new)):

@@ -19,7 +19,7 @@ from torch.overrides import get_overridable_functions
 
 from cute_attn import autocast, launch, machine, masks
 from cute_attn.api import BACKENDS, attention, attention_heads_first, backend_name
-from cute_attn.arguments import shown
+from cute_attn.arguments import shown, unscriptable
 from cute_attn.private import any_autocast_enabled, constant_in_graphs, dispatch_modes, dual_level, transforms_active
 from cute_attn.problem import (
     ALL_DTYPES,
@@ -41,6 +41,7 @@ _lock = Lock()
 _active: list[Any] = []  # the name's values: what was there, then those of the blocks that are open
 
 
+@unscriptable
 def scaled_dot_product_attention(
     query: torch.Tensor,
     key: torch.Tensor,

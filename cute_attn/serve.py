@@ -52,6 +52,8 @@ class Step:
             right = None  # the last query sees the last key, and the first one, too
         queries = -(-call.seqlen_q // max(stored.batch, 1)) if packed else call.seqlen_q
         rows = next((n for n in ROWS if n >= queries * group), ROWS[-1])
+        if packed and stored.batch_invariant:  # how many queries a sequence has says the device; the mean is the batch's
+            rows = ROWS[-1]
         edges = call.left is not None, right is not None
         problem = Problem(
             *(DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, *edges, call.softcap > 0.0, return_lse),
@@ -121,7 +123,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
         new = k_new, v_new, *angles, stored.rotary_begin if stored.rotary else None
     device, packed = q.get_device(), stored.cu_seqlens_q is not None
     nothing = not (q.numel() and k_cache.numel() and v_cache.numel())
-    if nothing or _goes_to_many(call, mechanism, k_cache, packed, device):
+    if nothing or _goes_to_many(call, mechanism, (k_cache, v_cache), packed, device):
         if new is not None and k_cache.numel() and v_cache.numel():
             how = _appending(call, q), q, k_cache, v_cache, where, new, stored.seqlen_new, raw_stream(device)
             with torch.cuda.device(device):
@@ -188,13 +190,19 @@ def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, in
 # ---- many queries ----------------------------------------------------------------------------------------------------
 
 
-def _goes_to_many(call: Call, mechanism: str | None, k_cache, packed: bool, device: int) -> bool:
+def _goes_to_many(call: Call, mechanism: str | None, caches: tuple, packed: bool, device: int) -> bool:
     """Whether the kernels for many queries compute: where the host knows that each sequence has many."""
     if mechanism is not None or packed or call.seqlen_q < MANY_QUERIES:
         return mechanism not in (None, "cp_async")
-    best = next(iter(for_target(device_target(device)).MECHANISMS))
-    row = k_cache.element_size() * call.heads_kv * (call.head_dim + call.head_dim_v)
-    return best != "cp_async" and call.batch * call.seqlen_k * row <= GATHERED_MAX
+    if next(iter(for_target(device_target(device)).MECHANISMS)) == "cp_async":
+        return False
+    stored = call.stored
+    assert stored is not None
+    gathers = not stored.page_table is stored.cache_batch_idx is None
+    gathers = gathers or any(x.stride(0) != x.shape[1] * x.stride(1) for x in caches)
+    row = caches[0].element_size() * call.heads_kv * (call.head_dim + call.head_dim_v)
+    # An invariant step may not depend on how much there is to gather for the others.
+    return not gathers or stored.batch_invariant or call.batch * call.seqlen_k * row <= GATHERED_MAX
 
 
 def _many(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):

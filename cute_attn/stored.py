@@ -227,6 +227,8 @@ def check_rotary(stored: Stored, q: torch.Tensor, rotary, interleaved: bool) -> 
     if not (isinstance(rotary, (tuple, list)) and len(rotary) == 2 and all(isinstance(x, torch.Tensor) for x in rotary)):
         raise TypeError(f"rotary is {shown(rotary)}; a pair of tensors (cos, sin) is needed, each (positions, rotary_dim / 2)")
     cos, sin = rotary
+    for name, x in (("cos", cos), ("sin", sin)):
+        check_layout(f"rotary's {name}", x)
     half = q.shape[-1] // 2
     if cos.dim() != 2 or cos.shape != sin.shape or not cos.shape[0] or not 0 < cos.shape[1] <= half or cos.shape[1] % 8:
         raise ValueError(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from cute_attn.arguments import check_memory, computes_in_its_own_way, shown
+from cute_attn.arguments import check_layout, check_memory, computes_in_its_own_way, shown
 from cute_attn.lengths import NAMES, Lengths
 from cute_attn.private import COLLECTIVES, FakeTensor, FunctionalTensor, is_batched, is_transformed, ragged_dim
 from cute_attn.problem import Call, check_call, have_memory
@@ -212,6 +212,20 @@ def are_read(q, k, v, lengths: Lengths | None) -> bool:
             f"needed: try fake_mode.from_tensor of the others"
         )
     return False
+
+
+def check_read(**tensors: torch.Tensor | None) -> None:
+    """Refuse what isn't None and has no values of its own, where no operator takes its place."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        check_layout(name, x)
+        if x.is_meta or computes_in_its_own_way(type(x)):
+            raise TypeError(
+                f"{name} is a {type(x).__name__} on {x.device}, without values or with another tensor's; a tensor that holds "
+                f"its values itself is needed: pass one on a CPU or a GPU, or what {name} wraps, as x.to_local() of a DTensor"
+            )
+        check_memory(name, x)
 
 
 def check_transforms(q, k, v, differentiated: bool) -> None:

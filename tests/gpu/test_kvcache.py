@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
+from itertools import accumulate
 
 import pytest
 import torch
 
 from benchmarks import serving
-from cute_attn import attention, attention_kvcache, serve
+from cute_attn import attention, attention_kvcache, kvcache, serve
 from tests.caches import Case
+from tests.support import assert_close, oracle
 
 BF16 = torch.bfloat16
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 256, 1000, 3, 2049]
@@ -50,6 +53,55 @@ def test_a_chunk_of_a_prompt(where, mechanism):
     one = case([300, 1300, 700], 300)
     places = one.paged(32) if where == "paged" else one.contiguous(1400, [5, 0, 17] if where == "padded" else None)
     one.check(one.attend(places, causal=True, mechanism=mechanism), False, causal=True)
+
+
+PLACES = ("contiguous", "indexed", "padded", *(f"pages of {n}" for n in (1, 16, 32, 64, 128, 256)))
+COMBINED = 48
+
+
+def combined(number: int) -> dict:
+    """One of all combinations, another for each number below :data:`COMBINED`: all places and all groups are in several."""
+    draw = random.Random(number)
+    where, queries = PLACES[number % len(PLACES)], draw.choice((*(1,) * 6, *range(2, 18), 300))
+    group, heads_kv = 1 + number // 3, draw.choice((1, 2))
+    near = int(where.split()[-1]) if where.startswith("pages") else 64
+    edges = [n for count in (1, 2, 5) for n in (count * near - 1, count * near, count * near + 1)]
+    lengths = [0, 1, draw.randint(3000, 6000), *draw.sample(edges, 3), draw.randint(2, 700)]
+    draw.shuffle(lengths)
+    return {
+        "where": where,
+        "lengths": lengths,
+        "queries": queries,
+        "heads": (group * heads_kv, heads_kv),
+        "dims": draw.choice([(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]),
+        "rules": draw.choice([{}, {"causal": True}, {"causal": True, "window": (100, None)}, {"causal": True, "softcap": 4.0}]),
+        "packed": draw.random() < 0.3,
+        "invariant": draw.random() < 0.3,
+    }
+
+
+@pytest.mark.parametrize("number", range(COMBINED))
+def test_combinations(number):
+    """Of where keys lie, page sizes, numbers of queries, groups, head dims, rules, and very unequal lengths."""
+    made = combined(number)
+    one = case(made["lengths"], made["queries"], made["heads"], made["dims"])
+    where = made["where"]
+    if where.startswith("pages"):
+        places = one.paged(int(where.split()[-1]))
+    else:
+        pads = [*range(len(one.lengths))] if where == "padded" else None
+        places = one.contiguous(max(one.lengths) + 9, pads, spare=2 if where == "indexed" else 0)
+    out, lse = one.attend(places, made["packed"], batch_invariant=made["invariant"], **made["rules"])
+    for i, (q, k, v) in enumerate(zip(one.q, one.k, one.v, strict=True)):
+        rows = slice(i * made["queries"], (i + 1) * made["queries"])
+        found = (out[None, rows], lse[None, :, rows]) if made["packed"] else (out[i : i + 1], lse[i : i + 1])
+        tensors = [x[None] for x in (q, k, v)]
+        if len(k) >= 64 and q[..., 0].numel() >= 32:
+            assert_close(found, *tensors, lse_dtype=torch.float32, **made["rules"])
+        else:  # of few elements plain attention may have no error, by luck
+            expected = oracle(*tensors, **made["rules"])
+            torch.testing.assert_close(found[0].double(), expected[0], rtol=2**-7, atol=2**-7)
+            torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
@@ -232,6 +284,20 @@ def test_wrong_numbers_stay_inside():
     torch.testing.assert_close(out[1:], expected[1:])
 
 
+@pytest.mark.parametrize("pages", [(0, 16), (3, 16)], ids=["no page", "no column"])
+@pytest.mark.parametrize("queries", [1, 300])
+def test_a_cache_of_no_pages(queries, pages):
+    """Nothing is seen, and nothing is written, whatever lengths say."""
+    q, new = (torch.randn(2, queries, heads, 128, dtype=BF16, device="cuda") for heads in (8, 2))
+    caches = [torch.full((*pages, 2, 128), 7.0, dtype=BF16, device="cuda") for _ in range(2)]
+    table = torch.zeros(2, 0 if pages[0] else 2, dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([20, 3], dtype=torch.int32, device="cuda")
+    out, lse = attention_kvcache(q, *caches, lengths=lengths, page_table=table, k_new=new, v_new=new, return_lse=True)
+    assert not out.count_nonzero()
+    assert (lse == -math.inf).all()
+    assert all((x == 7.0).all() for x in caches)
+
+
 def test_batch_invariance():
     """A sequence has the same bits alone, among others, and elsewhere in the batch."""
     one = case([5000, 64, 3000, 12_000, 1], 2, (8, 2))
@@ -289,6 +355,75 @@ def test_graph_with_other_lengths_and_pages():
         graph.replay()
         assert torch.equal(again, out)
         one.check((out, lse), False)
+
+
+def test_graph_with_other_numbers_of_new_keys_and_queries():
+    """Captured once, of packed queries and new keys that are turned; replayed with others in the same tensors. What an eager
+    call of the same tensors finds, and writes into the cache, it has bit by bit."""
+    pages, rows = 200, 12
+    angles = torch.arange(600, device="cuda")[:, None] / 50.0 ** (torch.arange(16, device="cuda") / 16)
+    rotary = angles.cos().to(BF16), angles.sin().to(BF16)
+    static = {name: torch.randn(pages, 16, 2, 128, dtype=BF16, device="cuda") for name in ("k_cache", "v_cache")}
+    static |= {name: torch.randn(rows, 2, 128, dtype=BF16, device="cuda") for name in ("k_new", "v_new")}
+    static |= {"q": torch.randn(rows, 8, 128, dtype=BF16, device="cuda")}
+    static |= {name: torch.zeros(n, dtype=torch.int32, device="cuda") for name, n in (("lengths", 4), ("cu_seqlens_q", 5))}
+    static["page_table"] = torch.zeros(4, 40, dtype=torch.int32, device="cuda")
+
+    def attend(tensors):
+        return attention_kvcache(**tensors, rotary=rotary, causal=True, return_lse=True)
+
+    def fill(lengths, bounds, seed):
+        order = torch.randperm(pages, generator=torch.Generator().manual_seed(seed))[:160]
+        given = {"lengths": lengths, "cu_seqlens_q": bounds, "page_table": order.view(4, 40).int()}
+        for name, values in given.items():
+            static[name].copy_(torch.as_tensor(values, dtype=torch.int32))
+        for name in ("q", "k_new", "v_new", "k_cache", "v_cache"):
+            static[name].normal_()
+
+    fill([10, 20, 30, 40], [0, 3, 6, 9, 12], 0)
+    attend(static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend(static)
+    steps = ([500, 3, 16, 0], [0, 1, 5, 12, 12]), ([0, 570, 15, 1], [0, 8, 8, 9, 12]), ([31, 32, 33, 400], [0, 0, 0, 1, 10])
+    for seed, (lengths, bounds) in enumerate(steps, start=1):
+        fill(lengths, bounds, seed)
+        eager = {name: x.clone() for name, x in static.items()}
+        graph.replay()
+        assert all(map(torch.equal, found, attend(eager)))
+        assert all(torch.equal(static[name], eager[name]) for name in ("k_cache", "v_cache"))
+        reference = {name: x.clone() for name, x in eager.items()}
+        expected = attention_kvcache(**reference, rotary=rotary, causal=True, return_lse=True, backend="reference")
+        for x, y in zip(found, expected, strict=True):  # the new keys are written once more, where they are already
+            torch.testing.assert_close(x, y, rtol=2**-6, atol=2**-6)
+
+
+def test_batch_invariance_of_packed_queries():
+    """Whatever number of queries the others of the batch have, and of keys."""
+    one = case([5000, 64, 3000, 700, 1], [1, 4, 17, 200, 1], (8, 2))
+    places, bits = one.paged(16), {}
+    for some in ([0], [0, 4], [0, 1, 2, 3, 4], [3, 0], [2, 1], [4, 3, 2, 1]):
+        chosen = {**places, **{name: places[name][some] for name in ("lengths", "page_table")}}
+        bounds = one.int32(accumulate((one.queries[i] for i in some), initial=0))
+        chosen |= {"q": torch.cat([one.q[i] for i in some]), "cu_seqlens_q": bounds}
+        out, lse = attention_kvcache(**chosen, causal=True, batch_invariant=True, return_lse=True)
+        for i, first, past in zip(some, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            found = out[first:past], lse[:, first:past]
+            assert all(map(torch.equal, found, bits.setdefault(i, found)))
+
+
+def test_batch_invariance_of_chunks(monkeypatch):
+    """Many queries of each sequence: also where all of their keys are more than would be gathered."""
+    one = case([1300, 300, 700], 300)
+    places, found = one.paged(32), []
+    for most in (serve.GATHERED_MAX, 1 << 20):
+        monkeypatch.setattr(serve, "GATHERED_MAX", most)
+        monkeypatch.setattr(kvcache, "_steps", {})
+        for order in ([0, 1, 2], [1], [2, 1]):
+            some = {**places, **{name: places[name][order] for name in ("lengths", "page_table")}}
+            q = torch.stack([one.q[i] for i in order])
+            found.append(attention_kvcache(q, **some, causal=True, batch_invariant=True)[order.index(1)])
+    assert all(torch.equal(x, found[0]) for x in found)
 
 
 @pytest.mark.parametrize("appends", [False, True])

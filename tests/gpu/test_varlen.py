@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cute_attn import attention, attention_varlen, launch, plan
 from tests.support import assert_gradients_close, make_qkv
@@ -15,6 +17,7 @@ config_of = launch._config_of_gradients
 # (queries, keys) of each sequence: empty ones anywhere, one tile and a row more or less, many tiles.
 LENGTHS = [(0, 0), (64, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (257, 512)]
 LENGTHS += [(128, 128), (3, 1000), (700, 700), (0, 0)]
+LENGTH = st.one_of(st.integers(0, 3), st.integers(0, 200), st.sampled_from([63, 64, 65, 127, 128, 129, 191, 192, 193, 600]))
 TAIL = 37  # rows that belong to no sequence
 # The rules, and whether gradients have the bits of a sequence by itself, whose key tiles begin elsewhere with a left edge.
 RULES = {
@@ -433,3 +436,44 @@ def test_wrong_bounds_end_and_leave_the_inputs_alone(wrong, mechanism):
     got = run(q, k, v, dout, right, **options)
     for x, y in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("rules", ["full", "causal"])
+@given(st.lists(st.tuples(LENGTH, LENGTH), min_size=1, max_size=12), st.integers(0, 70), st.randoms(use_true_random=False))
+@settings(max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_lengths(mechanism, rules, lengths, tail, draw):
+    """In use or not, both passes: the bits of each sequence by itself, and zeros elsewhere."""
+    rules, options = RULES[rules][0], {"mechanism": mechanism, "deterministic": True}
+    q, k, v, dout, *cu = make(lengths, 64, tail=tail)
+    used = [tuple(draw.randint(0, n) for n in both) if draw.random() < 0.5 else both for both in lengths]
+    seqused = dict(zip(("seqused_q", "seqused_k"), zip(*used, strict=True), strict=True))
+    given_too = {name: torch.tensor(n, dtype=torch.int32, device="cuda") for name, n in seqused.items()}
+    (out, lse), (dq, dk, dv) = run(q, k, v, dout, *cu, **given_too, **options, **rules)
+    kept = [torch.zeros(len(x), dtype=torch.bool, device="cuda") for x in (q, k)]
+    for (rows, keys), (n, m) in zip(each(lengths), used, strict=True):
+        r, s = slice(rows.start, rows.start + n), slice(keys.start, keys.start + m)
+        kept[0][r], kept[1][s] = True, True
+        alone = [x[None] for x in (q[r], k[s], v[s])]
+        (want, want_lse), gradients = run(*alone, dout[None, r], call=attention, **options, **rules)
+        for x, y in zip((out[r], lse[:, r], dq[r], dk[s], dv[s]), (want, want_lse, *gradients), strict=True):
+            assert torch.equal(x, y[0])
+    for x, where in ((out, kept[0]), (dq, kept[0]), (dk, kept[1]), (dv, kept[1])):
+        assert not x[~where].count_nonzero()
+    assert (lse[:, ~kept[0]] == -math.inf).all()
+
+
+def test_gradients_of_more_than_2_to_the_31_elements(mechanism):
+    """Offsets of all of them, and of dQ's sums, in 64 bits; the last sequences have the gradients that they have alone."""
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("60 GiB of GPU memory are needed")
+    rows, heads, d = 2**31 // (16 * 128) + 1000, 16, 128
+    q = torch.randn(rows, heads, d, dtype=BF16, device="cuda")
+    count, options = rows // 512, {"causal": True, "mechanism": mechanism, "deterministic": True}
+    _, found = run(q, q, q, q, bounds([512] * count), **options)
+    for i in (0, count // 2, count - 1):
+        part = slice(i * 512, (i + 1) * 512)
+        _, expected = run(*(q[None, part],) * 4, call=attention, **options)
+        torch.testing.assert_close(found[0][part], expected[0][0], rtol=2**-7, atol=2**-8)  # in whatever order the parts come
+        for x, y in zip(found[1:], expected[1:], strict=True):
+            assert torch.equal(x[part], y[0])
+    assert not any(x[count * 512 :].count_nonzero() for x in found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -373,6 +375,20 @@ API = [
         "TorchScript has no words for",
         "torch.compile, or torch.export.export",
     ),
+    *(
+        Row(
+            f"torch.jit.script of {function.__name__}",
+            lambda function=function: torch.jit.script(function),
+            NotImplementedError,
+            f"torch.jit.script compiles {function.__name__}",
+            "TorchScript has no words for",
+            "torch.compile, or torch.export.export",
+        )
+        for function in (
+            *(attention_varlen, attention_kvcache, sdpa.scaled_dot_product_attention),
+            *(getattr(flash_attn, name) for name in flash_attn._FUNCTIONS),
+        )
+    ),
 ]
 
 
@@ -480,6 +496,33 @@ def appended(k_new=CACHE[:, :1], v_new=CACHE[:, :1], **options):
     return cached(k_new=k_new, v_new=v_new, **options)
 
 
+def forward_mode_of_a_cache():
+    with forward_ad.dual_level():
+        appended(k_new=forward_ad.make_dual(CACHE[:, :1].clone(), CACHE[:, :1].clone()))()
+
+
+def nested(layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of the older layout
+        return torch.nested.nested_tensor([CACHE[0, :3], CACHE[0, :5]], layout=layout)
+
+
+def freed(x):
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def fake_cache():
+    cached(v_cache=FakeTensorMode().from_tensor(CACHE))()
+
+
+def on_meta(q, cache, **lengths):
+    lengths = {name: x.to("meta") for name, x in lengths.items()}
+    return cached(q.to("meta"), cache.to("meta"), cache.to("meta"), **lengths)
+
+
+ITSELF = "a tensor that holds its values itself is needed"
 PACKED = {"q": q[0], "cu_seqlens_q": int32(0, 2, 6)}
 ONE_EACH = "one element for each is needed"
 
@@ -544,6 +587,38 @@ CACHES = [
         "a plain call is needed",
         "torch.compiler.disable",
     ),
+    Row(
+        "forward mode of a cache",
+        forward_mode_of_a_cache,
+        NotImplementedError,
+        "an input carries a tangent",
+        "reverse mode only",
+        "try .backward()",
+    ),
+    Row("nested q of a cache", cached(q=nested(torch.jagged)), TypeError, "q is a nested tensor", "a plain one is needed"),
+    Row("sparse cache", cached(k_cache=CACHE.to_sparse()), TypeError, "k_cache has layout", "torch.strided is needed"),
+    Row("index in an array", cached(cache_batch_idx=np.zeros(2, np.int32)), TypeError, "a ndarray", "int32 tensor on cpu"),
+    Row("cache on meta", on_meta(q, CACHE, lengths=int32(3, 4)), TypeError, "q is a Tensor on meta", ITSELF, "or a GPU"),
+    Row(
+        "fake cache",
+        fake_cache,
+        TypeError,
+        "v_cache is a FakeTensor on cpu",
+        ITSELF,
+        "what v_cache wraps",
+    ),
+    Row("freed cache", cached(k_cache=freed(CACHE)), RuntimeError, "k_cache has shape", "memory is needed", "fill it again"),
+    Row("freed lengths", cached(lengths=freed(int32(3, 4))), RuntimeError, "lengths has shape", "memory is needed"),
+    Row(
+        "nested rotary",
+        appended(rotary=(TURN, nested(torch.strided))),
+        TypeError,
+        "rotary's sin is a nested tensor",
+        "a plain one is needed",
+    ),
+    Row("nested sinks", cached(sinks=nested(torch.strided)), TypeError, "sinks is a nested", "a plain one is needed"),
+    Row("nested slopes", cached(alibi_slopes=nested(torch.strided)), TypeError, "alibi_slopes is a nested", "a plain one is"),
+    Row("nested mask", cached(mask=nested(torch.strided)), TypeError, "mask is a Tensor of several", "a function is needed"),
     # With CUTE_ATTN_CHECK=1.
     Row("length too large", cached(lengths=int32(3, 11)), ValueError, "lengths[1] is 11", "from 0 to 10 keys", "larger cache"),
     Row("no room", appended(lengths=int32(10, 3)), ValueError, "lengths[0] is 10", "room for 1 new ones", "more pages"),
@@ -1103,6 +1178,32 @@ FLASH_ATTN = [
         "0 is needed",
         "leave it out",
     ),
+    Row(
+        "bounds of pages in 64 bits",
+        flash_varlen(block_table=int32([0], [1]), cu_seqlens_k=BOUNDS_K.long()),
+        ValueError,
+        "cu_seqlens_k has dtype torch.int64",
+        "torch.int32 is needed",
+        "cu_seqlens_k.int()",
+    ),
+    Row("too many rows", kvcache(cache_seqlens=10**30), ValueError, "cache_seqlens is 1", "from 0 to 10 rows", "more pages"),
+    Row(
+        "nested queries of a cache",
+        lambda: flash_attn.flash_attn_with_kvcache(nested(torch.jagged), k, v),
+        TypeError,
+        "q is a nested tensor",
+        "a plain one is needed",
+    ),
+    Row("rows below 0", kvcache(cache_seqlens=-1), ValueError, "cache_seqlens is -1", "from 0 to 10 rows", "larger cache"),
+    Row("sparse odd rows", flash(q=q[..., :12].to_sparse()), TypeError, "q has layout torch.sparse_coo", "strided is needed"),
+    Row(
+        "freed odd rows",
+        flash(*(freed(x[..., :12]) for x in (q, k, v))),
+        RuntimeError,
+        "q has shape (2, 6, 4, 12) and no memory",
+        "memory is needed",
+        "fill it again",
+    ),
     Row("packed pages", flash_varlen(block_table=int32([0], [1])), ValueError, "k_cache has shape (10, 2, 16)", "page_size"),
     Row("a sink a head", flash(learnable_sink=torch.ones(3)), ValueError, "a Tensor of shape (3,)", "(4,), one a head"),
     Row("qv", flash(qv=q), NotImplementedError, "qv is a Tensor of shape (2, 6, 4, 16)", YET, "torch.cat((q, qv), -1)"),
@@ -1399,9 +1500,13 @@ def pages(method, *arguments, **sizes):
 GIVEN_OUT = "one is needed that new() or fork() has returned"
 PAGED_CACHE = [
     Row("no pages", lambda: pages("new", pages=0), ValueError, "pages is 0", "an int of 1 or more is needed", "check how"),
+    Row("very many pages", lambda: pages("new", pages=10**400), ValueError, "an int of about 401 digits", "of 1 or more is"),
     Row("half a layer", lambda: pages("new", layers=0.5), TypeError, "layers is 0.5", "an int is needed, of 1 or more"),
+    Row("no dtype", lambda: pages("new", dtype="half"), TypeError, "dtype is a str, 'half'", "a torch.dtype is", "bfloat16"),
+    Row("no device", lambda: pages("new", device=0.5), TypeError, "device is 0.5", "a torch.device or its name", "'cuda'"),
     Row("another's sequence", lambda: pages("free", 2), ValueError, "sequence 2 is not among the 2", GIVEN_OUT, "was freed"),
     Row("sequences in a tensor", lambda: pages("lengths", torch.tensor([0])), ValueError, "sequence a Tensor", GIVEN_OUT),
+    Row("a sequence alone", lambda: pages("append", 0), TypeError, "sequences is 0", "a list of what new()", "try [sequence]"),
     Row("a list for a sequence", lambda: pages("fork", [0]), ValueError, "sequence a list, [0]", GIVEN_OUT),
     Row("a longer fork", lambda: pages("fork", 0, 9), ValueError, "length is 9, and sequence 0 has 8", "from 0 to", "try None"),
     Row("a fork below 0", lambda: pages("fork", 0, -1), ValueError, "length is -1", "from 0 to as many are needed", "try None"),
@@ -1528,6 +1633,7 @@ def test_lengths(row, monkeypatch):
     assert_raises(row)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first forward-mode call
 @table(CACHES)
 def test_caches(row, monkeypatch):
     monkeypatch.setenv(lengths.CHECK, "1")

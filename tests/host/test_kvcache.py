@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from cute_attn import api, attention, attention_kvcache, serve
+from cute_attn import api, attention, attention_kvcache, serve, stored
+from cute_attn.problem import check_call_of_cache
 from cute_attn.workspace import Workspaces
 from tests.caches import Case
 
@@ -141,6 +142,21 @@ def test_wrong_numbers_stay_inside():
     case.attend({**where, "cache_batch_idx": case.int32([7, -3]), "lengths": case.int32([-5, 30])})
 
 
+@pytest.mark.parametrize("pages", [(0, 16), (3, 16)], ids=["no page", "no column"])
+def test_a_cache_of_no_pages(pages):
+    """Nothing is seen, and nothing is written, whatever lengths say."""
+    case = Case([20, 20], [1, 1])
+    caches = [torch.full((*pages, *x.shape[1:]), 7.0) for x in (case.k[0], case.v[0])]
+    new = [torch.stack([x[:1] for x in held]) for held in (case.k, case.v)]
+    table = torch.zeros(2, 0 if pages[0] else 2, dtype=torch.int32)
+    out, lse = attention_kvcache(
+        torch.stack(case.q), *caches, lengths=case.int32([20, 3]), page_table=table, k_new=new[0], v_new=new[1], return_lse=True
+    )
+    assert not out.count_nonzero()
+    assert (lse == -math.inf).all()
+    assert all((x == 7.0).all() for x in caches)
+
+
 def test_no_sequences():
     case = Case([3], [1])
     out, lse = attention_kvcache(
@@ -163,6 +179,38 @@ def test_blocks_on_which_walks_come_out_even(blocks, walks, even):
 @pytest.mark.parametrize(("blocks", "walks", "even"), [(132, 64, 128), (133, 66, 132), (131, 5, 130), (131, 0, 130)])
 def test_blocks_are_whole_clusters(blocks, walks, even):
     assert serve.even_blocks(blocks, walks, 2) == even
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_what_an_invariant_step_is_planned_by(invariant, monkeypatch):
+    """The sequence's own number of queries, not the batch's mean; nor how much there is to gather for all."""
+    planned: list = []
+    monkeypatch.setattr(serve, "prepared", lambda problem, *_: planned.append(problem) or ("kernel", 132))
+    monkeypatch.setattr(serve, "device_target", lambda _: "sm_90a")
+    for queries in ([1, 1, 1], [1, 30, 1], [1, 200, 1]):
+        case = Case([70, 300, 16], queries, dtype=torch.bfloat16)
+        serve.Step(call_of(case.paged(16), case.packed_queries(), invariant), False, case.packed_queries()["q"])
+    assert len({problem.rows for problem in planned}) == (1 if invariant else 3)
+    many, case = [], Case([300, 300], [260] * 2, dtype=torch.bfloat16)
+    for most in (1 << 30, 0):
+        monkeypatch.setattr(serve, "GATHERED_MAX", most)
+        for where in (case.paged(16), case.contiguous(300), heads_first(case.contiguous(300))):
+            call = call_of(where, {"q": torch.stack(case.q)}, invariant)
+            many.append(serve._goes_to_many(call, None, (where["k_cache"], where["v_cache"]), False, 0))
+    assert many == [True, True, True, invariant, True, invariant]
+
+
+def heads_first(where: dict) -> dict:
+    return where | {name: where[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("k_cache", "v_cache")}
+
+
+def call_of(where: dict, queries: dict, invariant: bool):
+    """As :func:`attention_kvcache` checks it."""
+    given = {**where, "cu_seqlens_q": None, **queries}
+    tensors = [given.get(name) for name in stored.NAMES]
+    call = check_call_of_cache(given["q"], given["k_cache"], given["v_cache"], tensors, None, True, None, None)
+    call.stored.batch_invariant = invariant
+    return call
 
 
 @pytest.mark.parametrize("news", [0, 2], ids=["nothing new", "new keys"])

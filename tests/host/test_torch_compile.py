@@ -16,7 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
-from cute_attn import attention
+from cute_attn import attention, attention_varlen
 from tests.support import make_gradients, make_qkv
 
 # Torch's own, of what it uses itself.
@@ -209,6 +209,30 @@ def test_layers_that_differ_share_one_graph(left):
     for layer in layers:
         assert torch.equal(layer(x), layer.forward(x))
     assert counter.frame_count == 2
+
+
+class InAWindow(torch.nn.Module):
+    """Attention whose window is an attribute."""
+
+    def __init__(self, left):
+        super().__init__()
+        self.left = left
+
+    def forward(self, x):
+        return attention(x, x, x, causal=True, window=(self.left, 0))
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(False, 4), (True, 2)])
+def test_ints_of_modules_are_constants_if_torch_makes_them_so(dynamic, graphs):
+    """As it does unless told otherwise."""
+    layers, counter = [InAWindow(10 * i) for i in range(1, 5)], CompileCounterWithBackend("aot_eager")
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=dynamic):
+        for layer in layers:
+            layer.compile(backend=counter, fullgraph=True)
+        x = torch.randn(3, 60, 2, 16)
+        for layer in layers:
+            assert torch.equal(layer(x), layer.forward(x))
+    assert counter.frame_count == graphs
 
 
 def test_numbers_are_constants_of_a_graph_that_has_them_all():
@@ -444,21 +468,36 @@ torch.save([run(*inputs) for inputs in torch.load(tensors)], result)
 """
 
 
+class AttendToAll(Attend):
+    """And to the elements of a batch as sequences of different lengths."""
+
+    def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k):
+        packed = attention_varlen(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q, cu_seqlens_k, **self.options)
+        return *super().forward(q, k, v), packed
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler, and there is no g++")
 def test_aotinductor_in_a_fresh_process(tmp_path):
     options = {"causal": True, "window": (30, None), "softcap": 5.0, "scale": 0.2}
+    batch, sq, sk = Dim("batch"), Dim("sq"), Dim("sk")
+    dims = {"q": {0: batch, 1: sq}, "k": {0: batch, 1: sk}, "v": {0: batch, 1: sk}}
+    dims |= {"cu_seqlens_q": {0: Dim("ends_q")}, "cu_seqlens_k": {0: Dim("ends_q")}}
+    sizes, inputs = ((2, 9, 11), (5, 70, 90)), []
+    for count, *lengths in sizes:
+        cu_seqlens = (torch.tensor([0, n, *[count * n] * 2], dtype=torch.int32) for n in lengths)
+        inputs.append([*(x.detach() for x in leaves(count, *lengths, dtype=torch.float32)), *cu_seqlens])
+    program = torch.export.export(AttendToAll(**options), tuple(inputs[0]), dynamic_shapes=dims)
     package = torch._inductor.aoti_compile_and_package(
-        exported(options, False),
+        program,
         package_path=str(tmp_path / "attend.pt2"),
         # Headers that are compiled ahead take longer than to read them for one package, and nobody times this one.
         inductor_configs={"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"},
     )
-    inputs = [[x.detach() for x in leaves(*sizes, dtype=torch.float32)] for sizes in ((2, 9, 11), (5, 70, 90))]
     torch.save(inputs, tmp_path / "inputs")
     paths = [str(package), str(tmp_path / "inputs"), str(tmp_path / "outputs")]
     subprocess.run([sys.executable, "-c", FRESH, *paths], check=True)
     for found, tensors in zip(torch.load(tmp_path / "outputs"), inputs, strict=True):
-        for got, wanted in zip(found, Attend(**options)(*tensors), strict=True):
+        for got, wanted in zip(found, AttendToAll(**options)(*tensors), strict=True):
             assert torch.equal(got, wanted)
 
 

@@ -6,6 +6,7 @@ By ``attention_varlen``, by ``seqused`` of ``attention``, as nested tensors, and
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cute_attn import attention, attention_varlen, launch, lengths, reference
 from tests import support
@@ -427,6 +430,35 @@ def test_meta_tensors():
     q, k, v, *_ = (x.to("meta") for x in packed(12, 14))
     out, lse = causal(q, k, v, bounds((5, 7)).to("meta"), bounds((5, 9)).to("meta"))
     assert (out.shape, lse.shape, out.device.type) == ((12, 4, 24), (4, 12), "meta")
+
+
+def of_a_rectangle(q, k, v, used):
+    return attention(*(x.unflatten(0, (2, 6)) for x in (q, k, v)), seqused_k=used, return_lse=True)
+
+
+def of_nested(q, k, v, offsets):
+    return [x.values() for x in attention(*(jagged(x, offsets) for x in (q, k, v)), return_lse=True)]
+
+
+@pytest.mark.parametrize("made", ["meta", "fake"])
+@pytest.mark.parametrize(
+    ("function", "lengths"),
+    [(causal, bounds((5, 0, 7))), (of_a_rectangle, int32((3, 6))), (of_nested, bounds((5, 0, 7)).long())],
+    ids=["packed", "in use", "nested"],
+)
+def test_results_without_values_lie_as_real_ones_do(function, lengths, made):
+    """Shapes, strides and dtypes of both outputs and of all gradients."""
+    real = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in packed(12, 12)[:3]]
+    mode = FakeTensorMode(shape_env=ShapeEnv()) if made == "fake" else nullcontext()
+    others = [x.to("meta") if made == "meta" else mode.from_tensor(x) for x in (*real, lengths)]
+    results = []
+    for tensors, within in (((*real, lengths), nullcontext()), (others, mode)):
+        with within:
+            leaves = [x.requires_grad_() for x in tensors[:3]]
+            outputs = function(*leaves, tensors[3])
+            gradients = torch.autograd.grad(sum(x.sum() for x in outputs), leaves)
+        results.append([(x.shape, x.stride(), x.dtype) for x in (*outputs, *gradients)])
+    assert results[0] == results[1]
 
 
 def test_a_graph_checks_values_when_it_runs(monkeypatch):

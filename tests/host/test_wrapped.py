@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cute_attn import arguments, attention, attention_varlen, launch, problem, wrapped
+from cute_attn import arguments, attention, attention_kvcache, attention_varlen, launch, problem, wrapped
 from tests.host.processes import start_quick
 from tests.host.test_arguments import KINDS, fake, inputs, k, q, v
 from tests.host.test_errors import Row, assert_raises, raises, reached, table
@@ -405,6 +405,22 @@ TENSORS = [
         "a multiple is needed where q has more heads (GQA)",
         "shard the batch, or repeat k's and v's heads",
     ),
+    Row(
+        "TorchScript",
+        lambda: torch.jit.script(attention),
+        NotImplementedError,
+        "torch.jit.script compiles attention",
+        "Python that TorchScript has no words for",
+        "try torch.compile",
+    ),
+    Row(
+        "a cache without values",
+        lambda: attention_kvcache(*(x.to("meta") for x in (q, k, v)), lengths=torch.ones(len(q), device="meta").int()),
+        TypeError,
+        "q is a Tensor on meta",
+        "a tensor that holds its values itself is needed",
+        "pass one on a CPU or a GPU",
+    ),
 ]
 
 
@@ -416,7 +432,7 @@ def sharded_by_heads(mesh, q, k, v):
     return [x.redistribute(placements=[Shard(2)]) for x in (q, k, v)]
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of (nested|Masked)")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of (nested|Masked)", "ignore:.torch.jit.script. is deprecated")
 @table(TENSORS)
 def test_tensors(row):
     assert_raises(row)
@@ -453,7 +469,7 @@ def test_a_transform_without_gradients_launches_nothing(kernels):
     assert not kernels
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of (nested|Masked)")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of (nested|Masked)", "ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("module", [arguments, wrapped], ids=["arguments", "wrapped"])
 def test_every_refusal_has_a_row(module):
     """Each ``raise`` is reached by a row: whoever adds one adds a row."""
