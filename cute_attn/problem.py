@@ -130,9 +130,9 @@ class Problem:
 
     @staticmethod
     @lru_cache(maxsize=1024)
-    def intern(*fields) -> Problem:
+    def intern(*fields, **named) -> Problem:
         """The one Problem with these fields; spares an eager call the construction and the comparison."""
-        return Problem(*fields)
+        return Problem(*fields, **named)
 
 
 @dataclass(slots=True)
