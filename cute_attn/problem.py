@@ -308,8 +308,7 @@ def _explain_misfit_of_cache(q, k_cache, v_cache, packed: bool) -> NoReturn:
         if x.dim() != 4:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; 4 dimensions (batch, capacity, heads, head_dim) or (pages, page_size, "
-                f"heads, "
-                f"head_dim) are needed: check its layout"
+                f"heads, head_dim) are needed: check its layout"
             )
     if k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(
