@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
-from cute_attn.arguments import flag, name_of, number, shown
+from cute_attn.arguments import choice, flag, number, shown
 from cute_attn.autograd import Attention, differentiable
 from cute_attn.expressions import traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
@@ -22,7 +22,6 @@ from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, 
 from cute_attn.problem import Call, check_call
 
 BACKENDS = ("auto", "cute", "reference")
-_ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _ON_GPU = frozenset({"auto", "cute"})
@@ -481,12 +480,8 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     """``(out, lse)`` of a checked call; ``how`` is (return_lse, deterministic, backend, mechanism), not checked yet. ``plain``:
     q, k, v and lengths are torch's own tensors, and not in a transform of ``torch.func``, as others may be."""
     return_lse, deterministic, backend, mechanism = how
-    if not type(return_lse) is type(deterministic) is bool:
-        return_lse, deterministic = flag("return_lse", return_lse), flag("deterministic", deterministic)
-    if type(backend) is not str or backend not in BACKENDS:
-        backend = backend_name(backend)
-    if mechanism is not None and type(mechanism) is not str:
-        mechanism = mechanism_name(mechanism)
+    return_lse, deterministic = flag("return_lse", return_lse), flag("deterministic", deterministic)
+    backend, mechanism = choice("backend", backend, BACKENDS), mechanism_name(mechanism)
     on_reference = computed_by_reference(backend, mechanism, q)
     if dual_level() >= 0:
         _refuse_tangents(q, k, v)
@@ -535,14 +530,6 @@ def _refuse_scripting() -> NoReturn:
 
 
 attention.__prepare_scriptable__ = _refuse_scripting  # type: ignore[attr-defined]  # torch.jit.script calls it
-
-
-def backend_name(backend: object) -> str:
-    """One of :data:`BACKENDS`, as a plain ``str``."""
-    backend = name_of("backend", backend, _ONE_BACKEND)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; {_ONE_BACKEND}")
-    return backend
 
 
 def computed_by_reference(backend: str, mechanism: str | None, q: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.compiler import is_compiling
 
 from cute_attn import api, autocast, launch, reference, serve
-from cute_attn.arguments import flag
+from cute_attn.arguments import choice, flag
 from cute_attn.lengths import are_checked
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, transforms_active
@@ -141,20 +141,15 @@ def attention_kvcache(
     call = check_call_of_cache(q, k_cache, v_cache, of_sequences, scale, causal, window, softcap)
     stored = call.stored
     assert stored is not None
-    if not type(return_lse) is type(batch_invariant) is type(rotary_interleaved) is bool:
-        return_lse, batch_invariant = flag("return_lse", return_lse), flag("batch_invariant", batch_invariant)
-        rotary_interleaved = flag("rotary_interleaved", rotary_interleaved)
-    stored.batch_invariant = batch_invariant
+    return_lse, rotary_interleaved = flag("return_lse", return_lse), flag("rotary_interleaved", rotary_interleaved)
+    stored.batch_invariant = flag("batch_invariant", batch_invariant)
     if k_new is not None or v_new is not None:
         check_new(stored, k_cache, v_cache, k_new, v_new)
     if rotary is not None:
         check_rotary(stored, q, rotary, rotary_interleaved)
     if (extras := api.extras_of_call(mask, score, tensors, alibi_slopes, None, sinks, 0)) is not None:
         api.take_extras(call, q, extras, stored.batch)
-    if type(backend) is not str or backend not in api.BACKENDS:
-        backend = api.backend_name(backend)
-    if mechanism is not None and type(mechanism) is not str:
-        mechanism = mechanism_name(mechanism)
+    backend, mechanism = choice("backend", backend, api.BACKENDS), mechanism_name(mechanism)
     on_reference = api.computed_by_reference(backend, mechanism, q)
     if differentiable:
         raise NotImplementedError(
