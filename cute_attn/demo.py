@@ -18,8 +18,7 @@ from rich.text import Text
 from torch.nn.functional import scaled_dot_product_attention
 
 from cute_attn import attention, cubin, fill, machine
-from cute_attn.layouts import family
-from cute_attn.layouts.base import KIB, Config
+from cute_attn.layouts.base import Config
 from cute_attn.layouts.tools import draw
 from cute_attn.plan import explain, plan
 from cute_attn.problem import Problem, check_call, problem_of
@@ -156,14 +155,11 @@ def _compare(case: Case, q, k, v) -> tuple[list[str], bool]:
 
 def _visible(q, k, causal=False, window=(None, None), softcap=0.0) -> torch.Tensor:
     """Which keys each query sees: bool, ``(seqlen_q, seqlen_k)``; the last query is aligned with the last key."""
-    left, right = window
-    right = 0 if causal else right
-    distance = torch.arange(k.shape[1], device=q.device) - torch.arange(q.shape[1], device=q.device)[:, None]
-    distance = distance - (k.shape[1] - q.shape[1])
-    visible = torch.ones_like(distance, dtype=torch.bool)
-    if left is not None:
-        visible &= distance >= -left
-    return visible if right is None else visible & (distance <= right)
+    left, right = (None, 0) if causal else window
+    rows, keys = (torch.arange(-x.shape[1], 0, device=q.device) for x in (q, k))
+    distance = keys - rows[:, None]
+    every = distance == distance
+    return (every if left is None else distance >= -left) & (every if right is None else distance <= right)
 
 
 def _eager(q, k, v, visible, causal=False, window=None, softcap=0.0):
@@ -238,22 +234,14 @@ def _compiled(console: Console, summary: Summary, kernels: dict[str, Future]) ->
 
 
 def _facts(config: Config, compiled: cubin.Compiled) -> dict[str, str]:
-    """The rows of the table for one kernel."""
+    """The rows of the table for one kernel: what :func:`explain` doesn't say."""
     specialised = config.mma_registers > 0
-    parts = {name: size for name, size in family(config).smem_parts(config).items() if size}
     tensor_core = {name: n for name, n in compiled.instructions.items() if name.startswith(("HGMMA", "HMMA"))}
     count: Callable[[str], int] = compiled.count
     return {
-        "mechanism": config.mechanism,
-        "tile": f"{config.tile_m} queries × {config.tile_n} keys",
-        "threads": f"{config.threads}: {config.mma_warps} warps compute"
-        + (f", {config.threads // 32 - config.mma_warps} copy" if specialised else " and copy"),
-        "pipeline": f"{config.stages} stages of K and of V",
         "registers a thread": f"{compiled.registers} at launch"
         + (f"; then {config.mma_registers} to compute, {config.copy_registers} to copy" if specialised else ""),
         "spills": f"{compiled.spill_stores} stores, {compiled.spill_loads} loads; stack of {compiled.stack_bytes} B",
-        "shared memory": f"{family(config).smem_bytes(config) / KIB:.1f} KiB: "
-        + ", ".join(f"{name} {size / KIB:.1f}" for name, size in parts.items() if size >= KIB),
         "tensor cores": "\n".join(f"{n} × {name}" for name, n in tensor_core.items()) or "none",
         "copies in": f"{count('UTMALDG')} TMA loads" if count("UTMALDG") else f"{count('LDGSTS')} cp.async",
         "copies out": f"{count('UTMASTG')} TMA stores" if count("UTMASTG") else f"{count('STG')} stores",
