@@ -25,6 +25,7 @@ BACKENDS = ("auto", "cute", "reference")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _ON_GPU = frozenset({"auto", "cute"})
+_EXTRAS = "mask", "score", "tensors", "alibi_slopes", "bias", "sinks", "dropout_p"
 _NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
 _kept: dict[tuple | None, Any] = {}  # a Call, or, of ragged sequences, what one is made of
 LEAST_SCALE_OF_RAMPS = 2.0**-40  # they are divided by the scale, and must stay far from infinity
@@ -151,25 +152,20 @@ def attention(
     ragged = not (seqused_q is seqused_k is None)
     if ragged:
         plain = plain and _are_plain((seqused_q, seqused_k))
-    if not plain and (handle := wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)):
-        if block_mask is not None:
-            _refuse_ragged_blocks()
-        rules: dict = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-        if extras is not None:
-            rules |= _extras_of(handle, extras)
-        others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
-        if ragged:
-            others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
-        return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
-    kept = extras is None and plain and block_mask is None and _are_kernels(return_lse, deterministic, backend, mechanism)
+    handle = None if plain else wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)
+    if block_mask is not None and (ragged or handle is not None):
+        raise NotImplementedError(
+            "block_mask is given with nested tensors, DTensors, results of collectives or seqused; plain tensors with "
+            "sequences of one length are needed: try mask= alone, or masks.document for sequences that are packed in one"
+        )
+    how, rules = (return_lse, deterministic, backend, mechanism), (scale, causal, window, softcap)
+    if handle is not None:
+        used = {"seqused_q": seqused_q, "seqused_k": seqused_k} if ragged else {}
+        return _of_others(handle, attention, q, k, v, rules, extras, how, used)
+    kept = extras is None and plain and block_mask is None and _are_kernels(*how)
     if ragged:
-        how = return_lse, deterministic, backend, mechanism
-        rules_of_call, lengths = (scale, causal, window, softcap), (None, None, seqused_q, seqused_k)
-        if block_mask is not None:
-            check_call(q, k, v, *rules_of_call)
-            _refuse_graphs(_is_traced(q))
-            _refuse_ragged_blocks()
-        return _attention_to_rows_in_use(q, k, v, lengths, rules_of_call, extras, how, kept, plain, transformed)
+        lengths = None, None, seqused_q, seqused_k
+        return _attention_to_rows_in_use(q, k, v, lengths, rules, extras, how, kept, plain, transformed)
     if kept:
         call = _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism)
         if call.plans is not None:
@@ -182,7 +178,6 @@ def attention(
         extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
         take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
-    how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
 
@@ -368,16 +363,13 @@ def attention_varlen(
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed and _are_plain(lengths)
+    how = return_lse, deterministic, backend, mechanism
     if not plain and (handle := wrapped.handler(q, k, v, **(named := dict(zip(NAMES, lengths, strict=True))))):
-        rules: dict = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-        if extras is not None:
-            rules |= _extras_of(handle, extras)
-        others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
-        return handle(attention_varlen, q, k, v, rules, {**others, **named})
+        return _of_others(handle, attention_varlen, q, k, v, (scale, causal, window, softcap), extras, how, named)
     if cu_seqlens_q is None:
         check_call(q, k, v, scale, causal, window, softcap, packed=True)
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
-    if extras is None and plain and _are_kernels(return_lse, deterministic, backend, mechanism):
+    if extras is None and plain and _are_kernels(*how):
         call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, return_lse, deterministic, mechanism)
         if call.plans is not None:
             return _by_kernels(q, k, v, call, return_lse, mechanism)
@@ -386,7 +378,6 @@ def attention_varlen(
     if extras is not None:
         assert call.lengths is not None
         take_extras(call, q, extras, call.lengths.count)
-    how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
 
@@ -444,13 +435,6 @@ def _refuse_graphs(traced: bool = False) -> None:
         )
 
 
-def _refuse_ragged_blocks() -> NoReturn:
-    raise NotImplementedError(
-        "block_mask is given with nested tensors, DTensors, results of collectives or seqused; plain tensors with sequences of "
-        "one length are needed: try mask= alone, or masks.document for sequences that are packed in one"
-    )
-
-
 def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
     if not isinstance(sinks, torch.Tensor):
         raise TypeError(f"sinks is {shown(sinks)}; floats ({heads},), one a head, are needed: try torch.tensor(sinks)")
@@ -461,15 +445,17 @@ def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
         )
 
 
-def _extras_of(handle: Callable, extras: tuple) -> dict:
-    """The keywords of these, for tensors that stand for others."""
-    if handle is not wrapped.nested:
+def _of_others(handle: Callable, function: Callable, q, k, v, rules: tuple, extras, how: tuple, lengths: dict):
+    """What a function returns of tensors that stand for others."""
+    if extras is not None and handle is not wrapped.nested:
         raise NotImplementedError(
             "mask, score, alibi_slopes, bias, sinks or dropout_p are given with DTensors or results of collectives; tensors of "
             "each rank's own are needed, since positions and heads would be those of a shard: try x.to_local() of q, k and v"
         )
-    names = "mask", "score", "tensors", "alibi_slopes", "bias", "sinks", "dropout_p"
-    return dict(zip(names, extras, strict=True))
+    named = dict(zip(_EXTRAS, extras or (), strict=False))
+    named |= dict(zip(("scale", "causal", "window", "softcap"), rules, strict=True))
+    others = dict(zip(("return_lse", "deterministic", "backend", "mechanism"), how, strict=True))
+    return handle(attention_varlen if handle is wrapped.nested else function, q, k, v, named, others | lengths)
 
 
 def _are_plain(tensors: tuple) -> bool:
