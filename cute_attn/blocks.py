@@ -308,20 +308,18 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
         return torch.arange(first, past, dtype=torch.int32, device=kinds.device).view(shape)
 
     keys = counted(0, seqlen_k, 1, -1)
-    for b in range(batch):
-        for h in range(heads):
-            for m in range(0, seqlen_q, rows):
-                queries = counted(m, min(m + rows, seqlen_q), -1, 1)
-                leaves = {"batch": counted(b, b + 1, 1, 1), "head": counted(h, h + 1, 1, 1), "q_idx": queries, "kv_idx": keys}
-                leaves["shift"] = counted(seqlen_k - seqlen_q, seqlen_k - seqlen_q + 1, 1, 1)
-                seen = expression.value(expression.mask, leaves.__getitem__, ops, {})  # type: ignore[arg-type]
-                seen = pad(seen.expand(len(queries), seqlen_k), (0, -seqlen_k % BLOCK))
-                some, every = (pad(seen, (0, 0, 0, -len(queries) % BLOCK), value=missing) for missing in (False, True))
-                some, every = (x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)) for x in (some, every))
-                some, every, first = some.any(3), every.all(3), m // BLOCK
-                found = some.any(1).byte() + every.all(1).byte()
-                by_rows = found.eq(CUT) & (every | ~some).all(1)
-                kinds[b, h, first : first + len(some)] = found.masked_fill(by_rows, BY_ROWS)
+    for b, h, m in product(range(batch), range(heads), range(0, seqlen_q, rows)):
+        queries = counted(m, min(m + rows, seqlen_q), -1, 1)
+        leaves = {"batch": counted(b, b + 1, 1, 1), "head": counted(h, h + 1, 1, 1), "q_idx": queries, "kv_idx": keys}
+        leaves["shift"] = counted(seqlen_k - seqlen_q, seqlen_k - seqlen_q + 1, 1, 1)
+        seen = expression.value(expression.mask, leaves.__getitem__, ops, {})  # type: ignore[arg-type]
+        seen = pad(seen.expand(len(queries), seqlen_k), (0, -seqlen_k % BLOCK))
+        some, every = (pad(seen, (0, 0, 0, -len(queries) % BLOCK), value=missing) for missing in (False, True))
+        some, every = (x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)) for x in (some, every))
+        some, every, first = some.any(3), every.all(3), m // BLOCK
+        found = some.any(1).byte() + every.all(1).byte()
+        by_rows = found.eq(CUT) & (every | ~some).all(1)
+        kinds[b, h, first : first + len(some)] = found.masked_fill(by_rows, BY_ROWS)
 
 
 def _list_of_keys(none: list[list[bool]], every: list[list[bool]], across: int) -> tuple[tuple[int, int, int], list[int]]:

@@ -571,8 +571,8 @@ def traced(
     if score is not None:
         scored = graph.symbol(_called(graph, "score", score, (scored, batch_, head, q_idx, kv_idx, *tensors), "float"))
     if alibi_slopes is not None:
-        arguments = (scored, batch_, head, q_idx, kv_idx, shift, alibi_slopes)
-        scored = graph.symbol(_called(graph, "alibi_slopes", _alibi_behind if behind else _alibi, arguments, "float"))
+        arguments = (scored, batch_, head, q_idx, kv_idx, shift, alibi_slopes, behind)
+        scored = graph.symbol(_called(graph, "alibi_slopes", _alibi, arguments, "float"))
     if element is not None:
         to_bias = (scored, batch_, head, q_idx, kv_idx)
         scored = graph.symbol(_called(graph, "bias", lambda score, *where: score + element(*where), to_bias, "float"))
@@ -725,16 +725,10 @@ def _sum_of_positions(nodes: tuple, node: int) -> dict[str, int] | None:
     return found
 
 
-def _alibi(score, batch, head, q_idx, kv_idx, shift, slopes):
-    return score - _slope_of(slopes, batch, head) * torch.abs(q_idx + shift - kv_idx)
-
-
-def _alibi_behind(score, batch, head, q_idx, kv_idx, shift, slopes):
-    return score - _slope_of(slopes, batch, head) * (q_idx + shift - kv_idx)
-
-
-def _slope_of(slopes, batch, head):
-    return slopes[head] if slopes.dim() == 1 else slopes[batch, head]
+def _alibi(score, batch, head, q_idx, kv_idx, shift, slopes, behind: bool):
+    slope = slopes[head] if slopes.dim() == 1 else slopes[batch, head]
+    distance = q_idx + shift - kv_idx
+    return score - slope * (distance if behind else torch.abs(distance))
 
 
 def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:

@@ -122,10 +122,10 @@ def attention_kvcache(
         cu_seqlens_k_new = cu_seqlens_q
     inputs = q, k_cache, v_cache, k_new, v_new, sinks
     differentiable = torch.is_grad_enabled() and True in [getattr(x, "requires_grad", False) for x in inputs]
+    where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new
     key = None
     if mask is score is alibi_slopes is None and type(tensors) is tuple and not tensors and not differentiable:
         cos, sin = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, None)
-        where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new
         new = None
         if not k_new is v_new is rotary is rotary_begin is None:
             new = k_new, v_new, cos, sin, rotary_begin
@@ -137,8 +137,7 @@ def attention_kvcache(
                 return (out, lse) if return_lse else out
             except launch.Refused:  # suppress() would take longer; why is said below, or how they can be read
                 pass
-    of_sequences = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin
-    call = check_call_of_cache(q, k_cache, v_cache, of_sequences, scale, causal, window, softcap)
+    call = check_call_of_cache(q, k_cache, v_cache, (*where, rotary_begin), scale, causal, window, softcap)
     stored = call.stored
     assert stored is not None
     return_lse, rotary_interleaved = flag("return_lse", return_lse), flag("rotary_interleaved", rotary_interleaved)

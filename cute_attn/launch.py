@@ -1,6 +1,6 @@
 """From torch's tensors to a kernel on the caller's device and stream.
 
-tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
+tvm-ffi launches (a compiled kernel's callable is a function of its), torch answers questions about the device.
 Nothing here synchronises, and the forward pass allocates nothing but its outputs, and tickets where sequences are ragged or
 have block masks; those of kept calls stay (``workspace.py``).
 """
@@ -47,17 +47,7 @@ NO_LENGTHS, _NO_LISTS = (None,) * len(NAMES), (None,) * 3
 @lru_cache(maxsize=64)
 def multiprocessors(device: int) -> int:
     """Streaming multiprocessors of a device."""
-    try:
-        from cuda.bindings import runtime
-    except ImportError as missing:
-        raise NotImplementedError(
-            f"cuda-python can't be imported ({missing}); the kernels are launched with it: "
-            f"try pip install cuda-python, or backend='reference'"
-        ) from missing
-    error, count = runtime.cudaDeviceGetAttribute(runtime.cudaDeviceAttr.cudaDevAttrMultiProcessorCount, device)
-    if error != runtime.cudaError_t.cudaSuccess:
-        raise RuntimeError(f"CUDA can't tell device {device}'s multiprocessors ({error.name}): is it visible to the process?")
-    return count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=64)

@@ -419,13 +419,6 @@ def check_tensors_for_gpu(q, k, v, call: Call):
 
 def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
     """Check what the kernels need of a call whose tensors need not exist."""
-    if (
-        dtype in GPU_DTYPES
-        and not (call.head_dim % HEAD_DIM_STEP or call.head_dim > HEAD_DIM_MAX)
-        and not (call.head_dim_v % HEAD_DIM_STEP or call.head_dim_v > HEAD_DIM_MAX)
-        and SCALE_MIN <= (call.softcap or call.scale) <= SCALE_MAX
-    ):
-        return
     if dtype not in GPU_DTYPES:
         raise ValueError(
             f"dtype is {dtype}; the GPU kernels take float16 and bfloat16: try .to(torch.bfloat16), or backend='reference'"
@@ -442,10 +435,11 @@ def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
             f"they scale it: negate q instead, or use backend='reference'"
         )
     name, value = ("softcap", call.softcap) if call.softcap else ("scale", call.scale)
-    raise ValueError(
-        f"{name} is {value}; the GPU kernels take one from {SCALE_MIN:g} to {SCALE_MAX:g}, since they divide by it: "
-        f"scale q instead, or use backend='reference'"
-    )
+    if not SCALE_MIN <= value <= SCALE_MAX:
+        raise ValueError(
+            f"{name} is {value}; the GPU kernels take one from {SCALE_MIN:g} to {SCALE_MAX:g}, since they divide by it: "
+            f"scale q instead, or use backend='reference'"
+        )
 
 
 def have_memory(*tensors: torch.Tensor) -> bool:
