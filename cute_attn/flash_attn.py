@@ -60,7 +60,7 @@ _INTS = ("num_splits", "sm_margin", "min_seqlen_k", "seqlen_k_per_split")
 _FLAGS = ("pack_gqa", "disable_scheduler_metadata")
 _UNREAD = ("scheduler_metadata",)
 # What isn't there yet of the newer interfaces, by name, and what to do instead.
-_NOT_YET = {
+_NEWER = {
     "qv": "q of torch.cat((q, qv), -1) and k of torch.cat((k, v), -1)",
     "q_descale": "q.to(torch.bfloat16) * q_descale",
     "k_descale": "k.to(torch.bfloat16) * k_descale",
@@ -386,14 +386,14 @@ def _check_others(others: dict[str, Any]) -> None:
         elif name in _FLAGS:
             if value is not None:
                 flag(name, value)
-        elif name in _NOT_YET:
+        elif name in _NEWER:
             none = 0 if name in _NUMBERS else None
             if value is not None if none is None else number(name, value, "0 for none") != 0.0:
                 raise NotImplementedError(
-                    f"{name} is {shown(value)}; {none} is needed, since it isn't there yet: try {_NOT_YET[name]}"
+                    f"{name} is {shown(value)}; {none} is needed, since it isn't there yet: try {_NEWER[name]}"
                 )
         elif name not in _UNREAD:
-            known = ", ".join((*_INTS, *_FLAGS, *_UNREAD, "learnable_sink", *_NOT_YET))
+            known = ", ".join((*_INTS, *_FLAGS, *_UNREAD, "learnable_sink", *_NEWER))
             raise TypeError(f"{name} is no argument of flash-attn; by name there are return_lse, {known}: leave it out")
 
 

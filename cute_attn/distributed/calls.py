@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.compiler import disable
@@ -319,8 +320,5 @@ def _of_dtensors(q, k, v, options: dict):
             f"all ranks must have equally many rows: try shard(), which pads, and its plain tensors with seqlen"
         )
     call = check_call(q, k, v, *(options[name] for name in ("scale", "causal", "window", "softcap")))
-    wrapped.check_shards_of_heads(call, mesh, q.placements)
-    local = [x.to_local() for x in inputs.values()]
-    results = attention(*local, group=mesh.get_group(dim), order="contiguous", **options)
-    of_lse = {distributed.Shard(1): distributed.Shard(2), distributed.Shard(2): distributed.Shard(1)}  # (batch, heads, rows)
-    return wrapped.whole(results, call, mesh, q.placements, [of_lse.get(at, at) for at in q.placements])
+    attend = partial(attention, group=mesh.get_group(dim), order="contiguous", **options)
+    return wrapped.of_shards(attend, q, k, v, call)
