@@ -138,15 +138,15 @@ def _targets_here() -> list[str]:
 
 def _problems(options: argparse.Namespace) -> list[Problem]:
     """What the options ask for: one combination of rules if any is given, otherwise every one, or what most models have."""
-    lse = (False, True) if options.lse is None else (options.lse,)
     rules = (options.window_left, options.causal or options.window_right, options.softcap)
     if options.all and any(rules):
         raise ValueError("--all is every combination of rules: leave out --causal, --window-left, --window-right, --softcap")
-    unasked = product((False, True), repeat=3) if options.all else ((False, causal, False) for causal in (False, True))
-    sets: list[tuple] = [rules] if any(rules) else list(unasked)
+    off, either = (False,), (False, True)
+    sets = [rules] if any(rules) else list(product(either, either, either) if options.all else product(off, either, off))
+    lse = either if options.lse is None else (options.lse,)
     found = [
-        Problem(dtype, head_dim, options.head_dim_v or head_dim, *each, asked)
-        for dtype, head_dim, each, asked in product(options.dtype, options.head_dim, sets, lse)
+        Problem(dtype, head_dim, options.head_dim_v or head_dim, left, right, softcap, asked)
+        for dtype, head_dim, (left, right, softcap), asked in product(options.dtype, options.head_dim, sets, lse)
     ]
     if options.gradients:
         found += fill.training(found)
