@@ -173,7 +173,7 @@ def attention(
     else:
         call = check_call(q, k, v, scale, causal, window, softcap)
     if block_mask is not None:
-        _refuse_graphs(_is_traced(q))
+        _refuse_graphs(q)
         call.blocks, mask = blocks.taken(block_mask, mask, call, q)
         extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
@@ -396,7 +396,7 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
     call.dropout = _checked_dropout(dropout_p)
     if extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
         return
-    _refuse_graphs(_is_traced(q))
+    _refuse_graphs(q)
     if sinks is not None:
         check_sinks(sinks, q, call.heads)
     call.sinks = sinks
@@ -422,13 +422,9 @@ def _checked_dropout(p: object) -> float:
     return found if dropout.threshold(found) else 0.0
 
 
-def _is_traced(q: torch.Tensor) -> bool:
-    return bool(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
-
-
-def _refuse_graphs(traced: bool = False) -> None:
+def _refuse_graphs(q: torch.Tensor) -> None:
     """The operators of ``ops.py`` know nothing of functions, sinks and dropout."""
-    if traced or is_compiling() or dispatch_modes():
+    if is_compiling() or dispatch_modes() or transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED):
         raise NotImplementedError(
             "mask, score, alibi_slopes, bias, sinks or dropout_p are given inside of torch.compile, torch.export, a transform "
             "of torch.func or a mode that sees every operator; a plain call is needed: try torch.compiler.disable around it"
@@ -477,8 +473,6 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     )
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
-    if call.expression or call.sinks is not None or call.seed is not None:
-        _refuse_graphs()
     if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
         return ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)

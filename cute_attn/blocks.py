@@ -68,25 +68,12 @@ class BlockMask:
 
     def __init__(self, kinds: torch.Tensor, seqlen_q: int, seqlen_k: int):
         self.kinds, self.seqlen_q, self.seqlen_k = kinds, seqlen_q, seqlen_k
+        self.batch, self.heads = kinds.shape[:2]
+        self.device = kinds.device
         self._kept: dict[tuple, tuple] = {}
 
-    def __getstate__(self) -> tuple:
-        return self.kinds, self.seqlen_q, self.seqlen_k
-
-    def __setstate__(self, state: tuple) -> None:
-        self.__init__(*state)  # type: ignore[misc]
-
-    @property
-    def batch(self) -> int:
-        return self.kinds.shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.kinds.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.kinds.device
+    def __reduce__(self) -> tuple:
+        return BlockMask, (self.kinds, self.seqlen_q, self.seqlen_k)
 
     def to(self, device: Any) -> BlockMask:
         """The same on another device."""
@@ -102,7 +89,8 @@ class BlockMask:
     def tiles(self, tile_m: int, tile_n: int) -> torch.Tensor:
         """The kinds of tiles of ``tile_m`` queries × ``tile_n`` keys, uint8 ``(batch, heads, m_blocks, n_blocks)``. A tile that
         reaches past the last key is not whole."""
-        return _kinds_of_all(*self._seen(tile_m, tile_n, tile_m))
+        none, every = self._seen(tile_m, tile_n, tile_m)
+        return every.all(3).byte() + none.all(3).logical_not()
 
     def key_lists(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
         """A list of key tiles for each query tile, ``(batch, heads, m_blocks, HEADER + n_blocks + 1)``."""
@@ -342,11 +330,6 @@ def _list_of_keys(none: list[list[bool]], every: list[list[bool]], across: int) 
     if not whole:
         led, cut = cut, led
     return (len(cut), len(led) + len(whole) + len(cut), len(whole) + len(cut)), [*cut[::-1], *whole[::-1], *led[::-1]]
-
-
-def _kinds_of_all(none: torch.Tensor, every: torch.Tensor) -> torch.Tensor:
-    """The kinds of tiles from what :meth:`BlockMask._seen` says of their parts."""
-    return every.all(3).byte() + none.all(3).logical_not()
 
 
 # ---- what attention is given -----------------------------------------------------------------------------------------

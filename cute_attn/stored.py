@@ -28,14 +28,9 @@ _NAMES = {there: " ".join(compress(CODE_NAMES, there)) for there in product((Fal
 class Stored:
     """The keys of a call, in a cache. Tensors of :data:`NAMES` are int32 on the device of q, and None where there is none.
 
-    Sequence i has the rows ``leftpad_k[i]`` up to ``lengths[i]`` of element ``cache_batch_idx[i]`` (or i) of the cache, or of
-    the pages ``page_table[i]`` one after another, ``page_size`` rows each (0 without pages), at most ``capacity`` of them. Rows
-    of ``k_new`` and ``v_new`` follow there: ``seqlen_new`` for each sequence, or those from ``cu_seqlens_k_new[i]`` up to
-    ``cu_seqlens_k_new[i + 1]``. Its queries are those of element i of q, or the rows from ``cu_seqlens_q[i]`` up to
-    ``cu_seqlens_q[i + 1]``.
-
-    ``rotary`` is (cos, sin), each ``(positions, rotary_dim / 2)``, by which the new keys and the queries are turned, counted
-    from ``rotary_begin[i]`` on, or from ``lengths[i]``.
+    Their names, and those of the new rows, are :func:`~cute_attn.attention_kvcache`'s, which says what they mean. A sequence
+    has at most ``capacity`` rows, in pages of ``page_size`` (0 without pages), and gets ``seqlen_new`` new ones, 0 where
+    ``cu_seqlens_k_new`` says how many.
     """
 
     batch: int
