@@ -158,11 +158,12 @@ def attention(
             "block_mask is given with nested tensors, DTensors, results of collectives or seqused; plain tensors with "
             "sequences of one length are needed: try mask= alone, or masks.document for sequences that are packed in one"
         )
-    how, rules = (return_lse, deterministic, backend, mechanism), (scale, causal, window, softcap)
+    if ragged or handle is not None:
+        how, rules = (return_lse, deterministic, backend, mechanism), (scale, causal, window, softcap)
     if handle is not None:
         used = {"seqused_q": seqused_q, "seqused_k": seqused_k} if ragged else {}
         return _of_others(handle, attention, q, k, v, rules, extras, how, used)
-    kept = extras is None and plain and block_mask is None and _are_kernels(*how)
+    kept = extras is None and plain and block_mask is None and _are_kernels(return_lse, deterministic, backend, mechanism)
     if ragged:
         lengths = None, None, seqused_q, seqused_k
         return _attention_to_rows_in_use(q, k, v, lengths, rules, extras, how, kept, plain, transformed)
@@ -178,6 +179,7 @@ def attention(
         extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
         take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
+    how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
 
@@ -363,13 +365,13 @@ def attention_varlen(
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed and _are_plain(lengths)
-    how = return_lse, deterministic, backend, mechanism
     if not plain and (handle := wrapped.handler(q, k, v, **(named := dict(zip(NAMES, lengths, strict=True))))):
+        how = return_lse, deterministic, backend, mechanism
         return _of_others(handle, attention_varlen, q, k, v, (scale, causal, window, softcap), extras, how, named)
     if cu_seqlens_q is None:
         check_call(q, k, v, scale, causal, window, softcap, packed=True)
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
-    if extras is None and plain and _are_kernels(*how):
+    if extras is None and plain and _are_kernels(return_lse, deterministic, backend, mechanism):
         call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, return_lse, deterministic, mechanism)
         if call.plans is not None:
             return _by_kernels(q, k, v, call, return_lse, mechanism)
@@ -378,6 +380,7 @@ def attention_varlen(
     if extras is not None:
         assert call.lengths is not None
         take_extras(call, q, extras, call.lengths.count)
+    how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
 

@@ -103,7 +103,7 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) 
     Raises ``TypeError`` and ``ValueError``.
     """
     for name, x in zip(NAMES, tensors, strict=True):
-        if x is None:
+        if x is None or (x is tensors[0] and name == "cu_seqlens_k"):  # often one tensor is the bounds of both
             continue
         n = sequences_of(name, x, q.device)
         count = n if count is None else count
@@ -120,20 +120,21 @@ def sequences_of(name: str, x: Any, device: torch.device) -> int:
     other shapes."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is {shown(x)}; an int32 tensor on {device} is needed: try torch.tensor(…, dtype=torch.int32)")
-    check_layout(name, x)
+    if x.is_nested or x.layout is not torch.strided:
+        check_layout(name, x)
     if x.dtype != torch.int32:
         raise ValueError(f"{name} has dtype {x.dtype}; torch.int32 is needed: try {name}.int()")
     if x.device != device:
         raise ValueError(f"{name} lies on {x.device} and q on {device}; one device is needed: try {name}.to(q.device)")
     more, dims = (1 if name.startswith("cu_seqlens") else 0), (2 if name == "page_table" else 1)
-    if x.dim() != dims or x.shape[0] < more:
+    if x.dim() != dims or (size := x.size(0)) < more:
         need = "(batch, max_pages)" if dims == 2 else "(batch + 1,), from 0 up to all rows," if more else "(batch,)"
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}; {need} is needed: try {name}.flatten(), or check how it was made"
         )
-    return x.shape[0] - more
+    return size - more
 
 
 def in_one_piece(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """The tensors, contiguous, as kernels read them."""
-    return tuple(x if x is None or x.is_contiguous() else x.contiguous() for x in tensors)
+    return tuple([x if x is None or x.is_contiguous() else x.contiguous() for x in tensors])
