@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -31,37 +32,28 @@ NEXT = ("make test", "python -m cute_attn info", "python -m cute_attn compile --
 TIMES_PLAIN = 2.0  # the tests' policy: at most twice plain PyTorch's error, plus the rounding of the result
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call: what is asked, in words, the sizes, and the rules as attention() takes them."""
+class Case(NamedTuple):
+    """One call: what is asked, in words, ``(seqlen, heads, head_dim)`` of each tensor, and attention()'s rules."""
 
     name: str
-    seqlen_q: int
-    seqlen_k: int
-    heads: int
-    heads_kv: int
-    head_dim: int
-    head_dim_v: int
-    rules: dict = field(default_factory=dict)
+    q: tuple[int, int, int]
+    k: tuple[int, int, int]
+    v: tuple[int, int, int]
+    rules: dict[str, Any]
 
-    def tensors(self, device: str, times: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def tensors(self, device: str, times: int) -> list[torch.Tensor]:
         """q, k, v, ``(2, seqlen, heads, head_dim)``, with ``times`` the lengths."""
         generator = torch.Generator().manual_seed(SEED)
-        shapes = (
-            (2, times * self.seqlen_q, self.heads, self.head_dim),
-            (2, times * self.seqlen_k, self.heads_kv, self.head_dim),
-            (2, times * self.seqlen_k, self.heads_kv, self.head_dim_v),
-        )
-        q, k, v = (torch.randn(shape, generator=generator).to(DTYPE).to(device) for shape in shapes)
-        return q, k, v
+        shapes = ((2, times * seqlen, *others) for seqlen, *others in (self.q, self.k, self.v))
+        return [torch.randn(shape, generator=generator).to(DTYPE).to(device) for shape in shapes]
 
 
 CASES = (
-    Case("full", 256, 256, 4, 4, 64, 64),
-    Case("causal", 256, 256, 4, 4, 128, 128, {"causal": True}),
-    Case("causal, 4 query heads a key head, lengths differ", 200, 333, 8, 2, 128, 128, {"causal": True}),
-    Case("window of 64 keys before, 16 after", 256, 256, 4, 4, 64, 64, {"window": (64, 16)}),
-    Case("softcap 20, head dims 96 and 64", 256, 256, 4, 4, 96, 64, {"softcap": 20.0}),
+    Case("full", (256, 4, 64), (256, 4, 64), (256, 4, 64), {}),
+    Case("causal", (256, 4, 128), (256, 4, 128), (256, 4, 128), {"causal": True}),
+    Case("causal, 4 query heads a key head, lengths differ", (200, 8, 128), (333, 2, 128), (333, 2, 128), {"causal": True}),
+    Case("window of 64 keys before, 16 after", (256, 4, 64), (256, 4, 64), (256, 4, 64), {"window": (64, 16)}),
+    Case("softcap 20, head dims 96 and 64", (256, 4, 96), (256, 4, 96), (256, 4, 64), {"softcap": 20.0}),
 )
 
 

@@ -479,7 +479,11 @@ class Tracing(TorchFunctionMode):
             _refuse(f"{name} of floats", "integers are needed", ".to(torch.int32)")
         if name in _ARITHMETIC:
             return graph.apply(name, *nodes, at_least="float" if name == "div" else "int")
-        return getattr(self, f"_{name}")(*nodes)
+        if name == "where":
+            return graph.apply_where(*nodes)
+        if graph.kind(nodes[0]) != "bool":  # of invert
+            _refuse("~ of numbers", "a condition is needed", "-1 - x, or a comparison")
+        return graph.make("invert", "bool", *nodes)
 
     def _attribute(self, name: str, symbol: Symbol):
         if name == "dtype":
@@ -507,14 +511,6 @@ class Tracing(TorchFunctionMode):
         return graph.symbol(graph.cast(graph.operand(args[0]), name))
 
     # ---- operations of other numbers of operands, or made of others
-
-    def _invert(self, x):
-        if self.graph.kind(x) != "bool":
-            _refuse("~ of numbers", "a condition is needed", "-1 - x, or a comparison")
-        return self.graph.make("invert", "bool", x)
-
-    def _where(self, condition, x, y):
-        return self.graph.apply_where(condition, x, y)
 
     def _clamp(self, x, min=None, max=None):
         node = self.graph.operand(x)
