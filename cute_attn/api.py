@@ -476,6 +476,8 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     )
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
+    if call.expression or call.sinks is not None or call.seed is not None:
+        _refuse_graphs(q)  # torch.compile, which has left the caller out of its graph, may begin one here
     if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
         return ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
