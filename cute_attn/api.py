@@ -396,7 +396,10 @@ def extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -
 def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths: tuple[int, int] | None = None) -> None:
     """Check and trace what a call has besides its usual rules; ``lengths`` are those of all sequences, if they have one."""
     mask, score, tensors, alibi_slopes, bias, sinks, dropout_p = extras
-    call.dropout = _checked_dropout(dropout_p)
+    p = number("dropout_p", dropout_p, "from 0 to below 1")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p is {shown(dropout_p)}; a number from 0 to below 1 is needed: try 0.1, or 0.0 for none")
+    call.dropout = p if dropout.threshold(p) else 0.0
     if extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
         return
     _refuse_graphs(q)
@@ -416,13 +419,6 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
         if expression.ramp is not None and (call.softcap or call.sinks is not None or call.scale < LEAST_SCALE_OF_RAMPS):
             expression = replace(expression, ramp=None)
         call.expression = expression
-
-
-def _checked_dropout(p: object) -> float:
-    found = number("dropout_p", p, "from 0 to below 1")
-    if not 0.0 <= found < 1.0:
-        raise ValueError(f"dropout_p is {shown(p)}; a number from 0 to below 1 is needed: try 0.1, or 0.0 for none")
-    return found if dropout.threshold(found) else 0.0
 
 
 def _refuse_graphs(q: torch.Tensor) -> None:

@@ -53,7 +53,6 @@ from cute_attn.problem import HEAD_DIM_STEP
 __version__ = "2.8.4"  # of the flash-attn whose interface this is
 UNBOUNDED = (-1, -1)
 Window = tuple[int | None, int | None]
-_SDPA = "torch.nn.functional.scaled_dot_product_attention"
 _FLEX = "torch.nn.attention.flex_attention"
 # By name: what nothing here depends on, ints, flags, and what is not looked at.
 _INTS = ("num_splits", "sm_margin", "min_seqlen_k", "seqlen_k_per_split")
