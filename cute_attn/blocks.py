@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from itertools import product
+from itertools import groupby, product
 from typing import Any, NoReturn
 
 import torch
@@ -215,13 +215,13 @@ class BlockMask:
         high, wide = len(kinds) * size, len(kinds[0]) * size if kinds else 0
         shapes = []
         for y, row in enumerate(kinds):
-            begin = 0
-            for x in range(1, len(row) + 1):
-                if x == len(row) or row[x] != row[begin]:
-                    if row[begin] != NONE:
-                        place = f'x="{begin * size}" y="{y * size}" width="{(x - begin) * size}" height="{size}"'
-                        shapes.append(f'<rect {place} fill="{_COLOURS[row[begin]]}"/>')
-                    begin = x
+            x = 0
+            for kind, alike in groupby(row):
+                width = len(list(alike)) * size
+                if kind != NONE:
+                    place = f'x="{x}" y="{y * size}" width="{width}" height="{size}"'
+                    shapes.append(f'<rect {place} fill="{_COLOURS[kind]}"/>')
+                x += width
         frame = f'<rect width="{wide}" height="{high}" fill="white" stroke="black"/>'
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}"><title>{self!r}</title>'
         return "\n".join((head, frame, *shapes, "</svg>"))

@@ -162,11 +162,14 @@ class Expression:
     def leaves(self) -> list[frozenset[str]]:
         """Of each node the names of the leaves that it depends on."""
         found: list[frozenset[str]] = []
-        for op, _, *operands in self.nodes:
-            inner = operands[1:] if op == "load" else operands
-            plain = op in ("constant", "leaf")
-            found.append(frozenset(operands if op == "leaf" else () if plain else set().union(*(found[i] for i in inner))))
+        for node in self.nodes:
+            found.append(frozenset(node[2:]) if node[0] == "leaf" else frozenset().union(*(found[i] for i in _inputs(node))))
         return found
+
+
+def _inputs(node: tuple) -> tuple[int, ...]:
+    """The nodes whose values a node is computed of."""
+    return () if node[0] in ("leaf", "constant") else node[3 if node[0] == "load" else 2 :]
 
 
 NOTHING = Expression()
@@ -665,18 +668,13 @@ def _trimmed(whole: Expression) -> Expression:
     ends += [node for partial in whole.partials for node in partial[:2] if node is not None]
     needed = set(ends)
     for node in range(len(whole.nodes) - 1, -1, -1):
-        op, _, *operands = whole.nodes[node]
-        if node in needed and op not in ("leaf", "constant"):
-            needed |= set(operands[1:] if op == "load" else operands)
+        if node in needed:
+            needed |= set(_inputs(whole.nodes[node]))
     place: dict[int | None, int | None] = {node: i for i, node in enumerate(sorted(needed))}
     nodes = []
-    for node in sorted(needed):
-        op, kind, *operands = whole.nodes[node]
-        if op == "load":
-            operands[1:] = [place[i] for i in operands[1:]]
-        elif op not in ("leaf", "constant"):
-            operands = [place[i] for i in operands]
-        nodes.append((op, kind, *operands))
+    for node in map(whole.nodes.__getitem__, sorted(needed)):
+        inputs = _inputs(node)
+        nodes.append((*node[: len(node) - len(inputs)], *map(place.__getitem__, inputs)))
     place[None] = None
     partials = tuple(x._replace(load=place[x.load], slope=place[x.slope]) for x in whole.partials)  # type: ignore[arg-type]
     return Expression(tuple(nodes), place[whole.mask], place[whole.score], place[whole.slope], whole.tensors, partials)
