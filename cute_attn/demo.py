@@ -150,7 +150,7 @@ def _visible(q, k, causal=False, window=(None, None), softcap=0.0) -> torch.Tens
     left, right = (None, 0) if causal else window
     rows, keys = (torch.arange(-x.shape[1], 0, device=q.device) for x in (q, k))
     distance = keys - rows[:, None]
-    every = distance == distance
+    every = torch.ones_like(distance, dtype=torch.bool)
     return (every if left is None else distance >= -left) & (every if right is None else distance <= right)
 
 
