@@ -219,6 +219,7 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
     """
     try:
         fits = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+        fits = fits and not (q.is_nested or k.is_nested or v.is_nested)
         if packed:
             batch = batch_k = batch_v = 1
             seqlen_q, heads, head_dim = q.shape

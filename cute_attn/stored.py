@@ -113,7 +113,7 @@ def check_stored(q: torch.Tensor, k_cache: torch.Tensor, tensors: tuple[Any, ...
     """
     _, page_table, cache_batch_idx, _, cu_seqlens_q, *_ = tensors
     batch = sequences_of("lengths", tensors[0], q.device)
-    for name, x in zip(NAMES, tensors, strict=True):
+    for name, x in zip(NAMES[1:], tensors[1:], strict=True):
         if x is not None and (of := sequences_of(name, x, q.device)) != batch:
             _refuse_count(name, of, batch)
     if cu_seqlens_q is None and q.shape[0] != batch:
