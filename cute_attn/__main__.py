@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 
 from rich.console import Console
 from rich.progress import Progress
@@ -37,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def info(options: argparse.Namespace, console: Console) -> int:
     """``info``: what this machine has and which backend it gets."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = _facts()
     table.add_row("machine", machine.system())
     for name, version in machine.versions().items():
         table.add_row(name, Text.assemble(version or "not installed", (f" ({machine.PACKAGES[name]})", "dim")))
@@ -101,9 +100,7 @@ def cache(options: argparse.Namespace, console: Console) -> int:
         inventory.remove(gone)
         console.print(f"removed {inventory.described(gone)} from {folder}", highlight=False, soft_wrap=True)
         return 0
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = _facts()
     table.add_row("folder", str(folder))
     table.add_row("holds", inventory.described(found))
     table.add_row("of this version", inventory.described(mine))
@@ -123,6 +120,14 @@ def demo(options: argparse.Namespace, console: Console) -> int:
 COMMANDS = {"info": info, "compile": compile_kernels, "cache": cache, "demo": demo}
 
 
+def _facts() -> Table:
+    """Names and what there is to say of them."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
 def _targets_here() -> list[str]:
     """The targets of this machine's GPUs."""
     targets = sorted({device.target for device in machine.devices() if device.target})
@@ -132,19 +137,17 @@ def _targets_here() -> list[str]:
 
 
 def _problems(options: argparse.Namespace) -> list[Problem]:
-    """What the options ask for: one combination of rules if any is given, the common or the whole set otherwise."""
-    lse = (False, True) if options.lse is None else (options.lse,)
+    """What the options ask for: one combination of rules if any is given, otherwise every one, or what most models have."""
     rules = (options.window_left, options.causal or options.window_right, options.softcap)
     if options.all and any(rules):
         raise ValueError("--all is every combination of rules: leave out --causal, --window-left, --window-right, --softcap")
-    found = []
-    for dtype in options.dtype:
-        for head_dim in options.head_dim:
-            head_dim_v = head_dim if options.head_dim_v is None else options.head_dim_v
-            if any(rules):
-                found += [Problem(dtype, head_dim, head_dim_v, *rules, asked) for asked in lse]
-            else:
-                found += (fill.every if options.all else fill.common)(dtype, head_dim, head_dim_v, lse)
+    off, either = (False,), (False, True)
+    sets = [rules] if any(rules) else list(product(either, either, either) if options.all else product(off, either, off))
+    lse = either if options.lse is None else (options.lse,)
+    found = [
+        Problem(dtype, head_dim, options.head_dim_v or head_dim, left, right, softcap, asked)
+        for dtype, head_dim, (left, right, softcap), asked in product(options.dtype, options.head_dim, sets, lse)
+    ]
     if options.gradients:
         found += fill.training(found)
     return found

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
-from cute_attn.arguments import check_layout, flag, name_of, number, shown, unscriptable
+from cute_attn.arguments import check_layout, choice, flag, number, shown, unscriptable
 from cute_attn.autograd import Attention, differentiable
 from cute_attn.expressions import traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
@@ -22,10 +22,10 @@ from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, 
 from cute_attn.problem import Call, check_call
 
 BACKENDS = ("auto", "cute", "reference")
-_ONE_BACKEND = f"one of {', '.join(map(repr, BACKENDS))} is needed"
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _ON_GPU = frozenset({"auto", "cute"})
+_EXTRAS = "mask", "score", "tensors", "alibi_slopes", "bias", "sinks", "dropout_p"
 _NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
 _kept: dict[tuple | None, Any] = {}  # a Call, or, of ragged sequences, what one is made of
 LEAST_SCALE_OF_RAMPS = 2.0**-40  # they are divided by the scale, and must stay far from infinity
@@ -153,25 +153,21 @@ def attention(
     ragged = not (seqused_q is seqused_k is None)
     if ragged:
         plain = plain and _are_plain((seqused_q, seqused_k))
-    if not plain and (handle := wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)):
-        if block_mask is not None:
-            _refuse_ragged_blocks()
-        rules: dict = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-        if extras is not None:
-            rules |= _extras_of(handle, extras)
-        others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
-        if ragged:
-            others |= {"seqused_q": seqused_q, "seqused_k": seqused_k}
-        return handle(attention_varlen if handle is wrapped.nested else attention, q, k, v, rules, others)
+    handle = None if plain else wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)
+    if block_mask is not None and (ragged or handle is not None):
+        raise NotImplementedError(
+            "block_mask is given with nested tensors, DTensors, results of collectives or seqused; plain tensors with "
+            "sequences of one length are needed: try mask= alone, or masks.document for sequences that are packed in one"
+        )
+    if ragged or handle is not None:
+        how, rules = (return_lse, deterministic, backend, mechanism), (scale, causal, window, softcap)
+    if handle is not None:
+        used = {"seqused_q": seqused_q, "seqused_k": seqused_k} if ragged else {}
+        return _of_others(handle, attention, q, k, v, rules, extras, how, used)
     kept = extras is None and plain and block_mask is None and _are_kernels(return_lse, deterministic, backend, mechanism)
     if ragged:
-        how = return_lse, deterministic, backend, mechanism
-        rules_of_call, lengths = (scale, causal, window, softcap), (None, None, seqused_q, seqused_k)
-        if block_mask is not None:
-            check_call(q, k, v, *rules_of_call)
-            _refuse_graphs(_is_traced(q))
-            _refuse_ragged_blocks()
-        return _attention_to_rows_in_use(q, k, v, lengths, rules_of_call, extras, how, kept, plain, transformed)
+        lengths = None, None, seqused_q, seqused_k
+        return _attention_to_rows_in_use(q, k, v, lengths, rules, extras, how, kept, plain, transformed)
     if kept:
         call = _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism)
         if call.plans is not None:
@@ -179,7 +175,7 @@ def attention(
     else:
         call = check_call(q, k, v, scale, causal, window, softcap)
     if block_mask is not None:
-        _refuse_graphs(_is_traced(q))
+        _refuse_graphs(q)
         call.blocks, mask = blocks.taken(block_mask, mask, call, q)
         extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
@@ -372,11 +368,8 @@ def attention_varlen(
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed and _are_plain(lengths)
     if not plain and (handle := wrapped.handler(q, k, v, **(named := dict(zip(NAMES, lengths, strict=True))))):
-        rules: dict = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-        if extras is not None:
-            rules |= _extras_of(handle, extras)
-        others = {"return_lse": return_lse, "deterministic": deterministic, "backend": backend, "mechanism": mechanism}
-        return handle(attention_varlen, q, k, v, rules, {**others, **named})
+        how = return_lse, deterministic, backend, mechanism
+        return _of_others(handle, attention_varlen, q, k, v, (scale, causal, window, softcap), extras, how, named)
     if cu_seqlens_q is None:
         check_call(q, k, v, scale, causal, window, softcap, packed=True)
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
@@ -405,10 +398,13 @@ def extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -
 def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths: tuple[int, int] | None = None) -> None:
     """Check and trace what a call has besides its usual rules; ``lengths`` are those of all sequences, if they have one."""
     mask, score, tensors, alibi_slopes, bias, sinks, dropout_p = extras
-    call.dropout = _checked_dropout(dropout_p)
+    p = number("dropout_p", dropout_p, "from 0 to below 1")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p is {shown(dropout_p)}; a number from 0 to below 1 is needed: try 0.1, or 0.0 for none")
+    call.dropout = p if dropout.threshold(p) else 0.0
     if extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
         return
-    _refuse_graphs(_is_traced(q))
+    _refuse_graphs(q)
     if sinks is not None:
         check_sinks(sinks, q, call.heads)
     call.sinks = sinks
@@ -427,32 +423,14 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
         call.expression = expression
 
 
-def _checked_dropout(p: object) -> float:
-    found = number("dropout_p", p, "from 0 to below 1")
-    if not 0.0 <= found < 1.0:
-        raise ValueError(f"dropout_p is {shown(p)}; a number from 0 to below 1 is needed: try 0.1, or 0.0 for none")
-    return found if dropout.threshold(found) else 0.0
-
-
-def _is_traced(q: torch.Tensor) -> bool:
-    return bool(transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED))
-
-
-def _refuse_graphs(traced: bool = False) -> None:
+def _refuse_graphs(q: torch.Tensor) -> None:
     """The operators of ``ops.py`` know nothing of functions, sinks and dropout."""
-    if traced or is_compiling() or dispatch_modes():
+    if is_compiling() or dispatch_modes() or transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED):
         raise NotImplementedError(
             "mask, score, alibi_slopes, bias, sinks or dropout_p are given inside of torch.compile, torch.export, a transform "
             "of torch.func or a mode that sees every operator, or with tensors without values; a plain call is needed: try "
             "torch.compiler.disable around it"
         )
-
-
-def _refuse_ragged_blocks() -> NoReturn:
-    raise NotImplementedError(
-        "block_mask is given with nested tensors, DTensors, results of collectives or seqused; plain tensors with sequences of "
-        "one length are needed: try mask= alone, or masks.document for sequences that are packed in one"
-    )
 
 
 def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
@@ -466,15 +444,17 @@ def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
         )
 
 
-def _extras_of(handle: Callable, extras: tuple) -> dict:
-    """The keywords of these, for tensors that stand for others."""
-    if handle is not wrapped.nested:
+def _of_others(handle: Callable, function: Callable, q, k, v, rules: tuple, extras, how: tuple, lengths: dict):
+    """What a function returns of tensors that stand for others."""
+    if extras is not None and handle is not wrapped.nested:
         raise NotImplementedError(
             "mask, score, alibi_slopes, bias, sinks or dropout_p are given with DTensors or results of collectives; tensors of "
             "each rank's own are needed, since positions and heads would be those of a shard: try x.to_local() of q, k and v"
         )
-    names = "mask", "score", "tensors", "alibi_slopes", "bias", "sinks", "dropout_p"
-    return dict(zip(names, extras, strict=True))
+    named = dict(zip(_EXTRAS, extras or (), strict=False))
+    named |= dict(zip(("scale", "causal", "window", "softcap"), rules, strict=True))
+    others = dict(zip(("return_lse", "deterministic", "backend", "mechanism"), how, strict=True))
+    return handle(attention_varlen if handle is wrapped.nested else function, q, k, v, named, others | lengths)
 
 
 def _are_plain(tensors: tuple) -> bool:
@@ -485,12 +465,8 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     """``(out, lse)`` of a checked call; ``how`` is (return_lse, deterministic, backend, mechanism), not checked yet. ``plain``:
     q, k, v and lengths are torch's own tensors, and not in a transform of ``torch.func``, as others may be."""
     return_lse, deterministic, backend, mechanism = how
-    if not type(return_lse) is type(deterministic) is bool:
-        return_lse, deterministic = flag("return_lse", return_lse), flag("deterministic", deterministic)
-    if type(backend) is not str or backend not in BACKENDS:
-        backend = backend_name(backend)
-    if mechanism is not None and type(mechanism) is not str:
-        mechanism = mechanism_name(mechanism)
+    return_lse, deterministic = flag("return_lse", return_lse), flag("deterministic", deterministic)
+    backend, mechanism = choice("backend", backend, BACKENDS), mechanism_name(mechanism)
     on_reference = computed_by_reference(backend, mechanism, q)
     if dual_level() >= 0:
         refuse_tangents(q, k, v)
@@ -501,7 +477,7 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
     if call.expression or call.sinks is not None or call.seed is not None:
-        _refuse_graphs()
+        _refuse_graphs(q)  # torch.compile, which has left the caller out of its graph, may begin one here
     if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
         return ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
@@ -529,14 +505,6 @@ def _check_captured(call: Call, on_reference: bool, deterministic: bool) -> None
                 f"order, and deterministic is True; False is needed: leave it out, or try backend='reference' and "
                 f"torch.use_deterministic_algorithms(True), or, of a bias, bias.expand(batch, heads, -1, -1).contiguous()"
             )
-
-
-def backend_name(backend: object) -> str:
-    """One of :data:`BACKENDS`, as a plain ``str``."""
-    backend = name_of("backend", backend, _ONE_BACKEND)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; {_ONE_BACKEND}")
-    return backend
 
 
 def computed_by_reference(backend: str, mechanism: str | None, q: torch.Tensor) -> bool:

@@ -46,6 +46,8 @@ def unscriptable(function: _F) -> _F:
 
 def flag(name: str, value: object) -> bool:
     """``value`` as a bool: Python's, numpy's, or that of a tensor of 0 dimensions on the CPU."""
+    if type(value) is bool:
+        return value
     if getattr(value, "ndim", 0):
         raise TypeError(f"{name} is {shown(value)}; {MASKS if name == 'causal' else 'True or False is needed'}")
     if is_traced(value):
@@ -101,6 +103,17 @@ def name_of(argument: str, value: object, needed: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{argument} is {shown(value)}; {needed}")
     return str.__str__(value)
+
+
+def choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
+    """``value``, one of the names that there are, as a plain ``str``."""
+    if type(value) is str and value in choices:
+        return value
+    needed = f"one of {', '.join(map(repr, choices))} is needed"
+    name = name_of(argument, value, needed)
+    if name not in choices:
+        raise ValueError(f"{argument} is {name!r}; {needed}")
+    return name
 
 
 def shown(value: object) -> str:

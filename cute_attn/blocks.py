@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from itertools import product
+from itertools import groupby, product
 from typing import Any, NoReturn
 
 import torch
@@ -68,25 +68,12 @@ class BlockMask:
 
     def __init__(self, kinds: torch.Tensor, seqlen_q: int, seqlen_k: int):
         self.kinds, self.seqlen_q, self.seqlen_k = kinds, seqlen_q, seqlen_k
+        self.batch, self.heads = kinds.shape[:2]
+        self.device = kinds.device
         self._kept: dict[tuple, tuple] = {}
 
-    def __getstate__(self) -> tuple:
-        return self.kinds, self.seqlen_q, self.seqlen_k
-
-    def __setstate__(self, state: tuple) -> None:
-        self.__init__(*state)  # type: ignore[misc]
-
-    @property
-    def batch(self) -> int:
-        return self.kinds.shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.kinds.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.kinds.device
+    def __reduce__(self) -> tuple:
+        return BlockMask, (self.kinds, self.seqlen_q, self.seqlen_k)
 
     def to(self, device: Any) -> BlockMask:
         """The same on another device."""
@@ -102,7 +89,8 @@ class BlockMask:
     def tiles(self, tile_m: int, tile_n: int) -> torch.Tensor:
         """The kinds of tiles of ``tile_m`` queries × ``tile_n`` keys, uint8 ``(batch, heads, m_blocks, n_blocks)``. A tile that
         reaches past the last key is not whole."""
-        return _kinds_of_all(*self._seen(tile_m, tile_n, tile_m))
+        none, every = self._seen(tile_m, tile_n, tile_m)
+        return every.all(3).byte() + none.all(3).logical_not()
 
     def key_lists(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
         """A list of key tiles for each query tile, ``(batch, heads, m_blocks, HEADER + n_blocks + 1)``."""
@@ -227,13 +215,13 @@ class BlockMask:
         high, wide = len(kinds) * size, len(kinds[0]) * size if kinds else 0
         shapes = []
         for y, row in enumerate(kinds):
-            begin = 0
-            for x in range(1, len(row) + 1):
-                if x == len(row) or row[x] != row[begin]:
-                    if row[begin] != NONE:
-                        place = f'x="{begin * size}" y="{y * size}" width="{(x - begin) * size}" height="{size}"'
-                        shapes.append(f'<rect {place} fill="{_COLOURS[row[begin]]}"/>')
-                    begin = x
+            x = 0
+            for kind, alike in groupby(row):
+                width = len(list(alike)) * size
+                if kind != NONE:
+                    place = f'x="{x}" y="{y * size}" width="{width}" height="{size}"'
+                    shapes.append(f'<rect {place} fill="{_COLOURS[kind]}"/>')
+                x += width
         frame = f'<rect width="{wide}" height="{high}" fill="white" stroke="black"/>'
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}"><title>{self!r}</title>'
         return "\n".join((head, frame, *shapes, "</svg>"))
@@ -308,20 +296,18 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
         return torch.arange(first, past, dtype=torch.int32, device=kinds.device).view(shape)
 
     keys = counted(0, seqlen_k, 1, -1)
-    for b in range(batch):
-        for h in range(heads):
-            for m in range(0, seqlen_q, rows):
-                queries = counted(m, min(m + rows, seqlen_q), -1, 1)
-                leaves = {"batch": counted(b, b + 1, 1, 1), "head": counted(h, h + 1, 1, 1), "q_idx": queries, "kv_idx": keys}
-                leaves["shift"] = counted(seqlen_k - seqlen_q, seqlen_k - seqlen_q + 1, 1, 1)
-                seen = expression.value(expression.mask, leaves.__getitem__, ops, {})  # type: ignore[arg-type]
-                seen = pad(seen.expand(len(queries), seqlen_k), (0, -seqlen_k % BLOCK))
-                some, every = (pad(seen, (0, 0, 0, -len(queries) % BLOCK), value=missing) for missing in (False, True))
-                some, every = (x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)) for x in (some, every))
-                some, every, first = some.any(3), every.all(3), m // BLOCK
-                found = some.any(1).byte() + every.all(1).byte()
-                by_rows = found.eq(CUT) & (every | ~some).all(1)
-                kinds[b, h, first : first + len(some)] = found.masked_fill(by_rows, BY_ROWS)
+    for b, h, m in product(range(batch), range(heads), range(0, seqlen_q, rows)):
+        queries = counted(m, min(m + rows, seqlen_q), -1, 1)
+        leaves = {"batch": counted(b, b + 1, 1, 1), "head": counted(h, h + 1, 1, 1), "q_idx": queries, "kv_idx": keys}
+        leaves["shift"] = counted(seqlen_k - seqlen_q, seqlen_k - seqlen_q + 1, 1, 1)
+        seen = expression.value(expression.mask, leaves.__getitem__, ops, {})  # type: ignore[arg-type]
+        seen = pad(seen.expand(len(queries), seqlen_k), (0, -seqlen_k % BLOCK))
+        some, every = (pad(seen, (0, 0, 0, -len(queries) % BLOCK), value=missing) for missing in (False, True))
+        some, every = (x.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)) for x in (some, every))
+        some, every, first = some.any(3), every.all(3), m // BLOCK
+        found = some.any(1).byte() + every.all(1).byte()
+        by_rows = found.eq(CUT) & (every | ~some).all(1)
+        kinds[b, h, first : first + len(some)] = found.masked_fill(by_rows, BY_ROWS)
 
 
 def _list_of_keys(none: list[list[bool]], every: list[list[bool]], across: int) -> tuple[tuple[int, int, int], list[int]]:
@@ -344,11 +330,6 @@ def _list_of_keys(none: list[list[bool]], every: list[list[bool]], across: int) 
     if not whole:
         led, cut = cut, led
     return (len(cut), len(led) + len(whole) + len(cut), len(whole) + len(cut)), [*cut[::-1], *whole[::-1], *led[::-1]]
-
-
-def _kinds_of_all(none: torch.Tensor, every: torch.Tensor) -> torch.Tensor:
-    """The kinds of tiles from what :meth:`BlockMask._seen` says of their parts."""
-    return every.all(3).byte() + none.all(3).logical_not()
 
 
 # ---- what attention is given -----------------------------------------------------------------------------------------

@@ -99,12 +99,8 @@ def _load(folder: Path, name: str) -> Callable:
         return importlib.import_module("cutlass.cute.runtime").load_module(str(code), enable_tvm_ffi=True)["attention"]
     for library in record["libraries"]:
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-    return importlib.import_module("tvm_ffi").load_module(_as_utf8(code))["attention"]
-
-
-def _as_utf8(path: Path) -> str:
-    """A path as those want it who take every string for UTF-8: Python may have been told that file names are ASCII."""
-    return os.fsencode(path).decode()
+    as_utf8 = os.fsencode(code).decode()  # which the launcher takes every string for; Python's own of the path may be ASCII
+    return importlib.import_module("tvm_ffi").load_module(as_utf8)["attention"]
 
 
 def check_trust(path: Path) -> None:

@@ -12,9 +12,10 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -102,17 +103,7 @@ def whole(least: int, most: int = INT_MAX, step: int = 1) -> Callable[[str], int
         needed = f"a multiple of {step} from {least} to {most}"
     else:
         needed = f"a whole number of at least {least} and at most {most}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most or value % step:
-            raise argparse.ArgumentTypeError(f"got {text!r}; {needed} is needed")
-        return value
-
-    return parse
+    return _number(int, needed, lambda value: least <= value <= most and not value % step)
 
 
 def real(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
@@ -120,14 +111,18 @@ def real(least: float, most: float = math.inf, above: bool = False) -> Callable[
     needed = f"a finite number {'above' if above else 'of at least'} {least:g}"
     needed += f" and at most {most:g}" if math.isfinite(most) else ""
 
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
-            raise argparse.ArgumentTypeError(f"got {text!r}; {needed} is needed")
-        return value
+    def fits(value: float) -> bool:
+        return math.isfinite(value) and least <= value <= most and not (above and value == least)
+
+    return _number(float, needed, fits)
+
+
+def _number(kind: Callable[[str], Any], needed: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"got {text!r}; {needed} is needed")
 
     return parse
 

@@ -116,17 +116,15 @@ def _outside_sources(config: Config) -> str:
 
 def _import_dsl():
     """``cutlass.cute``, imported only where something has to be compiled: it takes more than a second."""
-    try:
-        importlib.import_module("tvm_ffi")
-    except (ImportError, OSError) as error:
-        raise NotImplementedError(
-            f"tvm-ffi can't be imported ({error}); the GPU kernels are launched with it: "
-            f"try pip install apache-tvm-ffi, or backend='reference'"
-        ) from error
-    try:
-        return importlib.import_module("cutlass.cute")
-    except (ImportError, OSError) as error:
-        raise NotImplementedError(
-            f"CUTLASS's CuTe DSL can't be imported ({error}); the GPU kernels are compiled with it: "
-            f"try pip install 'nvidia-cutlass-dsl[cu13]', or backend='reference'"
-        ) from error
+    for module, name, used, package in (
+        ("tvm_ffi", "tvm-ffi", "launched", "apache-tvm-ffi"),
+        ("cutlass.cute", "CUTLASS's CuTe DSL", "compiled", "'nvidia-cutlass-dsl[cu13]'"),
+    ):
+        try:
+            found = importlib.import_module(module)
+        except (ImportError, OSError) as error:
+            raise NotImplementedError(
+                f"{name} can't be imported ({error}); the GPU kernels are {used} with it: "
+                f"try pip install {package}, or backend='reference'"
+            ) from error
+    return found

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -18,8 +19,7 @@ from rich.text import Text
 from torch.nn.functional import scaled_dot_product_attention
 
 from cute_attn import attention, cubin, fill, machine
-from cute_attn.layouts import family
-from cute_attn.layouts.base import KIB, Config
+from cute_attn.layouts.base import Config
 from cute_attn.layouts.tools import draw
 from cute_attn.plan import explain, plan
 from cute_attn.problem import Problem, check_call, problem_of
@@ -32,37 +32,28 @@ NEXT = ("make test", "python -m cute_attn info", "python -m cute_attn compile --
 TIMES_PLAIN = 2.0  # the tests' policy: at most twice plain PyTorch's error, plus the rounding of the result
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call: what is asked, in words, the sizes, and the rules as attention() takes them."""
+class Case(NamedTuple):
+    """One call: what is asked, in words, ``(seqlen, heads, head_dim)`` of each tensor, and attention()'s rules."""
 
     name: str
-    seqlen_q: int
-    seqlen_k: int
-    heads: int
-    heads_kv: int
-    head_dim: int
-    head_dim_v: int
-    rules: dict = field(default_factory=dict)
+    q: tuple[int, int, int]
+    k: tuple[int, int, int]
+    v: tuple[int, int, int]
+    rules: dict[str, Any]
 
-    def tensors(self, device: str, times: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def tensors(self, device: str, times: int) -> list[torch.Tensor]:
         """q, k, v, ``(2, seqlen, heads, head_dim)``, with ``times`` the lengths."""
         generator = torch.Generator().manual_seed(SEED)
-        shapes = (
-            (2, times * self.seqlen_q, self.heads, self.head_dim),
-            (2, times * self.seqlen_k, self.heads_kv, self.head_dim),
-            (2, times * self.seqlen_k, self.heads_kv, self.head_dim_v),
-        )
-        q, k, v = (torch.randn(shape, generator=generator).to(DTYPE).to(device) for shape in shapes)
-        return q, k, v
+        shapes = ((2, times * seqlen, *others) for seqlen, *others in (self.q, self.k, self.v))
+        return [torch.randn(shape, generator=generator).to(DTYPE).to(device) for shape in shapes]
 
 
 CASES = (
-    Case("full", 256, 256, 4, 4, 64, 64),
-    Case("causal", 256, 256, 4, 4, 128, 128, {"causal": True}),
-    Case("causal, 4 query heads a key head, lengths differ", 200, 333, 8, 2, 128, 128, {"causal": True}),
-    Case("window of 64 keys before, 16 after", 256, 256, 4, 4, 64, 64, {"window": (64, 16)}),
-    Case("softcap 20, head dims 96 and 64", 256, 256, 4, 4, 96, 64, {"softcap": 20.0}),
+    Case("full", (256, 4, 64), (256, 4, 64), (256, 4, 64), {}),
+    Case("causal", (256, 4, 128), (256, 4, 128), (256, 4, 128), {"causal": True}),
+    Case("causal, 4 query heads a key head, lengths differ", (200, 8, 128), (333, 2, 128), (333, 2, 128), {"causal": True}),
+    Case("window of 64 keys before, 16 after", (256, 4, 64), (256, 4, 64), (256, 4, 64), {"window": (64, 16)}),
+    Case("softcap 20, head dims 96 and 64", (256, 4, 96), (256, 4, 96), (256, 4, 64), {"softcap": 20.0}),
 )
 
 
@@ -156,14 +147,11 @@ def _compare(case: Case, q, k, v) -> tuple[list[str], bool]:
 
 def _visible(q, k, causal=False, window=(None, None), softcap=0.0) -> torch.Tensor:
     """Which keys each query sees: bool, ``(seqlen_q, seqlen_k)``; the last query is aligned with the last key."""
-    left, right = window
-    right = 0 if causal else right
-    distance = torch.arange(k.shape[1], device=q.device) - torch.arange(q.shape[1], device=q.device)[:, None]
-    distance = distance - (k.shape[1] - q.shape[1])
-    visible = torch.ones_like(distance, dtype=torch.bool)
-    if left is not None:
-        visible &= distance >= -left
-    return visible if right is None else visible & (distance <= right)
+    left, right = (None, 0) if causal else window
+    rows, keys = (torch.arange(-x.shape[1], 0, device=q.device) for x in (q, k))
+    distance = keys - rows[:, None]
+    every = torch.ones_like(distance, dtype=torch.bool)
+    return (every if left is None else distance >= -left) & (every if right is None else distance <= right)
 
 
 def _eager(q, k, v, visible, causal=False, window=None, softcap=0.0):
@@ -238,22 +226,14 @@ def _compiled(console: Console, summary: Summary, kernels: dict[str, Future]) ->
 
 
 def _facts(config: Config, compiled: cubin.Compiled) -> dict[str, str]:
-    """The rows of the table for one kernel."""
+    """The rows of the table for one kernel: what :func:`explain` doesn't say."""
     specialised = config.mma_registers > 0
-    parts = {name: size for name, size in family(config).smem_parts(config).items() if size}
     tensor_core = {name: n for name, n in compiled.instructions.items() if name.startswith(("HGMMA", "HMMA"))}
     count: Callable[[str], int] = compiled.count
     return {
-        "mechanism": config.mechanism,
-        "tile": f"{config.tile_m} queries × {config.tile_n} keys",
-        "threads": f"{config.threads}: {config.mma_warps} warps compute"
-        + (f", {config.threads // 32 - config.mma_warps} copy" if specialised else " and copy"),
-        "pipeline": f"{config.stages} stages of K and of V",
         "registers a thread": f"{compiled.registers} at launch"
         + (f"; then {config.mma_registers} to compute, {config.copy_registers} to copy" if specialised else ""),
         "spills": f"{compiled.spill_stores} stores, {compiled.spill_loads} loads; stack of {compiled.stack_bytes} B",
-        "shared memory": f"{family(config).smem_bytes(config) / KIB:.1f} KiB: "
-        + ", ".join(f"{name} {size / KIB:.1f}" for name, size in parts.items() if size >= KIB),
         "tensor cores": "\n".join(f"{n} × {name}" for name, n in tensor_core.items()) or "none",
         "copies in": f"{count('UTMALDG')} TMA loads" if count("UTMALDG") else f"{count('LDGSTS')} cp.async",
         "copies out": f"{count('UTMASTG')} TMA stores" if count("UTMASTG") else f"{count('STG')} stores",

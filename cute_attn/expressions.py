@@ -162,11 +162,14 @@ class Expression:
     def leaves(self) -> list[frozenset[str]]:
         """Of each node the names of the leaves that it depends on."""
         found: list[frozenset[str]] = []
-        for op, _, *operands in self.nodes:
-            inner = operands[1:] if op == "load" else operands
-            plain = op in ("constant", "leaf")
-            found.append(frozenset(operands if op == "leaf" else () if plain else set().union(*(found[i] for i in inner))))
+        for node in self.nodes:
+            found.append(frozenset(node[2:]) if node[0] == "leaf" else frozenset().union(*(found[i] for i in _inputs(node))))
         return found
+
+
+def _inputs(node: tuple) -> tuple[int, ...]:
+    """The nodes whose values a node is computed of."""
+    return () if node[0] in ("leaf", "constant") else node[3 if node[0] == "load" else 2 :]
 
 
 NOTHING = Expression()
@@ -479,7 +482,11 @@ class Tracing(TorchFunctionMode):
             _refuse(f"{name} of floats", "integers are needed", ".to(torch.int32)")
         if name in _ARITHMETIC:
             return graph.apply(name, *nodes, at_least="float" if name == "div" else "int")
-        return getattr(self, f"_{name}")(*nodes)
+        if name == "where":
+            return graph.apply_where(*nodes)
+        if graph.kind(nodes[0]) != "bool":  # of invert
+            _refuse("~ of numbers", "a condition is needed", "-1 - x, or a comparison")
+        return graph.make("invert", "bool", *nodes)
 
     def _attribute(self, name: str, symbol: Symbol):
         if name == "dtype":
@@ -507,14 +514,6 @@ class Tracing(TorchFunctionMode):
         return graph.symbol(graph.cast(graph.operand(args[0]), name))
 
     # ---- operations of other numbers of operands, or made of others
-
-    def _invert(self, x):
-        if self.graph.kind(x) != "bool":
-            _refuse("~ of numbers", "a condition is needed", "-1 - x, or a comparison")
-        return self.graph.make("invert", "bool", x)
-
-    def _where(self, condition, x, y):
-        return self.graph.apply_where(condition, x, y)
 
     def _clamp(self, x, min=None, max=None):
         node = self.graph.operand(x)
@@ -571,8 +570,8 @@ def traced(
     if score is not None:
         scored = graph.symbol(_called(graph, "score", score, (scored, batch_, head, q_idx, kv_idx, *tensors), "float"))
     if alibi_slopes is not None:
-        arguments = (scored, batch_, head, q_idx, kv_idx, shift, alibi_slopes)
-        scored = graph.symbol(_called(graph, "alibi_slopes", _alibi_behind if behind else _alibi, arguments, "float"))
+        arguments = (scored, batch_, head, q_idx, kv_idx, shift, alibi_slopes, behind)
+        scored = graph.symbol(_called(graph, "alibi_slopes", _alibi, arguments, "float"))
     if element is not None:
         to_bias = (scored, batch_, head, q_idx, kv_idx)
         scored = graph.symbol(_called(graph, "bias", lambda score, *where: score + element(*where), to_bias, "float"))
@@ -669,18 +668,13 @@ def _trimmed(whole: Expression) -> Expression:
     ends += [node for partial in whole.partials for node in partial[:2] if node is not None]
     needed = set(ends)
     for node in range(len(whole.nodes) - 1, -1, -1):
-        op, _, *operands = whole.nodes[node]
-        if node in needed and op not in ("leaf", "constant"):
-            needed |= set(operands[1:] if op == "load" else operands)
+        if node in needed:
+            needed |= set(_inputs(whole.nodes[node]))
     place: dict[int | None, int | None] = {node: i for i, node in enumerate(sorted(needed))}
     nodes = []
-    for node in sorted(needed):
-        op, kind, *operands = whole.nodes[node]
-        if op == "load":
-            operands[1:] = [place[i] for i in operands[1:]]
-        elif op not in ("leaf", "constant"):
-            operands = [place[i] for i in operands]
-        nodes.append((op, kind, *operands))
+    for node in map(whole.nodes.__getitem__, sorted(needed)):
+        inputs = _inputs(node)
+        nodes.append((*node[: len(node) - len(inputs)], *map(place.__getitem__, inputs)))
     place[None] = None
     partials = tuple(x._replace(load=place[x.load], slope=place[x.slope]) for x in whole.partials)  # type: ignore[arg-type]
     return Expression(tuple(nodes), place[whole.mask], place[whole.score], place[whole.slope], whole.tensors, partials)
@@ -725,16 +719,10 @@ def _sum_of_positions(nodes: tuple, node: int) -> dict[str, int] | None:
     return found
 
 
-def _alibi(score, batch, head, q_idx, kv_idx, shift, slopes):
-    return score - _slope_of(slopes, batch, head) * torch.abs(q_idx + shift - kv_idx)
-
-
-def _alibi_behind(score, batch, head, q_idx, kv_idx, shift, slopes):
-    return score - _slope_of(slopes, batch, head) * (q_idx + shift - kv_idx)
-
-
-def _slope_of(slopes, batch, head):
-    return slopes[head] if slopes.dim() == 1 else slopes[batch, head]
+def _alibi(score, batch, head, q_idx, kv_idx, shift, slopes, behind: bool):
+    slope = slopes[head] if slopes.dim() == 1 else slopes[batch, head]
+    distance = q_idx + shift - kv_idx
+    return score - slope * (distance if behind else torch.abs(distance))
 
 
 def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:

@@ -37,16 +37,12 @@ class Field(NamedTuple):
 Fields = tuple["Field | tuple[Field, ...]", ...]
 
 
-def _given(name: str) -> Field:
-    return Field(name, "words", lambda problem, config: name in problem.ragged.split())
+def _is(flag: str) -> Callable[[Problem, Config], bool]:
+    return lambda problem, config: bool(getattr(problem, flag))
 
 
-def _stored(name: str) -> Field:
-    return Field(name, "words", lambda problem, config: name in problem.stored.split())
-
-
-def _gradient(name: str) -> Field:
-    return Field(f"d{name}", "operand", lambda problem, config: name in problem.gradients)
+def _in(names: str, name: str) -> Callable[[Problem, Config], bool]:
+    return lambda problem, config: name in getattr(problem, names)
 
 
 def has_sums(problem: Problem, config: Config) -> bool:
@@ -75,27 +71,25 @@ def walks_over_keys(problem: Problem, config: Config) -> bool:
     return "q" in problem.gradients and not has_sums(problem, config)
 
 
-def _dropout(name: str, kind: str) -> Field:
-    return Field(name, kind, lambda problem, config: problem.dropout)
-
-
-_LENGTHS = *map(_given, NAMES),
+_LENGTHS = tuple(Field(name, "words", _in("ragged", name)) for name in NAMES)
+_CAPTURED = Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors))
 _ALIKE = (
-    Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
-    *map(_dropout, ("seed", "drop_below", "kept_scale"), ("words", "int32", "float32")),
+    _CAPTURED,
+    Field("seed", "words", _is("dropout")),
+    Field("drop_below", "int32", _is("dropout")),
+    Field("kept_scale", "float32", _is("dropout")),
     *(Field(name, "int32") for name in ("count", "left", "right")),
     *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
-    Field("heads_first", "int32"),
-    Field("blocks", "int32"),
+    *(Field(name, "int32") for name in ("heads_first", "blocks")),
 )
 _STREAM = Field("stream", "stream")
 FORWARD: Fields = (
     *(Field(name, "operand") for name in ("q", "k", "v", "out")),
-    Field("lse", "row values", lambda problem, config: problem.return_lse),
-    Field("lse_raw", "row values", lambda problem, config: problem.for_backward),
+    Field("lse", "row values", _is("return_lse")),
+    Field("lse_raw", "row values", _is("for_backward")),
     (
         Field("tickets", "words", takes_tickets),
-        Field("sinks", "floats", lambda problem, config: problem.sinks),
+        Field("sinks", "floats", _is("sinks")),
         Field("key_lists", "lists", _is_listed),
         Field("kinds", "kinds", _is_listed),
         *_LENGTHS,
@@ -106,11 +100,11 @@ FORWARD: Fields = (
 BACKWARD: Fields = (
     *(Field(name, "operand") for name in ("q", "k", "v", "out", "dout")),
     Field("lse_raw", "row values"),
-    Field("dlse", "row values", lambda problem, config: problem.return_lse),
+    Field("dlse", "row values", _is("return_lse")),
     Field("rows", "padded row values"),
     Field("dq_sum", "sums", has_sums),
     Field("signals", "words", has_signals),
-    *map(_gradient, "qkv"),
+    *(Field(f"d{name}", "operand", _in("gradients", name)) for name in "qkv"),
     (
         Field("query_lists", "lists", _is_listed),
         Field("key_lists", "lists", lambda problem, config: _is_listed(problem, config) and walks_over_keys(problem, config)),
@@ -123,15 +117,15 @@ BACKWARD: Fields = (
 )
 CLASSIFY: Fields = (
     Field("kinds", "kinds"),
-    Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
+    _CAPTURED,
     *(Field(name, "int32") for name in ("seqlen_q", "seqlen_k")),
-    Field("stream", "stream"),
+    _STREAM,
 )
 ENLIST: Fields = (
     Field("kinds", "kinds"),
     Field("lists", "lists"),
     *(Field(name, "int32") for name in ("down", "across", "members")),
-    Field("stream", "stream"),
+    _STREAM,
 )
 MERGE: Fields = (
     Field("into", "exact operand"),
@@ -140,39 +134,43 @@ MERGE: Fields = (
     Field("more", "operand"),
     Field("lse_more", "row values"),
     Field("to_log2", "float32"),
-    Field("stream", "stream"),
+    _STREAM,
 )
 _STORED = (
     Field("lengths", "words"),
-    Field("page_table", "tables", lambda problem, config: "page_table" in problem.stored.split()),
-    *(_stored(name) for name in CODE_NAMES[1:]),
-    *(Field(name, "int32") for name in ("seqlen_new",)),
+    Field("page_table", "tables", _in("stored", "page_table")),
+    *(Field(name, "words", _in("stored", name)) for name in CODE_NAMES[1:]),
+    Field("seqlen_new", "int32"),
 )
 ATTEND: Fields = (
     Field("q", "operand"),
     *(Field(name, "cache") for name in ("k_cache", "v_cache")),
     Field("out", "operand"),
-    Field("lse", "row values", lambda problem, config: problem.return_lse),
+    Field("lse", "row values", _is("return_lse")),
     Field("workspace", "workspace"),
     Field("counters", "int32"),
-    Field("sinks", "floats", lambda problem, config: problem.sinks),
-    Field("captured", "captured", lambda problem, config: bool(problem.expression.tensors)),
+    Field("sinks", "floats", _is("sinks")),
+    _CAPTURED,
     *_STORED,
     *(Field(name, "int32") for name in ("units", "places", "rows_kept", "left", "right")),
     *(Field(name, "float32") for name in ("scale_log2", "scale_by_cap")),
     Field("blocks", "int32"),
-    Field("stream", "stream"),
+    _STREAM,
 )
 
-_TURNED = "halves", "interleaved"
+
+def _turns(problem: Problem, config: Config) -> bool:
+    return problem.appends in ("halves", "interleaved")
+
+
 APPEND: Fields = (
     *(Field(name, "cache") for name in ("k_cache", "v_cache")),
     *(Field(name, "operand") for name in ("k_new", "v_new")),
-    *(Field(name, "operand", lambda problem, config: problem.appends in _TURNED) for name in ("q", "q_turned")),
-    *(Field(name, "angles", lambda problem, config: problem.appends in _TURNED) for name in ("cos", "sin")),
-    _stored("rotary_begin"),
+    *(Field(name, "operand", _turns) for name in ("q", "q_turned")),
+    *(Field(name, "angles", _turns) for name in ("cos", "sin")),
+    Field("rotary_begin", "words", _in("stored", "rotary_begin")),
     *_STORED,
-    Field("stream", "stream"),
+    _STREAM,
 )
 
 

@@ -6,7 +6,6 @@ own, because the DSL compiles one kernel at a time.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import time
@@ -42,22 +41,6 @@ class Outcome:
         if self.problem.gradients:
             asked.append(f"gradients of {self.problem.gradients}")
         return ", ".join(asked) or "full"
-
-
-def common(dtype: str, head_dim: int, head_dim_v: int, lse: tuple[bool, ...] = (False, True)) -> list[Problem]:
-    """The problems most models have: full and causal attention, with and without the log-sum-exp."""
-    return [
-        Problem(dtype, head_dim, head_dim_v, bounded_right=causal, return_lse=asked)
-        for causal, asked in itertools.product((False, True), lse)
-    ]
-
-
-def every(dtype: str, head_dim: int, head_dim_v: int, lse: tuple[bool, ...] = (False, True)) -> list[Problem]:
-    """Every combination of rules."""
-    flags = (False, True)
-    return [
-        Problem(dtype, head_dim, head_dim_v, *rules, asked) for rules in itertools.product(flags, flags, flags) for asked in lse
-    ]
 
 
 def training(problems: Iterable[Problem]) -> list[Problem]:

@@ -37,7 +37,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ from cute_attn.api import attention, attention_varlen
 from cute_attn.arguments import check_layout, flag, integer, number, shown, unscriptable
 from cute_attn.kvcache import attention_kvcache
 from cute_attn.launch import packed_of
-from cute_attn.lengths import check_int32
+from cute_attn.lengths import sequences_of
 from cute_attn.private import dispatch_modes, transforms_active
 from cute_attn.problem import HEAD_DIM_STEP
 from cute_attn.wrapped import check_read
@@ -55,13 +55,12 @@ from cute_attn.wrapped import check_read
 __version__ = "2.8.4"  # of the flash-attn whose interface this is
 UNBOUNDED = (-1, -1)
 Window = tuple[int | None, int | None]
-_SDPA = "torch.nn.functional.scaled_dot_product_attention"
 _FLEX = "torch.nn.attention.flex_attention"
 # By name: what nothing here depends on, ints, flags, and what is not looked at.
 _INTS = ("num_splits", "sm_margin", "min_seqlen_k", "seqlen_k_per_split")
 _FLAGS = ("pack_gqa", "disable_scheduler_metadata")
 _UNREAD = ("scheduler_metadata",)
-# What isn't there yet, and what to do instead: of the newer interfaces, by name, and of 2.8.
+# What isn't there yet of the newer interfaces, by name, and what to do instead.
 _NEWER = {
     "qv": "q of torch.cat((q, qv), -1) and k of torch.cat((k, v), -1)",
     "q_descale": "q.to(torch.bfloat16) * q_descale",
@@ -73,7 +72,6 @@ _NEWER = {
     **dict.fromkeys(("score_mod", "score_mod_bwd", "mask_mod", "aux_tensors", "aux_scalars"), _FLEX),
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd"), _FLEX),
 }
-_NOT_YET = dict(_NEWER)
 _NUMBERS = ("attention_chunk",)  # of these 0 is none, and not None
 
 
@@ -193,7 +191,7 @@ def flash_attn_varlen_func(
             )
         used = seqused_k
         if used is None:
-            check_int32("cu_seqlens_k", cu_seqlens_k, getattr(q, "device", torch.device("cpu")))
+            sequences_of("cu_seqlens_k", cu_seqlens_k, getattr(q, "device", torch.device("cpu")))
             check_read(cu_seqlens_k=cu_seqlens_k)
             used = cu_seqlens_k.flatten().diff()
         where = extras | {"page_table": table, "cu_seqlens_q": cu_seqlens_q}
@@ -406,20 +404,20 @@ class _Unpacked(torch.autograd.Function):
         return torch.stack(gradients, -3) if packed is None else packed
 
 
-def _check_others(others: dict[str, Any], **unused: Any) -> None:
-    """Check hints for their kind, and refuse what isn't there yet, of these and of the arguments that 2.8 has itself."""
-    for name, value in {**unused, **others}.items():
+def _check_others(others: dict[str, Any]) -> None:
+    """Check hints for their kind, and refuse what isn't there yet."""
+    for name, value in others.items():
         if name in _INTS:
             _check_hint(name, value)
         elif name in _FLAGS:
             if value is not None:
                 flag(name, value)
-        elif name in _NUMBERS:
-            if number(name, value, "0 for none") != 0.0:
-                _refuse(name, value)
-        elif name in _NOT_YET:
-            if value is not None:
-                _refuse(name, value)
+        elif name in _NEWER:
+            none = 0 if name in _NUMBERS else None
+            if value is not None if none is None else number(name, value, "0 for none") != 0.0:
+                raise NotImplementedError(
+                    f"{name} is {shown(value)}; {none} is needed, since it isn't there yet: try {_NEWER[name]}"
+                )
         elif name not in _UNREAD:
             known = ", ".join((*_INTS, *_FLAGS, *_UNREAD, "learnable_sink", *_NEWER))
             raise TypeError(f"{name} is no argument of flash-attn; by name there are return_lse, {known}: leave it out")
@@ -431,12 +429,6 @@ def _check_hint(name: str, value: object) -> None:
         return
     if value is not None:
         integer(name, value, "or None")
-
-
-def _refuse(name: str, value: object) -> NoReturn:
-    raise NotImplementedError(
-        f"{name} is {shown(value)}; {0 if name in _NUMBERS else None} is needed, since it isn't there yet: try {_NOT_YET[name]}"
-    )
 
 
 # ---- bert_padding ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch.compiler import is_compiling
 
 from cute_attn import api, autocast, launch, reference, serve, stored, wrapped
-from cute_attn.arguments import flag, unscriptable
+from cute_attn.arguments import choice, flag, unscriptable
 from cute_attn.lengths import are_checked
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
@@ -125,10 +125,10 @@ def attention_kvcache(
         cu_seqlens_k_new = cu_seqlens_q
     inputs = q, k_cache, v_cache, k_new, v_new, sinks
     differentiable = torch.is_grad_enabled() and True in [getattr(x, "requires_grad", False) for x in inputs]
+    where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new
     key = None
     if mask is score is alibi_slopes is None and type(tensors) is tuple and not tensors and not differentiable:
         cos, sin = rotary if type(rotary) is tuple and len(rotary) == 2 else (rotary, None)
-        where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new
         new = None
         if not k_new is v_new is rotary is rotary_begin is None:
             new = k_new, v_new, cos, sin, rotary_begin
@@ -140,14 +140,12 @@ def attention_kvcache(
                 return (out, lse) if return_lse else out
             except launch.Refused:  # suppress() would take longer; why is said below, or how they can be read
                 pass
-    of_sequences = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin
+    of_sequences = (*where, rotary_begin)
     call = check_call_of_cache(q, k_cache, v_cache, of_sequences, scale, causal, window, softcap)
     keys = call.stored
     assert keys is not None
-    if not type(return_lse) is type(batch_invariant) is type(rotary_interleaved) is bool:
-        return_lse, batch_invariant = flag("return_lse", return_lse), flag("batch_invariant", batch_invariant)
-        rotary_interleaved = flag("rotary_interleaved", rotary_interleaved)
-    keys.batch_invariant = batch_invariant
+    return_lse, rotary_interleaved = flag("return_lse", return_lse), flag("rotary_interleaved", rotary_interleaved)
+    keys.batch_invariant = flag("batch_invariant", batch_invariant)
     if k_new is not None or v_new is not None:
         stored.check_new(keys, k_cache, v_cache, k_new, v_new)
     if rotary is not None:
@@ -156,10 +154,7 @@ def attention_kvcache(
     wrapped.check_read(q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, **named)
     if (extras := api.extras_of_call(mask, score, tensors, alibi_slopes, None, sinks, 0)) is not None:
         api.take_extras(call, q, extras, keys.batch)
-    if type(backend) is not str or backend not in api.BACKENDS:
-        backend = api.backend_name(backend)
-    if mechanism is not None and type(mechanism) is not str:
-        mechanism = mechanism_name(mechanism)
+    backend, mechanism = choice("backend", backend, api.BACKENDS), mechanism_name(mechanism)
     on_reference = api.computed_by_reference(backend, mechanism, q)
     if differentiable:
         raise NotImplementedError(

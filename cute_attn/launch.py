@@ -1,6 +1,6 @@
 """From torch's tensors to a kernel on the caller's device and stream.
 
-tvm-ffi launches (a compiled kernel's callable is a function of its), cuda-python answers questions about the device.
+tvm-ffi launches (a compiled kernel's callable is a function of its), torch answers questions about the device.
 Nothing here synchronises, and the forward pass allocates nothing but its outputs, and tickets where sequences are ragged or
 have block masks; those of kept calls stay (``workspace.py``).
 """
@@ -47,17 +47,7 @@ NO_LENGTHS, _NO_LISTS = (None,) * len(NAMES), (None,) * 3
 @lru_cache(maxsize=64)
 def multiprocessors(device: int) -> int:
     """Streaming multiprocessors of a device."""
-    try:
-        from cuda.bindings import runtime
-    except ImportError as missing:
-        raise NotImplementedError(
-            f"cuda-python can't be imported ({missing}); the kernels are launched with it: "
-            f"try pip install cuda-python, or backend='reference'"
-        ) from missing
-    error, count = runtime.cudaDeviceGetAttribute(runtime.cudaDeviceAttr.cudaDevAttrMultiProcessorCount, device)
-    if error != runtime.cudaError_t.cudaSuccess:
-        raise RuntimeError(f"CUDA can't tell device {device}'s multiprocessors ({error.name}): is it visible to the process?")
-    return count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=64)
@@ -421,29 +411,20 @@ def _lists_of_gradients(call: Call, planned: _PlannedGradients) -> tuple:
 def classify(kinds: torch.Tensor, expression: Expression, captured: tuple, seqlen_q: int, seqlen_k: int) -> None:
     """``blocks.classified`` by a kernel, on the current stream."""
     device = kinds.get_device()
-    function, _ = prepared(_classifying(expression), None, device)
+    problem = Problem.intern("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, expression=expression, blocks="classified")
+    function, _ = prepared(problem, None, device)
     read = tuple(map(as_read, captured)) if captured else None
     with torch.cuda.device(device):
         function(kinds, read, seqlen_q, seqlen_k, raw_stream(device))
-
-
-@lru_cache(maxsize=64)
-def _classifying(expression: Expression) -> Problem:
-    return Problem("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, expression=expression, blocks="classified")
 
 
 def enlist(which: str, kinds: torch.Tensor, lists: torch.Tensor, down: int, across: int, members: int) -> None:
     """Fills ``lists``, zeros so far, with a block mask's ``"key lists"`` or ``"query lists"`` of tiles of ``down`` × ``across``
     blocks, on the current stream."""
     device = kinds.get_device()
-    function, _ = prepared(_enlisting(which), None, device)
+    function, _ = prepared(Problem.intern("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, blocks=which), None, device)
     with torch.cuda.device(device):
         function(kinds, lists, down, across, members, raw_stream(device))
-
-
-@lru_cache(maxsize=2)
-def _enlisting(which: str) -> Problem:
-    return Problem("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, blocks=which)
 
 
 def as_read(x: torch.Tensor) -> torch.Tensor:
@@ -459,15 +440,11 @@ def merge(out, lse, more, lse_of_more, to_log2: float):
     into, so_far = (out, None) if out.dtype is torch.float32 else (torch.empty_like(out, dtype=torch.float32), out)
     if out.numel():
         device = out.get_device()
-        function, _ = prepared(_merging(DTYPE_NAMES[more.dtype], out.shape[3], DTYPE_NAMES[out.dtype]), None, device)
+        problem = Problem.intern(DTYPE_NAMES[more.dtype], out.shape[3], out.shape[3], merges=DTYPE_NAMES[out.dtype])
+        function, _ = prepared(problem, None, device)
         with torch.cuda.device(device):
             function(into, so_far, lse, more, lse_of_more, to_log2, raw_stream(device))
     return into
-
-
-@lru_cache(maxsize=64)
-def _merging(dtype: str, head_dim_v: int, so_far: str) -> Problem:
-    return Problem(dtype, head_dim_v, head_dim_v, merges=so_far)
 
 
 def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:

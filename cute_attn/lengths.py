@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from itertools import pairwise, product
-from typing import Any, NoReturn
+from itertools import compress, pairwise, product
+from typing import Any
 
 import torch
 
 from cute_attn.arguments import check_layout, shown
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-_MORE = (1, 1, 0, 0)  # how many values there are of each besides one for each sequence
+_NAMES = {there: " ".join(compress(NAMES, there)) for there in product((False, True), repeat=len(NAMES))}
 CHECK = "CUTE_ATTN_CHECK"  # in the environment: 1 to read lengths back and check them
 
 
@@ -80,17 +80,15 @@ class Lengths:
         if (seqused := self.tensors[2 + side]) is not None:
             name = NAMES[2 + side]
             for i, (used, (first, past)) in enumerate(zip(seqused.tolist(), self.bounds(side, rows), strict=True)):
-                if not 0 <= used <= past - first:
-                    raise ValueError(
-                        f"{name}[{i}] is {used}; from 0 to {past - first}, the rows of that sequence, is needed: check how "
-                        f"{name} was made"
-                    )
+                check_within(name, i, used, past - first, "the rows of that sequence")
 
 
-_NAMES: dict[tuple[bool, ...], str] = {
-    there: " ".join(name for name, is_there in zip(NAMES, there, strict=True) if is_there)
-    for there in product((False, True), repeat=len(NAMES))
-}
+def check_within(name: str, where: object, value: int, most: int, what: str) -> None:
+    """Refuse a value that was read back and is not from 0 to ``most``."""
+    if not 0 <= value <= most:
+        raise ValueError(
+            f"{name}[{where}] is {value}; from 0 to {most}, {what}, is needed: check how {name} was made"
+        )
 
 
 def are_checked() -> bool:
@@ -104,57 +102,39 @@ def check_lengths(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) 
 
     Raises ``TypeError`` and ``ValueError``.
     """
-    device, whole, before = q.device, True, None
-    for x, more in zip(tensors, _MORE, strict=True):
-        if x is None or x is before:  # often one tensor is the bounds of queries and of keys
+    for name, x in zip(NAMES, tensors, strict=True):
+        if x is None or (x is tensors[0] and name == "cu_seqlens_k"):  # often one tensor is the bounds of both
             continue
-        try:
-            (size,) = x.shape
-            fits = (
-                isinstance(x, torch.Tensor)
-                and x.dtype is torch.int32
-                and x.device == device
-                and x.layout is torch.strided
-                and not x.is_nested
+        n = sequences_of(name, x, q.device)
+        count = n if count is None else count
+        if n != count:
+            raise ValueError(
+                f"{name} is of {n} sequences where there are {count}; one length for each is needed: check how {name} was made"
             )
-        except (AttributeError, ValueError, RuntimeError):  # not a tensor, other dimensions, nested tensors
-            fits = False
-        if fits and count is None:
-            count = size - more
-        if not fits or count is None or size - more != count or count < 0:
-            _explain_misfit(q, count, tensors)
-        whole, before = whole and x.is_contiguous(), x if more else None
     assert count is not None
-    return Lengths(count, tensors if whole else tuple(x if x is None else x.contiguous() for x in tensors))
+    return Lengths(count, in_one_piece(tensors))
 
 
-def check_int32(name: str, x: object, device: torch.device) -> None:
-    """Refuse what is no int32 tensor on q's device."""
+def sequences_of(name: str, x: Any, device: torch.device) -> int:
+    """Of how many sequences a tensor of lengths or bounds is, or a table. Refuses what is no int32 tensor on q's device, and
+    other shapes."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is {shown(x)}; an int32 tensor on {device} is needed: try torch.tensor(…, dtype=torch.int32)")
-    check_layout(name, x)
+    if x.is_nested or x.layout is not torch.strided:
+        check_layout(name, x)
     if x.dtype != torch.int32:
         raise ValueError(f"{name} has dtype {x.dtype}; torch.int32 is needed: try {name}.int()")
     if x.device != device:
         raise ValueError(f"{name} lies on {x.device} and q on {device}; one device is needed: try {name}.to(q.device)")
+    more, dims = (1 if name.startswith("cu_seqlens") else 0), (2 if name == "page_table" else 1)
+    if x.dim() != dims or (size := x.size(0)) < more:
+        need = "(batch, max_pages)" if dims == 2 else "(batch + 1,), from 0 up to all rows," if more else "(batch,)"
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; {need} is needed: try {name}.flatten(), or check how it was made"
+        )
+    return size - more
 
 
-def _explain_misfit(q: torch.Tensor, count: int | None, tensors: tuple[Any, ...]) -> NoReturn:
-    """Say which of check_lengths's conditions lengths break."""
-    for name, more, x in zip(NAMES, _MORE, tensors, strict=True):
-        if x is None:
-            continue
-        check_int32(name, x, q.device)
-        if x.dim() != 1 or x.shape[0] < more:
-            need = "(batch + 1,), from 0 up to all rows," if more else "(batch,)"
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; {need} is needed: try {name}.flatten(), or check how it was made"
-            )
-        if count is None:
-            count = x.shape[0] - more
-        if x.shape[0] - more != count:
-            break
-    raise ValueError(
-        f"{name} is of {x.shape[0] - more} sequences where there are {count}; one length for each is needed: "
-        f"check how {name} was made"
-    )
+def in_one_piece(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors, contiguous, as kernels read them."""
+    return tuple([x if x is None or x.is_contiguous() else x.contiguous() for x in tensors])

@@ -19,7 +19,7 @@ PACKAGES = {
     "torch": "tensors",
     "nvidia-cutlass-dsl": "compiles the kernels",
     "apache-tvm-ffi": "launches them",
-    "cuda-python": "asks about devices",
+    "cuda-python": "asks about captured graphs",
     "nvidia-cutlass": "pycute: layouts on the host",
     "nvidia-cuda-cuobjdump": "reads what was compiled",
     "nvidia-cuda-nvdisasm": "reads what was compiled",

@@ -101,12 +101,12 @@ def configs(problem: Problem, target: str, mechanism: str | None = None) -> tupl
             f"{layouts.source(module)} has no backward pass: give it BACKWARD and a table, as layouts/sm80.py has them, "
             f"or use backend='reference'"
         )
-    if problem.rows and not hasattr(module, "CACHE"):
-        raise NotImplementedError(
-            f"{layouts.source(module)} has no kernel for caches: give it CACHE, as layouts/sm80.py has it, or use "
-            f"backend='reference'"
-        )
     if problem.rows:
+        if not hasattr(module, "CACHE"):
+            raise NotImplementedError(
+                f"{layouts.source(module)} has no kernel for caches: give it CACHE, as layouts/sm80.py has it, or use "
+                f"backend='reference'"
+            )
         found = next(filter(None, (family.configs(problem, module.GPU, target) for family in module.CACHE.values())))
     else:
         found = tuple(module.configs(problem, mechanism, target))

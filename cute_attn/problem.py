@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -130,9 +130,9 @@ class Problem:
 
     @staticmethod
     @lru_cache(maxsize=1024)
-    def intern(*fields) -> Problem:
+    def intern(*fields, **named) -> Problem:
         """The one Problem with these fields; spares an eager call the construction and the comparison."""
-        return Problem(*fields)
+        return Problem(*fields, **named)
 
 
 @dataclass(slots=True)
@@ -218,6 +218,8 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
     together; each message says what was got, what is needed and what to try.
     """
     try:
+        fits = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+        fits = fits and not (q.is_nested or k.is_nested or v.is_nested)
         if packed:
             batch = batch_k = batch_v = 1
             seqlen_q, heads, head_dim = q.shape
@@ -231,27 +233,35 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
             batch, seqlen_q, heads, head_dim = q.shape
             batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
             batch_v, seqlen_v, heads_v, head_dim_v = v.shape
-        fits = batch == batch_k == batch_v and seqlen_k == seqlen_v and heads_kv == heads_v
-        fits = fits and _are_of_one_kind(q, k, v) and _go_together(heads, heads_kv, head_dim, head_dim_k, head_dim_v)
-    except (AttributeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
         fits = False
     if not fits:
-        q, k, v = (x.transpose(1, 2) if heads_first else x for x in (q, k, v))
-        _explain_misfit(q, k, v, packed)
+        _check_shapes(q, k, v, packed)
+    check_alike(q, k, v)
+    if not batch == batch_k == batch_v:
+        raise ValueError(f"batch sizes of q, k, v are {batch}, {batch_k}, {batch_v}; equal ones are needed: expand k and v")
+    if seqlen_k != seqlen_v or heads_kv != heads_v:
+        raise ValueError(
+            f"k is {tuple(k.shape)} and v is {tuple(v.shape)}; equal (seqlen, heads) are needed: only head_dim may differ"
+        )
+    _check_heads(heads, heads_kv, head_dim, head_dim_k, head_dim_v)
     sizes = batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v
     return _with_rules(sizes, scale, causal, window, softcap, heads_first)
 
 
-def _are_of_one_kind(q, k, v) -> bool:
-    """Whether no dtype or device differs, and the dtype is one that a backend takes."""
-    dtype, device = q.dtype, q.device
-    return dtype is k.dtype is v.dtype and dtype in ALL_DTYPES and device == k.device == v.device
-
-
-def _go_together(heads, heads_kv, head_dim, head_dim_k, head_dim_v) -> bool:
-    """Whether heads are a multiple of the key heads, and q's as wide as k's."""
-    are_multiple = heads == heads_kv or (heads_kv and not heads % heads_kv)
-    return are_multiple and head_dim == head_dim_k and head_dim and head_dim_v
+def _check_heads(heads, heads_kv, head_dim, head_dim_k, head_dim_v) -> None:
+    """Refuse heads that are no multiple of the key heads, and head dims that don't fit or are none."""
+    if head_dim != head_dim_k:
+        raise ValueError(f"head_dim of q is {head_dim} and of k is {head_dim_k}; equal ones are needed: check k's layout")
+    if heads != heads_kv and (not heads_kv or heads % heads_kv):
+        raise ValueError(
+            f"q has {heads} heads and k has {heads_kv}; q's must be a multiple of k's (GQA): "
+            f"repeat k's and v's heads or check that the last dimension but one is the heads"
+        )
+    if not head_dim or not head_dim_v:
+        raise ValueError(
+            f"head_dim is {head_dim} and head_dim_v is {head_dim_v}; at least 1 is needed: check the last dimension"
+        )
 
 
 def _with_rules(sizes: tuple, scale, causal, window, softcap, heads_first: bool = False) -> Call:
@@ -276,28 +286,8 @@ def _with_rules(sizes: tuple, scale, causal, window, softcap, heads_first: bool 
 def check_call_of_cache(q, k_cache, v_cache, where: tuple, scale, causal, window, softcap) -> Call:
     """:func:`check_call` of queries ``(batch, seqlen_q, heads, head_dim)``, or packed ones, ``(rows, heads, head_dim)``, and a
     cache; ``where`` are the tensors of ``stored.NAMES``."""
-    packed = where[stored.NAMES.index("cu_seqlens_q")] is not None
-    try:
-        seqlen_q, heads, head_dim = q.shape if packed else q.shape[1:]
-        elements, seqlen_k, heads_kv, head_dim_k = k_cache.shape
-        elements_v, seqlen_v, heads_v, head_dim_v = v_cache.shape
-        fits = elements == elements_v and seqlen_k == seqlen_v and heads_kv == heads_v
-        fits = fits and _are_of_one_kind(q, k_cache, v_cache)
-        fits = fits and _go_together(heads, heads_kv, head_dim, head_dim_k, head_dim_v)
-    except (AttributeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
-        fits = False
-    if not fits:
-        _explain_misfit_of_cache(q, k_cache, v_cache, packed)
-    keys = stored.check_stored(q, k_cache, where)
-    sizes = keys.batch, heads, heads_kv, seqlen_q, keys.capacity, head_dim, head_dim_v
-    call = _with_rules(sizes, scale, causal, window, softcap)
-    call.stored = keys
-    return call
-
-
-def _explain_misfit_of_cache(q, k_cache, v_cache, packed: bool) -> NoReturn:
-    """Say which of check_call_of_cache's conditions q and the cache break."""
     _check_kinds({"q": q, "k_cache": k_cache, "v_cache": v_cache})
+    packed = where[stored.NAMES.index("cu_seqlens_q")] is not None
     if q.dim() != (3 if packed else 4):
         need = "3 dimensions (rows of all sequences" if packed else "4 dimensions (batch, seqlen"
         raise ValueError(
@@ -308,15 +298,22 @@ def _explain_misfit_of_cache(q, k_cache, v_cache, packed: bool) -> NoReturn:
         if x.dim() != 4:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; 4 dimensions (batch, capacity, heads, head_dim) or (pages, page_size, "
-                f"heads, "
-                f"head_dim) are needed: check its layout"
+                f"heads, head_dim) are needed: check its layout"
             )
-    if k_cache.shape[:3] != v_cache.shape[:3]:
+    seqlen_q, heads, head_dim = q.shape[-3:]
+    (*rows, heads_kv, head_dim_k), (*rows_v, heads_v, head_dim_v) = k_cache.shape, v_cache.shape
+    if rows != rows_v or heads_kv != heads_v:
         raise ValueError(
             f"k_cache is {tuple(k_cache.shape)} and v_cache is {tuple(v_cache.shape)}; "
             f"equal sizes are needed: only head_dim may differ"
         )
-    _explain_misfit(q[:1][None] if packed else q[:1], k_cache[:1], v_cache[:1], False)  # what is left is said of any element
+    check_alike(q, k_cache, v_cache)
+    _check_heads(heads, heads_kv, head_dim, head_dim_k, head_dim_v)
+    keys = stored.check_stored(q, k_cache, where)
+    sizes = keys.batch, heads, heads_kv, seqlen_q, keys.capacity, head_dim, head_dim_v
+    call = _with_rules(sizes, scale, causal, window, softcap)
+    call.stored = keys
+    return call
 
 
 def _check_kinds(tensors: dict[str, Any]) -> None:
@@ -327,8 +324,8 @@ def _check_kinds(tensors: dict[str, Any]) -> None:
         check_layout(name, x)
 
 
-def _explain_misfit(q, k, v, packed: bool) -> NoReturn:
-    """Say which of check_call's conditions q, k, v break."""
+def _check_shapes(q, k, v, packed: bool) -> None:
+    """Refuse what is no tensor of as many dimensions as are needed."""
     tensors = {"q": q, "k": k, "v": v}
     _check_kinds(tensors)
     for name, x in tensors.items():
@@ -342,25 +339,6 @@ def _explain_misfit(q, k, v, packed: bool) -> NoReturn:
                 f"{name} has shape {tuple(x.shape)}; 4 dimensions (batch, seqlen, heads, head_dim) are needed: "
                 f"add the missing ones with {name}.unsqueeze(0)"
             )
-    *batch, _, heads, head_dim = q.shape
-    heads_kv = k.shape[-2]
-    check_alike(q, k, v)
-    if batch and not batch[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(
-            f"batch sizes of q, k, v are {batch[0]}, {k.shape[0]}, {v.shape[0]}; equal ones are needed: expand k and v"
-        )
-    if k.shape[-3:-1] != v.shape[-3:-1]:
-        raise ValueError(
-            f"k is {tuple(k.shape)} and v is {tuple(v.shape)}; equal (seqlen, heads) are needed: only head_dim may differ"
-        )
-    if head_dim != k.shape[-1]:
-        raise ValueError(f"head_dim of q is {head_dim} and of k is {k.shape[-1]}; equal ones are needed: check k's layout")
-    if heads != heads_kv and (heads_kv == 0 or heads % heads_kv):
-        raise ValueError(
-            f"q has {heads} heads and k has {heads_kv}; q's must be a multiple of k's (GQA): "
-            f"repeat k's and v's heads or check that the last dimension but one is the heads"
-        )
-    raise ValueError(f"head_dim is {head_dim} and head_dim_v is {v.shape[-1]}; at least 1 is needed: check the last dimension")
 
 
 def check_alike(q, k, v) -> None:
@@ -420,13 +398,6 @@ def check_tensors_for_gpu(q, k, v, call: Call):
 
 def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
     """Check what the kernels need of a call whose tensors need not exist."""
-    if (
-        dtype in GPU_DTYPES
-        and not (call.head_dim % HEAD_DIM_STEP or call.head_dim > HEAD_DIM_MAX)
-        and not (call.head_dim_v % HEAD_DIM_STEP or call.head_dim_v > HEAD_DIM_MAX)
-        and SCALE_MIN <= (call.softcap or call.scale) <= SCALE_MAX
-    ):
-        return
     if dtype not in GPU_DTYPES:
         raise ValueError(
             f"dtype is {dtype}; the GPU kernels take float16 and bfloat16: try .to(torch.bfloat16), or backend='reference'"
@@ -443,10 +414,11 @@ def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
             f"they scale it: negate q instead, or use backend='reference'"
         )
     name, value = ("softcap", call.softcap) if call.softcap else ("scale", call.scale)
-    raise ValueError(
-        f"{name} is {value}; the GPU kernels take one from {SCALE_MIN:g} to {SCALE_MAX:g}, since they divide by it: "
-        f"scale q instead, or use backend='reference'"
-    )
+    if not SCALE_MIN <= value <= SCALE_MAX:
+        raise ValueError(
+            f"{name} is {value}; the GPU kernels take one from {SCALE_MIN:g} to {SCALE_MAX:g}, since they divide by it: "
+            f"scale q instead, or use backend='reference'"
+        )
 
 
 def have_memory(*tensors: torch.Tensor) -> bool:

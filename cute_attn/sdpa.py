@@ -18,8 +18,8 @@ from torch.compiler import is_compiling
 from torch.overrides import get_overridable_functions
 
 from cute_attn import autocast, launch, machine, masks
-from cute_attn.api import BACKENDS, attention, attention_heads_first, backend_name
-from cute_attn.arguments import shown, unscriptable
+from cute_attn.api import BACKENDS, attention, attention_heads_first
+from cute_attn.arguments import choice, shown, unscriptable
 from cute_attn.private import any_autocast_enabled, constant_in_graphs, dispatch_modes, dual_level, transforms_active
 from cute_attn.problem import (
     ALL_DTYPES,
@@ -168,8 +168,7 @@ def why_not(
 
 def _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> str | None:
     """:func:`why_not` of tensors as autocast casts them."""
-    if type(backend) is not str or backend not in BACKENDS:
-        backend = backend_name(backend)
+    backend = choice("backend", backend, BACKENDS)
     if type(dropout_p) not in (float, int) or not 0.0 <= dropout_p < 1.0:
         return f"dropout_p is {shown(dropout_p)}; a number from 0.0 to below 1.0 is needed: try 0.0 in evaluation"
     if attn_mask is not None and is_causal:
@@ -299,7 +298,7 @@ def replaced(backend: str = "auto") -> Iterator[None]:
     Raises:
         TypeError, ValueError: a ``backend`` that there isn't.
     """
-    backend = backend_name(backend)
+    backend = choice("backend", backend, BACKENDS)
 
     @wraps(scaled_dot_product_attention)
     def replacement(*arguments, **options):

@@ -9,37 +9,28 @@ written.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import compress, pairwise, product
 from typing import Any, NoReturn
 
 import torch
 
 from cute_attn.arguments import check_layout, shown
-from cute_attn.lengths import are_checked, check_int32
+from cute_attn.lengths import are_checked, check_within, in_one_piece, sequences_of
 
 PAGE_SIZE_MAX = 1024
 UNITS_MAX = 64  # where keys are split at fixed places: into so many parts at most
 NAMES = ("lengths", "page_table", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_begin")
 CODE_NAMES = NAMES[1:6]  # of those that are None or not, which a kernel's code depends on
-_SHAPES = {
-    "page_table": "(batch, max_pages)",
-    "cu_seqlens_q": "(batch + 1,), from 0 up to all rows,",
-    "cu_seqlens_k_new": "(batch + 1,), from 0 up to all rows,",
-}
+_NAMES = {there: " ".join(compress(CODE_NAMES, there)) for there in product((False, True), repeat=len(CODE_NAMES))}
 
 
 @dataclass(slots=True)
 class Stored:
     """The keys of a call, in a cache. Tensors of :data:`NAMES` are int32 on the device of q, and None where there is none.
 
-    Sequence i has the rows ``leftpad_k[i]`` up to ``lengths[i]`` of element ``cache_batch_idx[i]`` (or i) of the cache, or of
-    the pages ``page_table[i]`` one after another, ``page_size`` rows each (0 without pages), at most ``capacity`` of them. Rows
-    of ``k_new`` and ``v_new`` follow there: ``seqlen_new`` for each sequence, or those from ``cu_seqlens_k_new[i]`` up to
-    ``cu_seqlens_k_new[i + 1]``. Its queries are those of element i of q, or the rows from ``cu_seqlens_q[i]`` up to
-    ``cu_seqlens_q[i + 1]``.
-
-    ``rotary`` is (cos, sin), each ``(positions, rotary_dim / 2)``, by which the new keys and the queries are turned, counted
-    from ``rotary_begin[i]`` on, or from ``lengths[i]``.
+    Their names, and those of the new rows, are :func:`~cute_attn.attention_kvcache`'s, which says what they mean. A sequence
+    has at most ``capacity`` rows, in pages of ``page_size`` (0 without pages), and gets ``seqlen_new`` new ones, 0 where
+    ``cu_seqlens_k_new`` says how many.
     """
 
     batch: int
@@ -91,41 +82,23 @@ class Stored:
                 )
         pads = [0] * self.batch if self.leftpad_k is None else self.leftpad_k.tolist()
         for i, (pad, length) in enumerate(zip(pads, lengths, strict=True)):
-            if not 0 <= pad <= length:
-                raise ValueError(
-                    f"leftpad_k[{i}] is {pad}; from 0 to {length}, the length of that sequence, is needed: check how "
-                    f"leftpad_k was made"
-                )
+            check_within("leftpad_k", i, pad, length, "the length of that sequence")
         if self.cache_batch_idx is not None:
             for i, element in enumerate(self.cache_batch_idx.tolist()):
-                if not 0 <= element < elements:
-                    raise ValueError(
-                        f"cache_batch_idx[{i}] is {element}; from 0 to {elements - 1}, the elements of the cache, is needed: "
-                        f"check how cache_batch_idx was made"
-                    )
+                check_within("cache_batch_idx", i, element, elements - 1, "the elements of the cache")
         if self.page_table is not None:
             for i, pages in enumerate(self.page_table.tolist()):
                 for place in range(pads[i] // self.page_size, -(-(lengths[i] + new[i]) // self.page_size)):
-                    if not 0 <= pages[place] < elements:
-                        raise ValueError(
-                            f"page_table[{i}, {place}] is {pages[place]}; from 0 to {elements - 1}, the pages of the cache, is "
-                            f"needed up to the sequence's length: check how page_table was made"
-                        )
+                    what = "the pages of the cache, up to the sequence's length"
+                    check_within("page_table", f"{i}, {place}", pages[place], elements - 1, what)
         if self.rotary is not None:
             begins, positions = lengths if self.rotary_begin is None else self.rotary_begin.tolist(), self.rotary[0].shape[0]
             for i, (begin, more) in enumerate(zip(begins, new, strict=True)):
                 if not 0 <= begin <= positions - more:
                     raise ValueError(
                         f"sequence {i} has the rotary positions {begin} to {begin + more - 1}; from 0 to {positions - 1}, "
-                        f"which cos "
-                        f"and sin have rows for, are needed: make these for more positions"
+                        f"which cos and sin have rows for, are needed: make these for more positions"
                     )
-
-
-_NAMES: dict[tuple[bool, ...], str] = {
-    there: " ".join(name for name, is_there in zip(CODE_NAMES, there, strict=True) if is_there)
-    for there in product((False, True), repeat=len(CODE_NAMES))
-}
 
 
 def unit_tiles(rows: int) -> int:
@@ -138,54 +111,34 @@ def check_stored(q: torch.Tensor, k_cache: torch.Tensor, tensors: tuple[Any, ...
 
     Raises ``TypeError`` and ``ValueError``.
     """
-    lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin = tensors
-    device, batch = q.device, -1
-    try:
-        (batch,) = lengths.shape
-        fits = all(
-            x is None
-            or (isinstance(x, torch.Tensor) and x.dtype is torch.int32 and x.device == device and x.is_contiguous())
-            for x in tensors
-        )
-        size = q.shape[0] if cu_seqlens_q is None else batch
-        fits = fits and size == batch
-        for x, more in ((cache_batch_idx, 0), (leftpad_k, 0), (rotary_begin, 0), (cu_seqlens_q, 1), (cu_seqlens_k_new, 1)):
-            fits = fits and (x is None or x.shape == (batch + more,))
-        if page_table is not None:
-            fits = fits and page_table.dim() == 2 and page_table.shape[0] == batch
-    except (AttributeError, ValueError, RuntimeError, TypeError):
-        fits = False
-    if not fits:
-        tensors = _explain_misfit(q, batch, tensors)
-        lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new, rotary_begin = tensors
-        batch = lengths.shape[0]
+    _, page_table, cache_batch_idx, _, cu_seqlens_q, *_ = tensors
+    batch = sequences_of("lengths", tensors[0], q.device)
+    for name, x in zip(NAMES[1:], tensors[1:], strict=True):
+        if x is not None and (of := sequences_of(name, x, q.device)) != batch:
+            _refuse_count(name, of, batch)
+    if cu_seqlens_q is None and q.shape[0] != batch:
+        _refuse_count("q", q.shape[0], batch)
     elements, capacity = k_cache.shape[:2]
     page_size = 0
     if page_table is not None:
         if cache_batch_idx is not None:
             raise ValueError(
                 "page_table and cache_batch_idx are given; one of them is needed, since a table says which pages are a "
-                "sequence's: "
-                "leave cache_batch_idx out, or try page_table[cache_batch_idx.long()]"
+                "sequence's: leave cache_batch_idx out, or try page_table[cache_batch_idx.long()]"
             )
         page_size = capacity
         if not 1 <= page_size <= PAGE_SIZE_MAX:
             raise ValueError(
                 f"pages of k_cache and v_cache have {page_size} rows; from 1 to {PAGE_SIZE_MAX} are needed: try "
-                f"k_cache.unflatten(1, "
-                f"(-1, 256)).flatten(0, 1), with a table of so many more pages"
+                f"k_cache.unflatten(1, (-1, 256)).flatten(0, 1), with a table of so many more pages"
             )
         capacity = page_table.shape[1] * page_size
     elif cache_batch_idx is None and elements != batch:
         raise ValueError(
             f"k_cache has {elements} elements for {batch} sequences; one for each is needed: try cache_batch_idx, or "
-            f"page_table if "
-            f"these are pages"
+            f"page_table if these are pages"
         )
-    return Stored(
-        batch, capacity, page_size, lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new,
-        rotary_begin
-    )
+    return Stored(batch, capacity, page_size, *in_one_piece(tensors))
 
 
 def check_new(stored: Stored, k_cache: torch.Tensor, v_cache: torch.Tensor, k_new, v_new) -> None:
@@ -233,8 +186,7 @@ def check_rotary(stored: Stored, q: torch.Tensor, rotary, interleaved: bool) -> 
     if cos.dim() != 2 or cos.shape != sin.shape or not cos.shape[0] or not 0 < cos.shape[1] <= half or cos.shape[1] % 8:
         raise ValueError(
             f"rotary's cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}; equal ones (positions, rotary_dim / 2) are "
-            f"needed, "
-            f"with 1 position at least and a multiple of 8 up to {half} columns: try cos[:, : rotary_dim // 2]"
+            f"needed, with 1 position at least and a multiple of 8 up to {half} columns: try cos[:, : rotary_dim // 2]"
         )
     for name, x in (("cos", cos), ("sin", sin)):
         if x.dtype != q.dtype or x.device != q.device:
@@ -243,25 +195,6 @@ def check_rotary(stored: Stored, q: torch.Tensor, rotary, interleaved: bool) -> 
                 f"{name}.to(q)"
             )
     stored.rotary, stored.rotary_interleaved = (cos.contiguous(), sin.contiguous()), interleaved
-
-
-def _explain_misfit(q: torch.Tensor, batch: int, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Say which of check_stored's conditions the tensors break; if there is none but that some aren't contiguous, they are made
-    so."""
-    for name, x in zip(NAMES, tensors, strict=True):
-        if x is None and name != "lengths":
-            continue
-        check_int32(name, x, q.device)
-        if x.dim() != (2 if name == "page_table" else 1):
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; {_SHAPES.get(name, '(batch,)')} is needed: check how it was made"
-            )
-        of = x.shape[0] - (1 if name.startswith("cu_seqlens") else 0)
-        if of != batch:
-            _refuse_count(name, of, batch)
-    if tensors[4] is None and q.shape[0] != batch:
-        _refuse_count("q", q.shape[0], batch)
-    return tuple(x if x is None else x.contiguous() for x in tensors)
 
 
 def _refuse_count(name: str, of: int, batch: int) -> NoReturn:

@@ -497,7 +497,7 @@ def attend(
     cu_seq_lens_k: torch.Tensor | None = None,
     fallback: Callable | None = None,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Any, None]:
     """Attention of a layer, ``query`` ``(batch, heads, seqlen, head_dim)``, as Transformers calls it: ``(out, None)``, ``out``
     ``(batch, seqlen, heads, head_dim_v)``, and no weights.
 
@@ -526,14 +526,12 @@ def attend(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     rules: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": sinks, "dropout_p": dropout}
     found: Any = attention_mask
-    out: Any
     if isinstance(found, torch.Tensor):
         if found.dtype == torch.bool:
             rules["mask"] = masks.given(found)
         else:
             bias = found if bias is None else bias + found
-        out = attention(q, k, v, bias=None if bias is None else bias.to(q.dtype), **rules)
-        return out, None
+        return attention(q, k, v, bias=None if bias is None else bias.to(q.dtype), **rules), None
     if found is None:
         left = None if sliding_window is None else sliding_window - 1
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -546,8 +544,7 @@ def attend(
     if bias is not None:
         rules["bias"] = bias.to(q.dtype)
     if found.window is None or (found.lengths and bias is not None):  # a bias knows rows as they are
-        out = attention(q, k, v, mask=found.function, **rules)
-        return out, None
+        return attention(q, k, v, mask=found.function, **rules), None
     left, right = found.window
     rules["causal"] = right == 0
     if left is not None or right:
@@ -566,7 +563,7 @@ def attend(
         step = {"lengths": before, "page_table": table, "cu_seqlens_q": cu_seq_lens_q, "k_new": k, "v_new": v}
         # A graph that is being made ends before it, as it has ended before, where the pages were looked up.
         call = torch.compiler.disable(attention_kvcache) if torch.compiler.is_compiling() else attention_kvcache
-        out = call(q, others["k_cache"], others["v_cache"], **step, **of_cache)
+        out: Any = call(q, others["k_cache"], others["v_cache"], **step, **of_cache)
         return out[None], None
     if cu_seq_lens_q is not None:
         if found.lengths and not found.packed:
@@ -577,11 +574,9 @@ def attend(
         lengths = {n: x.int() if isinstance(x, torch.Tensor) else x for n, x in zip(NAMES, cu_seqlens, strict=False)}
         found = Mask(found.shape, found.window, lengths)
     if found.stored and not dropout and bias is None and _read_as_stored(q, k, v, sinks):
-        out = attention_kvcache(q, k, v, **found.stored, **of_cache)
-        return out, None
+        return attention_kvcache(q, k, v, **found.stored, **of_cache), None
     if not found.lengths:
-        out = attention(q, k, v, **rules)
-        return out, None
+        return attention(q, k, v, **rules), None
     if found.holds is not None:
         assert_on_device(found.holds, UNREAD)
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)

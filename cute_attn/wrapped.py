@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -110,42 +111,42 @@ def _sharded(attention: Callable, q, k, v, rules: dict, others: dict):
             f"q, k, v lie on the meshes {q.device_mesh}, {k.device_mesh}, {v.device_mesh}; one is needed: redistribute them"
         )
     call = check_call(q, k, v, **rules)
-    mesh, placements = q.device_mesh, q.placements
-    of_lse = {distributed.Replicate(): distributed.Replicate(), distributed.Shard(0): distributed.Shard(0)}
-    of_lse[distributed.Shard(2)] = distributed.Shard(1)  # heads: (batch, seqlen, heads, head_dim), (batch, heads, seqlen)
-    if not (placements == k.placements == v.placements and all(placement in of_lse for placement in placements)):
+    placements = q.placements
+    those = distributed.Shard(0), distributed.Shard(2), distributed.Replicate()
+    if not (placements == k.placements == v.placements and all(placement in those for placement in placements)):
         raise ValueError(
             f"q, k, v have the placements {q.placements}, {k.placements}, {v.placements}; Shard(0), the batch, Shard(2), the "
             f"heads, or Replicate() is needed on each dimension of the mesh, alike for all three: try "
             f"x.redistribute(placements=…) of each"
         )
-    check_shards_of_heads(call, mesh, placements)
-    results = attention(q.to_local(), k.to_local(), v.to_local(), **rules, **others)
-    return whole(results, call, mesh, placements, [of_lse[placement] for placement in placements])
+    return of_shards(partial(attention, **rules, **others), q, k, v, call)
 
 
-def check_shards_of_heads(call: Call, mesh, placements) -> None:
-    """Refuse DTensors whose shards of q, by heads, don't find theirs of k."""
-    by_heads = sys.modules[DTENSORS].Shard(2)
-    shards = math.prod([mesh.size(i) for i, placement in enumerate(placements) if placement == by_heads])
+def of_shards(attention: Callable, q, k, v, call: Call):
+    """The DTensors of which ``attention`` of the shards of q, k and v returns the shards: the output, or ``(out,
+    lse)``. ``call`` is that of all. Refuses shards of q, by heads, that don't find theirs of k."""
+    distributed = sys.modules[DTENSORS]
+    mesh, placements = q.device_mesh, q.placements
+    shards = math.prod([mesh.size(i) for i, placement in enumerate(placements) if placement == distributed.Shard(2)])
     if call.heads != call.heads_kv and call.heads_kv % shards:
         raise ValueError(
             f"k has {call.heads_kv} heads in {shards} shards; a multiple is needed where q has more heads (GQA), so that each "
             f"shard of q finds its heads of k: shard the batch, or repeat k's and v's heads"
         )
 
+    def whole(local, placements, *shape):
+        stride = torch.empty(shape, device="meta").stride()
+        return distributed.DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
 
-def whole(results, call: Call, mesh, placements, of_lse):
-    """The DTensors that the results of shards, the output or ``(out, lse)``, are shards of, where ``call`` is that of all."""
-
-    def wrap(local, placements, *shape):
-        stride, kind = torch.empty(shape, device="meta").stride(), sys.modules[DTENSORS].DTensor
-        return kind.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-
+    results = attention(*(x.to_local() for x in (q, k, v)))
     shape = call.batch, call.seqlen_q, call.heads, call.head_dim_v
     if not isinstance(results, tuple):
-        return wrap(results, placements, *shape)
-    return wrap(results[0], placements, *shape), wrap(results[1], of_lse, call.batch, call.heads, call.seqlen_q)
+        return whole(results, placements, *shape)
+    turned = {distributed.Shard(1): distributed.Shard(2), distributed.Shard(2): distributed.Shard(1)}  # (batch, heads, rows)
+    of_lse = [turned.get(placement, placement) for placement in placements]
+    return whole(results[0], placements, *shape), whole(results[1], of_lse, call.batch, call.heads, call.seqlen_q)
 
 
 # ---- nested tensors --------------------------------------------------------------------------------------------------

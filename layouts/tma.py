@@ -35,6 +35,13 @@ def warpgroup_mma(n: int, in_registers: bool) -> Mma:
     )
 
 
+def in_registers_misfit(config: Config) -> tuple[bool, str]:
+    """Whether the columns of an operand A that threads are to hold are no whole fragments, and the words for it."""
+    name, of = ("k_in_registers", "K") if config.backward else ("q_in_registers", "Q")
+    columns = getattr(config, name)
+    return columns % 16 > 0, f"{columns} columns of {of} in registers; a multiple of 16 is needed: try {name}=64"
+
+
 @dataclass(frozen=True)
 class Family:
     """What a family says of its operands and products; the methods are the rest of the contract."""

@@ -17,6 +17,7 @@ from .tma import (
     Family,
     copy_in,
     copy_out,
+    in_registers_misfit,
     warpgroup_mma,
 )
 
@@ -73,10 +74,7 @@ def misfit(config: Config) -> str:
     return base.first_misfit(
         (rows % ROWS_PER_WARPGROUP > 0, f"{rows} queries a tile; a multiple of {ROWS_PER_WARPGROUP} is needed: try tile_m=128"),
         (config.mma_warps != warps, f"{config.mma_warps} warps for {rows} queries; {warps} are needed: try mma_warps={warps}"),
-        (
-            config.q_in_registers % 16 > 0,
-            f"{config.q_in_registers} columns of Q in registers; a multiple of 16 is needed: try q_in_registers=64",
-        ),
+        in_registers_misfit(config),
         (config.stages < 1, f"{config.stages} stages; 1 at least is needed: try stages=2"),
     )
 

@@ -24,6 +24,7 @@ from .tma import (
     Family,
     copy_in,
     copy_out,
+    in_registers_misfit,
     warpgroup_mma,
 )
 
@@ -186,10 +187,7 @@ def misfit(config: Config) -> str:
             config.dq_stages not in (1, len(WARPS["dQ"])),
             f"{config.dq_stages} stages of dQ, which {len(WARPS['dQ'])} warps add in turns: try dq_stages=1",
         ),
-        (
-            config.k_in_registers % 16 > 0,
-            f"{config.k_in_registers} columns of K in registers; a multiple of 16 is needed: try k_in_registers=64",
-        ),
+        in_registers_misfit(config),
         (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
         (
             config.head_blocks > 1 and min(room.values()) < 0,

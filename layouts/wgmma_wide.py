@@ -26,6 +26,7 @@ from .tma import (
     Family,
     copy_in,
     copy_out,
+    in_registers_misfit,
     warpgroup_mma,
 )
 
@@ -127,10 +128,7 @@ def misfit(config: Config) -> str:
     return base.first_misfit(
         (config.mma_warps != 8, f"{config.mma_warps} warps; 8 are needed, a warpgroup for dV and one for dK: try mma_warps=8"),
         (config.tile_n != ROWS_PER_WARPGROUP, f"{config.tile_n} keys a tile; 64 are needed: try tile_n=64"),
-        (
-            config.k_in_registers % 16 > 0,
-            f"{config.k_in_registers} columns of K in registers; a multiple of 16 is needed: try k_in_registers=64",
-        ),
+        in_registers_misfit(config),
         (config.stages < 2, f"{config.stages} stages; 2 at least are needed: try stages=2"),
     )
 

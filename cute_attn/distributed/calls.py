@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.compiler import disable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cute_attn import api, autocast, launch, reference, wrapped
-from cute_attn.arguments import flag, integer, name_of, shown
+from cute_attn.arguments import choice, flag, integer, shown
 from cute_attn.distributed import costs
 from cute_attn.distributed.agreement import agree, refuse
 from cute_attn.distributed.ring import ALONE, Engine, Members, Ring, RingAttention
-from cute_attn.distributed.schedule import Packed, Shards
-from cute_attn.distributed.shards import Places, length_of, order_of, places_of
+from cute_attn.distributed.schedule import ORDERS, Packed, Shards
+from cute_attn.distributed.shards import Places, length_of, places_of
 from cute_attn.distributed.ulysses import copies, to_heads, to_rows
 from cute_attn.lengths import check_lengths
 from cute_attn.plan import mechanism_name
@@ -24,7 +25,6 @@ from cute_attn.problem import Call, check_call, edges_of
 from cute_attn.rules import score_scales
 
 METHODS = ("auto", "ring", "ulysses")
-_ONE_METHOD = f"one of {', '.join(map(repr, METHODS))} is needed"
 _packed_of = WeakTensorKeyDictionary()  # of cu_seqlens: (version, rows, Packed)
 
 
@@ -196,10 +196,8 @@ class Arrangement:
 
 
 def _arranged(q, k, v, places: Places, method, order, seqlen, seqlen_k, cu_seqlens, rules: dict) -> Arrangement:
-    method = name_of("method", method, _ONE_METHOD)
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; {_ONE_METHOD}")
-    order, packs = "zigzag" if order is None else order_of(order), cu_seqlens is not None
+    method, order = choice("method", method, METHODS), "zigzag" if order is None else choice("order", order, ORDERS)
+    packs = cu_seqlens is not None
     window, causal = rules["window"], rules["causal"]
     call = check_call(q, k, v, rules["scale"], causal, None, rules["softcap"], packs)
     length_q = _length("seqlen", seqlen, call.seqlen_q, places, order)
@@ -281,7 +279,7 @@ def _length(name: str, given, rows: int, places: Places, order: str) -> int:
 
 
 def _engine(q, k, v, call: Call, how: dict) -> Engine:
-    backend, mechanism = api.backend_name(how["backend"]), mechanism_name(how["mechanism"])
+    backend, mechanism = choice("backend", how["backend"], api.BACKENDS), mechanism_name(how["mechanism"])
     deterministic = flag("deterministic", how["deterministic"])
     if not wrapped.are_read(q, k, v, None):
         raise TypeError(
@@ -322,8 +320,5 @@ def _of_dtensors(q, k, v, options: dict):
             f"all ranks must have equally many rows: try shard(), which pads, and its plain tensors with seqlen"
         )
     call = check_call(q, k, v, *(options[name] for name in ("scale", "causal", "window", "softcap")))
-    wrapped.check_shards_of_heads(call, mesh, q.placements)
-    local = [x.to_local() for x in inputs.values()]
-    results = attention(*local, group=mesh.get_group(dim), order="contiguous", **options)
-    of_lse = {distributed.Shard(1): distributed.Shard(2), distributed.Shard(2): distributed.Shard(1)}  # (batch, heads, rows)
-    return wrapped.whole(results, call, mesh, q.placements, [of_lse.get(at, at) for at in q.placements])
+    attend = partial(attention, group=mesh.get_group(dim), order="contiguous", **options)
+    return wrapped.of_shards(attend, q, k, v, call)

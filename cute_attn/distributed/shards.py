@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from cute_attn.arguments import check_layout, integer, name_of, shown
+from cute_attn.arguments import check_layout, choice, integer, shown
 from cute_attn.distributed.ring import ALONE, Members, carries
 from cute_attn.distributed.schedule import ORDERS, Shards, padded
-
-_ONE_ORDER = f"one of {', '.join(map(repr, ORDERS))} is needed"
 
 
 class Places(NamedTuple):
@@ -68,14 +66,6 @@ def _members(group) -> Members:
     return Members(group, dist.get_rank(group), dist.get_world_size(group))
 
 
-def order_of(order: object) -> str:
-    """One of :data:`ORDERS`."""
-    order = name_of("order", order, _ONE_ORDER)
-    if order not in ORDERS:
-        raise ValueError(f"order is {order!r}; {_ONE_ORDER}")
-    return order
-
-
 def length_of(name: str, seqlen: object) -> int:
     """A sequence's length, without padding."""
     seqlen = integer(name, seqlen, "the length of the whole sequence without padding")
@@ -112,7 +102,7 @@ def shard(x: torch.Tensor, *, group=None, mesh=None, dim: int = 1, order: str = 
     Raises:
         TypeError, ValueError: arguments of a wrong kind, or that don't fit; no process group.
     """
-    places, order, dim = places_of(group, mesh), order_of(order), _dimension(x, dim)
+    places, order, dim = places_of(group, mesh), choice("order", order, ORDERS), _dimension(x, dim)
     seqlen = x.shape[dim]
     there = [range(min(span.start, seqlen), min(span.stop, seqlen)) for span in places.spans(seqlen, order)]
     rows = [x.narrow(dim, span.start, len(span)) for span in there]
@@ -124,7 +114,7 @@ def positions(seqlen: int, *, group=None, mesh=None, order: str = "zigzag", devi
 
     Arguments and errors are those of :func:`shard`.
     """
-    places, order, seqlen = places_of(group, mesh), order_of(order), length_of("seqlen", seqlen)
+    places, order, seqlen = places_of(group, mesh), choice("order", order, ORDERS), length_of("seqlen", seqlen)
     return torch.cat([torch.zeros(0, dtype=torch.int64, device=device)] + [
         torch.arange(span.start, span.stop, device=device) for span in places.spans(seqlen, order)
     ])
@@ -136,7 +126,8 @@ def unshard(x: torch.Tensor, seqlen: int, *, group=None, mesh=None, dim: int = 1
     A rank's rows get their gradient from the whole sequence's on the same rank: what follows is meant to be the same on all.
     Arguments and errors are those of :func:`shard`.
     """
-    places, order, seqlen, dim = places_of(group, mesh), order_of(order), length_of("seqlen", seqlen), _dimension(x, dim)
+    places, order = places_of(group, mesh), choice("order", order, ORDERS)
+    seqlen, dim = length_of("seqlen", seqlen), _dimension(x, dim)
     rows = places.rows(seqlen, order)
     if x.shape[dim] != rows:
         raise ValueError(

@@ -173,7 +173,8 @@ def test_a_walk_that_two_blocks_share(dims, group):
 
 @pytest.mark.parametrize(("lengths", "queries"), [([1100] + [1024] * 63, 1), ([897] * 32, 2)], ids=["odd", "hidden"])
 def test_blocks_that_share_a_walk_may_have_other_numbers_of_tiles(lengths, queries):
-    """On 132 multiprocessors: one block has a tile more than the other, or sees one more, and ends at another slot of its ring."""
+    """On 132 multiprocessors: one block has a tile more than the other, or sees one more, and ends at another slot of its
+    ring."""
     one = case(lengths, queries, (64, 1), (128, 128))
     one.check(one.attend(one.contiguous(max(lengths)), causal=True), False, causal=True)
 

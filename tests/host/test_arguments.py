@@ -210,6 +210,7 @@ KINDS = [
     ),
     Row("window of lists", rules(window=[[10**9999], 2]), TypeError, "left side is a list", "an int is needed", "None"),
     Row("backend a number", call(backend=1), TypeError, "backend is 1", "'auto', 'cute', 'reference'"),
+    Row("no such backend", call(backend="triton"), ValueError, "backend is 'triton'", "'auto', 'cute', 'reference'"),
 ]
 
 

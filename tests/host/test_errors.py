@@ -1195,7 +1195,13 @@ FLASH_ATTN = [
         "a plain one is needed",
     ),
     Row("rows below 0", kvcache(cache_seqlens=-1), ValueError, "cache_seqlens is -1", "from 0 to 10 rows", "larger cache"),
-    Row("sparse odd rows", flash(q=q[..., :12].to_sparse()), TypeError, "q has layout torch.sparse_coo", "strided is needed"),
+    Row(
+        "sparse odd rows",
+        flash(q=q[..., :12].to_sparse(), k=k[..., :12]),
+        TypeError,
+        "q has layout torch.sparse_coo",
+        "strided is needed",
+    ),
     Row(
         "freed odd rows",
         flash(*(freed(x[..., :12]) for x in (q, k, v))),
