@@ -43,6 +43,7 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
             blocks_per_multiprocessor=blocks,
             key_warps=groups,
             cache="wgmma_cache",
+            page_numbers="page_table" in problem.stored,
         )
         if stages >= least and smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
             break
