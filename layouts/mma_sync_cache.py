@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 from . import base, mma_sync
-from .base import BYTES, KIB, Config, Gpu, Layout, element
+from .base import BYTES, KIB, WARP, Config, Gpu, Layout, element
 
 TILE_DIMS, tile_dim = mma_sync.TILE_DIMS, mma_sync.tile_dim
 VECTOR, SMEM_ALIGN = mma_sync.VECTOR, mma_sync.SMEM_ALIGN
@@ -129,7 +129,13 @@ def misfit(config: Config) -> str:
         return f"{groups} groups of {warps} warps: try key_warps=1, 2 or 4"
     if config.walk_blocks != 1:
         return f"walk_blocks={config.walk_blocks}: only blocks of wgmma_cache share walks, try 1"
-    return mma_sync.misfit(group(config))
+    return too_many_keys(config) or mma_sync.misfit(group(config))
+
+
+def too_many_keys(config: Config) -> str:
+    """Whether a warp copies more keys of a tile than it has lanes, each of which asks for the number of one's page."""
+    most = WARP * config.mma_warps
+    return f"{config.tile_n} keys a tile, of which {config.mma_warps} warps copy {most}" if config.tile_n > most else ""
 
 
 def tile(operand: str, config: Config) -> tuple[int, int]:
