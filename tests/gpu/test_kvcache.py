@@ -108,7 +108,7 @@ def test_unequal_lengths(heads, invariant):
 @pytest.mark.parametrize("heads", [(32, 8), (64, 1)], ids=lambda heads: f"{heads[0]}/{heads[1]}")
 @pytest.mark.parametrize("page_size", [1, 16, 48])
 def test_pages_of_parts_of_any_length(page_size, heads, invariant):
-    """Shorter than a block's ring and longer: the numbers of their pages come ahead of them, or are read when it is their turn."""
+    """Shorter than a block's ring and longer: numbers of pages come ahead of these, or are read when it is their turn."""
     one = case([1 + 411 * i % 1500 for i in range(150)], 1, heads)
     one.check(one.attend(one.paged(page_size), batch_invariant=invariant), False)
 
