@@ -634,7 +634,7 @@ class Forward:
                 if cutlass.const_expr(first == 0):
                     if column == 0:
                         place = block.group * self.config.tile_m + row
-                        _store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
+                        store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
                 for n in cutlass.range_constexpr(pieces):
                     piece, begin = cute.make_rmem_tensor(PIECE, Float32), first // THREADS_PER_ROW + n * PIECE
                     for c in cutlass.range_constexpr(PIECE):
@@ -698,7 +698,7 @@ class Forward:
                 else:
                     o, of = serving.workspace.of_row(places.of(places.number), row)
                     if self._writes(block, first == 0):
-                        _store_pair(of, 0, row_max, row_sum)
+                        store_pair(of, 0, row_max, row_sum)
                     for k in cutlass.range_constexpr(-(-pieces // sharing)):
                         n = self._mine(block, k)
                         if _below(n, pieces, sharing) and (begin + n) * PIECE_COLUMNS < self.problem.head_dim_v:
@@ -831,7 +831,7 @@ def anchor(row_max: Float32):
     return Float32(0.0) if row_max == -Float32.inf else row_max
 
 
-def _store_pair(place, n, first: Float32, second: Float32):
+def store_pair(place, n, first: Float32, second: Float32):
     """To the n-th two floats from a place in shared memory on."""
     pair = cute.make_rmem_tensor(2, Float32)
     pair[0], pair[1] = first, second
