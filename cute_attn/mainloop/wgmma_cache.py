@@ -21,7 +21,17 @@ from cute_attn.layouts.fragments import transposed
 from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
 from cute_attn.mainloop import cp_async_cache
 from cute_attn.mainloop.cluster import meet, stay
-from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, Outputs, SeenTiles, Serving, Workspace, anchor, floats, store_pair
+from cute_attn.mainloop.cp_async_cache import (
+    CacheBlock,
+    Exchanged,
+    Outputs,
+    SeenTiles,
+    Serving,
+    Workspace,
+    anchor,
+    floats,
+    store_pair,
+)
 from cute_attn.mainloop.warpgroups import rounded_operand
 from cute_attn.softmax import Softmax
 
