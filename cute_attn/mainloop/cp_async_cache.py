@@ -263,11 +263,12 @@ class Forward:
                 into.fill(0.0)
 
     @cute.jit
-    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, of_lane: tuple = ()):
-        """A group: start copying its keys of a part's tile n to a stage of its ring. Of pages ``of_lane`` is where the row is
-        that this lane has."""
+    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, numbered=False):
+        """A group: start copying its keys of a part's tile n to a stage of its ring. ``numbered`` says whether the numbers of
+        their pages have come to the stage already."""
         slot, first = (block.group, stage), source.first + n * self.config.tile_n + block.group * self.keys_of_group
         k, v = block.k, block.v
+        of_lane = self._place_of_lane(block, keys, source, n, stage, numbered)
         for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
             place: Any = ()
             if cutlass.const_expr(self.config.page_numbers):
@@ -283,16 +284,16 @@ class Forward:
                 v.start_row(i, keys.place(source.number, key), source.head_kv, slot)
 
     @cute.jit
-    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity, of_lane=()):
+    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity):
         """Start copying tile n from a part's first one on, which past its end is one of the part behind it; the first one of
-        that with its queries. ``of_lane`` is what :meth:`_place_ahead` has of it, if that is known already."""
+        that with its queries."""
         ahead = self.config.stages
         if (n == seen.count) & (then.count > 0):
             self._copy_q(block, serving, then, 1 - parity)
         if n - seen.count < then.count:
             source, tile = self._ahead(seen, then, n)
-            place = of_lane if len(of_lane) > 0 else self._place_ahead(block, serving, seen, then, n, stage)
-            self._copy(block, serving.keys, source, tile, stage, place)
+            # asked for with the tile a ring before it, of whose part the one before it knew, or of this one
+            self._copy(block, serving.keys, source, tile, stage, (n < seen.count) | (n >= 2 * ahead))
         if n + ahead - seen.count < then.count:
             source, tile = self._ahead(seen, then, n + ahead)
             self._ask(block, serving.keys, source, tile, stage)
@@ -317,22 +318,8 @@ class Forward:
                 copy_word(number.iterator.toint(), self._number_of_lane(block, stage).iterator.toint())
 
     @cute.jit
-    def _place_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage) -> tuple:
-        """:meth:`_place_of_lane` of tile n from a part's first one on, that is to be copied to a stage."""
-        place: tuple = ()
-        if cutlass.const_expr(self.config.page_numbers):
-            place = Int32(0), Int32(0)
-            if n - seen.count < then.count:
-                source, tile = self._ahead(seen, then, n)
-                # asked for with the tile a ring ahead of it: by the part before this one if it knew of both, or by this one
-                numbered = (n < seen.count) | (n >= 2 * self.config.stages)
-                place = self._place_of_lane(block, serving.keys, source, tile, stage, numbered)
-        return place
-
-    @cute.jit
     def _place_of_lane(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, numbered) -> tuple:
-        """Where the row of K is that this lane has of a part's tile n, of pages; ``numbered`` says whether its page's number
-        has come to the stage, or is read from the table."""
+        """Where the row of K is that this lane has of a part's tile n, of pages."""
         place: tuple = ()
         if cutlass.const_expr(self.config.page_numbers):
             page, row = divided(self._key_of_lane(block, source, n), keys.page_size)
@@ -428,8 +415,7 @@ class Forward:
         source = self._source(seen)
         for n in cutlass.range(self.config.stages, unroll=1):  # code that has come once comes sooner again
             if n < seen.count:
-                of_lane = self._place_of_lane(block, serving.keys, source, n, n, False)
-                self._copy(block, serving.keys, source, n, n, of_lane)
+                self._copy(block, serving.keys, source, n, n)
             if n == 0:
                 self._copy_q(block, serving, seen, 0)
             if n + self.config.stages < seen.count:
@@ -468,7 +454,6 @@ class Forward:
         for n in cutlass.range(seen.count, unroll=1):
             cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
-            of_lane = self._place_ahead(block, serving, seen, then, n + ahead, stage)  # while tensor cores have to do
             tile, slot = seen.begin + n, (block.group, stage)
             masked = (tile < seen.whole_begin) | (tile >= seen.whole_end)
             if cutlass.const_expr(self.problem.masks_all):
@@ -486,7 +471,7 @@ class Forward:
             self._add(block, acc_S, acc_O, slot)
             if n + 1 < seen.count:
                 self._sync_group(block)
-                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity, of_lane)
+                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity)
             stage = (stage + 1) % ahead
 
         cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to
@@ -634,7 +619,7 @@ class Forward:
                 if cutlass.const_expr(first == 0):
                     if column == 0:
                         place = block.group * self.config.tile_m + row
-                        store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
+                        _store_pair(exchanged.of_rows, place, softmax.row_max[r], softmax.row_sum[r])
                 for n in cutlass.range_constexpr(pieces):
                     piece, begin = cute.make_rmem_tensor(PIECE, Float32), first // THREADS_PER_ROW + n * PIECE
                     for c in cutlass.range_constexpr(PIECE):
@@ -698,7 +683,7 @@ class Forward:
                 else:
                     o, of = serving.workspace.of_row(places.of(places.number), row)
                     if self._writes(block, first == 0):
-                        store_pair(of, 0, row_max, row_sum)
+                        _store_pair(of, 0, row_max, row_sum)
                     for k in cutlass.range_constexpr(-(-pieces // sharing)):
                         n = self._mine(block, k)
                         if _below(n, pieces, sharing) and (begin + n) * PIECE_COLUMNS < self.problem.head_dim_v:
@@ -831,7 +816,7 @@ def anchor(row_max: Float32):
     return Float32(0.0) if row_max == -Float32.inf else row_max
 
 
-def store_pair(place, n, first: Float32, second: Float32):
+def _store_pair(place, n, first: Float32, second: Float32):
     """To the n-th two floats from a place in shared memory on."""
     pair = cute.make_rmem_tensor(2, Float32)
     pair[0], pair[1] = first, second

@@ -21,17 +21,7 @@ from cute_attn.layouts.fragments import transposed
 from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
 from cute_attn.mainloop import cp_async_cache
 from cute_attn.mainloop.cluster import meet, stay
-from cute_attn.mainloop.cp_async_cache import (
-    CacheBlock,
-    Exchanged,
-    Outputs,
-    SeenTiles,
-    Serving,
-    Workspace,
-    anchor,
-    floats,
-    store_pair,
-)
+from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, Outputs, SeenTiles, Serving, Workspace, anchor, floats
 from cute_attn.mainloop.warpgroups import rounded_operand
 from cute_attn.softmax import Softmax
 
@@ -112,7 +102,9 @@ class Forward(cp_async_cache.Forward):
         elif self._is_shared(serving, seen, places):
             exchanged = self._exchanged(block, 0)  # a place that both know: each is at a tile of its own when its part ends
             self._sum_rows(softmax)
-            self._merge_blocks(block, serving, seen, rows, softmax, exchanged)
+            self._hand_over(block, exchanged, rows, softmax, self._exist(serving, seen), 0)
+            meet()
+            self._merge_blocks(block, serving, seen, exchanged)
             stay()  # nobody ends whose memory is being read
         else:
             merge(block, serving, seen, places, rows, softmax, exchanged)
@@ -125,61 +117,37 @@ class Forward(cp_async_cache.Forward):
         super()._arrive(block, serving, seen, places, written)
 
     @cute.jit
-    def _merge_blocks(
-        self, block: CacheBlock, serving: Serving, seen: SeenTiles, rows: cute.Tensor, softmax: Softmax, exchanged: Exchanged
-    ):
-        """What all groups of both blocks found, to the outputs. Of the two rows that threads of one number have a group merges
-        one, of both groups, and a block half of its columns, of both blocks; what is merged elsewhere is handed over."""
-        config, rank, exponent = self.config, cute.arch.block_in_cluster_idx()[0], seen.values.exponent(self.problem)
-        pieces, group, other = config.tile_dv // PIECE_COLUMNS, block.group, 1 - block.group
-        half, is_first = pieces // 2, group == 0
-        coordinates = self._coordinates(block)
-        row, given_row, column = coordinates[group, 0][0], coordinates[other, 0][0], coordinates[0, 0][1]
-        merged, held = (cute.make_rmem_tensor((PIECE, pieces), Float32) for _ in range(2))
-        piece, found = cute.make_rmem_tensor(PIECE, Float32), cute.make_rmem_tensor(2, Float32)
-        for n in cutlass.range_constexpr(pieces):
-            for c in cutlass.range_constexpr(PIECE):
-                first, second = rows[0, n * PIECE + c], rows[1, n * PIECE + c]
-                merged[c, n] = first if is_first else second
-                piece[c] = second if is_first else first
-            cute.autovec_copy(piece, self._given(block, exchanged, group * pieces + n))
-        row_max = softmax.row_max[0] if is_first else softmax.row_max[1]
-        row_sum = softmax.row_sum[0] if is_first else softmax.row_sum[1]
-        if column == 0:
-            given_max = softmax.row_max[1] if is_first else softmax.row_max[0]
-            given_sum = softmax.row_sum[1] if is_first else softmax.row_sum[0]
-            store_pair(exchanged.of_rows, group * config.tile_m + given_row, given_max, given_sum)
-        cute.arch.sync_threads()
-
-        cute.autovec_copy(floats(exchanged.of_rows, other * config.tile_m + row, 2), found)
-        for n in cutlass.range_constexpr(pieces):
-            cute.autovec_copy(self._given(block, exchanged, other * pieces + n), held[None, n])
-        row_max, row_sum = _merge_into(merged, held, row_max, row_sum, found, exponent)
-        kept = cute.make_rmem_tensor((PIECE, half), Float32)
-        for k in cutlass.range_constexpr(half):
-            for c in cutlass.range_constexpr(PIECE):
-                kept[c, k] = merged[c, k] if rank == 0 else merged[c, half + k]
-                piece[c] = merged[c, half + k] if rank == 0 else merged[c, k]
-            cute.autovec_copy(piece, self._given(block, exchanged, 2 * pieces + group * half + k))
-        if column == 0:
-            store_pair(exchanged.of_rows, group * config.tile_m + row, row_max, row_sum)
-        meet()
-
+    def _merge_blocks(self, block: CacheBlock, serving: Serving, seen: SeenTiles, exchanged: Exchanged):
+        """What all groups of both blocks have handed over, to the outputs. Of the two rows that threads of one number have, a
+        block merges one, and of its columns each group some: what is here first, then what is there."""
+        config, rank = self.config, cute.arch.block_in_cluster_idx()[0]
+        pieces, each = config.tile_dv // PIECE_COLUMNS, config.tile_dv // PIECE_COLUMNS // config.key_warps
+        begin, row = block.group * each, self._coordinates(block)[rank, 0][0]
         there = Exchanged(*(cute.arch.map_dsmem_ptr(place, 1 - rank) for place in (exchanged.o, exchanged.of_rows)))
+        sources = [(source, group) for source in (exchanged, there) for group in range(config.key_warps)]
         if row < self._exist(serving, seen):
-            theirs = cute.make_rmem_tensor((PIECE, half), Float32)
-            cute.autovec_copy(floats(there.of_rows, group * config.tile_m + row, 2), found)
-            for k in cutlass.range_constexpr(half):
-                if self._is_stored(rank * half + k):  # nobody waits for what isn't used, and stay() says that all has come
-                    cute.autovec_copy(self._given(block, there, 2 * pieces + group * half + k), theirs[None, k])
-            all_max, all_sum = _merge_into(kept, theirs, row_max, row_sum, found, exponent)
-            of_row = self._end_row(serving, seen, row, (rank == 0) & (column == 0), all_max, all_sum)
-            for k in cutlass.range_constexpr(half):
-                self._store(block, serving, seen, of_row, rank * half + k, kept[None, k])
-
-    def _given(self, block: CacheBlock, exchanged: Exchanged, n) -> cute.Tensor:
-        """Where a group's n-th piece is of threads of this one's number."""
-        return floats(exchanged.o, n * self.group_threads + block.thread, PIECE)
+            held = cute.make_rmem_tensor((PIECE, each, len(sources)), Float32)
+            found = cute.make_rmem_tensor((2, len(sources)), Float32)
+            for i in cutlass.range_constexpr(len(sources)):
+                source, group = sources[i]
+                cute.autovec_copy(floats(source.of_rows, group * config.tile_m + row, 2), found[None, i])
+                for k in cutlass.range_constexpr(each):
+                    if self._is_stored(begin + k):  # nobody waits for what isn't used, and stay() says that all has come
+                        piece = self._handed(block, source, group, rank * pieces + begin + k)
+                        cute.autovec_copy(piece, held[None, k, i])
+            row_max = -Float32.inf
+            for i in cutlass.range_constexpr(len(sources)):
+                row_max = cute.arch.fmax(row_max, found[0, i])
+            row_sum, merged = Float32(0.0), cute.make_rmem_tensor((PIECE, each), Float32)
+            merged.fill(0.0)
+            for i in cutlass.range_constexpr(len(sources)):
+                weight = cute.math.exp2((found[0, i] - anchor(row_max)) * seen.values.exponent(self.problem), fastmath=True)
+                row_sum += found[1, i] * weight
+                for k in cutlass.range_constexpr(each):
+                    merged[None, k].store(merged[None, k].load() + held[None, k, i].load() * weight)
+            of_row = self._end_row(serving, seen, row, (block.group == 0) & self._writes(block, True), row_max, row_sum)
+            for k in cutlass.range_constexpr(each):
+                self._store(block, serving, seen, of_row, begin + k, merged[None, k])
 
     def _is_stored(self, n):
         """Whether a row's n-th piece has columns that there are."""
@@ -199,13 +167,3 @@ class Forward(cp_async_cache.Forward):
             atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
         warpgroup.wait_group(0)
-
-
-@cute.jit
-def _merge_into(merged: cute.Tensor, others: cute.Tensor, row_max, row_sum, found: cute.Tensor, exponent) -> tuple:
-    """Of a row add what others found, whose ``(maximum, sum)`` is ``found``: ``(maximum, sum)`` of both."""
-    both = cute.arch.fmax(row_max, found[0])
-    mine = cute.math.exp2((row_max - anchor(both)) * exponent, fastmath=True)
-    theirs = cute.math.exp2((found[0] - anchor(both)) * exponent, fastmath=True)
-    merged.store(merged.load() * mine + others.load() * theirs)
-    return both, row_sum * mine + found[1] * theirs

@@ -56,7 +56,7 @@ class Block:
 
     def __init__(self, counts, walks, stages, invariant):
         self.counts, self.walks = counts, walks
-        self.config = SimpleNamespace(stages=stages, tile_d=1, tile_dv=1, tile_m=16, tile_n=1, page_numbers=True)
+        self.config = SimpleNamespace(stages=stages, tile_d=1, tile_dv=1, tile_m=16, tile_n=1)
         self.problem = SimpleNamespace(head_dim=1, head_dim_v=1, masks_all=False, masked=False, invariant=invariant)
         self.group = self.keys_of_group = self.thread = 0
         self.mma_O = self.mma_S = MagicMock()
@@ -76,16 +76,12 @@ class Block:
     def on_its_way(self, memory, place):
         return any(m is memory and p == place for group in (*self.groups, self.pending) for m, p, _ in group)
 
-    def _place_of_lane(self, block, keys, source, n, stage, numbered):
+    def _copy(self, block, keys, source, n, stage, numbered=False):
         if numbered:
             assert not self.on_its_way(self.numbers, stage)
             assert self.numbers[stage] == (source.number, n), "numbers of another tile's pages"
         else:
             assert (source.number, n) not in self.asked, "a table that is read twice"
-        return source.number, n
-
-    def _copy(self, block, keys, source, n, stage, place):
-        assert place == (source.number, n), "pages of another tile"
         assert not self.on_its_way(self.slots, stage)
         assert self.slots[stage] in (None, "done"), "a tile that nobody has computed with"
         self.pending.append((self.slots, stage, (source.number, n)))
@@ -122,9 +118,6 @@ class Block:
 
     def _copy_ahead(self, *what):
         Kernel._copy_ahead.__wrapped__(self, *what)
-
-    def _place_ahead(self, *what):
-        return Kernel._place_ahead.__wrapped__(self, *what)
 
     def _ahead(self, *what):
         return Kernel._ahead(self, *what)
