@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 from . import base, mma_sync
-from .base import BYTES, KIB, Config, Gpu, Layout, element
+from .base import BYTES, KIB, WARP, Config, Gpu, Layout, element
 
 TILE_DIMS, tile_dim = mma_sync.TILE_DIMS, mma_sync.tile_dim
 VECTOR, SMEM_ALIGN = mma_sync.VECTOR, mma_sync.SMEM_ALIGN
@@ -20,6 +20,7 @@ ROWS = (16, 32, 64)  # of a tile: what problems may ask for
 WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O of 32 rows
 STAGES_MAX = 6
 FLOAT, BANKS = 4, 32  # bytes; of shared memory, a float wide each
+NUMBER = 4  # bytes of a page's
 RESERVED = KIB  # what CUDA takes of each block's shared memory
 QUERIES = 2  # tiles of them in shared memory: those of a part of a walk, and of the next one
 OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
@@ -50,6 +51,7 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
             blocks_per_multiprocessor=blocks,
             key_warps=key_warps,
             cache="cp_async_cache",
+            page_numbers="page_table" in problem.stored,
         )
         if stages >= least and smem_bytes(config) <= room(gpu, blocks):
             break
@@ -85,7 +87,8 @@ def columns_written(head_dim_v: int) -> int:
 
 def smem_parts(config: Config) -> dict[str, int]:
     """Bytes of shared memory by part. What the groups found of O lies over a stage of K and V that is free then, or where that
-    is too small in a place of its own, ``merged``; ``rows`` are maxima and sums that go with it."""
+    is too small in a place of its own, ``merged``; ``rows`` are maxima and sums that go with it. ``numbers`` are those of the
+    pages of each stage's keys; where they are, the ``word`` lies over ``rows``."""
     of_columns = config.key_warps * config.tile_m * FLOAT
     of_o = of_columns * exchanged_columns(config)
     return {
@@ -94,7 +97,8 @@ def smem_parts(config: Config) -> dict[str, int]:
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
         "merged": of_o if of_o > _stage_bytes(config) else 0,
         "rows": of_columns * OF_ROW,
-        "word": 16,
+        "word": 0 if config.page_numbers else 16,
+        "numbers": NUMBER * config.stages * config.tile_n if config.page_numbers else 0,
     }
 
 
@@ -125,7 +129,13 @@ def misfit(config: Config) -> str:
         return f"{groups} groups of {warps} warps: try key_warps=1, 2 or 4"
     if config.walk_blocks != 1:
         return f"walk_blocks={config.walk_blocks}: only blocks of wgmma_cache share walks, try 1"
-    return mma_sync.misfit(group(config))
+    return too_many_keys(config) or mma_sync.misfit(group(config))
+
+
+def too_many_keys(config: Config) -> str:
+    """Whether a warp copies more keys of a tile than it has lanes, each of which asks for the number of one's page."""
+    most = WARP * config.mma_warps
+    return f"{config.tile_n} keys a tile, of which {config.mma_warps} warps copy {most}" if config.tile_n > most else ""
 
 
 def tile(operand: str, config: Config) -> tuple[int, int]:

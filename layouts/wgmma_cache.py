@@ -14,7 +14,7 @@ from itertools import product
 
 from . import mma_sync, mma_sync_cache, wgmma
 from .base import Config, Gpu, Layout, cute_layout, element
-from .mma_sync_cache import barriers, exchanged_columns, group, row_warps, smem_bytes, smem_parts
+from .mma_sync_cache import barriers, exchanged_columns, group, row_warps, smem_bytes, smem_parts, too_many_keys
 from .tma import ROWS_PER_WARPGROUP
 
 TILE_DIMS, tile_dim = wgmma.TILE_DIMS, wgmma.tile_dim
@@ -43,6 +43,7 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
             blocks_per_multiprocessor=blocks,
             key_warps=groups,
             cache="wgmma_cache",
+            page_numbers="page_table" in problem.stored,
         )
         if stages >= least and smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
             break
@@ -65,7 +66,7 @@ def misfit(config: Config) -> str:
     """What the kernel can't do."""
     if config.walk_blocks not in ((1, 2) if can_share_walks(config) else (1,)):
         return f"walk_blocks={config.walk_blocks}: try 1; 2 take two groups in a block, which exchange all columns at once"
-    return wgmma.misfit(group(config)) or mma_sync.misfit(group(config))
+    return too_many_keys(config) or wgmma.misfit(group(config)) or mma_sync.misfit(group(config))
 
 
 def tile(operand: str, config: Config) -> tuple[int, int]:

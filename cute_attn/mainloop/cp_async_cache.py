@@ -40,11 +40,11 @@ from cute_attn.balance import (
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
-from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
+from cute_attn.layouts.mma_sync_cache import NUMBER, PIECE, PIECE_COLUMNS
 from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.guard import poison_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
-from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
+from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, copy_word, product
 from cute_attn.softmax import Softmax, finished, scale_rows
 
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
@@ -119,6 +119,7 @@ class CacheBlock:
     ring: cute.Pointer
     of_rows: cute.Pointer
     word: cute.Tensor
+    numbers: Any  # of pages, (keys of a tile, stages)
     group: Int32
     thread: Int32  # in the group
 
@@ -221,12 +222,16 @@ class Forward:
         sQ, sK = self._operand_at(of_q, "Q"), self._operand_at(ring, "K")
         sV = self._operand_at(ring + config.tile_n * config.tile_d, "V")
         floats = smem.allocate_tensor(Float32, cute.make_layout(parts["rows"] // 4), 16)
-        word = smem.allocate_tensor(Int32, cute.make_layout(4), 16)
+        if config.page_numbers:
+            word = cute.make_tensor(cute.recast_ptr(floats.iterator, dtype=Int32), cute.make_layout(1))
+            numbers = smem.allocate_tensor(Int32, cute.make_layout(parts["numbers"] // NUMBER), 16).iterator
+        else:
+            word, numbers = smem.allocate_tensor(Int32, cute.make_layout(4), 16), None
         stream = partial(Stream.of, lay, config)
         k, v = stream("K", mK, sK, thread, self.problem.head_dim), stream("V", mV, sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         operands = self._operands((sQ, sK, sV), (mma_S, mma_O), thread)
-        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, ring, floats.iterator, word, group, thread)
+        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, ring, floats.iterator, word, numbers, group, thread)
 
     def _operand_at(self, place, name: str) -> cute.Tensor:
         """An operand in shared memory, from a place on."""
@@ -258,13 +263,18 @@ class Forward:
                 into.fill(0.0)
 
     @cute.jit
-    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, places: tuple = ()):
-        """A group: start copying its keys of a part's tile n to a stage of its ring. ``places`` are those of its rows of K, if
-        they are known already."""
+    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, numbered=False):
+        """A group: start copying its keys of a part's tile n to a stage of its ring. ``numbered`` says whether the numbers of
+        their pages have come to the stage already."""
         slot, first = (block.group, stage), source.first + n * self.config.tile_n + block.group * self.keys_of_group
         k, v = block.k, block.v
+        of_lane = self._place_of_lane(block, keys, source, n, stage, numbered)
         for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
-            place = keys.inside(places[i] if len(places) > 0 else self._named_place(block, keys, source, n, i))
+            place: Any = ()
+            if cutlass.const_expr(self.config.page_numbers):
+                place = tuple(cute.arch.shuffle_sync(x, self._lane_of_row(i)) for x in of_lane)
+            else:
+                place = keys.place(source.number, cutlass.min(first + k.tXcX[0, i, 0][0], source.last))
             k.start_row(i, place, source.head_kv, slot)
             if cutlass.const_expr(self.same_rows):
                 v.start_row(i, place, source.head_kv, slot)
@@ -273,20 +283,20 @@ class Forward:
                 key = cutlass.min(first + v.tXcX[0, i, 0][0], source.last)
                 v.start_row(i, keys.place(source.number, key), source.head_kv, slot)
 
-    def _named_place(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, i: int):
-        """Where this thread's i-th row of K of a part's tile n is, as the table says."""
-        first = source.first + n * self.config.tile_n + block.group * self.keys_of_group
-        return keys.named_place(source.number, cutlass.min(first + block.k.tXcX[0, i, 0][0], source.last))
-
     @cute.jit
-    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity, places=()):
+    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity):
         """Start copying tile n from a part's first one on, which past its end is one of the part behind it; the first one of
         that with its queries."""
+        ahead = self.config.stages
         if (n == seen.count) & (then.count > 0):
             self._copy_q(block, serving, then, 1 - parity)
         if n - seen.count < then.count:
             source, tile = self._ahead(seen, then, n)
-            self._copy(block, serving.keys, source, tile, stage, places)
+            # asked for with the tile a ring before it, of whose part the one before it knew, or of this one
+            self._copy(block, serving.keys, source, tile, stage, (n < seen.count) | (n >= 2 * ahead))
+        if n + ahead - seen.count < then.count:
+            source, tile = self._ahead(seen, then, n + ahead)
+            self._ask(block, serving.keys, source, tile, stage)
         cute.arch.cp_async_commit_group()
 
     def _ahead(self, seen: SeenTiles, then: SeenTiles, n) -> tuple[KeySource, Any]:
@@ -294,17 +304,60 @@ class Forward:
         here, sources = n < seen.count, zip(self._source(seen).all(), self._source(then).all(), strict=True)
         return KeySource(*(_either(here, x, y) for x, y in sources)), _either(here, n, n - seen.count)
 
+    # ---- numbers of pages --------------------------------------------------------------------------------------------
+
     @cute.jit
-    def _places_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n) -> tuple:
-        """Where this thread's rows of that tile are, of pages, whose numbers are read a tile before they are needed."""
-        places: tuple = ()
-        if cutlass.const_expr(serving.keys.page_table is not None):
-            rows = cute.size(block.k.tXcX, mode=[1])
-            places = tuple((Int32(0), Int32(0)) for _ in range(rows))
-            if n - seen.count < then.count:
-                source, tile = self._ahead(seen, then, n)
-                places = tuple(self._named_place(block, serving.keys, source, tile, i) for i in range(rows))
-        return places
+    def _ask(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage):
+        """Start copying the numbers of a part's tile n, with those keys that are a ring ahead of it: they have come when it is
+        its turn. Each lane has a row of K that its warp copies, and reads no number but its own, so nobody waits for others."""
+        if cutlass.const_expr(self.config.page_numbers):
+            lanes = self.keys_of_group * WARP // self.group_threads
+            if cute.arch.lane_idx() < lanes:
+                page = divided(self._key_of_lane(block, source, n), keys.page_size)[0]
+                number = cute.local_tile(keys.page_table[source.number, None], (1,), (page,))
+                copy_word(number.iterator.toint(), self._number_of_lane(block, stage).iterator.toint())
+
+    @cute.jit
+    def _place_of_lane(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, numbered) -> tuple:
+        """Where the row of K is that this lane has of a part's tile n, of pages."""
+        place: tuple = ()
+        if cutlass.const_expr(self.config.page_numbers):
+            page, row = divided(self._key_of_lane(block, source, n), keys.page_size)
+            number = Int32(0)
+            if numbered:
+                number = self._number_of_lane(block, stage)[0]
+            else:
+                number = keys.page_table[source.number, page]
+            place = keys.inside((number, row))
+        return place
+
+    def _key_of_lane(self, block: CacheBlock, source: KeySource, n):
+        """The row of the cache, of a part's tile n, that this lane has."""
+        first = source.first + n * self.config.tile_n + block.group * self.keys_of_group
+        return cutlass.min(first + self._row_of_lane(block), source.last)
+
+    def _number_of_lane(self, block: CacheBlock, stage) -> cute.Tensor:
+        """Where the number of its page is."""
+        n = stage * self.config.tile_n + block.group * self.keys_of_group + self._row_of_lane(block)
+        return cute.make_tensor(block.numbers + n, cute.make_layout(1))
+
+    def _row_of_lane(self, block: CacheBlock):
+        """The row of a group's tile that this lane has, of those that its warp copies. If these are fewer than lanes, some have
+        the same."""
+        rows, of_warp = self._rows_at_once
+        lane, warp = cute.arch.lane_idx() % (self.keys_of_group * of_warp // rows), block.thread // WARP
+        return lane // of_warp * rows + warp * of_warp + lane % of_warp
+
+    def _lane_of_row(self, i: int):
+        """The lane that has this thread's i-th row of K."""
+        of_warp = self._rows_at_once[1]
+        return i * of_warp + cute.arch.lane_idx() // (WARP // of_warp)
+
+    @property
+    def _rows_at_once(self) -> tuple[int, int]:
+        """How many rows of K a group copies at a time, and each of its warps."""
+        rows = self.lay.copies(self.config)["in", "K"].tile[0]
+        return rows, rows * WARP // self.group_threads
 
     def _source(self, seen: SeenTiles) -> KeySource:
         """Of a part's tiles."""
@@ -365,6 +418,8 @@ class Forward:
                 self._copy(block, serving.keys, source, n, n)
             if n == 0:
                 self._copy_q(block, serving, seen, 0)
+            if n + self.config.stages < seen.count:
+                self._ask(block, serving.keys, source, n + self.config.stages, n)
             cute.arch.cp_async_commit_group()
 
     @cute.jit
@@ -396,7 +451,6 @@ class Forward:
         primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
         for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
             self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
-        next_places = self._places_ahead(block, serving, seen, then, ahead)
         for n in cutlass.range(seen.count, unroll=1):
             cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
@@ -417,8 +471,7 @@ class Forward:
             self._add(block, acc_S, acc_O, slot)
             if n + 1 < seen.count:
                 self._sync_group(block)
-                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity, next_places)
-                next_places = self._places_ahead(block, serving, seen, then, n + 1 + ahead)
+                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity)
             stage = (stage + 1) % ahead
 
         cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to

@@ -94,6 +94,11 @@ def copy_once(source: Any, into: Any) -> None:
     cute.arch.inline_ptx(ptx, read_only_args=[into, source, policy])
 
 
+def copy_word(source: Any, into: Any) -> None:
+    """Start copying 4 bytes from an address in global to one in shared memory."""
+    cute.arch.inline_ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4;", read_only_args=[into, source])
+
+
 @dataclass(frozen=True)
 class LdmatrixOperand:
     """One operand on its way from shared memory to an MMA's registers, a step in k at a time."""

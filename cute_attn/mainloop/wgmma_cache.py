@@ -132,8 +132,9 @@ class Forward(cp_async_cache.Forward):
                 source, group = sources[i]
                 cute.autovec_copy(floats(source.of_rows, group * config.tile_m + row, 2), found[None, i])
                 for k in cutlass.range_constexpr(each):
-                    piece = self._handed(block, source, group, rank * pieces + begin + k)
-                    cute.autovec_copy(piece, held[None, k, i])
+                    if self._is_stored(begin + k):  # nobody waits for what isn't used, and stay() says that all has come
+                        piece = self._handed(block, source, group, rank * pieces + begin + k)
+                        cute.autovec_copy(piece, held[None, k, i])
             row_max = -Float32.inf
             for i in cutlass.range_constexpr(len(sources)):
                 row_max = cute.arch.fmax(row_max, found[0, i])
@@ -147,6 +148,11 @@ class Forward(cp_async_cache.Forward):
             of_row = self._end_row(serving, seen, row, (block.group == 0) & self._writes(block, True), row_max, row_sum)
             for k in cutlass.range_constexpr(each):
                 self._store(block, serving, seen, of_row, begin + k, merged[None, k])
+
+    def _is_stored(self, n):
+        """Whether a row's n-th piece has columns that there are."""
+        columns = self.problem.head_dim_v
+        return self.config.tile_dv - columns < PIECE_COLUMNS or n * PIECE_COLUMNS < columns
 
     # ---- products ----------------------------------------------------------------------------------------------------
 

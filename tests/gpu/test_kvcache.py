@@ -156,8 +156,17 @@ def test_unequal_lengths(heads, invariant):
     one.check(one.attend(one.paged(64), batch_invariant=invariant), False)
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("heads", [(32, 8), (64, 1)], ids=lambda heads: f"{heads[0]}/{heads[1]}")
+@pytest.mark.parametrize("page_size", [1, 16, 48])
+def test_pages_of_parts_of_any_length(page_size, heads, invariant):
+    """Shorter than a block's ring and longer: numbers of pages come ahead of these, or are read when it is their turn."""
+    one = case([1 + 411 * i % 1500 for i in range(150)], 1, heads)
+    one.check(one.attend(one.paged(page_size), batch_invariant=invariant), False)
+
+
 @pytest.mark.parametrize("group", [40, 64, 128])
-@pytest.mark.parametrize("dims", [(64, 64), (96, 32), (96, 96), (128, 128)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 32), (96, 96), (128, 128)], ids=str)
 def test_a_walk_that_two_blocks_share(dims, group):
     """As many walks of one length as pairs of blocks, of few rows or of all, each in two parts of unequal lengths: over shared
     memory, where a GPU has clusters; and with one sequence more over global memory. The same bits each time."""
@@ -173,8 +182,7 @@ def test_a_walk_that_two_blocks_share(dims, group):
 
 @pytest.mark.parametrize(("lengths", "queries"), [([1100] + [1024] * 63, 1), ([897] * 32, 2)], ids=["odd", "hidden"])
 def test_blocks_that_share_a_walk_may_have_other_numbers_of_tiles(lengths, queries):
-    """On 132 multiprocessors: one block has a tile more than the other, or sees one more, and ends at another slot of its
-    ring."""
+    """On 132 multiprocessors: one block has a tile more than the other, or sees one more, and ends at another slot."""
     one = case(lengths, queries, (64, 1), (128, 128))
     one.check(one.attend(one.contiguous(max(lengths)), causal=True), False, causal=True)
 

@@ -19,6 +19,11 @@ pytest.importorskip("cutlass.cute")
 import cutlass
 from cutlass import cute
 
+from cute_attn.layouts import mma_sync_cache
+from cute_attn.layouts.base import WARP
+from cute_attn.plan import plan
+from cute_attn.problem import Problem
+
 # A copy of the module: once the DSL has traced a function, it is no longer what it was.
 module = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)
 Kernel = module["Forward"]
@@ -55,8 +60,8 @@ class Block:
         self.problem = SimpleNamespace(head_dim=1, head_dim_v=1, masks_all=False, masked=False, invariant=invariant)
         self.group = self.keys_of_group = self.thread = 0
         self.mma_O = self.mma_S = MagicMock()
-        self.slots, self.queries = [None] * stages, [None, None]
-        self.pending, self.groups, self.computed, self.arrived = [], [], [], []
+        self.slots, self.numbers, self.queries = [None] * stages, [None] * stages, [None, None]
+        self.pending, self.groups, self.asked, self.computed, self.arrived = [], [], [], [], []
 
     def commit(self):
         self.groups.append(self.pending)
@@ -71,11 +76,20 @@ class Block:
     def on_its_way(self, memory, place):
         return any(m is memory and p == place for group in (*self.groups, self.pending) for m, p, _ in group)
 
-    def _copy(self, block, keys, source, n, stage, places=()):
-        assert places in ((), (source.number, n)), "places of another tile"
+    def _copy(self, block, keys, source, n, stage, numbered=False):
+        if numbered:
+            assert not self.on_its_way(self.numbers, stage)
+            assert self.numbers[stage] == (source.number, n), "numbers of another tile's pages"
+        else:
+            assert (source.number, n) not in self.asked, "a table that is read twice"
         assert not self.on_its_way(self.slots, stage)
         assert self.slots[stage] in (None, "done"), "a tile that nobody has computed with"
         self.pending.append((self.slots, stage, (source.number, n)))
+
+    def _ask(self, block, keys, source, n, stage):
+        assert not self.on_its_way(self.numbers, stage)
+        self.pending.append((self.numbers, stage, (source.number, n)))
+        self.asked.append((source.number, n))
 
     def _copy_q(self, block, serving, seen, parity):
         assert self.queries[parity] != self.part, "of the part that is being computed"
@@ -108,10 +122,6 @@ class Block:
     def _ahead(self, *what):
         return Kernel._ahead(self, *what)
 
-    def _places_ahead(self, block, serving, seen, then, n):
-        source, tile = self._ahead(seen, then, n)
-        return source.number, tile
-
     def start_after(self, keys, sequence, part):
         """Of the same walk, it begins behind that one's first tile."""
         following = part.number + 1
@@ -136,7 +146,8 @@ class Block:
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.booleans()), min_size=1, max_size=9), st.integers(2, 6), st.booleans())
 def test_every_tile_is_there_when_it_is_computed_with(parts, stages, invariant):
-    """And each part is said to be written once, with others of its walk if its keys are split at fixed places."""
+    """And where its pages' numbers come ahead of it they are there when it is copied; most do. Each part is said to be written
+    once, with others of its walk if its keys are split at fixed places."""
     counts = [count for count, _ in parts]
     walks = [*accumulate(int(first) for _, first in parts)]
     block = Block(counts, walks, stages, invariant)
@@ -158,5 +169,38 @@ def test_every_tile_is_there_when_it_is_computed_with(parts, stages, invariant):
         block.run()
     assert block.computed == [(part, n) for part, count in enumerate(counts) for n in range(count)]
     assert not block.pending
+    assert len(set(block.asked)) == len(block.asked)
+    long = {(part, n) for part, count in enumerate(counts) for n in range(2 * stages, count)}
+    assert long <= set(block.asked) <= set(block.computed)
     together = groupby(range(len(counts)), key=walks.__getitem__ if invariant else None)
     assert block.arrived == [[*of_walk] for _, of_walk in together]
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_80"])
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (32, 256), (16, 16)], ids=str)
+@pytest.mark.parametrize("rows", mma_sync_cache.ROWS)
+def test_every_thread_finds_the_pages_of_its_rows(rows, dims, target):
+    """A lane has the number of one row's page, and a thread copies rows that lanes of its warp have."""
+    config = plan(Problem("bfloat16", *dims, rows=rows, stored="page_table"), target)
+    assert config.page_numbers
+    kernel = Kernel(None, config)
+    first, n = 7, 1
+    source = SimpleNamespace(first=first, last=first + 2 * config.tile_n - 3)
+    at_once = kernel.lay.copies(config)["in", "K"].tile[0]
+    threads_of_row, numbered = kernel.group_threads // at_once, []
+    for group in range(config.key_warps):
+        begin = first + n * config.tile_n + group * kernel.keys_of_group
+        for warp in range(kernel.group_threads // WARP):
+            held = []
+            for lane in range(WARP):
+                with patch.object(cute.arch, "lane_idx", lambda lane=lane: lane), patch.object(cutlass, "min", min):
+                    block = SimpleNamespace(group=group, thread=warp * WARP + lane)
+                    held.append(kernel._key_of_lane(block, source, n))
+                    if lane < kernel.keys_of_group * WARP // kernel.group_threads:
+                        numbered.append(group * kernel.keys_of_group + kernel._row_of_lane(block))
+            for lane in range(WARP):
+                with patch.object(cute.arch, "lane_idx", lambda lane=lane: lane):
+                    lanes = [kernel._lane_of_row(i) for i in range(kernel.keys_of_group // at_once)]
+                row = (warp * WARP + lane) // threads_of_row
+                assert [held[x] for x in lanes] == [min(begin + row + i * at_once, source.last) for i in range(len(lanes))]
+    assert sorted(numbered) == [*range(config.tile_n)]
