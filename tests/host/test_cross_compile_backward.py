@@ -148,8 +148,7 @@ EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
 }
 
 # Which gradients every run asks for of those that are asked for alone, by rules and head dim.
-SOME_GRADIENTS = {("full", 64): "q k v kv", ("causal", 64): "q k v kv", ("causal", 96): "k", ("causal", 128): "q kv"}
-SOME_GRADIENTS |= {("in use", 64): "v kv"}
+SOME_GRADIENTS = {("full", 64): "q k v kv", ("causal", 64): "q k v kv", ("causal", 128): "kv", ("in use", 64): "v"}
 
 
 def in_every_run(case: Case) -> bool:
@@ -161,9 +160,8 @@ def in_every_run(case: Case) -> bool:
         return True
     if case.gradients != "qkv":
         return case.gradients in SOME_GRADIENTS.get((case.rules, case.head_dim), "").split()
-    if case.mechanism == "cp_async":
-        return case.target == "sm_90a" and case.head_dim == 64
-    return case.head_dim in {"full": (64, 128, 256), "causal": (64, 128), "in use": (256,)}[case.rules]
+    widths = {"full": (64, 256), "causal": (64, 128), "in use": (256,)}[case.rules]
+    return case.mechanism == "tma_wgmma" and case.head_dim in widths
 
 
 every_case = machine_code.each(CASES, in_every_run)
