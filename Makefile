@@ -12,8 +12,8 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 help:
 	@echo 'make demo   attention on the best backend here, what the compiler makes of the kernels, and why'
-	@echo 'make test   every test this machine can run; with a GPU, the GPU tests too'
-	@echo 'make tables the kernels of all rows of the tables, of which make test compiles a sample'
+	@echo 'make test   the tests that this machine can run; with a GPU, the GPU tests too'
+	@echo 'make tables the kernels of every row of the tables of tiles, of which make test compiles a sample'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make setup  only what the others do first: .venv with the versions in constraints.txt'
 
@@ -41,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install --no-compile '$(TORCH)'
 	@echo '[3/3] cute-attn and what its kernels, tests, benchmarks and linters need, in the versions of constraints.txt'
 	@$(PIP) install --no-compile -c constraints.txt -e '.[cu13,test,bench,dev]'
-	@# pip compiles one file after the other; some packages have files that are not for this Python, which pip ignores too.
-	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	@# On all cores, which pip does on one. Some packages have files that no Python compiles: pip ignores them, too.
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 	@echo 'set up'
