@@ -8,11 +8,12 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: help demo test lint setup
+.PHONY: help demo test tables lint setup
 
 help:
 	@echo 'make demo   attention on the best backend here, what the compiler makes of the kernels, and why'
-	@echo 'make test   every test this machine can run; with a GPU, the GPU tests too'
+	@echo 'make test   the tests that this machine can run; with a GPU, the GPU tests too'
+	@echo 'make tables the kernels of every row of the tables of tiles, of which make test compiles a sample'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make setup  only what the others do first: .venv with the versions in constraints.txt'
 
@@ -22,6 +23,10 @@ demo: $(READY)
 # In as many processes as there are cores, eight at most: GPU tests share the GPU, and its memory.
 test: $(READY)
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# Needed after a change to kernels or to tables.
+tables: $(READY)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/host -m whole_tables
 
 lint: $(READY)
 	@$(BIN)/ruff check .; ruff=$$?; $(BIN)/mypy cute_attn layouts benchmarks && exit $$ruff
@@ -33,8 +38,10 @@ $(READY): pyproject.toml constraints.txt
 	@echo '[1/3] .venv with $(PYTHON)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo '[2/3] $(TORCH): first and by itself; the first time takes minutes'
-	@$(PIP) install '$(TORCH)'
+	@$(PIP) install --no-compile '$(TORCH)'
 	@echo '[3/3] cute-attn and what its kernels, tests, benchmarks and linters need, in the versions of constraints.txt'
-	@$(PIP) install -c constraints.txt -e '.[cu13,test,bench,dev]'
+	@$(PIP) install --no-compile -c constraints.txt -e '.[cu13,test,bench,dev]'
+	@# On all cores, which pip does on one. Some packages have files that no Python compiles: pip ignores them, too.
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 	@echo 'set up'

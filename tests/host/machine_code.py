@@ -7,13 +7,14 @@ import pickle
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import filelock
+import pytest
 
 from cute_attn import cubin
 from cute_attn.compile import compile_only
@@ -34,6 +35,17 @@ LABEL = re.compile(r"^\.text\.(\S+):$", re.MULTILINE)  # nvdisasm's, where a ker
 # Targets whose code of a mechanism is another target's to the instruction (test_cross_compile.py compares them), and is
 # compiled once for both.
 SAME_CODE = {("sm_90", "cp_async"): "sm_90a"}
+
+
+# Compiling every row of every table takes longer than a change to something else should wait for: a test run takes a sample.
+# The rest has this mark, and runs with ``-m whole_tables``, which a change to kernels or tables is checked with.
+whole_tables = pytest.mark.whole_tables
+
+
+def each(cases: Iterable[Any], sampled: Callable[[Any], bool]) -> pytest.MarkDecorator:
+    """A test of each case; of the ``sampled`` ones in every run."""
+    marked = [pytest.param(case, id=str(case), marks=() if sampled(case) else whole_tables) for case in cases]
+    return pytest.mark.parametrize("case", marked)
 
 
 def compiled(problem: Problem, config: Config) -> Code:

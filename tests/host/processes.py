@@ -3,6 +3,7 @@ torch imported, which is most of what a fresh one takes."""
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,8 +12,14 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SIGINT_AT_START = ("ignored", "default")
+INTERRUPTS = [  # with SIGINT so, what comes: as a terminal sends it, to the whole group; and as a supervisor ends a job
+    *[pytest.param(sigint, signal.SIGINT, os.killpg, id=f"SIGINT-{sigint}") for sigint in SIGINT_AT_START],
+    pytest.param("ignored", signal.SIGTERM, os.kill, id="SIGTERM"),
+]
 _START = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignored" else signal.SIG_DFL)

@@ -20,6 +20,7 @@ from benchmarks.parts.stages import FULL, VARIANTS, Stages
 from benchmarks.parts.verdict import verdict, verdicts
 from benchmarks.parts.worker import Bench, DeviceLostError, Measurer, figure_of, lost_figure
 from benchmarks.settings import Settings
+from tests.host import machine_code, test_cross_compile
 from tests.host.benchmarks_fakes import FakeClock
 
 TARGET = "sm_90a"
@@ -239,7 +240,7 @@ COUNTED = ("HGMMA", "HMMA", "LDSM", "LDGSTS", "UTMALDG", "UTMASTG", "MUFU", "FMN
 
 
 @pytest.mark.parametrize("mechanism", ["tma_wgmma", "cp_async"])
-def test_a_kernel_with_every_stage_is_the_kernel_itself(mechanism, dsl, tmp_path):
+def test_a_kernel_with_every_stage_is_the_kernel_itself(mechanism, dsl, shared_folder, tmp_path):
     """The variants replace methods of the mainloop: with nothing left out, the machine code has to be its own."""
     import importlib
 
@@ -248,17 +249,16 @@ def test_a_kernel_with_every_stage_is_the_kernel_itself(mechanism, dsl, tmp_path
     shape = SHAPES["d64"]
     config = shape.config(TARGET, mechanism)
     staged = importlib.import_module(f"benchmarks.parts.whole_{mechanism}").Staged(shape.problem, config, Stages())
-    counts = []
-    for i, mainloop in enumerate((None, staged)):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        function = forward.host_function(shape.problem, config, mainloop)
-        options = f"--enable-tvm-ffi --gpu-arch={TARGET} --keep-cubin --dump-dir={folder}"
-        arguments = forward.stand_ins(fields.FORWARD, shape.problem, config)
-        importlib.import_module("cutlass.cute").compile(function, *arguments, options=options)
-        found = cubin.read(next(folder.glob("*.cubin")))
-        counts.append({name: found.count(name) for name in COUNTED})
-    assert counts[0] == counts[1]
+    function = forward.host_function(shape.problem, config, staged)
+    options = f"--enable-tvm-ffi --gpu-arch={TARGET} --keep-cubin --dump-dir={tmp_path}"
+    arguments = forward.stand_ins(fields.FORWARD, shape.problem, config)
+    importlib.import_module("cutlass.cute").compile(function, *arguments, options=options)
+    found = cubin.read(next(tmp_path.glob("*.cubin")))
+    case = test_cross_compile.Case(TARGET, mechanism, 64, 64, "full")
+    assert (case.problem, case.config) == (shape.problem, config)
+    whole = machine_code.Shared(shared_folder, test_cross_compile.compile_kernel)[case].code  # as other tests have it
+    assert {name: found.count(name) for name in COUNTED} == {name: whole.count(name) for name in COUNTED}
+    assert whole.count("MUFU") > 0
 
 
 def test_a_variant_leaves_its_stage_out(dsl, tmp_path):

@@ -20,7 +20,7 @@ from benchmarks.peers import REGISTRY
 from benchmarks.results import Record
 from benchmarks.settings import Crew, Settings
 from tests.host import benchmarks_fakes as fakes
-from tests.host.processes import SIGINT_AT_START, group_is_gone, start, until
+from tests.host.processes import INTERRUPTS, group_is_gone, start, until
 
 # Real processes of the command line, which start theirs as they do anywhere, are in the tests of interrupts.
 pytestmark = pytest.mark.usefixtures("quick_processes")
@@ -138,14 +138,7 @@ def _runs(pid: str) -> bool:
         return False
 
 
-INTERRUPTS = [  # as a terminal sends it: to the whole group; and as a supervisor ends a job
-    pytest.param(signal.SIGINT, os.killpg, id="SIGINT"),
-    pytest.param(signal.SIGTERM, os.kill, id="SIGTERM"),
-]
-
-
-@pytest.mark.parametrize("sigint", SIGINT_AT_START)
-@pytest.mark.parametrize(("number", "to"), INTERRUPTS)
+@pytest.mark.parametrize(("sigint", "number", "to"), INTERRUPTS)
 def test_an_interrupted_run_keeps_what_was_measured(tmp_path, sigint, number, to):
     """A real signal to a real run, once its first cell is in the file."""
     path = tmp_path / "r.json"
@@ -167,7 +160,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, sigint, number, to
     until(lambda: group_is_gone(process))
 
 
-@pytest.mark.parametrize(("number", "to"), INTERRUPTS)
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
 def test_an_interrupted_first_call_leaves_no_process(tmp_path, number, to):
     """The process whose first call it is, is a child of the one that measures."""
     hanging = tmp_path / "hanging"

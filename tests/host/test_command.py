@@ -21,7 +21,7 @@ from cute_attn.__main__ import main
 from cute_attn.cache import CACHE_DIR_VARIABLE
 from cute_attn.layouts.__main__ import _parser as layouts_parser
 from cute_attn.problem import GPU_DTYPES
-from tests.host.processes import ROOT, SIGINT_AT_START, group_is_gone, start, until
+from tests.host.processes import INTERRUPTS, ROOT, SIGINT_AT_START, group_is_gone, start, until
 
 BRACKETS = "[bold]x[/nope] :bug: [/]"
 NUMBERS = {
@@ -331,8 +331,7 @@ except KeyboardInterrupt as error:
 """
 
 
-@pytest.mark.parametrize("sigint", SIGINT_AT_START)
-@pytest.mark.parametrize(("number", "to"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
+@pytest.mark.parametrize(("sigint", "number", "to"), INTERRUPTS)
 def test_an_interrupted_pool_leaves_no_process(sigint, number, to):
     process = start(sigint, "-c", POOL)
     assert process.stdout is not None

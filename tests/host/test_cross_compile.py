@@ -3,7 +3,8 @@ more registers than a thread has, nothing spilled that is not accounted for belo
 products that run while the softmax does.
 
 Each kernel is compiled once in a run, by the first of its processes (the DSL compiles one at a time in each) that asks for
-it: ``python -m pytest -n auto`` uses all cores. A plain run of few tests compiles only what they read.
+it: ``python -m pytest -n auto`` uses all cores. A plain run of few tests compiles only what they read. Every run takes a
+sample, ``in_every_run``; ``-m whole_tables`` is the rest.
 """
 
 from __future__ import annotations
@@ -156,8 +157,24 @@ EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
     ("sm_120", "cp_async", 128): (128, TALL),
 }
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-wgmma_cases = pytest.mark.parametrize("case", [c for c in CASES if c.mechanism == "tma_wgmma"], ids=str)
+# The rows of cp_async that every run compiles with all rules, so with every piece of the mainloop: each row on some GPU, and
+# one or two of each GPU, SAMPLE of those that aren't named.
+ALL_RULES = {"sm_80": (64, 192), "sm_86": (96, 256), "sm_120": (32,)}
+
+
+def in_every_run(case: Case) -> bool:
+    """Each row of tma_wgmma with all rules, and with fewer the head dims that models have most; of cp_async a sample."""
+    if case.rules == "all rules":
+        return case.mechanism == "tma_wgmma" or case.row[2] in ALL_RULES.get(case.target, SAMPLE)
+    if case.dtype != "bfloat16":
+        return True
+    if case.mechanism == "cp_async":
+        return case.target == "sm_89" or (case.head_dim == 64 and case.rules in ("full", "ragged"))
+    return case.head_dim in {"full": (64, 128), "causal": (64, 128), "ragged": (128, 256), "in use": (128,)}[case.rules]
+
+
+every_case = machine_code.each(CASES, in_every_run)
+wgmma_cases = machine_code.each([c for c in CASES if c.mechanism == "tma_wgmma"], in_every_run)
 
 
 # ---- compiling -----------------------------------------------------------------------------------------------------
@@ -203,12 +220,24 @@ def test_every_row_of_every_table_is_compiled():
     assert len(set(map(str, CASES))) == len(CASES)
 
 
+def test_every_run_compiles_a_sample():
+    """Of each GPU and mechanism a row with all rules, which has every piece of the mainloop; each row of the tables on some
+    GPU; every set of rules and every dtype by each mechanism that is tested with it."""
+    chosen = list(filter(in_every_run, CASES))
+    ways = {(layouts.for_target(case.target).GPU.name, case.mechanism) for case in CASES}
+    with_all = [case for case in chosen if case.rules == "all rules"]
+    assert {(layouts.for_target(case.target).GPU.name, case.mechanism) for case in with_all} == ways
+    assert {case.row[1:] for case in with_all} == {case.row[1:] for case in CASES}
+    assert {(case.mechanism, case.rules) for case in chosen} == {(case.mechanism, case.rules) for case in CASES}
+    assert {(case.mechanism, case.dtype) for case in chosen} == {(case.mechanism, case.dtype) for case in CASES}
+
+
 def test_one_code_for_several_targets(kernels):
     """Where one code is compiled for two targets, the other's is the same, to the instruction and its operands."""
     for (target, mechanism), other in machine_code.SAME_CODE.items():
-        case = Case(target, mechanism, 128, 128, "full")
+        case = Case(target, mechanism, 64, 64, "full")
         own = compile_kernel(case.problem, case.config)
-        shared = kernels[Case(other, mechanism, 128, 128, "full")]
+        shared = kernels[Case(other, mechanism, 64, 64, "full")]
         assert len(INSTRUCTION.findall(own.sass)) > 1000
         assert INSTRUCTION.findall(own.sass) == INSTRUCTION.findall(shared.sass)
         assert own.code == shared.code
@@ -239,13 +268,14 @@ def test_spills(case: Case, kernel: Kernel):
         assert code.spill_stores == code.spill_loads == 0, f"{case.exception} {what}"
 
 
+@machine_code.whole_tables
 @pytest.mark.parametrize("row", EXCEPTIONS, ids=lambda row: "-".join(map(str, row)))
 def test_an_exception_is_needed(row, kernels):
     spilled = [spilled_bytes(kernels[case].code) for case in CASES if case.exception == row]
     machine_code.assert_exception_is_needed(EXCEPTIONS[row], spilled)
 
 
-@pytest.mark.parametrize("rules", ["causal", "all rules"])
+@pytest.mark.parametrize("rules", [pytest.param("causal", marks=machine_code.whole_tables), "all rules"])
 def test_smaller_tiles(rules):
     """Those for few keys: nothing is spilled, and as many blocks as the config promises fit a multiprocessor."""
     case = Case("sm_90a", "cp_async", 256, 256, rules)

@@ -1,6 +1,6 @@
 """The backward pass of every GPU × mechanism × row of its table, compiled to machine code without that GPU: no more
 registers than a thread has, nothing spilled that is not accounted for below, the tensor cores' instructions, and as many
-of them as the gradients asked for need.
+of them as the gradients asked for need. Every run takes a sample, as in test_cross_compile.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cute_attn.layouts.base import Config
 from cute_attn.plan import configs, plan
 from cute_attn.problem import Problem
 from tests.host import machine_code
-from tests.host.test_cross_compile import FIRST, HEAD_DIMS, OTHERS, RULES, SAMPLE, WHOLE
+from tests.host.test_cross_compile import ALL_RULES, FIRST, HEAD_DIMS, OTHERS, RULES, SAMPLE, WHOLE
 
 KERNELS = {  # of a mainloop, by parts of their names
     "cp_async_backward": ["cp_async_backward"],
@@ -147,7 +147,24 @@ EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
     ("sm_120", "cp_async_backward", 256): (64, FULL),
 }
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+# Which gradients every run asks for of those that are asked for alone, by rules and head dim.
+SOME_GRADIENTS = {("full", 64): "q k v kv", ("causal", 64): "q k v kv", ("causal", 128): "kv", ("in use", 64): "v"}
+
+
+def in_every_run(case: Case) -> bool:
+    """Each row of tma_wgmma with all rules, and with fewer the head dims that models have most; of cp_async a sample. What has
+    a config or a dtype of its own is in it."""
+    if case.rules == "all rules":
+        return case.mechanism == "tma_wgmma" or case.row[2] in ALL_RULES.get(case.target, SAMPLE)
+    if case.deterministic or case.head_blocks > 1 or case.tile_m or case.dtype != "bfloat16" or case.rules == "ragged":
+        return True
+    if case.gradients != "qkv":
+        return case.gradients in SOME_GRADIENTS.get((case.rules, case.head_dim), "").split()
+    widths = {"full": (64, 256), "causal": (64, 128), "in use": (256,)}[case.rules]
+    return case.mechanism == "tma_wgmma" and case.head_dim in widths
+
+
+every_case = machine_code.each(CASES, in_every_run)
 
 
 # ---- compiling -----------------------------------------------------------------------------------------------------
@@ -194,6 +211,18 @@ def test_every_row_of_every_table_is_compiled():
     assert len(set(map(str, CASES))) == len(CASES)
 
 
+def test_every_run_compiles_a_sample():
+    """As of the forward pass; and gradients that are asked for alone, by every mechanism that is tested with them."""
+    chosen = list(filter(in_every_run, CASES))
+    with_all = [case for case in chosen if case.rules == "all rules"]
+    assert {case.exception[:2] for case in with_all} == {case.exception[:2] for case in CASES}
+    assert {case.row[1:] for case in with_all} == {case.row[1:] for case in CASES}
+    assert {(case.mechanism, case.rules) for case in chosen} == {(case.mechanism, case.rules) for case in CASES}
+    for asked in ("gradients", "deterministic", "dtype", "head_blocks", "tile_m"):
+        have, all_have = ({(case.mechanism, getattr(case, asked)) for case in some} for some in (chosen, CASES))
+        assert have == all_have, asked
+
+
 # ---- registers and shared memory -----------------------------------------------------------------------------------
 
 
@@ -219,6 +248,7 @@ def test_spills(case: Case, kernels: Kernels):
         assert code.stack_bytes == code.local_bytes == code.spill_stores == code.spill_loads == 0
 
 
+@machine_code.whole_tables
 @pytest.mark.parametrize("row", EXCEPTIONS, ids=lambda row: "-".join(map(str, row)))
 def test_an_exception_is_needed(row, compiled):
     spilled = [spilled_bytes(compiled[case]) for case in CASES if case.exception == row]
@@ -259,7 +289,7 @@ def test_clusters_where_blocks_share_a_key_tile(case: Case, kernels: Kernels):
         assert (code.count("UCGABAR_WAIT") > 0) == (case.head_blocks > 1)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.config.backward == "tma_wgmma_wide"], ids=str)
+@machine_code.each([case for case in CASES if case.config.backward == "tma_wgmma_wide"], in_every_run)
 def test_operands_in_registers(case: Case, kernels: Kernels):
     """Columns of K and V are loaded once a tile, 16 at a time, and registers are enough for them: else ptxas waits after each
     product. Under a softcap it does where products run into the next tile, whatever is in registers."""
@@ -271,7 +301,7 @@ def test_operands_in_registers(case: Case, kernels: Kernels):
         assert 0 < waits < code.hgmma / 2 or (case.problem.softcap and case.config.overlap_tiles)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.mechanism == "cp_async"], ids=str)
+@machine_code.each([case for case in CASES if case.mechanism == "cp_async"], in_every_run)
 def test_no_product_that_nobody_asked_for(case: Case, kernels: Kernels):
     """The products of a tile, in every copy of the loop: one that masks, one that does not, one for the other edge; and dQ once
     more, where it is a tile late. dQ is added as many floats at a time as the GPU can."""

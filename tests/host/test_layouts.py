@@ -10,7 +10,7 @@ import inspect
 import math
 import subprocess
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -327,7 +327,7 @@ class Traced(NamedTuple):
     store: Partition
 
 
-@lru_cache(maxsize=64)
+@cache  # of all configs: tests take them in turn, each test all of them
 def traced(config: Config) -> Traced:
     """The layouts of a config. They exist only while the DSL traces something: an empty function is traced for them."""
     cutlass = pytest.importorskip("cutlass")
