@@ -120,6 +120,8 @@ class Backward(KeyBlocks):
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
+        # The next tile's K and V are waited for and looked at before these have left.
+        self.leaves_results = self.persistent and config.separate_dk
         self.draws = problem.masked or problem.deterministic or (bool(problem.ragged) and self.needs_q)
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
@@ -235,6 +237,8 @@ class Backward(KeyBlocks):
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
+            if cutlass.const_expr(self.leaves_results):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
@@ -361,6 +365,8 @@ class Backward(KeyBlocks):
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
         self.load_first_columns("S", "K", frag.rK, shared.k[None, None, me.warpgroup])
         self.load_first_columns("dP", "V", frag.rV, shared.v[None, None, me.warpgroup])
+        if cutlass.const_expr(self.leaves_results):
+            self._results_have_left(me)
         i, round = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             if cutlass.const_expr(self.problem.blocks):
@@ -620,11 +626,19 @@ class Backward(KeyBlocks):
             else:
                 dk = self.over("dK", self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup])
                 self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
-        self.wait_for_store(me.warpgroup)
-        if cutlass.const_expr(self.persistent):  # dV has left the memory of all warpgroups' dS
-            self._meet()
-            if cutlass.const_expr(self.needs_q and self.needs_k and not self.config.separate_dk):
+        if cutlass.const_expr(not self.leaves_results):
+            self._results_have_left(me)
+            if cutlass.const_expr(self.persistent and self.needs_q and self.needs_k):
                 self._offer_to_next(me, steps)
+
+    @cute.jit
+    def _results_have_left(self, me: BackwardWorker):
+        """Until dK and dV have left shared memory; dV, that of all warpgroups' dS, where another tile comes."""
+        if cutlass.const_expr(self.persistent):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            self._meet()
+        else:
+            self.wait_for_store(me.warpgroup)
 
     @cute.jit
     def _offer_to_next(self, me: BackwardWorker, steps):
