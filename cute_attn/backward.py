@@ -139,7 +139,7 @@ class RowValues:
             grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
             block=[self.threads, 1, 1],
             stream=stream,
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=1,  # else registers are spared by asking for a row once the one before is done with
         )
 
     @cute.kernel
@@ -175,6 +175,7 @@ class RowValues:
             o, do, lse = vector(mO, read, column), vector(mdO, read, column), mLSE_raw[read]
             lse = lse if exists else Float32.inf
             asked.append((o, do, lse))
+        cute.arch.sync_warp()  # the compiler moves nothing that is read behind it
         for j, (o, do, lse) in enumerate(asked):
             total = (o.load().to(Float32) * do.load().to(Float32)).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
             if cutlass.const_expr(self.threads_per_row * VECTOR > self.problem.head_dim_v):
