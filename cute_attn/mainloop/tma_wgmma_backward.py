@@ -120,8 +120,8 @@ class Backward(KeyBlocks):
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
-        # The next tile's K and V are waited for and looked at before these have left.
-        self.leaves_results = self.persistent and config.separate_dk
+        # The next tile's K and V are waited for and looked at before results have left. (Of ragged ones there may be no next.)
+        self.leaves_results = self.persistent and (config.separate_dk or not problem.ragged)
         self.draws = problem.masked or problem.deterministic or (bool(problem.ragged) and self.needs_q)
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
@@ -367,7 +367,7 @@ class Backward(KeyBlocks):
         self.load_first_columns("S", "K", frag.rK, shared.k[None, None, me.warpgroup])
         self.load_first_columns("dP", "V", frag.rV, shared.v[None, None, me.warpgroup])
         if cutlass.const_expr(self.leaves_results):
-            self._results_have_left(me)
+            self._results_have_left(me, *done)
         i, round = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             if cutlass.const_expr(self.problem.blocks):
@@ -628,16 +628,18 @@ class Backward(KeyBlocks):
                 dk = self.over("dK", self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup])
                 self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
         if cutlass.const_expr(not self.leaves_results):
-            self._results_have_left(me)
-            if cutlass.const_expr(self.persistent and self.needs_q and self.needs_k):
-                self._offer_to_next(me, steps)
+            self._results_have_left(me, 1, steps)
 
     @cute.jit
-    def _results_have_left(self, me: BackwardWorker):
-        """Until dK and dV have left shared memory; dV, that of all warpgroups' dS, where another tile comes."""
+    def _results_have_left(self, me: BackwardWorker, tiles, steps):
+        """Until dK and dV of the block's last tile, if it has had any ``tiles``, have left shared memory; dV, that of all
+        warpgroups' dS, where another tile comes."""
         if cutlass.const_expr(self.persistent):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             self._meet()
+            if cutlass.const_expr(self.needs_q and self.needs_k and not self.config.separate_dk):
+                if tiles > 0:
+                    self._offer_to_next(me, steps)
         else:
             self.wait_for_store(me.warpgroup)
 
