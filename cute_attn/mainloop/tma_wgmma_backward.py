@@ -36,6 +36,7 @@ from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,
     KeyBlocks,
+    TmaOperand,
     TmaOperands,
     of_columns,
     rounded_operand,
