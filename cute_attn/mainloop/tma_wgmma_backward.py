@@ -141,14 +141,13 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.persistent and not self.draws):
             tiles, count = tiles.launched(blocks, long=False)
             steps = 0 if cutlass.const_expr(self.problem.ragged) else cute.ceil_div(values.seqlen_q, self.config.tile_m)
-            count = _as_rounds_take(tiles.count(), count, steps)
+            if steps >= LONG_WALK:  # no more blocks than as many rounds take
+                count = cute.ceil_div(tiles.count(), cute.ceil_div(tiles.count(), count))
         else:
             count = cutlass.min(tiles.count(), blocks) if cutlass.const_expr(self.persistent) else tiles.count()
             if cutlass.const_expr(self.in_turns):
                 steps = cute.ceil_div(values.seqlen_q, self.config.tile_m) * tiles.heads_per_kv
                 tiles = tiles.in_turns(blocks, steps, both_ways=self.problem.unequal)
-                if cutlass.const_expr(not self.problem.unequal):
-                    count = _as_rounds_take(tiles.count(), count, steps)
             # In a fixed order unequal tiles of a head wait for one another the longer, the more of them run at the same time.
             elif cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
                 tiles = tiles.in_small_groups(blocks)
@@ -654,14 +653,6 @@ class Backward(KeyBlocks):
         if cute.arch.thread_idx()[0] % WARPGROUP < 32:
             empty = self._empty(steps % self.config.dq_stages, (me.warpgroup + 1) % self.warpgroups)
             cute.arch.barrier_arrive(barrier_id=empty, number_of_threads=WARPGROUP + 32)
-
-
-@cute.jit
-def _as_rounds_take(tiles: Int32, blocks: Int32, steps: Int32):
-    """No more blocks than take equal tiles in as few rounds, where each walks over many query tiles."""
-    if steps >= LONG_WALK:
-        blocks = cute.ceil_div(tiles, cute.ceil_div(tiles, blocks))
-    return blocks
 
 
 def _same(what, stage):
