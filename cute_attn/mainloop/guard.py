@@ -76,19 +76,8 @@ def known_here(values: cute.Tensor | None) -> cute.Tensor | None:
 
 
 @cute.jit
-def finite_row(
-    m: cute.Tensor, row: Int32, unroll: cutlass.Constexpr[int] = 1, whole: cutlass.Constexpr[bool] = False
-) -> Boolean:
-    """Whether a row of ``(rows, columns)`` in global or shared memory is finite. ``whole``: a thread has the registers to read
-    all of it before it looks at any."""
-    if cutlass.const_expr(whole):
-        sums = cute.make_rmem_tensor(4, Int32)
-        sums.fill(0)
-        for c in range(cute.size(m, mode=[1]) // VECTOR):
-            pairs = cute.recast_tensor(vector(m, row, c), Int32)
-            for i in range(4):  # chains: none waits for the last sum
-                sums[i] = _plus_zero_times(pairs[i], sums[i], m.element_type)
-        return (sums[0] | sums[1] | sums[2] | sums[3]) == 0
+def finite_row(m: cute.Tensor, row: Int32, unroll: cutlass.Constexpr[int] = 1) -> Boolean:
+    """Whether a row of ``(rows, columns)`` in global or shared memory is finite."""
     found = Int32(0)  # two 16-bit sums of 0 · x: zeros, or NaN
     for c in cutlass.range(cute.size(m, mode=[1]) // VECTOR, unroll=unroll):
         pairs = cute.recast_tensor(vector(m, row, c), Int32)
@@ -134,16 +123,15 @@ def clear_marked(tensors: cutlass.Constexpr, lse_raw: cute.Tensor, threads):
 
 
 @cute.jit
-def hide_keys(k, v, hidden: cute.Tensor, threads, whole: cutlass.Constexpr[bool] = False) -> Boolean:
+def hide_keys(k, v, hidden: cute.Tensor, threads) -> Boolean:
     """For the backward pass, in shared memory ``(keys, columns)``: keys that aren't finite become zeros and are noted in
-    ``hidden`` (keys); values become zeros. Returns whether this thread found such a key. ``k`` or ``v`` may be ``None``.
-    ``whole``: see :func:`finite_row`."""
+    ``hidden`` (keys); values become zeros. Returns whether this thread found such a key. ``k`` or ``v`` may be ``None``."""
     found = Boolean(False)
     thread, count = threads
     keys = cute.size(hidden)
     if cutlass.const_expr(k is not None):
         for row in cutlass.range(thread, keys, count, unroll=1):
-            finite = finite_row(k, row, 4, whole)
+            finite = finite_row(k, row, 4)
             hidden[row] = cutlass.Int8(0) if finite else cutlass.Int8(1)
             if not finite:
                 fill_row(k, row, 0.0)
@@ -151,7 +139,7 @@ def hide_keys(k, v, hidden: cute.Tensor, threads, whole: cutlass.Constexpr[bool]
     if cutlass.const_expr(v is not None):
         # The other threads first, where there are some.
         for row in cutlass.range((thread + count // 2) % count, keys, count, unroll=1):
-            if not finite_row(v, row, 4, whole):
+            if not finite_row(v, row, 4):
                 fill_row(v, row, 0.0)
     return found
 

@@ -24,7 +24,6 @@ from cute_attn.sequences import Span
 
 ENDLESS = 1 << 30  # rows
 NONE_DONE = (0, 0)  # by a persistent block: key tiles, query tiles
-WHOLE_ROW = 128  # columns of K or V for which a computing thread has registers, before it has sums
 AROUND = 1 << 33  # elements of 16 bits: ENDLESS · AROUND of them are 2⁶⁴ bytes, which is once around all addresses
 
 
@@ -521,7 +520,6 @@ class KeyBlocks(Kernel):
 
     def hide_keys(self, k, v, hidden: cute.Tensor, group):
         """A computing warpgroup looks at its K, V or both in shared memory: see ``guard.py``. Whether it has hidden keys."""
-        threads, whole = (cute.arch.thread_idx()[0] % WARPGROUP, WARPGROUP), self.config.tile_d <= WHOLE_ROW
-        found = hide_keys(k, v, hidden, threads, whole)
+        found = hide_keys(k, v, hidden, (cute.arch.thread_idx()[0] % WARPGROUP, WARPGROUP))
         cute.arch.fence_view_async_shared()
         return any_of(found, self.epilogue_barrier + group, WARPGROUP)
