@@ -59,7 +59,8 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
     fixed order of unequal tiles, and with a higher query tile, where every key counts, or all but those past a right edge."""
     head_blocks: tuple[int, ...] = (1,)
     plain = not (problem.bounded_left or problem.blocks or problem.has_places)
-    plain = plain and not (problem.ragged and (problem.bounded_right or problem.deterministic))
+    # In a fixed order equal tiles wait for one another longer if they are higher.
+    plain = plain and not (problem.ragged and problem.bounded_right or problem.deterministic and not problem.bounded_right)
     higher: tuple[dict, ...] = ()
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):
