@@ -60,7 +60,7 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
     head_blocks: tuple[int, ...] = (1,)
     plain = not (problem.bounded_left or problem.blocks or problem.has_places)
     # In a fixed order equal tiles wait for one another longer if they are higher.
-    plain = plain and not (problem.ragged and problem.bounded_right or problem.deterministic and not problem.bounded_right)
+    plain = plain and not (problem.ragged if problem.bounded_right else problem.deterministic)
     higher: tuple[dict, ...] = ()
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):
