@@ -611,15 +611,19 @@ class Backward(KeyBlocks):
         """By way of shared memory; that of dS is free once all have met, that of the next dQ, after ``steps`` of the block's,
         once an adder has offered it."""
         block, leaving = work.block * self.warpgroups + me.warpgroup, []
-        if cutlass.const_expr(self.needs_k and self.config.separate_dk):  # while the other warpgroups come to their ends
-            leaving.append(self._put("dK", frag.acc_dK, operands.dk, (shared.dk, me.warpgroup), values, block))
+        if cutlass.const_expr(self.leaves_results):  # what the last tile's dK has left is free once all have met, too
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        self._meet()
         if cutlass.const_expr(self.needs_v):
             values.scale_kept(frag.acc_dV)
-            self._meet()
             leaving.append(self._put("dV", frag.acc_dV, operands.dv, (shared.dv, me.warpgroup), values, block))
-        if cutlass.const_expr(self.needs_k and not self.config.separate_dk):
-            sdQ = self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup]
-            leaving.append(self._put("dK", frag.acc_dK, operands.dk, (self.over("dK", sdQ), 0), values, block))
+        if cutlass.const_expr(self.needs_k):
+            if cutlass.const_expr(self.config.separate_dk):
+                dk = shared.dk, me.warpgroup
+            else:
+                sdQ = self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup]
+                dk = self.over("dK", sdQ), 0
+            leaving.append(self._put("dK", frag.acc_dK, operands.dk, dk, values, block))
         self.leave(leaving, me.warpgroup, (block, work.head_kv, work.k))
         if cutlass.const_expr(not self.leaves_results):
             self._results_have_left(me, 1, steps)
@@ -636,9 +640,10 @@ class Backward(KeyBlocks):
     @cute.jit
     def _results_have_left(self, me: BackwardWorker, tiles, steps):
         """Until dK and dV of the block's last tile, if it has had any ``tiles``, have left shared memory; dV, that of all
-        warpgroups' dS, where another tile comes."""
+        warpgroups' dS, where another tile comes. dK, which left after it, may be on its way where its memory is its own."""
         if cutlass.const_expr(self.persistent):
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            behind = self.leaves_results and self.config.separate_dk and self.needs_k and self.needs_v
+            cute.arch.cp_async_bulk_wait_group(int(behind), read=True)
             self._meet()
             if cutlass.const_expr(self.needs_q and self.needs_k and not self.config.separate_dk):
                 if tiles > 0:
