@@ -386,6 +386,7 @@ class KeyBlocks(Kernel):
     walks over query tiles."""
 
     skips_unseen = False  # whether keys that no query sees aren't copied
+    queries_first = False  # whether a tile's first queries come before its keys, whose memory is free later
 
     def query_heads(self, work: Work, heads_per_kv):
         """``(work, members)``: the tile, with the first query head that this block takes, and how many there are."""
@@ -440,16 +441,23 @@ class KeyBlocks(Kernel):
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         tKgK, tKsK = k.tiles(sK, work.k, work.head_kv)
         copy_keys = partial(self._copy_keys, keys, tKgK, tKsK, work.block * slots, k_state)
-        if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
+        later = copy_keys if self.queries_first else None
+        if cutlass.const_expr(self.queries_first):
+            keys_first = visited.count == 0
+            if cutlass.const_expr(careful is not None):
+                keys_first = keys_first | careful[2]
+            if keys_first:
+                copy_keys()
+        elif cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
             copy_keys()
         elif visited.count > 0:
             copy_keys()
         if cutlass.const_expr(careful is None):
-            self._copy_queries(queries, row_values, visited, where, state, entries)
+            self._copy_queries(queries, row_values, visited, where, state, entries, later)
         elif careful[2]:
             self._copy_queries_carefully(careful, queries, row_values, visited, where, state, entries)
         else:
-            self._copy_queries(queries, row_values, visited, where, state, entries)
+            self._copy_queries(queries, row_values, visited, where, state, entries, later)
 
     @cute.jit
     def _copy_keys(self, keys, tKgK, tKsK, first, state):
@@ -459,7 +467,8 @@ class KeyBlocks(Kernel):
             cute.copy(k.atom, tKgK[None, first + w], tKsK[None, w], tma_bar_ptr=pipe.producer_get_barrier(state))
 
     @cute.jit
-    def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state, entries):
+    def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state, entries, later: cutlass.Constexpr = None):
+        """The tiles that are ``visited``; behind the first, what is to be copied ``later``."""
         (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         for member in cutlass.range(visited.members(members), unroll=1):
             of_head = self._queries_of(q, sQ, mRow, work, work.head + member)
@@ -478,6 +487,9 @@ class KeyBlocks(Kernel):
                 cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
                 copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
                 state.advance()
+                if cutlass.const_expr(later is not None):
+                    if (member == 0) & (i == 0):
+                        later()
 
     @cute.jit
     def _write_entry(self, entries: cute.Tensor, state, entry: Int32):
