@@ -443,6 +443,7 @@ class KeyBlocks(Kernel):
         copy_keys = partial(self._copy_keys, keys, tKgK, tKsK, work.block * slots, k_state)
         later = copy_keys if self.queries_first else None
         if cutlass.const_expr(self.queries_first):
+            self._ask_for_keys(k, tKgK, work.block * slots, slots)
             keys_first = visited.count == 0
             if cutlass.const_expr(careful is not None):
                 keys_first = keys_first | careful[2]
@@ -458,6 +459,13 @@ class KeyBlocks(Kernel):
             self._copy_queries_carefully(careful, queries, row_values, visited, where, state, entries)
         else:
             self._copy_queries(queries, row_values, visited, where, state, entries, later)
+
+    @cute.jit
+    def _ask_for_keys(self, k, tKgK, first, slots: cutlass.Constexpr[int]):
+        """A key tile's memory is free no sooner than the tile before is done with: it comes to the L2 cache meanwhile."""
+        with cute.arch.elect_one():
+            for w in cutlass.range_constexpr(slots):
+                cute.prefetch(k.atom, tKgK[None, first + w])
 
     @cute.jit
     def _copy_keys(self, keys, tKgK, tKsK, first, state):
