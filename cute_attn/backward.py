@@ -139,6 +139,7 @@ class RowValues:
             grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
             block=[self.threads, 1, 1],
             stream=stream,
+            min_blocks_per_mp=1,  # else registers are spared by asking for a row once the one before is done with
         )
 
     @cute.kernel
@@ -168,17 +169,17 @@ class RowValues:
         row, place = first + thread // self.threads_per_row, thread % self.threads_per_row
         asked, of_ramp = [], None if of_ramp is None else with_rise(of_ramp, self.problem)
         for j in cutlass.range_constexpr(self.at_once):
-            o, do = (cute.make_rmem_tensor(VECTOR, m.element_type) for m in (mO, mdO))
-            o.fill(0.0), do.fill(0.0)
-            lse = Float32.inf
-            if row + j * self.apart < mO.shape[0]:
-                lse = mLSE_raw[row + j * self.apart]
-                if place * VECTOR < self.problem.head_dim_v:
-                    cute.autovec_copy(vector(mO, row + j * self.apart, place), o)
-                    cute.autovec_copy(vector(mdO, row + j * self.apart, place), do)
+            # A branch around what is read would keep the next row's back until this one's is there.
+            exists, read = row + j * self.apart < mO.shape[0], cutlass.min(row + j * self.apart, mO.shape[0] - 1)
+            column = cutlass.min(place, self.problem.head_dim_v // VECTOR - 1)
+            o, do, lse = vector(mO, read, column), vector(mdO, read, column), mLSE_raw[read]
+            lse = lse if exists else Float32.inf
             asked.append((o, do, lse))
+        cute.arch.sync_warp()  # the compiler moves nothing that is read behind it
         for j, (o, do, lse) in enumerate(asked):
             total = (o.load().to(Float32) * do.load().to(Float32)).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+            if cutlass.const_expr(self.threads_per_row * VECTOR > self.problem.head_dim_v):
+                total = total if place * VECTOR < self.problem.head_dim_v else Float32(0.0)
             total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
             if place == 0:
                 padded = group * self.rows + j * self.apart + thread // self.threads_per_row

@@ -57,9 +57,11 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
     than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread. They
     differ in how many blocks share a key tile; where dQ is added in a fixed order none do, since a tile is a ticket there, nor
     where there is a list of all heads' query tiles. ``ordered`` and ``tall``, keyed like the table, are what is different in a
-    fixed order of unequal tiles, and with a higher query tile, where every key counts."""
+    fixed order of unequal tiles, and with a higher query tile, where every key counts, or all but those past a right edge."""
     head_blocks: tuple[int, ...] = (1,)
-    plain = not (problem.masked or problem.blocks or problem.has_places or problem.deterministic)
+    plain = not (problem.bounded_left or problem.blocks or problem.has_places)
+    # In a fixed order equal tiles wait for one another longer if they are higher.
+    plain = plain and not (problem.ragged if problem.bounded_right else problem.deterministic)
     higher: tuple[dict, ...] = ()
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):

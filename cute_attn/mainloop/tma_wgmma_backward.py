@@ -36,6 +36,7 @@ from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,
     KeyBlocks,
+    TmaOperand,
     TmaOperands,
     of_columns,
     rounded_operand,
@@ -120,9 +121,12 @@ class Backward(KeyBlocks):
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
+        # The next tile's K and V are waited for and looked at before results have left. (Of ragged ones there may be no next.)
+        self.leaves_results = self.persistent and (config.separate_dk or not problem.ragged)
         self.draws = problem.masked or problem.deterministic or (bool(problem.ragged) and self.needs_q)
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
+        self.queries_first = self.persistent and not (problem.ragged or problem.blocks)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -235,6 +239,8 @@ class Backward(KeyBlocks):
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
+            if cutlass.const_expr(self.leaves_results):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
@@ -361,6 +367,8 @@ class Backward(KeyBlocks):
                 hides = self._wait_for_keys(me, shared, pipes, k_state)
         self.load_first_columns("S", "K", frag.rK, shared.k[None, None, me.warpgroup])
         self.load_first_columns("dP", "V", frag.rV, shared.v[None, None, me.warpgroup])
+        if cutlass.const_expr(self.leaves_results):
+            self._results_have_left(me, *done)
         i, round = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             if cutlass.const_expr(self.problem.blocks):
@@ -603,28 +611,46 @@ class Backward(KeyBlocks):
     def _store_from(self, me, frag, operands, shared, values, work: Work, steps):
         """By way of shared memory; that of dS is free once all have met, that of the next dQ, after ``steps`` of the block's,
         once an adder has offered it."""
-        copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
-        block = work.block * self.warpgroups + me.warpgroup
-        where = (block, work.head_kv, work.k)
+        block, leaving = work.block * self.warpgroups + me.warpgroup, []
+        if cutlass.const_expr(self.leaves_results):  # what the last tile's dK has left is free once all have met, too
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+        self._meet()
         if cutlass.const_expr(self.needs_v):
             values.scale_kept(frag.acc_dV)
-            self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
-            self._meet()
-            self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
+            leaving.append(self._put("dV", frag.acc_dV, operands.dv, (shared.dv, me.warpgroup), values, block))
         if cutlass.const_expr(self.needs_k):
-            scale = Float32(values.scale(self.problem))
-            frag.acc_dK.store(frag.acc_dK.load() * scale)
-            self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
             if cutlass.const_expr(self.config.separate_dk):
-                self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
+                dk = shared.dk, me.warpgroup
             else:
-                dk = self.over("dK", self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup])
-                self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
-        self.wait_for_store(me.warpgroup)
-        if cutlass.const_expr(self.persistent):  # dV has left the memory of all warpgroups' dS
+                sdQ = self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup]
+                dk = self.over("dK", sdQ), 0
+            leaving.append(self._put("dK", frag.acc_dK, operands.dk, dk, values, block))
+        self.leave(leaving, me.warpgroup, (block, work.head_kv, work.k))
+        if cutlass.const_expr(not self.leaves_results):
+            self._results_have_left(me, 1, steps)
+
+    def _put(self, role: str, acc: cute.Tensor, operand: TmaOperand, into: tuple, values: Values, block):
+        """dK or dV of 64 keys, the ``block``-th of a sequence, to a slot of shared memory; what is to leave from there."""
+        if role == "dK":
+            acc.store(acc.load() * Float32(values.scale(self.problem)))
+        columns = self.lay.mma(role, self.config).tile[1]
+        self.clear_unused(role, (self.lay.ROWS_PER_WARPGROUP, columns), "k", values.seqlen_k, block, acc)
+        self.put(self.lay.store_accumulator(role, self.config), acc, *into)
+        return operand, *into
+
+    @cute.jit
+    def _results_have_left(self, me: BackwardWorker, tiles, steps):
+        """Until dK and dV of the block's last tile, if it has had any ``tiles``, have left shared memory; dV, that of all
+        warpgroups' dS, where another tile comes. dK, which left after it, may be on its way where its memory is its own."""
+        if cutlass.const_expr(self.persistent):
+            behind = self.leaves_results and self.config.separate_dk and self.needs_k and self.needs_v
+            cute.arch.cp_async_bulk_wait_group(int(behind), read=True)
             self._meet()
             if cutlass.const_expr(self.needs_q and self.needs_k and not self.config.separate_dk):
-                self._offer_to_next(me, steps)
+                if tiles > 0:
+                    self._offer_to_next(me, steps)
+        else:
+            self.wait_for_store(me.warpgroup)
 
     @cute.jit
     def _offer_to_next(self, me: BackwardWorker, steps):

@@ -294,20 +294,28 @@ class Kernel:
         else:
             queue.lead(tiles, first, following, part, state, alone, header)
 
-    @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: TmaOperand, s: cute.Tensor, group, slot, where):
         """Computing warpgroup ``group``: its accumulator by ``copy`` to a slot of shared memory, from there to global memory
         by one TMA store; the caller waits."""
-        block, head, span = where
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
-        part = copy.get_slice(thread)
+        self.put(copy, acc, s, slot)
+        self.leave([(operand, s, slot)], group, where)
+
+    def put(self, copy: cute.TiledCopy, acc, s: cute.Tensor, slot):
+        """The first half of that."""
+        part = copy.get_slice(cute.arch.thread_idx()[0] % WARPGROUP)
         cute.copy(copy, part.retile(converted(acc, s.element_type)), part.partition_D(s[None, None, slot]))
+
+    @cute.jit
+    def leave(self, results: cutlass.Constexpr, group, where):
+        """The second, of some ``results`` that have been put: (operand, shared memory, slot) of each."""
+        block, head, span = where
         cute.arch.fence_view_async_shared()
         self.gather(group)
-        if thread < WARP:
-            tXgX, tXsX = operand.tiles(s, span.stored, head)
-            cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
-            cute.arch.cp_async_bulk_commit_group()
+        if cute.arch.thread_idx()[0] % WARPGROUP < WARP:
+            for operand, s, slot in results:
+                tXgX, tXsX = operand.tiles(s, span.stored, head)
+                cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
+                cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def clear_unused(self, role: cutlass.Constexpr, shape, side: cutlass.Constexpr, length, block, acc):
@@ -378,6 +386,7 @@ class KeyBlocks(Kernel):
     walks over query tiles."""
 
     skips_unseen = False  # whether keys that no query sees aren't copied
+    queries_first = False  # whether a tile's first queries come before its keys, whose memory is free later
 
     def query_heads(self, work: Work, heads_per_kv):
         """``(work, members)``: the tile, with the first query head that this block takes, and how many there are."""
@@ -432,16 +441,31 @@ class KeyBlocks(Kernel):
         visited = QueryTiles.of(values, self.problem, work.block, self.config)
         tKgK, tKsK = k.tiles(sK, work.k, work.head_kv)
         copy_keys = partial(self._copy_keys, keys, tKgK, tKsK, work.block * slots, k_state)
-        if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
+        later = copy_keys if self.queries_first else None
+        if cutlass.const_expr(self.queries_first):
+            self._ask_for_keys(k, tKgK, work.block * slots, slots)
+            keys_first = visited.count == 0
+            if cutlass.const_expr(careful is not None):
+                keys_first = keys_first | careful[2]
+            if keys_first:
+                copy_keys()
+        elif cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
             copy_keys()
         elif visited.count > 0:
             copy_keys()
         if cutlass.const_expr(careful is None):
-            self._copy_queries(queries, row_values, visited, where, state, entries)
+            self._copy_queries(queries, row_values, visited, where, state, entries, later)
         elif careful[2]:
             self._copy_queries_carefully(careful, queries, row_values, visited, where, state, entries)
         else:
-            self._copy_queries(queries, row_values, visited, where, state, entries)
+            self._copy_queries(queries, row_values, visited, where, state, entries, later)
+
+    @cute.jit
+    def _ask_for_keys(self, k, tKgK, first, slots: cutlass.Constexpr[int]):
+        """A key tile's memory is free no sooner than the tile before is done with: it comes to the L2 cache meanwhile."""
+        with cute.arch.elect_one():
+            for w in cutlass.range_constexpr(slots):
+                cute.prefetch(k.atom, tKgK[None, first + w])
 
     @cute.jit
     def _copy_keys(self, keys, tKgK, tKsK, first, state):
@@ -451,7 +475,8 @@ class KeyBlocks(Kernel):
             cute.copy(k.atom, tKgK[None, first + w], tKsK[None, w], tma_bar_ptr=pipe.producer_get_barrier(state))
 
     @cute.jit
-    def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state, entries):
+    def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state, entries, later: cutlass.Constexpr = None):
+        """The tiles that are ``visited``; behind the first, what is to be copied ``later``."""
         (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         for member in cutlass.range(visited.members(members), unroll=1):
             of_head = self._queries_of(q, sQ, mRow, work, work.head + member)
@@ -470,6 +495,9 @@ class KeyBlocks(Kernel):
                 cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
                 copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
                 state.advance()
+                if cutlass.const_expr(later is not None):
+                    if (member == 0) & (i == 0):
+                        later()
 
     @cute.jit
     def _write_entry(self, entries: cute.Tensor, state, entry: Int32):

@@ -96,6 +96,29 @@ def test_query_tiles_of_80_rows(d, dv, dtype, rules, monkeypatch):
     assert set(chosen) == {80}
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("rules", [{}, {"softcap": 20.0}], ids=["causal", "softcap"])
+def test_query_tiles_of_80_rows_under_a_right_edge(rules, deterministic, monkeypatch):
+    """The same where the edge cuts two query tiles of each key tile, of which the first may begin before it; at last with many
+    key tiles a block. In a fixed order always the same bits, and NaN in a row or a key stays where it is seen."""
+    chosen, rules = [], {"causal": True, **rules}
+    monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: chosen.append(max(choices)) or chosen[-1])
+    monkeypatch.setattr(launch, "_head_blocks", lambda *_: 1)
+    for sq, sk, heads in ((1, 70, 2), (79, 128, 6), (81, 300, 2), (240, 257, 6), (1030, 513, 2), (700, 700, 6), (400, 400, 48)):
+        q, k, v, dout, dlse = make(16 if sq == 1 else 3, sq, sk, heads, 2 if heads == 6 else heads, 128)
+        beyond = [torch.cat((x, torch.full_like(x, math.nan)), 1)[:, : x.shape[1]] for x in (q, k, v, dout)]
+        result = run(*beyond[:3], "tma_wgmma", beyond[3], dlse, deterministic=deterministic, **rules)
+        assert_gradients_close(result, q, k, v, dout, dlse, **rules)
+        again = run(q, k, v, "tma_wgmma", dout, dlse, deterministic=deterministic, **rules)
+        assert_same_bits((None, *again[1:]), (None, *result[1:]))
+        assert not deterministic or torch.equal(again[0], result[0])
+    k[:, 200] = math.nan  # the first 200 rows don't see it
+    spoiled = run(q, k, v, "tma_wgmma", dout, dlse, deterministic=deterministic, **rules)
+    assert spoiled[0][:, :200].isfinite().all()
+    assert spoiled[0][:, 200:].isnan().all()
+    assert set(chosen) == {80}
+
+
 @pytest.mark.parametrize(("d", "dv", "dtype", "rules"), [KERNELS[3], KERNELS[4], KERNELS[5], KERNELS[9]])
 @pytest.mark.parametrize("kind", ["gaussian", "peaky"])
 def test_gradient_of_lse(d, dv, dtype, rules, kind, mechanism):

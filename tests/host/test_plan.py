@@ -311,17 +311,22 @@ def test_how_many_rows_a_query_tile_has(seqlen_q, rows):
     """As many as waste few of them."""
     assert rows_of_query_tile((64, 80), seqlen_q) == rows
     assert rows_of_query_tile((64,), seqlen_q) == 64
+    assert rows_of_query_tile((64, 80), seqlen_q, True) == 64
+    assert rows_of_query_tile((64, 80), 16 * seqlen_q, True) == (80 if 16 * seqlen_q >= 12288 and seqlen_q else 64)
 
 
 def test_higher_query_tiles():
-    """Where every key counts, and dQ has no fixed order."""
+    """Where every key counts, or all but those past a right edge of a rectangle; in a fixed order of the latter only."""
 
     def rows(**changed):
         return {config.tile_m for config in configs(replace(BACKWARD, **changed), "sm_90a")}
 
-    assert rows() == rows(softcap=True) == rows(ragged="seqused_q seqused_k") == {64, 80}
-    others = {"bounded_right": True, "deterministic": True, "dropout": True}
-    for changed in (*({name: value} for name, value in others.items()), {"gradients": "kv"}, {"head_dim": 256}):
+    ragged = {"ragged": "seqused_q seqused_k"}
+    edge, fixed = {"bounded_right": True}, {"deterministic": True}
+    for changed in ({}, {"softcap": True}, ragged, edge, {**edge, **fixed}):
+        assert rows(**changed) == {64, 80}
+    others = {"bounded_left": True, "dropout": True}, {"gradients": "kv"}, {"head_dim": 256}
+    for changed in (*others, fixed, {**ragged, **edge}, {**ragged, **edge, **fixed}):
         assert rows(**changed) == {64}
     assert rows(head_dim=64, head_dim_v=64) == {128}
     assert "; 80 × 128 where few rows are padding" in explain(BACKWARD, plan(BACKWARD, "sm_90a"))
