@@ -37,15 +37,15 @@ def warpgroups(config: Config) -> int:
 
 
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. O lies over Q unless the config gives it memory of its own.
+    """Bytes of shared memory by part. O lies over Q unless the config gives it memory of its own or needs none.
 
     Raises ``ValueError`` where O would lie over a Q of another width: a warpgroup's rows of O would then reach into
     another's rows of Q, which that one may still be reading.
     """
-    if config.tile_d != config.tile_dv and not config.separate_o:
+    if config.tile_d != config.tile_dv and not (config.separate_o or config.o_from_registers):
         raise ValueError(
             f"O is {config.tile_dv} columns wide and would lie over Q, which is {config.tile_d}; equal widths are needed: "
-            f"try separate_o=True, with a smaller tile_n if shared memory runs out"
+            f"try separate_o=True, with a smaller tile_n if shared memory runs out, or o_from_registers=True"
         )
     q = config.tile_m * config.tile_d * BYTES
     o = config.tile_m * config.tile_dv * BYTES

@@ -50,12 +50,13 @@ class ForwardPipelines:
 
 @dataclass(frozen=True)
 class ForwardShared:
-    """The operands in shared memory: Q and O ``(64, d, warpgroup)``, K and V ``(tile_n, d, stage)``."""
+    """The operands in shared memory: Q and O ``(64, d, warpgroup)``, K and V ``(tile_n, d, stage)``. O has none where it leaves
+    from registers."""
 
     q: cute.Tensor
     k: cute.Tensor
     v: cute.Tensor
-    o: cute.Tensor
+    o: cute.Tensor | None
     verdict: cute.Tensor | None  # not 0 once an output was not finite
     work: cute.Tensor | None = None
     ramp: cute.Tensor | None = None  # (values of an accumulator, warp)
@@ -108,6 +109,7 @@ class Forward(Kernel):
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
         self.turn_barrier = self.first_barrier("turns")
+        self.frees_q = config.separate_o or config.o_from_registers  # before O leaves, which doesn't lie over Q
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
@@ -121,9 +123,10 @@ class Forward(Kernel):
             long = mK.shape[0] >= LONG // self.config.tile_d
         tiles, blocks = tiles.launched(blocks, long)
         q, k, v = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
-        o = self.operand("O", mO, self.lay.copy_out)
+        by_threads = self.config.o_from_registers
+        o = None if cutlass.const_expr(by_threads) else self.operand("O", mO, self.lay.copy_out)
         plain = (mK, mV) if cutlass.const_expr(self.careful) else None
-        plain_o = mO if cutlass.const_expr(self.problem.ragged) else None
+        plain_o = mO if cutlass.const_expr(by_threads or bool(self.problem.ragged)) else None
         self.kernel(q, k, v, o, mLSE, plain, plain_o, values, tiles).launch(
             grid=[blocks, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
@@ -136,7 +139,7 @@ class Forward(Kernel):
         q: TmaOperand,
         k: TmaOperand,
         v: TmaOperand,
-        o: TmaOperand,
+        o: TmaOperand | None,
         mLSE: LogSumExp,
         plain,
         plain_o,
@@ -146,7 +149,8 @@ class Forward(Kernel):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (q, k, v, o):
-                cpasync.prefetch_descriptor(operand.atom)
+                if cutlass.const_expr(operand is not None):
+                    cpasync.prefetch_descriptor(operand.atom)
         shared, pipes = self._setup(tiles.tickets is not None)
 
         if warp < WARPGROUP // 32:
@@ -154,7 +158,7 @@ class Forward(Kernel):
             if cutlass.const_expr(shared.work is not None):
                 if warp == FIND_WORK_WARP:
                     self._find_work(shared, pipes, values, tiles)
-                if cutlass.const_expr(plain_o is not None):
+                if cutlass.const_expr(bool(self.problem.ragged)):
                     if warp == CLEAR_WARP:
                         self._clear_unused_tiles(plain_o, mLSE, tiles)
             if warp == COPY_K_V_WARP:
@@ -178,7 +182,7 @@ class Forward(Kernel):
                         walk_over.each(copy_q, state)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            self._compute(o, mLSE, shared, pipes, values, tiles)
+            self._compute((o, plain_o, mLSE), shared, pipes, values, tiles)
 
     def _setup(self, draws: bool):
         """Allocate shared memory and initialise the barriers; ``draws``: those for a block that draws tickets, too."""
@@ -186,7 +190,9 @@ class Forward(Kernel):
         smem = cutlass.memory.SmemAllocator()
 
         sQ, sK, sV = (self.tensor(smem, name) for name in "QKV")
-        sO = self.tensor(smem, "O") if config.separate_o else self.over("O", sQ)
+        sO = None
+        if cutlass.const_expr(not config.o_from_registers):
+            sO = self.tensor(smem, "O") if config.separate_o else self.over("O", sQ)
 
         slot = {name: lay.slot_bytes(name, config) for name in "QKV"}
         pipes = ForwardPipelines(
@@ -328,15 +334,13 @@ class Forward(Kernel):
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(
-        self, o: TmaOperand, mLSE: LogSumExp, shared: ForwardShared, pipes: ForwardPipelines, values: Values, tiles: Tiles
-    ):
+    def _compute(self, into, shared: ForwardShared, pipes: ForwardPipelines, values: Values, tiles: Tiles):
         """One computing warpgroup: its 64 rows of every query tile of the block; again, if an output was not finite."""
         me, walk_over = self._worker(), self._walker(shared, pipes, tiles)
         self._hand_out_first_turn(me)
         q_phase = Int32(0)
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        query_tile = partial(self._query_tile, me, (o, mLSE), shared, pipes, values)
+        query_tile = partial(self._query_tile, me, into, shared, pipes, values)
         state = walk_over.each(partial(query_tile, again=False), (q_phase, kv_state))
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(self.guarded):
@@ -359,7 +363,7 @@ class Forward(Kernel):
         again: cutlass.Constexpr[bool],
     ):
         """A query tile of the block; returns Q's phase and the state of K's and V's pipelines."""
-        o, mLSE = into
+        o, mO, mLSE = into
         q_phase, kv_state = state
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
         values = with_rise(values.of(work), self.problem)
@@ -377,18 +381,18 @@ class Forward(Kernel):
         if tile.keys.count > 0:
             kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile, again)
         else:
-            if cutlass.const_expr(config.separate_o):
+            if cutlass.const_expr(self.frees_q):
                 pipes.q.consumer_release(q_state)
         self._normalize(me, frag, softmax, tile, mLSE, work)
-        self._store_o(me, frag, o, shared.o, (block, work.head, work.q))
+        self._store_o(me, frag, (o, mO), shared.o, (block, work.head, work.q))
         if cutlass.const_expr(self.guarded and not again):
-            failed = not_finite(converted(frag.acc_O, shared.o.element_type))
+            failed = not_finite(converted(frag.acc_O, self.element))
             if cutlass.const_expr(self.anchored):
                 softmax.note_growth()
                 failed = failed | (softmax.grown[0] != 0)
             if failed:
                 shared.verdict[0] = Int32(1)
-        if cutlass.const_expr(not config.separate_o):
+        if cutlass.const_expr(not self.frees_q):
             self.wait_for_store(me.warpgroup)  # O lies over Q
             pipes.q.consumer_release(q_state)
         return q_phase ^ 1, kv_state
@@ -472,7 +476,7 @@ class Forward(Kernel):
             after = softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
             kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
-        if cutlass.const_expr(self.config.separate_o):
+        if cutlass.const_expr(self.frees_q):
             pipes.q.consumer_release(q_state)
         if cutlass.const_expr(self.config.rescale_early):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
@@ -644,8 +648,12 @@ class Forward(Kernel):
         store_lse(mLSE, lse, me.cO.thread, tile.row_first, work)
 
     @cute.jit
-    def _store_o(self, me: ForwardWorker, frag: ForwardFragments, o: TmaOperand, sO: cute.Tensor, where):
-        """O to global memory, once the last one has left the same shared memory."""
-        self.wait_for_store(me.warpgroup)
-        copy = self.lay.store_accumulator(self.config)
-        self.store(copy, frag.acc_O, o, sO, me.warpgroup, me.warpgroup, where)
+    def _store_o(self, me: ForwardWorker, frag: ForwardFragments, into, sO: cute.Tensor | None, where):
+        """O to global memory, from registers or once the last one has left the same shared memory."""
+        (o, mO), (block, head, span) = into, where
+        if cutlass.const_expr(self.config.o_from_registers):
+            self.store_rows("O", frag.acc_O, mO, span, head, block)
+        else:
+            self.wait_for_store(me.warpgroup)
+            copy = self.lay.store_accumulator(self.config)
+            self.store(copy, frag.acc_O, o, sO, me.warpgroup, me.warpgroup, where)
