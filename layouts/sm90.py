@@ -25,7 +25,7 @@ CACHE = {"wgmma_cache": wgmma_cache, "cp_async_cache": mma_sync_cache}
 # The wider of the two padded head dims -> the fields of Config that the table decides.
 # A computing warpgroup owns 64 rows. Two of them may have 240 registers a thread, three 160.
 WGMMA_TABLE: dict[int, dict[str, Any]] = {
-    64: {"tile_m": 192, "tile_n": 128, "stages": 3, "ping_pong": True, "separate_o": True},
+    64: {"tile_m": 192, "tile_n": 128, "stages": 3, "ping_pong": True, "separate_o": True, "q_stages": 2},
     96: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True},
     128: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True, "q_in_registers": 128},
     192: {"tile_m": 128, "tile_n": 96, "stages": 2, "rescale_early": True, "o_from_registers": True},

@@ -54,7 +54,8 @@ def smem_parts(config: Config) -> dict[str, int]:
         "K": config.stages * config.tile_n * config.tile_d * BYTES,
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
         "O": o if config.separate_o else 0,
-        "barriers": BARRIER_BYTES * 2 * (warpgroups(config) + 2 * config.stages),
+        "next Q": (config.q_stages - 1) * q,
+        "barriers": BARRIER_BYTES * 2 * (config.q_stages * warpgroups(config) + 2 * config.stages),
         "verdict": VERDICT_BYTES,
         "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES),
         "asked": 2 * BARRIER_BYTES,
@@ -77,6 +78,7 @@ def misfit(config: Config) -> str:
             config.q_in_registers % 16 > 0,
             f"{config.q_in_registers} columns of Q in registers; a multiple of 16 is needed: try q_in_registers=64",
         ),
+        (config.q_stages not in (1, 2), f"{config.q_stages} stages of Q; 1 or 2 are needed: try q_stages=1"),
         (config.stages < 1, f"{config.stages} stages; 1 at least is needed: try stages=2"),
     )
 

@@ -57,8 +57,8 @@ class Staged(Forward):
                 fill_registers_noise(self.kept)
         return me
 
-    def _fragments(self, me, shared):
-        frag = Forward._fragments(self, me, shared)
+    def _fragments(self, me, shared, slot):
+        frag = Forward._fragments(self, me, shared, slot)
         if not self.stages.products:
             ramp(frag.acc_O, noise(cute.arch.clock()))  # not of the thread: numbers that never change are stored early
         return frag

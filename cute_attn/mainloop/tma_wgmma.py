@@ -38,7 +38,7 @@ ASK_AHEAD = 4  # so many key tiles before its last one is copied, a query tile's
 
 @dataclass(frozen=True)
 class ForwardPipelines:
-    """The mbarrier pipelines of a block. Q has one stage for each computing warpgroup. All warps wait for the verdict."""
+    """The mbarrier pipelines of a block. Q has stages for each computing warpgroup. All warps wait for the verdict."""
 
     q: pipeline.PipelineTmaAsync
     k: pipeline.PipelineTmaAsync
@@ -50,8 +50,8 @@ class ForwardPipelines:
 
 @dataclass(frozen=True)
 class ForwardShared:
-    """The operands in shared memory: Q and O ``(64, d, warpgroup)``, K and V ``(tile_n, d, stage)``. O has none where it leaves
-    from registers."""
+    """The operands in shared memory: Q ``(64, d, warpgroup and stage)``, O ``(64, d, warpgroup)`` or, where it leaves from
+    registers, none, K and V ``(tile_n, d, stage)``."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -109,6 +109,7 @@ class Forward(Kernel):
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
         self.turn_barrier = self.first_barrier("turns")
+        self.q_slots = self.warpgroups * config.q_stages
         self.frees_q = config.separate_o or config.o_from_registers  # before O leaves, which doesn't lie over Q
 
     # ---- host ------------------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ class Forward(Kernel):
             if warp == COPY_Q_WARP:
                 walk_over = self._walker(shared, pipes, tiles)
                 copy_q = partial(self._copy_q, q, shared, pipes)
-                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
+                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.q_slots)
                 state = walk_over.each(copy_q, state)
                 if cutlass.const_expr(self.guarded):
                     if self._is_done_again(shared, pipes):
@@ -189,14 +190,14 @@ class Forward(Kernel):
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        sQ, sK, sV = (self.tensor(smem, name) for name in "QKV")
+        sQ, sK, sV = self.tensor(smem, "Q", config.q_stages), self.tensor(smem, "K"), self.tensor(smem, "V")
         sO = None
         if cutlass.const_expr(not config.o_from_registers):
             sO = self.tensor(smem, "O") if config.separate_o else self.over("O", sQ)
 
         slot = {name: lay.slot_bytes(name, config) for name in "QKV"}
         pipes = ForwardPipelines(
-            q=self.pipe(smem, self.warpgroups, WARPGROUP // 32, slot["Q"]),
+            q=self.pipe(smem, self.q_slots, WARPGROUP // 32, slot["Q"]),
             k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
             verdict=self.hand_over_pipe(smem, 1, config.mma_warps) if self.guarded else None,
@@ -338,10 +339,10 @@ class Forward(Kernel):
         """One computing warpgroup: its 64 rows of every query tile of the block; again, if an output was not finite."""
         me, walk_over = self._worker(), self._walker(shared, pipes, tiles)
         self._hand_out_first_turn(me)
-        q_phase = Int32(0)
+        q_turn = Int32(0)
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
         query_tile = partial(self._query_tile, me, into, shared, pipes, values)
-        state = walk_over.each(partial(query_tile, again=False), (q_phase, kv_state))
+        state = walk_over.each(partial(query_tile, again=False), (q_turn, kv_state))
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(self.guarded):
             self.arrive(pipes.verdict.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
@@ -362,9 +363,9 @@ class Forward(Kernel):
         work: Work,
         again: cutlass.Constexpr[bool],
     ):
-        """A query tile of the block; returns Q's phase and the state of K's and V's pipelines."""
+        """A query tile of the block; returns Q's turn and the state of K's and V's pipelines."""
         o, mO, mLSE = into
-        q_phase, kv_state = state
+        q_turn, kv_state = state
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
         values = with_rise(values.of(work), self.problem)
         block = work.block * self.warpgroups + me.warpgroup
@@ -373,11 +374,12 @@ class Forward(Kernel):
             keys = keys.after_a_seen_key(values, self.problem, work.block, config)
         held = self._held(me, shared, values, block * rows)
         tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values, *held)
-        frag = self._fragments(me, shared)
+        slot, phase = self._q_slot(me, q_turn)
+        frag = self._fragments(me, shared, slot)
         softmax = Softmax.start(cute.size(frag.rescale), values.exponent(self.problem), fused=True)
-        q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
+        q_state = pipeline.PipelineState(self.q_slots, Int32(0), slot, phase)
         pipes.q.consumer_wait(q_state)
-        self.load_first_columns("S", "Q", frag.rQ, shared.q[None, None, me.warpgroup])
+        self.load_first_columns("S", "Q", frag.rQ, shared.q[None, None, slot])
         if tile.keys.count > 0:
             kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile, again)
         else:
@@ -395,7 +397,12 @@ class Forward(Kernel):
         if cutlass.const_expr(not self.frees_q):
             self.wait_for_store(me.warpgroup)  # O lies over Q
             pipes.q.consumer_release(q_state)
-        return q_phase ^ 1, kv_state
+        return (q_turn + 1) % (2 * config.q_stages), kv_state
+
+    def _q_slot(self, me: ForwardWorker, q_turn: Int32):
+        """``(slot, phase)`` of a warpgroup's Q; query tiles count from 0 to twice Q's stages."""
+        stages = self.config.q_stages
+        return me.warpgroup + q_turn % stages * self.warpgroups, q_turn // stages
 
     @cute.jit
     def _held(self, me: ForwardWorker, shared: ForwardShared, values: Values, row_first):
@@ -416,14 +423,14 @@ class Forward(Kernel):
         cO = Coordinates.of(mma_O, index % WARPGROUP, (rows, config.tile_dv))
         return ForwardWorker(self.group(), mma_S, mma_O, cS, cO)
 
-    def _fragments(self, me: ForwardWorker, shared: ForwardShared) -> ForwardFragments:
+    def _fragments(self, me: ForwardWorker, shared: ForwardShared, slot) -> ForwardFragments:
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
         S, O = me.mma_S.get_slice(0), me.mma_O.get_slice(0)  # noqa: E741
         acc_O = cute.make_rmem_tensor(O.partition_shape_C((rows, config.tile_dv)), Float32)
         acc_O.fill(0.0)
         return ForwardFragments(
             rQ=self.first_columns("S"),
-            tSrQ=S.make_fragment_A(S.partition_A(shared.q[None, None, me.warpgroup])),
+            tSrQ=S.make_fragment_A(S.partition_A(shared.q[None, None, slot])),
             tSrK=S.make_fragment_B(S.partition_B(shared.k)),
             tOrV=O.make_fragment_B(O.partition_B(transposed(shared.v))),
             tOrP=cute.make_rmem_tensor(O.partition_shape_A((rows, config.tile_n)), self.lay.element(config)),
