@@ -13,7 +13,7 @@ mask and one of them is not finite, the block does its query tiles once more, fr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import cutlass
@@ -374,10 +374,10 @@ class Forward(Kernel):
         values = with_rise(values.of(work), self.problem)
         block = work.block * self.warpgroups + me.warpgroup
         keys = KeyTiles.of(values, self.problem, work.block, config)
+        keys, skipped = keys.of_rows(values, self.problem, block * rows, rows, config)
         if cutlass.const_expr(self.anchored):
-            keys = keys.after_a_seen_key(values, self.problem, work.block, config)
-        held = self._held(me, shared, values, block * rows)
-        tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values, *held)
+            keys = keys.after_a_seen_key(values, self.problem, block, replace(config, tile_m=rows))
+        tile = WarpgroupTile(block * rows, keys, skipped, values, *self._held(me, shared, values, block * rows))
         slot, phase = self._q_slot(me, q_turn)
         frag = self._fragments(me, shared, slot)
         softmax = Softmax.start(cute.size(frag.rescale), values.exponent(self.problem), fused=True)
