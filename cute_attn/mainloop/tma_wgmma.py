@@ -21,7 +21,7 @@ from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_nothing_seen
-from cute_attn.layouts.fragments import rows_columns, transposed
+from cute_attn.layouts.fragments import halves, rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
 from cute_attn.mainloop.scores import Coordinates, Scores, read_ahead, with_rise
@@ -111,6 +111,8 @@ class Forward(Kernel):
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
         self.turn_barrier = self.first_barrier("turns")
         self.q_slots = self.warpgroups * config.q_stages
+        # Whether a warpgroup's rows may all see no more than half of their last key tile.
+        self.halves = problem.bounded_right and not problem.blocks and config.tile_n >= 2 * self.lay.ROWS_PER_WARPGROUP
         self.frees_q = config.separate_o or config.o_from_registers  # before O leaves, which doesn't lie over Q
 
     # ---- host ------------------------------------------------------------------------------------------------------
@@ -472,7 +474,10 @@ class Forward(Kernel):
         masking = self._mask_ahead(me, tile, masking)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
-        self._softmax(me, frag, softmax, acc_S, tile, masking)
+        half = None
+        if cutlass.const_expr(self.halves and not again):
+            half = keys.end <= keys.first_key(top, self.config.tile_n) + self.config.tile_n // 2
+        self._softmax(me, frag, softmax, acc_S, tile, masking, half=half)
         self._probabilities(frag, acc_S)
         self._drop(me, frag, tile, top)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
@@ -590,6 +595,7 @@ class Forward(Kernel):
         masking,
         hold=None,
         anchored: cutlass.Constexpr[bool] = False,
+        half: Boolean | None = None,
     ):
         origin, masked, seen = masking
         scores = Scores(me.cS, tile.values, self.problem)
@@ -597,6 +603,11 @@ class Forward(Kernel):
         scores.apply_rules(acc_S, origin, masked, apart=True, seen=seen)
         if cutlass.const_expr(anchored):
             softmax.anchored_step(rows_columns(acc_S), ramp)
+        elif cutlass.const_expr(half is None):
+            softmax.step(rows_columns(acc_S), frag.rescale, hold, ramp)
+        elif half:  # of the tile is seen by no row
+            softmax.step(rows_columns(halves(acc_S)[0]), frag.rescale, hold, ramp)
+            halves(acc_S)[1].fill(0.0)
         else:
             softmax.step(rows_columns(acc_S), frag.rescale, hold, ramp)
 

@@ -81,7 +81,8 @@ class KeyTiles:
         exist = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
         count = cutlass.min(cutlass.max(cute.ceil_div(end * exist - self.begin, n), 1), self.count)
         whole_begin, whole_end = KeyTiles._whole(values, problem, (row_first, row_last), self.begin, count, n)
-        return replace(self, count=count, whole_begin=whole_begin, whole_end=whole_end), self.count - count
+        some = replace(self, end=end, count=count, whole_begin=whole_begin, whole_end=whole_end)
+        return some, self.count - count
 
     def place(self, i):
         """Of the i-th tile that is visited."""
