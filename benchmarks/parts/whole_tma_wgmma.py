@@ -81,9 +81,9 @@ class Staged(Forward):
         for again in range(self.stages.products):
             Forward.issue(self, mma, acc, tA, tB, accumulate or again > 0, *how)
 
-    def _softmax(self, me, frag, softmax, acc_S, *how):
+    def _softmax(self, me, frag, softmax, acc_S, *how, **of_half):
         for _ in range(self.stages.softmax):
-            Forward._softmax(self, me, frag, softmax, acc_S, *how)
+            Forward._softmax(self, me, frag, softmax, acc_S, *how, **of_half)
 
     def _exponentials_begin(self, p):
         if self.stages.softmax:  # without, p is no exponential, and its sign no promise
