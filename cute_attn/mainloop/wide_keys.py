@@ -165,10 +165,7 @@ class KeyGradients(KeyBlocks):
                 signals.ask_for_care()
         self.load_first_columns("S", "K", frag.rA, shared.k[None, None, 0])
         i, first, steps = Int32(0), Int32(0), visited.count * visited.members(members)
-        reads = self._reads("S", self.config.tile_d, steps)
-        if cutlass.const_expr(hides is not None):
-            reads = steps if hides else reads
-        step = partial(self._values_step, frag, shared, pipes, values, work, visited, hides, (k_state, reads))
+        step = partial(self._values_step, frag, shared, pipes, values, work, visited, hides, (k_state, steps))
         if cutlass.const_expr(self.config.overlap_tiles):
             if steps > 0:
                 state, p_state = step(False, (i, first), state, p_state)
@@ -202,8 +199,7 @@ class KeyGradients(KeyBlocks):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
         self.load_first_columns("dP", "V", frag.rA, shared.v[None, None, 0])
         first, steps = Int32(0), visited.count * visited.members(members)
-        reads = self._reads("dP", self.config.tile_dv, steps)
-        step = partial(self._keys_step, frag, shared, pipes, values, work, visited, (k_state, reads))
+        step = partial(self._keys_step, frag, shared, pipes, values, work, visited, (k_state, steps))
         if cutlass.const_expr(self.config.overlap_tiles):
             if steps > 0:
                 state, p_state = step(False, first, state, p_state)
@@ -238,11 +234,6 @@ class KeyGradients(KeyBlocks):
             cS=Coordinates.of(self.lay.tiled_mma(scores, self.config), thread, shape),
         )
 
-    def _reads(self, role: str, columns: int, steps):
-        """How many steps read the keys' operand of a product, K or V, in shared memory: the first alone, where threads hold all
-        of it, which have it once that one's product has ended."""
-        return cutlass.min(steps, 1) if self.lay.columns_in_registers(role, self.config) == columns else steps
-
     def _multiply(self, role: str, frag: KeyFragments, operand: cute.Tensor, rows_pipe, state):
         """Issue a query tile's dV or dK. From here on its values of rows are needed no more, and what they came with isn't."""
         if self.needs_v if role == "dV" else self.needs_k:
@@ -272,7 +263,7 @@ class KeyGradients(KeyBlocks):
     ):
         """P of a query tile, and dV; if it ``follows`` one whose dV is still to come, that runs while P is taken, and its own
         comes later. ``keys`` are the state of K's pipeline and how many steps read it."""
-        (i, j), (k_state, reads) = place, keys
+        (i, j), (k_state, steps) = place, keys
         thread, S = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("S", self.config)
         pipes.q.consumer_wait(state)
         acc_S = self.scores("S", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index], rA=frag.rA)
@@ -289,7 +280,7 @@ class KeyGradients(KeyBlocks):
         origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
         scores = Scores(frag.cS, of_head, self.problem, transposed=True)
         scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
-        if j + 1 == reads:
+        if j + 1 == steps:
             self.release_rows(pipes.k, k_state, met=not self.problem.masked)  # and with it what is noted of its keys
         P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
         rounded, slot = None, p_state.index
@@ -316,7 +307,7 @@ class KeyGradients(KeyBlocks):
         self, frag: KeyFragments, shared, pipes, values, work, visited, keys, follows: cutlass.Constexpr, j, state, p_state
     ):
         """dS of a query tile, and dK, in the same way."""
-        k_state, reads = keys
+        k_state, steps = keys
         thread, dP = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("dP", self.config)
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_k):
@@ -329,7 +320,7 @@ class KeyGradients(KeyBlocks):
                 m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
                 kept = self._kept(frag.cS, values.of_head(work.head + member), work, m_block)
             warpgroup.wait_group(int(follows))
-        if j + 1 == reads:
+        if j + 1 == steps:
             pipes.v.consumer_release(k_state)
         if cutlass.const_expr(self.needs_k):
             P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
