@@ -1,4 +1,4 @@
-"""The epilogue alone: O from registers to global memory, most often by way of shared memory, through the kernels' own ``_store_o``.
+"""The epilogue alone: O from registers, most often by way of shared memory, to global memory: the kernels' own ``_store_o``.
 
 The forward kernel without loads, products and softmax, on a single key tile, so that its loop over keys does nothing.
 """
