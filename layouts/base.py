@@ -134,6 +134,8 @@ class Config:
     copy_registers: int = 0  # and of the copying one
     ping_pong: bool = False  # warpgroups take turns on the tensor cores
     separate_o: bool = False  # O has shared memory of its own, so that the next Q can arrive before O has left
+    o_from_registers: bool = False  # O takes no shared memory but leaves from registers, for the same end
+    q_stages: int = 1  # forward: query tiles in shared memory; of two, the next one arrives while this one is read
     rescale_early: bool = False  # O is rescaled while Q·Kᵀ runs, not after the softmax: frees registers at wide heads
 
     @property

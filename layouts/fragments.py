@@ -25,6 +25,13 @@ def rows_columns(acc: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(acc.iterator, layout)
 
 
+def halves(acc: cute.Tensor) -> tuple[cute.Tensor, cute.Tensor]:
+    """An accumulator of warpgroup MMA as that of its first half of columns and that of the others."""
+    (pair, half, wide), m, n = acc.layout.shape
+    layout = cute.make_layout(((pair, half, wide // 2), m, n), stride=acc.layout.stride)
+    return cute.make_tensor(acc.iterator, layout), cute.make_tensor(acc.iterator + wide // 2 * acc.layout.stride[0][2], layout)
+
+
 def as_operand_a(acc: cute.Tensor) -> cute.Tensor:
     """The accumulator of S as the A operand ``((2, 2, 2), M, K)`` of P·V: same thread, same rows, 16 columns an MMA."""
     (pair, half, *wide), m, n = acc.layout.shape

@@ -25,17 +25,23 @@ CACHE = {"wgmma_cache": wgmma_cache, "cp_async_cache": mma_sync_cache}
 # The wider of the two padded head dims -> the fields of Config that the table decides.
 # A computing warpgroup owns 64 rows. Two of them may have 240 registers a thread, three 160.
 WGMMA_TABLE: dict[int, dict[str, Any]] = {
-    64: {"tile_m": 192, "tile_n": 128, "stages": 3, "ping_pong": True, "separate_o": True},
+    64: {"tile_m": 192, "tile_n": 128, "stages": 3, "ping_pong": True, "separate_o": True, "q_stages": 2},
     96: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True},
     128: {"tile_m": 128, "tile_n": 128, "stages": 2, "ping_pong": True, "separate_o": True, "q_in_registers": 128},
-    192: {"tile_m": 128, "tile_n": 96, "stages": 2, "rescale_early": True},
-    256: {"tile_m": 128, "tile_n": 64, "stages": 2, "rescale_early": True, "q_in_registers": 128},
+    192: {"tile_m": 128, "tile_n": 96, "stages": 2, "rescale_early": True, "o_from_registers": True},
+    256: {
+        "tile_m": 128,
+        "tile_n": 64,
+        "stages": 2,
+        "rescale_early": True,
+        "o_from_registers": True,
+        "q_in_registers": 128,
+    },
 }
-# O may lie over Q only where both are equally wide: else a warpgroup's rows of O would reach into another's rows of Q.
-# Heads of different widths leave the room that a memory of its own takes.
+# Heads of different widths leave the room that a memory of its own takes for O.
 WGMMA_MIXED: dict[int, dict[str, Any]] = {
-    192: {"separate_o": True},
-    256: {"separate_o": True},
+    192: {"separate_o": True, "o_from_registers": False},
+    256: {"separate_o": True, "o_from_registers": False},
 }
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 32)}  # computing warpgroups -> registers of a computing, copying thread
 # dQ alone leaves a computing thread with some to spare, and a copying one needs more than 24; so do lists of tiles for heads

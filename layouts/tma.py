@@ -71,12 +71,13 @@ class Family:
         """Shared memory of a block, with the worst padding that aligning the parts can cost."""
         return sum(self.smem_parts(config).values()) + SMEM_ALIGN
 
-    def smem(self, operand: str, config: Config) -> Layout:
-        """An operand in shared memory, ``(rows, columns, slot)``. The swizzle goes into a pointer: it acts on the address
-        in bytes."""
+    def smem(self, operand: str, config: Config, times: int = 1) -> Layout:
+        """An operand in shared memory, ``(rows, columns, slot)``, with so many ``times`` its slots. The swizzle goes into a
+        pointer: it acts on the address in bytes."""
+        rows, columns, slots = self.shape(operand, config)
         bits, lowest, shift, width = self._swizzle_atom(operand, config)
         on_bytes = (bits, lowest + BYTES.bit_length() - 1, shift)
-        return base.tiled_rows(self.shape(operand, config), width, on_bytes, 1)
+        return base.tiled_rows((rows, columns, slots * times), width, on_bytes, 1)
 
     def _swizzle_atom(self, operand: str, config: Config) -> tuple[int, int, int, int]:
         columns = self.tile(operand, config)[1] if self.read_columns is None else self.read_columns(operand, config)
@@ -119,9 +120,9 @@ class Family:
             warpgroup.MmaF16BF16Op(element(config), cutlass.Float32, what.shape, source, a_major, b_major)
         )
 
-    def smem_layout(self, operand: str, config: Config):
+    def smem_layout(self, operand: str, config: Config, times: int = 1):
         """:meth:`smem` as the DSL's object."""
-        return base.cute_layout(self.smem(operand, config))
+        return base.cute_layout(self.smem(operand, config, times))
 
     def load_operand(self, role: str, operand: str, config: Config):
         """Shared memory → registers, 16 columns of what threads hold: ``ldmatrix`` of four 8×8 tiles."""

@@ -38,15 +38,15 @@ def warpgroups(config: Config) -> int:
 
 
 def smem_parts(config: Config) -> dict[str, int]:
-    """Bytes of shared memory by part. O lies over Q unless the config gives it memory of its own.
+    """Bytes of shared memory by part. O lies over Q unless the config gives it memory of its own or needs none.
 
     Raises ``ValueError`` where O would lie over a Q of another width: a warpgroup's rows of O would then reach into
     another's rows of Q, which that one may still be reading.
     """
-    if config.tile_d != config.tile_dv and not config.separate_o:
+    if config.tile_d != config.tile_dv and not (config.separate_o or config.o_from_registers):
         raise ValueError(
             f"O is {config.tile_dv} columns wide and would lie over Q, which is {config.tile_d}; equal widths are needed: "
-            f"try separate_o=True, with a smaller tile_n if shared memory runs out"
+            f"try separate_o=True, with a smaller tile_n if shared memory runs out, or o_from_registers=True"
         )
     q = config.tile_m * config.tile_d * BYTES
     o = config.tile_m * config.tile_dv * BYTES
@@ -55,7 +55,8 @@ def smem_parts(config: Config) -> dict[str, int]:
         "K": config.stages * config.tile_n * config.tile_d * BYTES,
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
         "O": o if config.separate_o else 0,
-        "barriers": BARRIER_BYTES * 2 * (warpgroups(config) + 2 * config.stages),
+        "next Q": (config.q_stages - 1) * q,
+        "barriers": BARRIER_BYTES * 2 * (config.q_stages * warpgroups(config) + 2 * config.stages),
         "verdict": VERDICT_BYTES,
         "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES),
         "asked": 2 * BARRIER_BYTES,
@@ -75,6 +76,7 @@ def misfit(config: Config) -> str:
         (rows % ROWS_PER_WARPGROUP > 0, f"{rows} queries a tile; a multiple of {ROWS_PER_WARPGROUP} is needed: try tile_m=128"),
         (config.mma_warps != warps, f"{config.mma_warps} warps for {rows} queries; {warps} are needed: try mma_warps={warps}"),
         in_registers_misfit(config),
+        (config.q_stages not in (1, 2), f"{config.q_stages} stages of Q; 1 or 2 are needed: try q_stages=1"),
         (config.stages < 1, f"{config.stages} stages; 1 at least is needed: try stages=2"),
     )
 

@@ -43,7 +43,6 @@ READS = {
 }
 ACCUMULATOR_BYTES = 4
 P_STAGES = 2  # P's of query tiles on their way from one warpgroup to the other
-V_STAGES = 1  # of the second kernel: a tile of V is done with long before its K
 FIRST_STORES = False  # there are no sums of dQ
 CLEARS_QUERIES = False
 KERNELS = {"keys": ("K", "V", "Q", "dO"), "queries": ("qQ", "qdO", "qK", "qV")}
@@ -80,7 +79,12 @@ def over(config: Config) -> dict[str, str]:
 
 def stages(operand: str, config: Config) -> int:
     """Tiles of an operand that shared memory has room for."""
-    return {"Q": config.stages, "dO": config.stages, "P": P_STAGES, "qK": config.stages, "qV": V_STAGES}.get(operand, 1)
+    return {"Q": config.stages, "dO": config.stages, "P": P_STAGES, "qK": config.stages, "qV": v_stages(config)}.get(operand, 1)
+
+
+def v_stages(config: Config) -> int:
+    """The same of V in the second kernel, where a tile of V is done with long before its K."""
+    return config.stages - 1
 
 
 def handed_over(config: Config) -> Layout:
@@ -104,7 +108,7 @@ def smem_parts_of(kernel: str, config: Config) -> dict[str, int]:
     else:
         parts = {name: size(f"q{name}") for name in ("Q", "dO", "K", "V")}
         parts["hidden"] = config.tile_n * config.stages
-        stages = 2 * warpgroups(config) + config.stages + V_STAGES
+        stages = 2 * warpgroups(config) + config.stages + v_stages(config)
     work = WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES)
     return {**parts, "barriers": BARRIER_BYTES * 2 * stages, "work": work}
 
@@ -167,7 +171,7 @@ def _shape(operand: str, config: Config) -> tuple[int, int, int]:
         "qQ": (ROWS_PER_WARPGROUP, config.tile_d, w),
         "qdO": (ROWS_PER_WARPGROUP, config.tile_dv, w),
         "qK": (config.tile_n, config.tile_d, config.stages),
-        "qV": (config.tile_n, config.tile_dv, V_STAGES),
+        "qV": (config.tile_n, config.tile_dv, v_stages(config)),
     }[operand]
 
 

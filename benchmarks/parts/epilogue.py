@@ -1,4 +1,4 @@
-"""The epilogue alone: O from registers to shared to global memory, through the kernels' own ``_store_o``.
+"""The epilogue alone: O from registers, most often by way of shared memory, to global memory: the kernels' own ``_store_o``.
 
 The forward kernel without loads, products and softmax, on a single key tile, so that its loop over keys does nothing.
 """
@@ -16,7 +16,9 @@ BATCH_FACTOR = 4  # outputs several times the size of the L2 cache, which would 
 
 def expects(kernel) -> tuple[str, ...]:
     # cp_async's blocks store one tile each: there is no loop to find the stores in.
-    return ("UTMASTG", "STSM") if kernel.config.mechanism == "tma_wgmma" else ()
+    if kernel.config.mechanism != "tma_wgmma":
+        return ()
+    return ("STG", "SHFL") if kernel.config.o_from_registers else ("UTMASTG", "STSM")
 
 
 def function(kernel) -> tuple[Any, tuple]:

@@ -57,8 +57,8 @@ class Staged(Forward):
                 fill_registers_noise(self.kept)
         return me
 
-    def _fragments(self, me, shared):
-        frag = Forward._fragments(self, me, shared)
+    def _fragments(self, me, shared, slot):
+        frag = Forward._fragments(self, me, shared, slot)
         if not self.stages.products:
             ramp(frag.acc_O, noise(cute.arch.clock()))  # not of the thread: numbers that never change are stored early
         return frag
@@ -81,9 +81,9 @@ class Staged(Forward):
         for again in range(self.stages.products):
             Forward.issue(self, mma, acc, tA, tB, accumulate or again > 0, *how)
 
-    def _softmax(self, me, frag, softmax, acc_S, *how):
+    def _softmax(self, me, frag, softmax, acc_S, *how, **of_half):
         for _ in range(self.stages.softmax):
-            Forward._softmax(self, me, frag, softmax, acc_S, *how)
+            Forward._softmax(self, me, frag, softmax, acc_S, *how, **of_half)
 
     def _exponentials_begin(self, p):
         if self.stages.softmax:  # without, p is no exponential, and its sign no promise

@@ -13,7 +13,7 @@ mask and one of them is not finite, the block does its query tiles once more, fr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import cutlass
@@ -21,7 +21,7 @@ from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_nothing_seen
-from cute_attn.layouts.fragments import rows_columns, transposed
+from cute_attn.layouts.fragments import halves, rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
 from cute_attn.mainloop.scores import Coordinates, Scores, read_ahead, with_rise
@@ -33,12 +33,13 @@ from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 COPY_K_V_WARP, COPY_Q_WARP, FIND_WORK_WARP, CLEAR_WARP = 0, 1, 2, 3
 LONG = 1 << 19  # keys · columns of Q in shared memory from which on a causal tile is worth a block of its own
+LONG_WALK = 16  # key tiles, from which on a card's power, not memory, is what a block lacks
 ASK_AHEAD = 4  # so many key tiles before its last one is copied, a query tile's block asks for the next
 
 
 @dataclass(frozen=True)
 class ForwardPipelines:
-    """The mbarrier pipelines of a block. Q has one stage for each computing warpgroup. All warps wait for the verdict."""
+    """The mbarrier pipelines of a block. Q has stages for each computing warpgroup. All warps wait for the verdict."""
 
     q: pipeline.PipelineTmaAsync
     k: pipeline.PipelineTmaAsync
@@ -50,12 +51,13 @@ class ForwardPipelines:
 
 @dataclass(frozen=True)
 class ForwardShared:
-    """The operands in shared memory: Q and O ``(64, d, warpgroup)``, K and V ``(tile_n, d, stage)``."""
+    """The operands in shared memory: Q ``(64, d, warpgroup and stage)``, O ``(64, d, warpgroup)`` or, where it leaves from
+    registers, none, K and V ``(tile_n, d, stage)``."""
 
     q: cute.Tensor
     k: cute.Tensor
     v: cute.Tensor
-    o: cute.Tensor
+    o: cute.Tensor | None
     verdict: cute.Tensor | None  # not 0 once an output was not finite
     work: cute.Tensor | None = None
     ramp: cute.Tensor | None = None  # (values of an accumulator, warp)
@@ -108,6 +110,10 @@ class Forward(Kernel):
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
         self.turn_barrier = self.first_barrier("turns")
+        self.q_slots = self.warpgroups * config.q_stages
+        # Whether a warpgroup's rows may all see no more than half of their last key tile.
+        self.halves = problem.bounded_right and not problem.blocks and config.tile_n >= 2 * self.lay.ROWS_PER_WARPGROUP
+        self.frees_q = config.separate_o or config.o_from_registers  # before O leaves, which doesn't lie over Q
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
@@ -120,10 +126,14 @@ class Forward(Kernel):
         else:
             long = mK.shape[0] >= LONG // self.config.tile_d
         tiles, blocks = tiles.launched(blocks, long)
+        if cutlass.const_expr(not (tiles.long_first or self.queued)):
+            if cute.ceil_div(mK.shape[0], self.config.tile_n) >= LONG_WALK:  # no more blocks than as many rounds take
+                blocks = cute.ceil_div(tiles.count(), cute.ceil_div(tiles.count(), blocks))
         q, k, v = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
-        o = self.operand("O", mO, self.lay.copy_out)
+        by_threads = self.config.o_from_registers
+        o = None if cutlass.const_expr(by_threads) else self.operand("O", mO, self.lay.copy_out)
         plain = (mK, mV) if cutlass.const_expr(self.careful) else None
-        plain_o = mO if cutlass.const_expr(self.problem.ragged) else None
+        plain_o = mO if cutlass.const_expr(by_threads or bool(self.problem.ragged)) else None
         self.kernel(q, k, v, o, mLSE, plain, plain_o, values, tiles).launch(
             grid=[blocks, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
@@ -136,7 +146,7 @@ class Forward(Kernel):
         q: TmaOperand,
         k: TmaOperand,
         v: TmaOperand,
-        o: TmaOperand,
+        o: TmaOperand | None,
         mLSE: LogSumExp,
         plain,
         plain_o,
@@ -146,7 +156,8 @@ class Forward(Kernel):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (q, k, v, o):
-                cpasync.prefetch_descriptor(operand.atom)
+                if cutlass.const_expr(operand is not None):
+                    cpasync.prefetch_descriptor(operand.atom)
         shared, pipes = self._setup(tiles.tickets is not None)
 
         if warp < WARPGROUP // 32:
@@ -154,7 +165,7 @@ class Forward(Kernel):
             if cutlass.const_expr(shared.work is not None):
                 if warp == FIND_WORK_WARP:
                     self._find_work(shared, pipes, values, tiles)
-                if cutlass.const_expr(plain_o is not None):
+                if cutlass.const_expr(bool(self.problem.ragged)):
                     if warp == CLEAR_WARP:
                         self._clear_unused_tiles(plain_o, mLSE, tiles)
             if warp == COPY_K_V_WARP:
@@ -171,26 +182,28 @@ class Forward(Kernel):
             if warp == COPY_Q_WARP:
                 walk_over = self._walker(shared, pipes, tiles)
                 copy_q = partial(self._copy_q, q, shared, pipes)
-                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.warpgroups)
+                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.q_slots)
                 state = walk_over.each(copy_q, state)
                 if cutlass.const_expr(self.guarded):
                     if self._is_done_again(shared, pipes):
                         walk_over.each(copy_q, state)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            self._compute(o, mLSE, shared, pipes, values, tiles)
+            self._compute((o, plain_o, mLSE), shared, pipes, values, tiles)
 
     def _setup(self, draws: bool):
         """Allocate shared memory and initialise the barriers; ``draws``: those for a block that draws tickets, too."""
         config, lay = self.config, self.lay
         smem = cutlass.memory.SmemAllocator()
 
-        sQ, sK, sV = (self.tensor(smem, name) for name in "QKV")
-        sO = self.tensor(smem, "O") if config.separate_o else self.over("O", sQ)
+        sQ, sK, sV = self.tensor(smem, "Q", config.q_stages), self.tensor(smem, "K"), self.tensor(smem, "V")
+        sO = None
+        if cutlass.const_expr(not config.o_from_registers):
+            sO = self.tensor(smem, "O") if config.separate_o else self.over("O", sQ)
 
         slot = {name: lay.slot_bytes(name, config) for name in "QKV"}
         pipes = ForwardPipelines(
-            q=self.pipe(smem, self.warpgroups, WARPGROUP // 32, slot["Q"]),
+            q=self.pipe(smem, self.q_slots, WARPGROUP // 32, slot["Q"]),
             k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
             v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
             verdict=self.hand_over_pipe(smem, 1, config.mma_warps) if self.guarded else None,
@@ -328,16 +341,14 @@ class Forward(Kernel):
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(
-        self, o: TmaOperand, mLSE: LogSumExp, shared: ForwardShared, pipes: ForwardPipelines, values: Values, tiles: Tiles
-    ):
+    def _compute(self, into, shared: ForwardShared, pipes: ForwardPipelines, values: Values, tiles: Tiles):
         """One computing warpgroup: its 64 rows of every query tile of the block; again, if an output was not finite."""
         me, walk_over = self._worker(), self._walker(shared, pipes, tiles)
         self._hand_out_first_turn(me)
-        q_phase = Int32(0)
+        q_turn = Int32(0)
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        query_tile = partial(self._query_tile, me, (o, mLSE), shared, pipes, values)
-        state = walk_over.each(partial(query_tile, again=False), (q_phase, kv_state))
+        query_tile = partial(self._query_tile, me, into, shared, pipes, values)
+        state = walk_over.each(partial(query_tile, again=False), (q_turn, kv_state))
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(self.guarded):
             self.arrive(pipes.verdict.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
@@ -358,40 +369,46 @@ class Forward(Kernel):
         work: Work,
         again: cutlass.Constexpr[bool],
     ):
-        """A query tile of the block; returns Q's phase and the state of K's and V's pipelines."""
-        o, mLSE = into
-        q_phase, kv_state = state
+        """A query tile of the block; returns Q's turn and the state of K's and V's pipelines."""
+        o, mO, mLSE = into
+        q_turn, kv_state = state
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
         values = with_rise(values.of(work), self.problem)
         block = work.block * self.warpgroups + me.warpgroup
         keys = KeyTiles.of(values, self.problem, work.block, config)
+        keys, skipped = keys.of_rows(values, self.problem, block * rows, rows, config)
         if cutlass.const_expr(self.anchored):
-            keys = keys.after_a_seen_key(values, self.problem, work.block, config)
-        held = self._held(me, shared, values, block * rows)
-        tile = WarpgroupTile(block * rows, *keys.of_rows(values, self.problem, block * rows, rows, config), values, *held)
-        frag = self._fragments(me, shared)
+            keys = keys.after_a_seen_key(values, self.problem, block, replace(config, tile_m=rows))
+        tile = WarpgroupTile(block * rows, keys, skipped, values, *self._held(me, shared, values, block * rows))
+        slot, phase = self._q_slot(me, q_turn)
+        frag = self._fragments(me, shared, slot)
         softmax = Softmax.start(cute.size(frag.rescale), values.exponent(self.problem), fused=True)
-        q_state = pipeline.PipelineState(self.warpgroups, Int32(0), me.warpgroup, q_phase)
+        q_state = pipeline.PipelineState(self.q_slots, Int32(0), slot, phase)
         pipes.q.consumer_wait(q_state)
-        self.load_first_columns("S", "Q", frag.rQ, shared.q[None, None, me.warpgroup])
+        self.load_first_columns("S", "Q", frag.rQ, shared.q[None, None, slot])
         if tile.keys.count > 0:
             kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile, again)
         else:
-            if cutlass.const_expr(config.separate_o):
+            if cutlass.const_expr(self.frees_q):
                 pipes.q.consumer_release(q_state)
         self._normalize(me, frag, softmax, tile, mLSE, work)
-        self._store_o(me, frag, o, shared.o, (block, work.head, work.q))
+        self._store_o(me, frag, (o, mO), shared.o, (block, work.head, work.q))
         if cutlass.const_expr(self.guarded and not again):
-            failed = not_finite(converted(frag.acc_O, shared.o.element_type))
+            failed = not_finite(converted(frag.acc_O, self.element))
             if cutlass.const_expr(self.anchored):
                 softmax.note_growth()
                 failed = failed | (softmax.grown[0] != 0)
             if failed:
                 shared.verdict[0] = Int32(1)
-        if cutlass.const_expr(not config.separate_o):
+        if cutlass.const_expr(not self.frees_q):
             self.wait_for_store(me.warpgroup)  # O lies over Q
             pipes.q.consumer_release(q_state)
-        return q_phase ^ 1, kv_state
+        return (q_turn + 1) % (2 * config.q_stages), kv_state
+
+    def _q_slot(self, me: ForwardWorker, q_turn: Int32):
+        """``(slot, phase)`` of a warpgroup's Q; query tiles count from 0 to twice Q's stages."""
+        stages = self.config.q_stages
+        return me.warpgroup + q_turn % stages * self.warpgroups, q_turn // stages
 
     @cute.jit
     def _held(self, me: ForwardWorker, shared: ForwardShared, values: Values, row_first):
@@ -412,14 +429,14 @@ class Forward(Kernel):
         cO = Coordinates.of(mma_O, index % WARPGROUP, (rows, config.tile_dv))
         return ForwardWorker(self.group(), mma_S, mma_O, cS, cO)
 
-    def _fragments(self, me: ForwardWorker, shared: ForwardShared) -> ForwardFragments:
+    def _fragments(self, me: ForwardWorker, shared: ForwardShared, slot) -> ForwardFragments:
         config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
         S, O = me.mma_S.get_slice(0), me.mma_O.get_slice(0)  # noqa: E741
         acc_O = cute.make_rmem_tensor(O.partition_shape_C((rows, config.tile_dv)), Float32)
         acc_O.fill(0.0)
         return ForwardFragments(
             rQ=self.first_columns("S"),
-            tSrQ=S.make_fragment_A(S.partition_A(shared.q[None, None, me.warpgroup])),
+            tSrQ=S.make_fragment_A(S.partition_A(shared.q[None, None, slot])),
             tSrK=S.make_fragment_B(S.partition_B(shared.k)),
             tOrV=O.make_fragment_B(O.partition_B(transposed(shared.v))),
             tOrP=cute.make_rmem_tensor(O.partition_shape_A((rows, config.tile_n)), self.lay.element(config)),
@@ -457,7 +474,10 @@ class Forward(Kernel):
         masking = self._mask_ahead(me, tile, masking)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
-        self._softmax(me, frag, softmax, acc_S, tile, masking)
+        half = None
+        if cutlass.const_expr(self.halves and not again):
+            half = keys.end <= keys.first_key(top, self.config.tile_n) + self.config.tile_n // 2
+        self._softmax(me, frag, softmax, acc_S, tile, masking, half=half)
         self._probabilities(frag, acc_S)
         self._drop(me, frag, tile, top)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
@@ -472,7 +492,7 @@ class Forward(Kernel):
             after = softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
             kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
-        if cutlass.const_expr(self.config.separate_o):
+        if cutlass.const_expr(self.frees_q):
             pipes.q.consumer_release(q_state)
         if cutlass.const_expr(self.config.rescale_early):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
@@ -575,6 +595,7 @@ class Forward(Kernel):
         masking,
         hold=None,
         anchored: cutlass.Constexpr[bool] = False,
+        half: Boolean | None = None,
     ):
         origin, masked, seen = masking
         scores = Scores(me.cS, tile.values, self.problem)
@@ -582,6 +603,11 @@ class Forward(Kernel):
         scores.apply_rules(acc_S, origin, masked, apart=True, seen=seen)
         if cutlass.const_expr(anchored):
             softmax.anchored_step(rows_columns(acc_S), ramp)
+        elif cutlass.const_expr(half is None):
+            softmax.step(rows_columns(acc_S), frag.rescale, hold, ramp)
+        elif half:  # of the tile is seen by no row
+            softmax.step(rows_columns(halves(acc_S)[0]), frag.rescale, hold, ramp)
+            halves(acc_S)[1].fill(0.0)
         else:
             softmax.step(rows_columns(acc_S), frag.rescale, hold, ramp)
 
@@ -644,8 +670,12 @@ class Forward(Kernel):
         store_lse(mLSE, lse, me.cO.thread, tile.row_first, work)
 
     @cute.jit
-    def _store_o(self, me: ForwardWorker, frag: ForwardFragments, o: TmaOperand, sO: cute.Tensor, where):
-        """O to global memory, once the last one has left the same shared memory."""
-        self.wait_for_store(me.warpgroup)
-        copy = self.lay.store_accumulator(self.config)
-        self.store(copy, frag.acc_O, o, sO, me.warpgroup, me.warpgroup, where)
+    def _store_o(self, me: ForwardWorker, frag: ForwardFragments, into, sO: cute.Tensor | None, where):
+        """O to global memory, from registers or once the last one has left the same shared memory."""
+        (o, mO), (block, head, span) = into, where
+        if cutlass.const_expr(self.config.o_from_registers):
+            self.store_rows("O", frag.acc_O, mO, span, head, block)
+        else:
+            self.wait_for_store(me.warpgroup)
+            copy = self.lay.store_accumulator(self.config)
+            self.store(copy, frag.acc_O, o, sO, me.warpgroup, me.warpgroup, where)

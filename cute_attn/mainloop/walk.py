@@ -44,18 +44,23 @@ class KeyTiles:
         row_first = m_block * config.tile_m
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
         begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
-        inner_begin, inner_end = band.whole_range(row_first, row_last, values.seqlen_k, DeviceOps)
         if (problem.dropout or problem.expression.neighbours(2)) and problem.bounded_left:
             begin = begin // SIDE * SIDE
         if problem.ragged:  # a tile past its sequence's end sees nothing; a factor of 0 or 1, which no length makes overflow
             exists = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
             end = end * exists
         count = cutlass.max(cute.ceil_div(end - begin, n), 0)
+        return KeyTiles(begin, end, count, *KeyTiles._whole(values, problem, (row_first, row_last), begin, count, n))
+
+    @staticmethod
+    def _whole(values: Values, problem, rows, begin, count, n: int):
+        """``(whole_begin, whole_end)`` for the rows from one to another."""
         if problem.masks_all:
-            return KeyTiles(begin, end, count, Int32(0), Int32(0))
+            return Int32(0), Int32(0)
+        inner_begin, inner_end = values.band(problem).whole_range(*rows, values.seqlen_k, DeviceOps)
         whole_begin = cutlass.min(cutlass.max(cute.ceil_div(inner_begin - begin, n), 0), count)
         whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)
-        return KeyTiles(begin, end, count, whole_begin, cutlass.max(whole_end, whole_begin))
+        return whole_begin, cutlass.max(whole_end, whole_begin)
 
     def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> KeyTiles:
         """The same walk, whose whole tiles come when each row has seen a key: where the first row sees none in the tiles that
@@ -69,13 +74,14 @@ class KeyTiles:
 
     def of_rows(self, values: Values, problem, row_first: Int32, rows: int, config):
         """``(walk, skipped)`` of some of the query tile's rows: the same walk without the tiles that come first and of which
-        none of them sees a key. At least one tile is left."""
+        none of them sees a key, and of the others those that they see all of need no mask. At least one tile is left."""
         band, n = values.band(problem), config.tile_n
         row_last = cutlass.min(row_first + rows, values.seqlen_q) - 1
         _, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
         exist = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
         count = cutlass.min(cutlass.max(cute.ceil_div(end * exist - self.begin, n), 1), self.count)
-        some = replace(self, count=count, whole_end=cutlass.min(self.whole_end, count))
+        whole_begin, whole_end = KeyTiles._whole(values, problem, (row_first, row_last), self.begin, count, n)
+        some = replace(self, end=end, count=count, whole_begin=whole_begin, whole_end=whole_end)
         return some, self.count - count
 
     def place(self, i):

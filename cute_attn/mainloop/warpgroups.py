@@ -151,9 +151,9 @@ class Kernel:
         named = (("Q", inputs.q), ("K", inputs.k), ("V", inputs.v), ("dO", inputs.do))
         return tuple(self.operand(prefix + name, m, self.lay.copy_in) for name, m in named)
 
-    def tensor(self, smem, name: str):
-        """Shared memory of an operand."""
-        layout = self.lay.smem_layout(name, self.config)
+    def tensor(self, smem, name: str, times: int = 1):
+        """Shared memory of an operand, or so many ``times`` that."""
+        layout = self.lay.smem_layout(name, self.config, times)
         return smem.allocate_tensor(self.element, layout.outer, self.lay.SMEM_ALIGN, layout.inner)
 
     def over(self, name: str, other: cute.Tensor):

@@ -125,7 +125,7 @@ class QueryGradients(Kernel):
             q=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qQ", config)),
             do=self.pipe(smem, self.warpgroups, 4, lay.slot_bytes("qdO", config)),
             k=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("qK", config)),
-            v=self.pipe(smem, lay.V_STAGES, config.mma_warps, lay.slot_bytes("qV", config)),
+            v=self.pipe(smem, lay.v_stages(config), config.mma_warps, lay.slot_bytes("qV", config)),
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + config.mma_warps),
         )
         cute.arch.mbarrier_init_fence()
@@ -156,7 +156,7 @@ class QueryGradients(Kernel):
     @cute.jit
     def _copy_keys(self, operands, plain: Inputs | None, care, shared, pipes, values, keys: KeyTiles, work: Work, done):
         """One warp: K and V of the key tiles, last keys first."""
-        states = self.filling(self.config.stages, done[1]), self.filling(self.lay.V_STAGES, done[1])
+        states = self.filling(self.config.stages, done[1]), self.filling(self.lay.v_stages(self.config), done[1])
         if cutlass.const_expr(plain is None):
             self._copy_keys_at_once(operands, shared, pipes, keys, work, states)
         elif care:
@@ -229,7 +229,7 @@ class QueryGradients(Kernel):
         cS = Coordinates.of(self.lay.tiled_mma("qS", self.config), index % WARPGROUP, shape)
         scores = Scores(cS, values, self.problem)
 
-        k_state, v_state = self.emptying(self.config.stages, done[1]), self.emptying(self.lay.V_STAGES, done[1])
+        k_state, v_state = self.emptying(self.config.stages, done[1]), self.emptying(self.lay.v_stages(self.config), done[1])
         block = work.block * self.warpgroups + w
         row_first = block * self.lay.ROWS_PER_WARPGROUP
         acc_dQ = self.accumulator("dQ", self.config.tile_d)

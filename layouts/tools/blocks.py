@@ -72,8 +72,11 @@ def block(config: Config, kernel: str = "") -> Canvas:
     canvas = titled(f"One block, stage by stage · {described(config)}", f"K {family(config).smem('K', config)}", line)
     sizes = family(config).smem_parts(config)
     parts = [Part(name, n, config.stages if name in ("K", "V") else 1, COLOURS.get(name, PLAIN)) for name, n in sizes.items()]
-    y = shares(canvas, config, parts, [] if sizes.get("O") else ["O lies over Q"], 86)
-    y = ways(canvas, ((TO_CORES, [_way(x, config) for x in "QKV"]), (FROM_REGISTERS, [_way("O", config)])), y + MARGIN)
+    direct = config.o_from_registers
+    elsewhere = "O leaves from registers, 16 bytes a thread" if direct else "O lies over Q"
+    y = shares(canvas, config, parts, [] if sizes.get("O") else [elsewhere], 86)
+    results = [] if direct else [(FROM_REGISTERS, [_way("O", config)])]
+    y = ways(canvas, [(TO_CORES, [_way(x, config) for x in "QKV"]), *results], y + MARGIN)
     _stages(canvas, config, y + MARGIN)
     return canvas
 

@@ -348,7 +348,7 @@ def _queries(config: Config) -> Walk:
     lay, n = family(config), config.stages
     groups = f"{lay.warpgroups(config)} warpgroups"
     lanes: Lanes = _kept_until_next(("Q", "dO"), config)
-    lanes |= _ring("K", config, n, n, lingers=True) | _ring("V", config, lay.V_STAGES, lay.V_STAGES)
+    lanes |= _ring("K", config, n, n, lingers=True) | _ring("V", config, lay.v_stages(config), lay.v_stages(config))
     key_warp, query_warp = lay.WARPS["qK"][0], lay.WARPS["qQ"][0]
     first = ", ".join(("K0, V0", *(f"K{i}" for i in range(1, n))))
     lanes[f"warp {key_warp}"] = _copying(first, (f"K{i + n - 1}, V{i + 1}" if i else "V1" for i in _steps(config)))
@@ -356,7 +356,7 @@ def _queries(config: Config) -> Walk:
     lanes[groups] = _working((f"S{i}, dP{i}, dQ{i}" for i in _steps(config)), "dQ")
     return Walk(
         f"{lay.warpgroups(config) * lay.ROWS_PER_WARPGROUP} queries, {lay.ROWS_PER_WARPGROUP} for each of {groups}; keys "
-        f"{config.tile_n} at a time, {n} stages of K, {lay.V_STAGES} of V; 4 warps besides, of which 2 copy",
+        f"{config.tile_n} at a time, {n} stages of K, {lay.v_stages(config)} of V; 4 warps besides, of which 2 copy",
         lanes,
         ("tensor cores", "warps"),
         [
