@@ -86,9 +86,7 @@ class Lengths:
 def check_within(name: str, where: object, value: int, most: int, what: str) -> None:
     """Refuse a value that was read back and is not from 0 to ``most``."""
     if not 0 <= value <= most:
-        raise ValueError(
-            f"{name}[{where}] is {value}; from 0 to {most}, {what}, is needed: check how {name} was made"
-        )
+        raise ValueError(f"{name}[{where}] is {value}; from 0 to {most}, {what}, is needed: check how {name} was made")
 
 
 def are_checked() -> bool:
@@ -129,9 +127,7 @@ def sequences_of(name: str, x: Any, device: torch.device) -> int:
     more, dims = (1 if name.startswith("cu_seqlens") else 0), (2 if name == "page_table" else 1)
     if x.dim() != dims or (size := x.size(0)) < more:
         need = "(batch, max_pages)" if dims == 2 else "(batch + 1,), from 0 up to all rows," if more else "(batch,)"
-        raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; {need} is needed: try {name}.flatten(), or check how it was made"
-        )
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; {need} is needed: try {name}.flatten(), or check how it was made")
     return size - more
 
 

@@ -218,8 +218,8 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
     together; each message says what was got, what is needed and what to try.
     """
     try:
-        fits = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
-        fits = fits and not (q.is_nested or k.is_nested or v.is_nested)
+        fits = isinstance(q.dtype, torch.dtype) and isinstance(k.dtype, torch.dtype) and isinstance(v.dtype, torch.dtype)
+        nested = getattr(q, "is_nested", False) or getattr(k, "is_nested", False) or getattr(v, "is_nested", False)
         if packed:
             batch = batch_k = batch_v = 1
             seqlen_q, heads, head_dim = q.shape
@@ -234,8 +234,8 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
             batch_k, seqlen_k, heads_kv, head_dim_k = k.shape
             batch_v, seqlen_v, heads_v, head_dim_v = v.shape
     except (AttributeError, TypeError, ValueError, RuntimeError):  # not tensors, other dimensions, nested tensors
-        fits = False
-    if not fits:
+        fits = nested = False
+    if nested or not fits:
         _check_shapes(q, k, v, packed)
     check_alike(q, k, v)
     if not batch == batch_k == batch_v:

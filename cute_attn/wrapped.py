@@ -136,9 +136,7 @@ def of_shards(attention: Callable, q, k, v, call: Call):
 
     def whole(local, placements, *shape):
         stride = torch.empty(shape, device="meta").stride()
-        return distributed.DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        return distributed.DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
     results = attention(*(x.to_local() for x in (q, k, v)))
     shape = call.batch, call.seqlen_q, call.heads, call.head_dim_v
