@@ -152,7 +152,7 @@ def attention(
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     ragged = not (seqused_q is seqused_k is None)
     if ragged:
-        plain = plain and _are_plain((seqused_q, seqused_k))
+        plain = plain and are_plain((seqused_q, seqused_k))
     handle = None if plain else wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)
     if block_mask is not None and (ragged or handle is not None):
         raise NotImplementedError(
@@ -366,7 +366,7 @@ def attention_varlen(
     extras = extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
-    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed and _are_plain(lengths)
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed and are_plain(lengths)
     if not plain and (handle := wrapped.handler(q, k, v, **(named := dict(zip(NAMES, lengths, strict=True))))):
         how = return_lse, deterministic, backend, mechanism
         return _of_others(handle, attention_varlen, q, k, v, (scale, causal, window, softcap), extras, how, named)
@@ -457,7 +457,7 @@ def _of_others(handle: Callable, function: Callable, q, k, v, rules: tuple, extr
     return handle(attention_varlen if handle is wrapped.nested else function, q, k, v, named, others | lengths)
 
 
-def _are_plain(tensors: tuple) -> bool:
+def are_plain(tensors: tuple) -> bool:
     return _PLAIN_OR_NONE.issuperset(map(type, tensors))
 
 

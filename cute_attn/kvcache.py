@@ -140,7 +140,10 @@ def attention_kvcache(
                 return (out, lse) if return_lse else out
             except launch.Refused:  # suppress() would take longer; why is said below, or how they can be read
                 pass
-    of_sequences = (*where, rotary_begin)
+    of_sequences: tuple = (*where, rotary_begin)
+    if not api.are_plain((q, k_new, v_new, *of_sequences)):
+        q, k_new, v_new = map(wrapped.finished, (q, k_new, v_new))
+        of_sequences = tuple(map(wrapped.finished, of_sequences))
     call = check_call_of_cache(q, k_cache, v_cache, of_sequences, scale, causal, window, softcap)
     keys = call.stored
     assert keys is not None

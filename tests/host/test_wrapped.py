@@ -524,6 +524,20 @@ def test_lengths_from_collectives_are_waited_for():
 
 
 @deprecated_name
+def test_a_step_waits_for_collectives():
+    """Queries, new keys and lengths of a cache."""
+    lengths, caches = lengths_of(20, 3), [[x.clone() for x in (k, v)] for _ in range(2)]
+    expected = attention_kvcache(q, *caches[0], lengths=lengths, k_new=k[:, :2], v_new=v[:, :2])
+    with world():
+        group = torch.distributed.group.WORLD
+        given = [collectives.all_gather_tensor(x, 0, group) for x in (q, k[:, :2].contiguous(), v[:, :2].contiguous(), lengths)]
+        assert all(isinstance(x, collectives.AsyncCollectiveTensor) for x in given)
+        found = attention_kvcache(given[0], *caches[1], lengths=given[3], k_new=given[1], v_new=given[2])
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, *caches))
+
+
+@deprecated_name
 def test_the_kernels_get_the_finished_result(kernels):
     with world():
         tensors = [x.half().requires_grad_() for x in (q, k, v)]
