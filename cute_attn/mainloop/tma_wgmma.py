@@ -378,7 +378,7 @@ class Forward(Kernel):
         keys = KeyTiles.of(values, self.problem, work.block, config)
         keys, skipped = keys.of_rows(values, self.problem, block * rows, rows, config)
         if cutlass.const_expr(self.anchored):
-            keys = keys.after_a_seen_key(values, self.problem, block, replace(config, tile_m=rows))
+            keys = keys.after_a_seen_key(values, self.problem, block, replace(config, tile_m=rows), to_left=True)
         tile = WarpgroupTile(block * rows, keys, skipped, values, *self._held(me, shared, values, block * rows))
         slot, phase = self._q_slot(me, q_turn)
         frag = self._fragments(me, shared, slot)
@@ -488,8 +488,9 @@ class Forward(Kernel):
                 kv_state = step(kv_state, (keys.later(keys.later(top, 1), i), True), again=True)
         else:
             before = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
-            # The steps after whole tiles rescale l; those of a list don't.
-            after = softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
+            # Steps that look for a maximum after whole tiles rescale l; behind a right edge none does, nor in a list.
+            rescales = self.problem.bounded_left and not self.problem.bounded_right
+            after = softmax.note_growth if cutlass.const_expr(self.anchored and rescales) else None
             kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
         if cutlass.const_expr(self.frees_q):

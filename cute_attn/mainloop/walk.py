@@ -27,7 +27,8 @@ class KeyTiles:
     ``end`` is past the last one any sees; a last tile that is not full reads on.
 
     ``count`` tiles, walked from the last to the first; tiles ``whole_begin … whole_end − 1`` need no mask. A tile's *place* is
-    its number here, and in a list (:class:`ListedKeys`) where it stands there.
+    its number here, and in a list (:class:`ListedKeys`) where it stands there. ``to_left``: where tiles come that the left edge
+    cuts, each row has seen a key, as where whole ones do.
     """
 
     begin: Int32
@@ -35,6 +36,7 @@ class KeyTiles:
     count: Int32
     whole_begin: Int32
     whole_end: Int32
+    to_left: cutlass.Constexpr[bool] = False
 
     @staticmethod
     def of(values: Values, problem, m_block: Int32, config) -> KeyTiles | ListedKeys:
@@ -62,13 +64,20 @@ class KeyTiles:
         whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)
         return whole_begin, cutlass.max(whole_end, whole_begin)
 
-    def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> KeyTiles:
+    def after_a_seen_key(self, values: Values, problem, m_block: Int32, config, to_left: bool = False) -> KeyTiles:
         """The same walk, whose whole tiles come when each row has seen a key: where the first row sees none in the tiles that
-        the right edge cuts, one more counts as such."""
+        the right edge cuts, one more counts as such. With ``to_left`` as many more as it takes, so that all that follow come
+        when each row has, where both edges cut tiles."""
         if not problem.bounded_right:
             return self
         row = m_block * config.tile_m
         _, row_end = values.band(problem).key_range(row, row, values.seqlen_k, DeviceOps)
+        if to_left and problem.bounded_left:
+            seen_by_all = cutlass.max(cute.ceil_div(row_end - self.begin, config.tile_n) - 1, 0)
+            # 0 where the tile's last row, which need not exist, sees none at all
+            seen_by_all *= cutlass.min(cutlass.max(values.seqlen_k - (row + config.tile_m - 1 + values.lo), 0), 1)
+            whole_end = cutlass.min(self.whole_end, seen_by_all)
+            return replace(self, whole_begin=cutlass.min(self.whole_begin, whole_end), whole_end=whole_end, to_left=True)
         unseen = (row_end <= self.begin + self.whole_end * config.tile_n) & (self.whole_end < self.count)
         return replace(self, whole_end=cutlass.max(self.whole_end - cutlass.Int32(unseen), self.whole_begin))
 
@@ -117,6 +126,8 @@ class KeyTiles:
 
     def is_anchored(self, n: Int32):
         """Whether a tile but the last takes no maximum, where some don't: it is one of the whole ones."""
+        if self.to_left:
+            return n < self.whole_end
         return (n >= self.whole_begin) & (n < self.whole_end)
 
     def last_is_masked(self):
@@ -159,7 +170,7 @@ class ListedKeys:
         place = cutlass.max(header[1] - 1, 0) if lane >= WARP // 2 else 0
         return header, entries[HEADER + place] & TILE_MASK
 
-    def after_a_seen_key(self, values: Values, problem, m_block: Int32, config) -> ListedKeys:
+    def after_a_seen_key(self, values: Values, problem, m_block: Int32, config, to_left: bool = False) -> ListedKeys:
         """The same walk, whose whole tiles come when each row has seen a key."""
         return replace(self, leads=True)
 
@@ -415,5 +426,8 @@ def walk(
         if cutlass.const_expr(problem.bounded_left and not problem.masks_all):
             left_end = cutlass.min(top, keys.whole_begin)
             for i in cutlass.range(left_end, unroll=1):
-                state = step(state, (left_end - 1 - i, True))
+                if cutlass.const_expr(keys.to_left):
+                    state = step(state, (left_end - 1 - i, True), anchored=True)
+                else:
+                    state = step(state, (left_end - 1 - i, True))
     return state

@@ -267,6 +267,30 @@ def test_a_tile_past_its_sequences_end_sees_nothing(seqlen_q, seqlen_k, m_block)
     assert ragged.count == (rectangle.count if m_block * config.tile_m < seqlen_q else 0)
 
 
+@given(
+    *(st.integers(1, 700), st.integers(1, 700), st.integers(0, 500), st.just(0) | st.integers(0, 300)),
+    st.sampled_from([64, 128, 192]),
+)
+def test_without_a_maximum_only_where_each_row_has_seen_a_key(q, k, left, right, tile_m):
+    """Of a window's tiles, rows past the last included, as each warpgroup walks them."""
+    problem = Problem("bfloat16", 128, 128, bounded_left=True, bounded_right=True)
+    config, own = (SimpleNamespace(tile_m=rows, tile_n=128) for rows in (tile_m, 64))
+    values = Values(q, k, k - q - left, k - q + right, 1.0, 0.0)
+    for first in range(0, -(-q // tile_m) * tile_m, 64):
+        whole = KeyTiles.of(values, problem, first // tile_m, config)
+        some, _ = whole.of_rows(values, problem, first, 64, config)
+        walked = some.after_a_seen_key(values, problem, first // 64, own, to_left=True)
+        rows = range(first, first + 64)
+        ends = [min(row + values.hi + 1, k) for row in rows]
+        for n in range(walked.count - 1):
+            assert walked.needs_mask(n) or not some.needs_mask(n)
+            if walked.is_anchored(n):
+                seen_from = [max(row + values.lo, walked.begin + (n + 1) * 128) for row in rows]
+                assert all(begin < end for begin, end in zip(seen_from, ends, strict=True))
+            else:
+                assert n >= walked.whole_end
+
+
 class Small(int):
     """A number whose products must fit in 32 bits."""
 
