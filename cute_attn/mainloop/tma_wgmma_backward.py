@@ -120,7 +120,7 @@ class Backward(KeyBlocks):
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
-        self.draws = problem.masked or problem.deterministic or (bool(problem.ragged) and self.needs_q)
+        self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
