@@ -144,11 +144,6 @@ class Tiles:
             *(m_blocks, heads, batch, heads_per_kv, group, None, long_first), sequences=sequences, tile=tile, of_k=of_k
         )
 
-    def of_queries(self, tile: int) -> Tiles:
-        """Of ragged sequences whose key tiles these are, the tiles of so many queries."""
-        m_blocks = self.sequences.q.all_slots(self.sequences.count, tile)
-        return replace(self, m_blocks=m_blocks, heads=self.heads * self.heads_per_kv, tile=tile, of_k=False)
-
     def in_small_groups(self, blocks: Int32) -> Tiles:
         """The same tiles. Of a head's, the mean is half as long as the longest."""
         if self.sequences is not None:

@@ -121,6 +121,15 @@ class Side:
         used = (length + tile - 1) // tile
         return used, (capacity + tile - 1) // tile - used
 
+    @cute.jit
+    def unused_rows(self, i, count, tile: cutlass.Constexpr[int]):
+        """How many rows of sequence ``i``, or of what comes after the last, are in tiles without a row in use."""
+        rows = Int32(0)
+        if i <= count:
+            span = self.span(i, count)
+            rows = cutlass.max(span.capacity - (span.length + tile - 1) // tile * tile, 0)
+        return rows
+
     def slots(self, i, tile: int):
         """How many slots of ``tile`` rows come before sequence ``i``'s."""
         return self.first(i) // tile + i
@@ -161,13 +170,17 @@ class Sequences:
     def seek(self, wanted: Int32, first: Int32, before: Int32, of: cutlass.Constexpr[tuple]):
         """A whole warp: where tile number ``wanted`` is among those of sequence ``first`` and later ones, before which there
         are ``before`` tiles: ``(whether there is one, its sequence, how many tiles come before that one's, first, before)``,
-        the last two to go on from with a later tile. ``of`` is (the side, rows of a tile, 0 to count tiles with rows in use or
-        1 to count the others)."""
+        the last two to go on from with a later tile; if there is none, ``before`` is how many there are. ``of`` is (the side,
+        rows of a tile, 0 to count tiles with rows in use, 1 to count the others, or 2 to count the rows of these)."""
         side, tile, kind = of
+        if cutlass.const_expr(kind == 2):
+            counted = lambda i: side.unused_rows(i, self.count, tile)  # noqa: E731
+        else:
+            counted = lambda i: side.tiles(i, self.count, tile)[kind]  # noqa: E731
         lane = cute.arch.lane_idx()
         found, sequence, begin = Boolean(False), Int32(0), Int32(0)
         while (found == False) & (first <= self.count):  # noqa: E712
-            held = [side.tiles(first + lane * PER_LANE + j, self.count, tile)[kind] for j in range(PER_LANE)]
+            held = [counted(first + lane * PER_LANE + j) for j in range(PER_LANE)]
             upto = [sum(held[: j + 1]) for j in range(PER_LANE)]
             mine = upto[-1]
             passed = mine  # up to this lane's last

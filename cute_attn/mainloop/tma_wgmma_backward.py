@@ -11,7 +11,7 @@ dV while dS is taken, the other while it is shared, dK while dQ is handed over a
 
 Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
 with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
-registers, which costs no bank conflict. Of sequences with rows that aren't in use these two also write the zeros.
+registers, which costs no bank conflict. Of sequences with rows that aren't in use these two also have it write the zeros.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from cute_attn.epilogue import store_zeros
+from cute_attn.epilogue import copy_zeros
 from cute_attn.layouts.base import STORED, cute_layout, in_turns, row_padding
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
@@ -41,7 +41,7 @@ from cute_attn.mainloop.warpgroups import (
     of_columns,
     rounded_operand,
 )
-from cute_attn.mainloop.work_queue import UnusedTiles, WorkQueue
+from cute_attn.mainloop.work_queue import UnusedRows, WorkQueue
 from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
@@ -65,7 +65,7 @@ class BackwardShared:
     """The operands in shared memory: ``(64, columns, warpgroup)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
     ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(thread, value,
     warpgroup + warpgroups · stage)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``), ``(stage)`` for what
-    a list says of a query tile."""
+    a list says of a query tile, ``(field, side)`` for where the block is among the rows that it clears, and zeros."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -80,6 +80,8 @@ class BackwardShared:
     dv: cute.Tensor
     work: cute.Tensor
     entries: cute.Tensor | None = None
+    unused: cute.Tensor | None = None
+    zeros: cute.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Backward(KeyBlocks):
         self.persistent = config.head_blocks == 1
         # The next tile's K and V are waited for and looked at before results have left. (Of ragged ones there may be no next.)
         self.leaves_results = self.persistent and (config.separate_dk or not problem.ragged)
-        self.draws = problem.masked or problem.deterministic or (bool(problem.ragged) and self.needs_q)
+        self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
         self.queries_first = self.persistent and not (problem.ragged or problem.blocks)
@@ -177,7 +179,7 @@ class Backward(KeyBlocks):
             counted, headed = bool(self.problem.ragged), bool(self.problem.blocks)
             kinds = {"ragged": counted, "headed": headed, "both_ways": tiles.both_ways, "padding": row_padding(self.config)}
             queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, **kinds)
-            unused, ticket = self._unused(gradients, tiles), signals.ticket if self.draws else None
+            unused, ticket = self._unused(gradients, tiles, shared), signals.ticket if self.draws else None
             header = (lambda work: ListedQueries.ahead(values.of(work), work.block)) if headed else None
             how = {"in_order": self.problem.deterministic, "counted": counted, "header": header}
             lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, **how)
@@ -186,21 +188,22 @@ class Backward(KeyBlocks):
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
             tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
 
-    def _unused(self, gradients: Gradients, tiles) -> tuple[UnusedTiles | None, ...]:
-        """The tiles without a row in use that each of the warps that add is to clear. Of keys there are some always: the rows
+    def _unused(self, gradients: Gradients, tiles, shared: BackwardShared) -> tuple[UnusedRows | None, ...]:
+        """The rows that aren't in use that each of the warps that add is to clear. Of keys there may always be some: those
         after the last sequence."""
         of_queries = of_keys = None
         if gradients.unused_dq is not None:
-            of_queries = UnusedTiles.of(tiles.of_queries(row_padding(self.config)), partial(self._clear_queries, gradients))
+            clear = partial(self._clear, shared.zeros, [gradients.unused_dq])
+            of_queries = UnusedRows(tiles, (tiles.sequences.q, row_padding(self.config), 2), clear, shared.unused[None, 0])
         if self.problem.ragged and (self.needs_k or self.needs_v):
-            of_keys = UnusedTiles.of(tiles, partial(self.clear_keys, gradients))
+            clear = partial(self._clear, shared.zeros, [m for m in (gradients.mdK, gradients.mdV) if m is not None])
+            of_keys = UnusedRows(tiles, (tiles.sequences.k, self.config.tile_n, 2), clear, shared.unused[None, 1])
         return of_queries, of_keys  # the second warp's first dQ comes later, and these are twice as much
 
-    @cute.jit
-    def _clear_queries(self, gradients: Gradients, work: Work):
-        """One warp: the same of dQ."""
-        shape = row_padding(self.config), self.config.tile_d
-        store_zeros(work.q.stored.rows(gradients.unused_dq, work.head), work.block, shape)
+    def _clear(self, zeros: cute.Tensor, gradients: list, first, past):
+        """One warp: these rows of all heads of gradients."""
+        for m in gradients:
+            copy_zeros(zeros, m[None, None, None, 0], first, past)
 
     @cute.jit
     def _roles(
@@ -217,7 +220,7 @@ class Backward(KeyBlocks):
         unused: cutlass.Constexpr = (),
     ):
         """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``; and
-        ``unused`` ones, if there may be any, which the warps that add dQ clear while a tile's first one is computed."""
+        ``unused`` rows, if there may be any, which the warps that add dQ clear between theirs."""
         (plain, rows, care), of_tile = from_memory, partial(self.key_tile, values, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
@@ -226,16 +229,21 @@ class Backward(KeyBlocks):
                 lead(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)))
             if warp == COPY_V_DO_WARP:
                 each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
+            for adder, own in enumerate(unused):
+                if cutlass.const_expr(own is not None):
+                    if warp == ADD_DQ_WARP + adder:
+                        own.begin()
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
                     for stage in cutlass.range_constexpr(self.config.dq_stages):
                         if warp == ADD_DQ_WARP + stage:
                             self._offer(stage)
                     each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused)))
-            for adder, tiles in enumerate(unused):
-                if cutlass.const_expr(tiles is not None):
+            for adder, own in enumerate(unused):
+                if cutlass.const_expr(own is not None):
                     if warp == ADD_DQ_WARP + adder:
-                        tiles.rest()
+                        own.rest()
+                        cute.arch.cp_async_bulk_wait_group(0, read=True)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
@@ -267,9 +275,16 @@ class Backward(KeyBlocks):
             do=self.pipe(smem, config.stages, warps, lay.slot_bytes("dO", config) + row_bytes),
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * ADDERS + warps),
         )
+        unused = smem.allocate_tensor(Int32, cute.make_layout((lay.UNUSED_FIELDS, ADDERS)), 16)
+        zeros = smem.allocate_tensor(Int32, cute.make_layout(lay.ZERO_BYTES // 4), 16)
         entries = smem.allocate_tensor(Int32, cute.make_layout(config.stages), 4)
         if self.problem.blocks:
             shared = replace(shared, entries=entries)
+        if self.problem.ragged:
+            shared = replace(shared, unused=unused, zeros=zeros)
+            for i in range(0, cute.size(zeros), WARPGROUP):  # every warpgroup all of them: it is once a block
+                zeros[i + cute.arch.thread_idx()[0] % WARPGROUP] = Int32(0)
+            cute.arch.fence_view_async_shared()
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return shared, pipes
@@ -280,10 +295,10 @@ class Backward(KeyBlocks):
     def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, unused: tuple, values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
-        for adder, tiles in enumerate(unused):
-            if cutlass.const_expr(tiles is not None):
+        for adder, own in enumerate(unused):
+            if cutlass.const_expr(own is not None):
                 if mine == adder:
-                    tiles.next()
+                    own.begin_tile()
         lane = cute.arch.lane_idx()
         step, stages = Int32(done[1]), self.config.dq_stages
         work, members = where
@@ -326,6 +341,10 @@ class Backward(KeyBlocks):
                         elif first:
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
                             signals.pass_turn(place, STORED)
+                    for adder, own in enumerate(unused):
+                        if cutlass.const_expr(own is not None):
+                            if mine == adder:
+                                own.between()
                 step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 

@@ -204,7 +204,7 @@ def test_rows_in_use(d, rules, mechanism):
 
 
 @pytest.mark.parametrize("rules", ["full", "causal"])
-@pytest.mark.parametrize(("d", "deterministic"), [(64, False), (96, False), (128, False), (128, True)])
+@pytest.mark.parametrize(("d", "deterministic"), [(40, False), (64, False), (96, False), (128, False), (128, True)])
 def test_many_tiles_without_a_row_in_use(d, deterministic, rules, monkeypatch):
     """More than there are blocks, several in succession, among others and alone; memory that nobody writes to holds NaN."""
     batch, rows = 40, 1000

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("cutlass.cute")
@@ -29,6 +29,8 @@ Tiles = runpy.run_path(find_spec("cute_attn.scheduler").origin)["Tiles"]
 query_tiles = runpy.run_path(find_spec("cute_attn.mainloop.walk").origin)["QueryTiles"]._in_band.__wrapped__
 sequences_module = runpy.run_path(find_spec("cute_attn.sequences").origin)
 Side, Sequences = sequences_module["Side"], sequences_module["Sequences"]
+queue_module = runpy.run_path(find_spec("cute_attn.mainloop.work_queue").origin)
+UnusedRows = queue_module["UnusedRows"]
 
 counts = st.integers(1, 9)
 tiles = st.builds(
@@ -41,6 +43,7 @@ tiles = st.builds(
 
 coordinates, work_at = Tiles._coordinates.__wrapped__, Tiles.work.__wrapped__
 at, span_of, seek = Side.at.__wrapped__, Side.span.__wrapped__, Sequences.seek.__wrapped__
+plain_begin = UnusedRows.begin.__wrapped__
 
 
 def in_order(tiles):
@@ -180,6 +183,26 @@ def a_warp():
         yield
 
 
+@contextmanager
+def all_on_the_host():
+    """What the DSL would trace is called as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in (Side, Sequences, UnusedRows):
+            for name, function in vars(cls).copy().items():
+                if hasattr(function, "__wrapped__"):
+                    patch.setattr(cls, name, function.__wrapped__)
+        for name in ("tiles", "unused_rows"):  # which lanes take of a sequence each
+            plain = getattr(Side, name)
+            patch.setattr(Side, name, lambda *a, plain=plain: np.array([plain(a[0], int(i), *a[2:]) for i in a[1]]).T)
+        for name in ("Int32", "Boolean"):
+            for module in (seek.__globals__, plain_begin.__globals__):
+                patch.setitem(module, name, int)
+        patch.setattr(UnusedRows, "_get", lambda self, i: tuple(self.place[i : i + 4]))
+        patch.setattr(UnusedRows, "_set", lambda self, i, *values: self.place.__setitem__(slice(i, i + 4), values))
+        patch.setattr(cute, "ceil_div", lambda a, b: -(-a // b))
+        yield
+
+
 def find(side, slot, count, tile):
     with a_warp():
         return tuple(int(x) for x in at(side, slot, count, tile))
@@ -242,6 +265,35 @@ def test_tiles_in_use_and_others(lengths, tile, tail, data):
                 length, in_use = [*lengths, tail, 0][i], [*used, 0, 0][i]
                 assert with_rows + others == -(-length // tile)
                 assert with_rows == -(-in_use // tile)
+
+
+@given(lengths, st.sampled_from([80, 128]), st.integers(0, 300), st.integers(1, 5), st.integers(1, 9), st.data())
+@settings(deadline=None, max_examples=25)
+def test_unused_rows_are_cleared_once(lengths, tile, tail, heads, blocks, data):
+    """By the blocks together: those in tiles without a row in use, and no other; most of them while tiles are computed."""
+    used = [data.draw(st.sampled_from([0, length, length // 2])) for length in lengths]
+    side = replace(next(iter(sides(lengths, tail))), used=used)
+    firsts = [0, *accumulate(lengths)]
+    bounds = zip(firsts, [*firsts[1:], side.rows], [*used, 0], strict=True)
+    wanted = [row for first, past, n in bounds for row in range(first + -(-n // tile) * tile, past)]
+    with a_warp(), all_on_the_host():
+        tiles = Tiles(0, heads, 1, 1, 0, None, True, sequences=Sequences(len(lengths), side, side), tile=tile, of_k=True)
+        computed, found = sum(-(-n // tile) for n in used) * heads, []
+        for block in range(blocks):
+            cleared = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cute.arch, "block_idx", lambda block=block: (block, 0, 0))
+                patch.setattr(cute.arch, "grid_dim", lambda: (blocks, 1, 1))
+                clear = lambda first, past, to=cleared: to.extend(range(first, past))  # noqa: E731
+                rows = UnusedRows(tiles, (side, tile, 2), clear, [0] * 8)
+                rows.begin()
+            for _ in range(computed // blocks):
+                rows.begin_tile()
+                for _ in range(data.draw(st.integers(0, 9))):
+                    rows.between()
+            rows.rest()
+            found += cleared
+        assert sorted(found) == wanted
 
 
 @given(lengths, st.integers(0, 300), st.sampled_from([ROW_PADDING, 80]))
