@@ -107,6 +107,8 @@ class Forward(Kernel):
         # float16 has no room for weights above 1, and what a function makes of scores may hide any key.
         self.anchored = config.dtype == "bfloat16" and not problem.masks_all and not problem.expression.natural
         self.careful = problem.masked
+        # Behind a right edge also where the left edge cuts tiles; a tanh leaves no registers for one more kind of step.
+        self.anchors_left = self.anchored and problem.bounded_left and problem.bounded_right and not problem.softcap
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
         self.turn_barrier = self.first_barrier("turns")
@@ -378,7 +380,7 @@ class Forward(Kernel):
         keys = KeyTiles.of(values, self.problem, work.block, config)
         keys, skipped = keys.of_rows(values, self.problem, block * rows, rows, config)
         if cutlass.const_expr(self.anchored):
-            keys = keys.after_a_seen_key(values, self.problem, block, replace(config, tile_m=rows), to_left=True)
+            keys = keys.after_a_seen_key(values, self.problem, block, replace(config, tile_m=rows), self.anchors_left)
         tile = WarpgroupTile(block * rows, keys, skipped, values, *self._held(me, shared, values, block * rows))
         slot, phase = self._q_slot(me, q_turn)
         frag = self._fragments(me, shared, slot)
@@ -488,8 +490,8 @@ class Forward(Kernel):
                 kv_state = step(kv_state, (keys.later(keys.later(top, 1), i), True), again=True)
         else:
             before = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
-            # Steps that look for a maximum after whole tiles rescale l; behind a right edge none does, nor in a list.
-            rescales = self.problem.bounded_left and not self.problem.bounded_right
+            # Steps that look for a maximum after whole tiles rescale l; those of a list don't.
+            rescales = self.problem.bounded_left and not self.anchors_left
             after = softmax.note_growth if cutlass.const_expr(self.anchored and rescales) else None
             kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
