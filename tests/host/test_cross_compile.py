@@ -157,9 +157,9 @@ EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
     ("sm_120", "cp_async", 128): (128, TALL),
 }
 
-# The rows of cp_async that every run compiles with all rules, so with every piece of the mainloop: each row on some GPU, and
-# one or two of each GPU, SAMPLE of those that aren't named.
-ALL_RULES = {"sm_80": (64, 192), "sm_86": (96, 256), "sm_120": (32,)}
+# The rows of cp_async that every run compiles with all rules, so with every piece of the mainloop: one or two of each GPU, and
+# SAMPLE of those that aren't named.
+ALL_RULES = {"sm_80": (192,), "sm_86": (96, 256), "sm_120": (32,)}
 
 
 def in_every_run(case: Case) -> bool:
@@ -227,7 +227,7 @@ def test_every_run_compiles_a_sample():
     ways = {(layouts.for_target(case.target).GPU.name, case.mechanism) for case in CASES}
     with_all = [case for case in chosen if case.rules == "all rules"]
     assert {(layouts.for_target(case.target).GPU.name, case.mechanism) for case in with_all} == ways
-    assert {case.row[1:] for case in with_all} == {case.row[1:] for case in CASES}
+    assert {case.row[1:] for case in chosen} == {case.row[1:] for case in CASES}
     assert {(case.mechanism, case.rules) for case in chosen} == {(case.mechanism, case.rules) for case in CASES}
     assert {(case.mechanism, case.dtype) for case in chosen} == {(case.mechanism, case.dtype) for case in CASES}
 
