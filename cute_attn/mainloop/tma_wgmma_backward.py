@@ -36,7 +36,6 @@ from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,
     KeyBlocks,
-    TmaOperand,
     TmaOperands,
     of_columns,
     rounded_operand,
@@ -630,32 +629,27 @@ class Backward(KeyBlocks):
     def _store_from(self, me, frag, operands, shared, values, work: Work, steps):
         """By way of shared memory; that of dS is free once all have met, that of the next dQ, after ``steps`` of the block's,
         once an adder has offered it."""
-        block, leaving = work.block * self.warpgroups + me.warpgroup, []
+        copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
+        block = work.block * self.warpgroups + me.warpgroup
+        where = (block, work.head_kv, work.k)
         if cutlass.const_expr(self.leaves_results):  # what the last tile's dK has left is free once all have met, too
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         self._meet()
         if cutlass.const_expr(self.needs_v):
             values.scale_kept(frag.acc_dV)
-            leaving.append(self._put("dV", frag.acc_dV, operands.dv, (shared.dv, me.warpgroup), values, block))
+            self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
+            self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
         if cutlass.const_expr(self.needs_k):
+            scale = Float32(values.scale(self.problem))
+            frag.acc_dK.store(frag.acc_dK.load() * scale)
+            self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
             if cutlass.const_expr(self.config.separate_dk):
-                dk = shared.dk, me.warpgroup
+                self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
             else:
-                sdQ = self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup]
-                dk = self.over("dK", sdQ), 0
-            leaving.append(self._put("dK", frag.acc_dK, operands.dk, dk, values, block))
-        self.leave(leaving, me.warpgroup, (block, work.head_kv, work.k))
+                dk = self.over("dK", self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup])
+                self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
         if cutlass.const_expr(not self.leaves_results):
             self._results_have_left(me, 1, steps)
-
-    def _put(self, role: str, acc: cute.Tensor, operand: TmaOperand, into: tuple, values: Values, block):
-        """dK or dV of 64 keys, the ``block``-th of a sequence, to a slot of shared memory; what is to leave from there."""
-        if role == "dK":
-            acc.store(acc.load() * Float32(values.scale(self.problem)))
-        columns = self.lay.mma(role, self.config).tile[1]
-        self.clear_unused(role, (self.lay.ROWS_PER_WARPGROUP, columns), "k", values.seqlen_k, block, acc)
-        self.put(self.lay.store_accumulator(role, self.config), acc, *into)
-        return operand, *into
 
     @cute.jit
     def _results_have_left(self, me: BackwardWorker, tiles, steps):

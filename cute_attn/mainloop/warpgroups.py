@@ -294,28 +294,20 @@ class Kernel:
         else:
             queue.lead(tiles, first, following, part, state, alone, header)
 
+    @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: TmaOperand, s: cute.Tensor, group, slot, where):
         """Computing warpgroup ``group``: its accumulator by ``copy`` to a slot of shared memory, from there to global memory
         by one TMA store; the caller waits."""
-        self.put(copy, acc, s, slot)
-        self.leave([(operand, s, slot)], group, where)
-
-    def put(self, copy: cute.TiledCopy, acc, s: cute.Tensor, slot):
-        """The first half of that."""
-        part = copy.get_slice(cute.arch.thread_idx()[0] % WARPGROUP)
-        cute.copy(copy, part.retile(converted(acc, s.element_type)), part.partition_D(s[None, None, slot]))
-
-    @cute.jit
-    def leave(self, results: cutlass.Constexpr, group, where):
-        """The second, of some ``results`` that have been put: (operand, shared memory, slot) of each."""
         block, head, span = where
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        part = copy.get_slice(thread)
+        cute.copy(copy, part.retile(converted(acc, s.element_type)), part.partition_D(s[None, None, slot]))
         cute.arch.fence_view_async_shared()
         self.gather(group)
-        if cute.arch.thread_idx()[0] % WARPGROUP < WARP:
-            for operand, s, slot in results:
-                tXgX, tXsX = operand.tiles(s, span.stored, head)
-                cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
-                cute.arch.cp_async_bulk_commit_group()
+        if thread < WARP:
+            tXgX, tXsX = operand.tiles(s, span.stored, head)
+            cute.copy(operand.atom, tXsX[None, slot], tXgX[None, block])
+            cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def clear_unused(self, role: cutlass.Constexpr, shape, side: cutlass.Constexpr, length, block, acc):
