@@ -311,8 +311,7 @@ class Forward:
         """Start copying the numbers of a part's tile n, with those keys that are a ring ahead of it: they have come when it is
         its turn. Each lane has a row of K that its warp copies, and reads no number but its own, so nobody waits for others."""
         if cutlass.const_expr(self.config.page_numbers):
-            lanes = self.keys_of_group * WARP // self.group_threads
-            if cute.arch.lane_idx() < lanes:
+            if cute.arch.lane_idx() < self._lanes_with_rows:
                 page = divided(self._key_of_lane(block, source, n), keys.page_size)[0]
                 number = cute.local_tile(keys.page_table[source.number, None], (1,), (page,))
                 copy_word(number.iterator.toint(), self._number_of_lane(block, stage).iterator.toint())
@@ -324,12 +323,20 @@ class Forward:
         if cutlass.const_expr(self.config.page_numbers):
             page, row = divided(self._key_of_lane(block, source, n), keys.page_size)
             number = Int32(0)
-            if numbered:
-                number = self._number_of_lane(block, stage)[0]
-            else:
-                number = keys.page_table[source.number, page]
+            if cutlass.const_expr(self._lanes_with_rows == WARP) or cute.arch.lane_idx() < self._lanes_with_rows:
+                number = self._number(block, keys, source, page, stage, numbered)
             place = keys.inside((number, row))
         return place
+
+    @cute.jit
+    def _number(self, block: CacheBlock, keys: CachedKeys, source: KeySource, page, stage, numbered):
+        """Of this lane's page: as it came to the stage, or as the table says."""
+        number = Int32(0)
+        if numbered:
+            number = self._number_of_lane(block, stage)[0]
+        else:
+            number = keys.page_table[source.number, page]
+        return number
 
     def _key_of_lane(self, block: CacheBlock, source: KeySource, n):
         """The row of the cache, of a part's tile n, that this lane has."""
@@ -343,10 +350,15 @@ class Forward:
 
     def _row_of_lane(self, block: CacheBlock):
         """The row of a group's tile that this lane has, of those that its warp copies. If these are fewer than lanes, some have
-        the same."""
+        the same, and no number."""
         rows, of_warp = self._rows_at_once
         lane, warp = cute.arch.lane_idx() % (self.keys_of_group * of_warp // rows), block.thread // WARP
         return lane // of_warp * rows + warp * of_warp + lane % of_warp
+
+    @property
+    def _lanes_with_rows(self) -> int:
+        """How many of a warp's lanes have a row that no other has."""
+        return min(self.keys_of_group * WARP // self.group_threads, WARP)
 
     def _lane_of_row(self, i: int):
         """The lane that has this thread's i-th row of K."""

@@ -80,8 +80,8 @@ def plain(monkeypatch):
     monkeypatch.setattr(cutlass, "const_expr", lambda x: x)
     monkeypatch.setattr(cutlass, "min", min)
     monkeypatch.setattr(cutlass, "Int64", int)
-    anchor = module["_anchor"].__wrapped__
-    for name, plainly in {"divided": divmod, "Float32": Float, "Int32": int, "_anchor": anchor}.items():
+    anchor = module["anchor"].__wrapped__
+    for name, plainly in {"divided": divmod, "Float32": Float, "Int32": int, "anchor": anchor}.items():
         monkeypatch.setitem(Forward._merge_parts.__wrapped__.__globals__, name, plainly)
 
 
