@@ -157,12 +157,12 @@ def in_every_run(case: Case) -> bool:
     a config or a dtype of its own is in it."""
     if case.rules == "all rules":
         return case.mechanism == "tma_wgmma" or case.row[2] in ALL_RULES.get(case.target, SAMPLE)
-    if case.deterministic or case.head_blocks > 1 or case.tile_m or case.dtype != "bfloat16" or case.rules == "ragged":
+    if case.deterministic or case.head_blocks > 1 or case.tile_m or case.dtype != "bfloat16":
         return True
     if case.gradients != "qkv":
         return case.gradients in SOME_GRADIENTS.get((case.rules, case.head_dim), "").split()
-    widths = {"full": (64, 256), "causal": (64, 128), "in use": (256,)}[case.rules]
-    return case.mechanism == "tma_wgmma" and case.head_dim in widths
+    widths = {"full": (64,), "causal": (64, 128), "ragged": (64, 128), "in use": (256,)}[case.rules]
+    return case.head_dim in widths and (case.mechanism == "tma_wgmma" or case.rules == "ragged")
 
 
 every_case = machine_code.each(CASES, in_every_run)
