@@ -122,12 +122,13 @@ class Backward(KeyBlocks):
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
-        # The next tile's K and V are waited for and looked at before results have left. (Of ragged ones there may be no next.)
-        self.leaves_results = self.persistent and (config.separate_dk or not problem.ragged)
+        # The next tile's K and V are waited for and looked at, and its first queries copied, before results have left; not where
+        # dK lies over dQ, of ragged tiles, where there may be no next, nor of equal ones, which are slower so (performance.md).
+        self.leaves_results = self.persistent and (config.separate_dk or (problem.masked and not problem.ragged))
         self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
-        self.queries_first = self.persistent and not (problem.ragged or problem.blocks)
+        self.queries_first = self.leaves_results and not (problem.ragged or problem.blocks)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
