@@ -114,6 +114,12 @@ class Problem:
         return self.bounded_left or self.bounded_right or self.expression.mask is not None
 
     @property
+    def takes_registers(self) -> bool:
+        """Whether what is computed of a score takes registers that a thread of warpgroup MMA would hold other things in:
+        functions, dropout, a tanh."""
+        return self.has_places or self.softcap
+
+    @property
     def has_places(self) -> bool:
         """Whether what is computed of a score depends on its sequence, head and positions."""
         return bool(self.expression) or self.dropout

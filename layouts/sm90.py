@@ -116,7 +116,7 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     choice = WGMMA_TABLE[wider] | (WGMMA_MIXED.get(wider, {}) if tile_d != tile_dv else {})
     if problem.bounded_right:  # long tiles have a block each, and no next Q to wait for
         choice["o_from_registers"] = False
-    if problem.has_places or problem.softcap:  # functions, dropout and a tanh take the registers
+    if problem.takes_registers:
         choice["q_in_registers"] = 0
     warpgroups = choice["tile_m"] // wgmma.ROWS_PER_WARPGROUP
     mma_registers, copy_registers = REGISTERS[warpgroups]

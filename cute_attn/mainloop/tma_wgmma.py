@@ -107,8 +107,8 @@ class Forward(Kernel):
         # float16 has no room for weights above 1, and what a function makes of scores may hide any key.
         self.anchored = config.dtype == "bfloat16" and not problem.masks_all and not problem.expression.natural
         self.careful = problem.masked
-        # Behind a right edge also where the left edge cuts tiles; a tanh leaves no registers for one more kind of step.
-        self.anchors_left = self.anchored and problem.bounded_left and problem.bounded_right and not problem.softcap
+        # Behind a right edge also where the left edge cuts tiles, if registers are left for one more kind of step.
+        self.anchors_left = self.anchored and problem.bounded_left and problem.bounded_right and not problem.takes_registers
         self.guarded = self.careful or self.anchored
         self.queued = bool(problem.ragged or problem.blocks)  # whether one warp finds the block's tiles for the others
         self.turn_barrier = self.first_barrier("turns")
