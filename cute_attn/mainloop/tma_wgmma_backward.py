@@ -122,8 +122,8 @@ class Backward(KeyBlocks):
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
-        # The next tile's K and V are waited for and looked at, and its first queries copied, before results have left; not where
-        # dK lies over dQ, of ragged tiles, where there may be no next, nor of equal ones, which are slower so (performance.md).
+        # The next tile's K and V are waited for and looked at, and its first queries copied, before results have left. Where dK
+        # lies over dQ not: of ragged tiles there may be no next, and equal ones are slower so (performance.md).
         self.leaves_results = self.persistent and (config.separate_dk or (problem.masked and not problem.ragged))
         self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
