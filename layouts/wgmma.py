@@ -77,6 +77,10 @@ def misfit(config: Config) -> str:
         (config.mma_warps != warps, f"{config.mma_warps} warps for {rows} queries; {warps} are needed: try mma_warps={warps}"),
         in_registers_misfit(config),
         (config.q_stages not in (1, 2), f"{config.q_stages} stages of Q; 1 or 2 are needed: try q_stages=1"),
+        (
+            config.q_stages > 1 and not (config.separate_o or config.o_from_registers),
+            f"{config.q_stages} stages of Q, and O lies over the first, where the next Q comes to: try separate_o=True",
+        ),
         (config.stages < 1, f"{config.stages} stages; 1 at least is needed: try stages=2"),
     )
 

@@ -257,8 +257,8 @@ class UnusedRows:
             span = side.span(sequence, sequences.count)
             first = (span.length + tile - 1) // tile * tile + wanted - begin
             more = cutlass.min(span.capacity - first, last - wanted)
-            if (found == False) | (begin > wanted) | (more <= 0):  # noqa: E712
-                more, last = Int32(0), wanted  # wrong bounds may have counted other rows than there are
+            if (found == False) | (begin > wanted) | (first < 0) | (more <= 0):  # noqa: E712
+                more, last = Int32(0), wanted  # wrong bounds may have counted other rows than there are, past 2³¹ of them
             self._set(0, span.first + first, span.first + first + more, owed, each)
             self._set(4, wanted + more, last, scanned, before)
 

@@ -118,6 +118,8 @@ MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"tile_m": 96}, "96 queries a tile; a multiple of 64 is needed"),
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"mma_warps": 4}, "4 warps for 128 queries; 8 are needed"),
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"stages": 0}, "0 stages; 1 at least is needed"),
+    (replace(NARROW, gradients=""), "tma_wgmma", {"q_stages": 3, "tile_m": 64, "mma_warps": 4}, "3 stages of Q; 1 or 2 are"),
+    (replace(BACKWARD, gradients=""), "tma_wgmma", {"q_stages": 2, "separate_o": False}, "O lies over the first"),
     (replace(BACKWARD, gradients=""), "tma_wgmma", {"q_in_registers": 24}, "24 columns of Q in registers; a multiple of 16"),
     (replace(BACKWARD, gradients=""), "cp_async", {"stages": 1}, "1 stages; 2 at least are needed"),
     (replace(BACKWARD, gradients=""), "cp_async", {"tile_m": 80}, "80 queries for 4 warps: try tile_m=64"),
