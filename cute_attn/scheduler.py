@@ -35,6 +35,7 @@ from cute_attn.sequences import Sequences, Span
 
 BLOCKS_PER_HEAD = 4  # that run at the same time, where groups are not small
 THREADS = 256  # of a block that writes zeros
+LONG_WALK = 16  # steps of a tile, from which on a card's power, not memory, is what a block lacks
 LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
 
 
@@ -175,6 +176,14 @@ class Tiles:
             if long:
                 at_once, group, lacking = self.count(), small.group, small.lacking
         return replace(self, group=group, lacking=lacking), at_once
+
+    @cute.jit
+    def even_blocks(self, blocks: Int32, steps: Int32):
+        """How many of ``blocks`` take equal tiles of so many ``steps`` in rounds: where these are many no more than as many
+        rounds take, since those that idle in the last round draw power in the others."""
+        if steps >= LONG_WALK:
+            blocks = cute.ceil_div(self.count(), cute.ceil_div(self.count(), blocks))
+        return blocks
 
     def count(self):
         return self.m_blocks * self.heads * self.batch

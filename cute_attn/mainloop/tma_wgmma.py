@@ -33,7 +33,6 @@ from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 COPY_K_V_WARP, COPY_Q_WARP, FIND_WORK_WARP, CLEAR_WARP = 0, 1, 2, 3
 LONG = 1 << 19  # keys · columns of Q in shared memory from which on a causal tile is worth a block of its own
-LONG_WALK = 16  # key tiles, from which on a card's power, not memory, is what a block lacks
 ASK_AHEAD = 4  # so many key tiles before its last one is copied, a query tile's block asks for the next
 
 
@@ -129,8 +128,7 @@ class Forward(Kernel):
             long = mK.shape[0] >= LONG // self.config.tile_d
         tiles, blocks = tiles.launched(blocks, long)
         if cutlass.const_expr(not (tiles.long_first or self.queued)):
-            if cute.ceil_div(mK.shape[0], self.config.tile_n) >= LONG_WALK:  # no more blocks than as many rounds take
-                blocks = cute.ceil_div(tiles.count(), cute.ceil_div(tiles.count(), blocks))
+            blocks = tiles.even_blocks(blocks, cute.ceil_div(mK.shape[0], self.config.tile_n))
         q, k, v = (self.operand(name, m, self.lay.copy_in) for name, m in (("Q", mQ), ("K", mK), ("V", mV)))
         by_threads = self.config.o_from_registers
         o = None if cutlass.const_expr(by_threads) else self.operand("O", mO, self.lay.copy_out)

@@ -45,7 +45,6 @@ from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
-LONG_WALK = 16  # query tiles, from which on a card's power, not memory, is what a block lacks
 
 
 @dataclass(frozen=True)
@@ -143,9 +142,8 @@ class Backward(KeyBlocks):
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         if cutlass.const_expr(self.persistent and not self.draws):
             tiles, count = tiles.launched(blocks, long=False)
-            steps = 0 if cutlass.const_expr(self.problem.ragged) else cute.ceil_div(values.seqlen_q, self.config.tile_m)
-            if steps >= LONG_WALK:  # no more blocks than as many rounds take
-                count = cute.ceil_div(tiles.count(), cute.ceil_div(tiles.count(), count))
+            if cutlass.const_expr(not self.problem.ragged):
+                count = tiles.even_blocks(count, cute.ceil_div(values.seqlen_q, self.config.tile_m))
         else:
             count = cutlass.min(tiles.count(), blocks) if cutlass.const_expr(self.persistent) else tiles.count()
             if cutlass.const_expr(self.in_turns):
