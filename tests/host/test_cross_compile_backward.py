@@ -16,7 +16,7 @@ from cute_attn.layouts.base import Config
 from cute_attn.plan import configs, plan
 from cute_attn.problem import Problem
 from tests.host import machine_code
-from tests.host.test_cross_compile import ALL_RULES, FIRST, HEAD_DIMS, OTHERS, RULES, SAMPLE, WHOLE
+from tests.host.test_cross_compile import ALL_RULES, FIRST, HEAD_DIMS, OTHERS, RULES, SAMPLE, WHOLE, WITH_RULES, WITHOUT_RULES
 
 KERNELS = {  # of a mainloop, by parts of their names
     "cp_async_backward": ["cp_async_backward"],
