@@ -120,7 +120,7 @@ class Coordinates:
 
     @cached_property
     def columns(self) -> list[int]:
-        """Those of thread 0's scores. Found once: each takes an operation of the compiler's, and each score asks for its own."""
+        """Those of thread 0's scores. Found once: each is an operation of the compiler's, and each score asks for its own."""
         return [self.zero[0, c][1] for c in range(cute.size(self.zero, mode=[1]))]
 
 

@@ -22,11 +22,11 @@ TARGETS = sorted({config.target for config in CONFIGS})
 
 def test_every_layout_map_and_copy():
     """Of heads of two widths. With one width, `check` compares every config's (test_prove.py, test_check_everything).
-    Equal layouts are compared once, whatever their targets."""
+    Equal layouts are compared once, whatever their targets; the next test asks the DSL for every index of some."""
     chosen = configs(head_dim=192, head_dim_v=128, dtype="float16")
     chosen += configs(head_dim=192, head_dim_v=40, dtype="float16", gradients="qkv")
     assert {config.target for config, _ in chosen} == set(TARGETS)
-    assert prove.against_dsl([config for config, _ in chosen]) == []
+    assert prove.against_dsl([config for config, _ in chosen], limit=64) == []
 
 
 @pytest.mark.parametrize("mechanism", ["tma_wgmma", "cp_async"])
