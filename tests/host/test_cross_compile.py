@@ -238,6 +238,7 @@ def test_every_run_compiles_a_sample():
     assert {(case.mechanism, case.dtype) for case in chosen} == {(case.mechanism, case.dtype) for case in CASES}
 
 
+@machine_code.whole_tables
 def test_one_code_for_several_targets(kernels):
     """Where one code is compiled for two targets, the other's is the same, to the instruction and its operands."""
     for (target, mechanism), other in machine_code.SAME_CODE.items():

@@ -15,6 +15,7 @@ from cute_attn.layouts.__main__ import configs
 from cute_attn.layouts.base import OPERANDS, Layout
 from cute_attn.layouts.tools import prove
 from cute_attn.problem import Problem
+from tests.host import machine_code
 
 CONFIGS = [config for config, _ in configs(dtype="bfloat16")]
 TARGETS = sorted({config.target for config in CONFIGS})
@@ -103,6 +104,7 @@ def test_every_copy_of_every_shipped_config_has_a_kernel(gradients):
     assert {case.name.split()[0] for case in every} == mainloops
 
 
+@machine_code.whole_tables
 def test_cases_that_are_taken_to_be_the_same_have_the_same_code():
     """So what is counted of the forward pass holds of the backward pass on tma_wgmma, which has kernels of its own only for K
     of 96 columns, in rows of 32 bytes, and for query tiles of 80 rows at head dim 128."""
