@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
@@ -117,6 +117,11 @@ class Coordinates:
     def of(mma: cute.TiledMma, thread: Int32, shape: tuple[int, int]) -> Coordinates:
         identity = cute.make_identity_tensor(shape)
         return Coordinates(*(rows_columns(mma.get_slice(t).partition_C(identity)) for t in (thread, 0)))
+
+    @cached_property
+    def columns(self) -> list[int]:
+        """Those of thread 0's scores. Found once: each is an operation of the compiler's, and each score asks for its own."""
+        return [self.zero[0, c][1] for c in range(cute.size(self.zero, mode=[1]))]
 
 
 @dataclass(frozen=True)
@@ -286,7 +291,7 @@ class Scores:
 
         def leaf(name: str, r: int, c: int):
             if name == columns:
-                return first + self.where.zero[0, c][1]
+                return first + self.where.columns[c]
             row = origin[0] + self.where.thread[r, 0][0]
             if name == rows:
                 return self.values.query(row)
@@ -374,7 +379,7 @@ class Scores:
         along = self.problem.expression.ramp.of("q_idx" if self.transposed else "kv_idx")
         for r, c in self._each(scores):
             if not (self.problem.gradients and self.transposed):
-                scores[r, c] = scores[r, c] + rises[r] * Float32(along * self.where.zero[0, c][1])
+                scores[r, c] = scores[r, c] + rises[r] * Float32(along * self.where.columns[c])
             scores[r, c] = scores[r, c] + begins[r]
 
     def _load_pairs(self, scores: cute.Tensor, elements: Elements, first: int):
@@ -561,7 +566,7 @@ class Scores:
 
     def _blocks(self) -> list[range]:
         """A thread's columns, by the blocks of 32 that they are in."""
-        columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
+        columns = self.where.columns
         return [range(*(bisect_left(columns, n) for n in (begin, begin + BLOCK))) for begin in range(0, columns[-1], BLOCK)]
 
     def _mask_columns(self, scores: cute.Tensor, origin, columns: range, inside: bool):
@@ -570,17 +575,17 @@ class Scores:
 
     def _seen(self, origin, columns: range, inside: bool):
         """(row, column, whether it is seen) of a thread's scores, by the function. ``inside``: see :meth:`_is_inside`."""
-        elements, last, zero = self._elements(origin), self.values.seqlen_k - 1, self.where.zero
-        rows = range(cute.size(zero, mode=[0]))
+        elements, last, at = self._elements(origin), self.values.seqlen_k - 1, self.where.columns
+        rows = range(cute.size(self.where.zero, mode=[0]))
         first = origin[1] + self.where.thread[0, 0][1]
         exist = [origin[0] + self.where.thread[r, 0][0] <= last for r in rows]
         for c in columns:
             if inside:
-                elements.load_column(c, columns[0], zero[0, c][1] - zero[0, columns[0]][1])
+                elements.load_column(c, columns[0], at[c] - at[columns[0]])
             for r in rows:
                 seen = elements.value(self.problem.expression.mask, r, c)
                 if not inside:
-                    seen = seen & (exist[r] if self.transposed else zero[0, c][1] <= last - first)
+                    seen = seen & (exist[r] if self.transposed else at[c] <= last - first)
                 yield r, c, seen
 
     @property
@@ -588,7 +593,7 @@ class Scores:
         """Whether what a band shows of a thread's row is found as a word of bits, one a column, of which predicates are made
         seven at a time: its columns are two of each eight. Not in the forward pass under a softcap, whose tanh takes the
         registers."""
-        columns = [self.where.zero[0, c][1] for c in range(cute.size(self.where.zero, mode=[1]))]
+        columns = self.where.columns
         bounded = self.problem.bounded_left or self.problem.bounded_right
         has_room = self.unrolls and (self.transposed or not self.problem.softcap)
         return has_room and bounded and len(columns) <= 32 and columns == [c // 2 * 8 + c % 2 for c in range(len(columns))]
@@ -618,7 +623,7 @@ class Scores:
                 if cutlass.const_expr(self._masks_by_words):
                     visible = word & Int32(_bit(c)) != 0
                 else:
-                    column = self.where.zero[0, c][1]
+                    column = self.where.columns[c]
                     visible = column < end
                     if cutlass.const_expr(band.lo is not None):
                         visible = visible & (column >= begin)

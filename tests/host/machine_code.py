@@ -38,7 +38,8 @@ SAME_CODE = {("sm_90", "cp_async"): "sm_90a"}
 
 
 # Compiling every row of every table takes longer than a change to something else should wait for: a test run takes a sample.
-# The rest has this mark, and runs with ``-m whole_tables``, which a change to kernels or tables is checked with.
+# The rest has this mark, and runs with ``-m whole_tables``, which a change to kernels or tables is checked with; so has what
+# compiles kernels to compare them with others.
 whole_tables = pytest.mark.whole_tables
 
 

@@ -279,8 +279,8 @@ from cute_attn.problem import Problem
 warnings.simplefilter("error", RuntimeWarning)
 PROCESSES, THREADS = 8, 32
 here, code, *libraries = sys.argv[1:]
-plain = Problem("bfloat16", 32, 32)
-problems = [plain, replace(plain, softcap=True)]
+plain = Problem("bfloat16", 32, 32, blocks="query lists")
+problems = [plain, replace(plain, blocks="key lists")]
 if code:
     problems += [replace(plain, return_lse=True), replace(plain, bounded_right=True)]
 configs = {problem: plan(problem, "sm_80", "cp_async") for problem in problems}
@@ -313,7 +313,7 @@ def process():
                 try:
                     function()
                 except TypeError as error:  # called with nothing, a kernel says what it takes
-                    assert "when calling: `forward(" in str(error), error
+                    assert "when calling: `enlist(" in str(error), error
                 else:
                     raise AssertionError("it took nothing for its arguments")
             right.append(i)

@@ -89,9 +89,11 @@ CASES = [
 
 
 def in_every_run(case: FunctionCase) -> bool:
-    """All but what differs from another in its head dim alone, slopes, which ``all`` has, and forward passes of what a backward
-    pass computes, too."""
-    return case.head_dim < 256 and case.what != "alibi" and (case.what not in ("bias", "dropout") or case.gradients != "")
+    """All but a mask's gradients on tma_wgmma, which cp_async and ``all`` have, slopes, which ``all`` has, and forward passes
+    of what a backward pass computes, too."""
+    if case.what == "mask" and case.gradients:
+        return case.mechanism == "cp_async"
+    return case.what != "alibi" and (case.what not in ("bias", "dropout") or case.gradients != "")
 
 
 # Bytes of a thread's stack: masks need none where warpgroups compute. All functions together need more on cp_async, where a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import sys
 from dataclasses import FrozenInstanceError, replace
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
@@ -48,6 +49,13 @@ def with_layout(config: Config, operand: str, change) -> ModuleType:
 def with_copy(config: Config, key: tuple[str, str], **changes) -> ModuleType:
     honest = family(config).copies
     return with_(config, copies=lambda c: {k: replace(v, **changes) if k == key else v for k, v in honest(c).items()})
+
+
+@pytest.fixture(autouse=True)
+def few_indices(monkeypatch):
+    """The DSL's own function is asked for fewer of each layout than users have it asked for. test_layout_equality.py asks it
+    for all of some layouts."""
+    monkeypatch.setattr(prove, "against_dsl", partial(prove.against_dsl, limit=64))
 
 
 # ---- what is shipped -------------------------------------------------------------------------------------------------

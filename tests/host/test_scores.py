@@ -279,8 +279,7 @@ def _on_tensor_cores(monkeypatch, problem, rows_of_scores):
     return partial(lay.tiled_mma, "S", config), (lay.ROWS_PER_WARPGROUP, getattr(config, rows_of_scores))
 
 
-@pytest.mark.parametrize("origin", [(64, 0), (128, 32), (192, 160), (256, 224), (0, 288)])
-def test_masks_that_are_computed_ahead(origin, monkeypatch):
+def test_masks_that_are_computed_ahead(monkeypatch):
     """Of a list's cut tiles, block by block, before there are scores; inside of the tensors, and past either end. Some are cut
     by rows, and what is loaded of rows is loaded before."""
     blocks = block_mask(masks.document(IDS), 2, None, SEQLEN_Q, SEQLEN_K, (), "cpu")
@@ -290,31 +289,33 @@ def test_masks_that_are_computed_ahead(origin, monkeypatch):
     found, kinds = torch.full(shape, math.nan), blocks.kinds_in_a_row(2, 1).contiguous()
 
     @cute.jit
-    def compute(found: cute.Tensor, kinds: cute.Tensor, tensors, thread: Int32):
+    def compute(found: cute.Tensor, kinds: cute.Tensor, tensors, row: Int32, column: Int32, thread: Int32):
         where = Coordinates.of(tiled_mma(), thread, shape)
         lengths = Int32(SEQLEN_Q), Int32(SEQLEN_K), Int32(0), Int32(0), Float32(1.0), Float32(0.0)
         values = Values(*lengths, captured=tensors, sequence=Int32(SEQUENCE), head=Int32(0), kinds=kinds)
         scores = Scores(where, values, problem)
-        scores = replace(scores, loaded=scores.loaded_of_rows(Int32(origin[0])))
+        scores = replace(scores, loaded=scores.loaded_of_rows(row))
         assert len(scores.loaded) == 2
         acc = cute.make_rmem_tensor(tiled_mma().partition_shape_C(shape), Float32)
         acc.fill(1.0)
-        place, held = (Int32(origin[0]), Int32(origin[1])), rows_columns(acc)
+        place, held = (row, column), rows_columns(acc)
         scores.apply_rules(acc, place, True, seen=scores.seen(place, True, scores.kinds(place)))
         for r in cutlass.range_constexpr(cute.size(held, mode=[0])):
             for c in cutlass.range_constexpr(cute.size(held, mode=[1])):
                 found[where.thread[r, c]] = held[r, c]
 
     arguments = from_dlpack(found), from_dlpack(kinds), tuple(map(from_dlpack, captured))
-    compiled = cute.compile(compute, *arguments, Int32(0))
-    for thread in range(128):
-        compiled(*arguments, Int32(thread))
-    rows, columns = torch.arange(shape[0])[:, None] + origin[0], torch.arange(shape[1]) + origin[1]
-    held = tuple(x.clamp(max=IDS.shape[1] - 1) for x in (rows, columns))
-    seen = (IDS[SEQUENCE, held[0]] == IDS[SEQUENCE, held[1]]) & (columns < SEQLEN_K)
-    there = (rows < SEQLEN_Q).expand(shape)
-    assert torch.equal((found == 1.0)[there], seen[there])
-    assert torch.equal((found == -math.inf)[there], ~seen[there])
+    compiled = cute.compile(compute, *arguments, Int32(0), Int32(0), Int32(0))
+    for origin in ((64, 0), (128, 32), (192, 160), (256, 224), (0, 288)):
+        found.fill_(math.nan)
+        for thread in range(128):
+            compiled(*arguments, *map(Int32, origin), Int32(thread))
+        rows, columns = torch.arange(shape[0])[:, None] + origin[0], torch.arange(shape[1]) + origin[1]
+        held = tuple(x.clamp(max=IDS.shape[1] - 1) for x in (rows, columns))
+        seen = (IDS[SEQUENCE, held[0]] == IDS[SEQUENCE, held[1]]) & (columns < SEQLEN_K)
+        there = (rows < SEQLEN_Q).expand(shape)
+        assert torch.equal((found == 1.0)[there], seen[there]), origin
+        assert torch.equal((found == -math.inf)[there], ~seen[there]), origin
 
 
 @pytest.mark.parametrize("rises", [False, True])
