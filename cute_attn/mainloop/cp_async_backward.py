@@ -100,12 +100,17 @@ class Backward:
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.ordered = problem.deterministic and self.needs_q
+        self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
-        """Launch a block for each key tile; ``blocks``, what the GPU holds at once, is the hardware's business here."""
+        """Launch a block for each key tile; ``blocks``, what the GPU holds at once, is the hardware's business here, but where
+        key tiles take turns."""
+        if cutlass.const_expr(self.in_turns):
+            steps = cute.ceil_div(values.seqlen_q, self.config.tile_m) * tiles.heads_per_kv
+            tiles = tiles.in_turns(blocks, steps, both_ways=self.problem.unequal)
         self.kernel(inputs, rows, gradients, signals, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
@@ -265,7 +270,8 @@ class Backward:
             whole = Int32(0) if careful else whole
         begin = visited.whole_begin - visited.begin
         if cutlass.const_expr(self.problem.deterministic and not self.problem.blocks):
-            begin = visited.count - begin - whole
+            from_last = visited.count - begin - whole
+            begin = from_last if visited.from_last is None else begin + visited.from_last * (from_last - begin)
         begin = begin if whole > 0 else visited.count
         return begin, begin + whole
 
