@@ -25,6 +25,7 @@ from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted
+from cute_attn.fields import first_stores
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
@@ -100,6 +101,7 @@ class Backward:
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.ordered = problem.deterministic and self.needs_q
+        self.first_stores = first_stores(problem, config)
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
 
     # ---- host ------------------------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ class Backward:
             cute.arch.cp_async_commit_group()
         for slot in cutlass.range_constexpr(stages - 1):
             self._copy_queries(me, *self._after(me, Int32(0), Int32(0), slot), Int32(slot))
-        if cutlass.const_expr(late_dq):
+        if cutlass.const_expr(late_dq and not self.ordered):
             self._clear_ds(me)
         if cutlass.const_expr(self.problem.masked):
             me = replace(me, careful=self._takes_care(me))
@@ -482,7 +484,11 @@ class Backward:
         count = member * me.visited.count + i
         cute.arch.sync_threads()  # the tile, and dS of the one before, are there; every thread is done with the one before
         self._take_turns(me, member, i, 2, last)
-        self._dq(me, operands, head, m_block, (count + 1) % 2)
+        if cutlass.const_expr(self.ordered and not last):
+            if count > 0:
+                self._dq(me, operands, head, m_block, (count + 1) % 2)
+        else:
+            self._dq(me, operands, head, m_block, (count + 1) % 2)
 
     @cute.jit
     def _dq(self, me: Block, x: BackwardOperands, head, m_block, slot):
@@ -494,8 +500,16 @@ class Backward:
         product(mma, acc, config.tile_n // MMA_K, partial(x.tQrdS.load, slot=(slot,)), x.tQrK.load)
         sums, width = cute_layout(self.lay.sums(config)), config.add_width
         into = me.gradients.mdQ[(None, 0, *self._place(me, head, m_block))].iterator + sums.stride[0] * me.thread
-        for n in cutlass.range_constexpr(0, cute.size(acc), width):
-            add(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
+        if cutlass.const_expr(self.first_stores):
+            if me.visited.rank(me.values.of_head(head), self.problem, m_block, config) == 0:
+                for n in cutlass.range_constexpr(0, cute.size(acc), width):
+                    store(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
+            else:
+                for n in cutlass.range_constexpr(0, cute.size(acc), width):
+                    add(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
+        else:
+            for n in cutlass.range_constexpr(0, cute.size(acc), width):
+                add(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
 
     def _place(self, me: Block, head, m_block):
         """A query tile in what is padded."""
@@ -572,6 +586,14 @@ class Backward:
                     piece = cute.make_rmem_tensor_like(tXsX[None, i, j])
                     cute.copy(copy, tXsX[None, i, j], piece)
                     cute.copy(copy, piece, cute.make_tensor(into.iterator, piece.layout))
+
+
+def store(into: cute.Pointer, values: list[Float32]) -> None:
+    """Neighbouring floats to global memory at once."""
+    held = cute.make_rmem_tensor(len(values), Float32)
+    for i, value in enumerate(values):
+        held[i] = value
+    cute.autovec_copy(held, cute.make_tensor(into.align(held.element_type.width // 8 * len(values)), held.layout))
 
 
 def add(into: cute.Pointer, values: list[Float32]) -> None:
