@@ -233,8 +233,6 @@ class Backward:
             cute.arch.cp_async_commit_group()
         for slot in cutlass.range_constexpr(stages - 1):
             self._copy_queries(me, *self._after(me, Int32(0), Int32(0), slot), Int32(slot))
-        if cutlass.const_expr(late_dq and not self.ordered):
-            self._clear_ds(me)
         if cutlass.const_expr(self.problem.masked):
             me = replace(me, careful=self._takes_care(me))
         count = me.visited.count
@@ -276,13 +274,6 @@ class Backward:
             begin = from_last if visited.from_last is None else begin + visited.from_last * (from_last - begin)
         begin = begin if whole > 0 else visited.count
         return begin, begin + whole
-
-    @cute.jit
-    def _clear_ds(self, me: Block):
-        """The first tile has none before it, whose dQ it could add: it adds zeros."""
-        last = me.shared.ds[None, None, 1]
-        part = self.lay.store_accumulator("dS", self.config).get_slice(me.thread).partition_D(last)
-        part.fill(0.0)
 
     @cute.jit
     def _after(self, me: Block, member, i, steps: cutlass.Constexpr[int]):
@@ -478,13 +469,12 @@ class Backward:
 
     @cute.jit
     def _late_dq(self, me: Block, operands: BackwardOperands, member, i, last: cutlass.Constexpr[bool] = False):
-        """The barrier at the start of a tile, or behind the last one, and the dQ of the tile before it; of itself, zeros, where
-        it is the first."""
+        """The barrier at the start of a tile, or behind the last one, and the dQ of the tile before it, if there is one."""
         head, m_block = self._before(me, member, i)
         count = member * me.visited.count + i
         cute.arch.sync_threads()  # the tile, and dS of the one before, are there; every thread is done with the one before
         self._take_turns(me, member, i, 2, last)
-        if cutlass.const_expr(self.ordered and not last):
+        if cutlass.const_expr(not last):
             if count > 0:
                 self._dq(me, operands, head, m_block, (count + 1) % 2)
         else:
