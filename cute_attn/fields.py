@@ -56,8 +56,8 @@ def counts_tiles(problem: Problem, config: Config) -> bool:
 
 
 def first_stores(problem: Problem, config: Config) -> bool:
-    """Whether of the parts of a query tile's dQ the first is stored, so that their sums' memory needs no zeros: in a fixed order
-    it is known which that is, but where a list says so."""
+    """Whether of the parts of a query tile's dQ the first is stored, so that their sums' memory needs no zeros: in a fixed
+    order it is known which that is, unless a list says so."""
     ordered = problem.deterministic and not problem.blocks
     return has_sums(problem, config) and (ordered or layouts.family(config).FIRST_STORES)
 

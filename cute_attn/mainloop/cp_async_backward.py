@@ -12,7 +12,8 @@ wide that several warps share the columns of dV and dK, P takes the way through 
 products wait for a second barrier, and dQ isn't late.
 
 dQ is added in float32 to global memory by atomics, in the order of the accumulator's registers, so that a warp's fall on
-whole lines. Rows past a sequence's end are read as the last one; their log-sum-exp, or a mask, says that they weigh 0.
+whole lines; where key tiles take turns, the first stores. Rows past a sequence's end are read as the last one; their
+log-sum-exp, or a mask, says that they weigh 0.
 """
 
 from __future__ import annotations
@@ -474,10 +475,7 @@ class Backward:
         count = member * me.visited.count + i
         cute.arch.sync_threads()  # the tile, and dS of the one before, are there; every thread is done with the one before
         self._take_turns(me, member, i, 2, last)
-        if cutlass.const_expr(not last):
-            if count > 0:
-                self._dq(me, operands, head, m_block, (count + 1) % 2)
-        else:
+        if last or count > 0:
             self._dq(me, operands, head, m_block, (count + 1) % 2)
 
     @cute.jit
@@ -488,18 +486,21 @@ class Backward:
         acc = cute.make_rmem_tensor(mma.partition_shape_C((config.tile_m, config.tile_d)), Float32)
         acc.fill(0.0)
         product(mma, acc, config.tile_n // MMA_K, partial(x.tQrdS.load, slot=(slot,)), x.tQrK.load)
-        sums, width = cute_layout(self.lay.sums(config)), config.add_width
-        into = me.gradients.mdQ[(None, 0, *self._place(me, head, m_block))].iterator + sums.stride[0] * me.thread
+        mine = cute_layout(self.lay.sums(config)).stride[0] * me.thread
+        into = me.gradients.mdQ[(None, 0, *self._place(me, head, m_block))].iterator + mine
         if cutlass.const_expr(self.first_stores):
             if me.visited.rank(me.values.of_head(head), self.problem, m_block, config) == 0:
-                for n in cutlass.range_constexpr(0, cute.size(acc), width):
-                    store(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
+                self._put(store, into, acc)
             else:
-                for n in cutlass.range_constexpr(0, cute.size(acc), width):
-                    add(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
+                self._put(add, into, acc)
         else:
-            for n in cutlass.range_constexpr(0, cute.size(acc), width):
-                add(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
+            self._put(add, into, acc)
+
+    def _put(self, put, into: cute.Pointer, acc: cute.Tensor):
+        """A thread's accumulator to its place in a tile's sums, as many floats at once as can be added at once."""
+        sums, width = cute_layout(self.lay.sums(self.config)), self.config.add_width
+        for n in range(0, cute.size(acc), width):
+            put(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
 
     def _place(self, me: Block, head, m_block):
         """A query tile in what is padded."""
