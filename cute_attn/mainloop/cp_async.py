@@ -221,8 +221,8 @@ class Forward:
 
     @cute.jit
     def _copy_pair(self, tiles_of: Keys, keys: KeyTiles, n, slot, late_v: cutlass.Constexpr[bool] = False):
-        """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way. With ``late_v``
-        there is one, and two groups."""
+        """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way. ``late_v``:
+        there is one, and it makes two."""
         if keys.exists(n):
             first = keys.first_key(n, self.config.tile_n)
             tiles_of.k.start(tiles_of.k.m, first, keys.end, (slot,))
