@@ -23,7 +23,7 @@ from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
-from cute_attn.fields import BACKWARD, has_sums, named
+from cute_attn.fields import BACKWARD, first_stores, named
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
 from cute_attn.layouts.base import VECTOR, cute_layout, row_padding
 from cute_attn.layouts.fragments import rows_columns, vector, vector_at
@@ -117,7 +117,6 @@ class RowValues:
 
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
-        self.first_stores = layouts.family(config).FIRST_STORES
         self.threads_per_row = 4
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
@@ -127,8 +126,8 @@ class RowValues:
         self.threads = self.apart * self.threads_per_row
         self.rows = self.at_once * self.apart
         self.steps = row_padding(config) // self.rows if problem.ragged else 1
-        # Whether it clears the signals, too, where the kernel that rounds dQ comes last; and how many words a block of it does.
-        self.clears = self.first_stores and has_sums(problem, config)
+        # Whether it clears the signals, and not dQ's sums; and how many words a block of it does.
+        self.clears = first_stores(problem, config)
         self.words = -(-self.rows * self.steps // config.tile_m) + 1
 
     @cute.jit
@@ -186,7 +185,7 @@ class RowValues:
                 if cutlass.const_expr(of_ramp is not None):
                     lse = lse - rise_in_tile(of_ramp, self.problem, row + j * self.apart, self.queries_at_once)
                 self._row(inputs, rows, signals, span, where, row + j * self.apart, padded, lse, total)
-        if cutlass.const_expr(dq_sum is not None and not self.first_stores):
+        if cutlass.const_expr(dq_sum is not None and not self.clears):
             clear = partial(self._clear, dq_sum[None, None, None, *where], group, thread)
             if cutlass.const_expr(span.length is None):  # noqa: SIM114
                 clear()
@@ -244,9 +243,10 @@ class CastQueries:
         self.lay = layouts.family(config)
         self.pieces = self.lay.pieces(config)
         # Whether signals may ask for care, which is asked for no more then.
-        self.clears = self.lay.FIRST_STORES and problem.masked
+        stored = first_stores(problem, config)
+        self.clears = stored and problem.masked
         # Whether a query tile's sums may be nothing yet: no key tile has come to it.
-        self.may_be_unseen = self.lay.FIRST_STORES and (problem.masked or bool(problem.ragged))
+        self.may_be_unseen = stored and (problem.masked or bool(problem.ragged))
         # Whether somebody else clears queries that aren't in use, as far as they are padded together.
         self.leaves_unused = self.lay.CLEARS_QUERIES and problem.has_unused("q") and "q" in problem.gradients
         self.leaves_unused = self.leaves_unused and config.head_blocks == 1

@@ -55,6 +55,13 @@ def counts_tiles(problem: Problem, config: Config) -> bool:
     return has_sums(problem, config) and (problem.deterministic or layouts.family(config).FIRST_STORES)
 
 
+def first_stores(problem: Problem, config: Config) -> bool:
+    """Whether of the parts of a query tile's dQ the first is stored, so that their sums' memory needs no zeros: in a fixed
+    order it is known which that is, unless a list says so."""
+    ordered = problem.deterministic and not problem.blocks
+    return has_sums(problem, config) and (ordered or layouts.family(config).FIRST_STORES)
+
+
 def has_signals(problem: Problem, config: Config) -> bool:
     """Whether the kernels and their blocks tell one another something: that keys or rows are masked, who has added to dQ, and,
     where a kernel each draws tickets, which tiles of ragged sequences have been drawn."""

@@ -35,10 +35,10 @@ role to the operands A and B that its MMA reads from shared memory (``""`` for o
 config)`` and, where warps load operands, ``load_operand(role, operand, config)``; and for dQ, where parts of it are added up
 in global memory, ``pieces(config)``, (row, column) of each, ``piece_shape(config)``, ``sums(config)``, the layout of the
 sums, ``turned(config)``, whether they are of dQ's transpose, whose operands A and B are the other way round, and
-``FIRST_STORES``, whether the first that is added is stored, and ``CLEARS_QUERIES``, whether dQ of queries that aren't in use
-is cleared by whoever adds, if no blocks share a tile. For the pictures of a block it says besides ``stages(operand, config)``,
-``over(config)``, from an operand to the one whose memory it takes, and, where warps do nothing but copy, ``WARPS``, from an
-operand to theirs; with several kernels, ``KERNELS``, from a kernel's name to its operands.
+``FIRST_STORES``, whether the first that is added is stored, even where no order is fixed, and ``CLEARS_QUERIES``, whether
+dQ of queries that aren't in use is cleared by whoever adds, if no blocks share a tile. For the pictures of a block it says
+besides ``stages(operand, config)``, ``over(config)``, from an operand to the one whose memory it takes, and, where warps do
+nothing but copy, ``WARPS``, from an operand to theirs; with several kernels, ``KERNELS``, from a kernel's name to its operands.
 
 Only those from ``element`` on import the DSL, and only when called.
 """

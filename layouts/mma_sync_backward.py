@@ -28,7 +28,7 @@ READS = {  # P and dS for dV and dK lie in registers where warps have keys of th
 }
 TRANSPOSED = {("dV", "dO"), ("dK", "Q"), ("dQ", "dS"), ("dQ", "K")}  # (role, operand): read by ldmatrix.trans
 ACCUMULATOR_BYTES = 4
-FIRST_STORES = False  # dQ's sums are zeros at first
+FIRST_STORES = False  # dQ's sums are zeros at first, but in a fixed order
 CLEARS_QUERIES = False
 TICKET_BYTES = 4  # this block's place in the order in which blocks have started
 DS_STAGES = 2  # dS and that of the tile before, whose dQ is being computed; or dS and P

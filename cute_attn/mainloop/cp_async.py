@@ -90,6 +90,9 @@ class Forward:
         # Whole tiles look for no maximum. float16 has no room for weights above 1, and what a function makes of scores may hide
         # any key, as may a list of tiles.
         self.anchored = config.dtype == "bfloat16" and not problem.expression
+        self.one_loop = problem.unequal or problem.masks_all
+        # Where no other block computes meanwhile, the first scores don't wait for the first values.
+        self.late_v = config.blocks_per_multiprocessor == 1 and not self.one_loop
 
     @cute.jit
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
@@ -170,19 +173,20 @@ class Forward:
         keys = tile.keys
         output.start()
         for slot in cutlass.range_constexpr(self.config.stages - 1):
-            self._copy_pair(tiles_of, keys, keys.place(slot), slot)
+            late_v = slot == 0 and self.late_v and not again
+            self._copy_pair(tiles_of, keys, keys.place(slot), slot, late_v)
         step = partial(self._step, operands, tiles_of, output, tile, again)
-        slot, one_loop = Int32(0), self.problem.unequal or self.problem.masks_all
+        slot = Int32(0)
         if cutlass.const_expr(again):
             for i in cutlass.range(keys.count, unroll=1):
                 slot = step(slot, (keys.place(i), True))
         else:
             # For the last tile and those that a right edge cuts.
-            if cutlass.const_expr(not one_loop):
-                slot = step(slot, (keys.place(0), keys.last_is_masked()))
+            if cutlass.const_expr(not self.one_loop):
+                slot = step(slot, (keys.place(0), keys.last_is_masked()), self.late_v)
             # The steps after whole tiles rescale l.
             after = output.softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
-            walk(step, slot, keys, self.problem, last=one_loop, around_whole=(None, after))
+            walk(step, slot, keys, self.problem, last=self.one_loop, around_whole=(None, after))
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
@@ -216,11 +220,15 @@ class Forward:
         q.start(q.m, row_first, end)
 
     @cute.jit
-    def _copy_pair(self, tiles_of: Keys, keys: KeyTiles, n, slot):
-        """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way."""
+    def _copy_pair(self, tiles_of: Keys, keys: KeyTiles, n, slot, late_v: cutlass.Constexpr[bool] = False):
+        """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way. ``late_v``:
+        there is one, and it makes two."""
         if keys.exists(n):
-            for x in (tiles_of.k, tiles_of.v):
-                x.start(x.m, keys.first_key(n, self.config.tile_n), keys.end, (slot,))
+            first = keys.first_key(n, self.config.tile_n)
+            tiles_of.k.start(tiles_of.k.m, first, keys.end, (slot,))
+            if cutlass.const_expr(late_v):
+                cute.arch.cp_async_commit_group()
+            tiles_of.v.start(tiles_of.v.m, first, keys.end, (slot,))
         cute.arch.cp_async_commit_group()
 
     # ---- one key tile ----------------------------------------------------------------------------------------------
@@ -235,12 +243,13 @@ class Forward:
         again: cutlass.Constexpr[bool],
         slot: Int32,
         where,
+        late_v: cutlass.Constexpr[bool] = False,
     ):
-        """Scores, softmax and P·V of the key tile at place ``n``, while the one ``stages − 1`` after it is on its way. Returns
-        the next slot."""
+        """Scores, softmax and P·V of the key tile at place ``n``, while the one ``stages − 1`` after it is on its way, and,
+        ``late_v``, V itself. Returns the next slot."""
         n, masked = where
         stages, acc_O = self.config.stages, output.acc_O
-        cute.arch.cp_async_wait_group(stages - 2)
+        cute.arch.cp_async_wait_group(stages - 2 + int(late_v))
         cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the slot of the one before
         if cutlass.const_expr(self.careful and again):
             tiles_of.poison(slot, self.config.threads)
@@ -270,6 +279,9 @@ class Forward:
         def rounded(step):  # just in time: frees two registers for each it takes
             return converted(p[None, None, step], v.fragment.element_type)
 
+        if cutlass.const_expr(late_v):
+            cute.arch.cp_async_wait_group(stages - 1)
+            cute.arch.sync_threads()
         product(operands.mma_O, acc_O, self.config.tile_n // MMA_K, rounded, partial(v.load, slot=(slot,)))
         return (slot + 1) % stages
 

@@ -12,7 +12,8 @@ wide that several warps share the columns of dV and dK, P takes the way through 
 products wait for a second barrier, and dQ isn't late.
 
 dQ is added in float32 to global memory by atomics, in the order of the accumulator's registers, so that a warp's fall on
-whole lines. Rows past a sequence's end are read as the last one; their log-sum-exp, or a mask, says that they weigh 0.
+whole lines; where key tiles take turns, the first stores. Rows past a sequence's end are read as the last one; their
+log-sum-exp, or a mask, says that they weigh 0.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted
+from cute_attn.fields import first_stores
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
@@ -100,12 +102,18 @@ class Backward:
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.ordered = problem.deterministic and self.needs_q
+        self.first_stores = first_stores(problem, config)
+        self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
-        """Launch a block for each key tile; ``blocks``, what the GPU holds at once, is the hardware's business here."""
+        """Launch a block for each key tile; ``blocks``, what the GPU holds at once, is the hardware's business here, but where
+        key tiles take turns."""
+        if cutlass.const_expr(self.in_turns):
+            steps = cute.ceil_div(values.seqlen_q, self.config.tile_m) * tiles.heads_per_kv
+            tiles = tiles.in_turns(blocks, steps, both_ways=self.problem.unequal)
         self.kernel(inputs, rows, gradients, signals, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
@@ -226,8 +234,6 @@ class Backward:
             cute.arch.cp_async_commit_group()
         for slot in cutlass.range_constexpr(stages - 1):
             self._copy_queries(me, *self._after(me, Int32(0), Int32(0), slot), Int32(slot))
-        if cutlass.const_expr(late_dq):
-            self._clear_ds(me)
         if cutlass.const_expr(self.problem.masked):
             me = replace(me, careful=self._takes_care(me))
         count = me.visited.count
@@ -265,16 +271,10 @@ class Backward:
             whole = Int32(0) if careful else whole
         begin = visited.whole_begin - visited.begin
         if cutlass.const_expr(self.problem.deterministic and not self.problem.blocks):
-            begin = visited.count - begin - whole
+            from_last = visited.count - begin - whole
+            begin = from_last if visited.from_last is None else begin + visited.from_last * (from_last - begin)
         begin = begin if whole > 0 else visited.count
         return begin, begin + whole
-
-    @cute.jit
-    def _clear_ds(self, me: Block):
-        """The first tile has none before it, whose dQ it could add: it adds zeros."""
-        last = me.shared.ds[None, None, 1]
-        part = self.lay.store_accumulator("dS", self.config).get_slice(me.thread).partition_D(last)
-        part.fill(0.0)
 
     @cute.jit
     def _after(self, me: Block, member, i, steps: cutlass.Constexpr[int]):
@@ -470,13 +470,13 @@ class Backward:
 
     @cute.jit
     def _late_dq(self, me: Block, operands: BackwardOperands, member, i, last: cutlass.Constexpr[bool] = False):
-        """The barrier at the start of a tile, or behind the last one, and the dQ of the tile before it; of itself, zeros, where
-        it is the first."""
+        """The barrier at the start of a tile, or behind the last one, and the dQ of the tile before it, if there is one."""
         head, m_block = self._before(me, member, i)
         count = member * me.visited.count + i
         cute.arch.sync_threads()  # the tile, and dS of the one before, are there; every thread is done with the one before
         self._take_turns(me, member, i, 2, last)
-        self._dq(me, operands, head, m_block, (count + 1) % 2)
+        if last or count > 0:
+            self._dq(me, operands, head, m_block, (count + 1) % 2)
 
     @cute.jit
     def _dq(self, me: Block, x: BackwardOperands, head, m_block, slot):
@@ -486,10 +486,21 @@ class Backward:
         acc = cute.make_rmem_tensor(mma.partition_shape_C((config.tile_m, config.tile_d)), Float32)
         acc.fill(0.0)
         product(mma, acc, config.tile_n // MMA_K, partial(x.tQrdS.load, slot=(slot,)), x.tQrK.load)
-        sums, width = cute_layout(self.lay.sums(config)), config.add_width
-        into = me.gradients.mdQ[(None, 0, *self._place(me, head, m_block))].iterator + sums.stride[0] * me.thread
-        for n in cutlass.range_constexpr(0, cute.size(acc), width):
-            add(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
+        mine = cute_layout(self.lay.sums(config)).stride[0] * me.thread
+        into = me.gradients.mdQ[(None, 0, *self._place(me, head, m_block))].iterator + mine
+        if cutlass.const_expr(self.first_stores):
+            if me.visited.rank(me.values.of_head(head), self.problem, m_block, config) == 0:
+                self._put(store, into, acc)
+            else:
+                self._put(add, into, acc)
+        else:
+            self._put(add, into, acc)
+
+    def _put(self, put, into: cute.Pointer, acc: cute.Tensor):
+        """A thread's accumulator to its place in a tile's sums, as many floats at once as can be added at once."""
+        sums, width = cute_layout(self.lay.sums(self.config)), self.config.add_width
+        for n in range(0, cute.size(acc), width):
+            put(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
 
     def _place(self, me: Block, head, m_block):
         """A query tile in what is padded."""
@@ -566,6 +577,14 @@ class Backward:
                     piece = cute.make_rmem_tensor_like(tXsX[None, i, j])
                     cute.copy(copy, tXsX[None, i, j], piece)
                     cute.copy(copy, piece, cute.make_tensor(into.iterator, piece.layout))
+
+
+def store(into: cute.Pointer, values: list[Float32]) -> None:
+    """Neighbouring floats to global memory at once."""
+    held = cute.make_rmem_tensor(len(values), Float32)
+    for i, value in enumerate(values):
+        held[i] = value
+    cute.autovec_copy(held, cute.make_tensor(into.align(held.element_type.width // 8 * len(values)), held.layout))
 
 
 def add(into: cute.Pointer, values: list[Float32]) -> None:

@@ -29,6 +29,7 @@ Tiles = runpy.run_path(find_spec("cute_attn.scheduler").origin)["Tiles"]
 query_tiles = runpy.run_path(find_spec("cute_attn.mainloop.walk").origin)["QueryTiles"]._in_band.__wrapped__
 sequences_module = runpy.run_path(find_spec("cute_attn.sequences").origin)
 Side, Sequences = sequences_module["Side"], sequences_module["Sequences"]
+whole = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_backward").origin)["Backward"]._whole.__wrapped__
 queue_module = runpy.run_path(find_spec("cute_attn.mainloop.work_queue").origin)
 UnusedRows = queue_module["UnusedRows"]
 
@@ -116,12 +117,13 @@ def test_key_tiles_of_a_head_in_ascending_order(tiles, blocks, small):
 
 @given(
     *(st.integers(1, n) for n in (900, 900, 5, 3, 3, 40)),
-    st.sampled_from([(64, 128), (128, 128)]),
+    st.sampled_from([(64, 128), (128, 128), (64, 96), (64, 64)]),
     *(st.booleans(), st.booleans(), st.data()),
 )
 def test_in_a_fixed_order_one_block_is_enough(q, k, heads, per_kv, batch, blocks, tile, left, right, data):
     """A block alone takes all tickets one after another and finds it to be its turn at every query tile: nobody waits for a
-    tile that comes later. Other tiles of a head, begun at the same time, find each query tile left by the one before."""
+    tile that comes later. Other tiles of a head, begun at the same time, find each query tile left by the one before. Those
+    that need no mask come one after another, where ``cp_async`` takes them to be."""
     (tile_m, tile_n), shift = tile, k - q
     lo, hi = shift - data.draw(st.integers(0, 700)), shift + data.draw(st.just(0) | st.integers(0, 300))
     problem = SimpleNamespace(
@@ -142,6 +144,8 @@ def test_in_a_fixed_order_one_block_is_enough(q, k, heads, per_kv, batch, blocks
             walk = query_tiles(values, problem, work.block, config)
             order = [walk.in_order(i, problem) for i in range(walk.count)]
             assert sorted(order) == list(range(walk.begin, walk.begin + walk.count))
+            unmasked = [i for i, m_block in enumerate(order) if not walk.needs_mask(i, m_block)]
+            assert unmasked == list(range(*whole(SimpleNamespace(problem=problem), walk, None)))
             ranks = [walk.rank(values, problem, m_block, config) for m_block in order]
             for m_block, rank in zip(order, ranks, strict=True):
                 at = work.head, work.q.batch, m_block
