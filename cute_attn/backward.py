@@ -67,7 +67,7 @@ def host_function(problem, config):
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(k.shape, heads_per_kv, config.tile_n, given.blocks, long_first, sequences, of_k=True)
         gradients = Gradients(dq if dq_sum is None else dq_sum, dk, dv, dq if cutlass.const_expr(cast.leaves_unused) else None)
-        padded, heads, batch = rows.minus_delta.shape
+        padded, heads, batch = rows.delta.shape
         signals = Signals.of(given.signals, padded // config.tile_m, heads, batch, row_values.clears)
         if cutlass.const_expr(signals is not None and not row_values.clears):
             write_zeros(signals.words, given.stream)
@@ -133,7 +133,7 @@ class RowValues:
 
     @cute.jit
     def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp, stream):
-        padded, heads, batch = rows.minus_delta.shape
+        padded, heads, batch = rows.delta.shape
         mQ = mQ if self.problem.masked else None
         self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals, sequences, of_ramp).launch(
             grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
@@ -144,7 +144,7 @@ class RowValues:
 
     @cute.kernel
     def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp):
-        block, head, batch = _place(cute.ceil_div(rows.minus_delta.shape[0], self.rows * self.steps), rows.minus_delta.shape[1])
+        block, head, batch = _place(cute.ceil_div(rows.delta.shape[0], self.rows * self.steps), rows.delta.shape[1])
         if cutlass.const_expr(self.clears):
             signals.clear(self.words)
         where = head, batch
@@ -207,7 +207,7 @@ class RowValues:
             if cutlass.const_expr(self.problem.masked):
                 lse, delta = self._marked(span.rows(mQ, head), row, total, lse, delta, signals)
         rows.lse_raw[padded, head, batch] = lse
-        rows.minus_delta[padded, head, batch] = -delta
+        rows.delta[padded, head, batch] = delta
 
     @cute.jit
     def _marked(self, mQ: cute.Tensor, row, total, lse, delta, signals: Signals):

@@ -122,10 +122,10 @@ class Values:
 class Rows:
     """What the backward pass needs of each query row, both float32, ``(rows, heads, batch)``, rows padded to a multiple of
     every tile: the log-sum-exp in the units of a raw score (+∞ for a row that sees no key or does not exist, so that it weighs
-    nothing) and −delta = dLSE − Σ dO ∘ O."""
+    nothing) and delta = Σ dO ∘ O − dLSE."""
 
     lse_raw: cute.Tensor
-    minus_delta: cute.Tensor
+    delta: cute.Tensor
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class BlockShared:
     do: cute.Tensor
     ds: cute.Tensor
     lse: cute.Tensor
-    minus_delta: cute.Tensor
+    delta: cute.Tensor
     hidden: cute.Tensor | None  # (tile_n): keys that ``guard.py`` hides
 
 
@@ -180,11 +180,11 @@ class Backward:
             return smem.allocate_tensor(Float32, cute.make_layout(shape), 16)
 
         k, v, q, do, ds = (tensor(name) for name in ("K", "V", "Q", "dO", "dS"))
-        lse, minus_delta = (floats(config.tile_m, config.stages) for _ in range(2))
+        lse, delta = (floats(config.tile_m, config.stages) for _ in range(2))
         hidden = None
         if cutlass.const_expr(self.problem.masked):
             hidden = smem.allocate_tensor(cutlass.Int8, cute.make_layout(config.tile_n), 16)
-        return BlockShared(k, v, q, do, ds, lse, minus_delta, hidden)
+        return BlockShared(k, v, q, do, ds, lse, delta, hidden)
 
     def _operands(self, me: Block) -> BackwardOperands:
         s, config = me.shared, self.config
@@ -329,7 +329,7 @@ class Backward:
             cute.nvgpu.cpasync.CopyG2SOp(cache_mode=cute.nvgpu.cpasync.LoadCacheMode.GLOBAL), Float32, num_bits_per_copy=128
         )
         for n in cutlass.range_constexpr(2):
-            m, s = ((me.rows.lse_raw, me.shared.lse), (me.rows.minus_delta, me.shared.minus_delta))[n]
+            m, s = ((me.rows.lse_raw, me.shared.lse), (me.rows.delta, me.shared.delta))[n]
             if cutlass.const_expr(n == 0 or self.needs_ds):
                 place = me.thread - n * vectors
                 if (place >= 0) & (place < vectors):
@@ -403,8 +403,8 @@ class Backward:
                 self._share("P", me, P, me.shared.ds[None, None, p_slot], part)
             self._own_queries(dV, me.acc_dV, P, x.tVrdO, slot, part)
         if cutlass.const_expr(self.needs_ds):
-            minus_delta = self._of_columns(me, me.shared.minus_delta[None, slot], part)
-            scores.gradients(acc_S, acc_dP, minus_delta, lse_raw, origin, kept)
+            delta = self._of_columns(me, me.shared.delta[None, slot], part)
+            scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             if cutlass.const_expr(self.needs_q or self.shares_p):
                 self._share("dS", me, acc_S, me.shared.ds[None, None, ds_slot], part)
             if cutlass.const_expr(self.needs_k):

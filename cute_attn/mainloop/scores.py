@@ -197,33 +197,19 @@ class Scores:
             _probabilities(scores, lse_raw, scale_log2)
         return acc
 
-    def less_delta(self, acc_dP: cute.Tensor, minus_delta: cute.Tensor) -> cute.Tensor | None:
-        """An accumulator to which dP's products are to be added, with −delta of each query: what is asked for while scores are
-        computed need not be taken off when dP is there, and all wait for dS. None where dropout leaves some of dP out first."""
-        if self.problem.dropout:
-            return None
-        dP = rows_columns(acc_dP)
-        for c, of_query in self._by_query(dP, minus_delta):
-            for r in range(cute.size(dP, mode=[0])):
-                dP[r, c], dP[r, c + 1] = of_query(r, 0), of_query(r, 1)
-        return acc_dP
-
     def gradients(
-        self, acc: cute.Tensor, acc_dP: cute.Tensor, minus_delta=None, lse_raw=None, origin=None, kept: Kept | None = None
+        self, acc: cute.Tensor, acc_dP: cute.Tensor, delta: cute.Tensor, lse_raw=None, origin=None, kept: Kept | None = None
     ):
-        """An accumulator's P (∘ the slopes) to dS = P ∘ (dP − delta) in place, with the −delta of each query, unless dP was
-        added to it (:meth:`less_delta`); and what captured tensors get of it. ``lse_raw``, ``origin`` and ``kept`` are those of
-        :meth:`probabilities`."""
+        """An accumulator's P (∘ the slopes) to dS = P ∘ (dP − delta) in place, with the delta of each query; and what captured
+        tensors get of it. ``lse_raw``, ``origin`` and ``kept`` are those of :meth:`probabilities`."""
         P, dP = rows_columns(acc), rows_columns(acc_dP)
         if self.problem.dropout or self.problem.expression.partials:
-            self._changed_gradients(P, dP, minus_delta, lse_raw, origin, kept)
-        elif minus_delta is None:
-            acc.store(acc.load() * acc_dP.load())
+            self._changed_gradients(P, dP, delta, lse_raw, origin, kept)
         elif self.transposed:
-            _gradients(P, dP, minus_delta)
+            _gradients(P, dP, delta)
         else:
-            for r in range(cute.size(minus_delta)):
-                P[r, None].store(P[r, None].load() * (dP[r, None].load() + minus_delta[r]))
+            for r in range(cute.size(delta)):
+                P[r, None].store(P[r, None].load() * (dP[r, None].load() - delta[r]))
 
     def kept(self, origin) -> Kept:
         """Which of a thread's probabilities dropout keeps in the tile at ``origin``, whose first query is a multiple of 16, and
@@ -434,26 +420,23 @@ class Scores:
             slopes = slope if slopes is None else slopes * slope
         return P, slopes
 
-    def _changed_gradients(self, P: cute.Tensor, dP: cute.Tensor, minus_delta, lse_raw, origin, kept: Kept | None):
+    def _changed_gradients(self, P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor, lse_raw, origin, kept: Kept | None):
         """``P``, which may be scores, to dS in place, and the gradients of captured tensors."""
         natural, elements, captured = self.values.scale_log2 * LN_2, None, None
         if self.problem.expression.partials:
             elements = self._elements(origin)
             captured = CapturedGradients(elements, self.values, self.where.zero, whole=not self.problem.ragged)
-        of_queries = [x for x, needed in ((minus_delta, minus_delta is not None), (lse_raw, self._takes_scores)) if needed]
-        for c, *by_query in self._by_query(P, *of_queries):
+        for c, of_query, *lse in self._by_query(P, delta, *([lse_raw] if self._takes_scores else [])):
             for i in range(2):
                 for r in range(cute.size(P, mode=[0])):
                     given, slopes, score = P[r, c + i], None, None
                     if self._takes_scores:
                         score = _select(given > HIDDEN, given * natural, Float32(0.0))
-                        given, slopes = self._probability(elements, given, by_query[-1](r, i), r, c + i)
+                        given, slopes = self._probability(elements, given, lse[0](r, i), r, c + i)
                     of_P = dP[r, c + i]
                     if kept is not None:
                         of_P = kept.of(of_P, r, c + i) * kept.scale
-                    if minus_delta is not None:
-                        of_P = of_P + by_query[0](r, i)
-                    dS = given * of_P
+                    dS = given * (of_P - of_query(r, i))
                     if captured is not None:
                         captured.add(r, c + i, dS, score)
                     P[r, c + i] = dS if slopes is None else dS * slopes
@@ -718,12 +701,12 @@ def _capped_probabilities(t: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Floa
             cute.make_tensor(place, P.layout).store(P.load().to(rounded.element_type))
 
 
-def _gradients(P: cute.Tensor, dP: cute.Tensor, minus_delta: cute.Tensor):
-    """P (keys, queries) to dS in place, with the −delta of each query in shared memory."""
-    for c, of_query in _pairs(minus_delta):
+def _gradients(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor):
+    """P (keys, queries) to dS in place, with the delta of each query in shared memory."""
+    for c, of_query in _pairs(delta):
         for r in range(cute.size(P, mode=[0])):
             for i in range(2):
-                P[r, c + i] = P[r, c + i] * (dP[r, c + i] + of_query[i])
+                P[r, c + i] = P[r, c + i] * (dP[r, c + i] - of_query[i])
 
 
 def _probabilities_by_row(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, softcap: bool):

@@ -72,7 +72,7 @@ class BackwardShared:
     ds: cute.Tensor
     dq: cute.Tensor
     lse: cute.Tensor
-    minus_delta: cute.Tensor
+    delta: cute.Tensor
     hidden: cute.Tensor | None
     dk: cute.Tensor | None  # None where it lies over dQ
     dv: cute.Tensor
@@ -259,7 +259,7 @@ class Backward(KeyBlocks):
             *(k, v, q, do, ds),
             dq=smem.allocate_tensor(Float32, cute_layout(lay.sums(config)), lay.SMEM_ALIGN),
             lse=self.floats(smem, config.tile_m, config.stages),
-            minus_delta=self.floats(smem, config.tile_m, config.stages),
+            delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
             dk=dk,
             dv=self.over("dV", ds),
@@ -496,9 +496,7 @@ class Backward(KeyBlocks):
         ramp = known_here(scores.ramp_of_rows((key_first, m_block * config.tile_m)))
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_ds):
-            minus_delta = of_columns(mma_S, me.thread, shared.minus_delta[None, stage])
-            started = scores.less_delta(self.registers("dP", config.tile_m), minus_delta)
-            acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage], started, frag.rV)
+            acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage], rA=frag.rV)
             flight.issued("dP")
         kept = hidden = None
         if cutlass.const_expr(self.problem.dropout):
@@ -522,7 +520,8 @@ class Backward(KeyBlocks):
             flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
-            scores.gradients(acc_S, acc_dP, minus_delta if started is None else None, lse_raw, origin, kept)
+            delta = of_columns(mma_S, me.thread, shared.delta[None, stage])
+            scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])

@@ -414,7 +414,7 @@ class KeyBlocks(Kernel):
         """One warp: V, and dO with the rows' delta."""
         keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
         careful = None if plain is None else (plain.do, rows.lse_raw, care)
-        self.copy_tiles(keys, queries, (rows.minus_delta, shared.minus_delta), careful, values, where, done)
+        self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, where, done)
 
     @cute.jit
     def copy_tiles(self, keys, queries, row_values, careful, values: Values, where, done, entries=None):

@@ -57,7 +57,7 @@ class KeyShared:
     do: cute.Tensor
     p: cute.Tensor
     lse: cute.Tensor
-    minus_delta: cute.Tensor
+    delta: cute.Tensor
     hidden: cute.Tensor | None
     work: cute.Tensor
     entries = None  # of lists come from global memory: nobody here acquires
@@ -131,7 +131,7 @@ class KeyGradients(KeyBlocks):
             *(self.tensor(smem, name) for name in ("K", "V", "Q", "dO")),
             p=smem.allocate_tensor(self.element, cute_layout(lay.handed_over(config)), 128),
             lse=self.floats(smem, config.tile_m, config.stages),
-            minus_delta=self.floats(smem, config.tile_m, config.stages),
+            delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, config.tile_n),
             work=WorkQueue.slots_in(smem),
         )
@@ -311,10 +311,7 @@ class KeyGradients(KeyBlocks):
         thread, dP = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("dP", self.config)
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_k):
-            scores = Scores(None, values, self.problem, transposed=True)  # which lie nowhere
-            minus_delta = of_columns(dP, thread, shared.minus_delta[None, state.index])
-            started = scores.less_delta(self.registers("dP", self.config.tile_m), minus_delta)
-            acc_dP = self.scores("dP", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index], started, frag.rA)
+            acc_dP = self.scores("dP", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index], rA=frag.rA)
         if cutlass.const_expr(follows):
             self._multiply("dK", frag, frag.held, pipes.do, self.stage_before(state))
         if cutlass.const_expr(self.needs_k):
@@ -327,7 +324,8 @@ class KeyGradients(KeyBlocks):
             pipes.v.consumer_release(k_state)
         if cutlass.const_expr(self.needs_k):
             P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
-            scores.gradients(P, acc_dP, minus_delta if started is None else None, kept=kept)
+            delta = of_columns(dP, thread, shared.delta[None, state.index])
+            Scores(None, values, self.problem, transposed=True).gradients(P, acc_dP, delta, kept=kept)  # which lie nowhere
         if cutlass.const_expr(follows):
             self._multiplied(pipes.q, self.stage_before(state))
         pipes.q.consumer_wait(state)

@@ -233,8 +233,8 @@ class QueryGradients(Kernel):
         block = work.block * self.warpgroups + w
         row_first = block * self.lay.ROWS_PER_WARPGROUP
         acc_dQ = self.accumulator("dQ", self.config.tile_d)
-        by_row = (work.q.padded_row_values(m, work.head) for m in (rows.lse_raw, rows.minus_delta))
-        lse_raw, minus_delta = (self._of_rows(m, cS, row_first) for m in by_row)
+        by_row = (work.q.padded_row_values(m, work.head) for m in (rows.lse_raw, rows.delta))
+        lse_raw, delta = (self._of_rows(m, cS, row_first) for m in by_row)
         q_state = pipeline.PipelineState(self.warpgroups, Int32(0), w, Int32(done[0] % 2))
         if cutlass.const_expr(self.skips_unseen):
             keys, skipped = keys.of_rows(values, self.problem, row_first, self.lay.ROWS_PER_WARPGROUP, self.block)
@@ -250,8 +250,7 @@ class QueryGradients(Kernel):
             if i > 0:
                 pipes.k.consumer_release(self.stage_before(k_state))
             pipes.v.consumer_wait(v_state)
-            started = scores.less_delta(self.registers("qdP", self.config.tile_n), minus_delta)
-            acc_dP = self.scores("qdP", self.config.tile_n, tPrdO, tPrV[None, None, None, v_state.index], started)
+            acc_dP = self.scores("qdP", self.config.tile_n, tPrdO, tPrV[None, None, None, v_state.index])
             kept = None
             if cutlass.const_expr(self.problem.dropout):
                 kept = scores.kept((row_first, keys.first_key(n, self.config.tile_n)))
@@ -268,7 +267,7 @@ class QueryGradients(Kernel):
             pipes.v.consumer_release(v_state)
             if i + 1 == keys.count:
                 pipes.do.consumer_release(q_state)
-            scores.gradients(acc_S, acc_dP, minus_delta if started is None else None, lse_raw, origin, kept)
+            scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             rdS = rounded_operand(acc_S, self.element)
             mma, tB = self.lay.tiled_mma("dQ", self.config), tQrK[None, None, None, k_state.index]
             self.gemm(mma, acc_dQ, rdS, tB, accumulate=True)
