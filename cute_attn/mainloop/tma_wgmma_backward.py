@@ -118,6 +118,7 @@ class Backward(KeyBlocks):
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.early_dv = config.tile_m // 32
+        self.late_dk = config.tile_m // 32
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
@@ -534,14 +535,22 @@ class Backward(KeyBlocks):
                 self._meet()
                 self._dq(frag, slot)
                 flight.issued("dQ")
+            late = self.late_dk if self.needs_q else 0
             if cutlass.const_expr(self.needs_k):
-                self.gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
-                flight.issued("dK")
+                mma_K, tKrQ = lay.tiled_mma("dK", config), frag.tKrQ[None, None, None, stage]
+                self.gemm(mma_K, frag.acc_dK, rdS, tKrQ, accumulate=True, steps=range(steps - late))
+                flight.issued("some of dK")
         flight.wait("dV")
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
         if cutlass.const_expr(self.needs_q):
             flight.wait("dQ")
-            self._hand_over_dq(me, frag, shared, state.count)
+            self._store_dq(me, frag, shared, state.count)
+        if cutlass.const_expr(self.needs_ds and self.needs_k):
+            if cutlass.const_expr(late > 0):
+                self.gemm(mma_K, frag.acc_dK, rdS, tKrQ, accumulate=True, steps=range(steps - late, steps))
+            flight.issued("dK")
+        if cutlass.const_expr(self.needs_q):
+            self._hand_over_dq(me, state.count)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
             self.release_rows(pipes.q, state, met=self.needs_q)
@@ -571,11 +580,15 @@ class Backward(KeyBlocks):
         cute.nvgpu.warpgroup.commit_group()
 
     @cute.jit
-    def _hand_over_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, step):
-        """This warpgroup's piece of dQ to shared memory, in the order of its registers, for the warp that adds it."""
+    def _store_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, step):
+        """This warpgroup's piece of dQ to shared memory, in the order of its registers."""
         sdQ = self._empty_dq(me, shared, step)
         into = cute.make_tensor(sdQ.iterator + sdQ.stride[0] * me.thread, cute.select(sdQ.layout, mode=[1]))
         cute.autovec_copy(cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout(into.shape)), into)
+
+    @cute.jit
+    def _hand_over_dq(self, me: BackwardWorker, step):
+        """It, to the warp that adds it."""
         cute.arch.fence_view_async_shared()
         barrier = self.full_barrier + ADDERS * me.warpgroup + step % ADDERS
         cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
