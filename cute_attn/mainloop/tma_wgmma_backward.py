@@ -543,11 +543,12 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.needs_q):
             flight.wait("dQ")
             self._store_dq(me, frag, shared, state.count)
-            self._hand_over_dq(me, state.count)
         if cutlass.const_expr(self.needs_ds and self.needs_k):
             if cutlass.const_expr(late > 0):
                 self.gemm(mma_K, frag.acc_dK, rdS, tKrQ, accumulate=True, steps=range(steps - late, steps))
             flight.issued("dK")
+        if cutlass.const_expr(self.needs_q):
+            self._hand_over_dq(me, state.count)
         flight.wait("dV")
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
         if cutlass.const_expr(not config.overlap_tiles):
