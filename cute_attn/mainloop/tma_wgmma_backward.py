@@ -117,7 +117,7 @@ class Backward(KeyBlocks):
         super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
-        self.early_dv = config.tile_m // 32
+        self.early_dv = -(-config.tile_m // 32)
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
@@ -525,20 +525,13 @@ class Backward(KeyBlocks):
             rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
-        late = steps
-        if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
-            late = steps - self.early_dv if self.needs_q else steps
-            if cutlass.const_expr(early < late):
-                self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, late))
-                flight.issued("more of dV")
         if cutlass.const_expr(self.needs_q):
             cute.arch.fence_view_async_shared()
             self._meet()
             self._dq(frag, slot)
             flight.issued("dQ")
         if cutlass.const_expr(self.needs_v):  # runs while dQ is stored
-            if cutlass.const_expr(late < steps):
-                self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(late, steps))
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps))
             flight.issued("dV")
         if cutlass.const_expr(self.needs_q):
             flight.wait("dQ")
