@@ -117,7 +117,8 @@ class Backward(KeyBlocks):
         super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
-        self.early_dv = -(-config.tile_m // 32)
+        self.early_dv = config.tile_m // 32
+        self.late_dk = config.tile_m // 32
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
@@ -525,19 +526,26 @@ class Backward(KeyBlocks):
             rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
-        if cutlass.const_expr(self.needs_q):
-            cute.arch.fence_view_async_shared()
-            self._meet()
-            self._dq(frag, slot)
-            flight.issued("dQ")
-        if cutlass.const_expr(self.needs_v):  # runs while dQ is stored
+        if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
             self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps))
             flight.issued("dV")
+        if cutlass.const_expr(self.needs_ds):
+            if cutlass.const_expr(self.needs_q):
+                cute.arch.fence_view_async_shared()
+                self._meet()
+                self._dq(frag, slot)
+                flight.issued("dQ")
+            late = self.late_dk if self.needs_q else 0
+            if cutlass.const_expr(self.needs_k):
+                mma_K, tKrQ = lay.tiled_mma("dK", config), frag.tKrQ[None, None, None, stage]
+                self.gemm(mma_K, frag.acc_dK, rdS, tKrQ, accumulate=True, steps=range(steps - late))
+                flight.issued("some of dK")
         if cutlass.const_expr(self.needs_q):
             flight.wait("dQ")
             self._store_dq(me, frag, shared, state.count)
         if cutlass.const_expr(self.needs_ds and self.needs_k):
-            self.gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
+            if cutlass.const_expr(late > 0):
+                self.gemm(mma_K, frag.acc_dK, rdS, tKrQ, accumulate=True, steps=range(steps - late, steps))
             flight.issued("dK")
         if cutlass.const_expr(self.needs_q):
             self._hand_over_dq(me, state.count)
