@@ -118,7 +118,7 @@ class Backward(KeyBlocks):
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
         self.early_dv = config.tile_m // 32
-        self.late_dk = config.tile_m // 32
+        self.late_dk = config.tile_m // 32 if self.needs_q else 0
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
@@ -535,19 +535,17 @@ class Backward(KeyBlocks):
                 self._meet()
                 self._dq(frag, slot)
                 flight.issued("dQ")
-            late = self.late_dk if self.needs_q else 0
+            dK = partial(self.gemm, lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], True)
+            late = self.late_dk
             if cutlass.const_expr(self.needs_k):
-                mma_K, tKrQ = lay.tiled_mma("dK", config), frag.tKrQ[None, None, None, stage]
-                self.gemm(mma_K, frag.acc_dK, rdS, tKrQ, accumulate=True, steps=range(steps - late))
-                flight.issued("some of dK")
+                dK(range(steps - late))
+                flight.issued("some of dK" if late else "dK")
         if cutlass.const_expr(self.needs_q):
             flight.wait("dQ")
             self._store_dq(me, frag, shared, state.count)
-        if cutlass.const_expr(self.needs_ds and self.needs_k):
-            if cutlass.const_expr(late > 0):
-                self.gemm(mma_K, frag.acc_dK, rdS, tKrQ, accumulate=True, steps=range(steps - late, steps))
-            flight.issued("dK")
-        if cutlass.const_expr(self.needs_q):
+            if cutlass.const_expr(self.needs_k):
+                dK(range(steps - late, steps))
+                flight.issued("dK")
             self._hand_over_dq(me, state.count)
         flight.wait("dV")
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
