@@ -532,10 +532,8 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.needs_ds):
             if cutlass.const_expr(self.needs_q):
                 cute.arch.fence_view_async_shared()
-                cute.arch.barrier(barrier_id=self.epilogue_barrier + me.warpgroup, number_of_threads=WARPGROUP)
-                self._dq(frag, slot, me.warpgroup)
-            if cutlass.const_expr(self.needs_q):
-                flight.issued("some of dQ")
+                self._meet()
+                self._dq(frag, slot)
                 flight.issued("dQ")
             dK = partial(self.gemm, lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], True)
             late = self.late_dk
@@ -564,18 +562,13 @@ class Backward(KeyBlocks):
         cute.copy(copy, copy.retile(rdS), copy.partition_D(sdS))
 
     @cute.jit
-    def _dq(self, frag: BackwardFragments, slot, mine):
+    def _dq(self, frag: BackwardFragments, slot):
         """Issue this warpgroup's piece of dQ = dS·K over all of the block's keys."""
         mma = self.lay.tiled_mma("dQ", self.config)
         cute.nvgpu.warpgroup.fence()
         atom = cute.make_mma_atom(mma.op)
         atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, False)
-        for i in cutlass.range_constexpr(self.warpgroups):
-            w = mine ^ i
-            if cutlass.const_expr(i > 0):
-                cute.nvgpu.warpgroup.commit_group()
-                self._meet()
-                cute.nvgpu.warpgroup.fence()
+        for w in cutlass.range_constexpr(self.warpgroups):
             for k in cutlass.range_constexpr(cute.size(frag.tQrK, mode=[2])):
                 a, b = frag.tQrdS[None, None, k, slot + w], frag.tQrK[None, None, k, w]
                 if cutlass.const_expr(self.lay.turned(self.config)):
