@@ -45,6 +45,7 @@ from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
+PARTS = {5: (2, 2), 4: (2, 1), 8: (4, 3)}
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,6 @@ class Backward(KeyBlocks):
         super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
-        self.early_dv = config.tile_m // 32
-        self.late_dk = config.tile_m // 32 if self.needs_q else 0
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
@@ -514,10 +513,10 @@ class Backward(KeyBlocks):
         P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept, ramp)
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
-        tVrdO, steps, early = frag.tVrdO[None, None, None, stage], cute.size(rP, mode=[2]), 0
-        if cutlass.const_expr(self.needs_v and self.needs_ds and self.early_dv > 0):  # runs while dS is taken
-            early = self.early_dv
-            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early))
+        dV = partial(self.gemm, lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], True)
+        early, meanwhile, late = self.parts_of_dv(cute.size(rP, mode=[2]))
+        if cutlass.const_expr(len(early) > 0):  # runs while dS is taken
+            dV(early)
             flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
@@ -526,26 +525,23 @@ class Backward(KeyBlocks):
             rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
-        if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
-            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps))
-            flight.issued("dV")
-        if cutlass.const_expr(self.needs_ds):
-            if cutlass.const_expr(self.needs_q):
-                cute.arch.fence_view_async_shared()
-                self._meet()
-                self._dq(frag, slot)
-                flight.issued("dQ")
-            dK = partial(self.gemm, lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], True)
-            late = self.late_dk
-            if cutlass.const_expr(self.needs_k):
-                dK(range(steps - late))
-                flight.issued("some of dK" if late else "dK")
+        if cutlass.const_expr(len(meanwhile) > 0):  # runs while the warpgroups meet
+            dV(meanwhile)
+            flight.issued("more of dV" if late else "dV")
         if cutlass.const_expr(self.needs_q):
+            cute.arch.fence_view_async_shared()
+            self._meet()
+            self._dq(frag, slot)
+            flight.issued("dQ")
+            if cutlass.const_expr(len(late) > 0):  # runs while dQ is stored
+                dV(late)
+                flight.issued("dV")
             flight.wait("dQ")
             self._store_dq(me, frag, shared, state.count)
-            if cutlass.const_expr(self.needs_k):
-                dK(range(steps - late, steps))
-                flight.issued("dK")
+        if cutlass.const_expr(self.needs_ds and self.needs_k):
+            self.gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
+            flight.issued("dK")
+        if cutlass.const_expr(self.needs_q):
             self._hand_over_dq(me, state.count)
         flight.wait("dV")
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
@@ -554,6 +550,14 @@ class Backward(KeyBlocks):
             self.release_rows(pipes.q, state, met=self.needs_q)
         state.advance()
         return state
+
+    def parts_of_dv(self, steps: int) -> tuple[range, range, range]:
+        """Which steps of dV's product run while dS is taken, while the warpgroups meet, and while dQ is stored: a branch between
+        two products of which the first still runs would have ptxas wait for each."""
+        if not self.needs_v:
+            return range(0), range(0), range(0)
+        early, late = (PARTS[steps] if self.needs_q else (steps // 2, 0)) if self.needs_ds else (0, 0)
+        return range(early), range(early, steps - late), range(steps - late, steps)
 
     @cute.jit
     def _store_ds(self, me: BackwardWorker, rdS: cute.Tensor, sdS: cute.Tensor):
