@@ -45,7 +45,7 @@ from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
-PARTS = {5: (2, 1), 4: (1, 2), 8: (4, 2)}
+PARTS = {5: (1, 2), 4: (1, 1), 8: (3, 3)}
 
 
 @dataclass(frozen=True)
