@@ -45,7 +45,6 @@ from cute_attn.scheduler import Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 ADDERS = 2  # warps from ADD_DQ_WARP on
-PARTS = {5: (1, 2), 4: (1, 1), 8: (3, 3)}
 
 
 @dataclass(frozen=True)
@@ -536,12 +535,15 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(len(late) > 0):  # runs while dQ is stored
                 dV(late)
                 flight.issued("dV")
-            flight.wait("dQ")
-            self._store_dq(me, frag, shared, state.count)
-        if cutlass.const_expr(self.needs_ds and self.needs_k):
+                flight.wait("dQ")
+                self._store_dq(me, frag, shared, state.count)
+        if cutlass.const_expr(self.needs_k):
             self.gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
             flight.issued("dK")
         if cutlass.const_expr(self.needs_q):
+            if cutlass.const_expr(len(late) == 0):
+                flight.wait("dQ")
+                self._store_dq(me, frag, shared, state.count)
             self._hand_over_dq(me, state.count)
         flight.wait("dV")
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
@@ -552,11 +554,11 @@ class Backward(KeyBlocks):
         return state
 
     def parts_of_dv(self, steps: int) -> tuple[range, range, range]:
-        """Which steps of dV's product run while dS is taken, while the warpgroups meet, and while dQ is stored: a branch between
-        two products of which the first still runs would have ptxas wait for each."""
+        """Which steps of dV's product run while dS is taken, while the warpgroups meet, and while dQ is stored."""
         if not self.needs_v:
             return range(0), range(0), range(0)
-        early, late = (PARTS[steps] if self.needs_q else (steps // 2, 0)) if self.needs_ds else (0, 0)
+        early = steps // 2 if self.needs_ds else 0
+        late = (steps + 1) // 3 if self.needs_q else 0
         return range(early), range(early, steps - late), range(steps - late, steps)
 
     @cute.jit
