@@ -6,8 +6,9 @@ A block owns a tile of keys at a time, 64 for each computing warpgroup, and walk
     Sᵀ = K·Qᵀ,   dPᵀ = V·dOᵀ,   dV += Pᵀ·dO,   dK += dSᵀ·Q,   dQ = dS·K
 
 The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the operands that dV and dK take, and only dS goes
-through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, one half of
-dV while dS is taken, the other while it is shared, dK while dQ is handed over and until the next tile's Sᵀ begins.
+through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, a part of dV
+while dS is taken, one while it is shared, one, behind dQ, while dQ is stored, dK while that is handed over and until the next
+tile's Sᵀ begins.
 
 Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
 with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
