@@ -6,9 +6,9 @@ A block owns a tile of keys at a time, 64 for each computing warpgroup, and walk
     Sᵀ = K·Qᵀ,   dPᵀ = V·dOᵀ,   dV += Pᵀ·dO,   dK += dSᵀ·Q,   dQ = dS·K
 
 The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the operands that dV and dK take, and only dS goes
-through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, a part of dV
-while dS is taken, one while it is shared, one, behind dQ, while dQ is stored, dK while that is handed over and until the next
-tile's Sᵀ begins.
+through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, one half of
+dV while dS is taken, the other while it is shared, dK while dQ is handed over and until the next tile's Sᵀ begins. Where
+``late_dv`` says so, a part of dV comes behind dQ: dQ is stored while that runs, and dK while the copy engine reads dQ.
 
 Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
 with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
@@ -118,6 +118,7 @@ class Backward(KeyBlocks):
         super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
+        self.early_dv = config.tile_m // 32
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
@@ -513,10 +514,11 @@ class Backward(KeyBlocks):
         P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept, ramp)
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
-        dV = partial(self.gemm, lay.tiled_mma("dV", config), frag.acc_dV, rP, frag.tVrdO[None, None, None, stage], True)
-        early, meanwhile, late = self.parts_of_dv(cute.size(rP, mode=[2]))
-        if cutlass.const_expr(len(early) > 0):  # runs while dS is taken
-            dV(early)
+        tVrdO, steps, early = frag.tVrdO[None, None, None, stage], cute.size(rP, mode=[2]), 0
+        late = steps * config.late_dv // config.tile_m if self.needs_q and self.needs_v else 0
+        if cutlass.const_expr(self.needs_v and self.needs_ds and self.early_dv > 0):  # runs while dS is taken
+            early = self.early_dv
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early))
             flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
@@ -525,42 +527,36 @@ class Backward(KeyBlocks):
             rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
-        if cutlass.const_expr(len(meanwhile) > 0):  # runs while the warpgroups meet
-            dV(meanwhile)
+        if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps - late))
             flight.issued("more of dV" if late else "dV")
-        if cutlass.const_expr(self.needs_q):
-            cute.arch.fence_view_async_shared()
-            self._meet()
-            self._dq(frag, slot)
-            flight.issued("dQ")
-            if cutlass.const_expr(len(late) > 0):  # runs while dQ is stored
-                dV(late)
-                flight.issued("dV")
-                flight.wait("dQ")
-                self._store_dq(me, frag, shared, state.count)
-        if cutlass.const_expr(self.needs_k):
-            self.gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
-            flight.issued("dK")
-        if cutlass.const_expr(self.needs_q):
-            if cutlass.const_expr(len(late) == 0):
-                flight.wait("dQ")
-                self._store_dq(me, frag, shared, state.count)
+        if cutlass.const_expr(self.needs_ds):
+            if cutlass.const_expr(self.needs_q):
+                cute.arch.fence_view_async_shared()
+                self._meet()
+                self._dq(frag, slot)
+                flight.issued("dQ")
+                if cutlass.const_expr(late > 0):  # runs while dQ is stored
+                    self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, True, range(steps - late, steps))
+                    flight.issued("dV")
+                    flight.wait("dQ")
+                    self._store_dq(me, frag, shared, state.count)
+            if cutlass.const_expr(self.needs_k):
+                self.gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
+                flight.issued("dK")
+        if cutlass.const_expr(late > 0):
             self._hand_over_dq(me, state.count)
         flight.wait("dV")
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
+        if cutlass.const_expr(self.needs_q and late == 0):
+            flight.wait("dQ")
+            self._store_dq(me, frag, shared, state.count)
+            self._hand_over_dq(me, state.count)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
             self.release_rows(pipes.q, state, met=self.needs_q)
         state.advance()
         return state
-
-    def parts_of_dv(self, steps: int) -> tuple[range, range, range]:
-        """Which steps of dV's product run while dS is taken, while the warpgroups meet, and while dQ is stored."""
-        if not self.needs_v:
-            return range(0), range(0), range(0)
-        early = steps // 2 if self.needs_ds else 0
-        late = (steps + 1) // 3 if self.needs_q else 0
-        return range(early), range(early, steps - late), range(steps - late, steps)
 
     @cute.jit
     def _store_ds(self, me: BackwardWorker, rdS: cute.Tensor, sdS: cute.Tensor):
