@@ -196,7 +196,7 @@ def misfit(config: Config) -> str:
         in_registers_misfit(config),
         (
             config.late_dv % MMA_QUERIES > 0 or 2 * config.late_dv > config.tile_m,
-            f"{config.late_dv} queries whose part of dV comes late; a multiple of {MMA_QUERIES}, at most half a tile, is needed: "
+            f"{config.late_dv} queries whose part of dV comes late; a multiple of {MMA_QUERIES} up to half a tile is needed: "
             f"try late_dv={MMA_QUERIES}",
         ),
         (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
