@@ -119,6 +119,7 @@ class Config:
     head_blocks: int = 1  # backward, tma_wgmma: blocks of a cluster share a key tile, each with a part of its query heads
     separate_dk: bool = False  # backward, tma_wgmma: dK has shared memory of its own, and need not wait for dQ's
     dq_stages: int = 1  # and query tiles whose dQ has some on its way to global memory
+    late_dv: int = 0  # queries of a tile whose part of dV's product comes behind dQ's, so that dQ is stored ahead of dK's
     add_width: int = 4  # backward: floats of dQ's sums that a thread hands on at once, so the order in which they lie
     cache: str = ""  # the mainloop of attention to a cache; "" is none
     page_numbers: bool = False  # caches: shared memory holds the numbers of pages that are to be copied

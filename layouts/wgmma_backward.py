@@ -38,6 +38,7 @@ READS = {
     **{"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q"), "dQ": ("dS", "K")},
     **{"rS": ("K", "Q"), "rdP": ("V", "dO")},
 }
+MMA_QUERIES = 16  # that one MMA of dV or dK adds up
 PIECE_ROWS, PIECE_COLUMNS = 64, 16  # of the dQ that a warpgroup computes: so many rows, a multiple of so many columns
 ACCUMULATOR_BYTES = 4
 HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of its query heads; the plan chooses
@@ -193,6 +194,11 @@ def misfit(config: Config) -> str:
             f"{config.dq_stages} stages of dQ, which {len(WARPS['dQ'])} warps add in turns: try dq_stages=1",
         ),
         in_registers_misfit(config),
+        (
+            config.late_dv % MMA_QUERIES > 0 or 2 * config.late_dv > config.tile_m,
+            f"{config.late_dv} queries whose part of dV comes late; a multiple of {MMA_QUERIES} up to half a tile is needed: "
+            f"try late_dv={MMA_QUERIES}",
+        ),
         (config.stages < least, f"{config.stages} stages; {least} at least are needed: try stages={least}"),
         (
             config.head_blocks > 1 and min(room.values()) < 0,

@@ -7,7 +7,8 @@ A block owns a tile of keys at a time, 64 for each computing warpgroup, and walk
 
 The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the operands that dV and dK take, and only dS goes
 through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, one half of
-dV while dS is taken, the other while it is shared, dK while dQ is handed over and until the next tile's Sᵀ begins.
+dV while dS is taken, the other while it is shared, dK while dQ is handed over and until the next tile's Sᵀ begins. Where
+``late_dv`` says so, a part of dV comes behind dQ: dQ is stored while that runs, and dK while the copy engine reads dQ.
 
 Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
 with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
@@ -514,6 +515,7 @@ class Backward(KeyBlocks):
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
         tVrdO, steps, early = frag.tVrdO[None, None, None, stage], cute.size(rP, mode=[2]), 0
+        late = steps * config.late_dv // config.tile_m if self.needs_q and self.needs_v else 0
         if cutlass.const_expr(self.needs_v and self.needs_ds and self.early_dv > 0):  # runs while dS is taken
             early = self.early_dv
             self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early))
@@ -526,22 +528,30 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
         if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
-            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps))
-            flight.issued("dV")
+            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps - late))
+            flight.issued("more of dV" if late else "dV")
         if cutlass.const_expr(self.needs_ds):
             if cutlass.const_expr(self.needs_q):
                 cute.arch.fence_view_async_shared()
                 self._meet()
                 self._dq(frag, slot)
                 flight.issued("dQ")
+                if cutlass.const_expr(late > 0):  # runs while dQ is stored
+                    self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, True, range(steps - late, steps))
+                    flight.issued("dV")
+                    flight.wait("dQ")
+                    self._store_dq(me, frag, shared, state.count)
             if cutlass.const_expr(self.needs_k):
                 self.gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
                 flight.issued("dK")
+        if cutlass.const_expr(late > 0):
+            self._hand_over_dq(me, state.count)
         flight.wait("dV")
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
-        if cutlass.const_expr(self.needs_q):
+        if cutlass.const_expr(self.needs_q and late == 0):
             flight.wait("dQ")
-            self._hand_over_dq(me, frag, shared, state.count)
+            self._store_dq(me, frag, shared, state.count)
+            self._hand_over_dq(me, state.count)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
             self.release_rows(pipes.q, state, met=self.needs_q)
@@ -571,11 +581,15 @@ class Backward(KeyBlocks):
         cute.nvgpu.warpgroup.commit_group()
 
     @cute.jit
-    def _hand_over_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, step):
-        """This warpgroup's piece of dQ to shared memory, in the order of its registers, for the warp that adds it."""
+    def _store_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, step):
+        """This warpgroup's piece of dQ to shared memory, in the order of its registers."""
         sdQ = self._empty_dq(me, shared, step)
         into = cute.make_tensor(sdQ.iterator + sdQ.stride[0] * me.thread, cute.select(sdQ.layout, mode=[1]))
         cute.autovec_copy(cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout(into.shape)), into)
+
+    @cute.jit
+    def _hand_over_dq(self, me: BackwardWorker, step):
+        """It, to the warp that adds it."""
         cute.arch.fence_view_async_shared()
         barrier = self.full_barrier + ADDERS * me.warpgroup + step % ADDERS
         cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)

@@ -219,7 +219,7 @@ def _one_kernel(config: Config) -> Walk:
     """``tma_wgmma_backward``."""
     lay, n = family(config), config.stages
     groups = f"{lay.warpgroups(config)} warpgroups"
-    late = config.overlap_tiles
+    late, behind = config.overlap_tiles, config.late_dv > 0
     adders = lay.WARPS["dQ"]
     lanes: Lanes = _kept_until_next("KV", config)
     lanes |= _ring("Q", config, n, n, lingers=late) | _ring("dO", config, n, n)
@@ -262,9 +262,19 @@ def _one_kernel(config: Config) -> Walk:
                 "wait for S" + ", which frees\nthe Q before" * late,
             ),
             (product("dP", config), SOFTMAX),
-            (_sum("dV", config), f"{DIFFERENCES};\nstored; all meet"),
-            (product("dQ", config), "wait for dV, which frees\ndO, and for dQ"),
-            (_sum("dK", config) + ",\nuntil the next S is there" * late, "dQ to shared memory"),
+            (_sum("dV", config) + ",\nmost of it" * behind, f"{DIFFERENCES};\nstored; all meet"),
+            *(
+                [
+                    (product("dQ", config), "wait for dQ"),
+                    ("the rest of dV", "dQ to shared memory"),
+                    (_sum("dK", config), "dQ handed over; wait\nfor dV, which frees dO"),
+                ]
+                if behind
+                else [
+                    (product("dQ", config), "wait for dV, which frees\ndO, and for dQ"),
+                    (_sum("dK", config) + ",\nuntil the next S is there" * late, "dQ to shared memory"),
+                ]
+            ),
         ],
         [
             "A step is one tile of queries; steps are not drawn to scale. With Q comes the rows' LSE, with dO their delta.",

@@ -295,6 +295,15 @@ def test_clusters_where_blocks_share_a_key_tile(case: Case, kernels: Kernels):
         assert (code.count("UCGABAR_WAIT") > 0) == (case.head_blocks > 1)
 
 
+@machine_code.each([case for case in CASES if case.config.backward == "tma_wgmma_backward"], in_every_run)
+def test_products_are_not_serialised(case: Case, kernels: Kernels):
+    """Where ptxas can't prove that registers are left alone while products run, it waits after each of them: so where a branch
+    comes between two products of which the first still runs."""
+    (code,) = kernels.own.values()
+    waits = sum(count for name, count in code.instructions.items() if name.startswith("WARPGROUP.DEPBAR"))
+    assert 0 < waits < code.hgmma / 2
+
+
 @machine_code.each([case for case in CASES if case.config.backward == "tma_wgmma_wide"], in_every_run)
 def test_operands_in_registers(case: Case, kernels: Kernels):
     """Columns of K and V are loaded once a tile, 16 at a time, and registers are enough for them: else ptxas waits after each

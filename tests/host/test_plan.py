@@ -130,6 +130,7 @@ MISFITS = [  # (problem, mechanism, what is changed, what is said)
     (NARROW, "tma_wgmma", THREE, "3 warpgroups for a 64×64 dQ, 64 rows and a multiple"),
     (BACKWARD, "tma_wgmma", {"tile_m": 32, "separate_dk": False}, "32 queries a tile, whose dQ has no room for 128 rows of dK"),
     (NARROW, "tma_wgmma", {"tile_m": 64, "dq_stages": 3}, "3 stages of dQ, which 2 warps"),
+    (BACKWARD, "tma_wgmma", {"late_dv": 24}, "24 queries whose part of dV comes late"),
     (BACKWARD, "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
     (NARROW, "tma_wgmma", {"tile_m": 64, "tile_dv": 192}, "dV is 192 columns wide"),
     (replace(BACKWARD, head_dim=256), "tma_wgmma", {"stages": 1}, "1 stages; 2 at least are needed"),
