@@ -127,7 +127,7 @@ class Backward(KeyBlocks):
         self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
-        self.queries_first = self.leaves_results and not (problem.ragged or problem.blocks)
+        self.queries_first = self.persistent and (config.separate_dk or problem.masked) and not problem.blocks
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
