@@ -227,15 +227,17 @@ class Backward(KeyBlocks):
                 lead(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)))
             if warp == COPY_V_DO_WARP:
                 each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
+            if cutlass.const_expr(self.needs_q):
+                if warp >= ADD_DQ_WARP:
+                    for stage in cutlass.range_constexpr(self.config.dq_stages):
+                        if warp == ADD_DQ_WARP + stage:
+                            self._offer(stage)
             for adder, own in enumerate(unused):
                 if cutlass.const_expr(own is not None):
                     if warp == ADD_DQ_WARP + adder:
                         own.begin()
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    for stage in cutlass.range_constexpr(self.config.dq_stages):
-                        if warp == ADD_DQ_WARP + stage:
-                            self._offer(stage)
                     each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused)))
             for adder, own in enumerate(unused):
                 if cutlass.const_expr(own is not None):
@@ -344,7 +346,6 @@ class Backward(KeyBlocks):
                             if mine == adder:
                                 own.between()
                 step += 1
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor, stage):
         """One thread: a tile's dQ to global memory by the copy engine, until it has been read."""
