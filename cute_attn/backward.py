@@ -121,7 +121,7 @@ class RowValues:
         self.threads_per_row = 4
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
-        self.at_once = 1 if problem.ragged else 2  # rows of a thread
+        self.at_once = 2  # rows of a thread
         self.queries_at_once = config.step_m or config.tile_m  # whose scores the mainloop takes
         self.apart = math.gcd(self.THREADS // self.threads_per_row, row_padding(config) // self.at_once)
         self.threads = self.apart * self.threads_per_row
