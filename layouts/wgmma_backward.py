@@ -44,7 +44,7 @@ HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of
 FIRST_STORES = True  # of the key tiles that add to a query tile's dQ, the first to come stores: its memory needs no zeros
 CLEARS_QUERIES = True  # of queries that aren't in use dQ's zeros are written while others are computed
 UNUSED_FIELDS = 8  # int32 that say where a block is among the rows that it clears
-ZERO_BYTES = 1024  # of zeros that the copy engine stores there
+ZERO_BYTES = 1536, 1280  # of zeros that the copy engine stores there; where dQ is turned
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 
@@ -103,6 +103,11 @@ def turned(config: Config) -> bool:
     return config.tile_m % PIECE_ROWS > 0
 
 
+def zero_bytes(config: Config) -> int:
+    """Zeros in shared memory for rows that aren't in use: as many as there is room for, since each copy costs the same."""
+    return ZERO_BYTES[turned(config)]
+
+
 def pieces(config: Config) -> list[tuple[int, int]]:
     """(row, column) within a query tile where each warpgroup's piece of dQ begins."""
     rows, columns = piece_shape(config)
@@ -150,7 +155,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "hidden": config.tile_n,  # keys, a byte each
         "entries": config.stages * 4,  # of lists
         "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES),
-        "unused": len(WARPS["dQ"]) * 4 * UNUSED_FIELDS + ZERO_BYTES,  # rows of ragged sequences
+        "unused": len(WARPS["dQ"]) * 4 * UNUSED_FIELDS + zero_bytes(config),  # rows of ragged sequences
     }
 
 

@@ -127,7 +127,10 @@ class Backward(KeyBlocks):
         self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
-        self.queries_first = self.persistent and (config.separate_dk or problem.masked) and not problem.blocks
+        self.queries_first = self.leaves_results and not problem.blocks
+        # Of ragged tiles that is so where all cost the same, or are long: others are looked for when there is no time for it.
+        if problem.ragged:
+            self.queries_first = self.persistent and config.separate_dk != problem.masked
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -276,14 +279,14 @@ class Backward(KeyBlocks):
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * ADDERS + warps),
         )
         unused = smem.allocate_tensor(Int32, cute.make_layout((lay.UNUSED_FIELDS, ADDERS)), 16)
-        zeros = smem.allocate_tensor(Int32, cute.make_layout(lay.ZERO_BYTES // 4), 16)
+        zeros = smem.allocate_tensor(Int32, cute.make_layout(lay.zero_bytes(config) // 4), 16)
         entries = smem.allocate_tensor(Int32, cute.make_layout(config.stages), 4)
         if self.problem.blocks:
             shared = replace(shared, entries=entries)
         if self.problem.ragged:
             shared = replace(shared, unused=unused, zeros=zeros)
-            for i in range(0, cute.size(zeros), WARPGROUP):  # every warpgroup all of them: it is once a block
-                zeros[i + cute.arch.thread_idx()[0] % WARPGROUP] = Int32(0)
+            for i in range(0, cute.size(zeros), config.threads):
+                zeros[cutlass.min(i + cute.arch.thread_idx()[0], cute.size(zeros) - 1)] = Int32(0)
             cute.arch.fence_view_async_shared()
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
