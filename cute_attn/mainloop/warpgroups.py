@@ -475,7 +475,7 @@ class KeyBlocks(Kernel):
         """The tiles that are ``visited``; behind the first, what is to be copied ``later``."""
         (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         copy = partial(self._copy_query, q, q_pipe, sRow)
-        ahead = later is not None and self.skips_unseen  # in the loop, what comes later would take registers of the search for tiles
+        ahead = later is not None and self.skips_unseen  # in the loop it would take registers of the search for tiles
         if cutlass.const_expr(ahead):
             if visited.count > 0:
                 copy(self._queries_of(q, sQ, mRow, work, work.head), visited.tile(0, 0, self.problem)[0], state)
