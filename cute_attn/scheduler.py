@@ -125,7 +125,7 @@ class Tiles:
     sequences: Sequences | None = None  # ragged ones: m_blocks is of them all then, and batch is 1
     tile: cutlass.Constexpr[int] = 0  # rows of a tile
     of_k: cutlass.Constexpr[bool] = False  # tiles of keys
-    small: tuple[Int32, Int32] | None = None  # of ragged sequences, if groups are small: tiles of one, and heads at most
+    small: Int32 | None = None  # of ragged sequences, if groups are small: how many blocks the GPU holds
     tickets: Tickets | None = None  # of tiles whose costs are unequal, and known on the device only
     in_turn: cute.Tensor | None = None  # (batch, heads, tiles): which of a head's is taken when, where lists say so
     both_ways: cutlass.Constexpr[bool] = False  # whether all groups but the last take the short tiles first
@@ -147,14 +147,9 @@ class Tiles:
 
     def in_small_groups(self, blocks: Int32) -> Tiles:
         """The same tiles. Of a head's, the mean is half as long as the longest."""
-        worth, most = 2 * blocks, cutlass.max(blocks // LEAST_BLOCKS_PER_HEAD, 1)
         if self.sequences is not None:
-            return replace(self, small=(worth, most))
-        return self._in_groups(worth, most)
-
-    def _in_groups(self, worth: Int32, most: Int32) -> Tiles:
-        """The same of rectangles, in groups of so many tiles, or more, but so many heads at most."""
-        group = cutlass.min(cute.ceil_div(worth, self.m_blocks), most)
+            return replace(self, small=blocks)
+        group = cutlass.min(cute.ceil_div(2 * blocks, self.m_blocks), cutlass.max(blocks // LEAST_BLOCKS_PER_HEAD, 1))
         return replace(self, group=group, lacking=(group - self.heads * self.batch % group) % group)
 
     def in_turns(self, blocks: Int32, steps: Int32, both_ways: bool) -> Tiles:
@@ -263,7 +258,7 @@ class Tiles:
         exists, i, begin, first, before = self.sequences.seek(wanted, first, before, (side, self.tile, kind))
         held = side.tiles(i, self.sequences.count, self.tile)
         # Wrong bounds may count more tiles than there can be, and past 32 bits.
-        exists = exists & (wanted < self.m_blocks) & (begin <= wanted) & (wanted - begin < held[kind])
+        exists = exists & (position < self.count()) & (begin <= wanted) & (wanted - begin < held[kind])
         block, head, q, k = self._within(i, cutlass.max(held[kind], 1), position - begin * self.heads)
         if cutlass.const_expr(unused):
             block += held[0]
@@ -274,7 +269,7 @@ class Tiles:
         """``(block, head, spans of queries and keys)`` of a tile of sequence ``i``, taken as if there were no other."""
         alone = replace(self, m_blocks=m_blocks, batch=Int32(1), sequences=None)
         if cutlass.const_expr(self.long_first and self.small is not None):
-            alone = alone._in_groups(*self.small)
+            alone = alone.in_small_groups(self.small)
         block, head, _ = alone._coordinates(position)
         if cutlass.const_expr(self.of_k and self.long_first):
             block = m_blocks - 1 - block

@@ -127,10 +127,8 @@ class Backward(KeyBlocks):
         self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
-        self.queries_first = self.leaves_results and not problem.blocks
-        # Of ragged tiles that is so where all cost the same, or are long: others are looked for when there is no time for it.
-        if problem.ragged:
-            self.queries_first = self.persistent and config.separate_dk != problem.masked
+        # Ragged tiles under an edge, which may need care, too, are looked for so late that nothing is gained.
+        self.queries_first = self.leaves_results and not (problem.blocks or (problem.ragged and problem.masked))
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -349,6 +347,7 @@ class Backward(KeyBlocks):
                             if mine == adder:
                                 own.between()
                 step += 1
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor, stage):
         """One thread: a tile's dQ to global memory by the copy engine, until it has been read."""

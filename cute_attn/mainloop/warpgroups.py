@@ -442,9 +442,6 @@ class KeyBlocks(Kernel):
                     keys_first = keys_first | careful[2]
                 if keys_first:
                     copy_keys()
-            elif cutlass.const_expr(careful is not None):
-                if careful[2] & (visited.count > 0):
-                    copy_keys()
         elif cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
             copy_keys()
         elif visited.count > 0:
@@ -474,43 +471,26 @@ class KeyBlocks(Kernel):
     def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state, entries, later: cutlass.Constexpr = None):
         """The tiles that are ``visited``; behind the first, what is to be copied ``later``."""
         (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
-        copy = partial(self._copy_query, q, q_pipe, sRow)
-        ahead = later is not None and self.skips_unseen  # in the loop it would take registers of the search for tiles
-        if cutlass.const_expr(ahead):
-            if visited.count > 0:
-                copy(self._queries_of(q, sQ, mRow, work, work.head), visited.tile(0, 0, self.problem)[0], state)
-                state.advance()
-                later()
         for member in cutlass.range(visited.members(members), unroll=1):
             of_head = self._queries_of(q, sQ, mRow, work, work.head + member)
-            begin = cutlass.max(1 - member, 0) if cutlass.const_expr(ahead) else 0
-            for i in cutlass.range(begin, visited.count, unroll=1):
+            for i in cutlass.range(visited.count, unroll=1):
                 m_block, of = visited.tile(i, member, self.problem)
-                tiles = of_head
+                tQgQ, tQsQ, gRow = of_head
                 if cutlass.const_expr(self.problem.blocks):
-                    tiles = self._queries_of(q, sQ, mRow, work, work.head + of)
+                    tQgQ, tQsQ, gRow = self._queries_of(q, sQ, mRow, work, work.head + of)
                 if cutlass.const_expr(entries is None):
-                    copy(tiles, m_block, state)
+                    q_pipe.producer_acquire(state)
                 else:
-                    copy(tiles, m_block, state, partial(self._write_entry, entries, state, visited.entry(i)))
+                    self.acquire_for_threads(q_pipe, state)
+                    self._write_entry(entries, state, visited.entry(i))
+                    q_pipe.sync_object_full.arrive(state.index, q_pipe.producer_mask)
+                barrier = q_pipe.producer_get_barrier(state)
+                cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
+                copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
                 state.advance()
-                if cutlass.const_expr(later is not None and not ahead):
+                if cutlass.const_expr(later is not None):
                     if (member == 0) & (i == 0):
                         later()
-
-    @cute.jit
-    def _copy_query(self, q, q_pipe, sRow: cute.Tensor, tiles, m_block, state, write_entry: cutlass.Constexpr = None):
-        """A query tile with a value of each row; ``write_entry`` writes what a list says of it."""
-        tQgQ, tQsQ, gRow = tiles
-        if cutlass.const_expr(write_entry is None):
-            q_pipe.producer_acquire(state)
-        else:
-            self.acquire_for_threads(q_pipe, state)
-            write_entry()
-            q_pipe.sync_object_full.arrive(state.index, q_pipe.producer_mask)
-        barrier = q_pipe.producer_get_barrier(state)
-        cute.copy(q.atom, tQgQ[None, m_block], tQsQ[None, state.index], tma_bar_ptr=barrier)
-        copy_row_values(gRow[None, m_block], sRow[None, state.index], barrier)
 
     @cute.jit
     def _write_entry(self, entries: cute.Tensor, state, entry: Int32):
