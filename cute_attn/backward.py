@@ -111,7 +111,7 @@ def _place(blocks, heads, last_first: bool = False):
 class RowValues:
     """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums, or in the signals.
     A block takes twice as many rows as it has threads for, and padding is a multiple of them; of ragged sequences, for each of
-    which it has to search, as many as are padded together, one after another: so more blocks have room at the same time."""
+    which it has to search, as many times as make the rows that are padded together."""
 
     THREADS = 256
 
