@@ -44,7 +44,7 @@ HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of
 FIRST_STORES = True  # of the key tiles that add to a query tile's dQ, the first to come stores: its memory needs no zeros
 CLEARS_QUERIES = True  # of queries that aren't in use dQ's zeros are written while others are computed
 UNUSED_FIELDS = 8  # int32 that say where a block is among the rows that it clears
-ZERO_BYTES = 1536, 1280  # of zeros that the copy engine stores there; where dQ is turned
+ZERO_BYTES = 1536, 1280, 512  # of zeros that the copy engine stores there; where dK lies over one stage of dQ; over two
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 
@@ -105,7 +105,7 @@ def turned(config: Config) -> bool:
 
 def zero_bytes(config: Config) -> int:
     """Zeros in shared memory for rows that aren't in use: as many as there is room for, since each copy costs the same."""
-    return ZERO_BYTES[turned(config)]
+    return ZERO_BYTES[0 if config.separate_dk else config.dq_stages]
 
 
 def pieces(config: Config) -> list[tuple[int, int]]:
