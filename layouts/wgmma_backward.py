@@ -44,7 +44,7 @@ HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of
 FIRST_STORES = True  # of the key tiles that add to a query tile's dQ, the first to come stores: its memory needs no zeros
 CLEARS_QUERIES = True  # of queries that aren't in use dQ's zeros are written while others are computed
 UNUSED_FIELDS = 8  # int32 that say where a block is among the rows that it clears
-ZERO_BYTES = 1536, 1280, 512  # of zeros that the copy engine stores there; where dK lies over one stage of dQ; over two
+ZERO_BYTES = 1536, 1280, 512  # of zeros for the copy engine to store there; where dK lies over a stage of dQ; over two
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 

@@ -127,8 +127,8 @@ class Backward(KeyBlocks):
         self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
-        # Ragged tiles under an edge, which may need care, too, are looked for so late that nothing is gained; where threads hold
-        # K and V, the warp that looks for tiles has no registers left.
+        # Ragged tiles under an edge, which may need care, too, are looked for so late that nothing is gained; where threads
+        # hold K and V, the warp that looks for tiles has no registers left.
         plain = not (problem.masked or config.k_in_registers)
         self.queries_first = self.leaves_results and not problem.blocks and (plain or not problem.ragged)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
