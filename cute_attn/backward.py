@@ -111,7 +111,7 @@ def _place(blocks, heads, last_first: bool = False):
 class RowValues:
     """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums, or in the signals.
     A block takes twice as many rows as it has threads for, and padding is a multiple of them; of ragged sequences, for each of
-    which it has to search, as many as are padded together, one after another: so more blocks have room at the same time."""
+    which it has to search, as many times as make the rows that are padded together."""
 
     THREADS = 256
 
@@ -120,7 +120,7 @@ class RowValues:
         self.threads_per_row = 4
         while self.threads_per_row * VECTOR < problem.head_dim_v:
             self.threads_per_row *= 2
-        self.at_once = 1 if problem.ragged else 2  # rows of a thread
+        self.at_once = 2  # rows of a thread
         self.queries_at_once = config.step_m or config.tile_m  # whose scores the mainloop takes
         self.apart = math.gcd(self.THREADS // self.threads_per_row, row_padding(config) // self.at_once)
         self.threads = self.apart * self.threads_per_row

@@ -71,21 +71,26 @@ def store_zeros(m: cute.Tensor, block: Int32, shape: cutlass.Constexpr[tuple]):
 @cute.jit
 def copy_zeros(zeros: cute.Tensor, m: cute.Tensor, first: Int32, past: Int32):
     """One warp: rows of all heads of a tensor ``(rows, columns, heads)`` in global memory, which the copy engine stores from
-    zeros in shared memory. All lanes but the first start copies, and none waits for them. They leave the L2 cache first."""
+    zeros in shared memory. One thread starts the copies, as large as these are, and waits for none. They leave the L2 cache
+    first."""
     width, least = m.element_type.width // 8, cute.size(zeros) * zeros.element_type.width // 8
-    together = m.stride[2] == m.shape[1]  # of a row all heads are one piece of memory
-    apart = Int32(1) if together else Int32(m.shape[2])
-    of_row = (Int32(m.shape[2]) if together else Int32(1)) * m.shape[1] * width
-    pieces, lane = cute.ceil_div(of_row, least), cute.arch.lane_idx()
-    if lane > 0:
-        for i in cutlass.range(lane - 1, (past - first) * apart * pieces, WARP - 1, unroll=1):
-            offset, row, head = i % pieces * least, first + i // pieces // apart, i // pieces % apart
-            into = m.iterator.toint() + (cutlass.Int64(row) * m.stride[0] + cutlass.Int64(head) * m.stride[2]) * width + offset
-            cute.arch.inline_ptx(
-                "{{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
-                "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [{$r0}], [{$r1}], {$r2}, policy; }}",
-                read_only_args=[into, zeros.iterator.toint(), cutlass.min(of_row - offset, least)],
-            )
+    rows, heads, piece = past - first, Int32(m.shape[2]), cutlass.Int64(m.shape[1]) * width
+    if m.stride[2] == m.shape[1]:  # of a row all heads are one piece of memory
+        heads, piece = Int32(1), piece * m.shape[2]
+        if m.stride[0] == cutlass.Int64(m.shape[1]) * m.shape[2]:  # and all rows
+            rows, piece = Int32(1), piece * rows
+    with cute.arch.elect_one():
+        for row in cutlass.range(first, first + rows, unroll=1):
+            for head in cutlass.range(heads, unroll=1):
+                into = m.iterator.toint() + (cutlass.Int64(row) * m.stride[0] + cutlass.Int64(head) * m.stride[2]) * width
+                past_last = into + piece
+                while into < past_last:
+                    cute.arch.inline_ptx(
+                        "{{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+                        "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [{$r0}], [{$r1}], {$r2}, policy; }}",
+                        read_only_args=[into, zeros.iterator.toint(), Int32(cutlass.min(past_last - into, least))],
+                    )
+                    into += least
         cute.arch.cp_async_bulk_commit_group()
 
 

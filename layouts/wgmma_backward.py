@@ -45,7 +45,7 @@ HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of
 FIRST_STORES = True  # of the key tiles that add to a query tile's dQ, the first to come stores: its memory needs no zeros
 CLEARS_QUERIES = True  # of queries that aren't in use dQ's zeros are written while others are computed
 UNUSED_FIELDS = 8  # int32 that say where a block is among the rows that it clears
-ZERO_BYTES = 512  # of zeros that the copy engine stores there
+ZERO_BYTES = 1536, 1280, 512  # of zeros for the copy engine to store there; where dK lies over a stage of dQ; over two
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 
@@ -63,8 +63,8 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
     fixed order of unequal tiles, and with a higher query tile, where every key counts, or all but those past a right edge."""
     head_blocks: tuple[int, ...] = (1,)
     plain = not (problem.bounded_left or problem.blocks or problem.has_places)
-    # In a fixed order equal tiles wait for one another longer if they are higher.
-    plain = plain and not (problem.ragged if problem.bounded_right else problem.deterministic)
+    # In a fixed order equal tiles wait for one another longer if they are higher; ragged ones take the old order.
+    plain = plain and not (problem.deterministic and (problem.ragged or not problem.bounded_right))
     higher: tuple[dict, ...] = ()
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):
@@ -102,6 +102,11 @@ def warpgroups(config: Config) -> int:
 def turned(config: Config) -> bool:
     """Whether dQ is computed as its transpose, Kᵀ·dSᵀ: a product has 64 rows, which not every query tile is a multiple of."""
     return config.tile_m % PIECE_ROWS > 0
+
+
+def zero_bytes(config: Config) -> int:
+    """Zeros in shared memory for rows that aren't in use: as many as there is room for, since each copy costs the same."""
+    return ZERO_BYTES[0 if config.separate_dk else config.dq_stages]
 
 
 def pieces(config: Config) -> list[tuple[int, int]]:
@@ -151,7 +156,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "hidden": config.tile_n,  # keys, a byte each
         "entries": config.stages * 4,  # of lists
         "work": WORK_SLOTS * (4 * WORK_FIELDS + 2 * BARRIER_BYTES),
-        "unused": len(WARPS["dQ"]) * 4 * UNUSED_FIELDS + ZERO_BYTES,  # rows of ragged sequences
+        "unused": len(WARPS["dQ"]) * 4 * UNUSED_FIELDS + zero_bytes(config),  # rows of ragged sequences
     }
 
 

@@ -128,7 +128,10 @@ class Backward(KeyBlocks):
         self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
-        self.queries_first = self.leaves_results and not (problem.ragged or problem.blocks)
+        # Ragged tiles under an edge, which may need care, too, are looked for so late that nothing is gained; where threads
+        # hold K and V, the warp that looks for tiles has no registers left.
+        plain = not (problem.masked or config.k_in_registers)
+        self.queries_first = self.leaves_results and not problem.blocks and (plain or not problem.ragged)
         # dQ's barriers: that a warpgroup's sums are there, one for each adder; and that a stage of their memory is free again.
         self.full_barrier = self.first_barrier("dQ")
         self.empty_barrier = self.full_barrier + ADDERS * self.warpgroups
@@ -228,15 +231,17 @@ class Backward(KeyBlocks):
                 lead(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)))
             if warp == COPY_V_DO_WARP:
                 each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
+            if cutlass.const_expr(self.needs_q):
+                if warp >= ADD_DQ_WARP:
+                    for stage in cutlass.range_constexpr(self.config.dq_stages):
+                        if warp == ADD_DQ_WARP + stage:
+                            self._offer(stage)
             for adder, own in enumerate(unused):
                 if cutlass.const_expr(own is not None):
                     if warp == ADD_DQ_WARP + adder:
                         own.begin()
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    for stage in cutlass.range_constexpr(self.config.dq_stages):
-                        if warp == ADD_DQ_WARP + stage:
-                            self._offer(stage)
                     each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused)))
             for adder, own in enumerate(unused):
                 if cutlass.const_expr(own is not None):
@@ -275,14 +280,14 @@ class Backward(KeyBlocks):
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * ADDERS + warps),
         )
         unused = smem.allocate_tensor(Int32, cute.make_layout((lay.UNUSED_FIELDS, ADDERS)), 16)
-        zeros = smem.allocate_tensor(Int32, cute.make_layout(lay.ZERO_BYTES // 4), 16)
+        zeros = smem.allocate_tensor(Int32, cute.make_layout(lay.zero_bytes(config) // 4), 16)
         entries = smem.allocate_tensor(Int32, cute.make_layout(config.stages), 4)
         if self.problem.blocks:
             shared = replace(shared, entries=entries)
         if self.problem.ragged:
             shared = replace(shared, unused=unused, zeros=zeros)
-            for i in range(0, cute.size(zeros), WARPGROUP):  # every warpgroup all of them: it is once a block
-                zeros[i + cute.arch.thread_idx()[0] % WARPGROUP] = Int32(0)
+            for i in range(0, cute.size(zeros), config.threads):
+                zeros[cutlass.min(i + cute.arch.thread_idx()[0], cute.size(zeros) - 1)] = Int32(0)
             cute.arch.fence_view_async_shared()
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()

@@ -436,11 +436,12 @@ class KeyBlocks(Kernel):
         later = copy_keys if self.queries_first else None
         if cutlass.const_expr(self.queries_first):
             self._ask_for_keys(k, tKgK, work.block * slots, slots)
-            keys_first = visited.count == 0
-            if cutlass.const_expr(careful is not None):
-                keys_first = keys_first | careful[2]
-            if keys_first:
-                copy_keys()
+            if cutlass.const_expr(not self.skips_unseen):
+                keys_first = visited.count == 0
+                if cutlass.const_expr(careful is not None):
+                    keys_first = keys_first | careful[2]
+                if keys_first:
+                    copy_keys()
         elif cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
             copy_keys()
         elif visited.count > 0:

@@ -204,13 +204,18 @@ def test_rows_in_use(d, rules, mechanism):
 
 
 @pytest.mark.parametrize("rules", ["full", "causal"])
-@pytest.mark.parametrize(("d", "deterministic"), [(40, False), (64, False), (96, False), (128, False), (128, True)])
-def test_many_tiles_without_a_row_in_use(d, deterministic, rules, monkeypatch):
-    """More than there are blocks, several in succession, among others and alone; memory that nobody writes to holds NaN."""
+@pytest.mark.parametrize(
+    ("d", "deterministic", "parts"),
+    [(40, False, False), (64, False, False), (96, False, False), (128, False, False), (128, True, False), (128, False, True)],
+)
+def test_many_tiles_without_a_row_in_use(d, deterministic, parts, rules, monkeypatch):
+    """More than there are blocks, several in succession, among others and alone; memory that nobody writes to holds NaN. Where
+    inputs are ``parts`` of one tensor, gradients are, too."""
     batch, rows = 40, 1000
     used = [(n * 97) % (rows + 1) if n % 5 else (n % 10 != 0) * 1 for n in range(batch)]  # 0 and 1 often
     q, k, v = make_qkv(batch, rows, rows, 8, 8, d, d, BF16, "cuda")
-    dout, made = torch.randn_like(q), launch.empty_strided
+    q, k, v = torch.stack((q, k, v), 2).unbind(2) if parts else (q, k, v)
+    dout, made = torch.randn_like(q, memory_format=torch.contiguous_format), launch.empty_strided
     past = torch.arange(rows)[None] >= torch.tensor(used)[:, None]
     past = past.cuda()
     for x in (q, k, v, dout):
@@ -227,6 +232,7 @@ def test_many_tiles_without_a_row_in_use(d, deterministic, rules, monkeypatch):
         (out, lse), gradients = run(q, k, v, dout, call=attention, seqused_q=seqused, seqused_k=seqused, **options)
     for x in (out, *gradients):
         assert not x[past].count_nonzero()
+    assert all(x.stride() == y.stride() for x, y in zip(gradients, (q, k, v), strict=True))
     assert (lse.transpose(1, 2)[past] == -math.inf).all()
     for b in (3, 6, 7, 39):
         n = used[b]
@@ -240,7 +246,7 @@ def test_many_tiles_without_a_row_in_use(d, deterministic, rules, monkeypatch):
 
 
 @pytest.mark.parametrize(("d", "dv", "dtype"), [(128, 128, BF16), (104, 40, torch.float16)])
-@pytest.mark.parametrize("rules", [{}, {"softcap": 20.0}], ids=["full", "softcap"])
+@pytest.mark.parametrize("rules", [{}, {"softcap": 20.0}, {"causal": True}], ids=["full", "softcap", "causal"])
 @pytest.mark.parametrize("rectangle", [False, True], ids=["packed", "in-use"])
 def test_query_tiles_of_80_rows(rectangle, d, dv, dtype, rules, monkeypatch):
     """Of lengths that cross their edges; memory that nobody writes to holds NaN, and so do rows that aren't in use."""
