@@ -122,7 +122,6 @@ class Config:
     add_width: int = 4  # backward: floats of dQ's sums that a thread hands on at once, so the order in which they lie
     cache: str = ""  # the mainloop of attention to a cache; "" is none
     page_numbers: bool = False  # caches: shared memory holds the numbers of pages that are to be copied
-    exchanged: int = 0  # caches: columns of O that groups exchange beside the ring of copies at a time; 0: over a stage of it
     walk_blocks: int = 1  # caches: blocks of a cluster; a walk that is all that they have they merge over shared memory
     # backward pass and caches on cp_async only
     key_warps: int = 0  # of the computing warps, as many split the keys; the others split queries and columns

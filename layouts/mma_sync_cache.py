@@ -55,8 +55,7 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
         )
         if stages >= least and smem_bytes(config) <= room(gpu, blocks):
             break
-    beside = (replace(config, exchanged=n) for n in range(tile_dv, 0, -BANKS) if tile_dv % n == 0)
-    return (next((x for x in beside if smem_bytes(x) <= room(gpu, blocks)), config),)
+    return (config,)
 
 
 def room(gpu: Gpu, blocks: int) -> int:
@@ -76,8 +75,6 @@ def group(config: Config) -> Config:
 
 def exchanged_columns(config: Config) -> int:
     """Columns of O that all groups put into shared memory at a time: as many as there is room for in a stage of K and V."""
-    if config.exchanged:
-        return config.exchanged
     row = config.key_warps * config.tile_m * FLOAT
     fits = _stage_bytes(config) // row
     return next((n for n in range(config.tile_dv, 0, -BANKS) if n <= fits and config.tile_dv % n == 0), BANKS)
@@ -98,7 +95,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "Q": QUERIES * config.tile_m * config.tile_d * BYTES,
         "K": config.stages * config.tile_n * config.tile_d * BYTES,
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
-        "merged": of_o if config.exchanged or of_o > _stage_bytes(config) else 0,
+        "merged": of_o if of_o > _stage_bytes(config) else 0,
         "rows": of_columns * OF_ROW,
         "word": 0 if config.page_numbers else 16,
         "numbers": NUMBER * config.stages * config.tile_n if config.page_numbers else 0,

@@ -440,7 +440,6 @@ class Forward:
         to the place ``parity``. ``written`` parts of the same walk that the block has computed before it are in no counter yet.
         Returns the next one's start, its stage, and how many are written by then."""
         config, keys, ahead = self.config, serving.keys, self.config.stages
-        beside = config.exchanged > 0
         seen = self._part_from(serving, start, end)
         after = start_after(keys, seen.sequence, seen.part)
         then = self._part_from(serving, after, end)
@@ -461,9 +460,7 @@ class Forward:
         cute.arch.sync_threads()
         of_q = self._queries(block, parity)
 
-        primed = ahead
-        if cutlass.const_expr(not beside):
-            primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
+        primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
         for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
             self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
         for n in cutlass.range(seen.count, unroll=1):
@@ -484,18 +481,16 @@ class Forward:
             softmax.step(rows_columns(acc_S), rescale)
             scale_rows(rows, rescale)
             self._add(block, acc_S, acc_O, slot)
-            if beside or n + 1 < seen.count:
+            if n + 1 < seen.count:
                 self._sync_group(block)
                 self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity)
             stage = (stage + 1) % ahead
 
+        cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to
         free = (stage + ahead - 1) % ahead
-        if cutlass.const_expr(not beside):
-            cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to
         self._merge(block, serving, seen, places, rows, softmax, self._exchanged(block, free))
         cute.arch.sync_threads()  # the slot is free, and what all have written is there for whoever sees that they have arrived
-        if cutlass.const_expr(not beside):
-            self._copy_ahead(block, serving, seen, then, seen.count + ahead - 1, free, parity)
+        self._copy_ahead(block, serving, seen, then, seen.count + ahead - 1, free, parity)
         if cutlass.const_expr(not self.problem.invariant):
             self._arrive(block, serving, seen, places, 1)
         else:

@@ -54,9 +54,9 @@ class Seen:
 class Block:
     """A block, of one group, that computes parts of so many tiles, of these ``walks``, and what its shared memory holds."""
 
-    def __init__(self, counts, walks, stages, invariant, exchanged):
+    def __init__(self, counts, walks, stages, invariant):
         self.counts, self.walks = counts, walks
-        self.config = SimpleNamespace(stages=stages, tile_d=1, tile_dv=1, tile_m=16, tile_n=1, exchanged=exchanged)
+        self.config = SimpleNamespace(stages=stages, tile_d=1, tile_dv=1, tile_m=16, tile_n=1)
         self.problem = SimpleNamespace(head_dim=1, head_dim_v=1, masks_all=False, masked=False, invariant=invariant)
         self.group = self.keys_of_group = self.thread = 0
         self.mma_O = self.mma_S = MagicMock()
@@ -113,8 +113,6 @@ class Block:
         self.slots[slot[1]] = "done"
 
     def _exchanged(self, block, stage):
-        if self.config.exchanged:
-            return
         assert not self.on_its_way(self.slots, stage)
         assert self.slots[stage] in (None, "done")
 
@@ -146,13 +144,13 @@ class Block:
         self.wait(0)
 
 
-@given(st.lists(st.tuples(st.integers(0, 7), st.booleans()), min_size=1, max_size=9), st.integers(2, 6), st.booleans(), st.sampled_from([0, 32]))
-def test_every_tile_is_there_when_it_is_computed_with(parts, stages, invariant, exchanged):
+@given(st.lists(st.tuples(st.integers(0, 7), st.booleans()), min_size=1, max_size=9), st.integers(2, 6), st.booleans())
+def test_every_tile_is_there_when_it_is_computed_with(parts, stages, invariant):
     """And where its pages' numbers come ahead of it they are there when it is copied; most do. Each part is said to be written
     once, with others of its walk if its keys are split at fixed places."""
     counts = [count for count, _ in parts]
     walks = [*accumulate(int(first) for _, first in parts)]
-    block = Block(counts, walks, stages, invariant, exchanged)
+    block = Block(counts, walks, stages, invariant)
     names = Kernel._part.__wrapped__.__globals__
     plainly = {
         "start_after": block.start_after,
