@@ -31,6 +31,7 @@ from cute_attn.balance import (
     Stretches,
     WalkPart,
     divided,
+    first_start,
     next_part,
     part_from,
     part_of_stretch,
@@ -187,8 +188,9 @@ class Forward:
     @cute.kernel
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
-        tiles, lanes = keys.all_tiles()
-        stretches, number = Stretches.of(tiles, cute.arch.grid_dim()[0]), cute.arch.block_idx()[0]
+        steps, lanes = keys.all_tiles()
+        number = cute.arch.block_idx()[0]
+        stretches = keys.stretches(steps, cute.arch.grid_dim()[0], number)
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         at, end = stretches.begin(number), stretches.begin(number + 1)
         i, before = keys.find(at, lanes)
@@ -196,7 +198,14 @@ class Forward:
             i, before, at = next_part(keys, i, before, at, end)
         head_kv, row_tile, begin = Int32(0), Int32(0), Int32(0)
         stage, parity, written = Int32(0), Int32(0), Int32(0)
-        if at < end:
+        if cutlass.const_expr(keys.end_steps > 0):
+            if at < end:
+                start = first_start(keys, i, before, at, end)
+                i, head_kv, row_tile, begin, at = start.sequence, start.head_kv, start.row_tile, start.begin, start.at
+            if at < end:
+                start = PartStart(i, head_kv, row_tile, begin, at)
+                self._begin(block, serving, self._part_from(serving, start, end))
+        elif at < end:
             sequence = keys.sequence(i)
             part, _ = part_of_stretch(keys, sequence, before, at, end)
             head_kv, row_tile, begin = part.head_kv, part.row_tile, part.begin
