@@ -38,6 +38,7 @@ from cute_attn.balance import (
     places_of,
     start_after,
 )
+from cute_attn.balance import either as _either
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
@@ -850,12 +851,6 @@ def _pair(row: cute.Tensor, column) -> cute.Tensor:
 def _below(n, pieces: int, sharing: int):
     """Whether there is an n-th of so many pieces, which as many groups share."""
     return pieces % sharing == 0 or n < pieces
-
-
-@cute.jit
-def _either(condition, x, y):
-    """``x`` where a condition holds, else ``y``."""
-    return x if condition else y
 
 
 @cute.jit

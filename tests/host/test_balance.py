@@ -46,8 +46,9 @@ def plain_numbers():
         patch.setattr(Stretches, "block_of", block_of)
         patch.setattr(CachedKeys, "sequence", sequence_of)
         patch.setattr(EvenStretches, "block_of", even_block_of)
-        for name, plainly in {"Float32": np.float32, "either": either, "part_of_stretch": part_of, "start_after": start_after}.items():
-            patch.setitem(sequence_of.__globals__, name, plainly)
+        plainly = {"Float32": np.float32, "either": either, "part_of_stretch": part_of, "start_after": start_after}
+        for name, function in plainly.items():
+            patch.setitem(sequence_of.__globals__, name, function)
         for name, function in {
             "lane_idx": lambda: lanes,
             "shuffle_sync_up": lambda x, step: x[np.maximum(lanes - step, 0)],
@@ -59,7 +60,9 @@ def plain_numbers():
         yield
 
 
-def cached(lengths, seqlen_q=1, heads_kv=2, packed=4, invariant=False, bounds=None, units=UNITS_MAX, left=None, right=None, steps=()):
+def cached(
+    lengths, seqlen_q=1, heads_kv=2, packed=4, invariant=False, bounds=None, units=UNITS_MAX, left=None, right=None, steps=()
+):
     edges = {"bounded_left": left is not None, "bounded_right": right is not None}
     problem = SimpleNamespace(**edges, invariant=invariant, expression=SimpleNamespace(neighbours=lambda _: ()))
     sizes = len(lengths), 10**6, 1, 1, seqlen_q, 0, heads_kv, packed
@@ -136,7 +139,8 @@ def computed_in_steps(keys, blocks):
                 sequence = sequences[int(start.sequence)]
                 part = part_from(keys, sequence, start, end)
                 assert part.begin < part.end
-                walks[int(start.sequence), int(part.head_kv), int(part.row_tile)].append((part, places_of(keys, sequence, part, stretches)))
+                walk = int(start.sequence), int(part.head_kv), int(part.row_tile)
+                walks[walk].append((part, places_of(keys, sequence, part, stretches)))
                 steps += (part.end - part.begin) * keys.tile_steps + (part.end == sequence.tiles) * keys.end_steps
                 start = start_after(keys, sequence, part)
         taken.append(int(steps))
@@ -171,7 +175,10 @@ def test_ends_of_walks_count(lengths, blocks, seqlen_q, steps):
         assert max(taken) - min(taken) <= 2 * sum(steps)
 
 
-@pytest.mark.parametrize(("walks", "tiles", "blocks"), [(8, 64, 128), (8, 1024, 128), (128, 64, 128), (512, 32, 128), (33, 8, 132), (16, 66, 96)])
+@pytest.mark.parametrize(
+    ("walks", "tiles", "blocks"),
+    [(8, 64, 128), (8, 1024, 128), (128, 64, 128), (512, 32, 128), (33, 8, 132), (16, 66, 96)],
+)
 def test_equal_walks_that_come_out_even_are_cut_evenly(walks, tiles, blocks):
     with plain_numbers():
         _, found, _ = computed_in_steps(cached([tiles * 64] * walks, heads_kv=1, steps=(8, 3)), blocks)

@@ -99,7 +99,7 @@ class Block:
     def _note(self, block, numbers, stage):
         """Of tiles that there are, as for others ``_look_up`` has none."""
         for i, (part, n) in enumerate(numbers):
-            if 0 <= n and part < len(self.counts) and n < self.counts[part]:
+            if n >= 0 and part < len(self.counts) and n < self.counts[part]:
                 place = (stage + i) % self.config.stages
                 assert not self.on_its_way(self.numbers, place)
                 assert self.numbers[place] is None or self.numbers[place] in self.copied
