@@ -23,7 +23,7 @@ stretch. Each unit has a place of its own, and each walk a counter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -155,11 +155,11 @@ class CachedKeys:
             return steps
         return divided(cutlass.max(steps, 0) + self.tile_steps - 1, self.tile_steps)[0]
 
-    def stretches(self, steps, blocks, number):
-        """Of so many blocks, of which the one with this number asks."""
+    def stretches(self, steps, blocks):
+        """Those of so many blocks."""
         if self.tile_steps == 1:
             return Stretches.of(steps, blocks)
-        return EvenStretches.of_steps(steps, blocks, self.tile_steps, number)
+        return EvenStretches.of_steps(steps, blocks, self.tile_steps)
 
     def named_place(self, sequence_number, row):
         """``(element or page of the cache, row there)`` of a row of a sequence, as the table says."""
@@ -243,15 +243,36 @@ def divided(x, n) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A block's: from ``begin`` up to ``end``."""
+
+    block: Int32
+    begin: Int32
+    end: Int32
+
+
+@dataclass(frozen=True)
 class Stretches:
-    """All tiles in equal parts: block b has those from ``begin(b)`` up to ``begin(b + 1)``."""
+    """All tiles in equal parts: block b has those from ``begin(b)`` up to ``begin(b + 1)``. ``own`` is that of the block that
+    asks, or None: it mostly asks for its own walks."""
 
     each: Int32
     longer: Int32  # as many blocks, the first ones, have one more
+    own: Any
 
     @staticmethod
     def of(tiles, blocks) -> Stretches:
-        return Stretches(*divided(tiles, blocks))
+        return Stretches(*divided(tiles, blocks), None)
+
+    def asked_by(self, block) -> Stretches:
+        return replace(self, own=Stretch(block, self.begin(block), self.begin(block + 1)))
+
+    def own_block(self):
+        return Int32(0) if self.own is None else self.own.block
+
+    def is_own(self, tile):
+        """Whether a tile is in the stretch of the block that asks."""
+        return self.own is not None and (tile >= self.own.begin) & (tile < self.own.end)
 
     def begin(self, block):
         return block * self.each + cutlass.min(block, self.longer)
@@ -259,10 +280,12 @@ class Stretches:
     @cute.jit
     def block_of(self, tile):
         """The block that has a tile."""
-        ahead = self.longer * (self.each + 1)
-        block = divided(tile, self.each + 1)[0]
-        if tile >= ahead:
-            block = self.longer + divided(tile - ahead, cutlass.max(self.each, 1))[0]
+        block: Any = self.own_block()
+        if self.is_own(tile) == False:  # noqa: E712
+            ahead = self.longer * (self.each + 1)
+            block = divided(tile, self.each + 1)[0]
+            if tile >= ahead:
+                block = self.longer + divided(tile - ahead, cutlass.max(self.each, 1))[0]
         return block
 
 
@@ -275,15 +298,14 @@ class EvenStretches(Stretches):
     blocks: Int32
     rate: Float32  # blocks a step
     ahead: cutlass.Constexpr[int]  # how far ahead of its share a stretch begins, which rounds to the nearest tile
-    number: Int32  # of the block that asks
 
     @staticmethod
-    def of_steps(steps, blocks, tile_steps: int, number) -> EvenStretches:
+    def of_steps(steps, blocks, tile_steps: int) -> EvenStretches:
         each, longer = divided(steps, blocks)
         few = each < tile_steps  # a block that is between two that have tiles of a walk has one, too
         each, longer = either(few, Int32(tile_steps), each), either(few, Int32(0), longer)
         rate = either(few, Float32(1.0 / tile_steps), Float32(blocks) / Float32(cutlass.max(steps, 1)))
-        return EvenStretches(each, longer, steps, blocks, rate, tile_steps // 2, number)
+        return EvenStretches(each, longer, None, steps, blocks, rate, tile_steps // 2)
 
     def begin(self, block):
         share = block * self.each + divided(block * self.longer, self.blocks)[0]
@@ -291,8 +313,8 @@ class EvenStretches(Stretches):
 
     @cute.jit
     def block_of(self, step):
-        block = self.number
-        if (step < self.begin(self.number)) | (step >= self.begin(self.number + 1)):
+        block: Any = self.own_block()
+        if self.is_own(step) == False:  # noqa: E712
             block = cutlass.min(Int32(Float32(step + self.ahead) * self.rate), self.blocks - 1)
             if self.begin(block + 1) <= step:
                 block += 1

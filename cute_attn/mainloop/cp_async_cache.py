@@ -191,9 +191,9 @@ class Forward:
         block = self._block(mK, mV)
         steps, lanes = keys.all_tiles()
         number = cute.arch.block_idx()[0]
-        stretches = keys.stretches(steps, cute.arch.grid_dim()[0], number)
+        stretches = keys.stretches(steps, cute.arch.grid_dim()[0]).asked_by(number)
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
-        at, end = stretches.begin(number), stretches.begin(number + 1)
+        at, end = stretches.own.begin, stretches.own.end
         i, before = keys.find(at, lanes)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
             i, before, at = next_part(keys, i, before, at, end)

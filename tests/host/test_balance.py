@@ -130,7 +130,7 @@ def computed_in_steps(keys, blocks):
     begins = np.cumsum([0, *(keys.steps(s) * keys.walks(s) for s in sequences)])
     walks, taken = defaultdict(list), []
     for block in range(blocks):
-        stretches = keys.stretches(int(begins[-1]), blocks, block)
+        stretches = keys.stretches(int(begins[-1]), blocks).asked_by(block)
         at, end, steps = int(stretches.begin(block)), int(stretches.begin(block + 1)), 0
         if at < end:
             i = int(np.searchsorted(begins, at, side="right")) - 1
