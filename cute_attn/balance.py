@@ -54,6 +54,14 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class NearLengths:
+    """Lengths of the sequences from ``first`` on, of which each lane of a warp holds one."""
+
+    first: Int32
+    held: Int32
+
+
+@dataclass(frozen=True)
 class CachedKeys:
     """All sequences of a call, see ``stored.Stored``. ``seqlen_q`` is of each sequence or, packed, of all."""
 
@@ -78,6 +86,7 @@ class CachedKeys:
     config: cutlass.Constexpr
     tile_steps: cutlass.Constexpr[int] = 1  # of the line that blocks share: a tile has so many
     end_steps: cutlass.Constexpr[int] = 0  # and the end of a walk, behind its last tile
+    near: Any = None  # NearLengths of those that a block computes with
 
     @property
     def all_sequences(self):
@@ -90,11 +99,28 @@ class CachedKeys:
 
     def old_and_new(self, i):
         """``(rows in the cache before the new ones, new rows)`` of a sequence."""
-        old = cutlass.min(cutlass.max(self.lengths[i], 0), self.capacity)
+        length = self.lengths[i] if self.near is None else self._near_length(i)
+        old = cutlass.min(cutlass.max(length, 0), self.capacity)
         new = self.seqlen_new
         if self.cu_seqlens_k_new is not None:
             new = cutlass.max(self.cu_seqlens_k_new[i + 1] - self.cu_seqlens_k_new[i], 0)
         return old, new
+
+    def near_to(self, i) -> CachedKeys:
+        """A whole warp: the same with the lengths from sequence ``i`` on at hand. A fence empties the L1 cache, and while
+        memory is busy a length takes as long as keys do."""
+        lane = cute.arch.lane_idx()
+        return replace(self, near=NearLengths(i, self.lengths[cutlass.min(i + lane, self.count - 1)]))
+
+    @cute.jit
+    def _near_length(self, i):
+        """A whole warp: of a sequence that all lanes ask for."""
+        length, lane = Int32(0), i - self.near.first
+        if (lane >= 0) & (lane < WARP):
+            length = cute.arch.shuffle_sync(self.near.held, lane)
+        else:
+            length = self.lengths[i]
+        return length
 
     @cute.jit
     def of_row(self, bounds: Any, element, row):

@@ -168,6 +168,8 @@ class KeySource:
 class Forward:
     """The kernel of one (problem, config)."""
 
+    SHORT_WALKS = True  # a block may have many
+
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
@@ -192,9 +194,11 @@ class Forward:
         steps, lanes = keys.all_tiles()
         number = cute.arch.block_idx()[0]
         stretches = keys.stretches(steps, cute.arch.grid_dim()[0]).asked_by(number)
-        serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         at, end = stretches.own.begin, stretches.own.end
         i, before = keys.find(at, lanes)
+        if cutlass.const_expr(self.SHORT_WALKS and not self.problem.invariant):
+            keys = keys.near_to(i)
+        serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
             i, before, at = next_part(keys, i, before, at, end)
         head_kv, row_tile, begin = Int32(0), Int32(0), Int32(0)
