@@ -136,6 +136,7 @@ class Serving:
     keys: CachedKeys
     workspace: Workspace
     stretches: Stretches
+    first: Any = None  # where the block's first part begins
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,7 @@ class Forward:
             part, _ = part_of_stretch(keys, sequence, before, at, end)
             head_kv, row_tile, begin = part.head_kv, part.row_tile, part.begin
             self._begin(block, serving, self._seen(serving, sequence, part))
+        serving = replace(serving, first=PartStart(i, head_kv, row_tile, begin, at))
         while at < end:
             start = PartStart(i, head_kv, row_tile, begin, at)
             i, head_kv, row_tile, begin, at, stage, written = self._part(block, serving, start, end, stage, parity, written)
@@ -640,7 +642,28 @@ class Forward:
     @cute.jit
     def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
         """What all threads found of this part is written, and of ``written`` parts in all of its walk since the block last said
-        so: if these are the last ones, merge all parts."""
+        so: if these are the last ones, merge all parts. What ends a walk at the beginning of a block's stretch is counted
+        when the block is done: a fence waits for all copies on their way."""
+        if cutlass.const_expr(self.SHORT_WALKS and not self.problem.invariant):
+            if self._past(serving, seen) >= serving.stretches.own.end:
+                late = (serving.first.begin > 0) & (serving.first.at < seen.part.at)
+                for n in cutlass.range(_either(late, Int32(2), Int32(1)), unroll=1):
+                    if n == 1:
+                        cute.arch.sync_threads()  # all have read what the last part's counter said
+                        seen = self._part_from(serving, serving.first, serving.stretches.own.end)
+                        places = places_of(serving.keys, seen.sequence, seen.part, serving.stretches)
+                    self._count(block, serving, seen, places, written)
+        else:
+            self._count(block, serving, seen, places, written)
+
+    def _past(self, serving: Serving, seen: SeenTiles):
+        """The step behind a part and its walk's end."""
+        keys, part = serving.keys, seen.part
+        return part.at + (part.end - part.begin) * keys.tile_steps + keys.end_steps
+
+    @cute.jit
+    def _count(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
+        """Count so many parts, and merge all of them if there are no others."""
         workspace = serving.workspace
         if places.parts > 1:
             if cute.arch.thread_idx()[0] == 0:
