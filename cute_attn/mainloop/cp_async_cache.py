@@ -308,8 +308,8 @@ class Forward:
             self._copy_q(block, serving, then, 1 - parity)
         if n - seen.count < then.count:
             source, tile = self._ahead(seen, then, n)
-            # asked for with the tile a ring before it, or looked up when this part began
-            self._copy(block, serving.keys, source, tile, stage, (n < seen.count) | (n >= ahead))
+            # asked for with the tile a ring before it, of whose part the one before it knew, or of this one
+            self._copy(block, serving.keys, source, tile, stage, (n < seen.count) | (n >= 2 * ahead))
         if n + ahead - seen.count < then.count:
             source, tile = self._ahead(seen, then, n + ahead)
             self._ask(block, serving.keys, source, tile, stage)
@@ -331,31 +331,6 @@ class Forward:
                 page = divided(self._key_of_lane(block, source, n), keys.page_size)[0]
                 number = cute.local_tile(keys.page_table[source.number, None], (1,), (page,))
                 copy_word(number.iterator.toint(), self._number_of_lane(block, stage).iterator.toint())
-
-    @cute.jit
-    def _look_up(self, block: CacheBlock, keys: CachedKeys, seen: SeenTiles, then: SeenTiles):
-        """Of the tiles that this part copies while it computes with the first ones of a ring, the numbers of those of the part
-        behind it, for which nobody has asked: the part before this one doesn't know of them."""
-        numbers: Any = None
-        if cutlass.const_expr(self.config.page_numbers):
-            ahead, source = self.config.stages, self._source(then)
-            numbers = cute.make_rmem_tensor(ahead, Int32)
-            for i in cutlass.range_constexpr(ahead):
-                tile = ahead + i - seen.count
-                numbers[i] = Int32(-1)  # no page's
-                if (i < seen.count) & (tile >= 0) & (tile < then.count) & (cute.arch.lane_idx() < self._lanes_with_rows):
-                    page = divided(self._key_of_lane(block, source, tile), keys.page_size)[0]
-                    numbers[i] = cutlass.max(keys.page_table[source.number, page], 0)
-        return numbers
-
-    @cute.jit
-    def _note(self, block: CacheBlock, numbers: Any, stage):
-        """Put down what has been looked up where each tile's numbers are expected, of a ring from ``stage`` on."""
-        if cutlass.const_expr(self.config.page_numbers):
-            for i in cutlass.range_constexpr(self.config.stages):
-                place = self._number_of_lane(block, (stage + i) % self.config.stages)
-                if numbers[i] >= 0:
-                    place[0] = numbers[i]
 
     @cute.jit
     def _place_of_lane(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, numbered) -> tuple:
@@ -485,7 +460,6 @@ class Forward:
         after = start_after(keys, seen.sequence, seen.part)
         then = self._part_from(serving, after, end)
         then = replace(then, count=_either(after.at < end, then.count, Int32(0)))
-        numbers = self._look_up(block, keys, seen, then)
         places = places_of(keys, seen.sequence, seen.part, serving.stretches)  # while copies are on their way
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)
@@ -500,7 +474,6 @@ class Forward:
         cute.arch.cp_async_wait_group(ahead - 1)
         self._publish()
         cute.arch.sync_threads()
-        self._note(block, numbers, stage)
         of_q = self._queries(block, parity)
 
         primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange

@@ -61,7 +61,7 @@ class Block:
         self.group = self.keys_of_group = self.thread = 0
         self.mma_O = self.mma_S = MagicMock()
         self.slots, self.numbers, self.queries = [None] * stages, [None] * stages, [None, None]
-        self.pending, self.groups, self.asked, self.copied, self.computed, self.arrived = [], [], [], [], [], []
+        self.pending, self.groups, self.asked, self.computed, self.arrived = [], [], [], [], []
 
     def commit(self):
         self.groups.append(self.pending)
@@ -85,26 +85,11 @@ class Block:
         assert not self.on_its_way(self.slots, stage)
         assert self.slots[stage] in (None, "done"), "a tile that nobody has computed with"
         self.pending.append((self.slots, stage, (source.number, n)))
-        self.copied.append((source.number, n))
 
     def _ask(self, block, keys, source, n, stage):
         assert not self.on_its_way(self.numbers, stage)
         self.pending.append((self.numbers, stage, (source.number, n)))
         self.asked.append((source.number, n))
-
-    def _look_up(self, block, keys, seen, then):
-        first = self.config.stages - seen.count
-        return [(then.part.number, n if n < first + seen.count else -1) for n in range(first, first + self.config.stages)]
-
-    def _note(self, block, numbers, stage):
-        """Of tiles that there are, as for others ``_look_up`` has none."""
-        for i, (part, n) in enumerate(numbers):
-            if n >= 0 and part < len(self.counts) and n < self.counts[part]:
-                place = (stage + i) % self.config.stages
-                assert not self.on_its_way(self.numbers, place)
-                assert self.numbers[place] is None or self.numbers[place] in self.copied
-                self.numbers[place] = (part, n)
-                self.asked.append((part, n))
 
     def _copy_q(self, block, serving, seen, parity):
         assert self.queries[parity] != self.part, "of the part that is being computed"
@@ -185,8 +170,8 @@ def test_every_tile_is_there_when_it_is_computed_with(parts, stages, invariant):
     assert block.computed == [(part, n) for part, count in enumerate(counts) for n in range(count)]
     assert not block.pending
     assert len(set(block.asked)) == len(block.asked)
-    known = {(part, n) for part, count in enumerate(counts) for n in range(stages, count)}
-    assert known <= set(block.asked) <= set(block.computed)
+    long = {(part, n) for part, count in enumerate(counts) for n in range(2 * stages, count)}
+    assert long <= set(block.asked) <= set(block.computed)
     together = groupby(range(len(counts)), key=walks.__getitem__ if invariant else None)
     assert block.arrived == [[*of_walk] for _, of_walk in together]
 
