@@ -28,6 +28,7 @@ block_of = Stretches.block_of.__wrapped__
 EvenStretches, first_start = module["EvenStretches"], module["first_start"].__wrapped__
 even_block_of, either = EvenStretches.block_of.__wrapped__, module["either"].__wrapped__
 places_of = module["places_of"]
+Kernel = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)["Forward"]
 sequence_of, row_of, find = CachedKeys.sequence.__wrapped__, CachedKeys.of_row.__wrapped__, CachedKeys.find.__wrapped__
 tiles_of_lanes = CachedKeys.tiles_of_lanes.__wrapped__
 CONFIG = SimpleNamespace(tile_n=64, tile_m=16)
@@ -173,6 +174,48 @@ def test_ends_of_walks_count(lengths, blocks, seqlen_q, steps):
         assert counters <= set(range(blocks))
     if sum(taken) >= blocks * steps[0]:
         assert max(taken) - min(taken) <= 2 * sum(steps)
+
+
+@given(lengths, st.integers(1, 40), st.sampled_from([(8, 3), (1, 0)]))
+def test_every_part_of_a_cut_walk_is_counted_once(lengths, blocks, steps):
+    """When its block is done: nothing is on its way then for which a fence would wait."""
+    counted, arrive = defaultdict(list), Kernel._arrive.__wrapped__
+
+    class Counting:
+        SHORT_WALKS, problem, _past = True, SimpleNamespace(invariant=False), Kernel._past
+
+        def _part_from(self, serving, start, end):
+            sequence = sequences[int(start.sequence)]
+            return SimpleNamespace(sequence=sequence, part=part_from(keys, sequence, start, end))
+
+        def _count(self, block, serving, seen, places, written):
+            assert done
+            if places.parts > 1:
+                counted[int(seen.sequence.number), int(seen.part.head_kv), int(seen.part.row_tile)].append(int(places.number))
+
+    with plain_numbers(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutlass, "range", lambda *of, unroll: range(*map(int, of)))
+        patch.setattr(cute.arch, "sync_threads", lambda: None)
+        for name, function in {"_either": either, "places_of": places_of, "Int32": int}.items():
+            patch.setitem(arrive.__globals__, name, function)
+        keys = cached(lengths, steps=steps)
+        sequences, walks, _ = computed_in_steps(keys, blocks)
+        begins = np.cumsum([0, *(keys.steps(s) * keys.walks(s) for s in sequences)])
+        for block in range(blocks):
+            stretches = keys.stretches(int(begins[-1]), blocks).asked_by(block)
+            at, end = int(stretches.own.begin), int(stretches.own.end)
+            if at >= end:
+                continue
+            i = int(np.searchsorted(begins, at, side="right")) - 1
+            start = first_start(keys, i, int(begins[i]), at, end)
+            serving = SimpleNamespace(keys=keys, stretches=stretches, first=start)
+            while start.at < end:
+                seen = Counting()._part_from(serving, start, end)
+                start = start_after(keys, seen.sequence, seen.part)
+                done = start.at >= end
+                arrive(Counting(), None, serving, seen, places_of(keys, seen.sequence, seen.part, stretches), 1)
+        for walk, parts in walks.items():
+            assert sorted(counted[walk]) == (list(range(len(parts))) if len(parts) > 1 else [])
 
 
 @pytest.mark.parametrize(
