@@ -322,7 +322,6 @@ class EvenStretches(Stretches):
 
     steps: Int32
     blocks: Int32
-    rate: Float32  # blocks a step
     ahead: cutlass.Constexpr[int]  # how far ahead of its share a stretch begins, which rounds to the nearest tile
 
     @staticmethod
@@ -330,8 +329,7 @@ class EvenStretches(Stretches):
         each, longer = divided(steps, blocks)
         few = each < tile_steps  # a block that is between two that have tiles of a walk has one, too
         each, longer = either(few, Int32(tile_steps), each), either(few, Int32(0), longer)
-        rate = either(few, Float32(1.0 / tile_steps), Float32(blocks) / Float32(cutlass.max(steps, 1)))
-        return EvenStretches(each, longer, None, steps, blocks, rate, tile_steps // 2)
+        return EvenStretches(each, longer, None, steps, blocks, tile_steps // 2)
 
     def begin(self, block):
         share = block * self.each + divided(block * self.longer, self.blocks)[0]
@@ -341,7 +339,8 @@ class EvenStretches(Stretches):
     def block_of(self, step):
         block: Any = self.own_block()
         if self.is_own(step) == False:  # noqa: E712
-            block = cutlass.min(Int32(Float32(step + self.ahead) * self.rate), self.blocks - 1)
+            rate = Float32(self.blocks) / Float32(self.each * self.blocks + self.longer)  # blocks a step
+            block = cutlass.min(Int32(Float32(step + self.ahead) * rate), self.blocks - 1)  # or one beside it
             if self.begin(block + 1) <= step:
                 block += 1
             if self.begin(block) > step:
