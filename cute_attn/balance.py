@@ -181,11 +181,11 @@ class CachedKeys:
             return steps
         return divided(cutlass.max(steps, 0) + self.tile_steps - 1, self.tile_steps)[0]
 
-    def stretches(self, steps, blocks):
-        """Those of so many blocks."""
-        if self.tile_steps == 1:
+    def stretches(self, steps, blocks, number):
+        """Of so many blocks, of which the one with this number asks."""
+        if self.end_steps == 0:
             return Stretches.of(steps, blocks)
-        return EvenStretches.of_steps(steps, blocks, self.tile_steps)
+        return EvenStretches.of_steps(steps, blocks, self.tile_steps, number)
 
     def named_place(self, sequence_number, row):
         """``(element or page of the cache, row there)`` of a row of a sequence, as the table says."""
@@ -279,26 +279,14 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Stretches:
-    """All tiles in equal parts: block b has those from ``begin(b)`` up to ``begin(b + 1)``. ``own`` is that of the block that
-    asks, or None: it mostly asks for its own walks."""
+    """All tiles in equal parts: block b has those from ``begin(b)`` up to ``begin(b + 1)``."""
 
     each: Int32
     longer: Int32  # as many blocks, the first ones, have one more
-    own: Any
 
     @staticmethod
     def of(tiles, blocks) -> Stretches:
-        return Stretches(*divided(tiles, blocks), None)
-
-    def asked_by(self, block) -> Stretches:
-        return replace(self, own=Stretch(block, self.begin(block), self.begin(block + 1)))
-
-    def own_block(self):
-        return Int32(0) if self.own is None else self.own.block
-
-    def is_own(self, tile):
-        """Whether a tile is in the stretch of the block that asks."""
-        return self.own is not None and (tile >= self.own.begin) & (tile < self.own.end)
+        return Stretches(*divided(tiles, blocks))
 
     def begin(self, block):
         return block * self.each + cutlass.min(block, self.longer)
@@ -306,30 +294,31 @@ class Stretches:
     @cute.jit
     def block_of(self, tile):
         """The block that has a tile."""
-        block: Any = self.own_block()
-        if self.is_own(tile) == False:  # noqa: E712
-            ahead = self.longer * (self.each + 1)
-            block = divided(tile, self.each + 1)[0]
-            if tile >= ahead:
-                block = self.longer + divided(tile - ahead, cutlass.max(self.each, 1))[0]
+        ahead = self.longer * (self.each + 1)
+        block = divided(tile, self.each + 1)[0]
+        if tile >= ahead:
+            block = self.longer + divided(tile - ahead, cutlass.max(self.each, 1))[0]
         return block
 
 
 @dataclass(frozen=True)
 class EvenStretches(Stretches):
     """The same where tiles have several steps: a tile is the block's in whose stretch its first step is. The longer ones are
-    spread among the others, so that equal walks that come out even on all blocks are cut as if their ends had no steps."""
+    spread among the others, so that equal walks that come out even on all blocks are cut as if their ends had no steps. A block
+    mostly asks for its own walks."""
 
     steps: Int32
     blocks: Int32
     ahead: cutlass.Constexpr[int]  # how far ahead of its share a stretch begins, which rounds to the nearest tile
+    own: Any = None  # the Stretch of the block that asks
 
     @staticmethod
-    def of_steps(steps, blocks, tile_steps: int) -> EvenStretches:
+    def of_steps(steps, blocks, tile_steps: int, number) -> EvenStretches:
         each, longer = divided(steps, blocks)
         few = each < tile_steps  # a block that is between two that have tiles of a walk has one, too
         each, longer = either(few, Int32(tile_steps), each), either(few, Int32(0), longer)
-        return EvenStretches(each, longer, None, steps, blocks, tile_steps // 2)
+        found = EvenStretches(each, longer, steps, blocks, tile_steps // 2)
+        return replace(found, own=Stretch(number, found.begin(number), found.begin(number + 1)))
 
     def begin(self, block):
         share = block * self.each + divided(block * self.longer, self.blocks)[0]
@@ -337,8 +326,8 @@ class EvenStretches(Stretches):
 
     @cute.jit
     def block_of(self, step):
-        block: Any = self.own_block()
-        if self.is_own(step) == False:  # noqa: E712
+        block = self.own.block
+        if (step < self.own.begin) | (step >= self.own.end):
             rate = Float32(self.blocks) / Float32(self.each * self.blocks + self.longer)  # blocks a step
             block = cutlass.min(Int32(Float32(step + self.ahead) * rate), self.blocks - 1)  # or one beside it
             if self.begin(block + 1) <= step:

@@ -169,8 +169,6 @@ class KeySource:
 class Forward:
     """The kernel of one (problem, config)."""
 
-    SHORT_WALKS = True  # a block may have many
-
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
         self.lay = layouts.family(config)
@@ -194,10 +192,10 @@ class Forward:
         block = self._block(mK, mV)
         steps, lanes = keys.all_tiles()
         number = cute.arch.block_idx()[0]
-        stretches = keys.stretches(steps, cute.arch.grid_dim()[0]).asked_by(number)
-        at, end = stretches.own.begin, stretches.own.end
+        stretches = keys.stretches(steps, cute.arch.grid_dim()[0], number)
+        at, end = stretches.begin(number), stretches.begin(number + 1)
         i, before = keys.find(at, lanes)
-        if cutlass.const_expr(self.SHORT_WALKS and not self.problem.invariant):
+        if cutlass.const_expr(keys.end_steps > 0):
             keys = keys.near_to(i)
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
@@ -617,7 +615,7 @@ class Forward:
         """What all threads found of this part is written, and of ``written`` parts in all of its walk since the block last said
         so: if these are the last ones, merge all parts. What ends a walk at the beginning of a block's stretch is counted
         when the block is done: a fence waits for all copies on their way."""
-        if cutlass.const_expr(self.SHORT_WALKS and not self.problem.invariant):
+        if cutlass.const_expr(serving.keys.end_steps > 0):
             if self._past(serving, seen) >= serving.stretches.own.end:
                 late = (serving.first.begin > 0) & (serving.first.at < seen.part.at)
                 for n in cutlass.range(_either(late, Int32(2), Int32(1)), unroll=1):

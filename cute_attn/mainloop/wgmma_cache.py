@@ -40,8 +40,6 @@ class DescribedOperands:
 class Forward(cp_async_cache.Forward):
     """The kernel of one (problem, config)."""
 
-    SHORT_WALKS = False
-
     def _operand_at(self, place, name: str) -> cute.Tensor:
         layout = self.lay.smem_layout(name, self.config)
         return cute.make_tensor(cute.recast_ptr(place, layout.inner), layout.outer)
