@@ -58,7 +58,7 @@ class NearLengths:
     """Lengths of the sequences from ``first`` on, of which each lane of a warp holds one."""
 
     first: Int32
-    held: Int32
+    held: Any
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class CachedKeys:
     @cute.jit
     def _near_length(self, i):
         """A whole warp: of a sequence that all lanes ask for."""
-        length, lane = Int32(0), i - self.near.first
+        length: Any = Int32(0)
+        lane = i - self.near.first
         if (lane >= 0) & (lane < WARP):
             length = cute.arch.shuffle_sync(self.near.held, lane)
         else:
