@@ -5,12 +5,12 @@ once for every query head of the key head, so that all of them share one read of
 query of the sequence sees. A walk without keys has one tile with none.
 
 **Balance.** All walks one after another are a line of tiles: sequence by sequence, key head by key head, row tile by row tile.
-It is cut into as many equal stretches as there are blocks, to within a tile. Where a tile is copied as fast as a block merges
-what its groups found of a walk, the end of a walk counts, too: a tile takes ``tile_steps`` of the line and the end
-``end_steps``, or blocks with many short walks would be the last ones. Each block finds its own from the lengths, so nothing is
-planned and nothing allocated for it. A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in
-float32, in a workspace; the block that is last to finish one merges all of them, in the order of their keys, whoever it is.
-Which one is last a counter says, which that block sets back to 0: a call leaves them all as it found them.
+It is cut into as many equal stretches as there are blocks, to within a tile. Ends of walks take time, too, and blocks with many
+short walks would be the last ones: so the line has steps, of which a tile takes ``tile_steps`` and the end of a walk
+``end_steps`` (1 and 0 where blocks have few walks). Each block finds its stretch from the lengths, so nothing is planned and
+nothing allocated for it. A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in float32, in a workspace;
+the block that is last to finish one merges all of them, in the order of their keys, whoever it is. Which one is last a counter
+says, which that block sets back to 0: a call leaves them all as it found them.
 
 A block has two places for partial results at most, one of a walk that began before its stretch, one of a walk that goes on
 behind it, and the counter of a walk is that of the block in which it begins. So the workspace depends on the GPU and on nothing
@@ -63,7 +63,8 @@ class NearLengths:
 
 @dataclass(frozen=True)
 class CachedKeys:
-    """All sequences of a call, see ``stored.Stored``. ``seqlen_q`` is of each sequence or, packed, of all."""
+    """All sequences of a call, see ``stored.Stored``. ``seqlen_q`` is of each sequence or, packed, of all. Tiles of all
+    sequences together are counted in steps."""
 
     count: Int32
     capacity: Int32
