@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import cutlass
 from cutlass import Int32, cute
 
+from cute_attn import layouts
 from cute_attn.balance import CachedKeys
 from cute_attn.fields import ATTEND, named
 from cute_attn.forward import captured_of
@@ -26,6 +28,9 @@ def host_function(problem, config):
         q, out, lse = (with_elements(m, problem) for m in (given.q, given.out, given.lse))
         heads_kv = given.k_cache.shape[2]
         keys = cached_keys(problem, config, given, q, heads_kv, (given.left, given.right, given.units))
+        if cutlass.const_expr(not problem.invariant):
+            family = layouts.family(config)
+            keys = replace(keys, tile_steps=family.TILE_STEPS, end_steps=family.END_STEPS)
         nowhere = Int32(0)  # lengths and edges are those of a part of a walk, later
         numbers = given.scale_log2, given.scale_by_cap
         values = Values(nowhere, nowhere, nowhere, nowhere, *numbers, captured_of(problem, given))

@@ -5,10 +5,12 @@ once for every query head of the key head, so that all of them share one read of
 query of the sequence sees. A walk without keys has one tile with none.
 
 **Balance.** All walks one after another are a line of tiles: sequence by sequence, key head by key head, row tile by row tile.
-It is cut into as many equal stretches as there are blocks, to within a tile. Each block finds its own from the lengths, so
-nothing is planned and nothing allocated for it. A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in
-float32, in a workspace; the block that is last to finish one merges all of them, in the order of their keys, whoever it is.
-Which one is last a counter says, which that block sets back to 0: a call leaves them all as it found them.
+It is cut into as many equal stretches as there are blocks, to within a tile. Ends of walks take time, too, and blocks with many
+short walks would be the last ones: so the line has steps, of which a tile takes ``tile_steps`` and the end of a walk
+``end_steps`` (1 and 0 where blocks have few walks). Each block finds its stretch from the lengths, so nothing is planned and
+nothing allocated for it. A walk that is cut has partial results, ``(O, maximum, sum)`` of each row in float32, in a workspace;
+the block that is last to finish one merges all of them, in the order of their keys, whoever it is. Which one is last a counter
+says, which that block sets back to 0: a call leaves them all as it found them.
 
 A block has two places for partial results at most, one of a walk that began before its stretch, one of a walk that goes on
 behind it, and the counter of a walk is that of the block in which it begins. So the workspace depends on the GPU and on nothing
@@ -21,11 +23,11 @@ stretch. Each unit has a place of its own, and each walk a counter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
-from cutlass import Boolean, Int32, cute
+from cutlass import Boolean, Float32, Int32, cute
 
 from cute_attn.layouts.base import WARP
 from cute_attn.stored import UNITS_MAX, unit_tiles
@@ -52,8 +54,17 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class NearLengths:
+    """Lengths of the sequences from ``first`` on, of which each lane of a warp holds one."""
+
+    first: Int32
+    held: Any
+
+
+@dataclass(frozen=True)
 class CachedKeys:
-    """All sequences of a call, see ``stored.Stored``. ``seqlen_q`` is of each sequence or, packed, of all."""
+    """All sequences of a call, see ``stored.Stored``. ``seqlen_q`` is of each sequence or, packed, of all. Tiles of all
+    sequences together are counted in steps."""
 
     count: Int32
     capacity: Int32
@@ -74,6 +85,9 @@ class CachedKeys:
     cu_seqlens_k_new: Any
     problem: cutlass.Constexpr
     config: cutlass.Constexpr
+    tile_steps: cutlass.Constexpr[int] = 1  # of the line that blocks share: a tile has so many
+    end_steps: cutlass.Constexpr[int] = 0  # and the end of a walk, behind its last tile
+    near: Any = None  # NearLengths of those that a block computes with
 
     @property
     def all_sequences(self):
@@ -86,11 +100,29 @@ class CachedKeys:
 
     def old_and_new(self, i):
         """``(rows in the cache before the new ones, new rows)`` of a sequence."""
-        old = cutlass.min(cutlass.max(self.lengths[i], 0), self.capacity)
+        length = self.lengths[i] if self.near is None else self._near_length(i)
+        old = cutlass.min(cutlass.max(length, 0), self.capacity)
         new = self.seqlen_new
         if self.cu_seqlens_k_new is not None:
             new = cutlass.max(self.cu_seqlens_k_new[i + 1] - self.cu_seqlens_k_new[i], 0)
         return old, new
+
+    def near_to(self, i) -> CachedKeys:
+        """A whole warp: the same with the lengths from sequence ``i`` on at hand. A fence empties the L1 cache, and while
+        memory is busy a length takes as long as keys do."""
+        lane = cute.arch.lane_idx()
+        return replace(self, near=NearLengths(i, self.lengths[cutlass.min(i + lane, self.count - 1)]))
+
+    @cute.jit
+    def _near_length(self, i):
+        """A whole warp: of a sequence that all lanes ask for."""
+        length: Any = Int32(0)
+        lane = i - self.near.first
+        if (lane >= 0) & (lane < WARP):
+            length = cute.arch.shuffle_sync(self.near.held, lane)
+        else:
+            length = self.lengths[i]
+        return length
 
     @cute.jit
     def of_row(self, bounds: Any, element, row):
@@ -141,6 +173,22 @@ class CachedKeys:
         """How many a sequence has."""
         return sequence.row_tiles * self.heads_kv
 
+    def steps(self, sequence: Sequence):
+        """Of a walk."""
+        return sequence.tiles * self.tile_steps + self.end_steps
+
+    def tiles_begun(self, steps):
+        """How many tiles begin in so many steps from a tile's first one on."""
+        if self.tile_steps == 1:
+            return steps
+        return divided(cutlass.max(steps, 0) + self.tile_steps - 1, self.tile_steps)[0]
+
+    def stretches(self, steps, blocks, number):
+        """Of so many blocks, of which the one with this number asks."""
+        if self.end_steps == 0:
+            return Stretches.of(steps, blocks)
+        return EvenStretches.of_steps(steps, blocks, self.tile_steps, number)
+
     def named_place(self, sequence_number, row):
         """``(element or page of the cache, row there)`` of a row of a sequence, as the table says."""
         if self.page_table is not None:
@@ -162,11 +210,11 @@ class CachedKeys:
 
     @cute.jit
     def _tiles(self, i):
-        """Of all walks of sequence ``i``; 0 if there is none."""
+        """Of all walks of sequence ``i``, in steps; 0 if there is none."""
         tiles = Int32(0)
         if i < self.all_sequences:
             sequence = self.sequence(i)
-            tiles = sequence.tiles * self.walks(sequence)
+            tiles = self.steps(sequence) * self.walks(sequence)
         return tiles
 
     @cute.jit
@@ -223,6 +271,15 @@ def divided(x, n) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A block's: from ``begin`` up to ``end``."""
+
+    block: Int32
+    begin: Int32
+    end: Int32
+
+
+@dataclass(frozen=True)
 class Stretches:
     """All tiles in equal parts: block b has those from ``begin(b)`` up to ``begin(b + 1)``."""
 
@@ -247,9 +304,51 @@ class Stretches:
 
 
 @dataclass(frozen=True)
+class EvenStretches(Stretches):
+    """The same where tiles have several steps: a tile is the block's in whose stretch its first step is. The longer ones are
+    spread among the others, so that equal walks that come out even on all blocks are cut as if their ends had no steps. A block
+    mostly asks for its own walks."""
+
+    steps: Int32
+    blocks: Int32
+    ahead: cutlass.Constexpr[int]  # how far ahead of its share a stretch begins, which rounds to the nearest tile
+    own: Any = None  # the Stretch of the block that asks
+
+    @staticmethod
+    def of_steps(steps, blocks, tile_steps: int, number) -> EvenStretches:
+        each, longer = divided(steps, blocks)
+        few = each < tile_steps  # a block that is between two that have tiles of a walk has one, too
+        each, longer = either(few, Int32(tile_steps), each), either(few, Int32(0), longer)
+        found = EvenStretches(each, longer, steps, blocks, tile_steps // 2)
+        return replace(found, own=Stretch(number, found.begin(number), found.begin(number + 1)))
+
+    def begin(self, block):
+        share = block * self.each + divided(block * self.longer, self.blocks)[0]
+        return cutlass.min(cutlass.max(share - self.ahead, 0), self.steps)
+
+    @cute.jit
+    def block_of(self, step):
+        block = self.own.block
+        if (step < self.own.begin) | (step >= self.own.end):
+            rate = Float32(self.blocks) / Float32(self.each * self.blocks + self.longer)  # blocks a step
+            block = cutlass.min(Int32(Float32(step + self.ahead) * rate), self.blocks - 1)  # or one beside it
+            if self.begin(block + 1) <= step:
+                block += 1
+            if self.begin(block) > step:
+                block -= 1
+        return block
+
+
+@cute.jit
+def either(condition, x, y):
+    """``x`` where a condition holds, else ``y``."""
+    return x if condition else y
+
+
+@dataclass(frozen=True)
 class WalkPart:
     """Of a walk the tiles from ``begin`` up to ``end``, as a block computes them: the walk's key head and row tile. ``at`` is
-    the number of tile ``begin`` among all."""
+    the first step of tile ``begin`` among all."""
 
     head_kv: Int32
     row_tile: Int32
@@ -260,8 +359,8 @@ class WalkPart:
 
 @dataclass(frozen=True)
 class PartStart:
-    """Where a part of a walk begins: the walk's sequence, key head and row tile, its key tile ``begin``, which is number ``at``
-    of all."""
+    """Where a part of a walk begins: the walk's sequence, key head and row tile, its key tile ``begin``, whose first step is
+    number ``at`` of all."""
 
     sequence: Int32
     head_kv: Int32
@@ -290,11 +389,14 @@ class PartPlaces:
 
 @cute.jit
 def part_of_stretch(keys: CachedKeys, sequence: Sequence, before, at, end):
-    """``(part, tiles that a block has passed then)``: what comes first of a block's tiles ``at`` up to ``end``, of a sequence
-    before which there are ``before`` tiles. A part may have no tiles."""
-    walk, begin = divided(at - before, sequence.tiles)
+    """``(part, steps that a block has passed then)``: what comes first of a block's steps ``at`` up to ``end``, of a sequence
+    before which there are ``before``. A part may have no tiles."""
+    walk, begin = divided(at - before, keys.steps(sequence))
     head_kv, row_tile = divided(walk, sequence.row_tiles)
-    count: Any = cutlass.min(sequence.tiles - begin, end - at)
+    if cutlass.const_expr(keys.tile_steps > 1):
+        offset, begin = begin, cutlass.min(keys.tiles_begun(begin), sequence.tiles)
+        at += begin * keys.tile_steps - offset
+    count: Any = cutlass.min(sequence.tiles - begin, keys.tiles_begun(end - at))
     skipped: Any = Int32(0)
     if cutlass.const_expr(keys.problem.invariant):
         unit = unit_of(keys, sequence)
@@ -322,9 +424,21 @@ def next_part(keys: CachedKeys, i, before, at, end):
 
 
 @cute.jit
+def first_start(keys: CachedKeys, i, before, at, end) -> PartStart:
+    """Where the first part of a block's steps ``at`` up to ``end`` begins; at ``end`` or behind it if there is none. The block
+    may begin in a walk's end."""
+    sequence = keys.sequence(i)
+    part, _ = part_of_stretch(keys, sequence, before, at, end)
+    start = PartStart(i, part.head_kv, part.row_tile, part.begin, part.at)
+    if part.begin >= sequence.tiles:
+        start = start_after(keys, sequence, part)
+    return start
+
+
+@cute.jit
 def part_from(keys: CachedKeys, sequence: Sequence, start: PartStart, end) -> WalkPart:
     """The part that begins there, of a block whose tiles go up to ``end``."""
-    count: Any = cutlass.min(sequence.tiles - start.begin, end - start.at)
+    count: Any = cutlass.min(sequence.tiles - start.begin, keys.tiles_begun(end - start.at))
     if cutlass.const_expr(keys.problem.invariant):
         count = cutlass.min(sequence.tiles - start.begin, unit_of(keys, sequence))
     return WalkPart(start.head_kv, start.row_tile, start.begin, start.begin + count, start.at)
@@ -334,8 +448,9 @@ def part_from(keys: CachedKeys, sequence: Sequence, start: PartStart, end) -> Wa
 def start_after(keys: CachedKeys, sequence: Sequence, part: WalkPart) -> PartStart:
     """Where the next part begins, if there are tiles after this one's: what :func:`next_part` finds without dividing."""
     i, head_kv, row_tile, begin = sequence.number, part.head_kv, part.row_tile, part.end
+    at = part.at + (part.end - part.begin) * keys.tile_steps
     if begin >= sequence.tiles:
-        row_tile, begin = row_tile + 1, Int32(0)
+        row_tile, begin, at = row_tile + 1, Int32(0), at + keys.end_steps
     if row_tile >= sequence.row_tiles:
         head_kv, row_tile = head_kv + 1, Int32(0)
     if head_kv >= keys.heads_kv:
@@ -343,7 +458,7 @@ def start_after(keys: CachedKeys, sequence: Sequence, part: WalkPart) -> PartSta
         if cutlass.const_expr(keys.cu_seqlens_q is not None):  # some may have no rows
             while (keys.sequence(i).row_tiles == 0) & (i < keys.all_sequences - 1):
                 i += 1
-    return PartStart(i, head_kv, row_tile, begin, part.at + part.end - part.begin)
+    return PartStart(i, head_kv, row_tile, begin, at)
 
 
 def unit_of(keys: CachedKeys, sequence: Sequence):
@@ -360,6 +475,7 @@ def places_of(keys: CachedKeys, sequence: Sequence, part: WalkPart, stretches: S
         walk = walk * keys.heads_kv + part.head_kv
         place, parts = walk * keys.units, divided(sequence.tiles + unit - 1, unit)[0]
         return PartPlaces(parts, divided(part.begin, unit)[0], place, place, Int32(1), walk)
-    begin = part.at - part.begin
-    first, last, mine = (stretches.block_of(tile) for tile in (begin, begin + sequence.tiles - 1, part.at))
+    begin = part.at - part.begin * keys.tile_steps
+    last_tile = begin + (sequence.tiles - 1) * keys.tile_steps
+    first, last, mine = (stretches.block_of(step) for step in (begin, last_tile, part.at))
     return PartPlaces(last - first + 1, mine - first, 2 * first + 1, 2 * first, Int32(2), first)

@@ -26,6 +26,7 @@ QUERIES = 2  # tiles of them in shared memory: those of a part of a walk, and of
 OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
 PIECE = 4  # columns of a row of O that a thread merges at a time, of those that its quad has
 PIECE_COLUMNS = PIECE * 4
+TILE_STEPS, END_STEPS = 8, 3  # of the line that blocks share: the end of a walk takes about a third of a tile's time
 
 
 def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:

@@ -31,12 +31,14 @@ from cute_attn.balance import (
     Stretches,
     WalkPart,
     divided,
+    first_start,
     next_part,
     part_from,
     part_of_stretch,
     places_of,
     start_after,
 )
+from cute_attn.balance import either as _either
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
@@ -134,6 +136,7 @@ class Serving:
     keys: CachedKeys
     workspace: Workspace
     stretches: Stretches
+    first: Any = None  # where the block's first part begins
 
 
 @dataclass(frozen=True)
@@ -187,20 +190,31 @@ class Forward:
     @cute.kernel
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
         block = self._block(mK, mV)
-        tiles, lanes = keys.all_tiles()
-        stretches, number = Stretches.of(tiles, cute.arch.grid_dim()[0]), cute.arch.block_idx()[0]
-        serving = Serving(mQ, outputs, values, keys, workspace, stretches)
+        steps, lanes = keys.all_tiles()
+        number = cute.arch.block_idx()[0]
+        stretches = keys.stretches(steps, cute.arch.grid_dim()[0], number)
         at, end = stretches.begin(number), stretches.begin(number + 1)
         i, before = keys.find(at, lanes)
+        if cutlass.const_expr(keys.end_steps > 0):
+            keys = keys.near_to(i)
+        serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
             i, before, at = next_part(keys, i, before, at, end)
         head_kv, row_tile, begin = Int32(0), Int32(0), Int32(0)
         stage, parity, written = Int32(0), Int32(0), Int32(0)
-        if at < end:
+        if cutlass.const_expr(keys.end_steps > 0):
+            if at < end:
+                start = first_start(keys, i, before, at, end)
+                i, head_kv, row_tile, begin, at = start.sequence, start.head_kv, start.row_tile, start.begin, start.at
+            if at < end:
+                start = PartStart(i, head_kv, row_tile, begin, at)
+                self._begin(block, serving, self._part_from(serving, start, end))
+        elif at < end:
             sequence = keys.sequence(i)
             part, _ = part_of_stretch(keys, sequence, before, at, end)
             head_kv, row_tile, begin = part.head_kv, part.row_tile, part.begin
             self._begin(block, serving, self._seen(serving, sequence, part))
+        serving = replace(serving, first=PartStart(i, head_kv, row_tile, begin, at))
         while at < end:
             start = PartStart(i, head_kv, row_tile, begin, at)
             i, head_kv, row_tile, begin, at, stage, written = self._part(block, serving, start, end, stage, parity, written)
@@ -599,7 +613,28 @@ class Forward:
     @cute.jit
     def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
         """What all threads found of this part is written, and of ``written`` parts in all of its walk since the block last said
-        so: if these are the last ones, merge all parts."""
+        so: if these are the last ones, merge all parts. What ends a walk at the beginning of a block's stretch is counted
+        when the block is done: a fence waits for all copies on their way."""
+        if cutlass.const_expr(serving.keys.end_steps > 0):
+            if self._past(serving, seen) >= serving.stretches.own.end:
+                late = (serving.first.begin > 0) & (serving.first.at < seen.part.at)
+                for n in cutlass.range(_either(late, Int32(2), Int32(1)), unroll=1):
+                    if n == 1:
+                        cute.arch.sync_threads()  # all have read what the last part's counter said
+                        seen = self._part_from(serving, serving.first, serving.stretches.own.end)
+                        places = places_of(serving.keys, seen.sequence, seen.part, serving.stretches)
+                    self._count(block, serving, seen, places, written)
+        else:
+            self._count(block, serving, seen, places, written)
+
+    def _past(self, serving: Serving, seen: SeenTiles):
+        """The step behind a part and its walk's end."""
+        keys, part = serving.keys, seen.part
+        return part.at + (part.end - part.begin) * keys.tile_steps + keys.end_steps
+
+    @cute.jit
+    def _count(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
+        """Count so many parts, and merge all of them if there are no others."""
         workspace = serving.workspace
         if places.parts > 1:
             if cute.arch.thread_idx()[0] == 0:
@@ -814,12 +849,6 @@ def _pair(row: cute.Tensor, column) -> cute.Tensor:
 def _below(n, pieces: int, sharing: int):
     """Whether there is an n-th of so many pieces, which as many groups share."""
     return pieces % sharing == 0 or n < pieces
-
-
-@cute.jit
-def _either(condition, x, y):
-    """``x`` where a condition holds, else ``y``."""
-    return x if condition else y
 
 
 @cute.jit

@@ -156,6 +156,25 @@ def test_unequal_lengths(heads, invariant):
     one.check(one.attend(one.paged(64), batch_invariant=invariant), False)
 
 
+def test_a_block_has_more_sequences_than_a_warp_has_lanes():
+    """Each lane holds a length; others are read. Walks of a tile are not cut, so few sequences have the same bits."""
+    q, k, v = (torch.randn(5000, *shape, 128, device="cuda", dtype=BF16) for shape in ((1, 4), (4, 1), (4, 1)))
+    lengths = torch.arange(5000, dtype=torch.int32, device="cuda") % 5
+    some = [slice(i, i + 50) for i in range(0, 5000, 50)]
+    few = [attention_kvcache(q[i], k[i], v[i], lengths=lengths[i]) for i in some]
+    assert torch.equal(attention_kvcache(q, k, v, lengths=lengths), torch.cat(few))
+
+
+def test_one_long_sequence_among_short_ones():
+    """Blocks end a walk of another block, have several of their own, and begin one that goes on: the same bits each time."""
+    one = case([300, 20_000, *range(400, 520), 6000, 1, 0, 700], 1, (32, 8))
+    where = one.contiguous(20_000)
+    first = one.attend(where)
+    one.check(first, False)
+    for _ in range(50):
+        assert all(torch.equal(x, y) for x, y in zip(one.attend(where), first, strict=True))
+
+
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("heads", [(32, 8), (64, 1)], ids=lambda heads: f"{heads[0]}/{heads[1]}")
 @pytest.mark.parametrize("page_size", [1, 16, 48])

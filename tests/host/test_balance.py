@@ -25,7 +25,10 @@ CachedKeys, Stretches, PartPlaces = module["CachedKeys"], module["Stretches"], m
 part_of, place_of = module["part_of_stretch"].__wrapped__, PartPlaces.of.__wrapped__
 part_from, start_after, PartStart = module["part_from"].__wrapped__, module["start_after"].__wrapped__, module["PartStart"]
 block_of = Stretches.block_of.__wrapped__
+EvenStretches, first_start = module["EvenStretches"], module["first_start"].__wrapped__
+even_block_of, either = EvenStretches.block_of.__wrapped__, module["either"].__wrapped__
 places_of = module["places_of"]
+Kernel = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)["Forward"]
 sequence_of, row_of, find = CachedKeys.sequence.__wrapped__, CachedKeys.of_row.__wrapped__, CachedKeys.find.__wrapped__
 tiles_of_lanes = CachedKeys.tiles_of_lanes.__wrapped__
 CONFIG = SimpleNamespace(tile_n=64, tile_m=16)
@@ -43,6 +46,10 @@ def plain_numbers():
         patch.setitem(sequence_of.__globals__, "Int32", int)
         patch.setattr(Stretches, "block_of", block_of)
         patch.setattr(CachedKeys, "sequence", sequence_of)
+        patch.setattr(EvenStretches, "block_of", even_block_of)
+        plainly = {"Float32": np.float32, "either": either, "part_of_stretch": part_of, "start_after": start_after}
+        for name, function in plainly.items():
+            patch.setitem(sequence_of.__globals__, name, function)
         for name, function in {
             "lane_idx": lambda: lanes,
             "shuffle_sync_up": lambda x, step: x[np.maximum(lanes - step, 0)],
@@ -54,11 +61,13 @@ def plain_numbers():
         yield
 
 
-def cached(lengths, seqlen_q=1, heads_kv=2, packed=4, invariant=False, bounds=None, units=UNITS_MAX, left=None, right=None):
+def cached(
+    lengths, seqlen_q=1, heads_kv=2, packed=4, invariant=False, bounds=None, units=UNITS_MAX, left=None, right=None, steps=()
+):
     edges = {"bounded_left": left is not None, "bounded_right": right is not None}
     problem = SimpleNamespace(**edges, invariant=invariant, expression=SimpleNamespace(neighbours=lambda _: ()))
     sizes = len(lengths), 10**6, 1, 1, seqlen_q, 0, heads_kv, packed
-    return CachedKeys(*sizes, left, right, units, lengths, None, None, None, bounds, None, problem, CONFIG)
+    return CachedKeys(*sizes, left, right, units, lengths, None, None, None, bounds, None, problem, CONFIG, *steps)
 
 
 def computed(keys, blocks):
@@ -114,6 +123,111 @@ def test_every_tile_once_and_every_part_has_a_place_of_its_own(lengths, blocks, 
         if not invariant:
             assert places <= set(range(2 * blocks))
             assert counters <= set(range(blocks))
+
+
+def computed_in_steps(keys, blocks):
+    """The same where tiles have steps, and the ends of walks: as the kernel goes through its stretch."""
+    sequences = [keys.sequence(i) for i in range(int(keys.all_sequences))]
+    begins = np.cumsum([0, *(keys.steps(s) * keys.walks(s) for s in sequences)])
+    walks, taken = defaultdict(list), []
+    for block in range(blocks):
+        stretches = keys.stretches(int(begins[-1]), blocks, block)
+        at, end, steps = int(stretches.begin(block)), int(stretches.begin(block + 1)), 0
+        if at < end:
+            i = int(np.searchsorted(begins, at, side="right")) - 1
+            start = first_start(keys, i, int(begins[i]), at, end)
+            while start.at < end:
+                sequence = sequences[int(start.sequence)]
+                part = part_from(keys, sequence, start, end)
+                assert part.begin < part.end
+                walk = int(start.sequence), int(part.head_kv), int(part.row_tile)
+                walks[walk].append((part, places_of(keys, sequence, part, stretches)))
+                steps += (part.end - part.begin) * keys.tile_steps + (part.end == sequence.tiles) * keys.end_steps
+                start = start_after(keys, sequence, part)
+        taken.append(int(steps))
+    return sequences, walks, taken
+
+
+@given(lengths, st.integers(1, 40), st.integers(1, 9), st.sampled_from([(8, 3), (4, 1), (2, 2)]))
+def test_ends_of_walks_count(lengths, blocks, seqlen_q, steps):
+    """Every tile is in one part, and parts have places of their own; blocks have as many steps, to within a tile and an end."""
+    with plain_numbers():
+        sequences, walks, taken = computed_in_steps(cached(lengths, seqlen_q, steps=steps), blocks)
+        places, counters = set(), set()
+        assert len(walks) == sum(s.row_tiles * 2 for s in sequences)
+        for (i, _, _), parts in walks.items():
+            ends = [0, *(int(part.end) for part, _ in parts)]
+            assert [int(part.begin) for part, _ in parts] == ends[:-1]
+            assert ends[-1] == sequences[i].tiles
+            assert {int(at.parts) for _, at in parts} == {len(parts)}
+            assert [int(at.number) for _, at in parts] == list(range(len(parts)))
+            if len(parts) > 1:
+                assert len({int(at.counter) for _, at in parts}) == 1
+                mine = {int(place_of(at, at.number)) for _, at in parts}
+                assert mine == {int(place_of(parts[0][1], n)) for n in range(len(parts))}
+                assert len(mine) == len(parts)
+                assert not mine & places
+                assert int(parts[0][1].counter) not in counters
+                places |= mine
+                counters.add(int(parts[0][1].counter))
+        assert places <= set(range(2 * blocks))
+        assert counters <= set(range(blocks))
+    if sum(taken) >= blocks * steps[0]:
+        assert max(taken) - min(taken) <= 2 * sum(steps)
+
+
+@given(lengths, st.integers(1, 40), st.sampled_from([(8, 3), (4, 1)]))
+def test_every_part_of_a_cut_walk_is_counted_once(lengths, blocks, steps):
+    """When its block is done: nothing is on its way then for which a fence would wait."""
+    counted, arrive = defaultdict(list), Kernel._arrive.__wrapped__
+
+    class Counting:
+        _past = Kernel._past
+
+        def _part_from(self, serving, start, end):
+            sequence = sequences[int(start.sequence)]
+            return SimpleNamespace(sequence=sequence, part=part_from(keys, sequence, start, end))
+
+        def _count(self, block, serving, seen, places, written):
+            assert done
+            if places.parts > 1:
+                counted[int(seen.sequence.number), int(seen.part.head_kv), int(seen.part.row_tile)].append(int(places.number))
+
+    with plain_numbers(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutlass, "range", lambda *of, unroll: range(*map(int, of)))
+        patch.setattr(cute.arch, "sync_threads", lambda: None)
+        for name, function in {"_either": either, "places_of": places_of, "Int32": int}.items():
+            patch.setitem(arrive.__globals__, name, function)
+        keys = cached(lengths, steps=steps)
+        sequences, walks, _ = computed_in_steps(keys, blocks)
+        begins = np.cumsum([0, *(keys.steps(s) * keys.walks(s) for s in sequences)])
+        for block in range(blocks):
+            stretches = keys.stretches(int(begins[-1]), blocks, block)
+            at, end = int(stretches.own.begin), int(stretches.own.end)
+            if at >= end:
+                continue
+            i = int(np.searchsorted(begins, at, side="right")) - 1
+            start = first_start(keys, i, int(begins[i]), at, end)
+            serving = SimpleNamespace(keys=keys, stretches=stretches, first=start)
+            while start.at < end:
+                seen = Counting()._part_from(serving, start, end)
+                start = start_after(keys, seen.sequence, seen.part)
+                done = start.at >= end
+                arrive(Counting(), None, serving, seen, places_of(keys, seen.sequence, seen.part, stretches), 1)
+        for walk, parts in walks.items():
+            assert sorted(counted[walk]) == (list(range(len(parts))) if len(parts) > 1 else [])
+
+
+@pytest.mark.parametrize(
+    ("walks", "tiles", "blocks"),
+    [(8, 64, 128), (8, 1024, 128), (128, 64, 128), (512, 32, 128), (33, 8, 132), (16, 66, 96)],
+)
+def test_equal_walks_that_come_out_even_are_cut_evenly(walks, tiles, blocks):
+    with plain_numbers():
+        _, found, _ = computed_in_steps(cached([tiles * 64] * walks, heads_kv=1, steps=(8, 3)), blocks)
+    each = -(-blocks // walks)
+    for parts in found.values():
+        assert [int(part.begin) for part, _ in parts] == [tiles * n // each for n in range(each)]
 
 
 @given(lengths, st.integers(1, 40))
