@@ -41,6 +41,7 @@ from cute_attn.arguments import check_layout, shown
 from cute_attn.private import FakeTensor, without_dispatch
 
 RANK_MAX = 4
+LEAST_SCALE_OF_RAMPS = 2.0**-40  # what they are divided by it must stay far from infinity
 RESTORED_MAX = 1024  # expressions; each of another text, or tensors
 # Copies of a gradient may take so much memory, or so many bytes an element; what is added up takes 4.
 COPIES_BYTES, COPIES_OF_ELEMENT = 1 << 30, 8
@@ -128,6 +129,13 @@ class Expression:
         """The numbers of the captured tensors that have gradients, in order, and a derivative by each."""
         slots = [self.nodes[partial.load][2] for partial in self.partials]
         return {slot: self.partials[slots.index(slot)] for slot in sorted(set(slots))}
+
+    def fitting(self, call: Any) -> Expression:
+        """The same for a call whose other rules are known. The sinks' gradient takes the log-sum-exp, of which the backward pass
+        takes off a part of a ramp; and a ramp is divided by the scale."""
+        if self.ramp is not None and (call.softcap or call.sinks is not None or call.scale < LEAST_SCALE_OF_RAMPS):
+            return replace(self, ramp=None)
+        return self
 
     def value(self, node: int, leaf: Callable, ops: Any, known: dict, place: Callable = lambda node: node) -> Any:
         """What a node is worth. ``leaf(name)`` is a position's or the score's value; ``known`` has what was computed before, at

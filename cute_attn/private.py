@@ -91,6 +91,13 @@ def constant_in_graphs(function: Callable) -> Callable:
     return function
 
 
+def never_begin_a_graph(function: Callable) -> None:
+    """Have torch.compile, which is imported, call a function as it is where it could not make it a part of a graph."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
+
+
 def ragged_dim(x: torch.Tensor) -> int:
     """The dimension of a jagged tensor that has other lengths for each element of the batch."""
     return x._ragged_idx  # type: ignore[attr-defined]

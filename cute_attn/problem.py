@@ -160,7 +160,7 @@ class Call:
     of them; ``kept_for`` is the device and the dtype of these then. ``passes`` are a backend's, as ``autograd.Attention`` takes
     them.
 
-    ``captured`` are the tensors that ``expression`` reads, ``sinks`` ``(heads,)``, ``dropout`` the probability of being dropped
+    While a graph is made ``expression`` is its text (``expressions.restored``). ``captured`` are the tensors that it reads, ``sinks`` ``(heads,)``, ``dropout`` the probability of being dropped
     and ``seed`` what decides who is (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as
     functions get it.
 
@@ -198,6 +198,11 @@ class Call:
     def others(self) -> tuple[torch.Tensor | None, ...]:
         """What may have a gradient besides q, k and v: the sinks and the captured tensors; nothing where there are none."""
         return () if self.sinks is None and not self.captured else (self.sinks, *self.captured)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether anything but the usual rules changes scores, or what is made of them."""
+        return bool(self.expression) or not self.sinks is self.seed is self.blocks is None
 
     @property
     def shift(self) -> int:
