@@ -402,7 +402,7 @@ def attention_varlen(
 
 def extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple | None:
     """What a call has besides its usual rules; None where it has none of these."""
-    none = mask is score is alibi_slopes is bias is sinks is None and type(tensors) is tuple and not tensors
+    none = None is mask is score is alibi_slopes is bias is sinks and type(tensors) is tuple and not tensors
     if none and type(dropout_p) in (int, float) and not dropout_p:  # an int as default: torch.compile begins anew for a float
         return None
     return mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
