@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import check_layout, choice, flag, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
-from cute_attn.expressions import Called, Elements, Symbol, check_functions, element, positions, traced
+from cute_attn.expressions import Called, Symbol, check_functions, positions, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import (
@@ -464,11 +464,10 @@ def _in_graph(function: Callable, tensors: tuple, lengths: dict, rules: tuple, e
     made: dict[str, tuple] = {}
     if mask is not None or score is not None:
         before, *where = positions(tensors[0])
-        with Elements():
-            if mask is not None:
-                made["mask"] = (mask(*where, *given),)
-            if score is not None:
-                made["score"] = (score(before, *where, *given),)
+        if mask is not None:
+            made["mask"] = (mask(*where, *given),)
+        if score is not None:
+            made["score"] = (score(before, *where, *given),)
     others = {"alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "dropout_p": dropout_p}
     return _of_graph(function is attention_varlen, tensors, made, block_mask, named | others)
 
@@ -485,7 +484,7 @@ def _of_graph(varlen: bool, tensors: tuple, made: dict, block_mask: tuple | None
 @constant_in_graphs
 def _prepared() -> bool:
     """Tells torch.compile, which is imported by then, what to call in its graphs and not to follow."""
-    for function in (positions, element, _of_graph):
+    for function in (positions, _of_graph):
         torch.compiler.allow_in_graph(function)
     never_begin_a_graph(_in_graph)
     return True

@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 from cute_attn import memo
 from cute_attn.arguments import check_layout, shown
-from cute_attn.private import FakeTensor, without_dispatch
+from cute_attn.private import FakeTensor, is_recorded
 
 RANK_MAX = 4
 LEAST_SCALE_OF_RAMPS = 2.0**-40  # what they are divided by it must stay far from infinity
@@ -46,7 +46,7 @@ RESTORED_MAX = 1024  # expressions; each of another text, or tensors
 # Copies of a gradient may take so much memory, or so many bytes an element; what is added up takes 4.
 COPIES_BYTES, COPIES_OF_ELEMENT = 1 << 30, 8
 KINDS = {"bool": torch.bool, "int": torch.int32, "float": torch.float32}
-_BLANK = {kind: torch.empty((), dtype=dtype, device="meta") for kind, dtype in KINDS.items()}
+_BLANK = {kind: torch.empty(1, dtype=dtype, device="meta") for kind, dtype in KINDS.items()}
 POSITIONS = ("batch", "head", "q_idx", "kv_idx", "shift")  # shift: of the key that query 0 is aligned with
 LOADED = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), "float"),
@@ -232,6 +232,15 @@ class Symbol(torch.Tensor):
             "mask and score compute, and keep nothing of it"
         )
 
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """A tensor with a symbol for its index comes here, where nothing else sees it: torch's function for that asks the tensor
+        alone for what it overrides."""
+        if func is not torch.ops.aten.index.Tensor:
+            _refuse_operation(func.__name__)
+        x, where = args
+        return next(i.graph for i in where if isinstance(i, Symbol)).index(x, tuple(where))
+
 
 class Graph:
     """The nodes of a mask and a score while they are traced, each once. ``called_elsewhere``: not by :func:`traced`, but where
@@ -282,8 +291,7 @@ class Graph:
         return self.make(op, self.kind(nodes[0]), *nodes)
 
     def symbol(self, node: int | None, part: tuple = ()) -> Symbol:
-        with without_dispatch():  # a mode that sees every operator would make something else of it
-            made = _BLANK["float" if node is None else self.kind(node)].as_subclass(Symbol)
+        made = _BLANK["float" if node is None else self.kind(node)].as_subclass(Symbol)
         made.graph, made.node, made.part = self, node, part
         return made
 
@@ -571,9 +579,11 @@ def traced(
     code = getattr(mask if mask is not None else score if score is not None else _alibi, "__code__", None)
     sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
     element = element_of(bias) if bias is not None and _is_bias(bias, q, sizes) else None
+    graph = next((f.graph for f in (mask, score) if isinstance(f, Called) and f.graph), None) or Graph(q.device)
     if as_text:
-        graph = next((f.graph for f in (mask, score) if isinstance(f, Called) and f.graph), None) or Graph(q.device)
         ends = _recorded(graph, mask, score, tensors, alibi_slopes, element, behind)
+        if any(isinstance(f, Called) and f.of_shapes for f in (mask, score)):
+            return OF_SHAPES, ()
         if ends == (None, None):
             return "", ()
         trimmed = _trimmed(Expression(tuple(graph.nodes), *ends))
@@ -583,7 +593,7 @@ def traced(
     if kept is not None:
         (expression, _), captured = kept
         return expression, _on_device(captured, q.device)
-    matches, graph = memo.matcher(given, _KNOWN), Graph(q.device)
+    matches = memo.matcher(given, _KNOWN)
     seen, changed = _recorded(graph, mask, score, tensors, alibi_slopes, element, behind)
     if seen is None and changed is None:
         return NOTHING, ()
@@ -648,6 +658,7 @@ def _on_device(captured, device: torch.device) -> tuple[torch.Tensor, ...]:
 
 # ---- in graphs -------------------------------------------------------------------------------------------------------
 
+OF_SHAPES = "of shapes only"
 _restored: dict[tuple, Expression] = {}
 
 
@@ -659,6 +670,11 @@ def restored(text: str, captured: tuple[torch.Tensor, ...], batch: int, heads: i
     key = text, alike, tuple(sizes.values()) if differentiated else None
     found = _restored.get(key)
     if found is None:
+        if text == OF_SHAPES:
+            raise RuntimeError(
+                "mask or score was called to see what shapes there are, and what it computes is not known; a graph that "
+                "torch.compile or torch.export has made is needed: try torch.compiler.disable around attention"
+            )
         nodes, seen, changed = ast.literal_eval(text)
         graph = Graph(captured[0].device if captured else torch.device("cpu"))
         graph.nodes, graph.captured = list(nodes), list(captured)
@@ -677,37 +693,24 @@ class Called:
     result: Any
     graph: Graph | None
 
+    @property
+    def of_shapes(self) -> bool:
+        """Whether it was called with no symbols, but to see what shapes there are."""
+        return isinstance(self.result, FakeTensor) and self.result.dim() > 0
+
     def __call__(self, *_: Any) -> Any:
-        return self.result
+        return self.result.new_empty(()) if self.of_shapes else self.result
 
 
 def positions(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The score, and the positions, that functions are called with while torch.compile follows them; symbols where what it made
-    of them is run. In between, where it looks for shapes only, numbers without values."""
+    of them is run. In between, where it looks for shapes only, tensors without values; of one element, since torch would read an
+    index of 0 dimensions."""
     names = "score", *POSITIONS[:-1]
-    if isinstance(q, FakeTensor):
-        return tuple(q.new_empty((), dtype=KINDS["float" if name == "score" else "int"]) for name in names)
+    if isinstance(q, FakeTensor) and not is_recorded():
+        return tuple(q.new_empty(1, dtype=KINDS["float" if name == "score" else "int"]) for name in names)
     graph = Graph(q.device, called_elsewhere=True)
     return tuple(map(graph.leaf, names))
-
-
-def element(x: torch.Tensor, where: tuple) -> torch.Tensor:
-    """``x[where]``, of a tensor without values a part of its shape: torch would read an index that is a number."""
-    if isinstance(x, FakeTensor):
-        return x.new_empty(x.shape[len(where) :])
-    graph = next((i.graph for i in (x, *where) if isinstance(i, Symbol)), None)
-    return x[where] if graph is None else graph.index(x, where)
-
-
-class Elements(TorchFunctionMode):
-    """Functions take elements of tensors by :func:`element` while torch.compile follows them."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__getitem__:
-            where = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(isinstance(i, torch.Tensor) for i in where):
-                return element(args[0], where)
-        return func(*args, **(kwargs or {}))
 
 
 def _fits(trace: tuple, captured: tuple, sizes: dict[str, int | None]) -> bool:

@@ -59,7 +59,6 @@ is_transformed: Callable[[torch.Tensor], bool] = _bound(
 FakeTensor: Any = _bound("torch._subclasses.fake_tensor.FakeTensor", "whether a tensor has a shape only")
 FunctionalTensor: Any = _bound("torch._subclasses.functional_tensor.FunctionalTensor", "whether torch traces a call")
 dispatch_modes: Callable[[], int] = _bound("torch._C._len_torch_dispatch_stack", "whether a mode sees every operator")
-without_dispatch: Any = _bound("torch._C._DisableTorchDispatch", "how to make a tensor that no mode sees")
 current_device: Callable[[], int] = _of_cuda("torch._C._cuda_getDevice", "which device is current")
 raw_stream: Callable[[int], int] = _of_cuda("torch._C._cuda_getCurrentRawStream", "a device's current stream")
 # (sizes, strides, dtype), on the current device: half of the time that torch.empty and its like take goes into a look for
@@ -82,6 +81,13 @@ def is_known(number: float) -> bool:
     from torch.fx.experimental.symbolic_shapes import has_static_value  # comes with sympy: too slow for an import
 
     return has_static_value(number)
+
+
+def is_recorded() -> bool:
+    """Whether what is done to tensors becomes a graph of operators, as in torch.export."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # comes with sympy, too
+
+    return get_proxy_mode() is not None
 
 
 def constant_in_graphs(function: Callable) -> Callable:
