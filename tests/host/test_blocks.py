@@ -353,18 +353,6 @@ def test_flex_attentions_block_mask_without_a_function():
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
-def test_torch_compile_leaves_such_calls_out_of_its_graph():
-    q, k, v = make_qkv(1, 40, 40, 2, 2, 8, 8)
-    blocks = block_mask(masks.causal, None, None, 40, 40, device="cpu")
-
-    def program(q):
-        return attention(q * 2.0, k, v, mask=masks.causal, block_mask=blocks).square()
-
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(program, backend="eager")(q), program(q))
-
-
 def test_lists_of_no_keys():
     found = block_mask(masks.causal, None, None, 64, 0)
     assert found.key_lists(128, 128, 1, 1).shape[:3] == (1, 1, 1)

@@ -1067,9 +1067,9 @@ FUNCTIONS = [
         "under vmap",
         lambda: under_vmap(sinks=torch.ones(1)),
         NotImplementedError,
-        "inside of torch.compile",
+        "inside a transform of torch.func",
         "a plain call is",
-        "disable",
+        "flatten(0, 1)",
     ),
     Row(
         "captured gradients in a fixed order",
@@ -1128,9 +1128,9 @@ FUNCTIONS = [
         "dropout under vmap",
         lambda: under_vmap(dropout_p=0.1),
         NotImplementedError,
-        "dropout_p are given inside of torch.compile",
+        "dropout_p or block_mask are given inside a transform of torch.func",
         "a plain call is",
-        "disable",
+        "flatten(0, 1)",
     ),
 ]
 

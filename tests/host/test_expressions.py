@@ -217,24 +217,6 @@ def test_a_sink_far_from_all_scores(far):
     torch.testing.assert_close(lse, want_lse if far < 0 else torch.full_like(lse, far))
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
-def test_torch_compile_leaves_such_calls_out_of_its_graph():
-    q, k, v = make_qkv(1, 20, 20, 2, 2, 8, 8)
-
-    def program(q):
-        return attention(q * 2.0, k, v, mask=masks.causal, sinks=torch.ones(2)).square().sum()
-
-    torch._dynamo.reset()
-    found = []
-    for function in (torch.compile(program, backend="eager"), program):
-        leaf = q.clone().requires_grad_()
-        out = function(leaf)
-        found.append((out, *torch.autograd.grad(out, leaf)))
-    torch.testing.assert_close(*found)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(program, backend="eager", fullgraph=True)(q)
-
-
 # ---- what is traced --------------------------------------------------------------------------------------------------
 
 
