@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import check_layout, choice, flag, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
-from cute_attn.expressions import Called, Symbol, check_functions, positions, traced
+from cute_attn.expressions import Called, Symbol, check_functions, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import (
@@ -463,11 +463,11 @@ def _in_graph(function: Callable, tensors: tuple, lengths: dict, rules: tuple, e
     check_functions(mask, score, given)
     made: dict[str, tuple] = {}
     if mask is not None or score is not None:
-        before, *where = positions(tensors[0])
+        where = positions(tensors[0])
         if mask is not None:
             made["mask"] = (mask(*where, *given),)
         if score is not None:
-            made["score"] = (score(before, *where, *given),)
+            made["score"] = (score(score_of(where[0]), *where, *given),)
     others = {"alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "dropout_p": dropout_p}
     return _of_graph(function is attention_varlen, tensors, made, block_mask, named | others)
 
@@ -475,16 +475,16 @@ def _in_graph(function: Callable, tensors: tuple, lengths: dict, rules: tuple, e
 def _of_graph(varlen: bool, tensors: tuple, made: dict, block_mask: tuple | None, named: dict):
     """What :func:`_in_graph` returns; ``made`` has what functions returned, in tuples."""
     graph = next((x.graph for (x,) in made.values() if isinstance(x, Symbol)), None)
-    functions = {name: Called(x, graph) for name, (x,) in made.items()}
+    named = {**named, **{name: Called(x, graph) for name, (x,) in made.items()}}
     if block_mask is not None:
-        functions["block_mask"] = blocks.BlockMask(*block_mask)
-    return (attention_varlen if varlen else attention)(*tensors, **named, **functions)
+        named["block_mask"] = blocks.BlockMask(*block_mask)
+    return (attention_varlen if varlen else attention)(*tensors, **named)
 
 
 @constant_in_graphs
 def _prepared() -> bool:
     """Tells torch.compile, which is imported by then, what to call in its graphs and not to follow."""
-    for function in (positions, _of_graph):
+    for function in (positions, score_of, _of_graph):
         torch.compiler.allow_in_graph(function)
     never_begin_a_graph(_in_graph)
     return True
@@ -533,7 +533,8 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     )
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
-    if type(call.expression) is str or is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
+    of_graph = is_compiling() or dispatch_modes() or type(call.expression) is str
+    if of_graph or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
         return ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
     if call.lengths is not None:

@@ -131,8 +131,8 @@ class Expression:
         return {slot: self.partials[slots.index(slot)] for slot in sorted(set(slots))}
 
     def fitting(self, call: Any) -> Expression:
-        """The same for a call whose other rules are known. The sinks' gradient takes the log-sum-exp, of which the backward pass
-        takes off a part of a ramp; and a ramp is divided by the scale."""
+        """The same for a call whose other rules are known. The sinks' gradient takes the log-sum-exp, of which the backward
+        pass takes off a part of a ramp; and a ramp is divided by the scale."""
         if self.ramp is not None and (call.softcap or call.sinks is not None or call.scale < LEAST_SCALE_OF_RAMPS):
             return replace(self, ramp=None)
         return self
@@ -233,9 +233,9 @@ class Symbol(torch.Tensor):
         )
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        """A tensor with a symbol for its index comes here, where nothing else sees it: torch's function for that asks the tensor
-        alone for what it overrides."""
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        """A tensor that is indexed by a symbol comes here where no :class:`Tracing` is: torch asks the tensor alone whether it
+        overrides that."""
         if func is not torch.ops.aten.index.Tensor:
             _refuse_operation(func.__name__)
         x, where = args
@@ -586,8 +586,7 @@ def traced(
             return OF_SHAPES, ()
         if ends == (None, None):
             return "", ()
-        trimmed = _trimmed(Expression(tuple(graph.nodes), *ends))
-        return repr((trimmed.nodes, trimmed.mask, trimmed.score)), _on_device(graph.captured, q.device)
+        return repr((graph.nodes, *ends)), _on_device(graph.captured, q.device)
     given = mask, score, tuple(tensors), alibi_slopes, element, q.device, torch.is_grad_enabled(), behind
     kept = memo.find(code, given, lambda trace, captured: _fits(trace, captured, sizes))
     if kept is not None:
@@ -640,7 +639,8 @@ def _completed(
     graph: Graph, seen: int | None, changed: int | None, captured: tuple, sizes: dict[str, int | None], differentiated: bool
 ) -> Expression:
     """The expression of two nodes, with the derivatives that are needed. ``captured`` lie where they are read."""
-    slope, partials = None, ()
+    slope: int | None = None
+    partials: tuple[Partial, ...] = ()
     if changed is not None:
         slope = graph.slope(changed, graph.make("leaf", "float", "score"))
         slope = graph.constant(0.0) if slope is None else None if slope == graph.constant(1.0) else slope
@@ -662,9 +662,11 @@ OF_SHAPES = "of shapes only"
 _restored: dict[tuple, Expression] = {}
 
 
-def restored(text: str, captured: tuple[torch.Tensor, ...], batch: int, heads: int, lengths: tuple) -> Expression:
+def restored(
+    text: str, captured: tuple[torch.Tensor, ...], batch: int, heads: int, lengths: tuple[int, int] | None
+) -> Expression:
     """The expression whose text :func:`traced` returned, with derivatives by those of the tensors that require a gradient."""
-    sizes = dict(zip(POSITIONS, (batch, heads, *lengths), strict=False))
+    sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
     alike = tuple((x.dtype, x.shape, x.requires_grad, _neighbours(x, sizes["kv_idx"])) for x in captured)
     differentiated = any(x.requires_grad for x in captured)
     key = text, alike, tuple(sizes.values()) if differentiated else None
@@ -677,7 +679,7 @@ def restored(text: str, captured: tuple[torch.Tensor, ...], batch: int, heads: i
             )
         nodes, seen, changed = ast.literal_eval(text)
         graph = Graph(captured[0].device if captured else torch.device("cpu"))
-        graph.nodes, graph.captured = list(nodes), list(captured)
+        graph.nodes, graph.captured = nodes, list(captured)
         graph.numbers = {node: i for i, node in enumerate(nodes)}
         found = _completed(graph, seen, changed, captured, sizes, differentiated)
         if len(_restored) >= RESTORED_MAX:
@@ -703,14 +705,20 @@ class Called:
 
 
 def positions(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The score, and the positions, that functions are called with while torch.compile follows them; symbols where what it made
-    of them is run. In between, where it looks for shapes only, tensors without values; of one element, since torch would read an
-    index of 0 dimensions."""
-    names = "score", *POSITIONS[:-1]
+    """The positions that functions are called with while torch.compile follows them: symbols where what it made of them is run.
+    Before, where it looks for shapes only, tensors without values; of one element, since torch would read an index of 0
+    dimensions."""
     if isinstance(q, FakeTensor) and not is_recorded():
-        return tuple(q.new_empty(1, dtype=KINDS["float" if name == "score" else "int"]) for name in names)
+        return tuple(q.new_empty(1, dtype=KINDS["int"]) for _ in POSITIONS[:-1])
     graph = Graph(q.device, called_elsewhere=True)
-    return tuple(map(graph.leaf, names))
+    return tuple(map(graph.leaf, POSITIONS))[:-1]
+
+
+def score_of(position: torch.Tensor) -> torch.Tensor:
+    """The score to such a position, from when on it is asked for: nodes have the order that :func:`traced` gives them."""
+    if isinstance(position, Symbol):
+        return position.graph.leaf("score")
+    return position.new_empty(1, dtype=KINDS["float"])
 
 
 def _fits(trace: tuple, captured: tuple, sizes: dict[str, int | None]) -> bool:

@@ -22,11 +22,11 @@ sinks, dropout or a block mask, in place of which they have, after the lengths:
 
     sinks, seed, kinds, captured, expression, derived, dropout_p
 
-``expression`` is the text of what functions compute (``expressions.restored``), so that a graph can be saved and loaded where
-the functions are not; ``captured`` are the tensors that it reads, a bias and the slopes of ALiBi among them, and ``derived`` the
-numbers of those that have gradients, which the backward pass returns after dv: the sinks', of size 0 if ``needs`` has no ``s``,
-and a list. ``seed`` decides which probabilities are dropped (``dropout.draw_seed``: a graph draws it by torch's own operator),
-``kinds`` are those of a block mask. What is empty, None, or 0 there is not.
+``expression`` is the text of what functions compute (``expressions.restored``), so that a graph can be saved, and loaded where
+the functions are not. ``captured`` are the tensors that it reads, a bias and the slopes of ALiBi among them, and ``derived``
+the numbers of those that have gradients. ``seed`` decides which probabilities are dropped (``dropout.draw_seed``: a graph has
+torch's own operators for it); ``kinds`` are those of a block mask. There is none of what is None, empty, or 0. After dv the
+backward pass returns the sinks' gradient, which counts if ``needs`` has an ``s``, and a list of those of captured tensors.
 
 torch.compile makes one graph for all values of a float only if no operator takes it as a float. So each operator has an
 overload ``Tensor``, whose ``scale`` and ``softcap`` are of 0 dimensions, float64, on the CPU. It reads them when it runs, which
@@ -44,7 +44,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cute_attn import autograd, launch, reference, wrapped
 from cute_attn.arguments import check_memory
-from cute_attn.blocks import BlockMask
+from cute_attn.blocks import of_kinds
 from cute_attn.expressions import restored
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.private import is_known
@@ -57,7 +57,7 @@ _ARGUMENTS = {  # of the forward pass, and of the backward pass
     False: "{tensors}, {rules}, bool return_lse, bool for_backward, {how}",
     True: "{tensors}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {rules}, str needs, {how}",
 }
-_NO_RULES = None, None, None, [], "", [], 0.0
+_NO_RULES: tuple[Any, ...] = None, None, None, [], "", [], 0.0
 _RECTANGLE = (None,) * len(NAMES)
 _EDGES, _HOW = "SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
@@ -165,17 +165,20 @@ def _backward(tensors, lengths, more, results, rules, how):
 
 def _call(tensors, lengths: tuple, more: tuple, rules: tuple, of_sinks: bool = False) -> Call:
     scale, softcap, *window = (x.item() if isinstance(x, torch.Tensor) else x for x in rules)
-    call = _checked(*tensors, lengths, scale, window, softcap)
+    q, k, v = tensors
+    call = _checked(q, k, v, lengths, scale, window, softcap)
     sinks, call.seed, kinds, captured, text, derived, call.dropout = more
     if sinks is not None:
         call.sinks = sinks.detach().requires_grad_(of_sinks)
     if kinds is not None:
-        call.blocks = BlockMask(kinds, call.seqlen_q, call.seqlen_k)
+        call.blocks = of_kinds(kinds, call.seqlen_q, call.seqlen_k)
     if text:
-        batch, of_each = call.batch, (call.seqlen_q, call.seqlen_k)
+        batch = call.batch
+        of_each: tuple[int, int] | None = (call.seqlen_q, call.seqlen_k)
         if (ragged := call.lengths) is not None:
             batch = ragged.count
-            of_each = tuple(n // max(batch, 1) for n in of_each) if ragged.tensors[0] is None else (None, None)
+            equal = ragged.tensors[0] is None
+            of_each = (call.seqlen_q // max(batch, 1), call.seqlen_k // max(batch, 1)) if equal else None
         call.captured = tuple(x.detach().requires_grad_(i in derived) for i, x in enumerate(captured))
         expression = restored(text, call.captured, batch, call.heads, of_each)
         call.expression = expression.fitting(call)

@@ -160,9 +160,9 @@ class Call:
     of them; ``kept_for`` is the device and the dtype of these then. ``passes`` are a backend's, as ``autograd.Attention`` takes
     them.
 
-    While a graph is made ``expression`` is its text (``expressions.restored``). ``captured`` are the tensors that it reads, ``sinks`` ``(heads,)``, ``dropout`` the probability of being dropped
-    and ``seed`` what decides who is (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as
-    functions get it.
+    ``captured`` are the tensors that ``expression`` reads, which while a graph is made is a text (``expressions.restored``);
+    ``sinks`` are ``(heads,)``, ``dropout`` is the probability of being dropped and ``seed`` what decides who is
+    (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as functions get it.
 
     ``stored`` says where keys and values lie in a cache; ``batch`` and ``seqlen_k`` are sequences and the most keys of one
     then.

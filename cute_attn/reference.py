@@ -37,7 +37,7 @@ each are gathered first, once the new ones are in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -201,18 +201,18 @@ def _no_sum(x, acc_dtype: torch.dtype):
 
 def _as_others(found: list, call: Call) -> tuple:
     """Gradients of sinks and captured tensors, in the dtypes of these."""
-    return tuple(None if dx is None else dx.to(x.dtype) for dx, x in zip(found, call.others, strict=True))
+    return tuple(dx if x is None or dx is None else dx.to(x.dtype) for dx, x in zip(found, call.others, strict=True))
 
 
 def _add_of_captured(sums: list, dS, acc_S, tQ, tK, m: int, n: int, call: Call) -> None:
     """Add to the sums of the captured tensors that have one what a tile's gradients of changed scores make of them."""
     given, _, scale_log2 = _given(tQ, tK, call)
     value = _computed(call, given * (scale_log2 * LN_2), m, n)
-    for partial in call.expression.partials:
-        total = sums[call.expression.nodes[partial.load][2]]
-        part = dS if partial.slope is None else dS * value(partial.slope)
+    for by in call.expression.partials:
+        total = sums[call.expression.nodes[by.load][2]]
+        part = dS if by.slope is None else dS * value(by.slope)
         part = part.masked_fill(acc_S == -torch.inf, 0.0).to(total.dtype)  # a slope there may be anything
-        places = call.expression.indices(partial.load, **value.keywords)
+        places = call.expression.indices(by.load, **value.keywords)
         if places:
             where = torch.broadcast_tensors(*(i.clamp(0, n - 1) for (i, _), n in zip(places, total.shape, strict=True)))
             total.index_put_(where, part.sum_to_size(where[0].shape), accumulate=True)
@@ -404,7 +404,7 @@ def _kept(call: Call, P: torch.Tensor, m: int, n: int) -> torch.Tensor:
     return kept(call.seed, call.dropout, batch, head, row, key)
 
 
-def _computed(call: Call, given, m: int, n: int) -> Callable:
+def _computed(call: Call, given, m: int, n: int) -> partial:
     """What gives a node of the call's expression its values in a tile of scaled scores ``given``."""
     leaves = {"score": given, **_places(call, given, m, n, torch.int32)}
     ops = TorchOps(call.captured, given.dtype, given.device)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import create_block_mask
 
-from cute_attn import BlockMask, attention, block_mask, layouts, masks
+from cute_attn import BlockMask, attention, block_mask, blocks, layouts, masks
 from cute_attn.blocks import BY_ROWS, CUT, NONE, WHOLE
 from cute_attn.layouts.base import (
     BLOCK,
@@ -351,6 +351,20 @@ def test_flex_attentions_block_mask_without_a_function():
     got = attention(q, k, v, block_mask=flex)
     want = attention(q, k, v, mask=lambda b, h, i, j: (i >= 32) | (j >= 32))
     torch.testing.assert_close(got, want)
+
+
+def test_kinds_have_one_block_mask():
+    """As long as they are what they were; and none of it stays when they are gone."""
+    kinds = block_mask(masks.causal, None, None, 64, 64, device="cpu").kinds
+    found = blocks.of_kinds(kinds, 64, 64)
+    assert blocks.of_kinds(kinds, 64, 64) is found
+    assert blocks.of_kinds(kinds, 64, 60) is not found
+    found, counted = blocks.of_kinds(kinds, 64, 64), len(blocks._OF_KINDS)
+    kinds.fill_(2)
+    assert blocks.of_kinds(kinds, 64, 64) is not found
+    assert blocks.of_kinds(kinds, 64, 64).density == 1.0
+    del kinds
+    assert len(blocks._OF_KINDS) == counted - 1
 
 
 def test_lists_of_no_keys():

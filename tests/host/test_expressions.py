@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from cute_attn import attention, attention_varlen, flash_attn, masks, reference, scores
-from cute_attn.expressions import NOTHING, TorchOps, traced
+from cute_attn.expressions import NOTHING, TorchOps, restored, traced
 from tests import functions
 from tests.planted import plant
 from tests.support import make_gradients, make_qkv
@@ -218,6 +218,23 @@ def test_a_sink_far_from_all_scores(far):
 
 
 # ---- what is traced --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*functions.CASES, *functions.RANDOM])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_text_is_the_same_expression(case, differentiated):
+    """So a graph runs the kernels of an eager call."""
+    asked = (functions.CASES | functions.RANDOM)[case](2, 4, "cpu", 3).asked
+    mask, score, slopes = (asked.get(name) for name in ("mask", "score", "alibi_slopes"))
+    bias = torch.zeros(4, 10, 12, requires_grad=differentiated)
+    given = mask, score, (), slopes, torch.zeros(1), 4, 2, bias, (10, 12), True
+    expression, captured = traced(*given)
+    text, again = traced(*given, as_text=True)
+    assert len(again) == len(captured)
+    assert all(x is y for x, y in zip(again[:-1], captured[:-1], strict=True))
+    found = restored(text, captured, 2, 4, (10, 12))
+    assert found == expression
+    assert restored(text, captured, 2, 4, (10, 12)) is found
 
 
 def test_the_key_holds_operations_and_constants_and_no_values():

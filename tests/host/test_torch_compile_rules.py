@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -15,8 +17,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from cute_attn import attention, attention_varlen, block_mask, masks, sdpa, scores
+from cute_attn import attention, attention_varlen, block_mask, masks, scores, sdpa
+from cute_attn.expressions import traced
 from cute_attn.flash_attn import flash_attn_func
+from tests import functions
 from tests.host.test_torch_compile import anew, calls, compiled, lowered  # noqa: F401
 from tests.support import make_qkv
 
@@ -119,13 +123,29 @@ def test_sequences_of_different_lengths(kind):
 
 
 def test_one_operator_a_pass():
-    """But for what draws a seed, and what lays out a bias."""
-
     def function(q, k, v):
         return attention(q, k, v, mask=masks.document(IDS), score=relative, sinks=SINKS, causal=True)
 
     forward, backward = lowered(function, *leaves())
     assert (forward, backward) == ([FORWARD], [BACKWARD])
+
+
+@pytest.mark.parametrize("case", functions.CASES)
+def test_what_is_computed_is_what_eager_computes(case):
+    """To the node: so a graph runs the same kernels."""
+    asked = functions.CASES[case](2, HEADS, "cpu", SK - SQ).asked
+    texts = []
+
+    def keep(graph, inputs):
+        texts.extend(x for node in graph.graph.nodes if FORWARD in str(node.target) for x in node.args if isinstance(x, str))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep)
+    torch.compile(lambda q, k, v: attention(q, k, v, **asked), backend=backend, fullgraph=True)(*(x.detach() for x in leaves()))
+    rules = [asked.get(name) for name in ("mask", "score", "alibi_slopes")]
+    behind = asked.get("causal", False) or asked.get("window", (0, 1))[1] == 0
+    expected, _ = traced(*rules[:2], (), rules[2], torch.zeros(1), HEADS, 2, None, (SQ, SK), behind, as_text=True)
+    assert texts[0] == expected
 
 
 def test_inductor():
@@ -224,9 +244,9 @@ def test_what_torch_compile_can_not_follow_is_left_out():
 
 
 WRONG = {
-    "if": ({"mask": lambda b, h, i, j: True if i > j else False}, "Data-dependent"),
+    "if": ({"mask": lambda b, h, i, j: j if i > j else i}, "Data-dependent"),
     "an operation": ({"mask": lambda b, h, i, j: torch.sin(i) > j}, "mask or score has sin; .*try a captured table"),
-    "a part of a tensor": ({"score": lambda s, b, h, i, j: s + TABLE[h]}, "mask or score has a captured tensor without an index"),
+    "a part of a tensor": ({"score": lambda s, b, h, i, j: s + TABLE[h]}, "has a captured tensor without an index for"),
     "a slice": ({"score": lambda s, b, h, i, j: s + TABLE[:, h]}, "mask or score has the index None"),
     "an int": ({"mask": lambda b, h, i, j: i + j}, "mask returns values of kind int; a bool is needed"),
     "nothing": ({"mask": lambda b, h, i, j: None}, "mask returns None; a bool is needed"),
