@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
-from cute_attn.arguments import check_layout, choice, flag, number, shown, unscriptable
+from cute_attn.arguments import check_layout, choice, flag, is_traced, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
 from cute_attn.expressions import Called, Symbol, check_functions, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
@@ -411,6 +411,7 @@ def extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -
 def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths: tuple[int, int] | None = None) -> None:
     """Check and trace what a call has besides its usual rules; ``lengths`` are those of all sequences, if they have one."""
     mask, score, tensors, alibi_slopes, bias, sinks, dropout_p = extras
+    check_known(dropout_p)
     p = number("dropout_p", dropout_p, "from 0 to below 1")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p is {shown(dropout_p)}; a number from 0 to below 1 is needed: try 0.1, or 0.0 for none")
@@ -426,10 +427,20 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
     if call.dropout:
         call.seed = dropout.draw_seed(q.device)
     if extras_of_call(mask, score, tensors, alibi_slopes, bias, None, 0.0):
-        behind, as_text = call.right is not None and call.right <= 0, wrapped.is_traced(q) or bool(dispatch_modes())
+        behind = type(call.right) is int and call.right <= 0  # of a symbol nobody knows
+        as_text = wrapped.is_traced(q) or bool(dispatch_modes())
         given = mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths, behind, as_text
         expression, call.captured = _unseen(traced)(*given)
         call.expression = expression if as_text else expression.fitting(call)
+
+
+def check_known(dropout_p) -> None:
+    """Refuse a probability that is in a tensor of a graph to come, which is made for one."""
+    if is_traced(dropout_p):
+        raise TypeError(
+            f"dropout_p is {shown(torch.as_tensor(dropout_p))} inside of torch.compile or torch.export, where a graph is made before any value is "
+            f"known; a number from 0 to below 1 is needed: pass float(dropout_p) from outside"
+        )
 
 
 def _unseen(function: Callable) -> Callable:
@@ -458,6 +469,7 @@ def _in_graph(function: Callable, tensors: tuple, lengths: dict, rules: tuple, e
         wrapped.refuse_transforms()
     _prepared()
     mask, score, given, alibi_slopes, bias, sinks, dropout_p = extras or (None, None, (), None, None, None, 0)
+    check_known(dropout_p)
     if block_mask is not None:
         block_mask, mask = blocks.parts_of(block_mask, mask)
     check_functions(mask, score, given)

@@ -71,7 +71,7 @@ def attention(q, k, v, call: Call, return_lse: bool, deterministic: bool, backen
     if for_backward:
         wrapped.check_device(q)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    softcap = call.softcap if isinstance(call.softcap, torch.Tensor) else call.softcap or None
+    softcap = call.softcap if isinstance(call.softcap, (torch.Tensor, torch.SymFloat)) else call.softcap or None
     more: tuple = ()
     if call.has_rules:
         kinds = None if call.blocks is None else call.blocks.kinds

@@ -493,7 +493,8 @@ def _scores(scale, softcap) -> tuple[float, float]:
         scale = number("scale", scale, SCALES)
     if type(softcap) is not float:
         softcap = number("softcap", softcap, SOFTCAPS)
-    if torch.compiler.is_dynamo_compiling() or isinstance(scale, torch.Tensor) or isinstance(softcap, torch.Tensor):
+    unknown = (torch.Tensor, torch.SymFloat)
+    if torch.compiler.is_dynamo_compiling() or isinstance(scale, unknown) or isinstance(softcap, unknown):
         return scale, softcap  # the operator will look at them: torch.compile may have symbols here, and tensors no values yet
     log2, by_cap = score_scales(scale, softcap)
     fits = TINY <= abs(scale) <= LARGEST and TINY <= abs(log2) <= LARGEST

@@ -142,8 +142,7 @@ def test_other_lengths_in_a_graph(mode, mechanism):
 
 
 def ruled(kind: str):
-    """A call with more than the usual rules, and the tensors besides q, k and v that get a gradient. Each pass is what it is for
-    any run, but for the last bits of what is added up."""
+    """What a call has more than the usual rules, and the tensors besides q, k and v that get a gradient."""
     ids = torch.arange(400, device="cuda") // 90
     generator = torch.Generator().manual_seed(3)
     table = torch.randn(4, 801, generator=generator).cuda().requires_grad_()

@@ -180,6 +180,27 @@ def test_lengths_values_and_batches_recompile_nothing():
     assert counter.frame_count == 1
 
 
+NUMBERS = {
+    "floats": lambda i: (0.1 + i, 3.0 + i, 7),
+    "windows": lambda i: (None, None, 3 + i),
+    "tensors": lambda i: (torch.tensor(0.1 + i), torch.tensor(3.0 + i), torch.tensor(3 + i)),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_that_change_share_a_graph(kind):
+    """The first ones are constants, if they are no tensors."""
+
+    def function(q, k, v, scale, softcap, right):
+        return attention(q, k, v, scale=scale, softcap=softcap, window=(9, right), alibi_slopes=SLOPES, sinks=SINKS)
+
+    fast, counter = compiled(function)
+    for i in range(4):
+        numbers = NUMBERS[kind](i)
+        assert torch.equal(fast(*leaves(), *numbers), function(*leaves(), *numbers))
+    assert counter.frame_count == 1 + (kind != "tensors")
+
+
 def test_another_function_is_another_graph():
     """The same one is the same, and numbers in a closure are constants, whatever symbols torch.compile has for them."""
 
@@ -253,6 +274,7 @@ WRONG = {
     "no function": ({"mask": 3}, "mask is 3; a function is needed"),
     "no tensors": ({"mask": masks.causal, "tensors": 3}, "tensors is 3; a tuple of tensors"),
     "dropout": ({"dropout_p": 1.5}, "dropout_p is 1.5; a number from 0 to below 1 is needed"),
+    "dropout in a tensor": ({"dropout_p": torch.tensor(0.1)}, r"dropout_p is a Tensor .* from 0 to below 1 is needed"),
     "sinks": ({"sinks": torch.ones(3)}, r"floats \(4,\), one a head, on cpu are needed"),
     "bias": ({"bias": torch.ones(3, 3)}, r"bias has shape \(3, 3\); a tensor that broadcasts"),
     "blocks": ({"mask": masks.causal, "block_mask": block_mask(masks.causal, 1, 1, 5, 5)}, "5 queries × 5 keys; 37 queries"),
