@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
-from cute_attn.arguments import check_layout, choice, flag, is_traced, number, shown, unscriptable
+from cute_attn.arguments import Unread, check_layout, choice, flag, integer, is_traced, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
 from cute_attn.expressions import Called, Symbol, check_functions, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
@@ -25,7 +25,7 @@ from cute_attn.private import (
     never_begin_a_graph,
     transforms_active,
 )
-from cute_attn.problem import Call, check_call
+from cute_attn.problem import SCALES, UNBOUNDED, Call, check_call
 
 BACKENDS = ("auto", "cute", "reference")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -462,7 +462,11 @@ def _in_graph(function: Callable, tensors: tuple, lengths: dict, rules: tuple, e
     and closures and arguments are its operands. What it made of them comes to :func:`_of_graph`, with symbols, where the graph
     is run to be made another one of operators."""
     named = dict(zip(("return_lse", "deterministic", "backend", "mechanism"), how, strict=True)) | lengths
-    named |= dict(zip(("scale", "causal", "window", "softcap"), rules, strict=True))
+    scale, causal, window, softcap = rules
+    if isinstance(window, (tuple, list)) and any(map(is_traced, window)):
+        window = tuple(integer("a side of window", x, UNBOUNDED) if is_traced(x) else x for x in window)
+    scale, softcap = (number(name, x, SCALES) if is_traced(x) else x for name, x in (("scale", scale), ("softcap", softcap)))
+    named |= {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
     if not is_dynamo_compiling():  # it could not, and has left the call out of its graph
         named |= dict(zip(_EXTRAS, extras or (), strict=False)) | ({} if block_mask is None else {"block_mask": block_mask})
         return _unseen(function)(*tensors, **named)
@@ -489,6 +493,7 @@ def _of_graph(varlen: bool, tensors: tuple, made: dict, block_mask: tuple | None
     """What :func:`_in_graph` returns; ``made`` has what functions returned, in tuples."""
     graph = next((x.graph for (x,) in made.values() if isinstance(x, Symbol)), None)
     named = {**named, **{name: Called(x, graph) for name, (x,) in made.items()}}
+    named |= {name: Unread(named[name]) for name in ("scale", "softcap") if isinstance(named[name], torch.Tensor)}
     if block_mask is not None:
         named["block_mask"] = blocks.BlockMask(*block_mask)
     return (attention_varlen if varlen else attention)(*tensors, **named)

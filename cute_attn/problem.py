@@ -534,7 +534,7 @@ def edges_of(causal, window, farthest: int) -> tuple[int | None, int | None]:
         reach = given
         if reach is not None and type(reach) is not int:
             reach = integer(f"window's {side} side", reach, "or None for unbounded")
-        if not is_traced(given):
+        if not (is_traced(given) or isinstance(reach, torch.SymInt)):
             if reach is not None and reach < -1:
                 raise ValueError(f"window's {side} side is {shown(reach)}; an int ≥ 0 is needed, or None or -1 for unbounded")
             reach = None if reach is None or reach == -1 else min(reach, farthest)
