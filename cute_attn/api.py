@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
-from cute_attn.arguments import check_layout, choice, flag, number, shown, unscriptable
-from cute_attn.autograd import Attention, differentiable
-from cute_attn.expressions import traced
+from cute_attn.arguments import Unread, check_layout, choice, flag, integer, is_traced, number, shown, unscriptable
+from cute_attn.autograd import Attention, check_order, differentiable
+from cute_attn.expressions import Called, Symbol, check_functions, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
-from cute_attn.private import any_autocast_enabled, dispatch_modes, dual_level, transforms_active
-from cute_attn.problem import Call, check_call
+from cute_attn.private import (
+    any_autocast_enabled,
+    constant_in_graphs,
+    dispatch_modes,
+    dual_level,
+    never_begin_a_graph,
+    transforms_active,
+)
+from cute_attn.problem import SCALES, UNBOUNDED, Call, check_call
 
 BACKENDS = ("auto", "cute", "reference")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -28,9 +34,8 @@ _ON_GPU = frozenset({"auto", "cute"})
 _EXTRAS = "mask", "score", "tensors", "alibi_slopes", "bias", "sinks", "dropout_p"
 _NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
 _kept: dict[tuple | None, Any] = {}  # a Call, or, of ragged sequences, what one is made of
-LEAST_SCALE_OF_RAMPS = 2.0**-40  # they are divided by the scale, and must stay far from infinity
 KEPT_MAX = 1024  # calls; each of another shape or rule
-_UNSEEN: list[Callable] = []  # traced(), into which torch.compile doesn't look
+_UNSEEN: dict[Callable, Callable] = {}  # functions, and what calls them where torch.compile doesn't look into it
 
 
 @unscriptable
@@ -122,8 +127,9 @@ def attention(
     Tensors that stand for others are taken too: the result of an asynchronous collective is waited for (on the current
     stream); DTensors that are sharded by batch or heads, or replicated, q, k and v alike, are computed shard by shard; under
     ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta. In a graph
-    of torch.compile or torch.export attention is one operator, ``cute_attn::attention`` (:mod:`cute_attn.ops`); there flags
-    are Python's bools. DTensors and ``torch.vmap`` go without ``seqused``.
+    of torch.compile or torch.export attention is one operator, ``cute_attn::attention``, or ``cute_attn::attention_rules`` with
+    functions, a bias, slopes, sinks, dropout or a block mask (:mod:`cute_attn.ops`); there flags are Python's bools, and
+    numbers in a function's closure are constants of the graph. DTensors and ``torch.vmap`` go without these and ``seqused``.
 
     Nested tensors of layout ``torch.jagged`` are sequences of different lengths, see :func:`attention_varlen`: the dimension of
     these is seqlen's, and k and v have the same offsets. Outputs are nested, too, with q's offsets in the place of seqlen_q.
@@ -173,9 +179,11 @@ def attention(
         if call.plans is not None:
             return _by_kernels(q, k, v, call, return_lse, mechanism)
     else:
+        if (extras is not None or block_mask is not None) and is_dynamo_compiling():
+            rules, how = (scale, causal, window, softcap), (return_lse, deterministic, backend, mechanism)
+            return _in_graph(attention, (q, k, v), {}, rules, extras, block_mask, how)
         call = check_call(q, k, v, scale, causal, window, softcap)
     if block_mask is not None:
-        _refuse_graphs(q)
         call.blocks, mask = blocks.taken(block_mask, mask, call, q)
         extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
@@ -188,6 +196,8 @@ def attention(
 def _attention_to_rows_in_use(q, k, v, lengths: tuple, rules: tuple, extras, how: tuple, kept: bool, plain, transformed):
     """:func:`attention` of rectangles of which some rows aren't in use: sequences of different lengths to whatever computes."""
     (scale, causal, window, softcap), (return_lse, deterministic, _, mechanism) = rules, how
+    if extras is not None and is_dynamo_compiling():
+        return _in_graph(attention, (q, k, v), {"seqused_q": lengths[2], "seqused_k": lengths[3]}, rules, extras, None, how)
     if kept:
         call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, return_lse, deterministic, mechanism)
     else:
@@ -378,6 +388,10 @@ def attention_varlen(
         if call.plans is not None:
             return _by_kernels(q, k, v, call, return_lse, mechanism)
     else:
+        if extras is not None and is_dynamo_compiling():
+            named, rules = dict(zip(NAMES, lengths, strict=True)), (scale, causal, window, softcap)
+            how = return_lse, deterministic, backend, mechanism
+            return _in_graph(attention_varlen, (q, k, v), named, rules, extras, None, how)
         call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
     if extras is not None:
         assert call.lengths is not None
@@ -389,7 +403,7 @@ def attention_varlen(
 
 def extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple | None:
     """What a call has besides its usual rules; None where it has none of these."""
-    none = mask is score is alibi_slopes is bias is sinks is None and type(tensors) is tuple and not tensors
+    none = None is mask is score is alibi_slopes is bias is sinks and type(tensors) is tuple and not tensors
     if none and type(dropout_p) in (int, float) and not dropout_p:  # an int as default: torch.compile begins anew for a float
         return None
     return mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
@@ -398,39 +412,100 @@ def extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -
 def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths: tuple[int, int] | None = None) -> None:
     """Check and trace what a call has besides its usual rules; ``lengths`` are those of all sequences, if they have one."""
     mask, score, tensors, alibi_slopes, bias, sinks, dropout_p = extras
+    check_known(dropout_p)
     p = number("dropout_p", dropout_p, "from 0 to below 1")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p is {shown(dropout_p)}; a number from 0 to below 1 is needed: try 0.1, or 0.0 for none")
+    p = float(p)  # where it is a symbol, that of a graph to come
     call.dropout = p if dropout.threshold(p) else 0.0
     if extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, call.dropout) is None:
         return
-    _refuse_graphs(q)
+    if transforms_active():
+        wrapped.refuse_transforms()
     if sinks is not None:
         check_sinks(sinks, q, call.heads)
     call.sinks = sinks
     if call.dropout:
         call.seed = dropout.draw_seed(q.device)
     if extras_of_call(mask, score, tensors, alibi_slopes, bias, None, 0.0):
-        # Torch.compile, which has left this call out of its graph, would still look into what it calls.
-        if "torch._dynamo" in sys.modules and not _UNSEEN:
-            _UNSEEN.append(torch.compiler.disable(traced))
-        trace = _UNSEEN[0] if _UNSEEN else traced
-        behind = call.right is not None and call.right <= 0
-        expression, call.captured = trace(mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths, behind)
-        # The sinks' gradient takes the log-sum-exp, of which the backward pass takes off a part of a ramp.
-        if expression.ramp is not None and (call.softcap or call.sinks is not None or call.scale < LEAST_SCALE_OF_RAMPS):
-            expression = replace(expression, ramp=None)
-        call.expression = expression
+        behind = type(call.right) is int and call.right <= 0  # of a symbol nobody knows
+        as_text = wrapped.is_traced(q) or bool(dispatch_modes())
+        given = mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths, behind, as_text
+        expression, call.captured = _unseen(traced)(*given)
+        call.expression = expression if as_text else expression.fitting(call)
 
 
-def _refuse_graphs(q: torch.Tensor) -> None:
-    """The operators of ``ops.py`` know nothing of functions, sinks and dropout."""
-    if is_compiling() or dispatch_modes() or transforms_active() or q.is_meta or isinstance(q, wrapped.TRACED):
-        raise NotImplementedError(
-            "mask, score, alibi_slopes, bias, sinks or dropout_p are given inside of torch.compile, torch.export, a transform "
-            "of torch.func or a mode that sees every operator, or with tensors without values; a plain call is needed: try "
-            "torch.compiler.disable around it"
+def check_known(dropout_p) -> None:
+    """Refuse a probability that is in a tensor of a graph to come, which is made for one."""
+    if is_traced(dropout_p):
+        raise TypeError(
+            f"dropout_p is {shown(torch.as_tensor(dropout_p))} inside of torch.compile or torch.export, where a graph is made "
+            f"before any value is known; a number from 0 to below 1 is needed: pass float(dropout_p) from outside"
         )
+
+
+def _unseen(function: Callable) -> Callable:
+    """A function into which torch.compile doesn't look: it has left this call out of its graph, and would what that calls."""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    if function not in _UNSEEN:
+        _UNSEEN[function] = torch.compiler.disable(function)
+    return _UNSEEN[function]
+
+
+# ---- what else there is, in a graph ----------------------------------------------------------------------------------
+
+
+def _in_graph(function: Callable, tensors: tuple, lengths: dict, rules: tuple, extras, block_mask, how: tuple):
+    """What :func:`attention` or :func:`attention_varlen` returns of a call with more than its usual rules, while torch.compile
+    makes a graph. It follows mask and score, as it does everything a user writes, so that the graph is for what they are now,
+    and closures and arguments are its operands. What it made of them comes to :func:`_of_graph`, with symbols, where the graph
+    is run to be made another one of operators."""
+    named = dict(zip(("return_lse", "deterministic", "backend", "mechanism"), how, strict=True)) | lengths
+    scale, causal, window, softcap = rules
+    if isinstance(window, (tuple, list)) and any(map(is_traced, window)):
+        window = tuple(integer("a side of window", x, UNBOUNDED) if is_traced(x) else x for x in window)
+    scale, softcap = (number(name, x, SCALES) if is_traced(x) else x for name, x in (("scale", scale), ("softcap", softcap)))
+    named |= {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    if not is_dynamo_compiling():  # it could not, and has left the call out of its graph
+        named |= dict(zip(_EXTRAS, extras or (), strict=False)) | ({} if block_mask is None else {"block_mask": block_mask})
+        return _unseen(function)(*tensors, **named)
+    if transforms_active():
+        wrapped.refuse_transforms()
+    _prepared()
+    mask, score, given, alibi_slopes, bias, sinks, dropout_p = extras or (None, None, (), None, None, None, 0)
+    check_known(dropout_p)
+    if block_mask is not None:
+        block_mask, mask = blocks.parts_of(block_mask, mask)
+    check_functions(mask, score, given)
+    made: dict[str, tuple] = {}
+    if mask is not None or score is not None:
+        where = positions(tensors[0])
+        if mask is not None:
+            made["mask"] = (mask(*where, *given),)
+        if score is not None:
+            made["score"] = (score(score_of(where[0]), *where, *given),)
+    others = {"alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "dropout_p": dropout_p}
+    return _of_graph(function is attention_varlen, tensors, made, block_mask, named | others)
+
+
+def _of_graph(varlen: bool, tensors: tuple, made: dict, block_mask: tuple | None, named: dict):
+    """What :func:`_in_graph` returns; ``made`` has what functions returned, in tuples."""
+    graph = next((x.graph for (x,) in made.values() if isinstance(x, Symbol)), None)
+    named = {**named, **{name: Called(x, graph) for name, (x,) in made.items()}}
+    named |= {name: Unread(named[name]) for name in ("scale", "softcap") if isinstance(named[name], torch.Tensor)}
+    if block_mask is not None:
+        named["block_mask"] = blocks.BlockMask(*block_mask)
+    return (attention_varlen if varlen else attention)(*tensors, **named)
+
+
+@constant_in_graphs
+def _prepared() -> bool:
+    """Tells torch.compile, which is imported by then, what to call in its graphs and not to follow."""
+    for function in (positions, score_of, _of_graph):
+        torch.compiler.allow_in_graph(function)
+    never_begin_a_graph(_in_graph)
+    return True
 
 
 def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
@@ -476,35 +551,21 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     )
     if transformed:
         wrapped.check_transforms(q, k, v, differentiated)
-    if call.expression or call.sinks is not None or call.seed is not None:
-        _refuse_graphs(q)  # torch.compile, which has left the caller out of its graph, may begin one here
-    if is_compiling() or dispatch_modes() or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
+    of_graph = is_compiling() or dispatch_modes() or type(call.expression) is str
+    if of_graph or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
         return ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
     if call.lengths is not None:
         call.lengths.check_values((call.seqlen_q, call.seqlen_k))
     if differentiated:
         call.passes = reference.PASSES if on_reference else launch.passes(return_lse, mechanism, deterministic)
-        _check_captured(call, on_reference, deterministic)
+        if call.expression:
+            check_order(call, on_reference, deterministic)
         found = Attention.apply(q, k, v, call, *others)
         return found if type(found) is tuple else (found, None)
     if on_reference:
         return reference.attention(q, k, v, call)[:2]
     return launch.forward(call, mechanism, return_lse, False, q, k, v)[:2]
-
-
-def _check_captured(call: Call, on_reference: bool, deterministic: bool) -> None:
-    """Refuse gradients that are added up in any order, where one is to be fixed: torch fixes its own if it is told to."""
-    fixed = torch.are_deterministic_algorithms_enabled()
-    if not call.expression or not (deterministic or fixed) or (on_reference and fixed):
-        return
-    for slot, by in call.expression.derived.items():
-        if not by.alone or on_reference:
-            raise NotImplementedError(
-                f"a bias or a captured tensor, {shown(call.captured[slot])}, requires a gradient, which is added up in any "
-                f"order, and deterministic is True; False is needed: leave it out, or try backend='reference' and "
-                f"torch.use_deterministic_algorithms(True), or, of a bias, bias.expand(batch, heads, -1, -1).contiguous()"
-            )
 
 
 def computed_by_reference(backend: str, mechanism: str | None, q: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ import operator
 import reprlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -80,6 +81,8 @@ def number(name: str, value: object, otherwise: str) -> float:
 
     In a graph that is being made, what was in a tensor stays in one of 0 dimensions: the operators of ``ops.py`` read it.
     """
+    if isinstance(value, Unread):
+        return value.tensor  # type: ignore[return-value]
     if isinstance(value, (torch.SymFloat, torch.SymInt)):  # that a trace has a symbol for
         return torch.sym_float(value)  # type: ignore[return-value]
     needed = f"a finite number is needed, {otherwise}"
@@ -96,6 +99,13 @@ def number(name: str, value: object, otherwise: str) -> float:
     if not -math.inf < result < math.inf:
         raise ValueError(f"{name} is {shown(value)}; {needed}")
     return result
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A number that :func:`number` left in a tensor, where the graph that is made then is run to make another one."""
+
+    tensor: torch.Tensor
 
 
 def name_of(argument: str, value: object, needed: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cute_attn.arguments import shown
 from cute_attn.problem import Call
 from cute_attn.wrapped import gradient
 
@@ -98,6 +99,20 @@ def arguments_of_gradients(ctx, dout, dlse) -> Any:
     dout = torch.zeros_like(out) if dout is None else gradient("the gradient of out", dout)
     dlse = None if dlse is None else gradient("the gradient of lse", dlse)
     return q, k, v, out, kept, dout, dlse, needs, *lengths
+
+
+def check_order(call: Call, on_reference: bool, deterministic: bool) -> None:
+    """Refuse gradients that are added up in any order, where one is to be fixed: torch fixes its own if it is told to."""
+    fixed = torch.are_deterministic_algorithms_enabled()
+    if not call.expression or not (deterministic or fixed) or (on_reference and fixed):
+        return
+    for slot, by in call.expression.derived.items():
+        if not by.alone or on_reference:
+            raise NotImplementedError(
+                f"a bias or a captured tensor, {shown(call.captured[slot])}, requires a gradient, which is added up in any "
+                f"order, and deterministic is True; False is needed: leave it out, or try backend='reference' and "
+                f"torch.use_deterministic_algorithms(True), or, of a bias, bias.expand(batch, heads, -1, -1).contiguous()"
+            )
 
 
 def computed(ctx, q, k, v, out, kept, dout, dlse, needs: str, call: Call, gradients: Callable):

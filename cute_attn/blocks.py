@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cute_attn.arguments import shown
 from cute_attn.expressions import Expression, TorchOps, traced
@@ -49,7 +50,7 @@ from cute_attn.layouts.base import (
     WHOLE,
     WHOLE_BIT,
 )
-from cute_attn.private import raw_stream
+from cute_attn.private import dispatch_modes, raw_stream, version_of
 
 ROWS_OF_WARPGROUP = 64
 LENGTH_MAX = BLOCK << TILE_BITS
@@ -332,6 +333,19 @@ def _list_of_keys(none: list[list[bool]], every: list[list[bool]], across: int) 
     return (len(cut), len(led) + len(whole) + len(cut), len(whole) + len(cut)), [*cut[::-1], *whole[::-1], *led[::-1]]
 
 
+_OF_KINDS = WeakTensorKeyDictionary()
+
+
+def of_kinds(kinds: torch.Tensor, seqlen_q: int, seqlen_k: int) -> BlockMask:
+    """The block mask of these kinds, one for all calls as long as they are: what it has made of them is made once."""
+    written = version_of(kinds)
+    found, was = _OF_KINDS.get(kinds, (None, None))
+    if found is None or was != written or (found.seqlen_q, found.seqlen_k) != (seqlen_q, seqlen_k):
+        found = BlockMask(kinds.detach(), seqlen_q, seqlen_k)  # which holds not what it is found by
+        _OF_KINDS[kinds] = found, written
+    return found
+
+
 # ---- what attention is given -----------------------------------------------------------------------------------------
 
 _CONVERTED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -363,28 +377,40 @@ def taken(given: Any, mask: Callable | None, call: Any, q: torch.Tensor) -> tupl
     return blocks, mask
 
 
+def parts_of(given: Any, mask: Callable | None) -> tuple[tuple, Callable | None]:
+    """``((kinds, seqlen_q, seqlen_k), mask)`` of a block mask of either kind and a mask function, while a graph is made."""
+    blocks, of_its_own = (given, None) if isinstance(given, BlockMask) else _from_flex_attention(given)
+    return (blocks.kinds, blocks.seqlen_q, blocks.seqlen_k), of_its_own if mask is None else mask
+
+
 def _from_flex_attention(given: Any) -> tuple[BlockMask, Callable]:
     if not all(hasattr(given, name) for name in ("kv_num_blocks", "full_kv_num_blocks", "BLOCK_SIZE", "mask_mod")):
         raise TypeError(f"block_mask is {shown(given)}; a BlockMask is needed: try cute_attn.block_mask(mask, …)")
+    if torch.compiler.is_compiling() or dispatch_modes():  # what is made here is the graph's
+        return _converted(given)
     if given not in _CONVERTED:
-        (seqlen_q, seqlen_k), sides = given.seq_lengths, given.BLOCK_SIZE
-        if any(side % BLOCK for side in sides):
-            _refuse(f"block_mask has blocks of {sides[0]} × {sides[1]}", f"multiples of {BLOCK} are needed", "BLOCK_SIZE=128")
-        counts = given.kv_num_blocks
-        kinds = counts.new_zeros((*counts.shape, -(-seqlen_k // sides[1]) + 1), dtype=torch.uint8)
-        for kind, counts, columns in (
-            (CUT, given.kv_num_blocks, given.kv_indices), (WHOLE, given.full_kv_num_blocks, given.full_kv_indices)
-        ):  # fmt: skip
-            if counts is not None:
-                listed = torch.arange(columns.shape[-1], device=columns.device) < counts[..., None]
-                kinds.scatter_(-1, columns.long().where(listed, kinds.shape[-1] - 1), kind)
-        kinds = kinds[..., :-1].repeat_interleave(sides[0] // BLOCK, -2).repeat_interleave(sides[1] // BLOCK, -1)
-        kinds = kinds[..., : -(-seqlen_q // BLOCK), : -(-seqlen_k // BLOCK)].contiguous()
-        if seqlen_k % BLOCK:
-            kinds[..., -1].clamp_(max=CUT)
-        blocks = BlockMask(kinds, seqlen_q, seqlen_k)
-        _CONVERTED[given] = blocks, _function_of(given.mask_mod, blocks)
+        _CONVERTED[given] = _converted(given)
     return _CONVERTED[given]
+
+
+def _converted(given: Any) -> tuple[BlockMask, Callable]:
+    (seqlen_q, seqlen_k), sides = given.seq_lengths, given.BLOCK_SIZE
+    if any(side % BLOCK for side in sides):
+        _refuse(f"block_mask has blocks of {sides[0]} × {sides[1]}", f"multiples of {BLOCK} are needed", "BLOCK_SIZE=128")
+    counts = given.kv_num_blocks
+    kinds = counts.new_zeros((*counts.shape, -(-seqlen_k // sides[1]) + 1), dtype=torch.uint8)
+    for kind, counts, columns in (
+        (CUT, given.kv_num_blocks, given.kv_indices), (WHOLE, given.full_kv_num_blocks, given.full_kv_indices)
+    ):  # fmt: skip
+        if counts is not None:
+            listed = torch.arange(columns.shape[-1], device=columns.device) < counts[..., None]
+            kinds.scatter_(-1, columns.long().where(listed, kinds.shape[-1] - 1), kind)
+    kinds = kinds[..., :-1].repeat_interleave(sides[0] // BLOCK, -2).repeat_interleave(sides[1] // BLOCK, -1)
+    kinds = kinds[..., : -(-seqlen_q // BLOCK), : -(-seqlen_k // BLOCK)].contiguous()
+    if seqlen_k % BLOCK:
+        kinds[..., -1].clamp_(max=CUT)
+    blocks = BlockMask(kinds, seqlen_q, seqlen_k)
+    return blocks, _function_of(given.mask_mod, blocks)
 
 
 def _function_of(mask_mod: Callable, blocks: BlockMask) -> Callable:

@@ -24,6 +24,7 @@ mask hides it, and where it is hidden an index may be anything.
 
 from __future__ import annotations
 
+import ast
 import math
 import operator
 from collections.abc import Callable
@@ -37,12 +38,15 @@ from torch.overrides import TorchFunctionMode
 
 from cute_attn import memo
 from cute_attn.arguments import check_layout, shown
+from cute_attn.private import FakeTensor, is_recorded
 
 RANK_MAX = 4
+LEAST_SCALE_OF_RAMPS = 2.0**-40  # what they are divided by it must stay far from infinity
+RESTORED_MAX = 1024  # expressions; each of another text, or tensors
 # Copies of a gradient may take so much memory, or so many bytes an element; what is added up takes 4.
 COPIES_BYTES, COPIES_OF_ELEMENT = 1 << 30, 8
 KINDS = {"bool": torch.bool, "int": torch.int32, "float": torch.float32}
-_BLANK = {kind: torch.empty((), dtype=dtype, device="meta") for kind, dtype in KINDS.items()}
+_BLANK = {kind: torch.empty(1, dtype=dtype, device="meta") for kind, dtype in KINDS.items()}
 POSITIONS = ("batch", "head", "q_idx", "kv_idx", "shift")  # shift: of the key that query 0 is aligned with
 LOADED = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), "float"),
@@ -125,6 +129,13 @@ class Expression:
         """The numbers of the captured tensors that have gradients, in order, and a derivative by each."""
         slots = [self.nodes[partial.load][2] for partial in self.partials]
         return {slot: self.partials[slots.index(slot)] for slot in sorted(set(slots))}
+
+    def fitting(self, call: Any) -> Expression:
+        """The same for a call whose other rules are known. The sinks' gradient takes the log-sum-exp, of which the backward
+        pass takes off a part of a ramp; and a ramp is divided by the scale."""
+        if self.ramp is not None and (call.softcap or call.sinks is not None or call.scale < LEAST_SCALE_OF_RAMPS):
+            return replace(self, ramp=None)
+        return self
 
     def value(self, node: int, leaf: Callable, ops: Any, known: dict, place: Callable = lambda node: node) -> Any:
         """What a node is worth. ``leaf(name)`` is a position's or the score's value; ``known`` has what was computed before, at
@@ -213,17 +224,30 @@ class Symbol(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func.__name__ == "__repr__":
             return "a symbol of mask or score"
+        graph = next(x.graph for x in _flat((args, kwargs or {})) if isinstance(x, Symbol))
+        if graph.called_elsewhere:
+            return Tracing(graph).__torch_function__(func, types, args, kwargs)
         raise RuntimeError(
             "a symbol is used outside of the function that it was made for; one that is used inside is needed: return what "
             "mask and score compute, and keep nothing of it"
         )
 
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        """A tensor that is indexed by a symbol comes here where no :class:`Tracing` is: torch asks the tensor alone whether it
+        overrides that."""
+        if func is not torch.ops.aten.index.Tensor:
+            _refuse_operation(func.__name__)
+        x, where = args
+        return next(i.graph for i in where if isinstance(i, Symbol)).index(x, tuple(where))
+
 
 class Graph:
-    """The nodes of a mask and a score while they are traced, each once."""
+    """The nodes of a mask and a score while they are traced, each once. ``called_elsewhere``: not by :func:`traced`, but where
+    what torch.compile made of the functions is called, with :func:`positions`."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, called_elsewhere: bool = False):
+        self.device, self.called_elsewhere = device, called_elsewhere
         self.nodes: list[tuple] = []
         self.numbers: dict[tuple, int] = {}
         self.captured: list[torch.Tensor] = []
@@ -286,8 +310,11 @@ class Graph:
             return x.node
         if isinstance(x, (np.bool_, np.number)):
             x = x.item()
-        if isinstance(x, (bool, int, float)) and not isinstance(x, torch.SymInt):
-            return self.constant(x if isinstance(x, bool) else int(x) if isinstance(x, int) else float(x))
+        if isinstance(x, torch.SymBool):  # a number that a graph to come has a symbol for is a constant of that graph
+            x = bool(x)
+        if isinstance(x, (bool, int, float, torch.SymInt, torch.SymFloat)):
+            whole = isinstance(x, (int, torch.SymInt))
+            return self.constant(x if isinstance(x, bool) else int(x) if whole else float(x))
         if isinstance(x, torch.Tensor):
             if x.dim():
                 _refuse(
@@ -537,61 +564,161 @@ class Tracing(TorchFunctionMode):
 
 def traced(
     mask: Callable | None, score: Callable | None, tensors: Any, alibi_slopes, q: torch.Tensor, heads: int, batch: int,
-    bias: torch.Tensor | None = None, lengths: tuple[int, int] | None = None, behind: bool = False,
+    bias: torch.Tensor | None = None, lengths: tuple[int, int] | None = None, behind: bool = False, as_text: bool = False,
 ):  # fmt: skip
     """``(expression, captured tensors)`` of what a user passes: a mask and a score, what they get beside positions, and the
     slopes of ALiBi and a bias, which are added last. Calls each function once. ``lengths`` are (seqlen_q, seqlen_k), None where
-    sequences have their own. ``behind``: no query sees a key that comes after the one it is aligned with.
+    sequences have their own. ``behind``: no query sees a key that comes after the one it is aligned with. ``as_text`` returns
+    in the place of the expression what :func:`restored` makes one of, where the tensors have no values or addresses yet.
 
     Raises ``TypeError``, ``ValueError`` and ``NotImplementedError`` for what a function can't do, or tensors that don't fit.
     """
+    check_functions(mask, score, tensors)
+    if alibi_slopes is not None:
+        _check_slopes(alibi_slopes, q, heads, batch)
+    code = getattr(mask if mask is not None else score if score is not None else _alibi, "__code__", None)
+    sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
+    element = element_of(bias) if bias is not None and _is_bias(bias, q, sizes) else None
+    graph = next((f.graph for f in (mask, score) if isinstance(f, Called) and f.graph), None) or Graph(q.device)
+    if as_text:
+        ends = _recorded(graph, mask, score, tensors, alibi_slopes, element, behind)
+        if any(isinstance(f, Called) and f.of_shapes for f in (mask, score)):
+            return OF_SHAPES, ()
+        if ends == (None, None):
+            return "", ()
+        return repr((graph.nodes, *ends)), _on_device(graph.captured, q.device)
+    given = mask, score, tuple(tensors), alibi_slopes, element, q.device, torch.is_grad_enabled(), behind
+    kept = memo.find(code, given, lambda trace, captured: _fits(trace, captured, sizes))
+    if kept is not None:
+        (expression, _), captured = kept
+        return expression, _on_device(captured, q.device)
+    matches = memo.matcher(given, _KNOWN)
+    seen, changed = _recorded(graph, mask, score, tensors, alibi_slopes, element, behind)
+    if seen is None and changed is None:
+        return NOTHING, ()
+    captured = _on_device(graph.captured, q.device)
+    expression = _completed(graph, seen, changed, captured, sizes, torch.is_grad_enabled())
+    if matches is not None and graph.pure and code is not None:
+        memo.keep(code, given, matches, (expression, sizes if expression.partials else None), tuple(graph.captured))
+    return expression, captured
+
+
+def check_functions(mask: Any, score: Any, tensors: Any) -> None:
+    """Refuse what are no functions, or no tensors that these get."""
     if not isinstance(tensors, (tuple, list)) or not all(isinstance(x, torch.Tensor) for x in tensors):
         raise TypeError(f"tensors is {shown(tensors)}; a tuple of tensors is needed: try tensors=(table,)")
     if tensors and mask is None and score is None:
         raise TypeError(
             "tensors are given without mask or score; a function that reads them is needed: try score=fn, or leave them out"
         )
-    if alibi_slopes is not None:
-        _check_slopes(alibi_slopes, q, heads, batch)
-    code = getattr(mask if mask is not None else score if score is not None else _alibi, "__code__", None)
-    sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
-    element = element_of(bias) if bias is not None and _is_bias(bias, q, sizes) else None
-    given = mask, score, tuple(tensors), alibi_slopes, element, q.device, torch.is_grad_enabled(), behind
-    kept = memo.find(code, given, lambda trace, captured: _fits(trace, captured, sizes))
-    if kept is not None:
-        (expression, _), captured = kept
-        return expression, tuple(x if x.device == q.device else x.to(q.device) for x in captured)
-    matches, graph = memo.matcher(given, _KNOWN), Graph(q.device)
-    batch_, head, q_idx, kv_idx, shift = map(graph.leaf, POSITIONS)
-    seen = changed = slope = None
+    for name, function in (("mask", mask), ("score", score)):
+        if function is not None and not callable(function):
+            takes = f"{'score, ' * (name == 'score')}batch, head, q_idx, kv_idx"
+            raise TypeError(f"{name} is {shown(function)}; a function is needed: try {name}=lambda {takes}: …")
+
+
+def _recorded(graph: Graph, mask, score, tensors, alibi_slopes, element, behind: bool) -> tuple[int | None, int | None]:
+    """The nodes of whether a key is seen, and of what becomes of the score; None where there is nothing to compute."""
+    batch, head, q_idx, kv_idx, shift = map(graph.leaf, POSITIONS)
+    seen = None
     if mask is not None:
-        seen = graph.cast(_called(graph, "mask", mask, (batch_, head, q_idx, kv_idx, *tensors), "bool"), "bool")
+        seen = graph.cast(_called(graph, "mask", mask, (batch, head, q_idx, kv_idx, *tensors), "bool"), "bool")
     scored = before = graph.leaf("score")
     if score is not None:
-        scored = graph.symbol(_called(graph, "score", score, (scored, batch_, head, q_idx, kv_idx, *tensors), "float"))
+        scored = graph.symbol(_called(graph, "score", score, (scored, batch, head, q_idx, kv_idx, *tensors), "float"))
     if alibi_slopes is not None:
-        arguments = (scored, batch_, head, q_idx, kv_idx, shift, alibi_slopes, behind)
+        arguments = (scored, batch, head, q_idx, kv_idx, shift, alibi_slopes, behind)
         scored = graph.symbol(_called(graph, "alibi_slopes", _alibi, arguments, "float"))
     if element is not None:
-        to_bias = (scored, batch_, head, q_idx, kv_idx)
+        to_bias = (scored, batch, head, q_idx, kv_idx)
         scored = graph.symbol(_called(graph, "bias", lambda score, *where: score + element(*where), to_bias, "float"))
+    return seen, None if scored.node == before.node else scored.node
+
+
+def _completed(
+    graph: Graph, seen: int | None, changed: int | None, captured: tuple, sizes: dict[str, int | None], differentiated: bool
+) -> Expression:
+    """The expression of two nodes, with the derivatives that are needed. ``captured`` lie where they are read."""
+    slope: int | None = None
     partials: tuple[Partial, ...] = ()
-    if scored.node != before.node:
-        assert scored.node is not None
-        assert before.node is not None
-        changed, slope = scored.node, graph.slope(scored.node, before.node)
+    if changed is not None:
+        slope = graph.slope(changed, graph.make("leaf", "float", "score"))
         slope = graph.constant(0.0) if slope is None else None if slope == graph.constant(1.0) else slope
-        partials = _partials(graph, changed, sizes) if torch.is_grad_enabled() else ()
-    if seen is None and changed is None:
-        return NOTHING, ()
-    captured = tuple(x if x.device == q.device else x.to(q.device) for x in graph.captured)
+        partials = _partials(graph, changed, sizes) if differentiated else ()
     kinds = tuple((str(x.dtype).removeprefix("torch."), x.dim(), _neighbours(x, sizes["kv_idx"])) for x in captured)
     expression = _trimmed(Expression(tuple(graph.nodes), seen, changed, slope, kinds, partials))
     if changed is not None and not partials:
         expression = replace(expression, ramp=_ramp(expression))
-    if matches is not None and graph.pure and code is not None:
-        memo.keep(code, given, matches, (expression, sizes if partials else None), tuple(graph.captured))
-    return expression, captured
+    return expression
+
+
+def _on_device(captured, device: torch.device) -> tuple[torch.Tensor, ...]:
+    return tuple(x if x.device == device else x.to(device) for x in captured)
+
+
+# ---- in graphs -------------------------------------------------------------------------------------------------------
+
+OF_SHAPES = "of shapes only"
+_restored: dict[tuple, Expression] = {}
+
+
+def restored(
+    text: str, captured: tuple[torch.Tensor, ...], batch: int, heads: int, lengths: tuple[int, int] | None
+) -> Expression:
+    """The expression whose text :func:`traced` returned, with derivatives by those of the tensors that require a gradient."""
+    sizes = dict(zip(POSITIONS, (batch, heads, *(lengths or (None, None))), strict=False))
+    alike = tuple((x.dtype, x.shape, x.requires_grad, _neighbours(x, sizes["kv_idx"])) for x in captured)
+    differentiated = any(x.requires_grad for x in captured)
+    key = text, alike, tuple(sizes.values()) if differentiated else None
+    found = _restored.get(key)
+    if found is None:
+        if text == OF_SHAPES:
+            raise RuntimeError(
+                "mask or score was called to see what shapes there are, and what it computes is not known; a graph that "
+                "torch.compile or torch.export has made is needed: try torch.compiler.disable around attention"
+            )
+        nodes, seen, changed = ast.literal_eval(text)
+        graph = Graph(captured[0].device if captured else torch.device("cpu"))
+        graph.nodes, graph.captured = nodes, list(captured)
+        graph.numbers = {node: i for i, node in enumerate(nodes)}
+        found = _completed(graph, seen, changed, captured, sizes, differentiated)
+        if len(_restored) >= RESTORED_MAX:
+            _restored.clear()
+        _restored[key] = found
+    return found
+
+
+@dataclass(frozen=True)
+class Called:
+    """A function that was called before, with :func:`positions`, and what it returned, by whose graph."""
+
+    result: Any
+    graph: Graph | None
+
+    @property
+    def of_shapes(self) -> bool:
+        """Whether it was called with no symbols, but to see what shapes there are."""
+        return isinstance(self.result, FakeTensor) and self.result.dim() > 0
+
+    def __call__(self, *_: Any) -> Any:
+        return self.result.new_empty(()) if self.of_shapes else self.result
+
+
+def positions(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The positions that functions are called with while torch.compile follows them: symbols where what it made of them is run.
+    Before, where it looks for shapes only, tensors without values; of one element, since torch would read an index of 0
+    dimensions."""
+    if isinstance(q, FakeTensor) and not is_recorded():
+        return tuple(q.new_empty(1, dtype=KINDS["int"]) for _ in POSITIONS[:-1])
+    graph = Graph(q.device, called_elsewhere=True)
+    return tuple(map(graph.leaf, POSITIONS))[:-1]
+
+
+def score_of(position: torch.Tensor) -> torch.Tensor:
+    """The score to such a position, from when on it is asked for: nodes have the order that :func:`traced` gives them."""
+    if isinstance(position, Symbol):
+        return position.graph.leaf("score")
+    return position.new_empty(1, dtype=KINDS["float"])
 
 
 def _fits(trace: tuple, captured: tuple, sizes: dict[str, int | None]) -> bool:
@@ -648,9 +775,6 @@ def _copied(graph: Graph, load: int, sizes: dict[str, int | None]) -> tuple[str,
 
 def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:
     """The node that a function returns."""
-    if not callable(function):
-        takes = f"{'score, ' * (name == 'score')}batch, head, q_idx, kv_idx"
-        raise TypeError(f"{name} is {shown(function)}; a function is needed: try {name}=lambda {takes}: …")
     with Tracing(graph):
         result = function(*arguments)
     if not isinstance(result, (Symbol, bool, int, float, np.generic, torch.Tensor)):

@@ -17,6 +17,17 @@ any of them q, k, v are ``(1, rows of all sequences, heads, head_dim)``, and wit
 part of ``"qkv"``, names the gradients that count. What doesn't count has size 0. All results are contiguous, and memory of
 their own. The operators check their arguments themselves.
 
+``cute_attn::attention_rules`` and ``cute_attn::attention_rules_backward`` are the same of calls with functions, biases, ALiBi,
+sinks, dropout or a block mask, in place of which they have, after the lengths:
+
+    sinks, seed, kinds, captured, expression, derived, dropout_p
+
+``expression`` is the text of what functions compute (``expressions.restored``), so that a graph can be saved, and loaded where
+the functions are not. ``captured`` are the tensors that it reads, a bias and the slopes of ALiBi among them, and ``derived``
+the numbers of those that have gradients. ``seed`` decides which probabilities are dropped (``dropout.draw_seed``: a graph has
+torch's own operators for it); ``kinds`` are those of a block mask. There is none of what is None, empty, or 0. After dv the
+backward pass returns the sinks' gradient, which counts if ``needs`` has an ``s``, and a list of those of captured tensors.
+
 torch.compile makes one graph for all values of a float only if no operator takes it as a float. So each operator has an
 overload ``Tensor``, whose ``scale`` and ``softcap`` are of 0 dimensions, float64, on the CPU. It reads them when it runs, which
 a CUDA graph can't record: its tag says so, and Inductor runs it between two of them.
@@ -25,22 +36,28 @@ a CUDA graph can't record: its tag says so, and Inductor runs it between two of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from cute_attn import autograd, launch, reference, wrapped
 from cute_attn.arguments import check_memory
+from cute_attn.blocks import of_kinds
+from cute_attn.expressions import restored
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.private import is_known
 from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_kernels
 
 _LIBRARY = torch.library.Library("cute_attn", "DEF")
 _TENSORS = ", ".join(["Tensor q, Tensor k, Tensor v", *(f"Tensor? {name}" for name in NAMES)])
-_ARGUMENTS = {
-    "attention": "{tensors}, {rules}, bool return_lse, bool for_backward, {how}",
-    "attention_backward": "{tensors}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {rules}, str needs, {how}",
+_RULES = "Tensor? sinks, Tensor? seed, Tensor? kinds, Tensor[] captured, str expression, int[] derived, float dropout_p"
+_ARGUMENTS = {  # of the forward pass, and of the backward pass
+    False: "{tensors}, {rules}, bool return_lse, bool for_backward, {how}",
+    True: "{tensors}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {rules}, str needs, {how}",
 }
+_NO_RULES: tuple[Any, ...] = None, None, None, [], "", [], 0.0
 _RECTANGLE = (None,) * len(NAMES)
 _EDGES, _HOW = "SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
@@ -48,15 +65,22 @@ _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale,
 
 def attention(q, k, v, call: Call, return_lse: bool, deterministic: bool, backend: str, mechanism: str | None):
     """``(out, lse)`` of a checked call by the operator."""
-    for_backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    derived = [i for i, x in enumerate(call.captured) if x.requires_grad] if torch.is_grad_enabled() else []
+    differentiated = q.requires_grad or k.requires_grad or v.requires_grad or derived
+    for_backward = torch.is_grad_enabled() and bool(differentiated or (call.sinks is not None and call.sinks.requires_grad))
     if for_backward:
         wrapped.check_device(q)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    softcap = call.softcap if isinstance(call.softcap, torch.Tensor) else call.softcap or None
-    rules = *_as_operands(call.scale, softcap), call.left, call.right
+    softcap = call.softcap if isinstance(call.softcap, (torch.Tensor, torch.SymFloat)) else call.softcap or None
+    more: tuple = ()
+    if call.has_rules:
+        kinds = None if call.blocks is None else call.blocks.kinds
+        more = call.sinks, call.seed, kinds, list(call.captured), call.expression or "", derived, call.dropout
+    rules = *_as_operands(call.scale, softcap, of_graph=bool(more)), call.left, call.right
     how = deterministic, backend, mechanism
     lengths = _RECTANGLE if call.lengths is None else call.lengths.tensors
-    out, lse, _ = _overload("attention", rules)(q, k, v, *lengths, *rules, return_lse, for_backward, *how)
+    operator = _overload("attention_rules" if more else "attention", rules)
+    out, lse, _ = operator(q, k, v, *lengths, *more, *rules, return_lse, for_backward, *how)
     return out, lse
 
 
@@ -71,10 +95,12 @@ def on_reference(backend: str, q: torch.Tensor) -> bool:
     return backend == "reference" or (backend == "auto" and not q.is_cuda)
 
 
-def _as_operands(*numbers):
-    """Numbers as they are where the graph to come may hold them, else as tensors."""
+def _as_operands(*numbers, of_graph: bool):
+    """Numbers as they are where the graph to come may hold them, else as tensors. ``of_graph``: those may be of torch.compile's
+    graph, out of which it makes the one to come (``api.in_graph``)."""
     constants = all(x is None or (not isinstance(x, torch.Tensor) and is_known(x)) for x in numbers)
-    if constants or not torch.compiler.is_compiling():
+    symbols = of_graph and any(isinstance(x, torch.SymFloat) for x in numbers)
+    if constants or not (symbols or torch.compiler.is_compiling()):
         return numbers
     # Of what makes a tensor of a float, torch.compile replaces a product alone by the tensor in which it has the float.
     one = torch.ones((), dtype=torch.float64, device="cpu")
@@ -83,12 +109,37 @@ def _as_operands(*numbers):
 
 # ---- what they compute -----------------------------------------------------------------------------------------------
 
+_FORWARD = 3, len(NAMES), len(_NO_RULES), 4, 5  # of a call's arguments how many belong together
+_BACKWARD = 3, len(NAMES), len(_NO_RULES), 4, 4, 4
 
-def _forward(q, k, v, *others):
-    lengths, rules, (return_lse, for_backward, _, backend, mechanism) = others[:4], others[4:8], others[8:]
-    call = _call(q, k, v, lengths, rules)
+
+def _parted(arguments: tuple, sizes: tuple[int, ...], with_rules: bool) -> list[tuple]:
+    """Arguments that belong together, those that only ``attention_rules`` has among them."""
+    if not with_rules:
+        before = sum(sizes[:2])
+        arguments = (*arguments[:before], *_NO_RULES, *arguments[before:])
+    ends = list(accumulate(sizes, initial=0))
+    return [tuple(arguments[begin:end]) for begin, end in pairwise(ends)]
+
+
+def _of_parts(function: Callable, sizes: tuple[int, ...], with_rules: bool) -> Callable:
+    """A function of parts as one of arguments, of whose results the plain operators have three."""
+
+    def of_arguments(*arguments):
+        results = function(*_parted(arguments, sizes, with_rules))
+        return results if with_rules else results[:3]
+
+    return of_arguments
+
+
+def _forward(tensors, lengths, more, rules, how):
+    q, k, v = tensors
+    return_lse, for_backward, deterministic, backend, mechanism = how
+    call = _call(tensors, lengths, more, rules)
     if call.lengths is not None:
         call.lengths.check_values((call.seqlen_q, call.seqlen_k))
+    if for_backward:
+        autograd.check_order(call, on_reference(backend, q), deterministic)
     if on_reference(backend, q):
         _check_memory(q=q, k=k, v=v)
         out, lse, kept = reference.attention(q, k, v, call)
@@ -97,22 +148,41 @@ def _forward(q, k, v, *others):
     return out, _or_nothing(lse if return_lse else None, out), _or_nothing(kept if for_backward else None, out)
 
 
-def _backward(q, k, v, *others):
-    lengths, (out, kept, dout, dlse), rules = others[:4], others[4:8], others[8:12]
-    needs, deterministic, backend, mechanism = others[12:]
-    call = _call(q, k, v, lengths, rules)
+def _backward(tensors, lengths, more, results, rules, how):
+    (q, k, v), (out, kept, dout, dlse), (needs, deterministic, backend, mechanism) = tensors, results, how
+    call = _call(tensors, lengths, more, rules, "s" in needs)
     if on_reference(backend, q):
         _check_memory(q=q, k=k, v=v, out=out, dout=dout)
         gradients = reference.gradients
     else:
         _, gradients = launch.passes(False, mechanism, deterministic)
-    results = autograd.computed(None, q, k, v, out, kept, dout, dlse, needs, call, gradients)
-    return tuple(_or_nothing(dx, out) for dx in results)
+    of_inputs = needs.removesuffix("s")
+    dq, dk, dv, *of_others = autograd.computed(None, q, k, v, out, kept, dout, dlse, of_inputs, call, gradients)
+    dsinks, *of_captured = of_others or [None]
+    derived = [of_captured[i] for i in more[5]]
+    return *(_or_nothing(dx, out) for dx in (dq, dk, dv, dsinks)), derived
 
 
-def _call(q, k, v, lengths: tuple, rules: tuple) -> Call:
+def _call(tensors, lengths: tuple, more: tuple, rules: tuple, of_sinks: bool = False) -> Call:
     scale, softcap, *window = (x.item() if isinstance(x, torch.Tensor) else x for x in rules)
-    return _checked(q, k, v, lengths, scale, window, softcap)
+    q, k, v = tensors
+    call = _checked(q, k, v, lengths, scale, window, softcap)
+    sinks, call.seed, kinds, captured, text, derived, call.dropout = more
+    if sinks is not None:
+        call.sinks = sinks.detach().requires_grad_(of_sinks)
+    if kinds is not None:
+        call.blocks = of_kinds(kinds, call.seqlen_q, call.seqlen_k)
+    if text:
+        batch = call.batch
+        of_each: tuple[int, int] | None = (call.seqlen_q, call.seqlen_k)
+        if (ragged := call.lengths) is not None:
+            batch = ragged.count
+            equal = ragged.tensors[0] is None
+            of_each = (call.seqlen_q // max(batch, 1), call.seqlen_k // max(batch, 1)) if equal else None
+        call.captured = tuple(x.detach().requires_grad_(i in derived) for i, x in enumerate(captured))
+        expression = restored(text, call.captured, batch, call.heads, of_each)
+        call.expression = expression.fitting(call)
+    return call
 
 
 def _checked(q, k, v, lengths: tuple, scale, window, softcap) -> Call:
@@ -136,8 +206,8 @@ def _or_nothing(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 # ---- their shapes ----------------------------------------------------------------------------------------------------
 
 
-def _shapes(q, k, v, *others):
-    lengths, rules, (return_lse, for_backward, _, backend, _) = others[:4], others[4:8], others[8:]
+def _shapes(tensors, lengths, _, rules, how):
+    (q, k, v), (return_lse, for_backward, _, backend, _) = tensors, how
     compiling = torch.compiler.is_compiling()  # an error here would be wrapped in torch's own; one of the running graph is not
     scale, softcap = (None if compiling or isinstance(x, torch.Tensor) else x for x in rules[:2])
     call = _checked(q, k, v, lengths, scale, None, softcap)
@@ -152,39 +222,63 @@ def _shapes(q, k, v, *others):
     return out, _or_nothing(lse if return_lse else None, out), _or_nothing(kept if for_backward else None, out)
 
 
-def _shapes_of_gradients(q, k, v, *others):
-    needs = others[12]
-    return tuple(x.new_empty(x.shape if name in needs else 0) for name, x in (("q", q), ("k", k), ("v", v)))
+def _shapes_of_gradients(tensors, _, more, results, rules, how):
+    sinks, _, _, captured, _, derived, _ = more
+    named = *zip("qkv", tensors, strict=True), ("s", sinks)
+    found = (x.new_empty(x.shape) if name in how[0] else tensors[0].new_empty(0) for name, x in named)
+    return *found, [captured[i].new_empty(captured[i].shape) for i in derived]
 
 
 # ---- their gradients -------------------------------------------------------------------------------------------------
 
 
-def _keep(ctx, inputs, output):
-    q, k, v, *others = inputs
-    lengths, ctx.rules, (ctx.return_lse, ctx.for_backward, *ctx.how) = others[:4], others[4:8], others[8:]
-    out, lse, kept = output
-    ctx.mark_non_differentiable(kept) if ctx.return_lse else ctx.mark_non_differentiable(lse, kept)
-    autograd.keep(ctx, q, k, v, out, kept, *lengths)
+def _keep(with_rules: bool) -> Callable:
+    def keep(ctx, inputs, output):
+        (q, k, v), lengths, more, ctx.rules, how = _parted(inputs, _FORWARD, with_rules)
+        ctx.return_lse, ctx.for_backward, *ctx.how = how
+        ctx.with_rules = with_rules
+        sinks, seed, kinds, captured, *ctx.more = more
+        out, lse, kept = output
+        ctx.mark_non_differentiable(kept) if ctx.return_lse else ctx.mark_non_differentiable(lse, kept)
+        autograd.keep(ctx, q, k, v, out, kept, *lengths, sinks, seed, kinds, *captured)
+
+    return keep
 
 
 def _differentiate(ctx, dout, dlse, _):
-    gradients = [None] * len(ctx.needs_input_grad)
+    needed = ctx.needs_input_grad
+    given, of_sinks, of_captured = dict[int, Any](), False, []
+    if ctx.with_rules:  # a list's gradient is a list, even if it is one of no tensors
+        first = sum(_FORWARD[:2])
+        of_sinks, _, _, of_captured, _, _, _ = needed[first : first + len(_NO_RULES)]
+        given = {first + 3: [None] * len(of_captured), first + 5: None if ctx.more[1] else []}
     arguments = autograd.arguments_of_gradients(ctx, dout, dlse if ctx.return_lse else None)
     if arguments is not None:
-        q, k, v, out, kept, dout, dlse, needs, *lengths = arguments
+        q, k, v, out, kept, dout, dlse, needs, *others = arguments
+        lengths, (sinks, seed, kinds, *captured) = others[: len(NAMES)], others[len(NAMES) :]
+        more: tuple = ()
+        if ctx.with_rules:
+            text, derived, p = ctx.more
+            derived = derived if ctx.for_backward else [i for i, is_needed in enumerate(of_captured) if is_needed]
+            more = sinks, seed, kinds, captured, text, derived, p
         if not ctx.for_backward:  # of a graph that was made where no gradient was needed
-            _, _, kept = _overload("attention", ctx.rules)(q, k, v, *lengths, *ctx.rules, False, True, *ctx.how)
-        operator = _overload("attention_backward", ctx.rules)
-        results = operator(q, k, v, *lengths, out, kept, dout, dlse, *ctx.rules, needs, *ctx.how)
-        gradients[:3] = (dx if name in needs else None for name, dx in zip("qkv", results, strict=True))
-    return tuple(gradients)
+            operator = _overload(f"attention{'_rules' * ctx.with_rules}", ctx.rules)
+            _, _, kept = operator(q, k, v, *lengths, *more, *ctx.rules, False, True, *ctx.how)
+        operator = _overload(f"attention{'_rules' * ctx.with_rules}_backward", ctx.rules)
+        needs += "s" * of_sinks
+        results = operator(q, k, v, *lengths, *more, out, kept, dout, dlse, *ctx.rules, needs, *ctx.how)
+        given |= {i: dx for i, (name, dx) in enumerate(zip("qkv", results, strict=False)) if name in needs}
+        if ctx.with_rules:
+            given[first] = results[3] if of_sinks else None
+            for i, dx in zip(derived, results[4], strict=True):
+                given[first + 3][i] = dx
+    return tuple(given.get(i) for i in range(len(needed)))
 
 
 # ---- their members' under torch.vmap ---------------------------------------------------------------------------------
 
 
-def _mapped(operator: Callable) -> Callable:
+def _mapped(operator: Callable, with_rules: bool) -> Callable:
     """The rule of ``torch.vmap``: the mapped dimension joins the batch, which comes first in all tensors."""
 
     def rule(info, in_dims, *arguments):
@@ -196,6 +290,8 @@ def _mapped(operator: Callable) -> Callable:
             return (x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
         wrapped.check_mapped(*arguments[:3])
+        if with_rules:
+            wrapped.refuse_transforms()
         if any(x is not None for x in arguments[3:7]):
             raise NotImplementedError(
                 "torch.vmap maps attention with cu_seqlens or seqused; a call without these is needed, whose batch the mapped "
@@ -212,12 +308,12 @@ def _mapped(operator: Callable) -> Callable:
 
 def _flops(q, k, v, *others, **_) -> int:
     """As torch counts those of its own attention: two products, whatever a mask hides."""
-    return 2 * _scores(q, k, others[:4]) * (q.shape[-1] + v.shape[-1])
+    return 2 * _scores(q, k, others[: len(NAMES)]) * (q.shape[-1] + v.shape[-1])
 
 
 def _flops_of_gradients(q, k, v, *others, **_) -> int:
     """Five products: the scores anew and dQ, dK of one head_dim; dP and dV of the other."""
-    return 2 * _scores(q, k, others[:4]) * (3 * q.shape[-1] + 2 * v.shape[-1])
+    return 2 * _scores(q, k, others[: len(NAMES)]) * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
 def _scores(q, k, lengths: tuple) -> int:
@@ -236,21 +332,26 @@ def _scores(q, k, lengths: tuple) -> int:
 # ---- registered ------------------------------------------------------------------------------------------------------
 
 
-def _register(name: str, compute, shapes, flops, differentiate, keep=None) -> None:
+def _register(with_rules: bool, backward: bool, compute, shapes, flops, differentiate, keep=None) -> None:
+    name, sizes = f"attention{'_rules' * with_rules}{'_backward' * backward}", _BACKWARD if backward else _FORWARD
+    tensors = f"{_TENSORS}, {_RULES}" if with_rules else _TENSORS
+    results = "(Tensor, Tensor, Tensor, Tensor, Tensor[])" if with_rules and backward else "(Tensor, Tensor, Tensor)"
     for overload, numbers in _NUMBERS.items():
         operator = name if overload == "default" else f"{name}.{overload}"
-        arguments = _ARGUMENTS[name].format(tensors=_TENSORS, rules=f"{numbers}, {_EDGES}", how=_HOW)
+        arguments = _ARGUMENTS[backward].format(tensors=tensors, rules=f"{numbers}, {_EDGES}", how=_HOW)
         tags = {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides}
         if overload == "Tensor":
             tags.add(torch.Tag.cudagraph_unsafe)
-        _LIBRARY.define(f"{operator}({arguments}) -> (Tensor, Tensor, Tensor)", tags=tuple(tags))
-        _LIBRARY.impl(operator, compute, "CompositeExplicitAutograd")
+        _LIBRARY.define(f"{operator}({arguments}) -> {results}", tags=tuple(tags))
+        _LIBRARY.impl(operator, _of_parts(compute, sizes, with_rules), "CompositeExplicitAutograd")
         operator = f"cute_attn::{operator}"
-        torch.library.register_fake(operator, shapes, lib=_LIBRARY)
+        torch.library.register_fake(operator, _of_parts(shapes, sizes, with_rules), lib=_LIBRARY)
         torch.library.register_autograd(operator, differentiate, setup_context=keep, lib=_LIBRARY)
-        torch.library.register_vmap(operator, _mapped(getattr(getattr(torch.ops.cute_attn, name), overload)), lib=_LIBRARY)
+        called = getattr(getattr(torch.ops.cute_attn, name), overload)
+        torch.library.register_vmap(operator, _mapped(called, with_rules), lib=_LIBRARY)
     register_flop_formula(getattr(torch.ops.cute_attn, name), get_raw=True)(flops)
 
 
-_register("attention", _forward, _shapes, _flops, _differentiate, _keep)
-_register("attention_backward", _backward, _shapes_of_gradients, _flops_of_gradients, autograd.refuse_double_backward)
+for _with_rules in (False, True):
+    _register(_with_rules, False, _forward, _shapes, _flops, _differentiate, _keep(_with_rules))
+    _register(_with_rules, True, _backward, _shapes_of_gradients, _flops_of_gradients, autograd.refuse_double_backward)

@@ -83,11 +83,25 @@ def is_known(number: float) -> bool:
     return has_static_value(number)
 
 
+def is_recorded() -> bool:
+    """Whether what is done to tensors becomes a graph of operators, as in torch.export."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # comes with sympy, too
+
+    return get_proxy_mode() is not None
+
+
 def constant_in_graphs(function: Callable) -> Callable:
     """Have torch.compile call a function of constants where it makes a graph, and not trace it. This is all that
     ``torch.compiler.assume_constant_result`` does but import ``torch._dynamo``, which takes seconds."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def never_begin_a_graph(function: Callable) -> None:
+    """Have torch.compile, which is imported, call a function as it is where it could not make it a part of a graph."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(function.__code__)
 
 
 def ragged_dim(x: torch.Tensor) -> int:

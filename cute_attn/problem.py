@@ -160,9 +160,9 @@ class Call:
     of them; ``kept_for`` is the device and the dtype of these then. ``passes`` are a backend's, as ``autograd.Attention`` takes
     them.
 
-    ``captured`` are the tensors that ``expression`` reads, ``sinks`` ``(heads,)``, ``dropout`` the probability of being dropped
-    and ``seed`` what decides who is (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as
-    functions get it.
+    ``captured`` are the tensors that ``expression`` reads, which while a graph is made is a text (``expressions.restored``);
+    ``sinks`` are ``(heads,)``, ``dropout`` is the probability of being dropped and ``seed`` what decides who is
+    (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as functions get it.
 
     ``stored`` says where keys and values lie in a cache; ``batch`` and ``seqlen_k`` are sequences and the most keys of one
     then.
@@ -198,6 +198,11 @@ class Call:
     def others(self) -> tuple[torch.Tensor | None, ...]:
         """What may have a gradient besides q, k and v: the sinks and the captured tensors; nothing where there are none."""
         return () if self.sinks is None and not self.captured else (self.sinks, *self.captured)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether anything but the usual rules changes scores, or what is made of them."""
+        return bool(self.expression) or not self.sinks is self.seed is self.blocks is None
 
     @property
     def shift(self) -> int:
@@ -488,7 +493,8 @@ def _scores(scale, softcap) -> tuple[float, float]:
         scale = number("scale", scale, SCALES)
     if type(softcap) is not float:
         softcap = number("softcap", softcap, SOFTCAPS)
-    if torch.compiler.is_dynamo_compiling() or isinstance(scale, torch.Tensor) or isinstance(softcap, torch.Tensor):
+    unknown = (torch.Tensor, torch.SymFloat)
+    if torch.compiler.is_dynamo_compiling() or isinstance(scale, unknown) or isinstance(softcap, unknown):
         return scale, softcap  # the operator will look at them: torch.compile may have symbols here, and tensors no values yet
     log2, by_cap = score_scales(scale, softcap)
     fits = TINY <= abs(scale) <= LARGEST and TINY <= abs(log2) <= LARGEST
@@ -528,7 +534,7 @@ def edges_of(causal, window, farthest: int) -> tuple[int | None, int | None]:
         reach = given
         if reach is not None and type(reach) is not int:
             reach = integer(f"window's {side} side", reach, "or None for unbounded")
-        if not is_traced(given):
+        if not (is_traced(given) or isinstance(reach, torch.SymInt)):
             if reach is not None and reach < -1:
                 raise ValueError(f"window's {side} side is {shown(reach)}; an int ≥ 0 is needed, or None or -1 for unbounded")
             reach = None if reach is None or reach == -1 else min(reach, farthest)

@@ -37,7 +37,7 @@ each are gathered first, once the new ones are in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -125,7 +125,7 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     in lse_log2's dtype, and P and dS are rounded to the inputs' dtype before they are multiplied, as tensor cores take them. A
     row that sees no key, or a key that no row sees, has zeros; so has what is in no ragged sequence, or not in use.
     """
-    of_others = [torch.zeros_like(x) if x is not None and x.requires_grad else None for x in call.others]
+    of_others: list = [None if x is None or not x.requires_grad else _no_sum(x, lse_log2.dtype) for x in call.others]
     captures = bool(call.expression) and bool(call.expression.partials)
     if call.lengths is not None:
         found = tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
@@ -138,7 +138,7 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
                     dx[None, where] = part
             for i, part in enumerate(parts[3:]):
                 of_others[i] = part if of_others[i] is None else of_others[i] + part
-        return *found, *of_others
+        return *found, *_as_others(of_others, call)
     dtype, acc_dtype = q.dtype, lse_log2.dtype
     dq, dk, dv = (
         x.new_zeros(x.shape, dtype=acc_dtype) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True)
@@ -152,7 +152,7 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     delta, lse_log2 = delta.masked_fill(unseen, 0.0), lse_log2.masked_fill(unseen, torch.inf)
     if of_others and call.sinks is not None and of_others[0] is not None:
         weight = (call.sinks.to(acc_dtype) * LOG2_E - lse_log2).exp2()
-        of_others[0] = -(weight * delta).sum((0, 1)).to(call.sinks.dtype)
+        of_others[0] = -(weight * delta).sum((0, 1))
 
     k_of_dq = k
     if call.masked:
@@ -191,21 +191,33 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
                 dk[:, keys] += torch.einsum("bmhgn,bmhgd->bnhd", dS, tQ) * call.scale
             if mdQ is not None:
                 mdQ[:, rows] += torch.einsum("bmhgn,bnhd->bmhgd", dS, k_of_dq[:, keys].to(acc_dtype)) * call.scale
-    return *(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv)), *of_others
+    return *(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv)), *_as_others(of_others, call)
+
+
+def _no_sum(x, acc_dtype: torch.dtype):
+    """Zeros, in which a gradient of ``x`` is added up."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, acc_dtype), requires_grad=False)
+
+
+def _as_others(found: list, call: Call) -> tuple:
+    """Gradients of sinks and captured tensors, in the dtypes of these."""
+    return tuple(dx if x is None or dx is None else dx.to(x.dtype) for dx, x in zip(found, call.others, strict=True))
 
 
 def _add_of_captured(sums: list, dS, acc_S, tQ, tK, m: int, n: int, call: Call) -> None:
     """Add to the sums of the captured tensors that have one what a tile's gradients of changed scores make of them."""
-    leaves = [x.detach().requires_grad_(total is not None) for x, total in zip(call.captured, sums, strict=True)]
     given, _, scale_log2 = _given(tQ, tK, call)
-    with torch.enable_grad():
-        value = _computed(replace(call, captured=tuple(leaves)), given * (scale_log2 * LN_2), m, n)
-        changed = value(call.expression.score).expand(dS.shape)
-    wanted = [x for x in leaves if x.requires_grad]
-    found = torch.autograd.grad(changed, wanted, dS.masked_fill(acc_S == -torch.inf, 0.0), allow_unused=True)
-    for total, part in zip((total for total in sums if total is not None), found, strict=True):
-        if part is not None:
-            total += part
+    value = _computed(call, given * (scale_log2 * LN_2), m, n)
+    for by in call.expression.partials:
+        total = sums[call.expression.nodes[by.load][2]]
+        part = dS if by.slope is None else dS * value(by.slope)
+        part = part.masked_fill(acc_S == -torch.inf, 0.0).to(total.dtype)  # a slope there may be anything
+        places = call.expression.indices(by.load, **value.keywords)
+        if places:
+            where = torch.broadcast_tensors(*(i.clamp(0, n - 1) for (i, _), n in zip(places, total.shape, strict=True)))
+            total.index_put_(where, part.sum_to_size(where[0].shape), accumulate=True)
+        else:
+            total += part.sum()
 
 
 def _sequences(call: Call) -> Iterator[tuple[slice, slice, Call]]:
@@ -392,7 +404,7 @@ def _kept(call: Call, P: torch.Tensor, m: int, n: int) -> torch.Tensor:
     return kept(call.seed, call.dropout, batch, head, row, key)
 
 
-def _computed(call: Call, given, m: int, n: int) -> Callable:
+def _computed(call: Call, given, m: int, n: int) -> partial:
     """What gives a node of the call's expression its values in a tile of scaled scores ``given``."""
     leaves = {"score": given, **_places(call, given, m, n, torch.int32)}
     ops = TorchOps(call.captured, given.dtype, given.device)

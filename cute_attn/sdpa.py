@@ -173,8 +173,6 @@ def _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_g
         return f"dropout_p is {shown(dropout_p)}; a number from 0.0 to below 1.0 is needed: try 0.0 in evaluation"
     if attn_mask is not None and is_causal:
         return "attn_mask is given and is_causal is True; one of the two is needed: leave out is_causal"
-    if (attn_mask is not None or dropout_p) and (is_compiling() or dispatch_modes() or isinstance(query, TRACED)):
-        return "attn_mask or dropout_p is given while a graph is made; a plain call is needed: try torch.compiler.disable"
     if not type(is_causal) is type(enable_gqa) is bool:
         return f"is_causal is {shown(is_causal)} and enable_gqa {shown(enable_gqa)}; bools are needed: try bool(is_causal)"
     if scale is not None and not _is_scale(scale):
@@ -230,7 +228,7 @@ def _why_no_mask(x, query: torch.Tensor, seqlen_k: int) -> str | None:
     """Why a mask is none that is added or that hides."""
     try:
         whole = torch.broadcast_shapes(x.shape, shape := (*query.shape[:-1], seqlen_k))
-        if type(x) in _TORCHS and x.dtype in (torch.bool, query.dtype) and x.device == query.device and whole == shape:
+        if type(x) in _TAKEN and x.dtype in (torch.bool, query.dtype) and x.device == query.device and whole == shape:
             empty = not x.numel() or x.layout is not torch.strided
             return "attn_mask is empty or sparse; a dense one is needed: try None" if empty else None
     except (AttributeError, RuntimeError):  # no tensor, other shapes

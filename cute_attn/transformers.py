@@ -55,15 +55,23 @@ _warned: set[str] = set()
 
 
 class Beyond(NotImplementedError):  # noqa: N818
-    """A model asks for what attention has not: ``wanted``. ``handed_on`` is whether the fallback has it."""
+    """A model asks for what attention has not, ``Beyond(wanted)``; with another argument, ``handed_on``, False, for what the
+    fallback hasn't either. It is made of its arguments alone, since torch.compile follows no exception's own ``__init__``."""
 
-    def __init__(self, wanted: str, handed_on: bool = True) -> None:
-        other = f"{FALLBACK!r}, or register(fallback={FALLBACK!r}) for such calls alone" if handed_on else "'eager'"
-        super().__init__(
-            f"the model asks for {wanted}; causal or full attention is needed, in a window or not, of padded or packed "
-            f"sequences, and out of graphs masks, biases and dropout: try attn_implementation={other}"
+    @property
+    def wanted(self) -> str:
+        return self.args[0]
+
+    @property
+    def handed_on(self) -> bool:
+        return self.args[1:] != (False,)
+
+    def __str__(self) -> str:
+        other = f"{FALLBACK!r}, or register(fallback={FALLBACK!r}) for such calls alone" if self.handed_on else "'eager'"
+        return (
+            f"the model asks for {self.wanted}; causal or full attention is needed, in a window or not, of padded or packed "
+            f"sequences, or under a mask that attention understands: try attn_implementation={other}"
         )
-        self.wanted, self.handed_on = wanted, handed_on
 
 
 def register(*, fallback: str | None = None) -> None:
@@ -75,11 +83,11 @@ def register(*, fallback: str | None = None) -> None:
 
     Models ask for causal and bidirectional attention, sliding windows, softcaps, sinks, padding on any side, packed sequences
     (by ``position_ids`` alone, or with ``cu_seq_lens_q`` and ``cu_seq_lens_k``), and caches, dynamic and static ones. Queries
-    at padding of a causal mask, or of a window's, get zeros. Out of graphs they may ask for more: masks that are no band
-    (chunks, prefixes, blocks, 4-dimensional tensors), biases of the scores (T5), and dropout.
+    at padding of a causal mask, or of a window's, get zeros. They may ask for more: masks that are no band (chunks, prefixes,
+    blocks, 4-dimensional tensors), biases of the scores (T5), and dropout.
 
     Args:
-        fallback: what computes where a model asks for what there is not, or in a graph for one of the latter. ``"sdpa"`` is
+        fallback: what computes where a model asks for what there is not. ``"sdpa"`` is
             torch's attention, with a warning for each reason, once; ``None`` refuses these calls. What Transformers' ``"sdpa"``
             would ignore (sinks, softcaps, attention weights) is refused.
 
@@ -257,9 +265,9 @@ def _on_the_whole(mask_function: Callable, q_offset, kv_offset: int, padding: to
 
 
 def _is_traced(mask: Callable, device: torch.device | str) -> bool:
-    """Whether attention understands a mask function; in a graph it understands none."""
-    if _is_in_graph():
-        return False
+    """Whether attention understands a mask function; a graph that torch.compile makes follows it later."""
+    if torch.compiler.is_compiling():
+        return True
     try:
         traced(mask, None, (), None, torch.empty(0, device=device), 1, 1)
     except (AttributeError, NotImplementedError, TypeError, ValueError):
@@ -341,11 +349,6 @@ def _is_unread(x: torch.Tensor) -> bool:
     from transformers.utils.import_utils import is_tracing
 
     return is_tracing(x)
-
-
-def _is_in_graph() -> bool:
-    """Whether torch.compile makes one, in which attention takes no functions, biases and dropout."""
-    return torch.compiler.is_compiling()
 
 
 # ---- what a mask function says ---------------------------------------------------------------------------------------
@@ -613,10 +616,6 @@ def _beyond(attention_mask: object, dropout: float, bias, own: bool, packed: boo
             return Beyond(text + " beside cu_seq_lens_q" * packed, not own)
     if packed and (bias is not None or (isinstance(attention_mask, Mask) and attention_mask.window is None)):
         return Beyond("a bias, or a mask that is no band, beside cu_seq_lens_q", not own)
-    asked = {"a mask of its own": masked, "a bias of the scores (position_bias)": bias is not None}
-    asked |= {f"dropout of {dropout}": bool(dropout), "a mask that is no band": getattr(attention_mask, "window", ()) is None}
-    if _is_in_graph() and any(asked.values()):
-        return Beyond(f"{next(text for text, is_asked in asked.items() if is_asked)} in a graph", not own)
     return None
 
 

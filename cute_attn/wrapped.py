@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import NoReturn
 
 import torch
 
@@ -237,6 +238,18 @@ def check_transforms(q, k, v, differentiated: bool) -> None:
         )
     if not compiling:
         check_mapped(q, k, v)
+
+
+def refuse_transforms() -> NoReturn:
+    raise NotImplementedError(
+        "mask, score, alibi_slopes, bias, sinks, dropout_p or block_mask are given inside a transform of torch.func, such as "
+        "torch.vmap; a plain call is needed, whose batch the mapped dimension joins: try flatten(0, 1) of q, k and v"
+    )
+
+
+def is_traced(q: torch.Tensor) -> bool:
+    """Whether a graph is made, or a tensor has no values."""
+    return torch.compiler.is_compiling() or q.is_meta or isinstance(q, TRACED)
 
 
 def check_mapped(q, k, v) -> None:

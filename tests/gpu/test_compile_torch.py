@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from cute_attn import attention, attention_varlen, launch
+from cute_attn import attention, attention_varlen, block_mask, launch, masks
 from tests.support import make_gradients, make_qkv
 
 OPS = torch.ops.cute_attn
@@ -139,6 +139,56 @@ def test_other_lengths_in_a_graph(mode, mechanism):
             results.append([x.clone() for x in (out, *torch.autograd.grad(out, (q, k, v), dout))])
         for got, wanted in zip(*results, strict=True):
             torch.testing.assert_close(got, wanted)
+
+
+def ruled(kind: str):
+    """What a call has more than the usual rules, and the tensors besides q, k and v that get a gradient."""
+    ids = torch.arange(400, device="cuda") // 90
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randn(4, 801, generator=generator).cuda().requires_grad_()
+    sinks = torch.randn(4, generator=generator).cuda().requires_grad_()
+
+    def score(score, batch, head, q_idx, kv_idx):
+        return score + table[head, q_idx - kv_idx + 400]
+
+    bias = torch.randn(1, 4, 1, 400, generator=generator).cuda().bfloat16().requires_grad_()
+    documents = masks.document(ids)
+    blocks = block_mask(documents, None, None, 400, 400)
+    return {
+        "functions": ({"mask": documents, "score": score}, [table]),
+        "bias, sinks, dropout": ({"bias": bias, "sinks": sinks, "dropout_p": 0.2, "causal": True}, [bias, sinks]),
+        "blocks, alibi": ({"mask": documents, "block_mask": blocks, "alibi_slopes": sinks.detach().sigmoid()}, []),
+    }[kind]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("kind", ["functions", "bias, sinks, dropout", "blocks, alibi"])
+def test_functions_and_all_else(kind, mode):
+    """As eager calls compute them, by the same kernels; recorded launches, too, draw anew what is dropped."""
+    rules, others = ruled(kind)
+
+    def function(q, k, v):
+        return attention(2.0 * q, k, v, **rules) + 1.0
+
+    fast = torch.compile(function, mode=mode, fullgraph=True)
+    drawn = []
+    for seed in (0, 1, 2, 2, None, None):
+        tensors = [x.detach().requires_grad_() for x in leaves(sq=400, sk=400)]
+        results = []
+        for f in (fast, function):
+            if seed is not None:
+                torch.manual_seed(seed)
+            torch.compiler.cudagraph_mark_step_begin()
+            out = f(*tensors)
+            results.append([x.clone() for x in (out, *torch.autograd.grad(out, [*tensors, *others], torch.ones_like(out)))])
+        drawn.append(results[0][0])
+        if seed is None and "dropout" in kind:
+            continue
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+    if "dropout" in kind:
+        assert torch.equal(drawn[2], drawn[3])
+        assert not torch.equal(drawn[4], drawn[5])
 
 
 def test_autocast(mechanism):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import create_block_mask
 
-from cute_attn import BlockMask, attention, block_mask, layouts, masks
+from cute_attn import BlockMask, attention, block_mask, blocks, layouts, masks
 from cute_attn.blocks import BY_ROWS, CUT, NONE, WHOLE
 from cute_attn.layouts.base import (
     BLOCK,
@@ -353,16 +353,18 @@ def test_flex_attentions_block_mask_without_a_function():
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
-def test_torch_compile_leaves_such_calls_out_of_its_graph():
-    q, k, v = make_qkv(1, 40, 40, 2, 2, 8, 8)
-    blocks = block_mask(masks.causal, None, None, 40, 40, device="cpu")
-
-    def program(q):
-        return attention(q * 2.0, k, v, mask=masks.causal, block_mask=blocks).square()
-
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(program, backend="eager")(q), program(q))
+def test_kinds_have_one_block_mask():
+    """As long as they are what they were; and none of it stays when they are gone."""
+    kinds = block_mask(masks.causal, None, None, 64, 64, device="cpu").kinds
+    found = blocks.of_kinds(kinds, 64, 64)
+    assert blocks.of_kinds(kinds, 64, 64) is found
+    assert blocks.of_kinds(kinds, 64, 60) is not found
+    found, counted = blocks.of_kinds(kinds, 64, 64), len(blocks._OF_KINDS)
+    kinds.fill_(2)
+    assert blocks.of_kinds(kinds, 64, 64) is not found
+    assert blocks.of_kinds(kinds, 64, 64).density == 1.0
+    del kinds
+    assert len(blocks._OF_KINDS) == counted - 1
 
 
 def test_lists_of_no_keys():

@@ -771,6 +771,14 @@ TABLE, LIST = torch.zeros(2, 9), [1.0, 2.0]
 THERE = "torch.where, minimum, maximum"
 # What a user's functions can't do, and what is passed beside them.
 FUNCTIONS = [
+    Row(
+        "a graph of shapes",
+        lambda: expressions.restored(expressions.OF_SHAPES, (), 1, 1, (1, 1)),
+        RuntimeError,
+        "what it computes is not known",
+        "a graph that torch.compile or torch.export has made is needed",
+        "try torch.compiler.disable",
+    ),
     Row("if", scored(lambda s, b, h, i, j: s if i > j else -s), NotImplementedError, "has bool()", THERE, "instead of if"),
     Row("not", masked_by(lambda b, h, i, j: not i > j), NotImplementedError, "has bool()", THERE, "& | ~ instead of and, or"),
     Row("a list", scored(lambda s, b, h, i, j: s + LIST[h]), NotImplementedError, "has index()", THERE, "a captured tensor"),
@@ -1067,9 +1075,9 @@ FUNCTIONS = [
         "under vmap",
         lambda: under_vmap(sinks=torch.ones(1)),
         NotImplementedError,
-        "inside of torch.compile",
+        "inside a transform of torch.func",
         "a plain call is",
-        "disable",
+        "flatten(0, 1)",
     ),
     Row(
         "captured gradients in a fixed order",
@@ -1128,9 +1136,9 @@ FUNCTIONS = [
         "dropout under vmap",
         lambda: under_vmap(dropout_p=0.1),
         NotImplementedError,
-        "dropout_p are given inside of torch.compile",
+        "dropout_p or block_mask are given inside a transform of torch.func",
         "a plain call is",
-        "disable",
+        "flatten(0, 1)",
     ),
 ]
 
@@ -1357,11 +1365,11 @@ def layer(mask=None, seqlen=6, **asked):
     return lambda: transformers.attend(torch.nn.Module(), x, x, x, mask, **asked)
 
 
-def in_a_graph(call):
-    """As if torch.compile made one."""
+def not_traced(call):
+    """As if attention understood no mask function."""
 
     def run():
-        with patch("cute_attn.transformers._is_in_graph", lambda: True):
+        with patch("cute_attn.transformers._is_traced", lambda *_: False):
             call()
 
     return run
@@ -1384,7 +1392,7 @@ def imported_as(module):
 
 HOLES, SDPA = torch.tensor([[1, 1, 0, 1, 1, 1], [1] * 6]).bool(), "attn_implementation='sdpa', or register(fallback='sdpa')"
 PARTS = HOLES.int()
-BAND = "causal or full attention is needed, in a window or not, of padded or packed sequences, and out of graphs masks"
+BAND = "causal or full attention is needed, in a window or not, of padded or packed sequences, or under a mask"
 TRANSFORMERS = [
     Row("a fallback of True", lambda: transformers.register(fallback=True), TypeError, "fallback is True", "None or 'sdpa'"),
     Row(
@@ -1432,8 +1440,6 @@ TRANSFORMERS = [
         Row(name, call, transformers.Beyond, got, BAND, SDPA)
         for name, got, call in (
             ("a mask of ints", "a mask of its own, a Tensor of shape (2, 1, 6, 6)", layer(torch.zeros(2, 1, 6, 6).int())),
-            ("dropout in a graph", "dropout of 0.1 in a graph", in_a_graph(layer(dropout=0.1))),
-            ("a bias in a graph", "a bias of the scores (position_bias)", in_a_graph(layer(position_bias=torch.zeros(1)))),
             ("lengths and a bias", "beside cu_seq_lens_q", layer(position_bias=torch.zeros(1), cu_seq_lens_q=int32(0, 6, 12))),
         )
     ),
@@ -1454,7 +1460,7 @@ TRANSFORMERS = [
     ),
     Row(
         "a mask of one's own",
-        in_a_graph(masked(lambda batch, head, query, key: (key <= query) | (key < 3))),
+        not_traced(masked(lambda batch, head, query, key: (key <= query) | (key < 3))),
         transformers.Beyond,
         "a mask that is not a band of keys around each query",
         BAND,
@@ -1462,7 +1468,7 @@ TRANSFORMERS = [
     ),
     Row(
         "packed sequences and padding",
-        in_a_graph(masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key], attention_mask=HOLES)),
+        not_traced(masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key], attention_mask=HOLES)),
         transformers.Beyond,
         "packed sequences with a cache or padding",
         BAND,
@@ -1470,7 +1476,7 @@ TRANSFORMERS = [
     ),
     Row(
         "sequences in parts",
-        in_a_graph(masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key])),
+        not_traced(masked(lambda batch, head, query, key: PARTS[batch, query] == PARTS[batch, key])),
         transformers.Beyond,
         "packed sequences whose numbers don't ascend",
         BAND,
@@ -1478,7 +1484,7 @@ TRANSFORMERS = [
     ),
     Row(
         "a window, and padding between keys",
-        in_a_graph(masked(lambda batch, head, query, key: (key <= query) & (key > query - 3), attention_mask=HOLES)),
+        not_traced(masked(lambda batch, head, query, key: (key <= query) & (key > query - 3), attention_mask=HOLES)),
         transformers.Beyond,
         "padding between the keys of a sequence under a window",
         BAND,
@@ -1486,7 +1492,7 @@ TRANSFORMERS = [
     ),
     Row(
         "a window ahead of a cache's end",
-        in_a_graph(masked(lambda batch, head, query, key: key - 2 <= query, q_offset=torch.tensor(3))),
+        not_traced(masked(lambda batch, head, query, key: key - 2 <= query, q_offset=torch.tensor(3))),
         transformers.Beyond,
         "a window past each query's own key",
         BAND,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from cute_attn import attention, attention_varlen, flash_attn, masks, reference, scores
-from cute_attn.expressions import NOTHING, TorchOps, traced
+from cute_attn.expressions import NOTHING, TorchOps, restored, traced
 from tests import functions
 from tests.planted import plant
 from tests.support import make_gradients, make_qkv
@@ -217,25 +217,23 @@ def test_a_sink_far_from_all_scores(far):
     torch.testing.assert_close(lse, want_lse if far < 0 else torch.full_like(lse, far))
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
-def test_torch_compile_leaves_such_calls_out_of_its_graph():
-    q, k, v = make_qkv(1, 20, 20, 2, 2, 8, 8)
-
-    def program(q):
-        return attention(q * 2.0, k, v, mask=masks.causal, sinks=torch.ones(2)).square().sum()
-
-    torch._dynamo.reset()
-    found = []
-    for function in (torch.compile(program, backend="eager"), program):
-        leaf = q.clone().requires_grad_()
-        out = function(leaf)
-        found.append((out, *torch.autograd.grad(out, leaf)))
-    torch.testing.assert_close(*found)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(program, backend="eager", fullgraph=True)(q)
-
-
 # ---- what is traced --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*functions.CASES, *functions.RANDOM])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_text_is_the_same_expression(case, differentiated):
+    """So a graph runs the kernels of an eager call."""
+    asked = (functions.CASES | functions.RANDOM)[case](2, 4, "cpu", 3).asked
+    mask, score, slopes = (asked.get(name) for name in ("mask", "score", "alibi_slopes"))
+    bias = torch.zeros(4, 10, 12, requires_grad=differentiated)
+    given = mask, score, (), slopes, torch.zeros(1), 4, 2, bias, (10, 12), True
+    expression, captured = traced(*given)
+    text, again = traced(*given, as_text=True)
+    assert all(map(torch.equal, again, captured))
+    found = restored(text, captured, 2, 4, (10, 12))
+    assert found == expression
+    assert restored(text, captured, 2, 4, (10, 12)) is found
 
 
 def test_the_key_holds_operations_and_constants_and_no_values():

@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from cute_attn import attention, attention_varlen, launch, reference
+from cute_attn import attention, attention_varlen, launch, masks, reference
+from cute_attn.expressions import OF_SHAPES, traced
 from cute_attn.lengths import NAMES
 from tests.support import make_gradients, make_qkv
 
@@ -82,6 +83,77 @@ def test_opcheck_of_gradients(needs, overload):
     for of_lse in (None, dlse):
         inputs = (q, k, v, *RECTANGLE.values(), out, kept, dout, of_lse, *arguments[7:11], needs, *arguments[13:])
         torch.library.opcheck(getattr(OPS.attention_backward, overload), inputs)
+
+
+RULES_OF = {  # what attention_rules has more: which of it is there, and in which form
+    "functions": ("expression derived", {}),
+    "functions, no gradients": ("expression", {}),
+    "sinks": ("sinks", {}),
+    "dropout": ("seed dropout_p", {}),
+    "blocks": ("kinds expression", {}),
+    "all": ("sinks seed kinds expression derived dropout_p", {}),
+    "all of sequences": ("sinks seed expression derived dropout_p", {"packed": True}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("overload", NUMBERS)
+@pytest.mark.parametrize(("given", "how"), RULES_OF.values(), ids=RULES_OF)
+def test_opcheck_with_rules(given, how, overload):
+    q, k, v = leaves()
+    lengths = RECTANGLE
+    if how:
+        q, k, v, lengths = packed(q, k, v)
+    table = torch.randn(4, 40, requires_grad="derived" in given)
+
+    def score(score, batch, head, q_idx, kv_idx):
+        return score + table[head, kv_idx]
+
+    text, captured = traced(masks.causal, score, (), None, q, 4, 3, as_text=True)
+    assert captured == (table,)
+    more = {
+        "sinks": torch.randn(4, requires_grad=True), "seed": torch.tensor([11]),
+        "kinds": torch.ones(1, 1, 1, 1, dtype=torch.uint8), "captured": list(captured),
+        "expression": text, "derived": [0], "dropout_p": 0.3,
+    }  # fmt: skip
+    none = {"captured": [], "expression": "", "derived": [], "dropout_p": 0.0}
+    given = f"{given} captured" if "expression" in given else given
+    more = [x if name in given.split() else none.get(name) for name, x in more.items()]
+    plain = forward_arguments(q, k, v, RULES[1], NUMBERS[overload], lengths=lengths)
+    arguments = *plain[:7], *more, *plain[7:]
+    torch.library.opcheck(getattr(OPS.attention_rules, overload), arguments)
+    plain, more = ([x.detach() if isinstance(x, torch.Tensor) else x for x in given] for given in (plain, more))
+    more[3] = [x.detach() for x in more[3]]
+    out, lse, kept = getattr(OPS.attention_rules, overload)(*plain[:7], *more, *plain[7:])
+    results = out, kept, torch.randn_like(out), torch.randn_like(lse)
+    needs = "qkvs" if more[0] is not None else "qv"
+    torch.library.opcheck(
+        getattr(OPS.attention_rules_backward, overload), (*plain[:7], *more, *results, *plain[7:11], needs, *plain[13:])
+    )
+
+
+def test_a_graph_of_rules_made_without_gradients_has_them():
+    q, k, v = leaves()
+    table, sinks = torch.randn(4, 40, requires_grad=True), torch.randn(4, requires_grad=True)
+
+    def score(score, batch, head, q_idx, kv_idx):
+        return score + table[head, kv_idx]
+
+    text, captured = traced(None, score, (), None, q, 4, 3, as_text=True)
+    plain = forward_arguments(q, k, v, RULES[1], NUMBERS["default"], False, False)
+    out, _, _ = OPS.attention_rules(*plain[:7], sinks, None, None, list(captured), text, [], 0.0, *plain[7:])
+    got = torch.autograd.grad(out.sum(), (q, k, v, table, sinks))
+    wanted = attention(q, k, v, scale=0.3, softcap=5.0, window=(30, 0), score=score, sinks=sinks)
+    for x, y in zip(got, torch.autograd.grad(wanted.sum(), (q, k, v, table, sinks)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_graph_of_shapes_only_is_no_graph():
+    """What was called to see shapes never runs as something else."""
+    q, k, v = leaves()
+    plain = forward_arguments(q, k, v, RULES[0], NUMBERS["default"])
+    with pytest.raises(RuntimeError, match="what it computes is not known"):
+        OPS.attention_rules(*plain[:7], None, None, None, [], OF_SHAPES, [], 0.0, *plain[7:])
 
 
 @pytest.mark.parametrize(("return_lse", "for_backward"), list(itertools.product([False, True], repeat=2)))

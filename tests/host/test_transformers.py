@@ -275,7 +275,10 @@ def test_sequences_that_there_are_not(compiled):
 COMPILED = ["llama", "llama, padding inside", "llama, packed", "llama, packed, lengths given", "mistral, both sides padded"]
 
 
-@pytest.mark.parametrize("case", [*COMPILED, "bert, right padding"])
+RULED = ["llama, a mask that is added", "llama4", "t5, padding inside"]  # masks, biases
+
+
+@pytest.mark.parametrize("case", [*COMPILED, "bert, right padding", *RULED])
 def test_compiled(case):
     """In one graph, forward and backward, though no value can be read while it is made."""
     torch._dynamo.reset()
@@ -309,24 +312,18 @@ def test_what_a_graph_can_not_read_is_checked_when_it_runs(why):
 # ---- what there is not -----------------------------------------------------------------------------------------------
 
 
-# In a graph: the model, what it is asked, and what the error and the warning say of it.
+# Where attention understands no function: the model, what it is asked, and what the error and the warning say of it.
 HANDED_ON = {
-    "a mask": ("llama", lambda: models.own_mask().inputs, "a mask of its own in a graph"),
     "chunks": ("llama4", lambda: models.plain().inputs, "a mask that is not a band of keys around each query"),
-    "a bias": ("t5", lambda: models.translated().inputs, "a bias of the scores (position_bias) in a graph"),
     "padding": ("mistral", lambda: models.padded("inside").inputs, "padding between the keys of a sequence under a window"),
-    "dropout": ("phi3", lambda: models.plain().inputs, "dropout of 0.5 in a graph"),
 }
 handed_on = pytest.mark.parametrize("what", HANDED_ON)
 
 
 def answers(what: str, implementation: str) -> torch.Tensor:
     name, ask, _ = HANDED_ON[what]
-    model = models.built(name, implementation, **({"attention_dropout": 0.5} if what == "dropout" else {}))
-    if what == "dropout":
-        model.train()
-    torch.manual_seed(0)
-    with patch.object(integration, "_is_in_graph", lambda: True):
+    model = models.built(name, implementation)
+    with patch.object(integration, "_is_traced", lambda *_: False):
         return model(**ask()).logits
 
 
@@ -360,28 +357,25 @@ def test_with_a_fallback_the_rest_is_computed(fallback):
     assert_case("gemma2")
 
 
-BIAS = "a bias of the scores (position_bias)"
+INTS = torch.zeros(1, 1, 3, 3).int()
 NEVER = {
-    "weights": ({"output_attentions": True}, "attention weights, which are never in memory"),
-    "keys": ({"indices": torch.zeros(1)}, "keys that are chosen for each query (indices)"),
-    "blocks": ({"block_indices": torch.zeros(1)}, "blocks of keys that are chosen for each query (block_indices)"),
-    "dropout beside sinks": ({"dropout": 0.1, "s_aux": torch.zeros(4)}, "dropout of 0.1 in a graph"),
-    "a bias beside sinks": ({"position_bias": torch.zeros(1), "sinks": torch.zeros(4)}, f"{BIAS} in a graph"),
-    "dropout under a softcap": ({"dropout": 0.1, "softcap": 3.0}, "dropout of 0.1 in a graph"),
-    "a bias under a softcap": ({"position_bias": torch.zeros(1), "softcap": 3.0}, f"{BIAS} in a graph"),
+    "weights": (None, {"output_attentions": True}, "attention weights, which are never in memory"),
+    "keys": (None, {"indices": torch.zeros(1)}, "keys that are chosen for each query (indices)"),
+    "blocks": (None, {"block_indices": torch.zeros(1)}, "blocks of keys that are chosen for each query (block_indices)"),
+    "a mask beside sinks": (INTS, {"s_aux": torch.zeros(4)}, "a mask of its own, a Tensor of shape (1, 1, 3, 3)"),
+    "a mask under a softcap": (INTS, {"softcap": 3.0}, "a mask of its own, a Tensor of shape (1, 1, 3, 3)"),
 }
 
 
 @pytest.mark.parametrize("what", NEVER)
-def test_torch_would_ignore_it(what, fallback, monkeypatch):
+def test_torch_would_ignore_it(what, fallback):
     """Nothing is handed on that would be lost there."""
-    asked, words = NEVER[what]
+    seen, asked, words = NEVER[what]
     model = models.built("llama", OURS)
     layer, x = model.model.layers[0].self_attn, torch.zeros(1, 4, 3, 8)
     attend = AttentionInterface()[OURS]
-    monkeypatch.setattr(integration, "_is_in_graph", lambda: True)
     with pytest.raises(Beyond) as caught:
-        attend(layer, x, x, x, None, **asked)
+        attend(layer, x, x, x, seen, **asked)
     assert f"the model asks for {words}; " in str(caught.value)
     assert "try attn_implementation='eager'" in str(caught.value)
 
@@ -532,10 +526,9 @@ def test_any_padding(situation, is_unread):
     q, k, v = (x.transpose(1, 2) for x in support.make_qkv(2, length, keys, 2, 1, 8, dtype=FLOAT64))
     drawn = [] if used is None else ["".join("01"[x] for x in row) for row in used[:, : before + length].tolist()]
     between = any("0" in row.strip("0") for row in drawn)
-    refused = is_unread and ((kind == "both sides" and on_device) or (window[0] is not None and between))
-    outcome = pytest.raises((Beyond, RuntimeError)) if refused else nullcontext()
-    graphs = patch.object(integration, "_is_in_graph", lambda: is_unread)
-    with graphs, patch.object(integration, "_is_unread", lambda _: is_unread), outcome:
+    refused = is_unread and window[0] is not None and between and not (kind == "both sides" and on_device)
+    outcome = pytest.raises(RuntimeError) if refused else nullcontext()
+    with patch.object(integration, "_is_unread", lambda _: is_unread), outcome:
         out, _ = integration.attend(SimpleNamespace(), q, k, v, integration.mask(2, length, keys, offset, **asked))
     if refused:
         return

@@ -136,6 +136,14 @@ BOUNDS = lengths_of(0, 13, 33)
 MESH_PLACEMENTS = "Shard(0), the batch, Shard(2), the heads, or Replicate() is needed"
 TENSORS = [
     Row(
+        "sinks under vmap",
+        lambda: torch.vmap(lambda x: attention(x, x, x, sinks=torch.zeros(1)))(torch.zeros(2, 1, 3, 1, 8)),
+        NotImplementedError,
+        "sinks, dropout_p or block_mask are given inside a transform of torch.func",
+        "a plain call is needed",
+        "flatten(0, 1)",
+    ),
+    Row(
         "sparse",
         lambda: attention(q.to_sparse(), k, v),
         TypeError,
