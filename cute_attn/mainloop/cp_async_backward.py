@@ -442,7 +442,7 @@ class Backward:
         if cutlass.const_expr(self.needs_k):
             self._add_others("dK", me.acc_dK, partial(x.tKrdS.load, slot=(ds_slot,)), partial(x.tKrQ.load, slot=(slot,)))
         if cutlass.const_expr(self.needs_q):
-            self._dq(me, x, head, m_block, ds_slot, Boolean(True))
+            self._dq(me, x, head, m_block, ds_slot)
 
     def _add_others(self, role: str, acc: cute.Tensor, a, b):
         steps = self.config.tile_m // MMA_K // self.across
@@ -485,10 +485,10 @@ class Backward:
         count = member * me.visited.count + i
         cute.arch.sync_threads()  # the tile, and dS of the one before, are there; every thread is done with the one before
         self._take_turns(me, member, i, 2, last)
-        self._dq(me, operands, head, m_block, (count + 1) % 2, Boolean(True) if last else count > 0)
+        self._dq(me, operands, head, m_block, (count + 1) % 2, None if last else count > 0)
 
     @cute.jit
-    def _dq(self, me: Block, x: BackwardOperands, head, m_block, slot, exists):
+    def _dq(self, me: Block, x: BackwardOperands, head, m_block, slot, exists=None):
         """Add dQ = dS·K of one tile to global memory, each thread its accumulator."""
         config = self.config
         mma = self.lay.tiled_mma("dQ", config)
@@ -497,16 +497,18 @@ class Backward:
         product(mma, acc, config.tile_n // MMA_K, partial(x.tQrdS.load, slot=(slot,)), x.tQrK.load)
         sums = cute_layout(self.lay.sums(config))
         into = me.gradients.mdQ[(None, 0, *self._place(me, head, m_block))].iterator + sums.stride[0] * me.thread
-        first, later = Boolean(True), exists
+        stored, added = None, exists
         if cutlass.const_expr(self.first_stores):
-            first = me.visited.rank(me.values.of_head(head), self.problem, m_block, config) == 0
-            later = (first == False) & exists  # noqa: E712
+            stored = me.visited.rank(me.values.of_head(head), self.problem, m_block, config) == 0
+            added = stored == False  # noqa: E712
+            if cutlass.const_expr(exists is not None):
+                stored, added = stored & exists, added & exists
         width = config.add_width
         for n in cutlass.range_constexpr(0, cute.size(acc), width):
             part = into + sums((0, n, 0)), [acc[n + j] for j in range(width)]
             if cutlass.const_expr(self.first_stores):
-                store(*part, first & exists)
-            add(*part, later)
+                store(*part, stored)
+            add(*part, added)
 
     def _place(self, me: Block, head, m_block):
         """A query tile in what is padded."""
