@@ -103,7 +103,7 @@ class Backward:
         self.needs_ds = self.needs_q or self.needs_k
         self.ordered = problem.deterministic and self.needs_q
         self.first_stores = first_stores(problem, config)
-        # Equal tiles of a head walk side by side, and with those of more heads between them.
+        # Whether short key tiles come first. Equal ones of a head come one right behind the other, in large groups of heads.
         self.in_turns = problem.deterministic and problem.unequal and not (bool(problem.ragged) or bool(problem.blocks))
 
     # ---- host ------------------------------------------------------------------------------------------------------
@@ -489,7 +489,8 @@ class Backward:
 
     @cute.jit
     def _dq(self, me: Block, x: BackwardOperands, head, m_block, slot, exists=None):
-        """Add dQ = dS·K of one tile to global memory, each thread its accumulator."""
+        """Add dQ = dS·K of one tile to global memory, each thread its accumulator, if the tile ``exists``, which isn't asked
+        where it surely does."""
         config = self.config
         mma = self.lay.tiled_mma("dQ", config)
         acc = cute.make_rmem_tensor(mma.partition_shape_C((config.tile_m, config.tile_d)), Float32)
@@ -598,6 +599,7 @@ def add(into: cute.Pointer, values: list[Float32], where=None) -> None:
 
 
 def _put(what: str, into: cute.Pointer, values: list[Float32], where) -> None:
+    """An instruction on neighbouring floats in global memory, if ``where`` or that is None."""
     names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(values)))
     several = f".v{len(values)}" if len(values) > 1 else ""
     names = f"{{{names}}}" if several else names
