@@ -103,7 +103,8 @@ class Backward:
         self.needs_ds = self.needs_q or self.needs_k
         self.ordered = problem.deterministic and self.needs_q
         self.first_stores = first_stores(problem, config)
-        self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
+        # Whether short key tiles come first. Equal ones of a head come one right behind the other, in large groups of heads.
+        self.in_turns = problem.deterministic and problem.unequal and not (bool(problem.ragged) or bool(problem.blocks))
 
     # ---- host ------------------------------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class Backward:
         key tiles take turns."""
         if cutlass.const_expr(self.in_turns):
             steps = cute.ceil_div(values.seqlen_q, self.config.tile_m) * tiles.heads_per_kv
-            tiles = tiles.in_turns(blocks, steps, both_ways=self.problem.unequal)
+            tiles = tiles.in_turns(blocks, steps, both_ways=True)
         self.kernel(inputs, rows, gradients, signals, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
@@ -234,6 +235,8 @@ class Backward:
             cute.arch.cp_async_commit_group()
         for slot in cutlass.range_constexpr(stages - 1):
             self._copy_queries(me, *self._after(me, Int32(0), Int32(0), slot), Int32(slot))
+        if cutlass.const_expr(late_dq):
+            self._clear_ds(me)
         if cutlass.const_expr(self.problem.masked):
             me = replace(me, careful=self._takes_care(me))
         count = me.visited.count
@@ -275,6 +278,13 @@ class Backward:
             begin = from_last if visited.from_last is None else begin + visited.from_last * (from_last - begin)
         begin = begin if whole > 0 else visited.count
         return begin, begin + whole
+
+    @cute.jit
+    def _clear_ds(self, me: Block):
+        """The first tile has none before it: what it computes of it is zeros, and is not added."""
+        last = me.shared.ds[None, None, 1]
+        part = self.lay.store_accumulator("dS", self.config).get_slice(me.thread).partition_D(last)
+        part.fill(0.0)
 
     @cute.jit
     def _after(self, me: Block, member, i, steps: cutlass.Constexpr[int]):
@@ -475,32 +485,31 @@ class Backward:
         count = member * me.visited.count + i
         cute.arch.sync_threads()  # the tile, and dS of the one before, are there; every thread is done with the one before
         self._take_turns(me, member, i, 2, last)
-        if last or count > 0:
-            self._dq(me, operands, head, m_block, (count + 1) % 2)
+        self._dq(me, operands, head, m_block, (count + 1) % 2, None if last else count > 0)
 
     @cute.jit
-    def _dq(self, me: Block, x: BackwardOperands, head, m_block, slot):
-        """Add dQ = dS·K of one tile to global memory, each thread its accumulator."""
+    def _dq(self, me: Block, x: BackwardOperands, head, m_block, slot, exists=None):
+        """Add dQ = dS·K of one tile to global memory, each thread its accumulator, if the tile ``exists``, which isn't asked
+        where it surely does."""
         config = self.config
         mma = self.lay.tiled_mma("dQ", config)
         acc = cute.make_rmem_tensor(mma.partition_shape_C((config.tile_m, config.tile_d)), Float32)
         acc.fill(0.0)
         product(mma, acc, config.tile_n // MMA_K, partial(x.tQrdS.load, slot=(slot,)), x.tQrK.load)
-        mine = cute_layout(self.lay.sums(config)).stride[0] * me.thread
-        into = me.gradients.mdQ[(None, 0, *self._place(me, head, m_block))].iterator + mine
+        sums = cute_layout(self.lay.sums(config))
+        into = me.gradients.mdQ[(None, 0, *self._place(me, head, m_block))].iterator + sums.stride[0] * me.thread
+        stored, added = None, exists
         if cutlass.const_expr(self.first_stores):
-            if me.visited.rank(me.values.of_head(head), self.problem, m_block, config) == 0:
-                self._put(store, into, acc)
-            else:
-                self._put(add, into, acc)
-        else:
-            self._put(add, into, acc)
-
-    def _put(self, put, into: cute.Pointer, acc: cute.Tensor):
-        """A thread's accumulator to its place in a tile's sums, as many floats at once as can be added at once."""
-        sums, width = cute_layout(self.lay.sums(self.config)), self.config.add_width
-        for n in range(0, cute.size(acc), width):
-            put(into + sums((0, n, 0)), [acc[n + j] for j in range(width)])
+            stored = me.visited.rank(me.values.of_head(head), self.problem, m_block, config) == 0
+            added = stored == False  # noqa: E712
+            if cutlass.const_expr(exists is not None):
+                stored, added = stored & exists, added & exists
+        width = config.add_width
+        for n in cutlass.range_constexpr(0, cute.size(acc), width):
+            part = into + sums((0, n, 0)), [acc[n + j] for j in range(width)]
+            if cutlass.const_expr(self.first_stores):
+                store(*part, stored)
+            add(*part, added)
 
     def _place(self, me: Block, head, m_block):
         """A query tile in what is padded."""
@@ -579,19 +588,19 @@ class Backward:
                     cute.copy(copy, piece, cute.make_tensor(into.iterator, piece.layout))
 
 
-def store(into: cute.Pointer, values: list[Float32]) -> None:
-    """Neighbouring floats to global memory at once."""
-    held = cute.make_rmem_tensor(len(values), Float32)
-    for i, value in enumerate(values):
-        held[i] = value
-    cute.autovec_copy(held, cute.make_tensor(into.align(held.element_type.width // 8 * len(values)), held.layout))
+def store(into: cute.Pointer, values: list[Float32], where=None) -> None:
+    """Store neighbouring floats to global memory at once, if ``where``."""
+    _put("st.global", into, values, where)
 
 
-def add(into: cute.Pointer, values: list[Float32]) -> None:
-    """Add neighbouring floats to global memory, atomically each and in no order with anything else."""
-    if len(values) == 1:
-        cute.arch.red(into, values[0], op="add", dtype="f32", sem="relaxed", scope="gpu")
-        return
+def add(into: cute.Pointer, values: list[Float32], where=None) -> None:
+    """Add neighbouring floats to global memory, if ``where``, atomically each and in no order with anything else."""
+    _put("red.relaxed.gpu.global.add", into, values, where)
+
+
+def _put(what: str, into: cute.Pointer, values: list[Float32], where) -> None:
+    """An instruction on neighbouring floats in global memory, if ``where`` or that is None."""
     names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(values)))
-    code = f"red.relaxed.gpu.global.add.v{len(values)}.f32 [{{$r0}}], {{{names}}};"
-    cute.arch.inline_ptx(code, read_only_args=[into.toint(), *values])
+    several = f".v{len(values)}" if len(values) > 1 else ""
+    names = f"{{{names}}}" if several else names
+    cute.arch.inline_ptx(f"{what}{several}.f32 [{{$r0}}], {names};", read_only_args=[into.toint(), *values], predicate=where)
