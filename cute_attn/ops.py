@@ -18,15 +18,15 @@ part of ``"qkv"``, names the gradients that count. What doesn't count has size 0
 their own. The operators check their arguments themselves.
 
 ``cute_attn::attention_rules`` and ``cute_attn::attention_rules_backward`` are the same of calls with functions, biases, ALiBi,
-sinks, dropout or a block mask, in place of which they have, after the lengths:
+sinks, dropout or a block mask. After the lengths these have
 
     sinks, seed, kinds, captured, expression, derived, dropout_p
 
 ``expression`` is the text of what functions compute (``expressions.restored``), so that a graph can be saved, and loaded where
 the functions are not. ``captured`` are the tensors that it reads, a bias and the slopes of ALiBi among them, and ``derived``
-the numbers of those that have gradients. ``seed`` decides which probabilities are dropped (``dropout.draw_seed``: a graph has
-torch's own operators for it); ``kinds`` are those of a block mask. There is none of what is None, empty, or 0. After dv the
-backward pass returns the sinks' gradient, which counts if ``needs`` has an ``s``, and a list of those of captured tensors.
+names the numbers of those that have gradients. ``seed`` decides which probabilities are dropped (``dropout.draw_seed``, for
+which a graph has torch's own operators); ``kinds`` are those of a block mask. There is none of what is None, empty, or 0. After
+dv the backward pass returns the sinks' gradient, which counts if ``needs`` has an ``s``, and a list of captured tensors'.
 
 torch.compile makes one graph for all values of a float only if no operator takes it as a float. So each operator has an
 overload ``Tensor``, whose ``scale`` and ``softcap`` are of 0 dimensions, float64, on the CPU. It reads them when it runs, which
