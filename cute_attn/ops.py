@@ -18,15 +18,15 @@ part of ``"qkv"``, names the gradients that count. What doesn't count has size 0
 their own. The operators check their arguments themselves.
 
 ``cute_attn::attention_rules`` and ``cute_attn::attention_rules_backward`` are the same of calls with functions, biases, ALiBi,
-sinks, dropout or a block mask, in place of which they have, after the lengths:
+sinks, dropout or a block mask. After the lengths these have
 
     sinks, seed, kinds, captured, expression, derived, dropout_p
 
 ``expression`` is the text of what functions compute (``expressions.restored``), so that a graph can be saved, and loaded where
 the functions are not. ``captured`` are the tensors that it reads, a bias and the slopes of ALiBi among them, and ``derived``
-the numbers of those that have gradients. ``seed`` decides which probabilities are dropped (``dropout.draw_seed``: a graph has
-torch's own operators for it); ``kinds`` are those of a block mask. There is none of what is None, empty, or 0. After dv the
-backward pass returns the sinks' gradient, which counts if ``needs`` has an ``s``, and a list of those of captured tensors.
+names the numbers of those that have gradients. ``seed`` decides which probabilities are dropped (``dropout.draw_seed``, for
+which a graph has torch's own operators); ``kinds`` are those of a block mask. There is none of what is None, empty, or 0. After
+dv the backward pass returns the sinks' gradient, which counts if ``needs`` has an ``s``, and a list of captured tensors'.
 
 torch.compile makes one graph for all values of a float only if no operator takes it as a float. So each operator has an
 overload ``Tensor``, whose ``scale`` and ``softcap`` are of 0 dimensions, float64, on the CPU. It reads them when it runs, which
@@ -52,12 +52,12 @@ from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_k
 
 _LIBRARY = torch.library.Library("cute_attn", "DEF")
 _TENSORS = ", ".join(["Tensor q, Tensor k, Tensor v", *(f"Tensor? {name}" for name in NAMES)])
-_RULES = "Tensor? sinks, Tensor? seed, Tensor? kinds, Tensor[] captured, str expression, int[] derived, float dropout_p"
+_RULES = "Tensor? sinks, Tensor? seed, Tensor? kinds, Tensor[]? captured, str expression, str derived, float dropout_p"
 _ARGUMENTS = {  # of the forward pass, and of the backward pass
     False: "{tensors}, {rules}, bool return_lse, bool for_backward, {how}",
     True: "{tensors}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {rules}, str needs, {how}",
 }
-_NO_RULES: tuple[Any, ...] = None, None, None, [], "", [], 0.0
+_NO_RULES: tuple[Any, ...] = None, None, None, None, "", "", 0.0
 _RECTANGLE = (None,) * len(NAMES)
 _EDGES, _HOW = "SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
@@ -75,7 +75,8 @@ def attention(q, k, v, call: Call, return_lse: bool, deterministic: bool, backen
     more: tuple = ()
     if call.has_rules:
         kinds = None if call.blocks is None else call.blocks.kinds
-        more = call.sinks, call.seed, kinds, list(call.captured), call.expression or "", derived, call.dropout
+        text, numbers = call.expression or "", " ".join(map(str, derived))
+        more = call.sinks, call.seed, kinds, list(call.captured) or None, text, numbers, call.dropout
     rules = *_as_operands(call.scale, softcap, of_graph=bool(more)), call.left, call.right
     how = deterministic, backend, mechanism
     lengths = _RECTANGLE if call.lengths is None else call.lengths.tensors
@@ -159,8 +160,7 @@ def _backward(tensors, lengths, more, results, rules, how):
     of_inputs = needs.removesuffix("s")
     dq, dk, dv, *of_others = autograd.computed(None, q, k, v, out, kept, dout, dlse, of_inputs, call, gradients)
     dsinks, *of_captured = of_others or [None]
-    derived = [of_captured[i] for i in more[5]]
-    return *(_or_nothing(dx, out) for dx in (dq, dk, dv, dsinks)), derived
+    return *(_or_nothing(dx, out) for dx in (dq, dk, dv, dsinks)), [of_captured[i] for i in _numbers(more[5])]
 
 
 def _call(tensors, lengths: tuple, more: tuple, rules: tuple, of_sinks: bool = False) -> Call:
@@ -179,7 +179,8 @@ def _call(tensors, lengths: tuple, more: tuple, rules: tuple, of_sinks: bool = F
             batch = ragged.count
             equal = ragged.tensors[0] is None
             of_each = (call.seqlen_q // max(batch, 1), call.seqlen_k // max(batch, 1)) if equal else None
-        call.captured = tuple(x.detach().requires_grad_(i in derived) for i, x in enumerate(captured))
+        of_captured = _numbers(derived)
+        call.captured = tuple(x.detach().requires_grad_(i in of_captured) for i, x in enumerate(captured or ()))
         expression = restored(text, call.captured, batch, call.heads, of_each)
         call.expression = expression.fitting(call)
     return call
@@ -196,6 +197,11 @@ def _checked(q, k, v, lengths: tuple, scale, window, softcap) -> Call:
 def _check_memory(**tensors: torch.Tensor) -> None:
     for name, x in tensors.items():
         check_memory(name, x)
+
+
+def _numbers(text: str) -> list[int]:
+    """Numbers of captured tensors; a text, since packages of AOTInductor take an empty list for None."""
+    return [int(number) for number in text.split()]
 
 
 def _or_nothing(x: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -226,7 +232,7 @@ def _shapes_of_gradients(tensors, _, more, results, rules, how):
     sinks, _, _, captured, _, derived, _ = more
     named = *zip("qkv", tensors, strict=True), ("s", sinks)
     found = (x.new_empty(x.shape) if name in how[0] else tensors[0].new_empty(0) for name, x in named)
-    return *found, [captured[i].new_empty(captured[i].shape) for i in derived]
+    return *found, [captured[i].new_empty(captured[i].shape) for i in _numbers(derived)]
 
 
 # ---- their gradients -------------------------------------------------------------------------------------------------
@@ -240,18 +246,20 @@ def _keep(with_rules: bool) -> Callable:
         sinks, seed, kinds, captured, *ctx.more = more
         out, lse, kept = output
         ctx.mark_non_differentiable(kept) if ctx.return_lse else ctx.mark_non_differentiable(lse, kept)
-        autograd.keep(ctx, q, k, v, out, kept, *lengths, sinks, seed, kinds, *captured)
+        autograd.keep(ctx, q, k, v, out, kept, *lengths, sinks, seed, kinds, *(captured or ()))
 
     return keep
 
 
 def _differentiate(ctx, dout, dlse, _):
     needed = ctx.needs_input_grad
-    given, of_sinks, of_captured = dict[int, Any](), False, []
-    if ctx.with_rules:  # a list's gradient is a list, even if it is one of no tensors
+    given: dict[int, Any] = {}
+    of_sinks, of_captured = False, list[bool]()
+    if ctx.with_rules:
         first = sum(_FORWARD[:2])
-        of_sinks, _, _, of_captured, _, _, _ = needed[first : first + len(_NO_RULES)]
-        given = {first + 3: [None] * len(of_captured), first + 5: None if ctx.more[1] else []}
+        of_sinks, of_captured = needed[first], needed[first + 3] or []
+        if of_captured:  # of a list
+            given[first + 3] = [None] * len(of_captured)
     arguments = autograd.arguments_of_gradients(ctx, dout, dlse if ctx.return_lse else None)
     if arguments is not None:
         q, k, v, out, kept, dout, dlse, needs, *others = arguments
@@ -259,8 +267,8 @@ def _differentiate(ctx, dout, dlse, _):
         more: tuple = ()
         if ctx.with_rules:
             text, derived, p = ctx.more
-            derived = derived if ctx.for_backward else [i for i, is_needed in enumerate(of_captured) if is_needed]
-            more = sinks, seed, kinds, captured, text, derived, p
+            derived = derived if ctx.for_backward else " ".join(str(i) for i, x in enumerate(of_captured) if x)
+            more = sinks, seed, kinds, captured or None, text, derived, p
         if not ctx.for_backward:  # of a graph that was made where no gradient was needed
             operator = _overload(f"attention{'_rules' * ctx.with_rules}", ctx.rules)
             _, _, kept = operator(q, k, v, *lengths, *more, *ctx.rules, False, True, *ctx.how)
@@ -270,7 +278,7 @@ def _differentiate(ctx, dout, dlse, _):
         given |= {i: dx for i, (name, dx) in enumerate(zip("qkv", results, strict=False)) if name in needs}
         if ctx.with_rules:
             given[first] = results[3] if of_sinks else None
-            for i, dx in zip(derived, results[4], strict=True):
+            for i, dx in zip(_numbers(derived), results[4], strict=True):
                 given[first + 3][i] = dx
     return tuple(given.get(i) for i in range(len(needed)))
 

@@ -114,16 +114,16 @@ def test_opcheck_with_rules(given, how, overload):
     more = {
         "sinks": torch.randn(4, requires_grad=True), "seed": torch.tensor([11]),
         "kinds": torch.ones(1, 1, 1, 1, dtype=torch.uint8), "captured": list(captured),
-        "expression": text, "derived": [0], "dropout_p": 0.3,
+        "expression": text, "derived": "0", "dropout_p": 0.3,
     }  # fmt: skip
-    none = {"captured": [], "expression": "", "derived": [], "dropout_p": 0.0}
+    none = {"expression": "", "derived": "", "dropout_p": 0.0}
     given = f"{given} captured" if "expression" in given else given
     more = [x if name in given.split() else none.get(name) for name, x in more.items()]
     plain = forward_arguments(q, k, v, RULES[1], NUMBERS[overload], lengths=lengths)
     arguments = *plain[:7], *more, *plain[7:]
     torch.library.opcheck(getattr(OPS.attention_rules, overload), arguments)
     plain, more = ([x.detach() if isinstance(x, torch.Tensor) else x for x in given] for given in (plain, more))
-    more[3] = [x.detach() for x in more[3]]
+    more[3] = more[3] and [x.detach() for x in more[3]]
     out, lse, kept = getattr(OPS.attention_rules, overload)(*plain[:7], *more, *plain[7:])
     results = out, kept, torch.randn_like(out), torch.randn_like(lse)
     needs = "qkvs" if more[0] is not None else "qv"
@@ -141,7 +141,7 @@ def test_a_graph_of_rules_made_without_gradients_has_them():
 
     text, captured = traced(None, score, (), None, q, 4, 3, as_text=True)
     plain = forward_arguments(q, k, v, RULES[1], NUMBERS["default"], False, False)
-    out, _, _ = OPS.attention_rules(*plain[:7], sinks, None, None, list(captured), text, [], 0.0, *plain[7:])
+    out, _, _ = OPS.attention_rules(*plain[:7], sinks, None, None, list(captured), text, "", 0.0, *plain[7:])
     got = torch.autograd.grad(out.sum(), (q, k, v, table, sinks))
     wanted = attention(q, k, v, scale=0.3, softcap=5.0, window=(30, 0), score=score, sinks=sinks)
     for x, y in zip(got, torch.autograd.grad(wanted.sum(), (q, k, v, table, sinks)), strict=True):
@@ -153,7 +153,7 @@ def test_a_graph_of_shapes_only_is_no_graph():
     q, k, v = leaves()
     plain = forward_arguments(q, k, v, RULES[0], NUMBERS["default"])
     with pytest.raises(RuntimeError, match="what it computes is not known"):
-        OPS.attention_rules(*plain[:7], None, None, None, [], OF_SHAPES, [], 0.0, *plain[7:])
+        OPS.attention_rules(*plain[:7], None, None, None, None, OF_SHAPES, "", 0.0, *plain[7:])
 
 
 @pytest.mark.parametrize(("return_lse", "for_backward"), list(itertools.product([False, True], repeat=2)))

@@ -317,6 +317,7 @@ class Model(torch.nn.Module):
 
 FRESH = """
 import sys, torch, cute_attn
+torch.set_num_threads(1)
 program, tensors, result = sys.argv[1:]
 run = torch.export.load(program).module()
 torch.save([run(*inputs) for inputs in torch.load(tensors)], result)
