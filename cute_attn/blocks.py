@@ -30,7 +30,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch.nn.functional import pad
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from cute_attn.arguments import shown
 from cute_attn.expressions import Expression, TorchOps, traced
@@ -50,7 +49,7 @@ from cute_attn.layouts.base import (
     WHOLE,
     WHOLE_BIT,
 )
-from cute_attn.private import dispatch_modes, raw_stream, version_of
+from cute_attn.private import dispatch_modes, raw_stream
 
 ROWS_OF_WARPGROUP = 64
 LENGTH_MAX = BLOCK << TILE_BITS
@@ -331,19 +330,6 @@ def _list_of_keys(none: list[list[bool]], every: list[list[bool]], across: int) 
     if not whole:
         led, cut = cut, led
     return (len(cut), len(led) + len(whole) + len(cut), len(whole) + len(cut)), [*cut[::-1], *whole[::-1], *led[::-1]]
-
-
-_OF_KINDS = WeakTensorKeyDictionary()
-
-
-def of_kinds(kinds: torch.Tensor, seqlen_q: int, seqlen_k: int) -> BlockMask:
-    """The block mask of these kinds, one for all calls as long as they are: what it has made of them is made once."""
-    written = version_of(kinds)
-    found, was = _OF_KINDS.get(kinds, (None, None))
-    if found is None or was != written or (found.seqlen_q, found.seqlen_k) != (seqlen_q, seqlen_k):
-        found = BlockMask(kinds.detach(), seqlen_q, seqlen_k)  # which holds not what it is found by
-        _OF_KINDS[kinds] = found, written
-    return found
 
 
 # ---- what attention is given -----------------------------------------------------------------------------------------

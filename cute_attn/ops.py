@@ -44,7 +44,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cute_attn import autograd, launch, reference, wrapped
 from cute_attn.arguments import check_memory
-from cute_attn.blocks import of_kinds
+from cute_attn.blocks import BlockMask
 from cute_attn.expressions import restored
 from cute_attn.lengths import NAMES, check_lengths
 from cute_attn.private import is_known
@@ -171,7 +171,8 @@ def _call(tensors, lengths: tuple, more: tuple, rules: tuple, of_sinks: bool = F
     if sinks is not None:
         call.sinks = sinks.detach().requires_grad_(of_sinks)
     if kinds is not None:
-        call.blocks = of_kinds(kinds, call.seqlen_q, call.seqlen_k)
+        # What it makes of its kinds is gone with the call: of a graph of CUDA's, memory that stayed would be a leak, and old ones.
+        call.blocks = BlockMask(kinds, call.seqlen_q, call.seqlen_k)
     if text:
         batch = call.batch
         of_each: tuple[int, int] | None = (call.seqlen_q, call.seqlen_k)

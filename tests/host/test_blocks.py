@@ -353,20 +353,6 @@ def test_flex_attentions_block_mask_without_a_function():
     torch.testing.assert_close(got, want)
 
 
-def test_kinds_have_one_block_mask():
-    """As long as they are what they were; and none of it stays when they are gone."""
-    kinds = block_mask(masks.causal, None, None, 64, 64, device="cpu").kinds
-    found = blocks.of_kinds(kinds, 64, 64)
-    assert blocks.of_kinds(kinds, 64, 64) is found
-    assert blocks.of_kinds(kinds, 64, 60) is not found
-    found, counted = blocks.of_kinds(kinds, 64, 64), len(blocks._OF_KINDS)
-    kinds.fill_(2)
-    assert blocks.of_kinds(kinds, 64, 64) is not found
-    assert blocks.of_kinds(kinds, 64, 64).density == 1.0
-    del kinds
-    assert len(blocks._OF_KINDS) == counted - 1
-
-
 def test_lists_of_no_keys():
     found = block_mask(masks.causal, None, None, 64, 0)
     assert found.key_lists(128, 128, 1, 1).shape[:3] == (1, 1, 1)
