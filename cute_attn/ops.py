@@ -171,7 +171,7 @@ def _call(tensors, lengths: tuple, more: tuple, rules: tuple, of_sinks: bool = F
     if sinks is not None:
         call.sinks = sinks.detach().requires_grad_(of_sinks)
     if kinds is not None:
-        # What it makes of its kinds is gone with the call: of a graph of CUDA's, memory that stayed would be a leak, and old ones.
+        # Its lists go with the call: in a CUDA graph's memory they would be a leak, and old when it is replayed.
         call.blocks = BlockMask(kinds, call.seqlen_q, call.seqlen_k)
     if text:
         batch = call.batch

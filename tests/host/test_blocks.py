@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import create_block_mask
 
-from cute_attn import BlockMask, attention, block_mask, blocks, layouts, masks
+from cute_attn import BlockMask, attention, block_mask, layouts, masks
 from cute_attn.blocks import BY_ROWS, CUT, NONE, WHOLE
 from cute_attn.layouts.base import (
     BLOCK,
