@@ -44,17 +44,19 @@ class Staged(Forward):
         if self.stages.loads or self.stages.products:
             Forward._copy_q(self, *arguments)
 
-    def _copy_pair(self, tiles_of, keys, n, slot):
-        Forward._copy_pair(self, tiles_of, keys, n, slot)
+    def _copy_pair(self, tiles_of, keys, n, slot, late_v=False):
+        Forward._copy_pair(self, tiles_of, keys, n, slot, late_v)
         if not self.stages.loads and slot == 0:  # the slot that the loop would fill first
             Forward._copy_pair(self, tiles_of, keys, n, self.config.stages - 1)
 
     @cute.jit
-    def _step(self, operands, tiles_of, output, tile, again: cutlass.Constexpr, slot: Int32, where):
+    def _step(
+        self, operands, tiles_of, output, tile, again: cutlass.Constexpr, slot: Int32, where, late_v: cutlass.Constexpr = False
+    ):
         n, masked = where
         anchored = self.anchored and masked is False
         stages, acc_O = self.config.stages, output.acc_O
-        cute.arch.cp_async_wait_group(stages - 2)
+        cute.arch.cp_async_wait_group(stages - 2 + int(late_v))
         cute.arch.sync_threads()
         if cutlass.const_expr(self.stages.loads):
             before = (slot + stages - 1) % stages
@@ -71,6 +73,9 @@ class Staged(Forward):
                     output.softmax.step(rows_columns(acc_S), output.rescale, hold)
             if cutlass.const_expr(not anchored):
                 scale_rows(rows_columns(acc_O), output.rescale)
+        if cutlass.const_expr(late_v):
+            cute.arch.cp_async_wait_group(stages - 1)
+            cute.arch.sync_threads()
         if cutlass.const_expr(self.stages.products or self.stages.softmax):
             self._accumulate(operands, acc_S, acc_O, slot)
         return (slot + 1) % stages
