@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import Unread, check_layout, choice, flag, integer, is_traced, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
-from cute_attn.expressions import Called, Symbol, check_functions, positions, score_of, traced
+from cute_attn.expressions import Called, Indexing, Symbol, check_functions, element, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import (
@@ -24,6 +24,7 @@ from cute_attn.private import (
     dual_level,
     never_begin_a_graph,
     transforms_active,
+    with_side_effects,
 )
 from cute_attn.problem import SCALES, UNBOUNDED, Call, check_call
 
@@ -480,13 +481,20 @@ def _in_graph(function: Callable, tensors: tuple, lengths: dict, rules: tuple, e
     check_functions(mask, score, given)
     made: dict[str, tuple] = {}
     if mask is not None or score is not None:
-        where = positions(tensors[0])
+        made = with_side_effects(_followed, mask, score, positions(tensors[0]), given)
+    others = {"alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "dropout_p": dropout_p}
+    return _of_graph(function is attention_varlen, tensors, made, block_mask, named | others)
+
+
+def _followed(mask, score, where: tuple, given) -> dict[str, tuple]:
+    """What functions return, in tuples, by their names; tensors give them elements for positions."""
+    made: dict[str, tuple] = {}
+    with Indexing():
         if mask is not None:
             made["mask"] = (mask(*where, *given),)
         if score is not None:
             made["score"] = (score(score_of(where[0]), *where, *given),)
-    others = {"alibi_slopes": alibi_slopes, "bias": bias, "sinks": sinks, "dropout_p": dropout_p}
-    return _of_graph(function is attention_varlen, tensors, made, block_mask, named | others)
+    return made
 
 
 def _of_graph(varlen: bool, tensors: tuple, made: dict, block_mask: tuple | None, named: dict):
@@ -502,7 +510,7 @@ def _of_graph(varlen: bool, tensors: tuple, made: dict, block_mask: tuple | None
 @constant_in_graphs
 def _prepared() -> bool:
     """Tells torch.compile, which is imported by then, what to call in its graphs and not to follow."""
-    for function in (positions, score_of, _of_graph):
+    for function in (positions, score_of, element, _of_graph):
         torch.compiler.allow_in_graph(function)
     never_begin_a_graph(_in_graph)
     return True

@@ -550,6 +550,8 @@ class Tracing(TorchFunctionMode):
 
     def _pow(self, base, exponent):
         graph = self.graph
+        if isinstance(exponent, torch.SymInt):  # a constant of the graph to come
+            exponent = int(exponent)
         if isinstance(base, (int, float)) and base == 2:
             return graph.apply("exp2", graph.operand(exponent), at_least="float")
         if exponent == 0.5 and not isinstance(exponent, Symbol):
@@ -582,8 +584,8 @@ def traced(
     graph = next((f.graph for f in (mask, score) if isinstance(f, Called) and f.graph), None) or Graph(q.device)
     if as_text:
         ends = _recorded(graph, mask, score, tensors, alibi_slopes, element, behind)
-        if any(isinstance(f, Called) and f.of_shapes for f in (mask, score)):
-            return OF_SHAPES, ()
+        if shapes := [f.result for f in (mask, score) if isinstance(f, Called) and f.of_shapes]:
+            return OF_SHAPES, (*_on_device(graph.captured, q.device), *shapes)  # whose gradients make the output require one
         if ends == (None, None):
             return "", ()
         return repr((graph.nodes, *ends)), _on_device(graph.captured, q.device)
@@ -719,6 +721,34 @@ def score_of(position: torch.Tensor) -> torch.Tensor:
     if isinstance(position, Symbol):
         return position.graph.leaf("score")
     return position.new_empty(1, dtype=KINDS["float"])
+
+
+_REVERSED = {f"__r{name}__": getattr(operator, name) for name in ("sub", "truediv", "floordiv", "mod", "pow")}
+_REVERSED["__rdiv__"] = operator.truediv
+
+
+class Indexing(TorchFunctionMode):
+    """Has :func:`element` take elements of tensors while torch.compile follows functions."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__getitem__:
+            return element(*args)
+        if func.__name__ in _REVERSED:  # torch writes these in Python, of other operations
+            return _REVERSED[func.__name__](args[1], args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def element(x: torch.Tensor, where: Any) -> torch.Tensor:
+    """``x[where]``; where torch.compile looks for shapes only, of the shape that numbers for indices leave: those of
+    :func:`positions` have one element, for which torch leaves a dimension, and what is loaded is of any integer dtype."""
+    if not isinstance(x, FakeTensor) or is_recorded():
+        return x[where]
+    indices = where if isinstance(where, tuple) else (where,)
+    numbers = all(isinstance(i, (int, torch.SymInt, torch.Tensor)) and not isinstance(i, bool) for i in indices)
+    symbols = [i for i in indices if isinstance(i, torch.Tensor) and i.shape == (1,)]
+    if not (numbers and symbols and len(indices) <= x.dim()) or any(i.is_floating_point() for i in symbols):
+        return x[where]
+    return x.new_empty(x.shape[len(indices) :] or (1,)).requires_grad_(x.requires_grad and torch.is_grad_enabled())
 
 
 def _fits(trace: tuple, captured: tuple, sizes: dict[str, int | None]) -> bool:

@@ -160,7 +160,7 @@ def _backward(tensors, lengths, more, results, rules, how):
     of_inputs = needs.removesuffix("s")
     dq, dk, dv, *of_others = autograd.computed(None, q, k, v, out, kept, dout, dlse, of_inputs, call, gradients)
     dsinks, *of_captured = of_others or [None]
-    return *(_or_nothing(dx, out) for dx in (dq, dk, dv, dsinks)), [of_captured[i] for i in _numbers(more[5])]
+    return *(_or_nothing(dx, out) for dx in (dq, dk, dv, dsinks)), [of_captured[i].contiguous() for i in _numbers(more[5])]
 
 
 def _call(tensors, lengths: tuple, more: tuple, rules: tuple, of_sinks: bool = False) -> Call:
@@ -266,11 +266,14 @@ def _differentiate(ctx, dout, dlse, _):
         q, k, v, out, kept, dout, dlse, needs, *others = arguments
         lengths, (sinks, seed, kinds, *captured) = others[: len(NAMES)], others[len(NAMES) :]
         more: tuple = ()
+        again = not ctx.for_backward
         if ctx.with_rules:
             text, derived, p = ctx.more
-            derived = derived if ctx.for_backward else " ".join(str(i) for i, x in enumerate(of_captured) if x)
+            numbers = [i for i, x in enumerate(of_captured) if x]
+            again = not (ctx.for_backward and set(numbers) <= set(_numbers(derived)))
+            derived = " ".join(map(str, numbers)) if again else derived
             more = sinks, seed, kinds, captured or None, text, derived, p
-        if not ctx.for_backward:  # of a graph that was made where no gradient was needed
+        if again:  # of a graph that was made where no gradient, or not all of these, were needed
             operator = _overload(f"attention{'_rules' * ctx.with_rules}", ctx.rules)
             _, _, kept = operator(q, k, v, *lengths, *more, *ctx.rules, False, True, *ctx.how)
         operator = _overload(f"attention{'_rules' * ctx.with_rules}_backward", ctx.rules)

@@ -104,6 +104,15 @@ def never_begin_a_graph(function: Callable) -> None:
     skip_code(function.__code__)
 
 
+def with_side_effects(function: Callable, *arguments: Any) -> Any:
+    """Call a function that enters a mode, which torch.compile takes for a side effect, and refuses in a checkpoint's graph
+    unless it is told not to, as it can be from torch 2.11 on at the latest."""
+    from torch._dynamo import utils
+
+    call = getattr(utils, "_disable_side_effect_safety_checks_for_current_subtracer", None)
+    return function(*arguments) if call is None else call(function, *arguments)
+
+
 def ragged_dim(x: torch.Tensor) -> int:
     """The dimension of a jagged tensor that has other lengths for each element of the batch."""
     return x._ragged_idx  # type: ignore[attr-defined]

@@ -31,6 +31,8 @@ FORWARD, BACKWARD = "cute_attn.attention_rules.default", "cute_attn.attention_ru
 SQ, SK, HEADS = 37, 41, 4
 GENERATOR = torch.Generator().manual_seed(0)
 IDS = torch.arange(300) // 9
+BYTES = torch.arange(300).remainder(90).to(torch.uint8)
+QUERY_IDS, KEY_IDS = (torch.randint(0, 3, (9, n), generator=GENERATOR) for n in (120, 130))
 TABLE = torch.randn(HEADS, 101, generator=GENERATOR, requires_grad=True)
 BIAS = torch.randn(1, HEADS, SQ, SK, generator=GENERATOR, requires_grad=True)
 SINKS = torch.randn(HEADS, generator=GENERATOR, requires_grad=True)
@@ -52,8 +54,19 @@ def same_ids(batch, head, q_idx, kv_idx, ids):
     return ids[q_idx] == ids[kv_idx]
 
 
+def same_rows_ids(batch, head, q_idx, kv_idx):
+    return QUERY_IDS[batch][q_idx] == KEY_IDS[batch][kv_idx]
+
+
+def of_bytes(score, batch, head, q_idx, kv_idx):
+    """Elements of bytes, one index after another, and operators that torch writes as others where numbers come first."""
+    return (1 - score) * TABLE[head][BYTES[kv_idx]] + 2.0 / (1 + q_idx) + (7 - kv_idx % 5) * TABLE[head][1]
+
+
 OPTIONS = {
     "mask": {"mask": masks.causal},
+    "ids one index after another": {"mask": same_rows_ids},
+    "bytes as indices": {"score": of_bytes},
     "closures": {"mask": masks.and_masks(masks.document(IDS), masks.not_mask(masks.window(3, 1)))},
     "tensors": {"mask": same_ids, "tensors": (IDS,)},
     "score": {"score": relative, "causal": True},
@@ -158,6 +171,15 @@ def test_inductor():
     assert_same_bits(function, compiled(function, "inductor")[0], leaves())
 
 
+def test_inductor_and_tables_of_any_strides():
+    tables = [x.detach().requires_grad_() for x in (torch.randn(101, HEADS).t(), torch.randn(HEADS, 202)[:, ::2])]
+
+    def function(q, k, v):
+        return attention(q, k, v, score=lambda s, b, h, i, j: s * tables[0][h, j] + tables[1][h, i])
+
+    assert_same_bits(function, compiled(function, "inductor")[0], leaves(), tables)
+
+
 # Sizes that are equal where the graph is made are one size to torch.compile: here no two are.
 SIZES = [(3, 37, 41), (5, 71, 90), (7, 40, 129)]
 
@@ -217,9 +239,41 @@ def test_another_function_is_another_graph():
         assert torch.equal(fast(*leaves(), mask, cap), function(*leaves(), mask, cap))
 
 
+def test_powers_that_change():
+    def function(q, k, v, power):
+        return attention(q, k, v, score=lambda s, b, h, i, j: s - (i - j) ** power / 99)
+
+    fast, _ = compiled(function)
+    for power in (1, 2, 3):
+        assert torch.equal(fast(*leaves(), power), function(*leaves(), power))
+
+
 def test_a_gradient_of_a_captured_tensor_alone():
     def function(q, k, v):
         return attention(q, k, v, score=relative)
+
+    fast, _ = compiled(function)
+    tensors = [x.detach() for x in leaves()]
+    got, wanted = (torch.autograd.grad(f(*tensors).sum(), TABLE) for f in (fast, function))
+    assert torch.equal(*got, *wanted)
+
+
+class Hundredfold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx * 100
+
+
+def test_outputs_require_a_gradient_for_a_captured_tensor_alone():
+    """While torch.compile follows what comes behind, too."""
+
+    def function(q, k, v):
+        out = attention(q, k, v, score=relative)
+        return Hundredfold.apply(out) if out.requires_grad else out
 
     fast, _ = compiled(function)
     tensors = [x.detach() for x in leaves()]
@@ -341,6 +395,21 @@ def test_export(strict):
     assert FORWARD in calls(found)
     for tensors in inputs:
         assert torch.equal(found(*tensors), Model()(*tensors))
+
+
+def test_gradients_of_what_required_none_when_it_was_exported():
+    class Learned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(16, 16)
+
+        def forward(self, q, k, v, bias):
+            return attention(self.linear(q), k, v, bias=bias)
+
+    model, (q, k, v) = Learned(), (x.detach() for x in leaves())
+    found = torch.export.export(model, (q, k, v, BIAS.detach())).module()
+    got, wanted = (torch.autograd.grad(f(q, k, v, BIAS).sin().sum(), BIAS)[0] for f in (found, model))
+    assert torch.equal(got, wanted)
 
 
 def test_export_to_a_fresh_process(tmp_path):
