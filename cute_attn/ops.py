@@ -98,7 +98,7 @@ def on_reference(backend: str, q: torch.Tensor) -> bool:
 
 def _as_operands(*numbers, of_graph: bool):
     """Numbers as they are where the graph to come may hold them, else as tensors. ``of_graph``: those may be of torch.compile's
-    graph, out of which it makes the one to come (``api.in_graph``)."""
+    graph, out of which it makes the one to come (``api._in_graph``)."""
     constants = all(x is None or (not isinstance(x, torch.Tensor) and is_known(x)) for x in numbers)
     symbols = of_graph and any(isinstance(x, torch.SymFloat) for x in numbers)
     if constants or not (symbols or torch.compiler.is_compiling()):

@@ -87,9 +87,10 @@ def register(*, fallback: str | None = None) -> None:
     blocks, 4-dimensional tensors), biases of the scores (T5), and dropout.
 
     Args:
-        fallback: what computes where a model asks for what there is not. ``"sdpa"`` is
-            torch's attention, with a warning for each reason, once; ``None`` refuses these calls. What Transformers' ``"sdpa"``
-            would ignore (sinks, softcaps, attention weights) is refused.
+        fallback: what computes where a model asks for what there is not. ``"sdpa"`` is torch's attention, with a warning for
+            each reason, once; ``None`` refuses these calls. While torch.compile makes a graph it follows a mask function only
+            later: one that it can't follow ends there, whatever the fallback. What Transformers' ``"sdpa"`` would ignore
+            (sinks, softcaps, attention weights) is refused.
 
     To register anew changes the fallback. A model's configuration doesn't keep its ``attn_implementation``: say it again in
     ``from_pretrained``.

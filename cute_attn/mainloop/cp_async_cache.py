@@ -31,6 +31,7 @@ from cute_attn.balance import (
     Stretches,
     WalkPart,
     divided,
+    either,
     first_start,
     next_part,
     part_from,
@@ -38,7 +39,6 @@ from cute_attn.balance import (
     places_of,
     start_after,
 )
-from cute_attn.balance import either as _either
 from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
@@ -316,7 +316,7 @@ class Forward:
     def _ahead(self, seen: SeenTiles, then: SeenTiles, n) -> tuple[KeySource, Any]:
         """Of whom tile n from a part's first one on is, and which of its tiles."""
         here, sources = n < seen.count, zip(self._source(seen).all(), self._source(then).all(), strict=True)
-        return KeySource(*(_either(here, x, y) for x, y in sources)), _either(here, n, n - seen.count)
+        return KeySource(*(either(here, x, y) for x, y in sources)), either(here, n, n - seen.count)
 
     # ---- numbers of pages --------------------------------------------------------------------------------------------
 
@@ -457,7 +457,7 @@ class Forward:
         seen = self._part_from(serving, start, end)
         after = start_after(keys, seen.sequence, seen.part)
         then = self._part_from(serving, after, end)
-        then = replace(then, count=_either(after.at < end, then.count, Int32(0)))
+        then = replace(then, count=either(after.at < end, then.count, Int32(0)))
         places = places_of(keys, seen.sequence, seen.part, serving.stretches)  # while copies are on their way
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)
@@ -474,7 +474,7 @@ class Forward:
         cute.arch.sync_threads()
         of_q = self._queries(block, parity)
 
-        primed = _either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
+        primed = either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
         for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
             self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
         for n in cutlass.range(seen.count, unroll=1):
@@ -618,7 +618,7 @@ class Forward:
         if cutlass.const_expr(serving.keys.end_steps > 0):
             if self._past(serving, seen) >= serving.stretches.own.end:
                 late = (serving.first.begin > 0) & (serving.first.at < seen.part.at)
-                for n in cutlass.range(_either(late, Int32(2), Int32(1)), unroll=1):
+                for n in cutlass.range(either(late, Int32(2), Int32(1)), unroll=1):
                     if n == 1:
                         cute.arch.sync_threads()  # all have read what the last part's counter said
                         seen = self._part_from(serving, serving.first, serving.stretches.own.end)

@@ -100,29 +100,34 @@ def computed(keys, blocks):
 lengths = st.lists(st.integers(0, 3000) | st.sampled_from([0, 1, 64, 65, 40_000]), min_size=1, max_size=12)
 
 
+def assert_places(sequences, walks, blocks=None):
+    """Every tile is in one part, and parts have places and walks counters of their own; so many as ``blocks`` have room for."""
+    places, counters = set(), set()
+    for (i, _, _), parts in walks.items():
+        ends = [0, *(int(part.end) for part, _ in parts)]
+        assert [int(part.begin) for part, _ in parts] == ends[:-1]
+        assert ends[-1] == sequences[i].tiles
+        assert {int(at.parts) for _, at in parts} == {len(parts)}
+        assert [int(at.number) for _, at in parts] == list(range(len(parts)))
+        if len(parts) > 1:
+            assert len({int(at.counter) for _, at in parts}) == 1
+            mine = {int(place_of(parts[0][1], n)) for n in range(len(parts))}
+            assert mine == {int(place_of(at, at.number)) for _, at in parts}
+            assert len(mine) == len(parts)
+            assert not mine & places
+            assert int(parts[0][1].counter) not in counters
+            places |= mine
+            counters.add(int(parts[0][1].counter))
+    if blocks is not None:
+        assert places <= set(range(2 * blocks))
+        assert counters <= set(range(blocks))
+
+
 @given(lengths, st.integers(1, 40), st.integers(1, 9), st.booleans())
 def test_every_tile_once_and_every_part_has_a_place_of_its_own(lengths, blocks, seqlen_q, invariant):
     with plain_numbers():
         sequences, walks, _ = computed(cached(lengths, seqlen_q, invariant=invariant), blocks)
-        places, counters = set(), set()
-        for (i, _, _), parts in walks.items():
-            ends = [0, *(int(part.end) for part, _ in parts)]
-            assert [int(part.begin) for part, _ in parts] == ends[:-1]
-            assert ends[-1] == sequences[i].tiles
-            assert {int(at.parts) for _, at in parts} == {len(parts)}
-            assert [int(at.number) for _, at in parts] == list(range(len(parts)))
-            if len(parts) > 1:
-                assert len({int(at.counter) for _, at in parts}) == 1
-                mine = {int(place_of(parts[0][1], n)) for n in range(len(parts))}
-                assert mine == {int(place_of(at, at.number)) for _, at in parts}
-                assert len(mine) == len(parts)
-                assert not mine & places
-                assert int(parts[0][1].counter) not in counters
-                places |= mine
-                counters.add(int(parts[0][1].counter))
-        if not invariant:
-            assert places <= set(range(2 * blocks))
-            assert counters <= set(range(blocks))
+        assert_places(sequences, walks, None if invariant else blocks)
 
 
 def computed_in_steps(keys, blocks):
@@ -150,28 +155,11 @@ def computed_in_steps(keys, blocks):
 
 @given(lengths, st.integers(1, 40), st.integers(1, 9), st.sampled_from([(8, 3), (4, 1), (2, 2)]))
 def test_ends_of_walks_count(lengths, blocks, seqlen_q, steps):
-    """Every tile is in one part, and parts have places of their own; blocks have as many steps, to within a tile and an end."""
+    """Every part has a place of its own; blocks have as many steps, to within a tile and an end."""
     with plain_numbers():
         sequences, walks, taken = computed_in_steps(cached(lengths, seqlen_q, steps=steps), blocks)
-        places, counters = set(), set()
         assert len(walks) == sum(s.row_tiles * 2 for s in sequences)
-        for (i, _, _), parts in walks.items():
-            ends = [0, *(int(part.end) for part, _ in parts)]
-            assert [int(part.begin) for part, _ in parts] == ends[:-1]
-            assert ends[-1] == sequences[i].tiles
-            assert {int(at.parts) for _, at in parts} == {len(parts)}
-            assert [int(at.number) for _, at in parts] == list(range(len(parts)))
-            if len(parts) > 1:
-                assert len({int(at.counter) for _, at in parts}) == 1
-                mine = {int(place_of(at, at.number)) for _, at in parts}
-                assert mine == {int(place_of(parts[0][1], n)) for n in range(len(parts))}
-                assert len(mine) == len(parts)
-                assert not mine & places
-                assert int(parts[0][1].counter) not in counters
-                places |= mine
-                counters.add(int(parts[0][1].counter))
-        assert places <= set(range(2 * blocks))
-        assert counters <= set(range(blocks))
+        assert_places(sequences, walks, blocks)
     if sum(taken) >= blocks * steps[0]:
         assert max(taken) - min(taken) <= 2 * sum(steps)
 
@@ -196,7 +184,7 @@ def test_every_part_of_a_cut_walk_is_counted_once(lengths, blocks, steps):
     with plain_numbers(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutlass, "range", lambda *of, unroll: range(*map(int, of)))
         patch.setattr(cute.arch, "sync_threads", lambda: None)
-        for name, function in {"_either": either, "places_of": places_of, "Int32": int}.items():
+        for name, function in {"either": either, "places_of": places_of, "Int32": int}.items():
             patch.setitem(arrive.__globals__, name, function)
         keys = cached(lengths, steps=steps)
         sequences, walks, _ = computed_in_steps(keys, blocks)

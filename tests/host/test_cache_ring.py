@@ -154,7 +154,7 @@ def test_every_tile_is_there_when_it_is_computed_with(parts, stages, invariant):
     names = Kernel._part.__wrapped__.__globals__
     plainly = {
         "start_after": block.start_after,
-        "_either": lambda condition, x, y: x if condition else y,
+        "either": lambda condition, x, y: x if condition else y,
         "places_of": MagicMock(),
         "KeySource": lambda number, *_: SimpleNamespace(number=number),
         "Int32": int,
