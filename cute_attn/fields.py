@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from cute_attn import layouts
 from cute_attn.layouts.base import Config
 from cute_attn.lengths import NAMES
-from cute_attn.plan import takes_share, takes_tickets
+from cute_attn.plan import takes_tickets
 from cute_attn.problem import Problem
 from cute_attn.stored import CODE_NAMES
 
@@ -118,7 +118,6 @@ BACKWARD: Fields = (
         Field("ranks", "lists", lambda problem, config: _is_listed(problem, config) and problem.deterministic),
         Field("of_captured", "of captured", lambda problem, config: bool(problem.expression.partials)),
         *_LENGTHS,
-        *(Field(name, "int32", takes_share) for name in ("at_least", "below")),
     ),
     _ALIKE,
     _STREAM,

@@ -15,7 +15,7 @@ from cute_attn.fields import FORWARD, Field, Fields, named
 from cute_attn.layouts.base import IN_TURN, ROW_PADDING, VECTOR, element, row_padding
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tickets, Tiles
-from cute_attn.sequences import Sequences, Share, Side
+from cute_attn.sequences import Sequences, Side
 from cute_attn.softmax import LogSumExp
 
 
@@ -56,11 +56,8 @@ def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, given, padding: int = 
     if not problem.ragged:
         return None
     rows_q, rows_k, each = q.shape[0], k.shape[0], cutlass.max(given.count, 1)
-    share = None
-    if getattr(given, "below", None) is not None:
-        share = Share(given.cu_seqlens_q, given.at_least, given.below)
-    queries = Side(rows_q, rows_q // each, given.cu_seqlens_q, given.seqused_q, padding, share)
-    return Sequences(given.count, queries, Side(rows_k, rows_k // each, given.cu_seqlens_k, given.seqused_k, padding, share))
+    queries = Side(rows_q, rows_q // each, given.cu_seqlens_q, given.seqused_q, padding)
+    return Sequences(given.count, queries, Side(rows_k, rows_k // each, given.cu_seqlens_k, given.seqused_k, padding))
 
 
 def captured_of(problem, given) -> tuple | None:

@@ -25,16 +25,7 @@ from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, TICKET_COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
 from cute_attn.lengths import NAMES, check_lengths
-from cute_attn.plan import (
-    configs,
-    head_blocks,
-    long_of_ragged,
-    plan,
-    rows_of_query_tile,
-    takes_share,
-    takes_short,
-    takes_tickets,
-)
+from cute_attn.plan import configs, head_blocks, plan, rows_of_query_tile, takes_short, takes_tickets
 from cute_attn.private import current_device, empty_strided, raw_stream
 from cute_attn.problem import (
     DTYPE_NAMES,
@@ -51,7 +42,6 @@ from cute_attn.workspace import Workspaces
 
 _tickets = Workspaces(torch.int32)
 NO_LENGTHS, _NO_LISTS = (None,) * len(NAMES), (None,) * 3
-_LEAST, _MOST = -(2**31), 2**31 - 1
 
 
 @lru_cache(maxsize=64)
@@ -292,10 +282,9 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
 class _PlannedGradients:
     """How the backward pass of calls that are alike is computed: the kernels, what memory they take besides the call's tensors
-    (None for what they don't), how many keys at the beginning no query sees, and what these calls have in common; where kernels
-    ``share`` the sequences by their lengths, the same of the ``rest``."""
+    (None for what they don't), how many keys at the beginning no query sees, and what these calls have in common."""
 
-    __slots__ = ("alike", "device", "function", "mechanism", "problem", "rest", "rooms", "share", "unseen")
+    __slots__ = ("alike", "device", "function", "mechanism", "problem", "rooms", "unseen")
 
     def __init__(self, call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q):
         if not needs or (call.expression and call.expression.partials and "q" not in needs):
@@ -306,35 +295,11 @@ class _PlannedGradients:
         ordered = deterministic and has_sums(problem, plan(problem, device_target(self.device), mechanism))
         self.problem = problem = problem_of(q.dtype, call, of_lse, needs, ordered)
         config = _config_of_gradients(problem, mechanism, self.device, call)
-        # Of ragged sequences the kernels may take those of some lengths alone, and others the rest.
-        self.share: tuple[int | None, int | None] = None, None
-        self.rest: tuple[tuple[Callable, tuple[Room | None, ...], Any, tuple[int, int]], ...] = ()
         if call.lengths is not None:  # another batch's mean length may choose another query tile, and is to compile nothing
-            heights = [x for x in _choices(problem, mechanism, self.device) if x.head_blocks == config.head_blocks == 1]
-            for other in heights:
-                prepared(problem, mechanism, self.device, other)
-            if takes_share(problem, config):
-                self.share = _LEAST, _MOST
-                long = long_of_ragged(tuple(x.tile_m for x in heights), call.seqlen_q, call.lengths.count)
-                # Of sinks' and captured tensors' gradients neither has all.
-                if long and config == heights[0] and not (call.expression or call.others):
-                    self.share, self.rest = (long, _MOST), ((*self._kernels(call, config), (_LEAST, long)),)
-                    config = heights[-1]
-        self.function, rooms, self.alike = self._kernels(call, config)
-        of_q = _of_operand(call, q.dtype, call.seqlen_q, call.heads, call.head_dim)
-        of_k = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim)
-        of_v = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim_v)
-        gradients = (x if name in needs else None for name, x in zip("qkv", (of_q, of_k, of_v), strict=True))
-        self.rooms: tuple[Room | None, ...] = *rooms, *gradients
-        # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
-        self.unseen = 0
-        if call.lengths is None and call.left is not None:
-            self.unseen = max(call.shift - call.left, 0)
-
-    def _kernels(self, call: Call, config: Config) -> tuple[Callable, tuple[Room | None, ...], Any]:
-        """Those of a configuration: the function, memory for row values, sums and signals, and what calls have in common."""
-        problem = self.problem
-        function, blocks = prepared(problem, self.mechanism, self.device, config)
+            for other in _choices(problem, mechanism, self.device):
+                if other.head_blocks == config.head_blocks == 1:
+                    prepared(problem, mechanism, self.device, other)
+        self.function, blocks = prepared(problem, mechanism, self.device, config)
         padding = row_padding(config)
         rows_padded = -(-call.seqlen_q // padding) * padding
         if call.lengths is not None:  # cute_attn.sequences says where each begins
@@ -347,7 +312,16 @@ class _PlannedGradients:
             tiles = call.batch * call.heads * (rows_padded // tile_m) if counts else 1
         if has_signals(problem, config):
             signals = contiguous(torch.int32, COUNTERS + tiles)
-        return function, (rows, sums, signals), what_is_alike(call, blocks)
+        of_q = _of_operand(call, q.dtype, call.seqlen_q, call.heads, call.head_dim)
+        of_k = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim)
+        of_v = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim_v)
+        gradients = (x if name in needs else None for name, x in zip("qkv", (of_q, of_k, of_v), strict=True))
+        self.rooms: tuple[Room | None, ...] = rows, sums, signals, *gradients
+        # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
+        self.unseen = 0
+        if call.lengths is None and call.left is not None:
+            self.unseen = max(call.shift - call.left, 0)
+        self.alike = what_is_alike(call, blocks)
 
     def __call__(self, call: Call, wanted: str, q, k, v, out, lse_raw, dout, dlse):
         """:func:`gradients` of what the kernels can read in place."""
@@ -368,15 +342,8 @@ class _PlannedGradients:
         others = call.others
         if others or not call.lengths is call.blocks is None:
             given, of_captured = self._given(call, rows)
-        tensors: tuple = (q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, dq, dk, dv)
+        tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, dq, dk, dv
         run(self.function, (*tensors, given, self.alike, raw_stream(self.device)))
-        for function, rooms, alike, share in self.rest:
-            assert given is not None
-            made.clear()  # torch gives the next ones their memory
-            tensors, rows, dq_sum, signals = (), None, None, None
-            tensors = (*(None if room is None else empty_strided(*room) for room in rooms), dq, dk, dv)
-            given = *given[: -len(share)], *share
-            run(function, (q, k, v, out, dout, lse_raw, dlse, *tensors, given, alike, raw_stream(self.device)))
         if not others:
             return dq, dk, dv
         found = (x if name in wanted else None for name, x in zip("qkv", (dq, dk, dv), strict=True))
@@ -407,7 +374,7 @@ class _PlannedGradients:
         if call.lengths is call.blocks is None and not of_captured:
             return None, of_captured
         lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
-        return (*lists, tuple(of_captured.values()) or None, *lengths, *self.share), of_captured
+        return (*lists, tuple(of_captured.values()) or None, *lengths), of_captured
 
 
 def _room_of_captured(call: Call) -> dict[int, torch.Tensor]:

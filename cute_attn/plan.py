@@ -20,7 +20,6 @@ from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 SHORT_WALK = 16  # key tiles
 MANY_QUERY_TILES, MANY_OF_RAGGED = 192, 128  # of a sequence in the backward pass
-SHARED_FROM = 3  # such long sequences' queries: what kernels cost that find none is below 1 %, then
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
 
 
@@ -69,21 +68,6 @@ def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int, cut: bool = Fals
     if cut and seqlen_q < (MANY_OF_RAGGED if ragged else MANY_QUERY_TILES) * choices[0]:
         return choices[0]
     return max((rows for rows in choices[1:] if 32 * (-seqlen_q % rows) <= seqlen_q), default=choices[0])
-
-
-def takes_share(problem: Problem, config: Config) -> bool:
-    """Whether the backward pass's kernels may leave some of the sequences to others, with another query tile: those that an
-    edge cuts, and whose lengths the host doesn't know."""
-    if not (problem.gradients and "cu_seqlens_q" in problem.ragged and problem.bounded_right and config.head_blocks == 1):
-        return False
-    return len({x.tile_m for x in configs(problem, config.target, config.mechanism)}) > 1
-
-
-def long_of_ragged(choices: tuple[int, ...], tokens: int, count: int) -> int:
-    """From how many queries on sequences that an edge cuts are to have the higher of the query tiles ``choices``, by kernels of
-    their own; 0 where all have the same. ``tokens`` are all queries of ``count`` sequences, whose mean has the usual tile."""
-    long = MANY_OF_RAGGED * choices[0]
-    return long if len(choices) > 1 and count > 1 and tokens >= SHARED_FROM * long else 0
 
 
 def takes_short(found: tuple[Config, ...], keys: int) -> bool:

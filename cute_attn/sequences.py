@@ -82,36 +82,16 @@ def padded_first(first, i, padding: int):
 
 
 @dataclass(frozen=True)
-class Share:
-    """The sequences that one of two launches takes: those of ``at_least`` so many queries and ``below`` so many, by their
-    ``bounds``. What comes after the last sequence counts as a sequence without any."""
-
-    bounds: Any
-    at_least: Int32
-    below: Int32
-
-    @cute.jit
-    def has(self, i, count):
-        """Whether sequence ``i`` of ``count`` is one."""
-        length = Int32(0)
-        if i < count:
-            length = self.bounds[i + 1] - self.bounds[i]
-        return (length >= self.at_least) & (length < self.below)
-
-
-@dataclass(frozen=True)
 class Side:
     """One side of ragged sequences, queries or keys: ``rows`` are those of the tensors. Sequence i begins at ``bounds[i]`` or,
     without them, at ``i · pitch``, and has ``used[i]`` rows or, without them, all up to the next one. Whatever these say, no
-    span reaches past ``rows``. In what is padded, a sequence has a multiple of ``padding`` rows. Where there is a ``share``,
-    sequences that aren't of it have no rows here at all."""
+    span reaches past ``rows``. In what is padded, a sequence has a multiple of ``padding`` rows."""
 
     rows: Int32
     pitch: Int32
     bounds: Any  # cute.Tensor (count + 1), or None
     used: Any  # cute.Tensor (count), or None
     padding: cutlass.Constexpr[int] = ROW_PADDING
-    share: Any = None  # a Share, or None
 
     def first(self, i):
         """The row at which sequence ``i`` begins."""
@@ -128,9 +108,6 @@ class Side:
             length = past - first
             if cutlass.const_expr(self.used is not None):
                 length = cutlass.min(cutlass.max(self.used[i], 0), length)
-        if cutlass.const_expr(self.share is not None):
-            if not self.share.has(i, count):
-                past, length = first, Int32(0)
         return Span(Int32(0), first, length, past - first, padded_first(first, i, self.padding))
 
     @cute.jit

@@ -290,47 +290,6 @@ def test_query_tiles_of_80_rows(rectangle, d, dv, dtype, rules, monkeypatch):
             assert not any(x.count_nonzero() for x in got)
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["packed", "in-use"])
-def test_long_sequences_by_launches_of_their_own(used, monkeypatch):
-    """Each of two launches takes some of the lengths and leaves the others' gradients alone, in memory that holds NaN."""
-    monkeypatch.setattr(launch, "rows_of_query_tile", plan.rows_of_query_tile)
-    monkeypatch.setattr(launch, "_head_blocks", lambda *_: 1)
-    monkeypatch.setattr(launch, "long_of_ragged", lambda *_: 300)
-    planned, made = [], launch._PlannedGradients
-    monkeypatch.setattr(launch, "_PlannedGradients", lambda *of: planned.append(made(*of)) or planned[-1])
-    lengths = [(299, 299), (300, 310), (0, 40), (700, 700), (1, 64), (301, 0), (64, 500), (420, 430)]
-    q, k, v, dout, *cu = make(lengths, 128, heads=(4, 2))
-    options = {"mechanism": "tma_wgmma", "causal": True}
-    extra, in_use = {}, lengths
-    if used:
-        in_use = [(n * 2 // 3, m * 3 // 4) for n, m in lengths]
-        sides = (torch.tensor(side, dtype=torch.int32, device="cuda") for side in zip(*in_use, strict=True))
-        extra = dict(zip(("seqused_q", "seqused_k"), sides, strict=True))
-    room = launch.empty_strided
-
-    def poison(*of):
-        x = room(*of)
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(launch, "empty_strided", poison)
-    _, got = run(q, k, v, dout, *cu, **options, **extra)
-    assert [len(x.rest) for x in planned] == [1]
-    first_q = first_k = 0
-    for (n, m), (n_used, m_used) in zip(lengths, in_use, strict=True):
-        of_q, of_k = slice(first_q, first_q + n_used), slice(first_k, first_k + m_used)
-        alone = [x[None, rows] for x, rows in ((q, of_q), (k, of_k), (v, of_k))]
-        found = [x[None, rows] for x, rows in zip(got, (of_q, of_k, of_k), strict=True)]
-        if n_used * m_used:
-            assert_gradients_close(found, *alone, dout[None, of_q], None, causal=True)
-        else:
-            assert not any(x.count_nonzero() for x in found)
-        first_q, first_k = first_q + n, first_k + m
-        assert not got[0][of_q.stop : first_q].count_nonzero()
-        assert not any(x[of_k.stop : first_k].count_nonzero() for x in got[1:])
-    assert not got[0][first_q:].count_nonzero()
-    assert not any(x[first_k:].count_nonzero() for x in got[1:])
-
-
 def test_another_mean_length_compiles_nothing(monkeypatch):
     """Though it takes other query tiles."""
     monkeypatch.setattr(launch, "rows_of_query_tile", plan.rows_of_query_tile)

@@ -11,18 +11,7 @@ import torch
 
 from cute_attn import layouts
 from cute_attn.layouts.base import KIB, Config, Gpu
-from cute_attn.plan import (
-    check,
-    configs,
-    explain,
-    head_blocks,
-    long_of_ragged,
-    plan,
-    registers_per_thread,
-    rows_of_query_tile,
-    takes_share,
-    takes_short,
-)
+from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread, rows_of_query_tile, takes_short
 from cute_attn.problem import Problem, check_call, problem_of
 
 HEAD_DIMS = range(8, 257, 8)
@@ -328,22 +317,6 @@ def test_how_many_rows_a_query_tile_has(seqlen_q, rows):
     assert rows_of_query_tile((64, 80), seqlen_q, True) == 64
     assert rows_of_query_tile((64, 80), 16 * seqlen_q, True) == (80 if 16 * seqlen_q >= 12288 and seqlen_q else 64)
     assert rows_of_query_tile((64, 80), 16 * seqlen_q, True, True) == (80 if 16 * seqlen_q >= 8192 else 64)
-
-
-def test_who_takes_long_ragged_sequences():
-    """By themselves where there may be some among shorter ones, which the host can't tell, and it costs little to look."""
-    assert long_of_ragged((64, 80), 32768, 64) == 8192
-    assert not any(long_of_ragged(*of) for of in (((64, 80), 16384, 32), ((64, 80), 32768, 1), ((64,), 32768, 64)))
-    for lengths, causal, d, shared in (
-        ("cu_seqlens_q cu_seqlens_k", True, 128, True),
-        ("cu_seqlens_q cu_seqlens_k seqused_q", True, 128, True),
-        ("seqused_q seqused_k", True, 128, False),  # the host knows how long they may be
-        ("cu_seqlens_q cu_seqlens_k", False, 128, False),
-        ("cu_seqlens_q cu_seqlens_k", True, 64, False),
-        ("", True, 128, False),
-    ):
-        problem = Problem("bfloat16", d, d, bounded_right=causal, ragged=lengths, gradients="qkv")
-        assert {takes_share(problem, x) for x in configs(problem, "sm_90a") if x.head_blocks == 1} == {shared}
 
 
 def test_higher_query_tiles():
