@@ -314,9 +314,8 @@ def test_how_many_rows_a_query_tile_has(seqlen_q, rows):
     """As many as waste few of them."""
     assert rows_of_query_tile((64, 80), seqlen_q) == rows
     assert rows_of_query_tile((64,), seqlen_q) == 64
-    assert rows_of_query_tile((64, 80), seqlen_q, True) == 64
-    assert rows_of_query_tile((64, 80), 16 * seqlen_q, True) == (80 if 16 * seqlen_q >= 12288 and seqlen_q else 64)
-    assert rows_of_query_tile((64, 80), 16 * seqlen_q, True, True) == (80 if 16 * seqlen_q >= 8192 else 64)
+    assert rows_of_query_tile((64, 80), seqlen_q, True) == (80 if seqlen_q >= 8192 else 64)
+    assert rows_of_query_tile((64, 80), 16 * seqlen_q, True) == (80 if 16 * seqlen_q >= 8192 else 64)
 
 
 def test_higher_query_tiles():
