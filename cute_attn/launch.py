@@ -93,7 +93,7 @@ def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, c
     blocks = _head_blocks(found, problem, device, call)
     shared = tuple(config for config in found if config.head_blocks == blocks)
     rows = call.seqlen_q if call.lengths is None else call.seqlen_q // max(call.lengths.count, 1)
-    rows = rows_of_query_tile(tuple(config.tile_m for config in shared), rows, problem.bounded_right, bool(problem.ragged))
+    rows = rows_of_query_tile(tuple(config.tile_m for config in shared), rows, problem.bounded_right)
     return next(config for config in shared if config.tile_m == rows)
 
 

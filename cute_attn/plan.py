@@ -19,7 +19,7 @@ from cute_attn.layouts.base import (
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 SHORT_WALK = 16  # key tiles
-MANY_QUERY_TILES, MANY_OF_RAGGED = 192, 128  # of a sequence in the backward pass
+MANY_QUERY_TILES = 128  # of a sequence in the backward pass
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
 
 
@@ -61,11 +61,11 @@ def head_blocks(choices: tuple[int, ...], tiles: int, heads_per_kv: int, at_once
     return best
 
 
-def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int, cut: bool = False, ragged: bool = False) -> int:
+def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int, cut: bool = False) -> int:
     """How many rows a query tile of the backward pass is to have: of ``choices``, the usual number and higher ones, the highest
     with which the padding of a sequence's last tile is at most one row in 32. Where a right edge has ``cut`` some, of which
-    more is wasted the higher they are, the usual number unless there are many; ``ragged`` sequences gain sooner."""
-    if cut and seqlen_q < (MANY_OF_RAGGED if ragged else MANY_QUERY_TILES) * choices[0]:
+    more is wasted the higher they are, the usual number unless there are many."""
+    if cut and seqlen_q < MANY_QUERY_TILES * choices[0]:
         return choices[0]
     return max((rows for rows in choices[1:] if 32 * (-seqlen_q % rows) <= seqlen_q), default=choices[0])
 
@@ -188,8 +188,7 @@ def explain(problem: Problem, config: Config) -> str:
     held = (config.q_in_registers, "Q"), (config.k_in_registers, "K and V")
     where = f"a query sees {SHORT_WALK} tiles of keys at most" if not config.backward else "few rows are padding"
     many = config.backward and problem.bounded_right
-    tiles = MANY_OF_RAGGED if problem.ragged else MANY_QUERY_TILES
-    where += f" and a sequence has {tiles} tiles of queries" if many else ""
+    where += f" and a sequence has {MANY_QUERY_TILES} tiles of queries" if many else ""
     lines = [
         f"problem     {problem.dtype}, head_dim {problem.head_dim} (V: {problem.head_dim_v}), {_rules(problem)}, "
         + (f"gradients of {', '.join(problem.gradients)}" if problem.gradients else "")

@@ -63,8 +63,7 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
     fixed order of unequal tiles, and with a higher query tile, where every key counts, or all but those past a right edge."""
     head_blocks: tuple[int, ...] = (1,)
     plain = not (problem.bounded_left or problem.blocks or problem.has_places)
-    # In a fixed order equal tiles wait for one another longer if they are higher; ragged ones take the old order.
-    plain = plain and not (problem.deterministic and (problem.ragged or not problem.bounded_right))
+    plain = plain and not (problem.deterministic and problem.ragged)  # where tiles wait for one another the longer
     higher: tuple[dict, ...] = ()
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):

@@ -96,6 +96,16 @@ def test_query_tiles_of_80_rows(d, dv, dtype, rules, monkeypatch):
     assert set(chosen) == {80}
 
 
+@pytest.mark.parametrize(("sq", "sk", "heads"), [(1, 70, 2), (81, 300, 6), (1030, 513, 2), (400, 400, 48)])
+def test_query_tiles_of_80_rows_in_a_fixed_order(sq, sk, heads, monkeypatch):
+    """Always the same bits; at last with many key tiles a block, in groups of heads of which the first takes the rest."""
+    monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: max(choices))
+    q, k, v, dout, dlse = make(16 if sq == 1 else 3, sq, sk, heads, 2 if heads == 6 else heads, 128)
+    result = run(q, k, v, "tma_wgmma", dout, dlse, deterministic=True)
+    assert_gradients_close(result, q, k, v, dout, dlse)
+    assert_same_bits(run(q, k, v, "tma_wgmma", dout, dlse, deterministic=True), result)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("rules", [{}, {"softcap": 20.0}], ids=["causal", "softcap"])
 def test_query_tiles_of_80_rows_under_a_right_edge(rules, deterministic, monkeypatch):

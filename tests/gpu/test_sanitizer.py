@@ -67,16 +67,17 @@ def test_small_backward(sq, sk, d, dv, rules, deterministic, mechanism):
     assert_gradients_close([x.cpu() for x in result], q, k, v, dout, dlse, **rules)
 
 
-@pytest.mark.parametrize("rules", [{}, {"causal": True}, {"causal": True, "deterministic": True}], ids=str)
-def test_higher_query_tiles(rules, monkeypatch):
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("rules", [{}, {"causal": True}], ids=str)
+def test_higher_query_tiles(rules, deterministic, monkeypatch):
     """Several key tiles a block, so that results leave while the next tile's operands come."""
     monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: max(choices))
     q, k, v = make_qkv(1, 200, 4400, 4, 4, 128, 128, torch.bfloat16)
     dout, dlse = make_gradients(q, v)
     leaves = [x.requires_grad_() for x in on_gpu(q, k, v)]
-    result = attention(*leaves, backend="cute", mechanism="tma_wgmma", return_lse=True, **rules)
-    gradients = torch.autograd.grad(result, leaves, on_gpu(dout, dlse))
-    assert_gradients_close([x.cpu() for x in gradients], q, k, v, dout, dlse, causal="causal" in rules)
+    options = {"backend": "cute", "mechanism": "tma_wgmma", "deterministic": deterministic, "return_lse": True}
+    gradients = torch.autograd.grad(attention(*leaves, **options, **rules), leaves, on_gpu(dout, dlse))
+    assert_gradients_close([x.cpu() for x in gradients], q, k, v, dout, dlse, **rules)
 
 
 @pytest.mark.parametrize("used", [[0, 190, 1, 400], [2**30, -7, 90, 80]], ids=["in-use", "wrong"])

@@ -314,23 +314,22 @@ def test_how_many_rows_a_query_tile_has(seqlen_q, rows):
     """As many as waste few of them."""
     assert rows_of_query_tile((64, 80), seqlen_q) == rows
     assert rows_of_query_tile((64,), seqlen_q) == 64
-    assert rows_of_query_tile((64, 80), seqlen_q, True) == 64
-    assert rows_of_query_tile((64, 80), 16 * seqlen_q, True) == (80 if 16 * seqlen_q >= 12288 and seqlen_q else 64)
-    assert rows_of_query_tile((64, 80), 16 * seqlen_q, True, True) == (80 if 16 * seqlen_q >= 8192 else 64)
+    assert rows_of_query_tile((64, 80), seqlen_q, True) == (80 if seqlen_q >= 8192 else 64)
+    assert rows_of_query_tile((64, 80), 16 * seqlen_q, True) == (80 if 16 * seqlen_q >= 8192 else 64)
 
 
 def test_higher_query_tiles():
-    """Where every key counts, or all but those past a right edge; in a fixed order where there is one, of rectangles only."""
+    """Where every key counts, or all but those past a right edge; in a fixed order of rectangles only."""
 
     def rows(**changed):
         return {config.tile_m for config in configs(replace(BACKWARD, **changed), "sm_90a")}
 
     ragged = {"ragged": "seqused_q seqused_k"}
     edge, fixed = {"bounded_right": True}, {"deterministic": True}
-    for changed in ({}, {"softcap": True}, ragged, edge, {**ragged, **edge}, {**edge, **fixed}):
+    for changed in ({}, {"softcap": True}, ragged, edge, {**ragged, **edge}, fixed, {**edge, **fixed}):
         assert rows(**changed) == {64, 80}
     others = {"bounded_left": True, "dropout": True}, {"gradients": "kv"}, {"head_dim": 256}
-    for changed in (*others, fixed, {**ragged, **fixed}, {**ragged, **edge, **fixed}):
+    for changed in (*others, {**ragged, **fixed}, {**ragged, **edge, **fixed}):
         assert rows(**changed) == {64}
     assert rows(head_dim=64, head_dim_v=64) == {128}
     assert "; 80 × 128 where few rows are padding" in explain(BACKWARD, plan(BACKWARD, "sm_90a"))
