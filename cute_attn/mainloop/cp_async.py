@@ -93,6 +93,8 @@ class Forward:
         self.one_loop = problem.unequal or problem.masks_all
         # Where no other block computes meanwhile, the first scores don't wait for the first values.
         self.late_v = config.blocks_per_multiprocessor == 1 and not self.one_loop
+        # Nor do their first columns wait for the others.
+        self.first_parts = 2 if config.tile_d % 128 == 0 else 1
 
     @cute.jit
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
@@ -145,9 +147,12 @@ class Forward:
             # V's padding only reaches columns of O that are not stored; but all of them are looked at, where that is done.
             for x in (q, k, v) if cutlass.const_expr(self.careful or self.anchored) else (q, k):
                 x.clear_padding()
-            self._copy_q(q, row_first, values.seqlen_q)
+            if cutlass.const_expr(not self.late_v):
+                self._copy_q(q, row_first, values.seqlen_q)
             output, tile = Output(acc_O, rescale, softmax), BlockTile(row_first, cS, keys, values)
             tiles_of = Keys(k, v, sK, sV)
+            if cutlass.const_expr(self.late_v):
+                self._copy_first(q, tiles_of, tile)
             self._attend(operands, tiles_of, output, tile, again=False)
             if cutlass.const_expr(self.careful or self.anchored):
                 failed = not_finite(acc_O)
@@ -172,9 +177,8 @@ class Forward:
         """All key tiles, from the last to the first, once Q is on its way; ``again`` in one loop."""
         keys = tile.keys
         output.start()
-        for slot in cutlass.range_constexpr(self.config.stages - 1):
-            late_v = slot == 0 and self.late_v and not again
-            self._copy_pair(tiles_of, keys, keys.place(slot), slot, late_v)
+        for slot in cutlass.range_constexpr(int(self.late_v and not again), self.config.stages - 1):
+            self._copy_pair(tiles_of, keys, keys.place(slot), slot)
         step = partial(self._step, operands, tiles_of, output, tile, again)
         slot = Int32(0)
         if cutlass.const_expr(again):
@@ -220,14 +224,25 @@ class Forward:
         q.start(q.m, row_first, end)
 
     @cute.jit
-    def _copy_pair(self, tiles_of: Keys, keys: KeyTiles, n, slot, late_v: cutlass.Constexpr[bool] = False):
-        """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way. ``late_v``:
-        there is one, and it makes two."""
+    def _copy_first(self, q: Stream, tiles_of: Keys, tile: BlockTile):
+        """Start copying the block's queries and its first key tile, in the order in which they are needed: a group for each
+        part of Q's and K's columns, and one for V."""
+        keys = tile.keys
+        first = keys.first_key(keys.place(0), self.config.tile_n)
+        for i in cutlass.range_constexpr(self.first_parts):
+            part = (i, self.first_parts)
+            q.start(q.m, tile.row_first, tile.values.seqlen_q, (), part)
+            tiles_of.k.start(tiles_of.k.m, first, keys.end, (0,), part)
+            cute.arch.cp_async_commit_group()
+        tiles_of.v.start(tiles_of.v.m, first, keys.end, (0,))
+        cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def _copy_pair(self, tiles_of: Keys, keys: KeyTiles, n, slot):
+        """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way."""
         if keys.exists(n):
             first = keys.first_key(n, self.config.tile_n)
             tiles_of.k.start(tiles_of.k.m, first, keys.end, (slot,))
-            if cutlass.const_expr(late_v):
-                cute.arch.cp_async_commit_group()
             tiles_of.v.start(tiles_of.v.m, first, keys.end, (slot,))
         cute.arch.cp_async_commit_group()
 
@@ -249,7 +264,8 @@ class Forward:
         ``late_v``, V itself. Returns the next slot."""
         n, masked = where
         stages, acc_O = self.config.stages, output.acc_O
-        cute.arch.cp_async_wait_group(stages - 2 + int(late_v))
+        parts = self.first_parts if late_v else 1
+        cute.arch.cp_async_wait_group(stages - 2 + parts - 1 + int(late_v))
         cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the slot of the one before
         if cutlass.const_expr(self.careful and again):
             tiles_of.poison(slot, self.config.threads)
@@ -259,7 +275,12 @@ class Forward:
         acc_S = cute.make_rmem_tensor(operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
         acc_S.fill(0.0)
         q, k, v = operands.q, operands.k, operands.v
-        product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
+        steps = self.config.tile_d // MMA_K // parts
+        for i in cutlass.range_constexpr(parts):
+            if cutlass.const_expr(i > 0):
+                cute.arch.cp_async_wait_group(stages - 1 + parts - i)
+                cute.arch.sync_threads()
+            product(operands.mma_S, acc_S, (i + 1) * steps, q.load, partial(k.load, slot=(slot,)), i * steps)
 
         origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
         scores = Scores(tile.cS, tile.values, self.problem, unrolls=False)
