@@ -121,6 +121,8 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     choice = WGMMA_TABLE[wider] | (WGMMA_MIXED.get(wider, {}) if tile_d != tile_dv else {})
     if problem.bounded_right:  # long tiles have a block each, and no next Q to wait for
         choice["o_from_registers"] = False
+    elif wider == 256 and not (problem.bounded_left or problem.ragged or problem.blocks):
+        choice["sharers"] = 2
     if problem.takes_registers:
         choice["q_in_registers"] = 0
     warpgroups = choice["tile_m"] // wgmma.ROWS_PER_WARPGROUP
