@@ -176,7 +176,7 @@ class Kernel:
         pipe = pipeline.PipelineTmaAsync.create(
             num_stages=stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, blocks * warps * self.arrivals),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, (blocks if self.arrivals == 1 else 1) * warps * self.arrivals),
             tx_count=bytes,
             cta_layout_vmnk=cute.make_layout((1, 1, blocks, 1)) if blocks > 1 else None,
             barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
