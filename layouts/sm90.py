@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from . import mma_sync, mma_sync_backward, mma_sync_cache, wgmma, wgmma_backward, wgmma_cache, wgmma_wide
@@ -121,22 +122,22 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     choice = WGMMA_TABLE[wider] | (WGMMA_MIXED.get(wider, {}) if tile_d != tile_dv else {})
     if problem.bounded_right:  # long tiles have a block each, and no next Q to wait for
         choice["o_from_registers"] = False
-    elif wider == 256 and not (problem.bounded_left or problem.ragged or problem.blocks):
-        choice["sharers"] = 2
     if problem.takes_registers:
         choice["q_in_registers"] = 0
     warpgroups = choice["tile_m"] // wgmma.ROWS_PER_WARPGROUP
     mma_registers, copy_registers = REGISTERS[warpgroups]
-    return (
-        Config(
-            target=target,
-            mechanism=mechanism,
-            dtype=problem.dtype,
-            tile_d=tile_d,
-            tile_dv=tile_dv,
-            mma_warps=4 * warpgroups,
-            mma_registers=mma_registers,
-            copy_registers=copy_registers,
-            **choice,
-        ),
+    config = Config(
+        target=target,
+        mechanism=mechanism,
+        dtype=problem.dtype,
+        tile_d=tile_d,
+        tile_dv=tile_dv,
+        mma_warps=4 * warpgroups,
+        mma_registers=mma_registers,
+        copy_registers=copy_registers,
+        **choice,
     )
+    # Where each tile sees all keys, two of them take these together, and spare the L2 cache half of what it gives.
+    if wider == 256 and not (problem.bounded_left or problem.bounded_right or problem.ragged or problem.blocks):
+        return replace(config, sharers=2), config
+    return (config,)
