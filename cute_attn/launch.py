@@ -100,7 +100,7 @@ def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, c
 def _is_short(problem: Problem, mechanism: str | None, device: int, call: Call) -> bool:
     """Whether the forward pass of ``call`` takes the configuration for few keys."""
     window = call.seqlen_k if call.left is None or call.right is None else call.left + call.right + 1
-    return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window), call.seqlen_q)
+    return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window))
 
 
 def _head_blocks(found: tuple[Config, ...], problem: Problem, device: int, call: Call) -> int:

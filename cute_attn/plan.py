@@ -70,14 +70,10 @@ def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int, cut: bool = Fals
     return max((rows for rows in choices[1:] if 32 * (-seqlen_q % rows) <= seqlen_q), default=choices[0])
 
 
-def takes_short(found: tuple[Config, ...], keys: int, rows: int = 0) -> bool:
-    """Whether the forward pass is to take the second of its configurations, if there is one: smaller tiles, or such that share
-    no keys, where a query sees 16 of the first one's key tiles at most, which are ``keys``; and where more than one in 32 of
-    the blocks that share keys would find no tile of ``rows`` queries."""
-    if len(found) < 2:
-        return False
-    tiles = -(-rows // found[0].tile_m)
-    return keys <= SHORT_WALK * found[0].tile_n or 32 * (-tiles % found[0].sharers) > tiles
+def takes_short(found: tuple[Config, ...], keys: int) -> bool:
+    """Whether the forward pass is to take the second of its configurations, if there is one: smaller tiles, where a query sees
+    16 of the first one's key tiles at most, half of them on average, which are ``keys``."""
+    return len(found) > 1 and keys <= SHORT_WALK * found[0].tile_n
 
 
 def takes_tickets(problem: Problem, config: Config) -> bool:
@@ -209,13 +205,12 @@ def explain(problem: Problem, config: Config) -> str:
         ),
         f"tiles       {config.tile_m} queries × {config.tile_n} keys, from {layouts.source(module)}; "
         f"heads take {config.tile_d} columns in shared memory (V: {config.tile_dv})"
-        + "".join(f"; {x.tile_m} × {x.tile_n} where {where}" for x in others if x.sharers == config.sharers),
+        + "".join(f"; {x.tile_m} × {x.tile_n} where {where}" for x in others),
         f"pipeline    {config.stages} tiles of {'Q and of dO' if config.backward else 'K and of V'} in flight; "
         f"{config.mma_warps} warps compute"
         + (", 4 more copy" if config.threads > config.mma_threads else " and copy")
         + (", taking turns on the tensor cores" if config.ping_pong else "")
-        + (f"; {config.head_blocks} blocks share a tile of keys" if config.head_blocks > 1 else "")
-        + (f"; {config.sharers} blocks share those where a query sees more than {SHORT_WALK}" if config.sharers > 1 else ""),
+        + (f"; {config.head_blocks} blocks share a tile of keys" if config.head_blocks > 1 else ""),
         f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold accumulators"
         + "".join(f" and {columns} columns of {name}" for columns, name in held if columns),
         "shared      "

@@ -129,7 +129,6 @@ class Tiles:
     tickets: Tickets | None = None  # of tiles whose costs are unequal, and known on the device only
     in_turn: cute.Tensor | None = None  # (batch, heads, tiles): which of a head's is taken when, where lists say so
     by: tuple | None = None  # divisors that are multiplied by: m_blocks, heads and heads_per_kv
-    sharers: cutlass.Constexpr[int] = 1  # blocks of a cluster take so many neighbouring tiles; m_blocks counts these as one
     both_ways: cutlass.Constexpr[bool] = False  # whether all groups but the last take the short tiles first
 
     @staticmethod
@@ -153,10 +152,6 @@ class Tiles:
         if self.sequences is not None or self.long_first:
             return self
         return replace(self, by=tuple(map(cute.fast_divmod_create_divisor_v2, (self.m_blocks, self.heads, self.heads_per_kv))))
-
-    def shared_by(self, blocks: int) -> Tiles:
-        """The same tiles, taken by so many blocks of a cluster at a time. Some of the last ones have no rows."""
-        return replace(self, m_blocks=cute.ceil_div(self.m_blocks, blocks), sharers=blocks)
 
     def in_small_groups(self, blocks: Int32) -> Tiles:
         """The same tiles. Of a head's, the mean is half as long as the longest."""
@@ -206,8 +201,6 @@ class Tiles:
         """The tile of this block in a round; at or past ``count()`` there is none, then or later."""
         block = cute.arch.block_idx()[0]
         blocks = cute.arch.grid_dim()[0]
-        if cutlass.const_expr(self.sharers > 1):
-            block, blocks = block // self.sharers, blocks // self.sharers
         place = block
         if cutlass.const_expr(self.long_first):
             place = block if round % 2 == 0 else blocks - 1 - block
@@ -249,8 +242,6 @@ class Tiles:
         if cutlass.const_expr(self.both_ways):
             from_last = Int32(batch * self.heads + head >= self.heads * self.batch - self.group)
             block = block if from_last != 0 else self.m_blocks - 1 - block
-        if cutlass.const_expr(self.sharers > 1):
-            block = block * self.sharers + cute.arch.block_in_cluster_idx()[0]
         span = Span(batch)
         return Work(block, head, self._head_kv(head), span, span, from_last=from_last)
 

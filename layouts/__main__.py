@@ -176,9 +176,9 @@ def configs(
                         problem = Problem(name, dim, head_dim_v or dim, bounded_right=bounded, gradients=gradients)
                         problem = replace(problem, deterministic=ordered)
                         for config in module.configs(problem, mechanism, target):
-                            # Blocks that share key tiles have the layouts of one that doesn't, and the order of
+                            # Blocks that share a key tile have the layouts of one that doesn't, and the order of
                             # products has none.
-                            found.setdefault(replace(config, sharers=1, head_blocks=1, late_dv=0), head_dim)
+                            found.setdefault(replace(config, head_blocks=1, late_dv=0), head_dim)
     return list(found.items())
 
 

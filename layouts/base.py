@@ -116,7 +116,6 @@ class Config:
     backward: str = ""  # the mainloop of the backward pass; "" is the forward pass, whose mainloop is the mechanism's
     overlap_tiles: bool = False  # backward, tma_wgmma: a query tile's last product runs into the next tile: takes registers
     every_lane_arrives: bool = False  # at barriers, not one for its warp, or a warp by itself; racecheck follows no warp
-    sharers: int = 1  # forward, tma_wgmma: blocks of a cluster take neighbouring query tiles, and K and V from one another
     head_blocks: int = 1  # backward, tma_wgmma: blocks of a cluster share a key tile, each with a part of its query heads
     separate_dk: bool = False  # backward, tma_wgmma: dK has shared memory of its own, and need not wait for dQ's
     dq_stages: int = 1  # and query tiles whose dQ has some on its way to global memory

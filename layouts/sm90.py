@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from . import mma_sync, mma_sync_backward, mma_sync_cache, wgmma, wgmma_backward, wgmma_cache, wgmma_wide
@@ -126,18 +125,16 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
         choice["q_in_registers"] = 0
     warpgroups = choice["tile_m"] // wgmma.ROWS_PER_WARPGROUP
     mma_registers, copy_registers = REGISTERS[warpgroups]
-    config = Config(
-        target=target,
-        mechanism=mechanism,
-        dtype=problem.dtype,
-        tile_d=tile_d,
-        tile_dv=tile_dv,
-        mma_warps=4 * warpgroups,
-        mma_registers=mma_registers,
-        copy_registers=copy_registers,
-        **choice,
+    return (
+        Config(
+            target=target,
+            mechanism=mechanism,
+            dtype=problem.dtype,
+            tile_d=tile_d,
+            tile_dv=tile_dv,
+            mma_warps=4 * warpgroups,
+            mma_registers=mma_registers,
+            copy_registers=copy_registers,
+            **choice,
+        ),
     )
-    # Where each tile sees all keys, two of them take these together, and spare the L2 cache half of what it gives.
-    if wider == 256 and not (problem.bounded_left or problem.bounded_right or problem.ragged or problem.blocks):
-        return replace(config, sharers=2), config
-    return (config,)

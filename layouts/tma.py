@@ -147,8 +147,6 @@ def copy_in(operand: str, config: Config):
     """The TMA load of one slot."""
     from cutlass.cute.nvgpu import cpasync
 
-    if operand in ("K", "V") and config.sharers > 1:
-        return cpasync.CopyBulkTensorTileG2SMulticastOp()
     return cpasync.CopyBulkTensorTileG2SOp()
 
 

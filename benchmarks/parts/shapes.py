@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.cases import DTYPE_BYTES, Case, Grid
@@ -35,10 +35,10 @@ class Shape:
         return Problem("bfloat16", self.head_dim, self.head_dim, bounded_right=self.causal)
 
     def config(self, target: str, mechanism: str) -> Config:
-        """What the plan ships for it, for blocks by themselves, of which a part may be left out."""
+        """What the plan ships for it."""
         from cute_attn.plan import plan
 
-        return replace(plan(self.problem, target, mechanism), sharers=1)
+        return plan(self.problem, target, mechanism)
 
     def case(self, seqlen: int = SEQLEN) -> Case:
         """The case that ``python -m benchmarks attention`` measures under the same name."""

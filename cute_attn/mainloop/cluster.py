@@ -8,7 +8,7 @@ first lay theirs down in shared memory, and the first adds them in the order of 
 from __future__ import annotations
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, cute
 
 
 @cute.jit
@@ -30,18 +30,6 @@ def sum_in_first_block(parts, blocks: cutlass.Constexpr[int]):
                 held = cute.make_tensor(acc.iterator, cute.make_layout(place.shape))
                 held.store(held.load() + theirs.load())
     meet()
-
-
-@cute.jit
-def any_of_blocks(words: cute.Tensor, blocks: cutlass.Constexpr[int]):
-    """A word that isn't 0 if one of the blocks' ``words`` isn't, which they have written before they met."""
-    found = Int32(0)
-    for block in cutlass.range_constexpr(blocks):
-        word = cute.make_rmem_tensor(words.shape, Int32)
-        there = cute.arch.map_dsmem_ptr(words.iterator, block)
-        cute.autovec_copy(cute.make_tensor(there, words.layout), word)
-        found = found | word[0]
-    return found
 
 
 def meet():

@@ -22,7 +22,6 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn.epilogue import clear_rows_past, converted, store_lse, store_nothing_seen
 from cute_attn.layouts.fragments import halves, rows_columns, transposed
-from cute_attn.mainloop.cluster import any_of_blocks, meet, stay
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import FiniteRows, copy_carefully, not_finite, used_here
 from cute_attn.mainloop.scores import Coordinates, Scores, read_ahead, with_rise
@@ -127,9 +126,6 @@ class Forward(Kernel):
             long = False
         else:
             long = mK.shape[0] >= LONG // self.config.tile_d
-        sharers = self.config.sharers
-        if cutlass.const_expr(sharers > 1):
-            tiles, blocks = tiles.shared_by(sharers), blocks // sharers
         tiles, blocks = tiles.launched(blocks, long)
         if cutlass.const_expr(not (tiles.long_first or self.queued)):
             blocks = tiles.even_blocks(blocks, cute.ceil_div(mK.shape[0], self.config.tile_n))
@@ -139,11 +135,7 @@ class Forward(Kernel):
         plain = (mK, mV) if cutlass.const_expr(self.careful) else None
         plain_o = mO if cutlass.const_expr(by_threads or bool(self.problem.ragged)) else None
         self.kernel(q, k, v, o, mLSE, plain, plain_o, values, tiles).launch(
-            grid=[blocks * sharers, 1, 1],
-            block=[self.config.threads, 1, 1],
-            cluster=[sharers, 1, 1] if sharers > 1 else None,
-            stream=stream,
-            min_blocks_per_mp=1,
+            grid=[blocks, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
 
     # ---- kernel ----------------------------------------------------------------------------------------------------
@@ -195,14 +187,9 @@ class Forward(Kernel):
                 if cutlass.const_expr(self.guarded):
                     if self._is_done_again(shared, pipes):
                         walk_over.each(copy_q, state)
-            if cutlass.const_expr(self.guarded and self.config.sharers > 1):
-                if warp > COPY_Q_WARP:
-                    meet()
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             self._compute((o, plain_o, mLSE), shared, pipes, values, tiles)
-        if cutlass.const_expr(self.config.sharers > 1):
-            stay()  # others still arrive here
 
     def _setup(self, draws: bool):
         """Allocate shared memory and initialise the barriers; ``draws``: those for a block that draws tickets, too."""
@@ -217,8 +204,8 @@ class Forward(Kernel):
         slot = {name: lay.slot_bytes(name, config) for name in "QKV"}
         pipes = ForwardPipelines(
             q=self.pipe(smem, self.q_slots, WARPGROUP // 32, slot["Q"]),
-            k=self.pipe(smem, config.stages, config.mma_warps, slot["K"], config.sharers),
-            v=self.pipe(smem, config.stages, config.mma_warps, slot["V"], config.sharers),
+            k=self.pipe(smem, config.stages, config.mma_warps, slot["K"]),
+            v=self.pipe(smem, config.stages, config.mma_warps, slot["V"]),
             verdict=self.hand_over_pipe(smem, 1, config.mma_warps) if self.guarded else None,
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 2 + config.mma_warps) if self.queued else None,
             asked=self.hand_over_pipe(smem, 1, 1) if draws else None,
@@ -232,10 +219,7 @@ class Forward(Kernel):
             verdict = cute.make_tensor(smem.allocate_array(Int32, 1), cute.make_layout(1))
             verdict[0] = Int32(0)
         cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(config.sharers > 1):
-            meet()
-        else:
-            cute.arch.sync_threads()
+        cute.arch.sync_threads()
         return ForwardShared(sQ, sK, sV, sO, verdict, work, ramp), pipes
 
     def _walker(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
@@ -279,15 +263,9 @@ class Forward(Kernel):
 
     @cute.jit
     def _is_done_again(self, shared: ForwardShared, pipes: ForwardPipelines):
-        """Whether the block is to do its query tiles again: known once all its computing warps have said so. All of a cluster
-        that shares keys do, if one has to."""
-        if cutlass.const_expr(self.config.sharers > 1):
-            meet()
-            failed = any_of_blocks(shared.verdict, self.config.sharers)
-        else:
-            pipes.verdict.consumer_wait(pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1))
-            failed = shared.verdict[0]
-        return failed != 0
+        """Whether the block is to do its query tiles again: known once all its computing warps have said so."""
+        pipes.verdict.consumer_wait(pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1))
+        return shared.verdict[0] != 0
 
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
@@ -326,11 +304,11 @@ class Forward(Kernel):
                     ask()
             if i < keys.count:
                 pipes.k.producer_acquire(k_state)
-                self._copy_shared(k, key_tile(k, tKgK, shared.k, work, keys, keys.place(i)), tKsK, pipes.k, k_state, 0)
+                self._copy(k, key_tile(k, tKgK, shared.k, work, keys, keys.place(i)), tKsK, pipes.k, k_state)
                 k_state.advance()
             if i > 0:
                 pipes.v.producer_acquire(v_state)
-                self._copy_shared(v, key_tile(v, tVgV, shared.v, work, keys, keys.place_before(i)), tVsV, pipes.v, v_state, 1)
+                self._copy(v, key_tile(v, tVgV, shared.v, work, keys, keys.place_before(i)), tVsV, pipes.v, v_state)
                 v_state.advance()
         return k_state
 
@@ -357,25 +335,6 @@ class Forward(Kernel):
                 v_state.advance()
         return k_state
 
-    @cute.jit
-    def _copy_shared(
-        self,
-        operand: cutlass.Constexpr,
-        source,
-        slots,
-        pipe: cutlass.Constexpr,
-        state,
-        rank: cutlass.Constexpr[int],
-    ):
-        """Where blocks share keys, the one of this ``rank`` copies for all of them."""
-        sharers = self.config.sharers
-        if cutlass.const_expr(sharers > 1):
-            if cute.arch.block_in_cluster_idx()[0] == rank:
-                barrier, all_of_them = pipe.producer_get_barrier(state), cutlass.Int16((1 << sharers) - 1)
-                cute.copy(operand.atom, source, slots[None, state.index], tma_bar_ptr=barrier, mcast_mask=all_of_them)
-        else:
-            self._copy(operand, source, slots, pipe, state)
-
     def _copy(self, operand: TmaOperand, source, slots, pipe, state):
         cute.copy(operand.atom, source, slots[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
 
@@ -392,8 +351,7 @@ class Forward(Kernel):
         state = walk_over.each(partial(query_tile, again=False), (q_turn, kv_state))
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(self.guarded):
-            if cutlass.const_expr(self.config.sharers == 1):
-                self.arrive(pipes.verdict.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
+            self.arrive(pipes.verdict.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
             if self._is_done_again(shared, pipes):
                 cute.arch.cp_async_bulk_wait_group(0, read=False)  # what was stored first must not come last
                 walk_over.each(partial(query_tile, again=True), state)

@@ -170,16 +170,13 @@ class Kernel:
         """Shared memory for which keys are hidden (``guard.py``), where some may be."""
         return smem.allocate_tensor(cutlass.Int8, cute.make_layout(shape), 16) if self.problem.masked else None
 
-    def pipe(self, smem, stages: int, warps: int, bytes: int, blocks: int = 1):
-        """A pipeline whose stages each bring ``bytes``, which ``warps`` read; of each of the cluster's ``blocks``, if more than
-        one: what fills a stage fills it in all of them, and waits for all their warps."""
-        arrivals = warps * max(self.arrivals, blocks)  # some lanes of a warp, or half of them, arrive in each block
+    def pipe(self, smem, stages: int, warps: int, bytes: int):
+        """A pipeline whose stages each bring ``bytes``, which ``warps`` read."""
         pipe = pipeline.PipelineTmaAsync.create(
             num_stages=stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, arrivals),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, warps * self.arrivals),
             tx_count=bytes,
-            cta_layout_vmnk=cute.make_layout((1, 1, blocks, 1)) if blocks > 1 else None,
             barrier_storage=smem.allocate_array(cutlass.Int64, 2 * stages),
             defer_sync=True,
         )

@@ -292,23 +292,6 @@ def test_few_keys_have_smaller_tiles():
         assert not takes_short(configs(replace(problem, **changed), "sm_90a", "cp_async"), 1)
 
 
-def test_two_blocks_share_keys():
-    """Of the widest heads where no tile is cut, and a query sees more than 16 tiles of 64 keys; unless more than one block in
-    32 would find no tile of 128 queries."""
-    problem = Problem("bfloat16", 256, 256)
-    found = configs(problem, "sm_90a")
-    assert found == (replace(found[1], sharers=2), replace(found[0], sharers=1))
-    assert [takes_short(found, keys, 2048) for keys in (1, 1024, 1025)] == [True, True, False]
-    assert [takes_short(found, 4096, rows) for rows in (128, 256, 31 * 128, 31 * 128 + 1, 33 * 128, 129)] == [
-        *(True, False, True, False, False, False)
-    ]
-    assert "2 blocks share those where a query sees more than 16" in explain(problem, found[0])
-    assert "share those" not in explain(problem, found[1])
-    others = [{"bounded_left": True}, {"bounded_right": True}, {"ragged": "cu_seqlens_q"}, {"head_dim": 128, "head_dim_v": 128}]
-    for changed in others:
-        assert len(configs(replace(problem, **changed), "sm_90a")) == 1
-
-
 def test_what_may_share_a_key_tile():
     """In a fixed order of dQ's sums, in wide heads and on ``cp_async`` nothing does."""
     ways = {128: (1, 2, 4), 256: (1,)}
