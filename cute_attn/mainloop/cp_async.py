@@ -99,7 +99,9 @@ class Forward:
     @cute.jit
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
         """Launch a block for each query tile; ``blocks``, what the GPU holds at once, is the hardware's business here."""
-        self.kernel(mQ, mK, mV, mO, mLSE, values, tiles.divided_by_products()).launch(
+        if cutlass.const_expr(self.config.tile_d > 64):  # narrower ones lose more by other registers than they gain
+            tiles = tiles.divided_by_products()
+        self.kernel(mQ, mK, mV, mO, mLSE, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
