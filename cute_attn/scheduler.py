@@ -129,6 +129,7 @@ class Tiles:
     tickets: Tickets | None = None  # of tiles whose costs are unequal, and known on the device only
     in_turn: cute.Tensor | None = None  # (batch, heads, tiles): which of a head's is taken when, where lists say so
     rest: Int32 | None = None  # if not None, so many more are in the first group, and none lacks any
+    by: tuple | None = None  # divisors that are multiplied by: m_blocks, heads and heads_per_kv
     both_ways: cutlass.Constexpr[bool] = False  # whether all groups but the last take the short tiles first
 
     @staticmethod
@@ -145,6 +146,13 @@ class Tiles:
         return Tiles(
             *(m_blocks, heads, batch, heads_per_kv, group, None, long_first), sequences=sequences, tile=tile, of_k=of_k
         )
+
+    def divided_by_products(self) -> Tiles:
+        """The same tiles, whose blocks multiply where they would divide, on the host: where each tile has a block and these
+        aren't taken in groups, that is what a block begins with."""
+        if self.sequences is not None or self.long_first:
+            return self
+        return replace(self, by=tuple(map(cute.fast_divmod_create_divisor_v2, (self.m_blocks, self.heads, self.heads_per_kv))))
 
     def in_small_groups(self, blocks: Int32) -> Tiles:
         """The same tiles. Of a head's, the mean is half as long as the longest."""
@@ -285,11 +293,17 @@ class Tiles:
         return self.sequences.k if self.of_k else self.sequences.q
 
     def _head_kv(self, head):
+        if self.by is not None:
+            return head // self.by[2]
         return head if self.of_k else head // self.heads_per_kv
 
     @cute.jit
     def _coordinates(self, position: Int32):
         """``(block, head, batch)`` of a tile."""
+        if cutlass.const_expr(self.by is not None):
+            rest, block = divmod(position, self.by[0])
+            batch, head = divmod(rest, self.by[1])
+            return block, head, batch
         slices = self.heads * self.batch
         if cutlass.const_expr(self.long_first):
             first, members, position = self._group(position, slices)

@@ -44,24 +44,30 @@ class Staged(Forward):
         if self.stages.loads or self.stages.products:
             Forward._copy_q(self, *arguments)
 
-    def _copy_pair(self, tiles_of, keys, n, slot, late_v=False):
-        Forward._copy_pair(self, tiles_of, keys, n, slot, late_v)
+    @cute.jit
+    def _copy_first(self, q, tiles_of, tile):
+        Forward._copy_first(self, q, tiles_of, tile)
+        if cutlass.const_expr(not self.stages.loads):
+            Forward._copy_pair(self, tiles_of, tile.keys, tile.keys.place(0), self.config.stages - 1)
+
+    def _copy_pair(self, tiles_of, keys, n, slot):
+        Forward._copy_pair(self, tiles_of, keys, n, slot)
         if not self.stages.loads and slot == 0:  # the slot that the loop would fill first
             Forward._copy_pair(self, tiles_of, keys, n, self.config.stages - 1)
 
     @cute.jit
     def _step(
-        self, operands, tiles_of, output, tile, again: cutlass.Constexpr, slot: Int32, where, late_v: cutlass.Constexpr = False
+        self, operands, tiles_of, output, tile, again: cutlass.Constexpr, slot: Int32, where, parts: cutlass.Constexpr = 0
     ):
         n, masked = where
         anchored = self.anchored and masked is False
         stages, acc_O = self.config.stages, output.acc_O
-        cute.arch.cp_async_wait_group(stages - 2 + int(late_v))
+        cute.arch.cp_async_wait_group(stages - 2 + parts)
         cute.arch.sync_threads()
         if cutlass.const_expr(self.stages.loads):
             before = (slot + stages - 1) % stages
             self._copy_pair(tiles_of, tile.keys, n - (stages - 1), before)
-        acc_S = self._scores(operands, slot)
+        acc_S = self._scores(operands, slot, parts)
         if cutlass.const_expr(self.stages.softmax):
             origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
             for _ in cutlass.range_constexpr(self.stages.softmax):
@@ -73,16 +79,15 @@ class Staged(Forward):
                     output.softmax.step(rows_columns(acc_S), output.rescale, hold)
             if cutlass.const_expr(not anchored):
                 scale_rows(rows_columns(acc_O), output.rescale)
-        if cutlass.const_expr(late_v):
-            cute.arch.cp_async_wait_group(stages - 1)
-            cute.arch.sync_threads()
+        if cutlass.const_expr(parts > 0):
+            self._wait_for_part(0)
         if cutlass.const_expr(self.stages.products or self.stages.softmax):
             self._accumulate(operands, acc_S, acc_O, slot)
         return (slot + 1) % stages
 
     @cute.jit
-    def _scores(self, operands, slot: Int32):
-        """S = Q·Kᵀ."""
+    def _scores(self, operands, slot: Int32, parts: cutlass.Constexpr):
+        """S = Q·Kᵀ, part by part of the columns."""
         acc_S = self.kept
         if cutlass.const_expr(self.stages.products):
             shape = operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n))
@@ -91,7 +96,11 @@ class Staged(Forward):
             q, k = operands.q, operands.k
             for again in cutlass.range_constexpr(self.stages.products):
                 self._forget(again)
-                product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
+                steps = self.config.tile_d // MMA_K // max(parts, 1)
+                for i in cutlass.range_constexpr(max(parts, 1)):
+                    if cutlass.const_expr(i > 0 and again == 0):
+                        self._wait_for_part(parts - i)
+                    product(operands.mma_S, acc_S, (i + 1) * steps, q.load, partial(k.load, slot=(slot,)), i * steps)
         return acc_S
 
     @cute.jit

@@ -91,12 +91,16 @@ class Forward:
         # any key, as may a list of tiles.
         self.anchored = config.dtype == "bfloat16" and not problem.expression
         self.one_loop = problem.unequal or problem.masks_all
-        # Where no other block computes meanwhile, the first scores don't wait for the first values.
-        self.late_v = config.blocks_per_multiprocessor == 1 and not self.one_loop
+        # Where no other block computes meanwhile, the first scores begin once some columns of Q and K are there, and don't wait
+        # for values: in so many parts of columns, 0 if they do.
+        alone = config.blocks_per_multiprocessor == 1 and not self.one_loop
+        self.first_parts = config.tile_d // self.lay.copies(config)["in", "Q"].tile[1] if alone else 0
 
     @cute.jit
     def launch(self, mQ, mK, mV, mO, mLSE, values: Values, tiles: Tiles, blocks: Int32, stream):
         """Launch a block for each query tile; ``blocks``, what the GPU holds at once, is the hardware's business here."""
+        if cutlass.const_expr(self.config.tile_d > 64):  # narrower ones lose more by other registers than they gain
+            tiles = tiles.divided_by_products()
         self.kernel(mQ, mK, mV, mO, mLSE, values, tiles).launch(
             grid=[tiles.count(), 1, 1],
             block=[self.config.threads, 1, 1],
@@ -145,9 +149,12 @@ class Forward:
             # V's padding only reaches columns of O that are not stored; but all of them are looked at, where that is done.
             for x in (q, k, v) if cutlass.const_expr(self.careful or self.anchored) else (q, k):
                 x.clear_padding()
-            self._copy_q(q, row_first, values.seqlen_q)
             output, tile = Output(acc_O, rescale, softmax), BlockTile(row_first, cS, keys, values)
             tiles_of = Keys(k, v, sK, sV)
+            if cutlass.const_expr(self.first_parts > 0):
+                self._copy_first(q, tiles_of, tile)
+            else:
+                self._copy_q(q, row_first, values.seqlen_q)
             self._attend(operands, tiles_of, output, tile, again=False)
             if cutlass.const_expr(self.careful or self.anchored):
                 failed = not_finite(acc_O)
@@ -169,12 +176,12 @@ class Forward:
     def _attend(
         self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile, again: cutlass.Constexpr[bool]
     ):
-        """All key tiles, from the last to the first, once Q is on its way; ``again`` in one loop."""
-        keys = tile.keys
+        """All key tiles, from the last to the first, once Q is on its way, and, in parts, the first of them; ``again`` in one
+        loop."""
+        keys, first_parts = tile.keys, 0 if again else self.first_parts
         output.start()
-        for slot in cutlass.range_constexpr(self.config.stages - 1):
-            late_v = slot == 0 and self.late_v and not again
-            self._copy_pair(tiles_of, keys, keys.place(slot), slot, late_v)
+        for slot in cutlass.range_constexpr(min(first_parts, 1), self.config.stages - 1):
+            self._copy_pair(tiles_of, keys, keys.place(slot), slot)
         step = partial(self._step, operands, tiles_of, output, tile, again)
         slot = Int32(0)
         if cutlass.const_expr(again):
@@ -183,7 +190,7 @@ class Forward:
         else:
             # For the last tile and those that a right edge cuts.
             if cutlass.const_expr(not self.one_loop):
-                slot = step(slot, (keys.place(0), keys.last_is_masked()), self.late_v)
+                slot = step(slot, (keys.place(0), keys.last_is_masked()), first_parts)
             # The steps after whole tiles rescale l.
             after = output.softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
             walk(step, slot, keys, self.problem, last=self.one_loop, around_whole=(None, after))
@@ -215,19 +222,29 @@ class Forward:
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 
-    def _copy_q(self, q: Stream, row_first, end):
-        """Start copying the block's queries."""
-        q.start(q.m, row_first, end)
+    def _copy_q(self, q: Stream, row_first, end, part=None):
+        """Start copying the block's queries, or a part of their columns."""
+        q.start(q.m, row_first, end, (), part)
 
     @cute.jit
-    def _copy_pair(self, tiles_of: Keys, keys: KeyTiles, n, slot, late_v: cutlass.Constexpr[bool] = False):
-        """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way. ``late_v``:
-        there is one, and it makes two."""
+    def _copy_first(self, q: Stream, tiles_of: Keys, tile: BlockTile):
+        """Start copying the block's queries and its first key tile, in the order in which they are needed: a group for each
+        part of Q's and K's columns, and one for V."""
+        keys = tile.keys
+        first = keys.first_key(keys.place(0), self.config.tile_n)
+        for part in cutlass.range_constexpr(self.first_parts):
+            self._copy_q(q, tile.row_first, tile.values.seqlen_q, part)
+            tiles_of.k.start(tiles_of.k.m, first, keys.end, (0,), part)
+            cute.arch.cp_async_commit_group()
+        tiles_of.v.start(tiles_of.v.m, first, keys.end, (0,))
+        cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def _copy_pair(self, tiles_of: Keys, keys: KeyTiles, n, slot):
+        """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way."""
         if keys.exists(n):
             first = keys.first_key(n, self.config.tile_n)
             tiles_of.k.start(tiles_of.k.m, first, keys.end, (slot,))
-            if cutlass.const_expr(late_v):
-                cute.arch.cp_async_commit_group()
             tiles_of.v.start(tiles_of.v.m, first, keys.end, (slot,))
         cute.arch.cp_async_commit_group()
 
@@ -243,13 +260,13 @@ class Forward:
         again: cutlass.Constexpr[bool],
         slot: Int32,
         where,
-        late_v: cutlass.Constexpr[bool] = False,
+        parts: cutlass.Constexpr[int] = 0,
     ):
-        """Scores, softmax and P·V of the key tile at place ``n``, while the one ``stages − 1`` after it is on its way, and,
-        ``late_v``, V itself. Returns the next slot."""
+        """Scores, softmax and P·V of the key tile at place ``n``, while the one ``stages − 1`` after it is on its way. One that
+        comes in ``parts`` of Q's and K's columns, and V behind them, is taken part by part. Returns the next slot."""
         n, masked = where
         stages, acc_O = self.config.stages, output.acc_O
-        cute.arch.cp_async_wait_group(stages - 2 + int(late_v))
+        cute.arch.cp_async_wait_group(stages - 2 + parts)
         cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the slot of the one before
         if cutlass.const_expr(self.careful and again):
             tiles_of.poison(slot, self.config.threads)
@@ -259,7 +276,11 @@ class Forward:
         acc_S = cute.make_rmem_tensor(operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
         acc_S.fill(0.0)
         q, k, v = operands.q, operands.k, operands.v
-        product(operands.mma_S, acc_S, self.config.tile_d // MMA_K, q.load, partial(k.load, slot=(slot,)))
+        steps = self.config.tile_d // MMA_K // max(parts, 1)
+        for i in cutlass.range_constexpr(max(parts, 1)):
+            if cutlass.const_expr(i > 0):
+                self._wait_for_part(parts - i)
+            product(operands.mma_S, acc_S, (i + 1) * steps, q.load, partial(k.load, slot=(slot,)), i * steps)
 
         origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
         scores = Scores(tile.cS, tile.values, self.problem, unrolls=False)
@@ -279,11 +300,16 @@ class Forward:
         def rounded(step):  # just in time: frees two registers for each it takes
             return converted(p[None, None, step], v.fragment.element_type)
 
-        if cutlass.const_expr(late_v):
-            cute.arch.cp_async_wait_group(stages - 1)
-            cute.arch.sync_threads()
+        if cutlass.const_expr(parts > 0):
+            self._wait_for_part(0)
         product(operands.mma_O, acc_O, self.config.tile_n // MMA_K, rounded, partial(v.load, slot=(slot,)))
         return (slot + 1) % stages
+
+    def _wait_for_part(self, later: int):
+        """Until a part of the first key tile is there for every thread, behind which so many come ``later``, and the tiles that
+        are on their way."""
+        cute.arch.cp_async_wait_group(self.config.stages - 1 + later)
+        cute.arch.sync_threads()
 
     # ---- epilogue --------------------------------------------------------------------------------------------------
 

@@ -44,14 +44,15 @@ class Stream:
                     self.tXsX[(None, None, j, *(None,) * (cute.rank(self.tXsX) - 3))].fill(0.0)
 
     @cute.jit
-    def start(self, m: cute.Tensor, row_first, end, slot: cutlass.Constexpr = ()):
+    def start(self, m: cute.Tensor, row_first, end, slot: cutlass.Constexpr = (), part: cutlass.Constexpr = None):
         """Start this thread's copies of one tile of ``m`` (seqlen, head_dim) to a slot, 16 bytes at a time. Rows from ``end``
-        on are read as the one before it."""
+        on are read as the one before it. ``part``: only the columns of one pass of the threads."""
         into = self.tXsX[(None, None, None, *slot)]
         vector = cute.size(into, mode=[0])
+        passes = (0, cute.size(into, mode=[2])) if part is None else (part, part + 1)
         for i in cutlass.range_constexpr(cute.size(into, mode=[1])):
             row = cutlass.min(row_first + self.tXcX[0, i, 0][0], end - 1)
-            for j in cutlass.range_constexpr(cute.size(into, mode=[2])):
+            for j in cutlass.range_constexpr(*passes):
                 column = self.tXcX[0, i, j][1]
                 source = cute.local_tile(m, (1, vector), (row, column // vector))
                 source = cute.make_tensor(source.iterator, into[None, i, j].layout)
@@ -123,7 +124,7 @@ class LdmatrixOperand:
         return self.fragment
 
 
-def product(mma: cute.TiledMma, acc: cute.Tensor, steps: int, a, b) -> None:
-    """``acc += A·B``; ``a`` and ``b`` give the operands' registers of a step, just in time."""
-    for k in range(steps):
+def product(mma: cute.TiledMma, acc: cute.Tensor, steps: int, a, b, first: int = 0) -> None:
+    """``acc += A·B`` of the steps from ``first`` on; ``a`` and ``b`` give the operands' registers of a step, just in time."""
+    for k in range(first, steps):
         cute.gemm(mma, acc, a(k), b(k), acc)
