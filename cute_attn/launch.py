@@ -346,7 +346,7 @@ class _PlannedGradients:
         if others or not call.lengths is call.blocks is None:
             given, of_captured = self._given(call, rows)
         tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, dq, dk, dv
-        run(self.function, *tensors, given, self.alike, raw_stream(self.device))
+        run(self.function, (*tensors, given, self.alike, raw_stream(self.device)))
         if not others:
             return dq, dk, dv
         found = (x if name in wanted else None for name, x in zip("qkv", (dq, dk, dv), strict=True))
@@ -498,7 +498,7 @@ class Refused(RuntimeError):  # noqa: N818
 REFUSALS = TypeError, ValueError, RuntimeError  # how it says so
 
 
-def run(function: Callable, *arguments: Any) -> None:
+def run(function: Callable, arguments: tuple) -> None:
     """Call a compiled kernel of the current device. Raises :class:`Refused`."""
     try:
         function(*arguments)

@@ -98,7 +98,7 @@ class Step:
             sinks = sinks.detach().float().contiguous()
         room = workspace.words, workspace.counters
         arguments = q, k_cache, v_cache, out, lse, *room, sinks, captured, *where, *self.numbers, stream
-        run(self.function, *arguments)
+        run(self.function, arguments)
         return out, lse
 
 
@@ -144,7 +144,7 @@ def _append(function: tuple, q, k_cache, v_cache, where: tuple, new: tuple, seql
     if k_new.numel() or (turns and q.numel()):
         queries = (q, turned) if turns else (None, None)
         arguments = k_cache, v_cache, k_new, v_new, *queries, cos, sin, rotary_begin, *where, seqlen_new, stream
-        run(launch_append, *arguments)
+        run(launch_append, arguments)
     return turned if turns else q
 
 
