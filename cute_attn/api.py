@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import are_deterministic_algorithms_enabled, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
@@ -237,13 +238,13 @@ def _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministi
     """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, of q's dtype and device, with the same
     rules, and by the same kernels, so that these are checked and planned once. The dtypes and devices of k and v the launcher
     looks at."""
-    how = return_lse, mechanism, deterministic or torch.are_deterministic_algorithms_enabled(), heads_first
-    key = _key(q, k, v, scale, causal, window, softcap, how)
+    fixed = deterministic or are_deterministic_algorithms_enabled()
+    key = _key(q, k, v, scale, causal, window, softcap, return_lse, mechanism, fixed, heads_first)
     call = _kept.get(key)
     if call is None:
         call = check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
         if key is not None:
-            call.plans, call.kept_for, call.passes = {}, (q.device, q.dtype), launch.passes(*how[:3])
+            call.plans, call.kept_for, call.passes = {}, (q.device, q.dtype), launch.passes(return_lse, mechanism, fixed)
             _keep(key, call)
     return call
 
@@ -256,8 +257,8 @@ def _kept_call_of_lengths(
     first, second, used_q, used_k = lengths  # a loop takes twice as long
     of_used = None if used_q is None else used_q.numel(), None if used_k is None else used_k.numel()
     sizes = None if first is None else first.numel(), None if second is None else second.numel(), of_used
-    how = return_lse, mechanism, deterministic or torch.are_deterministic_algorithms_enabled()
-    key = _key(q, k, v, scale, causal, window, softcap, (how, sizes))
+    how = return_lse, mechanism, deterministic or are_deterministic_algorithms_enabled()
+    key = _key(q, k, v, scale, causal, window, softcap, *how, sizes)
     kept = None if key is None else _kept.get(key)
     if kept is not None:
         make, count = kept
@@ -273,16 +274,17 @@ def _kept_call_of_lengths(
     return call
 
 
-def _key(q, k, v, scale, causal, window, softcap, more: tuple) -> tuple | None:
+def _key(q, k, v, scale, causal, window, softcap, return_lse, mechanism, fixed, more) -> tuple | None:
     """What an eager call on CUDA tensors is known by; None of any other, and where that can't be told at first sight."""
-    unruled = scale is window is softcap is None or are_usual_kinds(scale, window, softcap)
-    usual = q.is_cuda and type(causal) is bool and unruled
-    if not usual or is_compiling() or dispatch_modes():
+    if not (scale is window is softcap is None or are_usual_kinds(scale, window, softcap)) or type(causal) is not bool:
+        return None
+    if not q.is_cuda or is_compiling() or dispatch_modes():
         return None
     try:
-        return q.shape, k.shape, v.shape, q.dtype, q.get_device(), scale, causal, window, softcap, more
+        shapes = q.shape, k.shape, v.shape
     except RuntimeError:  # a strided nested tensor
         return None
+    return shapes, q.dtype, q.get_device(), scale, causal, window, softcap, return_lse, mechanism, fixed, more
 
 
 def _keep(key: tuple, kept: Call | tuple) -> None:
@@ -313,7 +315,7 @@ def _by_kernels(q, k, v, call: Call, return_lse: bool, mechanism: str | None):
     """What a kept call returns, of torch's own CUDA tensors without captured ones, out of any transform."""
     if dual_level() >= 0:
         refuse_tangents(q, k, v)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return differentiable(q, k, v, call)
     out, lse, _ = launch.forward(call, mechanism, return_lse, False, q, k, v)
     return (out, lse) if return_lse else out

@@ -140,7 +140,7 @@ def _passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tup
 def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q, k, v):
     """``(out, lse, lse_raw)``, the last for the backward pass; None for what is not asked for. Plan, compile or look up, and
     launch. Allocates these and nothing else that it doesn't keep."""
-    if call.plans and (planned := call.plans.get((return_lse, for_backward, mechanism))) is not None:
+    if call.plans and (planned := call.plans.get(for_backward)) is not None:
         try:
             return planned(call, q, k, v)
         except Refused:  # why is looked at below
@@ -157,7 +157,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, for_backward: b
         return out.zero_(), lse if return_lse else None, lse.clone() if for_backward else None
     planned = _PlannedForward(call, mechanism, return_lse, for_backward, q)
     if call.plans is not None:
-        call.plans[return_lse, for_backward, mechanism] = planned
+        call.plans[for_backward] = planned.__call__  # a method is called sooner than what has one
     return planned(call, q, k, v)
 
 
@@ -191,20 +191,23 @@ class _PlannedForward:
     def __call__(self, call: Call, q, k, v):
         """:func:`forward` of what the kernels can read in place. The launcher looks at dtypes, devices, strides and alignment
         itself; whether there is memory it doesn't ask."""
-        try:
-            has_memory = q.data_ptr() and k.data_ptr() and v.data_ptr()
-        except RuntimeError:  # torch says so itself where there is no storage
-            has_memory = False
-        if not has_memory:
-            raise Refused("a tensor without memory")
-        if current_device() != self.device:
-            with torch.cuda.device(self.device):
+        device = self.device
+        if current_device() != device:
+            with torch.cuda.device(device):
                 return self(call, q, k, v)
+        lse = lse_raw = None
         out = empty_strided(*self.out)
-        lse = empty_strided(*self.rows) if self.return_lse else None
-        lse_raw = empty_strided(*self.rows) if self.for_backward else None
+        if self.return_lse:
+            lse = empty_strided(*self.rows)
+        if self.for_backward:
+            lse_raw = empty_strided(*self.rows)
         given = None if self.usual else self._given(call, q)
-        run(self.function, (q, k, v, out, lse, lse_raw, given, self.alike, raw_stream(self.device)))
+        try:
+            if not (q.data_ptr() and k.data_ptr() and v.data_ptr()):
+                raise Refused("a tensor without memory")
+            self.function(q, k, v, out, lse, lse_raw, given, self.alike, raw_stream(device))
+        except REFUSALS as error:
+            raise Refused(str(error)) from error
         return out, lse, lse_raw
 
     def _given(self, call: Call, q) -> tuple:
@@ -258,7 +261,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     their float32 sums; of both the rows are a multiple of 128, or of higher query tiles, and of the sums the columns those that
     a head takes in shared memory; an int32 a query tile, for signals; and where a bias is shared, copies of its gradient.
     """
-    how = needs, deterministic, dlse is not None, mechanism
+    how = needs, dlse is not None
     if call.plans and (planned := call.plans.get(how)) is not None and 0 not in dout.stride():
         try:
             return planned(call, needs, q, k, v, out, lse_raw, dout, dlse)
@@ -276,7 +279,7 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     dout, dlse = _readable(dout), None if dlse is None else dlse.contiguous()
     planned = _PlannedGradients(call, mechanism, needs, deterministic, dlse is not None, q)
     if call.plans is not None:
-        call.plans[how] = planned
+        call.plans[how] = planned.__call__
     return planned(call, needs, q, k, v, out, lse_raw.contiguous(), dout, dlse)
 
 
@@ -492,9 +495,12 @@ class Refused(RuntimeError):  # noqa: N818
     """The launcher takes no such tensors: their dtype, device, strides or alignment. Nothing was launched."""
 
 
+REFUSALS = TypeError, ValueError, RuntimeError  # how it says so
+
+
 def run(function: Callable, arguments: tuple) -> None:
     """Call a compiled kernel of the current device. Raises :class:`Refused`."""
     try:
         function(*arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except REFUSALS as error:
         raise Refused(str(error)) from error

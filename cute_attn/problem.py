@@ -186,7 +186,7 @@ class Call:
     captured: tuple[torch.Tensor, ...] = ()
     sinks: torch.Tensor | None = None
     sequence: int = 0
-    plans: dict[tuple, Any] | None = None
+    plans: dict[Any, Any] | None = None
     kept_for: tuple[torch.device, torch.dtype] | None = None
     passes: tuple[Any, Any] | None = None
     dropout: float = 0.0

@@ -79,7 +79,7 @@ class Case:
 
 HEAD_DIMS = range(8, 257, 8)
 WHOLE = ("sm_80", "sm_86", "sm_90a", "sm_120")  # every row is compiled, whether or not another has the same
-SAMPLE = [128]  # of any other target whose table is the same as one of theirs
+SAMPLE = [32, 128]  # of any other target whose table is the same as one of theirs
 
 
 def has_a_twin(target: str, mechanism: str) -> bool:
@@ -158,8 +158,9 @@ EXCEPTIONS: dict[tuple[str, str, int], tuple[int, str]] = {
 }
 
 # The rows of cp_async that every run compiles with all rules, so with every piece of the mainloop: one or two of each GPU, and
-# SAMPLE of those that aren't named.
-ALL_RULES = {"sm_80": (192,), "sm_86": (96, 256), "sm_120": (32,)}
+# of those that aren't named what is compiled soonest.
+ALL_RULES = {"sm_80": (192,), "sm_86": (96, 256)}
+SOONEST = (32,)
 
 
 # The rows of tma_wgmma that every run compiles with all rules; the others without any, which takes half the time.
@@ -171,7 +172,7 @@ def in_every_run(case: Case) -> bool:
     if case.rules == "all rules" and case.mechanism == "tma_wgmma":
         return case.row[2] in WITH_RULES and (case.row[2] != 128 or case.head_dim != 128)  # 128 is that of 40 and 104
     if case.rules == "all rules":
-        return case.row[2] in ALL_RULES.get(case.target, SAMPLE)
+        return case.row[2] in ALL_RULES.get(case.target, SOONEST)
     if case.dtype != "bfloat16":
         return True
     if case.mechanism == "cp_async":
