@@ -29,6 +29,7 @@ from typing import Any
 import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
+from cute_attn.arithmetic import divided, either
 from cute_attn.layouts.base import WARP
 from cute_attn.stored import UNITS_MAX, unit_tiles
 
@@ -264,12 +265,6 @@ class CachedKeys:
         return number, before
 
 
-def divided(x, n) -> tuple[Any, Any]:
-    """``(x // n, x % n)`` of numbers that are not negative, which takes a third of what floor division takes."""
-    quotient = Int32(cutlass.Uint32(x) // cutlass.Uint32(n))
-    return quotient, x - quotient * n
-
-
 @dataclass(frozen=True)
 class Stretch:
     """A block's: from ``begin`` up to ``end``."""
@@ -337,12 +332,6 @@ class EvenStretches(Stretches):
             if self.begin(block) > step:
                 block -= 1
         return block
-
-
-@cute.jit
-def either(condition, x, y):
-    """``x`` where a condition holds, else ``y``."""
-    return x if condition else y
 
 
 @dataclass(frozen=True)
