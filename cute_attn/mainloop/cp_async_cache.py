@@ -199,24 +199,21 @@ class Forward:
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
             i, before, at = next_part(keys, i, before, at, end)
-        head_kv, row_tile, begin = Int32(0), Int32(0), Int32(0)
+        start = PartStart(i, Int32(0), Int32(0), Int32(0), at)
         stage, parity, written = Int32(0), Int32(0), Int32(0)
         if cutlass.const_expr(keys.end_steps > 0):
             if at < end:
                 start = first_start(keys, i, before, at, end)
-                i, head_kv, row_tile, begin, at = start.sequence, start.head_kv, start.row_tile, start.begin, start.at
-            if at < end:
-                start = PartStart(i, head_kv, row_tile, begin, at)
+            if start.at < end:
                 self._begin(block, serving, self._part_from(serving, start, end))
         elif at < end:
             sequence = keys.sequence(i)
             part, _ = part_of_stretch(keys, sequence, before, at, end)
-            head_kv, row_tile, begin = part.head_kv, part.row_tile, part.begin
+            start = PartStart(i, part.head_kv, part.row_tile, part.begin, at)
             self._begin(block, serving, self._seen(serving, sequence, part))
-        serving = replace(serving, first=PartStart(i, head_kv, row_tile, begin, at))
-        while at < end:
-            start = PartStart(i, head_kv, row_tile, begin, at)
-            i, head_kv, row_tile, begin, at, stage, written = self._part(block, serving, start, end, stage, parity, written)
+        serving = replace(serving, first=start)
+        while start.at < end:
+            start, stage, written = self._part(block, serving, start, end, stage, parity, written)
             parity = 1 - parity
 
     # ---- setup -----------------------------------------------------------------------------------------------------
@@ -511,7 +508,7 @@ class Forward:
             if (after.at >= end) | (after.begin == 0):  # the block's last part of this walk: one fence for all of them
                 self._arrive(block, serving, seen, places, written)
                 written = Int32(0)
-        return after.sequence, after.head_kv, after.row_tile, after.begin, after.at, stage, written
+        return after, stage, written
 
     @cute.jit
     def _poison(self, block: CacheBlock, slot):
