@@ -13,7 +13,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, cute
 
 from cute_attn.arithmetic import either
-from cute_attn.expressions import Expression
+from cute_attn.expressions import Expression, number_of
 from cute_attn.mainloop import fours
 from cute_attn.rules import LN_2, LOG2_E
 
@@ -27,7 +27,7 @@ class ElementOps:
         self.tensors = tensors
 
     def constant(self, kind: str, text: str):
-        return KINDS[kind](float.fromhex(text) if kind == "float" else text == "True" if kind == "bool" else int(text))
+        return KINDS[kind](number_of(kind, text))
 
     def load(self, slot: int, kind: str, indices: list):
         """An element of a captured tensor."""
