@@ -1,10 +1,9 @@
-"""What kernels compute of numbers where the DSL has no expression for it, or a slow one."""
+"""What several kernels compute of numbers, and the DSL has no function for."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from cutlass import Int32, Uint32, cute
+import cutlass
+from cutlass import cute
 
 
 @cute.jit
@@ -13,7 +12,10 @@ def either(condition, x, y):
     return x if condition else y
 
 
-def divided(x, n) -> tuple[Any, Any]:
-    """``(x // n, x % n)`` of numbers that are not negative, which takes a third of what floor division takes."""
-    quotient = Int32(Uint32(x) // Uint32(n))
-    return quotient, x - quotient * n
+def summed_up_to_lane(x):
+    """A whole warp: the sum of what the lanes up to this one have."""
+    lane, total = cute.arch.lane_idx(), x
+    for step in (1, 2, 4, 8, 16):
+        lower = cute.arch.shuffle_sync_up(total, step)
+        total = total + lower * cutlass.min(lane // step, 1)  # a lower lane's, if there is one
+    return total

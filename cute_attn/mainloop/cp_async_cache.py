@@ -23,7 +23,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
-from cute_attn.arithmetic import divided, either
+from cute_attn.arithmetic import either
 from cute_attn.balance import (
     CachedKeys,
     PartPlaces,
@@ -31,6 +31,7 @@ from cute_attn.balance import (
     Sequence,
     Stretches,
     WalkPart,
+    divided,
     first_start,
     next_part,
     part_from,
