@@ -29,6 +29,7 @@ from typing import Any
 import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
+from cute_attn.arithmetic import either, summed_up_to_lane
 from cute_attn.layouts.base import WARP
 from cute_attn.stored import UNITS_MAX, unit_tiles
 
@@ -223,11 +224,7 @@ class CachedKeys:
         of them, those of all sequences from first up to the lane's last)``."""
         lane = cute.arch.lane_idx()
         mine = tuple(self._tiles(first + lane * COUNTED + j) for j in range(COUNTED))  # loads on their way at the same time
-        passed = sum(mine)
-        for step in (1, 2, 4, 8, 16):
-            lower = cute.arch.shuffle_sync_up(passed, step)
-            passed = passed + lower * cutlass.min(lane // step, 1)
-        return mine, passed
+        return mine, summed_up_to_lane(sum(mine))
 
     @cute.jit
     def all_tiles(self):
@@ -337,12 +334,6 @@ class EvenStretches(Stretches):
             if self.begin(block) > step:
                 block -= 1
         return block
-
-
-@cute.jit
-def either(condition, x, y):
-    """``x`` where a condition holds, else ``y``."""
-    return x if condition else y
 
 
 @dataclass(frozen=True)

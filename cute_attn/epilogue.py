@@ -5,6 +5,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Float32, Int32, cute
 
+from cute_attn.arithmetic import either
 from cute_attn.layouts.base import VECTOR, WARP
 from cute_attn.layouts.fragments import vector_at
 from cute_attn.scheduler import Work
@@ -110,21 +111,16 @@ def store_vectors(m: cute.Tensor, length, first, where: cute.Tensor, acc: cute.T
             words = cute.recast_tensor(held, Int32)
             w = [words[i] for i in range(4)]
             for a in (0, 2):
-                theirs = cute.arch.shuffle_sync_bfly(_select(odd, w[a], w[a + 1]), 1)
-                w[a], w[a + 1] = _select(odd, theirs, w[a]), _select(odd, w[a + 1], theirs)
+                theirs = cute.arch.shuffle_sync_bfly(either(odd, w[a], w[a + 1]), 1)
+                w[a], w[a + 1] = either(odd, theirs, w[a]), either(odd, w[a + 1], theirs)
             for a in (0, 1):
-                theirs = cute.arch.shuffle_sync_bfly(_select(late, w[a], w[a + 2]), 2)
-                w[a], w[a + 2] = _select(late, theirs, w[a]), _select(late, w[a + 2], theirs)
+                theirs = cute.arch.shuffle_sync_bfly(either(late, w[a], w[a + 2]), 2)
+                w[a], w[a + 2] = either(late, theirs, w[a]), either(late, w[a + 2], theirs)
             for i in cutlass.range_constexpr(4):
                 words[i] = w[i]
             column = where[r, c][1] + lane % 4 * 6  # of the MMA with the thread's number among the four
             if row < length and column < m.shape[1]:
                 cute.autovec_copy(held, vector_at(m, row, column // VECTOR))
-
-
-@cute.jit
-def _select(condition, x, y):
-    return x if condition else y
 
 
 def converted(acc: cute.Tensor, dtype) -> cute.Tensor:

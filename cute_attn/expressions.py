@@ -201,7 +201,7 @@ class TorchOps:
         self.dtypes = {**KINDS, "float": dtype}
 
     def constant(self, kind: str, text: str):
-        return torch.tensor(_number(kind, text), dtype=self.dtypes[kind], device=self.device)
+        return torch.tensor(number_of(kind, text), dtype=self.dtypes[kind], device=self.device)
 
     def load(self, slot: int, kind: str, indices: list):
         tensor = self.tensors[slot]
@@ -277,7 +277,7 @@ class Graph:
         if had == kind:
             return node
         if op == "constant":
-            return self.constant({"bool": bool, "int": int, "float": float}[kind](_number(had, operands[0])))
+            return self.constant({"bool": bool, "int": int, "float": float}[kind](number_of(had, operands[0])))
         return self.make("cast", kind, node)
 
     def alike(self, *nodes: int, at_least: str = "bool") -> list[int]:
@@ -914,7 +914,8 @@ def _is_bias(x: Any, q: torch.Tensor, sizes: dict[str, int | None]) -> bool:
     return bool(x.numel())
 
 
-def _number(kind: str, text: str) -> bool | int | float:
+def number_of(kind: str, text: str) -> bool | int | float:
+    """What a constant's node says."""
     return float.fromhex(text) if kind == "float" else text == "True" if kind == "bool" else int(text)
 
 

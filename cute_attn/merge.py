@@ -10,6 +10,7 @@ from cutlass import Float32, cute
 
 from cute_attn.fields import MERGE, named
 from cute_attn.layouts.base import VECTOR
+from cute_attn.softmax import anchored
 
 
 def host_function(problem, config):
@@ -72,7 +73,7 @@ class Merge:
         cute.arch.sync_warp()  # all of a row's threads have read what one of them writes
         for i, exists in enumerate(of_heads):
             most = cute.arch.fmax(lse[i], lse_more[i])  # the other one of a NaN, which shows in its weight
-            anchor = Float32(0.0) if most == -Float32.inf else most
+            anchor = anchored(most)
             weight, weight_more = (cute.math.exp2((x[i] - anchor) * to_log2, fastmath=True) for x in (lse, lse_more))
             total = weight + weight_more
             normalize = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)

@@ -279,7 +279,7 @@ def attention_kvcache(q, k_cache, v_cache, call: Call) -> tuple[torch.Tensor, to
     into the cache. Whatever lengths and tables say, they are cut to what there is."""
     stored = call.stored
     assert stored is not None
-    packed = stored.cu_seqlens_q is not None
+    packed = stored.packed
     out = q.new_zeros(*q.shape[:-1], call.head_dim_v)
     of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
     lse = q.new_full(of_rows, -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)

@@ -23,6 +23,7 @@ from typing import Any
 import cutlass
 from cutlass import Boolean, Int32, cute
 
+from cute_attn.arithmetic import summed_up_to_lane
 from cute_attn.layouts.base import ROW_PADDING, WARP
 
 PER_LANE = 4  # sequences that a lane counts the tiles of at a time
@@ -183,10 +184,7 @@ class Sequences:
             held = [counted(first + lane * PER_LANE + j) for j in range(PER_LANE)]
             upto = [sum(held[: j + 1]) for j in range(PER_LANE)]
             mine = upto[-1]
-            passed = mine  # up to this lane's last
-            for step in (1, 2, 4, 8, 16):
-                lower = cute.arch.shuffle_sync_up(passed, step)
-                passed = passed + lower * cutlass.min(lane // step, 1)  # a lower lane's, if there is one
+            passed = summed_up_to_lane(mine)
             total = cute.arch.shuffle_sync(passed, WARP - 1)
             if wanted < before + total:
                 found = Boolean(True)

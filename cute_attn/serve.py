@@ -1,10 +1,8 @@
 """Attention to a cache by the kernels: one launch, or two where there are new keys; many queries go to the kernels of
 ``launch.py``.
 
-Besides the output a call allocates nothing that it does not keep: a workspace for partial results (``balance.py``), one for
-each stream of a device, which grows with the largest call. A CUDA graph gets one of its own for each stream that it records, so
-that graphs may be replayed on any streams; its counters are cleared once, not for each call. With rotary tables the turned
-queries are allocated, too.
+Besides the output, and with rotary tables the turned queries, a call allocates nothing that it does not keep
+(``workspace.py``): room for partial results (``balance.py``).
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ class Step:
         stored = call.stored
         assert stored is not None
         self.device, self.out = q.get_device(), contiguous(q.dtype, *q.shape[:-1], call.head_dim_v)
-        packed = stored.cu_seqlens_q is not None
+        packed = stored.packed
         right, group = call.right, call.heads // call.heads_kv
         if right is not None and right >= call.seqlen_q - 1 and not packed:
             right = None  # the last query sees the last key, and the first one, too
@@ -106,22 +104,16 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
     """``(out, lse, step)`` of a checked call, on the current stream; lse is None if not asked for, and ``step`` what computes
     calls like this one, if one launch for attention is all that there is to them."""
     check_for_kernels(q.dtype, call)
-    q = q if is_aligned(q) else check_strides("q", q)
-    k_cache = k_cache if is_aligned(k_cache) else check_strides("k_cache", k_cache)
-    v_cache = v_cache if is_aligned(v_cache) else check_strides("v_cache", v_cache)
     stored = call.stored
     assert stored is not None
-    where = (
-        *(stored.lengths, stored.page_table, stored.cache_batch_idx, stored.leftpad_k),
-        *(stored.cu_seqlens_q, stored.cu_seqlens_k_new),
+    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k_new": stored.k_new, "v_new": stored.v_new}
+    q, k_cache, v_cache, k_new, v_new = (
+        x if x is None or is_aligned(x) else check_strides(name, x) for name, x in given.items()
     )
-    new = None
-    if stored.k_new is not None and stored.v_new is not None:
-        angles = stored.rotary or (None, None)
-        k_new = stored.k_new if is_aligned(stored.k_new) else check_strides("k_new", stored.k_new)
-        v_new = stored.v_new if is_aligned(stored.v_new) else check_strides("v_new", stored.v_new)
-        new = k_new, v_new, *angles, stored.rotary_begin if stored.rotary else None
-    device, packed = q.get_device(), stored.cu_seqlens_q is not None
+    where, new = stored.where, None
+    if k_new is not None:
+        new = k_new, v_new, *(stored.rotary or (None, None)), stored.rotary_begin if stored.rotary else None
+    device, packed = q.get_device(), stored.packed
     nothing = not (q.numel() and k_cache.numel() and v_cache.numel())
     if nothing or _goes_to_many(call, mechanism, (k_cache, v_cache), packed, device):
         if new is not None and k_cache.numel() and v_cache.numel():
@@ -180,8 +172,7 @@ def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, in
     them."""
     stored = call.stored
     assert stored is not None
-    packed = stored.cu_seqlens_q is not None
-    all_rows = (call.seqlen_q if packed else call.seqlen_q * stored.batch) * group
+    all_rows = (call.seqlen_q if stored.packed else call.seqlen_q * stored.batch) * group
     walks = (all_rows // rows + stored.batch + 2) * call.heads_kv
     units = min(UNITS_MAX, -(-max(-(-stored.capacity // tile_n), 1) // unit_tiles(rows)))
     return units, walks * units, walks
@@ -209,7 +200,7 @@ def _many(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cac
     """The same by :func:`cute_attn.launch.forward`, of ragged sequences: what is not one sequence after another is gathered."""
     stored = call.stored
     assert stored is not None
-    packed, batch, capacity = stored.cu_seqlens_q is not None, stored.batch, stored.capacity
+    packed, batch, capacity = stored.packed, stored.batch, stored.capacity
     lengths = stored.lengths.clamp(0, capacity)
     pads = None if stored.leftpad_k is None else torch.minimum(stored.leftpad_k.clamp(min=0), lengths)
     if stored.k_new is not None:

@@ -98,8 +98,7 @@ class Softmax:
                 new = cute.arch.fmax(old, _quad_max(_tree(row, cute.arch.fmax, -Float32.inf) + begins[r]))
             if cutlass.const_expr(hold is not None):
                 new = old if hold & ((new - old) * self._scale(old) <= GROWTH_LOG2 + 1) else new
-            # A row that has seen no key yet has m = −inf; 0 in its place keeps −inf − −inf from making a NaN.
-            anchor = Float32(0.0) if new == -Float32.inf else new
+            anchor = anchored(new)
             scale = self._scale(anchor)
             of_tile = anchor if begins is None else anchor - begins[r]
             row.store(cute.math.exp2(self._exponents(row.load(), of_tile, scale), fastmath=True))
@@ -175,6 +174,13 @@ class Softmax:
             raw = anchor + (sum_log2 - off_log2) * cute.arch.rcp_approx(scale)
             lse.natural[r] = natural if seen else -Float32.inf
             lse.raw[r] = raw if seen else Float32.inf
+
+
+@cute.jit
+def anchored(row_max: Float32):
+    """What a row's weights are counted from. One that has seen no key yet has m = −inf; 0 in its place keeps −inf − −inf from
+    making a NaN."""
+    return Float32(0.0) if row_max == -Float32.inf else row_max
 
 
 @cute.jit

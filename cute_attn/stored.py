@@ -56,6 +56,17 @@ class Stored:
         there = self.page_table, self.cache_batch_idx, self.leftpad_k, self.cu_seqlens_q, self.cu_seqlens_k_new
         return _NAMES[tuple(x is not None for x in there)]
 
+    @property
+    def packed(self) -> bool:
+        """Whether queries of all sequences lie one after another."""
+        return self.cu_seqlens_q is not None
+
+    @property
+    def where(self) -> tuple[torch.Tensor | None, ...]:
+        """Those of :data:`NAMES` that every kernel takes: all but the last."""
+        of_cache = self.lengths, self.page_table, self.cache_batch_idx, self.leftpad_k
+        return *of_cache, self.cu_seqlens_q, self.cu_seqlens_k_new
+
     def check_values(self, elements: int, rows: int) -> None:
         """With ``CUTE_ATTN_CHECK=1`` read the tensors back and refuse wrong ones. ``elements`` are those of the cache (pages,
         with a table), ``rows`` those of q where it is packed."""

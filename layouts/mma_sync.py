@@ -7,6 +7,9 @@ elements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from . import base
 from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element, swizzle_atom
 
@@ -84,12 +87,6 @@ def accumulator_registers(config: Config) -> int:
     return rows_per_warp(config) * (config.tile_n + config.tile_dv) // 32
 
 
-def smem(operand: str, config: Config) -> Layout:
-    """An operand in shared memory: ``(tile_m, tile_d)`` for Q and O, ``(tile_n, tile_d, stage)`` for K and V."""
-    bits, lowest, shift, width = swizzle_atom(tile(operand, config)[1])
-    return base.tiled_rows(_shape(operand, config), width, (bits, lowest, shift), BYTES)
-
-
 def misfit(config: Config) -> str:
     """What the kernel can't do: a warp computes whole instructions of rows, and tiles go round a ring."""
     queries, keys, warps = config.tile_m, config.tile_n, config.mma_warps
@@ -125,26 +122,18 @@ def copies(config: Config) -> dict[tuple[str, str], Copy]:
     """Every tiled copy by (step, operand): ``in`` from global memory, ``load`` to the MMA's registers, ``store``
     back to shared memory and ``out`` to global memory."""
     s, o = mma("S", config), mma("O", config)
-    found = {("in", name): _by_rows("cp.async", name, config) for name in ("Q", "K", "V")}
+    found = {("in", name): _family.by_rows("cp.async", name, config) for name in ("Q", "K", "V")}
     found["load", "Q"] = Copy("ldmatrix", "Q", (s.tile[0], s.tile[2]), s.a)
     found["load", "K"] = Copy("ldmatrix", "K", s.tile[1:], s.b)
     found["load", "V"] = Copy("ldmatrix.trans", "V", o.tile[1:], o.b, transposed=True)
     found["store", "O"] = Copy("st.shared.b32", "O", o.tile[:2], o.c)
-    found["out", "O"] = _by_rows("ld.shared.b128, st.global.b128", "O", config)
+    found["out", "O"] = _family.by_rows("ld.shared.b128, st.global.b128", "O", config)
     return found
 
 
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
     return {"the block": 1}
-
-
-def _by_rows(instruction: str, operand: str, config: Config) -> Copy:
-    """16 bytes a thread, neighbouring threads along a row of shared memory, then the next row."""
-    across = swizzle_atom(tile(operand, config)[1])[3] // VECTOR
-    piece = (config.threads // across, across * VECTOR)
-    values = base.by_modes(piece, ((across, 0, VECTOR), (piece[0], 1, 0)), ((VECTOR, 0, 1),))
-    return Copy(instruction, operand, piece, values)
 
 
 def tiled_mma(role: str, config: Config):
@@ -158,62 +147,92 @@ def tiled_mma(role: str, config: Config):
     return cute.make_tiled_mma(op, cute.make_layout((what.warps, 1, 1)), permutation_mnk=what.tile)
 
 
-def smem_layout(operand: str, config: Config):
-    """:func:`smem` as the DSL's object."""
-    return base.cute_layout(smem(operand, config))
-
-
-def copy_in(operand: str, config: Config):
-    """Global → shared, 16 bytes a thread with ``cp.async`` past the L1 cache: neighbouring threads along a row."""
-    from cutlass import cute
-    from cutlass.cute.nvgpu import cpasync
-
-    op = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
-    return _tiled(cute.make_copy_atom(op, element(config), num_bits_per_copy=128), copies(config)["in", operand])
-
-
-def copy_out(operand: str, config: Config):
-    """Shared → global through registers, 16 bytes a thread: neighbouring threads along a row."""
-    from cutlass import cute
-
-    atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element(config), num_bits_per_copy=128)
-    return _tiled(atom, copies(config)["out", operand])
-
-
-def load_operand(operand: str, config: Config):
-    """Shared memory → an MMA's fragment: ``ldmatrix`` of four 8×8 tiles; V's are transposed on the way."""
-    from cutlass import cute
-    from cutlass.cute.nvgpu import warp
-
-    what = copies(config)["load", operand]
-    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=what.transposed, num_matrices=4), element(config))
-    return _tiled(atom, what)
-
-
-def store_accumulator(config: Config):
-    """Registers → shared memory, two elements at a time, in the order of the accumulator of P·V."""
-    from cutlass import cute
-
-    atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element(config), num_bits_per_copy=32)
-    return _tiled(atom, copies(config)["store", "O"])
-
-
-def _tiled(atom, what: Copy):
-    from cutlass import cute
-
-    return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
-
-
-def tile(operand: str, config: Config) -> tuple[int, int]:
-    """(rows, columns) of an operand's tile."""
-    rows, columns = _shape(operand, config)[:2]
-    return rows, columns
-
-
 def _shape(operand: str, config: Config) -> tuple[int, ...]:
+    """``(tile_m, columns)`` of Q and O, ``(tile_n, columns, stage)`` of K and V."""
     return {
         "Q": (config.tile_m, config.tile_d),
         "K": (config.tile_n, config.tile_d, config.stages),
         "V": (config.tile_n, config.tile_dv, config.stages),
         "O": (config.tile_m, config.tile_dv),
     }[operand]
+
+
+@dataclass(frozen=True)
+class MmaSyncFamily:
+    """What a family of such operands says of them and of their copies; the methods are the rest of the contract."""
+
+    shape: Callable[[str, Config], tuple[int, ...]]  # of an operand, rows and columns first
+    copies: Callable[[Config], dict[tuple[str, str], Copy]]
+
+    def tile(self, operand: str, config: Config) -> tuple[int, int]:
+        """(rows, columns) of an operand's tile."""
+        rows, columns = self.shape(operand, config)[:2]
+        return rows, columns
+
+    def smem(self, operand: str, config: Config) -> Layout:
+        """An operand in shared memory."""
+        bits, lowest, shift, width = swizzle_atom(self.tile(operand, config)[1])
+        return base.tiled_rows(self.shape(operand, config), width, (bits, lowest, shift), BYTES)
+
+    def by_rows(self, instruction: str, operand: str, config: Config) -> Copy:
+        """16 bytes a thread, neighbouring threads along a row of shared memory, then the next row."""
+        across = swizzle_atom(self.tile(operand, config)[1])[3] // VECTOR
+        piece = (config.threads // across, across * VECTOR)
+        values = base.by_modes(piece, ((across, 0, VECTOR), (piece[0], 1, 0)), ((VECTOR, 0, 1),))
+        return Copy(instruction, operand, piece, values)
+
+    def smem_layout(self, operand: str, config: Config):
+        """:meth:`smem` as the DSL's object."""
+        return base.cute_layout(self.smem(operand, config))
+
+    def copy_in(self, operand: str, config: Config):
+        """Global → shared, 16 bytes a thread with ``cp.async`` past the L1 cache: neighbouring threads along a row."""
+        from cutlass import cute
+        from cutlass.cute.nvgpu import cpasync
+
+        op = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
+        atom = cute.make_copy_atom(op, element(config), num_bits_per_copy=128)
+        return self._tiled(atom, "in", operand, config)
+
+    def copy_out(self, operand: str, config: Config):
+        """Shared → global through registers, 16 bytes a thread: neighbouring threads along a row."""
+        return self._tiled(self._plain(128, config), "out", operand, config)
+
+    def load_operand(self, step: str, operand: str, config: Config):
+        """Shared memory → an MMA's fragment: ``ldmatrix`` of four 8×8 tiles, some transposed on the way."""
+        from cutlass import cute
+        from cutlass.cute.nvgpu import warp
+
+        op = warp.LdMatrix8x8x16bOp(transpose=self.copies(config)[step, operand].transposed, num_matrices=4)
+        return self._tiled(cute.make_copy_atom(op, element(config)), step, operand, config)
+
+    def store_accumulator(self, operand: str, config: Config):
+        """Registers → shared memory, two elements at a time, in the order of an accumulator."""
+        return self._tiled(self._plain(32, config), "store", operand, config)
+
+    def _plain(self, bits: int, config: Config):
+        from cutlass import cute
+
+        return cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element(config), num_bits_per_copy=bits)
+
+    def _tiled(self, atom, step: str, operand: str, config: Config):
+        from cutlass import cute
+
+        what = self.copies(config)[step, operand]
+        return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
+
+
+# From that, the rest of the contract.
+_family = MmaSyncFamily(_shape, copies)
+tile, smem, smem_layout = _family.tile, _family.smem, _family.smem_layout
+copy_in, copy_out = _family.copy_in, _family.copy_out
+
+
+def load_operand(operand: str, config: Config):
+    """Shared memory → an MMA's fragment."""
+    return _family.load_operand("load", operand, config)
+
+
+def store_accumulator(config: Config):
+    """Registers → shared memory, in the order of the accumulator of P·V."""
+    return _family.store_accumulator("O", config)

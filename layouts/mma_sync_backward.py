@@ -12,8 +12,8 @@ Shared memory is swizzled as in ``mma_sync``.
 from __future__ import annotations
 
 from . import base
-from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element, swizzle_atom
-from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, in_whole_passes, tile_dim
+from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element
+from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, MmaSyncFamily, in_whole_passes, tile_dim
 
 __all__ = ["SMEM_ALIGN", "TILE_DIMS", "VECTOR", "element", "tile_dim"]
 
@@ -158,13 +158,6 @@ def misfit(config: Config) -> str:
     )
 
 
-def smem(operand: str, config: Config) -> Layout:
-    """An operand in shared memory: ``(tile_n, columns)`` for K, V, dK, dV, ``(tile_m, columns, stage)`` for Q and dO, and as
-    (keys, queries) ``(tile_n, tile_m, slot)`` for dS and P."""
-    bits, lowest, shift, width = swizzle_atom(tile(operand, config)[1])
-    return base.tiled_rows(_shape(operand, config), width, (bits, lowest, shift), BYTES)
-
-
 def mma(role: str, config: Config) -> Mma:
     """``mma.sync`` m16n8k16 of a role, named after what it computes: Sᵀ = K·Qᵀ, dPᵀ = V·dOᵀ, dV = Pᵀ·dO, dK = dSᵀ·Q,
     dQ = dS·K. Warps lie in a grid, numbered down, then across.
@@ -188,7 +181,7 @@ def mma(role: str, config: Config) -> Mma:
 def copies(config: Config) -> dict[tuple[str, str], Copy]:
     """Every tiled copy by (step, operand): ``in`` from global memory, ``load ROLE`` to the registers of a product's MMA,
     ``store`` from an accumulator to shared memory and ``out`` to global memory."""
-    found = {("in", name): _by_rows("cp.async", name, config) for name in ("K", "V", "Q", "dO")}
+    found = {("in", name): _family.by_rows("cp.async", name, config) for name in ("K", "V", "Q", "dO")}
     for role, (a, b) in READS.items():
         what = mma(role, config)
         for letter, operand in (("a", a), ("b", b)):
@@ -205,21 +198,13 @@ def copies(config: Config) -> dict[tuple[str, str], Copy]:
     for operand in ("dK", "dV"):
         what = mma(operand, config)
         found["store", operand] = Copy("st.shared.b32", operand, what.tile[:2], what.c)
-        found["out", operand] = _by_rows("ld.shared.b128, st.global.b128", operand, config)
+        found["out", operand] = _family.by_rows("ld.shared.b128, st.global.b128", operand, config)
     return found
 
 
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
     return {"the block": 1}
-
-
-def _by_rows(instruction: str, operand: str, config: Config) -> Copy:
-    """16 bytes a thread, neighbouring threads along a row of shared memory, then the next row."""
-    across = swizzle_atom(tile(operand, config)[1])[3] // VECTOR
-    piece = (config.threads // across, across * VECTOR)
-    values = base.by_modes(piece, ((across, 0, VECTOR), (piece[0], 1, 0)), ((VECTOR, 0, 1),))
-    return Copy(instruction, operand, piece, values)
 
 
 def tiled_mma(role: str, config: Config):
@@ -235,59 +220,9 @@ def tiled_mma(role: str, config: Config):
     return cute.make_tiled_mma(op, cute.make_layout((what.warps, what.across, 1)), permutation_mnk=(m, columns, k))
 
 
-def smem_layout(operand: str, config: Config):
-    """:func:`smem` as the DSL's object."""
-    return base.cute_layout(smem(operand, config))
-
-
-def copy_in(operand: str, config: Config):
-    """Global → shared, 16 bytes a thread with ``cp.async`` past the L1 cache: neighbouring threads along a row."""
-    from cutlass import cute
-    from cutlass.cute.nvgpu import cpasync
-
-    op = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
-    return _tiled(cute.make_copy_atom(op, element(config), num_bits_per_copy=128), copies(config)["in", operand])
-
-
-def copy_out(operand: str, config: Config):
-    """Shared → global through registers, 16 bytes a thread: neighbouring threads along a row."""
-    from cutlass import cute
-
-    atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element(config), num_bits_per_copy=128)
-    return _tiled(atom, copies(config)["out", operand])
-
-
-def load_operand(role: str, operand: str, config: Config):
-    """Shared memory → the fragment of a product's MMA: ``ldmatrix`` of four 8×8 tiles, some transposed on the way."""
-    from cutlass import cute
-    from cutlass.cute.nvgpu import warp
-
-    what = copies(config)[f"load {role}", operand]
-    atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=what.transposed, num_matrices=4), element(config))
-    return _tiled(atom, what)
-
-
-def store_accumulator(operand: str, config: Config):
-    """Registers → shared memory, two elements at a time, in the order of an accumulator."""
-    from cutlass import cute
-
-    atom = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), element(config), num_bits_per_copy=32)
-    return _tiled(atom, copies(config)["store", operand])
-
-
-def _tiled(atom, what: Copy):
-    from cutlass import cute
-
-    return cute.make_tiled_copy(atom, base.cute_layout(what.values), what.tile)
-
-
-def tile(operand: str, config: Config) -> tuple[int, int]:
-    """(rows, columns) of an operand's tile."""
-    rows, columns = _shape(operand, config)[:2]
-    return rows, columns
-
-
 def _shape(operand: str, config: Config) -> tuple[int, ...]:
+    """``(tile_n, columns)`` of K, V, dK and dV, ``(tile_m, columns, stage)`` of Q and dO, and as (keys, queries) ``(tile_n,
+    tile_m, slot)`` of dS and P."""
     return {
         "K": (config.tile_n, config.tile_d),
         "V": (config.tile_n, config.tile_dv),
@@ -298,3 +233,14 @@ def _shape(operand: str, config: Config) -> tuple[int, ...]:
         "P": (config.tile_n, config.tile_m, DS_STAGES),
         "dS": (config.tile_n, config.tile_m, DS_STAGES),
     }[operand]
+
+
+# From that, the rest of the contract.
+_family = MmaSyncFamily(_shape, copies)
+tile, smem, smem_layout = _family.tile, _family.smem, _family.smem_layout
+copy_in, copy_out, store_accumulator = _family.copy_in, _family.copy_out, _family.store_accumulator
+
+
+def load_operand(role: str, operand: str, config: Config):
+    """Shared memory → the fragment of a product's MMA."""
+    return _family.load_operand(f"load {role}", operand, config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from . import base, mma_sync
 from .base import BYTES, KIB, WARP, Config, Gpu, Layout, element
@@ -38,30 +39,29 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
     groups = 4 // rows
     fewest = max(groups // 2, 1)
     choices = (1, 2 * groups, 128, 3), (2, groups, 64, 2), (1, groups, 64, 2), (1, fewest, 32, 2), (1, 1, 16, 2)
-    for (blocks, key_warps, tile_n, least), stages in product(choices, range(STAGES_MAX, 1, -1)):
+    return (fitting(problem, gpu, rows, choices, target=target, tile_d=tile_d, tile_dv=tile_dv, cache="cp_async_cache"),)
+
+
+def fitting(problem, gpu: Gpu, warps: int, choices: tuple[tuple[int, int, int, int], ...], **fields: Any) -> Config:
+    """Of ``choices``, (blocks a multiprocessor, groups of so many ``warps``, keys a tile, stages at least), the first that
+    there is memory for, or the last, with as many stages as there is memory for."""
+    for (blocks, groups, tile_n, least), stages in product(choices, range(STAGES_MAX, 1, -1)):
         config = Config(
-            target=target,
             mechanism="cp_async",
             dtype=problem.dtype,
             tile_m=problem.rows,
             tile_n=tile_n,
-            tile_d=tile_d,
-            tile_dv=tile_dv,
             stages=stages,
-            mma_warps=rows * key_warps,
+            mma_warps=warps * groups,
             blocks_per_multiprocessor=blocks,
-            key_warps=key_warps,
-            cache="cp_async_cache",
+            key_warps=groups,
             page_numbers="page_table" in problem.stored,
+            **fields,
         )
-        if stages >= least and smem_bytes(config) <= room(gpu, blocks):
+        room = min(gpu.smem_per_block, gpu.smem_per_multiprocessor // blocks - RESERVED)
+        if stages >= least and smem_bytes(config) <= room:
             break
-    return (config,)
-
-
-def room(gpu: Gpu, blocks: int) -> int:
-    """Bytes of shared memory that a block may take, with so many to a multiprocessor."""
-    return min(gpu.smem_per_block, gpu.smem_per_multiprocessor // blocks - RESERVED)
+    return config
 
 
 def row_warps(config: Config) -> int:

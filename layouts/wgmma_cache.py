@@ -10,7 +10,6 @@ ends sooner if they merge it over shared memory than by way of global memory.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 from . import mma_sync, mma_sync_cache, wgmma
 from .base import Config, Gpu, Layout, cute_layout, element
@@ -30,24 +29,8 @@ def configs(problem, gpu: Gpu, target: str) -> tuple[Config, ...]:
     if problem.rows != ROWS_PER_WARPGROUP:
         return ()
     choices = (1, 2, 128, 3), (2, 1, 64, 2), (2, 1, 32, 2), (1, 1, 64, 2), (1, 1, 32, 2)
-    for (blocks, groups, tile_n, least), stages in product(choices, range(mma_sync_cache.STAGES_MAX, 1, -1)):
-        config = Config(
-            target=target,
-            mechanism="cp_async",
-            dtype=problem.dtype,
-            tile_m=problem.rows,
-            tile_n=tile_n,
-            tile_d=tile_dim(problem.head_dim),
-            tile_dv=tile_dim(problem.head_dim_v),
-            stages=stages,
-            mma_warps=WARPS_PER_WARPGROUP * groups,
-            blocks_per_multiprocessor=blocks,
-            key_warps=groups,
-            cache="wgmma_cache",
-            page_numbers="page_table" in problem.stored,
-        )
-        if stages >= least and smem_bytes(config) <= mma_sync_cache.room(gpu, blocks):
-            break
+    dims = {"tile_d": tile_dim(problem.head_dim), "tile_dv": tile_dim(problem.head_dim_v)}
+    config = mma_sync_cache.fitting(problem, gpu, WARPS_PER_WARPGROUP, choices, target=target, cache="wgmma_cache", **dims)
     if can_share_walks(config) and not problem.invariant:
         config = replace(config, walk_blocks=2)
     return (config,)
@@ -70,11 +53,6 @@ def misfit(config: Config) -> str:
     return too_many_keys(config) or wgmma.misfit(group(config)) or mma_sync.misfit(group(config))
 
 
-def tile(operand: str, config: Config) -> tuple[int, int]:
-    """(rows, columns) of an operand's tile, of K and V a group's."""
-    return mma_sync.tile(operand, group(config))
-
-
 def smem(operand: str, config: Config) -> Layout:
     """An operand in shared memory: Q ``(64, columns, place)``, K and V ``(keys of a group, columns, (group, stage))``; the V of
     a stage is behind its K."""
@@ -86,17 +64,10 @@ def smem_layout(operand: str, config: Config):
     return cute_layout(smem(operand, config))
 
 
-def copies(config: Config):
-    return mma_sync.copies(group(config))
-
-
 def tiled_mma(role: str, config: Config):
     return wgmma.tiled_mma(role, group(config))
 
 
-def copy_in(operand: str, config: Config):
-    return mma_sync.copy_in(operand, group(config))
-
-
 # A group is a block of ``wgmma``, or where operands are copied of ``mma_sync``; blocks are as in ``mma_sync_cache``.
+tile, copies, copy_in = mma_sync_cache.tile, mma_sync_cache.copies, mma_sync_cache.copy_in
 __all__ = ["barriers", "element", "exchanged_columns", "group", "row_warps", "smem_bytes", "smem_parts"]

@@ -23,6 +23,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 
 from cute_attn import layouts
+from cute_attn.arithmetic import either
 from cute_attn.balance import (
     CachedKeys,
     PartPlaces,
@@ -31,7 +32,6 @@ from cute_attn.balance import (
     Stretches,
     WalkPart,
     divided,
-    either,
     first_start,
     next_part,
     part_from,
@@ -47,7 +47,7 @@ from cute_attn.mainloop.common import DeviceOps, Values
 from cute_attn.mainloop.guard import poison_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, copy_word, product
-from cute_attn.softmax import Softmax, finished, scale_rows
+from cute_attn.softmax import Softmax, anchored, finished, scale_rows
 
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
 AT_ONCE = 32  # pieces of partial results that a thread has on their way at the same time
@@ -200,24 +200,21 @@ class Forward:
         serving = Serving(mQ, outputs, values, keys, workspace, stretches)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
             i, before, at = next_part(keys, i, before, at, end)
-        head_kv, row_tile, begin = Int32(0), Int32(0), Int32(0)
+        start = PartStart(i, Int32(0), Int32(0), Int32(0), at)
         stage, parity, written = Int32(0), Int32(0), Int32(0)
         if cutlass.const_expr(keys.end_steps > 0):
             if at < end:
                 start = first_start(keys, i, before, at, end)
-                i, head_kv, row_tile, begin, at = start.sequence, start.head_kv, start.row_tile, start.begin, start.at
-            if at < end:
-                start = PartStart(i, head_kv, row_tile, begin, at)
+            if start.at < end:
                 self._begin(block, serving, self._part_from(serving, start, end))
         elif at < end:
             sequence = keys.sequence(i)
             part, _ = part_of_stretch(keys, sequence, before, at, end)
-            head_kv, row_tile, begin = part.head_kv, part.row_tile, part.begin
+            start = PartStart(i, part.head_kv, part.row_tile, part.begin, at)
             self._begin(block, serving, self._seen(serving, sequence, part))
-        serving = replace(serving, first=PartStart(i, head_kv, row_tile, begin, at))
-        while at < end:
-            start = PartStart(i, head_kv, row_tile, begin, at)
-            i, head_kv, row_tile, begin, at, stage, written = self._part(block, serving, start, end, stage, parity, written)
+        serving = replace(serving, first=start)
+        while start.at < end:
+            start, stage, written = self._part(block, serving, start, end, stage, parity, written)
             parity = 1 - parity
 
     # ---- setup -----------------------------------------------------------------------------------------------------
@@ -512,7 +509,7 @@ class Forward:
             if (after.at >= end) | (after.begin == 0):  # the block's last part of this walk: one fence for all of them
                 self._arrive(block, serving, seen, places, written)
                 written = Int32(0)
-        return after.sequence, after.head_kv, after.row_tile, after.begin, after.at, stage, written
+        return after, stage, written
 
     @cute.jit
     def _poison(self, block: CacheBlock, slot):
@@ -710,7 +707,7 @@ class Forward:
                 for group in cutlass.range_constexpr(groups):
                     row_max = cute.arch.fmax(row_max, of_rows[0, group])
                 for group in cutlass.range_constexpr(groups):
-                    exponent = (of_rows[0, group] - anchor(row_max)) * seen.values.exponent(self.problem)
+                    exponent = (of_rows[0, group] - anchored(row_max)) * seen.values.exponent(self.problem)
                     weights[group] = cute.math.exp2(exponent, fastmath=True)
                     row_sum += of_rows[1, group] * weights[group]
                 merged, handed = (cute.make_rmem_tensor((PIECE, n), Float32) for n in (-(-pieces // sharing), 1))
@@ -787,7 +784,7 @@ class Forward:
                 if part + i >= parts:
                     found[0, i] = -Float32.inf
                 row_max = cute.arch.fmax(row_max, found[0, i])
-            from_here = anchor(row_max)
+            from_here = anchored(row_max)
             old = cute.math.exp2((old_max - from_here) * exponent, fastmath=True)
             row_sum *= old
             for k in cutlass.range_constexpr(pieces):
@@ -849,12 +846,6 @@ def _pair(row: cute.Tensor, column) -> cute.Tensor:
 def _below(n, pieces: int, sharing: int):
     """Whether there is an n-th of so many pieces, which as many groups share."""
     return pieces % sharing == 0 or n < pieces
-
-
-@cute.jit
-def anchor(row_max: Float32):
-    """What weights are counted from: −inf − −inf would make a NaN."""
-    return Float32(0.0) if row_max == -Float32.inf else row_max
 
 
 def _store_pair(place, n, first: Float32, second: Float32):

@@ -12,7 +12,8 @@ from typing import Any
 import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, cute
 
-from cute_attn.expressions import Expression
+from cute_attn.arithmetic import either
+from cute_attn.expressions import Expression, number_of
 from cute_attn.mainloop import fours
 from cute_attn.rules import LN_2, LOG2_E
 
@@ -26,7 +27,7 @@ class ElementOps:
         self.tensors = tensors
 
     def constant(self, kind: str, text: str):
-        return KINDS[kind](float.fromhex(text) if kind == "float" else text == "True" if kind == "bool" else int(text))
+        return KINDS[kind](number_of(kind, text))
 
     def load(self, slot: int, kind: str, indices: list):
         """An element of a captured tensor."""
@@ -52,13 +53,13 @@ class ElementOps:
     def _cast(self, kind, x):
         if kind == "bool":
             return x != 0
-        return _select(x, KINDS[kind](1), KINDS[kind](0)) if x.dtype is Boolean else x.to(KINDS[kind])
+        return either(x, KINDS[kind](1), KINDS[kind](0)) if x.dtype is Boolean else x.to(KINDS[kind])
 
     def _invert(self, kind, x):
         return x == Boolean(False)
 
     def _where(self, kind, condition, x, y):
-        return _select(condition, x, y)
+        return either(condition, x, y)
 
     def _maximum(self, kind, x, y):
         return cute.arch.fmax(x, y, nan=True) if kind == "float" else cutlass.max(x, y)
@@ -75,7 +76,7 @@ class ElementOps:
     def _floordiv(self, kind, x, y):
         """Rounded down, whatever the signs are, by a division of what has none: of the DSL's own, what makes it round down has
         been seen to be lost in compilation."""
-        x, y = _select(y < 0, -x, x), _select(y < 0, -y, y)
+        x, y = either(y < 0, -x, x), either(y < 0, -y, y)
         sign = x >> 31
         return Int32(Uint32(x ^ sign) // Uint32(y)) ^ sign
 
@@ -221,8 +222,3 @@ class Elements:
             return node, row if self.along_rows[node] else None, column if self.along_columns[node] else None
 
         return leaf, place
-
-
-@cute.jit
-def _select(condition, x, y):
-    return x if condition else y

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from cutlass import Int32, Uint32, cute
 
+from cute_attn.arithmetic import either
+
 FOUR = 4
 
 
@@ -40,10 +42,5 @@ def from_memory(first: Uint32, second: Uint32) -> tuple[Uint32, Uint32]:
 def _exchanged(first: Uint32, second: Uint32) -> tuple[Uint32, Uint32]:
     """The even ones of neighbouring threads have both first words, the odd ones both second words, and the other way round."""
     odd = cute.arch.lane_idx() % 2 != 0
-    other = cute.arch.shuffle_sync_bfly(_select(odd, first, second), 1)
-    return _select(odd, other, first), _select(odd, second, other)
-
-
-@cute.jit
-def _select(condition, x, y):
-    return x if condition else y
+    other = cute.arch.shuffle_sync_bfly(either(odd, first, second), 1)
+    return either(odd, other, first), either(odd, second, other)

@@ -15,6 +15,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, Uint32, cute
 
 from cute_attn import dropout
+from cute_attn.arithmetic import either
 from cute_attn.layouts.base import BLOCK, BY_ROWS, CUT, KIND_BITS, NONE, WARP
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop import fours
@@ -94,7 +95,7 @@ class Kept:
     def of(self, x: Float32, row: int, column: int) -> Float32:
         """A value at (row, column), 0 where the probability is dropped."""
         word, bit = self._place(row, column)
-        return _select(self.bits[word] & Uint32(1 << bit + column % 2 * dropout.HALF) != 0, x, Float32(0.0))
+        return either(self.bits[word] & Uint32(1 << bit + column % 2 * dropout.HALF) != 0, x, Float32(0.0))
 
     def of_pair(self, row: int, column: int) -> Uint32:
         """Ones in those halves of a word whose probability is kept, of an even column and the next one."""
@@ -418,10 +419,10 @@ class Scores:
         if not expression.natural:
             return cute.math.exp2((score - lse) * self.values.scale_log2, fastmath=True), slopes
         counts = score > HIDDEN
-        changed = _select(counts, elements.value(expression.score, r, c, score * natural), score)
+        changed = either(counts, elements.value(expression.score, r, c, score * natural), score)
         P = cute.math.exp2((changed - lse) * LOG2_E, fastmath=True)
         if expression.slope is not None:
-            slope = _select(counts, elements.value(expression.slope, r, c, score * natural), Float32(0.0))
+            slope = either(counts, elements.value(expression.slope, r, c, score * natural), Float32(0.0))
             slopes = slope if slopes is None else slopes * slope
         return P, slopes
 
@@ -436,7 +437,7 @@ class Scores:
                 for r in range(cute.size(P, mode=[0])):
                     given, slopes, score = P[r, c + i], None, None
                     if self._takes_scores:
-                        score = _select(given > HIDDEN, given * natural, Float32(0.0))
+                        score = either(given > HIDDEN, given * natural, Float32(0.0))
                         given, slopes = self._probability(elements, given, lse[0](r, i), r, c + i)
                     of_P = dP[r, c + i]
                     if kept is not None:
@@ -468,7 +469,7 @@ class Scores:
 
     def _mask_by_function(self, scores: cute.Tensor, elements: Elements):
         for r, c in self._each(scores):
-            scores[r, c] = _select(elements.value(self.problem.expression.mask, r, c), scores[r, c], Float32(-Float32.inf))
+            scores[r, c] = either(elements.value(self.problem.expression.mask, r, c), scores[r, c], Float32(-Float32.inf))
 
     @cute.jit
     def _mask_listed(self, scores: cute.Tensor, origin):
@@ -532,7 +533,7 @@ class Scores:
             for r in cutlass.range_constexpr(rows):
                 n = self._blocks()[i][0] * rows + r
                 seen = elements.value(self.problem.expression.mask, r, self._blocks()[i][0])
-                bits[n // 32] = bits[n // 32] | _select(seen & by_rows, Int32(_bit(n)), Int32(0))
+                bits[n // 32] = bits[n // 32] | either(seen & by_rows, Int32(_bit(n)), Int32(0))
 
     @cute.jit
     def _see_blocks(self, bits: cute.Tensor, origin, kinds, inside: cutlass.Constexpr):
@@ -541,7 +542,7 @@ class Scores:
             if _kind(kinds, i) == CUT:
                 for r, c, seen in self._seen(origin, self._blocks()[i], inside):
                     n = c * rows + r
-                    bits[n // 32] = bits[n // 32] | _select(seen, Int32(_bit(n)), Int32(0))
+                    bits[n // 32] = bits[n // 32] | either(seen, Int32(_bit(n)), Int32(0))
 
     @cute.jit
     def _hide_unseen(self, scores: cute.Tensor, origin, seen):
@@ -553,13 +554,13 @@ class Scores:
                 for c in self._blocks()[i]:
                     for r in range(rows):
                         n = c * rows + r
-                        scores[r, c] = _select(bits[n // 32] & Int32(_bit(n)) != 0, scores[r, c], Float32(-Float32.inf))
+                        scores[r, c] = either(bits[n // 32] & Int32(_bit(n)) != 0, scores[r, c], Float32(-Float32.inf))
             elif kind == BY_ROWS:
                 for r in range(rows):
                     n = self._blocks()[i][0] * rows + r
                     seen_by_row = bits[n // 32] & Int32(_bit(n)) != 0
                     for c in self._blocks()[i]:
-                        scores[r, c] = _select(seen_by_row, scores[r, c], Float32(-Float32.inf))
+                        scores[r, c] = either(seen_by_row, scores[r, c], Float32(-Float32.inf))
             elif kind == NONE:
                 for c in self._blocks()[i]:
                     scores[None, c].fill(-Float32.inf)
@@ -571,7 +572,7 @@ class Scores:
 
     def _mask_columns(self, scores: cute.Tensor, origin, columns: range, inside: bool):
         for r, c, seen in self._seen(origin, columns, inside):
-            scores[r, c] = _select(seen, scores[r, c], Float32(-Float32.inf))
+            scores[r, c] = either(seen, scores[r, c], Float32(-Float32.inf))
 
     def _seen(self, origin, columns: range, inside: bool):
         """(row, column, whether it is seen) of a thread's scores, by the function. ``inside``: see :meth:`_is_inside`."""
@@ -729,11 +730,6 @@ def _probabilities_by_row(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2:
 def _slope(t: Float32) -> Float32:
     """The softcap's slope at a score's tanh; where it is masked anything finite will do, since P is 0."""
     return softcap_slope(cutlass.max(t, Float32(-1.0)))
-
-
-@cute.jit
-def _select(condition, x, y):
-    return x if condition else y
 
 
 def _pairs(values: cute.Tensor):

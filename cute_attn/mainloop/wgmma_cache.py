@@ -21,9 +21,9 @@ from cute_attn.layouts.fragments import transposed
 from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
 from cute_attn.mainloop import cp_async_cache
 from cute_attn.mainloop.cluster import meet, stay
-from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, Outputs, SeenTiles, Serving, Workspace, anchor, floats
+from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, Outputs, SeenTiles, Serving, Workspace, floats
 from cute_attn.mainloop.warpgroups import rounded_operand
-from cute_attn.softmax import Softmax
+from cute_attn.softmax import Softmax, anchored
 
 __all__ = ["Forward", "Outputs", "Workspace"]
 
@@ -141,7 +141,7 @@ class Forward(cp_async_cache.Forward):
             row_sum, merged = Float32(0.0), cute.make_rmem_tensor((PIECE, each), Float32)
             merged.fill(0.0)
             for i in cutlass.range_constexpr(len(sources)):
-                weight = cute.math.exp2((found[0, i] - anchor(row_max)) * seen.values.exponent(self.problem), fastmath=True)
+                weight = cute.math.exp2((found[0, i] - anchored(row_max)) * seen.values.exponent(self.problem), fastmath=True)
                 row_sum += found[1, i] * weight
                 for k in cutlass.range_constexpr(each):
                     merged[None, k].store(merged[None, k].load() + held[None, k, i].load() * weight)

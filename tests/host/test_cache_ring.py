@@ -138,9 +138,9 @@ class Block:
         Kernel._begin.__wrapped__(self, self, SERVING, self._part_from(SERVING, Start(0), end))
         while self.part < end:
             start = Start(self.part)
-            *_, at, stage, written = Kernel._part.__wrapped__(self, self, SERVING, start, end, stage, parity, written)
-            assert at == self.part + 1
-            self.part, parity = at, 1 - parity
+            after, stage, written = Kernel._part.__wrapped__(self, self, SERVING, start, end, stage, parity, written)
+            assert after.at == self.part + 1
+            self.part, parity = after.at, 1 - parity
         self.wait(0)
 
 

@@ -368,7 +368,7 @@ def test_the_kernels_operations(monkeypatch):
     from cute_attn.mainloop import elements
 
     monkeypatch.setattr(cute.arch, "rcp_approx", lambda x: 1.0 / x)
-    monkeypatch.setattr(cute.arch, "fmax", lambda x, y, nan: elements._select(x > y, x, y))
+    monkeypatch.setattr(cute.arch, "fmax", lambda x, y, nan: elements.either(x > y, x, y))
     ids, flags = functions.documents(1, "cpu")[0], torch.arange(functions.ROWS, dtype=torch.uint8) % 2
     space = {"torch": torch, "ids": ids, "flags": flags, "table": torch.randn(4, 40), "scalar": torch.tensor(0.75)}
     traced_ones = [graph(None, eval(f"lambda score, batch, head, q_idx, kv_idx: {text}", space)) for text in TEXTS]

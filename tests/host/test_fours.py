@@ -27,7 +27,7 @@ def warp(monkeypatch):
     monkeypatch.setattr(cute.arch, "lane_idx", lambda: LANES)
     monkeypatch.setattr(cute.arch, "shuffle_sync_bfly", lambda x, bit: x[LANES ^ bit])
     monkeypatch.setattr(fours, "transposed", transposed)
-    monkeypatch.setattr(fours, "_select", np.where)
+    monkeypatch.setattr(fours, "either", np.where)
 
 
 def test_four_keys_go_to_memory_and_back():

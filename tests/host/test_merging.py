@@ -17,7 +17,7 @@ from cutlass import cute
 from cute_attn.layouts.mma_sync_cache import columns_written
 
 # A copy of the module: once the DSL has traced a function, it is no longer what it was.
-module = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_cache").origin)
+module, softmax = (runpy.run_path(find_spec(f"cute_attn.{name}").origin) for name in ("mainloop.cp_async_cache", "softmax"))
 Forward, Workspace = module["Forward"], module["Workspace"]
 EXPONENT, HEAD_DIM_V, UNTOUCHED = 0.7, 88, np.nan
 
@@ -80,8 +80,9 @@ def plain(monkeypatch):
     monkeypatch.setattr(cutlass, "const_expr", lambda x: x)
     monkeypatch.setattr(cutlass, "min", min)
     monkeypatch.setattr(cutlass, "Int64", int)
-    anchor = module["anchor"].__wrapped__
-    for name, plainly in {"divided": divmod, "Float32": Float, "Int32": int, "anchor": anchor}.items():
+    anchored = softmax["anchored"].__wrapped__
+    monkeypatch.setitem(anchored.__globals__, "Float32", Float)
+    for name, plainly in {"divided": divmod, "Float32": Float, "Int32": int, "anchored": anchored}.items():
         monkeypatch.setitem(Forward._merge_parts.__wrapped__.__globals__, name, plainly)
 
 

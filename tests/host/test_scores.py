@@ -34,7 +34,7 @@ IDS, BIAS = documents(2, "cpu"), table(4, 801, device="cpu")
 @pytest.fixture(autouse=True)
 def processor(monkeypatch):
     monkeypatch.setattr(cute.arch, "rcp_approx", lambda x: 1.0 / x)
-    monkeypatch.setattr(cute.arch, "fmax", lambda x, y, nan=False: elements._select(x > y, x, y))
+    monkeypatch.setattr(cute.arch, "fmax", lambda x, y, nan=False: elements.either(x > y, x, y))
     monkeypatch.setattr(cute.arch, "warp_reduction_sum", lambda x, threads_in_group: x)
 
 
@@ -410,12 +410,12 @@ def _product_of_words(x, constant):
 
 def _at_least_of_words(x, least):
     halves = (((x >> i) & Uint32(0x7FFF)) >= ((least >> i) & Uint32(0x7FFF)) for i in (0, 16))
-    lower, upper = (elements._select(is_one, Uint32(0xFFFF), Uint32(0)) for is_one in halves)
+    lower, upper = (elements.either(is_one, Uint32(0xFFFF), Uint32(0)) for is_one in halves)
     return lower | (upper << 16)
 
 
 def _signs_of_words(x):
-    lower, upper = (elements._select((x >> i) & Uint32(1) != 0, Uint32(0xFFFF), Uint32(0)) for i in (15, 31))
+    lower, upper = (elements.either((x >> i) & Uint32(1) != 0, Uint32(0xFFFF), Uint32(0)) for i in (15, 31))
     return lower | (upper << 16)
 
 

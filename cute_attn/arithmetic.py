@@ -1,0 +1,21 @@
+"""What several kernels compute of numbers, and the DSL has no function for."""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import cute
+
+
+@cute.jit
+def either(condition, x, y):
+    """``x`` where a condition holds, else ``y``; also in functions that the compiler doesn't rewrite."""
+    return x if condition else y
+
+
+def summed_up_to_lane(x):
+    """A whole warp: the sum of what the lanes up to this one have."""
+    lane, total = cute.arch.lane_idx(), x
+    for step in (1, 2, 4, 8, 16):
+        lower = cute.arch.shuffle_sync_up(total, step)
+        total = total + lower * cutlass.min(lane // step, 1)  # a lower lane's, if there is one
+    return total
