@@ -95,7 +95,7 @@ def rows() -> dict[tuple[str, str, int], tuple[str, int]]:
     found = {}
     for target in layouts.known_targets():
         for mechanism in layouts.for_target(target).MECHANISMS:
-            for d in SAMPLE if has_a_twin(target, mechanism) or target in OTHERS else HEAD_DIMS:
+            for d in SAMPLE[target in OTHERS :] if has_a_twin(target, mechanism) or target in OTHERS else HEAD_DIMS:
                 found[Case(target, mechanism, d, d, "full").row] = mechanism, d
     return found
 
