@@ -56,10 +56,10 @@ WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
 }
 
 # The fields of higher query tiles, where few rows of the last one are padding: K and V are read from shared memory fewer times.
-# No registers are left for a product that runs into the next tile, nor memory for dK by itself. What WGMMA_BACKWARD_LATE adds
-# has not been timed of ragged sequences under a right edge.
-WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {128: {"tile_m": 80, "separate_dk": False, "overlap_tiles": False}}
-WGMMA_BACKWARD_LATE: dict[int, dict[str, Any]] = {128: {"late_dv": 16}}
+# No registers are left for a product that runs into the next tile, nor memory for dK by itself.
+WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {
+    128: {"tile_m": 80, "separate_dk": False, "overlap_tiles": False, "late_dv": 16}
+}
 # Where dQ is added in a fixed order by unequal tiles, which makes those who add it wait.
 WGMMA_BACKWARD_ORDERED: dict[int, dict[str, Any]] = {64: {"separate_dk": False, "dq_stages": 2}}
 
@@ -111,10 +111,7 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     if problem.gradients:
         narrow = max(problem.head_dim, problem.head_dim_v) <= 64
         registers = REGISTERS_TO_COPY if problem.gradients == "q" or (problem.blocks and narrow) else REGISTERS[2]
-        tall = WGMMA_BACKWARD_TALL
-        if not (problem.ragged and problem.bounded_right):
-            tall = {d: fields | WGMMA_BACKWARD_LATE.get(d, {}) for d, fields in tall.items()}
-        tables = WGMMA_BACKWARD_TABLE, WGMMA_BACKWARD_ORDERED, tall, WGMMA_WIDE
+        tables = WGMMA_BACKWARD_TABLE, WGMMA_BACKWARD_ORDERED, WGMMA_BACKWARD_TALL, WGMMA_WIDE
         return wgmma_backward.configs(problem, *tables, registers, target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)
     wider = max(tile_d, tile_dv)
