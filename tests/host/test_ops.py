@@ -346,7 +346,7 @@ def test_the_kernels_are_asked_for_what_is_needed(kernels):
 def test_what_the_kernels_return_for_sizes_of_zero(shape, monkeypatch):
     """Nothing is launched, and the results have the shapes that a graph counts on."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-    monkeypatch.setattr(launch, "run", None)
+    monkeypatch.setattr(launch, "prepared", None)
     batch, sq, sk = shape
     q, k, v = make_qkv(batch, sq, sk, 4, 2, 16, 24, torch.float16)
     found = OPS.attention(*forward_arguments(q, k, v, RULES[0], NUMBERS["default"]))
