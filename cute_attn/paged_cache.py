@@ -181,13 +181,14 @@ class PagedCache:
         return self._on_device(table)
 
     def _of(self, sequence: int) -> _Held:
-        try:
-            return self._sequences[sequence]
-        except (KeyError, TypeError):
+        # True and 1.0 are equal to 1, and name no sequence.
+        named = isinstance(sequence, (int, np.integer)) and not isinstance(sequence, bool)
+        if not named or (held := self._sequences.get(sequence)) is None:
             raise ValueError(
                 f"sequence {shown(sequence)} is not among the {len(self._sequences)} of the cache; one is needed that new() or "
                 f"fork() has returned: check whether it was freed"
-            ) from None
+            )
+        return held
 
     def _add(self, pages: array, length: int) -> int:
         name = next(self._names)

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from cute_attn import masks
 from cute_attn.api import attention, attention_varlen
-from cute_attn.arguments import name_of
+from cute_attn.arguments import integer, name_of
 from cute_attn.expressions import traced
 from cute_attn.kvcache import attention_kvcache
 from cute_attn.lengths import NAMES
@@ -537,7 +537,7 @@ def attend(
             bias = found if bias is None else bias + found
         return attention(q, k, v, bias=None if bias is None else bias.to(q.dtype), **rules), None
     if found is None:
-        left = None if sliding_window is None else sliding_window - 1
+        left = None if sliding_window is None else integer("sliding_window", sliding_window, "or None for no window") - 1
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         found = Mask((len(query), 1, query.shape[2], key.shape[2]), (left, 0 if causal else left))
     if found.shape[2:] != (query.shape[2], key.shape[2]):

@@ -1435,6 +1435,7 @@ TRANSFORMERS = [
         "one of the two is needed",
         "leave out attention_mask",
     ),
+    Row("a window of True", layer(sliding_window=True), TypeError, "sliding_window is True", "an int is needed, or None"),
     Row("lengths in a list", layer(cu_seq_lens_q=[0, 6, 12]), TypeError, "cu_seqlens_q is a list", "an int32 tensor on cpu is"),
     *(
         Row(name, call, transformers.Beyond, got, BAND, SDPA)
@@ -1519,6 +1520,8 @@ PAGED_CACHE = [
     Row("another's sequence", lambda: pages("free", 2), ValueError, "sequence 2 is not among the 2", GIVEN_OUT, "was freed"),
     Row("sequences in a tensor", lambda: pages("lengths", torch.tensor([0])), ValueError, "sequence a Tensor", GIVEN_OUT),
     Row("a sequence alone", lambda: pages("append", 0), TypeError, "sequences is 0", "a list of what new()", "try [sequence]"),
+    Row("True for sequence 1", lambda: pages("append", [0, True]), ValueError, "sequence True is not among the 2", GIVEN_OUT),
+    Row("1.0 for sequence 1", lambda: pages("free", 1.0), ValueError, "sequence 1.0 is not among the 2", GIVEN_OUT),
     Row("a list for a sequence", lambda: pages("fork", [0]), ValueError, "sequence a list, [0]", GIVEN_OUT),
     Row("a longer fork", lambda: pages("fork", 0, 9), ValueError, "length is 9, and sequence 0 has 8", "from 0 to", "try None"),
     Row("a fork below 0", lambda: pages("fork", 0, -1), ValueError, "length is -1", "from 0 to as many are needed", "try None"),
