@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -79,17 +80,22 @@ class Case:
 
 HEAD_DIMS = range(8, 257, 8)
 WHOLE = ("sm_80", "sm_86", "sm_90a", "sm_120")  # every row is compiled, whether or not another has the same
-SAMPLE = [32, 128]  # of any other target whose table is the same as one of theirs; of OTHERS the last alone
+# One target of each GPU module, and the others.
+FIRST = list({layouts.for_target(target).GPU.name: target for target in reversed(layouts.known_targets())}.values())
+OTHERS = [target for target in layouts.known_targets() if target not in FIRST]
 
 
-def has_a_twin(target: str, mechanism: str) -> bool:
-    """Whether one of ``WHOLE`` has the same table, so that a sample of the target's own is enough."""
+def head_dims(target: str, mechanism: str, gradients: str = "") -> Iterable[int]:
+    """Those of a table that are compiled: all, or a sample where one of ``WHOLE`` has the same table."""
 
     def table(of: str) -> list[Config]:
-        return [replace(plan(Problem("bfloat16", d, d), of, mechanism), target="") for d in HEAD_DIMS]
+        problems = [Problem("bfloat16", d, d, gradients=gradients) for d in HEAD_DIMS]
+        return [replace(plan(problem, of, mechanism), target="") for problem in problems]
 
     others = [other for other in WHOLE if mechanism in layouts.for_target(other).MECHANISMS]
-    return target not in WHOLE and table(target) in map(table, others)
+    if target in WHOLE or table(target) not in map(table, others):
+        return HEAD_DIMS
+    return (128,) if target in OTHERS else (32, 128)
 
 
 @lru_cache(maxsize=1)
@@ -98,7 +104,7 @@ def rows() -> dict[tuple[str, str, int], int]:
     found = {}
     for target in layouts.known_targets():
         for mechanism in layouts.for_target(target).MECHANISMS:
-            for d in SAMPLE[target in OTHERS :] if has_a_twin(target, mechanism) else HEAD_DIMS:
+            for d in head_dims(target, mechanism):
                 case = Case(target, mechanism, d, d, "full")
                 found[case.row] = d
     return found
@@ -108,10 +114,6 @@ def cases(rules: str, targets: list[str], mechanism: str = "") -> list[Case]:
     """A case for every row of the targets' tables, or of one mechanism's."""
     return [Case(t, m, d, d, rules) for (t, m, _), d in rows().items() if t in targets and mechanism in ("", m)]
 
-
-# One target of each GPU module, and the others, whose table is the same.
-FIRST = list({layouts.for_target(target).GPU.name: target for target in reversed(layouts.known_targets())}.values())
-OTHERS = [target for target in layouts.known_targets() if target not in FIRST]
 
 CASES = [
     *cases("all rules", FIRST),

@@ -13,20 +13,18 @@ import pytest
 
 from cute_attn import cubin, layouts
 from cute_attn.layouts.base import Config
-from cute_attn.plan import configs, plan
+from cute_attn.plan import configs
 from cute_attn.problem import Problem
 from tests.host import machine_code
 from tests.host.test_cross_compile import (
     ALL_RULES,
     FIRST,
-    HEAD_DIMS,
     OTHERS,
     RULES,
-    SAMPLE,
     SOONEST,
-    WHOLE,
     WITH_RULES,
     WITHOUT_RULES,
+    head_dims,
 )
 
 KERNELS = {  # of a mainloop, by parts of their names
@@ -79,23 +77,13 @@ class Case:
         return f"{self.target}-{self.mechanism}-{dims}-{self.rules.replace(' ', '_')}-{self.gradients}{order}"
 
 
-def has_a_twin(target: str, mechanism: str) -> bool:
-    """Whether one of ``WHOLE`` has the same table, so that a sample of the target's own is enough."""
-
-    def table(of: str) -> list[Config]:
-        return [replace(plan(Problem("bfloat16", d, d, gradients="qkv"), of, mechanism), target="") for d in HEAD_DIMS]
-
-    others = [other for other in WHOLE if mechanism in layouts.for_target(other).MECHANISMS]
-    return target not in WHOLE and table(target) in map(table, others)
-
-
 @lru_cache(maxsize=1)
 def rows() -> dict[tuple[str, str, int], tuple[str, int]]:
     """The rows of every table that are compiled: their mechanism, and the widest head dim each serves."""
     found = {}
     for target in layouts.known_targets():
         for mechanism in layouts.for_target(target).MECHANISMS:
-            for d in SAMPLE[target in OTHERS :] if has_a_twin(target, mechanism) or target in OTHERS else HEAD_DIMS:
+            for d in head_dims(target, mechanism, "qkv"):
                 found[Case(target, mechanism, d, d, "full").row] = mechanism, d
     return found
 
