@@ -190,7 +190,7 @@ class _PlannedForward:
 
     def __call__(self, call: Call, q, k, v):
         """:func:`forward` of what the kernels can read in place. The launcher looks at dtypes, devices, strides and alignment
-        itself; whether there is memory it doesn't ask."""
+        itself."""
         device = self.device
         if current_device() != device:
             with torch.cuda.device(device):
@@ -202,12 +202,8 @@ class _PlannedForward:
         if self.for_backward:
             lse_raw = empty_strided(*self.rows)
         given = None if self.usual else self._given(call, q)
-        try:
-            if not (q.data_ptr() and k.data_ptr() and v.data_ptr()):
-                raise Refused("a tensor without memory")
-            self.function(q, k, v, out, lse, lse_raw, given, self.alike, raw_stream(device))
-        except REFUSALS as error:
-            raise Refused(str(error)) from error
+        check_have_memory(q, k, v)
+        run(self.function, (q, k, v, out, lse, lse_raw, given, self.alike, raw_stream(device)))
         return out, lse, lse_raw
 
     def _given(self, call: Call, q) -> tuple:
@@ -495,12 +491,20 @@ class Refused(RuntimeError):  # noqa: N818
     """The launcher takes no such tensors: their dtype, device, strides or alignment. Nothing was launched."""
 
 
-REFUSALS = TypeError, ValueError, RuntimeError  # how it says so
-
-
 def run(function: Callable, arguments: tuple) -> None:
     """Call a compiled kernel of the current device. Raises :class:`Refused`."""
     try:
         function(*arguments)
-    except REFUSALS as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # how the launcher says so
         raise Refused(str(error)) from error
+
+
+def check_have_memory(q, k, v) -> None:
+    """What the launcher doesn't ask: it takes an address of 0. Raises :class:`Refused`; which of them has none is for those to
+    say who look at it then."""
+    try:
+        if q.data_ptr() and k.data_ptr() and v.data_ptr():
+            return
+    except RuntimeError:  # there is no storage
+        pass
+    raise Refused("a tensor without memory")

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from cute_attn import launch, rules
-from cute_attn.launch import Refused, as_read, contiguous, device_target, prepared, run
+from cute_attn.launch import as_read, check_have_memory, contiguous, device_target, prepared, run
 from cute_attn.layouts import for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS, columns_written
 from cute_attn.lengths import Lengths
@@ -80,9 +80,9 @@ class Step:
     def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
         """``(out, lse)``, on the current stream. ``where`` is as in ``stored.NAMES``, without the last, and ``new`` (k_new,
         v_new, cos, sin, rotary_begin)."""
-        has_memory = q.data_ptr() and k_cache.data_ptr() and v_cache.data_ptr()
-        if not has_memory or (new is not None and any(x.numel() and not x.data_ptr() for x in new[:2])):
-            raise Refused("a tensor without memory")  # which one attention_kvcache says
+        check_have_memory(q, k_cache, v_cache)
+        if new is not None and new[0].numel():
+            check_have_memory(q, *new[:2])
         if current_device() != self.device:
             with torch.cuda.device(self.device):
                 return self(q, k_cache, v_cache, where, new, sinks, captured)
