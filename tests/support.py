@@ -261,7 +261,8 @@ def assert_gradients_close(gradients, q, k, v, dout, dlse=None, **rules):
     :func:`eager_gradients`, in the largest and in the root mean square. A row that sees no key, and a key that no row
     sees, must have exactly 0.
     """
-    true, allowed = oracle_gradients(q, k, v, dout, dlse, **rules), _allowed_gradients(q, k, v, dout, dlse, rules)
+    true = oracle_gradients(q, k, v, dout, dlse, **rules)
+    allowed = _allowed_gradients(q, k, v, dout, dlse, true, rules)
     unseen_rows, unseen_keys = _unseen(q, k, rules.get("causal", False), rules.get("window"), rules.get("mask"))
     names = ("dq", "dk", "dv"), (unseen_rows, unseen_keys, unseen_keys)
     for got, *expected in zip(gradients, *names, true, allowed, strict=True):
@@ -271,7 +272,7 @@ def assert_gradients_close(gradients, q, k, v, dout, dlse=None, **rules):
             assert not got[unseen].count_nonzero(), f"{name} is not 0 where no key or row is seen"
 
 
-def _allowed_gradients(q, k, v, dout, dlse, rules):
+def _allowed_gradients(q, k, v, dout, dlse, true, rules):
     """The error of plain PyTorch attention's gradients, or that of rounding where it is larger, times TIMES_PLAIN."""
     inputs, exact = (q, k, v, dout, dlse), _exact(q.dtype)
     times, times_rounding = TIMES_PLAIN[q.dtype], TIMES_PLAIN[exact] * torch.finfo(exact).eps
@@ -279,7 +280,8 @@ def _allowed_gradients(q, k, v, dout, dlse, rules):
     if q.dtype == torch.float64:  # as in _allowed
         inputs = tuple(x if x is None else x.float() for x in inputs)
         times = (times + 1) * torch.finfo(exact).eps / torch.finfo(torch.float32).eps
-    plain, true = eager_gradients(*inputs, **rules), oracle_gradients(*inputs, **rules)
+        true = oracle_gradients(*inputs, **rules)
+    plain = eager_gradients(*inputs, **rules)
     candidates = [(times * (p.double() - t).abs(), times_rounding * r) for p, t, r in zip(plain, true, rounding, strict=True)]
     return [max(errors, key=lambda error: error.square().sum()) for errors in candidates]
 
