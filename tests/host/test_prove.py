@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import sys
 from dataclasses import FrozenInstanceError, replace
-from functools import partial
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
@@ -16,7 +15,7 @@ pytest.importorskip("pycute")
 
 from cute_attn.layouts import family, for_target, known_targets
 from cute_attn.layouts.__main__ import configs, main
-from cute_attn.layouts.base import BYTES, KIB, Box, Config, Copy, Layout, by_modes, tiled_rows
+from cute_attn.layouts.base import BYTES, KIB, OPERANDS, ROLES, Box, Config, Copy, Layout, by_modes, tiled_rows
 from cute_attn.layouts.tools import algebra, prove
 
 # Every config with tensors as wide as its tile, which the command proves (test_check_everything), and with narrower ones.
@@ -51,11 +50,33 @@ def with_copy(config: Config, key: tuple[str, str], **changes) -> ModuleType:
     return with_(config, copies=lambda c: {k: replace(v, **changes) if k == key else v for k, v in honest(c).items()})
 
 
+def of_any(config: Config) -> Config:
+    """The config without its target and dtype, on which no layout depends: many have their tables in common."""
+    return replace(config, target="", dtype="")
+
+
+against_dsl, report = prove.against_dsl, prove.report
+reports: dict[tuple[Config, int | None], list[prove.Row]] = {}
+
+
 @pytest.fixture(autouse=True)
-def few_indices(monkeypatch):
-    """The DSL's own function is asked for fewer of each layout than users have it asked for. test_layout_equality.py asks it
-    for all of some layouts."""
-    monkeypatch.setattr(prove, "against_dsl", partial(prove.against_dsl, limit=64))
+def once_each(monkeypatch):
+    """Configs whose layouts are the same are proved once in all of these tests, and traced once in each. The DSL's own function
+    is asked for fewer indices of each layout than users have it asked for; test_layout_equality.py asks it for all of some."""
+
+    def reported(config: Config, head_dim: int | None = None, family=None) -> list[prove.Row]:
+        if isinstance(family, SimpleNamespace):  # something wrong on purpose
+            return report(config, head_dim, family)
+        key = of_any(config), head_dim
+        if key not in reports:
+            reports[key] = report(config, head_dim)
+        return reports[key]
+
+    def compared(configs: list[Config]) -> list[prove.Finding]:
+        return against_dsl(list({of_any(config): config for config in configs}.values()), limit=64)
+
+    monkeypatch.setattr(prove, "report", reported)
+    monkeypatch.setattr(prove, "against_dsl", compared)
 
 
 # ---- what is shipped -------------------------------------------------------------------------------------------------
@@ -67,6 +88,17 @@ def test_everything_shipped_holds_for_narrower_tensors(target):
     assert {bool(config.backward) for config, _ in chosen} == {False, True}
     for config, head_dim in chosen:
         assert prove.check(config, head_dim) == []
+
+
+def test_no_layout_depends_on_a_target_or_a_dtype():
+    """Those of the same tables are proved once."""
+    for config, _ in EVERY:
+        lay, other = family(config), of_any(config)
+        assert lay.copies(config) == lay.copies(other)
+        for name in lay.OPERANDS if config.backward else OPERANDS:
+            assert (lay.tile(name, config), lay.smem(name, config)) == (lay.tile(name, other), lay.smem(name, other))
+        for role in lay.ROLES if config.backward else ROLES:
+            assert lay.mma(role, config) == lay.mma(role, other)
 
 
 def test_every_step_of_every_operand_is_in_the_report():
