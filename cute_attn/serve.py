@@ -234,6 +234,3 @@ def _gathered(stored: Stored, cache: torch.Tensor) -> torch.Tensor:
     elif stored.cache_batch_idx is not None:
         cache = cache[stored.cache_batch_idx.clamp(0, cache.shape[0] - 1)]
     return cache.flatten(0, 1)
-
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from cute_attn import fill, layouts, machine
 from cute_attn.__main__ import main
 from cute_attn.cache import CACHE_DIR_VARIABLE
+from tests.host.processes import run_quick
 
 needs_dsl = pytest.mark.skipif(bool(machine.missing()), reason=f"{machine.missing()} not installed")
 CHEAP = ["compile", "--arch", "sm_80", "--head-dim", "32", "--causal"]  # with and without the LSE: two kernels
@@ -114,7 +114,7 @@ def test_compile_fills_a_cache_that_is_then_read_without_the_dsl(capsys, monkeyp
     assert sorted(line.split("(")[1] for line in first[1:3]) == ["bounded right)", "bounded right, return lse)"]
     assert first[-1].startswith("2 compiled in ")
     program = f"import sys; from cute_attn.__main__ import main; main({CHEAP!r}); print('cutlass' in sys.modules)"
-    again = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+    again = run_quick(program, **{CACHE_DIR_VARIABLE: str(tmp_path)}).stdout.splitlines()
     assert again[-2].startswith("2 hit in ")
     if list(tmp_path.glob("*.so")):  # an object, where there is no linker, is loaded by the DSL
         assert again[-1] == "False"

@@ -21,7 +21,7 @@ from cute_attn.__main__ import main
 from cute_attn.cache import CACHE_DIR_VARIABLE
 from cute_attn.layouts.__main__ import _parser as layouts_parser
 from cute_attn.problem import GPU_DTYPES
-from tests.host.processes import INTERRUPTS, ROOT, SIGINT_AT_START, group_is_gone, start, until
+from tests.host.processes import INTERRUPTS, ROOT, SIGINT_AT_START, group_is_gone, run_quick, start, until
 
 BRACKETS = "[bold]x[/nope] :bug: [/]"
 NUMBERS = {
@@ -183,7 +183,7 @@ def test_write_protected_places():
         (Path(name) / "file").write_text("mine")
         (Path(name) / "file").chmod(0o444)
         (Path(name) / "folder").mkdir(0o555)
-        run = subprocess.run([sys.executable, "-c", PROTECTED, name], cwd=ROOT, capture_output=True, text=True, check=True)
+        run = run_quick(PROTECTED, name)
     for line, path in zip(run.stdout.splitlines(), ("file", "folder/x.json", "folder/a/b"), strict=True):
         assert line.startswith(f"{name}/{path} can't be written: Permission denied")
 
@@ -298,8 +298,9 @@ def test_a_signal_raises_inside_and_what_was_before_comes_back(number):
 
 
 PASSED_ON = """
-import subprocess, sys
+import signal, subprocess, sys
 from cute_attn.command import interruptible, leave_interrupts_to_parent
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignored" else signal.default_int_handler)
 look = [sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, end=' ')"]
 with interruptible():
     subprocess.run(look)
@@ -310,8 +311,7 @@ subprocess.run(look)
 
 @pytest.mark.parametrize("sigint", SIGINT_AT_START)
 def test_what_is_started_inherits_no_ignored_signal(sigint):
-    process = start(sigint, "-c", PASSED_ON)
-    assert process.communicate()[0].split() == ["True", "True"]
+    assert run_quick(PASSED_ON, sigint).stdout.split() == ["True", "True"]
 
 
 POOL = """

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +22,7 @@ from cute_attn.layouts import base
 from cute_attn.layouts.base import Config, Gpu
 from cute_attn.plan import configs, plan
 from cute_attn.problem import Problem
+from tests.host.processes import run_quick
 
 FAMILIES = {family.__name__: family for module in layouts.MODULES for family in module.MECHANISMS.values()}
 BACKWARD = {family.__name__: family for module in layouts.MODULES for family in module.BACKWARD.values()}
@@ -268,7 +267,7 @@ for target in layouts.known_targets():
         for config in configs(problem, target, mechanism):
             print(explain(problem, config), family.tile("Q", config))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = run_quick(program)
     assert done.returncode == 0, done.stderr
     ways = sum(len(layouts.for_target(target).MECHANISMS) for target in layouts.known_targets())
     assert done.stdout.count("mechanism ") == ways

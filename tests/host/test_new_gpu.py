@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from importlib import metadata
@@ -21,6 +19,7 @@ from cute_attn.layouts import mma_sync, sm80, sm90, sm120
 from cute_attn.layouts.base import KIB, Gpu
 from cute_attn.plan import _planned, check, configs, explain, plan
 from cute_attn.problem import Problem
+from tests.host.processes import run_quick
 
 PROBLEM = Problem("bfloat16", 64, 64)
 TARGET = "sm_120a"  # the compiler knows it, and no shipped module serves it
@@ -382,5 +381,5 @@ import sm_123
 layouts.register(sm_123)
 assert layouts.target_of((12, 3)) == "sm_123"
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_quick(program, folder=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 from cute_attn import attention, attention_varlen, masks
+from tests.host.processes import run_quick
 from tests.support import make_gradients, make_qkv
 
 # Torch's own, of what it uses itself.
@@ -498,7 +497,7 @@ def test_aotinductor_in_a_fresh_process(tmp_path):
     )
     torch.save(inputs, tmp_path / "inputs")
     paths = [str(package), str(tmp_path / "inputs"), str(tmp_path / "outputs")]
-    subprocess.run([sys.executable, "-c", FRESH, *paths], check=True)
+    run_quick(FRESH, *paths).check_returncode()
     for found, tensors in zip(torch.load(tmp_path / "outputs"), inputs, strict=True):
         same = [torch.equal(*x) for x in zip(found, AttendToAll(**options)(*tensors), strict=True)]
         assert same == [True] * len(found)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from cute_attn import attention, attention_varlen, block_mask, masks, scores, sd
 from cute_attn.expressions import traced
 from cute_attn.flash_attn import flash_attn_func
 from tests import functions
+from tests.host.processes import run_quick
 from tests.host.test_torch_compile import anew, calls, compiled, lowered  # noqa: F401
 from tests.support import make_qkv
 
@@ -418,7 +417,7 @@ def test_export_to_a_fresh_process(tmp_path):
     paths = [str(tmp_path / name) for name in ("program.pt2", "inputs", "outputs")]
     torch.export.save(program, paths[0])
     torch.save(inputs, paths[1])
-    subprocess.run([sys.executable, "-c", FRESH, *paths], check=True)
+    run_quick(FRESH, *paths).check_returncode()
     for got, tensors in zip(torch.load(paths[2]), inputs, strict=True):
         assert torch.equal(got, Model()(*tensors))
 

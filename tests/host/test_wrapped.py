@@ -7,8 +7,6 @@ one, by torch's group that only pretends to communicate, and, once, by two that 
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from unittest import mock
@@ -22,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cute_attn import arguments, attention, attention_kvcache, attention_varlen, launch, problem, wrapped
-from tests.host.processes import start_quick
+from tests.host.processes import run_quick, start_quick
 from tests.host.test_arguments import KINDS, fake, inputs, k, q, v
 from tests.host.test_errors import Row, assert_raises, raises, reached, table
 from tests.support import make_qkv
@@ -655,7 +653,7 @@ def test_nothing_slow_is_imported():
         "new = [name for name in set(sys.modules) - before if name.startswith(SLOW)]\n"
         "sys.exit(f'imported: {new}' if new else 0)"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    found = run_quick(program)
     assert found.returncode == 0, found.stderr
 
 
