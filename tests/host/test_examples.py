@@ -23,6 +23,7 @@ def example(folder):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("one_thread")
 def test_a_model_learns(example, tmp_path, capsys):
     """In one graph, whatever number of documents a step has."""
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
