@@ -75,13 +75,13 @@ class Model:
 
     def places(self, sequence: int) -> np.ndarray:
         """The row of each token, among those of all pages."""
-        t = np.arange(len(self.tokens[sequence]))
-        return self.pages(sequence)[t // self.cache.page_size] * self.cache.page_size + t % self.cache.page_size
+        t, pages = np.arange(len(self.tokens[sequence])), self.pages(sequence)
+        assert len(pages) == -(-len(t) // self.cache.page_size)
+        return pages[t // self.cache.page_size] * self.cache.page_size + t % self.cache.page_size
 
     def check(self, sequence: int) -> None:
         tokens = self.tokens[sequence]
         assert self.cache.lengths([sequence]).tolist() == [len(tokens)]
-        assert len(self.pages(sequence)) == -(-len(tokens) // self.cache.page_size)
         places = self.places(sequence)
         for rows in self.rows:
             assert (rows[:, places] == np.array(tokens)).all()
