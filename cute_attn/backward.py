@@ -23,15 +23,17 @@ from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
-from cute_attn.fields import BACKWARD, first_stores, named
+from cute_attn.fields import BACKWARD, first_stores, named, rounds_beside
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
-from cute_attn.layouts.base import VECTOR, cute_layout, row_padding
+from cute_attn.layouts.base import ADDED, COUNTED_KEYS, VECTOR, cute_layout, row_padding
 from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.fours import FOUR, offsets, to_memory
 from cute_attn.mainloop.guard import LOWEST, finite_row
 from cute_attn.mainloop.scores import rise_in_tile, with_rise
-from cute_attn.scheduler import Tiles, write_zeros
+from cute_attn.mainloop.walk import QueryTiles
+from cute_attn.mainloop.work_queue import MOST
+from cute_attn.scheduler import Tiles, Work, write_zeros
 from cute_attn.sequences import Sequences, Span
 
 
@@ -74,9 +76,9 @@ def host_function(problem, config):
 
         of_ramp = values if cutlass.const_expr(problem.expression.ramp is not None) else None
         row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, of_ramp, given.stream)
-        mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)
+        taken = mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)
         if cutlass.const_expr(dq_sum is not None):
-            cast.launch(dq_sum, dq, values, signals, sequences, given.stream)
+            cast.launch(dq_sum, dq, values, signals, sequences, taken, given.stream)
 
     return backward
 
@@ -99,12 +101,13 @@ def _padded_span(sequences: Sequences | None, row, batch):
     return span, row - span.padded, i
 
 
-def _place(blocks, heads, last_first: bool = False):
-    """``(block, head, batch)`` of this block, of ``blocks`` for each head. A grid's other dimensions end at 65,535. Heads come
-    one after another: most often a row of all of them is one piece of memory."""
+def _place(blocks, heads, pieces: int = 0):
+    """``(block, head, batch)`` of this block, of ``blocks`` for each head; of so many ``pieces`` of each, if there are some,
+    with the last first. A grid's other dimensions end at 65,535. Heads come one after another: most often a row of all of them
+    is one piece of memory."""
     index = cute.arch.block_idx()[0]
-    if last_first:
-        index = cute.arch.grid_dim()[0] - 1 - index
+    if pieces:
+        index = (cute.arch.grid_dim()[0] - 1 - index) // pieces
     return index // heads % blocks, index % heads, index // heads // blocks
 
 
@@ -128,7 +131,7 @@ class RowValues:
         self.steps = row_padding(config) // self.rows if problem.ragged else 1
         # Whether it clears the signals, and not dQ's sums; and how many words a block of it does.
         self.clears = first_stores(problem, config)
-        self.words = -(-self.rows * self.steps // config.tile_m) + 1
+        self.words = -(-self.rows * self.steps // config.tile_m) + 2
 
     @cute.jit
     def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp, stream):
@@ -234,9 +237,23 @@ class RowValues:
                 cute.autovec_copy(zeros, cute.local_tile(begin, (4,), (place,)))
 
 
+@cute.jit
+def _fetch(source: cute.Tensor, into: cute.Tensor, barrier):
+    """One thread: start copying contiguous float32 from global to shared memory; a barrier of one arrival counts the bytes."""
+    nbytes = cute.size(into) * 4
+    cute.arch.mbarrier_arrive_and_expect_tx(barrier, nbytes)
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[into.iterator.toint(), source.iterator.toint(), Int32(nbytes), barrier.toint()],
+    )
+
+
 class CastQueries:
     """dQ = scale · its sums, in the inputs' dtype. A block takes the piece of one group of computing threads, each thread
-    what it holds of it as an accumulator."""
+    what it holds of it as an accumulator.
+
+    Where it is known how many key tiles add to a query tile, blocks begin on multiprocessors that the kernel which adds leaves
+    them (a programmatic dependent launch), wait for those, and find the sums in the L2 cache."""
 
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
@@ -250,24 +267,96 @@ class CastQueries:
         # Whether somebody else clears queries that aren't in use, as far as they are padded together.
         self.leaves_unused = self.lay.CLEARS_QUERIES and problem.has_unused("q") and "q" in problem.gradients
         self.leaves_unused = self.leaves_unused and config.head_blocks == 1
+        self.beside = rounds_beside(problem, config)  # whether it begins beside the kernel that adds
+        # Of ragged sequences a block takes several heads, since it has to search for the one whose tile it is.
+        self.heads_at_once = 2 if problem.ragged else 1
         self.threads = config.mma_threads // max(len(self.pieces), 1)
 
     @cute.jit
-    def launch(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences, stream):
-        signals = signals if self.may_be_unseen else None
+    def launch(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences, added: cutlass.Constexpr, stream):
+        """``added``, where this kernel begins :attr:`beside` the one that adds, is what that one's ``launch`` returns."""
+        signals = signals if self.may_be_unseen or self.beside else None
         _, pieces, m_blocks, heads, batch = dq_sum.shape
-        self.kernel(dq_sum, mdQ, values, signals, sequences).launch(
-            grid=[m_blocks * pieces * heads * batch, 1, 1], block=[self.threads, 1, 1], stream=stream
+        count = m_blocks * heads * batch
+        if cutlass.const_expr(self.beside):
+            tiles, *until = added
+            tiles = tiles.left_behind(mdQ.shape[0], self.config.tile_m, self.heads_at_once)
+            added, count = (tiles, *until), tiles.count()
+        self.kernel(dq_sum, mdQ, values, signals, sequences, added).launch(
+            grid=[count * pieces, 1, 1], block=[self.threads, 1, 1], stream=stream, use_pdl=self.beside
         )
 
     @cute.kernel
-    def kernel(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences):
-        if cutlass.const_expr(self.clears):
-            signals.care_no_more()
+    def kernel(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences, added):
+        index, count = cute.arch.block_idx()[0], len(self.pieces)
+        if cutlass.const_expr(self.beside):
+            tiles, enders, soon = added
+            of_piece = partial(self._beside, dq_sum, mdQ, values, signals)
+            if cutlass.const_expr(soon is None):
+                replace(tiles, ticket=index // count).one(partial(of_piece, (enders, True), index % count))
+            else:
+                work = tiles.work(index // count)
+                if soon == False:  # noqa: E712
+                    cute.arch.griddepcontrol_wait()
+                    m_block, head, batch = _place(tiles.m_blocks, tiles.heads, count)
+                    work = Work(m_block, head, head, Span(batch), Span(batch))
+                of_piece((enders, soon), index % count, work)
+            if index == cute.arch.grid_dim()[0] - 1:  # so this kernel ends, and the next call begins, behind the one that adds
+                cute.arch.griddepcontrol_wait()
+                if cutlass.const_expr(self.clears):
+                    signals.care_no_more()
+        else:
+            if cutlass.const_expr(self.clears):
+                if index == 0:
+                    signals.care_no_more()
+            self._behind(dq_sum, mdQ, values, signals, sequences)
+
+    @cute.jit
+    def _beside(self, dq_sum, mdQ, values: Values, signals: Signals, until, piece, work: Work):
+        """A piece of a query tile of some heads, once all key tiles that visit it have added their parts. ``until`` is how many
+        warps add, and whether some may still do."""
+        values, m_block = values.of(work), work.q.padded_tile(work.block, self.config.tile_m)
+        visits, (enders, waits) = QueryTiles.visits(values, self.problem, work.block, self.config), until
+        turns = visits if cutlass.const_expr(self.problem.deterministic) else visits * ADDED
+        if values.seqlen_k > COUNTED_KEYS:
+            turns = Int32(MOST)
+        turns = turns if waits else 0
+        in_use = visits > 0 if cutlass.const_expr(self.may_be_unseen) else None
+        # By way of shared memory: where a block with much of it has been, the L1 cache has no room for all that is on its way.
+        smem, floats, n = cutlass.memory.SmemAllocator(), cute.size(dq_sum, mode=[0]), self.heads_at_once
+        held = smem.allocate_tensor(Float32, cute.make_layout((floats, n)), 128)
+        there, thread = smem.allocate_array(cutlass.Int64, n), cute.arch.thread_idx()[0]
+        if thread < n:
+            cute.arch.mbarrier_init(there + thread, 1)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        first, row_first = work.head * n, work.block * self.config.tile_m
+        past = cutlass.min(first + n, dq_sum.shape[3])
+        if (visits > 0) & (first + thread < past):
+            signals.wait_for_all((m_block, first + thread, work.q.batch), turns, enders)
+            cute.arch.fence_proxy("async.global")
+            sums = dq_sum[None, piece, m_block, first + thread, work.q.batch]
+            _fetch(sums, held[None, thread], there + thread)
+        if cutlass.const_expr(n == 1):
+            if visits > 0:
+                cute.arch.mbarrier_wait(there, 0)
+            self._store_piece(self._sums(held, in_use), mdQ, values, work.q, first, row_first, piece, in_use)
+        else:
+            for head in cutlass.range(first, past, unroll=1):
+                if visits > 0:
+                    cute.arch.mbarrier_wait(there + (head - first), 0)
+                acc = self._sums(held[None, head - first], in_use)
+                # Else where each value goes is kept in registers from head to head.
+                row = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[row_first])
+                self._store_piece(acc, mdQ, values, work.q, head, row, piece, in_use)
+
+    @cute.jit
+    def _behind(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences):
+        """A piece of a query tile, behind the kernel that adds."""
         count = len(self.pieces)
         # What was added last is in the L2 cache still.
-        m_block, place, batch = _place(dq_sum.shape[2], dq_sum.shape[3] * count, last_first=True)
-        head, piece = place // count, place % count
+        m_block, head, batch = _place(dq_sum.shape[2], dq_sum.shape[3], count)
+        piece = (cute.arch.grid_dim()[0] - 1 - cute.arch.block_idx()[0]) % count
         sums, acc, in_use = dq_sum[None, piece, m_block, head, batch], None, None
         if cutlass.const_expr(self.may_be_unseen):  # sums are on their way while it is looked for whose they are
             in_use = signals.counters[m_block, head, batch] != 0
@@ -276,9 +365,14 @@ class CastQueries:
         if cutlass.const_expr(acc is None):
             in_use = None if sequences is None else row_first < span.length
             acc = self._sums(sums, in_use)
+        self._store_piece(acc, mdQ, values, span, head, row_first, piece, in_use)
+
+    @cute.jit
+    def _store_piece(self, acc, mdQ, values: Values, span: Span, head, row_first, piece, in_use):
+        """A thread's sums of a piece of the query tile from a sequence's row on, if they are ``in_use``; else zeros."""
         mdQ, length = span.stored.rows(mdQ, head), values.seqlen_q if span.first is None else span.stored.length
         column_first = Int32(0)
-        for p in cutlass.range_constexpr(count):
+        for p in cutlass.range_constexpr(len(self.pieces)):
             if piece == p:
                 row_first += self.pieces[p][0]
                 column_first += self.pieces[p][1]
@@ -289,7 +383,7 @@ class CastQueries:
             self._cast(acc, mdQ, values, span, length, (row_first, column_first))
         elif cutlass.const_expr(not self.leaves_unused):  # noqa: SIM114
             self._clear(mdQ, length, (row_first, column_first))
-        elif row_first // sequences.q.padding * sequences.q.padding < span.length:
+        elif row_first // row_padding(self.config) * row_padding(self.config) < span.length:
             self._clear(mdQ, length, (row_first, column_first))
 
     def _product(self):

@@ -62,6 +62,12 @@ def first_stores(problem: Problem, config: Config) -> bool:
     return has_sums(problem, config) and (ordered or layouts.family(config).FIRST_STORES)
 
 
+def rounds_beside(problem: Problem, config: Config) -> bool:
+    """Whether dQ's sums are rounded while others are added up: query tiles have counters, and how many key tiles add to each is
+    known without a list."""
+    return counts_tiles(problem, config) and layouts.family(config).FIRST_STORES and not problem.blocks
+
+
 def has_signals(problem: Problem, config: Config) -> bool:
     """Whether the kernels and their blocks tell one another something: that keys or rows are masked, who has added to dQ, and,
     where a kernel each draws tickets, which tiles of ragged sequences have been drawn."""

@@ -36,6 +36,7 @@ from cute_attn.sequences import Sequences, Span
 BLOCKS_PER_HEAD = 4  # that run at the same time, where groups are not small
 THREADS = 256  # of a block that writes zeros
 LONG_WALK = 16  # steps of a tile, from which on a card's power, not memory, is what a block lacks
+FINISHED_IN = 30  # hundredths of a step of the backward pass, in which a query tile's dQ is rounded
 LEAST_BLOCKS_PER_HEAD = 8  # that run at the same time, where groups are small
 
 
@@ -125,12 +126,14 @@ class Tiles:
     sequences: Sequences | None = None  # ragged ones: m_blocks is of them all then, and batch is 1
     tile: cutlass.Constexpr[int] = 0  # rows of a tile
     of_k: cutlass.Constexpr[bool] = False  # tiles of keys
+    left: cutlass.Constexpr[bool] = False  # tiles of queries that key tiles leave (:meth:`left_behind`)
     small: Int32 | None = None  # of ragged sequences, if groups are small: how many blocks the GPU holds
     tickets: Tickets | None = None  # of tiles whose costs are unequal, and known on the device only
     in_turn: cute.Tensor | None = None  # (batch, heads, tiles): which of a head's is taken when, where lists say so
     rest: Int32 | None = None  # if not None, so many more are in the first group, and none lacks any
     by: tuple | None = None  # divisors that are multiplied by: m_blocks, heads and heads_per_kv
     both_ways: cutlass.Constexpr[bool] = False  # whether all groups but the last take the short tiles first
+    at_once: Int32 | None = None  # blocks that take tiles in rounds, where not all do
 
     @staticmethod
     def of(shape, heads_per_kv, tile: int, blocks: Int32, long_first: bool, sequences=None, of_k: bool = False) -> Tiles:
@@ -177,6 +180,17 @@ class Tiles:
             return replace(small, group=cutlass.min(group, slices), rest=slices % cutlass.min(group, slices))
         return replace(small, group=group, lacking=(group - slices % group) % group, both_ways=both_ways)
 
+    def left_behind(self, rows: Int32, tile: int, heads_at_once: int) -> Tiles:
+        """Of these key tiles the query tiles of so many ``rows`` each, in about the order in which they are visited last; a
+        ``head`` is as many as are taken at once."""
+        of_heads = lambda n: None if n is None else cute.ceil_div(n * self.heads_per_kv, heads_at_once)  # noqa: E731
+        by_heads = {name: of_heads(getattr(self, name)) for name in ("heads", "group", "lacking", "rest")}
+        small = None if self.small is None else of_heads(self.small * self.tile // tile)
+        ragged = self.sequences
+        m_blocks = cute.ceil_div(rows, tile) if ragged is None else ragged.q.all_slots(ragged.count, tile)
+        how = {"m_blocks": m_blocks, "tile": tile, "small": small, "of_k": False, "left": True, "both_ways": False}
+        return replace(self, **by_heads, **how)
+
     @cute.jit
     def launched(self, blocks: Int32, long):
         """``(tiles, blocks)`` to launch where blocks can be persistent: they are, unless tiles are unequal and ``long``. Of
@@ -198,6 +212,15 @@ class Tiles:
             blocks = cute.ceil_div(self.count(), cute.ceil_div(self.count(), blocks))
         return blocks
 
+    @staticmethod
+    def without_some(blocks: Int32, tiles: Int32, steps: Int32):
+        """How many of ``blocks`` take so many key ``tiles`` of so many hundredths of a step, if the rest leave their place to
+        a kernel that finishes query tiles meanwhile: as many as keep it as long at work, unless a few tiles would come in more
+        rounds then. What a key tile takes besides makes up for steps where these are fewer than three."""
+        spared = blocks * FINISHED_IN // (FINISHED_IN + cutlass.max(steps, 300)) * Int32(steps >= 200)
+        rounds = cute.ceil_div(tiles, blocks)
+        return cutlass.max(blocks - spared, cute.ceil_div(tiles, rounds + rounds // 8))
+
     def count(self):
         return self.m_blocks * self.heads * self.batch
 
@@ -205,11 +228,18 @@ class Tiles:
     def position(self, round: Int32):
         """The tile of this block in a round; at or past ``count()`` there is none, then or later."""
         block = cute.arch.block_idx()[0]
-        blocks = cute.arch.grid_dim()[0]
+        blocks = self.blocks()
         place = block
         if cutlass.const_expr(self.long_first):
             place = block if round % 2 == 0 else blocks - 1 - block
-        return round * blocks + place
+        position = round * blocks + place
+        if cutlass.const_expr(self.at_once is not None):
+            position = position if block < blocks else self.count()
+        return position
+
+    def blocks(self):
+        """How many take tiles in rounds."""
+        return cute.arch.grid_dim()[0] if self.at_once is None else self.at_once
 
     @cute.jit
     def each(self, body: cutlass.Constexpr, state):
@@ -241,7 +271,7 @@ class Tiles:
         block, head, batch = self._coordinates(position)
         if cutlass.const_expr(self.in_turn is not None):
             block = self.in_turn[batch, head, self.m_blocks - 1 - block]
-        elif cutlass.const_expr(self.of_k and self.long_first):
+        elif cutlass.const_expr((self.of_k or self.left) and self.long_first):
             block = self.m_blocks - 1 - block
         from_last = None
         if cutlass.const_expr(self.both_ways):
@@ -284,7 +314,7 @@ class Tiles:
         if cutlass.const_expr(self.long_first and self.small is not None):
             alone = alone.in_small_groups(self.small)
         block, head, _ = alone._coordinates(position)
-        if cutlass.const_expr(self.of_k and self.long_first):
+        if cutlass.const_expr((self.of_k or self.left) and self.long_first):
             block = m_blocks - 1 - block
         return block, head, *self.sequences.spans(i)
 

@@ -8,7 +8,7 @@ from typing import Any
 import cutlass
 from cutlass import Boolean, Float32, Int32, Uint32, cute
 
-from cute_attn.layouts.base import CARE, CAREFUL, COUNTERS, STORED, TICKET
+from cute_attn.layouts.base import CARE, CAREFUL, COUNTERS, ENDED, STORED, TICKET
 from cute_attn.rules import LN_2, LOG2_E, Band
 from cute_attn.scheduler import Work
 
@@ -82,10 +82,14 @@ class Values:
             here = replace(here, header=work.header)
         if work.from_last is not None:
             here = replace(here, from_last=work.from_last)
-        if work.q.length is None:
-            return here
-        shift = work.k.length - work.q.length
-        return replace(here, seqlen_q=work.q.length, seqlen_k=work.k.length, lo=self.lo + shift, hi=self.hi + shift)
+        return here.of_lengths(work.q.length, work.k.length)
+
+    def of_lengths(self, seqlen_q: Int32 | None, seqlen_k: Int32 | None) -> Values:
+        """The values of a ragged sequence; the same, where all have one length."""
+        if seqlen_q is None:
+            return self
+        shift = seqlen_k - seqlen_q
+        return replace(self, seqlen_q=seqlen_q, seqlen_k=seqlen_k, lo=self.lo + shift, hi=self.hi + shift)
 
     def of_head(self, head) -> Values:
         """Those of another head of the same sequence."""
@@ -162,7 +166,8 @@ class Signals:
     """How the kernels and blocks of a backward call tell one another something: int32 in global memory, zeros at first, which
     a kernel of its own writes or, ``cleared_late``, the first one.
     ``words`` are all of them, ``counters`` those of the query tiles, ``(m_block, head, batch)``: how many key tiles have added
-    to each one's dQ, where their order is fixed; else how many have come while nothing was stored, and ``STORED`` then.
+    to each one's dQ, where their order is fixed; else how many have come while nothing was stored, ``STORED`` then, and
+    ``ADDED`` for each one whose part is there, if dQ is rounded meanwhile.
     ``cleared_late`` says that nothing is zero before the first kernel, which clears all but what it may ask for itself: that is
     ``CARE``, and anything else that lies there asks for nothing. Where it is ``CARE`` by chance, needless care is taken.
     """
@@ -189,8 +194,8 @@ class Signals:
 
     @cute.jit
     def care_no_more(self):
-        """In the last kernel: the same memory is the next call's, if a graph is replayed."""
-        if (cute.arch.block_idx()[0] == 0) & (cute.arch.thread_idx()[0] == 0):
+        """A block of the last kernel: the same memory is the next call's, if a graph is replayed."""
+        if cute.arch.thread_idx()[0] == 0:
             self.words[CAREFUL] = Int32(0)
 
     @cute.jit
@@ -221,9 +226,22 @@ class Signals:
         while arrived < rank:
             arrived = cute.arch.load(self._counter(where), Int32, sem="acquire", scope="gpu")
 
-    def pass_turn(self, where, turns: int = 1):
-        """One thread: what it added is complete, the next key tile may add its own."""
-        cute.arch.red(self._counter(where), Int32(turns), op="add", dtype="s32", sem="release", scope="gpu")
+    def pass_turn(self, where, turns: int = 1, sem: str = "release"):
+        """One thread: what it added is complete, the next key tile may add its own. ``"relaxed"``: behind a fence for many."""
+        cute.arch.red(self._counter(where), Int32(turns), op="add", dtype="s32", sem=sem, scope="gpu")
+
+    @cute.jit
+    def wait_for_all(self, where, turns: Int32, enders: Int32):
+        """One thread: until so many turns have been passed, or whoever passes turns has ended."""
+        there = Boolean(False)
+        while there == False:  # noqa: E712
+            there = self.count(where) >= turns
+            if there == False:  # noqa: E712
+                there = cute.arch.load(self.words.iterator + ENDED, Int32, sem="acquire", scope="gpu") == enders
+
+    def end(self):
+        """One thread, of ``enders``: it passes no more turns."""
+        cute.arch.red(self.words.iterator + ENDED, Int32(1), op="add", dtype="s32", sem="release", scope="gpu")
 
     def count(self, where):
         """What the query tile's counter is by now."""

@@ -25,7 +25,8 @@ from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from cute_attn.epilogue import copy_zeros
-from cute_attn.layouts.base import STORED, cute_layout, in_turns, row_padding
+from cute_attn.fields import rounds_beside
+from cute_attn.layouts.base import ADDED, COUNTED_KEYS, STORED, WARP, cute_layout, in_turns, row_padding
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
@@ -42,9 +43,10 @@ from cute_attn.mainloop.warpgroups import (
     rounded_operand,
 )
 from cute_attn.mainloop.work_queue import UnusedRows, WorkQueue
-from cute_attn.scheduler import Work
+from cute_attn.scheduler import LONG_WALK, Tiles, Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
+SAMPLED = 128  # sequences, of which it is looked how long they are
 ADDERS = 2  # warps from ADD_DQ_WARP on
 
 
@@ -128,6 +130,7 @@ class Backward(KeyBlocks):
         self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
+        self.rounds_beside = rounds_beside(problem, config)
         # Ragged tiles under an edge, which may need care, too, are looked for so late that nothing is gained; where threads
         # hold K and V, the warp that looks for tiles has no registers left.
         plain = not (problem.masked or config.k_in_registers)
@@ -140,10 +143,20 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
-        """Make the TMA descriptors and launch persistent blocks, or, where some share a key tile, those of each."""
+        """Make the TMA descriptors and launch persistent blocks, or, where some share a key tile, those of each. Returns the
+        tiles as they are taken, by fewer blocks than there is room for where another kernel rounds dQ meanwhile, how many warps
+        add, and whether that kernel begins meanwhile, None: it does."""
         q, k, v, do = self.input_operands(inputs)
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
+        soon = None
+        if cutlass.const_expr(self.rounds_beside and not bool(self.problem.ragged)):
+            middle = cute.ceil_div(values.seqlen_q, self.config.tile_m) // 2
+            visits = QueryTiles.visits(values, self.problem, middle, self.config)
+            if cutlass.const_expr(self.persistent):
+                blocks = Tiles.without_some(blocks, tiles.count(), 100 * visits)
+            if cutlass.const_expr(not self.draws):  # where rounding takes little, equal tiles are faster by themselves
+                soon = visits <= 2 * LONG_WALK
         if cutlass.const_expr(self.persistent and not self.draws):
             tiles, count = tiles.launched(blocks, long=False)
             if cutlass.const_expr(not self.problem.ragged):
@@ -157,25 +170,36 @@ class Backward(KeyBlocks):
             elif cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
                 tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
-        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles).launch(
+        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles, soon).launch(
             grid=[count * self.config.head_blocks, 1, 1],
             block=[self.config.threads, 1, 1],
             cluster=[self.config.head_blocks, 1, 1] if self.config.head_blocks > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
         )
+        return tiles, count * self.config.head_blocks * ADDERS, soon
 
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles):
+    def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles, soon):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
+        if cutlass.const_expr(self.rounds_beside and soon is None):
+            cute.arch.griddepcontrol_launch_dependents()
+        elif cutlass.const_expr(self.rounds_beside):
+            if soon:
+                cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (operands.q, operands.k, operands.v, operands.do):
                 cpasync.prefetch_descriptor(operand.atom)
+        if cutlass.const_expr(self.rounds_beside and self.persistent and bool(self.problem.ragged)):
+            at_once = Int32(0)
+            if warp == COPY_K_Q_WARP:  # which finds tiles, and has more registers here than later
+                at_once = self._blocks_that_take_tiles(tiles, values)
+            tiles = replace(tiles, at_once=cute.arch.make_warp_uniform(at_once))
         shared, pipes = self._setup()
-        from_memory, into = (plain, rows, care), (gradients, signals)
+        from_memory, into = (plain, rows, care), (gradients, signals, soon)
         roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
         if cutlass.const_expr(self.persistent):
             counted, headed = bool(self.problem.ragged), bool(self.problem.blocks)
@@ -189,6 +213,24 @@ class Backward(KeyBlocks):
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
             tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
+
+    @cute.jit
+    def _blocks_that_take_tiles(self, tiles: Tiles, values: Values):
+        """One warp: how many of the grid's blocks do, by the lengths of up to 128 ragged sequences."""
+        count = tiles.sequences.count
+        apart = cute.ceil_div(count, SAMPLED)
+        sampled, lane = cute.ceil_div(count, apart), cute.arch.lane_idx()
+        of_q = of_k = visits = Float32(0.0)
+        for number in cutlass.range(lane, sampled, WARP, unroll=1):
+            q, k = tiles.sequences.spans(number * apart)
+            m_blocks, n_blocks = cute.ceil_div(q.length, self.config.tile_m), cute.ceil_div(k.length, self.config.tile_n)
+            of_middle = QueryTiles.visits(values.of_lengths(q.length, k.length), self.problem, m_blocks // 2, self.config)
+            visits += Float32(m_blocks) * Float32(of_middle)
+            of_q, of_k = of_q + Float32(m_blocks), of_k + Float32(n_blocks)
+        of_q, of_k, visits = (cute.arch.warp_reduction_sum(x) for x in (of_q, of_k, visits))
+        n_blocks = Int32(cutlass.min(of_k * Float32(apart) * Float32(tiles.heads), Float32(1 << 24)))
+        steps = Int32(100.0 * visits * cute.arch.rcp_approx(cutlass.max(of_q, Float32(1.0))))
+        return Tiles.without_some(cute.arch.grid_dim()[0], n_blocks, steps)
 
     def _unused(self, gradients: Gradients, tiles, shared: BackwardShared) -> tuple[UnusedRows | None, ...]:
         """The rows that aren't in use that each of the warps that add is to clear. Of keys there may always be some: those
@@ -243,6 +285,10 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
                     each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused)))
+                    if cutlass.const_expr(self.rounds_beside):
+                        cute.arch.cp_async_bulk_wait_group(0, read=False)
+                        if cute.arch.lane_idx() == 0:
+                            into[1].end()
             for adder, own in enumerate(unused):
                 if cutlass.const_expr(own is not None):
                     if warp == ADD_DQ_WARP + adder:
@@ -296,7 +342,7 @@ class Backward(KeyBlocks):
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, sdQ: cute.Tensor, mine: Int32, unused: tuple, values, where, done):
+    def _add_dq(self, gradients: Gradients, signals, soon, sdQ: cute.Tensor, mine: Int32, unused: tuple, values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         for adder, own in enumerate(unused):
@@ -351,6 +397,25 @@ class Backward(KeyBlocks):
                                 own.between()
                 step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+        if cutlass.const_expr(self.rounds_beside and not self.problem.deterministic):
+            counted = (values.seqlen_k <= COUNTED_KEYS) & (True if soon is None else soon)
+            if counted:
+                self._pass_turns(signals, mine, visited, where, Int32(done[1]))
+
+    @cute.jit
+    def _pass_turns(self, signals, mine: Int32, visited: QueryTiles, where, step):
+        """At a key tile's end one of the warps that add: all that it has added, from the block's ``step`` on, is there."""
+        work, members = where
+        cute.arch.cp_async_bulk_wait_group(0, read=False)
+        cute.arch.sync_warp()
+        cute.arch.fence_acq_rel_gpu()
+        for member in cutlass.range(visited.members(members), unroll=1):
+            for i in cutlass.range(cute.arch.lane_idx(), visited.count, WARP, unroll=1):
+                if (step + i) % ADDERS == mine:
+                    m_block, of = visited.tile(i, member, self.problem)
+                    place = (work.q.padded_tile(m_block, self.config.tile_m), work.head + of, work.q.batch)
+                    signals.pass_turn(place, ADDED, sem="relaxed")
+            step += visited.count
 
     def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor, stage):
         """One thread: a tile's dQ to global memory by the copy engine, until it has been read."""

@@ -299,15 +299,26 @@ class QueryTiles:
     def rank(self, values: Values, problem, m_block: Int32, config):
         """How many key tiles come before this one in the fixed order in which a query tile's dQ is added up: from the
         first key that it sees on, or, where key tiles don't walk from the last query tile, from the last key."""
-        band = values.band(problem)
-        row_first = m_block * config.tile_m
-        row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
-        begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        begin, end = QueryTiles._keys(values, problem, m_block, config)
         before = self.n_block - begin // config.tile_n
         if self.from_last is None:
             return before
         after = (end - 1) // config.tile_n - self.n_block
         return after + self.from_last * (before - after)
+
+    @staticmethod
+    def visits(values: Values, problem, m_block: Int32, config):
+        """How many key tiles visit a query tile: none, if it has no rows."""
+        begin, end = QueryTiles._keys(values, problem, m_block, config)
+        some = cutlass.min(end - begin, values.seqlen_q - m_block * config.tile_m) > 0
+        return (cute.ceil_div(end, config.tile_n) - begin // config.tile_n) * Int32(some)
+
+    @staticmethod
+    def _keys(values: Values, problem, m_block: Int32, config):
+        """``(begin, end)`` of the keys that a query tile sees."""
+        row_first = m_block * config.tile_m
+        row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
+        return values.band(problem).key_range(row_first, row_last, values.seqlen_k, DeviceOps)
 
 
 @dataclass(frozen=True)

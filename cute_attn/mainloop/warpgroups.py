@@ -284,15 +284,23 @@ class Kernel:
         while others compute. One thread draws a ``ticket`` for each but, unless tiles are to begin ``in_order``, the first;
         None: they come in rounds. ``counted``: those of ragged ones that have rows in use, and no others. ``header``: see
         :meth:`WorkQueue.hand_out`."""
-        first, following = cute.arch.block_idx()[0], tiles.position
+        first, following = cute.arch.block_idx()[0] if tiles.at_once is None else tiles.position(Int32(0)), tiles.position
         if ticket is not None:
-            skipped = 0 if in_order else cute.arch.grid_dim()[0]
+            skipped = 0 if in_order else tiles.blocks()
             following = lambda _: skipped + of_first_lane(ticket)  # noqa: E731
-            first = following(0) if in_order else first
+            if in_order:
+                first = self._first_drawn(tiles, following, first)
         if counted:
             queue.lead_counted(tiles, first, following, part, state)
         else:
             queue.lead(tiles, first, following, part, state, alone, header)
+
+    @cute.jit
+    def _first_drawn(self, tiles, following: cutlass.Constexpr, first):
+        """A block's first ticket, if it takes any."""
+        if cutlass.const_expr(tiles.at_once is None) or cute.arch.block_idx()[0] < tiles.at_once:
+            first = following(0)
+        return first
 
     @cute.jit
     def store(self, copy: cute.TiledCopy, acc, operand: TmaOperand, s: cute.Tensor, group, slot, where):

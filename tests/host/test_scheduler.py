@@ -26,7 +26,8 @@ from cute_attn.problem import Problem
 
 # Copies of the modules: once the DSL has traced a function, it is no longer what it was.
 Tiles = runpy.run_path(find_spec("cute_attn.scheduler").origin)["Tiles"]
-query_tiles = runpy.run_path(find_spec("cute_attn.mainloop.walk").origin)["QueryTiles"]._in_band.__wrapped__
+QueryTiles = runpy.run_path(find_spec("cute_attn.mainloop.walk").origin)["QueryTiles"]
+query_tiles = QueryTiles._in_band.__wrapped__
 sequences_module = runpy.run_path(find_spec("cute_attn.sequences").origin)
 Side, Sequences = sequences_module["Side"], sequences_module["Sequences"]
 whole = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_backward").origin)["Backward"]._whole.__wrapped__
@@ -113,6 +114,60 @@ def test_key_tiles_of_a_head_in_ascending_order(tiles, blocks, small):
             assert work.head_kv == work.head
             assert work.block == following[head]
             following[head] += 1
+
+
+@given(
+    *(st.integers(1, 900) for _ in range(2)),
+    st.sampled_from([(64, 128), (80, 128), (128, 128), (64, 96)]),
+    *(st.booleans(), st.booleans(), st.data()),
+)
+def test_how_many_key_tiles_visit_a_query_tile(q, k, tile, left, right, data):
+    """What rounds a query tile's dQ waits for as many; too few would be a wrong sum, too many a wait without end."""
+    (tile_m, tile_n), shift = tile, k - q
+    lo, hi = shift - data.draw(st.integers(-40, 700)), shift + data.draw(st.just(0) | st.integers(-40, 300))
+    problem = SimpleNamespace(bounded_left=left, bounded_right=right, blocks="", ragged="", masks_all=False)
+    values, config = Values(q, k, lo, max(lo, hi), 1.0, 0.0), SimpleNamespace(tile_m=tile_m, tile_n=tile_n)
+    came = Counter()
+    for n_block in range(-(-k // tile_n)):
+        visited = query_tiles(values, problem, n_block, config)
+        came.update(range(visited.begin, visited.begin + visited.count))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(QueryTiles.visits.__globals__, "Int32", int)
+        m_blocks = range(-(-q // tile_m) + 3)  # some of them past the last query
+        assert [came[m] for m in m_blocks] == [QueryTiles.visits(values, problem, m, config) for m in m_blocks]
+
+
+@given(tiles, st.integers(1, 40), st.sampled_from(["", "small", "in turns"]), st.integers(1, 500), st.integers(1, 4))
+def test_every_tile_is_left_once(tiles, blocks, how, rows, heads_at_once):
+    """The query tiles behind key tiles, as many heads at once as are asked for; the first rows come first in each group."""
+    tiles = replace(tiles, heads=tiles.heads // tiles.heads_per_kv, of_k=True)
+    if how == "small":
+        tiles = tiles.in_small_groups(blocks)
+    elif how and tiles.long_first:
+        tiles = tiles.in_turns(blocks, 3, both_ways=True)
+    left = tiles.left_behind(rows, 64, heads_at_once)
+    assert left.heads == -(-tiles.heads * tiles.heads_per_kv // heads_at_once)
+    assert left.m_blocks == -(-rows // 64)
+    assert_every_tile_once(left, in_order(left))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tiles, "_coordinates", coordinates)
+        works, following = [work_at(left, position) for position in range(left.count())], Counter()
+    for work in works:
+        assert work.block == following[work.head, work.q.batch], "a head's rows come in order"
+        following[work.head, work.q.batch] += 1
+
+
+@given(st.integers(1, 200), st.integers(1, 10**6), st.integers(0, 10**5))
+def test_blocks_that_leave_their_place(blocks, tiles, steps):
+    """A step in three takes a query tile's rounding; one in eight rounds more is what a few tiles may take for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Tiles.without_some.__globals__, "Int32", int)
+        left = Tiles.without_some(blocks, tiles, steps)
+    rounds = -(-tiles // blocks)
+    assert 1 <= left <= blocks
+    assert -(-tiles // left) <= rounds + rounds // 8
+    assert (blocks - left) * 330 <= blocks * 30
+    assert (steps >= 200 or left == blocks)
 
 
 @given(
