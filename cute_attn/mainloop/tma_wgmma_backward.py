@@ -12,7 +12,8 @@ dV while dS is taken, the other while it is shared, dK while dQ is handed over a
 
 Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
 with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
-registers, which costs no bank conflict. Of sequences with rows that aren't in use these two also have it write the zeros.
+registers, which costs no bank conflict. Of sequences with rows that aren't in use these two also have it write the zeros. At a
+key tile's end they say what they have added, since another kernel rounds dQ meanwhile.
 """
 
 from __future__ import annotations
