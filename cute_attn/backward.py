@@ -102,13 +102,14 @@ def _padded_span(sequences: Sequences | None, row, batch):
     return span, row - span.padded, i
 
 
-def _place(blocks, heads, pieces: int = 0):
-    """``(block, head, batch)`` of this block, of ``blocks`` for each head; of so many ``pieces`` of each, if there are some,
-    with the last first. A grid's other dimensions end at 65,535. Heads come one after another: most often a row of all of them
-    is one piece of memory."""
+def _place(blocks, heads, last_first: bool = False, pieces: int = 1):
+    """``(block, head, batch)`` of this block, of ``blocks`` for each head, each in so many ``pieces``. A grid's other
+    dimensions end at 65,535. Heads come one after another: most often a row of all of them is one piece of memory."""
     index = cute.arch.block_idx()[0]
-    if pieces:
-        index = (cute.arch.grid_dim()[0] - 1 - index) // pieces
+    if last_first:
+        index = cute.arch.grid_dim()[0] - 1 - index
+    if pieces > 1:
+        index = index // pieces
     return index // heads % blocks, index % heads, index // heads // blocks
 
 
@@ -299,7 +300,7 @@ class CastQueries:
                 work = tiles.work(index // count)
                 if soon == False:  # noqa: E712
                     cute.arch.griddepcontrol_wait()
-                    m_block, head, batch = _place(tiles.m_blocks, tiles.heads, count)
+                    m_block, head, batch = _place(tiles.m_blocks, tiles.heads, last_first=True, pieces=count)
                     work = Work(m_block, head, head, Span(batch), Span(batch))
                 of_piece((enders, soon), index % count, work)
             if index == cute.arch.grid_dim()[0] - 1:  # so this kernel ends, and the next call begins, behind the one that adds
@@ -356,8 +357,8 @@ class CastQueries:
         """A piece of a query tile, behind the kernel that adds."""
         count = len(self.pieces)
         # What was added last is in the L2 cache still.
-        m_block, head, batch = _place(dq_sum.shape[2], dq_sum.shape[3], count)
-        piece = (cute.arch.grid_dim()[0] - 1 - cute.arch.block_idx()[0]) % count
+        m_block, place, batch = _place(dq_sum.shape[2], dq_sum.shape[3] * count, last_first=True)
+        head, piece = place // count, place % count
         sums, acc, in_use = dq_sum[None, piece, m_block, head, batch], None, None
         if cutlass.const_expr(self.may_be_unseen):  # sums are on their way while it is looked for whose they are
             in_use = signals.counters[m_block, head, batch] != 0

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from cute_attn import layouts
-from cute_attn.layouts.base import Config
+from cute_attn.layouts.base import ADDED, COUNTED_KEYS, Config
 from cute_attn.lengths import NAMES
 from cute_attn.plan import takes_tickets
 from cute_attn.problem import Problem
@@ -64,8 +64,11 @@ def first_stores(problem: Problem, config: Config) -> bool:
 
 def rounds_beside(problem: Problem, config: Config) -> bool:
     """Whether dQ's sums are rounded while others are added up: query tiles have counters, and how many key tiles add to each is
-    known without a list."""
-    return counts_tiles(problem, config) and layouts.family(config).FIRST_STORES and not problem.blocks
+    known without a list, and 31 bits hold it. Not of ragged sequences where blocks share a key tile: those without a tile never
+    say that they have ended, which whoever rounds would wait for if bounds were wrong."""
+    known = not (problem.blocks or (problem.ragged and config.head_blocks > 1))
+    known = known and COUNTED_KEYS // config.tile_n * ADDED < 2**31
+    return counts_tiles(problem, config) and layouts.family(config).FIRST_STORES and known
 
 
 def has_signals(problem: Problem, config: Config) -> bool:

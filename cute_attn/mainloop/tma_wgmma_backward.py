@@ -154,10 +154,14 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.rounds_beside and not bool(self.problem.ragged)):
             middle = cute.ceil_div(values.seqlen_q, self.config.tile_m) // 2
             visits = QueryTiles.visits(values, self.problem, middle, self.config)
-            if cutlass.const_expr(self.persistent):
-                blocks = Tiles.without_some(blocks, tiles.count(), 100 * visits)
             if cutlass.const_expr(not self.draws):  # where rounding takes little, equal tiles are faster by themselves
                 soon = visits <= 2 * LONG_WALK
+            if cutlass.const_expr(self.persistent):
+                left = Tiles.without_some(blocks, tiles.count(), 100 * visits)
+                if cutlass.const_expr(soon is None):  # noqa: SIM114
+                    blocks = left
+                elif soon:
+                    blocks = left
         if cutlass.const_expr(self.persistent and not self.draws):
             tiles, count = tiles.launched(blocks, long=False)
             if cutlass.const_expr(not self.problem.ragged):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cute_attn import layouts
-from cute_attn.layouts.base import KIB, Config, Gpu
+from cute_attn.fields import rounds_beside
+from cute_attn.layouts.base import ADDED, COUNTED_KEYS, KIB, Config, Gpu
 from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread, rows_of_query_tile, takes_short
 from cute_attn.problem import Problem, check_call, problem_of
 
@@ -501,3 +502,19 @@ def test_o_over_a_q_of_another_width_is_refused():
     assert config.separate_o
     with pytest.raises(ValueError, match=r"O is 128 columns wide .* Q, which is 192; .* try separate_o=True"):
         check(replace(config, separate_o=False), layouts.for_target("sm_90a").GPU)
+
+
+@pytest.mark.parametrize("ragged", ["", "cu_seqlens_q cu_seqlens_k"])
+@pytest.mark.parametrize("deterministic", [False, True])
+@ways
+def test_where_dq_is_rounded_while_it_is_added(target, mechanism, ragged, deterministic):
+    """Where each block says that it adds no more, which clusters without a ragged tile don't, and counts fit 31 bits."""
+    problem = Problem("bfloat16", 128, 128, gradients="qkv", ragged=ragged, deterministic=deterministic)
+    for config in configs(problem, target, mechanism):
+        says_so = mechanism == "tma_wgmma" and not (ragged and config.head_blocks > 1)
+        assert rounds_beside(problem, config) == says_so
+        assert not says_so or -(-COUNTED_KEYS // config.tile_n) * ADDED + ADDED < 2**31
+        assert not rounds_beside(replace(problem, blocks="listed"), config)
+        assert not rounds_beside(replace(problem, gradients="kv"), config)
+    if mechanism == "tma_wgmma":
+        assert not rounds_beside(problem, replace(config, tile_n=64))

@@ -167,7 +167,7 @@ def test_blocks_that_leave_their_place(blocks, tiles, steps):
     assert 1 <= left <= blocks
     assert -(-tiles // left) <= rounds + rounds // 8
     assert (blocks - left) * 330 <= blocks * 30
-    assert (steps >= 200 or left == blocks)
+    assert steps >= 200 or left == blocks
 
 
 @given(
