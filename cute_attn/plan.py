@@ -180,6 +180,8 @@ def check(config: Config, gpu: Gpu, ragged: bool = True) -> None:
 
 def explain(problem: Problem, config: Config) -> str:
     """What was chosen and why, for a person."""
+    from cute_attn.fields import rounds_beside  # which asks the plan
+
     module = layouts.for_target(config.target)
     gpu, family = module.GPU, layouts.family(config)
     parts = family.smem_parts(config)
@@ -188,6 +190,7 @@ def explain(problem: Problem, config: Config) -> str:
     held = (config.q_in_registers, "Q"), (config.k_in_registers, "K and V")
     where = f"a query sees {SHORT_WALK} tiles of keys at most" if not config.backward else "few rows are padding"
     many = config.backward and problem.bounded_right
+    beside = bool(config.backward) and rounds_beside(problem, config)
     where += f" and a sequence has {MANY_QUERY_TILES} tiles of queries" if many else ""
     lines = [
         f"problem     {problem.dtype}, head_dim {problem.head_dim} (V: {problem.head_dim_v}), {_rules(problem)}, "
@@ -209,7 +212,8 @@ def explain(problem: Problem, config: Config) -> str:
         f"{config.mma_warps} warps compute"
         + (", 4 more copy" if config.threads > config.mma_threads else " and copy")
         + (", taking turns on the tensor cores" if config.ping_pong else "")
-        + (f"; {config.head_blocks} blocks share a tile of keys" if config.head_blocks > 1 else ""),
+        + (f"; {config.head_blocks} blocks share a tile of keys" if config.head_blocks > 1 else "")
+        + ("; dQ is rounded meanwhile, on more multiprocessors the fewer keys a query sees" if beside else ""),
         f"registers   {family.accumulator_registers(config)} of {registers_per_thread(config, gpu)} a thread hold accumulators"
         + "".join(f" and {columns} columns of {name}" for columns, name in held if columns),
         "shared      "

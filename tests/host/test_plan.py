@@ -513,6 +513,7 @@ def test_where_dq_is_rounded_while_it_is_added(target, mechanism, ragged, determ
     for config in configs(problem, target, mechanism):
         says_so = mechanism == "tma_wgmma" and not (ragged and config.head_blocks > 1)
         assert rounds_beside(problem, config) == says_so
+        assert ("dQ is rounded meanwhile" in explain(problem, config)) == says_so
         assert not says_so or -(-COUNTED_KEYS // config.tile_n) * ADDED + ADDED < 2**31
         assert not rounds_beside(replace(problem, blocks="listed"), config)
         assert not rounds_beside(replace(problem, gradients="kv"), config)
