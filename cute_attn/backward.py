@@ -26,7 +26,7 @@ from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, first_stores, named, rounds_beside
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
-from cute_attn.layouts.base import ADDED, COUNTED_KEYS, VECTOR, cute_layout, row_padding
+from cute_attn.layouts.base import ADDED, COUNTED_KEYS, COUNTERS, TICKET, VECTOR, cute_layout, row_padding
 from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.fours import FOUR, offsets, to_memory
@@ -133,7 +133,7 @@ class RowValues:
         self.steps = row_padding(config) // self.rows if problem.ragged else 1
         # Whether it clears the signals, and not dQ's sums; and how many words a block of it does.
         self.clears = first_stores(problem, config)
-        self.words = -(-self.rows * self.steps // config.tile_m) + 2
+        self.words = -(-self.rows * self.steps // config.tile_m) + COUNTERS - TICKET
 
     @cute.jit
     def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp, stream):
