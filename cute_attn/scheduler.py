@@ -218,7 +218,7 @@ class Tiles:
         a kernel that finishes query tiles meanwhile: as many as keep it as long at work, unless a few tiles would come in more
         rounds then. What a key tile takes besides makes up for steps where these are fewer than three."""
         spared = blocks * FINISHED_IN // (FINISHED_IN + cutlass.max(steps, 300)) * Int32(steps >= 200)
-        rounds = cute.ceil_div(tiles, blocks)
+        rounds = cutlass.max(cute.ceil_div(tiles, blocks), 1)
         return cutlass.max(blocks - spared, cute.ceil_div(tiles, rounds + rounds // 8))
 
     def count(self):

@@ -222,7 +222,7 @@ class Backward(KeyBlocks):
     @cute.jit
     def _blocks_that_take_tiles(self, tiles: Tiles, values: Values):
         """One warp: how many of the grid's blocks do, by the lengths of up to 128 ragged sequences."""
-        count = tiles.sequences.count
+        count = cutlass.max(tiles.sequences.count, 1)
         apart = cute.ceil_div(count, SAMPLED)
         sampled, lane = cute.ceil_div(count, apart), cute.arch.lane_idx()
         of_q = of_k = visits = Float32(0.0)

@@ -425,15 +425,16 @@ def test_more_than_2_to_the_31_elements(mechanism):
     assert not out[len(lengths) * 512 :].count_nonzero()
 
 
-WRONG = [[0, 500, 100, 700], [-5, 100, 2**30, 50], [600, 400, 200, 0], [0, 2**31 - 1, -(2**31), 700]]
+WRONG = [[0, 500, 100, 700], [-5, 100, 2**30, 50], [600, 400, 200, 0], [0, 2**31 - 1, -(2**31), 700], [700, 700, 700], [0]]
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_bounds_end_and_leave_the_inputs_alone(wrong, mechanism):
+def test_wrong_bounds_end_and_leave_the_inputs_alone(wrong, causal, mechanism):
     """compute-sanitizer shows that nothing is accessed outside of the tensors; here, that it ends, also where an order is
     fixed, and that right bounds give afterwards what they gave before."""
     q, k, v, dout, right, _ = make([(700, 700)], 64, tail=0)
-    options = {"causal": True, "mechanism": mechanism, "deterministic": True}
+    options = {"causal": causal, "mechanism": mechanism, "deterministic": True}
     want = run(q, k, v, dout, right, **options)
     for deterministic in (False, True):
         bad = torch.tensor(wrong, dtype=torch.int32, device="cuda")
@@ -441,6 +442,22 @@ def test_wrong_bounds_end_and_leave_the_inputs_alone(wrong, mechanism):
     torch.cuda.synchronize()
     got = run(q, k, v, dout, right, **options)
     for x, y in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_blocks", [1, 2, 4])
+def test_wrong_bounds_end_where_blocks_share_a_key_tile(head_blocks, causal, monkeypatch):
+    monkeypatch.setattr(launch, "_head_blocks", lambda *_: head_blocks)
+    q, k, v, dout, right, _ = make([(700, 700)], 64, heads=(8, 2), tail=0)
+    options = {"causal": causal, "mechanism": "tma_wgmma"}
+    _, (want_dq, *want) = run(q, k, v, dout, right, **options)
+    for wrong in WRONG:
+        run(q, k, v, dout, torch.tensor(wrong, dtype=torch.int32, device="cuda"), **options)
+    torch.cuda.synchronize()
+    _, (dq, *got) = run(q, k, v, dout, right, **options)
+    torch.testing.assert_close(dq, want_dq, rtol=2**-7, atol=2**-8)  # in whatever order the parts come
+    for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
 
 
