@@ -26,14 +26,25 @@ from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
 from cute_attn.fields import BACKWARD, first_stores, named, rounds_beside
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
-from cute_attn.layouts.base import ADDED, COUNTED_KEYS, COUNTERS, TICKET, VECTOR, cute_layout, row_padding
+from cute_attn.layouts.base import (
+    ADDED,
+    COUNTED_KEYS,
+    COUNTERS,
+    ROUNDING_TICKET,
+    TICKET,
+    VECTOR,
+    WARP,
+    cute_layout,
+    row_padding,
+)
 from cute_attn.layouts.fragments import rows_columns, vector, vector_at
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.fours import FOUR, offsets, to_memory
-from cute_attn.mainloop.guard import LOWEST, finite_row
+from cute_attn.mainloop.guard import LOWEST, finite_row, used_here
 from cute_attn.mainloop.scores import rise_in_tile, with_rise
 from cute_attn.mainloop.walk import QueryTiles
-from cute_attn.mainloop.work_queue import MOST
+from cute_attn.mainloop.warpgroups import Kernel, copy_row_values, of_first_lane
+from cute_attn.mainloop.work_queue import MOST, WorkQueue
 from cute_attn.scheduler import Tiles, Work, write_zeros
 from cute_attn.sequences import Sequences, Span
 
@@ -79,7 +90,7 @@ def host_function(problem, config):
         row_values.launch(q, o, do, lse, dlse, rows, dq_sum, signals, sequences, of_ramp, given.stream)
         taken = mainloop.launch(Inputs(q, k, v, do), rows, gradients, signals, values, tiles, given.blocks, given.stream)
         if cutlass.const_expr(dq_sum is not None):
-            cast.launch(dq_sum, dq, values, signals, sequences, taken, given.stream)
+            cast.launch(dq_sum, dq, values, signals, sequences, taken, given.blocks, given.stream)
 
     return backward
 
@@ -239,23 +250,17 @@ class RowValues:
                 cute.autovec_copy(zeros, cute.local_tile(begin, (4,), (place,)))
 
 
-@cute.jit
-def _fetch(source: cute.Tensor, into: cute.Tensor, barrier):
-    """One thread: start copying contiguous float32 from global to shared memory; a barrier of one arrival counts the bytes."""
-    nbytes = cute.size(into) * 4
-    cute.arch.mbarrier_arrive_and_expect_tx(barrier, nbytes)
-    cute.arch.inline_ptx(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
-        read_only_args=[into.iterator.toint(), source.iterator.toint(), Int32(nbytes), barrier.toint()],
-    )
-
-
 class CastQueries:
     """dQ = scale · its sums, in the inputs' dtype. A block takes the piece of one group of computing threads, each thread
     what it holds of it as an accumulator.
 
     Where it is known how many key tiles add to a query tile, blocks begin on multiprocessors that the kernel which adds leaves
-    them (a programmatic dependent launch), wait for those, and find the sums in the L2 cache."""
+    them (a programmatic dependent launch), wait for those, and find the sums in the L2 cache. These come by way of shared
+    memory: where a block with much of it has been, the L1 cache has no room for all that is on its way. Of ragged sequences a
+    block takes pieces of some heads' query tiles one after another: one warp finds them ahead of time, another fetches sums."""
+
+    BLOCKS = 5  # of a multiprocessor, which take one tile after another
+    AHEAD = 2  # tiles that such a block holds: the one that it rounds, and the next
 
     def __init__(self, problem, config):
         self.problem, self.config = problem, config
@@ -266,43 +271,42 @@ class CastQueries:
         self.clears = stored and problem.masked
         # Whether a query tile's sums may be nothing yet: no key tile has come to it.
         self.may_be_unseen = stored and (problem.masked or bool(problem.ragged))
-        # Whether somebody else clears queries that aren't in use, as far as they are padded together.
-        self.leaves_unused = self.lay.CLEARS_QUERIES and problem.has_unused("q") and "q" in problem.gradients
-        self.leaves_unused = self.leaves_unused and config.head_blocks == 1
         self.beside = rounds_beside(problem, config)  # whether it begins beside the kernel that adds
-        # Of ragged sequences a block takes several heads, since it has to search for the one whose tile it is.
-        self.heads_at_once = 2 if problem.ragged else 1
+        self.persistent = self.beside and bool(problem.ragged)
+        # Whether somebody else clears query tiles without a row in use.
+        self.leaves_unused = self.lay.CLEARS_QUERIES and problem.has_unused("q") and "q" in problem.gradients
+        self.leaves_unused = self.persistent or (self.leaves_unused and config.head_blocks == 1)
+        self.heads_at_once = self.stages = 2 if self.persistent else 1
         self.threads = config.mma_threads // max(len(self.pieces), 1)
+        self.parts = Kernel(problem, config) if self.beside else None
 
     @cute.jit
-    def launch(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences, added: cutlass.Constexpr, stream):
-        """``added``, where this kernel begins :attr:`beside` the one that adds, is what that one's ``launch`` returns."""
+    def launch(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences, added: cutlass.Constexpr, blocks, stream):
+        """``added``, where this kernel begins :attr:`beside` the one that adds, is what that one's ``launch`` returns; the GPU
+        holds ``blocks`` blocks of that at once."""
         signals = signals if self.may_be_unseen or self.beside else None
         _, pieces, m_blocks, heads, batch = dq_sum.shape
-        count = m_blocks * heads * batch
+        count = m_blocks * heads * batch * pieces
         if cutlass.const_expr(self.beside):
             tiles, *until = added
-            tiles = tiles.left_behind(mdQ.shape[0], self.config.tile_m, self.heads_at_once)
+            tiles = tiles.left_behind(mdQ.shape[0], self.config.tile_m, self.heads_at_once, pieces)
             added, count = (tiles, *until), tiles.count()
+        if cutlass.const_expr(self.persistent):
+            count = cutlass.min(count, self.BLOCKS * blocks)
         self.kernel(dq_sum, mdQ, values, signals, sequences, added).launch(
-            grid=[count * pieces, 1, 1], block=[self.threads, 1, 1], stream=stream, use_pdl=self.beside
+            grid=[count, 1, 1],
+            block=[self.threads + 2 * WARP * self.persistent, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=self.BLOCKS if self.persistent else 0,
+            preferred_smem_carveout=100 if self.persistent else None,
+            use_pdl=self.beside,
         )
 
     @cute.kernel
     def kernel(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences, added):
-        index, count = cute.arch.block_idx()[0], len(self.pieces)
+        index = cute.arch.block_idx()[0]
         if cutlass.const_expr(self.beside):
-            tiles, enders, soon = added
-            of_piece = partial(self._beside, dq_sum, mdQ, values, signals)
-            if cutlass.const_expr(soon is None):
-                replace(tiles, ticket=index // count).one(partial(of_piece, (enders, True), index % count))
-            else:
-                work = tiles.work(index // count)
-                if soon == False:  # noqa: E712
-                    cute.arch.griddepcontrol_wait()
-                    m_block, head, batch = _place(tiles.m_blocks, tiles.heads, last_first=True, pieces=count)
-                    work = Work(m_block, head, head, Span(batch), Span(batch))
-                of_piece((enders, soon), index % count, work)
+            self._beside(dq_sum, mdQ, values, signals, added)
             if index == cute.arch.grid_dim()[0] - 1:  # so this kernel ends, and the next call begins, behind the one that adds
                 cute.arch.griddepcontrol_wait()
                 if cutlass.const_expr(self.clears):
@@ -313,44 +317,93 @@ class CastQueries:
                     signals.care_no_more()
             self._behind(dq_sum, mdQ, values, signals, sequences)
 
-    @cute.jit
-    def _beside(self, dq_sum, mdQ, values: Values, signals: Signals, until, piece, work: Work):
-        """A piece of a query tile of some heads, once all key tiles that visit it have added their parts. ``until`` is how many
-        warps add, and whether some may still do."""
-        values, m_block = values.of(work), work.q.padded_tile(work.block, self.config.tile_m)
-        visits, (enders, waits) = QueryTiles.visits(values, self.problem, work.block, self.config), until
-        turns = visits if cutlass.const_expr(self.problem.deterministic) else visits * ADDED
-        if values.seqlen_k > COUNTED_KEYS:
-            turns = Int32(MOST)
-        turns = turns if waits else 0
-        in_use = visits > 0 if cutlass.const_expr(self.may_be_unseen) else None
-        # By way of shared memory: where a block with much of it has been, the L1 cache has no room for all that is on its way.
-        smem, floats, n = cutlass.memory.SmemAllocator(), cute.size(dq_sum, mode=[0]), self.heads_at_once
-        held = smem.allocate_tensor(Float32, cute.make_layout((floats, n)), 128)
-        there, thread = smem.allocate_array(cutlass.Int64, n), cute.arch.thread_idx()[0]
-        if thread < n:
-            cute.arch.mbarrier_init(there + thread, 1)
+    def _beside(self, dq_sum, mdQ, values: Values, signals: Signals, added):
+        """A block's pieces of query tiles, each once all key tiles that visit it have added their parts."""
+        (tiles, enders, soon), floats, warps = added, cute.size(dq_sum, mode=[0]), self.threads // WARP
+        smem = cutlass.memory.SmemAllocator()
+        held = smem.allocate_tensor(Float32, cute.make_layout((floats, self.stages)), 128)
+        pipe, queue = self.parts.pipe(smem, self.stages, warps, 4 * floats), None
+        if self.persistent:
+            slots = WorkQueue.slots_in(smem, self.AHEAD)
+            told = self.parts.hand_over_pipe(smem, self.AHEAD, 1, warps + 1)
+            queue = WorkQueue(slots, told, None, self.parts.arrive, numbered=True, padding=row_padding(self.config))
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        first, row_first = work.head * n, work.block * self.config.tile_m
-        past = cutlass.min(first + n, dq_sum.shape[3])
-        if (visits > 0) & (first + thread < past):
-            signals.wait_for_all((m_block, first + thread, work.q.batch), turns, enders)
-            cute.arch.fence_proxy("async.global")
-            sums = dq_sum[None, piece, m_block, first + thread, work.q.batch]
-            _fetch(sums, held[None, thread], there + thread)
-        if cutlass.const_expr(n == 1):
-            if visits > 0:
-                cute.arch.mbarrier_wait(there, 0)
-            self._store_piece(self._sums(held, in_use), mdQ, values, work.q, first, row_first, piece, in_use)
+        fetch = partial(self._fetch, pipe, held, dq_sum, values, signals, enders)
+        store = partial(self._round, pipe, held, dq_sum, mdQ, values)
+        if self.persistent:
+            self._one_after_another(queue, tiles, signals, partial(fetch, True), store)
         else:
-            for head in cutlass.range(first, past, unroll=1):
-                if visits > 0:
-                    cute.arch.mbarrier_wait(there + (head - first), 0)
-                acc = self._sums(held[None, head - first], in_use)
-                # Else where each value goes is kept in registers from head to head.
-                row = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[row_first])
-                self._store_piece(acc, mdQ, values, work.q, head, row, piece, in_use)
+            self._one(tiles, soon, fetch, store)
+
+    @cute.jit
+    def _one_after_another(self, queue, tiles: Tiles, signals: Signals, fetch: cutlass.Constexpr, store: cutlass.Constexpr):
+        """Of ragged sequences the tiles in use for which the block draws tickets."""
+        warp, warps = cute.arch.make_warp_uniform(cute.arch.warp_idx()), self.threads // WARP
+        if warp == warps:
+            draw = lambda _=None: of_first_lane(lambda: signals.ticket(ROUNDING_TICKET))  # noqa: E731
+            queue.lead_counted(tiles, draw(), draw, lambda state, work: state, Int32(0))
+        elif warp == warps + 1:
+            queue.taker().each(fetch, Int32(0))
+        else:
+            queue.taker().each(store, Int32(0))
+
+    @cute.jit
+    def _one(self, tiles: Tiles, soon, fetch: cutlass.Constexpr, store: cutlass.Constexpr):
+        """A block's tile or, where dQ isn't rounded ``soon``, one of those in the order behind the kernel that adds."""
+        work = tiles.mine()
+        if cutlass.const_expr(soon is not None):
+            if soon == False:  # noqa: E712
+                cute.arch.griddepcontrol_wait()
+                m_block, head, batch = _place(tiles.m_blocks, tiles.heads, last_first=True)
+                work = Work(m_block, head, head, Span(batch), Span(batch))
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
+            fetch(True if soon is None else soon, Int32(0), work)
+        store(Int32(0), work)
+
+    @cute.jit
+    def _fetch(self, pipe, held, dq_sum, values: Values, signals: Signals, enders, waits, done, work: Work):
+        """One warp: the sums of a tile's piece, head by head, once they are complete or none of the ``enders`` adds any more: it
+        ``waits``, if need be. Returns how many the block has had, ``done`` and these."""
+        here, m_block = values.of(work), work.q.padded_tile(work.block, self.config.tile_m)
+        visits, (first, past, piece) = QueryTiles.visits(here, self.problem, work.block, self.config), self._heads(work, dq_sum)
+        turns = visits if cutlass.const_expr(self.problem.deterministic) else visits * ADDED
+        if here.seqlen_k > COUNTED_KEYS:
+            turns = Int32(MOST)
+        turns = turns if waits else 0
+        for head in cutlass.range(first, past * Int32(visits > 0), unroll=1):
+            state = self.parts.filling(self.stages, done)
+            signals.wait_for_all((m_block, head, work.q.batch), turns, enders)
+            cute.arch.fence_proxy("async.global")
+            pipe.producer_acquire(state)
+            sums, into = dq_sum[None, piece, m_block, head, work.q.batch], held[None, state.index]
+            copy_row_values(sums, into, pipe.producer_get_barrier(state))
+            done += 1
+        return done
+
+    @cute.jit
+    def _round(self, pipe, held, dq_sum, mdQ, values: Values, done, work: Work):
+        """The other warps: a tile's piece, rounded. Returns what :meth:`_fetch` does."""
+        seen = QueryTiles.visits(values.of(work), self.problem, work.block, self.config) > 0
+        in_use = seen if cutlass.const_expr(self.may_be_unseen) else None
+        (first, past, piece), row_first = self._heads(work, dq_sum), work.block * self.config.tile_m
+        for head in cutlass.range(first, past, unroll=1):
+            state = self.parts.emptying(self.stages, done)
+            if seen:
+                pipe.consumer_wait(state)
+            acc = self._sums(held[None, state.index], in_use)
+            if seen:
+                self.parts.release_rows(pipe, state)
+                done += 1
+            # Else where each value goes is kept in registers from head to head.
+            self._store_piece(acc, mdQ, values, work.q, head, used_here(row_first), piece, in_use)
+        return done
+
+    def _heads(self, work: Work, dq_sum):
+        """``(first, past, piece)`` of the heads that a block takes at once."""
+        pieces, n = len(self.pieces), self.heads_at_once
+        first = work.head // pieces * n
+        return first, cutlass.min(first + n, dq_sum.shape[3]) if n > 1 else first + 1, work.head % pieces
 
     @cute.jit
     def _behind(self, dq_sum, mdQ, values: Values, signals: Signals | None, sequences):
@@ -385,7 +438,7 @@ class CastQueries:
             self._cast(acc, mdQ, values, span, length, (row_first, column_first))
         elif cutlass.const_expr(not self.leaves_unused):  # noqa: SIM114
             self._clear(mdQ, length, (row_first, column_first))
-        elif row_first // row_padding(self.config) * row_padding(self.config) < span.length:
+        elif row_first // self.config.tile_m * self.config.tile_m < span.length:
             self._clear(mdQ, length, (row_first, column_first))
 
     def _product(self):

@@ -180,10 +180,10 @@ class Tiles:
             return replace(small, group=cutlass.min(group, slices), rest=slices % cutlass.min(group, slices))
         return replace(small, group=group, lacking=(group - slices % group) % group, both_ways=both_ways)
 
-    def left_behind(self, rows: Int32, tile: int, heads_at_once: int) -> Tiles:
+    def left_behind(self, rows: Int32, tile: int, heads_at_once: int, pieces: int) -> Tiles:
         """Of these key tiles the query tiles of so many ``rows`` each, in about the order in which they are visited last; a
-        ``head`` is as many as are taken at once."""
-        of_heads = lambda n: None if n is None else cute.ceil_div(n * self.heads_per_kv, heads_at_once)  # noqa: E731
+        ``head`` is a piece of as many as are taken at once."""
+        of_heads = lambda n: None if n is None else cute.ceil_div(n * self.heads_per_kv, heads_at_once) * pieces  # noqa: E731
         by_heads = {name: of_heads(getattr(self, name)) for name in ("heads", "group", "lacking", "rest")}
         small = None if self.small is None else of_heads(self.small * self.tile // tile)
         ragged = self.sequences

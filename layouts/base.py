@@ -61,9 +61,9 @@ SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
 LISTED_ROWS = 192  # of a query tile that has a list of key tiles, at most
 ROW_PADDING = 128  # rows that those of ragged sequences are padded to in the backward pass, if their tile divides it
 # Words of a backward call's int32 signals in global memory: whether to copy carefully (mainloop/guard.py: ``CARE``, or 1 where
-# a kernel of zeros comes first), the next block's ticket, and how many warps have ended that add to dQ; behind them, a counter
-# of each query tile.
-CAREFUL, TICKET, ENDED, COUNTERS = 0, 1, 2, 3
+# a kernel of zeros comes first), the next ticket of a block that computes, and of one that rounds dQ, and how many warps have
+# ended that add to dQ; behind them, a counter of each query tile.
+CAREFUL, TICKET, ROUNDING_TICKET, ENDED, COUNTERS = range(5)
 CARE = 0x5CA1AB1E  # no small number, and as a float a large one: what other tensors left in this memory is hardly ever that
 TICKET_COUNTERS = 4  # words before the forward pass's tickets, of which two count (scheduler.py)
 # What a counter is at least once dQ has been stored, where the first to come stores; below, who has come, two warps at the most

@@ -152,7 +152,7 @@ class Gradients:
 
     ``mdQ`` is float32 sums, a query tile's values in the order of the accumulator's registers: ``(values, piece, m_block,
     head, batch)``; where the layouts have no pieces, dQ itself, ``(seqlen_q, head_dim, heads, batch)``. ``unused_dq`` is dQ
-    where this kernel writes the zeros of queries that aren't in use, as far as they are padded together (``row_padding``).
+    where this kernel writes the zeros of query tiles without a row in use.
     """
 
     mdQ: cute.Tensor | None
@@ -206,10 +206,10 @@ class Signals:
         if (thread < each) & (place < cute.size(self.words)):
             self.words[place] = Int32(0)
 
-    def ticket(self):
-        """One thread: how many blocks have asked before this one. So a block with a ticket knows that those with lower ones
-        have started, and may wait for them, in whatever order the hardware starts blocks."""
-        return cute.arch.atomic_add(self.words.iterator + TICKET, Int32(1), sem="relaxed", scope="gpu")
+    def ticket(self, of: int = TICKET):
+        """One thread: how many blocks have asked before this one, ``of`` a kind. So a block with a ticket knows that those with
+        lower ones have started, and may wait for them, in whatever order the hardware starts blocks."""
+        return cute.arch.atomic_add(self.words.iterator + of, Int32(1), sem="relaxed", scope="gpu")
 
     def ticket_of_next(self):
         """The same of a kernel that follows on one which draws tickets, too, where query tiles have no counters."""
@@ -232,7 +232,7 @@ class Signals:
 
     @cute.jit
     def wait_for_all(self, where, turns: Int32, enders: Int32):
-        """One thread: until so many turns have been passed, or whoever passes turns has ended."""
+        """A thread, or all of a warp: until so many turns have been passed, or whoever passes turns has ended."""
         there = Boolean(False)
         while there == False:  # noqa: E712
             there = self.count(where) >= turns

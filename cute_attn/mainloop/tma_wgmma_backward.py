@@ -243,7 +243,7 @@ class Backward(KeyBlocks):
         of_queries = of_keys = None
         if gradients.unused_dq is not None:
             clear = partial(self._clear, shared.zeros, [gradients.unused_dq])
-            of_queries = UnusedRows(tiles, (tiles.sequences.q, row_padding(self.config), 2), clear, shared.unused[None, 0])
+            of_queries = UnusedRows(tiles, (tiles.sequences.q, self.config.tile_m, 2), clear, shared.unused[None, 0])
         if self.problem.ragged and (self.needs_k or self.needs_v):
             clear = partial(self._clear, shared.zeros, [m for m in (gradients.mdK, gradients.mdV) if m is not None])
             of_keys = UnusedRows(tiles, (tiles.sequences.k, self.config.tile_n, 2), clear, shared.unused[None, 1])

@@ -43,9 +43,14 @@ class WorkQueue:
     padding: cutlass.Constexpr[int] = ROW_PADDING  # of what is padded
 
     @staticmethod
-    def slots_in(smem) -> cute.Tensor:
+    def slots_in(smem, slots: int = WORK_SLOTS) -> cute.Tensor:
         """Shared memory for the slots."""
-        return smem.allocate_tensor(Int32, cute.make_layout((WORK_FIELDS, WORK_SLOTS)), 16)
+        return smem.allocate_tensor(Int32, cute.make_layout((WORK_FIELDS, slots)), 16)
+
+    @property
+    def size(self) -> int:
+        """How many slots there are."""
+        return cute.size(self.slots, mode=[1])
 
     def taker(self) -> Taker:
         """For one of the warps that take tiles."""
@@ -100,7 +105,7 @@ class WorkQueue:
         """One warp, which tells the others of each tile of the block and then takes its own part in it: ``state = body(state,
         work)``. Positions are ``first`` and then ``following(turn)``, up to the last tile of all. With ``alone(work)`` nobody
         is told of tiles of keys without a row in use: the warp does them by itself. ``header``: see :meth:`hand_out`."""
-        ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
+        ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.size)
         turn, position = Int32(0), Int32(first)
         while position < tiles.count():
             work = tiles.work(position)
@@ -125,7 +130,7 @@ class WorkQueue:
     @cute.jit
     def lead_counted(self, tiles: cutlass.Constexpr, first, following: cutlass.Constexpr, body: cutlass.Constexpr, state):
         """The same of ragged tiles, of which those alone count that have rows in use."""
-        ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, WORK_SLOTS)
+        ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.size)
         turn, position = Int32(0), Int32(first)
         sequence, before, more = Int32(0), Int32(0), Boolean(True)
         while more:
@@ -206,9 +211,14 @@ class UnusedRows:
     def begin(self):
         """The whole warp, first of all."""
         nothing, heads, blocks = Int32(0), self.tiles.heads, cute.arch.grid_dim()[0]
-        of_tiles = self.tiles.sequences.k, self.tiles.tile, 0
-        _, _, _, _, rows = self.tiles.sequences.seek(Int32(MOST), nothing, nothing, self.among)
-        _, _, _, _, computed = self.tiles.sequences.seek(Int32(MOST), nothing, nothing, of_tiles)
+        (side, tile, _), computed = self.among, nothing
+        if cutlass.const_expr(side.used is None):  # those alone that come after the last sequence
+            rows = side.unused_rows(self.tiles.sequences.count, self.tiles.sequences.count, tile)
+        else:
+            _, _, _, _, rows = self.tiles.sequences.seek(Int32(MOST), nothing, nothing, self.among)
+        if rows > 0:
+            of_tiles = self.tiles.sequences.k, self.tiles.tile, 0
+            _, _, _, _, computed = self.tiles.sequences.seek(Int32(MOST), nothing, nothing, of_tiles)
         each = cute.ceil_div(rows, blocks)
         first = cutlass.min(cute.arch.block_idx()[0] * each, rows)
         self._set(0, nothing, nothing, nothing, cute.ceil_div(each, cutlass.max(computed * heads // blocks, 1)))
@@ -297,11 +307,11 @@ class Taker:
         return state
 
     def _state(self) -> pipeline.PipelineState:
-        turn = self.turn[0]
-        return pipeline.PipelineState(WORK_SLOTS, turn, turn % WORK_SLOTS, turn // WORK_SLOTS % 2)
+        slots, turn = self.queue.size, self.turn[0]
+        return pipeline.PipelineState(slots, turn, turn % slots, turn // slots % 2)
 
     def _slot(self) -> cute.Tensor:
-        return self.queue.slots[None, self.turn[0] % WORK_SLOTS]
+        return self.queue.slots[None, self.turn[0] % self.queue.size]
 
     def _wait(self) -> Boolean:
         """For the next tile, if there is one."""

@@ -137,16 +137,17 @@ def test_how_many_key_tiles_visit_a_query_tile(q, k, tile, left, right, data):
         assert [came[m] for m in m_blocks] == [QueryTiles.visits(values, problem, m, config) for m in m_blocks]
 
 
-@given(tiles, st.integers(1, 40), st.sampled_from(["", "small", "in turns"]), st.integers(1, 500), st.integers(1, 4))
-def test_every_tile_is_left_once(tiles, blocks, how, rows, heads_at_once):
-    """The query tiles behind key tiles, as many heads at once as are asked for; the first rows come first in each group."""
+@given(tiles, st.integers(1, 40), st.sampled_from(["", "small", "in turns"]), st.integers(1, 500), *[st.integers(1, 4)] * 2)
+def test_every_tile_is_left_once(tiles, blocks, how, rows, heads_at_once, pieces):
+    """The query tiles behind key tiles, a piece of as many heads at once as are asked for; the first rows come first in each
+    group."""
     tiles = replace(tiles, heads=tiles.heads // tiles.heads_per_kv, of_k=True)
     if how == "small":
         tiles = tiles.in_small_groups(blocks)
     elif how and tiles.long_first:
         tiles = tiles.in_turns(blocks, 3, both_ways=True)
-    left = tiles.left_behind(rows, 64, heads_at_once)
-    assert left.heads == -(-tiles.heads * tiles.heads_per_kv // heads_at_once)
+    left = tiles.left_behind(rows, 64, heads_at_once, pieces)
+    assert left.heads == -(-tiles.heads * tiles.heads_per_kv // heads_at_once) * pieces
     assert left.m_blocks == -(-rows // 64)
     assert_every_tile_once(left, in_order(left))
     with pytest.MonkeyPatch.context() as patch:
