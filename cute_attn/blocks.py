@@ -204,14 +204,9 @@ class BlockMask:
 
 
 def block_mask(
-    mask: Callable,
-    batch: int | None,
-    heads: int | None,
-    seqlen_q: int,
-    seqlen_k: int,
-    tensors: tuple[torch.Tensor, ...] = (),
-    device: Any = None,
-) -> BlockMask:
+    mask: Callable, batch: int | None, heads: int | None, seqlen_q: int, seqlen_k: int,
+    tensors: tuple[torch.Tensor, ...] = (), device: Any = None,
+) -> BlockMask:  # fmt: skip
     """Which tiles ``mask`` hides, cuts or leaves whole, for ``attention(…, mask=mask, block_mask=…)``.
 
     Args:

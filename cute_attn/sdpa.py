@@ -43,17 +43,10 @@ _active: list[Any] = []  # the name's values: what was there, then those of the 
 
 @unscriptable
 def scaled_dot_product_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    backend: str = "auto",
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    *, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """``softmax(scale · query keyᵀ) value``, as :func:`torch.nn.functional.scaled_dot_product_attention` defines it.
 
     CUDA tensors of float16 and bfloat16 run cute-attn's kernels; what these can't compute (:func:`why_not` says why) goes to
@@ -144,17 +137,10 @@ def _attend(query, key, value, attn_mask, dropout_p: float, is_causal: bool, sca
 
 
 def why_not(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    backend: str = "auto",
-) -> str | None:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    *, backend: str = "auto",
+) -> str | None:  # fmt: skip
     """Why :func:`scaled_dot_product_attention` hands a call with these arguments to torch's function: a sentence that says what
     was got, what is needed, and what to try. ``None`` where it computes the call itself. Nothing is computed or compiled.
 

@@ -30,27 +30,13 @@ _packed_of = WeakTensorKeyDictionary()  # of cu_seqlens: (version, rows, Packed)
 
 @disable(reason="attention over several ranks talks to them in the order of Python's calls: a graph would break here anyway")
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    group=None,
-    mesh=None,
-    method: str = "auto",
-    order: str | None = None,
-    seqlen: int | None = None,
-    seqlen_k: int | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    return_lse: bool = False,
-    deterministic: bool = False,
-    backend: str = "auto",
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    *, group=None, mesh=None, method: str = "auto", order: str | None = None, seqlen: int | None = None,
+    seqlen_k: int | None = None, cu_seqlens: torch.Tensor | None = None, scale: float | None = None,
+    causal: bool = False, window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+    sinks: torch.Tensor | None = None, return_lse: bool = False, deterministic: bool = False, backend: str = "auto",
     mechanism: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """:func:`cute_attn.attention` of sequences that are sharded over ranks: q, k, v and the results are this rank's shards.
 
     All ranks call it alike, with equally many rows, and all run the backward pass. The first call of a kind compares shapes
@@ -147,21 +133,11 @@ def _with_sinks(out, lse, sinks):
 
 
 def explain(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    ranks: int,
-    method: str = "auto",
-    order: str | None = None,
-    seqlen: int | None = None,
-    seqlen_k: int | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-) -> str:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    *, ranks: int, method: str = "auto", order: str | None = None, seqlen: int | None = None,
+    seqlen_k: int | None = None, cu_seqlens: torch.Tensor | None = None, scale: float | None = None,
+    causal: bool = False, window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+) -> str:  # fmt: skip
     """What :func:`attention` does with such shards on ``ranks`` ranks, and why: in words, without any process or value, so that
     q, k and v may be on the device ``"meta"``. Costs are on paper (docs/context-parallelism.md). Arguments and errors are
     :func:`attention`'s."""
