@@ -336,18 +336,10 @@ def _converted(given: Any) -> tuple[BlockMask, Callable]:
     if seqlen_k % BLOCK:
         kinds[..., -1].clamp_(max=CUT)
     blocks = BlockMask(kinds, seqlen_q, seqlen_k)
-    return blocks, _function_of(given.mask_mod, blocks)
-
-
-def _function_of(mask_mod: Callable, blocks: BlockMask) -> Callable:
-    """The mask of FlexAttention's BlockMask; of one that was made of blocks alone, those."""
-    if getattr(mask_mod, "__name__", "") != "noop_mask":
-        return mask_mod
-    seen = blocks.kinds != NONE
-    several, per_head = blocks.batch > 1, blocks.heads > 1
-    return lambda batch, head, q_idx, kv_idx: seen[
-        batch * int(several), head * int(per_head), q_idx // BLOCK, kv_idx // BLOCK
-    ]
+    if getattr(given.mask_mod, "__name__", "") != "noop_mask":
+        return blocks, given.mask_mod
+    seen, several, per_head = kinds != NONE, int(blocks.batch > 1), int(blocks.heads > 1)  # it was made of blocks alone
+    return blocks, lambda batch, head, q_idx, kv_idx: seen[batch * several, head * per_head, q_idx // BLOCK, kv_idx // BLOCK]
 
 
 def _refuse(got: str, needed: str, instead: str) -> NoReturn:

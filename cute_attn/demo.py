@@ -135,9 +135,8 @@ def _compare(case: Case, q, k, v) -> tuple[list[str], bool]:
     lse_error = (lse.double() - true_lse).abs().max().item()
     sdpa = "has no softcap"
     if not case.rules.get("softcap"):
-        found = scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=visible if case.rules else None, enable_gqa=True
-        )
+        mask, (q, k, v) = visible if case.rules else None, (x.transpose(1, 2) for x in (q, k, v))
+        found = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         sdpa = f"{(found.transpose(1, 2).double() - true).abs().max().item():.1e}"
     return [f"{ours:.1e}", sdpa, f"{theirs:.1e}", f"{lse_error:.1e}"], ours <= limit and math.isfinite(lse_error)
 

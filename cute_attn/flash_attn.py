@@ -327,8 +327,9 @@ def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, sof
     if not type(probs) is type(return_lse) is bool:
         probs, return_lse = flag("return_attn_probs", probs), flag("return_lse", return_lse)
     columns = None
-    if not _as_is(q, k, v):
-        q, k, v, scale, columns = _readable(q, k, v, scale)
+    if not _as_is(q, k, v) and q.shape[-1] == k.shape[-1] and _are_dense(q, k, v):  # else attention refuses them
+        scale, columns = max(q.shape[-1], 1) ** -0.5 if scale is None else scale, v.shape[-1]
+        q, k, v = _padded(q), _padded(k), _padded(v)
     window = None if window is UNBOUNDED else window
     asked = probs or return_lse
     results = attend(
@@ -349,14 +350,6 @@ def _as_is(q, k, v) -> bool:
         return whole_rows and not (q.shape[-1] % HEAD_DIM_STEP or v.shape[-1] % HEAD_DIM_STEP)
     except (AttributeError, IndexError, RuntimeError, TypeError):
         return True
-
-
-def _readable(q, k, v, scale) -> tuple:
-    """Tensors q, k, v as 16-byte copies can read their rows; the scale of q; how many columns of v count."""
-    if q.shape[-1] != k.shape[-1] or not _are_dense(q, k, v):  # attention says so; padded they might be equal
-        return q, k, v, scale, None
-    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
-    return _padded(q), _padded(k), _padded(v), scale, v.shape[-1]
 
 
 def _are_dense(*tensors: Tensor) -> bool:

@@ -125,7 +125,11 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     in lse_log2's dtype, and P and dS are rounded to the inputs' dtype before they are multiplied, as tensor cores take them. A
     row that sees no key, or a key that no row sees, has zeros; so has what is in no ragged sequence, or not in use.
     """
-    of_others: list = [None if x is None or not x.requires_grad else _no_sum(x, lse_log2.dtype) for x in call.others]
+    of_others: list = [  # in which gradients are added up
+        torch.zeros_like(x, dtype=torch.promote_types(x.dtype, lse_log2.dtype), requires_grad=False)
+        if x is not None and x.requires_grad else None
+        for x in call.others
+    ]  # fmt: skip
     captures = bool(call.expression) and bool(call.expression.partials)
     if call.lengths is not None:
         found = tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
@@ -192,11 +196,6 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
             if mdQ is not None:
                 mdQ[:, rows] += torch.einsum("bmhgn,bnhd->bmhgd", dS, k_of_dq[:, keys].to(acc_dtype)) * call.scale
     return *(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv)), *_as_others(of_others, call)
-
-
-def _no_sum(x, acc_dtype: torch.dtype):
-    """Zeros, in which a gradient of ``x`` is added up."""
-    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, acc_dtype), requires_grad=False)
 
 
 def _as_others(found: list, call: Call) -> tuple:

@@ -121,7 +121,9 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
             with torch.cuda.device(device):
                 q = _append(*how)
         if nothing:
-            return *_nothing_seen(call, return_lse, q, packed), None
+            of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
+            lse = q.new_full(of_rows, -math.inf, dtype=torch.float32) if return_lse else None
+            return q.new_zeros((*q.shape[:-1], call.head_dim_v)), lse, None
         return *_many(call, mechanism, return_lse, q, k_cache, v_cache), None
     step = Step(call, return_lse, q)
     captured = tuple(map(as_read, call.captured)) if call.captured else None
@@ -150,12 +152,6 @@ def _appending(call: Call, q) -> tuple:
     edges = turns and call.left is not None, turns and call.right is not None
     problem = Problem(DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, *edges, stored=names, appends=how)
     return prepared(problem, None, q.get_device())[0], turns
-
-
-def _nothing_seen(call: Call, return_lse: bool, q, packed: bool):
-    out = q.new_zeros((*q.shape[:-1], call.head_dim_v))
-    of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
-    return out, q.new_full(of_rows, -math.inf, dtype=torch.float32) if return_lse else None
 
 
 def even_blocks(blocks: int, walks: int, of_cluster: int = 1) -> int:

@@ -503,7 +503,11 @@ def attend(
                 f"cu_seq_lens_q is given, and the model asks for {beyond.wanted}, which {FALLBACK!r} computes without lengths; "
                 f"position_ids that begin anew in each sequence are needed: pass these too, or leave the fallback out"
             )
-        _warn(beyond)
+        if beyond.wanted not in _warned:
+            _warned.add(beyond.wanted)
+            warnings.warn(
+                f"the model asks for {beyond.wanted}: {FALLBACK!r} computes it instead", RuntimeWarning, stacklevel=2
+            )
         given = attention_mask.stand_in() if isinstance(attention_mask, Mask) and attention_mask.stand_in else attention_mask
         others |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         if bias is not None:
@@ -600,9 +604,3 @@ def _beyond(attention_mask: object, dropout: float, bias, own: bool, packed: boo
     if packed and (bias is not None or (isinstance(attention_mask, Mask) and attention_mask.window is None)):
         return Beyond("a bias, or a mask that is no band, beside cu_seq_lens_q", not own)
     return None
-
-
-def _warn(beyond: Beyond) -> None:
-    if beyond.wanted not in _warned:
-        _warned.add(beyond.wanted)
-        warnings.warn(f"the model asks for {beyond.wanted}: {FALLBACK!r} computes it instead", RuntimeWarning, stacklevel=3)
