@@ -41,6 +41,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ from cute_attn.dropout import kept, kept_scale
 from cute_attn.expressions import TorchOps
 from cute_attn.problem import Call
 from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
-from cute_attn.stored import Stored
+from cute_attn.stored import Stored, as_ragged, of_elements
 
 
 @autocast.outside
@@ -276,44 +277,31 @@ PASSES = attention, gradients  # as autograd.Attention calls them
 def attention_kvcache(q, k_cache, v_cache, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of a call that :func:`cute_attn.attention_kvcache` has checked, once the new keys and values are written
     into the cache. Whatever lengths and tables say, they are cut to what there is."""
-    stored = call.stored
-    assert stored is not None
-    packed = stored.packed
-    out = q.new_zeros(*q.shape[:-1], call.head_dim_v)
-    of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
-    lse = q.new_full(of_rows, -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    capacity = stored.capacity if k_cache.shape[0] else 0  # a table may name pages where there are none
+    if call.stored is not None and call.stored.k_new is not None:
+        q = _appended(q, k_cache, v_cache, call, call.stored)
+    ragged, *rows = as_ragged(call, q, k_cache, v_cache)
+    out, lse, _ = attention(*rows, ragged)
+    return of_elements(call, out, lse)
+
+
+def _appended(q, k_cache, v_cache, call: Call, stored: Stored) -> torch.Tensor:
+    """Write the new keys and values behind those in the cache; q, turned as the new keys are."""
+    packed, capacity = stored.packed, stored.capacity if k_cache.shape[0] else 0  # a table may name pages where there are none
     lengths = [min(max(n, 0), capacity) for n in stored.lengths.tolist()]
-    pads = [0] * call.batch if stored.leftpad_k is None else stored.leftpad_k.tolist()
     begins = lengths if stored.rotary_begin is None else stored.rotary_begin.tolist()
-    queries = _rows_of(stored.cu_seqlens_q, call.batch, q)
-    added = [slice(0, 0)] * call.batch
-    if stored.k_new is not None:
-        added = _rows_of(stored.cu_seqlens_k_new, call.batch, stored.k_new)
-    places, keys = [], []
-    for i in range(call.batch):  # all of them are written before any is read: sequences may share pages
-        new = 0 if stored.k_new is None else len(range(*added[i].indices(stored.k_new.shape[-3])))
-        total = min(lengths[i] + new, capacity)
-        places.append(_rows_of_cache(stored, i, total, k_cache))
-        keys.append(slice(min(max(pads[i], 0), lengths[i]), total))
-        for cache, x in ((k_cache, stored.k_new), (v_cache, stored.v_new)):
-            if x is not None:
-                rows = (x if packed else x[i])[added[i]]
-                if x is stored.k_new:
-                    rows = _turned(rows, stored, range(begins[i], begins[i] + new))
-                cache[places[i][0][lengths[i] :], places[i][1][lengths[i] :]] = rows[: total - lengths[i]]
-    for i, of_q in enumerate(queries):
-        mine = (q if packed else q[i])[of_q]
-        n = mine.shape[0]
-        if stored.rotary is not None:
-            step = call.left is not None or call.right is not None
-            mine = _turned(mine, stored, range(begins[i], begins[i] + n) if step else [begins[i]] * n)
-        k, v = (cache[places[i][0][keys[i]], places[i][1][keys[i]]] for cache in (k_cache, v_cache))
-        one = replace(call, batch=1, seqlen_q=n, seqlen_k=k.shape[0], sequence=i, stored=None)
-        found, lse_of_it, _ = attention(mine[None], k[None], v[None], one)
-        (out if packed else out[i])[of_q] = found[0]
-        (lse if packed else lse[i])[:, of_q] = lse_of_it[0]
-    return out, lse
+    added: Any = stored.k_new, stored.v_new
+    for i, rows in enumerate(_rows_of(stored.cu_seqlens_k_new, call.batch, added[0])):
+        k, v = ((x if packed else x[i])[rows] for x in added)
+        k, new = _turned(k, stored, range(begins[i], begins[i] + len(k))), min(len(k), capacity - lengths[i])
+        where = _rows_of_cache(stored, i, range(lengths[i], lengths[i] + new), k_cache)
+        k_cache[where], v_cache[where] = k[:new], v[:new]
+    if stored.rotary is None:
+        return q
+    turned, each_step = q.clone(), call.left is not None or call.right is not None
+    for i, rows in enumerate(_rows_of(stored.cu_seqlens_q, call.batch, q)):
+        mine = (turned if packed else turned[i])[rows]
+        mine[:] = _turned(mine, stored, range(begins[i], begins[i] + len(mine)) if each_step else [begins[i]] * len(mine))
+    return turned
 
 
 def _rows_of(cu_seqlens, batch: int, x) -> list[slice]:
@@ -324,9 +312,9 @@ def _rows_of(cu_seqlens, batch: int, x) -> list[slice]:
     return [slice(first, max(first, past)) for first, past in pairwise(bounds)]
 
 
-def _rows_of_cache(stored: Stored, i: int, rows: int, cache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the first rows of sequence i lie in the cache: (element or page, row) of each."""
-    row = torch.arange(rows, device=cache.device)
+def _rows_of_cache(stored: Stored, i: int, rows: range, cache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where some rows of sequence i lie in the cache: (element or page, row) of each."""
+    row = torch.arange(rows.start, rows.stop, device=cache.device)
     last = cache.shape[0] - 1
     if stored.page_table is not None:
         size = stored.page_size
@@ -336,7 +324,7 @@ def _rows_of_cache(stored: Stored, i: int, rows: int, cache) -> tuple[torch.Tens
 
 
 def _turned(x, stored: Stored, positions) -> torch.Tensor:
-    """``x`` (rows, heads, head_dim) by the rotary tables' rows of its positions, rounded once."""
+    """``x`` (rows, heads, head_dim) by the rotary tables' rows of its positions, rounded once; as it is without tables."""
     if stored.rotary is None:
         return x
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
