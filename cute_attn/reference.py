@@ -40,7 +40,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ import torch
 from cute_attn import autocast
 from cute_attn.dropout import kept, kept_scale
 from cute_attn.expressions import TorchOps
+from cute_attn.lengths import Lengths
 from cute_attn.problem import Call
 from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
 from cute_attn.stored import Stored, as_ragged, of_elements
@@ -286,30 +286,23 @@ def attention_kvcache(q, k_cache, v_cache, call: Call) -> tuple[torch.Tensor, to
 
 def _appended(q, k_cache, v_cache, call: Call, stored: Stored) -> torch.Tensor:
     """Write the new keys and values behind those in the cache; q, turned as the new keys are."""
-    packed, capacity = stored.packed, stored.capacity if k_cache.shape[0] else 0  # a table may name pages where there are none
+    capacity = stored.capacity if k_cache.shape[0] else 0  # a table may name pages where there are none
     lengths = [min(max(n, 0), capacity) for n in stored.lengths.tolist()]
     begins = lengths if stored.rotary_begin is None else stored.rotary_begin.tolist()
     added: Any = stored.k_new, stored.v_new
-    for i, rows in enumerate(_rows_of(stored.cu_seqlens_k_new, call.batch, added[0])):
-        k, v = ((x if packed else x[i])[rows] for x in added)
+    k_new, v_new, turned = (x if stored.packed else x.flatten(0, 1) for x in (*added, q))
+    for i, rows in enumerate(Lengths(call.batch, (stored.cu_seqlens_k_new, None, None, None)).in_use(0, len(k_new))):
+        k, v = k_new[rows], v_new[rows]
         k, new = _turned(k, stored, range(begins[i], begins[i] + len(k))), min(len(k), capacity - lengths[i])
         where = _rows_of_cache(stored, i, range(lengths[i], lengths[i] + new), k_cache)
         k_cache[where], v_cache[where] = k[:new], v[:new]
     if stored.rotary is None:
         return q
-    turned, each_step = q.clone(), call.left is not None or call.right is not None
-    for i, rows in enumerate(_rows_of(stored.cu_seqlens_q, call.batch, q)):
-        mine = (turned if packed else turned[i])[rows]
-        mine[:] = _turned(mine, stored, range(begins[i], begins[i] + len(mine)) if each_step else [begins[i]] * len(mine))
-    return turned
-
-
-def _rows_of(cu_seqlens, batch: int, x) -> list[slice]:
-    """Of each sequence its rows of x: all of its element, or those between bounds."""
-    if cu_seqlens is None:
-        return [slice(None)] * batch
-    bounds = [min(max(value, 0), x.shape[0]) for value in cu_seqlens.tolist()]
-    return [slice(first, max(first, past)) for first, past in pairwise(bounds)]
+    turned, each_step = turned.clone(), call.left is not None or call.right is not None
+    for i, rows in enumerate(Lengths(call.batch, (stored.cu_seqlens_q, None, None, None)).in_use(0, len(turned))):
+        begin, n = begins[i], rows.stop - rows.start
+        turned[rows] = _turned(turned[rows], stored, range(begin, begin + n) if each_step else [begin] * n)
+    return turned.view_as(q)
 
 
 def _rows_of_cache(stored: Stored, i: int, rows: range, cache) -> tuple[torch.Tensor, torch.Tensor]:

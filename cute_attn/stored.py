@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cute_attn.arguments import check_layout, shown
+from cute_attn.arguments import check_layout, check_tensor, shown
 from cute_attn.lengths import Lengths, are_checked, check_within, in_one_piece, sequences_of
 
 PAGE_SIZE_MAX = 1024
@@ -186,11 +186,7 @@ def check_new(stored: Stored, k_cache: torch.Tensor, v_cache: torch.Tensor, k_ne
     """Check the new keys and values, and note them."""
     given = {"k_new": (k_new, k_cache), "v_new": (v_new, v_cache)}
     for name, (x, _) in given.items():
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(
-                f"{name} is {shown(x)}; with new keys there are new values, both torch.Tensor: pass k_new and v_new"
-            )
-        check_layout(name, x)
+        check_tensor(name, x, "with new keys there are new values, both torch.Tensor: pass k_new and v_new")
     packed = stored.cu_seqlens_k_new is not None
     rows = k_new.shape[:-2]
     for name, (x, cache) in given.items():
