@@ -18,13 +18,11 @@ from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS, columns_written
 from cute_attn.plan import plan
 from cute_attn.private import current_device, empty_strided, raw_stream
 from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides, is_aligned
-from cute_attn.stored import UNITS_MAX, as_ragged, of_elements, unit_tiles
+from cute_attn.stored import UNITS_MAX, Stored, as_ragged, of_elements, unit_tiles
 from cute_attn.workspace import Workspaces
 
 MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
 GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
-
-
 _workspaces = Workspaces(torch.float32)
 
 
@@ -65,7 +63,7 @@ class Step:
         blocks = even_blocks(blocks, stored.batch * call.heads_kv * -(-queries * group // rows), config.walk_blocks)
         units, places, counters = 0, 2 * blocks, blocks
         if stored.batch_invariant:
-            units, places, counters = _units(call, rows, group, config.tile_n)
+            units, places, counters = _units(call, stored, rows, group, config.tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
         self.size = counters, places * rows_kept * (columns_written(call.head_dim_v) + OF_ROW)
         self.rows = None
@@ -73,7 +71,7 @@ class Step:
             self.rows = contiguous(torch.float32, *(() if packed else (call.batch,)), call.heads, call.seqlen_q)
         scales = rules.score_scales(call.scale, call.softcap)
         self.numbers = stored.seqlen_new, units, places, rows_kept, call.left or 0, right or 0, *scales, blocks
-        self.append = None if stored.k_new is None else _appending(call, q)
+        self.append = None if stored.k_new is None else _appending(call, stored, q)
 
     def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
         """``(out, lse)``, on the current stream. ``where`` is as in ``stored.NAMES``, without the last, and ``new`` (k_new,
@@ -115,7 +113,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
     nothing = not (q.numel() and k_cache.numel() and v_cache.numel())
     if nothing or _goes_to_many(call, mechanism, (k_cache, v_cache), packed, device):
         if new is not None and k_cache.numel() and v_cache.numel():
-            how = _appending(call, q), q, k_cache, v_cache, where, new, stored.seqlen_new, raw_stream(device)
+            how = _appending(call, stored, q), q, k_cache, v_cache, where, new, stored.seqlen_new, raw_stream(device)
             with torch.cuda.device(device):
                 q = _append(*how)
         if nothing:
@@ -142,10 +140,8 @@ def _append(function: tuple, q, k_cache, v_cache, where: tuple, new: tuple, seql
     return turned if turns else q
 
 
-def _appending(call: Call, q) -> tuple:
+def _appending(call: Call, stored: Stored, q) -> tuple:
     """The compiled kernel that writes new keys, and whether it turns queries."""
-    stored = call.stored
-    assert stored is not None
     turns = stored.rotary is not None
     how = ("interleaved" if stored.rotary_interleaved else "halves") if turns else "as they are"
     names = stored.names if not turns or stored.rotary_begin is None else f"{stored.names} rotary_begin"
@@ -163,11 +159,9 @@ def even_blocks(blocks: int, walks: int, of_cluster: int = 1) -> int:
     return next((n for n in fewer if walks and (n % walks == 0 or walks % n == 0)), blocks)
 
 
-def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, int]:
+def _units(call: Call, stored: Stored, rows: int, group: int, tile_n: int) -> tuple[int, int, int]:
     """Where keys are split at fixed places: ``(units of a walk at most, of all walks, walks)``, as ``balance.py`` counts
     them."""
-    stored = call.stored
-    assert stored is not None
     all_rows = (call.seqlen_q if stored.packed else call.seqlen_q * stored.batch) * group
     walks = (all_rows // rows + stored.batch + 2) * call.heads_kv
     units = min(UNITS_MAX, -(-max(-(-stored.capacity // tile_n), 1) // unit_tiles(rows)))
