@@ -78,16 +78,16 @@ def scaled_dot_product_attention(
         try:  # what attention's own checks refuse is looked at afterwards
             return attention_heads_first(query, key, value, scale, is_causal)
         except (TypeError, ValueError, NotImplementedError):
-            if _why_not(*arguments, backend) is None:
+            if why_not(*arguments, backend=backend) is None:
                 raise
-    elif _why_not(*arguments, backend) is None:
+    elif why_not(*arguments, backend=backend) is None:
         backend = "cute" if backend == "auto" else backend
         return _attend(query, key, value, attn_mask, float(dropout_p), is_causal, scale, backend)
     return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _is_usual(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> bool:
-    """Whether attention's checks are all that an eager call needs, which spares it those of :func:`_why_not`."""
+    """Whether attention's checks are all that an eager call needs, which spares it those of :func:`why_not`."""
     try:
         return (
             attn_mask is None
@@ -149,11 +149,6 @@ def why_not(
     """
     if any_autocast_enabled():
         query, key, value, attn_mask = map(autocast.cast, (query, key, value, attn_mask))
-    return _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
-
-
-def _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> str | None:
-    """:func:`why_not` of tensors as autocast casts them."""
     backend = choice("backend", backend, BACKENDS)
     if type(dropout_p) not in (float, int) or not 0.0 <= dropout_p < 1.0:
         return f"dropout_p is {shown(dropout_p)}; a number from 0.0 to below 1.0 is needed: try 0.0 in evaluation"
