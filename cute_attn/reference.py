@@ -50,7 +50,7 @@ from cute_attn.expressions import TorchOps
 from cute_attn.lengths import Lengths
 from cute_attn.problem import Call
 from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
-from cute_attn.stored import Stored, as_ragged, of_elements
+from cute_attn.stored import Stored
 
 
 @autocast.outside
@@ -277,32 +277,49 @@ PASSES = attention, gradients  # as autograd.Attention calls them
 def attention_kvcache(q, k_cache, v_cache, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of a call that :func:`cute_attn.attention_kvcache` has checked, once the new keys and values are written
     into the cache. Whatever lengths and tables say, they are cut to what there is."""
-    if call.stored is not None and call.stored.k_new is not None:
-        q = _appended(q, k_cache, v_cache, call, call.stored)
-    ragged, *rows = as_ragged(call, q, k_cache, v_cache)
-    out, lse, _ = attention(*rows, ragged)
-    return of_elements(call, out, lse)
-
-
-def _appended(q, k_cache, v_cache, call: Call, stored: Stored) -> torch.Tensor:
-    """Write the new keys and values behind those in the cache; q, turned as the new keys are."""
+    stored = call.stored
+    assert stored is not None
     capacity = stored.capacity if k_cache.shape[0] else 0  # a table may name pages where there are none
     lengths = [min(max(n, 0), capacity) for n in stored.lengths.tolist()]
+    pads = [0] * call.batch if stored.leftpad_k is None else stored.leftpad_k.tolist()
+    keys = [range(min(max(pad, 0), n), n) for pad, n in zip(pads, lengths, strict=True)]
+    queries = q if stored.packed else q.flatten(0, 1)
+    if stored.k_new is not None:  # all of them are written before any is read: sequences may share pages
+        queries, added = _append(queries, k_cache, v_cache, call, stored, lengths, capacity)
+        keys = [range(old.start, old.stop + n) for old, n in zip(keys, added, strict=True)]
+    out = q.new_zeros(len(queries), call.heads, call.head_dim_v)
+    lse = q.new_full((call.heads, len(queries)), -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    for i, rows in enumerate(_rows_of(stored.cu_seqlens_q, call.batch, queries)):
+        where = _rows_of_cache(stored, i, keys[i], k_cache)
+        tensors = queries[None, rows], k_cache[where][None], v_cache[where][None]
+        one = replace(call, batch=1, seqlen_q=tensors[0].shape[1], seqlen_k=len(keys[i]), sequence=i, stored=None)
+        out[None, rows], lse[None, :, rows], _ = attention(*tensors, one)
+    if stored.packed:
+        return out, lse
+    return out.view(*q.shape[:-1], call.head_dim_v), lse.unflatten(1, (call.batch, call.seqlen_q)).transpose(0, 1).contiguous()
+
+
+def _append(q, k_cache, v_cache, call: Call, stored: Stored, lengths: list[int], capacity: int) -> tuple:
+    """Write the new keys and values behind those in the cache; ``(q, how many of each sequence)``, q turned as its keys are."""
     begins = lengths if stored.rotary_begin is None else stored.rotary_begin.tolist()
-    added: Any = stored.k_new, stored.v_new
-    k_new, v_new, turned = (x if stored.packed else x.flatten(0, 1) for x in (*added, q))
-    for i, rows in enumerate(Lengths(call.batch, (stored.cu_seqlens_k_new, None, None, None)).in_use(0, len(k_new))):
-        k, v = k_new[rows], v_new[rows]
-        k, new = _turned(k, stored, range(begins[i], begins[i] + len(k))), min(len(k), capacity - lengths[i])
-        where = _rows_of_cache(stored, i, range(lengths[i], lengths[i] + new), k_cache)
-        k_cache[where], v_cache[where] = k[:new], v[:new]
-    if stored.rotary is None:
-        return q
-    turned, each_step = turned.clone(), call.left is not None or call.right is not None
-    for i, rows in enumerate(Lengths(call.batch, (stored.cu_seqlens_q, None, None, None)).in_use(0, len(turned))):
-        begin, n = begins[i], rows.stop - rows.start
-        turned[rows] = _turned(turned[rows], stored, range(begin, begin + n) if each_step else [begin] * n)
-    return turned.view_as(q)
+    tensors: Any = stored.k_new, stored.v_new
+    k_new, v_new = (x if stored.packed else x.flatten(0, 1) for x in tensors)
+    added = []
+    for i, rows in enumerate(_rows_of(stored.cu_seqlens_k_new, call.batch, k_new)):
+        k, v = _turned(k_new[rows], stored, begins[i]), v_new[rows]
+        added.append(min(len(k), capacity - lengths[i]))
+        where = _rows_of_cache(stored, i, range(lengths[i], lengths[i] + added[i]), k_cache)
+        k_cache[where], v_cache[where] = k[: added[i]], v[: added[i]]
+    if stored.rotary is not None:
+        q, step = q.clone(), int(call.left is not None or call.right is not None)
+        for i, rows in enumerate(_rows_of(stored.cu_seqlens_q, call.batch, q)):
+            q[rows] = _turned(q[rows], stored, begins[i], step)
+    return q, added
+
+
+def _rows_of(cu_seqlens, batch: int, x) -> list[slice]:
+    """Which rows of ``x`` each sequence has."""
+    return Lengths(batch, (cu_seqlens, None, None, None)).in_use(0, len(x))
 
 
 def _rows_of_cache(stored: Stored, i: int, rows: range, cache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,12 +333,14 @@ def _rows_of_cache(stored: Stored, i: int, rows: range, cache) -> tuple[torch.Te
     return torch.full_like(row, element), row
 
 
-def _turned(x, stored: Stored, positions) -> torch.Tensor:
-    """``x`` (rows, heads, head_dim) by the rotary tables' rows of its positions, rounded once; as it is without tables."""
+def _turned(x, stored: Stored, begin: int, step: int = 1) -> torch.Tensor:
+    """``x`` (rows, heads, head_dim) by the rotary tables' rows of its positions, from ``begin`` on, rounded once; as it is
+    without tables."""
     if stored.rotary is None:
         return x
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    where = torch.as_tensor(list(positions), dtype=torch.int64, device=x.device).clamp(0, stored.rotary[0].shape[0] - 1)
+    positions = begin + step * torch.arange(len(x), device=x.device)
+    where = positions.clamp(0, stored.rotary[0].shape[0] - 1)
     cos, sin = (table[where][:, None].to(dtype) for table in stored.rotary)
     half = cos.shape[-1]
     head, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]

@@ -8,6 +8,7 @@ Besides the output, and with rotary tables the turned queries, a call allocates 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -15,10 +16,11 @@ from cute_attn import launch, rules
 from cute_attn.launch import as_read, check_have_memory, contiguous, device_target, prepared, run
 from cute_attn.layouts import for_target
 from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS, columns_written
+from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
 from cute_attn.private import current_device, empty_strided, raw_stream
 from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides, is_aligned
-from cute_attn.stored import UNITS_MAX, Stored, as_ragged, of_elements, unit_tiles
+from cute_attn.stored import UNITS_MAX, Stored, unit_tiles
 from cute_attn.workspace import Workspaces
 
 MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
@@ -120,9 +122,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
             of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
             lse = q.new_full(of_rows, -math.inf, dtype=torch.float32) if return_lse else None
             return q.new_zeros((*q.shape[:-1], call.head_dim_v)), lse, None
-        ragged, *rows = as_ragged(call, q, k_cache, v_cache)
-        out, lse, _ = launch.forward(ragged, mechanism, return_lse, False, *rows)
-        return *of_elements(call, out, lse), None
+        return *_many(call, stored, mechanism, return_lse, q, k_cache, v_cache), None
     step = Step(call, return_lse, q)
     captured = tuple(map(as_read, call.captured)) if call.captured else None
     return *step(q, k_cache, v_cache, where, new, call.sinks, captured), step
@@ -168,6 +168,9 @@ def _units(call: Call, stored: Stored, rows: int, group: int, tile_n: int) -> tu
     return units, walks * units, walks
 
 
+# ---- many queries ----------------------------------------------------------------------------------------------------
+
+
 def _goes_to_many(call: Call, mechanism: str | None, caches: tuple, packed: bool, device: int) -> bool:
     """Whether the kernels for many queries compute: where the host knows that each sequence has many."""
     if mechanism is not None or packed or call.seqlen_q < MANY_QUERIES:
@@ -181,3 +184,41 @@ def _goes_to_many(call: Call, mechanism: str | None, caches: tuple, packed: bool
     row = caches[0].element_size() * call.heads_kv * (call.head_dim + call.head_dim_v)
     # An invariant step may not depend on how much there is to gather for the others.
     return not gathers or stored.batch_invariant or call.batch * call.seqlen_k * row <= GATHERED_MAX
+
+
+def _many(call: Call, stored: Stored, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):
+    """The same by :func:`cute_attn.launch.forward`, of ragged sequences: what is not one sequence after another is gathered."""
+    packed, batch, capacity = stored.packed, stored.batch, stored.capacity
+    lengths = stored.lengths.clamp(0, capacity)
+    pads = None if stored.leftpad_k is None else torch.minimum(stored.leftpad_k.clamp(min=0), lengths)
+    if stored.k_new is not None:
+        new = stored.seqlen_new if stored.cu_seqlens_k_new is None else stored.cu_seqlens_k_new.diff()
+        lengths = (lengths + new).clamp(max=capacity)
+    bounds = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * capacity
+    if pads is not None:
+        lengths = lengths - pads
+        bounds[:batch] += pads
+    k, v = (_gathered(stored, cache) for cache in (k_cache, v_cache))
+    of_them = replace(
+        call,
+        batch=1,
+        seqlen_q=q.shape[0] if packed else batch * call.seqlen_q,
+        seqlen_k=k.shape[0],
+        lengths=Lengths(batch, (stored.cu_seqlens_q, bounds, None, lengths)),
+        stored=None,
+    )
+    out, lse, _ = launch.forward(of_them, mechanism, return_lse, False, q if packed else q.flatten(0, 1), k, v)
+    if packed:
+        return out, lse
+    if lse is not None:
+        lse = lse.unflatten(1, (batch, call.seqlen_q)).transpose(0, 1)
+    return out.unflatten(0, (batch, call.seqlen_q)), lse
+
+
+def _gathered(stored: Stored, cache: torch.Tensor) -> torch.Tensor:
+    """All rows of the sequences one after another: a view where they are so already."""
+    if stored.page_table is not None:
+        cache = cache[stored.page_table.clamp(0, cache.shape[0] - 1)].flatten(0, 1)
+    elif stored.cache_batch_idx is not None:
+        cache = cache[stored.cache_batch_idx.clamp(0, cache.shape[0] - 1)]
+    return cache.flatten(0, 1)

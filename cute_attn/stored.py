@@ -8,14 +8,14 @@ written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress, pairwise, product
 from typing import Any, NoReturn
 
 import torch
 
 from cute_attn.arguments import check_layout, check_tensor, shown
-from cute_attn.lengths import Lengths, are_checked, check_within, in_one_piece, sequences_of
+from cute_attn.lengths import are_checked, check_within, in_one_piece, sequences_of
 
 PAGE_SIZE_MAX = 1024
 UNITS_MAX = 64  # where keys are split at fixed places: into so many parts at most
@@ -110,36 +110,6 @@ class Stored:
                         f"sequence {i} has the rotary positions {begin} to {begin + more - 1}; from 0 to {positions - 1}, "
                         f"which cos and sin have rows for, are needed: make these for more positions"
                     )
-
-
-def as_ragged(call: Any, q, k_cache, v_cache) -> tuple:
-    """``(call, q, k, v)`` that are the same of ragged sequences: what is not one sequence after another is gathered. The new
-    rows are in the cache."""
-    stored: Stored = call.stored
-    lengths, batch = stored.lengths.clamp(0, stored.capacity), stored.batch
-    bounds = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * stored.capacity
-    pads = None if stored.leftpad_k is None else torch.minimum(stored.leftpad_k.clamp(min=0), lengths)
-    if stored.k_new is not None:
-        added = stored.cu_seqlens_k_new
-        new = stored.seqlen_new if added is None else added.diff().clamp(min=0)
-        lengths = (lengths + new).clamp(max=stored.capacity)
-    if pads is not None:
-        lengths = lengths - pads
-        bounds[:batch] += pads
-    table = stored.cache_batch_idx if stored.page_table is None else stored.page_table
-    if table is not None and (elements := k_cache.shape[0]):
-        k_cache, v_cache = (cache[table.clamp(0, elements - 1)] for cache in (k_cache, v_cache))
-    q, k, v = q if stored.packed else q.flatten(0, 1), k_cache.flatten(0, -3), v_cache.flatten(0, -3)
-    ragged = Lengths(batch, (stored.cu_seqlens_q, bounds, None, lengths))
-    return replace(call, batch=1, seqlen_q=q.shape[0], seqlen_k=k.shape[0], lengths=ragged, stored=None), q, k, v
-
-
-def of_elements(call: Any, out, lse) -> tuple:
-    """``(out, lse)`` of such sequences as the call's: an element of the batch for each, unless they are packed."""
-    if call.stored.packed:
-        return out, lse
-    sizes = call.batch, call.seqlen_q
-    return out.unflatten(0, sizes), None if lse is None else lse.unflatten(1, sizes).transpose(0, 1)
 
 
 def unit_tiles(rows: int) -> int:
