@@ -132,21 +132,14 @@ def unshard(x: torch.Tensor, seqlen: int, *, group=None, mesh=None, dim: int = 1
         )
     if places.heads.size > 1:
         shards = places.shards(seqlen, order)
-        x = Shards(shards.rows, places.heads.size, "contiguous").together(_Gathered.apply(x, places.heads, dim), dim)
-    return places.shards(seqlen, order).together(_Gathered.apply(x, places.ring, dim), dim)
+        x = Shards(shards.rows, places.heads.size, "contiguous").together(_gathered(x, places.heads, dim), dim)
+    return places.shards(seqlen, order).together(_gathered(x, places.ring, dim), dim)
 
 
-class _Gathered(torch.autograd.Function):
-    """``(…, ranks, rows, …)`` of everybody's ``(…, rows, …)``."""
-
-    @staticmethod
-    def forward(ctx, x, members: Members, dim: int):  # type: ignore[override]
-        ctx.rank, ctx.dim = members.rank, dim
-        carrier = x.contiguous() if carries(members.group, x.device) else x.cpu().contiguous()
-        gathered = [torch.empty_like(carrier) for _ in range(members.size)]
-        dist.all_gather(gathered, carrier, group=members.group)
-        return torch.stack([part.to(x.device) for part in gathered], dim)
-
-    @staticmethod
-    def backward(ctx, dx):  # type: ignore[override]
-        return dx.select(ctx.dim, ctx.rank), None, None
+def _gathered(x: torch.Tensor, members: Members, dim: int) -> torch.Tensor:
+    """``(…, ranks, rows, …)`` of everybody's ``(…, rows, …)``; a gradient flows to this rank's own."""
+    own = x.detach()
+    own = (own if carries(members.group, x.device) else own.cpu()).contiguous()
+    gathered = [torch.empty_like(own) for _ in range(members.size)]
+    dist.all_gather(gathered, own, group=members.group)
+    return torch.stack([x if rank == members.rank else part.to(x.device) for rank, part in enumerate(gathered)], dim)
