@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import ahead, documents, masks, model, report, serving, training
+from benchmarks import ahead, arguments, documents, masks, model, report, serving, training
 from benchmarks import anchors as anchors_
 from benchmarks import compare as compare_
 from benchmarks import peers as peers_
@@ -324,9 +324,9 @@ def _parser() -> argparse.ArgumentParser:
     about = "; ".join(f"{kind}: {what}" for kind, what in KINDS.items())
     kinds = attention.add_argument_group("kinds of measurement", about)
     kinds.add_argument("--kind", nargs="+", choices=KINDS, default=["burst"], help="one or more; default: burst")
-    kinds.add_argument("--burst-ms", type=command.milliseconds, help="timed work per burst (10)")
-    kinds.add_argument("--idle-ms", type=command.rest_milliseconds, help="rest before a burst (50)")
-    kinds.add_argument("--seconds-per-cell", type=command.seconds, help="sustained load per peer and cell (2)")
+    kinds.add_argument("--burst-ms", type=arguments.milliseconds, help="timed work per burst (10)")
+    kinds.add_argument("--idle-ms", type=arguments.rest_milliseconds, help="rest before a burst (50)")
+    kinds.add_argument("--seconds-per-cell", type=arguments.seconds, help="sustained load per peer and cell (2)")
     _add_run(attention)
 
     show = commands.add_parser("show", help="tables, plots and comparison of a result file; needs no GPU")
@@ -350,19 +350,19 @@ def _add_axes(group: Any) -> None:
     group.add_argument("--suite", choices=SUITES, help="cases of models, or of packed sequences, in the place of the grid")
     group.add_argument("--head-dim", type=command.positive, nargs="+", help=f"default: {_words(grid.head_dims)}")
     group.add_argument("--head-dim-v", type=command.positive, help="default: as --head-dim")
-    group.add_argument("--seqlen", type=command.length, nargs="+", help="of queries, 8192 or 8k; default: 512 1k 2k 8k 16k")
-    group.add_argument("--seqlen-k", type=command.length, help="of keys; default: as --seqlen")
+    group.add_argument("--seqlen", type=arguments.length, nargs="+", help="of queries, 8192 or 8k; default: 512 1k 2k 8k 16k")
+    group.add_argument("--seqlen-k", type=arguments.length, help="of keys; default: as --seqlen")
     mask = group.add_mutually_exclusive_group()
     mask.add_argument("--causal", dest="mask", action="store_const", const=(True,), help="only causal cases")
     mask.add_argument("--full", dest="mask", action="store_const", const=(False,), help="only cases that aren't causal")
-    group.add_argument("--window", type=command.reach, nargs=2, metavar=("LEFT", "RIGHT"), help="keys seen; -1: unbounded")
-    group.add_argument("--softcap", type=command.softcap, help="default: 0, none")
+    group.add_argument("--window", type=arguments.reach, nargs=2, metavar=("LEFT", "RIGHT"), help="keys seen; -1: unbounded")
+    group.add_argument("--softcap", type=arguments.softcap, help="default: 0, none")
     direction = group.add_mutually_exclusive_group()
     direction.add_argument("--direction", nargs="+", choices=DIRECTIONS, help=f"default: {_words(grid.directions)}")
     for name, what in (("forward", "only the forward pass"), ("backward", "only the backward pass")):
         direction.add_argument(f"--{name}", dest="direction", action="store_const", const=[name], help=what)
     group.add_argument("--dtype", choices=DTYPE_BYTES, help=f"default: {grid.dtype}")
-    group.add_argument("--tokens", type=command.length, help=f"batch × query length; default: {grid.tokens}")
+    group.add_argument("--tokens", type=arguments.length, help=f"batch × query length; default: {grid.tokens}")
     group.add_argument("--batch", type=command.positive, help="default: tokens / query length")
     group.add_argument("--heads", type=command.positive, help=f"query heads; default: {grid.width} / head dim")
     group.add_argument("--gqa", type=command.positive, help="query heads per key head; default: 1")
@@ -376,11 +376,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--rounds", type=command.positive, help="turns of each peer in a burst or host cell, in all passes (6)")
     run.add_argument("--passes", type=command.positive, help="times that the whole list of cells is gone through (3)")
     run.add_argument("--fresh-process", action="store_true", help="start each pass in a process of its own (seconds more)")
-    run.add_argument("--limit", type=command.seconds, metavar="SECONDS", help="what one peer may use of one cell (120)")
-    run.add_argument("--budget", type=command.seconds, metavar="SECONDS", help="fit the rounds into this, from start to end")
+    run.add_argument("--limit", type=arguments.seconds, metavar="SECONDS", help="what one peer may use of one cell (120)")
+    run.add_argument("--budget", type=arguments.seconds, metavar="SECONDS", help="fit the rounds into this, from start to end")
     run.add_argument("--compile-jobs", type=command.positive, default=processors(), metavar="N",
                      help="processes that compile kernels ahead; 1: each when its turn comes (%(default)s)")  # fmt: skip
-    run.add_argument("--seed", type=command.seed, help="of the random inputs (0)")
+    run.add_argument("--seed", type=arguments.seed, help="of the random inputs (0)")
     run.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here, after every cell")
     _add_output(parser)
 

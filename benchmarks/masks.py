@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import ahead, card, supervise, timing
+from benchmarks import ahead, arguments, card, supervise, timing
 from benchmarks.peers import only
 from cute_attn import attention, block_mask, command, masks, scores
 from cute_attn.command import write_whole
@@ -299,14 +299,14 @@ def add_parser(commands: Any) -> None:
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     names = [row.name for row in ROWS] + [BLOCK_MASK.name]
     parser.add_argument("--only", nargs="+", metavar="WORD", help=f"rows with one of these words: {', '.join(names)}")
-    parser.add_argument("--seqlen", type=command.length, nargs="+", help="of rows with several (4k 16k)")
+    parser.add_argument("--seqlen", type=arguments.length, nargs="+", help="of rows with several (4k 16k)")
     parser.add_argument("--head-dim", type=command.positive, nargs="+", default=[64, 128], help="(64 128)")
     parser.add_argument("--direction", choices=(FORWARD, BACKWARD), nargs="+", default=[FORWARD, BACKWARD], help="both")
     parser.add_argument("--rounds", type=command.positive, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--compile-jobs", type=command.positive, default=min(16, os.cpu_count() or 1),
                         help="processes that compile ahead on a GPU; 1: each when its turn comes (%(default)s)")  # fmt: skip
-    parser.add_argument("--limit", type=command.seconds, default=120.0, help="seconds for a row, and to compile ahead (120)")
-    parser.add_argument("--budget", type=command.seconds, metavar="SECONDS", help="begin no row later than this")
+    parser.add_argument("--limit", type=arguments.seconds, default=120.0, help="seconds for a row, and to compile ahead (120)")
+    parser.add_argument("--budget", type=arguments.seconds, metavar="SECONDS", help="begin no row later than this")
     parser.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here, after every row")
 
 
@@ -455,18 +455,18 @@ def measure(job: Job, device: str, clock: timing.Clock, directions: Sequence[str
 
 def block_mask_times(device: str, clock: timing.Clock, rounds: int) -> list[dict[str, Any]]:
     """Seconds of a block mask of documents, of the lists of a forward pass, and what it holds."""
-    found = []
+    found, of_tiles = [], "key_lists" if device == "cuda" else "ranks"  # a kernel makes the lists
     for seqlen, goal in LARGE.items() if device == "cuda" else [(256, 1.0)]:
         mask = masks.document(document_ids(seqlen, device))
         make = partial(block_mask, mask, None, None, seqlen, seqlen, device=device)
         blocks = make()
 
         def lists(blocks=blocks):
-            blocks.to(device).key_lists(128, 128, 1, 1)
+            getattr(blocks.to(device), of_tiles)(128, 128, 1, 1)
             blocks._kept.clear()
 
         times = _median(clock, make, rounds), _median(clock, lists, rounds)
-        held = blocks.kinds.nbytes + blocks.key_lists(128, 128, 1, 1).nbytes
+        held = blocks.kinds.nbytes + getattr(blocks, of_tiles)(128, 128, 1, 1).nbytes
         found.append({"seqlen": seqlen, "goal": goal, "seconds": times[0], "lists": times[1], "bytes": held})
     return found
 

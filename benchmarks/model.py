@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import card, timing
+from benchmarks import arguments, card, timing
 from cute_attn import command
 from cute_attn.command import write_whole
 
@@ -88,7 +88,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--implementation", nargs="+", choices=(OURS, TORCH, *FLASH), help="default: all that are installed")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="default: both")
     parser.add_argument("--rounds", type=command.positive, default=5, help="turns of each (%(default)s)")
-    parser.add_argument("--seed", type=command.seed, default=0, help="of weights and tokens (%(default)s)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of weights and tokens (%(default)s)")
     parser.add_argument("--json", type=command.output_file, metavar="FILE", help="write the results here")
 
 

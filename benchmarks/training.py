@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks import arguments
 from cute_attn import command
 from cute_attn.command import write_whole
 
@@ -83,7 +84,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("training", help=ABOUT, description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--steps", type=command.positive, help="200; a few on the CPU, which also takes a smaller model")
-    parser.add_argument("--seed", type=command.seed, default=0, help="of the weights and the batches (%(default)s)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the weights and the batches (%(default)s)")
     parser.add_argument("--mechanism", choices=command.mechanisms(), help="of cute_attn's kernels; default: the GPU's best")
     parser.add_argument("--deterministic", action="store_true", help="deterministic=True for cute_attn")
     parser.add_argument("--json", type=command.output_file, metavar="FILE", help="write the curves here, once all are there")

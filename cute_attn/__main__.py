@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def info(options: argparse.Namespace, console: Console) -> int:
     """``info``: what this machine has and which backend it gets."""
     table = _facts()
-    table.add_row("machine", machine.system())
+    table.add_row("machine", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name, version in machine.versions().items():
         table.add_row(name, Text.assemble(version or "not installed", (f" ({machine.PACKAGES[name]})", "dim")))
     for name, (found, ours) in machine.integrations().items():
@@ -53,7 +54,10 @@ def info(options: argparse.Namespace, console: Console) -> int:
         )
     if not devices:
         table.add_row("GPU", f"none; kernels can be compiled here for {', '.join(layouts.known_targets())}")
-    table.add_row("cache", machine.cache())
+    try:
+        table.add_row("cache", f"{cache_dir()}: {inventory.described(inventory.entries(cache_dir()))}")
+    except OSError as error:
+        table.add_row("cache", f"none: {error}")
     none = f"none of {', '.join(LINKERS)}: kernels are kept as objects, and loading one imports the DSL"
     table.add_row("linker", linker() or none)
     name, why = machine.backend()

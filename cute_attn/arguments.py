@@ -177,6 +177,13 @@ def _scalar(name: str, value: object, needed: str) -> object:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
+def check_tensor(name: str, x: object, needed: str) -> None:
+    """Refuse what is no tensor, in words that end with what is ``needed`` and what to try; and as :func:`check_layout` does."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is {shown(x)}; {needed}")
+    check_layout(name, x)
+
+
 def check_layout(name: str, x: torch.Tensor) -> None:
     """Refuse a nested or sparse tensor."""
     if x.is_nested:

@@ -3,7 +3,7 @@ masks only those that are cut.
 
 A :class:`BlockMask` knows the *kind* of every block of 32 queries × 32 keys. A kernel's tiles are made of these, whatever their
 shape is; so one block mask serves the forward and the backward pass of every head dim and mechanism. The kernels read lists,
-which are made of the kinds when a tile shape first asks for them, and kept:
+which another one (``enlist.py``) makes of the kinds when a tile shape first asks for them, and which are kept:
 
     (cut tiles, all tiles, …, in turn, tile, tile, …, unused)     int32; HEADER words, the tiles that are cut, whole ones
 
@@ -38,16 +38,12 @@ from cute_attn.layouts.base import (
     BY_ROWS,
     CUT,
     HEADER,
-    IN_TURN,
     KIND_BITS,
     LISTED_ROWS,
     MEMBER_BIT,
     NONE,
     TILE_BITS,
-    UNSEEN_BIT,
-    WARPGROUP_BITS,
     WHOLE,
-    WHOLE_BIT,
 )
 from cute_attn.private import dispatch_modes, raw_stream
 
@@ -89,8 +85,12 @@ class BlockMask:
     def tiles(self, tile_m: int, tile_n: int) -> torch.Tensor:
         """The kinds of tiles of ``tile_m`` queries × ``tile_n`` keys, uint8 ``(batch, heads, m_blocks, n_blocks)``. A tile that
         reaches past the last key is not whole."""
-        none, every = self._seen(tile_m, tile_n, tile_m)
-        return every.all(3).byte() + none.all(3).logical_not()
+        down, across = tile_m // BLOCK, tile_n // BLOCK
+        missing, past = -self.kinds.shape[2] % down, -self.kinds.shape[3] % across
+        kinds = pad(self.kinds.masked_fill(self.kinds.eq(BY_ROWS), CUT), (0, past))
+        each = (pad(kinds, (0, 0, 0, missing), value=value) for value in (NONE, WHOLE))  # rows that there aren't change nothing
+        high, low = (x.unflatten(3, (-1, across)).unflatten(2, (-1, down)) for x in each)
+        return high.amax((3, 5)).ne(NONE).byte() + low.amin((3, 5)).eq(WHOLE)
 
     def key_lists(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
         """A list of key tiles for each query tile, ``(batch, heads, m_blocks, HEADER + n_blocks + 1)``."""
@@ -115,58 +115,25 @@ class BlockMask:
             found[..., :-i] |= self.kinds[..., i:] << i * KIND_BITS
         return found
 
-    def _seen(self, tile_m: int, tile_n: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whether no key of a tile is seen, and whether all of them are, by each ``rows`` of its rows, bool ``(batch, heads,
-        m_blocks, tile_m / rows, n_blocks)``. Rows that there aren't see none and all."""
-        down, across = rows // BLOCK, tile_n // BLOCK
-        missing, past = -self.kinds.shape[2] % (tile_m // BLOCK), -self.kinds.shape[3] % across
-        kinds = self.kinds.masked_fill(self.kinds.eq(BY_ROWS), CUT)
-        kinds = pad(kinds, (0, past)) if past else kinds
-        each = [pad(kinds, (0, 0, 0, missing), value=value) if missing else kinds for value in (NONE, WHOLE)]
-        high, low = (x.unflatten(3, (-1, across)).unflatten(2, (-1, tile_m // rows, down)) for x in each)
-        return high.amax((4, 6)).eq(NONE), low.amin((4, 6)).eq(WHOLE)
-
     def _key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
         if tile_m % ROWS_OF_WARPGROUP or tile_m > LISTED_ROWS:
             raise NotImplementedError(
                 f"a list of key tiles is of a query tile of {ROWS_OF_WARPGROUP} rows or a multiple of it up to {LISTED_ROWS}; "
                 f"got tile_m={tile_m}: try {LISTED_ROWS} or fewer"
             )
-        across, (batch, heads, rows, columns) = tile_n // BLOCK, self.kinds.shape
-        sizes = batch, heads, -(-rows * BLOCK // tile_m), HEADER - (-columns // across) + 1
-        lists = self.kinds.new_zeros(sizes, dtype=torch.int32)
-        if self.kinds.is_cuda:
-            return self._enlisted("key lists", lists, tile_m, tile_n)
-        none, every = self._seen(tile_m, BLOCK, ROWS_OF_WARPGROUP)
-        for place in product(*map(range, sizes[:3])):
-            header, entries = _list_of_keys(none[place].tolist(), every[place].tolist(), across)
-            lists[place][: HEADER + len(entries)] = torch.tensor([*header, 0, *entries])
-        lists[..., IN_TURN] = lists[..., 1].argsort(dim=-1, descending=True, stable=True)
-        return lists
+        batch, heads, rows, columns = self.kinds.shape
+        sizes = batch, heads, -(-rows * BLOCK // tile_m), HEADER - (-columns * BLOCK // tile_n) + 1
+        return self._enlisted("key lists", sizes, tile_m, tile_n, 1)
 
     def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
         batch, heads, rows, columns = self.kinds.shape
-        tiles, lists_of = -(-rows * BLOCK // tile_m), max(heads // members, 1)
-        sizes = batch, lists_of, -(-columns * BLOCK // tile_n), HEADER + members * tiles + 1
-        lists = self.kinds.new_zeros(sizes, dtype=torch.int32)
-        if self.kinds.is_cuda:
-            return self._enlisted("query lists", lists, tile_m, tile_n, members)
-        kinds, halves = self.tiles(tile_m, tile_n), None
-        if tile_n == 2 * ROWS_OF_WARPGROUP:
-            halves = pad(self.tiles(tile_m, ROWS_OF_WARPGROUP), (0, 1)).eq(WHOLE).int()
-        for b, h, n in product(*map(range, sizes[:3])):
-            found: dict[int, list[int]] = {NONE: [], CUT: [], WHOLE: []}
-            for member, m in product(range(members), range(tiles)):
-                head, entry = (h * members + member) % heads, m | member << MEMBER_BIT
-                if halves is not None:
-                    entry |= sum(int(halves[b, head, m, 2 * n + w]) << TILE_BITS + w for w in range(2))
-                found[int(kinds[b, head, m, n])].append(entry)
-            entries = found[CUT] + found[WHOLE]
-            lists[b, h, n, : HEADER + len(entries)] = torch.tensor([len(found[CUT]), len(entries), 0, 0, *entries])
-        return lists
+        of_list = HEADER - members * (-rows * BLOCK // tile_m) + 1
+        sizes = batch, max(heads // members, 1), -(-columns * BLOCK // tile_n), of_list
+        return self._enlisted("query lists", sizes, tile_m, tile_n, members)
 
-    def _enlisted(self, which: str, lists: torch.Tensor, tile_m: int, tile_n: int, members: int = 1) -> torch.Tensor:
-        """Fills lists, zeros so far, by a kernel."""
+    def _enlisted(self, which: str, sizes: tuple[int, ...], tile_m: int, tile_n: int, members: int) -> torch.Tensor:
+        """Lists that a kernel makes."""
+        lists = self.kinds.new_zeros(sizes, dtype=torch.int32)
         if lists.numel() and self.kinds.numel():
             from cute_attn import launch  # which imports what needs a GPU
 
@@ -237,14 +204,9 @@ class BlockMask:
 
 
 def block_mask(
-    mask: Callable,
-    batch: int | None,
-    heads: int | None,
-    seqlen_q: int,
-    seqlen_k: int,
-    tensors: tuple[torch.Tensor, ...] = (),
-    device: Any = None,
-) -> BlockMask:
+    mask: Callable, batch: int | None, heads: int | None, seqlen_q: int, seqlen_k: int,
+    tensors: tuple[torch.Tensor, ...] = (), device: Any = None,
+) -> BlockMask:  # fmt: skip
     """Which tiles ``mask`` hides, cuts or leaves whole, for ``attention(…, mask=mask, block_mask=…)``.
 
     Args:
@@ -308,28 +270,6 @@ def classified(kinds: torch.Tensor, expression: Expression, captured: tuple, seq
         found = some.any(1).byte() + every.all(1).byte()
         by_rows = found.eq(CUT) & (every | ~some).all(1)
         kinds[b, h, first : first + len(some)] = found.masked_fill(by_rows, BY_ROWS)
-
-
-def _list_of_keys(none: list[list[bool]], every: list[list[bool]], across: int) -> tuple[tuple[int, int, int], list[int]]:
-    """``(header, entries)`` of the list of a query tile, of each 64 of whose rows it is known which columns of blocks they see
-    nothing of, and which all of. A tile begins at each column that is seen and in no tile before it."""
-    led: list[int] = []
-    whole: list[int] = []
-    cut: list[int] = []
-    begin, columns = 0, len(none[0])
-    while begin < columns:
-        if all(row[begin] for row in none):
-            begin += 1
-            continue
-        held, entry, full = slice(begin, begin + across), begin, begin + across <= columns
-        of_rows = [(all(x[held]), full and all(y[held])) for x, y in zip(none, every, strict=True)]
-        for w, (unseen, seen) in enumerate(of_rows):
-            entry |= (unseen << UNSEEN_BIT | seen << WHOLE_BIT) << TILE_BITS + WARPGROUP_BITS * w
-        (whole if all(seen for _, seen in of_rows) else cut if whole else led).append(entry)
-        begin += across
-    if not whole:
-        led, cut = cut, led
-    return (len(cut), len(led) + len(whole) + len(cut), len(whole) + len(cut)), [*cut[::-1], *whole[::-1], *led[::-1]]
 
 
 # ---- what attention is given -----------------------------------------------------------------------------------------
@@ -396,18 +336,10 @@ def _converted(given: Any) -> tuple[BlockMask, Callable]:
     if seqlen_k % BLOCK:
         kinds[..., -1].clamp_(max=CUT)
     blocks = BlockMask(kinds, seqlen_q, seqlen_k)
-    return blocks, _function_of(given.mask_mod, blocks)
-
-
-def _function_of(mask_mod: Callable, blocks: BlockMask) -> Callable:
-    """The mask of FlexAttention's BlockMask; of one that was made of blocks alone, those."""
-    if getattr(mask_mod, "__name__", "") != "noop_mask":
-        return mask_mod
-    seen = blocks.kinds != NONE
-    several, per_head = blocks.batch > 1, blocks.heads > 1
-    return lambda batch, head, q_idx, kv_idx: seen[
-        batch * int(several), head * int(per_head), q_idx // BLOCK, kv_idx // BLOCK
-    ]
+    if getattr(given.mask_mod, "__name__", "") != "noop_mask":
+        return blocks, given.mask_mod
+    seen, several, per_head = kinds != NONE, int(blocks.batch > 1), int(blocks.heads > 1)  # it was made of blocks alone
+    return blocks, lambda batch, head, q_idx, kv_idx: seen[batch * several, head * per_head, q_idx // BLOCK, kv_idx // BLOCK]
 
 
 def _refuse(got: str, needed: str, instead: str) -> NoReturn:

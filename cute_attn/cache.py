@@ -133,10 +133,9 @@ def filling(folder: Path, name: str) -> Iterator[bool]:
         lock.acquire()
     except Untrusted as error:
         _warn_untrusted(folder, error)
-        yield False
-        return
     except (OSError, filelock.Timeout) as error:
         warn_of_folder(folder, error)
+    if not lock.is_locked:
         yield False
         return
     try:

@@ -6,7 +6,6 @@ A number or a path is refused while the arguments are read, before any work begi
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import tempfile
@@ -23,8 +22,7 @@ from cute_attn import layouts
 from cute_attn.problem import DTYPE_NAMES, GPU_DTYPES, HEAD_DIM_MAX, HEAD_DIM_STEP
 
 DTYPES = tuple(DTYPE_NAMES[dtype] for dtype in GPU_DTYPES)
-INT_MAX, SEED_MAX = 2**31 - 1, 2**63 - 1  # of the kernels' sizes; of torch's seeds, with room for a few more
-SECONDS_MAX = 1e6  # eleven days; the system's calls that wait take little more
+INT_MAX = 2**31 - 1  # of the kernels' sizes
 Command = Callable[[argparse.Namespace, Console], int]
 
 
@@ -103,21 +101,12 @@ def whole(least: int, most: int = INT_MAX, step: int = 1) -> Callable[[str], int
         needed = f"a multiple of {step} from {least} to {most}"
     else:
         needed = f"a whole number of at least {least} and at most {most}"
-    return _number(int, needed, lambda value: least <= value <= most and not value % step)
+    return number(int, needed, lambda value: least <= value <= most and not value % step)
 
 
-def real(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """A type of argument: a finite number of at least ``least``, or above it, up to ``most``."""
-    needed = f"a finite number {'above' if above else 'of at least'} {least:g}"
-    needed += f" and at most {most:g}" if math.isfinite(most) else ""
+def number(kind: Callable[[str], Any], needed: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A type of argument: what ``kind`` makes of the text, if it fits."""
 
-    def fits(value: float) -> bool:
-        return math.isfinite(value) and least <= value <= most and not (above and value == least)
-
-    return _number(float, needed, fits)
-
-
-def _number(kind: Callable[[str], Any], needed: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         with suppress(ValueError):
             if fits(value := kind(text)):
@@ -128,24 +117,7 @@ def _number(kind: Callable[[str], Any], needed: str, fits: Callable[[Any], bool]
 
 
 positive = whole(1)
-seed = whole(0, SEED_MAX)
-reach = whole(-1)  # of a window's side: -1 is unbounded
 head_dim = whole(HEAD_DIM_STEP, HEAD_DIM_MAX, HEAD_DIM_STEP)  # that the kernels take
-softcap = real(0)
-seconds = real(0, SECONDS_MAX, above=True)
-milliseconds = real(0, 1e3 * SECONDS_MAX, above=True)
-rest_milliseconds = real(0, 1e3 * SECONDS_MAX)  # none at all is one, too
-
-
-def length(text: str) -> int:
-    """A type of argument: ``8k`` is 8192, ``512`` is 512."""
-    thousands = text.lower().endswith("k")
-    try:
-        return whole(1, INT_MAX // 1024)(text[:-1]) * 1024 if thousands else positive(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}; a length of at least 1 and at most {INT_MAX} is needed, such as 512 or 8k"
-        ) from None
 
 
 def mechanisms() -> list[str]:

@@ -33,27 +33,25 @@ TIMES_PLAIN = 2.0  # the tests' policy: at most twice plain PyTorch's error, plu
 
 
 class Case(NamedTuple):
-    """One call: what is asked, in words, ``(seqlen, heads, head_dim)`` of each tensor, and attention()'s rules."""
+    """One call: what is asked, in words, attention()'s rules, and ``(seqlen, heads, head_dim)`` of q, of k, and of v."""
 
     name: str
-    q: tuple[int, int, int]
-    k: tuple[int, int, int]
-    v: tuple[int, int, int]
     rules: dict[str, Any]
+    shapes: tuple[tuple[int, int, int], ...]
 
     def tensors(self, device: str, times: int) -> list[torch.Tensor]:
         """q, k, v, ``(2, seqlen, heads, head_dim)``, with ``times`` the lengths."""
         generator = torch.Generator().manual_seed(SEED)
-        shapes = ((2, times * seqlen, *others) for seqlen, *others in (self.q, self.k, self.v))
+        shapes = ((2, times * seqlen, *others) for seqlen, *others in self.shapes)
         return [torch.randn(shape, generator=generator).to(DTYPE).to(device) for shape in shapes]
 
 
 CASES = (
-    Case("full", (256, 4, 64), (256, 4, 64), (256, 4, 64), {}),
-    Case("causal", (256, 4, 128), (256, 4, 128), (256, 4, 128), {"causal": True}),
-    Case("causal, 4 query heads a key head, lengths differ", (200, 8, 128), (333, 2, 128), (333, 2, 128), {"causal": True}),
-    Case("window of 64 keys before, 16 after", (256, 4, 64), (256, 4, 64), (256, 4, 64), {"window": (64, 16)}),
-    Case("softcap 20, head dims 96 and 64", (256, 4, 96), (256, 4, 96), (256, 4, 64), {"softcap": 20.0}),
+    Case("full", {}, ((256, 4, 64),) * 3),
+    Case("causal", {"causal": True}, ((256, 4, 128),) * 3),
+    Case("causal, 4 query heads a key head, lengths differ", {"causal": True}, ((200, 8, 128), *((333, 2, 128),) * 2)),
+    Case("window of 64 keys before, 16 after", {"window": (64, 16)}, ((256, 4, 64),) * 3),
+    Case("softcap 20, head dims 96 and 64", {"softcap": 20.0}, ((256, 4, 96), (256, 4, 96), (256, 4, 64))),
 )
 
 
@@ -94,11 +92,13 @@ def run(console: Console) -> int:
 def _attention(console: Console, summary: Summary) -> None:
     """Every case on the best backend, its errors beside those of PyTorch in the same dtype."""
     backend, why = machine.backend()
-    device, times = (f"cuda:{_gpu()[0]}", 8) if backend == "cute" else ("cpu", 1)
     console.print(Text.assemble("backend ", (backend, "bold"), f": {why}"))
-    cases = [(case, case.tensors(device, times)) for case in CASES]
     if backend == "cute":
-        _compile_first(console, cases)
+        gpu, target = next((i, device.target) for i, device in enumerate(machine.devices()) if device.target)
+        cases = [(case, case.tensors(f"cuda:{gpu}", 8)) for case in CASES]
+        _compile_first(console, cases, target)
+    else:
+        cases = [(case, case.tensors("cpu", 1)) for case in CASES]
     table = Table(caption="largest error against float64, inputs and outputs in bfloat16; the log-sum-exp is float32")
     for column in ("case", "q", "k, v", "this", "PyTorch's SDPA", "plain PyTorch", "log-sum-exp", ""):
         table.add_column(column, justify="left" if column == "case" else "right")
@@ -107,23 +107,17 @@ def _attention(console: Console, summary: Summary) -> None:
         for case, (q, k, v) in cases:
             cells, good = _compare(case, q, k, v)
             verdict = Text("right", "green") if good else Text("WRONG", "red")
-            table.add_row(case.name, _sizes(q), _sizes(v), *cells, verdict)
+            table.add_row(case.name, *("×".join(map(str, x.shape)) for x in (q, v)), *cells, verdict)
             right += good
     console.print(table)
     summary.lines.append(f"attention on the {backend} backend: {right} of {len(CASES)} cases right ({why})")
     summary.failed |= right < len(CASES)
 
 
-def _gpu() -> tuple[int, str]:
-    """The first GPU that there are kernels for: its index and target."""
-    return next((index, device.target) for index, device in enumerate(machine.devices()) if device.target)
-
-
-def _compile_first(console: Console, cases) -> None:
+def _compile_first(console: Console, cases, target: str) -> None:
     """Fill the cache for all cases at once rather than one after the other in their calls."""
     rules = {"scale": None, "causal": False, "window": None, "softcap": 0.0}
     problems = {problem_of(DTYPE, check_call(*qkv, **(rules | case.rules)), True): None for case, qkv in cases}
-    _, target = _gpu()
     with console.status("compiling the kernels of these cases, once"):
         outcomes = list(fill.fill([(problem, plan(problem, target)) for problem in problems], fill.processors()))
     hits = sum(outcome.how == "hit" for outcome in outcomes)
@@ -141,7 +135,9 @@ def _compare(case: Case, q, k, v) -> tuple[list[str], bool]:
     lse_error = (lse.double() - true_lse).abs().max().item()
     sdpa = "has no softcap"
     if not case.rules.get("softcap"):
-        sdpa = f"{(_sdpa(q, k, v, visible, case).double() - true).abs().max().item():.1e}"
+        mask, (q, k, v) = visible if case.rules else None, (x.transpose(1, 2) for x in (q, k, v))
+        found = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        sdpa = f"{(found.transpose(1, 2).double() - true).abs().max().item():.1e}"
     return [f"{ours:.1e}", sdpa, f"{theirs:.1e}", f"{lse_error:.1e}"], ours <= limit and math.isfinite(lse_error)
 
 
@@ -163,16 +159,6 @@ def _eager(q, k, v, visible, causal=False, window=None, softcap=0.0):
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -math.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
-
-
-def _sdpa(q, k, v, visible, case: Case) -> torch.Tensor:
-    mask = visible if case.rules else None
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-
-
-def _sizes(x: torch.Tensor) -> str:
-    return "×".join(map(str, x.shape))
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from cute_attn import memo
-from cute_attn.arguments import check_layout, shown
+from cute_attn.arguments import check_layout, check_tensor, shown
 from cute_attn.private import FakeTensor, is_recorded
 
 RANK_MAX = 4
@@ -881,9 +881,7 @@ def _alibi(score, batch, head, q_idx, kv_idx, shift, slopes, behind: bool):
 
 def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:
     need = f"float32 ({heads},) or ({batch}, {heads}), (heads,) or (batch, heads), on {q.device}"
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"alibi_slopes is {shown(x)}; a tensor, {need}, is needed: try torch.tensor(alibi_slopes)")
-    check_layout("alibi_slopes", x)
+    check_tensor("alibi_slopes", x, f"a tensor, {need}, is needed: try torch.tensor(alibi_slopes)")
     if x.dtype != torch.float32 or x.device != q.device or x.shape not in ((heads,), (batch, heads)):
         raise ValueError(f"alibi_slopes is {shown(x)} on {x.device}; {need}, is needed: try .float() and .to(q.device)")
 
@@ -903,9 +901,7 @@ def _is_bias(x: Any, q: torch.Tensor, sizes: dict[str, int | None]) -> bool:
     rows = ("any" if size is None else str(size) for size in sizes.values())
     dtypes = " or ".join(dict.fromkeys(str(dtype) for dtype in (q.dtype, torch.float32)))
     need = f"a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ({', '.join(rows)}), of {dtypes}, on {q.device}"
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"bias is {shown(x)}; {need}, is needed: try torch.tensor(bias)")
-    check_layout("bias", x)
+    check_tensor("bias", x, f"{need}, is needed: try torch.tensor(bias)")
     sized = zip(reversed(x.shape), reversed(list(sizes.values())), strict=False)
     if x.dim() > 4 or not all(n == 1 or size is None or n == size for n, size in sized):
         raise ValueError(f"bias has shape {tuple(x.shape)}; {need}, is needed: try unsqueeze for dimensions that are missing")

@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from cute_attn.api import attention, attention_varlen
-from cute_attn.arguments import check_layout, flag, integer, number, shown, unscriptable
+from cute_attn.arguments import check_layout, check_tensor, flag, integer, number, shown, unscriptable
 from cute_attn.kvcache import attention_kvcache
 from cute_attn.launch import packed_of
 from cute_attn.lengths import sequences_of
@@ -327,8 +327,9 @@ def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, sof
     if not type(probs) is type(return_lse) is bool:
         probs, return_lse = flag("return_attn_probs", probs), flag("return_lse", return_lse)
     columns = None
-    if not _as_is(q, k, v):
-        q, k, v, scale, columns = _readable(q, k, v, scale)
+    if not _as_is(q, k, v) and q.shape[-1] == k.shape[-1] and _are_dense(q, k, v):  # else attention refuses them
+        scale, columns = max(q.shape[-1], 1) ** -0.5 if scale is None else scale, v.shape[-1]
+        q, k, v = _padded(q), _padded(k), _padded(v)
     window = None if window is UNBOUNDED else window
     asked = probs or return_lse
     results = attend(
@@ -351,14 +352,6 @@ def _as_is(q, k, v) -> bool:
         return True
 
 
-def _readable(q, k, v, scale) -> tuple:
-    """Tensors q, k, v as 16-byte copies can read their rows; the scale of q; how many columns of v count."""
-    if q.shape[-1] != k.shape[-1] or not _are_dense(q, k, v):  # attention says so; padded they might be equal
-        return q, k, v, scale, None
-    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
-    return _padded(q), _padded(k), _padded(v), scale, v.shape[-1]
-
-
 def _are_dense(*tensors: Tensor) -> bool:
     """Whether torch can copy them: what is sparse, or freed, it copies with a message of its own, or none."""
     if not all(x.layout is torch.strided for x in tensors):
@@ -378,9 +371,7 @@ def _unpacked(name: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor,
     """The parts of a packed tensor, views of it."""
     names = {"qkv": "q, k and v", "kv": "k and v"}[name]
     rows = "batch, seqlen" if dims == 5 else "rows of all sequences"
-    if not isinstance(packed, Tensor):
-        raise TypeError(f"{name} is {shown(packed)}; a torch.Tensor is needed: try torch.stack of {names}, dim=-3")
-    check_layout(name, packed)
+    check_tensor(name, packed, f"a torch.Tensor is needed: try torch.stack of {names}, dim=-3")
     if packed.dim() != dims or packed.shape[-3] != parts:
         raise ValueError(
             f"{name} has shape {tuple(packed.shape)}; ({rows}, {parts}, heads, head_dim) is needed: try torch.stack of "
@@ -498,10 +489,8 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     return rows.index_copy_(0, indices.long(), hidden_states).unflatten(0, (batch, seqlen))
 
 
-def _check_tensor(name: str, x: object, dims: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {shown(x)}; a torch.Tensor is needed: try torch.as_tensor({name})")
-    check_layout(name, x)
+def _check_tensor(name: str, x: Tensor, dims: int) -> None:
+    check_tensor(name, x, f"a torch.Tensor is needed: try torch.as_tensor({name})")
     if x.dim() < dims:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; {dims} dimensions or more are needed: check how it was made")
 

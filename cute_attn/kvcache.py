@@ -21,35 +21,17 @@ _steps: dict[tuple | None, serve.Step] = {}
 
 @unscriptable
 def attention_kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    lengths: torch.Tensor,
-    page_table: torch.Tensor | None = None,
-    cache_batch_idx: torch.Tensor | None = None,
-    leftpad_k: torch.Tensor | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    k_new: torch.Tensor | None = None,
-    v_new: torch.Tensor | None = None,
-    cu_seqlens_k_new: torch.Tensor | None = None,
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-    rotary_interleaved: bool = False,
-    rotary_begin: torch.Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    mask: Callable | None = None,
-    score: Callable | None = None,
-    tensors: tuple[torch.Tensor, ...] = (),
-    alibi_slopes: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    return_lse: bool = False,
-    batch_invariant: bool = False,
-    backend: str = "auto",
-    mechanism: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    *, lengths: torch.Tensor, page_table: torch.Tensor | None = None, cache_batch_idx: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None, cu_seqlens_q: torch.Tensor | None = None,
+    k_new: torch.Tensor | None = None, v_new: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None, rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotary_interleaved: bool = False, rotary_begin: torch.Tensor | None = None, scale: float | None = None,
+    causal: bool = False, window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+    mask: Callable | None = None, score: Callable | None = None, tensors: tuple[torch.Tensor, ...] = (),
+    alibi_slopes: torch.Tensor | None = None, sinks: torch.Tensor | None = None, return_lse: bool = False,
+    batch_invariant: bool = False, backend: str = "auto", mechanism: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """:func:`~cute_attn.attention` of some queries to all keys of their sequence, which lie in a cache: a step of serving.
 
     Sequence i has the keys up to ``lengths[i]``, and behind them those of ``k_new``, which the call writes into the cache

@@ -5,15 +5,13 @@ Nothing here imports the DSL.
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
 import torch
 
-from cute_attn import inventory, layouts
-from cute_attn.cache import cache_dir
+from cute_attn import layouts
 
 PACKAGES = {
     "torch": "tensors",
@@ -102,16 +100,3 @@ def backend() -> tuple[str, str]:
         return "reference", f"{devices()[0].why_not}; for CUDA tensors, ask for it with backend='reference'"
     best = usable[0]
     return "cute", f"{best.name} runs {best.mechanisms[0]} ({best.target}, {best.module})"
-
-
-def cache() -> str:
-    """The cache folder and what it holds, in a line, or why there is none."""
-    try:
-        return f"{cache_dir()}: {inventory.described(inventory.entries(cache_dir()))}"
-    except OSError as error:
-        return f"none: {error}"
-
-
-def system() -> str:
-    """The interpreter and the operating system, in a line."""
-    return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"

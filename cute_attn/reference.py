@@ -40,13 +40,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from typing import Any
 
 import torch
 
 from cute_attn import autocast
 from cute_attn.dropout import kept, kept_scale
 from cute_attn.expressions import TorchOps
+from cute_attn.lengths import Lengths
 from cute_attn.problem import Call
 from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
 from cute_attn.stored import Stored
@@ -125,7 +126,11 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
     in lse_log2's dtype, and P and dS are rounded to the inputs' dtype before they are multiplied, as tensor cores take them. A
     row that sees no key, or a key that no row sees, has zeros; so has what is in no ragged sequence, or not in use.
     """
-    of_others: list = [None if x is None or not x.requires_grad else _no_sum(x, lse_log2.dtype) for x in call.others]
+    of_others: list = [  # in which gradients are added up
+        torch.zeros_like(x, dtype=torch.promote_types(x.dtype, lse_log2.dtype), requires_grad=False)
+        if x is not None and x.requires_grad else None
+        for x in call.others
+    ]  # fmt: skip
     captures = bool(call.expression) and bool(call.expression.partials)
     if call.lengths is not None:
         found = tuple(x.new_zeros(x.shape) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
@@ -192,11 +197,6 @@ def gradients(q, k, v, out, lse_log2, dout, dlse, call: Call, needs: str = "qkv"
             if mdQ is not None:
                 mdQ[:, rows] += torch.einsum("bmhgn,bnhd->bmhgd", dS, k_of_dq[:, keys].to(acc_dtype)) * call.scale
     return *(None if dx is None else dx.to(dtype) for dx in (dq, dk, dv)), *_as_others(of_others, call)
-
-
-def _no_sum(x, acc_dtype: torch.dtype):
-    """Zeros, in which a gradient of ``x`` is added up."""
-    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, acc_dtype), requires_grad=False)
 
 
 def _as_others(found: list, call: Call) -> tuple:
@@ -279,55 +279,52 @@ def attention_kvcache(q, k_cache, v_cache, call: Call) -> tuple[torch.Tensor, to
     into the cache. Whatever lengths and tables say, they are cut to what there is."""
     stored = call.stored
     assert stored is not None
-    packed = stored.packed
-    out = q.new_zeros(*q.shape[:-1], call.head_dim_v)
-    of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
-    lse = q.new_full(of_rows, -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     capacity = stored.capacity if k_cache.shape[0] else 0  # a table may name pages where there are none
     lengths = [min(max(n, 0), capacity) for n in stored.lengths.tolist()]
     pads = [0] * call.batch if stored.leftpad_k is None else stored.leftpad_k.tolist()
+    keys = [range(min(max(pad, 0), n), n) for pad, n in zip(pads, lengths, strict=True)]
+    queries = q if stored.packed else q.flatten(0, 1)
+    if stored.k_new is not None:  # all of them are written before any is read: sequences may share pages
+        queries, added = _append(queries, k_cache, v_cache, call, stored, lengths, capacity)
+        keys = [range(old.start, old.stop + n) for old, n in zip(keys, added, strict=True)]
+    out = q.new_zeros(len(queries), call.heads, call.head_dim_v)
+    lse = q.new_full((call.heads, len(queries)), -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    for i, rows in enumerate(_rows_of(stored.cu_seqlens_q, call.batch, queries)):
+        where = _rows_of_cache(stored, i, keys[i], k_cache)
+        tensors = queries[None, rows], k_cache[where][None], v_cache[where][None]
+        one = replace(call, batch=1, seqlen_q=tensors[0].shape[1], seqlen_k=len(keys[i]), sequence=i, stored=None)
+        out[None, rows], lse[None, :, rows], _ = attention(*tensors, one)
+    if stored.packed:
+        return out, lse
+    return out.view(*q.shape[:-1], call.head_dim_v), lse.unflatten(1, (call.batch, call.seqlen_q)).transpose(0, 1).contiguous()
+
+
+def _append(q, k_cache, v_cache, call: Call, stored: Stored, lengths: list[int], capacity: int) -> tuple:
+    """Write the new keys and values behind those in the cache; ``(q, how many of each sequence)``, q turned as its keys are."""
     begins = lengths if stored.rotary_begin is None else stored.rotary_begin.tolist()
-    queries = _rows_of(stored.cu_seqlens_q, call.batch, q)
-    added = [slice(0, 0)] * call.batch
-    if stored.k_new is not None:
-        added = _rows_of(stored.cu_seqlens_k_new, call.batch, stored.k_new)
-    places, keys = [], []
-    for i in range(call.batch):  # all of them are written before any is read: sequences may share pages
-        new = 0 if stored.k_new is None else len(range(*added[i].indices(stored.k_new.shape[-3])))
-        total = min(lengths[i] + new, capacity)
-        places.append(_rows_of_cache(stored, i, total, k_cache))
-        keys.append(slice(min(max(pads[i], 0), lengths[i]), total))
-        for cache, x in ((k_cache, stored.k_new), (v_cache, stored.v_new)):
-            if x is not None:
-                rows = (x if packed else x[i])[added[i]]
-                if x is stored.k_new:
-                    rows = _turned(rows, stored, range(begins[i], begins[i] + new))
-                cache[places[i][0][lengths[i] :], places[i][1][lengths[i] :]] = rows[: total - lengths[i]]
-    for i, of_q in enumerate(queries):
-        mine = (q if packed else q[i])[of_q]
-        n = mine.shape[0]
-        if stored.rotary is not None:
-            step = call.left is not None or call.right is not None
-            mine = _turned(mine, stored, range(begins[i], begins[i] + n) if step else [begins[i]] * n)
-        k, v = (cache[places[i][0][keys[i]], places[i][1][keys[i]]] for cache in (k_cache, v_cache))
-        one = replace(call, batch=1, seqlen_q=n, seqlen_k=k.shape[0], sequence=i, stored=None)
-        found, lse_of_it, _ = attention(mine[None], k[None], v[None], one)
-        (out if packed else out[i])[of_q] = found[0]
-        (lse if packed else lse[i])[:, of_q] = lse_of_it[0]
-    return out, lse
+    tensors: Any = stored.k_new, stored.v_new
+    k_new, v_new = (x if stored.packed else x.flatten(0, 1) for x in tensors)
+    added = []
+    for i, rows in enumerate(_rows_of(stored.cu_seqlens_k_new, call.batch, k_new)):
+        k, v = _turned(k_new[rows], stored, begins[i]), v_new[rows]
+        added.append(min(len(k), capacity - lengths[i]))
+        where = _rows_of_cache(stored, i, range(lengths[i], lengths[i] + added[i]), k_cache)
+        k_cache[where], v_cache[where] = k[: added[i]], v[: added[i]]
+    if stored.rotary is not None:
+        q, step = q.clone(), int(call.left is not None or call.right is not None)
+        for i, rows in enumerate(_rows_of(stored.cu_seqlens_q, call.batch, q)):
+            q[rows] = _turned(q[rows], stored, begins[i], step)
+    return q, added
 
 
 def _rows_of(cu_seqlens, batch: int, x) -> list[slice]:
-    """Of each sequence its rows of x: all of its element, or those between bounds."""
-    if cu_seqlens is None:
-        return [slice(None)] * batch
-    bounds = [min(max(value, 0), x.shape[0]) for value in cu_seqlens.tolist()]
-    return [slice(first, max(first, past)) for first, past in pairwise(bounds)]
+    """Which rows of ``x`` each sequence has."""
+    return Lengths(batch, (cu_seqlens, None, None, None)).in_use(0, len(x))
 
 
-def _rows_of_cache(stored: Stored, i: int, rows: int, cache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the first rows of sequence i lie in the cache: (element or page, row) of each."""
-    row = torch.arange(rows, device=cache.device)
+def _rows_of_cache(stored: Stored, i: int, rows: range, cache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where some rows of sequence i lie in the cache: (element or page, row) of each."""
+    row = torch.arange(rows.start, rows.stop, device=cache.device)
     last = cache.shape[0] - 1
     if stored.page_table is not None:
         size = stored.page_size
@@ -336,12 +333,14 @@ def _rows_of_cache(stored: Stored, i: int, rows: int, cache) -> tuple[torch.Tens
     return torch.full_like(row, element), row
 
 
-def _turned(x, stored: Stored, positions) -> torch.Tensor:
-    """``x`` (rows, heads, head_dim) by the rotary tables' rows of its positions, rounded once."""
+def _turned(x, stored: Stored, begin: int, step: int = 1) -> torch.Tensor:
+    """``x`` (rows, heads, head_dim) by the rotary tables' rows of its positions, from ``begin`` on, rounded once; as it is
+    without tables."""
     if stored.rotary is None:
         return x
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    where = torch.as_tensor(list(positions), dtype=torch.int64, device=x.device).clamp(0, stored.rotary[0].shape[0] - 1)
+    positions = begin + step * torch.arange(len(x), device=x.device)
+    where = positions.clamp(0, stored.rotary[0].shape[0] - 1)
     cos, sin = (table[where][:, None].to(dtype) for table in stored.rotary)
     half = cos.shape[-1]
     head, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]

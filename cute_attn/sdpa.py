@@ -43,17 +43,10 @@ _active: list[Any] = []  # the name's values: what was there, then those of the 
 
 @unscriptable
 def scaled_dot_product_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    backend: str = "auto",
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    *, backend: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """``softmax(scale · query keyᵀ) value``, as :func:`torch.nn.functional.scaled_dot_product_attention` defines it.
 
     CUDA tensors of float16 and bfloat16 run cute-attn's kernels; what these can't compute (:func:`why_not` says why) goes to
@@ -85,16 +78,16 @@ def scaled_dot_product_attention(
         try:  # what attention's own checks refuse is looked at afterwards
             return attention_heads_first(query, key, value, scale, is_causal)
         except (TypeError, ValueError, NotImplementedError):
-            if _why_not(*arguments, backend) is None:
+            if why_not(*arguments, backend=backend) is None:
                 raise
-    elif _why_not(*arguments, backend) is None:
+    elif why_not(*arguments, backend=backend) is None:
         backend = "cute" if backend == "auto" else backend
         return _attend(query, key, value, attn_mask, float(dropout_p), is_causal, scale, backend)
     return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _is_usual(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> bool:
-    """Whether attention's checks are all that an eager call needs, which spares it those of :func:`_why_not`."""
+    """Whether attention's checks are all that an eager call needs, which spares it those of :func:`why_not`."""
     try:
         return (
             attn_mask is None
@@ -144,17 +137,10 @@ def _attend(query, key, value, attn_mask, dropout_p: float, is_causal: bool, sca
 
 
 def why_not(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    backend: str = "auto",
-) -> str | None:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    *, backend: str = "auto",
+) -> str | None:  # fmt: skip
     """Why :func:`scaled_dot_product_attention` hands a call with these arguments to torch's function: a sentence that says what
     was got, what is needed, and what to try. ``None`` where it computes the call itself. Nothing is computed or compiled.
 
@@ -163,11 +149,6 @@ def why_not(
     """
     if any_autocast_enabled():
         query, key, value, attn_mask = map(autocast.cast, (query, key, value, attn_mask))
-    return _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
-
-
-def _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend) -> str | None:
-    """:func:`why_not` of tensors as autocast casts them."""
     backend = choice("backend", backend, BACKENDS)
     if type(dropout_p) not in (float, int) or not 0.0 <= dropout_p < 1.0:
         return f"dropout_p is {shown(dropout_p)}; a number from 0.0 to below 1.0 is needed: try 0.0 in evaluation"

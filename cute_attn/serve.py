@@ -25,8 +25,6 @@ from cute_attn.workspace import Workspaces
 
 MANY_QUERIES = 256  # of each sequence: from here on arithmetic takes longer than reading keys
 GATHERED_MAX = 1 << 30  # bytes of keys and values that are gathered for these
-
-
 _workspaces = Workspaces(torch.float32)
 
 
@@ -67,7 +65,7 @@ class Step:
         blocks = even_blocks(blocks, stored.batch * call.heads_kv * -(-queries * group // rows), config.walk_blocks)
         units, places, counters = 0, 2 * blocks, blocks
         if stored.batch_invariant:
-            units, places, counters = _units(call, rows, group, config.tile_n)
+            units, places, counters = _units(call, stored, rows, group, config.tile_n)
         rows_kept = rows if packed else min(rows, queries * group)
         self.size = counters, places * rows_kept * (columns_written(call.head_dim_v) + OF_ROW)
         self.rows = None
@@ -75,7 +73,7 @@ class Step:
             self.rows = contiguous(torch.float32, *(() if packed else (call.batch,)), call.heads, call.seqlen_q)
         scales = rules.score_scales(call.scale, call.softcap)
         self.numbers = stored.seqlen_new, units, places, rows_kept, call.left or 0, right or 0, *scales, blocks
-        self.append = None if stored.k_new is None else _appending(call, q)
+        self.append = None if stored.k_new is None else _appending(call, stored, q)
 
     def __call__(self, q, k_cache, v_cache, where: tuple, new: tuple | None, sinks, captured):
         """``(out, lse)``, on the current stream. ``where`` is as in ``stored.NAMES``, without the last, and ``new`` (k_new,
@@ -117,12 +115,14 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
     nothing = not (q.numel() and k_cache.numel() and v_cache.numel())
     if nothing or _goes_to_many(call, mechanism, (k_cache, v_cache), packed, device):
         if new is not None and k_cache.numel() and v_cache.numel():
-            how = _appending(call, q), q, k_cache, v_cache, where, new, stored.seqlen_new, raw_stream(device)
+            how = _appending(call, stored, q), q, k_cache, v_cache, where, new, stored.seqlen_new, raw_stream(device)
             with torch.cuda.device(device):
                 q = _append(*how)
         if nothing:
-            return *_nothing_seen(call, return_lse, q, packed), None
-        return *_many(call, mechanism, return_lse, q, k_cache, v_cache), None
+            of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
+            lse = q.new_full(of_rows, -math.inf, dtype=torch.float32) if return_lse else None
+            return q.new_zeros((*q.shape[:-1], call.head_dim_v)), lse, None
+        return *_many(call, stored, mechanism, return_lse, q, k_cache, v_cache), None
     step = Step(call, return_lse, q)
     captured = tuple(map(as_read, call.captured)) if call.captured else None
     return *step(q, k_cache, v_cache, where, new, call.sinks, captured), step
@@ -140,22 +140,14 @@ def _append(function: tuple, q, k_cache, v_cache, where: tuple, new: tuple, seql
     return turned if turns else q
 
 
-def _appending(call: Call, q) -> tuple:
+def _appending(call: Call, stored: Stored, q) -> tuple:
     """The compiled kernel that writes new keys, and whether it turns queries."""
-    stored = call.stored
-    assert stored is not None
     turns = stored.rotary is not None
     how = ("interleaved" if stored.rotary_interleaved else "halves") if turns else "as they are"
     names = stored.names if not turns or stored.rotary_begin is None else f"{stored.names} rotary_begin"
     edges = turns and call.left is not None, turns and call.right is not None
     problem = Problem(DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, *edges, stored=names, appends=how)
     return prepared(problem, None, q.get_device())[0], turns
-
-
-def _nothing_seen(call: Call, return_lse: bool, q, packed: bool):
-    out = q.new_zeros((*q.shape[:-1], call.head_dim_v))
-    of_rows = (call.heads, q.shape[0]) if packed else (call.batch, call.heads, call.seqlen_q)
-    return out, q.new_full(of_rows, -math.inf, dtype=torch.float32) if return_lse else None
 
 
 def even_blocks(blocks: int, walks: int, of_cluster: int = 1) -> int:
@@ -167,11 +159,9 @@ def even_blocks(blocks: int, walks: int, of_cluster: int = 1) -> int:
     return next((n for n in fewer if walks and (n % walks == 0 or walks % n == 0)), blocks)
 
 
-def _units(call: Call, rows: int, group: int, tile_n: int) -> tuple[int, int, int]:
+def _units(call: Call, stored: Stored, rows: int, group: int, tile_n: int) -> tuple[int, int, int]:
     """Where keys are split at fixed places: ``(units of a walk at most, of all walks, walks)``, as ``balance.py`` counts
     them."""
-    stored = call.stored
-    assert stored is not None
     all_rows = (call.seqlen_q if stored.packed else call.seqlen_q * stored.batch) * group
     walks = (all_rows // rows + stored.batch + 2) * call.heads_kv
     units = min(UNITS_MAX, -(-max(-(-stored.capacity // tile_n), 1) // unit_tiles(rows)))
@@ -196,10 +186,8 @@ def _goes_to_many(call: Call, mechanism: str | None, caches: tuple, packed: bool
     return not gathers or stored.batch_invariant or call.batch * call.seqlen_k * row <= GATHERED_MAX
 
 
-def _many(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):
+def _many(call: Call, stored: Stored, mechanism: str | None, return_lse: bool, q, k_cache, v_cache):
     """The same by :func:`cute_attn.launch.forward`, of ragged sequences: what is not one sequence after another is gathered."""
-    stored = call.stored
-    assert stored is not None
     packed, batch, capacity = stored.packed, stored.batch, stored.capacity
     lengths = stored.lengths.clamp(0, capacity)
     pads = None if stored.leftpad_k is None else torch.minimum(stored.leftpad_k.clamp(min=0), lengths)

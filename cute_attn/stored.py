@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cute_attn.arguments import check_layout, shown
+from cute_attn.arguments import check_layout, check_tensor, shown
 from cute_attn.lengths import are_checked, check_within, in_one_piece, sequences_of
 
 PAGE_SIZE_MAX = 1024
@@ -156,11 +156,7 @@ def check_new(stored: Stored, k_cache: torch.Tensor, v_cache: torch.Tensor, k_ne
     """Check the new keys and values, and note them."""
     given = {"k_new": (k_new, k_cache), "v_new": (v_new, v_cache)}
     for name, (x, _) in given.items():
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(
-                f"{name} is {shown(x)}; with new keys there are new values, both torch.Tensor: pass k_new and v_new"
-            )
-        check_layout(name, x)
+        check_tensor(name, x, "with new keys there are new values, both torch.Tensor: pass k_new and v_new")
     packed = stored.cu_seqlens_k_new is not None
     rows = k_new.shape[:-2]
     for name, (x, cache) in given.items():
@@ -171,11 +167,7 @@ def check_new(stored: Stored, k_cache: torch.Tensor, v_cache: torch.Tensor, k_ne
                 f"{name} has shape {tuple(x.shape)}; ({before}, {heads}, {columns}) is needed, with equal rows in k_new and "
                 f"v_new: check the cache's heads and head_dim"
             )
-        if x.dtype != cache.dtype or x.device != cache.device:
-            raise ValueError(
-                f"{name} is {x.dtype} on {x.device} and the cache {cache.dtype} on {cache.device}; equal ones are needed: try "
-                f"{name}.to(k_cache)"
-            )
+        _check_alike(name, x, "the cache", cache, f"{name}.to(k_cache)")
     if not packed and rows[0] != stored.batch:
         _refuse_count("k_new", rows[0], stored.batch)
     stored.k_new, stored.v_new, stored.seqlen_new = k_new, v_new, 0 if packed else rows[1]
@@ -200,12 +192,16 @@ def check_rotary(stored: Stored, q: torch.Tensor, rotary, interleaved: bool) -> 
             f"needed, with 1 position at least and a multiple of 8 up to {half} columns: try cos[:, : rotary_dim // 2]"
         )
     for name, x in (("cos", cos), ("sin", sin)):
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"rotary's {name} is {x.dtype} on {x.device} and q {q.dtype} on {q.device}; equal ones are needed: try "
-                f"{name}.to(q)"
-            )
+        _check_alike(f"rotary's {name}", x, "q", q, f"{name}.to(q)")
     stored.rotary, stored.rotary_interleaved = (cos.contiguous(), sin.contiguous()), interleaved
+
+
+def _check_alike(name: str, x: torch.Tensor, of_other: str, other: torch.Tensor, remedy: str) -> None:
+    if x.dtype != other.dtype or x.device != other.device:
+        raise ValueError(
+            f"{name} is {x.dtype} on {x.device} and {of_other} {other.dtype} on {other.device}; equal ones are needed: "
+            f"try {remedy}"
+        )
 
 
 def _refuse_count(name: str, of: int, batch: int) -> NoReturn:

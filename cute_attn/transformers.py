@@ -203,18 +203,10 @@ class Mask:
 
 
 def mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    kv_offset: int = 0,
-    *,
-    mask_function: Callable,
-    attention_mask: torch.Tensor | Mask | None = None,
-    device: torch.device | str = "cpu",
-    fallback: Callable | None = None,
-    **others: Any,
-) -> Mask:
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | torch.Tensor = 0, kv_offset: int = 0,
+    *, mask_function: Callable, attention_mask: torch.Tensor | Mask | None = None, device: torch.device | str = "cpu",
+    fallback: Callable | None = None, **others: Any,
+) -> Mask:  # fmt: skip
     """The :class:`Mask` of what Transformers gives its makers of masks: ``mask_function(batch, head, query, key)`` is whether a
     key is seen; queries stand from ``q_offset`` on, which static caches have on the device, and keys from ``kv_offset`` on;
     ``attention_mask`` ``(batch, positions)`` is whether a key is no padding. What attention can't compute is :class:`Beyond`;
@@ -486,22 +478,12 @@ def _seen_by(mask_function: Callable) -> _Seen:
 
 
 def attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: Mask | torch.Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    is_causal: bool | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    cu_seq_lens_k: torch.Tensor | None = None,
-    fallback: Callable | None = None,
-    **others: Any,
-) -> tuple[Any, None]:
+    *, dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None,
+    sliding_window: int | None = None, is_causal: bool | None = None, cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None, fallback: Callable | None = None, **others: Any,
+) -> tuple[Any, None]:  # fmt: skip
     """Attention of a layer, ``query`` ``(batch, heads, seqlen, head_dim)``, as Transformers calls it: ``(out, None)``, ``out``
     ``(batch, seqlen, heads, head_dim_v)``, and no weights.
 
@@ -521,7 +503,11 @@ def attend(
                 f"cu_seq_lens_q is given, and the model asks for {beyond.wanted}, which {FALLBACK!r} computes without lengths; "
                 f"position_ids that begin anew in each sequence are needed: pass these too, or leave the fallback out"
             )
-        _warn(beyond)
+        if beyond.wanted not in _warned:
+            _warned.add(beyond.wanted)
+            warnings.warn(
+                f"the model asks for {beyond.wanted}: {FALLBACK!r} computes it instead", RuntimeWarning, stacklevel=2
+            )
         given = attention_mask.stand_in() if isinstance(attention_mask, Mask) and attention_mask.stand_in else attention_mask
         others |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         if bias is not None:
@@ -618,9 +604,3 @@ def _beyond(attention_mask: object, dropout: float, bias, own: bool, packed: boo
     if packed and (bias is not None or (isinstance(attention_mask, Mask) and attention_mask.window is None)):
         return Beyond("a bias, or a mask that is no band, beside cu_seq_lens_q", not own)
     return None
-
-
-def _warn(beyond: Beyond) -> None:
-    if beyond.wanted not in _warned:
-        _warned.add(beyond.wanted)
-        warnings.warn(f"the model asks for {beyond.wanted}: {FALLBACK!r} computes it instead", RuntimeWarning, stacklevel=3)

@@ -32,3 +32,13 @@ def shared_folder(tmp_path_factory) -> Path:
     folder = (own.parent if WORKERS > 1 else own) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def lists_on_the_cpu(monkeypatch):
+    """Where a block mask lies on the CPU, which no kernel reads, tests have its lists made in Python."""
+    from cute_attn import launch
+    from tests import lists
+
+    kernel = launch.enlist
+    monkeypatch.setattr(launch, "enlist", lambda *of: (kernel if of[1].is_cuda else lists.enlist)(*of))

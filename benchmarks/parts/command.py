@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import arguments
 from benchmarks.parts import catalogue, kernels, show
 from benchmarks.parts import plot as plot_
 from benchmarks.parts.catalogue import Probe
@@ -45,9 +46,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"only these: {', '.join(catalogue.PARTS)}")
     parser.add_argument("--config", nargs="+", metavar="NAME", help=f"only these: {', '.join(SHAPES)}")
     parser.add_argument("--mechanism", help="instead of the GPU's best, and of all where that is cheap")
-    parser.add_argument("--seqlen", type=command.length, default=SEQLEN, help="of the whole kernels, 8192 or 8k (8k)")
+    parser.add_argument("--seqlen", type=arguments.length, default=SEQLEN, help="of the whole kernels, 8192 or 8k (8k)")
     parser.add_argument("--rounds", type=command.positive, default=ROUNDS, help=f"turns that each probe takes ({ROUNDS})")
-    parser.add_argument("--limit", type=command.seconds, default=LIMIT_SECONDS, metavar="SECONDS", help="of one probe")
+    parser.add_argument("--limit", type=arguments.seconds, default=LIMIT_SECONDS, metavar="SECONDS", help="of one probe")
     build = parser.add_argument_group("compiling")
     build.add_argument("--compile-only", action="store_true", help="compile and look into the code; needs no GPU")
     build.add_argument("--arch", help=f"target to compile for (the GPU's; {DEFAULT_TARGET} where there is none)")

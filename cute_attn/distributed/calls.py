@@ -10,15 +10,15 @@ import torch
 from torch.compiler import disable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cute_attn import api, autocast, launch, reference, wrapped
+from cute_attn import api, autocast, autograd, launch, reference, wrapped
 from cute_attn.arguments import choice, flag, integer, shown
 from cute_attn.distributed import costs
 from cute_attn.distributed.agreement import agree, refuse
-from cute_attn.distributed.ring import ALONE, Engine, Members, Ring, RingAttention
+from cute_attn.distributed.ring import ALONE, Engine, Members, Ring
 from cute_attn.distributed.schedule import ORDERS, Packed, Shards
 from cute_attn.distributed.shards import Places, length_of, places_of
 from cute_attn.distributed.ulysses import copies, to_heads, to_rows
-from cute_attn.lengths import check_lengths
+from cute_attn.lengths import Lengths, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, version_of
 from cute_attn.problem import Call, check_call, edges_of
@@ -30,27 +30,13 @@ _packed_of = WeakTensorKeyDictionary()  # of cu_seqlens: (version, rows, Packed)
 
 @disable(reason="attention over several ranks talks to them in the order of Python's calls: a graph would break here anyway")
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    group=None,
-    mesh=None,
-    method: str = "auto",
-    order: str | None = None,
-    seqlen: int | None = None,
-    seqlen_k: int | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    return_lse: bool = False,
-    deterministic: bool = False,
-    backend: str = "auto",
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    *, group=None, mesh=None, method: str = "auto", order: str | None = None, seqlen: int | None = None,
+    seqlen_k: int | None = None, cu_seqlens: torch.Tensor | None = None, scale: float | None = None,
+    causal: bool = False, window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+    sinks: torch.Tensor | None = None, return_lse: bool = False, deterministic: bool = False, backend: str = "auto",
     mechanism: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """:func:`cute_attn.attention` of sequences that are sharded over ranks: q, k, v and the results are this rank's shards.
 
     All ranks call it alike, with equally many rows, and all run the backward pass. The first call of a kind compares shapes
@@ -126,7 +112,10 @@ def attention(
         if times > 1:
             k, v = k.repeat_interleave(times, 2), v.repeat_interleave(times, 2)
         q, k, v = to_heads(q, heads, of_q), to_heads(k, heads, of_k), to_heads(v, heads, of_k)
-    out, lse = RingAttention.apply(q, k, v, cu_seqlens, arranged.ring, engine)
+    ring = arranged.ring
+    lengths = None if cu_seqlens is None else Lengths(len(cu_seqlens) - 1, (cu_seqlens, cu_seqlens, None, None))
+    call = replace(ring.call, lengths=lengths, passes=(partial(ring.forward, engine), partial(ring.gradients, engine)))
+    out, lse = autograd.Attention.apply(q, k, v, call)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks.tensor_split(heads.size)[heads.rank])
     if heads.size > 1:
@@ -147,21 +136,11 @@ def _with_sinks(out, lse, sinks):
 
 
 def explain(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    ranks: int,
-    method: str = "auto",
-    order: str | None = None,
-    seqlen: int | None = None,
-    seqlen_k: int | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-) -> str:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    *, ranks: int, method: str = "auto", order: str | None = None, seqlen: int | None = None,
+    seqlen_k: int | None = None, cu_seqlens: torch.Tensor | None = None, scale: float | None = None,
+    causal: bool = False, window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+) -> str:  # fmt: skip
     """What :func:`attention` does with such shards on ``ranks`` ranks, and why: in words, without any process or value, so that
     q, k and v may be on the device ``"meta"``. Costs are on paper (docs/context-parallelism.md). Arguments and errors are
     :func:`attention`'s."""

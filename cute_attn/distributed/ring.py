@@ -197,8 +197,9 @@ class Ring:
         """Which rows of another's a rank needs of what travels."""
         return spanned(self.pieces(here, there), "rows" if self.queries_travel else "keys")
 
-    def forward(self, engine: Engine, q, k, v, cu_seqlens) -> tuple:
-        """``(out, lse)`` of this rank's queries, the log-sum-exp in the engine's unit, −∞ for a row that sees no key."""
+    def forward(self, engine: Engine, q, k, v, call: Call) -> tuple:
+        """``(out, lse, kept)`` of this rank's queries, for ``autograd.Attention``: ``kept`` is the log-sum-exp in the engine's
+        unit, −∞ for a row that sees no key."""
         mine = Merged(engine, q, v)
 
         def compute(step: int, there: list, parts: list[tuple]) -> list:
@@ -206,7 +207,7 @@ class Ring:
             found = Merged(engine, q_there, v) if self.queries_travel and step else mine
             for piece, rows, keys in parts:
                 inputs = self._of(piece, q_there[:, rows], k_there[:, keys], v_there[:, keys])
-                out, _, lse = engine.passes[0](*inputs, self._call(piece, cu_seqlens))
+                out, _, lse = engine.passes[0](*inputs, self._call(piece, call))
                 found.add(rows, *((out[None], lse[None]) if piece.packed else (out, lse)))
             if found is mine:
                 return []
@@ -222,9 +223,10 @@ class Ring:
             self._walk([q], list(results), compute, take)
         else:
             self._walk([k, v], [], compute, take)
-        return mine.result()
+        out, lse = mine.result()
+        return out, lse * (engine.to_log2 * LN_2), lse
 
-    def gradients(self, engine: Engine, q, k, v, out, lse, dout, dlse, needs: str, cu_seqlens):
+    def gradients(self, engine: Engine, q, k, v, out, lse, dout, dlse, call: Call, needs: str):
         """``(dq, dk, dv)`` of this rank's shards, None for what ``needs`` does not name."""
         lse = lse.masked_fill(lse == -torch.inf, engine.unseen)
         if dlse is None and self.queries_travel:  # others' may have one, which are sent as this one's are
@@ -243,7 +245,7 @@ class Ring:
                 inputs = of_q, *(x[:, keys] for x in keys_there), of_out
                 kept, of_dlse = (*(x.transpose(1, 2) for x in of_lse), None)[:2]
                 tensors = self._of(piece, *inputs, kept, of_dout, of_dlse)
-                asked = *tensors, needs, self._call(piece, cu_seqlens), engine.passes[1]
+                asked = *tensors, needs, self._call(piece, call), engine.passes[1]
                 found = autograd.computed(None, *asked)
                 for name, dx in zip("qkv", found, strict=True):
                     if dx is not None:
@@ -288,13 +290,15 @@ class Ring:
                 first, there = ready.start, ahead.wait()
         take_back()
 
-    def _call(self, piece: Piece, cu_seqlens) -> Call:
-        """The call that a piece is by itself. Of packed sequences it has those that begin, end or continue in its chunk."""
+    def _call(self, piece: Piece, call: Call) -> Call:
+        """The call that a piece of one is by itself. Of packed sequences it has those that begin, end or continue in its
+        chunk."""
         left, right = piece.edges
         lengths = None
         if piece.packed:
-            bounds = (cu_seqlens - piece.position).clamp(0, len(piece.rows))
-            lengths = Lengths(len(cu_seqlens) - 1, (bounds, bounds, None, None))
+            of_all: Any = call.lengths
+            bounds = (of_all.tensors[0] - piece.position).clamp(0, len(piece.rows))
+            lengths = Lengths(of_all.count, (bounds, bounds, None, None))
         sizes = len(piece.rows), len(piece.keys)
         return replace(self.call, seqlen_q=sizes[0], seqlen_k=sizes[1], left=left, right=right, lengths=lengths)
 
@@ -306,31 +310,3 @@ class Ring:
 
 def _slice(rows: range, first: int = 0) -> slice:
     return slice(rows.start - first, rows.stop - first)
-
-
-class RingAttention(torch.autograd.Function):
-    """``(out, lse)`` of a rank's shards, both of them differentiable; ``cu_seqlens`` of packed sequences, or None."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, ring: Ring, engine: Engine):  # type: ignore[override]
-        out, lse = ring.forward(engine, q, k, v, cu_seqlens)
-        autograd.keep(ctx, q, k, v, out, lse, cu_seqlens)
-        ctx.ring, ctx.engine = ring, engine
-        return out, lse * (engine.to_log2 * LN_2)
-
-    @staticmethod
-    def backward(ctx, dout, dlse):  # type: ignore[override]
-        arguments = autograd.arguments_of_gradients(ctx, dout, dlse)
-        if arguments is None:
-            return (None,) * 6
-        return *_RingGradients.apply(*arguments, ctx.ring, ctx.engine), None, None, None
-
-
-class _RingGradients(torch.autograd.Function):
-    """As ``autograd._Gradients`` is: differentiating once more says what to do instead."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, out, lse, dout, dlse, needs, cu_seqlens, ring: Ring, engine: Engine):  # type: ignore[override]
-        return ring.gradients(engine, q, k, v, out, lse, dout, dlse, needs, cu_seqlens)
-
-    backward = staticmethod(autograd.refuse_double_backward)

@@ -124,15 +124,18 @@ class Piece:
         """How many are visible."""
         if self.packed is not None:
             return sum(piece.scores for piece in self.sequences())
-        rows, band, last = len(self.rows), Band(self.lo, self.hi), self.rows.stop - 1
-        count = rows * len(self.keys)
-        if band.hi is not None:  # a triangle at the last keys, cut from the first rows
-            side = max(0, self.keys.stop - 1 - self.rows.start - band.hi)
-            count -= _triangle(side) - _triangle(side - rows)
-        if band.lo is not None:
-            side = max(0, last + band.lo - self.keys.start)
-            count -= _triangle(side) - _triangle(side - rows)
-        return count
+        rows, hidden = len(self.rows), []
+        if self.hi is not None:  # of the first row, and one fewer of each that follows: a triangle at the last keys
+            hidden.append(self.keys.stop - 1 - self.rows.start - self.hi)
+        if self.lo is not None:  # of the last row, the same at the first keys
+            hidden.append(self.rows.stop - 1 + self.lo - self.keys.start)
+        return rows * len(self.keys) - sum(_triangle(side) - _triangle(side - rows) for side in hidden)
+
+    @property
+    def diagonals(self) -> tuple[int, int]:
+        """The least and the greatest ``key − row`` that is visible."""
+        least = self.keys.start - self.rows.stop + 1 if self.lo is None else self.lo
+        return least, self.keys.stop - 1 - self.rows.start if self.hi is None else self.hi
 
     def __str__(self) -> str:
         rows, keys = (f"{x.start} to {x.stop}" for x in (self.rows, self.keys))
@@ -145,22 +148,6 @@ class Piece:
         chunk = _moved(self.rows, self.position - self.rows.start)
         each = [_moved(rows, self.rows.start - self.position) for rows, _ in self.packed.parts(chunk, chunk)]
         return [piece for rows in each if (piece := cut(rows, rows, self.lo, self.hi)) is not None]
-
-    def seen(self, row: int) -> tuple[int, int]:
-        """``(begin, end)`` of the keys that a row sees; zeros for none."""
-        if row not in self.rows:
-            return 0, 0
-        begin, end = Band(self.lo, self.hi).key_range(row, row, self.keys.stop, HostOps)
-        begin = max(begin, self.keys.start)
-        return (begin, end) if begin < end else (0, 0)
-
-    def bends(self) -> set[int]:
-        """Rows between which the first and the last key that a row sees move evenly."""
-        ends = {self.rows.start, self.rows.stop - 1}
-        for edge in (self.lo, self.hi):
-            if edge is not None:
-                ends |= {bound - edge + near for bound in (self.keys.start, self.keys.stop) for near in (-1, 0, 1)}
-        return ends
 
 
 def _triangle(side: int) -> int:
@@ -192,25 +179,15 @@ def cut(rows: range, keys: range, lo: int | None, hi: int | None) -> Piece | Non
 
 
 def joined(a: Piece, b: Piece) -> Piece | None:
-    """The one piece that is both of these; ``None`` where there is none."""
+    """The one piece that is both of these, which share no score; ``None`` where there is none: where the narrowest band around
+    both has more in it."""
     if a.packed is not None or b.packed is not None:
         return None
     rows = range(min(a.rows.start, b.rows.start), max(a.rows.stop, b.rows.stop))
     keys = range(min(a.keys.start, b.keys.start), max(a.keys.stop, b.keys.stop))
-    for lo, hi in product(dict.fromkeys((None, a.lo, b.lo)), dict.fromkeys((None, a.hi, b.hi))):
-        union = Piece(rows, keys, lo, hi)
-        bends = a.bends() | b.bends() | union.bends()
-        if all(union.seen(row) == _together(a.seen(row), b.seen(row)) for row in bends if row in rows):
-            return union
-    return None
-
-
-def _together(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int] | None:
-    """The keys of two ranges as one; ``None`` where they are none."""
-    if a == (0, 0) or b == (0, 0):
-        return max(a, b)
-    (begin, middle), (then, end) = sorted((a, b))
-    return (begin, end) if middle == then else None
+    least, most = zip(a.diagonals, b.diagonals, strict=True)
+    union = cut(rows, keys, min(least), max(most))
+    return union if union is not None and union.scores == a.scores + b.scores else None
 
 
 @lru_cache(maxsize=1 << 14)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from cute_attn.arguments import check_layout, choice, integer, shown
+from cute_attn.arguments import check_tensor, choice, integer, shown
 from cute_attn.distributed.ring import ALONE, Members, carries
 from cute_attn.distributed.schedule import ORDERS, Shards, padded
 
@@ -30,13 +30,11 @@ class Places(NamedTuple):
     def spans(self, seqlen: int, order: str) -> list[range]:
         """The positions of this rank's rows, padding included, in pieces."""
         shards, rows = self.shards(seqlen, order), self.rows(seqlen, order)
-        first = self.heads.rank * rows
-        found = []
+        chunk, found = shards.chunk, []
         for i, at in enumerate(shards.positions(self.ring.rank)):
-            begin, end = max(first, i * shards.chunk), min(first + rows, (i + 1) * shards.chunk)
-            if begin < end:
-                found.append(range(at + begin - i * shards.chunk, at + end - i * shards.chunk))
-        return found
+            first = self.heads.rank * rows - i * chunk  # of its rows in this chunk
+            found.append(range(at, at + chunk)[max(first, 0) : max(first + rows, 0)])
+        return [span for span in found if span]
 
 
 def places_of(group: Any, mesh: Any) -> Places:
@@ -75,9 +73,7 @@ def length_of(name: str, seqlen: object) -> int:
 
 
 def _dimension(x: torch.Tensor, dim: object) -> int:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x is {shown(x)}; a torch.Tensor is needed: try torch.as_tensor(x)")
-    check_layout("x", x)
+    check_tensor("x", x, "a torch.Tensor is needed: try torch.as_tensor(x)")
     dim = integer("dim", dim, "the dimension of the sequence")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim is {dim} and x has shape {tuple(x.shape)}; one of its {x.dim()} dimensions is needed: try dim=1")
@@ -136,21 +132,14 @@ def unshard(x: torch.Tensor, seqlen: int, *, group=None, mesh=None, dim: int = 1
         )
     if places.heads.size > 1:
         shards = places.shards(seqlen, order)
-        x = Shards(shards.rows, places.heads.size, "contiguous").together(_Gathered.apply(x, places.heads, dim), dim)
-    return places.shards(seqlen, order).together(_Gathered.apply(x, places.ring, dim), dim)
+        x = Shards(shards.rows, places.heads.size, "contiguous").together(_gathered(x, places.heads, dim), dim)
+    return places.shards(seqlen, order).together(_gathered(x, places.ring, dim), dim)
 
 
-class _Gathered(torch.autograd.Function):
-    """``(…, ranks, rows, …)`` of everybody's ``(…, rows, …)``."""
-
-    @staticmethod
-    def forward(ctx, x, members: Members, dim: int):  # type: ignore[override]
-        ctx.rank, ctx.dim = members.rank, dim
-        carrier = x.contiguous() if carries(members.group, x.device) else x.cpu().contiguous()
-        gathered = [torch.empty_like(carrier) for _ in range(members.size)]
-        dist.all_gather(gathered, carrier, group=members.group)
-        return torch.stack([part.to(x.device) for part in gathered], dim)
-
-    @staticmethod
-    def backward(ctx, dx):  # type: ignore[override]
-        return dx.select(ctx.dim, ctx.rank), None, None
+def _gathered(x: torch.Tensor, members: Members, dim: int) -> torch.Tensor:
+    """``(…, ranks, rows, …)`` of everybody's ``(…, rows, …)``; a gradient flows to this rank's own."""
+    own = x.detach()
+    own = (own if carries(members.group, x.device) else own.cpu()).contiguous()
+    gathered = [torch.empty_like(own) for _ in range(members.size)]
+    dist.all_gather(gathered, own, group=members.group)
+    return torch.stack([x if rank == members.rank else part.to(x.device) for rank, part in enumerate(gathered)], dim)

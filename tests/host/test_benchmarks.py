@@ -15,6 +15,7 @@ from rich.console import Console
 
 from benchmarks import ahead, anchors, compare, documents, report
 from benchmarks.__main__ import main
+from benchmarks.arguments import length
 from benchmarks.cases import DIRECTIONS, GRIDS, SUITES, Case, Grid, cases_of, short, single_cases
 from benchmarks.check import Judge, WrongError, make_inputs
 from benchmarks.flops import bytes_moved, flops, pairs
@@ -25,7 +26,6 @@ from benchmarks.schedule import Schedule
 from benchmarks.settings import Settings
 from benchmarks.timing import scatter
 from cute_attn import attention
-from cute_attn.command import length
 from tests.host import benchmarks_fakes as fakes
 from tests.host.processes import until
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
+from benchmarks import arguments
 from benchmarks.__main__ import _parser as benchmarks_parser
 from cute_attn import command, fill, machine
 from cute_attn.__main__ import _parser as package_parser
@@ -25,7 +26,7 @@ from tests.host.processes import INTERRUPTS, ROOT, SIGINT_AT_START, group_is_gon
 
 BRACKETS = "[bold]x[/nope] :bug: [/]"
 NUMBERS = {
-    name: getattr(command, name)
+    name: getattr(command if hasattr(command, name) else arguments, name)
     for name in ("positive", "seed", "reach", "head_dim", "softcap", "seconds", "milliseconds", "rest_milliseconds", "length")
 }
 

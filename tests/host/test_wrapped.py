@@ -132,6 +132,7 @@ def lengths_of(*values):
 BOUNDS = lengths_of(0, 13, 33)
 MESH_PLACEMENTS = "Shard(0), the batch, Shard(2), the heads, or Replicate() is needed"
 TENSORS = [
+    Row("no tensor", lambda: attention(q, k, v, bias=[0.0]), TypeError, "bias is a list", "is needed", "torch.tensor(bias)"),
     Row(
         "sinks under vmap",
         lambda: torch.vmap(lambda x: attention(x, x, x, sinks=torch.zeros(1)))(torch.zeros(2, 1, 3, 1, 8)),
