@@ -363,8 +363,8 @@ class CastQueries:
 
     @cute.jit
     def _fetch(self, pipe, held, dq_sum, values: Values, signals: Signals, enders, waits, done, work: Work):
-        """One warp: the sums of a tile's piece, head by head, once they are complete or none of the ``enders`` adds any more: it
-        ``waits``, if need be. Returns how many the block has had, ``done`` and these."""
+        """One warp, which ``waits``: the sums of a tile's piece, head by head, once they are complete or none of the ``enders``
+        adds any more. Returns how many the block has had, ``done`` and these."""
         here, m_block = values.of(work), work.q.padded_tile(work.block, self.config.tile_m)
         visits, (first, past, piece) = QueryTiles.visits(here, self.problem, work.block, self.config), self._heads(work, dq_sum)
         turns = visits if cutlass.const_expr(self.problem.deterministic) else visits * ADDED
@@ -466,7 +466,7 @@ class CastQueries:
         across = columns // VECTOR
         zeros = cute.make_rmem_tensor(VECTOR, mdQ.element_type)
         zeros.fill(0.0)
-        for i in cutlass.range_constexpr(-(-rows * across // self.threads)):
+        for i in cutlass.range(-(-rows * across // self.threads), unroll=1):  # seldom: not worth registers
             place = i * self.threads + cute.arch.thread_idx()[0]
             row, column = first[0] + place // across, first[1] // VECTOR + place % across
             if (place < rows * across) & (row < length) & (column * VECTOR < self.problem.head_dim):

@@ -265,12 +265,13 @@ def test_an_exception_is_needed(row, compiled):
 @every_case
 def test_shared_memory(case: Case, kernels: Kernels):
     """The largest kernel allocates what the plan counted, but for padding; one that rounds dQ beside it a piece of the sums of
-    one head, or of ragged sequences of two, each with a barrier."""
+    one head, with two barriers, or of ragged sequences of two, each with as many for one of two tiles, of 8 words, ahead."""
     family, config = layouts.family(case.config), case.config
     rounding = []
     if rounds_beside(case.problem, config):
         rows, columns = family.piece_shape(config)
-        rounding = [(rows * columns * 4 + 8) * (2 if case.problem.ragged else 1)]
+        one = rows * columns * 4 + 2 * 8
+        rounding = [2 * (one + 2 * 8 + 8 * 4) if case.problem.ragged else one]
         assert min(kernels.smem_bytes) == rounding[0]
     assert len(kernels.smem_bytes) == len(kernels.own) + len(rounding)
     parts = machine_code.allocated(family.smem_parts(config), ticket=case.deterministic, hidden=case.problem.masked)
