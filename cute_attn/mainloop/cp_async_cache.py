@@ -525,8 +525,7 @@ class Forward:
         (sQ, sK, sV), (S, O) = shared, mmas  # noqa: E741
 
         def operand(name, shape, s):
-            fragment = cute.make_rmem_tensor(shape, s.element_type)
-            return LdmatrixOperand.of(lay.load_operand(name, config), s, fragment, thread)
+            return LdmatrixOperand.of(lay.load_operand(name, config), s, shape, thread)
 
         return LoadedOperands(
             operand("Q", S.partition_shape_A((config.tile_m, MMA_K)), sQ),
