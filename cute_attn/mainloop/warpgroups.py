@@ -190,6 +190,10 @@ class Kernel:
         """A producer's, of which so many have been filled."""
         return pipeline.PipelineState(stages, Int32(done), Int32(done % stages), Int32(1 - done // stages % 2))
 
+    def copy(self, operand: TmaOperand, source: cute.Tensor, slots: cute.Tensor, pipe: pipeline.PipelineTmaAsync, state):
+        """One warp: start copying a tile to a pipeline's stage, which has been acquired."""
+        cute.copy(operand.atom, source, slots[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
+
     def acquire_for_threads(self, pipe: pipeline.PipelineTmaAsync, state):
         """Wait until a stage is free that a warp's threads will fill, not TMA: no bytes are expected."""
         pipe.sync_object_empty.wait(state.index, state.phase)
