@@ -136,17 +136,6 @@ def barriers(config: Config) -> dict[str, int]:
     return {"the block": 1}
 
 
-def tiled_mma(role: str, config: Config):
-    """:func:`mma` as the DSL's object."""
-    import cutlass
-    from cutlass import cute
-    from cutlass.cute.nvgpu import warp
-
-    what = mma(role, config)
-    op = warp.MmaF16BF16Op(element(config), cutlass.Float32, what.shape)
-    return cute.make_tiled_mma(op, cute.make_layout((what.warps, 1, 1)), permutation_mnk=what.tile)
-
-
 def _shape(operand: str, config: Config) -> tuple[int, ...]:
     """``(tile_m, columns)`` of Q and O, ``(tile_n, columns, stage)`` of K and V."""
     return {
@@ -163,6 +152,7 @@ class MmaSyncFamily:
 
     shape: Callable[[str, Config], tuple[int, ...]]  # of an operand, rows and columns first
     copies: Callable[[Config], dict[tuple[str, str], Copy]]
+    mma: Callable[[str, Config], Mma]
 
     def tile(self, operand: str, config: Config) -> tuple[int, int]:
         """(rows, columns) of an operand's tile."""
@@ -180,6 +170,18 @@ class MmaSyncFamily:
         piece = (config.threads // across, across * VECTOR)
         values = base.by_modes(piece, ((across, 0, VECTOR), (piece[0], 1, 0)), ((VECTOR, 0, 1),))
         return Copy(instruction, operand, piece, values)
+
+    def tiled_mma(self, role: str, config: Config):
+        """The product's :class:`Mma` as the DSL's object."""
+        import cutlass
+        from cutlass import cute
+        from cutlass.cute.nvgpu import warp
+
+        what = self.mma(role, config)
+        op = warp.MmaF16BF16Op(element(config), cutlass.Float32, what.shape)
+        m, _, k = what.tile
+        columns = cute.make_layout((8, what.across, 2), stride=(1, 16, 8))
+        return cute.make_tiled_mma(op, cute.make_layout((what.warps, what.across, 1)), permutation_mnk=(m, columns, k))
 
     def smem_layout(self, operand: str, config: Config):
         """:meth:`smem` as the DSL's object."""
@@ -223,9 +225,9 @@ class MmaSyncFamily:
 
 
 # From that, the rest of the contract.
-_family = MmaSyncFamily(_shape, copies)
+_family = MmaSyncFamily(_shape, copies, mma)
 tile, smem, smem_layout = _family.tile, _family.smem, _family.smem_layout
-copy_in, copy_out = _family.copy_in, _family.copy_out
+tiled_mma, copy_in, copy_out = _family.tiled_mma, _family.copy_in, _family.copy_out
 
 
 def load_operand(operand: str, config: Config):

@@ -207,19 +207,6 @@ def barriers(config: Config) -> dict[str, int]:
     return {"the block": 1}
 
 
-def tiled_mma(role: str, config: Config):
-    """:func:`mma` as the DSL's object."""
-    import cutlass
-    from cutlass import cute
-    from cutlass.cute.nvgpu import warp
-
-    what = mma(role, config)
-    op = warp.MmaF16BF16Op(element(config), cutlass.Float32, what.shape)
-    m, _, k = what.tile
-    columns = cute.make_layout((8, what.across, 2), stride=(1, 16, 8))
-    return cute.make_tiled_mma(op, cute.make_layout((what.warps, what.across, 1)), permutation_mnk=(m, columns, k))
-
-
 def _shape(operand: str, config: Config) -> tuple[int, ...]:
     """``(tile_n, columns)`` of K, V, dK and dV, ``(tile_m, columns, stage)`` of Q and dO, and as (keys, queries) ``(tile_n,
     tile_m, slot)`` of dS and P."""
@@ -236,8 +223,9 @@ def _shape(operand: str, config: Config) -> tuple[int, ...]:
 
 
 # From that, the rest of the contract.
-_family = MmaSyncFamily(_shape, copies)
+_family = MmaSyncFamily(_shape, copies, mma)
 tile, smem, smem_layout = _family.tile, _family.smem, _family.smem_layout
+tiled_mma = _family.tiled_mma
 copy_in, copy_out, store_accumulator = _family.copy_in, _family.copy_out, _family.store_accumulator
 
 
