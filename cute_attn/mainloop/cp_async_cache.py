@@ -748,25 +748,18 @@ class Forward:
     @cute.jit
     def _merge_parts(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
         """All parts of a walk, in the order of their keys, to the outputs: of rows and columns as :meth:`_merge_groups`."""
-        (rows, sharing), pieces = self.shares, -(-self.problem.head_dim_v // PIECE_COLUMNS)
+        rows, sharing = self.shares
         for j in cutlass.range_constexpr(rows):
             row = self._coordinates(block)[block.group // sharing * rows + j, 0][0]
             if row < exist:
-                self._merge_row(block, serving, seen, places, row, -(-pieces // sharing))
+                self._merge_row(block, serving, seen, places, row)
 
     @cute.jit
-    def _merge_row(
-        self,
-        block: CacheBlock,
-        serving: Serving,
-        seen: SeenTiles,
-        places: PartPlaces,
-        row,
-        pieces: cutlass.Constexpr[int],
-    ):
-        """All parts' ``pieces`` that this thread has of a row."""
-        exponent, parts, at_once = seen.values.exponent(self.problem), places.parts, max(AT_ONCE // pieces, 1)
+    def _merge_row(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, row):
+        """All parts' pieces that this thread has of a row."""
         all_pieces = -(-self.problem.head_dim_v // PIECE_COLUMNS)
+        pieces = -(-all_pieces // self.shares[1])
+        exponent, parts, at_once = seen.values.exponent(self.problem), places.parts, max(AT_ONCE // pieces, 1)
         merged, held = (cute.make_rmem_tensor((PIECE, pieces, n), Float32) for n in (1, at_once))
         found = cute.make_rmem_tensor((2, at_once), Float32)
         merged.fill(0.0)

@@ -561,14 +561,9 @@ class Forward(Kernel):
 
     @cute.jit
     def _softmax(
-        self,
-        tile: WarpgroupTile,
-        acc_S,
-        masking,
-        hold=None,
-        anchored: cutlass.Constexpr[bool] = False,
-        half: Boolean | None = None,
+        self, tile: WarpgroupTile, acc_S, masking, hold=None, anchored: cutlass.Constexpr[bool] = False, half=None
     ):
+        """Scores to P. ``half``: only the tile's first half is seen."""
         (origin, masked, seen), softmax, rescale = masking, tile.softmax, tile.frag.rescale
         ramp = tile.scores.ramp_of_rows(origin)
         tile.scores.apply_rules(acc_S, origin, masked, apart=True, seen=seen)

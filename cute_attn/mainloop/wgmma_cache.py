@@ -23,7 +23,7 @@ from cute_attn.mainloop import cp_async_cache
 from cute_attn.mainloop.cluster import meet, stay
 from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, Outputs, SeenTiles, Serving, Workspace, floats
 from cute_attn.mainloop.warpgroups import rounded_operand
-from cute_attn.softmax import Softmax, anchored
+from cute_attn.softmax import anchored
 
 __all__ = ["Forward", "Outputs", "Workspace"]
 
@@ -77,16 +77,7 @@ class Forward(cp_async_cache.Forward):
         return (part.at - part.begin == begin) & (seen.sequence.tiles == end - begin) & (places.parts == blocks)
 
     @cute.jit
-    def _merge(
-        self,
-        block: CacheBlock,
-        serving: Serving,
-        seen: SeenTiles,
-        places: PartPlaces,
-        rows: cute.Tensor,
-        softmax: Softmax,
-        exchanged: Exchanged,
-    ):
+    def _merge(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, rows, softmax, exchanged):
         merge = super()._merge
         if cutlass.const_expr(not self.shares_walks):
             merge(block, serving, seen, places, rows, softmax, exchanged)

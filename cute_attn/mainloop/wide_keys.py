@@ -99,10 +99,7 @@ class KeyGradients(KeyBlocks):
         operands = TmaOperands(*self.input_operands(inputs))
         tiles, count = self.launched(tiles, blocks, self.draws)
         self.kernel(operands, inputs.if_masked(self.problem), rows, gradients, signals, values, tiles).launch(
-            grid=[count, 1, 1],
-            block=[self.config.threads, 1, 1],
-            stream=stream,
-            min_blocks_per_mp=1,
+            grid=[count, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
 
     @cute.kernel
@@ -170,11 +167,7 @@ class KeyGradients(KeyBlocks):
                 signals.ask_for_care()
         self.load_first_columns("S", "K", me.rA, shared.k[None, None, 0])
         steps = me.visited.count * me.visited.members(me.members)
-        state = self._walk(me, partial(self._values_step, me, steps, hides), steps)
-        if cutlass.const_expr(self.config.overlap_tiles):
-            if steps > 0:
-                self._multiply("dV", me, me.held, pipes.q, self.stage_before(state))
-                self._multiplied(pipes.do, self.stage_before(state))
+        self._walk(me, partial(self._values_step, me, steps, hides), steps, ("dV", pipes.q, pipes.do))
         if steps == 0:
             pipes.k.consumer_release(me.k_state)
         if cutlass.const_expr(self.needs_v):
@@ -191,11 +184,7 @@ class KeyGradients(KeyBlocks):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
         self.load_first_columns("dP", "V", me.rA, shared.v[None, None, 0])
         steps = me.visited.count * me.visited.members(me.members)
-        state = self._walk(me, partial(self._keys_step, me, steps), steps)
-        if cutlass.const_expr(self.config.overlap_tiles):
-            if steps > 0:
-                self._multiply("dK", me, me.held, pipes.do, self.stage_before(state))
-                self._multiplied(pipes.q, self.stage_before(state))
+        self._walk(me, partial(self._keys_step, me, steps), steps, ("dK", pipes.do, pipes.q))
         if steps == 0:
             pipes.v.consumer_release(me.k_state)
         if cutlass.const_expr(self.needs_k):
@@ -226,9 +215,11 @@ class KeyGradients(KeyBlocks):
         )
 
     @cute.jit
-    def _walk(self, me: KeyWalk, step: cutlass.Constexpr, steps):
-        """So many ``steps``, one for each query tile of each head; returns the next state of Q's and dO's pipelines."""
+    def _walk(self, me: KeyWalk, step: cutlass.Constexpr, steps, late):
+        """So many ``steps``, one for each query tile of each head. ``late`` is the product that may run into the next one, the
+        pipeline whose values of rows it needs, and that of its operand."""
         state, p_state = me.states
+        role, rows_pipe, pipe = late
         i, first = Int32(0), Int32(0)
         if cutlass.const_expr(self.config.overlap_tiles):
             if steps > 0:
@@ -237,7 +228,10 @@ class KeyGradients(KeyBlocks):
         for j in cutlass.range(first, steps, unroll=1):
             state, p_state = step(self.config.overlap_tiles, (i, j), state, p_state)
             i = i + 1 if i + 1 < me.visited.count else Int32(0)
-        return state
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                self._multiply(role, me, me.held, rows_pipe, self.stage_before(state))
+                self._multiplied(pipe, self.stage_before(state))
 
     def _store(self, role: str, me: KeyWalk, m: cute.Tensor, columns: int):
         """dV or dK of the key tile."""

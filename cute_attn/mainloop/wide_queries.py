@@ -70,10 +70,7 @@ class QueryGradients(Kernel):
         operands = TmaOperands(*self.input_operands(inputs, "q"))
         tiles, count = self.launched(tiles, blocks, self.draws)
         self.kernel(operands, inputs.if_masked(self.problem), rows, gradients.mdQ, signals, values, tiles).launch(
-            grid=[count, 1, 1],
-            block=[self.config.threads, 1, 1],
-            stream=stream,
-            min_blocks_per_mp=1,
+            grid=[count, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
 
     @cute.kernel
