@@ -159,7 +159,7 @@ class Backward(WarpKernel):
         )
         if visited.count > 0:
             self._query_tiles(me, k, v)
-        self._store(me, gradients)
+        self._store(me)
 
     def _accumulator(self, role: str) -> cute.Tensor:
         tile = self.lay.tile(role, self.config)
@@ -532,7 +532,7 @@ class Backward(WarpKernel):
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _store(self, me: Block, gradients: Gradients):
+    def _store(self, me: Block):
         """dK and dV to global memory, by way of the shared memory of K and V."""
         cute.arch.sync_threads()  # every thread has read K and V for the last time
         if cutlass.const_expr(self.needs_k):
@@ -546,9 +546,9 @@ class Backward(WarpKernel):
         cute.arch.sync_threads()
         row, of_keys = me.work.block * self.config.tile_n, partial(me.work.k.stored.rows, head=me.work.head_kv)
         if cutlass.const_expr(self.needs_k):
-            self.to_global("dK", me.shared.k, of_keys(gradients.mdK), row, self.problem.head_dim)
+            self.to_global("dK", me.shared.k, of_keys(me.gradients.mdK), row, self.problem.head_dim)
         if cutlass.const_expr(self.needs_v):
-            self.to_global("dV", me.shared.v, of_keys(gradients.mdV), row, self.problem.head_dim_v)
+            self.to_global("dV", me.shared.v, of_keys(me.gradients.mdV), row, self.problem.head_dim_v)
 
     @cute.jit
     def _clear(self, role: cutlass.Constexpr, me: Block, acc: cute.Tensor):

@@ -560,9 +560,7 @@ class Forward(Kernel):
         return *masking[:2], replace(tile.scores, loaded=tile.loaded).seen(*masking)
 
     @cute.jit
-    def _softmax(
-        self, tile: WarpgroupTile, acc_S, masking, hold=None, anchored: cutlass.Constexpr[bool] = False, half=None
-    ):
+    def _softmax(self, tile: WarpgroupTile, acc_S, masking, hold=None, anchored: cutlass.Constexpr[bool] = False, half=None):
         """Scores to P. ``half``: only the tile's first half is seen."""
         (origin, masked, seen), softmax, rescale = masking, tile.softmax, tile.frag.rescale
         ramp = tile.scores.ramp_of_rows(origin)
