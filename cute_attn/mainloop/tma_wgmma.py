@@ -149,16 +149,7 @@ class Forward(Kernel):
 
     @cute.kernel
     def kernel(
-        self,
-        q: TmaOperand,
-        k: TmaOperand,
-        v: TmaOperand,
-        o: TmaOperand | None,
-        mLSE: LogSumExp,
-        plain,
-        plain_o,
-        values: Values,
-        tiles: Tiles,
+        self, q: TmaOperand, k: TmaOperand, v: TmaOperand, o, mLSE: LogSumExp, plain, plain_o, values: Values, tiles: Tiles
     ):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -176,24 +167,15 @@ class Forward(Kernel):
                     if warp == CLEAR_WARP:
                         self._clear_unused_tiles(plain_o, mLSE, tiles)
             if warp == COPY_K_V_WARP:
-                walk_over = self._walker(shared, tiles)
-                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
                 ask = self._queue(shared).ask if cutlass.const_expr(shared.pipes.asked is not None) else None
-                state = walk_over.each(partial(self._copy_k_v, k, v, shared, values, ask), state)
-                if cutlass.const_expr(self.guarded):
-                    if self._is_done_again(shared):
-                        again = partial(self._copy_k_v, k, v, shared, values, None)
-                        if cutlass.const_expr(self.careful):
-                            again = partial(self._copy_k_v_carefully, plain, shared, values)
-                        walk_over.each(again, state)
+                copy_k_v = partial(self._copy_k_v, k, v, shared, values)
+                again = partial(copy_k_v, None)
+                if cutlass.const_expr(self.careful):
+                    again = partial(self._copy_k_v_carefully, plain, shared, values)
+                self._copy_each(shared, tiles, self.config.stages, partial(copy_k_v, ask), again)
             if warp == COPY_Q_WARP:
-                walk_over = self._walker(shared, tiles)
                 copy_q = partial(self._copy_q, q, shared)
-                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.q_slots)
-                state = walk_over.each(copy_q, state)
-                if cutlass.const_expr(self.guarded):
-                    if self._is_done_again(shared):
-                        walk_over.each(copy_q, state)
+                self._copy_each(shared, tiles, self.q_slots, copy_q, copy_q)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             self._compute((o, plain_o, mLSE), shared, values, tiles)
@@ -275,6 +257,16 @@ class Forward(Kernel):
         return shared.verdict[0] != 0
 
     # ---- copying warps ---------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _copy_each(self, shared: ForwardShared, tiles: Tiles, stages: cutlass.Constexpr[int], copy: cutlass.Constexpr, again):
+        """One warp: ``copy`` for each of the block's tiles, and ``again`` for each, where they are done again."""
+        walk_over = self._walker(shared, tiles)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
+        state = walk_over.each(copy, state)
+        if cutlass.const_expr(self.guarded):
+            if self._is_done_again(shared):
+                walk_over.each(again, state)
 
     @cute.jit
     def _copy_q(self, q: TmaOperand, shared: ForwardShared, state, work: Work):
