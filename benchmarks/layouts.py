@@ -166,8 +166,8 @@ class Micro:
         if cutlass.const_expr(self.case.copy.transposed):
             s, shape = transposed(s), shape[::-1]
         where = getattr(mma.get_slice(thread), f"partition_{letter}")(cute.make_identity_tensor(shape))
-        fragment = cute.make_rmem_tensor(getattr(mma, f"partition_shape_{letter}")((shape[0], MMA_K)), s.element_type)
-        operand = LdmatrixOperand.of(self._tiled_copy(), s, fragment, thread)
+        of_step = getattr(mma, f"partition_shape_{letter}")((shape[0], MMA_K))
+        operand = LdmatrixOperand.of(self._tiled_copy(), s, of_step, thread)
         found = Int32(0)
         for k in cutlass.range_constexpr(shape[1] // MMA_K):
             loaded = operand.load(k, (0,))

@@ -10,6 +10,7 @@ from cutlass import Float32, cute
 
 from cute_attn.fields import MERGE, named
 from cute_attn.layouts.base import VECTOR
+from cute_attn.layouts.fragments import vector, vector_at
 from cute_attn.softmax import anchored
 
 
@@ -69,7 +70,7 @@ class Merge:
                 lse[i], lse_more[i] = mLSE[batch, first + i, row], mLSE_more[batch, first + i, row]
                 if place * VECTOR < columns:
                     for m, held in ((mSoFar, so_far), (mMore, more)):
-                        held[None, i].store(_vector(m, (batch, row, first + i), place).load())
+                        held[None, i].store(vector(m[batch, None, first + i, None], row, place).load())
         cute.arch.sync_warp()  # all of a row's threads have read what one of them writes
         for i, exists in enumerate(of_heads):
             most = cute.arch.fmax(lse[i], lse_more[i])  # the other one of a NaN, which shows in its weight
@@ -82,10 +83,4 @@ class Merge:
             if exists and place * VECTOR < columns:
                 sums = so_far[None, i].load().to(Float32) * (weight * normalize)
                 sums += more[None, i].load().to(Float32) * (weight_more * normalize)
-                _vector(mInto, (batch, row, first + i), place).store(sums)
-
-
-def _vector(m: cute.Tensor, where: tuple, place) -> cute.Tensor:
-    """8 columns of a row in memory."""
-    begin = cute.local_tile(m[(*where, None)], (VECTOR,), (place,)).iterator.align(16)
-    return cute.make_tensor(begin, cute.make_layout(VECTOR))
+                vector_at(mInto[batch, None, first + i, None], row, place).store(sums)

@@ -158,10 +158,7 @@ class Softmax:
                 weights = safe + (largest.to(dtype).to(Float32) - largest)
             unit_log2, unit = Float32(0.0), Float32(1.0)
             if cutlass.const_expr(sink is not None):
-                ahead_log2 = sink * LOG2_E - anchor * self.scale_log2
-                unit_log2 = cutlass.max(ahead_log2, Float32(0.0))
-                unit = cute.math.exp2(-unit_log2, fastmath=True)
-                of_sink = cute.math.exp2(ahead_log2 - unit_log2, fastmath=True)
+                unit_log2, unit, of_sink = _of_sink(sink, anchor, self.scale_log2)
                 safe, weights = safe * unit + of_sink, weights * unit + of_sink
             normalize[r] = cute.arch.rcp_approx(weights) if seen else Float32(0.0)
             sum_log2 = cute.math.log2(safe, fastmath=True)
@@ -191,13 +188,20 @@ def finished(row_max: Float32, row_sum: Float32, scale_log2: Float32, sink: Floa
     total = row_sum if seen else Float32(1.0)
     unit_log2, unit = Float32(0.0), Float32(1.0)
     if cutlass.const_expr(sink is not None):
-        ahead_log2 = sink * LOG2_E - row_max * scale_log2
-        unit_log2 = cutlass.max(ahead_log2, Float32(0.0))
-        unit = cute.math.exp2(-unit_log2, fastmath=True)
-        total = total * unit + cute.math.exp2(ahead_log2 - unit_log2, fastmath=True)
+        unit_log2, unit, of_sink = _of_sink(sink, row_max, scale_log2)
+        total = total * unit + of_sink
     normalize = cute.arch.rcp_approx(total) * unit if seen else Float32(0.0)
     lse = (row_max * scale_log2 + unit_log2 + cute.math.log2(total, fastmath=True)) * LN_2
     return normalize, lse if seen else -Float32.inf
+
+
+def _of_sink(sink: Float32, row_max: Float32, scale_log2: Float32) -> tuple[Float32, Float32, Float32]:
+    """Of a row with a sink: how far the larger of its largest score and the sink is from that score, to base 2; what weights
+    were counted in, in units of that; and what the sink weighs."""
+    ahead_log2 = sink * LOG2_E - row_max * scale_log2
+    unit_log2 = cutlass.max(ahead_log2, Float32(0.0))
+    unit = cute.math.exp2(-unit_log2, fastmath=True)
+    return unit_log2, unit, cute.math.exp2(ahead_log2 - unit_log2, fastmath=True)
 
 
 def _fused(a: Float32, b: Float32, c: Float32) -> Float32:

@@ -45,6 +45,7 @@ Only those from ``element`` on import the DSL, and only when called.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -189,6 +190,11 @@ class Layout:
     def __str__(self) -> str:
         plain = f"{_notation(self.shape)}:{_notation(self.stride)}"
         return plain if self.swizzle is None else "Sw<{},{},{}> o 0 o ".format(*self.swizzle) + plain
+
+
+def padded_to(dims: tuple[int, ...]) -> Callable[[int], int]:
+    """From a head dim to the columns that it takes in shared memory, of these the fewest."""
+    return lambda head_dim: next(d for d in dims if d >= head_dim)
 
 
 def first_misfit(*found: tuple[bool, str]) -> str:

@@ -14,14 +14,10 @@ from . import base
 from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element, swizzle_atom
 
 TILE_DIMS = (32, 64, 96, 128, 192, 256)
+tile_dim = base.padded_to(TILE_DIMS)
 VECTOR = base.VECTOR
 ROWS_PER_MMA = 16
 SMEM_ALIGN = 1024  # a swizzle atom is 8 rows of 128 bytes
-
-
-def tile_dim(head_dim: int) -> int:
-    """Columns a head of ``head_dim`` takes in shared memory."""
-    return next(d for d in TILE_DIMS if d >= head_dim)
 
 
 def configs(problem, table, target: str, short: dict | None = None) -> tuple[Config, ...]:
@@ -69,11 +65,6 @@ def smem_parts(config: Config) -> dict[str, int]:
         "K": config.stages * config.tile_n * config.tile_d * BYTES,
         "V": config.stages * config.tile_n * config.tile_dv * BYTES,
     }
-
-
-def smem_bytes(config: Config) -> int:
-    """Shared memory of a block."""
-    return sum(smem_parts(config).values())
 
 
 def rows_per_warp(config: Config) -> int:
@@ -136,17 +127,6 @@ def barriers(config: Config) -> dict[str, int]:
     return {"the block": 1}
 
 
-def tiled_mma(role: str, config: Config):
-    """:func:`mma` as the DSL's object."""
-    import cutlass
-    from cutlass import cute
-    from cutlass.cute.nvgpu import warp
-
-    what = mma(role, config)
-    op = warp.MmaF16BF16Op(element(config), cutlass.Float32, what.shape)
-    return cute.make_tiled_mma(op, cute.make_layout((what.warps, 1, 1)), permutation_mnk=what.tile)
-
-
 def _shape(operand: str, config: Config) -> tuple[int, ...]:
     """``(tile_m, columns)`` of Q and O, ``(tile_n, columns, stage)`` of K and V."""
     return {
@@ -162,7 +142,9 @@ class MmaSyncFamily:
     """What a family of such operands says of them and of their copies; the methods are the rest of the contract."""
 
     shape: Callable[[str, Config], tuple[int, ...]]  # of an operand, rows and columns first
+    smem_parts: Callable[[Config], dict[str, int]]
     copies: Callable[[Config], dict[tuple[str, str], Copy]]
+    mma: Callable[[str, Config], Mma]
 
     def tile(self, operand: str, config: Config) -> tuple[int, int]:
         """(rows, columns) of an operand's tile."""
@@ -174,12 +156,28 @@ class MmaSyncFamily:
         bits, lowest, shift, width = swizzle_atom(self.tile(operand, config)[1])
         return base.tiled_rows(self.shape(operand, config), width, (bits, lowest, shift), BYTES)
 
+    def smem_bytes(self, config: Config) -> int:
+        """Shared memory of a block."""
+        return sum(self.smem_parts(config).values())
+
     def by_rows(self, instruction: str, operand: str, config: Config) -> Copy:
         """16 bytes a thread, neighbouring threads along a row of shared memory, then the next row."""
         across = swizzle_atom(self.tile(operand, config)[1])[3] // VECTOR
         piece = (config.threads // across, across * VECTOR)
         values = base.by_modes(piece, ((across, 0, VECTOR), (piece[0], 1, 0)), ((VECTOR, 0, 1),))
         return Copy(instruction, operand, piece, values)
+
+    def tiled_mma(self, role: str, config: Config):
+        """The product's :class:`Mma` as the DSL's object."""
+        import cutlass
+        from cutlass import cute
+        from cutlass.cute.nvgpu import warp
+
+        what = self.mma(role, config)
+        op = warp.MmaF16BF16Op(element(config), cutlass.Float32, what.shape)
+        m, _, k = what.tile
+        columns = cute.make_layout((8, what.across, 2), stride=(1, 16, 8))
+        return cute.make_tiled_mma(op, cute.make_layout((what.warps, what.across, 1)), permutation_mnk=(m, columns, k))
 
     def smem_layout(self, operand: str, config: Config):
         """:meth:`smem` as the DSL's object."""
@@ -223,9 +221,9 @@ class MmaSyncFamily:
 
 
 # From that, the rest of the contract.
-_family = MmaSyncFamily(_shape, copies)
-tile, smem, smem_layout = _family.tile, _family.smem, _family.smem_layout
-copy_in, copy_out = _family.copy_in, _family.copy_out
+_family = MmaSyncFamily(_shape, smem_parts, copies, mma)
+tile, smem, smem_layout, smem_bytes = _family.tile, _family.smem, _family.smem_layout, _family.smem_bytes
+tiled_mma, copy_in, copy_out = _family.tiled_mma, _family.copy_in, _family.copy_out
 
 
 def load_operand(operand: str, config: Config):

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from . import base
 from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element
-from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, MmaSyncFamily, in_whole_passes, tile_dim
+from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, MmaSyncFamily, barriers, in_whole_passes, tile_dim
 
-__all__ = ["SMEM_ALIGN", "TILE_DIMS", "VECTOR", "element", "tile_dim"]
+__all__ = ["SMEM_ALIGN", "TILE_DIMS", "VECTOR", "barriers", "element", "tile_dim"]
 
 OPERANDS = ("K", "V", "Q", "dO", "P", "dS", "dK", "dV")
 ROLES = ("S", "dP", "dV", "dK", "dQ")
@@ -130,11 +130,6 @@ def smem_parts(config: Config) -> dict[str, int]:
     }
 
 
-def smem_bytes(config: Config) -> int:
-    """Shared memory of a block."""
-    return sum(smem_parts(config).values())
-
-
 def accumulator_registers(config: Config) -> int:
     """Registers a thread needs for dK and dV, and for P and dP or for dQ."""
     gradients = config.tile_n * (config.tile_d + config.tile_dv)
@@ -202,24 +197,6 @@ def copies(config: Config) -> dict[tuple[str, str], Copy]:
     return found
 
 
-def barriers(config: Config) -> dict[str, int]:
-    """Named barriers by use, of the 16 a block has."""
-    return {"the block": 1}
-
-
-def tiled_mma(role: str, config: Config):
-    """:func:`mma` as the DSL's object."""
-    import cutlass
-    from cutlass import cute
-    from cutlass.cute.nvgpu import warp
-
-    what = mma(role, config)
-    op = warp.MmaF16BF16Op(element(config), cutlass.Float32, what.shape)
-    m, _, k = what.tile
-    columns = cute.make_layout((8, what.across, 2), stride=(1, 16, 8))
-    return cute.make_tiled_mma(op, cute.make_layout((what.warps, what.across, 1)), permutation_mnk=(m, columns, k))
-
-
 def _shape(operand: str, config: Config) -> tuple[int, ...]:
     """``(tile_n, columns)`` of K, V, dK and dV, ``(tile_m, columns, stage)`` of Q and dO, and as (keys, queries) ``(tile_n,
     tile_m, slot)`` of dS and P."""
@@ -236,8 +213,9 @@ def _shape(operand: str, config: Config) -> tuple[int, ...]:
 
 
 # From that, the rest of the contract.
-_family = MmaSyncFamily(_shape, copies)
-tile, smem, smem_layout = _family.tile, _family.smem, _family.smem_layout
+_family = MmaSyncFamily(_shape, smem_parts, copies, mma)
+tile, smem, smem_layout, smem_bytes = _family.tile, _family.smem, _family.smem_layout, _family.smem_bytes
+tiled_mma = _family.tiled_mma
 copy_in, copy_out, store_accumulator = _family.copy_in, _family.copy_out, _family.store_accumulator
 
 

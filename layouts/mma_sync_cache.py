@@ -8,6 +8,7 @@ nobody else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -164,32 +165,12 @@ def smem_layout(operand: str, config: Config):
     return base.cute_layout(smem(operand, config))
 
 
-def copies(config: Config):
-    return mma_sync.copies(group(config))
+def _of_group(function: Callable) -> Callable:
+    """One whose last argument is a config, of a group."""
+    return lambda *arguments: function(*arguments[:-1], group(arguments[-1]))
 
 
-def mma(role: str, config: Config):
-    return mma_sync.mma(role, group(config))
-
-
-def tiled_mma(role: str, config: Config):
-    return mma_sync.tiled_mma(role, group(config))
-
-
-def copy_in(operand: str, config: Config):
-    return mma_sync.copy_in(operand, group(config))
-
-
-def copy_out(operand: str, config: Config):
-    return mma_sync.copy_out(operand, group(config))
-
-
-def load_operand(operand: str, config: Config):
-    return mma_sync.load_operand(operand, group(config))
-
-
-def store_accumulator(config: Config):
-    return mma_sync.store_accumulator(group(config))
-
-
+copies, mma, tiled_mma = _of_group(mma_sync.copies), _of_group(mma_sync.mma), _of_group(mma_sync.tiled_mma)
+copy_in, copy_out = _of_group(mma_sync.copy_in), _of_group(mma_sync.copy_out)
+load_operand, store_accumulator = _of_group(mma_sync.load_operand), _of_group(mma_sync.store_accumulator)
 __all__ = ["element"]

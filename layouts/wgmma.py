@@ -24,12 +24,8 @@ from .tma import (
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 96, 128, 192, 256)
+tile_dim = base.padded_to(TILE_DIMS)
 VERDICT_BYTES = 4 + 2 * BARRIER_BYTES  # whether a block has seen an output that is not finite, and that all have looked
-
-
-def tile_dim(head_dim: int) -> int:
-    """Columns a head of ``head_dim`` takes in shared memory."""
-    return next(d for d in TILE_DIMS if d >= head_dim)
 
 
 def warpgroups(config: Config) -> int:

@@ -31,6 +31,7 @@ from .tma import (
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 96, 128)
+tile_dim = base.padded_to(TILE_DIMS)
 OPERANDS = ("K", "V", "Q", "dO", "dS", "dK", "dV")
 FIRST = ("rS", "rdP")  # with an r in front: of the first columns, where A is in registers
 ROLES = ("S", "dP", "dV", "dK", "dQ", *FIRST)
@@ -48,11 +49,6 @@ UNUSED_FIELDS = 8  # int32 that say where a block is among the rows that it clea
 ZERO_BYTES = 1536, 1280, 512  # of zeros for the copy engine to store there; where dK lies over a stage of dQ; over two
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
-
-
-def tile_dim(head_dim: int) -> int:
-    """Columns a head of ``head_dim`` takes in shared memory."""
-    return next(d for d in TILE_DIMS if d >= head_dim)
 
 
 def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], target: str) -> tuple[Config, ...]:

@@ -33,6 +33,7 @@ from .tma import (
 __all__ = ["SMEM_ALIGN", "WARPGROUP", "copy_in", "copy_out", "element"]
 
 TILE_DIMS = (64, 128, 192, 256)  # of the two heads, the wider has one of the last two
+tile_dim = base.padded_to(TILE_DIMS)
 OPERANDS = ("K", "V", "Q", "dO", "qQ", "qdO", "qK", "qV")
 FIRST = ("rS", "rdP")  # with an r in front: of the first columns, where A is in registers
 ROLES = ("S", "dP", "dV", "dK", "qS", "qdP", "dQ", *FIRST)
@@ -50,11 +51,6 @@ WARPS = {  # that copy it
     **{"K": (0,), "Q": (0,), "V": (1,), "dO": (1,)},
     **{"qK": (0,), "qV": (0,), "qQ": (1,), "qdO": (1,)},
 }
-
-
-def tile_dim(head_dim: int) -> int:
-    """Columns a head of ``head_dim`` takes in shared memory."""
-    return next(d for d in TILE_DIMS if d >= head_dim)
 
 
 def warpgroups(config: Config) -> int:

@@ -45,68 +45,66 @@ class Staged(Forward):
             Forward._copy_q(self, *arguments)
 
     @cute.jit
-    def _copy_first(self, q, tiles_of, tile):
-        Forward._copy_first(self, q, tiles_of, tile)
+    def _copy_first(self, tile):
+        Forward._copy_first(self, tile)
         if cutlass.const_expr(not self.stages.loads):
-            Forward._copy_pair(self, tiles_of, tile.keys, tile.keys.place(0), self.config.stages - 1)
+            Forward._copy_pair(self, tile, tile.keys.place(0), self.config.stages - 1)
 
-    def _copy_pair(self, tiles_of, keys, n, slot):
-        Forward._copy_pair(self, tiles_of, keys, n, slot)
+    def _copy_pair(self, tile, n, slot):
+        Forward._copy_pair(self, tile, n, slot)
         if not self.stages.loads and slot == 0:  # the slot that the loop would fill first
-            Forward._copy_pair(self, tiles_of, keys, n, self.config.stages - 1)
+            Forward._copy_pair(self, tile, n, self.config.stages - 1)
 
     @cute.jit
-    def _step(
-        self, operands, tiles_of, output, tile, again: cutlass.Constexpr, slot: Int32, where, parts: cutlass.Constexpr = 0
-    ):
+    def _step(self, tile, again: cutlass.Constexpr, slot: Int32, where, parts: cutlass.Constexpr = 0):
         n, masked = where
         anchored = self.anchored and masked is False
-        stages, acc_O = self.config.stages, output.acc_O
+        stages, acc_O = self.config.stages, tile.acc_O
         cute.arch.cp_async_wait_group(stages - 2 + parts)
         cute.arch.sync_threads()
         if cutlass.const_expr(self.stages.loads):
             before = (slot + stages - 1) % stages
-            self._copy_pair(tiles_of, tile.keys, n - (stages - 1), before)
-        acc_S = self._scores(operands, slot, parts)
+            self._copy_pair(tile, n - (stages - 1), before)
+        acc_S = self._scores(tile, slot, parts)
         if cutlass.const_expr(self.stages.softmax):
             origin = (tile.row_first, tile.keys.begin + n * self.config.tile_n)
             for _ in cutlass.range_constexpr(self.stages.softmax):
                 Scores(tile.cS, tile.values, self.problem).apply_rules(acc_S, origin, masked)
                 if cutlass.const_expr(anchored):
-                    output.softmax.anchored_step(rows_columns(acc_S))
+                    tile.softmax.anchored_step(rows_columns(acc_S))
                 else:
                     hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
-                    output.softmax.step(rows_columns(acc_S), output.rescale, hold)
+                    tile.softmax.step(rows_columns(acc_S), tile.rescale, hold)
             if cutlass.const_expr(not anchored):
-                scale_rows(rows_columns(acc_O), output.rescale)
+                scale_rows(rows_columns(acc_O), tile.rescale)
         if cutlass.const_expr(parts > 0):
             self._wait_for_part(0)
         if cutlass.const_expr(self.stages.products or self.stages.softmax):
-            self._accumulate(operands, acc_S, acc_O, slot)
+            self._accumulate(tile, acc_S, slot)
         return (slot + 1) % stages
 
     @cute.jit
-    def _scores(self, operands, slot: Int32, parts: cutlass.Constexpr):
+    def _scores(self, tile, slot: Int32, parts: cutlass.Constexpr):
         """S = Q·Kᵀ, part by part of the columns."""
         acc_S = self.kept
         if cutlass.const_expr(self.stages.products):
-            shape = operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n))
+            shape = tile.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n))
             acc_S = cute.make_rmem_tensor(shape, Float32)
             acc_S.fill(0.0)
-            q, k = operands.q, operands.k
+            q, k = tile.q, tile.k
             for again in cutlass.range_constexpr(self.stages.products):
                 self._forget(again)
                 steps = self.config.tile_d // MMA_K // max(parts, 1)
                 for i in cutlass.range_constexpr(max(parts, 1)):
                     if cutlass.const_expr(i > 0 and again == 0):
                         self._wait_for_part(parts - i)
-                    product(operands.mma_S, acc_S, (i + 1) * steps, q.load, partial(k.load, slot=(slot,)), i * steps)
+                    product(tile.mma_S, acc_S, (i + 1) * steps, q.load, partial(k.load, slot=(slot,)), i * steps)
         return acc_S
 
     @cute.jit
-    def _accumulate(self, operands, acc_S, acc_O, slot: Int32):
+    def _accumulate(self, tile, acc_S, slot: Int32):
         """O += P·V."""
-        v = operands.v
+        v, acc_O = tile.v, tile.acc_O
         p = as_operand_a(acc_S)
 
         def rounded(step):
@@ -115,7 +113,7 @@ class Staged(Forward):
         for again in cutlass.range_constexpr(max(self.stages.products, 1)):
             self._forget(again)
             if cutlass.const_expr(self.stages.products):
-                product(operands.mma_O, acc_O, self.config.tile_n // MMA_K, rounded, partial(v.load, slot=(slot,)))
+                product(tile.mma_O, acc_O, self.config.tile_n // MMA_K, rounded, partial(v.load, slot=(slot,)))
             else:
                 for step in cutlass.range_constexpr(self.config.tile_n // MMA_K):
                     use_bits(rounded(step), acc_O)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cutlass import Float32, cute
@@ -33,15 +33,15 @@ class Staged(Forward):
         self.kept: Any = None  # scores, where no product makes them
 
     def _setup(self, draws):
-        shared, pipes = Forward._setup(self, draws)
+        shared = Forward._setup(self, draws)
         if self.stages.loads:
-            return shared, pipes
+            return shared
         if self.stages.products:
             for s in (shared.q, shared.k, shared.v):
                 fill_noise(s, cute.arch.thread_idx()[0], self.config.threads)
             cute.arch.fence_view_async_shared()
             cute.arch.sync_threads()
-        return shared, ForwardPipelines(NoPipe(), NoPipe(), NoPipe(), None)
+        return replace(shared, pipes=ForwardPipelines(NoPipe(), NoPipe(), NoPipe(), None))
 
     def _copy_q(self, *arguments):
         return Forward._copy_q(self, *arguments) if self.stages.loads else arguments[-2]  # the pipeline's state
@@ -63,9 +63,9 @@ class Staged(Forward):
             ramp(frag.acc_O, noise(cute.arch.clock()))  # not of the thread: numbers that never change are stored early
         return frag
 
-    def _scores(self, frag, k_state, *started):
-        self._leave_rescale(frag)
-        return Forward._scores(self, frag, k_state, *started) if self.stages.products else self.kept
+    def _scores(self, tile, k_state, *started):
+        self._leave_rescale(tile)
+        return Forward._scores(self, tile, k_state, *started) if self.stages.products else self.kept
 
     def _scores_shape(self, me):
         return me.mma_S.get_slice(0).partition_shape_C((self.lay.ROWS_PER_WARPGROUP, self.config.tile_n))
@@ -81,30 +81,30 @@ class Staged(Forward):
         for again in range(self.stages.products):
             Forward.issue(self, mma, acc, tA, tB, accumulate or again > 0, *how)
 
-    def _softmax(self, me, frag, softmax, acc_S, *how, **of_half):
+    def _softmax(self, *arguments, **of_half):
         for _ in range(self.stages.softmax):
-            Forward._softmax(self, me, frag, softmax, acc_S, *how, **of_half)
+            Forward._softmax(self, *arguments, **of_half)
 
     def _exponentials_begin(self, p):
         if self.stages.softmax:  # without, p is no exponential, and its sign no promise
             Forward._exponentials_begin(self, p)
 
-    def _probabilities(self, frag, acc_S):
+    def _probabilities(self, tile, acc_S):
         if self.stages.products or self.stages.softmax:
-            Forward._probabilities(self, frag, acc_S)
-        self._leave_rescale(frag)
+            Forward._probabilities(self, tile, acc_S)
+        self._leave_rescale(tile)
 
-    def _leave_rescale(self, frag):
+    def _leave_rescale(self, tile):
         """Without a softmax O is multiplied by 1 where the kernel would rescale it, which the compiler leaves out."""
         if not self.stages.softmax:
-            frag.rescale.fill(1.0)
+            tile.frag.rescale.fill(1.0)
 
     def _normalize(self, *arguments):
         if self.stages.softmax:
             Forward._normalize(self, *arguments)
 
-    def _store_o(self, me, frag, *arguments):
+    def _store_o(self, tile, *arguments):
         if self.stages.epilogue:
-            Forward._store_o(self, me, frag, *arguments)
+            Forward._store_o(self, tile, *arguments)
         else:
-            keep_alive(frag.acc_O)
+            keep_alive(tile.frag.acc_O)

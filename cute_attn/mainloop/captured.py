@@ -10,6 +10,7 @@ batch elements or heads, each of these has a copy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from cutlass import Boolean, Float32, Int16, Int32, Int64, Uint32, cute
@@ -83,18 +84,22 @@ class CapturedGradients:
 
     def _store(self, d: _Direction, row: int, column: int, value: Float32):
         """The gradient of an element of which each score has its own, if row and key exist. Addresses follow one another."""
-        elements, zero = self.elements, self.zero
-        width = d.into.element_type.width // 8
-        if row not in d.offsets:
-            first = cute.crd2idx(tuple(elements.leaf(name, row, column) for name in d.names), d.into.layout)
-            place = d.into.iterator.toint() + first * width
-        else:
-            place, before = d.offsets[row]
-            step = d.into.stride[d.names.index(elements.columns)] * width
-            place = place + (zero[0, column][1] - zero[0, before][1]) * step
-        d.offsets[row] = place, column
+        elements = self.elements
+        place = self._place(d, row, column, lambda name: elements.leaf(name, row, column))
         exists = elements.leaf("q_idx", row, column) < self.values.seqlen_q
         _store(place, value.to(d.into.element_type), exists & self._is_key(row, column))
+
+    def _place(self, d: _Direction, row: int, column: int, leaf: Callable) -> Int64:
+        """The address of the element at the positions that ``leaf`` says."""
+        width = d.into.element_type.width // 8
+        if row not in d.offsets:
+            place = d.into.iterator.toint() + cute.crd2idx(tuple(map(leaf, d.names)), d.into.layout) * width
+        else:
+            place, before = d.offsets[row]
+            step = d.into.stride[d.names.index(self.elements.columns)] * width
+            place = place + (self.zero[0, column][1] - self.zero[0, before][1]) * step
+        d.offsets[row] = place, column
+        return place
 
     def _store_fours(self, d: _Direction):
         """The same of four neighbouring keys at once, once there are two columns, queries, of keys × queries."""
@@ -108,13 +113,7 @@ class CapturedGradients:
             words = cute.recast_tensor(pair, Uint32)
             first_word, second_word = fours.to_memory(words[0], words[1])
             where = {name: self.elements.leaf_of_four(name, row, column) for name in (*d.names, "q_idx", "kv_idx")}
-            if row not in d.offsets:
-                place = d.into.iterator.toint() + cute.crd2idx(tuple(where[name] for name in d.names), d.into.layout) * 2
-            else:
-                place, before = d.offsets[row]
-                step = d.into.stride[d.names.index("q_idx")] * 2
-                place = place + (self.zero[0, column][1] - self.zero[0, before][1]) * step
-            d.offsets[row] = place, column
+            place = self._place(d, row, column, where.__getitem__)
             exists = (where["q_idx"] < self.values.seqlen_q) & (where["kv_idx"] < self.values.seqlen_k)
             code = "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};"
             cute.arch.inline_ptx(code, read_only_args=[place, first_word, second_word], predicate=exists)

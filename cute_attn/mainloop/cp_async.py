@@ -17,75 +17,44 @@ from functools import partial
 import cutlass
 from cutlass import Float32, Int32, cute
 
-from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted, store_lse
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
 from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import any_of, not_finite, poison_keys, used_here
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import KeyTiles, walk
-from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
+from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, WarpKernel, product
 from cute_attn.scheduler import Tiles, Work
 from cute_attn.softmax import LogSumExp, Softmax, scale_rows
 
 
 @dataclass(frozen=True)
-class ForwardOperands:
-    """Both products' operands."""
+class QueryTile:
+    """The rows a block computes and the key tiles they see: Q, K and V on their way to shared memory, K and V there,
+    ``(tile_n, columns, stage)``, both products and their operands, and what they accumulate into."""
 
+    row_first: Int32
+    keys: KeyTiles
+    values: Values
+    cS: Coordinates
+    copies: tuple[Stream, Stream, Stream]
+    sK: cute.Tensor
+    sV: cute.Tensor
     q: LdmatrixOperand
     k: LdmatrixOperand
     v: LdmatrixOperand
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
-
-
-@dataclass(frozen=True)
-class Keys:
-    """K and V on their way to shared memory and there, ``(tile_n, columns, stage)``."""
-
-    k: Stream
-    v: Stream
-    sK: cute.Tensor
-    sV: cute.Tensor
-
-    @cute.jit
-    def poison(self, slot, threads: cutlass.Constexpr[int]):
-        """All threads: the keys whose values aren't finite."""
-        poison_keys(self.sK[None, None, slot], self.sV[None, None, slot], (used_here(cute.arch.thread_idx()[0]), threads))
-        cute.arch.sync_threads()
-
-
-@dataclass(frozen=True)
-class Output:
-    """What the key tiles accumulate into."""
-
     acc_O: cute.Tensor
     rescale: cute.Tensor  # (rows): the factor that a step asks of O
     softmax: Softmax
 
-    def start(self):
-        """Nothing is accumulated yet."""
-        self.acc_O.fill(0.0)
-        self.softmax.reset()
 
-
-@dataclass(frozen=True)
-class BlockTile:
-    """The rows a block computes, and the key tiles they see."""
-
-    row_first: Int32
-    cS: Coordinates
-    keys: KeyTiles
-    values: Values
-
-
-class Forward:
+class Forward(WarpKernel):
     """The kernel of one (problem, config)."""
 
     def __init__(self, problem, config):
-        self.problem, self.config = problem, config
-        self.lay = layouts.family(config)
+        super().__init__(problem, config)
         self.careful = problem.masked  # whether a second pass takes care of keys that aren't finite (guard.py)
         # Whole tiles look for no maximum. float16 has no room for weights above 1, and what a function makes of scores may hide
         # any key, as may a list of tiles.
@@ -125,10 +94,9 @@ class Forward:
         row_first = work.block * config.tile_m
 
         sQ, sK, sV, sO = self._shared()
-        stream = partial(Stream.of, lay, config)
-        q = stream("Q", work.q.rows(mQ, work.head), sQ, thread, self.problem.head_dim)
-        k = stream("K", work.k.rows(mK, work.head_kv), sK, thread, self.problem.head_dim)
-        v = stream("V", work.k.rows(mV, work.head_kv), sV, thread, self.problem.head_dim_v)
+        q = self.stream("Q", work.q.rows(mQ, work.head), sQ, self.problem.head_dim)
+        k = self.stream("K", work.k.rows(mK, work.head_kv), sK, self.problem.head_dim)
+        v = self.stream("V", work.k.rows(mV, work.head_kv), sV, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         acc_O = cute.make_rmem_tensor(mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)  # of a tile that sees no key
@@ -139,30 +107,28 @@ class Forward:
         cO = Coordinates.of(mma_O, thread, (config.tile_m, config.tile_dv))
 
         if keys.count > 0:
-            operands = ForwardOperands(
-                q=self._operand("Q", mma_S.partition_shape_A((config.tile_m, MMA_K)), sQ, thread),
-                k=self._operand("K", mma_S.partition_shape_B((config.tile_n, MMA_K)), sK, thread),
-                v=self._operand("V", mma_O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV), thread),
-                mma_S=mma_S,
-                mma_O=mma_O,
+            operands = (
+                self._operand("Q", mma_S.partition_shape_A((config.tile_m, MMA_K)), sQ),
+                self._operand("K", mma_S.partition_shape_B((config.tile_n, MMA_K)), sK),
+                self._operand("V", mma_O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV)),
             )
             # V's padding only reaches columns of O that are not stored; but all of them are looked at, where that is done.
             for x in (q, k, v) if cutlass.const_expr(self.careful or self.anchored) else (q, k):
                 x.clear_padding()
-            output, tile = Output(acc_O, rescale, softmax), BlockTile(row_first, cS, keys, values)
-            tiles_of = Keys(k, v, sK, sV)
+            results = mma_S, mma_O, acc_O, rescale, softmax
+            tile = QueryTile(row_first, keys, values, cS, (q, k, v), sK, sV, *operands, *results)
             if cutlass.const_expr(self.first_parts > 0):
-                self._copy_first(q, tiles_of, tile)
+                self._copy_first(tile)
             else:
-                self._copy_q(q, row_first, values.seqlen_q)
-            self._attend(operands, tiles_of, output, tile, again=False)
+                self._copy_q(tile)
+            self._attend(tile, again=False)
             if cutlass.const_expr(self.careful or self.anchored):
                 failed = not_finite(acc_O)
                 if cutlass.const_expr(self.anchored):
                     softmax.note_growth()
                     failed = failed | (softmax.grown[0] != 0)
                 if any_of(failed, 0, config.threads):
-                    self._attend(operands, tiles_of, output, tile, again=True)
+                    self._attend(tile, again=True)
 
         if cutlass.const_expr(self.problem.has_unused("q")):
             clear_rows_past(values.seqlen_q, row_first, cO.thread, rows, softmax)
@@ -173,16 +139,15 @@ class Forward:
         self._store_o(acc_O, sO, work.q.stored.rows(mO, work.head), row_first)
 
     @cute.jit
-    def _attend(
-        self, operands: ForwardOperands, tiles_of: Keys, output: Output, tile: BlockTile, again: cutlass.Constexpr[bool]
-    ):
+    def _attend(self, tile: QueryTile, again: cutlass.Constexpr[bool]):
         """All key tiles, from the last to the first, once Q is on its way, and, in parts, the first of them; ``again`` in one
         loop."""
         keys, first_parts = tile.keys, 0 if again else self.first_parts
-        output.start()
+        tile.acc_O.fill(0.0)
+        tile.softmax.reset()
         for slot in cutlass.range_constexpr(min(first_parts, 1), self.config.stages - 1):
-            self._copy_pair(tiles_of, keys, keys.place(slot), slot)
-        step = partial(self._step, operands, tiles_of, output, tile, again)
+            self._copy_pair(tile, keys.place(slot), slot)
+        step = partial(self._step, tile, again)
         slot = Int32(0)
         if cutlass.const_expr(again):
             for i in cutlass.range(keys.count, unroll=1):
@@ -192,105 +157,90 @@ class Forward:
             if cutlass.const_expr(not self.one_loop):
                 slot = step(slot, (keys.place(0), keys.last_is_masked()), first_parts)
             # The steps after whole tiles rescale l.
-            after = output.softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
+            after = tile.softmax.note_growth if cutlass.const_expr(self.anchored and self.problem.bounded_left) else None
             walk(step, slot, keys, self.problem, last=self.one_loop, around_whole=(None, after))
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
     def _shared(self):
         """Q ``(tile_m, tile_d)``, K and V ``(tile_n, tile_d, stage)``, and O, which lies over Q."""
-        config, lay = self.config, self.lay
-        smem = cutlass.memory.SmemAllocator()
-
-        def tensor(name):
-            return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
-
-        def over(name, other):
-            return cute.make_tensor(other.iterator, lay.smem_layout(name, config))
-
+        smem, config = cutlass.memory.SmemAllocator(), self.config
+        tensor = partial(self.tensor, smem)
         if config.tile_d >= config.tile_dv:
             sQ = tensor("Q")
-            sO = over("O", sQ)
+            sO = self.over("O", sQ)
         else:
             sO = tensor("O")
-            sQ = over("Q", sO)
+            sQ = self.over("Q", sO)
         return sQ, tensor("K"), tensor("V"), sO
 
-    def _operand(self, name: str, shape, s: cute.Tensor, thread) -> LdmatrixOperand:
-        fragment = cute.make_rmem_tensor(shape, s.element_type)
-        return LdmatrixOperand.of(self.lay.load_operand(name, self.config), s, fragment, thread)
+    def _operand(self, name: str, shape, s: cute.Tensor) -> LdmatrixOperand:
+        return LdmatrixOperand.of(self.lay.load_operand(name, self.config), s, shape, cute.arch.thread_idx()[0])
 
     # ---- copies ----------------------------------------------------------------------------------------------------
 
-    def _copy_q(self, q: Stream, row_first, end, part=None):
+    def _copy_q(self, tile: QueryTile, part=None):
         """Start copying the block's queries, or a part of their columns."""
-        q.start(q.m, row_first, end, (), part)
+        tile.copies[0].start(tile.row_first, tile.values.seqlen_q, part=part)
 
     @cute.jit
-    def _copy_first(self, q: Stream, tiles_of: Keys, tile: BlockTile):
+    def _copy_first(self, tile: QueryTile):
         """Start copying the block's queries and its first key tile, in the order in which they are needed: a group for each
         part of Q's and K's columns, and one for V."""
-        keys = tile.keys
+        (_, k, v), keys = tile.copies, tile.keys
         first = keys.first_key(keys.place(0), self.config.tile_n)
         for part in cutlass.range_constexpr(self.first_parts):
-            self._copy_q(q, tile.row_first, tile.values.seqlen_q, part)
-            tiles_of.k.start(tiles_of.k.m, first, keys.end, (0,), part)
+            self._copy_q(tile, part)
+            k.start(first, keys.end, (0,), part)
             cute.arch.cp_async_commit_group()
-        tiles_of.v.start(tiles_of.v.m, first, keys.end, (0,))
+        v.start(first, keys.end, (0,))
         cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def _copy_pair(self, tiles_of: Keys, keys: KeyTiles, n, slot):
+    def _copy_pair(self, tile: QueryTile, n, slot):
         """Start copying the key tile of K and V at place ``n``, if there is one, to a slot; one group either way."""
+        keys = tile.keys
         if keys.exists(n):
             first = keys.first_key(n, self.config.tile_n)
-            tiles_of.k.start(tiles_of.k.m, first, keys.end, (slot,))
-            tiles_of.v.start(tiles_of.v.m, first, keys.end, (slot,))
+            for x in tile.copies[1:]:
+                x.start(first, keys.end, (slot,))
         cute.arch.cp_async_commit_group()
 
     # ---- one key tile ----------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _step(
-        self,
-        operands: ForwardOperands,
-        tiles_of: Keys,
-        output: Output,
-        tile: BlockTile,
-        again: cutlass.Constexpr[bool],
-        slot: Int32,
-        where,
-        parts: cutlass.Constexpr[int] = 0,
-    ):
+    def _step(self, tile: QueryTile, again: cutlass.Constexpr[bool], slot: Int32, where, parts: cutlass.Constexpr[int] = 0):
         """Scores, softmax and P·V of the key tile at place ``n``, while the one ``stages − 1`` after it is on its way. One that
         comes in ``parts`` of Q's and K's columns, and V behind them, is taken part by part. Returns the next slot."""
         n, masked = where
-        stages, acc_O = self.config.stages, output.acc_O
+        stages, acc_O = self.config.stages, tile.acc_O
         cute.arch.cp_async_wait_group(stages - 2 + parts)
         cute.arch.sync_threads()  # the tile has arrived for every thread; every thread is done with the slot of the one before
         if cutlass.const_expr(self.careful and again):
-            tiles_of.poison(slot, self.config.threads)
+            threads = used_here(cute.arch.thread_idx()[0]), self.config.threads
+            poison_keys(tile.sK[None, None, slot], tile.sV[None, None, slot], threads)
+            cute.arch.sync_threads()
         before = (slot + stages - 1) % stages
-        self._copy_pair(tiles_of, tile.keys, tile.keys.later(n, stages - 1), before)
+        self._copy_pair(tile, tile.keys.later(n, stages - 1), before)
 
-        acc_S = cute.make_rmem_tensor(operands.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
+        acc_S = cute.make_rmem_tensor(tile.mma_S.partition_shape_C((self.config.tile_m, self.config.tile_n)), Float32)
         acc_S.fill(0.0)
-        q, k, v = operands.q, operands.k, operands.v
+        q, k, v = tile.q, tile.k, tile.v
         steps = self.config.tile_d // MMA_K // max(parts, 1)
         for i in cutlass.range_constexpr(max(parts, 1)):
             if cutlass.const_expr(i > 0):
                 self._wait_for_part(parts - i)
-            product(operands.mma_S, acc_S, (i + 1) * steps, q.load, partial(k.load, slot=(slot,)), i * steps)
+            product(tile.mma_S, acc_S, (i + 1) * steps, q.load, partial(k.load, slot=(slot,)), i * steps)
 
         origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
         scores = Scores(tile.cS, tile.values, self.problem, unrolls=False)
         scores.apply_rules(acc_S, origin, masked)
         if cutlass.const_expr(self.anchored and masked is False):
-            output.softmax.anchored_step(rows_columns(acc_S))
+            tile.softmax.anchored_step(rows_columns(acc_S))
         else:
             hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
-            output.softmax.step(rows_columns(acc_S), output.rescale, hold)
-            scale_rows(rows_columns(acc_O), output.rescale)
+            tile.softmax.step(rows_columns(acc_S), tile.rescale, hold)
+            scale_rows(rows_columns(acc_O), tile.rescale)
         P = acc_S
         if cutlass.const_expr(self.problem.dropout):
             P = converted(acc_S, v.fragment.element_type)
@@ -302,7 +252,7 @@ class Forward:
 
         if cutlass.const_expr(parts > 0):
             self._wait_for_part(0)
-        product(operands.mma_O, acc_O, self.config.tile_n // MMA_K, rounded, partial(v.load, slot=(slot,)))
+        product(tile.mma_O, acc_O, self.config.tile_n // MMA_K, rounded, partial(v.load, slot=(slot,)))
         return (slot + 1) % stages
 
     def _wait_for_part(self, later: int):
@@ -315,22 +265,8 @@ class Forward:
 
     @cute.jit
     def _store_o(self, acc_O: cute.Tensor, sO: cute.Tensor, mO: cute.Tensor, row_first: Int32):
-        """Registers → shared memory → global memory, 16 bytes a thread."""
-        thread = cute.arch.thread_idx()[0]
-        into_smem = self.lay.store_accumulator(self.config).get_slice(thread)
+        """Registers → shared memory → global memory."""
         cute.arch.sync_threads()  # O lies over Q, which other warps may still read
-        cute.copy(into_smem, into_smem.retile(converted(acc_O, sO.element_type)), into_smem.partition_D(sO))
+        self.to_shared(self.lay.store_accumulator(self.config), acc_O, sO)
         cute.arch.sync_threads()
-        copy = self.lay.copy_out("O", self.config)
-        part = copy.get_slice(thread)
-        tOsO = part.partition_S(sO)
-        tOcO = part.partition_S(cute.make_identity_tensor(self.lay.tile("O", self.config)))
-        for i in cutlass.range_constexpr(cute.size(tOsO, mode=[1])):
-            row = row_first + tOcO[0, i, 0][0]
-            for j in cutlass.range_constexpr(cute.size(tOsO, mode=[2])):
-                column = tOcO[0, i, j][1]
-                if row < mO.shape[0] and column < self.problem.head_dim_v:
-                    into = cute.local_tile(mO, (1, self.lay.VECTOR), (row, column // self.lay.VECTOR))
-                    piece = cute.make_rmem_tensor_like(tOsO[None, i, j])
-                    cute.copy(copy, tOsO[None, i, j], piece)
-                    cute.copy(copy, piece, cute.make_tensor(into.iterator, piece.layout))
+        self.to_global("O", sO, mO, row_first, self.problem.head_dim_v)

@@ -24,7 +24,6 @@ from functools import partial
 import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
-from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past, converted
 from cute_attn.fields import first_stores
 from cute_attn.layouts.base import cute_layout
@@ -33,7 +32,7 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.mainloop.guard import any_of, clear_marked, hide_keys, known_here, of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import QueryTiles
-from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, product
+from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, WarpKernel, product
 from cute_attn.scheduler import Tiles, Work
 
 WAITER, PASSER = 0, 32  # threads that take turns for their block, where dQ's parts come in a fixed order
@@ -91,12 +90,11 @@ class Block:
     careful: Boolean | None = None  # whether there are marked rows or hidden keys
 
 
-class Backward:
+class Backward(WarpKernel):
     """The kernel of one (problem, config)."""
 
     def __init__(self, problem, config):
-        self.problem, self.config = problem, config
-        self.lay = layouts.family(config)
+        super().__init__(problem, config)
         self.across = config.mma_warps // config.key_warps  # warps that share the same keys
         self.shares_p = self.lay.p_is_shared(config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
@@ -143,9 +141,8 @@ class Backward:
         problem, thread = self.problem, cute.arch.thread_idx()[0]
         values = values.of(work)
         visited = QueryTiles.of(values, problem, work.block, self.config)
-        stream = partial(Stream.of, self.lay, self.config)
-        k = stream("K", work.k.rows(inputs.k, work.head_kv), shared.k, thread, problem.head_dim)
-        v = stream("V", work.k.rows(inputs.v, work.head_kv), shared.v, thread, problem.head_dim_v)
+        k = self.stream("K", work.k.rows(inputs.k, work.head_kv), shared.k, problem.head_dim)
+        v = self.stream("V", work.k.rows(inputs.v, work.head_kv), shared.v, problem.head_dim_v)
         me = Block(
             thread,
             work,
@@ -155,14 +152,14 @@ class Backward:
             gradients,
             signals,
             shared,
-            stream("Q", inputs.q, shared.q, thread, problem.head_dim),
-            stream("dO", inputs.do, shared.do, thread, problem.head_dim_v),
+            self.stream("Q", inputs.q, shared.q, problem.head_dim),
+            self.stream("dO", inputs.do, shared.do, problem.head_dim_v),
             rows,
             *(self._accumulator(role) for role in ("dV", "dK")),
         )
         if visited.count > 0:
             self._query_tiles(me, k, v)
-        self._store(me, gradients)
+        self._store(me)
 
     def _accumulator(self, role: str) -> cute.Tensor:
         tile = self.lay.tile(role, self.config)
@@ -180,16 +177,13 @@ class Backward:
         return place[0]
 
     def _shared(self, smem) -> BlockShared:
-        config, lay = self.config, self.lay
+        config = self.config
 
-        def tensor(name):
-            return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
+        def floats():
+            return smem.allocate_tensor(Float32, cute.make_layout((config.tile_m, config.stages)), 16)
 
-        def floats(*shape):
-            return smem.allocate_tensor(Float32, cute.make_layout(shape), 16)
-
-        k, v, q, do, ds = (tensor(name) for name in ("K", "V", "Q", "dO", "dS"))
-        lse, delta = (floats(config.tile_m, config.stages) for _ in range(2))
+        k, v, q, do, ds = (self.tensor(smem, name) for name in ("K", "V", "Q", "dO", "dS"))
+        lse, delta = floats(), floats()
         hidden = None
         if cutlass.const_expr(self.problem.masked):
             hidden = smem.allocate_tensor(cutlass.Int8, cute.make_layout(config.tile_n), 16)
@@ -201,8 +195,7 @@ class Backward:
         def operand(role, name, letter, tensor, rows):
             mma = self.lay.tiled_mma(role, config)
             shape = mma.partition_shape_A((rows, MMA_K)) if letter == "A" else mma.partition_shape_B((rows, MMA_K))
-            fragment = cute.make_rmem_tensor(shape, tensor.element_type)
-            return LdmatrixOperand.of(self.lay.load_operand(role, name, config), tensor, fragment, me.thread)
+            return LdmatrixOperand.of(self.lay.load_operand(role, name, config), tensor, shape, me.thread)
 
         sKt, sQt, sdOt, sdSt = map(transposed, (s.k, s.q, s.do, s.ds))
         return BackwardOperands(
@@ -230,7 +223,7 @@ class Backward:
             x.clear_padding()
         row = me.work.block * self.config.tile_n
         for x in (k, v):
-            x.start(x.m, row, me.values.seqlen_k)
+            x.start(row, me.values.seqlen_k)
         if cutlass.const_expr(self.problem.masked):
             cute.arch.cp_async_commit_group()
         for slot in cutlass.range_constexpr(stages - 1):
@@ -327,7 +320,7 @@ class Backward:
             head, m_block = self._tile(me, i, member)
             row, end = m_block * config.tile_m, me.values.seqlen_q
             for x in (me.q, me.do):
-                x.start(me.work.q.rows(x.m, head), row, end, (slot,))
+                x.start(row, end, (slot,), m=me.work.q.rows(x.m, head))
             self._copy_rows(me, head, m_block, slot)
         cute.arch.cp_async_commit_group()
 
@@ -539,22 +532,23 @@ class Backward:
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _store(self, me: Block, gradients: Gradients):
+    def _store(self, me: Block):
         """dK and dV to global memory, by way of the shared memory of K and V."""
         cute.arch.sync_threads()  # every thread has read K and V for the last time
         if cutlass.const_expr(self.needs_k):
             me.acc_dK.store(me.acc_dK.load() * Float32(me.values.scale(self.problem)))
             self._clear("dK", me, me.acc_dK)
-            self._to_shared("dK", me, me.acc_dK, me.shared.k)
+            self.to_shared(self.lay.store_accumulator("dK", self.config), me.acc_dK, me.shared.k)
         if cutlass.const_expr(self.needs_v):
             me.values.scale_kept(me.acc_dV)
             self._clear("dV", me, me.acc_dV)
-            self._to_shared("dV", me, me.acc_dV, me.shared.v)
+            self.to_shared(self.lay.store_accumulator("dV", self.config), me.acc_dV, me.shared.v)
         cute.arch.sync_threads()
+        row, of_keys = me.work.block * self.config.tile_n, partial(me.work.k.stored.rows, head=me.work.head_kv)
         if cutlass.const_expr(self.needs_k):
-            self._to_global("dK", me, me.shared.k, gradients.mdK, self.problem.head_dim)
+            self.to_global("dK", me.shared.k, of_keys(me.gradients.mdK), row, self.problem.head_dim)
         if cutlass.const_expr(self.needs_v):
-            self._to_global("dV", me, me.shared.v, gradients.mdV, self.problem.head_dim_v)
+            self.to_global("dV", me.shared.v, of_keys(me.gradients.mdV), row, self.problem.head_dim_v)
 
     @cute.jit
     def _clear(self, role: cutlass.Constexpr, me: Block, acc: cute.Tensor):
@@ -563,29 +557,6 @@ class Backward:
             mma, tile = self.lay.tiled_mma(role, self.config), self.lay.tile(role, self.config)
             where = rows_columns(mma.get_slice(me.thread).partition_C(cute.make_identity_tensor(tile)))
             clear_rows_past(me.values.seqlen_k, me.work.block * self.config.tile_n, where, rows_columns(acc))
-
-    @cute.jit
-    def _to_shared(self, name: cutlass.Constexpr, me: Block, acc: cute.Tensor, s: cute.Tensor):
-        copy = self.lay.store_accumulator(name, self.config).get_slice(me.thread)
-        cute.copy(copy, copy.retile(converted(acc, s.element_type)), copy.partition_D(s))
-
-    @cute.jit
-    def _to_global(self, name: cutlass.Constexpr, me: Block, s: cute.Tensor, m: cute.Tensor, head_dim: cutlass.Constexpr):
-        """16 bytes a thread, of the rows and columns that exist."""
-        m = me.work.k.stored.rows(m, me.work.head_kv)
-        copy = self.lay.copy_out(name, self.config)
-        part = copy.get_slice(me.thread)
-        tXsX = part.partition_S(s)
-        tXcX = part.partition_S(cute.make_identity_tensor(self.lay.tile(name, self.config)))
-        for i in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
-            row = me.work.block * self.config.tile_n + tXcX[0, i, 0][0]
-            for j in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
-                column = tXcX[0, i, j][1]
-                if (row < m.shape[0]) & (column < head_dim):
-                    into = cute.local_tile(m, (1, self.lay.VECTOR), (row, column // self.lay.VECTOR))
-                    piece = cute.make_rmem_tensor_like(tXsX[None, i, j])
-                    cute.copy(copy, tXsX[None, i, j], piece)
-                    cute.copy(copy, piece, cute.make_tensor(into.iterator, piece.layout))
 
 
 def store(into: cute.Pointer, values: list[Float32], where=None) -> None:

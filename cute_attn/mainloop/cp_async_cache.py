@@ -90,12 +90,12 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class LoadedOperands:
-    """Both products' operands on their way to registers."""
+class CacheOperands:
+    """Both products' operands: on their way to registers, or as the tensor cores find them."""
 
-    q: LdmatrixOperand
-    k: LdmatrixOperand
-    v: LdmatrixOperand
+    q: Any  # LdmatrixOperand or cute.Tensor
+    k: Any
+    v: Any
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class CacheBlock:
     v: Stream
     sK: cute.Tensor
     sV: cute.Tensor
-    operands: Any
+    operands: CacheOperands
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
     ring: cute.Pointer
@@ -521,14 +521,13 @@ class Forward:
 
     def _operands(self, shared: tuple, mmas: tuple, thread):
         """What products take of (Q, K, V) in shared memory; V's rows are what P·V sums over."""
-        config, lay = self.config, self.lay
+        config = self.config
         (sQ, sK, sV), (S, O) = shared, mmas  # noqa: E741
 
         def operand(name, shape, s):
-            fragment = cute.make_rmem_tensor(shape, s.element_type)
-            return LdmatrixOperand.of(lay.load_operand(name, config), s, fragment, thread)
+            return LdmatrixOperand.of(self.lay.load_operand(name, config), s, shape, thread)
 
-        return LoadedOperands(
+        return CacheOperands(
             operand("Q", S.partition_shape_A((config.tile_m, MMA_K)), sQ),
             operand("K", S.partition_shape_B((self.keys_of_group, MMA_K)), sK),
             operand("V", O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV)),
@@ -696,6 +695,7 @@ class Forward:
         number hold in all groups."""
         config, (rows, sharing), groups = self.config, self.shares, self.config.key_warps
         pieces, begin = self.lay.exchanged_columns(config) // PIECE_COLUMNS, first // PIECE_COLUMNS
+        each = -(-pieces // sharing)
         for j in cutlass.range_constexpr(rows):
             r = block.group // sharing * rows + j
             row = self._coordinates(block)[r, 0][0]
@@ -710,9 +710,9 @@ class Forward:
                     exponent = (of_rows[0, group] - anchored(row_max)) * seen.values.exponent(self.problem)
                     weights[group] = cute.math.exp2(exponent, fastmath=True)
                     row_sum += of_rows[1, group] * weights[group]
-                merged, handed = (cute.make_rmem_tensor((PIECE, n), Float32) for n in (-(-pieces // sharing), 1))
+                merged, handed = (cute.make_rmem_tensor((PIECE, n), Float32) for n in (each, 1))
                 merged.fill(0.0)
-                for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                for k in cutlass.range_constexpr(each):
                     n = self._mine(block, k)
                     if _below(n, pieces, sharing):
                         for group in cutlass.range_constexpr(groups):
@@ -720,7 +720,7 @@ class Forward:
                             merged[None, k].store(merged[None, k].load() + handed[None, 0].load() * weights[group])
                 if places.parts == 1:
                     of_row = self._end_row(serving, seen, row, self._writes(block, first == 0), row_max, row_sum)
-                    for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                    for k in cutlass.range_constexpr(each):
                         n = self._mine(block, k)
                         if _below(n, pieces, sharing):
                             self._store(block, serving, seen, of_row, begin + n, merged[None, k])
@@ -728,7 +728,7 @@ class Forward:
                     o, of = serving.workspace.of_row(places.of(places.number), row)
                     if self._writes(block, first == 0):
                         _store_pair(of, 0, row_max, row_sum)
-                    for k in cutlass.range_constexpr(-(-pieces // sharing)):
+                    for k in cutlass.range_constexpr(each):
                         n = self._mine(block, k)
                         if _below(n, pieces, sharing) and (begin + n) * PIECE_COLUMNS < self.problem.head_dim_v:
                             cute.autovec_copy(merged[None, k], self._written(block, o, begin + n))
@@ -748,25 +748,18 @@ class Forward:
     @cute.jit
     def _merge_parts(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
         """All parts of a walk, in the order of their keys, to the outputs: of rows and columns as :meth:`_merge_groups`."""
-        (rows, sharing), pieces = self.shares, -(-self.problem.head_dim_v // PIECE_COLUMNS)
+        rows, sharing = self.shares
         for j in cutlass.range_constexpr(rows):
             row = self._coordinates(block)[block.group // sharing * rows + j, 0][0]
             if row < exist:
-                self._merge_row(block, serving, seen, places, row, -(-pieces // sharing))
+                self._merge_row(block, serving, seen, places, row)
 
     @cute.jit
-    def _merge_row(
-        self,
-        block: CacheBlock,
-        serving: Serving,
-        seen: SeenTiles,
-        places: PartPlaces,
-        row,
-        pieces: cutlass.Constexpr[int],
-    ):
-        """All parts' ``pieces`` that this thread has of a row."""
-        exponent, parts, at_once = seen.values.exponent(self.problem), places.parts, max(AT_ONCE // pieces, 1)
+    def _merge_row(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, row):
+        """All parts' pieces that this thread has of a row."""
         all_pieces = -(-self.problem.head_dim_v // PIECE_COLUMNS)
+        pieces = -(-all_pieces // self.shares[1])
+        exponent, parts, at_once = seen.values.exponent(self.problem), places.parts, max(AT_ONCE // pieces, 1)
         merged, held = (cute.make_rmem_tensor((PIECE, pieces, n), Float32) for n in (1, at_once))
         found = cute.make_rmem_tensor((2, at_once), Float32)
         merged.fill(0.0)

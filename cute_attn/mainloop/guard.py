@@ -62,16 +62,15 @@ def any_of(condition: Boolean, barrier: int, threads: int) -> Boolean:
     return found != 0
 
 
-def used_here(x: Int32) -> Int32:
+def used_here(x: Any, dtype=Int32) -> Any:
     """``x``, but what is computed from it can't be computed ahead of time: it takes no registers until it is needed."""
-    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[dtype], read_only_args=[x])
 
 
 def known_here(values: cute.Tensor | None) -> cute.Tensor | None:
     """``values`` in registers, computed by now and not where they are used, while others wait for them."""
     for i in range(0 if values is None else cute.size(values)):
-        code = "mov.b32 {$w0}, {$r0};"
-        values[i] = cute.arch.inline_ptx(code, write_only_types=[values.element_type], read_only_args=[values[i]])
+        values[i] = used_here(values[i], values.element_type)
     return values
 
 

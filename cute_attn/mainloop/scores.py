@@ -184,24 +184,15 @@ class Scores:
         Where a captured tensor's gradient takes a score, scores stay as they are until :meth:`gradients`. ``kept`` is of
         dropout: what dV takes of P, without its scale, and P is as it was for dS. ``ramp`` is :meth:`ramp_of_rows`, if it was
         asked for."""
-        scale_log2, softcap, scores = self.values.scale_log2, self.problem.softcap, rows_columns(acc)
-        apart = self.problem.dropout or softcap or self.problem.expression.slope is not None or self._takes_scores
-        if self.problem.expression.natural or (self.problem.dropout and self.transposed):
-            rounded = cute.make_rmem_tensor_like(acc, dtype) if self.transposed and apart else acc
-            if self.transposed or not self._takes_scores:
-                self._changed_probabilities(scores, lse_raw, origin, None if rounded is acc else rows_columns(rounded), kept)
-            return rounded
-        if not self.transposed:
-            _probabilities_by_row(scores, lse_raw, scale_log2, softcap)
-        elif self.problem.expression.ramp is not None:
-            _probabilities_on_ramp(scores, lse_raw, scale_log2, self.ramp_of_rows(origin) if ramp is None else ramp)
-        elif softcap:
-            rounded = cute.make_rmem_tensor_like(acc, dtype)
-            _capped_probabilities(scores, lse_raw, scale_log2, rows_columns(rounded))
-            return rounded
-        else:
-            _probabilities(scores, lse_raw, scale_log2)
-        return acc
+        problem, scores = self.problem, rows_columns(acc)
+        apart = problem.dropout or problem.softcap or problem.expression.slope is not None or self._takes_scores
+        rounded = cute.make_rmem_tensor_like(acc, dtype) if self.transposed and apart else acc
+        if not (self.transposed or problem.expression.natural):
+            _probabilities_by_row(scores, lse_raw, self.values.scale_log2, problem.softcap)
+        elif self.transposed or not self._takes_scores:
+            ramp = self.ramp_of_rows(origin) if ramp is None else ramp
+            self._to_probabilities(scores, lse_raw, origin, None if rounded is acc else rows_columns(rounded), kept, ramp)
+        return rounded
 
     def gradients(
         self, acc: cute.Tensor, acc_dP: cute.Tensor, delta: cute.Tensor, lse_raw=None, origin=None, kept: Kept | None = None
@@ -209,13 +200,33 @@ class Scores:
         """An accumulator's P (∘ the slopes) to dS = P ∘ (dP − delta) in place, with the delta of each query; and what captured
         tensors get of it. ``lse_raw``, ``origin`` and ``kept`` are those of :meth:`probabilities`."""
         P, dP = rows_columns(acc), rows_columns(acc_dP)
-        if self.problem.dropout or self.problem.expression.partials:
-            self._changed_gradients(P, dP, delta, lse_raw, origin, kept)
-        elif self.transposed:
-            _gradients(P, dP, delta)
-        else:
+        if not (self.transposed or self.problem.dropout or self.problem.expression.partials):
             for r in range(cute.size(delta)):
                 P[r, None].store(P[r, None].load() * (dP[r, None].load() - delta[r]))
+            return
+        natural, elements, captured = self.values.scale_log2 * LN_2, None, None
+        if self.problem.expression.partials:
+            elements = self._elements(origin)
+            captured = CapturedGradients(elements, self.values, self.where.zero, whole=not self.problem.ragged)
+        rows = range(cute.size(P, mode=[0]))
+        for c, of_query, *lse in self._by_query(P, delta, *([lse_raw] if self._takes_scores else [])):
+            pairs = [(r, i) for r in rows for i in range(2)]
+            for r, i in pairs if captured is kept is None else sorted(pairs, key=lambda pair: pair[1]):
+                given, slopes, score = P[r, c + i], None, None
+                if self._takes_scores:
+                    score = either(given > HIDDEN, given * natural, Float32(0.0))
+                    given, slopes = self._probability(elements, given, lse[0](r, i), r, c + i)
+                of_P = dP[r, c + i]
+                if kept is not None:
+                    of_P = kept.of(of_P, r, c + i) * kept.scale
+                dS = given * (of_P - of_query(r, i))
+                P[r, c + i] = dS if slopes is None else dS * slopes
+                if captured is not None:
+                    captured.add(r, c + i, dS, score)
+                    if r == rows[-1]:
+                        captured.end_column()
+        if captured is not None:
+            captured.finish()
 
     def kept(self, origin) -> Kept:
         """Which of a thread's probabilities dropout keeps in the tile at ``origin``, whose first query is a multiple of 16, and
@@ -390,19 +401,19 @@ class Scores:
             for r in range(0, rows, 1 + self.transposed):
                 (elements.load_fours if self.transposed else elements.load_pairs)(r, c)
 
-    def _changed_probabilities(
-        self, scores: cute.Tensor, lse_raw: cute.Tensor, origin, rounded: cute.Tensor | None, kept: Kept | None
+    def _to_probabilities(
+        self, scores: cute.Tensor, lse_raw: cute.Tensor, origin, rounded: cute.Tensor | None, kept: Kept | None, ramp
     ):
-        """``scores`` before the user's function, −∞ or as low as a hidden key's where they don't count, to P ∘ the slopes in
+        """``scores``, before a user's function −∞ or as low as a hidden key's where they don't count, to P ∘ the slopes in
         place; ``rounded`` gets P, or what dropout leaves of it."""
-        elements = self._elements(origin)
+        elements = self._elements(origin) if self.problem.expression.natural else None
         for c, lse in self._by_query(scores, lse_raw):
-            if c % PAIRS_AHEAD == 0:
+            if elements is not None and c % PAIRS_AHEAD == 0:
                 self._load_pairs(scores, elements, c)
             for r in range(cute.size(scores, mode=[0])):
                 P = cute.make_rmem_tensor(2, Float32)
                 for i in range(2):
-                    P[i], slopes = self._probability(elements, scores[r, c + i], lse(r, i), r, c + i)
+                    P[i], slopes = self._probability(elements, scores[r, c + i], lse(r, i), r, c + i, ramp)
                     if not self._takes_scores:
                         scores[r, c + i] = P[i] if slopes is None else P[i] * slopes
                 if rounded is not None:
@@ -411,13 +422,15 @@ class Scores:
                     if kept is not None:
                         _keep(rounded, r, c, kept.of_pair(r, c))
 
-    def _probability(self, elements: Elements, score: Float32, lse: Float32, r: int, c: int):
-        """``(P, slopes)`` of a score before the user's function; slopes are None where they are 1."""
-        expression, natural, slopes = self.problem.expression, self.values.scale_log2 * LN_2, None
-        if self.problem.softcap:
-            slopes = _slope(score)
+    def _probability(self, elements: Elements | None, score: Float32, lse: Float32, r: int, c: int, ramp=None):
+        """``(P, slopes)`` of a score before the user's function; slopes are None where they are 1. ``ramp`` is what the
+        exponents of each row lack."""
+        expression, natural, softcap = self.problem.expression, self.values.scale_log2 * LN_2, self.problem.softcap
         if not expression.natural:
-            return cute.math.exp2((score - lse) * self.values.scale_log2, fastmath=True), slopes
+            exponent = (score - lse) * self.values.scale_log2
+            P = cute.math.exp2(exponent if ramp is None else exponent + ramp[r], fastmath=True)
+            return P, _slope(score) if softcap else None
+        slopes = _slope(score) if softcap else None
         counts = score > HIDDEN
         changed = either(counts, elements.value(expression.score, r, c, score * natural), score)
         P = cute.math.exp2((changed - lse) * LOG2_E, fastmath=True)
@@ -425,31 +438,6 @@ class Scores:
             slope = either(counts, elements.value(expression.slope, r, c, score * natural), Float32(0.0))
             slopes = slope if slopes is None else slopes * slope
         return P, slopes
-
-    def _changed_gradients(self, P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor, lse_raw, origin, kept: Kept | None):
-        """``P``, which may be scores, to dS in place, and the gradients of captured tensors."""
-        natural, elements, captured = self.values.scale_log2 * LN_2, None, None
-        if self.problem.expression.partials:
-            elements = self._elements(origin)
-            captured = CapturedGradients(elements, self.values, self.where.zero, whole=not self.problem.ragged)
-        for c, of_query, *lse in self._by_query(P, delta, *([lse_raw] if self._takes_scores else [])):
-            for i in range(2):
-                for r in range(cute.size(P, mode=[0])):
-                    given, slopes, score = P[r, c + i], None, None
-                    if self._takes_scores:
-                        score = either(given > HIDDEN, given * natural, Float32(0.0))
-                        given, slopes = self._probability(elements, given, lse[0](r, i), r, c + i)
-                    of_P = dP[r, c + i]
-                    if kept is not None:
-                        of_P = kept.of(of_P, r, c + i) * kept.scale
-                    dS = given * (of_P - of_query(r, i))
-                    if captured is not None:
-                        captured.add(r, c + i, dS, score)
-                    P[r, c + i] = dS if slopes is None else dS * slopes
-                if captured is not None:
-                    captured.end_column()
-        if captured is not None:
-            captured.finish()
 
     def _by_query(self, scores: cute.Tensor, *of_queries):
         """Of two columns at a time the first, and functions of (row, 0 or 1) that say what a query has."""
@@ -679,42 +667,6 @@ def _rise(ramp, elements: Elements, values: Values, row: int) -> Float32:
     return elements.value(ramp.factor, row, 0) * (cute.arch.rcp_approx(values.scale_log2 * LN_2) * ramp.sign)
 
 
-def _probabilities(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32):
-    """``scores`` (keys, queries) to P in place, with the log-sum-exp of each query in shared memory."""
-    for c, lse in _pairs(lse_raw):
-        for r in range(cute.size(scores, mode=[0])):
-            for i in range(2):
-                scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2, fastmath=True)
-
-
-def _probabilities_on_ramp(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, added: cute.Tensor):
-    """The same of scores to which a ramp is yet to be added, of the exponents a number for each row."""
-    for c, lse in _pairs(lse_raw):
-        for r in range(cute.size(scores, mode=[0])):
-            for i in range(2):
-                scores[r, c + i] = cute.math.exp2((scores[r, c + i] - lse[i]) * scale_log2 + added[r], fastmath=True)
-
-
-def _capped_probabilities(t: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, rounded: cute.Tensor):
-    """The same under a softcap: ``t``, the tanh of a score or −∞ where it is masked, to P ∘ (1 − t²); ``rounded`` gets P."""
-    for c, lse in _pairs(lse_raw):
-        for r in range(cute.size(t, mode=[0])):
-            P = cute.make_rmem_tensor(2, Float32)
-            for i in range(2):
-                P[i] = cute.math.exp2((t[r, c + i] - lse[i]) * scale_log2, fastmath=True)
-                t[r, c + i] = P[i] * _slope(t[r, c + i])
-            place = rounded.iterator + rounded.layout((r, c))
-            cute.make_tensor(place, P.layout).store(P.load().to(rounded.element_type))
-
-
-def _gradients(P: cute.Tensor, dP: cute.Tensor, delta: cute.Tensor):
-    """P (keys, queries) to dS in place, with the delta of each query in shared memory."""
-    for c, of_query in _pairs(delta):
-        for r in range(cute.size(P, mode=[0])):
-            for i in range(2):
-                P[r, c + i] = P[r, c + i] * (dP[r, c + i] - of_query[i])
-
-
 def _probabilities_by_row(scores: cute.Tensor, lse_raw: cute.Tensor, scale_log2: Float32, softcap: bool):
     """``scores`` (queries, keys) to P in place, or under a softcap to P ∘ (1 − t²), with the log-sum-exp of each row."""
     for r in range(cute.size(lse_raw)):
@@ -732,14 +684,9 @@ def _slope(t: Float32) -> Float32:
     return softcap_slope(cutlass.max(t, Float32(-1.0)))
 
 
-def _pairs(values: cute.Tensor):
-    """The values of a row in shared memory, two neighbours at a time, read only when they are needed: all of them would
-    take as many registers as a row of scores."""
-    for c in range(0, cute.size(values), 2):
-        yield c, _pair(values, c)
-
-
 def _pair(values: cute.Tensor, c: int) -> cute.Tensor:
+    """Two neighbours of a row in shared memory, read only when they are needed: all of it would take as many registers as a row
+    of scores."""
     pair = cute.make_rmem_tensor(2, values.element_type)
     first = cute.make_tensor(values.iterator + values.layout(c), pair.layout)
     cute.autovec_copy(first, pair)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, cute, pipeline
@@ -51,7 +52,7 @@ class ForwardPipelines:
 @dataclass(frozen=True)
 class ForwardShared:
     """The operands in shared memory: Q ``(64, d, warpgroup and stage)``, O ``(64, d, warpgroup)`` or, where it leaves from
-    registers, none, K and V ``(tile_n, d, stage)``."""
+    registers, none, K and V ``(tile_n, d, stage)``; and how they come there."""
 
     q: cute.Tensor
     k: cute.Tensor
@@ -60,6 +61,7 @@ class ForwardShared:
     verdict: cute.Tensor | None  # not 0 once an output was not finite
     work: cute.Tensor | None = None
     ramp: cute.Tensor | None = None  # (values of an accumulator, warp)
+    pipes: Any = None  # ForwardPipelines
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,6 @@ class ForwardWorker:
 
 
 @dataclass(frozen=True)
-class WarpgroupTile:
-    """The 64 rows a warpgroup computes now, the key tiles they see, and how many come before that only other rows see."""
-
-    row_first: Int32
-    keys: KeyTiles
-    skipped: Int32
-    values: Values
-    loaded: tuple = ()  # what a mask loads for a thread's rows
-    ramp: cute.Tensor | None = None  # what a ramp starts a thread's accumulators with
-
-
-@dataclass(frozen=True)
 class ForwardFragments:
     """What a computing thread holds or points to through the key tiles of one query tile."""
 
@@ -96,6 +86,23 @@ class ForwardFragments:
     tOrP: cute.Tensor  # (MMA, 1, K)
     acc_O: cute.Tensor  # (MMA, 1, 1)
     rescale: cute.Tensor  # (rows): the factor that the last step asks of O
+
+
+@dataclass(frozen=True)
+class WarpgroupTile:
+    """The 64 rows a warpgroup computes now, the key tiles they see, and how many come before that only other rows see."""
+
+    me: ForwardWorker
+    pipes: ForwardPipelines
+    row_first: Int32
+    keys: KeyTiles
+    skipped: Int32
+    values: Values
+    scores: Scores
+    loaded: tuple  # what a mask loads for a thread's rows
+    ramp: cute.Tensor | None  # what a ramp starts a thread's accumulators with
+    frag: ForwardFragments
+    softmax: Softmax
 
 
 class Forward(Kernel):
@@ -142,54 +149,36 @@ class Forward(Kernel):
 
     @cute.kernel
     def kernel(
-        self,
-        q: TmaOperand,
-        k: TmaOperand,
-        v: TmaOperand,
-        o: TmaOperand | None,
-        mLSE: LogSumExp,
-        plain,
-        plain_o,
-        values: Values,
-        tiles: Tiles,
+        self, q: TmaOperand, k: TmaOperand, v: TmaOperand, o, mLSE: LogSumExp, plain, plain_o, values: Values, tiles: Tiles
     ):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (q, k, v, o):
                 if cutlass.const_expr(operand is not None):
                     cpasync.prefetch_descriptor(operand.atom)
-        shared, pipes = self._setup(tiles.tickets is not None)
+        shared = self._setup(tiles.tickets is not None)
 
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if cutlass.const_expr(shared.work is not None):
                 if warp == FIND_WORK_WARP:
-                    self._find_work(shared, pipes, values, tiles)
+                    self._find_work(shared, values, tiles)
                 if cutlass.const_expr(bool(self.problem.ragged)):
                     if warp == CLEAR_WARP:
                         self._clear_unused_tiles(plain_o, mLSE, tiles)
             if warp == COPY_K_V_WARP:
-                walk_over = self._walker(shared, pipes, tiles)
-                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.config.stages)
-                ask = self._queue(shared, pipes).ask if cutlass.const_expr(pipes.asked is not None) else None
-                state = walk_over.each(partial(self._copy_k_v, k, v, shared, pipes, values, ask), state)
-                if cutlass.const_expr(self.guarded):
-                    if self._is_done_again(shared, pipes):
-                        again = partial(self._copy_k_v, k, v, shared, pipes, values, None)
-                        if cutlass.const_expr(self.careful):
-                            again = partial(self._copy_k_v_carefully, plain, shared, pipes, values)
-                        walk_over.each(again, state)
+                ask = self._queue(shared).ask if cutlass.const_expr(shared.pipes.asked is not None) else None
+                copy_k_v = partial(self._copy_k_v, k, v, shared, values)
+                again = partial(copy_k_v, None)
+                if cutlass.const_expr(self.careful):
+                    again = partial(self._copy_k_v_carefully, plain, shared, values)
+                self._copy_each(shared, tiles, self.config.stages, partial(copy_k_v, ask), again)
             if warp == COPY_Q_WARP:
-                walk_over = self._walker(shared, pipes, tiles)
-                copy_q = partial(self._copy_q, q, shared, pipes)
-                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.q_slots)
-                state = walk_over.each(copy_q, state)
-                if cutlass.const_expr(self.guarded):
-                    if self._is_done_again(shared, pipes):
-                        walk_over.each(copy_q, state)
+                copy_q = partial(self._copy_q, q, shared)
+                self._copy_each(shared, tiles, self.q_slots, copy_q, copy_q)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            self._compute((o, plain_o, mLSE), shared, pipes, values, tiles)
+            self._compute((o, plain_o, mLSE), shared, values, tiles)
 
     def _setup(self, draws: bool):
         """Allocate shared memory and initialise the barriers; ``draws``: those for a block that draws tickets, too."""
@@ -220,27 +209,27 @@ class Forward(Kernel):
             verdict[0] = Int32(0)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return ForwardShared(sQ, sK, sV, sO, verdict, work, ramp), pipes
+        return ForwardShared(sQ, sK, sV, sO, verdict, work, ramp, pipes)
 
-    def _walker(self, shared: ForwardShared, pipes: ForwardPipelines, tiles: Tiles):
+    def _walker(self, shared: ForwardShared, tiles: Tiles):
         """What gives a warp the tiles of the block, one after another: :meth:`Tiles.each`, or those another finds."""
-        return tiles if shared.work is None else self._queue(shared, pipes).taker()
+        return tiles if shared.work is None else self._queue(shared).taker()
 
-    def _queue(self, shared: ForwardShared, pipes: ForwardPipelines) -> WorkQueue:
+    def _queue(self, shared: ForwardShared) -> WorkQueue:
         ragged = bool(self.problem.ragged)
         numbered = ragged and self.problem.has_places
         of = {"numbered": numbered, "ragged": ragged, "headed": bool(self.problem.blocks)}
-        return WorkQueue(shared.work, pipes.work, pipes.asked, self.arrive, **of)
+        return WorkQueue(shared.work, shared.pipes.work, shared.pipes.asked, self.arrive, **of)
 
     @cute.jit
-    def _find_work(self, shared: ForwardShared, pipes: ForwardPipelines, values: Values, tiles: Tiles):
+    def _find_work(self, shared: ForwardShared, values: Values, tiles: Tiles):
         """One warp: the tiles of the block for the others."""
-        queue = self._queue(shared, pipes)
+        queue = self._queue(shared)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.lay.WORK_SLOTS)
         header = partial(self._header, values) if self.problem.blocks else None
         state, begin = queue.hand_out(tiles, state, header=header)
         if cutlass.const_expr(self.guarded):
-            if self._is_done_again(shared, pipes):
+            if self._is_done_again(shared):
                 queue.hand_out(tiles, state, begin, header)
 
     @cute.jit
@@ -262,39 +251,41 @@ class Forward(Kernel):
             more = work.exists
 
     @cute.jit
-    def _is_done_again(self, shared: ForwardShared, pipes: ForwardPipelines):
+    def _is_done_again(self, shared: ForwardShared):
         """Whether the block is to do its query tiles again: known once all its computing warps have said so."""
-        pipes.verdict.consumer_wait(pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1))
+        shared.pipes.verdict.consumer_wait(pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1))
         return shared.verdict[0] != 0
 
     # ---- copying warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _copy_q(self, q: TmaOperand, shared: ForwardShared, pipes: ForwardPipelines, state, work: Work):
+    def _copy_each(self, shared: ForwardShared, tiles: Tiles, stages: cutlass.Constexpr[int], copy: cutlass.Constexpr, again):
+        """One warp: ``copy`` for each of the block's tiles, and ``again`` for each, where they are done again."""
+        walk_over = self._walker(shared, tiles)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, stages)
+        state = walk_over.each(copy, state)
+        if cutlass.const_expr(self.guarded):
+            if self._is_done_again(shared):
+                walk_over.each(again, state)
+
+    @cute.jit
+    def _copy_q(self, q: TmaOperand, shared: ForwardShared, state, work: Work):
         """One warp: a query tile's rows, 64 for each computing warpgroup; also of a tile that sees no key, since O may lie over
         Q, and only whoever holds Q's slot may write there. Returns the pipeline's next state."""
         tQgQ, tQsQ = q.tiles(shared.q, work.q, work.head)
         for w in cutlass.range_constexpr(self.warpgroups):
-            pipes.q.producer_acquire(state)
-            self._copy(q, tQgQ[None, work.block * self.warpgroups + w], tQsQ, pipes.q, state)
+            shared.pipes.q.producer_acquire(state)
+            self.copy(q, tQgQ[None, work.block * self.warpgroups + w], tQsQ, shared.pipes.q, state)
             state.advance()
         return state
 
     @cute.jit
     def _copy_k_v(
-        self,
-        k: TmaOperand,
-        v: TmaOperand,
-        shared: ForwardShared,
-        pipes: ForwardPipelines,
-        values: Values,
-        ask: cutlass.Constexpr,
-        k_state,
-        work: Work,
+        self, k: TmaOperand, v: TmaOperand, shared: ForwardShared, values: Values, ask: cutlass.Constexpr, k_state, work: Work
     ):
         """One warp: the K and V tiles of a query tile, last keys first, K one tile ahead of V. Calls ``ask`` for the next query
         tile, and returns the pipelines' next state: between query tiles both are at the same."""
-        v_state = k_state.clone()
+        pipes, v_state = shared.pipes, k_state.clone()
         keys = KeyTiles.of(values.of(work), self.problem, work.block, self.config)
         tKgK, tKsK = k.tiles(shared.k, work.k, work.head_kv, keys.begin)
         tVgV, tVsV = v.tiles(shared.v, work.k, work.head_kv, keys.begin)
@@ -304,19 +295,18 @@ class Forward(Kernel):
                     ask()
             if i < keys.count:
                 pipes.k.producer_acquire(k_state)
-                self._copy(k, key_tile(k, tKgK, shared.k, work, keys, keys.place(i)), tKsK, pipes.k, k_state)
+                self.copy(k, key_tile(k, tKgK, shared.k, work, keys, keys.place(i)), tKsK, pipes.k, k_state)
                 k_state.advance()
             if i > 0:
                 pipes.v.producer_acquire(v_state)
-                self._copy(v, key_tile(v, tVgV, shared.v, work, keys, keys.place_before(i)), tVsV, pipes.v, v_state)
+                self.copy(v, key_tile(v, tVgV, shared.v, work, keys, keys.place_before(i)), tVsV, pipes.v, v_state)
                 v_state.advance()
         return k_state
 
     @cute.jit
-    def _copy_k_v_carefully(self, plain, shared: ForwardShared, pipes: ForwardPipelines, values: Values, k_state, work: Work):
+    def _copy_k_v_carefully(self, plain, shared: ForwardShared, values: Values, k_state, work: Work):
         """The same by careful copies of the warp's threads: a key whose value is not finite is NaN, and its value 0."""
-        v_state = k_state.clone()
-        threads = (cute.arch.lane_idx(), 32)
+        pipes, v_state, threads = shared.pipes, k_state.clone(), (cute.arch.lane_idx(), 32)
         keys = KeyTiles.of(values.of(work), self.problem, work.block, self.config)
         gK, gV = (work.k.rows(m, work.head_kv) for m in plain)
         finite = FiniteRows(gV)
@@ -335,64 +325,54 @@ class Forward(Kernel):
                 v_state.advance()
         return k_state
 
-    def _copy(self, operand: TmaOperand, source, slots, pipe, state):
-        cute.copy(operand.atom, source, slots[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
-
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(self, into, shared: ForwardShared, pipes: ForwardPipelines, values: Values, tiles: Tiles):
+    def _compute(self, into, shared: ForwardShared, values: Values, tiles: Tiles):
         """One computing warpgroup: its 64 rows of every query tile of the block; again, if an output was not finite."""
-        me, walk_over = self._worker(), self._walker(shared, pipes, tiles)
+        me, walk_over = self._worker(), self._walker(shared, tiles)
         self._hand_out_first_turn(me)
         q_turn = Int32(0)
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.config.stages)
-        query_tile = partial(self._query_tile, me, into, shared, pipes, values)
+        query_tile = partial(self._query_tile, me, into, shared, values)
         state = walk_over.each(partial(query_tile, again=False), (q_turn, kv_state))
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(self.guarded):
-            self.arrive(pipes.verdict.producer_commit, pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1))
-            if self._is_done_again(shared, pipes):
+            first = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+            self.arrive(shared.pipes.verdict.producer_commit, first)
+            if self._is_done_again(shared):
                 cute.arch.cp_async_bulk_wait_group(0, read=False)  # what was stored first must not come last
                 walk_over.each(partial(query_tile, again=True), state)
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
-    def _query_tile(
-        self,
-        me: ForwardWorker,
-        into,
-        shared,
-        pipes: ForwardPipelines,
-        values: Values,
-        state,
-        work: Work,
-        again: cutlass.Constexpr[bool],
-    ):
+    def _query_tile(self, me: ForwardWorker, into, shared, values: Values, state, work: Work, again: cutlass.Constexpr[bool]):
         """A query tile of the block; returns Q's turn and the state of K's and V's pipelines."""
         o, mO, mLSE = into
         q_turn, kv_state = state
-        config, rows = self.config, self.lay.ROWS_PER_WARPGROUP
+        config, rows, pipes = self.config, self.lay.ROWS_PER_WARPGROUP, shared.pipes
         values = with_rise(values.of(work), self.problem)
         block = work.block * self.warpgroups + me.warpgroup
         keys = KeyTiles.of(values, self.problem, work.block, config)
         keys, skipped = keys.of_rows(values, self.problem, block * rows, rows, config)
         if cutlass.const_expr(self.anchored):
             keys = keys.after_a_seen_key(values, self.problem, block, replace(config, tile_m=rows), self.anchors_left)
-        tile = WarpgroupTile(block * rows, keys, skipped, values, *self._held(me, shared, values, block * rows))
+        scores = Scores(me.cS, values, self.problem)
+        held = self._held(scores, shared, block * rows)
         slot, phase = self._q_slot(me, q_turn)
         frag = self._fragments(me, shared, slot)
         softmax = Softmax.start(cute.size(frag.rescale), values.exponent(self.problem), fused=True)
+        tile = WarpgroupTile(me, pipes, block * rows, keys, skipped, values, scores, *held, frag, softmax)
         q_state = pipeline.PipelineState(self.q_slots, Int32(0), slot, phase)
         pipes.q.consumer_wait(q_state)
         self.load_first_columns("S", "Q", frag.rQ, shared.q[None, None, slot])
-        if tile.keys.count > 0:
-            kv_state = self._attend(me, frag, softmax, pipes, (q_state, kv_state), tile, again)
+        if keys.count > 0:
+            kv_state = self._attend(tile, (q_state, kv_state), again)
         else:
             if cutlass.const_expr(self.frees_q):
                 pipes.q.consumer_release(q_state)
-        self._normalize(me, frag, softmax, tile, mLSE, work)
-        self._store_o(me, frag, (o, mO), shared.o, (block, work.head, work.q))
+        self._normalize(tile, mLSE, work)
+        self._store_o(tile, (o, mO), shared.o, (block, work.head, work.q))
         if cutlass.const_expr(self.guarded and not again):
             failed = not_finite(converted(frag.acc_O, self.element))
             if cutlass.const_expr(self.anchored):
@@ -411,9 +391,9 @@ class Forward(Kernel):
         return me.warpgroup + q_turn % stages * self.warpgroups, q_turn // stages
 
     @cute.jit
-    def _held(self, me: ForwardWorker, shared: ForwardShared, values: Values, row_first):
+    def _held(self, scores: Scores, shared: ForwardShared, row_first):
         """``loaded`` and ``ramp`` of a warpgroup's rows."""
-        scores, loaded, ramp = Scores(me.cS, values, self.problem), (), None
+        loaded, ramp = (), None
         if cutlass.const_expr(self.problem.blocks):
             loaded = scores.loaded_of_rows(row_first)
         if cutlass.const_expr(shared.ramp is not None):
@@ -445,16 +425,7 @@ class Forward(Kernel):
         )
 
     @cute.jit
-    def _attend(
-        self,
-        me: ForwardWorker,
-        frag: ForwardFragments,
-        softmax: Softmax,
-        pipes: ForwardPipelines,
-        states,
-        tile: WarpgroupTile,
-        again: cutlass.Constexpr,
-    ):
+    def _attend(self, tile: WarpgroupTile, states, again: cutlass.Constexpr):
         """All key tiles of one query tile, from the last to the first, once Q is there; ``again`` in one loop, which masks them
         all. Returns K's and V's pipeline state.
 
@@ -462,35 +433,35 @@ class Forward(Kernel):
         One state serves both: it stands at the last K tile taken, whose V tile is the next to be taken.
         """
         q_state, kv_state = states
-        keys = tile.keys
+        pipes, keys, frag = tile.pipes, tile.keys, tile.frag
 
         for _ in cutlass.range(tile.skipped, unroll=1):
-            kv_state = self._skip(me, pipes, kv_state)
+            kv_state = self._skip(tile, kv_state)
         # The last tile comes first, and has nothing to overlap with yet.
         top = keys.place(0)
-        masking, started = self._masking(me, tile, top, keys.last_is_masked()), self._started(me, tile)
+        masking, started = self._masking(tile, top, keys.last_is_masked()), self._started(tile)
         pipes.k.consumer_wait(kv_state)
-        acc_S = self._scores(frag, kv_state, started)
-        masking = self._mask_ahead(me, tile, masking)
+        acc_S = self._scores(tile, kv_state, started)
+        masking = self._mask_ahead(tile, masking)
         warpgroup.wait_group(0)
         pipes.k.consumer_release(kv_state)
         half = None
         if cutlass.const_expr(self.halves and not again):
             half = keys.end <= keys.first_key(top, self.config.tile_n) + self.config.tile_n // 2
-        self._softmax(me, frag, softmax, acc_S, tile, masking, half=half)
-        self._probabilities(frag, acc_S)
-        self._drop(me, frag, tile, top)
+        self._softmax(tile, acc_S, masking, half=half)
+        self._probabilities(tile, acc_S)
+        self._drop(tile, top)
         frag.rescale.fill(0.0)  # of an O that holds nothing yet
 
-        step = partial(self._step, me, frag, softmax, pipes, tile)
+        step = partial(self._step, tile)
         if cutlass.const_expr(again):
             for i in cutlass.range(keys.count - 1, unroll=1):
                 kv_state = step(kv_state, (keys.later(keys.later(top, 1), i), True), again=True)
         else:
-            before = partial(self._settle, frag) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
+            before = partial(self._settle, tile) if cutlass.const_expr(self.anchored and self.config.rescale_early) else None
             # Steps that look for a maximum after whole tiles rescale l; those of a list don't.
             rescales = self.problem.bounded_left and not self.anchors_left
-            after = softmax.note_growth if cutlass.const_expr(self.anchored and rescales) else None
+            after = tile.softmax.note_growth if cutlass.const_expr(self.anchored and rescales) else None
             kv_state = walk(step, kv_state, keys, self.problem, last=False, around_whole=(before, after))
 
         if cutlass.const_expr(self.frees_q):
@@ -498,127 +469,110 @@ class Forward(Kernel):
         if cutlass.const_expr(self.config.rescale_early):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         pipes.v.consumer_wait(kv_state)
-        self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, kv_state.index], accumulate=True)
+        self._add(tile, kv_state)
         warpgroup.wait_group(0)
         pipes.v.consumer_release(kv_state)
         kv_state.advance()
         if cutlass.const_expr(self.problem.blocks):
             for _ in cutlass.range(keys.left, unroll=1):
-                kv_state = self._skip(me, pipes, kv_state)
+                kv_state = self._skip(tile, kv_state)
         return kv_state
 
     @cute.jit
-    def _skip(self, me: ForwardWorker, pipes: ForwardPipelines, kv_state):
+    def _skip(self, tile: WarpgroupTile, kv_state):
         """Leave a key tile to the others."""
-        for pipe in (pipes.k, pipes.v):
+        for pipe in (tile.pipes.k, tile.pipes.v):
             pipe.consumer_wait(kv_state)
             pipe.consumer_release(kv_state)
-        self._wait_for_turn(me)
-        self._pass_turn(me)
+        self._wait_for_turn(tile.me)
+        self._pass_turn(tile.me)
         kv_state.advance()
         return kv_state
 
     @cute.jit
     def _step(
-        self,
-        me: ForwardWorker,
-        frag: ForwardFragments,
-        softmax: Softmax,
-        pipes: ForwardPipelines,
-        tile: WarpgroupTile,
-        v_state,
-        where,
-        again: cutlass.Constexpr[bool] = False,
-        anchored: cutlass.Constexpr = None,
+        self, tile: WarpgroupTile, v_state, where, again: cutlass.Constexpr[bool] = False, anchored: cutlass.Constexpr = None
     ):
         """Scores and softmax of a key tile, while the tensor cores add the tile before it to O; ``anchored``, if not said, as
         it is whole."""
-        n, masked = where
+        (n, masked), pipes, frag = where, tile.pipes, tile.frag
         anchored = self.anchored and (masked is False if anchored is None else anchored)
         hold = tile.keys.is_anchored(n) if cutlass.const_expr(self.anchored and again) else None
-        masking, started = self._masking(me, tile, n, masked), self._started(me, tile)
+        masking, started = self._masking(tile, n, masked), self._started(tile)
         k_state = v_state.clone()
         k_state.advance()
         pipes.k.consumer_wait(k_state)
-        self._wait_for_turn(me)
-        acc_S = self._scores(frag, k_state, started)
+        self._wait_for_turn(tile.me)
+        acc_S = self._scores(tile, k_state, started)
         if cutlass.const_expr(self.config.rescale_early and not anchored):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         pipes.v.consumer_wait(v_state)
-        self.gemm(me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
-        self._pass_turn(me)
-        masking = self._mask_ahead(me, tile, masking)
+        self._add(tile, v_state)
+        self._pass_turn(tile.me)
+        masking = self._mask_ahead(tile, masking)
         warpgroup.wait_group(1)
         pipes.k.consumer_release(k_state)
-        self._softmax(me, frag, softmax, acc_S, tile, masking, hold, anchored)
-        self._exponentials_begin(softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
+        self._softmax(tile, acc_S, masking, hold, anchored)
+        self._exponentials_begin(tile.softmax.row_sum[0] if anchored else rows_columns(acc_S)[0, 0])
         warpgroup.wait_group(0)
         pipes.v.consumer_release(v_state)
-        self._probabilities(frag, acc_S)
-        self._drop(me, frag, tile, n)
+        self._probabilities(tile, acc_S)
+        self._drop(tile, n)
         if cutlass.const_expr(not (self.config.rescale_early or anchored)):
             scale_rows(rows_columns(frag.acc_O), frag.rescale)
         return k_state
 
     @cute.jit
-    def _settle(self, frag: ForwardFragments):
+    def _settle(self, tile: WarpgroupTile):
         """Rescale O by what the last step asks, before steps that ask for nothing."""
-        scale_rows(rows_columns(frag.acc_O), frag.rescale)
-        frag.rescale.fill(1.0)
+        scale_rows(rows_columns(tile.frag.acc_O), tile.frag.rescale)
+        tile.frag.rescale.fill(1.0)
 
-    def _started(self, me: ForwardWorker, tile: WarpgroupTile):
+    def _started(self, tile: WarpgroupTile):
         """What Q·Kᵀ is to be added to, if anything."""
-        return Scores(me.cS, tile.values, self.problem).started(self.registers("S", self.config.tile_n), tile.ramp)
+        return tile.scores.started(self.registers("S", self.config.tile_n), tile.ramp)
 
-    def _scores(self, frag: ForwardFragments, k_state, started):
+    def _scores(self, tile: WarpgroupTile, k_state, started):
         """Issue S = Q·Kᵀ; the caller waits."""
-        return self.scores("S", self.config.tile_n, frag.tSrQ, frag.tSrK[None, None, None, k_state.index], started, frag.rQ)
+        frag, tB = tile.frag, tile.frag.tSrK[None, None, None, k_state.index]
+        return self.scores("S", self.config.tile_n, frag.tSrQ, tB, started, frag.rQ)
 
-    def _masking(self, me: ForwardWorker, tile: WarpgroupTile, n, masked):
+    def _add(self, tile: WarpgroupTile, v_state):
+        """Issue O += P·V; the caller waits."""
+        frag = tile.frag
+        self.gemm(tile.me.mma_O, frag.acc_O, frag.tOrP, frag.tOrV[None, None, None, v_state.index], accumulate=True)
+
+    def _masking(self, tile: WarpgroupTile, n, masked):
         """``(origin, whether to mask, kinds of blocks)`` of the key tile at a place."""
         origin = (tile.row_first, tile.keys.first_key(n, self.config.tile_n))
-        if masked is False:
-            return origin, masked, None
-        return origin, masked, Scores(me.cS, tile.values, self.problem).kinds(origin)
+        return origin, masked, None if masked is False else tile.scores.kinds(origin)
 
-    def _mask_ahead(self, me: ForwardWorker, tile: WarpgroupTile, masking):
+    def _mask_ahead(self, tile: WarpgroupTile, masking):
         """The same with what is seen in blocks that are cut, while the tensor cores are at the scores."""
-        return *masking[:2], Scores(me.cS, tile.values, self.problem, loaded=tile.loaded).seen(*masking)
+        return *masking[:2], replace(tile.scores, loaded=tile.loaded).seen(*masking)
 
     @cute.jit
-    def _softmax(
-        self,
-        me: ForwardWorker,
-        frag: ForwardFragments,
-        softmax: Softmax,
-        acc_S,
-        tile: WarpgroupTile,
-        masking,
-        hold=None,
-        anchored: cutlass.Constexpr[bool] = False,
-        half: Boolean | None = None,
-    ):
-        origin, masked, seen = masking
-        scores = Scores(me.cS, tile.values, self.problem)
-        ramp = scores.ramp_of_rows(origin)
-        scores.apply_rules(acc_S, origin, masked, apart=True, seen=seen)
+    def _softmax(self, tile: WarpgroupTile, acc_S, masking, hold=None, anchored: cutlass.Constexpr[bool] = False, half=None):
+        """Scores to P. ``half``: only the tile's first half is seen."""
+        (origin, masked, seen), softmax, rescale = masking, tile.softmax, tile.frag.rescale
+        ramp = tile.scores.ramp_of_rows(origin)
+        tile.scores.apply_rules(acc_S, origin, masked, apart=True, seen=seen)
         if cutlass.const_expr(anchored):
             softmax.anchored_step(rows_columns(acc_S), ramp)
         elif cutlass.const_expr(half is None):
-            softmax.step(rows_columns(acc_S), frag.rescale, hold, ramp)
+            softmax.step(rows_columns(acc_S), rescale, hold, ramp)
         elif half:  # of the tile is seen by no row
-            softmax.step(rows_columns(halves(acc_S)[0]), frag.rescale, hold, ramp)
+            softmax.step(rows_columns(halves(acc_S)[0]), rescale, hold, ramp)
             halves(acc_S)[1].fill(0.0)
         else:
-            softmax.step(rows_columns(acc_S), frag.rescale, hold, ramp)
+            softmax.step(rows_columns(acc_S), rescale, hold, ramp)
 
     @cute.jit
-    def _drop(self, me: ForwardWorker, frag: ForwardFragments, tile: WarpgroupTile, n):
+    def _drop(self, tile: WarpgroupTile, n):
         """Dropout of P."""
         if cutlass.const_expr(self.problem.dropout):
             # Numbers that are drawn ahead would take registers that scores still have.
-            origin = (used_here(tile.row_first), tile.keys.first_key(n, self.config.tile_n))
-            Scores(me.cS, tile.values, self.problem).drop(frag.tOrP, origin)
+            tile.scores.drop(tile.frag.tOrP, (used_here(tile.row_first), tile.keys.first_key(n, self.config.tile_n)))
 
     @cute.jit
     def _exponentials_begin(self, positive: Float32):
@@ -634,8 +588,8 @@ class Forward(Kernel):
             read_only_args=[positive],
         )
 
-    def _probabilities(self, frag: ForwardFragments, acc_S):
-        rounded_operand(acc_S, frag.tOrP.element_type, frag.tOrP)
+    def _probabilities(self, tile: WarpgroupTile, acc_S):
+        rounded_operand(acc_S, self.element, tile.frag.tOrP)
 
     # ---- turns on the tensor cores ---------------------------------------------------------------------------------
 
@@ -659,24 +613,22 @@ class Forward(Kernel):
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _normalize(
-        self, me: ForwardWorker, frag: ForwardFragments, softmax: Softmax, tile: WarpgroupTile, mLSE: LogSumExp, work: Work
-    ):
+    def _normalize(self, tile: WarpgroupTile, mLSE: LogSumExp, work: Work):
         """O /= row_sum, and the log-sum-exp where it is asked for."""
+        where, frag, values = tile.me.cO.thread, tile.frag, tile.values
         if cutlass.const_expr(self.problem.has_unused("q")):
-            clear_rows_past(tile.values.seqlen_q, tile.row_first, me.cO.thread, rows_columns(frag.acc_O), softmax)
+            clear_rows_past(values.seqlen_q, tile.row_first, where, rows_columns(frag.acc_O), tile.softmax)
         normalize, lse = cute.make_rmem_tensor_like(frag.rescale), LogSumExp.like(frag.rescale)
-        softmax.finish(normalize, lse, frag.tOrP.element_type, tile.values.sink(work), tile.values.kept_scale)
+        tile.softmax.finish(normalize, lse, self.element, values.sink(work), values.kept_scale)
         scale_rows(rows_columns(frag.acc_O), normalize)
-        store_lse(mLSE, lse, me.cO.thread, tile.row_first, work)
+        store_lse(mLSE, lse, where, tile.row_first, work)
 
     @cute.jit
-    def _store_o(self, me: ForwardWorker, frag: ForwardFragments, into, sO: cute.Tensor | None, where):
+    def _store_o(self, tile: WarpgroupTile, into, sO: cute.Tensor | None, where):
         """O to global memory, from registers or once the last one has left the same shared memory."""
-        (o, mO), (block, head, span) = into, where
+        (o, mO), (block, head, span), group = into, where, tile.me.warpgroup
         if cutlass.const_expr(self.config.o_from_registers):
-            self.store_rows("O", frag.acc_O, mO, span, head, block)
+            self.store_rows("O", tile.frag.acc_O, mO, span, head, block)
         else:
-            self.wait_for_store(me.warpgroup)
-            copy = self.lay.store_accumulator(self.config)
-            self.store(copy, frag.acc_O, o, sO, me.warpgroup, me.warpgroup, where)
+            self.wait_for_store(group)
+            self.store(self.lay.store_accumulator(self.config), tile.frag.acc_O, o, sO, group, group, where)

@@ -190,6 +190,10 @@ class Kernel:
         """A producer's, of which so many have been filled."""
         return pipeline.PipelineState(stages, Int32(done), Int32(done % stages), Int32(1 - done // stages % 2))
 
+    def copy(self, operand: TmaOperand, source: cute.Tensor, slots: cute.Tensor, pipe: pipeline.PipelineTmaAsync, state):
+        """One warp: start copying a tile to a pipeline's stage, which has been acquired."""
+        cute.copy(operand.atom, source, slots[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
+
     def acquire_for_threads(self, pipe: pipeline.PipelineTmaAsync, state):
         """Wait until a stage is free that a warp's threads will fill, not TMA: no bytes are expected."""
         pipe.sync_object_empty.wait(state.index, state.phase)
@@ -318,6 +322,16 @@ class Kernel:
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
+    def by_care(self, care, usual: cutlass.Constexpr, carefully: cutlass.Constexpr):
+        """``carefully()`` where care is asked for (``guard.py``), which nobody can where that is None, else ``usual()``."""
+        if cutlass.const_expr(care is None):
+            usual()
+        elif care:
+            carefully()
+        else:
+            usual()
+
+    @cute.jit
     def clear_unused(self, role: cutlass.Constexpr, shape, side: cutlass.Constexpr, length, block, acc):
         """Zeros for the rows of an accumulator of 64 that their sequence doesn't have, where they are written all the same."""
         if cutlass.const_expr(self.problem.has_unused(side)):
@@ -370,15 +384,15 @@ def of_first_lane(value: cutlass.Constexpr) -> Int32:
 
 @dataclass(frozen=True)
 class TmaOperands:
-    """The tensors that TMA copies for a kernel whose blocks own keys. A gradient that is not asked for is ``None``, or one that
-    leaves from registers."""
+    """The tensors that TMA copies for the backward pass. A gradient that is not asked for is ``None``, or one that leaves from
+    registers."""
 
     q: TmaOperand
     k: TmaOperand
     v: TmaOperand
     do: TmaOperand
-    dk: TmaOperand | None
-    dv: TmaOperand | None
+    dk: TmaOperand | None = None
+    dv: TmaOperand | None = None
 
 
 class KeyBlocks(Kernel):
@@ -454,12 +468,10 @@ class KeyBlocks(Kernel):
             copy_keys()
         elif visited.count > 0:
             copy_keys()
-        if cutlass.const_expr(careful is None):
-            self._copy_queries(queries, row_values, visited, where, state, entries, later)
-        elif careful[2]:
-            self._copy_queries_carefully(careful, queries, row_values, visited, where, state, entries)
-        else:
-            self._copy_queries(queries, row_values, visited, where, state, entries, later)
+        care = None if cutlass.const_expr(careful is None) else careful[2]
+        of_queries = queries, row_values, visited, where, state, entries
+        usual, carefully = partial(self._copy_queries, later), partial(self._copy_queries_carefully, careful)
+        self.by_care(care, partial(usual, *of_queries), partial(carefully, *of_queries))
 
     @cute.jit
     def _ask_for_keys(self, k, tKgK, first, slots: cutlass.Constexpr[int]):
@@ -476,7 +488,7 @@ class KeyBlocks(Kernel):
             cute.copy(k.atom, tKgK[None, first + w], tKsK[None, w], tma_bar_ptr=pipe.producer_get_barrier(state))
 
     @cute.jit
-    def _copy_queries(self, queries, row_values, visited: QueryTiles, where, state, entries, later: cutlass.Constexpr = None):
+    def _copy_queries(self, later: cutlass.Constexpr, queries, row_values, visited: QueryTiles, where, state, entries):
         """The tiles that are ``visited``; behind the first, what is to be copied ``later``."""
         (q, sQ, q_pipe), (mRow, sRow), (work, members) = queries, row_values, where
         for member in cutlass.range(visited.members(members), unroll=1):

@@ -1,5 +1,5 @@
-"""What the kernels of ``cp_async`` share: tiles on their way from global to shared memory, and operands on from there to the
-registers of ``mma.sync``."""
+"""What the kernels of ``cp_async`` share: tiles on their way from global to shared memory, operands on from there to the
+registers of ``mma.sync``, and results' way back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 import cutlass
 from cutlass import cute
+
+from cute_attn import layouts
+from cute_attn.epilogue import converted
 
 MMA_K = 16  # of one mma.sync
 
@@ -44,9 +47,10 @@ class Stream:
                     self.tXsX[(None, None, j, *(None,) * (cute.rank(self.tXsX) - 3))].fill(0.0)
 
     @cute.jit
-    def start(self, m: cute.Tensor, row_first, end, slot: cutlass.Constexpr = (), part: cutlass.Constexpr = None):
-        """Start this thread's copies of one tile of ``m`` (seqlen, head_dim) to a slot, 16 bytes at a time. Rows from ``end``
-        on are read as the one before it. ``part``: only the columns of one pass of the threads."""
+    def start(self, row_first, end, slot: cutlass.Constexpr = (), part: cutlass.Constexpr = None, m: cute.Tensor | None = None):
+        """Start this thread's copies of one tile of ``m`` (seqlen, head_dim), if not of the stream's own, to a slot, 16 bytes
+        at a time. Rows from ``end`` on are read as the one before it. ``part``: only the columns of one pass of the threads."""
+        m = self.m if cutlass.const_expr(m is None) else m
         into = self.tXsX[(None, None, None, *slot)]
         vector = cute.size(into, mode=[0])
         passes = (0, cute.size(into, mode=[2])) if part is None else (part, part + 1)
@@ -110,9 +114,9 @@ class LdmatrixOperand:
     fragment: cute.Tensor  # (MMA, rows): the same registers as the MMA reads them
 
     @staticmethod
-    def of(copy: cute.TiledCopy, s: cute.Tensor, fragment: cute.Tensor, thread) -> LdmatrixOperand:
-        """``fragment`` (MMA, rows, 1) is of one step."""
-        part = copy.get_slice(thread)
+    def of(copy: cute.TiledCopy, s: cute.Tensor, shape, thread) -> LdmatrixOperand:
+        """``shape`` (MMA, rows, 1) is that of a step's fragment."""
+        part, fragment = copy.get_slice(thread), cute.make_rmem_tensor(shape, s.element_type)
         into = part.retile(fragment)
         return LdmatrixOperand(copy, part.partition_S(s), into[None, None, 0], fragment[None, None, 0])
 
@@ -128,3 +132,46 @@ def product(mma: cute.TiledMma, acc: cute.Tensor, steps: int, a, b, first: int =
     """``acc += A·B`` of the steps from ``first`` on; ``a`` and ``b`` give the operands' registers of a step, just in time."""
     for k in range(first, steps):
         cute.gemm(mma, acc, a(k), b(k), acc)
+
+
+class WarpKernel:
+    """The kernel of one (problem, config): what those whose warps all copy and multiply need to set up, and how their
+    results leave."""
+
+    def __init__(self, problem, config):
+        self.problem, self.config = problem, config
+        self.lay = layouts.family(config)
+
+    def tensor(self, smem, name: str) -> cute.Tensor:
+        """Shared memory of an operand."""
+        lay, config = self.lay, self.config
+        return smem.allocate_tensor(lay.element(config), lay.smem_layout(name, config), lay.SMEM_ALIGN)
+
+    def over(self, name: str, other: cute.Tensor) -> cute.Tensor:
+        """An operand in the shared memory of another."""
+        return cute.make_tensor(other.iterator, self.lay.smem_layout(name, self.config))
+
+    def stream(self, name: str, m: cute.Tensor, s: cute.Tensor, head_dim: int) -> Stream:
+        return Stream.of(self.lay, self.config, name, m, s, cute.arch.thread_idx()[0], head_dim)
+
+    def to_shared(self, copy: cute.TiledCopy, acc: cute.Tensor, s: cute.Tensor):
+        """An accumulator, rounded, to shared memory."""
+        part = copy.get_slice(cute.arch.thread_idx()[0])
+        cute.copy(copy, part.retile(converted(acc, s.element_type)), part.partition_D(s))
+
+    @cute.jit
+    def to_global(self, name: cutlass.Constexpr, s: cute.Tensor, m: cute.Tensor, row_first, head_dim: cutlass.Constexpr):
+        """From there to ``m`` (seqlen, head_dim), 16 bytes a thread, of the rows and columns that exist."""
+        copy = self.lay.copy_out(name, self.config)
+        part = copy.get_slice(cute.arch.thread_idx()[0])
+        tXsX = part.partition_S(s)
+        tXcX = part.partition_S(cute.make_identity_tensor(self.lay.tile(name, self.config)))
+        for i in cutlass.range_constexpr(cute.size(tXsX, mode=[1])):
+            row = row_first + tXcX[0, i, 0][0]
+            for j in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
+                column = tXcX[0, i, j][1]
+                if (row < m.shape[0]) & (column < head_dim):
+                    into = cute.local_tile(m, (1, self.lay.VECTOR), (row, column // self.lay.VECTOR))
+                    piece = cute.make_rmem_tensor_like(tXsX[None, i, j])
+                    cute.copy(copy, tXsX[None, i, j], piece)
+                    cute.copy(copy, piece, cute.make_tensor(into.iterator, piece.layout))

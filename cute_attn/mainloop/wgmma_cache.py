@@ -10,7 +10,7 @@ both at once; other walks that are cut go by way of the workspace.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import cutlass
 from cutlass import Float32, Int32, cute
@@ -23,18 +23,9 @@ from cute_attn.mainloop import cp_async_cache
 from cute_attn.mainloop.cluster import meet, stay
 from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, Outputs, SeenTiles, Serving, Workspace, floats
 from cute_attn.mainloop.warpgroups import rounded_operand
-from cute_attn.softmax import Softmax, anchored
+from cute_attn.softmax import anchored
 
 __all__ = ["Forward", "Outputs", "Workspace"]
-
-
-@dataclass(frozen=True)
-class DescribedOperands:
-    """Both products' operands as the tensor cores find them."""
-
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
 
 
 class Forward(cp_async_cache.Forward):
@@ -54,7 +45,7 @@ class Forward(cp_async_cache.Forward):
 
     def _operands(self, shared: tuple, mmas: tuple, thread):
         (sQ, sK, sV), (S, O) = shared, (mma.get_slice(0) for mma in mmas)  # noqa: E741
-        return DescribedOperands(
+        return cp_async_cache.CacheOperands(
             S.make_fragment_A(S.partition_A(sQ)),
             S.make_fragment_B(S.partition_B(sK)),
             O.make_fragment_B(O.partition_B(transposed(sV))),
@@ -86,16 +77,7 @@ class Forward(cp_async_cache.Forward):
         return (part.at - part.begin == begin) & (seen.sequence.tiles == end - begin) & (places.parts == blocks)
 
     @cute.jit
-    def _merge(
-        self,
-        block: CacheBlock,
-        serving: Serving,
-        seen: SeenTiles,
-        places: PartPlaces,
-        rows: cute.Tensor,
-        softmax: Softmax,
-        exchanged: Exchanged,
-    ):
+    def _merge(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, rows, softmax, exchanged):
         merge = super()._merge
         if cutlass.const_expr(not self.shares_walks):
             merge(block, serving, seen, places, rows, softmax, exchanged)

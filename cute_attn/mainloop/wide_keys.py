@@ -24,7 +24,7 @@ from cute_attn.layouts.base import cute_layout, row_padding
 from cute_attn.layouts.fragments import as_operand_a, transposed
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
-from cute_attn.mainloop.scores import Coordinates, Kept, Scores
+from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import QueryTiles
 from cute_attn.mainloop.warpgroups import NONE_DONE, WARPGROUP, KeyBlocks, TmaOperands, of_columns, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
@@ -64,9 +64,9 @@ class KeyShared:
 
 
 @dataclass(frozen=True)
-class KeyFragments:
-    """What a thread of one of the two computing warpgroups holds through the query tiles: the operands of its two products, the
-    accumulator of the second, and, with ``overlap_tiles``, that one's operand of the tile before."""
+class KeyWalk:
+    """What a thread of one of the two computing warpgroups walks over the query tiles of a key tile with: the operands of its
+    two products, the accumulator of the second, and, with ``overlap_tiles``, that one's operand of the tile before."""
 
     rA: cute.Tensor | None  # the first columns of K or V
     tA: cute.Tensor  # K or V
@@ -75,6 +75,14 @@ class KeyFragments:
     acc: cute.Tensor
     held: cute.Tensor
     cS: Coordinates
+    shared: KeyShared
+    pipes: KeyPipelines
+    values: Values
+    work: Work
+    visited: QueryTiles
+    members: Int32  # query heads
+    k_state: pipeline.PipelineState  # of the pipelines of K and V
+    states: tuple  # of those of Q and dO, and of P's, to begin with
 
 
 class KeyGradients(KeyBlocks):
@@ -88,13 +96,10 @@ class KeyGradients(KeyBlocks):
     @cute.jit
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values: Values, tiles, blocks, stream):
         """Make the TMA descriptors and launch persistent blocks."""
-        operands = TmaOperands(*self.input_operands(inputs), dk=None, dv=None)
+        operands = TmaOperands(*self.input_operands(inputs))
         tiles, count = self.launched(tiles, blocks, self.draws)
         self.kernel(operands, inputs.if_masked(self.problem), rows, gradients, signals, values, tiles).launch(
-            grid=[count, 1, 1],
-            block=[self.config.threads, 1, 1],
-            stream=stream,
-            min_blocks_per_mp=1,
+            grid=[count, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
 
     @cute.kernel
@@ -152,92 +157,91 @@ class KeyGradients(KeyBlocks):
     @cute.jit
     def _values_warpgroup(self, gradients: Gradients, shared: KeyShared, pipes: KeyPipelines, signals, values, where, done):
         """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
-        frag = self._fragments("S", (shared.k, shared.q), "dV", shared.do, self.config.tile_dv)
-        k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
-        p_state = self.filling(self.lay.P_STAGES, done[1])
-        work, members = where
-        visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        pipes.k.consumer_wait(k_state)
+        operands = (shared.k, shared.q), shared.do
+        me = self._key_walk("S", "dV", operands, self.config.tile_dv, self.filling, shared, pipes, values, where, done)
+        pipes.k.consumer_wait(me.k_state)
         hides = None
         if cutlass.const_expr(self.problem.masked):
             hides = self.hide_keys(shared.k[None, None, 0], None, shared.hidden, self.group())
             if hides:
                 signals.ask_for_care()
-        self.load_first_columns("S", "K", frag.rA, shared.k[None, None, 0])
-        i, first, steps = Int32(0), Int32(0), visited.count * visited.members(members)
-        step = partial(self._values_step, frag, shared, pipes, values, work, visited, hides, (k_state, steps))
-        if cutlass.const_expr(self.config.overlap_tiles):
-            if steps > 0:
-                state, p_state = step(False, (i, first), state, p_state)
-                i, first = Int32(1) if visited.count > 1 else Int32(0), Int32(1)
-        for j in cutlass.range(first, steps, unroll=1):
-            state, p_state = step(self.config.overlap_tiles, (i, j), state, p_state)
-            i = i + 1 if i + 1 < visited.count else Int32(0)
-        if cutlass.const_expr(self.config.overlap_tiles):
-            if steps > 0:
-                self._multiply("dV", frag, frag.held, pipes.q, self.stage_before(state))
-                self._multiplied(pipes.do, self.stage_before(state))
+        self.load_first_columns("S", "K", me.rA, shared.k[None, None, 0])
+        steps = me.visited.count * me.visited.members(me.members)
+        self._walk(me, partial(self._values_step, me, steps, hides), steps, ("dV", pipes.q, pipes.do))
         if steps == 0:
-            pipes.k.consumer_release(k_state)
-        acc_dV = frag.acc
+            pipes.k.consumer_release(me.k_state)
         if cutlass.const_expr(self.needs_v):
-            shape = (self.config.tile_n, self.config.tile_dv)
-            values.scale_kept(acc_dV)
-            self.clear_unused("dV", shape, "k", values.seqlen_k, work.block, acc_dV)
-            self.store_rows("dV", acc_dV, gradients.mdV, work.k, work.head_kv, work.block)
+            values.scale_kept(me.acc)
+            self._store("dV", me, gradients.mdV, self.config.tile_dv)
 
     @cute.jit
     def _keys_warpgroup(self, gradients: Gradients, shared: KeyShared, pipes: KeyPipelines, values: Values, where, done):
         """The warpgroup of dS and dK."""
-        frag = self._fragments("dP", (shared.v, shared.do), "dK", shared.q, self.config.tile_d)
-        k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
-        p_state = self.emptying(self.lay.P_STAGES, done[1])
-        work, members = where
-        visited = QueryTiles.of(values, self.problem, work.block, self.config)
-        pipes.v.consumer_wait(k_state)
+        operands = (shared.v, shared.do), shared.q
+        me = self._key_walk("dP", "dK", operands, self.config.tile_d, self.emptying, shared, pipes, values, where, done)
+        pipes.v.consumer_wait(me.k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
-        self.load_first_columns("dP", "V", frag.rA, shared.v[None, None, 0])
-        first, steps = Int32(0), visited.count * visited.members(members)
-        step = partial(self._keys_step, frag, shared, pipes, values, work, visited, (k_state, steps))
-        if cutlass.const_expr(self.config.overlap_tiles):
-            if steps > 0:
-                state, p_state = step(False, first, state, p_state)
-                first = Int32(1)
-        for j in cutlass.range(first, steps, unroll=1):
-            state, p_state = step(self.config.overlap_tiles, j, state, p_state)
-        if cutlass.const_expr(self.config.overlap_tiles):
-            if steps > 0:
-                self._multiply("dK", frag, frag.held, pipes.do, self.stage_before(state))
-                self._multiplied(pipes.q, self.stage_before(state))
+        self.load_first_columns("dP", "V", me.rA, shared.v[None, None, 0])
+        steps = me.visited.count * me.visited.members(me.members)
+        self._walk(me, partial(self._keys_step, me, steps), steps, ("dK", pipes.do, pipes.q))
         if steps == 0:
-            pipes.v.consumer_release(k_state)
-        acc_dK = frag.acc
+            pipes.v.consumer_release(me.k_state)
         if cutlass.const_expr(self.needs_k):
-            acc_dK.store(acc_dK.load() * Float32(values.scale(self.problem)))
-            shape = (self.config.tile_n, self.config.tile_d)
-            self.clear_unused("dK", shape, "k", values.seqlen_k, work.block, acc_dK)
-            self.store_rows("dK", acc_dK, gradients.mdK, work.k, work.head_kv, work.block)
+            me.acc.store(me.acc.load() * Float32(values.scale(self.problem)))
+            self._store("dK", me, gradients.mdK, self.config.tile_d)
 
-    def _fragments(self, scores: str, operands, gradient: str, rows: cute.Tensor, columns: int) -> KeyFragments:
-        """Of the warpgroup whose products are ``scores`` and ``gradient``."""
+    def _key_walk(
+        self, scores: str, gradient: str, operands, columns: int, of_p, shared: KeyShared, pipes, values: Values, where, done
+    ) -> KeyWalk:
+        """Of the warpgroup whose products are ``scores`` and ``gradient``, of these ``operands``; ``of_p`` makes a state of P's
+        pipeline."""
+        ((keys, queries), rows), (work, members) = operands, where
         thread, shape = cute.arch.thread_idx()[0] % WARPGROUP, (self.config.tile_n, self.config.tile_m)
         mma, of_rows = (self.lay.tiled_mma(role, self.config).get_slice(0) for role in (scores, gradient))
         acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
-        return KeyFragments(
+        return KeyWalk(
             rA=self.first_columns(scores),
-            tA=mma.make_fragment_A(mma.partition_A(operands[0][None, None, 0])),
-            tB=mma.make_fragment_B(mma.partition_B(operands[1])),
+            tA=mma.make_fragment_A(mma.partition_A(keys[None, None, 0])),
+            tB=mma.make_fragment_B(mma.partition_B(queries)),
             tRows=of_rows.make_fragment_B(of_rows.partition_B(transposed(rows))),
             acc=self.accumulator(gradient, columns),
             held=cute.make_rmem_tensor(as_operand_a(acc).shape, self.element),
             cS=Coordinates.of(self.lay.tiled_mma(scores, self.config), thread, shape),
+            k_state=self.emptying(1, done[0]),
+            states=(self.emptying(self.config.stages, done[1]), of_p(self.lay.P_STAGES, done[1])),
+            visited=QueryTiles.of(values, self.problem, work.block, self.config),
+            **{"shared": shared, "pipes": pipes, "values": values, "work": work, "members": members},
         )
 
-    def _multiply(self, role: str, frag: KeyFragments, operand: cute.Tensor, rows_pipe, state):
+    @cute.jit
+    def _walk(self, me: KeyWalk, step: cutlass.Constexpr, steps, late):
+        """So many ``steps``, one for each query tile of each head. ``late`` is the product that may run into the next one, the
+        pipeline whose values of rows it needs, and that of its operand."""
+        state, p_state = me.states
+        role, rows_pipe, pipe = late
+        i, first = Int32(0), Int32(0)
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                state, p_state = step(False, (i, first), state, p_state)
+                i, first = Int32(1) if me.visited.count > 1 else Int32(0), Int32(1)
+        for j in cutlass.range(first, steps, unroll=1):
+            state, p_state = step(self.config.overlap_tiles, (i, j), state, p_state)
+            i = i + 1 if i + 1 < me.visited.count else Int32(0)
+        if cutlass.const_expr(self.config.overlap_tiles):
+            if steps > 0:
+                self._multiply(role, me, me.held, rows_pipe, self.stage_before(state))
+                self._multiplied(pipe, self.stage_before(state))
+
+    def _store(self, role: str, me: KeyWalk, m: cute.Tensor, columns: int):
+        """dV or dK of the key tile."""
+        self.clear_unused(role, (self.config.tile_n, columns), "k", me.values.seqlen_k, me.work.block, me.acc)
+        self.store_rows(role, me.acc, m, me.work.k, me.work.head_kv, me.work.block)
+
+    def _multiply(self, role: str, me: KeyWalk, operand: cute.Tensor, rows_pipe, state):
         """Issue a query tile's dV or dK. From here on its values of rows are needed no more, and what they came with isn't."""
         if self.needs_v if role == "dV" else self.needs_k:
-            self.gemm(self.lay.tiled_mma(role, self.config), frag.acc, operand, frag.tRows[None, None, None, state.index], True)
+            self.gemm(self.lay.tiled_mma(role, self.config), me.acc, operand, me.tRows[None, None, None, state.index], True)
         self.release_rows(rows_pipe, state)
 
     def _multiplied(self, pipe, state):
@@ -246,42 +250,26 @@ class KeyGradients(KeyBlocks):
         pipe.consumer_release(state)
 
     @cute.jit
-    def _values_step(
-        self,
-        frag: KeyFragments,
-        shared,
-        pipes,
-        values,
-        work,
-        visited,
-        hides,
-        keys,
-        follows: cutlass.Constexpr,
-        place,
-        state,
-        p_state,
-    ):
+    def _values_step(self, me: KeyWalk, steps, hides, follows: cutlass.Constexpr, place, state, p_state):
         """P of a query tile, and dV; if it ``follows`` one whose dV is still to come, that runs while P is taken, and its own
-        comes later. ``keys`` are the state of K's pipeline and how many steps read it."""
-        (i, j), (k_state, steps) = place, keys
+        comes later."""
+        (i, j), work, shared, pipes = place, me.work, me.shared, me.pipes
         thread, S = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("S", self.config)
         pipes.q.consumer_wait(state)
-        acc_S = self.scores("S", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index], rA=frag.rA)
+        acc_S = self.scores("S", self.config.tile_m, me.tA, me.tB[None, None, None, state.index], rA=me.rA)
         if cutlass.const_expr(follows):
-            self._multiply("dV", frag, frag.held, pipes.q, self.stage_before(state))
-        m_block, member = visited.tile(i, j // visited.count, self.problem)
-        of_head, kept = values.of_head(work.head + member), None
-        if cutlass.const_expr(self.problem.dropout):
-            kept = self._kept(frag.cS, of_head, work, m_block)
+            self._multiply("dV", me, me.held, pipes.q, self.stage_before(state))
+        m_block, member = me.visited.tile(i, j // me.visited.count, self.problem)
+        origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
+        scores = Scores(me.cS, me.values.of_head(work.head + member), self.problem, transposed=True)
+        kept = scores.kept(origin) if cutlass.const_expr(self.problem.dropout) else None
         warpgroup.wait_group(int(follows and self.needs_v))
         hidden = None
         if cutlass.const_expr(hides is not None):
             hidden = hides, of_keys(S, thread, shared.hidden, self.config.tile_m)
-        origin = (work.block * self.config.tile_n, m_block * self.config.tile_m)
-        scores = Scores(frag.cS, of_head, self.problem, transposed=True)
-        scores.apply_rules(acc_S, origin, visited.needs_mask(i, m_block), hidden)
+        scores.apply_rules(acc_S, origin, me.visited.needs_mask(i, m_block), hidden)
         if j + 1 == steps:
-            self.release_rows(pipes.k, k_state, met=not self.problem.masked)  # and with it what is noted of its keys
+            self.release_rows(pipes.k, me.k_state, met=not self.problem.masked)  # and with it what is noted of its keys
         P = scores.probabilities(acc_S, of_columns(S, thread, shared.lse[None, state.index]), self.element, origin, kept)
         rounded, slot = None, p_state.index
         if cutlass.const_expr(self.needs_k):
@@ -292,56 +280,50 @@ class KeyGradients(KeyBlocks):
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(not self.config.overlap_tiles):
             rP = rounded if cutlass.const_expr(P is acc_S and self.needs_k) else rounded_operand(P, self.element)
-            self._multiply("dV", frag, rP, pipes.q, state)
+            self._multiply("dV", me, rP, pipes.q, state)
             self._multiplied(pipes.do, state)
         elif cutlass.const_expr(P is acc_S and self.needs_k):
             # Not what was handed over itself: where the operand of a product is made while another runs, ptxas has all wait.
-            cute.autovec_copy(shared.p[thread, None, slot], self._in_turn(frag.held, shared))
+            cute.autovec_copy(shared.p[thread, None, slot], self._in_turn(me.held, shared))
         else:
-            rounded_operand(P, self.element, frag.held)
+            rounded_operand(P, self.element, me.held)
         state.advance()
         return state, p_state
 
     @cute.jit
-    def _keys_step(
-        self, frag: KeyFragments, shared, pipes, values, work, visited, keys, follows: cutlass.Constexpr, j, state, p_state
-    ):
+    def _keys_step(self, me: KeyWalk, steps, follows: cutlass.Constexpr, place, state, p_state):
         """dS of a query tile, and dK, in the same way."""
-        k_state, steps = keys
+        (_, j), work, shared, pipes = place, me.work, me.shared, me.pipes
         thread, dP = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("dP", self.config)
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_k):
-            acc_dP = self.scores("dP", self.config.tile_m, frag.tA, frag.tB[None, None, None, state.index], rA=frag.rA)
+            acc_dP = self.scores("dP", self.config.tile_m, me.tA, me.tB[None, None, None, state.index], rA=me.rA)
         if cutlass.const_expr(follows):
-            self._multiply("dK", frag, frag.held, pipes.do, self.stage_before(state))
+            self._multiply("dK", me, me.held, pipes.do, self.stage_before(state))
         if cutlass.const_expr(self.needs_k):
             kept = None
-            if cutlass.const_expr(self.problem.dropout):
-                m_block, member = visited.tile(j % visited.count, j // visited.count, self.problem)
-                kept = self._kept(frag.cS, values.of_head(work.head + member), work, m_block)
+            if cutlass.const_expr(self.problem.dropout):  # which each of the two warpgroups finds out by itself
+                m_block, member = me.visited.tile(j % me.visited.count, j // me.visited.count, self.problem)
+                of_head = Scores(me.cS, me.values.of_head(work.head + member), self.problem, transposed=True)
+                kept = of_head.kept((work.block * self.config.tile_n, m_block * self.config.tile_m))
             warpgroup.wait_group(int(follows))
         if j + 1 == steps:
-            pipes.v.consumer_release(k_state)
+            pipes.v.consumer_release(me.k_state)
         if cutlass.const_expr(self.needs_k):
             P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
             delta = of_columns(dP, thread, shared.delta[None, state.index])
-            Scores(None, values, self.problem, transposed=True).gradients(P, acc_dP, delta, kept=kept)  # which lie nowhere
+            Scores(None, me.values, self.problem, transposed=True).gradients(P, acc_dP, delta, kept=kept)  # which lie nowhere
         if cutlass.const_expr(follows):
             self._multiplied(pipes.q, self.stage_before(state))
         pipes.q.consumer_wait(state)
         rdS = None
         if cutlass.const_expr(self.needs_k):
-            rdS = rounded_operand(P, self.element, frag.held if self.config.overlap_tiles else None)
+            rdS = rounded_operand(P, self.element, me.held if self.config.overlap_tiles else None)
         if cutlass.const_expr(not self.config.overlap_tiles):
-            self._multiply("dK", frag, rdS, pipes.do, state)
+            self._multiply("dK", me, rdS, pipes.do, state)
             self._multiplied(pipes.q, state)
         state.advance()
         return state, p_state
-
-    def _kept(self, cS: Coordinates, values: Values, work: Work, m_block) -> Kept:
-        """What dropout keeps in a query tile, which each of the two warpgroups finds out by itself."""
-        scores = Scores(cS, values, self.problem, transposed=True)
-        return scores.kept((work.block * self.config.tile_n, m_block * self.config.tile_m))
 
     def _in_turn(self, rP: cute.Tensor, shared: KeyShared) -> cute.Tensor:
         """A thread's P in the order of its registers, as it is handed over."""

@@ -20,21 +20,11 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import KeyTiles
-from cute_attn.mainloop.warpgroups import NONE_DONE, WARP, WARPGROUP, Kernel, TmaOperand, key_tile, of_columns, rounded_operand
+from cute_attn.mainloop.warpgroups import NONE_DONE, WARP, WARPGROUP, Kernel, TmaOperands, key_tile, of_columns, rounded_operand
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 
 COPY_KEYS_WARP, COPY_QUERIES_WARP = 0, 1
-
-
-@dataclass(frozen=True)
-class QueryOperands:
-    """The tensors that TMA copies."""
-
-    q: TmaOperand
-    k: TmaOperand
-    v: TmaOperand
-    do: TmaOperand
 
 
 @dataclass(frozen=True)
@@ -77,17 +67,14 @@ class QueryGradients(Kernel):
         """Make the TMA descriptors and launch persistent blocks."""
         heads_per_kv = inputs.q.shape[2] // inputs.k.shape[2]
         tiles = Tiles.of(inputs.q.shape, heads_per_kv, self.block.tile_m, blocks, self.problem.unequal, sequences)
-        operands = QueryOperands(*self.input_operands(inputs, "q"))
+        operands = TmaOperands(*self.input_operands(inputs, "q"))
         tiles, count = self.launched(tiles, blocks, self.draws)
         self.kernel(operands, inputs.if_masked(self.problem), rows, gradients.mdQ, signals, values, tiles).launch(
-            grid=[count, 1, 1],
-            block=[self.config.threads, 1, 1],
-            stream=stream,
-            min_blocks_per_mp=1,
+            grid=[count, 1, 1], block=[self.config.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
 
     @cute.kernel
-    def kernel(self, operands: QueryOperands, plain: Inputs | None, rows: Rows, mdQ, signals, values: Values, tiles: Tiles):
+    def kernel(self, operands: TmaOperands, plain: Inputs | None, rows: Rows, mdQ, signals, values: Values, tiles: Tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         shared, pipes = self._setup()
         ragged = bool(self.problem.ragged)
@@ -135,15 +122,11 @@ class QueryGradients(Kernel):
     @cute.jit
     def _copy_queries(self, operands, plain: Inputs | None, care, rows: Rows, shared, pipes, values, keys, work: Work, done):
         """One warp: Q and dO, 64 rows for each computing warpgroup."""
-        if cutlass.const_expr(plain is None):
-            self._copy_queries_at_once(operands, shared, pipes, work, done)
-        elif care:
-            self._copy_queries_carefully(plain, rows, shared, pipes, work, done)
-        else:
-            self._copy_queries_at_once(operands, shared, pipes, work, done)
+        usual = partial(self._copy_queries_at_once, operands, shared, pipes, work, done)
+        self.by_care(care, usual, partial(self._copy_queries_carefully, plain, rows, shared, pipes, work, done))
 
     @cute.jit
-    def _copy_queries_at_once(self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, work: Work, done):
+    def _copy_queries_at_once(self, operands: TmaOperands, shared: QueryShared, pipes: QueryPipelines, work: Work, done):
         """By TMA."""
         for operand, s, pipe in ((operands.q, shared.q, pipes.q), (operands.do, shared.do, pipes.do)):
             tXgX, tXsX = operand.tiles(s, work.q, work.head)
@@ -157,15 +140,11 @@ class QueryGradients(Kernel):
     def _copy_keys(self, operands, plain: Inputs | None, care, shared, pipes, values, keys: KeyTiles, work: Work, done):
         """One warp: K and V of the key tiles, last keys first."""
         states = self.filling(self.config.stages, done[1]), self.filling(self.lay.v_stages(self.config), done[1])
-        if cutlass.const_expr(plain is None):
-            self._copy_keys_at_once(operands, shared, pipes, keys, work, states)
-        elif care:
-            self._copy_keys_carefully(plain, shared, pipes, keys, work, states)
-        else:
-            self._copy_keys_at_once(operands, shared, pipes, keys, work, states)
+        usual = partial(self._copy_keys_at_once, operands, shared, pipes, keys, work, states)
+        self.by_care(care, usual, partial(self._copy_keys_carefully, plain, shared, pipes, keys, work, states))
 
     @cute.jit
-    def _copy_keys_at_once(self, operands: QueryOperands, shared: QueryShared, pipes: QueryPipelines, keys, work: Work, states):
+    def _copy_keys_at_once(self, operands: TmaOperands, shared: QueryShared, pipes: QueryPipelines, keys, work: Work, states):
         """By TMA."""
         k_state, v_state = states
         tKgK, tKsK = operands.k.tiles(shared.k, work.k, work.head_kv, keys.begin)
@@ -173,14 +152,10 @@ class QueryGradients(Kernel):
         for i in cutlass.range(keys.count, unroll=1):
             n = keys.place(i)
             pipes.k.producer_acquire(k_state)
-            barrier = pipes.k.producer_get_barrier(k_state)
-            source = key_tile(operands.k, tKgK, shared.k, work, keys, n)
-            cute.copy(operands.k.atom, source, tKsK[None, k_state.index], tma_bar_ptr=barrier)
+            self.copy(operands.k, key_tile(operands.k, tKgK, shared.k, work, keys, n), tKsK, pipes.k, k_state)
             k_state.advance()
             pipes.v.producer_acquire(v_state)
-            barrier = pipes.v.producer_get_barrier(v_state)
-            source = key_tile(operands.v, tVgV, shared.v, work, keys, n)
-            cute.copy(operands.v.atom, source, tVsV[None, v_state.index], tma_bar_ptr=barrier)
+            self.copy(operands.v, key_tile(operands.v, tVgV, shared.v, work, keys, n), tVsV, pipes.v, v_state)
             v_state.advance()
 
     @cute.jit
