@@ -251,9 +251,10 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     must not be empty.
 
     All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
-    place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts are added up in memory,
-    their float32 sums; of both the rows are a multiple of 128, or of higher query tiles, and of the sums the columns those that
-    a head takes in shared memory; an int32 a query tile, for signals; and where a bias is shared, copies of its gradient.
+    place is copied. Besides the gradients this allocates two float32 a query row and, behind them, where dQ's parts are added
+    up in memory, their float32 sums; of both the rows are a multiple of 128, or of higher query tiles, and of the sums the
+    columns those that a head takes in shared memory; an int32 a query tile, for signals; and where a bias is shared, copies of
+    its gradient.
     """
     how = needs, dlse is not None
     if call.plans and (planned := call.plans.get(how)) is not None and 0 not in dout.stride():
