@@ -156,7 +156,9 @@ def attention(
     """
     if any_autocast_enabled():
         q, k, v = autocast.cast(q), autocast.cast(k), autocast.cast(v)
-    extras = extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
+    extras, none = None, None is mask is score is alibi_slopes is bias is sinks and type(tensors) is tuple and not tensors
+    if not (none and type(dropout_p) is int and not dropout_p):  # else the function says the same, and takes longer
+        extras = extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p)
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     ragged = not (seqused_q is seqused_k is None)
@@ -173,12 +175,10 @@ def attention(
     if handle is not None:
         used = {"seqused_q": seqused_q, "seqused_k": seqused_k} if ragged else {}
         return _of_others(handle, attention, q, k, v, rules, extras, how, used)
-    kept = extras is None and plain and block_mask is None and _are_kernels(return_lse, deterministic, backend, mechanism)
     if ragged:
-        lengths = None, None, seqused_q, seqused_k
-        return _attention_to_rows_in_use(q, k, v, lengths, rules, extras, how, kept, plain, transformed)
-    if kept:
-        call = _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism)
+        return _attention_to_rows_in_use(q, k, v, (None, None, seqused_q, seqused_k), rules, extras, how, plain, transformed)
+    if extras is None and plain and block_mask is None:
+        call = _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism, backend)
         if call.plans is not None:
             return _by_kernels(q, k, v, call, return_lse, mechanism)
     else:
@@ -196,15 +196,16 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _attention_to_rows_in_use(q, k, v, lengths: tuple, rules: tuple, extras, how: tuple, kept: bool, plain, transformed):
+def _attention_to_rows_in_use(q, k, v, lengths: tuple, rules: tuple, extras, how: tuple, plain: bool, transformed: bool):
     """:func:`attention` of rectangles of which some rows aren't in use: sequences of different lengths to whatever computes."""
-    (scale, causal, window, softcap), (return_lse, deterministic, _, mechanism) = rules, how
+    (scale, causal, window, softcap), (return_lse, deterministic, backend, mechanism) = rules, how
+    of_rules = q, k, v, lengths, scale, causal, window, softcap
     if extras is not None and is_dynamo_compiling():
         return _in_graph(attention, (q, k, v), {"seqused_q": lengths[2], "seqused_k": lengths[3]}, rules, extras, None, how)
-    if kept:
-        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, return_lse, deterministic, mechanism)
+    if extras is None and plain:
+        call = _kept_call_of_lengths(*of_rules, return_lse, deterministic, mechanism, backend)
     else:
-        call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
+        call = _call_of_lengths(*of_rules)
     batch, seqlen_q, _, _ = q.shape
     if extras is not None:
         take_extras(call, q, extras, batch, (seqlen_q, k.shape[1]))
@@ -228,37 +229,32 @@ def are_usual_kinds(scale, window, softcap) -> bool:
     return window is None or (type(window) is tuple and _REACH.issuperset(map(type, window)))
 
 
-def _are_kernels(return_lse, deterministic, backend, mechanism) -> bool:
-    """Whether how to compute a call on a GPU is said in the usual kinds, and means the kernels."""
-    usual = type(return_lse) is type(deterministic) is bool and (mechanism is None or type(mechanism) is str)
-    return usual and type(backend) is str and backend in _ON_GPU
-
-
-def _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism, heads_first=False) -> Call:
+def _kept_call(
+    q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism, backend="auto", heads_first=False
+) -> Call:
     """:func:`check_call`'s; one for all eager calls on CUDA tensors of the same shapes, of q's dtype and device, with the same
     rules, and by the same kernels, so that these are checked and planned once. The dtypes and devices of k and v the launcher
     looks at."""
-    fixed = deterministic or are_deterministic_algorithms_enabled()
-    key = _key(q, k, v, scale, causal, window, softcap, return_lse, mechanism, fixed, heads_first)
+    key = _key(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism, backend, heads_first)
     call = _kept.get(key)
     if call is None:
         call = check_call(q, k, v, scale, causal, window, softcap, heads_first=heads_first)
         if key is not None:
-            call.plans, call.kept_for, call.passes = {}, (q.device, q.dtype), launch.passes(return_lse, mechanism, fixed)
+            call.plans, call.kept_for = {}, (q.device, q.dtype)
+            call.passes = launch.passes(return_lse, mechanism, deterministic)
             _keep(key, call)
     return call
 
 
 def _kept_call_of_lengths(
-    q, k, v, lengths: tuple, scale, causal, window, softcap, return_lse, deterministic, mechanism
+    q, k, v, lengths: tuple, scale, causal, window, softcap, return_lse, deterministic, mechanism, backend
 ) -> Call:
     """The same of ragged sequences, as many of them: a call of its own, which has its lengths, with the plans of all alike. The
     lengths' dtypes and devices the launcher looks at, too. As for :func:`_call_of_lengths`."""
     first, second, used_q, used_k = lengths  # a loop takes twice as long
     of_used = None if used_q is None else used_q.numel(), None if used_k is None else used_k.numel()
     sizes = None if first is None else first.numel(), None if second is None else second.numel(), of_used
-    how = return_lse, mechanism, deterministic or are_deterministic_algorithms_enabled()
-    key = _key(q, k, v, scale, causal, window, softcap, *how, sizes)
+    key = _key(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism, backend, sizes)
     kept = None if key is None else _kept.get(key)
     if kept is not None:
         make, count = kept
@@ -267,24 +263,26 @@ def _kept_call_of_lengths(
     if key is not None and call.lengths is not None and not are_checked():
         shape = call.batch, call.heads, call.heads_kv, call.seqlen_q, call.seqlen_k, call.head_dim, call.head_dim_v
         call.plans, call.kept_for = {}, (q.device, q.dtype)
-        call.passes = launch.passes(*how)
+        call.passes = launch.passes(return_lse, mechanism, deterministic)
         rules = call.scale, call.left, call.right, call.softcap
         make = partial(Call, *shape, *rules, plans=call.plans, kept_for=call.kept_for, passes=call.passes)
         _keep(key, (make, call.lengths.count))
     return call
 
 
-def _key(q, k, v, scale, causal, window, softcap, return_lse, mechanism, fixed, more) -> tuple | None:
+def _key(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism, backend, more) -> tuple | None:
     """What an eager call on CUDA tensors is known by; None of any other, and where that can't be told at first sight."""
-    if not (scale is window is softcap is None or are_usual_kinds(scale, window, softcap)) or type(causal) is not bool:
+    if not type(causal) is type(return_lse) is type(deterministic) is bool or not (mechanism is None or type(mechanism) is str):
         return None
-    if not q.is_cuda or is_compiling() or dispatch_modes():
+    if type(backend) is not str or backend not in _ON_GPU or not q.is_cuda or is_dynamo_compiling() or dispatch_modes():
         return None
+    if not (scale is window is softcap is None or are_usual_kinds(scale, window, softcap)):
+        return None
+    fixed, device = deterministic or are_deterministic_algorithms_enabled(), q.get_device()
     try:
-        shapes = q.shape, k.shape, v.shape
+        return q.shape, k.shape, v.shape, q.dtype, device, scale, causal, window, softcap, return_lse, mechanism, fixed, more
     except RuntimeError:  # a strided nested tensor
         return None
-    return shapes, q.dtype, q.get_device(), scale, causal, window, softcap, return_lse, mechanism, fixed, more
 
 
 def _keep(key: tuple, kept: Call | tuple) -> None:
@@ -387,8 +385,9 @@ def attention_varlen(
     if cu_seqlens_q is None:
         check_call(q, k, v, scale, causal, window, softcap, packed=True)
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
-    if extras is None and plain and _are_kernels(return_lse, deterministic, backend, mechanism):
-        call = _kept_call_of_lengths(q, k, v, lengths, scale, causal, window, softcap, return_lse, deterministic, mechanism)
+    if extras is None and plain:
+        rules = scale, causal, window, softcap
+        call = _kept_call_of_lengths(q, k, v, lengths, *rules, return_lse, deterministic, mechanism, backend)
         if call.plans is not None:
             return _by_kernels(q, k, v, call, return_lse, mechanism)
     else:

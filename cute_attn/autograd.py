@@ -61,10 +61,10 @@ class Attention(torch.autograd.Function):
                     call = replace(call, lengths=replace(call.lengths, tensors=saved))
             if others:
                 call = replace(call, sinks=others[0], captured=others[1:])
-        compute: Callable = _Gradients.apply
-        if not torch.is_grad_enabled():  # nobody can differentiate once more, and the function's own cost is spared
-            compute, arguments = computed, (ctx, *arguments)
-        dq, dk, dv, *dothers = compute(*arguments, call, call.passes[1])
+        if torch.is_grad_enabled():
+            dq, dk, dv, *dothers = _Gradients.apply(*arguments, call, call.passes[1])
+        else:  # nobody can differentiate once more, and the function's own cost is spared
+            dq, dk, dv, *dothers = computed(ctx, *arguments, call, call.passes[1])  # type: ignore[call-arg]
         return dq, dk, dv, None, *dothers
 
 

@@ -24,7 +24,7 @@ from cutlass import Float32, Int32, Uint32, cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import clear_rows_past
-from cute_attn.fields import BACKWARD, first_stores, named, rounds_beside
+from cute_attn.fields import BACKWARD, first_stores, has_sums, named, rounds_beside, sizes_of_sums
 from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
 from cute_attn.layouts.base import (
     ADDED,
@@ -60,7 +60,7 @@ def host_function(problem, config):
         operands = (given.q, given.k, given.v, given.out, given.dout, given.dq, given.dk, given.dv)
         q, k, v, o, do, dq, dk, dv = (heads_apart(m, problem, given.heads_first) for m in operands)
         lse, dlse = (rows_first(m, problem) for m in (given.lse_raw, given.dlse))
-        dq_sum = select_modes(given.dq_sum, [4, 3, 2, 1, 0])  # (values, piece, m_block, heads, batch)
+        dq_sum = _sums_behind(given.rows, problem, config)
         rows = Rows(*(select_modes(given.rows, [0, 3, 2, 1])[i, None, None, None] for i in range(2)))  # (rows, heads, batch)
         seqlen_q, seqlen_k = q.shape[0], k.shape[0]
         sequences = sequences_of(problem, q, k, given, row_padding(config))
@@ -93,6 +93,19 @@ def host_function(problem, config):
             cast.launch(dq_sum, dq, values, signals, sequences, taken, given.blocks, given.stream)
 
     return backward
+
+
+@cute.jit
+def _sums_behind(rows: cute.Tensor, problem: cutlass.Constexpr, config: cutlass.Constexpr) -> cute.Tensor | None:
+    """dQ's sums, ``(values, piece, m_block, heads, batch)``, which lie behind two values of each row."""
+    if cutlass.const_expr(not has_sums(problem, config)):
+        return None
+    (_, batch, heads, padded), (values, pieces) = rows.shape, sizes_of_sums(config)
+    m_blocks, of_block = padded // config.tile_m, values * pieces
+    of_head = cutlass.Int64(m_blocks) * of_block
+    strides = (cute.assume(x, of_block) for x in (cutlass.Int64(of_block), of_head, of_head * heads))
+    layout = cute.make_layout((values, pieces, m_blocks, heads, batch), stride=(1, values, *strides))
+    return cute.make_tensor(rows[2, None, None, None].iterator, layout)
 
 
 def _rows_from(m: cute.Tensor | None, first: Int32) -> cute.Tensor | None:

@@ -7,6 +7,7 @@ hasn't is ``None``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,11 +24,11 @@ class Field(NamedTuple):
     """One of them. Kinds: an ``operand`` is as torch holds it, in the inputs' dtype, ``(batch, seqlen, heads, head_dim)`` or,
     if ``heads_first``, ``(batch, heads, seqlen, head_dim)``, and ``row values`` are a float32 for each of its rows, ``(batch,
     heads, seqlen)``; of ragged sequences both have no batch. An ``exact operand`` is one in float32. ``padded row values`` are
-    two, ``(2, batch, heads, rows)``, ``sums`` dQ's in float32, ``(batch, heads, m_blocks, pieces, values)``, ``words`` int32
-    ``(n,)``, ``floats`` float32 ``(n,)``, ``lists`` int32 ``(batch, heads, tiles, n)``, ``kinds`` of blocks uint8 ``(batch,
-    heads, rows, columns)``; ``captured`` are all tensors that functions read, ``of captured`` the gradients of some; and there
-    are numbers and the ``stream``. A ``cache`` is an operand of all its elements, ``tables`` int32 ``(batch, max_pages)``,
-    ``angles`` in the inputs' dtype, and a ``workspace`` float32 ``(n,)`` at a multiple of 16 bytes."""
+    :func:`floats_of_a_row`, ``(n, batch, heads, rows)``, from the third on the memory of dQ's sums; ``words`` int32 ``(n,)``,
+    ``floats`` float32 ``(n,)``, ``lists`` int32 ``(batch, heads, tiles, n)``, ``kinds`` of blocks uint8 ``(batch, heads, rows,
+    columns)``; ``captured`` are all tensors that functions read, ``of captured`` the gradients of some; and there are numbers
+    and the ``stream``. A ``cache`` is an operand of all its elements, ``tables`` int32 ``(batch, max_pages)``, ``angles`` in
+    the inputs' dtype, and a ``workspace`` float32 ``(n,)`` at a multiple of 16 bytes."""
 
     name: str
     kind: str
@@ -48,6 +49,16 @@ def _in(names: str, name: str) -> Callable[[Problem, Config], bool]:
 def has_sums(problem: Problem, config: Config) -> bool:
     """Whether parts of dQ are added up in memory."""
     return "q" in problem.gradients and bool(layouts.family(config).pieces(config))
+
+
+def floats_of_a_row(problem: Problem, config: Config) -> int:
+    """How many float32 a query row takes in the backward pass: its log-sum-exp and delta, and its part of dQ's sums."""
+    return 2 + (math.prod(sizes_of_sums(config)) // config.tile_m if has_sums(problem, config) else 0)
+
+
+def sizes_of_sums(config: Config) -> tuple[int, int]:
+    """``(values of a piece, pieces)`` of dQ's sums of a query tile."""
+    return math.prod(layouts.family(config).piece_shape(config)), len(layouts.family(config).pieces(config))
 
 
 def counts_tiles(problem: Problem, config: Config) -> bool:
@@ -118,7 +129,6 @@ BACKWARD: Fields = (
     Field("lse_raw", "row values"),
     Field("dlse", "row values", _is("return_lse")),
     Field("rows", "padded row values"),
-    Field("dq_sum", "sums", has_sums),
     Field("signals", "words", has_signals),
     *(Field(f"d{name}", "operand", _in("gradients", name)) for name in "qkv"),
     (

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import math
 from dataclasses import replace
 
 import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute import runtime
 
-from cute_attn import layouts
-from cute_attn.fields import FORWARD, Field, Fields, named
+from cute_attn.fields import FORWARD, Field, Fields, floats_of_a_row, named
 from cute_attn.layouts.base import IN_TURN, ROW_PADDING, VECTOR, element, row_padding
 from cute_attn.mainloop.common import Values
 from cute_attn.scheduler import Tickets, Tiles
@@ -152,13 +150,8 @@ def _stand_in(kind: str, problem, config):
     if kind == "row values":
         dims = 2 if problem.packed else 3
         return runtime.make_fake_tensor(Float32, sizes(dims), (*some(dims - 1), 1), assumed_align=4)
-    if kind == "padded row values":
-        shape, stride = (2, *sizes(3, row_padding(config))), (*some(3, row_padding(config)), 1)
-        return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
-    family = layouts.family(config)
-    pieces, size = len(family.pieces(config)), math.prod(family.piece_shape(config))
-    shape, stride = (*sizes(3), pieces, size), (*some(3, size * pieces), size, 1)
-    return runtime.make_fake_tensor(Float32, shape, stride, assumed_align=16)
+    shape = floats_of_a_row(problem, config), *sizes(3, row_padding(config))
+    return runtime.make_fake_tensor(Float32, shape, (*some(3, row_padding(config)), 1), assumed_align=16)
 
 
 def _captured(dtype: str, rank: int, together: int = 1):

@@ -20,7 +20,7 @@ import torch
 from cute_attn import dropout, rules
 from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
-from cute_attn.fields import counts_tiles, has_signals, has_sums, walks_over_keys
+from cute_attn.fields import counts_tiles, floats_of_a_row, has_signals, has_sums, walks_over_keys
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, TICKET_COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
@@ -41,6 +41,7 @@ from cute_attn.problem import (
 from cute_attn.workspace import Workspaces
 
 _tickets = Workspaces(torch.int32)
+WITHOUT_MEMORY = "a tensor without memory"
 NO_LENGTHS, _NO_LISTS = (None,) * len(NAMES), (None,) * 3
 
 
@@ -62,13 +63,6 @@ def prepared(problem: Problem, mechanism: str | None, device: int, config: Confi
     configuration, or in ``config``."""
     config = plan(problem, device_target(device), mechanism) if config is None else config
     return compiled(problem, config), multiprocessors(device) * config.blocks_per_multiprocessor
-
-
-def sums_of(problem: Problem, config: Config) -> tuple[int, int, int] | None:
-    """``(rows of a tile, its pieces, values of a piece)`` of dQ's float32 sums in memory; ``None`` where there are none."""
-    if not has_sums(problem, config):
-        return None
-    return config.tile_m, len(family(config).pieces(config)), math.prod(family(config).piece_shape(config))
 
 
 @lru_cache(maxsize=4096)
@@ -202,8 +196,12 @@ class _PlannedForward:
         if self.for_backward:
             lse_raw = empty_strided(*self.rows)
         given = None if self.usual else self._given(call, q)
-        check_have_memory(q, k, v)
-        run(self.function, (q, k, v, out, lse, lse_raw, given, self.alike, raw_stream(device)))
+        try:  # in place: run() and check_have_memory() take time of their own
+            if not (q.data_ptr() and k.data_ptr() and v.data_ptr()):
+                raise Refused(WITHOUT_MEMORY)
+            self.function(q, k, v, out, lse, lse_raw, given, self.alike, raw_stream(device))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise Refused(str(error)) from error
         return out, lse, lse_raw
 
     def _given(self, call: Call, q) -> tuple:
@@ -253,9 +251,10 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
     must not be empty.
 
     All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
-    place is copied. Besides the gradients this allocates two float32 a query row and, where dQ's parts are added up in memory,
-    their float32 sums; of both the rows are a multiple of 128, or of higher query tiles, and of the sums the columns those that
-    a head takes in shared memory; an int32 a query tile, for signals; and where a bias is shared, copies of its gradient.
+    place is copied. Besides the gradients this allocates two float32 a query row and, behind them, where dQ's parts are added
+    up in memory, their float32 sums; of both the rows are a multiple of 128, or of higher query tiles, and of the sums the
+    columns those that a head takes in shared memory; an int32 a query tile, for signals; and where a bias is shared, copies of
+    its gradient.
     """
     how = needs, dlse is not None
     if call.plans and (planned := call.plans.get(how)) is not None and 0 not in dout.stride():
@@ -303,19 +302,18 @@ class _PlannedGradients:
         rows_padded = -(-call.seqlen_q // padding) * padding
         if call.lengths is not None:  # cute_attn.sequences says where each begins
             rows_padded = call.lengths.slots(call.seqlen_q, padding) * padding
-        rows, sums, signals = contiguous(torch.float32, 2, call.batch, call.heads, rows_padded), None, None
-        counts, tiles = counts_tiles(problem, config), 1  # of a kernel that draws tickets, where no tile is counted
-        if (found := sums_of(problem, config)) is not None:
-            tile_m, *of_tile = found
-            sums = contiguous(torch.float32, call.batch, call.heads, rows_padded // tile_m, *of_tile)
-            tiles = call.batch * call.heads * (rows_padded // tile_m) if counts else 1
+        n, signals = floats_of_a_row(problem, config), None
+        rows = contiguous(torch.float32, n, call.batch, call.heads, rows_padded)
         if has_signals(problem, config):
+            tiles = 1  # of a kernel that draws tickets, where no tile is counted
+            if counts_tiles(problem, config):
+                tiles = call.batch * call.heads * (rows_padded // config.tile_m)
             signals = contiguous(torch.int32, COUNTERS + tiles)
         of_q = _of_operand(call, q.dtype, call.seqlen_q, call.heads, call.head_dim)
         of_k = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim)
         of_v = _of_operand(call, q.dtype, call.seqlen_k, call.heads_kv, call.head_dim_v)
         gradients = (x if name in needs else None for name, x in zip("qkv", (of_q, of_k, of_v), strict=True))
-        self.rooms: tuple[Room | None, ...] = rows, sums, signals, *gradients
+        self.rooms: tuple[Room | None, ...] = rows, signals, *gradients
         # Keys that no query sees, which the kernels never touch where a batch is a rectangle.
         self.unseen = 0
         if call.lengths is None and call.left is not None:
@@ -330,8 +328,8 @@ class _PlannedGradients:
         packed: tuple = ()  # dq, dk, dv, or dk, dv: parts of one tensor where q, k, v, or k, v, are
         if call.packs and k.storage_offset() != v.storage_offset():  # not as those of tensors by themselves usually are
             packed = self._packed_room(call.heads_first, q, k, v)
-        made: list[Any] = [None if room is None else empty_strided(*room) for room in self.rooms[: 6 - len(packed)]]
-        rows, dq_sum, signals, dq, dk, dv = *made, *packed
+        made: list[Any] = [None if room is None else empty_strided(*room) for room in self.rooms[: 5 - len(packed)]]
+        rows, signals, dq, dk, dv = *made, *packed
         if self.unseen:
             for x in (dk, dv):
                 if x is not None:
@@ -341,8 +339,8 @@ class _PlannedGradients:
         others = call.others
         if others or not call.lengths is call.blocks is None:
             given, of_captured = self._given(call, rows)
-        tensors = q, k, v, out, dout, lse_raw, dlse, rows, dq_sum, signals, dq, dk, dv
-        run(self.function, (*tensors, given, self.alike, raw_stream(self.device)))
+        arguments = q, k, v, out, dout, lse_raw, dlse, rows, signals, dq, dk, dv, given, self.alike, raw_stream(self.device)
+        run(self.function, arguments)
         if not others:
             return dq, dk, dv
         found = (x if name in wanted else None for name, x in zip("qkv", (dq, dk, dv), strict=True))
@@ -507,4 +505,4 @@ def check_have_memory(q, k, v) -> None:
             return
     except RuntimeError:  # there is no storage
         pass
-    raise Refused("a tensor without memory")
+    raise Refused(WITHOUT_MEMORY)

@@ -13,7 +13,7 @@ import tvm_ffi
 from cute_attn import api, block_mask, kvcache, masks, reference, serve, workspace
 from cute_attn import launch as launching
 from cute_attn.expressions import traced
-from cute_attn.fields import BACKWARD, FORWARD, MERGE, each, in_order, named
+from cute_attn.fields import BACKWARD, FORWARD, MERGE, each, floats_of_a_row, has_sums, in_order, named, sizes_of_sums
 from cute_attn.launch import Refused, packed_of
 from cute_attn.layouts.base import COUNTERS, TICKET, TICKET_COUNTERS, row_padding
 from cute_attn.lengths import CHECK, NAMES, Lengths, check_lengths
@@ -374,10 +374,22 @@ def test_arguments_of_the_backward_pass_are_in_the_order_of_the_table(gpu, monke
         assert (given[name] is None) == (x is None), name
         assert x is None or given[name].data_ptr() == x.data_ptr(), name
     assert all(given[f"d{name}"] is dx for name, dx in zip("qkv", found, strict=True))
-    assert given["rows"].shape == (2, 1, 4, 256 if ragged else 128)
-    assert given["dq_sum"].shape[:3] == (1, 4, given["rows"].shape[3] // 128)
+    assert given["rows"].shape == (2 + 64, 1, 4, 256 if ragged else 128)
     assert given["signals"].dtype == torch.int32
     assert (given["count"], given["blocks"], given["stream"]) == (int(ragged), 132, 999)
+
+
+def test_memory_of_rows_holds_the_sums_of_their_tiles():
+    """Behind two values of each row: as many floats as the row has columns, wherever dQ is added up in memory."""
+    seen = set()
+    for target, d, needs in itertools.product(("sm_80", "sm_90a"), range(8, 257, 8), ("qkv", "kv")):
+        problem = Problem("bfloat16", d, d, gradients=needs)
+        for config in configs(problem, target, None):
+            if has_sums(problem, config):
+                assert math.prod(sizes_of_sums(config)) == config.tile_m * config.tile_d
+            assert floats_of_a_row(problem, config) == 2 + config.tile_d * has_sums(problem, config)
+            seen.add((needs, has_sums(problem, config)))
+    assert seen == {("qkv", True), ("qkv", False), ("kv", False)}
 
 
 @pytest.mark.parametrize("ragged", ["", "cu_seqlens_q cu_seqlens_k"], ids=["rectangle", "ragged"])
@@ -536,8 +548,8 @@ def test_an_order_is_fixed_only_where_dq_has_sums(gpu, monkeypatch, head_dim, ne
     assert [gradient is not None for gradient in gradients] == [name in needs for name in "qkv"]
     assert [problem.deterministic for problem in problems] == [ordered]
     ((_, arguments),) = gpu.log
-    dq_sum, signals = arguments[8:10]
-    assert (dq_sum is not None) == (signals is not None) == ordered
+    rows, signals = arguments[7:9]
+    assert (len(rows) > 2) == (signals is not None) == ordered
 
 
 @pytest.mark.parametrize(
