@@ -110,6 +110,15 @@ def _write_zeros(words: cute.Tensor):
         words[i] = Int32(0)
 
 
+def place_of_block(blocks, heads, last_first: bool = False):
+    """``(block, head, batch)`` of this block, of ``blocks`` for each head. A grid's other dimensions end at 65,535. Heads come
+    one after another: most often a row of all of them is one piece of memory."""
+    index = cute.arch.block_idx()[0]
+    if last_first:
+        index = cute.arch.grid_dim()[0] - 1 - index
+    return index // heads % blocks, index % heads, index // heads // blocks
+
+
 @dataclass(frozen=True)
 class Tiles:
     """All query tiles of a call, or, for the backward pass, all key tiles. ``long_first`` is compile-time; the counts are
