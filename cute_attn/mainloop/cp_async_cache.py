@@ -331,19 +331,12 @@ class Forward:
             page, row = divided(self._key_of_lane(block, source, n), block.keys.page_size)
             number = Int32(0)
             if cutlass.const_expr(self._lanes_with_rows == WARP) or cute.arch.lane_idx() < self._lanes_with_rows:
-                number = self._number(block, source, page, stage, numbered)
+                if numbered:
+                    number = self._number_of_lane(block, stage)[0]
+                else:
+                    number = block.keys.page_table[source.number, page]
             place = block.keys.inside((number, row))
         return place
-
-    @cute.jit
-    def _number(self, block: CacheBlock, source: KeySource, page, stage, numbered):
-        """Of this lane's page: as it came to the stage, or as the table says."""
-        number = Int32(0)
-        if numbered:
-            number = self._number_of_lane(block, stage)[0]
-        else:
-            number = block.keys.page_table[source.number, page]
-        return number
 
     def _key_of_lane(self, block: CacheBlock, source: KeySource, n):
         """The row of the cache, of a part's tile n, that this lane has."""
