@@ -89,15 +89,6 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class CacheOperands:
-    """Both products' operands: on their way to registers, or as the tensor cores find them."""
-
-    q: Any  # LdmatrixOperand or cute.Tensor
-    k: Any
-    v: Any
-
-
-@dataclass(frozen=True)
 class Exchanged:
     """What all groups found, in shared memory: columns of O, and (maximum, sum) of each row."""
 
@@ -108,7 +99,7 @@ class Exchanged:
 @dataclass(frozen=True)
 class CacheBlock:
     """What all parts of a block's stretch have in common: what the call is given, the block's shared memory, and this thread's
-    part of its group's."""
+    part of its group's. Products' operands are on their way to registers, or as the tensor cores find them."""
 
     mQ: cute.Tensor  # (elements, rows, heads, columns)
     outputs: Outputs
@@ -120,7 +111,9 @@ class CacheBlock:
     v: Stream
     sK: cute.Tensor
     sV: cute.Tensor
-    operands: CacheOperands
+    tSrQ: Any
+    tSrK: Any
+    tOrV: Any
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
     ring: cute.Pointer
@@ -238,7 +231,7 @@ class Forward:
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         operands = self._operands((sQ, sK, sV), (mma_S, mma_O), thread)
         place = ring, floats.iterator, word, numbers, group, thread
-        return CacheBlock(*given, sQ, k, v, sK, sV, operands, mma_S, mma_O, *place)
+        return CacheBlock(*given, sQ, k, v, sK, sV, *operands, mma_S, mma_O, *place)
 
     def _operand_at(self, place, name: str) -> cute.Tensor:
         """An operand in shared memory, from a place on."""
@@ -512,7 +505,7 @@ class Forward:
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
-    def _operands(self, shared: tuple, mmas: tuple, thread):
+    def _operands(self, shared: tuple, mmas: tuple, thread) -> tuple:
         """What products take of (Q, K, V) in shared memory; V's rows are what P·V sums over."""
         config = self.config
         (sQ, sK, sV), (S, O) = shared, mmas  # noqa: E741
@@ -520,7 +513,7 @@ class Forward:
         def operand(name, shape, s):
             return LdmatrixOperand.of(self.lay.load_operand(name, config), s, shape, thread)
 
-        return CacheOperands(
+        return (
             operand("Q", S.partition_shape_A((config.tile_m, MMA_K)), sQ),
             operand("K", S.partition_shape_B((self.keys_of_group, MMA_K)), sK),
             operand("V", O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV)),
@@ -531,12 +524,12 @@ class Forward:
 
     def _queries(self, block: CacheBlock, parity):
         """What gives Q's registers of a step: all of them are held, or each is loaded again for every tile."""
-        load = partial(block.operands.q.load, slot=(parity,))
+        load = partial(block.tSrQ.load, slot=(parity,))
         if not self.holds_q:
             return load
         held = []
         for step in range(self.config.tile_d // MMA_K):
-            held.append(cute.make_rmem_tensor_like(block.operands.q.fragment))
+            held.append(cute.make_rmem_tensor_like(block.tSrQ.fragment))
             held[step].store(load(step).load())
         return held.__getitem__
 
@@ -544,7 +537,7 @@ class Forward:
         """Q·Kᵀ with the keys of a slot."""
         acc = cute.make_rmem_tensor(block.mma_S.partition_shape_C((self.config.tile_m, self.keys_of_group)), Float32)
         acc.fill(0.0)
-        product(block.mma_S, acc, self.config.tile_d // MMA_K, of_q, partial(block.operands.k.load, slot=(slot,)))
+        product(block.mma_S, acc, self.config.tile_d // MMA_K, of_q, partial(block.tSrK.load, slot=(slot,)))
         return acc
 
     def _add(self, block: CacheBlock, acc_S: cute.Tensor, acc_O: cute.Tensor, slot):
@@ -554,7 +547,7 @@ class Forward:
         def rounded(step):  # just in time
             return converted(p[None, None, step], dtype)
 
-        product(block.mma_O, acc_O, self.keys_of_group // MMA_K, rounded, partial(block.operands.v.load, slot=(slot,)))
+        product(block.mma_O, acc_O, self.keys_of_group // MMA_K, rounded, partial(block.tOrV.load, slot=(slot,)))
 
     # ---- the end of a part -------------------------------------------------------------------------------------------
 

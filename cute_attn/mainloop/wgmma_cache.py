@@ -20,11 +20,9 @@ from cute_attn.layouts.fragments import transposed
 from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
 from cute_attn.mainloop import cp_async_cache
 from cute_attn.mainloop.cluster import meet, stay
-from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, Outputs, SeenTiles, Workspace, floats
+from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, SeenTiles, floats
 from cute_attn.mainloop.warpgroups import rounded_operand
 from cute_attn.softmax import anchored
-
-__all__ = ["Forward", "Outputs", "Workspace"]
 
 
 class Forward(cp_async_cache.Forward):
@@ -42,25 +40,25 @@ class Forward(cp_async_cache.Forward):
     def _publish(self):
         cute.arch.fence_view_async_shared()
 
-    def _operands(self, shared: tuple, mmas: tuple, thread):
+    def _operands(self, shared: tuple, mmas: tuple, thread) -> tuple:
         (sQ, sK, sV), (S, O) = shared, (mma.get_slice(0) for mma in mmas)  # noqa: E741
-        return cp_async_cache.CacheOperands(
+        return (
             S.make_fragment_A(S.partition_A(sQ)),
             S.make_fragment_B(S.partition_B(sK)),
             O.make_fragment_B(O.partition_B(transposed(sV))),
         )
 
     def _queries(self, block: CacheBlock, parity):
-        return block.operands.q[None, None, None, parity]
+        return block.tSrQ[None, None, None, parity]
 
     def _scores(self, block: CacheBlock, of_q, slot) -> cute.Tensor:
         acc = cute.make_rmem_tensor(block.mma_S.partition_shape_C((self.config.tile_m, self.keys_of_group)), Float32)
-        self._multiply(block.mma_S, acc, of_q, block.operands.k[None, None, None, slot], accumulate=False)
+        self._multiply(block.mma_S, acc, of_q, block.tSrK[None, None, None, slot], accumulate=False)
         return acc
 
     def _add(self, block: CacheBlock, acc_S: cute.Tensor, acc_O: cute.Tensor, slot):
         p = rounded_operand(acc_S, block.sV.element_type)
-        self._multiply(block.mma_O, acc_O, p, block.operands.v[None, None, None, slot], accumulate=True)
+        self._multiply(block.mma_O, acc_O, p, block.tOrV[None, None, None, slot], accumulate=True)
 
     # ---- a walk that two blocks share --------------------------------------------------------------------------------
 
