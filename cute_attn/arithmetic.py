@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import cutlass
-from cutlass import cute
+from cutlass import Int32, cute
 
 
 @cute.jit
 def either(condition, x, y):
     """``x`` where a condition holds, else ``y``; also in functions that the compiler doesn't rewrite."""
     return x if condition else y
+
+
+@cute.jit
+def of_first_lane(value: cutlass.Constexpr) -> Int32:
+    """A whole warp: what ``value()`` is to its first lane."""
+    found = Int32(0)
+    if cute.arch.lane_idx() == 0:
+        found = value()
+    return cute.arch.shuffle_sync(found, 0)
 
 
 def summed_up_to_lane(x):

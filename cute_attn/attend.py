@@ -15,12 +15,12 @@ from cute_attn.fields import ATTEND, named
 from cute_attn.forward import captured_of
 from cute_attn.layouts.mma_sync_cache import columns_written
 from cute_attn.mainloop.common import Values
+from cute_attn.mainloop.cp_async_cache import Outputs, Workspace
 
 
 def host_function(problem, config):
     """The function of :data:`~cute_attn.fields.ATTEND`'s values to compile."""
-    mainloop = importlib.import_module(f"cute_attn.mainloop.{config.cache}")
-    kernel = mainloop.Forward(problem, config)
+    kernel = importlib.import_module(f"cute_attn.mainloop.{config.cache}").Forward(problem, config)
 
     @cute.jit
     def attend(*arguments):
@@ -34,9 +34,9 @@ def host_function(problem, config):
         nowhere = Int32(0)  # lengths and edges are those of a part of a walk, later
         numbers = given.scale_log2, given.scale_by_cap
         values = Values(nowhere, nowhere, nowhere, nowhere, *numbers, captured_of(problem, given))
-        outputs = mainloop.Outputs(out, lse, given.sinks)
+        outputs = Outputs(out, lse, given.sinks)
         sizes = given.counters, given.places, given.rows_kept, columns_written(problem.head_dim_v)
-        workspace = mainloop.Workspace.of(given.workspace, *sizes)
+        workspace = Workspace.of(given.workspace, *sizes)
         kernel.launch(q, given.k_cache, given.v_cache, outputs, values, keys, workspace, given.blocks, given.stream)
 
     return attend

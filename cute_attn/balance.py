@@ -55,14 +55,6 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class NearLengths:
-    """Lengths of the sequences from ``first`` on, of which each lane of a warp holds one."""
-
-    first: Int32
-    held: Any
-
-
-@dataclass(frozen=True)
 class CachedKeys:
     """All sequences of a call, see ``stored.Stored``. ``seqlen_q`` is of each sequence or, packed, of all. Tiles of all
     sequences together are counted in steps."""
@@ -88,7 +80,7 @@ class CachedKeys:
     config: cutlass.Constexpr
     tile_steps: cutlass.Constexpr[int] = 1  # of the line that blocks share: a tile has so many
     end_steps: cutlass.Constexpr[int] = 0  # and the end of a walk, behind its last tile
-    near: Any = None  # NearLengths of those that a block computes with
+    near: Any = None  # (a sequence, lengths from it on, one in each lane), of those that a block computes with
 
     @property
     def all_sequences(self):
@@ -112,15 +104,16 @@ class CachedKeys:
         """A whole warp: the same with the lengths from sequence ``i`` on at hand. A fence empties the L1 cache, and while
         memory is busy a length takes as long as keys do."""
         lane = cute.arch.lane_idx()
-        return replace(self, near=NearLengths(i, self.lengths[cutlass.min(i + lane, self.count - 1)]))
+        return replace(self, near=(i, self.lengths[cutlass.min(i + lane, self.count - 1)]))
 
     @cute.jit
     def _near_length(self, i):
         """A whole warp: of a sequence that all lanes ask for."""
         length: Any = Int32(0)
-        lane = i - self.near.first
+        first, held = self.near
+        lane = i - first
         if (lane >= 0) & (lane < WARP):
-            length = cute.arch.shuffle_sync(self.near.held, lane)
+            length = cute.arch.shuffle_sync(held, lane)
         else:
             length = self.lengths[i]
         return length

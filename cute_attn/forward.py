@@ -123,14 +123,11 @@ def _stand_in(kind: str, problem, config):
         return Int32(0) if kind == "int32" else Float32(0.0)
     if kind == "stream":
         return runtime.make_fake_stream()
-    if kind == "words":
-        return runtime.make_fake_tensor(Int32, sizes(1), (1,), assumed_align=4)
-    if kind == "floats":
-        return runtime.make_fake_tensor(Float32, sizes(1), (1,), assumed_align=4)
-    if kind == "lists":
-        return runtime.make_fake_tensor(Int32, sizes(4), (*some(3), 1), assumed_align=4)
-    if kind == "kinds":
-        return runtime.make_fake_tensor(cutlass.Uint8, sizes(4), (*some(3), 1), assumed_align=1)
+    anywhere = {"words": (Int32, 1), "tables": (Int32, 2), "lists": (Int32, 4), "kinds": (cutlass.Uint8, 4)}
+    anywhere |= {"floats": (Float32, 1), "row values": (Float32, 2 if problem.packed else 3)}
+    if kind in anywhere:  # which begin at any element
+        dtype, dims = anywhere[kind]
+        return runtime.make_fake_tensor(dtype, sizes(dims), (*some(dims - 1), 1), assumed_align=dtype.width // 8)
     if kind == "captured":
         return tuple(_captured(dtype, max(rank, 1), together) for dtype, rank, together in problem.expression.tensors)
     if kind == "of captured":
@@ -138,8 +135,6 @@ def _stand_in(kind: str, problem, config):
         return tuple(
             _captured(tensors[i][0] if by.alone else "float32", max(tensors[i][1], 1) + len(by.copied)) for i, by in of.items()
         )
-    if kind == "tables":
-        return runtime.make_fake_tensor(Int32, sizes(2), (*some(1), 1), assumed_align=4)
     if kind == "angles":
         return runtime.make_fake_tensor(element(problem), sizes(2, 8), (*some(1, 8), 1), assumed_align=16)
     if kind == "workspace":
@@ -147,9 +142,6 @@ def _stand_in(kind: str, problem, config):
     if kind in ("operand", "exact operand", "cache"):
         dims, dtype = 3 if problem.packed and kind != "cache" else 4, Float32 if kind == "exact operand" else element(problem)
         return runtime.make_fake_tensor(dtype, sizes(dims, 8), (*some(dims - 1, 8), 1), assumed_align=16)
-    if kind == "row values":
-        dims = 2 if problem.packed else 3
-        return runtime.make_fake_tensor(Float32, sizes(dims), (*some(dims - 1), 1), assumed_align=4)
     shape = floats_of_a_row(problem, config), *sizes(3, row_padding(config))
     return runtime.make_fake_tensor(Float32, shape, (*some(3, row_padding(config)), 1), assumed_align=16)
 

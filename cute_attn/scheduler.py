@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 import cutlass
 from cutlass import Boolean, Int32, cute
 
+from cute_attn.arithmetic import of_first_lane
 from cute_attn.layouts.base import TICKET_COUNTERS
 from cute_attn.sequences import Sequences, Span
 
@@ -70,11 +71,8 @@ class Tickets:
     def draw(self, first, last: Int32):
         """A whole warp: the next number for this block, whose last one was ``last``; ``first`` says that there was none. Past
         the last one of all there is none."""
-        number = Int32(0)
-        if cute.arch.lane_idx() == 0:
-            number = cute.arch.atomic_add(self.words.iterator, Int32(1), sem="relaxed", scope="gpu")
-        most = self.words.shape[0] - TICKET_COUNTERS  # tiles
-        number = cutlass.min(cute.arch.shuffle_sync(number, 0), most)
+        number = of_first_lane(lambda: cute.arch.atomic_add(self.words.iterator, Int32(1), sem="relaxed", scope="gpu"))
+        number = cutlass.min(number, self.words.shape[0] - TICKET_COUNTERS)  # tiles
         if (cute.arch.lane_idx() == 0) & (first == False):  # noqa: E712
             self.words[TICKET_COUNTERS + last] = number
         return number
@@ -90,10 +88,7 @@ class Tickets:
     @cute.jit
     def after(self, last: Int32):
         """A whole warp: which number this block has drawn after ``last``."""
-        number = Int32(0)
-        if cute.arch.lane_idx() == 0:
-            number = self.words[TICKET_COUNTERS + last]
-        return cute.arch.shuffle_sync(number, 0)
+        return of_first_lane(lambda: self.words[TICKET_COUNTERS + last])
 
 
 @cute.jit
@@ -108,6 +103,15 @@ def _write_zeros(words: cute.Tensor):
     i = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
     if i < cute.size(words):
         words[i] = Int32(0)
+
+
+def place_of_block(blocks, heads, last_first: bool = False):
+    """``(block, head, batch)`` of this block, of ``blocks`` for each head. A grid's other dimensions end at 65,535. Heads come
+    one after another: most often a row of all of them is one piece of memory."""
+    index = cute.arch.block_idx()[0]
+    if last_first:
+        index = cute.arch.grid_dim()[0] - 1 - index
+    return index // heads % blocks, index % heads, index // heads // blocks
 
 
 @dataclass(frozen=True)

@@ -204,3 +204,13 @@ class Sequences:
     def spans(self, i) -> tuple[Span, Span]:
         """Of sequence ``i``'s queries and keys."""
         return self.q.span(i, self.count), self.k.span(i, self.count)
+
+
+def padded_span(sequences: Sequences | None, row, batch):
+    """The queries of the sequence that a row of what is padded belongs to, ``(span, row within it, number)``."""
+    if sequences is None:
+        return Span(batch), row, batch
+    q = sequences.q
+    i, _, _ = q.at(row // q.padding, sequences.count, q.padding)
+    span = q.span(i, sequences.count)
+    return span, row - span.padded, i

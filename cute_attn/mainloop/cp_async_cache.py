@@ -29,7 +29,6 @@ from cute_attn.balance import (
     PartPlaces,
     PartStart,
     Sequence,
-    Stretches,
     WalkPart,
     divided,
     first_start,
@@ -90,15 +89,6 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class CacheOperands:
-    """Both products' operands: on their way to registers, or as the tensor cores find them."""
-
-    q: Any  # LdmatrixOperand or cute.Tensor
-    k: Any
-    v: Any
-
-
-@dataclass(frozen=True)
 class Exchanged:
     """What all groups found, in shared memory: columns of O, and (maximum, sum) of each row."""
 
@@ -108,14 +98,22 @@ class Exchanged:
 
 @dataclass(frozen=True)
 class CacheBlock:
-    """A block's shared memory, and this thread's part of its group's."""
+    """What all parts of a block's stretch have in common: what the call is given, the block's shared memory, and this thread's
+    part of its group's. Products' operands are on their way to registers, or as the tensor cores find them."""
 
+    mQ: cute.Tensor  # (elements, rows, heads, columns)
+    outputs: Outputs
+    values: Values
+    keys: CachedKeys
+    workspace: Workspace
     sQ: cute.Tensor
     k: Stream
     v: Stream
     sK: cute.Tensor
     sV: cute.Tensor
-    operands: CacheOperands
+    tSrQ: Any
+    tSrK: Any
+    tOrV: Any
     mma_S: cute.TiledMma
     mma_O: cute.TiledMma
     ring: cute.Pointer
@@ -124,25 +122,14 @@ class CacheBlock:
     numbers: Any  # of pages, (keys of a tile, stages)
     group: Int32
     thread: Int32  # in the group
-
-
-@dataclass(frozen=True)
-class Serving:
-    """What all parts of a block's stretch have in common."""
-
-    mQ: cute.Tensor  # (elements, rows, heads, columns)
-    outputs: Outputs
-    values: Values
-    keys: CachedKeys
-    workspace: Workspace
-    stretches: Stretches
+    stretches: Any = None  # Stretches of all blocks
     first: Any = None  # where the block's first part begins
 
 
 @dataclass(frozen=True)
 class SeenTiles:
     """A part of a walk: of its tiles, the ``count`` from ``begin`` on that any row of its tile sees, of which those from
-    ``whole_begin`` up to ``whole_end`` need no mask, and the values there."""
+    ``whole_begin`` up to ``whole_end`` need no mask, and the values there; and the ``places`` of a walk that is computed."""
 
     sequence: Sequence
     part: WalkPart
@@ -151,6 +138,7 @@ class SeenTiles:
     count: Int32
     whole_begin: Int32
     whole_end: Int32
+    places: PartPlaces | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +177,7 @@ class Forward:
 
     @cute.kernel
     def kernel(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace):
-        block = self._block(mK, mV)
+        block = self._block((mQ, outputs, values, keys, workspace), mK, mV)
         steps, lanes = keys.all_tiles()
         number = cute.arch.block_idx()[0]
         stretches = keys.stretches(steps, cute.arch.grid_dim()[0], number)
@@ -197,7 +185,7 @@ class Forward:
         i, before = keys.find(at, lanes)
         if cutlass.const_expr(keys.end_steps > 0):
             keys = keys.near_to(i)
-        serving = Serving(mQ, outputs, values, keys, workspace, stretches)
+        block = replace(block, keys=keys, stretches=stretches)
         if cutlass.const_expr(self.problem.invariant):  # or there is a part there
             i, before, at = next_part(keys, i, before, at, end)
         start = PartStart(i, Int32(0), Int32(0), Int32(0), at)
@@ -206,20 +194,20 @@ class Forward:
             if at < end:
                 start = first_start(keys, i, before, at, end)
             if start.at < end:
-                self._begin(block, serving, self._part_from(serving, start, end))
+                self._begin(block, self._part_from(block, start, end))
         elif at < end:
             sequence = keys.sequence(i)
             part, _ = part_of_stretch(keys, sequence, before, at, end)
             start = PartStart(i, part.head_kv, part.row_tile, part.begin, at)
-            self._begin(block, serving, self._seen(serving, sequence, part))
-        serving = replace(serving, first=start)
+            self._begin(block, self._seen(block, sequence, part))
+        block = replace(block, first=start)
         while start.at < end:
-            start, stage, written = self._part(block, serving, start, end, stage, parity, written)
+            start, stage, written = self._part(block, start, end, stage, parity, written)
             parity = 1 - parity
 
     # ---- setup -----------------------------------------------------------------------------------------------------
 
-    def _block(self, mK, mV) -> CacheBlock:
+    def _block(self, given: tuple, mK, mV) -> CacheBlock:
         config, lay = self.config, self.lay
         thread = cute.arch.thread_idx()[0]
         group, thread = thread // self.group_threads, thread % self.group_threads
@@ -242,7 +230,8 @@ class Forward:
         k, v = stream("K", mK, sK, thread, self.problem.head_dim), stream("V", mV, sV, thread, self.problem.head_dim_v)
         mma_S, mma_O = lay.tiled_mma("S", config), lay.tiled_mma("O", config)
         operands = self._operands((sQ, sK, sV), (mma_S, mma_O), thread)
-        return CacheBlock(sQ, k, v, sK, sV, operands, mma_S, mma_O, ring, floats.iterator, word, numbers, group, thread)
+        place = ring, floats.iterator, word, numbers, group, thread
+        return CacheBlock(*given, sQ, k, v, sK, sV, *operands, mma_S, mma_O, *place)
 
     def _operand_at(self, place, name: str) -> cute.Tensor:
         """An operand in shared memory, from a place on."""
@@ -258,9 +247,9 @@ class Forward:
     # ---- copies ----------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _copy_q(self, block: CacheBlock, serving: Serving, seen: SeenTiles, parity):
+    def _copy_q(self, block: CacheBlock, seen: SeenTiles, parity):
         """All threads: start copying the rows of the tile; those that don't exist, and columns past head_dim, are zeros."""
-        config, sQ, keys = self.config, block.sQ[None, None, parity], serving.keys
+        config, sQ, keys = self.config, block.sQ[None, None, parity], block.keys
         vectors = config.tile_d // VECTOR
         for n in cutlass.range(cute.arch.thread_idx()[0], config.tile_m * vectors, config.threads, unroll=1):
             row, column = n // vectors, n % vectors
@@ -268,46 +257,46 @@ class Forward:
             head += seen.part.head_kv * keys.packed
             into = vector_at(sQ, row, column)
             if (query < seen.sequence.queries) & (column * VECTOR < self.problem.head_dim):
-                of_head = serving.mQ[seen.sequence.element, None, head, None]
+                of_head = block.mQ[seen.sequence.element, None, head, None]
                 cute.copy(block.k.copy, vector_at(of_head, seen.sequence.first + query, column), into)
             else:
                 into.fill(0.0)
 
     @cute.jit
-    def _copy(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, numbered=False):
+    def _copy(self, block: CacheBlock, source: KeySource, n, stage, numbered=False):
         """A group: start copying its keys of a part's tile n to a stage of its ring. ``numbered`` says whether the numbers of
         their pages have come to the stage already."""
         slot, first = (block.group, stage), source.first + n * self.config.tile_n + block.group * self.keys_of_group
         k, v = block.k, block.v
-        of_lane = self._place_of_lane(block, keys, source, n, stage, numbered)
+        of_lane = self._place_of_lane(block, source, n, stage, numbered)
         for i in cutlass.range_constexpr(cute.size(k.tXcX, mode=[1])):
             place: Any = ()
             if cutlass.const_expr(self.config.page_numbers):
                 place = tuple(cute.arch.shuffle_sync(x, self._lane_of_row(i)) for x in of_lane)
             else:
-                place = keys.place(source.number, cutlass.min(first + k.tXcX[0, i, 0][0], source.last))
+                place = block.keys.place(source.number, cutlass.min(first + k.tXcX[0, i, 0][0], source.last))
             k.start_row(i, place, source.head_kv, slot)
             if cutlass.const_expr(self.same_rows):
                 v.start_row(i, place, source.head_kv, slot)
         if cutlass.const_expr(not self.same_rows):
             for i in cutlass.range_constexpr(cute.size(v.tXcX, mode=[1])):
                 key = cutlass.min(first + v.tXcX[0, i, 0][0], source.last)
-                v.start_row(i, keys.place(source.number, key), source.head_kv, slot)
+                v.start_row(i, block.keys.place(source.number, key), source.head_kv, slot)
 
     @cute.jit
-    def _copy_ahead(self, block: CacheBlock, serving: Serving, seen: SeenTiles, then: SeenTiles, n, stage, parity):
+    def _copy_ahead(self, block: CacheBlock, seen: SeenTiles, then: SeenTiles, n, stage, parity):
         """Start copying tile n from a part's first one on, which past its end is one of the part behind it; the first one of
         that with its queries."""
         ahead = self.config.stages
         if (n == seen.count) & (then.count > 0):
-            self._copy_q(block, serving, then, 1 - parity)
+            self._copy_q(block, then, 1 - parity)
         if n - seen.count < then.count:
             source, tile = self._ahead(seen, then, n)
             # asked for with the tile a ring before it, of whose part the one before it knew, or of this one
-            self._copy(block, serving.keys, source, tile, stage, (n < seen.count) | (n >= 2 * ahead))
+            self._copy(block, source, tile, stage, (n < seen.count) | (n >= 2 * ahead))
         if n + ahead - seen.count < then.count:
             source, tile = self._ahead(seen, then, n + ahead)
-            self._ask(block, serving.keys, source, tile, stage)
+            self._ask(block, source, tile, stage)
         cute.arch.cp_async_commit_group()
 
     def _ahead(self, seen: SeenTiles, then: SeenTiles, n) -> tuple[KeySource, Any]:
@@ -318,36 +307,29 @@ class Forward:
     # ---- numbers of pages --------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _ask(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage):
+    def _ask(self, block: CacheBlock, source: KeySource, n, stage):
         """Start copying the numbers of a part's tile n, with those keys that are a ring ahead of it: they have come when it is
         its turn. Each lane has a row of K that its warp copies, and reads no number but its own, so nobody waits for others."""
         if cutlass.const_expr(self.config.page_numbers):
             if cute.arch.lane_idx() < self._lanes_with_rows:
-                page = divided(self._key_of_lane(block, source, n), keys.page_size)[0]
-                number = cute.local_tile(keys.page_table[source.number, None], (1,), (page,))
+                page = divided(self._key_of_lane(block, source, n), block.keys.page_size)[0]
+                number = cute.local_tile(block.keys.page_table[source.number, None], (1,), (page,))
                 copy_word(number.iterator.toint(), self._number_of_lane(block, stage).iterator.toint())
 
     @cute.jit
-    def _place_of_lane(self, block: CacheBlock, keys: CachedKeys, source: KeySource, n, stage, numbered) -> tuple:
+    def _place_of_lane(self, block: CacheBlock, source: KeySource, n, stage, numbered) -> tuple:
         """Where the row of K is that this lane has of a part's tile n, of pages."""
         place: tuple = ()
         if cutlass.const_expr(self.config.page_numbers):
-            page, row = divided(self._key_of_lane(block, source, n), keys.page_size)
+            page, row = divided(self._key_of_lane(block, source, n), block.keys.page_size)
             number = Int32(0)
             if cutlass.const_expr(self._lanes_with_rows == WARP) or cute.arch.lane_idx() < self._lanes_with_rows:
-                number = self._number(block, keys, source, page, stage, numbered)
-            place = keys.inside((number, row))
+                if numbered:
+                    number = self._number_of_lane(block, stage)[0]
+                else:
+                    number = block.keys.page_table[source.number, page]
+            place = block.keys.inside((number, row))
         return place
-
-    @cute.jit
-    def _number(self, block: CacheBlock, keys: CachedKeys, source: KeySource, page, stage, numbered):
-        """Of this lane's page: as it came to the stage, or as the table says."""
-        number = Int32(0)
-        if numbered:
-            number = self._number_of_lane(block, stage)[0]
-        else:
-            number = keys.page_table[source.number, page]
-        return number
 
     def _key_of_lane(self, block: CacheBlock, source: KeySource, n):
         """The row of the cache, of a part's tile n, that this lane has."""
@@ -397,17 +379,17 @@ class Forward:
     # ---- a part of a walk --------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _part_from(self, serving: Serving, start: PartStart, end) -> SeenTiles:
+    def _part_from(self, block: CacheBlock, start: PartStart, end) -> SeenTiles:
         """The part that begins there, of a block whose tiles go up to ``end``."""
-        sequence = serving.keys.sequence(start.sequence)
-        return self._seen(serving, sequence, part_from(serving.keys, sequence, start, end))
+        sequence = block.keys.sequence(start.sequence)
+        return self._seen(block, sequence, part_from(block.keys, sequence, start, end))
 
     @cute.jit
-    def _seen(self, serving: Serving, sequence: Sequence, part: WalkPart) -> SeenTiles:
+    def _seen(self, block: CacheBlock, sequence: Sequence, part: WalkPart) -> SeenTiles:
         """What of a part its rows see."""
-        config, keys = self.config, serving.keys
+        config, keys = self.config, block.keys
         shift = sequence.keys - sequence.queries
-        values = replace(serving.values, seqlen_q=sequence.queries, seqlen_k=sequence.keys, packed=keys.packed)
+        values = replace(block.values, seqlen_q=sequence.queries, seqlen_k=sequence.keys, packed=keys.packed)
         values = replace(values, lo=shift - keys.left, hi=shift + keys.right)
         if cutlass.const_expr(values.captured is not None):
             values = replace(values, sequence=sequence.number, head=part.head_kv * keys.packed)
@@ -432,30 +414,34 @@ class Forward:
             whole_end=tiles(whole_end, False),
         )
 
+    def _with_places(self, block: CacheBlock, seen: SeenTiles) -> SeenTiles:
+        """The same, of a part that is computed."""
+        return replace(seen, places=places_of(block.keys, seen.sequence, seen.part, block.stretches))
+
     @cute.jit
-    def _begin(self, block: CacheBlock, serving: Serving, seen: SeenTiles):
+    def _begin(self, block: CacheBlock, seen: SeenTiles):
         """Start the first part's first copies: those of all stages, and with the first those of its queries."""
         source = self._source(seen)
         for n in cutlass.range(self.config.stages, unroll=1):  # code that has come once comes sooner again
             if n < seen.count:
-                self._copy(block, serving.keys, source, n, n)
+                self._copy(block, source, n, n)
             if n == 0:
-                self._copy_q(block, serving, seen, 0)
+                self._copy_q(block, seen, 0)
             if n + self.config.stages < seen.count:
-                self._ask(block, serving.keys, source, n + self.config.stages, n)
+                self._ask(block, source, n + self.config.stages, n)
             cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def _part(self, block: CacheBlock, serving: Serving, start: PartStart, end, stage, parity, written):
+    def _part(self, block: CacheBlock, start: PartStart, end, stage, parity, written):
         """A part whose first copies have started, as many as there are stages, the first to ``stage``, and those of its queries
         to the place ``parity``. ``written`` parts of the same walk that the block has computed before it are in no counter yet.
         Returns the next one's start, its stage, and how many are written by then."""
-        config, keys, ahead = self.config, serving.keys, self.config.stages
-        seen = self._part_from(serving, start, end)
+        config, keys, ahead = self.config, block.keys, self.config.stages
+        seen = self._part_from(block, start, end)
         after = start_after(keys, seen.sequence, seen.part)
-        then = self._part_from(serving, after, end)
+        then = self._part_from(block, after, end)
         then = replace(then, count=either(after.at < end, then.count, Int32(0)))
-        places = places_of(keys, seen.sequence, seen.part, serving.stretches)  # while copies are on their way
+        seen = self._with_places(block, seen)  # while copies are on their way
         acc_O = cute.make_rmem_tensor(block.mma_O.partition_shape_C((config.tile_m, config.tile_dv)), Float32)
         acc_O.fill(0.0)
         rows = rows_columns(acc_O)
@@ -473,7 +459,7 @@ class Forward:
 
         primed = either(seen.count > 0, ahead, ahead - 1)  # but for a slot in which to exchange
         for n in cutlass.range(seen.count, primed, unroll=1):  # tiles that a longer part would start later
-            self._copy_ahead(block, serving, seen, then, n, (stage + n) % ahead, parity)
+            self._copy_ahead(block, seen, then, n, (stage + n) % ahead, parity)
         for n in cutlass.range(seen.count, unroll=1):
             cute.arch.cp_async_wait_group(ahead - 1)
             self._sync_group(block)
@@ -494,20 +480,20 @@ class Forward:
             self._add(block, acc_S, acc_O, slot)
             if n + 1 < seen.count:
                 self._sync_group(block)
-                self._copy_ahead(block, serving, seen, then, n + ahead, stage, parity)
+                self._copy_ahead(block, seen, then, n + ahead, stage, parity)
             stage = (stage + 1) % ahead
 
         cute.arch.sync_threads()  # all groups are done with the slot that no copy is on its way to
         free = (stage + ahead - 1) % ahead
-        self._merge(block, serving, seen, places, rows, softmax, self._exchanged(block, free))
+        self._merge(block, seen, rows, softmax, self._exchanged(block, free))
         cute.arch.sync_threads()  # the slot is free, and what all have written is there for whoever sees that they have arrived
-        self._copy_ahead(block, serving, seen, then, seen.count + ahead - 1, free, parity)
+        self._copy_ahead(block, seen, then, seen.count + ahead - 1, free, parity)
         if cutlass.const_expr(not self.problem.invariant):
-            self._arrive(block, serving, seen, places, 1)
+            self._arrive(block, seen, 1)
         else:
             written += 1
             if (after.at >= end) | (after.begin == 0):  # the block's last part of this walk: one fence for all of them
-                self._arrive(block, serving, seen, places, written)
+                self._arrive(block, seen, written)
                 written = Int32(0)
         return after, stage, written
 
@@ -519,7 +505,7 @@ class Forward:
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
-    def _operands(self, shared: tuple, mmas: tuple, thread):
+    def _operands(self, shared: tuple, mmas: tuple, thread) -> tuple:
         """What products take of (Q, K, V) in shared memory; V's rows are what P·V sums over."""
         config = self.config
         (sQ, sK, sV), (S, O) = shared, mmas  # noqa: E741
@@ -527,7 +513,7 @@ class Forward:
         def operand(name, shape, s):
             return LdmatrixOperand.of(self.lay.load_operand(name, config), s, shape, thread)
 
-        return CacheOperands(
+        return (
             operand("Q", S.partition_shape_A((config.tile_m, MMA_K)), sQ),
             operand("K", S.partition_shape_B((self.keys_of_group, MMA_K)), sK),
             operand("V", O.partition_shape_B((config.tile_dv, MMA_K)), transposed(sV)),
@@ -538,12 +524,12 @@ class Forward:
 
     def _queries(self, block: CacheBlock, parity):
         """What gives Q's registers of a step: all of them are held, or each is loaded again for every tile."""
-        load = partial(block.operands.q.load, slot=(parity,))
+        load = partial(block.tSrQ.load, slot=(parity,))
         if not self.holds_q:
             return load
         held = []
         for step in range(self.config.tile_d // MMA_K):
-            held.append(cute.make_rmem_tensor_like(block.operands.q.fragment))
+            held.append(cute.make_rmem_tensor_like(block.tSrQ.fragment))
             held[step].store(load(step).load())
         return held.__getitem__
 
@@ -551,7 +537,7 @@ class Forward:
         """Q·Kᵀ with the keys of a slot."""
         acc = cute.make_rmem_tensor(block.mma_S.partition_shape_C((self.config.tile_m, self.keys_of_group)), Float32)
         acc.fill(0.0)
-        product(block.mma_S, acc, self.config.tile_d // MMA_K, of_q, partial(block.operands.k.load, slot=(slot,)))
+        product(block.mma_S, acc, self.config.tile_d // MMA_K, of_q, partial(block.tSrK.load, slot=(slot,)))
         return acc
 
     def _add(self, block: CacheBlock, acc_S: cute.Tensor, acc_O: cute.Tensor, slot):
@@ -561,7 +547,7 @@ class Forward:
         def rounded(step):  # just in time
             return converted(p[None, None, step], dtype)
 
-        product(block.mma_O, acc_O, self.keys_of_group // MMA_K, rounded, partial(block.operands.v.load, slot=(slot,)))
+        product(block.mma_O, acc_O, self.keys_of_group // MMA_K, rounded, partial(block.tOrV.load, slot=(slot,)))
 
     # ---- the end of a part -------------------------------------------------------------------------------------------
 
@@ -574,26 +560,17 @@ class Forward:
         return Exchanged(cute.recast_ptr(place, dtype=Float32), block.of_rows)
 
     @cute.jit
-    def _merge(
-        self,
-        block: CacheBlock,
-        serving: Serving,
-        seen: SeenTiles,
-        places: PartPlaces,
-        rows: cute.Tensor,
-        softmax: Softmax,
-        exchanged: Exchanged,
-    ):
+    def _merge(self, block: CacheBlock, seen: SeenTiles, rows: cute.Tensor, softmax: Softmax, exchanged: Exchanged):
         """What all groups found, merged by all threads: to the outputs if it is all of the walk, else to the workspace.
         ``rows`` are those of O."""
-        columns, exist = self.lay.exchanged_columns(self.config), self._exist(serving, seen)
+        columns, exist = self.lay.exchanged_columns(self.config), self._exist(block, seen)
         self._sum_rows(softmax)
         for first in cutlass.range_constexpr(0, self.problem.head_dim_v, columns):
             if cutlass.const_expr(first > 0):
                 cute.arch.sync_threads()
             self._hand_over(block, exchanged, rows, softmax, exist, first)
             cute.arch.sync_threads()
-            self._merge_groups(block, exchanged, serving, seen, places, exist, first)
+            self._merge_groups(block, exchanged, seen, exist, first)
 
     @cute.jit
     def _sum_rows(self, softmax: Softmax):
@@ -601,37 +578,36 @@ class Forward:
         for r in cutlass.range_constexpr(cute.size(softmax.row_sum)):
             softmax.row_sum[r] = cute.arch.warp_reduction_sum(softmax.row_sum[r], threads_in_group=THREADS_PER_ROW)
 
-    def _exist(self, serving: Serving, seen: SeenTiles):
+    def _exist(self, block: CacheBlock, seen: SeenTiles):
         """How many rows of the tile there are."""
         first = seen.part.row_tile * self.config.tile_m
-        return cutlass.min(seen.sequence.queries * serving.keys.packed - first, self.config.tile_m)
+        return cutlass.min(seen.sequence.queries * block.keys.packed - first, self.config.tile_m)
 
     @cute.jit
-    def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
+    def _arrive(self, block: CacheBlock, seen: SeenTiles, written):
         """What all threads found of this part is written, and of ``written`` parts in all of its walk since the block last said
         so: if these are the last ones, merge all parts. What ends a walk at the beginning of a block's stretch is counted
         when the block is done: a fence waits for all copies on their way."""
-        if cutlass.const_expr(serving.keys.end_steps > 0):
-            if self._past(serving, seen) >= serving.stretches.own.end:
-                late = (serving.first.begin > 0) & (serving.first.at < seen.part.at)
+        if cutlass.const_expr(block.keys.end_steps > 0):
+            if self._past(block, seen) >= block.stretches.own.end:
+                late = (block.first.begin > 0) & (block.first.at < seen.part.at)
                 for n in cutlass.range(either(late, Int32(2), Int32(1)), unroll=1):
                     if n == 1:
                         cute.arch.sync_threads()  # all have read what the last part's counter said
-                        seen = self._part_from(serving, serving.first, serving.stretches.own.end)
-                        places = places_of(serving.keys, seen.sequence, seen.part, serving.stretches)
-                    self._count(block, serving, seen, places, written)
+                        seen = self._with_places(block, self._part_from(block, block.first, block.stretches.own.end))
+                    self._count(block, seen, written)
         else:
-            self._count(block, serving, seen, places, written)
+            self._count(block, seen, written)
 
-    def _past(self, serving: Serving, seen: SeenTiles):
+    def _past(self, block: CacheBlock, seen: SeenTiles):
         """The step behind a part and its walk's end."""
-        keys, part = serving.keys, seen.part
+        keys, part = block.keys, seen.part
         return part.at + (part.end - part.begin) * keys.tile_steps + keys.end_steps
 
     @cute.jit
-    def _count(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
+    def _count(self, block: CacheBlock, seen: SeenTiles, written):
         """Count so many parts, and merge all of them if there are no others."""
-        workspace = serving.workspace
+        workspace, places = block.workspace, seen.places
         if places.parts > 1:
             if cute.arch.thread_idx()[0] == 0:
                 counter = workspace.counters.iterator + places.counter
@@ -641,18 +617,10 @@ class Forward:
                 block.word[0] = arrived
             cute.arch.sync_threads()
             if block.word[0] == places.parts - written:
-                self._merge_parts(block, serving, seen, places, self._exist(serving, seen))
+                self._merge_parts(block, seen, self._exist(block, seen))
 
     @cute.jit
-    def _hand_over(
-        self,
-        block: CacheBlock,
-        exchanged: Exchanged,
-        rows: cute.Tensor,
-        softmax: Softmax,
-        exist,
-        first: cutlass.Constexpr[int],
-    ):
+    def _hand_over(self, block: CacheBlock, exchanged: Exchanged, rows, softmax: Softmax, exist, first: cutlass.Constexpr[int]):
         """What this thread found of the rows that exist to shared memory, of O the columns from ``first`` on for which there is
         room: as it holds them, 4 at a time."""
         pieces, cO = self.lay.exchanged_columns(self.config) // PIECE_COLUMNS, self._coordinates(block)
@@ -681,16 +649,7 @@ class Forward:
         return max(of_thread // self.config.key_warps, 1), max(self.config.key_warps // of_thread, 1)
 
     @cute.jit
-    def _merge_groups(
-        self,
-        block: CacheBlock,
-        exchanged: Exchanged,
-        serving: Serving,
-        seen: SeenTiles,
-        places: PartPlaces,
-        exist,
-        first: cutlass.Constexpr[int],
-    ):
+    def _merge_groups(self, block: CacheBlock, exchanged: Exchanged, seen: SeenTiles, exist, first: cutlass.Constexpr[int]):
         """What the groups have handed over, to the outputs or to the workspace: a thread merges its share of what those of its
         number hold in all groups."""
         config, (rows, sharing), groups = self.config, self.shares, self.config.key_warps
@@ -718,14 +677,14 @@ class Forward:
                         for group in cutlass.range_constexpr(groups):
                             cute.autovec_copy(self._handed(block, exchanged, group, r * pieces + n), handed[None, 0])
                             merged[None, k].store(merged[None, k].load() + handed[None, 0].load() * weights[group])
-                if places.parts == 1:
-                    of_row = self._end_row(serving, seen, row, self._writes(block, first == 0), row_max, row_sum)
+                if seen.places.parts == 1:
+                    of_row = self._end_row(block, seen, row, self._writes(block, first == 0), row_max, row_sum)
                     for k in cutlass.range_constexpr(each):
                         n = self._mine(block, k)
                         if _below(n, pieces, sharing):
-                            self._store(block, serving, seen, of_row, begin + n, merged[None, k])
+                            self._store(block, seen, of_row, begin + n, merged[None, k])
                 else:
-                    o, of = serving.workspace.of_row(places.of(places.number), row)
+                    o, of = block.workspace.of_row(seen.places.of(seen.places.number), row)
                     if self._writes(block, first == 0):
                         _store_pair(of, 0, row_max, row_sum)
                     for k in cutlass.range_constexpr(each):
@@ -746,20 +705,21 @@ class Forward:
         return floats(row, n * THREADS_PER_ROW + block.thread % THREADS_PER_ROW, PIECE)
 
     @cute.jit
-    def _merge_parts(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, exist):
+    def _merge_parts(self, block: CacheBlock, seen: SeenTiles, exist):
         """All parts of a walk, in the order of their keys, to the outputs: of rows and columns as :meth:`_merge_groups`."""
         rows, sharing = self.shares
         for j in cutlass.range_constexpr(rows):
             row = self._coordinates(block)[block.group // sharing * rows + j, 0][0]
             if row < exist:
-                self._merge_row(block, serving, seen, places, row)
+                self._merge_row(block, seen, row)
 
     @cute.jit
-    def _merge_row(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, row):
+    def _merge_row(self, block: CacheBlock, seen: SeenTiles, row):
         """All parts' pieces that this thread has of a row."""
         all_pieces = -(-self.problem.head_dim_v // PIECE_COLUMNS)
         pieces = -(-all_pieces // self.shares[1])
-        exponent, parts, at_once = seen.values.exponent(self.problem), places.parts, max(AT_ONCE // pieces, 1)
+        places, at_once = seen.places, max(AT_ONCE // pieces, 1)
+        exponent, parts = seen.values.exponent(self.problem), places.parts
         merged, held = (cute.make_rmem_tensor((PIECE, pieces, n), Float32) for n in (1, at_once))
         found = cute.make_rmem_tensor((2, at_once), Float32)
         merged.fill(0.0)
@@ -767,7 +727,7 @@ class Forward:
         for part in cutlass.range(0, parts, at_once, unroll=1):
             for i in cutlass.range_constexpr(at_once):
                 place = places.of(cutlass.min(part + i, parts - 1))  # past the last one that one again, without weight
-                o, of_row = serving.workspace.of_row(place, row)
+                o, of_row = block.workspace.of_row(place, row)
                 cute.autovec_copy(floats(of_row, 0, 2), found[None, i])
                 for k in cutlass.range_constexpr(pieces):
                     n = cutlass.min(self._mine(block, k), all_pieces - 1)
@@ -787,15 +747,15 @@ class Forward:
                 row_sum += found[1, i] * weight
                 for k in cutlass.range_constexpr(pieces):
                     merged[None, k, 0].store(merged[None, k, 0].load() + held[None, k, i].load() * weight)
-        of_row = self._end_row(serving, seen, row, self._writes(block, True), row_max, row_sum)
+        of_row = self._end_row(block, seen, row, self._writes(block, True), row_max, row_sum)
         for k in cutlass.range_constexpr(pieces):
             if _below(self._mine(block, k), all_pieces, self.shares[1]):
-                self._store(block, serving, seen, of_row, self._mine(block, k), merged[None, k, 0])
+                self._store(block, seen, of_row, self._mine(block, k), merged[None, k, 0])
 
     @cute.jit
-    def _end_row(self, serving: Serving, seen: SeenTiles, row, writes, row_max, row_sum):
+    def _end_row(self, block: CacheBlock, seen: SeenTiles, row, writes, row_max, row_sum):
         """Of a row of all keys ``(query, head, what its O is scaled by)``, and by whoever ``writes`` the log-sum-exp."""
-        keys, outputs = serving.keys, serving.outputs
+        keys, outputs = block.keys, block.outputs
         query, head = divided(seen.part.row_tile * self.config.tile_m + row, keys.packed)
         head += seen.part.head_kv * keys.packed
         query += seen.sequence.first
@@ -807,10 +767,10 @@ class Forward:
         return query, head, normalize
 
     @cute.jit
-    def _store(self, block: CacheBlock, serving: Serving, seen: SeenTiles, of_row: tuple, n, o: cute.Tensor):
+    def _store(self, block: CacheBlock, seen: SeenTiles, of_row: tuple, n, o: cute.Tensor):
         """This thread's n-th piece of O of all keys to the outputs; ``of_row`` is what :meth:`_end_row` gave."""
         query, head, normalize = of_row
-        row = serving.outputs.o[seen.sequence.element, query, head, None]
+        row = block.outputs.o[seen.sequence.element, query, head, None]
         for pair in cutlass.range_constexpr(2):
             column = n * PIECE_COLUMNS + pair * (PIECE_COLUMNS // 2) + block.thread % THREADS_PER_ROW * 2
             if column < self.problem.head_dim_v:

@@ -39,6 +39,7 @@ from cute_attn.mainloop.warpgroups import (
     WARPGROUP,
     InFlight,
     KeyBlocks,
+    KeyPipelines,
     TmaOperands,
     of_columns,
     rounded_operand,
@@ -49,17 +50,8 @@ from cute_attn.scheduler import LONG_WALK, Tiles, Work
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
 SAMPLED = 128  # sequences, of which it is looked how long they are
 ADDERS = 2  # warps from ADD_DQ_WARP on
-
-
-@dataclass(frozen=True)
-class BackwardPipelines:
-    """K and V have one stage each, Q (with the rows' LSE) and dO (with their delta) several."""
-
-    k: pipeline.PipelineTmaAsync
-    v: pipeline.PipelineTmaAsync
-    q: pipeline.PipelineTmaAsync
-    do: pipeline.PipelineTmaAsync
-    work: pipeline.PipelineAsync
+STORE = "cp.async.bulk.global.shared::cta.bulk_group"
+ADD = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32"
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,8 @@ class BackwardShared:
     """The operands in shared memory: ``(64, columns, warpgroup)`` for K and V, ``(tile_m, columns, stage)`` for Q and dO,
     ``(64, tile_m, warpgroup + warpgroups · stage)`` for dS, ``(tile_m, stage)`` for a row's values, ``(thread, value,
     warpgroup + warpgroups · stage)`` for dQ, ``(64, warpgroup)`` for which keys are hidden (``guard.py``), ``(stage)`` for what
-    a list says of a query tile, ``(field, side)`` for where the block is among the rows that it clears, and zeros."""
+    a list says of a query tile, ``(field, side)`` for where the block is among the rows that it clears, and zeros; and how
+    operands come there."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -81,24 +74,25 @@ class BackwardShared:
     dk: cute.Tensor | None  # None where it lies over dQ
     dv: cute.Tensor
     work: cute.Tensor
+    pipes: KeyPipelines
     entries: cute.Tensor | None = None
     unused: cute.Tensor | None = None
     zeros: cute.Tensor | None = None
 
 
 @dataclass(frozen=True)
-class BackwardWorker:
-    """A thread of a computing warpgroup: its place, and where its scores lie in the tile."""
+class BackwardWalk:
+    """What a thread of a computing warpgroup walks over the query tiles of its 64 keys with: its place, where its scores lie in
+    a tile, and what it holds or points to all the while."""
 
     warpgroup: Int32
     thread: Int32
     cS: Coordinates
-
-
-@dataclass(frozen=True)
-class BackwardFragments:
-    """What a computing thread holds or points to through the query tiles."""
-
+    shared: BackwardShared
+    visited: QueryTiles
+    key_first: Int32
+    k_state: pipeline.PipelineState  # of the pipelines of K and V
+    state: pipeline.PipelineState  # of those of Q and dO, to begin with
     rK: cute.Tensor | None  # the first columns of K
     rV: cute.Tensor | None  # and of V
     tSrK: cute.Tensor  # (MMA, 1, K)
@@ -203,21 +197,21 @@ class Backward(KeyBlocks):
             if warp == COPY_K_Q_WARP:  # which finds tiles, and has more registers here than later
                 at_once = self._blocks_that_take_tiles(tiles, values)
             tiles = replace(tiles, at_once=cute.arch.make_warp_uniform(at_once))
-        shared, pipes = self._setup()
-        from_memory, into = (plain, rows, care), (gradients, signals, soon)
-        roles = partial(self._roles, operands, from_memory, into, shared, pipes, values, tiles.heads_per_kv)
+        shared = self._setup()
+        of_tile = partial(self.key_tile, values, tiles.heads_per_kv)
+        roles = partial(self._roles, operands, (plain, rows, care), (gradients, signals, soon), shared)
         if cutlass.const_expr(self.persistent):
             counted, headed = bool(self.problem.ragged), bool(self.problem.blocks)
             kinds = {"ragged": counted, "headed": headed, "both_ways": tiles.both_ways, "padding": row_padding(self.config)}
-            queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, **kinds)
+            queue = WorkQueue(shared.work, shared.pipes.work, None, self.arrive, of_k=True, **kinds)
             unused, ticket = self._unused(gradients, tiles, shared), signals.ticket if self.draws else None
             header = (lambda work: ListedQueries.ahead(values.of(work), work.block)) if headed else None
             how = {"in_order": self.problem.deterministic, "counted": counted, "header": header}
-            lead = partial(self.lead, queue, tiles, ticket, NONE_DONE, **how)
-            roles(lead, lambda part: queue.taker().each(part, NONE_DONE), unused)
+            lead = lambda part: self.lead(queue, tiles, ticket, NONE_DONE, partial(of_tile, part), **how)  # noqa: E731
+            roles(lead, lambda part: queue.taker().each(partial(of_tile, part), NONE_DONE), unused)
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
-            tiles.one(lambda work: roles(*[lambda part: part(NONE_DONE, work)] * 2))
+            tiles.one(lambda work: roles(*[lambda part: of_tile(part, NONE_DONE, work)] * 2))
 
     @cute.jit
     def _blocks_that_take_tiles(self, tiles: Tiles, values: Values):
@@ -256,52 +250,34 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _roles(
-        self,
-        operands: TmaOperands,
-        from_memory,
-        into,
-        shared: BackwardShared,
-        pipes,
-        values: Values,
-        heads_per_kv,
-        lead: cutlass.Constexpr,
-        each: cutlass.Constexpr,
-        unused: cutlass.Constexpr = (),
+        self, operands, given, into, shared: BackwardShared, lead: cutlass.Constexpr, each: cutlass.Constexpr, unused=()
     ):
         """The block's tiles: each warp its part of them, by ``each(part)``, and the one that finds them by ``lead(part)``; and
         ``unused`` rows, if there may be any, which the warps that add dQ clear between theirs."""
-        (plain, rows, care), of_tile = from_memory, partial(self.key_tile, values, heads_per_kv)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                lead(partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care)))
+                lead(partial(self.copy_k_q, operands, shared, *given))
             if warp == COPY_V_DO_WARP:
-                each(partial(of_tile, partial(self.copy_v_do, operands, plain, shared, pipes, rows, care)))
+                each(partial(self.copy_v_do, operands, shared, *given))
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
                     for stage in cutlass.range_constexpr(self.config.dq_stages):
                         if warp == ADD_DQ_WARP + stage:
                             self._offer(stage)
-            for adder, own in enumerate(unused):
-                if cutlass.const_expr(own is not None):
-                    if warp == ADD_DQ_WARP + adder:
-                        own.begin()
+            self._clearing(unused, warp, UnusedRows.begin, ADD_DQ_WARP)
             if cutlass.const_expr(self.needs_q):
                 if warp >= ADD_DQ_WARP:
-                    each(partial(of_tile, partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused)))
+                    each(partial(self._add_dq, *into, shared.dq, warp - ADD_DQ_WARP, unused))
                     if cutlass.const_expr(self.rounds_beside):
                         cute.arch.cp_async_bulk_wait_group(0, read=False)
                         if cute.arch.lane_idx() == 0:
                             into[1].end()
-            for adder, own in enumerate(unused):
-                if cutlass.const_expr(own is not None):
-                    if warp == ADD_DQ_WARP + adder:
-                        own.rest()
-                        cute.arch.cp_async_bulk_wait_group(0, read=True)
+            self._clearing(unused, warp, _clear_the_rest, ADD_DQ_WARP)
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
-            each(partial(of_tile, partial(self._compute, operands, shared, pipes)))
+            each(partial(self._compute, operands, shared))
             if cutlass.const_expr(self.leaves_results):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
@@ -321,14 +297,10 @@ class Backward(KeyBlocks):
             dk=dk,
             dv=self.over("dV", ds),
             work=WorkQueue.slots_in(smem),
-        )
-        row_bytes, warps = config.tile_m * lay.ACCUMULATOR_BYTES, config.mma_warps
-        pipes = BackwardPipelines(
-            k=self.pipe(smem, 1, warps, self.warpgroups * lay.slot_bytes("K", config)),
-            v=self.pipe(smem, 1, warps, self.warpgroups * lay.slot_bytes("V", config)),
-            q=self.pipe(smem, config.stages, warps, lay.slot_bytes("Q", config) + row_bytes),
-            do=self.pipe(smem, config.stages, warps, lay.slot_bytes("dO", config) + row_bytes),
-            work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * ADDERS + warps),
+            pipes=KeyPipelines(
+                *self.input_pipes(smem, config.mma_warps, self.warpgroups),
+                work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + self.needs_q * ADDERS + config.mma_warps),
+            ),
         )
         unused = smem.allocate_tensor(Int32, cute.make_layout((lay.UNUSED_FIELDS, ADDERS)), 16)
         zeros = smem.allocate_tensor(Int32, cute.make_layout(lay.zero_bytes(config) // 4), 16)
@@ -342,18 +314,24 @@ class Backward(KeyBlocks):
             cute.arch.fence_view_async_shared()
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return shared, pipes
+        return shared
 
     # ---- copying warps ---------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def _clearing(self, unused: cutlass.Constexpr, mine: Int32, do: cutlass.Constexpr, first: cutlass.Constexpr[int] = 0):
+        """A warp: ``do(own)`` for the rows that it is to clear, if it is one of those that add and there may be any. ``mine``
+        is its number, from the ``first`` one's on."""
+        for adder, own in enumerate(unused, first):
+            if cutlass.const_expr(own is not None):
+                if mine == adder:
+                    do(own)
 
     @cute.jit
     def _add_dq(self, gradients: Gradients, signals, soon, sdQ: cute.Tensor, mine: Int32, unused: tuple, values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
-        for adder, own in enumerate(unused):
-            if cutlass.const_expr(own is not None):
-                if mine == adder:
-                    own.begin_tile()
+        self._clearing(unused, mine, UnusedRows.begin_tile)
         lane = cute.arch.lane_idx()
         step, stages = Int32(done[1]), self.config.dq_stages
         work, members = where
@@ -380,13 +358,13 @@ class Backward(KeyBlocks):
                         if cutlass.const_expr(not self.problem.deterministic):
                             first = signals.comes_first(place, before)
                         if first:
-                            self._hand_on(_store, gradients.mdQ, place, sdQ, step % stages)
+                            self._hand_on(STORE, gradients.mdQ, place, sdQ, step % stages)
                         else:
                             # What was acquired orders this thread's own accesses; the copy engine's, which add, are another
                             # proxy's (PTX ISA, "Async proxy"). The other way none is needed: a bulk operation that is
                             # complete is followed by such a fence (ibid.).
                             cute.arch.fence_proxy("async.global")
-                            self._hand_on(_reduce_add, gradients.mdQ, place, sdQ, step % stages)
+                            self._hand_on(ADD, gradients.mdQ, place, sdQ, step % stages)
                     cute.arch.sync_warp()
                     self._offer(step % stages)
                     if lane == 0:
@@ -396,10 +374,7 @@ class Backward(KeyBlocks):
                         elif first:
                             cute.arch.cp_async_bulk_wait_group(0, read=False)
                             signals.pass_turn(place, STORED)
-                    for adder, own in enumerate(unused):
-                        if cutlass.const_expr(own is not None):
-                            if mine == adder:
-                                own.between()
+                    self._clearing(unused, mine, UnusedRows.between)
                 step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(self.rounds_beside and not self.problem.deterministic):
@@ -422,10 +397,10 @@ class Backward(KeyBlocks):
                     signals.pass_turn(place, ADDED, sem="relaxed")
             step += visited.count
 
-    def _hand_on(self, how: cutlass.Constexpr, mdQ: cute.Tensor, place, sdQ: cute.Tensor, stage):
+    def _hand_on(self, how: str, mdQ: cute.Tensor, place, sdQ: cute.Tensor, stage):
         """One thread: a tile's dQ to global memory by the copy engine, until it has been read."""
         for w in range(self.warpgroups):
-            how(mdQ[(None, w, *place)], sdQ[None, None, stage * self.warpgroups + w])
+            _copy_bulk(how, mdQ[(None, w, *place)], sdQ[None, None, stage * self.warpgroups + w])
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
@@ -441,25 +416,22 @@ class Backward(KeyBlocks):
     # ---- computing warpgroups --------------------------------------------------------------------------------------
 
     @cute.jit
-    def _compute(self, operands: TmaOperands, shared: BackwardShared, pipes: BackwardPipelines, values: Values, where, done):
+    def _compute(self, operands: TmaOperands, shared: BackwardShared, values: Values, where, done):
         """One computing warpgroup: 64 keys of a tile."""
-        me = self._worker()
-        k_state, state = self.emptying(1, done[0]), self.emptying(self.config.stages, done[1])
         work, members = where
-        visited = QueryTiles.of(values, self.problem, work.block, self.config).of_warpgroup(me.warpgroup)
-        key_first = work.block * self.config.tile_n + me.warpgroup * self.lay.ROWS_PER_WARPGROUP
-        frag = self._fragments(me, shared)
+        me = self._key_walk(shared, values, work, done)
+        visited, state = me.visited, me.state
         hides = Boolean(False) if cutlass.const_expr(self.problem.masked) else None
         if cutlass.const_expr(not self.skips_unseen):
-            hides = self._wait_for_keys(me, shared, pipes, k_state)
+            hides = self._wait_for_keys(me)
         elif cutlass.const_expr(hides is None):
             if visited.count > 0:
-                self._wait_for_keys(me, shared, pipes, k_state)
+                self._wait_for_keys(me)
         else:
             if visited.count > 0:
-                hides = self._wait_for_keys(me, shared, pipes, k_state)
-        self.load_first_columns("S", "K", frag.rK, shared.k[None, None, me.warpgroup])
-        self.load_first_columns("dP", "V", frag.rV, shared.v[None, None, me.warpgroup])
+                hides = self._wait_for_keys(me)
+        self.load_first_columns("S", "K", me.rK, shared.k[None, None, me.warpgroup])
+        self.load_first_columns("dP", "V", me.rV, shared.v[None, None, me.warpgroup])
         if cutlass.const_expr(self.leaves_results):
             self._results_have_left(me, *done)
         i, round = Int32(0), Int32(0)
@@ -471,7 +443,7 @@ class Backward(KeyBlocks):
                 needs_mask = visited.needs_mask(i, m_block)
                 of_head = with_rise(values.of_head(work.head + member), self.problem)
                 of_tile = partial(_same, (of_head, m_block, needs_mask))
-            state = self._step(me, frag, shared, pipes, of_tile, key_first, state, (hides, j > 0))
+            state = self._step(me, of_tile, state, (hides, j > 0))
             i = i + 1 if i + 1 < visited.count else Int32(0)
             round = round + 1 if i == 0 else round
         if cutlass.const_expr(self.config.overlap_tiles):
@@ -479,13 +451,13 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
             if cutlass.const_expr(self.config.overlap_tiles):
                 if visited.count * visited.members(members) > 0:
-                    self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
+                    self.release_rows(shared.pipes.q, self.stage_before(state), met=self.needs_q)
             if cutlass.const_expr(not self.skips_unseen):  # noqa: SIM114
-                self._release_keys(pipes, k_state)
+                self._release_keys(me)
             elif visited.count > 0:
-                self._release_keys(pipes, k_state)
+                self._release_keys(me)
         steps = cute.arch.make_warp_uniform(done[1] + visited.count * visited.members(members))
-        self._store(me, frag, operands, shared, values, work, steps)
+        self._store(me, operands, values, work, steps)
 
     def _of_listed(self, entries: cute.Tensor, values: Values, head, visited: ListedQueries, i, stage):
         """What :meth:`_step` takes of the i-th tile of a list, which the warp that copies Q has put beside it."""
@@ -494,10 +466,11 @@ class Backward(KeyBlocks):
         return of_head, m_block, visited.entry_needs_mask(i, entries[stage])
 
     @cute.jit
-    def _wait_for_keys(self, me: BackwardWorker, shared: BackwardShared, pipes: BackwardPipelines, state):
+    def _wait_for_keys(self, me: BackwardWalk):
         """Until K and V are there. Where some may be masked, whether any is hidden: see ``guard.py``."""
+        shared, pipes = me.shared, me.shared.pipes
         for pipe in (pipes.k, pipes.v):
-            pipe.consumer_wait(state)
+            pipe.consumer_wait(me.k_state)
         hides = None
         if cutlass.const_expr(self.problem.masked):
             w = me.warpgroup
@@ -505,26 +478,24 @@ class Backward(KeyBlocks):
         return hides
 
     @cute.jit
-    def _release_keys(self, pipes: BackwardPipelines, state):
-        for pipe in (pipes.k, pipes.v):
-            pipe.consumer_release(state)
+    def _release_keys(self, me: BackwardWalk):
+        for pipe in (me.shared.pipes.k, me.shared.pipes.v):
+            pipe.consumer_release(me.k_state)
 
-    def _worker(self) -> BackwardWorker:
-        index = cute.arch.thread_idx()[0]
-        thread = index % WARPGROUP
-        shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_m)
-        cS = Coordinates.of(self.lay.tiled_mma("S", self.config), thread, shape)
-        return BackwardWorker(self.group(), thread, cS)
-
-    def _fragments(self, me: BackwardWorker, shared: BackwardShared) -> BackwardFragments:
-        config, lay, w = self.config, self.lay, me.warpgroup
+    def _key_walk(self, shared: BackwardShared, values: Values, work: Work, done) -> BackwardWalk:
+        config, lay, thread = self.config, self.lay, cute.arch.thread_idx()[0] % WARPGROUP
+        cS = Coordinates.of(lay.tiled_mma("S", config), thread, (lay.ROWS_PER_WARPGROUP, config.tile_m))
+        w, states = self.group(), (self.emptying(1, done[0]), self.emptying(config.stages, done[1]))
+        visited = QueryTiles.of(values, self.problem, work.block, config).of_warpgroup(w)
+        key_first = work.block * config.tile_n + w * lay.ROWS_PER_WARPGROUP
         S, dP, dV, dK, dQ = (lay.tiled_mma(role, config).get_slice(0) for role in ("S", "dP", "dV", "dK", "dQ"))
 
         (rows, columns), turned = lay.piece_shape(config), lay.turned(config)
         below = config.tile_m // rows
         sdS = cute.local_tile(transposed(shared.ds), (rows, lay.ROWS_PER_WARPGROUP), (w % below, 0, None))
         sKt = cute.local_tile(transposed(shared.k), (columns, lay.ROWS_PER_WARPGROUP), (w // below, 0, None))
-        return BackwardFragments(
+        return BackwardWalk(
+            *(w, thread, cS, shared, visited, key_first, *states),
             rK=self.first_columns("S"),
             rV=self.first_columns("dP"),
             tSrK=S.make_fragment_A(S.partition_A(shared.k[None, None, w])),
@@ -541,17 +512,7 @@ class Backward(KeyBlocks):
         )
 
     @cute.jit
-    def _step(
-        self,
-        me: BackwardWorker,
-        frag: BackwardFragments,
-        shared: BackwardShared,
-        pipes: BackwardPipelines,
-        of_tile: cutlass.Constexpr,
-        key_first,
-        state,
-        tile,
-    ):
+    def _step(self, me: BackwardWalk, of_tile: cutlass.Constexpr, state, tile):
         """One query tile, of which ``of_tile(stage)`` says (values, number, whether it needs a mask), once it is there. Returns
         the pipelines' next state.
 
@@ -559,41 +520,41 @@ class Backward(KeyBlocks):
         tile's scores are issued; the next step releases Q's slot. Only an accumulator that the loop never reads can stay in
         flight like this, and the operand keeps its registers.
         """
-        hides, follows = tile
+        (hides, follows), shared, pipes = tile, me.shared, me.shared.pipes
         config, lay, stage = self.config, self.lay, state.index
         mma_S = lay.tiled_mma("S", config)
         flight = InFlight("dK") if config.overlap_tiles else InFlight()
 
         pipes.q.consumer_wait(state)
-        acc_S = self.scores("S", config.tile_m, frag.tSrK, frag.tSrQ[None, None, None, stage], rA=frag.rK)
+        acc_S = self.scores("S", config.tile_m, me.tSrK, me.tSrQ[None, None, None, stage], rA=me.rK)
         flight.issued("S")
         values, m_block, masked = of_tile(stage)
         scores = Scores(me.cS, values, self.problem, transposed=True)
-        ramp = known_here(scores.ramp_of_rows((key_first, m_block * config.tile_m)))
+        ramp = known_here(scores.ramp_of_rows((me.key_first, m_block * config.tile_m)))
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_ds):
-            acc_dP = self.scores("dP", config.tile_m, frag.tPrV, frag.tPrdO[None, None, None, stage], rA=frag.rV)
+            acc_dP = self.scores("dP", config.tile_m, me.tPrV, me.tPrdO[None, None, None, stage], rA=me.rV)
             flight.issued("dP")
         kept = hidden = None
         if cutlass.const_expr(self.problem.dropout):
-            kept = scores.kept((key_first, m_block * config.tile_m))
+            kept = scores.kept((me.key_first, m_block * config.tile_m))
         flight.wait("S")
         if cutlass.const_expr(config.overlap_tiles):
             if follows:
                 self.release_rows(pipes.q, self.stage_before(state), met=self.needs_q)
         if cutlass.const_expr(hides is not None):
             hidden = hides, of_keys(mma_S, me.thread, shared.hidden[None, me.warpgroup], config.tile_m)
-        origin = (key_first, m_block * config.tile_m)
+        origin = (me.key_first, m_block * config.tile_m)
         scores.apply_rules(acc_S, origin, masked, hidden)
         lse_raw = of_columns(mma_S, me.thread, shared.lse[None, stage])
         P = scores.probabilities(acc_S, lse_raw, self.element, origin, kept, ramp)
         rP = rounded_operand(P, self.element)
         slot = state.count % lay.DS_STAGES * self.warpgroups
-        tVrdO, steps, early = frag.tVrdO[None, None, None, stage], cute.size(rP, mode=[2]), 0
+        tVrdO, steps, early = me.tVrdO[None, None, None, stage], cute.size(rP, mode=[2]), 0
         late = steps * config.late_dv // config.tile_m if self.needs_q and self.needs_v else 0
         if cutlass.const_expr(self.needs_v and self.needs_ds and self.early_dv > 0):  # runs while dS is taken
             early = self.early_dv
-            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early))
+            self.gemm(lay.tiled_mma("dV", config), me.acc_dV, rP, tVrdO, accumulate=True, steps=range(early))
             flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
@@ -603,21 +564,21 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
         if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
-            self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps - late))
+            self.gemm(lay.tiled_mma("dV", config), me.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps - late))
             flight.issued("more of dV" if late else "dV")
         if cutlass.const_expr(self.needs_ds):
             if cutlass.const_expr(self.needs_q):
                 cute.arch.fence_view_async_shared()
                 self._meet()
-                self._dq(frag, slot)
+                self._dq(me, slot)
                 flight.issued("dQ")
                 if cutlass.const_expr(late > 0):  # runs while dQ is stored
-                    self.gemm(lay.tiled_mma("dV", config), frag.acc_dV, rP, tVrdO, True, range(steps - late, steps))
+                    self.gemm(lay.tiled_mma("dV", config), me.acc_dV, rP, tVrdO, True, range(steps - late, steps))
                     flight.issued("dV")
                     flight.wait("dQ")
-                    self._store_dq(me, frag, shared, state.count)
+                    self._store_dq(me, state.count)
             if cutlass.const_expr(self.needs_k):
-                self.gemm(lay.tiled_mma("dK", config), frag.acc_dK, rdS, frag.tKrQ[None, None, None, stage], accumulate=True)
+                self.gemm(lay.tiled_mma("dK", config), me.acc_dK, rdS, me.tKrQ[None, None, None, stage], accumulate=True)
                 flight.issued("dK")
         if cutlass.const_expr(late > 0):
             self._hand_over_dq(me, state.count)
@@ -625,7 +586,7 @@ class Backward(KeyBlocks):
         self.release_rows(pipes.do, state)  # by now all have met, but with a warp barrier here d64 gains 3 %
         if cutlass.const_expr(self.needs_q and late == 0):
             flight.wait("dQ")
-            self._store_dq(me, frag, shared, state.count)
+            self._store_dq(me, state.count)
             self._hand_over_dq(me, state.count)
         if cutlass.const_expr(not config.overlap_tiles):
             flight.wait("dK")
@@ -634,46 +595,46 @@ class Backward(KeyBlocks):
         return state
 
     @cute.jit
-    def _store_ds(self, me: BackwardWorker, rdS: cute.Tensor, sdS: cute.Tensor):
+    def _store_ds(self, me: BackwardWalk, rdS: cute.Tensor, sdS: cute.Tensor):
         """This warpgroup's dSᵀ to shared memory; the caller fences before all meet."""
         copy = self.lay.store_accumulator("dS", self.config).get_slice(me.thread)
         cute.copy(copy, copy.retile(rdS), copy.partition_D(sdS))
 
     @cute.jit
-    def _dq(self, frag: BackwardFragments, slot):
+    def _dq(self, me: BackwardWalk, slot):
         """Issue this warpgroup's piece of dQ = dS·K over all of the block's keys."""
         mma = self.lay.tiled_mma("dQ", self.config)
         cute.nvgpu.warpgroup.fence()
         atom = cute.make_mma_atom(mma.op)
         atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, False)
         for w in cutlass.range_constexpr(self.warpgroups):
-            for k in cutlass.range_constexpr(cute.size(frag.tQrK, mode=[2])):
-                a, b = frag.tQrdS[None, None, k, slot + w], frag.tQrK[None, None, k, w]
+            for k in cutlass.range_constexpr(cute.size(me.tQrK, mode=[2])):
+                a, b = me.tQrdS[None, None, k, slot + w], me.tQrK[None, None, k, w]
                 if cutlass.const_expr(self.lay.turned(self.config)):
                     a, b = b, a
-                cute.gemm(atom, frag.acc_dQ, a, b, frag.acc_dQ)
+                cute.gemm(atom, me.acc_dQ, a, b, me.acc_dQ)
                 atom.set(cute.nvgpu.warpgroup.Field.ACCUMULATE, True)
         cute.nvgpu.warpgroup.commit_group()
 
     @cute.jit
-    def _store_dq(self, me: BackwardWorker, frag: BackwardFragments, shared: BackwardShared, step):
+    def _store_dq(self, me: BackwardWalk, step):
         """This warpgroup's piece of dQ to shared memory, in the order of its registers."""
-        sdQ = self._empty_dq(me, shared, step)
+        sdQ = self._empty_dq(me, step)
         into = cute.make_tensor(sdQ.iterator + sdQ.stride[0] * me.thread, cute.select(sdQ.layout, mode=[1]))
-        cute.autovec_copy(cute.make_tensor(frag.acc_dQ.iterator, cute.make_layout(into.shape)), into)
+        cute.autovec_copy(cute.make_tensor(me.acc_dQ.iterator, cute.make_layout(into.shape)), into)
 
     @cute.jit
-    def _hand_over_dq(self, me: BackwardWorker, step):
+    def _hand_over_dq(self, me: BackwardWalk, step):
         """It, to the warp that adds it."""
         cute.arch.fence_view_async_shared()
         barrier = self.full_barrier + ADDERS * me.warpgroup + step % ADDERS
         cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=WARPGROUP + 32)
 
-    def _empty_dq(self, me: BackwardWorker, shared: BackwardShared, step):
+    def _empty_dq(self, me: BackwardWalk, step):
         """The warpgroup's part of a step's stage of dQ's memory, once it is free."""
         stage = step % self.config.dq_stages
         cute.arch.barrier(barrier_id=self._empty(stage, me.warpgroup), number_of_threads=WARPGROUP + 32)
-        return shared.dq[None, None, stage * self.warpgroups + me.warpgroup]
+        return me.shared.dq[None, None, stage * self.warpgroups + me.warpgroup]
 
     def _meet(self):
         """All computing warpgroups."""
@@ -682,31 +643,22 @@ class Backward(KeyBlocks):
     # ---- epilogue --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _store(
-        self,
-        me: BackwardWorker,
-        frag: BackwardFragments,
-        operands: TmaOperands,
-        shared: BackwardShared,
-        values: Values,
-        work: Work,
-        steps,
-    ):
+    def _store(self, me: BackwardWalk, operands: TmaOperands, values: Values, work: Work, steps):
         """dK and dV to global memory. Where blocks share a key tile, the first one's are the sums of all."""
         if cutlass.const_expr(self.config.head_blocks == 1):
-            self._store_from(me, frag, operands, shared, values, work, steps)
+            self._store_from(me, operands, values, work, steps)
         else:
             self._meet()
             parts = []
             if cutlass.const_expr(self.needs_v):
-                parts.append((frag.acc_dV, self._sums_over(shared.q, me, frag.acc_dV)))
+                parts.append((me.acc_dV, self._sums_over(me.shared.q, me, me.acc_dV)))
             if cutlass.const_expr(self.needs_k):
-                parts.append((frag.acc_dK, self._sums_over(shared.k, me, frag.acc_dK)))
+                parts.append((me.acc_dK, self._sums_over(me.shared.k, me, me.acc_dK)))
             sum_in_first_block(parts, self.config.head_blocks)
             if cute.arch.block_in_cluster_idx()[0] == 0:
-                self._store_from(me, frag, operands, shared, values, work, steps)
+                self._store_from(me, operands, values, work, steps)
 
-    def _sums_over(self, operands: cute.Tensor, me: BackwardWorker, acc: cute.Tensor) -> cute.Tensor:
+    def _sums_over(self, operands: cute.Tensor, me: BackwardWalk, acc: cute.Tensor) -> cute.Tensor:
         """A thread's accumulator in float32 in the shared memory of two operands, of which ``operands`` is the first."""
         layout = in_turns(WARPGROUP, cute.size(acc), self.config.add_width, self.warpgroups)
         sums = cute.make_tensor(cute.recast_ptr(operands.iterator, dtype=Float32), cute_layout(layout))
@@ -714,33 +666,33 @@ class Backward(KeyBlocks):
         return cute.make_tensor(mine.iterator.align(16), mine.layout)
 
     @cute.jit
-    def _store_from(self, me, frag, operands, shared, values, work: Work, steps):
+    def _store_from(self, me: BackwardWalk, operands: TmaOperands, values: Values, work: Work, steps):
         """By way of shared memory; that of dS is free once all have met, that of the next dQ, after ``steps`` of the block's,
         once an adder has offered it."""
-        copy, rows = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP
+        copy, rows, shared = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP, me.shared
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
         if cutlass.const_expr(self.leaves_results):  # what the last tile's dK has left is free once all have met, too
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         self._meet()
         if cutlass.const_expr(self.needs_v):
-            values.scale_kept(frag.acc_dV)
-            self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, frag.acc_dV)
-            self.store(copy("dV", self.config), frag.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
+            values.scale_kept(me.acc_dV)
+            self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, me.acc_dV)
+            self.store(copy("dV", self.config), me.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
         if cutlass.const_expr(self.needs_k):
             scale = Float32(values.scale(self.problem))
-            frag.acc_dK.store(frag.acc_dK.load() * scale)
-            self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, frag.acc_dK)
+            me.acc_dK.store(me.acc_dK.load() * scale)
+            self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, me.acc_dK)
             if cutlass.const_expr(self.config.separate_dk):
-                self.store(copy("dK", self.config), frag.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
+                self.store(copy("dK", self.config), me.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
             else:
-                dk = self.over("dK", self._empty_dq(me, shared, steps) if self.needs_q else shared.dq[None, None, me.warpgroup])
-                self.store(copy("dK", self.config), frag.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
+                dk = self.over("dK", self._empty_dq(me, steps) if self.needs_q else shared.dq[None, None, me.warpgroup])
+                self.store(copy("dK", self.config), me.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
         if cutlass.const_expr(not self.leaves_results):
             self._results_have_left(me, 1, steps)
 
     @cute.jit
-    def _results_have_left(self, me: BackwardWorker, tiles, steps):
+    def _results_have_left(self, me: BackwardWalk, tiles, steps):
         """Until dK and dV of the block's last tile, if it has had any ``tiles``, have left shared memory; dV, that of all
         warpgroups' dS, where another tile comes. dK, which left after it, may be on its way where its memory is its own."""
         if cutlass.const_expr(self.persistent):
@@ -754,7 +706,7 @@ class Backward(KeyBlocks):
             self.wait_for_store(me.warpgroup)
 
     @cute.jit
-    def _offer_to_next(self, me: BackwardWorker, steps):
+    def _offer_to_next(self, me: BackwardWalk, steps):
         """The memory of dQ that dK has left, all of it by now, as an adder would: of the next warpgroup, since a warp shouldn't
         arrive twice at a barrier."""
         if cute.arch.thread_idx()[0] % WARPGROUP < 32:
@@ -767,19 +719,17 @@ def _same(what, stage):
     return what
 
 
-@cute.jit
-def _reduce_add(into: cute.Tensor, source: cute.Tensor):
-    """Add a contiguous float32 tensor in shared memory to global memory, by the copy engine; ends with its bulk group."""
-    cute.arch.inline_ptx(
-        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [{$r0}], [{$r1}], {$r2};",
-        read_only_args=[into.iterator.toint(), source.iterator.toint(), Int32(cute.size(source) * 4)],
-    )
+def _clear_the_rest(own: UnusedRows):
+    """What a warp has left to clear, until its zeros have been read."""
+    own.rest()
+    cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 @cute.jit
-def _store(into: cute.Tensor, source: cute.Tensor):
-    """The same, stored."""
+def _copy_bulk(how: cutlass.Constexpr[str], into: cute.Tensor, source: cute.Tensor):
+    """Store or add a contiguous float32 tensor in shared memory to global memory, by the copy engine; ends with its bulk
+    group."""
     cute.arch.inline_ptx(
-        "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};",
+        how + " [{$r0}], [{$r1}], {$r2};",
         read_only_args=[into.iterator.toint(), source.iterator.toint(), Int32(cute.size(source) * 4)],
     )

@@ -11,6 +11,7 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from cute_attn import layouts
+from cute_attn.arithmetic import of_first_lane
 from cute_attn.epilogue import clear_rows_past, converted, store_vectors, store_zeros
 from cute_attn.layouts.base import WARP
 from cute_attn.layouts.fragments import as_operand_a, rows_columns
@@ -373,15 +374,6 @@ class Kernel:
         )
 
 
-@cute.jit
-def of_first_lane(value: cutlass.Constexpr) -> Int32:
-    """A whole warp: what ``value()`` is to its first lane."""
-    found = Int32(0)
-    if cute.arch.lane_idx() == 0:
-        found = value()
-    return cute.arch.shuffle_sync(found, 0)
-
-
 @dataclass(frozen=True)
 class TmaOperands:
     """The tensors that TMA copies for the backward pass. A gradient that is not asked for is ``None``, or one that leaves from
@@ -395,12 +387,33 @@ class TmaOperands:
     dv: TmaOperand | None = None
 
 
+@dataclass(frozen=True)
+class KeyPipelines:
+    """K and V have one stage each, Q (with the rows' log-sum-exp) and dO (with their delta) several. P's, if there is one, is
+    from one computing warpgroup to another."""
+
+    k: pipeline.PipelineTmaAsync
+    v: pipeline.PipelineTmaAsync
+    q: pipeline.PipelineTmaAsync
+    do: pipeline.PipelineTmaAsync
+    work: pipeline.PipelineAsync
+    p: pipeline.PipelineAsync | None = None
+
+
 class KeyBlocks(Kernel):
     """A kernel of the backward pass each of whose blocks owns a key tile, or shares it with the others of its cluster, and
     walks over query tiles."""
 
     skips_unseen = False  # whether keys that no query sees aren't copied
     queries_first = False  # whether a tile's first queries come before its keys, whose memory is free later
+
+    def input_pipes(self, smem, warps: int, slots: int) -> tuple[pipeline.PipelineTmaAsync, ...]:
+        """Of K and V, so many ``slots`` at once, each for ``warps``; of Q and dO for all that compute."""
+        lay, config = self.lay, self.config
+        row_bytes = config.tile_m * lay.ACCUMULATOR_BYTES
+        keys = (self.pipe(smem, 1, warps, slots * lay.slot_bytes(name, config)) for name in ("K", "V"))
+        bytes_of = (lay.slot_bytes(name, config) + row_bytes for name in ("Q", "dO"))
+        return *keys, *(self.pipe(smem, config.stages, config.mma_warps, size) for size in bytes_of)
 
     def query_heads(self, work: Work, heads_per_kv):
         """``(work, members)``: the tile, with the first query head that this block takes, and how many there are."""
@@ -426,15 +439,15 @@ class KeyBlocks(Kernel):
             if cutlass.const_expr(m is not None):
                 store_zeros(work.k.stored.rows(m, work.head), work.block, (self.config.tile_n, columns))
 
-    def copy_k_q(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done):
+    def copy_k_q(self, operands, shared, plain: Inputs | None, rows: Rows, care, values: Values, where, done):
         """One warp: K, and Q with the rows' log-sum-exp. ``plain`` and ``care`` are for careful copies (``guard.py``)."""
-        keys, queries = (operands.k, shared.k, pipes.k), (operands.q, shared.q, pipes.q)
+        keys, queries = (operands.k, shared.k, shared.pipes.k), (operands.q, shared.q, shared.pipes.q)
         careful = None if plain is None else (plain.q, rows.lse_raw, care)
         self.copy_tiles(keys, queries, (rows.lse_raw, shared.lse), careful, values, where, done, shared.entries)
 
-    def copy_v_do(self, operands, plain: Inputs | None, shared, pipes, rows: Rows, care, values: Values, where, done):
+    def copy_v_do(self, operands, shared, plain: Inputs | None, rows: Rows, care, values: Values, where, done):
         """One warp: V, and dO with the rows' delta."""
-        keys, queries = (operands.v, shared.v, pipes.v), (operands.do, shared.do, pipes.do)
+        keys, queries = (operands.v, shared.v, shared.pipes.v), (operands.do, shared.do, shared.pipes.do)
         careful = None if plain is None else (plain.do, rows.lse_raw, care)
         self.copy_tiles(keys, queries, (rows.delta, shared.delta), careful, values, where, done)
 

@@ -16,16 +16,13 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import warpgroup
 
-from cute_attn.balance import PartPlaces
 from cute_attn.layouts.fragments import transposed
 from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
 from cute_attn.mainloop import cp_async_cache
 from cute_attn.mainloop.cluster import meet, stay
-from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, Outputs, SeenTiles, Serving, Workspace, floats
+from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, SeenTiles, floats
 from cute_attn.mainloop.warpgroups import rounded_operand
 from cute_attn.softmax import anchored
-
-__all__ = ["Forward", "Outputs", "Workspace"]
 
 
 class Forward(cp_async_cache.Forward):
@@ -43,25 +40,25 @@ class Forward(cp_async_cache.Forward):
     def _publish(self):
         cute.arch.fence_view_async_shared()
 
-    def _operands(self, shared: tuple, mmas: tuple, thread):
+    def _operands(self, shared: tuple, mmas: tuple, thread) -> tuple:
         (sQ, sK, sV), (S, O) = shared, (mma.get_slice(0) for mma in mmas)  # noqa: E741
-        return cp_async_cache.CacheOperands(
+        return (
             S.make_fragment_A(S.partition_A(sQ)),
             S.make_fragment_B(S.partition_B(sK)),
             O.make_fragment_B(O.partition_B(transposed(sV))),
         )
 
     def _queries(self, block: CacheBlock, parity):
-        return block.operands.q[None, None, None, parity]
+        return block.tSrQ[None, None, None, parity]
 
     def _scores(self, block: CacheBlock, of_q, slot) -> cute.Tensor:
         acc = cute.make_rmem_tensor(block.mma_S.partition_shape_C((self.config.tile_m, self.keys_of_group)), Float32)
-        self._multiply(block.mma_S, acc, of_q, block.operands.k[None, None, None, slot], accumulate=False)
+        self._multiply(block.mma_S, acc, of_q, block.tSrK[None, None, None, slot], accumulate=False)
         return acc
 
     def _add(self, block: CacheBlock, acc_S: cute.Tensor, acc_O: cute.Tensor, slot):
         p = rounded_operand(acc_S, block.sV.element_type)
-        self._multiply(block.mma_O, acc_O, p, block.operands.v[None, None, None, slot], accumulate=True)
+        self._multiply(block.mma_O, acc_O, p, block.tOrV[None, None, None, slot], accumulate=True)
 
     # ---- a walk that two blocks share --------------------------------------------------------------------------------
 
@@ -69,37 +66,37 @@ class Forward(cp_async_cache.Forward):
     def shares_walks(self) -> bool:
         return self.config.walk_blocks > 1 and not self.problem.invariant
 
-    def _is_shared(self, serving: Serving, seen: SeenTiles, places: PartPlaces):
+    def _is_shared(self, block: CacheBlock, seen: SeenTiles):
         """Whether a part's walk is all that the blocks of the cluster have, each of which has one part of it then."""
         blocks, part = self.config.walk_blocks, seen.part
         first = cute.arch.block_idx()[0] // blocks * blocks
-        begin, end = (serving.stretches.begin(block) for block in (first, first + blocks))
-        return (part.at - part.begin == begin) & (seen.sequence.tiles == end - begin) & (places.parts == blocks)
+        begin, end = (block.stretches.begin(number) for number in (first, first + blocks))
+        return (part.at - part.begin == begin) & (seen.sequence.tiles == end - begin) & (seen.places.parts == blocks)
 
     @cute.jit
-    def _merge(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, rows, softmax, exchanged):
+    def _merge(self, block: CacheBlock, seen: SeenTiles, rows, softmax, exchanged):
         merge = super()._merge
         if cutlass.const_expr(not self.shares_walks):
-            merge(block, serving, seen, places, rows, softmax, exchanged)
-        elif self._is_shared(serving, seen, places):
+            merge(block, seen, rows, softmax, exchanged)
+        elif self._is_shared(block, seen):
             exchanged = self._exchanged(block, 0)  # a place that both know: each is at a tile of its own when its part ends
             self._sum_rows(softmax)
-            self._hand_over(block, exchanged, rows, softmax, self._exist(serving, seen), 0)
+            self._hand_over(block, exchanged, rows, softmax, self._exist(block, seen), 0)
             meet()
-            self._merge_blocks(block, serving, seen, exchanged)
+            self._merge_blocks(block, seen, exchanged)
             stay()  # nobody ends whose memory is being read
         else:
-            merge(block, serving, seen, places, rows, softmax, exchanged)
+            merge(block, seen, rows, softmax, exchanged)
 
     @cute.jit
-    def _arrive(self, block: CacheBlock, serving: Serving, seen: SeenTiles, places: PartPlaces, written):
+    def _arrive(self, block: CacheBlock, seen: SeenTiles, written):
         if cutlass.const_expr(self.shares_walks):  # nobody counts parts that the blocks have merged already
-            if self._is_shared(serving, seen, places):
-                places = replace(places, parts=Int32(0))
-        super()._arrive(block, serving, seen, places, written)
+            if self._is_shared(block, seen):
+                seen = replace(seen, places=replace(seen.places, parts=Int32(0)))
+        super()._arrive(block, seen, written)
 
     @cute.jit
-    def _merge_blocks(self, block: CacheBlock, serving: Serving, seen: SeenTiles, exchanged: Exchanged):
+    def _merge_blocks(self, block: CacheBlock, seen: SeenTiles, exchanged: Exchanged):
         """What all groups of both blocks have handed over, to the outputs. Of the two rows that threads of one number have, a
         block merges one, and of its columns each group some: what is here first, then what is there."""
         config, rank = self.config, cute.arch.block_in_cluster_idx()[0]
@@ -107,7 +104,7 @@ class Forward(cp_async_cache.Forward):
         begin, row = block.group * each, self._coordinates(block)[rank, 0][0]
         there = Exchanged(*(cute.arch.map_dsmem_ptr(place, 1 - rank) for place in (exchanged.o, exchanged.of_rows)))
         sources = [(source, group) for source in (exchanged, there) for group in range(config.key_warps)]
-        if row < self._exist(serving, seen):
+        if row < self._exist(block, seen):
             held = cute.make_rmem_tensor((PIECE, each, len(sources)), Float32)
             found = cute.make_rmem_tensor((2, len(sources)), Float32)
             for i in cutlass.range_constexpr(len(sources)):
@@ -127,9 +124,9 @@ class Forward(cp_async_cache.Forward):
                 row_sum += found[1, i] * weight
                 for k in cutlass.range_constexpr(each):
                     merged[None, k].store(merged[None, k].load() + held[None, k, i].load() * weight)
-            of_row = self._end_row(serving, seen, row, (block.group == 0) & self._writes(block, True), row_max, row_sum)
+            of_row = self._end_row(block, seen, row, (block.group == 0) & self._writes(block, True), row_max, row_sum)
             for k in cutlass.range_constexpr(each):
-                self._store(block, serving, seen, of_row, begin + k, merged[None, k])
+                self._store(block, seen, of_row, begin + k, merged[None, k])
 
     def _is_stored(self, n):
         """Whether a row's n-th piece has columns that there are."""

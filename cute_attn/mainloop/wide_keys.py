@@ -13,7 +13,7 @@ come first, though both are one thread's and in that order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import cutlass
@@ -26,7 +26,15 @@ from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import of_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.walk import QueryTiles
-from cute_attn.mainloop.warpgroups import NONE_DONE, WARPGROUP, KeyBlocks, TmaOperands, of_columns, rounded_operand
+from cute_attn.mainloop.warpgroups import (
+    NONE_DONE,
+    WARPGROUP,
+    KeyBlocks,
+    KeyPipelines,
+    TmaOperands,
+    of_columns,
+    rounded_operand,
+)
 from cute_attn.mainloop.work_queue import WorkQueue
 from cute_attn.scheduler import Tiles, Work
 
@@ -34,22 +42,9 @@ COPY_K_Q_WARP, COPY_V_DO_WARP = 0, 1
 
 
 @dataclass(frozen=True)
-class KeyPipelines:
-    """K and V have one stage each, Q (with the rows' LSE) and dO (with their delta) several; P's are from the first computing
-    warpgroup to the second."""
-
-    k: pipeline.PipelineTmaAsync
-    v: pipeline.PipelineTmaAsync
-    q: pipeline.PipelineTmaAsync
-    do: pipeline.PipelineTmaAsync
-    p: pipeline.PipelineAsync
-    work: pipeline.PipelineAsync
-
-
-@dataclass(frozen=True)
 class KeyShared:
     """Shared memory: ``(rows, columns, slot)`` for the operands, ``(thread, value, slot)`` for P, ``(tile_m, stage)`` for
-    a row's values, ``(tile_n)`` for which keys are hidden (``guard.py``), and the block's tiles."""
+    a row's values, ``(tile_n)`` for which keys are hidden (``guard.py``), the block's tiles, and how operands come."""
 
     k: cute.Tensor
     v: cute.Tensor
@@ -60,6 +55,7 @@ class KeyShared:
     delta: cute.Tensor
     hidden: cute.Tensor | None
     work: cute.Tensor
+    pipes: KeyPipelines | None = None
     entries = None  # of lists come from global memory: nobody here acquires
 
 
@@ -76,7 +72,6 @@ class KeyWalk:
     held: cute.Tensor
     cS: Coordinates
     shared: KeyShared
-    pipes: KeyPipelines
     values: Values
     work: Work
     visited: QueryTiles
@@ -105,10 +100,10 @@ class KeyGradients(KeyBlocks):
     @cute.kernel
     def kernel(self, operands: TmaOperands, plain: Inputs | None, rows: Rows, gradients, signals, values: Values, tiles: Tiles):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
-        shared, pipes = self._setup()
+        shared = self._setup()
         ragged = bool(self.problem.ragged)
         ragged_tiles = {"ragged": ragged, "padding": row_padding(self.config)}
-        queue = WorkQueue(shared.work, pipes.work, None, self.arrive, of_k=True, **ragged_tiles)
+        queue = WorkQueue(shared.work, shared.pipes.work, None, self.arrive, of_k=True, **ragged_tiles)
         of_tile = partial(self.key_tile, values, tiles.heads_per_kv)
         each = lambda part: queue.taker().each(partial(of_tile, part), NONE_DONE)  # noqa: E731
         alone = partial(self.clear_keys, gradients) if self.problem.has_unused("k") else None
@@ -116,20 +111,20 @@ class KeyGradients(KeyBlocks):
         if warp < WARPGROUP // 32:
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_K_Q_WARP:
-                part = partial(of_tile, partial(self.copy_k_q, operands, plain, shared, pipes, rows, care))
+                part = partial(of_tile, partial(self.copy_k_q, operands, shared, plain, rows, care))
                 self.lead(queue, tiles, signals.ticket if self.draws else None, NONE_DONE, part, alone)
             if warp == COPY_V_DO_WARP:
-                each(partial(self.copy_v_do, operands, plain, shared, pipes, rows, care))
+                each(partial(self.copy_v_do, operands, shared, plain, rows, care))
         else:
             cute.arch.setmaxregister_increase(self.config.mma_registers)
             if warp < 2 * WARPGROUP // 32:
-                each(partial(self._values_warpgroup, gradients, shared, pipes, signals))
+                each(partial(self._values_warpgroup, gradients, shared, signals))
             else:
-                each(partial(self._keys_warpgroup, gradients, shared, pipes))
+                each(partial(self._keys_warpgroup, gradients, shared))
 
     def _setup(self):
         """Allocate shared memory and initialise the barriers."""
-        config, lay = self.config, self.lay
+        config, lay, half = self.config, self.lay, self.config.mma_warps // 2
         smem = cutlass.memory.SmemAllocator()
 
         shared = KeyShared(
@@ -140,25 +135,20 @@ class KeyGradients(KeyBlocks):
             hidden=self.hidden_keys(smem, config.tile_n),
             work=WorkQueue.slots_in(smem),
         )
-        row_bytes = config.tile_m * lay.ACCUMULATOR_BYTES
-        half = config.mma_warps // 2
         pipes = KeyPipelines(
-            k=self.pipe(smem, 1, half, lay.slot_bytes("K", config)),
-            v=self.pipe(smem, 1, half, lay.slot_bytes("V", config)),
-            q=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("Q", config) + row_bytes),
-            do=self.pipe(smem, config.stages, config.mma_warps, lay.slot_bytes("dO", config) + row_bytes),
+            *self.input_pipes(smem, half, 1),
             p=self.hand_over_pipe(smem, lay.P_STAGES, half),
             work=self.hand_over_pipe(smem, lay.WORK_SLOTS, 1, 1 + config.mma_warps),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return shared, pipes
+        return replace(shared, pipes=pipes)
 
     @cute.jit
-    def _values_warpgroup(self, gradients: Gradients, shared: KeyShared, pipes: KeyPipelines, signals, values, where, done):
+    def _values_warpgroup(self, gradients: Gradients, shared: KeyShared, signals, values, where, done):
         """The warpgroup of P and dV. If it has to hide keys, the kernel of dQ has to copy them carefully."""
-        operands = (shared.k, shared.q), shared.do
-        me = self._key_walk("S", "dV", operands, self.config.tile_dv, self.filling, shared, pipes, values, where, done)
+        operands, pipes = ((shared.k, shared.q), shared.do), shared.pipes
+        me = self._key_walk("S", "dV", operands, self.config.tile_dv, self.filling, shared, values, where, done)
         pipes.k.consumer_wait(me.k_state)
         hides = None
         if cutlass.const_expr(self.problem.masked):
@@ -175,10 +165,10 @@ class KeyGradients(KeyBlocks):
             self._store("dV", me, gradients.mdV, self.config.tile_dv)
 
     @cute.jit
-    def _keys_warpgroup(self, gradients: Gradients, shared: KeyShared, pipes: KeyPipelines, values: Values, where, done):
+    def _keys_warpgroup(self, gradients: Gradients, shared: KeyShared, values: Values, where, done):
         """The warpgroup of dS and dK."""
-        operands = (shared.v, shared.do), shared.q
-        me = self._key_walk("dP", "dK", operands, self.config.tile_d, self.emptying, shared, pipes, values, where, done)
+        operands, pipes = ((shared.v, shared.do), shared.q), shared.pipes
+        me = self._key_walk("dP", "dK", operands, self.config.tile_d, self.emptying, shared, values, where, done)
         pipes.v.consumer_wait(me.k_state)
         if cutlass.const_expr(self.problem.masked):
             self.hide_keys(None, shared.v[None, None, 0], shared.hidden, self.group())
@@ -192,7 +182,7 @@ class KeyGradients(KeyBlocks):
             self._store("dK", me, gradients.mdK, self.config.tile_d)
 
     def _key_walk(
-        self, scores: str, gradient: str, operands, columns: int, of_p, shared: KeyShared, pipes, values: Values, where, done
+        self, scores: str, gradient: str, operands, columns: int, of_p, shared: KeyShared, values: Values, where, done
     ) -> KeyWalk:
         """Of the warpgroup whose products are ``scores`` and ``gradient``, of these ``operands``; ``of_p`` makes a state of P's
         pipeline."""
@@ -211,7 +201,7 @@ class KeyGradients(KeyBlocks):
             k_state=self.emptying(1, done[0]),
             states=(self.emptying(self.config.stages, done[1]), of_p(self.lay.P_STAGES, done[1])),
             visited=QueryTiles.of(values, self.problem, work.block, self.config),
-            **{"shared": shared, "pipes": pipes, "values": values, "work": work, "members": members},
+            **{"shared": shared, "values": values, "work": work, "members": members},
         )
 
     @cute.jit
@@ -253,7 +243,7 @@ class KeyGradients(KeyBlocks):
     def _values_step(self, me: KeyWalk, steps, hides, follows: cutlass.Constexpr, place, state, p_state):
         """P of a query tile, and dV; if it ``follows`` one whose dV is still to come, that runs while P is taken, and its own
         comes later."""
-        (i, j), work, shared, pipes = place, me.work, me.shared, me.pipes
+        (i, j), work, shared, pipes = place, me.work, me.shared, me.shared.pipes
         thread, S = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("S", self.config)
         pipes.q.consumer_wait(state)
         acc_S = self.scores("S", self.config.tile_m, me.tA, me.tB[None, None, None, state.index], rA=me.rA)
@@ -274,7 +264,7 @@ class KeyGradients(KeyBlocks):
         rounded, slot = None, p_state.index
         if cutlass.const_expr(self.needs_k):
             rounded = rounded_operand(acc_S, self.element)
-            p_state = self._hand_over(rounded, shared, pipes, thread, p_state)
+            p_state = self._hand_over(rounded, shared, thread, p_state)
         if cutlass.const_expr(follows):
             self._multiplied(pipes.do, self.stage_before(state))
         pipes.do.consumer_wait(state)
@@ -293,7 +283,7 @@ class KeyGradients(KeyBlocks):
     @cute.jit
     def _keys_step(self, me: KeyWalk, steps, follows: cutlass.Constexpr, place, state, p_state):
         """dS of a query tile, and dK, in the same way."""
-        (_, j), work, shared, pipes = place, me.work, me.shared, me.pipes
+        (_, j), work, shared, pipes = place, me.work, me.shared, me.shared.pipes
         thread, dP = cute.arch.thread_idx()[0] % WARPGROUP, self.lay.tiled_mma("dP", self.config)
         pipes.do.consumer_wait(state)
         if cutlass.const_expr(self.needs_k):
@@ -310,7 +300,7 @@ class KeyGradients(KeyBlocks):
         if j + 1 == steps:
             pipes.v.consumer_release(me.k_state)
         if cutlass.const_expr(self.needs_k):
-            P, p_state = self._take_over(acc_dP, shared, pipes, thread, p_state)
+            P, p_state = self._take_over(acc_dP, shared, thread, p_state)
             delta = of_columns(dP, thread, shared.delta[None, state.index])
             Scores(None, me.values, self.problem, transposed=True).gradients(P, acc_dP, delta, kept=kept)  # which lie nowhere
         if cutlass.const_expr(follows):
@@ -330,22 +320,23 @@ class KeyGradients(KeyBlocks):
         return cute.make_tensor(rP.iterator, cute.make_layout(shared.p[0, None, 0].shape))
 
     @cute.jit
-    def _hand_over(self, rP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):
+    def _hand_over(self, rP: cute.Tensor, shared: KeyShared, thread, p_state):
         """P to the other warpgroup, each thread's registers as they are: the same thread there has the same scores."""
-        pipes.p.producer_acquire(p_state)
+        pipe = shared.pipes.p
+        pipe.producer_acquire(p_state)
         cute.autovec_copy(self._in_turn(rP, shared), shared.p[thread, None, p_state.index])
-        self.arrive(pipes.p.producer_commit, p_state)
+        self.arrive(pipe.producer_commit, p_state)
         p_state.advance()
         return p_state
 
     @cute.jit
-    def _take_over(self, acc_dP: cute.Tensor, shared: KeyShared, pipes: KeyPipelines, thread, p_state):
+    def _take_over(self, acc_dP: cute.Tensor, shared: KeyShared, thread, p_state):
         """P from the other warpgroup, as float32 in the layout of dP."""
         rP = cute.make_rmem_tensor(as_operand_a(acc_dP).shape, self.element)
-        pipes.p.consumer_wait(p_state)
+        shared.pipes.p.consumer_wait(p_state)
         source = shared.p[thread, None, p_state.index]
         cute.autovec_copy(source, cute.make_tensor(rP.iterator, cute.make_layout(source.shape)))
-        self.arrive(pipes.p.consumer_release, p_state)
+        self.arrive(shared.pipes.p.consumer_release, p_state)
         p_state.advance()
         P = cute.make_rmem_tensor_like(acc_dP)
         as_operand_a(P).store(rP.load().to(Float32))

@@ -172,19 +172,24 @@ def test_every_part_of_a_cut_walk_is_counted_once(lengths, blocks, steps):
     class Counting:
         _past = Kernel._past
 
-        def _part_from(self, serving, start, end):
+        def _part_from(self, mine, start, end):
             sequence = sequences[int(start.sequence)]
             return SimpleNamespace(sequence=sequence, part=part_from(keys, sequence, start, end))
 
-        def _count(self, block, serving, seen, places, written):
+        def _with_places(self, mine, seen):
+            places = places_of(keys, seen.sequence, seen.part, mine.stretches)
+            return SimpleNamespace(sequence=seen.sequence, part=seen.part, places=places)
+
+        def _count(self, mine, seen, written):
             assert done
-            if places.parts > 1:
-                counted[int(seen.sequence.number), int(seen.part.head_kv), int(seen.part.row_tile)].append(int(places.number))
+            if seen.places.parts > 1:
+                walk = int(seen.sequence.number), int(seen.part.head_kv), int(seen.part.row_tile)
+                counted[walk].append(int(seen.places.number))
 
     with plain_numbers(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutlass, "range", lambda *of, unroll: range(*map(int, of)))
         patch.setattr(cute.arch, "sync_threads", lambda: None)
-        for name, function in {"either": either, "places_of": places_of, "Int32": int}.items():
+        for name, function in {"either": either, "Int32": int}.items():
             patch.setitem(arrive.__globals__, name, function)
         keys = cached(lengths, steps=steps)
         sequences, walks, _ = computed_in_steps(keys, blocks)
@@ -196,12 +201,12 @@ def test_every_part_of_a_cut_walk_is_counted_once(lengths, blocks, steps):
                 continue
             i = int(np.searchsorted(begins, at, side="right")) - 1
             start = first_start(keys, i, int(begins[i]), at, end)
-            serving = SimpleNamespace(keys=keys, stretches=stretches, first=start)
+            mine = SimpleNamespace(keys=keys, stretches=stretches, first=start)
             while start.at < end:
-                seen = Counting()._part_from(serving, start, end)
+                seen = Counting()._part_from(mine, start, end)
                 start = start_after(keys, seen.sequence, seen.part)
                 done = start.at >= end
-                arrive(Counting(), None, serving, seen, places_of(keys, seen.sequence, seen.part, stretches), 1)
+                arrive(Counting(), mine, Counting()._with_places(mine, seen), 1)
         for walk, parts in walks.items():
             assert sorted(counted[walk]) == (list(range(len(parts))) if len(parts) > 1 else [])
 

@@ -37,7 +37,7 @@ class Scale:
         return 1.0
 
 
-NOWHERE, SCALE, SERVING = Sequence(0), Scale(), SimpleNamespace(keys=None, stretches=None)
+NOWHERE, SCALE = Sequence(0), Scale()
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Seen:
     whole_end: int = 0
     sequence: Sequence = NOWHERE
     values: Scale = SCALE
+    places: object = None
 
 
 class Block:
@@ -60,6 +61,7 @@ class Block:
         self.problem = SimpleNamespace(head_dim=1, head_dim_v=1, masks_all=False, masked=False, invariant=invariant)
         self.group = self.keys_of_group = self.thread = 0
         self.mma_O = self.mma_S = MagicMock()
+        self.keys = self.stretches = None
         self.slots, self.numbers, self.queries = [None] * stages, [None] * stages, [None, None]
         self.pending, self.groups, self.asked, self.computed, self.arrived = [], [], [], [], []
 
@@ -76,7 +78,7 @@ class Block:
     def on_its_way(self, memory, place):
         return any(m is memory and p == place for group in (*self.groups, self.pending) for m, p, _ in group)
 
-    def _copy(self, block, keys, source, n, stage, numbered=False):
+    def _copy(self, block, source, n, stage, numbered=False):
         if numbered:
             assert not self.on_its_way(self.numbers, stage)
             assert self.numbers[stage] == (source.number, n), "numbers of another tile's pages"
@@ -86,19 +88,19 @@ class Block:
         assert self.slots[stage] in (None, "done"), "a tile that nobody has computed with"
         self.pending.append((self.slots, stage, (source.number, n)))
 
-    def _ask(self, block, keys, source, n, stage):
+    def _ask(self, block, source, n, stage):
         assert not self.on_its_way(self.numbers, stage)
         self.pending.append((self.numbers, stage, (source.number, n)))
         self.asked.append((source.number, n))
 
-    def _copy_q(self, block, serving, seen, parity):
+    def _copy_q(self, block, seen, parity):
         assert self.queries[parity] != self.part, "of the part that is being computed"
         self.pending.append((self.queries, parity, seen.part.number))
 
     def _source(self, seen):
         return SimpleNamespace(number=seen.part.number, all=lambda: (seen.part.number, 0, 0, 0))
 
-    def _part_from(self, serving, start, end):
+    def _part_from(self, block, start, end):
         count = self.counts[start.at] if start.at < len(self.counts) else 7  # of a part that there isn't
         return Seen(Part(start.at), count)
 
@@ -122,12 +124,15 @@ class Block:
     def _ahead(self, *what):
         return Kernel._ahead(self, *what)
 
+    def _with_places(self, *what):
+        return Kernel._with_places(self, *what)
+
     def start_after(self, keys, sequence, part):
         """Of the same walk, it begins behind that one's first tile."""
         following = part.number + 1
         return Start(following, begin=int(self.walks[part.number : following + 1].count(self.walks[part.number]) > 1))
 
-    def _arrive(self, block, serving, seen, places, written):
+    def _arrive(self, block, seen, written):
         self.arrived.append([*range(self.part - written + 1, self.part + 1)])
 
     _publish = _sync_group = _merge = lambda self, *_: None
@@ -135,10 +140,10 @@ class Block:
     def run(self):
         """All parts; the numbers of parts are their places, too."""
         self.part, stage, parity, written, end = 0, 0, 0, 0, len(self.counts)
-        Kernel._begin.__wrapped__(self, self, SERVING, self._part_from(SERVING, Start(0), end))
+        Kernel._begin.__wrapped__(self, self, self._part_from(self, Start(0), end))
         while self.part < end:
             start = Start(self.part)
-            after, stage, written = Kernel._part.__wrapped__(self, self, SERVING, start, end, stage, parity, written)
+            after, stage, written = Kernel._part.__wrapped__(self, self, start, end, stage, parity, written)
             assert after.at == self.part + 1
             self.part, parity = after.at, 1 - parity
         self.wait(0)

@@ -396,7 +396,7 @@ def test_memory_of_rows_holds_the_sums_of_their_tiles():
 def test_all_signals_are_cleared_where_the_first_kernel_does(ragged):
     """By so many words a block, but for the one that this kernel itself may set."""
     pytest.importorskip("cutlass.cute")
-    from cute_attn.backward import RowValues
+    from cute_attn.row_values import RowValues
 
     seen = set()
     for target, d, causal in itertools.product(("sm_80", "sm_90a"), range(8, 257, 8), (False, True)):

@@ -122,13 +122,13 @@ class Kernel:
         where = {(r, c): (lane // 4 + 8 * r, 2 * (lane % 4) + 8 * (c // 2) + c % 2) for r in rows for c in columns}
         return Coordinates(where, (len(rows), len(columns)))
 
-    def _end_row(self, serving, seen, row, writes, row_max, row_sum):
+    def _end_row(self, block, seen, row, writes, row_max, row_sum):
         if writes:
             assert row not in self.stored
             self.stored[row] = row_max, row_sum
         return row, 0, 1.0
 
-    def _store(self, block, serving, seen, of_row, n, o):
+    def _store(self, block, seen, of_row, n, o):
         row, _, normalize = of_row
         for i, x in enumerate(o.load() * normalize):
             column = 16 * n + 8 * (i // 2) + 2 * (block.thread % 4) + i % 2
@@ -156,8 +156,8 @@ class Coordinates(dict):
         self.shape = shape
 
 
-def seen_by(exponent=EXPONENT):
-    return SimpleNamespace(values=SimpleNamespace(exponent=lambda problem: exponent))
+def seen_by(places, exponent=EXPONENT):
+    return SimpleNamespace(values=SimpleNamespace(exponent=lambda problem: exponent), places=places)
 
 
 def merged_by_groups(kernel, found, exist, workspace, places):
@@ -176,7 +176,8 @@ def merged_by_groups(kernel, found, exist, workspace, places):
             softmax = SimpleNamespace(row_max=row_max[mine], row_sum=row_sum[mine])
             kernel._hand_over(block, exchanged, held, softmax, exist, first)
         for block in kernel.blocks():
-            kernel._merge_groups(block, exchanged, SimpleNamespace(workspace=workspace), seen_by(), places, exist, first)
+            block.workspace = workspace
+            kernel._merge_groups(block, exchanged, seen_by(places), exist, first)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,8 @@ def test_groups_and_parts(plain, groups, rows, columns, tile_dv, exist, parts):
         touched = {of(i) for i in range(parts)}
         assert {i for i, x in enumerate(written[1].floats.reshape(100, -1)) if not np.isnan(x).all()} == touched
         for block in kernel.blocks():
-            kernel._merge_parts(block, SimpleNamespace(workspace=workspace), seen_by(), places, exist)
+            block.workspace = workspace
+            kernel._merge_parts(block, seen_by(places), exist)
     else:
         assert all(np.isnan(x.floats).all() for x in written)
     kernel.compare(*(x[:exist] for x in expected([of_group for part in found for of_group in part])))
