@@ -47,8 +47,8 @@ class CastQueries:
         self.beside = rounds_beside(problem, config)  # whether it begins beside the kernel that adds
         self.persistent = self.beside and bool(problem.ragged)
         # Whether somebody else clears query tiles without a row in use.
-        self.leaves_unused = self.lay.CLEARS_QUERIES and problem.has_unused("q") and "q" in problem.gradients
-        self.leaves_unused = self.persistent or (self.leaves_unused and config.head_blocks == 1)
+        some = "q" in problem.gradients and problem.has_unused("q") and config.head_blocks == 1
+        self.leaves_unused = self.lay.CLEARS_QUERIES and (self.persistent or some)
         self.heads_at_once = self.stages = 2 if self.persistent else 1
         self.threads = config.mma_threads // max(len(self.pieces), 1)
         self.parts = Kernel(problem, config) if self.beside else None

@@ -265,9 +265,13 @@ def all_on_the_host():
             for name, function in vars(cls).copy().items():
                 if hasattr(function, "__wrapped__"):
                     patch.setattr(cls, name, function.__wrapped__)
-        for name in ("tiles", "unused_rows"):  # which lanes take of a sequence each
+        for name in ("tiles", "unused_rows"):  # which lanes take of a sequence each, or all of one
             plain = getattr(Side, name)
-            patch.setattr(Side, name, lambda *a, plain=plain: np.array([plain(a[0], int(i), *a[2:]) for i in a[1]]).T)
+
+            def of_each(side, i, *rest, plain=plain):
+                return plain(side, i, *rest) if np.isscalar(i) else np.array([plain(side, int(n), *rest) for n in i]).T
+
+            patch.setattr(Side, name, of_each)
         for name in ("Int32", "Boolean"):
             for module in (seek.__globals__, plain_begin.__globals__):
                 patch.setitem(module, name, int)
@@ -341,12 +345,13 @@ def test_tiles_in_use_and_others(lengths, tile, tail, data):
                 assert with_rows == -(-in_use // tile)
 
 
-@given(lengths, st.sampled_from([80, 128]), st.integers(0, 300), st.integers(1, 5), st.integers(1, 9), st.data())
-@settings(deadline=None, max_examples=25)
-def test_unused_rows_are_cleared_once(lengths, tile, tail, heads, blocks, data):
-    """By the blocks together: those in tiles without a row in use, and no other; most of them while tiles are computed."""
-    used = [data.draw(st.sampled_from([0, length, length // 2])) for length in lengths]
-    side = replace(next(iter(sides(lengths, tail))), used=used)
+@given(lengths, st.sampled_from([80, 128]), st.integers(0, 300), st.integers(1, 5), st.integers(1, 9), st.booleans(), st.data())
+@settings(deadline=None, max_examples=40)
+def test_unused_rows_are_cleared_once(lengths, tile, tail, heads, blocks, packed, data):
+    """By the blocks together: those in tiles without a row in use, and no other; most of them while tiles are computed. Of
+    packed sequences these are all behind the last."""
+    used = lengths if packed else [data.draw(st.sampled_from([0, length, length // 2])) for length in lengths]
+    side = replace(next(iter(sides(lengths, tail))), used=None if packed else used)
     firsts = [0, *accumulate(lengths)]
     bounds = zip(firsts, [*firsts[1:], side.rows], [*used, 0], strict=True)
     wanted = [row for first, past, n in bounds for row in range(first + -(-n // tile) * tile, past)]
