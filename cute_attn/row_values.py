@@ -82,7 +82,9 @@ class RowValues:
             # A branch around what is read would keep the next row's back until this one's is there.
             exists, read = row + j * self.apart < mO.shape[0], cutlass.min(row + j * self.apart, mO.shape[0] - 1)
             column = cutlass.min(place, self.problem.head_dim_v // VECTOR - 1)
-            o, do, lse = vector(mO, read, column), vector(mdO, read, column), mLSE_raw[read]
+            # Read once: in the L1 cache they would take the place of those on their way.
+            once = {"l1c_evict_priority": cute.nvgpu.CacheEvictionPriority.NO_ALLOCATE}
+            o, do, lse = vector(mO, read, column, **once), vector(mdO, read, column, **once), mLSE_raw[read]
             lse = lse if exists else Float32.inf
             asked.append((o, do, lse))
         cute.arch.sync_warp()  # the compiler moves nothing that is read behind it

@@ -54,11 +54,12 @@ def transposed(s: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(s.iterator, cute.select(layout, mode=modes))
 
 
-def vector(m: cute.Tensor, row, column) -> cute.Tensor:
-    """16 bytes of a row of ``(rows, columns)`` in global or shared memory, in registers; ``column`` counts vectors."""
+def vector(m: cute.Tensor, row, column, **how) -> cute.Tensor:
+    """16 bytes of a row of ``(rows, columns)`` in global or shared memory, in registers; ``column`` counts vectors. ``how`` is
+    what ``autovec_copy`` takes besides."""
     source = vector_at(m, row, column)
     held = cute.make_rmem_tensor(VECTOR, source.element_type)
-    cute.autovec_copy(source, held)
+    cute.autovec_copy(source, held, **how)
     return held
 
 
