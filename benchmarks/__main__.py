@@ -347,7 +347,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_axes(group: Any) -> None:
     grid = Grid()
-    group.add_argument("--suite", choices=SUITES, help="cases of models, or of packed sequences, in the place of the grid")
+    group.add_argument("--suite", choices=SUITES, help="cases of models, or packed and padded sequences, not the grid's")
     group.add_argument("--head-dim", type=command.positive, nargs="+", help=f"default: {_words(grid.head_dims)}")
     group.add_argument("--head-dim-v", type=command.positive, help="default: as --head-dim")
     group.add_argument("--seqlen", type=arguments.length, nargs="+", help="of queries, 8192 or 8k; default: 512 1k 2k 8k 16k")
@@ -373,7 +373,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--quick", action="store_true", help="head dim 128, two lengths, three rounds, no slow starters")
     run.add_argument("--peers", metavar="A,B", help=f"only these: {', '.join(peers_.REGISTRY)}")
     run.add_argument("--peers-from", nargs="+", default=[], metavar="MODULE", help="modules that register more peers")
-    run.add_argument("--rounds", type=command.positive, help="turns of each peer in a burst or host cell, in all passes (6)")
+    rounds = "turns of each peer in a burst cell, in all passes (6); a host cell has ten times as many"
+    run.add_argument("--rounds", type=command.positive, help=rounds)
     run.add_argument("--passes", type=command.positive, help="times that the whole list of cells is gone through (3)")
     run.add_argument("--fresh-process", action="store_true", help="start each pass in a process of its own (seconds more)")
     run.add_argument("--limit", type=arguments.seconds, metavar="SECONDS", help="what one peer may use of one cell (120)")

@@ -46,7 +46,7 @@ def _kernel(peer: Peer, case: Case) -> tuple:
     if peer.compiles == "case":
         return (case,)
     bounded = tuple(edge is not None for edge in case.edges)
-    kinds = bool(case.softcap), bool(case.packed), case.heads == case.heads_kv
+    kinds = bool(case.softcap), case.form, case.heads == case.heads_kv
     return case.direction, case.head_dim, case.head_dim_v, bounded, case.dtype, *kinds
 
 

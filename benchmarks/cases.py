@@ -16,8 +16,9 @@ class Case:
 
     ``window`` is ``(left, right)`` in keys to either side of a query's aligned position, −1 for an unbounded side; the
     last query is aligned with the last key. ``packed`` are the lengths of sequences that lie one after another, queries and
-    keys alike: of the one batch element, whose length is their sum. ``direction`` is what is timed: the forward pass, the
-    same where gradients are recorded, the backward pass alone, or ``both``, one after the other.
+    keys alike: of the one batch element, whose length is their sum. ``used``: how many rows of each sequence of a padded
+    rectangle are in use, the first ones, of queries and keys alike; 0: all are. ``direction`` is what is timed: the forward
+    pass, the same where gradients are recorded, the backward pass alone, or ``both``, one after the other.
     """
 
     batch: int
@@ -33,6 +34,7 @@ class Case:
     dtype: str = "bfloat16"
     direction: str = "forward"
     packed: tuple[int, ...] = ()
+    used: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "head_dim_v"):
@@ -52,6 +54,9 @@ class Case:
                 f"packed sequences have {sum(self.packed)} rows in all, and the case has {self.batch} times {self.seqlen_q} "
                 f"queries and {self.seqlen_k} keys; once as many of both are needed"
             )
+        if self.used and (self.packed or not 0 < self.used <= min(self.seqlen_q, self.seqlen_k)):
+            of = "packed sequences" if self.packed else f"{self.seqlen_q} queries and {self.seqlen_k} keys"
+            raise ValueError(f"used is {self.used} of {of}; a number of a rectangle's rows is needed, or 0 for all")
 
     @property
     def has_gradients(self) -> bool:
@@ -65,12 +70,22 @@ class Case:
         return left, (0 if self.causal else right)
 
     @property
+    def form(self) -> str:
+        """``packed`` or ``padded``; nothing where sequences are a rectangle whose rows are all in use."""
+        return "packed" if self.packed else "padded" if self.used else ""
+
+    @property
+    def in_use(self) -> Case:
+        """Of a padded rectangle that of the rows in use; else the case itself."""
+        return replace(self, seqlen_q=self.used, seqlen_k=self.used, used=0) if self.used else self
+
+    @property
     def label(self) -> str:
         """A short name that tells the cases of a run apart: ``forward d128 causal 8k``."""
         dims = f"d{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else "")
         parts = [self.direction, dims, "causal" if self.causal else "full", self.lengths]
-        if self.packed:
-            parts.append("packed")
+        if self.form:
+            parts.append(self.form)
         if self.heads != self.heads_kv:
             parts.append(f"gqa{self.heads // self.heads_kv}")
         if self.window is not None:
@@ -84,12 +99,13 @@ class Case:
     @property
     def lengths(self) -> str:
         """The sequence length in words, ``8k``; ``1×8k`` where queries and keys differ; of packed ones ``512×128``, or
-        ``64×70…4k``, their number and the shortest and the longest."""
+        ``64×70…4k``, their number and the shortest and the longest; of padded ones ``16×1k/2k``, rows in use and rows."""
         if self.packed:
             least, most = (short(of(self.packed)) for of in (min, max))
             return f"{len(self.packed)}×{least}" + ("" if least == most else f"…{most}")
         q, k = short(self.seqlen_q), short(self.seqlen_k)
-        return q if q == k else f"{q}×{k}"
+        rows = q if q == k else f"{q}×{k}"
+        return f"{self.batch}×{short(self.used)}/{rows}" if self.used else rows
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -177,14 +193,16 @@ def _models() -> list[Case]:
 
 def _ragged() -> list[Case]:
     """Packed sequences: lengths of a log-normal distribution with mean 1k, one long among short ones, many short ones; and of
-    equal lengths, to be held against rectangles of as many tokens."""
+    equal lengths, to be held against rectangles of as many tokens. Padded rectangles, half of whose rows are in use, to be held
+    against rectangles of these."""
     draw = random.Random(0)
     drawn = [draw.lognormvariate(0.0, 0.8) for _ in range(64)]
     log_normal = tuple(max(1, round(x * 65536 / sum(drawn))) for x in drawn)
     mixes = [log_normal, (16384, *[256] * 63), (128,) * 512]
     equal = [(seqlen,) * (16384 // seqlen) for seqlen in (512, 1024, 2048, 8192, 16384)]
     lengths = [*((x, True) for x in (*mixes, *equal)), *((x, False) for x in equal)]
-    return [Case(1, sum(x), sum(x), 16, 16, 128, 128, causal=causal, packed=x) for x, causal in lengths]
+    packed = [Case(1, sum(x), sum(x), 16, 16, 128, 128, causal=causal, packed=x) for x, causal in lengths]
+    return packed + [Case(16, 2048, 2048, 16, 16, 128, 128, causal=causal, used=1024) for causal in (True, False)]
 
 
 SUITES = {"models": _models, "ragged": _ragged}
@@ -200,7 +218,8 @@ def cases_of(suite: str, directions: tuple[str, ...], smaller: int = 1) -> list[
     for case in SUITES[suite]():
         packed = tuple(map(less, case.packed))
         rows = (sum(packed),) * 2 if packed else (less(case.seqlen_q), less(case.seqlen_k))
-        found.append(replace(case, batch=less(case.batch), seqlen_q=rows[0], seqlen_k=rows[1], packed=packed))
+        used = case.used and less(case.used)
+        found.append(replace(case, batch=less(case.batch), seqlen_q=rows[0], seqlen_k=rows[1], packed=packed, used=used))
     return [replace(case, direction=direction) for direction in directions for case in found]
 
 

@@ -4,7 +4,7 @@ The oracle is eager attention in float64. A result passes when its largest error
 attention computed in the case's own dtype (ten times in float32, where the order of a sum alone changes it by a factor of
 several), plus that dtype's rounding of the result; and when all of it is finite. For
 outputs, some hundred query rows of a few (batch, head) pairs are computed; for gradients, whole (batch, key head)
-pairs, because dK and dV are sums over every query.
+pairs, because dK and dV are sums over every query. Of padded sequences all of this is said of the rows in use.
 """
 
 from __future__ import annotations
@@ -36,6 +36,16 @@ class Inputs:
     k: Tensor
     v: Tensor
     dout: Tensor | None
+
+    def in_use(self, case: Case) -> Inputs:
+        """Of a padded rectangle the rows in use, as tensors of their own."""
+
+        def cut(x: Tensor) -> Tensor:
+            return x[:, : case.used].contiguous()
+
+        if not case.used:
+            return self
+        return Inputs(cut(self.q), cut(self.k), cut(self.v), None if self.dout is None else cut(self.dout))
 
 
 def make_inputs(case: Case, device: str, seed: int) -> Inputs:
@@ -98,7 +108,8 @@ class Judge:
     """Knows what is right for a sample of one case's results."""
 
     def __init__(self, case: Case, inputs: Inputs, seed: int = 0) -> None:
-        self._case = case
+        self._whole, self._case, inputs = case, case.in_use, inputs.in_use(case)
+        case = self._case
         self._samples: list[tuple[str, tuple, Tensor]] = []  # output, index into it, float64 values there
         self._plain_error: dict[str, float] = {}
         self._rounding: dict[str, float] = {}
@@ -161,10 +172,9 @@ class Judge:
         Raises :class:`WrongError` for one that is missing, misshapen, not finite or further off than allowed.
         """
         worst: dict[str, tuple[float, float, float]] = {}  # largest error, squared error, squared norm
-        for name in self._plain_error:
-            self._check_whole(name, outputs.get(name))
+        checked = {name: self._checked(name, outputs.get(name)) for name in self._plain_error}
         for name, index, exact in self._samples:
-            off = outputs[name].detach()[index].double() - exact
+            off = checked[name][index].double() - exact
             largest, squared, norm = worst.get(name, (0.0, 0.0, 0.0))
             squares = float(off.square().sum()), float(exact.square().sum())
             worst[name] = max(largest, _largest(off)), squared + squares[0], norm + squares[1]
@@ -178,20 +188,23 @@ class Judge:
                 )
         return max(math.sqrt(squared / norm) if norm else 0.0 for _, squared, norm in worst.values())
 
-    def _check_whole(self, name: str, got: Any) -> None:
-        case = self._case
-        seqlen, heads, dim = {
-            "out": (case.seqlen_q, case.heads, case.head_dim_v),
-            "dq": (case.seqlen_q, case.heads, case.head_dim),
-            "dk": (case.seqlen_k, case.heads_kv, case.head_dim),
-            "dv": (case.seqlen_k, case.heads_kv, case.head_dim_v),
-        }[name]
+    def _checked(self, name: str, got: Any) -> Tensor:
+        """An output's rows in use, all of which are finite; a peer may give these alone."""
         if not isinstance(got, Tensor):
             raise WrongError(f"{name} is a {type(got).__name__}; a tensor is needed")
-        if tuple(got.shape) != (case.batch, seqlen, heads, dim):
-            raise WrongError(f"{name} has shape {tuple(got.shape)}; {(case.batch, seqlen, heads, dim)} is needed")
+        whole, in_use = (_shape(case, name) for case in (self._whole, self._case))
+        if tuple(got.shape) not in (whole, in_use):
+            raise WrongError(f"{name} has shape {tuple(got.shape)}; {whole} is needed")
+        got = got.detach()[:, : in_use[1]]
         if unfit := got.numel() - int(torch.isfinite(got).sum()):
             raise WrongError(f"{name} has {unfit} values that are not finite, of {got.numel()}")
+        return got
+
+
+def _shape(case: Case, name: str) -> tuple[int, ...]:
+    queries, keys = (case.batch, case.seqlen_q, case.heads), (case.batch, case.seqlen_k, case.heads_kv)
+    dim = case.head_dim if name in ("dq", "dk") else case.head_dim_v
+    return (*(queries if name in ("out", "dq") else keys), dim)
 
 
 def _largest(x: Tensor) -> float:

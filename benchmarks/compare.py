@@ -2,7 +2,8 @@
 
 A figure's spread is half the range of its rounds, or what three in four of its run's figures scatter by, if that is more: so
 it is printed, and two runs of the same thing differ by no more than their two. To count as a change, a difference has to be
-larger than that, and than what nine in ten of all figures of the two runs scatter by.
+larger than that, and than what nine in ten of all figures of the two runs scatter by. Of the host's figures the least of the
+rounds are compared, of all others the medians.
 """
 
 from __future__ import annotations
@@ -68,9 +69,10 @@ def _change(
         return Change(cell, peer, verdict, reason=now.status if not now.reason else f"{now.status}: {now.reason}")
     if cell.kind == "memory":
         return _change_of_memory(cell, peer, then.peak_bytes, now.peak_bytes)
-    if then.seconds is None or now.seconds is None:  # ok says otherwise; this says it to the type checker
+    seconds = [m.least if cell.kind == "host" else m.seconds for m in (then, now)]
+    if seconds[0] is None or seconds[1] is None:  # ok says otherwise; this says it to the type checker
         return Change(cell, peer, "same")
-    change = now.seconds / then.seconds - 1
+    change = seconds[1] / seconds[0] - 1
     spread = sum(run.printed_spread(cell.kind, m) for run, m in zip(runs, (then, now), strict=True))
     usual = sum(run.usual_spread(cell.kind, NINE_IN_TEN) for run in runs)
     one_visit = cell.kind in RATES and min(then.visits, now.visits) == 1

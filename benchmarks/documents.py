@@ -96,12 +96,12 @@ def every_rate(record: Record, direction: str = "forward") -> str:
     what the marks are."""
     cells = record.of("burst", direction)
     peers = record.peer_names(cells)
-    pairs = [(name, other, title) for name, other, title in PAIRS if any(pair(cell, name, other) for cell in cells)]
-    lines = _header(["case", *peers, *(title for _, _, title in pairs), "ours ÷ best peer"])
+    pairs = {title: who for title, who in PAIRS.items() if any(pair(cell, *who) for cell in cells)}
+    lines = _header(["case", *peers, *pairs, "ours ÷ best peer"])
     columns: list[list[float | None]] = []
     for cell in cells:
         rates = cell.rates()
-        ratios = [*(pair(cell, name, other) for name, other, _ in pairs), ratio(cell)]
+        ratios = [*(pair(cell, *who) for who in pairs.values()), ratio(cell)]
         columns.append([*(rates.get(name) for name in peers), *ratios])
         shown = [_marked(cell.results.get(name), rates.get(name) == max(rates.values())) for name in peers]
         lines.append(_row([_name(cell), *shown, *(_number(x, 2) for x in ratios)]))
@@ -152,14 +152,20 @@ def sustained(record: Record, direction: str = "forward") -> str:
 
 def host(record: Record) -> str:
     """Microseconds of host time for an eager call: without gradients, where they are recorded, the backward pass, a call with
-    its backward pass, and one of packed sequences, as far as these were measured."""
+    its backward pass, and one of packed sequences, as far as these were measured: the least of the rounds (their median)."""
     cells = record.of_kind("host")
     titles = {"forward": "µs a call", "recorded": "with gradients", "backward": "backward", "both": "with its backward pass"}
     lines = _header(["peer", *("packed" if cell.case.packed else titles[cell.case.direction] for cell in cells)])
     for peer in record.peer_names(cells):
         found = [cell.results.get(peer) for cell in cells]
-        lines.append(_row([peer, *(f"{m.seconds * 1e6:.1f}" if m and m.ok and m.seconds else "" for m in found)]))
+        lines.append(_row([peer, *map(_of_rounds, found)]))
     return "\n".join(lines) + "\n"
+
+
+def _of_rounds(m: Measurement | None) -> str:
+    if m is None or not m.ok or m.least is None or m.seconds is None:
+        return ""
+    return f"{m.least * 1e6:.1f}" + (f" ({m.seconds * 1e6:.1f})" if m.samples else "")
 
 
 def memory(record: Record) -> str:

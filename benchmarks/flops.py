@@ -6,6 +6,7 @@ square problems. Backward runs five products of that kind instead of two: 2.5 ti
 
 **Pairs.** ``seqlen_q · seqlen_k`` where everything is seen. A causal square counts exactly half of that (the field's
 convention; the diagonal makes it ``s/2`` more). Every other band is counted pair by pair; packed sequences one by one.
+Of padded ones the rows in use are counted, and nothing else.
 
 **Bytes.** Each tensor once, as if caches were perfect: forward reads Q, K, V and writes O. Backward reads Q, K, V, O,
 dO and the log-sum-exp (float32, one per query and head) and writes dQ, dK, dV.
@@ -23,6 +24,7 @@ DIRECTION_FACTOR = {"forward": 1.0, "recorded": 1.0, "backward": 2.5, "both": 3.
 
 def pairs(case: Case) -> float:
     """Query–key pairs that are seen, for one head of one batch entry."""
+    case = case.in_use
     if case.packed:
         one = replace(case, packed=())
         return sum(count * pairs(replace(one, seqlen_q=n, seqlen_k=n)) for n, count in Counter(case.packed).items())
@@ -49,7 +51,7 @@ def flops(case: Case) -> float:
 
 def bytes_moved(case: Case) -> int:
     """The fewest bytes that one call moves through device memory."""
-    size = DTYPE_BYTES[case.dtype]
+    case, size = case.in_use, DTYPE_BYTES[case.dtype]
     q = case.batch * case.seqlen_q * case.heads * case.head_dim * size
     o = case.batch * case.seqlen_q * case.heads * case.head_dim_v * size
     k = case.batch * case.seqlen_k * case.heads_kv * case.head_dim * size

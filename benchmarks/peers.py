@@ -39,8 +39,10 @@ class Peer:
     ``heads_first``: its output is ``(batch, heads, seqlen, head_dim)``. ``slow_start``: it compiles for many seconds
     per case, so ``--quick`` leaves it out. ``host_only``: it takes part only where the host's cost is measured.
     ``directions`` are the ones it takes part in. ``repeatable``: it promises the same bits at every call, which is
-    checked. ``compiles``: what has a kernel of its own that its library compiles and keeps on disk, ``"rules"`` (any two
-    lengths share it), ``"case"``, or nothing. ``around`` makes a context that is entered for each of its turns.
+    checked. ``zeros``: rows not in use are zeros in its outputs and gradients, which is checked. ``unpadded``: of a padded
+    rectangle it gets the rows in use alone. ``compiles``: what has a kernel of its own that its library compiles and keeps
+    on disk, ``"rules"`` (any two lengths share it), ``"case"``, or nothing. ``around`` makes a context that is entered for
+    each of its turns.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Peer:
     host_only: bool = False
     directions: tuple[str, ...] = DIRECTIONS
     repeatable: bool = False
+    zeros: bool = False
+    unpadded: bool = False
     compiles: str = ""
     around: Callable[[], AbstractContextManager] = nullcontext
 
@@ -145,7 +149,7 @@ def _ours(case: Case, q, k, v, **how):
         target = layouts.target_of(torch.cuda.get_device_capability(q.device))
         if how["mechanism"] not in layouts.for_target(target).MECHANISMS:
             raise UnsupportedError(f"{target} has no {how['mechanism']}")
-    rules = _rules(case) | how
+    rules = _rules(case) | how | rows_in_use(case, q.device)
     if case.packed:
         bounds = bounds_of(case, q.device)
         return lambda: _output(attention_varlen(q[0], k[0], v[0], bounds, **rules)).unsqueeze(0)
@@ -164,7 +168,17 @@ def bounds_of(case: Case, device) -> Any:
     return torch.tensor([0, *accumulate(case.packed)], dtype=torch.int32, device=device)
 
 
-OURS: dict[str, Any] = {"needs": "cute_attn:attention", "compiles": "rules"}
+def rows_in_use(case: Case, device) -> dict[str, Any]:
+    """A padded rectangle's ``seqused``, as ours and FlashAttention-4's functions take them."""
+    import torch
+
+    if not case.used:
+        return {}
+    return dict.fromkeys(("seqused_q", "seqused_k"), torch.full((case.batch,), case.used, dtype=torch.int32, device=device))
+
+
+OURS: dict[str, Any] = {"needs": "cute_attn:attention", "compiles": "rules", "zeros": True}
+RECTANGLE = "cute_attn, mechanism tma_wgmma, packed sequences of one length, or padded ones' rows in use, as a rectangle"
 # The forward pass is the default's; what determinism costs, the backward pass alone shows.
 DETERMINISTIC: dict[str, Any] = {**OURS, "directions": ("backward",), "repeatable": True}
 
@@ -179,10 +193,12 @@ def ours_tma_wgmma(case, q, k, v):
     return _ours(case, q, k, v, mechanism="tma_wgmma")
 
 
-@peer("ours_rectangle", "cute_attn, mechanism tma_wgmma, packed sequences of one length as a rectangle", **OURS, devices=())
+@peer("ours_rectangle", RECTANGLE, **OURS, devices=(), unpadded=True)
 def ours_rectangle(case, q, k, v):
+    if case.used:
+        return _ours(case.in_use, q, k, v, mechanism="tma_wgmma")
     if len(set(case.packed)) != 1:
-        raise UnsupportedError("it is here for packed sequences of one length")
+        raise UnsupportedError("it is here for packed sequences of one length, and for padded ones")
     length = case.packed[0]
     q, k, v = (x[0].unflatten(0, (-1, length)) for x in (q, k, v))
     case = replace(case, batch=len(case.packed), seqlen_q=length, seqlen_k=length, packed=())
@@ -225,16 +241,16 @@ def only(backend: str) -> Callable[[], AbstractContextManager]:
     return around
 
 
-def _refuse_packed(case: Case) -> None:
-    if case.packed:
-        raise UnsupportedError("it takes rectangles, and the case has packed sequences")
+def _refuse_ragged(case: Case) -> None:
+    if case.form:
+        raise UnsupportedError(f"it takes whole rectangles, and the case has {case.form} sequences")
 
 
 def _sdpa(case: Case, q, k, v):
     """torch's scaled_dot_product_attention, which is heads-first and knows no window or softcap."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    _refuse_packed(case)
+    _refuse_ragged(case)
     if case.window is not None or case.softcap:
         raise UnsupportedError("scaled_dot_product_attention has no window and no softcap")
     if case.causal and case.seqlen_q != case.seqlen_k:
@@ -291,7 +307,7 @@ FLEX = "torch.nn.attention.flex_attention:flex_attention"
 
 @peer("torch_flex", "torch FlexAttention, compiled", needs=FLEX, heads_first=True, slow_start=True, compiles="case")
 def torch_flex(case, q, k, v):
-    _refuse_packed(case)
+    _refuse_ragged(case)
     attend = _compiled_flex(case, str(q.device))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return lambda: attend(q, k, v)
@@ -334,11 +350,14 @@ def _compiled_flex(case: Case, device: str) -> Callable[..., Any]:
 # --- FlashAttention --------------------------------------------------------------------------------------------------
 
 
-def _flash(module, case: Case, q, k, v, unbounded):
-    """The three packages share their names: softmax_scale, causal, window_size (aligned as ours is), softcap."""
-    attention = module.flash_attn_func
+def _flash(module, case: Case, q, k, v, unbounded, padded=None):
+    """The three packages share their names: softmax_scale, causal, window_size (aligned as ours is), softcap.
+    ``padded`` takes rectangles with ``seqused``."""
+    attention = padded if case.used else module.flash_attn_func
+    if attention is None:
+        raise UnsupportedError("it takes no rectangles of which some rows aren't in use")
     window = tuple(unbounded if reach < 0 else reach for reach in case.window or (-1, -1))
-    rules = {"causal": case.causal, "window_size": window, "softcap": case.softcap}
+    rules = {"causal": case.causal, "window_size": window, "softcap": case.softcap} | rows_in_use(case, q.device)
     if case.packed:
         bounds, longest = bounds_of(case, q.device), max(case.packed)
         rules |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
@@ -367,4 +386,4 @@ def fa3(case, q, k, v):
 def fa4(case, q, k, v):
     from flash_attn import cute
 
-    return _flash(cute, case, q, k, v, unbounded=None)
+    return _flash(cute, case, q, k, v, unbounded=None, padded=cute.flash_attn_varlen_func)

@@ -17,14 +17,15 @@ from benchmarks.results import KINDS, RATES, Cell, Measurement, Record, is_ours
 BEST = "★"
 HOST_BOUND = "ʰ"
 ONE_SIDED = {"gone": "are in the old run only", "new": "are in the new run only"}
-# What each of ours is measured by: its name, the other's, and how the ratio is called.
-PAIRS = (
-    ("ours_tma_wgmma", "torch_cudnn", "ours ÷ cuDNN"),
-    ("ours_cp_async", "torch_flash2", "cp_async ÷ FlashAttention-2"),
-    ("ours_deterministic", "ours_tma_wgmma", "deterministic ÷ default"),
-    ("ours_tma_wgmma", "ours_rectangle", "packed ÷ rectangle"),
-    ("ours_cp_async_deterministic", "ours_cp_async", "deterministic ÷ default, cp_async"),
-)
+# What each of ours is measured by: how the ratio is called, ours, the other, and the form of cases, where it isn't any.
+PAIRS: dict[str, tuple[str, ...]] = {
+    "ours ÷ cuDNN": ("ours_tma_wgmma", "torch_cudnn"),
+    "cp_async ÷ FlashAttention-2": ("ours_cp_async", "torch_flash2"),
+    "deterministic ÷ default": ("ours_deterministic", "ours_tma_wgmma"),
+    "packed ÷ rectangle": ("ours_tma_wgmma", "ours_rectangle", "packed"),
+    "padded ÷ rectangle": ("ours_tma_wgmma", "ours_rectangle", "padded"),
+    "deterministic ÷ default, cp_async": ("ours_cp_async_deterministic", "ours_cp_async"),
+}
 
 
 def show(record: Record, console: Console, anchors: Anchors | None = None) -> None:
@@ -84,8 +85,8 @@ def _from_to(numbers: set[int]) -> str:
 def pair_lines(cells: list[Cell]) -> list[str]:
     """For each pair that took part: the geometric mean of the ratios, the lowest, and where that is."""
     lines = []
-    for name, other, title in PAIRS:
-        ratios = {cell.case.label.split(" ", 1)[1]: r for cell in cells if (r := pair(cell, name, other)) is not None}
+    for title, who in PAIRS.items():
+        ratios = {cell.case.label.split(" ", 1)[1]: r for cell in cells if (r := pair(cell, *who)) is not None}
         if ratios:
             low = min(ratios, key=lambda label: ratios[label])
             mean = geometric_mean(list(ratios.values()))
@@ -93,9 +94,9 @@ def pair_lines(cells: list[Cell]) -> list[str]:
     return lines
 
 
-def pair(cell: Cell, name: str, other: str) -> float | None:
-    """The ratio of two rates in a cell that has both."""
-    rates = cell.rates()
+def pair(cell: Cell, name: str, other: str, form: str | None = None) -> float | None:
+    """The ratio of two rates in a cell that has both, if it is of a case of this form."""
+    rates = cell.rates() if form in (None, cell.case.form) else {}
     return rates[name] / rates[other] if name in rates and other in rates else None
 
 
@@ -161,17 +162,18 @@ def _summary_rows(
 
 
 def host_table(record: Record, cells: list[Cell]) -> Table:
-    table = _peer_table(record, cells, f"{KINDS['host']}: µs per call")
+    table = _peer_table(record, cells, f"{KINDS['host']}: µs per call, the least of the rounds (their median)")
     for cell in cells:
-        fastest = min((m.seconds for m in cell.results.values() if m.ok and m.seconds), default=None)
+        fastest = min((m.least for m in cell.results.values() if m.ok and m.least), default=None)
         figures: list[str | Text] = []
         for name in record.peer_names(cells):
             m = cell.results.get(name)
-            if m is None or not m.ok or m.seconds is None:
+            if m is None or not m.ok or m.seconds is None or m.least is None:
                 figures.append(rate_text(m))
                 continue
-            mark = BEST if m.seconds == fastest else ""
-            figures.append(f"{m.seconds * 1e6:.1f} ±{record.printed_spread(cell.kind, m):.0%}{mark}")
+            mark = BEST if m.least == fastest else ""
+            spread = record.printed_spread(cell.kind, m)
+            figures.append(f"{m.least * 1e6:.1f} ±{spread:.0%}{mark} ({m.seconds * 1e6:.1f})")
         table.add_row(cell.case.label, *figures)
     return table
 
@@ -299,8 +301,8 @@ def cell_line(cell: Cell) -> str:
             parts.append(f"{name} {rate(m.tflops)}")
         elif m.ok and cell.kind == "memory" and m.peak_bytes is not None:
             parts.append(f"{name} {m.peak_bytes / 2**20:.1f} MiB")
-        elif m.ok and m.seconds:
-            parts.append(f"{name} {m.seconds * 1e6:.0f} µs" if cell.kind == "host" else f"{name} {m.seconds:.2f} s")
+        elif m.ok and m.seconds and m.least:
+            parts.append(f"{name} {m.least * 1e6:.0f} µs" if cell.kind == "host" else f"{name} {m.seconds:.2f} s")
         elif m.status != "unsupported":
             parts.append(f"{name} {m.status}")
     return f"{cell.kind}: {cell.case.label}: {', '.join(parts) or cell.note or 'nothing'}"

@@ -66,6 +66,11 @@ class Measurement:
     def ok(self) -> bool:
         return self.status == "ok" and self.seconds is not None
 
+    @property
+    def least(self) -> float | None:
+        """Of the rounds the least, what a call costs the host: other processes only add to it."""
+        return min(self.samples, default=self.seconds)
+
     def joined(self, later: Measurement) -> Measurement:
         """One measurement of this and of a later visit. Who failed in one of them has no figure."""
         if not self.ok:

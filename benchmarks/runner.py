@@ -208,6 +208,8 @@ class Runner:
         outputs = step.outputs(step.call())
         entrant.result.error = judge.verdict(outputs)
         entrant.result.extra["first_call_s"] = self._bench.clock.now() - began
+        if step.zeros_from and (unlike := [name for name, x in outputs.items() if x[:, step.zeros_from :].any()]):
+            raise WrongError(f"{' and '.join(unlike)}: rows not in use are not zeros, which was promised")
         if step.repeatable:
             again = step.outputs(step.call())
             if differing := [name for name, x in outputs.items() if not torch.equal(x, again[name])]:
@@ -309,6 +311,9 @@ class Step:
     def __init__(self, case: Case, peer: Peer, inputs: Inputs) -> None:
         self._case, self._peer, self._device = case, peer, inputs.q.device
         self.repeatable = peer.repeatable
+        self.zeros_from = case.used if peer.zeros else 0  # rows; 0: none are promised
+        if peer.unpadded:
+            inputs = inputs.in_use(case)
         self.held_bytes = 0  # of the output that a backward pass starts from
         if case.direction == "forward":
             self.call = peer.build(case, inputs.q, inputs.k, inputs.v)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+HOST_ROUNDS = 10  # in a host cell, for one in another: they take milliseconds, and one of them is to find the machine quiet
+
 
 @dataclass(frozen=True)
 class Settings:

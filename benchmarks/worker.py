@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.peers import choose
 from benchmarks.results import KINDS
-from benchmarks.settings import Crew, Settings
+from benchmarks.settings import HOST_ROUNDS, Crew, Settings
 from cute_attn.command import leave_interrupts_to_parent
 
 
@@ -53,7 +53,7 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
         peers = [peer for peer in teams[kind][0] if case.direction in peer.directions]
         try:
             if kind == "host":
-                cell = runner.host(case, peers, lost, rounds)
+                cell = runner.host(case, peers, lost, range(rounds.start * HOST_ROUNDS, rounds.stop * HOST_ROUNDS))
             elif kind == "memory":
                 cell = runner.memory(case, peers, lost)
             elif kind == "first":

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -117,6 +118,84 @@ def test_packed_sequences_of_one_length_as_a_rectangle(monkeypatch):
             REGISTRY["ours_rectangle"].build(replace(case, packed=packed), q, q, q)
 
 
+PADDED = replace(BIG, seqlen_q=60, seqlen_k=60, heads=4, heads_kv=2, causal=True, dtype="float32", used=23)
+
+
+def test_padded_rectangles():
+    """Only the rows in use count."""
+    assert replace(PADDED, seqlen_q=2048, seqlen_k=2048, used=1024, dtype="bfloat16").label == (
+        "forward d128 causal 2×1k/2k padded gqa2"
+    )
+    for direction in DIRECTIONS:
+        case = replace(PADDED, direction=direction)
+        alone = replace(case, seqlen_q=23, seqlen_k=23, used=0)
+        assert (case.in_use, alone.in_use) == (alone, alone)
+        assert (flops(case), bytes_moved(case)) == (flops(alone), bytes_moved(alone))
+    assert Case.from_dict(json.loads(json.dumps(PADDED.to_dict()))) == PADDED
+    of_old_file = {name: value for name, value in BIG.to_dict().items() if name != "used"}
+    assert Case.from_dict(of_old_file) == BIG
+    found = [case for case in cases_of("ragged", ("forward",)) if case.form == "padded"]
+    assert [(x.batch, x.seqlen_q, x.used, x.causal) for x in found] == [(16, 2048, 1024, True), (16, 2048, 1024, False)]
+    assert [(x.seqlen_q, x.used) for x in cases_of("ragged", ("forward",), 64) if x.form == "padded"] == [(32, 16)] * 2
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+@pytest.mark.parametrize("name", ["ours_reference", "ours_rectangle"])
+def test_padded_sequences_are_checked_as_their_rows_in_use(name, direction, monkeypatch):
+    """With all rows, or with the rows in use alone; attention that minds the other rows is found out."""
+    if name == "ours_rectangle":
+        monkeypatch.setattr("benchmarks.peers._ours", lambda case, *qkv, **how: lambda: attention(*qkv, causal=case.causal))
+    case = replace(PADDED, direction=direction)
+    inputs = make_inputs(case, "cpu", 0)
+    judge, step = Judge(case, inputs), Step(case, REGISTRY[name], inputs)
+    outputs = step.outputs(step.call())
+    assert judge.verdict(outputs) < 1e-5
+    assert {x.shape[1] for x in outputs.values()} == {60 if name == "ours_reference" else 23}
+    assert not any(x[:, step.zeros_from :].any() for x in outputs.values())
+    for x in outputs.values():
+        x[:, 23:] = float("nan")  # which another library may leave there
+    assert judge.verdict(outputs) < 1e-5
+    step = Step(replace(case, used=0, causal=False), REGISTRY["ours_reference"], inputs)
+    with pytest.raises(WrongError, match="is off by"):
+        judge.verdict(step.outputs(step.call()))
+
+
+@pytest.mark.parametrize("name", ["torch_math", "torch_flex", "torch_varlen", "flash_attn"])
+def test_who_has_no_padded_rectangles(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=None))
+    q = make_inputs(PADDED, "cpu", 0).q
+    with pytest.raises(UnsupportedError, match=r"rectangles|packed"):
+        REGISTRY[name].build(PADDED, q, q, q)
+
+
+def test_padded_rectangles_by_flash_attention_4(monkeypatch):
+    """Its function for varying lengths gets the rectangle, and how many rows of each are in use."""
+    given = {}
+    functions = {"flash_attn_func": None, "flash_attn_varlen_func": lambda q, k, v, **rules: given.update(rules) or (q, None)}
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=SimpleNamespace(**functions)))
+    q = make_inputs(PADDED, "cpu", 0).q
+    assert REGISTRY["fa4"].build(PADDED, q, q, q)() is q
+    assert {name: given[name].tolist() for name in ("seqused_q", "seqused_k")} == {"seqused_q": [23, 23], "seqused_k": [23, 23]}
+    assert not any(name.startswith(("cu_", "max_")) for name in given)
+
+
+def test_packed_and_padded_are_held_against_rectangles_each():
+    cases = {"packed": replace(BIG, batch=1, packed=(4096, 4096)), "padded": replace(BIG, used=4096)}
+    rates = {"packed": 99.0, "padded": 96.0}
+    record = fakes.record_of(*(
+        Cell("burst", case, {
+            "ours_tma_wgmma": fakes.measured(1e-3, rates[form]), "ours_rectangle": fakes.measured(1e-3, 100.0)
+        }) for form, case in cases.items()
+    ))  # fmt: skip
+    heading, _, *rows = documents.every_rate(record).splitlines()
+    assert heading == "| case | ours_tma_wgmma | ours_rectangle | packed ÷ rectangle | padded ÷ rectangle | ours ÷ best peer |"
+    assert [row.split("|")[4:6] for row in rows[:2]] == [[" 0.99 ", "  "], ["  ", " 0.96 "]]
+    text = shown(record)
+    assert "packed ÷ rectangle: 0.990 in the geometric mean" in text
+    assert "padded ÷ rectangle: 0.960 in the geometric mean, 0.960 at the lowest (d128 full 2×4k/8k padded)" in text
+    assert {change.verdict for change in compare.compare(record, record)} == {"same"}
+
+
 def test_a_label_names_what_is_unusual():
     case = replace(BIG, seqlen_q=1, heads_kv=4, head_dim_v=64, window=(128, -1), softcap=30.0, dtype="float16")
     assert case.label == "forward d128/64 full 1×8k gqa4 window128:-1 softcap30 float16"
@@ -154,6 +233,9 @@ def test_a_case_survives_json():
         ({"dtype": "int8"}, "known: bfloat16"),
         ({"direction": "up"}, "known: forward"),
         ({"packed": (3, 4)}, "packed sequences have 7 rows in all"),
+        ({"used": 8193}, "used is 8193 of 8192 queries"),
+        ({"used": -1}, "used is -1"),
+        ({"batch": 1, "packed": (8192,), "used": 5}, "of packed sequences"),
     ],
 )
 def test_an_impossible_case_says_why(change, words):
@@ -411,6 +493,8 @@ def test_a_budget_counts_from_the_start_of_the_command():
 def test_each_kernel_is_compiled_once_ahead():
     cases = [*replace(GRIDS["full"], head_dims=(128,)).cases(), replace(BIG, window=(5, 5)), replace(BIG, window=(9, 5))]
     jobs = [*(("burst", case) for case in cases), ("host", fakes.CASE), ("first", replace(BIG, softcap=1.0))]
+    forms = [BIG, replace(BIG, used=5), replace(BIG, used=9), replace(BIG, batch=1, packed=(8192,))]
+    assert len(ahead.tasks(["ours_tma_wgmma"], [("burst", case) for case in forms])) == 3
     work = ahead.tasks(["ours_tma_wgmma", "ours_deterministic", "ours", "torch_cudnn"], jobs)
     ours = [case for name, case in work if name == "ours_tma_wgmma"]
     # Full and causal, forward and backward; any window is the same kernel; and the host's.
@@ -717,6 +801,19 @@ def test_host_and_first_tables():
     assert "12.3 ±1%★" in text
     assert "9.50 / 0.80 (0.40)" in text
     assert "failed" in text
+
+
+def test_the_hosts_figure_is_the_least_of_its_rounds():
+    """Their median stands beside it; a file without rounds has one figure."""
+    busy = Measurement(seconds=20e-6, spread=0.25, samples=[20e-6, 14e-6, 24e-6], visits=3)
+    record = fakes.record_of(Cell("host", fakes.CASE, {"ours": busy, "torch_cudnn": Measurement(seconds=15e-6, spread=0.0)}))
+    assert "14.0 ±25%★ (20.0)" in shown(record)
+    text = documents.host(record)
+    assert "| ours | 14.0 (20.0) |" in text
+    assert "| torch_cudnn | 15.0 |" in text
+    quiet = replace(busy, seconds=14.1e-6, spread=0.01, samples=[14.2e-6, 14e-6, 14.1e-6])
+    (change,) = compare.compare(*two_runs(busy, quiet, "host"))
+    assert (change.verdict, change.change) == ("same", 0.0)
 
 
 def test_an_unfinished_run_says_so():

@@ -308,6 +308,26 @@ def test_dout_is_random():
     assert make_inputs(fakes.CASE, "cpu", 0).dout is None
 
 
+def test_rows_not_in_use_are_zeros_where_that_is_promised(clock):
+    """Whoever doesn't promise it may leave anything there."""
+
+    def build(left_there):
+        def result(case, q, k, v):
+            out = torch.full_like(q, left_there)
+            out[:, : case.used] = fakes.right(case.in_use, *(x[:, : case.used] for x in (q, k, v)))
+            return lambda: (clock.work(1e-3), out)[1]
+
+        return result
+
+    peers = [Peer(name, "", build(left), "", zeros=zeros) for name, left, zeros in (
+        ("clean", 0.0, True), ("careless", 1e-3, True), ("other", float("nan"), False)
+    )]  # fmt: skip
+    found = rates(clock, *peers, case=replace(fakes.CASE, used=7)).results
+    assert (found["clean"].status, found["other"].status) == ("ok", "ok")
+    assert found["careless"].status == "wrong"
+    assert found["careless"].reason == "out: rows not in use are not zeros, which was promised"
+
+
 def test_a_later_visit_checks_nothing_anew(clock):
     results = []
 
