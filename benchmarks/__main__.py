@@ -373,7 +373,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--quick", action="store_true", help="head dim 128, two lengths, three rounds, no slow starters")
     run.add_argument("--peers", metavar="A,B", help=f"only these: {', '.join(peers_.REGISTRY)}")
     run.add_argument("--peers-from", nargs="+", default=[], metavar="MODULE", help="modules that register more peers")
-    rounds = "turns of each peer in a burst cell, in all passes (6); a host cell has ten times as many"
+    rounds = "turns of each peer in a burst cell, in all passes (6); ten times as many in a host cell on a GPU"
     run.add_argument("--rounds", type=command.positive, help=rounds)
     run.add_argument("--passes", type=command.positive, help="times that the whole list of cells is gone through (3)")
     run.add_argument("--fresh-process", action="store_true", help="start each pass in a process of its own (seconds more)")

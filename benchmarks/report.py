@@ -162,7 +162,7 @@ def _summary_rows(
 
 
 def host_table(record: Record, cells: list[Cell]) -> Table:
-    table = _peer_table(record, cells, f"{KINDS['host']}: µs per call, the least of the rounds (their median)")
+    table = _peer_table(record, cells, f"{KINDS['host']}: µs per call, the least of the rounds and their median")
     for cell in cells:
         fastest = min((m.least for m in cell.results.values() if m.ok and m.least), default=None)
         figures: list[str | Text] = []
@@ -172,8 +172,8 @@ def host_table(record: Record, cells: list[Cell]) -> Table:
                 figures.append(rate_text(m))
                 continue
             mark = BEST if m.least == fastest else ""
-            spread = record.printed_spread(cell.kind, m)
-            figures.append(f"{m.least * 1e6:.1f} ±{spread:.0%}{mark} ({m.seconds * 1e6:.1f})")
+            median = f"{m.seconds * 1e6:.1f} ±{record.printed_spread(cell.kind, m):.0%}"
+            figures.append(f"{m.least * 1e6:.1f}, median {median}{mark}")
         table.add_row(cell.case.label, *figures)
     return table
 

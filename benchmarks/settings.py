@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HOST_ROUNDS = 10  # in a host cell, for one in another: they take milliseconds, and one of them is to find the machine quiet
+# In a host cell, for one in another: with kernels they take milliseconds, and one of them is to find the machine quiet.
+HOST_ROUNDS = {"cuda": 10, "cpu": 1}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def main(connection: Connection, crew: Crew, settings: Settings) -> None:
         peers = [peer for peer in teams[kind][0] if case.direction in peer.directions]
         try:
             if kind == "host":
-                cell = runner.host(case, peers, lost, range(rounds.start * HOST_ROUNDS, rounds.stop * HOST_ROUNDS))
+                each = HOST_ROUNDS[bench.device]
+                cell = runner.host(case, peers, lost, range(rounds.start * each, rounds.stop * each))
             elif kind == "memory":
                 cell = runner.memory(case, peers, lost)
             elif kind == "first":

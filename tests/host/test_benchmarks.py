@@ -807,7 +807,7 @@ def test_the_hosts_figure_is_the_least_of_its_rounds():
     """Their median stands beside it; a file without rounds has one figure."""
     busy = Measurement(seconds=20e-6, spread=0.25, samples=[20e-6, 14e-6, 24e-6], visits=3)
     record = fakes.record_of(Cell("host", fakes.CASE, {"ours": busy, "torch_cudnn": Measurement(seconds=15e-6, spread=0.0)}))
-    assert "14.0 ±25%★ (20.0)" in shown(record)
+    assert "14.0, median 20.0 ±25%★" in shown(record)
     text = documents.host(record)
     assert "| ours | 14.0 (20.0) |" in text
     assert "| torch_cudnn | 15.0 |" in text
