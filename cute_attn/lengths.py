@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from itertools import compress, pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ import torch
 from cute_attn.arguments import check_layout, shown
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
-_NAMES = {there: " ".join(compress(NAMES, there)) for there in product((False, True), repeat=len(NAMES))}
 CHECK = "CUTE_ATTN_CHECK"  # in the environment: 1 to read lengths back and check them
 
 
@@ -34,8 +33,7 @@ class Lengths:
     @property
     def names(self) -> str:
         """Of those that there are: what ``Problem.ragged`` is."""
-        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = self.tensors
-        return _NAMES[cu_seqlens_q is not None, cu_seqlens_k is not None, seqused_q is not None, seqused_k is not None]
+        return names_of(NAMES, self.tensors)
 
     def bounds(self, side: int, rows: int) -> list[tuple[int, int]]:
         """Of queries (``side`` 0) or keys (1), ``rows`` in all: from which row up to which each sequence's lie. Read back from
@@ -87,6 +85,11 @@ def check_within(name: str, where: object, value: int, most: int, what: str) -> 
     """Refuse a value that was read back and is not from 0 to ``most``."""
     if not 0 <= value <= most:
         raise ValueError(f"{name}[{where}] is {value}; from 0 to {most}, {what}, is needed: check how {name} was made")
+
+
+def names_of(names: tuple[str, ...], tensors: tuple[Any, ...]) -> str:
+    """The names of the tensors that there are, with spaces between, as :class:`~cute_attn.problem.Problem` has them."""
+    return " ".join([name for name, x in zip(names, tensors, strict=True) if x is not None])
 
 
 def are_checked() -> bool:

@@ -9,19 +9,18 @@ written.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import compress, pairwise, product
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
 
 from cute_attn.arguments import check_layout, check_tensor, shown
-from cute_attn.lengths import are_checked, check_within, in_one_piece, sequences_of
+from cute_attn.lengths import are_checked, check_within, in_one_piece, names_of, sequences_of
 
 PAGE_SIZE_MAX = 1024
 UNITS_MAX = 64  # where keys are split at fixed places: into so many parts at most
 NAMES = ("lengths", "page_table", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_begin")
 CODE_NAMES = NAMES[1:6]  # of those that are None or not, which a kernel's code depends on
-_NAMES = {there: " ".join(compress(CODE_NAMES, there)) for there in product((False, True), repeat=len(CODE_NAMES))}
 
 
 @dataclass(slots=True)
@@ -53,8 +52,7 @@ class Stored:
     @property
     def names(self) -> str:
         """Which of :data:`CODE_NAMES` there are: what ``Problem.stored`` is."""
-        there = self.page_table, self.cache_batch_idx, self.leftpad_k, self.cu_seqlens_q, self.cu_seqlens_k_new
-        return _NAMES[tuple(x is not None for x in there)]
+        return names_of(CODE_NAMES, self.where[1:])
 
     @property
     def packed(self) -> bool:
