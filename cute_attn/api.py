@@ -33,6 +33,8 @@ BACKENDS = ("auto", "cute", "reference")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _ON_GPU = frozenset({"auto", "cute"})
+# Arguments that are handed on together, as ``rules``, ``how`` and ``extras``.
+_RULES, _HOW = ("scale", "causal", "window", "softcap"), ("return_lse", "deterministic", "backend", "mechanism")
 _EXTRAS = "mask", "score", "tensors", "alibi_slopes", "bias", "sinks", "dropout_p"
 _NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
 _kept: dict[tuple | None, Any] = {}  # a Call, or, of ragged sequences, what one is made of
@@ -162,61 +164,65 @@ def attention(
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed
     ragged = not (seqused_q is seqused_k is None)
-    if ragged:
-        plain = plain and are_plain((seqused_q, seqused_k))
+    call: Call | None = None
+    if plain and extras is None and block_mask is None and not ragged:  # the usual case
+        call = _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism, backend)
+        if call.plans is not None:
+            return _by_kernels(q, k, v, call, return_lse, mechanism)
+    rules, how = (scale, causal, window, softcap), (return_lse, deterministic, backend, mechanism)
+    plain = plain and are_plain((seqused_q, seqused_k))
     handle = None if plain else wrapped.handler(q, k, v, seqused_q=seqused_q, seqused_k=seqused_k)
     if block_mask is not None and (ragged or handle is not None):
         raise NotImplementedError(
             "block_mask is given with nested tensors, DTensors, results of collectives or seqused; plain tensors with "
             "sequences of one length are needed: try mask= alone, or masks.document for sequences that are packed in one"
         )
-    if ragged or handle is not None:
-        how, rules = (return_lse, deterministic, backend, mechanism), (scale, causal, window, softcap)
     if handle is not None:
         used = {"seqused_q": seqused_q, "seqused_k": seqused_k} if ragged else {}
         return _of_others(handle, attention, q, k, v, rules, extras, how, used)
     if ragged:
-        return _attention_to_rows_in_use(q, k, v, (None, None, seqused_q, seqused_k), rules, extras, how, plain, transformed)
-    if extras is None and plain and block_mask is None:
-        call = _kept_call(q, k, v, scale, causal, window, softcap, return_lse, deterministic, mechanism, backend)
-        if call.plans is not None:
-            return _by_kernels(q, k, v, call, return_lse, mechanism)
-    else:
-        if (extras is not None or block_mask is not None) and is_dynamo_compiling():
-            rules, how = (scale, causal, window, softcap), (return_lse, deterministic, backend, mechanism)
-            return _in_graph(attention, (q, k, v), {}, rules, extras, block_mask, how)
+        return _of_lengths(q, k, v, (None, None, seqused_q, seqused_k), rules, extras, how, plain, transformed)
+    if (extras is not None or block_mask is not None) and is_dynamo_compiling():
+        return _in_graph(attention, (q, k, v), {}, rules, extras, block_mask, how)
+    if call is None:
         call = check_call(q, k, v, scale, causal, window, softcap)
     if block_mask is not None:
         call.blocks, mask = blocks.taken(block_mask, mask, call, q)
         extras = mask, score, tensors, alibi_slopes, bias, sinks, dropout_p
     if extras is not None:
         take_extras(call, q, extras, call.batch, (call.seqlen_q, call.seqlen_k))
-    how = return_lse, deterministic, backend, mechanism
     out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
     return (out, lse) if return_lse else out
 
 
-def _attention_to_rows_in_use(q, k, v, lengths: tuple, rules: tuple, extras, how: tuple, plain: bool, transformed: bool):
-    """:func:`attention` of rectangles of which some rows aren't in use: sequences of different lengths to whatever computes."""
-    (scale, causal, window, softcap), (return_lse, deterministic, backend, mechanism) = rules, how
-    of_rules = q, k, v, lengths, scale, causal, window, softcap
+def _of_lengths(q, k, v, lengths: tuple, rules: tuple, extras, how: tuple, plain: bool, transformed: bool):
+    """What attention of sequences of different lengths returns: packed ones, or, without bounds of queries, rectangles of which
+    some rows aren't in use, which are sequences to whatever computes."""
+    packed, scale, (return_lse, _, _, mechanism) = lengths[0] is not None, rules[0], how
     if extras is not None and is_dynamo_compiling():
-        return _in_graph(attention, (q, k, v), {"seqused_q": lengths[2], "seqused_k": lengths[3]}, rules, extras, None, how)
+        named = {name: x for name, x in zip(NAMES, lengths, strict=True) if packed or name in ("seqused_q", "seqused_k")}
+        return _in_graph(attention_varlen if packed else attention, (q, k, v), named, rules, extras, None, how)
     if extras is None and plain:
-        call = _kept_call_of_lengths(*of_rules, return_lse, deterministic, mechanism, backend)
+        call = _kept_call_of_lengths(q, k, v, lengths, rules, how)
     else:
-        call = _call_of_lengths(*of_rules)
-    batch, seqlen_q, _, _ = q.shape
+        call = _call_of_lengths(q, k, v, lengths, rules)
     if extras is not None:
-        take_extras(call, q, extras, batch, (seqlen_q, k.shape[1]))
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        assert call.lengths is not None
+        take_extras(call, q, extras, call.lengths.count, None if packed else (q.shape[1], k.shape[1]))
+    if not packed:
+        batch, seqlen_q, _, _ = q.shape
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     if call.plans is None:
-        found = _computed(q, k, v, call, scale, how, plain, transformed)
+        found: Any = _computed(q, k, v, call, scale, how, plain, transformed)
     else:
         found = _by_kernels(q, k, v, call, return_lse, mechanism)
+        if packed:
+            return found
     out, lse = found if type(found) is tuple else (found, None)
-    out = out.view(batch, seqlen_q, *out.shape[1:])
-    return (out, lse.view(call.heads, batch, seqlen_q).transpose(0, 1)) if return_lse else out
+    if not packed:
+        out = out.view(batch, seqlen_q, *out.shape[1:])
+        lse = lse.view(call.heads, batch, seqlen_q).transpose(0, 1) if return_lse else None
+    return (out, lse) if return_lse else out
 
 
 def are_usual_kinds(scale, window, softcap) -> bool:
@@ -246,11 +252,10 @@ def _kept_call(
     return call
 
 
-def _kept_call_of_lengths(
-    q, k, v, lengths: tuple, scale, causal, window, softcap, return_lse, deterministic, mechanism, backend
-) -> Call:
+def _kept_call_of_lengths(q, k, v, lengths: tuple, rules: tuple, how: tuple) -> Call:
     """The same of ragged sequences, as many of them: a call of its own, which has its lengths, with the plans of all alike. The
     lengths' dtypes and devices the launcher looks at, too. As for :func:`_call_of_lengths`."""
+    (scale, causal, window, softcap), (return_lse, deterministic, backend, mechanism) = rules, how
     first, second, used_q, used_k = lengths  # a loop takes twice as long
     of_used = None if used_q is None else used_q.numel(), None if used_k is None else used_k.numel()
     sizes = None if first is None else first.numel(), None if second is None else second.numel(), of_used
@@ -259,13 +264,13 @@ def _kept_call_of_lengths(
     if kept is not None:
         make, count = kept
         return make(lengths=Lengths(count, lengths))
-    call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
+    call = _call_of_lengths(q, k, v, lengths, rules)
     if key is not None and call.lengths is not None and not are_checked():
         shape = call.batch, call.heads, call.heads_kv, call.seqlen_q, call.seqlen_k, call.head_dim, call.head_dim_v
         call.plans, call.kept_for = {}, (q.device, q.dtype)
         call.passes = launch.passes(return_lse, mechanism, deterministic)
-        rules = call.scale, call.left, call.right, call.softcap
-        make = partial(Call, *shape, *rules, plans=call.plans, kept_for=call.kept_for, passes=call.passes)
+        checked = call.scale, call.left, call.right, call.softcap
+        make = partial(Call, *shape, *checked, plans=call.plans, kept_for=call.kept_for, passes=call.passes)
         _keep(key, (make, call.lengths.count))
     return call
 
@@ -291,9 +296,10 @@ def _keep(key: tuple, kept: Call | tuple) -> None:
     _kept[key] = kept
 
 
-def _call_of_lengths(q, k, v, lengths: tuple, scale, causal, window, softcap) -> Call:
+def _call_of_lengths(q, k, v, lengths: tuple, rules: tuple) -> Call:
     """That of packed sequences, or, without bounds of queries, of rectangles some of whose rows are in use."""
     packed = lengths[0] is not None
+    scale, causal, window, softcap = rules
     call = check_call(q, k, v, scale, causal, window, softcap, packed=packed)
     call.lengths = check_lengths(q, None if packed else call.batch, lengths)
     if not packed:
@@ -379,29 +385,13 @@ def attention_varlen(
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     transformed = transforms_active()
     plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not transformed and are_plain(lengths)
+    rules, how = (scale, causal, window, softcap), (return_lse, deterministic, backend, mechanism)
     if not plain and (handle := wrapped.handler(q, k, v, **(named := dict(zip(NAMES, lengths, strict=True))))):
-        how = return_lse, deterministic, backend, mechanism
-        return _of_others(handle, attention_varlen, q, k, v, (scale, causal, window, softcap), extras, how, named)
+        return _of_others(handle, attention_varlen, q, k, v, rules, extras, how, named)
     if cu_seqlens_q is None:
         check_call(q, k, v, scale, causal, window, softcap, packed=True)
         raise TypeError("cu_seqlens_q is None; an int32 tensor is needed: try torch.tensor(…, dtype=torch.int32)")
-    if extras is None and plain:
-        rules = scale, causal, window, softcap
-        call = _kept_call_of_lengths(q, k, v, lengths, *rules, return_lse, deterministic, mechanism, backend)
-        if call.plans is not None:
-            return _by_kernels(q, k, v, call, return_lse, mechanism)
-    else:
-        if extras is not None and is_dynamo_compiling():
-            named, rules = dict(zip(NAMES, lengths, strict=True)), (scale, causal, window, softcap)
-            how = return_lse, deterministic, backend, mechanism
-            return _in_graph(attention_varlen, (q, k, v), named, rules, extras, None, how)
-        call = _call_of_lengths(q, k, v, lengths, scale, causal, window, softcap)
-    if extras is not None:
-        assert call.lengths is not None
-        take_extras(call, q, extras, call.lengths.count)
-    how = return_lse, deterministic, backend, mechanism
-    out, lse = _computed(q, k, v, call, scale, how, plain, transformed)
-    return (out, lse) if return_lse else out
+    return _of_lengths(q, k, v, lengths, rules, extras, how, plain, transformed)
 
 
 def extras_of_call(mask, score, tensors, alibi_slopes, bias, sinks, dropout_p) -> tuple | None:
@@ -464,12 +454,11 @@ def _in_graph(function: Callable, tensors: tuple, lengths: dict, rules: tuple, e
     makes a graph. It follows mask and score, as it does everything a user writes, so that the graph is for what they are now,
     and closures and arguments are its operands. What it made of them comes to :func:`_of_graph`, with symbols, where the graph
     is run to be made another one of operators."""
-    named = dict(zip(("return_lse", "deterministic", "backend", "mechanism"), how, strict=True)) | lengths
     scale, causal, window, softcap = rules
     if isinstance(window, (tuple, list)) and any(map(is_traced, window)):
         window = tuple(integer("a side of window", x, UNBOUNDED) if is_traced(x) else x for x in window)
     scale, softcap = (number(name, x, SCALES) if is_traced(x) else x for name, x in (("scale", scale), ("softcap", softcap)))
-    named |= {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    named = dict(zip(_HOW + _RULES, (*how, scale, causal, window, softcap), strict=True)) | lengths
     if not is_dynamo_compiling():  # it could not, and has left the call out of its graph
         named |= dict(zip(_EXTRAS, extras or (), strict=False)) | ({} if block_mask is None else {"block_mask": block_mask})
         return _unseen(function)(*tensors, **named)
@@ -537,9 +526,9 @@ def _of_others(handle: Callable, function: Callable, q, k, v, rules: tuple, extr
             "each rank's own are needed, since positions and heads would be those of a shard: try x.to_local() of q, k and v"
         )
     named = dict(zip(_EXTRAS, extras or (), strict=False))
-    named |= dict(zip(("scale", "causal", "window", "softcap"), rules, strict=True))
-    others = dict(zip(("return_lse", "deterministic", "backend", "mechanism"), how, strict=True))
-    return handle(attention_varlen if handle is wrapped.nested else function, q, k, v, named, others | lengths)
+    named |= dict(zip(_RULES, rules, strict=True))
+    others = dict(zip(_HOW, how, strict=True)) | lengths
+    return handle(attention_varlen if handle is wrapped.nested else function, q, k, v, named, others)
 
 
 def are_plain(tensors: tuple) -> bool:
