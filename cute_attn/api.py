@@ -422,7 +422,7 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
         call.seed = dropout.draw_seed(q.device)
     if extras_of_call(mask, score, tensors, alibi_slopes, bias, None, 0.0):
         behind = type(call.right) is int and call.right <= 0  # of a symbol nobody knows
-        as_text = wrapped.is_traced(q) or bool(dispatch_modes())
+        as_text = is_compiling() or wrapped.has_no_values(q) or bool(dispatch_modes())
         given = mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths, behind, as_text
         expression, call.captured = _unseen(traced)(*given)
         call.expression = expression if as_text else expression.fitting(call)

@@ -335,7 +335,7 @@ def _scores(q, k, lengths: tuple) -> int:
     if batch:
         return heads * batch[0] * seqlen_q * seqlen_k
     ragged = check_lengths(q, None, lengths)
-    if q.is_meta or isinstance(q, wrapped.TRACED):
+    if wrapped.has_no_values(q):
         return heads * seqlen_q * seqlen_k // max(ragged.count, 1)
     spans = zip(ragged.in_use(0, seqlen_q), ragged.in_use(1, seqlen_k), strict=True)
     return heads * sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in spans)

@@ -56,7 +56,7 @@ def gradient(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
         return x
     if type(x) is torch.Tensor and x.is_cuda and not is_transformed(x) and have_memory(x):  # the usual case
         return x
-    if x.is_meta or isinstance(x, TRACED):
+    if has_no_values(x):
         return x
     if type(x) is not torch.Tensor:
         x = finished(x)
@@ -247,9 +247,9 @@ def refuse_transforms() -> NoReturn:
     )
 
 
-def is_traced(q: torch.Tensor) -> bool:
-    """Whether a graph is made, or a tensor has no values."""
-    return torch.compiler.is_compiling() or q.is_meta or isinstance(q, TRACED)
+def has_no_values(x: torch.Tensor) -> bool:
+    """Whether a tensor has a shape only, or torch traces what is done with it."""
+    return x.is_meta or isinstance(x, TRACED)
 
 
 def check_mapped(q, k, v) -> None:
