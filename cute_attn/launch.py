@@ -407,21 +407,15 @@ def _lists_of_gradients(call: Call, planned: _PlannedGradients) -> tuple:
 
 def classify(kinds: torch.Tensor, expression: Expression, captured: tuple, seqlen_q: int, seqlen_k: int) -> None:
     """``blocks.classified`` by a kernel, on the current stream."""
-    device = kinds.get_device()
     problem = Problem.intern("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, expression=expression, blocks="classified")
-    function, _ = prepared(problem, None, device)
-    read = tuple(map(as_read, captured)) if captured else None
-    with torch.cuda.device(device):
-        function(kinds, read, seqlen_q, seqlen_k, raw_stream(device))
+    _run_alone(problem, kinds, tuple(map(as_read, captured)) if captured else None, seqlen_q, seqlen_k)
 
 
 def enlist(which: str, kinds: torch.Tensor, lists: torch.Tensor, down: int, across: int, members: int) -> None:
     """Fills ``lists``, zeros so far, with a block mask's ``"key lists"`` or ``"query lists"`` of tiles of ``down`` × ``across``
     blocks, on the current stream."""
-    device = kinds.get_device()
-    function, _ = prepared(Problem.intern("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, blocks=which), None, device)
-    with torch.cuda.device(device):
-        function(kinds, lists, down, across, members, raw_stream(device))
+    problem = Problem.intern("bfloat16", HEAD_DIM_STEP, HEAD_DIM_STEP, blocks=which)
+    _run_alone(problem, kinds, lists, down, across, members)
 
 
 def as_read(x: torch.Tensor) -> torch.Tensor:
@@ -436,12 +430,17 @@ def merge(out, lse, more, lse_of_more, to_log2: float):
     """``reference.merge`` in one kernel, on the current stream: ``out`` is in float32 or in the dtype of ``more``."""
     into, so_far = (out, None) if out.dtype is torch.float32 else (torch.empty_like(out, dtype=torch.float32), out)
     if out.numel():
-        device = out.get_device()
         problem = Problem.intern(DTYPE_NAMES[more.dtype], out.shape[3], out.shape[3], merges=DTYPE_NAMES[out.dtype])
-        function, _ = prepared(problem, None, device)
-        with torch.cuda.device(device):
-            function(into, so_far, lse, more, lse_of_more, to_log2, raw_stream(device))
+        _run_alone(problem, into, so_far, lse, more, lse_of_more, to_log2)
     return into
+
+
+def _run_alone(problem: Problem, first: torch.Tensor, *others) -> None:
+    """A kernel of which no call's plan knows, on the device of its first argument and the current stream there."""
+    device = first.get_device()
+    function, _ = prepared(problem, None, device)
+    with torch.cuda.device(device):
+        function(first, *others, raw_stream(device))
 
 
 def packed_of(*parts: torch.Tensor) -> torch.Tensor | None:

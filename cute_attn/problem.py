@@ -400,11 +400,7 @@ def check_tensors_for_gpu(q, k, v, call: Call):
     Returns q, k, v as the kernels can read them: the same memory, see :func:`check_strides`.
     """
     check_for_kernels(q.dtype, call)
-    return (
-        q if is_aligned(q) else check_strides("q", q),
-        k if is_aligned(k) else check_strides("k", k),
-        v if is_aligned(v) else check_strides("v", v),
-    )
+    return check_strides("q", q), check_strides("k", k), check_strides("v", v)
 
 
 def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
@@ -446,7 +442,7 @@ def is_aligned(x: torch.Tensor) -> bool:
         strides = x.stride()
         s0, s1, s2, s3 = strides if len(strides) == 4 else (0, *strides)
         address = x.data_ptr()
-    except RuntimeError:  # a tensor without memory of its own: check_strides says which
+    except (RuntimeError, ValueError):  # a tensor without memory of its own, or of other dimensions: check_strides looks closer
         return False
     return bool(s3 == 1 and address) and not ((s0 | s1 | s2) % ALIGN_ELEMENTS or address % ALIGN_BYTES)
 
@@ -455,6 +451,8 @@ def check_strides(name: str, x: torch.Tensor) -> torch.Tensor:
     """Check that 16-byte copies can read ``x``: memory of its own, last dimension contiguous, address and strides multiples
     of 16 bytes. Returns ``x`` as the kernels can read it: the same memory, see :func:`strides_for_kernels`.
     """
+    if is_aligned(x):
+        return x
     check_memory(name, x)
     view = strides_for_kernels(name, x)
     if x.data_ptr() % ALIGN_BYTES:

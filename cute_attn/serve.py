@@ -19,7 +19,7 @@ from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS, columns_written
 from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
 from cute_attn.private import current_device, empty_strided, raw_stream
-from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides, is_aligned
+from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides
 from cute_attn.stored import UNITS_MAX, Stored, unit_tiles
 from cute_attn.workspace import Workspaces
 
@@ -105,9 +105,7 @@ def forward(call: Call, mechanism: str | None, return_lse: bool, q, k_cache, v_c
     stored = call.stored
     assert stored is not None
     given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k_new": stored.k_new, "v_new": stored.v_new}
-    q, k_cache, v_cache, k_new, v_new = (
-        x if x is None or is_aligned(x) else check_strides(name, x) for name, x in given.items()
-    )
+    q, k_cache, v_cache, k_new, v_new = (x if x is None else check_strides(name, x) for name, x in given.items())
     where, new = stored.where, None
     if k_new is not None:
         new = k_new, v_new, *(stored.rotary or (None, None)), stored.rotary_begin if stored.rotary else None
