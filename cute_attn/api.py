@@ -532,6 +532,7 @@ def _of_others(handle: Callable, function: Callable, q, k, v, rules: tuple, extr
 
 
 def are_plain(tensors: tuple) -> bool:
+    """Whether all are torch's own tensors, or None."""
     return _PLAIN_OR_NONE.issuperset(map(type, tensors))
 
 

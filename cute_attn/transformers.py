@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from cute_attn import masks
-from cute_attn.api import attention, attention_varlen
+from cute_attn.api import are_plain, attention, attention_varlen
 from cute_attn.arguments import integer, name_of
 from cute_attn.expressions import traced
 from cute_attn.kvcache import attention_kvcache
@@ -582,9 +582,9 @@ def _read_as_stored(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: to
     """Whether attention to a cache takes these, which is for torch's own tensors, outside of graphs, and without gradients."""
     if torch.compiler.is_compiling() or dispatch_modes() or transforms_active() or any_autocast_enabled():
         return False
-    given = q, k, v, *(() if sinks is None else (sinks,))
-    plain = q.dtype == k.dtype == v.dtype and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in given)
-    return plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
+    given = q, k, v, sinks
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    return q.dtype == k.dtype == v.dtype and are_plain(given) and not differentiable
 
 
 def _beyond(attention_mask: object, dropout: float, bias, own: bool, packed: bool, others: dict[str, Any]) -> Beyond | None:
