@@ -468,7 +468,8 @@ def _in_graph(function: Callable, tensors: tuple, lengths: dict, rules: tuple, e
     mask, score, given, alibi_slopes, bias, sinks, dropout_p = extras or (None, None, (), None, None, None, 0)
     check_known(dropout_p)
     if block_mask is not None:
-        block_mask, mask = blocks.parts_of(block_mask, mask)
+        found, mask = blocks.with_mask(block_mask, mask)
+        block_mask = found.kinds, found.seqlen_q, found.seqlen_k
     check_functions(mask, score, given)
     made: dict[str, tuple] = {}
     if mask is not None or score is not None:

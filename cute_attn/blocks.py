@@ -278,11 +278,8 @@ _CONVERTED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def taken(given: Any, mask: Callable | None, call: Any, q: torch.Tensor) -> tuple[BlockMask, Callable]:
-    """``(block mask, mask function)`` of a checked call; FlexAttention's BlockMask is converted, and has a function of its own.
-
-    Raises ``TypeError`` and ``ValueError`` for what doesn't fit the call."""
-    blocks, of_its_own = (given, None) if isinstance(given, BlockMask) else _from_flex_attention(given)
-    mask = of_its_own if mask is None else mask
+    """:func:`with_mask` of a checked call. Raises ``TypeError`` and ``ValueError`` for what doesn't fit it."""
+    blocks, mask = with_mask(given, mask)
     if mask is None:
         raise TypeError("block_mask is given without mask; the function that it was made of is needed: try mask=fn as well")
     got = f"block_mask is of batch {blocks.batch}, heads {blocks.heads}, {blocks.seqlen_q} queries × {blocks.seqlen_k} keys"
@@ -303,10 +300,10 @@ def taken(given: Any, mask: Callable | None, call: Any, q: torch.Tensor) -> tupl
     return blocks, mask
 
 
-def parts_of(given: Any, mask: Callable | None) -> tuple[tuple, Callable | None]:
-    """``((kinds, seqlen_q, seqlen_k), mask)`` of a block mask of either kind and a mask function, while a graph is made."""
+def with_mask(given: Any, mask: Callable | None) -> tuple[BlockMask, Callable | None]:
+    """A block mask of either kind, and its mask function: that which is given, or FlexAttention's own."""
     blocks, of_its_own = (given, None) if isinstance(given, BlockMask) else _from_flex_attention(given)
-    return (blocks.kinds, blocks.seqlen_q, blocks.seqlen_k), of_its_own if mask is None else mask
+    return blocks, of_its_own if mask is None else mask
 
 
 def _from_flex_attention(given: Any) -> tuple[BlockMask, Callable]:
