@@ -24,7 +24,7 @@ from cute_attn.fields import counts_tiles, floats_of_a_row, has_signals, has_sum
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, TICKET_COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
-from cute_attn.lengths import NAMES, check_lengths
+from cute_attn.lengths import NO_LENGTHS, check_lengths
 from cute_attn.plan import configs, head_blocks, plan, rows_of_query_tile, takes_short, takes_tickets
 from cute_attn.private import current_device, empty_strided, raw_stream
 from cute_attn.problem import (
@@ -42,7 +42,7 @@ from cute_attn.workspace import Workspaces
 
 _tickets = Workspaces(torch.int32)
 WITHOUT_MEMORY = "a tensor without memory"
-NO_LENGTHS, _NO_LISTS = (None,) * len(NAMES), (None,) * 3
+_NO_LISTS = (None,) * 3
 
 
 @lru_cache(maxsize=64)

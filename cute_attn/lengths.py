@@ -16,6 +16,7 @@ import torch
 from cute_attn.arguments import check_layout, shown
 
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+NO_LENGTHS = (None,) * len(NAMES)  # of a rectangle
 CHECK = "CUTE_ATTN_CHECK"  # in the environment: 1 to read lengths back and check them
 
 

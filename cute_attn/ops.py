@@ -46,7 +46,7 @@ from cute_attn import autograd, launch, reference, wrapped
 from cute_attn.arguments import check_memory
 from cute_attn.blocks import BlockMask
 from cute_attn.expressions import restored
-from cute_attn.lengths import NAMES, check_lengths
+from cute_attn.lengths import NAMES, NO_LENGTHS, check_lengths
 from cute_attn.private import is_known
 from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_kernels
 
@@ -58,7 +58,6 @@ _ARGUMENTS = {  # of the forward pass, and of the backward pass
     True: "{tensors}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {rules}, str needs, {how}",
 }
 _NO_RULES: tuple[Any, ...] = None, None, None, None, "", "", 0.0
-_RECTANGLE = (None,) * len(NAMES)
 _EDGES, _HOW = "SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
 
@@ -79,7 +78,7 @@ def attention(q, k, v, call: Call, return_lse: bool, deterministic: bool, backen
         more = call.sinks, call.seed, kinds, list(call.captured) or None, text, numbers, call.dropout
     rules = *_as_operands(call.scale, softcap, of_graph=bool(more)), call.left, call.right
     how = deterministic, backend, mechanism
-    lengths = _RECTANGLE if call.lengths is None else call.lengths.tensors
+    lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
     operator = _overload("attention_rules" if more else "attention", rules)
     out, lse, _ = operator(q, k, v, *lengths, *more, *rules, return_lse, for_backward, *how)
     return out, lse
