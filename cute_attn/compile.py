@@ -81,19 +81,16 @@ def _from_disk_or_compiler(problem: Problem, config: Config) -> Callable:
     if _named_after_another():
         return compile_only(problem, config)
     name = entry_name(problem, config)
-    function = cache.load(folder, name)
-    if function is not None:
+    if (function := cache.load(folder, name)) is not None:
         return function
     with cache.filling(folder, name) as may_write:
-        if not may_write:
-            return compile_only(problem, config)
-        function = cache.load(folder, name)  # another process may have filled it while this one waited
-        if function is not None:
+        # Another process may have filled it while this one waited.
+        if may_write and (function := cache.load(folder, name)) is not None:
             return function
         function = compile_only(problem, config)
-        if _named_after_another():
-            return function
-        return cache.keep(folder, name, function, sources.fingerprint())
+        if may_write and not _named_after_another():
+            function = cache.keep(folder, name, function, sources.fingerprint())
+        return function
 
 
 def _named_after_another() -> bool:
