@@ -48,7 +48,7 @@ from cute_attn.blocks import BlockMask
 from cute_attn.expressions import restored
 from cute_attn.lengths import NAMES, NO_LENGTHS, check_lengths
 from cute_attn.private import is_known
-from cute_attn.problem import Call, check_call, check_for_kernels, strides_for_kernels
+from cute_attn.problem import Call, check_call, check_for_kernels, exact_dtype, strides_for_kernels
 
 _LIBRARY = torch.library.Library("cute_attn", "DEF")
 _TENSORS = ", ".join(["Tensor q, Tensor k, Tensor v", *(f"Tensor? {name}" for name in NAMES)])
@@ -223,8 +223,7 @@ def _shapes(tensors, lengths, _, rules, how):
             strides_for_kernels(name, x)
     *batch, seqlen_q, heads, _ = q.shape
     out = q.new_empty(*batch, seqlen_q, heads, call.head_dim_v)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse, kept = (q.new_empty(*batch, heads, seqlen_q, dtype=dtype) for _ in range(2))
+    lse, kept = (q.new_empty(*batch, heads, seqlen_q, dtype=exact_dtype(q.dtype)) for _ in range(2))
     return out, _or_nothing(lse if return_lse else None, out), _or_nothing(kept if for_backward else None, out)
 
 

@@ -364,6 +364,11 @@ def check_alike(q, k, v) -> None:
         raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; one device is needed: try k.to(q.device)")
 
 
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype products of inputs in ``dtype`` are added up, and log-sum-exps are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def problem_of(
     dtype: torch.dtype,
     call: Call,

@@ -48,7 +48,7 @@ from cute_attn import autocast
 from cute_attn.dropout import kept, kept_scale
 from cute_attn.expressions import TorchOps
 from cute_attn.lengths import Lengths
-from cute_attn.problem import Call
+from cute_attn.problem import Call, exact_dtype
 from cute_attn.rules import LN_2, LOG2_E, Band, HostOps, TensorOps, score_scales, softcap_slope, softcap_tanh
 from cute_attn.stored import Stored
 
@@ -67,7 +67,7 @@ def attention(q, k, v, call: Call, *, tile_m: int = 128, tile_n: int = 128) -> t
     Where there is a mask, a value that is not finite makes NaN of all of a row that sees it. Rows of no ragged sequence, or not
     in use, are zeros and −inf, too, and nothing looks at them.
     """
-    acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    acc_dtype = exact_dtype(q.dtype)
     *batch, seqlen_q, heads, _ = q.shape
     out = q.new_zeros(*batch, seqlen_q, heads, call.head_dim_v)
     lse_log2 = q.new_full((*batch, heads, seqlen_q), -torch.inf, dtype=acc_dtype)
@@ -288,7 +288,7 @@ def attention_kvcache(q, k_cache, v_cache, call: Call) -> tuple[torch.Tensor, to
         queries, added = _append(queries, k_cache, v_cache, call, stored, lengths, capacity)
         keys = [range(old.start, old.stop + n) for old, n in zip(keys, added, strict=True)]
     out = q.new_zeros(len(queries), call.heads, call.head_dim_v)
-    lse = q.new_full((call.heads, len(queries)), -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lse = q.new_full((call.heads, len(queries)), -torch.inf, dtype=exact_dtype(q.dtype))
     for i, rows in enumerate(_rows_of(stored.cu_seqlens_q, call.batch, queries)):
         where = _rows_of_cache(stored, i, keys[i], k_cache)
         tensors = queries[None, rows], k_cache[where][None], v_cache[where][None]
@@ -338,7 +338,7 @@ def _turned(x, stored: Stored, begin: int, step: int = 1) -> torch.Tensor:
     without tables."""
     if stored.rotary is None:
         return x
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = exact_dtype(x.dtype)
     positions = begin + step * torch.arange(len(x), device=x.device)
     where = positions.clamp(0, stored.rotary[0].shape[0] - 1)
     cos, sin = (table[where][:, None].to(dtype) for table in stored.rotary)

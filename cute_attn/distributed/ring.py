@@ -30,7 +30,7 @@ import torch.distributed as dist
 from cute_attn import autograd
 from cute_attn.distributed.schedule import Packed, Piece, Shards, pieces, spanned
 from cute_attn.lengths import Lengths
-from cute_attn.problem import Call
+from cute_attn.problem import Call, exact_dtype
 from cute_attn.rules import LN_2
 
 
@@ -136,7 +136,7 @@ class Merged:
         if whole:
             self.out = self.engine.merge(so_far, so_far_lse, out, lse, self.engine.to_log2)
         else:
-            self.out = so_far.to(_exact(self.like))
+            self.out = so_far.to(exact_dtype(self.like.dtype))
             self.engine.merge(self.out[:, rows], so_far_lse[:, :, rows], out, lse, self.engine.to_log2)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,8 +147,8 @@ class Merged:
     def _begun(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.out is None or self.lse is None:
             batch, rows, heads, _ = self.shape
-            self.out = self.like.new_zeros(self.shape, dtype=_exact(self.like))
-            self.lse = self.like.new_full((batch, heads, rows), -torch.inf, dtype=_exact(self.like))
+            self.out = self.like.new_zeros(self.shape, dtype=exact_dtype(self.like.dtype))
+            self.lse = self.like.new_full((batch, heads, rows), -torch.inf, dtype=exact_dtype(self.like.dtype))
         return self.out, self.lse
 
 
@@ -163,16 +163,12 @@ class Sum:
         if self.total is None and x.shape == self.like.shape:
             self.total = x
             return
-        exact = _exact(self.like)
+        exact = exact_dtype(self.like.dtype)
         self.total = self.like.new_zeros(self.like.shape, dtype=exact) if self.total is None else self.total.to(exact)
         self.total[:, rows] += x
 
     def rounded(self) -> torch.Tensor:
         return self.like.new_zeros(self.like.shape) if self.total is None else self.total.to(self.like.dtype)
-
-
-def _exact(like: torch.Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -219,7 +215,7 @@ class Ring:
 
         if self.queries_travel:
             batch, _, heads, head_dim_v = mine.shape
-            results = q.new_empty((batch, 0, heads, head_dim_v)), q.new_empty((batch, 0, heads), dtype=_exact(q))
+            results = q.new_empty((batch, 0, heads, head_dim_v)), q.new_empty((batch, 0, heads), dtype=exact_dtype(q.dtype))
             self._walk([q], list(results), compute, take)
         else:
             self._walk([k, v], [], compute, take)
