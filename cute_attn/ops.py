@@ -219,7 +219,7 @@ def _shapes(tensors, lengths, _, rules, how):
     call = _checked(q, k, v, lengths, scale, None, softcap)
     if not on_reference(backend, q):
         check_for_kernels(q.dtype, call)
-        for name, x in (("q", q), ("k", k), ("v", v)):
+        for name, x in zip("qkv", tensors, strict=True):
             strides_for_kernels(name, x)
     *batch, seqlen_q, heads, _ = q.shape
     out = q.new_empty(*batch, seqlen_q, heads, call.head_dim_v)
@@ -263,18 +263,16 @@ def _differentiate(ctx, dout, dlse, _):
     if arguments is not None:
         q, k, v, out, kept, dout, dlse, needs, *others = arguments
         lengths, (sinks, seed, kinds, *captured) = others[: len(NAMES)], others[len(NAMES) :]
-        more: tuple = ()
-        again = not ctx.for_backward
-        if ctx.with_rules:
-            text, derived, p = ctx.more
-            numbers = [i for i, x in enumerate(of_captured) if x]
-            again = not (ctx.for_backward and set(numbers) <= set(_numbers(derived)))
-            derived = " ".join(map(str, numbers)) if again else derived
-            more = sinks, seed, kinds, captured or None, text, derived, p
+        text, derived, p = ctx.more
+        numbers = [i for i, x in enumerate(of_captured) if x]
+        again = not (ctx.for_backward and set(numbers) <= set(_numbers(derived)))
+        derived = " ".join(map(str, numbers)) if again else derived
+        more = (sinks, seed, kinds, captured or None, text, derived, p) if ctx.with_rules else ()
+        called = "attention_rules" if ctx.with_rules else "attention"
         if again:  # of a graph that was made where no gradient, or not all of these, were needed
-            operator = _overload(f"attention{'_rules' * ctx.with_rules}", ctx.rules)
+            operator = _overload(called, ctx.rules)
             _, _, kept = operator(q, k, v, *lengths, *more, *ctx.rules, False, True, *ctx.how)
-        operator = _overload(f"attention{'_rules' * ctx.with_rules}_backward", ctx.rules)
+        operator = _overload(f"{called}_backward", ctx.rules)
         needs += "s" * of_sinks
         results = operator(q, k, v, *lengths, *more, out, kept, dout, dlse, *ctx.rules, needs, *ctx.how)
         given |= {i: dx for i, (name, dx) in enumerate(zip("qkv", results, strict=False)) if name in needs}
