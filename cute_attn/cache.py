@@ -135,15 +135,13 @@ def filling(folder: Path, name: str) -> Iterator[bool]:
         _warn_untrusted(folder, error)
     except (OSError, filelock.Timeout) as error:
         warn_of_folder(folder, error)
-    if not lock.is_locked:
-        yield False
-        return
     try:
-        yield True
+        yield lock.is_locked
     finally:
-        with suppress(OSError):  # whoever waits for it makes one anew, and finds the entry
-            Path(lock.lock_file).unlink()
-        lock.release()
+        if lock.is_locked:
+            with suppress(OSError):  # whoever waits for it makes one anew, and finds the entry
+                Path(lock.lock_file).unlink()
+            lock.release()
 
 
 def keep(folder: Path, name: str, function, fingerprint: str) -> Callable:
