@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from cute_attn import cache, layouts, sources
 from cute_attn.cache import cache_dir
-from cute_attn.fields import APPEND, ATTEND, BACKWARD, CLASSIFY, ENLIST, FORWARD, MERGE, Fields
+from cute_attn.fields import TABLES
 from cute_attn.layouts.base import Config
 from cute_attn.problem import Problem
 
@@ -50,26 +50,26 @@ def compile_only(problem: Problem, config: Config, options: str = ""):
     dsl = _import_dsl()
     sources.hold()
     forward = importlib.import_module("cute_attn.forward")
-    name, fields = _host_of(problem)
+    name = _host_of(problem)
     host = importlib.import_module(f"cute_attn.{name}")
-    arguments = forward.stand_ins(fields, problem, config)
+    arguments = forward.stand_ins(TABLES[name], problem, config)
     options = f"--enable-tvm-ffi --gpu-arch={config.target} {options}"
     return dsl.compile(host.host_function(problem, config), *arguments, options=options)
 
 
-def _host_of(problem: Problem) -> tuple[str, Fields]:
-    """The module of a problem's host function, and the fields that it takes."""
+def _host_of(problem: Problem) -> str:
+    """The module of a problem's host function."""
     if problem.merges:
-        return "merge", MERGE
+        return "merge"
     if problem.appends:
-        return "append", APPEND
+        return "append"
     if problem.rows:
-        return "attend", ATTEND
+        return "attend"
     if problem.blocks == "classified":
-        return "classify", CLASSIFY
+        return "classify"
     if problem.blocks in ("key lists", "query lists"):
-        return "enlist", ENLIST
-    return ("backward", BACKWARD) if problem.gradients else ("forward", FORWARD)
+        return "enlist"
+    return "backward" if problem.gradients else "forward"
 
 
 def _from_disk_or_compiler(problem: Problem, config: Config) -> Callable:

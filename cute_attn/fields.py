@@ -199,6 +199,12 @@ APPEND: Fields = (
     _STREAM,
 )
 
+# By the module that has the function to compile: all of these there are.
+TABLES: dict[str, Fields] = {
+    "forward": FORWARD, "backward": BACKWARD, "merge": MERGE, "classify": CLASSIFY, "enlist": ENLIST, "attend": ATTEND,
+    "append": APPEND,
+}  # fmt: skip
+
 
 def named(fields: Fields, values: Sequence) -> Any:
     """The values by the fields' names."""

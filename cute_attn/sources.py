@@ -169,7 +169,7 @@ def _parts() -> dict[str, ModuleSpec | None]:
     """All that kernels consist of, imported."""
     _texts()
     mainloops = import_module("cute_attn.mainloop")
-    for name in ("forward", "backward", "merge", "classify", "enlist", "attend", "append"):
+    for name in import_module("cute_attn.fields").TABLES:
         import_module(f"cute_attn.{name}")
     for found in pkgutil.iter_modules(mainloops.__path__):
         import_module(f"{mainloops.__name__}.{found.name}")
