@@ -167,7 +167,7 @@ def fa4(what: str, size: Size, device: str) -> Made:
     ids = document_ids(size.seqlen, device)
     bounds = torch.cat([torch.zeros(1, device=device), ids.bincount().cumsum(0)]).int()
     lengths = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
-    return lambda q, k, v: _first(flash_attn_varlen_func(q[0], k[0], v[0], **lengths))[None], []
+    return lambda q, k, v: _first(flash_attn_varlen_func(q.squeeze(0), k.squeeze(0), v.squeeze(0), **lengths))[None], []
 
 
 def _first(result: Any) -> torch.Tensor:
