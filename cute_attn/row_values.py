@@ -18,6 +18,9 @@ from cute_attn.mainloop.scores import rise_in_tile, with_rise
 from cute_attn.scheduler import place_of_block
 from cute_attn.sequences import Span, padded_span
 
+# In the L1 cache it would take the place of what is on its way.
+READ_ONCE = {"l1c_evict_priority": cute.nvgpu.CacheEvictionPriority.NO_ALLOCATE}
+
 
 class RowValues:
     """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums, or in the signals.
@@ -82,9 +85,8 @@ class RowValues:
             # A branch around what is read would keep the next row's back until this one's is there.
             exists, read = row + j * self.apart < mO.shape[0], cutlass.min(row + j * self.apart, mO.shape[0] - 1)
             column = cutlass.min(place, self.problem.head_dim_v // VECTOR - 1)
-            # Read once: in the L1 cache they would take the place of those on their way.
-            once = {"l1c_evict_priority": cute.nvgpu.CacheEvictionPriority.NO_ALLOCATE}
-            o, do, lse = vector(mO, read, column, **once), vector(mdO, read, column, **once), mLSE_raw[read]
+            o, do = (vector(m, read, column, **READ_ONCE) for m in (mO, mdO))
+            lse = mLSE_raw[read]
             lse = lse if exists else Float32.inf
             asked.append((o, do, lse))
         cute.arch.sync_warp()  # the compiler moves nothing that is read behind it
