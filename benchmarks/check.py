@@ -166,13 +166,14 @@ class Judge:
         self._plain_error[name] = max(self._plain_error.get(name, 0.0), _largest(plain.double() - exact))
         self._rounding[name] = max(self._rounding.get(name, 0.0), _largest(rounded - exact))
 
-    def verdict(self, outputs: dict[str, Any]) -> float:
-        """The relative error of a peer's outputs, ‖x − exact‖ / ‖exact‖, the largest over the outputs.
+    def verdict(self, outputs: dict[str, Any], unpadded: bool = False) -> float:
+        """The relative error of a peer's outputs, ‖x − exact‖ / ‖exact‖, the largest over the outputs. ``unpadded``: it was
+        given the rows in use alone.
 
         Raises :class:`WrongError` for one that is missing, misshapen, not finite or further off than allowed.
         """
         worst: dict[str, tuple[float, float, float]] = {}  # largest error, squared error, squared norm
-        checked = {name: self._checked(name, outputs.get(name)) for name in self._plain_error}
+        checked = {name: self._checked(name, outputs.get(name), unpadded) for name in self._plain_error}
         for name, index, exact in self._samples:
             off = checked[name][index].double() - exact
             largest, squared, norm = worst.get(name, (0.0, 0.0, 0.0))
@@ -188,13 +189,14 @@ class Judge:
                 )
         return max(math.sqrt(squared / norm) if norm else 0.0 for _, squared, norm in worst.values())
 
-    def _checked(self, name: str, got: Any) -> Tensor:
-        """An output's rows in use, all of which are finite; a peer may give these alone."""
+    def _checked(self, name: str, got: Any, unpadded: bool) -> Tensor:
+        """An output's rows in use, all of which are finite; who was given these alone gives no others."""
         if not isinstance(got, Tensor):
             raise WrongError(f"{name} is a {type(got).__name__}; a tensor is needed")
-        whole, in_use = (_shape(case, name) for case in (self._whole, self._case))
-        if tuple(got.shape) not in (whole, in_use):
-            raise WrongError(f"{name} has shape {tuple(got.shape)}; {whole} is needed")
+        in_use = _shape(self._case, name)
+        needed = in_use if unpadded else _shape(self._whole, name)
+        if tuple(got.shape) != needed:
+            raise WrongError(f"{name} has shape {tuple(got.shape)}; {needed} is needed")
         got = got.detach()[:, : in_use[1]]
         if unfit := got.numel() - int(torch.isfinite(got).sum()):
             raise WrongError(f"{name} has {unfit} values that are not finite, of {got.numel()}")

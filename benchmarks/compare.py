@@ -69,12 +69,16 @@ def _change(
         return Change(cell, peer, verdict, reason=now.status if not now.reason else f"{now.status}: {now.reason}")
     if cell.kind == "memory":
         return _change_of_memory(cell, peer, then.peak_bytes, now.peak_bytes)
-    seconds = [m.least if cell.kind == "host" else m.seconds for m in (then, now)]
+    of_least = cell.kind == "host"
+    seconds = [m.least if of_least else m.seconds for m in (then, now)]
     if seconds[0] is None or seconds[1] is None:  # ok says otherwise; this says it to the type checker
         return Change(cell, peer, "same")
     change = seconds[1] / seconds[0] - 1
-    spread = sum(run.printed_spread(cell.kind, m) for run, m in zip(runs, (then, now), strict=True))
-    usual = sum(run.usual_spread(cell.kind, NINE_IN_TEN) for run in runs)
+    if of_least:  # which a round that was disturbed doesn't move
+        spread, usual = then.above_least + now.above_least, 0.0
+    else:
+        spread = sum(run.printed_spread(cell.kind, m) for run, m in zip(runs, (then, now), strict=True))
+        usual = sum(run.usual_spread(cell.kind, NINE_IN_TEN) for run in runs)
     one_visit = cell.kind in RATES and min(then.visits, now.visits) == 1
     threshold = max(spread, usual, ONE_VISIT_FLOOR if one_visit else FLOOR[cell.kind])
     verdict = "slower" if change > threshold else "faster" if change < -threshold else "same"

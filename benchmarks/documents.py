@@ -22,7 +22,7 @@ from benchmarks.parts.catalogue import PARTS
 from benchmarks.parts.results import Figure, PartsRecord
 from benchmarks.parts.show import MARKED, SHIPPED, number
 from benchmarks.parts.verdict import verdicts
-from benchmarks.report import HOST_BOUND, PAIRS, headline, pair, ratio
+from benchmarks.report import HOST_BOUND, PAIRS, headline, is_of_host, pair, ratio
 from benchmarks.results import THREE_IN_FOUR, Cell, Measurement, Record
 from cute_attn.command import write_whole
 
@@ -98,21 +98,22 @@ def every_rate(record: Record, direction: str = "forward") -> str:
     peers = record.peer_names(cells)
     pairs = {title: who for title, who in PAIRS.items() if any(pair(cell, *who) for cell in cells)}
     lines = _header(["case", *peers, *pairs, "ours ÷ best peer"])
-    columns: list[list[float | None]] = []
+    rows: list[list[tuple[float | None, bool]]] = []  # figures, and whether they are the host's
     for cell in cells:
         rates = cell.rates()
-        ratios = [*(pair(cell, *who) for who in pairs.values()), ratio(cell)]
-        columns.append([*(rates.get(name) for name in peers), *ratios])
+        ratios = [*((pair(cell, *who), is_of_host(cell, *who[:2])) for who in pairs.values()), (ratio(cell), is_of_host(cell))]
+        rows.append([*((rates.get(name), is_of_host(cell, name)) for name in peers), *ratios])
         shown = [_marked(cell.results.get(name), rates.get(name) == max(rates.values())) for name in peers]
-        lines.append(_row([_name(cell), *shown, *(_number(x, 2) for x in ratios)]))
+        lines.append(_row([_name(cell), *shown, *(_number(x, 2, of_host) for x, of_host in ratios)]))
     means = []  # of whole columns only: means over different rows don't compare
-    for i, column in enumerate(zip(*columns, strict=True)):
-        whole = [value for value in column if value]
-        means.append(_number(geometric_mean(whole) if len(whole) == len(column) else None, 0 if i < len(peers) else 2))
+    for i, column in enumerate(zip(*rows, strict=True)):
+        whole = [value for value, _ in column if value]
+        mean = geometric_mean(whole) if len(whole) == len(column) else None
+        means.append(_number(mean, 0 if i < len(peers) else 2, any(of_host for _, of_host in column)))
     lines.append(_row(["geometric mean", *means]))
     marks = (
         f"± is given from {NOTED:.0%} on; three in four figures have ±{record.usual_spread('burst', THREE_IN_FOUR):.1%} or "
-        f"less. {HOST_BOUND} the device waited for the host: the figure is the host's."
+        f"less. {HOST_BOUND} the device waited for the host: the figure is the host's, or made of one that is."
     )
     return "\n".join(lines) + f"\n\n{marks}\n"
 
@@ -340,8 +341,8 @@ BLOCKS: dict[str, tuple[Callable, Callable[..., str]]] = {
 }
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int, of_host: bool = False) -> str:
+    return "" if value is None else f"{value:.{digits}f}" + HOST_BOUND * of_host
 
 
 def _name(cell: Cell) -> str:

@@ -124,7 +124,7 @@ def rates_table(record: Record, cells: list[Cell], title: str, anchors: Anchors 
         row: list[str | Text] = [cell.case.label.split(" ", 1)[1], text(cell, cell.ceiling)]
         row += [text(cell, cell.results.get(name), name == best) for name in peers]
         row += [rate(rates.get(name)) + (f" {BEST}" if name == best else "") for name in recorded]
-        row += [_number(ratio(cell, anchors), "{:.2f}"), _number(of_matmul(cell), "{:.0%}")]
+        row += [_number(ratio(cell, anchors), "{:.2f}") + HOST_BOUND * is_of_host(cell), _number(of_matmul(cell), "{:.0%}")]
         table.add_row(*row)
     table.add_section()
     for summary in _summary_rows(cells, peers, recorded, anchors):
@@ -239,6 +239,16 @@ def recorded_peers(cells: list[Cell], anchors: Anchors | None) -> list[str]:
 
 def anchored(cell: Cell, anchors: Anchors | None) -> dict[str, float]:
     return anchors.rates.get(cell.case, {}) if anchors is not None else {}
+
+
+def is_of_host(cell: Cell, *names: str) -> bool:
+    """Whether one of these peers' figures is the host's; without names, ours or the best peer's."""
+    rates = cell.rates()
+    if not names:
+        others = {name: rate for name, rate in rates.items() if not is_ours(name)}
+        best = cell.ours, max(others.values(), default=None)
+        names = tuple(name for name, rate in rates.items() if rate in best)
+    return any(name in rates and cell.results[name].host_bound for name in names)
 
 
 def ratio(cell: Cell, anchors: Anchors | None = None) -> float | None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import statistics
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -70,6 +71,13 @@ class Measurement:
     def least(self) -> float | None:
         """Of the rounds the least, what a call costs the host: other processes only add to it."""
         return min(self.samples, default=self.seconds)
+
+    @property
+    def above_least(self) -> float:
+        """How far a quarter of the rounds reach above the least, as a fraction of it: what another least would differ by."""
+        if not self.least or len(self.samples) < 2:
+            return 0.0
+        return statistics.quantiles(self.samples, n=4, method="inclusive")[0] / self.least - 1
 
     def joined(self, later: Measurement) -> Measurement:
         """One measurement of this and of a later visit. Who failed in one of them has no figure."""
@@ -272,8 +280,8 @@ class Record:
 
     def save_csv(self, path: Path) -> None:
         """One line per peer and cell, with the counts that turn seconds into rates."""
-        columns = ["status", "seconds", "spread", "visits", "tflops", "tbytes_per_s", "sm_mhz", "watts", "utilization", "error",
-                   "peak_bytes", "host_bound", "reason"]  # fmt: skip
+        columns = ["status", "seconds", "least", "spread", "visits", "tflops", "tbytes_per_s", "sm_mhz", "watts", "utilization",
+                   "error", "peak_bytes", "host_bound", "reason"]  # fmt: skip
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(["kind", *Case.__dataclass_fields__, "flops", "bytes", "peer", *columns])

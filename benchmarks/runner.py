@@ -206,7 +206,7 @@ class Runner:
         began = self._bench.clock.now()
         step.poison()
         outputs = step.outputs(step.call())
-        entrant.result.error = judge.verdict(outputs)
+        entrant.result.error = judge.verdict(outputs, step.unpadded)
         entrant.result.extra["first_call_s"] = self._bench.clock.now() - began
         if step.zeros_from and (unlike := [name for name, x in outputs.items() if x[:, step.zeros_from :].any()]):
             raise WrongError(f"{' and '.join(unlike)}: rows not in use are not zeros, which was promised")
@@ -312,6 +312,7 @@ class Step:
         self._case, self._peer, self._device = case, peer, inputs.q.device
         self.repeatable = peer.repeatable
         self.zeros_from = case.used if peer.zeros else 0  # rows; 0: none are promised
+        self.unpadded = peer.unpadded
         if peer.unpadded:
             inputs = inputs.in_use(case)
         self.held_bytes = 0  # of the output that a backward pass starts from

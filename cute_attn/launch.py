@@ -37,6 +37,7 @@ from cute_attn.problem import (
     check_tensors_for_gpu,
     is_aligned,
     problem_of,
+    strides_for_kernels,
 )
 from cute_attn.workspace import Workspaces
 
@@ -466,7 +467,7 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     expanded = any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True))
     with suppress(ValueError):
         if not expanded:
-            return check_strides("x", x)
+            return check_strides("x", strides_for_kernels("x", x))  # dimensions of size 1 may have any, 0 too
     return x.clone(memory_format=torch.contiguous_format)
 
 

@@ -615,8 +615,8 @@ def test_compiled_by_torch(mechanism):
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_memory_at_64k_tokens(d, deterministic, heads, mechanism):
     """Beyond inputs, outputs and gradients: dQ's sums in float32 and 16 bytes a query row for delta, the log-sum-exp and
-    counters. Of the backward pass that is what the allocator is asked for: of a large block it cuts off nothing smaller than
-    1 MiB, and counts it all as allocated."""
+    counters. That is what the allocator is asked for: of a large block it cuts off nothing smaller than 1 MiB, and counts all of
+    it as allocated."""
     sq = 65536
     heads, heads_kv = heads
     q, k, v = (torch.randn(1, sq, h, d, dtype=BF16, device="cuda").requires_grad_() for h in (heads, heads_kv, heads_kv))
@@ -628,10 +628,10 @@ def test_memory_at_64k_tokens(d, deterministic, heads, mechanism):
 
     def measured():
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        before = requested("current")
         torch.cuda.reset_peak_memory_stats()
         out = attention(q, k, v, causal=True, deterministic=deterministic, mechanism=mechanism)
-        kept, at_most = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        kept, at_most = requested("current") - before, requested("peak") - before
         torch.cuda.reset_peak_memory_stats()
         before = requested("current")
         gradients = torch.autograd.grad(out, (q, k, v), dout)

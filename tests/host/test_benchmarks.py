@@ -149,12 +149,14 @@ def test_padded_sequences_are_checked_as_their_rows_in_use(name, direction, monk
     inputs = make_inputs(case, "cpu", 0)
     judge, step = Judge(case, inputs), Step(case, REGISTRY[name], inputs)
     outputs = step.outputs(step.call())
-    assert judge.verdict(outputs) < 1e-5
+    assert judge.verdict(outputs, step.unpadded) < 1e-5
     assert {x.shape[1] for x in outputs.values()} == {60 if name == "ours_reference" else 23}
+    with pytest.raises(WrongError, match=r"has shape .* is needed"):
+        judge.verdict(outputs, not step.unpadded)
     assert not any(x[:, step.zeros_from :].any() for x in outputs.values())
     for x in outputs.values():
         x[:, 23:] = float("nan")  # which another library may leave there
-    assert judge.verdict(outputs) < 1e-5
+    assert judge.verdict(outputs, step.unpadded) < 1e-5
     step = Step(replace(case, used=0, causal=False), REGISTRY["ours_reference"], inputs)
     with pytest.raises(WrongError, match="is off by"):
         judge.verdict(step.outputs(step.call()))
@@ -814,6 +816,12 @@ def test_the_hosts_figure_is_the_least_of_its_rounds():
     quiet = replace(busy, seconds=14.1e-6, spread=0.01, samples=[14.2e-6, 14e-6, 14.1e-6])
     (change,) = compare.compare(*two_runs(busy, quiet, "host"))
     assert (change.verdict, change.change) == ("same", 0.0)
+    # A round that something else disturbed hides no change of the least.
+    rounds = [14e-6, 14.1e-6, 14.2e-6, 14.3e-6] * 5
+    slower = [1.3 * x for x in rounds[:-1]] + [50e-6]
+    for before, after, verdict in ((rounds, slower, "slower"), (slower, rounds, "faster"), (slower, slower, "same")):
+        (change,) = compare.compare(*two_runs(*(replace(busy, samples=x) for x in (before, after)), "host"))
+        assert change.verdict == verdict
 
 
 def test_an_unfinished_run_says_so():

@@ -413,6 +413,19 @@ def test_all_signals_are_cleared_where_the_first_kernel_does(ragged):
     assert len(seen) > 1
 
 
+def test_a_stride_that_is_never_used_is_one_that_kernels_count_on():
+    """Of a dimension of size 1, which a gradient may have from expanding: 0, or what is no multiple."""
+    x = torch.zeros(512, dtype=torch.bfloat16)
+    for strides in ((0, 64, 16, 1), (3, 64, 16, 1), (512, 64, 16, 1)):
+        given = x.as_strided((1, 8, 4, 16), strides)
+        read = launching._readable(given)
+        assert read.data_ptr() == given.data_ptr()
+        assert read.stride(0) > 0
+        assert read.stride(0) % 8 == 0
+    expanded = x.as_strided((2, 8, 4, 16), (0, 64, 16, 1))
+    assert launching._readable(expanded).is_contiguous()
+
+
 def test_heads_may_come_first(gpu, monkeypatch):
     """Then outputs and gradients are views of memory in which they don't, and parts of a packed tensor where q, k, v are."""
     monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
