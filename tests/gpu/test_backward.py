@@ -615,8 +615,8 @@ def test_compiled_by_torch(mechanism):
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_memory_at_64k_tokens(d, deterministic, heads, mechanism):
     """Beyond inputs, outputs and gradients: dQ's sums in float32 and 16 bytes a query row for delta, the log-sum-exp and
-    counters. That is what the allocator is asked for: of a large block it cuts off nothing smaller than 1 MiB, and counts all of
-    it as allocated."""
+    counters. That is what the allocator is asked for: of a large block it cuts off nothing smaller than 1 MiB, and counts all
+    of it as allocated."""
     sq = 65536
     heads, heads_kv = heads
     q, k, v = (torch.randn(1, sq, h, d, dtype=BF16, device="cuda").requires_grad_() for h in (heads, heads_kv, heads_kv))
