@@ -3,7 +3,7 @@
 A figure's spread is half the range of its rounds, or what three in four of its run's figures scatter by, if that is more: so
 it is printed, and two runs of the same thing differ by no more than their two. To count as a change, a difference has to be
 larger than that, and than what nine in ten of all figures of the two runs scatter by. Of the host's figures the least of the
-rounds are compared, of all others the medians.
+rounds are compared, and as far as a quarter of the rounds reach above it is what they scatter by; of all others the medians.
 """
 
 from __future__ import annotations

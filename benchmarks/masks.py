@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import ahead, arguments, card, supervise, timing
-from benchmarks.peers import only
+from benchmarks.peers import only, without_batch
 from cute_attn import attention, block_mask, command, masks, scores
 from cute_attn.command import write_whole
 
@@ -167,7 +167,7 @@ def fa4(what: str, size: Size, device: str) -> Made:
     ids = document_ids(size.seqlen, device)
     bounds = torch.cat([torch.zeros(1, device=device), ids.bincount().cumsum(0)]).int()
     lengths = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
-    return lambda q, k, v: _first(flash_attn_varlen_func(q.squeeze(0), k.squeeze(0), v.squeeze(0), **lengths))[None], []
+    return lambda q, k, v: _first(flash_attn_varlen_func(*without_batch(q, k, v), **lengths))[None], []
 
 
 def _first(result: Any) -> torch.Tensor:

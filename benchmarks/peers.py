@@ -152,7 +152,7 @@ def _ours(case: Case, q, k, v, **how):
     rules = _rules(case) | how | rows_in_use(case, q.device)
     if case.packed:
         bounds = bounds_of(case, q.device)
-        return lambda: _output(attention_varlen(*rows_of(q, k, v), bounds, **rules)).unsqueeze(0)
+        return lambda: _output(attention_varlen(*without_batch(q, k, v), bounds, **rules)).unsqueeze(0)
     return lambda: attention(q, k, v, **rules)
 
 
@@ -161,9 +161,9 @@ def _output(result) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
 
-def rows_of(q, k, v) -> tuple[Any, Any, Any]:
-    """Packed sequences' tensors without the dimension of their one batch element. Not ``q[0]``, whose gradient is zeros and a
-    copy, in kernels that would be timed with the backward pass."""
+def without_batch(q, k, v) -> tuple[Any, Any, Any]:
+    """Tensors without the dimension of their one batch element, for functions of packed sequences. Not ``q[0]``, whose gradient
+    is zeros and a copy, in kernels that would be timed with the backward pass."""
     return q.squeeze(0), k.squeeze(0), v.squeeze(0)
 
 
@@ -206,7 +206,7 @@ def ours_rectangle(case, q, k, v):
     if len(set(case.packed)) != 1:
         raise UnsupportedError("it is here for packed sequences of one length, and for padded ones")
     length = case.packed[0]
-    q, k, v = (x.unflatten(0, (-1, length)) for x in rows_of(q, k, v))
+    q, k, v = (x.unflatten(0, (-1, length)) for x in without_batch(q, k, v))
     case = replace(case, batch=len(case.packed), seqlen_q=length, seqlen_k=length, packed=())
     rectangle = _ours(case, q, k, v, mechanism="tma_wgmma")
     return lambda: rectangle().flatten(0, 1).unsqueeze(0)
@@ -305,7 +305,7 @@ def torch_varlen(case, q, k, v):
     rules: dict[str, Any] = {"window_size": (left, right)}
     if case.heads != case.heads_kv:
         rules["enable_gqa"] = True
-    return lambda: _output(varlen_attn(*rows_of(q, k, v), bounds, bounds, longest, longest, **rules)).unsqueeze(0)
+    return lambda: _output(varlen_attn(*without_batch(q, k, v), bounds, bounds, longest, longest, **rules)).unsqueeze(0)
 
 
 FLEX = "torch.nn.attention.flex_attention:flex_attention"
@@ -369,7 +369,7 @@ def _flash(module, case: Case, q, k, v, unbounded, padded=None):
         rules |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
         def attention(q, k, v, **rules):
-            return _output(module.flash_attn_varlen_func(*rows_of(q, k, v), **rules)).unsqueeze(0)
+            return _output(module.flash_attn_varlen_func(*without_batch(q, k, v), **rules)).unsqueeze(0)
 
     return lambda: _output(attention(q, k, v, **rules))
 

@@ -44,7 +44,7 @@ def show(record: Record, console: Console, anchors: Anchors | None = None) -> No
         for line in pair_lines(rows):
             console.print(line, highlight=False)
     if any(m.host_bound for cell in cells for m in cell.results.values()):
-        console.print(f"{HOST_BOUND} the device waited for the host: the figure is the host's")
+        console.print(f"{HOST_BOUND} the device waited for the host: the figure is the host's, or made of one that is")
     for kind, table in (("host", host_table), ("memory", memory_table), ("first", first_table)):
         if rows := record.of_kind(kind):
             console.print(table(record, rows))
@@ -86,11 +86,13 @@ def pair_lines(cells: list[Cell]) -> list[str]:
     """For each pair that took part: the geometric mean of the ratios, the lowest, and where that is."""
     lines = []
     for title, who in PAIRS.items():
-        ratios = {cell.case.label.split(" ", 1)[1]: r for cell in cells if (r := pair(cell, *who)) is not None}
+        found = [cell for cell in cells if pair(cell, *who) is not None]
+        ratios = {cell.case.label.split(" ", 1)[1]: pair(cell, *who) or 0.0 for cell in found}
         if ratios:
             low = min(ratios, key=lambda label: ratios[label])
+            mark = HOST_BOUND * any(is_of_host(cell, *who[:2]) for cell in found)
             mean = geometric_mean(list(ratios.values()))
-            lines.append(f"{title}: {mean:.3f} in the geometric mean, {ratios[low]:.3f} at the lowest ({low})")
+            lines.append(f"{title}: {mean:.3f}{mark} in the geometric mean, {ratios[low]:.3f} at the lowest ({low})")
     return lines
 
 
@@ -124,7 +126,8 @@ def rates_table(record: Record, cells: list[Cell], title: str, anchors: Anchors 
         row: list[str | Text] = [cell.case.label.split(" ", 1)[1], text(cell, cell.ceiling)]
         row += [text(cell, cell.results.get(name), name == best) for name in peers]
         row += [rate(rates.get(name)) + (f" {BEST}" if name == best else "") for name in recorded]
-        row += [_number(ratio(cell, anchors), "{:.2f}") + HOST_BOUND * is_of_host(cell), _number(of_matmul(cell), "{:.0%}")]
+        over = _number(ratio(cell, anchors), "{:.2f}")
+        row += [over + HOST_BOUND * (over != "" and is_of_host(cell)), _number(of_matmul(cell), "{:.0%}")]
         table.add_row(*row)
     table.add_section()
     for summary in _summary_rows(cells, peers, recorded, anchors):

@@ -199,7 +199,7 @@ APPEND: Fields = (
     _STREAM,
 )
 
-# By the module that has the function to compile: all of these there are.
+# By the module that has the function to compile; there are no others.
 TABLES: dict[str, Fields] = {
     "forward": FORWARD, "backward": BACKWARD, "merge": MERGE, "classify": CLASSIFY, "enlist": ENLIST, "attend": ATTEND,
     "append": APPEND,

@@ -805,6 +805,21 @@ def test_host_and_first_tables():
     assert "failed" in text
 
 
+def test_ratios_of_the_hosts_figures_are_marked():
+    """And means over them; of figures that are nobody's part, not."""
+    slow = fakes.measured(2e-3, 250.0, host_bound=True)
+    figures = {"ours_tma_wgmma": fakes.measured(1e-3, 500.0), "torch_cudnn": fakes.measured(1.25e-3, 400.0), "fa4": slow}
+    record = fakes.record_of(Cell("burst", BIG, figures))
+    assert "| 250ʰ | 1.25 | 1.25 |" in documents.every_rate(record)
+    figures["torch_cudnn"].host_bound = True
+    lines = documents.every_rate(record).splitlines()
+    assert "| 1.25ʰ | 1.25ʰ |" in lines[2]
+    assert lines[3].count("1.25ʰ") == 2
+    text = shown(record)
+    assert "1.25ʰ" in text
+    assert "1.250ʰ in the geometric mean" in text
+
+
 def test_the_hosts_figure_is_the_least_of_its_rounds():
     """Their median stands beside it; a file without rounds has one figure."""
     busy = Measurement(seconds=20e-6, spread=0.25, samples=[20e-6, 14e-6, 24e-6], visits=3)

@@ -10,7 +10,7 @@ from benchmarks import card, timing
 from benchmarks.cases import DIRECTIONS
 from benchmarks.check import Judge, WrongError, make_inputs
 from benchmarks.flops import bytes_moved
-from benchmarks.peers import REGISTRY, Peer
+from benchmarks.peers import REGISTRY, Peer, without_batch
 from benchmarks.runner import Bench, DeviceLostError, Runner, Step
 from benchmarks.settings import Settings
 from tests.host import benchmarks_fakes as fakes
@@ -536,3 +536,13 @@ def test_a_device_that_no_longer_answers_is_reported_with_its_peer(clock):
     with pytest.raises(DeviceLostError, match="the device is lost") as caught:
         rates(clock, fakes.timed_peer("deadly", clock, 1e-3, deadly))
     assert caught.value.peer == "deadly"
+
+
+def test_packed_sequences_are_timed_without_the_gradient_of_an_index():
+    """Theirs is the same memory, and not zeros and a copy."""
+    q, k, v = (torch.zeros(1, 6, 2, 8, requires_grad=True) for _ in range(3))
+    dout = torch.ones(6, 2, 8)
+    for x, rows in zip((q, k, v), without_batch(q, k, v), strict=True):
+        (dx,) = torch.autograd.grad(rows, x, dout)
+        assert dx.shape == x.shape
+        assert dx.data_ptr() == dout.data_ptr()
