@@ -341,6 +341,28 @@ def test_many_sequences_of_length_1(d, mechanism):
     torch.testing.assert_close(dv[:10_000].float(), want, rtol=8e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("rules", ["full", "causal", "slopes", "not finite"])
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_counts_of_all_rows_change_nothing(d, rules, mechanism):
+    """Row values are found in another way then. Many sequences to a block, and one to many; empty ones anywhere."""
+    lengths = [0, 127, 128, 129, 0, 0, *[1, 2, 0, 3] * 50, 1000, *[0] * 100, *[1] * 100, 31, 64, 0, 33, *[0] * 40]
+    lengths = [(n, n) for n in lengths]
+    q, k, v, dout, *cu = make(lengths, d)
+    options = {"mechanism": mechanism, "deterministic": True, "causal": rules != "full"}
+    if rules == "slopes":
+        options["alibi_slopes"] = torch.rand(len(lengths), q.shape[1], device="cuda")
+    if rules == "not finite":
+        for x in (q, v, dout):
+            x[torch.randint(len(x), (20,), device="cuda")] = math.nan
+    dlse = torch.randn(q.shape[1], q.shape[0], device="cuda")
+    used = torch.tensor(lengths, dtype=torch.int32, device="cuda").T.contiguous()
+    for of_lse in (None, dlse):
+        got = run(q, k, v, dout, *cu, dlse=of_lse, **options)
+        want = run(q, k, v, dout, *cu, dlse=of_lse, seqused_q=used[0], seqused_k=used[1], **options)
+        for x, y in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
 def test_q_k_and_v_in_one_tensor(mechanism):
     lengths = [200, 0, 77, 513]
     qkv = torch.randn(sum(lengths), 3, 4, 128, dtype=BF16, device="cuda")
@@ -465,12 +487,13 @@ def test_wrong_bounds_end_where_blocks_share_a_key_tile(head_blocks, causal, mon
 @given(st.lists(st.tuples(LENGTH, LENGTH), min_size=1, max_size=12), st.integers(0, 70), st.randoms(use_true_random=False))
 @settings(max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_lengths(mechanism, rules, lengths, tail, draw):
-    """In use or not, both passes: the bits of each sequence by itself, and zeros elsewhere."""
+    """In use or not, by counts or without, both passes: the bits of each sequence by itself, and zeros elsewhere."""
     rules, options = RULES[rules][0], {"mechanism": mechanism, "deterministic": True}
     q, k, v, dout, *cu = make(lengths, 64, tail=tail)
-    used = [tuple(draw.randint(0, n) for n in both) if draw.random() < 0.5 else both for both in lengths]
+    counted = draw.random() < 0.6
+    used = [tuple(draw.randint(0, n) for n in both) if counted and draw.random() < 0.5 else both for both in lengths]
     seqused = dict(zip(("seqused_q", "seqused_k"), zip(*used, strict=True), strict=True))
-    given_too = {name: torch.tensor(n, dtype=torch.int32, device="cuda") for name, n in seqused.items()}
+    given_too = {name: torch.tensor(n, dtype=torch.int32, device="cuda") for name, n in seqused.items() if counted}
     (out, lse), (dq, dk, dv) = run(q, k, v, dout, *cu, **given_too, **options, **rules)
     kept = [torch.zeros(len(x), dtype=torch.bool, device="cuda") for x in (q, k)]
     for (rows, keys), (n, m) in zip(each(lengths), used, strict=True):
