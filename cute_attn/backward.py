@@ -53,7 +53,7 @@ def host_function(problem, config):
             k, v, dk, dv = (_rows_from(m, unseen) for m in (k, v, dk, dv))
             seqlen_k, lo, hi = seqlen_k - unseen, lo - unseen, hi - unseen
         rules = {"captured": captured_of(problem, given), "of_captured": given.of_captured, **dropout_of(given)}
-        lists = {name: getattr(given, name) for name in ("key_lists", "query_lists", "ranks")}
+        lists = {name: getattr(given, name) for name in ("key_lists", "query_lists", "ranks", "visits")}
         values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap, **rules, **lists)
         # Where dQ is added in a fixed order heads are taken in groups, too: fewer key tiles of one then wait for one another.
         long_first = problem.unequal or problem.deterministic

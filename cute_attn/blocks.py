@@ -105,6 +105,10 @@ class BlockMask:
         """How many key tiles before each one a query tile visits, int32 ``(batch, heads, m_blocks, n_blocks)``."""
         return self._keep("ranks", self._ranks, tile_m, tile_n).expand(batch, heads, -1, -1)
 
+    def visits(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
+        """How many key tiles visit each query tile, int32 ``(batch, heads, m_blocks, 1)``."""
+        return self._keep("visits", self._visits, tile_m, tile_n).expand(batch, heads, -1, -1)
+
     def kinds_in_a_row(self, batch: int, heads: int) -> torch.Tensor:
         """Of each block the kinds of it and the next ones in its row, two bits each from the lowest on, uint8, as ``kinds``."""
         return self._keep("kinds", self._kinds_in_a_row).expand(batch, heads, -1, -1)
@@ -143,6 +147,9 @@ class BlockMask:
     def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
         seen = self.tiles(tile_m, tile_n).ne(NONE).int()
         return seen.cumsum(3, dtype=torch.int32) - seen
+
+    def _visits(self, tile_m: int, tile_n: int) -> torch.Tensor:
+        return self.tiles(tile_m, tile_n).ne(NONE).sum(3, keepdim=True, dtype=torch.int32)
 
     def _keep(self, name: str, make: Callable, *of: int) -> torch.Tensor:
         """What ``make(*of)`` returns, made once. Another stream than the one that made it waits for it. What a CUDA graph

@@ -138,8 +138,9 @@ class CastQueries:
     def _fetch(self, pipe, held, dq_sum, values: Values, signals: Signals, enders, waits, done, work: Work):
         """One warp, which ``waits``: the sums of a tile's piece, head by head, once they are complete or none of the ``enders``
         adds any more. Returns how many the block has had, ``done`` and these."""
-        here, m_block = values.of(work), work.q.padded_tile(work.block, self.config.tile_m)
-        visits, (first, past, piece) = QueryTiles.visits(here, self.problem, work.block, self.config), self._heads(work, dq_sum)
+        (first, past, piece), m_block = self._heads(work, dq_sum), work.q.padded_tile(work.block, self.config.tile_m)
+        here = values.of(work).of_head(first)
+        visits = QueryTiles.visits(here, self.problem, work.block, self.config)
         turns = visits if cutlass.const_expr(self.problem.deterministic) else visits * ADDED
         if here.seqlen_k > COUNTED_KEYS:
             turns = Int32(MOST)
@@ -157,9 +158,9 @@ class CastQueries:
     @cute.jit
     def _round(self, pipe, held, dq_sum, mdQ, values: Values, done, work: Work):
         """The other warps: a tile's piece, rounded. Returns what :meth:`_fetch` does."""
-        seen = QueryTiles.visits(values.of(work), self.problem, work.block, self.config) > 0
-        in_use = seen if cutlass.const_expr(self.may_be_unseen) else None
         (first, past, piece), row_first = self._heads(work, dq_sum), work.block * self.config.tile_m
+        seen = QueryTiles.visits(values.of(work).of_head(first), self.problem, work.block, self.config) > 0
+        in_use = seen if cutlass.const_expr(self.may_be_unseen) else None
         for head in cutlass.range(first, past, unroll=1):
             state = self.parts.emptying(self.stages, done)
             if seen:

@@ -74,11 +74,10 @@ def first_stores(problem: Problem, config: Config) -> bool:
 
 
 def rounds_beside(problem: Problem, config: Config) -> bool:
-    """Whether dQ's sums are rounded while others are added up: query tiles have counters, and how many key tiles add to each is
-    known without a list, and 31 bits hold it. Not of ragged sequences where blocks share a key tile: those without a tile never
-    say that they have ended, which whoever rounds would wait for if bounds were wrong."""
-    known = not (problem.blocks or (problem.ragged and config.head_blocks > 1))
-    known = known and COUNTED_KEYS // config.tile_n * ADDED < 2**31
+    """Whether dQ's sums are rounded while others are added up: query tiles have counters, of which 31 bits hold how many key
+    tiles add to each. Not of ragged sequences where blocks share a key tile: those without a tile never say that they have
+    ended, which whoever rounds would wait for if bounds were wrong."""
+    known = not (problem.ragged and config.head_blocks > 1) and COUNTED_KEYS // config.tile_n * ADDED < 2**31
     return counts_tiles(problem, config) and layouts.family(config).FIRST_STORES and known
 
 
@@ -135,6 +134,7 @@ BACKWARD: Fields = (
         Field("query_lists", "lists", _is_listed),
         Field("key_lists", "lists", lambda problem, config: _is_listed(problem, config) and walks_over_keys(problem, config)),
         Field("ranks", "lists", lambda problem, config: _is_listed(problem, config) and problem.deterministic),
+        Field("visits", "lists", lambda problem, config: _is_listed(problem, config) and rounds_beside(problem, config)),
         Field("of_captured", "of captured", lambda problem, config: bool(problem.expression.partials)),
         *_LENGTHS,
     ),

@@ -20,7 +20,7 @@ import torch
 from cute_attn import dropout, rules
 from cute_attn.compile import compiled
 from cute_attn.expressions import Expression
-from cute_attn.fields import counts_tiles, floats_of_a_row, has_signals, has_sums, walks_over_keys
+from cute_attn.fields import counts_tiles, floats_of_a_row, has_signals, has_sums, rounds_beside, walks_over_keys
 from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, TICKET_COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
@@ -43,7 +43,7 @@ from cute_attn.workspace import Workspaces
 
 _tickets = Workspaces(torch.int32)
 WITHOUT_MEMORY = "a tensor without memory"
-_NO_LISTS = (None,) * 3
+_NO_LISTS = (None,) * 4
 
 
 @lru_cache(maxsize=64)
@@ -281,9 +281,10 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
 class _PlannedGradients:
     """How the backward pass of calls that are alike is computed: the kernels, what memory they take besides the call's tensors
-    (None for what they don't), how many keys at the beginning no query sees, and what these calls have in common."""
+    (None for what they don't), how many keys at the beginning no query sees, whether dQ is rounded while others are added up,
+    and what these calls have in common."""
 
-    __slots__ = ("alike", "device", "function", "mechanism", "problem", "rooms", "unseen")
+    __slots__ = ("alike", "device", "function", "mechanism", "problem", "rooms", "rounds_beside", "unseen")
 
     def __init__(self, call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q):
         if not needs or (call.expression and call.expression.partials and "q" not in needs):
@@ -298,6 +299,7 @@ class _PlannedGradients:
             for other in _choices(problem, mechanism, self.device):
                 if other.head_blocks == config.head_blocks == 1:
                     prepared(problem, mechanism, self.device, other)
+        self.rounds_beside = rounds_beside(problem, config)
         self.function, blocks = prepared(problem, mechanism, self.device, config)
         padding = row_padding(config)
         rows_padded = -(-call.seqlen_q // padding) * padding
@@ -396,13 +398,15 @@ def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> t
 
 
 def _lists_of_gradients(call: Call, planned: _PlannedGradients) -> tuple:
-    """A block mask's lists of query tiles and, where a kernel walks over them, of key tiles, and ranks."""
+    """A block mask's lists of query tiles and, where a kernel walks over them, of key tiles, ranks, and how
+    many key tiles visit a query tile where whoever rounds dQ asks."""
     problem, batch, heads = planned.problem, call.batch, call.heads
     tile_m, tile_n, rows = tiles_of_lists(problem, planned.mechanism, planned.device)
     return (
         call.blocks.query_lists(tile_m, tile_n, batch, heads, call.heads_kv),
         call.blocks.key_lists(rows, tile_n, batch, heads) if rows else None,
         call.blocks.ranks(tile_m, tile_n, batch, heads) if problem.deterministic else None,
+        call.blocks.visits(tile_m, tile_n, batch, heads) if planned.rounds_beside else None,
     )
 
 

@@ -32,8 +32,8 @@ class Values:
     ``head`` are where functions and dropout are computed.
 
     Where there is a block mask, ``key_lists`` are those of the query tiles and ``query_lists`` those of the key tiles, as
-    ``blocks.py`` says, ``(batch, heads, tile, …)``, ``ranks`` the order in which dQ is added up, where it is fixed, and
-    ``kinds`` those of blocks of 32 × 32, ``(batch, heads, …)``.
+    ``blocks.py`` says, ``(batch, heads, tile, …)``, ``ranks`` the order in which dQ is added up, where it is fixed, ``visits``
+    how many key tiles add to it, where whoever rounds it asks, and ``kinds`` those of blocks of 32 × 32, ``(batch, heads, …)``.
 
     Where a tile's rows are ``packed``, each query is as many rows, one for each query head of a key head from ``head`` on.
     ``rise`` is what a ramp adds from one position to the next, in raw units, where it has been computed for all of a tile.
@@ -57,6 +57,7 @@ class Values:
     key_lists: cute.Tensor | None = None
     query_lists: cute.Tensor | None = None
     ranks: cute.Tensor | None = None
+    visits: cute.Tensor | None = None
     kinds: cute.Tensor | None = None
     packed: Int32 | None = None
     rise: Float32 | None = None

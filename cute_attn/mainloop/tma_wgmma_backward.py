@@ -126,6 +126,8 @@ class Backward(KeyBlocks):
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
         self.rounds_beside = rounds_beside(problem, config)
+        # Whether how many blocks are to take tiles is known on the device only.
+        self.looks_how_many = self.rounds_beside and self.persistent and bool(problem.ragged or problem.blocks)
         # Ragged tiles under an edge, which may need care, too, are looked for so late that nothing is gained; where threads
         # hold K and V, the warp that looks for tiles has no registers left.
         plain = not (problem.masked or config.k_in_registers)
@@ -145,7 +147,7 @@ class Backward(KeyBlocks):
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         soon = None
-        if cutlass.const_expr(self.rounds_beside and not bool(self.problem.ragged)):
+        if cutlass.const_expr(self.rounds_beside and not self.looks_how_many):
             middle = cute.ceil_div(values.seqlen_q, self.config.tile_m) // 2
             visits = QueryTiles.visits(values, self.problem, middle, self.config)
             if cutlass.const_expr(not self.draws):  # where rounding takes little, equal tiles are faster by themselves
@@ -183,20 +185,27 @@ class Backward(KeyBlocks):
     @cute.kernel
     def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles, soon):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
-        if cutlass.const_expr(self.rounds_beside and soon is None):
+        listed = bool(self.problem.blocks)
+        if cutlass.const_expr(self.rounds_beside and soon is None and not listed):
             cute.arch.griddepcontrol_launch_dependents()
-        elif cutlass.const_expr(self.rounds_beside):
+        elif cutlass.const_expr(self.rounds_beside and not listed):
             if soon:
                 cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (operands.q, operands.k, operands.v, operands.do):
                 cpasync.prefetch_descriptor(operand.atom)
-        if cutlass.const_expr(self.rounds_beside and self.persistent and bool(self.problem.ragged)):
+        if cutlass.const_expr(self.looks_how_many):
             at_once = Int32(0)
-            if warp == COPY_K_Q_WARP:  # which finds tiles, and has more registers here than later
+            # The warp that finds tiles has more registers here than later. With lists those that add ask, too.
+            if (warp < WARPGROUP // WARP) if listed else (warp == COPY_K_Q_WARP):
                 at_once = self._blocks_that_take_tiles(tiles, values)
+                if cutlass.const_expr(listed):
+                    if at_once < cute.arch.grid_dim()[0]:
+                        cute.arch.griddepcontrol_launch_dependents()
             tiles = replace(tiles, at_once=cute.arch.make_warp_uniform(at_once))
+            if cutlass.const_expr(listed):
+                soon = tiles.at_once < cute.arch.grid_dim()[0]
         shared = self._setup()
         of_tile = partial(self.key_tile, values, tiles.heads_per_kv)
         roles = partial(self._roles, operands, (plain, rows, care), (gradients, signals, soon), shared)
@@ -215,10 +224,19 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _blocks_that_take_tiles(self, tiles: Tiles, values: Values):
-        """One warp: how many of the grid's blocks do, by the lengths of up to 128 ragged sequences."""
+        """One warp: how many of the grid's blocks do, by the lengths of up to 128 ragged sequences, or by how many key tiles
+        visit as many query tiles."""
+        lane = cute.arch.lane_idx()
+        if cutlass.const_expr(self.problem.blocks):
+            apart, visits = cute.ceil_div(cute.size(values.visits), SAMPLED), Int32(0)
+            sampled = cute.ceil_div(cute.size(values.visits), apart)
+            for number in cutlass.range(lane, sampled, WARP, unroll=1):
+                visits += values.visits[number * apart]
+            steps = 100 * cute.arch.warp_redux_sync(visits, "add") // sampled
+            return Tiles.without_some(cute.arch.grid_dim()[0], tiles.count(), steps)
         count = cutlass.max(tiles.sequences.count, 1)
         apart = cute.ceil_div(count, SAMPLED)
-        sampled, lane = cute.ceil_div(count, apart), cute.arch.lane_idx()
+        sampled = cute.ceil_div(count, apart)
         of_q = of_k = visits = Float32(0.0)
         for number in cutlass.range(lane, sampled, WARP, unroll=1):
             q, k = tiles.sequences.spans(number * apart)
@@ -390,11 +408,11 @@ class Backward(KeyBlocks):
         cute.arch.sync_warp()
         cute.arch.fence_acq_rel_gpu()
         for member in cutlass.range(visited.members(members), unroll=1):
-            for i in cutlass.range(cute.arch.lane_idx(), visited.count, WARP, unroll=1):
-                if (step + i) % ADDERS == mine:
-                    m_block, of = visited.tile(i, member, self.problem)
-                    place = (work.q.padded_tile(m_block, self.config.tile_m), work.head + of, work.q.batch)
-                    signals.pass_turn(place, ADDED, sem="relaxed")
+            own = ADDERS * cute.arch.lane_idx() + (step + mine) % ADDERS
+            for i in cutlass.range(own, visited.count, ADDERS * WARP, unroll=1):
+                m_block, of = visited.tile(i, member, self.problem)
+                place = (work.q.padded_tile(m_block, self.config.tile_m), work.head + of, work.q.batch)
+                signals.pass_turn(place, ADDED, sem="relaxed")
             step += visited.count
 
     def _hand_on(self, how: str, mdQ: cute.Tensor, place, sdQ: cute.Tensor, stage):

@@ -309,6 +309,8 @@ class QueryTiles:
     @staticmethod
     def visits(values: Values, problem, m_block: Int32, config):
         """How many key tiles visit a query tile: none, if it has no rows."""
+        if problem.blocks:
+            return values.visits[values.sequence, values.head, m_block, 0]
         begin, end = QueryTiles._keys(values, problem, m_block, config)
         some = cutlass.min(end - begin, values.seqlen_q - m_block * config.tile_m) > 0
         return (cute.ceil_div(end, config.tile_n) - begin // config.tile_n) * Int32(some)

@@ -175,7 +175,7 @@ def test_kinds_in_a_row():
 @settings(max_examples=20)
 @given(sizes=SIZES, seed=st.integers(0, 9), tile=st.sampled_from([(128, 128), (64, 128), (64, 96)]), alike=st.booleans())
 def test_lists_of_queries(sizes, seed, tile, alike):
-    """Each tile of each head that shares the keys once; ranks are the order of its key tiles."""
+    """Each tile of each head that shares the keys once; ranks are the order of its key tiles, of which there are ``visits``."""
     batch, heads, *lengths = sizes
     mask = random_mask(seed)
     of_heads = 1 if alike else heads
@@ -198,8 +198,9 @@ def test_lists_of_queries(sizes, seed, tile, alike):
                 assert len(set(visited)) == len(visited)
                 want = kinds[b, h * group : (h + 1) * group, :, n].eq(kind).nonzero() + torch.tensor([h * group, 0])
                 assert sorted(visited) == sorted(map(tuple, want.tolist()))
-    before = kinds.ne(NONE).int().cumsum(3) - kinds.ne(NONE).int()
-    assert torch.equal(ranks, before.int())
+    seen_tiles = kinds.ne(NONE).int()
+    assert torch.equal(ranks, (seen_tiles.cumsum(3) - seen_tiles).int())
+    assert torch.equal(blocks.visits(*tile, batch, heads), seen_tiles.sum(3, keepdim=True).int())
 
 
 def test_every_tile_is_made_of_blocks():
