@@ -149,7 +149,10 @@ class BlockMask:
         return seen.cumsum(3, dtype=torch.int32) - seen
 
     def _visits(self, tile_m: int, tile_n: int) -> torch.Tensor:
-        return self.tiles(tile_m, tile_n).ne(NONE).sum(3, keepdim=True, dtype=torch.int32)
+        down, across = tile_m // BLOCK, tile_n // BLOCK
+        kinds = pad(self.kinds, (0, -self.kinds.shape[3] % across, 0, -self.kinds.shape[2] % down), value=NONE)
+        seen = kinds.unflatten(3, (-1, across)).unflatten(2, (-1, down)).amax((3, 5))
+        return seen.count_nonzero(3).int()[..., None]
 
     def _keep(self, name: str, make: Callable, *of: int) -> torch.Tensor:
         """What ``make(*of)`` returns, made once. Another stream than the one that made it waits for it. What a CUDA graph

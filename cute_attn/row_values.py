@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, cute
 
 from cute_attn.fields import first_stores
 from cute_attn.layouts.base import COUNTERS, TICKET, VECTOR, row_padding
@@ -16,7 +16,7 @@ from cute_attn.mainloop.common import Rows, Signals
 from cute_attn.mainloop.guard import LOWEST, finite_row
 from cute_attn.mainloop.scores import rise_in_tile, with_rise
 from cute_attn.scheduler import place_of_block
-from cute_attn.sequences import Span, padded_first, padded_span
+from cute_attn.sequences import Span, padded_span
 
 # In the L1 cache it would take the place of what is on its way.
 READ_ONCE = {"l1c_evict_priority": cute.nvgpu.CacheEvictionPriority.NO_ALLOCATE}
@@ -25,8 +25,7 @@ READ_ONCE = {"l1c_evict_priority": cute.nvgpu.CacheEvictionPriority.NO_ALLOCATE}
 class RowValues:
     """delta of each query row, and its log-sum-exp where the mainloop reads it; and zeros in dQ's sums, or in the signals.
     A block takes twice as many rows as it has threads for, and padding is a multiple of them; of ragged sequences, for each of
-    which it has to search, as many times as make the rows that are padded together. Where all rows are in use it needn't know
-    whose they are to ask for them, and searches while they are on their way (``of_tensors``)."""
+    which it has to search, as many times as make the rows that are padded together."""
 
     THREADS = 256
 
@@ -44,19 +43,13 @@ class RowValues:
         # Whether it clears the signals, and not dQ's sums; and how many words a block of it does.
         self.clears = first_stores(problem, config)
         self.words = -(-self.rows * self.steps // config.tile_m) + COUNTERS - TICKET
-        # Whether blocks take rows as they lie in the tensors, and of what is padded only the rest of a sequence's last tile.
-        all_used = bool(problem.ragged) and not problem.has_unused("q")
-        self.of_tensors = all_used and self.clears and config.mechanism == "tma_wgmma"
 
     @cute.jit
     def launch(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp, stream):
         padded, heads, batch = rows.delta.shape
-        blocks = cute.ceil_div(padded, self.rows * self.steps)
-        if cutlass.const_expr(self.of_tensors):  # no fewer, so that these clear all signals
-            blocks = cutlass.max(blocks, cute.ceil_div(mO.shape[0], self.rows))
         mQ = mQ if self.problem.masked else None
         self.kernel(mQ, mO, mdO, mLSE_raw, mdLSE, rows, dq_sum, signals, sequences, of_ramp).launch(
-            grid=[blocks * heads * batch, 1, 1],
+            grid=[cute.ceil_div(padded, self.rows * self.steps) * heads * batch, 1, 1],
             block=[self.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,  # else registers are spared by asking for a row once the one before is done with
@@ -65,8 +58,6 @@ class RowValues:
     @cute.kernel
     def kernel(self, mQ, mO, mdO, mLSE_raw, mdLSE, rows: Rows, dq_sum, signals: Signals | None, sequences, of_ramp):
         block, head, batch = place_of_block(cute.ceil_div(rows.delta.shape[0], self.rows * self.steps), rows.delta.shape[1])
-        if cutlass.const_expr(self.of_tensors):
-            block, batch = cute.arch.block_idx()[0] // rows.delta.shape[1], 0
         if cutlass.const_expr(self.clears):
             signals.clear(self.words)
         where = head, batch
@@ -74,10 +65,6 @@ class RowValues:
         of_place = lambda number: None if of_ramp is None else replace(of_ramp, head=head, sequence=number)  # noqa: E731
         if cutlass.const_expr(sequences is None):
             self._rows(inputs, rows, dq_sum, signals, Span(batch), where, block * self.rows, block, of_place(batch))
-        elif cutlass.const_expr(self.of_tensors):
-            first = block * self.rows
-            if first < mO.shape[0]:
-                self._rows(inputs, rows, dq_sum, signals, Span(batch), where, first, block, of_place(None), sequences)
         else:
             span, row, number = padded_span(sequences, block * sequences.q.padding, batch)
             if row < span.length:  # nobody reads those of other tiles
@@ -86,17 +73,14 @@ class RowValues:
                     self._rows(inputs, rows, dq_sum, signals, span, where, row + step * self.rows, group, of_place(number))
 
     @cute.jit
-    def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group, of_ramp, whose=None):
+    def _rows(self, inputs, rows: Rows, dq_sum, signals: Signals | None, span: Span, where, first, group, of_ramp):
         """As many rows of a sequence as a block takes at once, from ``first`` on: ``group`` of all. All that is read is asked
-        for before any of it is used. ``of_ramp`` are the values of the sequence and head, where there is a ramp. With
-        ``whose``, all sequences, these are rows of the tensors, and each one's sequence is found while it is on its way."""
+        for before any of it is used. ``of_ramp`` are the values of the sequence and head, where there is a ramp."""
         mO, mdO = (span.rows(m, where[0]) for m in inputs[1:3])
         mLSE_raw = span.row_values(inputs[3], where[0])
         thread = cute.arch.thread_idx()[0]
         row, place = first + thread // self.threads_per_row, thread % self.threads_per_row
-        asked, found = [], []
-        if cutlass.const_expr(of_ramp is not None and whose is None):
-            of_ramp = with_rise(of_ramp, self.problem)
+        asked, of_ramp = [], None if of_ramp is None else with_rise(of_ramp, self.problem)
         for j in cutlass.range_constexpr(self.at_once):
             # A branch around what is read would keep the next row's back until this one's is there.
             exists, read = row + j * self.apart < mO.shape[0], cutlass.min(row + j * self.apart, mO.shape[0] - 1)
@@ -106,30 +90,16 @@ class RowValues:
             lse = lse if exists else Float32.inf
             asked.append((o, do, lse))
         cute.arch.sync_warp()  # the compiler moves nothing that is read behind it
-        if cutlass.const_expr(whose is not None):
-            found.append(self._of_first_row(whose, first))
-            for j in cutlass.range_constexpr(self.at_once):
-                found.append(whose.q.of_row(row + j * self.apart, whose.count, *found[-1]))
         for j, (o, do, lse) in enumerate(asked):
             total = (o.load().to(Float32) * do.load().to(Float32)).reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
             if cutlass.const_expr(self.threads_per_row * VECTOR > self.problem.head_dim_v):
                 total = total if place * VECTOR < self.problem.head_dim_v else Float32(0.0)
             total = cute.arch.warp_reduction_sum(total, threads_in_group=self.threads_per_row)
-            here = row + j * self.apart
-            store = partial(self._row, inputs, rows, signals, span, where, of_ramp, here, lse, total)
-            if cutlass.const_expr(whose is None):
-                if place == 0:
-                    store(here, group * self.rows + j * self.apart + thread // self.threads_per_row)
-            else:
-                number, begin, end = found[1 + j]
-                if (number < whose.count) & (here < end):
-                    padded = padded_first(begin, number, whose.q.padding) + here - begin
-                    if place == 0:
-                        store(here - begin, padded, number)
-                    if here == end - 1:  # the rest of the tile, which weighs nothing
-                        past = cute.round_up(padded + 1, self.config.tile_m)
-                        for other in cutlass.range(padded + 1 + place, past, self.threads_per_row, unroll=1):
-                            rows.lse_raw[other, *where], rows.delta[other, *where] = Float32.inf, Float32(0.0)
+            if place == 0:
+                padded = group * self.rows + j * self.apart + thread // self.threads_per_row
+                if cutlass.const_expr(of_ramp is not None):
+                    lse = lse - rise_in_tile(of_ramp, self.problem, row + j * self.apart, self.queries_at_once)
+                self._row(inputs, rows, signals, span, where, row + j * self.apart, padded, lse, total)
         if cutlass.const_expr(dq_sum is not None and not self.clears):
             clear = partial(self._clear, dq_sum[None, None, None, *where], group, thread)
             if cutlass.const_expr(span.length is None):  # noqa: SIM114
@@ -138,28 +108,11 @@ class RowValues:
                 clear()
 
     @cute.jit
-    def _of_first_row(self, whose, first):
-        """What :meth:`Side.of_row <cute_attn.sequences.Side.of_row>` returns for a block's first row, found by one of its
-        warps: most often it is what it returns for all."""
-        told = cutlass.memory.SmemAllocator().allocate_tensor(Int32, cute.make_layout(3), 16)
-        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
-            number, begin, end = whose.q.at(first, whose.count)
-            if cute.arch.lane_idx() == 0:
-                told[0], told[1], told[2] = number, begin, end
-        cute.arch.sync_threads()
-        return told[0], told[1], told[2]
-
-    @cute.jit
-    def _row(self, inputs, rows: Rows, signals, span: Span, where, of_ramp, row, lse, total, within, padded, number=None):
-        """Of one row, ``within`` its sequence, whose dO · O is ``total``, to its place in what is padded; the sequence's
-        ``number`` where ``of_ramp`` are of none yet."""
+    def _row(self, inputs, rows: Rows, signals: Signals | None, span: Span, where, row, padded, lse, total):
+        """Of one row, whose dO · O is ``total``, to its place in what is padded."""
         mQ, mO, _, _, mdLSE = inputs
         head, batch = where
         delta = Float32(0.0)
-        if cutlass.const_expr(of_ramp is not None):
-            if cutlass.const_expr(number is not None):
-                of_ramp = with_rise(replace(of_ramp, sequence=number), self.problem)
-            lse = lse - rise_in_tile(of_ramp, self.problem, within, self.queries_at_once)
         if row < span.rows(mO, head).shape[0]:
             if lse != Float32.inf:
                 delta = total

@@ -131,18 +131,18 @@ class Side:
             rows = cutlass.max(span.capacity - (span.length + tile - 1) // tile * tile, 0)
         return rows
 
-    def slots(self, i, tile: int | None):
-        """How many slots of ``tile`` rows come before sequence ``i``'s; how many rows, where ``tile`` is None."""
-        return self.first(i) if tile is None else self.first(i) // tile + i
+    def slots(self, i, tile: int):
+        """How many slots of ``tile`` rows come before sequence ``i``'s."""
+        return self.first(i) // tile + i
 
-    def all_slots(self, count, tile: int | None):
+    def all_slots(self, count, tile: int):
         """How many there are."""
-        return self.rows if tile is None else self.rows // tile + count + 1
+        return self.rows // tile + count + 1
 
     @cute.jit
-    def at(self, slot, count, tile: cutlass.Constexpr[int | None] = None):
-        """A whole warp: ``(sequence, its first slot, the next one's)`` of a slot, or of a row, by a search that asks 32
-        sequences at a time. Each slot is some sequence's, and each sequence's are without gaps, even if bounds are wrong."""
+    def at(self, slot, count, tile: cutlass.Constexpr[int]):
+        """A whole warp: ``(sequence, its first slot, the next one's)`` of a slot, by a search that asks 32 sequences at a time.
+        Each slot is some sequence's, and each sequence's are without gaps, even if bounds are wrong."""
         low, high = Int32(0), Int32(count)
         begin, end = Int32(0), self.all_slots(count, tile)
         lane = cute.arch.lane_idx()
@@ -157,19 +157,6 @@ class Side:
                 end = cutlass.min(end, cute.arch.shuffle_sync(first, n))
             low, high = low + n * step, cutlass.min(high, low + (n + 1) * step - 1)
         return low, begin, end
-
-    @cute.jit
-    def of_row(self, row, count, i, begin, end):
-        """A whole warp: ``(sequence, its first row, the next one's)`` of each lane's row, by a search for each sequence that
-        rows are of, but for one that is known: that of an earlier row, or zeros. What follows the last sequence is number
-        ``count``. Whatever bounds say, a row of the tensors is between the two, and no other is before the second."""
-        asked = cutlass.min(row, self.rows - 1)
-        while cute.arch.vote_any_sync(asked >= end):
-            first = cute.arch.warp_redux_sync(asked if asked >= end else self.rows, "min")
-            found = self.at(first, count)
-            if asked >= end:
-                i, begin, end = found
-        return i, begin, end
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Backward(KeyBlocks):
     def launch(self, inputs: Inputs, rows: Rows, gradients: Gradients, signals, values, tiles, blocks, stream):
         """Make the TMA descriptors and launch persistent blocks, or, where some share a key tile, those of each. Returns the
         tiles as they are taken, by fewer blocks than there is room for where another kernel rounds dQ meanwhile, how many warps
-        add, and whether that kernel begins meanwhile, None: it does."""
+        add, and whether that kernel begins meanwhile, None: it does, or with lists may."""
         q, k, v, do = self.input_operands(inputs)
         dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
         dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
@@ -228,7 +228,8 @@ class Backward(KeyBlocks):
         visit as many query tiles."""
         lane = cute.arch.lane_idx()
         if cutlass.const_expr(self.problem.blocks):
-            apart, visits = cute.ceil_div(cute.size(values.visits), SAMPLED), Int32(0)
+            # An odd number apart, which goes through all heads and batches where these are a power of 2.
+            apart, visits = cute.ceil_div(cute.size(values.visits), SAMPLED) | 1, Int32(0)
             sampled = cute.ceil_div(cute.size(values.visits), apart)
             for number in cutlass.range(lane, sampled, WARP, unroll=1):
                 visits += values.visits[number * apart]

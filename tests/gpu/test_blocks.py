@@ -147,6 +147,31 @@ def test_query_tiles_across_documents(d, mechanism):
             torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("d", [64, 128])
+def test_many_key_tiles_few_to_a_query(d, deterministic, mechanism):
+    """So many rounds of key tiles that some blocks leave their place to those that round dQ, as none do for a head alone."""
+    seqlen, heads = 2176, 80
+    mask = masks.document(torch.arange(seqlen, device="cuda") // 300)
+    blocks = block_mask(mask, None, None, seqlen, seqlen, device="cuda")
+    q, k, v = make_qkv(1, seqlen, seqlen, heads, heads, d, d, BF16, "cuda")
+    dout, _ = make_gradients(q, v)
+
+    def gradients(*of_heads):
+        leaves = [x[:, :, slice(*of_heads)].clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, mask=mask, block_mask=blocks, mechanism=mechanism, deterministic=deterministic)
+        return torch.autograd.grad(out, leaves, dout[:, :, slice(*of_heads)])
+
+    dq, dk, dv = gradients(0, heads)
+    for head in (0, 41, heads - 1):
+        of_head = slice(head, head + 1)
+        dq_alone, dk_alone, dv_alone = gradients(head, head + 1)
+        assert torch.equal(dk[:, :, of_head], dk_alone) and torch.equal(dv[:, :, of_head], dv_alone)
+        if deterministic:
+            assert torch.equal(dq[:, :, of_head], dq_alone)
+        torch.testing.assert_close(dq[:, :, of_head], dq_alone, atol=1e-2, rtol=1e-2)
+
+
 def test_a_table_that_ends_before_the_keys(mechanism):
     """Keys past its end read its last element, in tiles that are inside of the sequence, too."""
     q, k, v = make_qkv(1, 700, 700, 2, 2, 64, 64, BF16, "cuda")

@@ -344,7 +344,7 @@ def test_many_sequences_of_length_1(d, mechanism):
 @pytest.mark.parametrize("rules", ["full", "causal", "slopes", "not finite"])
 @pytest.mark.parametrize("d", [64, 96, 128])
 def test_counts_of_all_rows_change_nothing(d, rules, mechanism):
-    """Row values are found in another way then. Many sequences to a block, and one to many; empty ones anywhere."""
+    """Many sequences to a block of 128 rows, and one to many; empty ones anywhere."""
     lengths = [0, 127, 128, 129, 0, 0, *[1, 2, 0, 3] * 50, 1000, *[0] * 100, *[1] * 100, 31, 64, 0, 33, *[0] * 40]
     lengths = [(n, n) for n in lengths]
     q, k, v, dout, *cu = make(lengths, d)

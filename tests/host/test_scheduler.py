@@ -1,9 +1,7 @@
 """The order of tiles on the host: the scheduler's functions, before the DSL traces them, work on plain numbers as well."""
 
 import runpy
-import threading
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -31,7 +29,7 @@ Tiles = runpy.run_path(find_spec("cute_attn.scheduler").origin)["Tiles"]
 QueryTiles = runpy.run_path(find_spec("cute_attn.mainloop.walk").origin)["QueryTiles"]
 query_tiles = QueryTiles._in_band.__wrapped__
 sequences_module = runpy.run_path(find_spec("cute_attn.sequences").origin)
-Side, Sequences, padded_first = (sequences_module[name] for name in ("Side", "Sequences", "padded_first"))
+Side, Sequences = sequences_module["Side"], sequences_module["Sequences"]
 whole = runpy.run_path(find_spec("cute_attn.mainloop.cp_async_backward").origin)["Backward"]._whole.__wrapped__
 queue_module = runpy.run_path(find_spec("cute_attn.mainloop.work_queue").origin)
 UnusedRows = queue_module["UnusedRows"]
@@ -309,52 +307,6 @@ def test_every_row_has_a_slot_of_its_own_sequence(lengths, tile, tail):
         assert rows == list(range(side.rows))
 
 
-def whose(side, rows, count, known, table):
-    """What :meth:`Side.of_row` returns to a warp's lanes, each a thread that waits where they vote, for a row each; searches
-    find what is in the ``table``."""
-    meeting, said = threading.Barrier(len(lanes), timeout=60), [None] * len(lanes)
-
-    def ask(lane):
-        local.lane = lane
-        return Side.of_row.__wrapped__(side, rows[lane], count, *known[lane])
-
-    def together(x, reduce):
-        said[local.lane] = x
-        meeting.wait()
-        result = reduce(said)
-        meeting.wait()
-        return result
-
-    local = threading.local()
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(lanes)) as warp:
-        patch.setattr(cutlass, "min", min)
-        patch.setattr(Side, "at", lambda self, row, count: table[row])
-        patch.setattr(cute.arch, "vote_any_sync", lambda x: together(x, any))
-        patch.setattr(cute.arch, "warp_redux_sync", lambda x, kind: together(x, {"min": min}[kind]))
-        return list(warp.map(ask, lanes.tolist()))
-
-
-@given(lengths, st.integers(0, 300), st.sampled_from([8, 16]), st.data())
-@settings(max_examples=40)
-def test_lanes_find_the_sequences_of_their_rows(lengths, tail, threads_per_row, data):
-    """Of rows from any one on and of some behind these, for which what is known of the first ones is given; past the last row
-    none is found."""
-    ends = np.cumsum(lengths)
-    for side in sides(lengths, tail):
-        count = len(lengths)
-        table = [find(side, row, count, None) for row in range(side.rows)]
-        for row, (i, begin, end) in enumerate(table):
-            assert i == np.searchsorted(ends, row, "right")  # past empty ones
-            assert (begin, end) == (ends[i - 1] if i else 0, ends[i] if i < count else side.rows)
-        known = [(0, 0, 0)] * len(lanes)
-        first = data.draw(st.integers(0, max(side.rows - 1, 0)))
-        for begin in (first, first + 16) if side.rows else ():
-            rows = [begin + lane // threads_per_row for lane in lanes.tolist()]
-            known = whose(side, rows, count, known, table)
-            for row, found in zip(rows, known, strict=True):
-                assert found == table[row] if row < side.rows else found[2] <= row
-
-
 @given(st.lists(st.integers(0, 9), max_size=400), st.integers(1, 40), st.integers(0, 5), st.integers(0, 1))
 def test_a_warp_finds_every_tile_once_and_in_order(tiles, step, start, kind):
     """Tiles of sequences that have so many each, every ``step``-th, going on from where the last was; then none. A warp is a
@@ -492,14 +444,10 @@ def test_wrong_bounds_reach_no_other_rows(bounds, rows, data):
         assert 0 <= span.length <= span.capacity
         assert 0 <= span.first <= span.first + span.capacity <= rows
         assert span.padded + span.capacity <= side.all_slots(count, ROW_PADDING) * ROW_PADDING
-    for of in (tile, None):
-        found = [find(side, slot, count, of) for slot in range(side.all_slots(count, of))]
-        for slot, (i, begin, end) in enumerate(found):
-            assert begin <= slot < end
-            assert found[begin] == (i, begin, end)
-    for row, (i, begin, _) in enumerate(found):
-        padded = padded_first(begin, i, ROW_PADDING) + row - begin
-        assert 0 <= padded < side.all_slots(count, ROW_PADDING) * ROW_PADDING
+    found = [find(side, slot, count, tile) for slot in range(side.all_slots(count, tile))]
+    for slot, (i, begin, end) in enumerate(found):
+        assert begin <= slot < end
+        assert found[begin] == (i, begin, end)
 
 
 @pytest.mark.parametrize(
