@@ -398,8 +398,8 @@ def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> t
 
 
 def _lists_of_gradients(call: Call, planned: _PlannedGradients) -> tuple:
-    """A block mask's lists of query tiles and, where a kernel walks over them, of key tiles; ranks; and how many key tiles visit
-    a query tile, where whoever rounds dQ asks."""
+    """A block mask's lists of query tiles and, where a kernel walks over them, of key tiles; ranks; and visits of query tiles,
+    where whoever rounds dQ asks for them."""
     problem, batch, heads = planned.problem, call.batch, call.heads
     tile_m, tile_n, rows = tiles_of_lists(problem, planned.mechanism, planned.device)
     return (
