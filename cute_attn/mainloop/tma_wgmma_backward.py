@@ -185,27 +185,14 @@ class Backward(KeyBlocks):
     @cute.kernel
     def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles, soon):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
-        listed = bool(self.problem.blocks)
-        if cutlass.const_expr(self.rounds_beside and soon is None and not listed):
-            cute.arch.griddepcontrol_launch_dependents()
-        elif cutlass.const_expr(self.rounds_beside and not listed):
-            if soon:
-                cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr(self.rounds_beside and not self.problem.blocks):
+            self._begin_rounding(soon)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (operands.q, operands.k, operands.v, operands.do):
                 cpasync.prefetch_descriptor(operand.atom)
         if cutlass.const_expr(self.looks_how_many):
-            at_once = Int32(0)
-            # The warp that finds tiles has more registers here than later. With lists those that add ask, too.
-            if (warp < WARPGROUP // WARP) if listed else (warp == COPY_K_Q_WARP):
-                at_once = self._blocks_that_take_tiles(tiles, values)
-                if cutlass.const_expr(listed):
-                    if at_once < cute.arch.grid_dim()[0]:
-                        cute.arch.griddepcontrol_launch_dependents()
-            tiles = replace(tiles, at_once=cute.arch.make_warp_uniform(at_once))
-            if cutlass.const_expr(listed):
-                soon = tiles.at_once < cute.arch.grid_dim()[0]
+            tiles, soon = self._leave_place(tiles, values, soon, warp)
         shared = self._setup()
         of_tile = partial(self.key_tile, values, tiles.heads_per_kv)
         roles = partial(self._roles, operands, (plain, rows, care), (gradients, signals, soon), shared)
@@ -221,6 +208,28 @@ class Backward(KeyBlocks):
         else:
             tiles = replace(tiles, ticket=cute.arch.cluster_idx()[0])
             tiles.one(lambda work: roles(*[lambda part: of_tile(part, NONE_DONE, work)] * 2))
+
+    @cute.jit
+    def _begin_rounding(self, soon):
+        """From now on the kernel that rounds dQ may begin, where it does so meanwhile."""
+        if cutlass.const_expr(soon is None):  # noqa: SIM114
+            cute.arch.griddepcontrol_launch_dependents()
+        elif soon:
+            cute.arch.griddepcontrol_launch_dependents()
+
+    @cute.jit
+    def _leave_place(self, tiles: Tiles, values: Values, soon, warp: Int32):
+        """``(tiles, soon)`` where it is found out here how many blocks take tiles: by the warp that finds tiles, which has more
+        registers here than later; with lists by those that add, too, since nobody rounds meanwhile unless some leave."""
+        listed, at_once = bool(self.problem.blocks), Int32(0)
+        if (warp < WARPGROUP // WARP) if listed else (warp == COPY_K_Q_WARP):
+            at_once = self._blocks_that_take_tiles(tiles, values)
+            if cutlass.const_expr(listed):
+                self._begin_rounding(at_once < cute.arch.grid_dim()[0])
+        tiles = replace(tiles, at_once=cute.arch.make_warp_uniform(at_once))
+        if cutlass.const_expr(listed):
+            soon = tiles.at_once < cute.arch.grid_dim()[0]
+        return tiles, soon
 
     @cute.jit
     def _blocks_that_take_tiles(self, tiles: Tiles, values: Values):
