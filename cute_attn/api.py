@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import Unread, check_layout, choice, flag, integer, is_traced, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
-from cute_attn.expressions import Called, Indexing, Symbol, check_functions, element, positions, score_of, traced
+from cute_attn.expressions import Called, Indexing, Symbol, check_functions, element, positions, score_of, traced, unseen
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import (
@@ -39,7 +38,6 @@ _EXTRAS = "mask", "score", "tensors", "alibi_slopes", "bias", "sinks", "dropout_
 _NUMBER, _REACH = frozenset({float, type(None)}), frozenset({int, type(None)})
 _kept: dict[tuple | None, Any] = {}  # a Call, or, of ragged sequences, what one is made of
 KEPT_MAX = 1024  # calls; each of another shape or rule
-_UNSEEN: dict[Callable, Callable] = {}  # functions, and what calls them where torch.compile doesn't look into it
 
 
 @unscriptable
@@ -91,15 +89,16 @@ def attention(
             let it see, as FlexAttention's ``mask_mod``. Positions are rows of q and of k, from 0 on. The function is traced
             (:mod:`cute_attn.expressions`): it gets symbols and may do arithmetic, comparisons, ``& | ~``, ``torch.where``,
             minimum, maximum, clamp, abs, exp, log, tanh, sqrt, ``//`` and ``%`` of integers, conversions, and index tensors of
-            up to 4 dimensions, in ``tensors`` or in a closure. Ready-made ones are :mod:`cute_attn.masks`.
+            up to 4 dimensions, in ``tensors`` or in a closure: an index past a tensor's end takes its last element. Ready-made
+            ones are :mod:`cute_attn.masks`.
         score: ``score(score, batch, head, q_idx, kv_idx, *tensors) -> score``, what is made of a scaled (and capped) score, as
             FlexAttention's ``score_mod``; :mod:`cute_attn.scores`. Gradients go through it, and into captured float tensors
             that require one, which are added up in float32.
         tensors: more arguments of the two functions.
         block_mask: what :func:`cute_attn.block_mask` found out about ``mask``: tiles that it hides are not computed, and only
             those that it cuts are masked. It must be of the same mask, and of what its tensors hold now; nobody looks whether
-            that is so. Or FlexAttention's ``BlockMask``, whose ``mask_mod`` is the mask where there is no other. Goes without
-            causal, window and sequences of different lengths.
+            that is so, and the reference takes the mask alone. Or FlexAttention's ``BlockMask``, whose ``mask_mod`` is the mask
+            where there is no other. Goes without causal, window and sequences of different lengths.
         alibi_slopes: float32 ``(heads,)`` or ``(batch, heads)``: ``slope · |i + seqlen_k − seqlen_q − j|`` is taken from s_ij,
             after all else.
         bias: added to s_ij, after all else: a tensor that broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``, of q's dtype or
@@ -424,7 +423,7 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
         behind = type(call.right) is int and call.right <= 0  # of a symbol nobody knows
         as_text = is_compiling() or wrapped.has_no_values(q) or bool(dispatch_modes())
         given = mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths, behind, as_text
-        expression, call.captured = _unseen(traced)(*given)
+        expression, call.captured = unseen(traced)(*given)
         call.expression = expression if as_text else expression.fitting(call)
 
 
@@ -435,15 +434,6 @@ def check_known(dropout_p) -> None:
             f"dropout_p is {shown(torch.as_tensor(dropout_p))} inside of torch.compile or torch.export, where a graph is made "
             f"before any value is known; a number from 0 to below 1 is needed: pass float(dropout_p) from outside"
         )
-
-
-def _unseen(function: Callable) -> Callable:
-    """A function into which torch.compile doesn't look: it has left this call out of its graph, and would what that calls."""
-    if "torch._dynamo" not in sys.modules:
-        return function
-    if function not in _UNSEEN:
-        _UNSEEN[function] = torch.compiler.disable(function)
-    return _UNSEEN[function]
 
 
 # ---- what else there is, in a graph ----------------------------------------------------------------------------------
@@ -461,7 +451,7 @@ def _in_graph(function: Callable, tensors: tuple, lengths: dict, rules: tuple, e
     named = dict(zip(_HOW + _RULES, (*how, scale, causal, window, softcap), strict=True)) | lengths
     if not is_dynamo_compiling():  # it could not, and has left the call out of its graph
         named |= dict(zip(_EXTRAS, extras or (), strict=False)) | ({} if block_mask is None else {"block_mask": block_mask})
-        return _unseen(function)(*tensors, **named)
+        return unseen(function)(*tensors, **named)
     if transforms_active():
         wrapped.refuse_transforms()
     _prepared()
@@ -515,7 +505,7 @@ def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
     if sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device:
         raise ValueError(
             f"sinks is {shown(sinks)} on {sinks.device}; floats ({heads},), one a head, on {q.device} are needed: try "
-            f".float() and .to(q.device)"
+            + (".float() and .to(q.device)" if sinks.shape == (heads,) else f"one for each of {heads} heads")
         )
 
 

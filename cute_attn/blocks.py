@@ -32,7 +32,7 @@ import torch
 from torch.nn.functional import pad
 
 from cute_attn.arguments import shown
-from cute_attn.expressions import Expression, TorchOps, traced
+from cute_attn.expressions import Expression, TorchOps, traced, unseen
 from cute_attn.layouts.base import (
     BLOCK,
     BY_ROWS,
@@ -213,6 +213,9 @@ class BlockMask:
         return tiles[0, 0].tolist()
 
 
+torch.serialization.add_safe_globals([BlockMask])  # for torch.load, which by default makes nothing that it doesn't know
+
+
 def block_mask(
     mask: Callable, batch: int | None, heads: int | None, seqlen_q: int, seqlen_k: int,
     tensors: tuple[torch.Tensor, ...] = (), device: Any = None,
@@ -229,11 +232,16 @@ def block_mask(
         device: where; that of the tensors, or else of CUDA, where there is a GPU.
 
     Each pair of a query and a key is looked at, on the GPU by a kernel that is made from the function, and nothing is held of
-    them. What captured tensors hold is read now: after they have changed, a new block mask is needed.
+    them. What captured tensors hold is read now: after they have changed, a new block mask is needed. torch.compile leaves this
+    out of its graphs: call it outside of one that must be whole.
 
     Raises:
         TypeError, ValueError, NotImplementedError: what :func:`cute_attn.attention` raises for a mask; sizes that are no ints.
     """
+    return unseen(_block_mask)(mask, batch, heads, seqlen_q, seqlen_k, tensors, device)
+
+
+def _block_mask(mask, batch, heads, seqlen_q, seqlen_k, tensors, device) -> BlockMask:
     batch, heads = (1 if n is None else n for n in (batch, heads))
     sizes = {"batch": batch, "heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     for name, n in sizes.items():
@@ -306,7 +314,8 @@ def taken(given: Any, mask: Callable | None, call: Any, q: torch.Tensor) -> tupl
             "masks.and_masks(mask, masks.causal) for both",
         )  # fmt: skip
     if call.heads // call.heads_kv > MEMBERS_MAX:
-        _refuse(f"{call.heads} query heads share {call.heads_kv}", f"at most {MEMBERS_MAX} are needed", "no block_mask")
+        got = f"block_mask is given where {call.heads} query heads share {call.heads_kv} key heads"
+        _refuse(got, f"at most {MEMBERS_MAX} for each are needed", "mask= alone")
     return blocks, mask
 
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -564,6 +565,17 @@ class Tracing(TorchFunctionMode):
         return node
 
 
+def unseen(function: Callable) -> Callable:
+    """A function into which torch.compile doesn't look: it leaves this call out of its graph, or has done so already, and would
+    look into what that calls. (To say so beforehand would import ``torch._dynamo``, which takes seconds.)"""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    if function not in _UNSEEN:
+        why = "cute_attn looks here at what functions and tensors hold, which a graph can't: call it outside of one"
+        _UNSEEN[function] = torch.compiler.disable(function, reason=why)
+    return _UNSEEN[function]
+
+
 def traced(
     mask: Callable | None, score: Callable | None, tensors: Any, alibi_slopes, q: torch.Tensor, heads: int, batch: int,
     bias: torch.Tensor | None = None, lengths: tuple[int, int] | None = None, behind: bool = False, as_text: bool = False,
@@ -662,6 +674,7 @@ def _on_device(captured, device: torch.device) -> tuple[torch.Tensor, ...]:
 
 OF_SHAPES = "of shapes only"
 _restored: dict[tuple, Expression] = {}
+_UNSEEN: dict[Callable, Callable] = {}  # functions, and what calls them where torch.compile doesn't look into it
 
 
 def restored(
@@ -883,7 +896,8 @@ def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:
     need = f"float32 ({heads},) or ({batch}, {heads}), (heads,) or (batch, heads), on {q.device}"
     check_tensor("alibi_slopes", x, f"a tensor, {need}, is needed: try torch.tensor(alibi_slopes)")
     if x.dtype != torch.float32 or x.device != q.device or x.shape not in ((heads,), (batch, heads)):
-        raise ValueError(f"alibi_slopes is {shown(x)} on {x.device}; {need}, is needed: try .float() and .to(q.device)")
+        hint = ".float() and .to(q.device)" if x.shape in ((heads,), (batch, heads)) else f"a slope for each of {heads} heads"
+        raise ValueError(f"alibi_slopes is {shown(x)} on {x.device}; {need}, is needed: try {hint}")
 
 
 def element_of(x: torch.Tensor) -> Callable:
@@ -906,7 +920,8 @@ def _is_bias(x: Any, q: torch.Tensor, sizes: dict[str, int | None]) -> bool:
     if x.dim() > 4 or not all(n == 1 or size is None or n == size for n, size in sized):
         raise ValueError(f"bias has shape {tuple(x.shape)}; {need}, is needed: try unsqueeze for dimensions that are missing")
     if x.dtype not in (q.dtype, torch.float32) or x.device != q.device:
-        raise ValueError(f"bias is {shown(x)} on {x.device}; {need}, is needed: try .to(q.dtype) and .to(q.device)")
+        hint = "mask=cute_attn.masks.given(bias)" if x.dtype == torch.bool else ".to(q.dtype) and .to(q.device)"
+        raise ValueError(f"bias is {shown(x)} on {x.device}; {need}, is needed: try {hint}")
     return bool(x.numel())
 
 

@@ -58,9 +58,8 @@ def scaled_dot_product_attention(
         key: ``(…, heads_kv, seqlen_k, head_dim)``. Heads are those of query, or one, or, with ``enable_gqa``, a divisor.
         value: ``(…, heads_kv, seqlen_k, head_dim_v)``.
         attn_mask: ``None``, or a tensor that broadcasts to ``(…, heads, seqlen_q, seqlen_k)``: bools say which keys a
-            query sees, floats, of query's dtype, are added to the scores and get a gradient. In graphs such calls go to torch.
-        dropout_p: the probability of dropping one, from 0 to below 1, drawn as :func:`cute_attn.attention` does; in graphs
-            calls with another than 0 go to torch.
+            query sees, floats, of query's dtype, are added to the scores and get a gradient.
+        dropout_p: the probability of dropping one, from 0 to below 1, drawn as :func:`cute_attn.attention` does.
         is_causal: query i sees the keys up to i (**top-left**), also where the lengths differ.
         scale: ``None`` is 1/√head_dim.
         enable_gqa: query head h reads key head ``h // (heads / heads_kv)``.
@@ -207,16 +206,18 @@ def why_not(
 
 def _why_no_mask(x, query: torch.Tensor, seqlen_k: int) -> str | None:
     """Why a mask is none that is added or that hides."""
+    hint = "unsqueeze for dimensions that are missing"
     try:
         whole = torch.broadcast_shapes(x.shape, shape := (*query.shape[:-1], seqlen_k))
         if type(x) in _TAKEN and x.dtype in (torch.bool, query.dtype) and x.device == query.device and whole == shape:
             empty = not x.numel() or x.layout is not torch.strided
             return "attn_mask is empty or sparse; a dense one is needed: try None" if empty else None
+        hint = ".to(query.dtype)" if whole == shape else hint
     except (AttributeError, RuntimeError):  # no tensor, other shapes
         pass
     return (
         f"attn_mask is {shown(x)}; a tensor that broadcasts to (…, heads, seqlen_q, seqlen_k), of torch.bool or {query.dtype}, "
-        f"on {query.device} is needed: try .to(query.dtype)"
+        f"on {query.device} is needed: try {hint}"
     )
 
 

@@ -769,10 +769,13 @@ def test_ours_is_what_a_user_gets_by_default():
     assert report.ratio(cell) == pytest.approx(1.25)
 
 
-def test_a_file_of_another_kind_says_what_shows_it(tmp_path):
-    path = tmp_path / "parts.json"
-    path.write_text(json.dumps({"schema": "parts 1", "figures": []}))
-    with pytest.raises(ValueError, match=r"another kind.*python -m benchmarks parts --show"):
+@pytest.mark.parametrize(
+    ("schema", "shown"), [("parts 1", "parts --show"), ("masks 1", "docs, which writes"), ("context parallel 1", "docs, which")]
+)
+def test_a_file_of_another_kind_says_what_shows_it(schema, shown, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"schema": schema, "figures": []}))
+    with pytest.raises(ValueError, match=rf"another kind.*python -m benchmarks {shown}"):
         Record.load(path)
 
 

@@ -231,7 +231,7 @@ def test_saved_moved_and_copied():
     torch.save(blocks, file)
     file.seek(0)
     for other in (
-        pickle.loads(pickle.dumps(blocks)), copy.deepcopy(blocks), blocks.to("cpu"), torch.load(file, weights_only=False)
+        pickle.loads(pickle.dumps(blocks)), copy.deepcopy(blocks), blocks.to("cpu"), torch.load(file)
     ):  # fmt: skip
         assert torch.equal(other.kinds, blocks.kinds)
         assert (other.seqlen_q, other.seqlen_k, other.batch, other.heads) == (300, 200, 1, 2)

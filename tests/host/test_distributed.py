@@ -664,7 +664,7 @@ ERRORS = [
         "of each rank's own are needed",
         "x.to_local()",
     ),
-    Row("sinks", shards_of(sinks=torch.zeros(3)), ValueError, "sinks is a Tensor of shape (3,)", "one a head", ".float()"),
+    Row("sinks", shards_of(sinks=torch.zeros(3)), ValueError, "sinks is a Tensor of shape (3,)", "one a head", "one for each"),
 ]
 
 

@@ -301,6 +301,21 @@ def test_blocks_of_flex_attention():
     assert_same_bits(function, compiled(function)[0], tensors, ())
 
 
+def test_a_block_mask_that_is_made_between_graphs():
+    """Of a mask that an eager call has seen before, of one that holds what a graph gets, and of other lengths later."""
+
+    def function(q, k, v, ids):
+        mask = masks.and_masks(masks.causal, masks.document(ids))
+        return attention(q, k, v, mask=mask, block_mask=block_mask(mask, None, None, len(ids), len(ids)))
+
+    fast = torch.compile(function, backend="eager")
+    for n in (64, 96, 128, 64):
+        q, k, v = make_qkv(1, n, n, 2, 2, 32, 32, torch.float32)
+        assert torch.equal(function(q, k, v, IDS[:n]), fast(q, k, v, IDS[:n]))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="call it outside of one"):
+        torch.compile(function, fullgraph=True)(q, k, v, IDS[:64])
+
+
 @pytest.mark.filterwarnings("ignore:Graph break from .Tensor.item:UserWarning")
 def test_what_torch_compile_can_not_follow_is_left_out():
     """And computed as ever, with all that is around it compiled."""
