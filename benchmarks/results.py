@@ -28,10 +28,11 @@ KINDS = {
 RATES = ("burst", "sustained")  # the kinds that give TFLOP/s over a grid; the others measure one small case
 THREE_IN_FOUR = 0.75
 DETERMINISTIC = "_deterministic"  # how the names of such peers end
+_IN_DOCUMENTS = "python -m benchmarks docs, which writes its table,"
 SHOWN_BY = {  # files of other kinds, by how their schema begins
     "parts": "python -m benchmarks parts --show",
     "layouts": "python -m benchmarks.layouts --show",
-    "training": "python -m benchmarks docs, which writes its table,",
+    **dict.fromkeys(("training", "serving", "masks", "model", "variants", "context"), _IN_DOCUMENTS),
 }
 
 

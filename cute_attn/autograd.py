@@ -82,7 +82,7 @@ def keep(ctx, q, k, v, out, kept, *others) -> None:
 
 
 def arguments_of_gradients(ctx, dout, dlse) -> Any:
-    """``(q, k, v, out, kept, dout, dlse, needs, *lengths)``, or None where no gradient is needed or all are zeros."""
+    """``(q, k, v, out, kept, dout, dlse, needs, *others kept)``, or None where no gradient is needed or all are zeros."""
     needed = ctx.needs_input_grad
     if not any(needed) or (dout is None and dlse is None):
         return None

@@ -1,4 +1,4 @@
-"""The lists of tiles that kernels read, made of the kinds of blocks: what ``blocks.py`` does in Python for a CPU.
+"""The lists of tiles that kernels read, made of the kinds of blocks, as ``blocks.py`` says they are.
 
 A warp makes a list, and goes through its tiles twice: it counts them, and writes each where it belongs. Of key lists a second
 kernel says which is taken when.

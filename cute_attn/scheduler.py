@@ -137,7 +137,7 @@ class Tiles:
     rest: Int32 | None = None  # if not None, so many more are in the first group, and none lacks any
     by: tuple | None = None  # divisors that are multiplied by: m_blocks, heads and heads_per_kv
     both_ways: cutlass.Constexpr[bool] = False  # whether all groups but the last take the short tiles first
-    at_once: Int32 | None = None  # blocks that take tiles in rounds, where not all do
+    at_once: Int32 | None = None  # blocks that take tiles, where not all do
 
     @staticmethod
     def of(shape, heads_per_kv, tile: int, blocks: Int32, long_first: bool, sequences=None, of_k: bool = False) -> Tiles:
@@ -242,7 +242,7 @@ class Tiles:
         return position
 
     def blocks(self):
-        """How many take tiles in rounds."""
+        """How many take tiles."""
         return cute.arch.grid_dim()[0] if self.at_once is None else self.at_once
 
     @cute.jit

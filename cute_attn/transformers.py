@@ -7,8 +7,7 @@ band of keys around each query, and lengths of sequences. Then each layer hands 
 
 What a mask function says is read by calling it with positions that note what is done with them (:class:`_Position`). What
 makes anything but a band and sequences goes to attention as it is, as ``mask=``, which computes it in every tile; so do masks
-that a user passes as tensors. Where a graph is made, these, biases of the scores and dropout are refused, or handed on to the
-fallback.
+that a user passes as tensors.
 
 Padding leaves of each element of a batch some rows in use. Where these are one stretch, they are a sequence between rows that
 are not in use, and nothing is moved; else they are gathered before and scattered after. Which of the two it is, is read back

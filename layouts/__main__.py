@@ -1,4 +1,4 @@
-"""The command line: ``python -m cute_attn.layouts check --help``. Needs neither a GPU nor CUDA."""
+"""Layouts: proofs, pictures, and new modules. The command line, which needs neither a GPU nor CUDA."""
 
 from __future__ import annotations
 

@@ -7,8 +7,7 @@ A **GPU module** (``sm80.py``, ``sm90.py``, …) is data. It defines
   operands (``mma_sync``, ``wgmma``);
 - ``BACKWARD``, if it has the backward pass: the names of its mainloops, each with the family module of that;
 - ``CACHE``, if it has attention to a cache: the names of its mainloops, best first, each with the family module of that, whose
-own
-  ``configs(problem, gpu, target)`` say which problems it serves;
+  own ``configs(problem, gpu, target)`` say which problems it serves;
 - ``configs(problem, mechanism, target)``: the configurations for a problem, best first, from the module's tables.
 
 A **family module** is the layouts of one family of instructions. It defines, as plain functions of a :class:`Config`,
@@ -35,8 +34,9 @@ role to the operands A and B that its MMA reads from shared memory (``""`` for o
 config)`` and, where warps load operands, ``load_operand(role, operand, config)``; and for dQ, where parts of it are added up
 in global memory, ``pieces(config)``, (row, column) of each, ``piece_shape(config)``, ``sums(config)``, the layout of the
 sums, ``turned(config)``, whether they are of dQ's transpose, whose operands A and B are the other way round, and
-``FIRST_STORES``, whether the first that is added is stored, even where no order is fixed, and ``CLEARS_QUERIES``, whether
-dQ of queries that aren't in use is cleared by whoever adds, if no blocks share a tile. For the pictures of a block it says
+``FIRST_STORES``, whether the first that is added is stored, even where no order is fixed, and dQ may be rounded while others
+are added (``fields.rounds_beside``), and ``CLEARS_QUERIES``, whether dQ of queries that aren't in use is cleared by whoever
+adds, if no blocks share a tile. For the pictures of a block it says
 besides ``stages(operand, config)``, ``over(config)``, from an operand to the one whose memory it takes, and, where warps do
 nothing but copy, ``WARPS``, from an operand to theirs; with several kernels, ``KERNELS``, from a kernel's name to its operands.
 
@@ -70,7 +70,7 @@ TICKET_COUNTERS = 4  # words before the forward pass's tickets, of which two cou
 # What a counter is at least once dQ has been stored, where the first to come stores; below, who has come, two warps at the most
 # of each block that runs. And what it grows by for each part of dQ that is there, up to so many keys.
 STORED, ADDED, COUNTED_KEYS = 1 << 10, 1 << 11, 1 << 26
-BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): every tile's sides are multiples of it
+BLOCK = 32  # queries, and keys, of a block of a block mask (blocks.py): sides of tiles that have lists are multiples of it
 NONE, CUT, WHOLE = 0, 1, 2  # kinds of blocks, and of tiles: no query sees any key of it, some see some, each sees all
 BY_ROWS = 3  # of blocks that are cut: each query sees all keys or none
 KIND_BITS = 2

@@ -37,7 +37,7 @@ class Values:
 
     Where a tile's rows are ``packed``, each query is as many rows, one for each query head of a key head from ``head`` on.
     ``rise`` is what a ramp adds from one position to the next, in raw units, where it has been computed for all of a tile.
-    ``from_last`` is a key tile's, if it has one (:class:`Work <cute_attn.scheduler.Work>`).
+    ``header`` and ``from_last`` are a tile's, if it has them (:class:`Work <cute_attn.scheduler.Work>`).
     """
 
     seqlen_q: Int32

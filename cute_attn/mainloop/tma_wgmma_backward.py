@@ -48,7 +48,7 @@ from cute_attn.mainloop.work_queue import UnusedRows, WorkQueue
 from cute_attn.scheduler import LONG_WALK, Tiles, Work
 
 COPY_K_Q_WARP, COPY_V_DO_WARP, ADD_DQ_WARP = 0, 1, 2
-SAMPLED = 128  # sequences, of which it is looked how long they are
+SAMPLED = 128  # sequences, or query tiles with lists, that are looked at for how many blocks are to take tiles
 ADDERS = 2  # warps from ADD_DQ_WARP on
 STORE = "cp.async.bulk.global.shared::cta.bulk_group"
 ADD = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32"
@@ -153,11 +153,11 @@ class Backward(KeyBlocks):
             if cutlass.const_expr(not self.draws):  # where rounding takes little, equal tiles are faster by themselves
                 soon = visits <= 2 * LONG_WALK
             if cutlass.const_expr(self.persistent):
-                left = Tiles.without_some(blocks, tiles.count(), 100 * visits)
+                fewer = Tiles.without_some(blocks, tiles.count(), 100 * visits)
                 if cutlass.const_expr(soon is None):  # noqa: SIM114
-                    blocks = left
+                    blocks = fewer
                 elif soon:
-                    blocks = left
+                    blocks = fewer
         if cutlass.const_expr(self.persistent and not self.draws):
             tiles, count = tiles.launched(blocks, long=False)
             if cutlass.const_expr(not self.problem.ragged):
@@ -462,18 +462,18 @@ class Backward(KeyBlocks):
         self.load_first_columns("dP", "V", me.rV, shared.v[None, None, me.warpgroup])
         if cutlass.const_expr(self.leaves_results):
             self._results_have_left(me, *done)
-        i, round = Int32(0), Int32(0)
+        i, member = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
             if cutlass.const_expr(self.problem.blocks):
                 of_tile = partial(self._of_listed, shared.entries, values, work.head, visited, i)
             else:
-                m_block, member = visited.tile(i, round, self.problem)
+                m_block, of = visited.tile(i, member, self.problem)
                 needs_mask = visited.needs_mask(i, m_block)
-                of_head = with_rise(values.of_head(work.head + member), self.problem)
+                of_head = with_rise(values.of_head(work.head + of), self.problem)
                 of_tile = partial(_same, (of_head, m_block, needs_mask))
             state = self._step(me, of_tile, state, (hides, j > 0))
             i = i + 1 if i + 1 < visited.count else Int32(0)
-            round = round + 1 if i == 0 else round
+            member = member + 1 if i == 0 else member
         if cutlass.const_expr(self.config.overlap_tiles):
             cute.nvgpu.warpgroup.wait_group(0)
         if cutlass.const_expr(self.persistent):  # the next tile's are on their way from here on
