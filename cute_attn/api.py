@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import Unread, check_layout, choice, flag, integer, is_traced, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
-from cute_attn.expressions import Called, Indexing, Symbol, check_functions, element, positions, score_of, traced, unseen
+from cute_attn.expressions import Called, Indexing, Symbol, check_functions, element, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import (
@@ -24,6 +24,7 @@ from cute_attn.private import (
     dual_level,
     never_begin_a_graph,
     transforms_active,
+    unseen,
     with_side_effects,
 )
 from cute_attn.problem import SCALES, UNBOUNDED, Call, check_call

@@ -32,7 +32,7 @@ import torch
 from torch.nn.functional import pad
 
 from cute_attn.arguments import shown
-from cute_attn.expressions import Expression, TorchOps, traced, unseen
+from cute_attn.expressions import Expression, TorchOps, traced
 from cute_attn.layouts.base import (
     BLOCK,
     BY_ROWS,
@@ -45,7 +45,7 @@ from cute_attn.layouts.base import (
     TILE_BITS,
     WHOLE,
 )
-from cute_attn.private import dispatch_modes, raw_stream
+from cute_attn.private import dispatch_modes, raw_stream, unseen
 
 ROWS_OF_WARPGROUP = 64
 LENGTH_MAX = BLOCK << TILE_BITS
@@ -145,14 +145,17 @@ class BlockMask:
         return lists
 
     def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
-        seen = self.tiles(tile_m, tile_n).ne(NONE).int()
+        seen = self._seen(tile_m, tile_n).int()
         return seen.cumsum(3, dtype=torch.int32) - seen
 
     def _visits(self, tile_m: int, tile_n: int) -> torch.Tensor:
+        return self._seen(tile_m, tile_n).sum(3, keepdim=True, dtype=torch.int32)
+
+    def _seen(self, tile_m: int, tile_n: int) -> torch.Tensor:
+        """Whether any query of a tile sees any of its keys, ``(batch, heads, m_blocks, n_blocks)``."""
         down, across = tile_m // BLOCK, tile_n // BLOCK
         kinds = pad(self.kinds, (0, -self.kinds.shape[3] % across, 0, -self.kinds.shape[2] % down), value=NONE)
-        seen = kinds.unflatten(3, (-1, across)).unflatten(2, (-1, down)).amax((3, 5))
-        return seen.count_nonzero(3).int()[..., None]
+        return kinds.unflatten(3, (-1, across)).unflatten(2, (-1, down)).amax((3, 5)).ne(NONE)
 
     def _keep(self, name: str, make: Callable, *of: int) -> torch.Tensor:
         """What ``make(*of)`` returns, made once. Another stream than the one that made it waits for it. What a CUDA graph

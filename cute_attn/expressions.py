@@ -27,7 +27,6 @@ from __future__ import annotations
 import ast
 import math
 import operator
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -565,17 +564,6 @@ class Tracing(TorchFunctionMode):
         return node
 
 
-def unseen(function: Callable) -> Callable:
-    """A function into which torch.compile doesn't look: it leaves this call out of its graph, or has done so already, and would
-    look into what that calls. (To say so beforehand would import ``torch._dynamo``, which takes seconds.)"""
-    if "torch._dynamo" not in sys.modules:
-        return function
-    if function not in _UNSEEN:
-        why = "cute_attn looks here at what functions and tensors hold, which a graph can't: call it outside of one"
-        _UNSEEN[function] = torch.compiler.disable(function, reason=why)
-    return _UNSEEN[function]
-
-
 def traced(
     mask: Callable | None, score: Callable | None, tensors: Any, alibi_slopes, q: torch.Tensor, heads: int, batch: int,
     bias: torch.Tensor | None = None, lengths: tuple[int, int] | None = None, behind: bool = False, as_text: bool = False,
@@ -674,7 +662,6 @@ def _on_device(captured, device: torch.device) -> tuple[torch.Tensor, ...]:
 
 OF_SHAPES = "of shapes only"
 _restored: dict[tuple, Expression] = {}
-_UNSEEN: dict[Callable, Callable] = {}  # functions, and what calls them where torch.compile doesn't look into it
 
 
 def restored(

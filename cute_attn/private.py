@@ -6,6 +6,7 @@ They are bound once, so that a call looks up nothing. A release of torch that la
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -15,6 +16,7 @@ import torch
 
 NAMES: list[str] = []  # of torch's, those that only a build with CUDA has left out where this one has none
 COLLECTIVES = "torch.distributed._functional_collectives"  # who passes a tensor of its has imported it, and nobody else
+_UNSEEN: dict[Callable, Callable] = {}  # functions, and what calls them where torch.compile doesn't look into it
 DSL_NAMES = ("__extract_mlir_values__", "__new_from_mlir_values__")
 
 
@@ -95,6 +97,17 @@ def constant_in_graphs(function: Callable) -> Callable:
     ``torch.compiler.assume_constant_result`` does but import ``torch._dynamo``, which takes seconds."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def unseen(function: Callable) -> Callable:
+    """A function into which torch.compile doesn't look: it leaves this call out of its graph, or has done so already, and would
+    look into what that calls. (To say so beforehand would import ``torch._dynamo``, which takes seconds.)"""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    if function not in _UNSEEN:
+        why = "cute_attn looks here at what functions and tensors hold, which a graph can't: call it outside of one"
+        _UNSEEN[function] = torch.compiler.disable(function, reason=why)
+    return _UNSEEN[function]
 
 
 def never_begin_a_graph(function: Callable) -> None:

@@ -206,7 +206,7 @@ def why_not(
 
 def _why_no_mask(x, query: torch.Tensor, seqlen_k: int) -> str | None:
     """Why a mask is none that is added or that hides."""
-    hint = "unsqueeze for dimensions that are missing"
+    hint = "unsqueeze for dimensions that are missing" if isinstance(x, torch.Tensor) else "torch.tensor(attn_mask)"
     try:
         whole = torch.broadcast_shapes(x.shape, shape := (*query.shape[:-1], seqlen_k))
         if type(x) in _TAKEN and x.dtype in (torch.bool, query.dtype) and x.device == query.device and whole == shape:

@@ -129,9 +129,9 @@ def torchs_instead(monkeypatch):
 # Arguments that are other than usual, as shapes if they are tensors, and words of the reason.
 REASONS = [
     ({"attn_mask": torch.ones(6, 6)}, "attn_mask is a Tensor of shape (6, 6)", "of torch.bool or torch.bfloat16", "try .to("),
-    ({"attn_mask": torch.ones(5, 6).bool()}, "attn_mask is a Tensor of shape (5, 6)", "(…, heads, seqlen_q, seqlen_k)", "try"),
+    ({"attn_mask": torch.ones(5, 6).bool()}, "is a Tensor of shape (5, 6)", "(…, heads, seqlen_q, seqlen_k)", "try unsqu"),
     ({"attn_mask": torch.ones(6, 6).bool(), "is_causal": True}, "is_causal is True", "one of the two", "leave out"),
-    ({"attn_mask": [True]}, "attn_mask is a list", "is needed", "try"),
+    ({"attn_mask": [True]}, "attn_mask is a list", "is needed", "try torch.tensor"),
     ({"dropout_p": 1.0}, "dropout_p is 1.0", "from 0.0 to below 1.0 is needed", "try 0.0"),
     ({"dropout_p": "0"}, "dropout_p is a str, '0'", "from 0.0 to below 1.0 is needed", "try 0.0"),
     ({"is_causal": 1}, "is_causal is 1", "bools are needed", "try bool(is_causal)"),
