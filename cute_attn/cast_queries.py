@@ -50,7 +50,7 @@ class CastQueries:
         some = "q" in problem.gradients and problem.has_unused("q") and config.head_blocks == 1
         self.leaves_unused = self.lay.CLEARS_QUERIES and (self.persistent or some)
         self.heads_at_once = self.stages = 2 if self.persistent else 1
-        self.threads = config.mma_threads // max(len(self.pieces), 1)
+        self.threads = self.lay.piece_threads(config) if self.pieces else config.mma_threads
         self.parts = Kernel(problem, config) if self.beside else None
 
     @cute.jit
@@ -217,8 +217,7 @@ class CastQueries:
 
     def _product(self):
         """dQ's product, and the shape of a piece of it."""
-        mma, shape = self.lay.tiled_mma("dQ", self.config), self.lay.piece_shape(self.config)
-        return mma, shape[::-1] if self.lay.turned(self.config) else shape
+        return self.lay.tiled_mma("dQ", self.config), self.lay.mma("dQ", self.config).tile[:2]
 
     @cute.jit
     def _sums(self, sums: cute.Tensor, in_use):

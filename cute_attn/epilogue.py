@@ -123,6 +123,14 @@ def store_vectors(m: cute.Tensor, length, first, where: cute.Tensor, acc: cute.T
                 cute.autovec_copy(held, vector_at(m, row, column // VECTOR))
 
 
+def put(how: str, into: cute.Pointer, values: list[Float32], where=None) -> None:
+    """Store neighbouring floats to memory, or add them to what is there: ``how`` is the instruction of it; if ``where``."""
+    names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(values)))
+    several = f".v{len(values)}" if len(values) > 1 else ""
+    names = f"{{{names}}}" if several else names
+    cute.arch.inline_ptx(f"{how}{several}.f32 [{{$r0}}], {names};", read_only_args=[into.toint(), *values], predicate=where)
+
+
 def converted(acc: cute.Tensor, dtype) -> cute.Tensor:
     """A copy of an fp32 fragment in the output's dtype, in the same layout."""
     out = cute.make_rmem_tensor_like(acc, dtype)

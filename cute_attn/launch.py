@@ -25,7 +25,7 @@ from cute_attn.layouts import family, target_of
 from cute_attn.layouts.base import COUNTERS, TICKET_COUNTERS, Config, row_padding
 from cute_attn.layouts.tma import ROWS_PER_WARPGROUP
 from cute_attn.lengths import NO_LENGTHS, check_lengths
-from cute_attn.plan import configs, head_blocks, plan, rows_of_query_tile, takes_short, takes_tickets
+from cute_attn.plan import configs, head_blocks, plan, rows_of_query_tile, takes_one_kernel, takes_short, takes_tickets
 from cute_attn.private import current_device, empty_strided, raw_stream
 from cute_attn.problem import (
     DTYPE_NAMES,
@@ -82,12 +82,15 @@ def _choices(problem: Problem, mechanism: str | None, device: int) -> tuple[Conf
     return configs(problem, device_target(device), mechanism)
 
 
-def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, call: Call) -> Config:
-    """In which of a problem's configurations the gradients of ``call`` are computed."""
+def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, call: Call, ordered: bool) -> Config:
+    """In which of a problem's configurations the gradients of ``call`` are computed, with the same bits each time where they
+    are to be ``ordered``."""
     found = _choices(problem, mechanism, device)
-    blocks = _head_blocks(found, problem, device, call)
-    shared = tuple(config for config in found if config.head_blocks == blocks)
     rows = call.seqlen_q if call.lengths is None else call.seqlen_q // max(call.lengths.count, 1)
+    if takes_one_kernel(found, rows, problem.bounded_right) and not ordered:
+        return found[-1]
+    blocks = _head_blocks(found, problem, device, call)
+    shared = tuple(config for config in found if (config.backward, config.head_blocks) == (found[0].backward, blocks))
     rows = rows_of_query_tile(tuple(config.tile_m for config in shared), rows, problem.bounded_right)
     return next(config for config in shared if config.tile_m == rows)
 
@@ -294,7 +297,7 @@ class _PlannedGradients:
         # Without sums there is no order.
         ordered = deterministic and has_sums(problem, plan(problem, device_target(self.device), mechanism))
         self.problem = problem = problem_of(q.dtype, call, of_lse, needs, ordered)
-        config = _config_of_gradients(problem, mechanism, self.device, call)
+        config = _config_of_gradients(problem, mechanism, self.device, call, deterministic)
         if call.lengths is not None:  # another batch's mean length may choose another query tile, and is to compile nothing
             for other in _choices(problem, mechanism, self.device):
                 if other.head_blocks == config.head_blocks == 1:

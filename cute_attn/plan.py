@@ -9,7 +9,6 @@ from cute_attn.arguments import name_of, shown
 from cute_attn.layouts.base import (
     KIB,
     NAMED_BARRIERS,
-    ROW_PADDING,
     SETMAXNREG,
     Config,
     Gpu,
@@ -20,6 +19,7 @@ from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 SHORT_WALK = 16  # key tiles
 MANY_QUERY_TILES = 128  # of a sequence in the backward pass
+MANY_VISITS = 16  # of a key tile by query tiles: from here on one kernel of wide heads' gradients gains on two
 SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
 
 
@@ -70,6 +70,13 @@ def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int, cut: bool = Fals
     return max((rows for rows in choices[1:] if 32 * (-seqlen_q % rows) <= seqlen_q), default=choices[0])
 
 
+def takes_one_kernel(found: tuple[Config, ...], seqlen_q: int, cut: bool) -> bool:
+    """Whether the gradients of wide heads are to come from one kernel, the last of their configurations if it serves them, and
+    not from two, which take more products, but less time to begin and end a key tile: where many query tiles visit it, half as
+    many on average if a right edge has ``cut`` them."""
+    return found[-1].backward != found[0].backward and seqlen_q >= (1 + cut) * MANY_VISITS * found[0].tile_m
+
+
 def takes_short(found: tuple[Config, ...], keys: int) -> bool:
     """Whether the forward pass is to take the second of its configurations, if there is one: smaller tiles, where a query sees
     16 of the first one's key tiles at most, half of them on average, which are ``keys``."""
@@ -115,12 +122,12 @@ def configs(problem: Problem, target: str, mechanism: str | None = None) -> tupl
     else:
         found = tuple(module.configs(problem, mechanism, target))
     for config in found:
-        check(config, module.GPU, bool(problem.ragged))
+        check(config, module.GPU)
     return found
 
 
-def check(config: Config, gpu: Gpu, ragged: bool = True) -> None:
-    """Refuse a configuration that can't run on ``gpu``, or not for ``ragged`` sequences, before anything is compiled."""
+def check(config: Config, gpu: Gpu) -> None:
+    """Refuse a configuration that can't run on ``gpu``, before anything is compiled."""
     module, family = layouts.for_target(config.target), layouts.family(config)
     table = f"{layouts.source(module)}'s table"
     blocks = config.blocks_per_multiprocessor
@@ -145,11 +152,6 @@ def check(config: Config, gpu: Gpu, ragged: bool = True) -> None:
         raise ValueError(
             f"{config.mechanism} asks for {config.threads} threads a block; {gpu.name} has {gpu.threads_per_block}: "
             f"try a smaller tile_m"
-        )
-    if config.backward and ragged and ROW_PADDING % config.tile_m and 2 * config.tile_m < ROW_PADDING:
-        raise ValueError(
-            f"{config.backward} takes {config.tile_m} queries at a time; for ragged sequences a tile of fewer than "
-            f"{ROW_PADDING // 2} must divide {ROW_PADDING}: try tile_m=64 in {table}"
         )
     copy_threads = config.threads - config.mma_threads
     total = config.mma_threads * config.mma_registers + copy_threads * config.copy_registers
@@ -190,6 +192,8 @@ def explain(problem: Problem, config: Config) -> str:
     held = (config.q_in_registers, "Q"), (config.k_in_registers, "K and V")
     where = f"a query sees {SHORT_WALK} tiles of keys at most" if not config.backward else "few rows are padding"
     many = config.backward and problem.bounded_right
+    if others and others[-1].backward != config.backward:
+        where, many = f"one kernel serves a sequence of {MANY_VISITS * (1 + many)} tiles of queries", False
     beside = bool(config.backward) and rounds_beside(problem, config)
     where += f" and a sequence has {MANY_QUERY_TILES} tiles of queries" if many else ""
     lines = [

@@ -30,15 +30,16 @@ A **family module** is the layouts of one family of instructions. It defines, as
   role of these has an ``r`` in front, and ``load_operand(role, operand, config)`` brings them from shared memory.
 
 A family module of the backward pass defines the same, with names of its own: ``OPERANDS``, ``ROLES`` and ``READS``, from a
-role to the operands A and B that its MMA reads from shared memory (``""`` for one in registers); ``store_accumulator(operand,
-config)`` and, where warps load operands, ``load_operand(role, operand, config)``; and for dQ, where parts of it are added up
-in global memory, ``pieces(config)``, (row, column) of each, ``piece_shape(config)``, ``sums(config)``, the layout of the
-sums, ``turned(config)``, whether they are of dQ's transpose, whose operands A and B are the other way round, and
-``FIRST_STORES``, whether the first that is added is stored, even where no order is fixed, and dQ may be rounded while others
-are added (``fields.rounds_beside``), and ``CLEARS_QUERIES``, whether dQ of queries that aren't in use is cleared by whoever
-adds, if no blocks share a tile. For the pictures of a block it says
-besides ``stages(operand, config)``, ``over(config)``, from an operand to the one whose memory it takes, and, where warps do
-nothing but copy, ``WARPS``, from an operand to theirs; with several kernels, ``KERNELS``, from a kernel's name to its operands.
+role to the operands A and B that its MMA may read from shared memory (``""`` for one always in registers);
+``store_accumulator(operand, config)`` and, where warps load operands, ``load_operand(role, operand, config)``; and for dQ,
+where parts of it are added up in global memory, ``pieces(config)``, (row, column) of each, ``piece_shape(config)``,
+``piece_threads(config)``, how many threads hold one, ``sums(config)``, the layout of the sums, ``turned(config)``, whether they
+are of dQ's transpose, whose operands A and B are the other way round, and ``FIRST_STORES``, whether the first that is added is
+stored, even where no order is fixed, and dQ may be rounded while others are added (``fields.rounds_beside``), and
+``CLEARS_QUERIES``, whether dQ of queries that aren't in use is cleared by whoever adds, if no blocks share a tile. For the
+pictures of a block it says besides ``stages(operand, config)``, ``over(config)``, from an operand to the one whose memory it
+takes, and, where warps do nothing but copy, ``WARPS``, from an operand to theirs; with several kernels, ``KERNELS``, from a
+kernel's name to its operands.
 
 Only those from ``element`` on import the DSL, and only when called.
 """
@@ -60,7 +61,7 @@ KIB = 1024
 NAMED_BARRIERS = 16  # of a block
 SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
 LISTED_ROWS = 192  # of a query tile that has a list of key tiles, at most
-ROW_PADDING = 128  # rows that those of ragged sequences are padded to in the backward pass, if their tile divides it
+ROW_PADDING = 128  # rows that those of ragged sequences are padded to in the backward pass, or fewer: whole tiles
 # Words of a backward call's int32 signals in global memory: whether to copy carefully (mainloop/guard.py: ``CARE``, or 1 where
 # a kernel of zeros comes first), the next ticket of a block that computes, and of one that rounds dQ, and how many warps have
 # ended that add to dQ; behind them, a counter of each query tile.
@@ -122,6 +123,8 @@ class Config:
     every_lane_arrives: bool = False  # at barriers, not one for its warp, or a warp by itself; racecheck follows no warp
     head_blocks: int = 1  # backward, tma_wgmma: blocks of a cluster share a key tile, each with a part of its query heads
     separate_dk: bool = False  # backward, tma_wgmma: dK has shared memory of its own, and need not wait for dQ's
+    results_from_registers: bool = False  # backward, tma_wgmma: dK and dV take no shared memory but leave from registers
+    ds_from_shared: bool = False  # backward, tma_wgmma: dK's product takes dS from there, as dQ's does, not from registers
     dq_stages: int = 1  # and query tiles whose dQ has some on its way to global memory
     late_dv: int = 0  # queries of a tile whose part of dV's product comes behind dQ's, so that dQ is stored ahead of dK's
     add_width: int = 4  # backward: floats of dQ's sums that a thread hands on at once, so the order in which they lie
@@ -155,7 +158,7 @@ class Config:
 
 def row_padding(config: Config) -> int:
     """Values of query rows in memory are a multiple of so many, whole tiles, in the backward pass."""
-    return config.tile_m if ROW_PADDING % config.tile_m else ROW_PADDING
+    return config.tile_m * max(ROW_PADDING // config.tile_m, 1)
 
 
 def registers_per_thread(config: Config, gpu: Gpu) -> int:

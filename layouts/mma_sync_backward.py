@@ -93,6 +93,11 @@ def piece_shape(config: Config) -> tuple[int, int]:
     return config.tile_m, config.tile_d
 
 
+def piece_threads(config: Config) -> int:
+    """Threads that hold it."""
+    return config.mma_threads
+
+
 def sums(config: Config) -> Layout:
     """dQ in float32 in global memory, ``(thread, value, piece)``."""
     return base.in_turns(config.mma_threads, config.tile_m * config.tile_d // config.mma_threads, config.add_width)

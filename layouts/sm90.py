@@ -60,6 +60,18 @@ WGMMA_BACKWARD_TABLE: dict[int, dict[str, Any]] = {
 WGMMA_BACKWARD_TALL: dict[int, dict[str, Any]] = {
     128: {"tile_m": 80, "separate_dk": False, "overlap_tiles": False, "late_dv": 16}
 }
+# The padded head dims -> the fields of one kernel for wide heads of which V's are narrower: dK and dV of 128 keys fit, and dQ's
+# product of 64 rows, of which 48 are queries. dS takes no register beside it, and P none beside dS.
+WGMMA_BACKWARD_MIXED: dict[tuple[int, int], dict[str, Any]] = {
+    (192, 128): {
+        "tile_m": 48,
+        "tile_n": 128,
+        "stages": 2,
+        "overlap_tiles": True,
+        "ds_from_shared": True,
+        "results_from_registers": True,
+    }
+}
 # Where dQ is added in a fixed order by unequal tiles, which makes those who add it wait.
 WGMMA_BACKWARD_ORDERED: dict[int, dict[str, Any]] = {64: {"separate_dk": False, "dq_stages": 2}}
 
@@ -111,7 +123,7 @@ def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
     if problem.gradients:
         narrow = max(problem.head_dim, problem.head_dim_v) <= 64
         registers = REGISTERS_TO_COPY if problem.gradients == "q" or (problem.blocks and narrow) else REGISTERS[2]
-        tables = WGMMA_BACKWARD_TABLE, WGMMA_BACKWARD_ORDERED, WGMMA_BACKWARD_TALL, WGMMA_WIDE
+        tables = WGMMA_BACKWARD_TABLE, WGMMA_BACKWARD_ORDERED, WGMMA_BACKWARD_TALL, WGMMA_WIDE, WGMMA_BACKWARD_MIXED
         return wgmma_backward.configs(problem, *tables, registers, target)
     tile_d, tile_dv = wgmma.tile_dim(problem.head_dim), wgmma.tile_dim(problem.head_dim_v)
     wider = max(tile_d, tile_dv)

@@ -53,6 +53,7 @@ class Family:
     stored: dict[str, str]  # operands that come from registers, and the products whose accumulators' order they have there
     results: tuple[str, ...]  # those of them that go on to global memory
     over_rows: tuple[str, ...]  # products that sum over the rows of what they read from shared memory: it is MN-major
+    over_rows_of_a: tuple[str, ...] = ()  # those of them that do so of an operand A in shared memory
     read_columns: Callable[[str, Config], int] | None = None  # that such a product reads at a time, if not all of an operand's
     # (product, operand) -> the first columns of an operand A that threads hold through a loop, for that product. One of 64
     # columns with both operands from shared memory asks for all that can be read of it.
@@ -113,7 +114,8 @@ class Family:
 
         what = self.mma(role, config)
         b_major = OperandMajorMode.MN if role in self.over_rows else OperandMajorMode.K
-        a_major, source = b_major, warpgroup.OperandSource.SMEM
+        a_major = OperandMajorMode.MN if role in self.over_rows_of_a else OperandMajorMode.K
+        source = warpgroup.OperandSource.SMEM
         if "A" not in what.from_shared:
             a_major, source = OperandMajorMode.K, warpgroup.OperandSource.RMEM
         return cute.make_tiled_mma(

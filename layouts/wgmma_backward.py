@@ -1,4 +1,4 @@
-"""Layouts of the ``tma_wgmma`` mechanism's backward pass, for heads up to 128 wide.
+"""Layouts of the ``tma_wgmma`` mechanism's backward pass in one kernel, for heads up to 128 wide, and some wider ones.
 
 A block owns ``tile_n`` keys, 64 for each computing warpgroup, and walks over query tiles. Everything is transposed: a
 warpgroup's scores are (64 keys × ``tile_m`` queries), so that Pᵀ and dSᵀ, as they lie in registers, are the A operands of
@@ -36,7 +36,7 @@ OPERANDS = ("K", "V", "Q", "dO", "dS", "dK", "dV")
 FIRST = ("rS", "rdP")  # with an r in front: of the first columns, where A is in registers
 ROLES = ("S", "dP", "dV", "dK", "dQ", *FIRST)
 READS = {
-    **{"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("", "Q"), "dQ": ("dS", "K")},
+    **{"S": ("K", "Q"), "dP": ("V", "dO"), "dV": ("", "dO"), "dK": ("dS", "Q"), "dQ": ("dS", "K")},
     **{"rS": ("K", "Q"), "rdP": ("V", "dO")},
 }
 MMA_QUERIES = 16  # that one MMA of dV or dK adds up
@@ -51,16 +51,17 @@ DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still r
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 
 
-def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], target: str) -> tuple[Config, ...]:
+def configs(problem, table, ordered, tall, wide, mixed, registers: tuple[int, int], target: str) -> tuple[Config, ...]:
     """The configurations for ``problem`` from a GPU's table, the wider padded head dim -> fields of Config; for heads wider
     than any there, which ``wgmma_wide`` lays out, from ``wide``. ``registers`` are of a computing and a copying thread. They
     differ in how many blocks share a key tile; where dQ is added in a fixed order none do, since a tile is a ticket there, nor
     where there is a list of all heads' query tiles. ``ordered`` and ``tall``, keyed like the table, are what is different in a
-    fixed order of unequal tiles, and with a higher query tile, where every key counts, or all but those past a right edge."""
+    fixed order of unequal tiles, and with a higher query tile, where every key counts, or all but those past a right edge.
+    ``mixed``, the padded head dims -> fields, is of wide heads that one kernel serves, too, where nothing takes registers."""
     head_blocks: tuple[int, ...] = (1,)
     plain = not (problem.bounded_left or problem.blocks or problem.has_places)
     plain = plain and not (problem.deterministic and problem.ragged)  # where tiles wait for one another the longer
-    higher: tuple[dict, ...] = ()
+    others: tuple[dict, ...] = ()
     wider = max(problem.head_dim, problem.head_dim_v)
     if wider <= max(table):
         wider = tile_dim(wider)
@@ -71,12 +72,15 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
             choice |= ordered.get(wider, {})
         choice["mma_warps"] = choice["tile_n"] // ROWS_PER_WARPGROUP * 4
         head_blocks = (1,) if problem.deterministic or problem.blocks else HEAD_BLOCKS
-        higher = (tall[wider],) if plain and problem.gradients == "qkv" and wider in tall else ()
+        others = (tall[wider],) if plain and problem.gradients == "qkv" and wider in tall else ()
     else:
         dims = wgmma_wide.tile_dim(problem.head_dim), wgmma_wide.tile_dim(problem.head_dim_v)
         choice = {"tile_d": dims[0], "tile_dv": dims[1], "backward": "tma_wgmma_wide", "mma_warps": 8, **wide[max(dims)]}
         if problem.has_places:  # functions and dropout take the registers
             choice["k_in_registers"] = 0
+        spare = plain and not (problem.deterministic or problem.softcap)
+        if spare and problem.gradients == "qkv" and dims in mixed:
+            others = ({"backward": "tma_wgmma_backward", "k_in_registers": 0, **mixed[dims]},)
     base_config = Config(
         target=target,
         mechanism="tma_wgmma",
@@ -86,7 +90,7 @@ def configs(problem, table, ordered, tall, wide, registers: tuple[int, int], tar
         **choice,
     )
     shared = tuple(replace(base_config, head_blocks=blocks) for blocks in head_blocks)
-    return *shared, *(replace(base_config, **fields) for fields in higher)
+    return *shared, *(replace(base_config, **fields) for fields in others)
 
 
 def warpgroups(config: Config) -> int:
@@ -95,8 +99,9 @@ def warpgroups(config: Config) -> int:
 
 
 def turned(config: Config) -> bool:
-    """Whether dQ is computed as its transpose, Kᵀ·dSᵀ: a product has 64 rows, which not every query tile is a multiple of."""
-    return config.tile_m % PIECE_ROWS > 0
+    """Whether dQ is computed as its transpose, Kᵀ·dSᵀ: a product has 64 rows, which not every query tile is a multiple of. One
+    of fewer rows wastes some where its columns are no 64 for each warpgroup."""
+    return config.tile_m % PIECE_ROWS > 0 and config.tile_d == PIECE_ROWS * warpgroups(config)
 
 
 def zero_bytes(config: Config) -> int:
@@ -115,11 +120,19 @@ def piece_shape(config: Config) -> tuple[int, int]:
     """(rows, columns) of such a piece."""
     if turned(config):
         return config.tile_m, config.tile_d // warpgroups(config)
-    return PIECE_ROWS, config.tile_m * config.tile_d // (PIECE_ROWS * warpgroups(config))
+    rows = min(config.tile_m, PIECE_ROWS)
+    return rows, config.tile_m * config.tile_d // (rows * warpgroups(config))
+
+
+def piece_threads(config: Config) -> int:
+    """Threads of a warpgroup that hold some of it: a warp has 16 rows of a product."""
+    return WARPGROUP if turned(config) else piece_shape(config)[0] * WARPGROUP // PIECE_ROWS
 
 
 def over(config: Config) -> dict[str, str]:
     """From an operand to the one whose shared memory it takes."""
+    if config.results_from_registers:
+        return {}
     return {"dV": "dS"} if config.separate_dk else {"dV": "dS", "dK": "dQ"}
 
 
@@ -130,8 +143,13 @@ def stages(operand: str, config: Config) -> int:
 
 def sums(config: Config) -> Layout:
     """dQ in float32 on its way to global memory and there, ``(thread, value, warpgroup)``, with one stage after another."""
-    rows, columns = piece_shape(config)
-    return base.in_turns(WARPGROUP, rows * columns // WARPGROUP, config.add_width, warpgroups(config) * config.dq_stages)
+    (rows, columns), threads = piece_shape(config), piece_threads(config)
+    return base.in_turns(threads, rows * columns // threads, config.add_width, warpgroups(config) * config.dq_stages)
+
+
+def ds_columns(config: Config) -> int:
+    """Queries that dS has room for: those of dQ's product, though some be no queries of the tile."""
+    return config.tile_m if turned(config) else max(config.tile_m, PIECE_ROWS)
 
 
 def smem_parts(config: Config) -> dict[str, int]:
@@ -143,7 +161,7 @@ def smem_parts(config: Config) -> dict[str, int]:
         "V": warps_rows * config.tile_dv * BYTES,
         "Q": config.stages * config.tile_m * config.tile_d * BYTES,
         "dO": config.stages * config.tile_m * config.tile_dv * BYTES,
-        "dS": DS_STAGES * warps_rows * config.tile_m * BYTES,
+        "dS": DS_STAGES * warps_rows * ds_columns(config) * BYTES,
         **({"dK": warps_rows * config.tile_d * BYTES} if config.separate_dk else {}),
         "dQ": config.dq_stages * config.tile_m * config.tile_d * ACCUMULATOR_BYTES,
         "rows": config.stages * 2 * config.tile_m * ACCUMULATOR_BYTES,
@@ -180,13 +198,13 @@ def misfit(config: Config) -> str:
             f"{PIECE_COLUMNS} columns each, or all rows and {PIECE_ROWS} columns: try tile_m={PIECE_ROWS}",
         ),
         (
-            not config.separate_dk and keys * BYTES > config.tile_m * ACCUMULATOR_BYTES,
+            "dK" in over(config) and keys * BYTES > config.tile_m * ACCUMULATOR_BYTES,
             f"{config.tile_m} queries a tile, whose dQ has no room for {keys} rows of dK: "
             f"try tile_m={keys * BYTES // ACCUMULATOR_BYTES}",
         ),
         (
-            config.tile_dv > DS_STAGES * config.tile_m,
-            f"dV is {config.tile_dv} columns wide and would lie over dS, which has room for {DS_STAGES * config.tile_m}: "
+            "dV" in over(config) and config.tile_dv > DS_STAGES * ds_columns(config),
+            f"dV is {config.tile_dv} columns wide and would lie over dS, which has room for {DS_STAGES * ds_columns(config)}: "
             f"try tile_m={config.tile_m * 2}",
         ),
         (
@@ -213,6 +231,8 @@ def _in_pieces(config: Config) -> bool:
     rows, of_warpgroups = config.tile_m // PIECE_ROWS, warpgroups(config)
     if turned(config):
         return config.tile_m % PIECE_COLUMNS == 0 and config.tile_d == PIECE_ROWS * of_warpgroups
+    if not rows:
+        return config.tile_m % PIECE_COLUMNS == 0 and config.tile_d % (of_warpgroups * PIECE_COLUMNS) == 0
     whole = config.tile_m % PIECE_ROWS == 0 and of_warpgroups % rows == 0
     return whole and config.tile_d * rows % (of_warpgroups * PIECE_COLUMNS) == 0
 
@@ -221,11 +241,12 @@ def mma(role: str, config: Config) -> Mma:
     """The warpgroup MMA of a role, named after what it computes.
 
     ``"S"``: Sᵀ = K·Qᵀ and ``"dP"``: dPᵀ = V·dOᵀ, both operands from shared memory; ``"dV"``: Pᵀ·dO and ``"dK"``: dSᵀ·Q,
-    A from registers; ``"dQ"``: a piece of dS·K, both from shared memory, dS transposed on the way.
+    A from registers, or of dK from shared memory; ``"dQ"``: a piece of dS·K, both from shared memory, dS transposed on the way.
     """
     n = {"S": config.tile_m, "dP": config.tile_m, "dV": config.tile_dv, "dK": config.tile_d}
     n["dQ"] = piece_shape(config)[0 if turned(config) else 1]
-    return warpgroup_mma(n[role.removeprefix("r")], in_registers=role in ("dV", "dK", *FIRST))
+    held = ("dV", *FIRST) if config.ds_from_shared else ("dV", "dK", *FIRST)
+    return warpgroup_mma(n[role.removeprefix("r")], in_registers=role in held)
 
 
 def first_columns(config: Config) -> dict[tuple[str, str], int]:
@@ -249,7 +270,7 @@ def _shape(operand: str, config: Config) -> tuple[int, int, int]:
         "dV": (ROWS_PER_WARPGROUP, config.tile_dv, w),
         "Q": (config.tile_m, config.tile_d, config.stages),
         "dO": (config.tile_m, config.tile_dv, config.stages),
-        "dS": (ROWS_PER_WARPGROUP, config.tile_m, w * DS_STAGES),
+        "dS": (ROWS_PER_WARPGROUP, ds_columns(config), w * DS_STAGES),
     }[operand]
 
 
@@ -267,12 +288,25 @@ _family = Family(
     stored={"dS": "S", "dK": "dK", "dV": "dV"},
     results=("dK", "dV"),
     over_rows=("dV", "dK", "dQ"),
+    over_rows_of_a=("dQ",),
     read_columns=_read_columns,
     first_columns=first_columns,
 )
-tile, slot_bytes, smem, smem_layout = _family.tile, _family.slot_bytes, _family.smem, _family.smem_layout
-copies, tiled_mma, store_accumulator = _family.copies, _family.tiled_mma, _family.store_accumulator
+slot_bytes, smem, smem_layout = _family.slot_bytes, _family.smem, _family.smem_layout
+tiled_mma, store_accumulator = _family.tiled_mma, _family.store_accumulator
 columns_in_registers, load_operand = _family.columns_in_registers, _family.load_operand
+
+
+def tile(operand: str, config: Config) -> tuple[int, int]:
+    """(rows, columns) that are copied at a time: of dS a query tile's, though there may be room for more."""
+    rows, columns, _ = _shape(operand, config)
+    return (rows, config.tile_m) if operand == "dS" else (rows, columns)
+
+
+def copies(config: Config) -> dict[tuple[str, str], base.Copy | base.Box]:
+    """Every copy by (step, operand), but for results that leave from registers."""
+    gone = _family.results if config.results_from_registers else ()
+    return {(step, name): copy for (step, name), copy in _family.copies(config).items() if name not in gone}
 
 
 def smem_bytes(config: Config) -> int:

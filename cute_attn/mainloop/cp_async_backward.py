@@ -24,7 +24,7 @@ from functools import partial
 import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
-from cute_attn.epilogue import clear_rows_past, converted
+from cute_attn.epilogue import clear_rows_past, converted, put
 from cute_attn.fields import first_stores
 from cute_attn.layouts.base import cute_layout
 from cute_attn.layouts.fragments import as_operand_a, rows_columns, transposed
@@ -561,17 +561,9 @@ class Backward(WarpKernel):
 
 def store(into: cute.Pointer, values: list[Float32], where=None) -> None:
     """Store neighbouring floats to global memory at once, if ``where``."""
-    _put("st.global", into, values, where)
+    put("st.global", into, values, where)
 
 
 def add(into: cute.Pointer, values: list[Float32], where=None) -> None:
     """Add neighbouring floats to global memory, if ``where``, atomically each and in no order with anything else."""
-    _put("red.relaxed.gpu.global.add", into, values, where)
-
-
-def _put(what: str, into: cute.Pointer, values: list[Float32], where) -> None:
-    """An instruction on neighbouring floats in global memory, if ``where`` or that is None."""
-    names = ", ".join(f"{{$r{i + 1}}}" for i in range(len(values)))
-    several = f".v{len(values)}" if len(values) > 1 else ""
-    names = f"{{{names}}}" if several else names
-    cute.arch.inline_ptx(f"{what}{several}.f32 [{{$r0}}], {names};", read_only_args=[into.toint(), *values], predicate=where)
+    put("red.relaxed.gpu.global.add", into, values, where)

@@ -1,4 +1,5 @@
-"""Backward attention with TMA copies and warpgroup MMA (Hopper), for heads up to 128 wide: all gradients in one kernel.
+"""Backward attention with TMA copies and warpgroup MMA (Hopper): all gradients in one kernel, for heads up to 128 wide, and
+for some wider ones.
 
 A block owns a tile of keys at a time, 64 for each computing warpgroup, and walks over the query tiles that see any of them
 (FlashAttention-2, arXiv:2307.08691, algorithm 2; on Hopper, FlashAttention-3, arXiv:2407.08608). Five products a tile:
@@ -8,7 +9,9 @@ A block owns a tile of keys at a time, 64 for each computing warpgroup, and walk
 The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the operands that dV and dK take, and only dS goes
 through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, one half of
 dV while dS is taken, the other while it is shared, dK while dQ is handed over and until the next tile's Sᵀ begins. Where
-``late_dv`` says so, a part of dV comes behind dQ: dQ is stored while that runs, and dK while the copy engine reads dQ.
+``late_dv`` says so, a part of dV comes behind dQ: dQ is stored while that runs, and dK while the copy engine reads dQ. Where
+dK and dV leave a thread few registers (``ds_from_shared``), nothing stays there beside them but what a product adds to: dV's
+ends before dQ's begins, P is taken from what dV's reads, and dK's reads dS where dQ's does.
 
 Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
 with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
@@ -25,10 +28,10 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from cute_attn.epilogue import copy_zeros
+from cute_attn.epilogue import copy_zeros, put
 from cute_attn.fields import rounds_beside
 from cute_attn.layouts.base import ADDED, COUNTED_KEYS, STORED, WARP, cute_layout, in_turns, row_padding
-from cute_attn.layouts.fragments import transposed
+from cute_attn.layouts.fragments import as_operand_a, transposed
 from cute_attn.mainloop.cluster import sum_in_first_block
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import known_here, of_keys
@@ -72,7 +75,7 @@ class BackwardShared:
     delta: cute.Tensor
     hidden: cute.Tensor | None
     dk: cute.Tensor | None  # None where it lies over dQ
-    dv: cute.Tensor
+    dv: cute.Tensor | None  # nor this one, where results leave from registers
     work: cute.Tensor
     pipes: KeyPipelines
     entries: cute.Tensor | None = None
@@ -101,6 +104,7 @@ class BackwardWalk:
     tPrdO: cute.Tensor  # (MMA, 1, K, stage)
     tVrdO: cute.Tensor  # (MMA, 1, K, stage): as the B operand of dV
     tKrQ: cute.Tensor  # (MMA, 1, K, stage): as the B operand of dK
+    tKrdS: cute.Tensor | None  # (MMA, 1, K, warpgroup + warpgroups · stage): the A operand, where that comes from shared memory
     tQrdS: cute.Tensor  # (MMA, 1, K, warpgroup + warpgroups · stage): an operand of dQ, A or, of its transpose, B
     tQrK: cute.Tensor  # (MMA, 1, K, warpgroup): the other one
     acc_dV: cute.Tensor
@@ -115,13 +119,15 @@ class Backward(KeyBlocks):
         super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
+        # MMAs of dV's product that run while dS is taken.
         self.early_dv = config.tile_m // 32
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
         self.persistent = config.head_blocks == 1
         # The next tile's K and V are waited for and looked at, and its first queries copied, before results have left. Where dK
         # lies over dQ not: of ragged tiles there may be no next, and equal ones are slower so (performance.md).
-        self.leaves_results = self.persistent and (config.separate_dk or (problem.masked and not problem.ragged))
+        own_memory = config.separate_dk or config.results_from_registers
+        self.leaves_results = self.persistent and (own_memory or (problem.masked and not problem.ragged))
         self.draws = problem.masked or problem.deterministic
         self.in_turns = problem.deterministic and not (bool(problem.ragged) or bool(problem.blocks))
         self.skips_unseen = bool(problem.ragged)
@@ -144,8 +150,10 @@ class Backward(KeyBlocks):
         tiles as they are taken, by fewer blocks than there is room for where another kernel rounds dQ meanwhile, how many warps
         add, and whether that kernel begins meanwhile, None: it does, or with lists may."""
         q, k, v, do = self.input_operands(inputs)
-        dk = self.operand("dK", gradients.mdK, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
-        dv = self.operand("dV", gradients.mdV, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
+        dk, dv = gradients.mdK, gradients.mdV
+        if cutlass.const_expr(not self.config.results_from_registers):
+            dk = self.operand("dK", dk, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
+            dv = self.operand("dV", dv, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
         soon = None
         if cutlass.const_expr(self.rounds_beside and not self.looks_how_many):
             middle = cute.ceil_div(values.seqlen_q, self.config.tile_m) // 2
@@ -323,7 +331,7 @@ class Backward(KeyBlocks):
             delta=self.floats(smem, config.tile_m, config.stages),
             hidden=self.hidden_keys(smem, lay.ROWS_PER_WARPGROUP, self.warpgroups),
             dk=dk,
-            dv=self.over("dV", ds),
+            dv=None if config.results_from_registers else self.over("dV", ds),
             work=WorkQueue.slots_in(smem),
             pipes=KeyPipelines(
                 *self.input_pipes(smem, config.mma_warps, self.warpgroups),
@@ -460,7 +468,7 @@ class Backward(KeyBlocks):
                 hides = self._wait_for_keys(me)
         self.load_first_columns("S", "K", me.rK, shared.k[None, None, me.warpgroup])
         self.load_first_columns("dP", "V", me.rV, shared.v[None, None, me.warpgroup])
-        if cutlass.const_expr(self.leaves_results):
+        if cutlass.const_expr(self.leaves_results and not self.config.results_from_registers):
             self._results_have_left(me, *done)
         i, member = Int32(0), Int32(0)
         for j in cutlass.range(visited.count * visited.members(members), unroll=1):
@@ -518,8 +526,8 @@ class Backward(KeyBlocks):
         key_first = work.block * config.tile_n + w * lay.ROWS_PER_WARPGROUP
         S, dP, dV, dK, dQ = (lay.tiled_mma(role, config).get_slice(0) for role in ("S", "dP", "dV", "dK", "dQ"))
 
-        (rows, columns), turned = lay.piece_shape(config), lay.turned(config)
-        below = config.tile_m // rows
+        turned, below = lay.turned(config), config.tile_m // lay.piece_shape(config)[0]
+        rows, columns = lay.mma("dQ", config).tile[1::-1] if turned else lay.mma("dQ", config).tile[:2]
         sdS = cute.local_tile(transposed(shared.ds), (rows, lay.ROWS_PER_WARPGROUP), (w % below, 0, None))
         sKt = cute.local_tile(transposed(shared.k), (columns, lay.ROWS_PER_WARPGROUP), (w // below, 0, None))
         return BackwardWalk(
@@ -532,6 +540,7 @@ class Backward(KeyBlocks):
             tPrdO=dP.make_fragment_B(dP.partition_B(shared.do)),
             tVrdO=dV.make_fragment_B(dV.partition_B(transposed(shared.do))),
             tKrQ=dK.make_fragment_B(dK.partition_B(transposed(shared.q))),
+            tKrdS=dK.make_fragment_A(dK.partition_A(self._ds(shared))) if config.ds_from_shared else None,
             tQrdS=dQ.make_fragment_B(dQ.partition_B(sdS)) if turned else dQ.make_fragment_A(dQ.partition_A(sdS)),
             tQrK=dQ.make_fragment_A(dQ.partition_A(sKt)) if turned else dQ.make_fragment_B(dQ.partition_B(sKt)),
             acc_dV=self.accumulator("dV", config.tile_dv),
@@ -583,21 +592,25 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.needs_v and self.needs_ds and self.early_dv > 0):  # runs while dS is taken
             early = self.early_dv
             self.gemm(lay.tiled_mma("dV", config), me.acc_dV, rP, tVrdO, accumulate=True, steps=range(early))
-            flight.issued("some of dV")
+            flight.issued("some of dV" if early < steps else "dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
+            if cutlass.const_expr(config.ds_from_shared):  # nor does P stay: what dV takes of it has to do
+                as_operand_a(P).store(rP.load().to(Float32))
             delta = of_columns(mma_S, me.thread, shared.delta[None, stage])
             scores.gradients(acc_S, acc_dP, delta, lse_raw, origin, kept)
             rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
-                self._store_ds(me, rdS, shared.ds[None, None, slot + me.warpgroup])
-        if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
+                self._store_ds(me, rdS, self._ds(shared)[None, None, slot + me.warpgroup])
+        if cutlass.const_expr(self.needs_v and early < steps):  # runs while the warpgroups meet
             self.gemm(lay.tiled_mma("dV", config), me.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps - late))
             flight.issued("more of dV" if late else "dV")
         if cutlass.const_expr(self.needs_ds):
             if cutlass.const_expr(self.needs_q):
                 cute.arch.fence_view_async_shared()
                 self._meet()
+                if cutlass.const_expr(config.ds_from_shared):
+                    flight.wait("more of dV" if late else "dV")
                 self._dq(me, slot)
                 flight.issued("dQ")
                 if cutlass.const_expr(late > 0):  # runs while dQ is stored
@@ -606,6 +619,7 @@ class Backward(KeyBlocks):
                     flight.wait("dQ")
                     self._store_dq(me, state.count)
             if cutlass.const_expr(self.needs_k):
+                rdS = me.tKrdS[None, None, None, slot + me.warpgroup] if config.ds_from_shared else rdS
                 self.gemm(lay.tiled_mma("dK", config), me.acc_dK, rdS, me.tKrQ[None, None, None, stage], accumulate=True)
                 flight.issued("dK")
         if cutlass.const_expr(late > 0):
@@ -621,6 +635,10 @@ class Backward(KeyBlocks):
             self.release_rows(pipes.q, state, met=self.needs_q)
         state.advance()
         return state
+
+    def _ds(self, shared: BackwardShared) -> cute.Tensor:
+        """dS's shared memory, without what dQ's product reads behind a query tile's last row."""
+        return cute.local_tile(shared.ds, (self.lay.ROWS_PER_WARPGROUP, self.config.tile_m), (0, 0, None))
 
     @cute.jit
     def _store_ds(self, me: BackwardWalk, rdS: cute.Tensor, sdS: cute.Tensor):
@@ -647,9 +665,14 @@ class Backward(KeyBlocks):
     @cute.jit
     def _store_dq(self, me: BackwardWalk, step):
         """This warpgroup's piece of dQ to shared memory, in the order of its registers."""
-        sdQ = self._empty_dq(me, step)
+        sdQ, threads = self._empty_dq(me, step), self.lay.piece_threads(self.config)
         into = cute.make_tensor(sdQ.iterator + sdQ.stride[0] * me.thread, cute.select(sdQ.layout, mode=[1]))
-        cute.autovec_copy(cute.make_tensor(me.acc_dQ.iterator, cute.make_layout(into.shape)), into)
+        if cutlass.const_expr(threads == WARPGROUP):
+            cute.autovec_copy(cute.make_tensor(me.acc_dQ.iterator, cute.make_layout(into.shape)), into)
+        else:  # a branch around that would have dK's product end, which runs meanwhile
+            for i in range(0, cute.size(me.acc_dQ), self.config.add_width):
+                values = [me.acc_dQ[i + j] for j in range(self.config.add_width)]
+                put("st.shared", into.iterator + into.layout(i), values, me.thread < threads)
 
     @cute.jit
     def _hand_over_dq(self, me: BackwardWalk, step):
@@ -695,29 +718,38 @@ class Backward(KeyBlocks):
 
     @cute.jit
     def _store_from(self, me: BackwardWalk, operands: TmaOperands, values: Values, work: Work, steps):
-        """By way of shared memory; that of dS is free once all have met, that of the next dQ, after ``steps`` of the block's,
-        once an adder has offered it."""
-        copy, rows, shared = self.lay.store_accumulator, self.lay.ROWS_PER_WARPGROUP, me.shared
+        """From registers, or by way of shared memory; that of dS is free once all have met, that of the next dQ, after
+        ``steps`` of the block's, once an adder has offered it."""
+        copy, shared, from_registers = self.lay.store_accumulator, me.shared, self.config.results_from_registers
         block = work.block * self.warpgroups + me.warpgroup
         where = (block, work.head_kv, work.k)
-        if cutlass.const_expr(self.leaves_results):  # what the last tile's dK has left is free once all have met, too
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
-        self._meet()
+        if cutlass.const_expr(not from_registers):
+            if cutlass.const_expr(self.leaves_results):  # what the last tile's dK has left is free once all have met, too
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+            self._meet()
         if cutlass.const_expr(self.needs_v):
             values.scale_kept(me.acc_dV)
-            self.clear_unused("dV", (rows, self.config.tile_dv), "k", values.seqlen_k, block, me.acc_dV)
-            self.store(copy("dV", self.config), me.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
+            self._clear_unused("dV", self.config.tile_dv, values, block, me.acc_dV)
+            if cutlass.const_expr(from_registers):
+                self.store_rows("dV", me.acc_dV, operands.dv, work.k, work.head_kv, block)
+            else:
+                self.store(copy("dV", self.config), me.acc_dV, operands.dv, shared.dv, me.warpgroup, me.warpgroup, where)
         if cutlass.const_expr(self.needs_k):
             scale = Float32(values.scale(self.problem))
             me.acc_dK.store(me.acc_dK.load() * scale)
-            self.clear_unused("dK", (rows, self.config.tile_d), "k", values.seqlen_k, block, me.acc_dK)
-            if cutlass.const_expr(self.config.separate_dk):
+            self._clear_unused("dK", self.config.tile_d, values, block, me.acc_dK)
+            if cutlass.const_expr(from_registers):
+                self.store_rows("dK", me.acc_dK, operands.dk, work.k, work.head_kv, block)
+            elif cutlass.const_expr(self.config.separate_dk):
                 self.store(copy("dK", self.config), me.acc_dK, operands.dk, shared.dk, me.warpgroup, me.warpgroup, where)
             else:
                 dk = self.over("dK", self._empty_dq(me, steps) if self.needs_q else shared.dq[None, None, me.warpgroup])
                 self.store(copy("dK", self.config), me.acc_dK, operands.dk, dk, me.warpgroup, 0, where)
-        if cutlass.const_expr(not self.leaves_results):
+        if cutlass.const_expr(not (self.leaves_results or from_registers)):
             self._results_have_left(me, 1, steps)
+
+    def _clear_unused(self, role: str, columns: int, values: Values, block, acc):
+        self.clear_unused(role, (self.lay.ROWS_PER_WARPGROUP, columns), "k", values.seqlen_k, block, acc)
 
     @cute.jit
     def _results_have_left(self, me: BackwardWalk, tiles, steps):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from .. import family
 from ..base import KIB, Config
@@ -37,7 +38,7 @@ from .blocks import (
     ways,
 )
 from .draw import MARGIN, PALETTE, Canvas, Label
-from .pictures import described, product
+from .pictures import described, is_read, product
 
 COLOURS = {"Q": PALETTE[1], "K": PALETTE[2], "V": PALETTE[3], "dO": PALETTE[4], "P": PALETTE[6], "dS": PALETTE[7]}
 COLOURS |= {"dK": COLOURS["K"], "dV": COLOURS["V"], "dQ": PALETTE[5]}  # in the order in which ways are drawn
@@ -125,15 +126,11 @@ def _fed(operand: str, config: Config) -> tuple[str, str]:
     """How the tensor cores get an operand, and for which products."""
     lay, copies = family(config), family(config).copies(config)
     loads, shapes = [], []
-    for role, read in lay.READS.items():
-        if operand not in read:
-            continue
-        mma, result = lay.mma(role, config), product(role, config).partition(" ")[0]
-        copy = copies.get((f"load {role}", operand))
+    for role in filter(partial(is_read, operand, config=config), lay.READS):
+        result, copy = product(role, config).partition(" ")[0], copies.get((f"load {role}", operand))
         if copy is not None:
             loads.append(f"{copy.instruction} for {result}")
-        if copy is not None or "AB"[read.index(operand)] in mma.from_shared:
-            shapes.append(f"{result} {'×'.join(map(str, mma.shape))}")
+        shapes.append(f"{result} {'×'.join(map(str, lay.mma(role, config).shape))}")
     return ", ".join(loads) or "read where it lies", ", ".join(dict.fromkeys(shapes))
 
 
@@ -219,16 +216,16 @@ def _one_kernel(config: Config) -> Walk:
     """``tma_wgmma_backward``."""
     lay, n = family(config), config.stages
     groups = f"{lay.warpgroups(config)} warpgroups"
-    late, behind = config.overlap_tiles, config.late_dv > 0
+    late, behind, direct = config.overlap_tiles, config.late_dv > 0, config.results_from_registers
     adders = lay.WARPS["dQ"]
     lanes: Lanes = _kept_until_next("KV", config)
     lanes |= _ring("Q", config, n, n, lingers=late) | _ring("dO", config, n, n)
     ds = _alternating("dS", config, lay.DS_STAGES, "write, read")
-    lanes |= {name: [*cells[:-1], ("dV copied out", COPIED)] for name, cells in ds.items()}
+    lanes |= ds if direct else {name: [*cells[:-1], ("dV copied out", COPIED)] for name, cells in ds.items()}
     dqs = [list(cells) for cells in _alternating("dQ", config, config.dq_stages, "write").values()]
     if config.separate_dk:
         lanes["dK"] = [*[("", WAITS)] * len(_steps(config)), ("", WAITS), ("dK copied out", COPIED)]
-    else:
+    elif not direct:
         dqs[len(_steps(config)) % len(dqs)][-1] = ("dK copied out", COPIED)
     lanes |= {f"dQ, slot {slot}" if len(dqs) > 1 else "dQ": cells for slot, cells in enumerate(dqs)}
     lanes |= _walking(config)
@@ -243,7 +240,7 @@ def _one_kernel(config: Config) -> Walk:
         "dQ",
         COLOURS["dQ"],
         (
-            ("st.shared, 16 bytes each", f"{lay.WARPGROUP} threads: {rows}×{columns}; {groups}"),
+            ("st.shared, 16 bytes each", f"{lay.piece_threads(config)} threads: {rows}×{columns}; {groups}"),
             (str(sums), f"threads × values, float32, {size / KIB:.1f} KiB"),
             (
                 "cp.reduce.async.bulk adds it in float32",
@@ -262,7 +259,7 @@ def _one_kernel(config: Config) -> Walk:
                 "wait for S" + ", which frees\nthe Q before" * late,
             ),
             (product("dP", config), SOFTMAX),
-            (_sum("dV", config) + ",\nmost of it" * behind, f"{DIFFERENCES};\nstored; all meet"),
+            (_sum("dV", config) + ",\nmost of it" * behind, f"{DIFFERENCES};\nstored; {'wait for dV; ' * direct}all meet"),
             *(
                 [
                     (product("dQ", config), "wait for dQ"),
@@ -281,7 +278,7 @@ def _one_kernel(config: Config) -> Walk:
             f"A warpgroup's S and dP are {lay.ROWS_PER_WARPGROUP} keys × {config.tile_m} queries, its dQ a piece of "
             f"{rows}×{columns} over all {config.tile_n} keys.",
         ],
-        [dq],
+        [dq, *(_straight(role, f"each of {groups}", config) for role in ("dK", "dV") if direct)],
     )
 
 

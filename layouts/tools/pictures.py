@@ -90,7 +90,16 @@ def roles(operand: str, config: Config) -> list[str]:
     """The products that read an operand from shared memory, or make it; those of first columns in registers are these, too."""
     if not config.backward:
         return ["S" if operand in "QK" else "O"]
-    return [role for role, read in family(config).READS.items() if operand in (role, *read) and not role.startswith("r")]
+    found = (role for role in family(config).READS if not role.startswith("r"))
+    return [role for role in found if operand == role or is_read(operand, role, config)]
+
+
+def is_read(operand: str, role: str, config: Config) -> bool:
+    """Whether a product of the backward pass reads it from shared memory."""
+    lay = family(config)
+    letters = [letter for letter, name in zip("AB", lay.READS[role], strict=True) if name == operand]
+    loaded = (f"load {role}", operand) in lay.copies(config)
+    return bool(letters) and (loaded or letters[0] in lay.mma(role, config).from_shared)
 
 
 def product(role: str, config: Config) -> str:

@@ -426,7 +426,7 @@ def threads_get(where: str, copy: Copy, layout: Layout, wanted: Layout, shape: t
         held[:, algebra.table(instruction.matrix).ravel()] = read.reshape(len(read), -1)
         read = held.reshape(len(read), instruction.elements, WARP).transpose(0, 2, 1)
     rows, columns = _grouped(wanted, copy, shape)
-    expected = rows * shape[1] + columns
+    expected = rows * algebra.flat_shape(layout.shape)[1] + columns
     wrong = int((read != expected).sum())
     if not wrong:
         return []

@@ -15,6 +15,8 @@ def rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[R
     """Every step of every operand of a config, and its products."""
     copies = family.copies(config)
     for operand in family.OPERANDS:
+        if _part(operand, config, family) not in _parts(operand, config, family):
+            continue  # it is in registers all the while
         layout, shape = family.smem(operand, config), family.tile(operand, config)
         dim = min(head_dim or shape[1], shape[1])
         where = f"{prove.title(config)}, {operand}"
@@ -31,13 +33,21 @@ def rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[R
         yield Row(role, "product", "", str(family.mma(role, config).c), findings=tuple(_product(role, config, family)))
 
 
+def _part(operand: str, config: Config, family: ModuleType) -> str:
+    """The name of the part of shared memory that an operand lies in."""
+    return family.over(config).get(operand, operand).removeprefix("q")
+
+
+def _parts(operand: str, config: Config, family: ModuleType) -> dict[str, int]:
+    """Bytes by part, of the kernel that has the operand."""
+    if hasattr(family, "smem_parts_of"):  # two kernels
+        return family.smem_parts_of(next(name for name, held in family.KERNELS.items() if operand in held), config)
+    return family.smem_parts(config)
+
+
 def _held(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> list[Finding]:
     """The bytes set aside for an operand hold its layout."""
-    parts = family.smem_parts(config)
-    if hasattr(family, "smem_parts_of"):  # two kernels
-        parts = family.smem_parts_of(next(name for name, held in family.KERNELS.items() if operand in held), config)
-    name = family.over(config).get(operand, operand).removeprefix("q")
-    have, need = parts[name], algebra.cosize(layout) * BYTES
+    have, need = _parts(operand, config, family)[_part(operand, config, family)], algebra.cosize(layout) * BYTES
     if need <= have:
         return []
     text = f"{layout} reaches over {need} bytes; {have} are set aside"
@@ -46,7 +56,7 @@ def _held(where: str, operand: str, layout: Layout, config: Config, family: Modu
 
 def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> Iterator[Row]:
     """What warpgroup MMAs read through descriptors. Scores and dP sum over a head's columns: what they read is K-major;
-    the other products sum over rows of what they read from shared memory."""
+    the other products sum over rows of what they read from shared memory, but for dK, if it reads dSᵀ there."""
     for role, operands in family.READS.items():
         mma = family.mma(role, config)
         if role == "dQ" and family.turned(config):
@@ -56,7 +66,7 @@ def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, 
                 continue
             width = row_width(layout)
             box = Box(operand, family.tile(operand, config)[0], width, width * BYTES)
-            k_major = role in family.FIRST or (mma.from_shared == "AB" and role != "dQ")
+            k_major = role in family.FIRST or (mma.from_shared == "AB" and role != "dQ" and (role, letter) != ("dK", "B"))
             read = mma if letter == "B" or k_major else replace(mma, shape=(mma.shape[0], mma.shape[0], mma.shape[2]))
             found = prove.tensor_cores_get(
                 f"{where}, {role}", read, "S" if k_major else "O", "Q" if letter == "A" else "K", layout, box

@@ -41,6 +41,13 @@ def in_one_configuration(monkeypatch):
     """A rectangle's length, or the mean of ragged sequences', may choose other tiles, and with them other last bits."""
     monkeypatch.setattr(launch, "takes_short", lambda *_: False)
     monkeypatch.setattr(launch, "rows_of_query_tile", lambda rows, *_: rows[0])
+    monkeypatch.setattr(launch, "takes_one_kernel", lambda *_: False)
+
+
+@pytest.fixture
+def in_one_kernel(monkeypatch):
+    """Wide heads' gradients, where one kernel serves them, however short a sequence is."""
+    monkeypatch.setattr(launch, "takes_one_kernel", lambda found, *_: found[-1].backward != found[0].backward)
 
 
 @pytest.fixture

@@ -51,6 +51,48 @@ def test_matches_oracle(d, dv, dtype, rules, kind, mechanism):
                 raise AssertionError(f"at (seqlen_q, seqlen_k) = ({sq}, {sk}), heads {heads}: {error}") from error
 
 
+@pytest.mark.parametrize(
+    ("d", "dv", "dtype", "rules"),
+    [
+        (192, 128, BF16, {}),
+        (192, 128, torch.float16, {"causal": True}),
+        (136, 72, BF16, {"causal": True}),
+        (160, 128, BF16, {"window": (None, 30)}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["gaussian", "peaky"])
+def test_one_kernel_of_wide_heads(d, dv, dtype, rules, kind, in_one_kernel):
+    for sq, sk in SHAPES:
+        for heads in ((2, 2), (6, 2)) if max(sq, sk) <= 2000 else ((1, 1), (2, 1)):
+            q, k, v, dout, dlse = make(16 if min(sq, sk) < 64 else 2, sq, sk, *heads, d, dv, dtype, kind=kind, seed=sq + sk)
+            result = run(q, k, v, "tma_wgmma", dout, dlse, **rules)
+            try:
+                assert_gradients_close(result, q, k, v, dout, dlse, **rules)
+            except AssertionError as error:
+                raise AssertionError(f"at (seqlen_q, seqlen_k) = ({sq}, {sk}), heads {heads}: {error}") from error
+            assert_same_bits((None, *run(q, k, v, "tma_wgmma", dout, dlse, **rules)[1:]), (None, *result[1:]))
+
+
+def test_wide_heads_have_one_kernel_where_sequences_are_long(monkeypatch):
+    """And no order is asked for: dQ's sums have none there."""
+    config_of, chosen = launch._config_of_gradients, []
+    monkeypatch.setattr(launch, "_config_of_gradients", lambda *of: chosen.append(config_of(*of)) or chosen[-1])
+    for n, rules, expected in (
+        (1023, {}, "tma_wgmma_wide"),
+        (1024, {}, "tma_wgmma_backward"),
+        (1024, {"deterministic": True}, "tma_wgmma_wide"),
+        (2047, {"causal": True}, "tma_wgmma_wide"),
+        (2048, {"causal": True}, "tma_wgmma_backward"),
+    ):
+        q, k, v, dout, dlse = make(1, n, n, 3, 3, 192, 128)
+        result = run(q, k, v, "tma_wgmma", dout, dlse, **rules)
+        assert chosen.pop().backward == expected
+        assert_gradients_close(result, q, k, v, dout, dlse, causal=rules.get("causal", False))
+        if rules.get("deterministic"):
+            assert_same_bits(run(q, k, v, "tma_wgmma", dout, dlse, **rules), result)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (5, 1)])
 def test_head_groups(heads, mechanism):
     for d, rules in ((128, {"causal": True}), (64, {}), (256, {"causal": True})):

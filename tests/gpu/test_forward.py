@@ -22,6 +22,9 @@ KERNELS = [
     pytest.param(96, 96, torch.bfloat16, {"window": (100, 30)}, id="d96-window"),
     pytest.param(40, 104, torch.bfloat16, {"window": (70, None)}, id="d40-dv104-left"),
     pytest.param(192, 128, torch.bfloat16, {"causal": True, "window": (300, -1)}, id="d192-dv128-causal-window"),
+    pytest.param(192, 128, torch.bfloat16, {}, id="d192-dv128"),
+    pytest.param(192, 128, torch.float16, {"causal": True}, id="d192-dv128-causal"),
+    pytest.param(136, 72, torch.bfloat16, {"causal": True, "softcap": 20.0}, id="d136-dv72-causal-softcap"),
     pytest.param(72, 200, torch.float16, {"softcap": 5.0}, id="d72-dv200-softcap-fp16"),
 ]
 

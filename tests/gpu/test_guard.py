@@ -107,3 +107,22 @@ def test_gradients_of_many_tiles_a_block(d, dv, mechanism):
     assert all(torch.equal(x[1::2], y[1::2]) for x, y in zip(got, want, strict=True))
     assert torch.equal(got[0][::2, :500], want[0][::2, :500])
     assert got[0][::2, 500:].isnan().all()
+
+
+def test_gradients_of_one_kernel_of_wide_heads(in_one_kernel):
+    """The same of sums of dQ that have no order: dK and dV have the same bits, and dQ but for their last."""
+    q, k, v = make_qkv(8, 1000, 1000, 8, 4, 192, 128, BF16, "cuda")
+    dout = make_gradients(q, v)[0]
+
+    def gradients(k, v):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(attention(*leaves, causal=True, mechanism="tma_wgmma"), leaves, dout)
+
+    want = gradients(k, v)
+    k, v = k.clone(), v.clone()
+    k[::2, 500:], v[::2, 700:] = math.nan, math.inf
+    got = gradients(k, v)
+    assert all(torch.equal(x[1::2], y[1::2]) for x, y in zip(got[1:], want[1:], strict=True))
+    torch.testing.assert_close(got[0][1::2], want[0][1::2], rtol=8e-3, atol=1e-5)
+    torch.testing.assert_close(got[0][::2, :500], want[0][::2, :500], rtol=8e-3, atol=1e-5)
+    assert got[0][::2, 500:].isnan().all()

@@ -80,6 +80,17 @@ def test_higher_query_tiles(rules, deterministic, monkeypatch):
     assert_gradients_close([x.cpu() for x in gradients], q, k, v, dout, dlse, **rules)
 
 
+@pytest.mark.parametrize("rules", [{}, {"causal": True}], ids=str)
+def test_one_kernel_of_wide_heads(rules, in_one_kernel):
+    """Several key tiles a block, whose results leave from registers while the next tile's operands come."""
+    q, k, v = make_qkv(1, 200, 4400, 4, 4, 192, 128, torch.bfloat16)
+    dout, dlse = make_gradients(q, v)
+    leaves = [x.requires_grad_() for x in on_gpu(q, k, v)]
+    out = attention(*leaves, backend="cute", mechanism="tma_wgmma", return_lse=True, **rules)
+    gradients = torch.autograd.grad(out, leaves, on_gpu(dout, dlse))
+    assert_gradients_close([x.cpu() for x in gradients], q, k, v, dout, dlse, **rules)
+
+
 @pytest.mark.parametrize("used", [[0, 190, 1, 400], [2**30, -7, 90, 80]], ids=["in-use", "wrong"])
 def test_higher_query_tiles_of_different_lengths(used, monkeypatch):
     """And zeros for what isn't in use, a part after each query tile; wrong lengths give wrong results and no wrong access."""

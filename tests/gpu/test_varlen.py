@@ -245,13 +245,24 @@ def test_many_tiles_without_a_row_in_use(d, deterministic, parts, rules, monkeyp
             assert_gradients_close([x[b : b + 1, :n] for x in gradients], *alone, dout[b : b + 1, :n], None, **RULES[rules][0])
 
 
-@pytest.mark.parametrize(("d", "dv", "dtype"), [(128, 128, BF16), (104, 40, torch.float16)])
-@pytest.mark.parametrize("rules", [{}, {"softcap": 20.0}, {"causal": True}], ids=["full", "softcap", "causal"])
+OTHER_TILES = {  # head dims, dtype, rows of a query tile, rules
+    **{f"d128-{rules}": (128, 128, BF16, 80, RULES[rules][0]) for rules in ("full", "causal")},
+    **{f"d104-dv40-{rules}": (104, 40, torch.float16, 80, RULES[rules][0]) for rules in ("full", "causal")},
+    "d128-softcap": (128, 128, BF16, 80, {"softcap": 20.0}),
+    "d104-dv40-softcap": (104, 40, torch.float16, 80, {"softcap": 20.0}),
+    "d192-dv128-full": (192, 128, BF16, 48, {}),
+    "d192-dv128-causal": (192, 128, torch.float16, 48, {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_TILES)
 @pytest.mark.parametrize("rectangle", [False, True], ids=["packed", "in-use"])
-def test_query_tiles_of_80_rows(rectangle, d, dv, dtype, rules, monkeypatch):
+def test_other_query_tiles(rectangle, case, in_one_kernel, monkeypatch):
     """Of lengths that cross their edges; memory that nobody writes to holds NaN, and so do rows that aren't in use."""
+    d, dv, dtype, rows_of_tile, rules = OTHER_TILES[case]
     chosen, made = [], launch.empty_strided
-    monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: chosen.append(max(choices)) or chosen[-1])
+    monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: max(choices))
+    monkeypatch.setattr(launch, "_config_of_gradients", lambda *of: chosen.append(config_of(*of)) or chosen[-1])
     monkeypatch.setattr(launch, "_head_blocks", lambda *_: 1)
     lengths = [(0, 0), (80, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (81, 512), (79, 128), (3, 1000), (700, 700)]
     used = [torch.tensor(side, dtype=torch.int32, device="cuda") for side in zip(*lengths, strict=True)]
@@ -280,7 +291,7 @@ def test_query_tiles_of_80_rows(rectangle, d, dv, dtype, rules, monkeypatch):
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         for x, keep, y in zip((dq, dk, dv), (keep_q, keep_k, keep_k), got, strict=True):
             x[keep] = y
-    assert set(chosen) == {80}
+    assert {config.tile_m for config in chosen} == {rows_of_tile}
     for b, (n, m) in enumerate(lengths):
         alone = [x[b : b + 1, :rows] for x, rows in ((q, n), (k, m), (v, m))]
         got = [x[b : b + 1, :rows] for x, rows in ((dq, n), (dk, m), (dv, m))]
@@ -468,10 +479,11 @@ def test_wrong_bounds_end_and_leave_the_inputs_alone(wrong, causal, mechanism):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_blocks", [1, 2, 4])
-def test_wrong_bounds_end_where_blocks_share_a_key_tile(head_blocks, causal, monkeypatch):
+@pytest.mark.parametrize(("d", "dv", "head_blocks"), [(64, 64, 1), (64, 64, 2), (64, 64, 4), (192, 128, 1)])
+def test_wrong_bounds_end_in_other_kernels(d, dv, head_blocks, causal, in_one_kernel, monkeypatch):
+    """Whose blocks share a key tile, and the one of wide heads."""
     monkeypatch.setattr(launch, "_head_blocks", lambda *_: head_blocks)
-    q, k, v, dout, right, _ = make([(700, 700)], 64, heads=(8, 2), tail=0)
+    q, k, v, dout, right, _ = make([(700, 700)], d, dv, heads=(8, 2), tail=0)
     options = {"causal": causal, "mechanism": "tma_wgmma"}
     _, (want_dq, *want) = run(q, k, v, dout, right, **options)
     for wrong in WRONG:

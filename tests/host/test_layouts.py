@@ -141,6 +141,7 @@ def test_the_pieces_of_dq_are_the_whole(config: Config):
     tiles: what the host allocates is what the kernels fill."""
     family = layouts.family(config)
     assert base.row_padding(config) % config.tile_m == 0
+    assert base.row_padding(config) <= max(base.ROW_PADDING, config.tile_m)
     if pieces := family.pieces(config):
         rows, columns = family.piece_shape(config)
         covered = np.zeros((config.tile_m, config.tile_d), dtype=int)

@@ -12,7 +12,17 @@ import torch
 from cute_attn import layouts
 from cute_attn.fields import rounds_beside
 from cute_attn.layouts.base import ADDED, COUNTED_KEYS, KIB, Config, Gpu
-from cute_attn.plan import check, configs, explain, head_blocks, plan, registers_per_thread, rows_of_query_tile, takes_short
+from cute_attn.plan import (
+    check,
+    configs,
+    explain,
+    head_blocks,
+    plan,
+    registers_per_thread,
+    rows_of_query_tile,
+    takes_one_kernel,
+    takes_short,
+)
 from cute_attn.problem import Problem, check_call, problem_of
 
 HEAD_DIMS = range(8, 257, 8)
@@ -159,15 +169,6 @@ def test_too_many_threads():
     assert "asks for 1152 threads a block" in message
     assert "sm_80 has 1024" in message
     assert "try a smaller tile_m" in message
-
-
-@pytest.mark.parametrize("mechanism", ["tma_wgmma", "cp_async"])
-def test_query_tiles_that_the_padding_of_rows_does_not_hold(mechanism):
-    """Rows of ragged sequences are padded together, by whole tiles, of which none is to be taken for another's."""
-    config = plan(Problem("bfloat16", 64, 64, gradients="qkv"), "sm_90a", mechanism)
-    message = refusal(replace(config, tile_m=48))
-    assert f"{mechanism}_backward takes 48 queries at a time" in message
-    assert "a tile of fewer than 64 must divide 128: try tile_m=64 in layouts/sm90.py's table" in message
 
 
 @pytest.mark.parametrize("target", ["sm_75", "sm_90b", "", "9.0"])
@@ -334,6 +335,28 @@ def test_higher_query_tiles():
         assert rows(**changed) == {64}
     assert rows(head_dim=64, head_dim_v=64) == {128}
     assert "; 80 × 128 where few rows are padding" in explain(BACKWARD, plan(BACKWARD, "sm_90a"))
+
+
+def test_one_kernel_of_wide_heads():
+    """Where V's heads are so much narrower that dK and dV of 128 keys fit, nothing takes registers, and no order is asked for;
+    of long sequences."""
+    wide = replace(BACKWARD, head_dim=192)
+
+    def mainloops(**changed):
+        return [config.backward for config in configs(replace(wide, **changed), "sm_90a")]
+
+    edge = {"bounded_right": True}
+    for changed in ({}, edge, {"head_dim": 136, "head_dim_v": 72}, {"ragged": "seqused_k"}):
+        assert mainloops(**changed) == ["tma_wgmma_wide", "tma_wgmma_backward"]
+    others = {"softcap": True}, {"bounded_left": True}, {"deterministic": True}, {"gradients": "kv"}
+    for changed in (*others, {"dropout": True}, {"head_dim_v": 192}, {"head_dim_v": 64}, {"head_dim": 256}):
+        assert mainloops(**changed) == ["tma_wgmma_wide"]
+    two, both = configs(replace(wide, **edge, softcap=True), "sm_90a"), configs(replace(wide, **edge), "sm_90a")
+    assert not takes_one_kernel(two, 1 << 20, True)
+    for cut, least in ((False, 1024), (True, 2048)):
+        assert [takes_one_kernel(both, n, cut) for n in (1, least - 1, least, 1 << 20)] == [False, False, True, True]
+    words = explain(replace(wide, **edge), both[0])
+    assert "; 48 × 128 where one kernel serves a sequence of 32 tiles of queries" in words
 
 
 @ways

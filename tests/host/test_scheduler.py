@@ -375,7 +375,7 @@ def test_unused_rows_are_cleared_once(lengths, tile, tail, heads, blocks, packed
         assert sorted(found) == wanted
 
 
-@given(lengths, st.integers(0, 300), st.sampled_from([ROW_PADDING, 80]))
+@given(lengths, st.integers(0, 300), st.sampled_from([ROW_PADDING, 96, 80]))
 def test_padded_rows_of_sequences_do_not_meet(lengths, tail, padding):
     for side in sides(lengths, tail):
         side, end, count = replace(side, padding=padding), 0, len(lengths)
