@@ -215,14 +215,16 @@ class CastQueries:
         elif row_first // self.config.tile_m * self.config.tile_m < span.length:
             self._clear(mdQ, length, (row_first, column_first))
 
-    def _product(self):
-        """dQ's product, and the shape of a piece of it."""
-        return self.lay.tiled_mma("dQ", self.config), self.lay.mma("dQ", self.config).tile[:2]
+    def product_shape(self) -> tuple[int, int]:
+        """(rows, columns) of dQ's product: a piece, which may be fewer rows than an MMA has, or the transpose of one."""
+        rows, columns = self.lay.piece_shape(self.config)[:: -1 if self.lay.turned(self.config) else 1]
+        least = self.lay.mma("dQ", self.config).shape[0]
+        return -(-rows // least) * least, columns
 
     @cute.jit
     def _sums(self, sums: cute.Tensor, in_use):
         """A thread's sums of a piece, as an accumulator; nothing of one that is known not to be in use."""
-        mma, shape = self._product()
+        mma, shape = self.lay.tiled_mma("dQ", self.config), self.product_shape()
         acc = cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
         mine = cute.make_tensor(sums.iterator, cute_layout(self.lay.sums(self.config)))[cute.arch.thread_idx()[0], None, 0]
         held = cute.make_tensor(acc.iterator, cute.make_layout(mine.shape))
@@ -248,7 +250,7 @@ class CastQueries:
     @cute.jit
     def _cast(self, acc: cute.Tensor, mdQ: cute.Tensor, values: Values, span: Span, length, first):
         """A piece's sums, scaled and rounded."""
-        mma, shape = self._product()
+        mma, shape = self.lay.tiled_mma("dQ", self.config), self.product_shape()
         acc.store(acc.load() * Float32(values.scale(self.problem)))
 
         where = rows_columns(mma.get_slice(cute.arch.thread_idx()[0]).partition_C(cute.make_identity_tensor(shape)))

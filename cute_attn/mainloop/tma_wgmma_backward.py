@@ -10,8 +10,8 @@ The first two are transposed, so that Pᵀ and dSᵀ lie in registers as the ope
 through shared memory, for dQ. A product runs whenever a warpgroup computes something else: dPᵀ while P is taken, one half of
 dV while dS is taken, the other while it is shared, dK while dQ is handed over and until the next tile's Sᵀ begins. Where
 ``late_dv`` says so, a part of dV comes behind dQ: dQ is stored while that runs, and dK while the copy engine reads dQ. Where
-dK and dV leave a thread few registers (``ds_from_shared``), nothing stays there beside them but what a product adds to: dV's
-ends before dQ's begins, P is taken from what dV's reads, and dK's reads dS where dQ's does.
+dK and dV leave a thread few registers (``ds_from_shared``), dS is taken from the P that dV's product reads, which ends before
+dQ's begins, and dK's reads dS where dQ's does.
 
 Four warps copy: one K, Q and the rows' LSE, which also finds the block's tiles; one V, dO and the rows' delta; two take turns
 with dQ, which the copy engine adds in float32 to global memory (``cp.reduce.async.bulk``), in the order of the accumulator's
@@ -119,7 +119,6 @@ class Backward(KeyBlocks):
         super().__init__(problem, config)
         self.needs_q, self.needs_k, self.needs_v = (name in problem.gradients for name in "qkv")
         self.needs_ds = self.needs_q or self.needs_k
-        # MMAs of dV's product that run while dS is taken.
         self.early_dv = config.tile_m // 32
         # A block takes one key tile after another, the next one's operands on their way while results leave; of unequal ones
         # it draws tickets. Only where blocks share a tile has each of them but one.
@@ -592,7 +591,7 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(self.needs_v and self.needs_ds and self.early_dv > 0):  # runs while dS is taken
             early = self.early_dv
             self.gemm(lay.tiled_mma("dV", config), me.acc_dV, rP, tVrdO, accumulate=True, steps=range(early))
-            flight.issued("some of dV" if early < steps else "dV")
+            flight.issued("some of dV")
         if cutlass.const_expr(self.needs_ds):
             flight.wait("dP")
             if cutlass.const_expr(config.ds_from_shared):  # nor does P stay: what dV takes of it has to do
@@ -602,14 +601,14 @@ class Backward(KeyBlocks):
             rdS = rounded_operand(acc_S, self.element)
             if cutlass.const_expr(self.needs_q):
                 self._store_ds(me, rdS, self._ds(shared)[None, None, slot + me.warpgroup])
-        if cutlass.const_expr(self.needs_v and early < steps):  # runs while the warpgroups meet
+        if cutlass.const_expr(self.needs_v):  # runs while the warpgroups meet
             self.gemm(lay.tiled_mma("dV", config), me.acc_dV, rP, tVrdO, accumulate=True, steps=range(early, steps - late))
             flight.issued("more of dV" if late else "dV")
         if cutlass.const_expr(self.needs_ds):
             if cutlass.const_expr(self.needs_q):
                 cute.arch.fence_view_async_shared()
                 self._meet()
-                if cutlass.const_expr(config.ds_from_shared):
+                if cutlass.const_expr(config.ds_from_shared):  # which frees P's registers for dQ
                     flight.wait("more of dV" if late else "dV")
                 self._dq(me, slot)
                 flight.issued("dQ")

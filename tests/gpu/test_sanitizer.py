@@ -91,11 +91,12 @@ def test_one_kernel_of_wide_heads(rules, in_one_kernel):
     assert_gradients_close([x.cpu() for x in gradients], q, k, v, dout, dlse, **rules)
 
 
+@pytest.mark.parametrize("d", [128, 192])
 @pytest.mark.parametrize("used", [[0, 190, 1, 400], [2**30, -7, 90, 80]], ids=["in-use", "wrong"])
-def test_higher_query_tiles_of_different_lengths(used, monkeypatch):
+def test_other_query_tiles_of_different_lengths(used, d, in_one_kernel, monkeypatch):
     """And zeros for what isn't in use, a part after each query tile; wrong lengths give wrong results and no wrong access."""
     monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: max(choices))
-    q, k, v = make_qkv(4, 400, 400, 12, 12, 128, 128, torch.bfloat16)
+    q, k, v = make_qkv(4, 400, 400, 12, 12, d, 128, torch.bfloat16)
     dout = torch.ones(4, 400, 12, 128, dtype=torch.bfloat16)
     leaves, seqused = [x.requires_grad_() for x in on_gpu(q, k, v)], torch.tensor(used, dtype=torch.int32, device="cuda")
     out = attention(*leaves, seqused_q=seqused, seqused_k=seqused, backend="cute", mechanism="tma_wgmma")

@@ -15,7 +15,8 @@ from cute_attn import launch as launching
 from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, each, floats_of_a_row, has_sums, in_order, named, sizes_of_sums
 from cute_attn.launch import Refused, packed_of
-from cute_attn.layouts.base import COUNTERS, TICKET, TICKET_COUNTERS, row_padding
+from cute_attn.layouts import family, for_target
+from cute_attn.layouts.base import COUNTERS, TICKET, TICKET_COUNTERS, WARP, row_padding
 from cute_attn.lengths import CHECK, NAMES, Lengths, check_lengths
 from cute_attn.plan import configs, plan
 from cute_attn.problem import Call, Problem, check_call, problem_of
@@ -390,6 +391,26 @@ def test_memory_of_rows_holds_the_sums_of_their_tiles():
             assert floats_of_a_row(problem, config) == 2 + config.tile_d * has_sums(problem, config)
             seen.add((needs, has_sums(problem, config)))
     assert seen == {("qkv", True), ("qkv", False), ("kv", False)}
+
+
+def test_whoever_rounds_a_piece_of_dq_holds_it_as_whoever_adds_it():
+    """As many threads have as many values each in memory as an accumulator of that shape has."""
+    pytest.importorskip("cutlass.cute")
+    from cute_attn.cast_queries import CastQueries
+
+    seen = set()
+    for target, d, dv in itertools.product(("sm_80", "sm_86", "sm_90a"), range(8, 257, 8), (64, 128, 256)):
+        problem = Problem("bfloat16", d, dv, gradients="qkv")
+        mechanisms = for_target(target).MECHANISMS
+        for config in itertools.chain.from_iterable(configs(problem, target, mechanism) for mechanism in mechanisms):
+            if not has_sums(problem, config):
+                continue
+            kernel, lay = CastQueries(problem, config), family(config)
+            mma, (rows, columns) = lay.mma("dQ", config), lay.piece_shape(config)
+            values = math.prod(kernel.product_shape()) // (WARP * mma.warps * mma.across)
+            assert values * kernel.threads == rows * columns
+            seen.add((config.backward, config.tile_m, lay.turned(config)))
+    assert len(seen) >= 6
 
 
 @pytest.mark.parametrize("ragged", ["", "cu_seqlens_q cu_seqlens_k"], ids=["rectangle", "ragged"])

@@ -27,7 +27,7 @@ from tests.host.processes import run_quick
 FAMILIES = {family.__name__: family for module in layouts.MODULES for family in module.MECHANISMS.values()}
 BACKWARD = {family.__name__: family for module in layouts.MODULES for family in module.BACKWARD.values()}
 MECHANISMS = sorted({name for module in layouts.MODULES for name in module.MECHANISMS})
-HEAD_DIMS = [(32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (40, 104), (104, 40)]
+HEAD_DIMS = [(32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256), (40, 104), (104, 40)]
 PIECE = 16  # bytes that one thread copies, and one row of an 8×8 tile that ldmatrix or a warpgroup MMA reads
 BANKS = 128  # bytes that shared memory delivers at a time
 
@@ -148,8 +148,7 @@ def test_the_pieces_of_dq_are_the_whole(config: Config):
         for row, column in pieces:
             covered[row : row + rows, column : column + columns] += 1
         assert (covered == 1).all()
-        threads = config.mma_threads // len(pieces)
-        assert rows * columns % (threads * config.add_width) == 0
+        assert rows * columns % (family.piece_threads(config) * config.add_width) == 0
 
 
 @pytest.mark.parametrize("config", shipped("qkv"), ids=name)
