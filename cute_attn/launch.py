@@ -78,16 +78,18 @@ def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tupl
 
 
 @lru_cache(maxsize=4096)
-def _choices(problem: Problem, mechanism: str | None, device: int) -> tuple[Config, ...]:
-    return configs(problem, device_target(device), mechanism)
+def _choices(problem: Problem, mechanism: str | None, device: int, ordered: bool = False) -> tuple[Config, ...]:
+    """The configurations that a call's sizes choose among; where gradients are to be ``ordered``, to have the same bits each
+    time, those of one mainloop, since wide heads' single kernel adds dQ in no order."""
+    found = configs(problem, device_target(device), mechanism)
+    return tuple(config for config in found if not ordered or config.backward == found[0].backward)
 
 
 def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, call: Call, ordered: bool) -> Config:
-    """In which of a problem's configurations the gradients of ``call`` are computed, with the same bits each time where they
-    are to be ``ordered``."""
-    found = _choices(problem, mechanism, device)
+    """In which of a problem's configurations the gradients of ``call`` are computed."""
+    found = _choices(problem, mechanism, device, ordered)
     rows = call.seqlen_q if call.lengths is None else call.seqlen_q // max(call.lengths.count, 1)
-    if takes_one_kernel(found, rows, problem.bounded_right) and not ordered:
+    if takes_one_kernel(found, rows, problem.bounded_right):
         return found[-1]
     blocks = _head_blocks(found, problem, device, call)
     shared = tuple(config for config in found if (config.backward, config.head_blocks) == (found[0].backward, blocks))
@@ -256,9 +258,9 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
     All may have any strides, and ``dlse`` be ``None`` where nothing depends on the log-sum-exp; what the kernels can't read in
     place is copied. Besides the gradients this allocates two float32 a query row and, behind them, where dQ's parts are added
-    up in memory, their float32 sums; of both the rows are a multiple of 128, or of higher query tiles, and of the sums the
-    columns those that a head takes in shared memory; an int32 a query tile, for signals; and where a bias is shared, copies of
-    its gradient.
+    up in memory, their float32 sums; of both the rows are a multiple of 128, or of what whole query tiles make instead
+    (``row_padding``), and of the sums the columns those that a head takes in shared memory; an int32 a query tile, for signals;
+    and where a bias is shared, copies of its gradient.
     """
     how = needs, dlse is not None
     if call.plans and (planned := call.plans.get(how)) is not None and 0 not in dout.stride():
@@ -299,7 +301,7 @@ class _PlannedGradients:
         self.problem = problem = problem_of(q.dtype, call, of_lse, needs, ordered)
         config = _config_of_gradients(problem, mechanism, self.device, call, deterministic)
         if call.lengths is not None:  # another batch's mean length may choose another query tile, and is to compile nothing
-            for other in _choices(problem, mechanism, self.device):
+            for other in _choices(problem, mechanism, self.device, deterministic):
                 if other.head_blocks == config.head_blocks == 1:
                     prepared(problem, mechanism, self.device, other)
         self.rounds_beside = rounds_beside(problem, config)

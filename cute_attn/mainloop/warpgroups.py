@@ -376,15 +376,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class TmaOperands:
-    """The tensors that TMA copies for the backward pass. A gradient that is not asked for is ``None``, or one that leaves from
-    registers."""
+    """The tensors that TMA copies for the backward pass. A gradient that is not asked for is ``None``; one that leaves from
+    registers is a plain tensor, or not here."""
 
     q: TmaOperand
     k: TmaOperand
     v: TmaOperand
     do: TmaOperand
-    dk: TmaOperand | None = None
-    dv: TmaOperand | None = None
+    dk: TmaOperand | cute.Tensor | None = None
+    dv: TmaOperand | cute.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -380,11 +380,34 @@ def test_arguments_of_the_backward_pass_are_in_the_order_of_the_table(gpu, monke
     assert (given["count"], given["blocks"], given["stream"]) == (int(ragged), 132, 999)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_one_kernel_of_wide_heads_where_sequences_are_long(gpu, monkeypatch, ragged, deterministic):
+    """Its sums take memory that the pair for short ones doesn't; another mean length compiles nothing, nor does anything that
+    an order forbids."""
+    planned: list = []
+    monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launching, "prepared", lambda *key: planned.append(key[-1]) or (gpu.kernel, 132))
+    for n in (1000, 1100):
+        cu = torch.tensor([0, n], dtype=torch.int32)
+        lengths = Lengths(1, (cu, cu, None, None)) if ragged else None
+        call = Call(1, 1, 1, n, n, 192, 128, 0.1, None, None, 0.0, lengths=lengths)
+        q, v = (torch.zeros(*(() if ragged else (1,)), n, 1, d, dtype=torch.bfloat16) for d in (192, 128))
+        launching.gradients(call, None, "qkv", deterministic, q, q, v, v, torch.zeros(1, n), v, None)
+        chosen = planned[-1]
+        assert chosen.backward == ("tma_wgmma_backward" if n == 1100 and not deterministic else "tma_wgmma_wide")
+        one, padding = chosen.backward == "tma_wgmma_backward", row_padding(chosen)
+        padded = (n // padding + 2 if ragged else -(-n // padding)) * padding
+        assert named(BACKWARD, gpu.log[-1][1]).rows.shape == (2 + 192 * one, 1, 1, padded)
+        mainloops = {config.backward for config in planned}
+        assert len(mainloops) == (2 if (ragged or n == 1100) and not deterministic else 1)
+
+
 def test_memory_of_rows_holds_the_sums_of_their_tiles():
     """Behind two values of each row: as many floats as the row has columns, wherever dQ is added up in memory."""
     seen = set()
-    for target, d, needs in itertools.product(("sm_80", "sm_90a"), range(8, 257, 8), ("qkv", "kv")):
-        problem = Problem("bfloat16", d, d, gradients=needs)
+    for target, d, dv, needs in itertools.product(("sm_80", "sm_90a"), range(8, 257, 8), (64, 128, 256), ("qkv", "kv")):
+        problem = Problem("bfloat16", d, dv, gradients=needs)
         for config in configs(problem, target, None):
             if has_sums(problem, config):
                 assert math.prod(sizes_of_sums(config)) == config.tile_m * config.tile_d
@@ -420,8 +443,8 @@ def test_all_signals_are_cleared_where_the_first_kernel_does(ragged):
     from cute_attn.row_values import RowValues
 
     seen = set()
-    for target, d, causal in itertools.product(("sm_80", "sm_90a"), range(8, 257, 8), (False, True)):
-        problem = Problem("bfloat16", d, d, bounded_right=causal, gradients="qkv", ragged=ragged)
+    for target, d, dv, causal in itertools.product(("sm_80", "sm_90a"), range(8, 257, 8), (64, 128, 256), (False, True)):
+        problem = Problem("bfloat16", d, dv, bounded_right=causal, gradients="qkv", ragged=ragged)
         for config in configs(problem, target, None):
             kernel = RowValues(problem, config)
             assert kernel.clears == (config.backward == "tma_wgmma_backward")
@@ -431,7 +454,7 @@ def test_all_signals_are_cleared_where_the_first_kernel_does(ragged):
                 assert blocks * kernel.words >= COUNTERS - TICKET + padded // config.tile_m
                 assert kernel.words <= kernel.threads
                 seen.add(config.tile_m)
-    assert len(seen) > 1
+    assert seen == {48, 64, 80, 128}
 
 
 def test_a_stride_that_is_never_used_is_one_that_kernels_count_on():
