@@ -151,7 +151,8 @@ def configs(
     """The shipped configs that are asked for, each with the tensors' head dim (``None``: as wide as the tile); with
     ``gradients`` those of the backward pass.
 
-    Without a head dim, every one that a mechanism has a tile for. Raises ``ValueError`` with what is known.
+    Without a head dim, every one that a mechanism has a tile for; and of V's narrower ones those of which more differs. Raises
+    ``ValueError`` with what is known.
     """
     from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem  # it brings torch: not before the usage is read
 
@@ -170,15 +171,18 @@ def configs(
         if gradients and not hasattr(module, "BACKWARD"):
             continue
         for mechanism, operands in module.MECHANISMS.items():
-            for dim in (head_dim,) if head_dim else operands.TILE_DIMS:
-                for name in dtypes:
-                    for bounded, ordered in product((False, True), (False, True) if gradients else (False,)):
-                        problem = Problem(name, dim, head_dim_v or dim, bounded_right=bounded, gradients=gradients)
-                        problem = replace(problem, deterministic=ordered)
-                        for config in module.configs(problem, mechanism, target):
-                            # Blocks that share a key tile have the layouts of one that doesn't, and the order of
-                            # products has none.
-                            found.setdefault(replace(config, head_blocks=1, late_dv=0), head_dim)
+            dims = (head_dim,) if head_dim else operands.TILE_DIMS
+            pairs = [(dim, head_dim_v or dim) for dim in dims]
+            if not (head_dim or head_dim_v):
+                pairs += [(dim, dim_v) for dim in dims for dim_v in dims if dim_v < dim]
+            for (dim, dim_v), name in product(pairs, dtypes):
+                for bounded, ordered in product((False, True), (False, True) if gradients else (False,)):
+                    problem = Problem(name, dim, dim_v, bounded_right=bounded, gradients=gradients, deterministic=ordered)
+                    for config in module.configs(problem, mechanism, target):
+                        # Blocks that share a key tile have the layouts of one that doesn't, and the order of products has none.
+                        config = replace(config, head_blocks=1, late_dv=0)
+                        if replace(config, tile_dv=config.tile_d) not in found:
+                            found.setdefault(config, head_dim)
     return list(found.items())
 
 

@@ -475,6 +475,7 @@ def test_every_backward_mainloop_is_proved():
     backward = [config for config, _ in EVERY if config.backward]
     assert {config.backward for config in backward} == {"cp_async_backward", "tma_wgmma_backward", "tma_wgmma_wide"}
     assert {config.target for config in backward} == set(known_targets())
+    assert any(config.results_from_registers for config in backward), "which no heads of one width have"
 
 
 @pytest.mark.parametrize("mainloop", ["cp_async_backward", "tma_wgmma_backward"])
