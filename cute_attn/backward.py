@@ -3,7 +3,7 @@ which begins beside the second.
 
 1. :class:`RowValues`: for each query row, delta = Σ_c dO_c · O_c − dLSE, once for all key tiles that will read it, beside its
    log-sum-exp; it also clears the memory in which dQ is added up, or in which is counted who adds to it.
-2. the mainloop's ``Backward``: dK, dV, and dQ in float32; of wide heads, by another kernel, dQ as it is to be.
+2. the mainloop's ``Backward``: dK, dV, and dQ in float32; of most wide heads, by another kernel, dQ as it is to be.
 3. :class:`CastQueries`: dQ scaled and rounded to the inputs' dtype, each query tile once nothing is added to it any more.
 
 Mathematics, with P = exp(S − LSE) recomputed tile by tile (FlashAttention, arXiv:2205.14135, §B.2; the gradient of the

@@ -193,7 +193,7 @@ def explain(problem: Problem, config: Config) -> str:
     where = f"a query sees {SHORT_WALK} tiles of keys at most" if not config.backward else "few rows are padding"
     many = config.backward and problem.bounded_right
     if others and others[-1].backward != config.backward:
-        where, many = f"one kernel serves a sequence of {MANY_VISITS * (1 + many)} tiles of queries", False
+        where, many = f"one kernel serves a sequence of {MANY_VISITS * (1 + many)} tiles of queries or more", False
     beside = bool(config.backward) and rounds_beside(problem, config)
     where += f" and a sequence has {MANY_QUERY_TILES} tiles of queries" if many else ""
     lines = [

@@ -2,8 +2,8 @@
 
 A block owns ``tile_n`` keys, 64 for each computing warpgroup, and walks over query tiles. Everything is transposed: a
 warpgroup's scores are (64 keys × ``tile_m`` queries), so that Pᵀ and dSᵀ, as they lie in registers, are the A operands of
-dV and dK. dS takes the way through shared memory, where dQ's product reads all of its keys; each warpgroup computes a
-64 × 64 piece of the tile's dQ.
+dV and dK. dS takes the way through shared memory, where dQ's product reads all of its keys (and dK's its own, with
+``ds_from_shared``); each warpgroup computes a piece of the tile's dQ, such as 64 × 64.
 
 What all families of such operands share, the swizzle first, is in ``tma``.
 """
@@ -46,7 +46,7 @@ HEAD_BLOCKS = (1, 2, 4)  # blocks that may share a key tile, each with a part of
 FIRST_STORES = True  # of the key tiles that add to a query tile's dQ, the first to come stores: its memory needs no zeros
 CLEARS_QUERIES = True  # of queries that aren't in use dQ's zeros are written while others are computed
 UNUSED_FIELDS = 8  # int32 that say where a block is among the rows that it clears
-ZERO_BYTES = 1536, 1280, 512  # of zeros for the copy engine to store there; where dK lies over a stage of dQ; over two
+ZERO_BYTES = 1536, 1280, 512  # of zeros for the copy engine to store there; where dK has no memory by itself; and dQ two stages
 DS_STAGES = 2  # a warpgroup writes the next dS while the other's dQ may still read this one
 WARPS = {"K": (0,), "Q": (0,), "V": (1,), "dO": (1,), "dQ": (2, 3)}  # that copy it, or add it, in turns
 
@@ -195,7 +195,7 @@ def misfit(config: Config) -> str:
         (
             not _in_pieces(config),
             f"{warpgroups(config)} warpgroups for a {config.tile_m}×{config.tile_d} dQ, {PIECE_ROWS} rows and a multiple of "
-            f"{PIECE_COLUMNS} columns each, or all rows and {PIECE_ROWS} columns: try tile_m={PIECE_ROWS}",
+            f"{PIECE_COLUMNS} columns each, or all rows and {PIECE_ROWS} columns, or fewer rows: try tile_m={PIECE_ROWS}",
         ),
         (
             "dK" in over(config) and keys * BYTES > config.tile_m * ACCUMULATOR_BYTES,

@@ -4,7 +4,7 @@ dK and dV of 128 keys and 256 columns would take all registers of a multiprocess
 have a kernel each, which computes the scores anew. Each operand is named after what it is; those of the second kernel,
 where they differ in shape, have a ``q`` in front.
 
-(Where V's heads are up to 128 wide and sequences long, one kernel of 128 keys is faster: ``wgmma_backward``.)
+(Where heads are up to 192 wide, V's 65 to 128, and sequences long, one kernel of 128 keys is faster: ``wgmma_backward``.)
 
 - **Keys**: a block owns 64 keys. One warpgroup takes P and dV, the other dS and dK; P passes from one to the other.
 - **Queries**: a block owns 128 queries, 64 for each computing warpgroup, as in the forward pass.

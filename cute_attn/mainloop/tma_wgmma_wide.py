@@ -1,4 +1,5 @@
-"""Backward attention with TMA copies and warpgroup MMA (Hopper), for heads wider than 128: two kernels.
+"""Backward attention with TMA copies and warpgroup MMA (Hopper), for heads wider than 128: two kernels. (One serves long
+sequences of some of them: ``tma_wgmma_backward.py``.)
 
 dK and dV of 128 keys and 256 columns would fill a multiprocessor's registers, and with fewer keys a block the float32 sums
 of dQ would go to memory too often. So the gradients of keys and of queries have a kernel each (``wide_keys.py``,

@@ -654,15 +654,16 @@ def test_compiled_by_torch(mechanism):
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_memory_at_64k_tokens(d, deterministic, heads, mechanism):
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_memory_at_64k_tokens(d, dv, deterministic, heads, mechanism):
     """Beyond inputs, outputs and gradients: dQ's sums in float32 and 16 bytes a query row for delta, the log-sum-exp and
     counters. That is what the allocator is asked for: of a large block it cuts off nothing smaller than 1 MiB, and counts all
     of it as allocated."""
     sq = 65536
     heads, heads_kv = heads
-    q, k, v = (torch.randn(1, sq, h, d, dtype=BF16, device="cuda").requires_grad_() for h in (heads, heads_kv, heads_kv))
-    dout = torch.randn(1, sq, heads, d, dtype=BF16, device="cuda")
+    sizes = (heads, d), (heads_kv, d), (heads_kv, dv), (heads, dv)
+    *leaves, dout = (torch.randn(1, sq, *size, dtype=BF16, device="cuda") for size in sizes)
+    q, k, v = (x.requires_grad_() for x in leaves)
     gradient_bytes = sum(x.numel() * x.element_size() for x in (q, k, v))
 
     def requested(what):
