@@ -89,7 +89,8 @@ def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, c
     """In which of a problem's configurations the gradients of ``call`` are computed."""
     found = _choices(problem, mechanism, device, ordered)
     rows = call.seqlen_q if call.lengths is None else call.seqlen_q // max(call.lengths.count, 1)
-    if takes_one_kernel(found, rows, problem.bounded_right):
+    tiles = _key_tiles(found[-1].tile_n, call)
+    if takes_one_kernel(found, rows, problem.bounded_right, tiles, multiprocessors(device)):
         return found[-1]
     blocks = _head_blocks(found, problem, device, call)
     shared = tuple(config for config in found if (config.backward, config.head_blocks) == (found[0].backward, blocks))
@@ -107,11 +108,16 @@ def _head_blocks(found: tuple[Config, ...], problem: Problem, device: int, call:
     """How many blocks share a key tile of the backward pass of ``call``."""
     if call.heads == call.heads_kv:
         return 1
-    tile, choices = found[0].tile_n, tuple(dict.fromkeys(config.head_blocks for config in found))
-    tiles = -(-call.seqlen_k // tile) if call.lengths is None else call.lengths.slots(call.seqlen_k, tile)
+    choices, tiles = tuple(dict.fromkeys(config.head_blocks for config in found)), _key_tiles(found[0].tile_n, call)
     unequal = problem.bounded_right and not problem.bounded_left
     heads_per_kv = call.heads // call.heads_kv
-    return head_blocks(choices, tiles * call.heads_kv * call.batch, heads_per_kv, multiprocessors(device), unequal)
+    return head_blocks(choices, tiles, heads_per_kv, multiprocessors(device), unequal)
+
+
+def _key_tiles(tile: int, call: Call) -> int:
+    """How many tiles of so many keys a call has, or of ragged sequences at most, of all key heads."""
+    tiles = -(-call.seqlen_k // tile) if call.lengths is None else call.lengths.slots(call.seqlen_k, tile)
+    return tiles * call.heads_kv * call.batch
 
 
 @lru_cache(maxsize=4096)

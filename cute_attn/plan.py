@@ -70,11 +70,13 @@ def rows_of_query_tile(choices: tuple[int, ...], seqlen_q: int, cut: bool = Fals
     return max((rows for rows in choices[1:] if 32 * (-seqlen_q % rows) <= seqlen_q), default=choices[0])
 
 
-def takes_one_kernel(found: tuple[Config, ...], seqlen_q: int, cut: bool) -> bool:
+def takes_one_kernel(found: tuple[Config, ...], seqlen_q: int, cut: bool, tiles: int, at_once: int) -> bool:
     """Whether the gradients of wide heads are to come from one kernel, the last of their configurations if it serves them, and
     not from two, which take more products, but less time to begin and end a key tile: where many query tiles visit it, half as
-    many on average if a right edge has ``cut`` them."""
-    return found[-1].backward != found[0].backward and seqlen_q >= (1 + cut) * MANY_VISITS * found[0].tile_m
+    many on average if a right edge has ``cut`` them; and where its key ``tiles`` keep a GPU busy that holds ``at_once`` blocks,
+    the average tile as long as the longest, or half as long: two kernels have shorter ones, and dQ's are of queries."""
+    many, busy = (1 + cut) * MANY_VISITS * found[0].tile_m, (1 + cut) * at_once
+    return found[-1].backward != found[0].backward and seqlen_q >= many and tiles >= busy
 
 
 def takes_short(found: tuple[Config, ...], keys: int) -> bool:

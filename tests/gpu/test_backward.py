@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cute_attn import api, attention, launch
+from cute_attn import api, attention, launch, plan
 from cute_attn.layouts.base import CARE, CAREFUL, STORED, TICKET
 from tests.gpu.test_forward import CAPS, KERNELS, LARGE
 from tests.support import SHAPES, assert_close, assert_gradients_close, make_gradients, make_qkv
@@ -75,17 +75,19 @@ def test_one_kernel_of_wide_heads(d, dv, dtype, rules, kind, in_one_kernel):
 
 
 def test_wide_heads_have_one_kernel_where_sequences_are_long(monkeypatch):
-    """And no order is asked for: dQ's sums have none there."""
+    """And no order is asked for: dQ's sums have none there; nor are there too few key tiles for a GPU."""
     config_of, chosen = launch._config_of_gradients, []
     monkeypatch.setattr(launch, "_config_of_gradients", lambda *of: chosen.append(config_of(*of)) or chosen[-1])
-    for n, rules, expected in (
-        (1023, {}, "tma_wgmma_wide"),
-        (1024, {}, "tma_wgmma_backward"),
-        (1024, {"deterministic": True}, "tma_wgmma_wide"),
-        (2047, {"causal": True}, "tma_wgmma_wide"),
-        (2048, {"causal": True}, "tma_wgmma_backward"),
+    monkeypatch.setattr(launch, "takes_one_kernel", lambda *of: plan.takes_one_kernel(*of[:-1], at_once=16))
+    for n, heads, rules, expected in (
+        (1023, 3, {}, "tma_wgmma_wide"),
+        (1024, 3, {}, "tma_wgmma_backward"),
+        (1024, 1, {}, "tma_wgmma_wide"),
+        (1024, 3, {"deterministic": True}, "tma_wgmma_wide"),
+        (2047, 3, {"causal": True}, "tma_wgmma_wide"),
+        (2048, 3, {"causal": True}, "tma_wgmma_backward"),
     ):
-        q, k, v, dout, dlse = make(1, n, n, 3, 3, 192, 128)
+        q, k, v, dout, dlse = make(1, n, n, heads, heads, 192, 128)
         result = run(q, k, v, "tma_wgmma", dout, dlse, **rules)
         assert chosen.pop().backward == expected
         assert_gradients_close(result, q, k, v, dout, dlse, causal=rules.get("causal", False))

@@ -391,14 +391,14 @@ def test_one_kernel_of_wide_heads_where_sequences_are_long(gpu, monkeypatch, rag
     for n in (1000, 1100):
         cu = torch.tensor([0, n], dtype=torch.int32)
         lengths = Lengths(1, (cu, cu, None, None)) if ragged else None
-        call = Call(1, 1, 1, n, n, 192, 128, 0.1, None, None, 0.0, lengths=lengths)
-        q, v = (torch.zeros(*(() if ragged else (1,)), n, 1, d, dtype=torch.bfloat16) for d in (192, 128))
-        launching.gradients(call, None, "qkv", deterministic, q, q, v, v, torch.zeros(1, n), v, None)
+        call = Call(1, 16, 16, n, n, 192, 128, 0.1, None, None, 0.0, lengths=lengths)
+        q, v = (torch.zeros(*(() if ragged else (1,)), n, 16, d, dtype=torch.bfloat16) for d in (192, 128))
+        launching.gradients(call, None, "qkv", deterministic, q, q, v, v, torch.zeros(16, n), v, None)
         chosen = planned[-1]
         assert chosen.backward == ("tma_wgmma_backward" if n == 1100 and not deterministic else "tma_wgmma_wide")
         one, padding = chosen.backward == "tma_wgmma_backward", row_padding(chosen)
         padded = (n // padding + 2 if ragged else -(-n // padding)) * padding
-        assert named(BACKWARD, gpu.log[-1][1]).rows.shape == (2 + 192 * one, 1, 1, padded)
+        assert named(BACKWARD, gpu.log[-1][1]).rows.shape == (2 + 192 * one, 1, 16, padded)
         mainloops = {config.backward for config in planned}
         assert len(mainloops) == (2 if (ragged or n == 1100) and not deterministic else 1)
 

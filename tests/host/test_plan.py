@@ -352,9 +352,11 @@ def test_one_kernel_of_wide_heads():
     for changed in (*others, {"dropout": True}, {"head_dim_v": 192}, {"head_dim_v": 64}, {"head_dim": 256}):
         assert mainloops(**changed) == ["tma_wgmma_wide"]
     two, both = configs(replace(wide, **edge, softcap=True), "sm_90a"), configs(replace(wide, **edge), "sm_90a")
-    assert not takes_one_kernel(two, 1 << 20, True)
+    assert not takes_one_kernel(two, 1 << 20, True, 1 << 20, 132)
     for cut, least in ((False, 1024), (True, 2048)):
-        assert [takes_one_kernel(both, n, cut) for n in (1, least - 1, least, 1 << 20)] == [False, False, True, True]
+        lengths, busy = (1, least - 1, least, 1 << 20), 132 * (1 + cut)
+        assert [takes_one_kernel(both, n, cut, busy, 132) for n in lengths] == [False, False, True, True]
+        assert not takes_one_kernel(both, least, cut, busy - 1, 132)
     words = explain(replace(wide, **edge), both[0])
     assert "; 48 × 128 where one kernel serves a sequence of 32 tiles of queries or more" in words
 
