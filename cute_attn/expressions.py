@@ -891,7 +891,9 @@ def element_of(x: torch.Tensor) -> Callable:
     """A function of positions that takes an element of ``x``, which broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``. It
     has an index for each dimension along which x differs, those that are closest in memory last."""
     strides = dict(zip(range(4 - x.dim(), 4), zip(x.shape, x.stride(), strict=True), strict=True))
-    dims = tuple(sorted((n for n, (size, stride) in strides.items() if size > 1 and stride), key=lambda n: -strides[n][1]))
+    differ = [n for n, (size, stride) in strides.items() if size > 1 and stride]
+    # By how many strides are larger, and not by the stride itself: torch.compile may have a symbol for that, and sorts by none.
+    dims = tuple(sorted(differ, key=lambda n: len([m for m in differ if strides[m][1] > strides[n][1]])))
     part = x[tuple(slice(None) if dim in dims else 0 for dim in strides)]
     part = part.permute([sorted(dims).index(dim) for dim in dims])
     return lambda *where: part[tuple(where[dim] for dim in dims)]

@@ -134,6 +134,18 @@ def test_sequences_of_different_lengths(kind):
     assert counter.frame_count == 1
 
 
+def test_masks_in_tensors_of_any_size():
+    def function(q, k, v, seen):
+        return attention(q, k, v, mask=masks.given(seen))
+
+    fast, counter = compiled(function, dynamic=True)
+    for batch, sq, sk in [(3, 37, 41), (5, 71, 90)]:
+        for seen in (torch.rand(batch, 1, sq, sk) > 0.4, torch.rand(batch, sk)[:, None, None] > 0.4):
+            q, k, v = (x.detach() for x in leaves(batch, sq, sk))
+            assert torch.equal(fast(q, k, v, seen), function(q, k, v, seen))
+    assert counter.frame_count == 2
+
+
 def test_one_operator_a_pass():
     def function(q, k, v):
         return attention(q, k, v, mask=masks.document(IDS), score=relative, sinks=SINKS, causal=True)
