@@ -91,7 +91,7 @@ def arguments_of_gradients(ctx, dout, dlse) -> Any:
         # Hooks that offload or compress what is saved may bring it back elsewhere, or as something else.
         device, dtypes = were
         saved = [
-            x if x is None or (x.dtype is dtype and x.device == device) else x.to(device, dtype)
+            x if x is None or (x.dtype is dtype and x.device == device) else x.to(device, dtype).requires_grad_(x.requires_grad)
             for x, dtype in zip(saved, dtypes, strict=True)
         ]
     q, k, v, out, kept, *lengths = saved

@@ -157,6 +157,16 @@ def test_only_inputs_the_output_and_a_number_of_each_row_are_kept(return_lse, ba
     assert kept.shape == (q.shape[0], q.shape[2], q.shape[1])
 
 
+@pytest.mark.parametrize("name", ["sinks", "bias", "alibi_slopes"])
+def test_what_hooks_bring_back_as_something_else_has_its_gradient(name):
+    q, k, v = leaves(torch.float32)
+    given = (torch.ones(70, 90) if name == "bias" else torch.ones(4)).requires_grad_()
+    expected = torch.autograd.grad(attention(q, k, v, **{name: given}).square().sum(), (q, given))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.double() if x.is_floating_point() else x, lambda x: x):
+        out = attention(q, k, v, **{name: given})
+    bits(torch.autograd.grad(out.square().sum(), (q, given)), expected)
+
+
 def test_nothing_is_kept_without_gradients(backend, monkeypatch):
     monkeypatch.setattr(api.Attention, "apply", None)  # nor is the Function entered
     q, k, v = leaves()
