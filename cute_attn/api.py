@@ -535,9 +535,9 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     return_lse, deterministic = flag("return_lse", return_lse), flag("deterministic", deterministic)
     backend, mechanism = choice("backend", backend, BACKENDS), mechanism_name(mechanism)
     on_reference = computed_by_reference(backend, mechanism, q)
-    if dual_level() >= 0:
-        refuse_tangents(q, k, v)
     others = call.others
+    if dual_level() >= 0:
+        refuse_tangents(q, k, v, *others)
     differentiated = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or any(x is not None and x.requires_grad for x in others)
     )

@@ -433,6 +433,10 @@ def test_forward_mode_is_refused(backend):
                 attention(*inputs, backend=backend)
     with forward_ad.dual_level():  # no input has a tangent
         attention(q, k, v, backend=backend)
+    for name, shape in (("sinks", 4), ("alibi_slopes", 4), ("bias", (70, 90))):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"tangent.*reverse mode"):
+            x = torch.ones(shape)
+            attention(q, k, v, backend=backend, **{name: forward_ad.make_dual(x, x)})
 
 
 def test_transforms_are_refused(backend):
