@@ -419,13 +419,18 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
         check_sinks(sinks, q, call.heads)
     call.sinks = sinks
     if call.dropout:
-        call.seed = dropout.draw_seed(q.device)
+        call.seed = dropout.draw_seed(q)
+    as_text = is_compiling() or wrapped.has_no_values(q) or bool(dispatch_modes())
+    if not as_text:
+        others = {"sinks": sinks, "alibi_slopes": alibi_slopes, "bias": bias}
+        wrapped.check_read(**{name: x for name, x in others.items() if isinstance(x, torch.Tensor)})
     if extras_of_call(mask, score, tensors, alibi_slopes, bias, None, 0.0):
         behind = type(call.right) is int and call.right <= 0  # of a symbol nobody knows
-        as_text = is_compiling() or wrapped.has_no_values(q) or bool(dispatch_modes())
         given = mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths, behind, as_text
         expression, call.captured = unseen(traced)(*given)
         call.expression = expression if as_text else expression.fitting(call)
+        for x in () if as_text else call.captured:
+            wrapped.check_read(**{"a captured tensor": x})
 
 
 def check_known(dropout_p) -> None:

@@ -43,10 +43,10 @@ def kept_scale(p: float) -> float:
     return 1.0 / (1.0 - rate(p))
 
 
-def draw_seed(device: torch.device) -> torch.Tensor:
-    """A call's seed, int64 ``(1,)``, from torch's generator of the device: so what replays that (``torch.manual_seed``, a CUDA
-    graph, a checkpoint) replays it."""
-    return torch.empty(1, dtype=torch.int64, device=device).random_()
+def draw_seed(like: torch.Tensor) -> torch.Tensor:
+    """A call's seed, int64 ``(1,)``, from torch's generator of a tensor's device: so what replays that (``torch.manual_seed``, a
+    CUDA graph, a checkpoint) replays it. That of a fake tensor is fake."""
+    return like.new_empty(1, dtype=torch.int64).random_()
 
 
 def philox(counter: tuple, key: tuple, ops: Any) -> tuple:

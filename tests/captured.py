@@ -108,7 +108,7 @@ class seeded:  # noqa: N801
         self.before = dropout.draw_seed
         if self.seed is not None:
             seed = torch.tensor([self.seed * 0x0123456789ABCDEF], device=self.device)
-            api.dropout.draw_seed = lambda device: seed.to(device)
+            api.dropout.draw_seed = lambda like: seed.to(like.device)
 
         def weight(p):
             def of(*where):

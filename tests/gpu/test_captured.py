@@ -265,7 +265,7 @@ def test_the_rate_of_dropout():
     for p in (0.1, 0.5):
         kept = attention(q, k, v, dropout_p=p)[..., 0].double().mean() * (1 - p)
         assert abs(kept - (1 - p)) < 4 * math.sqrt(p * (1 - p) / 4096**2) + 1e-4
-        seed = dropout.draw_seed(q.device)
+        seed = dropout.draw_seed(q)
         places = [torch.arange(n, device="cuda").view(shape) for n, shape in ((4096, (-1, 1)), (4096, (-1,)))]
         rate = dropout.kept(seed, p, *(torch.zeros(1, dtype=torch.int64, device="cuda") for _ in range(2)), *places)
         assert abs(rate.double().mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / 4096**2)

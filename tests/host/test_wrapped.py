@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cute_attn import arguments, attention, attention_kvcache, attention_varlen, launch, problem, wrapped
+from cute_attn import arguments, attention, attention_kvcache, attention_varlen, launch, problem, scores, wrapped
 from tests.host.processes import run_quick, start_quick
 from tests.host.test_arguments import KINDS, fake, inputs, k, q, v
 from tests.host.test_errors import Row, assert_raises, raises, reached, table
@@ -257,6 +257,32 @@ TENSORS = [
         "q, k, v, seqused_q are a Tensor, a Tensor, a Tensor, a FakeTensor",
         "all or none with values is needed",
         "fake_mode.from_tensor",
+    ),
+    *(
+        Row(
+            f"freed {name}",
+            lambda asked=asked: attention(q, k, v, **asked()),
+            RuntimeError,
+            "sinks has shape" if name == "sinks" else "bias has shape" if name == "bias" else "a captured tensor has shape",
+            "memory is needed",
+            "fill it",
+        )
+        for name, asked in {
+            "sinks": lambda: {"sinks": freed(torch.zeros(4))},
+            "bias": lambda: {"bias": freed(torch.zeros(33, 40))},
+            "table": lambda: {"score": scores.alibi(freed(torch.zeros(4)))},
+        }.items()
+    ),
+    *(
+        Row(
+            f"fake {name}",
+            lambda name=name, shape=shape: attention(q, k, v, **{name: fake(*shape)}),
+            TypeError,
+            f"{name} is a FakeTensor on cpu",
+            "a tensor that holds its values itself is needed",
+            "pass one on a CPU or a GPU",
+        )
+        for name, shape in {"sinks": (4,), "alibi_slopes": (4,), "bias": (33, 40)}.items()
     ),
     Row(
         "vmap of lengths",
@@ -731,6 +757,13 @@ def test_shapes_and_dtypes_without_values(kind, dtype):
     assert [x.shape for x in with_gradients] == [x.shape for x in found]
     for got, x in zip(torch.autograd.grad(with_gradients, leaves, with_gradients), leaves, strict=True):
         assert (got.shape, got.dtype, got.device, type(got)) == (x.shape, x.dtype, x.device, type(tensors[0]))
+
+
+@pytest.mark.parametrize("kind", ["meta", "cpu"])
+def test_dropout_without_values(kind):
+    tensors = valueless(kind, torch.float32)
+    out = attention(*tensors, dropout_p=0.1)
+    assert (type(out), out.shape) == (type(tensors[0]), (2, 33, 4, 24))
 
 
 def test_fake_cuda_tensors_are_checked_as_real_ones():
