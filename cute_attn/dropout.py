@@ -44,8 +44,8 @@ def kept_scale(p: float) -> float:
 
 
 def draw_seed(like: torch.Tensor) -> torch.Tensor:
-    """A call's seed, int64 ``(1,)``, from torch's generator of a tensor's device: so what replays that (``torch.manual_seed``, a
-    CUDA graph, a checkpoint) replays it. That of a fake tensor is fake."""
+    """A call's seed, int64 ``(1,)``, from torch's generator of a tensor's device: so what replays that (``torch.manual_seed``,
+    a CUDA graph, a checkpoint) replays it. That of a fake tensor is fake."""
     return like.new_empty(1, dtype=torch.int64).random_()
 
 
