@@ -20,7 +20,7 @@ from cute_attn.distributed.shards import Places, length_of, places_of
 from cute_attn.distributed.ulysses import copies, to_heads, to_rows
 from cute_attn.lengths import Lengths, check_lengths
 from cute_attn.plan import mechanism_name
-from cute_attn.private import any_autocast_enabled, version_of
+from cute_attn.private import any_autocast_enabled, dual_level, version_of
 from cute_attn.problem import Call, check_call, edges_of
 from cute_attn.rules import score_scales
 
@@ -98,7 +98,10 @@ def attention(
         return_lse, engine = flag("return_lse", return_lse), _engine(q, k, v, arranged.ring.call, how)
         if sinks is not None:
             api.check_sinks(sinks, q, q.shape[-2])
-    except (TypeError, ValueError, NotImplementedError) as error:
+            wrapped.check_read(sinks=sinks)
+        if dual_level() >= 0:
+            api.refuse_tangents(q, k, v, sinks)
+    except (TypeError, ValueError, RuntimeError) as error:
         for members in places:
             refuse(members, error, q.device if isinstance(q, torch.Tensor) else torch.device("cpu"))
         raise

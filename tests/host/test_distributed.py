@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,7 +32,7 @@ from cute_attn.distributed.schedule import ORDERS, Shards
 from tests import support
 from tests.host.processes import ROOT
 from tests.host.test_errors import Row, assert_raises, raises, reached, table
-from tests.host.test_wrapped import world
+from tests.host.test_wrapped import freed, world
 from tests.ranks import Ranks, among, assert_gradients_of_a_model_close, both_passes, in_a_model, packed_passes
 
 RANKS = 4
@@ -527,6 +528,11 @@ def broken_off():
         distributed.attention(q, k, v, method="ring")
 
 
+def a_tangent():
+    with forward_ad.dual_level():
+        shards_of(sinks=forward_ad.make_dual(torch.zeros(4), torch.ones(4)))()
+
+
 X, PACKED = torch.zeros(2, 8, 4, 16), {"q": (8, 4, 16), "k": (8, 2, 16), "cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}
 ERRORS = [
     Row("no processes", lambda: distributed.shard(X), ValueError, "no process group", "one is needed", "init_process_group"),
@@ -664,10 +670,20 @@ ERRORS = [
         "of each rank's own are needed",
         "x.to_local()",
     ),
+    Row(
+        "freed sinks",
+        lambda: shards_of(sinks=freed(torch.zeros(4)))(),
+        RuntimeError,
+        "sinks has shape (4,) and no memory",
+        "memory is needed",
+        "fill it",
+    ),
+    Row("a tangent", a_tangent, NotImplementedError, "an input carries a tangent", "in reverse mode only", ".backward()"),
     Row("sinks", shards_of(sinks=torch.zeros(3)), ValueError, "sinks is a Tensor of shape (3,)", "one a head", "one for each"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first forward-mode call
 @table(ERRORS)
 def test_errors(row):
     assert_raises(row)
@@ -780,17 +796,22 @@ def test_ranks_that_pack_otherwise_are_named(ranks):
         assert "rank 2 has cu_seqlens = 2 sequences, of hash" in message
 
 
-def first_call(rank, group, odd):
+def first_call(rank, group, odd, is_freed):
     group = dist.new_group(range(4))
     q, k, v, *_ = inputs(8, batch=1)
-    distributed.attention(q, k, v, group=group, causal="yes" if rank == odd else True)
+    if rank == odd and is_freed:
+        q = freed(q)
+    distributed.attention(q, k, v, group=group, causal="yes" if rank == odd and not is_freed else True)
 
 
-def test_a_rank_that_refuses_its_first_call_is_named_by_the_others(ranks):
-    answers = ranks.run(4, first_call, 2)
-    assert [kind for kind, _ in answers] == ["RuntimeError", "RuntimeError", "TypeError", "RuntimeError"]
-    refused = "rank 2 of the group refused its call of attention: causal is"
-    assert all(refused in text for kind, text in answers if kind != "TypeError")
+@pytest.mark.parametrize(("is_freed", "words"), [(False, "causal is"), (True, "q has shape")])
+def test_a_rank_that_refuses_its_first_call_is_named_by_the_others(is_freed, words, ranks):
+    answers = ranks.run(4, first_call, 2, is_freed)
+    kind, text = answers.pop(2)
+    assert kind == ("RuntimeError" if is_freed else "TypeError")
+    assert text.startswith(words)
+    assert all(kind == "RuntimeError" for kind, _ in answers)
+    assert all(f"rank 2 of the group refused its call of attention: {words}" in text for _, text in answers)
 
 
 def of_two(rank, group, dies):
