@@ -928,8 +928,9 @@ def _flat(values: Any):
 
 
 def _refuse_operation(name: str) -> NoReturn:
-    plain = name.strip("_")
-    _refuse(f"{plain}()" if name.startswith("__") else plain, f"{ALLOWED} are there", _INSTEAD.get(plain, "one of these"))
+    plain = name.strip("_") if name.startswith("__") else name
+    instead = _INSTEAD.get(plain, "x = x + y instead of x += y" if plain.endswith("_") else "one of these")
+    _refuse(f"{plain}()" if name.startswith("__") else plain, f"{ALLOWED} are there", instead)
 
 
 def _refuse(got: str, needed: str, instead: str, error: type[Exception] = NotImplementedError) -> NoReturn:

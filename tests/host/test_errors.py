@@ -785,6 +785,7 @@ FUNCTIONS = [
     Row("item", scored(lambda s, b, h, i, j: s * i.item()), NotImplementedError, "has item", THERE, "need no value"),
     Row("a float", scored(lambda s, b, h, i, j: s * float(i)), NotImplementedError, "has float()", THERE, "its .float()"),
     Row("a sine", scored(lambda s, b, h, i, j: torch.sin(s)), NotImplementedError, "has sin", THERE, "a captured table"),
+    Row("in place", scored(lambda s, b, h, i, j: s.add_(1)), NotImplementedError, "has add_", THERE, "x = x + y instead"),
     Row("a sum", scored(lambda s, b, h, i, j: s.sum()), NotImplementedError, "has sum", THERE, "one of these"),
     Row("gradient's", scored(lambda s, b, h, i, j: s.grad), NotImplementedError, "has grad", THERE, "one of these"),
     Row(
