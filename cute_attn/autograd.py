@@ -107,7 +107,7 @@ def check_order(call: Call, on_reference: bool, deterministic: bool) -> None:
     if not call.expression or not (deterministic or fixed) or (on_reference and fixed):
         return
     for slot, by in call.expression.derived.items():
-        if not by.alone or on_reference:
+        if not by.alone:
             raise NotImplementedError(
                 f"a bias or a captured tensor, {shown(call.captured[slot])}, requires a gradient, which is added up in any "
                 f"order, and deterministic is True; False is needed: leave it out, or try backend='reference' and "

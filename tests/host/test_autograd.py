@@ -422,6 +422,13 @@ def test_what_the_message_recommends_works():
     assert x.grad is not None
 
 
+def test_a_bias_with_an_element_for_each_score_of_a_head_has_its_gradient_in_a_fixed_order():
+    q, k, v = leaves(torch.float32)
+    bias = torch.ones(4, 70, 90, requires_grad=True)
+    outs = [attention(q, k, v, bias=bias, deterministic=fixed) for fixed in (True, False)]
+    bits(*(torch.autograd.grad(out.sin().sum(), bias) for out in outs))
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first forward-mode call
 def test_forward_mode_is_refused(backend):
     q, k, v = leaves(needs="")
