@@ -206,18 +206,21 @@ def why_not(
 
 def _why_no_mask(x, query: torch.Tensor, seqlen_k: int) -> str | None:
     """Why a mask is none that is added or that hides."""
-    hint = "unsqueeze for dimensions that are missing" if isinstance(x, torch.Tensor) else "torch.tensor(attn_mask)"
+    hint, where = "torch.tensor(attn_mask)", ""
+    if isinstance(x, torch.Tensor):
+        hint, where = "unsqueeze for dimensions that are missing", f" on {x.device}"
     try:
         whole = torch.broadcast_shapes(x.shape, shape := (*query.shape[:-1], seqlen_k))
         if type(x) in _TAKEN and x.dtype in (torch.bool, query.dtype) and x.device == query.device and whole == shape:
             empty = not x.numel() or x.layout is not torch.strided
             return "attn_mask is empty or sparse; a dense one is needed: try None" if empty else None
-        hint = ".to(query.dtype)" if whole == shape else hint
+        if whole == shape:
+            hint = ".to(query.dtype)" if x.device == query.device else ".to(query.device)"
     except (AttributeError, RuntimeError):  # no tensor, other shapes
         pass
     return (
-        f"attn_mask is {shown(x)}; a tensor that broadcasts to (…, heads, seqlen_q, seqlen_k), of torch.bool or {query.dtype}, "
-        f"on {query.device} is needed: try {hint}"
+        f"attn_mask is {shown(x)}{where}; a tensor that broadcasts to (…, heads, seqlen_q, seqlen_k), of torch.bool or "
+        f"{query.dtype}, on {query.device} is needed: try {hint}"
     )
 
 

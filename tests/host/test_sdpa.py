@@ -129,6 +129,7 @@ def torchs_instead(monkeypatch):
 # Arguments that are other than usual, as shapes if they are tensors, and words of the reason.
 REASONS = [
     ({"attn_mask": torch.ones(6, 6)}, "attn_mask is a Tensor of shape (6, 6)", "of torch.bool or torch.bfloat16", "try .to("),
+    ({"attn_mask": torch.ones(6, 6, device="meta").bool()}, "dtype torch.bool on meta", "on cpu is", "try .to(query.device)"),
     ({"attn_mask": torch.ones(5, 6).bool()}, "is a Tensor of shape (5, 6)", "(…, heads, seqlen_q, seqlen_k)", "try unsqu"),
     ({"attn_mask": torch.ones(6, 6).bool(), "is_causal": True}, "is_causal is True", "one of the two", "leave out"),
     ({"attn_mask": [True]}, "attn_mask is a list", "is needed", "try torch.tensor"),
