@@ -45,7 +45,7 @@ from cute_attn.layouts.base import (
     TILE_BITS,
     WHOLE,
 )
-from cute_attn.private import dispatch_modes, raw_stream, unseen
+from cute_attn.private import FakeTensor, dispatch_modes, raw_stream, unseen
 
 ROWS_OF_WARPGROUP = 64
 LENGTH_MAX = BLOCK << TILE_BITS
@@ -180,9 +180,14 @@ class BlockMask:
 
     # ---- for people
 
+    @property
+    def _is_read(self) -> bool:
+        return not (self.kinds.is_meta or isinstance(self.kinds, FakeTensor))
+
     def __repr__(self) -> str:
         sizes = f"batch {self.batch}, heads {self.heads}, {self.seqlen_q} queries × {self.seqlen_k} keys"
-        return f"BlockMask({sizes}, {self.density:.1%} of its blocks, on {self.device})"
+        share = f", {self.density:.1%} of its blocks" if self._is_read else ""
+        return f"BlockMask({sizes}{share}, on {self.device})"
 
     def __str__(self) -> str:
         """The first head as text: ``█`` is whole, ``░`` is cut."""
@@ -208,7 +213,7 @@ class BlockMask:
 
     def _drawn(self, columns: int, rows: int) -> list[list[int]]:
         """The kinds of the first head, of so many tiles at most."""
-        if not self.kinds.numel():
+        if not (self.kinds.numel() and self._is_read):
             return []
         high, wide = self.kinds.shape[2:]
         tile = max(-(-wide // columns), -(-high // rows)) * BLOCK

@@ -249,6 +249,9 @@ def test_drawn():
     picture = xml.etree.ElementTree.fromstring(large.to_svg())
     assert len(picture) > 50
     assert picture[0].text == repr(large)
+    without_values = large.to("meta")
+    text = "BlockMask(batch 1, heads 1, 10000 queries × 7000 keys, on meta)"
+    assert str(without_values) == repr(without_values) == text
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
