@@ -139,12 +139,15 @@ def attention_kvcache(
     wrapped.check_read(q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, **named)
     if (extras := api.extras_of_call(mask, score, tensors, alibi_slopes, None, sinks, 0)) is not None:
         api.take_extras(call, q, extras, keys.batch)
+        differentiable = differentiable or (torch.is_grad_enabled() and any(x.requires_grad for x in call.captured))
+        if dual_level() >= 0:
+            api.refuse_tangents(*call.captured)
     backend, mechanism = choice("backend", backend, api.BACKENDS), mechanism_name(mechanism)
     on_reference = api.computed_by_reference(backend, mechanism, q)
     if differentiable:
         raise NotImplementedError(
-            "q, the cache, new keys or sinks require a gradient, which attention to a cache has none of; a call that records "
-            "none is needed: try torch.no_grad() around it, or attention()"
+            "q, the cache, new keys, sinks or what functions read require a gradient, which attention to a cache has none of; "
+            "a call that records none is needed: try torch.no_grad() around it, or attention()"
         )
     keys.check_values(k_cache.shape[0], call.seqlen_q)
     if on_reference:

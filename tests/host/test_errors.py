@@ -501,6 +501,11 @@ def forward_mode_of_a_cache():
         appended(k_new=forward_ad.make_dual(CACHE[:, :1].clone(), CACHE[:, :1].clone()))()
 
 
+def forward_mode_of_slopes():
+    with forward_ad.dual_level():
+        cached(alibi_slopes=forward_ad.make_dual(torch.ones(4), torch.ones(4)))()
+
+
 def nested(layout):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of the older layout
@@ -579,6 +584,22 @@ CACHES = [
     Row("rotary in float32", appended(rotary=(TURN, TURN.float())), ValueError, "sin is torch.float32", "equal", "sin.to(q)"),
     Row("rotary flag", appended(rotary_interleaved=1), TypeError, "rotary_interleaved is 1", "True or False is needed"),
     Row("gradients of a cache", cached(q=q.clone().requires_grad_()), NotImplementedError, "require a gradient", "no_grad"),
+    Row(
+        "gradients of slopes",
+        cached(alibi_slopes=torch.ones(4, requires_grad=True)),
+        NotImplementedError,
+        "what functions read require a gradient",
+        "a call that records none is needed",
+        "no_grad",
+    ),
+    Row(
+        "a tangent of slopes",
+        forward_mode_of_slopes,
+        NotImplementedError,
+        "an input carries a tangent",
+        "in reverse mode only",
+        ".backward()",
+    ),
     Row(
         "a cache under vmap",
         lambda: torch.vmap(lambda q: attention_kvcache(q, CACHE, CACHE, lengths=int32(3, 4)))(q[None]),
