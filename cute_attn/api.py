@@ -417,20 +417,23 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
         wrapped.refuse_transforms()
     if sinks is not None:
         check_sinks(sinks, q, call.heads)
-    call.sinks = sinks
     if call.dropout:
         call.seed = dropout.draw_seed(q)
     as_text = is_compiling() or wrapped.has_no_values(q) or bool(dispatch_modes())
     if not as_text:
+        sinks, alibi_slopes, bias = map(wrapped.finished, (sinks, alibi_slopes, bias))
         others = {"sinks": sinks, "alibi_slopes": alibi_slopes, "bias": bias}
         wrapped.check_read(**{name: x for name, x in others.items() if isinstance(x, torch.Tensor)})
+    call.sinks = sinks
     if extras_of_call(mask, score, tensors, alibi_slopes, bias, None, 0.0):
         behind = type(call.right) is int and call.right <= 0  # of a symbol nobody knows
         given = mask, score, tensors, alibi_slopes, q, call.heads, batch, bias, lengths, behind, as_text
         expression, call.captured = unseen(traced)(*given)
         call.expression = expression if as_text else expression.fitting(call)
-        for x in () if as_text else call.captured:
-            wrapped.check_read(**{"a captured tensor": x})
+        if not as_text:
+            call.captured = tuple(map(wrapped.finished, call.captured))
+            for x in call.captured:
+                wrapped.check_read(**{"a captured tensor": x})
 
 
 def check_known(dropout_p) -> None:

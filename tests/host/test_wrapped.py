@@ -556,6 +556,22 @@ def test_lengths_from_collectives_are_waited_for():
 
 
 @deprecated_name
+def test_what_changes_scores_may_come_from_collectives():
+    """Sinks, slopes, biases and what functions read, with their gradients, where q, k and v are tensors of a rank's own."""
+    plain = {"sinks": torch.randn(4), "bias": torch.randn(33, 40), "slopes": torch.randn(4), "table": torch.randn(4)}
+    dout, results = torch.randn(2, 33, 4, 24), []
+    for of in (lambda x: x, gathered):
+        leaves = {name: x.clone().requires_grad_(name != "slopes") for name, x in plain.items()}
+        with world():
+            given = {name: of(x) for name, x in leaves.items()}
+            scored = {"score": scores.alibi(given["table"]), "bias": given["bias"], "sinks": given["sinks"]}
+            out = attention(q, k, v, **scored)
+            found = torch.autograd.grad(out, [x for x in leaves.values() if x.requires_grad], dout)
+            results.append((out, *found, attention(q, k, v, alibi_slopes=given["slopes"])))
+    assert all(map(torch.equal, *results))
+
+
+@deprecated_name
 def test_a_step_waits_for_collectives():
     """Queries, new keys and lengths of a cache."""
     lengths, caches = lengths_of(20, 3), [[x.clone() for x in (k, v)] for _ in range(2)]
