@@ -356,8 +356,9 @@ class Graph:
             node = self.operand(i)
             if self.kind(node) != "int":
                 _refuse(f"an index of kind {self.kind(node)}", "an integer is needed", ".to(torch.int32)")
-            if isinstance(i, int) and i < 0:
-                _refuse(f"the index {i}", "an index from 0 on is needed", f"tensor.shape[…] - {-i}")
+            op, _, *value = self.nodes[node]
+            if op == "constant" and int(value[0]) < 0:  # of any kind of int: numpy's, too
+                _refuse(f"the index {i}", "an index from 0 on is needed", f"tensor.shape[…] - {value[0][1:]}")
             found.append(node)
         indices = (*before, *found)
         if len(indices) > tensor.dim():
@@ -442,6 +443,7 @@ _SYNONYMS = {
 }  # fmt: skip
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _LOGIC = ("and", "or", "xor")
+_OF_BOOLS = {"add": "or", "maximum": "or", "mul": "and", "minimum": "and"}  # as in torch: these make bools of bools
 _FLOATS = ("exp", "exp2", "log", "log2", "tanh", "sqrt")  # of one operand
 _ARITHMETIC = ("add", "sub", "mul", "div", "floordiv", "mod", "maximum", "minimum", "neg", "abs")
 _BINARY = (*_ARITHMETIC[:-2], "pow", *_COMPARISONS, *_LOGIC)
@@ -488,17 +490,23 @@ class Tracing(TorchFunctionMode):
             return self._converted(name, args, kwargs)
         if name not in (*_BINARY, *_FLOATS, "neg", "abs", "invert", "where", "clamp"):
             _refuse_operation(func.__name__)
-        floors = kwargs.pop("rounding_mode", None) == "floor"
+        rounding = kwargs.pop("rounding_mode", None)
+        if rounding not in (None, "floor"):
+            _refuse(f"{func.__name__} with rounding_mode={rounding!r}", "'floor' or None is needed", "// of absolute values")
         if more := [key for key in kwargs if key not in ("min", "max", "other", "exponent", "value")]:
             _refuse(f"{func.__name__} with {', '.join(more)}", "its operands alone are needed", "leaving these out")
         args = args[::-1] if reverse else args
-        return graph.symbol(self._node("floordiv" if floors else name, args, kwargs))
+        if func.__name__.startswith("logical_"):  # of numbers whether they are 0, where & takes their bits
+            args, kwargs = tuple(graph.symbol(graph.cast(graph.operand(x), "bool")) for x in (*args, *kwargs.values())), {}
+        return graph.symbol(self._node("floordiv" if rounding else name, args, kwargs))
 
     def _node(self, name: str, args: tuple, kwargs: dict) -> int:
         graph = self.graph
         if name in ("clamp", "pow"):
             return getattr(self, f"_{name}")(*args, **kwargs)
         nodes = [graph.operand(x) for x in (*args, *kwargs.values())]
+        if {"bool"} == set(map(graph.kind, nodes)):
+            name = _OF_BOOLS.get(name, name)
         if name in _FLOATS:
             return graph.apply(name, *nodes, at_least="float")
         if name in _COMPARISONS:

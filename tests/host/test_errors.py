@@ -850,6 +850,22 @@ FUNCTIONS = [
         "shape",
     ),
     Row(
+        "from the end, in numpy's int",
+        scored(lambda s, b, h, i, j: s + TABLE[h, np.int64(-1)]),
+        NotImplementedError,
+        "the index -1",
+        "from 0 on",
+        "shape",
+    ),
+    Row(
+        "a quotient rounded to 0",
+        scored(lambda s, b, h, i, j: s + torch.div(i - j, 2, rounding_mode="trunc")),
+        NotImplementedError,
+        "div with rounding_mode='trunc'",
+        "'floor' or None",
+        "absolute",
+    ),
+    Row(
         "a float for an index",
         scored(lambda s, b, h, i, j: s + TABLE[h, s]),
         NotImplementedError,

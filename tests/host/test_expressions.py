@@ -307,6 +307,29 @@ def test_a_value_that_changes_between_calls():
 
 # ---- random expressions ----------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize(
+    "computed",
+    [
+        lambda i, j: torch.logical_and(i % 4, j % 4),  # whose bits may have none in common
+        lambda i, j: torch.logical_xor(i % 4, other=j % 4),
+        lambda i, j: torch.logical_or(i * 0.5, j > 3),
+        lambda i, j: (i % 4).logical_not(),
+        lambda i, j: (i > 3) + (j > 3),
+        lambda i, j: (i > 3) * (j > 3),
+        lambda i, j: torch.maximum(i > 3, j > 3),
+        lambda i, j: torch.minimum(i > 3, j > 3),
+    ],
+)
+def test_logic_of_numbers_and_arithmetic_of_bools_are_torchs(computed):
+    q, kv = torch.arange(9)[:, None], torch.arange(11)
+    expression, _ = graph(lambda b, h, i, j: computed(i, j), lambda s, b, h, i, j: s + computed(i, j))
+    names = {"q_idx": q, "kv_idx": kv, "score": torch.zeros(())}
+    want, ops = computed(q, kv), TorchOps((), torch.float64, torch.device("cpu"))
+    assert want.dtype == torch.bool
+    assert torch.equal(expression.value(expression.mask, names.get, ops, {}), want)
+    assert torch.equal(expression.value(expression.score, names.get, ops, {}), want.double())
+
+
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @settings(max_examples=30, derandomize=True)
 @given(st.randoms(use_true_random=False))
