@@ -49,6 +49,8 @@ def block_diagonal(size: int) -> Callable:
 
 def given(seen: torch.Tensor) -> Callable:
     """What a tensor of bools says, which broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``."""
+    if not seen.numel():  # nor are there queries and keys to ask about
+        return lambda batch, head, q_idx, kv_idx: q_idx < 0
     return element_of(seen)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
-from cute_attn import attention, attention_varlen, flash_attn, masks, reference, scores
+from cute_attn import attention, attention_varlen, block_mask, flash_attn, masks, reference, scores
 from cute_attn.expressions import NOTHING, TorchOps, restored, traced
 from tests import functions
 from tests.planted import plant
@@ -267,6 +267,9 @@ def test_what_does_nothing_is_nothing():
     assert not NOTHING
     q, k, v = make_qkv(1, 9, 9, 1, 1, 8, 8)
     assert torch.equal(attention(q, k, v, score=lambda score, *_: score), attention(q, k, v))
+    given_nothing = masks.given(torch.ones(1, 1, 0, 9, dtype=torch.bool))
+    assert attention(q[:, :0], k, v, mask=given_nothing).shape == (1, 0, 1, 8)
+    assert attention(q[:, :0], k, v, mask=given_nothing, block_mask=block_mask(given_nothing, 1, 1, 0, 9)).shape == (1, 0, 1, 8)
 
 
 def test_a_bias_has_no_slope():
