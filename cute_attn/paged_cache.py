@@ -127,7 +127,8 @@ class PagedCache:
             MemoryError: there are not enough pages. No sequence has changed, and none of the others is lost.
         """
         sequences = _listed(sequences)
-        counts = list(tokens) if isinstance(tokens, Sequence) else [tokens] * len(sequences)
+        several = isinstance(tokens, Sequence) or (hasattr(tokens, "ndim") and tokens.ndim > 0)  # arrays, too
+        counts = list(tokens) if several else [tokens] * len(sequences)  # type: ignore[arg-type]
         counts = [integer("tokens", n, "or one for each sequence") for n in counts]
         grown = list(zip(map(self._of, sequences), counts, strict=False))
         if len(counts) != len(sequences) or len(set(sequences)) != len(sequences) or min(counts, default=0) < 0:

@@ -552,7 +552,7 @@ CACHES = [
     Row("one length of a cache", cached(lengths=int32(3)[0]), ValueError, "lengths has shape ()", "(batch,) is needed"),
     Row("lengths of 3", cached(lengths=int32(3, 4, 5)), ValueError, "q is of 2 sequences where lengths is of 3", ONE_EACH),
     Row("table of 3", cached(page_table=int32([0], [0], [0])), ValueError, "page_table is of 3", ONE_EACH),
-    Row("table of one", cached(page_table=int32(0, 1)), ValueError, "page_table has shape (2,)", "(batch, max_pages) is"),
+    Row("table of one", cached(page_table=int32(0, 1)), ValueError, "page_table has shape (2,)", "(batch, max_pages)", "-1)"),
     Row("index a list", cached(cache_batch_idx=[0, 1]), TypeError, "cache_batch_idx is a list", "int32 tensor on cpu"),
     Row("padding of 3", cached(leftpad_k=int32(0, 0, 0)), ValueError, "leftpad_k is of 3 sequences", ONE_EACH),
     Row(

@@ -162,6 +162,7 @@ def test_tables_and_lengths():
     assert cache.append([a, b], [9, 4]).tolist() == [0, 0]
     assert cache.append([b, a]).tolist() == [4, 9]
     assert cache.lengths([a, b]).tolist() == cache.lengths(np.array([a, b])).tolist() == [10, 5]
+    assert cache.append([a, b], np.array([0, 0])).tolist() == cache.append([a, b], torch.tensor([0, 0])).tolist() == [10, 5]
     table = cache.page_table([b, a])
     assert table.dtype == cache.lengths([a]).dtype == torch.int32
     assert (table.shape, table[0, 2]) == ((2, 3), -1)
