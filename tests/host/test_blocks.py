@@ -357,6 +357,14 @@ def test_flex_attentions_block_mask_without_a_function():
     torch.testing.assert_close(got, want)
 
 
+def test_a_slice_of_flex_attentions_block_mask_is_refused():
+    """It says that it is of all queries, and has blocks of some."""
+    q, k, v = make_qkv(1, 300, 300, 2, 2, 16, 16)
+    flex = create_block_mask(masks.causal, None, None, 300, 300, device="cpu")[:, :, 0:1]
+    with pytest.raises(ValueError, match="block_mask has 1 rows of blocks of 128 queries; as many as its 300 queries"):
+        attention(q, k, v, mask=masks.causal, block_mask=flex)
+
+
 def test_lists_of_no_keys():
     found = block_mask(masks.causal, None, None, 64, 0)
     assert found.key_lists(128, 128, 1, 1).shape[:3] == (1, 1, 1)
