@@ -512,6 +512,8 @@ class Tracing(TorchFunctionMode):
         if name in _COMPARISONS:
             return graph.make(name, "bool", *graph.alike(*nodes))
         if name in _LOGIC:
+            if "float" in map(graph.kind, nodes):
+                _refuse(f"{name} of floats", "conditions or integers are needed", "a comparison")
             return graph.apply(name, *nodes)
         if name in ("floordiv", "mod") and "float" in map(graph.kind, nodes):
             _refuse(f"{name} of floats", "integers are needed", ".to(torch.int32)")
@@ -562,7 +564,9 @@ class Tracing(TorchFunctionMode):
             exponent = int(exponent)
         if isinstance(base, (int, float)) and base == 2:
             return graph.apply("exp2", graph.operand(exponent), at_least="float")
-        if exponent == 0.5 and not isinstance(exponent, Symbol):
+        if isinstance(exponent, Symbol):
+            _refuse("a power with a symbol for the exponent", "a base of 2, or a number, is needed", "torch.exp")
+        if exponent == 0.5:
             return graph.apply("sqrt", graph.operand(base), at_least="float")
         if not (type(exponent) is int and 1 <= exponent <= 8):
             _refuse(f"a power with the exponent {shown(exponent)}", "an int from 1 to 8, or 0.5, is needed", "torch.exp")

@@ -858,6 +858,22 @@ FUNCTIONS = [
         "shape",
     ),
     Row(
+        "bits of floats",
+        scored(lambda s, b, h, i, j: s & i),
+        NotImplementedError,
+        "and of floats",
+        "conditions or integers",
+        "a comparison",
+    ),
+    Row(
+        "a power of 3",
+        scored(lambda s, b, h, i, j: s + 3**i),
+        NotImplementedError,
+        "a power with a symbol for the exponent",
+        "a base of 2",
+        "torch.exp",
+    ),
+    Row(
         "a quotient rounded to 0",
         scored(lambda s, b, h, i, j: s + torch.div(i - j, 2, rounding_mode="trunc")),
         NotImplementedError,
