@@ -259,7 +259,10 @@ def _one_kernel(config: Config) -> Walk:
                 "wait for S" + ", which frees\nthe Q before" * late,
             ),
             (product("dP", config), SOFTMAX),
-            (_sum("dV", config) + ",\nmost of it" * behind, f"{DIFFERENCES};\nstored; {'wait for dV; ' * direct}all meet"),
+            (
+                _sum("dV", config) + ",\nmost of it" * behind,
+                f"{DIFFERENCES};\nstored; all meet{'; wait for dV' * config.ds_from_shared}",
+            ),
             *(
                 [
                     (product("dQ", config), "wait for dQ"),
