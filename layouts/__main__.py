@@ -33,6 +33,7 @@ examples:
   python -m cute_attn.layouts show sm_90a block --svg block.svg  who copies what where, stage by stage
   python -m cute_attn.layouts show sm_90a dS --gradients --picture store              the backward pass's
   python -m cute_attn.layouts show sm_90a block --gradients --head-dim 256 --picture queries
+  python -m cute_attn.layouts show sm_90a block --gradients --head-dim 192 --head-dim-v 128 --tile-m 48
   python -m cute_attn.layouts new sm_123 --like sm_80 --smem-kib 99      the module of a new GPU
 """
 
@@ -132,13 +133,18 @@ def gallery(options: argparse.Namespace, console: Console) -> int:
 
 def _shown(options: argparse.Namespace) -> Config:
     """The one config that a picture is of. Raises ``ValueError`` with what is known."""
-    from cute_attn.plan import plan
+    from cute_attn import plan
     from cute_attn.problem import Problem
 
-    configs(options.arch, options.head_dim, None, options.dtype)  # refuses what is unknown
-    gradients = "qkv" if options.gradients else ""
-    problem = Problem(options.dtype, options.head_dim, options.head_dim, bounded_right=options.causal, gradients=gradients)
-    return plan(problem, options.arch, options.mechanism)
+    configs(options.arch, options.head_dim, options.head_dim_v, options.dtype)  # refuses what is unknown
+    gradients, head_dim_v = "qkv" if options.gradients else "", options.head_dim_v or options.head_dim
+    problem = Problem(options.dtype, options.head_dim, head_dim_v, bounded_right=options.causal, gradients=gradients)
+    found = plan.configs(problem, options.arch, options.mechanism)
+    for config in found:
+        if options.tile_m in (None, config.tile_m):
+            return config
+    known = ", ".join(map(str, dict.fromkeys(config.tile_m for config in found)))
+    raise ValueError(f"tile-m is {options.tile_m}; of this problem there are {known}")
 
 
 def configs(
@@ -491,9 +497,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("operand", metavar="OPERAND", help=f"one of {', '.join(OPERANDS)}, or block: all of them, by stage")
     one.add_argument("--gradients", action="store_true", help="of the backward pass, whose operands are K, V, Q, dO, P, dS …")
     one.add_argument("--head-dim", type=command.head_dim, default=128, metavar="D", help="default: %(default)s")
+    one.add_argument("--head-dim-v", type=command.head_dim, metavar="D", help="of V and O, where it differs")
     one.add_argument("--dtype", default="bfloat16", metavar="T", help=f"{' or '.join(DTYPES)}; default: %(default)s")
     one.add_argument("--mechanism", metavar="M", help="default: the arch's best")
     one.add_argument("--causal", action="store_true", help="the config for a causal mask")
+    queries = "queries of a tile, where lengths decide among several; default: the first config's"
+    one.add_argument("--tile-m", type=command.positive, metavar="N", help=queries)
     picture = "memory (the default), a copy of it (in, load, store, out) or the mma that takes it; with --gradients load and "
     picture += "mma name their product, such as load-dV; of a block, which kernel, where there are several"
     one.add_argument("--picture", metavar="P", help=picture)

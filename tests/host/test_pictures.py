@@ -292,6 +292,13 @@ def test_show_writes_files(capsys, tmp_path):
     assert "cp.reduce.async.bulk" in capsys.readouterr().out
     assert command.main(["show", "sm_90a", "block", "--gradients", "--head-dim", "256", "--picture", "queries"]) == 0
     assert "st.global, 16 bytes each" in capsys.readouterr().out
+    one_kernel = ["--gradients", "--head-dim", "192", "--head-dim-v", "128", "--tile-m", "48"]
+    assert command.main(["show", "sm_90a", "block", *one_kernel]) == 0
+    said = capsys.readouterr().out
+    assert "128 keys, 64 for each of 2 warpgroups; queries 48 at a time" in said
+    assert "all meet; wait for dV" in said
+    assert command.main(["show", "sm_90a", "K", *one_kernel]) == 0
+    assert "head dim 192/128" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -307,6 +314,7 @@ def test_show_writes_files(capsys, tmp_path):
         (["sm_80", "dS", "--gradients", "--picture", "load"], "memory, load-dK, load-dQ, store, mma-dK, mma-dQ"),
         (["sm_90a", "block", "--gradients", "--head-dim", "256", "--picture", "x"], "of block there are keys, queries"),
         (["sm_90a", "block", "--picture", "keys"], "there is only one"),
+        (["sm_90a", "K", "--gradients", "--tile-m", "48"], "tile-m is 48; of this problem there are 64, 80"),
         (["sm_80", "K", "--svg", "/nowhere/k.svg"], "can't be written"),
     ],
 )
