@@ -6,8 +6,10 @@ A number or a path is refused while the arguments are read, before any work begi
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,8 @@ Command = Callable[[argparse.Namespace, Console], int]
 def run(parser: argparse.ArgumentParser, commands: Mapping[str, Command], argv: Sequence[str] | None, log_width: int) -> int:
     """Parse the arguments and run their command; the exit status. What is asked for and can't be is 2, an output that
     can't be written 1, Ctrl-C and SIGTERM as in :func:`interrupted`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what its encoding doesn't have, as × in ASCII, is a question mark
     options = parser.parse_args(argv)
     shown = console(log_width)
     try:
@@ -37,7 +41,7 @@ def run(parser: argparse.ArgumentParser, commands: Mapping[str, Command], argv: 
     except (ValueError, NotImplementedError, argparse.ArgumentTypeError) as error:
         parser.error(str(error))
     except OSError as error:
-        shown.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        print(f"error: {error}", file=sys.stderr)  # it may be the standard output that can't be written
         return 1
     except KeyboardInterrupt as error:
         return interrupted(error)

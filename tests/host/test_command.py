@@ -239,6 +239,18 @@ def test_commands_print_to_this_console_only():
     assert [path.name for path in sources if any(map(bars.search, path.read_text().splitlines()))] == []
 
 
+@pytest.mark.parametrize("arguments", [["show", "sm_80", "block"], ["show", "--help"]])
+def test_output_that_has_no_such_characters_or_no_room(arguments):
+    run = [sys.executable, "-m", "cute_attn.layouts", *arguments]
+    done = subprocess.run(run, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?" in done.stdout
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == ("--help" not in arguments)
+
+
 def test_a_cache_path_with_brackets(capsys, monkeypatch, tmp_path):
     folder = tmp_path / "[bold]x[" / "nope]"
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(folder))
@@ -270,7 +282,7 @@ def test_exit_statuses(capsys):
     assert ended(KeyboardInterrupt()) == 130
     assert ended(KeyboardInterrupt(signal.SIGTERM)) == 143
     assert ended(OSError(28, "No space left on device", "/[x]/r.json")) == 1
-    assert "error: [Errno 28] No space left on device: '/[x]/r.json'" in capsys.readouterr().out
+    assert "error: [Errno 28] No space left on device: '/[x]/r.json'" in capsys.readouterr().err
     for error in (ValueError("no such"), NotImplementedError("no such"), argparse.ArgumentTypeError("no such")):
         with pytest.raises(SystemExit, match="2"):
             ended(error)
