@@ -73,12 +73,12 @@ class Anchors:
 def load(path: Path) -> Anchors:
     """Read a recording. Raises ``ValueError`` for a file that isn't one."""
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_bytes())
         dtype = fields["dtype"]
         rates = {_case(cell, dtype): _named(cell["tflops"]) for cell in fields["cells"]}
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror}); a file of recorded rates is needed") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no file of recorded rates ({type(error).__name__}: {error}); needed are dtype and cells, each "
             f"with mode, batch, heads, heads_kv, head_dim, seqlen, causal and tflops by peer"

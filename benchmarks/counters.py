@@ -218,10 +218,10 @@ class CountersRecord:
     def load(path: Path) -> CountersRecord:
         needed = "a result file written by benchmarks.layouts --json is needed"
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_bytes())
         except OSError as error:
             raise ValueError(f"{path} can't be read ({error.strerror}); {needed}") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
         if not isinstance(found, dict) or found.get("schema") != SCHEMA:
             raise ValueError(f"{path} holds no counters of layouts, or of another version; {needed}")

@@ -44,7 +44,7 @@ def write_all() -> list[str]:
     changed = []
     for name in DOCUMENTS:
         path = ROOT / name
-        old = path.read_text()
+        old = path.read_text(encoding="utf-8")
         new = rendered(old)
         if new != old:
             write_whole(path, new)
@@ -303,7 +303,7 @@ def _counters(path: Path) -> CountersRecord:
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text())
+    return json.loads(path.read_bytes())
 
 
 def _context_parallel(record: dict[str, Any]) -> str:

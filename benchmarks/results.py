@@ -266,18 +266,21 @@ class Record:
     def load(path: Path) -> Record:
         needed = "a result file written by --json is needed"
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(path.read_bytes())
         except OSError as error:
             raise ValueError(f"{path} can't be read ({error.strerror}); {needed}") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
         if not isinstance(fields, dict) or "schema" not in fields:
             raise ValueError(f"{path} holds no results; {needed}")
-        if other := SHOWN_BY.get(str(fields["schema"]).split()[0]):
+        if other := SHOWN_BY.get(str(fields["schema"]).partition(" ")[0]):
             raise ValueError(f"{path} holds results of another kind ({fields['schema']}): {other} is for them")
         if fields["schema"] != SCHEMA:
             raise ValueError(f"{path} has schema {fields['schema']}; {SCHEMA} is needed: measure again")
-        return Record(fields["about"], [Cell.from_dict(cell) for cell in fields["cells"]], fields["complete"])
+        try:
+            return Record(fields["about"], [Cell.from_dict(cell) for cell in fields["cells"]], fields["complete"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} lacks some of its results ({type(error).__name__}: {error}); {needed}") from None
 
     def save_csv(self, path: Path) -> None:
         """One line per peer and cell, with the counts that turn seconds into rates."""

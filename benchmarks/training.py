@@ -74,7 +74,7 @@ class Outcome:
 
     @staticmethod
     def load(path: Path) -> Outcome:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_bytes())
         if fields.get("schema") != SCHEMA:
             raise ValueError(f"{path} has schema {fields.get('schema')}; {SCHEMA} is needed: train again")
         return Outcome(fields["about"], fields["curves"], fields["seconds"])

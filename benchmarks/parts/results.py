@@ -76,10 +76,10 @@ class PartsRecord:
     def load(path: Path) -> PartsRecord:
         needed = "a result file written by parts --json is needed"
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(path.read_bytes())
         except OSError as error:
             raise ValueError(f"{path} can't be read ({error.strerror}); {needed}") from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
         if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
             raise ValueError(f"{path} holds no figures of parts, or of another version; {needed}")

@@ -351,14 +351,18 @@ def test_a_record_survives_its_file(tmp_path):
     [
         (None, "can't be read"),
         ("{", "not JSON"),
+        ("\xff\xfe", "r.json is not JSON"),
         ("[]", "holds no results"),
         ('{"schema": 99}', "schema 99; 1 is needed"),
+        ('{"schema": ""}', "schema ; 1 is needed"),
+        ('{"schema": 1}', r"lacks some of its results \(KeyError: 'about'\)"),
+        ('{"schema": 1, "about": {}, "cells": 4}', "lacks some of its results"),
     ],
 )
 def test_a_file_that_is_no_record_says_so(tmp_path, text, words):
     path = tmp_path / "r.json"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=words):
         Record.load(path)
 
