@@ -27,6 +27,7 @@ from rich.table import Table
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from cute_attn import PagedCache, attention_kvcache
+from cute_attn.command import positive
 
 PREFIX = [*range(1, 39)]  # the instructions: as many tokens
 SHOWN = 16  # sequences of the table
@@ -192,9 +193,9 @@ def main(argv: list[str] | None = None) -> Server:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[device]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=size.requests, help="%(default)s")
-    parser.add_argument("--at-once", type=int, default=size.at_once, help="sequences of a step, at most (%(default)s)")
-    parser.add_argument("--pages", type=int, default=size.pages, help=f"of {size.page_size} tokens (%(default)s)")
+    parser.add_argument("--requests", type=positive, default=size.requests, help="%(default)s")
+    parser.add_argument("--at-once", type=positive, default=size.at_once, help="sequences of a step, at most (%(default)s)")
+    parser.add_argument("--pages", type=positive, default=size.pages, help=f"of {size.page_size} tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the prompts (%(default)s)")
     parser.add_argument("--check", action="store_true", help="compare the tokens with those of Transformers' generate")
     options = parser.parse_args(argv)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import cute_attn.transformers
+from cute_attn.command import output_file, positive
 
 BEGIN, SYMBOLS = 256, 264  # a token before each document, after the bytes; the vocabulary, a multiple of 8
 
@@ -45,10 +46,10 @@ def main(argv: list[str] | None = None) -> list[float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = SIZES[device]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=size.steps, help="%(default)s")
+    parser.add_argument("--steps", type=positive, default=size.steps, help="%(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the documents' order (%(default)s)")
     parser.add_argument("--backend", default="inductor", help="of torch.compile (%(default)s); eager takes no compiler")
-    parser.add_argument("--plot", type=Path, default=Path("loss.png"), metavar="FILE", help="the loss, drawn (%(default)s)")
+    parser.add_argument("--plot", type=output_file, default="loss.png", metavar="FILE", help="the loss, drawn (%(default)s)")
     options = parser.parse_args(argv)
 
     cute_attn.transformers.register()

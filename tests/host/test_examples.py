@@ -69,3 +69,16 @@ def test_serving_finds_what_generate_finds(capsys):
         expected = server.model.generate(ids, max_new_tokens=request.new, **how)[0, ids.shape[1] :]
         assert request.found == expected.tolist() == serve.alone(server.model, request)
     assert len({token for request in server.done for token in request.found}) > 20
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    "arguments",
+    ["serve --pages 0", "serve --at-once 0", "train_transformers --steps 0", "train_transformers --plot /nowhere/x.png"],
+)
+def test_what_can_not_be_is_refused_before_any_work(capsys, monkeypatch, arguments):
+    name, *rest = arguments.split()
+    monkeypatch.setattr("sys.argv", [name, *rest])
+    with pytest.raises(SystemExit, match="2"):
+        import_module(name).main()
+    assert f"argument {rest[0]}: " in capsys.readouterr().err
