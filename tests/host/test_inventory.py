@@ -285,7 +285,7 @@ def test_a_cache_that_can_not_be_cleared(filled, capsys, monkeypatch):
 
     monkeypatch.setattr(inventory, "_remove", unlink)
     assert main(["cache", "--clear"]) == 1
-    assert "Permission denied" in said(capsys)
+    assert "Permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--clear", "--clear-others"], ["--clean"]])
@@ -310,7 +310,7 @@ def test_without_a_home(filled, capsys, monkeypatch):
     monkeypatch.setattr(cache.platformdirs, "user_cache_dir", unknown)
     cache._absolute.cache_clear()
     assert main(["cache"]) == 1
-    assert "the home directory is not known" in said(capsys)
+    assert "the home directory is not known" in capsys.readouterr().err
     assert main(["info"]) == 0
     assert "cache none: the home directory is not known" in said(capsys)
     cache._absolute.cache_clear()
