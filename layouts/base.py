@@ -61,7 +61,7 @@ KIB = 1024
 NAMED_BARRIERS = 16  # of a block
 SETMAXNREG = range(24, 257, 8)  # PTX ISA, setmaxnreg
 LISTED_ROWS = 192  # of a query tile that has a list of key tiles, at most
-ROW_PADDING = 128  # rows that those of ragged sequences are padded to in the backward pass, or fewer: whole tiles
+ROW_PADDING = 128  # rows that those of ragged sequences are padded to in the backward pass, by whole tiles: fewer, or one tile
 # Words of a backward call's int32 signals in global memory: whether to copy carefully (mainloop/guard.py: ``CARE``, or 1 where
 # a kernel of zeros comes first), the next ticket of a block that computes, and of one that rounds dQ, and how many warps have
 # ended that add to dQ; behind them, a counter of each query tile.
