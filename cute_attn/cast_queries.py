@@ -92,7 +92,7 @@ class CastQueries:
 
     def _beside(self, dq_sum, mdQ, values: Values, signals: Signals, added):
         """A block's pieces of query tiles, each once all key tiles that visit it have added their parts."""
-        (tiles, enders, soon), floats, warps = added, cute.size(dq_sum, mode=[0]), self.threads // WARP
+        (tiles, enders, beside), floats, warps = added, cute.size(dq_sum, mode=[0]), self.threads // WARP
         smem = cutlass.memory.SmemAllocator()
         held = smem.allocate_tensor(Float32, cute.make_layout((floats, self.stages)), 128)
         pipe, queue = self.parts.pipe(smem, self.stages, warps, 4 * floats), None
@@ -107,7 +107,7 @@ class CastQueries:
         if self.persistent:
             self._one_after_another(queue, tiles, signals, partial(fetch, True), store)
         else:
-            self._one(tiles, soon, fetch, store)
+            self._one(tiles, beside, fetch, store)
 
     @cute.jit
     def _one_after_another(self, queue, tiles: Tiles, signals: Signals, fetch: cutlass.Constexpr, store: cutlass.Constexpr):
@@ -122,16 +122,16 @@ class CastQueries:
             queue.taker().each(store, Int32(0))
 
     @cute.jit
-    def _one(self, tiles: Tiles, soon, fetch: cutlass.Constexpr, store: cutlass.Constexpr):
-        """A block's tile or, where dQ isn't rounded ``soon``, one of those in the order behind the kernel that adds."""
+    def _one(self, tiles: Tiles, beside, fetch: cutlass.Constexpr, store: cutlass.Constexpr):
+        """A block's tile or, where dQ isn't rounded ``beside``, one of those in the order behind the kernel that adds."""
         work = tiles.mine()
-        if cutlass.const_expr(soon is not None):
-            if soon == False:  # noqa: E712
+        if cutlass.const_expr(beside is not None):
+            if beside == False:  # noqa: E712
                 cute.arch.griddepcontrol_wait()
                 m_block, head, batch = place_of_block(tiles.m_blocks, tiles.heads, last_first=True)
                 work = Work(m_block, head, head, Span(batch), Span(batch))
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 0:
-            fetch(True if soon is None else soon, Int32(0), work)
+            fetch(True if beside is None else beside, Int32(0), work)
         store(Int32(0), work)
 
     @cute.jit

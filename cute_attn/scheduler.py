@@ -130,7 +130,7 @@ class Tiles:
     sequences: Sequences | None = None  # ragged ones: m_blocks is of them all then, and batch is 1
     tile: cutlass.Constexpr[int] = 0  # rows of a tile
     of_k: cutlass.Constexpr[bool] = False  # tiles of keys
-    left: cutlass.Constexpr[bool] = False  # tiles of queries that key tiles leave (:meth:`left_behind`)
+    in_key_order: cutlass.Constexpr[bool] = False  # tiles of queries as key tiles leave them (:meth:`left_behind`)
     small: Int32 | None = None  # of ragged sequences, if groups are small: how many blocks the GPU holds
     tickets: Tickets | None = None  # of tiles whose costs are unequal, and known on the device only
     in_turn: cute.Tensor | None = None  # (batch, heads, tiles): which of a head's is taken when, where lists say so
@@ -192,7 +192,7 @@ class Tiles:
         small = None if self.small is None else of_heads(self.small * self.tile // tile)
         ragged = self.sequences
         m_blocks = cute.ceil_div(rows, tile) if ragged is None else ragged.q.all_slots(ragged.count, tile)
-        how = {"m_blocks": m_blocks, "tile": tile, "small": small, "of_k": False, "left": True, "both_ways": False}
+        how = {"m_blocks": m_blocks, "tile": tile, "small": small, "of_k": False, "in_key_order": True, "both_ways": False}
         return replace(self, **by_heads, **how)
 
     @cute.jit
@@ -275,7 +275,7 @@ class Tiles:
         block, head, batch = self._coordinates(position)
         if cutlass.const_expr(self.in_turn is not None):
             block = self.in_turn[batch, head, self.m_blocks - 1 - block]
-        elif cutlass.const_expr((self.of_k or self.left) and self.long_first):
+        elif cutlass.const_expr((self.of_k or self.in_key_order) and self.long_first):
             block = self.m_blocks - 1 - block
         from_last = None
         if cutlass.const_expr(self.both_ways):
@@ -318,7 +318,7 @@ class Tiles:
         if cutlass.const_expr(self.long_first and self.small is not None):
             alone = alone.in_small_groups(self.small)
         block, head, _ = alone._coordinates(position)
-        if cutlass.const_expr((self.of_k or self.left) and self.long_first):
+        if cutlass.const_expr((self.of_k or self.in_key_order) and self.long_first):
             block = m_blocks - 1 - block
         return block, head, *self.sequences.spans(i)
 

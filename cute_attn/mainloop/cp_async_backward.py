@@ -233,12 +233,12 @@ class Backward(WarpKernel):
         if cutlass.const_expr(self.problem.masked):
             me = replace(me, careful=self._takes_care(me))
         count = me.visited.count
-        lead, whole_end = self._whole(me.visited, me.careful)
+        whole_begin, whole_end = self._whole(me.visited, me.careful)
         for member in cutlass.range(self._members(me), unroll=1):
-            for i in cutlass.range(lead, unroll=1):
+            for i in cutlass.range(whole_begin, unroll=1):
                 self._step(me, operands, member, i, True)
             if cutlass.const_expr(not self.problem.masks_all):
-                for i in cutlass.range(lead, whole_end, unroll=1):
+                for i in cutlass.range(whole_begin, whole_end, unroll=1):
                     self._step(me, operands, member, i, False)
             right_edge_last = self.problem.bounded_right and self.problem.deterministic
             if cutlass.const_expr((self.problem.bounded_left or right_edge_last) and not self.problem.masks_all):

@@ -474,7 +474,7 @@ class Forward(Kernel):
         pipes.v.consumer_release(kv_state)
         kv_state.advance()
         if cutlass.const_expr(self.problem.blocks):
-            for _ in cutlass.range(keys.left, unroll=1):
+            for _ in cutlass.range(keys.skipped_last, unroll=1):
                 kv_state = self._skip(tile, kv_state)
         return kv_state
 

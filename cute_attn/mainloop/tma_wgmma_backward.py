@@ -153,17 +153,17 @@ class Backward(KeyBlocks):
         if cutlass.const_expr(not self.config.results_from_registers):
             dk = self.operand("dK", dk, self.lay.copy_out) if cutlass.const_expr(self.needs_k) else None
             dv = self.operand("dV", dv, self.lay.copy_out) if cutlass.const_expr(self.needs_v) else None
-        soon = None
+        beside = None
         if cutlass.const_expr(self.rounds_beside and not self.looks_how_many):
             middle = cute.ceil_div(values.seqlen_q, self.config.tile_m) // 2
             visits = QueryTiles.visits(values, self.problem, middle, self.config)
             if cutlass.const_expr(not self.draws):  # where rounding takes little, equal tiles are faster by themselves
-                soon = visits <= 2 * LONG_WALK
+                beside = visits <= 2 * LONG_WALK
             if cutlass.const_expr(self.persistent):
                 fewer = Tiles.without_some(blocks, tiles.count(), 100 * visits)
-                if cutlass.const_expr(soon is None):  # noqa: SIM114
+                if cutlass.const_expr(beside is None):  # noqa: SIM114
                     blocks = fewer
-                elif soon:
+                elif beside:
                     blocks = fewer
         if cutlass.const_expr(self.persistent and not self.draws):
             tiles, count = tiles.launched(blocks, long=False)
@@ -178,31 +178,31 @@ class Backward(KeyBlocks):
             elif cutlass.const_expr(not (self.problem.deterministic and self.problem.unequal)):
                 tiles = tiles.in_small_groups(blocks)
         plain = inputs.if_masked(self.problem)
-        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles, soon).launch(
+        self.kernel(TmaOperands(q, k, v, do, dk, dv), plain, rows, gradients, signals, values, tiles, beside).launch(
             grid=[count * self.config.head_blocks, 1, 1],
             block=[self.config.threads, 1, 1],
             cluster=[self.config.head_blocks, 1, 1] if self.config.head_blocks > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
         )
-        return tiles, count * self.config.head_blocks * ADDERS, soon
+        return tiles, count * self.config.head_blocks * ADDERS, beside
 
     # ---- kernel ----------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles, soon):
+    def kernel(self, operands: TmaOperands, plain, rows: Rows, gradients: Gradients, signals, values: Values, tiles, beside):
         care = signals.care() if cutlass.const_expr(self.problem.masked) else None
         if cutlass.const_expr(self.rounds_beside and not self.problem.blocks):
-            self._begin_rounding(soon)
+            self._begin_rounding(beside)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for operand in (operands.q, operands.k, operands.v, operands.do):
                 cpasync.prefetch_descriptor(operand.atom)
         if cutlass.const_expr(self.looks_how_many):
-            tiles, soon = self._leave_place(tiles, values, soon, warp)
+            tiles, beside = self._leave_place(tiles, values, beside, warp)
         shared = self._setup()
         of_tile = partial(self.key_tile, values, tiles.heads_per_kv)
-        roles = partial(self._roles, operands, (plain, rows, care), (gradients, signals, soon), shared)
+        roles = partial(self._roles, operands, (plain, rows, care), (gradients, signals, beside), shared)
         if cutlass.const_expr(self.persistent):
             counted, headed = bool(self.problem.ragged), bool(self.problem.blocks)
             kinds = {"ragged": counted, "headed": headed, "both_ways": tiles.both_ways, "padding": row_padding(self.config)}
@@ -217,17 +217,17 @@ class Backward(KeyBlocks):
             tiles.one(lambda work: roles(*[lambda part: of_tile(part, NONE_DONE, work)] * 2))
 
     @cute.jit
-    def _begin_rounding(self, soon):
+    def _begin_rounding(self, beside):
         """From now on the kernel that rounds dQ may begin, where it does so meanwhile."""
-        if cutlass.const_expr(soon is None):  # noqa: SIM114
+        if cutlass.const_expr(beside is None):  # noqa: SIM114
             cute.arch.griddepcontrol_launch_dependents()
-        elif soon:
+        elif beside:
             cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
-    def _leave_place(self, tiles: Tiles, values: Values, soon, warp: Int32):
-        """``(tiles, soon)`` where it is found out here how many blocks take tiles: by the warp that finds tiles, which has more
-        registers here than later; with lists by those that add, too, since nobody rounds meanwhile unless some leave."""
+    def _leave_place(self, tiles: Tiles, values: Values, beside, warp: Int32):
+        """``(tiles, beside)`` where it is found out here how many blocks take tiles: by the warp that finds them, which has
+        more registers here than later; with lists by those that add, too, since nobody rounds meanwhile unless some leave."""
         listed, at_once = bool(self.problem.blocks), Int32(0)
         if (warp < WARPGROUP // WARP) if listed else (warp == COPY_K_Q_WARP):
             at_once = self._blocks_that_take_tiles(tiles, values)
@@ -235,8 +235,8 @@ class Backward(KeyBlocks):
                 self._begin_rounding(at_once < cute.arch.grid_dim()[0])
         tiles = replace(tiles, at_once=cute.arch.make_warp_uniform(at_once))
         if cutlass.const_expr(listed):
-            soon = tiles.at_once < cute.arch.grid_dim()[0]
-        return tiles, soon
+            beside = tiles.at_once < cute.arch.grid_dim()[0]
+        return tiles, beside
 
     @cute.jit
     def _blocks_that_take_tiles(self, tiles: Tiles, values: Values):
@@ -363,7 +363,7 @@ class Backward(KeyBlocks):
                     do(own)
 
     @cute.jit
-    def _add_dq(self, gradients: Gradients, signals, soon, sdQ: cute.Tensor, mine: Int32, unused: tuple, values, where, done):
+    def _add_dq(self, gradients: Gradients, signals, beside, sdQ: cute.Tensor, mine: Int32, unused: tuple, values, where, done):
         """Two warps add the tiles' dQ to global memory, the first the even ones and the second the odd ones: so one may wait
         until its sum is complete, pass its turn on and wait for the next, while the other adds."""
         self._clearing(unused, mine, UnusedRows.begin_tile)
@@ -413,7 +413,7 @@ class Backward(KeyBlocks):
                 step += 1
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         if cutlass.const_expr(self.rounds_beside and not self.problem.deterministic):
-            counted = (values.seqlen_k <= COUNTED_KEYS) & (True if soon is None else soon)
+            counted = (values.seqlen_k <= COUNTED_KEYS) & (True if beside is None else beside)
             if counted:
                 self._pass_turns(signals, mine, visited, where, Int32(done[1]))
 

@@ -140,7 +140,7 @@ class ListedKeys:
     """The key tiles of one query tile as a list has them, what :class:`KeyTiles` is for a band: ``count`` of its ``entries``
     from ``first`` on. Those at places ``masked … whole_end − 1`` need no mask; of the others a ``warpgroup`` may need none for
     its own rows. Tiles begin at any block. Where it ``leads``, the first tile that needs no mask comes before those
-    that are anchored, and shows each row a key. ``left`` tiles more are other warpgroups'."""
+    that are anchored, and shows each row a key. ``skipped_last`` tiles more are other warpgroups'."""
 
     entries: cute.Tensor  # (HEADER + tiles + 1)
     end: Int32
@@ -148,7 +148,7 @@ class ListedKeys:
     count: Int32
     masked: Int32
     whole_end: Int32
-    left: Int32 | None = None
+    skipped_last: Int32 | None = None
     warpgroup: Int32 | None = None
     begin: cutlass.Constexpr[int] = 0
     leads: cutlass.Constexpr[bool] = False
@@ -188,7 +188,7 @@ class ListedKeys:
             past -= 1
         count = past - skipped
         masked, whole_end = (cutlass.min(cutlass.max(end - skipped, 0), count) for end in (self.masked, self.whole_end))
-        mine = replace(mine, first=skipped, count=count, masked=masked, whole_end=whole_end, left=self.count - past)
+        mine = replace(mine, first=skipped, count=count, masked=masked, whole_end=whole_end, skipped_last=self.count - past)
         return mine, skipped
 
     def place(self, i):

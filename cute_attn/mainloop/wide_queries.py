@@ -255,7 +255,7 @@ class QueryGradients(Kernel):
             pipes.q.consumer_release(q_state)
             pipes.do.consumer_release(q_state)
         if cutlass.const_expr(self.problem.blocks):
-            for _ in cutlass.range(keys.left, unroll=1):
+            for _ in cutlass.range(keys.skipped_last, unroll=1):
                 k_state, v_state = self._pass_over(pipes, k_state, v_state)
         acc_dQ.store(acc_dQ.load() * Float32(values.scale(self.problem)))
         dq_shape = (self.lay.ROWS_PER_WARPGROUP, self.config.tile_d)
