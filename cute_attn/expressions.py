@@ -13,7 +13,8 @@ the DSL as ``ops``: :class:`TorchOps` here, the kernels' in ``mainloop/elements.
 **Derivative.** Next to each node x that depends on the score s lies, on demand, dx/ds: a dual number is two nodes. So the
 gradient's factor ds'/ds is one more output of the same graph, and where it is 1 (a bias) there is nothing to compute. The same
 with an element of a captured tensor in the place of s gives that tensor's gradient: each node that loads one which requires a
-gradient is a direction of its own.
+gradient is a direction of its own. Where there is none it is what torch's autograd says: of abs 0 at 0, of maximum and minimum
+of equal operands a half each, and of clamp at a bound that of the number, so that its two are operations of their own.
 
 **A ramp** is a score to which a multiple of positions is added, and nothing else is done (ALiBi, where all keys that are seen
 come before the query). Kernels need no conversion of each distance then, and scores keep the unit that products have.
@@ -399,12 +400,22 @@ class Graph:
         zero = self.constant(0.0)
         if op == "where":
             return self.apply_where(x[0], *(zero if dx is None else dx for dx in d[1:]))
+        if op in ("clamp_min", "clamp_max"):
+            inside = self.make("ge" if op == "clamp_min" else "le", "bool", *x)
+            return self.apply_where(inside, *(zero if dx is None else dx for dx in d))
         if op in ("maximum", "minimum"):
-            first = self.make("ge" if op == "maximum" else "le", "bool", *x)
-            return self.apply_where(first, *(zero if dx is None else dx for dx in d))
+            if d[0] == d[1]:
+                return d[0]
+            halves = self._sum(*(self._times(dx, self.constant(0.5)) for dx in d))
+            first, second = (zero if dx is None else dx for dx in d)
+            other = self.apply_where(self.make("eq", "bool", *x), halves, second)  # type: ignore[arg-type]
+            return self.apply_where(self.make("gt" if op == "maximum" else "lt", "bool", *x), first, other)
         one, y = self.constant(1.0), node
         factors: dict[str, Callable[[], int]] = {
-            "abs": lambda: self.apply_where(self.make("lt", "bool", x[0], zero), self.constant(-1.0), one),
+            "abs": lambda: self.apply_where(
+                self.make("gt", "bool", x[0], zero), one,
+                self.apply_where(self.make("lt", "bool", x[0], zero), self.constant(-1.0), zero),
+            ),
             "exp": lambda: y,
             "exp2": lambda: self.apply("mul", y, self.constant(math.log(2.0))),
             "log": lambda: self.apply("div", one, x[0]),
@@ -554,7 +565,7 @@ class Tracing(TorchFunctionMode):
 
     def _clamp(self, x, min=None, max=None):
         node = self.graph.operand(x)
-        for bound, op in ((min, "maximum"), (max, "minimum")):
+        for bound, op in ((min, "clamp_min"), (max, "clamp_max")):
             node = node if bound is None else self.graph.apply(op, node, self.graph.operand(bound), at_least="int")
         return node
 
