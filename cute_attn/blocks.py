@@ -32,7 +32,7 @@ import torch
 from torch.nn.functional import pad
 
 from cute_attn.arguments import shown
-from cute_attn.expressions import Expression, TorchOps, traced
+from cute_attn.expressions import Expression, TorchOps, check_values, traced
 from cute_attn.layouts.base import (
     BLOCK,
     BY_ROWS,
@@ -264,6 +264,7 @@ def _block_mask(mask, batch, heads, seqlen_q, seqlen_k, tensors, device) -> Bloc
     expression, captured = traced(mask, None, tensors, None, blank, heads, batch)
     if expression.mask is None:
         raise TypeError("mask is None; a function is needed: try mask=cute_attn.masks.causal")
+    check_values(captured)
     kinds = blank.new_empty(batch, heads, -(-seqlen_q // BLOCK), -(-seqlen_k // BLOCK), dtype=torch.uint8)
     if kinds.numel() and kinds.is_cuda:
         from cute_attn import launch  # which imports what needs a GPU

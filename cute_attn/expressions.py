@@ -39,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 
 from cute_attn import memo
 from cute_attn.arguments import check_layout, check_tensor, shown
+from cute_attn.lengths import are_checked
 from cute_attn.private import FakeTensor, is_recorded
 
 RANK_MAX = 4
@@ -640,6 +641,16 @@ def check_functions(mask: Any, score: Any, tensors: Any) -> None:
         if function is not None and not callable(function):
             takes = f"{'score, ' * (name == 'score')}batch, head, q_idx, kv_idx"
             raise TypeError(f"{name} is {shown(function)}; a function is needed: try {name}=lambda {takes}: …")
+
+
+def check_values(captured: tuple[torch.Tensor, ...]) -> None:
+    """With ``CUTE_ATTN_CHECK=1`` read integers of 64 bits back and refuse those that would be cut."""
+    for x in captured:
+        if x.dtype == torch.int64 and are_checked():
+            least, most = (int(end) for end in x.aminmax())
+            if not -(2**31) <= least <= most < 2**31:
+                got = f"a captured tensor of shape {tuple(x.shape)} with values from {least} to {most}"
+                _refuse(got, "integers of 32 bits are needed", "torch.unique(x, return_inverse=True)[1]", ValueError)
 
 
 def _recorded(graph: Graph, mask, score, tensors, alibi_slopes, element, behind: bool) -> tuple[int | None, int | None]:

@@ -772,6 +772,10 @@ def masked_by(function, **options):
     return lambda: attention(q, k, v, mask=function, **options)
 
 
+def compiled(call):
+    return torch.compile(call, backend="eager", fullgraph=True)
+
+
 def a_symbol_that_gets_out():
     found = []
     attention(q, k, v, mask=lambda batch, head, q_idx, kv_idx: found.append(q_idx) or q_idx >= kv_idx)
@@ -789,6 +793,8 @@ def under_vmap(**options):
 
 
 TABLE, LIST = torch.zeros(2, 9), [1.0, 2.0]
+HASHES = torch.tensor([7, 2**40, -5])
+CUT_HASHES = "with values from -5 to 1099511627776", "32 bits are needed", "torch.unique(x, return_inverse=True)[1]"
 THERE = "torch.where, minimum, maximum"
 # What a user's functions can't do, and what is passed beside them.
 FUNCTIONS = [
@@ -957,6 +963,10 @@ FUNCTIONS = [
     Row(
         "64 bits", masked_by(lambda b, h, i, j: i < 2**40), NotImplementedError, "constant 1099511627776", "32 bits", "a float"
     ),
+    # With CUTE_ATTN_CHECK=1.
+    Row("ids of 64 bits", masked_by(masks.document(HASHES)), ValueError, *CUT_HASHES),
+    Row("blocks of them", lambda: block_mask(masks.document(HASHES), 1, 1, 5, 5, device="cpu"), ValueError, *CUT_HASHES),
+    Row("ids in a graph", lambda: compiled(masked_by(masks.document(HASHES)))(), ValueError, *CUT_HASHES),
     Row(
         "complex constants",
         scored(lambda s, b, h, i, j: torch.add(s, 1j)),
@@ -1708,7 +1718,8 @@ def test_attention(row):
 
 
 @table(FUNCTIONS)
-def test_functions(row):
+def test_functions(row, monkeypatch):
+    monkeypatch.setenv(lengths.CHECK, "1")
     assert_raises(row)
 
 
