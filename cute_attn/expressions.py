@@ -529,6 +529,8 @@ class Tracing(TorchFunctionMode):
             return graph.apply(name, *nodes)
         if name in ("floordiv", "mod") and "float" in map(graph.kind, nodes):
             _refuse(f"{name} of floats", "integers are needed", ".to(torch.int32)")
+        if name in ("floordiv", "mod") and graph.nodes[nodes[1]] == ("constant", "int", "0"):
+            _refuse(f"{name} by 0", "another divisor is needed", "1 or more", ValueError)
         if name in _ARITHMETIC:
             return graph.apply(name, *nodes, at_least="float" if name == "div" else "int")
         if name == "where":

@@ -39,6 +39,7 @@ from cute_attn import (
     paged_cache,
     plan,
     problem,
+    scores,
     sdpa,
     stored,
     transformers,
@@ -963,6 +964,20 @@ FUNCTIONS = [
     Row(
         "64 bits", masked_by(lambda b, h, i, j: i < 2**40), NotImplementedError, "constant 1099511627776", "32 bits", "a float"
     ),
+    Row("every 0th key", masked_by(masks.dilated(0)), ValueError, "has mod by 0", "another divisor is needed", "1 or more"),
+    Row("blocks of 0", masked_by(masks.block_diagonal(0)), ValueError, "has floordiv by 0", "another divisor", "1 or more"),
+    # Ready-made ones.
+    Row("no masks", lambda: masks.and_masks(), TypeError, "and_masks is given ()", "one function or more", "masks.causal"),
+    Row("none of them", lambda: masks.or_masks(), TypeError, "or_masks is given ()", "one function or more", "no mask at all"),
+    Row("ids in a list", lambda: masks.document(LIST), TypeError, "ids is a list", "an int tensor (seqlen,)", "torch.tensor("),
+    Row("a length", lambda: masks.prefix_lm(3), TypeError, "lengths is 3", "an int tensor (batch,) is", "torch.tensor("),
+    Row("seen in a list", lambda: masks.given(LIST), TypeError, "seen is a list", "a tensor of bools is", "torch.tensor(seen)"),
+    Row("a slope", lambda: scores.alibi(0.5), TypeError, "slopes is 0.5", "a float tensor (heads,) is", "torch.tensor("),
+    Row("a table in a list", lambda: scores.relative(LIST), TypeError, "table is a list", "(heads, 2 · farthest + 1)", "try"),
+    Row("a table of no heads", lambda: scores.relative(TABLE[0]), ValueError, "shape (9,)", "(heads, 2 · farthest", "how"),
+    Row("3 buckets", lambda: scores.bucketed(TABLE[:, :3], 9), ValueError, "shape (2, 3)", "at least 4 for each", "how"),
+    Row("1 bucket", lambda: scores.bucketed(TABLE[:, :1], 9, False), ValueError, "shape (2, 1)", "at least 2 for each", "how"),
+    Row("near buckets", lambda: scores.bucketed(TABLE, 2), ValueError, "farthest is 2", "more than 2, the dist", "try 16"),
     # With CUTE_ATTN_CHECK=1.
     Row("ids of 64 bits", masked_by(masks.document(HASHES)), ValueError, *CUT_HASHES),
     Row("blocks of them", lambda: block_mask(masks.document(HASHES), 1, 1, 5, 5, device="cpu"), ValueError, *CUT_HASHES),
@@ -1795,7 +1810,7 @@ def test_every_error_of_the_checks_has_a_row(monkeypatch):
     """Each ``raise`` in these files is reached by a row: whoever adds one adds a row."""
     monkeypatch.setenv(lengths.CHECK, "1")
     of_cache = sys.modules[attention_kvcache.__module__]
-    for module in (problem, lengths, stored, of_cache, flash_attn, expressions, paged_cache):
+    for module in (problem, lengths, stored, of_cache, flash_attn, expressions, masks, scores, paged_cache):
         file = str(module.__file__)
         missing = raises(file) - reached([*CHECKS, *LENGTHS, *CACHES, *FLASH_ATTN, *FUNCTIONS, *PAGED_CACHE], file)
         assert not missing, f"no row for {file}, lines {sorted(missing)}"
