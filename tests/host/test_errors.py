@@ -1299,6 +1299,30 @@ FLASH_ATTN = [
         "q is a nested tensor",
         "a plain one is needed",
     ),
+    Row("rows of 64 bits", kvcache(cache_seqlens=INDICES), ValueError, "cache_seqlens has dtype", "is needed", "seqlens.int()"),
+    Row("rows of 1", kvcache(cache_seqlens=int32(3)), ValueError, "q is of 2 sequences where cache_seqlens is", ONE_EACH, "q"),
+    Row("padding", kvcache(cache_leftpad=[0]), TypeError, "cache_leftpad is a list", "int32 tensor on cpu is needed", "try"),
+    Row("its table", kvcache(block_table=int32(0, 1)), ValueError, "block_table has shape (2,)", "is needed", "len(cache_seq"),
+    Row("FA3's", kvcache(page_table=int32(0, 1)), ValueError, "page_table has shape (2,)", "is needed", "len(cache_seql"),
+    Row("new columns", kvcache(k=k[:, :, :1], v=v, cache_seqlens=0), ValueError, "k has shape (2, 10, 1, 16)", "in k and v"),
+    Row("floats", kvcache(k=k, v=v.float(), cache_seqlens=0), ValueError, "v is torch.float32", "equal ones", "v.to(k_cache)"),
+    Row(
+        "a table of floats",
+        kvcache(k=k[:, :1], v=v[:, :1], cache_seqlens=0, rotary_cos=TURN, rotary_sin=TURN.float()),
+        ValueError,
+        "rotary_sin is torch.float32",
+        "equal ones are needed",
+        "sin.to(q)",
+    ),
+    Row("many keys", kvcache(cache_seqlens=int32(3, 11)), ValueError, "cache_seqlens[1] is 11", "from 0 to 10", "larger cache"),
+    Row(
+        "pages of one",
+        lambda: flash_attn.flash_attn_varlen_func(q[0], k, v, BOUNDS_Q, BOUNDS_K, 4, 9, block_table=int32([0])),
+        ValueError,
+        "block_table is of 1 sequences where cu_seqlens_k.diff() is of 2",
+        ONE_EACH,
+        "check how block_table was made",
+    ),
     Row("rows below 0", kvcache(cache_seqlens=-1), ValueError, "cache_seqlens is -1", "from 0 to 10 rows", "larger cache"),
     Row(
         "sparse odd rows",
@@ -1315,8 +1339,8 @@ FLASH_ATTN = [
         "memory is needed",
         "fill it again",
     ),
-    Row("packed pages", flash_varlen(block_table=int32([0], [1])), ValueError, "k_cache has shape (10, 2, 16)", "page_size"),
-    Row("a sink a head", flash(learnable_sink=torch.ones(3)), ValueError, "a Tensor of shape (3,)", "(4,), one a head"),
+    Row("packed pages", flash_varlen(block_table=int32([0], [1])), ValueError, "k has shape (10, 2, 16)", "page_size"),
+    Row("a sink a head", flash(learnable_sink=torch.ones(3)), ValueError, "learnable_sink is a Tensor of", "(4,), one"),
     Row("qv", flash(qv=q), NotImplementedError, "qv is a Tensor of shape (2, 6, 4, 16)", YET, "torch.cat((q, qv), -1)"),
     Row("8-bit floats' scales", flash(k_descale=torch.ones(2, 2)), NotImplementedError, "k_descale is", YET, "* k_descale"),
     Row("chunks", flash(attention_chunk=64), NotImplementedError, "attention_chunk is 64", f"0 {YET}", "window_size"),
@@ -1359,9 +1383,9 @@ FLASH_ATTN = [
     Row("flash q a list", flash(q=[1.0]), TypeError, "q is a list", "torch.Tensor is needed", "torch.as_tensor(q)"),
     Row("flash v of 0 dimensions", flash(v=torch.ones(())), ValueError, "v has shape ()", "4 dimensions"),
     Row("causal a string", flash(causal="yes"), TypeError, "causal is a str", "True or False is needed", "causal=True"),
-    Row("a scale in words", flash(softmax_scale="1"), TypeError, "scale is a str", "finite number is needed", "1/√head_dim"),
-    Row("one side", flash(window_size=5), TypeError, "window is 5", "pair (left, right) is needed", "None or -1"),
-    Row("windows below -1", flash(window_size=(-2, 0)), ValueError, "left side is -2", "≥ 0 is needed", "None or -1"),
+    Row("a scale in words", flash(softmax_scale="1"), TypeError, "softmax_scale is a str", "finite number is", "1/√head_dim"),
+    Row("one side", flash(window_size=5), TypeError, "window_size is 5", "pair (left, right) is needed", "None or -1"),
+    Row("windows below -1", flash(window_size=(-2, 0)), ValueError, "window_size's left side is -2", "≥ 0 is needed"),
     Row("caps below 0", flash(softcap=-1.0), ValueError, "softcap is -1.0", "≥ 0 is needed", "0 for none"),
     Row("deterministic None", flash(deterministic=None), TypeError, "deterministic is None", "True or False is needed"),
     Row("bounds of int64", flash_varlen(cu_seqlens_q=BOUNDS_Q.long()), ValueError, "torch.int64", "int32 is needed", ".int()"),
@@ -1389,6 +1413,14 @@ FLASH_ATTN = [
         ValueError,
         "qkv has shape (2, 6, 3, 2, 16)",
         "(rows of all sequences, 3, heads, head_dim) is needed",
+    ),
+    Row(
+        "bounds of all three",
+        lambda: flash_attn.flash_attn_varlen_qkvpacked_func(QKV[0], BOUNDS_Q.long(), 4),
+        ValueError,
+        "cu_seqlens has dtype torch.int64",
+        "torch.int32 is needed",
+        "try cu_seqlens.int()",
     ),
     Row(
         "kv a pair",
@@ -1754,7 +1786,8 @@ def test_caches(row, monkeypatch):
 
 
 @table(FLASH_ATTN)
-def test_flash_attn_and_sdpa(row):
+def test_flash_attn_and_sdpa(row, monkeypatch):
+    monkeypatch.setenv(lengths.CHECK, "1")
     assert_raises(row)
 
 
