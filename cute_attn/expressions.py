@@ -469,6 +469,7 @@ _INSTEAD = {
     "index": "a captured tensor, indexed, instead of a list",
     **dict.fromkeys(("item", "float", "int"), "the symbol itself, or its .float() or .int(), which need no value"),
     "sin": "a captured table", "cos": "a captured table",
+    "max": "torch.maximum(x, y)", "min": "torch.minimum(x, y)", "where": "torch.where(condition, x, y)",
 }  # fmt: skip
 
 
@@ -495,6 +496,9 @@ class Tracing(TorchFunctionMode):
             name = name[2:-2]
             if name[0] in "ri" and (_SYNONYMS.get(name[1:], name[1:]) in _BINARY):
                 name, reverse = name[1:], name[0] == "r"
+        others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.Tensor) or name == "where"]
+        if name in ("max", "min", "where") and not others:
+            _refuse(f"{name} of one tensor", f"{ALLOWED} are there", _INSTEAD[name])
         name = _SYNONYMS.get(name, name)
         if func is torch.Tensor.where:
             args = (args[1], args[0], args[2])
@@ -552,17 +556,20 @@ class Tracing(TorchFunctionMode):
             fill = _FILLED[name] if _FILLED[name] is not None else kwargs.get("fill_value", args[-1])
             dtype = kwargs.get("dtype")
             node = graph.operand(fill)
-            kind = graph.kind(graph.operand(args[0])) if dtype is None else LOADED[dtype]
+            kind = graph.kind(graph.operand(args[0])) if dtype is None else self._kind_of(dtype)
             return graph.symbol(graph.cast(node, kind))
         if name == "to":
             kinds = [x for x in _flat((args[1:], kwargs)) if isinstance(x, (torch.dtype, torch.Tensor))]
             if not kinds:
                 return args[0]
             dtype = self._attribute("dtype", kinds[0]) if isinstance(kinds[0], Symbol) else getattr(kinds[0], "dtype", kinds[0])
-            if dtype not in LOADED:
-                _refuse(f"a conversion to {dtype}", "a float, an integer or bool is needed", "torch.float32")
-            name = LOADED[dtype]
+            name = self._kind_of(dtype)
         return graph.symbol(graph.cast(graph.operand(args[0]), name))
+
+    def _kind_of(self, dtype: Any) -> str:
+        if dtype not in LOADED:
+            _refuse(f"a conversion to {dtype}", "a float, an integer or bool is needed", "torch.float32")
+        return LOADED[dtype]
 
     # ---- operations of other numbers of operands, or made of others
 

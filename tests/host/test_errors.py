@@ -817,6 +817,17 @@ FUNCTIONS = [
     Row("a sine", scored(lambda s, b, h, i, j: torch.sin(s)), NotImplementedError, "has sin", THERE, "a captured table"),
     Row("in place", scored(lambda s, b, h, i, j: s.add_(1)), NotImplementedError, "has add_", THERE, "x = x + y instead"),
     Row("a sum", scored(lambda s, b, h, i, j: s.sum()), NotImplementedError, "has sum", THERE, "one of these"),
+    Row("a row's largest", scored(lambda s, b, h, i, j: s.max()), NotImplementedError, "has max of one", THERE, "maximum(x"),
+    Row("along keys", scored(lambda s, b, h, i, j: torch.min(s, 0)), NotImplementedError, "has min of one", THERE, "minimum(x"),
+    Row("a place", scored(lambda s, b, h, i, j: torch.where(s)), NotImplementedError, "has where of one", THERE, "ition, x"),
+    Row(
+        "complex zeros",
+        scored(lambda s, b, h, i, j: s + torch.zeros_like(s, dtype=torch.complex64)),
+        NotImplementedError,
+        "to torch.complex64",
+        "a float",
+        "torch.float32",
+    ),
     Row("gradient's", scored(lambda s, b, h, i, j: s.grad), NotImplementedError, "has grad", THERE, "one of these"),
     Row(
         "a table as it is",
