@@ -80,8 +80,9 @@ class PagedCache:
         if not (device is None or isinstance(device, (torch.device, str, int))):
             raise TypeError(f"device is {shown(device)}; a torch.device or its name is needed, or None: try 'cuda'")
         *shape, head_dim, head_dim_v = sizes.values()
-        self.k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
-        self.v = torch.empty(*shape, head_dim_v, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # what is made within it can't be written to outside
+            self.k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
+            self.v = torch.empty(*shape, head_dim_v, dtype=dtype, device=device)
         _, self.pages, self.page_size, _ = shape
         self._sequences: dict[int, _Held] = {}
         self._names = count()  # never used again: one that was freed is told from those that are there
