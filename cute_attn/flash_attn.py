@@ -78,9 +78,9 @@ _NUMBERS = ("attention_chunk",)  # of these 0 is none, and not None
 _NAMES = {"scale": "softmax_scale", "window": "window_size", "sinks": "learnable_sink"}
 _NAMES_OF_CACHE = {
     "k_new": "k", "v_new": "v", "lengths": "cache_seqlens", "leftpad_k": "cache_leftpad", "rotary_begin": "rotary_seqlens",
-    "rotary's cos": "rotary_cos", "rotary's sin": "rotary_sin",
+    "rotary's cos": "rotary_cos", "rotary's sin": "rotary_sin", "rotary": "(rotary_cos, rotary_sin)",
 }  # fmt: skip
-_NO_NAME_BEFORE, _NO_NAME_BEHIND = r"(?<![\w.])(?<!the )", r"(?!\w| it| q)"
+_NO_NAME_BEFORE, _NO_NAME_BEHIND = r"(?<![\w.])(?<!the )", r"(?!\w| it| q| positions)"
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -325,11 +325,11 @@ def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal,
         check_layout("q", q)
         bounds, table = more["cu_seqlens_q"], more["page_table"]
         rows = k_cache.shape[1] * (1 if table is None else table.shape[-1])
-        given = rows if used is None else integer("cache_seqlens", used, "or an int32 tensor (batch,)")
+        given = rows if used is None else integer(names["lengths"], used, "or an int32 tensor (batch,)")
         if not 0 <= given <= rows:
             raise ValueError(
-                f"cache_seqlens is {shown(given)}; from 0 to {rows} rows, as many as the cache has for a sequence, are needed: "
-                f"check how it was made, or take a larger cache or more pages"
+                f"{names['lengths']} is {shown(given)}; from 0 to {rows} rows, as many as the cache has for a sequence, are "
+                f"needed: check how it was made, or take a larger cache or more pages"
             )
         used = torch.full((len(q if bounds is None else bounds[1:]),), given, dtype=torch.int32, device=q.device)
     q, k, v = (x if _as_is(x, x, x) or not _are_dense(x) else x.contiguous() for x in (q, k, v))

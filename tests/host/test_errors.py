@@ -1325,6 +1325,7 @@ FLASH_ATTN = [
         "equal ones are needed",
         "sin.to(q)",
     ),
+    Row("no new rows", kvcache(rotary_cos=TURN, rotary_sin=TURN), ValueError, "rotary_sin) is given without k;", "new keys"),
     Row("many keys", kvcache(cache_seqlens=int32(3, 11)), ValueError, "cache_seqlens[1] is 11", "from 0 to 10", "larger cache"),
     Row(
         "pages of one",
@@ -1333,6 +1334,15 @@ FLASH_ATTN = [
         "block_table is of 1 sequences where cu_seqlens_k.diff() is of 2",
         ONE_EACH,
         "check how block_table was made",
+    ),
+    Row(
+        "half a key in pages",
+        lambda: flash_attn.flash_attn_varlen_func(
+            q[0], k, v, BOUNDS_Q, BOUNDS_K, 4, 9, block_table=int32([0], [1]), seqused_k=0.5
+        ),
+        TypeError,
+        "seqused_k is 0.5",
+        "an int is needed, or an int32 tensor",
     ),
     Row("rows below 0", kvcache(cache_seqlens=-1), ValueError, "cache_seqlens is -1", "from 0 to 10 rows", "larger cache"),
     Row(
