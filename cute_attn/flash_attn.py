@@ -79,6 +79,7 @@ _NAMES = {"scale": "softmax_scale", "window": "window_size", "sinks": "learnable
 _NAMES_OF_CACHE = {
     "k_new": "k", "v_new": "v", "lengths": "cache_seqlens", "leftpad_k": "cache_leftpad", "rotary_begin": "rotary_seqlens",
     "rotary's cos": "rotary_cos", "rotary's sin": "rotary_sin", "rotary": "(rotary_cos, rotary_sin)",
+    "page_table": "block_table",
 }  # fmt: skip
 _NO_NAME_BEFORE, _NO_NAME_BEHIND = r"(?<![\w.])(?<!the )", r"(?!\w| it| q| positions)"
 
@@ -306,7 +307,7 @@ def flash_attn_with_kvcache(
     rotary = None if rotary_cos is None else (rotary_cos, rotary_sin)
     more = extras | where | {"rotary": rotary, "rotary_interleaved": rotary_interleaved}
     rules = softmax_scale, causal, window_size, softcap, flag("return_softmax_lse", return_softmax_lse)
-    names = _NAMES_OF_CACHE | ({"page_table": "block_table"} if page_table is None else {})
+    names = _NAMES_OF_CACHE if page_table is None else _NAMES_OF_CACHE | {"page_table": "page_table"}
     return _attend_to_cache(q, k_cache, v_cache, k, v, cache_seqlens, more, *rules, names)
 
 
