@@ -107,7 +107,8 @@ def test_a_file_in_its_place(cold, tmp_path, monkeypatch, capsys, name):
     words = f"the cache would be {folder}, and {file} is a file; a folder is needed"
     assert_warned(cold, words, "to a folder that can be written")
     for command in ("cache", "compile"):
-        assert main([command]) == 1
+        with pytest.raises(SystemExit, match="2"):
+            main([command])
         assert f"error: {words}: try another {CACHE_DIR_VARIABLE}" in capsys.readouterr().err
 
 
