@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import Unread, check_layout, choice, flag, integer, is_traced, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
-from cute_attn.expressions import Called, Indexing, Symbol, check_functions, element, positions, score_of, traced
+from cute_attn.expressions import Called, Indexing, Symbol, check_functions, check_values, element, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import (
@@ -95,7 +95,7 @@ def attention(
         score: ``score(score, batch, head, q_idx, kv_idx, *tensors) -> score``, what is made of a scaled (and capped) score, as
             FlexAttention's ``score_mod``; :mod:`cute_attn.scores`. Gradients go through it, and into captured float tensors
             that require one, which are added up in float32.
-        tensors: more arguments of the two functions.
+        tensors: more arguments of the two functions. Of integers 32 bits are taken; ``CUTE_ATTN_CHECK=1`` refuses larger ones.
         block_mask: what :func:`cute_attn.block_mask` found out about ``mask``: tiles that it hides are not computed, and only
             those that it cuts are masked. It must be of the same mask, and of what its tensors hold now; nobody looks whether
             that is so, and the reference takes the mask alone. Or FlexAttention's ``BlockMask``, whose ``mask_mod`` is the mask
@@ -434,6 +434,7 @@ def take_extras(call: Call, q: torch.Tensor, extras: tuple, batch: int, lengths:
             call.captured = tuple(map(wrapped.finished, call.captured))
             for x in call.captured:
                 wrapped.check_read(**{"a captured tensor": x})
+            check_values(call.captured)
 
 
 def check_known(dropout_p) -> None:

@@ -14,7 +14,7 @@ import reprlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -124,6 +124,15 @@ def choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
     if name not in choices:
         raise ValueError(f"{argument} is {name!r}; {needed}")
     return name
+
+
+def device_of(device: Any) -> torch.device | None:
+    """What torch makes of a device's name or number."""
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device is {shown(device)}; a torch.device or its name is needed, or None: try 'cuda'") from None
 
 
 def shown(value: object) -> str:

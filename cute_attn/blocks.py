@@ -31,8 +31,8 @@ from typing import Any, NoReturn
 import torch
 from torch.nn.functional import pad
 
-from cute_attn.arguments import shown
-from cute_attn.expressions import Expression, TorchOps, traced
+from cute_attn.arguments import device_of, integer, shown
+from cute_attn.expressions import Expression, TorchOps, check_values, traced
 from cute_attn.layouts.base import (
     BLOCK,
     BY_ROWS,
@@ -73,7 +73,7 @@ class BlockMask:
 
     def to(self, device: Any) -> BlockMask:
         """The same on another device."""
-        return BlockMask(self.kinds.to(device), self.seqlen_q, self.seqlen_k)
+        return BlockMask(self.kinds.to(device_of(device)), self.seqlen_q, self.seqlen_k)
 
     @property
     def density(self) -> float:
@@ -85,6 +85,9 @@ class BlockMask:
     def tiles(self, tile_m: int, tile_n: int) -> torch.Tensor:
         """The kinds of tiles of ``tile_m`` queries × ``tile_n`` keys, uint8 ``(batch, heads, m_blocks, n_blocks)``. A tile that
         reaches past the last key is not whole."""
+        for name, n in (("tile_m", tile_m), ("tile_n", tile_n)):
+            if integer(name, n, f"a multiple of {BLOCK}") < BLOCK or n % BLOCK:
+                _refuse(f"{name} is {shown(n)}", f"a multiple of {BLOCK} is needed", "128")
         down, across = tile_m // BLOCK, tile_n // BLOCK
         missing, past = -self.kinds.shape[2] % down, -self.kinds.shape[3] % across
         kinds = pad(self.kinds.masked_fill(self.kinds.eq(BY_ROWS), CUT), (0, past))
@@ -257,6 +260,7 @@ def _block_mask(mask, batch, heads, seqlen_q, seqlen_k, tensors, device) -> Bloc
             raise TypeError(f"{name} is {shown(n)}; an int is needed: try int({name})")
         if not 0 <= n <= LENGTH_MAX:
             raise ValueError(f"{name} is {n}; a number from 0 to {LENGTH_MAX} is needed: try a block mask of a part")
+    device = device_of(device)
     if device is None:
         given = next((x.device for x in tensors if isinstance(x, torch.Tensor)), None)
         device = given or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -264,6 +268,7 @@ def _block_mask(mask, batch, heads, seqlen_q, seqlen_k, tensors, device) -> Bloc
     expression, captured = traced(mask, None, tensors, None, blank, heads, batch)
     if expression.mask is None:
         raise TypeError("mask is None; a function is needed: try mask=cute_attn.masks.causal")
+    check_values(captured)
     kinds = blank.new_empty(batch, heads, -(-seqlen_q // BLOCK), -(-seqlen_k // BLOCK), dtype=torch.uint8)
     if kinds.numel() and kinds.is_cuda:
         from cute_attn import launch  # which imports what needs a GPU

@@ -48,9 +48,13 @@ class Untrusted(PermissionError):  # noqa: N818
 def cache_dir() -> Path:
     """Where compiled kernels are kept: ``$CUTE_ATTN_CACHE_DIR``, or the user's cache folder.
 
-    Raises ``OSError`` where the user has no home and the variable doesn't name a folder.
+    Raises ``OSError`` where the user has no home and the variable doesn't name a folder, or where a file is in the way.
     """
-    return _absolute(os.environ.get(CACHE_DIR_VARIABLE, ""))
+    folder = _absolute(os.environ.get(CACHE_DIR_VARIABLE, ""))
+    if file := next(filter(os.path.isfile, (folder, *folder.parents)), None):
+        need = f"a folder is needed: try another {CACHE_DIR_VARIABLE}"
+        raise NotADirectoryError(f"the cache would be {folder}, and {file} is a file; {need}")
+    return folder
 
 
 @lru_cache(maxsize=16)

@@ -38,7 +38,7 @@ def run(parser: argparse.ArgumentParser, commands: Mapping[str, Command], argv: 
     try:
         with interruptible():
             return commands[options.command](options, shown)
-    except (ValueError, NotImplementedError, argparse.ArgumentTypeError) as error:
+    except (ValueError, NotImplementedError, argparse.ArgumentTypeError, NotADirectoryError) as error:
         parser.error(str(error))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)  # it may be the standard output that can't be written

@@ -76,7 +76,7 @@ def _from_disk_or_compiler(problem: Problem, config: Config) -> Callable:
     try:
         folder = cache_dir()
     except OSError as error:
-        cache.warn_of_folder("the default folder", error)
+        cache.warn_of_folder("the cache's folder", error)
         return compile_only(problem, config)
     if _named_after_another():
         return compile_only(problem, config)

@@ -13,7 +13,8 @@ the DSL as ``ops``: :class:`TorchOps` here, the kernels' in ``mainloop/elements.
 **Derivative.** Next to each node x that depends on the score s lies, on demand, dx/ds: a dual number is two nodes. So the
 gradient's factor ds'/ds is one more output of the same graph, and where it is 1 (a bias) there is nothing to compute. The same
 with an element of a captured tensor in the place of s gives that tensor's gradient: each node that loads one which requires a
-gradient is a direction of its own.
+gradient is a direction of its own. Where there is none it is what torch's autograd says: of abs 0 at 0, of maximum and minimum
+of equal operands a half each, and of clamp at a bound that of the number, so that its two are operations of their own.
 
 **A ramp** is a score to which a multiple of positions is added, and nothing else is done (ALiBi, where all keys that are seen
 come before the query). Kernels need no conversion of each distance then, and scores keep the unit that products have.
@@ -38,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 
 from cute_attn import memo
 from cute_attn.arguments import check_layout, check_tensor, shown
+from cute_attn.lengths import are_checked
 from cute_attn.private import FakeTensor, is_recorded
 
 RANK_MAX = 4
@@ -399,12 +401,22 @@ class Graph:
         zero = self.constant(0.0)
         if op == "where":
             return self.apply_where(x[0], *(zero if dx is None else dx for dx in d[1:]))
+        if op in ("clamp_min", "clamp_max"):
+            inside = self.make("ge" if op == "clamp_min" else "le", "bool", *x)
+            return self.apply_where(inside, *(zero if dx is None else dx for dx in d))
         if op in ("maximum", "minimum"):
-            first = self.make("ge" if op == "maximum" else "le", "bool", *x)
-            return self.apply_where(first, *(zero if dx is None else dx for dx in d))
+            if d[0] == d[1]:
+                return d[0]
+            halves = self._sum(*(self._times(dx, self.constant(0.5)) for dx in d))
+            first, second = (zero if dx is None else dx for dx in d)
+            other = self.apply_where(self.make("eq", "bool", *x), halves, second)  # type: ignore[arg-type]
+            return self.apply_where(self.make("gt" if op == "maximum" else "lt", "bool", *x), first, other)
         one, y = self.constant(1.0), node
         factors: dict[str, Callable[[], int]] = {
-            "abs": lambda: self.apply_where(self.make("lt", "bool", x[0], zero), self.constant(-1.0), one),
+            "abs": lambda: self.apply_where(
+                self.make("gt", "bool", x[0], zero), one,
+                self.apply_where(self.make("lt", "bool", x[0], zero), self.constant(-1.0), zero),
+            ),
             "exp": lambda: y,
             "exp2": lambda: self.apply("mul", y, self.constant(math.log(2.0))),
             "log": lambda: self.apply("div", one, x[0]),
@@ -457,6 +469,7 @@ _INSTEAD = {
     "index": "a captured tensor, indexed, instead of a list",
     **dict.fromkeys(("item", "float", "int"), "the symbol itself, or its .float() or .int(), which need no value"),
     "sin": "a captured table", "cos": "a captured table",
+    "max": "torch.maximum(x, y)", "min": "torch.minimum(x, y)", "where": "torch.where(condition, x, y)",
 }  # fmt: skip
 
 
@@ -483,6 +496,9 @@ class Tracing(TorchFunctionMode):
             name = name[2:-2]
             if name[0] in "ri" and (_SYNONYMS.get(name[1:], name[1:]) in _BINARY):
                 name, reverse = name[1:], name[0] == "r"
+        others = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, torch.Tensor) or name == "where"]
+        if name in ("max", "min", "where") and not others:
+            _refuse(f"{name} of one tensor", f"{ALLOWED} are there", _INSTEAD[name])
         name = _SYNONYMS.get(name, name)
         if func is torch.Tensor.where:
             args = (args[1], args[0], args[2])
@@ -517,6 +533,8 @@ class Tracing(TorchFunctionMode):
             return graph.apply(name, *nodes)
         if name in ("floordiv", "mod") and "float" in map(graph.kind, nodes):
             _refuse(f"{name} of floats", "integers are needed", ".to(torch.int32)")
+        if name in ("floordiv", "mod") and graph.nodes[nodes[1]] == ("constant", "int", "0"):
+            _refuse(f"{name} by 0", "another divisor is needed", "1 or more", ValueError)
         if name in _ARITHMETIC:
             return graph.apply(name, *nodes, at_least="float" if name == "div" else "int")
         if name == "where":
@@ -538,23 +556,26 @@ class Tracing(TorchFunctionMode):
             fill = _FILLED[name] if _FILLED[name] is not None else kwargs.get("fill_value", args[-1])
             dtype = kwargs.get("dtype")
             node = graph.operand(fill)
-            kind = graph.kind(graph.operand(args[0])) if dtype is None else LOADED[dtype]
+            kind = graph.kind(graph.operand(args[0])) if dtype is None else self._kind_of(dtype)
             return graph.symbol(graph.cast(node, kind))
         if name == "to":
             kinds = [x for x in _flat((args[1:], kwargs)) if isinstance(x, (torch.dtype, torch.Tensor))]
             if not kinds:
                 return args[0]
             dtype = self._attribute("dtype", kinds[0]) if isinstance(kinds[0], Symbol) else getattr(kinds[0], "dtype", kinds[0])
-            if dtype not in LOADED:
-                _refuse(f"a conversion to {dtype}", "a float, an integer or bool is needed", "torch.float32")
-            name = LOADED[dtype]
+            name = self._kind_of(dtype)
         return graph.symbol(graph.cast(graph.operand(args[0]), name))
+
+    def _kind_of(self, dtype: Any) -> str:
+        if dtype not in LOADED:
+            _refuse(f"a conversion to {dtype}", "a float, an integer or bool is needed", "torch.float32")
+        return LOADED[dtype]
 
     # ---- operations of other numbers of operands, or made of others
 
     def _clamp(self, x, min=None, max=None):
         node = self.graph.operand(x)
-        for bound, op in ((min, "maximum"), (max, "minimum")):
+        for bound, op in ((min, "clamp_min"), (max, "clamp_max")):
             node = node if bound is None else self.graph.apply(op, node, self.graph.operand(bound), at_least="int")
         return node
 
@@ -629,6 +650,16 @@ def check_functions(mask: Any, score: Any, tensors: Any) -> None:
         if function is not None and not callable(function):
             takes = f"{'score, ' * (name == 'score')}batch, head, q_idx, kv_idx"
             raise TypeError(f"{name} is {shown(function)}; a function is needed: try {name}=lambda {takes}: …")
+
+
+def check_values(captured: tuple[torch.Tensor, ...]) -> None:
+    """With ``CUTE_ATTN_CHECK=1`` read integers of 64 bits back and refuse those that would be cut."""
+    for x in captured:
+        if x.dtype == torch.int64 and are_checked():
+            least, most = (int(end) for end in x.aminmax())
+            if not -(2**31) <= least <= most < 2**31:
+                got = f"a captured tensor of shape {tuple(x.shape)} with values from {least} to {most}"
+                _refuse(got, "integers of 32 bits are needed", "torch.unique(x, return_inverse=True)[1]", ValueError)
 
 
 def _recorded(graph: Graph, mask, score, tensors, alibi_slopes, element, behind: bool) -> tuple[int | None, int | None]:

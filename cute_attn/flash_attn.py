@@ -8,9 +8,9 @@ with ``flash_attn_varlen_func``, the ``qkvpacked`` and ``kvpacked`` forms of the
 module ``bert_padding``, ``pad_input``, ``unpad_input`` and ``index_first_axis``. :func:`install` makes ``import flash_attn``
 resolve to them, for code that can't be edited.
 
-Arguments mean what those of :func:`cute_attn.attention` do: ``softmax_scale`` is its ``scale``, ``window_size`` its ``window``,
-and its errors name them so; those of a cache are :func:`cute_attn.attention_kvcache`'s (``k`` is ``k_new``, ``cache_seqlens``
-``lengths``, ``cache_leftpad`` ``leftpad_k``, ``rotary_seqlens`` ``rotary_begin``).
+Arguments mean what those of :func:`cute_attn.attention` do: ``softmax_scale`` is its ``scale``, ``window_size`` its ``window``;
+those of a cache are :func:`cute_attn.attention_kvcache`'s (``k`` is ``k_new``, ``cache_seqlens`` ``lengths``, ``cache_leftpad``
+``leftpad_k``, ``rotary_seqlens`` ``rotary_begin``). Errors name them as they are here.
 
 All functions that compute attention also take
 
@@ -30,6 +30,7 @@ reference backend.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
@@ -73,6 +74,14 @@ _NEWER = {
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd"), _FLEX),
 }
 _NUMBERS = ("attention_chunk",)  # of these 0 is none, and not None
+# What arguments of attention are here, and those of a cache; and where in words there are no arguments.
+_NAMES = {"scale": "softmax_scale", "window": "window_size", "sinks": "learnable_sink"}
+_NAMES_OF_CACHE = {
+    "k_new": "k", "v_new": "v", "lengths": "cache_seqlens", "leftpad_k": "cache_leftpad", "rotary_begin": "rotary_seqlens",
+    "rotary's cos": "rotary_cos", "rotary's sin": "rotary_sin", "rotary": "(rotary_cos, rotary_sin)",
+    "page_table": "block_table",
+}  # fmt: skip
+_NO_NAME_BEFORE, _NO_NAME_BEHIND = r"(?<![\w.])(?<!the )", r"(?!\w| it| q| positions)"
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -113,7 +122,7 @@ def flash_attn_func(
     if usual and type(dropout_p) is float and not dropout_p and getattr(q, "is_cuda", False) and not is_compiling():
         try:
             return attention(q, k, v, scale=softmax_scale, causal=causal, softcap=softcap, deterministic=deterministic)
-        except ValueError:  # rows that kernels can't read as they are, or an error, which comes again
+        except (TypeError, ValueError):  # rows that kernels can't read as they are, or an error, which comes again
             pass
     rules = softmax_scale, causal, window_size, softcap, deterministic
     return _attend(attention, q, k, v, extras, *rules, return_attn_probs, return_lse)
@@ -197,7 +206,10 @@ def flash_attn_varlen_func(
         where = extras | {"page_table": table, "cu_seqlens_q": cu_seqlens_q}
         probs, return_lse = flag("return_attn_probs", return_attn_probs), flag("return_lse", return_lse)
         asked = probs or return_lse
-        found = _attend_to_cache(q, k, v, None, None, used, where, softmax_scale, causal, window_size, softcap, asked)
+        rules = softmax_scale, causal, window_size, softcap, asked
+        names = {"k_cache": "k", "v_cache": "v", "lengths": "cu_seqlens_k.diff()" if seqused_k is None else "seqused_k"}
+        names["page_table"] = "block_table" if page_table is None else "page_table"
+        found = _attend_to_cache(q, k, v, None, None, used, where, *rules, names)
         return (*found, q.new_empty(0)) if probs else found
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q, "seqused_k": seqused_k}
     rules = softmax_scale, causal, window_size, softcap, deterministic
@@ -231,7 +243,11 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = _unpacked("qkv", qkv, 3, 4)
     lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    return flash_attn_varlen_func(q, k, v, *lengths, *rules, return_lse=return_lse, **others)
+    try:
+        return flash_attn_varlen_func(q, k, v, *lengths, *rules, return_lse=return_lse, **others)
+    except Exception as error:
+        _rename(error, {f"{name}_{side}": name for name in ("cu_seqlens", "max_seqlen") for side in "qk"})
+        raise
 
 
 @unscriptable
@@ -291,7 +307,8 @@ def flash_attn_with_kvcache(
     rotary = None if rotary_cos is None else (rotary_cos, rotary_sin)
     more = extras | where | {"rotary": rotary, "rotary_interleaved": rotary_interleaved}
     rules = softmax_scale, causal, window_size, softcap, flag("return_softmax_lse", return_softmax_lse)
-    return _attend_to_cache(q, k_cache, v_cache, k, v, cache_seqlens, more, *rules)
+    names = _NAMES_OF_CACHE if page_table is None else _NAMES_OF_CACHE | {"page_table": "page_table"}
+    return _attend_to_cache(q, k_cache, v_cache, k, v, cache_seqlens, more, *rules, names)
 
 
 def _table_of(block_table: Tensor | None, page_table: Tensor | None) -> Tensor | None:
@@ -301,25 +318,30 @@ def _table_of(block_table: Tensor | None, page_table: Tensor | None) -> Tensor |
     return page_table if block_table is None else block_table
 
 
-def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal, window, softcap, return_lse: bool):
-    """:func:`~cute_attn.attention_kvcache` where ``used`` is a number of rows for all sequences, all there are, or a tensor."""
+def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal, window, softcap, return_lse, names: dict):
+    """:func:`~cute_attn.attention_kvcache` where ``used`` is a number of rows for all sequences, all there are, or a tensor.
+    ``names`` are what its arguments are to the caller."""
     tensors = all(isinstance(x, Tensor) for x in (q, k_cache)) and k_cache.dim() == 4  # else there is an error to come
     if tensors and not isinstance(used, Tensor):
         check_layout("q", q)
         bounds, table = more["cu_seqlens_q"], more["page_table"]
         rows = k_cache.shape[1] * (1 if table is None else table.shape[-1])
-        given = rows if used is None else integer("cache_seqlens", used, "or an int32 tensor (batch,)")
+        given = rows if used is None else integer(names["lengths"], used, "or an int32 tensor (batch,)")
         if not 0 <= given <= rows:
             raise ValueError(
-                f"cache_seqlens is {shown(given)}; from 0 to {rows} rows, as many as the cache has for a sequence, are needed: "
-                f"check how it was made, or take a larger cache or more pages"
+                f"{names['lengths']} is {shown(given)}; from 0 to {rows} rows, as many as the cache has for a sequence, are "
+                f"needed: check how it was made, or take a larger cache or more pages"
             )
         used = torch.full((len(q if bounds is None else bounds[1:]),), given, dtype=torch.int32, device=q.device)
     q, k, v = (x if _as_is(x, x, x) or not _are_dense(x) else x.contiguous() for x in (q, k, v))
     window = None if window is UNBOUNDED else window
     rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
-    with torch.no_grad():
-        return attention_kvcache(q, k_cache, v_cache, lengths=used, k_new=k, v_new=v, **more, **rules)
+    try:
+        with torch.no_grad():
+            return attention_kvcache(q, k_cache, v_cache, lengths=used, k_new=k, v_new=v, **more, **rules)
+    except Exception as error:
+        _rename(error, names)
+        raise
 
 
 def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, softcap, deterministic, probs, return_lse):
@@ -332,15 +354,25 @@ def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, sof
         q, k, v = _padded(q), _padded(k), _padded(v)
     window = None if window is UNBOUNDED else window
     asked = probs or return_lse
-    results = attend(
-        q, k, v, **lengths, scale=scale, causal=causal, window=window, softcap=softcap, deterministic=deterministic,
-        return_lse=asked,
-    )  # fmt: skip
+    rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "deterministic": deterministic}
+    try:
+        results = attend(q, k, v, **lengths, **rules, return_lse=asked)
+    except Exception as error:
+        _rename(error, {})
+        raise
     if not asked:
         return results if columns is None else results[..., :columns]
     out, lse = results
     out = out if columns is None else out[..., :columns]
     return (out, lse, out.new_empty(0)) if probs else (out, lse)
+
+
+def _rename(error: Exception, names: dict[str, str]) -> None:
+    """Have an error of attention speak of arguments as the caller knows them."""
+    if not is_compiling() and error.args and isinstance(error.args[0], str):
+        names = _NAMES | names
+        some = _NO_NAME_BEFORE + f"({'|'.join(names)})" + _NO_NAME_BEHIND
+        error.args = (re.sub(some, lambda found: names[found[0]], error.args[0]), *error.args[1:])
 
 
 def _as_is(q, k, v) -> bool:

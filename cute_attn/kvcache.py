@@ -135,6 +135,8 @@ def attention_kvcache(
         stored.check_new(keys, k_cache, v_cache, k_new, v_new)
     if rotary is not None:
         stored.check_rotary(keys, q, rotary, rotary_interleaved)
+    elif rotary_begin is not None:
+        raise ValueError("rotary_begin is given without rotary, whose positions it is of; both are needed: pass rotary, too")
     named = dict(zip(stored.NAMES, of_sequences, strict=True))
     wrapped.check_read(q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, **named)
     if (extras := api.extras_of_call(mask, score, tensors, alibi_slopes, None, sinks, 0)) is not None:

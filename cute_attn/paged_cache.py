@@ -15,7 +15,7 @@ from itertools import count
 import numpy as np
 import torch
 
-from cute_attn.arguments import integer, shown
+from cute_attn.arguments import device_of, integer, shown
 
 NO_PAGE = -1  # in a table, after a sequence's pages
 
@@ -77,11 +77,11 @@ class PagedCache:
                 raise ValueError(f"{name} is {shown(size)}; an int of 1 or more is needed, of 32 bits: check how it was made")
         if not (dtype is None or isinstance(dtype, torch.dtype)):
             raise TypeError(f"dtype is {shown(dtype)}; a torch.dtype is needed, or None: try torch.bfloat16")
-        if not (device is None or isinstance(device, (torch.device, str, int))):
-            raise TypeError(f"device is {shown(device)}; a torch.device or its name is needed, or None: try 'cuda'")
+        device = device_of(device)
         *shape, head_dim, head_dim_v = sizes.values()
-        self.k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
-        self.v = torch.empty(*shape, head_dim_v, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # what is made within it can't be written to outside
+            self.k = torch.empty(*shape, head_dim, dtype=dtype, device=device)
+            self.v = torch.empty(*shape, head_dim_v, dtype=dtype, device=device)
         _, self.pages, self.page_size, _ = shape
         self._sequences: dict[int, _Held] = {}
         self._names = count()  # never used again: one that was freed is told from those that are there

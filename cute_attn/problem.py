@@ -260,14 +260,14 @@ def check_call(q, k, v, scale, causal, window, softcap, packed: bool = False, he
     return _with_rules(sizes, scale, causal, window, softcap, heads_first)
 
 
-def _check_heads(heads, heads_kv, head_dim, head_dim_k, head_dim_v) -> None:
+def _check_heads(heads, heads_kv, head_dim, head_dim_k, head_dim_v, k="k", v="v") -> None:
     """Refuse heads that are no multiple of the key heads, and head dims that don't fit or are none."""
     if head_dim != head_dim_k:
-        raise ValueError(f"head_dim of q is {head_dim} and of k is {head_dim_k}; equal ones are needed: check k's layout")
+        raise ValueError(f"head_dim of q is {head_dim} and of {k} is {head_dim_k}; equal ones are needed: check {k}'s layout")
     if heads != heads_kv and (not heads_kv or heads % heads_kv):
         raise ValueError(
-            f"q has {heads} heads and k has {heads_kv}; q's must be a multiple of k's (GQA): "
-            f"repeat k's and v's heads or check that the last dimension but one is the heads"
+            f"q has {heads} heads and {k} has {heads_kv}; q's must be a multiple of {k}'s (GQA): "
+            f"repeat {k}'s and {v}'s heads or check that the last dimension but one is the heads"
         )
     if not head_dim or not head_dim_v:
         raise ValueError(
@@ -318,8 +318,8 @@ def check_call_of_cache(q, k_cache, v_cache, where: tuple, scale, causal, window
             f"k_cache is {tuple(k_cache.shape)} and v_cache is {tuple(v_cache.shape)}; "
             f"equal sizes are needed: only head_dim may differ"
         )
-    check_alike(q, k_cache, v_cache)
-    _check_heads(heads, heads_kv, head_dim, head_dim_k, head_dim_v)
+    check_alike(q, k_cache, v_cache, "k_cache", "v_cache")
+    _check_heads(heads, heads_kv, head_dim, head_dim_k, head_dim_v, "k_cache", "v_cache")
     keys = stored.check_stored(q, k_cache, where)
     sizes = keys.batch, heads, heads_kv, seqlen_q, keys.capacity, head_dim, head_dim_v
     call = _with_rules(sizes, scale, causal, window, softcap)
@@ -352,16 +352,18 @@ def _check_shapes(q, k, v, packed: bool) -> None:
             )
 
 
-def check_alike(q, k, v) -> None:
-    """Refuse tensors that differ in dtype or device, or whose dtype no backend takes."""
+def check_alike(q, k, v, of_k="k", of_v="v") -> None:
+    """Refuse tensors that differ in dtype or device, or whose dtype no backend takes; ``of_k`` and ``of_v`` are their names."""
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
-            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; one dtype is needed: try k.to(q.dtype), v.to(q.dtype)"
+            f"q, {of_k}, {of_v} have dtypes {q.dtype}, {k.dtype}, {v.dtype}; one dtype is needed: "
+            f"try {of_k}.to(q.dtype), {of_v}.to(q.dtype)"
         )
     if q.dtype not in ALL_DTYPES:
         raise ValueError(f"dtype is {q.dtype}; float16, bfloat16, float32 or float64 is needed: try .to(torch.bfloat16)")
     if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v lie on {q.device}, {k.device}, {v.device}; one device is needed: try k.to(q.device)")
+        where = f"{q.device}, {k.device}, {v.device}"
+        raise ValueError(f"q, {of_k}, {of_v} lie on {where}; one device is needed: try {of_k}.to(q.device)")
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

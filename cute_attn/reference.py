@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -309,7 +310,9 @@ def _append(q, k_cache, v_cache, call: Call, stored: Stored, lengths: list[int],
         k, v = _turned(k_new[rows], stored, begins[i]), v_new[rows]
         added.append(min(len(k), capacity - lengths[i]))
         where = _rows_of_cache(stored, i, range(lengths[i], lengths[i] + added[i]), k_cache)
-        k_cache[where], v_cache[where] = k[: added[i]], v[: added[i]]
+        # As the kernels do, also what was made in inference mode, to which torch writes nowhere else.
+        with torch.inference_mode() if k_cache.is_inference() or v_cache.is_inference() else nullcontext():
+            k_cache[where], v_cache[where] = k[: added[i]], v[: added[i]]
     if stored.rotary is not None:
         q, step = q.clone(), int(call.left is not None or call.right is not None)
         for i, rows in enumerate(_rows_of(stored.cu_seqlens_q, call.batch, q)):

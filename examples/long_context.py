@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cute_attn import distributed
+from cute_attn.command import drawn, output_file, positive
+from cute_attn.distributed.calls import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD_DIM, HEADS, HEADS_KV, LAYERS = 64, 8, 2, 2
@@ -101,15 +104,28 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     pyplot.savefig(path)
 
 
+def curve(text: str) -> tuple[str, list[float]]:
+    """A type of argument: a file that ``--json`` has written."""
+    try:
+        found = json.loads(Path(text).read_text())
+        return found["name"], found["losses"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"got {text!r} ({error}); a file that --json has written is needed") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seqlen", type=int, default=4096, help="bytes of the text (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="(%(default)s)")
-    parser.add_argument("--method", default="auto", help="auto, ring or ulysses (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the losses here")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve")
-    parser.add_argument("--beside", type=Path, metavar="FILE", nargs="*", default=[], help="and those of these files of --json")
+    parser.add_argument("--seqlen", type=positive, default=4096, help="bytes of the text (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=20, help="(%(default)s)")
+    parser.add_argument("--method", choices=METHODS, default="auto", help="(%(default)s)")
+    file = output_file if os.environ.get("RANK", "0") == "0" else Path  # one rank writes
+    parser.add_argument("--json", type=file, metavar="FILE", help="write the losses here")
+    parser.add_argument("--plot", type=drawn(file), metavar="FILE", help="draw the curve")
+    parser.add_argument("--beside", type=curve, metavar="FILE", nargs="*", default=[], help="and those that --json wrote")
     options = parser.parse_args()
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        launched = "torchrun --standalone --nproc-per-node 1 examples/long_context.py"
+        parser.error(f"{', '.join(missing)}: not in the environment, by which ranks find each other: try {launched}")
     on_gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=2))
     device = torch.device("cuda", dist.get_node_local_rank(0)) if on_gpu else torch.device("cpu")
@@ -122,8 +138,7 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps({"name": name, "losses": losses}) + "\n")
         if options.plot:
-            others = [json.loads(path.read_text()) for path in options.beside]
-            draw({name: losses} | {other["name"]: other["losses"] for other in others}, options.plot)
+            draw({name: losses} | dict(options.beside), options.plot)
     dist.destroy_process_group()
 
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from cute_attn import PagedCache, attention_kvcache
-from cute_attn.command import positive
+from cute_attn.command import positive, whole
 
 PREFIX = [*range(1, 39)]  # the instructions: as many tokens
 SHOWN = 16  # sequences of the table
@@ -47,6 +47,12 @@ class Size:
     prompt: int  # tokens, at most
     new: int
     dtype: torch.dtype
+
+    @property
+    def least_pages(self) -> int:
+        """For the instructions, and a copy of their last page and all that one sequence may come to."""
+        shared = len(PREFIX) // self.page_size
+        return -(-len(PREFIX) // self.page_size) + (len(PREFIX) + self.prompt + self.new) // self.page_size + 1 - shared
 
 
 SIZES = {
@@ -195,7 +201,8 @@ def main(argv: list[str] | None = None) -> Server:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=positive, default=size.requests, help="%(default)s")
     parser.add_argument("--at-once", type=positive, default=size.at_once, help="sequences of a step, at most (%(default)s)")
-    parser.add_argument("--pages", type=positive, default=size.pages, help=f"of {size.page_size} tokens (%(default)s)")
+    help_ = f"of {size.page_size} tokens (%(default)s)"
+    parser.add_argument("--pages", type=whole(size.least_pages), default=size.pages, help=help_)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the prompts (%(default)s)")
     parser.add_argument("--check", action="store_true", help="compare the tokens with those of Transformers' generate")
     options = parser.parse_args(argv)

@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=positive, default=size.steps, help="%(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the documents' order (%(default)s)")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile (%(default)s); eager takes no compiler")
+    backends = torch.compiler.list_backends(())
+    help_ = "of torch.compile (%(default)s); eager takes no compiler"
+    parser.add_argument("--backend", metavar="NAME", choices=backends, default="inductor", help=help_)
     parser.add_argument("--plot", type=output_file, default="loss.png", metavar="FILE", help="the loss, drawn (%(default)s)")
     options = parser.parse_args(argv)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from cute_attn.arguments import check_tensor, choice, integer, shown
+from cute_attn.arguments import check_tensor, choice, device_of, integer, shown
 from cute_attn.distributed.ring import ALONE, Members, carries
 from cute_attn.distributed.schedule import ORDERS, Shards, padded
 
@@ -110,6 +110,7 @@ def positions(seqlen: int, *, group=None, mesh=None, order: str = "zigzag", devi
 
     Arguments and errors are those of :func:`shard`.
     """
+    device = device_of(device)
     places, order, seqlen = places_of(group, mesh), choice("order", order, ORDERS), length_of("seqlen", seqlen)
     return torch.cat([torch.zeros(0, dtype=torch.int64, device=device)] + [
         torch.arange(span.start, span.stop, device=device) for span in places.spans(seqlen, order)

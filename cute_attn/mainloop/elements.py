@@ -67,6 +67,8 @@ class ElementOps:
     def _minimum(self, kind, x, y):
         return -cute.arch.fmax(-x, -y, nan=True) if kind == "float" else cutlass.min(x, y)
 
+    _clamp_min, _clamp_max = _maximum, _minimum
+
     def _abs(self, kind, x):
         return cute.math.absf(x) if kind == "float" else cutlass.max(x, -x)
 

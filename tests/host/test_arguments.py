@@ -211,6 +211,8 @@ KINDS = [
     Row("window of lists", rules(window=[[10**9999], 2]), TypeError, "left side is a list", "an int is needed", "None"),
     Row("backend a number", call(backend=1), TypeError, "backend is 1", "'auto', 'cute', 'reference'"),
     Row("no such backend", call(backend="triton"), ValueError, "backend is 'triton'", "'auto', 'cute', 'reference'"),
+    Row("a device", lambda: arguments.device_of("gpu"), ValueError, "device is a str, 'gpu'", "its name is needed", "'cuda'"),
+    Row("a device's kind", lambda: arguments.device_of(0.5), TypeError, "device is 0.5", "a torch.device or", "'cuda'"),
 ]
 
 

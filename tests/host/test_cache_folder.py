@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from cute_attn import cache, compile
+from cute_attn.__main__ import main
 from cute_attn.cache import CACHE_DIR_VARIABLE, cache_dir
 from tests.host.compile_cache import ASK, CONFIG, NAME, PROBLEM, assert_warned, files, hit, works
 
@@ -98,11 +99,17 @@ if sys.argv[1] == "again":
 # ---- folders that can't be written ---------------------------------------------------------------------------------
 
 
-def test_a_folder_below_a_file(cold, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "cache"
+@pytest.mark.parametrize("name", ["file", "file/cache"])
+def test_a_file_in_its_place(cold, tmp_path, monkeypatch, capsys, name):
+    file, folder = tmp_path / "file", tmp_path / name
+    file.touch()
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(folder))
-    assert_warned(cold, str(folder), "to a folder that can be written")
+    words = f"the cache would be {folder}, and {file} is a file; a folder is needed"
+    assert_warned(cold, words, "to a folder that can be written")
+    for command in ("cache", "compile"):
+        with pytest.raises(SystemExit, match="2"):
+            main([command])
+        assert f"error: {words}: try another {CACHE_DIR_VARIABLE}" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made(cold, monkeypatch):

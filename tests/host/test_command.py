@@ -295,7 +295,7 @@ def test_a_folder_that_can_not_be_written_is_said_before_anything_is_compiled(ca
     monkeypatch.setattr(fill, "fill", lambda *_: pytest.fail("compiled"))
     with pytest.raises(SystemExit, match="2"):
         main(["compile", "--arch", "sm_80"])
-    assert f"{tmp_path}/file can't be written" in capsys.readouterr().err
+    assert f"{tmp_path}/file is a file; a folder is needed" in capsys.readouterr().err
 
 
 # --- interrupts ------------------------------------------------------------------------------------------------------

@@ -554,6 +554,7 @@ ERRORS = [
         "one is needed, or two",
         "mesh[name]",
     ),
+    Row("a device", lambda: distributed.positions(8, device="gpu"), ValueError, "device is a str, 'gpu'", "its name is"),
     Row("order", shards_of(order="striped"), ValueError, "order is 'striped'", "one of 'zigzag', 'contiguous' is needed"),
     Row("order's kind", shards_of(order=1), TypeError, "order is 1", "one of 'zigzag', 'contiguous' is needed"),
     Row("method", shards_of(method="tree"), ValueError, "method is 'tree'", "one of 'auto', 'ring', 'ulysses' is needed"),

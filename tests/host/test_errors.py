@@ -39,6 +39,7 @@ from cute_attn import (
     paged_cache,
     plan,
     problem,
+    scores,
     sdpa,
     stored,
     transformers,
@@ -543,9 +544,10 @@ CACHES = [
     Row("q of 3 dimensions", cached(q=q[0]), ValueError, "q has shape (6, 4, 16)", "4 dimensions (batch", "q.unsqueeze(1)"),
     Row("packed q of 4", cached(**PACKED | {"q": q}), ValueError, "q has shape (2, 6", "3 dimensions", "q.flatten(0, 1)"),
     Row("caches of two sizes", cached(v_cache=CACHE[:, 1:]), ValueError, "v_cache is (2, 9, 2, 16)", "equal sizes are needed"),
-    Row("cache of another dtype", cached(v_cache=CACHE.half()), ValueError, "torch.float16", "one dtype is needed"),
-    Row("cache elsewhere", cached(k_cache=CACHE.to("meta")), ValueError, "lie on cpu, meta, cpu", "one device is needed"),
-    Row("heads of the cache", cached(q=q[:, :, :3]), ValueError, "q has 3 heads and k has 2", "multiple"),
+    Row("cache of another dtype", cached(v_cache=CACHE.half()), ValueError, "q, k_cache, v_cache have dtypes", "v_cache.to(q"),
+    Row("cache elsewhere", cached(k_cache=CACHE.to("meta")), ValueError, "v_cache lie on cpu, meta, cpu", "k_cache.to("),
+    Row("heads of the cache", cached(q=q[:, :, :3]), ValueError, "q has 3 heads and k_cache has 2", "multiple of k_cache's"),
+    Row("columns of the cache", cached(q=q[..., :8]), ValueError, "q is 8 and of k_cache is 16", "check k_cache's layout"),
     Row("lengths a number", cached(lengths=3), TypeError, "lengths is 3", "int32 tensor on cpu", "dtype=torch.int32"),
     Row("lengths in 64 bits", cached(lengths=int32(3, 4).long()), ValueError, "lengths has dtype torch.int64", "lengths.int()"),
     Row("lengths elsewhere", cached(lengths=int32(3, 4).to("meta")), ValueError, "lengths lies on meta", "one device"),
@@ -579,6 +581,7 @@ CACHES = [
         "leave it out",
     ),
     Row("rotary of no keys", cached(rotary=(TURN, TURN)), ValueError, "rotary is given without k_new", "new keys are needed"),
+    Row("positions of none", appended(rotary_begin=int32(0, 0)), ValueError, "rotary_begin is given without", "both are"),
     Row("rotary a tensor", appended(rotary=TURN), TypeError, "rotary is a Tensor", "a pair of tensors (cos, sin) is needed"),
     Row("rotary of 6", appended(rotary=(TURN[:, :6],) * 2), ValueError, "cos has shape (20, 6)", "multiple of 8 up to 8"),
     Row("rotary in float32", appended(rotary=(TURN, TURN.float())), ValueError, "sin is torch.float32", "equal", "sin.to(q)"),
@@ -772,6 +775,10 @@ def masked_by(function, **options):
     return lambda: attention(q, k, v, mask=function, **options)
 
 
+def compiled(call):
+    return torch.compile(call, backend="eager", fullgraph=True)
+
+
 def a_symbol_that_gets_out():
     found = []
     attention(q, k, v, mask=lambda batch, head, q_idx, kv_idx: found.append(q_idx) or q_idx >= kv_idx)
@@ -789,6 +796,8 @@ def under_vmap(**options):
 
 
 TABLE, LIST = torch.zeros(2, 9), [1.0, 2.0]
+HASHES = torch.tensor([7, 2**40, -5])
+CUT_HASHES = "with values from -5 to 1099511627776", "32 bits are needed", "torch.unique(x, return_inverse=True)[1]"
 THERE = "torch.where, minimum, maximum"
 # What a user's functions can't do, and what is passed beside them.
 FUNCTIONS = [
@@ -808,6 +817,17 @@ FUNCTIONS = [
     Row("a sine", scored(lambda s, b, h, i, j: torch.sin(s)), NotImplementedError, "has sin", THERE, "a captured table"),
     Row("in place", scored(lambda s, b, h, i, j: s.add_(1)), NotImplementedError, "has add_", THERE, "x = x + y instead"),
     Row("a sum", scored(lambda s, b, h, i, j: s.sum()), NotImplementedError, "has sum", THERE, "one of these"),
+    Row("a row's largest", scored(lambda s, b, h, i, j: s.max()), NotImplementedError, "has max of one", THERE, "maximum(x"),
+    Row("along keys", scored(lambda s, b, h, i, j: torch.min(s, 0)), NotImplementedError, "has min of one", THERE, "minimum(x"),
+    Row("a place", scored(lambda s, b, h, i, j: torch.where(s)), NotImplementedError, "has where of one", THERE, "ition, x"),
+    Row(
+        "complex zeros",
+        scored(lambda s, b, h, i, j: s + torch.zeros_like(s, dtype=torch.complex64)),
+        NotImplementedError,
+        "to torch.complex64",
+        "a float",
+        "torch.float32",
+    ),
     Row("gradient's", scored(lambda s, b, h, i, j: s.grad), NotImplementedError, "has grad", THERE, "one of these"),
     Row(
         "a table as it is",
@@ -957,6 +977,24 @@ FUNCTIONS = [
     Row(
         "64 bits", masked_by(lambda b, h, i, j: i < 2**40), NotImplementedError, "constant 1099511627776", "32 bits", "a float"
     ),
+    Row("every 0th key", masked_by(masks.dilated(0)), ValueError, "has mod by 0", "another divisor is needed", "1 or more"),
+    Row("blocks of 0", masked_by(masks.block_diagonal(0)), ValueError, "has floordiv by 0", "another divisor", "1 or more"),
+    # Ready-made ones.
+    Row("no masks", lambda: masks.and_masks(), TypeError, "and_masks is given ()", "one function or more", "masks.causal"),
+    Row("none of them", lambda: masks.or_masks(), TypeError, "or_masks is given ()", "one function or more", "no mask at all"),
+    Row("ids in a list", lambda: masks.document(LIST), TypeError, "ids is a list", "an int tensor (seqlen,)", "torch.tensor("),
+    Row("a length", lambda: masks.prefix_lm(3), TypeError, "lengths is 3", "an int tensor (batch,) is", "torch.tensor("),
+    Row("seen in a list", lambda: masks.given(LIST), TypeError, "seen is a list", "a tensor of bools is", "torch.tensor(seen)"),
+    Row("a slope", lambda: scores.alibi(0.5), TypeError, "slopes is 0.5", "a float tensor (heads,) is", "torch.tensor("),
+    Row("a table in a list", lambda: scores.relative(LIST), TypeError, "table is a list", "(heads, 2 · farthest + 1)", "try"),
+    Row("a table of no heads", lambda: scores.relative(TABLE[0]), ValueError, "shape (9,)", "(heads, 2 · farthest", "how"),
+    Row("3 buckets", lambda: scores.bucketed(TABLE[:, :3], 9), ValueError, "shape (2, 3)", "at least 4 for each", "how"),
+    Row("1 bucket", lambda: scores.bucketed(TABLE[:, :1], 9, False), ValueError, "shape (2, 1)", "at least 2 for each", "how"),
+    Row("near buckets", lambda: scores.bucketed(TABLE, 2), ValueError, "farthest is 2", "more than 2, the dist", "try 16"),
+    # With CUTE_ATTN_CHECK=1.
+    Row("ids of 64 bits", masked_by(masks.document(HASHES)), ValueError, *CUT_HASHES),
+    Row("blocks of them", lambda: block_mask(masks.document(HASHES), 1, 1, 5, 5, device="cpu"), ValueError, *CUT_HASHES),
+    Row("ids in a graph", lambda: compiled(masked_by(masks.document(HASHES)))(), ValueError, *CUT_HASHES),
     Row(
         "complex constants",
         scored(lambda s, b, h, i, j: torch.add(s, 1j)),
@@ -1099,6 +1137,11 @@ FUNCTIONS = [
         "at most 512 for each are",
         "mask= alone",
     ),
+    Row("blocks elsewhere", lambda: block_mask(len, 1, 1, 5, 5, device="gpu"), ValueError, "device is a str, 'gpu'", "'cuda'"),
+    Row("moved nowhere", lambda: blocked().to(1.5), TypeError, "device is 1.5", "a torch.device or its name is", "'cuda'"),
+    Row("odd tiles", lambda: blocked().tiles(64, 33), ValueError, "tile_n is 33", "a multiple of 32 is needed", "try 128"),
+    Row("tiles of 0", lambda: blocked().tiles(0, 64), ValueError, "tile_m is 0", "a multiple of 32 is needed", "try 128"),
+    Row("no tile", lambda: blocked().tiles(None, 64), TypeError, "tile_m is None", "an int is needed, a multiple of 32"),
     Row("half a query", lambda: block_mask(len, 1, 1, 5.5, 5), TypeError, "seqlen_q is 5.5", "an int is", "int(seqlen_q)"),
     Row("-1 heads", lambda: block_mask(len, 1, -1, 5, 5), ValueError, "heads is -1", "a number from 0", "of a part"),
     Row(
@@ -1272,6 +1315,40 @@ FLASH_ATTN = [
         "q is a nested tensor",
         "a plain one is needed",
     ),
+    Row("rows of 64 bits", kvcache(cache_seqlens=INDICES), ValueError, "cache_seqlens has dtype", "is needed", "seqlens.int()"),
+    Row("rows of 1", kvcache(cache_seqlens=int32(3)), ValueError, "q is of 2 sequences where cache_seqlens is", ONE_EACH, "q"),
+    Row("padding", kvcache(cache_leftpad=[0]), TypeError, "cache_leftpad is a list", "int32 tensor on cpu is needed", "try"),
+    Row("its table", kvcache(block_table=int32(0, 1)), ValueError, "block_table has shape (2,)", "is needed", "len(cache_seq"),
+    Row("FA3's", kvcache(page_table=int32(0, 1)), ValueError, "page_table has shape (2,)", "is needed", "len(cache_seql"),
+    Row("new columns", kvcache(k=k[:, :, :1], v=v, cache_seqlens=0), ValueError, "k has shape (2, 10, 1, 16)", "in k and v"),
+    Row("floats", kvcache(k=k, v=v.float(), cache_seqlens=0), ValueError, "v is torch.float32", "equal ones", "v.to(k_cache)"),
+    Row(
+        "a table of floats",
+        kvcache(k=k[:, :1], v=v[:, :1], cache_seqlens=0, rotary_cos=TURN, rotary_sin=TURN.float()),
+        ValueError,
+        "rotary_sin is torch.float32",
+        "equal ones are needed",
+        "sin.to(q)",
+    ),
+    Row("no new rows", kvcache(rotary_cos=TURN, rotary_sin=TURN), ValueError, "rotary_sin) is given without k;", "new keys"),
+    Row("many keys", kvcache(cache_seqlens=int32(3, 11)), ValueError, "cache_seqlens[1] is 11", "from 0 to 10", "larger cache"),
+    Row(
+        "pages of one",
+        lambda: flash_attn.flash_attn_varlen_func(q[0], k, v, BOUNDS_Q, BOUNDS_K, 4, 9, block_table=int32([0])),
+        ValueError,
+        "block_table is of 1 sequences where cu_seqlens_k.diff() is of 2",
+        ONE_EACH,
+        "check how block_table was made",
+    ),
+    Row(
+        "half a key in pages",
+        lambda: flash_attn.flash_attn_varlen_func(
+            q[0], k, v, BOUNDS_Q, BOUNDS_K, 4, 9, block_table=int32([0], [1]), seqused_k=0.5
+        ),
+        TypeError,
+        "seqused_k is 0.5",
+        "an int is needed, or an int32 tensor",
+    ),
     Row("rows below 0", kvcache(cache_seqlens=-1), ValueError, "cache_seqlens is -1", "from 0 to 10 rows", "larger cache"),
     Row(
         "sparse odd rows",
@@ -1288,8 +1365,8 @@ FLASH_ATTN = [
         "memory is needed",
         "fill it again",
     ),
-    Row("packed pages", flash_varlen(block_table=int32([0], [1])), ValueError, "k_cache has shape (10, 2, 16)", "page_size"),
-    Row("a sink a head", flash(learnable_sink=torch.ones(3)), ValueError, "a Tensor of shape (3,)", "(4,), one a head"),
+    Row("packed pages", flash_varlen(block_table=int32([0], [1])), ValueError, "k has shape (10, 2, 16)", "page_size"),
+    Row("a sink a head", flash(learnable_sink=torch.ones(3)), ValueError, "learnable_sink is a Tensor of", "(4,), one"),
     Row("qv", flash(qv=q), NotImplementedError, "qv is a Tensor of shape (2, 6, 4, 16)", YET, "torch.cat((q, qv), -1)"),
     Row("8-bit floats' scales", flash(k_descale=torch.ones(2, 2)), NotImplementedError, "k_descale is", YET, "* k_descale"),
     Row("chunks", flash(attention_chunk=64), NotImplementedError, "attention_chunk is 64", f"0 {YET}", "window_size"),
@@ -1332,9 +1409,9 @@ FLASH_ATTN = [
     Row("flash q a list", flash(q=[1.0]), TypeError, "q is a list", "torch.Tensor is needed", "torch.as_tensor(q)"),
     Row("flash v of 0 dimensions", flash(v=torch.ones(())), ValueError, "v has shape ()", "4 dimensions"),
     Row("causal a string", flash(causal="yes"), TypeError, "causal is a str", "True or False is needed", "causal=True"),
-    Row("a scale in words", flash(softmax_scale="1"), TypeError, "scale is a str", "finite number is needed", "1/√head_dim"),
-    Row("one side", flash(window_size=5), TypeError, "window is 5", "pair (left, right) is needed", "None or -1"),
-    Row("windows below -1", flash(window_size=(-2, 0)), ValueError, "left side is -2", "≥ 0 is needed", "None or -1"),
+    Row("a scale in words", flash(softmax_scale="1"), TypeError, "softmax_scale is a str", "finite number is", "1/√head_dim"),
+    Row("one side", flash(window_size=5), TypeError, "window_size is 5", "pair (left, right) is needed", "None or -1"),
+    Row("windows below -1", flash(window_size=(-2, 0)), ValueError, "window_size's left side is -2", "≥ 0 is needed"),
     Row("caps below 0", flash(softcap=-1.0), ValueError, "softcap is -1.0", "≥ 0 is needed", "0 for none"),
     Row("deterministic None", flash(deterministic=None), TypeError, "deterministic is None", "True or False is needed"),
     Row("bounds of int64", flash_varlen(cu_seqlens_q=BOUNDS_Q.long()), ValueError, "torch.int64", "int32 is needed", ".int()"),
@@ -1362,6 +1439,14 @@ FLASH_ATTN = [
         ValueError,
         "qkv has shape (2, 6, 3, 2, 16)",
         "(rows of all sequences, 3, heads, head_dim) is needed",
+    ),
+    Row(
+        "bounds of all three",
+        lambda: flash_attn.flash_attn_varlen_qkvpacked_func(QKV[0], BOUNDS_Q.long(), 4),
+        ValueError,
+        "cu_seqlens has dtype torch.int64",
+        "torch.int32 is needed",
+        "try cu_seqlens.int()",
     ),
     Row(
         "kv a pair",
@@ -1586,6 +1671,7 @@ PAGED_CACHE = [
     Row("very many pages", lambda: pages("new", pages=10**400), ValueError, "an int of about 401 digits", "of 1 or more is"),
     Row("half a layer", lambda: pages("new", layers=0.5), TypeError, "layers is 0.5", "an int is needed, of 1 or more"),
     Row("no dtype", lambda: pages("new", dtype="half"), TypeError, "dtype is a str, 'half'", "a torch.dtype is", "bfloat16"),
+    Row("another device", lambda: pages("new", device="gpu"), ValueError, "device is a str, 'gpu'", "its name is", "'cuda'"),
     Row("no device", lambda: pages("new", device=0.5), TypeError, "device is 0.5", "a torch.device or its name", "'cuda'"),
     Row("another's sequence", lambda: pages("free", 2), ValueError, "sequence 2 is not among the 2", GIVEN_OUT, "was freed"),
     Row("sequences in a tensor", lambda: pages("lengths", torch.tensor([0])), ValueError, "sequence a Tensor", GIVEN_OUT),
@@ -1708,7 +1794,8 @@ def test_attention(row):
 
 
 @table(FUNCTIONS)
-def test_functions(row):
+def test_functions(row, monkeypatch):
+    monkeypatch.setenv(lengths.CHECK, "1")
     assert_raises(row)
 
 
@@ -1726,7 +1813,8 @@ def test_caches(row, monkeypatch):
 
 
 @table(FLASH_ATTN)
-def test_flash_attn_and_sdpa(row):
+def test_flash_attn_and_sdpa(row, monkeypatch):
+    monkeypatch.setenv(lengths.CHECK, "1")
     assert_raises(row)
 
 
@@ -1784,7 +1872,7 @@ def test_every_error_of_the_checks_has_a_row(monkeypatch):
     """Each ``raise`` in these files is reached by a row: whoever adds one adds a row."""
     monkeypatch.setenv(lengths.CHECK, "1")
     of_cache = sys.modules[attention_kvcache.__module__]
-    for module in (problem, lengths, stored, of_cache, flash_attn, expressions, paged_cache):
+    for module in (problem, lengths, stored, of_cache, flash_attn, expressions, masks, scores, paged_cache):
         file = str(module.__file__)
         missing = raises(file) - reached([*CHECKS, *LENGTHS, *CACHES, *FLASH_ATTN, *FUNCTIONS, *PAGED_CACHE], file)
         assert not missing, f"no row for {file}, lines {sorted(missing)}"

@@ -74,7 +74,11 @@ def test_serving_finds_what_generate_finds(capsys):
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
     "arguments",
-    ["serve --pages 0", "serve --at-once 0", "train_transformers --steps 0", "train_transformers --plot /nowhere/x.png"],
+    [
+        *("serve --pages 0", "serve --pages 18", "serve --at-once 0", "train_transformers --steps 0"),
+        *("train_transformers --plot /nowhere/x.png", "train_transformers --backend foo", "long_context --seqlen 0"),
+        *("long_context --method foo", "long_context --json /nowhere/x.json", "long_context --beside /nowhere/x.json"),
+    ],
 )
 def test_what_can_not_be_is_refused_before_any_work(capsys, monkeypatch, arguments):
     name, *rest = arguments.split()
@@ -82,3 +86,21 @@ def test_what_can_not_be_is_refused_before_any_work(capsys, monkeypatch, argumen
     with pytest.raises(SystemExit, match="2"):
         import_module(name).main()
     assert f"argument {rest[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+def test_ranks_that_nobody_has_launched(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["long_context"])
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        import_module("long_context").main()
+    assert "RANK" in (said := capsys.readouterr().err)
+    assert "try torchrun --standalone" in said
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("folder", "one_thread")
+def test_serving_with_the_fewest_pages():
+    serve = import_module("serve")
+    least = serve.SIZES["cuda" if torch.cuda.is_available() else "cpu"].least_pages
+    assert len(serve.main(["--requests", "4", "--pages", str(least)]).done) == 4

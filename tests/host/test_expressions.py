@@ -333,6 +333,28 @@ def test_logic_of_numbers_and_arithmetic_of_bools_are_torchs(computed):
     assert torch.equal(expression.value(expression.score, names.get, ops, {}), want.double())
 
 
+@pytest.mark.parametrize("computed", [
+    lambda s, x: torch.abs(s - x),
+    lambda s, x: torch.maximum(s, 2.0 * x),
+    lambda s, x: torch.minimum(3.0 * s, x) + torch.maximum(s - x, x - s),
+    lambda s, x: torch.maximum(s + x, s - x),
+    lambda s, x: torch.maximum(s, torch.zeros_like(s)) * x,
+    lambda s, x: torch.clamp(s, -1.0, 1.0) * x,
+    lambda s, x: torch.clamp(s, min=x) + torch.clamp(x, max=s),
+])  # fmt: skip
+def test_gradients_at_ties_are_torchs(computed):
+    """By the score and by a captured tensor, of which each element is that of a score that is equal to it, or to its bound."""
+    values = torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=torch.float64)
+    s, table = values[:, None].expand(4, 4).clone().requires_grad_(), values.expand(4, 4).clone().requires_grad_()
+    expression, captured = graph(None, lambda s, b, h, i, j: computed(s, table[i, j]))
+    names = {"q_idx": torch.arange(4)[:, None], "kv_idx": torch.arange(4), "score": s}
+    ops = TorchOps(captured, torch.float64, torch.device("cpu"))
+    wanted = torch.autograd.grad(computed(s, table).sum(), (s, table))
+    for node, want in zip((expression.slope, expression.partials[0].slope), wanted, strict=True):
+        found = expression.value(node, names.get, ops, {}) if node is not None else torch.ones_like(want)
+        torch.testing.assert_close(found.expand_as(want), want)
+
+
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @settings(max_examples=30, derandomize=True)
 @given(st.randoms(use_true_random=False))
@@ -382,6 +404,7 @@ TEXTS = [
     "torch.clamp(score, -0.5, 0.75) / (1 + torch.abs(score)) + score.int() + (score > 0).float() * ids[kv_idx]",
     "torch.tanh(score) * torch.exp(-score * score) + torch.log(1.0 + score ** 2) + torch.exp2(0.5 * score)",
     "torch.sqrt(2.0 + score.abs()) / (1.0 + torch.exp(-score)) + torch.log2(3.0 + score * score)",
+    "torch.maximum(torch.abs(score), 0.5 * score * score) - torch.minimum(score, score * score) * scalar",
 ]
 
 
@@ -399,7 +422,8 @@ def test_the_kernels_operations(monkeypatch):
     space = {"torch": torch, "ids": ids, "flags": flags, "table": torch.randn(4, 40), "scalar": torch.tensor(0.75)}
     traced_ones = [graph(None, eval(f"lambda score, batch, head, q_idx, kv_idx: {text}", space)) for text in TEXTS]
     rows, keys = 12, 11
-    given_scores, found = torch.randn(rows, keys) * 2, torch.zeros(len(TEXTS), 2, rows, keys)
+    given_scores = torch.cat([torch.randn(rows - 3, keys) * 2, torch.arange(3.0)[:, None].expand(3, keys)])  # with ties
+    found = torch.zeros(len(TEXTS), 2, rows, keys)
     captured = [tuple(from_dlpack(x if x.dim() else x.reshape(1)) for x in tensors) for _, tensors in traced_ones]
 
     @cute.jit

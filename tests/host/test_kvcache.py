@@ -44,6 +44,14 @@ def test_packed_queries(where, dtype):
     case.check(case.attend(made(case, where), packed=True, causal=True), True, causal=True)
 
 
+def test_a_cache_that_was_made_in_inference_mode():
+    new = torch.randn(2, 1, 2, 16)
+    with torch.inference_mode():
+        cache = torch.zeros(2, 8, 2, 16)
+    attention_kvcache(torch.randn(2, 1, 4, 16), cache, cache, lengths=torch.tensor([3, 5]).int(), k_new=new, v_new=new)
+    assert torch.equal(cache[[0, 1], [3, 5]], new[:, 0])
+
+
 def test_sinks_and_functions():
     case = Case(LENGTHS, [3] * len(LENGTHS))
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])

@@ -188,6 +188,20 @@ def test_who_keeps_a_shared_page():
     assert len(pages[:, 1].unique()) == 3
 
 
+def test_made_in_inference_mode():
+    """And used on both sides of it."""
+    with torch.inference_mode():
+        model = Model(pages=4, page_size=4)
+        first = model.new()
+        model.append([first], [6])
+    second = model.fork(first)
+    assert model.append([first, second], [1, 1])
+    with torch.inference_mode():
+        third = model.fork(first, 6)
+        assert model.append([third], [1])
+    model.check_all()
+
+
 def test_full():
     """In words, and nothing has changed: not even of those sequences for which there was room."""
     cache = PagedCache(3, 4, 1, 1)
