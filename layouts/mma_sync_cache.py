@@ -14,16 +14,15 @@ from itertools import product
 from typing import Any
 
 from . import base, mma_sync
-from .base import BYTES, KIB, WARP, Config, Gpu, Layout, element
+from .base import BANKS, BYTES, SMEM_RESERVED, WARP, Config, Gpu, Layout, element
 
 TILE_DIMS, tile_dim = mma_sync.TILE_DIMS, mma_sync.tile_dim
 VECTOR, SMEM_ALIGN = mma_sync.VECTOR, mma_sync.SMEM_ALIGN
 ROWS = (16, 32, 64)  # of a tile: what problems may ask for
 WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O of 32 rows
 STAGES_MAX = 6
-FLOAT, BANKS = 4, 32  # bytes; of shared memory, a float wide each
+FLOAT = 4  # bytes
 NUMBER = 4  # bytes of a page's
-RESERVED = KIB  # what CUDA takes of each block's shared memory
 QUERIES = 2  # tiles of them in shared memory: those of a part of a walk, and of the next one
 OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
 PIECE = 4  # columns of a row of O that a thread merges at a time, of those that its quad has
@@ -59,7 +58,7 @@ def fitting(problem, gpu: Gpu, warps: int, choices: tuple[tuple[int, int, int, i
             page_numbers="page_table" in problem.stored,
             **fields,
         )
-        room = min(gpu.smem_per_block, gpu.smem_per_multiprocessor // blocks - RESERVED)
+        room = min(gpu.smem_per_block, gpu.smem_per_multiprocessor // blocks - SMEM_RESERVED)
         if stages >= least and smem_bytes(config) <= room:
             break
     return config

@@ -27,14 +27,17 @@ from types import ModuleType
 
 import numpy as np
 
+from .. import family as family_of
 from .. import for_target
 from ..base import (
+    BANK_BYTES,
+    BANKS,
     BYTES,
-    KIB,
     NAMED_BARRIERS,
     OPERANDS,
     ROLES,
     SETMAXNREG,
+    SMEM_RESERVED,
     WARP,
     Box,
     Config,
@@ -46,7 +49,6 @@ from ..base import (
 )
 from . import algebra
 
-BANKS, BANK_BYTES = 32, 4
 PHASE_BYTES = BANKS * BANK_BYTES
 SECTOR_BYTES = 32
 LINE_BYTES = 128  # of the L1 cache
@@ -58,7 +60,6 @@ TMA_SWIZZLES = {0: None, 32: (1, 4, 3), 64: (2, 4, 3), 128: (3, 4, 3)}
 TMA_ALIGN = 128
 # PTX ISA, "Matrix descriptor format" of wgmma: address and offsets are 14 bits of 16 bytes.
 DESCRIPTOR_LIMIT = 1 << 18
-RESERVED_SMEM = KIB  # CUDA C++ programming guide: of each block's shared memory, for the system
 SOME = 512  # indices of a layout that the DSL's own function is asked for
 
 
@@ -168,10 +169,9 @@ def distinct(where: str, layout: Layout) -> list[Finding]:
     return [Finding("overlap", where, text, twice, "make each stride at least what the modes below it span")]
 
 
-def held(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> list[Finding]:
-    """The bytes set aside for an operand hold its layout. O may lie over Q."""
-    parts = family.smem_parts(config)
-    have, need = parts.get(operand) or parts["Q"], algebra.cosize(layout) * BYTES
+def held(where: str, layout: Layout, have: int) -> list[Finding]:
+    """The bytes set aside for an operand hold its layout."""
+    need = algebra.cosize(layout) * BYTES
     if need <= have:
         return []
     text = f"{layout} reaches over {need} bytes; {have} are set aside"
@@ -522,7 +522,7 @@ def budget(config: Config, gpu: Gpu, family: ModuleType) -> list[Line]:
     lines = [Line("shared memory", name, size, unit="bytes") for name, size in parts.items() if size]
     total = family.smem_bytes(config)
     lines.append(Line("shared memory", "a block", total, gpu.smem_per_block, "bytes"))
-    reserved = blocks * (total + RESERVED_SMEM)
+    reserved = blocks * (total + SMEM_RESERVED)
     text = f"{blocks} block{'s' * (blocks > 1)} and 1 KiB each for the system"
     lines.append(Line("shared memory", text, reserved, gpu.smem_per_multiprocessor, "bytes"))
 
@@ -579,8 +579,6 @@ def budget_findings(config: Config, gpu: Gpu, family: ModuleType) -> list[Findin
 
 def title(config: Config) -> str:
     """A config in a few words."""
-    from .. import family as family_of
-
     dims = f"d{config.tile_d}" + (f"/{config.tile_dv}" if config.tile_dv != config.tile_d else "")
     dims += f" {config.tile_m}×{config.tile_n}" if config.backward and family_of(config).turned(config) else ""
     dims += f" {config.dq_stages} stages of dQ" if config.dq_stages > 1 else ""
@@ -589,8 +587,6 @@ def title(config: Config) -> str:
 
 def operands(config: Config) -> tuple[str, ...]:
     """What :func:`report` names: operands, and in the backward pass products."""
-    from .. import family as family_of
-
     family = family_of(config)
     return tuple(dict.fromkeys((*family.OPERANDS, *family.ROLES))) if config.backward else (*OPERANDS, "P")
 
@@ -598,8 +594,6 @@ def operands(config: Config) -> tuple[str, ...]:
 def report(config: Config, head_dim: int | None = None, family: ModuleType | None = None) -> list[Row]:
     """Every step of every operand of a config, with what was counted and found. ``head_dim`` is that of the
     tensors, where it is smaller than the tile's (Q and K; V's padding is taken to be the same)."""
-    from .. import family as family_of
-
     family = family or family_of(config)
     if config.backward:
         from . import prove_backward
@@ -612,8 +606,6 @@ def report(config: Config, head_dim: int | None = None, family: ModuleType | Non
 
 def check(config: Config, head_dim: int | None = None, family: ModuleType | None = None) -> list[Finding]:
     """Everything that does not hold of a config: an empty list is a proof."""
-    from .. import family as family_of
-
     family = family or family_of(config)
     found = [finding for row in report(config, head_dim, family) for finding in row.findings]
     return found + budget_findings(config, for_target(config.target).GPU, family)
@@ -636,22 +628,25 @@ def _products(config: Config, family: ModuleType) -> tuple[Finding, ...]:
 
 def _rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
     copies = family.copies(config)
+    parts = family.smem_parts(config)
     for operand in OPERANDS:
         layout, shape = family.smem(operand, config), family.tile(operand, config)
         wide = {"V": config.tile_dv, "O": config.tile_dv}.get(operand, config.tile_d)
         dim = min(head_dim or wide, wide)
         where = f"{title(config)}, {operand}"
-        found = distinct(where, layout) + held(where, operand, layout, config, family)
+        found = distinct(where, layout) + held(where, layout, parts.get(operand) or parts["Q"])  # O may lie over Q
         yield Row(operand, "tile", "", str(layout), findings=tuple(found))
         for (step, name), copy in copies.items():
-            if name != operand:
-                continue
-            at = f"{where}, {step}"
-            if isinstance(copy, Box):
-                yield _box_row(at, step, copy, layout, shape, dim, family)
-            else:
-                yield _copy_row(at, step, copy, layout, shape, dim, wanted(step, operand, config, family))
+            if name == operand:
+                yield copy_row(f"{where}, {step}", step, copy, layout, shape, dim, config, family)
         yield from _tensor_core_row(where, operand, layout, copies, config, family)
+
+
+def copy_row(at: str, step: str, copy: Copy | Box, layout: Layout, shape, dim: int, config: Config, family: ModuleType) -> Row:
+    """A copy of an operand whose tile has ``shape``, and the tensor ``dim`` columns."""
+    if isinstance(copy, Box):
+        return _box_row(at, step, copy, layout, shape, dim, family)
+    return _copy_row(at, step, copy, layout, shape, dim, wanted(step, copy.operand, config, family))
 
 
 def _box_row(at: str, step: str, box: Box, layout: Layout, shape, dim: int, family: ModuleType) -> Row:
@@ -727,8 +722,6 @@ def against_dsl(configs: Sequence[Config], limit: int = SOME) -> list[Finding]:
     ``limit`` of them, spread over the layout. Raises ``ImportError`` where the DSL is not installed.
     """
     from cutlass import cute
-
-    from .. import family as family_of
 
     found: list[Finding] = []
     done: set[tuple[Layout, str]] = set()

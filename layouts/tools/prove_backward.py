@@ -15,27 +15,20 @@ def rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[R
     """Every step of every operand of a config, and its products."""
     copies = family.copies(config)
     for operand in family.OPERANDS:
-        if _part(operand, config, family) not in _parts(operand, config, family):
+        parts, part = _parts(operand, config, family), family.over(config).get(operand, operand).removeprefix("q")
+        if part not in parts:
             continue  # it is in registers all the while
         layout, shape = family.smem(operand, config), family.tile(operand, config)
         dim = min(head_dim or shape[1], shape[1])
         where = f"{prove.title(config)}, {operand}"
-        found = prove.distinct(where, layout) + _held(where, operand, layout, config, family)
+        found = prove.distinct(where, layout) + prove.held(where, layout, parts[part])
         yield Row(operand, "tile", "", str(layout), findings=tuple(found))
         for (step, name), copy in copies.items():
-            at = f"{where}, {step}"
-            if name == operand and isinstance(copy, Box):
-                yield prove._box_row(at, step, copy, layout, shape, dim, family)
-            elif name == operand:
-                yield prove._copy_row(at, step, copy, layout, shape, dim, prove.wanted(step, operand, config, family))
+            if name == operand:
+                yield prove.copy_row(f"{where}, {step}", step, copy, layout, shape, dim, config, family)
         yield from _tensor_core_rows(where, operand, layout, config, family)
     for role in family.ROLES:
         yield Row(role, "product", "", str(family.mma(role, config).c), findings=tuple(_product(role, config, family)))
-
-
-def _part(operand: str, config: Config, family: ModuleType) -> str:
-    """The name of the part of shared memory that an operand lies in."""
-    return family.over(config).get(operand, operand).removeprefix("q")
 
 
 def _parts(operand: str, config: Config, family: ModuleType) -> dict[str, int]:
@@ -43,15 +36,6 @@ def _parts(operand: str, config: Config, family: ModuleType) -> dict[str, int]:
     if hasattr(family, "smem_parts_of"):  # two kernels
         return family.smem_parts_of(next(name for name, held in family.KERNELS.items() if operand in held), config)
     return family.smem_parts(config)
-
-
-def _held(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> list[Finding]:
-    """The bytes set aside for an operand hold its layout."""
-    have, need = _parts(operand, config, family)[_part(operand, config, family)], algebra.cosize(layout) * BYTES
-    if need <= have:
-        return []
-    text = f"{layout} reaches over {need} bytes; {have} are set aside"
-    return [Finding("outside", where, text, need - have, "count every slot of the layout in smem_parts")]
 
 
 def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> Iterator[Row]:
