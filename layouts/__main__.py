@@ -310,7 +310,7 @@ from __future__ import annotations
 from typing import Any
 
 from cute_attn.layouts import mma_sync, mma_sync_backward
-from cute_attn.layouts.base import KIB, Config, Gpu
+from cute_attn.layouts.base import KIB, Gpu
 
 GPU = Gpu(
     name="{target}",
@@ -333,12 +333,7 @@ BACKWARD_TABLE: dict[int, dict[str, Any]] = {{
 {backward}
 }}
 
-
-def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
-    """The configurations for ``problem``, best first."""
-    if problem.gradients:
-        return mma_sync_backward.configs(problem, BACKWARD_TABLE, target, ADD_WIDTH)
-    return mma_sync.configs(problem, TABLE, target)
+configs = mma_sync_backward.of_tables(TABLE, BACKWARD_TABLE, ADD_WIDTH)
 '''
 
 

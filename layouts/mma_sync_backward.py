@@ -11,7 +11,9 @@ Shared memory is swizzled as in ``mma_sync``.
 
 from __future__ import annotations
 
-from . import base
+from collections.abc import Callable
+
+from . import base, mma_sync
 from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element
 from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, MmaSyncFamily, barriers, in_whole_passes, tile_dim
 
@@ -51,6 +53,17 @@ def configs(problem, table, target: str, add_width: int) -> tuple[Config, ...]:
             **choice,
         ),
     )
+
+
+def of_tables(table, backward_table, add_width: int) -> Callable:
+    """The ``configs`` of a GPU module that has no other mechanism, from its tables for both passes."""
+
+    def of_both(problem, mechanism: str, target: str) -> tuple[Config, ...]:
+        if problem.gradients:
+            return configs(problem, backward_table, target, add_width)
+        return mma_sync.configs(problem, table, target)
+
+    return of_both
 
 
 def _columns(head_dim: int, tile_m: int, tile_n: int, mma_warps: int, key_warps: int, **_) -> int:
