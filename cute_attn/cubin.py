@@ -45,7 +45,7 @@ class Compiled:
     instructions: dict[str, int]
 
     def count(self, mnemonic: str) -> int:
-        """Instructions of that name, whatever their modifiers: ``count("HMMA")``."""
+        """Instructions of that name, whatever their modifiers: ``count("HGMMA")`` of warpgroups, ``count("HMMA")`` of warps."""
         return sum(n for name, n in self.instructions.items() if name.split(".", 1)[0] == mnemonic)
 
     @property
@@ -62,16 +62,6 @@ class Compiled:
     def spill_loads(self) -> int:
         """Loads from local memory."""
         return self.count("LDL")
-
-    @property
-    def hgmma(self) -> int:
-        """Warpgroup MMAs."""
-        return self.count("HGMMA")
-
-    @property
-    def hmma(self) -> int:
-        """Warp MMAs (``mma.sync``)."""
-        return self.count("HMMA")
 
 
 def inspect(problem: Problem, config: Config, kernel: str = "") -> Compiled:

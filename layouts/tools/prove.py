@@ -150,7 +150,7 @@ def once(where: str, values: Layout, tile: tuple[int, int], times: int = 1) -> l
     )
     for kind, wrong, than, change in kinds:
         if number := int(wrong.sum()):
-            row, column = _position(int(np.argmax(wrong)), tile)
+            column, row = divmod(int(np.argmax(wrong)), tile[0])
             text = f"{number} of {count} elements belong to {than} than {times} (thread, value)"
             found.append(Finding(kind, where, f"{on}: {text}, the first at row {row}, column {column}", number, change))
     if outside := index.size - inside.size:
@@ -627,26 +627,24 @@ def _products(config: Config, family: ModuleType) -> tuple[Finding, ...]:
 
 
 def _rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
-    copies = family.copies(config)
     parts = family.smem_parts(config)
     for operand in OPERANDS:
-        layout, shape = family.smem(operand, config), family.tile(operand, config)
-        wide = {"V": config.tile_dv, "O": config.tile_dv}.get(operand, config.tile_d)
-        dim = min(head_dim or wide, wide)
-        where = f"{title(config)}, {operand}"
-        found = distinct(where, layout) + held(where, layout, parts.get(operand) or parts["Q"])  # O may lie over Q
-        yield Row(operand, "tile", "", str(layout), findings=tuple(found))
-        for (step, name), copy in copies.items():
-            if name == operand:
-                yield copy_row(f"{where}, {step}", step, copy, layout, shape, dim, config, family)
-        yield from _tensor_core_row(where, operand, layout, copies, config, family)
+        yield from operand_rows(operand, parts.get(operand) or parts["Q"], config, head_dim, family)  # O may lie over Q
+        yield from _tensor_core_row(operand, config, family)
 
 
-def copy_row(at: str, step: str, copy: Copy | Box, layout: Layout, shape, dim: int, config: Config, family: ModuleType) -> Row:
-    """A copy of an operand whose tile has ``shape``, and the tensor ``dim`` columns."""
-    if isinstance(copy, Box):
-        return _box_row(at, step, copy, layout, shape, dim, family)
-    return _copy_row(at, step, copy, layout, shape, dim, wanted(step, copy.operand, config, family))
+def operand_rows(operand: str, have: int, config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
+    """An operand's tile in shared memory, for which ``have`` bytes are set aside, and its copies."""
+    layout, shape = family.smem(operand, config), family.tile(operand, config)
+    dim = min(head_dim or shape[1], shape[1])
+    where = f"{title(config)}, {operand}"
+    yield Row(operand, "tile", "", str(layout), findings=(*distinct(where, layout), *held(where, layout, have)))
+    for (step, name), copy in family.copies(config).items():
+        at = f"{where}, {step}"
+        if name == operand and isinstance(copy, Box):
+            yield _box_row(at, step, copy, layout, shape, dim, family)
+        elif name == operand:
+            yield _copy_row(at, step, copy, layout, shape, dim, wanted(step, operand, config, family))
 
 
 def _box_row(at: str, step: str, box: Box, layout: Layout, shape, dim: int, family: ModuleType) -> Row:
@@ -702,12 +700,12 @@ def tiled_copy(step: str, operand: str, config: Config, family: ModuleType):
     return getattr(family, make)(*([role] if role else []), *arguments)
 
 
-def _tensor_core_row(where: str, operand: str, layout: Layout, copies, config: Config, family) -> Iterator[Row]:
+def _tensor_core_row(operand: str, config: Config, family) -> Iterator[Row]:
     role, letter = {"Q": ("S", "A"), "K": ("S", "B"), "V": ("O", "B")}.get(operand, ("", ""))
     if not role or letter not in family.mma(role, config).from_shared:
         return
-    mma, box = family.mma(role, config), copies["in", operand]
-    found = tensor_cores_get(f"{where}, wgmma", mma, role, operand, layout, box)
+    mma, box = family.mma(role, config), family.copies(config)["in", operand]
+    found = tensor_cores_get(f"{title(config)}, {operand}, wgmma", mma, role, operand, family.smem(operand, config), box)
     what = f"{'×'.join(map(str, mma.shape))}, {'K' if role == 'S' else 'MN'}-major, {box.swizzle_bytes}-byte swizzle"
     yield Row(operand, "read", "wgmma", what, findings=tuple(found))
 
@@ -795,7 +793,3 @@ def _compare_layout(where: str, layout: Layout, traced, limit: int) -> Iterator[
 def _zeros(layout: Layout) -> list[int]:
     """The coordinates of the first slot."""
     return [0] * (len(algebra.flat_shape(layout.shape)) - 2)
-
-
-def _position(index: int, tile: tuple[int, int]) -> tuple[int, int]:
-    return index % tile[0], index // tile[0]

@@ -6,27 +6,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
-from ..base import BYTES, Box, Config, Layout, Mma, row_width
+from ..base import BYTES, Box, Config, Mma, row_width
 from . import algebra, prove
 from .prove import Finding, Row
 
 
 def rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
     """Every step of every operand of a config, and its products."""
-    copies = family.copies(config)
     for operand in family.OPERANDS:
         parts, part = _parts(operand, config, family), family.over(config).get(operand, operand).removeprefix("q")
         if part not in parts:
             continue  # it is in registers all the while
-        layout, shape = family.smem(operand, config), family.tile(operand, config)
-        dim = min(head_dim or shape[1], shape[1])
-        where = f"{prove.title(config)}, {operand}"
-        found = prove.distinct(where, layout) + prove.held(where, layout, parts[part])
-        yield Row(operand, "tile", "", str(layout), findings=tuple(found))
-        for (step, name), copy in copies.items():
-            if name == operand:
-                yield prove.copy_row(f"{where}, {step}", step, copy, layout, shape, dim, config, family)
-        yield from _tensor_core_rows(where, operand, layout, config, family)
+        yield from prove.operand_rows(operand, parts[part], config, head_dim, family)
+        yield from _tensor_core_rows(operand, config, family)
     for role in family.ROLES:
         yield Row(role, "product", "", str(family.mma(role, config).c), findings=tuple(_product(role, config, family)))
 
@@ -38,9 +30,10 @@ def _parts(operand: str, config: Config, family: ModuleType) -> dict[str, int]:
     return family.smem_parts(config)
 
 
-def _tensor_core_rows(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> Iterator[Row]:
+def _tensor_core_rows(operand: str, config: Config, family: ModuleType) -> Iterator[Row]:
     """What warpgroup MMAs read through descriptors. Scores and dP sum over a head's columns: what they read is K-major;
     the other products sum over rows of what they read from shared memory, but for dK, if it reads dSᵀ there."""
+    layout, where = family.smem(operand, config), f"{prove.title(config)}, {operand}"
     for role, operands in family.READS.items():
         mma = family.mma(role, config)
         if role == "dQ" and family.turned(config):
