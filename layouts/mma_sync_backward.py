@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 from . import base, mma_sync
 from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element
-from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, MmaSyncFamily, barriers, in_whole_passes, tile_dim
+from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, MmaSyncFamily, barriers, in_whole_passes, tile_dim
 
-__all__ = ["SMEM_ALIGN", "TILE_DIMS", "VECTOR", "barriers", "element", "tile_dim"]
+__all__ = ["SMEM_ALIGN", "TILE_DIMS", "barriers", "element", "tile_dim"]
 
 OPERANDS = ("K", "V", "Q", "dO", "P", "dS", "dK", "dV")
 ROLES = ("S", "dP", "dV", "dK", "dQ")

@@ -16,8 +16,7 @@ from typing import Any
 from . import base, mma_sync
 from .base import BANKS, BYTES, SMEM_RESERVED, WARP, Config, Gpu, Layout, element
 
-TILE_DIMS, tile_dim = mma_sync.TILE_DIMS, mma_sync.tile_dim
-VECTOR, SMEM_ALIGN = mma_sync.VECTOR, mma_sync.SMEM_ALIGN
+TILE_DIMS, tile_dim, SMEM_ALIGN = mma_sync.TILE_DIMS, mma_sync.tile_dim, mma_sync.SMEM_ALIGN
 ROWS = (16, 32, 64)  # of a tile: what problems may ask for
 WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O of 32 rows
 STAGES_MAX = 6

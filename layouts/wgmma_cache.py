@@ -16,8 +16,7 @@ from .base import Config, Gpu, Layout, cute_layout, element
 from .mma_sync_cache import barriers, exchanged_columns, group, row_warps, smem_bytes, smem_parts, too_many_keys
 from .tma import ROWS_PER_WARPGROUP
 
-TILE_DIMS, tile_dim = wgmma.TILE_DIMS, wgmma.tile_dim
-VECTOR, SMEM_ALIGN = mma_sync.VECTOR, wgmma.SMEM_ALIGN
+TILE_DIMS, tile_dim, SMEM_ALIGN = wgmma.TILE_DIMS, wgmma.tile_dim, wgmma.SMEM_ALIGN
 OF_ROW, ROWS = mma_sync_cache.OF_ROW, mma_sync_cache.ROWS
 TILE_STEPS, END_STEPS = 1, 0  # blocks have few walks; where two share one, its end is the same for both
 WARPS_PER_WARPGROUP = 4
