@@ -492,21 +492,20 @@ def tensor_cores_get(where: str, mma: Mma, role: str, operand: str, layout: Layo
     return found
 
 
-def accumulator_is_operand(where: str, scores: Mma, output: Mma) -> list[Finding]:
-    """P·V takes P from the registers in which Q·Kᵀ left S: same thread, same row, same column, 16 columns at a time."""
-    if "A" in output.from_shared:
-        return []
+def scores_are_operand(where: str, scores: Mma, product: Mma, name: str, split: bool = False) -> list[Finding]:
+    """The product of this name takes its operand A from the registers in which the scores were left: same thread, same row,
+    same column, 16 columns at a time; where warps ``split`` the columns, of its warp's own."""
     rows, columns = algebra.coordinates(scores.c, scores.tile[:2])
-    a_rows, a_columns = algebra.coordinates(output.a, (output.tile[0], output.tile[2]))
+    a_rows, a_columns = algebra.coordinates(product.a, (product.tile[0], product.tile[2]))
     per_step = a_rows.shape[1]
     wrong = 0
-    for step in range(rows.shape[1] // per_step):
-        part = slice(step * per_step, (step + 1) * per_step)
-        shift = step * output.tile[2]
-        wrong += int(((rows[:, part] != a_rows) | (columns[:, part] != a_columns + shift)).sum())
+    for first in range(0, rows.shape[1] - per_step + 1, per_step):
+        part = slice(first, first + per_step)
+        begin = columns[:, part].min(axis=1, keepdims=True) // 16 * 16 if split else first // per_step * product.tile[2]
+        wrong += int(((rows[:, part] != a_rows) | (columns[:, part] != a_columns + begin)).sum())
     if not wrong:
         return []
-    text = f"{wrong} of {rows.size} scores lie in another thread or value than P·V takes them from"
+    text = f"{wrong} of {rows.size} scores lie in another thread or value than {name} takes them from"
     return [Finding("agreement", where, text, wrong, "give both products the same rows and warps")]
 
 
@@ -622,8 +621,10 @@ def _products(config: Config, family: ModuleType) -> tuple[Finding, ...]:
         for name, values, tile, times in maps:
             if name not in mma.from_shared:
                 found += once(f"{title(config)}, operand {name} of {role}", values, tile, times)
-    where = f"{title(config)}, P"
-    return tuple(found + accumulator_is_operand(where, family.mma("S", config), family.mma("O", config)))
+    scores, output = (family.mma(role, config) for role in ROLES)
+    if "A" not in output.from_shared:
+        found += scores_are_operand(f"{title(config)}, P", scores, output, "P·V")
+    return tuple(found)
 
 
 def _rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
-from ..base import BYTES, Box, Config, Mma, row_width
-from . import algebra, prove
+from ..base import BYTES, Box, Config, row_width
+from . import prove
 from .prove import Finding, Row
 
 
@@ -65,22 +65,6 @@ def _product(role: str, config: Config, family: ModuleType) -> list[Finding]:
         if letter not in mma.from_shared:
             found += prove.once(f"{at}, operand {letter}", values, tile, times)
     if "A" not in mma.from_shared and (role in ("dV", "dK") or not family.READS[role][0]):
-        found += scores_are_operand(at, family.mma("qS" if role == "dQ" else "S", config), mma)
+        scores = family.mma("qS" if role == "dQ" else "S", config)
+        found += prove.scores_are_operand(at, scores, mma, "the product", split=True)
     return found
-
-
-def scores_are_operand(where: str, scores: Mma, product: Mma) -> list[Finding]:
-    """The product takes Pᵀ or dSᵀ from the registers in which the scores were left: same thread, same row, 16 of the
-    thread's warp's own columns at a time."""
-    rows, columns = algebra.coordinates(scores.c, scores.tile[:2])
-    a_rows, a_columns = algebra.coordinates(product.a, (product.tile[0], product.tile[2]))
-    per_step = a_rows.shape[1]
-    wrong = 0
-    for first in range(0, rows.shape[1], per_step):
-        part = slice(first, first + per_step)
-        begin = columns[:, part].min(axis=1, keepdims=True) // 16 * 16
-        wrong += int(((rows[:, part] != a_rows) | (columns[:, part] - begin != a_columns)).sum())
-    if not wrong:
-        return []
-    text = f"{wrong} of {rows.size} scores lie in another thread or value than the product takes them from"
-    return [Finding("agreement", where, text, wrong, "give both products the same rows and warps")]
