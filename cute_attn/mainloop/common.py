@@ -67,15 +67,11 @@ class Values:
 
     def of(self, work: Work) -> Values:
         """The values of a tile's sequence and head."""
-        here = self
+        here = replace(self, header=work.header, from_last=work.from_last)
         if self.seed is not None:
             here = replace(here, seed=tuple(Uint32(self.seed[i]) for i in range(2)))
         if self.has_place:
             here = replace(here, sequence=work.q.batch if work.sequence is None else work.sequence, head=work.head)
-        if work.header is not None:
-            here = replace(here, header=work.header)
-        if work.from_last is not None:
-            here = replace(here, from_last=work.from_last)
         return here.of_lengths(work.q.length, work.k.length)
 
     def of_lengths(self, seqlen_q: Int32 | None, seqlen_k: Int32 | None) -> Values:
