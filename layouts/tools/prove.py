@@ -46,6 +46,7 @@ from ..base import (
     Layout,
     Mma,
     registers_per_thread,
+    row_width,
 )
 from . import algebra
 
@@ -595,9 +596,7 @@ def report(config: Config, head_dim: int | None = None, family: ModuleType | Non
     tensors, where it is smaller than the tile's (Q and K; V's padding is taken to be the same)."""
     family = family or family_of(config)
     if config.backward:
-        from . import prove_backward
-
-        return list(prove_backward.rows(config, head_dim, family))
+        return list(_backward_rows(config, head_dim, family))
     rows = list(_rows(config, head_dim, family))
     rows.append(Row("P", "S to P", "registers", str(family.mma("S", config).c), findings=_products(config, family)))
     return rows
@@ -611,20 +610,24 @@ def check(config: Config, head_dim: int | None = None, family: ModuleType | None
 
 
 def _products(config: Config, family: ModuleType) -> tuple[Finding, ...]:
-    """The MMAs' own maps: bijections, and S's accumulator is P's operand."""
-    found: list[Finding] = []
-    for role in ROLES:
-        mma = family.mma(role, config)
-        m, n, k = mma.tile
-        stacked = mma.warps if not mma.from_shared else 1  # warps that each hold all of B
-        maps = (("A", mma.a, (m, k), 1), ("B", mma.b, (n, k), stacked), ("C", mma.c, (m, n), 1))
-        for name, values, tile, times in maps:
-            if name not in mma.from_shared:
-                found += once(f"{title(config)}, operand {name} of {role}", values, tile, times)
+    """The MMAs' own maps, and S's accumulator is P's operand."""
+    found = [finding for role in ROLES for finding in own_maps(family.mma(role, config), title(config), f" of {role}")]
     scores, output = (family.mma(role, config) for role in ROLES)
     if "A" not in output.from_shared:
         found += scores_are_operand(f"{title(config)}, P", scores, output, "P·V")
     return tuple(found)
+
+
+def own_maps(mma: Mma, where: str, of: str = "") -> list[Finding]:
+    """An MMA's own maps are bijections, but for operands that several warps hold."""
+    m, n, k = mma.tile
+    stacked = mma.warps if not mma.from_shared else 1  # warps that each hold all of B
+    maps = (("A", mma.a, (m, k), mma.across), ("B", mma.b, (n, k), stacked), ("C", mma.c, (m, n), 1))
+    found: list[Finding] = []
+    for name, values, tile, times in maps:
+        if name not in mma.from_shared:
+            found += once(f"{where}, operand {name}{of}", values, tile, times)
+    return found
 
 
 def _rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
@@ -709,6 +712,60 @@ def _tensor_core_row(operand: str, config: Config, family) -> Iterator[Row]:
     found = tensor_cores_get(f"{title(config)}, {operand}, wgmma", mma, role, operand, family.smem(operand, config), box)
     what = f"{'×'.join(map(str, mma.shape))}, {'K' if role == 'S' else 'MN'}-major, {box.swizzle_bytes}-byte swizzle"
     yield Row(operand, "read", "wgmma", what, findings=tuple(found))
+
+
+# ---- the backward pass, whose operands and products have names of their own ------------------------------------------
+
+
+def _backward_rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
+    """Every step of every operand of a config, and its products."""
+    for operand in family.OPERANDS:
+        parts, part = _parts_of_kernel(operand, config, family), family.over(config).get(operand, operand).removeprefix("q")
+        if part not in parts:
+            continue  # it is in registers all the while
+        yield from operand_rows(operand, parts[part], config, head_dim, family)
+        yield from _backward_tensor_core_rows(operand, config, family)
+    for role in family.ROLES:
+        yield Row(role, "product", "", str(family.mma(role, config).c), findings=tuple(_product(role, config, family)))
+
+
+def _parts_of_kernel(operand: str, config: Config, family: ModuleType) -> dict[str, int]:
+    """Bytes by part, of the kernel that has the operand."""
+    if hasattr(family, "smem_parts_of"):  # two kernels
+        return family.smem_parts_of(next(name for name, held in family.KERNELS.items() if operand in held), config)
+    return family.smem_parts(config)
+
+
+def _backward_tensor_core_rows(operand: str, config: Config, family: ModuleType) -> Iterator[Row]:
+    """What warpgroup MMAs read through descriptors. Scores and dP sum over a head's columns: what they read is K-major;
+    the other products sum over rows of what they read from shared memory, but for dK, if it reads dSᵀ there."""
+    layout, where = family.smem(operand, config), f"{title(config)}, {operand}"
+    for role, operands in family.READS.items():
+        mma = family.mma(role, config)
+        if role == "dQ" and family.turned(config):
+            operands = operands[::-1]
+        for letter, name in zip("AB", operands, strict=True):
+            if name != operand or letter not in mma.from_shared:
+                continue
+            width = row_width(layout)
+            box = Box(operand, family.tile(operand, config)[0], width, width * BYTES)
+            k_major = role in family.FIRST or (mma.from_shared == "AB" and role != "dQ" and (role, letter) != ("dK", "B"))
+            read = mma if letter == "B" or k_major else replace(mma, shape=(mma.shape[0], mma.shape[0], mma.shape[2]))
+            found = tensor_cores_get(
+                f"{where}, {role}", read, "S" if k_major else "O", "Q" if letter == "A" else "K", layout, box
+            )
+            what = f"{'×'.join(map(str, mma.shape))}, {'K' if k_major else 'MN'}-major, {box.swizzle_bytes}-byte swizzle"
+            yield Row(operand, f"read {role}", "wgmma", what, findings=tuple(found))
+
+
+def _product(role: str, config: Config, family: ModuleType) -> list[Finding]:
+    """An MMA's own maps are bijections; and where its A operand is in registers, it is what S's accumulator holds."""
+    mma, at = family.mma(role, config), f"{title(config)}, {role}"
+    found = own_maps(mma, at)
+    if "A" not in mma.from_shared and (role in ("dV", "dK") or not family.READS[role][0]):
+        scores = family.mma("qS" if role == "dQ" else "S", config)
+        found += scores_are_operand(at, scores, mma, "the product", split=True)
+    return found
 
 
 # ---- the host's layouts against the DSL's ----------------------------------------------------------------------------
