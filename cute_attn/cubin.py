@@ -64,9 +64,8 @@ class Compiled:
         return self.count("LDL")
 
 
-def inspect(problem: Problem, config: Config, kernel: str = "") -> Compiled:
-    """Compile a problem's kernels, past every cache, and read from the cubin the one whose name has ``kernel`` in it: the
-    forward pass has one, the backward pass some of its own and those of the mainloop's file.
+def inspect(problem: Problem, config: Config) -> Compiled:
+    """Compile a problem that has one kernel, past every cache, and read its cubin.
 
     Raises ``NotImplementedError`` where the DSL or the tools are missing, ``RuntimeError`` where a tool fails.
     """
@@ -76,12 +75,12 @@ def inspect(problem: Problem, config: Config, kernel: str = "") -> Compiled:
         cubins = sorted(Path(folder).glob("*.cubin"))
         if len(cubins) != 1:
             raise RuntimeError(f"the DSL left {len(cubins)} cubins; 1 is needed: is its version the pinned one?")
-        return read(cubins[0], kernel)
+        return read(cubins[0])
 
 
-def read(cubin: Path, kernel: str = "") -> Compiled:
-    """What a file holds of the one kernel whose name has ``kernel`` in it."""
-    return parse(_run("--dump-resource-usage", str(cubin)), _run("-sass", str(cubin)), kernel)
+def read(cubin: Path) -> Compiled:
+    """What a file of one kernel holds."""
+    return parse(_run("--dump-resource-usage", str(cubin)), _run("-sass", str(cubin)))
 
 
 def parse(resources: str, sass: str, kernel: str = "") -> Compiled:
