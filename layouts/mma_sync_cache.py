@@ -111,11 +111,6 @@ def smem_bytes(config: Config) -> int:
     return sum(smem_parts(config).values())
 
 
-def accumulator_registers(config: Config) -> int:
-    """Registers a thread needs for S and O at once."""
-    return mma_sync.accumulator_registers(group(config))
-
-
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
     return {"the block": 1} | ({"a group each": config.key_warps} if row_warps(config) > 1 else {})
@@ -138,11 +133,6 @@ def too_many_keys(config: Config) -> str:
     return f"{config.tile_n} keys a tile, of which {config.mma_warps} warps copy {most}" if config.tile_n > most else ""
 
 
-def tile(operand: str, config: Config) -> tuple[int, int]:
-    """(rows, columns) of an operand's tile, of K and V a group's."""
-    return mma_sync.tile(operand, group(config))
-
-
 def smem(operand: str, config: Config) -> Layout:
     """An operand in shared memory: Q ``(rows, columns, place)``, K and V ``(keys of a group, columns, (group, stage))``; the V
     of a stage is behind its K."""
@@ -163,12 +153,13 @@ def smem_layout(operand: str, config: Config):
     return base.cute_layout(smem(operand, config))
 
 
-def _of_group(function: Callable) -> Callable:
+def of_group(function: Callable) -> Callable:
     """One whose last argument is a config, of a group."""
     return lambda *arguments: function(*arguments[:-1], group(arguments[-1]))
 
 
-copies, mma, tiled_mma = _of_group(mma_sync.copies), _of_group(mma_sync.mma), _of_group(mma_sync.tiled_mma)
-copy_in, copy_out = _of_group(mma_sync.copy_in), _of_group(mma_sync.copy_out)
-load_operand, store_accumulator = _of_group(mma_sync.load_operand), _of_group(mma_sync.store_accumulator)
+copies, mma, tiled_mma = of_group(mma_sync.copies), of_group(mma_sync.mma), of_group(mma_sync.tiled_mma)
+copy_in, copy_out = of_group(mma_sync.copy_in), of_group(mma_sync.copy_out)
+load_operand, store_accumulator = of_group(mma_sync.load_operand), of_group(mma_sync.store_accumulator)
+accumulator_registers, tile = of_group(mma_sync.accumulator_registers), of_group(mma_sync.tile)
 __all__ = ["element"]
