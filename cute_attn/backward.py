@@ -21,7 +21,7 @@ from cutlass import Int32, cute
 
 from cute_attn.cast_queries import CastQueries
 from cute_attn.fields import BACKWARD, has_sums, named, sizes_of_sums
-from cute_attn.forward import captured_of, dropout_of, heads_apart, rows_first, select_modes, sequences_of
+from cute_attn.forward import captured_of, heads_apart, rows_first, select_modes, sequences_of
 from cute_attn.layouts.base import row_padding
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Signals, Values
 from cute_attn.row_values import RowValues
@@ -52,9 +52,9 @@ def host_function(problem, config):
             unseen = cutlass.max(lo, 0)
             k, v, dk, dv = (_rows_from(m, unseen) for m in (k, v, dk, dv))
             seqlen_k, lo, hi = seqlen_k - unseen, lo - unseen, hi - unseen
-        rules = {"captured": captured_of(problem, given), "of_captured": given.of_captured, **dropout_of(given)}
-        lists = {name: getattr(given, name) for name in ("key_lists", "query_lists", "ranks", "visits")}
-        values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap, **rules, **lists)
+        names = "of_captured", "seed", "drop_below", "kept_scale", "key_lists", "query_lists", "ranks", "visits"
+        others = {name: getattr(given, name) for name in names}
+        values = Values(seqlen_q, seqlen_k, lo, hi, given.scale_log2, given.scale_by_cap, captured_of(problem, given), **others)
         # Where dQ is added in a fixed order heads are taken in groups, too: fewer key tiles of one then wait for one another.
         long_first = problem.unequal or problem.deterministic
         heads_per_kv = q.shape[2] // k.shape[2]

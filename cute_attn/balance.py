@@ -183,24 +183,18 @@ class CachedKeys:
             return Stretches.of(steps, blocks)
         return EvenStretches.of_steps(steps, blocks, self.tile_steps, number)
 
-    def named_place(self, sequence_number, row):
-        """``(element or page of the cache, row there)`` of a row of a sequence, as the table says."""
-        if self.page_table is not None:
-            place, row = divided(row, self.page_size)
-            return self.page_table[sequence_number, place], row
-        if self.cache_batch_idx is not None:
-            return self.cache_batch_idx[sequence_number], row
-        return sequence_number, row
-
     def inside(self, named: tuple) -> tuple:
         """A place in the cache, whatever the table says."""
-        if self.page_table is None and self.cache_batch_idx is None:
-            return named
         return cutlass.min(cutlass.max(named[0], 0), self.elements - 1), named[1]
 
     def place(self, sequence_number, row) -> tuple:
-        """Where a row of a sequence is."""
-        return self.inside(self.named_place(sequence_number, row))
+        """``(element or page of the cache, row there)`` of a row of a sequence."""
+        if self.page_table is not None:
+            place, row = divided(row, self.page_size)
+            return self.inside((self.page_table[sequence_number, place], row))
+        if self.cache_batch_idx is not None:
+            return self.inside((self.cache_batch_idx[sequence_number], row))
+        return sequence_number, row
 
     @cute.jit
     def _tiles(self, i):

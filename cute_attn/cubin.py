@@ -45,7 +45,7 @@ class Compiled:
     instructions: dict[str, int]
 
     def count(self, mnemonic: str) -> int:
-        """Instructions of that name, whatever their modifiers: ``count("HMMA")``."""
+        """Instructions of that name, whatever their modifiers: ``count("HGMMA")`` of warpgroups, ``count("HMMA")`` of warps."""
         return sum(n for name, n in self.instructions.items() if name.split(".", 1)[0] == mnemonic)
 
     @property
@@ -63,20 +63,9 @@ class Compiled:
         """Loads from local memory."""
         return self.count("LDL")
 
-    @property
-    def hgmma(self) -> int:
-        """Warpgroup MMAs."""
-        return self.count("HGMMA")
 
-    @property
-    def hmma(self) -> int:
-        """Warp MMAs (``mma.sync``)."""
-        return self.count("HMMA")
-
-
-def inspect(problem: Problem, config: Config, kernel: str = "") -> Compiled:
-    """Compile a problem's kernels, past every cache, and read from the cubin the one whose name has ``kernel`` in it: the
-    forward pass has one, the backward pass some of its own and those of the mainloop's file.
+def inspect(problem: Problem, config: Config) -> Compiled:
+    """Compile a problem that has one kernel, past every cache, and read its cubin.
 
     Raises ``NotImplementedError`` where the DSL or the tools are missing, ``RuntimeError`` where a tool fails.
     """
@@ -86,12 +75,12 @@ def inspect(problem: Problem, config: Config, kernel: str = "") -> Compiled:
         cubins = sorted(Path(folder).glob("*.cubin"))
         if len(cubins) != 1:
             raise RuntimeError(f"the DSL left {len(cubins)} cubins; 1 is needed: is its version the pinned one?")
-        return read(cubins[0], kernel)
+        return read(cubins[0])
 
 
-def read(cubin: Path, kernel: str = "") -> Compiled:
-    """What a file holds of the one kernel whose name has ``kernel`` in it."""
-    return parse(_run("--dump-resource-usage", str(cubin)), _run("-sass", str(cubin)), kernel)
+def read(cubin: Path) -> Compiled:
+    """What a file of one kernel holds."""
+    return parse(_run("--dump-resource-usage", str(cubin)), _run("-sass", str(cubin)))
 
 
 def parse(resources: str, sass: str, kernel: str = "") -> Compiled:

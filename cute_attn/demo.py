@@ -197,7 +197,7 @@ def _compiled(console: Console, summary: Summary, kernels: dict[str, Future]) ->
         spills = compiled.spill_stores + compiled.spill_loads
         summary.lines.append(
             f"{name} kernel: {compiled.registers} registers a thread at launch, {spills or 'no'} spill instructions, "
-            f"{compiled.hgmma + compiled.hmma} tensor-core instructions"
+            f"{compiled.count('HGMMA') + compiled.count('HMMA')} tensor-core instructions"
         )
     if not columns:
         console.print("left out: see the summary")

@@ -34,9 +34,9 @@ def host_function(problem, config, mainloop=None):
         sequences = sequences_of(problem, q, k, given)
         shift = seqlen_k - seqlen_q if cutlass.const_expr(sequences is None) else 0
         band = shift - given.left, shift + given.right
-        rules = {"captured": captured_of(problem, given), "sinks": given.sinks, **dropout_of(given)}
-        lists = {"key_lists": given.key_lists, "kinds": given.kinds}
-        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, **rules, **lists)
+        names = "sinks", "seed", "drop_below", "kept_scale", "key_lists", "kinds"
+        others = {name: getattr(given, name) for name in names}
+        values = Values(seqlen_q, seqlen_k, *band, given.scale_log2, given.scale_by_cap, captured_of(problem, given), **others)
         heads_per_kv = q.shape[2] // k.shape[2]
         tiles = Tiles.of(q.shape, heads_per_kv, config.tile_m, given.blocks, problem.unequal, sequences)
         if cutlass.const_expr(given.tickets is not None):
@@ -61,11 +61,6 @@ def sequences_of(problem, q: cute.Tensor, k: cute.Tensor, given, padding: int = 
 def captured_of(problem, given) -> tuple | None:
     """The tensors that the user's functions read; ``None`` where there are no functions."""
     return given.captured or () if problem.expression else None
-
-
-def dropout_of(given) -> dict:
-    """What the values of a pass have of dropout."""
-    return {"seed": given.seed, "drop_below": given.drop_below, "kept_scale": given.kept_scale}
 
 
 @cute.jit

@@ -67,17 +67,6 @@ def prepared(problem: Problem, mechanism: str | None, device: int, config: Confi
 
 
 @lru_cache(maxsize=4096)
-def tiles_of_lists(problem: Problem, mechanism: str | None, device: int) -> tuple[int, int, int]:
-    """``(tile_m, tile_n, rows)`` of the tiles that a block mask lists; ``rows`` are those of the query tiles that walk over
-    keys, in the backward pass 0 where none do."""
-    config = plan(problem, device_target(device), mechanism)
-    if not problem.gradients:
-        return config.tile_m, config.tile_n, config.tile_m
-    rows = family(config).warpgroups(config) * ROWS_PER_WARPGROUP if walks_over_keys(problem, config) else 0
-    return config.tile_m, config.tile_n, rows
-
-
-@lru_cache(maxsize=4096)
 def _choices(problem: Problem, mechanism: str | None, device: int, ordered: bool = False) -> tuple[Config, ...]:
     """The configurations that a call's sizes choose among; where gradients are to be ``ordered``, to have the same bits each
     time, those of one mainloop, since wide heads' single kernel adds dQ in no order."""
@@ -118,13 +107,6 @@ def _key_tiles(tile: int, call: Call) -> int:
     """How many tiles of so many keys a call has, or of ragged sequences at most, of all key heads."""
     tiles = -(-call.seqlen_k // tile) if call.lengths is None else call.lengths.slots(call.seqlen_k, tile)
     return tiles * call.heads_kv * call.batch
-
-
-@lru_cache(maxsize=4096)
-def tile_of_tickets(problem: Problem, mechanism: str | None, device: int) -> int:
-    """Rows of the tiles for which the forward pass's blocks draw tickets; 0 where they don't."""
-    config = plan(problem, device_target(device), mechanism)
-    return config.tile_m if takes_tickets(problem, config) else 0
 
 
 def passes(return_lse: bool, mechanism: str | None, deterministic: bool) -> tuple[Callable, Callable]:
@@ -184,13 +166,15 @@ class _PlannedForward:
         self.out, self.rows = _rooms_of_results(call, q.dtype)
         self.tickets = 0
         self.tile: tuple[int, int] | None = None
-        if (call.lengths or call.blocks) is not None and (rows := tile_of_tickets(problem, mechanism, self.device)):
-            slots = -(-call.seqlen_q // rows) * call.batch
-            if call.lengths is not None:
-                slots = call.lengths.slots(call.seqlen_q, rows)
-            self.tickets = slots * call.heads
-        if call.blocks is not None:
-            self.tile = tiles_of_lists(problem, mechanism, self.device)[:2]
+        if call.lengths is not None or call.blocks is not None:  # of which there is one configuration
+            config = plan(problem, device_target(self.device), mechanism)
+            if takes_tickets(problem, config):
+                slots = -(-call.seqlen_q // config.tile_m) * call.batch
+                if call.lengths is not None:
+                    slots = call.lengths.slots(call.seqlen_q, config.tile_m)
+                self.tickets = slots * call.heads
+            if call.blocks is not None:
+                self.tile = config.tile_m, config.tile_n
         self.usual = call.lengths is call.blocks is call.sinks is None
         self.alike = what_is_alike(call, blocks)
 
@@ -292,15 +276,15 @@ def gradients(call: Call, mechanism: str | None, needs: str, deterministic: bool
 
 class _PlannedGradients:
     """How the backward pass of calls that are alike is computed: the kernels, what memory they take besides the call's tensors
-    (None for what they don't), how many keys at the beginning no query sees, whether dQ is rounded while others are added up,
-    and what these calls have in common."""
+    (None for what they don't), how many keys at the beginning no query sees, what a block mask's lists are made for, and what
+    these calls have in common."""
 
-    __slots__ = ("alike", "device", "function", "mechanism", "problem", "rooms", "rounds_beside", "unseen")
+    __slots__ = ("alike", "device", "function", "lists", "problem", "rooms", "unseen")
 
     def __init__(self, call: Call, mechanism: str | None, needs: str, deterministic: bool, of_lse: bool, q):
         if not needs or (call.expression and call.expression.partials and "q" not in needs):
             needs = f"q{needs}"  # for the sinks alone; and whoever adds to dQ knows dS
-        self.mechanism, self.device = mechanism, q.get_device()
+        self.device = q.get_device()
         problem = problem_of(q.dtype, call, of_lse, needs)
         # Without sums there is no order.
         ordered = deterministic and has_sums(problem, plan(problem, device_target(self.device), mechanism))
@@ -310,7 +294,6 @@ class _PlannedGradients:
             for other in _choices(problem, mechanism, self.device, deterministic):
                 if other.head_blocks == config.head_blocks == 1:
                     prepared(problem, mechanism, self.device, other)
-        self.rounds_beside = rounds_beside(problem, config)
         self.function, blocks = prepared(problem, mechanism, self.device, config)
         padding = row_padding(config)
         rows_padded = -(-call.seqlen_q // padding) * padding
@@ -332,6 +315,10 @@ class _PlannedGradients:
         self.unseen = 0
         if call.lengths is None and call.left is not None:
             self.unseen = max(call.shift - call.left, 0)
+        self.lists: tuple[int, int, int, bool] | None = None
+        if call.blocks is not None:  # tiles, rows of those that walk over keys, and whether dQ is rounded meanwhile
+            rows_of_keys = family(config).warpgroups(config) * ROWS_PER_WARPGROUP if walks_over_keys(problem, config) else 0
+            self.lists = config.tile_m, config.tile_n, rows_of_keys, rounds_beside(problem, config)
         self.alike = what_is_alike(call, blocks)
 
     def __call__(self, call: Call, wanted: str, q, k, v, out, lse_raw, dout, dlse):
@@ -381,7 +368,7 @@ class _PlannedGradients:
         if call.lengths is not None and call.sinks is not None and call.sinks.requires_grad:
             rows[0].fill_(math.inf), rows[1].zero_()  # all are summed, and the kernels write those alone that are in use
         of_captured = _room_of_captured(call) if call.expression else {}
-        lists = _NO_LISTS if call.blocks is None else _lists_of_gradients(call, self)
+        lists = _NO_LISTS if self.lists is None else _lists_of_gradients(call, *self.lists, self.problem.deterministic)
         if call.lengths is call.blocks is None and not of_captured:
             return None, of_captured
         lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
@@ -408,16 +395,15 @@ def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> t
     return torch.zeros_like(x) if x.requires_grad else None
 
 
-def _lists_of_gradients(call: Call, planned: _PlannedGradients) -> tuple:
-    """A block mask's lists of query tiles and, where a kernel walks over them, of key tiles; ranks; and visits of query tiles,
-    where whoever rounds dQ asks for them."""
-    problem, batch, heads = planned.problem, call.batch, call.heads
-    tile_m, tile_n, rows = tiles_of_lists(problem, planned.mechanism, planned.device)
+def _lists_of_gradients(call: Call, tile_m: int, tile_n: int, rows: int, visits: bool, ordered: bool) -> tuple:
+    """A block mask's lists of query tiles and, for so many ``rows`` of queries that walk over them, of key tiles; ranks, where
+    dQ is added in a fixed order; and visits of query tiles, where whoever rounds it asks for them."""
+    batch, heads = call.batch, call.heads
     return (
         call.blocks.query_lists(tile_m, tile_n, batch, heads, call.heads_kv),
         call.blocks.key_lists(rows, tile_n, batch, heads) if rows else None,
-        call.blocks.ranks(tile_m, tile_n, batch, heads) if problem.deterministic else None,
-        call.blocks.visits(tile_m, tile_n, batch, heads) if planned.rounds_beside else None,
+        call.blocks.ranks(tile_m, tile_n, batch, heads) if ordered else None,
+        call.blocks.visits(tile_m, tile_n, batch, heads) if visits else None,
     )
 
 

@@ -10,6 +10,7 @@ from cute_attn.layouts.base import (
     KIB,
     NAMED_BARRIERS,
     SETMAXNREG,
+    SMEM_RESERVED,
     Config,
     Gpu,
     registers_at_launch,
@@ -20,7 +21,6 @@ from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 SHORT_WALK = 16  # key tiles
 MANY_QUERY_TILES = 128  # of a sequence in the backward pass
 MANY_VISITS = 16  # of a key tile by query tiles: from here on one kernel of wide heads' gradients gains on two
-SMEM_RESERVED = KIB  # what CUDA itself takes of a multiprocessor's shared memory for each block
 
 
 def plan(problem: Problem, target: str, mechanism: str | None = None) -> Config:

@@ -2,7 +2,7 @@
 values inside a kernel.
 
 They use operators only. What operators can't say (a maximum, a power of two) comes in as ``ops``: the reference passes
-:class:`HostOps` and :class:`TensorOps`; the kernels' are in ``cute_attn.mainloop``.
+:class:`HostOps` and :class:`TensorOps`; a kernel ``cutlass``, or what ``mainloop/scores.py`` has.
 
 **The band.** There is one mask. Query ``row`` is aligned with key ``row + shift``, ``shift = seqlen_k − seqlen_q``, so
 that the last query is aligned with the last key (bottom-right). It sees the keys ``col`` with

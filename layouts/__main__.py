@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cute_attn import command
+from cute_attn import command, plan
+from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 from . import ENTRY_POINTS, family, for_target, known_targets, modules, source
 from .base import KIB, OPERANDS, Config, Gpu
 
 LOG_WIDTH = 180
-DTYPES = ("float16", "bfloat16")
 BACKWARD_FIELDS = ("tile_m", "tile_n", "step_m", "stages", "mma_warps", "key_warps", "blocks_per_multiprocessor")
 EPILOG = """\
 examples:
@@ -133,9 +133,6 @@ def gallery(options: argparse.Namespace, console: Console) -> int:
 
 def _shown(options: argparse.Namespace) -> Config:
     """The one config that a picture is of. Raises ``ValueError`` with what is known."""
-    from cute_attn import plan
-    from cute_attn.problem import Problem
-
     configs(options.arch, options.head_dim, options.head_dim_v, options.dtype)  # refuses what is unknown
     gradients, head_dim_v = "qkv" if options.gradients else "", options.head_dim_v or options.head_dim
     problem = Problem(options.dtype, options.head_dim, head_dim_v, bounded_right=options.causal, gradients=gradients)
@@ -160,13 +157,11 @@ def configs(
     Without a head dim, every one that a mechanism has a tile for; and of V's narrower ones those of which more differs. Raises
     ``ValueError`` with what is known.
     """
-    from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem  # it brings torch: not before the usage is read
-
-    targets, dtypes = known_targets(), (dtype,) if dtype else DTYPES
+    targets, dtypes = known_targets(), (dtype,) if dtype else command.DTYPES
     if arch is not None and arch not in targets:
         raise ValueError(f"arch is {arch!r}; known ones are {', '.join(targets)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; known ones are {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in command.DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; known ones are {', '.join(command.DTYPES)}")
     for name, value in (("head dim", head_dim), ("head dim of V", head_dim_v)):
         if value is not None and (not 0 < value <= HEAD_DIM_MAX or value % HEAD_DIM_STEP):
             known = f"{HEAD_DIM_STEP}, {2 * HEAD_DIM_STEP} … {HEAD_DIM_MAX}"
@@ -315,7 +310,7 @@ from __future__ import annotations
 from typing import Any
 
 from cute_attn.layouts import mma_sync, mma_sync_backward
-from cute_attn.layouts.base import KIB, Config, Gpu
+from cute_attn.layouts.base import KIB, Gpu
 
 GPU = Gpu(
     name="{target}",
@@ -338,12 +333,7 @@ BACKWARD_TABLE: dict[int, dict[str, Any]] = {{
 {backward}
 }}
 
-
-def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
-    """The configurations for ``problem``, best first."""
-    if problem.gradients:
-        return mma_sync_backward.configs(problem, BACKWARD_TABLE, target, ADD_WIDTH)
-    return mma_sync.configs(problem, TABLE, target)
+configs = mma_sync_backward.of_tables(TABLE, BACKWARD_TABLE, ADD_WIDTH)
 '''
 
 
@@ -428,9 +418,6 @@ def new_module(target: str, like: str, smem_kib: int, capability: str | None = N
 def _fitting(head_dim: int, like: str, gpu: Gpu, gradients: str = "") -> tuple[Config, str]:
     """What ``like`` has for a head dim if it fits ``gpu``; else, with a note, the same tiles with fewer blocks a
     multiprocessor, or the largest tiles that fit of any table."""
-    from cute_attn import plan
-    from cute_attn.problem import Problem
-
     def fits(config: Config) -> bool:
         try:
             plan.check(config, gpu)
@@ -489,7 +476,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("arch", nargs="?", metavar="ARCH", help=f"one of {', '.join(known_targets())}; default: all")
     one.add_argument("--head-dim", type=command.head_dim, metavar="D", help="of the tensors; default: every tile's")
     one.add_argument("--head-dim-v", type=command.head_dim, metavar="D", help="of V and O, where it differs")
-    one.add_argument("--dtype", metavar="T", help=f"{' or '.join(DTYPES)}; default: both")
+    one.add_argument("--dtype", metavar="T", help=f"{' or '.join(command.DTYPES)}; default: both")
     one.add_argument("--operand", metavar="X", help="such as K or, of the backward pass, dO; default: all, and the budgets")
     one.add_argument("--details", action="store_true", help="every step; of one ARCH and head dim, it is shown unasked")
     one = commands.add_parser("show", help="print a layout in colours; draw it")
@@ -498,7 +485,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--gradients", action="store_true", help="of the backward pass, whose operands are K, V, Q, dO, P, dS …")
     one.add_argument("--head-dim", type=command.head_dim, default=128, metavar="D", help="default: %(default)s")
     one.add_argument("--head-dim-v", type=command.head_dim, metavar="D", help="of V and O, where it differs")
-    one.add_argument("--dtype", default="bfloat16", metavar="T", help=f"{' or '.join(DTYPES)}; default: %(default)s")
+    one.add_argument("--dtype", default="bfloat16", metavar="T", help=f"{' or '.join(command.DTYPES)}; default: %(default)s")
     one.add_argument("--mechanism", metavar="M", help="default: the arch's best")
     one.add_argument("--causal", action="store_true", help="the config for a causal mask")
     queries = "queries of a tile, where lengths decide among several; default: the first config's"

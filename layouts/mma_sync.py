@@ -67,15 +67,10 @@ def smem_parts(config: Config) -> dict[str, int]:
     }
 
 
-def rows_per_warp(config: Config) -> int:
-    """Query rows a warp owns."""
-    return config.tile_m // config.mma_warps
-
-
 def accumulator_registers(config: Config) -> int:
     """Registers a thread needs for S and O at once; operands, addresses and the softmax's state come on top. P
     takes none: it replaces S 16 columns at a time, just before the MMA that reads them."""
-    return rows_per_warp(config) * (config.tile_n + config.tile_dv) // 32
+    return config.tile_m // config.mma_warps * (config.tile_n + config.tile_dv) // 32
 
 
 def misfit(config: Config) -> str:

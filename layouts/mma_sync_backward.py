@@ -11,11 +11,13 @@ Shared memory is swizzled as in ``mma_sync``.
 
 from __future__ import annotations
 
-from . import base
-from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element
-from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, VECTOR, MmaSyncFamily, barriers, in_whole_passes, tile_dim
+from collections.abc import Callable
 
-__all__ = ["SMEM_ALIGN", "TILE_DIMS", "VECTOR", "barriers", "element", "tile_dim"]
+from . import base, mma_sync
+from .base import BYTES, FRAGMENT_A, FRAGMENT_B, FRAGMENT_C, FRAGMENT_THREADS, Config, Copy, Layout, Mma, element
+from .mma_sync import ROWS_PER_MMA, SMEM_ALIGN, TILE_DIMS, MmaSyncFamily, barriers, in_whole_passes, tile_dim
+
+__all__ = ["SMEM_ALIGN", "TILE_DIMS", "barriers", "element", "tile_dim"]
 
 OPERANDS = ("K", "V", "Q", "dO", "P", "dS", "dK", "dV")
 ROLES = ("S", "dP", "dV", "dK", "dQ")
@@ -51,6 +53,17 @@ def configs(problem, table, target: str, add_width: int) -> tuple[Config, ...]:
             **choice,
         ),
     )
+
+
+def of_tables(table, backward_table, add_width: int) -> Callable:
+    """The ``configs`` of a GPU module that has no other mechanism, from its tables for both passes."""
+
+    def of_both(problem, mechanism: str, target: str) -> tuple[Config, ...]:
+        if problem.gradients:
+            return configs(problem, backward_table, target, add_width)
+        return mma_sync.configs(problem, table, target)
+
+    return of_both
 
 
 def _columns(head_dim: int, tile_m: int, tile_n: int, mma_warps: int, key_warps: int, **_) -> int:

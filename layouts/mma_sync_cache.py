@@ -14,16 +14,14 @@ from itertools import product
 from typing import Any
 
 from . import base, mma_sync
-from .base import BYTES, KIB, WARP, Config, Gpu, Layout, element
+from .base import BANKS, BYTES, SMEM_RESERVED, WARP, Config, Gpu, Layout, element
 
-TILE_DIMS, tile_dim = mma_sync.TILE_DIMS, mma_sync.tile_dim
-VECTOR, SMEM_ALIGN = mma_sync.VECTOR, mma_sync.SMEM_ALIGN
+TILE_DIMS, tile_dim, SMEM_ALIGN = mma_sync.TILE_DIMS, mma_sync.tile_dim, mma_sync.SMEM_ALIGN
 ROWS = (16, 32, 64)  # of a tile: what problems may ask for
 WIDE_ROWS_UP_TO = 128  # columns of V up to which the registers of a warp hold O of 32 rows
 STAGES_MAX = 6
-FLOAT, BANKS = 4, 32  # bytes; of shared memory, a float wide each
+FLOAT = 4  # bytes
 NUMBER = 4  # bytes of a page's
-RESERVED = KIB  # what CUDA takes of each block's shared memory
 QUERIES = 2  # tiles of them in shared memory: those of a part of a walk, and of the next one
 OF_ROW = 2  # floats beside a partial row of O: its maximum and its sum
 PIECE = 4  # columns of a row of O that a thread merges at a time, of those that its quad has
@@ -59,7 +57,7 @@ def fitting(problem, gpu: Gpu, warps: int, choices: tuple[tuple[int, int, int, i
             page_numbers="page_table" in problem.stored,
             **fields,
         )
-        room = min(gpu.smem_per_block, gpu.smem_per_multiprocessor // blocks - RESERVED)
+        room = min(gpu.smem_per_block, gpu.smem_per_multiprocessor // blocks - SMEM_RESERVED)
         if stages >= least and smem_bytes(config) <= room:
             break
     return config
@@ -113,11 +111,6 @@ def smem_bytes(config: Config) -> int:
     return sum(smem_parts(config).values())
 
 
-def accumulator_registers(config: Config) -> int:
-    """Registers a thread needs for S and O at once."""
-    return mma_sync.accumulator_registers(group(config))
-
-
 def barriers(config: Config) -> dict[str, int]:
     """Named barriers by use, of the 16 a block has."""
     return {"the block": 1} | ({"a group each": config.key_warps} if row_warps(config) > 1 else {})
@@ -140,11 +133,6 @@ def too_many_keys(config: Config) -> str:
     return f"{config.tile_n} keys a tile, of which {config.mma_warps} warps copy {most}" if config.tile_n > most else ""
 
 
-def tile(operand: str, config: Config) -> tuple[int, int]:
-    """(rows, columns) of an operand's tile, of K and V a group's."""
-    return mma_sync.tile(operand, group(config))
-
-
 def smem(operand: str, config: Config) -> Layout:
     """An operand in shared memory: Q ``(rows, columns, place)``, K and V ``(keys of a group, columns, (group, stage))``; the V
     of a stage is behind its K."""
@@ -165,12 +153,13 @@ def smem_layout(operand: str, config: Config):
     return base.cute_layout(smem(operand, config))
 
 
-def _of_group(function: Callable) -> Callable:
+def of_group(function: Callable) -> Callable:
     """One whose last argument is a config, of a group."""
     return lambda *arguments: function(*arguments[:-1], group(arguments[-1]))
 
 
-copies, mma, tiled_mma = _of_group(mma_sync.copies), _of_group(mma_sync.mma), _of_group(mma_sync.tiled_mma)
-copy_in, copy_out = _of_group(mma_sync.copy_in), _of_group(mma_sync.copy_out)
-load_operand, store_accumulator = _of_group(mma_sync.load_operand), _of_group(mma_sync.store_accumulator)
+copies, mma, tiled_mma = of_group(mma_sync.copies), of_group(mma_sync.mma), of_group(mma_sync.tiled_mma)
+copy_in, copy_out = of_group(mma_sync.copy_in), of_group(mma_sync.copy_out)
+load_operand, store_accumulator = of_group(mma_sync.load_operand), of_group(mma_sync.store_accumulator)
+accumulator_registers, tile = of_group(mma_sync.accumulator_registers), of_group(mma_sync.tile)
 __all__ = ["element"]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from . import mma_sync, mma_sync_backward, mma_sync_cache, sm90
-from .base import KIB, Config, Gpu
+from .base import KIB, Gpu
 
 GPU = Gpu(
     name="sm_100",
@@ -21,9 +21,4 @@ TABLE = sm90.MMA_SYNC_TABLE
 BACKWARD_TABLE = sm90.MMA_SYNC_BACKWARD_TABLE
 ADD_WIDTH = sm90.ADD_WIDTH
 
-
-def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
-    """The configurations for ``problem``, best first."""
-    if problem.gradients:
-        return mma_sync_backward.configs(problem, BACKWARD_TABLE, target, ADD_WIDTH)
-    return mma_sync.configs(problem, TABLE, target)
+configs = mma_sync_backward.of_tables(TABLE, BACKWARD_TABLE, ADD_WIDTH)

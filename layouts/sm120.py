@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import mma_sync, mma_sync_backward, mma_sync_cache, sm86
-from .base import KIB, Config, Gpu
+from .base import KIB, Gpu
 
 GPU = Gpu(
     name="sm_120",
@@ -21,9 +21,4 @@ TABLE = sm86.TABLE
 BACKWARD_TABLE = sm86.BACKWARD_TABLE
 ADD_WIDTH = 4  # red.global.add.v4.f32
 
-
-def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
-    """The configurations for ``problem``, best first."""
-    if problem.gradients:
-        return mma_sync_backward.configs(problem, BACKWARD_TABLE, target, ADD_WIDTH)
-    return mma_sync.configs(problem, TABLE, target)
+configs = mma_sync_backward.of_tables(TABLE, BACKWARD_TABLE, ADD_WIDTH)

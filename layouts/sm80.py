@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import mma_sync, mma_sync_backward, mma_sync_cache
-from .base import KIB, Config, Gpu
+from .base import KIB, Gpu
 
 GPU = Gpu(
     name="sm_80",
@@ -40,9 +40,4 @@ BACKWARD_TABLE: dict[int, dict[str, Any]] = {
     256: {"tile_m": 64, "tile_n": 64, "step_m": 64, "stages": 1, "mma_warps": 8, "key_warps": 2},
 }
 
-
-def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
-    """The configurations for ``problem``, best first."""
-    if problem.gradients:
-        return mma_sync_backward.configs(problem, BACKWARD_TABLE, target, ADD_WIDTH)
-    return mma_sync.configs(problem, TABLE, target)
+configs = mma_sync_backward.of_tables(TABLE, BACKWARD_TABLE, ADD_WIDTH)

@@ -4,7 +4,7 @@ compute capability 9.0, gets ``sm_90a``."""
 from __future__ import annotations
 
 from . import mma_sync, mma_sync_backward, mma_sync_cache, sm90
-from .base import Config, Gpu
+from .base import Gpu
 
 GPU = Gpu(
     name="sm_90",
@@ -17,9 +17,4 @@ MECHANISMS = {"cp_async": mma_sync}
 BACKWARD = {"cp_async_backward": mma_sync_backward}
 CACHE = {"cp_async_cache": mma_sync_cache}
 
-
-def configs(problem, mechanism: str, target: str) -> tuple[Config, ...]:
-    """The configurations for ``problem``, best first."""
-    if problem.gradients:
-        return mma_sync_backward.configs(problem, sm90.MMA_SYNC_BACKWARD_TABLE, target, sm90.ADD_WIDTH)
-    return mma_sync.configs(problem, sm90.MMA_SYNC_TABLE, target)
+configs = mma_sync_backward.of_tables(sm90.MMA_SYNC_TABLE, sm90.MMA_SYNC_BACKWARD_TABLE, sm90.ADD_WIDTH)

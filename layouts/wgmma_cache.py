@@ -13,11 +13,10 @@ from dataclasses import replace
 
 from . import mma_sync, mma_sync_cache, wgmma
 from .base import Config, Gpu, Layout, cute_layout, element
-from .mma_sync_cache import barriers, exchanged_columns, group, row_warps, smem_bytes, smem_parts, too_many_keys
+from .mma_sync_cache import barriers, exchanged_columns, group, of_group, row_warps, smem_bytes, smem_parts, too_many_keys
 from .tma import ROWS_PER_WARPGROUP
 
-TILE_DIMS, tile_dim = wgmma.TILE_DIMS, wgmma.tile_dim
-VECTOR, SMEM_ALIGN = mma_sync.VECTOR, wgmma.SMEM_ALIGN
+TILE_DIMS, tile_dim, SMEM_ALIGN = wgmma.TILE_DIMS, wgmma.tile_dim, wgmma.SMEM_ALIGN
 OF_ROW, ROWS = mma_sync_cache.OF_ROW, mma_sync_cache.ROWS
 TILE_STEPS, END_STEPS = 1, 0  # blocks have few walks; where two share one, its end is the same for both
 WARPS_PER_WARPGROUP = 4
@@ -41,11 +40,6 @@ def can_share_walks(config: Config) -> bool:
     return config.key_warps == 2 and exchanged_columns(config) == config.tile_dv
 
 
-def accumulator_registers(config: Config) -> int:
-    """Registers a thread needs for S, P and O at once."""
-    return wgmma.accumulator_registers(group(config))
-
-
 def misfit(config: Config) -> str:
     """What the kernel can't do."""
     if config.walk_blocks not in ((1, 2) if can_share_walks(config) else (1,)):
@@ -64,10 +58,7 @@ def smem_layout(operand: str, config: Config):
     return cute_layout(smem(operand, config))
 
 
-def tiled_mma(role: str, config: Config):
-    return wgmma.tiled_mma(role, group(config))
-
-
 # A group is a block of ``wgmma``, or where operands are copied of ``mma_sync``; blocks are as in ``mma_sync_cache``.
+accumulator_registers, tiled_mma = of_group(wgmma.accumulator_registers), of_group(wgmma.tiled_mma)
 tile, copies, copy_in = mma_sync_cache.tile, mma_sync_cache.copies, mma_sync_cache.copy_in
 __all__ = ["barriers", "element", "exchanged_columns", "group", "row_warps", "smem_bytes", "smem_parts"]

@@ -1,15 +1,12 @@
 """Layouts of the ``tma_wgmma`` mechanism's backward pass for heads wider than 128: two kernels, no sums in global memory.
 
-dK and dV of 128 keys and 256 columns would take all registers of a multiprocessor, so the gradients of keys and of queries
-have a kernel each, which computes the scores anew. Each operand is named after what it is; those of the second kernel,
-where they differ in shape, have a ``q`` in front.
+Why the gradients of keys and of queries have a kernel each, ``cute_attn/mainloop/tma_wgmma_wide.py`` says. Each operand is
+named after what it is; those of the second kernel, where they differ in shape, have a ``q`` in front.
 
 (Where heads are up to 192 wide, V's 65 to 128, and sequences long, one kernel of 128 keys is faster: ``wgmma_backward``.)
 
 - **Keys**: a block owns 64 keys. One warpgroup takes P and dV, the other dS and dK; P passes from one to the other.
 - **Queries**: a block owns 128 queries, 64 for each computing warpgroup, as in the forward pass.
-
-Results go from registers to global memory, so that the operands of a block's next tile can come meanwhile.
 
 What all families of such operands share, the swizzle first, is in ``tma``.
 """

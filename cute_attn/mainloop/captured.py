@@ -87,7 +87,8 @@ class CapturedGradients:
         elements = self.elements
         place = self._place(d, row, column, lambda name: elements.leaf(name, row, column))
         exists = elements.leaf("q_idx", row, column) < self.values.seqlen_q
-        _store(place, value.to(d.into.element_type), exists & self._is_key(row, column))
+        exists = exists & (elements.leaf("kv_idx", row, column) < self.values.seqlen_k)
+        _store(place, value.to(d.into.element_type), exists)
 
     def _place(self, d: _Direction, row: int, column: int, leaf: Callable) -> Int64:
         """The address of the element at the positions that ``leaf`` says."""
@@ -117,9 +118,6 @@ class CapturedGradients:
             exists = (where["q_idx"] < self.values.seqlen_q) & (where["kv_idx"] < self.values.seqlen_k)
             code = "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};"
             cute.arch.inline_ptx(code, read_only_args=[place, first_word, second_word], predicate=exists)
-
-    def _is_key(self, row: int, column: int) -> Boolean:
-        return self.elements.leaf("kv_idx", row, column) < self.values.seqlen_k
 
 
 class _Direction:

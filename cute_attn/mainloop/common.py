@@ -13,13 +13,6 @@ from cute_attn.rules import LN_2, LOG2_E, Band
 from cute_attn.scheduler import Work
 
 
-class DeviceOps:
-    """The functions of ``rules.Band`` that are no operators, for the DSL's values."""
-
-    max = staticmethod(cutlass.max)
-    min = staticmethod(cutlass.min)
-
-
 @dataclass(frozen=True)
 class Values:
     """The run-time values of a call as a kernel takes them. An unbounded side's edge is passed but never read.
@@ -74,15 +67,11 @@ class Values:
 
     def of(self, work: Work) -> Values:
         """The values of a tile's sequence and head."""
-        here = self
+        here = replace(self, header=work.header, from_last=work.from_last)
         if self.seed is not None:
             here = replace(here, seed=tuple(Uint32(self.seed[i]) for i in range(2)))
         if self.has_place:
             here = replace(here, sequence=work.q.batch if work.sequence is None else work.sequence, head=work.head)
-        if work.header is not None:
-            here = replace(here, header=work.header)
-        if work.from_last is not None:
-            here = replace(here, from_last=work.from_last)
         return here.of_lengths(work.q.length, work.k.length)
 
     def of_lengths(self, seqlen_q: Int32 | None, seqlen_k: Int32 | None) -> Values:
@@ -211,10 +200,6 @@ class Signals:
         """One thread: how many blocks have asked before this one, ``of`` a kind. So a block with a ticket knows that those with
         lower ones have started, and may wait for them, in whatever order the hardware starts blocks."""
         return cute.arch.atomic_add(self.words.iterator + of, Int32(1), sem="relaxed", scope="gpu")
-
-    def ticket_of_next(self):
-        """The same of a kernel that follows on one which draws tickets, too, where query tiles have no counters."""
-        return cute.arch.atomic_add(self.words.iterator + COUNTERS, Int32(1), sem="relaxed", scope="gpu")
 
     def _counter(self, where):
         return self.counters.iterator + cute.crd2idx(where, self.counters.layout)

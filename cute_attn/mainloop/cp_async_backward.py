@@ -306,10 +306,7 @@ class Backward(WarpKernel):
     def _tile(self, me: Block, i, member):
         """``(head, m_block)`` of the i-th tile of a walk."""
         m_block, member = me.visited.tile(i, member, self.problem)
-        return self._head(me, member), m_block
-
-    def _head(self, me: Block, member):
-        return me.work.head_kv * me.heads_per_kv + member
+        return me.work.head_kv * me.heads_per_kv + member, m_block
 
     @cute.jit
     def _copy_queries(self, me: Block, member, i, slot):
@@ -501,8 +498,8 @@ class Backward(WarpKernel):
         for n in cutlass.range_constexpr(0, cute.size(acc), width):
             part = into + sums((0, n, 0)), [acc[n + j] for j in range(width)]
             if cutlass.const_expr(self.first_stores):
-                store(*part, stored)
-            add(*part, added)
+                put("st.global", *part, stored)
+            put("red.relaxed.gpu.global.add", *part, added)  # each atomically, in no order with anything else
 
     def _place(self, me: Block, head, m_block):
         """A query tile in what is padded."""
@@ -557,13 +554,3 @@ class Backward(WarpKernel):
             mma, tile = self.lay.tiled_mma(role, self.config), self.lay.tile(role, self.config)
             where = rows_columns(mma.get_slice(me.thread).partition_C(cute.make_identity_tensor(tile)))
             clear_rows_past(me.values.seqlen_k, me.work.block * self.config.tile_n, where, rows_columns(acc))
-
-
-def store(into: cute.Pointer, values: list[Float32], where=None) -> None:
-    """Store neighbouring floats to global memory at once, if ``where``."""
-    put("st.global", into, values, where)
-
-
-def add(into: cute.Pointer, values: list[Float32], where=None) -> None:
-    """Add neighbouring floats to global memory, if ``where``, atomically each and in no order with anything else."""
-    put("red.relaxed.gpu.global.add", into, values, where)

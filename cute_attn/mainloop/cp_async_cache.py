@@ -42,7 +42,7 @@ from cute_attn.epilogue import converted
 from cute_attn.layouts.base import BYTES, VECTOR, WARP
 from cute_attn.layouts.fragments import THREADS_PER_ROW, as_operand_a, rows_columns, transposed, vector_at
 from cute_attn.layouts.mma_sync_cache import NUMBER, PIECE, PIECE_COLUMNS
-from cute_attn.mainloop.common import DeviceOps, Values
+from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.guard import poison_keys
 from cute_attn.mainloop.scores import Coordinates, Scores
 from cute_attn.mainloop.warps import MMA_K, LdmatrixOperand, Stream, copy_word, product
@@ -397,8 +397,8 @@ class Forward:
         row_first = part.row_tile * config.tile_m
         first = divided(row_first, keys.packed)[0]
         last = cutlass.min(divided(row_first + config.tile_m - 1, keys.packed)[0], sequence.queries - 1)
-        begin, past = band.key_range(first, last, sequence.keys, DeviceOps)
-        whole_begin, whole_end = band.whole_range(first, last, sequence.keys, DeviceOps)
+        begin, past = band.key_range(first, last, sequence.keys, cutlass)
+        whole_begin, whole_end = band.whole_range(first, last, sequence.keys, cutlass)
 
         def tiles(key, and_begun: bool):
             """Tiles up to a key: those that end before it, or all that have begun."""

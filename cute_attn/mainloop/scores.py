@@ -20,7 +20,7 @@ from cute_attn.layouts.base import BLOCK, BY_ROWS, CUT, KIND_BITS, NONE, WARP
 from cute_attn.layouts.fragments import rows_columns
 from cute_attn.mainloop import fours
 from cute_attn.mainloop.captured import CapturedGradients
-from cute_attn.mainloop.common import DeviceOps, Values
+from cute_attn.mainloop.common import Values
 from cute_attn.mainloop.elements import Elements
 from cute_attn.mainloop.guard import HIDDEN
 from cute_attn.rules import LN_2, LOG2_E, rational_tanh, softcap_slope, softcap_tanh
@@ -600,7 +600,7 @@ class Scores:
         column_first = origin[1] + self.where.thread[0, 0][1]
         for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
             row = self.values.query(origin[0] + self.where.thread[r, 0][0])
-            begin, end = band.key_range(row, row, columns, DeviceOps)
+            begin, end = band.key_range(row, row, columns, cutlass)
             if cutlass.const_expr(rows is not None):
                 end = end if row < rows else 0
             begin, end = begin - column_first, end - column_first

@@ -16,7 +16,7 @@ from cutlass import Int32, cute
 
 from cute_attn.dropout import SIDE
 from cute_attn.layouts.base import BLOCK, HEADER, MEMBER_BIT, TILE_BITS, TILE_MASK, UNSEEN_BIT, WARP, WARPGROUP_BITS, WHOLE_BIT
-from cute_attn.mainloop.common import DeviceOps, Values
+from cute_attn.mainloop.common import Values
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class KeyTiles:
         band, n = values.band(problem), config.tile_n
         row_first = m_block * config.tile_m
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
-        begin, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        begin, end = band.key_range(row_first, row_last, values.seqlen_k, cutlass)
         if (problem.dropout or problem.expression.neighbours(2)) and problem.bounded_left:
             begin = begin // SIDE * SIDE
         if problem.ragged:  # a tile past its sequence's end sees nothing; a factor of 0 or 1, which no length makes overflow
@@ -59,7 +59,7 @@ class KeyTiles:
         """``(whole_begin, whole_end)`` for the rows from one to another."""
         if problem.masks_all:
             return Int32(0), Int32(0)
-        inner_begin, inner_end = values.band(problem).whole_range(*rows, values.seqlen_k, DeviceOps)
+        inner_begin, inner_end = values.band(problem).whole_range(*rows, values.seqlen_k, cutlass)
         whole_begin = cutlass.min(cutlass.max(cute.ceil_div(inner_begin - begin, n), 0), count)
         whole_end = cutlass.min(cutlass.max(inner_end - begin, 0) // n, count)
         return whole_begin, cutlass.max(whole_end, whole_begin)
@@ -71,7 +71,7 @@ class KeyTiles:
         if not problem.bounded_right:
             return self
         row = m_block * config.tile_m
-        _, row_end = values.band(problem).key_range(row, row, values.seqlen_k, DeviceOps)
+        _, row_end = values.band(problem).key_range(row, row, values.seqlen_k, cutlass)
         if to_left and problem.bounded_left:
             seen_by_all = cutlass.max(cute.ceil_div(row_end - self.begin, config.tile_n) - 1, 0)
             # 0 where the tile's last row, which need not exist, sees none at all
@@ -86,7 +86,7 @@ class KeyTiles:
         none of them sees a key, and of the others those that they see all of need no mask. At least one tile is left."""
         band, n = values.band(problem), config.tile_n
         row_last = cutlass.min(row_first + rows, values.seqlen_q) - 1
-        _, end = band.key_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        _, end = band.key_range(row_first, row_last, values.seqlen_k, cutlass)
         exist = cutlass.min(cutlass.max(values.seqlen_q - row_first, 0), 1)
         count = cutlass.min(cutlass.max(cute.ceil_div(end * exist - self.begin, n), 1), self.count)
         whole_begin, whole_end = KeyTiles._whole(values, problem, (row_first, row_last), self.begin, count, n)
@@ -257,8 +257,8 @@ class QueryTiles:
         key_first = n_block * config.tile_n
         key_end = key_first + config.tile_n
         key_last = cutlass.min(key_end, values.seqlen_k) - 1
-        first, last = band.key_range(key_first, key_last, values.seqlen_q, DeviceOps)
-        inner_first, inner_last = band.whole_range(key_first, key_last, values.seqlen_q, DeviceOps)
+        first, last = band.key_range(key_first, key_last, values.seqlen_q, cutlass)
+        inner_first, inner_last = band.whole_range(key_first, key_last, values.seqlen_q, cutlass)
         if cutlass.const_expr(problem.ragged):
             last = last if key_first < values.seqlen_k else 0
         begin = first // m
@@ -320,7 +320,7 @@ class QueryTiles:
         """``(begin, end)`` of the keys that a query tile sees."""
         row_first = m_block * config.tile_m
         row_last = cutlass.min(row_first + config.tile_m, values.seqlen_q) - 1
-        return values.band(problem).key_range(row_first, row_last, values.seqlen_k, DeviceOps)
+        return values.band(problem).key_range(row_first, row_last, values.seqlen_k, cutlass)
 
 
 @dataclass(frozen=True)

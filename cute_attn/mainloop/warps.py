@@ -12,6 +12,7 @@ from cutlass import cute
 
 from cute_attn import layouts
 from cute_attn.epilogue import converted
+from cute_attn.layouts.base import VECTOR
 
 MMA_K = 16  # of one mma.sync
 
@@ -171,7 +172,7 @@ class WarpKernel:
             for j in cutlass.range_constexpr(cute.size(tXsX, mode=[2])):
                 column = tXcX[0, i, j][1]
                 if (row < m.shape[0]) & (column < head_dim):
-                    into = cute.local_tile(m, (1, self.lay.VECTOR), (row, column // self.lay.VECTOR))
+                    into = cute.local_tile(m, (1, VECTOR), (row, column // VECTOR))
                     piece = cute.make_rmem_tensor_like(tXsX[None, i, j])
                     cute.copy(copy, tXsX[None, i, j], piece)
                     cute.copy(copy, piece, cute.make_tensor(into.iterator, piece.layout))

@@ -14,7 +14,7 @@ import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 
-from cute_attn.layouts.base import row_padding
+from cute_attn.layouts.base import COUNTERS, row_padding
 from cute_attn.layouts.fragments import transposed
 from cute_attn.mainloop.common import Gradients, Inputs, Rows, Values
 from cute_attn.mainloop.guard import FiniteRows, UnmarkedRows, copy_carefully
@@ -87,7 +87,9 @@ class QueryGradients(Kernel):
             cute.arch.setmaxregister_decrease(self.config.copy_registers)
             if warp == COPY_KEYS_WARP:
                 part = partial(of_tile, partial(self._copy_keys, operands, plain, care, shared, pipes))
-                self.lead(queue, tiles, signals.ticket_of_next if self.draws else None, NONE_DONE, part)
+                # A word that counts tickets of nobody else: where dQ has no sums, query tiles have no counters.
+                ticket = partial(signals.ticket, COUNTERS) if self.draws else None
+                self.lead(queue, tiles, ticket, NONE_DONE, part)
             if warp == COPY_QUERIES_WARP:
                 each(partial(self._copy_queries, operands, plain, care, rows, shared, pipes))
         else:

@@ -15,8 +15,9 @@ from .draw import MARGIN, PALETTE, STRIPED, Canvas, Label, Rect
 from .pictures import described, product
 
 Colour = tuple[str, str]
-# Colours are operands'. What happens to one is stripes and greys, apart in print too.
-COLOURS = {name: PALETTE[i + 1] for i, name in enumerate("QKVO")}
+# Colours are operands', in the order in which ways are drawn. What happens to one is stripes and greys, apart in print too.
+COLOURS = {name: PALETTE[i] for name, i in zip(("Q", "K", "V", "O", "dO", "P", "dS"), (1, 2, 3, 4, 4, 6, 7), strict=True)}
+COLOURS |= {"dK": COLOURS["K"], "dV": COLOURS["V"], "dQ": PALETTE[5]}
 COPIED, WAITS, READ, MADE = (STRIPED, "black"), ("#ffffff", "black"), ("#c4c4c4", "black"), ("#5a5a5a", "white")
 PLAIN = ("#f4f4f4", "black")
 LEGEND = ((COPIED, "being copied"), (WAITS, "there, or on its way"), (READ, "being read"), (MADE, "being written"))
@@ -35,7 +36,6 @@ class Part:
     name: str
     size: int
     slots: int = 1
-    colour: Colour = PLAIN
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ class Way:
     """An operand's way through the block, from left to right: two lines for each place."""
 
     name: str
-    colour: Colour
     steps: tuple[tuple[str, str], ...]
 
 
@@ -71,7 +70,7 @@ def block(config: Config, kernel: str = "") -> Canvas:
     line += f", {copying} more are there to copy" if copying else " and copy"
     canvas = titled(f"One block, stage by stage · {described(config)}", f"K {family(config).smem('K', config)}", line)
     sizes = family(config).smem_parts(config)
-    parts = [Part(name, n, config.stages if name in ("K", "V") else 1, COLOURS.get(name, PLAIN)) for name, n in sizes.items()]
+    parts = [Part(name, n, config.stages if name in ("K", "V") else 1) for name, n in sizes.items()]
     direct = config.o_from_registers
     elsewhere = "O leaves from registers, 16 bytes a thread" if direct else "O lies over Q"
     y = shares(canvas, config, parts, [] if sizes.get("O") else [elsewhere], 86)
@@ -104,7 +103,7 @@ def shares(canvas: Canvas, config: Config, parts: Iterable[Part], besides: list[
     x, y = float(MARGIN), y + 16
     canvas.shapes.append(Rect(x, y, limit * scale, 34, "#ffffff"))
     for part in parts:
-        size, (background, foreground) = part.size / part.slots, part.colour
+        size, (background, foreground) = part.size / part.slots, COLOURS.get(part.name, PLAIN)
         for slot in range(part.slots):
             width = size * scale
             tip = f"{part.name}{f', slot {slot}' if part.slots > 1 else ''}: {size:.0f} bytes"
@@ -137,7 +136,7 @@ def ways(canvas: Canvas, groups: Iterable[tuple[Sequence[str], Sequence[Way]]], 
         y += 12
         for way in group:
             x = float(x0)
-            background, foreground = way.colour
+            background, foreground = COLOURS[way.name]
             add(Rect(MARGIN, y, 28, 40, background))
             add(Label(MARGIN + 14, y + 20, way.name, 13, bold=True, fill=foreground))
             for i, (lines, width) in enumerate(zip(way.steps, WAY_WIDTHS, strict=True)):
@@ -238,7 +237,7 @@ def _way(operand: str, config: Config) -> Way:
         first, last = (moved(copies[step, operand], config, groups) for step in ("store", "out"))
     else:
         first, last = moved(copies["in", operand], config, groups), _fed(operand, config)
-    return Way(operand, COLOURS[operand], (first, lies(operand, config), last))
+    return Way(operand, (first, lies(operand, config), last))
 
 
 def _fed(operand: str, config: Config) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from .. import family
 from ..base import KIB, Config
 from . import algebra
 from .blocks import (
+    COLOURS,
     COLUMN,
     COPIED,
     FROM_REGISTERS,
@@ -37,11 +38,9 @@ from .blocks import (
     titled,
     ways,
 )
-from .draw import MARGIN, PALETTE, Canvas, Label
+from .draw import MARGIN, Canvas, Label
 from .pictures import described, is_read, product
 
-COLOURS = {"Q": PALETTE[1], "K": PALETTE[2], "V": PALETTE[3], "dO": PALETTE[4], "P": PALETTE[6], "dS": PALETTE[7]}
-COLOURS |= {"dK": COLOURS["K"], "dV": COLOURS["V"], "dQ": PALETTE[5]}  # in the order in which ways are drawn
 STEP_WIDE = 7 * COLUMN  # pixels of the parts of a step, as of the table of stages
 MADE_HEADS = (FROM_REGISTERS[0], FROM_REGISTERS[1], "to the tensor cores, or to global memory")
 SOFTMAX = "mask, P = exp2(S − LSE)"
@@ -103,7 +102,7 @@ def _parts(config: Config, kernel: str) -> list[Part]:
     lay = family(config)
     sizes = lay.smem_parts_of(kernel, config) if kernel else lay.smem_parts(config)
     names = {name: f"q{name}" if kernel == "queries" else name for name in sizes}
-    return [Part(name, size, lay.stages(names[name], config), COLOURS.get(name, PLAIN)) for name, size in sizes.items()]
+    return [Part(name, size, lay.stages(names[name], config)) for name, size in sizes.items()]
 
 
 # ---- ways ------------------------------------------------------------------------------------------------------------
@@ -119,7 +118,7 @@ def _way(operand: str, config: Config) -> Way:
     last = moved(copies["out", operand], config, groups) if ("out", operand) in copies else _fed(operand, config)
     under = lay.over(config).get(operand)
     over = f", over {_plain(under)}" if under else ""
-    return Way(_plain(operand), COLOURS[_plain(operand)], (first, (layout, size + over), last))
+    return Way(_plain(operand), (first, (layout, size + over), last))
 
 
 def _fed(operand: str, config: Config) -> tuple[str, str]:
@@ -238,7 +237,6 @@ def _one_kernel(config: Config) -> Walk:
     size = lay.smem_parts(config)["dQ"]
     dq = Way(
         "dQ",
-        COLOURS["dQ"],
         (
             ("st.shared, 16 bytes each", f"{lay.piece_threads(config)} threads: {rows}×{columns}; {groups}"),
             (str(sums), f"threads × values, float32, {size / KIB:.1f} KiB"),
@@ -291,7 +289,6 @@ def _straight(role: str, who: str, config: Config) -> Way:
     size = "×".join(map(str, mma.tile[:2]))
     return Way(
         role,
-        COLOURS[role],
         (
             ("in registers, float32", f"{size}; {who}"),
             (str(mma.c), "not there: four threads exchange theirs"),
@@ -320,7 +317,6 @@ def _keys(config: Config) -> Walk:
     size = lay.smem_parts_of("keys", config)["P"]
     p = Way(
         "P",
-        COLOURS["P"],
         (
             ("st.shared, 16 bytes each", f"warpgroup 1: {config.tile_n}×{config.tile_m}, as in registers"),
             (str(lay.handed_over(config)), f"threads × values, {lay.P_STAGES} slots, {size / KIB:.1f} KiB"),
@@ -433,7 +429,6 @@ def _cp_async(config: Config) -> Walk:
     wide = f".v{config.add_width}" if config.add_width > 1 else ""
     dq_way = Way(
         "dQ",
-        COLOURS["dQ"],
         (
             ("float32, each its accumulator", f"{config.mma_threads} threads: {config.tile_m}×{config.tile_d}"),
             ("—", "dQ does not pass through it"),

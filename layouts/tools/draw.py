@@ -19,9 +19,9 @@ from xml.sax.saxutils import escape, quoteattr
 from rich.text import Text
 
 from .. import family
-from ..base import BYTES, Config, row_width, swizzle_atom
+from ..base import BANK_BYTES, BANKS, BYTES, Config, row_width, swizzle_atom
 
-BANKS, BANK_BYTES, CHUNK_BYTES = 32, 4, 16
+CHUNK_BYTES = 16
 GROUP_BANKS = CHUNK_BYTES // BANK_BYTES
 GROUPS = BANKS // GROUP_BANKS
 ROWS_AT_ONCE = 8  # chunks that are read or written together

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cute_attn.problem import Problem
+
 from .. import MODULES, family, for_target
 from ..base import OPERANDS, Config
 from .blocks import block, kernels
@@ -87,8 +89,6 @@ def gallery() -> dict[str, str]:
 
 def _gradients(target: str, mechanism: str, head_dim: int) -> list[Config]:
     """Blocks that share a key tile have the layouts of one that doesn't."""
-    from cute_attn.problem import Problem  # it brings torch
-
     found = for_target(target).configs(Problem(DTYPE, head_dim, head_dim, gradients="qkv"), mechanism, target)
     return [config for config in found if config.head_blocks == 1]
 
@@ -101,8 +101,6 @@ def _file(operand: str, picture: str, config: Config) -> str:
 
 def _shown_configs() -> Iterator[list[Config]]:
     """For each family of instructions, a config for each of its tile widths."""
-    from cute_attn.problem import Problem  # it brings torch
-
     seen = []
     for module in sorted(MODULES, key=lambda module: min(module.GPU.targets, default=(99, 0))):
         mechanism, operands = next(iter(module.MECHANISMS.items()))

@@ -83,7 +83,8 @@ def operands(config: Config) -> tuple[str, ...]:
 def known(operand: str, config: Config) -> list[str]:
     """The pictures there are of an operand."""
     steps = [step.replace(" ", "-") for step, name in family(config).copies(config) if name == operand]
-    return [*([MEMORY, *steps] if steps else []), *(_mma_picture(role, config) for role in roles(operand, config))]
+    mmas = [f"{MMA}-{role}" if config.backward else MMA for role in roles(operand, config)]
+    return [*([MEMORY, *steps] if steps else []), *mmas]
 
 
 def roles(operand: str, config: Config) -> list[str]:
@@ -137,10 +138,6 @@ def title(operand: str, picture: str, config: Config) -> str:
     if role:
         what = product(role, config) if verb == MMA else f"{what}, for {product(role, config)}"
     return f"{what} · {described(config)}"
-
-
-def _mma_picture(role: str, config: Config) -> str:
-    return f"{MMA}-{role}" if config.backward else MMA
 
 
 def _parts(operand: str, picture: str, config: Config) -> tuple[str, str]:
@@ -382,13 +379,13 @@ def drawn(operand: str, picture: str, config: Config) -> Canvas:
     if picture.startswith(MMA):
         a, b, c = grids
         wide = _width(a) + MARGIN
-        _, below = _put(canvas, b, MARGIN + wide, y, legend=False)
+        below = _put(canvas, b, MARGIN + wide, y, legend=False)
         _put(canvas, a, MARGIN, below + MARGIN, legend=False)
         _put(canvas, c, MARGIN + wide, below + MARGIN)
         return canvas
     across = len(heading) * 16 * 0.62  # what is written around a grid may be as wide as the heading
     for i, grid in enumerate(grids):
-        _, y = _put(canvas, grid, MARGIN, y, legend=i == len(grids) - 1, across=across)
+        y = _put(canvas, grid, MARGIN, y, legend=i == len(grids) - 1, across=across)
         y += MARGIN
     return canvas
 
@@ -398,8 +395,8 @@ def _width(grid: Grid) -> float:
     return max(60 + grid.size[1] * grid.scale[1], 500)
 
 
-def _put(canvas: Canvas, grid: Grid, x: float, y: float, legend: bool = True, across: float = 0.0) -> tuple[float, float]:
-    """Draw a grid with its upper left corner at (x, y), and text up to ``across`` wide. Returns its right and lower ends."""
+def _put(canvas: Canvas, grid: Grid, x: float, y: float, legend: bool = True, across: float = 0.0) -> float:
+    """Draw a grid with its upper left corner at (x, y), and text up to ``across`` wide. Returns its lower end."""
     down, right = grid.scale
     wide = max(_width(grid), across)
     add = canvas.shapes.append
@@ -432,7 +429,7 @@ def _put(canvas: Canvas, grid: Grid, x: float, y: float, legend: bool = True, ac
         for line in textwrap.wrap(note, int((wide - 60) / (11 * 0.54))):
             add(Label(left, y, line, 11, "start", "#333333"))
             y += 16
-    return left + grid.size[1] * right, y
+    return y
 
 
 def _put_cell(canvas: Canvas, cell: Cell, x: float, y: float, scale: tuple[float, float]) -> None:

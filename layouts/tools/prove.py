@@ -27,14 +27,17 @@ from types import ModuleType
 
 import numpy as np
 
+from .. import family as family_of
 from .. import for_target
 from ..base import (
+    BANK_BYTES,
+    BANKS,
     BYTES,
-    KIB,
     NAMED_BARRIERS,
     OPERANDS,
     ROLES,
     SETMAXNREG,
+    SMEM_RESERVED,
     WARP,
     Box,
     Config,
@@ -43,10 +46,10 @@ from ..base import (
     Layout,
     Mma,
     registers_per_thread,
+    row_width,
 )
 from . import algebra
 
-BANKS, BANK_BYTES = 32, 4
 PHASE_BYTES = BANKS * BANK_BYTES
 SECTOR_BYTES = 32
 LINE_BYTES = 128  # of the L1 cache
@@ -58,7 +61,6 @@ TMA_SWIZZLES = {0: None, 32: (1, 4, 3), 64: (2, 4, 3), 128: (3, 4, 3)}
 TMA_ALIGN = 128
 # PTX ISA, "Matrix descriptor format" of wgmma: address and offsets are 14 bits of 16 bytes.
 DESCRIPTOR_LIMIT = 1 << 18
-RESERVED_SMEM = KIB  # CUDA C++ programming guide: of each block's shared memory, for the system
 SOME = 512  # indices of a layout that the DSL's own function is asked for
 
 
@@ -149,7 +151,7 @@ def once(where: str, values: Layout, tile: tuple[int, int], times: int = 1) -> l
     )
     for kind, wrong, than, change in kinds:
         if number := int(wrong.sum()):
-            row, column = _position(int(np.argmax(wrong)), tile)
+            column, row = divmod(int(np.argmax(wrong)), tile[0])
             text = f"{number} of {count} elements belong to {than} than {times} (thread, value)"
             found.append(Finding(kind, where, f"{on}: {text}, the first at row {row}, column {column}", number, change))
     if outside := index.size - inside.size:
@@ -168,10 +170,9 @@ def distinct(where: str, layout: Layout) -> list[Finding]:
     return [Finding("overlap", where, text, twice, "make each stride at least what the modes below it span")]
 
 
-def held(where: str, operand: str, layout: Layout, config: Config, family: ModuleType) -> list[Finding]:
-    """The bytes set aside for an operand hold its layout. O may lie over Q."""
-    parts = family.smem_parts(config)
-    have, need = parts.get(operand) or parts["Q"], algebra.cosize(layout) * BYTES
+def held(where: str, layout: Layout, have: int) -> list[Finding]:
+    """The bytes set aside for an operand hold its layout."""
+    need = algebra.cosize(layout) * BYTES
     if need <= have:
         return []
     text = f"{layout} reaches over {need} bytes; {have} are set aside"
@@ -492,21 +493,20 @@ def tensor_cores_get(where: str, mma: Mma, role: str, operand: str, layout: Layo
     return found
 
 
-def accumulator_is_operand(where: str, scores: Mma, output: Mma) -> list[Finding]:
-    """P·V takes P from the registers in which Q·Kᵀ left S: same thread, same row, same column, 16 columns at a time."""
-    if "A" in output.from_shared:
-        return []
+def scores_are_operand(where: str, scores: Mma, product: Mma, name: str, split: bool = False) -> list[Finding]:
+    """The product of this name takes its operand A from the registers in which the scores were left: same thread, same row,
+    same column, 16 columns at a time; where warps ``split`` the columns, of its warp's own."""
     rows, columns = algebra.coordinates(scores.c, scores.tile[:2])
-    a_rows, a_columns = algebra.coordinates(output.a, (output.tile[0], output.tile[2]))
+    a_rows, a_columns = algebra.coordinates(product.a, (product.tile[0], product.tile[2]))
     per_step = a_rows.shape[1]
     wrong = 0
-    for step in range(rows.shape[1] // per_step):
-        part = slice(step * per_step, (step + 1) * per_step)
-        shift = step * output.tile[2]
-        wrong += int(((rows[:, part] != a_rows) | (columns[:, part] != a_columns + shift)).sum())
+    for first in range(0, rows.shape[1] - per_step + 1, per_step):
+        part = slice(first, first + per_step)
+        begin = columns[:, part].min(axis=1, keepdims=True) // 16 * 16 if split else first // per_step * product.tile[2]
+        wrong += int(((rows[:, part] != a_rows) | (columns[:, part] != a_columns + begin)).sum())
     if not wrong:
         return []
-    text = f"{wrong} of {rows.size} scores lie in another thread or value than P·V takes them from"
+    text = f"{wrong} of {rows.size} scores lie in another thread or value than {name} takes them from"
     return [Finding("agreement", where, text, wrong, "give both products the same rows and warps")]
 
 
@@ -522,7 +522,7 @@ def budget(config: Config, gpu: Gpu, family: ModuleType) -> list[Line]:
     lines = [Line("shared memory", name, size, unit="bytes") for name, size in parts.items() if size]
     total = family.smem_bytes(config)
     lines.append(Line("shared memory", "a block", total, gpu.smem_per_block, "bytes"))
-    reserved = blocks * (total + RESERVED_SMEM)
+    reserved = blocks * (total + SMEM_RESERVED)
     text = f"{blocks} block{'s' * (blocks > 1)} and 1 KiB each for the system"
     lines.append(Line("shared memory", text, reserved, gpu.smem_per_multiprocessor, "bytes"))
 
@@ -579,8 +579,6 @@ def budget_findings(config: Config, gpu: Gpu, family: ModuleType) -> list[Findin
 
 def title(config: Config) -> str:
     """A config in a few words."""
-    from .. import family as family_of
-
     dims = f"d{config.tile_d}" + (f"/{config.tile_dv}" if config.tile_dv != config.tile_d else "")
     dims += f" {config.tile_m}×{config.tile_n}" if config.backward and family_of(config).turned(config) else ""
     dims += f" {config.dq_stages} stages of dQ" if config.dq_stages > 1 else ""
@@ -589,8 +587,6 @@ def title(config: Config) -> str:
 
 def operands(config: Config) -> tuple[str, ...]:
     """What :func:`report` names: operands, and in the backward pass products."""
-    from .. import family as family_of
-
     family = family_of(config)
     return tuple(dict.fromkeys((*family.OPERANDS, *family.ROLES))) if config.backward else (*OPERANDS, "P")
 
@@ -598,13 +594,9 @@ def operands(config: Config) -> tuple[str, ...]:
 def report(config: Config, head_dim: int | None = None, family: ModuleType | None = None) -> list[Row]:
     """Every step of every operand of a config, with what was counted and found. ``head_dim`` is that of the
     tensors, where it is smaller than the tile's (Q and K; V's padding is taken to be the same)."""
-    from .. import family as family_of
-
     family = family or family_of(config)
     if config.backward:
-        from . import prove_backward
-
-        return list(prove_backward.rows(config, head_dim, family))
+        return list(_backward_rows(config, head_dim, family))
     rows = list(_rows(config, head_dim, family))
     rows.append(Row("P", "S to P", "registers", str(family.mma("S", config).c), findings=_products(config, family)))
     return rows
@@ -612,46 +604,51 @@ def report(config: Config, head_dim: int | None = None, family: ModuleType | Non
 
 def check(config: Config, head_dim: int | None = None, family: ModuleType | None = None) -> list[Finding]:
     """Everything that does not hold of a config: an empty list is a proof."""
-    from .. import family as family_of
-
     family = family or family_of(config)
     found = [finding for row in report(config, head_dim, family) for finding in row.findings]
     return found + budget_findings(config, for_target(config.target).GPU, family)
 
 
 def _products(config: Config, family: ModuleType) -> tuple[Finding, ...]:
-    """The MMAs' own maps: bijections, and S's accumulator is P's operand."""
+    """The MMAs' own maps, and S's accumulator is P's operand."""
+    found = [finding for role in ROLES for finding in own_maps(family.mma(role, config), title(config), f" of {role}")]
+    scores, output = (family.mma(role, config) for role in ROLES)
+    if "A" not in output.from_shared:
+        found += scores_are_operand(f"{title(config)}, P", scores, output, "P·V")
+    return tuple(found)
+
+
+def own_maps(mma: Mma, where: str, of: str = "") -> list[Finding]:
+    """An MMA's own maps are bijections, but for operands that several warps hold."""
+    m, n, k = mma.tile
+    stacked = mma.warps if not mma.from_shared else 1  # warps that each hold all of B
+    maps = (("A", mma.a, (m, k), mma.across), ("B", mma.b, (n, k), stacked), ("C", mma.c, (m, n), 1))
     found: list[Finding] = []
-    for role in ROLES:
-        mma = family.mma(role, config)
-        m, n, k = mma.tile
-        stacked = mma.warps if not mma.from_shared else 1  # warps that each hold all of B
-        maps = (("A", mma.a, (m, k), 1), ("B", mma.b, (n, k), stacked), ("C", mma.c, (m, n), 1))
-        for name, values, tile, times in maps:
-            if name not in mma.from_shared:
-                found += once(f"{title(config)}, operand {name} of {role}", values, tile, times)
-    where = f"{title(config)}, P"
-    return tuple(found + accumulator_is_operand(where, family.mma("S", config), family.mma("O", config)))
+    for name, values, tile, times in maps:
+        if name not in mma.from_shared:
+            found += once(f"{where}, operand {name}{of}", values, tile, times)
+    return found
 
 
 def _rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
-    copies = family.copies(config)
+    parts = family.smem_parts(config)
     for operand in OPERANDS:
-        layout, shape = family.smem(operand, config), family.tile(operand, config)
-        wide = {"V": config.tile_dv, "O": config.tile_dv}.get(operand, config.tile_d)
-        dim = min(head_dim or wide, wide)
-        where = f"{title(config)}, {operand}"
-        found = distinct(where, layout) + held(where, operand, layout, config, family)
-        yield Row(operand, "tile", "", str(layout), findings=tuple(found))
-        for (step, name), copy in copies.items():
-            if name != operand:
-                continue
-            at = f"{where}, {step}"
-            if isinstance(copy, Box):
-                yield _box_row(at, step, copy, layout, shape, dim, family)
-            else:
-                yield _copy_row(at, step, copy, layout, shape, dim, wanted(step, operand, config, family))
-        yield from _tensor_core_row(where, operand, layout, copies, config, family)
+        yield from operand_rows(operand, parts.get(operand) or parts["Q"], config, head_dim, family)  # O may lie over Q
+        yield from _tensor_core_row(operand, config, family)
+
+
+def operand_rows(operand: str, have: int, config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
+    """An operand's tile in shared memory, for which ``have`` bytes are set aside, and its copies."""
+    layout, shape = family.smem(operand, config), family.tile(operand, config)
+    dim = min(head_dim or shape[1], shape[1])
+    where = f"{title(config)}, {operand}"
+    yield Row(operand, "tile", "", str(layout), findings=(*distinct(where, layout), *held(where, layout, have)))
+    for (step, name), copy in family.copies(config).items():
+        at = f"{where}, {step}"
+        if name == operand and isinstance(copy, Box):
+            yield _box_row(at, step, copy, layout, shape, dim, family)
+        elif name == operand:
+            yield _copy_row(at, step, copy, layout, shape, dim, wanted(step, operand, config, family))
 
 
 def _box_row(at: str, step: str, box: Box, layout: Layout, shape, dim: int, family: ModuleType) -> Row:
@@ -707,14 +704,68 @@ def tiled_copy(step: str, operand: str, config: Config, family: ModuleType):
     return getattr(family, make)(*([role] if role else []), *arguments)
 
 
-def _tensor_core_row(where: str, operand: str, layout: Layout, copies, config: Config, family) -> Iterator[Row]:
+def _tensor_core_row(operand: str, config: Config, family) -> Iterator[Row]:
     role, letter = {"Q": ("S", "A"), "K": ("S", "B"), "V": ("O", "B")}.get(operand, ("", ""))
     if not role or letter not in family.mma(role, config).from_shared:
         return
-    mma, box = family.mma(role, config), copies["in", operand]
-    found = tensor_cores_get(f"{where}, wgmma", mma, role, operand, layout, box)
+    mma, box = family.mma(role, config), family.copies(config)["in", operand]
+    found = tensor_cores_get(f"{title(config)}, {operand}, wgmma", mma, role, operand, family.smem(operand, config), box)
     what = f"{'×'.join(map(str, mma.shape))}, {'K' if role == 'S' else 'MN'}-major, {box.swizzle_bytes}-byte swizzle"
     yield Row(operand, "read", "wgmma", what, findings=tuple(found))
+
+
+# ---- the backward pass, whose operands and products have names of their own ------------------------------------------
+
+
+def _backward_rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
+    """Every step of every operand of a config, and its products."""
+    for operand in family.OPERANDS:
+        parts, part = _parts_of_kernel(operand, config, family), family.over(config).get(operand, operand).removeprefix("q")
+        if part not in parts:
+            continue  # it is in registers all the while
+        yield from operand_rows(operand, parts[part], config, head_dim, family)
+        yield from _backward_tensor_core_rows(operand, config, family)
+    for role in family.ROLES:
+        yield Row(role, "product", "", str(family.mma(role, config).c), findings=tuple(_product(role, config, family)))
+
+
+def _parts_of_kernel(operand: str, config: Config, family: ModuleType) -> dict[str, int]:
+    """Bytes by part, of the kernel that has the operand."""
+    if hasattr(family, "smem_parts_of"):  # two kernels
+        return family.smem_parts_of(next(name for name, held in family.KERNELS.items() if operand in held), config)
+    return family.smem_parts(config)
+
+
+def _backward_tensor_core_rows(operand: str, config: Config, family: ModuleType) -> Iterator[Row]:
+    """What warpgroup MMAs read through descriptors. Scores and dP sum over a head's columns: what they read is K-major;
+    the other products sum over rows of what they read from shared memory, but for dK, if it reads dSᵀ there."""
+    layout, where = family.smem(operand, config), f"{title(config)}, {operand}"
+    for role, operands in family.READS.items():
+        mma = family.mma(role, config)
+        if role == "dQ" and family.turned(config):
+            operands = operands[::-1]
+        for letter, name in zip("AB", operands, strict=True):
+            if name != operand or letter not in mma.from_shared:
+                continue
+            width = row_width(layout)
+            box = Box(operand, family.tile(operand, config)[0], width, width * BYTES)
+            k_major = role in family.FIRST or (mma.from_shared == "AB" and role != "dQ" and (role, letter) != ("dK", "B"))
+            read = mma if letter == "B" or k_major else replace(mma, shape=(mma.shape[0], mma.shape[0], mma.shape[2]))
+            found = tensor_cores_get(
+                f"{where}, {role}", read, "S" if k_major else "O", "Q" if letter == "A" else "K", layout, box
+            )
+            what = f"{'×'.join(map(str, mma.shape))}, {'K' if k_major else 'MN'}-major, {box.swizzle_bytes}-byte swizzle"
+            yield Row(operand, f"read {role}", "wgmma", what, findings=tuple(found))
+
+
+def _product(role: str, config: Config, family: ModuleType) -> list[Finding]:
+    """An MMA's own maps are bijections; and where its A operand is in registers, it is what S's accumulator holds."""
+    mma, at = family.mma(role, config), f"{title(config)}, {role}"
+    found = own_maps(mma, at)
+    if "A" not in mma.from_shared and (role in ("dV", "dK") or not family.READS[role][0]):
+        scores = family.mma("qS" if role == "dQ" else "S", config)
+        found += scores_are_operand(at, scores, mma, "the product", split=True)
+    return found
 
 
 # ---- the host's layouts against the DSL's ----------------------------------------------------------------------------
@@ -727,8 +778,6 @@ def against_dsl(configs: Sequence[Config], limit: int = SOME) -> list[Finding]:
     ``limit`` of them, spread over the layout. Raises ``ImportError`` where the DSL is not installed.
     """
     from cutlass import cute
-
-    from .. import family as family_of
 
     found: list[Finding] = []
     done: set[tuple[Layout, str]] = set()
@@ -802,7 +851,3 @@ def _compare_layout(where: str, layout: Layout, traced, limit: int) -> Iterator[
 def _zeros(layout: Layout) -> list[int]:
     """The coordinates of the first slot."""
     return [0] * (len(algebra.flat_shape(layout.shape)) - 2)
-
-
-def _position(index: int, tile: tuple[int, int]) -> tuple[int, int]:
-    return index % tile[0], index // tile[0]

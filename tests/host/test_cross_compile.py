@@ -387,7 +387,7 @@ def test_products_are_not_serialised(case: Case, kernel: Kernel):
     assert steps >= 1 + problem.bounded_left + problem.bounded_right + case.has_second_pass
     # One wait for S and one for O in each copy of the loop; in each pass over the keys one for S before it, one for O after.
     assert len(waits) <= 2 * steps + 2 * (1 + case.has_second_pass)
-    assert len(waits) < kernel.code.hgmma / 2
+    assert len(waits) < kernel.code.count("HGMMA") / 2
 
 
 @wgmma_cases

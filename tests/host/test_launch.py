@@ -338,7 +338,6 @@ def test_what_hooks_bring_back_to_a_kept_call_is_made_what_it_was(gpu, monkeypat
 
     monkeypatch.setattr(launching, "device_target", lambda device: "sm_90a")
     monkeypatch.setattr(launching, "prepared", lambda *_: (kernel, 132))
-    monkeypatch.setattr(launching, "tile_of_tickets", lambda *_: 0)
     wider, bounds = [x.double() for x in make_qkv(1, 10, 10, 2, 2, 64, 64, torch.float16)], torch.tensor([0, 4, 10])
     call = Call(1, 2, 2, 10, 10, 64, 64, 0.125, None, 0, 0.0, plans={}, kept_for=(torch.device("cpu"), torch.float16))
     if ragged:

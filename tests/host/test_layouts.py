@@ -75,9 +75,9 @@ def test_a_gpu_module(module: ModuleType):
 
 @every_module
 def test_a_gpu_module_is_data(module: ModuleType):
-    """A new GPU is tables and one function that reads them: no classes, and no layouts of its own."""
+    """A new GPU is tables and one function that reads them, if not a shared one: no classes, and no layouts of its own."""
     own = [x for x in vars(module).values() if getattr(x, "__module__", None) == module.__name__]
-    assert own == [module.configs]
+    assert own in ([module.configs], [])
 
 
 @every_module
