@@ -255,7 +255,7 @@ def test_what_passes_in_the_order_of_registers_fills_its_shared_memory():
         (sums, layouts.family(narrow).smem_parts(narrow)["dQ"] // 4),
         (handed_over, layouts.family(wide).smem_parts_of("keys", wide)["P"] // 2),
     ):
-        assert sorted(algebra.table(layout).flat) == list(range(size))
+        assert algebra.inverse(layout).size == size
 
 
 def test_the_gallery_is_the_one_generated():
