@@ -198,7 +198,7 @@ def finished(row_max: Float32, row_sum: Float32, scale_log2: Float32, sink: Floa
 def _of_sink(sink: Float32, row_max: Float32, scale_log2: Float32) -> tuple[Float32, Float32, Float32]:
     """Of a row with a sink: how far the larger of its largest score and the sink is from that score, to base 2; what weights
     were counted in, in units of that; and what the sink weighs."""
-    ahead_log2 = sink * LOG2_E - row_max * scale_log2
+    ahead_log2 = sink * LOG2_E - anchored(row_max) * scale_log2  # a sink of −∞ is none
     unit_log2 = cutlass.max(ahead_log2, Float32(0.0))
     unit = cute.math.exp2(-unit_log2, fastmath=True)
     return unit_log2, unit, cute.math.exp2(ahead_log2 - unit_log2, fastmath=True)

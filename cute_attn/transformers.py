@@ -217,6 +217,8 @@ def mask(
         others |= {"mask_function": mask_function, "attention_mask": attention_mask, "device": device}
         others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         stand_in = partial(fallback, batch_size, q_length, kv_length, q_offset, kv_offset, **others)
+    if isinstance(q_offset, torch.Tensor):
+        q_offset = q_offset.clone()  # a static cache counts on in its own, in each layer, before the mask is read there
     function = _on_the_whole(mask_function, q_offset, kv_offset, attention_mask, kv_length)
     try:
         seen = _seen_by(mask_function)

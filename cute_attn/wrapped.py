@@ -173,10 +173,12 @@ def nested(varlen: Callable, q, k, v, rules: dict, others: dict):
                 f"{name} has shape {shapes[name]} with lengths in dimension {ragged_dim(x)}; (batch, seqlen, heads, head_dim), "
                 f"with lengths in dimension 1, is needed: try {name}.transpose(1, 2)"
             )
-    if q.shape[0] != k.shape[0] or k.shape[:2] != v.shape[:2]:
+    # By their lengths, if they have some, torch says which shapes are equal, and not by where these begin.
+    apart = k.lengths() is not None and k.offsets() is not v.offsets()
+    if q.shape[0] != k.shape[0] or k.shape[:2] != v.shape[:2] or apart:
         raise ValueError(
             f"q, k, v have shapes {shapes['q']}, {shapes['k']}, {shapes['v']}; one batch, and the same offsets of k and v, are "
-            f"needed: try torch.nested.nested_tensor_from_jagged(v.values(), k.offsets())"
+            f"needed: try torch.nested.nested_tensor_from_jagged(v.values(), k.offsets(), k.lengths())"
         )
     cu_seqlens = [x.offsets().int() for x in (q, k)]
     seqused = [None if x.lengths() is None else x.lengths().int() for x in (q, k)]

@@ -133,9 +133,10 @@ def attention(
 def _with_sinks(out, lse, sinks):
     """What one more logit s, without a value, makes of a row: O · exp(L − L') and L' = ln(exp L + exp s). A row that sees no
     key has zeros and −∞ still."""
-    sinks = sinks.to(lse.dtype)[:, None]
+    sinks, unseen = sinks.to(lse.dtype)[:, None], lse == -torch.inf
+    lse = lse.masked_fill(unseen, 0.0)  # −∞ − (−∞), of a sink that is none, would make a NaN
     weight = (lse - sinks).sigmoid().transpose(1, 2).unsqueeze(-1)
-    return (out * weight).to(out.dtype), torch.logaddexp(lse, sinks).masked_fill(lse == -torch.inf, -torch.inf)
+    return (out * weight).to(out.dtype), torch.logaddexp(lse, sinks).masked_fill(unseen, -torch.inf)
 
 
 def explain(

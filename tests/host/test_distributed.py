@@ -189,6 +189,7 @@ CASES = {
     "fewer rows than chunks": (4, inputs(5), {"causal": True}),
     "MQA": (4, inputs(64, heads=(4, 1)), {"causal": True, "deterministic": True}),
     "sinks": (4, inputs(70), {"window": (25, 0), "sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}),
+    "a sink that is none": (2, inputs(70, 40), {"causal": True, "sinks": torch.tensor([0.5, -math.inf, 3.0, 0.0])}),
     "16 bits": (4, inputs(200, dtype=torch.bfloat16), {"causal": True}),
     "64 bits": (2, inputs(40, dtype=torch.float64), {"causal": True}),
     "alone": (1, inputs(40), {"causal": True}),

@@ -208,13 +208,14 @@ def test_flash_attns_functions_have_sinks_and_alibi():
     torch.testing.assert_close(cache, out)
 
 
-@pytest.mark.parametrize("far", [-300.0, 300.0])
+@pytest.mark.parametrize("far", [-math.inf, -300.0, 300.0])
 def test_a_sink_far_from_all_scores(far):
-    q, k, v = make_qkv(1, 5, 5, 1, 1, 8, 8, torch.bfloat16)
-    out, lse = attention(q, k, v, sinks=torch.tensor([far]), return_lse=True)
-    want, want_lse = attention(q, k, v, return_lse=True)
+    """Of rows the first of which sees no key."""
+    q, k, v = make_qkv(1, 6, 5, 1, 1, 8, 8, torch.bfloat16)
+    out, lse = attention(q, k, v, sinks=torch.tensor([far]), causal=True, return_lse=True)
+    want, want_lse = attention(q, k, v, causal=True, return_lse=True)
     torch.testing.assert_close(out, want if far < 0 else torch.zeros_like(out))
-    torch.testing.assert_close(lse, want_lse if far < 0 else torch.full_like(lse, far))
+    torch.testing.assert_close(lse, want_lse if far < 0 else want_lse.clamp(min=far).where(want_lse > -math.inf, -math.inf))
 
 
 # ---- what is traced --------------------------------------------------------------------------------------------------

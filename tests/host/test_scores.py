@@ -419,8 +419,9 @@ def _signs_of_words(x):
     return lower | (upper << 16)
 
 
+@pytest.mark.parametrize("sink", [1.5, -math.inf])
 @pytest.mark.parametrize("scale_log2", [1.0, 0.3])
-def test_the_end_of_a_softmax_with_a_sink(scale_log2):
+def test_the_end_of_a_softmax_with_a_sink(scale_log2, sink):
     """Of rows whose largest score is far below the sink, near it, far above it, and of one that saw no key."""
     row_max, row_sum = torch.tensor([-400.0, -3.0, 0.0, 500.0, -math.inf]), torch.tensor([1.0, 2.0, 7.5, 3.0, 0.0])
     found = torch.zeros(3, 5)
@@ -436,11 +437,11 @@ def test_the_end_of_a_softmax_with_a_sink(scale_log2):
         for r in range(5):
             found[0, r], found[1, r], found[2, r] = normalize[r], lse.natural[r], lse.raw[r]
 
-    arguments = *map(from_dlpack, (found, row_max, row_sum)), Float32(1.5)
+    arguments = *map(from_dlpack, (found, row_max, row_sum)), Float32(sink)
     cute.compile(compute, *arguments)(*arguments)
     unit = scale_log2 * math.log(2.0)
     of_keys = row_max.double() * unit + row_sum.double().log()
-    lse = torch.logaddexp(of_keys, torch.tensor(1.5).double()).where(row_sum > 0, -math.inf)
+    lse = torch.logaddexp(of_keys, torch.tensor(sink).double()).where(row_sum > 0, -math.inf)
     torch.testing.assert_close(found[1], lse.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[2], torch.where(row_sum > 0, lse / unit, math.inf).float(), rtol=1e-5, atol=1e-5)
     want = torch.where(row_sum > 0, (row_max.double() * unit - lse).exp(), 0.0)

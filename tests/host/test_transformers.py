@@ -135,6 +135,14 @@ def test_generates_what_eager_does(name, padding, cache):
     assert torch.equal(tokens(models.built(name, OURS, FLOAT64), used, **how), expected)
 
 
+def test_a_bias_beside_a_static_cache():
+    """T5's decoder: the cache has counted on when a layer reads the mask."""
+    how = {"cache_implementation": "static", "decoder_start_token_id": 0}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    found, expected = (tokens(models.built("t5", kind, FLOAT64), **how).logits for kind in (OURS, "eager"))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(("padding", "cache"), [("none", None), ("left", None), ("left", "static"), ("between", "static")])
 def test_steps_read_keys_where_they_are(padding, cache, calls):
     """A token at a time is attention to a cache, of which nothing is moved, but where padding is between the keys."""

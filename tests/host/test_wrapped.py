@@ -130,6 +130,7 @@ def lengths_of(*values):
 
 
 BOUNDS = lengths_of(0, 13, 33)
+USED = torch.tensor([5, 3])
 MESH_PLACEMENTS = "Shard(0), the batch, Shard(2), the heads, or Replicate() is needed"
 TENSORS = [
     Row("no tensor", lambda: attention(q, k, v, bias=[0.0]), TypeError, "bias is a list", "is needed", "torch.tensor(bias)"),
@@ -217,7 +218,15 @@ TENSORS = [
         ValueError,
         "q, k, v have shapes (2, j",
         "the same offsets of k and v, are needed",
-        "torch.nested.nested_tensor_from_jagged(v.values(), k.offsets())",
+        "torch.nested.nested_tensor_from_jagged(v.values(), k.offsets(), k.lengths())",
+    ),
+    Row(
+        "nested, other offsets of v and the same lengths, of which torch makes the shape",
+        lambda: attention(jagged(q), *(torch.nested.nested_tensor_from_jagged(x[0], x.new_tensor(at), USED)
+                                       for x, at in ((k, (0, 9, 20)), (v, (4, 12, 20))))),
+        ValueError,
+        "the same offsets of k and v, are needed",
+        "torch.nested.nested_tensor_from_jagged(v.values(), k.offsets(), k.lengths())",
     ),
     Row(
         "nested, another batch of k",
