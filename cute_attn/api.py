@@ -104,7 +104,8 @@ def attention(
             after all else.
         bias: added to s_ij, after all else: a tensor that broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``, of q's dtype or
             float32, with any strides. Its gradient has its shape; where elements of the batch or heads share it, each has a
-            copy of the gradient for a while, if these take 1 GiB at most, or 8 bytes an element of it. −inf hides a key.
+            copy of the gradient for a while, if these take 1 GiB at most, or 8 bytes an element of it. −inf hides a key that is
+            finite; of a mask it needn't be.
         sinks: floats ``(heads,)``: one more logit in the softmax of each row, without a value. The lse counts it, except in a
             row that sees no key.
         dropout_p: each ``exp(s_ij − lse_i)`` becomes 0 with this probability, from 0 to below 1, and else is divided by
