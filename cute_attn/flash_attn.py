@@ -245,7 +245,7 @@ def flash_attn_varlen_qkvpacked_func(
     rules: Any = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     try:
         return flash_attn_varlen_func(q, k, v, *lengths, *rules, return_lse=return_lse, **others)
-    except Exception as error:
+    except (TypeError, ValueError) as error:
         _rename(error, {f"{name}_{side}": name for name in ("cu_seqlens", "max_seqlen") for side in "qk"})
         raise
 
@@ -339,7 +339,7 @@ def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal,
     try:
         with torch.no_grad():
             return attention_kvcache(q, k_cache, v_cache, lengths=used, k_new=k, v_new=v, **more, **rules)
-    except Exception as error:
+    except (TypeError, ValueError) as error:
         _rename(error, names)
         raise
 
@@ -357,7 +357,7 @@ def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, sof
     rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "deterministic": deterministic}
     try:
         results = attend(q, k, v, **lengths, **rules, return_lse=asked)
-    except Exception as error:
+    except (TypeError, ValueError) as error:
         _rename(error, {})
         raise
     if not asked:
