@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import Unread, check_layout, choice, flag, integer, is_traced, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
-from cute_attn.expressions import Called, Indexing, Symbol, check_functions, check_values, element, positions, score_of, traced
+from cute_attn.functions import Called, Indexing, check_functions, check_values, element, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import (
@@ -28,6 +28,7 @@ from cute_attn.private import (
     with_side_effects,
 )
 from cute_attn.problem import SCALES, UNBOUNDED, Call, check_call
+from cute_attn.tracing import Symbol
 
 BACKENDS = ("auto", "cute", "reference")
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -88,7 +89,7 @@ def attention(
         softcap: bounds scores to ±softcap; ``None`` or 0 is none.
         mask: ``mask(batch, head, q_idx, kv_idx, *tensors) -> bool``, which keys a query sees, of those that the arguments above
             let it see, as FlexAttention's ``mask_mod``. Positions are rows of q and of k, from 0 on. The function is traced
-            (:mod:`cute_attn.expressions`): it gets symbols and may do arithmetic, comparisons, ``& | ~``, ``torch.where``,
+            (:mod:`cute_attn.functions`): it gets symbols and may do arithmetic, comparisons, ``& | ~``, ``torch.where``,
             minimum, maximum, clamp, abs, exp, log, tanh, sqrt, ``//`` and ``%`` of integers, conversions, and index tensors of
             up to 4 dimensions, in ``tensors`` or in a closure: an index past a tensor's end takes its last element. Ready-made
             ones are :mod:`cute_attn.masks`.

@@ -32,7 +32,8 @@ import torch
 from torch.nn.functional import pad
 
 from cute_attn.arguments import device_of, integer, shown
-from cute_attn.expressions import Expression, TorchOps, check_values, traced
+from cute_attn.expressions import Expression, TorchOps
+from cute_attn.functions import check_values, traced
 from cute_attn.layouts.base import (
     BLOCK,
     BY_ROWS,

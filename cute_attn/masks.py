@@ -13,7 +13,7 @@ from functools import reduce
 import torch
 
 from cute_attn.arguments import check_tensor
-from cute_attn.expressions import element_of
+from cute_attn.functions import element_of
 
 
 def causal(batch, head, q_idx, kv_idx):

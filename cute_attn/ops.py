@@ -45,7 +45,7 @@ from torch.utils.flop_counter import register_flop_formula
 from cute_attn import autograd, launch, reference, wrapped
 from cute_attn.arguments import check_memory
 from cute_attn.blocks import BlockMask
-from cute_attn.expressions import check_values, restored
+from cute_attn.functions import check_values, restored
 from cute_attn.lengths import NAMES, NO_LENGTHS, check_lengths
 from cute_attn.private import is_known
 from cute_attn.problem import Call, check_call, check_for_kernels, exact_dtype, strides_for_kernels

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from cute_attn import masks
 from cute_attn.api import are_plain, attention, attention_varlen
 from cute_attn.arguments import integer, name_of
-from cute_attn.expressions import traced
+from cute_attn.functions import traced
 from cute_attn.kvcache import attention_kvcache
 from cute_attn.lengths import NAMES
 from cute_attn.private import any_autocast_enabled, assert_on_device, dispatch_modes, transforms_active

@@ -7,7 +7,7 @@ import torch
 
 from cute_attn import attention, block_mask, launch, masks
 from cute_attn.blocks import WHOLE, BlockMask, classified
-from cute_attn.expressions import traced
+from cute_attn.functions import traced
 from tests.functions import BLOCKED, check, documents
 from tests.planted import plant
 from tests.support import assert_close, make_gradients, make_qkv

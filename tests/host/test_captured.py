@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cute_attn import attention, attention_varlen, dropout, expressions, flash_attn, sdpa
-from cute_attn.expressions import COPIES_OF_ELEMENT, traced
+from cute_attn import attention, attention_varlen, dropout, flash_attn, functions, sdpa
+from cute_attn.functions import COPIES_OF_ELEMENT, traced
 from tests.captured import CASES, check, seeded
 from tests.support import make_gradients, make_qkv
 
@@ -54,10 +54,10 @@ def test_what_a_few_share_has_copies(monkeypatch):
         assert alone == [True]
         assert expression.partials[0].copied == copied
     many, size = {"bias": zeros(1, 4, 6, 10)}, 4 * 240
-    monkeypatch.setattr(expressions, "COPIES_BYTES", 9 * size)
+    monkeypatch.setattr(functions, "COPIES_BYTES", 9 * size)
     assert partials(**many, batch=9)[1] == [True]
     assert partials(**many, batch=10)[1] == [False]
-    monkeypatch.setattr(expressions, "COPIES_BYTES", 0)
+    monkeypatch.setattr(functions, "COPIES_BYTES", 0)
     assert partials(**many, batch=COPIES_OF_ELEMENT // 4)[1] == [True]
     assert partials(**many, batch=COPIES_OF_ELEMENT // 4 + 1)[1] == [False]
     assert partials(bias=zeros(6, 10), lengths=None)[1] == [False]
@@ -119,7 +119,7 @@ def test_neighbours_lie_together(shape, strides, first, dtype):
     def together(n):
         return shape[2] % n == 0 and all(row[k] % (n * bytes_) == 0 for row in rows for k in range(0, shape[2], n))
 
-    n = expressions._neighbours(x, shape[2])
+    n = functions._neighbours(x, shape[2])
     assert together(n)
     used = all(size > 1 or stride % (2 * n) == 0 for size, stride in zip(shape, strides, strict=False))
     assert 2 * n * bytes_ > 8 or not (used and together(2 * n))

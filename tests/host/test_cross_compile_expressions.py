@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cute_attn import cubin, layouts, masks
-from cute_attn.expressions import Expression, traced
+from cute_attn.expressions import Expression
+from cute_attn.functions import traced
 from cute_attn.layouts.base import Config
 from cute_attn.plan import explain, plan
 from cute_attn.problem import Problem

@@ -30,8 +30,8 @@ from cute_attn import (
     block_mask,
     cache,
     compile,
-    expressions,
     flash_attn,
+    functions,
     launch,
     layouts,
     lengths,
@@ -42,6 +42,7 @@ from cute_attn import (
     scores,
     sdpa,
     stored,
+    tracing,
     transformers,
 )
 
@@ -803,7 +804,7 @@ THERE = "torch.where, minimum, maximum"
 FUNCTIONS = [
     Row(
         "a graph of shapes",
-        lambda: expressions.restored(expressions.OF_SHAPES, (), 1, 1, (1, 1)),
+        lambda: functions.restored(functions.OF_SHAPES, (), 1, 1, (1, 1)),
         RuntimeError,
         "what it computes is not known",
         "a graph that torch.compile or torch.export has made is needed",
@@ -1872,7 +1873,7 @@ def test_every_error_of_the_checks_has_a_row(monkeypatch):
     """Each ``raise`` in these files is reached by a row: whoever adds one adds a row."""
     monkeypatch.setenv(lengths.CHECK, "1")
     of_cache = sys.modules[attention_kvcache.__module__]
-    for module in (problem, lengths, stored, of_cache, flash_attn, expressions, masks, scores, paged_cache):
+    for module in (problem, lengths, stored, of_cache, flash_attn, functions, tracing, masks, scores, paged_cache):
         file = str(module.__file__)
         missing = raises(file) - reached([*CHECKS, *LENGTHS, *CACHES, *FLASH_ATTN, *FUNCTIONS, *PAGED_CACHE], file)
         assert not missing, f"no row for {file}, lines {sorted(missing)}"

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from cute_attn import attention, attention_varlen, block_mask, flash_attn, masks, reference, scores
-from cute_attn.expressions import NOTHING, TorchOps, restored, traced
+from cute_attn.expressions import NOTHING, TorchOps
+from cute_attn.functions import restored, traced
 from tests import functions
 from tests.planted import plant
 from tests.support import make_gradients, make_qkv

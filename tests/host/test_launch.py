@@ -12,8 +12,8 @@ import tvm_ffi
 
 from cute_attn import api, block_mask, kvcache, masks, reference, serve, workspace
 from cute_attn import launch as launching
-from cute_attn.expressions import traced
 from cute_attn.fields import BACKWARD, FORWARD, MERGE, each, floats_of_a_row, has_sums, in_order, named, sizes_of_sums
+from cute_attn.functions import traced
 from cute_attn.launch import Refused, packed_of
 from cute_attn.layouts import family, for_target
 from cute_attn.layouts.base import COUNTERS, TICKET, TICKET_COUNTERS, WARP, row_padding

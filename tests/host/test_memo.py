@@ -8,8 +8,8 @@ import types
 import pytest
 import torch
 
-from cute_attn import attention, expressions, masks, memo, scores
-from cute_attn.expressions import traced
+from cute_attn import attention, functions, masks, memo, scores
+from cute_attn.functions import traced
 from tests.support import make_qkv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,13 +27,13 @@ def forgotten(monkeypatch):
 @pytest.fixture
 def count(monkeypatch):
     """How often functions have been called."""
-    calls, called = [], expressions._called
+    calls, called = [], functions._called
 
     def counting(*arguments):
         calls.append(arguments)
         return called(*arguments)
 
-    monkeypatch.setattr(expressions, "_called", counting)
+    monkeypatch.setattr(functions, "_called", counting)
     return lambda: len(calls)
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cute_attn import attention, attention_varlen, launch, masks, reference
-from cute_attn.expressions import OF_SHAPES, traced
+from cute_attn.functions import OF_SHAPES, traced
 from cute_attn.lengths import NAMES
 from tests.support import make_gradients, make_qkv
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cute_attn import block_mask, dropout, layouts, masks
-from cute_attn.expressions import traced
+from cute_attn.functions import traced
 from cute_attn.plan import plan
 from cute_attn.problem import Problem
 from tests.functions import documents, table

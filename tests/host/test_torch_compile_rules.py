@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from cute_attn import attention, attention_varlen, block_mask, masks, scores, sdpa
-from cute_attn.expressions import traced
 from cute_attn.flash_attn import flash_attn_func
+from cute_attn.functions import traced
 from tests import functions
 from tests.host.processes import run_quick
 from tests.host.test_torch_compile import anew, calls, compiled, lowered  # noqa: F401
