@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cute_attn import attention, attention_varlen, block_mask, dropout, expressions, masks
+from cute_attn import attention, attention_varlen, block_mask, dropout, functions, masks
 from tests.captured import CASES, check, made, seeded
 from tests.functions import documents
 from tests.support import assert_captured_gradients_close, assert_close, assert_gradients_close, make_gradients, make_qkv
@@ -94,7 +94,7 @@ def test_what_dropout_keeps(case, d, mechanism):
 @kernels("shared-64-tma_wgmma", "shared-64-cp_async")
 def test_a_bias_that_many_share(case, d, mechanism, monkeypatch):
     """More than have copies of the gradient."""
-    monkeypatch.setattr(expressions, "COPIES_BYTES", 0)
+    monkeypatch.setattr(functions, "COPIES_BYTES", 0)
     check(case, (9, 130, 140), (2, 1), (d, d), BF16, "cuda", of=BF16, backend="cute", mechanism=mechanism)
 
 

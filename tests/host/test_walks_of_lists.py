@@ -88,7 +88,7 @@ def test_what_a_warpgroup_computes(what, sizes, tile, leads, scale):
             rows = seen[first : first + 64]
             config = SimpleNamespace(tile_m=tile[0])
             keys, skipped = walks.ListedKeys.of_rows.__wrapped__(of_all, None, LISTED, first, 64, config)
-            assert skipped + keys.count + (keys.left or 0) == len(listed)
+            assert skipped + keys.count + (keys.skipped_last or 0) == len(listed)
             computed = visits(keys, leads)
             names = [name for name, *_ in computed]
             assert names == listed[skipped : skipped + keys.count]
