@@ -328,7 +328,7 @@ class Tiles:
 
     def _head_kv(self, head):
         if self.by is not None:
-            return head // self.by[2]
+            return Int32(head // self.by[2])
         return head if self.of_k else head // self.heads_per_kv
 
     @cute.jit
@@ -337,7 +337,7 @@ class Tiles:
         if cutlass.const_expr(self.by is not None):
             rest, block = divmod(position, self.by[0])
             batch, head = divmod(rest, self.by[1])
-            return block, head, batch
+            return Int32(block), Int32(head), Int32(batch)  # a user's function may take them, for which they need a type
         slices = self.heads * self.batch
         if cutlass.const_expr(self.long_first):
             first, members, position = self._group(position, slices)

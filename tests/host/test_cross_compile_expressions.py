@@ -34,6 +34,10 @@ def _ramp(score, batch, head, q_idx, kv_idx):
     return score - SLOPES[head] * (q_idx - kv_idx)
 
 
+def _of_places(score, batch, head, q_idx, kv_idx):
+    return score - torch.where(q_idx >= kv_idx, batch, head.float())
+
+
 def expression(mask=None, score=None, alibi_slopes=None, bias=None) -> Expression:
     return traced(mask, score, (), alibi_slopes, Q, 2, 2, bias, (4, 12))[0]
 
@@ -42,6 +46,7 @@ PROBLEMS = {
     "mask": Problem("bfloat16", 0, 0, return_lse=True, expression=expression(masks.causal)),
     "alibi": Problem("bfloat16", 0, 0, bounded_right=True, expression=expression(alibi_slopes=torch.zeros(2))),
     "ramp": Problem("bfloat16", 0, 0, bounded_right=True, expression=expression(score=_ramp)),
+    "places": Problem("bfloat16", 0, 0, expression=expression(score=_of_places)),
     "listed": Problem("bfloat16", 0, 0, expression=expression(masks.document(IDS)), blocks="listed"),
     "classified": Problem("bfloat16", 0, 0, expression=expression(masks.document(IDS)), blocks="classified"),
     "bias": Problem("bfloat16", 0, 0, expression=expression(bias=BIAS)),
@@ -83,6 +88,7 @@ CASES = [
     FunctionCase("tma_wgmma", 64, "alibi"),
     *[FunctionCase("tma_wgmma", 128, "all", gradients) for gradients in ("", "qkv")],
     FunctionCase("cp_async", 128, "all"),
+    FunctionCase("cp_async", 128, "places"),
     FunctionCase("tma_wgmma", 128, "listed", "qkv"),
     *[FunctionCase("tma_wgmma", 128, "bias", gradients) for gradients in ("", "qkv")],
     *[FunctionCase("tma_wgmma", 128, "dropout", gradients) for gradients in ("", "qkv")],
@@ -100,7 +106,7 @@ def in_every_run(case: FunctionCase) -> bool:
 # Bytes of a thread's stack: masks need none where warpgroups compute. All functions together need more on cp_async, where a
 # block's second pass is a loop of its own.
 ROOM = {"mask": {"tma_wgmma": 0, "cp_async": 64}, "alibi": {"tma_wgmma": 0}, "all": {"tma_wgmma": 96, "cp_async": 176}}
-ROOM |= {"bias": {"tma_wgmma": 0}, "dropout": {"tma_wgmma": 0}, "listed": {"tma_wgmma": 0}}
+ROOM |= {"bias": {"tma_wgmma": 0}, "dropout": {"tma_wgmma": 0}, "listed": {"tma_wgmma": 0}, "places": {"cp_async": 176}}
 
 
 def compile_kernels(problem: Problem, config: Config) -> list[cubin.Compiled]:
@@ -199,7 +205,7 @@ def test_problems_are_explained(what):
     text = explain(case.problem, case.config)
     assert ("a mask function" in text) == (what in ("mask", "listed", "classified", "all"))
     assert ("a block mask" in text) == (what in ("listed", "classified"))
-    assert ("a score function" in text) == (what in ("alibi", "ramp", "bias", "all"))
+    assert ("a score function" in text) == (what in ("alibi", "ramp", "bias", "places", "all"))
     assert ("sinks" in text) == (what == "all")
     assert ("dropout" in text) == (what == "dropout")
     case = FunctionCase("tma_wgmma", 64, what, "qkv")
