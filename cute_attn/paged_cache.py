@@ -7,7 +7,6 @@ nothing is read back from the device.
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -137,28 +136,30 @@ class PagedCache:
                 f"0 or more, are needed: name each sequence once"
             )
         # Who writes to the last page of a sequence while others have it gets a copy; if all of its owners do, one keeps it.
-        writers = Counter(held.pages[-1] for held, n in grown if n and held.length % self.page_size)
-        needed = sum(min(writing, self._owners[page] - 1) for page, writing in writers.items())
-        needed += sum(-(-(held.length + n) // self.page_size) - len(held.pages) for held, n in grown)
+        writers: dict[int, list[_Held]] = {}
+        for held, n in grown:
+            if n and held.length % self.page_size:
+                writers.setdefault(held.pages[-1], []).append(held)
+        copied = [held for page, of_it in writers.items() for held in of_it[: self._owners[page] - 1]]
+        needed = len(copied) + sum(-(-(held.length + n) // self.page_size) - len(held.pages) for held, n in grown)
         if needed > len(self._free):
             raise MemoryError(
                 f"the cache is full: {len(self._free)} of {self.pages} pages are free; {needed} of {self.page_size} tokens are "
                 f"needed for {sum(counts)} more tokens of {len(sequences)} sequences: free() a sequence, or try more pages"
             )
         before = self._on_device(np.array([held.length for held, _ in grown], dtype=np.int32))
-        copies = []
+        if copied:  # before anything is noted: if there is no memory for it, nothing has changed
+            copies = [held.pages[-1] for held in copied], self._free[: -len(copied) - 1 : -1]
+            old, new = self._on_device(np.array(copies, dtype=np.int32))
+            for x in (self.k, self.v):
+                x.index_copy_(1, new.long(), x.index_select(1, old))
+        for held in copied:
+            self._give_up(held.pages[-1])
+            held.pages[-1] = self._taken()
         for held, n in grown:
-            if n and held.length % self.page_size and self._owners[held.pages[-1]] > 1:
-                copies.append((held.pages[-1], self._taken()))
-                self._give_up(held.pages[-1])
-                held.pages[-1] = copies[-1][1]
             held.length += n
             while len(held.pages) * self.page_size < held.length:
                 held.pages.append(self._taken())
-        if copies:
-            old, new = self._on_device(np.array(copies, dtype=np.int32)).unbind(1)
-            for x in (self.k, self.v):
-                x.index_copy_(1, new.long(), x.index_select(1, old))
         return before
 
     def lengths(self, sequences: Sequence[int]) -> torch.Tensor:

@@ -188,6 +188,21 @@ def test_who_keeps_a_shared_page():
     assert len(pages[:, 1].unique()) == 3
 
 
+def test_no_memory_for_a_copy(monkeypatch):
+    """Of a shared page: nothing has changed, and the next one who appends gets its copy."""
+    model = Model(pages=4, page_size=4)
+    first = model.new()
+    model.append([first], [6])
+    fork = model.fork(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "index_select", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+        with pytest.raises(torch.OutOfMemoryError):
+            model.cache.append([fork], 1)
+    model.check_all()
+    assert model.append([fork, first], [1, 1])
+    model.check_all()
+
+
 def test_made_in_inference_mode():
     """And used on both sides of it."""
     with torch.inference_mode():
