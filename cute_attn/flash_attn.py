@@ -321,27 +321,36 @@ def _table_of(block_table: Tensor | None, page_table: Tensor | None) -> Tensor |
 def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal, window, softcap, return_lse, names: dict):
     """:func:`~cute_attn.attention_kvcache` where ``used`` is a number of rows for all sequences, all there are, or a tensor.
     ``names`` are what its arguments are to the caller."""
-    tensors = all(isinstance(x, Tensor) for x in (q, k_cache)) and k_cache.dim() == 4  # else there is an error to come
-    if tensors and not isinstance(used, Tensor):
-        check_layout("q", q)
-        bounds, table = more["cu_seqlens_q"], more["page_table"]
-        rows = k_cache.shape[1] * (1 if table is None else table.shape[-1])
-        given = rows if used is None else integer(names["lengths"], used, "or an int32 tensor (batch,)")
-        if not 0 <= given <= rows:
-            raise ValueError(
-                f"{names['lengths']} is {shown(given)}; from 0 to {rows} rows, as many as the cache has for a sequence, are "
-                f"needed: check how it was made, or take a larger cache or more pages"
-            )
-        used = torch.full((len(q if bounds is None else bounds[1:]),), given, dtype=torch.int32, device=q.device)
-    q, k, v = (x if _as_is(x, x, x) or not _are_dense(x) else x.contiguous() for x in (q, k, v))
-    window = None if window is UNBOUNDED else window
-    rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
     try:
+        if not isinstance(used, Tensor):
+            used = _of_all(names["lengths"], used, q, k_cache, more["page_table"], more["cu_seqlens_q"])
+        q, k, v = (x if _as_is(x, x, x) or not _are_dense(x) else x.contiguous() for x in (q, k, v))
+        window = None if window is UNBOUNDED else window
+        rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
         with torch.no_grad():
             return attention_kvcache(q, k_cache, v_cache, lengths=used, k_new=k, v_new=v, **more, **rules)
     except (TypeError, ValueError) as error:
         _rename(error, names)
         raise
+
+
+def _of_all(name: str, used: Any, q, k_cache, table, bounds) -> Any:
+    """The lengths of all sequences where one number is given, or none; as they are where there is an error to come."""
+    if not all(isinstance(x, Tensor) for x in (q, k_cache)) or not q.dim() or k_cache.dim() != 4:
+        return used
+    check_layout("q", q)
+    count = len(q) if bounds is None else sequences_of("cu_seqlens_q", bounds, q.device)
+    rows = k_cache.shape[1]
+    if table is not None:
+        sequences_of("page_table", table, q.device)
+        rows *= table.shape[1]
+    given = rows if used is None else integer(name, used, "or an int32 tensor (batch,)")
+    if not 0 <= given <= rows:
+        raise ValueError(
+            f"{name} is {shown(given)}; from 0 to {rows} rows, as many as the cache has for a sequence, are needed: check how "
+            f"it was made, or take a larger cache or more pages"
+        )
+    return torch.full((count,), given, dtype=torch.int32, device=q.device)
 
 
 def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, softcap, deterministic, probs, return_lse):

@@ -1383,6 +1383,23 @@ FLASH_ATTN = [
         "one is needed",
         "leave page_table out",
     ),
+    Row("a table's name", kvcache(block_table="x"), TypeError, "block_table is a str", "int32 tensor on cpu is needed"),
+    Row(
+        "a table of 0 dimensions",
+        kvcache(cache_seqlens=3, page_table=int32(0)[0]),
+        ValueError,
+        "page_table has shape ()",
+        "(batch, max_pages) is needed",
+        "try page_table.view(len(cache_seqlens), -1)",
+    ),
+    Row("a bound", kvcache(cu_seqlens_q=int32(0)[0]), ValueError, "cu_seqlens_q has shape ()", "(batch + 1,)", "flatten()"),
+    Row(
+        "a query of 0 dimensions",
+        lambda: flash_attn.flash_attn_with_kvcache(torch.ones(()), k, v),
+        ValueError,
+        "q has shape ()",
+        "4 dimensions (batch, seqlen, heads, head_dim) are needed",
+    ),
     Row("queries of a cache", kvcache(max_seqlen_q="6"), TypeError, "max_seqlen_q is a str", "an int is needed", "None"),
     # Kinds.
     Row("dropout a string", flash(dropout_p="0"), TypeError, "dropout_p is a str", "finite number is needed", "from 0 to"),
