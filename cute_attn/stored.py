@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cute_attn.arguments import check_layout, check_tensor, shown
+from cute_attn.arguments import check_memory, check_tensor, shown
 from cute_attn.lengths import are_checked, check_within, in_one_piece, names_of, sequences_of
 
 PAGE_SIZE_MAX = 1024
@@ -182,7 +182,7 @@ def check_rotary(stored: Stored, q: torch.Tensor, rotary, interleaved: bool) -> 
         raise TypeError(f"rotary is {shown(rotary)}; a pair of tensors (cos, sin) is needed, each (positions, rotary_dim / 2)")
     cos, sin = rotary
     for name, x in (("cos", cos), ("sin", sin)):
-        check_layout(f"rotary's {name}", x)
+        check_memory(f"rotary's {name}", x)
     half = q.shape[-1] // 2
     if cos.dim() != 2 or cos.shape != sin.shape or not cos.shape[0] or not 0 < cos.shape[1] <= half or cos.shape[1] % 8:
         raise ValueError(

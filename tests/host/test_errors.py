@@ -641,6 +641,7 @@ CACHES = [
         "rotary's sin is a nested tensor",
         "a plain one is needed",
     ),
+    Row("freed rotary", appended(rotary=(freed(TURN), TURN)), RuntimeError, "rotary's cos has shape", "memory is needed"),
     Row("nested sinks", cached(sinks=nested(torch.strided)), TypeError, "sinks is a nested", "a plain one is needed"),
     Row("nested slopes", cached(alibi_slopes=nested(torch.strided)), TypeError, "alibi_slopes is a nested", "a plain one is"),
     Row("nested mask", cached(mask=nested(torch.strided)), TypeError, "mask is a Tensor of several", "a function is needed"),
