@@ -90,6 +90,8 @@ def attention_kvcache(
     """
     if any_autocast_enabled():
         q, k_new, v_new = autocast.cast(q), autocast.cast(k_new), autocast.cast(v_new)
+        if isinstance(rotary, (tuple, list)):  # as q is, whose dtype it has
+            rotary = tuple(map(autocast.cast, rotary))  # type: ignore[assignment]
     if is_compiling() or dispatch_modes() or transforms_active():
         raise NotImplementedError(
             "attention_kvcache is called inside of torch.compile, torch.export, a transform of torch.func or a mode that sees "

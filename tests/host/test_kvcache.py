@@ -138,6 +138,20 @@ def test_rotary_without_an_edge_is_at_one_position():
     torch.testing.assert_close(found, expected)
 
 
+def test_autocast_casts_all_that_has_the_dtype_of_q():
+    """The cache has autocast's dtype; queries, new keys and values and rotary tables come as layers outside of it make them."""
+    case = Case([9], [3])
+    where, angles = case.contiguous(20), torch.rand(40, 8)
+    new = case.k[0][None, :3], case.v[0][None, :3], angles.cos(), angles.sin()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, *rotary = (x.to(dtype) for x in (torch.stack(case.q), *new))
+        cache = where | {name: where[name].bfloat16() for name in ("k_cache", "v_cache")}
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            found += [attention_kvcache(q, **cache, k_new=k, v_new=v, rotary=tuple(rotary), causal=True), cache["k_cache"]]
+    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(found[:2], found[2:], strict=True))
+
+
 def test_wrong_numbers_stay_inside():
     """Without the check: lengths past the capacity, pages and elements that there are not."""
     case = Case([20, 20], [1, 1])
