@@ -65,12 +65,12 @@ class Stored:
         of_cache = self.lengths, self.page_table, self.cache_batch_idx, self.leftpad_k
         return *of_cache, self.cu_seqlens_q, self.cu_seqlens_k_new
 
-    def check_values(self, elements: int, rows: int) -> None:
+    def check_values(self, elements: int, rows: int, edged: bool) -> None:
         """With ``CUTE_ATTN_CHECK=1`` read the tensors back and refuse wrong ones. ``elements`` are those of the cache (pages,
-        with a table), ``rows`` those of q where it is packed."""
+        with a table), ``rows`` those of q, of each sequence or packed; ``edged``: there is a right edge or a left one."""
         if not are_checked():
             return
-        new = [self.seqlen_new] * self.batch
+        new, queries = [self.seqlen_new] * self.batch, [rows] * self.batch
         for name, total in (("cu_seqlens_q", rows), ("cu_seqlens_k_new", 0 if self.k_new is None else self.k_new.shape[0])):
             if (bounds := getattr(self, name)) is not None:
                 values = bounds.tolist()
@@ -79,8 +79,8 @@ class Stored:
                         f"{name} is {values}; ascending bounds from 0 to at most {total}, the rows there are, are needed: try "
                         f"torch.cumsum of the lengths, with a 0 before it"
                     )
-                if name == "cu_seqlens_k_new":
-                    new = [after - before for before, after in pairwise(values)]
+                counts = [after - before for before, after in pairwise(values)]
+                new, queries = (new, counts) if name == "cu_seqlens_q" else (counts, queries)
         lengths = self.lengths.tolist()
         for i, (length, more) in enumerate(zip(lengths, new, strict=True)):
             if not 0 <= length <= self.capacity - more:
@@ -102,10 +102,11 @@ class Stored:
                     check_within("page_table", f"{i}, {place}", pages[place], elements - 1, what)
         if self.rotary is not None:
             begins, positions = lengths if self.rotary_begin is None else self.rotary_begin.tolist(), self.rotary[0].shape[0]
-            for i, (begin, more) in enumerate(zip(begins, new, strict=True)):
-                if not 0 <= begin <= positions - more:
+            for i, (begin, more, turned) in enumerate(zip(begins, new, queries, strict=True)):
+                used = max(more, turned if edged else min(turned, 1))
+                if used and not 0 <= begin <= positions - used:
                     raise ValueError(
-                        f"sequence {i} has the rotary positions {begin} to {begin + more - 1}; from 0 to {positions - 1}, "
+                        f"sequence {i} has the rotary positions {begin} to {begin + used - 1}; from 0 to {positions - 1}, "
                         f"which cos and sin have rows for, are needed: make these for more positions"
                     )
 

@@ -653,6 +653,14 @@ CACHES = [
     Row("no such element", cached(cache_batch_idx=int32(0, 2)), ValueError, "cache_batch_idx[1] is 2", "from 0 to 1"),
     Row("no such page", cached(page_table=int32([0], [2])), ValueError, "page_table[1, 0] is 2", "from 0 to 1, the pages"),
     Row("falling bounds of q", cached(**PACKED | {"cu_seqlens_q": int32(0, 4, 2)}), ValueError, "is [0, 4, 2]", "ascending"),
+    Row("no such position of q", appended(rotary=(TURN[:8],) * 2, causal=True), ValueError, "positions 3 to 8", "from 0 to 7"),
+    Row(
+        "no such position of a query alone",
+        appended(CACHE[:, :0], CACHE[:, :0], rotary=(TURN[:3],) * 2),
+        ValueError,
+        "sequence 0 has the rotary positions 3 to 3",
+        "from 0 to 2",
+    ),
     Row("no such position", appended(rotary=(TURN[:4],) * 2), ValueError, "rotary positions 4 to 4", "from 0 to 3", "more"),
 ]
 
