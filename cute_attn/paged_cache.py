@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 import torch
@@ -83,7 +82,7 @@ class PagedCache:
             self.v = torch.empty(*shape, head_dim_v, dtype=dtype, device=device)
         _, self.pages, self.page_size, _ = shape
         self._sequences: dict[int, _Held] = {}
-        self._names = count()  # never used again: one that was freed is told from those that are there
+        self._named = 0  # names are never used again: one that was freed is told from those that are there
         self._owners = [0] * self.pages  # of each page
         self._free = [*range(self.pages)]
 
@@ -193,9 +192,9 @@ class PagedCache:
         return held
 
     def _add(self, pages: array, length: int) -> int:
-        name = next(self._names)
-        self._sequences[name] = _Held(pages, length)
-        return name
+        self._named += 1
+        self._sequences[self._named - 1] = _Held(pages, length)
+        return self._named - 1
 
     def _taken(self) -> int:
         page = self._free.pop()

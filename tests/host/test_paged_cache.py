@@ -6,6 +6,10 @@ back then finds another's token in each page that has had two writers, and whate
 
 from __future__ import annotations
 
+import copy
+import copyreg
+import itertools
+import pickle
 import random
 from collections import Counter
 
@@ -201,6 +205,19 @@ def test_no_memory_for_a_copy(monkeypatch):
     model.check_all()
     assert model.append([fork, first], [1, 1])
     model.check_all()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_the_cache(copied, monkeypatch):
+    """Goes on by itself; from Python 3.14 on iterators can't be copied."""
+    monkeypatch.setitem(copyreg.dispatch_table, itertools.count, lambda _: pytest.fail("an iterator is copied"))
+    cache = PagedCache(4, 4, 1, 1)
+    first = cache.new()
+    cache.append([first], 6)
+    other = copied(cache)
+    assert other.fork(first) == cache.new() == first + 1
+    other.append([first], 4)
+    assert (other.free_pages, cache.free_pages, cache.lengths([first]).tolist()) == (0, 2, [6])
 
 
 def test_made_in_inference_mode():
