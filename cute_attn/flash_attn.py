@@ -172,7 +172,8 @@ def flash_attn_varlen_func(
         cu_seqlens_k: the same for k and v.
         max_seqlen_q: a hint; nothing depends on it, and nothing reads it, if it is a tensor.
         max_seqlen_k: the same.
-        block_table: int32 ``(batch, max_pages)``: the pages of each sequence; ``cu_seqlens_k`` then says how many keys it has.
+        block_table: int32 ``(batch, max_pages)``: the pages of each sequence; ``cu_seqlens_k`` then says how many keys it has,
+            or, whatever that is, ``seqused_k``.
         seqused_q: int32 ``(batch,)``, how many rows of each sequence are in use; without pages.
         seqused_k: the same for k and v.
 
@@ -187,8 +188,6 @@ def flash_attn_varlen_func(
         _check_hint("max_seqlen_q", max_seqlen_q)
         _check_hint("max_seqlen_k", max_seqlen_k)
         _check_others(others)
-    if cu_seqlens_k is None:  # which attention_varlen would take for that of q
-        raise TypeError("cu_seqlens_k is None; an int32 tensor is needed: try cu_seqlens_q, if k has the lengths of q")
     if (table := _table_of(block_table, page_table)) is not None:
         if seqused_q is not None:
             raise NotImplementedError(
@@ -211,6 +210,8 @@ def flash_attn_varlen_func(
         names["page_table"] = "block_table" if page_table is None else "page_table"
         found = _attend_to_cache(q, k, v, None, None, used, where, *rules, names)
         return (*found, q.new_empty(0)) if probs else found
+    if cu_seqlens_k is None:  # which attention_varlen would take for that of q
+        raise TypeError("cu_seqlens_k is None; an int32 tensor is needed: try cu_seqlens_q, if k has the lengths of q")
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "seqused_q": seqused_q, "seqused_k": seqused_k}
     rules = softmax_scale, causal, window_size, softcap, deterministic
     return _attend(attention_varlen, q, k, v, lengths | extras, *rules, return_attn_probs, return_lse)

@@ -1431,6 +1431,7 @@ FLASH_ATTN = [
     Row("lse of a cache", kvcache(return_softmax_lse=0), TypeError, "return_softmax_lse is 0", "True or False is needed"),
     Row("interleaved 1", kvcache(rotary_interleaved=1), TypeError, "rotary_interleaved is 1", "True or False is needed"),
     Row("cache's length", kvcache(cache_seqlens=2.0), TypeError, "cache_seqlens is 2.0", "an int is needed", "int32 tensor"),
+    Row("no keys of pages", flash_varlen(cu_seqlens_k=None, page_table=int32([0])), TypeError, "cu_seqlens_k is None", "int32"),
     Row("no bounds of keys", flash_varlen(cu_seqlens_k=None), TypeError, "cu_seqlens_k is None", "is needed", "cu_seqlens_q"),
     # Attention's.
     Row("flash q a list", flash(q=[1.0]), TypeError, "q is a list", "torch.Tensor is needed", "torch.as_tensor(q)"),
