@@ -266,7 +266,8 @@ def flash_attn_with_kvcache(
 
     Args:
         q: ``(batch, seqlen_q, nheads, headdim)``; with ``cu_seqlens_q`` ``(total_q, nheads, headdim)``.
-        k_cache: ``(batch, seqlen_cache, nheads_k, headdim)``; with ``block_table`` ``(pages, page_size, nheads_k, headdim)``.
+        k_cache: ``(batch, seqlen_cache, nheads_k, headdim)``, or more elements, of which the first are the batch's; with
+            ``block_table`` ``(pages, page_size, nheads_k, headdim)``.
         v_cache: the same with ``headdim_v``.
         k: ``(batch, seqlen_new, nheads_k, headdim)``, or packed like q: new keys, written into the cache behind the others.
         v: the same with ``headdim_v``.
@@ -274,7 +275,7 @@ def flash_attn_with_kvcache(
         rotary_sin: the same.
         cache_seqlens: how many rows of the cache each sequence has, before ``k``: an int, or int32 ``(batch,)``; without ``k``
             also ``None``, all there are.
-        cache_batch_idx: int32 ``(batch,)``: each sequence's element of the cache.
+        cache_batch_idx: int32 ``(batch,)``: each sequence's element of the cache; ``None`` is its own number.
         cache_leftpad: int32 ``(batch,)``: where in its rows each sequence begins.
         block_table: int32 ``(batch, max_pages)``: the pages of each sequence, of 1 to 1024 rows.
         rotary_interleaved: pairs are columns next to each other, and not half of rotary_dim apart.
@@ -309,6 +310,8 @@ def flash_attn_with_kvcache(
     more = extras | where | {"rotary": rotary, "rotary_interleaved": rotary_interleaved}
     rules = softmax_scale, causal, window_size, softcap, flag("return_softmax_lse", return_softmax_lse)
     names = _NAMES_OF_CACHE if page_table is None else _NAMES_OF_CACHE | {"page_table": "page_table"}
+    if cache_batch_idx is block_table is page_table is cu_seqlens_q is None:
+        k_cache, v_cache = _of_batch(q, k_cache), _of_batch(q, v_cache)
     return _attend_to_cache(q, k_cache, v_cache, k, v, cache_seqlens, more, *rules, names)
 
 
@@ -333,6 +336,14 @@ def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal,
     except (TypeError, ValueError) as error:
         _rename(error, names)
         raise
+
+
+def _of_batch(q, cache):
+    """The elements of a cache that the batch has: there may be more behind them."""
+    are_tensors = isinstance(q, Tensor) and isinstance(cache, Tensor) and q.dim() == cache.dim() == 4
+    if not are_tensors or len(cache) <= len(q) or cache.is_nested or not _are_dense(cache):  # or there is an error to come
+        return cache
+    return cache[: len(q)]
 
 
 def _of_all(name: str, used: Any, q, k_cache, table, bounds) -> Any:

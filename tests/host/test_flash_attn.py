@@ -247,6 +247,20 @@ def test_pages_of_packed_sequences():
         support.assert_close((out[None, rows], lse[None, :, rows]), *one, causal=True, softcap=3.0)
 
 
+def test_a_cache_for_more_sequences():
+    """As engines keep one for their largest batch: the first elements are the batch's, and the others stay as they are."""
+    q, k, v = support.make_qkv(2, 3, 8, 4, 2, 16)
+    caches = [torch.cat((x, torch.full_like(x, torch.nan))) for x in (k, v)]
+    new = [x[:, 5:].clone() for x in (k, v)]
+    for cache in caches:
+        cache[:2, 5:] = torch.nan
+    found = flash_attn.flash_attn_with_kvcache(q, *caches, *new, cache_seqlens=5, causal=True, return_softmax_lse=True)
+    support.assert_close(found, q, k, v, causal=True)
+    for cache, x in zip(caches, (k, v), strict=True):
+        assert torch.equal(cache[:2], x)
+        assert cache[2:].isnan().all()
+
+
 def test_names_of_flash_attention_3():
     """Packed queries of a cache, new rows of theirs, and positions that are counted from elsewhere."""
     q, k, v = (x[0] for x in support.make_qkv(1, 5, 5, 4, 2, 16))
