@@ -97,8 +97,9 @@ def attention_kvcache(
             "attention_kvcache is called inside of torch.compile, torch.export, a transform of torch.func or a mode that sees "
             "every operator; a plain call is needed: try torch.compiler.disable around it"
         )
+    inputs = q, k_cache, v_cache, k_new, v_new, sinks, *(rotary if isinstance(rotary, (tuple, list)) else ())
     if dual_level() >= 0:
-        api.refuse_tangents(q, k_cache, v_cache, k_new, v_new, sinks)
+        api.refuse_tangents(*inputs)
     packed = cu_seqlens_q is not None
     if cu_seqlens_k_new is not None and (k_new is None or not packed):
         raise ValueError(
@@ -107,7 +108,6 @@ def attention_kvcache(
         )
     if packed and k_new is not None and cu_seqlens_k_new is None:
         cu_seqlens_k_new = cu_seqlens_q
-    inputs = q, k_cache, v_cache, k_new, v_new, sinks
     differentiable = torch.is_grad_enabled() and True in [getattr(x, "requires_grad", False) for x in inputs]
     where = lengths, page_table, cache_batch_idx, leftpad_k, cu_seqlens_q, cu_seqlens_k_new
     key = None
@@ -150,8 +150,8 @@ def attention_kvcache(
     on_reference = api.computed_by_reference(backend, mechanism, q)
     if differentiable:
         raise NotImplementedError(
-            "q, the cache, new keys, sinks or what functions read require a gradient, which attention to a cache has none of; "
-            "a call that records none is needed: try torch.no_grad() around it, or attention()"
+            "q, the cache, new keys, rotary, sinks or what functions read require a gradient, which attention to a cache has "
+            "none of; a call that records none is needed: try torch.no_grad() around it, or attention()"
         )
     keys.check_values(k_cache.shape[0], call.seqlen_q, not call.left is call.right is None)
     if on_reference:

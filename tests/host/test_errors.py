@@ -589,6 +589,13 @@ CACHES = [
     Row("rotary flag", appended(rotary_interleaved=1), TypeError, "rotary_interleaved is 1", "True or False is needed"),
     Row("gradients of a cache", cached(q=q.clone().requires_grad_()), NotImplementedError, "require a gradient", "no_grad"),
     Row(
+        "gradients of rotary",
+        appended(rotary=[TURN, TURN.clone().requires_grad_()]),
+        NotImplementedError,
+        "rotary, sinks or what functions read require a gradient",
+        "no_grad",
+    ),
+    Row(
         "gradients of slopes",
         cached(alibi_slopes=torch.ones(4, requires_grad=True)),
         NotImplementedError,
