@@ -25,6 +25,7 @@ from cute_attn.problem import DTYPE_NAMES, GPU_DTYPES, HEAD_DIM_MAX, HEAD_DIM_ST
 
 DTYPES = tuple(DTYPE_NAMES[dtype] for dtype in GPU_DTYPES)
 INT_MAX = 2**31 - 1  # of the kernels' sizes
+PICTURES = (".png", ".svg", ".pdf")
 Command = Callable[[argparse.Namespace, Console], int]
 
 
@@ -178,6 +179,14 @@ def drawn(check: Callable[[str], Path]) -> Callable[[str], Path]:
         return check(text)
 
     return parse
+
+
+def picture_file(text: str) -> Path:
+    """A type of argument: a picture's file, of a format that every matplotlib writes."""
+    path = output_file(text)
+    if path.suffix.lower() not in PICTURES:
+        raise _unwritable(path, f"its ending is {path.suffix!r}; {', '.join(PICTURES[:-1])} or {PICTURES[-1]} is needed")
+    return path
 
 
 def picture_stem(text: str) -> Path:

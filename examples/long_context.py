@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cute_attn import distributed
-from cute_attn.command import drawn, output_file, positive
+from cute_attn.command import drawn, output_file, picture_file, positive
 from cute_attn.distributed.calls import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,9 +118,10 @@ def main() -> None:
     parser.add_argument("--seqlen", type=positive, default=4096, help="bytes of the text (%(default)s)")
     parser.add_argument("--steps", type=positive, default=20, help="(%(default)s)")
     parser.add_argument("--method", choices=METHODS, default="auto", help="(%(default)s)")
-    file = output_file if os.environ.get("RANK", "0") == "0" else Path  # one rank writes
+    writes = os.environ.get("RANK", "0") == "0"  # one rank
+    file, picture = (output_file, picture_file) if writes else (Path, Path)
     parser.add_argument("--json", type=file, metavar="FILE", help="write the losses here")
-    parser.add_argument("--plot", type=drawn(file), metavar="FILE", help="draw the curve")
+    parser.add_argument("--plot", type=drawn(picture), metavar="FILE", help="draw the curve")
     parser.add_argument("--beside", type=curve, metavar="FILE", nargs="*", default=[], help="and those that --json wrote")
     options = parser.parse_args()
     if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import cute_attn.transformers
-from cute_attn.command import output_file, positive
+from cute_attn.command import picture_file, positive
 
 BEGIN, SYMBOLS = 256, 264  # a token before each document, after the bytes; the vocabulary, a multiple of 8
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     backends = torch.compiler.list_backends(())
     help_ = "of torch.compile (%(default)s); eager takes no compiler"
     parser.add_argument("--backend", metavar="NAME", choices=backends, default="inductor", help=help_)
-    parser.add_argument("--plot", type=output_file, default="loss.png", metavar="FILE", help="the loss, drawn (%(default)s)")
+    parser.add_argument("--plot", type=picture_file, default="loss.png", metavar="FILE", help="the loss, drawn (%(default)s)")
     options = parser.parse_args(argv)
 
     cute_attn.transformers.register()
