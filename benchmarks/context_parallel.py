@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.arguments import length
 from cute_attn import attention, distributed, launch
+from cute_attn.command import output_file
 from cute_attn.distributed import costs
 from cute_attn.distributed.schedule import Shards
 
@@ -219,18 +222,28 @@ def predicted() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.context_parallel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    file = output_file if os.environ.get("RANK", "0") == "0" else Path  # one rank writes
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--json", type=Path, metavar="FILE", help="measure all, under torchrun")
+    what.add_argument("--json", type=file, metavar="FILE", help="measure all, under torchrun")
     what.add_argument("--merging", action="store_true", help="measure only the kernel that merges, on one card")
-    parser.add_argument("--seqlen", type=int, nargs="+", default=[65536, 262144])
-    options = parser.parse_args()
+    parser.add_argument("--seqlen", type=length, nargs="+", default=[65536, 262144], help="%(default)s")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU, on which this is timed: try a machine that has one, or two without --merging")
     if options.merging:
         print(torch.cuda.get_device_name())
         print(said_of_merging(merging()))
         return 0
-    local = dist.get_node_local_rank(0)
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        launched = "torchrun --standalone --nproc-per-node 2 -m benchmarks.context_parallel --json FILE"
+        parser.error(f"{', '.join(missing)}: not in the environment, by which ranks find each other: try {launched}")
+    local, cards = dist.get_node_local_rank(0), torch.cuda.device_count()
+    if local >= cards:
+        parser.error(f"a rank of number {local} on this machine, which has {cards}; a GPU for each is needed: try fewer ranks")
     torch.cuda.set_device(local)
     dist.init_process_group("nccl", timeout=timedelta(minutes=2), device_id=torch.device("cuda", local))
     torch.manual_seed(dist.get_rank())

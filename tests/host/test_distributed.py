@@ -722,6 +722,40 @@ def test_the_document_has_the_model_s_figures():
     assert context_parallel.predicted() in (ROOT / "docs" / "context-parallelism.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--json /nowhere/x.json", "argument --json: /nowhere/x.json can't be written"),
+        ("--merging --seqlen 0", "argument --seqlen: got '0'"),
+        ("--merging", "there is no CUDA GPU"),
+        ("--json x.json", "there is no CUDA GPU"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused_in_words(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        context_parallel.main(arguments.split())
+    assert said in capsys.readouterr().err
+
+
+def test_ranks_that_torchrun_has_not_started_or_that_have_no_card(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in (names := ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        context_parallel.main(["--json", "x.json"])
+    assert "try torchrun --standalone" in capsys.readouterr().err
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(SystemExit, match="2"):
+        context_parallel.main(["--json", "x.json"])
+    assert "a GPU for each is needed" in capsys.readouterr().err
+
+
 def test_measured_figures_as_a_table():
     cell = {
         "seqlen": 65536,
