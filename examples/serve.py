@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> Server:
     parser.add_argument("--at-once", type=positive, default=size.at_once, help="sequences of a step, at most (%(default)s)")
     help_ = f"of {size.page_size} tokens (%(default)s)"
     parser.add_argument("--pages", type=whole(size.least_pages), default=size.pages, help=help_)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the prompts (%(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the weights and the prompts (%(default)s)")
     parser.add_argument("--check", action="store_true", help="compare the tokens with those of Transformers' generate")
     options = parser.parse_args(argv)
 

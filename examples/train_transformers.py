@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import cute_attn.transformers
-from cute_attn.command import picture_file, positive
+from cute_attn.command import picture_file, positive, whole
 
 BEGIN, SYMBOLS = 256, 264  # a token before each document, after the bytes; the vocabulary, a multiple of 8
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     size = SIZES[device]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=positive, default=size.steps, help="%(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the documents' order (%(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the weights and the documents' order (%(default)s)")
     backends = torch.compiler.list_backends(())
     help_ = "of torch.compile (%(default)s); eager takes no compiler"
     parser.add_argument("--backend", metavar="NAME", choices=backends, default="inductor", help=help_)

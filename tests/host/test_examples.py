@@ -78,6 +78,7 @@ def test_serving_finds_what_generate_finds(capsys):
         *("serve --pages 0", "serve --pages 18", "serve --at-once 0", "train_transformers --steps 0"),
         *("train_transformers --plot /nowhere/x.png", "train_transformers --backend foo", "long_context --seqlen 0"),
         *("train_transformers --plot loss.foo", "train_transformers --plot loss", "long_context --plot curve.foo"),
+        *("serve --seed 9999999999", "train_transformers --seed -1"),
         *("long_context --method foo", "long_context --json /nowhere/x.json", "long_context --beside /nowhere/x.json"),
     ],
 )
