@@ -365,7 +365,11 @@ def _jobs(options: argparse.Namespace, device: str) -> list[Job]:
         return [(n, d) for n in lengths for d in options.head_dim]
 
     jobs = [Job(row.name, *size) for row in ROWS if asked(row.name) for size in sizes(row)]
-    return jobs + ([BLOCK_MASK] if asked(BLOCK_MASK.name) else [])
+    jobs += [BLOCK_MASK] if asked(BLOCK_MASK.name) else []
+    if not jobs:
+        names = ", ".join([row.name for row in ROWS] + [BLOCK_MASK.name])
+        raise ValueError(f"no row has a word of {' '.join(options.only)}; known: {names}")
+    return jobs
 
 
 def _results(jobs: list[Job], device: str, options: argparse.Namespace, console: Console) -> Generator[tuple[Job, list]]:

@@ -105,12 +105,14 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """``serving``: exit status 1 where a row misses its bound."""
+    rows = [row for row in ROWS if not options.row or any(word in row.name for word in options.row)]
+    if not rows:
+        raise ValueError(f"no row's name holds any of {', '.join(options.row)}; known: {'; '.join(row.name for row in ROWS)}")
     if not torch.cuda.is_available():
         raise ValueError("there is no CUDA GPU, on which serving is timed: try a machine that has one")
     _configure(options.config)
     if options.tiles:
         serve.ROWS = (options.tiles,)
-    rows = [row for row in ROWS if not options.row or any(word in row.name for word in options.row)]
     found: list[dict[str, float]] = []
     rates: list[float] = []
     read = reader()

@@ -16,6 +16,13 @@ def quick(one_thread, monkeypatch):
     monkeypatch.setattr(masks, "IDLE_SECONDS", 0.0)
 
 
+@pytest.mark.parametrize("command", ["masks --only", "serving --row"])
+def test_rows_that_there_are_not(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), "nonsense"])
+    assert "nonsense; known: " in capsys.readouterr().err
+
+
 def test_the_command(tmp_path, capsys):
     asked = ["masks", "--rounds", "2", "--only", "expression", "sinks", "FA4", "block_mask"]
     assert main([*asked, "--json", str(tmp_path / "k.json")]) == 0
