@@ -133,10 +133,9 @@ def attention(
     Tensors that stand for others are taken too: the result of an asynchronous collective is waited for (on the current stream);
     DTensors that are sharded by batch or heads, or replicated, q, k and v alike, are computed shard by shard; under
     ``torch.vmap`` the mapped dimension joins the batch; for fake and meta tensors the outputs are fake and meta. In a graph of
-    torch.compile or torch.export attention is one operator, ``cute_attn::attention``, or ``cute_attn::attention_rules`` with
-    functions, a bias, slopes, sinks, dropout or a block mask (:mod:`cute_attn.ops`); there flags are Python's bools, and
-    numbers in a function's closure and ``dropout_p`` are constants of the graph. DTensors and ``torch.vmap`` go without these
-    and ``seqused``.
+    torch.compile or torch.export attention is one operator, ``cute_attn::attention`` (:mod:`cute_attn.ops`); there flags are
+    Python's bools, and numbers in a function's closure and ``dropout_p`` are constants of the graph. DTensors and
+    ``torch.vmap`` go without functions, a bias, slopes, sinks, dropout, a block mask and ``seqused``.
 
     Nested tensors of layout ``torch.jagged`` are sequences of different lengths, see :func:`attention_varlen`: the dimension of
     these is seqlen's, and k and v have the same offsets. Outputs are nested, too, with q's offsets in the place of seqlen_q.

@@ -5,28 +5,22 @@ opaque: one node of a graph each, whatever the lengths. An eager call doesn't co
 takes three times as long to call. Here is what comes: calls in torch.compile and torch.export, under a mode that sees every
 operator (selective checkpointing, counters of FLOPs, ``make_fx``), of fake and meta tensors, and under ``torch.vmap``.
 
-    attention(q, k, v, *lengths, scale, softcap, left, right, return_lse, for_backward, deterministic, backend, mechanism)
-        -> (out, lse, kept)
-    attention_backward(q, k, v, *lengths, out, kept, dout, dlse, scale, softcap, left, right, needs, deterministic, backend,
-        mechanism) -> (dq, dk, dv)
+    attention(q, k, v, *lengths, sinks, seed, kinds, captured, expression, derived, dropout_p, scale, softcap, left, right,
+        return_lse, for_backward, deterministic, backend, mechanism) -> (out, lse, kept)
+    attention_backward(q, k, v, *lengths, sinks, …, dropout_p, out, kept, dout, dlse, scale, softcap, left, right, needs,
+        deterministic, backend, mechanism) -> (dq, dk, dv, dsinks, dcaptured)
 
 Arguments are those of :func:`cute_attn.attention`, except that ``left`` and ``right`` are the edges of the band, None where it
 is unbounded (``causal`` is ``right = 0``), and that ``lengths`` are four, ``lengths.NAMES``. All are None for a rectangle; with
 any of them q, k, v are ``(1, rows of all sequences, heads, head_dim)``, and without cu_seqlens each sequence has equally many.
 ``lse`` counts with ``return_lse`` only and ``kept``, what the backward pass has of each row, with ``for_backward``; ``needs``,
-part of ``"qkv"``, names the gradients that count. What doesn't count has size 0. All results are contiguous, and memory of
-their own. The operators check their arguments themselves.
+part of ``"qkvs"``, names the gradients that count, ``s`` that of the sinks. What doesn't count has size 0. All results are
+contiguous, and memory of their own. The operators check their arguments themselves.
 
-``cute_attn::attention_rules`` and ``cute_attn::attention_rules_backward`` are the same of calls with functions, biases, ALiBi,
-sinks, dropout or a block mask. After the lengths these have
-
-    sinks, seed, kinds, captured, expression, derived, dropout_p
-
-``expression`` is the text of what functions compute (``expressions.restored``), so that a graph can be saved, and loaded where
+``expression`` is the text of what functions compute (``functions.restored``), so that a graph can be saved, and loaded where
 the functions are not. ``captured`` are the tensors that it reads, a bias and the slopes of ALiBi among them, and ``derived``
 names the numbers of those that have gradients. ``seed`` decides which probabilities are dropped (``dropout.draw_seed``, for
-which a graph has torch's own operators); ``kinds`` are those of a block mask. There is none of what is None, empty, or 0. After
-dv the backward pass returns the sinks' gradient, which counts if ``needs`` has an ``s``, and a list of captured tensors'.
+which a graph has torch's own operators); ``kinds`` are those of a block mask. There is none of what is None, empty, or 0.
 
 torch.compile makes one graph for all values of a float only if no operator takes it as a float. So each operator has an
 overload ``Tensor``, whose ``scale`` and ``softcap`` are of 0 dimensions, float64, on the CPU. It reads them when it runs, which
@@ -51,14 +45,16 @@ from cute_attn.private import is_known
 from cute_attn.problem import Call, check_call, check_for_kernels, exact_dtype, strides_for_kernels
 
 _LIBRARY = torch.library.Library("cute_attn", "DEF")
-_TENSORS = ", ".join(["Tensor q, Tensor k, Tensor v", *(f"Tensor? {name}" for name in NAMES)])
-_RULES = "Tensor? sinks, Tensor? seed, Tensor? kinds, Tensor[]? captured, str expression, str derived, float dropout_p"
-_ARGUMENTS = {  # of the forward pass, and of the backward pass
-    False: "{tensors}, {rules}, bool return_lse, bool for_backward, {how}",
-    True: "{tensors}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {rules}, str needs, {how}",
+_INPUTS = ", ".join([
+    *("Tensor q", "Tensor k", "Tensor v", *(f"Tensor? {name}" for name in NAMES)),
+    "Tensor? sinks, Tensor? seed, Tensor? kinds, Tensor[]? captured, str expression, str derived, float dropout_p",
+])
+_RULES, _HOW = "{numbers}, SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
+_SCHEMAS = {
+    "attention": f"({_INPUTS}, {_RULES}, bool return_lse, bool for_backward, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    "attention_backward": f"({_INPUTS}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {_RULES}, str needs, {_HOW}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor[])",
 }
-_NO_RULES: tuple[Any, ...] = None, None, None, None, "", "", 0.0
-_EDGES, _HOW = "SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
 
 
@@ -71,16 +67,13 @@ def attention(q, k, v, call: Call, return_lse: bool, deterministic: bool, backen
         wrapped.check_device(q)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     softcap = call.softcap if isinstance(call.softcap, (torch.Tensor, torch.SymFloat)) else call.softcap or None
-    more: tuple = ()
-    if call.has_rules:
-        kinds = None if call.blocks is None else call.blocks.kinds
-        text, numbers = call.expression or "", " ".join(map(str, derived))
-        more = call.sinks, call.seed, kinds, list(call.captured) or None, text, numbers, call.dropout
-    rules = *_as_operands(call.scale, softcap, of_graph=bool(more)), call.left, call.right
-    how = deterministic, backend, mechanism
+    kinds = None if call.blocks is None else call.blocks.kinds
+    numbers = " ".join(map(str, derived))
+    more = call.sinks, call.seed, kinds, list(call.captured) or None, call.expression or "", numbers, call.dropout
+    rules = *_as_operands(call.scale, softcap, of_graph=call.has_rules), call.left, call.right
+    how = return_lse, for_backward, deterministic, backend, mechanism
     lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
-    operator = _overload("attention_rules" if more else "attention", rules)
-    out, lse, _ = operator(q, k, v, *lengths, *more, *rules, return_lse, for_backward, *how)
+    out, lse, _ = _overload("attention", rules)(q, k, v, *lengths, *more, *rules, *how)
     return out, lse
 
 
@@ -109,27 +102,18 @@ def _as_operands(*numbers, of_graph: bool):
 
 # ---- what they compute -----------------------------------------------------------------------------------------------
 
-_FORWARD = 3, len(NAMES), len(_NO_RULES), 4, 5  # of a call's arguments how many belong together
-_BACKWARD = 3, len(NAMES), len(_NO_RULES), 4, 4, 4
+_FORWARD = 3, len(NAMES), 7, 4, 5  # of a call's arguments how many belong together
+_BACKWARD = 3, len(NAMES), 7, 4, 4, 4
 
 
-def _parted(arguments: tuple, sizes: tuple[int, ...], with_rules: bool) -> list[tuple]:
-    """Arguments that belong together, those that only ``attention_rules`` has among them."""
-    if not with_rules:
-        before = sum(sizes[:2])
-        arguments = (*arguments[:before], *_NO_RULES, *arguments[before:])
-    ends = list(accumulate(sizes, initial=0))
-    return [tuple(arguments[begin:end]) for begin, end in pairwise(ends)]
+def _parted(arguments: tuple, sizes: tuple[int, ...]) -> list[tuple]:
+    """Arguments that belong together."""
+    return [tuple(arguments[begin:end]) for begin, end in pairwise(accumulate(sizes, initial=0))]
 
 
-def _of_parts(function: Callable, sizes: tuple[int, ...], with_rules: bool) -> Callable:
-    """A function of parts as one of arguments, of whose results the plain operators have three."""
-
-    def of_arguments(*arguments):
-        results = function(*_parted(arguments, sizes, with_rules))
-        return results if with_rules else results[:3]
-
-    return of_arguments
+def _of_parts(function: Callable, sizes: tuple[int, ...]) -> Callable:
+    """A function of parts as one of arguments."""
+    return lambda *arguments: function(*_parted(arguments, sizes))
 
 
 def _forward(tensors, lengths, more, rules, how):
@@ -238,28 +222,20 @@ def _shapes_of_gradients(tensors, _, more, results, rules, how):
 # ---- their gradients -------------------------------------------------------------------------------------------------
 
 
-def _keep(with_rules: bool) -> Callable:
-    def keep(ctx, inputs, output):
-        (q, k, v), lengths, more, ctx.rules, how = _parted(inputs, _FORWARD, with_rules)
-        ctx.return_lse, ctx.for_backward, *ctx.how = how
-        ctx.with_rules = with_rules
-        sinks, seed, kinds, captured, *ctx.more = more
-        out, lse, kept = output
-        ctx.mark_non_differentiable(kept) if ctx.return_lse else ctx.mark_non_differentiable(lse, kept)
-        autograd.keep(ctx, q, k, v, out, kept, *lengths, sinks, seed, kinds, *(captured or ()))
-
-    return keep
+def _keep(ctx, inputs, output):
+    (q, k, v), lengths, (sinks, seed, kinds, captured, *ctx.more), ctx.rules, how = _parted(inputs, _FORWARD)
+    ctx.return_lse, ctx.for_backward, *ctx.how = how
+    out, lse, kept = output
+    ctx.mark_non_differentiable(kept) if ctx.return_lse else ctx.mark_non_differentiable(lse, kept)
+    autograd.keep(ctx, q, k, v, out, kept, *lengths, sinks, seed, kinds, *(captured or ()))
 
 
 def _differentiate(ctx, dout, dlse, _):
-    needed = ctx.needs_input_grad
+    needed, first = ctx.needs_input_grad, sum(_FORWARD[:2])
+    of_sinks, of_captured = needed[first], needed[first + 3] or []
     given: dict[int, Any] = {}
-    of_sinks, of_captured = False, list[bool]()
-    if ctx.with_rules:
-        first = sum(_FORWARD[:2])
-        of_sinks, of_captured = needed[first], needed[first + 3] or []
-        if of_captured:  # of a list
-            given[first + 3] = [None] * len(of_captured)
+    if of_captured:  # of a list
+        given[first + 3] = [None] * len(of_captured)
     arguments = autograd.arguments_of_gradients(ctx, dout, dlse if ctx.return_lse else None)
     if arguments is not None:
         q, k, v, out, kept, dout, dlse, needs, *others = arguments
@@ -268,26 +244,22 @@ def _differentiate(ctx, dout, dlse, _):
         numbers = [i for i, x in enumerate(of_captured) if x]
         again = not (ctx.for_backward and set(numbers) <= set(_numbers(derived)))
         derived = " ".join(map(str, numbers)) if again else derived
-        more = (sinks, seed, kinds, captured or None, text, derived, p) if ctx.with_rules else ()
-        called = "attention_rules" if ctx.with_rules else "attention"
+        inputs = q, k, v, *lengths, sinks, seed, kinds, captured or None, text, derived, p
         if again:  # of a graph that was made where no gradient, or not all of these, were needed
-            operator = _overload(called, ctx.rules)
-            _, _, kept = operator(q, k, v, *lengths, *more, *ctx.rules, False, True, *ctx.how)
-        operator = _overload(f"{called}_backward", ctx.rules)
-        needs += "s" * of_sinks
-        results = operator(q, k, v, *lengths, *more, out, kept, dout, dlse, *ctx.rules, needs, *ctx.how)
-        given |= {i: dx for i, (name, dx) in enumerate(zip("qkv", results, strict=False)) if name in needs}
-        if ctx.with_rules:
-            given[first] = results[3] if of_sinks else None
-            for i, dx in zip(_numbers(derived), results[4], strict=True):
-                given[first + 3][i] = dx
+            _, _, kept = _overload("attention", ctx.rules)(*inputs, *ctx.rules, False, True, *ctx.how)
+        operator = _overload("attention_backward", ctx.rules)
+        *found, dsinks, dcaptured = operator(*inputs, out, kept, dout, dlse, *ctx.rules, needs + "s" * of_sinks, *ctx.how)
+        given |= {i: dx for i, (name, dx) in enumerate(zip("qkv", found, strict=True)) if name in needs}
+        given[first] = dsinks if of_sinks else None
+        for i, dx in zip(_numbers(derived), dcaptured, strict=True):
+            given[first + 3][i] = dx
     return tuple(given.get(i) for i in range(len(needed)))
 
 
 # ---- their members' under torch.vmap ---------------------------------------------------------------------------------
 
 
-def _mapped(operator: Callable, with_rules: bool) -> Callable:
+def _mapped(operator: Callable) -> Callable:
     """The rule of ``torch.vmap``: the mapped dimension joins the batch, which comes first in all tensors."""
 
     def rule(info, in_dims, *arguments):
@@ -298,16 +270,19 @@ def _mapped(operator: Callable, with_rules: bool) -> Callable:
                 return x
             return (x.expand(members, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
-        wrapped.check_mapped(*arguments[:3])
-        if with_rules:
+        tensors, lengths, (*operands, text, _, _) = _parted(arguments, _FORWARD[:3])
+        wrapped.check_mapped(*tensors)
+        if text or any(x is not None for x in operands):
             wrapped.refuse_transforms()
-        if any(x is not None for x in arguments[3:7]):
+        if any(x is not None for x in lengths):
             raise NotImplementedError(
                 "torch.vmap maps attention with cu_seqlens or seqused; a call without these is needed, whose batch the mapped "
                 "dimension joins: try one call with the lengths of all, or a loop"
             )
         results = operator(*map(joined, arguments, in_dims))
-        return tuple(x.unflatten(0, (members, x.shape[0] // max(members, 1))) for x in results), (0,) * len(results)
+        dense = (x for x in results if isinstance(x, torch.Tensor))
+        apart = [x.unflatten(0, (members, x.shape[0] // max(members, 1))) for x in dense]
+        return (*apart, *results[len(apart) :]), 0  # what remains is the empty list of captured tensors' gradients
 
     return rule
 
@@ -341,26 +316,21 @@ def _scores(q, k, lengths: tuple) -> int:
 # ---- registered ------------------------------------------------------------------------------------------------------
 
 
-def _register(with_rules: bool, backward: bool, compute, shapes, flops, differentiate, keep=None) -> None:
-    name, sizes = f"attention{'_rules' * with_rules}{'_backward' * backward}", _BACKWARD if backward else _FORWARD
-    tensors = f"{_TENSORS}, {_RULES}" if with_rules else _TENSORS
-    results = "(Tensor, Tensor, Tensor, Tensor, Tensor[])" if with_rules and backward else "(Tensor, Tensor, Tensor)"
+def _register(name: str, sizes: tuple[int, ...], compute, shapes, flops, differentiate, keep=None) -> None:
     for overload, numbers in _NUMBERS.items():
         operator = name if overload == "default" else f"{name}.{overload}"
-        arguments = _ARGUMENTS[backward].format(tensors=tensors, rules=f"{numbers}, {_EDGES}", how=_HOW)
         tags = {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides}
         if overload == "Tensor":
             tags.add(torch.Tag.cudagraph_unsafe)
-        _LIBRARY.define(f"{operator}({arguments}) -> {results}", tags=tuple(tags))
-        _LIBRARY.impl(operator, _of_parts(compute, sizes, with_rules), "CompositeExplicitAutograd")
+        _LIBRARY.define(operator + _SCHEMAS[name].format(numbers=numbers), tags=tuple(tags))
+        _LIBRARY.impl(operator, _of_parts(compute, sizes), "CompositeExplicitAutograd")
         operator = f"cute_attn::{operator}"
-        torch.library.register_fake(operator, _of_parts(shapes, sizes, with_rules), lib=_LIBRARY)
+        torch.library.register_fake(operator, _of_parts(shapes, sizes), lib=_LIBRARY)
         torch.library.register_autograd(operator, differentiate, setup_context=keep, lib=_LIBRARY)
-        called = getattr(getattr(torch.ops.cute_attn, name), overload)
-        torch.library.register_vmap(operator, _mapped(called, with_rules), lib=_LIBRARY)
+        torch.library.register_vmap(operator, _mapped(getattr(getattr(torch.ops.cute_attn, name), overload)), lib=_LIBRARY)
     register_flop_formula(getattr(torch.ops.cute_attn, name), get_raw=True)(flops)
 
 
-for _with_rules in (False, True):
-    _register(_with_rules, False, _forward, _shapes, _flops, _differentiate, _keep(_with_rules))
-    _register(_with_rules, True, _backward, _shapes_of_gradients, _flops_of_gradients, autograd.refuse_double_backward)
+_register("attention", _FORWARD, _forward, _shapes, _flops, _differentiate, _keep)
+_of_gradients = _backward, _shapes_of_gradients, _flops_of_gradients, autograd.refuse_double_backward
+_register("attention_backward", _BACKWARD, *_of_gradients)

@@ -52,13 +52,13 @@ def test_opcheck(numbers, mechanism):
     how = True, "cute", mechanism
     overload = "default" if numbers is float else "Tensor"
     forward, backward = (getattr(packet, overload) for packet in (OPS.attention, OPS.attention_backward))
-    lengths = (None,) * 4
-    torch.library.opcheck(forward, (q, k, v, *lengths, *rules, True, True, *how))
+    nothing = (None,) * 8 + ("", "", 0.0)  # lengths; functions, sinks, dropout, a block mask
+    torch.library.opcheck(forward, (q, k, v, *nothing, *rules, True, True, *how))
     q, k, v = (x.detach() for x in (q, k, v))
-    out, _, kept = forward(q, k, v, *lengths, *rules, True, True, *how)
+    out, _, kept = forward(q, k, v, *nothing, *rules, True, True, *how)
     dout, dlse = make_gradients(q, v)
     for needs, of_lse in (("qkv", dlse), ("k", None)):
-        torch.library.opcheck(backward, (q, k, v, *lengths, out, kept, dout, of_lse, *rules, needs, *how))
+        torch.library.opcheck(backward, (q, k, v, *nothing, out, kept, dout, of_lse, *rules, needs, *how))
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])

@@ -28,16 +28,17 @@ RULES = [  # scale, softcap, left, right
     (None, 2.0, None, 7),
 ]
 RECTANGLE = dict.fromkeys(NAMES)
+NOTHING = None, None, None, None, "", "", 0.0  # sinks, seed, kinds, captured, expression, derived, dropout_p
 
 
 def leaves(dtype=torch.float32, needs="qkv", sq=9, sk=11):
     return [x.requires_grad_(name in needs) for name, x in zip("qkv", make_qkv(3, sq, sk, 4, 2, 16, 24, dtype), strict=True)]
 
 
-def forward_arguments(q, k, v, rules, numbers, return_lse=True, for_backward=True, lengths=RECTANGLE):
+def forward_arguments(q, k, v, rules, numbers, return_lse=True, for_backward=True, lengths=RECTANGLE, more=NOTHING):
     scale, softcap, *edges = rules
     rules = numbers(scale), numbers(softcap), *edges
-    return q, k, v, *lengths.values(), *rules, return_lse, for_backward, False, "auto", None
+    return q, k, v, *lengths.values(), *more, *rules, return_lse, for_backward, False, "auto", None
 
 
 def packed(q, k, v):
@@ -68,7 +69,7 @@ def test_opcheck_with_lengths(given):
     q, k, v = (x.detach() for x in tensors)
     out, _, kept = OPS.attention(q, k, v, *arguments[3:])
     dout, dlse = (x[0] for x in make_gradients(q[None], v[None]))
-    inputs = (q, k, v, *lengths.values(), out, kept, dout, dlse, *arguments[7:11], "qkv", *arguments[13:])
+    inputs = (q, k, v, *arguments[3:14], out, kept, dout, dlse, *arguments[14:18], "qkv", *arguments[20:])
     torch.library.opcheck(OPS.attention_backward.default, inputs)
 
 
@@ -81,11 +82,11 @@ def test_opcheck_of_gradients(needs, overload):
     out, _, kept = getattr(OPS.attention, overload)(*arguments)
     dout, dlse = make_gradients(q, v)
     for of_lse in (None, dlse):
-        inputs = (q, k, v, *RECTANGLE.values(), out, kept, dout, of_lse, *arguments[7:11], needs, *arguments[13:])
+        inputs = (*arguments[:14], out, kept, dout, of_lse, *arguments[14:18], needs, *arguments[20:])
         torch.library.opcheck(getattr(OPS.attention_backward, overload), inputs)
 
 
-RULES_OF = {  # what attention_rules has more: which of it is there, and in which form
+RULES_OF = {  # what there is besides the usual rules: which of it is there, and in which form
     "functions": ("expression derived", {}),
     "functions, no gradients": ("expression", {}),
     "sinks": ("sinks", {}),
@@ -119,17 +120,15 @@ def test_opcheck_with_rules(given, how, overload):
     none = {"expression": "", "derived": "", "dropout_p": 0.0}
     given = f"{given} captured" if "expression" in given else given
     more = [x if name in given.split() else none.get(name) for name, x in more.items()]
-    plain = forward_arguments(q, k, v, RULES[1], NUMBERS[overload], lengths=lengths)
-    arguments = *plain[:7], *more, *plain[7:]
-    torch.library.opcheck(getattr(OPS.attention_rules, overload), arguments)
-    plain, more = ([x.detach() if isinstance(x, torch.Tensor) else x for x in given] for given in (plain, more))
-    more[3] = more[3] and [x.detach() for x in more[3]]
-    out, lse, kept = getattr(OPS.attention_rules, overload)(*plain[:7], *more, *plain[7:])
+    arguments = forward_arguments(q, k, v, RULES[1], NUMBERS[overload], lengths=lengths, more=more)
+    torch.library.opcheck(getattr(OPS.attention, overload), arguments)
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    arguments[10] = arguments[10] and [x.detach() for x in arguments[10]]
+    out, lse, kept = getattr(OPS.attention, overload)(*arguments)
     results = out, kept, torch.randn_like(out), torch.randn_like(lse)
     needs = "qkvs" if more[0] is not None else "qv"
-    torch.library.opcheck(
-        getattr(OPS.attention_rules_backward, overload), (*plain[:7], *more, *results, *plain[7:11], needs, *plain[13:])
-    )
+    inputs = *arguments[:14], *results, *arguments[14:18], needs, *arguments[20:]
+    torch.library.opcheck(getattr(OPS.attention_backward, overload), inputs)
 
 
 def test_a_graph_of_rules_made_without_gradients_has_them():
@@ -140,8 +139,8 @@ def test_a_graph_of_rules_made_without_gradients_has_them():
         return score + table[head, kv_idx]
 
     text, captured = traced(None, score, (), None, q, 4, 3, as_text=True)
-    plain = forward_arguments(q, k, v, RULES[1], NUMBERS["default"], False, False)
-    out, _, _ = OPS.attention_rules(*plain[:7], sinks, None, None, list(captured), text, "", 0.0, *plain[7:])
+    more = sinks, None, None, list(captured), text, "", 0.0
+    out, _, _ = OPS.attention(*forward_arguments(q, k, v, RULES[1], NUMBERS["default"], False, False, more=more))
     got = torch.autograd.grad(out.sum(), (q, k, v, table, sinks))
     wanted = attention(q, k, v, scale=0.3, softcap=5.0, window=(30, 0), score=score, sinks=sinks)
     for x, y in zip(got, torch.autograd.grad(wanted.sum(), (q, k, v, table, sinks)), strict=True):
@@ -151,9 +150,9 @@ def test_a_graph_of_rules_made_without_gradients_has_them():
 def test_a_graph_of_shapes_only_is_no_graph():
     """What was called to see shapes never runs as something else."""
     q, k, v = leaves()
-    plain = forward_arguments(q, k, v, RULES[0], NUMBERS["default"])
+    more = None, None, None, None, OF_SHAPES, "", 0.0
     with pytest.raises(RuntimeError, match="what it computes is not known"):
-        OPS.attention_rules(*plain[:7], None, None, None, None, OF_SHAPES, "", 0.0, *plain[7:])
+        OPS.attention(*forward_arguments(q, k, v, RULES[0], NUMBERS["default"], more=more))
 
 
 @pytest.mark.parametrize(("return_lse", "for_backward"), list(itertools.product([False, True], repeat=2)))
