@@ -458,7 +458,7 @@ class _Reading(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__getitem__:
             x, (batch, at) = args
-            if batch.of == "batch" and at.of in ("query", "key") and at.shift == 0 and at.by is None:
+            if batch.of == "batch" and at.of in ("query", "key") and batch.shift == at.shift == 0 and at.by is None:
                 return _Position(at.of, by=x)
         raise TypeError("a mask function asks torch for more than the elements at positions")
 

@@ -491,6 +491,7 @@ UNSEEN = {
     "heads": lambda batch, head, query, key: head <= query,
     "torch's functions": lambda batch, head, query, key: torch.logical_and(IDS[batch, key] > 0, IDS[batch, key] < 2),
     "an element elsewhere": lambda batch, head, query, key: IDS[batch, query - 1] == IDS[batch, key],
+    "another element of the batch": lambda batch, head, query, key: IDS[batch - 1, query] == IDS[batch - 1, key],
     "a row": lambda batch, head, query, key: IDS[0, query] == IDS[0, key],
     "an element of an element": lambda batch, head, query, key: IDS[batch, POSITIONS[batch, query]] == IDS[batch, key],
     "a shift that differs": lambda batch, head, query, key: key <= query - PADDING[batch],
