@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import wraps
 from itertools import groupby, product
 from typing import Any, NoReturn
 
@@ -54,6 +55,31 @@ MEMBERS_MAX = 1 << (31 - MEMBER_BIT)
 PIECE = 1 << 22  # pairs of a query and a key that torch looks at at a time
 _SHADES = " ░█"
 _COLOURS = {CUT: "#9ecae1", WHOLE: "#08519c"}
+
+
+def _made_once(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What a method of :class:`BlockMask` returns, made once, and expanded to a batch and heads, two more arguments. Another
+    stream than the one that made it waits for it. What a CUDA graph records is the graph's: it is not kept."""
+
+    @wraps(make)
+    def kept(self: BlockMask, *arguments: int) -> torch.Tensor:
+        *of, batch, heads = arguments
+        on_gpu = self.kinds.is_cuda
+        stream = raw_stream(self.kinds.get_device()) if on_gpu else 0
+        found, made_on, event = self._kept.get((make, *of), (None, stream, None))
+        if found is None:
+            found = make(self, *of)
+            if not (on_gpu and torch.cuda.is_current_stream_capturing()):
+                event = torch.cuda.current_stream(self.kinds.device).record_event() if on_gpu else None
+                self._kept[make, *of] = found, stream, event
+        elif made_on != stream and not torch.cuda.is_current_stream_capturing():
+            here = torch.cuda.current_stream(self.kinds.device)
+            here.wait_event(event)
+            for x in (found, self.kinds):  # kernels read both
+                x.record_stream(here)
+        return found.expand(batch, heads, -1, -1)
+
+    return kept
 
 
 class BlockMask:
@@ -96,34 +122,9 @@ class BlockMask:
         high, low = (x.unflatten(3, (-1, across)).unflatten(2, (-1, down)) for x in each)
         return high.amax((3, 5)).ne(NONE).byte() + low.amin((3, 5)).eq(WHOLE)
 
-    def key_lists(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
+    @_made_once
+    def key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
         """A list of key tiles for each query tile, ``(batch, heads, m_blocks, HEADER + n_blocks + 1)``."""
-        return self._keep("keys", self._key_lists, tile_m, tile_n).expand(batch, heads, -1, -1)
-
-    def query_lists(self, tile_m: int, tile_n: int, batch: int, heads: int, heads_kv: int) -> torch.Tensor:
-        """A list of query tiles for each key tile, ``(batch, heads_kv, n_blocks, HEADER + …)``."""
-        lists = self._keep("queries", self._query_lists, tile_m, tile_n, heads // heads_kv)
-        return lists.expand(batch, heads_kv, -1, -1)
-
-    def ranks(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
-        """How many key tiles before each one a query tile visits, int32 ``(batch, heads, m_blocks, n_blocks)``."""
-        return self._keep("ranks", self._ranks, tile_m, tile_n).expand(batch, heads, -1, -1)
-
-    def visits(self, tile_m: int, tile_n: int, batch: int, heads: int) -> torch.Tensor:
-        """How many key tiles visit each query tile, int32 ``(batch, heads, m_blocks, 1)``."""
-        return self._keep("visits", self._visits, tile_m, tile_n).expand(batch, heads, -1, -1)
-
-    def kinds_in_a_row(self, batch: int, heads: int) -> torch.Tensor:
-        """Of each block the kinds of it and the next ones in its row, two bits each from the lowest on, uint8, as ``kinds``."""
-        return self._keep("kinds", self._kinds_in_a_row).expand(batch, heads, -1, -1)
-
-    def _kinds_in_a_row(self) -> torch.Tensor:
-        found = self.kinds.clone()
-        for i in range(1, 8 // KIND_BITS):
-            found[..., :-i] |= self.kinds[..., i:] << i * KIND_BITS
-        return found
-
-    def _key_lists(self, tile_m: int, tile_n: int) -> torch.Tensor:
         if tile_m % ROWS_OF_WARPGROUP or tile_m > LISTED_ROWS:
             raise NotImplementedError(
                 f"a list of key tiles is of a query tile of {ROWS_OF_WARPGROUP} rows or a multiple of it up to {LISTED_ROWS}; "
@@ -133,7 +134,10 @@ class BlockMask:
         sizes = batch, heads, -(-rows * BLOCK // tile_m), HEADER - (-columns * BLOCK // tile_n) + 1
         return self._enlisted("key lists", sizes, tile_m, tile_n, 1)
 
-    def _query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
+    @_made_once
+    def query_lists(self, tile_m: int, tile_n: int, members: int) -> torch.Tensor:
+        """A list of query tiles for each key tile, of all ``members`` that share a key head, ``(batch, heads_kv, n_blocks,
+        HEADER + …)``."""
         batch, heads, rows, columns = self.kinds.shape
         of_list = HEADER - members * (-rows * BLOCK // tile_m) + 1
         sizes = batch, max(heads // members, 1), -(-columns * BLOCK // tile_n), of_list
@@ -148,39 +152,24 @@ class BlockMask:
             launch.enlist(which, self.kinds, lists, tile_m // BLOCK, tile_n // BLOCK, members)
         return lists
 
-    def _ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
-        seen = self._seen(tile_m, tile_n).int()
+    @_made_once
+    def ranks(self, tile_m: int, tile_n: int) -> torch.Tensor:
+        """How many key tiles before each one a query tile visits, int32 ``(batch, heads, m_blocks, n_blocks)``."""
+        seen = self.tiles(tile_m, tile_n).ne(NONE).int()
         return seen.cumsum(3, dtype=torch.int32) - seen
 
-    def _visits(self, tile_m: int, tile_n: int) -> torch.Tensor:
-        return self._seen(tile_m, tile_n).sum(3, keepdim=True, dtype=torch.int32)
+    @_made_once
+    def visits(self, tile_m: int, tile_n: int) -> torch.Tensor:
+        """How many key tiles visit each query tile, int32 ``(batch, heads, m_blocks, 1)``."""
+        return self.tiles(tile_m, tile_n).ne(NONE).sum(3, keepdim=True, dtype=torch.int32)
 
-    def _seen(self, tile_m: int, tile_n: int) -> torch.Tensor:
-        """Whether any query of a tile sees any of its keys, ``(batch, heads, m_blocks, n_blocks)``."""
-        down, across = tile_m // BLOCK, tile_n // BLOCK
-        kinds = pad(self.kinds, (0, -self.kinds.shape[3] % across, 0, -self.kinds.shape[2] % down), value=NONE)
-        return kinds.unflatten(3, (-1, across)).unflatten(2, (-1, down)).amax((3, 5)).ne(NONE)
-
-    def _keep(self, name: str, make: Callable, *of: int) -> torch.Tensor:
-        """What ``make(*of)`` returns, made once. Another stream than the one that made it waits for it. What a CUDA graph
-        records is the graph's: it is not kept."""
-        found, on_gpu = self._kept.get((name, *of)), self.kinds.is_cuda
-        stream = raw_stream(self.kinds.get_device()) if on_gpu else 0
-        if found is not None and found[1] == stream:
-            return found[0]
-        recording = on_gpu and torch.cuda.is_current_stream_capturing()
-        if found is not None:
-            if not recording:
-                here = torch.cuda.current_stream(self.kinds.device)
-                here.wait_event(found[2])
-                for x in (found[0], self.kinds):  # kernels read both
-                    x.record_stream(here)
-            return found[0]
-        made = make(*of)
-        if not recording:
-            event = torch.cuda.current_stream(self.kinds.device).record_event() if on_gpu else None
-            self._kept[name, *of] = made, stream, event
-        return made
+    @_made_once
+    def kinds_in_a_row(self) -> torch.Tensor:
+        """Of each block the kinds of it and the next ones in its row, two bits each from the lowest on, uint8, as ``kinds``."""
+        found = self.kinds.clone()
+        for i in range(1, 8 // KIND_BITS):
+            found[..., :-i] |= self.kinds[..., i:] << i * KIND_BITS
+        return found
 
     # ---- for people
 

@@ -400,7 +400,7 @@ def _lists_of_gradients(call: Call, tile_m: int, tile_n: int, rows: int, visits:
     dQ is added in a fixed order; and visits of query tiles, where whoever rounds it asks for them."""
     batch, heads = call.batch, call.heads
     return (
-        call.blocks.query_lists(tile_m, tile_n, batch, heads, call.heads_kv),
+        call.blocks.query_lists(tile_m, tile_n, heads // call.heads_kv, batch, call.heads_kv),
         call.blocks.key_lists(rows, tile_n, batch, heads) if rows else None,
         call.blocks.ranks(tile_m, tile_n, batch, heads) if ordered else None,
         call.blocks.visits(tile_m, tile_n, batch, heads) if visits else None,

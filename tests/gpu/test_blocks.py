@@ -42,7 +42,7 @@ def test_the_kernel_lists_what_python_lists(sizes, tile, empty):
     of_gpu = of_cpu.to("cuda")
     assert torch.equal(of_gpu.key_lists(*tile, *heads).cpu(), of_cpu.key_lists(*tile, *heads))
     for heads_kv in {1, heads[1]}:
-        asked = *tile, *heads, heads_kv
+        asked = *tile, heads[1] // heads_kv, heads[0], heads_kv
         assert torch.equal(of_gpu.query_lists(*asked).cpu(), of_cpu.query_lists(*asked))
 
 

@@ -185,7 +185,7 @@ def test_lists_of_queries(sizes, seed, tile, alike):
     ranks = blocks.ranks(*tile, batch, heads)
     for heads_kv in {1, heads, max(heads // 2, 1)}:
         group = heads // heads_kv
-        lists = blocks.query_lists(*tile, batch, heads, heads_kv)
+        lists = blocks.query_lists(*tile, heads // heads_kv, batch, heads_kv)
         for b, h, n in torch.cartesian_prod(*(torch.arange(x) for x in (batch, heads_kv, kinds.shape[3]))).tolist():
             listed, cut, _, _ = entries(lists[b, h, n])
             for kind, found in ((CUT, listed[:cut]), (WHOLE, listed[cut:])):
@@ -217,7 +217,7 @@ def test_lists_are_made_once(monkeypatch):
     blocks = block_mask(masks.causal, None, None, 300, 300)
     first = blocks.key_lists(128, 128, 2, 3)
     assert first.shape == (2, 3, 3, HEADER + 4)
-    monkeypatch.setattr(BlockMask, "_key_lists", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(BlockMask, "_enlisted", lambda *_: pytest.fail("made again"))
     assert torch.equal(blocks.key_lists(128, 128, 2, 3), first)
 
 

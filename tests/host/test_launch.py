@@ -107,7 +107,7 @@ def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, determinis
     launching.gradients(call, None, "qkv", deterministic, q, k, v, q, torch.zeros(1, 4, 500), q, None)
     ((_, arguments),) = gpu.log
     given, config = named(BACKWARD, arguments), plan(problem_of(q.dtype, call, False, "qkv"), "sm_90a")
-    assert torch.equal(given.query_lists, blocks.query_lists(config.tile_m, config.tile_n, 1, 4, 2))
+    assert torch.equal(given.query_lists, blocks.query_lists(config.tile_m, config.tile_n, 2, 1, 2))
     assert (given.key_lists is None) == (rows is None)
     assert rows is None or torch.equal(given.key_lists, blocks.key_lists(rows, config.tile_n, 1, 4))
     assert (given.ranks is not None) == (deterministic and d == 64)
