@@ -81,26 +81,12 @@ def _config_of_gradients(problem: Problem, mechanism: str | None, device: int, c
     tiles = _key_tiles(found[-1].tile_n, call)
     if takes_one_kernel(found, rows, problem.bounded_right, tiles, multiprocessors(device)):
         return found[-1]
-    blocks = _head_blocks(found, problem, device, call)
+    tiles, unequal = _key_tiles(found[0].tile_n, call), problem.bounded_right and not problem.bounded_left
+    choices = tuple(dict.fromkeys(config.head_blocks for config in found))
+    blocks = head_blocks(choices, tiles, call.heads // call.heads_kv, multiprocessors(device), unequal)
     shared = tuple(config for config in found if (config.backward, config.head_blocks) == (found[0].backward, blocks))
     rows = rows_of_query_tile(tuple(config.tile_m for config in shared), rows, problem.bounded_right)
     return next(config for config in shared if config.tile_m == rows)
-
-
-def _is_short(problem: Problem, mechanism: str | None, device: int, call: Call) -> bool:
-    """Whether the forward pass of ``call`` takes the configuration for few keys."""
-    window = call.seqlen_k if call.left is None or call.right is None else call.left + call.right + 1
-    return takes_short(_choices(problem, mechanism, device), min(call.seqlen_k, window))
-
-
-def _head_blocks(found: tuple[Config, ...], problem: Problem, device: int, call: Call) -> int:
-    """How many blocks share a key tile of the backward pass of ``call``."""
-    if call.heads == call.heads_kv:
-        return 1
-    choices, tiles = tuple(dict.fromkeys(config.head_blocks for config in found)), _key_tiles(found[0].tile_n, call)
-    unequal = problem.bounded_right and not problem.bounded_left
-    heads_per_kv = call.heads // call.heads_kv
-    return head_blocks(choices, tiles, heads_per_kv, multiprocessors(device), unequal)
 
 
 def _key_tiles(tile: int, call: Call) -> int:
@@ -159,22 +145,18 @@ class _PlannedForward:
     def __init__(self, call: Call, mechanism: str | None, return_lse: bool, for_backward: bool, q):
         self.return_lse, self.for_backward, self.device = return_lse, for_backward, q.get_device()
         problem = problem_of(q.dtype, call, return_lse, for_backward=for_backward)
-        config = None
-        if _is_short(problem, mechanism, self.device, call):
-            config = _choices(problem, mechanism, self.device)[1]
+        found = _choices(problem, mechanism, self.device)
+        window = call.seqlen_k if call.left is None or call.right is None else call.left + call.right + 1
+        config = found[1] if takes_short(found, min(call.seqlen_k, window)) else found[0]
         self.function, blocks = prepared(problem, mechanism, self.device, config)
         self.out, self.rows = _rooms_of_results(call, q.dtype)
         self.tickets = 0
-        self.tile: tuple[int, int] | None = None
-        if call.lengths is not None or call.blocks is not None:  # of which there is one configuration
-            config = plan(problem, device_target(self.device), mechanism)
-            if takes_tickets(problem, config):
-                slots = -(-call.seqlen_q // config.tile_m) * call.batch
-                if call.lengths is not None:
-                    slots = call.lengths.slots(call.seqlen_q, config.tile_m)
-                self.tickets = slots * call.heads
-            if call.blocks is not None:
-                self.tile = config.tile_m, config.tile_n
+        if takes_tickets(problem, config):
+            slots = -(-call.seqlen_q // config.tile_m) * call.batch
+            if call.lengths is not None:
+                slots = call.lengths.slots(call.seqlen_q, config.tile_m)
+            self.tickets = slots * call.heads
+        self.tile = None if call.blocks is None else (config.tile_m, config.tile_n)
         self.usual = call.lengths is call.blocks is call.sinks is None
         self.alike = what_is_alike(call, blocks)
 

@@ -107,7 +107,7 @@ def test_head_groups(heads, mechanism):
 @pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (96, 40)])
 def test_blocks_that_share_a_key_tile(d, dv, head_blocks, monkeypatch):
     """Whatever the plan would have chosen; dK and dV have the same bits each time, and as many as the plan chooses from."""
-    monkeypatch.setattr(launch, "_head_blocks", lambda *_: head_blocks)
+    monkeypatch.setattr(launch, "head_blocks", lambda *_: head_blocks)
     for rules in ({"causal": True}, {"window": (70, None), "softcap": 20.0}):
         for heads in ((8, 2), (4, 1)):
             q, k, v, dout, dlse = make(2, 300, 333, *heads, d, dv)
@@ -118,7 +118,7 @@ def test_blocks_that_share_a_key_tile(d, dv, head_blocks, monkeypatch):
 
 @pytest.mark.parametrize("needs", ["q", "k", "v", "kv"])
 def test_some_inputs_of_blocks_that_share_a_key_tile(needs, monkeypatch):
-    monkeypatch.setattr(launch, "_head_blocks", lambda *_: 2)
+    monkeypatch.setattr(launch, "head_blocks", lambda *_: 2)
     q, k, v, dout, _ = make(2, 300, 333, 8, 2, 128)
     some = run(q, k, v, "tma_wgmma", dout, needs=needs, causal=True)
     assert_gradients_close(some, q, k, v, dout, causal=True)
@@ -131,7 +131,7 @@ def test_query_tiles_of_80_rows(d, dv, dtype, rules, monkeypatch):
     doesn't show."""
     chosen = []
     monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: chosen.append(max(choices)) or chosen[-1])
-    monkeypatch.setattr(launch, "_head_blocks", lambda *_: 1)
+    monkeypatch.setattr(launch, "head_blocks", lambda *_: 1)
     for sq, sk in ((1, 70), (79, 128), (80, 65), (81, 300), (240, 257), (1030, 513), (700, 700)):
         for heads in ((2, 2), (6, 2)):
             q, k, v, dout, dlse = make(16 if sq == 1 else 3, sq, sk, *heads, d, dv, dtype)
@@ -158,7 +158,7 @@ def test_query_tiles_of_80_rows_under_a_right_edge(rules, deterministic, monkeyp
     key tiles a block. In a fixed order always the same bits, and NaN in a row or a key stays where it is seen."""
     chosen, rules = [], {"causal": True, **rules}
     monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: chosen.append(max(choices)) or chosen[-1])
-    monkeypatch.setattr(launch, "_head_blocks", lambda *_: 1)
+    monkeypatch.setattr(launch, "head_blocks", lambda *_: 1)
     for sq, sk, heads in ((1, 70, 2), (79, 128, 6), (81, 300, 2), (240, 257, 6), (1030, 513, 2), (700, 700, 6), (400, 400, 48)):
         q, k, v, dout, dlse = make(16 if sq == 1 else 3, sq, sk, heads, 2 if heads == 6 else heads, 128)
         beyond = [torch.cat((x, torch.full_like(x, math.nan)), 1)[:, : x.shape[1]] for x in (q, k, v, dout)]

@@ -189,7 +189,7 @@ def test_captured_gradients_and_dropout(case, d, of, p, mechanism):
 
 @pytest.mark.parametrize("d", [64, 96, 128])
 def test_blocks_that_share_a_key_tile(d, monkeypatch):
-    monkeypatch.setattr(launch, "_head_blocks", lambda *_: 2)
+    monkeypatch.setattr(launch, "head_blocks", lambda *_: 2)
     q, k, v = make_qkv(1, 130, 200, 8, 2, d, d, torch.bfloat16)
     dout, dlse = make_gradients(q, v)
     leaves = [x.requires_grad_() for x in on_gpu(q, k, v)]

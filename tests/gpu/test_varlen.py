@@ -263,7 +263,7 @@ def test_other_query_tiles(rectangle, case, in_one_kernel, monkeypatch):
     chosen, made = [], launch.empty_strided
     monkeypatch.setattr(launch, "rows_of_query_tile", lambda choices, *_: max(choices))
     monkeypatch.setattr(launch, "_config_of_gradients", lambda *of: chosen.append(config_of(*of)) or chosen[-1])
-    monkeypatch.setattr(launch, "_head_blocks", lambda *_: 1)
+    monkeypatch.setattr(launch, "head_blocks", lambda *_: 1)
     lengths = [(0, 0), (80, 64), (0, 70), (130, 200), (1, 1), (300, 129), (65, 0), (81, 512), (79, 128), (3, 1000), (700, 700)]
     used = [torch.tensor(side, dtype=torch.int32, device="cuda") for side in zip(*lengths, strict=True)]
     batch, heads = len(lengths), (6, 2)
@@ -482,7 +482,7 @@ def test_wrong_bounds_end_and_leave_the_inputs_alone(wrong, causal, mechanism):
 @pytest.mark.parametrize(("d", "dv", "head_blocks"), [(64, 64, 1), (64, 64, 2), (64, 64, 4), (192, 128, 1)])
 def test_wrong_bounds_end_in_other_kernels(d, dv, head_blocks, causal, in_one_kernel, monkeypatch):
     """Whose blocks share a key tile, and the one of wide heads."""
-    monkeypatch.setattr(launch, "_head_blocks", lambda *_: head_blocks)
+    monkeypatch.setattr(launch, "head_blocks", lambda *_: head_blocks)
     q, k, v, dout, right, _ = make([(700, 700)], d, dv, heads=(8, 2), tail=0)
     options = {"causal": causal, "mechanism": "tma_wgmma"}
     _, (want_dq, *want) = run(q, k, v, dout, right, **options)

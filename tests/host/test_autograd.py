@@ -25,7 +25,8 @@ def backend(request, monkeypatch):
     """The name of a backend; ``"cute"`` runs on tensors that say they lie on a GPU."""
     if request.param == "cute":
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-        monkeypatch.setattr(launch, "_is_short", lambda *_: False)
+        monkeypatch.setattr(launch, "device_target", lambda device: "sm_90a")
+        monkeypatch.setattr(launch, "_choices", launch._choices.__wrapped__)
         monkeypatch.setattr(launch, "prepared", lambda problem, *_: (problem, 1))
         monkeypatch.setattr(launch._PlannedForward, "__call__", fake_forward)
         monkeypatch.setattr(launch, "gradients", FakeGradients())
@@ -182,7 +183,8 @@ def test_nothing_is_kept_without_gradients(backend, monkeypatch):
 def test_lse_is_not_computed_where_nobody_can_use_it(monkeypatch):
     made = []
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-    monkeypatch.setattr(launch, "_is_short", lambda *_: False)
+    monkeypatch.setattr(launch, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launch, "_choices", launch._choices.__wrapped__)
     monkeypatch.setattr(launch, "prepared", lambda *_: (lambda *arguments: made.append(arguments[4:6]), 1))
     q, k, v = leaves(needs="")
     attention(q, k, v)

@@ -49,7 +49,8 @@ def kernels(monkeypatch):
         return tuple(torch.zeros_like(x) if name in needs else None for name, x in zip("qkv", (q, k, v), strict=True))
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-    monkeypatch.setattr(launch, "_is_short", lambda *_: False)
+    monkeypatch.setattr(launch, "device_target", lambda device: "sm_90a")
+    monkeypatch.setattr(launch, "_choices", launch._choices.__wrapped__)
     monkeypatch.setattr(launch, "prepared", lambda *_: (launched, 1))
     monkeypatch.setattr(launch, "gradients", gradients)
     return given
