@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -67,8 +67,8 @@ class Summary:
 def run(console: Console) -> int:
     """Show what this machine can; returns the exit status, 1 where a result was wrong or a kernel did not compile."""
     summary = Summary()
-    with fill.processes(len(TARGETS)) as pool:
-        kernels = _start_compiling(pool, summary)  # while attention runs here
+    with fill.processes(len(TARGETS)) as pool:  # while attention runs here
+        kernels = {name: pool.submit(_inspect, SHOWN, plan(SHOWN, target)) for name, target in TARGETS.items()}
         console.rule("attention")
         _attention(console, summary)
         console.rule("what the compiler made of two kernels")
@@ -143,11 +143,9 @@ def _compare(case: Case, q, k, v) -> tuple[list[str], bool]:
 
 def _visible(q, k, causal=False, window=(None, None), softcap=0.0) -> torch.Tensor:
     """Which keys each query sees: bool, ``(seqlen_q, seqlen_k)``; the last query is aligned with the last key."""
-    left, right = (None, 0) if causal else window
-    rows, keys = (torch.arange(-x.shape[1], 0, device=q.device) for x in (q, k))
-    distance = keys - rows[:, None]
-    every = torch.ones_like(distance, dtype=torch.bool)
-    return (every if left is None else distance >= -left) & (every if right is None else distance <= right)
+    (left, right), rows, keys = (None, 0) if causal else window, q.shape[1], k.shape[1]
+    every = torch.ones(rows, keys, dtype=torch.bool, device=q.device)
+    return every.triu(keys - rows - (keys if left is None else left)).tril(keys - rows + (rows if right is None else right))
 
 
 def _eager(q, k, v, visible, causal=False, window=None, softcap=0.0):
@@ -164,18 +162,6 @@ def _eager(q, k, v, visible, causal=False, window=None, softcap=0.0):
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-def _start_compiling(pool: Executor, summary: Summary) -> dict[str, Future]:
-    """Start the two cross-compilations, if this machine has what they need."""
-    try:
-        if machine.missing():
-            raise NotImplementedError(f"{', '.join(machine.missing())} not installed; they exist for Linux only")
-        cubin.tools()
-    except NotImplementedError as error:
-        summary.left_out.append(f"what the compiler makes of the kernels: {error}")
-        return {}
-    return {name: pool.submit(_inspect, SHOWN, plan(SHOWN, target)) for name, target in TARGETS.items()}
-
-
 def _inspect(problem: Problem, config: Config) -> tuple[cubin.Compiled, float]:
     began = time.monotonic()
     return cubin.inspect(problem, config), time.monotonic() - began
@@ -188,6 +174,9 @@ def _compiled(console: Console, summary: Summary, kernels: dict[str, Future]) ->
         try:
             with console.status(f"compiling the {name} kernel"):
                 compiled, seconds = future.result()
+        except NotImplementedError as error:  # this machine hasn't what they need
+            summary.left_out.append(f"what the compiler makes of the {name} kernel: {error}")
+            continue
         except Exception as error:  # the demo goes on: whatever stopped this kernel stands in the summary
             summary.failed = True
             summary.lines.append(f"the {name} kernel did not compile: {type(error).__name__}: {error}")
