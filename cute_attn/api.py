@@ -44,29 +44,14 @@ KEPT_MAX = 1024  # calls; each of another shape or rule
 
 @unscriptable
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    mask: Callable | None = None,
-    score: Callable | None = None,
-    tensors: tuple[torch.Tensor, ...] = (),
-    block_mask: Any = None,
-    alibi_slopes: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    dropout_p: float = 0,
-    return_lse: bool = False,
-    deterministic: bool = False,
-    backend: str = "auto",
-    mechanism: str | None = None,
-    seqused_q: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    *, scale: float | None = None, causal: bool = False, window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None, mask: Callable | None = None, score: Callable | None = None,
+    tensors: tuple[torch.Tensor, ...] = (), block_mask: Any = None, alibi_slopes: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, sinks: torch.Tensor | None = None, dropout_p: float = 0, return_lse: bool = False,
+    deterministic: bool = False, backend: str = "auto", mechanism: str | None = None,
+    seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Exact softmax attention, fused: ``softmax(scale · q kᵀ) v`` without the score matrix in memory.
 
     For each batch and head, with ``s_ij = scale · q_i · k_j``, or ``softcap · tanh(s_ij / softcap)`` under a softcap,
@@ -328,30 +313,14 @@ def _by_kernels(q, k, v, call: Call, return_lse: bool, mechanism: str | None):
 
 @unscriptable
 def attention_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor | None = None,
-    *,
-    seqused_q: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None,
-    mask: Callable | None = None,
-    score: Callable | None = None,
-    tensors: tuple[torch.Tensor, ...] = (),
-    alibi_slopes: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    dropout_p: float = 0,
-    return_lse: bool = False,
-    deterministic: bool = False,
-    backend: str = "auto",
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor | None = None,
+    *, seqused_q: torch.Tensor | None = None, seqused_k: torch.Tensor | None = None, scale: float | None = None,
+    causal: bool = False, window: tuple[int | None, int | None] | None = None, softcap: float | None = None,
+    mask: Callable | None = None, score: Callable | None = None, tensors: tuple[torch.Tensor, ...] = (),
+    alibi_slopes: torch.Tensor | None = None, bias: torch.Tensor | None = None, sinks: torch.Tensor | None = None,
+    dropout_p: float = 0, return_lse: bool = False, deterministic: bool = False, backend: str = "auto",
     mechanism: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """:func:`attention` of sequences of different lengths, one after another in the rows of q, k and v.
 
     Sequence i has the queries from row ``cu_seqlens_q[i]`` up to ``cu_seqlens_q[i + 1]`` and the keys from ``cu_seqlens_k[i]``
