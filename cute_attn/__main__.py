@@ -191,14 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     rules.add_argument("--lse", action=argparse.BooleanOptionalAction, help="return_lse=True, or not; default: both")
     rules.add_argument("--all", action="store_true", help="every combination of rules")
     ahead.add_argument("--gradients", action="store_true", help="the backward pass too, for gradients of q, k and v")
-    ahead.add_argument(
-        "-j",
-        "--jobs",
-        type=command.positive,
-        default=fill.processors(),
-        metavar="N",
-        help="worker processes; default: one a CPU",
-    )
+    said = "worker processes; default: one a CPU"
+    ahead.add_argument("-j", "--jobs", type=command.positive, default=fill.processors(), metavar="N", help=said)
     return parser
 
 

@@ -372,13 +372,9 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def problem_of(
-    dtype: torch.dtype,
-    call: Call,
-    return_lse: bool,
-    gradients: str = "",
-    deterministic: bool = False,
-    for_backward: bool = False,
-) -> Problem:
+    dtype: torch.dtype, call: Call, return_lse: bool,
+    gradients: str = "", deterministic: bool = False, for_backward: bool = False,
+) -> Problem:  # fmt: skip
     """The Problem of a checked call, or of its backward pass: ``gradients`` names the inputs, in the order of ``"qkv"``."""
     return Problem.intern(
         DTYPE_NAMES[dtype],

@@ -19,7 +19,7 @@ from cute_attn.layouts.mma_sync_cache import OF_ROW, ROWS, columns_written
 from cute_attn.lengths import Lengths
 from cute_attn.plan import plan
 from cute_attn.private import current_device, empty_strided, raw_stream
-from cute_attn.problem import DTYPE_NAMES, NOTHING, USUAL_CAP, Call, Problem, check_for_kernels, check_strides
+from cute_attn.problem import DTYPE_NAMES, Call, Problem, check_for_kernels, check_strides, problem_of
 from cute_attn.stored import UNITS_MAX, Stored, unit_tiles
 from cute_attn.workspace import Workspaces
 
@@ -50,16 +50,8 @@ class Step:
         rows = next((n for n in ROWS if n >= queries * group), ROWS[-1])
         if packed and stored.batch_invariant:  # how many queries a sequence has says the device; the mean is the batch's
             rows = ROWS[-1]
-        edges = call.left is not None, right is not None
-        problem = Problem(
-            *(DTYPE_NAMES[q.dtype], call.head_dim, call.head_dim_v, *edges, call.softcap > 0.0, return_lse),
-            large_cap=call.softcap > USUAL_CAP,
-            sinks=call.sinks is not None,
-            expression=call.expression.without_partials if call.expression else NOTHING,
-            rows=rows,
-            stored=stored.names,
-            invariant=stored.batch_invariant,
-        )
+        of_cache = {"rows": rows, "stored": stored.names, "invariant": stored.batch_invariant}
+        problem = replace(problem_of(q.dtype, call, return_lse), bounded_right=right is not None, **of_cache)
         self.function, blocks = prepared(problem, None, self.device)
         config = plan(problem, device_target(self.device))
         blocks = even_blocks(blocks, stored.batch * call.heads_kv * -(-queries * group // rows), config.walk_blocks)
