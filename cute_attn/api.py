@@ -525,7 +525,7 @@ def _computed(q, k, v, call: Call, scale, how: tuple, plain: bool, transformed: 
     of_graph = is_compiling() or dispatch_modes() or type(call.expression) is str
     if of_graph or ((on_reference or not plain) and not wrapped.are_read(q, k, v, call.lengths)):
         call.scale = None if scale is None else call.scale  # 1/√head_dim is for the operator to take: here it may be a symbol
-        return ops.attention(q, k, v, call, return_lse, deterministic, backend, mechanism)
+        return ops.attention(q, k, v, call, return_lse, differentiated, deterministic, backend, mechanism)
     if call.lengths is not None:
         call.lengths.check_values((call.seqlen_q, call.seqlen_k))
     if differentiated:

@@ -58,18 +58,15 @@ _SCHEMAS = {
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
 
 
-def attention(q, k, v, call: Call, return_lse: bool, deterministic: bool, backend: str, mechanism: str | None):
+def attention(q, k, v, call: Call, return_lse: bool, for_backward: bool, deterministic: bool, backend: str, mechanism):
     """``(out, lse)`` of a checked call by the operator."""
-    derived = [i for i, x in enumerate(call.captured) if x.requires_grad] if torch.is_grad_enabled() else []
-    differentiated = q.requires_grad or k.requires_grad or v.requires_grad or derived
-    for_backward = torch.is_grad_enabled() and bool(differentiated or (call.sinks is not None and call.sinks.requires_grad))
     if for_backward:
         wrapped.check_device(q)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     softcap = call.softcap if isinstance(call.softcap, (torch.Tensor, torch.SymFloat)) else call.softcap or None
     kinds = None if call.blocks is None else call.blocks.kinds
-    numbers = " ".join(map(str, derived))
-    more = call.sinks, call.seed, kinds, list(call.captured) or None, call.expression or "", numbers, call.dropout
+    derived = " ".join([str(i) for i, x in enumerate(call.captured) if x.requires_grad and for_backward])
+    more = call.sinks, call.seed, kinds, list(call.captured) or None, call.expression or "", derived, call.dropout
     rules = *_as_operands(call.scale, softcap, of_graph=call.has_rules), call.left, call.right
     how = return_lse, for_backward, deterministic, backend, mechanism
     lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
