@@ -8,7 +8,7 @@ operator (selective checkpointing, counters of FLOPs, ``make_fx``), of fake and 
     attention(q, k, v, *lengths, sinks, seed, kinds, captured, expression, derived, dropout_p, scale, softcap, left, right,
         return_lse, for_backward, deterministic, backend, mechanism) -> (out, lse, kept)
     attention_backward(q, k, v, *lengths, sinks, …, dropout_p, out, kept, dout, dlse, scale, softcap, left, right, needs,
-        deterministic, backend, mechanism) -> (dq, dk, dv, dsinks, dcaptured)
+        deterministic, backend, mechanism) -> (dq, dk, dv, dsinks)
 
 Arguments are those of :func:`cute_attn.attention`, except that ``left`` and ``right`` are the edges of the band, None where it
 is unbounded (``causal`` is ``right = 0``), and that ``lengths`` are four, ``lengths.NAMES``. All are None for a rectangle; with
@@ -21,6 +21,9 @@ contiguous, and memory of their own. The operators check their arguments themsel
 the functions are not. ``captured`` are the tensors that it reads, a bias and the slopes of ALiBi among them, and ``derived``
 names the numbers of those that have gradients. ``seed`` decides which probabilities are dropped (``dropout.draw_seed``, for
 which a graph has torch's own operators); ``kinds`` are those of a block mask. There is none of what is None, empty, or 0.
+
+Where captured tensors have gradients, ``attention_backward_captured`` takes the place of ``attention_backward``. It returns a
+list of these, too, which Inductor's wrapper in C++ takes of no operator.
 
 torch.compile makes one graph for all values of a float only if no operator takes it as a float. So each operator has an
 overload ``Tensor``, whose ``scale`` and ``softcap`` are of 0 dimensions, float64, on the CPU. It reads them when it runs, which
@@ -50,10 +53,11 @@ _INPUTS = ", ".join([
     "Tensor? sinks, Tensor? seed, Tensor? kinds, Tensor[]? captured, str expression, str derived, float dropout_p",
 ])
 _RULES, _HOW = "{numbers}, SymInt? left, SymInt? right", "bool deterministic, str backend, str? mechanism"
+_OF_GRADIENTS = f"({_INPUTS}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {_RULES}, str needs, {_HOW}) -> "
 _SCHEMAS = {
     "attention": f"({_INPUTS}, {_RULES}, bool return_lse, bool for_backward, {_HOW}) -> (Tensor, Tensor, Tensor)",
-    "attention_backward": f"({_INPUTS}, Tensor out, Tensor kept, Tensor dout, Tensor? dlse, {_RULES}, str needs, {_HOW}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    "attention_backward": _OF_GRADIENTS + "(Tensor, Tensor, Tensor, Tensor)",
+    "attention_backward_captured": _OF_GRADIENTS + "(Tensor, Tensor, Tensor, Tensor, Tensor[])",
 }
 _NUMBERS = {"default": "float? scale, float? softcap", "Tensor": "Tensor? scale, Tensor? softcap"}
 
@@ -108,9 +112,9 @@ def _parted(arguments: tuple, sizes: tuple[int, ...]) -> list[tuple]:
     return [tuple(arguments[begin:end]) for begin, end in pairwise(accumulate(sizes, initial=0))]
 
 
-def _of_parts(function: Callable, sizes: tuple[int, ...]) -> Callable:
-    """A function of parts as one of arguments."""
-    return lambda *arguments: function(*_parted(arguments, sizes))
+def _of_parts(function: Callable, sizes: tuple[int, ...], results: int) -> Callable:
+    """A function of parts as one of arguments, that returns the first of its results."""
+    return lambda *arguments: function(*_parted(arguments, sizes))[:results]
 
 
 def _forward(tensors, lengths, more, rules, how):
@@ -244,11 +248,11 @@ def _differentiate(ctx, dout, dlse, _):
         inputs = q, k, v, *lengths, sinks, seed, kinds, captured or None, text, derived, p
         if again:  # of a graph that was made where no gradient, or not all of these, were needed
             _, _, kept = _overload("attention", ctx.rules)(*inputs, *ctx.rules, False, True, *ctx.how)
-        operator = _overload("attention_backward", ctx.rules)
-        *found, dsinks, dcaptured = operator(*inputs, out, kept, dout, dlse, *ctx.rules, needs + "s" * of_sinks, *ctx.how)
-        given |= {i: dx for i, (name, dx) in enumerate(zip("qkv", found, strict=True)) if name in needs}
-        given[first] = dsinks if of_sinks else None
-        for i, dx in zip(_numbers(derived), dcaptured, strict=True):
+        operator = _overload(f"attention_backward{'_captured' * bool(derived)}", ctx.rules)
+        found = operator(*inputs, out, kept, dout, dlse, *ctx.rules, needs + "s" * of_sinks, *ctx.how)
+        given |= {i: dx for i, (name, dx) in enumerate(zip("qkv", found, strict=False)) if name in needs}
+        given[first] = found[3] if of_sinks else None
+        for i, dx in zip(_numbers(derived), found[4] if derived else (), strict=True):
             given[first + 3][i] = dx
     return tuple(given.get(i) for i in range(len(needed)))
 
@@ -277,9 +281,7 @@ def _mapped(operator: Callable) -> Callable:
                 "dimension joins: try one call with the lengths of all, or a loop"
             )
         results = operator(*map(joined, arguments, in_dims))
-        dense = (x for x in results if isinstance(x, torch.Tensor))
-        apart = [x.unflatten(0, (members, x.shape[0] // max(members, 1))) for x in dense]
-        return (*apart, *results[len(apart) :]), 0  # what remains is the empty list of captured tensors' gradients
+        return tuple(x.unflatten(0, (members, x.shape[0] // max(members, 1))) for x in results), (0,) * len(results)
 
     return rule
 
@@ -313,21 +315,22 @@ def _scores(q, k, lengths: tuple) -> int:
 # ---- registered ------------------------------------------------------------------------------------------------------
 
 
-def _register(name: str, sizes: tuple[int, ...], compute, shapes, flops, differentiate, keep=None) -> None:
+def _register(name: str, sizes: tuple[int, ...], results: int, compute, shapes, flops, differentiate, keep=None) -> None:
     for overload, numbers in _NUMBERS.items():
         operator = name if overload == "default" else f"{name}.{overload}"
         tags = {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides}
         if overload == "Tensor":
             tags.add(torch.Tag.cudagraph_unsafe)
         _LIBRARY.define(operator + _SCHEMAS[name].format(numbers=numbers), tags=tuple(tags))
-        _LIBRARY.impl(operator, _of_parts(compute, sizes), "CompositeExplicitAutograd")
+        _LIBRARY.impl(operator, _of_parts(compute, sizes, results), "CompositeExplicitAutograd")
         operator = f"cute_attn::{operator}"
-        torch.library.register_fake(operator, _of_parts(shapes, sizes), lib=_LIBRARY)
+        torch.library.register_fake(operator, _of_parts(shapes, sizes, results), lib=_LIBRARY)
         torch.library.register_autograd(operator, differentiate, setup_context=keep, lib=_LIBRARY)
         torch.library.register_vmap(operator, _mapped(getattr(getattr(torch.ops.cute_attn, name), overload)), lib=_LIBRARY)
     register_flop_formula(getattr(torch.ops.cute_attn, name), get_raw=True)(flops)
 
 
-_register("attention", _FORWARD, _forward, _shapes, _flops, _differentiate, _keep)
+_register("attention", _FORWARD, 3, _forward, _shapes, _flops, _differentiate, _keep)
 _of_gradients = _backward, _shapes_of_gradients, _flops_of_gradients, autograd.refuse_double_backward
-_register("attention_backward", _BACKWARD, *_of_gradients)
+_register("attention_backward", _BACKWARD, 4, *_of_gradients)
+_register("attention_backward_captured", _BACKWARD, 5, *_of_gradients)

@@ -302,6 +302,18 @@ def test_sizes_of_zero(empty):
     assert_same_bits(function, fast, *leaves(*empty))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_inductor_in_cpp():
+    """Its wrapper there takes operators that return tensors, and no lists of these."""
+    q, k, v = leaves(sq=30, sk=30, dtype=torch.float32)
+    quick = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
+    with torch._inductor.config.patch(cpp_wrapper=True, **quick):
+        out = torch.compile(lambda q, k, v: attention(q, k, v, causal=True), fullgraph=True)(q, k, v)
+        got = torch.autograd.grad(out.sum(), (q, k, v))
+    for x, y in zip(got, torch.autograd.grad(attention(q, k, v, causal=True).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_vmap():
     mapped = torch.vmap(lambda q, k, v: attention(q, k, v, causal=True), (0, 0, None))
     fast, _ = compiled(mapped)

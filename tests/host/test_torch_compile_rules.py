@@ -26,7 +26,7 @@ from tests.support import make_qkv
 # Torch's own, of what it uses itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*treespec:FutureWarning")
 
-FORWARD, BACKWARD = "cute_attn.attention.default", "cute_attn.attention_backward.default"
+FORWARD, BACKWARD = "cute_attn.attention.default", "cute_attn.attention_backward_captured.default"
 SQ, SK, HEADS = 37, 41, 4
 GENERATOR = torch.Generator().manual_seed(0)
 IDS = torch.arange(300) // 9
