@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
-from cute_attn.arguments import Unread, check_layout, choice, flag, integer, is_traced, number, shown, unscriptable
+from cute_attn.arguments import Unread, check_tensor, choice, flag, integer, is_traced, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
 from cute_attn.functions import Called, Indexing, check_functions, check_values, element, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
@@ -479,9 +479,7 @@ def _prepared() -> bool:
 
 
 def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
-    if not isinstance(sinks, torch.Tensor):
-        raise TypeError(f"sinks is {shown(sinks)}; floats ({heads},), one a head, are needed: try torch.tensor(sinks)")
-    check_layout("sinks", sinks)
+    check_tensor("sinks", sinks, f"floats ({heads},), one a head, are needed: try torch.tensor(sinks)")
     if sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device:
         raise ValueError(
             f"sinks is {shown(sinks)} on {sinks.device}; floats ({heads},), one a head, on {q.device} are needed: try "

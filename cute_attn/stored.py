@@ -62,8 +62,7 @@ class Stored:
     @property
     def where(self) -> tuple[torch.Tensor | None, ...]:
         """Those of :data:`NAMES` that every kernel takes: all but the last."""
-        of_cache = self.lengths, self.page_table, self.cache_batch_idx, self.leftpad_k
-        return *of_cache, self.cu_seqlens_q, self.cu_seqlens_k_new
+        return tuple([getattr(self, name) for name in NAMES[:-1]])
 
     def check_values(self, elements: int, rows: int, edged: bool) -> None:
         """With ``CUTE_ATTN_CHECK=1`` read the tensors back and refuse wrong ones. ``elements`` are those of the cache (pages,
