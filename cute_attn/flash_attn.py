@@ -74,14 +74,13 @@ _NEWER = {
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd"), _FLEX),
 }
 _NUMBERS = ("attention_chunk",)  # of these 0 is none, and not None
-# What arguments of attention are here, and those of a cache; and where in words there are no arguments.
+# What arguments of attention are here, and those of a cache.
 _NAMES = {"scale": "softmax_scale", "window": "window_size", "sinks": "learnable_sink"}
 _NAMES_OF_CACHE = {
     "k_new": "k", "v_new": "v", "lengths": "cache_seqlens", "leftpad_k": "cache_leftpad", "rotary_begin": "rotary_seqlens",
     "rotary's cos": "rotary_cos", "rotary's sin": "rotary_sin", "rotary": "(rotary_cos, rotary_sin)",
     "page_table": "block_table",
 }  # fmt: skip
-_NO_NAME_BEFORE, _NO_NAME_BEHIND = r"(?<![\w.])(?<!the )", r"(?!\w| it| q| positions)"
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -205,10 +204,12 @@ def flash_attn_varlen_func(
         where = extras | {"page_table": table, "cu_seqlens_q": cu_seqlens_q}
         probs, return_lse = flag("return_attn_probs", return_attn_probs), flag("return_lse", return_lse)
         asked = probs or return_lse
-        rules = softmax_scale, causal, window_size, softcap, asked
-        names = {"k_cache": "k", "v_cache": "v", "lengths": "cu_seqlens_k.diff()" if seqused_k is None else "seqused_k"}
-        names["page_table"] = "block_table" if page_table is None else "page_table"
-        found = _attend_to_cache(q, k, v, None, None, used, where, *rules, names)
+        try:
+            found = _attend_to_cache(q, k, v, None, None, used, where, softmax_scale, causal, window_size, softcap, asked)
+        except (TypeError, ValueError) as error:
+            names = {"k_cache": "k", "v_cache": "v", "lengths": "cu_seqlens_k.diff()" if seqused_k is None else "seqused_k"}
+            _rename(error, names | ({"page_table": "block_table"} if page_table is None else {}))
+            raise
         return (*found, q.new_empty(0)) if probs else found
     if cu_seqlens_k is None:  # which attention_varlen would take for that of q
         raise TypeError("cu_seqlens_k is None; an int32 tensor is needed: try cu_seqlens_q, if k has the lengths of q")
@@ -309,10 +310,13 @@ def flash_attn_with_kvcache(
     rotary = None if rotary_cos is None else (rotary_cos, rotary_sin)
     more = extras | where | {"rotary": rotary, "rotary_interleaved": rotary_interleaved}
     rules = softmax_scale, causal, window_size, softcap, flag("return_softmax_lse", return_softmax_lse)
-    names = _NAMES_OF_CACHE if page_table is None else _NAMES_OF_CACHE | {"page_table": "page_table"}
     if cache_batch_idx is block_table is page_table is cu_seqlens_q is None:
         k_cache, v_cache = _of_batch(q, k_cache), _of_batch(q, v_cache)
-    return _attend_to_cache(q, k_cache, v_cache, k, v, cache_seqlens, more, *rules, names)
+    try:
+        return _attend_to_cache(q, k_cache, v_cache, k, v, cache_seqlens, more, *rules)
+    except (TypeError, ValueError) as error:
+        _rename(error, _NAMES_OF_CACHE if page_table is None else _NAMES_OF_CACHE | {"page_table": "page_table"})
+        raise
 
 
 def _table_of(block_table: Tensor | None, page_table: Tensor | None) -> Tensor | None:
@@ -322,31 +326,27 @@ def _table_of(block_table: Tensor | None, page_table: Tensor | None) -> Tensor |
     return page_table if block_table is None else block_table
 
 
-def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal, window, softcap, return_lse, names: dict):
-    """:func:`~cute_attn.attention_kvcache` where ``used`` is a number of rows for all sequences, all there are, or a tensor.
-    ``names`` are what its arguments are to the caller."""
-    try:
-        if not isinstance(used, Tensor):
-            used = _of_all(names["lengths"], used, q, k_cache, more["page_table"], more["cu_seqlens_q"])
-        q, k, v = (x if _as_is(x, x, x) or not _are_dense(x) else x.contiguous() for x in (q, k, v))
-        window = None if window is UNBOUNDED else window
-        rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
-        with torch.no_grad():
-            return attention_kvcache(q, k_cache, v_cache, lengths=used, k_new=k, v_new=v, **more, **rules)
-    except (TypeError, ValueError) as error:
-        _rename(error, names)
-        raise
+def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal, window, softcap, return_lse: bool):
+    """:func:`~cute_attn.attention_kvcache`, whose names refusals have, where ``used`` is a number of rows for all sequences,
+    all there are, or a tensor."""
+    if not isinstance(used, Tensor):
+        used = _of_all(used, q, k_cache, more["page_table"], more["cu_seqlens_q"])
+    q, k, v = (x if _as_is(x, x, x) or not _are_dense(x) else x.contiguous() for x in (q, k, v))
+    window = None if window is UNBOUNDED else window
+    rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
+    with torch.no_grad():
+        return attention_kvcache(q, k_cache, v_cache, lengths=used, k_new=k, v_new=v, **more, **rules)
 
 
 def _of_batch(q, cache):
     """The elements of a cache that the batch has: there may be more behind them."""
     are_tensors = isinstance(q, Tensor) and isinstance(cache, Tensor) and q.dim() == cache.dim() == 4
-    if not are_tensors or len(cache) <= len(q) or cache.is_nested or not _are_dense(cache):  # or there is an error to come
+    if not are_tensors or cache.size(0) <= q.size(0) or cache.is_nested or not _are_dense(cache):  # else an error is to come
         return cache
-    return cache[: len(q)]
+    return cache[: q.size(0)]
 
 
-def _of_all(name: str, used: Any, q, k_cache, table, bounds) -> Any:
+def _of_all(used: Any, q, k_cache, table, bounds) -> Any:
     """The lengths of all sequences where one number is given, or none; as they are where there is an error to come."""
     if not all(isinstance(x, Tensor) for x in (q, k_cache)) or not q.dim() or k_cache.dim() != 4:
         return used
@@ -356,10 +356,10 @@ def _of_all(name: str, used: Any, q, k_cache, table, bounds) -> Any:
     if table is not None:
         sequences_of("page_table", table, q.device)
         rows *= table.shape[1]
-    given = rows if used is None else integer(name, used, "or an int32 tensor (batch,)")
+    given = rows if used is None else integer("lengths", used, "or an int32 tensor (batch,)")
     if not 0 <= given <= rows:
         raise ValueError(
-            f"{name} is {shown(given)}; from 0 to {rows} rows, as many as the cache has for a sequence, are needed: check how "
+            f"lengths is {shown(given)}; from 0 to {rows} rows, as many as the cache has for a sequence, are needed: check how "
             f"it was made, or take a larger cache or more pages"
         )
     return torch.full((count,), given, dtype=torch.int32, device=q.device)
@@ -389,10 +389,14 @@ def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, sof
 
 
 def _rename(error: Exception, names: dict[str, str]) -> None:
-    """Have an error of attention speak of arguments as the caller knows them."""
+    """Have a refusal of attention speak of arguments as the caller knows them.
+
+    By its words, in which a name of an argument is never anything else: to hand names down to all that refuses something, or
+    to check all of it here as well, is much more to keep right, and would be there in calls that nobody refuses.
+    """
     if not is_compiling() and error.args and isinstance(error.args[0], str):
         names = _NAMES | names
-        some = _NO_NAME_BEFORE + f"({'|'.join(names)})" + _NO_NAME_BEHIND
+        some = rf"\b({'|'.join(names)})\b"
         error.args = (re.sub(some, lambda found: names[found[0]], error.args[0]), *error.args[1:])
 
 

@@ -421,13 +421,13 @@ def check_for_kernels(dtype: torch.dtype, call: Call) -> None:
     if not call.softcap and call.scale <= 0.0:
         raise ValueError(
             f"scale is {call.scale}; the GPU kernels need one above 0, since they look for a row's largest score before "
-            f"they scale it: negate q instead, or use backend='reference'"
+            f"they multiply by it: negate q instead, or use backend='reference'"
         )
     name, value = ("softcap", call.softcap) if call.softcap else ("scale", call.scale)
     if not SCALE_MIN <= value <= SCALE_MAX:
         raise ValueError(
             f"{name} is {value}; the GPU kernels take one from {SCALE_MIN:g} to {SCALE_MAX:g}, since they divide by it: "
-            f"scale q instead, or use backend='reference'"
+            f"multiply q instead, or use backend='reference'"
         )
 
 

@@ -76,7 +76,7 @@ class Stored:
                 if values[0] != 0 or values[-1] > total or any(after < before for before, after in pairwise(values)):
                     raise ValueError(
                         f"{name} is {values}; ascending bounds from 0 to at most {total}, the rows there are, are needed: try "
-                        f"torch.cumsum of the lengths, with a 0 before it"
+                        f"torch.cumsum of how many each sequence has, with a 0 before it"
                     )
                 counts = [after - before for before, after in pairwise(values)]
                 new, queries = (new, counts) if name == "cu_seqlens_q" else (counts, queries)
@@ -105,7 +105,7 @@ class Stored:
                 used = max(more, turned if edged else min(turned, 1))
                 if used and not 0 <= begin <= positions - used:
                     raise ValueError(
-                        f"sequence {i} has the rotary positions {begin} to {begin + used - 1}; from 0 to {positions - 1}, "
+                        f"sequence {i} has the positions {begin} to {begin + used - 1}; from 0 to {positions - 1}, "
                         f"which cos and sin have rows for, are needed: make these for more positions"
                     )
 

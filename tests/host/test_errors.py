@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -228,10 +229,10 @@ CHECKS = [
     ),
     Row("scale 0 of the kernels", for_gpu(scale=0), ValueError, "scale is 0.0", "one above 0", "backend='reference'"),
     Row("scale below 0 of the kernels", for_gpu(scale=-2.0), ValueError, "scale is -2.0", "one above 0", "negate q"),
-    Row("a tiny scale of the kernels", for_gpu(scale=1e-36), ValueError, "scale is 1e-36", "from 1e-33 to 1e+33", "scale q"),
-    Row("a huge scale of the kernels", for_gpu(scale=1e35), ValueError, "scale is 1e+35", "from 1e-33 to 1e+33", "scale q"),
-    Row("a tiny cap of the kernels", for_gpu(softcap=1e-36), ValueError, "softcap is 1e-36", "from 1e-33 to", "scale q"),
-    Row("a huge cap of the kernels", for_gpu(softcap=1e35), ValueError, "softcap is 1e+35", "from 1e-33 to", "scale q"),
+    Row("a tiny scale of the kernels", for_gpu(scale=1e-36), ValueError, "scale is 1e-36", "from 1e-33 to 1e+33", "multiply q"),
+    Row("a huge scale of the kernels", for_gpu(scale=1e35), ValueError, "scale is 1e+35", "from 1e-33 to 1e+33", "multiply q"),
+    Row("a tiny cap of the kernels", for_gpu(softcap=1e-36), ValueError, "softcap is 1e-36", "from 1e-33 to", "multiply q"),
+    Row("a huge cap of the kernels", for_gpu(softcap=1e35), ValueError, "softcap is 1e+35", "from 1e-33 to", "multiply q"),
     Row("head_dim_v 12", for_gpu(v=(2, 10, 2, 12)), ValueError, "head_dim_v is 12", "multiple of 8", "pad"),
     Row(
         "last dimension strided",
@@ -665,10 +666,10 @@ CACHES = [
         "no such position of a query alone",
         appended(CACHE[:, :0], CACHE[:, :0], rotary=(TURN[:3],) * 2),
         ValueError,
-        "sequence 0 has the rotary positions 3 to 3",
+        "sequence 0 has the positions 3 to 3",
         "from 0 to 2",
     ),
-    Row("no such position", appended(rotary=(TURN[:4],) * 2), ValueError, "rotary positions 4 to 4", "from 0 to 3", "more"),
+    Row("no such position", appended(rotary=(TURN[:4],) * 2), ValueError, "the positions 4 to 4", "from 0 to 3", "more"),
 ]
 
 
@@ -1911,6 +1912,16 @@ def test_every_error_of_the_checks_has_a_row(monkeypatch):
         file = str(module.__file__)
         missing = raises(file) - reached([*CHECKS, *LENGTHS, *CACHES, *FLASH_ATTN, *FUNCTIONS, *PAGED_CACHE], file)
         assert not missing, f"no row for {file}, lines {sorted(missing)}"
+
+
+def test_names_of_arguments_are_no_other_words(monkeypatch):
+    """Of attention's refusals: flash-attn's functions put their names in the place of these, wherever they are."""
+    monkeypatch.setenv(lengths.CHECK, "1")
+    a_word = re.compile(rf"\b(the|they|an?) ({'|'.join([*flash_attn._NAMES, *flash_attn._NAMES_OF_CACHE])})\b")
+    for row in [*CHECKS, *CACHES]:
+        with pytest.raises(row.error) as caught:
+            row.call()
+        assert not a_word.search(str(caught.value)), row.what
 
 
 def test_right_inputs_pass(monkeypatch):
