@@ -14,7 +14,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
 from cute_attn.arguments import Unread, check_tensor, choice, flag, integer, is_traced, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
-from cute_attn.functions import Called, Indexing, check_functions, check_values, element, positions, score_of, traced
+from cute_attn.functions import Called, Indexing, check_functions, check_values, indexed, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import (
@@ -74,7 +74,7 @@ def attention(
         softcap: bounds scores to ±softcap; ``None`` or 0 is none.
         mask: ``mask(batch, head, q_idx, kv_idx, *tensors) -> bool``, which keys a query sees, of those that the arguments above
             let it see, as FlexAttention's ``mask_mod``. Positions are rows of q and of k, from 0 on. The function is traced
-            (:mod:`cute_attn.functions`): it gets symbols and may do arithmetic, comparisons, ``& | ~``, ``torch.where``,
+            (:mod:`cute_attn.tracing`): it gets symbols and may do arithmetic, comparisons, ``& | ~``, ``torch.where``,
             minimum, maximum, clamp, abs, exp, log, tanh, sqrt, ``//`` and ``%`` of integers, conversions, and index tensors of
             up to 4 dimensions, in ``tensors`` or in a closure: an index past a tensor's end takes its last element. Ready-made
             ones are :mod:`cute_attn.masks`.
@@ -90,8 +90,8 @@ def attention(
             after all else.
         bias: added to s_ij, after all else: a tensor that broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``, of q's dtype or
             float32, with any strides. Its gradient has its shape; where elements of the batch or heads share it, each has a
-            copy of the gradient for a while, if these take 1 GiB at most, or 8 bytes an element of it. −inf hides a key that is
-            finite; of a mask it needn't be.
+            copy of the gradient for a while, if these take 1 GiB at most, or 8 bytes an element of it. −inf hides a key, if
+            that is finite; a mask hides any.
         sinks: floats ``(heads,)``: one more logit in the softmax of each row, without a value. The lse counts it, except in a
             row that sees no key.
         dropout_p: each ``exp(s_ij − lse_i)`` becomes 0 with this probability, from 0 to below 1, and else is divided by
@@ -472,7 +472,7 @@ def _of_graph(varlen: bool, tensors: tuple, made: dict, block_mask: tuple | None
 @constant_in_graphs
 def _prepared() -> bool:
     """Tells torch.compile, which is imported by then, what to call in its graphs and not to follow."""
-    for function in (positions, score_of, element, _of_graph):
+    for function in (positions, score_of, indexed, _of_graph):
         torch.compiler.allow_in_graph(function)
     never_begin_a_graph(_in_graph)
     return True

@@ -2,9 +2,10 @@
 
     mask(batch, head, q_idx, kv_idx, *tensors) -> bool              score(score, batch, head, q_idx, kv_idx, *tensors) -> score
 
-``functions.py`` calls the function once, ``tracing.py`` makes an :class:`Expression` of what it does: a graph of operations and
-constants. No tensor's value is in it, so it is a part of a kernel's key. Tensors that are indexed by a symbol, whether the
-function got them as arguments or holds them in a closure, are *captured*: a kernel reads them when it runs.
+The function is called once (``functions.py``), with symbols (``tracing.py``), and what it does becomes an :class:`Expression`:
+a graph of operations and constants. No tensor's value is in it, so it is a part of a kernel's key. Tensors that are indexed by
+a symbol, whether the function got them as arguments or holds them in a closure, are *captured*: a kernel reads them when it
+runs.
 
 Each node is ``(operation, kind, *operands)``, where operands are nodes before it, and a kind is ``"bool"``, ``"int"`` (32 bits)
 or ``"float"`` (the dtype in which scores are added up). Whoever computes it brings the operations that differ between torch and

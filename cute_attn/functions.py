@@ -22,7 +22,7 @@ from cute_attn.arguments import check_tensor, shown
 from cute_attn.expressions import KINDS, NOTHING, POSITIONS, Expression, Partial, ramp_of, trimmed
 from cute_attn.lengths import are_checked
 from cute_attn.private import FakeTensor, is_recorded
-from cute_attn.tracing import KNOWN, Graph, Symbol, Tracing, refuse
+from cute_attn.tracing import Graph, Symbol, Tracing, refuse
 
 RESTORED_MAX = 1024  # expressions; each of another text, or tensors
 # Copies of a gradient may take so much memory, or so many bytes an element; what is added up takes 4.
@@ -59,7 +59,7 @@ def traced(
     if kept is not None:
         (expression, _), captured = kept
         return expression, _on_device(captured, q.device)
-    matches = memo.matcher(given, KNOWN)
+    matches = memo.matcher(given)
     seen, changed = _recorded(graph, mask, score, tensors, alibi_slopes, element, behind)
     if seen is None and changed is None:
         return NOTHING, ()
@@ -112,6 +112,19 @@ def _recorded(graph: Graph, mask, score, tensors, alibi_slopes, element, behind:
     return seen, None if scored.node == before.node else scored.node
 
 
+def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:
+    """The node that a function returns."""
+    with Tracing(graph):
+        result = function(*arguments)
+    if not isinstance(result, (Symbol, bool, int, float, np.generic, torch.Tensor)):
+        raise TypeError(f"{name} returns {shown(result)}; a {kind} is needed: try return of what the function computes")
+    node = graph.operand(result)
+    if (graph.kind(node) == "bool") != (kind == "bool"):
+        instead = "a comparison, or score= for biases" if kind == "bool" else "torch.where(condition, score, …), or mask="
+        raise TypeError(f"{name} returns values of kind {graph.kind(node)}; a {kind} is needed: try {instead}")
+    return graph.cast(node, kind)
+
+
 def _completed(
     graph: Graph, seen: int | None, changed: int | None, captured: tuple, sizes: dict[str, int | None], differentiated: bool
 ) -> Expression:
@@ -131,6 +144,105 @@ def _completed(
 
 def _on_device(captured, device: torch.device) -> tuple[torch.Tensor, ...]:
     return tuple(x if x.device == device else x.to(device) for x in captured)
+
+
+# ---- captured tensors ------------------------------------------------------------------------------------------------
+
+
+def _fits(trace: tuple, captured: tuple, sizes: dict[str, int | None]) -> bool:
+    """Whether a trace that is kept is right for these sizes and addresses."""
+    (expression, of_sizes), keys = trace, sizes["kv_idx"]
+    alike = (n == _neighbours(x, keys) for (_, _, n), x in zip(expression.tensors, captured, strict=True))
+    return of_sizes in (None, sizes) and all(alike)
+
+
+def _neighbours(x: torch.Tensor, keys: int | None) -> int:
+    """How many elements, of 8 bytes at most, are at an address that is a multiple of all, from each multiple of so many on, for
+    all of so many keys."""
+    if not x.dim() or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or keys is None or x.shape[-1] < keys:
+        return 1
+    *strides, last = x.stride()
+    n = 8 // x.element_size()
+    while n > 1 and any(size % n for size in (x.shape[-1], *strides, x.data_ptr() // x.element_size())):
+        n //= 2
+    return n if last == 1 else 1
+
+
+def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[Partial, ...]:
+    """The score's derivatives by what is loaded of captured tensors that require a gradient."""
+    found = []
+    for load in range(len(graph.nodes)):
+        op, kind, *operands = graph.nodes[load]
+        if op == "load" and kind == "float" and graph.captured[operands[0]].requires_grad:
+            slope = graph.slope(score, load)
+            if slope is not None:
+                one = slope == graph.constant(1.0)
+                found.append(Partial(load, None if one else slope, False))
+    slots = [graph.nodes[partial.load][2] for partial in found]
+    for i, (partial, slot) in enumerate(zip(found, slots, strict=True)):
+        copied, x = _copied(graph, partial.load, sizes), graph.captured[slot]
+        if copied is not None and slots.count(slot) == 1:
+            by_key = graph.nodes[graph.nodes[partial.load][-1]] == ("leaf", "int", "kv_idx") and not x.shape[-1] % 4
+            found[i] = partial._replace(alone=True, copied=copied, fours=by_key and x.element_size() == 2)
+    return tuple(found)
+
+
+def _copied(graph: Graph, load: int, sizes: dict[str, int | None]) -> tuple[str, ...] | None:
+    """For which positions a gradient has to have copies, so that each score has an element of its own: there are indices for
+    its row, its key, and all else that differs. None if it can't have them, or not so many."""
+    slot, *where = graph.nodes[load][2:]
+    names, x = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else "" for i in where], graph.captured[slot]
+    fits = all(sizes.get(name) == size for name, size in zip(names, x.shape, strict=True))
+    if not fits or len(set(names)) != len(names) or not {"q_idx", "kv_idx"} <= set(names):
+        return None
+    missing = {name: size for name, size in sizes.items() if name not in names and size not in (None, 1)}
+    copies = math.prod(missing.values())
+    many = max(COPIES_OF_ELEMENT, COPIES_BYTES // max(x.numel(), 1)) // x.element_size()
+    return tuple(missing) if copies <= many else None
+
+
+# ---- slopes and biases -----------------------------------------------------------------------------------------------
+
+
+def _alibi(score, batch, head, q_idx, kv_idx, shift, slopes, behind: bool):
+    slope = slopes[head] if slopes.dim() == 1 else slopes[batch, head]
+    distance = q_idx + shift - kv_idx
+    return score - slope * (distance if behind else torch.abs(distance))
+
+
+def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:
+    need = f"float32 ({heads},) or ({batch}, {heads}), (heads,) or (batch, heads), on {q.device}"
+    check_tensor("alibi_slopes", x, f"a tensor, {need}, is needed: try torch.tensor(alibi_slopes)")
+    if x.dtype != torch.float32 or x.device != q.device or x.shape not in ((heads,), (batch, heads)):
+        hint = ".float() and .to(q.device)" if x.shape in ((heads,), (batch, heads)) else f"a slope for each of {heads} heads"
+        raise ValueError(f"alibi_slopes is {shown(x)} on {x.device}; {need}, is needed: try {hint}")
+
+
+def element_of(x: torch.Tensor) -> Callable:
+    """A function of positions that takes an element of ``x``, which broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``. It
+    has an index for each dimension along which x differs, those that are closest in memory last."""
+    strides = dict(zip(range(4 - x.dim(), 4), zip(x.shape, x.stride(), strict=True), strict=True))
+    differ = [n for n, (size, stride) in strides.items() if size > 1 and stride]
+    # By how many strides are larger, and not by the stride itself: torch.compile may have a symbol for that, and sorts by none.
+    dims = tuple(sorted(differ, key=lambda n: len([m for m in differ if strides[m][1] > strides[n][1]])))
+    part = x[tuple(slice(None) if dim in dims else 0 for dim in strides)]
+    part = part.permute([sorted(dims).index(dim) for dim in dims])
+    return lambda *where: part[tuple(where[dim] for dim in dims)]
+
+
+def _is_bias(x: Any, q: torch.Tensor, sizes: dict[str, int | None]) -> bool:
+    """Refuse what is no bias; whether it has any element."""
+    rows = ("any" if size is None else str(size) for size in sizes.values())
+    dtypes = " or ".join(dict.fromkeys(str(dtype) for dtype in (q.dtype, torch.float32)))
+    need = f"a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ({', '.join(rows)}), of {dtypes}, on {q.device}"
+    check_tensor("bias", x, f"{need}, is needed: try torch.tensor(bias)")
+    sized = zip(reversed(x.shape), reversed(list(sizes.values())), strict=False)
+    if x.dim() > 4 or not all(n == 1 or size is None or n == size for n, size in sized):
+        raise ValueError(f"bias has shape {tuple(x.shape)}; {need}, is needed: try unsqueeze for dimensions that are missing")
+    if x.dtype not in (q.dtype, torch.float32) or x.device != q.device:
+        hint = "mask=cute_attn.masks.given(bias)" if x.dtype == torch.bool else ".to(q.dtype) and .to(q.device)"
+        raise ValueError(f"bias is {shown(x)} on {x.device}; {need}, is needed: try {hint}")
+    return bool(x.numel())
 
 
 # ---- in graphs -------------------------------------------------------------------------------------------------------
@@ -203,17 +315,17 @@ _REVERSED["__rdiv__"] = operator.truediv
 
 
 class Indexing(TorchFunctionMode):
-    """Has :func:`element` take elements of tensors while torch.compile follows functions."""
+    """Has :func:`indexed` take elements of tensors while torch.compile follows functions."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__getitem__:
-            return element(*args)
+            return indexed(*args)
         if func.__name__ in _REVERSED:  # torch writes these in Python, of other operations
             return _REVERSED[func.__name__](args[1], args[0])
         return func(*args, **(kwargs or {}))
 
 
-def element(x: torch.Tensor, where: Any) -> torch.Tensor:
+def indexed(x: torch.Tensor, where: Any) -> torch.Tensor:
     """``x[where]``; where torch.compile looks for shapes only, of the shape that numbers for indices leave: those of
     :func:`positions` have one element, for which torch leaves a dimension, and what is loaded is of any integer dtype."""
     if not isinstance(x, FakeTensor) or is_recorded():
@@ -224,109 +336,3 @@ def element(x: torch.Tensor, where: Any) -> torch.Tensor:
     if not (numbers and symbols and len(indices) <= x.dim()) or any(i.is_floating_point() for i in symbols):
         return x[where]
     return x.new_empty(x.shape[len(indices) :] or (1,)).requires_grad_(x.requires_grad and torch.is_grad_enabled())
-
-
-def _fits(trace: tuple, captured: tuple, sizes: dict[str, int | None]) -> bool:
-    """Whether a trace that is kept is right for these sizes and addresses."""
-    (expression, of_sizes), keys = trace, sizes["kv_idx"]
-    alike = (n == _neighbours(x, keys) for (_, _, n), x in zip(expression.tensors, captured, strict=True))
-    return of_sizes in (None, sizes) and all(alike)
-
-
-def _neighbours(x: torch.Tensor, keys: int | None) -> int:
-    """How many elements, of 8 bytes at most, are at an address that is a multiple of all, from each multiple of so many on, for
-    all of so many keys."""
-    if not x.dim() or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or keys is None or x.shape[-1] < keys:
-        return 1
-    *strides, last = x.stride()
-    n = 8 // x.element_size()
-    while n > 1 and any(size % n for size in (x.shape[-1], *strides, x.data_ptr() // x.element_size())):
-        n //= 2
-    return n if last == 1 else 1
-
-
-def _partials(graph: Graph, score: int, sizes: dict[str, int | None]) -> tuple[Partial, ...]:
-    """The score's derivatives by what is loaded of captured tensors that require a gradient."""
-    found = []
-    for load in range(len(graph.nodes)):
-        op, kind, *operands = graph.nodes[load]
-        if op == "load" and kind == "float" and graph.captured[operands[0]].requires_grad:
-            slope = graph.slope(score, load)
-            if slope is not None:
-                one = slope == graph.constant(1.0)
-                found.append(Partial(load, None if one else slope, False))
-    slots = [graph.nodes[partial.load][2] for partial in found]
-    for i, (partial, slot) in enumerate(zip(found, slots, strict=True)):
-        copied, x = _copied(graph, partial.load, sizes), graph.captured[slot]
-        if copied is not None and slots.count(slot) == 1:
-            by_key = graph.nodes[graph.nodes[partial.load][-1]] == ("leaf", "int", "kv_idx") and not x.shape[-1] % 4
-            found[i] = partial._replace(alone=True, copied=copied, fours=by_key and x.element_size() == 2)
-    return tuple(found)
-
-
-def _copied(graph: Graph, load: int, sizes: dict[str, int | None]) -> tuple[str, ...] | None:
-    """For which positions a gradient has to have copies, so that each score has an element of its own: there are indices for
-    its row, its key, and all else that differs. None if it can't have them, or not so many."""
-    slot, *where = graph.nodes[load][2:]
-    names, x = [graph.nodes[i][2] if graph.nodes[i][0] == "leaf" else "" for i in where], graph.captured[slot]
-    fits = all(sizes.get(name) == size for name, size in zip(names, x.shape, strict=True))
-    if not fits or len(set(names)) != len(names) or not {"q_idx", "kv_idx"} <= set(names):
-        return None
-    missing = {name: size for name, size in sizes.items() if name not in names and size not in (None, 1)}
-    copies = math.prod(missing.values())
-    many = max(COPIES_OF_ELEMENT, COPIES_BYTES // max(x.numel(), 1)) // x.element_size()
-    return tuple(missing) if copies <= many else None
-
-
-def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:
-    """The node that a function returns."""
-    with Tracing(graph):
-        result = function(*arguments)
-    if not isinstance(result, (Symbol, bool, int, float, np.generic, torch.Tensor)):
-        raise TypeError(f"{name} returns {shown(result)}; a {kind} is needed: try return of what the function computes")
-    node = graph.operand(result)
-    if (graph.kind(node) == "bool") != (kind == "bool"):
-        instead = "a comparison, or score= for biases" if kind == "bool" else "torch.where(condition, score, …), or mask="
-        raise TypeError(f"{name} returns values of kind {graph.kind(node)}; a {kind} is needed: try {instead}")
-    return graph.cast(node, kind)
-
-
-def _alibi(score, batch, head, q_idx, kv_idx, shift, slopes, behind: bool):
-    slope = slopes[head] if slopes.dim() == 1 else slopes[batch, head]
-    distance = q_idx + shift - kv_idx
-    return score - slope * (distance if behind else torch.abs(distance))
-
-
-def _check_slopes(x: Any, q: torch.Tensor, heads: int, batch: int) -> None:
-    need = f"float32 ({heads},) or ({batch}, {heads}), (heads,) or (batch, heads), on {q.device}"
-    check_tensor("alibi_slopes", x, f"a tensor, {need}, is needed: try torch.tensor(alibi_slopes)")
-    if x.dtype != torch.float32 or x.device != q.device or x.shape not in ((heads,), (batch, heads)):
-        hint = ".float() and .to(q.device)" if x.shape in ((heads,), (batch, heads)) else f"a slope for each of {heads} heads"
-        raise ValueError(f"alibi_slopes is {shown(x)} on {x.device}; {need}, is needed: try {hint}")
-
-
-def element_of(x: torch.Tensor) -> Callable:
-    """A function of positions that takes an element of ``x``, which broadcasts to ``(batch, heads, seqlen_q, seqlen_k)``. It
-    has an index for each dimension along which x differs, those that are closest in memory last."""
-    strides = dict(zip(range(4 - x.dim(), 4), zip(x.shape, x.stride(), strict=True), strict=True))
-    differ = [n for n, (size, stride) in strides.items() if size > 1 and stride]
-    # By how many strides are larger, and not by the stride itself: torch.compile may have a symbol for that, and sorts by none.
-    dims = tuple(sorted(differ, key=lambda n: len([m for m in differ if strides[m][1] > strides[n][1]])))
-    part = x[tuple(slice(None) if dim in dims else 0 for dim in strides)]
-    part = part.permute([sorted(dims).index(dim) for dim in dims])
-    return lambda *where: part[tuple(where[dim] for dim in dims)]
-
-
-def _is_bias(x: Any, q: torch.Tensor, sizes: dict[str, int | None]) -> bool:
-    """Refuse what is no bias; whether it has any element."""
-    rows = ("any" if size is None else str(size) for size in sizes.values())
-    dtypes = " or ".join(dict.fromkeys(str(dtype) for dtype in (q.dtype, torch.float32)))
-    need = f"a tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k), ({', '.join(rows)}), of {dtypes}, on {q.device}"
-    check_tensor("bias", x, f"{need}, is needed: try torch.tensor(bias)")
-    sized = zip(reversed(x.shape), reversed(list(sizes.values())), strict=False)
-    if x.dim() > 4 or not all(n == 1 or size is None or n == size for n, size in sized):
-        raise ValueError(f"bias has shape {tuple(x.shape)}; {need}, is needed: try unsqueeze for dimensions that are missing")
-    if x.dtype not in (q.dtype, torch.float32) or x.device != q.device:
-        hint = "mask=cute_attn.masks.given(bias)" if x.dtype == torch.bool else ".to(q.dtype) and .to(q.device)"
-        raise ValueError(f"bias is {shown(x)} on {x.device}; {need}, is needed: try {hint}")
-    return bool(x.numel())

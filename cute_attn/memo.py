@@ -8,7 +8,7 @@ order in which they are reached, and a captured one is known by its place there.
 
 Where a change might go unnoticed (an object with attributes, a list, a module of the user's that is asked for what it doesn't
 hold, a call of time or chance), nothing is kept. Nor is it where a function computes something of a tensor that is no symbol
-(``expressions.Graph.pure``): the result might be another one the next time.
+(``tracing.Graph.pure``): the result might be another one the next time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from cute_attn.tracing import KNOWN
+
 Matches = Callable[[Any, list], bool]  # whether a value is as it was; notes the tensors that it finds
 TRUSTED = frozenset({"torch", "math", "operator", "_operator", "numpy", "functools", "_functools", "builtins"})
 BUILTINS = frozenset(map(operator.attrgetter("__name__"), (
@@ -31,7 +33,7 @@ BUILTINS = frozenset(map(operator.attrgetter("__name__"), (
 CODES, TRACES = 256, 64  # at most so many functions' code, and traces of each
 DEPTH = 32  # of functions in functions
 _MISSING = object()
-_ATTRIBUTES = frozenset((*dir(math), *dir(operator), "reduce", "partial"))
+_ATTRIBUTES = KNOWN | {*dir(math), *dir(operator), "reduce", "partial"}  # that functions may ask for
 _kept: dict[types.CodeType, list[tuple[Matches, tuple, Any, tuple]]] = {}
 
 
@@ -39,11 +41,10 @@ class Uncertain(Exception):  # noqa: N818
     """A function reaches something whose change would go unnoticed."""
 
 
-def matcher(given: Any, known: frozenset[str]) -> Matches | None:
-    """What tells whether a value is as ``given`` is now; None where that can't be told. ``known`` are attributes of torch and
-    of tensors that functions may ask for."""
+def matcher(given: Any) -> Matches | None:
+    """What tells whether a value is as ``given`` is now; None where that can't be told."""
     try:
-        return _Walk(known | _ATTRIBUTES).of(given)
+        return _Walk().of(given)
     except Uncertain:
         return None
 
@@ -83,13 +84,13 @@ def _alike(tensors: list) -> tuple:
 class _Walk:
     """Through all that functions reach. ``within`` are the functions and modules that it is in now."""
 
-    def __init__(self, known: frozenset[str], within: tuple = ()):
-        self.known, self.within = known, within
+    def __init__(self, *within: Any):
+        self.within = within
 
     def into(self, value: Any) -> _Walk:
         if len(self.within) > DEPTH or any(value is other for other in self.within):
             raise Uncertain
-        return _Walk(self.known, (*self.within, value))
+        return _Walk(*self.within, value)
 
     def of(self, value: Any) -> Matches:
         kind = type(value)
@@ -127,7 +128,7 @@ class _Walk:
         names, attributes = _named_in(code)
         named = [(name, self.named(name, namespace, attributes)) for name in names]
         modules = [x for x in map(namespace.get, names) if isinstance(x, types.ModuleType)]
-        if any(name not in self.known and not any(name in vars(x) for x in modules) for name in attributes):
+        if any(name not in _ATTRIBUTES and not any(name in vars(x) for x in modules) for name in attributes):
             raise Uncertain
         held = self.each(_held(value))
 

@@ -160,7 +160,7 @@ class Call:
     of them; ``kept_for`` is the device and the dtype of these then. ``passes`` are a backend's, as ``autograd.Attention`` takes
     them.
 
-    ``captured`` are the tensors that ``expression`` reads, which while a graph is made is a text (``expressions.restored``);
+    ``captured`` are the tensors that ``expression`` reads, which while a graph is made is a text (``functions.restored``);
     ``sinks`` are ``(heads,)``, ``dropout`` is the probability of being dropped and ``seed`` what decides who is
     (``dropout.draw_seed``). ``sequence`` is the number of the first element of the batch, as functions get it.
 

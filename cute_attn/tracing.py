@@ -67,8 +67,8 @@ class Symbol(torch.Tensor):
 
 
 class Graph:
-    """The nodes of a mask and a score while they are traced, each once. ``called_elsewhere``: not by :func:`traced`, but where
-    what torch.compile made of the functions is called, with :func:`positions`."""
+    """The nodes of a mask and a score while they are traced, each once. ``called_elsewhere``: not by ``functions.traced``, but
+    where what torch.compile made of the functions is called, with ``functions.positions``."""
 
     def __init__(self, device: torch.device, called_elsewhere: bool = False):
         self.device, self.called_elsewhere = device, called_elsewhere
