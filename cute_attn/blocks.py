@@ -311,7 +311,7 @@ def taken(given: Any, mask: Callable | None, call: Any, q: torch.Tensor) -> tupl
             _refuse(got, f"{name} {of_call}, or 1 for all, is needed", f"cute_attn.block_mask() with {name}={of_call}")
     if blocks.device != q.device:
         _refuse(f"block_mask lies on {blocks.device}", f"{q.device}, as q, is needed", "block_mask.to(q.device)")
-    if call.left is not None or call.right is not None:
+    if call.bounded:
         _refuse(
             "block_mask is given with causal or window", "the mask alone, of which it was made, is needed",
             "masks.and_masks(mask, masks.causal) for both",

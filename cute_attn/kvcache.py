@@ -153,7 +153,7 @@ def attention_kvcache(
             "q, the cache, new keys, rotary, sinks or what functions read require a gradient, which attention to a cache has "
             "none of; a call that records none is needed: try torch.no_grad() around it, or attention()"
         )
-    keys.check_values(k_cache.shape[0], call.seqlen_q, not call.left is call.right is None)
+    keys.check_values(k_cache.shape[0], call.seqlen_q, call.bounded)
     if on_reference:
         out, lse = reference.attention_kvcache(q, k_cache, v_cache, call)
     else:

@@ -297,10 +297,10 @@ class _PlannedGradients:
         self.unseen = 0
         if call.lengths is None and call.left is not None:
             self.unseen = max(call.shift - call.left, 0)
-        self.lists: tuple[int, int, int, bool] | None = None
-        if call.blocks is not None:  # tiles, rows of those that walk over keys, and whether dQ is rounded meanwhile
+        self.lists: tuple[int, int, int, bool, bool] | None = None
+        if call.blocks is not None:
             rows_of_keys = family(config).warpgroups(config) * ROWS_PER_WARPGROUP if walks_over_keys(problem, config) else 0
-            self.lists = config.tile_m, config.tile_n, rows_of_keys, rounds_beside(problem, config)
+            self.lists = config.tile_m, config.tile_n, rows_of_keys, ordered, rounds_beside(problem, config)
         self.alike = what_is_alike(call, blocks)
 
     def __call__(self, call: Call, wanted: str, q, k, v, out, lse_raw, dout, dlse):
@@ -350,7 +350,7 @@ class _PlannedGradients:
         if call.lengths is not None and call.sinks is not None and call.sinks.requires_grad:
             rows[0].fill_(math.inf), rows[1].zero_()  # all are summed, and the kernels write those alone that are in use
         of_captured = _room_of_captured(call) if call.expression else {}
-        lists = _NO_LISTS if self.lists is None else _lists_of_gradients(call, *self.lists, self.problem.deterministic)
+        lists = _NO_LISTS if self.lists is None else _lists_of_gradients(call, *self.lists)
         if call.lengths is call.blocks is None and not of_captured:
             return None, of_captured
         lengths = NO_LENGTHS if call.lengths is None else call.lengths.tensors
@@ -377,7 +377,7 @@ def _of_captured(room: dict[int, torch.Tensor], slot: int, x: torch.Tensor) -> t
     return torch.zeros_like(x) if x.requires_grad else None
 
 
-def _lists_of_gradients(call: Call, tile_m: int, tile_n: int, rows: int, visits: bool, ordered: bool) -> tuple:
+def _lists_of_gradients(call: Call, tile_m: int, tile_n: int, rows: int, ordered: bool, visits: bool) -> tuple:
     """A block mask's lists of query tiles and, for so many ``rows`` of queries that walk over them, of key tiles; ranks, where
     dQ is added in a fixed order; and visits of query tiles, where whoever rounds it asks for them."""
     batch, heads = call.batch, call.heads

@@ -82,7 +82,7 @@ class PagedCache:
             self.v = torch.empty(*shape, head_dim_v, dtype=dtype, device=device)
         _, self.pages, self.page_size, _ = shape
         self._sequences: dict[int, _Held] = {}
-        self._named = 0  # names are never used again: one that was freed is told from those that are there
+        self._next = 0  # name; none is used again: one that was freed is told from those that are there
         self._owners = [0] * self.pages  # of each page
         self._free = [*range(self.pages)]
 
@@ -125,7 +125,7 @@ class PagedCache:
             MemoryError: there are not enough pages. No sequence has changed, and none of the others is lost.
         """
         sequences = _listed(sequences)
-        several = isinstance(tokens, Sequence) or (hasattr(tokens, "ndim") and tokens.ndim > 0)  # arrays, too
+        several = isinstance(tokens, Sequence) or getattr(tokens, "ndim", 0) > 0  # arrays, too
         counts = list(tokens) if several else [tokens] * len(sequences)  # type: ignore[arg-type]
         counts = [integer("tokens", n, "or one for each sequence") for n in counts]
         grown = list(zip(map(self._of, sequences), counts, strict=False))
@@ -148,7 +148,7 @@ class PagedCache:
             )
         before = self._on_device(np.array([held.length for held, _ in grown], dtype=np.int32))
         if copied:  # before anything is noted: if there is no memory for it, nothing has changed
-            copies = [held.pages[-1] for held in copied], self._free[: -len(copied) - 1 : -1]
+            copies = [held.pages[-1] for held in copied], self._free[: -len(copied) - 1 : -1]  # as _taken() will find them
             old, new = self._on_device(np.array(copies, dtype=np.int32))
             for x in (self.k, self.v):
                 x.index_copy_(1, new.long(), x.index_select(1, old))
@@ -192,9 +192,9 @@ class PagedCache:
         return held
 
     def _add(self, pages: array, length: int) -> int:
-        self._named += 1
-        self._sequences[self._named - 1] = _Held(pages, length)
-        return self._named - 1
+        name, self._next = self._next, self._next + 1
+        self._sequences[name] = _Held(pages, length)
+        return name
 
     def _taken(self) -> int:
         page = self._free.pop()

@@ -210,10 +210,14 @@ class Call:
         return self.seqlen_k - self.seqlen_q
 
     @property
+    def bounded(self) -> bool:
+        """Whether the band has an edge."""
+        return self.left is not None or self.right is not None
+
+    @property
     def masked(self) -> bool:
         """Whether there may be keys that some queries see and others don't."""
-        bounded = self.left is not None or self.right is not None
-        return bounded or (self.expression is not None and self.expression.mask is not None)
+        return self.bounded or (self.expression is not None and self.expression.mask is not None)
 
     @property
     def empty(self) -> bool:

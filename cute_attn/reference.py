@@ -314,7 +314,7 @@ def _append(q, k_cache, v_cache, call: Call, stored: Stored, lengths: list[int],
         with torch.inference_mode() if k_cache.is_inference() or v_cache.is_inference() else nullcontext():
             k_cache[where], v_cache[where] = k[: added[i]], v[: added[i]]
     if stored.rotary is not None:
-        q, step = q.clone(), int(call.left is not None or call.right is not None)
+        q, step = q.clone(), int(call.bounded)
         for i, rows in enumerate(_rows_of(stored.cu_seqlens_q, call.batch, q)):
             q[rows] = _turned(q[rows], stored, begins[i], step)
     return q, added

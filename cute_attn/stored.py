@@ -64,12 +64,12 @@ class Stored:
         """Those of :data:`NAMES` that every kernel takes: all but the last."""
         return tuple([getattr(self, name) for name in NAMES[:-1]])
 
-    def check_values(self, elements: int, rows: int, edged: bool) -> None:
+    def check_values(self, elements: int, rows: int, bounded: bool) -> None:
         """With ``CUTE_ATTN_CHECK=1`` read the tensors back and refuse wrong ones. ``elements`` are those of the cache (pages,
-        with a table), ``rows`` those of q, of each sequence or packed; ``edged``: there is a right edge or a left one."""
+        with a table), ``rows`` those of q, of each sequence or packed; ``bounded``: the band has an edge."""
         if not are_checked():
             return
-        new, queries = [self.seqlen_new] * self.batch, [rows] * self.batch
+        counts = {"cu_seqlens_q": [rows] * self.batch, "cu_seqlens_k_new": [self.seqlen_new] * self.batch}
         for name, total in (("cu_seqlens_q", rows), ("cu_seqlens_k_new", 0 if self.k_new is None else self.k_new.shape[0])):
             if (bounds := getattr(self, name)) is not None:
                 values = bounds.tolist()
@@ -78,9 +78,8 @@ class Stored:
                         f"{name} is {values}; ascending bounds from 0 to at most {total}, the rows there are, are needed: try "
                         f"torch.cumsum of how many each sequence has, with a 0 before it"
                     )
-                counts = [after - before for before, after in pairwise(values)]
-                new, queries = (new, counts) if name == "cu_seqlens_q" else (counts, queries)
-        lengths = self.lengths.tolist()
+                counts[name] = [after - before for before, after in pairwise(values)]
+        (queries, new), lengths = counts.values(), self.lengths.tolist()
         for i, (length, more) in enumerate(zip(lengths, new, strict=True)):
             if not 0 <= length <= self.capacity - more:
                 behind = f" and room for {more} new ones behind them" if more else ""
@@ -102,7 +101,7 @@ class Stored:
         if self.rotary is not None:
             begins, positions = lengths if self.rotary_begin is None else self.rotary_begin.tolist(), self.rotary[0].shape[0]
             for i, (begin, more, turned) in enumerate(zip(begins, new, queries, strict=True)):
-                used = max(more, turned if edged else min(turned, 1))
+                used = max(more, turned if bounded else min(turned, 1))
                 if used and not 0 <= begin <= positions - used:
                     raise ValueError(
                         f"sequence {i} has the positions {begin} to {begin + used - 1}; from 0 to {positions - 1}, "
