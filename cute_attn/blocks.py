@@ -342,16 +342,14 @@ def _converted(given: Any) -> tuple[BlockMask, Callable]:
     (seqlen_q, seqlen_k), sides = given.seq_lengths, given.BLOCK_SIZE
     if any(side % BLOCK for side in sides):
         _refuse(f"block_mask has blocks of {sides[0]} × {sides[1]}", f"multiples of {BLOCK} are needed", "BLOCK_SIZE=128")
-    counts = given.kv_num_blocks
-    if counts.shape[-1] * sides[0] < seqlen_q:  # kernels would read past the lists
+    cut = given.kv_num_blocks
+    if cut.shape[-1] * sides[0] < seqlen_q:  # kernels would read past the lists
         _refuse(
-            f"block_mask has {counts.shape[-1]} rows of blocks of {sides[0]} queries",
+            f"block_mask has {cut.shape[-1]} rows of blocks of {sides[0]} queries",
             f"as many as its {seqlen_q} queries take are needed", "the whole of it, not a slice",
         )  # fmt: skip
-    kinds = counts.new_zeros((*counts.shape, -(-seqlen_k // sides[1]) + 1), dtype=torch.uint8)
-    for kind, counts, columns in (
-        (CUT, given.kv_num_blocks, given.kv_indices), (WHOLE, given.full_kv_num_blocks, given.full_kv_indices)
-    ):  # fmt: skip
+    kinds = cut.new_zeros((*cut.shape, -(-seqlen_k // sides[1]) + 1), dtype=torch.uint8)
+    for kind, counts, columns in (CUT, cut, given.kv_indices), (WHOLE, given.full_kv_num_blocks, given.full_kv_indices):
         if counts is not None:
             listed = torch.arange(columns.shape[-1], device=columns.device) < counts[..., None]
             kinds.scatter_(-1, columns.long().where(listed, kinds.shape[-1] - 1), kind)

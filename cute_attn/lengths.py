@@ -130,9 +130,9 @@ def sequences_of(name: str, x: Any, device: torch.device) -> int:
         raise ValueError(f"{name} lies on {x.device} and q on {device}; one device is needed: try {name}.to(q.device)")
     more, dims = (1 if name.startswith("cu_seqlens") else 0), (2 if name == "page_table" else 1)
     if x.dim() != dims or (size := x.size(0)) < more:
-        flat = f"{name}.view(len(lengths), -1)" if dims == 2 else f"{name}.flatten()"
+        instead = f"{name}.view(len(lengths), -1)" if dims == 2 else f"{name}.flatten()"
         need = "(batch, max_pages)" if dims == 2 else "(batch + 1,), from 0 up to all rows," if more else "(batch,)"
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; {need} is needed: try {flat}, or check how it was made")
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; {need} is needed: try {instead}, or check how it was made")
     return size - more
 
 

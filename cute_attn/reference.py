@@ -110,7 +110,8 @@ def _query_tile(tQ, k, v, m: int, tile_n: int, call: Call):
 
     seen = row_sum != 0.0  # true for NaN: a NaN in q or in a visible key shows
     safe_sum = torch.where(seen, row_sum, 1.0)
-    acc_O, lse_log2 = acc_O / safe_sum[..., None] * kept_scale(call.dropout), row_max.where(seen, 0.0) + safe_sum.log2()
+    acc_O = acc_O / safe_sum[..., None] * kept_scale(call.dropout)
+    lse_log2 = row_max.where(seen, 0.0) + safe_sum.log2()  # not yet −∞, of which a sink of −∞ would make a NaN
     if call.sinks is not None:
         without = lse_log2
         lse_log2 = torch.logaddexp2(without, call.sinks.to(tQ.dtype).view(heads_kv, group) * LOG2_E)
