@@ -64,6 +64,8 @@ def flag(name: str, value: object) -> bool:
 
 def integer(name: str, value: object, otherwise: str) -> int:
     """``value`` as an int: whatever ``operator.index`` takes, but no bool. ``otherwise`` is what else may be passed."""
+    if type(value) is int:
+        return value
     if isinstance(value, torch.SymInt):  # an int that a trace has a symbol for
         return value  # type: ignore[return-value]
     needed = f"an int is needed, {otherwise}"

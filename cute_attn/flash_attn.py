@@ -33,6 +33,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import import_module, metadata
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
@@ -293,22 +294,24 @@ def flash_attn_with_kvcache(
     Raises:
         As :func:`flash_attn_func` does.
     """
-    extras = {"alibi_slopes": alibi_slopes, "sinks": others.pop("learnable_sink", None)}
-    _check_others({**others, "num_splits": num_splits})
+    sinks = others.pop("learnable_sink", None)
+    _check_hint("num_splits", num_splits)
     _check_hint("max_seqlen_q", max_seqlen_q)
+    _check_others(others)
     if (rotary_cos is None) is not (rotary_sin is None):
         raise ValueError(
             f"rotary_cos is {shown(rotary_cos)} and rotary_sin {shown(rotary_sin)}; both or none are needed: pass the other one"
         )
-    where = {"cache_batch_idx": cache_batch_idx, "leftpad_k": cache_leftpad}
-    where |= {"page_table": _table_of(block_table, page_table), "rotary_begin": rotary_seqlens}
-    where |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new}
     if k is not None and cache_seqlens is None:
         raise ValueError(
             "k is given and cache_seqlens is None; how many rows come before the new ones is needed: try cache_seqlens=0"
         )
     rotary = None if rotary_cos is None else (rotary_cos, rotary_sin)
-    more = extras | where | {"rotary": rotary, "rotary_interleaved": rotary_interleaved}
+    more = {
+        "page_table": _table_of(block_table, page_table), "cache_batch_idx": cache_batch_idx, "leftpad_k": cache_leftpad,
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        "rotary": rotary, "rotary_begin": rotary_seqlens, "rotary_interleaved": rotary_interleaved,
+    }  # fmt: skip
     rules = softmax_scale, causal, window_size, softcap, flag("return_softmax_lse", return_softmax_lse)
     if cache_batch_idx is block_table is page_table is cu_seqlens_q is None:
         k_cache, v_cache = _of_batch(q, k_cache), _of_batch(q, v_cache)
@@ -331,10 +334,9 @@ def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal,
     all there are, or a tensor."""
     if not isinstance(used, Tensor):
         used = _of_all(used, q, k_cache, more["page_table"], more["cu_seqlens_q"])
-    q, k, v = (x if _as_is(x, x, x) or not _are_dense(x) else x.contiguous() for x in (q, k, v))
-    window = None if window is UNBOUNDED else window
+    q, k, v, window = _in_rows(q), _in_rows(k), _in_rows(v), None if window is UNBOUNDED else window
     rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         return attention_kvcache(q, k_cache, v_cache, lengths=used, k_new=k, v_new=v, **more, **rules)
 
 
@@ -348,7 +350,7 @@ def _of_batch(q, cache):
 
 def _of_all(used: Any, q, k_cache, table, bounds) -> Any:
     """The lengths of all sequences where one number is given, or none; as they are where there is an error to come."""
-    if not all(isinstance(x, Tensor) for x in (q, k_cache)) or not q.dim() or k_cache.dim() != 4:
+    if not (isinstance(q, Tensor) and isinstance(k_cache, Tensor)) or not q.dim() or k_cache.dim() != 4:
         return used
     check_layout("q", q)
     count = len(q) if bounds is None else sequences_of("cu_seqlens_q", bounds, q.device)
@@ -407,6 +409,14 @@ def _as_is(q, k, v) -> bool:
         return whole_rows and not (q.shape[-1] % HEAD_DIM_STEP or v.shape[-1] % HEAD_DIM_STEP)
     except (AttributeError, IndexError, RuntimeError, TypeError):
         return True
+
+
+def _in_rows(x):
+    """``x`` with rows of one piece, a copy if need be; what attention refuses as it is."""
+    try:
+        return x if x is None or x.stride(-1) == 1 or not _are_dense(x) else x.contiguous()
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return x
 
 
 def _are_dense(*tensors: Tensor) -> bool:
