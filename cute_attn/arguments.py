@@ -83,6 +83,8 @@ def number(name: str, value: object, otherwise: str) -> float:
 
     In a graph that is being made, what was in a tensor stays in one of 0 dimensions: the operators of ``ops.py`` read it.
     """
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
     if isinstance(value, Unread):
         return value.tensor  # type: ignore[return-value]
     if isinstance(value, (torch.SymFloat, torch.SymInt)):  # that a trace has a symbol for
