@@ -185,7 +185,7 @@ def picture_file(text: str) -> Path:
     """A type of argument: a picture's file, of a format that every matplotlib writes."""
     path = output_file(text)
     if path.suffix.lower() not in PICTURES:
-        raise _unwritable(path, f"its ending is {path.suffix!r}; {', '.join(PICTURES[:-1])} or {PICTURES[-1]} is needed")
+        raise _unwritable(path, f"its ending is {path.suffix!r}; {' or '.join(PICTURES)} is needed")
     return path
 
 

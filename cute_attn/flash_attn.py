@@ -333,7 +333,7 @@ def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal,
     """:func:`~cute_attn.attention_kvcache`, whose names refusals have, where ``used`` is a number of rows for all sequences,
     all there are, or a tensor."""
     if not isinstance(used, Tensor):
-        used = _of_all(used, q, k_cache, more["page_table"], more["cu_seqlens_q"])
+        used = _lengths_of_all(used, q, k_cache, more["page_table"], more["cu_seqlens_q"])
     q, k, v, window = _in_rows(q), _in_rows(k), _in_rows(v), None if window is UNBOUNDED else window
     rules = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "return_lse": return_lse}
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
@@ -348,7 +348,7 @@ def _of_batch(q, cache):
     return cache[: q.size(0)]
 
 
-def _of_all(used: Any, q, k_cache, table, bounds) -> Any:
+def _lengths_of_all(used: Any, q, k_cache, table, bounds) -> Any:
     """The lengths of all sequences where one number is given, or none; as they are where there is an error to come."""
     if not (isinstance(q, Tensor) and isinstance(k_cache, Tensor)) or not q.dim() or k_cache.dim() != 4:
         return used
@@ -369,8 +369,7 @@ def _of_all(used: Any, q, k_cache, table, bounds) -> Any:
 
 def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, softcap, deterministic, probs, return_lse):
     """``attend(q, k, v, …)``, of tensors as the kernels read them, and results as flash-attn returns them."""
-    if not type(probs) is type(return_lse) is bool:
-        probs, return_lse = flag("return_attn_probs", probs), flag("return_lse", return_lse)
+    probs, return_lse = flag("return_attn_probs", probs), flag("return_lse", return_lse)
     columns = None
     if not _as_is(q, k, v) and q.shape[-1] == k.shape[-1] and _are_dense(q, k, v):  # else attention refuses them
         scale, columns = max(q.shape[-1], 1) ** -0.5 if scale is None else scale, v.shape[-1]
@@ -431,7 +430,7 @@ def _padded(x: Tensor) -> Tensor:
     """``x`` with columns of zeros up to a multiple of 8, and rows of one piece."""
     if missing := -x.shape[-1] % HEAD_DIM_STEP:
         x = torch.nn.functional.pad(x, (0, missing))
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return _in_rows(x)
 
 
 def _unpacked(name: str, packed: Tensor, parts: int, dims: int) -> tuple[Tensor, ...]:

@@ -182,14 +182,13 @@ def check_rotary(stored: Stored, q: torch.Tensor, rotary, interleaved: bool) -> 
     cos, sin = rotary
     for name, x in (("cos", cos), ("sin", sin)):
         check_memory(f"rotary's {name}", x)
+        _check_alike(f"rotary's {name}", x, "q", q, f"{name}.to(q)")
     half = q.shape[-1] // 2
     if cos.dim() != 2 or cos.shape != sin.shape or not cos.shape[0] or not 0 < cos.shape[1] <= half or cos.shape[1] % 8:
         raise ValueError(
             f"rotary's cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}; equal ones (positions, rotary_dim / 2) are "
             f"needed, with 1 position at least and a multiple of 8 up to {half} columns: try cos[:, : rotary_dim // 2]"
         )
-    for name, x in (("cos", cos), ("sin", sin)):
-        _check_alike(f"rotary's {name}", x, "q", q, f"{name}.to(q)")
     stored.rotary, stored.rotary_interleaved = (cos.contiguous(), sin.contiguous()), interleaved
 
 

@@ -221,18 +221,18 @@ class Graph:
             rise: Any = self._sum(d[0], minus)
             return self.apply("div", rise, x[1])
         zero = self.constant(0.0)
+        whole = [zero if dx is None else dx for dx in d]
         if op == "where":
-            return self.apply_where(x[0], *(zero if dx is None else dx for dx in d[1:]))
+            return self.apply_where(x[0], *whole[1:])
         if op in ("clamp_min", "clamp_max"):
             inside = self.make("ge" if op == "clamp_min" else "le", "bool", *x)
-            return self.apply_where(inside, *(zero if dx is None else dx for dx in d))
+            return self.apply_where(inside, *whole)
         if op in ("maximum", "minimum"):
             if d[0] == d[1]:
                 return d[0]
             halves = self._sum(*(self._times(dx, self.constant(0.5)) for dx in d))
-            first, second = (zero if dx is None else dx for dx in d)
-            other = self.apply_where(self.make("eq", "bool", *x), halves, second)  # type: ignore[arg-type]
-            return self.apply_where(self.make("gt" if op == "maximum" else "lt", "bool", *x), first, other)
+            other = self.apply_where(self.make("eq", "bool", *x), halves, whole[1])  # type: ignore[arg-type]
+            return self.apply_where(self.make("gt" if op == "maximum" else "lt", "bool", *x), whole[0], other)
         one, y = self.constant(1.0), node
         factors: dict[str, Callable[[], int]] = {
             "abs": lambda: self.apply_where(
