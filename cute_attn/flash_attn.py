@@ -343,7 +343,7 @@ def _attend_to_cache(q, k_cache, v_cache, k, v, used, more: dict, scale, causal,
 def _of_batch(q, cache):
     """The elements of a cache that the batch has: there may be more behind them."""
     are_tensors = isinstance(q, Tensor) and isinstance(cache, Tensor) and q.dim() == cache.dim() == 4
-    if not are_tensors or cache.size(0) <= q.size(0) or cache.is_nested or not _are_dense(cache):  # else an error is to come
+    if not are_tensors or cache.size(0) <= q.size(0) or cache.is_nested or not _are_dense(cache):  # or an error is to come
         return cache
     return cache[: q.size(0)]
 
@@ -392,8 +392,8 @@ def _attend(attend: Callable, q, k, v, lengths: dict, scale, causal, window, sof
 def _rename(error: Exception, names: dict[str, str]) -> None:
     """Have a refusal of attention speak of arguments as the caller knows them.
 
-    By its words, in which a name of an argument is never anything else: to hand names down to all that refuses something, or
-    to check all of it here as well, is much more to keep right, and would be there in calls that nobody refuses.
+    By its words, among which an argument's name is never anything else (``tests/host/test_errors.py``): to hand names down to
+    all that refuses something, or to check all of it here first, is more to keep right, and costs calls that nobody refuses.
     """
     if not is_compiling() and error.args and isinstance(error.args[0], str):
         names = _NAMES | names
