@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from cute_attn.lengths import are_checked
 from cute_attn.private import FakeTensor, is_recorded
 from cute_attn.tracing import Graph, Symbol, Tracing, refuse
 
+_TAKES = {"mask": "batch, head, q_idx, kv_idx", "score": "score, batch, head, q_idx, kv_idx"}
 RESTORED_MAX = 1024  # expressions; each of another text, or tensors
 # Copies of a gradient may take so much memory, or so many bytes an element; what is added up takes 4.
 COPIES_BYTES, COPIES_OF_ELEMENT = 1 << 30, 8
@@ -80,8 +82,22 @@ def check_functions(mask: Any, score: Any, tensors: Any) -> None:
         )
     for name, function in (("mask", mask), ("score", score)):
         if function is not None and not callable(function):
-            takes = f"{'score, ' * (name == 'score')}batch, head, q_idx, kv_idx"
-            raise TypeError(f"{name} is {shown(function)}; a function is needed: try {name}=lambda {takes}: …")
+            raise TypeError(f"{name} is {shown(function)}; a function is needed: try {name}=lambda {_TAKES[name]}: …")
+
+
+def _check_parameters(name: str, function: Callable, arguments: tuple) -> None:
+    """Refuse a function that can't be called so. Python's own words would be of a call that nobody wrote."""
+    try:
+        parameters = signature(function)
+    except (TypeError, ValueError):  # as those of some callables that aren't written in Python
+        return
+    try:
+        parameters.bind(*arguments)
+    except TypeError:
+        takes = f"{_TAKES[name]}{', *tensors' * (len(arguments) > len(_TAKES[name].split()))}"
+        raise TypeError(
+            f"{name} has the parameters {parameters}; those of {name}({takes}) are needed: try {name}=lambda {takes}: …"
+        ) from None
 
 
 def check_values(captured: tuple[torch.Tensor, ...]) -> None:
@@ -114,6 +130,7 @@ def _recorded(graph: Graph, mask, score, tensors, alibi_slopes, element, behind:
 
 def _called(graph: Graph, name: str, function: Any, arguments: tuple, kind: str) -> int:
     """The node that a function returns."""
+    _check_parameters(name, function, arguments)
     with Tracing(graph):
         result = function(*arguments)
     if not isinstance(result, (Symbol, bool, int, float, np.generic, torch.Tensor)):

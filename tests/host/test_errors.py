@@ -1039,6 +1039,15 @@ FUNCTIONS = [
     ),
     Row("out of the function", a_symbol_that_gets_out, RuntimeError, "used outside", "inside is needed", "return what"),
     Row("mask a bool", masked_by(True), TypeError, "mask is True", "a function is needed", "mask=lambda batch, head"),
+    Row("mask of two", masked_by(lambda b, h: True), TypeError, "mask has the parameters (b", "mask(batch, head", "try mask="),
+    Row(
+        "score without its tensor",
+        scored(lambda score, b, h, q_idx, kv_idx: score, tensors=(TABLE,)),
+        TypeError,
+        "score has the parameters (score, b, h, q_idx, kv_idx)",
+        "score(score, batch, head, q_idx, kv_idx, *tensors)",
+        "try score=",
+    ),
     Row(
         "score a tensor",
         scored(TABLE),
