@@ -14,8 +14,8 @@ from cute_attn.balance import CachedKeys
 from cute_attn.fields import ATTEND, named
 from cute_attn.forward import captured_of
 from cute_attn.layouts.mma_sync_cache import columns_written
+from cute_attn.mainloop.cache_merge import Outputs, Workspace
 from cute_attn.mainloop.common import Values
-from cute_attn.mainloop.cp_async_cache import Outputs, Workspace
 
 
 def host_function(problem, config):

@@ -19,8 +19,8 @@ from cutlass.cute.nvgpu import warpgroup
 from cute_attn.layouts.fragments import transposed
 from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
 from cute_attn.mainloop import cp_async_cache
+from cute_attn.mainloop.cache_merge import CacheBlock, Exchanged, SeenTiles, floats
 from cute_attn.mainloop.cluster import meet, stay
-from cute_attn.mainloop.cp_async_cache import CacheBlock, Exchanged, SeenTiles, floats
 from cute_attn.mainloop.warpgroups import rounded_operand
 from cute_attn.softmax import anchored
 

@@ -13,7 +13,10 @@ PACKAGE = Path(importlib.util.find_spec("cute_attn").origin).parent
 # The mainloops' files. What a row may see is known in common.py and walk.py, what changes a score in scores.py and elements.py.
 DOORS = ("__init__.py", "common.py", "walk.py", "scores.py", "elements.py")
 MAINLOOPS = [path for path in sorted((PACKAGE / "mainloop").glob("*.py")) if path.name not in DOORS]
-OF_SEVERAL = ("cluster", "guard", "warps", "warpgroups", "work_queue", "wide_keys", "wide_queries", "cp_async_cache")
+OF_SEVERAL = (
+    *("cluster", "guard", "warps", "warpgroups", "work_queue"),
+    *("wide_keys", "wide_queries", "cp_async_cache", "cache_merge"),
+)
 SHARED = {f"mainloop.{name}" for name in OF_SEVERAL}
 # Where the rules are, and what sequences of different lengths are on the host.
 UNKNOWN = {"rules", "lengths", "problem", "api", "ops", "autograd", "wrapped", "reference", "launch", "plan"}

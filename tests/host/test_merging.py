@@ -17,8 +17,8 @@ from cutlass import cute
 from cute_attn.layouts.mma_sync_cache import columns_written
 
 # A copy of the module: once the DSL has traced a function, it is no longer what it was.
-module, softmax = (runpy.run_path(find_spec(f"cute_attn.{name}").origin) for name in ("mainloop.cp_async_cache", "softmax"))
-Forward, Workspace = module["Forward"], module["Workspace"]
+module, softmax = (runpy.run_path(find_spec(f"cute_attn.{name}").origin) for name in ("mainloop.cache_merge", "softmax"))
+Merging, Workspace = module["Merging"], module["Workspace"]
 EXPONENT, HEAD_DIM_V, UNTOUCHED = 0.7, 88, np.nan
 
 
@@ -83,7 +83,7 @@ def plain(monkeypatch):
     anchored = softmax["anchored"].__wrapped__
     monkeypatch.setitem(anchored.__globals__, "Float32", Float)
     for name, plainly in {"divided": divmod, "Float32": Float, "Int32": int, "anchored": anchored}.items():
-        monkeypatch.setitem(Forward._merge_parts.__wrapped__.__globals__, name, plainly)
+        monkeypatch.setitem(Merging._merge_parts.__wrapped__.__globals__, name, plainly)
 
 
 def expected(found):
@@ -111,7 +111,7 @@ class Kernel:
         self.lay, self.stored = SimpleNamespace(exchanged_columns=lambda config: columns), {}
 
     def __getattr__(self, name):
-        function = vars(Forward)[name]
+        function = vars(Merging)[name]
         if isinstance(function, property):
             return function.fget(self)
         return partial(getattr(function, "__wrapped__", function), self)
