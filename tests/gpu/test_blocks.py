@@ -211,7 +211,7 @@ def test_lists_are_made_once_and_serve_other_streams_and_graphs(mechanism, monke
     blocks = block_mask(mask, None, None, 700, 700, device="cuda")
     options = {"mask": mask, "mechanism": mechanism}
     want = attention(q, k, v, block_mask=blocks, **options)
-    monkeypatch.setattr(BlockMask, "_key_lists", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(BlockMask, "_enlisted", lambda *_: pytest.fail("made again"))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
