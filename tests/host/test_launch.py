@@ -86,6 +86,19 @@ def test_arguments_are_the_calls_values_in_the_order_of_the_table(gpu, monkeypat
     assert given == {**values, **dict.fromkeys(NAMES)}
 
 
+def test_a_block_masks_lists_are_for_the_tiles_of_few_keys(gpu, monkeypatch):
+    """Where a call takes the smaller ones: of the widest heads under a right edge, on cp_async."""
+    planned = []
+    monkeypatch.setattr(launching, "prepared", lambda *key: planned.append(key[-1]) or (gpu.kernel, 132))
+    blocks = block_mask(masks.causal, None, None, 500, 600, device="cpu")
+    call = Call(1, 4, 2, 500, 600, 256, 256, 0.125, None, 0, 0.0, blocks=blocks)
+    q, k, v = (torch.zeros(1, n, heads, 256, dtype=torch.bfloat16) for n, heads in ((500, 4), (600, 2), (600, 2)))
+    launching.forward(call, "cp_async", False, False, q, k, v)
+    ((_, arguments),), (config,) = gpu.log, planned
+    assert (config.tile_m, config.tile_n) == (64, 32)
+    assert torch.equal(named(FORWARD, arguments).key_lists, blocks.key_lists(64, 32, 1, 4))
+
+
 @pytest.mark.parametrize(("d", "rows"), [(64, None), (256, 128)])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_block_masks_lists_are_arguments(gpu, monkeypatch, d, rows, deterministic):
