@@ -42,7 +42,8 @@ FEW = 16  # queries: so many read keys as those of a cache
 SHORTEST = 16  # rows: where no length can be read, packed sequences may be this short, on average
 UNREAD = (
     f"cute_attn: in a graph, where no length can be read, there is padding between keys under a window, or packed sequences "
-    f"don't ascend or have fewer than {SHORTEST} rows on average: run without a graph, or pass cu_seq_lens_q and cu_seq_lens_k"
+    f"don't ascend, are numbered other than by positions, or have fewer than {SHORTEST} rows on average: run without a graph, "
+    f"or pass cu_seq_lens_q and cu_seq_lens_k"
 )
 # What layers may ask for by keyword and neither attention nor the fallback has.
 _BEYOND = {
@@ -228,7 +229,7 @@ def mask(
         if seen.ids is not None:
             if not aligned or attention_mask is not None:
                 raise Beyond("packed sequences with a cache or padding")
-            rows = _packed(seen.ids)
+            rows = _packed(seen.ids, seen.by)
         elif not (aligned or seen.right == 0 or seen.right is seen.left is None):
             raise Beyond("a window past each query's own key where the last query's is not the last key")
         elif attention_mask is not None or not (aligned or seen.right is None):
@@ -269,18 +270,22 @@ def _is_traced(mask: Callable, device: torch.device | str) -> bool:
     return True
 
 
-def _packed(ids: torch.Tensor) -> dict[str, Any]:
-    """Of packed sequences: one begins where ``ids`` ``(batch, rows)`` are greater than in the row before."""
+def _packed(ids: torch.Tensor, by: torch.Tensor | None) -> dict[str, Any]:
+    """Of packed sequences: one begins where ``ids`` ``(batch, rows)`` are greater than in the row before, and ``by`` is one
+    greater in all others."""
     steps = torch.diff(ids, prepend=ids[:, :1] - 1)
     begins = (steps != 0).flatten()
+    in_order = steps >= 0
+    if by is not None:
+        in_order = in_order & ((steps != 0) | (torch.diff(by, prepend=by[:, :1]) == 1))
     rows: dict[str, Any] = {"packed": True}
     if _is_unread(ids):  # the size of a tensor says how many there may be
         count = ids.numel() // SHORTEST + ids.shape[0]
-        rows["holds"] = (begins.sum() <= count) & (steps >= 0).all()
+        rows["holds"] = (begins.sum() <= count) & in_order.all()
     else:
-        count, ascending = torch.stack([begins.sum(), (steps >= 0).all()]).tolist()
-        if not ascending:
-            raise Beyond("packed sequences whose numbers don't ascend")
+        count, ordered = torch.stack([begins.sum(), in_order.all()]).tolist()
+        if not ordered:
+            raise Beyond("packed sequences whose numbers don't ascend, or with rows numbered other than by positions")
     ordinals = torch.arange(1, count + 2, device=ids.device)
     cu_seqlens = torch.searchsorted(begins.cumsum(0), ordinals, out_int32=True)  # of one that there isn't: after all rows
     return rows | {"lengths": {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}}

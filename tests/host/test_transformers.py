@@ -549,6 +549,25 @@ def test_any_padding(situation, is_unread):
     torch.testing.assert_close(out[counts], expected.transpose(1, 2)[counts])
 
 
+@pytest.mark.parametrize("is_unread", [False, True])
+@pytest.mark.parametrize("numbers", [POSITIONS, POSITIONS + 7, POSITIONS // 2, IDS, -POSITIONS])
+def test_numbers_in_packed_sequences_that_are_no_positions(numbers, is_unread, monkeypatch):
+    """Blocks, of which a query sees its own and those before it: the mask itself, or where nobody can read them, an error."""
+    monkeypatch.setattr(integration, "SHORTEST", 1)
+    monkeypatch.setattr(integration, "_is_unread", lambda _: is_unread)
+    function = masking_utils.and_masks(
+        masking_utils.remap_positions_for_packed_sequence(masking_utils.causal_mask_function, numbers),
+        masking_utils.packed_sequence_mask_function(IDS),
+    )
+    q, k, v = (x.transpose(1, 2) for x in support.make_qkv(2, 9, 9, 2, 1, 8, dtype=FLOAT64))
+    refused = is_unread and not torch.equal(numbers.diff(), POSITIONS.diff())
+    with pytest.raises(RuntimeError, match="other than by positions") if refused else nullcontext():
+        out, _ = integration.attend(SimpleNamespace(), q, k, v, integration.mask(2, 9, 9, mask_function=function))
+    if not refused:
+        expected = (q @ k.mT / math.sqrt(8)).masked_fill(~is_seen(function)[:, None], -math.inf).softmax(-1) @ v
+        torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
 def test_nothing_is_moved_where_padding_is_at_the_ends():
     """And where there is none, there are no lengths either."""
     causal = {"mask_function": masking_utils.causal_mask_function}
