@@ -227,8 +227,9 @@ def mask(
         aligned = isinstance(past, int) and past == kv_length
         rows: dict[str, Any] = {}
         if seen.ids is not None:
-            if not aligned or attention_mask is not None:
-                raise Beyond("packed sequences with a cache or padding")
+            of_all = all(x is None or x.shape == (batch_size, q_length) for x in (seen.ids, seen.by))
+            if not (aligned and of_all) or attention_mask is not None:
+                raise Beyond("packed sequences with a cache or padding, or numbers of other rows than a call's")
             rows = _packed(seen.ids, seen.by)
         elif not (aligned or seen.right == 0 or seen.right is seen.left is None):
             raise Beyond("a window past each query's own key where the last query's is not the last key")

@@ -568,6 +568,18 @@ def test_numbers_in_packed_sequences_that_are_no_positions(numbers, is_unread, m
         torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize(("length", "keys"), [(7, 7), (4, 9), (9, 9)])
+def test_numbers_of_more_rows_than_a_call_has(length, keys):
+    """A table for longer sequences, and of the keys in a cache."""
+    function = masking_utils.and_masks(masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(IDS))
+    visible = masking_utils.sdpa_mask(2, length, keys, keys - length, mask_function=function, allow_is_causal_skip=False)
+    q, k, v = (x.transpose(1, 2) for x in support.make_qkv(2, length, keys, 2, 1, 8, dtype=FLOAT64))
+    asked = integration.mask(2, length, keys, keys - length, mask_function=function)
+    out, _ = integration.attend(SimpleNamespace(), q, k, v, asked)
+    expected = (q @ k.mT / math.sqrt(8)).masked_fill(~visible, -math.inf).softmax(-1) @ v
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
 def test_nothing_is_moved_where_padding_is_at_the_ends():
     """And where there is none, there are no lengths either."""
     causal = {"mask_function": masking_utils.causal_mask_function}
