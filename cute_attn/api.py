@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from cute_attn import autocast, blocks, dropout, launch, ops, reference, wrapped
-from cute_attn.arguments import Unread, check_tensor, choice, flag, integer, is_traced, number, shown, unscriptable
+from cute_attn.arguments import Unread, choice, flag, integer, is_traced, number, shown, unscriptable
 from cute_attn.autograd import Attention, check_order, differentiable
 from cute_attn.functions import Called, Indexing, check_functions, check_values, indexed, positions, score_of, traced
 from cute_attn.lengths import NAMES, Lengths, are_checked, check_lengths
@@ -27,7 +27,7 @@ from cute_attn.private import (
     unseen,
     with_side_effects,
 )
-from cute_attn.problem import SCALES, UNBOUNDED, Call, check_call
+from cute_attn.problem import SCALES, UNBOUNDED, Call, check_call, check_sinks
 from cute_attn.tracing import Symbol
 
 BACKENDS = ("auto", "cute", "reference")
@@ -476,15 +476,6 @@ def _prepared() -> bool:
         torch.compiler.allow_in_graph(function)
     never_begin_a_graph(_in_graph)
     return True
-
-
-def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
-    check_tensor("sinks", sinks, f"floats ({heads},), one a head, are needed: try torch.tensor(sinks)")
-    if sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device:
-        raise ValueError(
-            f"sinks is {shown(sinks)} on {sinks.device}; floats ({heads},), one a head, on {q.device} are needed: try "
-            + (".float() and .to(q.device)" if sinks.shape == (heads,) else f"one for each of {heads} heads")
-        )
 
 
 def _of_others(handle: Callable, function: Callable, q, k, v, rules: tuple, extras, how: tuple, lengths: dict):

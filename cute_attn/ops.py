@@ -45,7 +45,7 @@ from cute_attn.blocks import BlockMask
 from cute_attn.functions import check_values, restored
 from cute_attn.lengths import NAMES, NO_LENGTHS, check_lengths
 from cute_attn.private import is_known
-from cute_attn.problem import Call, check_call, check_for_kernels, exact_dtype, strides_for_kernels
+from cute_attn.problem import Call, check_call, check_for_kernels, check_sinks, exact_dtype, strides_for_kernels
 
 _LIBRARY = torch.library.Library("cute_attn", "DEF")
 _INPUTS = ", ".join([
@@ -154,6 +154,7 @@ def _call(tensors, lengths: tuple, more: tuple, rules: tuple, of_sinks: bool = F
     call = _checked(q, k, v, lengths, scale, window, softcap)
     sinks, call.seed, kinds, captured, text, derived, call.dropout = more
     if sinks is not None:
+        check_sinks(sinks, q, call.heads)
         call.sinks = sinks.detach().requires_grad_(of_sinks)
     if kinds is not None:
         # Its lists go with the call: in a CUDA graph's memory they would be a leak, and old when it is replayed.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cute_attn import stored
-from cute_attn.arguments import check_layout, check_memory, flag, integer, is_traced, number, shown
+from cute_attn.arguments import check_layout, check_memory, check_tensor, flag, integer, is_traced, number, shown
 from cute_attn.expressions import NOTHING, Expression
 from cute_attn.lengths import Lengths
 from cute_attn.rules import USUAL_CAP, score_scales
@@ -368,6 +368,15 @@ def check_alike(q, k, v, of_k="k", of_v="v") -> None:
     if not q.device == k.device == v.device:
         where = f"{q.device}, {k.device}, {v.device}"
         raise ValueError(f"q, {of_k}, {of_v} lie on {where}; one device is needed: try {of_k}.to(q.device)")
+
+
+def check_sinks(sinks, q: torch.Tensor, heads: int) -> None:
+    check_tensor("sinks", sinks, f"floats ({heads},), one a head, are needed: try torch.tensor(sinks)")
+    if sinks.shape != (heads,) or not sinks.is_floating_point() or sinks.device != q.device:
+        raise ValueError(
+            f"sinks is {shown(sinks)} on {sinks.device}; floats ({heads},), one a head, on {q.device} are needed: try "
+            + (".float() and .to(q.device)" if sinks.shape == (heads,) else f"one for each of {heads} heads")
+        )
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

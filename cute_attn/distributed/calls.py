@@ -21,7 +21,7 @@ from cute_attn.distributed.ulysses import copies, to_heads, to_rows
 from cute_attn.lengths import Lengths, check_lengths
 from cute_attn.plan import mechanism_name
 from cute_attn.private import any_autocast_enabled, dual_level, version_of
-from cute_attn.problem import Call, check_call, edges_of
+from cute_attn.problem import Call, check_call, check_sinks, edges_of
 from cute_attn.rules import score_scales
 
 METHODS = ("auto", "ring", "ulysses")
@@ -97,7 +97,7 @@ def attention(
         arranged = _arranged(q, k, v, places, method, order, seqlen, seqlen_k, cu_seqlens, rules)
         return_lse, engine = flag("return_lse", return_lse), _engine(q, k, v, arranged.ring.call, how)
         if sinks is not None:
-            api.check_sinks(sinks, q, q.shape[-2])
+            check_sinks(sinks, q, q.shape[-2])
             wrapped.check_read(sinks=sinks)
         if dual_level() >= 0:
             api.refuse_tangents(q, k, v, sinks)

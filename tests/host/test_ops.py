@@ -170,6 +170,9 @@ def test_an_operator_checks_its_arguments():
             OPS.attention(*forward_arguments(q, k, v, rules, NUMBERS["default"]))
         with pytest.raises(ValueError, match=words):
             OPS.attention.Tensor(*forward_arguments(q, k, v, rules, NUMBERS["Tensor"]))
+    for sinks in (torch.zeros(8), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"floats \(4,\), one a head"):
+            OPS.attention(*forward_arguments(q, k, v, RULES[0], NUMBERS["default"], more=(sinks, *NOTHING[1:])))
     *_, lengths = packed(q, k, v)
     with pytest.raises(ValueError, match=r"q has shape \(3, 9, 4, 16\); 3 dimensions"):
         OPS.attention(*forward_arguments(q, k, v, RULES[0], NUMBERS["default"], lengths=lengths))
