@@ -48,6 +48,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TypeAlias
 
 BYTES = 2  # of one element: the kernels take float16 and bfloat16
@@ -55,6 +56,7 @@ VECTOR = 8  # elements of a 16-byte access
 WARP = 32  # threads
 OPERANDS = ("Q", "K", "V", "O")
 ROLES = ("S", "O")
+READS = {"S": ("Q", "K"), "O": ("", "V")}
 IntTuple: TypeAlias = "int | tuple[IntTuple, ...]"
 Modes: TypeAlias = tuple[tuple[int, int, int], ...]
 KIB = 1024
@@ -173,6 +175,13 @@ def registers_at_launch(config: Config, gpu: Gpu) -> int:
     hands from one warpgroup to another comes out of a block's, in which the rest of that division is missing."""
     share = gpu.registers_per_multiprocessor // (config.threads * config.blocks_per_multiprocessor)
     return min(share // 8 * 8, gpu.registers_per_thread)
+
+
+def names(family: ModuleType) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, tuple[str, str]]]:
+    """A family's ``OPERANDS``, ``ROLES`` and ``READS``: its own, or the forward pass's."""
+    if hasattr(family, "READS"):
+        return family.OPERANDS, family.ROLES, family.READS
+    return OPERANDS, ROLES, READS
 
 
 # ---- layouts as data -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import numpy as np
 from rich.text import Text
 
 from .. import family
-from ..base import BYTES, OPERANDS, Box, Config, Copy, Layout
+from ..base import BYTES, OPERANDS, Box, Config, Copy, Layout, names
 from . import algebra, draw
 from .draw import CHUNK_BYTES, GLYPH_MONO, GROUP_BANKS, GROUPS, MARGIN, PALETTE, Canvas, Label, Rect
 
@@ -89,18 +89,16 @@ def known(operand: str, config: Config) -> list[str]:
 
 def roles(operand: str, config: Config) -> list[str]:
     """The products that read an operand from shared memory, or make it; those of first columns in registers are these, too."""
-    if not config.backward:
-        return ["S" if operand in "QK" else "O"]
-    found = (role for role in family(config).READS if not role.startswith("r"))
+    found = (role for role in names(family(config))[2] if not role.startswith("r"))
     return [role for role in found if operand == role or is_read(operand, role, config)]
 
 
 def is_read(operand: str, role: str, config: Config) -> bool:
-    """Whether a product of the backward pass reads it from shared memory."""
+    """Whether a product reads it from shared memory."""
     lay = family(config)
-    letters = [letter for letter, name in zip("AB", lay.READS[role], strict=True) if name == operand]
-    loaded = (f"load {role}", operand) in lay.copies(config)
-    return bool(letters) and (loaded or letters[0] in lay.mma(role, config).from_shared)
+    letters = [letter for letter, name in zip("AB", names(lay)[2][role], strict=True) if name == operand]
+    loaded = {("load", operand), (f"load {role}", operand)} & lay.copies(config).keys()
+    return bool(letters) and (bool(loaded) or letters[0] in lay.mma(role, config).from_shared)
 
 
 def product(role: str, config: Config) -> str:
@@ -224,13 +222,13 @@ def _box(box: Box, step: str, config: Config) -> Grid:
 
 def _copy(copy: Copy, step: str) -> tuple[Grid, ...]:
     """What each thread holds, and, for a matrix instruction, what it points at."""
-    names = (_rows_are(copy.operand), _columns_are(copy.operand))
+    axes = (_rows_are(copy.operand), _columns_are(copy.operand))
     moved = f"{copy.operand}, {STEPS[step]} by {copy.instruction}"
-    held = _threads(copy.values, copy.tile, f"{moved}: what each thread holds", names, copy.transposed)
+    held = _threads(copy.values, copy.tile, f"{moved}: what each thread holds", axes, copy.transposed)
     if algebra.INSTRUCTIONS[copy.instruction].matrix is None:
         return (held,)
     where = _threads(
-        algebra.addresses(copy), copy.tile, f"{moved}: the 16 bytes that each thread points at", names, copy.transposed
+        algebra.addresses(copy), copy.tile, f"{moved}: the 16 bytes that each thread points at", axes, copy.transposed
     )
     return where, held
 
@@ -249,14 +247,14 @@ def _mma(role: str, config: Config) -> tuple[Grid, ...]:
         ("C", result, mma.c, (m, n), ("m", "n"), False),
     )
     grids = []
-    for part, operand, values, tile, names, flip in parts:
+    for part, operand, values, tile, axes, flip in parts:
         what = f"{part} of {equation}, m×n×k {step}: {operand}, {warps} warps"
         if part in mma.from_shared:
             size = tile[::-1] if flip else tile
             read = Cell(0, 0, 4, ROWS_SHOWN, None, "read from shared memory", f"by the tensor core: {size[0]} × {size[1]}")
-            grids.append(Grid(what, str(values), names, (4, ROWS_SHOWN), (read,), (), (), (14, 22)))
+            grids.append(Grid(what, str(values), axes, (4, ROWS_SHOWN), (read,), (), (), (14, 22)))
         else:
-            grids.append(_threads(values, tile, what, names, flip))
+            grids.append(_threads(values, tile, what, axes, flip))
     return tuple(grids)
 
 

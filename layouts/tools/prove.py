@@ -34,8 +34,6 @@ from ..base import (
     BANKS,
     BYTES,
     NAMED_BARRIERS,
-    OPERANDS,
-    ROLES,
     SETMAXNREG,
     SMEM_RESERVED,
     WARP,
@@ -45,6 +43,7 @@ from ..base import (
     Gpu,
     Layout,
     Mma,
+    names,
     registers_per_thread,
     row_width,
 )
@@ -408,7 +407,7 @@ def memory_image(layout: Layout) -> np.ndarray:
     there, −1 where there is none."""
     rows, columns, *_ = algebra.flat_shape(layout.shape)
     row, column = np.indices((rows, columns))
-    offsets = algebra.offset(layout, row, column, *[0] * (len(algebra.flat_shape(layout.shape)) - 2))
+    offsets = algebra.offset(layout, row, column, *_zeros(layout))
     image = np.full(int(offsets.max()) + 1, -1, dtype=np.int64)
     image[offsets.ravel()] = (row * columns + column).ravel()
     return image
@@ -436,8 +435,9 @@ def threads_get(where: str, copy: Copy, layout: Layout, wanted: Layout, shape: t
     return [Finding("agreement", where, text, wrong, change)]
 
 
-def tensor_cores_get(where: str, mma: Mma, role: str, operand: str, layout: Layout, box: Box) -> list[Finding]:
-    """Read an operand as a warpgroup MMA does through its descriptor, from memory as TMA left it.
+def tensor_cores_get(where: str, layout: Layout, span: int, extent: int, k_size: int, k_major: bool) -> list[Finding]:
+    """Read an operand as a warpgroup MMA does through its descriptor, from memory as TMA left it: ``extent`` rows (m of A, n of
+    B) of ``k_size`` elements, each along the layout's columns where ``k_major``.
 
     PTX ISA, "Asynchronous warpgroup level matrix shared memory layout" and "Strides": with ``span`` the swizzle's
     bytes, element (row, k) of a K-major operand is at ``start + (row mod 8)·span + (row / 8)·SBO + 2·k``, element (n,
@@ -445,13 +445,13 @@ def tensor_cores_get(where: str, mma: Mma, role: str, operand: str, layout: Layo
     2``; then the swizzle acts on the address.
     """
     found = []
-    swizzle, span = TMA_SWIZZLES.get(box.swizzle_bytes), box.swizzle_bytes
+    swizzle = TMA_SWIZZLES.get(span)
     if swizzle is None:
         text = f"{layout} comes without a swizzle"
         return [Finding("WGMMA", where, text, algebra.size(layout), "use a swizzle span of 32, 64 or 128 bytes")]
     image, bare = memory_image(layout), algebra.unswizzled(layout)
     rows, columns, *_ = algebra.flat_shape(layout.shape)
-    k_size, width = mma.shape[2], span // BYTES
+    width = span // BYTES
 
     def start(row: int, column: int) -> int:
         return int(algebra.offset(bare, row, column, *_zeros(layout))) * BYTES
@@ -463,8 +463,7 @@ def tensor_cores_get(where: str, mma: Mma, role: str, operand: str, layout: Layo
     wrong, total = 0, 0
     sbo = start(8, 0) - start(0, 0)
     lbo = start(0, width) - start(0, 0) if columns > width else 0
-    if role == "S":  # K-major: k along the columns
-        extent = mma.shape[0] if operand == "Q" else mma.shape[1]
+    if k_major:
         row, k = np.indices((extent, k_size))
         local = row % 8 * span + row // 8 * sbo + k * BYTES
         steps = [(start(0, first), row * columns + first + k) for first in range(0, columns, k_size)]
@@ -472,9 +471,9 @@ def tensor_cores_get(where: str, mma: Mma, role: str, operand: str, layout: Layo
             text = f"an MMA takes {extent} rows of an operand that has {rows}"
             found.append(Finding("WGMMA", where, text, abs(extent - rows), "make the MMA as tall as the tile"))
     else:  # MN-major: n along the columns, of which there may be several MMAs' worth, k along the rows
-        n, k = np.indices((mma.shape[1], k_size))
+        n, k = np.indices((extent, k_size))
         local = n % width * BYTES + n // width * lbo + k % 8 * span + k // 8 * sbo
-        firsts = [(row, n) for row in range(0, rows - rows % k_size, k_size) for n in range(0, columns, mma.shape[1])]
+        firsts = [(row, n) for row in range(0, rows - rows % k_size, k_size) for n in range(0, columns, extent)]
         steps = [(start(row, column), (row + k) * columns + column + n) for row, column in firsts]
         if rows % k_size:
             text = f"{rows} keys are no multiple of the {k_size} that an MMA takes"
@@ -493,20 +492,19 @@ def tensor_cores_get(where: str, mma: Mma, role: str, operand: str, layout: Layo
     return found
 
 
-def scores_are_operand(where: str, scores: Mma, product: Mma, name: str, split: bool = False) -> list[Finding]:
-    """The product of this name takes its operand A from the registers in which the scores were left: same thread, same row,
-    same column, 16 columns at a time; where warps ``split`` the columns, of its warp's own."""
+def scores_are_operand(where: str, scores: Mma, product: Mma) -> list[Finding]:
+    """A product takes its operand A from the registers in which the scores were left: same thread, same row, same column, 16
+    columns at a time."""
     rows, columns = algebra.coordinates(scores.c, scores.tile[:2])
     a_rows, a_columns = algebra.coordinates(product.a, (product.tile[0], product.tile[2]))
     per_step = a_rows.shape[1]
     wrong = 0
-    for first in range(0, rows.shape[1] - per_step + 1, per_step):
-        part = slice(first, first + per_step)
-        begin = columns[:, part].min(axis=1, keepdims=True) // 16 * 16 if split else first // per_step * product.tile[2]
-        wrong += int(((rows[:, part] != a_rows) | (columns[:, part] != a_columns + begin)).sum())
+    for step in range(rows.shape[1] // per_step):
+        part = slice(step * per_step, (step + 1) * per_step)
+        wrong += int(((rows[:, part] != a_rows) | (columns[:, part] != a_columns + step * product.tile[2])).sum())
     if not wrong:
         return []
-    text = f"{wrong} of {rows.size} scores lie in another thread or value than {name} takes them from"
+    text = f"{wrong} of {rows.size} scores lie in another thread or value than the product takes them from"
     return [Finding("agreement", where, text, wrong, "give both products the same rows and warps")]
 
 
@@ -587,19 +585,25 @@ def title(config: Config) -> str:
 
 def operands(config: Config) -> tuple[str, ...]:
     """What :func:`report` names: operands, and in the backward pass products."""
-    family = family_of(config)
-    return tuple(dict.fromkeys((*family.OPERANDS, *family.ROLES))) if config.backward else (*OPERANDS, "P")
+    operands, roles, _ = names(family_of(config))
+    return tuple(dict.fromkeys((*operands, *roles))) if config.backward else (*operands, "P")
 
 
 def report(config: Config, head_dim: int | None = None, family: ModuleType | None = None) -> list[Row]:
-    """Every step of every operand of a config, with what was counted and found. ``head_dim`` is that of the
+    """Every step of every operand of a config, and its products, with what was counted and found. ``head_dim`` is that of the
     tensors, where it is smaller than the tile's (Q and K; V's padding is taken to be the same)."""
     family = family or family_of(config)
+    operands, roles, _ = names(family)
+    rows: list[Row] = []
+    for operand in operands:
+        if room := _room(operand, config, family):
+            rows += _operand_rows(operand, room, config, head_dim, family)
+            rows += _tensor_core_rows(operand, config, family)
+    found = {role: tuple(_product(role, config, family)) for role in roles}
     if config.backward:
-        return list(_backward_rows(config, head_dim, family))
-    rows = list(_rows(config, head_dim, family))
-    rows.append(Row("P", "S to P", "registers", str(family.mma("S", config).c), findings=_products(config, family)))
-    return rows
+        return rows + [Row(role, "product", "", str(family.mma(role, config).c), findings=found[role]) for role in roles]
+    scores = str(family.mma("S", config).c)
+    return [*rows, Row("P", "S to P", "registers", scores, findings=sum(found.values(), ()))]
 
 
 def check(config: Config, head_dim: int | None = None, family: ModuleType | None = None) -> list[Finding]:
@@ -609,35 +613,18 @@ def check(config: Config, head_dim: int | None = None, family: ModuleType | None
     return found + budget_findings(config, for_target(config.target).GPU, family)
 
 
-def _products(config: Config, family: ModuleType) -> tuple[Finding, ...]:
-    """The MMAs' own maps, and S's accumulator is P's operand."""
-    found = [finding for role in ROLES for finding in own_maps(family.mma(role, config), title(config), f" of {role}")]
-    scores, output = (family.mma(role, config) for role in ROLES)
-    if "A" not in output.from_shared:
-        found += scores_are_operand(f"{title(config)}, P", scores, output, "P·V")
-    return tuple(found)
+def _room(operand: str, config: Config, family: ModuleType) -> int:
+    """Bytes of shared memory set aside for an operand, or for the one that it lies over; 0 where it is in registers all the
+    while."""
+    if hasattr(family, "KERNELS"):
+        parts = family.smem_parts_of(next(kernel for kernel, held in family.KERNELS.items() if operand in held), config)
+    else:
+        parts = family.smem_parts(config)
+    over = family.over(config) if config.backward else {} if parts.get("O") else {"O": "Q"}
+    return parts.get(over.get(operand, operand).removeprefix("q"), 0)
 
 
-def own_maps(mma: Mma, where: str, of: str = "") -> list[Finding]:
-    """An MMA's own maps are bijections, but for operands that several warps hold."""
-    m, n, k = mma.tile
-    stacked = mma.warps if not mma.from_shared else 1  # warps that each hold all of B
-    maps = (("A", mma.a, (m, k), mma.across), ("B", mma.b, (n, k), stacked), ("C", mma.c, (m, n), 1))
-    found: list[Finding] = []
-    for name, values, tile, times in maps:
-        if name not in mma.from_shared:
-            found += once(f"{where}, operand {name}{of}", values, tile, times)
-    return found
-
-
-def _rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
-    parts = family.smem_parts(config)
-    for operand in OPERANDS:
-        yield from operand_rows(operand, parts.get(operand) or parts["Q"], config, head_dim, family)  # O may lie over Q
-        yield from _tensor_core_row(operand, config, family)
-
-
-def operand_rows(operand: str, have: int, config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
+def _operand_rows(operand: str, have: int, config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
     """An operand's tile in shared memory, for which ``have`` bytes are set aside, and its copies."""
     layout, shape = family.smem(operand, config), family.tile(operand, config)
     dim = min(head_dim or shape[1], shape[1])
@@ -679,13 +666,13 @@ def in_registers(step: str, operand: str, config: Config, family: ModuleType) ->
     """The MMA's role whose registers a copy fills or empties, and which they are: ``"A"``, ``"B"`` or the accumulator
     ``"C"``."""
     verb, _, role = step.partition(" ")
-    if not config.backward:
-        forward = {("load", "Q"): ("S", "A"), ("load", "K"): ("S", "B"), ("load", "V"): ("O", "B"), ("store", "O"): ("O", "C")}
-        forward["load rS", "Q"] = "rS", "A"
-        return forward.get((step, operand))
     if verb == "store":
         return "S" if operand in ("P", "dS") else operand, "C"
-    return (role, "AB"[family.READS[role].index(operand)]) if verb == "load" else None
+    if verb != "load":
+        return None
+    reads = names(family)[2]
+    role = role or next(role for role, read in reads.items() if operand in read)
+    return role, "AB"[reads[role.removeprefix("r")].index(operand)]  # of first columns, as of all
 
 
 def wanted(step: str, operand: str, config: Config, family: ModuleType) -> tuple[Layout, int] | None:
@@ -704,67 +691,37 @@ def tiled_copy(step: str, operand: str, config: Config, family: ModuleType):
     return getattr(family, make)(*([role] if role else []), *arguments)
 
 
-def _tensor_core_row(operand: str, config: Config, family) -> Iterator[Row]:
-    role, letter = {"Q": ("S", "A"), "K": ("S", "B"), "V": ("O", "B")}.get(operand, ("", ""))
-    if not role or letter not in family.mma(role, config).from_shared:
-        return
-    mma, box = family.mma(role, config), family.copies(config)["in", operand]
-    found = tensor_cores_get(f"{title(config)}, {operand}, wgmma", mma, role, operand, family.smem(operand, config), box)
-    what = f"{'×'.join(map(str, mma.shape))}, {'K' if role == 'S' else 'MN'}-major, {box.swizzle_bytes}-byte swizzle"
-    yield Row(operand, "read", "wgmma", what, findings=tuple(found))
-
-
-# ---- the backward pass, whose operands and products have names of their own ------------------------------------------
-
-
-def _backward_rows(config: Config, head_dim: int | None, family: ModuleType) -> Iterator[Row]:
-    """Every step of every operand of a config, and its products."""
-    for operand in family.OPERANDS:
-        parts, part = _parts_of_kernel(operand, config, family), family.over(config).get(operand, operand).removeprefix("q")
-        if part not in parts:
-            continue  # it is in registers all the while
-        yield from operand_rows(operand, parts[part], config, head_dim, family)
-        yield from _backward_tensor_core_rows(operand, config, family)
-    for role in family.ROLES:
-        yield Row(role, "product", "", str(family.mma(role, config).c), findings=tuple(_product(role, config, family)))
-
-
-def _parts_of_kernel(operand: str, config: Config, family: ModuleType) -> dict[str, int]:
-    """Bytes by part, of the kernel that has the operand."""
-    if hasattr(family, "smem_parts_of"):  # two kernels
-        return family.smem_parts_of(next(name for name, held in family.KERNELS.items() if operand in held), config)
-    return family.smem_parts(config)
-
-
-def _backward_tensor_core_rows(operand: str, config: Config, family: ModuleType) -> Iterator[Row]:
-    """What warpgroup MMAs read through descriptors. Scores and dP sum over a head's columns: what they read is K-major;
-    the other products sum over rows of what they read from shared memory, but for dK, if it reads dSᵀ there."""
-    layout, where = family.smem(operand, config), f"{title(config)}, {operand}"
-    for role, operands in family.READS.items():
+def _tensor_core_rows(operand: str, config: Config, family: ModuleType) -> Iterator[Row]:
+    """What warpgroup MMAs read through descriptors. Scores and dP sum over a head's columns: what they read is K-major; the
+    other products sum over rows of what they read, but for dSᵀ, which dK's reads as it lies."""
+    for role, read in names(family)[2].items():
         mma = family.mma(role, config)
         if role == "dQ" and family.turned(config):
-            operands = operands[::-1]
-        for letter, name in zip("AB", operands, strict=True):
+            read = read[::-1]
+        for letter, extent, name in zip("AB", mma.shape[:2], read, strict=True):
             if name != operand or letter not in mma.from_shared:
                 continue
-            width = row_width(layout)
-            box = Box(operand, family.tile(operand, config)[0], width, width * BYTES)
-            k_major = role in family.FIRST or (mma.from_shared == "AB" and role != "dQ" and (role, letter) != ("dK", "B"))
-            read = mma if letter == "B" or k_major else replace(mma, shape=(mma.shape[0], mma.shape[0], mma.shape[2]))
-            found = tensor_cores_get(
-                f"{where}, {role}", read, "S" if k_major else "O", "Q" if letter == "A" else "K", layout, box
-            )
-            what = f"{'×'.join(map(str, mma.shape))}, {'K' if k_major else 'MN'}-major, {box.swizzle_bytes}-byte swizzle"
-            yield Row(operand, f"read {role}", "wgmma", what, findings=tuple(found))
+            layout, step = family.smem(operand, config), f"read {role}" if config.backward else "read"
+            span, k_major = row_width(layout) * BYTES, role.lstrip("rq") in ("S", "dP") or (role, letter) == ("dK", "A")
+            found = tensor_cores_get(f"{title(config)}, {operand}, {step}", layout, span, extent, mma.shape[2], k_major)
+            what = f"{'×'.join(map(str, mma.shape))}, {'K' if k_major else 'MN'}-major, {span}-byte swizzle"
+            yield Row(operand, step, "wgmma", what, findings=tuple(found))
 
 
 def _product(role: str, config: Config, family: ModuleType) -> list[Finding]:
-    """An MMA's own maps are bijections; and where its A operand is in registers, it is what S's accumulator holds."""
-    mma, at = family.mma(role, config), f"{title(config)}, {role}"
-    found = own_maps(mma, at)
-    if "A" not in mma.from_shared and (role in ("dV", "dK") or not family.READS[role][0]):
-        scores = family.mma("qS" if role == "dQ" else "S", config)
-        found += scores_are_operand(at, scores, mma, "the product", split=True)
+    """An MMA's own maps are bijections, but for operands that several warps hold; and an operand A that is neither read nor
+    loaded from shared memory is what the scores' accumulator holds."""
+    mma, where, found = family.mma(role, config), f"{title(config)}, {role}", []
+    m, n, k = mma.tile
+    stacked = mma.warps if not mma.from_shared else 1  # warps that each hold all of B
+    maps = (("A", mma.a, (m, k), mma.across), ("B", mma.b, (n, k), stacked), ("C", mma.c, (m, n), 1))
+    for letter, values, tile, times in maps:
+        if letter not in mma.from_shared:
+            found += once(f"{where}, operand {letter}", values, tile, times)
+    name = names(family)[2][role][0]
+    loaded = {("load", name), (f"load {role}", name)} & family.copies(config).keys()
+    if not (loaded or "A" in mma.from_shared or role.startswith("r")):
+        found += scores_are_operand(where, family.mma("qS" if role == "dQ" else "S", config), mma)
     return found
 
 
@@ -799,7 +756,7 @@ def against_dsl(configs: Sequence[Config], limit: int = SOME) -> list[Finding]:
 
 def _compare(config: Config, family: ModuleType, limit: int, done: set) -> Iterator[Finding]:
     at = title(config)
-    operands, roles = (family.OPERANDS, family.ROLES) if config.backward else (OPERANDS, ROLES)
+    operands, roles, _ = names(family)
     pairs = [(f"{at}, {name}", family.smem(name, config), family.smem_layout(name, config)) for name in operands]
     trivial: set[Layout] = set()
     for role in roles:

@@ -15,7 +15,7 @@ pytest.importorskip("pycute")
 
 from cute_attn.layouts import family, for_target, known_targets
 from cute_attn.layouts.__main__ import configs, main
-from cute_attn.layouts.base import BYTES, KIB, OPERANDS, ROLES, Box, Config, Copy, Layout, by_modes, tiled_rows
+from cute_attn.layouts.base import BYTES, KIB, Box, Config, Copy, Layout, by_modes, names, tiled_rows
 from cute_attn.layouts.tools import algebra, prove
 
 # Every config with tensors as wide as its tile, which the command proves (test_check_everything), and with narrower ones.
@@ -95,9 +95,10 @@ def test_no_layout_depends_on_a_target_or_a_dtype():
     for config, _ in EVERY:
         lay, other = family(config), of_any(config)
         assert lay.copies(config) == lay.copies(other)
-        for name in lay.OPERANDS if config.backward else OPERANDS:
+        operands, roles, _ = names(lay)
+        for name in operands:
             assert (lay.tile(name, config), lay.smem(name, config)) == (lay.tile(name, other), lay.smem(name, other))
-        for role in lay.ROLES if config.backward else ROLES:
+        for role in roles:
             assert lay.mma(role, config) == lay.mma(role, other)
 
 
@@ -233,12 +234,11 @@ def test_a_descriptor_that_looks_elsewhere(operand):
     rows, columns = module.tile(operand, config)
     narrow = tiled_rows((rows, columns, 2), 32, (2, 4, 3), 1)
     box = module.copies(config)["in", operand]
-    role = "O" if operand == "V" else "S"
-    wide, slim = replace(box, columns=64, swizzle_bytes=128), replace(box, columns=32, swizzle_bytes=64)
-    assert prove.box_findings("", slim, narrow, 1024) == []
-    mma = module.mma(role, config)
-    assert prove.tensor_cores_get("", mma, role, operand, narrow, slim) == []
-    assert kinds(prove.tensor_cores_get("", mma, role, operand, narrow, wide)) == {"agreement"}
+    assert prove.box_findings("", replace(box, columns=32, swizzle_bytes=64), narrow, 1024) == []
+    m, n, k = module.mma("O" if operand == "V" else "S", config).shape
+    how = m if operand == "Q" else n, k, operand != "V"
+    assert prove.tensor_cores_get("", narrow, 64, *how) == []
+    assert kinds(prove.tensor_cores_get("", narrow, 128, *how)) == {"agreement"}
 
 
 def test_products_that_hand_p_over_to_another_thread():
@@ -408,13 +408,11 @@ def test_boxes_that_do_not_begin_at_the_swizzle_pattern():
 
 def test_wgmma_without_a_swizzle_and_with_keys_that_are_no_multiple_of_16():
     config = config_of("tma_wgmma")
-    module = family(config)
-    box = module.copies(config)["in", "V"]
-    mma, layout = module.mma("O", config), module.smem("V", config)
-    found = prove.tensor_cores_get("", mma, "O", "V", layout, replace(box, swizzle_bytes=0))
+    _, n, k = family(config).mma("O", config).shape
+    found = prove.tensor_cores_get("", family(config).smem("V", config), 0, n, k, k_major=False)
     assert kinds(found) == {"WGMMA"}
     odd = tiled_rows((72, 128), 64, (3, 4, 3), 1)
-    assert "no multiple of the 16" in prove.tensor_cores_get("", mma, "O", "V", odd, box)[0].what
+    assert "no multiple of the 16" in prove.tensor_cores_get("", odd, 128, n, k, k_major=False)[0].what
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
@@ -508,20 +506,29 @@ def test_a_copy_that_forgets_to_transpose_in_the_backward_pass(step, operand):
     assert {"agreement", "alignment"} <= kinds(found)
 
 
-@pytest.mark.parametrize("mainloop", ["cp_async_backward", "tma_wgmma_backward"])
-def test_scores_that_are_not_the_operand(mainloop):
-    """P of rows in another order than dV takes them."""
-    config = backward_config(mainloop)
+@pytest.mark.parametrize(
+    ("mainloop", "head_dim", "scores", "products"),
+    [
+        ("cp_async_backward", 64, "S", {"dV", "dK"}),
+        ("tma_wgmma_backward", 128, "S", {"dV", "dK"}),
+        ("tma_wgmma_wide", 256, "S", {"dV", "dK"}),
+        ("tma_wgmma_wide", 256, "qS", {"dQ"}),
+    ],
+)
+def test_scores_that_are_not_the_operand(mainloop, head_dim, scores, products):
+    """Those of rows in another order than the products take them from registers."""
+    config = backward_config(mainloop, head_dim)
     honest = family(config).mma
 
     def upside_down(role, c):
         mma = honest(role, c)
         threads, values = mma.c.shape[0], mma.c.shape[1]
         stride = (tuple(reversed(mma.c.stride[0])), mma.c.stride[1])
-        return replace(mma, c=Layout((tuple(reversed(threads)), values), stride)) if role == "S" else mma
+        return replace(mma, c=Layout((tuple(reversed(threads)), values), stride)) if role == scores else mma
 
     found = prove.check(config, family=with_(config, mma=upside_down))
-    assert "agreement" in kinds(found)
+    of_products = [finding for finding in found if "scores lie in another thread" in finding.what]
+    assert {finding.where.rsplit(", ", 1)[1] for finding in of_products} == products
 
 
 def test_gradients_lie_where_there_is_room():
