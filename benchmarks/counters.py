@@ -22,7 +22,7 @@ from cute_attn import layouts
 from cute_attn.command import write_whole
 from cute_attn.layouts.__main__ import configs
 from cute_attn.layouts.base import Box, Config, Copy, Layout
-from cute_attn.layouts.tools import prove
+from cute_attn.layouts.tools import counts
 
 UNIT = 8  # elements of 16 bytes together
 SCHEMA = "layouts 1"
@@ -117,9 +117,9 @@ class Case:
     def predicted(self) -> dict[str, int]:
         """What the proof counts: ``instructions`` of a warp, and what applies of ``conflicts``, ``accesses``, ``sectors``."""
         if isinstance(self.copy, Box):
-            found = prove.box_sectors(self.copy, self.shape, self.shape[1], self.shape[1])
+            found = counts.of_box(self.copy, self.shape, self.shape[1], self.shape[1])
             return {"instructions": found.instructions, "sectors": found.asked}
-        banks, sectors = prove.counts(self.copy, self.layout, self.shape, self.shape[1], self.shape[1])
+        banks, sectors = counts.of_copy(self.copy, self.layout, self.shape, self.shape[1], self.shape[1])
         found = {"instructions": banks.instructions, "conflicts": banks.conflicts, "accesses": banks.accesses}
         return found | ({} if sectors is None else {"sectors": sectors.asked})
 

@@ -2,7 +2,7 @@
 
 One micro-kernel for each copy and shared-memory layout, of a single block that makes the copy once for one tile; as shipped,
 with the same layout unswizzled, and, for copies of whole rows, which have no conflicts even so, with one that makes them
-conflict. Nsight Compute counts bank conflicts and sectors; ``cute_attn.layouts.tools.prove`` predicts them. Besides, without
+conflict. Nsight Compute counts bank conflicts and sectors; ``cute_attn.layouts.tools.counts`` predicts them. Besides, without
 the profiler, what each copy moved is checked element by element: the layout and the maps on the host say where in shared
 memory, in which thread and value, or where in global memory it must be.
 

@@ -74,6 +74,11 @@ def offset(layout: Layout, *coordinate) -> Any:
     return swizzled(layout.swizzle, index * units) // units
 
 
+def in_first_slot(layout: Layout, row, column) -> Any:
+    """The offset of an element of a tile in the first of its slots."""
+    return offset(layout, row, column, *[0] * (len(flat_shape(layout.shape)) - 2))
+
+
 def table(layout: Layout) -> np.ndarray:
     """Every offset, as an array with one axis for each mode of the layout."""
     modes = layout.shape if isinstance(layout.shape, tuple) else (layout.shape,)

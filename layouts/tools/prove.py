@@ -7,13 +7,8 @@ which says what, where, how many, and what to change.
 - **Once**: a tiled copy touches each element of its tile exactly once; a thread-value map is a bijection.
 - **Agreement**: memory is filled the way the copies (or TMA's boxes) fill it, and read the way ``ldmatrix`` or
   warpgroup MMA's descriptors read it; every thread must get the elements that the MMA's operand map says it holds.
-- **Coalescing**: sectors of 32 bytes asked for, warp by warp, over sectors that the tile lies in.
-- **Bank conflicts**: shared memory has 32 banks of 4 bytes; byte a lies in bank ``a / 4 mod 32``. The threads of a
-  warp are served 128 bytes at a time (8 threads of 16 bytes, 32 of 4), and such a phase takes as many accesses as the
-  fullest bank has different words: ``Σ phases (max over banks of words) − phases`` are conflicts. A matrix
-  instruction has one phase for each 8×8 matrix. ``cp.async`` writes as its data comes in, one line of the L1 cache at
-  a time: a phase is what a warp's instruction brings from one line of 128 bytes, and where that conflicts, each access
-  asks for its sectors by itself. So counted on an H200 (``benchmarks/layouts.py``); of older GPUs it is an assumption.
+- **Coalescing and bank conflicts**: few sectors of global memory besides those that a tile lies in, and no conflicts, by
+  ``counts``.
 - **TMA and WGMMA**: the limits that the hardware puts on boxes, addresses and descriptors.
 - **Budgets**: shared memory, registers, barriers and threads against the GPU's limits.
 """
@@ -22,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
@@ -30,8 +24,6 @@ import numpy as np
 from .. import family as family_of
 from .. import for_target
 from ..base import (
-    BANK_BYTES,
-    BANKS,
     BYTES,
     NAMED_BARRIERS,
     SETMAXNREG,
@@ -44,14 +36,13 @@ from ..base import (
     Layout,
     Mma,
     names,
+    registers_at_launch,
     registers_per_thread,
     row_width,
 )
-from . import algebra
+from . import algebra, counts
+from .counts import Banks, Sectors
 
-PHASE_BYTES = BANKS * BANK_BYTES
-SECTOR_BYTES = 32
-LINE_BYTES = 128  # of the L1 cache
 # What wasted sectors may cost before they are a finding: rows that don't begin at a sector cost some whatever one does.
 SECTORS_TOLERATED = 1.5
 # CUDA driver API, cuTensorMapEncodeTiled: limits of a box; span of a swizzle -> Sw<bits,base,shift> on bytes.
@@ -75,38 +66,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}: {self.change}"
-
-
-@dataclass(frozen=True)
-class Banks:
-    """Accesses of the shared-memory banks for one tile, all warps together."""
-
-    instructions: int  # of a whole warp
-    accesses: int
-    least: int  # accesses without a conflict
-
-    @property
-    def conflicts(self) -> int:
-        return self.accesses - self.least
-
-
-@dataclass(frozen=True)
-class Sectors:
-    """Sectors of global memory for one tile, all warps together."""
-
-    instructions: int  # of a whole warp, or TMA boxes
-    asked: int
-    needed: int
-    access_bytes: int  # of one thread, or of a row of a box
-
-    @property
-    def ratio(self) -> float:
-        return self.asked / self.needed
-
-    @property
-    def request_bytes(self) -> float:
-        """What one instruction of a warp, or one box, brings on average: whole sectors."""
-        return self.asked * SECTOR_BYTES / self.instructions
 
 
 @dataclass(frozen=True)
@@ -187,30 +146,7 @@ def fits(where: str, tile: tuple[int, int], shape: tuple[int, int]) -> list[Find
     return [Finding("hole", where, text, rest, "choose rows and columns that are multiples of the tile's")]
 
 
-# ---- where a copy's accesses go --------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def accesses(copy: Copy, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of every element of every access to memory, over all tiles of an operand.
-
-    Arrays (instruction of a warp, thread, element), in the operand's own rows and columns.
-    """
-    return _grouped(algebra.addresses(copy), copy, shape)
-
-
-def _grouped(values: Layout, copy: Copy, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of a (thread, value) map repeated over an operand: (instruction of a warp, thread, element)."""
-    elements = algebra.INSTRUCTIONS[copy.instruction].elements
-    whole = (shape[1], shape[0]) if copy.transposed else shape
-    tiles = np.indices((whole[0] // copy.tile[0], whole[1] // copy.tile[1]))
-    found = []
-    for axis, x in enumerate(algebra.coordinates(values, copy.tile)):
-        warps = max(1, len(x) // WARP)
-        x = x.reshape(warps, -1, x.shape[1] // elements, elements).transpose(0, 2, 1, 3)  # (warp, instruction, …)
-        first = tiles[axis] * copy.tile[axis]
-        found.append((first[..., None, None, None, None] + x).reshape(-1, x.shape[-2], elements))
-    return (found[1], found[0]) if copy.transposed else (found[0], found[1])
+# ---- a copy's accesses -----------------------------------------------------------------------------------------------
 
 
 def contiguous(where: str, layout: Layout, offsets: np.ndarray) -> list[Finding]:
@@ -226,23 +162,6 @@ def contiguous(where: str, layout: Layout, offsets: np.ndarray) -> list[Finding]
     return [Finding("alignment", where, text, torn, change)]
 
 
-# ---- shared-memory banks ---------------------------------------------------------------------------------------------
-
-
-def banks(offsets: np.ndarray) -> Banks:
-    """Count the accesses of the banks. ``offsets`` in elements: (instruction, thread, element)."""
-    instructions, threads, elements = offsets.shape
-    size = elements * BYTES
-    together = min(threads, PHASE_BYTES // size)
-    words = offsets[..., :: BANK_BYTES // BYTES] * BYTES // BANK_BYTES
-    words = np.sort(words.reshape(-1, together * words.shape[-1]), axis=1)
-    first = np.ones_like(words, dtype=bool)
-    first[:, 1:] = words[:, 1:] != words[:, :-1]  # a word asked for twice is read once
-    phase = np.broadcast_to(np.arange(len(words))[:, None], words.shape)
-    filled = np.bincount((phase * BANKS + words % BANKS)[first], minlength=len(words) * BANKS)
-    return Banks(instructions, int(filled.reshape(-1, BANKS).max(axis=1).sum()), len(words))
-
-
 def bank_findings(where: str, layout: Layout, counted: Banks) -> list[Finding]:
     """Any conflict is a finding: a swizzle as wide as a row avoids them all."""
     if not counted.conflicts:
@@ -255,43 +174,6 @@ def bank_findings(where: str, layout: Layout, counted: Banks) -> list[Finding]:
     return [Finding("bank conflicts", where, text, counted.conflicts, change)]
 
 
-# ---- global-memory sectors -------------------------------------------------------------------------------------------
-
-
-def sectors(rows: np.ndarray, columns: np.ndarray, head_dim: int, pitch: int) -> Sectors:
-    """Count the sectors of accesses (instruction, thread, element) to rows ``pitch`` elements apart.
-
-    What lies past ``head_dim`` is not accessed. The tensor is taken to begin at a sector.
-    """
-    first = columns[..., 0]
-    present = first < head_dim
-    begin = (rows[..., 0] * pitch + first) * BYTES
-    size = rows.shape[-1] * BYTES
-    touched = begin[..., None] // SECTOR_BYTES + np.arange(-(-size // SECTOR_BYTES))
-    last = (begin + size - 1) // SECTOR_BYTES
-    touched = np.minimum(touched, last[..., None])
-    instruction = np.broadcast_to(np.arange(len(rows))[:, None, None], touched.shape)
-    keep = np.broadcast_to(present[..., None], touched.shape)
-    asked = np.unique(np.stack([instruction[keep], touched[keep]]), axis=1)
-    issued = np.unique(asked[0]).size
-    return Sectors(issued, asked.shape[1], np.unique(asked[1]).size, size)
-
-
-def box_sectors(box: Box, shape: tuple[int, int], head_dim: int, pitch: int) -> Sectors:
-    """The same for TMA's boxes over an operand, up to ``head_dim``. TMA moves row by row, so a sector that two rows
-    share is needed twice."""
-
-    def touched(row: int, first: int, end: int) -> int:
-        begin, end = (row * pitch + first) * BYTES, (row * pitch + end) * BYTES
-        return -(-end // SECTOR_BYTES) - begin // SECTOR_BYTES
-
-    wanted = min(shape[1], head_dim)
-    firsts, rows = range(0, wanted, box.columns), range(shape[0])
-    asked = sum(touched(row, first, min(first + box.columns, wanted)) for row in rows for first in firsts)
-    needed = sum(touched(row, 0, wanted) for row in rows)
-    return Sectors(len(firsts) * (shape[0] // box.rows), asked, needed, box.columns * BYTES)
-
-
 def sector_findings(where: str, counted: Sectors) -> list[Finding]:
     """More than :data:`SECTORS_TOLERATED` times the sectors that the tile lies in."""
     if counted.ratio <= SECTORS_TOLERATED:
@@ -302,47 +184,6 @@ def sector_findings(where: str, counted: Sectors) -> list[Finding]:
     )
     change = "let neighbouring threads take neighbouring 16-byte pieces of a row"
     return [Finding("coalescing", where, text, counted.asked - counted.needed, change)]
-
-
-def by_line(rows: np.ndarray, columns: np.ndarray, offsets: np.ndarray, head_dim: int, pitch: int) -> tuple[Banks, Sectors]:
-    """Both counts for ``cp.async``, which handles one line of the L1 cache after the other.
-
-    Threads of one line that write the same banks do so in turn, in the order of their numbers; threads that take the same
-    turn share the sectors that they ask for, others don't. An access is aligned to its size, so it lies in one line and
-    one sector, and takes one slot of as many banks. What lies past ``head_dim`` is filled with zeros; that is taken to be
-    written like a store, 128 bytes at a time.
-    """
-    instructions, threads, elements = offsets.shape
-    size = elements * BYTES
-    together = PHASE_BYTES // size
-    thread = np.tile(np.arange(threads), instructions)
-    instruction = np.repeat(np.arange(instructions), threads)
-    begin = ((rows[..., 0] * pitch + columns[..., 0]) * BYTES).ravel()
-    present = columns[..., 0].ravel() < head_dim
-    line = np.where(present, begin // LINE_BYTES, -1 - thread // together)
-    slot = offsets[..., 0].ravel() * BYTES // size % together
-    order = np.lexsort((thread, slot, line, instruction))
-    keys = np.stack([instruction, line, slot])[:, order]
-    starts = np.flatnonzero(np.append(True, (keys[:, 1:] != keys[:, :-1]).any(0)))
-    turn = np.empty(len(order), dtype=np.int64)
-    turn[order] = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
-    lines = np.unique(np.stack([instruction, line]), axis=1).shape[1]
-    turns = np.unique(np.stack([instruction, line, turn]), axis=1).shape[1]
-    asked = np.unique(np.stack([instruction, turn, begin // SECTOR_BYTES])[:, present], axis=1)
-    needed, issued = np.unique(asked[2]).size, np.unique(asked[0]).size
-    return Banks(instructions, turns, lines), Sectors(issued, asked.shape[1], needed, size)
-
-
-@lru_cache(maxsize=4096)  # GPUs of one family have many copies in common
-def counts(copy: Copy, layout: Layout, shape: tuple[int, int], head_dim: int, pitch: int) -> tuple[Banks, Sectors | None]:
-    """What a copy by threads between a tile in ``layout`` and registers or rows ``pitch`` elements apart is counted at."""
-    rows, columns = accesses(copy, shape)
-    offsets = algebra.offset(layout, rows, columns, *_zeros(layout))
-    instruction = algebra.INSTRUCTIONS[copy.instruction]
-    if copy.instruction == "cp.async":
-        return by_line(rows, columns, offsets, head_dim, pitch)
-    moves = "global" in (instruction.reads, instruction.writes)
-    return banks(offsets), sectors(rows, columns, head_dim, pitch) if moves else None
 
 
 # ---- TMA -------------------------------------------------------------------------------------------------------------
@@ -407,7 +248,7 @@ def memory_image(layout: Layout) -> np.ndarray:
     there, −1 where there is none."""
     rows, columns, *_ = algebra.flat_shape(layout.shape)
     row, column = np.indices((rows, columns))
-    offsets = algebra.offset(layout, row, column, *_zeros(layout))
+    offsets = algebra.in_first_slot(layout, row, column)
     image = np.full(int(offsets.max()) + 1, -1, dtype=np.int64)
     image[offsets.ravel()] = (row * columns + column).ravel()
     return image
@@ -418,14 +259,14 @@ def threads_get(where: str, copy: Copy, layout: Layout, wanted: Layout, shape: t
     hold, and for a store it must own, the elements that the MMA's map ``wanted`` gives it."""
     instruction = algebra.INSTRUCTIONS[copy.instruction]
     image = memory_image(layout)
-    rows, columns = accesses(copy, shape)
-    lead = algebra.offset(layout, rows, columns, *_zeros(layout))[..., :1]
+    rows, columns = counts.accesses(copy, shape)
+    lead = algebra.in_first_slot(layout, rows, columns)[..., :1]
     read = image[np.minimum(lead + np.arange(instruction.elements), len(image) - 1)]  # (instruction, thread, element)
     if instruction.matrix is not None:
         held = np.empty((len(read), WARP * instruction.elements), dtype=np.int64)
         held[:, algebra.table(instruction.matrix).ravel()] = read.reshape(len(read), -1)
         read = held.reshape(len(read), instruction.elements, WARP).transpose(0, 2, 1)
-    rows, columns = _grouped(wanted, copy, shape)
+    rows, columns = counts.grouped(wanted, copy, shape)
     expected = rows * algebra.flat_shape(layout.shape)[1] + columns
     wrong = int((read != expected).sum())
     if not wrong:
@@ -454,7 +295,7 @@ def tensor_cores_get(where: str, layout: Layout, span: int, extent: int, k_size:
     width = span // BYTES
 
     def start(row: int, column: int) -> int:
-        return int(algebra.offset(bare, row, column, *_zeros(layout))) * BYTES
+        return int(algebra.in_first_slot(bare, row, column)) * BYTES
 
     def mistakes(address: np.ndarray, expected: np.ndarray) -> int:
         index = algebra.swizzled(swizzle, address) // BYTES
@@ -531,8 +372,7 @@ def budget(config: Config, gpu: Gpu, family: ModuleType) -> list[Line]:
         lines.append(Line("registers", f"{warpgroups} computing warpgroups", warpgroups * 128 * config.mma_registers))
         lines.append(Line("registers", f"{copying} copying warpgroup", copying * 128 * config.copy_registers))
         taken = 128 * (warpgroups * config.mma_registers + copying * config.copy_registers)
-        # setmaxnreg shares out what the block was launched with: as many a thread as fit, in steps of 8.
-        launched = gpu.registers_per_multiprocessor // config.threads // 8 * 8 * config.threads
+        launched = registers_at_launch(config, gpu) * config.threads
         lines.append(Line("registers", "after setmaxnreg, a block", taken, launched))
     else:
         lines.append(Line("registers", f"{blocks * config.threads} threads", blocks * config.threads * have, None))
@@ -639,7 +479,7 @@ def _operand_rows(operand: str, have: int, config: Config, head_dim: int | None,
 
 
 def _box_row(at: str, step: str, box: Box, layout: Layout, shape, dim: int, family: ModuleType) -> Row:
-    counted = box_sectors(box, shape, dim, dim)
+    counted = counts.of_box(box, shape, dim, dim)
     found = box_findings(at, box, layout, family.SMEM_ALIGN) + sector_findings(at, counted)
     what = f"{box.rows}×{box.columns} box, {box.swizzle_bytes}-byte swizzle"
     return Row(box.operand, step, f"TMA {'store' if box.store else 'load'}", what, None, counted, tuple(found))
@@ -651,14 +491,14 @@ def _copy_row(at: str, step: str, copy: Copy, layout: Layout, shape, dim: int, w
     found = fits(at, copy.tile, whole) + once(at, copy.values, copy.tile, times)
     if found:
         return Row(copy.operand, step, copy.instruction, str(copy.values), findings=tuple(found))
-    rows, columns = accesses(copy, shape)
-    counted, moved = counts(copy, layout, shape, dim, dim)
-    found += contiguous(at, layout, algebra.offset(layout, rows, columns, *_zeros(layout)))
+    rows, columns = counts.accesses(copy, shape)
+    counted, moved = counts.of_copy(copy, layout, shape, dim, dim)
+    found += contiguous(at, layout, algebra.in_first_slot(layout, rows, columns))
     found += bank_findings(at, layout, counted)
     if mma_map is not None:
         found += threads_get(at, copy, layout, mma_map, shape)
     if moved is not None:  # of the map alone: sectors that bank conflicts cost are no finding of their own
-        found += sector_findings(at, sectors(rows, columns, dim, dim))
+        found += sector_findings(at, counts.sectors(rows, columns, dim, dim))
     return Row(copy.operand, step, copy.instruction, str(copy.values), counted, moved, tuple(found))
 
 
@@ -803,8 +643,3 @@ def _compare_layout(where: str, layout: Layout, traced, limit: int) -> Iterator[
     if wrong:
         text = f"{layout} is {traced} in the DSL: {wrong} indices differ"
         yield Finding("DSL", where, text, wrong, "make both from one description")
-
-
-def _zeros(layout: Layout) -> list[int]:
-    """The coordinates of the first slot."""
-    return [0] * (len(algebra.flat_shape(layout.shape)) - 2)

@@ -16,7 +16,7 @@ pytest.importorskip("pycute")
 from cute_attn.layouts import family, for_target, known_targets
 from cute_attn.layouts.__main__ import configs, main
 from cute_attn.layouts.base import BYTES, KIB, Box, Config, Copy, Layout, by_modes, names, tiled_rows
-from cute_attn.layouts.tools import algebra, prove
+from cute_attn.layouts.tools import algebra, counts, prove
 
 # Every config with tensors as wide as its tile, which the command proves (test_check_everything), and with narrower ones.
 EVERY = configs() + configs(gradients="qkv")
@@ -260,7 +260,7 @@ def test_threads_that_go_down_a_column_are_not_coalesced():
     down = by_modes((32, 32), ((32, 1, 0), (4, 0, 8)), ((8, 0, 1),))
     found = prove.check(config, family=with_copy(config, ("in", "K"), tile=(32, 32), values=down))
     assert kinds(found) == {"coalescing"}
-    counted = prove.sectors(*prove.accesses(Copy("cp.async", "K", (32, 32), down), shape), 128, 128)
+    counted = counts.sectors(*counts.accesses(Copy("cp.async", "K", (32, 32), down), shape), 128, 128)
     assert counted.asked == 2 * counted.needed  # each 16-byte access takes a sector of its own
     assert counted.needed == 64 * 128 * BYTES // 32
 
@@ -269,7 +269,7 @@ def test_threads_that_go_down_a_column_are_not_coalesced():
 def test_sectors_against_enumeration(head_dim, pitch):
     config = config_of("cp_async", head_dim)
     copy = family(config).copies(config)["in", "K"]
-    rows, columns = prove.accesses(copy, family(config).tile("K", config))
+    rows, columns = counts.accesses(copy, family(config).tile("K", config))
     asked, needed = 0, set()
     for r, c in zip(rows, columns, strict=True):
         touched = {
@@ -279,7 +279,7 @@ def test_sectors_against_enumeration(head_dim, pitch):
         }
         asked += len(touched)
         needed |= touched
-    counted = prove.sectors(rows, columns, head_dim, pitch)
+    counted = counts.sectors(rows, columns, head_dim, pitch)
     assert (counted.asked, counted.needed) == (asked, len(needed))
 
 
@@ -296,7 +296,7 @@ def test_banks_against_enumeration():
             for first in range(0, 32, together):
                 words = {int(x) * BYTES // 4 for x in instruction[first : first + together].ravel()}
                 accesses += max(sum(word % 32 == bank for word in words) for bank in range(32))
-        counted = prove.banks(offsets)
+        counted = counts.banks(offsets)
         assert (counted.instructions, counted.accesses, counted.least) == (20, accesses, 20 * 32 // together)
 
 
@@ -323,7 +323,7 @@ def test_cp_async_against_enumeration(head_dim, pitch):
         lines += len(turns)
         accesses += sum(len(mine) for mine in turns.values())
         asked += sum(len(sectors) for mine in turns.values() for _, sectors in mine)
-    banks, sectors = prove.by_line(rows, columns, offsets, head_dim, pitch)
+    banks, sectors = counts.by_line(rows, columns, offsets, head_dim, pitch)
     assert (banks.instructions, banks.accesses, banks.least) == (20, accesses, lines)
     assert sectors.asked == asked
 
@@ -332,7 +332,7 @@ def test_cp_async_of_rows_narrower_than_a_line():
     """As counted on an H200 at head dim 96: 4 threads on 64 bytes of a row, each row in a line of its own."""
     config = config_of("cp_async", 96)
     copy, layout = family(config).copies(config)["in", "Q"], family(config).smem("Q", config)
-    banks, sectors = prove.counts(copy, layout, (128, 96), 96, 96)
+    banks, sectors = counts.of_copy(copy, layout, (128, 96), 96, 96)
     assert (banks.instructions, banks.accesses, banks.conflicts, sectors.asked) == (48, 384, 0, 768)
 
 
@@ -341,7 +341,7 @@ def test_cp_async_that_conflicts_asks_for_its_sectors_again(head_dim):
     config = config_of("cp_async", head_dim)
     columns = Layout((64, (8, head_dim // 8), 1), (8, (1, 8 * 64), 64 * head_dim))
     copy = family(config).copies(config)["in", "K"]
-    banks, sectors = prove.counts(copy, columns, (64, head_dim), head_dim, head_dim)
+    banks, sectors = counts.of_copy(copy, columns, (64, head_dim), head_dim, head_dim)
     assert banks.conflicts == 7 * banks.least
     assert sectors.asked == 2 * sectors.needed  # of two threads that share a sector, each asks for it
     found = prove.check(config, family=with_layout(config, "K", lambda x: replace(x, swizzle=None, **columns_of(x))))
