@@ -19,7 +19,7 @@ from cute_attn import command, plan
 from cute_attn.problem import HEAD_DIM_MAX, HEAD_DIM_STEP, Problem
 
 from . import ENTRY_POINTS, family, for_target, known_targets, modules, source
-from .base import KIB, OPERANDS, Config, Gpu
+from .base import KIB, OPERANDS, SMEM_RESERVED, Config, Gpu
 
 LOG_WIDTH = 180
 BACKWARD_FIELDS = ("tile_m", "tile_n", "step_m", "stages", "mma_warps", "key_warps", "blocks_per_multiprocessor")
@@ -418,6 +418,7 @@ def new_module(target: str, like: str, smem_kib: int, capability: str | None = N
 def _fitting(head_dim: int, like: str, gpu: Gpu, gradients: str = "") -> tuple[Config, str]:
     """What ``like`` has for a head dim if it fits ``gpu``; else, with a note, the same tiles with fewer blocks a
     multiprocessor, or the largest tiles that fit of any table."""
+
     def fits(config: Config) -> bool:
         try:
             plan.check(config, gpu)
@@ -428,7 +429,7 @@ def _fitting(head_dim: int, like: str, gpu: Gpu, gradients: str = "") -> tuple[C
     def takes(config: Config) -> int:
         """Shared memory a multiprocessor must have for it, less what it has beyond a block's."""
         blocks = config.blocks_per_multiprocessor
-        return blocks * (family(config).smem_bytes(config) + plan.SMEM_RESERVED) - plan.SMEM_RESERVED
+        return blocks * (family(config).smem_bytes(config) + SMEM_RESERVED) - SMEM_RESERVED
 
     def said(config: Config) -> str:
         blocks = config.blocks_per_multiprocessor

@@ -310,7 +310,8 @@ def test_a_value_that_changes_between_calls():
     assert not torch.equal(before, v)
 
 
-# ---- random expressions ----------------------------------------------------------------------------------------------
+# ---- what is computed, as torch does ----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(
     "computed",
@@ -355,6 +356,9 @@ def test_gradients_at_ties_are_torchs(computed):
     for node, want in zip((expression.slope, expression.partials[0].slope), wanted, strict=True):
         found = expression.value(node, names.get, ops, {}) if node is not None else torch.ones_like(want)
         torch.testing.assert_close(found.expand_as(want), want)
+
+
+# ---- random expressions ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")

@@ -133,7 +133,7 @@ def test_a_map_by_hand():
 
 def test_a_colour_of_a_block_is_an_operand_and_nothing_else():
     """What happens to one is said in stripes and greys, further apart than print or colour blindness makes them look."""
-    operands = {*blocks.COLOURS.values()}
+    operands = set(blocks.COLOURS.values())
     states = [background for (background, _), _ in blocks.LEGEND]
     assert all(len(set(textwrap.wrap(state[1:], 2))) == 1 for state in states)
     assert not {background for background, _ in operands} & set(states)
