@@ -12,9 +12,10 @@ from .. import family, for_target
 from ..base import BYTES, KIB, Box, Config, Copy
 from . import algebra
 from .draw import MARGIN, PALETTE, STRIPED, Canvas, Label, Rect
-from .pictures import described, product
+from .pictures import described, product, roles
 
 Colour = tuple[str, str]
+Cell = tuple[str, Colour]  # what is written, and on which colour
 # Colours are operands', in the order in which ways are drawn. What happens to one is stripes and greys, apart in print too.
 COLOURS = {name: PALETTE[i] for name, i in zip(("Q", "K", "V", "O", "dO", "P", "dS"), (1, 2, 3, 4, 4, 6, 7), strict=True)}
 COLOURS |= {"dK": COLOURS["K"], "dV": COLOURS["V"], "dQ": PALETTE[5]}
@@ -46,7 +47,7 @@ class Way:
     steps: tuple[tuple[str, str], ...]
 
 
-Lanes = dict[str, Sequence[tuple[str, Colour]]]  # from a name to what is written in each column, and on which colour
+Lanes = dict[str, Sequence[Cell]]  # from a name to what is in each column
 
 
 def kernels(config: Config) -> tuple[str, ...]:
@@ -68,7 +69,7 @@ def block(config: Config, kernel: str = "") -> Canvas:
         f"{config.tile_m} queries; keys {config.tile_n} at a time, {config.stages} stages; {config.mma_threads} threads compute"
     )
     line += f", {copying} more are there to copy" if copying else " and copy"
-    canvas = titled(f"One block, stage by stage · {described(config)}", f"K {family(config).smem('K', config)}", line)
+    canvas = titled("", config, "K", line)
     sizes = family(config).smem_parts(config)
     parts = [Part(name, n, config.stages if name in ("K", "V") else 1) for name, n in sizes.items()]
     direct = config.o_from_registers
@@ -83,9 +84,10 @@ def block(config: Config, kernel: str = "") -> Canvas:
 # ---- what is drawn of any --------------------------------------------------------------------------------------------
 
 
-def titled(heading: str, notation: str, line: str) -> Canvas:
-    """A canvas with a heading, and a line below it."""
-    canvas = Canvas(f"{heading} · {notation}")
+def titled(of: str, config: Config, operand: str, line: str) -> Canvas:
+    """A canvas with a heading, and a line below it; to the file's own title comes the layout of an operand."""
+    heading = f"One block{of}, stage by stage · {described(config)}"
+    canvas = Canvas(f"{heading} · {operand} {family(config).smem(operand, config)}")
     canvas.shapes.append(Label(MARGIN, MARGIN, heading, 16, "start", bold=True))
     canvas.shapes.append(Label(MARGIN, MARGIN + 22, line, 12, "start"))
     return canvas
@@ -150,12 +152,18 @@ def ways(canvas: Canvas, groups: Iterable[tuple[Sequence[str], Sequence[Way]]], 
     return y
 
 
-def table(canvas: Canvas, name: str, heading: str, heads: Sequence[str], lanes: Lanes, y: float) -> float:
-    """Lanes below each other, and what happens in each from left to right. Cells may have several lines."""
-    add = canvas.shapes.append
+def steps(config: Config) -> range:
+    """Of the loop, as many as tables of stages show."""
+    return range(config.stages + STEPS_PAST)
+
+
+def table(canvas: Canvas, config: Config, heading: str, lanes: Lanes, y: float) -> float:
+    """Lanes below each other, and what happens in each before the loop, at each step and at the end. Cells may have several
+    lines."""
+    add, heads = canvas.shapes.append, ("before", *(f"step {i}" for i in steps(config)), "at the end")
     add(Label(MARGIN, y, heading, 13, "start", bold=True))
     x0, y = MARGIN + 110, y + 26
-    add(Label(MARGIN, y, name, 11, "start", "#333333"))
+    add(Label(MARGIN, y, "slot", 11, "start", "#333333"))
     wide = min(COLUMN, WIDE // len(heads))
     for i, head in enumerate(heads):
         add(Label(x0 + (i + 0.5) * wide, y, head, 11, fill="#333333"))
@@ -195,6 +203,25 @@ def explained(canvas: Canvas, lanes: Lanes, notes: Iterable[str], y: float) -> f
         add(Label(x0, y, note, 11, "start", "#333333"))
         y += 16
     return y
+
+
+# ---- lanes -----------------------------------------------------------------------------------------------------------
+
+
+def kept(name: str, config: Config, end: str = "") -> list[Cell]:
+    """An operand that stays through the loop, and what lies over it at the end."""
+    out: Cell = (f"{end} copied out", COPIED) if end else ("", WAITS)
+    return [(f"copy {name}", COPIED), *[(f"read {name}", READ)] * len(steps(config)), out]
+
+
+def done(texts: Iterable[str], colour: Colour = PLAIN) -> list[Cell]:
+    """What happens in a lane, and nothing where there is no text."""
+    return [(text, colour if text else WAITS) for text in texts]
+
+
+def working(texts: Iterable[str], end: str = "…") -> list[Cell]:
+    """Who works from the first step on."""
+    return done(("", *texts, end))
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------
@@ -242,27 +269,23 @@ def _way(operand: str, config: Config) -> Way:
 
 def _fed(operand: str, config: Config) -> tuple[str, str]:
     """How the tensor cores get an operand."""
-    role, part = {"Q": ("S", "A"), "K": ("S", "B"), "V": ("O", "B")}[operand]
-    mma = family(config).mma(role, config)
-    shape = f"{product(role, config)}, {'×'.join(map(str, mma.shape))}"
-    if part in mma.from_shared:
-        return "read where it lies", shape
-    return moved(family(config).copies(config).get(("load", operand)), config)[0], shape
+    (role,) = roles(operand, config)
+    shape = "×".join(map(str, family(config).mma(role, config).shape))
+    load = family(config).copies(config).get(("load", operand))
+    return moved(load, config)[0] if load else "read where it lies", f"{product(role, config)}, {shape}"
 
 
 def _stages(canvas: Canvas, config: Config, y: float) -> None:
     """What each slot holds at each step of the loop over the key tiles."""
-    steps = range(config.stages + STEPS_PAST)
-    heads = ("before", *(f"step {i}" for i in steps), "at the end")
-    lanes: Lanes = {"Q": [("copy Q", COPIED), *[("read Q", READ) for _ in steps], ("", WAITS)]}
+    lanes: Lanes = {"Q": kept("Q", config)}
     for operand in "KV":
         for slot in range(config.stages):
-            held = [_held(operand, slot, step, config) for step in (None, *steps)]
+            held = [_held(operand, slot, step, config) for step in (None, *steps(config))]
             lanes[f"{operand}, slot {slot}"] = [*held, ("…", WAITS)]
-    lanes["tensor cores"] = [("", WAITS), *[(_products(i, config), PLAIN) for i in steps], ("…", PLAIN)]
-    lanes["O"] = [("", WAITS), *[("in registers", PLAIN) for _ in steps], ("copied out", COPIED)]
+    lanes["tensor cores"] = working(_products(i, config) for i in steps(config))
+    lanes["O"] = [("", WAITS), *[("in registers", PLAIN)] * len(steps(config)), ("copied out", COPIED)]
     what = "Stage by stage: what each slot holds; K0 and V0 are the first tiles taken, the last keys"
-    y = table(canvas, "slot", what, heads, lanes, y)
+    y = table(canvas, config, what, lanes, y)
     explained(canvas, lanes, ["A step is one tile of keys; steps are not drawn to scale. S = Q·Kᵀ, P = its softmax."], y)
 
 
@@ -272,12 +295,12 @@ def _overlapped(config: Config) -> bool:
     return config.threads > config.mma_threads
 
 
-def _held(operand: str, slot: int, step: int | None, config: Config) -> tuple[str, Colour]:
+def _held(operand: str, slot: int, step: int | None, config: Config) -> Cell:
     late = 1 if operand == "V" and _overlapped(config) else 0
     return held(operand, slot, step, config.stages, config.stages if _overlapped(config) else config.stages - 1, late)
 
 
-def held(name: str, slot: int, step: int | None, stages: int, before: int, late: int = 0) -> tuple[str, Colour]:
+def held(name: str, slot: int, step: int | None, stages: int, before: int, late: int = 0) -> Cell:
     """The tile in a slot of a ring at a step of the loop, and what happens to it; ``None`` is before the loop, when the first
     ``before`` are copied. A tile is read ``late`` steps after its own."""
     if step is None:

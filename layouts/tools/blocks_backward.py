@@ -19,33 +19,34 @@ from .blocks import (
     COPIED,
     FROM_REGISTERS,
     MADE,
-    PLAIN,
     READ,
-    STEPS_PAST,
     TO_CORES,
     WAITS,
-    Colour,
+    Cell,
     Lanes,
     Part,
     Way,
+    done,
     explained,
     held,
+    kept,
     lies,
     lined,
     moved,
     shares,
+    steps,
     table,
     titled,
     ways,
+    working,
 )
 from .draw import MARGIN, Canvas, Label
-from .pictures import described, is_read, product
+from .pictures import is_read, product
 
 STEP_WIDE = 7 * COLUMN  # pixels of the parts of a step, as of the table of stages
 MADE_HEADS = (FROM_REGISTERS[0], FROM_REGISTERS[1], "to the tensor cores, or to global memory")
 SOFTMAX = "mask, P = exp2(S − LSE)"
 DIFFERENCES = "dS = P∘(dP − delta)"
-Cell = tuple[str, Colour]
 
 
 @dataclass
@@ -65,23 +66,19 @@ def block(config: Config, kernel: str) -> Canvas:
     lay = family(config)
     operands = [name for name in (lay.KERNELS[kernel] if kernel else lay.OPERANDS) if _is_shared(name, config)]
     walk = WALKS[config.backward, kernel](config)
-    of = f" of the kernel for {kernel}" if kernel else ""
-    canvas = titled(
-        f"One block{of}, stage by stage · {described(config)}", f"{operands[0]} {lay.smem(operands[0], config)}", walk.line
-    )
+    canvas = titled(f" of the kernel for {kernel}" if kernel else "", config, operands[0], walk.line)
     over = [f"{name} lies over {_plain(lay.over(config)[name])}" for name in operands if name in lay.over(config)]
     y = shares(canvas, config, _parts(config, kernel), over, 86)
     copied = [name for name in operands if ("in", name) in lay.copies(config)]
     made = [*walk.made, *(_way(name, config) for name in operands if name not in copied)]
     made.sort(key=lambda way: list(COLOURS).index(way.name))
     y = ways(canvas, ((TO_CORES, [_way(name, config) for name in copied]), (MADE_HEADS, made)), y + MARGIN)
-    heads = ("before", *(f"step {i}" for i in _steps(config)), "at the end")
-    y = table(canvas, "slot", "Stage by stage: what each slot holds, and who does what", heads, walk.lanes, y + MARGIN)
+    y = table(canvas, config, "Stage by stage: what each slot holds, and who does what", walk.lanes, y + MARGIN)
     y = explained(canvas, walk.lanes, walk.notes, y) + MARGIN
     canvas.shapes.append(Label(MARGIN, y, "One step, from left to right", 13, "start", bold=True))
     parts = [f"part {i}" for i in range(len(walk.turns))]
     by_actor = zip(walk.actors, zip(*walk.turns, strict=True), strict=True)
-    lined(canvas, parts, {actor: _done(texts) for actor, texts in by_actor}, STEP_WIDE / len(parts), y + 16)
+    lined(canvas, parts, {actor: done(texts) for actor, texts in by_actor}, STEP_WIDE / len(parts), y + 16)
     return canvas
 
 
@@ -92,10 +89,6 @@ def _is_shared(operand: str, config: Config) -> bool:
 def _plain(operand: str) -> str:
     """An operand's name without the kernel's."""
     return operand.removeprefix("q")
-
-
-def _steps(config: Config) -> range:
-    return range(config.stages + STEPS_PAST)
 
 
 def _parts(config: Config, kernel: str) -> list[Part]:
@@ -136,22 +129,16 @@ def _fed(operand: str, config: Config) -> tuple[str, str]:
 # ---- lanes -----------------------------------------------------------------------------------------------------------
 
 
-def _kept(name: str, config: Config, end: str = "") -> list[Cell]:
-    """An operand that stays through the loop, and what lies over it at the end."""
-    out: Cell = (f"{end} copied out", COPIED) if end else ("", WAITS)
-    return [(f"copy {name}", COPIED), *[(f"read {name}", READ)] * len(_steps(config)), out]
-
-
 def _kept_until_next(names: Iterable[str], config: Config) -> Lanes:
     """Operands that stay through the loop, of a block whose next tile's come while results leave."""
-    return {name: [*_kept(name, config)[:-1], (f"copy the next {name}", COPIED)] for name in names}
+    return {name: [*kept(name, config)[:-1], (f"copy the next {name}", COPIED)] for name in names}
 
 
 def _ring(name: str, config: Config, before: int, stages: int, lingers: bool = False) -> Lanes:
     """An operand whose tiles come one after another; ``lingers``: a step still reads the one before its own, first."""
     lanes: Lanes = {}
     for slot in range(stages):
-        cells = [ring_held(name, slot, step, stages, before, lingers) for step in (None, *_steps(config))]
+        cells = [ring_held(name, slot, step, stages, before, lingers) for step in (None, *steps(config))]
         lanes[f"{name}, slot {slot}" if stages > 1 else name] = [*cells, ("…", WAITS)]
     return lanes
 
@@ -168,16 +155,8 @@ def ring_held(name: str, slot: int, step: int | None, stages: int, before: int, 
     return text, colour
 
 
-def _done(texts: Iterable[str], colour: Colour = PLAIN) -> list[Cell]:
-    return [(text, colour if text else WAITS) for text in texts]
-
-
 def _copying(first: str, texts: Iterable[str]) -> list[Cell]:
-    return [*_done((first, *texts), COPIED), ("…", WAITS)]
-
-
-def _working(texts: Iterable[str], end: str = "…") -> list[Cell]:
-    return _done(("", *texts, end))
+    return [*done((first, *texts), COPIED), ("…", WAITS)]
 
 
 def _walking(config: Config) -> Lanes:
@@ -185,7 +164,7 @@ def _walking(config: Config) -> Lanes:
     lanes: Lanes = {}
     for key, query in (("K", "Q"), ("V", "dO")):
         first = ", ".join((key, *(f"{query}{i}" for i in range(config.stages))))
-        later = [f"{query}{i + config.stages - 1}" if i else "" for i in _steps(config)]
+        later = [f"{query}{i + config.stages - 1}" if i else "" for i in steps(config)]
         lanes[f"warp {family(config).WARPS[key][0]}"] = _copying(first, later)
     return lanes
 
@@ -195,7 +174,7 @@ def _alternating(name: str, config: Config, slots: int, text: str) -> Lanes:
     lanes: Lanes = {}
     for slot in range(slots):
         cells: list[Cell] = [("", WAITS)]
-        for i in _steps(config):
+        for i in steps(config):
             last = i - (i - slot) % slots
             mine: Cell = (f"{text} {name}{i}", MADE) if last == i else (f"{name}{last}" if last >= 0 else "", WAITS)
             cells.append(mine)
@@ -223,15 +202,15 @@ def _one_kernel(config: Config) -> Walk:
     lanes |= ds if direct else {name: [*cells[:-1], ("dV copied out", COPIED)] for name, cells in ds.items()}
     dqs = [list(cells) for cells in _alternating("dQ", config, config.dq_stages, "write").values()]
     if config.separate_dk:
-        lanes["dK"] = [*[("", WAITS)] * len(_steps(config)), ("", WAITS), ("dK copied out", COPIED)]
+        lanes["dK"] = [*[("", WAITS)] * len(steps(config)), ("", WAITS), ("dK copied out", COPIED)]
     elif not direct:
-        dqs[len(_steps(config)) % len(dqs)][-1] = ("dK copied out", COPIED)
+        dqs[len(steps(config)) % len(dqs)][-1] = ("dK copied out", COPIED)
     lanes |= {f"dQ, slot {slot}" if len(dqs) > 1 else "dQ": cells for slot, cells in enumerate(dqs)}
     lanes |= _walking(config)
     for k, warp in enumerate(adders):
-        mine = [i > 0 and (i - 1) % len(adders) == k for i in _steps(config)]
-        lanes[f"warp {warp}"] = _working(f"add dQ{i - 1}" if mine[i] else "" for i in _steps(config))
-    lanes[groups] = _working((f"S{i}, dP{i}, dV{i},\ndQ{i}, dK{i}" for i in _steps(config)), "dV, dK")
+        mine = [i > 0 and (i - 1) % len(adders) == k for i in steps(config)]
+        lanes[f"warp {warp}"] = working(f"add dQ{i - 1}" if mine[i] else "" for i in steps(config))
+    lanes[groups] = working((f"S{i}, dP{i}, dV{i},\ndQ{i}, dK{i}" for i in steps(config)), "dV, dK")
     sums = lay.sums(config)
     rows, columns = lay.piece_shape(config)
     size = lay.smem_parts(config)["dQ"]
@@ -300,8 +279,8 @@ def _straight(role: str, who: str, config: Config) -> Way:
 def _two_products(scores: str, made: str, gradient: str, config: Config) -> list[str]:
     """What a warpgroup of the kernel for keys does in each step: its gradient may come a step later."""
     if config.overlap_tiles:
-        return [f"{scores}{i}, {made}{i}" + (f",\n{gradient}{i - 1}" if i else "") for i in _steps(config)]
-    return [f"{scores}{i}, {made}{i}, {gradient}{i}" for i in _steps(config)]
+        return [f"{scores}{i}, {made}{i}" + (f",\n{gradient}{i - 1}" if i else "") for i in steps(config)]
+    return [f"{scores}{i}, {made}{i}, {gradient}{i}" for i in steps(config)]
 
 
 def _keys(config: Config) -> Walk:
@@ -312,8 +291,8 @@ def _keys(config: Config) -> Walk:
     lanes |= _alternating("P", config, lay.P_STAGES, "write, read")
     lanes |= _walking(config)
     late = config.overlap_tiles
-    lanes["warpgroup 1"] = _working(_two_products("S", "P", "dV", config), "dV")
-    lanes["warpgroup 2"] = _working(_two_products("dP", "dS", "dK", config), "dK")
+    lanes["warpgroup 1"] = working(_two_products("S", "P", "dV", config), "dV")
+    lanes["warpgroup 2"] = working(_two_products("dP", "dS", "dK", config), "dK")
     size = lay.smem_parts_of("keys", config)["P"]
     p = Way(
         "P",
@@ -357,9 +336,9 @@ def _queries(config: Config) -> Walk:
     lanes |= _ring("K", config, n, n, lingers=True) | _ring("V", config, lay.v_stages(config), lay.v_stages(config))
     key_warp, query_warp = lay.WARPS["qK"][0], lay.WARPS["qQ"][0]
     first = ", ".join(("K0, V0", *(f"K{i}" for i in range(1, n))))
-    lanes[f"warp {key_warp}"] = _copying(first, (f"K{i + n - 1}, V{i + 1}" if i else "V1" for i in _steps(config)))
-    lanes[f"warp {query_warp}"] = _copying("Q, dO", ("" for _ in _steps(config)))
-    lanes[groups] = _working((f"S{i}, dP{i}, dQ{i}" for i in _steps(config)), "dQ")
+    lanes[f"warp {key_warp}"] = _copying(first, (f"K{i + n - 1}, V{i + 1}" if i else "V1" for i in steps(config)))
+    lanes[f"warp {query_warp}"] = _copying("Q, dO", ("" for _ in steps(config)))
+    lanes[groups] = working((f"S{i}, dP{i}, dQ{i}" for i in steps(config)), "dQ")
     return Walk(
         f"{lay.warpgroups(config) * lay.ROWS_PER_WARPGROUP} queries, {lay.ROWS_PER_WARPGROUP} for each of {groups}; keys "
         f"{config.tile_n} at a time, {n} stages of K, {lay.v_stages(config)} of V; 4 warps besides, of which 2 copy",
@@ -381,11 +360,11 @@ def _cp_async(config: Config) -> Walk:
     lay, n = family(config), config.stages
     shares_p, across = lay.p_is_shared(config), config.mma_warps // config.key_warps
     before = max(n - 1, 0)
-    lanes: Lanes = {"K": _kept("K", config, "dK"), "V": _kept("V", config, "dV")}
+    lanes: Lanes = {"K": kept("K", config, "dK"), "V": kept("V", config, "dV")}
     lanes |= _ring("Q", config, before, n) | _ring("dO", config, before, n)
     for slot in range(lay.DS_STAGES):
         cells: list[Cell] = [("clear", MADE) if slot == 1 and not shares_p else ("", WAITS)]
-        for i in _steps(config):
+        for i in steps(config):
             if i % lay.DS_STAGES == slot:
                 cells.append((f"write, read dS{i}" if shares_p else f"write dS{i}", MADE))
             elif shares_p:
@@ -396,7 +375,7 @@ def _cp_async(config: Config) -> Walk:
     who = f"{config.mma_warps} warps"
     dq = product("dQ", config)
     if shares_p:
-        lanes[who] = _working((f"S{i}, dP{i}, dV{i},\ndK{i}, dQ{i}" for i in _steps(config)), "dK, dV")
+        lanes[who] = working((f"S{i}, dP{i}, dV{i},\ndK{i}, dQ{i}" for i in steps(config)), "dK, dV")
         turns = [
             ("", "barrier; next\ncopies begin" if n > 1 else "barrier; copy;\nbarrier"),
             (f"{product('S', config)}\n{product('dP', config)}", ""),
@@ -411,8 +390,8 @@ def _cp_async(config: Config) -> Walk:
         split = f"{config.key_warps} of {config.mma_warps} warps split the keys"
         notes = [f"{split}; {across} share the same ones, and split queries of S and dP, and columns of dV and dK."]
     else:
-        late = [f"dQ{i - 1}, " if i else "" for i in _steps(config)]
-        lanes[who] = _working((f"{late[i]}S{i}, dP{i},\ndV{i}, dK{i}" for i in _steps(config)), "dQ, dK, dV")
+        late = [f"dQ{i - 1}, " if i else "" for i in steps(config)]
+        lanes[who] = working((f"{late[i]}S{i}, dP{i},\ndV{i}, dK{i}" for i in steps(config)), "dQ, dK, dV")
         turns = [
             ("", "barrier" if n > 1 else "barrier; copy;\nbarrier"),
             (dq + ",\none step late", "red adds it"),
