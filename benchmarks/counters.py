@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.results import read_json
 from cute_attn import layouts
 from cute_attn.command import write_whole
 from cute_attn.layouts.__main__ import configs
@@ -217,12 +218,7 @@ class CountersRecord:
     @staticmethod
     def load(path: Path) -> CountersRecord:
         needed = "a result file written by benchmarks.layouts --json is needed"
-        try:
-            found = json.loads(path.read_bytes())
-        except OSError as error:
-            raise ValueError(f"{path} can't be read ({error.strerror}); {needed}") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
+        found = read_json(path, needed)
         if not isinstance(found, dict) or found.get("schema") != SCHEMA:
             raise ValueError(f"{path} holds no counters of layouts, or of another version; {needed}")
         kernels = [

@@ -265,12 +265,7 @@ class Record:
     @staticmethod
     def load(path: Path) -> Record:
         needed = "a result file written by --json is needed"
-        try:
-            fields = json.loads(path.read_bytes())
-        except OSError as error:
-            raise ValueError(f"{path} can't be read ({error.strerror}); {needed}") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
+        fields = read_json(path, needed)
         if not isinstance(fields, dict) or "schema" not in fields:
             raise ValueError(f"{path} holds no results; {needed}")
         if other := SHOWN_BY.get(str(fields["schema"]).partition(" ")[0]):
@@ -317,6 +312,16 @@ class Keeper:
             if not self._said:
                 self._say(f"{self._path} can't be written ({error}): measuring goes on, and the next cell tries again")
             self._said = True
+
+
+def read_json(path: Path, needed: str) -> Any:
+    """What a file of results holds. Raises ``ValueError``, with what is ``needed``, where there is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} can't be read ({error.strerror}); {needed}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
 
 
 def is_ours(name: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.parts.limits import Assessment, Limits, assess
+from benchmarks.results import read_json
 from cute_attn.command import write_whole
 
 SCHEMA = "parts 1"
@@ -75,12 +76,7 @@ class PartsRecord:
     @staticmethod
     def load(path: Path) -> PartsRecord:
         needed = "a result file written by parts --json is needed"
-        try:
-            fields = json.loads(path.read_bytes())
-        except OSError as error:
-            raise ValueError(f"{path} can't be read ({error.strerror}); {needed}") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); {needed}") from None
+        fields = read_json(path, needed)
         if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
             raise ValueError(f"{path} holds no figures of parts, or of another version; {needed}")
         record = PartsRecord(fields["about"], [Figure(**figure) for figure in fields["figures"]], fields["complete"])

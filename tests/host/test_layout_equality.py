@@ -41,19 +41,11 @@ def test_a_difference_is_found(monkeypatch, mechanism):
     """A description that the DSL's object was not made from: other rows, or another swizzle."""
     config = next(c for c, _ in configs("sm_90a", 128, dtype="bfloat16") if c.mechanism == mechanism)
     module = family(config)
-    honest, dsl = module.smem, module.smem_layout
-    monkeypatch.setattr(module, "smem_layout", lambda operand, c: _traced(honest(operand, c)))
+    honest = module.smem
     monkeypatch.setattr(module, "smem", lambda operand, c: _skewed(honest(operand, c)))
     found = prove.against_dsl([config])
     assert {finding.check for finding in found} == {"DSL"}
     assert len(found) == len({honest(operand, config) for operand in OPERANDS})
-    assert dsl is not module.smem_layout
-
-
-def _traced(layout: Layout):
-    from cute_attn.layouts.base import cute_layout
-
-    return cute_layout(layout)
 
 
 def _skewed(layout: Layout) -> Layout:
