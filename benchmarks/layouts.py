@@ -160,7 +160,7 @@ class Micro:
     @cute.jit
     def _load(self, s: cute.Tensor, image: cute.Tensor, thread: Int32):
         """As the mainloops do, one step of the product after the other."""
-        role, letter = prove.in_registers(self.case.step, self.case.operand, self.config, self.lay)
+        role, letter = prove.in_registers(self.case.step, self.case.operand, self.lay)
         mma = self.lay.tiled_mma(role, self.config)
         shape = self.case.shape
         if cutlass.const_expr(self.case.copy.transposed):
@@ -194,7 +194,7 @@ class Micro:
 
     @cute.jit
     def _store(self, s: cute.Tensor, thread: Int32):
-        role, _ = prove.in_registers(self.case.step, self.case.operand, self.config, self.lay)
+        role, _ = prove.in_registers(self.case.step, self.case.operand, self.lay)
         mma = self.lay.tiled_mma(role, self.config)
         part = mma.get_slice(thread)
         where = part.partition_C(cute.make_identity_tensor(self.case.shape))

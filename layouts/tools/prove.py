@@ -502,7 +502,7 @@ def _copy_row(at: str, step: str, copy: Copy, layout: Layout, shape, dim: int, w
     return Row(copy.operand, step, copy.instruction, str(copy.values), counted, moved, tuple(found))
 
 
-def in_registers(step: str, operand: str, config: Config, family: ModuleType) -> tuple[str, str] | None:
+def in_registers(step: str, operand: str, family: ModuleType) -> tuple[str, str] | None:
     """The MMA's role whose registers a copy fills or empties, and which they are: ``"A"``, ``"B"`` or the accumulator
     ``"C"``."""
     verb, _, role = step.partition(" ")
@@ -517,7 +517,7 @@ def in_registers(step: str, operand: str, config: Config, family: ModuleType) ->
 
 def wanted(step: str, operand: str, config: Config, family: ModuleType) -> tuple[Layout, int] | None:
     """The MMA's map that a copy to or from registers must agree with, and how many warps hold each element."""
-    if (found := in_registers(step, operand, config, family)) is None:
+    if (found := in_registers(step, operand, family)) is None:
         return None
     mma = family.mma(found[0], config)
     return {"A": (mma.a, mma.across), "B": (mma.b, mma.warps), "C": (mma.c, 1)}[found[1]]
