@@ -21,12 +21,14 @@ from cute_attn.layouts.mma_sync_cache import PIECE, PIECE_COLUMNS
 from cute_attn.mainloop import cp_async_cache
 from cute_attn.mainloop.cache_merge import CacheBlock, Exchanged, SeenTiles, floats
 from cute_attn.mainloop.cluster import meet, stay
-from cute_attn.mainloop.warpgroups import rounded_operand
+from cute_attn.mainloop.warpgroups import Kernel, rounded_operand
 from cute_attn.softmax import anchored
 
 
 class Forward(cp_async_cache.Forward):
-    """The kernel of one (problem, config)."""
+    """The kernel of one (problem, config). Products are waited for at once: what overlaps them is another block's."""
+
+    gemm, issue = Kernel.gemm, Kernel.issue  # as all warpgroups multiply
 
     def _operand_at(self, place, name: str) -> cute.Tensor:
         layout = self.lay.smem_layout(name, self.config)
@@ -53,12 +55,14 @@ class Forward(cp_async_cache.Forward):
 
     def _scores(self, block: CacheBlock, of_q, slot) -> cute.Tensor:
         acc = cute.make_rmem_tensor(block.mma_S.partition_shape_C((self.config.tile_m, self.keys_of_group)), Float32)
-        self._multiply(block.mma_S, acc, of_q, block.tSrK[None, None, None, slot], accumulate=False)
+        self.gemm(block.mma_S, acc, of_q, block.tSrK[None, None, None, slot], accumulate=False)
+        warpgroup.wait_group(0)
         return acc
 
     def _add(self, block: CacheBlock, acc_S: cute.Tensor, acc_O: cute.Tensor, slot):
         p = rounded_operand(acc_S, block.sV.element_type)
-        self._multiply(block.mma_O, acc_O, p, block.tOrV[None, None, None, slot], accumulate=True)
+        self.gemm(block.mma_O, acc_O, p, block.tOrV[None, None, None, slot], accumulate=True)
+        warpgroup.wait_group(0)
 
     # ---- a walk that two blocks share --------------------------------------------------------------------------------
 
@@ -132,17 +136,3 @@ class Forward(cp_async_cache.Forward):
         """Whether a row's n-th piece has columns that there are."""
         columns = self.problem.head_dim_v
         return self.config.tile_dv - columns < PIECE_COLUMNS or n * PIECE_COLUMNS < columns
-
-    # ---- products ----------------------------------------------------------------------------------------------------
-
-    @cute.jit
-    def _multiply(self, mma: cute.TiledMma, acc: cute.Tensor, a, b, accumulate: cutlass.Constexpr[bool]):
-        """``acc (+)= A·B``, and wait for it: what overlaps it is another block's."""
-        warpgroup.fence()
-        atom = cute.make_mma_atom(mma.op)
-        atom.set(warpgroup.Field.ACCUMULATE, accumulate)
-        for k in cutlass.range_constexpr(cute.size(a, mode=[2])):
-            cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
-            atom.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.commit_group()
-        warpgroup.wait_group(0)
