@@ -241,6 +241,21 @@ class Merging:
         return floats(row, n * THREADS_PER_ROW + block.thread % THREADS_PER_ROW, PIECE)
 
     @cute.jit
+    def _count(self, block: CacheBlock, seen: SeenTiles, written):
+        """Count so many parts, and merge all of them if there are no others."""
+        workspace, places = block.workspace, seen.places
+        if places.parts > 1:
+            if cute.arch.thread_idx()[0] == 0:
+                counter = workspace.counters.iterator + places.counter
+                arrived = cute.arch.atomic_add(counter, Int32(written), sem="acq_rel", scope="gpu")
+                if arrived == places.parts - written:
+                    workspace.counters[places.counter] = Int32(0)
+                block.word[0] = arrived
+            cute.arch.sync_threads()
+            if block.word[0] == places.parts - written:
+                self._merge_parts(block, seen, self._exist(block, seen))
+
+    @cute.jit
     def _merge_parts(self, block: CacheBlock, seen: SeenTiles, exist):
         """All parts of a walk, in the order of their keys, to the outputs: of rows and columns as :meth:`_merge_groups`."""
         rows, sharing = self.shares

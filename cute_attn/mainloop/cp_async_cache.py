@@ -478,18 +478,3 @@ class Forward(Merging):
         """The step behind a part and its walk's end."""
         keys, part = block.keys, seen.part
         return part.at + (part.end - part.begin) * keys.tile_steps + keys.end_steps
-
-    @cute.jit
-    def _count(self, block: CacheBlock, seen: SeenTiles, written):
-        """Count so many parts, and merge all of them if there are no others."""
-        workspace, places = block.workspace, seen.places
-        if places.parts > 1:
-            if cute.arch.thread_idx()[0] == 0:
-                counter = workspace.counters.iterator + places.counter
-                arrived = cute.arch.atomic_add(counter, Int32(written), sem="acq_rel", scope="gpu")
-                if arrived == places.parts - written:
-                    workspace.counters[places.counter] = Int32(0)
-                block.word[0] = arrived
-            cute.arch.sync_threads()
-            if block.word[0] == places.parts - written:
-                self._merge_parts(block, seen, self._exist(block, seen))
