@@ -15,9 +15,9 @@ don't, tiles that are masked are looked through for values that are not finite (
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import cutlass
 from cutlass import Float32, Int32, cute
@@ -50,17 +50,13 @@ from cute_attn.softmax import Softmax, scale_rows
 GROUP_BARRIER = 1  # the first of the named barriers, one a group
 
 
-@dataclass(frozen=True)
-class KeySource:
+class KeySource(NamedTuple):
     """Where a part's keys are copied from: of a sequence, rows from ``first`` up to ``last`` at most."""
 
     number: Int32
     first: Int32
     last: Int32
     head_kv: Int32
-
-    def all(self) -> tuple:
-        return self.number, self.first, self.last, self.head_kv
 
 
 class Forward(Merging):
@@ -69,7 +65,6 @@ class Forward(Merging):
     def __init__(self, problem, config):
         super().__init__(problem, config)
         self.keys_of_group = self.lay.tile("K", config)[0]
-        self.holds_q = config.tile_m // self.lay.row_warps(config) == self.lay.ROWS[0]  # in registers
 
     @cute.jit
     def launch(self, mQ, mK, mV, outputs: Outputs, values: Values, keys: CachedKeys, workspace: Workspace, blocks, stream):
@@ -208,7 +203,7 @@ class Forward(Merging):
 
     def _ahead(self, seen: SeenTiles, then: SeenTiles, n) -> tuple[KeySource, Any]:
         """Of whom tile n from a part's first one on is, and which of its tiles."""
-        here, sources = n < seen.count, zip(self._source(seen).all(), self._source(then).all(), strict=True)
+        here, sources = n < seen.count, zip(self._source(seen), self._source(then), strict=True)
         return KeySource(*(either(here, x, y) for x, y in sources)), either(here, n, n - seen.count)
 
     # ---- numbers of pages --------------------------------------------------------------------------------------------
@@ -432,7 +427,7 @@ class Forward(Merging):
     def _queries(self, block: CacheBlock, parity):
         """What gives Q's registers of a step: all of them are held, or each is loaded again for every tile."""
         load = partial(block.tSrQ.load, slot=(parity,))
-        if not self.holds_q:
+        if self.config.tile_m // self.lay.row_warps(self.config) > self.lay.ROWS[0]:  # a warp has too many to hold
             return load
         held = []
         for step in range(self.config.tile_d // MMA_K):
@@ -464,7 +459,9 @@ class Forward(Merging):
         so: if these are the last ones, merge all parts. What ends a walk at the beginning of a block's stretch is counted
         when the block is done: a fence waits for all copies on their way."""
         if cutlass.const_expr(block.keys.end_steps > 0):
-            if self._past(block, seen) >= block.stretches.own.end:
+            keys, part = block.keys, seen.part
+            past = part.at + (part.end - part.begin) * keys.tile_steps + keys.end_steps  # of the walk, if it ends here
+            if past >= block.stretches.own.end:
                 late = (block.first.begin > 0) & (block.first.at < seen.part.at)
                 for n in cutlass.range(either(late, Int32(2), Int32(1)), unroll=1):
                     if n == 1:
@@ -473,8 +470,3 @@ class Forward(Merging):
                     self._count(block, seen, written)
         else:
             self._count(block, seen, written)
-
-    def _past(self, block: CacheBlock, seen: SeenTiles):
-        """The step behind a part and its walk's end."""
-        keys, part = block.keys, seen.part
-        return part.at + (part.end - part.begin) * keys.tile_steps + keys.end_steps

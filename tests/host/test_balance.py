@@ -170,8 +170,6 @@ def test_every_part_of_a_cut_walk_is_counted_once(lengths, blocks, steps):
     counted, arrive = defaultdict(list), Kernel._arrive.__wrapped__
 
     class Counting:
-        _past = Kernel._past
-
         def _part_from(self, mine, start, end):
             sequence = sequences[int(start.sequence)]
             return SimpleNamespace(sequence=sequence, part=part_from(keys, sequence, start, end))
